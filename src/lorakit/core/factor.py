@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.core.quantization import is_computed
 
@@ -22,7 +22,7 @@ HOLDERS: Mapping[str, type[nn.ModuleDict | nn.ParameterDict]] = {
 }
 """Attributes that hold something per adapter, except those of variants (`OwnTensor.held_as`).
 
-Each is made on first access, since most layers need three of them.
+Each is created on first access, since most layers need three of them.
 """
 
 TRAINED = tuple(name for name in HOLDERS if name != "lora_dropout")
@@ -35,13 +35,13 @@ class FactorWeight(nn.Linear):
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         nn.Module.__init__(self)
         out_features, in_features = weight.shape
-        # hundreds are made at once, and setting attributes of a module is slow
+        # hundreds are created at once, and setting attributes of a module is slow
         self.__dict__.update(out_features=out_features, in_features=in_features)
         self._parameters.update(weight=weight, bias=bias)
 
 
-class FactorKernel(nn.Module):
-    """A or B of a convolution as `.weight`, (r, in, k…) or (out, r / groups, 1…)."""
+class OwnWeight(nn.Module):
+    """An own tensor of a variant, or A or B of a convolution, as `.weight` in any shape (…)."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         super().__init__()
@@ -49,22 +49,20 @@ class FactorKernel(nn.Module):
         self.register_parameter("bias", bias)
 
 
-def weight_holder(weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Module:
+def parameter(tensor: Tensor) -> nn.Parameter:
+    """Return a tensor, such as A (r, in), as a parameter: itself if it is one."""
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+
+
+def weight_holder(weight: nn.Parameter, bias: Tensor | None = None) -> nn.Module:
     """Return a module that holds A or B.
 
     Args:
         weight: A or B, (…) with at least two axes.
         bias: Bias of B, (out,), or None.
     """
-    return FactorWeight(weight, bias) if weight.ndim == 2 else FactorKernel(weight, bias)
-
-
-class OwnWeight(nn.Module):
-    """An own tensor of a variant as `.weight`, in any shape (…)."""
-
-    def __init__(self, weight: nn.Parameter) -> None:
-        super().__init__()
-        self.weight = weight
+    own = None if bias is None else parameter(bias)
+    return FactorWeight(weight, own) if weight.ndim == 2 else OwnWeight(weight, own)
 
 
 def make_dropout(p: float) -> nn.Module:

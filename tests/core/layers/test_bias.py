@@ -80,8 +80,9 @@ def test_an_own_bias_is_not_merged_into_one_that_another_trains() -> None:
     with use(model, "a"):
         before = model(X)
     for call in (merge, merged_state_dict):
-        with pytest.raises(MergeError, match=r"'a' brings a bias of its own.*'b' trains the base's at 0"):
+        with pytest.raises(MergeError, match="'b' trains the base's at 0") as error:
             call(model, "a")
+        assert (error.value.what, error.value.where, error.value.field) == ("a", "0", "lora_bias")
     with use(model, "a"):
         assert same_bits(model(X), before)
     detach(model, "b")

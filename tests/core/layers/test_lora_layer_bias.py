@@ -82,8 +82,9 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 def test_a_base_without_bias_has_no_place_for_it() -> None:
     made = model(bias=False)
     attach(made, LoraConfig(target_modules=["0"], lora_bias=True))
-    with pytest.raises(MergeError, match="because the base layer has no bias: 0 has no place"):
+    with pytest.raises(MergeError, match="because the base layer has no bias") as error:
         merge(made)
+    assert (error.value.where, error.value.field) == ("0", "lora_bias")
     with pytest.raises(MergeError, match="has no bias"):
         merged_state_dict(made)
 

@@ -289,8 +289,9 @@ def test_other_adapters_where_rows_stand() -> None:
     model = with_rows(TIED, "a")
     with pytest.raises(TargetError, match="is a TrainableTokens, which LoRA does not support"):
         attach(model, TIED.config(target_modules=["embed_tokens"]), "b")
-    with pytest.raises(TargetError, match="another adapter on this model sits inside it"):
+    with pytest.raises(TargetError, match="contains modules of another adapter") as error:
         attach(model, TIED.config(modules_to_save=["lm_head"]), "b")
+    assert (error.value.where, error.value.field) == ("lm_head", "modules_to_save")
     model = TIED.model()
     attach(model, TIED.config(modules_to_save=["lm_head"]), "a")
     with pytest.raises(TargetError, match="cannot be applied to lm_head"):

@@ -407,7 +407,7 @@ def _put_copies(index: AdapterIndex, built: NewAdapter, state: AdapterState) -> 
         if not isinstance(holder, ModulesToSave):
             holder = ModulesToSave(holder, state)
             index.replace(index.modules[path], holder)
-        holder.put(built.name, duplicate)
+        holder.modules_to_save[built.name] = duplicate
 
 
 def _put_rows(index: AdapterIndex, name: str, new: NewRows, state: AdapterState) -> None:

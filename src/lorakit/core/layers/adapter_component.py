@@ -1,31 +1,34 @@
-"""Everything that carries adapter state: the protocol `AdapterComponent`, and the base class of modules that carry it.
+"""The protocol `AdapterComponent` of everything that carries adapters, and base classes of modules that implement it.
 
 Calls on a whole model (merge, unmerge, detach, save) go through the protocol, component by component: a component
-stages its change, and commits it after all others have staged theirs. `AdapterModule` also answers which adapters act
-in it, in PEFT's words, for programs that switch adapters module by module. Factors and weights are not known here.
+stages its change, and commits it after all others have staged theirs. `AdapterModule` also has PEFT's methods for
+programs that switch adapters module by module. This file does not depend on factors or weights.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import BASE, Route
-from lorakit.core.routing.state import AdapterState
-from lorakit.errors import MixedRowsError, ModelError, RowCountError, warn_caller
+from lorakit.core.routing.state import AdapterState, resolve
+from lorakit.errors import MergeError, MixedRowsError, ModelError, RowCountError, warn_caller
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
+Value = TypeVar("Value")
+Model = TypeVar("Model", bound=nn.Module)
 
 
-def trainable_tensors(function: Function) -> Function:
+def trainable_tensors(function: Callable[Concatenate[Model, P], R]) -> Callable[Concatenate[Model, P], R]:
     """Wrap a function over a model, so that tensors that it makes can be trained if it is called in inference mode.
 
     Args:
@@ -33,11 +36,11 @@ def trainable_tensors(function: Function) -> Function:
     """
 
     @wraps(function)
-    def called(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def called(model: Model, /, *args: P.args, **kwargs: P.kwargs) -> R:
         with trainable(model, next(model.parameters(), None)):
             return function(model, *args, **kwargs)
 
-    return cast(Function, called)
+    return called
 
 
 def trainable(model: nn.Module, first: nn.Parameter | None) -> AbstractContextManager[object]:
@@ -59,7 +62,8 @@ def trainable(model: nn.Module, first: nn.Parameter | None) -> AbstractContextMa
     if not inside:
         raise ModelError(
             f"This {type(model).__name__} was made in torch.inference_mode(), so torch neither trains it nor tracks it "
-            "outside of such a block. Make or load it outside, or work with it inside."
+            "outside of such a block. Make or load it outside, or work with it inside.",
+            what=type(model).__name__,
         )
     return torch.inference_mode(False)
 
@@ -87,7 +91,7 @@ class MergeOptions:
 
 @dataclass(frozen=True)
 class SiteMerge:
-    """What a merge did to the weight of one site.   [docs/math.md (12)]
+    """The effect of a merge on the weight of one site.   [docs/math.md (12)]
 
     Attributes:
         path: The site.
@@ -170,12 +174,14 @@ class AdapterModule(nn.Module, AdapterComponent):
 
     Attributes:
         state: The state shared by the adapted modules of the model.
+        merged_adapters: The adapters that are merged here now.
         own_route: This module's override of the model's default, or None.
         aside: The override that was active before this module's adapters were disabled; a tuple, empty if they are
             enabled.
     """
 
     state: AdapterState
+    merged_adapters: list[str]
     own_route: Route | None
     aside: tuple[Route | None, ...] = ()
 
@@ -183,16 +189,26 @@ class AdapterModule(nn.Module, AdapterComponent):
         super().__setstate__(known)
         self.state.join(self)  # a copy belongs to the copied state
 
-    def merged_here(self) -> Sequence[str]:
-        """Return the adapters that are merged here now."""
-        return ()
+    def check_not_merged(self, path: str, adapters: Sequence[str]) -> None:
+        """Reject adapters that are merged here already.
+
+        Args:
+            path: This module's path, for messages.
+            adapters: Adapters.
+
+        Raises:
+            MergeError: One of them is merged.
+        """
+        twice = next((name for name in adapters if name in self.merged_adapters), None)
+        if twice is not None:
+            raise MergeError(f"Adapter {twice!r} is merged already. Unmerge it first.", what=twice, where=path)
 
     def kept_bytes(self) -> int:
         """Return the memory of the originals that merges kept."""
         return 0
 
     def check_mergeable(self, path: str, adapters: Sequence[str]) -> None:
-        """Reject adapters that no weight can hold, whatever is merged now; nothing is computed.
+        """Reject adapters that no weight can hold, regardless of what is merged now; nothing is computed.
 
         Args:
             path: This module's path, for messages.
@@ -216,7 +232,7 @@ class AdapterModule(nn.Module, AdapterComponent):
         self.check_mergeable(path, adapters)
 
     def check_unmerge(self, path: str, adapters: Sequence[str]) -> None:
-        """Reject to unmerge adapters if the base's values were not kept.
+        """Check that adapters can be unmerged: the base's values were kept.
 
         Args:
             path: This module's path, for messages.
@@ -227,18 +243,18 @@ class AdapterModule(nn.Module, AdapterComponent):
         """
 
     def drop_override(self, name: str) -> None:
-        """End this module's override of the model's default if it names an adapter that leaves."""
+        """End this module's override of the model's default if it names an adapter that is removed."""
         if self.own_route is not None and name in self.own_route.mentions:
             self.own_route = None
         if self.aside and self.aside[0] is not None and name in self.aside[0].mentions:
             self.aside = (None,)
 
     def set_trained(self, name: str, trained: bool) -> None:
-        """Train what an adapter has here, or freeze it.
+        """Train or freeze an adapter's parameters here.
 
         Args:
-            name: The adapter; one that has nothing here is no matter.
-            trained: Its parameters require gradients.
+            name: The adapter; one without parameters here is ignored.
+            trained: Whether its parameters require gradients.
         """
         for parameter in self.parameters_of(name):
             if parameter.requires_grad is not trained:
@@ -246,7 +262,7 @@ class AdapterModule(nn.Module, AdapterComponent):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters that act here, also while they are disabled."""
+        """The adapters that are active here, even while they are disabled."""
         if self.aside:
             chosen = self.aside[0] or self.state.chosen
         else:
@@ -256,22 +272,22 @@ class AdapterModule(nn.Module, AdapterComponent):
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The adapter that acts here, or a list where there is not exactly one."""
+        """The adapter that is active here; a list if there is not exactly one."""
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
     @property
     def disable_adapters(self) -> bool:
-        """Whether adapters are switched off here: by `enable_adapters`, for the model, or by a block around it."""
+        """True if adapters are disabled here: by `enable_adapters`, in the whole model, or by a block."""
         if self.aside or self.state.aside is not None:
             return True
         return not self.state.active().mentions and bool(self.state.chosen.names)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch this module's adapters off, or on again; what is trained stays so.
+        """Enable or disable this module's adapters; `requires_grad` does not change.
 
         Args:
-            enabled: On.
+            enabled: Whether they are enabled.
         """
         if not enabled and not self.aside:
             self.aside, self.own_route = (self.own_route,), BASE
@@ -279,14 +295,14 @@ class AdapterModule(nn.Module, AdapterComponent):
             self.own_route, self.aside = self.aside[0], ()
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make an exception to the model's default in this module alone; `activate` on the model ends it.
+        """Override the model's default in this module; `activate` on the model ends the override.
 
         Args:
-            adapter_names: One adapter or several; none means the base alone. They alone are trained here.
-            inference_mode: They are not trained either.
+            adapter_names: One adapter or several; none means the base alone. All others are frozen here.
+            inference_mode: Freeze these too.
 
         Raises:
-            RouteError: There is no such adapter on the model.
+            RouteError: The model does not have such an adapter.
         """
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         self.state.check(names)
@@ -295,21 +311,21 @@ class AdapterModule(nn.Module, AdapterComponent):
             self.set_trained(name, name in names and not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Train adapters here, or freeze them, whatever acts.
+        """Train or freeze adapters here, whether they are active or not.
 
         Args:
             adapter_names: One adapter or several.
-            requires_grad: Train them.
+            requires_grad: Whether they are trained.
         """
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
             self.set_trained(name, requires_grad)
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: Sequence[str] | None = None) -> None:
-        """Drop what an adapter has here; where it alone acted, the first that is left does.
+        """Remove an adapter's parameters here; if only it was active, activate the first of the others.
 
         Args:
-            adapter_name: The adapter; one that has nothing here is no matter.
-            new_active_adapters: PEFT's; what acts follows from what is left.
+            adapter_name: The adapter; one without parameters here is ignored.
+            new_active_adapters: PEFT's argument, not used: the others that were active stay so.
         """
         active = self.active_adapters
         self.remove(adapter_name)
@@ -330,15 +346,18 @@ class ReplacingModule(AdapterModule):
     """A module that is replaced, as a whole or in some rows, in the forwards of its adapters.
 
     Attributes:
+        what: Name of such modules in messages.
+        field: The config's field that selects them.
         forwards: The forwards so far, for recomputation.
     """
 
+    what: ClassVar[str]
+    field: ClassVar[str]
     forwards: Forwards
 
     def __init__(self, training: bool, state: AdapterState) -> None:
         super().__init__()
-        self.training, self.state, self.forwards = training, state, Forwards()
-        self.own_route = None
+        self.training, self.state, self.forwards, self.own_route = training, state, Forwards(), None
         state.join(self)
 
     def __contains__(self, name: str) -> bool:
@@ -352,44 +371,76 @@ class ReplacingModule(AdapterModule):
     @property
     def _adapters(self) -> set[str]:
         """PEFT's name for `available_adapters`."""
-        return set(self.available_adapters())
+        return self._get_available_adapters()
 
-    @staticmethod
-    def _by_adapter(
-        route: Route, x: Tensor | None, what: str, field: str, run: Callable[[Route, Tensor], object]
-    ) -> Tensor:
-        """Run the rows of each adapter of a mixed batch by themselves and return all outputs in order.
+    @abstractmethod
+    def run_alike(self, route: Route, *args: Any, **kwargs: Any) -> Any:
+        """Return the module's output under a route that is the same for all rows.
 
         Args:
-            route: It has rows.
-            x: The first tensor of the batch, (rows, …), or None if there is none.
-            what: Name of the module, for messages.
-            field: Field of the config that selects such modules, for errors.
-            run: Route of one adapter, indices of its rows (n,) -> output, (n, …).
+            route: The route.
+            args: Passed to the module.
+            kwargs: Likewise.
+
+        Raises:
+            RouteError: Two of the active adapters exclude each other here.
+        """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the output of the module for the active adapters; in a mixed batch each one gets its own rows.
+
+        Args:
+            args: Passed to the base's module; in a mixed batch the first axis of every tensor holds the rows.
+            kwargs: Likewise.
+
+        Raises:
+            RouteError: The route cannot be known or does not fit the batch, or active adapters exclude each other.
+        """
+        route, again = resolve(self.state, self.own_route, self.forwards)
+        output = self.run_alike(route, *args, **kwargs) if route.rows is None else self._mixed(route, args, kwargs)
+        if not torch.compiler.is_compiling():
+            self.forwards.note(output, route, again)
+        return output
+
+    def _mixed(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """Run the rows of each adapter of a mixed batch separately and return all outputs in order, (rows, …).
 
         Raises:
             RowCountError: The route does not fit the batch.
             MixedRowsError: An output is not a tensor.
         """
+        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         rows = None if x is None else route.rows_of(x.shape[0])
         if x is None or rows is None:
             raise RowCountError(
-                f"The route names {len(route.rows or ())} rows, and {what} received "
-                f"{'no tensor' if x is None else tuple(x.shape)}. Give one adapter per row of the batch."
+                f"The route names {len(route.rows or ())} rows, and {self.what} received "
+                f"{'no tensor' if x is None else tuple(x.shape)}. Give one adapter per row of the batch.",
+                field=self.field,
             )
         outputs: list[Tensor] = []
         indices = []
         for row in dict.fromkeys(rows):
             index = torch.tensor([i for i, other in enumerate(rows) if other == row], device=x.device)
-            output = run(BASE if row is None else Route((row,)), index)
+            alone = BASE if row is None else Route((row,))
+            some = [_rows_of(value, index, len(rows)) for value in args]
+            named = {key: _rows_of(value, index, len(rows)) for key, value in kwargs.items()}
+            with self.state.override(alone):  # adapted modules inside see these rows only
+                output = self.run_alike(alone, *some, **named)
             if not isinstance(output, Tensor):
                 name = type(output).__name__
                 raise MixedRowsError(
-                    f"The output of {what} is a {name}, whose rows cannot be concatenated. Run the rows of each "
-                    "adapter by themselves with `use`.",
+                    f"The output of {self.what} is a {name}, whose rows cannot be concatenated. Run the rows of each "
+                    "adapter separately with `use`.",
                     what=name,
-                    field=field,
+                    field=self.field,
                 )
             outputs.append(output)
             indices.append(index)
         return torch.cat(outputs).index_select(0, torch.cat(indices).argsort())
+
+
+def _rows_of(value: Value, index: Tensor, rows: int) -> Value | Tensor:
+    """Return some rows of a tensor (rows, …) by their indices (n,); other values unchanged."""
+    if isinstance(value, Tensor) and value.ndim and value.shape[0] == rows:
+        return value.index_select(0, index)
+    return value

@@ -8,7 +8,7 @@ nothing. `merged_weight` also measures what storing it loses: the rounding error
 error of a quantized one.
 
 The weight of a grouped convolution cannot hold an update, because an adapter reads all input channels. It is merged
-into a convolution of one group instead, whose weight is `groups` times as large.
+into a convolution with one group instead, whose weight is `groups` times as large.
 """
 
 from __future__ import annotations
@@ -17,30 +17,22 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.core.kinds.convolution import Convolution
 from lorakit.core.layers.adapter_component import MergeOptions, SiteMerge, StagedMerge
 from lorakit.core.layers.stored_weight import StoredWeight, give_back, set_bias
-from lorakit.core.quantization import NOT_WRITTEN, Stored, WeightFormat, at_least_fp32, weight_format_of
+from lorakit.core.quantization import NOT_WRITTEN, Stored, at_least_fp32, weight_format_of
 from lorakit.core.variants import variant_named
 from lorakit.errors import MergeError
 
+StagedBias = tuple[Tensor, Tensor | None]
+"""A bias (out,) to store in the base, and the base's own (out,) from before; None if the first is the base's own."""
 
-@dataclass(frozen=True)
-class StagedBias:
-    """A bias that is ready to be put into the base.
-
-    Attributes:
-        value: The bias, (out,).
-        kept: The base's own, (out,), from before; None if `value` is the base's own.
-    """
-
-    value: Tensor
-    kept: Tensor | None
+Merged = tuple["Stored | nn.Module", Tensor, Tensor]
+"""What to store, or a plain module that replaces the base's; the weight W₀ (out, in); the exact sum of updates."""
 
 
 class BaseWeight(StoredWeight):
@@ -68,24 +60,23 @@ class BaseWeight(StoredWeight):
         self._check_place_of_bias(path, adapters)
 
     def _check_place_of_bias(self, path: str, adapters: Sequence[str]) -> None:
-        """Refuse a bias of B where the base has none, or where another adapter trains the base's."""
+        """Reject a bias of B if the base has none, or if another adapter trains the base's."""
         bringing = [name for name in adapters if self.bias_of(name) is not None]
-        if not bringing:
-            return
         trainer = None if self.old_bias is None else self.old_bias[0]
-        for name in bringing:
-            if trainer is not None and name != trainer:
-                raise MergeError(
-                    f"Adapter {name!r} brings a bias of its own (lora_bias), and adapter {trainer!r} trains the base's "
-                    f"at {path}, so it cannot be merged. Detach {trainer!r} first.",
-                    what=name,
-                    where=path,
-                    field="lora_bias",
-                )
-        if self.original_bias() is None:
+        other = next((name for name in bringing if trainer not in (None, name)), None)
+        if other is not None:
             raise MergeError(
-                f"Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias: {path} has no "
-                "place for the adapter's.",
+                f"Adapter {other!r} has its own bias (lora_bias), and adapter {trainer!r} trains the base's at {path}, "
+                f"so it cannot be merged. Detach {trainer!r} first.",
+                what=other,
+                where=path,
+                field="lora_bias",
+            )
+        if bringing and self.original_bias() is None:
+            raise MergeError(
+                "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias: "
+                f"{path} cannot store the adapter's.",
+                what=bringing[0],
                 where=path,
                 field="lora_bias",
             )
@@ -105,16 +96,16 @@ class BaseWeight(StoredWeight):
         if not here:
             return
         self.check_mergeable(path, here)
-        twice = [name for name in here if name in self.merged_adapters]
-        if twice:
-            raise MergeError(f"Adapter {twice[0]!r} is merged already. Unmerge it first.", what=twice[0])
+        self.check_not_merged(path, here)
         base = self.base
         if not base.written:
-            raise MergeError(NOT_WRITTEN.format(parameter=self.slot.parameter, type=type(self.owner).__name__))
+            raise MergeError(
+                NOT_WRITTEN.format(parameter=self.slot.parameter, type=type(self.owner).__name__), where=path
+            )
         if self.merged_adapters and not self.keeps_base:
             raise MergeError(
                 f"{path} holds {', '.join(self.merged_adapters)}, merged with keep_base=False, so its base is gone. "
-                "Load the base anew and merge all adapters in one call.",
+                "Load the base again and merge all adapters in one call.",
                 where=path,
             )
         replaces = options.dense is not None and (base.quantized or self.slot.groups > 1)
@@ -128,7 +119,7 @@ class BaseWeight(StoredWeight):
             )
 
     def check_unmerge(self, path: str, adapters: Sequence[str]) -> None:
-        """Reject to unmerge adapters if the base's values were not kept.
+        """Check that adapters can be unmerged: the base's values were kept.
 
         Args:
             path: This layer's path, for messages.
@@ -141,7 +132,7 @@ class BaseWeight(StoredWeight):
         if lost and not self.keeps_base:
             raise MergeError(
                 f"Adapter {lost[0]!r} was merged with keep_base=False, so the bits of {path} are gone. "
-                "Load the base anew.",
+                "Load the base again.",
                 what=lost[0],
                 where=path,
             )
@@ -163,18 +154,16 @@ class BaseWeight(StoredWeight):
         new = [name for name in adapters if name in self.r]
         if not new:
             return None
-        merged, report = merged_weight(path, self, new, options)
+        stored, report = merged_weight(path, self, new, options)
         bias = self._staged_bias([*self.merged_adapters, *new])
         if options.keep_base is False:
             return StagedMerge(report, functools.partial(self._write_unkept, new, options, bias))
         kept = self.kept
-        if kept is None and not isinstance(merged.stored, nn.Module):
-            kept = merged.original
-            if options.keep_base == "cpu" and isinstance(kept, Tensor) and not merged.base.quantized:
+        if kept is None and not isinstance(stored, nn.Module):
+            kept = self.original()
+            if options.keep_base == "cpu" and isinstance(kept, Tensor) and not self.base.quantized:
                 kept = kept.to("cpu")
-        storage = merged.base, merged.source  # without the tensors that were only needed to measure
-        put = functools.partial(self._put_merged, merged.stored, storage, kept, id(self) in options.apart, bias)
-        return StagedMerge(report, functools.partial(put, keeps=True, names=new))
+        return StagedMerge(report, functools.partial(self._put_merged, stored, kept, bias, new, options))
 
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
         """Compute the weight without some adapters; without any, these are the original bits.
@@ -207,7 +196,7 @@ class BaseWeight(StoredWeight):
         here = [name for name in adapters if name in self.r]
         if not here:
             return {}
-        stored = sum_of_updates(self, here, options).stored
+        stored, _, _ = sum_of_updates(self, here, options)
         found = {self.slot.parameter: stored} if isinstance(stored, Tensor) else {}
         if isinstance(stored, nn.Module):
             found = {name: held.detach() for name, held in stored._parameters.items() if held is not None}
@@ -215,7 +204,7 @@ class BaseWeight(StoredWeight):
         return found if bias is None else {**found, "bias": bias}
 
     def merged_bias(self, adapters: Sequence[str]) -> Tensor | None:
-        """Return the base's bias, (out,), with those of adapters in it; None if none of them brings one.
+        """Return the base's bias, (out,), with those of adapters added; None if the module's own is right.
 
         Args:
             adapters: Adapters; those without a factor here are ignored.
@@ -223,8 +212,8 @@ class BaseWeight(StoredWeight):
         Raises:
             MergeError: It would not be finite.
         """
-        staged = self._staged_bias(adapters) if any(self.bias_of(name) is not None for name in adapters) else None
-        return None if staged is None else staged.value
+        staged = self._staged_bias(adapters)
+        return None if staged is None else staged[0]
 
     def unload(self) -> nn.Module:
         """Return the base's module with what is merged in it; a base that other adapters moved is moved back."""
@@ -246,44 +235,48 @@ class BaseWeight(StoredWeight):
     def stored_with(self, merged: Sequence[str]) -> Stored | nn.Module:
         """Return what the base's module stores while these adapters are merged: the original if there are none."""
         if merged:
-            options = MergeOptions(dense=_dtype_of(self.owner) if self.replaced else None)
-            return sum_of_updates(self, merged, options).stored
+            return self.with_updates(merged, MergeOptions())[0]
         return self.moved_base() if self.moved_by else self.original()
 
+    def with_updates(self, names: Sequence[str], options: MergeOptions) -> Merged:
+        """Return `sum_of_updates` of adapters in the form of an earlier merge: a plain module stays one.
+
+        Args:
+            names: The adapters, those merged already among them.
+            options: How they are merged.
+        """
+        if self.replaced:
+            options = dataclasses.replace(options, dense=self.owner.get_parameter("weight").dtype)
+        return sum_of_updates(self, names, options)
+
     def _write_unkept(self, new: Sequence[str], options: MergeOptions, bias: StagedBias | None) -> None:
-        """Compute the merged weight again and put it in place; the original is not kept."""
-        merged = weight_with(self, new, options)
-        storage = merged.base, merged.source
-        self._put_merged(merged.stored, storage, self.kept, id(self) in options.apart, bias, keeps=False, names=new)
+        """Compute the merged weight again and store it; the original is not kept."""
+        stored, _, _ = self.with_updates([*self.merged_adapters, *new], options)
+        self._put_merged(stored, self.kept, bias, new, options)
 
     def _put_merged(
         self,
         stored: Stored | nn.Module,
-        storage: tuple[WeightFormat[Any, Any], nn.Module],
         kept: Stored | None,
-        apart: bool,
         bias: StagedBias | None,
-        *,
-        keeps: bool,
-        names: Sequence[str],
+        new: Sequence[str],
+        options: MergeOptions,
     ) -> None:
-        """Put a merged weight in place; if it is apart, in a parameter of this site's own."""
-        (base, source), parameter = storage, self.slot.parameter
+        """Store a merged weight; in a separate parameter if options ask to untie it."""
+        parameter, keeps = self.slot.parameter, options.keep_base is not False
         self.kept = kept
-        shared = self.owner._parameters.get(parameter) if apart and not base.quantized else None
-        if shared is not None and isinstance(stored, Tensor):  # the other holder keeps the old one
+        untied = id(self) in options.apart and not self.base.quantized
+        shared = self.owner._parameters.get(parameter) if untied else None
+        if shared is not None and isinstance(stored, Tensor):  # the other modules keep the shared one
             if keeps and self.tied_weight is None:
                 self.tied_weight = shared
             self.owner._parameters[parameter] = nn.Parameter(stored, requires_grad=shared.requires_grad)
         else:
-            if isinstance(stored, nn.Module) or self.replaced:
-                self.place(stored)
-            else:
-                base.place(source, parameter, stored)
+            self.place(stored)
             if not keeps:
                 self.replaced = ()
         self._put_bias(bias)
-        self.merged_adapters = [*self.merged_adapters, *names]
+        self.merged_adapters = [*self.merged_adapters, *new]
 
     def _put_unmerged(self, stored: Stored | nn.Module, bias: StagedBias | None, left: list[str]) -> None:
         if self.tied_weight is not None and not left and isinstance(stored, Tensor):
@@ -297,57 +290,37 @@ class BaseWeight(StoredWeight):
             self.kept = self.kept if self.moved_by else None
 
     def _staged_bias(self, adapters: Sequence[str]) -> StagedBias | None:
-        """The base's bias with those of adapters in it; None if nothing was or will be written to it.
+        """Return the base's bias with those of adapters added; None if nothing was or will be written to it.
 
         Raises:
             MergeError: It would not be finite.
         """
         bringing = [name for name in adapters if self.bias_of(name) is not None]
-        if not bringing and self.kept_bias is None:
-            return None
         old = self.original_bias()
-        if old is None or not bringing:
-            return None if old is None else StagedBias(old, None)
+        if old is None or not (bringing or self.kept_bias is not None):
+            return None
+        if not bringing:
+            return old, None
         with torch.no_grad():
             total = at_least_fp32(old).clone()
             for name in bringing:
-                factor = self.factor(name)
-                total += factor.bias.to(total.dtype) * factor.scale  # type: ignore[union-attr]
+                total += self.bias_of(name).to(total.dtype) * self.scaling[name]  # type: ignore[union-attr]
             if not bool(torch.isfinite(total).all()):
                 raise MergeError(
                     f"NaNs detected in the merged weights: the bias of B of {', '.join(adapters)} is NaN or infinite. "
-                    "Nothing was changed."
+                    "Nothing was changed.",
+                    what=", ".join(adapters),
+                    field="lora_bias",
                 )
-            return StagedBias(total.to(old.dtype), old.detach())
+            return total.to(old.dtype), old.detach()
 
     def _put_bias(self, staged: StagedBias | None) -> None:
         if staged is not None:
-            self.kept_bias = staged.kept
-            set_bias(self.owner, staged.value)
+            bias, self.kept_bias = staged
+            set_bias(self.owner, bias)
 
 
-@dataclass(frozen=True)
-class MergedWeight:
-    """The weight of a site with adapters merged.
-
-    Attributes:
-        stored: What to store, or a plain module to put in place of the base's.
-        base: How the weight is stored now.
-        source: The module that stores it now.
-        original: What that module stored before anything was merged.
-        W: The weight before anything was merged, (out, in).
-        total: The exact sum of updates, like W.
-    """
-
-    stored: Stored | nn.Module
-    base: WeightFormat[Any, Any]
-    source: nn.Module
-    original: Stored
-    W: Tensor
-    total: Tensor
-
-
-def in_one_group(layer: StoredWeight, names: Sequence[str]) -> tuple[nn.Module, Tensor, Tensor]:
+def in_one_group(layer: StoredWeight, names: Sequence[str]) -> Merged:
     """Return a convolution that does in one group what a site does with adapters merged.
 
     Args:
@@ -357,7 +330,7 @@ def in_one_group(layer: StoredWeight, names: Sequence[str]) -> tuple[nn.Module, 
     Returns:
         The module, and as one group's weights (out, in, k…) the base's and the exact sum of updates.
     """
-    kind, source = layer.kind, layer.storage[1]
+    kind = layer.kind
     slot = dataclasses.replace(layer.slot, groups=1)
     shape = (slot.out_features, slot.in_features, *slot.kernel)
     W = kind.flat_weight(layer.slot, layer.read()).reshape(shape)
@@ -365,19 +338,20 @@ def in_one_group(layer: StoredWeight, names: Sequence[str]) -> tuple[nn.Module, 
     for name in names:
         factor = layer.factor(name)
         if factor.variant.update is None:
-            continue  # refused before anything is merged
+            continue  # rejected before anything is merged
         A, B = (half.to(W.dtype) for half in factor.multiplied())
         A, B = kind.flat(layer.slot, A, B)
         wide = dataclasses.replace(factor, A=A.view(-1, *shape[1:]), B=B.view(*B.shape, *[1] * len(slot.kernel)))
         delta = (B @ A).view(shape) * factor.scale
         total += factor.variant.update(kind, slot, W, delta, wide)
+    source: Convolution = layer.source  # type: ignore[assignment]  # only convolutions have groups
     return _convolution(source, W + total), W, total
 
 
-def _convolution(source: Any, W: Tensor) -> nn.Module:
+def _convolution(source: Convolution, W: Tensor) -> nn.Module:
     """Return a convolution of one group with strides, padding and bias of another and the weight W (out, in, k…)."""
     moves = {name: getattr(source, name) for name in ("stride", "padding", "dilation", "padding_mode")}
-    made = nn.utils.skip_init(
+    made: Convolution = nn.utils.skip_init(
         type(source), W.shape[1], W.shape[0], source.kernel_size, bias=False, device=W.device, **moves
     )
     made.weight = nn.Parameter(W.to(source.weight.dtype), requires_grad=source.weight.requires_grad)
@@ -385,12 +359,12 @@ def _convolution(source: Any, W: Tensor) -> nn.Module:
     return made.train(source.training)
 
 
-def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOptions) -> MergedWeight:
+def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOptions) -> Merged:
     """Return what to store for W₀ + Σ update, with W₀ (out, in) and the exact sum (out, in).   [docs/math.md (11)]
 
-    In its place in the model, the weight must also be right for an adapter that moved the base and is not merged; where
-    the moved weight counts, the sum begins there, so that it is rounded once. A plain module that holds the sum can be
-    stored instead of a quantized weight or of a convolution of several groups.
+    In the model, the weight must also be right for an adapter that moved the base and is not merged; if the moved
+    weight counts, the sum starts there, so that it is rounded once. A plain module that holds the sum can be stored
+    instead of a quantized weight or of a convolution of several groups.
 
     Args:
         layer: The site's layer.
@@ -398,10 +372,9 @@ def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOpti
         options: How they are merged.
     """
     with torch.no_grad():
-        (base, source), original = layer.storage, layer.original()
         if options.dense is not None and layer.slot.groups > 1:
-            stored, W, total = in_one_group(layer, names)
-            return MergedWeight(stored, base, source, original, W, total)
+            return in_one_group(layer, names)
+        (base, source), original = layer.storage, layer.original()
         W = base.read(source, original)
         from_moved = bool(layer.moved_by) and (options.in_place or not set(layer.moved_by).isdisjoint(names))
         start = layer.read(layer.moved_by[0]) if from_moved else W
@@ -410,33 +383,13 @@ def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOpti
             stored = base.dense(source, start + total, options.dense)
         else:
             stored = base.write(source, original, start + total)
-        if from_moved:
-            total = total + (start - W)
-    return MergedWeight(stored, base, source, original, W, total)
-
-
-def weight_with(layer: StoredWeight, new: Sequence[str], options: MergeOptions) -> MergedWeight:
-    """Return `sum_of_updates` of what is merged at a site and of more adapters, as an earlier merge left the site.
-
-    Args:
-        layer: The site's layer.
-        new: The adapters that join those merged already.
-        options: How they are merged.
-    """
-    if layer.replaced:  # a plain module replaced the quantized one in an earlier merge, and stays
-        options = dataclasses.replace(options, dense=_dtype_of(layer.owner))
-    return sum_of_updates(layer, [*layer.merged_adapters, *new], options)
-
-
-def _dtype_of(module: nn.Module) -> torch.dtype:
-    dtype: torch.dtype = module.weight.dtype  # type: ignore[assignment]
-    return dtype
+        return stored, W, total + (start - W) if from_moved else total
 
 
 def merged_weight(
-    path: str, layer: StoredWeight, new: Sequence[str], options: MergeOptions
-) -> tuple[MergedWeight, SiteMerge]:
-    """Return the weight of a site with more adapters merged, and what storing it loses.
+    path: str, layer: BaseWeight, new: Sequence[str], options: MergeOptions
+) -> tuple[Stored | nn.Module, SiteMerge]:
+    """Return what to store at a site with more adapters merged, and what storing it loses.
 
     Args:
         path: The site.
@@ -447,11 +400,15 @@ def merged_weight(
     Raises:
         MergeError: The result is not finite.
     """
-    merged = weight_with(layer, new, options)
-    W, total, after, exact = merged.W, merged.total, _read_back(merged), merged.W + merged.total
+    stored, W, total = layer.with_updates([*layer.merged_adapters, *new], options)
+    (base, source), held = layer.storage, stored
+    if isinstance(stored, nn.Module):
+        base, source = weight_format_of(stored), stored
+        held = base.stored(stored, "weight")
+    after, exact = base.read(source, held), W + total
     wanted, whole = float(torch.linalg.vector_norm(total)), float(torch.linalg.vector_norm(exact))
     lost = float(torch.linalg.vector_norm(exact.sub_(after)))
-    if not math.isfinite(lost) and not bool(torch.isfinite(after).all()):  # finite, it speaks for every element
+    if not math.isfinite(lost) and not bool(torch.isfinite(after).all()):  # a finite norm shows that all elements are
         raise MergeError(
             f"NaNs detected in the merged weights. The adapter {', '.join(new)} seems to be broken: merging it at "
             f"{path} gives NaN or infinite weights. Nothing was changed.",
@@ -460,13 +417,4 @@ def merged_weight(
         )
     changed = int(torch.count_nonzero(after != W)) / max(after.numel(), 1)
     error = lost / max(whole, torch.finfo(torch.float32).tiny)
-    return merged, SiteMerge(path, 1.0 if wanted == 0 else max(0.0, 1.0 - lost / wanted), changed, error)
-
-
-def _read_back(merged: MergedWeight) -> Tensor:
-    """Return what a merge stores as values again: (out, in)."""
-    stored = merged.stored
-    if isinstance(stored, nn.Module):
-        row = weight_format_of(stored)
-        return row.read(stored, row.stored(stored, "weight"))
-    return merged.base.read(merged.source, stored)
+    return stored, SiteMerge(path, 1.0 if wanted == 0 else max(0.0, 1.0 - lost / wanted), changed, error)

@@ -6,8 +6,7 @@ Other routes get the old bias, by a hook on the module.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,24 +19,30 @@ from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState, resolve
 from lorakit.errors import MixedRowsError, RowCountError
 
+R = TypeVar("R")
 
-class BiasHook:
-    """A forward hook on a module whose bias an adapter trains in place: other routes get the old bias.
+
+class BiasPatch(AdapterComponent):
+    """The biases of one module that an adapter trains in place: a forward hook that gives other routes the old ones.
 
     If the adapter is not active, the module runs once more as a shallow clone with the bias it had before, so the
     result has the bits of the base, and nothing is swapped under another thread. The hook comes before the module's
     other hooks, so they see its output.
+
+    Attributes:
+        module: The base's module, whose parameters are the trained biases.
+        adapter: The adapter that trains them.
+        originals: Name of each bias -> what it was before, (…).
+        state: The state shared by the adapted modules of the model.
     """
 
-    part_of_module = True  # clones that drop other people's hooks keep it
+    part_of_module = True  # clones that drop other hooks keep it
 
-    def __init__(self, adapter: str, originals: dict[str, Tensor], state: AdapterState) -> None:
-        self.adapter = adapter
-        self.originals = originals
-        self.state = state
+    def __init__(self, module: nn.Module, adapter: str, originals: dict[str, Tensor], state: AdapterState) -> None:
+        self.module, self.adapter, self.originals, self.state = module, adapter, originals, state
         self.forwards = Forwards()
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: R) -> R | Tensor:
         """Return the output, computed again with the old bias for the rows that do not use the adapter."""
         route, again = resolve(self.state, None, self.forwards)
         result = self._under(route, module, args, kwargs, output)
@@ -46,18 +51,18 @@ class BiasHook:
         return result
 
     def _under(
-        self, route: Route, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
+        self, route: Route, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: R
+    ) -> R | Tensor:
         if route.common_to_all(frozenset({self.adapter})):
             return output
-        old = self._before(module).forward(*args, **kwargs)  # hooks before it ran already, and those behind it will
+        old: R = self._before(module).forward(*args, **kwargs)  # its other hooks run for the module itself
         if route.rows is None or self.adapter not in route.mentions:
             return old
-        if not isinstance(output, Tensor):
+        if not (isinstance(output, Tensor) and isinstance(old, Tensor)):
             raise MixedRowsError(
                 f"The rows of this batch have different adapters, and a {type(module).__name__} whose biases "
                 f"{self.adapter!r} trains returns a {type(output).__name__}, whose rows cannot be put together. Run "
-                "the rows of each adapter on their own with `use`.",
+                "the rows of each adapter separately with `use`.",
                 what=type(output).__name__,
                 field="bias",
             )
@@ -65,13 +70,19 @@ class BiasHook:
         if rows is None:
             raise RowCountError(
                 f"The route names {len(route.rows)} rows, and a module with a trained bias returned "
-                f"{tuple(output.shape)}. Give one adapter per row of the batch."
+                f"{tuple(output.shape)}. Give one adapter per row of the batch.",
+                what=self.adapter,
+                field="bias",
             )
         ours = torch.tensor([row == self.adapter for row in rows], device=output.device)
         return torch.where(ours.view(-1, *[1] * (output.ndim - 1)), output, old)
 
     def old(self, module: nn.Module) -> dict[str, Tensor]:
-        """Return the old biases (…) of a module by name, on the device and in the dtype that it has now."""
+        """Return the old biases (…) by name, on the device and in the dtype that a module now has.
+
+        Args:
+            module: The base's module, or a clone of it.
+        """
         now = {name: getattr(module, name) for name in self.originals}  # not from _parameters: FSDP, in a forward
         return {name: old.to(now[name].device, now[name].dtype) for name, old in self.originals.items()}
 
@@ -80,41 +91,10 @@ class BiasHook:
         clone = clone_with(module, self.old(module))
         if isinstance(module, nn.MultiheadAttention):
             inside = out_projection(module)
-            for hook in _hooks(inside).values():
-                if hook.adapter == self.adapter:
-                    clone._modules["out_proj"] = clone_with(inside, hook.old(inside))
+            for patch in BiasPatch.on(inside):
+                if patch.adapter == self.adapter:
+                    clone._modules["out_proj"] = clone_with(inside, patch.old(inside))
         return clone
-
-
-@dataclass(eq=False)
-class BiasPatch(AdapterComponent):
-    """The biases of one module that an adapter trains in place.
-
-    Attributes:
-        module: The base's module, whose parameters are the trained biases.
-        hook: What gives other routes the old biases.
-        key: Number of the hook on the module.
-        state: What the model's adapted modules share.
-    """
-
-    module: nn.Module
-    hook: BiasHook
-    key: int
-    state: AdapterState
-
-    @property
-    def adapter(self) -> str:
-        """The adapter that trains the biases."""
-        return self.hook.adapter
-
-    @property
-    def originals(self) -> dict[str, Tensor]:
-        """Name of each bias -> what it was before, (…)."""
-        return self.hook.originals
-
-    def old(self) -> dict[str, Tensor]:
-        """Return the old biases (…) by name, on the device and in the dtype that the module has now."""
-        return self.hook.old(self.module)
 
     def available_adapters(self) -> list[str]:
         """Return the adapter that trains the biases, in a list."""
@@ -122,21 +102,18 @@ class BiasPatch(AdapterComponent):
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
         """Return the biases, (…), if this adapter trains them."""
-        if adapter != self.adapter:
-            return []
-        return [held for name in self.originals if (held := self.module._parameters[name]) is not None]
+        return [self.module.get_parameter(name) for name in self.originals] if adapter == self.adapter else []
 
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
         """Return the biases by name, (…), if this adapter trains them."""
-        found = {name: self.module._parameters[name] for name in self.originals} if adapter == self.adapter else {}
-        return {name: held for name, held in found.items() if held is not None}
+        return dict(zip(self.originals, self.parameters_of(adapter), strict=False))
 
     def remove(self, adapter: str) -> nn.Module:
         """Restore the old biases bit for bit, if this adapter trains them, and return the module."""
         if adapter == self.adapter:
-            self._unhook()
+            self.unload()
             for name, old in self.originals.items():
-                parameter: nn.Parameter = self.module._parameters[name]  # type: ignore[assignment]
+                parameter = self.module.get_parameter(name)
                 with torch.no_grad():
                     parameter.copy_(old)
                 parameter.requires_grad_(False)
@@ -156,28 +133,24 @@ class BiasPatch(AdapterComponent):
 
     def unload(self) -> nn.Module:
         """Leave the biases as they were trained, and return the module."""
-        self._unhook()
+        hooks = self.module._forward_hooks
+        for key in [key for key, hook in hooks.items() if hook is self]:
+            del hooks[key], self.module._forward_hooks_with_kwargs[key]
         return self.module
-
-    def _unhook(self) -> None:
-        self.module._forward_hooks.pop(self.key, None)
-        self.module._forward_hooks_with_kwargs.pop(self.key, None)
 
     @staticmethod
     def on(module: nn.Module) -> list[BiasPatch]:
         """Return the patches of a module's biases."""
-        if not module._forward_hooks:
-            return []
-        return [BiasPatch(module, hook, key, hook.state) for key, hook in _hooks(module).items()]
+        return [hook for hook in module._forward_hooks.values() if isinstance(hook, BiasPatch)]
 
     @staticmethod
     def install(adapter: str, originals: dict[str, Tensor], module: nn.Module, state: AdapterState) -> None:
         """Make biases of a module trainable, and give other routes the old ones, (…)."""
         state.biased = True
-        hook = BiasHook(adapter, originals, state)
-        module.register_forward_hook(hook, with_kwargs=True, prepend=True)
-        for name in originals:
-            module._parameters[name].requires_grad_(True)  # type: ignore[union-attr]
+        patch = BiasPatch(module, adapter, originals, state)
+        module.register_forward_hook(patch, with_kwargs=True, prepend=True)
+        for parameter in patch.parameters_of(adapter):
+            parameter.requires_grad_(True)
 
     @staticmethod
     def uninstall(module: nn.Module, adapters: Collection[str]) -> None:
@@ -187,11 +160,7 @@ class BiasPatch(AdapterComponent):
                 patch.remove(patch.adapter)
 
 
-def _hooks(module: nn.Module) -> dict[int, BiasHook]:
-    return {key: hook for key, hook in module._forward_hooks.items() if isinstance(hook, BiasHook)}
-
-
 def out_projection(attention: nn.MultiheadAttention) -> nn.Module:
     """Return the base's output projection of an attention, which reads its weight and bias without calling it."""
-    inside: nn.Module = attention._modules["out_proj"]  # type: ignore[assignment]
+    inside = attention.get_submodule("out_proj")
     return inside.owner if isinstance(inside, LoraLayer) else inside

@@ -1,17 +1,17 @@
 """`LoraLayer`: a base module with the factors of any number of adapters.
 
-The arithmetic of LoRA is here, once, for every kind and variant: y = y₀ + Σ addition. The layer asks the state
-which adapters are active, the kind for the half-products, the variant for the addition, and the base row for W.
-A forward never writes to the base; `BaseWeight` does when adapters are merged.
+The arithmetic of LoRA is here, once, for every kind and variant: y = y₀ + Σ addition. The state knows which adapters
+are active, the kind applies A and B, the variant computes the addition, and the weight format reads W. A forward never
+writes to the base; `BaseWeight` does when adapters are merged.
 
-A forward reads the weight once, however many adapters need it, because reading a quantized weight dequantizes all of
-it. Nothing is kept beyond the forward: a weight can be written in ways that leave no trace (`.data`), and a norm of
-another weight would be silently wrong.
+A forward reads the weight once, even if several adapters need it, because reading a quantized weight dequantizes all of
+it. Nothing is cached beyond the forward: a write to a weight through `.data` cannot be detected, and a norm of
+another weight would be wrong without an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from lorakit.config import scale
 from lorakit.core.clones import bare, with_forward
-from lorakit.core.factor import HOLDERS, TRAINED, OwnWeight, weight_holder
+from lorakit.core.factor import HOLDERS, OwnWeight, parameter, weight_holder
 from lorakit.core.kinds import Kind, WeightSpec, spread
-from lorakit.core.layers.adapter_component import MergeOptions, trainable_tensors
+from lorakit.core.layers.adapter_component import MergeOptions, StagedMerge, trainable_tensors
 from lorakit.core.layers.base_weight import BaseWeight
 from lorakit.core.layers.batched import add_kept, add_stacked
 from lorakit.core.routing.recompute import Forwards
@@ -34,22 +34,8 @@ Weights = dict["str | None", Tensor]
 """What was read in one forward of one site: the first adapter that moved the base, or None, -> weight."""
 
 
-def read_once(layer: LoraLayer, name: str, found: Weights) -> Tensor:
-    """The canonical weight (out, in) as an adapter sees it: one that moved the base has a base of its own.
-
-    Args:
-        layer: The site's `LoraLayer`.
-        name: The adapter.
-        found: What was read in this forward, which is added to.
-    """
-    own = layer.moved_by[0] if name in layer.moved_by else None
-    if own not in found:
-        found[own] = layer.read(own)
-    return found[own]
-
-
 def _holder_type(name: str) -> type[nn.ModuleDict | nn.ParameterDict] | None:
-    """Return what holds an attribute of that name by adapter, or None where no adapter has such an attribute."""
+    """Return the type of the attribute of that name, which has an entry per adapter; None for other names."""
     if not name.startswith("lora_"):
         return None
     own = next((tensor for tensor in own_tensors() if tensor.held_as == name), None)
@@ -62,22 +48,20 @@ class LoraLayer(BaseWeight):
     """A base module and the low-rank factors of its adapters.
 
     Attributes:
-        lora_A: Adapter -> carrier of A, (r, in).
-        lora_B: Adapter -> carrier of B, (out, r).
+        lora_A: Adapter -> module with A, (r, in), as its weight.
+        lora_B: Adapter -> module with B, (out, r), as its weight.
         lora_embedding_A: Adapter -> A of an embedding, (r, V).
         lora_embedding_B: Adapter -> B of an embedding, (d, r).
         lora_dropout: Adapter -> dropout before A.
         lora_alpha: Adapter -> alpha.
-        scaling: Adapter -> scale.
-        variant: Adapter -> name of the entry of VARIANTS, whose own tensors are held likewise (`OwnTensor.held_as`).
-        settings: Adapter -> what its config asks of the variant here; adapters without any are not in it.
+        variant: Adapter -> name of the entry of VARIANTS; its own tensors are attributes too (`OwnTensor.held_as`).
+        settings: Adapter -> the config's settings of the variant here; adapters without any are not in it.
         trains: Adapter -> which of "A" and "B" it trains.
         own_route: This layer's override of the model's default, or None.
         forwards: The layer's forwards so far, for recomputation.
     """
 
     lora_alpha: dict[str, float]
-    scaling: dict[str, float]
     settings: dict[str, Setting]
     trains: dict[str, frozenset[str]]
     own_route: Route | None = None
@@ -94,7 +78,7 @@ class LoraLayer(BaseWeight):
 
     def _get_name(self) -> str:
         merged = f"[merged: {', '.join(self.merged_adapters)}]" if self.merged_adapters else ""
-        return f"lora.{type(self).__name__}{merged}"  # what `repr` shows, so that a site is told from its base
+        return f"lora.{type(self).__name__}{merged}"  # for `repr`, which shows the base's type too
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -106,22 +90,21 @@ class LoraLayer(BaseWeight):
             if made is not None:
                 holder = self._modules[name] = made()
                 return holder
-            state: AdapterState | None = self.__dict__.get("state")
-            methods = None if state is None else state.peft_methods
+            methods = self.state.peft_methods if "state" in self.__dict__ else None
             if methods is not None and name in methods.names:
                 return methods.answer(self, name)
             return getattr(super().__getattr__("base_layer"), name)
 
     def available_adapters(self) -> list[str]:
-        """Adapters that have a factor here."""
+        """Return the adapters that have a factor here."""
         return list(self.r)
 
     def set_trained(self, name: str, trained: bool) -> None:
-        """Train an adapter's factor, or freeze it; what its init says is never trained stays frozen.
+        """Train or freeze an adapter's factor; what its init or variant never trains stays frozen.
 
         Args:
-            name: The adapter; one that has nothing here is no matter.
-            trained: Its parameters require gradients.
+            name: The adapter; one without a factor here is ignored.
+            trained: Whether its parameters require gradients.
         """
         super().set_trained(name, trained)
         for own in variant_named(self.variant[name]).tensors if name in self.r else ():
@@ -142,20 +125,17 @@ class LoraLayer(BaseWeight):
             trains: Which of "A" and "B" are trained.
         """
         kind = self.kind
+        A, B = parameter(factor.A), parameter(factor.B)
         down, up = (getattr(self, attribute) for attribute in kind.names)
-        made: Any = factor
-        A, B, bias = made.A, made.B, made.bias
-        down[name], up[name] = (weight_holder(A), weight_holder(B, bias)) if kind.on_disk else (A, B)
+        down[name], up[name] = (weight_holder(A), weight_holder(B, factor.bias)) if kind.on_disk else (A, B)
         self.lora_dropout[name] = factor.dropout
         for own in factor.variant.tensors:
-            tensor: Any = factor.own[own.held_as]
+            tensor = parameter(factor.own[own.held_as])
             getattr(self, own.held_as)[name] = OwnWeight(tensor) if own.carried == "module" else tensor
-        for attribute in (*HOLDERS, *factor.own):
-            held: Any = self._modules.get(attribute)
-            if held is not None and name in held:  # new modules take the mode of what they stand on
-                for new in (held, *filter(None, [held._modules.get(name)])):
-                    if new.training is not self.training:
-                        new.train(self.training)
+        for held in map(self._modules.get, (*HOLDERS, *factor.own)):
+            for new in () if held is None else (held, held._modules.get(name)):
+                if new is not None and new.training is not self.training:  # new modules take the mode of the layer
+                    new.train(self.training)
         self.r[name], self.lora_alpha[name] = r, lora_alpha
         self.scaling[name], self.variant[name], self.trains[name] = factor.scale, factor.variant.name, trains
         if factor.setting:
@@ -163,25 +143,21 @@ class LoraLayer(BaseWeight):
 
     def remove(self, adapter: str) -> nn.Module:
         """Drop an adapter's factor, if it has one, and return the module that belongs here afterwards."""
-        name = adapter
         for attribute in (*HOLDERS, *(own.held_as for own in own_tensors())):
-            holder: Any = self._modules.get(attribute)
-            if holder is not None and name in holder:
-                del holder[name]
+            holder = self._modules.get(attribute)
+            if isinstance(holder, (nn.ModuleDict, nn.ParameterDict)) and adapter in holder:
+                del holder[adapter]
         for table in (self.r, self.lora_alpha, self.scaling, self.variant, self.settings, self.trains):
-            table.pop(name, None)
-        self.drop_override(name)
+            table.pop(adapter, None)
+        self.drop_override(adapter)
         return self if self.r else self.base_layer
 
     def bias_of(self, adapter: str) -> Tensor | None:
         """Return the bias of an adapter's B, (out,), or None."""
-        kind = self.kind
-        if adapter not in self.r or not kind.on_disk:
-            return None
-        return self._modules[kind.names[1]]._modules[adapter]._parameters.get("bias")  # type: ignore[union-attr]
+        return self.factor(adapter).bias if adapter in self.r else None
 
     def factor(self, name: str) -> Factor:
-        """The one accessor of A and B: everything that computes with them asks here.
+        """Return an adapter's factor: the only accessor of A and B.
 
         Args:
             name: An adapter that has a factor here.
@@ -198,9 +174,9 @@ class LoraLayer(BaseWeight):
         return Factor(A, B, self.scaling[name], self.lora_dropout[name], variant, own, bias, setting)
 
     def _own(self, name: str, held_as: str) -> nn.Parameter:
-        """One of the variant's own tensors of an adapter, in its shape there (…)."""
-        held: Any = self._modules[held_as][name]  # type: ignore[index]
-        return held if isinstance(held, Tensor) else held.weight  # type: ignore[return-value]
+        """Return one of the variant's own tensors of an adapter, in its shape there (…)."""
+        held: nn.Parameter | OwnWeight = getattr(self, held_as)[name]
+        return held.weight if isinstance(held, OwnWeight) else held
 
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
         """Return what a file stores of an adapter: key below this layer's path -> tensor (…); empty if it has none."""
@@ -218,30 +194,25 @@ class LoraLayer(BaseWeight):
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
         """Return the parameters of an adapter here, A and B first, (…); an empty list if it has no factor."""
-        name = adapter
-        found: list[Any] = []
-        own = (tensor.held_as for tensor in variant_named(self.variant[name]).tensors) if name in self.r else ()
-        for holder in map(self._modules.get, (*TRAINED, *own)):
-            if holder is not None:
-                inside = holder._modules.get(name)
-                for tensor in (holder._parameters.get(name),) if inside is None else inside._parameters.values():
-                    if tensor is not None:
-                        found.append(tensor)
-        return found
+        if adapter not in self.r:
+            return []
+        factor = self.factor(adapter)
+        tensors = (factor.A, factor.B, factor.bias, *factor.own.values())
+        return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]  # not those of a tied layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's output plus what the active adapters add.
+        """Return the base's output plus the additions of the active adapters.
 
         Args:
-            args: What the base module takes: first (…, in), or indices (…) for an embedding.
+            args: Passed to the base module: first (…, in), or indices (…) for an embedding.
             kwargs: Passed to the base module.
 
         Returns:
-            What the base module returns, (…, out), in its dtype.
+            The output of the base module, (…, out), in its dtype.
 
         Raises:
             RouteError: The active route cannot be known, or does not fit this batch.
-            MergeError: What is merged is not wanted here, and the base's bits were not kept.
+            MergeError: An adapter is merged that the route does not use, and the base's values were not kept.
         """
         route, again = resolve(self.state, self.own_route, self.forwards)
         if not self.merged_adapters and not self.moved_by and route.mentions.isdisjoint(self.r):
@@ -253,11 +224,11 @@ class LoraLayer(BaseWeight):
         return y
 
     def adapted(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The base's output y₀ (…, out) and, for the adapters of a route, A and B beside it.
+        """Return the base's output y₀ (…, out) plus the additions of a route's adapters.
 
         Args:
-            route: Which adapters act.
-            args: What the base module takes, x (…, in) first.
+            route: The active adapters.
+            args: Passed to the base module, x (…, in) first.
             kwargs: Likewise.
 
         Raises:
@@ -271,7 +242,7 @@ class LoraLayer(BaseWeight):
             return y
         if route.rows is not None:
             return self._mixed(route, skip, x, y0)
-        weights: Weights = {}  # not as a call of its type, which dynamo cannot trace
+        weights: Weights = {}  # not `Weights()`, which dynamo cannot trace
         y, moved = y0, bool(self.moved_by) and not set(self.moved_by).isdisjoint(route.names)
         for name in [name for name in route.names if name in self.r and name not in skip]:
             own = name in self.moved_by
@@ -281,7 +252,7 @@ class LoraLayer(BaseWeight):
         return y
 
     def _mixed(self, route: Route, skip: frozenset[str], x: Tensor, y0: Tensor) -> Tensor:
-        """Each row of the batch with its own adapter; x (rows, …), y0 (rows, …, out).   [docs/math.md (13)]"""
+        """Apply each row's own adapter; x (rows, …), y0 (rows, …, out).   [docs/math.md (13)]"""
         axis, weights = self._row_axis(route, x), Weights()
         here = [s for s in route.segments(x.device, x.shape[axis]) if s[0] in self.r and s[0] not in skip]
         y, left = add_stacked(self, here, route, x, y0)
@@ -291,18 +262,19 @@ class LoraLayer(BaseWeight):
         return y
 
     def _row_axis(self, route: Route, x: Tensor) -> int:
-        """The axis of x (rows, …) that holds the rows; a route that does not fit is refused."""
+        """Return the axis of x (rows, …) that holds the rows, if the route fits."""
         axis = self.kind.row_axis(self.owner)
         if axis is None or route.rows_of(x.shape[axis]) is None:
             size = "no batch axis" if axis is None else f"{x.shape[axis]} rows"
             raise RowCountError(
                 f"The route names {len(route.rows or ())} rows, and a {self.kind_name} received {tuple(x.shape)} with "
-                f"{size}. Give one adapter per row of the batch (where rows come again as beams: `copies` of each)."
+                f"{size}. Give one adapter per row of the batch (if each row is repeated as beams: `copies` of each).",
+                what=self.kind_name,
             )
         return axis
 
     def _addition(self, name: str, route: Route, x: Tensor, y0: Tensor, weights: Weights) -> Tensor:
-        """What one adapter adds: x (…, in) or indices (…), y0 (…, out) -> (…, out) like y0.   [docs/math.md (2)]"""
+        """Return one adapter's addition: x (…, in) or indices (…), y0 (…, out) -> like y0.   [docs/math.md (2)]"""
         kind, factor, dtype = self.kind, self.factor(name), y0.dtype
         variant = factor.variant
         if kind.drops:
@@ -310,36 +282,40 @@ class LoraLayer(BaseWeight):
         A, B = (factor.A, factor.B) if variant.factors is None else variant.factors(factor, self.training)
         module = self.source if self.replaced else self.base_layer
         h = kind.down(module, x, A.to(dtype)) if variant.down is None else variant.down(kind, module, x, factor)
-        z = kind.up(module, h * factor.scale, B.to(dtype))  # h is (…, r): the small place to scale
+        z = kind.up(module, h * factor.scale, B.to(dtype))  # h (…, r) is the smallest tensor to scale
         if factor.bias is not None:
             z = z + spread(factor.bias.to(dtype) * factor.scale, self.slot)
         if variant.output is None:
             return z
         bias, mask = self._bias_under(route.names), route.acting(name)
 
+        def read() -> Tensor:
+            own = self.moved_by[0] if name in self.moved_by else None
+            if own not in weights:
+                weights[own] = self.read(own)
+            return weights[own]
+
         def siblings() -> list[Factor]:
             return [self.factor(other) for other in self.r if other != name]
 
-        return variant.output(
-            At(y0, bias, z, factor, kind, self.slot, lambda: read_once(self, name, weights), mask, x, siblings)
-        )
+        return variant.output(At(y0, bias, z, factor, kind, self.slot, read, mask, x, siblings))
 
     def _bias_under(self, names: tuple[str, ...]) -> Tensor | None:
-        """The bias, (out,), that the base's output has where these adapters act, or None."""
+        """Return the bias, (out,), in the base's output while these adapters are active, or None."""
         bias = self.original_bias()
         if bias is not None and self.old_bias is not None and self.old_bias[0] not in names:
             return self.old_bias[1].to(bias.device, bias.dtype)
         return bias
 
     def _base_of_rows(self, route: Route, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """The base's output (rows, …, out) where its module does not hold what all rows see."""
+        """Return the base's output (rows, …, out) if its module is not right for all rows."""
         moved = route.mentions.intersection(self.moved_by)
         if not moved or route.rows is None:
             return self._base_for(bool(moved))(*args, **kwargs)
         axis = self._row_axis(route, x)
         index = torch.cat([rows for name, rows in route.segments(x.device, x.shape[axis]) if name in moved])
 
-        def forward(*args: Any, **kwargs: Any) -> Tensor:  # each on all rows: hooks read the batch as the route has it
+        def forward(*args: Any, **kwargs: Any) -> Tensor:  # each on all rows: hooks need the whole batch
             before, moved = (bare(self._base_for(one))(*args, **kwargs) for one in (False, True))
             return before.index_copy(axis, index, moved.index_select(axis, index))
 
@@ -347,23 +323,23 @@ class LoraLayer(BaseWeight):
         return y
 
     def addition(self, name: str, W: Tensor, training: bool = False) -> Tensor:
-        """What an adapter adds to the weight that it sees when it is written into it.   [docs/math.md (11)]
+        """Return the addition of an adapter to the weight when it is merged.   [docs/math.md (11)]
 
         Args:
             name: An adapter that has a factor here.
-            W: The base weight as `read` gives it, (out, in); one that moved the base sees its own.
+            W: The base weight from `read`, (out, in); an adapter that moved the base uses its residual instead.
             training: The variant may perturb A and B, as in training.
 
         Returns:
-            The addition, like W, with a graph where gradients are on.
+            The addition, like W, with a graph if gradients are enabled.
 
         Raises:
-            MergeError: It has no place in a weight of this shape.
+            MergeError: It cannot be added to a weight of this shape.
         """
         factor = self.factor(name)
         if factor.variant.update is None:
             raise MergeError(
-                f"{factor.variant.title} has no place in a weight: {factor.variant.unmergeable_reason}.", what=name
+                f"{factor.variant.title} cannot be added to a weight: {factor.variant.unmergeable_reason}.", what=name
             )
         seen = self.read(name) if name in self.moved_by else W
         A, B = factor.multiplied(training)
@@ -382,12 +358,12 @@ class LoraLayer(BaseWeight):
 
     @property
     def fan_in_fan_out(self) -> bool:
-        """Whether the base stores its weight as (in, out)."""
+        """True if the base stores its weight as (in, out)."""
         return self.base.transposed
 
     @property
     def merged(self) -> bool:
-        """Whether an adapter is merged into the base weight now."""
+        """True if an adapter is merged into the base weight."""
         return bool(self.merged_adapters)
 
     def get_base_layer(self) -> nn.Module:
@@ -395,7 +371,7 @@ class LoraLayer(BaseWeight):
         return self.owner
 
     def get_base_weight(self) -> Tensor:
-        """Return the values of the base weight now, (out, in) or in the shape that is stored."""
+        """Return the current values of the base weight, (out, in) or in the shape that is stored."""
         base, owner = self.base, self.owner
         stored = base.stored(owner, self.slot.parameter)
         return base.read(owner, stored) if base.quantized else stored
@@ -424,7 +400,7 @@ class LoraLayer(BaseWeight):
         """Undo `scale_layer`, or restore the scales in the configs of the active adapters.
 
         Args:
-            scale: What `scale_layer` was given; None means the config's.
+            scale: The argument of `scale_layer`; None restores the config's scale.
         """
         for name in self.active_adapters:
             if name in self.scaling:
@@ -435,7 +411,7 @@ class LoraLayer(BaseWeight):
         return scale(self.r[adapter], self.lora_alpha[adapter], config is not None and config.use_rslora)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return what an adapter's B·A adds to the base weight, in the shape that the base stores.
+        """Return s·B·A of an adapter in the shape in which the base stores its weight.
 
         Args:
             adapter: An adapter that has a factor here.
@@ -444,7 +420,7 @@ class LoraLayer(BaseWeight):
             (out, in), or (in, out) if the weight is stored so; with a graph if gradients are on.
 
         Raises:
-            MergeError: It has no place in a weight of this shape.
+            MergeError: It cannot be added to a weight of this shape.
         """
         factor = self.factor(adapter)
         delta = self.kind.delta(self.slot, *factor.multiplied()) * factor.scale
@@ -456,56 +432,48 @@ class LoraLayer(BaseWeight):
 
         Args:
             safe_merge: Accepted and always true: a merge that is not finite raises.
-            adapter_names: Which; None means the active ones.
+            adapter_names: The adapters; None means the active ones.
 
         Raises:
             ConfigTypeError: The names are one string.
             MergeError: An adapter cannot be merged.
-            AdapterError: There is no such adapter.
+            AdapterError: The model does not have such an adapter.
         """
         active, here = self.active_adapters, self._to_merge(adapter_names)
         options = MergeOptions()
         layers = self._around_module("") if here else {}
         for path, layer in layers.items():
             layer.check_merge(path, here, options)
-        led = {layer: leader for layer in layers.values() if (leader := layer.leader_of(here)) is not None}
-        staged = [layer.stage_merge(path, here, options) for path, layer in layers.items() if layer not in led]
-        for one in filter(None, staged):
-            one.commit()
-        for layer, leader in led.items():
-            layer.follow(leader)
-        if set(here) - set(active):  # the model goes on as it was, and this layer with what is merged in it
+        _commit(layers, here, lambda path, layer: layer.stage_merge(path, here, options))
+        if set(here) - set(active):  # only this layer's route includes what is merged in it
             self.own_route = Route((*active, *(name for name in here if name not in active)))
 
     def _to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
-        """The adapters with a factor here that a call of `merge` means, without those that are merged."""
+        """Return the adapters to merge: those with a factor here that are not merged."""
         if isinstance(adapter_names, str):
-            raise ConfigTypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+            raise ConfigTypeError(
+                f"adapter_names should be a list of strings, got {adapter_names!r}.",
+                what=adapter_names,
+                field="adapter_names",
+            )
         asked = self.active_adapters if adapter_names is None else list(adapter_names)
-        fresh = [name for name in asked if name not in self.merged_adapters]
+        new = [name for name in asked if name not in self.merged_adapters]
         if self.merged_adapters:
             warn_caller(
                 f"Already following adapters were merged {','.join(self.merged_adapters)}. You are now additionally "
-                f"merging {','.join(fresh)}."
-                if fresh
+                f"merging {','.join(new)}."
+                if new
                 else "All adapters are already merged, nothing to do."
             )
-        known = self.state.configs
-        unknown = next((name for name in fresh if name not in known), None)
-        if unknown is not None:
-            raise AdapterError(
-                f"There is no adapter {unknown!r} on this model. Adapters: {', '.join(known)}.",
-                what=unknown,
-                allowed=known,
-            )
-        return [name for name in fresh if name in self.r]
+        self.state.check(new, AdapterError)
+        return [name for name in new if name in self.r]
 
     @trainable_tensors
     def unmerge(self) -> None:
-        """Take every merged adapter out of this layer's weight, bit for bit.
+        """Unmerge all adapters from this layer's weight; restores its bits.
 
         Raises:
-            MergeError: The base's bits were not kept.
+            MergeError: The base's values were not kept.
         """
         if not self.merged_adapters:
             warn_caller("Already unmerged. Nothing to do.")
@@ -513,27 +481,23 @@ class LoraLayer(BaseWeight):
         layers = self._around_module("")
         for path, layer in layers.items():
             layer.check_unmerge(path, layer.merged_adapters)
-        led = {layer for layer in layers.values() if layer.leader_of(layer.merged_adapters) is not None}
-        staged = [layer.stage_unmerge(list(layer.merged_adapters)) for layer in layers.values() if layer not in led]
-        for one in filter(None, staged):
-            one.commit()
-        for layer in led:  # its weight is the leader's
-            layer.merged_adapters, layer.kept = [], layer.kept if layer.moved_by else None
+        merged = list(dict.fromkeys(name for layer in layers.values() for name in layer.merged_adapters))
+        _commit(layers, merged, lambda path, layer: layer.stage_unmerge(merged))
 
     def leader_of(self, adapters: Sequence[str]) -> LoraLayer | None:
-        """Return the layer whose factors of some adapters this one uses, turned over, and whose weight it shares.
+        """Return the layer whose factors this one uses, transposed, and whose weight it shares; None if there is none.
 
         Args:
             adapters: Adapters; those without a factor here are ignored.
         """
         here = [name for name in adapters if name in self.r]
-        held: Any = self._modules.get(self.kind.names[0])
+        held = getattr(self, self.kind.names[0])
         leading = {leader for name in here for leader in getattr(held[name], "leader", (None,))}
         leader = next(iter(leading)) if len(leading) == 1 else None
         return leader if leader is not None and self.is_one_with(leader, adapters) else None
 
     def is_one_with(self, leader: LoraLayer, adapters: Collection[str]) -> bool:
-        """Return whether another layer has the same of some adapters as this one, and the same weight.
+        """Return whether another layer has factors of the same adapters, and the same weight.
 
         Args:
             leader: The other layer.
@@ -545,7 +509,7 @@ class LoraLayer(BaseWeight):
         return mine is its and mine is not None
 
     def _around_module(self, path: str) -> dict[str, LoraLayer]:
-        """Path -> layer: this one, those inside it around the same module, and those of children its kind reads."""
+        """Return path -> layer: this one, those inside it around the same module, and those of children it reads."""
         found: dict[str, LoraLayer] = {}
         layer: nn.Module = self
         while isinstance(layer, LoraLayer):
@@ -556,3 +520,15 @@ class LoraLayer(BaseWeight):
             if isinstance(inside, LoraLayer):
                 found |= inside._around_module(f"{path}.{child}")
         return found
+
+
+def _commit(
+    layers: Mapping[str, LoraLayer], adapters: Sequence[str], stage: Callable[[str, LoraLayer], StagedMerge | None]
+) -> None:
+    """Stage a change of some adapters in all layers, commit it, and let tied layers follow the ones they use."""
+    led = {layer: leader for layer in layers.values() if (leader := layer.leader_of(adapters)) is not None}
+    staged = [stage(path, layer) for path, layer in layers.items() if layer not in led]
+    for one in filter(None, staged):
+        one.commit()
+    for layer, leader in led.items():
+        layer.follow(leader)

@@ -6,7 +6,6 @@ The base's module is only changed in `place`; `base_weight` decides what is stor
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,36 +18,39 @@ from lorakit.core.variants import Factor
 from lorakit.errors import MergeError
 
 STORED = frozenset({"kept", "moved", "tied_weight"})
-"""Attributes that hold what the base stored or will store, in any form."""
+"""Attributes that hold stored weights of the base, in any form."""
 
 OF_THE_BASE = frozenset({"weight", "bias"})
-"""Attributes that, when set on the layer, belong to the base module: other code ties weights that way."""
+"""Attributes that are set on the base module when set on the layer: other code ties weights that way."""
 
 
 class StoredWeight(AdapterModule):
     """A module around a base module, one of whose weights can be written and restored.
 
     Attributes:
-        base_layer: The module that was here, or another layer around it.
+        base_layer: The base's module, or another layer around it.
         slot: The weight.
         r: Adapter -> rank.
+        scaling: Adapter -> scale.
         variant: Adapter -> the name of its variant.
         merged_adapters: Adapters that are merged into the base weight now.
         kept: What the base stored before anything was written to it, or None.
-        moved_by: The adapters that act on a moved base: the one whose init moved it (PiSSA, for example), or all those
-            whose variant moves it alike. Empty where the base is as it was.
-        moved: What the base stores for them.
+        moved_by: The adapters that use a residual base: the one whose init moved it (such as PiSSA), or all those whose
+            variant moves it in the same way. Empty if the base is unchanged.
+        moved: The stored residual base.
         initial: That adapter's A and B before training, in main memory.
-        replaced: The base's quantized module if a merge replaced it by a plain one, in a tuple, so that it is no
-            submodule; else empty.
+        replaced: The base's quantized module if a merge replaced it by a plain one, in a tuple, so that it is not
+            registered as a submodule; else empty.
         kept_bias: The base's bias, (out,), from before a merge wrote to it (`lora_bias`), or None.
         tied_weight: The parameter that the base shared with others before a merge untied it, or None.
-        old_bias: Who trains the base's bias, and what it was before, (out,), or None.
+        old_bias: The adapter that trains the base's bias, and the bias before that, (out,); or None.
     """
 
+    _modules: dict[str, nn.Module]  # type: ignore[assignment]  # no child is None here
     slot: WeightSpec
     kind_name: str
     r: dict[str, int]
+    scaling: dict[str, float]
     variant: dict[str, str]
     merged_adapters: list[str]
     kept: Stored | None = None
@@ -60,10 +62,10 @@ class StoredWeight(AdapterModule):
     tied_weight: nn.Parameter | None
     old_bias: tuple[str, Tensor] | None = None
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
         if name in OF_THE_BASE:
             setattr(self.base_layer, name, value)
-        elif name in STORED:  # a quantized weight is a parameter, and a stored one does not belong to this layer
+        elif name in STORED:  # a quantized one is a parameter, which must not be registered on this layer
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
@@ -78,17 +80,17 @@ class StoredWeight(AdapterModule):
 
     @abstractmethod
     def addition(self, name: str, W: Tensor) -> Tensor:
-        """Return what an adapter adds to the base weight W, (out, in)."""
+        """Return the addition of an adapter to the base weight W, (out, in)."""
 
     @property
     def kind(self) -> Kind:
-        """The row of KINDS."""
+        """The entry of KINDS."""
         return kind_named(self.kind_name, self.state.kinds)
 
     @property
     def owner(self) -> nn.Module:
         """The base's own module; layers of several weights of one module are nested around it."""
-        module: Any = self._modules["base_layer"]  # faster than torch's attribute access, and asked often
+        module = self._modules["base_layer"]  # faster than torch's attribute access, which matters here
         while isinstance(module, StoredWeight):
             module = module._modules["base_layer"]
         return module
@@ -111,25 +113,25 @@ class StoredWeight(AdapterModule):
 
     @property
     def keeps_base(self) -> bool:
-        """Whether the weight from before the first merge is kept."""
+        """True if the weight from before the first merge is kept."""
         return self.kept is not None or bool(self.replaced)
 
     def read(self, adapter: str | None = None) -> Tensor:
         """Return the base weight without anything merged, canonical (out, in), fp32 or wider.
 
         Args:
-            adapter: As this adapter sees it: one that moved the base has a base of its own.
+            adapter: The adapter that uses it, which matters if one moved the base; None for the original.
         """
         base, source = self.storage
         kept = self._kept_for(adapter in self.moved_by)
         return base.read(source, _as_now(base, source, self.slot.parameter, kept))
 
     def original(self) -> Stored:
-        """Return what the base stored before anything was written to it, on the base's device and in its dtype."""
+        """Return the stored weight from before anything was written to it, on the base's device and in its dtype."""
         return _as_now(*self.storage, self.slot.parameter, self.kept)
 
     def moved_base(self) -> Stored:
-        """Return what the base stores for the adapters that moved it, on the base's device and in its dtype."""
+        """Return the stored residual base, on the base's device and in its dtype."""
         return _as_now(*self.storage, self.slot.parameter, self._kept_for(True))
 
     def _kept_for(self, moved: bool) -> Stored | None:
@@ -147,28 +149,28 @@ class StoredWeight(AdapterModule):
     def inside(self) -> frozenset[str]:
         """Return the adapters for which the base's module is right: merged ones, and those that moved it.
 
-        Where one of several that moved it is merged, the others are not in the module.
+        If one of several that moved it is merged, the module is not right for the others.
         """
         merged = frozenset(self.merged_adapters)
         return merged if merged.intersection(self.moved_by) else merged.union(self.moved_by)
 
     def _base_for(self, moved: bool) -> nn.Module:
-        """The base's module with nothing merged, as the adapters that moved it have it or as it was."""
+        """Return the base's module with nothing merged, with the residual base or the original."""
         if not self.merged_adapters and (moved or not self.moved_by):
             return self.base_layer
         self.check_kept()
         clone = self.base.clone(self.source, self.slot.parameter, self.moved_base() if moved else self.original())
         if self.kept_bias is not None:
-            held: Any = clone._parameters if "bias" in clone._parameters else clone.__dict__
+            held: dict[str, Any] = clone._parameters if "bias" in clone._parameters else clone.__dict__
             held["bias"] = self.original_bias()
         return clone
 
     def move_base(self, adapter: str, stored: Stored, initial: tuple[Tensor, Tensor] | None) -> None:
-        """Put the base weight that an adapter acts on in place, as stored; the original is kept.
+        """Store the residual base that an adapter uses; the original is kept.
 
         Args:
             adapter: The adapter.
-            stored: What the base stores from now on; one that another adapter moved alike stays as it is.
+            stored: The stored residual base; not used if another adapter moved the base in the same way.
             initial: The adapter's A (r, in) and B (out, r) before training if the base became W − s·B·A.
         """
         if self.moved_by:
@@ -180,7 +182,7 @@ class StoredWeight(AdapterModule):
         self.base.place(self.owner, self.slot.parameter, stored)
 
     def check_kept(self) -> None:
-        """Reject to go back to a base whose values were not kept.
+        """Check that the base without merged adapters can be computed.
 
         Raises:
             MergeError: Something is merged and the original was not kept.
@@ -189,12 +191,9 @@ class StoredWeight(AdapterModule):
             raise MergeError(
                 f"{', '.join(self.merged_adapters)} is merged into the base and its bits were not kept "
                 "(keep_base=False), so the base alone and other adapters are not available. Merge with "
-                "keep_base=True, or load the base again."
+                "keep_base=True, or load the base again.",
+                what=", ".join(self.merged_adapters),
             )
-
-    def merged_here(self) -> Sequence[str]:
-        """Return the adapters that are merged here now."""
-        return self.merged_adapters
 
     def kept_bytes(self) -> int:
         """Return the memory of the original, if a merge kept it."""
@@ -205,7 +204,7 @@ class StoredWeight(AdapterModule):
         return sum(tensor.numel() * tensor.element_size() for tensor in base.tensors(kept))
 
     def place(self, stored: Stored | nn.Module) -> None:
-        """Put what a merge or its undoing stores into the base: a module instead of the owner, or a weight into it."""
+        """Store the result of merging or unmerging: a module that replaces the owner, or a weight in it."""
         if isinstance(stored, nn.Module):
             self.replaced = self.replaced or (self.owner,)
             self.base_layer = stored
@@ -225,7 +224,7 @@ def _as_now(base: WeightFormat[Any, Any], source: nn.Module, parameter: str, sto
 
 
 def set_bias(module: nn.Module, bias: Tensor) -> None:
-    """Make a tensor (out,) the bias of a module, whether that is a parameter of it or, as in HQQ, an attribute."""
+    """Make a tensor (out,) the bias of a module; it can be a parameter or, in HQQ, an attribute."""
     held = module._parameters.get("bias")
     if held is not None:
         held.data = bias
@@ -234,14 +233,14 @@ def set_bias(module: nn.Module, bias: Tensor) -> None:
 
 
 def give_back(owner: nn.Module, parameter: str, held: nn.Parameter, stored: Tensor) -> None:
-    """Give a module the parameter again that it shared before a merge untied it.
+    """Restore the parameter that a module shared before a merge untied it.
 
     Args:
         owner: The module.
         parameter: The parameter's name there.
         held: The parameter, of any shape; an earlier merge may have written to it, and it does not follow the model to
             another device or dtype.
-        stored: What it holds afterwards, where the model is now, of the same shape.
+        stored: Its values afterwards, of the same shape, on the model's current device.
     """
     same = (held.device, held.dtype) == (stored.device, stored.dtype) and torch.equal(held.detach(), stored)
     if not same:

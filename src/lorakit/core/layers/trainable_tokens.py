@@ -19,7 +19,7 @@ from lorakit.core.clones import clone_with
 from lorakit.core.layers.adapter_component import MergeOptions, ReplacingModule, StagedMerge
 from lorakit.core.layers.stored_weight import give_back
 from lorakit.core.routing.route import Route
-from lorakit.core.routing.state import AdapterState, resolve
+from lorakit.core.routing.state import AdapterState
 from lorakit.errors import MergeError, RouteError
 
 Replacement = tuple[Tensor, Tensor]
@@ -33,7 +33,7 @@ class ChosenRows:
     Attributes:
         path: The table's path in the plain base.
         indices: Indices of the rows.
-        tied: Paths of modules that share the table's weight and so act with the same rows.
+        tied: Paths of modules that share the table's weight and therefore its rows.
     """
 
     path: str
@@ -43,10 +43,10 @@ class ChosenRows:
 
 @dataclass(frozen=True)
 class NewRows:
-    """Rows of one table, built but not in place.
+    """Rows of one table, built but not attached.
 
     Attributes:
-        chosen: Which they are.
+        chosen: The table and the indices.
         rows: Their values, (n, d).
     """
 
@@ -55,7 +55,7 @@ class NewRows:
 
 
 class TokenAdapter(nn.Module):
-    """A table with the trained rows of each adapter, under PEFT's names.
+    """A table with the trainable token embeddings of each adapter, under PEFT's names.
 
     Attributes:
         base_layer: The embedding, or the head.
@@ -71,9 +71,9 @@ class TokenAdapter(nn.Module):
             nn.ParameterDict() if leader is None else leader.trainable_tokens_delta
         )
         self.token_indices: dict[str, list[int]] = {} if leader is None else leader.token_indices
-        self.within: tuple[TrainableTokens, ...] = ()  # in a tuple, so that it is no submodule of ours
+        self.within: tuple[TrainableTokens, ...] = ()  # in a tuple, so that it is not registered as a submodule
         self.kept: dict[str, Tensor | None] = {} if leader is None else leader.kept
-        self.tied_weight: tuple[nn.Parameter, ...] = ()  # what the base shared before a merge untied it; no parameter
+        self.tied_weight: tuple[nn.Parameter, ...] = ()  # what the base shared before a merge untied it, not registered
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -88,37 +88,37 @@ class TokenAdapter(nn.Module):
     @property
     def weight_here(self) -> nn.Parameter:
         """The parameter, (V, d), that the table has now."""
-        return self.base_layer._parameters["weight"]  # type: ignore[return-value]
+        return self.base_layer.get_parameter("weight")
 
     @property
     def trainable_tokens_original(self) -> dict[str, Tensor]:
-        """Adapter -> what the base has in place of its rows, (n, d)."""
+        """Adapter -> the base's rows that its rows replace, (n, d)."""
         table = self.original(strict=False).detach()
         return {name: table[torch.tensor(at, device=table.device)] for name, at in self.token_indices.items()}
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters that act here, also while they are disabled."""
+        """The adapters that are active here, even while they are disabled."""
         return self.within[0].active_adapters if self.within else []
 
     @property
     def active_adapter(self) -> list[str]:
-        """As `active_adapters`, PEFT's other name."""
+        """PEFT's other name for `active_adapters`."""
         return self.active_adapters
 
     def rows(self, name: str) -> Replacement:
-        """Row numbers of an adapter, (n,), and its rows, (n, d)."""
+        """Return the indices of an adapter's rows, (n,), and the rows, (n, d)."""
         rows = self.trainable_tokens_delta[name]
         return torch.tensor(self.token_indices[name], device=rows.device), rows
 
     def original(self, strict: bool = True) -> Tensor:
-        """The base's table without any merged rows, (V, d); the base's own parameter where nothing is merged.
+        """Return the base's table without merged rows, (V, d); the base's own parameter if nothing is merged.
 
         Args:
-            strict: Raise where the base's rows were given up; otherwise they stay as they are.
+            strict: Raise if the base's rows were not kept; otherwise they stay as they are.
 
         Raises:
-            MergeError: Something is merged, and the base's rows were given up.
+            MergeError: Something is merged, and the base's rows were not kept.
         """
         table: Tensor = self.base_layer.weight  # type: ignore[assignment]
         for name in [name for name, rows in self.kept.items() if strict or rows is not None]:
@@ -127,7 +127,7 @@ class TokenAdapter(nn.Module):
         return table
 
     def with_rows(self, names: Sequence[str]) -> Tensor:
-        """The table as some adapters have it, (V, d), with a graph to their rows."""
+        """Return the table with the rows of some adapters, (V, d), and a graph to them."""
         table = self.original()
         for name in names:
             if name in self.token_indices:
@@ -139,38 +139,49 @@ class TokenAdapter(nn.Module):
         """Return the rows to replace in the output of the base for some active adapters, in order.
 
         Args:
-            names: The adapters; those without rows here are no matter, and merged ones act already.
+            names: The adapters; those without rows here are ignored, and the rows of merged ones are in the table.
 
         Raises:
             RouteError: Two of them train the same row.
         """
         here = [name for name in names if name in self.token_indices]
-        taken: dict[int, str] = {}
-        for name in here:
-            twice = next((index for index in self.token_indices[name] if index in taken), None)
-            if twice is not None:
-                raise RouteError(
-                    f"{taken[twice]} and {name} are active together, and both train row {twice} of this table "
-                    "(trainable_token_indices). Activate one of them, or route rows of the batch to them."
-                )
-            taken |= dict.fromkeys(self.token_indices[name], name)
+        shared = self.shared_row(here)
+        if shared is not None:
+            one, other, index = shared
+            raise RouteError(
+                f"{one} and {other} are active together, and both train row {index} of this table "
+                "(trainable_token_indices). Activate one of them, or route rows of the batch to them.",
+                what=other,
+                field="trainable_token_indices",
+            )
         return [self.rows(name) for name in here if name not in self.kept or self.is_stale(names)]
+
+    def shared_row(self, names: Sequence[str]) -> tuple[str, str, int] | None:
+        """Return two of some adapters that train the same row, and its index; None if there are none."""
+        taken: dict[int, str] = {}
+        for name in names:
+            for index in self.token_indices[name]:
+                if index in taken:
+                    return taken[index], name, index
+            taken |= dict.fromkeys(self.token_indices[name], name)
+        return None
 
     def is_stale(self, names: Sequence[str]) -> bool:
         """Return whether the table holds rows of a merged adapter that is not among the active `names`."""
         return any(name not in names for name in self.kept)
 
     def given_back(self, name: str) -> Replacement:
-        """Row numbers of a merged adapter, (n,), and what the base had there, (n, d).
+        """Return the indices of a merged adapter's rows, (n,), and the base's rows, (n, d).
 
         Raises:
-            MergeError: The base's rows were given up.
+            MergeError: The base's rows were not kept.
         """
         kept = self.kept[name]
         if kept is None:
             raise MergeError(
                 f"{name} is merged into the rows of this table and the base's were not kept (keep_base=False), so the "
-                "base alone and other adapters are not available. Merge with keep_base=True, or load the base again."
+                "base alone and other adapters are not available. Merge with keep_base=True, or load the base again.",
+                what=name,
             )
         return torch.tensor(self.token_indices[name], device=kept.device), kept
 
@@ -183,14 +194,15 @@ class TrainableTokens(ReplacingModule):
         follows: Its rows are those of the embedding it is tied to.
     """
 
+    what, field = "a table with trainable tokens", "trainable_token_indices"
+    adapter_layer_names: tuple[str, ...] = ("token_adapter.trainable_tokens_delta",)
+    other_param_names: tuple[str, ...] = ("token_adapter.token_indices", "token_adapter.trainable_tokens_original")
+
     def __init__(self, table: nn.Module, state: AdapterState, leader: TrainableTokens | None = None) -> None:
         super().__init__(table.training, state)
         self.token_adapter: TokenAdapter = TokenAdapter(table, None if leader is None else leader.token_adapter)
         self.token_adapter.within = (self,)
         self.follows = leader is not None
-
-    adapter_layer_names: tuple[str, ...] = ("token_adapter.trainable_tokens_delta",)
-    other_param_names: tuple[str, ...] = ("token_adapter.token_indices", "token_adapter.trainable_tokens_original")
 
     def leads(self, other: TrainableTokens) -> bool:
         """Return whether another table uses the rows of this one."""
@@ -208,14 +220,14 @@ class TrainableTokens(ReplacingModule):
         except AttributeError:
             if name == "token_adapter" or name.startswith("__"):
                 raise
-            adapter: Any = super().__getattr__("token_adapter")
+            adapter = self.token_adapter
             if name == "weight":
                 active = self.state.active() if self.own_route is None else self.own_route
                 here = [n for n in active.names if n in adapter.token_indices]
                 return adapter.with_rows(here) if here or adapter.kept else adapter.base_layer.weight
             return getattr(adapter.base_layer, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
         if name in {"weight", "bias"}:
             setattr(self.token_adapter.base_layer, name, value)
         else:
@@ -242,10 +254,6 @@ class TrainableTokens(ReplacingModule):
         """Return the adapters that have rows here."""
         return list(self.token_adapter.token_indices)
 
-    def merged_here(self) -> Sequence[str]:
-        """Return the adapters whose rows are written into the table now."""
-        return () if self.follows else self.token_adapter.merged_adapters
-
     def kept_bytes(self) -> int:
         """Return the memory of the base's rows that merges kept; rows of tied tables count once."""
         kept = () if self.follows else self.token_adapter.kept.values()
@@ -253,13 +261,11 @@ class TrainableTokens(ReplacingModule):
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
         """Return the rows of an adapter, (n, d); an empty list if it has none or they belong to another module."""
-        return list(self.saved_tensors(adapter).values())  # type: ignore[arg-type]
+        return [self.token_adapter.trainable_tokens_delta[adapter]] if adapter in self and not self.follows else []
 
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
         """Return the rows of an adapter, (n, d), by key; empty if it has none or they belong to another module."""
-        if adapter not in self or self.follows:
-            return {}
-        return {"token_adapter.trainable_tokens_delta": self.token_adapter.trainable_tokens_delta[adapter]}
+        return dict(zip(["token_adapter.trainable_tokens_delta"], self.parameters_of(adapter), strict=False))
 
     def check_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> None:
         """Reject rows that are merged already, the same row twice, and rows that are not finite.
@@ -267,29 +273,34 @@ class TrainableTokens(ReplacingModule):
         Raises:
             MergeError: The message names the adapter.
         """
-        table, taken = self.token_adapter, dict[int, str]()
-        for name in () if self.follows else table.kept:
-            taken |= dict.fromkeys(table.token_indices[name], name)
-        for name in [name for name in adapters if name in self and not self.follows]:
-            if name in table.kept:
-                raise MergeError(f"Adapter {name!r} is merged already. Unmerge it first.", what=name)
-            for index in table.token_indices[name]:
-                if index in taken:
-                    raise MergeError(
-                        f"Token indices of adapter {name} are already defined and would result in undefined merging "
-                        f"behavior: {taken[index]} trains row {index} of {path} too. Merge one of them."
-                    )
-            taken |= dict.fromkeys(table.token_indices[name], name)
-            if not bool(torch.isfinite(table.trainable_tokens_delta[name]).all()):
-                raise MergeError(f"Rows of {name} at {path} are NaN or infinite. Nothing was changed.")
+        table = self.token_adapter
+        new = [name for name in adapters if name in self and not self.follows]
+        self.check_not_merged(path, new)
+        shared = table.shared_row([*table.kept, *new]) if new else None
+        if shared is not None:
+            one, other, index = shared
+            raise MergeError(
+                f"Token indices of adapter {other} are already defined and would result in undefined merging "
+                f"behavior: {one} trains row {index} of {path} too. Merge one of them.",
+                what=other,
+                where=path,
+                field="trainable_token_indices",
+            )
+        broken = next(
+            (name for name in new if not bool(torch.isfinite(table.trainable_tokens_delta[name]).all())), None
+        )
+        if broken is not None:
+            raise MergeError(
+                f"Rows of {broken} at {path} are NaN or infinite. Nothing was changed.", what=broken, where=path
+            )
 
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
         """Make a table with the rows of adapters in it; None if none has rows here, or if this table follows another.
 
         Args:
-            path: Not needed.
+            path: Not used.
             adapters: Adapters.
-            options: Whether the base's rows are kept, and whether the table parts from modules that share it.
+            options: Whether the base's rows are kept, and whether the table is untied from modules that share it.
         """
         here = [name for name in adapters if name in self]
         if not here or self.follows:
@@ -305,7 +316,7 @@ class TrainableTokens(ReplacingModule):
         return StagedMerge(None, partial(self._put_merged, weight, kept, own))
 
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
-        """Take the base's rows in place of those of merged adapters; None if none of them is merged here.
+        """Prepare to replace the rows of merged adapters by the base's; None if none of them is merged here.
 
         Raises:
             MergeError: The base's rows were not kept.
@@ -315,7 +326,7 @@ class TrainableTokens(ReplacingModule):
         return StagedMerge(None, partial(self._put_unmerged, old)) if old else None
 
     def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
-        """Return the table, (V, d), with the rows of adapters in it; also if it follows another one."""
+        """Return the table, (V, d), with the rows of adapters in it, even if it follows another table."""
         here = any(name in self for name in adapters)
         return {"weight": self.token_adapter.with_rows(adapters).detach()} if here else {}
 
@@ -324,11 +335,11 @@ class TrainableTokens(ReplacingModule):
         return self.original_module
 
     def follow(self, leader: TrainableTokens, apart: bool) -> None:
-        """Take over what was merged or unmerged at the table that leads this one.
+        """Take over what was merged or unmerged at the table that this one follows.
 
         Args:
-            leader: The table whose rows these are.
-            apart: The leader got a parameter of its own in this merge, which this table gets, too.
+            leader: The table whose rows this one uses.
+            apart: The leader got a separate parameter in this merge, and so does this table.
         """
         mine, its = self.token_adapter, leader.token_adapter
         if not mine.kept:
@@ -347,7 +358,7 @@ class TrainableTokens(ReplacingModule):
         table.kept.update(kept)
 
     def _part(self, own: nn.Parameter, keeps: bool) -> None:
-        """Give the table a parameter, (V, d), of its own; `keeps`: the one that it shares comes back with unmerging."""
+        """Give the table a separate parameter, (V, d); if it keeps the shared one, unmerging restores that."""
         table = self.token_adapter
         if keeps and not table.tied_weight:
             table.tied_weight = (table.weight_here,)
@@ -363,54 +374,45 @@ class TrainableTokens(ReplacingModule):
             self._give_back()
 
     def _give_back(self) -> None:
-        """Give the table the parameter again that it shared before a merge."""
+        """Restore the parameter that the table shared before a merge."""
         table = self.token_adapter
         for held in table.tied_weight:
             give_back(table.base_layer, "weight", held, table.weight_here.detach())
         table.tied_weight = ()
 
     @property
-    def merged_adapters(self) -> list[str]:
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]  # tied tables share it
         """The adapters whose rows are written into the table now."""
         return self.token_adapter.merged_adapters
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the output of the table with trained rows in it.   [docs/math.md (91)]
+    def run_alike(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the output of the table with the active adapters' rows in it.   [docs/math.md (91)]
 
         Args:
+            route: It is the same for all rows of the batch.
             x: Indices (…) of an embedding -> (…, d), or hidden states (…, d) of a head -> (…, V).
             args: Passed to the base's module.
             kwargs: Likewise.
 
         Raises:
-            RouteError: The route cannot be known, does not fit the batch, or two adapters train the same row.
+            RouteError: Two active adapters train the same row.
         """
-        route, again = resolve(self.state, self.own_route, self.forwards)
-        y = self._of(route.names, x, *args, **kwargs) if route.rows is None else self._mixed(route, x, *args, **kwargs)
-        if not torch.compiler.is_compiling():
-            self.forwards.note(y, route, again)
-        return y
-
-    def _of(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output, (…, d) or (…, V), where some adapters act on every row."""
-        adapter, table = self.token_adapter, self.original_module
-        if adapter.is_stale(names):  # a clone with the whole table, so that the base's output is bit for bit its own
+        names, adapter, table = route.names, self.token_adapter, self.original_module
+        if adapter.is_stale(names):  # a clone with the whole table, so that the base's output is bitwise equal
             table = clone_with(table, {"weight": adapter.original()})
         y: Tensor = table(x, *args, **kwargs)
-        mend = looked_up if isinstance(table, nn.Embedding) else read_out
         for index, rows in adapter.replacements(names):
-            y = mend(table, x, y, index.to(x.device), rows.to(y.device))
+            index, rows = index.to(x.device), rows.to(y.device)
+            if isinstance(table, nn.Embedding):
+                y = looked_up(table, x, y, index, rows)
+            else:
+                W: Tensor = table.weight  # type: ignore[assignment]
+                y = read_out(W, x, y, index, rows)
         return y
 
-    def _mixed(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        def run(alone: Route, index: Tensor) -> Tensor:
-            return self._of(alone.names, x.index_select(0, index), *args, **kwargs)
 
-        return self._by_adapter(route, x, "a table with trainable tokens", "trainable_token_indices", run)
-
-
-def looked_up(table: Any, x: Tensor, y: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """The output of an embedding with some rows of its table replaced.
+def looked_up(table: nn.Embedding, x: Tensor, y: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """Return the output of an embedding with some rows of its table replaced.
 
     Args:
         table: The embedding.
@@ -425,11 +427,11 @@ def looked_up(table: Any, x: Tensor, y: Tensor, index: Tensor, rows: Tensor) -> 
     numbers, order = index.sort()
     place = torch.searchsorted(numbers, x.contiguous()).clamp_max(len(numbers) - 1)
     hit = numbers[place] == x
-    if table.max_norm is not None:  # torch shortens long rows in place when it looks them up
+    if table.max_norm is not None:  # torch scales long rows down in place when it looks them up
         norms = rows.norm(p=table.norm_type, dim=1, keepdim=True)
         rows = torch.where(norms > table.max_norm, rows * (table.max_norm / (norms + 1e-7)), rows)
     padding = table.padding_idx
-    if padding is not None:  # the row of the padding has no gradient
+    if padding is not None:  # the padding's row has no gradient
         rows = torch.where((index == padding)[:, None], rows.detach(), rows)
     new = F.embedding(order[place], rows.to(y.dtype))
     scale = getattr(table, "embed_scale", None)  # scaled embeddings multiply what they look up
@@ -438,11 +440,11 @@ def looked_up(table: Any, x: Tensor, y: Tensor, index: Tensor, rows: Tensor) -> 
     return torch.where(hit[..., None], new, y)
 
 
-def read_out(table: Any, x: Tensor, y: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """The output of a head with some rows of its weight replaced.
+def read_out(W: Tensor, x: Tensor, y: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """Return the output of a head with some rows of its weight replaced.
 
     Args:
-        table: The head, a dense layer.
+        W: Its weight, (V, d).
         x: Hidden states, (…, d).
         y: Its output, (…, V).
         index: Indices of the rows, (n,).
@@ -451,5 +453,5 @@ def read_out(table: Any, x: Tensor, y: Tensor, index: Tensor, rows: Tensor) -> T
     Returns:
         (…, V). Cost: 2·n·d FLOPs for each position.
     """
-    change = (rows - table.weight[index].to(rows)).to(y.dtype)  # exactly zero if they are the base's own
+    change = (rows - W[index].to(rows)).to(y.dtype)  # exactly zero if they are the base's own
     return y.index_add(-1, index, F.linear(x.to(y.dtype), change))

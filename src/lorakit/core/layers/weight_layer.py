@@ -12,7 +12,7 @@ before A. This file reads the attributes and does not import transformers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.core.clones import clone_with
-from lorakit.core.kinds import WeightSpec, per_expert
+from lorakit.core.kinds import per_expert
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.routing.route import BASE, Route
 from lorakit.core.variants import Factor
@@ -32,25 +32,8 @@ MARKS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_co
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 
-@dataclass(frozen=True)
-class ExpertFactor:
-    """One adapter at one parameter, taken apart by expert.
-
-    Attributes:
-        A: (experts, r, in).
-        B: (experts, out, r).
-        scale: The factor's scale.
-        dropout: What an expert's tokens pass before A.
-    """
-
-    A: Tensor
-    B: Tensor
-    scale: float
-    dropout: nn.Module
-
-
 def shows_tokens(module: nn.Module, parameter: str = "down_proj") -> bool:
-    """Whether the forward of a module is known, so that factors can act on the tokens of each expert.
+    """Return whether the forward of a module is known, so that factors can be applied to each expert's tokens.
 
     Args:
         module: A module of the base.
@@ -58,49 +41,37 @@ def shows_tokens(module: nn.Module, parameter: str = "down_proj") -> bool:
     """
     if parameter not in PROJECTIONS or not all(hasattr(module, mark) for mark in MARKS):
         return False
-    marked = callable(getattr(module, "_apply_gate" if module.has_gate else "act_fn", None))
-    first = "gate_up_proj" if module.has_gate else "up_proj"
+    first, activation = ("gate_up_proj", "_apply_gate") if module.has_gate else ("up_proj", "act_fn")
     held = [module._parameters.get(name) for name in (first, "down_proj")]
     return (
-        marked
+        callable(getattr(module, activation, None))
         and parameter in (first, "down_proj")
         and not getattr(module, "_is_expert_parallel", False)
         and all(weight is not None and weight.ndim == 3 and weight.is_floating_point() for weight in held)
     )
 
 
-def expert_factor(slot: WeightSpec, factor: Factor) -> ExpertFactor:
-    """A factor of fused experts, taken apart by expert.   [docs/math.md (92)]
-
-    Args:
-        slot: The parameter.
-        factor: With A (experts·r, in) and B (out, r·experts).
-    """
-    A, B = per_expert(slot, factor.A, factor.B)
-    return ExpertFactor(A, B, factor.scale, factor.dropout)
-
-
 def experts_forward(
     module: nn.Module,
-    factors: Mapping[str, Sequence[ExpertFactor]],
+    factors: Mapping[str, Sequence[Factor]],
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
 ) -> Tensor:
-    """The forward of marked experts, with the factors of the active adapters beside each projection.
+    """Compute the forward of marked experts, with the active adapters' factors at each projection. [docs/math.md (92)]
 
     Args:
-        module: The experts, with the weights that shall act.
-        factors: Name of a parameter -> factors that act there.
+        module: The experts, with the weights to use.
+        factors: Name of a parameter -> its factors, with A (experts, r, in) and B (experts, out, r).
         hidden_states: (tokens, d).
         top_k_index: Experts of each token, (tokens, k).
         top_k_weights: Their weights, (tokens, k).
 
     Returns:
-        (tokens, d). Cost beside the base: 2·r·(in + out) FLOPs per token, expert and projection; no dense weight.
+        (tokens, d). Extra cost: 2·r·(in + out) FLOPs per token, expert and projection; no dense weight.
     """
-    first = "gate_up_proj" if module.has_gate else "up_proj"
-    activation: Callable[[Tensor], Tensor] = getattr(module, "_apply_gate" if module.has_gate else "act_fn")
+    first, name = ("gate_up_proj", "_apply_gate") if module.has_gate else ("up_proj", "act_fn")
+    activation: Callable[[Tensor], Tensor] = getattr(module, name)
     result = torch.zeros_like(hidden_states)
     for expert in top_k_index.unique().tolist():
         position, token = torch.where(expert == top_k_index.T)
@@ -113,8 +84,8 @@ def experts_forward(
     return result
 
 
-def _project(module: nn.Module, name: str, expert: int, x: Tensor, factors: Sequence[ExpertFactor]) -> Tensor:
-    """One expert's projection of its tokens x (tokens, in), with the low-rank products: (tokens, out)."""
+def _project(module: nn.Module, name: str, expert: int, x: Tensor, factors: Sequence[Factor]) -> Tensor:
+    """Return one expert's projection of its tokens x (tokens, in), with the factors applied: (tokens, out)."""
     W = getattr(module, name)[expert]
     y0 = F.linear(x, W.T if module.is_transposed else W)
     if module.has_bias:
@@ -122,7 +93,7 @@ def _project(module: nn.Module, name: str, expert: int, x: Tensor, factors: Sequ
     y = y0
     for factor in factors:
         z = factor.dropout(x.to(y0.dtype))
-        h = F.linear(z, factor.A[expert].to(y0.dtype)) * factor.scale  # (tokens, r): the small place to scale
+        h = F.linear(z, factor.A[expert].to(y0.dtype)) * factor.scale  # (tokens, r) is the smallest tensor to scale
         y = y + F.linear(h, factor.B[expert].to(y0.dtype))
     return y
 
@@ -131,11 +102,11 @@ class WeightLayer(LoraLayer):
     """A base module, or a layer around it, one of whose weights has low-rank factors."""
 
     def adapted(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The owner's output, once, as a clone whose adapted weights have their updates in them.
+        """Return the output of a clone of the owner whose adapted weights include the updates.
 
         Args:
-            route: Which adapters act.
-            args: What the owner takes.
+            route: The active adapters.
+            args: Passed to the owner.
             kwargs: Likewise.
 
         Raises:
@@ -146,14 +117,14 @@ class WeightLayer(LoraLayer):
             if len(set(route.rows)) > 1:
                 raise MixedRowsError(
                     f"The rows of this batch have different adapters, and a {self.kind_name} has one weight for all "
-                    "rows. Run the rows of each adapter on their own with `use`, or leave the module out of them.",
+                    "rows. Run the rows of each adapter separately with `use`, or do not adapt the module.",
                     what=self.kind_name,
                 )
             self._check_rows(route, args, kwargs)
             route = Route(tuple(filter(None, route.rows[:1])))
         owner = self.owner
         tensors: dict[str, Tensor] = {}
-        factors: dict[str, list[ExpertFactor]] = {}
+        factors: dict[str, list[Factor]] = {}
         for layer in self.chain():
             weight, factors[layer.slot.parameter] = layer.beside_tokens(route)
             if weight is not None:
@@ -161,9 +132,8 @@ class WeightLayer(LoraLayer):
         clone = clone_with(owner, tensors)
         for child in self.kind.inner:
             inside = owner._modules[child]
-            weight = inside.effective(route) if isinstance(inside, WeightLayer) else None
-            if weight is not None:
-                clone._modules[child] = clone_with(inside.base_layer, {"weight": weight})  # type: ignore[union-attr, arg-type]
+            if isinstance(inside, WeightLayer) and (weight := inside.effective(route)) is not None:
+                clone._modules[child] = clone_with(inside.base_layer, {"weight": weight})
         if any(factors.values()):
             return experts_forward(clone, factors, *args, **kwargs)
         return clone(*args, **kwargs)
@@ -185,7 +155,7 @@ class WeightLayer(LoraLayer):
         """Return the weight with a route's adapters, in the base's layout; None if the module has it already.
 
         Args:
-            route: Which adapters act, on all rows.
+            route: The adapters that are active on all rows.
 
         Returns:
             (out, in) or as the base stores it, with a graph to A and B.
@@ -203,21 +173,23 @@ class WeightLayer(LoraLayer):
             stored: Tensor = self.base.write(self.owner, self.original(), total)
         return stored
 
-    def beside_tokens(self, route: Route) -> tuple[Tensor | None, list[ExpertFactor]]:
+    def beside_tokens(self, route: Route) -> tuple[Tensor | None, list[Factor]]:
         """Return the weight and the factors to apply to the tokens of experts; other modules have it all in the weight.
 
         Args:
-            route: Which adapters act, on all rows.
+            route: The adapters that are active on all rows.
 
         Returns:
             The weight (experts, …, …) for the module, None if the module holds it already, and the factors.
         """
         names = [name for name in route.names if name in self.r]
         drops = any(isinstance(self.lora_dropout[name], nn.Dropout) for name in names)
-        whole = torch.compiler.is_compiling() and not drops  # the tokens of an expert have no size of their own there
+        whole = torch.compiler.is_compiling() and not drops  # an expert's tokens have no fixed number
         if whole or self.moved_by or not shows_tokens(self.owner, self.slot.parameter):
             return self.effective(route), []
         merged = self.inside() <= set(names)
         beside = [name for name in names if not merged or name not in self.merged_adapters]
         weight = None if merged else self.effective(BASE)
-        return weight, [expert_factor(self.slot, self.factor(name).plain(self.training)) for name in beside]
+        factors = [self.factor(name).plain(self.training) for name in beside]
+        apart = [(factor, per_expert(self.slot, factor.A, factor.B)) for factor in factors]
+        return weight, [replace(factor, A=A, B=B) for factor, (A, B) in apart]

@@ -215,7 +215,7 @@ def float_dtype(model: nn.Module | AdapterIndex) -> torch.dtype:
 
 
 def _old_biases(module: nn.Module) -> dict[str, Tensor]:
-    return {name: old for patch in BiasPatch.on(module) for name, old in patch.old().items()}
+    return {name: old for patch in BiasPatch.on(module) for name, old in patch.old(module).items()}
 
 
 def _merged_tables(index: AdapterIndex) -> dict[int, Tensor]:

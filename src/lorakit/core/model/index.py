@@ -158,7 +158,7 @@ class AdapterIndex:
 
     def merged_adapters(self) -> list[str]:
         """Return the adapters that are written into the base somewhere now."""
-        return sorted({name for component in self.components.values() for name in component.merged_here()})
+        return sorted({name for component in self.components.values() for name in component.merged_adapters})
 
     def known_state(self) -> AdapterState:
         """Return the state that the adapted modules share.

@@ -22,7 +22,7 @@ import torch
 from lorakit.config import LoraConfig
 from lorakit.core.routing.recompute import Forwards, Traces
 from lorakit.core.routing.route import BASE, Offsets, Route
-from lorakit.errors import RouteError
+from lorakit.errors import LorakitError, RouteError
 
 
 @dataclass(frozen=True)
@@ -118,17 +118,20 @@ class AdapterState:
         found = [reference() for reference in self.__dict__.get("_members", {}).values()]
         return [module for module in found if module is not None]
 
-    def check(self, names: Sequence[str | None]) -> None:
+    def check(self, names: Sequence[str | None], error: type[LorakitError] = RouteError) -> None:
         """Reject unknown adapters.
 
+        Args:
+            names: Adapters; None is the base.
+            error: The exception's type.
+
         Raises:
-            RouteError: A name is unknown; the message lists the known ones.
+            LorakitError: A name is unknown; the message lists the known ones.
         """
         unknown = sorted({name for name in names if name is not None and name not in self.configs})
         if unknown:
-            known = ", ".join(self.configs) or "none"
-            raise RouteError(
-                f"There is no adapter {unknown[0]!r} on this model. Adapters here: {known}.",
+            raise error(
+                f"The model has no adapter {unknown[0]!r}; available: {', '.join(self.configs) or 'none'}.",
                 what=unknown[0],
                 allowed=self.configs,
             )
