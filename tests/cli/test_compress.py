@@ -45,9 +45,9 @@ def test_to_a_share_of_the_energy_as_json(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "Give a rank or a share of the energy, and not both"),
+        ([], "Give a rank or a fraction of the energy, and not both"),
         (["--rank", "2", "--energy", "0.5"], "and not both"),
-        (["--energy", "2"], "energy is 2.0; it is a share"),
+        (["--energy", "2"], "energy is 2.0; it must be a fraction"),
     ],
 )
 def test_what_is_refused(

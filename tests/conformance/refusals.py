@@ -61,7 +61,7 @@ BY_LORAKIT: tuple[Refusal, ...] = (
             not all(cell.rules.fits(kind_named(kind)) for kind in _kinds(cell))
             and (cell.init != "eva" or cell.kind == "Parameter")
         ),
-        "does not support a|No supported layers found for",
+        "does not support [A-Z]|No supported layers found for",
     ),
     Refusal(
         "PEFT's two steps look at Linear and Conv1D alone; lorakit.core.collect_for takes every kind of the row",
@@ -77,7 +77,7 @@ BY_LORAKIT: tuple[Refusal, ...] = (
     Refusal(
         "the row of VARIANTS does not name the kind",
         lambda cell: not all(variant_named(cell.variant).fits(kind_named(kind)) for kind in _kinds(cell)),
-        r"(use_dora|alora_invocation_tokens|kasa_config|use_bdlora) at .*: (DoRA|aLoRA|KaSA|BD-LoRA) cannot act on a",
+        r"(DoRA|aLoRA|KaSA|BD-LoRA) .(use_dora|alora_invocation_tokens|kasa_config|use_bdlora). does not support",
     ),
     Refusal(
         "before its invocation aLoRA is the base, which the init moved; peft answers with the moved base there",

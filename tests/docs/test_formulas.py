@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from lorakit import core
 from lorakit.config import LoraConfig, scale
 from lorakit.core.files.inspecting import delta_norm
-from lorakit.core.kinds import dense_delta
-from lorakit.core.variants import row_norms
+from lorakit.core.kinds.kind import dense_delta
 from lorakit.core.variants.bdlora import block_diagonal
+from lorakit.core.variants.dora import row_norms
 from lorakit.core.variants.kasa import truncated
 from lorakit.data import Batch
 from lorakit.plan import catalogue, count

@@ -250,13 +250,11 @@ class RankLimit:
 
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.energy is None):
-            raise ConfigError("Give a rank or a share of the energy, and not both.")
+            raise ConfigError("Give a rank or a fraction of the energy, and not both.", field="rank")
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
-            raise ConfigError(
-                f"rank is {self.rank!r}; it must be a whole number of at least 1.", what=self.rank, field="rank"
-            )
+            raise ConfigError.of("rank", self.rank, "a whole number of at least 1")
         if self.energy is not None and not 0 < self.energy <= 1:
-            raise ConfigError(f"energy is {self.energy!r}; it is a share in (0, 1].", what=self.energy, field="energy")
+            raise ConfigError.of("energy", self.energy, "a fraction in (0, 1]")
 
     def of(self, S: Tensor, shared: int = 1) -> int:
         """The rank of each group; at least 1.
@@ -287,32 +285,44 @@ def cut(found: Spectrum, to: RankLimit, shared: int = 1) -> tuple[Product, float
     return truncated(found, rank), float(energy[:, rank:].sum()) / total if total else 0.0
 
 
-def dense_spectrum(delta: Tensor, rank: int | None = None) -> tuple[Spectrum, float]:
-    """The singular value decomposition of a dense update, or its largest part where a small rank is enough.
+def sketched_spectrum(W: Tensor, probe: Tensor, iterations: int) -> Spectrum:
+    """Return the largest part of a singular value decomposition, by a random sketch and power iterations.
 
-    Where `rank` is far below the matrix, a random sketch with four power iterations takes the place of the whole
-    decomposition (Halko et al. 2011, arXiv:0909.4061); what is missing is known from the norms all the same.
+    Args:
+        W: (g, out, in).
+        probe: Normal random values, (g, in, k).
+        iterations: Number of power iterations; each improves the accuracy.
+
+    Source:
+        Halko et al. 2011, arXiv:0909.4061, algorithms 4.4 and 5.1.
+    """
+    Q = torch.linalg.qr(W @ probe).Q
+    for _ in range(iterations):
+        Q = torch.linalg.qr(W @ torch.linalg.qr(W.mT @ Q).Q).Q
+    u, S, Vh = torch.linalg.svd(Q.mT @ W, full_matrices=False)
+    return Spectrum(Q @ u, S, Vh)
+
+
+def dense_spectrum(delta: Tensor, rank: int | None = None) -> tuple[Spectrum, float]:
+    """Return the singular value decomposition of a dense update, or its largest part if a small rank is enough.
+
+    If `rank` is far below the size of the matrix, `sketched_spectrum` with four power iterations replaces the full
+    decomposition; the energy that it lacks is known from the norm.
 
     Args:
         delta: (out, in), in fp32 or wider.
-        rank: So many singular values are asked for; None for all.
+        rank: The number of singular values that are needed; None for all.
 
     Returns:
-        The decomposition, of one group, and the whole energy ‖delta‖².
+        The decomposition, of one group, and the total energy ‖delta‖².
     """
     energy = float(delta.double().square().sum())
     width = None if rank is None else rank + SPARE
     if width is None or SKETCH * width >= min(delta.shape):
-        U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
-        return Spectrum(U[None], S[None], Vh[None]), energy
+        return Spectrum(*torch.linalg.svd(delta[None], full_matrices=False)), energy
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(delta.shape[1], width, generator=generator, dtype=delta.dtype).to(delta.device)
-    Q = torch.linalg.qr(delta @ probe).Q
-    for _ in range(4):
-        Q = torch.linalg.qr(delta.mT @ Q).Q
-        Q = torch.linalg.qr(delta @ Q).Q
-    u, S, Vh = torch.linalg.svd(Q.mT @ delta, full_matrices=False)
-    return Spectrum((Q @ u)[None], S[None], Vh[None]), energy
+    return sketched_spectrum(delta[None], probe[None], 4), energy
 
 
 def _kept(dtype: torch.dtype) -> torch.dtype:

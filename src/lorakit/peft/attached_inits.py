@@ -392,7 +392,7 @@ def _write(layer: LoraLayer, name: str, path: str, W: Tensor) -> list[tuple[Tens
         device, dtype = factor.A.device, factor.A.dtype
         config = layer.state.configs[name].with_fields(init_lora_weights="loftq")
         blank = InitContext(
-            kind, layer.slot, layer.r[name], factor.scale, shapes, device, dtype, path, lambda: now, config
+            kind, layer.slot, layer.r[name], factor.scale, *shapes, device, dtype, path, lambda: now, config
         )
         blank.check_rank(min(now.shape))
         A, B = blank.in_layout(*residual_factors(blank, (W.to(now) - now)[None]))

@@ -29,7 +29,7 @@ from lorakit.core import (
 )
 from lorakit.core.files.inspecting import delta_norm
 from lorakit.core.files.tensor_file import encode, read_tensors
-from lorakit.core.variants import row_norms
+from lorakit.core.variants.dora import row_norms
 from lorakit.errors import AdapterError, AdapterFileError, LorakitError
 
 from ...laws.snapshots import bits, same_bits

@@ -15,7 +15,6 @@ from lorakit.core.kinds import (
     KINDS,
     Kind,
     checked,
-    dense_delta,
     every_kind,
     every_kind_of_the_table,
     fits,
@@ -23,6 +22,7 @@ from lorakit.core.kinds import (
     kind_of,
     parameter_slot,
 )
+from lorakit.core.kinds.kind import dense_delta
 from lorakit.errors import ConfigError, MergeError, TargetError
 from lorakit.targets import layer_types
 

@@ -27,7 +27,8 @@ from lorakit.core import (
     use,
 )
 from lorakit.core.kinds import KINDS, kind_named
-from lorakit.core.variants import row_norms, variant_named
+from lorakit.core.variants import variant_named
+from lorakit.core.variants.dora import row_norms
 from lorakit.errors import MergeError, RouteError
 
 from ...laws.snapshots import BaseBits, same_bits

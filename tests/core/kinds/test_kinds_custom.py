@@ -142,7 +142,7 @@ def test_a_kind_may_bring_a_layer_class_and_stand_in_for_the_tables_own() -> Non
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        (dataclasses.replace(SQUARED, name="Linear"), "the kind 'Linear' bears the name of another"),
+        (dataclasses.replace(SQUARED, name="Linear"), "the kind 'Linear' has the name of another"),
         (dataclasses.replace(SQUARED, types=()), "the kind 'Squared' names no module type"),
         ("Squared", "kinds holds 'Squared'; each must be a lorakit.core.Kind"),
     ],
@@ -154,5 +154,5 @@ def test_what_cannot_be_a_kind_is_refused(kind: object, said: str) -> None:
 
 
 def test_a_variant_that_is_not_for_every_kind_is_refused() -> None:
-    with pytest.raises(ConfigError, match="DoRA cannot act on a Squared"):
+    with pytest.raises(ConfigError, match=r"DoRA \(use_dora\) does not support Squared"):
         core.attach(Model(), LoraConfig(target_modules=["own"], use_dora=True), kinds=[SQUARED])

@@ -452,7 +452,7 @@ def test_a_module_that_holds_other_sites_is_refused() -> None:
 
 
 def test_dora_is_refused() -> None:
-    with pytest.raises(ConfigError, match="DoRA cannot act on a Parameter"):
+    with pytest.raises(ConfigError, match=r"DoRA \(use_dora\) does not support Parameter"):
         core.attach(made(), config(use_dora=True))
 
 

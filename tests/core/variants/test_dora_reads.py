@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit.core import activate, attach, disable, merge, route, sites, trainable_parameters, unmerge, use
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.variants import row_norms
+from lorakit.core.variants.dora import row_norms
 from lorakit.plan.quantized import STORAGES, Storage
 
 from ...laws.quantised import EVALUATED, specimen, storages

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from lorakit.config import LoraConfig
 from lorakit.core.kinds import WeightSpec, kind_named
-from lorakit.core.variants import At, Factor, Start, row_norms, variant_for, variant_named
+from lorakit.core.variants import At, Factor, Start, variant_for, variant_named
+from lorakit.core.variants.dora import row_norms
 from lorakit.errors import ConfigError
 
 SCALE = 0.7
@@ -85,7 +86,7 @@ def test_a_row_of_zeros_stays_zero_instead_of_nan(numbers: tuple[Tensor, ...]) -
 
 
 def test_a_kind_without_a_meaning_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="use_dora at mha: DoRA cannot act on a MultiheadAttention; it can on Linear"):
+    with pytest.raises(ConfigError, match=r"mha: DoRA .use_dora. does not support MultiheadAttention, only Linear"):
         variant_for(LoraConfig(use_dora=True), kind_named("MultiheadAttention"), "mha")
     assert variant_for(LoraConfig(), kind_named("MultiheadAttention"), "mha")[0].name == "plain"
 

@@ -147,13 +147,15 @@ def init_context_for(
     """
     module, parameter = index.holder(place), place.slot.parameter
     variant, setting = variant_at(config, place.path)
+    A_shape, B_shape = variant.shapes_of(place.kind, place.slot, match.rank, setting)
     device = weight_format_of(module, parameter).device(module, parameter)
     return InitContext(
         kind=place.kind,
         spec=place.slot,
         r=match.rank,
         scale=lora_scale(match.rank, match.alpha, config.use_rslora),
-        shapes=variant.shapes_of(place.kind, place.slot, match.rank, setting),
+        A_shape=A_shape,
+        B_shape=B_shape,
         device=device,
         dtype=factor_dtype(module, parameter),
         path=place.path,

@@ -18,7 +18,7 @@ from lorakit.core.inits.loftq import LOFTQ
 from lorakit.core.inits.lora_ga import LORA_GA
 from lorakit.core.inits.pissa import MICA, OLORA, PISSA
 from lorakit.core.inits.random import GAUSSIAN, KAIMING, ORTHOGONAL, RANDOM
-from lorakit.core.kinds import KINDS, Kind, fits
+from lorakit.core.kinds import Kind, check_fits
 from lorakit.errors import ConfigError, nearest
 
 __all__ = ["INITS", "Init", "InitContext", "InitResult", "fresh_bias", "init_for", "init_named", "trains_of"]
@@ -72,15 +72,7 @@ def init_for(name: bool | str, kind: Kind, path: str) -> Init:
         ConfigError: There is no such init, or it does not support this kind.
     """
     init = init_named(name)
-    if not fits(init.fits, kind):
-        known = [other.name for other in KINDS if init.fits(other)]
-        raise ConfigError(
-            f"{path}: init_lora_weights={name!r} does not support a {kind.name}, only {', '.join(known)}. Leave the "
-            "module out, or use True.",
-            what=name,
-            where=path,
-            field="init_lora_weights",
-        )
+    check_fits(init.fits, kind, path, what=f"init_lora_weights={name!r}", field="init_lora_weights", advice="use True")
     return init
 
 

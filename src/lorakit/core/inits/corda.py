@@ -17,23 +17,14 @@ METHODS = ("ipm", "kpm")
 
 
 def _digest(context: InitContext, statistics: InputMoments) -> dict[str, Tensor]:
-    """Return U (out, r), S (r,) and Vᵀ·C⁻¹ (r, n) of W·C; C is Σ x·xᵀ of the inputs of a call, averaged over calls."""
-    return cropped(context, statistics.second_moment() * (statistics.rows / statistics.calls))
+    """Return the r directions that the config's method selects: U (out, r), S (r,) and Vh (r, n), which is Vᵀ·C⁻¹.
 
-
-def cropped(context: InitContext, C: Tensor) -> dict[str, Tensor]:
-    """Return the r directions that the config's method selects.
-
-    Args:
-        context: The site.
-        C: Second moment of its inputs, (n, n).
-
-    Returns:
-        U (out, r), S (r,) and Vh (r, n), which is Vᵀ·C⁻¹.
+    C is Σ x·xᵀ of the inputs of a call, averaged over calls, (n, n).
 
     Raises:
         ConfigError: `corda_method` is unknown.
     """
+    C = statistics.second_moment() * (statistics.rows / statistics.calls)
     method = (context.config.corda_config or CordaConfig()).corda_method
     if method not in METHODS:
         raise ConfigError(

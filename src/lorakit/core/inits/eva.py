@@ -36,15 +36,14 @@ def sees_inputs(kind: Kind) -> bool:
     return kind.acts_on == "input" and kind.drops
 
 
-def settings_of(context: InitContext) -> EvaConfig:
-    """Return the settings, by default PEFT's."""
+def _settings(context: InitContext) -> EvaConfig:
     return context.config.eva_config or EvaConfig()
 
 
 def _digest(context: InitContext, statistics: InputMoments) -> dict[str, Tensor]:
     """Return the first `rho`·r principal directions (k, in), their singular values and explained variances, (k,)."""
     context.check_rank(math.prod(context.A_shape[1:]))
-    principal = statistics.principal(round(settings_of(context).rho * context.r))
+    principal = statistics.principal(round(_settings(context).rho * context.r))
     return {"directions": principal.vectors, "values": principal.values, "ratios": principal.ratios}
 
 
@@ -57,7 +56,7 @@ def _eva(context: InitContext) -> InitResult:
     found = context.collected()
     context.check_rank(len(found["directions"]))
     A = found["directions"][: context.r]
-    if settings_of(context).whiten:
+    if _settings(context).whiten:
         A = A / found["values"][: context.r, None].sqrt()
     return InitResult(A.reshape(context.A_shape).to(context.dtype).contiguous(), zeros(context, context.B_shape))
 

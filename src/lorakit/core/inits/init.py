@@ -26,7 +26,8 @@ class InitContext:
         spec: The shape and layout of its weight.
         r: Rank.
         scale: alpha / r, or alpha / √r.
-        shapes: Shapes of A, (r, in) on a dense site, and of B, (out, r).
+        A_shape: Shape of A, (r, in) on a dense site.
+        B_shape: Shape of B, (out, r) on a dense site.
         device: Device of the factor.
         dtype: dtype of A and B.
         path: The site, for messages.
@@ -40,7 +41,8 @@ class InitContext:
     spec: WeightSpec
     r: int
     scale: float
-    shapes: tuple[Shape, Shape]
+    A_shape: Shape
+    B_shape: Shape
     device: torch.device
     dtype: torch.dtype
     path: str
@@ -48,16 +50,6 @@ class InitContext:
     config: LoraConfig
     generator: torch.Generator | None = None
     statistics: Mapping[str, Tensor] | None = None
-
-    @property
-    def A_shape(self) -> Shape:
-        """Shape of A, (r, in) on a dense site."""
-        return self.shapes[0]
-
-    @property
-    def B_shape(self) -> Shape:
-        """Shape of B, (out, r) on a dense site."""
-        return self.shapes[1]
 
     def matrices(self) -> Tensor:
         """Return the base weight as matrices, (g, out, n): one, or one per expert; kernels are flattened into n.
@@ -82,7 +74,9 @@ class InitContext:
         if self.spec.groups > 1:
             raise self.error(
                 f"init_lora_weights={self.config.init_lora_weights!r} does not support a convolution of "
-                f"{self.spec.groups} groups. Leave the module out, or use True."
+                f"{self.spec.groups} groups. Leave the module out, or use True.",
+                what=str(self.config.init_lora_weights),
+                field="init_lora_weights",
             )
 
     def check_rank(self, most: int, requirement: str = "") -> None:
@@ -99,7 +93,9 @@ class InitContext:
             needs = requirement or f"init_lora_weights={self.config.init_lora_weights!r} needs as many directions as r"
             raise self.error(
                 f"{needs}; r is {self.r}, and at most {most} is possible here. Lower r (rank_pattern for this module "
-                "alone)."
+                "alone).",
+                what=self.r,
+                field="r",
             )
 
     def check_collected(self, rank: float) -> None:
@@ -114,7 +110,9 @@ class InitContext:
         if rank != self.r:
             raise self.error(
                 f"the statistics were collected for rank {rank:g}, and r is {self.r}. Collect them with the config "
-                "that is attached."
+                "that is attached.",
+                what=self.r,
+                field="r",
             )
 
     def in_layout(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,17 +141,20 @@ class InitContext:
         if self.statistics is None:
             raise self.error(
                 f"init_lora_weights={self.config.init_lora_weights!r} needs data, and nothing was collected for this "
-                "site. Pass the `statistics` that lorakit.core.collect_for returns to attach."
+                "site. Pass the `statistics` that lorakit.core.collect_for returns to attach.",
+                field="init_lora_weights",
             )
         return {name: tensor.to(self.device) for name, tensor in self.statistics.items()}
 
-    def error(self, message: str) -> ConfigError:
+    def error(self, message: str, *, what: str | int | None = None, field: str | None = None) -> ConfigError:
         """Return an error about this site.
 
         Args:
-            message: What is wrong; the path is put before it.
+            message: The problem; the path is put before it.
+            what: The wrong value.
+            field: The config field.
         """
-        return ConfigError(f"{self.path}: {message}", where=self.path)
+        return ConfigError(f"{self.path}: {message}", what=what, where=self.path, field=field)
 
 
 @dataclass(frozen=True)

@@ -121,11 +121,7 @@ def _settings(context: InitContext) -> tuple[int, int]:
             allowed=("4", "8"),
         )
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ConfigError(
-            f"loftq_config: loftq_iter is {steps!r}; it must be a whole number of at least 1.",
-            what=steps,
-            field="loftq_config.loftq_iter",
-        )
+        raise ConfigError.of("loftq_config.loftq_iter", steps, "a whole number of at least 1")
     return bits, steps
 
 

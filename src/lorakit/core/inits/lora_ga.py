@@ -37,36 +37,19 @@ def settings_of(context: InitContext) -> LoraGAConfig:
     settings = context.config.lora_ga_config or LoraGAConfig()
     for field, value, known in (("direction", settings.direction, DIRECTIONS), ("scale", settings.scale, SCALES)):
         if value not in known:
-            raise ConfigError(
-                f"lora_ga_config: {field} is {value!r}; it must be one of {', '.join(known)}.",
-                what=value,
-                field=f"lora_ga_config.{field}",
-                allowed=known,
-            )
+            raise ConfigError.of(f"lora_ga_config.{field}", value, allowed=known)
     return settings
 
 
 def _digest(context: InitContext, statistics: GradientMoments) -> dict[str, Tensor]:
-    """Return U (out, 2r), S (2r,) and Vᵀ (2r, n) of the mean gradient."""
-    settings_of(context)
-    return strongest(context, statistics.mean())
-
-
-def strongest(context: InitContext, gradient: Tensor) -> dict[str, Tensor]:
-    """Return the 2r largest singular directions of a gradient.
-
-    Args:
-        context: The site.
-        gradient: In the shape of the canonical weight, (out, in) on a dense site.
-
-    Returns:
-        U (out, 2r), S (2r,), Vh (2r, n).
+    """Return U (out, 2r), S (2r,) and Vh (2r, n): the 2r largest singular directions of the mean gradient.
 
     Raises:
-        ConfigError: There are fewer directions.
+        ConfigError: There are fewer directions, or a setting is not allowed.
     """
+    settings_of(context)
     context.check_ungrouped()
-    G = context.kind.flat_weight(context.spec, gradient)
+    G = context.kind.flat_weight(context.spec, statistics.mean())
     context.check_rank(min(G.shape) // 2, "init_lora_weights='lora_ga' needs 2·r directions of the gradient")
     found, _ = dense_spectrum(G, 2 * context.r)
     part = slice(0, 2 * context.r)

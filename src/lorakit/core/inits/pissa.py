@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from lorakit.core.inits.init import Init, InitContext, InitResult, balanced, zeros
+from lorakit.core.linalg import SPARE, sketched_spectrum
 
 FAST = "pissa_niter_"
-SPARE = 16
-"""Number of columns that a sketch has in addition to the rank, so that its last directions are accurate too."""
 
 
 def _pissa(context: InitContext) -> InitResult:
@@ -29,8 +28,8 @@ def _pissa(context: InitContext) -> InitResult:
     context.check_rank(min(W.shape[1:]))
     name = str(context.config.init_lora_weights).lower()
     iterations = int(name.removeprefix(FAST)) if name.startswith(FAST) else None
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False) if iterations is None else sketched(context, W, iterations)
-    return InitResult(*context.in_layout(*balanced(context, U, S, Vh)))
+    found = torch.linalg.svd(W, full_matrices=False) if iterations is None else sketched(context, W, iterations)
+    return InitResult(*context.in_layout(*balanced(context, *found)))
 
 
 def sketched(context: InitContext, W: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,11 +48,8 @@ def sketched(context: InitContext, W: Tensor, iterations: int) -> tuple[Tensor, 
     """
     width = min(context.r + SPARE, *W.shape[1:])
     probe = torch.empty(W.shape[0], W.shape[2], width, dtype=W.dtype, device=W.device)
-    Q = torch.linalg.qr(W @ probe.normal_(generator=context.generator)).Q
-    for _ in range(iterations):
-        Q = torch.linalg.qr(W @ torch.linalg.qr(W.mT @ Q).Q).Q
-    u, S, Vh = torch.linalg.svd(Q.mT @ W, full_matrices=False)
-    return Q @ u, S, Vh
+    found = sketched_spectrum(W, probe.normal_(generator=context.generator), iterations)
+    return found.U, found.S, found.Vh
 
 
 PISSA = Init("pissa", _pissa, changes_base=True, is_exact=False, family=r"pissa_niter_\d{1,3}")

@@ -14,7 +14,6 @@ from lorakit.core.kinds.kind import (
     Kind,
     Shape,
     WeightSpec,
-    dense_delta,
     every_kind,
     every_kind_of_the_table,
     only_linear,
@@ -32,8 +31,8 @@ __all__ = [
     "Kind",
     "Shape",
     "WeightSpec",
+    "check_fits",
     "checked",
-    "dense_delta",
     "every_kind",
     "every_kind_of_the_table",
     "fits",
@@ -94,8 +93,10 @@ def checked(kinds: Iterable[Kind]) -> dict[str, Kind]:
         if not isinstance(kind, Kind):
             raise ConfigError(f"kinds holds {kind!r}; each must be a lorakit.core.Kind.", what=kind, field="kinds")
         if kind.name in _NAMED or kind.name in found or not kind.types:
-            why = "names no module type" if not kind.types else "bears the name of another"
-            raise ConfigError(f"kinds: the kind {kind.name!r} {why}. Give it its own name and types.")
+            why = "names no module type" if not kind.types else "has the name of another one"
+            raise ConfigError(
+                f"kinds: the kind {kind.name!r} {why}. Give it its own name and types.", what=kind.name, field="kinds"
+            )
         found[kind.name] = dataclasses.replace(kind, is_dense=False, names_parameter=False, read_by_owner=False)
     return found
 
@@ -108,3 +109,28 @@ def fits(check: Fits, kind: Kind) -> bool:
         kind: The kind.
     """
     return check is every_kind or (kind.name in _NAMED and check(kind))
+
+
+def check_fits(check: Fits, kind: Kind, path: str, *, what: str, field: str, advice: str) -> None:
+    """Reject a kind that an entry of INITS or VARIANTS does not support.
+
+    Args:
+        check: The entry's `fits`.
+        kind: The kind.
+        path: The site.
+        what: The entry, for the message.
+        field: The config's field that selects it.
+        advice: The alternative to leaving the module out.
+
+    Raises:
+        ConfigError: The entry does not support the kind.
+    """
+    if not fits(check, kind):
+        known = [other.name for other in KINDS if check(other)]
+        raise ConfigError(
+            f"{path}: {what} does not support {kind.name}, only {', '.join(known)}. Leave the module out, or {advice}.",
+            what=kind.name,
+            where=path,
+            field=field,
+            allowed=known,
+        )

@@ -7,12 +7,13 @@ the steps of a generation, which see one token each, continue from there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.core.clones import HOOKS
 from lorakit.core.routing.route import Offsets, of_rows
 from lorakit.core.routing.state import AdapterState, Override
 from lorakit.core.variants import variant_of
@@ -24,6 +25,9 @@ CACHES = ("cache", "past_key_values", "cache_params")
 MEMORY = "lorakit_starts"
 """Attribute of a cache: adapter -> first position at which it is active in each row, (rows,), -1 for none."""
 
+
+Output = Tensor | Sequence[Any] | Mapping[str, Any] | None
+"""What a model's forward returns; None after a failed one."""
 
 NOT_IN_A_GRAPH = (
     "The position at which an adapter that waits for tokens starts is found outside of a compiled graph. Compile with "
@@ -42,28 +46,26 @@ class InvocationHooks:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Put the offsets of this forward into the context."""
-        if torch.compiler.is_compiling():
-            if not self.state.fits_a_graph(self.state.default):
-                torch._dynamo.graph_break(msg=NOT_IN_A_GRAPH)
-                torch._dynamo.disable(self._open)(module, args, kwargs)
-        else:
+        if not torch.compiler.is_compiling():
             self._open(module, args, kwargs)
+        elif not self.state.fits_a_graph(self.state.default):
+            torch._dynamo.graph_break(msg=NOT_IN_A_GRAPH)
+            torch._dynamo.disable(self._open)(module, args, kwargs)
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output) -> None:
         """Remove them; also called after a failed forward, without an output."""
-        if torch.compiler.is_compiling():
-            if not self.state.fits_a_graph(self.state.default):
-                torch._dynamo.disable(self._close)(kwargs, output)
-        else:
+        if not torch.compiler.is_compiling():
             self._close(kwargs, output)
+        elif not self.state.fits_a_graph(self.state.default):
+            torch._dynamo.disable(self._close)(kwargs, output)
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _HookScope.drop(self)  # an interrupt is the one way to end a forward without its second hook
+        _HookScope.drop(self)  # left open by an interrupt: otherwise the second hook always runs
         offsets = self._offsets(module, args, kwargs)
         if offsets is not None:
             _HookScope(self, offsets).__enter__()
 
-    def _close(self, kwargs: dict[str, Any], output: Any) -> None:
+    def _close(self, kwargs: dict[str, Any], output: Output) -> None:
         offsets = _HookScope.drop(self)
         if offsets is None or output is None:
             return
@@ -153,10 +155,10 @@ class _HookScope(Override):
     @staticmethod
     def drop(hooks: InvocationHooks) -> Offsets | None:
         """Close what these hooks opened in this context and backward, and return its offsets, or None."""
-        for scope in hooks.state.scopes():
-            if isinstance(scope.block, _HookScope) and scope.block.hooks is hooks:
-                scope.block.__exit__()
-                return scope.offsets
+        for block in hooks.state.blocks():
+            if isinstance(block, _HookScope) and block.hooks is hooks:
+                block.__exit__()
+                return block.offsets
         return None
 
 
@@ -172,38 +174,36 @@ def uninstall(model: nn.Module) -> None:
     """Remove the hooks from a model and all its modules."""
     for module in model.modules():
         for key in _hooks_of(module):
-            for table in _TABLES:
+            for table in HOOKS:
                 getattr(module, table).pop(key, None)
 
 
-_TABLES = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-)
-
-
 def _hooks_of(module: nn.Module) -> list[int]:
-    hooks: dict[int, Callable[..., Any]] = {**module._forward_pre_hooks, **module._forward_hooks}
-    return [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), InvocationHooks)]
+    hooks = (*module._forward_pre_hooks.items(), *module._forward_hooks.items())
+    return [key for key, hook in hooks if isinstance(getattr(hook, "__self__", None), InvocationHooks)]
 
 
-def _cache(values: Mapping[str, Any]) -> Any:
+class KeyValueCache(Protocol):
+    """A cache of keys and values, as transformers' models return it."""
+
+    def get_seq_length(self) -> int:
+        """Return the number of cached positions."""
+
+
+def _cache(values: Mapping[str, Any]) -> KeyValueCache | None:
     """Return the cache among the arguments of a forward or in its output, or None."""
     found = (values.get(name) for name in CACHES)
     return next((cache for cache in found if hasattr(cache, "get_seq_length")), None)
 
 
-def _visible(mask: Any, rows: int, length: int) -> Tensor | None:
+def _visible(mask: Tensor | Mapping[str, Tensor] | None, rows: int, length: int) -> Tensor | None:
     """Return which tokens of this forward are not padding, (rows, length), from a mask that may include a cache."""
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != rows or mask.shape[1] < length:
         return None
     return mask[:, -length:] != 0
 
 
-def _check_not_packed(positions: Any, visible: Tensor | None) -> None:
+def _check_not_packed(positions: Tensor | None, visible: Tensor | None) -> None:
     """Reject rows with several texts: only the invocation in the last text would be found."""
     if not isinstance(positions, Tensor) or positions.ndim != 2:
         return
@@ -213,5 +213,6 @@ def _check_not_packed(positions: Any, visible: Tensor | None) -> None:
     if bool(back.any()):
         raise RouteError(
             "An adapter that waits for tokens starts at their last occurrence in a row, and rows of this batch hold "
-            "several texts (their position_ids start again). Train without packing."
+            "several texts (their position_ids start again). Train without packing.",
+            field="position_ids",
         )

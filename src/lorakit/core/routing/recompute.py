@@ -10,10 +10,11 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.utils.checkpoint import CheckpointFunction
 
 from lorakit.errors import RouteError
@@ -32,7 +33,7 @@ class Traces(Generic[What]):
     """
 
     def __init__(self) -> None:
-        self._alive: dict[int, weakref.ref[_Mark]] = {}
+        self._alive: dict[int, weakref.ref[_Mark[What]]] = {}
 
     def __reduce__(self) -> tuple[type[Traces[What]], tuple[()]]:
         return type(self), ()
@@ -73,7 +74,7 @@ class Forwards:
     def __reduce__(self) -> tuple[type[Forwards], tuple[()]]:
         return Forwards, ()
 
-    def note(self, output: Any, route: Route, again: bool = False) -> None:
+    def note(self, output: object, route: Route, again: bool = False) -> None:
         """Record a forward.
 
         Args:
@@ -188,9 +189,10 @@ class _Runs:
 
 def _reentrant_node() -> int | None:
     """Return the number of the reentrant checkpoint whose backward calls this forward, or None if none does."""
-    node: Any = getattr(torch._C, "_current_autograd_node", lambda: None)()
-    is_reentrant = getattr(type(node), "_forward_cls", None) is CheckpointFunction
-    return node._sequence_nr() if is_reentrant else None
+    node: Node | None = getattr(torch._C, "_current_autograd_node", lambda: None)()
+    if node is None or getattr(type(node), "_forward_cls", None) is not CheckpointFunction:
+        return None
+    return node._sequence_nr()
 
 
 def _is_non_reentrant() -> bool:
@@ -202,10 +204,10 @@ def _is_non_reentrant() -> bool:
     return top is not None and getattr(top[0], "__qualname__", "").startswith("_recomputation_hook.")
 
 
-class _Mark:
+class _Mark(Generic[What]):
     """A value kept alive by an autograd graph."""
 
     __slots__ = ("__weakref__", "what")
 
-    def __init__(self, what: Any) -> None:
+    def __init__(self, what: What) -> None:
         self.what = what

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from lorakit.config import LoraConfig
+from lorakit.core.kinds import Kind
 from lorakit.core.routing.recompute import Forwards, Traces
 from lorakit.core.routing.route import BASE, Offsets, Route
 from lorakit.errors import LorakitError, RouteError
@@ -30,24 +31,18 @@ class Scope:
     """An active override.
 
     Attributes:
-        state: The state of the model.
-        route: The route of its forwards; None if only offsets are given.
-        offsets: The positions on which adapters are active, or None if they are not given.
+        block: The block that opened it.
         backward: Number of the backward in which it was opened, -1 for none.
-        block: The block.
         thread: Number of the thread.
     """
 
-    state: AdapterState
-    route: Route | None
-    offsets: Offsets | None
-    backward: int
     block: Override
+    backward: int
     thread: int
 
 
 class PeftLayerMethodsLike(Protocol):
-    """Attributes of a layer that only PEFT has, for programs written for PEFT."""
+    """The attributes of layers that only PEFT has, for programs written for PEFT."""
 
     names: ClassVar[frozenset[str]]
 
@@ -92,7 +87,7 @@ class AdapterState:
         self.invocations: Traces[Offsets] = Traces()  # of forwards that had some
         self.held: list[torch.nn.Module] = []
         self.replication: Any = None
-        self.kinds: dict[str, Any] = {}
+        self.kinds: dict[str, Kind] = {}
         self._open: dict[int, int] = {}  # thread -> overrides open in it
         # Threads that were warned of an override in another one; not their numbers, which are reused.
         self._told: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
@@ -184,16 +179,17 @@ class AdapterState:
         """Return the route and offsets of the innermost overrides, of any backward or of the one with that number."""
         offsets = None
         for scope in reversed(_SCOPES.get()):
-            if scope.state is self and backward in (None, scope.backward):
-                offsets = scope.offsets if offsets is None else offsets
-                if scope.route is not None:
-                    return scope.route, offsets
+            block = scope.block
+            if block.state is self and backward in (None, scope.backward):
+                offsets = block.offsets if offsets is None else offsets
+                if block.route is not None:
+                    return block.route, offsets
         return None, offsets
 
-    def scopes(self) -> list[Scope]:
+    def blocks(self) -> list[Override]:
         """Return the overrides of this model that were opened in this context and backward, the innermost first."""
         backward = torch._C._current_graph_task_id()
-        return [s for s in reversed(_SCOPES.get()) if s.state is self and s.backward == backward]
+        return [s.block for s in reversed(_SCOPES.get()) if s.block.state is self and s.backward == backward]
 
     def offsets(self) -> Offsets | None:
         """Return the offsets of the overrides of this context and backward, or None."""
@@ -241,30 +237,33 @@ class AdapterState:
 
 
 class Override(contextlib.AbstractContextManager[None]):
-    """A scoped override. It has no state, so several threads and tasks can enter it at the same time."""
+    """A scoped override. Entering does not change it, so several threads and tasks can enter it at the same time.
+
+    Attributes:
+        state: The state of the model.
+        route: The route of its forwards; None if only offsets are given.
+        offsets: The positions on which adapters are active, or None if they are not given.
+    """
 
     def __init__(self, state: AdapterState, route: Route | None, offsets: Offsets | None = None) -> None:
-        self._state, self._route, self._offsets = state, route, offsets
+        self.state, self.route, self.offsets = state, route, offsets
 
     def __enter__(self) -> None:
-        thread = threading.get_ident()
-        scope = Scope(self._state, self._route, self._offsets, torch._C._current_graph_task_id(), self, thread)
-        _SCOPES.set((*_SCOPES.get(), scope))
-        if self._route is not None:
-            self._state._open[thread] = self._state._open.get(thread, 0) + 1
+        thread, opened = threading.get_ident(), self.state._open
+        _SCOPES.set((*_SCOPES.get(), Scope(self, torch._C._current_graph_task_id(), thread)))
+        if self.route is not None:
+            opened[thread] = opened.get(thread, 0) + 1
 
     def __exit__(self, *_: object) -> None:
-        scopes = _SCOPES.get()
+        scopes, opened = _SCOPES.get(), self.state._open
         ours = next((scope for scope in reversed(scopes) if scope.block is self), None)
         _SCOPES.set(tuple(scope for scope in scopes if scope is not ours))
-        if self._route is None:
+        if self.route is None:
             return
         thread = threading.get_ident() if ours is None else ours.thread
-        left = self._state._open.get(thread, 1) - 1
-        if left:
-            self._state._open[thread] = left
-        else:
-            self._state._open.pop(thread, None)
+        opened[thread] = opened.get(thread, 1) - 1
+        if not opened[thread]:
+            del opened[thread]
 
 
 def resolve(state: AdapterState, own: Route | None, forwards: Forwards) -> tuple[Route, bool]:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from lorakit.config import LoraConfig
-from lorakit.core.kinds import KINDS, Kind, fits
+from lorakit.core.kinds import Kind, check_fits
 from lorakit.core.variants.alora import ALORA, last_invocation
 from lorakit.core.variants.bdlora import BDLORA
-from lorakit.core.variants.dora import DORA, row_norms
+from lorakit.core.variants.dora import DORA
 from lorakit.core.variants.kasa import KASA
 from lorakit.core.variants.lora import PLAIN
 from lorakit.core.variants.variant import (
@@ -22,9 +22,7 @@ from lorakit.core.variants.variant import (
     OwnTensor,
     Setting,
     Start,
-    Sum,
     Variant,
-    added,
 )
 from lorakit.errors import ConfigError
 
@@ -39,14 +37,11 @@ __all__ = [
     "OwnTensor",
     "Setting",
     "Start",
-    "Sum",
     "Variant",
-    "added",
     "asked_for",
     "is_kept",
     "last_invocation",
     "own_tensors",
-    "row_norms",
     "variant_at",
     "variant_for",
     "variant_named",
@@ -141,14 +136,6 @@ def variant_for(config: LoraConfig, kind: Kind, path: str) -> tuple[Variant, Set
         ConfigError: It asks for two, or the variant does not work on this kind.
     """
     variant, setting = variant_at(config, path)
-    if not fits(variant.fits, kind):
-        known = [other.name for other in KINDS if variant.fits(other)]
-        raise ConfigError(
-            f"{variant.field} at {path}: {variant.title} cannot act on a {kind.name}; it can on {', '.join(known)}. "
-            "Take the module out of target_modules, or leave the variant off.",
-            what=kind.name,
-            where=path,
-            field=variant.field,
-            allowed=known,
-        )
+    what = f"{variant.title} ({variant.field})"
+    check_fits(variant.fits, kind, path, what=what, field=variant.field, advice="turn the variant off")
     return variant, setting
