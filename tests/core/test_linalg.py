@@ -1,4 +1,4 @@
-"""Algebra on factors against the dense products that it never makes."""
+"""Algebra on factors against the dense matrices that it does not compute."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each trained tensor is, and its learning rate by LoRA+ and by pattern."""
+"""The role of each trained tensor, and its learning rate by LoRA+ and by pattern."""
 
 from __future__ import annotations
 

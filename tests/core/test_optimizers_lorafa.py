@@ -1,4 +1,4 @@
-"""LoRA-FA: what is frozen, what the correction is, and that the optimizer takes AdamW's steps on it."""
+"""LoRA-FA: the frozen factors, the corrected gradient, and the optimizer's AdamW steps."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_an_adapter_that_trains_a_alone_is_refused(tiny_llama: Any) -> None:
 
 
 def test_plain_tensors_take_adamw_steps() -> None:
-    """Beside a pair, and with the decay after the step; ε apart this is torch's AdamW."""
+    """Tensors that are not in a pair, with the decay after the step: torch's AdamW except for ε."""
     torch.manual_seed(0)
     p = nn.Parameter(torch.randn(4))
     twin = nn.Parameter(p.detach().clone())
@@ -121,8 +121,9 @@ def test_the_inverse_follows_a_changed_a() -> None:
 
 @pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"betas": (0.9, 1.0)}, {"betas": (-0.1, 0.9)}, {"eps": -1e-9}])
 def test_numbers_out_of_range(wrong: Any) -> None:
-    with pytest.raises(ConfigError, match="of LoRA-FA's optimizer"):
+    with pytest.raises(ConfigError, match="must be at least 0") as error:
         LoraFA([nn.Parameter(torch.ones(1))], **wrong)
+    assert str(error.value.field).startswith(next(iter(wrong)))
 
 
 class Kinds(nn.Module):

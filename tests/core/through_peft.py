@@ -1,4 +1,4 @@
-"""An adapter's way through peft and back."""
+"""Save an adapter, load and save it with peft, and load it again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..laws.tolerances import assert_close
 def through_peft(
     folder: Path, make: Callable[[], Any], output: Callable[[Any], Tensor], wanted: Tensor
 ) -> tuple[Any, Any]:
-    """What `folder / "ours"` holds, on fresh models: loaded and saved by peft, then loaded from there by lorakit as x.
+    """Return `folder / "ours"` on new models: loaded and saved by peft, then loaded from there by lorakit as x.
 
     Both give the wanted output in fp32. Returns peft's model and lorakit's.
     """

@@ -1,8 +1,8 @@
 """Algebra of low-rank products B·A that never forms the product: singular values, inner products, angles.
 
-Everything is batched over groups, A (g, r, in) and B (g, out, r): the experts of one parameter are g products side by
-side, and so is a grouped convolution, whose output channels see only their own part of A; every other site has one
-group. Computed in float64. This file knows nothing of adapters, scales or files.
+Everything is batched over groups, A (g, r, in) and B (g, out, r): one group per expert of a parameter, or per group of
+a convolution, whose output channels use only their part of A; every other site has one group. Computed in float64. This
+file does not depend on adapters, scales or files.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from lorakit.core.kinds import Kind, WeightSpec, per_expert, side_by_side
 from lorakit.errors import ConfigError
 
 SPARE, SKETCH = 16, 8
-"""A sketch is wider than the rank by the first number, and made where it is narrower than the matrix by the second."""
+"""Columns of a sketch in addition to the rank, and how many times smaller than the matrix it must be to be used."""
 
 
 @dataclass(frozen=True)
 class Product:
-    """B·A as its factors.
+    """The factors of B·A.
 
     Attributes:
         A: (g, r, in).
@@ -75,7 +75,7 @@ class Reading:
     Attributes:
         W: Canonical weight, (out, in, …), in float64; of experts as the base stores them, (experts, …, …).
         kind: The kind of the site.
-        slot: Its geometry.
+        slot: Its weight spec.
     """
 
     W: Tensor
@@ -83,10 +83,10 @@ class Reading:
     slot: WeightSpec
 
     def matrix(self, expert: int = 0) -> Tensor:
-        """Return the weight as a matrix, (out, n), in float64; of several experts one, so that one is wide at a time.
+        """Return the weight as a matrix, (out, n), in float64; for several experts only one, to save memory.
 
         Args:
-            expert: Which of several.
+            expert: The index of the expert.
         """
         if not self.slot.experts:
             return self.kind.flat_weight(self.slot, self.W)
@@ -95,15 +95,15 @@ class Reading:
 
 
 def product_of(A: Tensor, B: Tensor, experts: int = 1) -> Product:
-    """The factors of one site as a product of matrices.
+    """Return the factors of one site as a `Product`.
 
     Args:
-        A: (r, in, …), as a site holds it; of experts (experts·r, in).
-        B: (out, r / g, …), where g > 1 on a grouped convolution; of experts (out, r·experts).
-        experts: So many matrices share A and B, each with its own part of them.
+        A: (r, in, …), as a site holds it; (experts·r, in) for experts.
+        B: (out, r / g, …), with g > 1 for a grouped convolution; (out, r·experts) for experts.
+        experts: The number of experts, each with its own part of A and B.
 
     Returns:
-        The product, in float64; kernels lie flat in the columns of A.
+        The factors, in float64; kernels are flattened into the columns of A.
     """
     wide = torch.float64 if A.device.type != "mps" else torch.float32  # that device has no float64
     A, B = A.detach().to(wide).flatten(1), B.detach().to(wide).flatten(1)
@@ -114,10 +114,10 @@ def product_of(A: Tensor, B: Tensor, experts: int = 1) -> Product:
 
 
 def factors_of(product: Product, A_like: Tensor, B_like: Tensor, experts: int = 1) -> tuple[Tensor, Tensor]:
-    """`product_of`, backwards: A (r, in, …) and B (out, r / g, …) in the form of two others, in fp32 or wider.
+    """Return A (r, in, …) and B (out, r / g, …) in the form of two others, in fp32 or wider; undoes `product_of`.
 
     Args:
-        product: With any rank.
+        product: The factors, of any rank.
         A_like: An A of this site, (r, in, …).
         B_like: A B of this site, (out, r / g, …).
         experts: As `product_of`.
@@ -129,11 +129,11 @@ def factors_of(product: Product, A_like: Tensor, B_like: Tensor, experts: int = 
 
 
 def stacked(products: Sequence[Product], weights: Sequence[float]) -> Product:
-    """Σ w·B·A as one product whose rank is the sum of the ranks.   [docs/math.md (50)]
+    """Return Σ w·B·A as one product whose rank is the sum of the ranks.   [docs/math.md (50)]
 
     Args:
-        products: Of one site.
-        weights: One number per product; each goes into B.
+        products: Products of one site.
+        weights: One weight per product; it multiplies B.
     """
     A = torch.cat([product.A for product in products], dim=1)
     B = torch.cat([product.B * weight for product, weight in zip(products, weights, strict=True)], dim=2)
@@ -141,7 +141,7 @@ def stacked(products: Sequence[Product], weights: Sequence[float]) -> Product:
 
 
 def spectrum(product: Product) -> Spectrum:
-    """The exact singular value decomposition of B·A, from the factors alone.   [docs/math.md (51)]
+    """Return the exact singular value decomposition of B·A, computed from the factors.   [docs/math.md (51)]
 
     B = Q·R and Aᵀ = P·T give B·A = Q·(R·Tᵀ)·Pᵀ, so only the small R·Tᵀ is decomposed. Cost: O((in + out)·r²).
 
@@ -155,7 +155,7 @@ def spectrum(product: Product) -> Spectrum:
 
 
 def truncated(found: Spectrum, rank: int) -> Product:
-    """The nearest product of a smaller rank: B = U·S, A = Vᵀ of the largest singular values.   [docs/math.md (52)]
+    """Return the nearest product of a smaller rank, B = U·S and A = Vᵀ, largest values first.   [docs/math.md (52)]
 
     Args:
         found: The decomposition.
@@ -168,10 +168,10 @@ def truncated(found: Spectrum, rank: int) -> Product:
 
 
 def padded(product: Product, rank: int) -> Product:
-    """The same product with the rank that was asked for: what a site has no room for is zero.
+    """Return a product padded with zeros to a rank.
 
     Args:
-        product: Of any rank.
+        product: The factors, of any rank.
         rank: The rank of each group.
     """
     lack = rank - product.A.shape[1]
@@ -181,35 +181,35 @@ def padded(product: Product, rank: int) -> Product:
 
 
 def rank_for(S: Tensor, energy: float) -> int:
-    """The smallest rank whose singular values hold a share of the energy ΣS².   [docs/math.md (52)]
+    """Return the smallest rank whose singular values hold a fraction of the energy ΣS².   [docs/math.md (52)]
 
     Args:
         S: Singular values, largest first, (g, k); every group keeps the same number of them.
-        energy: The share, in (0, 1].
+        energy: The fraction, in (0, 1].
 
     Returns:
-        At least 1, also where everything is zero.
+        At least 1, even if all values are zero.
     """
     held = S.double().square().sum(0).cumsum(0)
     total = float(held[-1])
     if total == 0:
         return 1
-    slack = 8 * torch.finfo(held.dtype).eps * total  # a share of 1 asks for no value that is rounding alone
+    slack = 8 * torch.finfo(held.dtype).eps * total  # a fraction of 1 does not include values that are only rounding
     return min(int((held < energy * total - slack).sum()) + 1, S.shape[1])
 
 
 def inner(one: Product, other: Product) -> float:
-    """⟨B·A, B'·A'⟩ = trace((BᵀB')(A'Aᵀ)), from two small matrices.   [docs/math.md (53)]
+    """Return ⟨B·A, B'·A'⟩ = trace((BᵀB')(A'Aᵀ)), from two small matrices.   [docs/math.md (53)]
 
     Args:
         one: A product.
-        other: Another of the same site; the ranks may differ.
+        other: Another one of the same site; the ranks may differ.
     """
     return float(((one.B.mT @ other.B) * (one.A @ other.A.mT)).sum())
 
 
 def cosines(one: Tensor, other: Tensor) -> Tensor:
-    """Cosines of the principal angles between two column spaces, largest first.   [docs/math.md (54)]
+    """Return the cosines of the principal angles between two column spaces, largest first.   [docs/math.md (54)]
 
     Args:
         one: Orthonormal columns, (g, n, k).
@@ -225,7 +225,7 @@ def cosines(one: Tensor, other: Tensor) -> Tensor:
 
 
 def significant(found: Spectrum) -> tuple[int, ...]:
-    """How many singular values are more than rounding: the true rank of each group of a product."""
+    """Return the number of singular values above rounding: the true rank of each group of a product."""
     S = found.S
     if S.numel() == 0:
         return (0,) * S.shape[0]
@@ -235,14 +235,14 @@ def significant(found: Spectrum) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class RankLimit:
-    """How far to cut a product down: to a rank, or to a share of its energy; one of the two.
+    """Limit for truncating a product: a rank or a fraction of its energy.
 
     Attributes:
-        rank: At most this rank.
-        energy: The smallest rank that holds this share of the energy ΣS², in (0, 1].
+        rank: The maximum rank.
+        energy: The fraction of the energy ΣS², in (0, 1], that the smallest sufficient rank holds.
 
     Raises:
-        ConfigError: Both or neither are given, or the one is out of range.
+        ConfigError: Both or neither are given, or the value is out of range.
     """
 
     rank: int | None = None
@@ -257,11 +257,11 @@ class RankLimit:
             raise ConfigError.of("energy", self.energy, "a fraction in (0, 1]")
 
     def of(self, S: Tensor, shared: int = 1) -> int:
-        """The rank of each group; at least 1.
+        """Return the rank of each group; at least 1.
 
         Args:
             S: Singular values, largest first, (g, k).
-            shared: So many groups share the rank, as in a grouped convolution; experts have it each.
+            shared: The number of groups that share the rank, as in a grouped convolution; 1 for experts.
         """
         if self.rank is None:
             return rank_for(S, self.energy or 1.0)
@@ -269,15 +269,15 @@ class RankLimit:
 
 
 def cut(found: Spectrum, to: RankLimit, shared: int = 1) -> tuple[Product, float]:
-    """Cut a product down.
+    """Truncate a product.
 
     Args:
         found: Its decomposition.
-        to: How far.
+        to: The limit.
         shared: As in `RankLimit.of`.
 
     Returns:
-        The product, and the share of the energy that it lacks.
+        The truncated product, and the fraction of the energy that was removed.
     """
     rank = to.of(found.S, shared)
     energy = found.S.square()

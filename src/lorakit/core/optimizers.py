@@ -1,25 +1,22 @@
-"""LoRA+ learning rates, parameter groups and LoRA-FA.
+"""Learning rates of an adapter's tensors (LoRA+, and rates by pattern), and the LoRA-FA optimizer.
 
-LoRA-FA: one factor of each site is frozen, and the other's gradient is corrected for what the frozen one looks like.
+LoRA-FA freezes one factor of each site, the one that does not start at zero (A; on an embedding and with MiCA, B), and
+corrects the gradient of the other. `freeze_factors` freezes it and returns the pairs; `LoraFA` is the optimizer.
 
-Frozen is the factor that does not begin at zero: A; on an embedding, and under MiCA, B. `freeze_factors` freezes it and
-says which pairs there are; `LoraFA` is the optimizer that steps on the corrected gradient. Knows no schedules or files.
-
-Learning rates of an adapter's tensors: LoRA+ and rates by pattern, worked out by what each tensor is.
-
-What a tensor is (A, B, of an embedding, a vector, a copied module) is asked of the layer that holds it, not guessed
-from its name. Knows nothing about optimizers, schedules or decay.
+The layer that holds a tensor determines its role (A, B, of an embedding, a vector, in a saved module), not the tensor's
+name. This file does not depend on schedules or files.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from lorakit.core.model.activation import trainable_parameters
 from lorakit.core.model.index import layers
@@ -33,14 +30,14 @@ RIDGE = 1e-8
 
 @dataclass(frozen=True)
 class Pair:
-    """A trained factor and the frozen one beside it.
+    """A trained factor and the frozen one of the same site.
 
     Attributes:
         trained: B (out, r), or A (r, in) of an embedding; further axes are those of a kernel.
         frozen: The other one.
         scale: Factor before B·A.
         trained_is_A: Whether `trained` is A.
-        experts: So many B lie side by side, (out, r·experts) with the expert as fastest index; 0 where it is one.
+        experts: The number of experts in B, (out, r·experts) with the expert as the fastest index; 0 for one matrix.
     """
 
     trained: nn.Parameter
@@ -51,25 +48,25 @@ class Pair:
 
     @property
     def blocks(self) -> int:
-        """So many A·Aᵀ there are: one for each expert, or each group of a convolution."""
+        """The number of matrices A·Aᵀ: one per expert, or per group of a convolution."""
         if self.trained_is_A:
             return 1
         return self.experts or len(self.frozen) // self.trained.shape[1]
 
 
 def freeze_factors(model: nn.Module, name: str | None = None) -> list[Pair]:
-    """Freeze the factor of each site that does not begin at zero.
+    """Freeze the factor of each site that does not start at zero.
 
     Args:
-        model: An adapted model; `requires_grad` of the frozen factors is switched off.
+        model: An adapted model; only `requires_grad` of the frozen factors changes.
         name: One adapter, or None for all.
 
     Returns:
         The pairs whose other factor is trained, in the model's order.
 
     Raises:
-        AdapterError: There is no such adapter.
-        ConfigError: Only the factor that is to be frozen is trained at a site, so nothing would learn.
+        AdapterError: The model does not have the adapter.
+        ConfigError: Only the factor that would be frozen is trained at a site, so nothing would learn.
     """
     trained = {id(parameter) for _, parameter in trainable_parameters(model, name)}
     pairs: list[Pair] = []
@@ -79,7 +76,7 @@ def freeze_factors(model: nn.Module, name: str | None = None) -> list[Pair]:
             trains_a = layer.kind.zero_side == "A" or layer.trains[adapter] == {"A"}
             own = layer.parameters_of(adapter)[:2]
             if not own or id(own[0]) in seen:
-                continue  # its factors are those of another, to which it is tied
+                continue  # its factors are those of the layer to which it is tied
             seen.add(id(own[0]))
             A, B = own
             learns, stays = (A, B) if trains_a else (B, A)
@@ -87,19 +84,21 @@ def freeze_factors(model: nn.Module, name: str | None = None) -> list[Pair]:
                 pairs.append(Pair(learns, stays, layer.scaling[adapter], trains_a, layer.slot.experts))
             elif id(stays) in trained:
                 raise ConfigError(
-                    f"{path}: LoRA-FA freezes the only factor that this adapter trains; use AdamW.", where=path
+                    f"{path}: LoRA-FA freezes the only factor that this adapter trains; use AdamW.",
+                    what=adapter,
+                    where=path,
                 )
             stays.requires_grad_(False)
     return pairs
 
 
 def corrected_gradient(gradient: Tensor, pair: Pair, inverse: Tensor) -> Tensor:
-    """The step of B that moves the weight most like full fine-tuning would: g_B·(A·Aᵀ)⁻¹/s².   [docs/math.md (18)]
+    """Return the step of B that changes the weight most like full fine-tuning: g_B·(A·Aᵀ)⁻¹/s².   [docs/math.md (18)]
 
     Args:
-        gradient: Of the pair's trained factor, in its shape: (out, r), (r, in), or with the axes of a kernel.
-        pair: Says how the factors lie, and s.
-        inverse: From `inverse_gram`, (blocks, r / blocks, r / blocks); it stands on the left of A's gradient.
+        gradient: The gradient of the pair's trained factor: (out, r), (r, in), or with the axes of a kernel.
+        pair: Layout of the factors, and s.
+        inverse: From `inverse_gram`, (blocks, r / blocks, r / blocks); it multiplies A's gradient from the left.
 
     Returns:
         As `gradient`, in its dtype.
@@ -120,7 +119,7 @@ def corrected_gradient(gradient: Tensor, pair: Pair, inverse: Tensor) -> Tensor:
 
 
 def inverse_gram(pair: Pair) -> Tensor:
-    """(A·Aᵀ + δ·I)⁻¹ of a pair's frozen A, or (Bᵀ·B + δ·I)⁻¹ of its frozen B.
+    """Return (A·Aᵀ + δ·I)⁻¹ of a pair's frozen A, or (Bᵀ·B + δ·I)⁻¹ of its frozen B.
 
     Args:
         pair: The pair.
@@ -136,16 +135,16 @@ def inverse_gram(pair: Pair) -> Tensor:
 
 
 class LoraFA(torch.optim.Optimizer):
-    """AdamW, in which the gradient of each pair's trained factor is corrected first; other tensors take a plain step.
+    """AdamW with a corrected gradient for each pair's trained factor; other tensors take a plain step.
 
-    The order of operations is PEFT's: ε is added to √v before the corrections for the start from zero, and the decay
-    acts on the tensor after its step. Tensors without a gradient are left alone. The inverse of a pair, r × r, is kept
-    until its frozen factor changes.
+    The order of operations is PEFT's: ε is added to √v before the bias corrections, and the decay is applied to the
+    tensor after its step. Tensors without a gradient do not change. The inverse of a pair, r × r, is cached until its
+    frozen factor changes.
     """
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         pairs: Iterable[Pair] = (),
         *,
         lr: float = 1e-3,
@@ -160,13 +159,20 @@ class LoraFA(torch.optim.Optimizer):
             pairs: From `freeze_factors`.
             lr: Learning rate.
             betas: Decay of the running means of the gradient and of its square.
-            eps: Added to the root of the latter.
-            weight_decay: Share of a tensor, times the rate, that is taken away each step.
+            eps: Added to the root of the second mean.
+            weight_decay: Fraction of a tensor, times the learning rate, that is subtracted in each step.
 
         Raises:
-            ConfigError: A number is out of range.
+            ConfigError: A value is out of range.
         """
-        _check(lr, betas, eps)
+        for name, value, limit in (
+            ("lr", lr, math.inf),
+            ("betas[0]", betas[0], 1.0),
+            ("betas[1]", betas[1], 1.0),
+            ("eps", eps, math.inf),
+        ):
+            if not 0 <= value < limit:
+                raise ConfigError.of(name, value, f"at least 0 and below {limit:g}")
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": True}
         )
@@ -174,32 +180,27 @@ class LoraFA(torch.optim.Optimizer):
         self._inverses: dict[int, tuple[tuple[int, int], Tensor]] = {}
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step.
 
         Args:
-            closure: Computes the loss anew, or None.
+            closure: Computes the loss again, or None.
 
         Returns:
-            What the closure returned.
+            The return value of the closure.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, parameter in self._with_gradient():
-            self._update(parameter, self._gradient(parameter), group)
-        return loss
-
-    def _with_gradient(self) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
         for group in self.param_groups:
-            yield from ((group, p) for p in group["params"] if p.grad is not None)
-
-    def _gradient(self, parameter: nn.Parameter) -> Tensor:
-        """The parameter's gradient, corrected where it is a pair's trained factor; its own shape (…)."""
-        gradient: Tensor = parameter.grad  # type: ignore[assignment]
-        pair = self.pairs.get(id(parameter))
-        return gradient if pair is None else corrected_gradient(gradient, pair, self._inverse(pair))
+            for parameter in group["params"]:
+                gradient, pair = parameter.grad, self.pairs.get(id(parameter))
+                if gradient is not None and pair is not None:
+                    gradient = corrected_gradient(gradient, pair, self._inverse(pair))
+                if gradient is not None:
+                    self._update(parameter, gradient, group)
+        return loss
 
     def _inverse(self, pair: Pair) -> Tensor:
         state = (pair.frozen._version, pair.frozen.data_ptr())
@@ -225,21 +226,8 @@ class LoraFA(torch.optim.Optimizer):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
 
 
-def _check(lr: float, betas: tuple[float, float], eps: float) -> None:
-    for name, value, ok in (
-        ("lr", lr, lr >= 0),
-        ("betas[0]", betas[0], 0 <= betas[0] < 1),
-        ("betas[1]", betas[1], 0 <= betas[1] < 1),
-        ("eps", eps, eps >= 0),
-    ):
-        if not ok:
-            raise ConfigError(
-                f"Invalid {name} of LoRA-FA's optimizer: {value!r}; it must be at least 0, betas below 1."
-            )
-
-
 Role = Literal["A", "B", "embedding", "vector", "whole"]
-"""A or B of a site; either factor of an embedding; a magnitude or bias (one axis); a matrix of a copied module."""
+"""A or B of a site; either factor of an embedding; a magnitude or bias (one axis); a matrix of a saved module."""
 
 
 @dataclass(frozen=True)
@@ -249,8 +237,8 @@ class TrainedPart:
     Attributes:
         name: Its name in the model.
         parameter: The tensor.
-        role: What it is.
-        site: Path of the module that it belongs to.
+        role: Its role.
+        site: Path of its module.
     """
 
     name: str
@@ -264,11 +252,11 @@ class Rates:
     """Learning rates of one adapter.
 
     Attributes:
-        learning_rate: Of A, and of all that nothing below speaks of.
-        b_ratio: Rate of B over that of A: LoRA+'s λ. It also holds for vectors, which act on the output as B does.
-        embedding: Of both factors of an embedding, or None for as any other site's.
-        patterns: Pattern -> the rate that replaces `learning_rate` at the sites it fits, as `rank_pattern` is read;
-            the first that fits wins, and `b_ratio` multiplies it for B. It wins over `embedding`.
+        learning_rate: Rate of A, and of all tensors without another one.
+        b_ratio: Rate of B divided by that of A: LoRA+'s λ. Vectors use it too, since they scale the output as B does.
+        embedding: Rate of both factors of an embedding; None if they are treated like other sites.
+        patterns: Pattern -> the rate that replaces `learning_rate` and `embedding` at the sites it matches, read like
+            `rank_pattern`; the first match wins, and `b_ratio` multiplies it for B.
     """
 
     learning_rate: float
@@ -278,34 +266,31 @@ class Rates:
 
 
 def roles(model: nn.Module) -> dict[int, tuple[Role, str]]:
-    """What each factor and magnitude in a model is: id of the tensor -> role and path of its site.
+    """Return the role of each factor and magnitude in a model: id of the tensor -> role and path of its site.
 
     Args:
-        model: Any model; one without adapters has none.
+        model: Any model.
     """
     found: dict[int, tuple[Role, str]] = {}
     for path, layer in layers(model):
-        site = path.replace(".base_layer", "")  # layers can stand one inside the other
+        site = path.replace(".base_layer", "")  # layers can be nested
         factors: tuple[Role, Role] = ("embedding", "embedding") if layer.kind.zero_side == "A" else ("A", "B")
         for adapter in layer.r:
-            own = layer.parameters_of(adapter)
-            if not own:
-                continue  # its factors are those of another, to which it is tied
-            A, B, *vectors = own
-            found.update(zip((id(A), id(B)), ((role, site) for role in factors), strict=True))
-            found.update((id(vector), ("vector", site)) for vector in vectors if vector is not A and vector is not B)
+            own = layer.parameters_of(adapter)  # empty if its factors are those of the layer to which it is tied
+            found.update((id(vector), ("vector", site)) for vector in own[2:])
+            found.update((id(factor), (role, site)) for factor, role in zip(own, factors, strict=False))
     return found
 
 
 def trained_parts(model: nn.Module, name: str | None = None) -> list[TrainedPart]:
-    """The trained tensors of an adapter with what each is, in the model's order.
+    """Return the trained tensors of an adapter with their roles, in the model's order.
 
     Args:
         model: An adapted model.
         name: One adapter, or None for all.
 
     Raises:
-        AdapterError: There is no such adapter.
+        AdapterError: The model does not have the adapter.
     """
     known = roles(model)
     parts = []
@@ -317,17 +302,17 @@ def trained_parts(model: nn.Module, name: str | None = None) -> list[TrainedPart
 
 
 def rates_by_name(parts: Sequence[TrainedPart], rates: Rates) -> dict[str, float]:
-    """The learning rate of each tensor: η_B = λ·η_A at every site.   [docs/math.md (17)]
+    """Return the learning rate of each tensor: η_B = λ·η_A at every site.   [docs/math.md (17)]
 
     Args:
         parts: The trained tensors.
-        rates: What holds where.
+        rates: The rates.
 
     Returns:
         Name of the tensor -> its rate.
 
     Raises:
-        ConfigError: A pattern is no regular expression or fits no trained tensor; the nearest names are given.
+        ConfigError: A pattern is not a regular expression or matches no trained tensor; the message has similar names.
 
     Source:
         Hayou, Ghosh and Yu 2024, arXiv:2402.12354, section 4: B's rate has to be larger than A's by an order that
@@ -349,6 +334,6 @@ def _rate(part: TrainedPart, rates: Rates) -> float:
 
 
 def _owner(name: str) -> str:
-    """Path of the module that a tensor outside the factors belongs to, as the base has it."""
+    """Return the path in the base of the module of a tensor that is not a factor."""
     path = name.rpartition(".")[0]
     return path.partition(".modules_to_save.")[0].partition(".token_adapter.")[0].replace(".base_layer", "")

@@ -1,4 +1,4 @@
-"""Fresh factors: shapes, which side is zero, and the distribution of the other, as PEFT and the paper have them."""
+"""New factors: shapes, the side that is zero, and the distribution of the other, as in PEFT and the papers."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_dora_begins_with_the_norm_of_each_output() -> None:
 def test_names_that_are_not_there() -> None:
     assert [init_named(row.name) for row in INITS] == list(INITS)
     assert init_named("PiSSA_niter_16") is init_named("pissa")
-    with pytest.raises(ConfigError, match=r"'gaussain'.*Did you mean 'gaussian'\?"):
+    with pytest.raises(ConfigError, match=r"'gaussain'.*Did you mean gaussian\?"):
         init_named("gaussain")
     for name in ("zzzzzz", "pissa_niter_", "pissa_niter_x"):
         with pytest.raises(

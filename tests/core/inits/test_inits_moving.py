@@ -1,4 +1,4 @@
-"""Adapters whose init moved the base, beside plain ones: what acts, what is merged, what is kept, what comes back."""
+"""Adapters with a residual base together with plain ones: outputs, merges, kept weights, and restoring the base."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def both(
     plain_first: bool = False,
     **fields: Any,
 ) -> nn.Module:
-    """A model with an adapter "moved" that moved the base and a plain one, "plain", both with numbers of their own."""
+    """A model with an adapter "moved" that has a residual base and a plain one, "plain", both trained."""
     model = specimen.model(dtype)
     order = ["plain", "moved"] if plain_first else ["moved", "plain"]
     for name in order:
@@ -72,7 +72,7 @@ def answers(model: nn.Module, given: Any) -> dict[tuple[str, ...], Tensor]:
 
 
 def dense(model: nn.Module, name: str, W: Tensor, own: Tensor) -> Tensor:
-    """What a Linear's weight is with one adapter, by the formula, in float64."""
+    """Return a Linear's weight with one adapter, by the formula, in float64."""
     layer = model.up
     factor = layer.factor(name)
     product = factor.B.double() @ factor.A.double() * factor.scale
@@ -221,7 +221,7 @@ def test_saved_as_plain_lora_and_trained_on(specimen: Specimen, init: str, patte
     load_adapter(plain, tmp_path)
     assert_close(run(plain, given), expected, FP32)
     assert BaseBits(plain).before.keys() and all(not site.layer.moved_by for site in sites(plain))
-    load_adapter(on, tmp_path, "moved", trainable=True)  # what it was, to the bit
+    load_adapter(on, tmp_path, "moved", trainable=True)  # unchanged, bit for bit
     assert same_bits(run(on, given), expected)
     for one, other in zip(sites(model), sites(on), strict=True):
         A, B = (one.layer.factor("moved").A, one.layer.factor("moved").B)

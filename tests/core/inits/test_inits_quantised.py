@@ -1,5 +1,5 @@
-"""Inits on bases that are stored in fewer bits: what leaves the base alone is right there; what would move it is refused,
-or rounds it a second time and says so.
+"""Inits on quantized bases: those that keep the base are correct; those that would change it are rejected, or round it a
+second time and report that.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table KINDS: which modules it finds, shapes of A and B, and the two half-products beside the dense delta."""
+"""The registry KINDS: module types, shapes of A and B, and A and B applied separately against the dense delta."""
 
 import dataclasses
 from typing import Any
@@ -113,7 +113,7 @@ def test_a_convolutions_half_products_are_the_convolution_with_its_delta(
     if slot.groups == 1:
         torch.testing.assert_close(kind.delta(slot, A, B), whole.weight.data)  # type: ignore[union-attr]
     else:
-        with pytest.raises(MergeError, match="2 groups has no place"):
+        with pytest.raises(MergeError, match="a convolution of 2 groups cannot store"):
             kind.delta(slot, A, B)  # type: ignore[union-attr]
         wide = make(4, 6, 3, bias=False, **{**around, "groups": 1})
         wide.weight.data = kind.flat_weight(slot, module.weight.data).view(wide.weight.shape)  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Properties of every kind over drawn shapes, ranks, scales, dtypes and names: fresh, merged, unmerged, routed, saved."""
+"""Properties of every kind for generated shapes, ranks, scales, dtypes and names: new, merged, unmerged, routed, saved."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Drawn:
     Attributes:
         make: Makes it.
         x: Its input, floats in fp32 or ids; the first axis is the rows.
-        parameters: Names for `target_parameters`; where there is none the module is named.
-        groups: Of a convolution.
+        parameters: Names for `target_parameters`; if empty, the module is the target.
+        groups: Groups of a convolution.
         call: What the model makes of it and its input.
     """
 
@@ -178,7 +178,7 @@ def _config(draw: Draw, kind: str, drawn: Drawn) -> LoraConfig:
 
 
 def _is_conditioned(layer: Any, name: str) -> bool:
-    """Whether no row of W + s·B·A is small beside its parts: DoRA divides by its norm, and would show their rounding."""
+    """Return whether no row of W + s·B·A is small compared to W: DoRA divides by its norm, which amplifies rounding."""
     kind, factor = kind_named(layer.kind_name), layer.factor(name)
     W = kind.flat_weight(layer.slot, layer.read())
     rows = row_norms(W, *kind.flat(layer.slot, factor.A, factor.B), factor.scale)

@@ -1,4 +1,4 @@
-"""Kinds of site that a user makes: an argument of the call, named with the adapter, asked for again when it is loaded."""
+"""Kinds that users define: passed to the call, named with the adapter, and required again to load it."""
 
 from __future__ import annotations
 

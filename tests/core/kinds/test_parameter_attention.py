@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention: both projections once, the base never drifts, widths of keys and values may differ."""
+"""nn.MultiheadAttention: both projections are adapted once, the base does not change, keys and values can differ in width."""
 
 from __future__ import annotations
 

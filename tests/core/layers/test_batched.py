@@ -1,4 +1,4 @@
-"""Stacks of factors in mixed batches: what is taken at once, what is kept and for how long, and what is seen in time."""
+"""Stacks of factors in mixed batches: what is stacked, how long stacks are cached, and which changes are detected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Biases that an adapter trains in place, beside everything else that changes a bias or reads one."""
+"""Biases that an adapter trains in place, together with everything else that changes or reads a bias."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands in the model: names, shapes, scale, arithmetic against the plain formula, mode, copies of the model."""
+"""Layers in a model: names, shapes, scale, arithmetic against the plain formula, mode, and copies of the model."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_an_adapted_model_can_be_copied(which: str, fields: dict[str, Any]) -> N
     for name in "ab":
         with use(model, name):
             expected[name] = run(model, given)
-    with use(model, "b"):  # an open block is no part of a copy
+    with use(model, "b"):  # an open block is not copied
         twin = copies_of(model)[which]
         assert same_bits(run(twin, given), expected["a"])
     for name in "ab":
@@ -258,7 +258,7 @@ def test_autocast() -> None:
 
 
 class Twice(nn.Module):
-    """One module that stands in two places."""
+    """A module with two paths."""
 
     def __init__(self) -> None:
         super().__init__()

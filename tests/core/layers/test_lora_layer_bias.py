@@ -1,4 +1,4 @@
-"""`lora_bias`: B has a bias, which acts, is scaled, merged into the base's bias, saved, and comes out again to the bit."""
+"""`lora_bias`: the bias of B is applied, scaled, merged into the base's bias, saved, and unmerged bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a reviewer's scripts found, each once wrong: fast paths, tables with a largest norm, autocast, exceptions, meta."""
+"""Regressions from a review: fast paths, embeddings with max_norm, autocast, exceptions, meta tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copied modules and trained biases: each adapter has its own, the base keeps its own."""
+"""Saved modules and trained biases: each adapter has its own copies, and the base keeps the originals."""
 
 from __future__ import annotations
 

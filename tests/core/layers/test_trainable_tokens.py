@@ -1,4 +1,4 @@
-"""Rows of an embedding that adapters train alone: in the model, on disk, merged and out again, and in the tied head."""
+"""Trainable token embeddings: in the model, on disk, merged and unmerged, and in the tied head."""
 
 from __future__ import annotations
 
@@ -339,7 +339,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_scaled_padded_and_shortened_tables() -> None:
-    """What an embedding does to what it looks up, it does to trained rows: scale, padding, largest norm."""
+    """Scale, padding and max_norm of an embedding also apply to trainable token embeddings."""
 
     class Scaled(nn.Embedding):
         embed_scale = torch.tensor(3.0)

@@ -1,4 +1,4 @@
-"""Bare parameters by name: matrices and fused experts, against the plain formula, alone, together, merged and on disk."""
+"""Bare parameters by name: matrices and fused experts against the plain formula; one or several, merged and on disk."""
 
 from __future__ import annotations
 

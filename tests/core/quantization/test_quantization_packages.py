@@ -1,4 +1,4 @@
-"""How quantisers store a weight, decoded by our own formulas and held against what their packages multiply out."""
+"""Quantized weights, decoded by our formulas and compared with the values that the packages dequantize."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_a_width_that_the_package_gets_wrong_is_found() -> None:
     with torch.no_grad():
         module.weight.quant_state.absmax.mul_(torch.linspace(0.1, 3, module.weight.quant_state.absmax.numel()))
     found = wrongly_multiplied_out(nn.Sequential(module))
-    assert found is None or (found[0] == "0.weight" and found[1] > 0.05)  # None: a release that has mended it
+    assert found is None or (found[0] == "0.weight" and found[1] > 0.05)  # None: a release that has fixed it
 
 
 def test_a_weight_on_the_meta_device_has_a_place() -> None:

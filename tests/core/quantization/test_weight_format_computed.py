@@ -1,4 +1,4 @@
-"""Modules whose weight torch.nn.utils.parametrize computes: adapted as they stand, and never written to."""
+"""Modules whose weight torch.nn.utils.parametrize computes: they can be adapted, and are never written to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a layer remembers of its forwards: enough for a recomputation to know its adapter, and no more."""
+"""A layer's records of its forwards: enough for a recomputation to find its adapter, and no more."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def wanted(model: nn.Module, name: str) -> Tensor:
 
 
 def test_a_forward_that_was_forgotten_is_not_guessed(model: nn.Module) -> None:
-    """So many changes of adapter later the first run is not in the layer's memory any more."""
+    """After 64 changes of adapter the layer no longer has a record of the first run."""
     x = given()
     with use(model, "a"):
         loss = checkpoint(model, x, use_reentrant=True).sum()

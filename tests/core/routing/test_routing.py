@@ -1,4 +1,4 @@
-"""Which adapter is active: blocks, threads, tasks; nothing is left behind and nobody sees another's block."""
+"""The active adapter with blocks, threads and tasks: blocks end completely and do not affect other threads."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def in_a_thread(model: torch.nn.Module) -> tuple[str, list[str]]:
 def test_a_thread_does_not_see_the_block_of_another_and_is_told_once() -> None:
     model, found = answers()
     with use(model, "b"):
-        for _ in range(3):  # each new thread anew, also where the system gives it an old number
+        for _ in range(3):  # for each new thread, even if the system reuses a number
             answer, told = in_a_thread(model)
             assert answer == found["a"]
             assert len(told) == 1

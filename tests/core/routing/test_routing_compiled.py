@@ -1,4 +1,4 @@
-"""Routes under torch.compile: one graph per default, none made twice; a block is never passed over."""
+"""Routes under torch.compile: one graph per default, compiled once; a block is never ignored."""
 
 from __future__ import annotations
 

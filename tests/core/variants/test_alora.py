@@ -1,4 +1,4 @@
-"""aLoRA: the adapter acts from the last occurrence of its invocation tokens on, wherever a forward begins or ends."""
+"""aLoRA: the adapter is active from the last occurrence of its invocation tokens on, whatever part a forward computes."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ FIRST = [3, 4, 9, 8, 12, 13, 14]
 
 
 def changed(model: nn.Module, base: nn.Module, given: Any) -> list[list[bool]]:
-    """Which positions of which rows an adapter changes."""
+    """Return a mask of the positions in each row that an adapter changes."""
     return (run(model, given) - run(base, given)).abs().amax(-1).gt(0).tolist()
 
 
@@ -219,7 +219,7 @@ def test_in_a_block_any_cut_of_the_prompt_will_do(specimen: Specimen) -> None:
 
 
 def test_a_cache_that_the_base_filled_is_used_again() -> None:
-    """What aLoRA is for: the prompt before the invocation is computed once, for the base and every adapter."""
+    """The prompt before the invocation is computed once, for the base and every adapter: the purpose of aLoRA."""
     model, prompt, rest = waiting(LLAMA, "a", "b"), [9, 8, 7, 6], [3, 4, 12, 13]
     with torch.no_grad(), disable(model):
         cache = model(input_ids=torch.tensor([prompt]), use_cache=True)[WORD]
@@ -241,7 +241,7 @@ def test_a_cache_that_the_base_filled_is_used_again() -> None:
 @MODELS
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generate_of_transformers_keeps_the_prompts_starts(specimen: Specimen, beams: int) -> None:
-    """With a cache and without one, alone and in beams; tokens that the answer holds invoke nothing anew."""
+    """With and without a cache, with and without beams; tokens in the answer do not invoke the adapter again."""
     model, ids, held = waiting(specimen), torch.tensor([ONCE, PLAIN, TWICE]), context()
     words = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False, "num_beams": beams}
     words |= {"eos_token_id": 49, "pad_token_id": 0}

@@ -1,4 +1,4 @@
-"""aLoRA under torch.compile: right with fullgraph=False, for every batch anew; a whole graph says what it cannot."""
+"""aLoRA under torch.compile: correct for every batch with fullgraph=False; fullgraph=True raises a clear error."""
 
 from __future__ import annotations
 

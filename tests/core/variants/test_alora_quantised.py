@@ -1,4 +1,4 @@
-"""aLoRA on bases that are stored in fewer bits: the formula, the base before the start, gradients, files and caches."""
+"""aLoRA on quantized bases: the formula, the base before the start, gradients, files and caches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _given(rows: int) -> Tensor:
 
 
 def specimen(storage: Storage) -> Specimen:
-    """An embedding, two quantised layers and a head; positions do not meet."""
+    """An embedding, two quantized layers and a head; positions do not interact."""
 
     def make() -> nn.Module:
         up, square = nn.Linear(64, 128), nn.Linear(128, 128, bias=False)

@@ -1,7 +1,7 @@
-"""How often DoRA reads its base weight, what it makes of it on every storage, and that nothing of it goes stale.
+"""The number of times DoRA reads its base weight, its norms for every weight format, and that no norm is outdated.
 
-‖W + s·B·A‖ needs W·Aᵀ, and A changes with each step, so a kept ‖W‖² would spare no reading: in a forward W is multiplied
-out once for the base's own product, and once for the norms of all DoRA adapters together.
+‖W + s·B·A‖ needs W·Aᵀ, and A changes with each step, so caching ‖W‖² would not save a read: in a forward W is dequantized
+once for the base's matmul, and once for the norms of all DoRA adapters.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def test_one_that_moved_the_base_has_a_weight_of_its_own(reads: Callable[[Callab
 
 
 class Counted(TorchDispatchMode):
-    """Counts the operations of bitsandbytes that multiply out a weight of four bits: within a product, or by itself."""
+    """Count the operations of bitsandbytes that dequantize a 4-bit weight: inside a matmul, or separately."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""KaSA: the truncated base comes and goes with the adapter; penalty, restrictions, and files against peft."""
+"""KaSA: the truncated base is attached and detached with the adapter; penalty, restrictions, and files against peft."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A variant is one entry of VARIANTS: made-up ones are attached, trained, saved, merged and combined like ours.
+"""A variant is one entry of VARIANTS: test variants are attached, trained, saved, merged and combined like ours.
 
-No other source knows them. Between them they use every hook that an entry has.
+No other source knows them. Together they use every field of an entry.
 """
 
 from __future__ import annotations
@@ -342,7 +342,7 @@ def test_one_that_moves_the_base_is_no_plain_lora_on_disk(put: Callable[[Variant
 
 
 def test_it_may_exclude_others_from_its_model(put: Callable[[Variant], None], tmp_path: Path) -> None:
-    put(dataclasses.replace(TOY, excludes_others="it stands alone"))
+    put(dataclasses.replace(TOY, excludes_others="it needs its own base"))
     core.save_adapter(adapted("a"), tmp_path / "a", "a")
     for fields, others in (({}, {FIELD: True}), ({FIELD: True}, {})):
         model = LINEARS.model()
@@ -350,7 +350,7 @@ def test_it_may_exclude_others_from_its_model(put: Callable[[Variant], None], tm
         core.attach(model, LINEARS.config(**others), "b")
         before = snapshot(model)
         with pytest.raises(
-            ConfigError, match=r"Toy and other adapters exclude each other .* it stands alone"
+            ConfigError, match=r"Toy and other adapters exclude each other .* it needs its own base"
         ) as refused:
             core.attach(model, LINEARS.config(**fields), "c")
         assert (refused.value.what, refused.value.field) == ("a", FIELD)

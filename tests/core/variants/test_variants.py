@@ -1,4 +1,4 @@
-"""The table VARIANTS: additions to output and weight, against the papers' formulas written out."""
+"""The registry VARIANTS: additions to output and weight against the formulas of the papers."""
 
 import dataclasses
 

@@ -31,7 +31,7 @@ from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import Extras, ModulesToSave, build_extras
 from lorakit.core.layers.named_layers import layer_class
-from lorakit.core.layers.trainable_tokens import ChosenRows, NewRows, TrainableTokens
+from lorakit.core.layers.trainable_tokens import ChosenRows, TrainableTokens
 from lorakit.core.model.index import AdapterIndex, TargetWeight, walk
 from lorakit.core.model.target_weights import dropout_at, places_of
 from lorakit.core.model.ties import tie_copies, tie_factors
@@ -285,7 +285,7 @@ def new_extras(
     factors: Sequence[NewFactor],
     saved: Sequence[str],
     leaders: Mapping[str, str],
-    rows: Sequence[NewRows],
+    rows: Sequence[tuple[ChosenRows, nn.Parameter]],
 ) -> Extras:
     """Build what an adapter trains in addition to its factors.
 
@@ -309,7 +309,7 @@ def new_extras(
 
 def new_rows(
     index: AdapterIndex, chosen: Sequence[ChosenRows], given: Mapping[str, Tensor] | None = None, trainable: bool = True
-) -> list[NewRows]:
+) -> list[tuple[ChosenRows, nn.Parameter]]:
     """Make an adapter's rows: as the base has them, so that a fresh adapter changes nothing, or as they are given.
 
     Args:
@@ -332,7 +332,7 @@ def new_rows(
         else:
             rows = given[part.path].to(table.device)
         wide = torch.promote_types(table.dtype, torch.float32)
-        made.append(NewRows(part, nn.Parameter(rows.to(wide, copy=True), trainable)))
+        made.append((part, nn.Parameter(rows.to(wide, copy=True), trainable)))
     return made
 
 
@@ -358,8 +358,8 @@ def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
             layer.move_base(name, factor.moved, factor.initial)
     _put_copies(index, built, state)
     tie_factors(index, name, extras.leaders)
-    for rows in extras.rows:
-        _put_rows(index, name, rows, state)
+    for chosen, rows in extras.rows:
+        _put_rows(index, name, chosen, rows, state)
     for module, originals in extras.biases:
         BiasPatch.install(name, originals, module, state)
     for parameter, values in built.bias_values:
@@ -410,11 +410,11 @@ def _put_copies(index: AdapterIndex, built: NewAdapter, state: AdapterState) -> 
         holder.modules_to_save[built.name] = duplicate
 
 
-def _put_rows(index: AdapterIndex, name: str, new: NewRows, state: AdapterState) -> None:
-    leader = _table(index, new.chosen.path, state, None)
-    for path in new.chosen.tied:
+def _put_rows(index: AdapterIndex, name: str, chosen: ChosenRows, rows: nn.Parameter, state: AdapterState) -> None:
+    leader = _table(index, chosen.path, state, None)
+    for path in chosen.tied:
         _table(index, path, state, leader)
-    leader.put(name, new.chosen.indices, new.rows)
+    leader.put(name, chosen.indices, rows)
 
 
 def _table(index: AdapterIndex, path: str, state: AdapterState, leader: TrainableTokens | None) -> TrainableTokens:

@@ -19,7 +19,7 @@ from lorakit.core.inits.lora_ga import LORA_GA
 from lorakit.core.inits.pissa import MICA, OLORA, PISSA
 from lorakit.core.inits.random import GAUSSIAN, KAIMING, ORTHOGONAL, RANDOM
 from lorakit.core.kinds import Kind, check_fits
-from lorakit.errors import ConfigError, nearest
+from lorakit.errors import ConfigError, did_you_mean
 
 __all__ = ["INITS", "Init", "InitContext", "InitResult", "fresh_bias", "init_for", "init_named", "trains_of"]
 
@@ -50,10 +50,9 @@ def init_named(name: bool | str) -> Init:
         if isinstance(name, str) and init.family and re.fullmatch(init.family, name.lower()):
             return init
     words = [str(init.name) for init in INITS if isinstance(init.name, str)]
-    hint = nearest(str(name), words, 1)
     raise ConfigError(
-        f"Unknown initialization init_lora_weights={name!r}; it must be True, False or one of {', '.join(words)}"
-        + (f". Did you mean {hint[0]!r}?" if hint else "."),
+        f"Unknown initialization init_lora_weights={name!r}; it must be True, False or one of {', '.join(words)}."
+        + did_you_mean(str(name), words),
         what=name,
         field="init_lora_weights",
         allowed=words,

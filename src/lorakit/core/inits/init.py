@@ -188,7 +188,7 @@ class Init:
         trains: Which of "A" and "B" are trained.
         family: A regular expression for other values that select it.
         requantizes: It may replace a base weight that is stored quantized, which rounds it a second time.
-        takes_any_shape: It fills A and B whatever their shapes are, and so fits variants with shapes of their own.
+        takes_any_shape: It fills A and B whatever their shapes are, and so fits variants with other shapes.
     """
 
     name: bool | str

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorakit.config import LoraGAConfig
 from lorakit.core.inits.init import Init, InitContext, InitResult
-from lorakit.core.kinds import Kind
+from lorakit.core.kinds.kind import takes_input
 from lorakit.core.linalg import dense_spectrum
 from lorakit.errors import ConfigError
 
@@ -22,10 +22,6 @@ class GradientMoments(Protocol):
 
     def mean(self) -> Tensor:
         """Return their mean over the batches, in the shape of the canonical weight, (out, in) on a dense site."""
-
-
-def _fits(kind: Kind) -> bool:
-    return kind.acts_on == "input"
 
 
 def settings_of(context: InitContext) -> LoraGAConfig:
@@ -92,4 +88,6 @@ def _chosen(context: InitContext, direction: str) -> tuple[slice | Tensor, slice
     }[direction]
 
 
-LORA_GA = Init("lora_ga", _lora_ga, fits=_fits, changes_base=True, is_exact=False, needs="gradients", digest=_digest)
+LORA_GA = Init(
+    "lora_ga", _lora_ga, fits=takes_input, changes_base=True, is_exact=False, needs="gradients", digest=_digest
+)

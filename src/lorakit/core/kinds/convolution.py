@@ -33,7 +33,9 @@ def _shapes(slot: WeightSpec, r: int) -> tuple[Shape, Shape]:
     if r % slot.groups:
         raise ConfigError(
             f"The rank is {r}, and a convolution of {slot.groups} groups needs one that is divisible by {slot.groups}. "
-            "Choose another rank (rank_pattern for this module alone) or leave the module out."
+            "Choose another rank (rank_pattern for this module alone) or leave the module out.",
+            what=r,
+            field="r",
         )
     point = (1,) * len(slot.kernel)
     return (r, slot.in_features, *slot.kernel), (slot.out_features, r // slot.groups, *point)
@@ -78,8 +80,9 @@ def _delta(slot: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
     """
     if slot.groups > 1:
         raise MergeError(
-            f"A convolution of {slot.groups} groups has no place for what its adapter adds, which reaches all input "
-            "channels. Merge with dense=True to make it a convolution of one group."
+            f"The weight of a convolution of {slot.groups} groups cannot store an update of all input channels. "
+            "Merge with dense=True to make it a convolution of one group.",
+            what=str(slot.groups),
         )
     A, B = _flat(slot, A, B)
     return (B @ A).view(slot.out_features, slot.in_features, *slot.kernel)

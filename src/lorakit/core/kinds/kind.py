@@ -55,7 +55,7 @@ class Kind:
         names: Attributes of the layer that hold A and B, also their names on disk.
         on_disk: Suffix of the attribute's name on disk.
         drops: Whether dropout can be applied to the input, which it cannot if the input holds indices.
-        slots: The weights that are adapted if a target names the module, the outermost layer's first.
+        slots: Module -> the specs of the weights to adapt, the outermost layer's first.
         inner: Children that become sites together with the module, because it reads their weight.
         row_axis: Module -> the axis of its input that holds the rows of the batch, or None if that is not known. Rows
             can have different adapters if the kind acts on the input.
@@ -99,7 +99,7 @@ class Kind:
     @property
     def takes_bias(self) -> bool:
         """True if B can have a bias (`lora_bias`): it must produce an output, from an input of floats."""
-        return self.acts_on == "input" and self.drops
+        return takes_input(self) and self.drops
 
 
 Fits = Callable[[Kind], bool]
@@ -119,6 +119,11 @@ def every_kind_of_the_table(kind: Kind) -> bool:
 def only_linear(kind: Kind) -> bool:
     """Support nn.Linear and its quantized versions, not Conv1D."""
     return nn.Linear in kind.types
+
+
+def takes_input(kind: Kind) -> bool:
+    """Support kinds for which B·A is applied to the module's input."""
+    return kind.acts_on == "input"
 
 
 def spread(vector: Tensor, slot: WeightSpec) -> Tensor:

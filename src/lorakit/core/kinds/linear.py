@@ -111,7 +111,8 @@ def _table_delta(slot: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
     if slot.bounded:
         raise MergeError(
             "An embedding with max_norm shortens the rows that it looks up; with an adapter merged it would shorten "
-            "their sum. Keep the adapter unmerged, or remove max_norm."
+            "their sum. Keep the adapter unmerged, or remove max_norm.",
+            field="max_norm",
         )
     return dense_delta(A, B)
 

@@ -73,14 +73,14 @@ KeepBase = Literal[True, False, "cpu"]
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """How adapters are merged.
+    """Options of a merge.
 
     Attributes:
         keep_base: Keep each original weight on its device (True), in main memory ("cpu"), or not (False).
-        in_place: Adapters stay on the model, so a weight must also be right for an adapter whose init moved the base.
-        dense: Dtype of the plain module that replaces a quantized one whose matmuls have no dtype of their own, and a
-            convolution with groups; None: quantized modules stay.
-        apart: The ids of components that get a parameter of their own, because they share one with other modules.
+        in_place: Adapters stay on the model, so a weight must also be right for an adapter with a residual base.
+        dense: Dtype of the plain module that replaces a quantized one without a compute dtype, and a convolution with
+            groups; None: quantized modules stay.
+        apart: The ids of components that get a separate parameter, because they share one with other modules.
     """
 
     keep_base: KeepBase = True
@@ -146,7 +146,7 @@ class AdapterComponent:
 
     @abstractmethod
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
-        """Prepare to merge adapters and change nothing; None if they have nothing here.
+        """Prepare to merge adapters and change nothing; None if they have nothing here that a merge changes.
 
         Raises:
             MergeError: The result is not finite, or the component cannot take these adapters.
@@ -374,7 +374,7 @@ class ReplacingModule(AdapterModule):
         return self._get_available_adapters()
 
     @abstractmethod
-    def run_alike(self, route: Route, *args: Any, **kwargs: Any) -> Any:
+    def run_alike(self, route: Route, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object:
         """Return the module's output under a route that is the same for all rows.
 
         Args:
@@ -397,7 +397,7 @@ class ReplacingModule(AdapterModule):
             RouteError: The route cannot be known or does not fit the batch, or active adapters exclude each other.
         """
         route, again = resolve(self.state, self.own_route, self.forwards)
-        output = self.run_alike(route, *args, **kwargs) if route.rows is None else self._mixed(route, args, kwargs)
+        output = self.run_alike(route, args, kwargs) if route.rows is None else self._mixed(route, args, kwargs)
         if not torch.compiler.is_compiling():
             self.forwards.note(output, route, again)
         return output
@@ -425,7 +425,7 @@ class ReplacingModule(AdapterModule):
             some = [_rows_of(value, index, len(rows)) for value in args]
             named = {key: _rows_of(value, index, len(rows)) for key, value in kwargs.items()}
             with self.state.override(alone):  # adapted modules inside see these rows only
-                output = self.run_alike(alone, *some, **named)
+                output = self.run_alike(alone, some, named)
             if not isinstance(output, Tensor):
                 name = type(output).__name__
                 raise MixedRowsError(

@@ -32,14 +32,14 @@ StagedBias = tuple[Tensor, Tensor | None]
 """A bias (out,) to store in the base, and the base's own (out,) from before; None if the first is the base's own."""
 
 Merged = tuple["Stored | nn.Module", Tensor, Tensor]
-"""What to store, or a plain module that replaces the base's; the weight W₀ (out, in); the exact sum of updates."""
+"""The weight to store, or a plain module that replaces the base's; W₀ (out, in); the exact sum of updates, like W₀."""
 
 
 class BaseWeight(StoredWeight):
-    """A module around a base module, into one of whose weights adapters are merged."""
+    """A module around a base module; adapters are merged into one of its weights."""
 
     def check_mergeable(self, path: str, adapters: Sequence[str]) -> None:
-        """Reject adapters that no weight can hold, or whose bias has no place; nothing is computed.
+        """Reject adapters that no weight can hold, or whose bias cannot be stored; nothing is computed.
 
         Args:
             path: This layer's path, for messages.
@@ -191,7 +191,7 @@ class BaseWeight(StoredWeight):
             Name of the parameter -> tensor (…); empty if no adapter has a factor here.
 
         Raises:
-            MergeError: An adapter has no place in the weight, or its bias is not finite.
+            MergeError: An adapter cannot be added to the weight, or its bias is not finite.
         """
         here = [name for name in adapters if name in self.r]
         if not here:
@@ -216,27 +216,27 @@ class BaseWeight(StoredWeight):
         return None if staged is None else staged[0]
 
     def unload(self) -> nn.Module:
-        """Return the base's module with what is merged in it; a base that other adapters moved is moved back."""
+        """Return the base's module with the merged adapters; restores the original if there is a residual base."""
         if self.moved_by and not set(self.moved_by).intersection(self.merged_adapters):
             self.moved_by = ()
             self.place(self.stored_with(self.merged_adapters))
         return self.owner
 
-    def follow(self, leader: BaseWeight) -> None:
-        """Take over what was merged or unmerged at the layer that leads this one: they share one weight.
+    def follow(self, tied: BaseWeight) -> None:
+        """Take over what was merged or unmerged at the tied layer whose weight this one shares.
 
         Args:
-            leader: A layer whose weight is this one's too, and whose factors this one uses.
+            tied: That layer; this one uses its factors.
         """
-        self.merged_adapters = list(leader.merged_adapters)
+        self.merged_adapters = list(tied.merged_adapters)
         if self.merged_adapters or not self.moved_by:
-            self.kept = leader.kept if self.merged_adapters else None
+            self.kept = tied.kept if self.merged_adapters else None
 
     def stored_with(self, merged: Sequence[str]) -> Stored | nn.Module:
         """Return what the base's module stores while these adapters are merged: the original if there are none."""
         if merged:
             return self.with_updates(merged, MergeOptions())[0]
-        return self.moved_base() if self.moved_by else self.original()
+        return self.original(moved=bool(self.moved_by))
 
     def with_updates(self, names: Sequence[str], options: MergeOptions) -> Merged:
         """Return `sum_of_updates` of adapters in the form of an earlier merge: a plain module stays one.
@@ -321,14 +321,14 @@ class BaseWeight(StoredWeight):
 
 
 def in_one_group(layer: StoredWeight, names: Sequence[str]) -> Merged:
-    """Return a convolution that does in one group what a site does with adapters merged.
+    """Return a convolution of one group that is equivalent to a site with adapters merged.
 
     Args:
         layer: A site on a convolution of several groups.
         names: The adapters.
 
     Returns:
-        The module, and as one group's weights (out, in, k…) the base's and the exact sum of updates.
+        The module, the base's weight, and the exact sum of updates; both as weights of one group, (out, in, k…).
     """
     kind = layer.kind
     slot = dataclasses.replace(layer.slot, groups=1)
@@ -362,9 +362,9 @@ def _convolution(source: Convolution, W: Tensor) -> nn.Module:
 def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOptions) -> Merged:
     """Return what to store for W₀ + Σ update, with W₀ (out, in) and the exact sum (out, in).   [docs/math.md (11)]
 
-    In the model, the weight must also be right for an adapter that moved the base and is not merged; if the moved
-    weight counts, the sum starts there, so that it is rounded once. A plain module that holds the sum can be stored
-    instead of a quantized weight or of a convolution of several groups.
+    In the model, the weight must also be right for an adapter with a residual base that is not merged. The sum then
+    starts at the residual base, so that it is rounded once. A plain module that holds the sum can be stored instead of
+    a quantized weight or of a convolution of several groups.
 
     Args:
         layer: The site's layer.

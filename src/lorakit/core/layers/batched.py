@@ -1,8 +1,8 @@
 """Mixed batches: the factors of several adapters are stacked, so that few matmuls serve all rows.
 
 Plain adapters of dense sites are stacked if no gradient is recorded; the layer applies the others one by one. A stack
-holds adapters whose ranks differ by less than a factor of two, padded with zeros. Under a route with a cache, a single
-adapter on all rows is stacked too: its stack is a copy in the base's dtype.
+holds adapters whose ranks differ by less than a factor of two, padded with zeros. With a route that has a cache, a
+single adapter on all rows is stacked too: its stack is a copy in the base's dtype.
 
 `FactorVersions` checks for each token whether the cached stacks are still valid. A write through `.data` into the same
 memory cannot be detected.
@@ -44,14 +44,14 @@ class FactorVersions:
         names: The adapters, which have a factor there.
 
     Raises:
-        KeyError: A factor is another layer's.
-        RuntimeError: Its tensors count no versions, being made in inference mode.
-        AttributeError: It has another form.
+        KeyError: A factor belongs to another layer.
+        RuntimeError: Its tensors were created in inference mode and have no versions.
+        AttributeError: Its modules have other attributes.
     """
 
     def __init__(self, layer: StoredWeight, names: Sequence[str]) -> None:
         self._pick = pick = _picker(names)
-        inside: Any = layer._modules
+        inside = layer._modules
         down, up = (inside[holder] for holder in layer.kind.names)
         self._holders, dropouts = (*layer.kind.names, "lora_dropout"), pick(inside["lora_dropout"]._modules)
         self._modules = pick(down._modules), pick(up._modules), dropouts
@@ -62,11 +62,10 @@ class FactorVersions:
 
     def still(self, layer: StoredWeight) -> bool:
         """Return whether the adapters have the same modules, tensors, memory, versions, modes, scales and variants."""
-        pick = self._pick
-        inside: Any = layer._modules
+        pick, inside = self._pick, layer._modules
         try:
             for holder, modules in zip(self._holders, self._modules, strict=True):
-                if pick(inside[holder]._modules) != modules:  # tuples of the same things are equal without a look
+                if pick(inside[holder]._modules) != modules:  # tuples of identical objects compare fast
                     return False
             tensors = self._look()
             return all(map(is_, tensors, self._tensors)) and self._count(layer, tensors) == self._numbers
@@ -74,7 +73,7 @@ class FactorVersions:
             return False
 
     def _look(self) -> list[Any]:
-        """A and B of each, and B's biases, which are none."""
+        """Return A and B of each adapter, and B's biases, which are None."""
         return [*map(_WEIGHT, self._down), *map(_WEIGHT, self._up), *map(_BIAS, self._up)]
 
     def _count(self, layer: StoredWeight, tensors: list[Any]) -> list[Any]:
@@ -108,10 +107,10 @@ class Stack:
     """Some adapters of one site.
 
     Attributes:
-        names: Which, in the stack's order.
-        A: Theirs times the scale, (K, r, in).
-        B: Theirs, (K, out, r), the transposed view of a (K, r, out).
-        ready: Shape of an input -> its products, under the one route that the stack is for.
+        names: The adapters, in the stack's order.
+        A: Their A times the scale, (K, r, in).
+        B: Their B, (K, out, r), the transposed view of a (K, r, out).
+        ready: Shape of an input -> the prepared matmuls, for the stack's only route.
     """
 
     names: tuple[str, ...]
@@ -120,7 +119,7 @@ class Stack:
     ready: dict[torch.Size, Segments | PerRowLora] = field(default_factory=dict)
 
     def made_ready(self, route: Route, x: Tensor) -> Segments | PerRowLora:
-        """The products with inputs like x (rows, …, in)."""
+        """Return the prepared matmuls for inputs like x (rows, …, in)."""
         rows = route.routed(self.names, x.device, len(x))
         own = compiled_method(self.A, self.B, None, rows, x) if are_few(x, rows) else None
         made = self.ready[x.shape] = own or Segments(self.A, self.B, None, rows, self._method(x, rows), x.dtype)
@@ -132,7 +131,7 @@ class Stack:
 
     @cached_property
     def is_finite(self) -> bool:
-        """Whether every value is finite, judged by sums; a sum that overflows also counts as not finite."""
+        """True if all values are finite, tested on sums; a sum that overflows counts as not finite."""
         sums = [matrices.sum(dtype=torch.promote_types(self.A.dtype, torch.float32)) for matrices in (self.A, self.B)]
         return bool(torch.stack(sums).isfinite().all())
 
@@ -142,10 +141,10 @@ class Stacks:
     """The stacks of the adapters of one site.
 
     Attributes:
-        stacks: Of those that can be stacked.
+        stacks: The stacks of those that can be stacked.
         rest: The others.
-        names: All of them.
-        absent: Adapters that some rows use and that have nothing at the site.
+        names: All adapters.
+        absent: Adapters that some rows use and that have no factor at the site.
         seen: The versions of the adapters; None if they are not checked or have none.
     """
 
@@ -165,9 +164,9 @@ def add_kept(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor
 
     Args:
         layer: The site's `LoraLayer`; nothing is merged there.
-        route: Which row has which.
+        route: The adapter of each row.
         x: The input, (rows, …, in).
-        y0: What the layer's base made of it, (rows, …, out).
+        y0: The base's output, (rows, …, out).
 
     Returns:
         y₀ with the additions; None if nothing was added, and y₀ is unchanged.
@@ -203,14 +202,13 @@ def add_stacked(layer: StoredWeight, segments: OfRows, route: Route, x: Tensor, 
 
     Args:
         layer: The site's `LoraLayer`.
-        segments: The adapters, which all have a factor there, and the numbers of their rows, (rows of it,).
-        route: Which row has which; where it keeps things, the stacks are made once.
+        segments: The adapters, which all have a factor there, and the indices of their rows, (n,).
+        route: The adapter of each row; if it has a cache, the stacks are built once.
         x: The input, (rows, …, in).
-        y0: The base's output, (rows, …, out). Rows of adapters that are still to be added stay as they are in it, and
-            all of it where others may hold it.
+        y0: The base's output, (rows, …, out), which is changed in place if nothing else can refer to it.
 
     Returns:
-        y₀ with what was added, and the segments of adapters that are still to be added.
+        y₀ with the additions, and the segments of adapters that are still to be added.
     """
     kind = layer.kind
     if torch.is_grad_enabled() or kind.down is not linear_down or kind.up is not linear_up or is_traced():
@@ -232,7 +230,7 @@ def add_stacked(layer: StoredWeight, segments: OfRows, route: Route, x: Tensor, 
 
 def _own(layer: StoredWeight, y0: Tensor) -> Tensor:
     """Return y0 (rows, …, out) if nothing else can refer to it, else a copy, because it will be written to."""
-    base: Any = layer._modules["base_layer"]
+    base = layer._modules["base_layer"]
     fresh = (
         type(base).forward is nn.Linear.forward
         and type(base._parameters.get("weight")) is nn.Parameter
@@ -254,8 +252,8 @@ def _stacks(layer: StoredWeight, names: tuple[str, ...], route: Route, dtype: to
     if found is not None and found.names == names and found.still(layer):
         return found
     try:
-        seen = FactorVersions(layer, names)  # first, so that what another thread changes meanwhile is seen next time
-    except (KeyError, RuntimeError, AttributeError):  # a factor that another makes; tensors that count no versions
+        seen = FactorVersions(layer, names)  # first, so that a change by another thread is detected next time
+    except (KeyError, RuntimeError, AttributeError):  # a factor of another layer; tensors without versions
         return _made(layer, names, dtype)
     made = kept[layer, dtype] = _made(layer, names, dtype)
     made.seen, made.absent = seen, route.mentions.difference(names)
@@ -276,7 +274,7 @@ def _can_be_stacked(factor: Factor) -> bool:
 
 
 def _of_like_rank(ranks: dict[str, int]) -> Iterator[list[str]]:
-    """Yield groups of adapters, in order, each of which wastes less than half of its stack."""
+    """Yield groups of adapters, in order; each fills more than half of its stack."""
     left = set(ranks)
     while left:
         highest = max(ranks[name] for name in left)

@@ -43,7 +43,7 @@ class BiasPatch(AdapterComponent):
         self.forwards = Forwards()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: R) -> R | Tensor:
-        """Return the output, computed again with the old bias for the rows that do not use the adapter."""
+        """Return the output, recomputed with the old bias for the rows that do not use the adapter."""
         route, again = resolve(self.state, None, self.forwards)
         result = self._under(route, module, args, kwargs, output)
         if not torch.compiler.is_compiling():
@@ -132,7 +132,7 @@ class BiasPatch(AdapterComponent):
         return {name: held.detach() for adapter in adapters for name, held in self.saved_tensors(adapter).items()}
 
     def unload(self) -> nn.Module:
-        """Leave the biases as they were trained, and return the module."""
+        """Keep the trained biases, remove the hook, and return the module."""
         hooks = self.module._forward_hooks
         for key in [key for key, hook in hooks.items() if hook is self]:
             del hooks[key], self.module._forward_hooks_with_kwargs[key]

@@ -31,7 +31,7 @@ from lorakit.core.variants import NO_SETTING, NO_TENSORS, At, Factor, Setting, o
 from lorakit.errors import AdapterError, ConfigTypeError, MergeError, RowCountError, warn_caller
 
 Weights = dict["str | None", Tensor]
-"""What was read in one forward of one site: the first adapter that moved the base, or None, -> weight."""
+"""The weights read in one forward of a site: None for the original, or the first adapter with the residual base."""
 
 
 def _holder_type(name: str) -> type[nn.ModuleDict | nn.ParameterDict] | None:
@@ -70,10 +70,10 @@ class LoraLayer(BaseWeight):
     def __init__(self, base_layer: nn.Module, kind: Kind, slot: WeightSpec, state: AdapterState) -> None:
         super().__init__()
         self.base_layer = base_layer
+        # hundreds of layers are created at once, and setting attributes of a module is slow
         tables: dict[str, Any] = {name: {} for name in ("r", "lora_alpha", "scaling", "variant", "settings", "trains")}
-        lists: dict[str, Any] = {"merged_adapters": [], "tied_weight": None, "forwards": Forwards()}
-        # hundreds of layers are made at once, and torch's own way to set an attribute is slow
-        self.__dict__.update(tables, training=base_layer.training, state=state, kind_name=kind.name, slot=slot, **lists)
+        self.__dict__.update(tables, training=base_layer.training, state=state, kind_name=kind.name, slot=slot)
+        self.__dict__.update(merged_adapters=[], tied_weight=None, forwards=Forwards())
         state.join(self)
 
     def _get_name(self) -> str:
@@ -223,7 +223,7 @@ class LoraLayer(BaseWeight):
             self.forwards.note(y, route, again)
         return y
 
-    def adapted(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def adapted(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """Return the base's output y₀ (…, out) plus the additions of a route's adapters.
 
         Args:
@@ -237,7 +237,7 @@ class LoraLayer(BaseWeight):
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         stays = route.common_to_all(inside := self.inside())
         skip = frozenset(self.merged_adapters) if stays else frozenset()
-        y0 = self.base_layer(*args, **kwargs) if stays else self._base_of_rows(route, x, args, kwargs)
+        y0: Tensor = self.base_layer(*args, **kwargs) if stays else self._base_of_rows(route, x, args, kwargs)
         if route.kept is not None and not inside and (y := add_kept(self, route, x, y0)) is not None:
             return y
         if route.rows is not None:
@@ -315,9 +315,10 @@ class LoraLayer(BaseWeight):
         axis = self._row_axis(route, x)
         index = torch.cat([rows for name, rows in route.segments(x.device, x.shape[axis]) if name in moved])
 
-        def forward(*args: Any, **kwargs: Any) -> Tensor:  # each on all rows: hooks need the whole batch
-            before, moved = (bare(self._base_for(one))(*args, **kwargs) for one in (False, True))
-            return before.index_copy(axis, index, moved.index_select(axis, index))
+        def forward(*inputs: Tensor, **named: Tensor) -> Tensor:  # each on all rows: hooks need the whole batch
+            before, moved = (bare(self._base_for(one))(*inputs, **named) for one in (False, True))
+            changed: Tensor = before.index_copy(axis, index, moved.index_select(axis, index))
+            return changed
 
         y: Tensor = with_forward(self.base_layer, forward)(*args, **kwargs)
         return y
@@ -327,7 +328,7 @@ class LoraLayer(BaseWeight):
 
         Args:
             name: An adapter that has a factor here.
-            W: The base weight from `read`, (out, in); an adapter that moved the base uses its residual instead.
+            W: The base weight from `read`, (out, in); an adapter with a residual base uses that instead.
             training: The variant may perturb A and B, as in training.
 
         Returns:
@@ -348,7 +349,7 @@ class LoraLayer(BaseWeight):
 
     @property
     def in_features(self) -> int:
-        """Columns of the base weight; rows of an embedding's table; input channels of a convolution."""
+        """Columns of the base weight; number of embeddings; input channels of a convolution."""
         return self.slot.in_features
 
     @property
@@ -496,16 +497,16 @@ class LoraLayer(BaseWeight):
         leader = next(iter(leading)) if len(leading) == 1 else None
         return leader if leader is not None and self.is_one_with(leader, adapters) else None
 
-    def is_one_with(self, leader: LoraLayer, adapters: Collection[str]) -> bool:
+    def is_one_with(self, tied: LoraLayer, adapters: Collection[str]) -> bool:
         """Return whether another layer has factors of the same adapters, and the same weight.
 
         Args:
-            leader: The other layer.
+            tied: The other layer.
             adapters: The adapters.
         """
-        if any((name in self.r) != (name in leader.r) for name in adapters):
+        if any((name in self.r) != (name in tied.r) for name in adapters):
             return False
-        mine, its = (one.source._parameters.get(one.slot.parameter) for one in (self, leader))
+        mine, its = (one.source._parameters.get(one.slot.parameter) for one in (self, tied))
         return mine is its and mine is not None
 
     def _around_module(self, path: str) -> dict[str, LoraLayer]:

@@ -1,6 +1,6 @@
 """Saved modules (`modules_to_save`), and `Extras`: everything that an adapter trains in addition to factors.
 
-Extras are saved modules, trainable tokens and trained biases; they are active together with the factors. All keep the
+These are saved modules, trainable tokens and trained biases; they are active together with the factors. All keep the
 original: a saved module is a copy next to it, and a trained bias keeps its old value, so that `disable` and other
 adapters use the base.
 """
@@ -20,7 +20,7 @@ from lorakit.core.kinds import kind_of
 from lorakit.core.layers.adapter_component import AdapterModule, MergeOptions, ReplacingModule, StagedMerge
 from lorakit.core.layers.bias import BiasPatch, out_projection
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.trainable_tokens import NewRows, TrainableTokens
+from lorakit.core.layers.trainable_tokens import ChosenRows, TrainableTokens
 from lorakit.core.quantization import weight_format_of
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState
@@ -121,7 +121,7 @@ class ModulesToSave(ReplacingModule):
         """Return the copy that is merged, or else the original."""
         return self.modules_to_save[self.merged_adapters[0]] if self.merged_adapters else self.original_module
 
-    def run_alike(self, route: Route, *args: Any, **kwargs: Any) -> Any:
+    def run_alike(self, route: Route, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object:
         """Return the output of the module that a route selects.
 
         Args:
@@ -155,18 +155,18 @@ class Extras:
         copies: Path -> trainable copy of the module there.
         biases: Modules of the base, each with its current biases, (…), by name; no names if only the module inside it
             has some.
-        rows: Trainable token embeddings.
-        leaders: Path of a module -> path of the one to which it is tied.
+        rows: Trainable token embeddings: their indices in a table, and their values, (n, d).
+        leaders: Path of a module -> path of the module to which it is tied.
     """
 
     copies: dict[str, nn.Module]
     biases: list[tuple[nn.Module, dict[str, Tensor]]]
-    rows: tuple[NewRows, ...] = ()
+    rows: tuple[tuple[ChosenRows, nn.Parameter], ...] = ()
     leaders: Mapping[str, str] = field(default_factory=dict)
 
 
 def build_extras(modules: Mapping[str, nn.Module], sites: Collection[str], saved: Sequence[str], bias: str) -> Extras:
-    """Build an adapter's extras without changing the model.
+    """Build everything that an adapter trains in addition to its factors, without changing the model.
 
     Args:
         modules: Path -> module: the base's, or the adapted or saved module that replaces it.
@@ -175,7 +175,7 @@ def build_extras(modules: Mapping[str, nn.Module], sites: Collection[str], saved
         bias: The config's `bias`: "none", "all", or "lora_only" for the sites alone.
 
     Returns:
-        The extras. Biases in saved modules are not trained twice.
+        The saved modules and biases. Biases in saved modules are not trained twice.
 
     Raises:
         TargetError: A module to save holds sites or saved modules of another adapter.
@@ -269,7 +269,7 @@ def _base_modules(current: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def trainable_copy(path: str, current: nn.Module) -> nn.Module:
-    """Return a trainable copy of a module as it was before any adapter; the mode stays.
+    """Return a trainable copy of a module without any adapter, in the same mode.
 
     Quantized modules become plain in the copy, because they cannot be trained.
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from lorakit.core.kinds import Kind
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.weight_layer import WeightLayer
+from lorakit.errors import ConfigError
 from lorakit.targets.layer_types import ATTENTION, CONVOLUTIONS, DENSE, EMBEDDING, INNER_LINEAR, PARAMETER
 
 
@@ -74,8 +74,13 @@ def layer_class(kind: Kind) -> type[LoraLayer]:
 
     Args:
         kind: The kind.
+
+    Raises:
+        ConfigError: Its class is not a subclass of `LoraLayer`.
     """
-    if kind.layer is not None:
-        made: Any = kind.layer
-        return made
-    return LAYERS.get(kind.name) or (WeightLayer if kind.acts_on == "weight" else LoraLayer)
+    own = kind.layer or LAYERS.get(kind.name)
+    if own is None:
+        return WeightLayer if kind.acts_on == "weight" else LoraLayer
+    if not issubclass(own, LoraLayer):
+        raise ConfigError.of("kinds", own.__name__, f"a subclass of LoraLayer, for the layers of {kind.name}")
+    return own

@@ -21,15 +21,15 @@ STORED = frozenset({"kept", "moved", "tied_weight"})
 """Attributes that hold stored weights of the base, in any form."""
 
 OF_THE_BASE = frozenset({"weight", "bias"})
-"""Attributes that are set on the base module when set on the layer: other code ties weights that way."""
+"""Attributes that are set on the base module when set on the layer, because other code ties weights by setting them."""
 
 
 class StoredWeight(AdapterModule):
-    """A module around a base module, one of whose weights can be written and restored.
+    """A module around a base module; it can write and restore one of the base's weights.
 
     Attributes:
         base_layer: The base's module, or another layer around it.
-        slot: The weight.
+        slot: The weight's spec.
         r: Adapter -> rank.
         scaling: Adapter -> scale.
         variant: Adapter -> the name of its variant.
@@ -120,19 +120,19 @@ class StoredWeight(AdapterModule):
         """Return the base weight without anything merged, canonical (out, in), fp32 or wider.
 
         Args:
-            adapter: The adapter that uses it, which matters if one moved the base; None for the original.
+            adapter: The adapter that uses it, which matters if there is a residual base; None for the original.
         """
         base, source = self.storage
         kept = self._kept_for(adapter in self.moved_by)
         return base.read(source, _as_now(base, source, self.slot.parameter, kept))
 
-    def original(self) -> Stored:
-        """Return the stored weight from before anything was written to it, on the base's device and in its dtype."""
-        return _as_now(*self.storage, self.slot.parameter, self.kept)
+    def original(self, moved: bool = False) -> Stored:
+        """Return the stored weight without anything merged, on the base's device and in its dtype.
 
-    def moved_base(self) -> Stored:
-        """Return the stored residual base, on the base's device and in its dtype."""
-        return _as_now(*self.storage, self.slot.parameter, self._kept_for(True))
+        Args:
+            moved: Return the residual base instead of the original weight.
+        """
+        return _as_now(*self.storage, self.slot.parameter, self._kept_for(moved))
 
     def _kept_for(self, moved: bool) -> Stored | None:
         """Return the kept weight for the adapter with a residual base, or for others; None if the module holds it."""
@@ -147,9 +147,9 @@ class StoredWeight(AdapterModule):
         return bias if isinstance(bias, Tensor) else None
 
     def inside(self) -> frozenset[str]:
-        """Return the adapters for which the base's module is right: merged ones, and those that moved it.
+        """Return the adapters for which the base's module is right: merged ones, and those with the residual base.
 
-        If one of several that moved it is merged, the module is not right for the others.
+        If one of several with the residual base is merged, the module is not right for the others.
         """
         merged = frozenset(self.merged_adapters)
         return merged if merged.intersection(self.moved_by) else merged.union(self.moved_by)
@@ -159,7 +159,7 @@ class StoredWeight(AdapterModule):
         if not self.merged_adapters and (moved or not self.moved_by):
             return self.base_layer
         self.check_kept()
-        clone = self.base.clone(self.source, self.slot.parameter, self.moved_base() if moved else self.original())
+        clone = self.base.clone(self.source, self.slot.parameter, self.original(moved))
         if self.kept_bias is not None:
             held: dict[str, Any] = clone._parameters if "bias" in clone._parameters else clone.__dict__
             held["bias"] = self.original_bias()
@@ -170,7 +170,7 @@ class StoredWeight(AdapterModule):
 
         Args:
             adapter: The adapter.
-            stored: The stored residual base; not used if another adapter moved the base in the same way.
+            stored: The stored residual base; not used if another adapter has the same one.
             initial: The adapter's A (r, in) and B (out, r) before training if the base became W − s·B·A.
         """
         if self.moved_by:

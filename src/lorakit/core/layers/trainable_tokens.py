@@ -1,4 +1,4 @@
-"""Trainable token embeddings: single rows of an embedding, and of the head that is tied to it.
+"""Trainable token embeddings, also in the head that is tied to an embedding.
 
 A trained row replaces the base's row W[i]; it is not added. The table is not copied for a forward: the output of the
 base is corrected at the positions that use a trained row.
@@ -41,19 +41,6 @@ class ChosenRows:
     tied: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class NewRows:
-    """Rows of one table, built but not attached.
-
-    Attributes:
-        chosen: The table and the indices.
-        rows: Their values, (n, d).
-    """
-
-    chosen: ChosenRows
-    rows: nn.Parameter
-
-
 class TokenAdapter(nn.Module):
     """A table with the trainable token embeddings of each adapter, under PEFT's names.
 
@@ -82,7 +69,7 @@ class TokenAdapter(nn.Module):
 
     @property
     def merged(self) -> bool:
-        """Whether an adapter's rows are written into the table now."""
+        """True if an adapter's rows are written into the table."""
         return bool(self.kept)
 
     @property
@@ -115,7 +102,7 @@ class TokenAdapter(nn.Module):
         """Return the base's table without merged rows, (V, d); the base's own parameter if nothing is merged.
 
         Args:
-            strict: Raise if the base's rows were not kept; otherwise they stay as they are.
+            strict: Raise if the base's rows were not kept; otherwise the merged rows stay in the table.
 
         Raises:
             MergeError: Something is merged, and the base's rows were not kept.
@@ -187,7 +174,7 @@ class TokenAdapter(nn.Module):
 
 
 class TrainableTokens(ReplacingModule):
-    """An embedding, or a head tied to one, of which adapters train some rows (`trainable_token_indices`).
+    """An embedding, or a head tied to one, with trainable token embeddings (`trainable_token_indices`).
 
     Attributes:
         token_adapter: The table and the rows of each adapter.
@@ -334,14 +321,14 @@ class TrainableTokens(ReplacingModule):
         """Return the base's module, with what is merged in it."""
         return self.original_module
 
-    def follow(self, leader: TrainableTokens, apart: bool) -> None:
-        """Take over what was merged or unmerged at the table that this one follows.
+    def follow(self, tied: TrainableTokens, apart: bool) -> None:
+        """Take over what was merged or unmerged at the tied table that this one follows.
 
         Args:
-            leader: The table whose rows this one uses.
-            apart: The leader got a separate parameter in this merge, and so does this table.
+            tied: That table, whose rows this one uses.
+            apart: That table got a separate parameter in this merge, and so does this one.
         """
-        mine, its = self.token_adapter, leader.token_adapter
+        mine, its = self.token_adapter, tied.token_adapter
         if not mine.kept:
             self._give_back()
         elif apart:
@@ -385,13 +372,13 @@ class TrainableTokens(ReplacingModule):
         """The adapters whose rows are written into the table now."""
         return self.token_adapter.merged_adapters
 
-    def run_alike(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def run_alike(self, route: Route, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         """Return the output of the table with the active adapters' rows in it.   [docs/math.md (91)]
 
         Args:
             route: It is the same for all rows of the batch.
-            x: Indices (…) of an embedding -> (…, d), or hidden states (…, d) of a head -> (…, V).
-            args: Passed to the base's module.
+            args: Passed to the base's module: first indices (…) of an embedding, which returns (…, d), or hidden states
+                (…, d) of a head, which returns (…, V).
             kwargs: Likewise.
 
         Raises:
@@ -400,7 +387,8 @@ class TrainableTokens(ReplacingModule):
         names, adapter, table = route.names, self.token_adapter, self.original_module
         if adapter.is_stale(names):  # a clone with the whole table, so that the base's output is bitwise equal
             table = clone_with(table, {"weight": adapter.original()})
-        y: Tensor = table(x, *args, **kwargs)
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        y: Tensor = table(*args, **kwargs)
         for index, rows in adapter.replacements(names):
             index, rows = index.to(x.device), rows.to(y.device)
             if isinstance(table, nn.Embedding):

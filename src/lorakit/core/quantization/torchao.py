@@ -1,4 +1,4 @@
-"""The only importer of torchao, whose weights are tensors of a class of their own that dequantize themselves.
+"""The only importer of torchao, whose weights are instances of tensor subclasses that dequantize themselves.
 
 Read: whatever torchao can dequantize. Written: int8 with a scale per row, the only format that torchao can train with.
 """

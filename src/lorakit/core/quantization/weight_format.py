@@ -106,7 +106,7 @@ class WeightFormat(Generic[M, S]):
         """Return some elements of a stored weight and bounds of their quantization errors, both (n,).
 
         Args:
-            stored: The stored weight; only the elements asked for are dequantized.
+            stored: The stored weight; only the requested elements are dequantized.
             positions: Positions (n,) in the flattened canonical weight; for a plain weight, in the stored one.
         """
 
@@ -141,11 +141,6 @@ class PlainFormat(WeightFormat[nn.Module, Tensor]):
         """Return the tensor, of any shape."""
         tensor: Tensor = getattr(module, parameter)  # FSDP has plain tensors in _parameters during a forward
         return tensor.detach()
-
-    def device(self, module: nn.Module, parameter: str) -> torch.device:
-        """Return the tensor's device."""
-        tensor: Tensor = getattr(module, parameter)
-        return tensor.device
 
     def read(self, module: nn.Module, stored: Tensor) -> Tensor:
         """Return the tensor with its leading axis out, (out, …)."""

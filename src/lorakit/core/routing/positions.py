@@ -27,7 +27,7 @@ MEMORY = "lorakit_starts"
 
 
 Output = Tensor | Sequence[Any] | Mapping[str, Any] | None
-"""What a model's forward returns; None after a failed one."""
+"""The output of a model's forward; None after a failed one."""
 
 NOT_IN_A_GRAPH = (
     "The position at which an adapter that waits for tokens starts is found outside of a compiled graph. Compile with "

@@ -1,4 +1,4 @@
-"""The table VARIANTS: how a base output and a low-rank update combine."""
+"""The registry VARIANTS: how a base output and a low-rank update are combined."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def variant_named(name: str) -> Variant:
     """Return the variant with that name.
 
     Raises:
-        KeyError: There is none; names are the table's own, so this is a mistake in lorakit.
+        KeyError: There is none. Users do not pass these names, so this is a bug in lorakit.
     """
     for variant in VARIANTS:
         if variant.name == name:
@@ -66,23 +66,23 @@ def variant_named(name: str) -> Variant:
 
 
 def asked_for() -> tuple[Variant, ...]:
-    """Return the variants that a config has to ask for: all but LoRA itself."""
+    """Return the variants that a config field selects: all except LoRA itself."""
     return tuple(variant for variant in VARIANTS if variant.field)
 
 
 def own_tensors() -> Iterator[OwnTensor]:
-    """Yield every tensor of shape (…) that some variant has in addition to A and B."""
+    """Yield every tensor, of any shape, that a variant has in addition to A and B."""
     for variant in VARIANTS:
         yield from variant.tensors
 
 
 def variants_of(config: LoraConfig) -> list[Variant]:
-    """Return the variants that a config asks for at some site or other, LoRA itself left out."""
+    """Return the variants that a config selects at any site, except LoRA itself."""
     return [variant for variant in asked_for() if getattr(config, variant.field) not in (None, False)]
 
 
 def variant_of(config: LoraConfig) -> Variant:
-    """Return the variant that a config asks for at some site or other: the first of them, or LoRA itself."""
+    """Return the first variant that a config selects at any site, or LoRA itself."""
     return next(iter(variants_of(config)), PLAIN)
 
 
@@ -92,27 +92,28 @@ def moving_variant(config: LoraConfig) -> Variant | None:
 
 
 def is_kept(variant: Variant) -> bool:
-    """Return whether a combination of adapters of a variant is of that variant too; otherwise it is plain LoRA."""
+    """Return whether a combination of adapters of a variant has the same variant; otherwise it is plain LoRA."""
     return variant.combine is not None or bool(variant.must_agree)
 
 
 def without(config: LoraConfig, *variants: Variant) -> LoraConfig:
-    """Return a copy of a config that does not ask for some variants."""
+    """Return a copy of a config without some variants."""
     defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(config)}
     return dataclasses.replace(config, **{variant.field: defaults[variant.field] for variant in variants})
 
 
 def variant_at(config: LoraConfig, path: str) -> tuple[Variant, Setting]:
-    """Return the variant that a config asks for at a site, with what it asks of it there.
+    """Return the variant that a config selects at a site, and its settings there.
 
     Args:
         config: The adapter's config.
         path: The site.
 
     Raises:
-        ConfigError: It asks for two.
+        ConfigError: It selects two.
     """
-    chosen = [(v, setting) for v in variants_of(config) if (setting := v.setting(config, path)) is not None]
+    settings = [(v, v.setting(config, path) if v.setting else NO_SETTING) for v in variants_of(config)]
+    chosen = [(variant, setting) for variant, setting in settings if setting is not None]
     if len(chosen) > 1:
         fields = " and ".join(variant.field for variant, _ in chosen)
         raise ConfigError(
@@ -125,7 +126,7 @@ def variant_at(config: LoraConfig, path: str) -> tuple[Variant, Setting]:
 
 
 def variant_for(config: LoraConfig, kind: Kind, path: str) -> tuple[Variant, Setting]:
-    """Return the variant that a config asks for at a site of some kind, with what it asks of it there.
+    """Return the variant that a config selects at a site of some kind, and its settings there.
 
     Args:
         config: The adapter's config.
@@ -133,7 +134,7 @@ def variant_for(config: LoraConfig, kind: Kind, path: str) -> tuple[Variant, Set
         path: The site, for the message.
 
     Raises:
-        ConfigError: It asks for two, or the variant does not work on this kind.
+        ConfigError: It selects two, or the variant does not support this kind.
     """
     variant, setting = variant_at(config, path)
     what = f"{variant.title} ({variant.field})"

@@ -1,6 +1,6 @@
-"""Activated LoRA: the adapter acts from its invocation tokens on, and before them the model is the base.
+"""Activated LoRA: the adapter is active from its invocation tokens on; before them the model is the base.
 
-What comes before the invocation has the base's keys and values, so a cache that the base filled can be used again.
+The positions before the invocation have the base's keys and values, so a cache filled by the base can be reused.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from torch import Tensor
 
 from lorakit.config import LoraConfig
 from lorakit.core.kinds import Kind
-from lorakit.core.variants.variant import NO_SETTING, At, Setting, Variant
+from lorakit.core.variants.variant import At, Variant
 from lorakit.errors import ConfigError, RouteError
 
 
 def last_invocation(input_ids: Tensor, tokens: Sequence[int], visible: Tensor | None = None) -> Tensor:
-    """Where the last occurrence of some tokens begins in each row.   [docs/math.md (90)]
+    """Return where the last occurrence of some tokens starts in each row.   [docs/math.md (90)]
 
     Args:
         input_ids: (rows, length), whole numbers.
         tokens: The invocation tokens, in order.
-        visible: (rows, length), true where a token counts; an occurrence that touches padding is none.
+        visible: (rows, length), true for tokens, false for padding; an occurrence with padding in it does not count.
 
     Returns:
-        (rows,) int64: how many positions there are from its first token to the end of the row, 0 where it is not there.
+        (rows,) int64: the number of positions from its first token to the end of the row, 0 if it does not occur.
     """
     rows, length = input_ids.shape
     size = len(tokens)
@@ -41,7 +41,7 @@ def last_invocation(input_ids: Tensor, tokens: Sequence[int], visible: Tensor | 
 
 
 def _positions(ids: Tensor, config: LoraConfig, visible: Tensor | None) -> Tensor:
-    """On how many of the last positions of each row the adapter acts, (rows,) int64."""
+    """Return the number of last positions of each row on which the adapter is active, (rows,) int64."""
     return last_invocation(ids, _tokens(config), visible)
 
 
@@ -60,40 +60,36 @@ def _tokens(config: LoraConfig) -> Sequence[int]:
     return tokens
 
 
-def _setting(config: LoraConfig, path: str) -> Setting | None:
-    return NO_SETTING if config.alora_invocation_tokens is not None else None
-
-
 def _fits(kind: Kind) -> bool:
     return kind.is_dense
 
 
 def _output(at: At) -> Tensor:
-    """The addition is z from the start of the last invocation on, and zero before it.   [docs/math.md (90)]
+    """Return z from the start of the last invocation on, and zero before it.   [docs/math.md (90)]
 
-    Takes and returns (rows, positions, out).
+    z and the result are (rows, positions, out).
 
     Source:
         Greenewald et al. 2025, arXiv:2504.12397, section 3.
     """
     if at.mask is None:
         raise RouteError(
-            "An aLoRA adapter is active, and where its invocation tokens stand is not known: the model it was attached "
-            "to was not called with input_ids. Pass input_ids, or open lorakit.core.invoked(model, input_ids) around "
-            "the call."
+            "An aLoRA adapter is active, and the positions of its invocation tokens are not known: the model it was "
+            "attached to was not called with input_ids. Pass input_ids, or open lorakit.core.invoked(model, input_ids) "
+            "around the call.",
+            field="alora_invocation_tokens",
         )
-    return torch.where(at.mask(at.z), at.z, 0)  # not a product: what is not finite before the start stays out
+    return torch.where(at.mask(at.z), at.z, 0)  # not a product, because z can be infinite before the start
 
 
 ALORA = Variant(
     name="alora",
     title="aLoRA",
     field="alora_invocation_tokens",
-    setting=_setting,
     fits=_fits,
     output=_output,
     update=None,
-    unmergeable_reason="what it adds depends on where a token stands",
+    unmergeable_reason="its addition depends on the position of a token",
     positions=_positions,
     span=_span,
     must_agree="act after different invocation tokens",

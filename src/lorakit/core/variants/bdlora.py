@@ -35,8 +35,8 @@ def _setting(config: LoraConfig, path: str) -> Setting | None:
         return None
     if side == "B" and config.lora_bias:
         raise ConfigError(
-            f"lora_bias at {path}: a block-diagonal B has no bias. Take the module out of target_modules_bd_b, or "
-            "leave lora_bias off.",
+            f"lora_bias at {path}: a block-diagonal B has no bias. Remove the module from target_modules_bd_b, or turn "
+            "lora_bias off.",
             where=path,
             field="lora_bias",
         )
@@ -44,7 +44,7 @@ def _setting(config: LoraConfig, path: str) -> Setting | None:
 
 
 def _shapes(kind: Kind, slot: WeightSpec, r: int, setting: Setting) -> tuple[Shape, Shape]:
-    """Shapes of the blocks: A (r, in / blocks), or B (out, r / blocks); the other one has LoRA's shape."""
+    """Return the shapes with blocks: A (r, in / blocks), or B (out, r / blocks); the other one has LoRA's shape."""
     number, in_A = int(setting["blocks"]), setting["side"] == "A"
     sizes = {"r": r, **({"in_features": slot.in_features} if in_A else {"out_features": slot.out_features})}
     odd = next((name for name, size in sizes.items() if size % number), None)

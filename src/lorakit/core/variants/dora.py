@@ -1,33 +1,34 @@
-"""DoRA: the direction of each row of W is adapted by LoRA, its length is learned by itself.
+"""DoRA: LoRA adapts the direction of each row of W, and the length of each row is learned separately.
 
-DoRA turns W into g ⊙ (W + s·B·A), which adds (g − 1) ⊙ W + g ⊙ s·B·A. A weighted sum of such additions is again one:
-γ ⊙ (W + B'·A') with γ = 1 + Σ w(g − 1) and B'·A' = Σ (w·g/γ) ⊙ s·B·A. So DoRA adapters are combined exactly, and plain
-ones among them have g = 1.
+DoRA changes W into g ⊙ (W + s·B·A): the addition is (g − 1) ⊙ W + g ⊙ s·B·A. A weighted sum of such additions has the
+same form: γ ⊙ (W + B'·A') with γ = 1 + Σ w(g − 1) and B'·A' = Σ (w·g/γ) ⊙ s·B·A. So combinations of DoRA adapters are
+exact; plain ones among them have g = 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lorakit.config import LoraConfig
 from lorakit.core.kinds import Kind, Shape, WeightSpec, spread
+from lorakit.core.kinds.kind import takes_input
 from lorakit.core.linalg import Product, Reading, factors_of
 from lorakit.core.quantization import at_least_fp32
-from lorakit.core.variants.variant import NO_SETTING, Addend, At, Factor, OwnTensor, Setting, Start, Sum, Variant
+from lorakit.core.variants.variant import Addend, At, Factor, OwnTensor, Setting, Start, Sum, Variant
 from lorakit.errors import AdapterError
 
 MAGNITUDE = "lora_magnitude_vector"
-"""PEFT's name of the learned lengths, on a layer and on disk."""
+"""PEFT's name for the learned lengths, on a layer and on disk."""
 
 SMALLEST = 1e-6
-"""A combined gain below this leaves a row of zeros, which no magnitude can turn."""
+"""A combined DoRA scale below this gives a row of zeros, which no magnitude can rescale."""
 
 
 def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """Euclidean norm of each row of W + s·B·A, without forming the product.   [docs/math.md (8)]
+    """Return the Euclidean norm of each row of W + s·B·A, without computing the product.   [docs/math.md (8)]
 
     ‖w + s·bA‖² = ‖w‖² + 2s·(w Aᵀ)·b + s²·b (A Aᵀ) bᵀ for each row w of W and b of B.
 
@@ -48,16 +49,8 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
 
 def _norms(kind: Kind, slot: WeightSpec, W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """The length of each row of the canonical weight with its update, (out,)."""
+    """Return the length of each row of the canonical weight with its update, (out,)."""
     return row_norms(kind.flat_weight(slot, W), *kind.flat(slot, A, B), scale)
-
-
-def _setting(config: LoraConfig, path: str) -> Setting | None:
-    return NO_SETTING if config.use_dora else None
-
-
-def _fits(kind: Kind) -> bool:
-    return kind.acts_on == "input"
 
 
 def _shape(kind: Kind, slot: WeightSpec, r: int, setting: Setting) -> Shape:
@@ -69,9 +62,9 @@ def _start(start: Start) -> Tensor:
 
 
 def _output(at: At) -> Tensor:
-    """With g = m / ‖W + s·B·A‖ per output, the addition is (g − 1)(y₀ − b) + g·z.   [docs/math.md (7)]
+    """Return (g − 1)(y₀ − b) + g·z, with g = m / ‖W + s·B·A‖ per output.   [docs/math.md (7)]
 
-    The norm is held constant in the backward, as the paper does to save memory (section 4.3). All are (…, out).
+    The norm is constant in the backward, as in the paper, to save memory (section 4.3). All are (…, out).
 
     Source:
         Liu et al. 2024, arXiv:2402.09353, eq. (5) and (11).
@@ -87,35 +80,37 @@ def _update(kind: Kind, slot: WeightSpec, W: Tensor, delta: Tensor, factor: Fact
 
 
 def _gain(kind: Kind, slot: WeightSpec, W: Tensor, factor: Factor) -> Tensor:
-    """G = m / ‖W + s·B·A‖, (out,); a row of zeros keeps its gain at one instead of dividing by zero."""
+    """Return g = m / ‖W + s·B·A‖, (out,); one for a row of zeros, and if the factor is not DoRA."""
     with torch.no_grad():
         norms = _norms(kind, slot, W, factor.A, factor.B, factor.scale)
-    magnitude = factor.own[MAGNITUDE].flatten() if factor.own else norms
+    magnitude = factor.own[MAGNITUDE].flatten() if MAGNITUDE in factor.own else norms
     return torch.where(norms > 0, at_least_fp32(magnitude) / norms.clamp_min(torch.finfo(norms.dtype).tiny), 1.0)
 
 
 def combined(path: str, addends: Sequence[Addend], reading: Reading) -> Sum:
-    """Combine adapters, of which some are DoRA, into one that is.   [docs/math.md (57)]
+    """Combine adapters into a DoRA adapter; some of them may be plain.   [docs/math.md (57)]
 
     Args:
         path: The site, for the message.
         addends: Factors with their weights.
-        reading: The base there.
+        reading: The base's weight.
 
     Returns:
-        The products g ⊙ B·A, (g, r, in) and (g, out, r), and what turns their sum into B'·A' and the magnitude
+        The products g ⊙ B·A, (g, r, in) and (g, out, r), and a function from their sum to B'·A' and the magnitude
         γ·‖W + B'·A'‖, (out,).
 
     Raises:
-        AdapterError: The gains cancel, so that nothing is left of an output.
+        AdapterError: The DoRA scales cancel, so that an output would be zero.
     """
     gains = [_gain_over(addend.factor, reading) for addend in addends]
     total = 1 + torch.stack([one.weight * (gain - 1) for gain, one in zip(gains, addends, strict=True)]).sum(0)
     lost = int((total.abs() < SMALLEST).sum())
     if lost:
         raise AdapterError(
-            f"At {path} the gains of these DoRA adapters cancel for {lost} outputs, which no DoRA adapter can do. "
-            "Choose other weights."
+            f"At {path} the scales of these DoRA adapters cancel for {lost} outputs, which no DoRA adapter can "
+            "represent. Choose other weights.",
+            what=str(lost),
+            where=path,
         )
     products = [addend.product for addend in addends]
     turned = tuple(Product(p.A, p.B * g.view_as(p.B[..., :1])) for p, g in zip(products, gains, strict=True))
@@ -134,22 +129,18 @@ def combined(path: str, addends: Sequence[Addend], reading: Reading) -> Sum:
 
 
 def _gain_over(factor: Factor, reading: Reading) -> Tensor:
-    """The gain of each output, (out,), in the precision of the base that was read; ones where it is not DoRA."""
-    W = reading.W
-    if MAGNITUDE not in factor.own:
-        return torch.ones(W.shape[0], dtype=W.dtype, device=W.device)
-    A, B = factor.A.detach().to(W.dtype), factor.B.detach().to(W.dtype)
-    norms = _norms(reading.kind, reading.slot, W, A, B, factor.scale)
-    turned = factor.own[MAGNITUDE].detach().to(W.dtype).flatten() / norms.clamp_min(torch.finfo(W.dtype).tiny)
-    return torch.where(norms > 0, turned, 1.0)
+    """Return the DoRA scale of each output, (out,), in the precision of the base; ones if the factor is not DoRA."""
+    dtype = reading.W.dtype
+    own = {name: tensor.detach().to(dtype) for name, tensor in factor.own.items()}
+    wide = replace(factor, A=factor.A.detach().to(dtype), B=factor.B.detach().to(dtype), own=own)
+    return _gain(reading.kind, reading.slot, reading.W, wide)
 
 
 DORA = Variant(
     name="dora",
     title="DoRA",
     field="use_dora",
-    setting=_setting,
-    fits=_fits,
+    fits=takes_input,
     tensors=(
         OwnTensor(
             held_as=MAGNITUDE,

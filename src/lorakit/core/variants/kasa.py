@@ -1,7 +1,7 @@
 """KaSA: the base without its smallest singular values, and an update with trained singular values.
 
-With W = U·S·Vᵀ, the base becomes W without its r smallest singular values while the adapter is attached, and the update
-is s·B·diag(d)·A, with d trained. The layer keeps the original, and disabling or detaching restores its bits.
+While the adapter is attached, the base is W without its r smallest singular values, and the update is s·B·diag(d)·A,
+with d trained. The layer keeps the original; disabling or detaching restores its bits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lorakit.core.variants.variant import Factor, OwnTensor, Setting, Start, Var
 from lorakit.errors import ConfigError
 
 DIAGONAL = "lora_diag"
-"""PEFT's name of the singular values of the update, on a layer and on disk."""
+"""PEFT's name for the singular values of the update, on a layer and on disk."""
 
 
 def truncated(W: Tensor, r: int) -> Tensor:
@@ -34,7 +34,7 @@ def truncated(W: Tensor, r: int) -> Tensor:
 
 
 def penalty(factor: Factor) -> Tensor:
-    """β·‖d‖² + γ·(‖Bᵀ·B − I‖ + ‖A·Aᵀ − I‖), a scalar in fp32 or wider.   [docs/math.md (96)]
+    """Return β·‖d‖² + γ·(‖Bᵀ·B − I‖ + ‖A·Aᵀ − I‖), a scalar in fp32 or wider.   [docs/math.md (96)]
 
     Args:
         factor: With A (r, in), B (out, r) and the diagonal (r,); its setting has β and γ.
@@ -62,7 +62,7 @@ def _start(start: Start) -> Tensor:
 
 
 def _factors(factor: Factor, training: bool) -> tuple[Tensor, Tensor]:
-    """A and B·diag(d), (r, in) and (out, r).   [docs/math.md (95)]."""
+    """Return A and B·diag(d), (r, in) and (out, r).   [docs/math.md (95)]."""
     return factor.A, factor.B * factor.own[DIAGONAL]
 
 
@@ -70,8 +70,8 @@ def _move(start: Start) -> Tensor:
     least = min(start.slot.out_features, start.slot.in_features)
     if start.rank >= least:
         raise ConfigError(
-            f"{start.path}: r is {start.rank}, and KaSA drops as many of the {least} singular values of the base "
-            f"weight; r must be below {least}. Lower r (rank_pattern for this module alone), or leave the module out.",
+            f"{start.path}: r is {start.rank}, and KaSA removes r of the {least} singular values of the base weight; r "
+            f"must be below {least}. Lower r (rank_pattern for this module alone), or leave the module out.",
             what=start.rank,
             where=start.path,
             field="r",
@@ -79,7 +79,7 @@ def _move(start: Start) -> Tensor:
     W = start.read()
     if not bool(torch.isfinite(W).all()):
         raise ConfigError(
-            f"{start.path}: the base weight holds NaN or infinite numbers and cannot be decomposed.", where=start.path
+            f"{start.path}: the base weight contains NaN or infinite values and cannot be decomposed.", where=start.path
         )
     return truncated(W, start.rank)
 
@@ -93,6 +93,6 @@ KASA = Variant(
     tensors=(OwnTensor(held_as=DIAGONAL, carried="parameter", keys=(f".{DIAGONAL}",), shape=_shape, start=_start),),
     factors=_factors,
     move=_move,
-    excludes_others="KaSA adapters act on a base without its smallest singular values, others on the whole one",
+    excludes_others="KaSA adapters need a base without its smallest singular values, others the original one",
     penalty=penalty,
 )

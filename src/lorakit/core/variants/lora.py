@@ -1,6 +1,6 @@
-"""LoRA as it was published, and rsLoRA, which differs in the scale alone.
+"""LoRA, and rsLoRA, which differs only in the scale.
 
-H = W x + s·B(A x): the addition to the output is z = s·B(A x), that to the weight s·B·A.   [docs/math.md (2)]
+h = W x + s·B(A x): the addition to the output is z = s·B(A x), the addition to the weight s·B·A.   [docs/math.md (2)]
 
 Source: Hu et al. 2021, arXiv:2106.09685, eq. (3).
 """
@@ -8,6 +8,6 @@ Source: Hu et al. 2021, arXiv:2106.09685, eq. (3).
 from __future__ import annotations
 
 from lorakit.core.kinds import every_kind
-from lorakit.core.variants.variant import NO_SETTING, Variant
+from lorakit.core.variants.variant import Variant
 
-PLAIN = Variant(name="plain", title="LoRA", field="", setting=lambda config, path: NO_SETTING, fits=every_kind)
+PLAIN = Variant(name="plain", title="LoRA", field="", fits=every_kind)

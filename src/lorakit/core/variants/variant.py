@@ -1,8 +1,8 @@
-"""The entries of the table VARIANTS, the factors that they act on, and what they are given.
+"""`Variant`, an entry of VARIANTS, and the types of its functions' arguments and results.
 
 Every variant returns an *addition* to the base output and to the base weight, so that several adapters, and batches
-whose rows use different ones, are well defined in any order. An entry sees tensors and the geometry of a kind; it knows
-nothing of adapters' names, routes or files. A hook that is None costs a forward nothing but that question.
+whose rows use different ones, are well defined in any order. An entry works with tensors and the geometry of a kind; it
+does not depend on adapters' names, routes or files. In a forward, a function that is None only costs that test.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from lorakit.core.kinds import Kind, Shape, WeightSpec
 from lorakit.core.linalg import Product, Reading
 
 Setting = Mapping[str, "str | int | float | bool"]
-"""What a config asks of a variant at one site."""
+"""The settings of a variant at one site."""
 
 NO_SETTING: Setting = MappingProxyType({})
 NO_TENSORS: Mapping[str, Tensor] = MappingProxyType({})
 
 
-@dataclass(eq=False)  # not frozen: each forward makes one, and the fields of a frozen one are set slowly
+@dataclass(eq=False)  # not frozen, because each forward creates one, and frozen ones are slower to create
 class Factor:
-    """One adapter at one site, as arithmetic sees it.
+    """The tensors and settings of one adapter at one site.
 
     Attributes:
         A: Down projection, (r, in).
         B: Up projection, (out, r).
         scale: alpha / r, or alpha / √r for rsLoRA.
-        dropout: What the input passes before A.
+        dropout: The dropout before A.
         variant: The entry of VARIANTS.
         own: The variant's own tensors by `OwnTensor.held_as`, each in its shape there.
-        bias: Bias of B, (out,), scaled like the rest (`lora_bias`), or None.
-        setting: What the config asks of the variant here.
+        bias: Bias of B, (out,), scaled like B·A (`lora_bias`), or None.
+        setting: The variant's settings here.
     """
 
     A: Tensor
@@ -52,7 +52,7 @@ class Factor:
     setting: Setting = dataclasses.field(default_factory=lambda: NO_SETTING)
 
     def multiplied(self, training: bool = False) -> tuple[Tensor, Tensor]:
-        """Return A (r, in) and B (out, r) as they are multiplied.
+        """Return A (r, in) and B (out, r) after the variant's `factors`, ready to be multiplied.
 
         Args:
             training: The variant may perturb them, as in training.
@@ -60,15 +60,13 @@ class Factor:
         return (self.A, self.B) if self.variant.factors is None else self.variant.factors(self, training)
 
     def plain(self, training: bool = False) -> Factor:
-        """Return the factor with A (r, in) and B (out, r) as they are multiplied.
+        """Return the factor with A (r, in) and B (out, r) after the variant's `factors`.
 
         Args:
             training: The variant may perturb them, as in training.
         """
-        if self.variant.factors is None:
-            return self
-        A, B = self.variant.factors(self, training)
-        return dataclasses.replace(self, A=A, B=B)
+        A, B = self.multiplied(training)
+        return self if self.variant.factors is None else dataclasses.replace(self, A=A, B=B)
 
 
 @dataclass(frozen=True)
@@ -77,13 +75,13 @@ class Start:
 
     Attributes:
         kind: The kind of the site.
-        slot: Its geometry.
+        slot: Its weight spec.
         A: Initial down projection, (r, in).
         B: Initial up projection, (out, r).
         scale: The factor's scale.
-        read: Reads the canonical base weight as the adapter sees it, (out, in) or as the kind says.
+        read: Reads the canonical base weight that the adapter uses, (out, in) or as its kind defines it.
         path: The site, for messages.
-        setting: What the config asks of the variant here.
+        setting: The variant's settings here.
         generator: Source of randomness, or None for torch's own.
     """
 
@@ -109,9 +107,9 @@ class OwnTensor:
 
     Attributes:
         held_as: Attribute of the layer that holds it by adapter.
-        carried: Whether that holds modules with a `.weight`, or the parameters themselves.
+        carried: "module" if the attribute holds modules with a `.weight`, "parameter" if it holds parameters.
         keys: Endings of its names on disk: the first is written, all are read.
-        shape: Kind, slot, rank, setting -> its shape in memory and on disk.
+        shape: Kind, weight spec, rank, setting -> its shape in memory and on disk.
         start: New factor -> the initial tensor, in any shape with as many elements.
         trained: Whether training changes it.
         depends_on_rank: Whether another rank needs another tensor, so that a compressed adapter cannot keep it.
@@ -136,12 +134,12 @@ class At:
         z: The scaled low-rank output s·B(A x), like y0.
         factor: The factor.
         kind: The kind of the site.
-        slot: Its geometry.
-        read: Reads the canonical base weight, (out, in) or as the kind says.
-        mask: z -> where the adapter acts, shaped to multiply it, for variants with `positions`; None where that is not
-            known.
-        x: The input as A takes it, (…, in), or None where a test gives none.
-        siblings: Gives the factors of the site's other adapters, in the order they came.
+        slot: Its weight spec.
+        read: Reads the canonical base weight, (out, in) or as its kind defines it.
+        mask: z -> boolean mask of the active positions, which broadcasts over z, for variants with `positions`; None if
+            the positions are not known.
+        x: The input of A, (…, in); None in tests that do not need it.
+        siblings: Returns the factors of the site's other adapters, in the order in which they were added.
     """
 
     y0: Tensor
@@ -158,13 +156,13 @@ class At:
 
 @dataclass(frozen=True)
 class Addend:
-    """One adapter's part in a sum of updates at one site.
+    """One adapter's update in a sum of updates at one site.
 
     Attributes:
         factor: The adapter's factor there.
-        weight: The number that its update is multiplied by.
-        product: Its A and B as they are multiplied, as matrices (g, r, in) and (g, out, r), without the scale.
-        experts: The number of matrices that share A and B; 1 where it is one.
+        weight: The weight of its update in the sum.
+        product: Its A and B after the variant's `factors`, as matrices (g, r, in) and (g, out, r), without the scale.
+        experts: The number of experts that share A and B; 1 for a single matrix.
     """
 
     factor: Factor
@@ -175,12 +173,12 @@ class Addend:
 
 @dataclass(frozen=True)
 class Sum:
-    """A sum of updates, of which the low-rank part is added up by whoever asked for it.
+    """A sum of updates; the caller computes its low-rank part.
 
     Attributes:
-        products: Of each addend the product whose weighted sum, each times its scale, is that part, (g, r, in) and
-            (g, out, r).
-        finish: That sum, at scale 1 -> the product to hold and the variant's own tensors by `OwnTensor.held_as`.
+        products: One product per addend, (g, r, in) and (g, out, r); the low-rank part is their weighted sum, with each
+            one multiplied by its scale.
+        finish: That sum, at scale 1 -> the product to store and the variant's own tensors by `OwnTensor.held_as`.
     """
 
     products: tuple[Product, ...]
@@ -194,41 +192,42 @@ def added(kind: Kind, slot: WeightSpec, W: Tensor, delta: Tensor, factor: Factor
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """One way in which A, B and the base combine.
+    """One way to combine A, B and the base.
 
     Attributes:
-        name: What layers and tests call it.
-        title: What messages call it.
-        field: The config's field that asks for it, "" for LoRA itself.
-        setting: Config, path of a site -> what it asks for there, or None where it does not ask for the variant.
-        fits: Kind -> whether the variant works on it. One that is not `every_kind` fits no kind that a user made.
+        name: Its name in layers and tests.
+        title: Its name in messages.
+        field: The config's field that selects it, "" for LoRA itself.
+        fits: Kind -> whether the variant supports it. Only `every_kind` supports the kinds that users define.
+        setting: Config, path of a site -> the settings there, or None if the site does not get the variant; None for a
+            variant without settings.
         tensors: Its tensors in addition to A and B.
-        shapes: Kind, slot, rank, setting -> shapes of A and B; None for the kind's own.
-        factors: Factor, training -> A and B as they are multiplied; None for A and B as they are held.
-        down: Kind, module, input, factor -> what B is applied to, unscaled; None for the kind's A·x.
-        output: Where it is in a forward -> addition to y₀, like y₀; None for z.
-        update: Kind, slot, canonical W, scaled delta like W, factor -> addition to W; None where it has no place there.
-        unmergeable_reason: Why it has none, as the end of a sentence.
-        positions: Token ids (rows, length), config, which tokens are visible (rows, length) or None -> on how many of
-            the last positions of each row the adapter acts, (rows,) int64, 0 for none; None where it acts on all.
+        shapes: Kind, weight spec, rank, setting -> shapes of A and B; None for the kind's shapes.
+        factors: Factor, training -> the A and B to multiply; None for A and B themselves.
+        down: Kind, module, input, factor -> the input of B, unscaled; None for the kind's A·x.
+        output: State of a forward -> addition to y₀, like y₀; None for z.
+        update: Kind, weight spec, canonical W, scaled delta like W, factor -> addition to W; None if not mergeable.
+        unmergeable_reason: Why it is not mergeable, as the end of a message.
+        positions: Token ids (rows, length), config, visible tokens (rows, length) or None -> the number of last
+            positions of each row on which the adapter is active, (rows,) int64, 0 for none; None if always active.
         span: Config -> number of tokens that decide a position, for variants with `positions`.
         move: New factor -> the canonical weight that replaces the base weight while the adapter is attached. It depends
             only on the base and the rank, so that adapters of the same rank share it.
-        excludes_others: Why the model cannot have adapters of other variants, as the end of a sentence; "" if it can.
-        penalty: Factor -> what it adds to the loss in training, a scalar.
-        combine: Path, addends, base -> their sum as one factor of this variant; None where the sum is plain LoRA.
-        must_agree: What adapters with other values of `field` do, as the end of a sentence; such adapters cannot be
-            combined, and a combination keeps the value. "" where a combination need not have it.
+        excludes_others: Why the model cannot have adapters of other variants, as the end of a message; "" if it can.
+        penalty: Factor -> its term in the training loss, a scalar.
+        combine: Path, addends, base -> their sum as one factor of this variant; None if the sum is plain LoRA.
+        must_agree: The effect of different values of `field`, as the end of a message; adapters that differ in it
+            cannot be combined, and a combination keeps the value. "" if the value does not matter.
         peft_names: PEFT's name of a table by adapter on its layers -> value for a factor; False for other variants.
-        is_lora: It is LoRA with other numbers at most: kept stacks and fused operations take it.
-        is_held_as_lora: It holds nothing but A and B, in the kind's own shapes.
+        is_lora: It differs from LoRA at most in the scale, so stacks and fused operations support it.
+        is_held_as_lora: It stores only A and B, in the kind's shapes.
     """
 
     name: str
     title: str
     field: str
-    setting: Callable[[LoraConfig, str], Setting | None]
     fits: Callable[[Kind], bool]
+    setting: Callable[[LoraConfig, str], Setting | None] | None = None
     tensors: tuple[OwnTensor, ...] = ()
     shapes: Callable[[Kind, WeightSpec, int, Setting], tuple[Shape, Shape]] | None = None
     factors: Callable[[Factor, bool], tuple[Tensor, Tensor]] | None = None
@@ -255,34 +254,34 @@ class Variant:
 
     @property
     def outlasts_a_cut(self) -> bool:
-        """Whether A and B of another rank are still of this variant; otherwise what is left is plain LoRA."""
+        """True if A and B can be truncated to another rank; otherwise the result is plain LoRA."""
         return self.factors is None and not any(tensor.depends_on_rank for tensor in self.tensors)
 
     @property
     def is_lora_once_multiplied(self) -> bool:
-        """The factors are stored in other shapes than LoRA's, but are plain LoRA once `factors` is applied."""
+        """True if the factors are stored in other shapes than LoRA's, but are plain LoRA after `factors`."""
         return self.shapes is not None and self.factors is not None and self.down is None and self.is_low_rank
 
     @property
     def is_mergeable(self) -> bool:
-        """Whether its effect can be written into the weight."""
+        """True if its effect can be written into the weight."""
         return self.update is not None
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether what it does is B·A, wherever it acts."""
+        """True if its update is B·A wherever it is active."""
         return self.update is None or self.update is added
 
     def shapes_of(self, kind: Kind, slot: WeightSpec, r: int, setting: Setting = NO_SETTING) -> tuple[Shape, Shape]:
         """Return the shapes of A and B at a site, (r, in) and (out, r) on a dense one.
 
-        On a kind that the variant does not fit they are LoRA's; `variant_for` rejects it by name.
+        On a kind that the variant does not support they are LoRA's; `variant_for` rejects such a site.
 
         Args:
             kind: The kind of the site.
-            slot: Its geometry.
+            slot: Its weight spec.
             r: The rank.
-            setting: What the config asks of the variant there.
+            setting: The variant's settings there.
 
         Raises:
             ConfigError: The rank does not fit.
