@@ -38,7 +38,8 @@ def clone_with(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         return _shallow(module, type(module), tensors, dict(module._modules))
     # torch derived a class with properties from the module's own; the clone has its own class and plain tensors
     others = {name: getattr(module, name) for name in parametrised._modules}
-    children = {name: child for name, child in module._modules.items() if name != PARAMETRISED}
+    children = dict(module._modules)
+    del children[PARAMETRISED]
     return _shallow(module, type(module).__mro__[1], {**others, **tensors}, children)
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorakit.core.kinds import Kind, WeightSpec, per_expert, side_by_side
+from lorakit.core.kinds.kind import Kind, WeightSpec
+from lorakit.core.kinds.parameter import per_expert, side_by_side
 from lorakit.errors import ConfigError
 
 SPARE, SKETCH = 16, 8

@@ -15,14 +15,12 @@ from lorakit.core.kinds import (
     KINDS,
     Kind,
     checked,
-    every_kind,
-    every_kind_of_the_table,
     fits,
     kind_named,
     kind_of,
     parameter_slot,
 )
-from lorakit.core.kinds.kind import dense_delta
+from lorakit.core.kinds.kind import dense_delta, every_kind, every_kind_of_the_table
 from lorakit.errors import ConfigError, MergeError, TargetError
 from lorakit.targets import layer_types
 

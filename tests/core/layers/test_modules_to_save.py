@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorakit import LoraConfig
-from lorakit.core import attach, detach, disable, route, use
+from lorakit.core import activate, attach, detach, disable, route, use
 from lorakit.errors import ConfigError, RouteError
 
 from ...laws.snapshots import same_bits
@@ -35,6 +35,15 @@ def test_each_adapter_has_its_own_copy() -> None:
     assert model.classifier.weight is not model.classifier.original_module.weight
     with use(model, "b"):
         assert model.classifier.weight is model.classifier.modules_to_save["b"].weight
+
+
+def test_an_override_ends_when_its_adapter_is_detached() -> None:
+    model, given = two_with_copies(), BERT.given()
+    activate(model, "b")
+    expected = run(model, given)
+    model.classifier.set_adapter("a")
+    detach(model, "a")
+    assert same_bits(run(model, given), expected)
 
 
 def test_two_copies_at_once_are_refused() -> None:

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from lorakit import core, peft
 from lorakit.config import LoraConfig, lora
 from lorakit.core import variants
-from lorakit.core.kinds import Kind, Shape, WeightSpec, kind_named
+from lorakit.core.kinds import Kind, WeightSpec, kind_named
+from lorakit.core.kinds.kind import Shape
 from lorakit.core.variants import NO_SETTING, At, Factor, OwnTensor, Setting, Start, Variant
 from lorakit.data import Batch
 from lorakit.errors import AdapterError, AdapterFileError, ConfigError, MergeError

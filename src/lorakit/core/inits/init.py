@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorakit.config import LoraConfig
-from lorakit.core.kinds import Fits, Kind, Shape, WeightSpec, every_kind_of_the_table
+from lorakit.core.kinds.kind import Fits, Kind, Shape, WeightSpec, every_kind_of_the_table
 from lorakit.errors import ConfigError
 
 BOTH = frozenset({"A", "B"})
@@ -51,19 +51,24 @@ class InitContext:
     generator: torch.Generator | None = None
     statistics: Mapping[str, Tensor] | None = None
 
-    def matrices(self) -> Tensor:
+    def matrices(self, requirement: str = "") -> Tensor:
         """Return the base weight as matrices, (g, out, n): one, or one per expert; kernels are flattened into n.
 
+        Args:
+            requirement: As in `check_rank`.
+
         Raises:
-            ConfigError: It is the weight of a grouped convolution, or contains NaN or infinite values.
+            ConfigError: It is the weight of a grouped convolution, contains NaN or infinite values, or has fewer
+                directions than the rank.
         """
         self.check_ungrouped()
         W = self.read()
         if W.device.type != "meta" and not bool(torch.isfinite(W).all()):
             raise self.error("the base weight contains NaN or infinite values and cannot be decomposed.")
-        if self.spec.experts:
-            return W.mT if self.spec.in_first else W
-        return self.kind.flat_weight(self.spec, W)[None]
+        W = W.mT if self.spec.in_first else W  # only experts can be stored as (in, out) here
+        W = W if self.spec.experts else self.kind.flat_weight(self.spec, W)[None]
+        self.check_rank(min(W.shape[1:]), requirement)
+        return W
 
     def check_ungrouped(self) -> None:
         """Reject a grouped convolution.

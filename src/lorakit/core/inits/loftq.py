@@ -85,7 +85,6 @@ def _loftq(context: InitContext) -> InitResult:
     """
     bits, steps = _settings(context)
     W = context.matrices()
-    context.check_rank(min(W.shape[1:]))
     Q = ROUNDED[bits](W)
     A, B = residual_factors(context, W - Q)
     for _ in range(steps - 1):

@@ -25,7 +25,6 @@ def _pissa(context: InitContext) -> InitResult:
         Meng et al. 2024, arXiv:2404.02948, eq. (2) to (4); with "pissa_niter_N" its fast SVD, Halko et al. 2011.
     """
     W = context.matrices()
-    context.check_rank(min(W.shape[1:]))
     name = str(context.config.init_lora_weights).lower()
     iterations = int(name.removeprefix(FAST)) if name.startswith(FAST) else None
     found = torch.linalg.svd(W, full_matrices=False) if iterations is None else sketched(context, W, iterations)
@@ -62,7 +61,6 @@ def _olora(context: InitContext) -> InitResult:
         Büyükakyüz 2024, arXiv:2406.01775, algorithm 1.
     """
     W = context.matrices()
-    context.check_rank(min(W.shape[1:]))
     Q, R = torch.linalg.qr(W)
     return InitResult(*context.in_layout(R[:, : context.r], Q[..., : context.r]))
 
@@ -76,8 +74,7 @@ def _mica(context: InitContext) -> InitResult:
     Source:
         arXiv:2604.01694 (MiCA), as in PEFT: the adapter only writes to directions in which the base writes least.
     """
-    W = context.matrices()
-    context.check_rank(min(W.shape[1:]), "MiCA requires `r` <= min(in_features, out_features)")
+    W = context.matrices("MiCA requires `r` <= min(in_features, out_features)")
     U = torch.linalg.svd(W, full_matrices=False).U
     A, B = zeros(context, context.A_shape), U[..., -context.r :]
     return InitResult(A, context.in_layout(A.reshape(W.shape[0], context.r, -1), B)[1])

@@ -10,7 +10,7 @@ import math
 import torch
 
 from lorakit.core.inits.init import Init, InitContext, InitResult, normal, uniform, zeros
-from lorakit.core.kinds import every_kind
+from lorakit.core.kinds.kind import every_kind
 
 
 def _kaiming(context: InitContext) -> InitResult:

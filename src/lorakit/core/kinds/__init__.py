@@ -9,18 +9,9 @@ from types import MappingProxyType
 from torch import nn
 
 from lorakit.core.kinds.convolution import CONV1, CONV2, CONV3
-from lorakit.core.kinds.kind import (
-    Fits,
-    Kind,
-    Shape,
-    WeightSpec,
-    every_kind,
-    every_kind_of_the_table,
-    only_linear,
-    spread,
-)
+from lorakit.core.kinds.kind import Fits, Kind, WeightSpec, every_kind
 from lorakit.core.kinds.linear import CONV1D, EMBEDDING, LINEAR
-from lorakit.core.kinds.parameter import ATTENTION, INNER, PARAMETER, parameter_slot, per_expert, side_by_side
+from lorakit.core.kinds.parameter import ATTENTION, INNER, PARAMETER, parameter_slot, per_expert
 from lorakit.errors import ConfigError
 
 __all__ = [
@@ -29,20 +20,14 @@ __all__ = [
     "PARAMETER",
     "Fits",
     "Kind",
-    "Shape",
     "WeightSpec",
     "check_fits",
     "checked",
-    "every_kind",
-    "every_kind_of_the_table",
     "fits",
     "kind_named",
     "kind_of",
-    "only_linear",
     "parameter_slot",
     "per_expert",
-    "side_by_side",
-    "spread",
 ]
 
 KINDS: tuple[Kind, ...] = (LINEAR, CONV1D, EMBEDDING, CONV1, CONV2, CONV3, ATTENTION, PARAMETER, INNER)

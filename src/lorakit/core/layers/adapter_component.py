@@ -169,6 +169,23 @@ class AdapterComponent:
         """Return the plain module, with the merged adapters and without any other."""
 
 
+def base_not_kept(merged: Sequence[str], path: str | None = None) -> MergeError:
+    """Return the error of a call that needs the base's values, which a merge did not keep.
+
+    Args:
+        merged: The adapters that are merged.
+        path: Where they are merged, if known.
+    """
+    names = ", ".join(merged)
+    return MergeError(
+        f"{names} is merged into the base{f' at {path}' if path else ''} and its values were not kept "
+        "(keep_base=False), so the base alone and other adapters are not available. Load the base again; to keep it, "
+        "merge with keep_base=True.",
+        what=names,
+        where=path,
+    )
+
+
 class AdapterModule(nn.Module, AdapterComponent):
     """A module in which adapters can be active.
 
@@ -398,8 +415,7 @@ class ReplacingModule(AdapterModule):
         """
         route, again = resolve(self.state, self.own_route, self.forwards)
         output = self.run_alike(route, args, kwargs) if route.rows is None else self._mixed(route, args, kwargs)
-        if not torch.compiler.is_compiling():
-            self.forwards.note(output, route, again)
+        self.forwards.note(output, route, again)
         return output
 
     def _mixed(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

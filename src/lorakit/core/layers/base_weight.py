@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.kinds.convolution import Convolution
-from lorakit.core.layers.adapter_component import MergeOptions, SiteMerge, StagedMerge
-from lorakit.core.layers.stored_weight import StoredWeight, give_back, set_bias
+from lorakit.core.layers.adapter_component import MergeOptions, SiteMerge, StagedMerge, base_not_kept
+from lorakit.core.layers.stored_weight import Replacement, StoredWeight, give_back
 from lorakit.core.quantization import NOT_WRITTEN, Stored, at_least_fp32, weight_format_of
 from lorakit.core.variants import variant_named
 from lorakit.errors import MergeError
@@ -31,7 +31,7 @@ from lorakit.errors import MergeError
 StagedBias = tuple[Tensor, Tensor | None]
 """A bias (out,) to store in the base, and the base's own (out,) from before; None if the first is the base's own."""
 
-Merged = tuple["Stored | nn.Module", Tensor, Tensor]
+Merged = tuple[Replacement, Tensor, Tensor]
 """The weight to store, or a plain module that replaces the base's; W₀ (out, in); the exact sum of updates, like W₀."""
 
 
@@ -103,11 +103,7 @@ class BaseWeight(StoredWeight):
                 NOT_WRITTEN.format(parameter=self.slot.parameter, type=type(self.owner).__name__), where=path
             )
         if self.merged_adapters and not self.keeps_base:
-            raise MergeError(
-                f"{path} holds {', '.join(self.merged_adapters)}, merged with keep_base=False, so its base is gone. "
-                "Load the base again and merge all adapters in one call.",
-                where=path,
-            )
+            raise base_not_kept(self.merged_adapters, path)
         replaces = options.dense is not None and (base.quantized or self.slot.groups > 1)
         if replaces and self.old_bias is not None and (options.in_place or self.old_bias[0] not in adapters):
             trainer = self.old_bias[0]
@@ -130,12 +126,7 @@ class BaseWeight(StoredWeight):
         """
         lost = [name for name in adapters if name in self.merged_adapters]
         if lost and not self.keeps_base:
-            raise MergeError(
-                f"Adapter {lost[0]!r} was merged with keep_base=False, so the bits of {path} are gone. "
-                "Load the base again.",
-                what=lost[0],
-                where=path,
-            )
+            raise base_not_kept(lost, path)
 
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
         """Compute the weight with more adapters merged, and measure it; nothing is changed.
@@ -232,7 +223,7 @@ class BaseWeight(StoredWeight):
         if self.merged_adapters or not self.moved_by:
             self.kept = tied.kept if self.merged_adapters else None
 
-    def stored_with(self, merged: Sequence[str]) -> Stored | nn.Module:
+    def stored_with(self, merged: Sequence[str]) -> Replacement:
         """Return what the base's module stores while these adapters are merged: the original if there are none."""
         if merged:
             return self.with_updates(merged, MergeOptions())[0]
@@ -256,7 +247,7 @@ class BaseWeight(StoredWeight):
 
     def _put_merged(
         self,
-        stored: Stored | nn.Module,
+        stored: Replacement,
         kept: Stored | None,
         bias: StagedBias | None,
         new: Sequence[str],
@@ -278,7 +269,7 @@ class BaseWeight(StoredWeight):
         self._put_bias(bias)
         self.merged_adapters = [*self.merged_adapters, *new]
 
-    def _put_unmerged(self, stored: Stored | nn.Module, bias: StagedBias | None, left: list[str]) -> None:
+    def _put_unmerged(self, stored: Replacement, bias: StagedBias | None, left: list[str]) -> None:
         if self.tied_weight is not None and not left and isinstance(stored, Tensor):
             give_back(self.owner, self.slot.parameter, self.tied_weight, stored)
             self.tied_weight = None
@@ -317,7 +308,11 @@ class BaseWeight(StoredWeight):
     def _put_bias(self, staged: StagedBias | None) -> None:
         if staged is not None:
             bias, self.kept_bias = staged
-            set_bias(self.owner, bias)
+            held = self.owner._parameters.get("bias")
+            if held is not None:
+                held.data = bias
+            else:  # an attribute in HQQ
+                self.owner.__dict__["bias"] = bias
 
 
 def in_one_group(layer: StoredWeight, names: Sequence[str]) -> Merged:
@@ -388,7 +383,7 @@ def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOpti
 
 def merged_weight(
     path: str, layer: BaseWeight, new: Sequence[str], options: MergeOptions
-) -> tuple[Stored | nn.Module, SiteMerge]:
+) -> tuple[Replacement, SiteMerge]:
     """Return what to store at a site with more adapters merged, and what storing it loses.
 
     Args:

@@ -46,8 +46,7 @@ class BiasPatch(AdapterComponent):
         """Return the output, recomputed with the old bias for the rows that do not use the adapter."""
         route, again = resolve(self.state, None, self.forwards)
         result = self._under(route, module, args, kwargs, output)
-        if not torch.compiler.is_compiling():
-            self.forwards.note(result, route, again)
+        self.forwards.note(result, route, again)
         return result
 
     def _under(

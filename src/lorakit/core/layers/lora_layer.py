@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lorakit.config import scale
 from lorakit.core.clones import bare, with_forward
 from lorakit.core.factor import HOLDERS, OwnWeight, parameter, weight_holder
-from lorakit.core.kinds import Kind, WeightSpec, spread
+from lorakit.core.kinds.kind import Kind, WeightSpec, spread
 from lorakit.core.layers.adapter_component import MergeOptions, StagedMerge, trainable_tensors
 from lorakit.core.layers.base_weight import BaseWeight
 from lorakit.core.layers.batched import add_kept, add_stacked
@@ -175,7 +175,7 @@ class LoraLayer(BaseWeight):
 
     def _own(self, name: str, held_as: str) -> nn.Parameter:
         """Return one of the variant's own tensors of an adapter, in its shape there (…)."""
-        held: nn.Parameter | OwnWeight = getattr(self, held_as)[name]
+        held: nn.Parameter | OwnWeight = self._modules[held_as][name]  # type: ignore[index]
         return held.weight if isinstance(held, OwnWeight) else held
 
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
@@ -219,8 +219,7 @@ class LoraLayer(BaseWeight):
             y = self.base_layer(*args, **kwargs)
         else:
             y = self.adapted(route, args, kwargs)
-        if not torch.compiler.is_compiling():
-            self.forwards.note(y, route, again)
+        self.forwards.note(y, route, again)
         return y
 
     def adapted(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -317,8 +316,7 @@ class LoraLayer(BaseWeight):
 
         def forward(*inputs: Tensor, **named: Tensor) -> Tensor:  # each on all rows: hooks need the whole batch
             before, moved = (bare(self._base_for(one))(*inputs, **named) for one in (False, True))
-            changed: Tensor = before.index_copy(axis, index, moved.index_select(axis, index))
-            return changed
+            return before.index_copy(axis, index, moved.index_select(axis, index))
 
         y: Tensor = with_forward(self.base_layer, forward)(*args, **kwargs)
         return y

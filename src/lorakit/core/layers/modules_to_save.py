@@ -73,6 +73,7 @@ class ModulesToSave(ReplacingModule):
         """Drop an adapter's copy, if it has one, and return the module that belongs here afterwards."""
         if adapter in self.modules_to_save:
             del self.modules_to_save[adapter]
+        self.drop_override(adapter)
         return self if len(self.modules_to_save) else self.original_module
 
     def check_mergeable(self, path: str, adapters: Sequence[str]) -> None:
@@ -290,7 +291,8 @@ def trainable_copy(path: str, current: nn.Module) -> nn.Module:
             where=path,
             field="modules_to_save",
         )
-    if any(isinstance(module, AdapterModule) for module in original.modules()):
+    inside = list(original.modules())
+    if any(isinstance(module, AdapterModule) for module in inside):
         raise TargetError(
             f"modules_to_save names {path!r}, which contains modules of another adapter on this model. Change the "
             "targets of one of them, or load the model twice.",
@@ -298,7 +300,7 @@ def trainable_copy(path: str, current: nn.Module) -> nn.Module:
             where=path,
             field="modules_to_save",
         )
-    states = {id(patch.state): patch.state for module in original.modules() for patch in BiasPatch.on(module)}
+    states = {id(patch.state): patch.state for module in inside for patch in BiasPatch.on(module)}
     duplicate = _plain(copy.deepcopy(original, states))
     for module in duplicate.modules():
         for patch in BiasPatch.on(module):
@@ -320,10 +322,11 @@ def _plain(module: nn.Module) -> nn.Module:
 
 def plain_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of the tensors in a trainable copy of a module, whose quantized weights are plain."""
-    if not any(weight_format_of(part).quantized for part in module.modules()):
+    parts = dict(module.named_modules())
+    if not any(weight_format_of(part).quantized for part in parts.values()):
         return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     shapes = {}
-    for path, part in module.named_modules():
+    for path, part in parts.items():
         prefix = f"{path}." if path else ""
         row, held = weight_format_of(part), {**part._parameters, **part._buffers}
         if row.quantized:

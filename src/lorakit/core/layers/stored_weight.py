@@ -12,16 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.kinds import Kind, WeightSpec, kind_named
-from lorakit.core.layers.adapter_component import AdapterModule
+from lorakit.core.layers.adapter_component import AdapterModule, base_not_kept
 from lorakit.core.quantization import Stored, WeightFormat, weight_format_of
 from lorakit.core.variants import Factor
-from lorakit.errors import MergeError
 
 STORED = frozenset({"kept", "moved", "tied_weight"})
 """Attributes that hold stored weights of the base, in any form."""
 
 OF_THE_BASE = frozenset({"weight", "bias"})
 """Attributes that are set on the base module when set on the layer, because other code ties weights by setting them."""
+
+
+Replacement = Stored | nn.Module
+"""A stored weight, or a plain module that replaces the base's."""
 
 
 class StoredWeight(AdapterModule):
@@ -187,13 +190,8 @@ class StoredWeight(AdapterModule):
         Raises:
             MergeError: Something is merged and the original was not kept.
         """
-        if self.merged_adapters and self.kept is None and not self.replaced:
-            raise MergeError(
-                f"{', '.join(self.merged_adapters)} is merged into the base and its bits were not kept "
-                "(keep_base=False), so the base alone and other adapters are not available. Merge with "
-                "keep_base=True, or load the base again.",
-                what=", ".join(self.merged_adapters),
-            )
+        if self.merged_adapters and not self.keeps_base:
+            raise base_not_kept(self.merged_adapters)
 
     def kept_bytes(self) -> int:
         """Return the memory of the original, if a merge kept it."""
@@ -203,7 +201,7 @@ class StoredWeight(AdapterModule):
         kept = self.kept if self.kept is not None else base.stored(self.source, self.slot.parameter)
         return sum(tensor.numel() * tensor.element_size() for tensor in base.tensors(kept))
 
-    def place(self, stored: Stored | nn.Module) -> None:
+    def place(self, stored: Replacement) -> None:
         """Store the result of merging or unmerging: a module that replaces the owner, or a weight in it."""
         if isinstance(stored, nn.Module):
             self.replaced = self.replaced or (self.owner,)
@@ -221,15 +219,6 @@ def _as_now(base: WeightFormat[Any, Any], source: nn.Module, parameter: str, sto
         return stored
     now = base.stored(source, parameter)
     return now if stored is None else stored.to(device=now.device, dtype=now.dtype)
-
-
-def set_bias(module: nn.Module, bias: Tensor) -> None:
-    """Make a tensor (out,) the bias of a module; it can be a parameter or, in HQQ, an attribute."""
-    held = module._parameters.get("bias")
-    if held is not None:
-        held.data = bias
-    else:
-        module.__dict__["bias"] = bias
 
 
 def give_back(owner: nn.Module, parameter: str, held: nn.Parameter, stored: Tensor) -> None:

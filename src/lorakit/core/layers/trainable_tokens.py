@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.core.clones import clone_with
-from lorakit.core.layers.adapter_component import MergeOptions, ReplacingModule, StagedMerge
+from lorakit.core.layers.adapter_component import MergeOptions, ReplacingModule, StagedMerge, base_not_kept
 from lorakit.core.layers.stored_weight import give_back
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState
@@ -165,11 +165,7 @@ class TokenAdapter(nn.Module):
         """
         kept = self.kept[name]
         if kept is None:
-            raise MergeError(
-                f"{name} is merged into the rows of this table and the base's were not kept (keep_base=False), so the "
-                "base alone and other adapters are not available. Merge with keep_base=True, or load the base again.",
-                what=name,
-            )
+            raise base_not_kept([name])
         return torch.tensor(self.token_indices[name], device=kept.device), kept
 
 
@@ -235,6 +231,7 @@ class TrainableTokens(ReplacingModule):
         """Drop an adapter's rows, if it has any, and return the module that belongs here; they are not merged."""
         if adapter in self.token_adapter.token_indices:
             del self.token_adapter.token_indices[adapter], self.token_adapter.trainable_tokens_delta[adapter]
+        self.drop_override(adapter)
         return self if self.token_adapter.token_indices else self.original_module
 
     def available_adapters(self) -> list[str]:
@@ -273,13 +270,11 @@ class TrainableTokens(ReplacingModule):
                 where=path,
                 field="trainable_token_indices",
             )
-        broken = next(
-            (name for name in new if not bool(torch.isfinite(table.trainable_tokens_delta[name]).all())), None
-        )
-        if broken is not None:
-            raise MergeError(
-                f"Rows of {broken} at {path} are NaN or infinite. Nothing was changed.", what=broken, where=path
-            )
+        for name in new:
+            if not bool(torch.isfinite(table.trainable_tokens_delta[name]).all()):
+                raise MergeError(
+                    f"Rows of {name} at {path} are NaN or infinite. Nothing was changed.", what=name, where=path
+                )
 
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
         """Make a table with the rows of adapters in it; None if none has rows here, or if this table follows another.

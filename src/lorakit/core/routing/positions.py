@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorakit.core.clones import HOOKS
 from lorakit.core.routing.route import Offsets, of_rows
 from lorakit.core.routing.state import AdapterState, Override
-from lorakit.core.variants import variant_of
+from lorakit.core.variants import variants_of
 from lorakit.errors import RouteError
 
 CACHES = ("cache", "past_key_values", "cache_params")
@@ -101,9 +101,8 @@ class InvocationHooks:
         names = self.state.awaited()
         found = []
         for name in names:
-            back = inputs.new_zeros(rows, dtype=torch.int64)
-            if given is not None:
-                back = _positions(self.state, name, given, visible)
+            nowhere = inputs.new_zeros(rows, dtype=torch.int64)
+            back = nowhere if given is None else _positions(self.state, name, given, visible)
             if name in memory:
                 begin = of_rows(memory[name], rows)
                 holds = (begin >= 0) & (begin + _span(self.state, name) <= past)  # a cache may have been cut since
@@ -135,14 +134,13 @@ def prompt_offsets(
 
 def _positions(state: AdapterState, name: str, ids: Tensor, visible: Tensor | None) -> Tensor:
     config = state.configs[name]
-    find = variant_of(config).positions
-    return ids.new_zeros(ids.shape[0], dtype=torch.int64) if find is None else find(ids, config, visible)
+    find = next(variant.positions for variant in variants_of(config) if variant.positions is not None)
+    return find(ids, config, visible)
 
 
 def _span(state: AdapterState, name: str) -> int:
     config = state.configs[name]
-    span = variant_of(config).span
-    return 1 if span is None else span(config)
+    return max((variant.span(config) for variant in variants_of(config) if variant.span is not None), default=1)
 
 
 class _HookScope(Override):

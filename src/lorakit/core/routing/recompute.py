@@ -68,7 +68,7 @@ class Forwards:
 
     def __init__(self) -> None:
         self._with_graph: Traces[Route] = Traces()
-        self._without_graph = _Routes()
+        self._without_graph: tuple[Route, ...] = ()
         self._switched_off = _Runs()
 
     def __reduce__(self) -> tuple[type[Forwards], tuple[()]]:
@@ -82,8 +82,8 @@ class Forwards:
             route: Its route.
             again: Autograd ran it again. Recorded only without gradients, for a reentrant checkpoint inside another.
         """
-        if torch.is_inference_mode_enabled():
-            return  # it has no backward
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return  # in inference mode it has no backward
         if not torch.is_grad_enabled():
             self._switched_off.add(route.named())
             return
@@ -92,7 +92,7 @@ class Forwards:
         if isinstance(output, tuple) and output:
             output = output[0]  # attention also returns its weights
         if not isinstance(output, Tensor) or output.grad_fn is None:
-            self._without_graph.add(route.named())
+            self._without_graph = _with(self._without_graph, route.named())
         else:
             self._with_graph.note((output,), route.named())
 
@@ -104,33 +104,26 @@ class Forwards:
         """
         node = None if _is_non_reentrant() else _reentrant_node()
         if torch.is_grad_enabled() and node is None:
-            possible = [_Routes(self._with_graph.alive()), self._without_graph]
+            possible: list[Sequence[Route]] = [self._with_graph.alive(), self._without_graph]
             if not _is_non_reentrant():  # a recomputation of another library, which may switch gradients off at first
                 possible.append(self._switched_off.first_after(None))
         else:  # gradients were off the first time: reentrant checkpointing switches them off, or the model does
             possible = [self._switched_off.first_after(node)]
-        routes = {route for one in possible for route in one.some}
+        routes = {route for some in possible for route in some}
         if len(routes) == 1:
             return routes.pop()
         found = " and ".join(sorted(route.describe() for route in routes)) or "none"
         raise RouteError(
             "A checkpointed forward runs again in a backward, and which adapter it used cannot be known; the forwards "
             f"it could be used: {found}. Enable checkpointing with gradient_checkpointing_kwargs={{'use_reentrant': "
-            "False, 'context_fn': lorakit.core.checkpoint_contexts(model)}."
+            "False, 'context_fn': lorakit.core.checkpoint_contexts(model)}.",
+            what=found,
         )
 
 
-class _Routes:
-    """The possible routes of a recomputation: at most two are kept, since two are ambiguous already."""
-
-    def __init__(self, routes: Sequence[Route] = ()) -> None:
-        self.some: tuple[Route, ...] = ()
-        for route in routes:
-            self.add(route)
-
-    def add(self, route: Route) -> None:
-        if len(self.some) < 2 and route not in self.some:
-            self.some = (*self.some, route)
+def _with(some: tuple[Route, ...], route: Route) -> tuple[Route, ...]:
+    """Return possible routes of a recomputation with one more; at most two, since two are ambiguous already."""
+    return some if len(some) > 1 or route in some else (*some, route)
 
 
 LONGEST_HISTORY = 64
@@ -155,7 +148,7 @@ class _Runs:
 
     def __init__(self) -> None:
         self._runs: deque[_Run] = deque()
-        self._dropped: _Routes = _Routes()
+        self._dropped: tuple[Route, ...] = ()
         self._dropped_number = -1
 
     def add(self, route: Route) -> None:
@@ -168,10 +161,10 @@ class _Runs:
         self._runs.append(_Run(thread, route, number))
         if len(self._runs) > LONGEST_HISTORY:
             dropped = self._runs.popleft()
-            self._dropped.add(dropped.route)
+            self._dropped = _with(self._dropped, dropped.route)
             self._dropped_number = dropped.number
 
-    def first_after(self, node: int | None) -> _Routes:
+    def first_after(self, node: int | None) -> Sequence[Route]:
         """Return the route of the first run after a node was made, or all possible routes if that is unknown.
 
         Args:
@@ -181,10 +174,10 @@ class _Runs:
         numbers = [run.number for run in runs]
         ordered = len({id(run.thread) for run in runs}) <= 1 and numbers == sorted(numbers)
         if node is None or not ordered:
-            return _Routes([*self._dropped.some, *(run.route for run in runs)])
+            return [*self._dropped, *(run.route for run in runs)]
         if node < self._dropped_number:
             return self._dropped
-        return _Routes([run.route for run in runs if run.number > node][:1])
+        return [run.route for run in runs if run.number > node][:1]
 
 
 def _reentrant_node() -> int | None:

@@ -45,7 +45,6 @@ __all__ = [
     "variant_at",
     "variant_for",
     "variant_named",
-    "variant_of",
     "variants_of",
     "without",
 ]
@@ -79,11 +78,6 @@ def own_tensors() -> Iterator[OwnTensor]:
 def variants_of(config: LoraConfig) -> list[Variant]:
     """Return the variants that a config selects at any site, except LoRA itself."""
     return [variant for variant in asked_for() if getattr(config, variant.field) not in (None, False)]
-
-
-def variant_of(config: LoraConfig) -> Variant:
-    """Return the first variant that a config selects at any site, or LoRA itself."""
-    return next(iter(variants_of(config)), PLAIN)
 
 
 def moving_variant(config: LoraConfig) -> Variant | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorakit.config import LoraConfig
-from lorakit.core.kinds import Kind, Shape, WeightSpec, only_linear
+from lorakit.core.kinds.kind import Kind, Shape, WeightSpec, only_linear
 from lorakit.core.variants.variant import Factor, Setting, Variant
 from lorakit.errors import ConfigError
 

@@ -13,8 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lorakit.core.kinds import Kind, Shape, WeightSpec, spread
-from lorakit.core.kinds.kind import takes_input
+from lorakit.core.kinds.kind import Kind, Shape, WeightSpec, spread, takes_input
 from lorakit.core.linalg import Product, Reading, factors_of
 from lorakit.core.quantization import at_least_fp32
 from lorakit.core.variants.variant import Addend, At, Factor, OwnTensor, Setting, Start, Sum, Variant

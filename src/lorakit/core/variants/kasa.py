@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorakit.config import LoraConfig
-from lorakit.core.kinds import Kind, Shape, WeightSpec, only_linear
+from lorakit.core.kinds.kind import Kind, Shape, WeightSpec, only_linear
 from lorakit.core.quantization import at_least_fp32
 from lorakit.core.variants.variant import Factor, OwnTensor, Setting, Start, Variant
 from lorakit.errors import ConfigError

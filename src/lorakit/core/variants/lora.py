@@ -7,7 +7,7 @@ Source: Hu et al. 2021, arXiv:2106.09685, eq. (3).
 
 from __future__ import annotations
 
-from lorakit.core.kinds import every_kind
+from lorakit.core.kinds.kind import every_kind
 from lorakit.core.variants.variant import Variant
 
 PLAIN = Variant(name="plain", title="LoRA", field="", fits=every_kind)

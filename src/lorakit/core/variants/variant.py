@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.kinds import Kind, Shape, WeightSpec
+from lorakit.core.kinds.kind import Kind, Shape, WeightSpec
 from lorakit.core.linalg import Product, Reading
 
 Setting = Mapping[str, "str | int | float | bool"]
