@@ -49,7 +49,7 @@ class ModulesToSave(ReplacingModule):
         self.modules_to_save.training = original.training
         self.merged_adapters: list[str] = []
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -122,7 +122,7 @@ class ModulesToSave(ReplacingModule):
         """Return the copy that is merged, or else the original."""
         return self.modules_to_save[self.merged_adapters[0]] if self.merged_adapters else self.original_module
 
-    def run_alike(self, route: Route, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object:
+    def run_alike(self, route: Route, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Return the output of the module that a route selects.
 
         Args:

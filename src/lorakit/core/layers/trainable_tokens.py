@@ -197,7 +197,7 @@ class TrainableTokens(ReplacingModule):
         """The base's module."""
         return self.token_adapter.base_layer
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
         try:
             return super().__getattr__(name)
         except AttributeError:
