@@ -142,6 +142,11 @@ class PlainFormat(WeightFormat[nn.Module, Tensor]):
         tensor: Tensor = getattr(module, parameter)  # FSDP has plain tensors in _parameters during a forward
         return tensor.detach()
 
+    def device(self, module: nn.Module, parameter: str) -> torch.device:
+        """Return the tensor's device."""
+        tensor: Tensor = getattr(module, parameter)
+        return tensor.device
+
     def read(self, module: nn.Module, stored: Tensor) -> Tensor:
         """Return the tensor with its leading axis out, (out, …)."""
         weight = at_least_fp32(stored.detach())
