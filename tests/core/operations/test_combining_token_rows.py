@@ -68,7 +68,7 @@ def test_a_mean_needs_no_base(tmp_path: Path) -> None:
 def test_other_rows_have_no_combination() -> None:
     model = several("a")
     attach(model, TIED.config(**{**ROWS, "trainable_token_indices": [3, 8]}), "b")
-    with pytest.raises(AdapterError, match=r"a and b train different rows of tokens"):
+    with pytest.raises(AdapterError, match=r"a and b train different tokens"):
         combine(model, ["a", "b"], [1.0, 1.0], "sum")
     assert "sum" not in model.model.embed_tokens.token_adapter.token_indices
 

@@ -67,7 +67,7 @@ def test_one_base_has_several_addresses(other: str, tmp_path: Path) -> None:
 
 def test_a_base_that_is_not_known_is_reported(tmp_path: Path) -> None:
     folders = named(tmp_path, a="org/llama", b=None)
-    with pytest.warns(UserWarning, match="do not tell whether both were made on one base") as caught:
+    with pytest.warns(UserWarning, match="do not show whether both have the same base") as caught:
         combine_folders(folders, [1.0, 1.0], tmp_path / "sum", way="cat")
     assert len(caught) == 1
     assert all(str(folder) in str(caught[0].message) for folder in folders)

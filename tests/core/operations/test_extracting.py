@@ -169,7 +169,7 @@ def test_what_cannot_be_extracted(tmp_path: Path) -> None:
         with pytest.raises(error, match=said):
             extract(base, given.pop("tuned"), given.pop("config"), **given)
     assert snapshot(base) == before
-    with pytest.raises(ModelError, match="there are no safetensors files here"):
+    with pytest.raises(ModelError, match="no safetensors files found"):
         source_of_folder(tmp_path)
     (tmp_path / "x.safetensors").write_bytes(b"no")
     with pytest.raises(ModelError, match="cannot be read as safetensors"):

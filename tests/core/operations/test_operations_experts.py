@@ -217,7 +217,7 @@ def test_adapters_on_different_parameters_are_combined_on_their_model(tmp_path: 
     for name in chosen:
         save_adapter(model, tmp_path / name, name)
     for pair in (["square", "both"], ["square", "up"]):
-        said = r"sit on different parameters of experts \(experts\.square, experts\.up\), and files do not say"
+        said = r"different parameters of experts \(experts\.square, experts\.up\), and files do not tell"
         with pytest.raises(AdapterError, match=said):
             combine_folders([tmp_path / name for name in pair], [1.0, 1.0], tmp_path / "x")
         with pytest.raises(AdapterError, match=said):
@@ -257,9 +257,9 @@ def test_what_cannot_be_combined() -> None:
     attach(mixed, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), "dora")
     attach(mixed, MIXTRAL.config(target_modules=[]), "bare")
     attach(mixed, LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True), "biased")
-    with pytest.raises(AdapterError, match=r"dora is DoRA, and bare sits on bare parameters .* which cannot have that"):
+    with pytest.raises(AdapterError, match=r"dora is DoRA, and bare adapts bare parameters .* do not support"):
         combine(mixed, ["bare", "dora"], [1.0, 1.0], "x", way="cat")
-    with pytest.raises(AdapterError, match=r"biased has a bias on B \(lora_bias\), and bare sits on bare parameters"):
+    with pytest.raises(AdapterError, match=r"biased has a bias on B \(lora_bias\), and bare adapts bare parameters"):
         combine(mixed, ["biased", "bare"], [1.0, 1.0], "x", way="cat")
 
 
@@ -269,7 +269,7 @@ def test_a_module_and_its_parameter_are_not_one_site(tmp_path: Path) -> None:
     attach(other, LoraConfig(r=2, target_modules=[], target_parameters=["up.weight"]), "a")
     save_adapter(one, tmp_path / "whole", "a")
     save_adapter(other, tmp_path / "bare", "a")
-    with pytest.raises(AdapterError, match="One adapter sits at up, and another at a parameter of it"):
+    with pytest.raises(AdapterError, match="One adapter adapts up, and another adapts a parameter of it"):
         combine_folders([tmp_path / "whole", tmp_path / "bare"], [1.0, 1.0], tmp_path / "x")
 
 
@@ -278,7 +278,7 @@ def test_what_files_do_not_say(tmp_path: Path) -> None:
     save_adapter(model, tmp_path / "a", "a")
     assert weights_of_folder(tmp_path / "a").factors["experts.base_layer"].experts == 3
     (tmp_path / "a" / "lorakit.json").unlink()
-    with pytest.raises(AdapterFileError, match=r"rank and alpha at experts(\.base_layer)? follow from which parameter"):
+    with pytest.raises(AdapterFileError, match=r"rank and alpha at experts(\.base_layer)? depend on which parameter"):
         compress_folder(tmp_path / "a", tmp_path / "x", rank=1)
     wide = EXPERTS.model()
     attach(wide, LoraConfig(r=2, target_modules=r".*nothing|other|down", target_parameters=["up"]), "b")

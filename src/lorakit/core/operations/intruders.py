@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.linalg import Product, Reading, padded, spectrum, stacked
-from lorakit.core.operations.compatibility import check_plain_parts
+from lorakit.core.operations.compatibility import check_no_base_biases
 from lorakit.core.operations.tensor_sources import SiteFactors, weights_of_model
 from lorakit.core.operations.writing import put, reader_of
 from lorakit.core.variants import variants_of
@@ -70,7 +70,7 @@ def reduce_intruders(
     if top < 1:
         raise ConfigError(f"top is {top!r}; it must be a whole number of at least 1.", what=top, field="top")
     loose = weights_of_model(model, adapter)
-    check_plain_parts(loose)
+    check_no_base_biases(loose)
     variant = next((variant for variant in variants_of(loose.config) if not variant.is_low_rank), None)
     if variant is not None:
         raise AdapterError(
