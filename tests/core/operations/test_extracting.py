@@ -156,10 +156,14 @@ def test_what_cannot_be_extracted(tmp_path: Path) -> None:
         wider.add_module(name, module)
     wider.up = nn.Linear(12, 21)
     cases = (
-        ({"tuned": wider}, ModelError, r"up\.weight is \(20, 12\) in the base and \(21, 12\) in the fine-tuned model"),
-        ({"tuned": nn.Sequential(nn.Linear(2, 2))}, ModelError, "the fine-tuned model has no (up|square).weight"),
-        ({"config": LINEARS.config(use_dora=True)}, ConfigError, "leave use_dora off"),
-        ({"config": LINEARS.config(bias="all")}, ConfigError, "leave bias at 'none'"),
+        (
+            {"tuned": wider},
+            ModelError,
+            r"up\.weight has shape \(20, 12\) in the base and \(21, 12\) in the fine-tuned model",
+        ),
+        ({"tuned": nn.Sequential(nn.Linear(2, 2))}, ModelError, "the fine-tuned model has no tensor (up|square).weight"),
+        ({"config": LINEARS.config(use_dora=True)}, ConfigError, "leave use_dora out"),
+        ({"config": LINEARS.config(bias="all")}, ConfigError, "must be 'none'"),
         ({"config": LINEARS.config(target_modules=["typo"])}, TargetError, "typo"),
         ({"rank": None}, ConfigError, "Give a rank or a share"),
         ({"name": "x.y"}, AdapterError, "cannot be an adapter's name"),
@@ -248,7 +252,7 @@ def test_layers_that_are_stacked_anew_are_refused_with_the_way_out() -> None:
     ranges = [(0, 2), (1, 2)]
     model, stacked = LLAMA.model(), LLAMA.model()
     before = snapshot(model)
-    said = r"layer_replication: nothing is extracted from layers that are stacked anew.*attach a fresh adapter"
+    said = r"layer_replication: nothing can be extracted .*attach a new adapter"
     with pytest.raises(ConfigError, match=said):
         extract(model, LLAMA.model(), LLAMA.config(layer_replication=ranges), rank=2)
     assert snapshot(model) == before
@@ -266,5 +270,5 @@ def test_layers_that_are_stacked_anew_are_refused_with_the_way_out() -> None:
 
 def test_a_grouped_convolution_has_no_change_of_its_form() -> None:
     base, tuned = (nn.Sequential(nn.Conv1d(4, 8, 3, groups=2)) for _ in range(2))
-    with pytest.raises(NotYetSupported, match="grouped convolution, whose change no product of its form is"):
+    with pytest.raises(NotYetSupported, match="grouped convolution"):
         extract(base, tuned, LoraConfig(target_modules=["0"]), rank=1)

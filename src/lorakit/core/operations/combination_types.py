@@ -198,7 +198,7 @@ def row_reader(model: nn.Module | AdapterIndex) -> RowReading:
     def at(path: str, indices: Sequence[int]) -> Tensor:
         module = index.modules.get(path)
         if module is None:
-            raise AdapterError(f"The model has no {path}, of which an adapter trains rows.", where=path)
+            raise AdapterError(f"The model has no table {path}, whose rows an adapter trains.", where=path)
         if isinstance(module, TrainableTokens):
             table = module.token_adapter.original()
         elif isinstance(module, LoraLayer):
@@ -213,7 +213,7 @@ def row_reader(model: nn.Module | AdapterIndex) -> RowReading:
 def combined_rows(
     adapters: Sequence[AdapterWeights], weights: Sequence[float], reading: RowReading | None
 ) -> dict[str, Tensor]:
-    """Combine the trained rows of adapters that train the same tokens.   [docs/math.md (59)]
+    """Combine the rows of adapters that train the same tokens.   [docs/math.md (59)]
 
     Args:
         adapters: Adapters that `check_same_rows` accepts; some may train no tokens.

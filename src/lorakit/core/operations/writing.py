@@ -107,8 +107,7 @@ def aligned(adapters: Sequence[AdapterWeights]) -> dict[str, list[SiteFactors | 
 
     Raises:
         AdapterError: At some site they change weights of different shapes; they adapt different parameters of a module,
-            and it is unknown which of them is defined first; or one adapts a module of which another adapts a
-            parameter.
+            and it is unknown which of them is defined first; or one adapts a module, and another a parameter of it.
     """
     modules: dict[str, list[SiteFactors | None]] = {}
     bare: dict[str, dict[_Parameter, list[SiteFactors | None]]] = {}
