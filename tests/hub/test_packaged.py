@@ -33,7 +33,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[P
         (target / "model.safetensors").write_bytes(b"weights")
 
     monkeypatch.setattr(packaged, "_find", lambda _: source)
-    monkeypatch.setattr(packaged, "_check_needs", lambda _: None)
+    monkeypatch.setattr(packaged, "require_packages", lambda *_: None)
     monkeypatch.setattr(conversion, "convert_gguf", convert)
     yield made
 

@@ -16,7 +16,7 @@ import importlib.util
 import io
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,12 +164,10 @@ def _check(loaded: PreTrainedModel, target: Path) -> None:
     from safetensors import safe_open
 
     wanted = loaded.state_dict()
-    tied = {name: name for name in wanted}
     if loaded.config.tie_word_embeddings:
-        tied.pop("lm_head.weight", None)
+        wanted.pop("lm_head.weight", None)
     with safe_open(str(target / "model.safetensors"), framework="pt") as file:
-        names = set(file.keys())
-        same = names == set(tied) and all(torch.equal(file.get_tensor(name), wanted[name]) for name in names)
+        same = set(file.keys()) == set(wanted) and all(torch.equal(file.get_tensor(n), wanted[n]) for n in wanted)
     if not same:
         raise ModelError(
             f"{target}: the written weights differ from those read; nothing is kept. Try again.", where=target
@@ -253,14 +251,14 @@ def packaged_directory(
     """
     if name not in PACKAGED:
         near = ", ".join(nearest(name, list(PACKAGED)) or PACKAGED)
-        raise ModelError(f"packaged model {name!r} not found; available: {near}.")
+        raise ModelError(f"packaged model {name!r} not found; available: {near}.", what=name, allowed=PACKAGED)
     model = PACKAGED[name]
     models = (Path(cache) if cache is not None else cache_directory()) / "models"
     final = models / model.folder
     if _whole(final):
         return final
     source = _find(model)
-    _check_needs(model)
+    require_packages(f"Converting {model.name!r}", "demo", _NEEDS)
     _make(models, model)
     with _locked(models / f"{model.folder}.lock"):
         if not _whole(final):  # another process may have finished it
@@ -290,27 +288,49 @@ def _find(model: Packaged) -> Path:
     return file
 
 
-def _check_needs(model: Packaged) -> None:
-    missing = [package for package in _NEEDS if importlib.util.find_spec(package) is None]
+def require_packages(what: str, extra: str, names: Iterable[str]) -> None:
+    """Check that packages are installed, without importing them.
+
+    Args:
+        what: What needs them, for the message.
+        extra: The extra of lorakit that installs them.
+        names: Their names.
+
+    Raises:
+        MissingExtra: A package is missing; the message has the pip command.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingExtra(f"Converting '{model.name}' needs {' and '.join(missing)}; run pip install 'lorakit[demo]'")
+        raise MissingExtra(f"{what} needs {' and '.join(missing)}; run pip install 'lorakit[{extra}]'", what=missing[0])
+
+
+def check_space(folder: Path, needed_bytes: int, advice: str = "free some space") -> None:
+    """Check that a disk has enough free space.
+
+    Args:
+        folder: A directory on it.
+        needed_bytes: The needed space.
+        advice: What to do otherwise, for the message.
+
+    Raises:
+        DiskError: It has not.
+    """
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise DiskError(
+            f"{folder}: {format_bytes(needed_bytes)} needed, {format_bytes(free_bytes)} free; {advice}.", where=folder
+        )
 
 
 def _make(models: Path, model: Packaged) -> None:
     try:
         models.mkdir(parents=True, exist_ok=True)
-        free_bytes = shutil.disk_usage(models).free
     except OSError as cause:
         raise DiskError(
             f"{models}: the cache cannot be written ({cause.strerror}); set LORAKIT_CACHE to a writable directory.",
             where=models,
         ) from cause
-    if free_bytes < model.needed_bytes:
-        raise DiskError(
-            f"{models}: {format_bytes(model.needed_bytes)} needed, {format_bytes(free_bytes)} free; "
-            "free some space, or set LORAKIT_CACHE to a directory on another disk.",
-            where=models,
-        )
+    check_space(models, model.needed_bytes, "free some space, or set LORAKIT_CACHE to a directory on another disk")
 
 
 def _publish(model: Packaged, source: Path, final: Path) -> None:

@@ -12,11 +12,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from lorakit.errors import ModelError, nearest
 from lorakit.hub.packaged import PACKAGED, packaged_directory
 from lorakit.hub_cache import offline
+
+Loaded = TypeVar("Loaded")
 
 HUB_TIMEOUT_SECONDS = 10.0
 """Timeout for asking the Hub whether it has a model."""
@@ -46,14 +48,23 @@ class ModelSource:
     recorded_name: str | None
     base_name: str
 
+    def error(self, problem: str) -> ModelError:
+        """Return an error about this model.
 
-def resolve(model: str | os.PathLike[str], say: Callable[[str], None] | None = None) -> ModelSource:
+        Args:
+            problem: What is wrong, and what to do.
+        """
+        return ModelError(f"{self.given}: {problem}", where=self.given)
+
+
+def resolve(model: str | os.PathLike[str] | ModelSource, say: Callable[[str], None] | None = None) -> ModelSource:
     """Resolve a model name: an existing path, else a packaged name, else a Hub id.
 
     A packaged model is converted into the user's cache if necessary (about 20 seconds, once).
 
     Args:
-        model: A directory, a `config.json`, a packaged name such as "smollm2", or a Hub id.
+        model: A directory, a `config.json`, a packaged name such as "smollm2", or a Hub id. A source is returned
+            unchanged.
         say: Called with a message before anything that takes long.
 
     Returns:
@@ -64,6 +75,8 @@ def resolve(model: str | os.PathLike[str], say: Callable[[str], None] | None = N
         MissingExtra: A packaged model needs a package that is not installed.
         DiskError: The cache cannot be written.
     """
+    if isinstance(model, ModelSource):
+        return model
     given = os.fspath(model)
     path = Path(given).expanduser()
     if given and path.exists():
@@ -90,24 +103,49 @@ def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = Fals
     if source.kind == "hub":
         return
     if source.kind == "config":
-        raise ModelError(
-            f"{source.given}: a config file has shapes but no weights; pass the model's directory.", where=source.given
-        )
+        raise source.error("a config file has shapes but no weights; pass the model's directory.")
     folder = Path(source.path_or_id)
     if weights and (folder / "adapter_config.json").is_file():
-        raise ModelError(
-            f"{source.given}: the directory has a model and an adapter (adapter_config.json), and transformers would "
-            "load one on top of the other; move the adapter to its own directory.",
-            where=source.given,
+        raise source.error(
+            "the directory has a model and an adapter (adapter_config.json), and transformers would load one on top of "
+            "the other; move the adapter to its own directory."
         )
     if weights and not any((folder / name).is_file() for name in _WEIGHTS):
-        raise ModelError(_no_weights(source.given, folder))
+        raise source.error(_no_weights(folder))
     if tokenizer and not any((folder / name).is_file() for name in _TOKENIZERS):
-        raise ModelError(
-            f"{source.given}: the model directory has no tokenizer (such as tokenizer.json); copy the tokenizer files "
-            "of the model into it, or save them there with tokenizer.save_pretrained(...).",
-            where=source.given,
+        raise source.error(
+            "the model directory has no tokenizer (such as tokenizer.json); copy the tokenizer files of the model into "
+            "it, or save them there with tokenizer.save_pretrained(...)."
         )
+
+
+def call_loader(source: ModelSource, load: Callable[..., Loaded]) -> Loaded:
+    """Call a loader of transformers; a model's own code is never run.
+
+    Args:
+        source: The model.
+        load: The loader, such as `AutoTokenizer.from_pretrained`.
+
+    Raises:
+        ModelError: The loader raised an exception; the message has one line.
+    """
+    try:
+        return load(source.path_or_id, trust_remote_code=False, local_files_only=source.kind != "hub")
+    except Exception as cause:  # loaders of third-party files may raise anything
+        if _brings_own_code(cause):
+            reason = "it requires its own Python code, and code from a model's directory is never run"
+        else:
+            reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:240]}"
+        raise source.error(f"the model cannot be loaded ({reason}).") from cause
+
+
+def _brings_own_code(cause: Exception) -> bool:
+    """Return whether transformers rejected a model because its code would have to be run.
+
+    This is the only function that reads transformers' text: it raises a plain ValueError without attributes, and
+    the config does not tell, because a model with its own code may also load without it.
+    """
+    return isinstance(cause, ValueError) and "trust_remote_code" in str(cause)
 
 
 def downloaded(model_id: str) -> Path | None:
@@ -152,17 +190,17 @@ def _what_else(path: Path) -> str:
     return f" Models below it: {', '.join(below[:4])}." if below else ""
 
 
-def _no_weights(given: str, folder: Path) -> str:
+def _no_weights(folder: Path) -> str:
     pickles = [name for name in _PICKLES if (folder / name).is_file()]
     if pickles:
         return (
-            f"{given}: pickle weights are not loaded ({pickles[0]}), because a pickle can run code; re-save them as "
+            f"pickle weights are not loaded ({pickles[0]}), because a pickle can run code; re-save them as "
             "safetensors: load the model in an environment you trust and call save_pretrained."
         )
     ggufs = sorted(entry.name for entry in folder.glob("*.gguf"))
     if ggufs:
-        return f"{given}: GGUF weights are not loaded ({ggufs[0]}); a directory with model.safetensors is needed."
-    return f"{given}: the model directory has no weights; add model.safetensors (or its index and parts)."
+        return f"GGUF weights are not loaded ({ggufs[0]}); a directory with model.safetensors is needed."
+    return "the model directory has no weights; add model.safetensors (or its index and parts)."
 
 
 def _neighbors(given: str, path: Path) -> str:
@@ -204,19 +242,16 @@ def _ask_hub(given: str, path: Path) -> None:
             f"{missing}, and the Hub has no model of that name that you can access.{_neighbors(given, path)}"
         ) from None
     except Exception as cause:  # the Hub client's exceptions depend on its transport
+        reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:120]}"
         raise ModelError(
-            f"{missing}, and the Hub cannot be reached ({type(cause).__name__}: {_short(cause)}). Pass a directory, "
-            f"or try again with a network connection.{_neighbors(given, path)}"
+            f"{missing}, and the Hub cannot be reached ({reason}). Pass a directory, or try again with a network "
+            f"connection.{_neighbors(given, path)}"
         ) from cause
     files = {sibling.rfilename for sibling in info.siblings or ()}
     if "config.json" not in files:
         raise ModelError(f"{given!r}: not a transformers model on the Hub (no config.json).")
     if not files.intersection(_WEIGHTS):
         raise ModelError(f"{given!r}: the Hub has no safetensors weights of this model; other formats are not loaded.")
-
-
-def _short(cause: Exception) -> str:
-    return " ".join(str(cause).split())[:120]
 
 
 def push_folder(

@@ -161,7 +161,11 @@ def test_what_cannot_be_extracted(tmp_path: Path) -> None:
             ModelError,
             r"up\.weight has shape \(20, 12\) in the base and \(21, 12\) in the fine-tuned model",
         ),
-        ({"tuned": nn.Sequential(nn.Linear(2, 2))}, ModelError, "the fine-tuned model has no tensor (up|square).weight"),
+        (
+            {"tuned": nn.Sequential(nn.Linear(2, 2))},
+            ModelError,
+            "the fine-tuned model has no tensor (up|square).weight",
+        ),
         ({"config": LINEARS.config(use_dora=True)}, ConfigError, "leave use_dora out"),
         ({"config": LINEARS.config(bias="all")}, ConfigError, "must be 'none'"),
         ({"config": LINEARS.config(target_modules=["typo"])}, TargetError, "typo"),
