@@ -221,7 +221,7 @@ def test_nothing_is_left_out_without_a_count(tiny_tokenizer: Any) -> None:
         f"3 documents, 1 prompt with completion, 1 conversation: 2 sequences of at most 64 tokens, {report.tokens} "
         f"tokens, {report.trained_tokens} with loss ({report.trained_fraction:.1%}).",
         "3 rows left out: empty.",
-        "1 duplicate row; it is kept.",
+        "1 duplicate row kept.",
         "a note of the reader.",
     ]
     assert report.as_dict()["rows"] == 5

@@ -115,9 +115,9 @@ def test_by_length_a_batch_has_the_places_of_some_of_the_longest(sequences: Any,
 
 
 def test_batches_need_rows(sequences: Any) -> None:
-    with pytest.raises(ConfigError, match="The batch size is 0; it must be at least 1"):
+    with pytest.raises(ConfigError, match="rows is 0; it must be at least 1"):
         Loader(sequences, 0, seed=0)
     with pytest.raises(DataError, match="no sequences to make batches from"):
         Loader([], 1, seed=0)
-    with pytest.raises(ConfigError, match="The batch size is 0; it must be at least 1"):
+    with pytest.raises(ConfigError, match="rows is 0; it must be at least 1"):
         next(by_length(sequences, 0))

@@ -15,7 +15,7 @@ from typing import overload
 import numpy as np
 
 from lorakit.data.chat import TokenizedRow, conversation_tokens
-from lorakit.data.records import Completion, Conversation, Document, Record, content_key, distinct, is_empty, location
+from lorakit.data.records import Completion, Conversation, Document, Record, content_key, is_empty, keys_of, location
 from lorakit.data.report import DataReport
 from lorakit.data.stored import AnyRecords, sized
 from lorakit.data.tokens import Tokenizer, beginning, token_ids, token_parts
@@ -154,13 +154,15 @@ def encode(
         DataError: No token with loss is left, or a conversation cannot be rendered.
     """
     if max_length < 2:
-        raise ConfigError(f"max_length is {max_length}; it must be at least 2: one token to read and one to predict.")
+        raise ConfigError.of("max_length", max_length, "at least 2: one token to read and one to predict")
     report = DataReport(max_length, notes=list(records.notes) if isinstance(records, AnyRecords) else [])
     work = _Work(tokenizer, report, watch or (lambda done: None))
     keys, first = bytearray(), None
     for record, size in sized(records):
         first = first or record
-        _count_kind(report, record)
+        report.documents += isinstance(record, Document)
+        report.completions += isinstance(record, Completion)
+        report.conversations += isinstance(record, Conversation)
         keys += content_key(record)
         if is_empty(record):
             report.empty_rows += 1
@@ -168,7 +170,7 @@ def encode(
             work.add(record)
         work.done(size)
     sequences = work.sequences
-    report.duplicate_rows = report.rows - distinct(keys)
+    report.duplicate_rows = report.rows - len(np.unique(keys_of(keys)))
     report.sequences = len(sequences)
     report.tokens = sequences.tokens
     report.trained_tokens = sequences.trained_tokens
@@ -188,15 +190,6 @@ def _nothing_left(report: DataReport, first: Record | None) -> str:
         f"No token with loss is left in {report.rows:,} rows from {location(first)} on ({', '.join(parts)}). "
         "Check the data, or raise --max-length."
     )
-
-
-def _count_kind(report: DataReport, record: Record) -> None:
-    if isinstance(record, Document):
-        report.documents += 1
-    elif isinstance(record, Completion):
-        report.completions += 1
-    else:
-        report.conversations += 1
 
 
 class _Work:

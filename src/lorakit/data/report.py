@@ -97,10 +97,7 @@ class DataReport:
                 "when further turns follow; one row per answer trains all of them."
             )
         if self.duplicate_rows:
-            one = self.duplicate_rows == 1
-            lines.append(
-                "1 duplicate row; it is kept." if one else f"{self.duplicate_rows:,} duplicate rows; they are kept."
-            )
+            lines.append(f"{format_count(self.duplicate_rows, 'duplicate row')} kept.")
         if self.sequences and not self.ended_rows:
             lines.append("No row has loss on an end-of-text token, so the model will not learn where to stop.")
         return lines

@@ -22,6 +22,16 @@ READ_BYTES = 1 << 17
 """Bytes of a file that are in memory at a time."""
 
 
+def file_error(path: Path, problem: str) -> DataError:
+    """Return an error about a data file.
+
+    Args:
+        path: The file.
+        problem: What is wrong, and what to do.
+    """
+    return DataError(f"{path}: {problem}", where=path)
+
+
 class LongDocument(Document):
     """A text file that is read in pieces; `text` reads it whole."""
 
@@ -87,15 +97,11 @@ class DataFile:
         try:
             file = self.path.open("rb")
         except OSError as cause:
-            raise DataError(
-                f"{self.path}: the data file cannot be read ({cause.strerror}).", where=self.path
-            ) from cause
+            raise file_error(self.path, f"the data file cannot be read ({cause.strerror}).") from cause
         status = os.fstat(file.fileno())
         if (status.st_size, status.st_mtime_ns) != (self.size, self.changed_ns):
             file.close()
-            raise DataError(
-                f"{self.path}: the data file changed while it was being read; start again.", where=self.path
-            )
+            raise file_error(self.path, "the data file changed while it was being read; start again.")
         return file
 
     def records(self, indexes: Iterable[int]) -> Iterator[tuple[Record, int]]:
