@@ -10,7 +10,7 @@ import contextlib
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,13 @@ WORTHWHILE_TOKENS = 16
 """Minimum number of shared tokens; for fewer, a separate forward costs more than it saves."""
 
 
+class Cache(Protocol):
+    """The part of a transformers key-value cache that generation uses."""
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat the cache of each row."""
+
+
 @dataclass(frozen=True)
 class Prefix:
     """The first tokens of some prompts, as processed by the base.
@@ -35,9 +42,9 @@ class Prefix:
     """
 
     tokens: tuple[int, ...]
-    cache: Any
+    cache: Cache
 
-    def of_rows(self, rows: int) -> Any:
+    def of_rows(self, rows: int) -> Cache:
         """Return a cache of these tokens for several rows."""
         cache = copy.deepcopy(self.cache)
         cache.batch_repeat_interleave(rows)
@@ -61,7 +68,7 @@ def read_prefix(model: nn.Module, tokens: Sequence[int], device: torch.device | 
     with torch.no_grad(), base:
         output = model(input_ids=ids, use_cache=True)
     cache = next((output[name] for name in CACHE_NAMES if name in output), None)
-    if not hasattr(cache, "batch_repeat_interleave"):
+    if cache is None or not hasattr(cache, "batch_repeat_interleave"):
         raise ModelError(f"{type(model).__name__} has no cache that several rows can share.")
     return Prefix(tuple(int(token) for token in tokens), cache)
 
