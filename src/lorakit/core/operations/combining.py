@@ -224,7 +224,7 @@ def _site(
     own: Mapping[str, Tensor] = {}
     if whole is not None:
         product, own = whole.finish(product)
-    made = dataclasses.replace(first.holding(product), others={})
+    made = dataclasses.replace(first.holding(product), bias=None)
     if summed is not None:
         made = made.of_variant(summed[0], own)
     return made, SiteOperation(path, made.r, exact.rank * first.shared, norm, distance / norm if norm else 0.0)
@@ -292,10 +292,8 @@ def _separate(
 
 def _with_bias(made: SiteFactors, here: Weighted) -> SiteFactors:
     """Return a combined factor with the sum of the biases on B, or zeros: with lora_bias, every site has one."""
-    scaled = [f.others["bias"][1] * (weight * f.scale) for f, weight in here if weight != 0 and "bias" in f.others]
-    bias = torch.stack(scaled).sum(0) if scaled else made.B.new_zeros(made.B.shape[0])
-    ending = made.endings[1].removesuffix(".weight") + ".bias"
-    return dataclasses.replace(made, others={**made.others, "bias": (ending, bias)})
+    scaled = [f.bias * (weight * f.scale) for f, weight in here if weight != 0 and f.bias is not None]
+    return dataclasses.replace(made, bias=torch.stack(scaled).sum(0) if scaled else made.B.new_zeros(made.B.shape[0]))
 
 
 def _check_weights(adapters: Sequence[AdapterWeights], weights: Sequence[float]) -> None:

@@ -128,10 +128,9 @@ def reduced_weights(
             dense = None if reading is None else _dense_update(path, factor, reading)
             product, norm, lost = _cut_factor(factor, to) if dense is None else _cut_dense(dense, to)
             made = (factor if dense is None else factor.of_variant(PLAIN, NO_TENSORS)).holding(product)
-            others = dict(made.others)
-            if "bias" in others:  # the scale, which is 1 from now on, applies to it too
-                others["bias"] = (others["bias"][0], others["bias"][1] * factor.scale)
-            found[path] = dataclasses.replace(made, others=others)
+            if made.bias is not None:  # the scale, which is 1 from now on, applies to it too
+                made.bias = made.bias * factor.scale
+            found[path] = made
             sites.append(SiteOperation(path, found[path].r, factor.r, norm, lost**0.5))
     left = {factor.variant for factor in found.values()}
     gone = [variant for variant in variants_of(adapter.config) if variant not in left]
@@ -153,9 +152,9 @@ def _dense_update(path: str, factor: SiteFactors, reading: Callable[[str], Readi
             f"{path} is a grouped convolution, whose {variant.title} cannot be converted to plain LoRA.", where=path
         )
     base = reading(path)
-    W, held = base.W, factor.factor()
-    A, B, own = (held.A.to(W.dtype), held.B.to(W.dtype), {name: t.to(W.dtype) for name, t in held.own.items()})
-    wide = dataclasses.replace(held, A=A, B=B, own=own)
+    W = base.W
+    own = {name: tensor.to(W.dtype) for name, tensor in factor.own.items()}
+    wide = dataclasses.replace(factor, A=factor.A.to(W.dtype), B=factor.B.to(W.dtype), own=own)
     delta = (factor.scale * (product.B @ product.A)[0]).view_as(W)
     return variant.update(base.kind, base.slot, W, delta, wide).flatten(1).float()
 

@@ -25,7 +25,7 @@ from lorakit.core.model.target_weights import bare_parameters, places_of
 from lorakit.core.operations.tensor_sources import AdapterWeights, BareSite, SiteFactors, TensorSource, source_of_model
 from lorakit.core.operations.writing import OperationReport, SiteOperation, described, put, write
 from lorakit.core.quantization import weight_format_of
-from lorakit.core.variants import variants_of
+from lorakit.core.variants import PLAIN, variants_of
 from lorakit.durable import JsonObject
 from lorakit.errors import ConfigError, ModelError, NotYetSupported
 from lorakit.targets import resolve
@@ -248,7 +248,7 @@ def _site(
     A, B = factors_of(product, like[0], like[1], max(1, slot.experts))
     lost = max(0.0, 1 - kept / whole) if whole else 0.0
     bare = BareSite.of(site_map.holder(place), place.outer, slot) if kind.names_parameter else None
-    made = SiteFactors(A, B, 1.0, endings_of(kind), {}, bare)
+    made = SiteFactors(A, B, 1.0, nn.Identity(), PLAIN, endings=endings_of(kind), bare=bare)
     return made, SiteOperation(place.path, made.r, min(delta.shape), whole**0.5, lost**0.5)
 
 

@@ -34,7 +34,6 @@ from lorakit.core.variants import (
     PLAIN,
     Addend,
     Factor,
-    Setting,
     Variant,
     variant_at,
     variants_of,
@@ -150,30 +149,17 @@ class BareSite:
         return cls((f"{path}.{spec.parameter}",), order, max(1, spec.experts))
 
 
-@dataclass(frozen=True)
-class SiteFactors:
-    """One adapter at one site.
+@dataclass(eq=False, kw_only=True)
+class SiteFactors(Factor):
+    """One adapter at one site: A (r, in, …) and B (out, r, …), for experts A (experts·r, in) and B (out, r·experts).
 
     Attributes:
-        A: (r, in, …); for experts (experts·r, in).
-        B: (out, r, …); for experts (out, r·experts).
-        scale: Factor of B·A.
         endings: Endings of the names of A and B on disk.
-        others: Its other tensors there, by part: "bias" (out,), and the variant's own tensors (…) by
-            `OwnTensor.held_as`; each with the ending of its name.
         bare: The bare parameter that it adapts, or None for a module.
-        variant: The entry of VARIANTS.
-        setting: The config's setting of the variant at this site.
     """
 
-    A: Tensor
-    B: Tensor
-    scale: float
     endings: tuple[str, str]
-    others: Mapping[str, tuple[str, Tensor]] = field(default_factory=dict)
     bare: BareSite | None = None
-    variant: Variant = PLAIN
-    setting: Setting = field(default_factory=lambda: NO_SETTING)
 
     @property
     def experts(self) -> int:
@@ -195,19 +181,9 @@ class SiteFactors:
         """Number of groups that share the rank, in a grouped convolution."""
         return 1 if self.experts > 1 else max(1, int(self.A.shape[0]) // int(self.B.shape[1]))
 
-    @property
-    def own(self) -> dict[str, Tensor]:
-        """The variant's own tensors (…) by `OwnTensor.held_as`."""
-        return {tensor.held_as: self.others[tensor.held_as][1] for tensor in self.variant.tensors}
-
-    def factor(self) -> Factor:
-        """Return the factor as a layer would hold it, with A (r, in) and B (out, r)."""
-        bias = self.others["bias"][1] if "bias" in self.others else None
-        return Factor(self.A, self.B, self.scale, nn.Identity(), self.variant, self.own, bias, self.setting)
-
     def product(self) -> Product:
         """Return A and B as matrices, (g, r, in) and (g, out, r), without the scale."""
-        return product_of(*self.factor().multiplied(), self.experts)
+        return product_of(*self.multiplied(), self.experts)
 
     def scaled_product(self) -> Product:
         """Return A and B as matrices, (g, r, in) and (g, out, r), with the scale in B."""
@@ -225,7 +201,7 @@ class SiteFactors:
         Args:
             weight: Weight of its update.
         """
-        return Addend(self.factor(), weight, self.product(), self.experts)
+        return Addend(self, weight, self.product(), self.experts)
 
     def of_variant(self, variant: Variant, own: Mapping[str, Tensor]) -> SiteFactors:
         """Return the same A and B as a factor of another variant.
@@ -234,15 +210,13 @@ class SiteFactors:
             variant: The variant.
             own: Its own tensors (…) by `OwnTensor.held_as`.
         """
-        others = {name: other for name, other in self.others.items() if name not in self.own}
-        others |= {tensor.held_as: (tensor.keys[0], own[tensor.held_as]) for tensor in variant.tensors}
-        return dataclasses.replace(self, others=others, variant=variant, setting=NO_SETTING)
+        return dataclasses.replace(self, variant=variant, own=own, setting=NO_SETTING)
 
     def in_usual_shapes(self) -> SiteFactors:
         """Return the factor as plain LoRA if its variant differs only in how A and B are stored, else itself."""
         if not self.variant.is_lora_once_multiplied:
             return self
-        A, B = self.factor().multiplied()
+        A, B = self.multiplied()
         return dataclasses.replace(self.of_variant(PLAIN, NO_TENSORS), A=A, B=B)
 
     def holding(self, product: Product, scale: float = 1.0) -> SiteFactors:
@@ -288,9 +262,11 @@ class AdapterWeights:
         """Return all tensors, each (…), by their names on disk, sorted."""
         found = dict(self.others)
         for path, factor in self.factors.items():
-            stem = PREFIX + path
-            found |= {stem + factor.endings[0]: factor.A, stem + factor.endings[1]: factor.B}
-            found |= {stem + ending: tensor for ending, tensor in factor.others.values()}
+            stem, (end_A, end_B) = PREFIX + path, factor.endings
+            found |= {stem + end_A: factor.A, stem + end_B: factor.B}
+            found |= {stem + tensor.keys[0]: factor.own[tensor.held_as] for tensor in factor.variant.tensors}
+            if factor.bias is not None:
+                found[stem + end_B.removesuffix(".weight") + ".bias"] = factor.bias
         return dict(sorted(found.items()))
 
     def compare_base(self, other: AdapterWeights) -> BaseVerdict:
@@ -435,7 +411,10 @@ def _by_site(
     config: LoraConfig,
     site: Callable[[str, Tensor], tuple[float, BareSite | None]],
 ) -> tuple[dict[str, SiteFactors], dict[str, Tensor]]:
-    """Return the factors by path on disk, sorted, and the other tensors by name, without PEFT's copies of the base."""
+    """Return the factors by path on disk, sorted, and the tensors by name that belong to no site.
+
+    Tensors of variants that the config does not ask for, and PEFT's copies of base weights, are left out.
+    """
     factors = {}
     for path, named in sorted(by_site({name: (name, tensor) for name, tensor in tensors.items()}).items()):
         variant, setting = variant_at(config, path)
@@ -444,10 +423,12 @@ def _by_site(
             raise AdapterFileError(
                 f"The adapter's site {path} has no {' and '.join(lacking)}.", what=lacking[0], where=path
             )
-        parts = {part: (name.removeprefix(PREFIX + path), tensor) for part, (name, tensor) in named.items()}
-        (end_A, A), (end_B, B) = parts.pop("A"), parts.pop("B")
-        scale_here, bare = site(path, A)
-        made = SiteFactors(A, B, scale_here, (end_A, end_B), parts, bare, variant, setting)
+        (name_A, A), (name_B, B) = named["A"], named["B"]
+        own = {tensor.held_as: named[tensor.held_as][1] for tensor in variant.tensors}
+        bias = named["bias"][1] if "bias" in named else None
+        factor_scale, bare = site(path, A)
+        endings = name_A.removeprefix(PREFIX + path), name_B.removeprefix(PREFIX + path)
+        made = SiteFactors(A, B, factor_scale, nn.Identity(), variant, own, bias, setting, endings=endings, bare=bare)
         factors[path] = made.in_usual_shapes()
     others = {name: tensor for name, tensor in tensors.items() if parse(name) is None}
     return factors, {name: tensor for name, tensor in others.items() if not name.endswith(".base_layer.weight")}
