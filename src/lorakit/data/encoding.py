@@ -229,16 +229,13 @@ class _Work:
         for ids in self._tokens(record):
             held.extend(ids)
             while len(held) > length:  # another window is certain
-                self._window(held[:length])
+                self.sequences.add(held[:length], b"\1" * length)
                 del held[: length - 1]  # its last token is the next one's context
                 made += 1
         if len(held) > 1:
-            self._window(held)
+            self.sequences.add(held, b"\1" * len(held))
             made += 1
         return made
-
-    def _window(self, ids: array[int]) -> None:
-        self.sequences.add(ids, b"\1" * len(ids))
 
     def _tokens(self, record: Document) -> Iterator[array[int]]:
         """Yield the tokens of a document with its start and end tokens, a limited number at a time."""
@@ -277,19 +274,11 @@ class _Work:
 def _row(record: Completion | Conversation, tokenizer: Tokenizer) -> TokenizedRow:
     if isinstance(record, Conversation):
         return conversation_tokens(record, tokenizer)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    prompt, said = _completion(record, tokenizer)
-    if said[-1:] != end:
-        said = said + end
-    return TokenizedRow(prompt + said, [False] * len(prompt) + [True] * len(said), bool(end))
-
-
-def _completion(record: Completion, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Tokenize prompt and completion so that the prompt is the one that generation will see."""
-    start = beginning(tokenizer)
     prompt = token_ids(tokenizer, record.prompt) if record.prompt else []
     both = token_ids(tokenizer, record.prompt + record.completion)
-    if both[: len(prompt)] == prompt:
-        return start + prompt, both[len(prompt) :]
-    # a token crosses the border: the prompt keeps the tokens that it has alone
-    return start + prompt, token_ids(tokenizer, record.completion)
+    # if a token crosses the border, the prompt keeps the tokens that generation will see
+    said = both[len(prompt) :] if both[: len(prompt)] == prompt else token_ids(tokenizer, record.completion)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    said += end if said[-1:] != end else []
+    prompt = beginning(tokenizer) + prompt
+    return TokenizedRow(prompt + said, [False] * len(prompt) + [True] * len(said), bool(end))

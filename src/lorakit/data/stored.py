@@ -183,9 +183,7 @@ class StoredRecords(Sequence[Record]):
     @property
     def total_bytes(self) -> int:
         """The bytes on disk of all these records."""
-        if self._chosen is None:
-            return sum(file.size for file in self._files)
-        return sum(self._files[number].bytes_of(index) for number, index in map(self._place, self._chosen))
+        return sum(self._files[number].bytes_of(index) for number, index in map(self._place, self._all()))
 
     def _place(self, position: int) -> tuple[int, int]:
         """Return the file of a record, by its position among all, and its index there."""

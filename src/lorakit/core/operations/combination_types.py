@@ -104,10 +104,6 @@ class CombinationType:
         """True if only values with the sign of the majority count, and their mean is taken."""
         return "ties" in self.name
 
-    def generator(self) -> torch.Generator | None:
-        """Return a random generator with the seed, on the CPU; None without a seed."""
-        return None if self.seed is None else torch.Generator().manual_seed(self.seed)
-
 
 def added_up(
     tensors: Sequence[Tensor], weights: Sequence[float], way: CombinationType, generator: torch.Generator | None = None

@@ -173,7 +173,8 @@ def combine_weights(
     reading = None if index is None else reader_of(index)
     variant = _summed_variant(adapters, way, reading is not None)
     joined = joined_config([adapter.config for adapter in adapters])
-    generator, found, sites = way.generator(), {}, []
+    generator = None if way.seed is None else torch.Generator().manual_seed(way.seed)
+    found, sites = {}, []
     for path, factors in aligned(adapters).items():
         here = [(factor, weight) for factor, weight in zip(factors, weights, strict=True) if factor is not None]
         summed = (variant, reading(path)) if variant is not None and reading is not None else None

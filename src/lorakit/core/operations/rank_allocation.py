@@ -91,7 +91,7 @@ def allocate(
     sizes = {c.path: (c.out_features, c.in_features) for c in site_map.candidates if c.path in modules}
     chosen = [match for match in matches if fits(RANKED[by], site_map.kind(match.kind))]
     before = {match.path: match.rank for match in chosen}
-    costs = {path: sum(sizes[path]) for path in before}
+    costs = {path: sum(size) for path, size in sizes.items()}
     ranks: dict[str, int] = {}
     evidence: dict[str, float] = {}
     if by == "gradients" and chosen:
@@ -108,12 +108,11 @@ def allocate(
         ranks = by_explained_variance(ratios, costs, sum(before[path] * costs[path] for path in before))
         evidence = {path: sum(values[: ranks[path]]) for path, values in ratios.items()}
     spread = {match.path: ranks.get(match.path, match.rank) for match in matches}
-    total = {match.path: sum(sizes[match.path]) for match in matches}
     return Allocation(
         spread,
         with_ranks(config, matches, spread),
-        sum(rank * total[path] for path, rank in spread.items()),
-        sum(match.rank * total[match.path] for match in matches),
+        sum(rank * costs[path] for path, rank in spread.items()),
+        sum(match.rank * costs[match.path] for match in matches),
         evidence,
     )
 
