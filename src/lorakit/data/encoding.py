@@ -177,7 +177,7 @@ def encode(
     if tokenizer.eos_token_id is None and (report.documents or report.completions):
         report.notes.append("The tokenizer has no end-of-text token, so the end of a text is not marked.")
     if not report.trained_tokens:
-        raise DataError(_nothing_left(report, first))
+        raise DataError(_nothing_left(report, first), where=None if first is None else location(first))
     return Encoded(sequences, report)
 
 

