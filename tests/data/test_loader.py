@@ -107,7 +107,7 @@ def test_by_length_a_batch_has_the_places_of_some_of_the_longest(sequences: Any,
     assert sorted(given) == sorted(list(s.input_ids) for s in cut)  # each once
     assert [len(ids) for ids in given] == sorted(map(len, cut))
     assert all(batch.input_ids.numel() <= places for batch in batches)
-    for batch, following in itertools.pairwise(batches):  # one more would not have fitted
+    for batch, following in itertools.pairwise(batches):  # one more row would not fit
         count, longest = len(batch.input_ids), int(following.attention_mask[0].sum())
         assert (count + 1) * longest > places
     assert batches[-1].epoch == 1

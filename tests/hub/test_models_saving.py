@@ -1,4 +1,4 @@
-"""lorakit.hub.models: a plain directory, or a sentence."""
+"""lorakit.hub.models: saving gives a plain directory, or an error."""
 
 from __future__ import annotations
 

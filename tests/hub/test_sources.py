@@ -13,7 +13,7 @@ from lorakit.hub_cache import offline
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The hub is never asked for real: a test that wants an answer sets one."""
+    """Never contact the real Hub: a test that needs an answer sets one."""
 
     def unreachable(*_: Any, **__: Any) -> None:
         raise ConnectionError("no route")

@@ -196,13 +196,10 @@ class Loader(Iterator[Batch]):
             raise DataError(f"The saved position in the data is not valid: epoch {epoch!r}, batch {batch!r}.")
 
     def _seek(self, epoch: int, batch: int) -> None:
-        self._epoch, self._batch, self._order = epoch, batch, self._order_of(epoch)
-
-    def _order_of(self, epoch: int) -> array[int]:
-        order = array("q", range(len(self.sequences)))
+        self._epoch, self._batch = epoch, batch
+        self._order = array("q", range(len(self.sequences)))
         if self.shuffle:
-            random.Random(f"{self.seed}:{epoch}").shuffle(order)
-        return order
+            random.Random(f"{self.seed}:{epoch}").shuffle(self._order)
 
     @cached_property
     def _data_digest(self) -> str:

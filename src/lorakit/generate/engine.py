@@ -77,7 +77,8 @@ def generate(
         if rows != 1 or input_ids.ndim not in (1, 2):
             raise UsageError(
                 f"generate continues one prompt, (length,) or (1, length); got shape {tuple(input_ids.shape)}. Use "
-                "generate_batch for several prompts."
+                "generate_batch for several prompts.",
+                field="input_ids",
             )
         input_ids = input_ids.flatten().tolist()
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
@@ -132,7 +133,8 @@ def generate_batch(
     _check_prompts(rows, None if weight is None else weight.shape[0], limit)
     samplings = [sampling] * len(rows) if isinstance(sampling, Sampling) else list(sampling)
     if len(samplings) != len(rows):
-        raise UsageError(f"Got {len(rows)} prompts and {len(samplings)} samplings; pass one per prompt, or one.")
+        message = f"Got {len(rows)} prompts and {len(samplings)} samplings; pass one per prompt, or one."
+        raise UsageError(message, field="sampling")
     scope, names = _scope(model, adapters, len(rows)), _names(model, adapters, len(rows))
     if prefix is not None:
         check_prefix(model, prefix, rows, names)
@@ -185,7 +187,8 @@ class _Rows:
                 raise NonFiniteError(
                     f"Logits of row {row} are NaN or infinite at new token {self._made + 1}: the weights of the base "
                     "or the adapter are damaged or too large for this dtype. Try float32, and check the adapter with "
-                    "`lorakit inspect`."
+                    "`lorakit inspect`.",
+                    where=f"row {row}",
                 )
             if not self._samplers[row].is_greedy:
                 picked[row] = self._samplers[row].pick(logits[row])
@@ -274,19 +277,22 @@ class _Forward:
 
 def _check_prompts(rows: list[list[int]], vocabulary: int | None, limit: int | None) -> None:
     if not rows:
-        raise UsageError("no prompt to continue; pass at least one.")
+        raise UsageError("no prompt to continue; pass at least one.", field="prompts")
     for number, ids in enumerate(rows):
         which = f"prompt {number + 1} of {len(rows)}" if len(rows) > 1 else "the prompt"
         if not ids:
-            raise UsageError(f"{which} is empty: it needs at least one token.")
+            raise UsageError(f"{which} is empty: it needs at least one token.", field="prompts", where=which)
         odd = [token for token in ids if token < 0 or (vocabulary is not None and token >= vocabulary)]
         if odd:
             size = f"0 to {vocabulary - 1:,}" if vocabulary is not None else "0 and up"
-            raise UsageError(f"{which} has the token id {odd[0]}; the model's ids are {size}. Check the tokenizer.")
+            message = f"{which} has the token id {odd[0]}; the model's ids are {size}. Check the tokenizer."
+            raise UsageError(message, what=odd[0], field="prompts", where=which)
         if limit is not None and len(ids) >= limit:
             raise UsageError(
                 f"{which} has {len(ids):,} tokens, but the model takes at most {limit:,} including the answer. "
-                "Shorten the prompt."
+                "Shorten the prompt.",
+                field="prompts",
+                where=which,
             )
 
 
@@ -302,7 +308,8 @@ def _scope(
             return contextlib.nullcontext()
         return state.override(state.active().keeping())
     if len(adapters) != rows:
-        raise UsageError(f"Got {rows} prompts and {len(adapters)} adapters; pass one adapter, or None, per prompt.")
+        message = f"Got {rows} prompts and {len(adapters)} adapters; pass one adapter, or None, per prompt."
+        raise UsageError(message, field="adapters")
     if state is None and not any(adapters):
         return contextlib.nullcontext()
     first = adapters[0]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorakit.core import disable, prompt_offset, waits_for_tokens
 from lorakit.core.model.index import find_state
@@ -62,8 +62,7 @@ def read_prefix(model: nn.Module, tokens: Sequence[int], device: torch.device | 
     Raises:
         ModelError: The model returns no cache that can be copied to several rows.
     """
-    place = next(model.parameters()).device if device is None else device
-    ids: Tensor = torch.tensor([list(tokens)], device=place)
+    ids = torch.tensor([list(tokens)], device=device or next(model.parameters()).device)
     base = contextlib.nullcontext() if find_state(model) is None else disable(model)
     with torch.no_grad(), base:
         output = model(input_ids=ids, use_cache=True)
@@ -109,7 +108,9 @@ def check_prefix(
             if _begin(model, prompt, name) < size:
                 raise UsageError(
                     f"Adapter {name!r} is active within the prefix of {size} tokens in row {row + 1}, which the base "
-                    "has processed. Only base rows and adapters that begin later can share it."
+                    "has processed. Only base rows and adapters that start later can share it.",
+                    what=name,
+                    field="prefix",
                 )
 
 

@@ -109,7 +109,7 @@ def shape_of_module(module: PreTrainedModel, name: str, source: str) -> ModelSha
         or any(name == "gate_up_proj" for other in others for name, _ in other.matrices),
         sites=tuple(sites),
         others=tuple(others),
-        dtype=_dtype_name(config),
+        dtype=str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
         causal=_is_causal(module, config),
         dropouts={cause: p for cause, p in dropouts.items() if p},
         containers=tuple(containers),
@@ -161,7 +161,7 @@ def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[s
     sites: list[SiteShape] = []
     others: list[PlainShape] = []
     containers: list[str] = []
-    heads = _output_heads(module)
+    head = getattr(module, "get_output_embeddings", lambda: None)()  # "all-linear" leaves it out
     owners: dict[int, str] = {}
     for path, part in module.named_modules():
         own = dict(part.named_parameters(recurse=False))
@@ -169,7 +169,7 @@ def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[s
             if path and next(part.children(), None) is not None:
                 containers.append(path)
             continue
-        site = _site(path, part, owners, heads)
+        site = _site(path, part, owners, head)
         if site is not None:
             sites.append(site)
         else:
@@ -182,7 +182,7 @@ def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[s
     return sites, others, sorted(containers)
 
 
-def _site(path: str, part: nn.Module, owners: dict[int, str], heads: set[int]) -> SiteShape | None:
+def _site(path: str, part: nn.Module, owners: dict[int, str], head: nn.Module | None) -> SiteShape | None:
     """Return the site of a dense layer or an embedding, or None for other modules."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -193,15 +193,9 @@ def _site(path: str, part: nn.Module, owners: dict[int, str], heads: set[int]) -
     first, second = (int(size) for size in part.weight.shape)
     # nn.Linear stores (out, in), Conv1D (in, out), an Embedding (rows, width), whose output width is the second
     out_features, in_features = (first, second) if kind == LINEAR else (second, first)
-    dense, biased = kind != EMBEDDING and id(part) not in heads, getattr(part, "bias", None) is not None
+    dense, biased = kind != EMBEDDING and part is not head, getattr(part, "bias", None) is not None
     owner = owners.setdefault(id(part.weight), path)
     return SiteShape(path, kind, out_features, in_features, dense, biased, None if owner == path else owner)
-
-
-def _output_heads(module: nn.Module) -> set[int]:
-    """Return the ids of the output heads, which "all-linear" leaves out."""
-    output = getattr(module, "get_output_embeddings", lambda: None)()
-    return set() if output is None else {id(output)}
 
 
 def _numbers(config: PreTrainedConfig, fields: Iterable[str]) -> list[int | float]:
@@ -210,15 +204,9 @@ def _numbers(config: PreTrainedConfig, fields: Iterable[str]) -> list[int | floa
     return [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
 
 
-def _dtype_name(config: PreTrainedConfig) -> str:
-    dtype = getattr(config, "dtype", None)
-    return "float32" if dtype is None else str(dtype).removeprefix("torch.")
-
-
 def _is_causal(module: nn.Module, config: PreTrainedConfig) -> bool:
-    if getattr(config, "is_encoder_decoder", False):
-        return False
-    return type(module).__name__.endswith(("ForCausalLM", "LMHeadModel")) or bool(getattr(config, "is_decoder", False))
+    named = type(module).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return not getattr(config, "is_encoder_decoder", False) and (named or bool(getattr(config, "is_decoder", False)))
 
 
 def _short_name(source: ModelSource) -> str:

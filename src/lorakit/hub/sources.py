@@ -166,16 +166,12 @@ def downloaded(model_id: str) -> Path | None:
 
 
 def _local(given: str, path: Path) -> ModelSource:
-    if path.is_file():
-        if path.suffix != ".json":
-            raise ModelError(
-                f"{given}: is a file; a model is a directory with a config.json (which alone is enough to plan).",
-                where=given,
-            )
-        return ModelSource("config", given, str(path), given, given)
-    if not (path / "config.json").is_file():
-        raise ModelError(f"{given}: no config.json, so this is not a model directory.{_what_else(path)}", where=given)
-    return ModelSource("directory", given, str(path), given, given)
+    source = ModelSource("config" if path.is_file() else "directory", given, str(path), given, given)
+    if path.is_file() and path.suffix != ".json":
+        raise source.error("is a file; a model is a directory with a config.json (which alone is enough to plan).")
+    if not path.is_file() and not (path / "config.json").is_file():
+        raise source.error(f"no config.json, so this is not a model directory.{_what_else(path)}")
+    return source
 
 
 def _what_else(path: Path) -> str:

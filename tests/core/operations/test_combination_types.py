@@ -1,4 +1,4 @@
-"""The eleven ways by their steps, written out; and what each refuses."""
+"""The eleven combination types against their steps, written out; options that a type rejects."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_election(majority: str) -> None:
 
 
 def test_what_is_subtracted_votes_against() -> None:
-    """One adapter at −1 is the negated adapter at +1, in every way that does not draw."""
+    """One adapter with weight −1 equals the negated adapter with +1, for every type without random pruning."""
     one, other = torch.randn(5, 6), torch.randn(5, 6)
     for name in ("linear", "ties", "magnitude_prune"):
         torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""The combined adapter does what was combined: against dense sums in float64, over kinds, ranks, scales and variants."""
+"""A combined adapter has the combined effect: against dense sums in float64, for kinds, ranks, scales and variants."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def test_cat_and_svd_for_any_shape(
     same(deltas(model, "svd"), {path: nearest(delta, rank) for path, delta in total(model, by).items()}, 1e-7)
 
 
-# --- parts that are no factors
+# --- saved modules, biases and other parts
 
 
 def test_a_copied_module_of_one_adapter_is_taken_over_with_its_numbers() -> None:

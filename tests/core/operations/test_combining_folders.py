@@ -1,4 +1,4 @@
-"""Adapters on disk are combined without their base, into folders that any reader understands."""
+"""Adapters on disk are combined without their base, into directories that every reader can load."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from ...laws.zoo import (
 )
 from .updates import deltas, made, same, total
 
-# --- folders
+# --- directories
 
 
 def saved(tmp_path: Path, *names: str, specimen: Specimen = LLAMA, **fields: Any) -> nn.Module:
@@ -66,7 +66,7 @@ def test_folders_are_combined_without_their_base(tmp_path: Path, specimen: Speci
 
 
 def test_ranks_of_the_result_are_read_by_any_reader(tmp_path: Path) -> None:
-    """The config alone gives each site its rank and scale 1: without lorakit.json, and for patterns that overlap."""
+    """The config alone gives each site its rank and scale 1: without lorakit.json, and with overlapping patterns."""
     model = nn.Sequential()
     model.add_module("lin", nn.Linear(6, 6))
     inner = nn.Sequential()

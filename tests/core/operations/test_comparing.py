@@ -1,4 +1,4 @@
-"""Cosines, norms and angles from factors are those of the dense updates."""
+"""Cosines, norms and angles from factors equal those of the dense updates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is extracted is the nearest low-rank change at each site; everything else that changed is reported."""
+"""An extracted adapter is the nearest low-rank change at each site; every other change is reported."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def delta(model: nn.Module, path: str, name: str = "extracted") -> Tensor:
 
 
 def tuned_by_rank(specimen: Specimen, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """A model whose weights at the targets have changed by something of rank 4."""
+    """Return a model whose weights at the targets have changed by a matrix of rank 4."""
     model = specimen.model(dtype)
     attach(model, specimen.config(), "a")
     randomise(model, "a", 3)
@@ -120,7 +120,7 @@ def test_a_tied_weight_counts_once() -> None:
 
 
 def test_files_are_read_one_tensor_at_a_time(tmp_path: Path) -> None:
-    """Sharded files, a first word that the files leave out, modules on the meta device, and a tensor of nobody."""
+    """Sharded files, a prefix that the files omit, modules on the meta device, and a tensor of no module."""
     base, tuned = GPT2.model(), tuned_by_rank(GPT2, torch.float32)
     (tmp_path / "tuned").mkdir()
     tensors = {name: t.clone() for name, t in tuned.state_dict().items() if name != "lm_head.weight"}
@@ -239,7 +239,7 @@ def test_experts_are_read_from_files_one_by_one(tmp_path: Path) -> None:
     sources = source_of_folder(tmp_path / "base"), dataclasses.replace(source, read=whole)
     skeleton = copy.deepcopy(base).to("meta")
     config = EXPERTS.config(target_parameters=["experts.up"], target_modules=[])
-    with pytest.raises(AssertionError, match="three experts at once"):  # to say what changed outside
+    with pytest.raises(AssertionError, match="three experts at once"):  # to report changes outside
         extract_to_folder(
             skeleton, *sources, EXPERTS.config(target_parameters=["square"]), tmp_path / "x", cut=RankLimit(4)
         )

@@ -1,4 +1,4 @@
-"""Ranks by gradients and by inputs: the budget holds, the criterion decides, the pattern says it to every reader."""
+"""Ranks by gradients and by inputs: the budget holds, the criterion decides, every reader gets them from the patterns."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_by_sensitivity_is_in_proportion_between_the_bounds() -> None:
 
 
 def test_by_explained_variance_is_evas_redistribution() -> None:
-    """Against the rule written out: pool, sort, count."""
+    """Compare with the rule written out: pool, sort, count."""
     generator = torch.Generator().manual_seed(1)
     ratios = {p: torch.rand(8, generator=generator).sort(descending=True).values.tolist() for p in "abcd"}
     pooled = sorted(((value, p) for p, values in ratios.items() for value in values), reverse=True)

@@ -156,8 +156,7 @@ def _pruned(tensor: Tensor, density: float, draws: bool, generator: torch.Genera
         kept = torch.rand(tensor.shape, generator=generator).to(tensor.device) < density
         return tensor * kept / density
     largest = tensor.abs().flatten().topk(int(density * tensor.numel()), sorted=False).indices
-    kept = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)
-    kept[largest] = True
+    kept = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device).index_fill(0, largest, True)
     return tensor * kept.view(tensor.shape)
 
 

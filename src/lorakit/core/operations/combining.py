@@ -298,7 +298,8 @@ def _with_bias(made: SiteFactors, here: Weighted) -> SiteFactors:
 
 def _check_weights(adapters: Sequence[AdapterWeights], weights: Sequence[float]) -> None:
     if len(adapters) != len(weights):
-        raise AdapterError(f"Got {len(adapters)} adapters and {len(weights)} weights; pass one weight per adapter.")
+        message = f"Got {len(adapters)} adapters and {len(weights)} weights; pass one weight per adapter."
+        raise AdapterError(message, field="weights")
     for weight in weights:
         if not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise AdapterError(f"A weight is {weight!r}; it must be a finite number.", what=weight, field="weights")

@@ -96,7 +96,7 @@ def check_joinable(adapters: Sequence[AdapterWeights]) -> None:
         ConfigError: One trains biases of the base.
     """
     if not adapters:
-        raise AdapterError("No adapter was given; pass at least one.")
+        raise AdapterError("No adapter was given; pass at least one.", field="adapters")
     for adapter in adapters:
         check_no_base_biases(adapter)
     must_agree = {variant.field: variant.must_agree for variant in asked_for() if variant.must_agree}

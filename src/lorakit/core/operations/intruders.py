@@ -131,5 +131,4 @@ def _of_matrix(
     weaker = Product(spread.Vh[:, :rank] * root[:, None], spread.U[:, :, :rank] * (root / scale))
     energy = spread.S.square()
     lost = float(energy[:, rank:].sum() / energy.sum())
-    told = (tuple(chosen.tolist()), tuple(nearest[chosen].tolist()))
-    return padded(weaker, rank), SiteIntruders(path, *told, lost)
+    return padded(weaker, rank), SiteIntruders(path, tuple(chosen.tolist()), tuple(nearest[chosen].tolist()), lost)

@@ -92,14 +92,13 @@ def allocate(
     chosen = [match for match in matches if fits(RANKED[by], site_map.kind(match.kind))]
     before = {match.path: match.rank for match in chosen}
     costs = {path: sum(size) for path, size in sizes.items()}
-    ranks: dict[str, int] = {}
     evidence: dict[str, float] = {}
     if by == "gradients" and chosen:
         for group in in_groups(list(before), lambda path: 4 * math.prod(sizes[path])):
             for path, statistics in collect_gradients(model, group, batches, forward).items():
                 evidence[path] = sensitivity(modules[path], statistics.mean()) if statistics.calls else 0.0
         ranks = by_sensitivity(evidence, costs, before, {path: min(sizes[path]) for path in before})
-    elif chosen:
+    else:  # also if there are no sites to judge, which gives no ranks
         ratios: dict[str, list[float]] = {}
         for group in in_groups(list(before), lambda path: 4 * sizes[path][1] ** 2):
             for path, inputs in collect_inputs(model, group, batches, forward, keep=keep).items():
