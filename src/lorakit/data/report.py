@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+from lorakit.durable import JsonObject
 from lorakit.tables import format_count, format_percent
 
 
@@ -61,7 +62,7 @@ class DataReport:
         """The fraction of tokens with loss, in [0, 1]."""
         return self.trained_tokens / self.tokens if self.tokens else 0.0
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> JsonObject:
         """Return all counts and notes, for `run.json`."""
         return {"rows": self.rows, **asdict(self)}
 

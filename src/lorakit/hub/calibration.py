@@ -166,7 +166,7 @@ def _copy_rate(device: str | torch.device) -> float:
     return 2 * COPIED_BYTES / _fastest(lambda: target.copy_(source), device)
 
 
-def _fastest(work: Callable[[], object], device: str | torch.device) -> float:
+def _fastest(work: Callable[[], torch.Tensor], device: str | torch.device) -> float:
     """Return the seconds of the fastest run within the budget; at least two runs, the first as warm-up."""
     import torch
 

@@ -130,8 +130,7 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
         return dtype
     if dtype not in DTYPES:
         raise ConfigError.of("dtype", dtype, allowed=DTYPES)
-    found: torch.dtype = getattr(torch, dtype)
-    return found
+    return getattr(torch, dtype)
 
 
 def _check_report(source: ModelSource, report: dict[str, Any], task: str) -> None:

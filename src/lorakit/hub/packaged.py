@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.durable import publish_directory, read_json, sha256_file, sweep, write_json, write_text
+from lorakit.durable import JsonObject, publish_directory, read_json, sha256_file, sweep, write_json, write_text
 from lorakit.errors import AdapterFileError, DiskError, MissingExtra, ModelError, nearest
 from lorakit.hub.quiet import quiet_transformers
 from lorakit.machine import cache_directory
@@ -357,7 +357,7 @@ def _whole(folder: Path) -> bool:
     return all(isinstance(facts, dict) and _same(folder / name, facts) for name, facts in files.items())
 
 
-def _same(path: Path, facts: dict[str, object]) -> bool:
+def _same(path: Path, facts: JsonObject) -> bool:
     if not path.is_file() or path.stat().st_size != facts.get("bytes"):
         return False
     return path.stat().st_size > HASHED_BYTES or sha256_file(path) == facts.get("sha256")

@@ -297,11 +297,11 @@ def reader_of(model: nn.Module | AdapterIndex) -> Callable[[str], Reading]:
         AdapterError if there is none.
     """
     site_map = AdapterIndex.of(model)
-    kinds = {candidate.path: candidate.kind for candidate in site_map.candidates}
+    kinds = {candidate.path: candidate.kind for candidate in site_map.candidates if candidate.kind}
 
     def at(path: str) -> Reading:
         outer = path.partition(INSIDE)[0]
-        places = site_map.places(outer, site_map.kind(kinds[outer])) if kinds.get(outer) else []  # type: ignore[arg-type]
+        places = site_map.places(outer, site_map.kind(kinds[outer])) if outer in kinds else []
         place = next((place for place in places if place.path == path), None) or _bare_place(site_map, path)
         if place is None:
             raise AdapterError(f"The model has no site {path}, which an adapter adapts.", where=path)
