@@ -265,7 +265,7 @@ def test_a_disk_that_refuses(
         patch.setattr(hub, "load_model", lambda *_, **__: pytest.fail("nothing heavy happens before the disk is asked"))
         assert "out: cannot be written (Read-only file system)" in error(capsys, 1, *words)
     with monkeypatch.context() as patch:
-        patch.setattr("lorakit.hub.models.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(100, 100, 10))
+        patch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(100, 100, 10))
         assert "kB needed, 10 B free" in error(capsys, 1, *words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "tiny-llama"]
 

@@ -207,7 +207,7 @@ def test_what_is_refused_changes_nothing(wide_model_directory: Path, tmp_path: P
 
     refused(ConfigTypeError, "does not appear to be a valid PeftModel", given=nn.Linear(2, 2))
     refused(AdapterError, "No bnb LoRA module found on the model: no 4-bit module with adapter 'x'", adapter_name="x")
-    refused(ModelError, "there are no safetensors files here", tmp_path)
+    refused(ModelError, "no safetensors files found", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x80\x02 a pickle")
     refused(ModelError, "cannot be read as safetensors", tmp_path)
     whole = load_file(wide_model_directory / "model.safetensors")

@@ -23,7 +23,7 @@ MARKED = (
     "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# writes what the assistant said earlier differently from what it said last, as templates of thinking models do
+# renders earlier assistant turns differently from the last one, as templates of reasoning models do
 REWRITING = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if m['role'] == 'assistant' and loop.last %}{{ '(thought)' }}{% endif %}"
@@ -100,11 +100,11 @@ def test_long_conversations_are_cut_and_counted(tiny_tokenizer: Any) -> None:
     whole = len(conversation_tokens(TALK, tiny_tokenizer).ids)
     report = encode([TALK], tiny_tokenizer, whole - 4).report
     assert (report.cut_rows, report.cut_tokens, report.ended_rows) == (1, 4, 0)
-    assert report.cut_trained_tokens == 3  # the line feed after the end was never trained
+    assert report.cut_trained_tokens == 3  # the line feed after the end never has loss
 
 
 def test_a_token_that_hides_the_space_before_an_answer_is_found_out(tiny_tokenizer: Any) -> None:
-    """Some tokenizers leave the space before a word out of its offsets: what decodes to another text is not taken."""
+    """Some tokenizers omit the space before a word from its offsets: tokens that decode to other text are not used."""
     from tokenizers import processors
 
     tiny_tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)

@@ -30,7 +30,7 @@ TEXT = "The quick brown fox jumps over the lazy dog. " * 20
 
 
 def _plain(record: Any, tokenizer: Any, length: int) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels of a record as the docstring of `encode` says, with lists and the whole text at once."""
+    """Return ids and labels of a record by the docstring of `encode`, with lists and the whole text at once."""
 
     def ids_of(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
@@ -55,7 +55,7 @@ def _plain(record: Any, tokenizer: Any, length: int) -> list[tuple[list[int], li
 
 
 def _files(folder: Path) -> list[Path]:
-    """One long text, one short one, and rows of every kind, some of them twice."""
+    """Return one long text, one short one, and rows of every kind, some of them twice."""
     rng = random.Random(3)
     words = "the quick brown fox jumps over lazy dogs and it's two plus two Wörter 狐。 😀".split()  # noqa: SIM905
 
@@ -221,7 +221,7 @@ def test_nothing_is_left_out_without_a_count(tiny_tokenizer: Any) -> None:
         f"3 documents, 1 prompt with completion, 1 conversation: 2 sequences of at most 64 tokens, {report.tokens} "
         f"tokens, {report.trained_tokens} with loss ({report.trained_fraction:.1%}).",
         "3 rows left out: empty.",
-        "1 duplicate row; it is kept.",
+        "1 duplicate row kept.",
         "a note of the reader.",
     ]
     assert report.as_dict()["rows"] == 5

@@ -107,7 +107,7 @@ def test_by_length_a_batch_has_the_places_of_some_of_the_longest(sequences: Any,
     assert sorted(given) == sorted(list(s.input_ids) for s in cut)  # each once
     assert [len(ids) for ids in given] == sorted(map(len, cut))
     assert all(batch.input_ids.numel() <= places for batch in batches)
-    for batch, following in itertools.pairwise(batches):  # one more would not have fitted
+    for batch, following in itertools.pairwise(batches):  # one more row would not fit
         count, longest = len(batch.input_ids), int(following.attention_mask[0].sum())
         assert (count + 1) * longest > places
     assert batches[-1].epoch == 1
@@ -115,9 +115,9 @@ def test_by_length_a_batch_has_the_places_of_some_of_the_longest(sequences: Any,
 
 
 def test_batches_need_rows(sequences: Any) -> None:
-    with pytest.raises(ConfigError, match="The batch size is 0; it must be at least 1"):
+    with pytest.raises(ConfigError, match="rows is 0; it must be at least 1"):
         Loader(sequences, 0, seed=0)
     with pytest.raises(DataError, match="no sequences to make batches from"):
         Loader([], 1, seed=0)
-    with pytest.raises(ConfigError, match="The batch size is 0; it must be at least 1"):
+    with pytest.raises(ConfigError, match="rows is 0; it must be at least 1"):
         next(by_length(sequences, 0))

@@ -30,7 +30,7 @@ def test_equal_documents_stay_on_one_side() -> None:
     assert len(held_out) == 3
     assert not trained & held_out
     often = [*[Document("said often")] * 90, *documents(9)]
-    for seed in range(5):  # the share is one of texts, not of repetitions
+    for seed in range(5):  # the fraction counts texts, not repetitions
         assert len({r.text for r in split(often, 0.3, seed).held_out if isinstance(r, Document)}) == 3
 
 

@@ -114,8 +114,8 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         ({"messages": [{"role": "user"}]}, "the field 'messages[0].content' is missing"),
         (
             {"messages": [{"role": "assitant", "content": "x"}]},
-            "the field 'messages[0].role' is 'assitant'; allowed: system, developer, user, assistant, tool. "
-            "Did you mean 'assistant'?",
+            "the field 'messages[0].role' is 'assitant'; it must be one of system, developer, user, assistant, tool. "
+            "Did you mean assistant?",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},

@@ -1,4 +1,4 @@
-"""Tokens of a long text in parts are those of the whole text."""
+"""Tokens of a long text in parts equal those of the whole text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Counted:
-    """A tokenizer that keeps the length of every text that it is given."""
+    """A tokenizer that records the length of every text it gets."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -39,7 +39,7 @@ class Counted:
 
 
 def _sentencepiece(tokenizer: Any) -> Any:
-    """Splits nothing before it merges, and puts a mark for a space before the text."""
+    """Return a tokenizer that merges without splitting first, and marks a space before the text."""
     from tokenizers import Tokenizer, models, normalizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -64,7 +64,7 @@ def test_parts_joined_are_the_whole(kind: Any, size: int, tiny_tokenizer: Any) -
     assert [token for part in parts for token in part] == whole
     if size == 7000:
         assert len(parts) > 4
-        assert max(tokenizer.lengths) < 3500  # one part may have had to be made longer
+        assert max(tokenizer.lengths) < 3500  # one part may have been extended
 
 
 @pytest.mark.parametrize(

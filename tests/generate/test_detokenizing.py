@@ -25,7 +25,7 @@ def pieces(tokenizer: Any, ids: list[int], after: list[int] = []) -> list[str]: 
 
 @pytest.fixture
 def sentencepiece() -> Any:
-    """A tokenizer in the way of Llama 2: a space is "▁", what is not in the vocabulary comes as bytes."""
+    """Return a tokenizer like that of Llama 2: a space is "▁", and characters outside the vocabulary are bytes."""
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
@@ -41,7 +41,7 @@ def sentencepiece() -> Any:
 
 @pytest.fixture
 def wordpiece() -> Any:
-    """A tokenizer in the way of BERT: parts of words begin with "##"."""
+    """Return a tokenizer like that of BERT: parts of words start with "##"."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""lorakit.generate.engine: equal to transformers token by token, a batch equal to its rows alone, refusals by text."""
+"""lorakit.generate.engine: equal to transformers token by token, a batch equal to its single rows, errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def alone(model: Any, prompt: Sequence[int], **options: Any) -> list[int]:
 
 
 def attach_strong(model: Any, name: str, seed: int, targets: Any = "all-linear", **fields: Any) -> None:
-    """An adapter with a random B, large enough to change the generated tokens."""
+    """Attach an adapter with a random B, large enough to change the generated tokens."""
     config = LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": targets, **fields})
     core.attach(model, config, name, seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -44,7 +44,7 @@ def attach_strong(model: Any, name: str, seed: int, targets: Any = "all-linear",
 
 @pytest.fixture(params=["tiny_llama", "tiny_gpt2"])
 def model(request: pytest.FixtureRequest) -> Any:
-    """A small model with layers strong enough that it does not just say the same token again."""
+    """Return a small model with weights large enough that it does not repeat one token."""
     made = request.getfixturevalue(request.param)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
@@ -143,7 +143,7 @@ def test_the_head_gets_rows_that_lie_side_by_side(tiny_llama: Any) -> None:
 def test_factors_of_mixed_rows_are_stacked_once_and_go_with_the_stream(
     model: Any, given: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows with adapters of different rank get what each adapter gives alone, with the route passed or active."""
+    """Rows with adapters of different ranks give the same as each adapter alone, with the route passed or active."""
     for seed, rank in enumerate([4, 1, 8, 3]):
         attach_strong(model, f"of_{rank}", seed, r=rank)
     names, stacks = ["of_3", "of_8", None, "of_1"], []

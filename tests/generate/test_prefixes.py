@@ -1,4 +1,4 @@
-"""A beginning that the base reads once serves base rows and aLoRA rows alike: same tokens, same logits."""
+"""A prefix that the base processes once serves base rows and aLoRA rows: same tokens, same logits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODELS = pytest.mark.parametrize("specimen", [LLAMA, GPT2], ids=str)
 
 
 def adapted(specimen: Specimen) -> nn.Module:
-    """Two aLoRA adapters with invocations of their own, and a plain one."""
+    """Return a model with two aLoRA adapters, each with its own invocation, and a plain adapter."""
     model = specimen.model()
     for seed, (name, tokens) in enumerate({"a": list(INVOCATION), "b": [5], "plain": None}.items()):
         words = {} if tokens is None else {"alora_invocation_tokens": tokens, "task_type": "CAUSAL_LM"}
@@ -61,7 +61,7 @@ def test_a_batch_of_prompts_uses_one_base_cache(specimen: Specimen) -> None:
     )
     found = tokens_of(model, prompts, names, prefix=prefix)
     handle.remove()
-    assert seen[0] == (3, 3)  # what the rows have of their own
+    assert seen[0] == (3, 3)  # the rows' own tokens
     assert found == tokens_of(model, prompts, names)
     assert prefix.cache.get_seq_length() == held == len(SHARED)
     assert found == tokens_of(model, prompts, names, prefix=prefix)

@@ -1,4 +1,4 @@
-"""lorakit.generate.sampling: distributions by hand, dice that belong to the row, refusals by text."""
+"""lorakit.generate.sampling: distributions by hand, one generator per row, errors."""
 
 from __future__ import annotations
 

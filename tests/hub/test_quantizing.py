@@ -1,4 +1,4 @@
-"""Models loaded in fewer bits: what is stored so and what is not, what is refused, and that the base stays as it is."""
+"""Models that are quantized on loading: which modules are, errors, and that the base does not change."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_packed_model_directory_is_loaded_as_it_is(wide_model_directory: Pat
 def test_widths_that_the_package_multiplies_out_wrongly_are_refused(
     tiny_model_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some releases of bitsandbytes do so on a CPU (0.49, not 0.50.2); here one value of each weight is changed."""
+    """Some releases of bitsandbytes do this on a CPU (0.49, not 0.50.2); here one value of each weight is changed."""
     functional = pytest.importorskip("bitsandbytes.functional")
     real = functional.dequantize_4bit
 

@@ -43,7 +43,7 @@ def test_a_config_gives_the_shape_of_the_catalogue(tmp_path: Path, name: str) ->
             if getattr(shape, field.name) != getattr(known, field.name)
         }
         if known.architecture == "BertModel":
-            different.pop("tied", None)  # it has no output head, so the word means nothing there
+            different.pop("tied", None)  # it has no output head, so the name has no meaning there
         assert set(different) <= {"name", "source", "published"}, different
     assert shape.counted_parameters == shape.parameters
 
@@ -81,7 +81,7 @@ def test_a_sequence_to_sequence_model() -> None:
 
 
 def test_all_linear_takes_a_classifiers_head_unless_the_task_copies_it(tiny_model_directory: Path) -> None:
-    """As attaching and PEFT do: only the output embedding is left out by itself."""
+    """As in attaching and in PEFT, only the output embedding is left out by default."""
     from lorakit.hub import load_model
 
     shape = shape_of_module(load_model(tiny_model_directory, task="classification"), "tiny", "here")
@@ -98,10 +98,10 @@ def test_a_config_that_names_no_class_and_one_that_is_no_model(tiny_model_direct
     shape = shape_of(tiny_model_directory)
     assert (shape.name, shape.architecture, shape.tied) == ("tiny-llama", "LlamaForCausalLM", True)
     path.write_text(json.dumps({**config, "model_type": "no-such-kind"}))
-    with pytest.raises(ModelError, match="tiny-llama: no model can be built from its config"):
+    with pytest.raises(ModelError, match="tiny-llama: the model cannot be loaded"):
         shape_of(tiny_model_directory)
     path.write_text("{")
-    with pytest.raises(ModelError, match="no model can be built from its config"):
+    with pytest.raises(ModelError, match="the model cannot be loaded"):
         shape_of(tiny_model_directory)
 
 

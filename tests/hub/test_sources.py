@@ -13,7 +13,7 @@ from lorakit.hub_cache import offline
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The hub is never asked for real: a test that wants an answer sets one."""
+    """Never contact the real Hub: a test that needs an answer sets one."""
 
     def unreachable(*_: Any, **__: Any) -> None:
         raise ConnectionError("no route")
@@ -85,7 +85,7 @@ def test_what_a_model_directory_lacks(tmp_path: Path) -> None:
 
 def test_a_hub_id_without_a_network() -> None:
     said = refused("gpt3")
-    assert said.startswith("'gpt3' is not a directory or a packaged model (smollm2), and the Hub cannot be reached ")
+    assert said.startswith("gpt3: not a directory or a packaged model (smollm2), and the Hub cannot be reached ")
     assert "(ConnectionError: no route). Pass a directory, or try again with a network" in said
     assert "Similar: gpt2" in said
 

@@ -6,7 +6,9 @@ the rendering through it: the difference is what the model would have to generat
 
 from __future__ import annotations
 
+import itertools
 import re
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,10 +58,10 @@ def conversation_tokens(record: Conversation, tokenizer: Tokenizer) -> Tokenized
     """
     template = tokenizer.chat_template
     if not template:
-        raise DataError(
-            f"{location(record)}: the data contains conversations, but the model's tokenizer has no template. "
-            "Use an instruct model, or rows with 'prompt' and 'completion'.",
-            where=location(record),
+        raise _error(
+            record,
+            "the data contains conversations, but the model's tokenizer has no template. Use an instruct model, or "
+            "rows with 'prompt' and 'completion'.",
         )
     if isinstance(template, str) and _GENERATION.search(template):
         marked = _by_marks(record, tokenizer)
@@ -84,12 +86,12 @@ def _by_marks(record: Conversation, tokenizer: Tokenizer) -> TokenizedRow | None
 
 def _by_prefixes(record: Conversation, tokenizer: Tokenizer) -> TokenizedRow:
     text = _apply(record, tokenizer, record.as_dicts(), tokenize=False)
-    spans, missed = [], 0
+    spans, missed = list[_Span](), 0
     for index, message in enumerate(record.messages):
         if message.role != "assistant":
             continue
         span = _span(record, tokenizer, index, text)
-        if span is None:
+        if span is None or (spans and span.start < spans[-1].end):
             missed += 1
         else:
             spans.append(span)
@@ -122,56 +124,44 @@ def _span(record: Conversation, tokenizer: Tokenizer, index: int, text: str) -> 
 def _tokens_of_spans(
     record: Conversation, tokenizer: Tokenizer, text: str, spans: list[_Span]
 ) -> tuple[list[int], list[bool]]:
+    borders = [at for span in spans for at in (span.start, span.end)]
     for attempt in (_whole, _piecewise):
-        found = attempt(tokenizer, text, spans)
-        if found is not None and all(_faithful(tokenizer, text[s.start : s.end], ids) for s, ids in found[2]):
-            return found[0], found[1]
-    raise DataError(
-        f"{location(record)}: the tokens of the assistant's turns do not decode to the text of the chat template, so "
-        "the tokens with loss are unknown. Use rows with 'prompt' and 'completion' for this model.",
-        where=location(record),
+        tokens = attempt(tokenizer, text, borders)
+        if tokens is not None and all(
+            _faithful(tokenizer, text[span.start : span.end], [token for token, part in tokens if part == 2 * turn + 1])
+            for turn, span in enumerate(spans)
+        ):
+            return [token for token, _ in tokens], [part % 2 == 1 for _, part in tokens]
+    raise _error(
+        record,
+        "the tokens of the assistant's turns do not decode to the text of the chat template, so the tokens with loss "
+        "are unknown. Use rows with 'prompt' and 'completion' for this model.",
     )
 
 
-_Found = tuple[list[int], list[bool], list[tuple[_Span, list[int]]]]
+_Tokens = list[tuple[int, int]]
+"""Tokens, each with the number of borders before it, which is odd inside a turn."""
 
 
-def _whole(tokenizer: Tokenizer, text: str, spans: list[_Span]) -> _Found | None:
+def _whole(tokenizer: Tokenizer, text: str, borders: list[int]) -> _Tokens | None:
     """Tokenize the whole text, as the model will see it; return None if a token crosses a border of a turn."""
     try:
         result = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     except NotImplementedError:
         return None  # a slow tokenizer has no offsets
-    ids, offsets = list(result["input_ids"]), list(result["offset_mapping"])
-    trained = [False] * len(ids)
-    found = []
-    for span in spans:
-        members = []
-        for index, (start, end) in enumerate(offsets):
-            if start < span.start < end or start < span.end < end:
-                return None
-            if start >= span.start and end <= span.end and (end > start or start < span.end):
-                members.append(index)
-                trained[index] = True
-        found.append((span, [ids[index] for index in members]))
-    return ids, trained, found
+    tokens = []
+    for token, (start, end) in zip(result["input_ids"], result["offset_mapping"], strict=True):
+        part = bisect_right(borders, start)
+        if part < len(borders) and borders[part] < end:
+            return None
+        tokens.append((token, part))
+    return tokens
 
 
-def _piecewise(tokenizer: Tokenizer, text: str, spans: list[_Span]) -> _Found:
+def _piecewise(tokenizer: Tokenizer, text: str, borders: list[int]) -> _Tokens:
     """Tokenize the parts before, in and after each turn separately, as generation does."""
-    ids: list[int] = []
-    trained: list[bool] = []
-    found = []
-    at = 0
-    for span in spans:
-        for piece, mark in ((text[at : span.start], False), (text[span.start : span.end], True)):
-            part = token_ids(tokenizer, piece) if piece else []
-            ids += part
-            trained += [mark] * len(part)
-        found.append((span, part))
-        at = span.end
-    rest = token_ids(tokenizer, text[at:]) if text[at:] else []
-    return ids + rest, trained + [False] * len(rest), found
+    parts = [text[start:end] for start, end in itertools.pairwise([0, *borders, len(text)])]
+    return [(token, number) for number, part in enumerate(parts) if part for token in token_ids(tokenizer, part)]
 
 
 def _faithful(tokenizer: Tokenizer, text: str, ids: list[int]) -> bool:
@@ -184,6 +174,8 @@ def _apply(record: Conversation, tokenizer: Tokenizer, messages: list[dict[str, 
     try:
         return tokenizer.apply_chat_template(messages, **options)
     except Exception as cause:  # a template is untrusted code and may raise anything
-        raise DataError(
-            f"{location(record)}: the chat template rejects this conversation ({cause}).", where=location(record)
-        ) from cause
+        raise _error(record, f"the chat template rejects this conversation ({cause}).") from cause
+
+
+def _error(record: Conversation, problem: str) -> DataError:
+    return DataError(f"{location(record)}: {problem}", where=location(record))

@@ -15,7 +15,7 @@ from typing import overload
 import numpy as np
 
 from lorakit.data.chat import TokenizedRow, conversation_tokens
-from lorakit.data.records import Completion, Conversation, Document, Record, content_key, distinct, is_empty, location
+from lorakit.data.records import Completion, Conversation, Document, Record, content_key, is_empty, keys_of, location
 from lorakit.data.report import DataReport
 from lorakit.data.stored import AnyRecords, sized
 from lorakit.data.tokens import Tokenizer, beginning, token_ids, token_parts
@@ -154,13 +154,15 @@ def encode(
         DataError: No token with loss is left, or a conversation cannot be rendered.
     """
     if max_length < 2:
-        raise ConfigError(f"max_length is {max_length}; it must be at least 2: one token to read and one to predict.")
+        raise ConfigError.of("max_length", max_length, "at least 2: one token to read and one to predict")
     report = DataReport(max_length, notes=list(records.notes) if isinstance(records, AnyRecords) else [])
     work = _Work(tokenizer, report, watch or (lambda done: None))
     keys, first = bytearray(), None
     for record, size in sized(records):
         first = first or record
-        _count_kind(report, record)
+        report.documents += isinstance(record, Document)
+        report.completions += isinstance(record, Completion)
+        report.conversations += isinstance(record, Conversation)
         keys += content_key(record)
         if is_empty(record):
             report.empty_rows += 1
@@ -168,14 +170,14 @@ def encode(
             work.add(record)
         work.done(size)
     sequences = work.sequences
-    report.duplicate_rows = report.rows - distinct(keys)
+    report.duplicate_rows = report.rows - len(np.unique(keys_of(keys)))
     report.sequences = len(sequences)
     report.tokens = sequences.tokens
     report.trained_tokens = sequences.trained_tokens
     if tokenizer.eos_token_id is None and (report.documents or report.completions):
         report.notes.append("The tokenizer has no end-of-text token, so the end of a text is not marked.")
     if not report.trained_tokens:
-        raise DataError(_nothing_left(report, first))
+        raise DataError(_nothing_left(report, first), where=None if first is None else location(first))
     return Encoded(sequences, report)
 
 
@@ -188,15 +190,6 @@ def _nothing_left(report: DataReport, first: Record | None) -> str:
         f"No token with loss is left in {report.rows:,} rows from {location(first)} on ({', '.join(parts)}). "
         "Check the data, or raise --max-length."
     )
-
-
-def _count_kind(report: DataReport, record: Record) -> None:
-    if isinstance(record, Document):
-        report.documents += 1
-    elif isinstance(record, Completion):
-        report.completions += 1
-    else:
-        report.conversations += 1
 
 
 class _Work:
@@ -236,16 +229,13 @@ class _Work:
         for ids in self._tokens(record):
             held.extend(ids)
             while len(held) > length:  # another window is certain
-                self._window(held[:length])
+                self.sequences.add(held[:length], b"\1" * length)
                 del held[: length - 1]  # its last token is the next one's context
                 made += 1
         if len(held) > 1:
-            self._window(held)
+            self.sequences.add(held, b"\1" * len(held))
             made += 1
         return made
-
-    def _window(self, ids: array[int]) -> None:
-        self.sequences.add(ids, b"\1" * len(ids))
 
     def _tokens(self, record: Document) -> Iterator[array[int]]:
         """Yield the tokens of a document with its start and end tokens, a limited number at a time."""
@@ -284,19 +274,11 @@ class _Work:
 def _row(record: Completion | Conversation, tokenizer: Tokenizer) -> TokenizedRow:
     if isinstance(record, Conversation):
         return conversation_tokens(record, tokenizer)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    prompt, said = _completion(record, tokenizer)
-    if said[-1:] != end:
-        said = said + end
-    return TokenizedRow(prompt + said, [False] * len(prompt) + [True] * len(said), bool(end))
-
-
-def _completion(record: Completion, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Tokenize prompt and completion so that the prompt is the one that generation will see."""
-    start = beginning(tokenizer)
     prompt = token_ids(tokenizer, record.prompt) if record.prompt else []
     both = token_ids(tokenizer, record.prompt + record.completion)
-    if both[: len(prompt)] == prompt:
-        return start + prompt, both[len(prompt) :]
-    # a token crosses the border: the prompt keeps the tokens that it has alone
-    return start + prompt, token_ids(tokenizer, record.completion)
+    # if a token crosses the border, the prompt keeps the tokens that generation will see
+    said = both[len(prompt) :] if both[: len(prompt)] == prompt else token_ids(tokenizer, record.completion)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    said += end if said[-1:] != end else []
+    prompt = beginning(tokenizer) + prompt
+    return TokenizedRow(prompt + said, [False] * len(prompt) + [True] * len(said), bool(end))

@@ -12,14 +12,15 @@ import random
 from array import array
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lorakit.data.encoding import IGNORED, Sequence, lengths
 from lorakit.data.records import Document, Record, Records, content_key, keys_of
-from lorakit.data.stored import AnyRecords, StoredRecords
+from lorakit.data.stored import AnyRecords
 from lorakit.errors import ConfigError, DataError
 from lorakit.tables import format_count
 
@@ -66,37 +67,26 @@ def split(records: Iterable[Record], fraction: float = DEFAULT_FRACTION, seed: i
         ConfigError: The fraction is outside [0, 1).
     """
     if not 0 <= fraction < 1:
-        raise ConfigError(f"eval_fraction is {fraction}; it must be in [0, 1), such as {DEFAULT_FRACTION}.")
-    everything = records if isinstance(records, StoredRecords | Records) else Records(records)
-    notes = everything.notes
+        raise ConfigError.of("eval_fraction", fraction, f"in [0, 1), such as {DEFAULT_FRACTION}")
+    everything = records if isinstance(records, AnyRecords) else Records(records)
     if fraction == 0:
         return Split(everything, Records(), "No data is held out for evaluation (eval_fraction is 0).")
     digests = keys_of(b"".join(content_key(record, salt=str(seed)) for record in everything))
     distinct = np.unique(digests)
+    noun = "document" if all(isinstance(record, Document) for record in everything) else "row"
     if len(distinct) < 2:
         note = (
-            f"No data is held out for evaluation: the data is a single {_noun(everything)}. Pass --eval-data to "
-            "evaluate on other text."
+            f"No data is held out for evaluation: the data is a single {noun}. Pass --eval-data to evaluate on other "
+            "text."
         )
         return Split(everything, Records(), note)
     count = min(len(distinct) - 1, max(1, round(fraction * len(distinct))))
     chosen = digests <= distinct[count - 1]  # the first ones
-    train = _some(everything, np.flatnonzero(~chosen), notes)
-    held_out = _some(everything, np.flatnonzero(chosen))
+    train = everything.some(np.flatnonzero(~chosen), everything.notes)
+    held_out = everything.some(np.flatnonzero(chosen))
     verb = "is" if len(held_out) == 1 else "are"
-    total = format_count(len(everything), _noun(everything))
-    note = f"{len(held_out):,} of {total} {verb} held out for evaluation (seed {seed})."
-    return Split(train, held_out, note)
-
-
-def _some(records: AnyRecords, positions: np.ndarray[Any, Any], notes: Iterable[str] = ()) -> AnyRecords:
-    if isinstance(records, StoredRecords):
-        return records.some(positions, notes)
-    return Records((records[at] for at in positions), notes)
-
-
-def _noun(records: AnyRecords) -> str:
-    return "document" if all(isinstance(record, Document) for record in records) else "row"
+    total = format_count(len(everything), noun)
+    return Split(train, held_out, f"{len(held_out):,} of {total} {verb} held out for evaluation (seed {seed}).")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +110,11 @@ class Batch:
     trained_tokens: int
 
 
+@dataclass(eq=False)
 class Loader(Iterator[Batch]):
     """Yields batches, epoch after epoch, each epoch in its own order; the last batch of an epoch may be smaller.
 
-    Args:
+    Attributes:
         sequences: Sequences from `encode`; at least one.
         batch_rows: Rows per batch.
         seed: Seed of every epoch's order.
@@ -136,30 +127,20 @@ class Loader(Iterator[Batch]):
         DataError: There are no sequences.
     """
 
-    def __init__(
-        self,
-        sequences: Many[Sequence],
-        batch_rows: int,
-        seed: int,
-        *,
-        shuffle: bool = True,
-        epochs: int | None = None,
-        pad_id: int = 0,
-    ) -> None:
-        if batch_rows < 1:
-            raise ConfigError(f"The batch size is {batch_rows}; it must be at least 1.")
-        if not sequences:
+    sequences: Many[Sequence]
+    batch_rows: int
+    seed: int
+    _: KW_ONLY
+    shuffle: bool = True
+    epochs: int | None = None
+    pad_id: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_rows < 1:
+            raise ConfigError.of("batch_rows", self.batch_rows, "at least 1")
+        if not self.sequences:
             raise DataError("The data has no sequences to make batches from.")
-        self.sequences = sequences
-        self.batch_rows = batch_rows
-        self.seed = seed
-        self.shuffle = shuffle
-        self.epochs = epochs
-        self.pad_id = pad_id
-        self._epoch = 0
-        self._batch = 0
-        self._order = self._order_of(0)
-        self._digest: str | None = None
+        self._seek(0, 0)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -189,7 +170,7 @@ class Loader(Iterator[Batch]):
             "seed": self.seed,
             "batch_rows": self.batch_rows,
             "shuffle": self.shuffle,
-            "data_sha256": self._data_digest(),
+            "data_sha256": self._data_digest,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -205,7 +186,9 @@ class Loader(Iterator[Batch]):
         different = [key for key in ("data_sha256", "seed", "batch_rows", "shuffle") if state.get(key) != mine[key]]
         if different:
             shown = ", ".join("the data" if key == "data_sha256" else key for key in different)
-            raise DataError(f"The position in the data cannot be restored: {shown} changed since it was saved.")
+            raise DataError(
+                f"The position in the data cannot be restored: {shown} changed since it was saved.", what=shown
+            )
         epoch, batch = state.get("epoch"), state.get("batch")
         if isinstance(epoch, int) and isinstance(batch, int) and epoch >= 0 and 0 <= batch <= self.batches_per_epoch:
             self._seek(epoch, batch)
@@ -213,23 +196,19 @@ class Loader(Iterator[Batch]):
             raise DataError(f"The saved position in the data is not valid: epoch {epoch!r}, batch {batch!r}.")
 
     def _seek(self, epoch: int, batch: int) -> None:
-        self._epoch, self._batch, self._order = epoch, batch, self._order_of(epoch)
-
-    def _order_of(self, epoch: int) -> array[int]:
-        order = array("q", range(len(self.sequences)))
+        self._epoch, self._batch = epoch, batch
+        self._order = array("q", range(len(self.sequences)))
         if self.shuffle:
-            random.Random(f"{self.seed}:{epoch}").shuffle(order)
-        return order
+            random.Random(f"{self.seed}:{epoch}").shuffle(self._order)
 
+    @cached_property
     def _data_digest(self) -> str:
-        if self._digest is None:
-            digest = hashlib.sha256()
-            for sequence in self.sequences:
-                digest.update(len(sequence).to_bytes(8, "little"))
-                digest.update(sequence.input_ids.tobytes())
-                digest.update(sequence.labels.tobytes())
-            self._digest = digest.hexdigest()
-        return self._digest
+        digest = hashlib.sha256()
+        for sequence in self.sequences:
+            digest.update(len(sequence).to_bytes(8, "little"))
+            digest.update(sequence.input_ids.tobytes())
+            digest.update(sequence.labels.tobytes())
+        return digest.hexdigest()
 
 
 def padded(rows: list[Sequence], pad_id: int, epoch: float) -> Batch:
@@ -241,16 +220,15 @@ def padded(rows: list[Sequence], pad_id: int, epoch: float) -> Batch:
         epoch: As in `Batch`.
     """
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    longest = max(len(row) for row in rows)
-    # filled by length, never by id: if padding and end of text share an id, the end still has loss
-    ids = [[*row.input_ids, *[pad_id] * (longest - len(row))] for row in rows]
-    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
-    labels = [[*row.labels, *[IGNORED] * (longest - len(row))] for row in rows]
+    ids = [torch.frombuffer(row.input_ids, dtype=torch.int32).long() for row in rows]
+    labels = [torch.frombuffer(row.labels, dtype=torch.int32).long() for row in rows]
     return Batch(
-        input_ids=torch.tensor(ids, dtype=torch.int64),
-        attention_mask=torch.tensor(mask, dtype=torch.int64),
-        labels=torch.tensor(labels, dtype=torch.int64),
+        input_ids=pad_sequence(ids, batch_first=True, padding_value=pad_id),
+        # by length, not by id: if padding and end of text share an id, the end still has loss
+        attention_mask=pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        labels=pad_sequence(labels, batch_first=True, padding_value=IGNORED),
         epoch=epoch,
         tokens=sum(len(row) for row in rows),
         trained_tokens=sum(row.trained_tokens for row in rows),
@@ -272,7 +250,7 @@ def by_length(sequences: Many[Sequence], rows: int, pad_id: int = 0) -> Iterator
         ConfigError: `rows` is below 1.
     """
     if rows < 1:
-        raise ConfigError(f"The batch size is {rows}; it must be at least 1.")
+        raise ConfigError.of("rows", rows, "at least 1")
     sizes = lengths(sequences)
     positions, batch = rows * max(sizes), list[Sequence]()
     for seen, index in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):

@@ -21,9 +21,9 @@ from typing import IO, Any
 
 from lorakit.data.loader import split
 from lorakit.data.records import ROLES, Completion, Conversation, Document, Message, Record, Records
-from lorakit.data.stored import READ_BYTES, DataFile, StoredRecords, line_of
+from lorakit.data.stored import READ_BYTES, DataFile, StoredRecords, file_error, line_of
 from lorakit.durable import JsonValue, parse_json, write_text
-from lorakit.errors import DataError, nearest
+from lorakit.errors import DataError, did_you_mean, nearest
 
 TEXT_SUFFIXES = (".txt", ".md")
 """Suffixes of files that are one document each."""
@@ -36,8 +36,6 @@ SHAPES = (("text",), ("prompt", "completion"), ("messages",))
 
 _FIELDS = tuple(field for shape in SHAPES for field in shape)
 _ALLOWED = "'text', or 'prompt' and 'completion', or 'messages'"
-_BYTE_ORDER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
-
 
 DEFAULT_HELD_OUT = 0.1
 """Fraction of the topics of Python's language reference that is held out by default."""
@@ -72,8 +70,8 @@ def read_records(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
 
 def _read_file(path: Path) -> tuple[DataFile, list[str]]:
     """Return a checked file, with notes; its text is not kept in memory."""
-    _check_kind(path)
     try:
+        _check_kind(path)
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
             _check_text(path, file)
@@ -81,25 +79,22 @@ def _read_file(path: Path) -> tuple[DataFile, list[str]]:
                 return DataFile(path, status.st_size, status.st_mtime_ns), []
             file.seek(0)
             starts, lines, notes = _read_rows(path, file)
+    except FileNotFoundError:
+        raise file_error(path, f"data file not found.{_neighbors(path)}") from None
     except OSError as cause:
-        raise DataError(f"{path}: the data file cannot be read ({cause.strerror}).", where=path) from cause
+        raise file_error(path, f"the data file cannot be read ({cause.strerror}).") from cause
     return DataFile(path, status.st_size, status.st_mtime_ns, partial(_row, str(path)), starts, lines), notes
 
 
 def _check_kind(path: Path) -> None:
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        raise DataError(f"{path}: data file not found.{_neighbors(path)}", where=path) from None
-    except OSError as cause:
-        raise DataError(f"{path}: the data file cannot be read ({cause.strerror}).", where=path) from cause
+    mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
-        raise DataError(f"{path}: is a directory; pass the data files in it by name.", where=path)
+        raise file_error(path, "is a directory; pass the data files in it by name.")
     if not stat.S_ISREG(mode):
-        raise DataError(f"{path}: is not a regular file; write the data to a file first.", where=path)
+        raise file_error(path, "is not a regular file; write the data to a file first.")
     if path.suffix.lower() not in (*TEXT_SUFFIXES, ROWS_SUFFIX):
         hint = " Convert the .json file to .jsonl: one object per line." if path.suffix.lower() == ".json" else ""
-        raise DataError(f"{path}: data files end in .txt, .md or .jsonl, not in '{path.suffix}'.{hint}", where=path)
+        raise file_error(path, f"data files end in .txt, .md or .jsonl, not in '{path.suffix}'.{hint}")
 
 
 def _neighbors(path: Path) -> str:
@@ -115,40 +110,28 @@ def _check_text(path: Path, file: IO[bytes]) -> None:
     """Check in one pass that a file is not empty, not binary, and UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     at = lines = 0
-    mark, empty, broken = None, True, None
-    while piece := file.read(READ_BYTES):
-        mark = _BYTE_ORDER_MARKS.get(piece[:2]) if at == 0 else mark
+    empty, piece = True, b" "
+    while piece:
+        piece = file.read(READ_BYTES)
+        if at == 0 and piece.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise file_error(path, "the data file is UTF-16; save it as UTF-8.")
         zero = piece.find(b"\0")
-        if zero >= 0 and mark is None:
-            raise DataError(
-                f"{path}: looks binary (a zero byte at offset {at + zero}); data files are UTF-8 text.", where=path
-            )
+        if zero >= 0:
+            raise file_error(path, f"looks binary (a zero byte at offset {at + zero}); data files are UTF-8 text.")
+        held = len(decoder.getstate()[0])  # bytes of a character that started in the piece before
+        try:
+            decoder.decode(piece, final=not piece)
+        except UnicodeDecodeError as cause:
+            line = 1 + lines + cause.object[: cause.start].count(b"\n")
+            raise file_error(
+                path,
+                f"is not UTF-8: byte 0x{cause.object[cause.start]:02x} at offset {at - held + cause.start} (line "
+                f"{line}) does not start a character. Convert the file to UTF-8 first.",
+            ) from None
         empty = empty and not piece.strip()
-        if broken is None and mark is None:
-            held = len(decoder.getstate()[0])  # bytes of a character that started in the piece before
-            try:
-                decoder.decode(piece)
-            except UnicodeDecodeError as cause:
-                broken = (
-                    at - held + cause.start,
-                    cause.object[cause.start],
-                    lines + cause.object[: cause.start].count(b"\n"),
-                )
         at, lines = at + len(piece), lines + piece.count(b"\n")
-    if broken is None and mark is None and decoder.getstate()[0]:
-        begun = decoder.getstate()[0]
-        broken = at - len(begun), begun[0], lines
     if empty:
-        raise DataError(f"{path}: the data file is empty.", where=path)
-    if mark is not None:
-        raise DataError(f"{path}: the data file is {mark}; save it as UTF-8.", where=path)
-    if broken is not None:
-        offset, byte, before = broken
-        raise DataError(
-            f"{path}: is not UTF-8: byte 0x{byte:02x} at offset {offset} (line {before + 1}) "
-            "does not start a character. Convert the file to UTF-8 first.",
-            where=path,
-        )
+        raise file_error(path, "the data file is empty.")
 
 
 def _read_rows(path: Path, file: IO[bytes]) -> tuple[array[int], array[int], list[str]]:
@@ -170,7 +153,7 @@ def _read_rows(path: Path, file: IO[bytes]) -> tuple[array[int], array[int], lis
                 reason = reason or str(cause)
         at += len(raw)
     if bad:
-        raise DataError(_bad_rows_message(path, reason, bad))
+        raise DataError(_bad_rows_message(path, reason, bad), where=f"{path}:{bad[0]}")
     return starts, lines, [_unused_note(path, unused, len(starts))] if unused else []
 
 
@@ -253,9 +236,8 @@ def _message(item: JsonValue, where: str, unused: Counter[str]) -> Message:
             raise _BadRow(f"the field '{where}.{field}' is missing; a message must have 'role' and 'content'.")
     role = _string(item, "role", f"{where}.")
     if role not in ROLES:
-        near = nearest(role, list(ROLES), 1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise _BadRow(f"the field '{where}.role' is '{role}'; allowed: {', '.join(ROLES)}.{hint}")
+        allowed = f"{', '.join(ROLES)}.{did_you_mean(role, ROLES)}"
+        raise _BadRow(f"the field '{where}.role' is '{role}'; it must be one of {allowed}")
     unused.update(f"messages[].{name}" for name in item if name not in ("role", "content"))
     return Message(role, _string(item, "content", f"{where}."))
 
@@ -287,7 +269,8 @@ def python_reference() -> Records:
     except ImportError as cause:
         raise DataError(
             "This Python has no pydoc_data.topics, the language reference that help() shows; "
-            "install the full standard library."
+            "install the full standard library.",
+            what="pydoc_data.topics",
         ) from cause
     return Records(Document(topics[name], f"python-reference/{name}") for name in sorted(topics))
 

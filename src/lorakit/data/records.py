@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 KEY_BYTES = 16
-"""Bytes of a digest that distinguish records."""
+"""Bytes of a key that distinguishes records."""
 
 PIECE_CHARACTERS = 1 << 17
 """Characters of a long text that are in memory at a time."""
@@ -106,54 +106,47 @@ class Records(list[Record]):
         super().__init__(records)
         self.notes = list(notes)
 
+    def some(self, positions: Iterable[int], notes: Iterable[str] = ()) -> Records:
+        """Return the records at some positions.
+
+        Args:
+            positions: Positions in this list.
+            notes: Messages of the new records.
+        """
+        return Records((self[at] for at in positions), notes)
+
 
 def location(record: Record) -> str:
     """Return the location of a record, as `file:line` or `file`."""
     return record.source if record.line is None else f"{record.source}:{record.line}"
 
 
-def content_digest(record: Record, salt: str = "") -> str:
-    """Return the SHA-256 of a record's content, independent of its file and line.
+def content_key(record: Record, salt: str = "") -> bytes:
+    """Return a key that distinguishes and orders records by their content, independent of file and line.
 
     Args:
         record: The record.
         salt: Hashed first, so that different salts order records differently.
 
     Returns:
-        64 hexadecimal digits; equal for equal kind and content.
+        The first `KEY_BYTES` bytes of a SHA-256; equal for equal kind and content.
     """
-    if isinstance(record, Document):
-        return _document_digest(record, salt)
-    if isinstance(record, Completion):
-        parts: list[object] = ["completion", record.prompt, record.completion]
+    if isinstance(record, Document):  # `[salt, "document", text]` as JSON, without the whole text in memory
+        digest = hashlib.sha256(json.dumps([salt, "document", ""])[:-2].encode())
+        for piece in record.pieces():
+            digest.update(json.dumps(piece)[1:-1].encode())
+        digest.update(b'"]')
+    elif isinstance(record, Completion):
+        digest = hashlib.sha256(json.dumps([salt, "completion", record.prompt, record.completion]).encode())
     else:
-        parts = ["conversation", *([message.role, message.content] for message in record.messages)]
-    return hashlib.sha256(json.dumps([salt, *parts]).encode()).hexdigest()
-
-
-def content_key(record: Record, salt: str = "") -> bytes:
-    """Return the first `KEY_BYTES` bytes of a record's `content_digest`; they distinguish and order records."""
-    return bytes.fromhex(content_digest(record, salt)[: 2 * KEY_BYTES])
+        turns = [[message.role, message.content] for message in record.messages]
+        digest = hashlib.sha256(json.dumps([salt, "conversation", *turns]).encode())
+    return digest.digest()[:KEY_BYTES]
 
 
 def keys_of(joined: bytes | bytearray) -> np.ndarray[Any, Any]:
     """Return joined keys as an array, shape (keys,); they sort like their digests."""
     return np.frombuffer(joined, dtype=f"S{KEY_BYTES}")
-
-
-def distinct(joined: bytes | bytearray) -> int:
-    """Return the number of distinct keys."""
-    return len(np.unique(keys_of(joined)))
-
-
-def _document_digest(record: Document, salt: str) -> str:
-    """Return the SHA-256 of `[salt, "document", text]` as JSON, reading the text in pieces."""
-    opened, closed = json.dumps([salt, "document", ""])[:-2], '"]'
-    digest = hashlib.sha256(opened.encode())
-    for piece in record.pieces():
-        digest.update(json.dumps(piece)[1:-1].encode())
-    digest.update(closed.encode())
-    return digest.hexdigest()
 
 
 def is_empty(record: Record) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+from lorakit.durable import JsonObject
 from lorakit.tables import format_count, format_percent
 
 
@@ -61,7 +62,7 @@ class DataReport:
         """The fraction of tokens with loss, in [0, 1]."""
         return self.trained_tokens / self.tokens if self.tokens else 0.0
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> JsonObject:
         """Return all counts and notes, for `run.json`."""
         return {"rows": self.rows, **asdict(self)}
 
@@ -97,10 +98,7 @@ class DataReport:
                 "when further turns follow; one row per answer trains all of them."
             )
         if self.duplicate_rows:
-            one = self.duplicate_rows == 1
-            lines.append(
-                "1 duplicate row; it is kept." if one else f"{self.duplicate_rows:,} duplicate rows; they are kept."
-            )
+            lines.append(f"{format_count(self.duplicate_rows, 'duplicate row')} kept.")
         if self.sequences and not self.ended_rows:
             lines.append("No row has loss on an end-of-text token, so the model will not learn where to stop.")
         return lines

@@ -22,6 +22,16 @@ READ_BYTES = 1 << 17
 """Bytes of a file that are in memory at a time."""
 
 
+def file_error(path: Path, problem: str) -> DataError:
+    """Return an error about a data file.
+
+    Args:
+        path: The file.
+        problem: What is wrong, and what to do.
+    """
+    return DataError(f"{path}: {problem}", where=path)
+
+
 class LongDocument(Document):
     """A text file that is read in pieces; `text` reads it whole."""
 
@@ -87,15 +97,11 @@ class DataFile:
         try:
             file = self.path.open("rb")
         except OSError as cause:
-            raise DataError(
-                f"{self.path}: the data file cannot be read ({cause.strerror}).", where=self.path
-            ) from cause
+            raise file_error(self.path, f"the data file cannot be read ({cause.strerror}).") from cause
         status = os.fstat(file.fileno())
         if (status.st_size, status.st_mtime_ns) != (self.size, self.changed_ns):
             file.close()
-            raise DataError(
-                f"{self.path}: the data file changed while it was being read; start again.", where=self.path
-            )
+            raise file_error(self.path, "the data file changed while it was being read; start again.")
         return file
 
     def records(self, indexes: Iterable[int]) -> Iterator[tuple[Record, int]]:
@@ -177,9 +183,7 @@ class StoredRecords(Sequence[Record]):
     @property
     def total_bytes(self) -> int:
         """The bytes on disk of all these records."""
-        if self._chosen is None:
-            return sum(file.size for file in self._files)
-        return sum(self._files[number].bytes_of(index) for number, index in map(self._place, self._chosen))
+        return sum(self._files[number].bytes_of(index) for number, index in map(self._place, self._all()))
 
     def _place(self, position: int) -> tuple[int, int]:
         """Return the file of a record, by its position among all, and its index there."""

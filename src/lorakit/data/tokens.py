@@ -142,18 +142,14 @@ def token_parts(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[list[in
 
 def _joined(tokenizer: Tokenizer, part: _Part, more: str) -> tuple[_Part, int, int] | None:
     """Return the part that follows, and the joint's offset in the text of each; None if they cannot be joined."""
-    at = _border(part.text)
-    if at is None:
+    size = len(part.text)
+    border = _BORDER.search(part.text, size - SHARED_CHARACTERS, size - SHARED_CHARACTERS * 3 // 4)
+    if border is None:
         return None
+    at = border.start()
     following = _part(tokenizer, part.text[at:] + more)
     offset = _joint(part, following, at)
     return None if offset is None else (following, offset, offset - at)
-
-
-def _border(text: str) -> int | None:
-    """Return the offset at which the next part can start, or None."""
-    found = _BORDER.search(text, len(text) - SHARED_CHARACTERS, len(text) - SHARED_CHARACTERS * 3 // 4)
-    return found.start() if found else None
 
 
 def _joint(part: _Part, following: _Part, at: int) -> int | None:

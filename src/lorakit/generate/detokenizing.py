@@ -8,7 +8,7 @@ module does not depend on a model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 REPLACEMENT = "\ufffd"  # decoders output it for invalid or incomplete bytes
 PENDING_CHARACTERS = 3  # an incomplete UTF-8 character has at most three of four bytes, one replacement each
@@ -19,7 +19,7 @@ CONTEXT_TOKENS = 8  # tokens of the prompt with which the first new one is decod
 class Tokenizer(Protocol):
     """The part of a transformers tokenizer that detokenization uses."""
 
-    def decode(self, token_ids: list[int], **options: Any) -> Any:
+    def decode(self, token_ids: list[int], **options: bool) -> str:
         """Return the text of token ids."""
 
 
@@ -72,7 +72,7 @@ class TextStream:
     def _text(self, ids: list[int]) -> str:
         # with clean-up a later token would change text that was output already ("word ." becomes "word.")
         options = {"skip_special_tokens": self._skip, "clean_up_tokenization_spaces": False}
-        return str(self._tokenizer.decode(ids, **options)) if ids else ""
+        return self._tokenizer.decode(ids, **options) if ids else ""
 
 
 def _certain(text: str) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lorakit.core import disable, invoked, route, use, waits_for_tokens
 from lorakit.core.model.index import find_state, layers
 from lorakit.errors import ConfigError, ModelError, NonFiniteError, UsageError
-from lorakit.generate.prefixes import CACHE_NAMES, Prefix, check_prefix, read_prefix, shared_tokens
+from lorakit.generate.prefixes import CACHE_NAMES, Cache, Prefix, check_prefix, read_prefix, shared_tokens
 from lorakit.generate.sampling import Sampler, Sampling
 
 Ending = Literal["eos", "length", "context"]
@@ -77,12 +77,12 @@ def generate(
         if rows != 1 or input_ids.ndim not in (1, 2):
             raise UsageError(
                 f"generate continues one prompt, (length,) or (1, length); got shape {tuple(input_ids.shape)}. Use "
-                "generate_batch for several prompts."
+                "generate_batch for several prompts.",
+                field="input_ids",
             )
         input_ids = input_ids.flatten().tolist()
-    prompts = [input_ids]
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-    stream = generate_batch(model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=eos_ids)
+    stream = generate_batch(model, [input_ids], max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=eos_ids)
     return (new.token for new in stream)
 
 
@@ -124,20 +124,22 @@ def generate_batch(
         NonFiniteError: The model's logits are NaN or infinite.
     """
     if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+        raise ConfigError.of("max_new_tokens", max_new_tokens, "at least 1")
     if model.training:
         raise ModelError("The model is in train mode, so dropout would affect the answers; call model.eval() first.")
     rows = [[int(token) for token in prompt] for prompt in prompts]
     limit = context_tokens(model)
-    _check_prompts(rows, _vocabulary(model), limit)
+    weight = _embedding_weight(model)
+    _check_prompts(rows, None if weight is None else weight.shape[0], limit)
     samplings = [sampling] * len(rows) if isinstance(sampling, Sampling) else list(sampling)
     if len(samplings) != len(rows):
-        raise UsageError(f"Got {len(rows)} prompts and {len(samplings)} samplings; pass one per prompt, or one.")
+        message = f"Got {len(rows)} prompts and {len(samplings)} samplings; pass one per prompt, or one."
+        raise UsageError(message, field="sampling")
     scope, names = _scope(model, adapters, len(rows)), _names(model, adapters, len(rows))
     if prefix is not None:
         check_prefix(model, prefix, rows, names)
     shared = shared_tokens(model, rows, names) if prefix is None else len(prefix.tokens)
-    forward = _Forward(model, rows, limit, scope, prefix or shared)
+    forward = _Forward(model, rows, limit, scope, prefix, shared)
     return _steps(forward, _Rows(rows, [Sampler(s) for s in samplings], frozenset(eos_ids), max_new_tokens, limit))
 
 
@@ -155,14 +157,14 @@ def context_tokens(model: nn.Module) -> int | None:
 
 def _steps(forward: _Forward, rows: _Rows) -> Iterator[NewToken]:
     tokens: list[int] | None = None
-    while not rows.are_over:
+    while rows.open:
         logits = forward.prefill() if tokens is None else forward.step(tokens)
         tokens = rows.pick(logits)
         yield from rows.advance(tokens)
 
 
 class _Rows:
-    """State of the rows: which are running, the sampler of each, and why each ended."""
+    """State of the rows: which are open (still running), the sampler of each, and why each ended."""
 
     def __init__(
         self,
@@ -175,32 +177,27 @@ class _Rows:
         self._samplers, self._eos_ids, self._made = samplers, eos_ids, 0
         room = [max_new_tokens if context is None else min(max_new_tokens, context - len(ids)) for ids in prompts]
         self._room, self._asked = room, max_new_tokens
-        self._open = list(range(len(prompts)))
-
-    @property
-    def are_over(self) -> bool:
-        return not self._open
+        self.open = list(range(len(prompts)))
 
     def pick(self, logits: Tensor) -> list[int]:
         """Return one token per row from logits (rows, vocabulary); the token of a finished row is arbitrary."""
-        best, highest = logits.argmax(-1).tolist(), logits.amax(-1).isfinite().tolist()
-        for row in self._open:
-            if not highest[row]:
+        picked, finite = logits.argmax(-1).tolist(), logits.amax(-1).isfinite().tolist()
+        for row in self.open:
+            if not finite[row]:
                 raise NonFiniteError(
                     f"Logits of row {row} are NaN or infinite at new token {self._made + 1}: the weights of the base "
                     "or the adapter are damaged or too large for this dtype. Try float32, and check the adapter with "
-                    "`lorakit inspect`."
+                    "`lorakit inspect`.",
+                    where=f"row {row}",
                 )
-        picked = list(best)
-        for row in self._open:
             if not self._samplers[row].is_greedy:
                 picked[row] = self._samplers[row].pick(logits[row])
         return picked
 
     def advance(self, tokens: list[int]) -> list[NewToken]:
         self._made += 1
-        new = [NewToken(row, tokens[row], self._ending(row, tokens[row])) for row in self._open]
-        self._open = [item.row for item in new if item.ended is None]
+        new = [NewToken(row, tokens[row], self._ending(row, tokens[row])) for row in self.open]
+        self.open = [item.row for item in new if item.ended is None]
         return new
 
     def _ending(self, row: int, token: int) -> Ending | None:
@@ -220,7 +217,8 @@ class _Forward:
         prompts: list[list[int]],
         context: int | None,
         scope: contextlib.AbstractContextManager[None],
-        prefix: Prefix | int,
+        prefix: Prefix | None,
+        read: int,
     ) -> None:
         self._model, self._scope, self._last = model, scope, (context or sys.maxsize) - 1
         takes = inspect.signature(model.forward).parameters
@@ -230,24 +228,22 @@ class _Forward:
         self._cache_name = cache_name
         self._last_alone = "logits_to_keep" in takes
         self._positioned = "position_ids" in takes
-        device = _device(model)
+        weight = _embedding_weight(model)
+        device = next(model.parameters()).device if weight is None else weight.device
         longest = max(len(ids) for ids in prompts)
         # masked positions are never read: any valid id works as padding
-        read = prefix if isinstance(prefix, int) else len(prefix.tokens)
         mask = [[1] * read + [0] * (longest - len(ids)) + [1] * (len(ids) - read) for ids in prompts]
         padded = [ids[:read] + [0] * (longest - len(ids)) + ids[read:] for ids in prompts]
         self._ids, self._mask = torch.tensor(padded, device=device), torch.tensor(mask, device=device)
-        self._cache: Any = None
+        self._cache: Cache | None = None
         self._prefix, self._read = prefix, read
         self._starts = invoked(model, self._ids, self._mask) if waits_for_tokens(model) else contextlib.nullcontext()
 
     def prefill(self) -> Tensor:
         """Return the logits after the prompts, (rows, vocabulary)."""
         if self._read:
-            begun = self._prefix
-            if isinstance(begun, int):
-                begun = read_prefix(self._model, self._ids[0, : self._read].tolist())
-            self._cache = begun.of_rows(self._ids.shape[0])
+            prefix = self._prefix or read_prefix(self._model, self._ids[0, : self._read].tolist())
+            self._cache = prefix.of_rows(self._ids.shape[0])
         return self._run(self._ids[:, self._read :], (self._mask.cumsum(-1) - 1).clamp_min(0)[:, self._read :])
 
     def step(self, tokens: list[int]) -> Tensor:
@@ -281,19 +277,22 @@ class _Forward:
 
 def _check_prompts(rows: list[list[int]], vocabulary: int | None, limit: int | None) -> None:
     if not rows:
-        raise UsageError("no prompt to continue; pass at least one.")
+        raise UsageError("no prompt to continue; pass at least one.", field="prompts")
     for number, ids in enumerate(rows):
         which = f"prompt {number + 1} of {len(rows)}" if len(rows) > 1 else "the prompt"
         if not ids:
-            raise UsageError(f"{which} is empty: it needs at least one token.")
+            raise UsageError(f"{which} is empty: it needs at least one token.", field="prompts", where=which)
         odd = [token for token in ids if token < 0 or (vocabulary is not None and token >= vocabulary)]
         if odd:
             size = f"0 to {vocabulary - 1:,}" if vocabulary is not None else "0 and up"
-            raise UsageError(f"{which} has the token id {odd[0]}; the model's ids are {size}. Check the tokenizer.")
+            message = f"{which} has the token id {odd[0]}; the model's ids are {size}. Check the tokenizer."
+            raise UsageError(message, what=odd[0], field="prompts", where=which)
         if limit is not None and len(ids) >= limit:
             raise UsageError(
                 f"{which} has {len(ids):,} tokens, but the model takes at most {limit:,} including the answer. "
-                "Shorten the prompt."
+                "Shorten the prompt.",
+                field="prompts",
+                where=which,
             )
 
 
@@ -309,7 +308,8 @@ def _scope(
             return contextlib.nullcontext()
         return state.override(state.active().keeping())
     if len(adapters) != rows:
-        raise UsageError(f"Got {rows} prompts and {len(adapters)} adapters; pass one adapter, or None, per prompt.")
+        message = f"Got {rows} prompts and {len(adapters)} adapters; pass one adapter, or None, per prompt."
+        raise UsageError(message, field="adapters")
     if state is None and not any(adapters):
         return contextlib.nullcontext()
     first = adapters[0]
@@ -320,23 +320,13 @@ def _scope(
 
 def _names(model: nn.Module, adapters: Sequence[str | None] | None, rows: int) -> list[tuple[str, ...]]:
     """Return the active adapters of each row."""
-    if adapters is not None:
-        return [() if name is None else (name,) for name in adapters]
-    state = find_state(model)
-    active = None if state is None else state.active()
-    if active is None or active.rows is None:
-        return [() if active is None else active.names] * rows
-    return [() if name is None else (name,) for name in active.rows_of(rows) or ()]
-
-
-def _vocabulary(model: nn.Module) -> int | None:
-    weight = _embedding_weight(model)
-    return None if weight is None else int(weight.shape[0])
-
-
-def _device(model: nn.Module) -> torch.device:
-    weight = _embedding_weight(model)
-    return weight.device if weight is not None else next(model.parameters()).device
+    if adapters is None:
+        state = find_state(model)
+        active = None if state is None else state.active()
+        if active is None or active.rows is None:
+            return [() if active is None else active.names] * rows
+        adapters = active.rows_of(rows) or ()
+    return [() if name is None else (name,) for name in adapters]
 
 
 def _embedding_weight(model: nn.Module) -> Tensor | None:

@@ -10,10 +10,10 @@ import contextlib
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorakit.core import disable, prompt_offset, waits_for_tokens
 from lorakit.core.model.index import find_state
@@ -23,6 +23,13 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # names in transform
 
 WORTHWHILE_TOKENS = 16
 """Minimum number of shared tokens; for fewer, a separate forward costs more than it saves."""
+
+
+class Cache(Protocol):
+    """The part of a transformers key-value cache that generation uses."""
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat the cache of each row."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +42,9 @@ class Prefix:
     """
 
     tokens: tuple[int, ...]
-    cache: Any
+    cache: Cache
 
-    def of_rows(self, rows: int) -> Any:
+    def of_rows(self, rows: int) -> Cache:
         """Return a cache of these tokens for several rows."""
         cache = copy.deepcopy(self.cache)
         cache.batch_repeat_interleave(rows)
@@ -55,13 +62,12 @@ def read_prefix(model: nn.Module, tokens: Sequence[int], device: torch.device | 
     Raises:
         ModelError: The model returns no cache that can be copied to several rows.
     """
-    place = next(model.parameters()).device if device is None else device
-    ids: Tensor = torch.tensor([list(tokens)], device=place)
+    ids = torch.tensor([list(tokens)], device=device or next(model.parameters()).device)
     base = contextlib.nullcontext() if find_state(model) is None else disable(model)
     with torch.no_grad(), base:
         output = model(input_ids=ids, use_cache=True)
     cache = next((output[name] for name in CACHE_NAMES if name in output), None)
-    if not hasattr(cache, "batch_repeat_interleave"):
+    if cache is None or not hasattr(cache, "batch_repeat_interleave"):
         raise ModelError(f"{type(model).__name__} has no cache that several rows can share.")
     return Prefix(tuple(int(token) for token in tokens), cache)
 
@@ -102,7 +108,9 @@ def check_prefix(
             if _begin(model, prompt, name) < size:
                 raise UsageError(
                     f"Adapter {name!r} is active within the prefix of {size} tokens in row {row + 1}, which the base "
-                    "has processed. Only base rows and adapters that begin later can share it."
+                    "has processed. Only base rows and adapters that start later can share it.",
+                    what=name,
+                    field="prefix",
                 )
 
 

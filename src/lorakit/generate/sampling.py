@@ -33,15 +33,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ConfigError(
-                f"temperature is {self.temperature}; it must be 0 (greedy) or a number above 0, such as 0.7."
-            )
+            raise ConfigError.of("temperature", self.temperature, "0 (greedy) or a number above 0, such as 0.7")
         if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (all tokens).")
+            raise ConfigError.of("top_p", self.top_p, "above 0 and at most 1 (all tokens)")
         if self.top_k < 0:
-            raise ConfigError(f"top_k is {self.top_k}; it must be 0 (all tokens) or a whole number above 0.")
+            raise ConfigError.of("top_k", self.top_k, "0 (all tokens) or a whole number above 0")
         if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed is {self.seed}; it must be a whole number from 0 to 2**63 - 1.")
+            raise ConfigError.of("seed", self.seed, "a whole number from 0 to 2**63 - 1")
 
 
 class Sampler:

@@ -113,12 +113,10 @@ def calibrate(device: str | torch.device = "cpu") -> Calibration:
     import torch
 
     began = time.perf_counter()
-    rates = {dtype: _product_rate(device, dtype) for dtype in (torch.bfloat16, torch.float32)}
-    copied = _copy_rate(device)
     return Calibration(
-        bf16_flops_per_second=rates[torch.bfloat16],
-        fp32_flops_per_second=rates[torch.float32],
-        copy_bytes_per_second=copied,
+        bf16_flops_per_second=_product_rate(device, torch.bfloat16),
+        fp32_flops_per_second=_product_rate(device, torch.float32),
+        copy_bytes_per_second=_copy_rate(device),
         seconds=time.perf_counter() - began,
         device=str(device),
         threads=torch.get_num_threads(),
@@ -139,16 +137,12 @@ def choose_dtype(requested: str, calibration: Calibration | None = None) -> Dtyp
         ConfigError: Another value was requested.
     """
     if requested not in CHOICES:
-        raise ConfigError(
-            f"dtype is {requested!r}; allowed: {', '.join(CHOICES)}.", what=requested, field="dtype", allowed=CHOICES
-        )
+        raise ConfigError.of("dtype", requested, allowed=CHOICES)
     if requested != "auto":
         return DtypeChoice(requested, f"{requested}, as requested.")
     measured = calibration or calibrate()
-    times = f"bf16 matmuls are {measured.factor:.1f}x as fast as fp32"
-    if measured.dtype == "bfloat16":
-        return DtypeChoice("bfloat16", f"bfloat16: {times} (needed: {NEEDED_FACTOR}x).")
-    return DtypeChoice("float32", f"float32: {times} (needed for bfloat16: {NEEDED_FACTOR}x).")
+    times = f"bf16 matmuls are {measured.factor:.1f}x as fast as fp32 (needed for bfloat16: {NEEDED_FACTOR}x)"
+    return DtypeChoice(measured.dtype, f"{measured.dtype}: {times}.")
 
 
 def _product_rate(device: str | torch.device, dtype: torch.dtype) -> float:
@@ -172,7 +166,7 @@ def _copy_rate(device: str | torch.device) -> float:
     return 2 * COPIED_BYTES / _fastest(lambda: target.copy_(source), device)
 
 
-def _fastest(work: Callable[[], object], device: str | torch.device) -> float:
+def _fastest(work: Callable[[], torch.Tensor], device: str | torch.device) -> float:
     """Return the seconds of the fastest run within the budget; at least two runs, the first as warm-up."""
     import torch
 

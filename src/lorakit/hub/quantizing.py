@@ -10,7 +10,8 @@ import importlib.util
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from lorakit.errors import ConfigError, MissingExtra, ModelError
+from lorakit.errors import ConfigError
+from lorakit.hub.packaged import require_packages
 from lorakit.hub.shapes import shape_of_module
 from lorakit.hub.sources import ModelSource
 from lorakit.plan.quantized import BLOCK, Quantization, quantized_sites
@@ -51,11 +52,7 @@ def require_quantizer(wanted: Quantization) -> None:
         MissingExtra: A package is missing; the message has the pip command.
     """
     extra, *needed = _NEEDS[wanted.storage.package]
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingExtra(
-            f"quantization {wanted.name!r} needs {' and '.join(missing)}; run pip install 'lorakit[{extra}]'"
-        )
+    require_packages(f"quantization {wanted.name!r}", extra, needed)
 
 
 def loading_options(wanted: Quantization, dtype: torch.dtype, device: str | torch.device) -> dict[str, Any]:
@@ -108,11 +105,10 @@ def finish_loading(model: nn.Module, wanted: Quantization | None, source: ModelS
     hold_base_still(model)
     wrong = wrongly_multiplied_out(model)
     if wrong is not None:
-        raise ModelError(
-            f"{source.given}: the quantization package dequantizes {wrong[0]} wrongly on this device, by up to "
+        raise source.error(
+            f"the quantization package dequantizes {wrong[0]} wrongly on this device, by up to "
             f"{format_percent(wrong[1], 0)} of its largest value (bitsandbytes does so on a CPU for widths that are a "
-            "multiple of 16 but not of 64). Use another quantization, or another device.",
-            where=source.given,
+            "multiple of 16 but not of 64). Use another quantization, or another device."
         )
 
 
@@ -169,10 +165,9 @@ def _quantize_with_hqq(model: nn.Module, wanted: Quantization, source: ModelSour
     for site in quantized_sites(shape_of_module(model, source.given, source.given), storage):
         whole = BLOCK * 8 // storage.bits  # values of groups half a weight apart share packed bytes
         if site.weight_parameters % whole:
-            raise ModelError(
-                f"{source.given}: {site.path} has {site.weight_parameters:,} values, not a multiple of {whole}, so hqq "
-                "cannot quantize it. Use another quantization.",
-                where=source.given,
+            raise source.error(
+                f"{site.path} has {site.weight_parameters:,} values, not a multiple of {whole}, so hqq cannot quantize "
+                "it. Use another quantization."
             )
         linear: Any = model.get_submodule(site.path)
         model.set_submodule(site.path, quantised_linear(linear, wanted))

@@ -20,23 +20,15 @@ def quiet_transformers(*, bars: bool = False) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    loggers = [logging.getLogger(name) for name in _CHATTY]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
+    with contextlib.ExitStack() as restore:
+        for logger in map(logging.getLogger, _CHATTY):
+            restore.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
         from transformers.utils import logging as own
 
-        verbosity, drew_bars = own.get_verbosity(), own.is_progress_bar_enabled()
+        restore.callback(own.set_verbosity, own.get_verbosity())
         own.set_verbosity_error()
-        if not bars:
+        if not bars and own.is_progress_bar_enabled():
+            restore.callback(own.enable_progress_bar)
             own.disable_progress_bar()
-        try:
-            yield
-        finally:
-            own.set_verbosity(verbosity)
-            if drew_bars and not bars:
-                own.enable_progress_bar()
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        yield

@@ -9,12 +9,12 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorakit.architectures.shapes import ModelShape, PlainShape, SiteShape
 from lorakit.errors import ModelError
 from lorakit.hub.quiet import quiet_transformers
-from lorakit.hub.sources import ModelSource, resolve
+from lorakit.hub.sources import ModelSource, call_loader, resolve
 from lorakit.plan import catalogue
 from lorakit.targets.layer_types import CONV1D, EMBEDDING, LINEAR
 
@@ -86,35 +86,34 @@ def shape_of_module(module: PreTrainedModel, name: str, source: str) -> ModelSha
     config = module.config
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     sites, others, containers = _parts(module)
-    sizes = {name: _first(text, fields) for name, fields in _SIZES.items()}
-    heads = sizes["heads"] or 1
-    hidden = sizes["hidden"] or 0
-    head_dim = sizes["head_dim"] or hidden // heads
-    dropouts = {cause: _number(text, fields) for cause, fields in _DROPOUTS.items()}
+    numbers = {name: _numbers(text, fields) for name, fields in (_SIZES | _DROPOUTS).items()}
+    sizes = {name: next((n for n in numbers[name] if isinstance(n, int) and n > 0), 0) for name in _SIZES}
+    dropouts = {cause: float(next(iter(numbers[cause]), 0.0)) for cause in _DROPOUTS}
+    hidden, heads = sizes["hidden"], sizes["heads"] or 1
     return ModelShape(
         name=name,
         source=source,
         architecture=type(module).__name__,
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         hidden=hidden,
-        layers=sizes["layers"] or 0,
+        layers=sizes["layers"],
         heads=heads,
         kv_heads=sizes["kv_heads"] or heads,
-        head_dim=head_dim,
+        head_dim=sizes["head_dim"] or hidden // heads,
         intermediate=sizes["intermediate"] or 4 * hidden,
         vocab=getattr(text, "vocab_size", None)
         or max((site.in_features for site in sites if site.kind == EMBEDDING), default=0),
-        positions=sizes["positions"] or 0,
+        positions=sizes["positions"],
         tied=any(site.tied_to for site in sites if not site.dense),
         gated=any("gate" in site.path.rsplit(".", 1)[-1] or site.path.endswith(".wi_1") for site in sites)
         or any(name == "gate_up_proj" for other in others for name, _ in other.matrices),
         sites=tuple(sites),
         others=tuple(others),
-        dtype=_dtype_name(config),
+        dtype=str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
         causal=_is_causal(module, config),
         dropouts={cause: p for cause, p in dropouts.items() if p},
         containers=tuple(containers),
-        experts_per_token=sizes["experts_per_token"] or 0,
+        experts_per_token=sizes["experts_per_token"],
     )
 
 
@@ -130,20 +129,13 @@ def skeleton(source: ModelSource) -> PreTrainedModel:
     import torch
     import transformers
 
-    try:
-        with quiet_transformers():
-            config = transformers.AutoConfig.from_pretrained(
-                source.path_or_id, trust_remote_code=False, local_files_only=source.kind != "hub"
-            )
-            with torch.device("meta"):
-                module = _model_class(config)(config)
-    except Exception as cause:  # third-party configs may raise anything
-        raise ModelError(
-            f"{source.given}: no model can be built from its config "
-            f"({type(cause).__name__}: {' '.join(str(cause).split())[:240]}).",
-            where=source.given,
-        ) from cause
-    return module
+    def build(path_or_id: str, **options: bool) -> PreTrainedModel:
+        config = transformers.AutoConfig.from_pretrained(path_or_id, **options)
+        with torch.device("meta"):
+            return _model_class(config)(config)
+
+    with quiet_transformers():
+        return call_loader(source, build)
 
 
 def _model_class(config: PreTrainedConfig) -> Callable[[PreTrainedConfig], PreTrainedModel]:
@@ -169,7 +161,7 @@ def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[s
     sites: list[SiteShape] = []
     others: list[PlainShape] = []
     containers: list[str] = []
-    heads = _output_heads(module)
+    head = getattr(module, "get_output_embeddings", lambda: None)()  # "all-linear" leaves it out
     owners: dict[int, str] = {}
     for path, part in module.named_modules():
         own = dict(part.named_parameters(recurse=False))
@@ -177,10 +169,9 @@ def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[s
             if path and next(part.children(), None) is not None:
                 containers.append(path)
             continue
-        kind = _kind(part)
-        if kind is not None:
-            tied_to = owners.setdefault(id(part.weight), path)
-            sites.append(_site(path, kind, part, tied_to if tied_to != path else None, id(part) not in heads))
+        site = _site(path, part, owners, head)
+        if site is not None:
+            sites.append(site)
         else:
             fresh = {name: p for name, p in own.items() if owners.setdefault(id(p), path) == path}
             biases = sum(p.numel() for name, p in fresh.items() if "bias" in name)
@@ -191,55 +182,31 @@ def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[s
     return sites, others, sorted(containers)
 
 
-def _site(path: str, kind: str, part: Any, tied_to: str | None, inner: bool) -> SiteShape:
+def _site(path: str, part: nn.Module, owners: dict[int, str], head: nn.Module | None) -> SiteShape | None:
+    """Return the site of a dense layer or an embedding, or None for other modules."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    if not isinstance(part, (nn.Linear, nn.Embedding, Conv1D)):
+        return None
+    kind = LINEAR if isinstance(part, nn.Linear) else EMBEDDING if isinstance(part, nn.Embedding) else CONV1D
     first, second = (int(size) for size in part.weight.shape)
     # nn.Linear stores (out, in), Conv1D (in, out), an Embedding (rows, width), whose output width is the second
     out_features, in_features = (first, second) if kind == LINEAR else (second, first)
-    biased = getattr(part, "bias", None) is not None
-    return SiteShape(path, kind, out_features, in_features, kind != EMBEDDING and inner, biased, tied_to)
+    dense, biased = kind != EMBEDDING and part is not head, getattr(part, "bias", None) is not None
+    owner = owners.setdefault(id(part.weight), path)
+    return SiteShape(path, kind, out_features, in_features, dense, biased, None if owner == path else owner)
 
 
-def _kind(part: nn.Module) -> str | None:
-    from torch import nn
-
-    if isinstance(part, nn.Linear):
-        return LINEAR
-    if isinstance(part, nn.Embedding):
-        return EMBEDDING
-    return CONV1D if type(part).__name__ == CONV1D else None
-
-
-def _output_heads(module: nn.Module) -> set[int]:
-    """Return the ids of the output heads, which "all-linear" leaves out."""
-    output = getattr(module, "get_output_embeddings", lambda: None)()
-    return set() if output is None else {id(output)}
-
-
-def _first(config: PreTrainedConfig, fields: Iterable[str]) -> int | None:
-    for field in fields:
-        value = getattr(config, field, None)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    return None
-
-
-def _number(config: PreTrainedConfig, fields: Iterable[str]) -> float:
-    for field in fields:
-        value = getattr(config, field, None)
-        if isinstance(value, int | float):
-            return float(value)
-    return 0.0
-
-
-def _dtype_name(config: PreTrainedConfig) -> str:
-    dtype = getattr(config, "dtype", None)
-    return "float32" if dtype is None else str(dtype).removeprefix("torch.")
+def _numbers(config: PreTrainedConfig, fields: Iterable[str]) -> list[int | float]:
+    """Return the values of some fields of a config that are numbers, in the order of the fields."""
+    values = (getattr(config, field, None) for field in fields)
+    return [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
 
 
 def _is_causal(module: nn.Module, config: PreTrainedConfig) -> bool:
-    if getattr(config, "is_encoder_decoder", False):
-        return False
-    return type(module).__name__.endswith(("ForCausalLM", "LMHeadModel")) or bool(getattr(config, "is_decoder", False))
+    named = type(module).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return not getattr(config, "is_encoder_decoder", False) and (named or bool(getattr(config, "is_decoder", False)))
 
 
 def _short_name(source: ModelSource) -> str:

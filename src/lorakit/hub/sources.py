@@ -12,11 +12,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from lorakit.errors import ModelError, nearest
 from lorakit.hub.packaged import PACKAGED, packaged_directory
 from lorakit.hub_cache import offline
+
+Loaded = TypeVar("Loaded")
 
 HUB_TIMEOUT_SECONDS = 10.0
 """Timeout for asking the Hub whether it has a model."""
@@ -46,14 +48,23 @@ class ModelSource:
     recorded_name: str | None
     base_name: str
 
+    def error(self, problem: str) -> ModelError:
+        """Return an error about this model.
 
-def resolve(model: str | os.PathLike[str], say: Callable[[str], None] | None = None) -> ModelSource:
+        Args:
+            problem: What is wrong, and what to do.
+        """
+        return ModelError(f"{self.given}: {problem}", where=self.given)
+
+
+def resolve(model: str | os.PathLike[str] | ModelSource, say: Callable[[str], None] | None = None) -> ModelSource:
     """Resolve a model name: an existing path, else a packaged name, else a Hub id.
 
     A packaged model is converted into the user's cache if necessary (about 20 seconds, once).
 
     Args:
-        model: A directory, a `config.json`, a packaged name such as "smollm2", or a Hub id.
+        model: A directory, a `config.json`, a packaged name such as "smollm2", or a Hub id. A source is returned
+            unchanged.
         say: Called with a message before anything that takes long.
 
     Returns:
@@ -64,6 +75,8 @@ def resolve(model: str | os.PathLike[str], say: Callable[[str], None] | None = N
         MissingExtra: A packaged model needs a package that is not installed.
         DiskError: The cache cannot be written.
     """
+    if isinstance(model, ModelSource):
+        return model
     given = os.fspath(model)
     path = Path(given).expanduser()
     if given and path.exists():
@@ -71,9 +84,10 @@ def resolve(model: str | os.PathLike[str], say: Callable[[str], None] | None = N
     if given in PACKAGED:
         return ModelSource("packaged", given, str(packaged_directory(given, say=say)), None, given)
     if not _HUB_ID.fullmatch(given) or (given.count("/") == 1 and path.parent.is_dir()):
-        raise ModelError(f"{given!r}: model directory not found.{_neighbors(given, path)}")
-    _ask_hub(given, path)
-    return ModelSource("hub", given, given, given, given)
+        raise ModelError(f"{given!r}: model directory not found.{_neighbors(given, path)}", where=given)
+    source = ModelSource("hub", given, given, given, given)
+    _ask_hub(source, path)
+    return source
 
 
 def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = False) -> None:
@@ -90,24 +104,49 @@ def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = Fals
     if source.kind == "hub":
         return
     if source.kind == "config":
-        raise ModelError(
-            f"{source.given}: a config file has shapes but no weights; pass the model's directory.", where=source.given
-        )
+        raise source.error("a config file has shapes but no weights; pass the model's directory.")
     folder = Path(source.path_or_id)
     if weights and (folder / "adapter_config.json").is_file():
-        raise ModelError(
-            f"{source.given}: the directory has a model and an adapter (adapter_config.json), and transformers would "
-            "load one on top of the other; move the adapter to its own directory.",
-            where=source.given,
+        raise source.error(
+            "the directory has a model and an adapter (adapter_config.json), and transformers would load one on top of "
+            "the other; move the adapter to its own directory."
         )
     if weights and not any((folder / name).is_file() for name in _WEIGHTS):
-        raise ModelError(_no_weights(source.given, folder))
+        raise source.error(_no_weights(folder))
     if tokenizer and not any((folder / name).is_file() for name in _TOKENIZERS):
-        raise ModelError(
-            f"{source.given}: the model directory has no tokenizer (such as tokenizer.json); copy the tokenizer files "
-            "of the model into it, or save them there with tokenizer.save_pretrained(...).",
-            where=source.given,
+        raise source.error(
+            "the model directory has no tokenizer (such as tokenizer.json); copy the tokenizer files of the model into "
+            "it, or save them there with tokenizer.save_pretrained(...)."
         )
+
+
+def call_loader(source: ModelSource, load: Callable[..., Loaded]) -> Loaded:
+    """Call a loader of transformers; a model's own code is never run.
+
+    Args:
+        source: The model.
+        load: The loader, such as `AutoTokenizer.from_pretrained`.
+
+    Raises:
+        ModelError: The loader raised an exception; the message has one line.
+    """
+    try:
+        return load(source.path_or_id, trust_remote_code=False, local_files_only=source.kind != "hub")
+    except Exception as cause:  # loaders of third-party files may raise anything
+        if _brings_own_code(cause):
+            reason = "it requires its own Python code, and code from a model's directory is never run"
+        else:
+            reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:240]}"
+        raise source.error(f"the model cannot be loaded ({reason}).") from cause
+
+
+def _brings_own_code(cause: Exception) -> bool:
+    """Return whether transformers rejected a model because its code would have to be run.
+
+    This is the only function that reads transformers' text: it raises a plain ValueError without attributes, and
+    the config does not tell, because a model with its own code may also load without it.
+    """
+    return isinstance(cause, ValueError) and "trust_remote_code" in str(cause)
 
 
 def downloaded(model_id: str) -> Path | None:
@@ -127,16 +166,12 @@ def downloaded(model_id: str) -> Path | None:
 
 
 def _local(given: str, path: Path) -> ModelSource:
-    if path.is_file():
-        if path.suffix != ".json":
-            raise ModelError(
-                f"{given}: is a file; a model is a directory with a config.json (which alone is enough to plan).",
-                where=given,
-            )
-        return ModelSource("config", given, str(path), given, given)
-    if not (path / "config.json").is_file():
-        raise ModelError(f"{given}: no config.json, so this is not a model directory.{_what_else(path)}", where=given)
-    return ModelSource("directory", given, str(path), given, given)
+    source = ModelSource("config" if path.is_file() else "directory", given, str(path), given, given)
+    if path.is_file() and path.suffix != ".json":
+        raise source.error("is a file; a model is a directory with a config.json (which alone is enough to plan).")
+    if not path.is_file() and not (path / "config.json").is_file():
+        raise source.error(f"no config.json, so this is not a model directory.{_what_else(path)}")
+    return source
 
 
 def _what_else(path: Path) -> str:
@@ -152,17 +187,17 @@ def _what_else(path: Path) -> str:
     return f" Models below it: {', '.join(below[:4])}." if below else ""
 
 
-def _no_weights(given: str, folder: Path) -> str:
+def _no_weights(folder: Path) -> str:
     pickles = [name for name in _PICKLES if (folder / name).is_file()]
     if pickles:
         return (
-            f"{given}: pickle weights are not loaded ({pickles[0]}), because a pickle can run code; re-save them as "
+            f"pickle weights are not loaded ({pickles[0]}), because a pickle can run code; re-save them as "
             "safetensors: load the model in an environment you trust and call save_pretrained."
         )
     ggufs = sorted(entry.name for entry in folder.glob("*.gguf"))
     if ggufs:
-        return f"{given}: GGUF weights are not loaded ({ggufs[0]}); a directory with model.safetensors is needed."
-    return f"{given}: the model directory has no weights; add model.safetensors (or its index and parts)."
+        return f"GGUF weights are not loaded ({ggufs[0]}); a directory with model.safetensors is needed."
+    return "the model directory has no weights; add model.safetensors (or its index and parts)."
 
 
 def _neighbors(given: str, path: Path) -> str:
@@ -178,45 +213,40 @@ def _neighbors(given: str, path: Path) -> str:
     return f" Similar: {', '.join(near)}." if near else ""
 
 
-def _ask_hub(given: str, path: Path) -> None:
+def _ask_hub(source: ModelSource, path: Path) -> None:
     """Raise an error unless the Hub's cache or the Hub has a model of this id."""
     import huggingface_hub
 
     # the cache first: a cached model needs no network
-    if isinstance(huggingface_hub.try_to_load_from_cache(given, "config.json"), str):
+    if isinstance(huggingface_hub.try_to_load_from_cache(source.given, "config.json"), str):
         return
-    missing = f"{given!r} is not a directory or a packaged model ({', '.join(PACKAGED)})"
+    missing = f"not a directory or a packaged model ({', '.join(PACKAGED)})"
     variable = offline()
     if variable:
-        raise ModelError(
-            f"{missing}, and is not in the Hub's cache. Network access is off ({variable} is set): unset it, or "
-            f"pass a directory.{_neighbors(given, path)}"
+        raise source.error(
+            f"{missing}, and not in the Hub's cache. Network access is off ({variable} is set): unset it, or pass a "
+            f"directory.{_neighbors(source.given, path)}"
         )
     try:
-        info = huggingface_hub.model_info(given, timeout=HUB_TIMEOUT_SECONDS)
+        info = huggingface_hub.model_info(source.given, timeout=HUB_TIMEOUT_SECONDS)
     except huggingface_hub.errors.GatedRepoError:
-        raise ModelError(
-            f"{given!r}: access to this Hub model is restricted; request it on the model's page, then log in "
-            "with `hf auth login`."
+        raise source.error(
+            "access to this Hub model is restricted; request it on the model's page, then log in with `hf auth login`."
         ) from None
     except huggingface_hub.errors.RepositoryNotFoundError:
-        raise ModelError(
-            f"{missing}, and the Hub has no model of that name that you can access.{_neighbors(given, path)}"
-        ) from None
+        near = _neighbors(source.given, path)
+        raise source.error(f"{missing}, and the Hub has no model of that name that you can access.{near}") from None
     except Exception as cause:  # the Hub client's exceptions depend on its transport
-        raise ModelError(
-            f"{missing}, and the Hub cannot be reached ({type(cause).__name__}: {_short(cause)}). Pass a directory, "
-            f"or try again with a network connection.{_neighbors(given, path)}"
+        reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:120]}"
+        raise source.error(
+            f"{missing}, and the Hub cannot be reached ({reason}). Pass a directory, or try again with a network "
+            f"connection.{_neighbors(source.given, path)}"
         ) from cause
     files = {sibling.rfilename for sibling in info.siblings or ()}
     if "config.json" not in files:
-        raise ModelError(f"{given!r}: not a transformers model on the Hub (no config.json).")
+        raise source.error("not a transformers model on the Hub (no config.json).")
     if not files.intersection(_WEIGHTS):
-        raise ModelError(f"{given!r}: the Hub has no safetensors weights of this model; other formats are not loaded.")
-
-
-def _short(cause: Exception) -> str:
-    return " ".join(str(cause).split())[:120]
+        raise source.error("the Hub has no safetensors weights of this model; other formats are not loaded.")
 
 
 def push_folder(
@@ -257,6 +287,7 @@ def push_folder(
     except Exception as cause:  # the Hub client's exceptions depend on its transport
         raise ModelError(
             f"{repository!r} could not be written on the Hub ({type(cause).__name__}: {cause}). Check the name, the "
-            "token and the network connection."
+            "token and the network connection.",
+            where=repository,
         ) from cause
     return str(commit)

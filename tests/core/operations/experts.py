@@ -1,4 +1,4 @@
-"""What adapters on fused experts do to each expert, dense and in float64, by the formula of how they lie on disk."""
+"""Reference updates of adapters on fused experts: each expert's update, dense and in float64, from its form on disk."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 def made(specimen: Specimen, *names: str, dtype: torch.dtype = torch.float64, **fields: Any) -> nn.Module:
-    """A model with adapters of these names, each with the rank and scale of RULES and numbers of its own.
+    """Return a model with adapters of these names, each with the rank and scale of RULES and different random values.
 
     The one called "d" has rank 5 at the specimen's first parameter.
     """
@@ -35,13 +35,13 @@ def made(specimen: Specimen, *names: str, dtype: torch.dtype = torch.float64, **
 
 
 def experts(path: str, layer: LoraLayer) -> list[str]:
-    """What the matrices of one place are called here: the path of the parameter, and a number."""
+    """Return the names of the matrices of one site: the path of the parameter, and an index."""
     parameter = f"{path.partition(INSIDE)[0]}.{layer.slot.parameter}"
     return [f"{parameter}[{e}]" for e in range(max(1, layer.slot.experts))]
 
 
 def factors(model: nn.Module, name: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Matrix -> A_e (r, in) and B_e (out, r), in the order of the paths."""
+    """Return matrix -> A_e (r, in) and B_e (out, r), in the order of the paths."""
     found = {}
     for path, layer in sorted(layers(model)):
         if name in layer.r:
@@ -53,19 +53,19 @@ def factors(model: nn.Module, name: str) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def scale(model: nn.Module, name: str) -> float:
-    """The one scale of an adapter without patterns."""
+    """Return the scale of an adapter without patterns."""
     (found,) = {layer.scaling[name] for _, layer in layers(model) if name in layer.r}
     return found
 
 
 def deltas(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Matrix -> s·B_e·A_e, (out, in)."""
+    """Return matrix -> s·B_e·A_e, (out, in)."""
     scales = {w: la.scaling[name] for path, la in layers(model) if name in la.r for w in experts(path, la)}
     return {where: scales[where] * B @ A for where, (A, B) in factors(model, name).items()}
 
 
 def total(model: nn.Module, weights: dict[str, float]) -> dict[str, Tensor]:
-    """Matrix -> the sum of the updates by their weights, (out, in)."""
+    """Return matrix -> the weighted sum of the updates, (out, in)."""
     found: dict[str, Tensor] = {}
     for name, weight in weights.items():
         for where, delta in deltas(model, name).items():
@@ -74,7 +74,7 @@ def total(model: nn.Module, weights: dict[str, float]) -> dict[str, Tensor]:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Matrix -> the base's W_e, (out, in)."""
+    """Return matrix -> the base's W_e, (out, in)."""
     found = {}
     for path, layer in layers(model):
         W = layer.read().double()
@@ -85,5 +85,5 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def norms(model: nn.Module, found: dict[str, Tensor]) -> dict[str, float]:
-    """Path of each layer -> Frobenius norm over all its matrices."""
+    """Return path of each layer -> Frobenius norm over all its matrices."""
     return {path: float(torch.stack([found[w].norm() for w in experts(path, la)]).norm()) for path, la in layers(model)}

@@ -1,4 +1,4 @@
-"""The combined adapter does what was combined: against dense sums in float64, over kinds, ranks, scales and variants."""
+"""A combined adapter has the combined effect: against dense sums in float64, for kinds, ranks, scales and variants."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def test_cat_and_svd_for_any_shape(
     same(deltas(model, "svd"), {path: nearest(delta, rank) for path, delta in total(model, by).items()}, 1e-7)
 
 
-# --- parts that are no factors
+# --- saved modules, biases and other parts
 
 
 def test_a_copied_module_of_one_adapter_is_taken_over_with_its_numbers() -> None:
@@ -243,14 +243,14 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]] = {
     "unknown": (lambda m: combine(m, ["a", "typo"], [1, 1], "x"), AdapterError, "There is no adapter 'typo'"),
     "taken": (lambda m: combine(m, ["a", "b"], [1, 1], "b"), AdapterError, "There is an adapter 'b' on this model"),
     "name": (lambda m: combine(m, ["a"], [1], "x.y"), AdapterError, "cannot be an adapter's name"),
-    "count": (lambda m: combine(m, ["a", "b"], [1], "x"), AdapterError, "There are 2 adapters and 1 weights"),
-    "none": (lambda m: combine(m, [], [], "x"), AdapterError, "No adapter was named"),
+    "count": (lambda m: combine(m, ["a", "b"], [1], "x"), AdapterError, "2 adapters and 1 weights"),
+    "none": (lambda m: combine(m, [], [], "x"), AdapterError, "No adapter was given"),
     "nan": (lambda m: combine(m, ["a"], [float("nan")], "x"), AdapterError, "A weight is nan"),
-    "way": (lambda m: combine(m, ["a"], [1], "x", way="lin"), ConfigError, "There is no way 'lin'"),
+    "way": (lambda m: combine(m, ["a"], [1], "x", way="lin"), ConfigError, "combination_type is 'lin'"),
     "ranks": (
         lambda m: combine(m, ["a", "b"], [1, 1], "x", way="linear"),
         ConfigError,
-        r"ranks 2 and 4: all adapters must have the same r value at a site for 'linear'\. Take 'cat'",
+        r"ranks 2 and 4: all adapters must have the same r value at a site for 'linear'\. Use 'cat'",
     ),
     "copies": (
         lambda m: combine(m, ["a", "one", "two"], [1, 1, 1], "x"),
@@ -259,7 +259,7 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]] = {
         r"instance\(s\)\. First: base_model\.model\.out\.",
     ),
     "biases": (lambda m: combine(m, ["a", "bias"], [1, 1], "x"), ConfigError, r"bias trains biases of the base"),
-    "overflow": (lambda m: combine(m, ["a"], [1e300], "x"), AdapterError, "NaN or infinite numbers"),
+    "overflow": (lambda m: combine(m, ["a"], [1e300], "x"), AdapterError, "NaN or infinite values"),
 }
 
 

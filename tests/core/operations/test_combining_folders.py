@@ -1,4 +1,4 @@
-"""Adapters on disk are combined without their base, into folders that any reader understands."""
+"""Adapters on disk are combined without their base, into directories that every reader can load."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from ...laws.zoo import (
 )
 from .updates import deltas, made, same, total
 
-# --- folders
+# --- directories
 
 
 def saved(tmp_path: Path, *names: str, specimen: Specimen = LLAMA, **fields: Any) -> nn.Module:
@@ -66,7 +66,7 @@ def test_folders_are_combined_without_their_base(tmp_path: Path, specimen: Speci
 
 
 def test_ranks_of_the_result_are_read_by_any_reader(tmp_path: Path) -> None:
-    """The config alone gives each site its rank and scale 1: without lorakit.json, and for patterns that overlap."""
+    """The config alone gives each site its rank and scale 1: without lorakit.json, and with overlapping patterns."""
     model = nn.Sequential()
     model.add_module("lin", nn.Linear(6, 6))
     inner = nn.Sequential()
@@ -107,7 +107,7 @@ def test_adapters_of_other_bases_are_refused(tmp_path: Path) -> None:
     attach(other, LLAMA.config(), "x")
     save_adapter(other, tmp_path / "x", "x")
     folders = [tmp_path / "a", tmp_path / "x"]
-    with pytest.raises(BaseMismatchError, match="were made on different bases: the numbers of"):
+    with pytest.raises(BaseMismatchError, match="different bases: the numbers of"):
         combine_folders(folders, [1.0, 1.0], tmp_path / "sum")
     combine_folders(folders, [1.0, 1.0], tmp_path / "sum", allow=("base_mismatch",))
     saved(tmp_path / "gpt2", "a", specimen=GPT2)
@@ -123,14 +123,14 @@ def test_shapes_that_do_not_fit_are_named(tmp_path: Path) -> None:
 
     attach(other, LoraConfig(target_modules=["up"]), "x")
     save_adapter(other, tmp_path / "x", "x")
-    with pytest.raises(AdapterError, match=r"do not fit one base: at up they change weights of 20 × \(12,\) and 20 × "):
+    with pytest.raises(AdapterError, match=r"at up they change weights of 20 × 12 and 20 × "):
         combine_folders([tmp_path / "a", tmp_path / "x"], [1, 1], tmp_path / "sum", allow=("base_mismatch",))
 
 
 def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path: Path) -> None:
     saved(tmp_path, "a", "b")
     before = files(tmp_path)
-    with pytest.raises(UsageError, match="is not an empty folder; nothing is overwritten"):
+    with pytest.raises(UsageError, match="not an empty directory"):
         combine_folders([tmp_path / "a", tmp_path / "b"], [1, 1], tmp_path / "a")
     with pytest.raises(AdapterError, match="NaN or infinite"):
         combine_folders([tmp_path / "a"], [1e300], tmp_path / "c")
@@ -146,5 +146,5 @@ def test_a_site_inside_what_another_copied_is_refused(tmp_path: Path) -> None:
         model = LINEARS.model()
         attach(model, LINEARS.config(**fields), name)
         save_adapter(model, tmp_path / name, name)
-    with pytest.raises(AdapterError, match="One adapter sits at out, which another has copied whole"):
+    with pytest.raises(AdapterError, match=r"b adapts out, .*modules_to_save"):
         combine_folders([tmp_path / "a", tmp_path / "b"], [1.0, 1.0], tmp_path / "sum")

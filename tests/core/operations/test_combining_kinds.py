@@ -1,4 +1,4 @@
-"""Combining on kinds and variants whose factors are no plain matrices: DoRA, convolutions, attention, biases, aLoRA."""
+"""Combining on kinds and variants with more than plain matrices: DoRA, convolutions, attention, biases, aLoRA."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from .updates import deltas, effect, made, same, scales, total
 
 @pytest.mark.parametrize("specimen", [LINEARS, CONV1DS], ids=str)
 def test_dora_is_combined_exactly(specimen: Specimen) -> None:
-    """Two DoRA adapters and a plain one: W' − W of the result is the weighted sum of what each does to W."""
+    """Two DoRA adapters and a plain one: W' − W of the result is the weighted sum of the changes of W by each."""
     model = made(specimen, "a", "b", use_dora=True)
     attach(model, specimen.config(**scales("d", specimen)), "d")
     randomise(model, "d", 77)
@@ -86,7 +86,7 @@ def test_what_dora_cannot_do() -> None:
         combine(twin, ["a"], [1.0], "x", way="cat")
 
 
-# --- kinds whose factors are no plain matrices
+# --- kinds with factors other than plain matrices
 
 
 def _grouped() -> nn.Module:
@@ -118,7 +118,7 @@ SHAPES = [
     ("specimen", "fields"), SHAPES, ids=[f"{specimen}-{'-'.join(fields)}" for specimen, fields in SHAPES]
 )
 def test_combined_and_compressed_on_every_kind(specimen: Specimen, fields: dict[str, Any], tmp_path: Path) -> None:
-    """One adapter does what two do together, at any rank that holds it, and after a round trip over the disk."""
+    """One adapter has the effect of two together, at any sufficient rank, and after saving and loading."""
     model = specimen.model(torch.float64)
     attach(model, specimen.config(**fields), "a")
     attach(model, specimen.config(**{**fields, "r": 2, "use_rslora": True}), "b")

@@ -1,4 +1,4 @@
-"""Rows of tokens of several adapters, combined by what each changes in the base; what has no combination is refused."""
+"""Trainable tokens of several adapters are combined by their changes of the base, or rejected."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_base_counts_once(merged: bool) -> None:
     model = several("a", "b")
     plain: Any = TIED.model()
     table = plain.model.embed_tokens.weight.detach()[[3, 7]]
-    if merged:  # what is merged is no part of the base
+    if merged:  # merged rows are not part of the base
         merge(model, "a")
     combine(model, ["a", "b"], [0.5, 1.5], "sum", way="cat")
     wanted = table + 0.5 * (rows_of(model, "a") - table) + 1.5 * (rows_of(model, "b") - table)
@@ -68,7 +68,7 @@ def test_a_mean_needs_no_base(tmp_path: Path) -> None:
 def test_other_rows_have_no_combination() -> None:
     model = several("a")
     attach(model, TIED.config(**{**ROWS, "trainable_token_indices": [3, 8]}), "b")
-    with pytest.raises(AdapterError, match=r"a and b train different rows of tokens"):
+    with pytest.raises(AdapterError, match=r"a and b train different tokens"):
         combine(model, ["a", "b"], [1.0, 1.0], "sum")
     assert "sum" not in model.model.embed_tokens.token_adapter.token_indices
 
@@ -83,7 +83,7 @@ def test_rows_that_one_adapter_alone_has_are_taken_as_they_are() -> None:
 
 
 def test_add_weighted_adapter_with_rows() -> None:
-    """peft leaves the rows of the new adapter as the base has them, in silence."""
+    """PEFT silently leaves the rows of the new adapter equal to the base's."""
     config = ours.LoraConfig(r=2, task_type="CAUSAL_LM", **ROWS)
     model = ours.get_peft_model(TIED.model(), config, "a")
     model.add_adapter("b", config)

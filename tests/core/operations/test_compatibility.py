@@ -21,13 +21,13 @@ from .updates import made
 
 
 def saved(tmp_path: Path, name: str, **fields: Any) -> Path:
-    """An adapter with random factors, all made on one base."""
+    """Save an adapter with random factors; all have the same base."""
     save_adapter(made(LLAMA, name, dtype=torch.float32, **fields), tmp_path / name, name)
     return tmp_path / name
 
 
 def by_peft(folder: Path, **fields: Any) -> Path:
-    """The folder as PEFT writes it: a config that names the base, and no `lorakit.json`."""
+    """Change a directory to what PEFT writes: a config that names the base, and no `lorakit.json`."""
     (folder / SIDECAR_FILE).unlink()
     values = json.loads((folder / CONFIG_FILE).read_text())
     (folder / CONFIG_FILE).write_text(json.dumps({**values, **fields}))
@@ -47,7 +47,7 @@ def rejected(tmp_path: Path, folders: list[Path], kind: type[LorakitError], *wor
 
 @pytest.mark.parametrize("unknown", [False, True], ids=["two", "with one unknown between"])
 def test_names_of_bases_that_differ(unknown: bool, tmp_path: Path) -> None:
-    """PEFT's own adapters have no fingerprint, and what is known of their base is its name."""
+    """PEFT's adapters have no fingerprint; only the name of their base is known."""
     folders = named(tmp_path, a="org/llama", c="org/other")
     between = named(tmp_path, b=None) if unknown else []
     given = [folders[0], *between, folders[1]]
@@ -67,7 +67,7 @@ def test_one_base_has_several_addresses(other: str, tmp_path: Path) -> None:
 
 def test_a_base_that_is_not_known_is_reported(tmp_path: Path) -> None:
     folders = named(tmp_path, a="org/llama", b=None)
-    with pytest.warns(UserWarning, match="do not tell whether both were made on one base") as caught:
+    with pytest.warns(UserWarning, match="do not show whether both have the same base") as caught:
         combine_folders(folders, [1.0, 1.0], tmp_path / "sum", way="cat")
     assert len(caught) == 1
     assert all(str(folder) in str(caught[0].message) for folder in folders)
@@ -108,7 +108,7 @@ def test_adapters_without_a_common_site(tmp_path: Path) -> None:
 
 
 def test_adapters_of_one_proven_base_need_no_common_site(tmp_path: Path) -> None:
-    """One of the attention and one of the feed-forward part: what they do together is well defined."""
+    """One adapts the attention, the other the feed-forward part: their combined effect is well defined."""
     folders = [saved(tmp_path, "a", target_modules=["q_proj"]), saved(tmp_path, "b", target_modules=["v_proj"])]
     report = combine_folders(folders, [1.0, 1.0], tmp_path / "sum", way="cat")
     assert {site.path.rpartition(".")[2] for site in report.sites} == {"q_proj", "v_proj"}

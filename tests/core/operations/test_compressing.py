@@ -1,4 +1,4 @@
-"""A compressed adapter is the nearest of its rank, and what it lost is what the report says."""
+"""A compressed adapter is the nearest of its rank, and the reported loss is exact."""
 
 from __future__ import annotations
 

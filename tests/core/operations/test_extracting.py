@@ -1,4 +1,4 @@
-"""What is extracted is the nearest low-rank change at each site; everything else that changed is reported."""
+"""An extracted adapter is the nearest low-rank change at each site; every other change is reported."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def delta(model: nn.Module, path: str, name: str = "extracted") -> Tensor:
 
 
 def tuned_by_rank(specimen: Specimen, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """A model whose weights at the targets have changed by something of rank 4."""
+    """Return a model whose weights at the targets have changed by a matrix of rank 4."""
     model = specimen.model(dtype)
     attach(model, specimen.config(), "a")
     randomise(model, "a", 3)
@@ -120,7 +120,7 @@ def test_a_tied_weight_counts_once() -> None:
 
 
 def test_files_are_read_one_tensor_at_a_time(tmp_path: Path) -> None:
-    """Sharded files, a first word that the files leave out, modules on the meta device, and a tensor of nobody."""
+    """Sharded files, a prefix that the files omit, modules on the meta device, and a tensor of no module."""
     base, tuned = GPT2.model(), tuned_by_rank(GPT2, torch.float32)
     (tmp_path / "tuned").mkdir()
     tensors = {name: t.clone() for name, t in tuned.state_dict().items() if name != "lm_head.weight"}
@@ -156,10 +156,18 @@ def test_what_cannot_be_extracted(tmp_path: Path) -> None:
         wider.add_module(name, module)
     wider.up = nn.Linear(12, 21)
     cases = (
-        ({"tuned": wider}, ModelError, r"up\.weight is \(20, 12\) in the base and \(21, 12\) in the fine-tuned model"),
-        ({"tuned": nn.Sequential(nn.Linear(2, 2))}, ModelError, "the fine-tuned model has no (up|square).weight"),
-        ({"config": LINEARS.config(use_dora=True)}, ConfigError, "leave use_dora off"),
-        ({"config": LINEARS.config(bias="all")}, ConfigError, "leave bias at 'none'"),
+        (
+            {"tuned": wider},
+            ModelError,
+            r"up\.weight has shape \(20, 12\) in the base and \(21, 12\) in the fine-tuned model",
+        ),
+        (
+            {"tuned": nn.Sequential(nn.Linear(2, 2))},
+            ModelError,
+            "the fine-tuned model has no tensor (up|square).weight",
+        ),
+        ({"config": LINEARS.config(use_dora=True)}, ConfigError, "leave use_dora out"),
+        ({"config": LINEARS.config(bias="all")}, ConfigError, "must be 'none'"),
         ({"config": LINEARS.config(target_modules=["typo"])}, TargetError, "typo"),
         ({"rank": None}, ConfigError, "Give a rank or a fraction"),
         ({"name": "x.y"}, AdapterError, "cannot be an adapter's name"),
@@ -169,7 +177,7 @@ def test_what_cannot_be_extracted(tmp_path: Path) -> None:
         with pytest.raises(error, match=said):
             extract(base, given.pop("tuned"), given.pop("config"), **given)
     assert snapshot(base) == before
-    with pytest.raises(ModelError, match="there are no safetensors files here"):
+    with pytest.raises(ModelError, match="no safetensors files found"):
         source_of_folder(tmp_path)
     (tmp_path / "x.safetensors").write_bytes(b"no")
     with pytest.raises(ModelError, match="cannot be read as safetensors"):
@@ -231,7 +239,7 @@ def test_experts_are_read_from_files_one_by_one(tmp_path: Path) -> None:
     sources = source_of_folder(tmp_path / "base"), dataclasses.replace(source, read=whole)
     skeleton = copy.deepcopy(base).to("meta")
     config = EXPERTS.config(target_parameters=["experts.up"], target_modules=[])
-    with pytest.raises(AssertionError, match="three experts at once"):  # to say what changed outside
+    with pytest.raises(AssertionError, match="three experts at once"):  # to report changes outside
         extract_to_folder(
             skeleton, *sources, EXPERTS.config(target_parameters=["square"]), tmp_path / "x", cut=RankLimit(4)
         )
@@ -248,7 +256,7 @@ def test_layers_that_are_stacked_anew_are_refused_with_the_way_out() -> None:
     ranges = [(0, 2), (1, 2)]
     model, stacked = LLAMA.model(), LLAMA.model()
     before = snapshot(model)
-    said = r"layer_replication: nothing is extracted from layers that are stacked anew.*attach a fresh adapter"
+    said = r"layer_replication: nothing can be extracted .*attach a new adapter"
     with pytest.raises(ConfigError, match=said):
         extract(model, LLAMA.model(), LLAMA.config(layer_replication=ranges), rank=2)
     assert snapshot(model) == before
@@ -266,5 +274,5 @@ def test_layers_that_are_stacked_anew_are_refused_with_the_way_out() -> None:
 
 def test_a_grouped_convolution_has_no_change_of_its_form() -> None:
     base, tuned = (nn.Sequential(nn.Conv1d(4, 8, 3, groups=2)) for _ in range(2))
-    with pytest.raises(NotYetSupported, match="grouped convolution, whose change no product of its form is"):
+    with pytest.raises(NotYetSupported, match="grouped convolution"):
         extract(base, tuned, LoraConfig(target_modules=["0"]), rank=1)

@@ -1,4 +1,4 @@
-"""Intruders are found and weakened as the paper defines them, on every kind and orientation of the base."""
+"""Intruders are found and weakened by the paper's definition, for every kind and layout of the base."""
 
 from __future__ import annotations
 

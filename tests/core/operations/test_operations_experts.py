@@ -1,4 +1,4 @@
-"""Operations on bare parameters: each expert is treated as a weight of its own, against dense products in float64."""
+"""Operations on bare parameters treat each expert as a separate weight: against dense updates in float64."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_svd_is_the_nearest_at_every_expert(specimen: Specimen) -> None:
 @pytest.mark.parametrize("specimen", BARE, ids=str)
 @pytest.mark.parametrize("way", COMBINATION_TYPES)
 def test_every_way_treats_an_expert_as_a_weight_of_its_own(specimen: Specimen, way: str) -> None:
-    """The same factors on dense layers, one for each expert, give the same, down to the numbers that are drawn."""
+    """The same factors on dense layers, one for each expert, give the same result, including random pruning."""
     model = made(specimen, "a", "c")
     how = CombinationType(
         way, density=None if way in ("svd", "linear", "cat") else 0.6, clamp=0.99 if "svd" in way else None, seed=5
@@ -88,7 +88,7 @@ def test_every_way_treats_an_expert_as_a_weight_of_its_own(specimen: Specimen, w
 
 
 def test_pruned_updates_against_the_formula() -> None:
-    """magnitude_prune_svd by hand: of each expert's Δ the largest numbers stay, by themselves."""
+    """magnitude_prune_svd by hand: the largest values of each expert's Δ are kept, for each expert separately."""
     model = made(EXPERTS, "a", "b")
     combine(model, ["a", "b"], [1.0, 0.5], "sum", way=CombinationType("magnitude_prune_svd", rank=4, density=0.3))
     one, other, found = deltas(model, "a"), deltas(model, "b"), deltas(model, "sum")
@@ -120,7 +120,7 @@ def test_to_a_rank_and_to_a_share_of_the_energy(specimen: Specimen) -> None:
 @pytest.mark.parametrize("specimen", BARE, ids=str)
 def test_compared_expert_by_expert(specimen: Specimen) -> None:
     model = made(specimen, "a", "b")
-    with torch.no_grad():  # an expert that the second adapter leaves alone writes to nothing, and has no angles
+    with torch.no_grad():  # an expert that the second adapter does not change has no output space, and no angles
         for _, layer in layers(model):
             if layer.slot.experts:
                 layer.lora_B["b"].weight[:, :: layer.slot.experts] = 0
@@ -172,7 +172,7 @@ def test_folders_do_not_need_the_base(specimen: Specimen, tmp_path: Path) -> Non
     assert (loaded.base, loaded.warnings) == ("same", ())
     same(deltas(model, "sum"), total(model, {"a": 0.5, "b": -1.0}), 1e-5)
     compress_folder(tmp_path / "sum", tmp_path / "less", energy=0.7)
-    (tmp_path / "less" / "lorakit.json").unlink()  # as any other program would read it
+    (tmp_path / "less" / "lorakit.json").unlink()  # as another program reads it
     load_adapter(model, tmp_path / "less", "less")
     compress(model, "sum", "direct", energy=0.7)
     same(deltas(model, "less"), deltas(model, "direct"), 1e-4)
@@ -182,7 +182,7 @@ def test_folders_do_not_need_the_base(specimen: Specimen, tmp_path: Path) -> Non
 
 
 def test_parameters_that_files_cannot_tell_apart_get_one_rank(tmp_path: Path) -> None:
-    """Without a model, which of two tensors is `up` is not known, so no pattern can give the two different ranks."""
+    """Without a model it is unknown which of two tensors is `up`, so no pattern can give them different ranks."""
     model = made(EXPERTS, "a", dtype=torch.float32, rank_pattern={})
     with torch.no_grad():
         factor = dict(layers(model))["experts"].factor("a")  # the square matrix, which gets rank 1
@@ -200,7 +200,7 @@ def test_parameters_that_files_cannot_tell_apart_get_one_rank(tmp_path: Path) ->
 
 
 def test_adapters_on_different_parameters_are_combined_on_their_model(tmp_path: Path) -> None:
-    """One on `square` alone and one on both: the same path on disk is not the same parameter."""
+    """One adapts `square` alone and one both: the same path on disk means different parameters."""
     model = EXPERTS.model(torch.float64)
     chosen = {"square": ["experts.square"], "both": ["experts.up", "experts.square"], "up": ["experts.up"]}
     for number, (name, entries) in enumerate(chosen.items()):
@@ -217,7 +217,7 @@ def test_adapters_on_different_parameters_are_combined_on_their_model(tmp_path: 
     for name in chosen:
         save_adapter(model, tmp_path / name, name)
     for pair in (["square", "both"], ["square", "up"]):
-        said = r"sit on different parameters of experts \(experts\.square, experts\.up\), and files do not say"
+        said = r"different parameters of experts \(experts\.square, experts\.up\), and files do not tell"
         with pytest.raises(AdapterError, match=said):
             combine_folders([tmp_path / name for name in pair], [1.0, 1.0], tmp_path / "x")
         with pytest.raises(AdapterError, match=said):
@@ -242,7 +242,7 @@ def test_experts_and_modules_become_one(tmp_path: Path) -> None:
     torch.testing.assert_close(effect(model, MIXTRAL, "again"), effect(model, MIXTRAL, "both"))
 
 
-# --- what is refused
+# --- errors
 
 
 def test_what_cannot_be_combined() -> None:
@@ -257,9 +257,9 @@ def test_what_cannot_be_combined() -> None:
     attach(mixed, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), "dora")
     attach(mixed, MIXTRAL.config(target_modules=[]), "bare")
     attach(mixed, LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True), "biased")
-    with pytest.raises(AdapterError, match=r"dora is DoRA, and bare sits on bare parameters .* which cannot have that"):
+    with pytest.raises(AdapterError, match=r"dora is DoRA, and bare adapts bare parameters .* do not support"):
         combine(mixed, ["bare", "dora"], [1.0, 1.0], "x", way="cat")
-    with pytest.raises(AdapterError, match=r"biased has a bias on B \(lora_bias\), and bare sits on bare parameters"):
+    with pytest.raises(AdapterError, match=r"biased has a bias on B \(lora_bias\), and bare adapts bare parameters"):
         combine(mixed, ["biased", "bare"], [1.0, 1.0], "x", way="cat")
 
 
@@ -269,7 +269,7 @@ def test_a_module_and_its_parameter_are_not_one_site(tmp_path: Path) -> None:
     attach(other, LoraConfig(r=2, target_modules=[], target_parameters=["up.weight"]), "a")
     save_adapter(one, tmp_path / "whole", "a")
     save_adapter(other, tmp_path / "bare", "a")
-    with pytest.raises(AdapterError, match="One adapter sits at up, and another at a parameter of it"):
+    with pytest.raises(AdapterError, match="One adapter adapts up, and another adapts a parameter of it"):
         combine_folders([tmp_path / "whole", tmp_path / "bare"], [1.0, 1.0], tmp_path / "x")
 
 
@@ -278,7 +278,7 @@ def test_what_files_do_not_say(tmp_path: Path) -> None:
     save_adapter(model, tmp_path / "a", "a")
     assert weights_of_folder(tmp_path / "a").factors["experts.base_layer"].experts == 3
     (tmp_path / "a" / "lorakit.json").unlink()
-    with pytest.raises(AdapterFileError, match=r"rank and alpha at experts(\.base_layer)? follow from which parameter"):
+    with pytest.raises(AdapterFileError, match=r"rank and alpha at experts(\.base_layer)? depend on which parameter"):
         compress_folder(tmp_path / "a", tmp_path / "x", rank=1)
     wide = EXPERTS.model()
     attach(wide, LoraConfig(r=2, target_modules=r".*nothing|other|down", target_parameters=["up"]), "b")
@@ -311,7 +311,7 @@ def test_the_adapter_stays_as_it_is() -> None:
 
 
 def test_a_site_of_many_experts_makes_no_dense_update() -> None:
-    """Of 40 experts of 64 × 48 the whole update has 122,880 numbers; the largest tensor made has a third of that."""
+    """The whole update of 40 experts of 64 × 48 has 122,880 elements; the largest created tensor has a third of that."""
 
     class Many(nn.Module):
         def __init__(self) -> None:

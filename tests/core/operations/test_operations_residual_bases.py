@@ -1,4 +1,4 @@
-"""Operations on adapters whose init moved the base: exact where they are plain LoRA of twice the rank, else refused."""
+"""Operations on adapters with a residual base: exact if they are plain LoRA of twice the rank, else an error."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ EXACT = ("pissa", "olora", "corda", "lora_ga")
 
 
 def both(init: str, kind: Specimen = LINEARS, **fields: Any) -> nn.Module:
-    """An adapter that moved the base, active, and a plain one, "plain"."""
+    """Return a model with an active adapter that has a residual base, and a plain one, "plain"."""
     model = kind.model()
     attach_fresh(model, kind, "moved", init_lora_weights=init, **fields)
     attach_fresh(model, kind, "plain")
@@ -53,7 +53,7 @@ def both(init: str, kind: Specimen = LINEARS, **fields: Any) -> nn.Module:
 
 
 def effect(model: nn.Module, name: str, original: nn.Module) -> dict[str, Tensor]:
-    """What an adapter adds to each of the original weights."""
+    """Return the update of each original weight by an adapter."""
     merged = merged_state_dict(model, name)
     return {key: merged[key] - tensor for key, tensor in original.state_dict().items() if key in merged}
 
@@ -133,7 +133,7 @@ def test_a_folder_that_does_not_say_how_the_base_was_moved_is_refused(init: str,
     model = both(init, loftq_config={"loftq_bits": 4} if init == "loftq" else {})
     save_as_trained(model, tmp_path / "a", "moved")
     if init != "loftq":
-        for name in ("lorakit.json", INITIAL_FILE):  # as PEFT writes it
+        for name in ("lorakit.json", INITIAL_FILE):  # as PEFT writes them
             (tmp_path / "a" / name).unlink()
     save_adapter(model, tmp_path / "b", "plain")
     data = init in ("corda", "lora_ga")
@@ -166,11 +166,11 @@ def test_olora_on_a_quantised_base_was_rounded_twice_and_is_refused(tmp_path: Pa
     model = both("olora", kind)
     before = snapshot(model)
     for operation in OPERATIONS:
-        with pytest.raises(AdapterError, match="olora moved a quantised base, which was rounded a second time"):
+        with pytest.raises(AdapterError, match=r"olora .*rounded a second time"):
             operation(model)
         assert snapshot(model) == before
     save_as_trained(model, tmp_path, "moved")
-    with pytest.raises(AdapterFileError, match="changed while it was quantised, so it was rounded a second time"):
+    with pytest.raises(AdapterFileError, match="rounded a second time"):
         weights_of_folder(tmp_path)
     again = kind.model()
     load_adapter(again, tmp_path)

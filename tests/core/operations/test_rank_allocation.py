@@ -1,4 +1,4 @@
-"""Ranks by gradients and by inputs: the budget holds, the criterion decides, the pattern says it to every reader."""
+"""Ranks by gradients and by inputs: the budget holds, the criterion decides, every reader gets them from the patterns."""
 
 from __future__ import annotations
 
@@ -99,9 +99,9 @@ def test_passes_change_nothing(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch)
 
 def test_what_cannot_be_allocated(tiny_llama: Any) -> None:
     config = LoraConfig(r=4, target_modules=["q_proj"])
-    with pytest.raises(ConfigError, match="by is 'luck'; ranks can be allocated by 'gradients' or by 'inputs'"):
+    with pytest.raises(ConfigError, match="by is 'luck'; it must be one of inputs, gradients"):
         allocate(tiny_llama, config, batches(), language_loss, by="luck")  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="No gradient reached any of the sites"):
+    with pytest.raises(DataError, match="No gradient reached any site"):
         allocate(tiny_llama, config, batches(), lambda m, b: 0 * language_loss(m, b))
 
 
@@ -145,7 +145,7 @@ def test_by_sensitivity_is_in_proportion_between_the_bounds() -> None:
 
 
 def test_by_explained_variance_is_evas_redistribution() -> None:
-    """Against the rule written out: pool, sort, count."""
+    """Compare with the rule written out: pool, sort, count."""
     generator = torch.Generator().manual_seed(1)
     ratios = {p: torch.rand(8, generator=generator).sort(descending=True).values.tolist() for p in "abcd"}
     pooled = sorted(((value, p) for p, values in ratios.items() for value in values), reverse=True)

@@ -1,4 +1,4 @@
-"""Adapters with ranks and scales of their own, and what they do to the weights, dense and in float64."""
+"""Adapters with different ranks and scales, and their updates of the weights, dense and in float64."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SCALES: dict[str, dict[str, Any]] = {
 
 
 def made(specimen: Specimen, *names: str, dtype: torch.dtype = torch.float64, **fields: Any) -> nn.Module:
-    """A model with adapters of these names, each with the rank and scale of SCALES and numbers of its own."""
+    """Return a model with adapters of these names, each with the rank and scale of SCALES and different random values."""
     model = specimen.model(dtype)
     for number, name in enumerate(names):
         attach(model, specimen.config(**{**scales(name, specimen), **fields}), name)
@@ -37,13 +37,13 @@ def made(specimen: Specimen, *names: str, dtype: torch.dtype = torch.float64, **
 
 
 def scales(name: str, specimen: Specimen) -> dict[str, Any]:
-    """Rank and scale of an adapter; patterns name the specimen's last target."""
+    """Return rank and scale of an adapter; patterns name the specimen's last target."""
     last = specimen.targets[-1]
     return {key: {last: v["last"]} if isinstance(v, dict) else v for key, v in SCALES[name].items()}
 
 
 def deltas(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Path -> scale·B·A, dense, in float64."""
+    """Return path -> scale·B·A, dense, in float64."""
     found = {}
     for path, layer in layers(model):
         if name in layer.r:

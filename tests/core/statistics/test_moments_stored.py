@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorakit.config import CordaConfig, EvaConfig, LoraConfig, LoraGAConfig
 from lorakit.core import Statistics, attach, collect_for, disable, load_statistics, sites
-from lorakit.core.operations.data_init import reduced
+from lorakit.core.operations.data_init import DataSites
 from lorakit.core.statistics.moments import KEY
 from lorakit.errors import AdapterFileError, BaseMismatchError, ConfigError, DataError, TargetError
 
@@ -184,8 +184,8 @@ def test_what_cannot_be_collected_is_said() -> None:
             collect_for(model, config, batches, more.pop("forward", forward), **more)
         assert snapshot(model) == before
 
-    refused(ConfigError, "is True, which looks at no data. Attach it as it is", LINEARS.config())
-    refused(ConfigError, "is 'pissa', which looks at no data", LINEARS.config(init_lora_weights="pissa"))
+    refused(ConfigError, "is True, which uses no data", LINEARS.config())
+    refused(ConfigError, "is 'pissa', which uses no data", LINEARS.config(init_lora_weights="pissa"))
     refused(ConfigError, "layer_replication stacks layers", config_for("eva", layer_replication=[(0, 1)]))
     refused(TargetError, "nowhere", config_for("eva", target_modules=["nowhere"]))
     refused(TargetError, "nowhere", config_for("eva", target_modules=["up", "nowhere"]))
@@ -224,7 +224,7 @@ def test_data_that_is_gone_through_once_is_refused_where_twice_is_needed(monkeyp
     import lorakit.core.operations.data_init as module
 
     monkeypatch.setattr(module, "in_groups", lambda paths, _: [[path] for path in paths])
-    with pytest.raises(DataError, match=r"gone through 2 times to bound memory\. Give a list, no iterator"):
+    with pytest.raises(DataError, match="2 times to bound memory; pass a list"):
         collect_for(LINEARS.model(), config_for("eva"), iter(BATCHES), forward)
     assert same(collected("eva"), collect_for(LINEARS.model(), config_for("eva"), BATCHES, forward))
 
@@ -234,7 +234,7 @@ def test_what_was_collected_elsewhere_is_reduced_to_the_same() -> None:
 
     model, config = LINEARS.model(), config_for("eva", eva_config=EvaConfig(rho=1.0))
     inputs = collect_inputs(model, ["up"], BATCHES, forward)
-    found = reduced(model, config, inputs)
+    found = DataSites.of(model, config).reduce(model, inputs)
     assert list(found.sites) == ["up"] and found.base == collected("eva").base
     whole = collect_for(model, config, BATCHES, forward)
     assert same_bits(found.sites["up"]["directions"], whole.sites["up"]["directions"])

@@ -1,1 +1,1 @@
-"""Adapters made of adapters, from their factors."""
+"""Operations that make adapters from adapters or models: combine, compress, extract, compare."""

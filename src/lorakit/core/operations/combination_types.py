@@ -1,19 +1,16 @@
-"""The eleven ways to combine adapters, as PEFT names them: what each does with numbers, and what it needs.
+"""The eleven combination types, under PEFT's names: what each does with tensors, and the options it needs.
 
-A way is made of steps: prune each tensor, elect a sign, add up. Without "svd" the steps act on A and on B by
-themselves; with it they act on the whole update B·A, which is then taken apart again. Knows tensors only.
+A type consists of steps: prune each tensor, elect a sign, add up. Without "svd", the steps are applied to A and B
+separately; with it, to the dense update B·A, which is then decomposed again.
 
-Rows of tokens that several adapters train, combined as the rest of an adapter is: by what each changes in the base.
-
-A trained row stands in place of the base's, so its effect is the difference between the two. It knows the base's rows
-only through a function that it is given.
+Trainable tokens are combined by what each adapter changes in the base. A trained row replaces the base's, so its effect
+is the difference between the two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +21,7 @@ from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.operations.tensor_sources import AdapterWeights
-from lorakit.errors import AdapterError, ConfigError, nearest
+from lorakit.errors import AdapterError, ConfigError
 from lorakit.targets.words import names_path
 
 COMBINATION_TYPES = (
@@ -45,20 +42,20 @@ MAJORITIES = ("total", "frequency")
 
 @dataclass(frozen=True)
 class CombinationType:
-    """How to combine.
+    """A combination type and its options.
 
     Attributes:
         name: One of COMBINATION_TYPES. "cat" is exact and sums the ranks; "svd" is the nearest update of its rank;
             "linear" adds A and B separately, which is inexact; the others prune first.
-        rank: Rank of the result, for ways with "svd"; None takes the largest of the adapters at each site.
-        density: Share of the numbers that pruning keeps, in (0, 1]; of experts, of each expert's own.
-        majority_sign: In "ties": the sign that counts is that of the sum ("total"), or of most ("frequency").
-        clamp: For ways with "svd": cut numbers of A and B beyond this quantile, in (0.5, 1].
-        driver: For ways with "svd" on CUDA: the method of `torch.linalg.svd`.
-        seed: For "dare": seed of what is dropped; None draws from torch's own generator.
+        rank: Rank of the result, for types with "svd"; None takes the largest of the adapters at each site.
+        density: Fraction of the values that pruning keeps, in (0, 1]; for experts, of each expert's own values.
+        majority_sign: For "ties": the elected sign is that of the sum ("total"), or of most values ("frequency").
+        clamp: For types with "svd": clamp values of A and B beyond this quantile, in (0.5, 1].
+        driver: For types with "svd" on CUDA: the method of `torch.linalg.svd`.
+        seed: For "dare": seed of the random pruning; None draws from torch's own generator.
 
     Raises:
-        ConfigError: A field holds what is not allowed, or what this way does not use.
+        ConfigError: A field has a value that is not allowed, or that this type does not use.
     """
 
     name: str = "svd"
@@ -71,69 +68,41 @@ class CombinationType:
 
     def __post_init__(self) -> None:
         if self.name not in COMBINATION_TYPES:
-            close = nearest(str(self.name), list(COMBINATION_TYPES), 1)
-            meant = f" Did you mean {close[0]!r}?" if close else ""
-            text = (
-                f"There is no way {self.name!r} to combine adapters; there are {', '.join(COMBINATION_TYPES)}.{meant}"
-            )
-            raise ConfigError(text, what=self.name, field="combination_type", allowed=COMBINATION_TYPES)
+            raise ConfigError.of("combination_type", self.name, allowed=COMBINATION_TYPES)
         if self.majority_sign not in MAJORITIES:
-            raise ConfigError(
-                f"majority_sign is {self.majority_sign!r}; it must be 'total' or 'frequency'.",
-                what=self.majority_sign,
-                field="majority_sign",
-                allowed=MAJORITIES,
-            )
+            raise ConfigError.of("majority_sign", self.majority_sign, allowed=MAJORITIES)
         if self.prunes and (self.density is None or not 0 < self.density <= 1):
-            raise ConfigError(
-                f"density is {self.density!r}; {self.name!r} needs the share to keep, in (0, 1].",
-                what=self.density,
-                field="density",
-            )
+            raise ConfigError.of("density", self.density, f"the fraction that {self.name!r} keeps, in (0, 1]")
         if not self.prunes and self.density is not None:
-            raise ConfigError(
-                f"density is {self.density!r}, and {self.name!r} does not prune. Leave it out.",
-                what=self.density,
-                field="density",
-            )
+            raise ConfigError.of("density", self.density, f"left out, because {self.name!r} does not prune")
         for field in ("rank", "clamp", "driver"):
-            if getattr(self, field) is not None and not self.decomposes:
-                raise ConfigError(
-                    f"{field} is {getattr(self, field)!r}, and the rank of {self.name!r} follows from the adapters. "
-                    "Leave it out, or take a way with svd.",
-                    what=getattr(self, field),
-                    field=field,
-                )
+            value = getattr(self, field)
+            if value is not None and not self.decomposes:
+                raise ConfigError.of(field, value, f"left out, because {self.name!r} has no svd")
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
-            raise ConfigError(
-                f"rank is {self.rank!r}; it must be a whole number of at least 1.", what=self.rank, field="rank"
-            )
+            raise ConfigError.of("rank", self.rank, "a whole number of at least 1")
         if self.clamp is not None and not 0.5 < self.clamp <= 1:
-            raise ConfigError(f"clamp is {self.clamp!r}; it is a quantile in (0.5, 1].", what=self.clamp, field="clamp")
+            raise ConfigError.of("clamp", self.clamp, "a quantile in (0.5, 1]")
 
     @property
     def decomposes(self) -> bool:
-        """The result is a truncated singular value decomposition."""
+        """True if the result is a truncated singular value decomposition."""
         return self.name.endswith("svd")
 
     @property
     def prunes(self) -> bool:
-        """Numbers are set to zero first."""
+        """True if values are set to zero first."""
         return self.name not in ("svd", "linear", "cat")
 
     @property
     def draws(self) -> bool:
-        """What is pruned is drawn at random, and the rest grows so that the mean stays."""
+        """True if pruning is random, and the kept values are scaled up so that the mean stays the same."""
         return self.name.startswith("dare")
 
     @property
     def elects(self) -> bool:
-        """Only numbers that agree with the sign of the majority count, and their mean is taken."""
+        """True if only values with the sign of the majority count, and their mean is taken."""
         return "ties" in self.name
-
-    def generator(self) -> torch.Generator | None:
-        """A source of randomness from the seed, on the CPU; None without a seed."""
-        return None if self.seed is None else torch.Generator().manual_seed(self.seed)
 
 
 def added_up(
@@ -141,13 +110,13 @@ def added_up(
 ) -> Tensor:
     """Prune, elect and add up tensors of one shape.   [docs/math.md (55), (56)]
 
-    A negative weight negates its tensor before the election: what is subtracted votes against.
+    A negative weight negates its tensor before the election: what is subtracted votes for the opposite sign.
 
     Args:
-        tensors: One per adapter, all of one shape, which may be any shape.
+        tensors: One per adapter, of any shape, the same for all.
         weights: One per adapter.
-        way: What to do.
-        generator: For pruning at random.
+        way: The combination type.
+        generator: For random pruning.
 
     Returns:
         One tensor of that shape.
@@ -171,7 +140,7 @@ def added_up(
 
 
 def clamped(A: Tensor, B: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """A (g, r, in) and B (g, out, r) with every number beyond a quantile of ± all of them cut to it."""
+    """Return A (g, r, in) and B (g, out, r) clamped to a quantile of ± all their values."""
     sizes = torch.cat([A.abs().flatten(), B.abs().flatten()]).sort().values
     place = (2 * quantile - 1) * (sizes.numel() - 1)  # of ±x at q: of |x| at 2q − 1
     below = int(place)
@@ -187,48 +156,51 @@ def _pruned(tensor: Tensor, density: float, draws: bool, generator: torch.Genera
         kept = torch.rand(tensor.shape, generator=generator).to(tensor.device) < density
         return tensor * kept / density
     largest = tensor.abs().flatten().topk(int(density * tensor.numel()), sorted=False).indices
-    kept = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)
-    kept[largest] = True
+    kept = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device).index_fill(0, largest, True)
     return tensor * kept.view(tensor.shape)
 
 
 RowReading = Callable[[str, Sequence[int]], Tensor]
-"""Path of a table and numbers of rows -> the base's rows there, (n, d), as they were before any merge."""
+"""Path of an embedding table and indices of rows -> the base's rows, (n, d), without anything merged."""
 
 
 def check_same_rows(adapters: Sequence[AdapterWeights]) -> None:
-    """Refuse adapters that train different rows.
+    """Check that all adapters with trainable tokens train the same ones.
 
     Raises:
-        AdapterError: They do.
+        AdapterError: They do not.
     """
-    asked = {a.label: _asked(a.config) for a in adapters if a.config.trainable_token_indices}
-    if any(one != next(iter(asked.values())) for one in asked.values()):
+    rows = {
+        a.label: a.config.as_json()["trainable_token_indices"] for a in adapters if a.config.trainable_token_indices
+    }
+    if any(one != next(iter(rows.values())) for one in rows.values()):
         raise AdapterError(
-            f"{' and '.join(asked)} train different rows of tokens (trainable_token_indices), which are not combined. "
-            "Train the same rows, or keep both active."
+            f"{' and '.join(rows)} train different tokens (trainable_token_indices), which cannot be combined. "
+            "Train the same tokens, or keep both active.",
+            what=list(rows),
+            field="trainable_token_indices",
         )
 
 
-def row_reader(model: nn.Module) -> RowReading:
-    """How to read rows of a model's tables, with or without adapters.
+def row_reader(model: nn.Module | AdapterIndex) -> RowReading:
+    """Return a function that reads rows of a model's embedding tables, with or without adapters.
 
     Args:
-        model: Only read.
+        model: The model, or its index; only read.
     """
-    site_map = AdapterIndex.of(model)
+    index = AdapterIndex.of(model)
 
     def at(path: str, indices: Sequence[int]) -> Tensor:
-        standing = site_map.modules.get(path)
-        if standing is None:
-            raise AdapterError(f"The model has no {path}, of which an adapter trains rows.")
-        table: Any = site_map.base(path)._parameters["weight"]
-        if isinstance(standing, TrainableTokens):
-            table = standing.token_adapter.original()
-        elif isinstance(standing, LoraLayer):
-            table = standing.original()
-        rows: Tensor = table.detach()[torch.tensor(list(indices), device=table.device)]
-        return rows
+        module = index.modules.get(path)
+        if module is None:
+            raise AdapterError(f"The model has no table {path}, whose rows an adapter trains.", where=path)
+        if isinstance(module, TrainableTokens):
+            table = module.token_adapter.original()
+        elif isinstance(module, LoraLayer):
+            table = module.base.tensors(module.original())[0]
+        else:
+            table = index.base(path).get_parameter("weight")
+        return table.detach()[torch.tensor(indices, device=table.device)]
 
     return at
 
@@ -236,15 +208,15 @@ def row_reader(model: nn.Module) -> RowReading:
 def combined_rows(
     adapters: Sequence[AdapterWeights], weights: Sequence[float], reading: RowReading | None
 ) -> dict[str, Tensor]:
-    """The rows of adapters that train the same ones.   [docs/math.md (59)]
+    """Combine the rows of adapters that train the same tokens.   [docs/math.md (59)]
 
     Args:
-        adapters: Those that `check_same_rows` has passed, among others.
-        weights: One number each.
-        reading: The base's rows; not asked where the weights of an adapter's rows add up to 1.
+        adapters: Adapters that `check_same_rows` accepts; some may train no tokens.
+        weights: One per adapter.
+        reading: Reads the base's rows; only used if the weights at a table do not add up to 1.
 
     Returns:
-        Name on disk -> what stands in the rows, (n, d); without those that one adapter alone has.
+        Name on disk -> combined rows, (n, d), of tables that several adapters train.
 
     Raises:
         AdapterError: The base's rows are needed, and there is no base.
@@ -261,8 +233,9 @@ def combined_rows(
             path = name.removeprefix(PREFIX).removesuffix(ROWS)
             if reading is None:
                 raise AdapterError(
-                    f"Rows of tokens at {path} are combined with weights that add up to {1 - rest:g}, so what they "
-                    "change in the base counts. Give the base model too, or weights that add up to 1."
+                    f"Trainable tokens at {path} are combined with weights that add up to {1 - rest:g}, so the result "
+                    "depends on the base's rows. Pass the base model too, or weights that add up to 1.",
+                    where=path,
                 )
             rows = rows + rest * reading(path, _indices(first.config, path)).to(rows)
         found[name] = rows.to(first.others[name].dtype)
@@ -270,12 +243,8 @@ def combined_rows(
 
 
 def _indices(config: LoraConfig, path: str) -> list[int]:
-    asked = config.trainable_token_indices or []
-    if isinstance(asked, Mapping):
-        return list(next(indices for name, indices in asked.items() if names_path(name, path)))
-    return list(asked)
-
-
-def _asked(config: LoraConfig) -> object:
-    asked = config.trainable_token_indices
-    return {name: list(indices) for name, indices in asked.items()} if isinstance(asked, Mapping) else list(asked or [])
+    """Return the indices of the tokens that a config trains in the table at a path."""
+    indices = config.trainable_token_indices or []
+    if isinstance(indices, Mapping):
+        indices = next(of_table for name, of_table in indices.items() if names_path(name, path))
+    return list(indices)

@@ -1,7 +1,7 @@
-"""Compare two adapters site by site: do they change the weights in the same direction, how strongly, in which spaces.
+"""Compare two adapters site by site: direction and strength of their updates, and the spaces that they use.
 
-Everything comes from the factors; no product is formed and no base is needed. A variant whose
-update is more than a product of low rank is compared by that part alone.
+Everything is computed from the factors, without dense products and without the base. A variant whose update is more
+than a low-rank product is compared by that product alone.
 """
 
 from __future__ import annotations
@@ -14,26 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.linalg import Product, Spectrum, cosines, inner, significant, spectrum
-from lorakit.core.model.fingerprint import UNVERIFIABLE
-from lorakit.core.operations.tensor_sources import AdapterWeights, SiteFactors, weights_of_folder, weights_of_model
+from lorakit.core.operations.tensor_sources import AdapterWeights, weights_of_folder, weights_of_model
 from lorakit.core.operations.writing import aligned
-from lorakit.core.variants import Variant, variants_of
-from lorakit.errors import AdapterError
+from lorakit.core.variants import variants_of
 
 
 @dataclass(frozen=True)
 class SiteComparison:
-    """Two updates of one weight.
+    """Comparison of two updates of one weight.
 
     Attributes:
-        path: The site.
-        ranks: What each has of directions that are more than rounding; of experts, the largest.
+        path: Path of the site.
+        ranks: Number of directions of each that are larger than rounding errors; for experts, the largest number.
         norms: Frobenius norm of each update, scale included.
-        cosine: Of the two updates as vectors, in [−1, 1]; 0 where one is zero.
-        output_angles: Principal angles between what they write to, in degrees, smallest first; of all experts.
-        input_angles: Principal angles between what they read from, likewise.
-        output_overlap: Mean squared cosine of the output angles, in [0, 1]: 1 where one space holds the other.
-        input_overlap: Likewise of the input angles.
+        cosine: Cosine of the two updates as vectors, in [−1, 1]; 0 if one is zero.
+        output_angles: Principal angles between their output spaces in degrees, smallest first, over all experts.
+        input_angles: Principal angles between their input spaces, likewise.
+        output_overlap: Mean squared cosine of the output angles, in [0, 1]: 1 if one space contains the other.
+        input_overlap: Likewise for the input angles.
     """
 
     path: str
@@ -48,17 +46,17 @@ class SiteComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two adapters.
+    """Comparison of two adapters.
 
     Attributes:
-        names: Names or folders of the two.
-        sites: The sites that both have.
-        only_first: Sites that only the first has.
-        only_second: Sites that only the second has.
+        names: Names or directories of the two.
+        sites: Sites that both adapt.
+        only_first: Sites that only the first adapts.
+        only_second: Sites that only the second adapts.
         norms: Norm of each over all its sites.
-        cosine: Of the two over all sites, as if each were one long vector; a site that one lacks counts as zero there.
+        cosine: Cosine of the two over all sites, each as one long vector; a missing site counts as zero.
         base: Whether their bases are the same: same, same at other precision, unverifiable, different.
-        in_part: Titles of variants of which only the low-rank part is compared.
+        in_part: Titles of variants that are compared only by their low-rank part.
     """
 
     names: tuple[str, str]
@@ -76,8 +74,8 @@ def compare_adapters(model: nn.Module, first: str, second: str) -> Comparison:
 
     Args:
         model: The adapted model; only read.
-        first: An adapter.
-        second: Another.
+        first: Name of an adapter.
+        second: Name of another.
 
     Raises:
         AdapterError: There is no such adapter.
@@ -89,40 +87,34 @@ def compare_folders(first: str | os.PathLike[str], second: str | os.PathLike[str
     """Compare two adapters on disk.
 
     Args:
-        first: A folder.
-        second: Another.
+        first: Directory of an adapter.
+        second: Directory of another.
 
     Raises:
-        AdapterFileError: A folder is no adapter, or is damaged.
+        AdapterFileError: A directory is not an adapter, or is damaged.
         AdapterError: At some site they change weights of different shapes.
     """
     return compare_weights(weights_of_folder(first, ["nonfinite"]), weights_of_folder(second, ["nonfinite"]))
 
 
 def compare_weights(first: AdapterWeights, second: AdapterWeights) -> Comparison:
-    """Compare two adapters wherever they come from.
+    """Compare two adapters, from a model or from files.
 
     Args:
         first: An adapter.
         second: Another.
 
     Raises:
-        AdapterError: At some site they change weights of different shapes, or files do not say which bare parameters
+        AdapterError: At some site they change weights of different shapes, or files do not tell which bare parameters
             are the same.
     """
     with torch.no_grad():
         both = aligned([first, second])
-        pairs = {p: (_scaled(one), _scaled(other)) for p, (one, other) in both.items() if one and other}
-        for path, (one, other) in pairs.items():
-            if (one.A.shape[::2], one.B.shape[:2]) != (other.A.shape[::2], other.B.shape[:2]):
-                raise AdapterError(
-                    f"{first.label} and {second.label} do not change the same weights: at {path} the one is "
-                    f"{_size(one)}, the other {_size(other)}."
-                )
+        pairs = {p: (a.scaled_product(), b.scaled_product()) for p, (a, b) in both.items() if a and b}
         sites = tuple(_site(path, *pair) for path, pair in pairs.items())
         norms = (_norm(first), _norm(second))
         dot = sum(inner(one, other) for one, other in pairs.values())
-    found = first.compare_base(second)
+    variants = [variant for adapter in (first, second) for variant in variants_of(adapter.config)]
     return Comparison(
         names=(first.label, second.label),
         sites=sites,
@@ -130,23 +122,14 @@ def compare_weights(first: AdapterWeights, second: AdapterWeights) -> Comparison
         only_second=tuple(path for path, (one, other) in both.items() if other and not one),
         norms=norms,
         cosine=_ratio(dot, norms[0] * norms[1]),
-        base=UNVERIFIABLE if found is None else found.verdict,
-        in_part=tuple(dict.fromkeys(v.title for v in _variants(first, second) if not v.is_low_rank)),
+        base=first.compare_base(second).verdict,
+        in_part=tuple(dict.fromkeys(v.title for v in variants if not v.is_low_rank)),
     )
 
 
-def _variants(*adapters: AdapterWeights) -> list[Variant]:
-    return [variant for adapter in adapters for variant in variants_of(adapter.config)]
-
-
-def _scaled(factor: SiteFactors) -> Product:
-    product = factor.product()
-    return Product(product.A, product.B * factor.scale)
-
-
 def _norm(adapter: AdapterWeights) -> float:
-    scaled = (_scaled(factor) for factor in adapter.factors.values())
-    return math.sqrt(max(0.0, sum(inner(product, product) for product in scaled)))
+    products = (factor.scaled_product() for factor in adapter.factors.values())
+    return math.sqrt(max(0.0, sum(inner(product, product) for product in products)))
 
 
 def _site(path: str, one: Product, other: Product) -> SiteComparison:
@@ -169,15 +152,10 @@ def _site(path: str, one: Product, other: Product) -> SiteComparison:
 def _between(
     spectra: tuple[Spectrum, Spectrum], ranks: tuple[tuple[int, ...], tuple[int, ...]], *, output: bool
 ) -> Tensor:
-    """Cosines between the spaces of each group, which has a true rank of its own: (all of them,)."""
+    """Return all cosines between the spaces of each group, up to the group's true rank, as one vector."""
     one, other = (found.U if output else found.Vh.mT for found in spectra)
     parts = zip(one, other, *ranks, strict=True)
     return torch.cat([cosines(a[None, :, :k], b[None, :, :m]).flatten() for a, b, k, m in parts])
-
-
-def _size(product: Product) -> str:
-    one = f"{product.B.shape[1]} × {product.A.shape[2]}"
-    return f"{product.A.shape[0]} of {one}" if product.A.shape[0] > 1 else one
 
 
 def _degrees(found: Tensor) -> tuple[float, ...]:

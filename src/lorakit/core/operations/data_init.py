@@ -1,7 +1,7 @@
-"""Look at data for the inits that need it: EVA and CorDA at what sites receive, LoRA-GA at gradients.
+"""Collect what data-dependent inits need: inputs of sites for EVA and CorDA, gradients for LoRA-GA.
 
-Sites are looked at a few at a time, and what was collected of each is reduced at once to the small tensors that its
-init needs, so memory is bounded whatever the model's size; the batches are gone through once for each such group.
+Sites are processed in groups, and what was collected for each is reduced immediately to the small tensors that its init
+needs, so memory is bounded whatever the model's size. The batches are run once for each group.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from lorakit.core.inits import Init, InitContext, init_for, init_named
 from lorakit.core.kinds import kind_named
 from lorakit.core.model.activation import disable
 from lorakit.core.model.fingerprint import fingerprint
-from lorakit.core.model.index import AdapterIndex, TargetWeight, find_state
+from lorakit.core.model.index import AdapterIndex, find_state
 from lorakit.core.model.target_weights import bare_parameters
 from lorakit.core.operations.rank_allocation import by_explained_variance, in_groups, with_ranks
+from lorakit.core.operations.tensor_sources import PLAIN_TARGETS
 from lorakit.core.statistics.collecting import Forward, TakeRows, collect_gradients, collect_inputs
-from lorakit.core.statistics.moments import Statistics
+from lorakit.core.statistics.moments import GradientStatistics, InputStatistics, Statistics
 from lorakit.errors import ConfigError, DataError
 from lorakit.targets import Match, match_path, resolve
 
@@ -71,13 +72,15 @@ class DataSites:
         init = init_named(config.init_lora_weights)
         if init.digest is None:
             raise ConfigError(
-                f"init_lora_weights is {config.init_lora_weights!r}, which looks at no data. Attach it as it is.",
+                f"init_lora_weights is {config.init_lora_weights!r}, which uses no data; attach without statistics.",
                 what=config.init_lora_weights,
                 field="init_lora_weights",
             )
         if config.layer_replication:
             raise ConfigError(
-                "layer_replication stacks layers that are not there while data is collected. Use another init."
+                "layer_replication stacks layers that do not exist while data is collected. Use another init.",
+                what=config.layer_replication,
+                field="layer_replication",
             )
         config, index = with_targets(config, model), AdapterIndex.of(model)
         bare = bare_parameters(index) if config.target_parameters else None
@@ -94,11 +97,11 @@ class DataSites:
         forward: Forward,
         keep: Callable[[Any], Tensor | TakeRows | None] | None = None,
     ) -> dict[str, dict[str, Tensor]]:
-        """Collect what the init needs, a few sites at a time; adapters on the model do not act meanwhile.
+        """Collect what the init needs, a group of sites at a time; adapters on the model are inactive meanwhile.
 
         Args:
-            model: The base; it is left as it was.
-            batches: What `forward` takes; a list if all sites together need too much memory.
+            model: The base; it is not changed.
+            batches: Arguments of `forward`; a list if all sites together need too much memory.
             forward: Runs the model on a batch; for "lora_ga" it returns the loss, a scalar.
             keep: As in `collect_inputs`; not for "lora_ga".
 
@@ -109,44 +112,62 @@ class DataSites:
             ConfigError: The base cannot be changed by this init, or a rank is too large.
             DataError: There is no batch, a mask does not fit, or no data reached a site.
         """
-        blanks = self._blanks()
+        contexts = self._contexts()
         sites: dict[str, dict[str, Tensor]] = {}
-        groups = in_groups(list(blanks), lambda path: _size_bytes(self.init, blanks[path]))
+        groups = in_groups(list(contexts), lambda path: self._size_bytes(contexts[path]))
         if len(groups) > 1 and isinstance(batches, Iterator):
             raise DataError(
-                f"The batches are gone through {len(groups)} times to bound memory. Give a list, no iterator."
+                f"The batches are run {len(groups)} times to bound memory; pass a list instead of an iterator."
             )
+        collected: dict[str, InputStatistics] | dict[str, GradientStatistics]
         with contextlib.nullcontext() if find_state(model) is None else disable(model):
             for group in groups:
-                sites |= _looked_at(model, self.init, {path: blanks[path] for path in group}, batches, forward, keep)
+                if self.init.needs == "gradients":
+                    collected = collect_gradients(model, group, batches, forward)
+                else:
+                    even = self.init.name == "corda"
+                    collected = collect_inputs(model, group, batches, forward, keep=keep, even=even)
+                sites |= {path: self._digest(contexts[path], collected.pop(path)) for path in group}
         return sites
 
-    @torch.no_grad()
-    def reduce(self, model: nn.Module, collected: Mapping[str, Any]) -> Statistics:
+    def reduce(self, model: nn.Module, collected: Mapping[str, InputStatistics | GradientStatistics]) -> Statistics:
         """Reduce what was collected elsewhere to statistics for `attach`.
 
         Args:
             model: The base; only read.
-            collected: Path -> `InputStatistics` or `GradientStatistics`; sites that are not in it are left out.
+            collected: Path -> statistics; sites that are missing are left out.
 
         Raises:
             ConfigError: The base cannot be changed by this init, or a rank is too large.
+            DataError: No data reached a site.
         """
-        found = {
-            path: self.init.digest(blank, collected[path])  # type: ignore[misc]
-            for path, blank in self._blanks().items()
-            if path in collected
-        }
+        contexts = self._contexts().items()
+        found = {path: self._digest(context, collected[path]) for path, context in contexts if path in collected}
         return Statistics(self.config, found, base=fingerprint(model))
 
-    def _blanks(self) -> dict[str, InitContext]:
-        blanks: dict[str, InitContext] = {}
+    @torch.no_grad()
+    def _digest(self, context: InitContext, collected: InputStatistics | GradientStatistics) -> dict[str, Tensor]:
+        try:
+            return self.init.digest(context, collected)  # type: ignore[misc]
+        except DataError as cause:
+            raise DataError(f"{context.path}: {cause}", **{**cause.fields, "where": context.path}) from None
+
+    def _contexts(self) -> dict[str, InitContext]:
+        """Return path of a site -> the input of its init."""
+        contexts: dict[str, InitContext] = {}
         for match in self.matches:
-            place = _only_place(self.index.places(match.path, kind_named(match.kind)), self.config)
+            places = self.index.places(match.path, kind_named(match.kind))
+            for place in places:
+                init_for(self.config.init_lora_weights, place.kind, place.path)
             if self.init.changes_base:
-                check_can_move(self.index, place, self.init)
-            blanks[place.path] = init_context_for(self.index, self.config, match, place)
-        return blanks
+                check_can_move(self.index, places[0], self.init)
+            contexts[places[0].path] = init_context_for(self.index, self.config, match, places[0])
+        return contexts
+
+    def _size_bytes(self, context: InitContext) -> int:
+        """Return the memory of what is collected at a site until it is reduced."""
+        n = math.prod(context.A_shape[1:])
+        return 4 * n * (n if self.init.needs == "inputs" else context.spec.out_features)
 
 
 def collect_for(
@@ -158,26 +179,26 @@ def collect_for(
     keep: Callable[[Any], Tensor | None] | None = None,
     allow: Collection[str] = (),
 ) -> Statistics:
-    """What the init of a config needs of the data: `attach(model, found.config, statistics=found)` uses it.
+    """Collect the statistics that the init of a config needs, for `attach(model, found.config, statistics=found)`.
 
-    Adapters that sit on the model do not act meanwhile. For "eva" with rho above 1 the ranks of the config are
-    redistributed, and a site that gets none is left out.
+    Adapters on the model are inactive meanwhile. For "eva" with rho above 1, the ranks of the config are redistributed,
+    and a site that gets rank 0 is left out.
 
     Args:
-        model: The base; it is left as it was.
-        config: Where the adapter will sit, its ranks, its init; it is only read.
-        batches: What `forward` takes; a list, where more is looked at than fits into memory at once.
+        model: The base; it is not changed.
+        config: Targets, ranks and init of the adapter; only read.
+        batches: Arguments of `forward`; a list if the statistics of all sites do not fit into memory at once.
         forward: Runs the model on a batch; for "lora_ga" it returns the loss, a scalar.
         keep: From a batch to a mask (rows, length) of the positions that count; not for "lora_ga".
-        allow: "partial_targets" lets entries of the config name nothing.
+        allow: "partial_targets" allows entries of the config that match nothing.
 
     Returns:
         The statistics, with the config to attach.
 
     Raises:
-        ConfigError: The init needs no data, or has no meaning at a site.
-        TargetError: The config names nothing, or a site whose inputs are no rows of numbers.
-        DataError: There is no batch, a mask does not fit, or nothing of the data reached a site.
+        ConfigError: The init needs no data, or does not support a site.
+        TargetError: The config names nothing, or a site whose inputs are not rows of values.
+        DataError: There is no batch, a mask does not fit, or no data reached a site.
     """
     found = DataSites.of(model, config, allow)
     config, sites = found.config, found.collect(model, batches, forward, keep)
@@ -191,33 +212,15 @@ def collect_for(
     return Statistics(config, sites, base=fingerprint(model))
 
 
-def reduced(
-    model: nn.Module, config: LoraConfig, collected: Mapping[str, Any], allow: Collection[str] = ()
-) -> Statistics:
-    """Statistics for `attach` from what was collected elsewhere.
-
-    Args:
-        model: The base; it is left as it was.
-        config: As in `collect_for`; its ranks stay.
-        collected: Path -> `InputStatistics` or `GradientStatistics`; sites that are not in it are left out.
-        allow: As in `collect_for`.
-
-    Raises:
-        ConfigError: The init needs no data, or has no meaning at a site.
-        TargetError: The config names nothing.
-    """
-    return DataSites.of(model, config, allow).reduce(model, collected)
-
-
 def ranks_by_variance(
     settings: EvaConfig, ranks: Mapping[str, int], ratios: Mapping[str, Sequence[float]]
 ) -> dict[str, int]:
-    """EVA's ranks: the pooled shares of variance, strongest first, until the ranks of the config are spent.
+    """Return EVA's ranks: one for each of the largest fractions of variance, up to the sum of the config's ranks.
 
     Args:
-        settings: With rho at 1 the ranks stay.
+        settings: If rho is 1, the ranks stay the same.
         ranks: Path -> rank in the config.
-        ratios: Path -> share of the variance of each direction, strongest first, as many as its rank may be.
+        ratios: Path -> fraction of the variance of each direction, largest first, up to the largest possible rank.
 
     Returns:
         Path -> rank, which may be 0.
@@ -231,63 +234,18 @@ def ranks_by_variance(
 
 
 def redistributed(config: LoraConfig, matches: Sequence[Match], ranks: Mapping[str, int]) -> LoraConfig:
-    """A config with other ranks, in which sites that get none are not named.   [docs/math.md (64)]
+    """Return a config with other ranks, in which sites with rank 0 are not targeted.   [docs/math.md (64)]
 
     Args:
-        config: As it was given; its `eva_config` says whether scales stay as they were.
+        config: The original config; its `eva_config` determines whether the scales stay the same.
         matches: The sites with their ranks.
         ranks: Path -> new rank.
-
-    Returns:
-        The config.
     """
     left = [match for match in matches if ranks[match.path]]
     found = with_ranks(config, left, ranks)
     if not (config.eva_config or EvaConfig()).adjust_scaling_factors:
         found = dataclasses.replace(found, alpha_pattern=dict(config.alpha_pattern))
     if len(left) < len(matches):
-        found = dataclasses.replace(
-            found,
-            target_modules={match.path for match in left},
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
-        )
-    return found
-
-
-def _only_place(places: Sequence[TargetWeight], config: LoraConfig) -> TargetWeight:
-    for place in places:
-        init_for(config.init_lora_weights, place.kind, place.path)
-    return places[0]
-
-
-def _size_bytes(init: Init, blank: InitContext) -> int:
-    """Memory of what is collected at a site until it is reduced."""
-    n = math.prod(blank.A_shape[1:])
-    return 4 * n * (n if init.needs == "inputs" else blank.spec.out_features)
-
-
-def _looked_at(
-    model: nn.Module,
-    init: Init,
-    blanks: dict[str, InitContext],
-    batches: Iterable[Any],
-    forward: Forward,
-    keep: Callable[[Any], Tensor | TakeRows | None] | None,
-) -> dict[str, dict[str, Tensor]]:
-    paths = list(blanks)
-    collected: Any
-    if init.needs == "gradients":
-        collected = collect_gradients(model, paths, batches, forward)
-    else:
-        collected = collect_inputs(model, paths, batches, forward, keep=keep, even=init.name == "corda")
-    found = {}
-    with torch.no_grad():
-        for path in paths:
-            if init.digest is not None:
-                try:
-                    found[path] = init.digest(blanks[path], collected.pop(path))
-                except DataError as cause:
-                    raise DataError(f"{path}: {cause}", **{**cause.fields, "where": path}) from None
+        targets = {match.path for match in left}
+        found = dataclasses.replace(found, target_modules=targets, **PLAIN_TARGETS)
     return found

@@ -1,7 +1,7 @@
-"""Find and weaken intruder dimensions: strong directions of W + ΔW that no direction of the base resembles.
+"""Find and weaken intruder dimensions: strong directions of W + ΔW that resemble no direction of the base.
 
-Fine-tuning with LoRA puts singular vectors into the adapted weight that are nearly orthogonal to all of the base's own;
-they go with forgetting. Weakening them gives some of what was forgotten back, at some cost in the task.
+Fine-tuning with LoRA adds singular vectors to the adapted weight that are nearly orthogonal to all of the base's; they
+are associated with forgetting. Weakening them restores part of what was forgotten, at some cost in the task.
 
 Source: Shuttleworth et al. 2024, arXiv:2410.21228.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.linalg import Product, Reading, padded, spectrum, stacked
-from lorakit.core.operations.compatibility import check_plain_parts
+from lorakit.core.operations.compatibility import check_no_base_biases
 from lorakit.core.operations.tensor_sources import SiteFactors, weights_of_model
 from lorakit.core.operations.writing import put, reader_of
 from lorakit.core.variants import variants_of
@@ -24,14 +24,14 @@ from lorakit.errors import AdapterError, ConfigError
 
 @dataclass(frozen=True)
 class SiteIntruders:
-    """One site, or one of several experts in a parameter.
+    """Intruder dimensions of one site, or of one of several experts in a parameter.
 
     Attributes:
-        path: Where.
-        indices: Which singular vectors of W + ΔW are intruders, counted from 0, strongest first.
-        cosines: For each, the largest cosine with a singular vector of W, in absolute value.
-        energy_lost: Share of the weakened update's energy that does not fit into the adapter's rank.
-        expert: Which of several experts that lie in one parameter, each a weight of its own; else None.
+        path: Path of the site.
+        indices: Indices of the singular vectors of W + ΔW that are intruders, strongest first.
+        cosines: For each, the largest absolute cosine with a singular vector of W.
+        energy_lost: Fraction of the weakened update's energy that does not fit into the adapter's rank.
+        expert: Index of the expert, or None if the parameter has only one weight.
     """
 
     path: str
@@ -50,28 +50,28 @@ def reduce_intruders(
     threshold: float = 0.5,
     keep: float = 0.75,
 ) -> tuple[SiteIntruders, ...]:
-    """Put a version of an adapter with weaker intruder dimensions on its model; it is frozen, and not active.
+    """Add a version of an adapter with weaker intruder dimensions to its model; it is frozen, and not active.
 
     Args:
         model: The adapted model.
-        adapter: The adapter, which stays.
-        name: The new adapter's name; its ranks and scales are the old one's.
-        top: So many of the strongest directions are looked at.
+        adapter: The adapter, which is kept.
+        name: The new adapter's name; it has the same ranks and scales.
+        top: Number of the strongest directions that are checked.
         threshold: An intruder's cosine with every direction of the base is below this.
-        keep: The share of each intruder that stays; 1 changes nothing, 0 takes it out.
+        keep: Fraction of each intruder that is kept; 1 changes nothing, 0 removes it.
 
     Returns:
-        What was found at each site, of experts at each expert.
+        The intruders of each site, or of each expert.
 
     Raises:
-        AdapterError: There is no such adapter, its update is no low-rank product, or the new name is taken.
+        AdapterError: There is no such adapter, its update is not a low-rank product, or the new name is taken.
         ConfigError: `top` is below 1, or the adapter trains biases of the base.
     """
     if top < 1:
-        raise ConfigError(f"top is {top!r}; it must be a whole number of at least 1.", what=top, field="top")
-    loose = weights_of_model(model, adapter)
-    check_plain_parts(loose)
-    variant = next((variant for variant in variants_of(loose.config) if not variant.is_low_rank), None)
+        raise ConfigError.of("top", top, "a whole number of at least 1")
+    weights = weights_of_model(model, adapter)
+    check_no_base_biases(weights)
+    variant = next((variant for variant in variants_of(weights.config) if not variant.is_low_rank), None)
     if variant is not None:
         raise AdapterError(
             f"{adapter} is {variant.title}; intruder dimensions are defined for plain LoRA.",
@@ -82,20 +82,20 @@ def reduce_intruders(
     found: dict[str, SiteFactors] = {}
     sites = []
     with torch.no_grad():
-        for path, factor in loose.factors.items():
+        for path, factor in weights.factors.items():
             base = read(factor.names[0] if factor.names else path)
             found[path], here = _weakened(path, factor, base, (top, threshold, keep))
             sites += here
-    put(model, dataclasses.replace(loose, factors=found), name)
+    put(model, dataclasses.replace(weights, factors=found), name)
     return tuple(sites)
 
 
 def _weakened(
     path: str, factor: SiteFactors, base: Reading, how: tuple[int, float, float]
 ) -> tuple[SiteFactors, list[SiteIntruders]]:
-    """The factor with weaker intruders, matrix by matrix; it stays as it is where there are none."""
+    """Return the factor with weaker intruders, matrix by matrix; unchanged if it has none."""
     if factor.shared > 1:
-        raise AdapterError(f"{path} is a grouped convolution, whose intruder dimensions are not defined.")
+        raise AdapterError(f"{path} is a grouped convolution; its intruder dimensions are not defined.", where=path)
     product, wide = factor.product(), torch.promote_types(factor.A.dtype, torch.float32)
     parts, sites = [], []
     for expert in range(factor.experts):
@@ -112,9 +112,9 @@ def _weakened(
 def _of_matrix(
     path: str, product: Product, scale: float, W: Tensor, how: tuple[int, float, float]
 ) -> tuple[Product, SiteIntruders]:
-    """ΔW + (keep − 1)·Σ u·σ·vᵀ over the intruders, cut to the adapter's rank.   [docs/math.md (58)]
+    """Return ΔW + (keep − 1)·Σ u·σ·vᵀ over the intruders, cut to the adapter's rank.   [docs/math.md (58)]
 
-    The directions are those of the outputs, whatever way the base stores the weight.
+    The directions are those of the output, in whatever format the base stores the weight.
     """
     top, threshold, keep = how
     delta = Product(product.A, product.B * scale)
@@ -131,5 +131,4 @@ def _of_matrix(
     weaker = Product(spread.Vh[:, :rank] * root[:, None], spread.U[:, :, :rank] * (root / scale))
     energy = spread.S.square()
     lost = float(energy[:, rank:].sum() / energy.sum())
-    told = (tuple(chosen.tolist()), tuple(nearest[chosen].tolist()))
-    return padded(weaker, rank), SiteIntruders(path, *told, lost)
+    return padded(weaker, rank), SiteIntruders(path, tuple(chosen.tolist()), tuple(nearest[chosen].tolist()), lost)

@@ -1,8 +1,7 @@
-"""Which rank for which site: a pattern for the same number of trained parameters, from gradients or from inputs.
+"""Allocate ranks to sites within a fixed number of trained parameters, by gradients or by inputs.
 
-Two published criteria over what `collecting` collects, and the pattern that says the result in a config, with alphas
-that keep every site's scale. Both look at the base before training: neither knows what training will do, nor what data
-beyond the given batches look like.
+Two published criteria over what `collecting` collects, and the patterns that store the result in a config, with alphas
+that keep every site's scale. Both criteria use the base before training and the given batches only.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from lorakit.targets import Match, key_fits, resolve
 Criterion = Literal["gradients", "inputs"]
 
 LEAST, MOST = 0.5, 4.0
-"""Bounds of a site's rank over its rank in the config, as GoRA sets them (4 and 32 beside a reference of 8)."""
+"""Bounds of a site's rank relative to its rank in the config, those of GoRA (4 and 32 for a reference of 8)."""
 
 MAX_BYTES = 2 << 30
-"""Statistics kept at once; sites are taken in so many passes over the batches as that needs."""
+"""Memory of statistics at a time; it determines the number of passes over the batches."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,10 @@ class Allocation:
 
     Attributes:
         ranks: Path -> rank.
-        config: The config with `rank_pattern` and `alpha_pattern` that say so.
-        parameters: Numbers in all A and B with these ranks.
-        budget: Numbers in all A and B with the ranks of the config given.
-        evidence: Path -> what the criterion saw: the sensitivity of the weight, or the share of the input's variance
+        config: The config with these ranks in `rank_pattern` and `alpha_pattern`.
+        parameters: Number of elements in all A and B with these ranks.
+        budget: Number of elements in all A and B with the ranks of the original config.
+        evidence: Path -> value of the criterion: the sensitivity of the weight, or the fraction of the input's variance
             that the site's rank explains. Sites that it cannot judge keep their rank and have none.
     """
 
@@ -64,43 +63,42 @@ def allocate(
     keep: Callable[[Any], Tensor | None] | None = None,
     allow: Collection[str] = (),
 ) -> Allocation:
-    """Propose ranks for the sites that a config names; the adapter trains at most as many numbers as it would have.
+    """Propose ranks for the sites of a config; the adapter has at most as many parameters as with the config's ranks.
 
     Args:
-        model: The base; it is left as it was.
-        config: Where the adapter sits and which rank each site would have; it is only read.
-        batches: What `forward` takes, gone through once for each `MAX_BYTES` of statistics.
-        forward: Runs the model on a batch and returns the loss, a scalar (not looked at for "inputs").
+        model: The base; it is not changed.
+        config: Targets and original ranks; only read.
+        batches: Arguments of `forward`, run once for each `MAX_BYTES` of statistics.
+        forward: Runs the model on a batch and returns the loss, a scalar (not used for "inputs").
         by: "gradients": `by_sensitivity`, for dense sites and embeddings; "inputs": `by_explained_variance`, for dense
             sites; other sites keep their rank.
         keep: As in `collect_inputs`; only for "inputs".
-        allow: "partial_targets" lets entries of the config name nothing.
+        allow: "partial_targets" allows entries of the config that match nothing.
 
     Returns:
-        The ranks and the config that says them.
+        The ranks, and the config with them.
 
     Raises:
         TargetError: The config names nothing.
-        ConfigError: The config cannot be used, or `by` is neither.
+        ConfigError: The config cannot be used, or `by` has another value.
         DataError: There is no batch, or no gradient reached any site.
     """
-    if by not in ("gradients", "inputs"):
-        raise ConfigError(f"by is {by!r}; ranks can be allocated by 'gradients' or by 'inputs'.", what=by, field="by")
+    if by not in RANKED:
+        raise ConfigError.of("by", by, allowed=RANKED)
     config, site_map = with_targets(config, model), AdapterIndex.of(model)
     matches = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow).matches
     modules = {match.path: site_map.base(match.path) for match in matches}
     sizes = {c.path: (c.out_features, c.in_features) for c in site_map.candidates if c.path in modules}
     chosen = [match for match in matches if fits(RANKED[by], site_map.kind(match.kind))]
     before = {match.path: match.rank for match in chosen}
-    costs = {path: sum(sizes[path]) for path in before}
-    ranks: dict[str, int] = {}
+    costs = {path: sum(size) for path, size in sizes.items()}
     evidence: dict[str, float] = {}
     if by == "gradients" and chosen:
         for group in in_groups(list(before), lambda path: 4 * math.prod(sizes[path])):
             for path, statistics in collect_gradients(model, group, batches, forward).items():
                 evidence[path] = sensitivity(modules[path], statistics.mean()) if statistics.calls else 0.0
         ranks = by_sensitivity(evidence, costs, before, {path: min(sizes[path]) for path in before})
-    elif chosen:
+    else:  # also if there are no sites to judge, which gives no ranks
         ratios: dict[str, list[float]] = {}
         for group in in_groups(list(before), lambda path: 4 * sizes[path][1] ** 2):
             for path, inputs in collect_inputs(model, group, batches, forward, keep=keep).items():
@@ -109,34 +107,29 @@ def allocate(
         ranks = by_explained_variance(ratios, costs, sum(before[path] * costs[path] for path in before))
         evidence = {path: sum(values[: ranks[path]]) for path, values in ratios.items()}
     spread = {match.path: ranks.get(match.path, match.rank) for match in matches}
-    total = {match.path: sum(sizes[match.path]) for match in matches}
     return Allocation(
         spread,
         with_ranks(config, matches, spread),
-        sum(rank * total[path] for path, rank in spread.items()),
-        sum(match.rank * total[match.path] for match in matches),
+        sum(rank * costs[path] for path, rank in spread.items()),
+        sum(match.rank * costs[match.path] for match in matches),
         evidence,
     )
-
-
-def _is_dense(kind: Kind) -> bool:
-    return kind.is_dense
 
 
 def _is_dense_or_table(kind: Kind) -> bool:
     return kind.is_dense or (kind.acts_on == "input" and not kind.drops)
 
 
-RANKED: Mapping[str, Fits] = {"inputs": _is_dense, "gradients": _is_dense_or_table}
-"""What ranks are allocated by -> the kinds that get some."""
+RANKED: Mapping[str, Fits] = {"inputs": lambda kind: kind.is_dense, "gradients": _is_dense_or_table}
+"""Criterion -> the kinds whose ranks it allocates."""
 
 
 def sensitivity(module: nn.Module, gradient: Tensor) -> float:
-    """I = mean |W ∘ G|: how much the loss moves, to first order, if a number of W is taken away.   [docs/math.md (19)]
+    """Return I = mean |W ∘ G|: the first-order change of the loss if an element of W is zeroed.   [docs/math.md (19)]
 
     Args:
         module: A dense layer or an embedding of the base.
-        gradient: Of the loss by its canonical weight, (out, in).
+        gradient: Gradient of the loss with respect to its canonical weight, (out, in).
 
     Source:
         He et al. 2025, arXiv:2502.12171 (GoRA), section 3.
@@ -148,16 +141,16 @@ def sensitivity(module: nn.Module, gradient: Tensor) -> float:
 def by_sensitivity(
     sensitivities: Mapping[str, float], costs: Mapping[str, int], ranks: Mapping[str, int], limits: Mapping[str, int]
 ) -> dict[str, int]:
-    """Ranks in proportion to I/√(in + out), I the sensitivity, clipped, within the parameters of the given ranks.
+    """Return ranks in proportion to I/√(in + out), I the sensitivity, clipped, within the parameters of given ranks.
 
-    GoRA's rule, in which the budget is kept: its common factor is the largest with which the clipped ranks cost no more
-    than the given ones. It looks at the size of W ∘ G alone, not at how many directions G has.
+    This is GoRA's rule with a strict budget: the common factor is the largest with which the clipped ranks have no more
+    parameters than the given ones. Only the magnitude of W ∘ G counts, not the number of its directions.
 
     Args:
         sensitivities: Path -> I.
-        costs: Path -> in + out: numbers that one more rank trains.
-        ranks: Path -> rank in the config; bounds are `LEAST` and `MOST` times it.
-        limits: Path -> the smaller side of the weight, which no rank exceeds by this.
+        costs: Path -> in + out: parameters per rank.
+        ranks: Path -> rank in the config; the bounds are `LEAST` and `MOST` times it.
+        limits: Path -> the smaller side of the weight, an upper bound of the rank.
 
     Returns:
         Path -> rank.
@@ -166,11 +159,13 @@ def by_sensitivity(
         DataError: Every sensitivity is zero.
 
     Source:
-        He et al. 2025, arXiv:2502.12171 (GoRA), section 3: ranks from normalised sensitivities, √(in + out) as cost.
+        He et al. 2025, arXiv:2502.12171 (GoRA), section 3: ranks from normalized sensitivities, √(in + out) as cost.
     """
     largest = max(sensitivities.values(), default=0.0)
     if not largest > 0:
-        raise DataError("No gradient reached any of the sites, so there is nothing to allocate ranks by.")
+        raise DataError(
+            "No gradient reached any site, so ranks cannot be allocated; check that the loss depends on them."
+        )
     weights = {path: value / largest / math.sqrt(costs[path]) for path, value in sensitivities.items()}
     least = {path: max(1, math.ceil(LEAST * ranks[path])) for path in weights}
     most = {path: max(least[path], min(math.floor(MOST * ranks[path]), limits[path])) for path in weights}
@@ -179,7 +174,7 @@ def by_sensitivity(
     def at(factor: float) -> dict[str, int]:
         return {path: min(max(int(factor * weights[path]), least[path]), most[path]) for path in weights}
 
-    low, high = 0.0, 1e9 * max(most.values())  # a sensitivity below a billionth of the largest counts for nothing
+    low, high = 0.0, 1e9 * max(most.values())  # sensitivities below a billionth of the largest are ignored
     for _ in range(100):
         middle = (low + high) / 2
         if sum(rank * costs[path] for path, rank in at(middle).items()) <= budget:
@@ -192,16 +187,16 @@ def by_sensitivity(
 def by_explained_variance(
     ratios: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int, least: int = 1
 ) -> dict[str, int]:
-    """Ranks by the explained variance of the inputs: the strongest directions of all sites, until the budget is spent.
+    """Return ranks by the explained variance of the inputs: the strongest directions of all sites, within a budget.
 
-    All sites' shares are pooled and sorted; a site gets as many ranks as it has shares among those taken. With costs of
-    1 and `least` of 0 this is EVA's redistribution. It knows how the inputs lie, not what the loss wants of them.
+    The fractions of all sites are pooled and sorted; each fraction that is taken adds one rank to its site. With costs
+    of 1 and `least` of 0 this is EVA's redistribution. The criterion does not depend on the loss.
 
     Args:
-        ratios: Path -> share of the variance of each principal direction, strongest first; as many as its rank may be.
-        costs: Path -> what one more rank costs: in + out in trained numbers, or 1.
-        budget: What all ranks may cost together.
-        least: Ranks that each site has in any case; they are paid for first.
+        ratios: Path -> fraction of the variance of each principal direction, largest first, up to the largest rank.
+        costs: Path -> cost of one more rank: in + out parameters, or 1.
+        budget: Maximum total cost.
+        least: Minimum rank of each site, which is paid for first.
 
     Returns:
         Path -> rank.
@@ -212,7 +207,7 @@ def by_explained_variance(
     ranks = dict.fromkeys(ratios, least)
     left = budget - sum(least * costs[path] for path in ratios)
     pooled = [(ratio, path) for path, values in ratios.items() for ratio in values[least:]]
-    for _, path in sorted(pooled, key=lambda pair: -pair[0]):  # stable: the model's order decides between equals
+    for _, path in sorted(pooled, key=lambda pair: -pair[0]):  # stable: the model's order breaks ties
         if costs[path] <= left:
             ranks[path] += 1
             left -= costs[path]
@@ -220,7 +215,7 @@ def by_explained_variance(
 
 
 def with_ranks(config: LoraConfig, matches: Sequence[Match], ranks: Mapping[str, int]) -> LoraConfig:
-    """A copy of a config whose patterns give each site its rank, and the alpha that keeps its scale.
+    """Return a copy of a config whose patterns give each site its rank, and the alpha that keeps its scale.
 
     Args:
         config: The config that named the sites.
@@ -228,7 +223,7 @@ def with_ranks(config: LoraConfig, matches: Sequence[Match], ranks: Mapping[str,
         ranks: Path -> new rank, at least 1.
 
     Returns:
-        The copy; keys of its patterns are whole paths.
+        The copy; the keys of its patterns are full paths.
     """
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
@@ -245,18 +240,18 @@ def with_ranks(config: LoraConfig, matches: Sequence[Match], ranks: Mapping[str,
 
 
 def _exact(path: str, paths: Sequence[str]) -> str:
-    """A pattern that fits this path and none of the others, as plain as it can be."""
+    """Return a pattern that matches this path and none of the others, without special characters if possible."""
     if re.escape(path).replace("\\.", ".") == path and [p for p in paths if key_fits(path, p)] == [path]:
         return path
     return "^" + re.escape(path)
 
 
 def in_groups(paths: Sequence[str], size_bytes: Callable[[str], int]) -> list[list[str]]:
-    """The paths in groups whose statistics fit into `MAX_BYTES`, at least one in each.
+    """Divide paths into groups whose statistics fit into `MAX_BYTES`, with at least one path in each.
 
     Args:
-        paths: Of sites.
-        size_bytes: What the statistics of one take.
+        paths: Paths of sites.
+        size_bytes: Path -> memory of its statistics.
     """
     groups: list[list[str]] = []
     room = 0

@@ -1,11 +1,7 @@
-"""Where the tensors of a model are read from, one at a time: a model in memory, or safetensors files in a folder.
+"""Adapters and base weights apart from a model: read from a model in memory, or from safetensors files.
 
-Knows names and tensors, nothing of adapters.
-
-An adapter off any model: factors by site with their scales, and all else it trains under its names on disk.
-
-What operations on adapters take and give, whether it comes from a model or from a folder. It knows nothing of what
-the operations do.
+`TensorSource` reads a base's tensors one at a time. `AdapterWeights` is the input and output of all operations on
+adapters: factors by site with their scales, and everything else that the adapter trains, under its names on disk.
 """
 
 from __future__ import annotations
@@ -25,38 +21,27 @@ from lorakit.core.attachment.residual_base import check_plain, on_the_original, 
 from lorakit.core.attachment.saving import saved_form
 from lorakit.core.files.adapter_folder import AdapterFiles, alpha_at, parameters_meant, rank_and_alpha, read_adapter
 from lorakit.core.files.inspecting import Finding, implausible, judge_files
-from lorakit.core.files.tensor_names import PREFIX, parse
+from lorakit.core.files.tensor_names import PREFIX, by_site, parse
+from lorakit.core.kinds import WeightSpec
 from lorakit.core.linalg import Product, factors_of, product_of
 from lorakit.core.model.base_view import base_tensors
-from lorakit.core.model.checks import check_known
-from lorakit.core.model.fingerprint import BaseVerdict, Fingerprint, compare
-from lorakit.core.model.index import INSIDE, AdapterIndex, defined_parameters, layers, state_of
+from lorakit.core.model.fingerprint import UNVERIFIABLE, BaseVerdict, Fingerprint, compare
+from lorakit.core.model.index import INSIDE, AdapterIndex, defined_parameters
 from lorakit.core.model.target_weights import bare_parameters, paths_on_disk
-from lorakit.core.variants import (
-    NO_SETTING,
-    NO_TENSORS,
-    PLAIN,
-    Addend,
-    Factor,
-    Setting,
-    Variant,
-    variant_at,
-    variants_of,
-    without,
-)
+from lorakit.core.variants import NO_SETTING, NO_TENSORS, PLAIN, Factor, Variant, variant_at, variants_of, without
 from lorakit.errors import AdapterFileError, ModelError, warn_caller
 from lorakit.targets import match_path, resolve
 
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Tensors by name, each read when it is asked for.
+    """Tensors by name, each read on demand.
 
     Attributes:
-        label: What messages call it.
+        label: Name in messages.
         shapes: Name -> shape.
         read: Name -> tensor (…).
-        read_one: Name and number -> the tensor (…) at that place of the first axis, such as one expert of many.
+        read_one: Name and index -> the tensor (…) at that index of the first axis, such as one of several experts.
     """
 
     label: str
@@ -65,21 +50,21 @@ class TensorSource:
     read_one: Callable[[str, int], Tensor]
 
     def under(self, names: Sequence[str]) -> str | None:
-        """The first of a tensor's names that this source has, or None.
+        """Return the first of a tensor's names that this source has, or None.
 
         Args:
-            names: In the model; files often leave its first word out, as `transformer.`.
+            names: Names in the model; files often omit the first part, such as `transformer.`.
         """
         candidates = [*names, *(name.partition(".")[2] for name in names)]
         return next((candidate for candidate in candidates if candidate in self.shapes), None)
 
 
 def source_of_model(model: nn.Module, label: str = "the model") -> TensorSource:
-    """The parameters and buffers of a model's base; what is merged into it is left out.
+    """Return the parameters and buffers of a model's base, without anything merged.
 
     Args:
         model: With or without adapters; only read.
-        label: What messages call it.
+        label: Name in messages.
     """
     tensors = {name: tensor.detach() for name, tensor, _ in base_tensors(model)}
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
@@ -87,24 +72,21 @@ def source_of_model(model: nn.Module, label: str = "the model") -> TensorSource:
 
 
 def source_of_folder(folder: str | os.PathLike[str]) -> TensorSource:
-    """The tensors of a model directory's safetensors files; only one is in memory at a time.
+    """Return the tensors of a model directory's safetensors files; only one is in memory at a time.
 
-    Where there is a `model.safetensors`, it holds the model, and other files there are something else.
+    If there is a `model.safetensors`, it holds the whole model, and other files in the directory are not read.
 
     Args:
         folder: The directory, or one file.
 
     Raises:
-        ModelError: There is no such folder, it holds no safetensors, or a file is damaged.
+        ModelError: The directory does not exist or has no safetensors files, or a file is damaged.
     """
     folder = Path(folder)
     whole = folder if folder.is_file() else folder / "model.safetensors"
-    beside = sorted(path for path in folder.glob("*.safetensors") if path.is_file()) if folder.is_dir() else []
-    files = [whole] if whole.is_file() else beside
+    files = [whole] if whole.is_file() else sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if not files:
-        raise ModelError(
-            f"{folder}: there are no safetensors files here, so no weights can be read one by one.", where=folder
-        )
+        raise ModelError(f"{folder}: no safetensors files found; pass a directory or file that has them.", where=folder)
     homes: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
@@ -121,102 +103,87 @@ def source_of_folder(folder: str | os.PathLike[str]) -> TensorSource:
 
     def read_one(name: str, number: int) -> Tensor:
         with safe_open(homes[name], framework="pt") as file:
-            one: Tensor = file.get_slice(name)[number]
-            return one
+            return file.get_slice(name)[number]
 
     return TensorSource(str(folder), shapes, read, read_one)
 
 
 PLAIN_TARGETS: Mapping[str, Any] = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-"""What a config says where its targets are exactly what they name."""
+"""Fields that narrow down the targets of a config, with the values for which they do not."""
 
 
 @dataclass(frozen=True)
 class BareSite:
-    """Which bare parameter a factor sits on, as far as that is known.
+    """The bare parameter that a factor adapts, as far as known.
 
     Attributes:
-        names: Its path, or those of all that it may be where files do not say.
-        order: Its place in its module's order of definition, from which its path on disk follows.
-        experts: So many matrices share A and B, each with its own part of them.
+        names: Its path; several candidates if files do not tell which one it is.
+        order: Its position in its module's order of definition, which determines its path on disk.
+        experts: Number of matrices that share A and B, each with its own part of them.
     """
 
     names: tuple[str, ...]
     order: int = 0
     experts: int = 1
 
+    @classmethod
+    def of(cls, module: nn.Module, path: str, spec: WeightSpec) -> BareSite:
+        """Return the site of a known parameter.
 
-@dataclass(frozen=True)
-class SiteFactors:
-    """One adapter at one site.
+        Args:
+            module: The base's module that defines it.
+            path: Path of that module.
+            spec: The parameter's spec.
+        """
+        order = defined_parameters(module).index(spec.parameter)
+        return cls((f"{path}.{spec.parameter}",), order, max(1, spec.experts))
+
+
+@dataclass(eq=False, kw_only=True)
+class SiteFactors(Factor):
+    """One adapter at one site: A (r, in, …) and B (out, r, …), for experts A (experts·r, in) and B (out, r·experts).
 
     Attributes:
-        A: (r, in, …); of experts (experts·r, in).
-        B: (out, r, …); of experts (out, r·experts).
-        scale: What B·A is multiplied by.
-        endings: How the names of A and B end on disk.
-        others: What else it has there, by part: "bias" (out,), and the variant's own tensors (…) by
-            `OwnTensor.held_as`; each with its name's ending.
-        bare: The bare parameter it sits on, or None for a module.
-        variant: The entry of VARIANTS.
-        setting: What the config asks of the variant here.
+        endings: Endings of the names of A and B on disk.
+        bare: The bare parameter that it adapts, or None for a module.
     """
 
-    A: Tensor
-    B: Tensor
-    scale: float
     endings: tuple[str, str]
-    others: Mapping[str, tuple[str, Tensor]] = field(default_factory=dict)
     bare: BareSite | None = None
-    variant: Variant = PLAIN
-    setting: Setting = field(default_factory=lambda: NO_SETTING)
 
     @property
     def experts(self) -> int:
-        """So many matrices share A and B, each with its own part of them; 1 where it is one."""
+        """Number of matrices that share A and B, each with its own part of them."""
         return 1 if self.bare is None else self.bare.experts
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of a bare parameter its path, or those of all that it may be; of a module none."""
+        """Path of the bare parameter, or of all candidates; empty for a module."""
         return () if self.bare is None else self.bare.names
 
     @property
     def r(self) -> int:
-        """The rank; of experts, that of each."""
+        """The rank; for experts, the rank of each."""
         return int(self.A.shape[0]) // self.experts
 
     @property
     def shared(self) -> int:
-        """So many groups share the rank: those of a grouped convolution."""
+        """Number of groups that share the rank, in a grouped convolution."""
         return 1 if self.experts > 1 else max(1, int(self.A.shape[0]) // int(self.B.shape[1]))
 
-    def part(self, name: str) -> Tensor | None:
-        """A tensor of `others`, of any shape, or None."""
-        return self.others[name][1] if name in self.others else None
-
-    @property
-    def own(self) -> dict[str, Tensor]:
-        """The variant's own tensors (…) by `OwnTensor.held_as`."""
-        return {tensor.held_as: self.others[tensor.held_as][1] for tensor in self.variant.tensors}
-
-    def factor(self) -> Factor:
-        """Return the factor as a layer would hold it, with A (r, in) and B (out, r)."""
-        return Factor(
-            self.A, self.B, self.scale, nn.Identity(), self.variant, self.own, self.part("bias"), self.setting
-        )
-
     def product(self) -> Product:
-        """Return A and B as they are multiplied as matrices, (g, r, in) and (g, out, r), without the scale."""
-        return product_of(*self.factor().multiplied(), self.experts)
+        """Return A and B as matrices, (g, r, in) and (g, out, r), without the scale."""
+        return product_of(*self.multiplied(), self.experts)
 
-    def addend(self, weight: float) -> Addend:
-        """Return the factor as a part of a sum.
+    def scaled_product(self) -> Product:
+        """Return A and B as matrices, (g, r, in) and (g, out, r), with the scale in B."""
+        product = self.product()
+        return Product(product.A, product.B * self.scale)
 
-        Args:
-            weight: The number that its update is multiplied by.
-        """
-        return Addend(self.factor(), weight, self.product(), self.experts)
+    def size_text(self) -> str:
+        """Return the shape of the adapted weight, for messages."""
+        one = " × ".join(str(size) for size in (self.B.shape[0], *self.A.shape[1:]))
+        return f"{self.experts} experts of {one}" if self.experts > 1 else one
 
     def of_variant(self, variant: Variant, own: Mapping[str, Tensor]) -> SiteFactors:
         """Return the same A and B as a factor of another variant.
@@ -225,16 +192,7 @@ class SiteFactors:
             variant: The variant.
             own: Its own tensors (…) by `OwnTensor.held_as`.
         """
-        others = {name: other for name, other in self.others.items() if name not in self.own}
-        others |= {tensor.held_as: (tensor.keys[0], own[tensor.held_as]) for tensor in variant.tensors}
-        return dataclasses.replace(self, others=others, variant=variant, setting=NO_SETTING)
-
-    def in_usual_shapes(self) -> SiteFactors:
-        """Return the same factor as plain LoRA, where its variant is that but for how A and B are held."""
-        if not self.variant.is_lora_once_multiplied:
-            return self
-        A, B = self.factor().multiplied()
-        return dataclasses.replace(self.of_variant(PLAIN, NO_TENSORS), A=A, B=B)
+        return dataclasses.replace(self, variant=variant, own=own, setting=NO_SETTING)
 
     def holding(self, product: Product, scale: float = 1.0) -> SiteFactors:
         """Return the same site with another product of any rank, (g, r, in) and (g, out, r), and another scale.
@@ -251,14 +209,14 @@ class AdapterWeights:
     """A whole adapter.
 
     Attributes:
-        label: What messages call it: its name on the model, or its folder.
+        label: Name in messages: its name on the model, or its directory.
         config: Its config.
-        factors: Path -> factor, in order of the paths.
-        others: Name on disk -> tensor (…) of what is no factor: copied modules, biases, rows of tokens.
+        factors: Path on disk -> factor, sorted by path.
+        others: Name on disk -> tensor (…) of everything else: saved modules, biases, trainable tokens.
         base: Fingerprint of its base, or None.
-        facts: What `lorakit.json` says of it besides.
-        sha256: Of its weights file, or "".
-        findings: What looks implausible in its files.
+        facts: Metadata from `lorakit.json`.
+        sha256: SHA-256 of its weights file, or "".
+        findings: Implausible values in its files.
     """
 
     label: str
@@ -271,56 +229,56 @@ class AdapterWeights:
     findings: tuple[Finding, ...] = ()
 
     def report(self) -> None:
-        """Warn of what looks implausible in its files, except that it may do nothing."""
+        """Warn about implausible values in its files; an update of zero is allowed."""
         for message in implausible(self.label, self.findings, may_be_zero=True):
             warn_caller(message)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything under its name on disk, each (…), sorted by name."""
+        """Return all tensors, each (…), by their names on disk, sorted."""
         found = dict(self.others)
         for path, factor in self.factors.items():
-            stem = PREFIX + path
-            found |= {stem + factor.endings[0]: factor.A, stem + factor.endings[1]: factor.B}
-            found |= {stem + ending: tensor for ending, tensor in factor.others.values()}
+            stem, (end_A, end_B) = PREFIX + path, factor.endings
+            found |= {stem + end_A: factor.A, stem + end_B: factor.B}
+            found |= {stem + tensor.keys[0]: factor.own[tensor.held_as] for tensor in factor.variant.tensors}
+            if factor.bias is not None:
+                found[stem + end_B.removesuffix(".weight") + ".bias"] = factor.bias
         return dict(sorted(found.items()))
 
-    def compare_base(self, other: AdapterWeights) -> BaseVerdict | None:
-        """Compare the base with another adapter's, without modules that either brings; None if one is unknown."""
-        if self.base is None or other.base is None:
-            return None
-        brought = {name.removeprefix(PREFIX) for name in (*self.others, *other.others)}
-        return compare(self.base.without(brought), other.base.without(brought), f"{self.label}'s")
+    def compare_base(self, other: AdapterWeights) -> BaseVerdict:
+        """Compare the base with that of another adapter, without modules that either of them saves."""
+        if other.base is None:
+            return BaseVerdict(UNVERIFIABLE, f"{other.label} has no fingerprint of its base")
+        saved = {name.removeprefix(PREFIX) for name in (*self.others, *other.others)}
+        base = None if self.base is None else self.base.without(saved)
+        return compare(base, other.base.without(saved), f"{self.label}'s")
 
     def origin(self) -> dict[str, str]:
-        """Where it comes from, as `lorakit.json` of a result says it."""
+        """Return its name and hash, for the `lorakit.json` of a result."""
         name = Path(self.label).name
         return {"name": name, "sha256": self.sha256} if self.sha256 else {"name": name}
 
 
 def weights_of_model(model: nn.Module, name: str) -> AdapterWeights:
-    """Take an adapter's numbers off a model, which keeps it.
+    """Return the weights of an adapter on a model, which keeps it.
 
     Args:
         model: The adapted model; only read.
         name: The adapter.
 
     Raises:
-        AdapterError: There is no such adapter, or it is no plain LoRA on the original base (LoftQ).
+        AdapterError: There is no such adapter, or it is not plain LoRA on the original base (LoftQ).
     """
-    state = state_of(model)
-    check_known(state, [name])
-    check_plain(model, name)
-    found = saved_form(model, name)
-    config = dataclasses.replace(found.config)
-    known = _sites_in(model, name)
+    index = AdapterIndex.of(model)
+    found = saved_form(index, name)
+    check_plain(index, name)
+    config, known = found.config, _sites_in(index, name)
     tensors = {key: tensor.detach() for key, tensor in found.tensors.items()}
-    factors, others = _sorted_out(tensors, config, lambda path, A: known[path])
-    site_map = AdapterIndex.of(model)
-    bare = bare_parameters(site_map) if config.target_parameters else None
-    matches = resolve(site_map.candidates, config, allow_partial=True, parameters=bare).matches
+    factors, others = _by_site(tensors, config, lambda path, A: known[path])
+    bare = bare_parameters(index) if config.target_parameters else None
+    matches = resolve(index.candidates, config, allow_partial=True, parameters=bare).matches
     outer, parameters = outer_modules(factors), {name for factor in factors.values() for name in factor.names}
     if {match.path for match in matches if not match.parameter} != outer:
-        config = dataclasses.replace(config, target_modules=outer, **PLAIN_TARGETS)  # loaded in part, as was allowed
+        config = dataclasses.replace(config, target_modules=outer, **PLAIN_TARGETS)  # loaded in part, as allowed
     if {match_path(match) for match in matches if match.parameter} != parameters:
         config = dataclasses.replace(config, target_parameters=sorted(parameters) or None)
     return AdapterWeights(name, _in_usual_shapes(config), factors, others)
@@ -330,20 +288,20 @@ def weights_of_folder(folder: str | os.PathLike[str], allow: Collection[str] = (
     """Read an adapter from disk; no model is needed.
 
     Args:
-        folder: A folder that PEFT or lorakit wrote.
+        folder: A directory that PEFT or lorakit wrote.
         allow: Checks to override: "nonfinite".
 
     Raises:
-        AdapterFileError: A file is missing or damaged, numbers are not finite, A and B do not fit together, a scale
-            follows from a regular expression, which is not run, rank and scale of a bare parameter cannot be known
-            without a model, or the factors act on a base that an init changed, and the folder does not say how.
-        NotYetSupported: The adapter needs what is not built yet.
+        AdapterFileError: A file is missing or damaged, values are not finite, A and B do not fit together, a scale
+            depends on a regular expression, which is not run, rank and scale of a bare parameter cannot be known
+            without a model, or an init changed the base of the factors, and the files do not say how.
+        NotYetSupported: The adapter needs a feature that is not implemented.
     """
     files = read_adapter(folder)
     config = files.config
-    _check_told(files)
+    _check_bare_known(files)
     findings = judge_files(files, allow)
-    factors, others = _sorted_out(files.file.tensors, config, lambda path, A: _site_on_disk(files, path, A))
+    factors, others = _by_site(files.file.tensors, config, lambda path, A: _site_on_disk(files, path, A))
     plain = on_the_original(files, {p: (f.A, f.B, f.experts if f.names else 0) for p, f in factors.items()})
     if plain is not None:
         factors = {p: dataclasses.replace(f, A=plain[p][0], B=plain[p][1]) for p, f in factors.items()}
@@ -353,44 +311,45 @@ def weights_of_folder(folder: str | os.PathLike[str], allow: Collection[str] = (
         fits = fits and not factor.A.shape[0] % factor.B.shape[1]
         if not fits or (factor.names and factor.A.shape[0] != factor.B.shape[1]):
             shapes = f"{tuple(factor.A.shape)} and {tuple(factor.B.shape)}"
-            raise AdapterFileError(f"{folder}: A and B of {path} do not fit together: {shapes}.", where=folder)
+            raise AdapterFileError(
+                f"{folder}: A and B of {path} do not fit together: {shapes}.", what=path, where=folder
+            )
     if not factors:
         raise AdapterFileError(f"{folder}: there are no LoRA sites in the file.", where=folder)
-    side = files.sidecar
-    config = _in_usual_shapes(config)
+    side, config = files.sidecar, _in_usual_shapes(config)
     return AdapterWeights(str(folder), config, factors, others, side.base, side.facts, files.file.sha256, findings)
 
 
 def _in_usual_shapes(config: LoraConfig) -> LoraConfig:
-    """Return the config of the factors that `SiteFactors.in_usual_shapes` makes."""
-    gone = [variant for variant in variants_of(config) if variant.is_lora_once_multiplied]
-    return without(config, *gone) if gone else config
+    """Return a config without variants that differ from LoRA only in how A and B are stored; see `_by_site`."""
+    return without(config, *(variant for variant in variants_of(config) if variant.is_lora_once_multiplied))
 
 
 def outer_modules(factors: Mapping[str, SiteFactors]) -> set[str]:
-    """The modules that must be named to have such sites: a module brings what stands inside it.
+    """Return the modules that a config must target for such sites; a module includes the weights inside it.
 
     Args:
-        factors: Path on disk -> factor; what sits on bare parameters is left out.
+        factors: Path on disk -> factor; those of bare parameters are left out.
     """
     return {path.partition(INSIDE)[0] for path, factor in factors.items() if not factor.names}
 
 
-def _sites_in(model: nn.Module, name: str) -> dict[str, tuple[float, BareSite | None]]:
-    """Path on disk -> scale and bare parameter, of an adapter's factors on a model."""
-    on_disk, found = paths_on_disk(model, name), {}
-    for path, layer in layers(model):
-        if path in on_disk:
-            slot, bare = layer.slot, None
-            if layer.kind.names_parameter:
-                names = (f"{path.partition(INSIDE)[0]}.{slot.parameter}",)
-                bare = BareSite(names, defined_parameters(layer.owner).index(slot.parameter), max(1, slot.experts))
-            found[on_disk[path]] = layer.scaling[name], bare
+def _sites_in(index: AdapterIndex, name: str) -> dict[str, tuple[float, BareSite | None]]:
+    """Return path on disk -> scale and bare parameter of an adapter's factors on a model."""
+    on_disk = paths_on_disk(index, name)
+    found = {}
+    for path, layer in index.layers(name):
+        outer = path.partition(INSIDE)[0]
+        bare = BareSite.of(layer.owner, outer, layer.slot) if layer.kind.names_parameter else None
+        found[on_disk[path]] = layer.scaling[name], bare
     return found
 
 
 def _site_on_disk(files: AdapterFiles, path: str, A: Tensor) -> tuple[float, BareSite | None]:
-    """Scale and bare parameter from the files alone: of several of one module, the outermost is defined last."""
+    """Return scale and bare parameter of a site from the files alone.
+
+    If a module has several bare parameters, the one that is defined last has the outermost path.
+    """
     config, names = files.config, parameters_meant(files.config, path)
     rows = int(A.shape[0]) if A.ndim else 0
     if not names:
@@ -398,52 +357,54 @@ def _site_on_disk(files: AdapterFiles, path: str, A: Tensor) -> tuple[float, Bar
     r, alpha = rank_and_alpha(files, path, rows)
     if alpha is None:
         raise AdapterFileError(
-            f"{files.folder}: rank and alpha at {path} follow from which parameter it is ({' or '.join(names)}), which "
-            "these files do not say. Load the adapter onto its model, and do it there.",
+            f"{files.folder}: rank and alpha at {path} depend on which parameter it is ({' or '.join(names)}), which "
+            "these files do not tell. Load the adapter onto its model, and call the operation there.",
+            what=path,
             where=files.folder,
         )
     order = -path.count(INSIDE) if len(names) > 1 else 0
     return scale(r, alpha, config.use_rslora), BareSite(names, order, max(1, rows // r))
 
 
-def _check_told(files: AdapterFiles) -> None:
-    """Refuse files that do not tell modules from bare parameters."""
+def _check_bare_known(files: AdapterFiles) -> None:
+    """Reject files that do not tell which sites are bare parameters."""
     config = files.config
     entry = next((entry for entry in config.target_parameters or () if "." not in entry), None)
     if entry is not None and isinstance(config.target_modules, str):
         raise AdapterFileError(
             f"{files.folder}: target_parameters names {entry!r} without its module, and target_modules is "
-            f"{config.target_modules!r}, so these files do not say which sites are bare parameters. Load the adapter "
-            "onto its model, and do it there.",
+            f"{config.target_modules!r}, so these files do not tell which sites are bare parameters. Load the adapter "
+            "onto its model, and call the operation there.",
+            what=entry,
             where=files.folder,
+            field="target_parameters",
         )
 
 
-def _sorted_out(
-    tensors: Mapping[str, Tensor],
-    config: LoraConfig,
-    site: Callable[[str, Tensor], tuple[float, BareSite | None]],
+def _by_site(
+    tensors: Mapping[str, Tensor], config: LoraConfig, site: Callable[[str, Tensor], tuple[float, BareSite | None]]
 ) -> tuple[dict[str, SiteFactors], dict[str, Tensor]]:
-    parts: dict[str, dict[str, tuple[str, Tensor]]] = {}
-    others: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        key = parse(name)
-        if key is None:
-            if not name.endswith(".base_layer.weight"):  # PEFT's copy of the base's own matrix: no part of the adapter
-                others[name] = tensor
-        else:
-            parts.setdefault(key.path, {})[key.part] = (name.removeprefix(PREFIX + key.path), tensor)
+    """Return the factors by path on disk, sorted, and the tensors by name that belong to no site.
+
+    Tensors of variants that the config does not ask for, and PEFT's copies of base weights, are left out.
+    """
     factors = {}
-    for path, found in sorted(parts.items()):
-        if not {"A", "B"} <= set(found):
-            gone = " and ".join(sorted({"A", "B"} - set(found)))
-            raise AdapterFileError(f"The adapter's site {path} has no {gone}.", what=gone, where=path)
-        (end_A, A), (end_B, B) = found.pop("A"), found.pop("B")
-        scale_here, bare = site(path, A)
+    for path, named in sorted(by_site({name: (name, tensor) for name, tensor in tensors.items()}).items()):
         variant, setting = variant_at(config, path)
-        lacking = [tensor.held_as for tensor in variant.tensors if tensor.held_as not in found]
+        lacking = [part for part in ("A", "B", *(tensor.held_as for tensor in variant.tensors)) if part not in named]
         if lacking:
-            raise AdapterFileError(f"The adapter's site {path} has no {lacking[0]}.", what=lacking[0], where=path)
-        made = SiteFactors(A, B, scale_here, (end_A, end_B), found, bare, variant, setting)
-        factors[path] = made.in_usual_shapes()
-    return factors, others
+            raise AdapterFileError(
+                f"The adapter's site {path} has no {' and '.join(lacking)}.", what=lacking[0], where=path
+            )
+        (name_A, A), (name_B, B) = named["A"], named["B"]
+        own = {tensor.held_as: named[tensor.held_as][1] for tensor in variant.tensors}
+        bias = named["bias"][1] if "bias" in named else None
+        factor_scale, bare = site(path, A)
+        endings = name_A.removeprefix(PREFIX + path), name_B.removeprefix(PREFIX + path)
+        made = SiteFactors(A, B, factor_scale, nn.Identity(), variant, own, bias, setting, endings=endings, bare=bare)
+        if variant.is_lora_once_multiplied:  # its factors differ from LoRA's only in how they are stored
+            A, B = made.multiplied()
+            made = dataclasses.replace(made.of_variant(PLAIN, NO_TENSORS), A=A, B=B)
+        factors[path] = made
+    others = {name: tensor for name, tensor in tensors.items() if parse(name) is None}
+    return factors, {name: tensor for name, tensor in others.items() if not name.endswith(".base_layer.weight")}

@@ -1,31 +1,26 @@
-"""What an operation on adapters says of the adapter that it made.
+"""The results of operations: their report, their config, and writing them to a model or a directory.
 
-Which sites of several adapters are one, and what a config says so that it names the sites of a result.
-
-On disk a bare parameter has the path of its module, and of several the one that is defined last lies outermost; so one
-path can mean different parameters in two adapters. Knows configs, paths and ranks, nothing of numbers.
-
-Where the result of an operation goes: onto a model as a new adapter, or into a new folder.
-
-On a model it passes the same checks and takes the same way as an adapter that is loaded. Knows nothing of operations.
+On disk a bare parameter has the path of its module, and of several parameters, the one that is defined last has the
+outermost path; so one path can mean different parameters in two adapters. Such sites are aligned here. On a model, a
+result passes the same checks and the same code as an adapter that is loaded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig, scale
 from lorakit.core.attachment.loading import place_adapter
-from lorakit.core.attachment.saving import SavedAdapter, write_files
+from lorakit.core.attachment.saving import write_files
 from lorakit.core.files.adapter_folder import FORMAT_VERSION, METADATA_KEY, AdapterFiles, Sidecar
 from lorakit.core.files.tensor_file import TensorFile, encode
 from lorakit.core.kinds import PARAMETER, parameter_slot
@@ -33,20 +28,21 @@ from lorakit.core.linalg import Reading, padded
 from lorakit.core.model.index import INSIDE, AdapterIndex, TargetWeight, defined_parameters
 from lorakit.core.operations.tensor_sources import PLAIN_TARGETS, AdapterWeights, SiteFactors, outer_modules
 from lorakit.core.quantization import weight_format_of
-from lorakit.durable import json_bytes, publish_directory
+from lorakit.durable import JsonObject, json_bytes, publish_directory
 from lorakit.errors import AdapterError, UsageError
 
 
 @dataclass(frozen=True)
 class SiteOperation:
-    """One site of an adapter that was made.
+    """One site of the resulting adapter.
 
     Attributes:
-        path: Where.
-        r: Its rank; of experts in one parameter, that of each.
-        r_before: Rank of what it stands for: the sum of the combined ones, the adapter as it was, the whole change.
-        norm: Frobenius norm of what it stands for, scale included: Σ weight·Δ, Δ, or the change of the weight.
-        deviation: How far it is from that, relative to the norm: ‖result − Δ‖ / ‖Δ‖; 0 where the norm is 0.
+        path: Path of the site.
+        r: Its rank; for experts in one parameter, the rank of each.
+        r_before: Rank of the update that it approximates: the sum of the combined ranks, the original adapter's rank,
+            or that of the whole change.
+        norm: Frobenius norm of that update, scale included: Σ weight·Δ, Δ, or the change of the weight.
+        deviation: Relative distance from that update: ‖result − Δ‖ / ‖Δ‖; 0 if the norm is 0.
     """
 
     path: str
@@ -57,25 +53,25 @@ class SiteOperation:
 
     @property
     def energy_lost(self) -> float:
-        """The square of the deviation: of the nearest of a rank, the share of ‖Δ‖² that the rank lacks."""
+        """Square of the deviation: for the nearest update of a rank, the fraction of ‖Δ‖² that is lost."""
         return self.deviation**2
 
 
 @dataclass(frozen=True)
 class OperationReport:
-    """What combining, compressing or extracting gave.
+    """Report on an adapter that was combined, compressed or extracted.
 
     Attributes:
-        name: The new adapter, or its folder.
+        name: The new adapter, or its directory.
         config: Its config.
         sites: Its sites.
-        facts: How it came about, for `save_adapter(..., facts=...)`; a folder has them in `lorakit.json`.
+        facts: Its origin, for `save_adapter(..., facts=...)`; a directory has it in `lorakit.json`.
     """
 
     name: str
     config: LoraConfig
     sites: tuple[SiteOperation, ...]
-    facts: dict[str, Any]
+    facts: JsonObject
 
     @property
     def deviation(self) -> float:
@@ -84,12 +80,12 @@ class OperationReport:
 
     @property
     def energy_lost(self) -> float:
-        """Share of the whole adapter's energy that its sites lack."""
+        """Fraction of the whole adapter's energy that its sites have lost."""
         whole = sum(site.norm**2 for site in self.sites)
         return sum(site.norm**2 * site.energy_lost for site in self.sites) / whole if whole else 0.0
 
-    def as_dict(self) -> dict[str, Any]:
-        """The report as plain JSON values, without the name."""
+    def as_dict(self) -> JsonObject:
+        """Return the report as plain JSON values, without the name."""
         return {
             "config": self.config.as_json(),
             "deviation": self.deviation,
@@ -100,18 +96,18 @@ class OperationReport:
 
 
 _Parameter = tuple[int, tuple[str, ...]]
-"""Order of definition, and what it may be called."""
+"""Position in the order of definition, and possible names."""
 
 
 def aligned(adapters: Sequence[AdapterWeights]) -> dict[str, list[SiteFactors | None]]:
-    """The sites of several adapters together: path on disk of one that has them all -> each adapter's factor, or None.
+    """Return the sites of several adapters together: path on disk in one with all sites -> factor of each, or None.
 
     Args:
-        adapters: Of one base.
+        adapters: Adapters of one base.
 
     Raises:
-        AdapterError: They name different parameters of a module, and it is not known which of them is defined first;
-            or one adapts the whole of a module of which another names a parameter.
+        AdapterError: At some site they change weights of different shapes; they adapt different parameters of a module,
+            and it is unknown which of them is defined first; or one adapts a module, and another a parameter of it.
     """
     modules: dict[str, list[SiteFactors | None]] = {}
     bare: dict[str, dict[_Parameter, list[SiteFactors | None]]] = {}
@@ -126,32 +122,47 @@ def aligned(adapters: Sequence[AdapterWeights]) -> dict[str, list[SiteFactors | 
     whole = {path.partition(INSIDE)[0] for path in modules}
     for module, inside in bare.items():
         if module in whole:
-            raise AdapterError(f"One adapter sits at {module}, and another at a parameter of it (target_parameters).")
+            raise AdapterError(
+                f"One adapter adapts {module}, and another adapts a parameter of it (target_parameters): these exclude "
+                "each other.",
+                where=module,
+                field="target_parameters",
+            )
         _check_told_apart(module, inside)
         for depth, key in enumerate(sorted(inside, reverse=True)):
             modules[module + INSIDE * depth] = inside[key]
+    for path, factors in modules.items():
+        _check_shapes(path, [factor for factor in factors if factor is not None])
     return dict(sorted(modules.items()))
+
+
+def _check_shapes(path: str, factors: Sequence[SiteFactors]) -> None:
+    shapes = {(f.A.shape[1:], f.B.shape[0], f.shared, f.experts, f.B.shape[2:]) for f in factors}
+    if len(shapes) > 1:
+        sizes = " and ".join(sorted({factor.size_text() for factor in factors}))
+        raise AdapterError(
+            f"The adapters do not fit the same base: at {path} they change weights of {sizes}.", where=path
+        )
 
 
 def described(
     config: LoraConfig, factors: Mapping[str, SiteFactors], targets: set[str] | str | None = None
 ) -> tuple[LoraConfig, dict[str, SiteFactors]]:
-    """A config for factors whose scale is 1, whatever their ranks: it says of every site what lies there.
+    """Return a config for factors whose scale is 1, with the rank of every site.
 
     Args:
-        config: All that has nothing to do with rank, scale and modules.
+        config: The config for everything except rank, scale and modules.
         factors: Path on disk -> factor.
-        targets: What `target_modules` says, or None for the paths.
+        targets: The value of `target_modules`, or None for the paths.
 
     Returns:
-        A config without rsLoRA in which alpha equals the rank everywhere, so that any reader gets scale 1; and the
+        A config without rsLoRA in which alpha equals the rank everywhere, so that every reader gets scale 1; and the
         factors, with one rank for parameters of one module that files cannot tell apart.
     """
     factors = _evened(factors)
     ranks = {name: factor.r for path, factor in factors.items() for name in factor.names or (path,)}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {_anchored(name, ranks): r for name, r in ranks.items() if r != usual}
-    narrowed = {} if targets is not None else PLAIN_TARGETS
     made = dataclasses.replace(
         config,
         r=usual,
@@ -161,16 +172,16 @@ def described(
         use_rslora=False,
         init_lora_weights=True,
         target_modules=outer_modules(factors) if targets is None else targets,
-        **narrowed,
+        **(PLAIN_TARGETS if targets is None else {}),
     )
     return made, factors
 
 
 def common_targets(adapters: Sequence[AdapterWeights]) -> set[str] | str | None:
-    """What names exactly the modules of some adapters together, in their configs' words; None where only paths do.
+    """Return targets that name exactly the modules of some adapters together, or None if only full paths do.
 
     Args:
-        adapters: Of one base.
+        adapters: Adapters of one base.
     """
     first, *rest = (adapter.config for adapter in adapters)
     said = ("target_modules", *PLAIN_TARGETS)
@@ -186,7 +197,7 @@ def common_targets(adapters: Sequence[AdapterWeights]) -> set[str] | str | None:
 
 
 def _modules_named(config: LoraConfig) -> set[str] | str | None:
-    """What `target_modules` says; on disk, none beside bare parameters means no module."""
+    """Return the value of `target_modules`; None together with bare parameters means no module."""
     named = config.target_modules
     if named is None or isinstance(named, str):
         return set() if named is None and config.target_parameters else named
@@ -198,13 +209,16 @@ def _check_told_apart(module: str, inside: Iterable[_Parameter]) -> None:
     known = len(set(orders)) == len(orders) and all(len(one) == 1 for one in names)
     if not known and len(names) > 1:
         raise AdapterError(
-            f"The adapters sit on different parameters of {module} ({', '.join(sorted(set().union(*names)))}), and "
-            "files do not say which of them is defined first. Load the adapters onto their model, and do it there."
+            f"The adapters adapt different parameters of {module} ({', '.join(sorted(set().union(*names)))}), and "
+            "files do not tell which of them is defined first. Load the adapters onto their model, and call the "
+            "operation there.",
+            where=module,
+            field="target_parameters",
         )
 
 
 def _evened(factors: Mapping[str, SiteFactors]) -> dict[str, SiteFactors]:
-    """The largest rank, filled with zeros, wherever a pattern cannot name one parameter and not another."""
+    """Return factors with equal ranks, padded with zeros, for parameters that no pattern can tell apart."""
     largest: dict[tuple[str, ...], int] = {}
     for factor in factors.values():
         if len(factor.names) > 1:
@@ -218,89 +232,83 @@ def _evened(factors: Mapping[str, SiteFactors]) -> dict[str, SiteFactors]:
 
 
 def _anchored(path: str, paths: Mapping[str, int]) -> str:
-    """A pattern that names one path and no other: some path may end with another."""
+    """Return a pattern that names one path and no other, as some path may be the end of another."""
     ambiguous = any(other.endswith("." + path) for other in paths)
     return "^" + path.replace(".", r"\.") if ambiguous else path
 
 
 def put(model: nn.Module, adapter: AdapterWeights, name: str) -> None:
-    """Put an adapter on a model; it is frozen, and not active where there is another.
+    """Add an adapter to a model; it is frozen, and not active if the model has another one.
 
     Args:
         model: The base, or a model that has adapters already.
-        adapter: What to put there.
+        adapter: The adapter.
         name: Its name on the model.
 
     Raises:
-        AdapterError: The name is taken or cannot be used, or the adapter's numbers are not finite.
+        AdapterError: The name is taken or not valid, or the adapter's values are not finite.
         AdapterFileError: It does not fit the model.
     """
-    _check_finite(adapter.tensors())
-    side = Sidecar(False, (), "", None, _sites(adapter), {})
-    file = TensorFile(adapter.tensors(), {}, "", 0)
+    tensors = adapter.tensors()
+    _check_finite(tensors)
+    side, file = Sidecar(sites=_sites(adapter)), TensorFile(tensors, {}, "", 0)
     files = AdapterFiles(Path(name), adapter.config, file, side, True, (), made=True)
     place_adapter(model, files, name, False, ("odd_scale",))
 
 
 def write(
     adapter: AdapterWeights, folder: str | os.PathLike[str], *, replace: bool = False, allow: Collection[str] = ()
-) -> SavedAdapter:
-    """Write an adapter into a folder, in PEFT's format with `lorakit.json`.
+) -> None:
+    """Write an adapter to a directory, in PEFT's format with `lorakit.json`.
 
     Args:
-        adapter: What to write.
-        folder: Where; a new one, of which nothing is left on an error, unless `replace` is set.
-        replace: Write over an adapter that stands there, file by file.
-        allow: Refusals to lift: "nonfinite".
-
-    Returns:
-        What was written.
+        adapter: The adapter.
+        folder: The directory; a new or empty one, which is removed on an error, unless `replace` is set.
+        replace: Replace an adapter in the directory, file by file.
+        allow: Checks to override: "nonfinite".
 
     Raises:
-        UsageError: Something stands there.
-        AdapterError: The numbers are not finite.
-        DiskError: The disk refuses.
+        UsageError: The directory is not empty.
+        AdapterError: The values are not finite.
+        DiskError: The directory cannot be written.
     """
     folder = Path(folder)
     if not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder}: is not an empty folder; nothing is overwritten. Give a new one.", where=folder)
+        raise UsageError(f"{folder}: not an empty directory; pass a new one. Nothing is overwritten.", where=folder)
     tensors = adapter.tensors()
     if "nonfinite" not in allow:
         _check_finite(tensors)
     weights = encode(tensors, {"format": "pt", METADATA_KEY: str(FORMAT_VERSION)})
     config = json_bytes({**adapter.config.as_json(), "inference_mode": True})
     base = None if adapter.base is None else adapter.base.as_dict()
-    about: dict[str, Any] = {**adapter.facts, "base": base, "sites": _sites(adapter)}
-    if replace:
-        return write_files(folder, config, weights, about)
-    with publish_directory(folder) as fresh:
-        saved = write_files(fresh, config, weights, about)
-    return dataclasses.replace(saved, folder=folder)
+    about = {**adapter.facts, "base": base, "sites": _sites(adapter)}
+    with contextlib.nullcontext(folder) if replace else publish_directory(folder) as target:
+        write_files(target, config, weights, about)
 
 
-def reader_of(model: nn.Module) -> Callable[[str], Reading]:
-    """How to read the base of a model, with or without adapters.
+def reader_of(model: nn.Module | AdapterIndex) -> Callable[[str], Reading]:
+    """Return a function that reads the base weights of a model, with or without adapters.
 
     Args:
-        model: Only read.
+        model: The model, or its index; only read.
 
     Returns:
-        Path of a site, or of a bare parameter -> the weight there, (out, in, …), as it was before any merge. It raises
-        AdapterError where there is none.
+        Path of a site, or of a bare parameter -> the weight there, (out, in, …), without anything merged. It raises
+        AdapterError if there is none.
     """
     site_map = AdapterIndex.of(model)
-    kinds = {candidate.path: candidate.kind for candidate in site_map.candidates}
+    kinds = {candidate.path: candidate.kind for candidate in site_map.candidates if candidate.kind}
 
     def at(path: str) -> Reading:
         outer = path.partition(INSIDE)[0]
-        places = site_map.places(outer, site_map.kind(kinds[outer])) if kinds.get(outer) else []  # type: ignore[arg-type]
+        places = site_map.places(outer, site_map.kind(kinds[outer])) if outer in kinds else []
         place = next((place for place in places if place.path == path), None) or _bare_place(site_map, path)
         if place is None:
-            raise AdapterError(f"The model has no site {path}, at which an adapter sits.", what=path)
+            raise AdapterError(f"The model has no site {path}, which an adapter adapts.", where=path)
         layer, holder, parameter = site_map.layer(place), site_map.holder(place), place.slot.parameter
         base = weight_format_of(holder, parameter, place.slot.as_stored)
         stored = base.stored(holder, parameter) if layer is None else layer.original()
-        W: Tensor = base.tensors(stored)[0] if place.slot.experts else base.read(holder, stored).double()
+        W = base.tensors(stored)[0] if place.slot.experts else base.read(holder, stored).double()
         return Reading(W, place.kind, place.slot)
 
     return at
@@ -314,12 +322,12 @@ def _bare_place(site_map: AdapterIndex, path: str) -> TargetWeight | None:
 
 
 def _sites(adapter: AdapterWeights) -> dict[str, dict[str, float]]:
-    """Rank and alpha of each site, such that alpha gives the factor's own scale."""
-    unit = {r: scale(r, 1.0, adapter.config.use_rslora) for r in {factor.r for factor in adapter.factors.values()}}
-    return {path: {"r": f.r, "lora_alpha": f.scale / unit[f.r]} for path, f in adapter.factors.items()}
+    """Return rank and alpha of each site, where alpha gives the factor's own scale."""
+    rslora = adapter.config.use_rslora
+    return {p: {"r": f.r, "lora_alpha": f.scale / scale(f.r, 1.0, rslora)} for p, f in adapter.factors.items()}
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
-        raise AdapterError(f"The result holds NaN or infinite numbers, first in {bad[0]}; nothing was kept.")
+        raise AdapterError(f"The result has NaN or infinite values, first in {bad[0]}; it was discarded.", where=bad[0])
