@@ -11,7 +11,8 @@ so it lives as long as the tensor and cannot be confused with another one that g
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from lorakit.speed import linear
 from lorakit.speed.contract import is_own_forward
-from lorakit.speed.probe import TOLERANCES, Call, attempt, first_calls
+from lorakit.speed.probe import TOLERANCES, Call, attempt, calls
+from lorakit.speed.submodules import Options, is_supported, split_call
 
 SMALLEST_ROW = 0.1
 """Rows below this fraction of the RMS of all rows are compared relative to that RMS: their rounding errors are
@@ -45,16 +47,19 @@ class Verdict(NamedTuple):
     differs: bool = False
 
 
-Branches = Callable[[nn.Module, Call, Mapping[str, Call]], list[tuple[Tensor | None, Tensor]]]
-"""Module, its call, calls of modules below it by path -> pairs of branches: fused, and the module's own."""
+Output = Tensor | tuple[Tensor | None, ...]
+"""Output of a fused forward; the first item of a tuple is the hidden states."""
+
+Branches = Callable[[nn.Module, Tensor, Options, Mapping[str, Call]], list[tuple[Tensor | None, Tensor]]]
+"""Module, hidden states, other arguments, calls of modules below it by path -> pairs of branches: fused, its own."""
 
 
-def compare(module: nn.Module, run: Callable[..., Any], call: Call, *, residual: bool = False) -> Verdict:
+def compare(module: nn.Module, run: Callable[..., Output | None], call: Call, *, residual: bool = False) -> Verdict:
     """Compare the output of a fused forward with the recorded one.
 
     Args:
         module: The module.
-        run: The fused forward.
+        run: The fused forward, called with the module and the arguments of the call.
         call: The recorded call of the module.
         residual: Whether the output is the input plus a branch; then the branches are compared.
     """
@@ -91,14 +96,11 @@ def _noise(module: nn.Module, call: Call, residual: bool) -> Tensor | None:
     generator = torch.Generator().manual_seed(0)
     shaken = torch.rand(x.shape, generator=generator, dtype=torch.float32).to(x.device).sub_(0.5).mul_(2)
     moved = (x.float() * (1 + shaken * torch.finfo(x.dtype).eps)).to(x.dtype)
-    given = (
-        replace(call, args=(moved, *call.args[1:]))
-        if call.args
-        else replace(call, kwargs=call.kwargs | {"hidden_states": moved})
-    )
-    made = attempt(lambda: _parts(module(*given.args, **given.kwargs))[0])
+    args = (moved, *call.args[1:]) if call.args else ()
+    kwargs = call.kwargs if call.args else call.kwargs | {"hidden_states": moved}
+    made = attempt(lambda: _parts(module(*args, **kwargs))[0])
     first = _parts(call.output)[0]
-    if not isinstance(made, Tensor) or made.shape != first.shape:
+    if not isinstance(made, Tensor) or first is None or made.shape != first.shape:
         return None
     change = _rows(made) - _rows(first)
     return _sizes(change - (_rows(moved) - _rows(x)) if residual else change)
@@ -113,7 +115,8 @@ def compare_branches(branches: Branches, module: nn.Module, call: Call, inside: 
         call: The recorded call of the module.
         inside: Calls of modules below it, by path.
     """
-    pairs = attempt(lambda: branches(module, call, inside))
+    x, options = split_call(module, call.args, call.kwargs)
+    pairs = attempt(lambda: branches(module, x, options, inside))
     if isinstance(pairs, Exception):
         return _raised(pairs)
     for ours, theirs in pairs:
@@ -129,9 +132,9 @@ def _raised(failed: Exception) -> Verdict:
     return Verdict(f"a probe raised {type(failed).__name__}", differs=True)
 
 
-def _parts(output: Any) -> tuple[Any, ...]:
+def _parts(output: Output) -> tuple[Tensor | None, ...]:
     """Return a module's output as a tuple; the first item is the hidden states."""
-    return output if isinstance(output, tuple) and output else (output,)
+    return (output or (None,)) if isinstance(output, tuple) else (output,)
 
 
 def _difference(ours: Tensor, theirs: Tensor, carried: Tensor | None, noise: Tensor | None = None) -> Verdict:
@@ -211,7 +214,7 @@ class FusedForward:
     Attributes:
         name: Name in the report.
         fits: Module -> None if the structure matches, else a short reason.
-        run: Module and the arguments of a call -> the output, or None if the module's own forward must run.
+        run: Module, hidden states and other arguments of a call -> the output, or None if its own forward must run.
         concerns: Whether a module that does not match is reported as skipped.
         whole: Whether it computes everything inside the module, whose children are then not reported.
         residual: Whether the output is the input plus a branch.
@@ -222,13 +225,18 @@ class FusedForward:
 
     name: str
     fits: Callable[[nn.Module], str | None]
-    run: Callable[..., Any]
+    run: Callable[..., Output | None]
     concerns: Callable[[nn.Module], bool]
     whole: bool = False
     residual: bool = False
     calls: Callable[[nn.Module], tuple[str, ...]] = lambda _: ()
     traced: Callable[[nn.Module], tuple[str, ...]] = lambda _: ()
     branches: Branches | None = None
+
+    def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Output | None:
+        """Return the output of a call, or None if the module's own forward must run."""
+        x, options = split_call(module, args, kwargs)
+        return self.run(module, x, options) if isinstance(x, Tensor) and is_supported(x) else None
 
 
 @dataclass(frozen=True)
@@ -265,7 +273,7 @@ def candidates(
     wanted: Parts = {}
     skipped: list[Skipped] = []
     inside = {id(part) for layer in modules.values() if linear.is_adapted(layer) for part in _of_adapters(layer)}
-    foreign: dict[type, bool] = {}
+    foreign: dict[type[nn.Module], bool] = {}
     for path, module in modules.items():
         if id(module) in inside:
             continue
@@ -334,13 +342,13 @@ def admit(model: nn.Module, wanted: Parts, found: Mapping[str, Call]) -> tuple[P
     return fast, skipped
 
 
-def _of_adapters(layer: Any) -> list[nn.Module]:
+def _of_adapters(layer: nn.Module) -> list[nn.Module]:
     """Return the modules inside a layer that belong to adapters, not to the base."""
-    base = {id(module) for module in layer.base_layer.modules()}
+    base = {id(module) for module in layer.get_submodule("base_layer").modules()}
     return [module for module in layer.modules() if module is not layer and id(module) not in base]
 
 
-def _stranger(module: nn.Module, fused_forward: FusedForward, foreign: dict[type, bool]) -> str | None:
+def _stranger(module: nn.Module, fused_forward: FusedForward, foreign: dict[type[nn.Module], bool]) -> str | None:
     """Return the name of an unknown class that a fused forward would bypass, or None.
 
     Args:
@@ -361,7 +369,7 @@ def _stranger(module: nn.Module, fused_forward: FusedForward, foreign: dict[type
     return None
 
 
-def _is_foreign(kind: type) -> bool:
+def _is_foreign(kind: type[nn.Module]) -> bool:
     """Return whether a class computes something that the structure checks were not written for.
 
     That is a forward from another package, even if assigned to a known class, or an override of any method of a known
@@ -420,9 +428,10 @@ def _at_lengths(model: nn.Module, firsts: Parts) -> dict[str, Verdict]:
     """Return the modules whose fused forward differs at another length, with the verdict."""
     differing = {}
     for tokens in LENGTHS if firsts else ():
-        found = attempt(lambda tokens=tokens: first_calls(model, modules_to_record(firsts), tokens))  # type: ignore[misc]
-        if isinstance(found, Exception):
+        ran = attempt(partial(calls, model, modules_to_record(firsts), 1, tokens, stop=True))
+        if isinstance(ran, Exception):
             continue  # the model may not support this length
+        found, _ = ran
         for path, (module, fused_forward) in firsts.items():
             verdict = _verdict(path, module, fused_forward, found)
             if verdict.differs:
@@ -435,7 +444,7 @@ def _verdict(path: str, module: nn.Module, fused_forward: FusedForward, found: M
     call = found.get(path)
     if call is None:
         return Verdict("not called")
-    verdict = compare(module, fused_forward.run, call, residual=fused_forward.residual)
+    verdict = compare(module, fused_forward.forward, call, residual=fused_forward.residual)
     if verdict.why or fused_forward.branches is None:
         return verdict
     inside = {below: found[f"{path}.{below}"] for below in fused_forward.traced(module) if f"{path}.{below}" in found}

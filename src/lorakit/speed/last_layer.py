@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.clones import is_watched
-from lorakit.speed.patching import may_run
+from lorakit.speed.patching import is_watched, may_run
 from lorakit.speed.probe import TOLERANCES
 
 KEYWORD = "trained_rows"
