@@ -26,7 +26,7 @@ from lorakit.speed.contract import contract_for
 from lorakit.speed.last_layer import LastLayer, agree
 from lorakit.speed.loss import Head, LossWithoutLogits, head_for, last_layer_for, loss_for, output_head
 from lorakit.speed.patching import CONTRACT, RECOMPUTES, Swap, children_of, is_replacement, make_replacement, undo
-from lorakit.speed.probe import Call, attempt, calls, eval_mode, frozen, token_ids
+from lorakit.speed.probe import Call, ModelOutput, attempt, calls, eval_mode, frozen, token_ids
 
 
 def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[dict[str, Any], Tensor]:
@@ -92,7 +92,6 @@ RECIPES = (
         "sublayer",
         encoder.fits_sublayer,
         encoder.run_sublayer,
-        lambda _: False,
         whole=True,
         residual=True,
         traced=encoder.traced_in_sublayer,
@@ -104,7 +103,7 @@ RECIPES = (
     FusedForward("attention", attention.fits, attention.run, _named("attention")),
     FusedForward("feed-forward", feed_forward.fits, feed_forward.run, _named("mlp")),
     FusedForward("norm", norm.fits, norm.run, _named("norm")),
-    FusedForward("dropout", norm.fits_dropout, norm.run_dropout, lambda _: False),
+    FusedForward("dropout", norm.fits_dropout, norm.run_dropout),
     FusedForward("adapted linear", linear.fits, linear.run, linear.is_adapted),
 )
 
@@ -197,10 +196,8 @@ def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool
             back.callback(loss.undo)
             loss.install({id(whole): whole for whole in (model, _inner(model))}.values())
         back.pop_all()
-    fused, reason = (probed.head, "") if isinstance(probed.head, Head) else (None, probed.head)
-    reason = loss if isinstance(loss, str) else reason
-    without = loss if isinstance(loss, LossWithoutLogits) else None
-    return Acceleration(tuple(swaps), tuple(probed.skipped), fused, reason, packs, without, model)
+    without, reason = (None, loss) if isinstance(loss, str) else (loss, probed.head_skipped)
+    return Acceleration(tuple(swaps), tuple(probed.skipped), probed.head, reason, packs, without, model)
 
 
 class _Probed(NamedTuple):
@@ -209,7 +206,8 @@ class _Probed(NamedTuple):
     Attributes:
         fast: Modules that may run a fused forward.
         skipped: Modules of the same kinds that keep their own.
-        head: The head, for a loss without logits, or why there is none.
+        head: The head, for a loss without logits, or None.
+        head_skipped: Why there is none, or "".
         calls: Path -> call, in the order in which they ended; "" is the head.
         output: The model's output.
         packs: Whether the plain model keeps packed sequences apart. A fused attention may hand any call back to it.
@@ -217,9 +215,10 @@ class _Probed(NamedTuple):
 
     fast: Parts
     skipped: list[Skipped]
-    head: Head | str
+    head: Head | None
+    head_skipped: str
     calls: dict[str, Call]
-    output: object
+    output: ModelOutput | None
     packs: bool
 
 
@@ -234,9 +233,10 @@ def _probed(model: nn.Module, modules: Mapping[str, nn.Module], head: nn.Module 
     whole = tuple(f"{path}." for path, (_, fused_forward) in fast.items() if fused_forward.whole)
     skipped = [one for one in (*skipped, *others) if not one.path.startswith(whole)]
     logits = getattr(output, "logits", None)
-    known = head_for(head, found[""].output if "" in found else None, logits, getattr(model, "config", None))
+    known = head_for(head, found[""].output if "" in found else None, logits, model)
+    fused, reason = (None, known) if isinstance(known, str) else (known, "")
     packs = _may_pack(model, fast) and keeps_sequences_apart(model, logits)
-    return _Probed(fast, skipped, known, found, output, packs)
+    return _Probed(fast, skipped, fused, reason, found, output, packs)
 
 
 def _probed_in_place(model: nn.Module, probed: _Probed, logits: bool) -> tuple[bool, LossWithoutLogits | str | None]:
@@ -245,7 +245,7 @@ def _probed_in_place(model: nn.Module, probed: _Probed, logits: bool) -> tuple[b
     Returns:
         Whether batches may be packed; and the loss without logits, not yet installed, or why not, or None.
     """
-    head = probed.head if isinstance(probed.head, Head) else None
+    head = probed.head
     last = None if head is None else _last(model, head, probed.fast, tuple(probed.calls))
     if head is not None and last is not None:
         head.last = last_layer_for(head, last, probed.calls[""], probed.output)
@@ -301,15 +301,15 @@ def _installed(modules: Mapping[str, nn.Module], probed: _Probed, back: contextl
     for parent in modules.values():
         for attribute, child in children_of(parent).items():
             holders.setdefault(id(child), []).append((parent, attribute))
-    plans = [(path, module, fused.name, fused.forward, fused.whole) for path, (module, fused) in probed.fast.items()]
-    head = probed.head if isinstance(probed.head, Head) else None
+    plans = [(module, fused.name, fused.forward, fused.whole) for module, fused in probed.fast.values()]
+    head = probed.head
     if head is not None:
-        plans.append(("", head.module, "loss without logits", head.run, False))
+        plans.append((head.module, "loss without logits", head.run, False))
     classes: dict[tuple[type, str], type[nn.Module]] = {}
     swaps = []
-    for path, module, name, forward, _ in plans:
+    for module, name, forward, _ in plans:
         made = make_replacement(module, forward, classes, name)
-        swaps.append((name, Swap(path, module, made, tuple(holders[id(module)]))))
+        swaps.append((name, Swap(module, made, tuple(holders[id(module)]))))
     if head is not None:
         head.module, head.places = swaps[-1][1].replacement, swaps[-1][1].holders
     for _, swap in swaps:

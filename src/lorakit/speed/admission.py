@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.speed import linear
-from lorakit.speed.contract import is_own_forward
+from lorakit.speed.contract import SETTINGS, is_own_forward, package_of
 from lorakit.speed.probe import TOLERANCES, Call, attempt, calls
 from lorakit.speed.submodules import Options, is_supported, split_call
 
@@ -226,7 +226,7 @@ class FusedForward:
     name: str
     fits: Callable[[nn.Module], str | None]
     run: Callable[..., Output | None]
-    concerns: Callable[[nn.Module], bool]
+    concerns: Callable[[nn.Module], bool] = lambda _: False
     whole: bool = False
     residual: bool = False
     calls: Callable[[nn.Module], tuple[str, ...]] = lambda _: ()
@@ -273,7 +273,7 @@ def candidates(
     wanted: Parts = {}
     skipped: list[Skipped] = []
     inside = {id(part) for layer in modules.values() if linear.is_adapted(layer) for part in _of_adapters(layer)}
-    foreign: dict[type[nn.Module], bool] = {}
+    foreign = {kind for kind in {type(module) for module in modules.values()} if _is_foreign(kind)}
     for path, module in modules.items():
         if id(module) in inside:
             continue
@@ -348,25 +348,18 @@ def _of_adapters(layer: nn.Module) -> list[nn.Module]:
     return [module for module in layer.modules() if module is not layer and id(module) not in base]
 
 
-def _stranger(module: nn.Module, fused_forward: FusedForward, foreign: dict[type[nn.Module], bool]) -> str | None:
+def _stranger(module: nn.Module, fused_forward: FusedForward, foreign: set[type[nn.Module]]) -> str | None:
     """Return the name of an unknown class that a fused forward would bypass, or None.
 
     Args:
         module: The candidate.
         fused_forward: Its fused forward.
-        foreign: Cache, class -> whether it is unknown.
+        foreign: The unknown classes of the model.
     """
     called = fused_forward.calls(module)
-    parts = [
-        module,
-        *(part for name, child in module.named_children() if name not in called for part in child.modules()),
-    ]
-    for kind in map(type, parts):
-        if kind not in foreign:
-            foreign[kind] = _is_foreign(kind)
-        if foreign[kind]:
-            return kind.__name__
-    return None
+    inside = [child for name, child in module.named_children() if name not in called]
+    kinds = (type(module), *(type(part) for child in inside for part in child.modules()))
+    return next((kind.__name__ for kind in kinds if kind in foreign), None)
 
 
 def _is_foreign(kind: type[nn.Module]) -> bool:
@@ -378,7 +371,7 @@ def _is_foreign(kind: type[nn.Module]) -> bool:
     if not _is_known(getattr(kind, "forward", None)) or not is_own_forward(kind):
         return True
     for place, owner in enumerate(kind.__mro__):
-        if _package(owner.__module__) in KNOWN:
+        if owner.__module__.partition(".")[0] in KNOWN:
             continue
         own = {name for name in vars(owner) if not name.startswith("__")} - HARMLESS | CALLED & vars(owner).keys()
         if any(
@@ -396,14 +389,10 @@ def _is_known(method: Callable[..., Any] | None) -> bool:
     Checked by a function's globals, because decorators copy the other names from what they wrap.
     """
     while method is not None:
-        if _package(getattr(method, "__globals__", {}).get("__name__", "")) not in KNOWN:
+        if package_of(method) not in KNOWN:
             return False
         method = getattr(method, "__wrapped__", None)
     return True
-
-
-def _package(module: str) -> str:
-    return module.partition(".")[0]
 
 
 def _one_of_each(wanted: Parts, found: Mapping[str, Call]) -> tuple[Parts, dict[str, str]]:
@@ -420,8 +409,7 @@ def _one_of_each(wanted: Parts, found: Mapping[str, Call]) -> tuple[Parts, dict[
 
 def _simple(module: nn.Module) -> list[str]:
     """Return the plain settings of a module as text, without its position in the model."""
-    plain = (bool, int, float, str, type(None))
-    return [f"{k}={v!r}" for k, v in vars(module).items() if isinstance(v, plain) and k != "layer_idx"]
+    return [f"{k}={v!r}" for k, v in vars(module).items() if isinstance(v, SETTINGS) and k != "layer_idx"]
 
 
 def _at_lengths(model: nn.Module, firsts: Parts) -> dict[str, Verdict]:

@@ -23,14 +23,7 @@ from lorakit.speed.last_layer import KEYWORD
 from lorakit.speed.linear import active_operands, forwards_of
 from lorakit.speed.norm import dropout_p, norms_at
 from lorakit.speed.patching import modules_at
-from lorakit.speed.submodules import (
-    Options,
-    knows_all,
-    unknown_attributes,
-    unknown_config_fields,
-    unknown_implementation,
-    wants_weights,
-)
+from lorakit.speed.submodules import Options, knows_all, unknown_attributes, unknown_fields, unknown_implementation
 
 HIDDEN = -1e4
 """Mask values at or below this hide a position; models add the smallest value of a dtype."""
@@ -134,7 +127,7 @@ FIELDS = frozenset({"sliding_window", "num_attention_heads", "num_key_value_head
 """Config fields that are read here, or whose effect a probe shows."""
 
 READ = frozenset(
-    {"attention_mask", "position_embeddings", "hidden_states", "cache", "past_key_values", "use_cache", "position_ids"}
+    {"attention_mask", "position_embeddings", "hidden_states", "use_cache", "position_ids"}
     | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "output_router_logits"}
     | {"shift_labels", "ignore_index", KEYWORD}  # of the loss
 )
@@ -175,7 +168,7 @@ def fits(module: nn.Module) -> str | None:
         return "it has a window that it does not use"
     if getattr(module.config, "is_causal", True) is not True:
         return "its config makes it bidirectional"
-    return unknown_config_fields(module, FIELDS) or unknown_attributes(
+    return unknown_fields(module, FIELDS) or unknown_attributes(
         module, ATTRIBUTES, (*shape.inputs, shape.output, *NORMS, *DROPOUTS)
     )
 
@@ -186,13 +179,9 @@ def shape_of(module: nn.Module) -> Shape | None:
     inputs = next((names for names in INPUTS if all(held.get(name) is not None for name in names)), None)
     output = next((name for name in OUTPUTS if held.get(name) is not None), None)
     head_dim, scale = options.get("head_dim", options.get("head_size")), options.get("scaling")
-    if (
-        inputs is None
-        or output is None
-        or not hasattr(module, "config")
-        or not isinstance(head_dim, int)
-        or not isinstance(scale, float)
-    ):
+    if inputs is None or output is None or not hasattr(module, "config"):
+        return None
+    if not isinstance(head_dim, int) or not isinstance(scale, float):
         return None
     softcap: float | None = getattr(module, "attn_logit_softcapping", None)
     source = module if hasattr(module, "sliding_window") else module.config
@@ -231,7 +220,7 @@ def attention(
         (B, T, d), or (n, d) with `wanted`; None if the module's own forward must run.
     """
     shape = shape_of(module)
-    if shape is None or x.ndim != 3 or not _is_plain(module, options):
+    if shape is None or x.ndim != 3 or not knows_all(module, options, READ):
         return None
     dropouts = _probabilities(module)
     pattern = None if dropouts is None else _pattern(shape, x, dropouts[0], options)
@@ -282,13 +271,6 @@ def _pattern(shape: Shape, x: Tensor, dropped: float, options: Options) -> Patte
     # a window longer than the rows, or not used by the model, comes without a mask
     window = None if segments is None and mask is None else shape.window
     return under(mask, x, Pattern(True, shape.scale, window, shape.softcap, segments, dropped))
-
-
-def _is_plain(module: nn.Module, options: Options) -> bool:
-    """Return whether a call is plain attention over its own tokens."""
-    if wants_weights(module, options) or any(options.get(name) is not None for name in ("cache", "past_key_values")):
-        return False
-    return knows_all(options, READ)
 
 
 def _probabilities(module: nn.Module) -> tuple[float, float] | None:

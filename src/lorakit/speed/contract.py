@@ -7,9 +7,10 @@ functions are those that a probe compared. This module knows nothing of particul
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from types import CodeType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_modules
@@ -33,31 +34,22 @@ INTERFACES = "ALL_ATTENTION_FUNCTIONS"
 """Global of modeling files that maps the name of an attention implementation to its function."""
 
 
-class Fact(NamedTuple):
-    """An entry of a table that a fused forward relies on.
+Fact = tuple[Mapping[str, Any], str, object]
+"""An entry of a table that a fused forward relies on: the table, the key, and its value or MISSING.
 
-    Attributes:
-        table: The `__dict__` of a module, class, config or file, or a module's table of children.
-        name: Key of the entry.
-        value: Its value, or MISSING.
-    """
-
-    table: Mapping[str, Any]
-    name: str
-    value: object
+The table is the `__dict__` of a module, class, config or file, or a module's table of children.
+"""
 
 
+@dataclass(frozen=True, eq=False)
 class Contract:
     """Facts that a fused forward relies on.
 
-    Args:
+    Attributes:
         facts: Compared by identity; settings that are not the same object, by type and value.
     """
 
-    __slots__ = ("facts",)
-
-    def __init__(self, facts: tuple[Fact, ...]) -> None:
-        self.facts = tuple((fact.table, fact.name, fact.value) for fact in facts)  # unpack faster than named tuples
+    facts: tuple[Fact, ...]
 
     def holds(self) -> bool:
         """Return whether all facts are unchanged and no global module hook is set."""
@@ -75,13 +67,13 @@ def contract_for(module: nn.Module, fused: Collection[int] | None) -> Contract:
         module: A module whose replacement, and those of its children, are in place.
         fused: Identities of the fused modules; None if the fused forward bypasses everything inside.
     """
-    facts = [*_of_module(module)]
+    facts: list[Fact] = [*_of_module(module)]
     for holder, name, child in bypassed_modules(module, fused):
         if is_operand(child):
             facts += _of_class(_base_class(child))
         else:
-            facts += [Fact(holder._modules, name, child), *_of_module(child)]
-    return Contract(tuple({(id(fact.table), fact.name): fact for fact in facts}.values()))
+            facts += [(holder._modules, name, child), *_of_module(child)]
+    return Contract(tuple({(id(table), name): (table, name, value) for table, name, value in facts}.values()))
 
 
 def is_operand(module: nn.Module) -> bool:
@@ -120,11 +112,20 @@ def is_own_forward(kind: type[nn.Module]) -> bool:
     forward = vars(owner)["forward"]
     if owner is nn.Module:
         return True  # nothing calls it
-    package = getattr(forward, "__globals__", {}).get("__name__", "").partition(".")[0]
+    package = package_of(forward)
     return any(
         package == base.__module__.partition(".")[0] and forward.__qualname__ == f"{base.__qualname__}.forward"
         for base in owner.__mro__
     )
+
+
+def package_of(function: Callable[..., Any]) -> str:
+    """Return the top-level package that a function was written in, by its globals, or "".
+
+    Args:
+        function: Any callable.
+    """
+    return getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0]
 
 
 def forward_code(kind: type[nn.Module]) -> CodeType | None:
@@ -154,13 +155,13 @@ def _of_module(module: nn.Module) -> Iterator[Fact]:
         return
     for name, value in own.items():
         if name[0] != "_" and name not in ASKED and isinstance(value, SETTINGS):
-            yield Fact(own, name, value)
+            yield own, name, value
     config = own.get("config")
     if config is not None:
-        yield Fact(own, "config", config)
+        yield own, "config", config
         fields = vars(config)
         for name in {*IN_CONFIG, *(names_read(kind) & fields.keys() - own.keys())}:
-            yield Fact(fields, name, fields.get(name, MISSING))
+            yield fields, name, fields.get(name, MISSING)
         yield from _of_interface(kind, fields.get(IN_CONFIG[0]))
 
 
@@ -178,13 +179,13 @@ def _base_class(module: nn.Module) -> type[nn.Module]:
 
 def _of_class(kind: type[nn.Module]) -> Iterator[Fact]:
     for base in kind.__mro__:
-        yield Fact(vars(base), "forward", vars(base).get("forward", MISSING))
+        yield vars(base), "forward", vars(base).get("forward", MISSING)
         if "forward" in vars(base):
             break
     code, known = forward_code(kind), _globals(kind)
     for name in () if code is None else code.co_names:
         if name in known and not isinstance(known[name], ModuleType):
-            yield Fact(known, name, known[name])
+            yield known, name, known[name]
 
 
 def _globals(kind: type[nn.Module]) -> dict[str, Any]:
@@ -195,7 +196,7 @@ def _globals(kind: type[nn.Module]) -> dict[str, Any]:
 def _of_interface(kind: type[nn.Module], implementation: str | None) -> Iterator[Fact]:
     table = _globals(kind).get(INTERFACES)
     if isinstance(table, Mapping) and implementation is not None:
-        yield Fact(table, implementation, table.get(implementation, MISSING))
+        yield table, implementation, table.get(implementation, MISSING)
 
 
 def _is_equal_setting(found: object, value: object) -> bool:

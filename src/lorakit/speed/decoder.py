@@ -77,14 +77,9 @@ class _Around(NamedTuple):
     p: float
 
     @property
-    def is_bare(self) -> bool:
-        """Return whether no norm is between the inner module and the residual."""
-        return self.after is None
-
-    @property
     def inside(self) -> float:
         """Return the dropout probability directly after the inner module."""
-        return self.p if self.is_bare else 0.0
+        return self.p if self.after is None else 0.0
 
 
 def fits(module: nn.Module) -> str | None:
@@ -119,21 +114,20 @@ def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
     if first is None or second is None or attn is None or is_watched(attn, captures=False):
         return None
     rows = rows_to_compute(module, options.get(KEYWORD), x)
-    attended = attention.attention(
-        attn, x, first.before, options, residual=first.is_bare, dropout=first.inside, wanted=rows
-    )
+    is_bare = first.after is None  # no norm before the residual, which the attention then adds
+    attended = attention.attention(attn, x, first.before, options, residual=is_bare, dropout=first.inside, wanted=rows)
     if attended is None:
         return None
-    if not first.is_bare:
+    if not is_bare:
         attended = _with_residual(select_rows(x, rows), attended, first)
     parallel = getattr(module, PARALLEL, False)  # the feed-forward then has the same input as the attention
     given = select_rows(x, rows) if parallel else attended
-    made = _fed(module, sublayers[1], second, given, residual=second.is_bare and not parallel)
+    made = _fed(module, sublayers[1], second, given, residual=second.after is None and not parallel)
     if made is None:
         attended = scatter_rows(attended, rows, x)
         made = _fed_by_modules(module, sublayers[1], second, x if parallel else attended)
         return _with_residual(attended, made, second)
-    if not second.is_bare:
+    if second.after is not None:
         made = _with_residual(attended, made, second)
     elif parallel:
         made = attended + made

@@ -36,7 +36,6 @@ from lorakit.speed.submodules import (
     unknown_activation,
     unknown_attributes,
     unknown_implementation,
-    wants_weights,
 )
 
 READ = frozenset({"attention_mask", "position_ids", "num_items_in_batch"})
@@ -222,9 +221,8 @@ def _is_plain(module: nn.Module, found: Layout, x: Tensor, options: Options) -> 
     if x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
         return False  # under autocast a layer norm returns float32
     holders = [_at(module, path) for path in found.children() if path]
-    if wants_weights(_at(module, found.attention), options) or any(is_watched(one, captures=False) for one in holders):
-        return False
-    return knows_all(options, READ)
+    is_seen = any(is_watched(holder, captures=False) for holder in holders)
+    return not is_seen and knows_all(_at(module, found.attention), options, READ)
 
 
 def _at(module: nn.Module, path: str) -> Any:
@@ -269,7 +267,7 @@ def run_sublayer(module: nn.Module, x: Tensor, options: Options) -> Tensor | tup
         return None
     if FED in module._modules:
         return None if options else feed_forward.feed_forward(inner, x, norm, residual=True, dropout=p)
-    if x.ndim != 3 or not knows_all(options, SUBLAYER_READ):
+    if x.ndim != 3:
         return None
     ready = _ready_sublayer(module, inner, x, options)
     if ready is None:
@@ -308,15 +306,20 @@ class _ReadySublayer(NamedTuple):
 
 
 def _ready_sublayer(module: nn.Module, inner: nn.Module, x: Tensor, options: Options) -> _ReadySublayer | None:
-    bias = None if wants_weights(inner, options) else _distances(inner, x, options.get("position_bias"))
-    pattern = None if bias is None else _pattern(inner, x, bias, options.get("attention_mask"))
+    is_plain = knows_all(inner, options, SUBLAYER_READ)
+    bias = _distances(inner, x, options.get("position_bias")) if is_plain else None
     acting = active_operands(modules_at(inner, PROJECTIONS), forwards_of(module), x)
-    if bias is None or pattern is None or acting is None:
+    settings = vars(inner)
+    dropped = settings["dropout"] if inner.training else 0.0
+    if bias is None or acting is None or not 0 <= dropped < 1:
+        return None
+    pattern = Pattern(settings["is_causal"], settings["scaling"], dropout=dropped, bias=bias)
+    masked = under(options.get("attention_mask"), x, pattern)
+    if masked is None:
         return None
     *inputs, o = acting.operands
-    settings = vars(inner)
     block = SelfAttention(tuple(inputs), o, settings["key_value_proj_dim"], settings["n_heads"])
-    return _ReadySublayer(block, pattern, bias, acting)
+    return _ReadySublayer(block, masked, bias, acting)
 
 
 def _inner(module: nn.Module) -> nn.Module | None:
@@ -340,11 +343,3 @@ def _distances(attention: nn.Module, x: Tensor, given: Tensor | None) -> Tensor 
         given = getattr(attention, COMPUTE)(tokens, tokens, device=x.device).contiguous()
     wanted = (attention.n_heads, tokens, tokens)
     return given if tuple(given.shape[1:]) == wanted and not given.requires_grad else None
-
-
-def _pattern(attention: nn.Module, x: Tensor, bias: Tensor, mask: Tensor | None) -> Pattern | None:
-    settings = vars(attention)
-    dropped = settings["dropout"] if attention.training else 0.0
-    if not 0 <= dropped < 1:
-        return None
-    return under(mask, x, Pattern(settings["is_causal"], settings["scaling"], dropout=dropped, bias=bias))

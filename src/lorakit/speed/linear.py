@@ -167,12 +167,15 @@ def active_operands(modules: Sequence[nn.Module], forwards: Forwards, x: Tensor)
     """
     layer = next((module for module in modules if isinstance(module, LoraLayer)), None)
     route, is_recomputed = (None, False) if layer is None else resolve(layer.state, None, forwards)
-    operands = _operands(modules, route, x)
-    if operands is not None:
-        return ActiveOperands(operands, forwards, route, is_recomputed)
-    if route is not None and not torch.is_grad_enabled():  # a reentrant checkpoint may check here which run came first
-        forwards.note(None, route, is_recomputed)
-    return None
+    operands = []
+    for module in modules:
+        one = peft_operand(module) if is_peft_linear(module) else operand(module, route)
+        if one is None or not _is_here(one, x):
+            if route is not None and not torch.is_grad_enabled():  # a reentrant checkpoint may ask which came first
+                forwards.note(None, route, is_recomputed)
+            return None
+        operands.append(one)
+    return ActiveOperands(operands, forwards, route, is_recomputed)
 
 
 def forwards_of(module: nn.Module) -> Forwards:
@@ -180,22 +183,11 @@ def forwards_of(module: nn.Module) -> Forwards:
     return module.__dict__.setdefault(FORWARDS, Forwards())
 
 
-def _operands(modules: Sequence[nn.Module], route: Route | None, x: Tensor) -> list[Adapted] | None:
-    found = []
-    for module in modules:
-        one = peft_operand(module) if is_peft_linear(module) else operand(module, route)
-        if one is None or not _is_here(one, x):
-            return None
-        found.append(one)
-    return found
-
-
 def _is_here(one: Adapted, x: Tensor) -> bool:
     """Return whether all tensors are whole, on the device of x (…, in), and in a dtype that the module accepts."""
-    cast = torch.is_autocast_enabled(x.device.type)
-    for base in (one.W, one.bias):
-        if base is not None and not (cast or base.dtype == x.dtype):
-            return False
+    is_cast = torch.is_autocast_enabled(x.device.type)
+    if not is_cast and any(base is not None and base.dtype != x.dtype for base in (one.W, one.bias)):
+        return False
     tensors = (one.W, one.bias, *factors([one]))
     # a sharded tensor (DTensor) has another type
     return all(t is None or (type(t) in (Tensor, nn.Parameter) and t.device == x.device) for t in tensors)

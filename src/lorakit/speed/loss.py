@@ -22,7 +22,7 @@ from lorakit.ops.cross_entropy import IGNORED, linear_cross_entropy
 from lorakit.ops.cross_entropy import Head as Operands
 from lorakit.speed.last_layer import KEYWORD, LastLayer, Trained, agree, some
 from lorakit.speed.patching import is_watched, may_run
-from lorakit.speed.probe import TOLERANCES, Call, attempt, inputs_of
+from lorakit.speed.probe import Call, ModelOutput, attempt, inputs_of
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -158,7 +158,7 @@ def shifted(labels: Tensor, ignored: int) -> Tensor:
     return nn.functional.pad(labels[..., 1:], (0, 1), value=ignored)
 
 
-def last_layer_for(head: Head, last: LastLayer, call: Call, output: object) -> LastLayer | None:
+def last_layer_for(head: Head, last: LastLayer, call: Call, output: ModelOutput | None) -> LastLayer | None:
     """Return the last layer if it can skip rows without loss, or None if a probe shows that it cannot; call it in
     `eval_mode`.
 
@@ -188,18 +188,19 @@ def last_layer_for(head: Head, last: LastLayer, call: Call, output: object) -> L
     return last if arrives and agree(ours[rows], theirs[rows]) else None
 
 
-def head_for(head: nn.Module | None, given: Tensor | None, logits: Tensor | None, config: object) -> Head | str:
+def head_for(head: nn.Module | None, given: Tensor | None, logits: Tensor | None, model: nn.Module) -> Head | str:
     """Determine how the logits of a model depend on its head.
 
     Args:
         head: The model's output embeddings.
         given: The head's output in a probe, (rows, tokens, V), or None if it was not called.
         logits: The model's logits, (rows, tokens, V).
-        config: The model's config.
+        model: The model.
 
     Returns:
         The head, or why its loss needs logits, a short phrase.
     """
+    config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return "its loss is not the next-token loss"
     if head is None or type(head).forward is not nn.Linear.forward or is_watched(head):
@@ -213,8 +214,7 @@ def head_for(head: nn.Module | None, given: Tensor | None, logits: Tensor | None
     if softcap is not None:
         found = softcap * torch.tanh(found / softcap)
     scale = float((found * wanted).sum() / (found * found).sum().clamp_min(1e-30))
-    error = torch.linalg.vector_norm(scale * found - wanted) / torch.linalg.vector_norm(wanted).clamp_min(1e-30)
-    if not float(error) <= TOLERANCES.get(logits.dtype, 0.0):
+    if not agree(scale * found, logits):
         return "its logits are not a function of its head's output alone"
     if torch.equal(given, logits) or abs(scale - 1) < 1e-6 or (softcap is not None and abs(scale - 1) < 1e-2):
         scale = 1.0
@@ -359,7 +359,7 @@ class LossWithoutLogits:
         has_labels = isinstance(labels, Tensor) and labels.numel() > 0
         return has_labels and bool(by_name) and module.training and self.head.applies()
 
-    def _end(self, module: nn.Module, args: tuple[Any, ...], output: object) -> Mapping[str, Any] | None:
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: ModelOutput) -> Mapping[str, Any] | None:
         if torch.compiler.is_compiling():
             return None
         thread = threading.get_ident()

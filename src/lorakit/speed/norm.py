@@ -26,11 +26,9 @@ def norm_of(module: nn.Module | None) -> Norm | None:
         return None
     weight = module._parameters.get("weight")
     bias = module._parameters.get("bias")
-    if (
-        type(weight) is not nn.Parameter
-        or weight.ndim != 1
-        or any(p.requires_grad for p in (weight, bias) if p is not None)
-    ):
+    if type(weight) is not nn.Parameter or weight.ndim != 1 or weight.requires_grad:
+        return None
+    if bias is not None and bias.requires_grad:
         return None
     if isinstance(module, nn.LayerNorm):
         return Norm("layer", weight, bias, module.eps)

@@ -61,13 +61,11 @@ class Swap:
     """A replaced module of a model.
 
     Attributes:
-        path: Path in the model.
         original: The original module.
         replacement: The module that replaces it.
         holders: Every (parent, attribute) that held it.
     """
 
-    path: str
     original: nn.Module
     replacement: nn.Module
     holders: tuple[tuple[nn.Module, str], ...]

@@ -77,8 +77,7 @@ class _Held:
         self.now: dict[str, Any] = module.__dict__
         self.attributes = dict(self.now)
         tables = [value for name, value in self.now.items() if name[0] == "_" and isinstance(value, (dict, set))]
-        self.full = [(table, table.copy()) for table in tables if table]
-        self.empty = [table for table in tables if not table]
+        self.tables = [(table, table.copy()) for table in tables]
         for name, value in self.attributes.items():
             if isinstance(value, Forwards):
                 self.now[name] = Forwards()
@@ -88,15 +87,16 @@ class _Held:
         for name in self.now.keys() - self.attributes.keys():
             del self.now[name]
         self.now.update(self.attributes)
-        for table in self.empty:
-            if table:
+        for table, before in self.tables:
+            if table or before:
                 table.clear()
-        for table, before in self.full:
-            table.clear()
-            table.update(before)
+                table.update(before)
 
 
 Result = TypeVar("Result")
+
+ModelOutput = Mapping[str, Any] | tuple[Any, ...]
+"""Output of a transformers model."""
 
 ROWS, TOKENS = 2, 9
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -145,7 +145,7 @@ class _Enough(Exception):
 
 def calls(
     model: nn.Module, modules: Mapping[str, nn.Module], rows: int = ROWS, tokens: int = TOKENS, *, stop: bool = False
-) -> tuple[dict[str, Call], object]:
+) -> tuple[dict[str, Call], ModelOutput | None]:
     """Run a model once on random tokens and record the calls of some modules; call it in `eval_mode`.
 
     Args:
@@ -172,7 +172,7 @@ def calls(
         return hook
 
     handles = [module.register_forward_hook(keep(path), with_kwargs=True) for path, module in modules.items()]
-    output = None
+    output: ModelOutput | None = None
     try:
         with contextlib.suppress(_Enough):
             output = model(**inputs_of(model, rows, tokens))

@@ -59,17 +59,6 @@ def unknown_implementation(attention: nn.Module, supported: str = "sdpa") -> str
     return None if implementation == supported else f"attention implementation {implementation!r} is not supported"
 
 
-def wants_weights(attention: nn.Module, call: Mapping[str, Any]) -> bool:
-    """Return whether a call, or the model's config, requests attention weights.
-
-    Args:
-        attention: A module, with a transformers config if it has one.
-        call: The call's arguments by name.
-    """
-    asked = call.get("output_attentions")
-    return bool(getattr(getattr(attention, "config", None), "output_attentions", False) if asked is None else asked)
-
-
 def unknown_attributes(module: nn.Module, names: Collection[str], children: Collection[str]) -> str | None:
     """Return what a module has besides the known attributes and children, as a phrase, or None.
 
@@ -86,7 +75,7 @@ def unknown_attributes(module: nn.Module, names: Collection[str], children: Coll
     return f"unknown attributes {', '.join(unknown)}" if unknown else None
 
 
-def unknown_config_fields(module: nn.Module, known: Collection[str]) -> str | None:
+def unknown_fields(module: nn.Module, known: Collection[str]) -> str | None:
     """Return the unknown config fields that a module's forward reads, as a phrase, or None.
 
     A field that is None or False is considered off; a replacement's contract covers its value.
@@ -101,14 +90,20 @@ def unknown_config_fields(module: nn.Module, known: Collection[str]) -> str | No
     return f"its forward reads unknown config fields {', '.join(unknown)}" if unknown else None
 
 
-def knows_all(call: Mapping[str, Any], read: Collection[str]) -> bool:
-    """Return whether all arguments of a call are known, or unknown but not set.
+def knows_all(attention: nn.Module, options: Options, read: Collection[str]) -> bool:
+    """Return whether a call asks an attention for its output alone, with arguments that are known or not set.
 
     Args:
-        call: The call's arguments by name.
+        attention: A module, with a transformers config if it has one.
+        options: Arguments of the call.
         read: Names of arguments that the fused forward reads, or that have no effect.
     """
-    return all(name in read or (name in OPTIONAL and (value is None or value is False)) for name, value in call.items())
+    wants_weights = options.get("output_attentions")
+    if wants_weights is None:
+        wants_weights = getattr(getattr(attention, "config", None), "output_attentions", False)
+    return not wants_weights and all(
+        name in read or (name in OPTIONAL and (value is None or value is False)) for name, value in options.items()
+    )
 
 
 OPTIONAL = frozenset(
