@@ -68,9 +68,8 @@ def keeps_sequences_apart(model: nn.Module, logits: Tensor | None) -> bool:
     mask[1, ids.shape[1] // 2 :] = 0  # the model is causal, so the logits of the remaining tokens do not change
     inputs, _ = pack_rows(ids, mask, ids)
     packed = attempt(lambda: model(**inputs, use_cache=False).logits[0])
-    if isinstance(packed, Exception):  # the model does not accept these arguments
-        return False
-    return agree(packed, logits[mask.bool()])
+    # an exception: the model does not accept these arguments
+    return not isinstance(packed, Exception) and agree(packed, logits[mask.bool()])
 
 
 def _named(*names: str) -> Callable[[nn.Module], bool]:
@@ -78,7 +77,7 @@ def _named(*names: str) -> Callable[[nn.Module], bool]:
     return lambda module: any(name in type(module).__name__.lower() for name in names) and not linear.is_adapted(module)
 
 
-RECIPES = (
+FUSED_FORWARDS = (
     FusedForward(
         "encoder layer",
         encoder.fits,
@@ -175,15 +174,14 @@ def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool
     """
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return _nothing(model, "its weights are sharded; call accelerate before sharding")
-    modules = dict(model.named_modules())
+    modules, kind = dict(model.named_modules()), type(model).__name__
     if any(is_replacement(module) for module in modules.values()):
-        raise ModelError(f"{type(model).__name__} is already accelerated; call undo() on the earlier result first")
-    head = output_head(model)
+        raise ModelError(f"{kind} is already accelerated; call undo() on the earlier result first", what=kind)
     is_adapted = any(linear.is_adapted(module) for module in modules.values())
     # without adapters, the probes see the model as frozen as adapters will make it; each call checks this again
     with contextlib.nullcontext() if is_adapted else frozen(model), contextlib.ExitStack() as back:
         with eval_mode(model):
-            probed = _probed(model, modules, head)
+            probed = _probed(model, modules)
         if isinstance(probed, Exception):
             return _nothing(model, f"the model does not run on token ids alone: {type(probed).__name__}")
         swaps = _installed(modules, probed, back)
@@ -222,9 +220,10 @@ class _Probed(NamedTuple):
     packs: bool
 
 
-def _probed(model: nn.Module, modules: Mapping[str, nn.Module], head: nn.Module | None) -> _Probed | Exception:
+def _probed(model: nn.Module, modules: Mapping[str, nn.Module]) -> _Probed | Exception:
     """Probe the plain model, or return the exception of its forward."""
-    wanted, skipped = candidates({path: module for path, module in modules.items() if path}, RECIPES)
+    head = output_head(model)
+    wanted, skipped = candidates({path: module for path, module in modules.items() if path}, FUSED_FORWARDS)
     ran = attempt(lambda: calls(model, modules_to_record(wanted) | ({} if head is None else {"": head})))
     if isinstance(ran, Exception):
         return ran
@@ -245,12 +244,11 @@ def _probed_in_place(model: nn.Module, probed: _Probed, logits: bool) -> tuple[b
     Returns:
         Whether batches may be packed; and the loss without logits, not yet installed, or why not, or None.
     """
-    head = probed.head
-    last = None if head is None else _last(model, head, probed.fast, tuple(probed.calls))
-    if head is not None and last is not None:
-        head.last = last_layer_for(head, last, probed.calls[""], probed.output)
+    last = None if probed.head is None else _last(model, probed.head, probed.fast, tuple(probed.calls))
+    if probed.head is not None and last is not None:
+        probed.head.last = last_layer_for(probed.head, last, probed.calls[""], probed.output)
     packs = probed.packs and keeps_sequences_apart(model, getattr(probed.output, "logits", None))
-    return packs, None if logits or head is None else loss_for(_inner(model), head)
+    return packs, None if logits or probed.head is None else loss_for(_inner(model), probed.head)
 
 
 def _inner(model: nn.Module) -> nn.Module:
@@ -302,16 +300,15 @@ def _installed(modules: Mapping[str, nn.Module], probed: _Probed, back: contextl
         for attribute, child in children_of(parent).items():
             holders.setdefault(id(child), []).append((parent, attribute))
     plans = [(module, fused.name, fused.forward, fused.whole) for module, fused in probed.fast.values()]
-    head = probed.head
-    if head is not None:
-        plans.append((head.module, "loss without logits", head.run, False))
+    if probed.head is not None:
+        plans.append((probed.head.module, "loss without logits", probed.head.run, False))
     classes: dict[tuple[type, str], type[nn.Module]] = {}
     swaps = []
     for module, name, forward, _ in plans:
         made = make_replacement(module, forward, classes, name)
         swaps.append((name, Swap(module, made, tuple(holders[id(module)]))))
-    if head is not None:
-        head.module, head.places = swaps[-1][1].replacement, swaps[-1][1].holders
+    if probed.head is not None:
+        probed.head.module, probed.head.holders = swaps[-1][1].replacement, swaps[-1][1].holders
     for _, swap in swaps:
         back.callback(swap.undo)
         swap.do()

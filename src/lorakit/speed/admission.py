@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lorakit.speed import linear
 from lorakit.speed.contract import SETTINGS, is_own_forward, package_of
-from lorakit.speed.probe import TOLERANCES, Call, attempt, calls
+from lorakit.speed.probe import TOLERANCES, Call, Calls, Pairs, attempt, calls
 from lorakit.speed.submodules import Options, is_supported, split_call
 
 SMALLEST_ROW = 0.1
@@ -50,7 +50,7 @@ class Verdict(NamedTuple):
 Output = Tensor | tuple[Tensor | None, ...]
 """Output of a fused forward; the first item of a tuple is the hidden states."""
 
-Branches = Callable[[nn.Module, Tensor, Options, Mapping[str, Call]], list[tuple[Tensor | None, Tensor]]]
+Branches = Callable[[nn.Module, Tensor, Options, Calls], Pairs]
 """Module, hidden states, other arguments, calls of modules below it by path -> pairs of branches: fused, its own."""
 
 
@@ -106,7 +106,7 @@ def _noise(module: nn.Module, call: Call, residual: bool) -> Tensor | None:
     return _sizes(change - (_rows(moved) - _rows(x)) if residual else change)
 
 
-def compare_branches(branches: Branches, module: nn.Module, call: Call, inside: Mapping[str, Call]) -> Verdict:
+def compare_branches(branches: Branches, module: nn.Module, call: Call, inside: Calls) -> Verdict:
     """Compare the branches of a fused forward, before the residual, with the recorded ones.
 
     Args:
@@ -308,7 +308,7 @@ def modules_to_record(parts: Parts) -> dict[str, nn.Module]:
     return found
 
 
-def admit(model: nn.Module, wanted: Parts, found: Mapping[str, Call]) -> tuple[Parts, list[Skipped]]:
+def admit(model: nn.Module, wanted: Parts, found: Calls) -> tuple[Parts, list[Skipped]]:
     """Probe candidates; call it in `eval_mode`.
 
     Args:
@@ -326,10 +326,10 @@ def admit(model: nn.Module, wanted: Parts, found: Mapping[str, Call]) -> tuple[P
     for path in reversed(wanted):  # children before parents
         module, fused_forward = wanted[path]
         child = _fused_among(differing, path, module, fused_forward)
-        verdict = None
-        if child is not None:
+        if child is None:
+            verdict = _verdict(path, module, fused_forward, found)
+        else:
             verdict = Verdict(f"its {child[len(path) + 1 :]}: {verdicts[child].why}", differs=True)
-        verdict = verdict or _verdict(path, module, fused_forward, found)
         verdicts[path] = verdict if verdict.differs else at_lengths.get(first_of[path], verdict)
         if verdicts[path].differs:
             differing.append(path)
@@ -374,11 +374,8 @@ def _is_foreign(kind: type[nn.Module]) -> bool:
         if owner.__module__.partition(".")[0] in KNOWN:
             continue
         own = {name for name in vars(owner) if not name.startswith("__")} - HARMLESS | CALLED & vars(owner).keys()
-        if any(
-            name in vars(base) and not _is_known(vars(owner)[name])
-            for name in own
-            for base in kind.__mro__[place + 1 :]
-        ):
+        inherited = {name for base in kind.__mro__[place + 1 :] for name in vars(base)}
+        if any(not _is_known(vars(owner)[name]) for name in own & inherited):
             return True
     return False
 
@@ -395,7 +392,7 @@ def _is_known(method: Callable[..., Any] | None) -> bool:
     return True
 
 
-def _one_of_each(wanted: Parts, found: Mapping[str, Call]) -> tuple[Parts, dict[str, str]]:
+def _one_of_each(wanted: Parts, found: Calls) -> tuple[Parts, dict[str, str]]:
     """Group called modules that differ only in their weights; returns the first of each, and path -> its first."""
     first: dict[Any, str] = {}
     first_of = {}
@@ -427,7 +424,7 @@ def _at_lengths(model: nn.Module, firsts: Parts) -> dict[str, Verdict]:
     return differing
 
 
-def _verdict(path: str, module: nn.Module, fused_forward: FusedForward, found: Mapping[str, Call]) -> Verdict:
+def _verdict(path: str, module: nn.Module, fused_forward: FusedForward, found: Calls) -> Verdict:
     """Compare the fused forward of a module with its recorded calls."""
     call = found.get(path)
     if call is None:

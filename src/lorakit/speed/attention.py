@@ -168,9 +168,8 @@ def fits(module: nn.Module) -> str | None:
         return "it has a window that it does not use"
     if getattr(module.config, "is_causal", True) is not True:
         return "its config makes it bidirectional"
-    return unknown_fields(module, FIELDS) or unknown_attributes(
-        module, ATTRIBUTES, (*shape.inputs, shape.output, *NORMS, *DROPOUTS)
-    )
+    known = (*shape.inputs, shape.output, *NORMS, *DROPOUTS)
+    return unknown_fields(module, FIELDS) or unknown_attributes(module, ATTRIBUTES, known)
 
 
 def shape_of(module: nn.Module) -> Shape | None:

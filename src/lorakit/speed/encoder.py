@@ -11,7 +11,6 @@ arXiv:1910.10683, section 2.1). Cross-attention runs the model's own forward.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from lorakit.speed.attention import under
 from lorakit.speed.linear import ActiveOperands, active_operands, forwards_of
 from lorakit.speed.norm import dropout_p, norm_of
 from lorakit.speed.patching import RECOMPUTES, children_of, is_watched, modules_at
-from lorakit.speed.probe import Call
+from lorakit.speed.probe import Calls, Pairs
 from lorakit.speed.submodules import (
     Options,
     activation_of,
@@ -140,9 +139,8 @@ def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
     ready = _ready(module, x, options)
     if ready is None:
         return None
-    after_attention, after_mlp = ready.norms
-    y = normalize(attention_block(x, ready.block, ready.pattern, residual=True), after_attention)
-    y = normalize(mlp(y, ready.form), after_mlp)
+    y = normalize(attention_block(x, ready.block, ready.pattern, residual=True), ready.norms[0])
+    y = normalize(mlp(y, ready.form), ready.norms[1])
     ready.acting.note(y)
     return y
 
@@ -153,9 +151,7 @@ def traced(module: nn.Module) -> tuple[str, ...]:
     return () if found is None else (found.output[0], found.up, found.down[0])
 
 
-def branches(
-    module: nn.Module, x: Tensor, options: Options, inside: Mapping[str, Call]
-) -> list[tuple[Tensor | None, Tensor]]:
+def branches(module: nn.Module, x: Tensor, options: Options, inside: Calls) -> Pairs:
     """Pair what the fused forward adds to the residuals with the outputs of the projections, (B, T, d) each."""
     attended, up, down = (inside[path] for path in traced(module))
     ready = _ready(module, x, options)
@@ -256,8 +252,14 @@ def fits_sublayer(module: nn.Module) -> str | None:
         return "unknown children for a sublayer"
     if norm_of(module._modules[NORM]) is None:
         return "unknown norm"
-    reason = unknown_attributes(module, (), (NORM, DROPOUT, FED, ATTENDED))
-    return reason or (feed_forward.fits(inner) if FED in module._modules else _why_not(inner))
+    if reason := unknown_attributes(module, (), (NORM, DROPOUT, FED, ATTENDED)):
+        return reason
+    if FED in module._modules:
+        return feed_forward.fits(inner)
+    if len(modules_at(inner, PROJECTIONS)) < len(PROJECTIONS) or not vars(inner).keys() >= NEEDED:
+        return "unknown children for an attention"
+    known = (*PROJECTIONS, DISTANCES)
+    return unknown_implementation(inner) or unknown_attributes(inner, SUBLAYER_ATTRIBUTES, known)
 
 
 def run_sublayer(module: nn.Module, x: Tensor, options: Options) -> Tensor | tuple[Tensor, Tensor, None] | None:
@@ -282,9 +284,7 @@ def traced_in_sublayer(module: nn.Module) -> tuple[str, ...]:
     return (f"{FED}.wo",) if FED in module._modules else (f"{ATTENDED}.o",)
 
 
-def branches_of_sublayer(
-    module: nn.Module, x: Tensor, options: Options, inside: Mapping[str, Call]
-) -> list[tuple[Tensor | None, Tensor]]:
+def branches_of_sublayer(module: nn.Module, x: Tensor, options: Options, inside: Calls) -> Pairs:
     """Pair what the fused forward adds to the residual with what the inner module adds to it, (B, T, d)."""
     (own,) = (inside[path].output for path in traced_in_sublayer(module))
     inner, norm = _inner(module), norm_of(module._modules[NORM])
@@ -325,13 +325,6 @@ def _ready_sublayer(module: nn.Module, inner: nn.Module, x: Tensor, options: Opt
 def _inner(module: nn.Module) -> nn.Module | None:
     held = children_of(module)
     return next((held[name] for name in (FED, ATTENDED) if held.keys() == {NORM, DROPOUT, name}), None)
-
-
-def _why_not(attention: nn.Module) -> str | None:
-    if len(modules_at(attention, PROJECTIONS)) < len(PROJECTIONS) or not vars(attention).keys() >= NEEDED:
-        return "unknown children for an attention"
-    known = (*PROJECTIONS, DISTANCES)
-    return unknown_implementation(attention) or unknown_attributes(attention, SUBLAYER_ATTRIBUTES, known)
 
 
 def _distances(attention: nn.Module, x: Tensor, given: Tensor | None) -> Tensor | None:

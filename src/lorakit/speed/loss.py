@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lorakit.errors import RunError
 from lorakit.ops.cross_entropy import IGNORED, linear_cross_entropy
 from lorakit.ops.cross_entropy import Head as Operands
 from lorakit.speed.last_layer import KEYWORD, LastLayer, Trained, agree, some
@@ -64,7 +65,7 @@ class Head:
         scale: Factor between the head's output and the logits.
         softcap: Bound of the logits by tanh, or None.
         module: The head; its replacement once the model is accelerated.
-        places: Every (parent, attribute) that contained it when the model was accelerated.
+        holders: Every (parent, attribute) that contained it when the model was accelerated.
         open: Thread -> its current capturing forward.
         last: The last layer, if that can skip rows without loss.
     """
@@ -72,7 +73,7 @@ class Head:
     scale: float
     softcap: float | None
     module: nn.Module
-    places: tuple[tuple[nn.Module, str], ...] = ()
+    holders: tuple[tuple[nn.Module, str], ...] = ()
     open: dict[int, HiddenStateCapture] = field(default_factory=dict)
     last: LastLayer | None = None
 
@@ -104,7 +105,7 @@ class Head:
 
     def applies(self) -> bool:
         """Return whether the head is unchanged since it was accelerated: in place, frozen, plain and without hooks."""
-        if any(parent._modules.get(name) is not self.module for parent, name in self.places):
+        if any(parent._modules.get(name) is not self.module for parent, name in self.holders):
             return False  # it has an adapter now, or the model has another head
         weight, bias = self.module._parameters.get("weight"), self.module._parameters.get("bias")
         frozen = weight is not None and not weight.requires_grad and (bias is None or not bias.requires_grad)
@@ -143,9 +144,8 @@ class Head:
         weight, bias = self.module.get_parameter("weight"), self.module._parameters.get("bias")
         operands = Operands(weight, bias, self.scale, self.softcap)
         flat = targets.reshape(-1)
-        return linear_cross_entropy(
-            hidden.reshape(len(flat), -1), operands, flat, total=total, ignore_index=ignore_index
-        )
+        rows = hidden.reshape(len(flat), -1)
+        return linear_cross_entropy(rows, operands, flat, total=total, ignore_index=ignore_index)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the model's logits (…, V) for hidden states (…, d); calls the head as a module."""
@@ -226,11 +226,11 @@ def head_for(head: nn.Module | None, given: Tensor | None, logits: Tensor | None
 STOCK = ("transformers.loss.loss_utils", "ForCausalLMLoss")
 """Module and name of the loss whose arithmetic is known."""
 
-
 LOSS, OWN_LOSS = "loss_function", "_loss_function"
 """Attributes of a transformers model: its loss function, and the one that was set on the model itself, if any."""
 
 Loss = Callable[..., Tensor]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class LossWithoutLogits:
@@ -287,18 +287,18 @@ class LossWithoutLogits:
             kwargs: Other arguments of the stock loss.
 
         Raises:
-            RuntimeError: The head was called several times, or its output was changed in place.
+            RunError: The head was called several times, or its output was changed in place.
         """
         options = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index, "shift_labels": shift_labels}
-        capture = None
-        if not torch.compiler.is_compiling():  # a compiler cannot trace threads, and gets logits
-            capture = self.head.open.get(threading.get_ident())
+        is_traced = torch.compiler.is_compiling()  # a compiler cannot trace threads, and gets logits
+        capture = None if is_traced else self.head.open.get(threading.get_ident())
         if capture is None or capture.owner is None or not capture.given:
             return self.stock(logits, labels, vocab_size, **options, **kwargs)
         if len(capture.given) != 1 or capture.given[0]._version != capture.version:
-            raise RuntimeError(
+            raise RunError(
                 f"{type(self.model).__name__} called its head {len(capture.given)} times or changed its output "
-                "in place, so the loss cannot be computed without logits; use accelerate(model) without logits=False"
+                "in place, so the loss cannot be computed without logits; use accelerate(model) without logits=False",
+                what=type(self.model).__name__,
             )
         hidden = capture.given[0]
         capture.used = True
@@ -317,9 +317,7 @@ class LossWithoutLogits:
             num_items_in_batch = num_items_in_batch.to(hidden.device)
         return self.head.loss(hidden, shift_labels, num_items_in_batch, ignore_index)
 
-    def _begin(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         if torch.compiler.is_compiling():
             return None
         thread, wanted = threading.get_ident(), self._wanted(module, kwargs)
@@ -370,7 +368,8 @@ class LossWithoutLogits:
         if not capture.given or not isinstance(output, Mapping):  # a failed forward gives nothing
             return None
         if not capture.used:
-            raise RuntimeError(f"{type(self.model).__name__} passed labels to a loss other than its loss_function")
+            kind = type(self.model).__name__
+            raise RunError(f"{kind} passed labels to a loss other than its loss_function", what=kind)
         make: Callable[..., Mapping[str, Any]] = type(output)
         return make(**{name: value for name, value in output.items() if name != "logits"})
 

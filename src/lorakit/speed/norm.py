@@ -60,10 +60,8 @@ def fits(module: nn.Module) -> str | None:
 def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
     """Return the norm of x (…, d), or None if the module's own forward must run."""
     norm = norm_of(module)
-    if norm is None or options:
-        return None
-    if norm.weight is not None and norm.weight.dtype != x.dtype:
-        return None  # the output dtype then depends on the model
+    if norm is None or options or (norm.weight is not None and norm.weight.dtype != x.dtype):
+        return None  # with another dtype, the output dtype depends on the model
     if norm.kind == "layer" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float32:
         return None  # autocast returns float32
     return normalize(x, norm)

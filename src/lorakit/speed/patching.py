@@ -7,7 +7,7 @@ modified. Undoing puts the original back.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -89,17 +89,16 @@ class Swap:
             new.state.join(new)
 
 
-def undo(model: nn.Module, swaps: Iterable[Swap]) -> None:
+def undo(model: nn.Module, swaps: Sequence[Swap]) -> None:
     """Put all originals back, including inside adapter layers that hold a replacement by now.
 
     Args:
         model: The model with the replacements.
         swaps: All swaps of one acceleration.
     """
-    originals: dict[int, nn.Module] = {}
+    originals = {id(swap.replacement): swap.original for swap in swaps}
     for swap in swaps:
         swap.undo()
-        originals[id(swap.replacement)] = swap.original
     for parent in list(model.modules()):
         for name, child in children_of(parent).items():
             if id(child) in originals:
@@ -171,10 +170,9 @@ def _subclass(
     def as_original(self: nn.Module, protocol: int) -> Reduced:  # a runtime class cannot be imported
         return _blank, (original,), {name: value for name, value in vars(self).items() if name not in OWN}
 
-    members = {"forward": forward, "__reduce_ex__": as_original, "__module__": original.__module__, MARK: original}
-    return type(
-        original.__name__, (original,), {**members, "__slots__": (CONTRACT,), "__qualname__": original.__qualname__}
-    )
+    members: dict[str, Any] = {"forward": forward, "__reduce_ex__": as_original, "__slots__": (CONTRACT,)}
+    members |= {"__module__": original.__module__, "__qualname__": original.__qualname__, MARK: original}
+    return type(original.__name__, (original,), members)
 
 
 def _blank(kind: type[nn.Module]) -> nn.Module:

@@ -124,6 +124,13 @@ class Call:
         return self.args[0] if self.args else self.kwargs.get("hidden_states")
 
 
+Calls = Mapping[str, Call]
+"""Path -> call."""
+
+Pairs = list[tuple[Tensor | None, Tensor]]
+"""Outputs of a fused forward, None if it does not support the call, each with the module's own, (…) each."""
+
+
 def attempt(run: Callable[[], Result]) -> Result | Exception:
     """Run a probe and return its result, or the exception that it raised.
 

@@ -1,4 +1,4 @@
-"""What fused forwards check of modules and calls: activations, attributes, config fields, arguments.
+"""Checks of modules and calls for fused forwards: activations, attributes, config fields, arguments.
 
 Modules are recognized by structure. None means unknown; nothing is guessed.
 """
@@ -101,9 +101,8 @@ def knows_all(attention: nn.Module, options: Options, read: Collection[str]) -> 
     wants_weights = options.get("output_attentions")
     if wants_weights is None:
         wants_weights = getattr(getattr(attention, "config", None), "output_attentions", False)
-    return not wants_weights and all(
-        name in read or (name in OPTIONAL and (value is None or value is False)) for name, value in options.items()
-    )
+    given = (name for name, value in options.items() if name not in OPTIONAL or not (value is None or value is False))
+    return not wants_weights and all(name in read for name in given)
 
 
 OPTIONAL = frozenset(

@@ -255,10 +255,8 @@ def matmul_tasks(model: nn.Module, tokens: int) -> Iterator[TuningTask]:
     found: dict[str, TuningTask] = {}
     for right in sides:
         if right.dtype in choices.NARROW and tokens >= choices.FEWEST_IN_FP32:
-            part = right[: choices.BLOCK, : choices.BLOCK]
-            found[choices.fp32_name(right)] = TuningTask(
-                choices.fp32_name(right), 0, (1,), partial(_through_fp32, part)
-            )
+            name, part = choices.fp32_name(right), right[: choices.BLOCK, : choices.BLOCK]
+            found[name] = TuningTask(name, 0, (1,), partial(_through_fp32, part))
     for right, rows in itertools.product(sides, counts):
         name = choices.matmul_name(rows, right)
         if FEWEST_FLOPS <= 2 * rows * right.numel() <= MOST_FLOPS:
