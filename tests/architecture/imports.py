@@ -40,7 +40,7 @@ LOWEST = {
     "safetensors": 0,
     "numpy": 5,
     "pydantic": 5,
-}  # packages without one door: the lowest floor for each
+}  # packages that several packages import: the lowest layer of each
 DOORS = {  # third-party package -> the files or folders that may import it
     "transformers": ("hub",),
     "tokenizers": ("hub",),
@@ -55,7 +55,7 @@ DOORS = {  # third-party package -> the files or folders that may import it
     "rich": ("train/progress.py", "cli"),
     "yaml": ("train/settings_sources.py", "cli"),
 }
-INNER = {  # folder or file of core -> its floor; its __init__ may import them all
+INNER = {  # folder or file of core -> its layer; its __init__ may import them all
     "clones": 0,
     "kinds": 1,
     "quantization": 1,
@@ -77,7 +77,7 @@ CORE_DOORS = {  # file or folder outside core that may import modules below lora
     "peft": "PEFT's interface is written over the layers, the index and the files of an adapter",
     "speed/admission.py": "compares modules and adapted layers by identity",
     "speed/linear.py": "reads the operands of an adapted layer",
-    "speed/patching.py": "puts fused forwards in the place of layers",
+    "speed/patching.py": "replaces layers by fused forwards; the rest of speed takes core's hooks and histories from it",
     "generate/prefixes.py": "passes the offsets of a shared prompt in a Route",
     "train/run_adapter.py": "makes, resumes and publishes the adapter of a run",
     "train/optimizer.py": "steps over the parameter groups of core/optimizers",

@@ -20,11 +20,11 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 class Breach(NamedTuple):
-    """One place where a rule is broken.
+    """A violation of a rule.
 
     Attributes:
         path: File below src/lorakit, or the test file.
-        subject: What breaks the rule there; it survives edits elsewhere in the file, so that a list can name it.
+        subject: What breaks the rule there; edits elsewhere in the file do not change it, so a list can name it.
         message: What is wrong and what to do.
         line: Line of the file, 0 for the whole file.
     """

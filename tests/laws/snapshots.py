@@ -1,4 +1,4 @@
-"""What must not change: the bytes, modules, flags and registry of a model, and the files of a folder."""
+"""Snapshots of what must not change: bytes, modules, flags and registry of a model, and the files of a directory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
 
 
 class BaseBits:
-    """The tensors of a base, watched from before any adapter came: the objects themselves and their bytes."""
+    """The tensors of a base before any adapter was attached: the objects themselves and their bytes."""
 
     def __init__(self, model: nn.Module) -> None:
         self.tensors = [(n, t) for n, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]]

@@ -155,7 +155,7 @@ def test_a_copy_is_made_of_the_base_not_of_what_another_adapter_trained(bias: st
 
 
 def test_a_file_does_not_depend_on_what_sat_beside_the_adapter(tmp_path: Path) -> None:
-    """Biases are the catch: those of another adapter's sites lie deeper in the model."""
+    """Biases are the hard case: those of another adapter's sites are deeper in the model."""
     model = BERT.model()
     attach(model, BERT.config(target_modules=["key"], modules_to_save=["classifier"]), "a")
     attach(model, BERT.config(bias="all"), "b")

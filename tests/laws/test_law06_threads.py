@@ -87,7 +87,7 @@ def test_the_face_carries_the_route_with_the_call() -> None:
 
 
 def in_threads(work: Callable[[int], None]) -> None:
-    """Run work(0), work(1), … each in a thread of its own, all at once, to their ends."""
+    """Run work(0), work(1), … each in its own thread, all at once, and wait for all of them."""
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(THREADS)]
     for thread in threads:
         thread.start()

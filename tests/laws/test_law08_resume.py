@@ -1,4 +1,4 @@
-"""Law 8: a run that is killed with SIGKILL, at any step and in any place, and resumed gives the same bits as one that
+"""Law 8: a run that is killed with SIGKILL, at any step and any operation, and resumed gives the same bits as one that
 was never interrupted.
 
 One child process loads everything once; each run is a fork of it, so that a kill is a real one and costs no start-up.

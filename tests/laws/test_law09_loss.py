@@ -1,6 +1,6 @@
-"""Law 9, the half without packing: the loss and gradient of a step do not depend on how its rows are split.
+"""Law 9, without packing: the loss and gradient of a step do not depend on how its rows are split.
 
-Rows of very different lengths and shares of trained tokens, so that a mean of means would be far off.
+Rows have very different lengths and fractions of tokens with loss, so a mean of means would be far off.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def answers(model: nn.Module, specimen: Any) -> list[str]:
 
 
 def refused(model: nn.Module, specimen: Any, call: Call, error: type[BaseException], text: str) -> None:
-    """The call raises, and everything stands as before."""
+    """Check that the call raises and changes nothing."""
     before, said = snapshot(model), answers(model, specimen)
     with pytest.raises(error, match=text):
         call(model)

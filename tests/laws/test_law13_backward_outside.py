@@ -222,7 +222,7 @@ def test_an_evaluation_in_between_is_no_reason_for_a_wrong_answer(mode: str, qui
 
 @pytest.mark.parametrize("first", ["reentrant", "non-reentrant"])
 def test_a_plain_forward_beside_a_checkpointed_one_is_not_taken_for_it(first: str) -> None:
-    """Reentrant checkpointing leaves no graph inside; the graph that is alive belongs to somebody else."""
+    """Reentrant checkpointing leaves no graph inside; the graph that is alive belongs to another forward."""
     model, x, y = stack(first), given(), given()
     with use(model, "b"):
         loss = model(x).pow(2).sum()

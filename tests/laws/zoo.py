@@ -87,7 +87,7 @@ def output(model: nn.Module, given: Any) -> Tensor:
 
 
 def randomise(model: nn.Module, name: str, seed: int, size: float = 0.5) -> None:
-    """Give everything that an adapter trains random numbers of its own, B among them."""
+    """Set all parameters that an adapter trains, including B, to random values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for path, parameter in trainable_parameters(model, name):
@@ -101,9 +101,9 @@ def randomise(model: nn.Module, name: str, seed: int, size: float = 0.5) -> None
 
 
 def with_adapters(specimen: Specimen, *names: str, dtype: torch.dtype = FP32, **fields: Any) -> nn.Module:
-    """A model with adapters that differ in every number; the first is active.
+    """Return a model with adapters that differ in every parameter; the first is active.
 
-    One adapter of a site can move its base, so where the init does, the others begin as usual beside it.
+    Only one adapter of a site can change its base, so if the init does, the others use the default init.
     """
     model, plain = specimen.model(dtype), {}
     for index, name in enumerate(names):
@@ -140,7 +140,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "corda": {"corda_config": {"corda_method": "ipm"}},
     "lora_ga": {"r": 2, "lora_alpha": 4},  # twice the rank must fit into the smallest weight
 }
-"""What a config says besides for an init, by the init's name."""
+"""Init -> further config fields."""
 
 
 def _numbers(*shape: int) -> Tensor:
@@ -186,14 +186,14 @@ def _convs(dims: int) -> nn.Module:
 
 
 class _Attending(nn.Module):
-    """Self-attention and a dense layer; keys and values may have widths of their own."""
+    """Self-attention and a dense layer; keys and values may have other widths than queries."""
 
     def __init__(self, **widths: int) -> None:
         super().__init__()
         self.mha = nn.MultiheadAttention(8, 2, batch_first=True, **widths)
         self.out = nn.Linear(8, 7)
         self.widths = widths
-        self.requires_grad_(False)  # torch computes attention another way, to other bits, where a weight is trained
+        self.requires_grad_(False)  # if a weight is trained, torch uses another attention kernel with other rounding
 
     def forward(self, x: Tensor) -> Tensor:
         keys, values = (x[..., : self.widths.get(name, 8)] for name in ("kdim", "vdim"))
@@ -277,7 +277,7 @@ def _text(rows: int) -> dict[str, Tensor]:
 
 
 def _invoking(rows: int) -> Tensor:
-    """Tokens among which `INVOCATION` stands once in each row, from the third on."""
+    """Return tokens with `INVOCATION` once in each row, from the third token on."""
     ids = _ids(rows).clamp_min(INVOCATION[-1] + 1)
     ids[:, 2 : 2 + len(INVOCATION)] = torch.tensor(INVOCATION)
     return ids
@@ -323,7 +323,7 @@ OF_VARIANT: dict[str, dict[str, Any]] = {
     "kasa": {"kasa_config": KasaConfig()},
     "bdlora": {"use_bdlora": BdLoraConfig(["up"], ["square"], nblocks=2)},
 }
-"""What a config says to ask for a variant, by its name."""
+"""Variant -> config fields."""
 
 
 @dataclass(frozen=True)
@@ -342,22 +342,22 @@ class Case:
 
     @property
     def takes_rows(self) -> bool:
-        """Whether rows of a batch can have different adapters."""
+        """Return whether rows of a batch can have different adapters."""
         return kind_named(self.kind).row_axis(nn.Module()) is not None
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What the config says beside targets, rank and alpha."""
+        """Return the config fields except targets, rank and alpha."""
         return {"init_lora_weights": self.init, **OF_VARIANT[self.variant]}
 
     @property
     def mergeable(self) -> bool:
-        """Whether the variant has a place in the weight."""
+        """Return whether the variant has an update of the weight."""
         return variant_named(self.variant).is_mergeable
 
     @property
     def moves_base(self) -> bool:
-        """Whether it moves the base by so much that the base's dtype shows it."""
+        """Return whether it changes the base by more than the rounding of the base's dtype."""
         if variant_named(self.variant).move is not None:
             return True
         unseen = (self.kind, self.init, self.dtype) == ("Embedding", "lora_ga", torch.bfloat16)  # B has steps of 1e-4
@@ -415,6 +415,6 @@ def cases(mergeable: bool = False) -> list[Any]:
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The base's tensors as they stand in the modules now, under the names they have in the plain model."""
+    """Return the current tensors of the base, under their names in the plain model."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name.replace(".base_layer", ""): tensor for name, tensor in tensors if ".lora_" not in name}
