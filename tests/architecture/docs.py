@@ -1,4 +1,4 @@
-"""Rules of docstrings and of the test tree: what a docstring states and names, and where a module's tests are."""
+"""Rules of docstrings and of the test tree: contents and references of docstrings, and locations of tests."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def shapeless(sources: Sources) -> Iterator[Breach]:
 
 
 def unnamed_errors(sources: Sources) -> Iterator[Breach]:
-    """Find public functions that raise and whose `Raises:` section does not name what."""
+    """Find public functions that raise and whose `Raises:` section does not name the exception."""
     for path, tree in parsed(sources):
         for name, node in public(tree):
             if isinstance(node, ast.ClassDef):

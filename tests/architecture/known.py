@@ -35,7 +35,7 @@ HEADER = f"""# Known breaches of the rules: "path: subject" = "reason"; {TIMES.s
 
 
 class Entry(NamedTuple):
-    """One line of the list: how often a subject breaks a rule in a file, and why that is left so."""
+    """One line of the list: how often a subject breaks a rule in a file, and the reason."""
 
     count: int
     reason: str
@@ -56,7 +56,7 @@ def key_of(breach: Breach) -> str:
 
 
 def differences(breaches: Iterable[Breach], known: Mapping[str, Entry]) -> list[str]:
-    """Return what the breaches of one rule and its list do not have in common, as lines of text.
+    """Return the differences between the breaches of one rule and its list, as lines of text.
 
     Args:
         breaches: All breaches of the rule.

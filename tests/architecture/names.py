@@ -1,4 +1,4 @@
-"""Rules of names: what is typed, what names a kind or a variant, what a file is called."""
+"""Rules of names: annotations of central names, names of kinds and variants, file names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fail or kill a piece of work at each of its file operations.
+"""Make a function fail, or kill its process, at each of its file operations.
 
 `at_every_operation` repeats the work on a fresh copy of a folder: the k-th file operation fails, or the process ends in
 it as it does by SIGKILL, for every k, and the files on the disk are judged each time.

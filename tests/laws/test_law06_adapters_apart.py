@@ -29,7 +29,7 @@ from .zoo import ARCHITECTURES, BERT, EVERY_KIND, MIXTRAL, Case, Specimen, cases
 
 
 def train(model: nn.Module, specimen: Specimen, name: str, dtype: torch.dtype = torch.float32, steps: int = 3) -> None:
-    """Train one adapter with an optimizer that has hold of every adapter's parameters."""
+    """Train one adapter with an optimizer over all adapters' parameters."""
     from .zoo import output
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.5)

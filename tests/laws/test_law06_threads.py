@@ -1,4 +1,4 @@
-"""Law 6, under threads: 8 threads use 4 adapters of one model at once, and no call gets another's answer."""
+"""Law 6, under threads: 8 threads use 4 adapters of one model at once, and no call gets the output of another."""
 
 from __future__ import annotations
 
@@ -96,6 +96,6 @@ def in_threads(work: Callable[[int], None]) -> None:
 
 
 def answer_of(model: Any, given: Any, name: str | None) -> torch.Tensor:
-    """The answer with one adapter on all rows, or of the base, (rows, out)."""
+    """Return the output with one adapter on all rows, or of the base, (rows, out)."""
     with use(model, name) if name else disable(model):
         return run(model, given)

@@ -62,7 +62,7 @@ def normal(*shape: int, seed: int = 0, trained: bool = False) -> Tensor:
 
 
 def site(out: int, width: int, r: int = 2, *, transposed: bool = False, p: float = 0.0, seed: int = 0) -> Adapted:
-    """A frozen weight of this shape with a bias, and an adapter whose B is not zero where r > 0."""
+    """Return a frozen weight of this shape with a bias, and an adapter whose B is not zero if r > 0."""
     W = normal(*((width, out) if transposed else (out, width)), seed=seed) / width**0.5
     A, B = normal(max(r, 1), width, seed=seed + 1, trained=True), normal(out, max(r, 1), seed=seed + 2, trained=True)
     return Adapted(W, normal(out, seed=seed + 3), LowRank(A, B, 0.7, p) if r else None, transposed)

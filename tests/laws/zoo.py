@@ -1,4 +1,4 @@
-"""The models and adapters that laws and core tests are run over, and the cases that the tables make.
+"""Models and adapters for the tests of laws and core, and the cases that follow from their tables.
 
 Each `Specimen` makes a fresh small model from a fixed seed, in eval mode, and knows its input and its output.
 `randomise` gives an adapter numbers that no other adapter has: with a zero B, every routing test would pass.
@@ -50,20 +50,20 @@ class Specimen:
     parameters: tuple[str, ...] = ()
 
     def model(self, dtype: torch.dtype = FP32, seed: int = 0) -> nn.Module:
-        """A fresh model in eval mode; the same seed gives the same bits."""
+        """Return a new model in eval mode; the same seed gives the same bits."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.make().to(dtype).eval()
 
     def given(self, dtype: torch.dtype = FP32, rows: int = ROWS) -> Any:
-        """The input, in the model's dtype where it is made of floats."""
+        """Return the input, in the model's dtype if it is floating-point."""
         given = self.inputs(rows)
         if isinstance(given, Tensor):
             return given.to(dtype) if given.is_floating_point() else given
         return given
 
     def config(self, **fields: Any) -> LoraConfig:
-        """A config for its targets with rank 4 and alpha 8."""
+        """Return a config for its targets with rank 4 and alpha 8."""
         words = {"r": 4, "lora_alpha": 8, "target_modules": list(self.targets)}
         if self.parameters:
             words["target_parameters"] = list(self.parameters)
@@ -74,13 +74,13 @@ class Specimen:
 
 
 def run(model: nn.Module, given: Any) -> Tensor:
-    """The output of a model, (rows, …), without a graph."""
+    """Return the output of a model, (rows, …), without a graph."""
     with torch.no_grad():
         return output(model, given)
 
 
 def output(model: nn.Module, given: Any) -> Tensor:
-    """The output of a model, (rows, …), with its graph."""
+    """Return the output of a model, (rows, …), with its graph."""
     if isinstance(given, Tensor):
         return model(given)
     return model(**given).logits
@@ -122,7 +122,7 @@ def attach_fresh(
     seed: int | None = None,
     **fields: Any,
 ) -> None:
-    """Attach an adapter, with what its init wants to know of the data, and the settings that its init cannot lack."""
+    """Attach an adapter, with the statistics that its init reads and the settings that its init requires."""
     init = init_named(fields.get("init_lora_weights", True))
     config, statistics = specimen.config(**{**SETTINGS.get(str(init.name), {}), **fields}), None
     if init.needs:
@@ -213,7 +213,7 @@ class _Experts(nn.Module):
 
 
 class _Mixed(nn.Module):
-    """Experts, and a dense layer adapted by its weight."""
+    """Experts, and a dense layer whose weight parameter is adapted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -337,7 +337,7 @@ class Case:
 
     @property
     def specimen(self) -> Specimen:
-        """The model whose sites are of this kind; a new kind needs one in `OF_KIND`."""
+        """Return the model whose sites are of this kind; a new kind needs one in `OF_KIND`."""
         return WAITING[self.kind] if self.variant == "alora" else OF_KIND[self.kind]
 
     @property
@@ -364,7 +364,7 @@ class Case:
         return init_named(self.init).changes_base and not unseen
 
     def adapted(self, *names: str) -> nn.Module:
-        """A model with adapters that differ in every number."""
+        """Return a model with adapters that differ in every parameter."""
         return with_adapters(self.specimen, *names, dtype=self.dtype, **self.fields)
 
     def __str__(self) -> str:
@@ -385,13 +385,13 @@ def _allowed(case: Case) -> bool:
 
 
 def every_case() -> list[Case]:
-    """The whole product of the tables."""
+    """Return all combinations of the tables."""
     axes = ([k.name for k in KINDS], [v.name for v in VARIANTS], [i.name for i in INITS], DTYPES)
     return [case for case in itertools.starmap(Case, itertools.product(*axes)) if _allowed(case)]
 
 
 def usual_cases() -> list[Case]:
-    """Every pair of rows at least once, and all of plain × Linear."""
+    """Return cases with every pair of table entries at least once, and all of plain × Linear."""
     chosen = [case for case in every_case() if case.kind == "Linear" and case.variant == "plain"]
     open_pairs = set().union(*map(_pairs, every_case())) - set().union(*map(_pairs, chosen))
     while open_pairs:
@@ -407,7 +407,7 @@ def _pairs(case: Case) -> set[tuple[Any, ...]]:
 
 
 def cases(mergeable: bool = False) -> list[Any]:
-    """Parameters for pytest: the usual cases, and the rest of the product marked slow; or those that can be merged."""
+    """Return parameters for pytest: the usual cases, and the other combinations marked slow; or those that can be merged."""
     usual = usual_cases()
     rest = [case for case in every_case() if case not in usual]
     both = [(case, ()) for case in usual] + [(case, pytest.mark.slow) for case in rest]
