@@ -294,13 +294,14 @@ class LossWithoutLogits:
         capture = None if is_traced else self.head.open.get(threading.get_ident())
         if capture is None or capture.owner is None or not capture.given:
             return self.stock(logits, labels, vocab_size, **options, **kwargs)
-        if len(capture.given) != 1 or capture.given[0]._version != capture.version:
+        hidden = capture.given[0]
+        is_changed = not hidden.is_inference() and hidden._version != capture.version
+        if len(capture.given) != 1 or is_changed:
             raise RunError(
                 f"{type(self.model).__name__} called its head {len(capture.given)} times or changed its output "
                 "in place, so the loss cannot be computed without logits; use accelerate(model) without logits=False",
                 what=type(self.model).__name__,
             )
-        hidden = capture.given[0]
         capture.used = True
         weight = self.head.module._parameters["weight"]
         if type(weight) is not nn.Parameter or vocab_size != len(weight) or 0 <= ignore_index < vocab_size:

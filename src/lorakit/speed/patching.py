@@ -14,7 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from lorakit.core.clones import is_watched as is_watched  # speed imports both from here
+from lorakit.core.clones import is_watched as is_watched  # re-exported, like Forwards, for the rest of speed
 from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.routing.recompute import Forwards as Forwards
 
