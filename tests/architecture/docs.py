@@ -1,4 +1,4 @@
-"""Rules of docstrings and of the test tree: what a docstring states and names, and where a module's tests are."""
+"""Rules of docstrings and of the test tree: contents and references of docstrings, and locations of tests."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def shapeless(sources: Sources) -> Iterator[Breach]:
 
 
 def unnamed_errors(sources: Sources) -> Iterator[Breach]:
-    """Find public functions that raise and whose `Raises:` section does not name what."""
+    """Find public functions that raise and whose `Raises:` section does not name the exception."""
     for path, tree in parsed(sources):
         for name, node in public(tree):
             if isinstance(node, ast.ClassDef):
@@ -62,7 +62,7 @@ def unnamed_errors(sources: Sources) -> Iterator[Breach]:
             section = (ast.get_docstring(node) or "").partition("Raises:")[2]
             for error in sorted(error for error in raised if error[:1].isupper()):
                 if not re.search(rf"\b{error}\b", section):
-                    message = f"{name} raises {error} and its Raises: section does not say so"
+                    message = f"{name} raises {error} and its Raises: section does not name it"
                     yield Breach(path, f"{name}: {error}", message, node.lineno)
 
 
@@ -113,7 +113,7 @@ def _holds_tensor(annotation: ast.AST | None) -> bool:
 
 
 def _docstrings(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """Yield the strings that stand as statements: docstrings, and those below an attribute."""
+    """Yield the strings that are statements: docstrings, and those below an attribute."""
     for node in nodes(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             yield node.value.value, node.lineno

@@ -40,7 +40,7 @@ LOWEST = {
     "safetensors": 0,
     "numpy": 5,
     "pydantic": 5,
-}  # packages without one door: the lowest floor for each
+}  # packages that several packages import: the lowest layer of each
 DOORS = {  # third-party package -> the files or folders that may import it
     "transformers": ("hub",),
     "tokenizers": ("hub",),
@@ -55,7 +55,7 @@ DOORS = {  # third-party package -> the files or folders that may import it
     "rich": ("train/progress.py", "cli"),
     "yaml": ("train/settings_sources.py", "cli"),
 }
-INNER = {  # folder or file of core -> its floor; its __init__ may import them all
+INNER = {  # folder or file of core -> its layer; its __init__ may import them all
     "clones": 0,
     "kinds": 1,
     "quantization": 1,
@@ -73,11 +73,11 @@ INNER = {  # folder or file of core -> its floor; its __init__ may import them a
     "operations": 10,
     "optimizers": 10,
 }
-CORE_DOORS = {  # file or folder outside core that may import modules below lorakit.core -> why its face is not enough
+CORE_DOORS = {  # file or folder outside core that may import modules below lorakit.core -> why the public names are not enough
     "peft": "PEFT's interface is written over the layers, the index and the files of an adapter",
     "speed/admission.py": "compares modules and adapted layers by identity",
     "speed/linear.py": "reads the operands of an adapted layer",
-    "speed/patching.py": "puts fused forwards in the place of layers",
+    "speed/patching.py": "replaces layers by fused forwards; the rest of speed takes core's hooks and histories from it",
     "generate/prefixes.py": "passes the offsets of a shared prompt in a Route",
     "train/run_adapter.py": "makes, resumes and publishes the adapter of a run",
     "train/optimizer.py": "steps over the parameter groups of core/optimizers",
@@ -90,7 +90,7 @@ DYNAMIC_IMPORTS = {  # file that may import lorakit by a name made of strings ->
 
 
 def floor_breaches(sources: Sources) -> Iterator[Breach]:
-    """Find imports between parts that go up, sideways, or through the table of lazy names."""
+    """Find imports from the same or a higher layer, or through the table of lazy names."""
     for path, tree in parsed(sources):
         part = part_of(path)
         if part not in FLOORS:
@@ -108,7 +108,7 @@ def floor_breaches(sources: Sources) -> Iterator[Breach]:
 
 
 def door_breaches(sources: Sources) -> Iterator[Breach]:
-    """Find third-party packages imported elsewhere than through their door."""
+    """Find third-party packages imported outside the packages that may import them."""
     for path, tree in parsed(sources):
         for one in imports(path, tree):
             package = one.target.split(".")[0]
@@ -124,7 +124,7 @@ def door_breaches(sources: Sources) -> Iterator[Breach]:
 
 
 def inner_floor_breaches(sources: Sources) -> Iterator[Breach]:
-    """Find imports between two folders of core that do not go strictly down its inner layers."""
+    """Find imports between two directories of core from the same or a higher inner layer."""
     for path, tree in parsed(sources):
         own = _inner(path)
         if own is None:
@@ -199,13 +199,13 @@ def _parts_of(target: str, names: list[str]) -> list[str]:
 
 
 def _inner(path: str) -> str | None:
-    """Return the folder or stem below core that a path belongs to; None outside core, and for core's own face."""
+    """Return the folder or stem below core that a path belongs to; None outside core, and for core's `__init__`."""
     words = path.removesuffix(".py").split("/")
     return words[1] if words[0] == "core" and words[1:] not in ([], ["__init__"]) else None
 
 
 def _core_targets(target: str, names: list[str], sources: Sources) -> list[str]:
-    """Return the files of core that an import refers to, as paths; a file that does not exist is taken for a module."""
+    """Return the files of core that an import refers to, as paths; a file that does not exist counts as a module."""
     words = target.split(".")
     if words[:2] == ["lorakit"] and "core" in names:
         return ["core/__init__.py"]

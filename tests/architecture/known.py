@@ -3,9 +3,9 @@
 A breach that is not listed fails, and so does an entry whose breach is gone. Run from the root of the repository:
 
     python -m tests.architecture.known             print what differs from the list
-    python -m tests.architecture.known --write     write the list anew, keeping the reasons
+    python -m tests.architecture.known --write     write the list again, keeping the reasons
 
-`--write` exists for moves of files, which change the paths of many entries at once, and to take out what is mended.
+`--write` exists for moves of files, which change the paths of many entries at once, and to remove entries whose breach is fixed.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ COMMAND = "python -m tests.architecture.known --write"
 NEW_REASON = "to be resolved in the restructuring"
 TIMES = " ×"
 HEADER = f"""# Known breaches of the rules: "path: subject" = "reason"; {TIMES.strip()}N: that subject N times in that file.
-# The list may only shrink: mend a breach and take its entry out, by hand or with `{COMMAND}`.
+# The list may only shrink: fix a breach and remove its entry, by hand or with `{COMMAND}`.
 """
 
 
 class Entry(NamedTuple):
-    """One line of the list: how often a subject breaks a rule in a file, and why that is left so."""
+    """One line of the list: how often a subject breaks a rule in a file, and the reason."""
 
     count: int
     reason: str
@@ -56,7 +56,7 @@ def key_of(breach: Breach) -> str:
 
 
 def differences(breaches: Iterable[Breach], known: Mapping[str, Entry]) -> list[str]:
-    """Return what the breaches of one rule and its list do not have in common, as sentences.
+    """Return the differences between the breaches of one rule and its list, as lines of text.
 
     Args:
         breaches: All breaches of the rule.
@@ -80,7 +80,7 @@ def differences(breaches: Iterable[Breach], known: Mapping[str, Entry]) -> list[
 
 
 def renewed(breaches: Iterable[Breach], known: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Return the list of one rule for its breaches as they are.
+    """Return the list of one rule for its current breaches.
 
     An entry keeps its reason. A new one takes the reason of a gone one with the same subject, if their reasons agree:
     its file was moved.
@@ -117,9 +117,9 @@ def breaches_of(rules: Iterable[Callable[[Sources], Iterable[Breach]]], sources:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the differences between the house and the list, or write the list."""
+    """Print the differences between the package and the list, or write the list."""
     parser = argparse.ArgumentParser(prog="python -m tests.architecture.known", description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="write the list as the house is now, keeping reasons")
+    parser.add_argument("--write", action="store_true", help="write the current breaches to the list, keeping reasons")
     write = parser.parse_args(argv).write
     known, found = read(), breaches_of(RULES, house())
     said = [f"{rule}: {line}" for rule in found for line in differences(found[rule], known.get(rule, {}))]

@@ -1,4 +1,4 @@
-"""Rules of names: what is typed, what names a kind or a variant, what a file is called."""
+"""Rules of names: annotations of central names, names of kinds and variants, file names."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _loose(path: str, owner: str, found: list[tuple[str, ast.expr | None, int]])
 
 
 def _is_any(annotation: ast.AST | None) -> bool:
-    """Return whether an annotation is Any, a union with Any, or Any in Optional, ClassVar and the like."""
+    """Return whether an annotation is Any, a union with Any, or Any in Optional, ClassVar and similar."""
     node = evaluated(annotation)
     if isinstance(node, ast.BinOp):
         return _is_any(node.left) or _is_any(node.right)

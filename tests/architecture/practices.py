@@ -96,7 +96,7 @@ class _Texts:
         self.exceptions, self.functions, self.names = exceptions, functions, set(texts)
 
     def inspected(self, scope: ast.AST) -> list[ast.expr]:
-        """Return the expressions that compare, search or cut such a text."""
+        """Return the expressions that compare, search or split such a text."""
         if not self.exceptions and not self.names:
             return []
         inside = _inside(scope)
@@ -196,7 +196,7 @@ def _exceptions(scope: ast.AST) -> set[str]:
 
 
 def _walk(node: ast.AST) -> str:
-    """Return what a call walks with, or ""."""
+    """Return the call by which a node walks a model, or ""."""
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
         return ""
     name, owner = node.func.attr, node.func.value

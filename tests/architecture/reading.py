@@ -1,4 +1,4 @@
-"""Reads the sources of lorakit with `ast`, for the rules of this folder; imports nothing of lorakit.
+"""Read the sources of lorakit with `ast`, for the rules of this directory; nothing of lorakit is imported.
 
 A rule takes {path below src/lorakit: source} and yields breaches. The same dictionary lists the test files, as
 "tests/…", for the rules that compare the two trees; `parsed` leaves them out.
@@ -20,11 +20,11 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 class Breach(NamedTuple):
-    """One place where a rule is broken.
+    """A violation of a rule.
 
     Attributes:
         path: File below src/lorakit, or the test file.
-        subject: What breaks the rule there; it survives edits elsewhere in the file, so that a list can name it.
+        subject: What breaks the rule there; edits elsewhere in the file do not change it, so a list can name it.
         message: What is wrong and what to do.
         line: Line of the file, 0 for the whole file.
     """
@@ -42,7 +42,7 @@ Rule = Callable[[Sources], Iterator[Breach]]
 
 
 class Import(NamedTuple):
-    """One import: the module, the names taken from it, and whether it is for type checkers only or by `import_module`."""
+    """An import: the module, the names taken from it, and whether it is for type checkers only or by `import_module`."""
 
     target: str
     names: list[str]
@@ -76,7 +76,7 @@ def nodes(tree: ast.AST) -> tuple[ast.AST, ...]:
 
 
 def within(path: str, homes: Iterable[str]) -> bool:
-    """Return whether a file is one of the homes, or in one; a home is a folder, or a file with or without .py."""
+    """Return whether a file is one of `homes`, or in one; each is a directory, or a file with or without .py."""
     return any(path in (home, f"{home}.py") or path.startswith(f"{home.rstrip('/')}/") for home in homes)
 
 
@@ -132,7 +132,7 @@ def module_strings(tree: ast.Module) -> dict[str, str]:
 
 
 def text_prefix(node: ast.AST, strings: Mapping[str, str]) -> tuple[str, bool]:
-    """Return what is known of a string's beginning, and whether that is the whole string."""
+    """Return the known beginning of a string, and whether it is the whole string."""
     if isinstance(node, ast.Constant):
         return (node.value, True) if isinstance(node.value, str) else ("", False)
     if isinstance(node, ast.Name):
@@ -225,7 +225,7 @@ def public(node: ast.Module | ast.ClassDef, prefix: str = "") -> Iterator[tuple[
 
 
 def own_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield what is in a function, without the functions and classes defined in it."""
+    """Yield the nodes of a function, without the functions and classes defined in it."""
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, Definition):
             yield child

@@ -1,4 +1,4 @@
-"""Prints what is not an error: files and a number of modules past the aim, and how many breaches are still listed.
+"""Print warnings: files and a module count above their limits, and the number of listed breaches.
 
 Run from the root of the repository: python -m tests.architecture.report
 """

@@ -1,4 +1,4 @@
-"""The rules of the house: those that fail a build, and those that only warn."""
+"""Architecture rules: those that fail a build, and those that only warn."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ WHOLE_SUBJECTS = (  # files that one subject needs whole
 
 
 def oversized(sources: Sources) -> Iterator[Breach]:
-    """Find functions and argument lists past their caps; Ruff counts branches and complexity."""
+    """Find functions and argument lists above their limits; Ruff counts branches and complexity."""
     for path, tree in parsed(sources):
         for node in nodes(tree):
             if not isinstance(node, Function):
@@ -71,7 +71,7 @@ def small_modules(sources: Sources) -> Iterator[Breach]:
 
 
 def long_files(sources: Sources) -> Iterator[Breach]:
-    """Find files past the number of lines to aim for."""
+    """Find files with more lines than the aim."""
     for path, _ in parsed(sources):
         lines = sources[path].count("\n")
         cap = MAX_WHOLE_SUBJECT_LINES if path in WHOLE_SUBJECTS else MAX_FILE_LINES

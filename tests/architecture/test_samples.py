@@ -1,4 +1,4 @@
-"""Each rule refuses a small bad house and passes a good one; the list of known breaches only shrinks."""
+"""Each rule rejects bad sample sources and accepts good ones; the list of known breaches only shrinks."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Fail or kill a piece of work at each of its file operations.
+"""Make a function fail, or kill its process, at each of its file operations.
 
 `at_every_operation` repeats the work on a fresh copy of a folder: the k-th file operation fails, or the process ends in
-it as it does by SIGKILL, for every k, and what is left on the disk is judged each time.
+it as it does by SIGKILL, for every k, and the files on the disk are judged each time.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def at_every_operation(
     Args:
         work: Does it in the copy of the template.
         template: A folder; it is copied for every crash.
-        judge: Looks at the copy after the crash, and says what it found.
+        judge: Inspects the copy after the crash and describes what it found.
         how: What happens at the k-th operation.
         exchange: The file system can exchange two folders.
 
@@ -122,7 +122,7 @@ def at_every_operation(
 
 
 def _once(work: Callable[[Path], object], root: Path, operations: Operations, exchange: bool) -> bool:
-    """Whether the work ended before the crash."""
+    """Return whether the work ended before the crash."""
     if operations.how != "kill":
         with contextlib.suppress(LorakitError), operations.watched(exchange):
             work(root)

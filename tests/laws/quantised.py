@@ -1,6 +1,6 @@
-"""Models whose dense layers are stored in fewer bits, one for each way of storage whose package is installed.
+"""Models with quantized dense layers, one for each weight format whose package is installed.
 
-Widths are multiples of 64: at others, the CPU kernel of bitsandbytes multiplies out other numbers than it packed.
+Widths are multiples of 64: at others, the CPU kernel of bitsandbytes dequantizes to other values than it packed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EVALUATED = {"int8": 0.02}
 
 
 def storages() -> list[Any]:
-    """Parameters for pytest: every way of storage, skipped where its package is missing."""
+    """Return parameters for pytest: every weight format, skipped if its package is missing."""
     return [
         pytest.param(
             storage,
@@ -41,7 +41,7 @@ def storages() -> list[Any]:
 
 
 def specimen(storage: Storage) -> Specimen:
-    """Two quantised layers, one of them with a bias, and a dense head."""
+    """Return a model with two quantized layers, one of them with a bias, and a dense head."""
 
     def make() -> nn.Module:
         plain = _plain()
@@ -56,7 +56,7 @@ DENSE = Specimen("dense", lambda: _plain(), ("up", "square"), lambda rows: _numb
 
 
 def packed_bits(model: nn.Module) -> list[str]:
-    """SHA-256 of everything that the quantised weights of a model consist of, as they were before any merge."""
+    """Return the SHA-256 of all tensors that store the quantized weights of a model, before any merge."""
     return [bits(tensor) for weight in quantised_weights(model) for tensor in weight.base.tensors(weight.stored)]
 
 

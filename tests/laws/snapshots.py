@@ -1,4 +1,4 @@
-"""What must not change: the bytes, modules, flags and registry of a model, and the files of a folder."""
+"""Snapshots of what must not change: bytes, modules, flags and registry of a model, and the files of a directory."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from lorakit.core import adapters, fingerprint
 
 
 def bits(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes, shape and dtype."""
+    """Return the SHA-256 of a tensor's bytes, shape and dtype."""
     tensor = tensor.detach().cpu().contiguous()
     data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + data).hexdigest()
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
-    """Equal in dtype, shape and every bit (0.0 and -0.0 differ)."""
+    """Return whether two tensors are equal in dtype, shape and every bit (0.0 and -0.0 differ)."""
     return bits(first) == bits(second)
 
 
 class BaseBits:
-    """The tensors of a base, watched from before any adapter came: the objects themselves and their bytes."""
+    """The tensors of a base before any adapter was attached: the objects themselves and their bytes."""
 
     def __init__(self, model: nn.Module) -> None:
         self.tensors = [(n, t) for n, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]]
         self.before = {name: bits(tensor) for name, tensor in self.tensors}
 
     def changed(self) -> list[str]:
-        """Names of the tensors that hold other bytes now."""
+        """Return the names of the tensors whose bytes changed."""
         return [name for name, tensor in self.tensors if bits(tensor) != self.before[name]]
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Everything that a failed call must leave alone; two snapshots compare with ==."""
+    """Return everything that a failed call must not change; two snapshots compare with ==."""
     return {
         "tensors": {name: (id(t), bits(t)) for name, t in model.named_parameters(remove_duplicate=False)},
         "buffers": {name: (id(t), bits(t)) for name, t in model.named_buffers(remove_duplicate=False)},
@@ -53,5 +53,5 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every file under a folder, with its bytes."""
+    """Return every file in a directory tree, with its bytes."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -1,4 +1,4 @@
-"""Law 1: a fresh adapter changes no output, for every init that declares it."""
+"""Law 1: a new adapter changes no output, for every init that declares it."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_what_is_merged_does_not_leak_into_other_routes(case: Case) -> None:
 
 @pytest.mark.parametrize("case", cases(mergeable=True))
 def test_merged_beside_one_that_is_not(case: Case) -> None:
-    """A variant that asks for the base's output gets the base's, whatever is written into the weight."""
+    """A variant that reads the base's output gets the unmerged one, whatever was merged into the weight."""
     model, given = case.adapted("a", "b"), case.specimen.given(case.dtype)
     with use(model, "a", "b"):
         expected = run(model, given)

@@ -1,4 +1,4 @@
-"""Law 3: unmerging gives the base its very bits back, in any order; where they were not kept, it refuses."""
+"""Law 3: unmerging restores the bits of the base, in any order; it raises if they were not kept."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def hashes(model: nn.Module) -> dict[str, str]:
 def test_in_any_order(case: Case) -> None:
     plain = BaseBits(case.specimen.model(case.dtype)).before
     model = case.adapted("a", "b", "c")
-    standing = hashes(model)  # an init may have moved the base, which then stands in its place
+    standing = hashes(model)  # an init may have replaced the base weights by a residual
     assert (standing == plain) is not case.moves_base
     merged: dict[tuple[str, ...], dict[str, str]] = {}
     for left in itertools.chain.from_iterable(itertools.combinations("abc", n) for n in (1, 2, 3)):
@@ -34,7 +34,7 @@ def test_in_any_order(case: Case) -> None:
         merged[left] = hashes(model)
         unmerge(model)
         assert hashes(model) == standing
-    assert len({tuple(sorted(h.items())) for h in merged.values()}) == 7  # every set is told from every other
+    assert len({tuple(sorted(h.items())) for h in merged.values()}) == 7  # all sets of adapters differ
     for order in ORDERS:
         for name in "abc":
             merge(model, name)

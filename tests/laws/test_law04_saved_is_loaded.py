@@ -1,4 +1,4 @@
-"""Law 4, our half: what was saved is what is loaded, to the bit, in another process's fresh base too."""
+"""Law 4, without PEFT: a loaded adapter is bit-identical to the saved one, also on a new base in another process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_round_trip(case: Case, tmp_path: Path) -> None:
     assert load_adapter(fresh, tmp_path / "a", "other").warnings == ()
     for name, saved in (("b", "b"), ("other", "a")):
         with use(fresh, name):
-            if moved and saved == "a":  # written as plain LoRA of twice the rank, on the base as it was
+            if moved and saved == "a":  # written as plain LoRA of twice the rank, for the unchanged base
                 assert_close(run(fresh, given), expected[saved], case.dtype)
             else:
                 assert same_bits(run(fresh, given), expected[saved])

@@ -31,7 +31,7 @@ from .zoo import (
 
 
 def one_by_one(model: nn.Module, given: Any, rows: list[str | None]) -> Tensor:
-    """Each row from a whole batch in which every row has its adapter."""
+    """Return each row of the output with its adapter, computed in a batch where all rows have that adapter."""
     whole = {}
     for name in set(rows):
         with use(model, name) if name else disable(model):
@@ -40,7 +40,7 @@ def one_by_one(model: nn.Module, given: Any, rows: list[str | None]) -> Tensor:
 
 
 def assert_told_apart(model: nn.Module, given: Any, names: list[str | None], dtype: torch.dtype) -> None:
-    """Any two adapters, and the base, answer every row differently."""
+    """Check that any two adapters, and the base, give different outputs for every row."""
     answers = [one_by_one(model, given, [name] * 4) for name in names]
     for first, second in itertools.combinations(answers, 2):
         for row in range(4):
@@ -87,7 +87,7 @@ def test_base_rows_have_the_bases_own_answer() -> None:
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_adapters_of_different_make_in_one_batch(keep: bool) -> None:
-    """Plain, DoRA, rsLoRA of another rank, and one that sits on other sites only."""
+    """Plain LoRA, DoRA, rsLoRA of another rank, and an adapter on other sites only."""
     model, given = LINEARS.model(), LINEARS.given()
     attach(model, LINEARS.config(), "plain")
     attach(model, LINEARS.config(use_dora=True, r=3), "dora")

@@ -29,7 +29,7 @@ from .zoo import ARCHITECTURES, BERT, EVERY_KIND, MIXTRAL, Case, Specimen, cases
 
 
 def train(model: nn.Module, specimen: Specimen, name: str, dtype: torch.dtype = torch.float32, steps: int = 3) -> None:
-    """Train one adapter with an optimizer that has hold of every adapter's parameters."""
+    """Train one adapter with an optimizer over all adapters' parameters."""
     from .zoo import output
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.5)
@@ -155,7 +155,7 @@ def test_a_copy_is_made_of_the_base_not_of_what_another_adapter_trained(bias: st
 
 
 def test_a_file_does_not_depend_on_what_sat_beside_the_adapter(tmp_path: Path) -> None:
-    """Biases are the catch: those of another adapter's sites lie deeper in the model."""
+    """Biases are the hard case: those of another adapter's sites are deeper in the model."""
     model = BERT.model()
     attach(model, BERT.config(target_modules=["key"], modules_to_save=["classifier"]), "a")
     attach(model, BERT.config(bias="all"), "b")

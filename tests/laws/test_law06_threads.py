@@ -1,4 +1,4 @@
-"""Law 6, under threads: 8 threads use 4 adapters of one model at once, and no call gets another's answer."""
+"""Law 6, under threads: 8 threads use 4 adapters of one model at once, and no call gets the output of another."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_the_face_carries_the_route_with_the_call() -> None:
 
 
 def in_threads(work: Callable[[int], None]) -> None:
-    """Run work(0), work(1), … each in a thread of its own, all at once, to their ends."""
+    """Run work(0), work(1), … each in its own thread, all at once, and wait for all of them."""
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(THREADS)]
     for thread in threads:
         thread.start()
@@ -96,6 +96,6 @@ def in_threads(work: Callable[[int], None]) -> None:
 
 
 def answer_of(model: Any, given: Any, name: str | None) -> torch.Tensor:
-    """The answer with one adapter on all rows, or of the base, (rows, out)."""
+    """Return the output with one adapter on all rows, or of the base, (rows, out)."""
     with use(model, name) if name else disable(model):
         return run(model, given)

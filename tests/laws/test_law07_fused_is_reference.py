@@ -1,8 +1,8 @@
-"""Law 7: a fused operation is its reference, in value and in every gradient, and its gradients are derivatives.
+"""Law 7: a fused operation equals its reference, in value and in every gradient, and its gradients are derivatives.
 
-One table of operations, in double precision: `gradcheck` compares what the backward gives with differences of the
-forward, and value and gradients are compared with the plain PyTorch beside each operation. Lower precisions, what is
-saved and what is refused are tested in tests/ops.
+One table of operations, in double precision: `gradcheck` compares the backward with finite differences of the forward,
+and value and gradients are compared with the plain PyTorch reference of each operation. Lower precisions, saved tensors
+and rejected inputs are tested in tests/ops.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Case:
     """A fused operation and its reference over the same tensors.
 
     Attributes:
-        fused, plain: Tensors that ask for gradients -> one tensor or several.
+        fused, plain: Tensors that require gradients -> one tensor or several.
         inputs: These tensors.
     """
 
@@ -62,7 +62,7 @@ def normal(*shape: int, seed: int = 0, trained: bool = False) -> Tensor:
 
 
 def site(out: int, width: int, r: int = 2, *, transposed: bool = False, p: float = 0.0, seed: int = 0) -> Adapted:
-    """A frozen weight of this shape with a bias, and an adapter whose B is not zero where r > 0."""
+    """Return a frozen weight of this shape with a bias, and an adapter whose B is not zero if r > 0."""
     W = normal(*((width, out) if transposed else (out, width)), seed=seed) / width**0.5
     A, B = normal(max(r, 1), width, seed=seed + 1, trained=True), normal(out, max(r, 1), seed=seed + 2, trained=True)
     return Adapted(W, normal(out, seed=seed + 3), LowRank(A, B, 0.7, p) if r else None, transposed)
@@ -113,7 +113,7 @@ def a_norm(kind: Any, **words: Any) -> Case:
 
 
 def an_activation(name: str) -> Case:
-    """An activation by itself has no function of autograd: it is seen through a feed-forward block of two."""
+    """Return a feed-forward block of two modules: an activation alone has no autograd function."""
     return an_mlp(name, site(6, 5), down=site(5, 6, seed=7))
 
 
@@ -231,7 +231,7 @@ def several(made: Any) -> Sequence[Tensor]:
 
 
 def gradients(made: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """Of a weighted sum of all outputs, so that no gradient is a symmetry's."""
+    """Return the gradients of a weighted sum of all outputs; the weights break symmetries."""
     weights = [torch.cos(torch.arange(y.numel(), dtype=D) + i).view(y.shape) for i, y in enumerate(made)]
     total = torch.stack([(y * w).sum() for y, w in zip(made, weights, strict=True)]).sum()
     return list(torch.autograd.grad(total, inputs, allow_unused=True))
@@ -258,7 +258,7 @@ def test_gradients_are_derivatives(name: str) -> None:
 
 
 def test_every_operation_with_a_reference_has_a_row() -> None:
-    """A file of `ops` that has a `reference` stands in the table under its name."""
+    """A file of `ops` that has a `reference` is in the table under its name."""
     known = {name.partition(":")[0] for name in CASES}
     said = {"attention_block": "block", "cross_entropy": "cross-entropy"}
     folder = Path(lorakit.ops.__file__).parent

@@ -1,4 +1,4 @@
-"""Law 8: a run that is killed with SIGKILL, at any step and in any place, and resumed gives the same bits as one that
+"""Law 8: a run that is killed with SIGKILL, at any step and any operation, and resumed gives the same bits as one that
 was never interrupted.
 
 One child process loads everything once; each run is a fork of it, so that a kill is a real one and costs no start-up.
@@ -169,7 +169,7 @@ def _check(whole: dict[str, Any], outcomes: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_killed_once_at_every_step(tmp_path: Path, tiny_model_directory: Path, accumulation: int) -> None:
-    """Every step of more than two epochs, the places in turn; saving every second step, so that steps are lost and redone."""
+    """Kill at every step of more than two epochs, cycling through the operations; saving every second step repeats steps."""
     settings = _settings(
         tiny_model_directory,
         _data(tmp_path),
@@ -243,7 +243,7 @@ def test_killed_with_other_settings(tmp_path: Path, tiny_model_directory: Path, 
 
 @pytest.mark.slow
 def test_killed_from_outside_at_random_times(tmp_path: Path, tiny_model_directory: Path) -> None:
-    """The command itself, killed whenever; resumed unattended until it ends."""
+    """The command itself, killed at random times and resumed automatically until it ends."""
     import random
 
     random.seed(8)

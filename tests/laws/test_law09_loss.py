@@ -1,6 +1,6 @@
-"""Law 9, the half without packing: the loss and gradient of a step do not depend on how its rows are split.
+"""Law 9, without packing: the loss and gradient of a step do not depend on how its rows are split.
 
-Rows of very different lengths and shares of trained tokens, so that a mean of means would be far off.
+Rows have very different lengths and fractions of tokens with loss, so a mean of means would be far off.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def test_a_split_step_is_the_whole_step(
 
 
 def test_a_mean_of_means_would_fail_here(tiny_llama: Any) -> None:
-    """The rows are such that the usual mistake shows: the mean of each batch's mean is far from the step's mean."""
+    """The rows reveal the usual error: the mean of the batches' means is far from the mean of the step."""
     rows = _rows()
     batches = [next(Loader([row], 1, 0, shuffle=False)) for row in rows]
     means = [evaluate(tiny_llama, [batch], "cpu") for batch in batches]

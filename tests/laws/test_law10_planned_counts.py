@@ -1,4 +1,4 @@
-"""Law 10, the half of the counts: what the plan counts is what attaching trains, number for number."""
+"""Law 10, for counts: the planned parameter counts equal those that attaching trains, exactly."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_lora_fa_of_experts_freezes_what_sees_the_tokens(specimen: Specimen) -> 
 
 
 def test_experts_cost_what_a_token_passes() -> None:
-    """Of 3 experts a token passes 2: base and factors are multiplied for these alone, stored and trained for all."""
+    """A token uses 2 of 3 experts: FLOPs count these alone, memory and trained parameters count all."""
     shape = shape_of_module(MIXTRAL.model(), "m", "here")
     plan = estimate(shape, MIXTRAL.config(target_modules=[]), Job(2, 8))
     bare = estimate(shape, MIXTRAL.config(target_parameters=[]), Job(2, 8))

@@ -1,4 +1,4 @@
-"""Law 11: nothing but an explicit merge changes a byte of the base; trained biases come back with `detach`."""
+"""Law 11: only an explicit merge changes a byte of the base; `detach` restores trained biases."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from .zoo import (
 
 
 def train(model: nn.Module, specimen: Specimen, dtype: torch.dtype = torch.float32, steps: int = 2) -> None:
-    """Steps over everything that has a gradient, with decay, so that a base parameter left trainable would move."""
+    """Take optimizer steps over all parameters with a gradient, with weight decay; a trainable base parameter would change."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.5)  # with 0.1, CorDA overflows in fp16
     for _ in range(steps):
@@ -58,7 +58,7 @@ def train(model: nn.Module, specimen: Specimen, dtype: torch.dtype = torch.float
 def live(
     model: nn.Module, specimen: Specimen, folder: Path, dtype: torch.dtype = torch.float32, reload: bool = True
 ) -> None:
-    """Everything that people do with an adapted model, merging aside."""
+    """Do everything with an adapted model that users do, except merging."""
     given = specimen.given(dtype)
     train(model, specimen, dtype)
     for mode in (True, False):

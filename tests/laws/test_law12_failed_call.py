@@ -1,4 +1,4 @@
-"""Law 12: a call that fails changes nothing: no byte, module, flag, name or file, and no other adapter's answer."""
+"""Law 12: a call that fails changes nothing: no byte, module, flag, name or file, and no other adapter's output."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Call = Callable[[nn.Module], object]
 
 
 def answers(model: nn.Module, specimen: Any) -> list[str]:
-    """The bits that every adapter, both together, and the base answer."""
+    """Return the bits of the outputs of every adapter, of both together, and of the base."""
     found = []
     for block in (
         use(model, "a"),
@@ -64,7 +64,7 @@ def answers(model: nn.Module, specimen: Any) -> list[str]:
 
 
 def refused(model: nn.Module, specimen: Any, call: Call, error: type[BaseException], text: str) -> None:
-    """The call raises, and everything stands as before."""
+    """Check that the call raises and changes nothing."""
     before, said = snapshot(model), answers(model, specimen)
     with pytest.raises(error, match=text):
         call(model)
@@ -242,7 +242,7 @@ def test_save_of_numbers_that_are_not_finite(tmp_path: Path) -> None:
 
 
 class FailAt(TorchDispatchMode):
-    """The k-th operation of torch fails, as it does when memory runs out."""
+    """Make the k-th operation of torch fail, as it does when memory runs out."""
 
     def __init__(self, k: int) -> None:
         super().__init__()
@@ -274,7 +274,7 @@ STEPS: dict[str, Call] = {
 
 
 def fails_at_every_operation(make: Callable[[], nn.Module], call: Call) -> int:
-    """Let the call fail at its first operation, its second, ... until it passes; nothing may have changed each time."""
+    """Make the call fail at its first operation, its second, … until it succeeds; check each time that nothing changed."""
     model = make()
     before = snapshot(model)
     for k in itertools.count(1):
@@ -299,7 +299,7 @@ def test_torch_fails_at_every_operation(which: str) -> None:
     "call", [lambda m: merge(m, "a", keep_base=False), lambda m: merge_and_unload(m, "a")], ids=["merge", "unload"]
 )
 def test_a_merge_that_keeps_nothing_fails_half_way(call: Call) -> None:
-    """It streams, so what is written cannot be taken back; still nothing is lost and nothing counts twice."""
+    """It streams, so written data cannot be undone; still nothing is lost and nothing is counted twice."""
     specimen = EVERY_KIND
     half_way = 0
     for k in itertools.count(1):
@@ -376,7 +376,7 @@ def test_the_disk_refuses_a_save(function: str, tmp_path: Path, monkeypatch: pyt
 
 
 def test_tensors_are_compared_by_every_bit() -> None:
-    """The oracle itself: a snapshot sees a single changed bit, a flag and a mode."""
+    """A snapshot detects a single changed bit, a flag and a mode."""
     model = with_adapters(EVERY_KIND, "a")
     before = snapshot(model)
     weight: Tensor = model.linear.base_layer.weight.data

@@ -1,4 +1,4 @@
-"""Law 13: a backward, and what a checkpoint runs again in it, uses the adapter that its forward had.
+"""Law 13: a backward, and a forward that a checkpoint recomputes in it, use the adapter of the original forward.
 
 The backward runs outside the `with` block, under another default, or on another thread. What it must give is what a
 plain forward and backward inside the block give; where that cannot be known, it raises and never guesses.
@@ -37,7 +37,7 @@ MODES = ("plain", "reentrant", "non-reentrant", "contexts")
 
 
 class Stack(nn.Module):
-    """Two blocks of LINEARS' kind, each run through a checkpoint in the given mode."""
+    """Return a model of two blocks like LINEARS, each checkpointed in the given mode."""
 
     def __init__(self, mode: str) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def on_a_thread(work: Callable[[], None]) -> None:
 
 
 def test_the_blocks_differ() -> None:
-    """Otherwise nothing below could fail."""
+    """Otherwise the tests below could not fail."""
     found = [expected(block)["x"] for block in [*BLOCKS.values(), lambda m: use(m, "a")]]
     for index, one in enumerate(found):
         for other in found[index + 1 :]:
@@ -222,7 +222,7 @@ def test_an_evaluation_in_between_is_no_reason_for_a_wrong_answer(mode: str, qui
 
 @pytest.mark.parametrize("first", ["reentrant", "non-reentrant"])
 def test_a_plain_forward_beside_a_checkpointed_one_is_not_taken_for_it(first: str) -> None:
-    """Reentrant checkpointing leaves no graph inside; the graph that is alive belongs to somebody else."""
+    """Reentrant checkpointing leaves no graph inside; the graph that is alive belongs to another forward."""
     model, x, y = stack(first), given(), given()
     with use(model, "b"):
         loss = model(x).pow(2).sum()
@@ -448,7 +448,7 @@ PASSES: dict[str, Block] = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("which", PASSES)
 def test_a_pass_without_gradients_before_and_after_the_forward(mode: str, which: str) -> None:
-    """Preference training asks the reference between two forwards of the policy, in the same model."""
+    """Preference training runs the reference between two forwards of the policy, in the same model."""
     model, x = stack(mode), given()
     wanted = expected(BLOCKS["use-b"])
     for _ in range(3):
@@ -476,7 +476,7 @@ def test_a_nested_reentrant_checkpoint_after_a_reference_pass() -> None:
 
 
 def test_reentrant_forwards_of_several_threads_are_never_guessed() -> None:
-    """Each thread counts autograd's nodes for itself, so their order says nothing about another thread's."""
+    """Each thread numbers its own autograd nodes, so numbers of different threads cannot be compared."""
     model, x, kept = stack("reentrant"), given(), []
 
     def elsewhere() -> None:

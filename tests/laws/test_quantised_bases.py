@@ -1,4 +1,4 @@
-"""The laws over bases that are stored in fewer bits, each on every storage; law 2 within the error that is reported."""
+"""The laws over quantized bases, each in every weight format; law 2 within the error that is reported."""
 
 from __future__ import annotations
 
@@ -293,7 +293,7 @@ def test_a_bias_of_the_adapter_goes_in_and_out(storage: Storage, dense: bool) ->
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_bias_of_the_base_is_back_after_a_dense_merge(storage: Storage, dtype: torch.dtype) -> None:
-    """Its dtype and its bits, in whatever order adapters with a bias of their own come and go."""
+    """Its dtype and its bits, in whatever order adapters that have a bias are attached and removed."""
     torch.manual_seed(0)
     model: Any = nn.ModuleDict({"up": quantised_linear(nn.Linear(64, 128).to(dtype), Quantization(storage.name))})
     x, before = torch.randn(2, 64, dtype=dtype), model["up"].bias.detach().clone()

@@ -1,5 +1,6 @@
-"""Merge, save and load over the product of variants and quantised storages, and what is left out of that product: each
-kind of site that no quantiser stores, and each variant that has no place in a weight, is refused by name.
+"""Merge, save and load for every combination of variant and quantized weight format.
+
+The kinds of sites that no package quantizes, and the variants that have no update of the weight, are rejected by name.
 """
 
 from __future__ import annotations
@@ -38,27 +39,27 @@ FIELDS: dict[str, dict[str, Any]] = {
     "mica": {"init_lora_weights": "mica"},
     "bdlora": {"use_bdlora": BdLoraConfig(["up"], ["square"], nblocks=2)},
 }
-"""Every variant that has a place in a weight, and what can stand beside one."""
+"""Every variant that has an update of the weight, and options that can be combined with one."""
 
 NOT_DENSE = {"biases": "puts another module at up, whose bias adapter '.' trains in place"}
-"""What cannot be merged into a plain module, and what it says; the quantised one stays."""
+"""Case -> message, for what cannot be merged into a plain module; the quantized module stays."""
 
 NOT_ON = {"biases": {"hqq": "is stored as HQQ, whose bias is not a parameter and cannot be trained"}}
-"""What a package's storage cannot have, and what it says."""
+"""Case -> package -> message, for what the weight format of a package does not support."""
 
 NOT_MERGED = {"alora", "kasa"}
 """Variants that depend on the position, and that reject these bases: tests/core/variants/test_alora_quantised.py, test_kasa.py."""
 
-NEVER_QUANTISED = {
-    "Embedding": "a quantiser leaves tables alone, and none of ours stores them",
-    "Conv1d": "no quantiser stores kernels",
-    "Conv2d": "no quantiser stores kernels",
-    "Conv3d": "no quantiser stores kernels",
-    "Parameter": "acts on the weight: refused on a quantised one",
-    "MultiheadAttention": "torch's attention reads its weights itself and cannot run with quantised ones",
+NEVER_QUANTIZED = {
+    "Embedding": "no supported package quantizes embedding tables",
+    "Conv1d": "no supported package quantizes convolutions",
+    "Conv2d": "no supported package quantizes convolutions",
+    "Conv3d": "no supported package quantizes convolutions",
+    "Parameter": "acts on the weight, and is rejected on a quantized one",
+    "MultiheadAttention": "torch's attention reads its weights itself and cannot run with quantized ones",
     "InnerLinear": "inside torch's attention: the same",
 }
-"""Kinds that meet no quantised storage, and why; Linear meets all of them, Conv1D is a Linear to bitsandbytes."""
+"""Kinds without a quantized weight format, and why; Linear has all of them, Conv1D is a Linear for bitsandbytes."""
 
 NO_STORAGE_OF_ITS_OWN = {"dense", "transposed", "computed", "computed, transposed"}
 
@@ -66,7 +67,7 @@ NO_STORAGE_OF_ITS_OWN = {"dense", "transposed", "computed", "computed, transpose
 def test_nothing_is_left_out_unsaid() -> None:
     merged = {next((v for v in ("dora", "bdlora") if v in name), "plain") for name in FIELDS}
     assert merged | NOT_MERGED == {variant.name for variant in VARIANTS}
-    assert {kind.name for kind in KINDS} == {"Linear", "Conv1D", *NEVER_QUANTISED}
+    assert {kind.name for kind in KINDS} == {"Linear", "Conv1D", *NEVER_QUANTIZED}
     rows = {"bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao", "HQQ"}
     assert {base.name for base in WEIGHT_FORMATS if base.quantized} == rows
     assert {storage.package for storage in STORAGES} == {"bitsandbytes", "torchao", "hqq"}
@@ -128,7 +129,7 @@ def test_merged_saved_and_loaded(name: str, dense: bool, storage: Storage, tmp_p
     if name not in NOT_DENSE:
         core.merge(again, dense=True)
         near(run(again, given), alone["a"], 1e-5 + EVALUATED.get(storage.name, 0))
-    core.load_adapter(plain, tmp_path / "merged", "x")  # the plain base is another by what quantising cost
+    core.load_adapter(plain, tmp_path / "merged", "x")  # the plain base differs by the quantization error
     core.merge_and_unload(plain)
     whole = core.merged_state_dict(model, "a")
     assert set(whole) == set(plain.state_dict())
@@ -146,7 +147,7 @@ def test_a_conv1d_that_bitsandbytes_stores_is_a_linear_and_comes_back(
     def model() -> nn.Module:
         torch.manual_seed(0)
         stored: Any = quantised_linear(nn.Linear(64, 128), Quantization(storage.name))
-        stored.source_cls = Conv1D  # as transformers marks what it has quantised
+        stored.source_cls = Conv1D  # as transformers marks the layers that it quantized
         return nn.Sequential(OrderedDict(up=stored)).eval()
 
     adapted, given = model(), torch.randn(3, 64, generator=torch.Generator().manual_seed(3))

@@ -1,4 +1,4 @@
-"""How far two ways to compute the same may lie apart: the one table, by dtype (ruling 25).
+"""Tolerances between two computations of the same result, by dtype (ruling 25).
 
 Laws 3, 4, 8, 11 and 12 mean bits and need no tolerance. The others compare `computed` with `expected`:
 ‖difference‖_max ≤ RELATIVE[dtype] · max(1, ‖expected‖_max).
@@ -21,8 +21,8 @@ def assert_close(computed: torch.Tensor, expected: torch.Tensor, dtype: torch.dt
     """Compare within the table's tolerance.
 
     Args:
-        computed: What is judged, any shape.
-        expected: What it shall be, the same shape.
+        computed: The value to check, of any shape.
+        expected: The correct value, of the same shape.
         dtype: The base's dtype, which picks the row.
     """
     assert computed.shape == expected.shape
@@ -33,7 +33,7 @@ def assert_close(computed: torch.Tensor, expected: torch.Tensor, dtype: torch.dt
 
 
 def assert_differs(computed: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> None:
-    """The two are told apart with a margin: no tolerance can have made a comparison empty."""
+    """Check that two values differ by a margin, so that no tolerance makes a comparison pass by accident."""
     scale = max(1.0, other.double().abs().max().item())
     difference = (computed.double() - other.double()).abs().max().item()
     assert difference > 3 * RELATIVE[dtype] * scale, f"differ by {difference:.3g} only; the test would prove nothing"

@@ -1,4 +1,4 @@
-"""The models and adapters that laws and core tests are run over, and the cases that the tables make.
+"""Models and adapters for the tests of laws and core, and the cases that follow from their tables.
 
 Each `Specimen` makes a fresh small model from a fixed seed, in eval mode, and knows its input and its output.
 `randomise` gives an adapter numbers that no other adapter has: with a zero B, every routing test would pass.
@@ -50,20 +50,20 @@ class Specimen:
     parameters: tuple[str, ...] = ()
 
     def model(self, dtype: torch.dtype = FP32, seed: int = 0) -> nn.Module:
-        """A fresh model in eval mode; the same seed gives the same bits."""
+        """Return a new model in eval mode; the same seed gives the same bits."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.make().to(dtype).eval()
 
     def given(self, dtype: torch.dtype = FP32, rows: int = ROWS) -> Any:
-        """The input, in the model's dtype where it is made of floats."""
+        """Return the input, in the model's dtype if it is floating-point."""
         given = self.inputs(rows)
         if isinstance(given, Tensor):
             return given.to(dtype) if given.is_floating_point() else given
         return given
 
     def config(self, **fields: Any) -> LoraConfig:
-        """A config for its targets with rank 4 and alpha 8."""
+        """Return a config for its targets with rank 4 and alpha 8."""
         words = {"r": 4, "lora_alpha": 8, "target_modules": list(self.targets)}
         if self.parameters:
             words["target_parameters"] = list(self.parameters)
@@ -74,20 +74,20 @@ class Specimen:
 
 
 def run(model: nn.Module, given: Any) -> Tensor:
-    """The output of a model, (rows, …), without a graph."""
+    """Return the output of a model, (rows, …), without a graph."""
     with torch.no_grad():
         return output(model, given)
 
 
 def output(model: nn.Module, given: Any) -> Tensor:
-    """The output of a model, (rows, …), with its graph."""
+    """Return the output of a model, (rows, …), with its graph."""
     if isinstance(given, Tensor):
         return model(given)
     return model(**given).logits
 
 
 def randomise(model: nn.Module, name: str, seed: int, size: float = 0.5) -> None:
-    """Give everything that an adapter trains random numbers of its own, B among them."""
+    """Set all parameters that an adapter trains, including B, to random values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for path, parameter in trainable_parameters(model, name):
@@ -101,9 +101,9 @@ def randomise(model: nn.Module, name: str, seed: int, size: float = 0.5) -> None
 
 
 def with_adapters(specimen: Specimen, *names: str, dtype: torch.dtype = FP32, **fields: Any) -> nn.Module:
-    """A model with adapters that differ in every number; the first is active.
+    """Return a model with adapters that differ in every parameter; the first is active.
 
-    One adapter of a site can move its base, so where the init does, the others begin as usual beside it.
+    Only one adapter of a site can change its base, so if the init does, the others use the default init.
     """
     model, plain = specimen.model(dtype), {}
     for index, name in enumerate(names):
@@ -122,7 +122,7 @@ def attach_fresh(
     seed: int | None = None,
     **fields: Any,
 ) -> None:
-    """Attach an adapter, with what its init wants to know of the data, and the settings that its init cannot lack."""
+    """Attach an adapter, with the statistics that its init reads and the settings that its init requires."""
     init = init_named(fields.get("init_lora_weights", True))
     config, statistics = specimen.config(**{**SETTINGS.get(str(init.name), {}), **fields}), None
     if init.needs:
@@ -140,7 +140,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "corda": {"corda_config": {"corda_method": "ipm"}},
     "lora_ga": {"r": 2, "lora_alpha": 4},  # twice the rank must fit into the smallest weight
 }
-"""What a config says besides for an init, by the init's name."""
+"""Init -> further config fields."""
 
 
 def _numbers(*shape: int) -> Tensor:
@@ -186,14 +186,14 @@ def _convs(dims: int) -> nn.Module:
 
 
 class _Attending(nn.Module):
-    """Self-attention and a dense layer; keys and values may have widths of their own."""
+    """Self-attention and a dense layer; keys and values may have other widths than queries."""
 
     def __init__(self, **widths: int) -> None:
         super().__init__()
         self.mha = nn.MultiheadAttention(8, 2, batch_first=True, **widths)
         self.out = nn.Linear(8, 7)
         self.widths = widths
-        self.requires_grad_(False)  # torch computes attention another way, to other bits, where a weight is trained
+        self.requires_grad_(False)  # if a weight is trained, torch uses another attention kernel with other rounding
 
     def forward(self, x: Tensor) -> Tensor:
         keys, values = (x[..., : self.widths.get(name, 8)] for name in ("kdim", "vdim"))
@@ -213,7 +213,7 @@ class _Experts(nn.Module):
 
 
 class _Mixed(nn.Module):
-    """Experts, and a dense layer adapted by its weight."""
+    """Experts, and a dense layer whose weight parameter is adapted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -277,7 +277,7 @@ def _text(rows: int) -> dict[str, Tensor]:
 
 
 def _invoking(rows: int) -> Tensor:
-    """Tokens among which `INVOCATION` stands once in each row, from the third on."""
+    """Return tokens with `INVOCATION` once in each row, from the third token on."""
     ids = _ids(rows).clamp_min(INVOCATION[-1] + 1)
     ids[:, 2 : 2 + len(INVOCATION)] = torch.tensor(INVOCATION)
     return ids
@@ -323,7 +323,7 @@ OF_VARIANT: dict[str, dict[str, Any]] = {
     "kasa": {"kasa_config": KasaConfig()},
     "bdlora": {"use_bdlora": BdLoraConfig(["up"], ["square"], nblocks=2)},
 }
-"""What a config says to ask for a variant, by its name."""
+"""Variant -> config fields."""
 
 
 @dataclass(frozen=True)
@@ -337,34 +337,34 @@ class Case:
 
     @property
     def specimen(self) -> Specimen:
-        """The model whose sites are of this kind; a new kind needs one in `OF_KIND`."""
+        """Return the model whose sites are of this kind; a new kind needs one in `OF_KIND`."""
         return WAITING[self.kind] if self.variant == "alora" else OF_KIND[self.kind]
 
     @property
     def takes_rows(self) -> bool:
-        """Whether rows of a batch can have different adapters."""
+        """Return whether rows of a batch can have different adapters."""
         return kind_named(self.kind).row_axis(nn.Module()) is not None
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What the config says beside targets, rank and alpha."""
+        """Return the config fields except targets, rank and alpha."""
         return {"init_lora_weights": self.init, **OF_VARIANT[self.variant]}
 
     @property
     def mergeable(self) -> bool:
-        """Whether the variant has a place in the weight."""
+        """Return whether the variant has an update of the weight."""
         return variant_named(self.variant).is_mergeable
 
     @property
     def moves_base(self) -> bool:
-        """Whether it moves the base by so much that the base's dtype shows it."""
+        """Return whether it changes the base by more than the rounding of the base's dtype."""
         if variant_named(self.variant).move is not None:
             return True
         unseen = (self.kind, self.init, self.dtype) == ("Embedding", "lora_ga", torch.bfloat16)  # B has steps of 1e-4
         return init_named(self.init).changes_base and not unseen
 
     def adapted(self, *names: str) -> nn.Module:
-        """A model with adapters that differ in every number."""
+        """Return a model with adapters that differ in every parameter."""
         return with_adapters(self.specimen, *names, dtype=self.dtype, **self.fields)
 
     def __str__(self) -> str:
@@ -385,13 +385,13 @@ def _allowed(case: Case) -> bool:
 
 
 def every_case() -> list[Case]:
-    """The whole product of the tables."""
+    """Return all combinations of the tables."""
     axes = ([k.name for k in KINDS], [v.name for v in VARIANTS], [i.name for i in INITS], DTYPES)
     return [case for case in itertools.starmap(Case, itertools.product(*axes)) if _allowed(case)]
 
 
 def usual_cases() -> list[Case]:
-    """Every pair of rows at least once, and all of plain × Linear."""
+    """Return cases with every pair of table entries at least once, and all of plain × Linear."""
     chosen = [case for case in every_case() if case.kind == "Linear" and case.variant == "plain"]
     open_pairs = set().union(*map(_pairs, every_case())) - set().union(*map(_pairs, chosen))
     while open_pairs:
@@ -407,7 +407,7 @@ def _pairs(case: Case) -> set[tuple[Any, ...]]:
 
 
 def cases(mergeable: bool = False) -> list[Any]:
-    """Parameters for pytest: the usual cases, and the rest of the product marked slow; or those that can be merged."""
+    """Return parameters for pytest: the usual cases, and the other combinations marked slow; or those that can be merged."""
     usual = usual_cases()
     rest = [case for case in every_case() if case not in usual]
     both = [(case, ()) for case in usual] + [(case, pytest.mark.slow) for case in rest]
@@ -415,6 +415,6 @@ def cases(mergeable: bool = False) -> list[Any]:
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The base's tensors as they stand in the modules now, under the names they have in the plain model."""
+    """Return the current tensors of the base, under their names in the plain model."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name.replace(".base_layer", ""): tensor for name, tensor in tensors if ".lora_" not in name}

@@ -285,3 +285,14 @@ def test_a_model_of_unknown_blocks_takes_the_linear_op() -> None:
     acceleration = accelerate(model)
     assert recipes(acceleration) == {"adapted linear"}
     torch.testing.assert_close(model(ids), theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_modules_called_by_keyword_run_their_own_forwards() -> None:
+    model = adapted("llama")
+    x, layer = torch.randn(1, 2, 32), model.model.layers[0]
+    calls = {"self_attn.q_proj": "input", "input_layernorm": "hidden_states", "mlp": "x"}
+    theirs = {path: layer.get_submodule(path)(**{name: x}) for path, name in calls.items()}
+    accelerate(model)
+    for path, name in calls.items():
+        made = model.model.layers[0].get_submodule(path)(**{name: x})
+        torch.testing.assert_close(made, theirs[path], rtol=1e-4, atol=1e-5)

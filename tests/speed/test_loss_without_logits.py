@@ -86,6 +86,16 @@ def test_the_number_of_items_is_honoured(count: Any) -> None:
     assert abs(float(theirs[0] - mean[0])) > 0.1
 
 
+def test_in_inference_mode_whose_tensors_have_no_change_counter() -> None:
+    model = adapted("llama")
+    with torch.inference_mode():
+        wanted = model(**given(model)).loss
+        accelerate(model, logits=False)
+        output = model(**given(model))
+    assert output.logits is None
+    torch.testing.assert_close(output.loss, wanted, rtol=2e-5, atol=2e-5)
+
+
 def test_shifted_labels_and_the_ignored_one_are_honoured() -> None:
     model = adapted("llama")
     ids = given(model)["input_ids"]

@@ -37,9 +37,8 @@ class Said(Progress):
 def sliced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     """A machine on which every product of small rows is faster in slices; the rows of each that was cut."""
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
-    for module in (choices, choosing):
-        monkeypatch.setattr(module, "ROWS", (48, 96))
-        monkeypatch.setattr(module, "SLICES", (SLICE,))
+    monkeypatch.setattr(choices, "ROWS", (48, 96))
+    monkeypatch.setattr(choices, "SLICES", (SLICE,))
     monkeypatch.setattr(choosing, "FEWEST_FLOPS", 0)
     monkeypatch.setattr(choosing, "BUSY", math.inf)  # whatever else runs on this machine
     monkeypatch.setattr(choosing, "fastest", lambda task, clock: task.others[0])

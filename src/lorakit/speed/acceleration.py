@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,8 +25,8 @@ from lorakit.speed.admission import FusedForward, Parts, Skipped, admit, candida
 from lorakit.speed.contract import contract_for
 from lorakit.speed.last_layer import LastLayer, agree
 from lorakit.speed.loss import Head, LossWithoutLogits, head_for, last_layer_for, loss_for, output_head
-from lorakit.speed.patching import RECOMPUTES, Swap, is_replacement, make_replacement, rely, undo
-from lorakit.speed.probe import Call, attempt, calls, eval_mode, frozen, token_ids
+from lorakit.speed.patching import CONTRACT, RECOMPUTES, Swap, children_of, is_replacement, make_replacement, undo
+from lorakit.speed.probe import Call, ModelOutput, attempt, calls, eval_mode, frozen, token_ids
 
 
 def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[dict[str, Any], Tensor]:
@@ -68,9 +68,8 @@ def keeps_sequences_apart(model: nn.Module, logits: Tensor | None) -> bool:
     mask[1, ids.shape[1] // 2 :] = 0  # the model is causal, so the logits of the remaining tokens do not change
     inputs, _ = pack_rows(ids, mask, ids)
     packed = attempt(lambda: model(**inputs, use_cache=False).logits[0])
-    if isinstance(packed, Exception):  # the model does not accept these arguments
-        return False
-    return agree(packed, logits[mask.bool()])
+    # an exception: the model does not accept these arguments
+    return not isinstance(packed, Exception) and agree(packed, logits[mask.bool()])
 
 
 def _named(*names: str) -> Callable[[nn.Module], bool]:
@@ -78,7 +77,7 @@ def _named(*names: str) -> Callable[[nn.Module], bool]:
     return lambda module: any(name in type(module).__name__.lower() for name in names) and not linear.is_adapted(module)
 
 
-RECIPES = (
+FUSED_FORWARDS = (
     FusedForward(
         "encoder layer",
         encoder.fits,
@@ -92,7 +91,6 @@ RECIPES = (
         "sublayer",
         encoder.fits_sublayer,
         encoder.run_sublayer,
-        lambda _: False,
         whole=True,
         residual=True,
         traced=encoder.traced_in_sublayer,
@@ -104,7 +102,7 @@ RECIPES = (
     FusedForward("attention", attention.fits, attention.run, _named("attention")),
     FusedForward("feed-forward", feed_forward.fits, feed_forward.run, _named("mlp")),
     FusedForward("norm", norm.fits, norm.run, _named("norm")),
-    FusedForward("dropout", norm.fits_dropout, norm.run_dropout, lambda _: False),
+    FusedForward("dropout", norm.fits_dropout, norm.run_dropout),
     FusedForward("adapted linear", linear.fits, linear.run, linear.is_adapted),
 )
 
@@ -176,15 +174,17 @@ def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool
     """
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return _nothing(model, "its weights are sharded; call accelerate before sharding")
-    if any(is_replacement(module) for module in model.modules()):
-        raise ModelError(f"{type(model).__name__} is already accelerated; call undo() on the earlier result first")
-    head = output_head(model)
-    with _as_frozen(model), contextlib.ExitStack() as back:  # `back` restores everything if an error occurs
+    modules, kind = dict(model.named_modules()), type(model).__name__
+    if any(is_replacement(module) for module in modules.values()):
+        raise ModelError(f"{kind} is already accelerated; call undo() on the earlier result first", what=kind)
+    is_adapted = any(linear.is_adapted(module) for module in modules.values())
+    # without adapters, the probes see the model as frozen as adapters will make it; each call checks this again
+    with contextlib.nullcontext() if is_adapted else frozen(model), contextlib.ExitStack() as back:
         with eval_mode(model):
-            probed = _probed(model, head)
+            probed = _probed(model, modules)
         if isinstance(probed, Exception):
             return _nothing(model, f"the model does not run on token ids alone: {type(probed).__name__}")
-        swaps = _installed(model, probed, head, back)
+        swaps = _installed(modules, probed, back)
         for module, fused_forward in () if keep_feed_forward else probed.fast.values():
             if fused_forward.run in (feed_forward.run, decoder.run, encoder.run):
                 module.__dict__[RECOMPUTES] = True
@@ -194,10 +194,8 @@ def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool
             back.callback(loss.undo)
             loss.install({id(whole): whole for whole in (model, _inner(model))}.values())
         back.pop_all()
-    fused, reason = (probed.head, "") if isinstance(probed.head, Head) else (None, probed.head)
-    reason = loss if isinstance(loss, str) else reason
-    without = loss if isinstance(loss, LossWithoutLogits) else None
-    return Acceleration(tuple(swaps), tuple(probed.skipped), fused, reason, packs, without, model)
+    without, reason = (None, loss) if isinstance(loss, str) else (loss, probed.head_skipped)
+    return Acceleration(tuple(swaps), tuple(probed.skipped), probed.head, reason, packs, without, model)
 
 
 class _Probed(NamedTuple):
@@ -206,7 +204,8 @@ class _Probed(NamedTuple):
     Attributes:
         fast: Modules that may run a fused forward.
         skipped: Modules of the same kinds that keep their own.
-        head: The head, for a loss without logits, or why there is none.
+        head: The head, for a loss without logits, or None.
+        head_skipped: Why there is none, or "".
         calls: Path -> call, in the order in which they ended; "" is the head.
         output: The model's output.
         packs: Whether the plain model keeps packed sequences apart. A fused attention may hand any call back to it.
@@ -214,16 +213,17 @@ class _Probed(NamedTuple):
 
     fast: Parts
     skipped: list[Skipped]
-    head: Head | str
+    head: Head | None
+    head_skipped: str
     calls: dict[str, Call]
-    output: Any
+    output: ModelOutput | None
     packs: bool
 
 
-def _probed(model: nn.Module, head: nn.Module | None) -> _Probed | Exception:
+def _probed(model: nn.Module, modules: Mapping[str, nn.Module]) -> _Probed | Exception:
     """Probe the plain model, or return the exception of its forward."""
-    modules = {path: module for path, module in model.named_modules(remove_duplicate=True) if path}
-    wanted, skipped = candidates(modules, RECIPES)
+    head = output_head(model)
+    wanted, skipped = candidates({path: module for path, module in modules.items() if path}, FUSED_FORWARDS)
     ran = attempt(lambda: calls(model, modules_to_record(wanted) | ({} if head is None else {"": head})))
     if isinstance(ran, Exception):
         return ran
@@ -231,10 +231,11 @@ def _probed(model: nn.Module, head: nn.Module | None) -> _Probed | Exception:
     fast, others = admit(model, wanted, found)
     whole = tuple(f"{path}." for path, (_, fused_forward) in fast.items() if fused_forward.whole)
     skipped = [one for one in (*skipped, *others) if not one.path.startswith(whole)]
-    given = found[""].output if "" in found else None
-    known = head_for(head, given, getattr(output, "logits", None), getattr(model, "config", None))
-    packs = _may_pack(model, fast) and keeps_sequences_apart(model, getattr(output, "logits", None))
-    return _Probed(fast, skipped, known, found, output, packs)
+    logits = getattr(output, "logits", None)
+    known = head_for(head, found[""].output if "" in found else None, logits, model)
+    fused, reason = (None, known) if isinstance(known, str) else (known, "")
+    packs = _may_pack(model, fast) and keeps_sequences_apart(model, logits)
+    return _Probed(fast, skipped, fused, reason, found, output, packs)
 
 
 def _probed_in_place(model: nn.Module, probed: _Probed, logits: bool) -> tuple[bool, LossWithoutLogits | str | None]:
@@ -243,41 +244,34 @@ def _probed_in_place(model: nn.Module, probed: _Probed, logits: bool) -> tuple[b
     Returns:
         Whether batches may be packed; and the loss without logits, not yet installed, or why not, or None.
     """
-    head = probed.head if isinstance(probed.head, Head) else None
-    last = None if head is None else _last(model, probed.fast, tuple(probed.calls))
-    if head is not None and last is not None:
-        head.last = last_layer_for(model, head, last, probed.calls[""], probed.output)
+    last = None if probed.head is None else _last(model, probed.head, probed.fast, tuple(probed.calls))
+    if probed.head is not None and last is not None:
+        probed.head.last = last_layer_for(probed.head, last, probed.calls[""], probed.output)
     packs = probed.packs and keeps_sequences_apart(model, getattr(probed.output, "logits", None))
-    return packs, None if logits or head is None else loss_for(_inner(model), head)
+    return packs, None if logits or probed.head is None else loss_for(_inner(model), probed.head)
 
 
-def _as_frozen(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Freeze a model without adapters for the probes, as attaching adapters would; each call checks this again."""
-    is_adapted = any(linear.is_adapted(module) for module in model.modules())
-    return contextlib.nullcontext() if is_adapted else frozen(model)
-
-
-def _inner(model: Any) -> nn.Module:
+def _inner(model: nn.Module) -> nn.Module:
     """Return the transformers model inside a `PeftModel`, if any."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(model, "get_base_model", lambda: model)()
 
 
-def _last(model: nn.Module, fast: Parts, order: tuple[str, ...]) -> LastLayer | None:
+def _last(model: nn.Module, head: Head, fast: Parts, order: tuple[str, ...]) -> LastLayer | None:
     """Return the last decoder layer of a forward and the modules that may read its output, or None if it is not
     replaced.
 
     Args:
         model: The model, with all replacements in place.
+        head: Its head.
         fast: The replaced modules.
         order: Paths of modules in the order in which they ended; "" is the head.
     """
     layers = [path for path in order if path in fast and fast[path][1].run is decoder.run]
-    head = output_head(model)
-    if not layers or head is None:
+    if not layers:
         return None
     path = layers[-1]
     above = [path[:place] for place, letter in enumerate(path) if letter == "."]
-    holding = [holder for one in above if head not in (holder := model.get_submodule(one)).modules()]
+    holding = [holder for one in above if head.module not in (holder := model.get_submodule(one)).modules()]
     behind = [model.get_submodule(one) for one in order[order.index(path) + 1 :] if one]
     return LastLayer(model.get_submodule(path), model, path, (*holding, *behind))
 
@@ -293,45 +287,32 @@ def _may_pack(model: nn.Module, fast: Parts) -> bool:
     return isinstance(layers, int) and ours == layers
 
 
-def _within(fused: set[int], name: str) -> Callable[[nn.Module], bool]:
-    """Return a predicate: whether a child and everything inside it is bypassed by a fused forward."""
-    whole = any(fused_forward.whole for fused_forward in RECIPES if fused_forward.name == name)
-    return lambda child: whole or id(child) in fused
-
-
-def _installed(
-    model: nn.Module, probed: _Probed, head: nn.Module | None, back: contextlib.ExitStack
-) -> list[tuple[str, Swap]]:
+def _installed(modules: Mapping[str, nn.Module], probed: _Probed, back: contextlib.ExitStack) -> list[tuple[str, Swap]]:
     """Install the replacements after all of them are created.
 
     Args:
-        model: The model.
+        modules: All modules of the model.
         probed: The modules to replace.
-        head: The output head.
         back: Collects the callbacks that restore each module.
     """
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for attribute, child in parent._modules.items():
-            if child is not None:
-                holders.setdefault(id(child), []).append((parent, attribute))
-    classes: dict[tuple[type, str], type] = {}
+    for parent in modules.values():
+        for attribute, child in children_of(parent).items():
+            holders.setdefault(id(child), []).append((parent, attribute))
+    plans = [(module, fused.name, fused.forward, fused.whole) for module, fused in probed.fast.values()]
+    if probed.head is not None:
+        plans.append((probed.head.module, "loss without logits", probed.head.run, False))
+    classes: dict[tuple[type, str], type[nn.Module]] = {}
     swaps = []
-    known = probed.head if isinstance(probed.head, Head) else None
-    plans = [
-        (path, module, fused_forward.name, fused_forward.run) for path, (module, fused_forward) in probed.fast.items()
-    ]
-    if known is not None and head is not None:
-        plans.append(("", head, "loss without logits", known.run))
-    for path, module, name, run in plans:
-        made = make_replacement(module, run, classes, name)
-        swaps.append((name, Swap(path, module, made, tuple(holders[id(module)]))))
-        if known is not None and module is head:
-            known.module, known.places = made, swaps[-1][1].holders
+    for module, name, forward, _ in plans:
+        made = make_replacement(module, forward, classes, name)
+        swaps.append((name, Swap(module, made, tuple(holders[id(module)]))))
+    if probed.head is not None:
+        probed.head.module, probed.head.holders = swaps[-1][1].replacement, swaps[-1][1].holders
     for _, swap in swaps:
         back.callback(swap.undo)
         swap.do()
     fused = {id(swap.replacement) for _, swap in swaps}
-    for name, swap in swaps:
-        rely(swap.replacement, contract_for(swap.replacement, _within(fused, name)))
+    for (*_, whole), (_, swap) in zip(plans, swaps, strict=True):
+        setattr(swap.replacement, CONTRACT, contract_for(swap.replacement, None if whole else fused))
     return swaps

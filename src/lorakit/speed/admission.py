@@ -11,15 +11,17 @@ so it lives as long as the tensor and cannot be confused with another one that g
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.speed import linear
-from lorakit.speed.contract import is_own_forward
-from lorakit.speed.probe import TOLERANCES, Call, attempt, first_calls
+from lorakit.speed.contract import SETTINGS, is_own_forward, package_of
+from lorakit.speed.probe import TOLERANCES, Call, Calls, Pairs, attempt, calls
+from lorakit.speed.submodules import Options, is_supported, split_call
 
 SMALLEST_ROW = 0.1
 """Rows below this fraction of the RMS of all rows are compared relative to that RMS: their rounding errors are
@@ -45,16 +47,19 @@ class Verdict(NamedTuple):
     differs: bool = False
 
 
-Branches = Callable[[nn.Module, Call, Mapping[str, Call]], list[tuple[Tensor | None, Tensor]]]
-"""Module, its call, calls of modules below it by path -> pairs of branches: fused, and the module's own."""
+Output = Tensor | tuple[Tensor | None, ...]
+"""Output of a fused forward; the first item of a tuple is the hidden states."""
+
+Branches = Callable[[nn.Module, Tensor, Options, Calls], Pairs]
+"""Module, hidden states, other arguments, calls of modules below it by path -> pairs of branches: fused, its own."""
 
 
-def compare(module: nn.Module, run: Callable[..., Any], call: Call, *, residual: bool = False) -> Verdict:
+def compare(module: nn.Module, run: Callable[..., Output | None], call: Call, *, residual: bool = False) -> Verdict:
     """Compare the output of a fused forward with the recorded one.
 
     Args:
         module: The module.
-        run: The fused forward.
+        run: The fused forward, called with the module and the arguments of the call.
         call: The recorded call of the module.
         residual: Whether the output is the input plus a branch; then the branches are compared.
     """
@@ -91,20 +96,17 @@ def _noise(module: nn.Module, call: Call, residual: bool) -> Tensor | None:
     generator = torch.Generator().manual_seed(0)
     shaken = torch.rand(x.shape, generator=generator, dtype=torch.float32).to(x.device).sub_(0.5).mul_(2)
     moved = (x.float() * (1 + shaken * torch.finfo(x.dtype).eps)).to(x.dtype)
-    given = (
-        replace(call, args=(moved, *call.args[1:]))
-        if call.args
-        else replace(call, kwargs=call.kwargs | {"hidden_states": moved})
-    )
-    made = attempt(lambda: _parts(module(*given.args, **given.kwargs))[0])
+    args = (moved, *call.args[1:]) if call.args else ()
+    kwargs = call.kwargs if call.args else call.kwargs | {"hidden_states": moved}
+    made = attempt(lambda: _parts(module(*args, **kwargs))[0])
     first = _parts(call.output)[0]
-    if not isinstance(made, Tensor) or made.shape != first.shape:
+    if not isinstance(made, Tensor) or first is None or made.shape != first.shape:
         return None
     change = _rows(made) - _rows(first)
     return _sizes(change - (_rows(moved) - _rows(x)) if residual else change)
 
 
-def compare_branches(branches: Branches, module: nn.Module, call: Call, inside: Mapping[str, Call]) -> Verdict:
+def compare_branches(branches: Branches, module: nn.Module, call: Call, inside: Calls) -> Verdict:
     """Compare the branches of a fused forward, before the residual, with the recorded ones.
 
     Args:
@@ -113,7 +115,8 @@ def compare_branches(branches: Branches, module: nn.Module, call: Call, inside: 
         call: The recorded call of the module.
         inside: Calls of modules below it, by path.
     """
-    pairs = attempt(lambda: branches(module, call, inside))
+    x, options = split_call(module, call.args, call.kwargs)
+    pairs = attempt(lambda: branches(module, x, options, inside))
     if isinstance(pairs, Exception):
         return _raised(pairs)
     for ours, theirs in pairs:
@@ -129,9 +132,9 @@ def _raised(failed: Exception) -> Verdict:
     return Verdict(f"a probe raised {type(failed).__name__}", differs=True)
 
 
-def _parts(output: Any) -> tuple[Any, ...]:
+def _parts(output: Output) -> tuple[Tensor | None, ...]:
     """Return a module's output as a tuple; the first item is the hidden states."""
-    return output if isinstance(output, tuple) and output else (output,)
+    return (output or (None,)) if isinstance(output, tuple) else (output,)
 
 
 def _difference(ours: Tensor, theirs: Tensor, carried: Tensor | None, noise: Tensor | None = None) -> Verdict:
@@ -211,7 +214,7 @@ class FusedForward:
     Attributes:
         name: Name in the report.
         fits: Module -> None if the structure matches, else a short reason.
-        run: Module and the arguments of a call -> the output, or None if the module's own forward must run.
+        run: Module, hidden states and other arguments of a call -> the output, or None if its own forward must run.
         concerns: Whether a module that does not match is reported as skipped.
         whole: Whether it computes everything inside the module, whose children are then not reported.
         residual: Whether the output is the input plus a branch.
@@ -222,13 +225,18 @@ class FusedForward:
 
     name: str
     fits: Callable[[nn.Module], str | None]
-    run: Callable[..., Any]
-    concerns: Callable[[nn.Module], bool]
+    run: Callable[..., Output | None]
+    concerns: Callable[[nn.Module], bool] = lambda _: False
     whole: bool = False
     residual: bool = False
     calls: Callable[[nn.Module], tuple[str, ...]] = lambda _: ()
     traced: Callable[[nn.Module], tuple[str, ...]] = lambda _: ()
     branches: Branches | None = None
+
+    def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Output | None:
+        """Return the output of a call, or None if the module's own forward must run."""
+        x, options = split_call(module, args, kwargs)
+        return self.run(module, x, options) if isinstance(x, Tensor) and is_supported(x) else None
 
 
 @dataclass(frozen=True)
@@ -265,7 +273,7 @@ def candidates(
     wanted: Parts = {}
     skipped: list[Skipped] = []
     inside = {id(part) for layer in modules.values() if linear.is_adapted(layer) for part in _of_adapters(layer)}
-    foreign: dict[type, bool] = {}
+    foreign = {kind for kind in {type(module) for module in modules.values()} if _is_foreign(kind)}
     for path, module in modules.items():
         if id(module) in inside:
             continue
@@ -300,7 +308,7 @@ def modules_to_record(parts: Parts) -> dict[str, nn.Module]:
     return found
 
 
-def admit(model: nn.Module, wanted: Parts, found: Mapping[str, Call]) -> tuple[Parts, list[Skipped]]:
+def admit(model: nn.Module, wanted: Parts, found: Calls) -> tuple[Parts, list[Skipped]]:
     """Probe candidates; call it in `eval_mode`.
 
     Args:
@@ -318,10 +326,10 @@ def admit(model: nn.Module, wanted: Parts, found: Mapping[str, Call]) -> tuple[P
     for path in reversed(wanted):  # children before parents
         module, fused_forward = wanted[path]
         child = _fused_among(differing, path, module, fused_forward)
-        verdict = None
-        if child is not None:
+        if child is None:
+            verdict = _verdict(path, module, fused_forward, found)
+        else:
             verdict = Verdict(f"its {child[len(path) + 1 :]}: {verdicts[child].why}", differs=True)
-        verdict = verdict or _verdict(path, module, fused_forward, found)
         verdicts[path] = verdict if verdict.differs else at_lengths.get(first_of[path], verdict)
         if verdicts[path].differs:
             differing.append(path)
@@ -334,34 +342,27 @@ def admit(model: nn.Module, wanted: Parts, found: Mapping[str, Call]) -> tuple[P
     return fast, skipped
 
 
-def _of_adapters(layer: Any) -> list[nn.Module]:
+def _of_adapters(layer: nn.Module) -> list[nn.Module]:
     """Return the modules inside a layer that belong to adapters, not to the base."""
-    base = {id(module) for module in layer.base_layer.modules()}
+    base = {id(module) for module in layer.get_submodule("base_layer").modules()}
     return [module for module in layer.modules() if module is not layer and id(module) not in base]
 
 
-def _stranger(module: nn.Module, fused_forward: FusedForward, foreign: dict[type, bool]) -> str | None:
+def _stranger(module: nn.Module, fused_forward: FusedForward, foreign: set[type[nn.Module]]) -> str | None:
     """Return the name of an unknown class that a fused forward would bypass, or None.
 
     Args:
         module: The candidate.
         fused_forward: Its fused forward.
-        foreign: Cache, class -> whether it is unknown.
+        foreign: The unknown classes of the model.
     """
     called = fused_forward.calls(module)
-    parts = [
-        module,
-        *(part for name, child in module.named_children() if name not in called for part in child.modules()),
-    ]
-    for kind in map(type, parts):
-        if kind not in foreign:
-            foreign[kind] = _is_foreign(kind)
-        if foreign[kind]:
-            return kind.__name__
-    return None
+    inside = [child for name, child in module.named_children() if name not in called]
+    kinds = (type(module), *(type(part) for child in inside for part in child.modules()))
+    return next((kind.__name__ for kind in kinds if kind in foreign), None)
 
 
-def _is_foreign(kind: type) -> bool:
+def _is_foreign(kind: type[nn.Module]) -> bool:
     """Return whether a class computes something that the structure checks were not written for.
 
     That is a forward from another package, even if assigned to a known class, or an override of any method of a known
@@ -370,14 +371,11 @@ def _is_foreign(kind: type) -> bool:
     if not _is_known(getattr(kind, "forward", None)) or not is_own_forward(kind):
         return True
     for place, owner in enumerate(kind.__mro__):
-        if _package(owner.__module__) in KNOWN:
+        if owner.__module__.partition(".")[0] in KNOWN:
             continue
         own = {name for name in vars(owner) if not name.startswith("__")} - HARMLESS | CALLED & vars(owner).keys()
-        if any(
-            name in vars(base) and not _is_known(vars(owner)[name])
-            for name in own
-            for base in kind.__mro__[place + 1 :]
-        ):
+        inherited = {name for base in kind.__mro__[place + 1 :] for name in vars(base)}
+        if any(not _is_known(vars(owner)[name]) for name in own & inherited):
             return True
     return False
 
@@ -388,17 +386,13 @@ def _is_known(method: Callable[..., Any] | None) -> bool:
     Checked by a function's globals, because decorators copy the other names from what they wrap.
     """
     while method is not None:
-        if _package(getattr(method, "__globals__", {}).get("__name__", "")) not in KNOWN:
+        if package_of(method) not in KNOWN:
             return False
         method = getattr(method, "__wrapped__", None)
     return True
 
 
-def _package(module: str) -> str:
-    return module.partition(".")[0]
-
-
-def _one_of_each(wanted: Parts, found: Mapping[str, Call]) -> tuple[Parts, dict[str, str]]:
+def _one_of_each(wanted: Parts, found: Calls) -> tuple[Parts, dict[str, str]]:
     """Group called modules that differ only in their weights; returns the first of each, and path -> its first."""
     first: dict[Any, str] = {}
     first_of = {}
@@ -412,17 +406,17 @@ def _one_of_each(wanted: Parts, found: Mapping[str, Call]) -> tuple[Parts, dict[
 
 def _simple(module: nn.Module) -> list[str]:
     """Return the plain settings of a module as text, without its position in the model."""
-    plain = (bool, int, float, str, type(None))
-    return [f"{k}={v!r}" for k, v in vars(module).items() if isinstance(v, plain) and k != "layer_idx"]
+    return [f"{k}={v!r}" for k, v in vars(module).items() if isinstance(v, SETTINGS) and k != "layer_idx"]
 
 
 def _at_lengths(model: nn.Module, firsts: Parts) -> dict[str, Verdict]:
     """Return the modules whose fused forward differs at another length, with the verdict."""
     differing = {}
     for tokens in LENGTHS if firsts else ():
-        found = attempt(lambda tokens=tokens: first_calls(model, modules_to_record(firsts), tokens))  # type: ignore[misc]
-        if isinstance(found, Exception):
+        ran = attempt(partial(calls, model, modules_to_record(firsts), 1, tokens, stop=True))
+        if isinstance(ran, Exception):
             continue  # the model may not support this length
+        found, _ = ran
         for path, (module, fused_forward) in firsts.items():
             verdict = _verdict(path, module, fused_forward, found)
             if verdict.differs:
@@ -430,12 +424,12 @@ def _at_lengths(model: nn.Module, firsts: Parts) -> dict[str, Verdict]:
     return differing
 
 
-def _verdict(path: str, module: nn.Module, fused_forward: FusedForward, found: Mapping[str, Call]) -> Verdict:
+def _verdict(path: str, module: nn.Module, fused_forward: FusedForward, found: Calls) -> Verdict:
     """Compare the fused forward of a module with its recorded calls."""
     call = found.get(path)
     if call is None:
         return Verdict("not called")
-    verdict = compare(module, fused_forward.run, call, residual=fused_forward.residual)
+    verdict = compare(module, fused_forward.forward, call, residual=fused_forward.residual)
     if verdict.why or fused_forward.branches is None:
         return verdict
     inside = {below: found[f"{path}.{below}"] for below in fused_forward.traced(module) if f"{path}.{below}" in found}

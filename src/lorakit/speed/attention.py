@@ -6,10 +6,9 @@ or more.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,22 +21,33 @@ from lorakit.ops.rotary import Rotary
 from lorakit.speed.admission import is_version, version_of
 from lorakit.speed.last_layer import KEYWORD
 from lorakit.speed.linear import active_operands, forwards_of
-from lorakit.speed.submodules import (
-    by_name,
-    dropout_p,
-    is_supported,
-    knows_all,
-    norm_of,
-    unknown_attributes,
-    unknown_config_fields,
-    wants_weights,
-)
+from lorakit.speed.norm import dropout_p, norms_at
+from lorakit.speed.patching import modules_at
+from lorakit.speed.submodules import Options, knows_all, unknown_attributes, unknown_fields, unknown_implementation
 
 HIDDEN = -1e4
 """Mask values at or below this hide a position; models add the smallest value of a dtype."""
 
 MASK_FIELDS = "_lorakit_read"
-"""Attribute of a mask, which all layers of a forward share, that caches what was read from it, with its version."""
+"""Attribute of a mask, which all layers of a forward share, that caches what was read from it."""
+
+
+Known = TypeVar("Known")
+
+
+def cached_on(x: Tensor, name: str, make: Callable[[], Known]) -> Known:
+    """Return a value computed from a tensor, again if the tensor was changed in place since.
+
+    Args:
+        x: A tensor of any shape (…), which keeps the value as long as it lives.
+        name: Attribute of the tensor with the value and the version that it was computed from.
+        make: Computes the value.
+    """
+    version, value = x.__dict__.get(name, (None, None))
+    if version is None or not is_version(x, version):
+        value = make()
+        x.__dict__[name] = version_of(x), value
+    return value
 
 
 def under(mask: Tensor | None, x: Tensor, pattern: Pattern) -> Pattern | None:
@@ -52,19 +62,17 @@ def under(mask: Tensor | None, x: Tensor, pattern: Pattern) -> Pattern | None:
         The pattern, with a bias if the mask hides more. None if the mask shows more than the pattern, hides everything
         from a token, or is not such a mask; or if a bias is needed on a device without a kernel for it.
     """
-    made = _under(mask, x, pattern)
+    made = pattern if mask is None else _under(mask, x, pattern)
     return None if made is None or (made.bias is not None and x.device.type != "cpu") else made
 
 
-def _under(mask: Tensor | None, x: Tensor, pattern: Pattern) -> Pattern | None:
-    if mask is None:
-        return pattern
+def _under(mask: Tensor, x: Tensor, pattern: Pattern) -> Pattern | None:
     rows, tokens, _ = x.shape
     if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2:] != (tokens, tokens) or mask.requires_grad:
         return None
     if mask.shape[0] not in (1, rows):
         return None
-    known = _known(mask)
+    known: dict[Hashable, Any] = cached_on(mask, MASK_FIELDS, dict)
     key = (pattern.causal, pattern.window, x.dtype)
     if key not in known:
         known[key] = _read(mask, pattern, x.dtype)
@@ -79,15 +87,6 @@ def _under(mask: Tensor | None, x: Tensor, pattern: Pattern) -> Pattern | None:
         both = padding + pattern.bias.to(x.dtype)
         known[with_bias] = pattern.bias, version_of(pattern.bias), both
     return replace(pattern, bias=both)
-
-
-def _known(mask: Tensor) -> dict[Any, Any]:
-    """Return the cache of a mask in its current version, to be added to."""
-    version, known = mask.__dict__.get(MASK_FIELDS, (None, {}))
-    if version is None or not is_version(mask, version):
-        known = {}
-        mask.__dict__[MASK_FIELDS] = version_of(mask), known
-    return known
 
 
 def _read(mask: Tensor, pattern: Pattern, dtype: torch.dtype) -> Tensor | bool:
@@ -116,29 +115,11 @@ DROPOUTS = ("attn_dropout", "resid_dropout")
 """Dropout modules of the weights, whose probability alone is read, and of the output."""
 
 ATTRIBUTES = frozenset(
-    {
-        "config",
-        "layer_idx",
-        "layer_type",
-        "head_dim",
-        "head_size",
-        "rotary_ndims",
-        "num_heads",
-        "num_key_value_heads",
-        "num_key_value_groups",
-    }
-    | {"num_attention_heads", "hidden_size", "embed_dim", "split_size", "is_causal", "is_cross_attention", "scaling"}
-    | {"scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "attention_dropout"}
-    | {"dropout", "enable_bias"}  # of OPT
-    | {
-        "sliding_window",
-        "is_sliding",
-        "attn_logit_softcapping",
-        "use_rope",
-        "rotary_fn",
-        "rope_theta",
-        "max_position_embeddings",
-    }
+    {"config", "layer_idx", "layer_type", "head_dim", "head_size", "rotary_ndims", "num_heads", "num_key_value_heads"}
+    | {"num_key_value_groups", "num_attention_heads", "hidden_size", "embed_dim", "split_size", "is_causal"}
+    | {"is_cross_attention", "scaling", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"}
+    | {"reorder_and_upcast_attn", "attention_dropout", "dropout", "enable_bias", "sliding_window", "is_sliding"}
+    | {"attn_logit_softcapping", "use_rope", "rotary_fn", "rope_theta", "max_position_embeddings"}
 )
 """Attributes of attention modules that are read here, or whose effect a probe shows."""
 
@@ -146,7 +127,7 @@ FIELDS = frozenset({"sliding_window", "num_attention_heads", "num_key_value_head
 """Config fields that are read here, or whose effect a probe shows."""
 
 READ = frozenset(
-    {"attention_mask", "position_embeddings", "hidden_states", "cache", "past_key_values", "use_cache", "position_ids"}
+    {"attention_mask", "position_embeddings", "hidden_states", "use_cache", "position_ids"}
     | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "output_router_logits"}
     | {"shift_labels", "ignore_index", KEYWORD}  # of the loss
 )
@@ -181,16 +162,14 @@ def fits(module: nn.Module) -> str | None:
         return "unknown children for an attention"
     if getattr(module, "is_cross_attention", False) or getattr(module, "is_causal", None) is not True:
         return "not causal self-attention"
-    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    if implementation != ("sdpa" if shape.softcap is None else "eager"):
-        return f"attention implementation {implementation!r} is not supported"
+    if reason := unknown_implementation(module, "sdpa" if shape.softcap is None else "eager"):
+        return reason
     if getattr(module, "is_sliding", shape.window is not None) is not (shape.window is not None):
         return "it has a window that it does not use"
     if getattr(module.config, "is_causal", True) is not True:
         return "its config makes it bidirectional"
-    return unknown_config_fields(module, FIELDS) or unknown_attributes(
-        module, ATTRIBUTES, (*shape.inputs, shape.output, *NORMS, *DROPOUTS)
-    )
+    known = (*shape.inputs, shape.output, *NORMS, *DROPOUTS)
+    return unknown_fields(module, FIELDS) or unknown_attributes(module, ATTRIBUTES, known)
 
 
 def shape_of(module: nn.Module) -> Shape | None:
@@ -199,28 +178,19 @@ def shape_of(module: nn.Module) -> Shape | None:
     inputs = next((names for names in INPUTS if all(held.get(name) is not None for name in names)), None)
     output = next((name for name in OUTPUTS if held.get(name) is not None), None)
     head_dim, scale = options.get("head_dim", options.get("head_size")), options.get("scaling")
-    if (
-        inputs is None
-        or output is None
-        or not hasattr(module, "config")
-        or not isinstance(head_dim, int)
-        or not isinstance(scale, float)
-    ):
+    if inputs is None or output is None or not hasattr(module, "config"):
+        return None
+    if not isinstance(head_dim, int) or not isinstance(scale, float):
         return None
     softcap: float | None = getattr(module, "attn_logit_softcapping", None)
-    source: Any = module if hasattr(module, "sliding_window") else module.config
+    source = module if hasattr(module, "sliding_window") else module.config
     window: int | None = getattr(source, "sliding_window", None)
     return Shape(inputs, output, head_dim, scale, window, softcap)
 
 
-def run(
-    module: nn.Module, hidden_states: Tensor | None = None, *args: Any, **kwargs: Any
-) -> tuple[Tensor, None] | None:
-    """Return the output (B, T, d) and no weights, or None if the module's own forward must run."""
-    kwargs |= by_name(module, args)
-    if not isinstance(hidden_states, Tensor):
-        return None
-    y = attention(module, hidden_states, None, kwargs, residual=False)
+def run(module: nn.Module, x: Tensor, options: Options) -> tuple[Tensor, None] | None:
+    """Return the output (B, T, d) for x (B, T, d) and no weights, or None if the module's own forward must run."""
+    y = attention(module, x, None, options, residual=False)
     return None if y is None else (y, None)
 
 
@@ -228,7 +198,7 @@ def attention(
     module: nn.Module,
     x: Tensor,
     norm: Norm | None,
-    call: dict[str, Any],
+    options: Options,
     *,
     residual: bool,
     dropout: float = 0.0,
@@ -238,9 +208,9 @@ def attention(
 
     Args:
         module: A module that `fits`.
-        x: Hidden states, (B, T, d).
+        x: Hidden states that `is_supported`, (B, T, d).
         norm: The norm before it, or None.
-        call: The call's arguments by name.
+        options: The other arguments of the call.
         residual: Whether to add x.
         dropout: Dropout probability after the output projection.
         wanted: Flat indices (n,) of the tokens that go through the output projection, or None for all.
@@ -249,25 +219,22 @@ def attention(
         (B, T, d), or (n, d) with `wanted`; None if the module's own forward must run.
     """
     shape = shape_of(module)
-    if shape is None or not is_supported(x) or x.ndim != 3 or not _is_plain(module, call):
+    if shape is None or x.ndim != 3 or not knows_all(module, options, READ):
         return None
     dropouts = _probabilities(module)
-    pattern = None if dropouts is None else _pattern(shape, x, dropouts[0], call)
+    pattern = None if dropouts is None else _pattern(shape, x, dropouts[0], options)
     if dropouts is None or pattern is None or (dropouts[1] and dropout):
         return None
-    inside: list[nn.Module] = [module._modules[name] for name in (*shape.inputs, shape.output)]  # type: ignore[misc]
-    acting = active_operands(inside, forwards_of(module), x)
-    norms = [norm_of(module._modules.get(name)) for name in NORMS]
-    if acting is None or any(
-        made is None and module._modules.get(name) is not None for made, name in zip(norms, NORMS, strict=True)
-    ):
+    acting = active_operands(modules_at(module, (*shape.inputs, shape.output)), forwards_of(module), x)
+    norms = norms_at(module, *NORMS)
+    if acting is None or norms is None:
         return None
-    turn = call.get("position_embeddings") if getattr(module, "use_rope", True) else None
+    rotary = options.get("position_embeddings") if getattr(module, "use_rope", True) else None
     *inputs, output = operands = acting.operands
     kv_heads = _kv_heads(module, shape, operands)
     block = SelfAttention(tuple(inputs), output, shape.head_dim, kv_heads, norm, norms[0], norms[1])
     block = replace(block, dropout=dropouts[1] or dropout, interleaved=shape.inputs == INTERLEAVED)
-    y = attention_block(x, block, pattern, None if turn is None else Rotary(*turn), residual, wanted)
+    y = attention_block(x, block, pattern, None if rotary is None else Rotary(*rotary), residual, wanted)
     acting.note(y)
     return y
 
@@ -279,16 +246,11 @@ def lengths_of(boundaries: Tensor | None) -> tuple[int, ...] | None:
     """
     if not isinstance(boundaries, Tensor):
         return None
-    version, lengths = boundaries.__dict__.get(LENGTHS, (None, ()))
-    if version is None or not is_version(boundaries, version):
-        lengths = tuple(after - before for before, after in itertools.pairwise(boundaries.tolist()))
-        boundaries.__dict__[LENGTHS] = version_of(boundaries), lengths
-    known: tuple[int, ...] = lengths
-    return known
+    return cached_on(boundaries, LENGTHS, lambda: tuple(boundaries.diff().tolist()))
 
 
 LENGTHS = "_lorakit_lengths"
-"""Attribute of boundaries that caches the lengths, with the version they were read from."""
+"""Attribute of boundaries that caches the lengths."""
 
 
 def _kv_heads(module: nn.Module, shape: Shape, operands: Sequence[Adapted]) -> int:
@@ -299,10 +261,10 @@ def _kv_heads(module: nn.Module, shape: Shape, operands: Sequence[Adapted]) -> i
     return int(W.shape[1 if operands[1].transposed else 0] // shape.head_dim)
 
 
-def _pattern(shape: Shape, x: Tensor, dropped: float, call: dict[str, Any]) -> Pattern | None:
+def _pattern(shape: Shape, x: Tensor, dropped: float, options: Options) -> Pattern | None:
     """Return the attention pattern of a call, or None if its mask is unknown."""
-    segments = lengths_of(call.get("cu_seq_lens_q"))
-    mask = None if segments else call.get("attention_mask")  # segments say all a mask could
+    segments = lengths_of(options.get("cu_seq_lens_q"))
+    mask = None if segments else options.get("attention_mask")  # segments say all a mask could
     if mask is None and segments is None and shape.softcap is not None:
         return None  # eager attention without a mask sees all tokens
     # a window longer than the rows, or not used by the model, comes without a mask
@@ -310,18 +272,10 @@ def _pattern(shape: Shape, x: Tensor, dropped: float, call: dict[str, Any]) -> P
     return under(mask, x, Pattern(True, shape.scale, window, shape.softcap, segments, dropped))
 
 
-def _is_plain(module: nn.Module, call: dict[str, Any]) -> bool:
-    """Return whether a call is plain attention over its own tokens."""
-    if wants_weights(module, call) or call.get("cache") is not None or call.get("past_key_values") is not None:
-        return False
-    return knows_all(call, READ)
-
-
 def _probabilities(module: nn.Module) -> tuple[float, float] | None:
     """Return the current dropout probabilities of the weights and of the output, or None if unknown."""
     weights, output = (module._modules.get(name) for name in DROPOUTS)
-    source: list[Any] = [getattr(module, name, None) for name in ("attention_dropout", "dropout")]
-    found = [one for one in (getattr(weights, "p", None), *source) if one is not None]
-    p: Any = found[0] if module.training and found else 0.0
+    sources = (getattr(weights, "p", None), *(getattr(module, name, None) for name in ("attention_dropout", "dropout")))
+    p = next((one for one in sources if one is not None), 0.0) if module.training else 0.0
     last = dropout_p(output)
     return None if last is None or not isinstance(p, (int, float)) or not 0 <= p < 1 else (p, last)

@@ -7,14 +7,15 @@ functions are those that a probe compared. This module knows nothing of particul
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from types import ModuleType
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from types import CodeType, ModuleType
+from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
-from lorakit.speed.patching import original_class
+from lorakit.speed.patching import children_of, original_class
 from lorakit.targets.layer_types import CONV1D
 
 MISSING = object()
@@ -33,31 +34,22 @@ INTERFACES = "ALL_ATTENTION_FUNCTIONS"
 """Global of modeling files that maps the name of an attention implementation to its function."""
 
 
-class Fact(NamedTuple):
-    """An entry of a table that a fused forward relies on.
+Fact = tuple[Mapping[str, Any], str, object]
+"""An entry of a table that a fused forward relies on: the table, the key, and its value or MISSING.
 
-    Attributes:
-        table: The `__dict__` of a module, class, config or file, or a module's table of children.
-        name: Key of the entry.
-        value: Its value, or MISSING.
-    """
-
-    table: Mapping[str, Any]
-    name: str
-    value: Any
+The table is the `__dict__` of a module, class, config or file, or a module's table of children.
+"""
 
 
+@dataclass(frozen=True, eq=False)
 class Contract:
     """Facts that a fused forward relies on.
 
-    Args:
+    Attributes:
         facts: Compared by identity; settings that are not the same object, by type and value.
     """
 
-    __slots__ = ("facts",)
-
-    def __init__(self, facts: tuple[Fact, ...]) -> None:
-        self.facts = tuple(tuple(fact) for fact in facts)  # plain tuples unpack faster than named ones
+    facts: tuple[Fact, ...]
 
     def holds(self) -> bool:
         """Return whether all facts are unchanged and no global module hook is set."""
@@ -68,25 +60,20 @@ class Contract:
         return not torch_modules._has_any_global_hook()
 
 
-Within = Callable[[nn.Module], bool]
-"""Predicate: whether the fused forward also bypasses what is inside a child."""
-
-
-def contract_for(module: nn.Module, within: Within) -> Contract:
+def contract_for(module: nn.Module, fused: Collection[int] | None) -> Contract:
     """Return what a fused forward of a module currently relies on.
 
     Args:
         module: A module whose replacement, and those of its children, are in place.
-        within: Whether a child is fused, too.
+        fused: Identities of the fused modules; None if the fused forward bypasses everything inside.
     """
-    facts = {_key(fact): fact for fact in _of_module(module)}
-    for holder, name, child in bypassed_modules(module, within):
+    facts: list[Fact] = [*_of_module(module)]
+    for holder, name, child in bypassed_modules(module, fused):
         if is_operand(child):
-            found = [*_of_class(_base_class(child))]
+            facts += _of_class(_base_class(child))
         else:
-            found = [Fact(holder._modules, name, child), *_of_module(child)]
-        facts.update((_key(fact), fact) for fact in found)
-    return Contract(tuple(facts.values()))
+            facts += [(holder._modules, name, child), *_of_module(child)]
+    return Contract(tuple({(id(table), name): (table, name, value) for table, name, value in facts}.values()))
 
 
 def is_operand(module: nn.Module) -> bool:
@@ -98,23 +85,22 @@ def is_operand(module: nn.Module) -> bool:
     return _is_around_base(module) or isinstance(module, nn.Linear) or type(module).__name__ == CONV1D
 
 
-def bypassed_modules(module: nn.Module, within: Within) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def bypassed_modules(module: nn.Module, fused: Collection[int] | None) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """Yield (parent, name, child) of the modules that a fused forward of a module bypasses.
 
     Args:
         module: The module.
-        within: Whether a child is fused, too.
+        fused: Identities of the fused modules, whose children are bypassed too; None for all.
     """
     if _is_around_base(module):
         return
-    for name, child in module._modules.items():
-        if child is not None:
-            yield module, name, child
-            if within(child):
-                yield from bypassed_modules(child, within)
+    for name, child in children_of(module).items():
+        yield module, name, child
+        if fused is None or id(child) in fused:
+            yield from bypassed_modules(child, fused)
 
 
-def is_own_forward(kind: type) -> bool:
+def is_own_forward(kind: type[nn.Module]) -> bool:
     """Return whether the forward of a class was written by the author of the class or of a parent.
 
     A parent may set its own forward on each subclass, as gradient checkpointing in transformers does.
@@ -122,27 +108,36 @@ def is_own_forward(kind: type) -> bool:
     Args:
         kind: A module class.
     """
-    owner: Any = next(base for base in kind.__mro__ if "forward" in vars(base))
+    owner = next(base for base in kind.__mro__ if "forward" in vars(base))
     forward = vars(owner)["forward"]
     if owner is nn.Module:
         return True  # nothing calls it
-    package = getattr(forward, "__globals__", {}).get("__name__", "").partition(".")[0]
+    package = package_of(forward)
     return any(
         package == base.__module__.partition(".")[0] and forward.__qualname__ == f"{base.__qualname__}.forward"
         for base in owner.__mro__
     )
 
 
-def forward_code(kind: type) -> Any:
+def package_of(function: Callable[..., Any]) -> str:
+    """Return the top-level package that a function was written in, by its globals, or "".
+
+    Args:
+        function: Any callable.
+    """
+    return getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0]
+
+
+def forward_code(kind: type[nn.Module]) -> CodeType | None:
     """Return the code of a class's forward without decorators, or None if it is not a Python function.
 
     Args:
         kind: A module class.
     """
-    return getattr(inspect.unwrap(getattr(kind, "forward", None)), "__code__", None)  # type: ignore[arg-type]
+    return getattr(inspect.unwrap(kind.forward), "__code__", None)
 
 
-def names_read(kind: type) -> set[str]:
+def names_read(kind: type[nn.Module]) -> set[str]:
     """Return all names and strings in the code of a class's forward.
 
     Args:
@@ -160,13 +155,13 @@ def _of_module(module: nn.Module) -> Iterator[Fact]:
         return
     for name, value in own.items():
         if name[0] != "_" and name not in ASKED and isinstance(value, SETTINGS):
-            yield Fact(own, name, value)
+            yield own, name, value
     config = own.get("config")
     if config is not None:
-        yield Fact(own, "config", config)
+        yield own, "config", config
         fields = vars(config)
         for name in {*IN_CONFIG, *(names_read(kind) & fields.keys() - own.keys())}:
-            yield Fact(fields, name, fields.get(name, MISSING))
+            yield fields, name, fields.get(name, MISSING)
         yield from _of_interface(kind, fields.get(IN_CONFIG[0]))
 
 
@@ -175,33 +170,34 @@ def _is_around_base(module: nn.Module) -> bool:
     return "base_layer" in module._modules
 
 
-def _base_class(module: nn.Module) -> type:
+def _base_class(module: nn.Module) -> type[nn.Module]:
     """Return the class of a module, or of the base layer inside an adapter layer."""
-    while _is_around_base(module):
-        module = module._modules["base_layer"]  # type: ignore[assignment]
+    while (base := module._modules.get("base_layer")) is not None:
+        module = base
     return original_class(module)
 
 
-def _of_class(kind: type) -> Iterator[Fact]:
+def _of_class(kind: type[nn.Module]) -> Iterator[Fact]:
     for base in kind.__mro__:
-        yield Fact(vars(base), "forward", vars(base).get("forward", MISSING))
+        yield vars(base), "forward", vars(base).get("forward", MISSING)
         if "forward" in vars(base):
             break
-    code, known = forward_code(kind), getattr(inspect.unwrap(kind.forward), "__globals__", {})  # type: ignore[attr-defined]
+    code, known = forward_code(kind), _globals(kind)
     for name in () if code is None else code.co_names:
         if name in known and not isinstance(known[name], ModuleType):
-            yield Fact(known, name, known[name])
+            yield known, name, known[name]
 
 
-def _of_interface(kind: type, implementation: str | None) -> Iterator[Fact]:
-    table = getattr(inspect.unwrap(kind.forward), "__globals__", {}).get(INTERFACES)  # type: ignore[attr-defined]
+def _globals(kind: type[nn.Module]) -> dict[str, Any]:
+    """Return the globals that a class's forward reads."""
+    return getattr(inspect.unwrap(kind.forward), "__globals__", {})
+
+
+def _of_interface(kind: type[nn.Module], implementation: str | None) -> Iterator[Fact]:
+    table = _globals(kind).get(INTERFACES)
     if isinstance(table, Mapping) and implementation is not None:
-        yield Fact(table, implementation, table.get(implementation, MISSING))
+        yield table, implementation, table.get(implementation, MISSING)
 
 
-def _is_equal_setting(found: Any, value: Any) -> bool:
+def _is_equal_setting(found: object, value: object) -> bool:
     return type(found) is type(value) and isinstance(value, SETTINGS) and bool(found == value)
-
-
-def _key(fact: Fact) -> tuple[int, str]:
-    return id(fact.table), fact.name

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lorakit.core.clones import is_watched
 from lorakit.ops.dropout import dropout
 from lorakit.ops.norm import Norm, normalize
 from lorakit.speed import attention, feed_forward
 from lorakit.speed.last_layer import KEYWORD, rows_to_compute, scatter_rows, select_rows
-from lorakit.speed.patching import is_replacement
-from lorakit.speed.submodules import (
-    activation_of,
-    by_name,
-    dropout_p,
-    is_supported,
-    norm_of,
-    unknown_attributes,
-)
+from lorakit.speed.norm import dropout_p, norms_at
+from lorakit.speed.patching import children_of, is_replacement, is_watched, modules_at
+from lorakit.speed.submodules import Options, unknown_activation, unknown_attributes
 
 
 class Sublayer(NamedTuple):
@@ -84,74 +77,69 @@ class _Around(NamedTuple):
     p: float
 
     @property
-    def is_bare(self) -> bool:
-        """Return whether no norm is between the inner module and the residual."""
-        return self.after is None
-
-    @property
     def inside(self) -> float:
         """Return the dropout probability directly after the inner module."""
-        return self.p if self.is_bare else 0.0
+        return self.p if self.after is None else 0.0
 
 
 def fits(module: nn.Module) -> str | None:
     """Return why a module is not a supported decoder layer, or None if it is."""
-    sublayers = _halves(module)
+    sublayers = _sublayers(module)
     if sublayers is None:
         return "unknown children for a decoder layer"
     if any(_around(module, sublayer) is None for sublayer in sublayers):
         return "unknown norms"
     if getattr(module, FIRST, True) is not True:
         return "its norms come after the residuals"
-    if not sublayers[1].inner and activation_of(module._modules[LOOSE[1]]) is None:
-        return f"unknown activation {type(module._modules[LOOSE[1]]).__name__}"
-    attn = module._modules[sublayers[0].inner]
-    return attention.fits(attn) or unknown_attributes(module, ATTRIBUTES, tuple(module._modules))  # type: ignore[arg-type]
+    if not sublayers[1].inner and (reason := unknown_activation(module._modules[LOOSE[1]])):
+        return reason
+    reason = attention.fits(getattr(module, sublayers[0].inner))
+    return reason or unknown_attributes(module, ATTRIBUTES, tuple(module._modules))
 
 
 def called(module: nn.Module) -> tuple[str, ...]:
     """Return the names of the children of a supported layer that its fused forward calls as modules."""
-    sublayers = _halves(module)
+    sublayers = _sublayers(module)
     inner = "" if sublayers is None else sublayers[1].inner
-    return (inner,) if inner and feed_forward.fits(module._modules[inner]) is not None else ()  # type: ignore[arg-type]
+    return (inner,) if inner and feed_forward.fits(getattr(module, inner)) is not None else ()
 
 
-def run(module: nn.Module, hidden_states: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor | None:
-    """Return the layer's output (B, T, d), or None if its own forward must run."""
-    sublayers = _halves(module)
-    if sublayers is None or not isinstance(hidden_states, Tensor) or not is_supported(hidden_states):
+def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
+    """Return the layer's output (B, T, d) for x (B, T, d), or None if its own forward must run."""
+    sublayers = _sublayers(module)
+    if sublayers is None:
         return None
-    kwargs |= by_name(module, args)
     first, second = (_around(module, sublayer) for sublayer in sublayers)
     attn = module._modules[sublayers[0].inner]
     if first is None or second is None or attn is None or is_watched(attn, captures=False):
         return None
-    rows = rows_to_compute(module, kwargs.get(KEYWORD), hidden_states)
-    options: dict[str, Any] = {"residual": first.is_bare, "dropout": first.inside, "wanted": rows}
-    x = attention.attention(attn, hidden_states, first.before, kwargs, **options)
-    if x is None:
+    rows = rows_to_compute(module, options.get(KEYWORD), x)
+    is_bare = first.after is None  # no norm before the residual, which the attention then adds
+    attended = attention.attention(attn, x, first.before, options, residual=is_bare, dropout=first.inside, wanted=rows)
+    if attended is None:
         return None
-    x = x if first.is_bare else _with_residual(select_rows(hidden_states, rows), x, first)
+    if not is_bare:
+        attended = _with_residual(select_rows(x, rows), attended, first)
     parallel = getattr(module, PARALLEL, False)  # the feed-forward then has the same input as the attention
-    given = select_rows(hidden_states, rows) if parallel else x
-    made = _fed(module, sublayers[1], second, given, residual=second.is_bare and not parallel)
+    given = select_rows(x, rows) if parallel else attended
+    made = _fed(module, sublayers[1], second, given, residual=second.after is None and not parallel)
     if made is None:
-        x = scatter_rows(x, rows, hidden_states)
-        return _with_residual(
-            x, _fed_by_modules(module, sublayers[1], second, hidden_states if parallel else x), second
-        )
-    if not second.is_bare:
-        made = _with_residual(x, made, second)
+        attended = scatter_rows(attended, rows, x)
+        made = _fed_by_modules(module, sublayers[1], second, x if parallel else attended)
+        return _with_residual(attended, made, second)
+    if second.after is not None:
+        made = _with_residual(attended, made, second)
     elif parallel:
-        made = x + made
-    return scatter_rows(made, rows, hidden_states)
+        made = attended + made
+    return scatter_rows(made, rows, x)
 
 
 def _fed(module: nn.Module, sublayer: Sublayer, around: _Around, x: Tensor, *, residual: bool) -> Tensor | None:
     """Return the output of the feed-forward sublayer for x (…, d) as one function, or None if that is not possible."""
-    mlp: Any = module._modules[sublayer.inner] if sublayer.inner else module
-    fits = not sublayer.inner or is_replacement(mlp) or feed_forward.fits(mlp) is None  # checked when replaced
-    if not fits or (sublayer.inner and is_watched(mlp)):
+    mlp = module._modules[sublayer.inner] if sublayer.inner else module
+    if mlp is None or (sublayer.inner and is_watched(mlp)):
+        return None
+    if sublayer.inner and not is_replacement(mlp) and feed_forward.fits(mlp) is not None:  # checked when replaced
         return None
     return feed_forward.feed_forward(mlp, x, around.before, residual=residual, dropout=around.inside)
 
@@ -159,8 +147,8 @@ def _fed(module: nn.Module, sublayer: Sublayer, around: _Around, x: Tensor, *, r
 def _fed_by_modules(module: nn.Module, sublayer: Sublayer, around: _Around, x: Tensor) -> Tensor:
     """Return the output of the layer's own feed-forward modules for x (B, T, d), before norm, dropout and residual."""
     made = x if around.before is None else normalize(x, around.before)
-    for name in (sublayer.inner,) if sublayer.inner else LOOSE:
-        made = module._modules[name](made)  # type: ignore[misc]
+    for child in modules_at(module, (sublayer.inner,) if sublayer.inner else LOOSE):
+        made = child(made)
     return made
 
 
@@ -169,19 +157,15 @@ def _with_residual(x: Tensor, y: Tensor, around: _Around) -> Tensor:
     return x + dropout(y if around.after is None else normalize(y, around.after), around.p)
 
 
-def _halves(module: nn.Module) -> tuple[Sublayer, Sublayer] | None:
-    held = {name for name, child in module._modules.items() if child is not None}
+def _sublayers(module: nn.Module) -> tuple[Sublayer, Sublayer] | None:
+    held = children_of(module).keys()
     return next((sublayers for sublayers in LAYERS if held == sublayers[0].children | sublayers[1].children), None)
 
 
 def _around(module: nn.Module, sublayer: Sublayer) -> _Around | None:
     """Return the current norms and dropout of a sublayer, or None if one is unknown."""
-    norms = [norm_of(module._modules[name]) if name else None for name in (sublayer.before, sublayer.after)]
-    p = dropout_p(module._modules[sublayer.dropout]) if sublayer.dropout else 0.0
+    norms = norms_at(module, sublayer.before, sublayer.after)
+    p = dropout_p(module._modules.get(sublayer.dropout))
     if sublayer.share and module.training:
         p = getattr(module, sublayer.share)
-    if p is None or any(
-        made is None for made, name in zip(norms, (sublayer.before, sublayer.after), strict=True) if name
-    ):
-        return None
-    return _Around(norms[0], norms[1], p)
+    return None if norms is None or p is None else _Around(norms[0], norms[1], p)

@@ -11,14 +11,12 @@ arXiv:1910.10683, section 2.1). Cross-attention runs the model's own forward.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.clones import is_watched
 from lorakit.ops.activation import activation
 from lorakit.ops.attention_block import SelfAttention, attention_block
 from lorakit.ops.attention_pattern import Pattern
@@ -27,17 +25,16 @@ from lorakit.ops.norm import Norm, normalize
 from lorakit.speed import feed_forward
 from lorakit.speed.attention import under
 from lorakit.speed.linear import ActiveOperands, active_operands, forwards_of
-from lorakit.speed.patching import RECOMPUTES
-from lorakit.speed.probe import Call
+from lorakit.speed.norm import dropout_p, norm_of
+from lorakit.speed.patching import RECOMPUTES, children_of, is_watched, modules_at
+from lorakit.speed.probe import Calls, Pairs
 from lorakit.speed.submodules import (
+    Options,
     activation_of,
-    by_name,
-    dropout_p,
-    is_supported,
     knows_all,
-    norm_of,
+    unknown_activation,
     unknown_attributes,
-    wants_weights,
+    unknown_implementation,
 )
 
 READ = frozenset({"attention_mask", "position_ids", "num_items_in_batch"})
@@ -52,38 +49,37 @@ ATTRIBUTES = frozenset(
 
 
 class Layout(NamedTuple):
-    """Paths of the modules of an encoder layer; "" if missing.
+    """Paths of the modules of an encoder layer; "" for a dropout that is missing.
 
     Attributes:
         attention: Module with the attention settings, and with the dropout of its weights as child `dropout`.
-        q, k, v, o: Attention projections.
-        o_dropout, o_norm: Dropout before and norm after its residual.
-        up, act, down: Feed-forward modules.
-        down_dropout, down_norm: Dropout before and norm after its residual.
+        inputs: Projections to q, k and v.
+        output: Output projection, then dropout before and norm after its residual.
+        up, act: The feed-forward's first linear and its activation.
+        down: The feed-forward's last linear, then dropout before and norm after its residual.
     """
 
     attention: str
-    q: str
-    k: str
-    v: str
-    o: str
-    o_dropout: str
-    o_norm: str
+    inputs: tuple[str, str, str]
+    output: tuple[str, str, str]
     up: str
     act: str
-    down: str
-    down_dropout: str
-    down_norm: str
+    down: tuple[str, str, str]
 
     @property
     def linears(self) -> tuple[str, ...]:
         """Return the six linear modules."""
-        return self.q, self.k, self.v, self.o, self.up, self.down
+        return (*self.inputs, self.output[0], self.up, self.down[0])
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """Return all modules that are read, without those that only contain them."""
+        return (*self.inputs, *self.output, self.up, self.act, *self.down, f"{self.attention}.dropout")
 
     def children(self) -> dict[str, set[str]]:
         """Return, for each module that only contains others, its path and the names of its children."""
         held: dict[str, set[str]] = {}
-        for path in (*self[1:], f"{self.attention}.dropout"):
+        for path in self.leaves:
             names = path.split(".") if path else []
             for depth, name in enumerate(names):
                 held.setdefault(".".join(names[:depth]), set()).add(name)
@@ -93,31 +89,19 @@ class Layout(NamedTuple):
 LAYOUTS = (
     Layout(
         attention="attention.self",
-        q="attention.self.query",
-        k="attention.self.key",
-        v="attention.self.value",
-        o="attention.output.dense",
-        o_dropout="attention.output.dropout",
-        o_norm="attention.output.LayerNorm",
+        inputs=("attention.self.query", "attention.self.key", "attention.self.value"),
+        output=("attention.output.dense", "attention.output.dropout", "attention.output.LayerNorm"),
         up="intermediate.dense",
         act="intermediate.intermediate_act_fn",
-        down="output.dense",
-        down_dropout="output.dropout",
-        down_norm="output.LayerNorm",
+        down=("output.dense", "output.dropout", "output.LayerNorm"),
     ),
     Layout(
         attention="attention",
-        q="attention.q_lin",
-        k="attention.k_lin",
-        v="attention.v_lin",
-        o="attention.out_lin",
-        o_dropout="",
-        o_norm="sa_layer_norm",
+        inputs=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+        output=("attention.out_lin", "", "sa_layer_norm"),
         up="ffn.lin1",
         act="ffn.activation",
-        down="ffn.lin2",
-        down_dropout="ffn.dropout",
-        down_norm="output_layer_norm",
+        down=("ffn.lin2", "ffn.dropout", "output_layer_norm"),
     ),
 )
 """BERT, RoBERTa, ELECTRA and similar models; DistilBERT."""
@@ -126,7 +110,7 @@ LAYOUTS = (
 def layout_of(module: nn.Module) -> Layout | None:
     """Return the layout of an encoder layer, or None if a module is missing."""
     for found in LAYOUTS:
-        if all(_at(module, path) is not None for path in (*found, f"{found.attention}.dropout")):
+        if all(_at(module, path) is not None for path in (found.attention, *found.leaves)):
             return found
     return None
 
@@ -136,16 +120,13 @@ def fits(module: nn.Module) -> str | None:
     found = layout_of(module)
     if found is None:
         return "unknown children for an encoder layer"
-    attention: Any = _at(module, found.attention)
+    attention = _at(module, found.attention)
     if not vars(attention).keys() >= {"attention_head_size", "scaling"} or dropout_p(attention.dropout) is None:
         return "unknown attributes for an attention"
     if getattr(attention, "is_causal", None) is not False:
         return "its attention is causal"
-    implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
-    if implementation != "sdpa":
-        return f"attention implementation {implementation!r} is not supported"
-    if activation_of(_at(module, found.act)) is None:
-        return f"unknown activation {type(_at(module, found.act)).__name__}"
+    if reason := unknown_implementation(attention) or unknown_activation(_at(module, found.act)):
+        return reason
     holders = {path: _at(module, path) for path in found.children()}
     if any(getattr(holder, "chunk_size_feed_forward", 0) for holder in holders.values()):
         return "its feed-forward runs in chunks"
@@ -153,14 +134,13 @@ def fits(module: nn.Module) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def run(module: nn.Module, hidden_states: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor | None:
-    """Return the layer's output (B, T, d), or None if its own forward must run."""
-    ready = _ready(module, hidden_states, kwargs | by_name(module, args))
-    if ready is None or hidden_states is None:
+def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
+    """Return the layer's output (B, T, d) for x (B, T, d), or None if its own forward must run."""
+    ready = _ready(module, x, options)
+    if ready is None:
         return None
-    around = ready.around
-    x = normalize(attention_block(hidden_states, ready.block, ready.pattern, residual=True), around.o_norm)
-    y = normalize(mlp(x, ready.form), around.down_norm)
+    y = normalize(attention_block(x, ready.block, ready.pattern, residual=True), ready.norms[0])
+    y = normalize(mlp(y, ready.form), ready.norms[1])
     ready.acting.note(y)
     return y
 
@@ -168,88 +148,82 @@ def run(module: nn.Module, hidden_states: Tensor | None = None, *args: Any, **kw
 def traced(module: nn.Module) -> tuple[str, ...]:
     """Return the paths below a supported layer of the modules whose calls `branches` needs."""
     found = layout_of(module)
-    return () if found is None else (found.o, found.up, found.down)
+    return () if found is None else (found.output[0], found.up, found.down[0])
 
 
-def branches(module: nn.Module, call: Call, inside: Mapping[str, Call]) -> list[tuple[Tensor | None, Tensor]]:
+def branches(module: nn.Module, x: Tensor, options: Options, inside: Calls) -> Pairs:
     """Pair what the fused forward adds to the residuals with the outputs of the projections, (B, T, d) each."""
     attended, up, down = (inside[path] for path in traced(module))
-    ready = _ready(module, call.hidden, call.kwargs | by_name(module, call.args[1:]))
+    ready = _ready(module, x, options)
     if ready is None:
         return [(None, attended.output)]
     return [
-        (attention_block(call.hidden, ready.block, ready.pattern, residual=False), attended.output),
+        (attention_block(x, ready.block, ready.pattern, residual=False), attended.output),
         (mlp(up.args[0], ready.form._replace(residual=False)), down.output),
     ]
 
 
 class _Ready(NamedTuple):
-    """Current operands of a layer for one call."""
+    """Current operands of a layer for one call; the norms come after attention and feed-forward."""
 
     block: SelfAttention
     pattern: Pattern
     form: Form
-    around: _Around
+    norms: list[Norm]
     acting: ActiveOperands
 
 
-def _ready(module: nn.Module, x: Tensor | None, call: dict[str, Any]) -> _Ready | None:
-    """Return the operands for hidden states x (B, T, d) and the call's arguments by name, or None if unknown."""
+def _ready(module: nn.Module, x: Tensor, options: Options) -> _Ready | None:
+    """Return the operands for hidden states x (B, T, d), or None if they are unknown."""
     found = layout_of(module)
-    if found is None or not isinstance(x, Tensor) or x.ndim != 3 or not _is_plain(module, found, x, call):
+    if found is None or x.ndim != 3 or not _is_plain(module, found, x, options):
         return None
-    around = _around(module, found, x)
+    dropouts, norms = _dropouts(module, found), _norms(module, found, x)
     acting = active_operands([_at(module, path) for path in found.linears], forwards_of(module), x)
-    if around is None or acting is None:
+    if dropouts is None or len(norms) != 2 or acting is None:
         return None
-    attention: Any = _at(module, found.attention)
+    attention = _at(module, found.attention)
     q, k, v, o, up, down = acting.operands
     width: int = attention.attention_head_size
     heads = (q.W.shape[1] if q.transposed else q.W.shape[0]) // width
-    pattern = under(call.get("attention_mask"), x, Pattern(False, attention.scaling, dropout=around.weights))
+    of_weights, of_output, of_down = dropouts
+    pattern = under(options.get("attention_mask"), x, Pattern(False, attention.scaling, dropout=of_weights))
     act = activation_of(_at(module, found.act))
     if pattern is None or act is None:
         return None
-    block = SelfAttention((q, k, v), o, width, heads, dropout=around.first)
-    form = Form((up,), down, activation(act), None, True, around.second, keep=RECOMPUTES not in module.__dict__)
-    return _Ready(block, pattern, form, around, acting)
+    block = SelfAttention((q, k, v), o, width, heads, dropout=of_output)
+    form = Form((up,), down, activation(act), None, True, of_down, keep=RECOMPUTES not in module.__dict__)
+    return _Ready(block, pattern, form, norms, acting)
 
 
-class _Around(NamedTuple):
-    """Current dropout probabilities and norms of a layer."""
-
-    weights: float
-    first: float
-    second: float
-    o_norm: Norm
-    down_norm: Norm
-
-
-def _around(module: nn.Module, found: Layout, x: Tensor) -> _Around | None:
-    attention: Any = _at(module, found.attention)
-    dropped = attention.dropout.p if attention.training else 0.0  # the module itself is never called
-    dropouts = [dropout_p(_at(module, path) if path else None) for path in (found.o_dropout, found.down_dropout)]
-    norms = [norm_of(_at(module, path)) for path in (found.o_norm, found.down_norm)]
-    if any(share is None for share in dropouts) or not 0 <= dropped < 1:
+def _dropouts(module: nn.Module, found: Layout) -> tuple[float, float, float] | None:
+    """Return the current dropout probabilities of attention weights and both outputs, or None if one is unknown."""
+    attention = _at(module, found.attention)
+    of_weights: float = attention.dropout.p if attention.training else 0.0  # the module itself is never called
+    of_output, of_down = (dropout_p(_at(module, path) if path else None) for path in (found.output[1], found.down[1]))
+    if of_output is None or of_down is None or not 0 <= of_weights < 1:
         return None
-    if any(norm is None or norm.weight is None or norm.weight.dtype != x.dtype for norm in norms):
-        return None
-    return _Around(dropped, *dropouts, *norms)  # type: ignore[arg-type]
+    return of_weights, of_output, of_down
 
 
-def _is_plain(module: nn.Module, found: Layout, x: Tensor, call: dict[str, Any]) -> bool:
+def _norms(module: nn.Module, found: Layout, x: Tensor) -> list[Norm]:
+    """Return those of the two norms that are known and have the dtype of x (B, T, d)."""
+    norms = (norm_of(_at(module, path)) for path in (found.output[2], found.down[2]))
+    return [norm for norm in norms if norm is not None and norm.weight is not None and norm.weight.dtype == x.dtype]
+
+
+def _is_plain(module: nn.Module, found: Layout, x: Tensor, options: Options) -> bool:
     """Return whether a call is plain self-attention over its own tokens, with modules that have no hooks."""
-    if not is_supported(x) or (x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type)):
+    if x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
         return False  # under autocast a layer norm returns float32
     holders = [_at(module, path) for path in found.children() if path]
-    if wants_weights(_at(module, found.attention), call) or any(is_watched(one, captures=False) for one in holders):
-        return False
-    return knows_all(call, READ)
+    is_seen = any(is_watched(holder, captures=False) for holder in holders)
+    return not is_seen and knows_all(_at(module, found.attention), options, READ)
 
 
 def _at(module: nn.Module, path: str) -> Any:
-    """Return the module at a path below a module (itself for ""), or None."""
-    found: Any = module
+    """Return the module, or activation function, at a path below a module (itself for ""), or None."""
+    found: nn.Module | None = module
     for name in path.split(".") if path else ():
         found = getattr(found, name, None)
     return found
@@ -258,7 +232,7 @@ def _at(module: nn.Module, path: str) -> Any:
 NORM, DROPOUT = "layer_norm", "dropout"
 FED, ATTENDED = "DenseReluDense", "SelfAttention"
 PROJECTIONS = ("q", "k", "v", "o")
-DISTANCES = "relative_attention_bias"
+DISTANCES, COMPUTE = "relative_attention_bias", "compute_bias"
 
 SUBLAYER_ATTRIBUTES = frozenset(
     {"config", "d_model", "key_value_proj_dim", "n_heads", "inner_dim", "scaling", "layer_idx", "dropout"}
@@ -278,32 +252,29 @@ def fits_sublayer(module: nn.Module) -> str | None:
         return "unknown children for a sublayer"
     if norm_of(module._modules[NORM]) is None:
         return "unknown norm"
-    value = unknown_attributes(module, (), (NORM, DROPOUT, FED, ATTENDED))
-    return value or (feed_forward.fits(inner) if FED in module._modules else _why_not(inner))
+    if reason := unknown_attributes(module, (), (NORM, DROPOUT, FED, ATTENDED)):
+        return reason
+    if FED in module._modules:
+        return feed_forward.fits(inner)
+    if len(modules_at(inner, PROJECTIONS)) < len(PROJECTIONS) or not vars(inner).keys() >= NEEDED:
+        return "unknown children for an attention"
+    known = (*PROJECTIONS, DISTANCES)
+    return unknown_implementation(inner) or unknown_attributes(inner, SUBLAYER_ATTRIBUTES, known)
 
 
-def run_sublayer(module: nn.Module, hidden_states: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-    """Return the sublayer's output for hidden states (B, T, d), or None if its own forward must run."""
-    x, kwargs = hidden_states, kwargs | by_name(module, args)
+def run_sublayer(module: nn.Module, x: Tensor, options: Options) -> Tensor | tuple[Tensor, Tensor, None] | None:
+    """Return the sublayer's output for x (B, T, d), or None if its own forward must run."""
     inner, norm, p = _inner(module), norm_of(module._modules[NORM]), dropout_p(module._modules[DROPOUT])
-    if (
-        inner is None
-        or norm is None
-        or p is None
-        or not isinstance(x, Tensor)
-        or not is_supported(x)
-        or is_watched(inner)
-    ):
+    if inner is None or norm is None or p is None or is_watched(inner):
         return None
     if FED in module._modules:
-        return None if kwargs else feed_forward.feed_forward(inner, x, norm, residual=True, dropout=p)
-    if x.ndim != 3 or not knows_all(kwargs, SUBLAYER_READ):
+        return None if options else feed_forward.feed_forward(inner, x, norm, residual=True, dropout=p)
+    if x.ndim != 3:
         return None
-    ready = _ready_sublayer(module, inner, x, kwargs)
+    ready = _ready_sublayer(module, inner, x, options)
     if ready is None:
         return None
-    block = replace(ready.block, norm=norm, dropout=p)
-    y = attention_block(x, block, ready.pattern, residual=True)
+    y = attention_block(x, replace(ready.block, norm=norm, dropout=p), ready.pattern, residual=True)
     ready.acting.note(y)
     return y, ready.bias, None
 
@@ -313,21 +284,16 @@ def traced_in_sublayer(module: nn.Module) -> tuple[str, ...]:
     return (f"{FED}.wo",) if FED in module._modules else (f"{ATTENDED}.o",)
 
 
-def branches_of_sublayer(
-    module: nn.Module, call: Call, inside: Mapping[str, Call]
-) -> list[tuple[Tensor | None, Tensor]]:
+def branches_of_sublayer(module: nn.Module, x: Tensor, options: Options, inside: Calls) -> Pairs:
     """Pair what the fused forward adds to the residual with what the inner module adds to it, (B, T, d)."""
     (own,) = (inside[path].output for path in traced_in_sublayer(module))
-    x, kwargs, inner = call.hidden, call.kwargs | by_name(module, call.args[1:]), _inner(module)
-    if inner is None:
-        return [(None, own)]
-    norm = norm_of(module._modules[NORM])
-    if FED in module._modules:
-        return [(feed_forward.feed_forward(inner, x, norm, residual=False), own)]
-    ready = _ready_sublayer(module, inner, x, kwargs)
-    if ready is None:
-        return [(None, own)]
-    return [(attention_block(x, replace(ready.block, norm=norm), ready.pattern, residual=False), own)]
+    inner, norm = _inner(module), norm_of(module._modules[NORM])
+    made = None
+    if inner is not None and FED in module._modules:
+        made = feed_forward.feed_forward(inner, x, norm, residual=False)
+    elif inner is not None and (ready := _ready_sublayer(module, inner, x, options)) is not None:
+        made = attention_block(x, replace(ready.block, norm=norm), ready.pattern, residual=False)
+    return [(made, own)]
 
 
 class _ReadySublayer(NamedTuple):
@@ -339,46 +305,34 @@ class _ReadySublayer(NamedTuple):
     acting: ActiveOperands
 
 
-def _ready_sublayer(module: nn.Module, inner: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> _ReadySublayer | None:
-    bias = None if wants_weights(inner, kwargs) else _distances(inner, x, kwargs.get("position_bias"))
-    pattern = None if bias is None else _pattern(inner, x, bias, kwargs.get("attention_mask"))
-    acting = active_operands([inner._modules[name] for name in PROJECTIONS], forwards_of(module), x)  # type: ignore[misc]
-    if bias is None or pattern is None or acting is None:
+def _ready_sublayer(module: nn.Module, inner: nn.Module, x: Tensor, options: Options) -> _ReadySublayer | None:
+    is_plain = knows_all(inner, options, SUBLAYER_READ)
+    bias = _distances(inner, x, options.get("position_bias")) if is_plain else None
+    acting = active_operands(modules_at(inner, PROJECTIONS), forwards_of(module), x)
+    settings = vars(inner)
+    dropped = settings["dropout"] if inner.training else 0.0
+    if bias is None or acting is None or not 0 <= dropped < 1:
+        return None
+    pattern = Pattern(settings["is_causal"], settings["scaling"], dropout=dropped, bias=bias)
+    masked = under(options.get("attention_mask"), x, pattern)
+    if masked is None:
         return None
     *inputs, o = acting.operands
-    settings: Any = inner
-    return _ReadySublayer(
-        SelfAttention(tuple(inputs), o, settings.key_value_proj_dim, settings.n_heads), pattern, bias, acting
-    )
+    block = SelfAttention(tuple(inputs), o, settings["key_value_proj_dim"], settings["n_heads"])
+    return _ReadySublayer(block, masked, bias, acting)
 
 
 def _inner(module: nn.Module) -> nn.Module | None:
-    held = {name: child for name, child in module._modules.items() if child is not None}
+    held = children_of(module)
     return next((held[name] for name in (FED, ATTENDED) if held.keys() == {NORM, DROPOUT, name}), None)
 
 
-def _why_not(attention: nn.Module) -> str | None:
-    if any(attention._modules.get(name) is None for name in PROJECTIONS) or not vars(attention).keys() >= NEEDED:
-        return "unknown children for an attention"
-    implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
-    if implementation != "sdpa":
-        return f"attention implementation {implementation!r} is not supported"
-    return unknown_attributes(attention, SUBLAYER_ATTRIBUTES, (*PROJECTIONS, DISTANCES))
-
-
-def _distances(attention: Any, x: Tensor, given: Tensor | None) -> Tensor | None:
+def _distances(attention: nn.Module, x: Tensor, given: Tensor | None) -> Tensor | None:
     """Return the relative position bias, (1 or B, H, T, T), given or computed; None if it is not frozen."""
     tokens = x.shape[1]
     if given is None:
         if attention._modules.get(DISTANCES) is None:
             return None
-        given = attention.compute_bias(tokens, tokens, device=x.device).contiguous()
+        given = getattr(attention, COMPUTE)(tokens, tokens, device=x.device).contiguous()
     wanted = (attention.n_heads, tokens, tokens)
     return given if tuple(given.shape[1:]) == wanted and not given.requires_grad else None
-
-
-def _pattern(attention: Any, x: Tensor, bias: Tensor, mask: Tensor | None) -> Pattern | None:
-    dropped = attention.dropout if attention.training else 0.0
-    if not 0 <= dropped < 1:
-        return None
-    return under(mask, x, Pattern(attention.is_causal, attention.scaling, dropout=dropped, bias=bias))

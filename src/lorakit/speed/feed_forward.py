@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,8 +10,9 @@ from lorakit.ops.activation import activation
 from lorakit.ops.mlp import Form, mlp
 from lorakit.ops.norm import Norm
 from lorakit.speed.linear import active_operands, forwards_of
-from lorakit.speed.patching import RECOMPUTES
-from lorakit.speed.submodules import activation_of, dropout_p, is_supported, unknown_attributes
+from lorakit.speed.norm import dropout_p
+from lorakit.speed.patching import RECOMPUTES, modules_at
+from lorakit.speed.submodules import Options, activation_of, unknown_activation, unknown_attributes
 
 GATED = (("gate_proj", "up_proj", "down_proj"), ("wi_0", "wi_1", "wo"))
 FUSED = (("gate_up_proj", "down_proj"),)
@@ -34,16 +34,13 @@ def fits(module: nn.Module) -> str | None:
     names = _names(module)
     if names is None:
         return "unknown children for a feed-forward block"
-    if activation_of(_activation(module)) is None:
-        return f"unknown activation {type(_activation(module)).__name__}"
-    return unknown_attributes(module, ATTRIBUTES, (*names, *ACTIVATION, "dropout"))
+    known = (*names, *ACTIVATION, "dropout")
+    return unknown_activation(_activation(module)) or unknown_attributes(module, ATTRIBUTES, known)
 
 
-def run(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
     """Return the block's output for x (…, d), or None if the module's own forward must run."""
-    if args or kwargs:
-        return None
-    return feed_forward(module, x, None, residual=False)
+    return None if options else feed_forward(module, x, None, residual=False)
 
 
 def feed_forward(
@@ -53,7 +50,7 @@ def feed_forward(
 
     Args:
         module: A module that `fits`, or one that has such a block's modules among others.
-        x: Hidden states, (…, d).
+        x: Hidden states that `is_supported`, (…, d).
         norm: The norm before it, or None.
         residual: Whether to add x.
         dropout: Dropout probability after the block.
@@ -62,12 +59,11 @@ def feed_forward(
         (…, d), or None if the module's own forward must run.
     """
     names, act = _names(module), activation_of(_activation(module))
-    if names is None or act is None or not isinstance(x, Tensor) or not is_supported(x):
+    dropouts = None if names is None else _probabilities(module, names, dropout)
+    if names is None or act is None or dropouts is None:
         return None
-    dropouts = _probabilities(module, names, dropout)
-    inside: list[nn.Module] = [module._modules[name] for name in names]  # type: ignore[misc]
-    acting = None if dropouts is None else active_operands(inside, forwards_of(module), x)
-    if acting is None or dropouts is None:
+    acting = active_operands(modules_at(module, names), forwards_of(module), x)
+    if acting is None:
         return None
     *inner, down = acting.operands
     keep, fused = RECOMPUTES not in module.__dict__, names in FUSED

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.clones import is_watched
-from lorakit.speed.patching import may_run
+from lorakit.speed.patching import is_watched, may_run
 from lorakit.speed.probe import TOLERANCES
 
 KEYWORD = "trained_rows"
@@ -67,13 +66,11 @@ class LastLayer:
             call: The call's arguments by name.
         """
         config, kept = getattr(self.model, "config", None), call.get("logits_to_keep")
-        if (
-            any(call.get(word, getattr(config, word, False)) for word in ASKED_FOR)
-            or not (kept is None or (isinstance(kept, int) and kept == 0))
-            or any(is_watched(one, captures=False) for one in self.readers)
-            or self._is_compiled()
-            or not may_run(self.layer)
-        ):
+        if any(call.get(word, getattr(config, word, False)) for word in ASKED_FOR) or self._is_compiled():
+            return {}
+        if not may_run(self.layer) or not (kept is None or (isinstance(kept, int) and kept == 0)):
+            return {}
+        if any(is_watched(one, captures=False) for one in self.readers):
             return {}
         flat = targets.reshape(-1)
         rows = (flat != ignored).nonzero().squeeze(1)
@@ -83,7 +80,7 @@ class LastLayer:
         """Return whether a compiler runs the layer or a module that contains it; it would compile a graph per number of
         rows.
         """
-        module: Any = self.model
+        module = self.model
         for name in self.path.split("."):
             module = getattr(module, name)
             if module._compiled_call_impl is not None or "_orig_mod" in module._modules:

@@ -10,7 +10,7 @@ Layers of peft are recognized by their attributes; peft is not imported.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import PEFT_TABLES_OF_VARIANTS
-from lorakit.core.clones import is_watched, share_dropped
+from lorakit.core.clones import share_dropped
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import resolve
 from lorakit.ops.adapted import Adapted, LowRank, factors
 from lorakit.ops.linear import linears
-from lorakit.speed.patching import FORWARDS
-from lorakit.speed.submodules import is_supported
+from lorakit.speed.patching import FORWARDS, Forwards, is_watched
+from lorakit.speed.submodules import Options
 from lorakit.targets.layer_types import CONV1D
 
 
@@ -58,26 +57,7 @@ def operand(module: nn.Module, route: Route | None) -> Adapted | None:
     factor = module.factor(names[0])
     if not factor.variant.is_lora or factor.bias is not None or module.kind.acts_on != "input":
         return None
-    p = share_dropped(factor.dropout)
-    if p is None:
-        return None
-    return Adapted(found.W, found.bias, LowRank(factor.A, factor.B, factor.scale, p), found.transposed)
-
-
-def resolved(modules: Iterable[nn.Module], forwards: Forwards) -> tuple[Route | None, bool]:
-    """Return the current route of modules that run as one function, and whether autograd is recomputing them.
-
-    Args:
-        modules: Modules of one model; some may be lorakit layers.
-        forwards: The forward history of the whole; replaces each layer's own.
-
-    Raises:
-        RouteError: The call is a recomputation whose first route cannot be determined.
-    """
-    for module in modules:
-        if isinstance(module, LoraLayer):
-            return resolve(module.state, None, forwards)
-    return None, False
+    return _with_adapter(found, (factor.A, factor.B), factor.scale, factor.dropout)
 
 
 def frozen_linear(module: nn.Module) -> Adapted | None:
@@ -99,11 +79,17 @@ def frozen_linear(module: nn.Module) -> Adapted | None:
     return Adapted(weight, bias, None, not is_linear)
 
 
+def _with_adapter(base: Adapted, pair: tuple[Tensor, Tensor], scale: float, dropout: nn.Module) -> Adapted | None:
+    """Return a frozen linear with the factors A (r, in) and B (out, r), or None if their dropout is not a plain one."""
+    p = share_dropped(dropout)
+    return None if p is None else Adapted(base.W, base.bias, LowRank(*pair, scale, p), base.transposed)
+
+
 FORWARD = ("peft.tuners.lora.layer", "Linear.forward")
 """Module and name of the forward whose arithmetic is known; a replacement keeps it."""
 
-TABLES = ("lora_A", "lora_B", "lora_dropout", "scaling")
-"""Tables of such a layer, by adapter."""
+READ = ("active_adapters", "lora_A", "lora_B", "lora_dropout", "scaling")
+"""Attributes of such a layer that are read: the names of its active adapters, and tables by adapter."""
 
 ODD_TABLES = ("lora_variant", "lora_bias", *PEFT_TABLES_OF_VARIANTS)
 """Tables of this or older peft versions in which a true entry means that the adapter is not plain LoRA."""
@@ -111,11 +97,11 @@ ODD_TABLES = ("lora_variant", "lora_bias", *PEFT_TABLES_OF_VARIANTS)
 
 def is_peft_linear(module: nn.Module) -> bool:
     """Return whether a module is peft's LoRA layer around a linear module."""
-    forward: Any = type(module).forward
+    forward = type(module).forward
     return (getattr(forward, "__module__", ""), getattr(forward, "__qualname__", "")) == FORWARD
 
 
-def peft_operand(module: Any) -> Adapted | None:
+def peft_operand(module: nn.Module) -> Adapted | None:
     """Return the current operands of a peft layer.
 
     Args:
@@ -124,25 +110,25 @@ def peft_operand(module: Any) -> Adapted | None:
     Returns:
         W (out, in) or (in, out), bias (out,) and, with an adapter, A (r, in) and B (out, r); None if it is not plain.
     """
-    if is_watched(module) or not all(hasattr(module, name) for name in TABLES) or module.merged:
+    if is_watched(module) or not all(hasattr(module, name) for name in READ) or module.merged:
         return None
-    base = module.base_layer
-    found = None if is_watched(base) else frozen_linear(base)
-    names = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.lora_A]
+    active, *tables = (getattr(module, name) for name in READ)
+    base = module._modules["base_layer"]
+    found = None if base is None or is_watched(base) else frozen_linear(base)
+    names = [] if module.disable_adapters else [name for name in active if name in tables[0]]
     if found is None or not names:
         return found
     if len(names) > 1 or any(_entry(getattr(module, table, None), names[0]) for table in ODD_TABLES):
         return None
-    down, up, dropout = (getattr(module, table)[names[0]] for table in TABLES[:3])
+    down, up, dropout, scale = (table[names[0]] for table in tables)
     if any(type(part) is not nn.Linear or is_watched(part) or part.bias is not None for part in (down, up)):
         return None
-    p, scale = share_dropped(dropout), module.scaling[names[0]]
-    if p is None or not isinstance(scale, (int, float)):
+    if not isinstance(scale, (int, float)):
         return None
-    return Adapted(found.W, found.bias, LowRank(down.weight, up.weight, float(scale), p), found.transposed)
+    return _with_adapter(found, (down.weight, up.weight), float(scale), dropout)
 
 
-def _entry(table: Any, name: str) -> bool:
+def _entry(table: Mapping[str, Any] | bool | None, name: str) -> bool:
     return bool(table.get(name)) if isinstance(table, dict) else bool(table)
 
 
@@ -172,44 +158,36 @@ def active_operands(modules: Sequence[nn.Module], forwards: Forwards, x: Tensor)
     """Return the operands of the modules of one call, or None if one of them is not plain.
 
     Args:
-        modules: Linear modules, with or without adapters.
-        forwards: The forward history of the whole.
+        modules: Linear modules of one model, with or without adapters.
+        forwards: The forward history of the whole; replaces each layer's own.
         x: Input of the call, (…, in).
 
     Raises:
         RouteError: Autograd is recomputing the call, and its first route cannot be determined.
     """
-    route, again = resolved(modules, forwards)
-    operands = _operands(modules, route, x)
-    if operands is not None:
-        return ActiveOperands(operands, forwards, route, again)
-    if route is not None and not torch.is_grad_enabled():  # a reentrant checkpoint may check here which run came first
-        forwards.note(None, route, again)
-    return None
+    layer = next((module for module in modules if isinstance(module, LoraLayer)), None)
+    route, is_recomputed = (None, False) if layer is None else resolve(layer.state, None, forwards)
+    operands = []
+    for module in modules:
+        one = peft_operand(module) if is_peft_linear(module) else operand(module, route)
+        if one is None or not _is_here(one, x):
+            if route is not None and not torch.is_grad_enabled():  # a reentrant checkpoint may ask which came first
+                forwards.note(None, route, is_recomputed)
+            return None
+        operands.append(one)
+    return ActiveOperands(operands, forwards, route, is_recomputed)
 
 
 def forwards_of(module: nn.Module) -> Forwards:
     """Return the forward history of a replaced module, created on first use."""
-    forwards: Forwards = module.__dict__.setdefault(FORWARDS, Forwards())
-    return forwards
-
-
-def _operands(modules: Sequence[nn.Module], route: Route | None, x: Tensor) -> list[Adapted] | None:
-    found = []
-    for module in modules:
-        one = peft_operand(module) if is_peft_linear(module) else operand(module, route)
-        if one is None or not _is_here(one, x):
-            return None
-        found.append(one)
-    return found
+    return module.__dict__.setdefault(FORWARDS, Forwards())
 
 
 def _is_here(one: Adapted, x: Tensor) -> bool:
     """Return whether all tensors are whole, on the device of x (…, in), and in a dtype that the module accepts."""
-    cast = torch.is_autocast_enabled(x.device.type)
-    for base in (one.W, one.bias):
-        if base is not None and not (cast or base.dtype == x.dtype):
-            return False
+    is_cast = torch.is_autocast_enabled(x.device.type)
+    if not is_cast and any(base is not None and base.dtype != x.dtype for base in (one.W, one.bias)):
+        return False
     tensors = (one.W, one.bias, *factors([one]))
     # a sharded tensor (DTensor) has another type
     return all(t is None or (type(t) in (Tensor, nn.Parameter) and t.device == x.device) for t in tensors)
@@ -224,13 +202,13 @@ def fits(module: nn.Module) -> str | None:
     """Return why a module is not a supported adapted linear, or None if it is."""
     if not is_adapted(module):
         return "it has no adapter"
-    base: Any = module.owner if isinstance(module, LoraLayer) else module.base_layer
+    base: nn.Module = getattr(module, "owner" if isinstance(module, LoraLayer) else "base_layer")
     return None if frozen_linear(base) is not None else "its base is not a plain, frozen linear module"
 
 
-def run(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
     """Return the layer's output (…, out) for x (…, in), or None if its own forward must run."""
-    if args or kwargs or not isinstance(x, Tensor) or not is_supported(x):
+    if options:
         return None
     forwards = module.forwards if isinstance(module, LoraLayer) else Forwards()
     acting = active_operands([module], forwards, x)

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lorakit.core.clones import is_watched
+from lorakit.errors import RunError
 from lorakit.ops.cross_entropy import IGNORED, linear_cross_entropy
 from lorakit.ops.cross_entropy import Head as Operands
 from lorakit.speed.last_layer import KEYWORD, LastLayer, Trained, agree, some
-from lorakit.speed.patching import may_run
-from lorakit.speed.probe import TOLERANCES, Call, attempt, inputs_of
+from lorakit.speed.patching import is_watched, may_run
+from lorakit.speed.probe import Call, ModelOutput, attempt, inputs_of
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -57,26 +57,25 @@ class HiddenStateCapture:
     used: bool = False
 
 
+@dataclass(eq=False)
 class Head:
     """Output head of a model, for a loss without logits.
 
     Attributes:
         scale: Factor between the head's output and the logits.
         softcap: Bound of the logits by tanh, or None.
-        module: Replacement of the head.
-        places: Every (parent, attribute) that held it when the model was accelerated.
+        module: The head; its replacement once the model is accelerated.
+        holders: Every (parent, attribute) that contained it when the model was accelerated.
         open: Thread -> its current capturing forward.
         last: The last layer, if that can skip rows without loss.
     """
 
+    scale: float
+    softcap: float | None
     module: nn.Module
-    places: tuple[tuple[nn.Module, str], ...] = ()
+    holders: tuple[tuple[nn.Module, str], ...] = ()
+    open: dict[int, HiddenStateCapture] = field(default_factory=dict)
     last: LastLayer | None = None
-
-    def __init__(self, scale: float, softcap: float | None) -> None:
-        self.scale = scale
-        self.softcap = softcap
-        self.open: dict[int, HiddenStateCapture] = {}
 
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
         """Run as the head's replacement: capture and return the hidden states (…, d) of a capturing forward, else
@@ -106,13 +105,13 @@ class Head:
 
     def applies(self) -> bool:
         """Return whether the head is unchanged since it was accelerated: in place, frozen, plain and without hooks."""
-        if any(parent._modules.get(name) is not self.module for parent, name in self.places):
+        if any(parent._modules.get(name) is not self.module for parent, name in self.holders):
             return False  # it has an adapter now, or the model has another head
         weight, bias = self.module._parameters.get("weight"), self.module._parameters.get("bias")
         frozen = weight is not None and not weight.requires_grad and (bias is None or not bias.requires_grad)
         return frozen and not is_watched(self.module) and may_run(self.module)
 
-    def loss_sum(self, model: nn.Module, labels: Tensor, **inputs: Any) -> Tensor:
+    def loss_sum(self, model: nn.Module, labels: Tensor, **inputs: Tensor | int | None) -> Tensor:
         """Compute the next-token cross-entropy, summed over the tokens with loss.
 
         Args:
@@ -142,12 +141,11 @@ class Head:
         Returns:
             A scalar in fp32 or wider.
         """
-        weight: Any = self.module._parameters["weight"]
-        operands = Operands(weight, self.module._parameters.get("bias"), self.scale, self.softcap)
+        weight, bias = self.module.get_parameter("weight"), self.module._parameters.get("bias")
+        operands = Operands(weight, bias, self.scale, self.softcap)
         flat = targets.reshape(-1)
-        return linear_cross_entropy(
-            hidden.reshape(len(flat), -1), operands, flat, total=total, ignore_index=ignore_index
-        )
+        rows = hidden.reshape(len(flat), -1)
+        return linear_cross_entropy(rows, operands, flat, total=total, ignore_index=ignore_index)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the model's logits (…, V) for hidden states (…, d); calls the head as a module."""
@@ -160,13 +158,12 @@ def shifted(labels: Tensor, ignored: int) -> Tensor:
     return nn.functional.pad(labels[..., 1:], (0, 1), value=ignored)
 
 
-def last_layer_for(model: Any, head: Head, last: LastLayer, call: Call, output: Any) -> LastLayer | None:
+def last_layer_for(head: Head, last: LastLayer, call: Call, output: ModelOutput | None) -> LastLayer | None:
     """Return the last layer if it can skip rows without loss, or None if a probe shows that it cannot; call it in
     `eval_mode`.
 
     Args:
-        model: The model, with all replacements in place.
-        head: Its head.
+        head: The head of a model with all replacements in place.
         last: The layer in question.
         call: The head's call in a probe of the plain model.
         output: The output of that model.
@@ -176,10 +173,10 @@ def last_layer_for(model: Any, head: Head, last: LastLayer, call: Call, output: 
     made = {**vars(output), **output} if hasattr(output, "__dict__") else output
     if any(made[name] is not None for name in made if name != "logits"):
         return None  # something else may read the layer's output
-    inputs = inputs_of(model)
+    inputs = inputs_of(last.model)
     options = last.keyword(some(inputs["input_ids"], IGNORED), IGNORED, inputs)
     with head.passing() as given:
-        ran = attempt(lambda: model(**inputs, **options))
+        ran = attempt(lambda: last.model(**inputs, **options))
     if isinstance(ran, Exception):  # the model does not forward the keyword argument
         return None
     if not options or len(given) != 1 or given[0].shape != call.args[0].shape:
@@ -191,18 +188,19 @@ def last_layer_for(model: Any, head: Head, last: LastLayer, call: Call, output: 
     return last if arrives and agree(ours[rows], theirs[rows]) else None
 
 
-def head_for(head: nn.Module | None, given: Tensor | None, logits: Tensor | None, config: Any) -> Head | str:
+def head_for(head: nn.Module | None, given: Tensor | None, logits: Tensor | None, model: nn.Module) -> Head | str:
     """Determine how the logits of a model depend on its head.
 
     Args:
         head: The model's output embeddings.
         given: The head's output in a probe, (rows, tokens, V), or None if it was not called.
         logits: The model's logits, (rows, tokens, V).
-        config: The model's config.
+        model: The model.
 
     Returns:
         The head, or why its loss needs logits, a short phrase.
     """
+    config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return "its loss is not the next-token loss"
     if head is None or type(head).forward is not nn.Linear.forward or is_watched(head):
@@ -216,18 +214,23 @@ def head_for(head: nn.Module | None, given: Tensor | None, logits: Tensor | None
     if softcap is not None:
         found = softcap * torch.tanh(found / softcap)
     scale = float((found * wanted).sum() / (found * found).sum().clamp_min(1e-30))
-    error = torch.linalg.vector_norm(scale * found - wanted) / torch.linalg.vector_norm(wanted).clamp_min(1e-30)
-    if not float(error) <= TOLERANCES.get(logits.dtype, 0.0):
+    if not agree(scale * found, logits):
         return "its logits are not a function of its head's output alone"
     if torch.equal(given, logits) or abs(scale - 1) < 1e-6 or (softcap is not None and abs(scale - 1) < 1e-2):
         scale = 1.0
     elif softcap is not None:
         return "its logits are both scaled and soft-capped"
-    return Head(scale, softcap)
+    return Head(scale, softcap, head)
 
 
 STOCK = ("transformers.loss.loss_utils", "ForCausalLMLoss")
 """Module and name of the loss whose arithmetic is known."""
+
+LOSS, OWN_LOSS = "loss_function", "_loss_function"
+"""Attributes of a transformers model: its loss function, and the one that was set on the model itself, if any."""
+
+Loss = Callable[..., Tensor]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class LossWithoutLogits:
@@ -239,17 +242,17 @@ class LossWithoutLogits:
         last: Its last layer, if that can skip rows without loss, or None.
     """
 
-    def __init__(self, head: Head, model: Any, last: LastLayer | None) -> None:
+    def __init__(self, head: Head, model: nn.Module, last: LastLayer | None) -> None:
         self.head = head
         self.model = model
-        self.stock: Callable[..., Tensor] = model.loss_function
-        self.own: Any = model.__dict__.get("_loss_function")  # the loss function set on the model itself, or None
+        self.stock: Loss = getattr(model, LOSS)
+        self.own: Loss | None = vars(model).get(OWN_LOSS)
         self.last = last
         self.handles: list[RemovableHandle] = []
 
     def install(self, wholes: Iterable[nn.Module]) -> None:
         """Set the loss function and add the hooks to every callable owner: the model, and its wrappers."""
-        self.model.loss_function = self
+        setattr(self.model, LOSS, self)
         for whole in wholes:
             self.handles.append(whole.register_forward_pre_hook(self._begin, with_kwargs=True))
             self.handles.append(whole.register_forward_hook(self._end, always_call=True))
@@ -258,7 +261,7 @@ class LossWithoutLogits:
         """Remove the hooks and restore the model's own loss function."""
         for handle in self.handles:
             handle.remove()
-        if self.model.__dict__.get("_loss_function") is self:
+        if vars(self.model).get(OWN_LOSS) is self:
             _set_own_loss(self.model, self.own)
 
     def __call__(
@@ -269,7 +272,7 @@ class LossWithoutLogits:
         num_items_in_batch: float | Tensor | None = None,
         ignore_index: int = IGNORED,
         shift_labels: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Tensor:
         """Compute the next-token loss, a scalar, with the arguments of transformers' own.
 
@@ -284,22 +287,23 @@ class LossWithoutLogits:
             kwargs: Other arguments of the stock loss.
 
         Raises:
-            RuntimeError: The head was called several times, or its output was changed in place.
+            RunError: The head was called several times, or its output was changed in place.
         """
         options = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index, "shift_labels": shift_labels}
-        capture = None
-        if not torch.compiler.is_compiling():  # a compiler cannot trace threads, and gets logits
-            capture = self.head.open.get(threading.get_ident())
+        is_traced = torch.compiler.is_compiling()  # a compiler cannot trace threads, and gets logits
+        capture = None if is_traced else self.head.open.get(threading.get_ident())
         if capture is None or capture.owner is None or not capture.given:
             return self.stock(logits, labels, vocab_size, **options, **kwargs)
-        if len(capture.given) != 1 or capture.given[0]._version != capture.version:
-            raise RuntimeError(
-                f"{type(self.model).__name__} called its head {len(capture.given)} times or changed its output "
-                "in place, so the loss cannot be computed without logits; use accelerate(model) without logits=False"
-            )
         hidden = capture.given[0]
+        is_changed = not hidden.is_inference() and hidden._version != capture.version
+        if len(capture.given) != 1 or is_changed:
+            raise RunError(
+                f"{type(self.model).__name__} called its head {len(capture.given)} times or changed its output "
+                "in place, so the loss cannot be computed without logits; use accelerate(model) without logits=False",
+                what=type(self.model).__name__,
+            )
         capture.used = True
-        weight: Any = self.head.module._parameters["weight"]
+        weight = self.head.module._parameters["weight"]
         if type(weight) is not nn.Parameter or vocab_size != len(weight) or 0 <= ignore_index < vocab_size:
             del self.head.open[threading.get_ident()]  # a sharded head gathers its weight when called
             try:
@@ -314,7 +318,7 @@ class LossWithoutLogits:
             num_items_in_batch = num_items_in_batch.to(hidden.device)
         return self.head.loss(hidden, shift_labels, num_items_in_batch, ignore_index)
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         if torch.compiler.is_compiling():
             return None
         thread, wanted = threading.get_ident(), self._wanted(module, kwargs)
@@ -354,7 +358,7 @@ class LossWithoutLogits:
         has_labels = isinstance(labels, Tensor) and labels.numel() > 0
         return has_labels and bool(by_name) and module.training and self.head.applies()
 
-    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: ModelOutput) -> Mapping[str, Any] | None:
         if torch.compiler.is_compiling():
             return None
         thread = threading.get_ident()
@@ -365,11 +369,13 @@ class LossWithoutLogits:
         if not capture.given or not isinstance(output, Mapping):  # a failed forward gives nothing
             return None
         if not capture.used:
-            raise RuntimeError(f"{type(self.model).__name__} passed labels to a loss other than its loss_function")
-        return type(output)(**{name: value for name, value in output.items() if name != "logits"})
+            kind = type(self.model).__name__
+            raise RunError(f"{kind} passed labels to a loss other than its loss_function", what=kind)
+        make: Callable[..., Mapping[str, Any]] = type(output)
+        return make(**{name: value for name, value in output.items() if name != "logits"})
 
 
-def loss_for(model: Any, head: Head) -> LossWithoutLogits | str:
+def loss_for(model: nn.Module, head: Head) -> LossWithoutLogits | str:
     """Return the loss without logits of a model, not yet installed; or why it is not possible, a short phrase.
 
     Call it in `eval_mode`.
@@ -378,21 +384,20 @@ def loss_for(model: Any, head: Head) -> LossWithoutLogits | str:
         model: The transformers model itself, without wrappers.
         head: Its head.
     """
-    stock: Any = getattr(model, "loss_function", None)
-    if (getattr(stock, "__module__", ""), getattr(stock, "__qualname__", "")) != STOCK:
+    stock: Loss | None = getattr(model, LOSS, None)
+    if stock is None or (getattr(stock, "__module__", ""), getattr(stock, "__qualname__", "")) != STOCK:
         return "its loss function is not the next-token loss"
     asked: list[tuple[tuple[int, ...], int]] = []
 
-    def listening(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
+    def listening(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: object) -> Tensor:
         asked.append((tuple(logits.shape), vocab_size))
-        made: Tensor = stock(logits, labels, vocab_size, **kwargs)
-        return made
+        return stock(logits, labels, vocab_size, **kwargs)
 
     inputs = inputs_of(model)
     labels = some(inputs["input_ids"], IGNORED)
     options = {} if head.last is None else head.last.keyword(shifted(labels, IGNORED), IGNORED, inputs)
-    own = model.__dict__.get("_loss_function")
-    model.loss_function = listening
+    own = vars(model).get(OWN_LOSS)
+    setattr(model, LOSS, listening)
     try:
         ran = attempt(lambda: [model(**inputs, labels=labels, **more) for more in ([{}, options] if options else [{}])])
     finally:
@@ -406,9 +411,9 @@ def loss_for(model: Any, head: Head) -> LossWithoutLogits | str:
     return LossWithoutLogits(head, model, head.last if is_alone else None)
 
 
-def _set_own_loss(model: Any, own: Any) -> None:
+def _set_own_loss(model: nn.Module, own: Loss | None) -> None:
     """Set the loss function stored on a model itself, or remove it if there was none."""
     if own is None:
-        del model._loss_function
+        delattr(model, OWN_LOSS)
     else:
-        model._loss_function = own
+        setattr(model, OWN_LOSS, own)

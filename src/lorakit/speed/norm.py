@@ -1,17 +1,55 @@
-"""Fused norms, which save their input and one or two values per row instead of several fp32 copies; and fused dropout
-on a CPU, which draws the dropped positions instead of one decision per element.
+"""Norms and dropouts: their current operands for fused functions, and their fused forwards.
+
+A fused norm saves its input and one or two values per row instead of several fp32 copies. A fused dropout, on a CPU,
+draws the dropped positions instead of one decision per element.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.ops.dropout import dropout
-from lorakit.ops.norm import normalize
-from lorakit.speed.submodules import is_supported, norm_of
+from lorakit.ops.norm import Norm, normalize
+from lorakit.speed.patching import is_watched
+from lorakit.speed.submodules import Options
+
+RMS = ("RMSNorm", "T5LayerNorm")
+"""Suffixes of the class names of norms without a mean."""
+
+EPSILONS = ("variance_epsilon", "eps")
+
+
+def norm_of(module: nn.Module | None) -> Norm | None:
+    """Return the operands of a norm over the last axis, or None if it is unknown or not frozen."""
+    if module is None or is_watched(module):
+        return None
+    weight = module._parameters.get("weight")
+    bias = module._parameters.get("bias")
+    if type(weight) is not nn.Parameter or weight.ndim != 1 or weight.requires_grad:
+        return None
+    if bias is not None and bias.requires_grad:
+        return None
+    if isinstance(module, nn.LayerNorm):
+        return Norm("layer", weight, bias, module.eps)
+    eps = next((value for name in EPSILONS if isinstance(value := getattr(module, name, None), float)), None)
+    if eps is None or bias is not None or not type(module).__name__.endswith(RMS):
+        return None
+    return Norm("rms", weight, None, eps, 1.0 if type(module).__name__.startswith("Gemma") else 0.0)
+
+
+def norms_at(module: nn.Module, first: str, second: str) -> tuple[Norm | None, Norm | None] | None:
+    """Return two children of a module as norms, each None if it is missing; or None if one is unknown.
+
+    Args:
+        module: The module.
+        first: Name of a child.
+        second: Name of another.
+    """
+    children = module._modules.get(first), module._modules.get(second)
+    norms = norm_of(children[0]), norm_of(children[1])
+    is_known = all(norm is not None or child is None for norm, child in zip(norms, children, strict=True))
+    return norms if is_known else None
 
 
 def fits(module: nn.Module) -> str | None:
@@ -19,16 +57,23 @@ def fits(module: nn.Module) -> str | None:
     return None if norm_of(module) is not None else "not a frozen LayerNorm or RMSNorm"
 
 
-def run(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
     """Return the norm of x (…, d), or None if the module's own forward must run."""
     norm = norm_of(module)
-    if norm is None or args or kwargs or not isinstance(x, Tensor) or not is_supported(x):
-        return None
-    if norm.weight is not None and norm.weight.dtype != x.dtype:
-        return None  # the output dtype then depends on the model
+    if norm is None or options or (norm.weight is not None and norm.weight.dtype != x.dtype):
+        return None  # with another dtype, the output dtype depends on the model
     if norm.kind == "layer" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float32:
         return None  # autocast returns float32
     return normalize(x, norm)
+
+
+def dropout_p(module: nn.Module | None) -> float | None:
+    """Return the current probability of a dropout, 0 if there is none, None if it is not a plain one."""
+    if module is None or (isinstance(module, nn.Identity) and not is_watched(module)):
+        return 0.0
+    if not isinstance(module, nn.Dropout) or is_watched(module) or module.p >= 1:
+        return None
+    return module.p if module.training else 0.0
 
 
 def fits_dropout(module: nn.Module) -> str | None:
@@ -38,8 +83,6 @@ def fits_dropout(module: nn.Module) -> str | None:
     return "not a plain active dropout"
 
 
-def run_dropout(module: nn.Dropout, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+def run_dropout(module: nn.Dropout, x: Tensor, options: Options) -> Tensor | None:
     """Return the dropout of x (any shape), or None if the module's own forward must run."""
-    if args or kwargs or not isinstance(x, Tensor) or x.device.type != "cpu" or not is_supported(x):
-        return None
-    return dropout(x, module.p, module.training)
+    return None if options or x.device.type != "cpu" else dropout(x, module.p, module.training)

@@ -7,14 +7,16 @@ modified. Undoing puts the original back.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
+from lorakit.core.clones import is_watched as is_watched  # re-exported, like Forwards, for the rest of speed
 from lorakit.core.layers.adapter_component import AdapterModule
+from lorakit.core.routing.recompute import Forwards as Forwards
 
 FORWARDS = "_forward_history"
 """Attribute of a replaced module with its forward history, as on lorakit layers."""
@@ -35,18 +37,35 @@ Forward = Callable[..., Any]
 """The forward that a replacement tries first: module, arguments -> output, or None if it does not support the call."""
 
 
+def children_of(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the children of a module by name; one that has two names is returned under both.
+
+    Args:
+        module: Any module.
+    """
+    return {name: child for name, child in module._modules.items() if child is not None}
+
+
+def modules_at(module: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    """Return the children of a module with these names, without those that are missing.
+
+    Args:
+        module: Any module.
+        names: Names of children.
+    """
+    return [child for name in names if (child := module._modules.get(name)) is not None]
+
+
 @dataclass(frozen=True)
 class Swap:
     """A replaced module of a model.
 
     Attributes:
-        path: Path in the model.
         original: The original module.
         replacement: The module that replaces it.
         holders: Every (parent, attribute) that held it.
     """
 
-    path: str
     original: nn.Module
     replacement: nn.Module
     holders: tuple[tuple[nn.Module, str], ...]
@@ -70,24 +89,25 @@ class Swap:
             new.state.join(new)
 
 
-def undo(model: nn.Module, swaps: Iterable[Swap]) -> None:
+def undo(model: nn.Module, swaps: Sequence[Swap]) -> None:
     """Put all originals back, including inside adapter layers that hold a replacement by now.
 
     Args:
         model: The model with the replacements.
         swaps: All swaps of one acceleration.
     """
-    originals: dict[int, nn.Module] = {}
+    originals = {id(swap.replacement): swap.original for swap in swaps}
     for swap in swaps:
         swap.undo()
-        originals[id(swap.replacement)] = swap.original
     for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and id(child) in originals:
+        for name, child in children_of(parent).items():
+            if id(child) in originals:
                 parent._modules[name] = originals[id(child)]
 
 
-def make_replacement(module: nn.Module, fast: Forward, classes: dict[tuple[type, str], type], name: str) -> nn.Module:
+def make_replacement(
+    module: nn.Module, fast: Forward, classes: dict[tuple[type, str], type[nn.Module]], name: str
+) -> nn.Module:
     """Create a module with the state of another and a fused forward.
 
     Args:
@@ -104,16 +124,6 @@ def make_replacement(module: nn.Module, fast: Forward, classes: dict[tuple[type,
     return made
 
 
-def rely(made: nn.Module, contract: Any) -> None:
-    """Set when a replacement's fused forward may run; without a contract it never does.
-
-    Args:
-        made: The replacement.
-        contract: Checked at each call.
-    """
-    setattr(made, CONTRACT, contract)
-
-
 def may_run(module: nn.Module) -> bool:
     """Return whether a module is a replacement whose fused forward may run now.
 
@@ -124,14 +134,13 @@ def may_run(module: nn.Module) -> bool:
     return contract is not None and contract.holds()
 
 
-def original_class(module: nn.Module) -> type:
+def original_class(module: nn.Module) -> type[nn.Module]:
     """Return the class of a module, or of the original if it is a replacement.
 
     Args:
         module: Any module.
     """
-    kind: type = getattr(type(module), MARK, type(module))
-    return kind
+    return getattr(type(module), MARK, type(module))
 
 
 def is_replacement(module: nn.Module) -> bool:
@@ -143,23 +152,27 @@ def is_replacement(module: nn.Module) -> bool:
     return MARK in vars(type(module))
 
 
-def _subclass(original: type[nn.Module], fast: Forward) -> type:
+Arguments = ParamSpec("Arguments")
+Output = TypeVar("Output")
+Reduced = tuple[Callable[[type[nn.Module]], nn.Module], tuple[type[nn.Module]], dict[str, Any]]
+
+
+def _subclass(
+    original: type[nn.Module], fast: Callable[Concatenate[nn.Module, Arguments], Output | None]
+) -> type[nn.Module]:
     @functools.wraps(original.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # a compiler fuses on its own, and gets the plain forward
-            return original.forward(self, *args, **kwargs)
-        if not may_run(self):
-            return original.forward(self, *args, **kwargs)
-        made = fast(self, *args, **kwargs)
+    def forward(self: nn.Module, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Output:
+        made = None
+        if not torch.compiler.is_compiling() and may_run(self):  # a compiler fuses on its own, over the plain forward
+            made = fast(self, *args, **kwargs)
         return original.forward(self, *args, **kwargs) if made is None else made
 
-    def as_original(self: nn.Module, protocol: int) -> Any:  # a runtime class cannot be imported
+    def as_original(self: nn.Module, protocol: int) -> Reduced:  # a runtime class cannot be imported
         return _blank, (original,), {name: value for name, value in vars(self).items() if name not in OWN}
 
-    members = {"forward": forward, "__reduce_ex__": as_original, "__module__": original.__module__, MARK: original}
-    return type(
-        original.__name__, (original,), {**members, "__slots__": (CONTRACT,), "__qualname__": original.__qualname__}
-    )
+    members: dict[str, Any] = {"forward": forward, "__reduce_ex__": as_original, "__slots__": (CONTRACT,)}
+    members |= {"__module__": original.__module__, "__qualname__": original.__qualname__, MARK: original}
+    return type(original.__name__, (original,), members)
 
 
 def _blank(kind: type[nn.Module]) -> nn.Module:

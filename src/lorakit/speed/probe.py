@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.routing.recompute import Forwards
+from lorakit.speed.patching import Forwards
 
 COPIED = 1 << 20
 """Largest buffer, in elements, that is copied before the block to undo in-place writes."""
@@ -35,7 +35,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
         Nothing.
     """
     held = [_Held(module) for module in model.modules()]
-    written = [_Written(buffer) for buffer in model.buffers() if buffer.numel() <= COPIED]
+    buffers = [buffer for buffer in model.buffers() if buffer.numel() <= COPIED and not buffer.is_inference()]
+    before = [(buffer, buffer.detach().clone(), buffer._version) for buffer in buffers]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
     try:
         with torch.random.fork_rng(sorted(devices)):
@@ -43,8 +44,10 @@ def preserved(model: nn.Module) -> Iterator[None]:
     finally:
         for module in held:
             module.restore()
-        for buffer in written:
-            buffer.restore()
+        with torch.no_grad():
+            for buffer, values, version in before:
+                if buffer._version != version:
+                    buffer.copy_(values)
 
 
 @contextlib.contextmanager
@@ -74,8 +77,7 @@ class _Held:
         self.now: dict[str, Any] = module.__dict__
         self.attributes = dict(self.now)
         tables = [value for name, value in self.now.items() if name[0] == "_" and isinstance(value, (dict, set))]
-        self.full = [(table, table.copy()) for table in tables if table]
-        self.empty = [table for table in tables if not table]
+        self.tables = [(table, table.copy()) for table in tables]
         for name, value in self.attributes.items():
             if isinstance(value, Forwards):
                 self.now[name] = Forwards()
@@ -85,34 +87,16 @@ class _Held:
         for name in self.now.keys() - self.attributes.keys():
             del self.now[name]
         self.now.update(self.attributes)
-        for table in self.empty:
-            if table:
+        for table, before in self.tables:
+            if table or before:
                 table.clear()
-        for table, before in self.full:
-            table.clear()
-            table.update(before)
-
-
-class _Written:
-    """Values of one buffer, restored if it was written to in place."""
-
-    def __init__(self, buffer: Tensor) -> None:
-        self.buffer = buffer
-        self.before = buffer.detach().clone()
-        self.version = _version(buffer)
-
-    def restore(self) -> None:
-        """Copy the values back if there was a write."""
-        if _version(self.buffer) != self.version:
-            with torch.no_grad():
-                self.buffer.copy_(self.before)
-
-
-def _version(buffer: Tensor) -> int:
-    return -1 if buffer.is_inference() else buffer._version
+                table.update(before)
 
 
 Result = TypeVar("Result")
+
+ModelOutput = Mapping[str, Any] | tuple[Any, ...]
+"""Output of a transformers model."""
 
 ROWS, TOKENS = 2, 9
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -135,9 +119,16 @@ class Call:
     output: Any
 
     @property
-    def hidden(self) -> Any:
-        """Return the hidden states that the module received."""
+    def hidden(self) -> Tensor | None:
+        """Return the hidden states that the module received, (…, d), or None."""
         return self.args[0] if self.args else self.kwargs.get("hidden_states")
+
+
+Calls = Mapping[str, Call]
+"""Path -> call."""
+
+Pairs = list[tuple[Tensor | None, Tensor]]
+"""Outputs of a fused forward, None if it does not support the call, each with the module's own, (…) each."""
 
 
 def attempt(run: Callable[[], Result]) -> Result | Exception:
@@ -159,48 +150,25 @@ class _Enough(Exception):
     """Ends a forward whose remaining modules are not needed."""
 
 
-def calls(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[dict[str, Call], Any]:
+def calls(
+    model: nn.Module, modules: Mapping[str, nn.Module], rows: int = ROWS, tokens: int = TOKENS, *, stop: bool = False
+) -> tuple[dict[str, Call], ModelOutput | None]:
     """Run a model once on random tokens and record the calls of some modules; call it in `eval_mode`.
 
     Args:
         model: A transformers model.
         modules: Path -> module.
+        rows: Rows of the batch.
+        tokens: Tokens per row.
+        stop: Whether to end the forward when all modules were called.
 
     Returns:
-        Path -> last call, for the modules that were called; and the model's output.
+        Path -> last call, for the modules that were called; and the model's output, None if it was stopped.
 
     Raises:
-        Exception: Any exception of a model that does not run on token ids alone.
+        Exception: Any exception of a model that does not run on these token ids alone.
     """
     found: dict[str, Call] = {}
-    with _recording(modules, found):
-        output = model(**inputs_of(model))
-    return found, output
-
-
-def first_calls(model: nn.Module, modules: Mapping[str, nn.Module], tokens: int) -> dict[str, Call]:
-    """Run a model on one row of random tokens until some modules were called; call it in `eval_mode`.
-
-    Args:
-        model: A transformers model.
-        modules: Path -> module.
-        tokens: Length of the row.
-
-    Returns:
-        Path -> call, for the modules that were called.
-
-    Raises:
-        Exception: Any exception of a model that does not run on this many tokens.
-    """
-    found: dict[str, Call] = {}
-    with _recording(modules, found, stop=True), contextlib.suppress(_Enough):
-        model(**inputs_of(model, 1, tokens))
-    return found
-
-
-@contextlib.contextmanager
-def _recording(modules: Mapping[str, nn.Module], found: dict[str, Call], stop: bool = False) -> Iterator[None]:
-    """Record the calls of these modules in `found` within a block; with `stop`, end it when all were called."""
 
     def keep(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -211,14 +179,21 @@ def _recording(modules: Mapping[str, nn.Module], found: dict[str, Call], stop: b
         return hook
 
     handles = [module.register_forward_hook(keep(path), with_kwargs=True) for path, module in modules.items()]
+    output: ModelOutput | None = None
     try:
-        yield
+        with contextlib.suppress(_Enough):
+            output = model(**inputs_of(model, rows, tokens))
     finally:
         for handle in handles:
             handle.remove()
+    return found, output
 
 
-def token_ids(model: Any, rows: int = ROWS, tokens: int = TOKENS) -> Tensor:
+EMBEDDINGS = "get_input_embeddings"
+"""Method of transformers models."""
+
+
+def token_ids(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS) -> Tensor:
     """Return a few random token ids, (rows, tokens), drawn without torch's global generator.
 
     Args:
@@ -226,7 +201,7 @@ def token_ids(model: Any, rows: int = ROWS, tokens: int = TOKENS) -> Tensor:
         rows: Rows of the batch.
         tokens: Tokens per row.
     """
-    embeddings = model.get_input_embeddings()
+    embeddings: nn.Embedding = getattr(model, EMBEDDINGS)()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, embeddings.weight.shape[0], (rows, tokens), generator=generator)
     return ids.to(embeddings.weight.device)

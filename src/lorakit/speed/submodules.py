@@ -1,22 +1,23 @@
-"""Norms, activations and linear operands of a model's modules, recognized by structure.
+"""Checks of modules and calls for fused forwards: activations, attributes, config fields, arguments.
 
-None means unknown; nothing is guessed.
+Modules are recognized by structure. None means unknown; nothing is guessed.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lorakit.core.clones import is_watched
-from lorakit.ops.norm import Norm
 from lorakit.speed.contract import names_read
-from lorakit.speed.patching import original_class
+from lorakit.speed.patching import children_of, is_watched, original_class
+
+Options = dict[str, Any]
+"""Arguments of a call besides the hidden states, by name."""
 
 ACTIVATIONS: dict[str, str] = {
     "SiLU": "silu",
@@ -31,13 +32,8 @@ ACTIVATIONS: dict[str, str] = {
 }
 """Activation class -> its name in `lorakit.ops.activation`; a probe confirms each before it is used."""
 
-RMS = ("RMSNorm", "T5LayerNorm")
-"""Suffixes of the class names of norms without a mean."""
 
-EPSILONS = ("variance_epsilon", "eps")
-
-
-def activation_of(function: Any) -> str | None:
+def activation_of(function: Callable[..., Any] | None) -> str | None:
     """Return the name of an activation, or None.
 
     Args:
@@ -47,47 +43,20 @@ def activation_of(function: Any) -> str | None:
         return "gelu_tanh" if function.approximate == "tanh" else "gelu"
     if isinstance(function, nn.Module):
         return None if is_watched(function) else ACTIVATIONS.get(type(function).__name__)
-    return {functional.silu: "silu", functional.gelu: "gelu", functional.relu: "relu"}.get(function)
+    functions: dict[Callable[..., Any] | None, str]
+    functions = {functional.silu: "silu", functional.gelu: "gelu", functional.relu: "relu"}
+    return functions.get(function)
 
 
-def norm_of(module: nn.Module | None) -> Norm | None:
-    """Return the operands of a norm over the last axis, or None if it is unknown or not frozen."""
-    if module is None or is_watched(module):
-        return None
-    weight = module._parameters.get("weight")
-    bias = module._parameters.get("bias")
-    if (
-        type(weight) is not nn.Parameter
-        or weight.ndim != 1
-        or any(p.requires_grad for p in (weight, bias) if p is not None)
-    ):
-        return None
-    if isinstance(module, nn.LayerNorm):
-        return Norm("layer", weight, bias, module.eps)
-    eps = next((value for name in EPSILONS if isinstance(value := getattr(module, name, None), float)), None)
-    if eps is None or bias is not None or not type(module).__name__.endswith(RMS):
-        return None
-    return Norm("rms", weight, None, eps, 1.0 if type(module).__name__.startswith("Gemma") else 0.0)
+def unknown_activation(function: Callable[..., Any] | None) -> str | None:
+    """Return why an activation is not supported, a short phrase, or None if it is."""
+    return f"unknown activation {type(function).__name__}" if activation_of(function) is None else None
 
 
-def dropout_p(dropout: nn.Module | None) -> float | None:
-    """Return the current probability of a dropout, 0 if there is none, None if it is not a plain one."""
-    if dropout is None or (isinstance(dropout, nn.Identity) and not is_watched(dropout)):
-        return 0.0
-    if not isinstance(dropout, nn.Dropout) or is_watched(dropout) or dropout.p >= 1:
-        return None
-    return dropout.p if dropout.training else 0.0
-
-
-def wants_weights(attention: nn.Module, call: Mapping[str, Any]) -> bool:
-    """Return whether a call, or the model's config, requests attention weights.
-
-    Args:
-        attention: A module, with a transformers config if it has one.
-        call: The call's arguments by name.
-    """
-    asked = call.get("output_attentions")
-    return bool(getattr(getattr(attention, "config", None), "output_attentions", False) if asked is None else asked)
+def unknown_implementation(attention: nn.Module, supported: str = "sdpa") -> str | None:
+    """Return why the attention implementation of a module's config is not supported, or None if it is."""
+    implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+    return None if implementation == supported else f"attention implementation {implementation!r} is not supported"
 
 
 def unknown_attributes(module: nn.Module, names: Collection[str], children: Collection[str]) -> str | None:
@@ -101,13 +70,12 @@ def unknown_attributes(module: nn.Module, names: Collection[str], children: Coll
         children: Known children.
     """
     own = {name for name in vars(module) if not name.startswith("_")} - {"training", *names, *children}
-    inside = {name for name, child in module._modules.items() if child is not None} - set(children)
     held = {name for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None}
-    unknown = sorted(own | inside | held)
+    unknown = sorted(own | (children_of(module).keys() - children) | held)
     return f"unknown attributes {', '.join(unknown)}" if unknown else None
 
 
-def unknown_config_fields(module: nn.Module, known: Collection[str]) -> str | None:
+def unknown_fields(module: nn.Module, known: Collection[str]) -> str | None:
     """Return the unknown config fields that a module's forward reads, as a phrase, or None.
 
     A field that is None or False is considered off; a replacement's contract covers its value.
@@ -122,14 +90,19 @@ def unknown_config_fields(module: nn.Module, known: Collection[str]) -> str | No
     return f"its forward reads unknown config fields {', '.join(unknown)}" if unknown else None
 
 
-def knows_all(call: Mapping[str, Any], read: Collection[str]) -> bool:
-    """Return whether all arguments of a call are known, or unknown but not set.
+def knows_all(attention: nn.Module, options: Options, read: Collection[str]) -> bool:
+    """Return whether a call asks an attention for its output alone, with arguments that are known or not set.
 
     Args:
-        call: The call's arguments by name.
+        attention: A module, with a transformers config if it has one.
+        options: Arguments of the call.
         read: Names of arguments that the fused forward reads, or that have no effect.
     """
-    return all(name in read or (name in OPTIONAL and (value is None or value is False)) for name, value in call.items())
+    wants_weights = options.get("output_attentions")
+    if wants_weights is None:
+        wants_weights = getattr(getattr(attention, "config", None), "output_attentions", False)
+    given = (name for name, value in options.items() if name not in OPTIONAL or not (value is None or value is False))
+    return not wants_weights and all(name in read for name in given)
 
 
 OPTIONAL = frozenset(
@@ -139,12 +112,25 @@ OPTIONAL = frozenset(
 """Arguments without effect if None or False; all others have no effect only if omitted."""
 
 
-def by_name(module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
-    """Return the arguments after the first by their names in the module's own forward."""
+def split_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Options]:
+    """Split a call into its hidden states and its other arguments, by their names in the module's own forward.
+
+    Without hidden states, or with more positional arguments than names, the hidden states are None.
+
+    Args:
+        module: The module that is called.
+        args: Positional arguments, the hidden states first.
+        kwargs: Keyword arguments, with `hidden_states` if there are no positional ones.
+    """
+    options = dict(kwargs)
     if not args:
-        return {}
-    names = list(inspect.signature(type(module).forward).parameters)[2:]  # without self and the hidden states
-    return dict(zip(names, args, strict=False))
+        return options.pop("hidden_states", None), options
+    if len(args) > 1:
+        names = list(inspect.signature(type(module).forward).parameters)[1:]  # without self
+        if len(args) > len(names):
+            return None, options
+        options.update(zip(names[1:], args[1:], strict=False))
+    return args[0], options
 
 
 def is_supported(x: Tensor) -> bool:

@@ -26,22 +26,8 @@ from torch import Tensor, nn
 from lorakit import __version__, durable
 from lorakit.errors import AdapterFileError, DiskError
 from lorakit.machine import Machine, cache_directory, this_machine
-from lorakit.ops import attention
+from lorakit.ops import attention, choices
 from lorakit.ops.attention_pattern import Method, Pattern
-from lorakit.ops.choices import (
-    BLOCK,
-    FEWEST_IN_FP32,
-    LENGTHS,
-    NARROW,
-    ROWS,
-    SLICES,
-    attention_name,
-    fp32_choice,
-    fp32_name,
-    matmul_in_fp32,
-    matmul_in_slices,
-    matmul_name,
-)
 from lorakit.ops.kernels import compiled
 from lorakit.speed.linear import frozen_linear
 from lorakit.speed.loss import output_head
@@ -61,10 +47,9 @@ def read(folder: Path | None = None) -> dict[str, int]:
         Shape name -> fastest method; empty without a file.
     """
     try:
-        path = _path(folder)
+        return _of_machine(_machines(_path(folder)))
     except DiskError:
         return {}
-    return _of_machine(_machines(path).get(machine()))
 
 
 def save(results: Mapping[str, int], folder: Path | None = None) -> str:
@@ -80,7 +65,7 @@ def save(results: Mapping[str, int], folder: Path | None = None) -> str:
     try:
         path = _path(folder)
         machines = _machines(path)
-        machines[machine()] = {**_of_machine(machines.get(machine())), **results}
+        machines[machine()] = {**_of_machine(machines), **results}
         durable.write_json(path, {"format": FORMAT, "machines": machines})
     except DiskError as cause:
         return str(cause).removesuffix(".")
@@ -110,12 +95,10 @@ def _machines(path: Path) -> dict[str, Any]:
     return machines if isinstance(machines, dict) else {}
 
 
-def _of_machine(results: Mapping[str, int] | None) -> dict[str, int]:
-    if not isinstance(results, dict):
-        return {}
-    return {
-        name: method for name, method in results.items() if isinstance(method, int) and not isinstance(method, bool)
-    }
+def _of_machine(machines: Mapping[str, Any]) -> dict[str, int]:
+    results = machines.get(machine())
+    known = results.items() if isinstance(results, dict) else ()
+    return {name: method for name, method in known if type(method) is int}  # a bool is not one
 
 
 GAIN = 0.1
@@ -158,7 +141,7 @@ class TuningTask:
     name: str
     default: int
     others: tuple[int, ...]
-    prepare: Callable[[], Callable[[int], object]]
+    prepare: Callable[[], Callable[[int], Tensor | None]]
     unless: str = ""
 
 
@@ -171,7 +154,7 @@ class TuningResult:
         measured: Number of shapes measured now; the others were cached.
         seconds: Duration of the measurement.
         save_error: Why the results could not be saved, or "".
-        left: Number of shapes not measured, because the machine is busy or time ran out.
+        skipped: Number of shapes not measured, because the machine is busy or time ran out.
     """
 
     choices: Mapping[str, int]
@@ -181,16 +164,13 @@ class TuningResult:
     skipped: int = 0
 
     def __str__(self) -> str:
-        later = f"{format_count(self.skipped, 'shape')} left to a later run."
+        later = f"{format_count(self.skipped, 'shape')} left to a later run." if self.skipped else ""
         if not self.measured:
-            return f"Autotuning: the machine is busy; {later}" if self.skipped else ""
-        save_error = f" Not saved ({self.save_error}), so the next run measures again." if self.save_error else ""
-        return (
-            f"Autotuning: {format_count(self.measured, 'shape')} in {format_seconds(self.seconds)}, "
-            f"{format_count(len(self.choices), 'non-default kernel')}."
-            + save_error
-            + (f" Out of time; {later}" if self.skipped else "")
-        )
+            return f"Autotuning: the machine is busy; {later}" if later else ""
+        measured = f"{format_count(self.measured, 'shape')} in {format_seconds(self.seconds)}"
+        text = f"Autotuning: {measured}, {format_count(len(self.choices), 'non-default kernel')}."
+        text += f" Not saved ({self.save_error}), so the next run measures again." if self.save_error else ""
+        return text + (f" Out of time; {later}" if later else "")
 
 
 def choose(
@@ -214,9 +194,8 @@ def choose(
         folder: Directory of the results; None for lorakit's cache.
         clock: Seconds, for tests.
     """
-    if torch.compiler.is_compiling() or type(torch.empty(0, device="cpu")) is not Tensor:
-        return TuningResult({})
-    asked = [*matmul_tasks(model, tokens), *attention_tasks(model, longest)]
+    is_fake = torch.compiler.is_compiling() or type(torch.empty(0, device="cpu")) is not Tensor
+    asked = [] if is_fake else [*matmul_tasks(model, tokens), *attention_tasks(model, longest)]
     if not asked:
         return TuningResult({})
     began, results = clock(), read(folder)
@@ -230,9 +209,9 @@ def choose(
                 results[task.name] = fresh[task.name] = fastest(task, clock)
     seconds = clock() - began
     save_error = save(fresh, folder) if fresh else ""
-    acting = {q.name: results[q.name] for q in asked if results.get(q.name, q.default) in q.others}
+    chosen = {q.name: results[q.name] for q in asked if results.get(q.name, q.default) in q.others}
     left = [q for q in unknown if q.name not in fresh and not results.get(q.unless)]
-    return TuningResult(acting, len(fresh), seconds, save_error, len(left))
+    return TuningResult(chosen, len(fresh), seconds, save_error, len(left))
 
 
 def is_busy(machine: Machine) -> bool:
@@ -251,7 +230,7 @@ def fastest(task: TuningTask, clock: Callable[[], float]) -> int:
     return best
 
 
-def _wins(run: Callable[[int], object], other: int, best: int, clock: Callable[[], float]) -> bool:
+def _wins(run: Callable[[int], Tensor | None], other: int, best: int, clock: Callable[[], float]) -> bool:
     for method in (best, other):  # excludes what a library sets up at its first call
         run(method)
     won = lost = 0
@@ -271,40 +250,40 @@ def matmul_tasks(model: nn.Module, tokens: int) -> Iterator[TuningTask]:
 
     Those that decide whether a weight runs in fp32 come first, measured on a part of a large weight.
     """
-    counts = [rows for fewer, rows in itertools.pairwise((SLICES[0], *ROWS)) if fewer < tokens]
+    counts = [rows for fewer, rows in itertools.pairwise((choices.SLICES[0], *choices.ROWS)) if fewer < tokens]
     sides = [right for W in _weights(model) for right in (W, W.t())]
     found: dict[str, TuningTask] = {}
     for right in sides:
-        if right.dtype in NARROW and tokens >= FEWEST_IN_FP32:
-            part = right[:BLOCK, :BLOCK]
-            found[fp32_name(right)] = TuningTask(fp32_name(right), 0, (1,), partial(_through_fp32, part))
+        if right.dtype in choices.NARROW and tokens >= choices.FEWEST_IN_FP32:
+            name, part = choices.fp32_name(right), right[: choices.BLOCK, : choices.BLOCK]
+            found[name] = TuningTask(name, 0, (1,), partial(_through_fp32, part))
     for right, rows in itertools.product(sides, counts):
-        name = matmul_name(rows, right)
+        name = choices.matmul_name(rows, right)
         if FEWEST_FLOPS <= 2 * rows * right.numel() <= MOST_FLOPS:
-            found[name] = TuningTask(name, 0, SLICES, partial(_product, rows, right), fp32_name(right))
+            found[name] = TuningTask(name, 0, choices.SLICES, partial(_product, rows, right), choices.fp32_name(right))
     yield from found.values()
 
 
 def attention_tasks(model: nn.Module, longest: int) -> Iterator[TuningTask]:
     """Yield the causal attention of a model over sequences of up to `longest` tokens."""
-    config: Any = getattr(model, "config", None)
+    config = getattr(model, "config", None)
     heads = getattr(config, "num_attention_heads", None)
     dtype = next((W.dtype for W in _weights(model)), None)
-    if not isinstance(heads, int) or dtype is None:
+    if config is None or not isinstance(heads, int) or dtype is None:
         return
     shared = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    for length in LENGTHS:
+    for length in choices.LENGTHS:
         sizes = (max(1, AT_ONCE // length), heads, length, width)
         default = int(length >= attention.FLASH_FROM)
         if length <= longest and FEWEST_FLOPS <= 2 * math.prod(sizes) * length <= MOST_FLOPS:
-            name = attention_name((heads, shared, width), dtype, True, length)
+            name = choices.attention_name((heads, shared, width), dtype, True, length)
             methods: tuple[Method, Method] = ("matmul", "flash")
-            if dtype in NARROW:
+            if dtype in choices.NARROW:
                 of_fp32 = partial(_attention, sizes, shared, dtype, (methods[default], "matmul_fp32"))
-                yield TuningTask(fp32_choice(name), 0, (1,), of_fp32)
+                yield TuningTask(choices.fp32_choice(name), 0, (1,), of_fp32)
             of_flash = partial(_attention, sizes, shared, dtype, methods)
-            yield TuningTask(name, default, (1 - default,), of_flash, fp32_choice(name))
+            yield TuningTask(name, default, (1 - default,), of_flash, choices.fp32_choice(name))
 
 
 def _weights(model: nn.Module) -> Iterator[Tensor]:
@@ -319,14 +298,14 @@ def _weights(model: nn.Module) -> Iterator[Tensor]:
         yield W.detach()
 
 
-def _product(rows: int, right: Tensor) -> Callable[[int], object]:
+def _product(rows: int, right: Tensor) -> Callable[[int], Tensor]:
     x, out = _rows_of(rows, right)
-    return lambda size: matmul_in_slices(x, right, size or rows, out)
+    return lambda size: choices.matmul_in_slices(x, right, size or rows, out)
 
 
-def _through_fp32(right: Tensor) -> Callable[[int], object]:
+def _through_fp32(right: Tensor) -> Callable[[int], Tensor]:
     x, out = _rows_of(IN_FP32_ROWS, right)
-    return lambda method: matmul_in_fp32(x, right, out) if method else torch.mm(x, right, out=out)
+    return lambda method: choices.matmul_in_fp32(x, right, out) if method else torch.mm(x, right, out=out)
 
 
 def _rows_of(rows: int, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -337,7 +316,7 @@ def _rows_of(rows: int, right: Tensor) -> tuple[Tensor, Tensor]:
 
 def _attention(
     sizes: tuple[int, int, int, int], shared: int, dtype: torch.dtype, methods: tuple[Method, Method]
-) -> Callable[[int], object]:
+) -> Callable[[int], None]:
     """Return a function that runs forward and backward over q of these sizes (B, H, T, D), and k and v with `shared`
     heads.
     """
