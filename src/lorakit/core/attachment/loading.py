@@ -61,7 +61,7 @@ from lorakit.core.model.fingerprint import DIFFERENT, check_not_merged_in, compa
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.replication import stacked_for
 from lorakit.core.model.target_weights import check_standing, dropout_at, named_places
-from lorakit.core.model.vocabulary import room_for, way_out, without_brought_rows
+from lorakit.core.model.vocabulary import appended_rows, base_mismatch_advice, without_brought_rows
 from lorakit.core.quantization import weight_format_of
 from lorakit.core.variants import Factor, Start, variant_for
 from lorakit.errors import (
@@ -134,7 +134,7 @@ def load_adapter(
     with trainable_block(index):
         files = read_adapter(folder)
         check_not_merged_in(model, files.folder, files.file.sha256, allow)
-        with room_for(index, files.config, files.sidecar.base) as grown:
+        with appended_rows(index, files.config, files.sidecar.base) as grown:
             index = index.again() if grown else index
             verdict, said = check_base(index, files, allow)
             said = [*files.warnings, *(f"{files.folder}: {sentence}" for sentence in grown), *said]
@@ -162,7 +162,7 @@ def check_base(model: nn.Module | AdapterIndex, files: AdapterFiles, allow: Coll
     if verdict == DIFFERENT and "base_mismatch" not in allow:
         raise BaseMismatchError(
             f"{files.folder}: made on another base: {reason}.",
-            advice=way_out(known, present),
+            advice=base_mismatch_advice(known, present),
             where=files.folder,
             override="base_mismatch",
         )

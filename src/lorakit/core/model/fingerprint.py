@@ -48,7 +48,7 @@ from lorakit.core.model.base_samples import (
     take_first_samples,
     take_samples,
 )
-from lorakit.core.model.index import AdapterIndex
+from lorakit.core.model.index import AdapterIndex, embedding_of
 from lorakit.durable import JsonObject, read_json, sha256_file, write_json
 from lorakit.errors import OVERRIDE, AdapterFileError, BaseMismatchError, DiskError
 from lorakit.machine import cache_directory
@@ -362,13 +362,8 @@ def _from_text(text: str) -> bytes:
 
 
 def vocabulary_of(model: nn.Module) -> int:
-    """Rows of a model's input embedding, 0 where it has none."""
-    getter = getattr(model, "get_input_embeddings", None)
-    try:
-        embedding = getter() if getter is not None else None
-    except (AttributeError, NotImplementedError):  # models without one differ in how they say so
-        return 0
-    weight = getattr(embedding, "weight", None)
+    """Return the number of rows of a model's input embedding; 0 if it has none."""
+    weight = getattr(embedding_of(model), "weight", None)
     return int(weight.shape[0]) if isinstance(weight, Tensor) and weight.ndim else 0
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,13 @@ INSIDE = ".base_layer"
 
 Children = Sequence[tuple[str, nn.Module]]
 Component = TypeVar("Component", bound=AdapterModule)
+
+
+class ModelConfig(Protocol):
+    """The settings of a transformers config that lorakit changes."""
+
+    num_hidden_layers: int
+    vocab_size: int
 
 
 @dataclass(frozen=True)
@@ -173,7 +180,7 @@ class AdapterIndex:
     @cached_property
     def candidates(self) -> list[Candidate]:
         """What targets may name, in the model's order."""
-        head = _output_head(self.model)
+        head = embedding_of(self.model, "output")
         known: dict[type[nn.Module], Kind | None] = {}
         found = []
         for path, standing in self.modules.items():
@@ -464,15 +471,14 @@ def _can_be_read(module: nn.Module, kind: Kind) -> bool:
     )
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    if getter is None:
-        return None
+def embedding_of(model: nn.Module, which: Literal["input", "output"] = "input") -> nn.Module | None:
+    """Return a model's input embedding or output head; None if the model does not name one."""
+    getter = getattr(model, f"get_{which}_embeddings", None)
     try:
-        head = getter()
-    except (AttributeError, NotImplementedError):  # models without one differ in how they say so
+        found = None if getter is None else getter()
+    except (AttributeError, NotImplementedError):  # what a model without one raises depends on its class
         return None
-    return head if isinstance(head, nn.Module) else None
+    return found if isinstance(found, nn.Module) else None
 
 
 def layers(model: nn.Module | AdapterIndex) -> list[tuple[str, LoraLayer]]:
