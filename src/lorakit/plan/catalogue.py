@@ -8,10 +8,10 @@ cost, adapters or files.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
-from lorakit.architectures.shapes import ModelShape, Origin, Sizes, bert, gpt2, llama, qwen2, qwen3
+from lorakit.architectures.shapes import ModelShape, Sizes, bert, gpt2, llama, qwen2, qwen3
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Entry:
 
     Attributes:
         names: Accepted names; the first is printed. Case does not matter.
-        family: The function of `families` that builds its shape.
+        family: The function of `lorakit.architectures.shapes` that builds its shape.
         parameters: Exact count by distinct storage.
         sizes: Sizes in its config.json.
         paper: Publication of the sizes, besides the config.json of the first hub id.
@@ -28,7 +28,7 @@ class Entry:
     """
 
     names: tuple[str, ...]
-    family: Callable[[Origin, Sizes], ModelShape]
+    family: Callable[[Sizes], ModelShape]
     parameters: int
     sizes: Sizes
     paper: str
@@ -157,4 +157,11 @@ def published(name: str) -> ModelShape | None:
 
 @cache
 def _built(entry: Entry) -> ModelShape:
-    return entry.family(Origin(entry.names[0], entry.source, entry.parameters, entry.dtype), entry.sizes)
+    return replace(
+        entry.family(entry.sizes),
+        name=entry.names[0],
+        source=entry.source,
+        parameters=entry.parameters,
+        dtype=entry.dtype,
+        published=True,
+    )

@@ -114,7 +114,8 @@ class SiteCount:
         scale: Factor of B·A at this site.
         entry: The target entry that matched it.
         factors: Elements of A and B: experts × rank × (in + out).
-        own_numbers: Values that the variant trains beside A and B; negative where its A and B are smaller than LoRA's.
+        own_numbers: Values that the variant trains in addition to A and B; negative if its A and B are smaller than
+            LoRA's.
         reads_weight: Whether they are one per output, and each forward reads the weight for them (DoRA).
         frozen: Elements of frozen factors: with LoRA-FA rank × in, of an embedding rank × out; with the init mica rank
             × out; else 0.
@@ -150,6 +151,10 @@ class SiteCount:
         return self.factors + self.own_numbers - self.frozen
 
 
+_SHARED = ("kind", "out_features", "in_features", "rank", "scale", "entry", "experts")
+"""Attributes that the sites of a `Group` have in common."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Sites that differ only in their layer.
@@ -177,6 +182,12 @@ class Group:
     sites: int
     each: int
     experts: int = 1
+
+    @classmethod
+    def of(cls, label: str, members: Sequence[SiteCount]) -> Group:
+        """Return the group of some sites, which differ only in their layer."""
+        shared = {name: getattr(members[0], name) for name in _SHARED}
+        return cls(label=label, sites=len(members), each=members[0].trainable, **shared)
 
     @property
     def trainable(self) -> int:
@@ -223,7 +234,7 @@ class Count:
 
     @property
     def own_numbers(self) -> int:
-        """Return the values that the variant trains beside A and B."""
+        """Return the values that the variant trains in addition to A and B."""
         return sum(site.own_numbers for site in self.sites)
 
     @property
@@ -258,21 +269,7 @@ class Count:
         for site in self.sites:
             size = (site.out_features, site.in_features, site.experts, site.own_numbers)
             gathered.setdefault((labels[role(site.path)], size, site.rank, site.scale, site.entry), []).append(site)
-        return [
-            Group(
-                labels[role(members[0].path)],
-                members[0].kind,
-                members[0].out_features,
-                members[0].in_features,
-                members[0].rank,
-                members[0].scale,
-                members[0].entry,
-                len(members),
-                members[0].trainable,
-                members[0].experts,
-            )
-            for members in gathered.values()
-        ]
+        return [Group.of(labels[role(members[0].path)], members) for members in gathered.values()]
 
 
 def factor_parameters(rank: int, in_features: int, out_features: int) -> int:

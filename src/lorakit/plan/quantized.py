@@ -179,11 +179,6 @@ class StoredBase:
     rest: int
 
     @property
-    def paths(self) -> frozenset[str]:
-        """Return the module paths of the quantized weights."""
-        return frozenset(site.path for site in self.sites)
-
-    @property
     def largest(self) -> int:
         """Return the elements of the largest of these weights, which is dequantized at once."""
         return max(site.weight_parameters for site in self.sites)
