@@ -263,7 +263,7 @@ def test_a_fingerprint_of_the_first_form_is_compared_as_before_and_says_what_it_
     model = old_model()
     assert fingerprint(model, like=known).as_dict() == OLD
     verdict, reason, _ = compare(known, fingerprint(model, like=known))
-    assert verdict == SAME and "3 matrices" in reason and "first form" in reason
+    assert verdict == SAME and "3 matrices" in reason
     assert compare(known, fingerprint(old_model().to(torch.bfloat16), like=known))[0] == OTHER_PRECISION
     with torch.no_grad():
         model[2].weight.mul_(2.0)
@@ -278,7 +278,7 @@ def test_two_forms_cannot_be_compared_by_their_samples() -> None:
     known, model = Fingerprint.from_dict(OLD), old_model()
     assert known is not None
     verdict, reason, _ = compare(known, fingerprint(model))
-    assert verdict == UNVERIFIABLE and "forms" in reason
+    assert verdict == UNVERIFIABLE and "formats" in reason
     assert compare(known, fingerprint(nn.Linear(2, 2)))[0] == DIFFERENT
 
 

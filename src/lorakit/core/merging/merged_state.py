@@ -11,7 +11,7 @@ from lorakit.core.layers.adapter_component import MergeOptions
 from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.merging.merging import names_to_merge
-from lorakit.core.model.base_view import QuantisedWeight, base_tensors, float_dtype, quantised_weights
+from lorakit.core.model.base_view import QuantizedWeight, base_tensors, float_dtype, quantized_weights
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.ties import leaders_of
 
@@ -50,7 +50,7 @@ def iter_merged(model: nn.Module, *names: str) -> Iterator[tuple[str, Tensor]]:
     for path, part in index.components.items():
         part.check_mergeable(path, chosen)
     merged = _Merged(index, chosen)
-    quantised = {weight.packed: weight for weight in quantised_weights(index)}
+    quantised = {weight.packed: weight for weight in quantized_weights(index)}
     options = MergeOptions(in_place=False, dense=float_dtype(index) if quantised else None)
     for name, tensor, module in base_tensors(index):
         if name in quantised:
@@ -88,9 +88,9 @@ class _Merged:
             return bias
         return self._tensors[name] if name in self._tensors else self._biases.get(place, tensor.detach())
 
-    def dequantized(self, weight: QuantisedWeight, options: MergeOptions) -> Iterator[tuple[str, Tensor]]:
+    def dequantized(self, weight: QuantizedWeight, options: MergeOptions) -> Iterator[tuple[str, Tensor]]:
         """Yield name and tensor, (…), of a quantized weight as the plain base has it; also its bias."""
-        of_bias, bias = weight.name.removesuffix("weight") + "bias", weight.loose_bias
+        of_bias, bias = weight.name.removesuffix("weight") + "bias", weight.plain_bias
         merged = {} if weight.layer is None else weight.layer.merged_tensors(self._names, options)
         if weight.name in self._tensors:  # an adapter's copy of the whole module replaces it
             yield weight.name, self._tensors[weight.name]
@@ -99,6 +99,6 @@ class _Merged:
             yield weight.name, merged["weight"]
             bias = None if bias is None else merged.get("bias", bias)
         else:
-            yield weight.name, weight.multiplied_out(options.dense or torch.float32)._parameters["weight"].detach()  # type: ignore[union-attr]
+            yield weight.name, weight.dequantized(options.dense or torch.float32)._parameters["weight"].detach()  # type: ignore[union-attr]
         if bias is not None:
             yield of_bias, bias.detach()
