@@ -32,7 +32,6 @@ from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.merging.merging import unmerge
 from lorakit.core.model.checks import (
     check_allowances,
-    check_bias_alone,
     check_called,
     check_company,
     check_known,
@@ -109,7 +108,6 @@ def attach(
     index = AdapterIndex.of(model, kinds)
     check_new_name(index.state, name)
     config = with_targets(config, model)
-    check_bias_alone(index.state, config)
     check_company(index.state, config)
     if statistics is not None:
         statistics.check(config, index)

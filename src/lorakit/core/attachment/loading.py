@@ -50,7 +50,6 @@ from lorakit.core.kinds import Kind
 from lorakit.core.layers.modules_to_save import Extras
 from lorakit.core.model.checks import (
     check_allowances,
-    check_bias_alone,
     check_called,
     check_company,
     check_new_name,
@@ -60,7 +59,7 @@ from lorakit.core.model.checks import (
 from lorakit.core.model.fingerprint import DIFFERENT, check_not_merged_in, compare
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.replication import stacked_for
-from lorakit.core.model.target_weights import check_standing, dropout_at, named_places
+from lorakit.core.model.target_weights import check_overlap, dropout_at, named_places
 from lorakit.core.model.vocabulary import appended_rows, base_mismatch_advice, without_brought_rows
 from lorakit.core.quantization import weight_format_of
 from lorakit.core.variants import Factor, Start, variant_for
@@ -204,7 +203,6 @@ def _place(
 ) -> tuple[int, tuple[str, ...]]:
     check_new_name(index.state, name)
     config, tensors = files.config, files.file.tensors
-    check_bias_alone(index.state, config)
     check_company(index.state, config)
     with trainable_block(index), stacked_for(index, config) as index:
         _check_kinds(files, index)
@@ -246,7 +244,7 @@ def _fitted(files: AdapterFiles, index: AdapterIndex) -> Fit:
     try:
         bare = named_places(index, files.config)
         fitted = fit(files.file.tensors, files.config, index, bare)
-        check_standing(index, [place for place, _ in fitted.sites.values()])
+        check_overlap(index, [place for place, _ in fitted.sites.values()])
     except (TargetError, ConfigError) as cause:
         raise AdapterFileError(f"{files.folder}: {cause}", **{**cause.fields, "where": files.folder}) from None
     return fitted
