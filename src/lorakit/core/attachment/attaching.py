@@ -30,16 +30,8 @@ from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.merging.merging import unmerge
-from lorakit.core.model.checks import (
-    check_allowances,
-    check_called,
-    check_company,
-    check_known,
-    check_new_name,
-    check_scales,
-    trainable_block,
-)
-from lorakit.core.model.index import AdapterIndex
+from lorakit.core.model.checks import check_allowances, check_called, check_company, check_new_name, check_scales
+from lorakit.core.model.index import AdapterIndex, check_known, trainable_block
 from lorakit.core.model.replication import stacked_for
 from lorakit.core.model.target_weights import bare_parameters
 from lorakit.core.model.ties import with_ties

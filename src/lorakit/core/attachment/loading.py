@@ -48,16 +48,9 @@ from lorakit.core.files.inspecting import Site, implausible, judge, largest_valu
 from lorakit.core.inits import trains_of
 from lorakit.core.kinds import Kind
 from lorakit.core.layers.modules_to_save import Extras
-from lorakit.core.model.checks import (
-    check_allowances,
-    check_called,
-    check_company,
-    check_new_name,
-    check_scales,
-    trainable_block,
-)
+from lorakit.core.model.checks import check_allowances, check_called, check_company, check_new_name, check_scales
 from lorakit.core.model.fingerprint import DIFFERENT, check_not_merged_in, compare
-from lorakit.core.model.index import AdapterIndex
+from lorakit.core.model.index import AdapterIndex, trainable_block
 from lorakit.core.model.replication import stacked_for
 from lorakit.core.model.target_weights import check_overlap, dropout_at, named_places
 from lorakit.core.model.vocabulary import appended_rows, base_mismatch_advice, without_brought_rows

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from lorakit.core.layers.adapter_component import MergeOptions
 from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.trainable_tokens import TrainableTokens
-from lorakit.core.merging.merging import names_to_merge
+from lorakit.core.merging.merging import leaders_of, names_to_merge
 from lorakit.core.model.base_view import QuantizedWeight, base_tensors, float_dtype, quantized_weights
 from lorakit.core.model.index import AdapterIndex
-from lorakit.core.model.ties import leaders_of
 
 
 def merged_state_dict(model: nn.Module, *names: str) -> dict[str, Tensor]:

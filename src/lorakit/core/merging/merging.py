@@ -10,7 +10,7 @@ Every component stages its change before the first one commits, so that a call t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +18,10 @@ from torch import nn
 
 from lorakit.core.layers.adapter_component import KeepBase, MergeOptions, SiteMerge, StagedMerge
 from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.base_view import float_dtype
-from lorakit.core.model.checks import check_known, trainable_block
-from lorakit.core.model.index import AdapterIndex, identity
-from lorakit.core.model.ties import leaders_of, untied_copies
+from lorakit.core.model.index import AdapterIndex, check_known, identity, trainable_block
 from lorakit.core.quantization import allow_repacking
 from lorakit.core.routing.positions import uninstall
 from lorakit.errors import MergeError
@@ -103,7 +102,7 @@ def _merge(index: AdapterIndex, names: Sequence[str], untie: bool, options: Merg
 def _commit(
     index: AdapterIndex, staged: Sequence[StagedMerge], led: dict[LoraLayer, LoraLayer], apart: frozenset[int]
 ) -> None:
-    """Make staged changes, then let what shares a weight with a changed component follow it."""
+    """Commit staged changes, then update the components that share a weight with a changed one."""
     for one in staged:
         one.commit()
     for layer, leader in led.items():
@@ -167,7 +166,7 @@ def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: 
 
 
 def _unload(index: AdapterIndex, merged: Sequence[str], flags: Flags) -> None:
-    """Replace every adapted module by the plain one, and give the base its flags back."""
+    """Replace every adapted module by the plain one, and restore `requires_grad` of the base."""
     state = index.known_state()
     plain = {module: module.unload() for module in index.components.values()}
     for module, left in plain.items():
@@ -190,7 +189,7 @@ def _unload(index: AdapterIndex, merged: Sequence[str], flags: Flags) -> None:
 
 
 def _trained_before(index: AdapterIndex) -> Flags:
-    """The layers and tables, each with the names of the base's parameters that were trained before adapters."""
+    """Return layers and tables with the names of the base's parameters that were trained before adapters."""
     trained = {id(parameter) for parameter, flag in index.known_state().frozen if flag}
     flags: Flags = []
     for _, layer in index.layers():
@@ -265,7 +264,7 @@ def tied_sites(model: nn.Module | AdapterIndex, names: Sequence[str]) -> list[tu
     """
     index = AdapterIndex.of(model)
     led, sites = leaders_of(index, names), []
-    one: dict[int, set[int]] = {}  # id of a leading layer -> ids of all modules that are one with its module
+    one: dict[int, set[int]] = {}  # id of a layer -> ids of the modules that share its weight
     for _, layer in index.layers():
         one.setdefault(id(led.get(layer, layer)), set()).add(id(layer.owner))
     for path, layer in index.layers_of(names):
@@ -274,6 +273,50 @@ def tied_sites(model: nn.Module | AdapterIndex, names: Sequence[str]) -> list[tu
         shared = [name for name, module in holders if id(module) not in those]
         sites += [(path, shared[0])] if shared else []
     return sites + untied_copies(index, names)
+
+
+def leaders_of(index: AdapterIndex, names: Sequence[str]) -> dict[LoraLayer, LoraLayer]:
+    """Return the layers that share their weight and their factors of all these adapters -> the layers they follow.
+
+    Args:
+        index: The model's index.
+        names: Adapters. If only one of two layers has one of them, neither follows the other.
+    """
+    owners: dict[int, LoraLayer] = {}  # id of a factor -> the first layer that has it
+    found = {}
+    for _, layer in index.layers_of(names):
+        leader = layer.leader_of(names)
+        if not layer.kind.on_disk:  # layers without holders share the parameters
+            factors = getattr(layer, layer.kind.names[0])
+            first = {owners.setdefault(id(factors[name]), layer) for name in names if name in layer.r}
+            leader = first.pop() if len(first) == 1 else None
+        if leader is not None and leader is not layer and layer.is_one_with(leader, names):
+            found[layer] = leader
+    return found
+
+
+def untied_copies(index: AdapterIndex, names: Collection[str]) -> list[tuple[str, str]]:
+    """Return saved modules that would no longer share their weight if they replaced the original.
+
+    Args:
+        index: The model's index.
+        names: Adapters.
+
+    Returns:
+        Path of the saved module, and the name of the other module.
+    """
+    found = []
+    copies = dict(index.every(ModulesToSave))
+    by_original = {id(saved.original_module): saved for saved in copies.values()}
+    for path, saved in copies.items():
+        for name in [name for name in names if name in saved.modules_to_save]:
+            copy = saved.modules_to_save[name]._parameters["weight"]
+            for other, module in index.holders.get(identity(saved.original_module._parameters.get("weight")), ()):
+                twin = by_original.get(id(module))
+                copied = twin.modules_to_save[name] if twin is not None and name in twin.modules_to_save else None
+                if module is not saved.original_module and (copied is None or copied._parameters["weight"] is not copy):
+                    found.append((path, other))
+    return found
 
 
 def _leading_tables(index: AdapterIndex) -> dict[TrainableTokens, list[TrainableTokens]]:

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.model.checks import check_known
-from lorakit.core.model.index import AdapterIndex, find_state, state_of
+from lorakit.core.model.index import AdapterIndex, check_known, find_state, state_of
 from lorakit.core.routing.positions import prompt_offsets
 from lorakit.core.routing.route import BASE, Offsets, Route
 from lorakit.core.routing.state import AdapterState, CheckpointContexts, Override

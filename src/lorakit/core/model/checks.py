@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import AbstractContextManager
 
 from torch import nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.layers.adapter_component import trainable
-from lorakit.core.model.index import AdapterIndex
 from lorakit.core.routing.state import AdapterState
 from lorakit.core.variants import variants_of
 from lorakit.errors import OVERRIDE, AdapterError, ConfigError, TargetError
@@ -46,21 +43,6 @@ def check_new_name(state: AdapterState | None, name: str) -> None:
         raise AdapterError(
             f"{name!r} cannot be an adapter's name: torch's module containers use it for an attribute.", what=name
         )
-
-
-def check_known(state: AdapterState, names: Sequence[str]) -> None:
-    """Check that adapters are on the model.
-
-    Raises:
-        AdapterError: The message lists the adapters of the model.
-    """
-    for name in names:
-        if name not in state.configs:
-            raise AdapterError(
-                f"There is no adapter {name!r} on this model. Adapters: {', '.join(state.configs)}.",
-                what=name,
-                allowed=state.configs,
-            )
 
 
 def check_called(model: nn.Module, paths: Iterable[str]) -> None:
@@ -144,13 +126,3 @@ def check_company(state: AdapterState | None, config: LoraConfig) -> None:
                     what=name,
                     field=variant.field,
                 )
-
-
-def trainable_block(index: AdapterIndex) -> AbstractContextManager[object]:
-    """Return a block whose new tensors can be trained afterwards, also inside `torch.inference_mode`.
-
-    Raises:
-        ModelError: The model was created in inference mode, and this is outside of it.
-    """
-    held = (p for module in index.everything.values() for p in module._parameters.values() if p is not None)
-    return trainable(index.model, next(held, None))

@@ -8,6 +8,7 @@ configs or arithmetic.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, Protocol, TypeVar
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from lorakit.core.clones import PARAMETRISED
 from lorakit.core.kinds import INNER, KINDS, Kind, WeightSpec, checked, kind_named, kind_of
-from lorakit.core.layers.adapter_component import AdapterComponent, AdapterModule
+from lorakit.core.layers.adapter_component import AdapterComponent, AdapterModule, trainable
 from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModulesToSave
@@ -484,3 +485,28 @@ def embedding_of(model: nn.Module, which: Literal["input", "output"] = "input") 
 def layers(model: nn.Module | AdapterIndex) -> list[tuple[str, LoraLayer]]:
     """Return every adapted layer with its path."""
     return [(path, module) for path, module in walk(model) if isinstance(module, LoraLayer)]
+
+
+def check_known(state: AdapterState, names: Sequence[str]) -> None:
+    """Check that adapters are on the model.
+
+    Raises:
+        AdapterError: The message lists the adapters of the model.
+    """
+    for name in names:
+        if name not in state.configs:
+            raise AdapterError(
+                f"There is no adapter {name!r} on this model. Adapters: {', '.join(state.configs)}.",
+                what=name,
+                allowed=state.configs,
+            )
+
+
+def trainable_block(index: AdapterIndex) -> AbstractContextManager[object]:
+    """Return a block whose new tensors can be trained afterwards, also inside `torch.inference_mode`.
+
+    Raises:
+        ModelError: The model was created in inference mode, and this is outside of it.
+    """
+    held = (p for module in index.everything.values() for p in module._parameters.values() if p is not None)
+    return trainable(index.model, next(held, None))

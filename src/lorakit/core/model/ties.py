@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core.factor import FactorWeight
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import ModulesToSave
-from lorakit.core.model.index import AdapterIndex, identity
+from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.vocabulary import input_embedding, shared_weights, sharers, table_at
 from lorakit.core.variants import variants_of
 from lorakit.errors import ConfigError
@@ -135,56 +134,6 @@ def tie_factors(index: AdapterIndex, name: str, leaders: Mapping[str, str]) -> N
         else:
             layer.lora_A[name] = TiedWeight(leading, name, "A").train(layer.training)
             layer.lora_B[name] = TiedWeight(leading, name, "B").train(layer.training)
-
-
-def leaders_of(index: AdapterIndex, names: Collection[str]) -> dict[LoraLayer, LoraLayer]:
-    """Return the layers that share their weight and their factors of all these adapters -> the layers they follow.
-
-    Args:
-        index: The model's index.
-        names: Adapters. If only one of two layers has one of them, neither follows the other.
-    """
-    owners: dict[int, LoraLayer] = {}  # id of a factor -> the first layer that has it
-    found = {}
-    for _, layer in index.layers_of(names):
-        leading = [_leading(layer, name, owners) for name in names if name in layer.r]
-        leader = leading[0]
-        if leader is not None and all(other is leader for other in leading) and layer.is_one_with(leader, names):
-            found[layer] = leader
-    return found
-
-
-def _leading(layer: LoraLayer, name: str, owners: dict[int, LoraLayer]) -> LoraLayer | None:
-    """Return the layer whose factor of an adapter this layer uses, or None if the factor is its own."""
-    if not layer.kind.on_disk:  # not in a holder, so the parameter is shared
-        first = owners.setdefault(id(getattr(layer, layer.kind.names[0])[name]), layer)
-        return None if first is layer else first
-    down = layer.lora_A[name]
-    return down.leader[0] if isinstance(down, TiedWeight) else None
-
-
-def untied_copies(index: AdapterIndex, names: Collection[str]) -> list[tuple[str, str]]:
-    """Return saved modules that would no longer share their weight if they replaced the original.
-
-    Args:
-        index: The model's index.
-        names: Adapters.
-
-    Returns:
-        Path of the saved module, and the name of the other module.
-    """
-    found = []
-    copies = dict(index.every(ModulesToSave))
-    by_original = {id(saved.original_module): saved for saved in copies.values()}
-    for path, saved in copies.items():
-        for name in [name for name in names if name in saved.modules_to_save]:
-            copy = saved.modules_to_save[name]._parameters["weight"]
-            for other, module in index.holders.get(identity(saved.original_module._parameters.get("weight")), ()):
-                twin = by_original.get(id(module))
-                copied = twin.modules_to_save[name] if twin is not None and name in twin.modules_to_save else None
-                if module is not saved.original_module and (copied is None or copied._parameters["weight"] is not copy):
-                    found.append((path, other))
-    return found
 
 
 def _tied_matches(

@@ -28,9 +28,8 @@ from lorakit.core.files.inspecting import Finding, implausible, judge_files
 from lorakit.core.files.tensor_names import PREFIX, parse
 from lorakit.core.linalg import Product, factors_of, product_of
 from lorakit.core.model.base_view import base_tensors
-from lorakit.core.model.checks import check_known
 from lorakit.core.model.fingerprint import BaseVerdict, Fingerprint, compare
-from lorakit.core.model.index import INSIDE, AdapterIndex, defined_parameters, layers, state_of
+from lorakit.core.model.index import INSIDE, AdapterIndex, check_known, defined_parameters, layers, state_of
 from lorakit.core.model.target_weights import bare_parameters, paths_on_disk
 from lorakit.core.variants import (
     NO_SETTING,
