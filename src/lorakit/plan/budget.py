@@ -7,7 +7,7 @@ module knows nothing about machines.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from lorakit.errors import ConfigError
 from lorakit.plan.estimating import Plan, estimate
@@ -39,20 +39,7 @@ def bytes_of(text: str) -> int:
     return int(float(found[1]) * size)
 
 
-@dataclass(frozen=True)
-class Fitting:
-    """A plan within a budget.
-
-    Attributes:
-        plan: The plan.
-        reason: What was chosen, and why.
-    """
-
-    plan: Plan
-    reason: str
-
-
-def within(plan: Plan, budget_bytes: int) -> Fitting:
+def within(plan: Plan, budget_bytes: int) -> tuple[Plan, str]:
     """Return the plan with the cheapest recomputation that fits a budget.
 
     Args:
@@ -60,7 +47,7 @@ def within(plan: Plan, budget_bytes: int) -> Fitting:
         budget_bytes: Limit of a step, weights included.
 
     Returns:
-        The plan of the same job with that recomputation, and the reason.
+        The plan of the same job with that recomputation, and a message with the choice and its reason.
 
     Raises:
         ConfigError: Nothing fits; the message says what would.
@@ -72,7 +59,7 @@ def within(plan: Plan, budget_bytes: int) -> Fitting:
         if peak <= budget_bytes:
             without = "".join(f"; --recompute {other} needs {format_bytes(size)}" for other, size in reversed(tried))
             reason = f"--recompute {recompute} is the cheapest that fits, {format_bytes(peak)}{without}"
-            return Fitting(made, f"memory budget {format_bytes(budget_bytes)}: {reason}")
+            return made, f"memory budget {format_bytes(budget_bytes)}: {reason}"
         tried.append((recompute, peak))
     recompute, least = min(tried, key=lambda pair: pair[1])
     raise ConfigError(

@@ -49,6 +49,11 @@ _QWEN25 = "Qwen Team 2024, arXiv:2412.15115, table 1"
 _QWEN3 = "Qwen Team 2025, arXiv:2505.09388, table 1"
 _SMOLLM2 = "Ben Allal et al. 2025, arXiv:2502.02737"
 
+_LLAMA31_8B = ("Llama-3.1-8B", "Llama-3.1-8B-Instruct")
+_LLAMA32_1B = ("Llama-3.2-1B", "Llama-3.2-1B-Instruct")
+_LLAMA32_3B = ("Llama-3.2-3B", "Llama-3.2-3B-Instruct")
+_LLAMA33_70B = ("Llama-3.3-70B-Instruct", "Llama-3.1-70B", "Llama-3.1-70B-Instruct")
+
 _CODE_VOCAB, _QWEN_BIG = 151_936, 152_064
 
 
@@ -74,26 +79,14 @@ _ENTRIES: tuple[Entry, ...] = (
             ("bert-large-uncased", ("bert-large",), 335_141_888, Sizes(1024, 24, 16, 30_522, 512)),
         )
     ),
-    Entry(
-        _ids("meta-llama", "Llama-3.1-8B", "Llama-3.1-8B-Instruct"),
-        llama,
-        8_030_261_248,
-        Sizes(4096, 32, 32, 128_256, 131_072, 14_336, 8, tied=False),
-        _LLAMA,
-    ),
     *(
-        Entry(_ids("meta-llama", f"Llama-3.2-{size}", f"Llama-3.2-{size}-Instruct"), llama, count, sizes, _LLAMA32)
-        for size, count, sizes in (
-            ("1B", 1_235_814_400, Sizes(2048, 16, 32, 128_256, 131_072, 8192, 8)),
-            ("3B", 3_212_749_824, Sizes(3072, 28, 24, 128_256, 131_072, 8192, 8)),
+        Entry(_ids("meta-llama", *names), llama, count, sizes, paper)
+        for names, count, sizes, paper in (
+            (_LLAMA31_8B, 8_030_261_248, Sizes(4096, 32, 32, 128_256, 131_072, 14_336, 8, tied=False), _LLAMA),
+            (_LLAMA32_1B, 1_235_814_400, Sizes(2048, 16, 32, 128_256, 131_072, 8192, 8), _LLAMA32),
+            (_LLAMA32_3B, 3_212_749_824, Sizes(3072, 28, 24, 128_256, 131_072, 8192, 8), _LLAMA32),
+            (_LLAMA33_70B, 70_553_706_496, Sizes(8192, 80, 64, 128_256, 131_072, 28_672, 8, tied=False), _LLAMA),
         )
-    ),
-    Entry(
-        _ids("meta-llama", "Llama-3.3-70B-Instruct", "Llama-3.1-70B", "Llama-3.1-70B-Instruct"),
-        llama,
-        70_553_706_496,
-        Sizes(8192, 80, 64, 128_256, 131_072, 28_672, 8, tied=False),
-        _LLAMA,
     ),
     *(
         Entry(_ids("Qwen", f"Qwen2.5-{size}", f"Qwen2.5-{size}-Instruct"), qwen2, count, sizes, _QWEN25)

@@ -426,11 +426,17 @@ def weight_file_hashes(model: nn.Module) -> dict[str, str]:
 
 
 def _files_of(model: nn.Module) -> list[Path]:
+    """Return the weight files of a model from a directory, or from the Hub's cache if it has exactly one revision."""
     name = getattr(getattr(model, "config", None), "name_or_path", None)
     if not isinstance(name, str) or not name:
         return []
-    folder = Path(name) if Path(name).is_dir() else _snapshot(name)
-    return [] if folder is None else _in_folder(folder)
+    if Path(name).is_dir():
+        return _in_folder(Path(name))
+    snapshots = _hub_cache() / f"models--{name.replace('/', '--')}" / "snapshots"
+    if not _HUB_ID.fullmatch(name) or not snapshots.is_dir():
+        return []
+    found = [files for entry in snapshots.iterdir() if (files := _in_folder(entry))]
+    return found[0] if len(found) == 1 else []
 
 
 def _in_folder(folder: Path) -> list[Path]:
@@ -445,15 +451,6 @@ def _in_folder(folder: Path) -> list[Path]:
     if any(Path(name).name != name for name in names):
         return []
     return [folder / name for name in sorted(names)]
-
-
-def _snapshot(name: str) -> Path | None:
-    """Return the directory of the Hub's cache with a model's weights; None if there is not exactly one revision."""
-    if not _HUB_ID.fullmatch(name):
-        return None
-    snapshots = _hub_cache() / f"models--{name.replace('/', '--')}" / "snapshots"
-    found = [entry for entry in snapshots.iterdir() if _in_folder(entry)] if snapshots.is_dir() else []
-    return found[0] if len(found) == 1 else None
 
 
 def _hub_cache() -> Path:

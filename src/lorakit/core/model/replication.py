@@ -22,8 +22,8 @@ from lorakit.errors import ConfigError
 WRAPPERS = ("model", "bert", "transformer")
 """Names of the submodule that contains the layers, by architecture."""
 
-LISTS = (("layers",), ("encoder", "layer"), ("h",))
-"""Path of the list of layers in that submodule, as in Llama, BERT and Falcon."""
+LISTS = (("", "layers"), ("encoder", "layer"), ("", "h"))
+"""Submodule and name of the list of layers in it, as in Llama, BERT and Falcon."""
 
 PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type")
 """Config fields with one entry per layer."""
@@ -169,11 +169,9 @@ def _find(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
         if inner is None:
             break
         part = inner
-    for *around, attribute in LISTS:
-        holder: nn.Module | None = part
-        for name in around:
-            holder = holder._modules.get(name) if holder is not None else None
-        found = holder._modules.get(attribute) if holder is not None else None
+    for parent, attribute in LISTS:
+        holder = part._modules.get(parent) if parent else part
+        found = None if holder is None else holder._modules.get(attribute)
         if holder is not None and isinstance(found, nn.ModuleList):
             return holder, attribute, found
     raise ConfigError(

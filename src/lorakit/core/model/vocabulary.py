@@ -314,18 +314,16 @@ def chosen_rows(
         ConfigError: Indices are not in the table, or tied tables are named with different rows.
     """
     named = _named(index, config)
-    for path in named:
-        _check_free(path, index, sites, saved)
     groups = _groups(named, index, config)
+    for group in groups:
+        for path in (group.path, *group.tied):
+            _check_free(path, index, sites, saved)
+        _check_same_ties(group, index)
     if config.ensure_weight_tying and named and not any(group.tied for group in groups):
         warn_caller(
             "ensure_weight_tying=True but the model does not have tied weights (tie_word_embeddings=False). Weight "
             "tying will not be applied for trainable_token_indices."
         )
-    for group in groups:
-        for path in group.tied:
-            _check_free(path, index, sites, saved)
-        _check_same_ties(group, index)
     return groups
 
 
