@@ -309,8 +309,8 @@ def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False,
     sizes |= {site.path: (1, site.out_features, site.in_features) for site in shape.sites}
     sites = tuple(_site_count(match, sizes[match_path(match)], config, optimizer) for match in resolution.matches)
     saved = {path: _whole(shape, path) for path in resolution.saved}
-    biases = _biases(shape, config.bias, {site.path for site in sites}, tuple(saved))
-    rows = trained_rows(shape, config, {site.path for site in sites})
+    adapted = {site.path for site in sites}
+    biases, rows = _biases(shape, config.bias, adapted, saved), trained_rows(shape, config, adapted)
     return Count(shape.parameters, sites, saved, biases, rows, resolution.missing, resolution.notes)
 
 
@@ -368,28 +368,24 @@ def _canonical(size: tuple[int, ...], in_first: bool) -> tuple[int, int, int]:
     return (experts, second, first) if in_first and len(size) == 3 else (experts, first, second)
 
 
+def _inside(path: str, modules: Collection[str]) -> bool:
+    """Return whether a module is one of these or inside one."""
+    return any(path == module or path.startswith(module + ".") for module in modules)
+
+
 def _whole(shape: ModelShape, path: str) -> int:
     """Return the parameters of a module and everything inside; a tied weight counts, since the copy has its own."""
-    inside = path + "."
-    own = sum(
-        s.weight_parameters + s.bias_parameters for s in shape.sites if s.path == path or s.path.startswith(inside)
-    )
-    return own + sum(o.parameters for o in shape.others if o.path == path or o.path.startswith(inside))
+    own = sum(s.weight_parameters + s.bias_parameters for s in shape.sites if _inside(s.path, [path]))
+    return own + sum(o.parameters for o in shape.others if _inside(o.path, [path]))
 
 
-def _biases(shape: ModelShape, choice: str, adapted: set[str], saved: tuple[str, ...]) -> int:
+def _biases(shape: ModelShape, choice: str, adapted: Collection[str], saved: Collection[str]) -> int:
     """Return the parameters in trained biases of the base; those inside saved modules are not counted twice."""
     if choice == "none":
         return 0
-    copied = tuple(path + "." for path in saved)
-    sites = sum(
-        s.bias_parameters
-        for s in shape.sites
-        if (choice == "all" or s.path in adapted) and s.path not in saved and not s.path.startswith(copied)
-    )
-    if choice != "all":
-        return sites
-    return sites + sum(o.biases for o in shape.others if o.path not in saved and not o.path.startswith(copied))
+    trained = [s for s in shape.sites if (choice == "all" or s.path in adapted) and not _inside(s.path, saved)]
+    others = [o for o in shape.others if choice == "all" and not _inside(o.path, saved)]
+    return sum(s.bias_parameters for s in trained) + sum(o.biases for o in others)
 
 
 @dataclass(frozen=True)

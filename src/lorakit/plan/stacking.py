@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lorakit.architectures.shapes import ModelShape, block_of
 from lorakit.config import LoraConfig
@@ -34,18 +34,15 @@ def stacked(shape: ModelShape, config: LoraConfig) -> ModelShape:
         for site in shape.sites:
             if _layer(site.path, name) == source:
                 first = _moved(site.path, name, order.index(source))
-                made.append(
-                    dataclasses.replace(
-                        site, path=_moved(site.path, name, index), tied_to=first if again else site.tied_to
-                    )
-                )
+                tied_to = first if again else site.tied_to
+                made.append(replace(site, path=_moved(site.path, name, index), tied_to=tied_to))
         for other in shape.others:
             if _layer(other.path, name) == source:
-                moved = dataclasses.replace(other, path=_moved(other.path, name, index))
-                plain.append(dataclasses.replace(moved, parameters=0, biases=0) if again else moved)
+                moved = replace(other, path=_moved(other.path, name, index))
+                plain.append(replace(moved, parameters=0, biases=0) if again else moved)
     outside = [site for site in shape.sites if _layer(site.path, name) is None]
     before = next(i for i, site in enumerate(shape.sites) if _layer(site.path, name) is not None)
-    return dataclasses.replace(
+    return replace(
         shape,
         layers=len(order),
         sites=(*outside[:before], *made, *outside[before:]),

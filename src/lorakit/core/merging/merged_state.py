@@ -31,31 +31,20 @@ def merged_state_dict(model: nn.Module, *names: str) -> dict[str, Tensor]:
         MergeError: An adapter cannot be merged.
         AdapterError: There is no such adapter.
     """
-    return dict(iter_merged(model, *names))
-
-
-def iter_merged(model: nn.Module, *names: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the items of `merged_state_dict`, one at a time.
-
-    Yields:
-        Name and tensor (…).
-
-    Raises:
-        MergeError: An adapter cannot be merged.
-        AdapterError: There is no such adapter.
-    """
     index = AdapterIndex.of(model)
     chosen = names_to_merge(index, names)
     for path, part in index.components.items():
         part.check_mergeable(path, chosen)
     merged = _Merged(index, chosen)
-    quantised = {weight.packed: weight for weight in quantized_weights(index)}
-    options = MergeOptions(in_place=False, dense=float_dtype(index) if quantised else None)
+    quantized = {weight.packed: weight for weight in quantized_weights(index)}
+    options = MergeOptions(in_place=False, dense=float_dtype(index) if quantized else None)
+    found: dict[str, Tensor] = {}
     for name, tensor, module in base_tensors(index):
-        if name in quantised:
-            yield from merged.dequantized(quantised[name], options)
+        if name in quantized:
+            found |= merged.dequantized(quantized[name], options)
         else:
-            yield name, merged.tensor(name, module, tensor)
+            found[name] = merged.tensor(name, module, tensor)
+    return found
 
 
 class _Merged:

@@ -165,16 +165,6 @@ def tensors_of_base(index: AdapterIndex, cut: Mapping[int, int]) -> dict[str, Ba
     return found
 
 
-def listing(tensors: Mapping[str, BaseTensor]) -> str:
-    """Return names and shapes of the parameters, one per line, sorted by name."""
-    return "\n".join(f"{name} {tensor.shape}" for name, tensor in sorted(tensors.items()) if not tensor.is_buffer)
-
-
-def parameter_count(tensors: Mapping[str, BaseTensor]) -> int:
-    """Return the number of parameters; a tensor with several names counts once."""
-    return sum({t.key: math.prod(t.shape) for t in tensors.values() if not t.is_buffer}.values())
-
-
 NUMBERS = 64
 """Sampled values per tensor; smaller tensors are sampled completely."""
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import os
 import re
 import stat
@@ -42,8 +43,6 @@ from lorakit.core.model.base_samples import (
     first_agreement,
     first_positions,
     from_hex,
-    listing,
-    parameter_count,
     positions,
     take_first_samples,
     take_samples,
@@ -166,6 +165,7 @@ def fingerprint(
     tensors = tensors_of_base(index, cut)
     parameters = {name: tensor for name, tensor in tensors.items() if not tensor.is_buffer}
     buffers = {name: tensor for name, tensor in tensors.items() if tensor.is_buffer and tensor.is_readable(False)}
+    shapes = "\n".join(f"{name} {tensor.shape}" for name, tensor in sorted(parameters.items()))
     matrices = {name: tensor for name, tensor in parameters.items() if len(tensor.shape) >= 2}
     needed = matrices if version == FIRST else parameters
     samples: dict[str, Sample] = {}
@@ -173,8 +173,8 @@ def fingerprint(
         samples = (take_first_samples if version == FIRST else take_samples)(parameters, read)
     return Fingerprint(
         architecture=type(_innermost(model)).__name__,
-        parameters=parameter_count(tensors),
-        names_sha256=hashlib.sha256(listing(tensors).encode()).hexdigest(),
+        parameters=sum({tensor.key: math.prod(tensor.shape) for tensor in parameters.values()}.values()),
+        names_sha256=hashlib.sha256(shapes.encode()).hexdigest(),
         vocabulary=min(vocabulary_of(model), *cut.values()) if cut else vocabulary_of(model),
         dtype=_dtype(matrices or parameters, samples if read is not None else {}),
         samples=samples,
@@ -464,11 +464,11 @@ def _hashes(files: list[Path]) -> dict[str, str]:
     for file in files:
         real = Path(os.path.realpath(file))
         status = _file_status(real)
-        hashed = _kept_hash(kept.get(str(real)), status)
+        entry = kept.get(str(real), {})
         if _SHA256.fullmatch(real.name) and real.parent.name == "blobs":  # the Hub's cache names blobs by their SHA-256
             known[file.name] = real.name
-        elif hashed is not None:
-            known[file.name] = hashed
+        elif entry and entry == {**status, "sha256": entry["sha256"]}:
+            known[file.name] = entry["sha256"]
         else:
             unknown[file.name] = real, status
     if sum(status["size"] for _, status in unknown.values()) > MOST_BYTES:
@@ -483,14 +483,6 @@ def _hashes(files: list[Path]) -> dict[str, str]:
         older = {path: entry for path, entry in kept.items() if path not in fresh}
         _keep({**older, **fresh})
     return dict(sorted(known.items()))
-
-
-def _kept_hash(entry: JsonValue, status: dict[str, int]) -> str | None:
-    """Return the hash in an entry of the cache; None if it is not valid, or the file has changed."""
-    if not isinstance(entry, dict) or status != {key: entry.get(key) for key in status}:
-        return None
-    sha256 = str(entry.get("sha256"))
-    return sha256 if _SHA256.fullmatch(sha256) else None
 
 
 def _file_status(file: Path) -> dict[str, int]:
@@ -512,7 +504,12 @@ def _read_kept() -> JsonObject:
         return {}
     known = isinstance(content, dict) and content.get("format") == FORMAT
     files = content.get("files") if known else None
-    return files if isinstance(files, dict) else {}
+    entries = files.items() if isinstance(files, dict) else ()
+    return {
+        path: entry
+        for path, entry in entries
+        if isinstance(entry, dict) and _SHA256.fullmatch(str(entry.get("sha256")))
+    }
 
 
 def _keep(kept: JsonObject) -> None:

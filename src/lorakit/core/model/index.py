@@ -128,7 +128,15 @@ class AdapterIndex:
         if children:
             self._children[id(module)] = children
             if isinstance(module, AdapterModule):
-                self.state = _same_state(self.model, self.state, module.state, next(iter(self.components), path), path)
+                if self.state is not None and self.state is not module.state:
+                    raise AdapterError(
+                        f"{next(iter(self.components)) or 'The model'} and {path} were adapted separately: by calls on "
+                        f"parts of this {type(self.model).__name__}, or one is a copy of a layer that had adapters. "
+                        "They have no common state. Call this on each part; or detach them, and attach or load "
+                        "adapters on the whole model.",
+                        where=path,
+                    )
+                self.state = module.state
                 self.components[path] = module
         if module._forward_hooks:
             patches = BiasPatch.on(module)
@@ -430,19 +438,6 @@ def inner_base(owner: nn.Module, child: str) -> nn.Module:
     """Return a child of a module of the base, without a layer around it."""
     inside = owner.get_submodule(child)
     return inside.owner if isinstance(inside, LoraLayer) else inside
-
-
-def _same_state(
-    model: nn.Module, known: AdapterState | None, other: AdapterState, first: str, path: str
-) -> AdapterState:
-    if known is not None and known is not other:
-        raise AdapterError(
-            f"{first or 'The model'} and {path} were adapted separately: by calls on parts of this "
-            f"{type(model).__name__}, or one is a copy of a layer that had adapters. They have no common state. Call "
-            "this on each part; or detach them, and attach or load adapters on the whole model.",
-            where=path,
-        )
-    return other
 
 
 def _goes_around(layer: LoraLayer, place: TargetWeight) -> bool:
