@@ -8,8 +8,10 @@ on the meta device. This module knows nothing about torch, files, adapters, cost
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+from lorakit.errors import ConfigError
 
 ALL_DROPOUTS = {"embedding": 0.1, "residual": 0.1, "attention": 0.1}
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -398,3 +400,79 @@ def _shape(
         containers=tuple(sorted(parents)),
         **asdict(sizes),
     )
+
+
+LISTS = ("layers", "layer", "h")
+"""Names of the lists of layers that `replicated` supports, as in Llama, BERT and Falcon."""
+
+
+def replicated(shape: ModelShape, ranges: Sequence[tuple[int, int]] | None) -> ModelShape:
+    """Return a shape with replicated layers (`layer_replication`): more sites, no additional weights.
+
+    Args:
+        shape: The model.
+        ranges: The resulting layers, as ranges of the original ones, ends excluded; without any, the shape itself.
+
+    Returns:
+        The shape with the resulting layers; repeated layers share their weights.
+
+    Raises:
+        ConfigError: The shape has no list of layers, or a range is out of bounds.
+    """
+    if not ranges:
+        return shape
+    name, order = _list_and_order(shape, ranges)
+    made, plain = [], []
+    for index, source in enumerate(order):
+        again = source in order[:index]
+        for site in shape.sites:
+            if _layer(site.path, name) == source:
+                first = _moved(site.path, name, order.index(source))
+                tied_to = first if again else site.tied_to
+                made.append(replace(site, path=_moved(site.path, name, index), tied_to=tied_to))
+        for other in shape.others:
+            if _layer(other.path, name) == source:
+                moved = replace(other, path=_moved(other.path, name, index))
+                plain.append(replace(moved, parameters=0, biases=0) if again else moved)
+    outside = [site for site in shape.sites if _layer(site.path, name) is None]
+    before = next(i for i, site in enumerate(shape.sites) if _layer(site.path, name) is not None)
+    return replace(
+        shape,
+        layers=len(order),
+        sites=(*outside[:before], *made, *outside[before:]),
+        others=(*plain, *(other for other in shape.others if _layer(other.path, name) is None)),
+    )
+
+
+def _list_and_order(shape: ModelShape, ranges: Sequence[tuple[int, int]]) -> tuple[str, list[int]]:
+    """Return the path of the list of layers, and the original index of each resulting layer."""
+    lists: dict[str, set[int]] = {}
+    for block in shape.blocks:
+        path, _, number = block.rpartition(".")
+        lists.setdefault(path, set()).add(int(number))
+    name = next((path for path in lists if path.rpartition(".")[2] in LISTS), None)
+    if name is None:
+        text = f"layer_replication: {shape.name} has no list of layers as in Llama, Bert or Falcon."
+        raise ConfigError(text, what=shape.name, field="layer_replication")
+    count = len(lists[name])
+    order: list[int] = []
+    for start, end in ranges:
+        if not 0 <= start < end <= count:
+            raise ConfigError(
+                f"layer_replication: ({start}, {end}) is out of bounds; {shape.name} has layers 0 to {count - 1}.",
+                what=(start, end),
+                field="layer_replication",
+            )
+        order += range(start, end)
+    return name, order
+
+
+def _layer(path: str, name: str) -> int | None:
+    """Return the index of the layer that a module belongs to, or None."""
+    block = block_of(path)
+    return int(block.rpartition(".")[2]) if block is not None and block.rpartition(".")[0] == name else None
+
+
+def _moved(path: str, name: str, index: int) -> str:
+    rest = path.removeprefix(name + ".").partition(".")[2]
+    return f"{name}.{index}.{rest}" if rest else f"{name}.{index}"

@@ -11,14 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lorakit.architectures.shapes import ModelShape
+from lorakit.architectures.shapes import ModelShape, replicated
 from lorakit.config import LoraConfig
 from lorakit.plan import activations, flops, memory, params
 from lorakit.plan.flops import Flops
 from lorakit.plan.job import DTYPE_BYTES, MASTER_BYTES, Job, Speed
 from lorakit.plan.memory import Memory
 from lorakit.plan.params import Count, Group, RankTable, rank_table
-from lorakit.plan.stacking import stacked
 from lorakit.tables import format_percent
 from lorakit.targets import SEVERAL_MODULES
 
@@ -188,7 +187,8 @@ def estimate(
     """
     job = job or Job()
     job = job if activations.packs(shape) else dataclasses.replace(job, mean_tokens=None)  # padding is then computed
-    shape, config = stacked(shape, config), dataclasses.replace(config, layer_replication=None)
+    shape = replicated(shape, config.layer_replication)
+    config = dataclasses.replace(config, layer_replication=None)
     counted = params.count(shape, config, allow_partial=allow_partial, optimizer=job.optimizer)
     on_disk = sizes(shape, counted)
     saved = [file.size_bytes for file in on_disk]

@@ -11,10 +11,9 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from lorakit.architectures.shapes import ModelShape, SiteShape, role, short_roles
+from lorakit.architectures.shapes import ModelShape, SiteShape, replicated, role, short_roles
 from lorakit.config import LoraConfig, scale
 from lorakit.errors import TargetError, UsageError
-from lorakit.plan.stacking import stacked
 from lorakit.targets import BareParameter, Candidate, Match, Note, Unmatched, match_path, names_path, resolve
 from lorakit.targets.layer_types import EMBEDDING, LINEAR, PARAMETER
 
@@ -41,7 +40,9 @@ def trained_rows(shape: ModelShape, config: LoraConfig, adapted: Collection[str]
         if site.path in adapted or weight in adapted:
             raise TargetError(
                 f"trainable_token_indices cannot be applied to {site.path}, which has LoRA factors; remove it "
-                "from target_modules."
+                "from target_modules.",
+                where=site.path,
+                field="trainable_token_indices",
             )
         if leaders.get(weight) != indices:
             leaders.setdefault(weight, indices)
@@ -85,18 +86,19 @@ def _named(
 ) -> list[tuple[SiteShape, Sequence[int]]]:
     if asked is None:
         return []
+    field = "trainable_token_indices"
     tables = [site for site in shape.sites if site.kind in (EMBEDDING, LINEAR)]
     if not isinstance(asked, Mapping):
         inputs = [site for site in tables if site.kind == EMBEDDING]
         of_tokens = [site for site in inputs if site.in_features == shape.vocab] or inputs
         if not of_tokens:
-            raise TargetError("trainable_token_indices: this model has no embedding.")
+            raise TargetError(f"{field}: this model has no embedding.", field=field)
         return [(of_tokens[0], asked)]
     pairs = []
     for name, indices in asked.items():
         sites = [site for site in tables if names_path(name, site.path)]
         if not sites:
-            raise TargetError(f"trainable_token_indices: the model has no embedding or head named {name!r}.")
+            raise TargetError(f"{field}: the model has no embedding or head named {name!r}.", what=name, field=field)
         pairs += [(site, indices) for site in sites]
     return pairs
 
@@ -302,7 +304,7 @@ def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False,
         TargetError: A target matches nothing, or a module that does not support LoRA.
         ConfigError: A pattern is invalid, or there are no targets.
     """
-    shape = stacked(shape, config)
+    shape = replicated(shape, config.layer_replication)
     bare, in_first = _bare_parameters(shape), {other.path for other in shape.others if other.in_first}
     resolution = resolve(candidates(shape), config, allow_partial=allow_partial, parameters=bare)
     sizes = {parameter.path: _canonical(parameter.shape, parameter.module in in_first) for parameter in bare}
@@ -443,10 +445,10 @@ def rank_table(shape: ModelShape, config: LoraConfig, ranks: Sequence[int], opti
         TargetError: As for `count`.
     """
     if not ranks or any(rank < 1 for rank in ranks):
-        raise UsageError(f"ranks must be one or more integers of at least 1, such as 4,8,16,32; got {list(ranks)}.")
-    columns = [
-        count(shape, dataclasses.replace(config, r=rank, rank_pattern={}), optimizer=optimizer) for rank in ranks
-    ]
+        text = f"ranks must be one or more integers of at least 1, such as 4,8,16,32; got {list(ranks)}."
+        raise UsageError(text, what=list(ranks), field="ranks")
+    configs = [dataclasses.replace(config, r=rank, rank_pattern={}) for rank in ranks]
+    columns = [count(shape, each, optimizer=optimizer) for each in configs]
     labels = short_roles(site.path for site in columns[0].sites)
     rows: dict[tuple[str, int, int, int, int], list[int]] = {}
     for index, site in enumerate(columns[0].sites):

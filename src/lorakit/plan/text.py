@@ -124,10 +124,8 @@ def _sites(plan: Plan) -> str:
          f"{g.each:,}", f"{g.trainable:,}"]
         for g in groups
     ]  # fmt: skip
-    for path, count in plan.counted.saved.items():
-        rows.append([path, "saved module", "", "1", "", "", f"{count:,}", f"{count:,}"])
-    for path, count in plan.counted.rows.items():
-        rows.append([path, "token rows", "", "1", "", "", f"{count:,}", f"{count:,}"])
+    for kind, counts in (("saved module", plan.counted.saved), ("token rows", plan.counted.rows)):
+        rows += [[path, kind, "", "1", "", "", f"{count:,}", f"{count:,}"] for path, count in counts.items()]
     if plan.counted.biases:
         rows.append(["biases of the base", "", "", "", "", "", "", f"{plan.counted.biases:,}"])
     rows.append(["total", "", "", f"{len(plan.counted.sites):,}", "", "", "", f"{plan.counted.trainable:,}"])

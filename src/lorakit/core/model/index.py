@@ -459,14 +459,10 @@ def _candidate(path: str, base: nn.Module, kind: Kind | None, head: nn.Module | 
 def _can_be_read(module: nn.Module, kind: Kind) -> bool:
     """Return whether the weights of a module are floats, or stored in a way that WEIGHT_FORMATS knows."""
     weight = module._parameters.get("weight")
-    floats = weight is not None and torch.is_floating_point(weight) and weight.ndim > 1
-    return (
-        floats
-        or kind.acts_on == "weight"
-        or kind not in KINDS
-        or is_computed(module)
-        or weight_format_of(module).quantized
-    )
+    if weight is not None and torch.is_floating_point(weight) and weight.ndim > 1:
+        return True
+    is_custom = kind.acts_on == "weight" or kind not in KINDS
+    return is_custom or is_computed(module) or weight_format_of(module).quantized
 
 
 def embedding_of(model: nn.Module, which: Literal["input", "output"] = "input") -> nn.Module | None:

@@ -16,7 +16,6 @@ from torch import nn
 
 from lorakit.config import LoraConfig
 from lorakit.core.model.index import AdapterIndex, ModelConfig, find_state
-from lorakit.core.routing.state import AdapterState
 from lorakit.errors import ConfigError
 
 WRAPPERS = ("model", "bert", "transformer")
@@ -126,16 +125,14 @@ def stacked_for(index: AdapterIndex, config: LoraConfig) -> Iterator[AdapterInde
         yield index
         return
     replication = _built(model, ranges)
-    replication.put()
-    done: AdapterState | None = None
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(replication.undo)
+        replication.put()
         yield index.again()
-        done = find_state(model)
-    finally:
-        if done is None:
-            replication.undo()
-        else:
-            done.replication = replication
+        state = find_state(model)
+        if state is not None:
+            state.replication = replication
+            undo.pop_all()
 
 
 def _built(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> Replication:
