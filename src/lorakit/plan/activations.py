@@ -361,21 +361,16 @@ def _distinct_inputs(
     fused = not shape.dropouts.get("attention")
     found: dict[tuple[str, str], SiteCount | SiteShape] = {}
     for site in sites:
-        if fused and _module(site.path).endswith(ATTENTION_OUTPUTS):
+        if fused and site.path.removesuffix(".weight").endswith(ATTENTION_OUTPUTS):
             continue
         found.setdefault(_input_of(site.path), site)
     return list(found.values())
 
 
 def _input_of(path: str) -> tuple[str, str]:
-    """Return a key for an input tensor: the parent, and the first of the sites that share it."""
-    parent, _, name = _module(path).rpartition(".")
+    """Return a key for a site's input: its parent, and the first of the sites that share it; bare weights included."""
+    parent, _, name = path.removesuffix(".weight").rpartition(".")
     return parent, next((group[0] for group in SHARED_INPUTS if name in group), name)
-
-
-def _module(path: str) -> str:
-    """Return the module of a site that may be its weight, named as a bare parameter."""
-    return path.removesuffix(".weight")
 
 
 def _transient(shape: ModelShape, job: Job) -> int:

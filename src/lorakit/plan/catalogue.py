@@ -34,12 +34,6 @@ class Entry:
     paper: str
     dtype: str = "bfloat16"
 
-    @property
-    def source(self) -> str:
-        """Return the source of the sizes in one line."""
-        hub_id = next((n for n in self.names if "/" in n), self.names[0])
-        return f"config.json of {hub_id}; {self.paper}"
-
 
 _GPT2 = "Radford et al. 2019, Language Models are Unsupervised Multitask Learners, table 2"
 _BERT = "Devlin et al. 2019, arXiv:1810.04805, section 3"
@@ -150,10 +144,11 @@ def published(name: str) -> ModelShape | None:
 
 @cache
 def _built(entry: Entry) -> ModelShape:
+    hub_id = next((name for name in entry.names if "/" in name), entry.names[0])
     return replace(
         entry.family(entry.sizes),
         name=entry.names[0],
-        source=entry.source,
+        source=f"config.json of {hub_id}; {entry.paper}",
         parameters=entry.parameters,
         dtype=entry.dtype,
         published=True,

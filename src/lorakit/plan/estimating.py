@@ -93,6 +93,8 @@ class Method:
 
 
 _MODEL_FIELDS = ("name", "source", "architecture", "parameters", "layers", "hidden", "vocab", "positions", "tied")
+_COUNT_FIELDS = ("trainable", "base", "share", "factors", "magnitudes")
+_JOB_FIELDS = ("gradient_checkpointing", "batch_tokens", "step_tokens")
 _METHOD_FIELDS = ("tokens_per_second", "step_seconds", "run_seconds", "saved_bytes", "resumable_bytes")
 
 
@@ -132,11 +134,7 @@ class Plan:
         return {
             "model": {name: getattr(shape, name) for name in _MODEL_FIELDS},
             "adapter": {
-                "trainable": counted.trainable,
-                "base": counted.base,
-                "share": counted.share,
-                "factors": counted.factors,
-                "magnitudes": counted.magnitudes,
+                **{name: getattr(counted, name) for name in _COUNT_FIELDS},
                 "modules_to_save": dict(counted.saved),
                 "biases": counted.biases,
                 "token_rows": dict(counted.rows),
@@ -145,9 +143,7 @@ class Plan:
             },
             "job": {
                 **asdict(self.job),
-                "gradient_checkpointing": self.job.gradient_checkpointing,
-                "batch_tokens": self.job.batch_tokens,
-                "step_tokens": self.job.step_tokens,
+                **{name: getattr(self.job, name) for name in _JOB_FIELDS},
                 "run_tokens": None if self.job.steps is None else self.job.steps * self.job.step_tokens,
             },
             "speed": None if self.speed is None else asdict(self.speed),
@@ -292,22 +288,20 @@ def reasons(counted: Count, config: LoraConfig) -> list[str]:
     by_entry: dict[str, list[Group]] = {}
     for group in counted.groups():
         by_entry.setdefault(group.entry, []).append(group)
-    sentences = [_entry(entry, groups) for entry, groups in sorted(by_entry.items())]
-    sentences.append(_sum(counted))
-    sentences.append(_idle(config))
-    sentences += config.notes_on_own_numbers(counted.own_numbers)
+    messages = [_entry(entry, groups) for entry, groups in sorted(by_entry.items())]
+    messages += [_sum(counted), _idle(config), *config.notes_on_own_numbers(counted.own_numbers)]
     if counted.frozen:
-        sentences.append(f"LoRA-FA freezes one factor of each site: {counted.frozen:,} parameters, not included.")
+        messages.append(f"LoRA-FA freezes one factor of each site: {counted.frozen:,} parameters, not included.")
     for path, count in counted.saved.items():
-        sentences.append(f"{path} is a saved module with {count:,} parameters.")
+        messages.append(f"{path} is a saved module with {count:,} parameters.")
     for path, count in counted.rows.items():
-        sentences.append(f"{path} has trainable token rows with {count:,} parameters.")
+        messages.append(f"{path} has trainable token rows with {count:,} parameters.")
     if config.bias != "none":
-        sentences.append(f"bias={config.bias!r} trains {counted.biases:,} biases of the base.")
+        messages.append(f"bias={config.bias!r} trains {counted.biases:,} biases of the base.")
     # `_entry` already reports which modules a name matches, with counts
-    sentences += [note.text for note in counted.notes if note.kind != SEVERAL_MODULES]
-    sentences += [unmatched.text for unmatched in counted.missing]
-    return sentences
+    messages += [note.text for note in counted.notes if note.kind != SEVERAL_MODULES]
+    messages += [unmatched.text for unmatched in counted.missing]
+    return messages
 
 
 def _entry(entry: str, groups: list[Group]) -> str:

@@ -384,16 +384,9 @@ def _children_of(module: nn.Module) -> Children:
     return [(name, child) for name, child in children.items() if child is not None]
 
 
-def walk(model: nn.Module | AdapterIndex) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module once, as `named_modules` in name and order, without the holders of factors.
-
-    Args:
-        model: Any module, or its index.
-    """
-    if isinstance(model, AdapterIndex):
-        yield from model.everything.items()
-    else:
-        yield from ((path, module) for path, module, _, is_new, _ in _visits(model) if is_new)
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every module once, with the names and order of `named_modules`, without the holders of factors."""
+    yield from ((path, module) for path, module, _, is_new, _ in _visits(model) if is_new)
 
 
 def find_state(model: nn.Module) -> AdapterState | None:
@@ -475,7 +468,7 @@ def embedding_of(model: nn.Module, which: Literal["input", "output"] = "input") 
     return found if isinstance(found, nn.Module) else None
 
 
-def layers(model: nn.Module | AdapterIndex) -> list[tuple[str, LoraLayer]]:
+def layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     """Return every adapted layer with its path."""
     return [(path, module) for path, module in walk(model) if isinstance(module, LoraLayer)]
 
