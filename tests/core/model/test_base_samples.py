@@ -1,4 +1,4 @@
-"""Which values of a base's tensors are sampled, and how they are read."""
+"""Sampled positions of a base's tensors, and how their values are read."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Rounding explains a difference, or it does not."""
+"""Differences of two samples that rounding explains, and differences that it does not."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The base's fingerprint: it ignores adapters, merges and trained biases, and sees any other change of a tensor."""
+"""The base's fingerprint: it ignores adapters, merges and trained biases, and detects other changes of a tensor."""
 
 import copy
 import dataclasses
@@ -246,7 +246,7 @@ OLD = {
         "3.weight": "bf45bd3dbe9ebf123e1ebdddbebdbf213dbdbe2dbeddbf313cfcbe6cbefcbf41",
     },
 }
-"""What lorakit wrote of `old_model` before fingerprints had a version."""
+"""The fingerprint of `old_model` in format 1, written before fingerprints had a version."""
 
 
 def old_model() -> nn.Module:

@@ -1,4 +1,4 @@
-"""`layer_replication`: layers stacked anew over shared weights, adapters of their own, and the base as it was afterwards."""
+"""`layer_replication`: repeated layers with shared weights and separate adapters; detaching restores the base."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def test_a_deep_copy_has_its_own_list_to_go_back_to() -> None:
 
 
 def test_a_model_that_is_cast_meanwhile_goes_back_cast() -> None:
-    model = adapted("a", layer_replication=[(0, 1), (0, 1)])  # layers 1 and 2 stand nowhere
+    model = adapted("a", layer_replication=[(0, 1), (0, 1)])  # layers 1 and 2 are left out
     model.to(torch.bfloat16)
     core.detach(model)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

@@ -1,4 +1,4 @@
-"""`ensure_weight_tying`: copies, factors and rows of tied modules stay one, in the model, on disk and after a merge."""
+"""`ensure_weight_tying`: saved copies, factors and rows of tied modules stay tied in the model, on disk and after a merge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""New tokens: an adapter that was trained after the vocabulary grew is small, and loads onto a base that has not grown."""
+"""New tokens: an adapter trained on resized embeddings is small, and loads onto the original base."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def grown(specimen: Specimen, rows: int = 52, seed: int = 3) -> nn.Module:
 
 
 def trained(specimen: Specimen, folder: Path, **fields: Any) -> Tensor:
-    """What an adapter of a grown model answers, which is saved."""
+    """Save an adapter of a resized model and return its output."""
     model = grown(specimen)
     attach(model, specimen.config(**fields))
     randomise(model, "default", 4, size=0.3)

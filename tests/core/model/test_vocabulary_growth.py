@@ -1,4 +1,4 @@
-"""Tables that grow for new tokens, and configs that train the new rows of all of them."""
+"""Embeddings resized for new tokens, and configs that train all new rows."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_an_adapter_of_the_base_before_it_grew(tmp_path: Any) -> None:
 def test_an_adapter_with_new_tokens_on_a_base_that_grew_further(tmp_path: Any) -> None:
     model: Any = TIED.model()
     grow_vocabulary(model, 52)
-    model.get_input_embeddings().weight.data[50:] = 7.0  # rows that the adapter brings are no matter
+    model.get_input_embeddings().weight.data[50:] = 7.0  # rows that the adapter brings are not compared
     attach(model, with_trained_rows(TIED.config(init_lora_weights=False), model, [*range(40), 50, 51]))
     save_adapter(model, tmp_path)
     wanted = run(model, GIVEN)

@@ -1,4 +1,4 @@
-"""Inputs and gradients of sites, against what autograd and a plain loop give; the model is left as it was."""
+"""Inputs and gradients of sites, compared with autograd and a plain loop; the model does not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was made of the data: into a file and back, refused where it is damaged or of something else; who is refused."""
+"""Statistics in a file: saved and loaded, and rejected if damaged or collected for another base or init."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_what_is_no_whole_file_of_statistics_is_refused(tmp_path: Path) -> None:
     found = collected("eva")
     found.save(path)
     whole = path.read_bytes()
-    tensors, words = load(whole), header(whole)  # in memory: the file is written anew
+    tensors, words = load(whole), header(whole)  # in memory, because the file is rewritten
 
     def refused(text: str, content: bytes | None = None) -> None:
         if content is not None:

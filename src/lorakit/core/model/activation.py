@@ -1,4 +1,4 @@
-"""Which adapters act on a model, which of them are trained, and where an aLoRA adapter starts in a prompt.
+"""Select the adapters that act on a model or are trained, and the position where an aLoRA adapter starts.
 
 `set_trained` is the only function that switches `requires_grad` of a whole adapter; parameters that an init freezes
 (MiCA's B) stay frozen.

@@ -50,7 +50,7 @@ class TargetWeight:
         path: Path of its layer, also its name on disk.
         outer: Path of the module in the plain base.
         kind: The kind of the site.
-        slot: The weight.
+        slot: The weight's spec: shape, parameter and layout.
         child: Name of the child of that module that holds the weight; "" for the module itself.
     """
 
@@ -201,7 +201,7 @@ class AdapterIndex:
 
     @property
     def is_tied(self) -> bool:
-        """Whether modules that share a weight are tied: unless the model's config says that its embeddings are not."""
+        """True unless the model's config says that modules with a shared weight are not tied."""
         return getattr(getattr(self.model, "config", None), "tie_word_embeddings", True) is not False
 
     @cached_property

@@ -104,28 +104,28 @@ def tied_groups(index: AdapterIndex, paths: Collection[str]) -> dict[str, list[s
     return groups
 
 
-def tie_copies(copies: Mapping[str, nn.Module], leaders: Mapping[str, str]) -> None:
+def tie_copies(copies: Mapping[str, nn.Module], embeddings: Mapping[str, str]) -> None:
     """Make saved copies of tied modules share one weight.
 
     Args:
         copies: Path -> an adapter's copy, not yet in the model.
-        leaders: Path of a tied module -> path of its embedding.
+        embeddings: Path of a tied module -> path of its embedding.
     """
-    for path, leader in leaders.items():
-        if path in copies and leader in copies:
-            copies[path]._parameters["weight"] = copies[leader]._parameters["weight"]
+    for path, embedding in embeddings.items():
+        if path in copies and embedding in copies:
+            copies[path]._parameters["weight"] = copies[embedding]._parameters["weight"]
 
 
-def tie_factors(index: AdapterIndex, name: str, leaders: Mapping[str, str]) -> None:
+def tie_factors(index: AdapterIndex, name: str, embeddings: Mapping[str, str]) -> None:
     """Replace the factors of tied modules by those of their embeddings; all layers are in the model.
 
     Args:
         index: The model's index.
         name: The adapter.
-        leaders: Path of a tied module -> path of its embedding.
+        embeddings: Path of a tied module -> path of its embedding.
     """
-    for path, leader in leaders.items():
-        layer, leading = index.modules[path], index.modules[leader]
+    for path, embedding in embeddings.items():
+        layer, leading = index.modules[path], index.modules[embedding]
         if not (isinstance(layer, LoraLayer) and isinstance(leading, LoraLayer) and name in layer.r.keys() & leading.r):
             continue
         if layer.kind.names == leading.kind.names:

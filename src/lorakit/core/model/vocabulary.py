@@ -1,4 +1,4 @@
-"""Embeddings with one row per token: resize them, and train single rows of them (`trainable_token_indices`).
+"""Resize the embeddings of a model, and select single rows to train (`trainable_token_indices`).
 
 An adapter that brings every new row (as trainable token rows, or as a saved copy of the whole embedding) needs none of
 them from the base. The loader then appends rows for the adapter to fill, and compares the base without them. This
@@ -77,7 +77,7 @@ def check_growth(model: nn.Module, rows: int) -> list[nn.Module]:
 
 
 def with_trained_rows(config: LoraConfig, model: nn.Module, rows: Sequence[int]) -> LoraConfig:
-    """Return a copy of a config that trains some rows of the embedding, and of the head if it is not tied.
+    """Return a copy of a config that trains some token embeddings, and their rows in the head if it is not tied.
 
     Args:
         config: The config.
@@ -96,7 +96,7 @@ def with_trained_rows(config: LoraConfig, model: nn.Module, rows: Sequence[int])
 
 
 def initialize_rows(model: nn.Module, name: str, pieces: Mapping[int, Sequence[int]]) -> None:
-    """Set trainable token rows to the mean of the rows of the tokens that their text had before. [docs/math.md (93)]
+    """Set new token embeddings to the mean of those of the tokens that their text had before. [docs/math.md (93)]
 
     Args:
         model: An adapted model; the base does not change.
@@ -123,7 +123,7 @@ def _named_embedding(index: AdapterIndex) -> str:
 
 
 def token_tables(index: AdapterIndex, path: str | None) -> list[str]:
-    """Return the paths of the tables with one row per token: the input embedding, tied modules, and the head.
+    """Return the paths of the input embedding, of the modules tied to it, and of the head.
 
     Args:
         index: The model's index.
