@@ -8,13 +8,14 @@ from lorakit.architectures.shapes import Sizes, llama, qwen2, qwen3
 def test_head_dim_and_kv_heads_default_to_the_heads() -> None:
     shape = llama(Sizes(64, 1, 4, 100, 32, 128))
     assert (shape.head_dim, shape.kv_heads) == (16, 4)
-    assert shape.site("model.layers.0.self_attn.k_proj").out_features == 64
+    assert {s.path: s.out_features for s in shape.sites}["model.layers.0.self_attn.k_proj"] == 64
 
 
 def test_a_head_dim_of_its_own() -> None:
     shape = qwen3(Sizes(64, 1, 4, 100, 32, 128, 2, 32))
-    assert shape.site("model.layers.0.self_attn.q_proj").out_features == 128
-    assert shape.site("model.layers.0.self_attn.o_proj").in_features == 128
+    sites = {site.path: site for site in shape.sites}
+    assert sites["model.layers.0.self_attn.q_proj"].out_features == 128
+    assert sites["model.layers.0.self_attn.o_proj"].in_features == 128
     assert next(o.path for o in shape.others) == "model.layers.0.self_attn.q_norm"
 
 

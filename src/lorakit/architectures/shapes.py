@@ -161,20 +161,6 @@ class ModelShape:
         """Return the paths of the blocks, such as "model.layers.0", in order, including encoder and decoder."""
         return tuple(dict.fromkeys(block for site in self.sites if (block := block_of(site.path)) is not None))
 
-    def site(self, path: str) -> SiteShape:
-        """Return the site at a path.
-
-        Args:
-            path: Dotted path of the module.
-
-        Returns:
-            The site.
-
-        Raises:
-            KeyError: No Linear, Conv1D or Embedding has this path.
-        """
-        return {site.path: site for site in self.sites}[path]
-
 
 def role(path: str) -> str:
     """Return the path of a site without layer numbers, such as "transformer.h.*.attn.c_attn".

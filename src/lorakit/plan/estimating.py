@@ -289,7 +289,9 @@ def reasons(counted: Count, config: LoraConfig) -> list[str]:
     for group in counted.groups():
         by_entry.setdefault(group.entry, []).append(group)
     messages = [_entry(entry, groups) for entry, groups in sorted(by_entry.items())]
-    messages += [_sum(counted), _idle(config), *config.notes_on_own_numbers(counted.own_numbers)]
+    dropout = "Dropout has no parameters" if config.lora_dropout else "Dropout, if set, has no parameters"
+    idle = dropout + (', and bias "none" adds none.' if config.bias == "none" else ".")
+    messages += [_sum(counted), idle, *config.notes_on_own_numbers(counted.own_numbers)]
     if counted.frozen:
         messages.append(f"LoRA-FA freezes one factor of each site: {counted.frozen:,} parameters, not included.")
     for path, count in counted.saved.items():
@@ -339,8 +341,3 @@ def _sum(counted: Count) -> str:
     if counted.own_numbers:
         each += " + out" if counted.magnitudes else ", plus or minus what its variant changes"
     return f"{' + '.join(terms)} = {total:,}; each site trains r × {each}."
-
-
-def _idle(config: LoraConfig) -> str:
-    parts = "Dropout has no parameters" if config.lora_dropout else "Dropout, if set, has no parameters"
-    return parts + (', and bias "none" adds none.' if config.bias == "none" else ".")

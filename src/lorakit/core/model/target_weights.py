@@ -32,7 +32,7 @@ class Site:
         kind: Name of the kind.
         out_features: Rows of the canonical weight.
         in_features: Columns of the canonical weight.
-        layer: The layer that is there.
+        layer: Its layer.
     """
 
     path: str
@@ -99,14 +99,13 @@ def places_of(index: AdapterIndex, matches: Sequence[Match]) -> list[tuple[Match
         TargetError: A module and its parameter are both named, by one adapter or by two.
     """
     found = []
-    for match in matches:
-        if not match.parameter:
-            found += [(match, place) for place in index.places(match.path, index.kind(match.kind))]
-    whole = {place.outer: match for match, place in found}
     by_module: dict[str, list[Match]] = {}
     for match in matches:
         if match.parameter:
             by_module.setdefault(match.path, []).append(match)
+        else:
+            found += [(match, place) for place in index.places(match.path, index.kind(match.kind))]
+    whole = {place.outer for _, place in found}
     for path, named in by_module.items():
         if path in whole:
             raise _overlap_error(path, named[0].parameter, type(index.base(path)).__name__)

@@ -186,15 +186,15 @@ def appended_rows(index: AdapterIndex, config: LoraConfig, known: Fingerprint | 
     path = input_embedding(index)
     asked = [row for rows in _rows_by_table(config, path).values() for row in rows]
     wanted = known.vocabulary if known is not None else 1 + max(asked, default=-1)
+    if not 0 < present < wanted or not _brings_all(index, config, path, range(present, wanted)):
+        yield []
+        return
     with contextlib.ExitStack() as undo:
-        messages = []
-        if 0 < present < wanted and _brings_all(index, config, path, range(present, wanted)):
-            _append_rows(index.model, [table_at(index, table) for table in token_tables(index, path)], wanted, undo)
-            messages = [
-                f"The base has {present:,} tokens and the adapter was trained with {wanted:,}: {wanted - present:,} "
-                "rows were appended, which the adapter fills."
-            ]
-        yield messages
+        _append_rows(index.model, [table_at(index, table) for table in token_tables(index, path)], wanted, undo)
+        yield [
+            f"The base has {present:,} tokens and the adapter was trained with {wanted:,}: {wanted - present:,} rows "
+            "were appended, which the adapter fills."
+        ]
         undo.pop_all()
 
 
