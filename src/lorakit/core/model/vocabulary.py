@@ -404,7 +404,7 @@ def _checked(index: AdapterIndex, path: str, indices: Sequence[int]) -> tuple[in
     outside = next((i for i in numbers if not 0 <= i < weight.shape[0]), None)
     if outside is not None:
         raise ConfigError(
-            f"trainable_token_indices of {path} contains {outside}, and the table has rows 0 to "
+            f"trainable_token_indices of {path} holds {outside}, and the table has rows 0 to "
             f"{weight.shape[0] - 1:,}. For tokens that were added, call model.resize_token_embeddings first.",
             what=outside,
             where=path,
