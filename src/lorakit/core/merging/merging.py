@@ -310,7 +310,7 @@ def untied_copies(index: AdapterIndex, names: Collection[str]) -> list[tuple[str
     by_original = {id(saved.original_module): saved for saved in copies.values()}
     for path, saved in copies.items():
         for name in [name for name in names if name in saved.modules_to_save]:
-            copy = saved.modules_to_save[name]._parameters["weight"]
+            copy = saved.modules_to_save[name]._parameters.get("weight")
             for other, module in index.holders.get(identity(saved.original_module._parameters.get("weight")), ()):
                 twin = by_original.get(id(module))
                 copied = twin.modules_to_save[name] if twin is not None and name in twin.modules_to_save else None
