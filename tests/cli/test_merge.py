@@ -148,13 +148,13 @@ def test_an_adapter_is_not_applied_twice(
     (renamed / "lorakit.json").unlink()  # as PEFT would leave it: no fingerprint that could tell
     capsys.readouterr()
     said = error(capsys, 1, "--model", tmp_path / "out", "--adapter", renamed, "--output-dir", tmp_path / "again")
-    assert f"this adapter was merged into the model already (as {one}), and would act twice" in said
+    assert f"this adapter was merged into the model already (as {one}), and would be applied twice" in said
     assert "give --allow-base-mismatch." in said
-    with pytest.raises(BaseMismatchError, match="and would act twice"):
+    with pytest.raises(BaseMismatchError, match="and would be applied twice"):
         core.load_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), renamed)
     (two / "lorakit.json").unlink()
     merged("--model", tmp_path / "out", "--adapter", two, "--output-dir", tmp_path / "both")
-    with pytest.raises(BaseMismatchError, match="and would act twice"):  # the note of the first merge is kept
+    with pytest.raises(BaseMismatchError, match="and would be applied twice"):  # the note of the first merge is kept
         core.load_adapter(hub.load_model(tmp_path / "both"), renamed)
 
 

@@ -154,14 +154,14 @@ def _in_few_bits(storage: str) -> Callable[[], nn.Module]:
     """A Llama as wide as quantisers' kernels ask for, its dense layers in a storage of `--quantization`."""
 
     def make() -> nn.Module:
-        from lorakit.core.model.base_view import quantised_linear
+        from lorakit.core.model.base_view import quantized_linear
         from lorakit.plan.quantized import Quantization
 
         sizes = {**_LLAMA, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
         model: Any = _of("LlamaForCausalLM", "LlamaConfig", **sizes, tie_word_embeddings=False)()
         for path, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and path != "lm_head":
-                model.set_submodule(path, quantised_linear(module, Quantization(storage)))
+                model.set_submodule(path, quantized_linear(module, Quantization(storage)))
         model.is_loaded_in_4bit, model.is_loaded_in_8bit = storage == "nf4", storage == "int8"  # peft asks the model
         return model
 

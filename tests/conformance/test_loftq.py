@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 import lorakit.peft as ours
 from lorakit import hub
 from lorakit.core import load_adapter, merge, save_adapter
-from lorakit.core.model.base_view import quantised_linear
+from lorakit.core.model.base_view import quantized_linear
 from lorakit.errors import AdapterError, ConfigError, ConfigTypeError, ModelError
 from lorakit.plan.quantized import Quantization
 
@@ -186,7 +186,7 @@ def test_weights_of_conv1d_lie_transposed_on_disk(tmp_path: Path) -> None:
     plain = nn.Sequential(nn.Linear(64, 64, bias=False))
     square = plain[0].weight.detach().clone()
     save_file({"0.weight": square.T.contiguous()}, tmp_path / "model.safetensors")
-    stored: Any = quantised_linear(plain[0], Quantization("nf4"))
+    stored: Any = quantized_linear(plain[0], Quantization("nf4"))
     stored.source_cls = Conv1D  # as transformers marks what it has quantised
     model = ours.get_peft_model(nn.Sequential(stored), ours.LoraConfig(r=4, lora_alpha=4, target_modules=["0"]))
     ours.replace_lora_weights_loftq(model, tmp_path)

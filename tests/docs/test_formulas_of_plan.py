@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lorakit import core, hub
 from lorakit.config import LoraConfig
-from lorakit.core.model.base_view import quantised_linear
+from lorakit.core.model.base_view import quantized_linear
 from lorakit.core.quantization import weight_format_of
 from lorakit.plan import Job, ModelShape, Plan, Speed, accelerated, activations, count, estimate, flops, memory
 from lorakit.plan import flops as timing
@@ -243,12 +243,12 @@ def tensors_of(module: nn.Module) -> tuple[torch.Tensor, ...]:
 def test_a_quantised_weight_takes_its_bits_and_scales(name: str, double: bool, rows: int, columns: int) -> None:
     storage = storage_named(name)
     pytest.importorskip(storage.package)
-    made = quantised_linear(nn.Linear(columns, rows, bias=False), Quantization(name, double))
+    made = quantized_linear(nn.Linear(columns, rows, bias=False), Quantization(name, double))
     assert storage.size(rows, columns, 4, double) == size_bytes(tensors_of(made))
 
 
 def test_an_hqq_weight_takes_its_bits_scales_and_zero_points() -> None:
     pytest.importorskip("hqq")
     for bits in (4, 8):
-        made = quantised_linear(nn.Linear(64, 96, bias=False).bfloat16(), Quantization(f"hqq{bits}"))
+        made = quantized_linear(nn.Linear(64, 96, bias=False).bfloat16(), Quantization(f"hqq{bits}"))
         assert storage_named(f"hqq{bits}").size(96, 64, 2, False) == size_bytes(tensors_of(made))

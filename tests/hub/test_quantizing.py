@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorakit import hub
-from lorakit.core.model.base_view import quantised_weights
+from lorakit.core.model.base_view import quantized_weights
 from lorakit.errors import ConfigError, MissingExtra, ModelError
 from lorakit.plan.quantized import STORAGES, Quantization, Storage, quantized_sites, stored
 
@@ -42,7 +42,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_what_plan_says_is_stored_in_fewer_bits(storage: Storage, dtype: str, wide_model_directory: Path) -> None:
     model = hub.load_model(wide_model_directory, dtype, quantization=storage.name)
     shape = hub.shape_of(wide_model_directory)
-    found = list(quantised_weights(model))
+    found = list(quantized_weights(model))
     assert [weight.name for weight in found] == [f"{site.path}.weight" for site in quantized_sites(shape, storage)]
     rest = {
         tensor.data_ptr(): tensor.numel() * tensor.element_size()
@@ -75,7 +75,7 @@ def test_double_quantisation_takes_less(wide_model_directory: Path) -> None:
     pytest.importorskip("bitsandbytes")
     for double in (True, False):
         model = hub.load_model(wide_model_directory, quantization=Quantization("nf4", double))
-        assert all(weight.stored.quant_state.nested == double for weight in quantised_weights(model))
+        assert all(weight.stored.quant_state.nested == double for weight in quantized_weights(model))
 
 
 def test_the_packed_model_directory_is_loaded_as_it_is(wide_model_directory: Path, tmp_path: Path) -> None:
@@ -139,8 +139,8 @@ def test_transformers_conv1d_is_stored_by_bitsandbytes_alone(tmp_path: Path) -> 
     model = hub.load_model(tmp_path, "float32", quantization="nf4")
     assert type(model.transformer.h[0].attn.c_attn).__name__ == "Linear4bit"
     shape = hub.shape_of(tmp_path)
-    assert len(list(quantised_weights(model))) == len(stored(shape, "nf4", 4, True).sites) == 4
+    assert len(list(quantized_weights(model))) == len(stored(shape, "nf4", 4, True).sites) == 4
     with pytest.raises(ConfigError, match="supports Linear modules, and this GPT2LMHeadModel has none"):
         stored(shape, "int8-torchao", 4, True)
-    multiplied = next(iter(quantised_weights(model))).multiplied_out(torch.float32)
+    multiplied = next(iter(quantized_weights(model))).dequantized(torch.float32)
     assert type(multiplied).__name__ == "Conv1D" and isinstance(multiplied, nn.Module)

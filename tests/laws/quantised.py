@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.model.base_view import quantised_linear, quantised_weights
+from lorakit.core.model.base_view import quantized_linear, quantized_weights
 from lorakit.plan.quantized import STORAGES, Quantization, Storage
 
 from .snapshots import bits
@@ -46,7 +46,7 @@ def specimen(storage: Storage) -> Specimen:
     def make() -> nn.Module:
         plain = _plain()
         for name in ("up", "square"):
-            setattr(plain, name, quantised_linear(getattr(plain, name), Quantization(storage.name)))
+            setattr(plain, name, quantized_linear(getattr(plain, name), Quantization(storage.name)))
         return plain
 
     return Specimen(storage.name, make, ("up", "square"), _numbers)
@@ -57,7 +57,7 @@ DENSE = Specimen("dense", lambda: _plain(), ("up", "square"), lambda rows: _numb
 
 def packed_bits(model: nn.Module) -> list[str]:
     """Return the SHA-256 of all tensors that store the quantized weights of a model, before any merge."""
-    return [bits(tensor) for weight in quantised_weights(model) for tensor in weight.base.tensors(weight.stored)]
+    return [bits(tensor) for weight in quantized_weights(model) for tensor in weight.base.tensors(weight.stored)]
 
 
 def _plain() -> nn.Module:

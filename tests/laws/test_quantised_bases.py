@@ -13,7 +13,7 @@ from torch import nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.model.base_view import quantised_linear
+from lorakit.core.model.base_view import quantized_linear
 from lorakit.errors import MergeError, TargetError
 from lorakit.plan.quantized import Quantization, Storage
 
@@ -295,7 +295,7 @@ def test_a_bias_of_the_adapter_goes_in_and_out(storage: Storage, dense: bool) ->
 def test_the_bias_of_the_base_is_back_after_a_dense_merge(storage: Storage, dtype: torch.dtype) -> None:
     """Its dtype and its bits, in whatever order adapters that have a bias are attached and removed."""
     torch.manual_seed(0)
-    model: Any = nn.ModuleDict({"up": quantised_linear(nn.Linear(64, 128).to(dtype), Quantization(storage.name))})
+    model: Any = nn.ModuleDict({"up": quantized_linear(nn.Linear(64, 128).to(dtype), Quantization(storage.name))})
     x, before = torch.randn(2, 64, dtype=dtype), model["up"].bias.detach().clone()
     for seed, name in enumerate(("a", "b")):
         fields: dict[str, Any] = {"target_modules": ["up"], "lora_bias": True, "init_lora_weights": False}

@@ -16,7 +16,7 @@ from torch import nn
 from lorakit import core
 from lorakit.config import BdLoraConfig, LoraConfig
 from lorakit.core.kinds import KINDS
-from lorakit.core.model.base_view import quantised_linear
+from lorakit.core.model.base_view import quantized_linear
 from lorakit.core.quantization import WEIGHT_FORMATS, weight_format_of
 from lorakit.core.variants import VARIANTS
 from lorakit.errors import ConfigError, LorakitError, MergeError
@@ -146,7 +146,7 @@ def test_a_conv1d_that_bitsandbytes_stores_is_a_linear_and_comes_back(
 
     def model() -> nn.Module:
         torch.manual_seed(0)
-        stored: Any = quantised_linear(nn.Linear(64, 128), Quantization(storage.name))
+        stored: Any = quantized_linear(nn.Linear(64, 128), Quantization(storage.name))
         stored.source_cls = Conv1D  # as transformers marks the layers that it quantized
         return nn.Sequential(OrderedDict(up=stored)).eval()
 
@@ -182,7 +182,7 @@ def test_sites_that_act_on_their_weight_are_refused_by_name_and_nothing_changes(
     with pytest.raises(LorakitError):
         core.load_adapter(model, tmp_path)
     inside = nn.Sequential(OrderedDict(mha=nn.MultiheadAttention(64, 2)))
-    inside.mha.out_proj = quantised_linear(inside.mha.out_proj, Quantization(storage.name))
+    inside.mha.out_proj = quantized_linear(inside.mha.out_proj, Quantization(storage.name))
     with pytest.raises(LorakitError, match=r"mha.* is stored as .*adapted by its weight"):
         core.attach(inside, LoraConfig(r=2, target_modules=["mha"]))
     assert packed_bits(model) == before and same_bits(run(model, given), output)

@@ -121,7 +121,7 @@ class TestWhichActs:
         [
             ("a", "Adapter with name 'a' already exists"),
             ("x.y", "'x.y' cannot be an adapter's name"),
-            ("keys", "torch's module containers use that word themselves"),
+            ("keys", "torch's module containers use it for an attribute"),
             ("", "'' cannot be an adapter's name"),
             ("../up", "cannot be an adapter's name"),
         ],

@@ -39,10 +39,10 @@ def test_the_cheapest_way_that_fits() -> None:
     assert peaks == sorted(peaks, reverse=True) and costs == sorted(costs)
     for way, peak in zip(RECOMPUTED, peaks, strict=True):
         for begin in RECOMPUTED:
-            found = within(planned(recompute=begin), peak)
-            assert found.plan == planned(recompute=way)
-            assert f"--recompute {way} is the cheapest that fits" in found.reason
-    assert within(planned(), peaks[1]).reason == (
+            found, reason = within(planned(recompute=begin), peak)
+            assert found == planned(recompute=way)
+            assert f"--recompute {way} is the cheapest that fits" in reason
+    assert within(planned(), peaks[1])[1] == (
         "memory budget 579 MB: --recompute feed-forward is the cheapest that fits, 579 MB; --recompute none needs 767 MB"
     )
 
@@ -74,8 +74,8 @@ def test_none_fits_and_what_would() -> None:
 
 def test_a_plan_without_accelerated_forwards_goes_from_none_to_layers() -> None:
     plain = planned(accelerated=False, recompute="layers")
-    found = within(planned(accelerated=False), plain.lora.memory.peak_bytes)
-    assert found.plan.job.recompute == "layers"
+    found, _ = within(planned(accelerated=False), plain.lora.memory.peak_bytes)
+    assert found.job.recompute == "layers"
 
 
 def test_settings_that_exclude_each_other() -> None:

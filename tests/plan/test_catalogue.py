@@ -66,11 +66,12 @@ def test_an_entry_is_what_transformers_builds(name: str) -> None:
     assert shape is not None
     model = _on_meta(shape)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
-    assert shape.parameters == shape.counted_parameters
+    assert shape.parameters == sum(part.parameters for part in (*shape.sites, *shape.others))
     sites, others = _found(model)
     assert [(s.path, s.kind, s.out_features, s.in_features, s.bias, s.tied_to) for s in shape.sites] == sites
     assert {o.path: (o.parameters, o.biases) for o in shape.others} == others
-    assert shape.bias_parameters == sum(p.numel() for n, p in model.named_parameters() if "bias" in n)
+    biases = sum(s.bias_parameters for s in shape.sites) + sum(o.biases for o in shape.others)
+    assert biases == sum(p.numel() for n, p in model.named_parameters() if "bias" in n)
     containers = {path for path, module in model.named_modules() if path and next(module.children(), None) is not None}
     assert set(shape.containers) == containers
     head = model.get_output_embeddings()

@@ -80,7 +80,7 @@ def test_what_the_products_keep(name: str, lora_dropout: float, targets: Any) ->
     import torch
 
     from lorakit import core, hub
-    from lorakit.core.model.base_view import quantised_linear
+    from lorakit.core.model.base_view import quantized_linear
 
     from .test_activations import LENGTH, ROWS, _model, _saved_bytes
 
@@ -89,7 +89,7 @@ def test_what_the_products_keep(name: str, lora_dropout: float, targets: Any) ->
     model = _model("llama", 0.0)
     shape = hub.shape_of_module(model, "small", "here")
     for site in quantized_sites(shape, storage_named(name)):
-        model.set_submodule(site.path, quantised_linear(model.get_submodule(site.path), Quantization(name)))
+        model.set_submodule(site.path, quantized_linear(model.get_submodule(site.path), Quantization(name)))
     config = LoraConfig(r=4, target_modules=targets, lora_dropout=lora_dropout)
     core.attach(model, config)
     model.train()

@@ -8,8 +8,10 @@ on the meta device. This module knows nothing about torch, files, adapters, cost
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+from lorakit.errors import ConfigError
 
 ALL_DROPOUTS = {"embedding": 0.1, "residual": 0.1, "attention": 0.1}
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -59,9 +61,9 @@ class PlainShape:
 
     Attributes:
         path: Dotted path of the module.
-        parameters: Elements of its own parameters (not those of its children), by distinct storage.
+        parameters: Elements of the parameters it holds itself, by distinct storage.
         biases: How many of them are in parameters whose name contains "bias".
-        matrices: Name and shape of each of its own parameters with two or three axes, such as fused experts.
+        matrices: Name and shape of each parameter it holds itself with two or three axes, such as fused experts.
         experts: Experts in each of its parameters with three axes; 0 if there are none.
         in_first: Whether they are stored as (experts, in, out).
     """
@@ -127,16 +129,6 @@ class ModelShape:
     experts_per_token: int = 0
 
     @property
-    def counted_parameters(self) -> int:
-        """Return the sum over `sites` and `others`; equals `parameters` if every parameter belongs to one of them."""
-        return sum(s.parameters for s in self.sites) + sum(o.parameters for o in self.others)
-
-    @property
-    def bias_parameters(self) -> int:
-        """Return the elements of every parameter whose name contains "bias"."""
-        return sum(s.bias_parameters for s in self.sites) + sum(o.biases for o in self.others)
-
-    @property
     def fused(self) -> tuple[tuple[int, int], ...]:
         """Return, for each parameter that holds experts, their number and the elements of one expert."""
         held = (other.matrices for other in self.others if other.experts)
@@ -168,20 +160,6 @@ class ModelShape:
     def blocks(self) -> tuple[str, ...]:
         """Return the paths of the blocks, such as "model.layers.0", in order, including encoder and decoder."""
         return tuple(dict.fromkeys(block for site in self.sites if (block := block_of(site.path)) is not None))
-
-    def site(self, path: str) -> SiteShape:
-        """Return the site at a path.
-
-        Args:
-            path: Dotted path of the module.
-
-        Returns:
-            The site.
-
-        Raises:
-            KeyError: No Linear, Conv1D or Embedding has this path.
-        """
-        return {site.path: site for site in self.sites}[path]
 
 
 def role(path: str) -> str:
@@ -255,35 +233,22 @@ class Sizes:
     head_dim: int = 0
     tied: bool = True
 
-
-@dataclass(frozen=True)
-class Origin:
-    """Name and source of a shape.
-
-    Attributes:
-        name: Common name of the model.
-        source: Paper or config file.
-        parameters: The exact published count; checked by the tests.
-        dtype: Published dtype of the weights.
-    """
-
-    name: str
-    source: str
-    parameters: int
-    dtype: str
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "intermediate", self.intermediate or 4 * self.hidden)
+        object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
+        object.__setattr__(self, "head_dim", self.head_dim or self.hidden // self.heads)
 
 
-def gpt2(origin: Origin, sizes: Sizes) -> ModelShape:
+def gpt2(sizes: Sizes) -> ModelShape:
     """Return the shape of a `GPT2LMHeadModel` (Radford et al. 2019; Conv1D sites, a tied head).
 
     Args:
-        origin: Name, source, published count, dtype.
         sizes: From the model's config.json.
 
     Returns:
         The shape.
     """
-    d, f = sizes.hidden, sizes.intermediate or 4 * sizes.hidden
+    d, f = sizes.hidden, sizes.intermediate
     inside = {"attn.c_attn": (3 * d, d), "attn.c_proj": (d, d), "mlp.c_fc": (f, d), "mlp.c_proj": (d, f)}
     sites = [
         *_embeddings(d, {"transformer.wte": sizes.vocab, "transformer.wpe": sizes.positions}),
@@ -292,20 +257,19 @@ def gpt2(origin: Origin, sizes: Sizes) -> ModelShape:
     ]
     names = [f"transformer.h.{layer}.{name}" for layer in range(sizes.layers) for name in ("ln_1", "ln_2")]
     others = [PlainShape(name, 2 * d, d) for name in (*names, "transformer.ln_f")]
-    return _shape(origin, sizes, "GPT2LMHeadModel", sites, others, dropouts=ALL_DROPOUTS)
+    return _shape(sizes, "GPT2LMHeadModel", sites, others, dropouts=ALL_DROPOUTS)
 
 
-def bert(origin: Origin, sizes: Sizes) -> ModelShape:
+def bert(sizes: Sizes) -> ModelShape:
     """Return the shape of a `BertModel`, encoder and pooler (Devlin et al. 2019), without task heads.
 
     Args:
-        origin: Name, source, published count, dtype.
         sizes: From the model's config.json.
 
     Returns:
         The shape.
     """
-    d, f = sizes.hidden, sizes.intermediate or 4 * sizes.hidden
+    d, f = sizes.hidden, sizes.intermediate
     inside = {f"attention.self.{name}": (d, d) for name in ("query", "key", "value")}
     inside |= {"attention.output.dense": (d, d), "intermediate.dense": (f, d), "output.dense": (d, f)}
     tables = {"word": sizes.vocab, "position": sizes.positions, "token_type": 2}
@@ -317,54 +281,51 @@ def bert(origin: Origin, sizes: Sizes) -> ModelShape:
     blocks = [f"encoder.layer.{layer}" for layer in range(sizes.layers)]
     names = [f"{block}.{name}" for block in blocks for name in ("attention.output.LayerNorm", "output.LayerNorm")]
     others = [PlainShape(name, 2 * d, d) for name in ("embeddings.LayerNorm", *names)]
-    return _shape(origin, sizes, "BertModel", sites, others, dropouts=ALL_DROPOUTS)
+    return _shape(sizes, "BertModel", sites, others, dropouts=ALL_DROPOUTS)
 
 
-def llama(origin: Origin, sizes: Sizes) -> ModelShape:
+def llama(sizes: Sizes) -> ModelShape:
     """Return the shape of a `LlamaForCausalLM` (Llama 3.x, SmolLM2): RMSNorm, rotary embeddings, SwiGLU, no biases.
 
     Args:
-        origin: Name, source, published count, dtype.
         sizes: From the model's config.json.
 
     Returns:
         The shape.
     """
-    return _llama_like(origin, sizes, "LlamaForCausalLM")
+    return _llama_like(sizes, "LlamaForCausalLM")
 
 
-def qwen2(origin: Origin, sizes: Sizes) -> ModelShape:
+def qwen2(sizes: Sizes) -> ModelShape:
     """Return the shape of a `Qwen2ForCausalLM` (Qwen2.5): as Llama, with biases on query, key and value.
 
     Args:
-        origin: Name, source, published count, dtype.
         sizes: From the model's config.json.
 
     Returns:
         The shape.
     """
-    return _llama_like(origin, sizes, "Qwen2ForCausalLM", biased=QKV)
+    return _llama_like(sizes, "Qwen2ForCausalLM", biased=QKV)
 
 
-def qwen3(origin: Origin, sizes: Sizes) -> ModelShape:
+def qwen3(sizes: Sizes) -> ModelShape:
     """Return the shape of a `Qwen3ForCausalLM`: as Llama, with a norm on each query and key head.
 
     Args:
-        origin: Name, source, published count, dtype.
         sizes: From the model's config.json.
 
     Returns:
         The shape.
     """
-    return _llama_like(origin, sizes, "Qwen3ForCausalLM", head_norms=True)
+    return _llama_like(sizes, "Qwen3ForCausalLM", head_norms=True)
 
 
 def _llama_like(
-    origin: Origin, sizes: Sizes, architecture: str, *, biased: Collection[str] = (), head_norms: bool = False
+    sizes: Sizes, architecture: str, *, biased: Collection[str] = (), head_norms: bool = False
 ) -> ModelShape:
     d, f = sizes.hidden, sizes.intermediate
-    head_dim = sizes.head_dim or d // sizes.heads
-    q, kv = sizes.heads * head_dim, (sizes.kv_heads or sizes.heads) * head_dim
+    head_dim = sizes.head_dim
+    q, kv = sizes.heads * head_dim, sizes.kv_heads * head_dim
     inside = {**dict(zip(QKV, ((q, d), (kv, d), (kv, d)), strict=True)), "self_attn.o_proj": (d, q)}
     inside |= {"mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f)}
     tied_to = "model.embed_tokens" if sizes.tied else None
@@ -377,7 +338,7 @@ def _llama_like(
     norms |= {"input_layernorm": d, "post_attention_layernorm": d}
     blocks = [f"model.layers.{layer}" for layer in range(sizes.layers)]
     others = [PlainShape(f"{block}.{name}", width) for block in blocks for name, width in norms.items()]
-    return _shape(origin, sizes, architecture, sites, [*others, PlainShape("model.norm", d)], gated=True)
+    return _shape(sizes, architecture, sites, [*others, PlainShape("model.norm", d)], gated=True)
 
 
 def _embeddings(width: int, tables: Mapping[str, int]) -> list[SiteShape]:
@@ -402,7 +363,6 @@ def _in_blocks(
 
 
 def _shape(
-    origin: Origin,
     sizes: Sizes,
     architecture: str,
     sites: list[SiteShape],
@@ -414,25 +374,91 @@ def _shape(
     owners = [s.path for s in sites] + [o.path for o in others]
     parents = {p.rsplit(".", n)[0] for p in owners for n in range(1, p.count(".") + 1)}
     return ModelShape(
-        name=origin.name,
-        source=origin.source,
+        name=architecture,
+        source="sizes",
         architecture=architecture,
-        parameters=origin.parameters,
-        hidden=sizes.hidden,
-        layers=sizes.layers,
-        heads=sizes.heads,
-        kv_heads=sizes.kv_heads or sizes.heads,
-        head_dim=sizes.head_dim or sizes.hidden // sizes.heads,
-        intermediate=sizes.intermediate or 4 * sizes.hidden,
-        vocab=sizes.vocab,
-        positions=sizes.positions,
-        tied=sizes.tied,
+        parameters=sum(s.parameters for s in sites) + sum(o.parameters for o in others),
         gated=gated,
         sites=tuple(sites),
         others=tuple(others),
-        dtype=origin.dtype,
         causal=architecture != "BertModel",
         dropouts=dropouts or {},
-        published=True,
         containers=tuple(sorted(parents)),
+        **asdict(sizes),
     )
+
+
+LISTS = ("layers", "layer", "h")
+"""Names of the lists of layers that `replicated` supports, as in Llama, BERT and Falcon."""
+
+
+def replicated(shape: ModelShape, ranges: Sequence[tuple[int, int]] | None) -> ModelShape:
+    """Return a shape with replicated layers (`layer_replication`): more sites, no additional weights.
+
+    Args:
+        shape: The model.
+        ranges: The resulting layers, as ranges of the original ones, ends excluded; without any, the shape itself.
+
+    Returns:
+        The shape with the resulting layers; repeated layers share their weights.
+
+    Raises:
+        ConfigError: The shape has no list of layers, or a range is out of bounds.
+    """
+    if not ranges:
+        return shape
+    name, order = _list_and_order(shape, ranges)
+    made, plain = [], []
+    for index, source in enumerate(order):
+        again = source in order[:index]
+        for site in shape.sites:
+            if _layer(site.path, name) == source:
+                first = _moved(site.path, name, order.index(source))
+                tied_to = first if again else site.tied_to
+                made.append(replace(site, path=_moved(site.path, name, index), tied_to=tied_to))
+        for other in shape.others:
+            if _layer(other.path, name) == source:
+                moved = replace(other, path=_moved(other.path, name, index))
+                plain.append(replace(moved, parameters=0, biases=0) if again else moved)
+    outside = [site for site in shape.sites if _layer(site.path, name) is None]
+    before = next(i for i, site in enumerate(shape.sites) if _layer(site.path, name) is not None)
+    return replace(
+        shape,
+        layers=len(order),
+        sites=(*outside[:before], *made, *outside[before:]),
+        others=(*plain, *(other for other in shape.others if _layer(other.path, name) is None)),
+    )
+
+
+def _list_and_order(shape: ModelShape, ranges: Sequence[tuple[int, int]]) -> tuple[str, list[int]]:
+    """Return the path of the list of layers, and the original index of each resulting layer."""
+    lists: dict[str, set[int]] = {}
+    for block in shape.blocks:
+        path, _, number = block.rpartition(".")
+        lists.setdefault(path, set()).add(int(number))
+    name = next((path for path in lists if path.rpartition(".")[2] in LISTS), None)
+    if name is None:
+        text = f"layer_replication: {shape.name} has no list of layers as in Llama, Bert or Falcon."
+        raise ConfigError(text, what=shape.name, field="layer_replication")
+    count = len(lists[name])
+    order: list[int] = []
+    for start, end in ranges:
+        if not 0 <= start < end <= count:
+            raise ConfigError(
+                f"layer_replication: ({start}, {end}) is out of bounds; {shape.name} has layers 0 to {count - 1}.",
+                what=(start, end),
+                field="layer_replication",
+            )
+        order += range(start, end)
+    return name, order
+
+
+def _layer(path: str, name: str) -> int | None:
+    """Return the index of the layer that a module belongs to, or None."""
+    block = block_of(path)
+    return int(block.rpartition(".")[2]) if block is not None and block.rpartition(".")[0] == name else None
+
+
+def _moved(path: str, name: str, index: int) -> str:
+    rest = path.removeprefix(name + ".").partition(".")[2]
+    return f"{name}.{index}.{rest}" if rest else f"{name}.{index}"

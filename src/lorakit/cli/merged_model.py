@@ -21,7 +21,7 @@ from lorakit.cli.adapters import load_adapters, tokenizer_for
 from lorakit.cli.early import check_new_directory
 from lorakit.core.layers.adapter_component import SiteMerge
 from lorakit.core.merging.merging import tied_sites
-from lorakit.core.model.base_view import multiply_out
+from lorakit.core.model.base_view import dequantize
 from lorakit.core.model.fingerprint import add_merge_record, vocabulary_of
 from lorakit.core.model.vocabulary import grow_vocabulary
 from lorakit.durable import publish_directory, write_json
@@ -255,7 +255,7 @@ def _merge_into(request: MergeRequest, folder: Path, tokenizer: Any) -> Merged:
     names = load_adapters(stored, request.adapters, request.allow)
     report = core.merge_and_unload(stored, *names, untie=request.untie, dense=True)
     if stored is not model:
-        multiply_out(stored)
+        dequantize(stored)
         grow_vocabulary(model, vocabulary_of(stored))  # as for the adapters
         model.load_state_dict(stored.state_dict(), strict=True)
     untied = _untie_config(model)

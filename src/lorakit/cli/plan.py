@@ -183,15 +183,13 @@ def run(
         ranks=columns,
         allow_partial=adapter.allow_partial_targets,
     )
-    fitting = None
+    notes: tuple[str, ...] = ()
     if job.memory_budget is not None:
-        fitting = plan.within(planned, plan.bytes_of(job.memory_budget))
-        planned = fitting.plan
+        planned, reason = plan.within(planned, plan.bytes_of(job.memory_budget))
+        notes = (reason,)
     if json:
-        notes = machine.notes if fitting is None else (*machine.notes, fitting.reason)
-        console.emit_json({**planned.as_dict(), "machine": list(notes)})
+        console.emit_json({**planned.as_dict(), "machine": [*machine.notes, *notes]})
         return 0
-    notes = () if fitting is None else (fitting.reason,)
     console.say(plan.render(planned, verbose=verbose, notes=notes))
     if verbose and machine.notes:
         console.say("\n" + "\n".join(machine.notes))

@@ -11,8 +11,14 @@ from lorakit.core.files.inspecting import AdapterSummary, inspect_adapter
 from lorakit.core.kinds import Kind, WeightSpec, kind_named
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.linalg import RankLimit
-from lorakit.core.merging.merged_state import merged_state_dict
-from lorakit.core.merging.merging import MergeReport, explain_inexact_merge, merge, merge_and_unload, unmerge
+from lorakit.core.merging.merging import (
+    MergeReport,
+    explain_inexact_merge,
+    merge,
+    merge_and_unload,
+    merged_state_dict,
+    unmerge,
+)
 from lorakit.core.model.activation import (
     activate,
     adapters,

@@ -100,10 +100,10 @@ def finish_loading(model: nn.Module, wanted: Quantization | None, source: ModelS
     """
     if wanted is not None and wanted.storage.package == "hqq":
         _quantize_with_hqq(model, wanted, source)
-    from lorakit.core.model.base_view import hold_base_still, wrongly_multiplied_out
+    from lorakit.core.model.base_view import disable_base_repacking, wrong_dequantization
 
-    hold_base_still(model)
-    wrong = wrongly_multiplied_out(model)
+    disable_base_repacking(model)
+    wrong = wrong_dequantization(model)
     if wrong is not None:
         raise source.error(
             f"the quantization package dequantizes {wrong[0]} wrongly on this device, by up to "
@@ -159,7 +159,7 @@ def quantization_of_files(config: PreTrainedConfig) -> Quantization | None:
 
 
 def _quantize_with_hqq(model: nn.Module, wanted: Quantization, source: ModelSource) -> None:
-    from lorakit.core.model.base_view import quantised_linear
+    from lorakit.core.model.base_view import quantized_linear
 
     storage = wanted.storage
     for site in quantized_sites(shape_of_module(model, source.given, source.given), storage):
@@ -170,5 +170,5 @@ def _quantize_with_hqq(model: nn.Module, wanted: Quantization, source: ModelSour
                 "it. Use another quantization."
             )
         linear: Any = model.get_submodule(site.path)
-        model.set_submodule(site.path, quantised_linear(linear, wanted))
+        model.set_submodule(site.path, quantized_linear(linear, wanted))
     vars(model)["hqq_quantized"] = True  # libraries built on transformers check this attribute

@@ -7,7 +7,7 @@ machine.
 
 from lorakit.architectures.shapes import ModelShape, PlainShape, SiteShape
 from lorakit.plan import catalogue
-from lorakit.plan.budget import Fitting, bytes_of, within
+from lorakit.plan.budget import bytes_of, within
 from lorakit.plan.estimating import Method, Plan, estimate
 from lorakit.plan.flops import Flops
 from lorakit.plan.job import Job, Speed
@@ -17,7 +17,6 @@ from lorakit.plan.text import details, render, summary
 
 __all__ = [
     "Count",
-    "Fitting",
     "Flops",
     "Job",
     "Line",

@@ -145,7 +145,7 @@ def recomputed_bytes(shape: ModelShape, fused: frozenset[tuple[str, str]], job: 
 def recomputed_flops(shape: ModelShape, counted: Count, fused: frozenset[tuple[str, str]], job: Job) -> float:
     """Return the FLOPs per token of recomputing gate and up in the backward. [docs/math.md (85)]
 
-    The products with A are saved, those with B are recomputed.
+    The matmuls with A are saved, those with B are recomputed.
 
     Args:
         shape: The model.

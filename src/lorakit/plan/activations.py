@@ -7,7 +7,7 @@ save its input; a factor A does. Tensors over the whole vocabulary are in `memor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lorakit.architectures.shapes import ModelShape, SiteShape, block_of
@@ -221,39 +221,38 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: S
         job: Batch, length, dtype.
         base: How the base is quantized, or None.
     """
-    family, is_known = family_of(shape)
+    family, _ = family_of(shape)
     inner = _inner(shape, counted)
-    is_fast = job.accelerated and is_known and family.is_fast
-    fused = fused_sublayers(shape, counted, job) if base is None else frozenset()
+    is_fast = job.accelerated and packs(shape)
+    fused = fused_sublayers(shape, counted, job)
     norm = accelerated.norm(shape, job) if is_fast else family.norm(shape.hidden, job.dtype_bytes)
     last_norm = norm if is_fast else family.last_norm(shape.hidden, job.dtype_bytes)
     by_block = dict.fromkeys(inner, 2 * job.batch_tokens * norm)
     outside = job.batch_tokens * last_norm
     plain = [site for site in counted.sites if (block_of(site.path), accelerated.sublayer_of(site.path)) not in fused]
     for block, kept in (
-        *_of_sublayers(shape, counted, dropout, job, (family, fused)),
-        *_of_sites(shape, tuple(plain), dropout, job),
+        *_of_sublayers(shape, counted, dropout, job, fused),
+        *_of_sites(shape, plain, dropout, job),
         *_of_base(shape, counted, dropout, job, base),
     ):
         if block in by_block:
             by_block[block] += kept
         elif block is None:  # blocks below the first adapted one save nothing
             outside += kept
-    found = _gathered(shape, job, (family, is_known), by_block, outside)
-    if is_fast:
-        ours = sum(block in by_block for block, _ in fused)
-        whole = ours == 2 * len(inner)
-        least = accelerated.transient(shape, job) if whole else found.transient
-        least += accelerated.recomputed_bytes(shape, fused, job)
-        found = replace(found, fused=ours, of_blocks=2 * len(inner), transient=least)
-    return found if base is None else replace(found, transient=found.transient + _dequantized(counted, job, base))
+    here = sum(block in by_block for block, _ in fused)
+    whole = is_fast and here == 2 * len(inner)
+    transient = accelerated.transient(shape, job) if whole else _transient(shape, job)
+    transient += accelerated.recomputed_bytes(shape, fused, job)
+    transient += 0 if base is None else _dequantized(counted, job, base)
+    found = _gathered(shape, job, by_block, outside)
+    return replace(found, transient=transient, fused=here, of_blocks=2 * len(inner) if is_fast else 0)
 
 
 def _of_sublayers(
-    shape: ModelShape, counted: Count, dropout: float, job: Job, kind: tuple[Family, frozenset[tuple[str, str]]]
+    shape: ModelShape, counted: Count, dropout: float, job: Job, fused: frozenset[tuple[str, str]]
 ) -> Iterable[tuple[str, int]]:
     """Yield (block, bytes) for each sublayer of each block, including its sites if it is fused."""
-    family, fused = kind
+    family, _ = family_of(shape)
     within: dict[tuple[str | None, str | None], list[SiteCount]] = {}
     for site in counted.sites:
         within.setdefault((block_of(site.path), accelerated.sublayer_of(site.path)), []).append(site)
@@ -275,7 +274,7 @@ def of_full(shape: ModelShape, job: Job) -> Activations:
         shape: The model.
         job: Batch, length, dtype.
     """
-    family, is_known = family_of(shape)
+    family, _ = family_of(shape)
     itemsize, tokens = job.dtype_bytes, job.batch_tokens
     each = family.block(shape, job) + tokens * family.trained_norms(shape.hidden, itemsize)
     by_block = dict.fromkeys(shape.blocks, each)
@@ -284,7 +283,7 @@ def of_full(shape: ModelShape, job: Job) -> Activations:
         block = block_of(site.path)
         if block is not None:
             by_block[block] += itemsize * tokens * site.in_features
-    return _gathered(shape, job, (family, is_known), by_block, outside)
+    return _gathered(shape, job, by_block, outside)
 
 
 def _inner(shape: ModelShape, counted: Count) -> tuple[str, ...]:
@@ -300,7 +299,7 @@ def _inner(shape: ModelShape, counted: Count) -> tuple[str, ...]:
 
 
 def _of_sites(
-    shape: ModelShape, sites: tuple[SiteCount, ...], dropout: float, job: Job
+    shape: ModelShape, sites: Sequence[SiteCount], dropout: float, job: Job
 ) -> Iterable[tuple[str | None, int]]:
     """Yield (block, bytes): inputs of A, then for each site the activation between A and B, and casts of both.
 
@@ -362,38 +361,35 @@ def _distinct_inputs(
     fused = not shape.dropouts.get("attention")
     found: dict[tuple[str, str], SiteCount | SiteShape] = {}
     for site in sites:
-        if fused and _module(site.path).endswith(ATTENTION_OUTPUTS):
+        if fused and site.path.removesuffix(".weight").endswith(ATTENTION_OUTPUTS):
             continue
         found.setdefault(_input_of(site.path), site)
     return list(found.values())
 
 
 def _input_of(path: str) -> tuple[str, str]:
-    """Return a key for an input tensor: the parent, and the first of the sites that share it."""
-    parent, _, name = _module(path).rpartition(".")
+    """Return a key for a site's input: its parent, and the first of the sites that share it; bare weights included."""
+    parent, _, name = path.removesuffix(".weight").rpartition(".")
     return parent, next((group[0] for group in SHARED_INPUTS if name in group), name)
 
 
-def _module(path: str) -> str:
-    """Return the module of a site that may be its weight, named as a bare parameter."""
-    return path.removesuffix(".weight")
-
-
-def _gathered(
-    shape: ModelShape, job: Job, family: tuple[Family, bool], by_block: dict[str, int], outside: int
-) -> Activations:
-    itemsize, tokens = job.dtype_bytes, job.batch_tokens
-    # the gradients of the residual stream and of its branch; of an inner product, and of both of its operands
-    transient = itemsize * tokens * (2 * shape.hidden + 3 * shape.inner_width)
+def _transient(shape: ModelShape, job: Job) -> int:
+    """Return the bytes of gradients: of the residual stream and its branch; of an inner matmul and its operands."""
+    gradients = job.dtype_bytes * job.batch_tokens * (2 * shape.hidden + 3 * shape.inner_width)
     if shape.dropouts.get("attention"):
-        transient += 2 * _FP32 * job.batch_rows * shape.heads * job.length_tokens**2
+        gradients += 2 * _FP32 * job.batch_rows * shape.heads * job.length_tokens**2
+    return gradients
+
+
+def _gathered(shape: ModelShape, job: Job, by_block: dict[str, int], outside: int) -> Activations:
+    family, is_known = family_of(shape)
     return Activations(
-        family=family[0].name,
-        is_known=family[1],
+        family=family.name,
+        is_known=is_known,
         blocks=sum(by_block.values()),
         largest_block=max(by_block.values(), default=0),
         outside=outside,
-        boundary=itemsize * tokens * shape.hidden,
+        boundary=job.dtype_bytes * job.batch_tokens * shape.hidden,
         blocks_kept=len(by_block),
-        transient=transient,
+        transient=_transient(shape, job),
     )

@@ -7,18 +7,17 @@ module knows nothing about machines.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from lorakit.errors import ConfigError
 from lorakit.plan.estimating import Plan, estimate
 from lorakit.plan.job import RECOMPUTED
 from lorakit.tables import format_bytes
 
-UNITS = {"B": 1, **{f"{letter}B": 1000**n for n, letter in enumerate(("k", "M", "G", "T"), 1)}}
-"""Decimal units; those with an i, such as GiB, are powers of 1024."""
-
-BINARY_UNITS = {f"{letter}iB": 1024**n for n, letter in enumerate(("K", "M", "G", "T"), 1)}
-
+UNITS = {"": 1, "b": 1}
+UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", 1)}
+UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)}
+"""Unit in lower case -> bytes."""
 
 SIZE_FORM = "write a number and a unit, such as 4GiB or 800MB"
 """Notation of a size, for messages."""
@@ -34,27 +33,13 @@ def bytes_of(text: str) -> int:
         ConfigError: The text is not a size above 0.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    units = {name.lower(): size for name, size in {**UNITS, **BINARY_UNITS, "": 1}.items()}
-    size = units.get(found[2].lower()) if found else None
+    size = UNITS.get(found[2].lower()) if found else None
     if found is None or size is None or not float(found[1]) * size >= 1:
         raise ConfigError(f"{text!r} is not a size; {SIZE_FORM}.", what=text)
     return int(float(found[1]) * size)
 
 
-@dataclass(frozen=True)
-class Fitting:
-    """A plan within a budget.
-
-    Attributes:
-        plan: The plan.
-        reason: What was chosen, and why.
-    """
-
-    plan: Plan
-    reason: str
-
-
-def within(plan: Plan, budget_bytes: int) -> Fitting:
+def within(plan: Plan, budget_bytes: int) -> tuple[Plan, str]:
     """Return the plan with the cheapest recomputation that fits a budget.
 
     Args:
@@ -62,7 +47,7 @@ def within(plan: Plan, budget_bytes: int) -> Fitting:
         budget_bytes: Limit of a step, weights included.
 
     Returns:
-        The plan of the same job with that recomputation, and the reason.
+        The plan of the same job with that recomputation, and a message with the choice and its reason.
 
     Raises:
         ConfigError: Nothing fits; the message says what would.
@@ -72,12 +57,16 @@ def within(plan: Plan, budget_bytes: int) -> Fitting:
         made = _with(plan, recompute=recompute)
         peak = made.lora.memory.peak_bytes
         if peak <= budget_bytes:
-            return Fitting(made, _reason(budget_bytes, recompute, peak, tried))
+            without = "".join(f"; --recompute {other} needs {format_bytes(size)}" for other, size in reversed(tried))
+            reason = f"--recompute {recompute} is the cheapest that fits, {format_bytes(peak)}{without}"
+            return made, f"memory budget {format_bytes(budget_bytes)}: {reason}"
         tried.append((recompute, peak))
     recompute, least = min(tried, key=lambda pair: pair[1])
     raise ConfigError(
         f"the job does not fit a memory budget of {format_bytes(budget_bytes)}: it needs at least "
-        f"{format_bytes(least)}, with --recompute {recompute}. {_what_would(plan, budget_bytes)}"
+        f"{format_bytes(least)}, with --recompute {recompute}. {_what_would(plan, budget_bytes)}",
+        what=format_bytes(budget_bytes),
+        field="memory_budget",
     )
 
 
@@ -85,14 +74,6 @@ def _with(plan: Plan, recompute: str, batch_rows: int | None = None) -> Plan:
     job = replace(plan.job, recompute=recompute, batch_rows=batch_rows or plan.job.batch_rows)
     made = estimate(plan.shape, plan.config, job, plan.speed, allow_partial=True)
     return replace(made, ranks=plan.ranks)
-
-
-def _reason(budget: int, recompute: str, peak: int, tried: list[tuple[str, int]]) -> str:
-    without = "".join(f"; --recompute {other} needs {format_bytes(size)}" for other, size in reversed(tried))
-    return (
-        f"memory budget {format_bytes(budget)}: --recompute {recompute} is the cheapest that fits, "
-        f"{format_bytes(peak)}{without}"
-    )
 
 
 def _what_would(plan: Plan, budget: int) -> str:

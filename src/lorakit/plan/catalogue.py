@@ -8,10 +8,10 @@ cost, adapters or files.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
-from lorakit.architectures.shapes import ModelShape, Origin, Sizes, bert, gpt2, llama, qwen2, qwen3
+from lorakit.architectures.shapes import ModelShape, Sizes, bert, gpt2, llama, qwen2, qwen3
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Entry:
 
     Attributes:
         names: Accepted names; the first is printed. Case does not matter.
-        family: The function of `families` that builds its shape.
+        family: The function of `lorakit.architectures.shapes` that builds its shape.
         parameters: Exact count by distinct storage.
         sizes: Sizes in its config.json.
         paper: Publication of the sizes, besides the config.json of the first hub id.
@@ -28,17 +28,11 @@ class Entry:
     """
 
     names: tuple[str, ...]
-    family: Callable[[Origin, Sizes], ModelShape]
+    family: Callable[[Sizes], ModelShape]
     parameters: int
     sizes: Sizes
     paper: str
     dtype: str = "bfloat16"
-
-    @property
-    def source(self) -> str:
-        """Return the source of the sizes in one line."""
-        hub_id = next((n for n in self.names if "/" in n), self.names[0])
-        return f"config.json of {hub_id}; {self.paper}"
 
 
 _GPT2 = "Radford et al. 2019, Language Models are Unsupervised Multitask Learners, table 2"
@@ -48,6 +42,11 @@ _LLAMA32 = "Llama 3.2 model card, 2024"
 _QWEN25 = "Qwen Team 2024, arXiv:2412.15115, table 1"
 _QWEN3 = "Qwen Team 2025, arXiv:2505.09388, table 1"
 _SMOLLM2 = "Ben Allal et al. 2025, arXiv:2502.02737"
+
+_LLAMA31_8B = ("Llama-3.1-8B", "Llama-3.1-8B-Instruct")
+_LLAMA32_1B = ("Llama-3.2-1B", "Llama-3.2-1B-Instruct")
+_LLAMA32_3B = ("Llama-3.2-3B", "Llama-3.2-3B-Instruct")
+_LLAMA33_70B = ("Llama-3.3-70B-Instruct", "Llama-3.1-70B", "Llama-3.1-70B-Instruct")
 
 _CODE_VOCAB, _QWEN_BIG = 151_936, 152_064
 
@@ -74,26 +73,14 @@ _ENTRIES: tuple[Entry, ...] = (
             ("bert-large-uncased", ("bert-large",), 335_141_888, Sizes(1024, 24, 16, 30_522, 512)),
         )
     ),
-    Entry(
-        _ids("meta-llama", "Llama-3.1-8B", "Llama-3.1-8B-Instruct"),
-        llama,
-        8_030_261_248,
-        Sizes(4096, 32, 32, 128_256, 131_072, 14_336, 8, tied=False),
-        _LLAMA,
-    ),
     *(
-        Entry(_ids("meta-llama", f"Llama-3.2-{size}", f"Llama-3.2-{size}-Instruct"), llama, count, sizes, _LLAMA32)
-        for size, count, sizes in (
-            ("1B", 1_235_814_400, Sizes(2048, 16, 32, 128_256, 131_072, 8192, 8)),
-            ("3B", 3_212_749_824, Sizes(3072, 28, 24, 128_256, 131_072, 8192, 8)),
+        Entry(_ids("meta-llama", *names), llama, count, sizes, paper)
+        for names, count, sizes, paper in (
+            (_LLAMA31_8B, 8_030_261_248, Sizes(4096, 32, 32, 128_256, 131_072, 14_336, 8, tied=False), _LLAMA),
+            (_LLAMA32_1B, 1_235_814_400, Sizes(2048, 16, 32, 128_256, 131_072, 8192, 8), _LLAMA32),
+            (_LLAMA32_3B, 3_212_749_824, Sizes(3072, 28, 24, 128_256, 131_072, 8192, 8), _LLAMA32),
+            (_LLAMA33_70B, 70_553_706_496, Sizes(8192, 80, 64, 128_256, 131_072, 28_672, 8, tied=False), _LLAMA),
         )
-    ),
-    Entry(
-        _ids("meta-llama", "Llama-3.3-70B-Instruct", "Llama-3.1-70B", "Llama-3.1-70B-Instruct"),
-        llama,
-        70_553_706_496,
-        Sizes(8192, 80, 64, 128_256, 131_072, 28_672, 8, tied=False),
-        _LLAMA,
     ),
     *(
         Entry(_ids("Qwen", f"Qwen2.5-{size}", f"Qwen2.5-{size}-Instruct"), qwen2, count, sizes, _QWEN25)
@@ -157,4 +144,12 @@ def published(name: str) -> ModelShape | None:
 
 @cache
 def _built(entry: Entry) -> ModelShape:
-    return entry.family(Origin(entry.names[0], entry.source, entry.parameters, entry.dtype), entry.sizes)
+    hub_id = next((name for name in entry.names if "/" in name), entry.names[0])
+    return replace(
+        entry.family(entry.sizes),
+        name=entry.names[0],
+        source=f"config.json of {hub_id}; {entry.paper}",
+        parameters=entry.parameters,
+        dtype=entry.dtype,
+        published=True,
+    )

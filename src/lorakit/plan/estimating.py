@@ -7,19 +7,17 @@ printed, where a shape comes from, or how a speed is measured.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lorakit.architectures.shapes import ModelShape
+from lorakit.architectures.shapes import ModelShape, replicated
 from lorakit.config import LoraConfig
-from lorakit.plan import accelerated, activations, flops, memory, params
-from lorakit.plan import flops as timing
+from lorakit.plan import activations, flops, memory, params
 from lorakit.plan.flops import Flops
 from lorakit.plan.job import DTYPE_BYTES, MASTER_BYTES, Job, Speed
 from lorakit.plan.memory import Memory
 from lorakit.plan.params import Count, Group, RankTable, rank_table
-from lorakit.plan.stacking import stacked
 from lorakit.tables import format_percent
 from lorakit.targets import SEVERAL_MODULES
 
@@ -65,29 +63,39 @@ class Method:
     """Cost of one training method: LoRA, or full fine-tuning.
 
     Attributes:
-        name: "LoRA" or "full fine-tuning".
+        job: The job.
         trainable: Trainable parameters.
         memory: Bytes of a step.
         flops: FLOPs per token.
         tokens_per_second: Expected speed, or None if no speed is known.
-        step_seconds: Expected duration of an optimizer step, or None.
-        run_seconds: Expected duration of the run, or None if speed or steps are unknown.
         saved_bytes: Size on disk of a saved result.
         resumable_bytes: Size on disk of a checkpoint with optimizer state.
     """
 
-    name: str
+    job: Job
     trainable: int
     memory: Memory
     flops: Flops
     tokens_per_second: float | None
-    step_seconds: float | None
-    run_seconds: float | None
     saved_bytes: int
     resumable_bytes: int
 
+    @property
+    def step_seconds(self) -> float | None:
+        """Return the expected duration of an optimizer step, or None if no speed is known."""
+        return None if self.tokens_per_second is None else self.job.step_tokens / self.tokens_per_second
+
+    @property
+    def run_seconds(self) -> float | None:
+        """Return the expected duration of the run, or None if speed or steps are unknown."""
+        step = self.step_seconds
+        return None if step is None or self.job.steps is None else step * self.job.steps
+
 
 _MODEL_FIELDS = ("name", "source", "architecture", "parameters", "layers", "hidden", "vocab", "positions", "tied")
+_COUNT_FIELDS = ("trainable", "base", "share", "factors", "magnitudes")
+_JOB_FIELDS = ("gradient_checkpointing", "batch_tokens", "step_tokens")
+_METHOD_FIELDS = ("tokens_per_second", "step_seconds", "run_seconds", "saved_bytes", "resumable_bytes")
 
 
 @dataclass(frozen=True)
@@ -126,11 +134,7 @@ class Plan:
         return {
             "model": {name: getattr(shape, name) for name in _MODEL_FIELDS},
             "adapter": {
-                "trainable": counted.trainable,
-                "base": counted.base,
-                "share": counted.share,
-                "factors": counted.factors,
-                "magnitudes": counted.magnitudes,
+                **{name: getattr(counted, name) for name in _COUNT_FIELDS},
                 "modules_to_save": dict(counted.saved),
                 "biases": counted.biases,
                 "token_rows": dict(counted.rows),
@@ -139,9 +143,7 @@ class Plan:
             },
             "job": {
                 **asdict(self.job),
-                "gradient_checkpointing": self.job.gradient_checkpointing,
-                "batch_tokens": self.job.batch_tokens,
-                "step_tokens": self.job.step_tokens,
+                **{name: getattr(self.job, name) for name in _JOB_FIELDS},
                 "run_tokens": None if self.job.steps is None else self.job.steps * self.job.step_tokens,
             },
             "speed": None if self.speed is None else asdict(self.speed),
@@ -181,26 +183,15 @@ def estimate(
     """
     job = job or Job()
     job = job if activations.packs(shape) else dataclasses.replace(job, mean_tokens=None)  # padding is then computed
-    shape, config = stacked(shape, config), dataclasses.replace(config, layer_replication=None)
+    shape = replicated(shape, config.layer_replication)
+    config = dataclasses.replace(config, layer_replication=None)
     counted = params.count(shape, config, allow_partial=allow_partial, optimizer=job.optimizer)
     on_disk = sizes(shape, counted)
     saved = [file.size_bytes for file in on_disk]
-    lora = _method(
-        "LoRA",
-        counted.trainable,
-        memory.of_lora(shape, counted, config.lora_dropout, job),
-        flops.lora(shape, counted, job),
-        (job, _rate(shape, counted, job, speed)),
-        (saved[0], saved[1]),
-    )
-    full = _method(
-        "full fine-tuning",
-        shape.parameters,
-        memory.of_full(shape, job),
-        flops.full(shape, job),
-        (job, _rate_of_full(speed, lora.flops, flops.full(shape, job))),
-        (saved[2], saved[3]),
-    )
+    costs, costs_of_full = flops.lora(shape, counted, job), flops.full(shape, job)
+    seconds = _token_seconds(shape, counted, costs, job, speed)
+    rates = _rates(speed, costs, costs_of_full, seconds)
+    needs = memory.of_lora(shape, counted, config.lora_dropout, job)
     return Plan(
         shape=shape,
         config=config,
@@ -208,89 +199,63 @@ def estimate(
         speed=speed,
         counted=counted,
         reasons=tuple(reasons(counted, config)),
-        lora=lora,
-        full=full,
+        lora=Method(job, counted.trainable, needs, costs, rates[0], saved[0], saved[1]),
+        full=Method(job, shape.parameters, memory.of_full(shape, job), costs_of_full, rates[1], saved[2], saved[3]),
         files=tuple(on_disk),
         ranks=rank_table(shape, config, ranks, job.optimizer) if ranks else None,
-        notes=(*_notes(shape, counted, job, speed, lora.memory), *_experts_note(shape, counted)),
+        notes=(*needs.notes, *_notes(shape, counted, job, speed, seconds)),
     )
 
 
-def _method(
-    name: str,
-    trainable: int,
-    needs: Memory,
-    costs: Flops,
-    pace: tuple[Job, float | None],
-    saved: tuple[int, int],
-) -> Method:
-    job, rate = pace
-    step = None if rate is None else job.step_tokens / rate
-    run = None if step is None or job.steps is None else step * job.steps
-    return Method(name, trainable, needs, costs, rate, step, run, *saved)
-
-
-def _rate(shape: ModelShape, counted: Count, job: Job, speed: Speed | None) -> float | None:
-    """Return the tokens per second of LoRA training."""
-    if speed is None:
+def _token_seconds(shape: ModelShape, counted: Count, costs: Flops, job: Job, speed: Speed | None) -> float | None:
+    """Return the seconds per token if every sublayer is fused and the speed has the data for it, else None."""
+    fused = activations.fused_sublayers(shape, counted, job)
+    if speed is None or not 0 < 2 * len(shape.blocks) == len(fused):
         return None
-    costs = flops.lora(shape, counted, job)
-    seconds = timing.token_seconds(shape, costs, job, speed) if _is_fast(shape, counted, job) else None
-    return speed.tokens_at(costs.total) if seconds is None else 1 / seconds
+    return flops.token_seconds(shape, costs, job, speed)
 
 
-def _rate_of_full(speed: Speed | None, lora: Flops, full: Flops) -> float | None:
-    """Return the tokens per second of full fine-tuning, which is never accelerated; a given rate is LoRA's, scaled by
-    FLOPs.
+def _rates(speed: Speed | None, lora: Flops, full: Flops, seconds: float | None) -> tuple[float | None, float | None]:
+    """Return the tokens per second of LoRA and of full fine-tuning, which is never accelerated.
+
+    A given rate is LoRA's; that of full fine-tuning is scaled by FLOPs.
     """
     if speed is None:
-        return None
+        return None, None
     given = speed.tokens_per_second is not None
-    return speed.tokens_at(full.total) * (lora.total / full.total if given else 1.0)
+    of_full = speed.tokens_at(full.total) * (lora.total / full.total if given else 1.0)
+    return speed.tokens_at(lora.total) if seconds is None else 1 / seconds, of_full
 
 
-def _is_fast(shape: ModelShape, counted: Count, job: Job) -> bool:
-    """Return whether every sublayer of every layer is fused, which the time of an accelerated step assumes."""
-    if not job.accelerated or not activations.packs(shape):
-        return False
-    return len(accelerated.fused(shape, counted, job.quantization is not None)) == 2 * len(shape.blocks)
-
-
-def _notes(shape: ModelShape, counted: Count, job: Job, speed: Speed | None, needs: Memory) -> tuple[str, ...]:
-    notes = list(needs.notes)
+def _notes(
+    shape: ModelShape, counted: Count, job: Job, speed: Speed | None, token_seconds: float | None
+) -> Iterator[str]:
     if 0 < shape.positions < job.length_tokens:
-        notes.append(f"{shape.name} supports at most {shape.positions:,} tokens; the job has {job.length_tokens:,}.")
+        yield f"{shape.name} supports at most {shape.positions:,} tokens; the job has {job.length_tokens:,}."
     if job.quantization is not None:
-        notes.append(
+        yield (
             f"{job.quantization}: every matmul dequantizes its weight first, which the times do not include; full "
             "fine-tuning is that of the unquantized base."
         )
     if speed is None:
-        notes.append(
-            "No time estimate; pass --tokens-per-second of an earlier run, or --calibrate to measure this machine."
-        )
-    elif speed.tokens_per_second is None and speed.threads is not None and _is_fast(shape, counted, job):
-        notes.append(
-            f"Times assume {format_percent(timing.MATMUL_UTILIZATION, 0)} of the measured matmul speed, plus the time "
+        yield ("No time estimate; pass --tokens-per-second of an earlier run, or --calibrate to measure this machine.")
+    elif token_seconds is not None:
+        yield (
+            f"Times assume {format_percent(flops.MATMUL_UTILIZATION, 0)} of the measured matmul speed, plus the time "
             "of norms, activations and softmax; the first steps of the run are more accurate."
         )
     elif speed.tokens_per_second is None:
-        notes.append(
+        yield (
             f"Times assume {format_percent(speed.utilisation, 0)} of the measured matmul speed, which small models "
             "reach on a CPU; the first steps of the run are more accurate."
         )
-    return tuple(notes)
-
-
-def _experts_note(shape: ModelShape, counted: Count) -> list[str]:
-    """Return what memory and time of experts assume; the counts assume nothing but shapes."""
-    if not shape.fused and not any(site.experts > 1 for site in counted.sites):
-        return []
-    through = f"{shape.experts_per_token} experts" if shape.experts_per_token else "all experts"
-    return [
-        f"Memory and time of experts: each token is assumed to pass {through} per layer, with A and B next to them, as "
-        "in transformers' own; a module that does not expose its tokens copies the whole weight in each forward."
-    ]
+    if shape.fused or any(site.experts > 1 for site in counted.sites):
+        through = f"{shape.experts_per_token} experts" if shape.experts_per_token else "all experts"
+        yield (
+            f"Memory and time of experts: each token is assumed to pass {through} per layer, with A and B next to "
+            "them, as in transformers' own; a module that does not expose its tokens copies the whole weight in each "
+            "forward."
+        )
 
 
 def _method_dict(method: Method) -> dict[str, Any]:
@@ -303,11 +268,7 @@ def _method_dict(method: Method) -> dict[str, Any]:
             "above_weights_bytes": method.memory.above_weights_bytes,
         },
         "flops_per_token": {**asdict(method.flops), "total": method.flops.total},
-        "tokens_per_second": method.tokens_per_second,
-        "step_seconds": method.step_seconds,
-        "run_seconds": method.run_seconds,
-        "saved_bytes": method.saved_bytes,
-        "resumable_bytes": method.resumable_bytes,
+        **{name: getattr(method, name) for name in _METHOD_FIELDS},
     }
 
 
@@ -327,22 +288,22 @@ def reasons(counted: Count, config: LoraConfig) -> list[str]:
     by_entry: dict[str, list[Group]] = {}
     for group in counted.groups():
         by_entry.setdefault(group.entry, []).append(group)
-    sentences = [_entry(entry, groups) for entry, groups in sorted(by_entry.items())]
-    sentences.append(_sum(counted))
-    sentences.append(_idle(config))
-    sentences += config.notes_on_own_numbers(counted.own_numbers)
+    messages = [_entry(entry, groups) for entry, groups in sorted(by_entry.items())]
+    dropout = "Dropout has no parameters" if config.lora_dropout else "Dropout, if set, has no parameters"
+    idle = dropout + (', and bias "none" adds none.' if config.bias == "none" else ".")
+    messages += [_sum(counted), idle, *config.notes_on_own_numbers(counted.own_numbers)]
     if counted.frozen:
-        sentences.append(f"LoRA-FA freezes one factor of each site: {counted.frozen:,} parameters, not included.")
+        messages.append(f"LoRA-FA freezes one factor of each site: {counted.frozen:,} parameters, not included.")
     for path, count in counted.saved.items():
-        sentences.append(f"{path} is a saved module with {count:,} parameters.")
+        messages.append(f"{path} is a saved module with {count:,} parameters.")
     for path, count in counted.rows.items():
-        sentences.append(f"{path} has trainable token rows with {count:,} parameters.")
+        messages.append(f"{path} has trainable token rows with {count:,} parameters.")
     if config.bias != "none":
-        sentences.append(f"bias={config.bias!r} trains {counted.biases:,} biases of the base.")
+        messages.append(f"bias={config.bias!r} trains {counted.biases:,} biases of the base.")
     # `_entry` already reports which modules a name matches, with counts
-    sentences += [note.text for note in counted.notes if note.kind != SEVERAL_MODULES]
-    sentences += [unmatched.text for unmatched in counted.missing]
-    return sentences
+    messages += [note.text for note in counted.notes if note.kind != SEVERAL_MODULES]
+    messages += [unmatched.text for unmatched in counted.missing]
+    return messages
 
 
 def _entry(entry: str, groups: list[Group]) -> str:
@@ -380,8 +341,3 @@ def _sum(counted: Count) -> str:
     if counted.own_numbers:
         each += " + out" if counted.magnitudes else ", plus or minus what its variant changes"
     return f"{' + '.join(terms)} = {total:,}; each site trains r × {each}."
-
-
-def _idle(config: LoraConfig) -> str:
-    parts = "Dropout has no parameters" if config.lora_dropout else "Dropout, if set, has no parameters"
-    return parts + (', and bias "none" adds none.' if config.bias == "none" else ".")

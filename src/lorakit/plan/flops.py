@@ -146,9 +146,9 @@ def elements(shape: ModelShape, job: Job) -> float:
         job: Length of rows, checkpointing.
     """
     seen = (job.length_tokens + 1) / 2 if shape.causal else float(job.length_tokens)
-    widths = (shape.hidden, shape.inner_width, shape.query_width + shape.kv_width, shape.heads * seen)
-    forward = _total(widths, (10, 3 if shape.gated else 2, 2, 2))
-    backward = _total(widths, (14, 8 if shape.gated else 5, 2, 5))
+    scores, keys = shape.heads * seen, shape.query_width + shape.kv_width
+    forward = 10 * shape.hidden + (3 if shape.gated else 2) * shape.inner_width + 2 * keys + 2 * scores
+    backward = 14 * shape.hidden + (8 if shape.gated else 5) * shape.inner_width + 2 * keys + 5 * scores
     again = forward if job.gradient_checkpointing else 0.0
     return len(shape.blocks) * (forward + backward + again) + LOGITS * shape.vocab
 
@@ -166,8 +166,3 @@ def token_seconds(shape: ModelShape, costs: Flops, job: Job, speed: Speed) -> fl
         return None
     products = costs.total / (speed.flops_per_second * MATMUL_UTILIZATION)
     return products + elements(shape, job) * SECONDS_PER_ELEMENT / speed.threads
-
-
-def _total(widths: tuple[float, ...], times: tuple[int, ...]) -> float:
-    """Return the weighted sum of elements: residual stream, inside the feed-forward, q and k, and scores."""
-    return sum(width * count for width, count in zip(widths, times, strict=True))

@@ -136,7 +136,8 @@ class Speed:
         rates = [rate for rate in (self.flops_per_second, self.tokens_per_second) if rate is not None]
         if not rates or any(not rate > 0 for rate in (*rates, self.utilisation, self.threads or 1)):
             raise ConfigError(
-                f"speed must be above 0; got {self.flops_per_second} FLOP/s and {self.tokens_per_second} tokens/s."
+                f"speed must be above 0; got {self.flops_per_second} FLOP/s and {self.tokens_per_second} tokens/s.",
+                field="speed",
             )
 
     def tokens_at(self, flops_per_token: float) -> float:
@@ -168,18 +169,25 @@ def recomputed(recompute: str, gradient_checkpointing: bool, memory_budget: str 
     if gradient_checkpointing and recompute == "feed-forward":
         raise ConfigError(
             "gradient_checkpointing and recompute feed-forward exclude each other: the first is recompute layers. "
-            "Remove one."
+            "Remove one.",
+            what=recompute,
+            field="recompute",
         )
     chosen = "layers" if gradient_checkpointing else recompute
     if memory_budget is not None and chosen != "none":
         raise ConfigError(
             f"memory_budget and recompute {chosen} exclude each other: the budget chooses what is recomputed. "
-            "Remove one."
+            "Remove one.",
+            what=chosen,
+            field="memory_budget",
         )
     if chosen == "feed-forward" and not accelerated:
         raise ConfigError(
             "recompute feed-forward needs accelerated forwards; a model's own can only recompute whole layers. "
-            "Use recompute layers, or remove --no-accelerate."
+            "Use recompute layers, or remove --no-accelerate.",
+            what=chosen,
+            field="recompute",
+            allowed=("none", "layers"),
         )
     return chosen
 

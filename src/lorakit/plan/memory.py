@@ -83,13 +83,8 @@ class Memory:
         return self.peak_bytes - self.bytes_of("weights") - self.bytes_of("adapter")
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Formula and bytes of one cause."""
-
-    formula: str
-    size: int
-    equation: int
+def _line(cause: str, equation: int, formula: str, size: int) -> Line:
+    return Line(cause, formula, equation, size, size)
 
 
 def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memory:
@@ -107,25 +102,23 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memo
     added = f" + {itemsize} × {plain:,}" if plain else ""
     base = stored(shape, job.quantization, itemsize, job.double_quantization) if job.quantization else None
     kept = activations.of_lora(shape, counted, dropout, job, base)
-    parts = {
-        "weights": _weights(shape, itemsize, base),
-        "adapter": _Part(
-            f"4 × {factors:,}" + (f" + {itemsize} × {counted.copied:,}" if counted.copied else ""),
-            MASTER_BYTES * factors + itemsize * counted.copied,
-            21,
-        ),
-        "optimizer": _Part(f"2 × (4 × {trained:,}{added})", 2 * (MASTER_BYTES * trained + itemsize * plain), 23),
-        "gradients": _Part(f"4 × {trained:,}{added}", MASTER_BYTES * trained + itemsize * plain, 22),
-    }
-    parts["logits"] = _logits(shape, job, kept.of_blocks > 0 and accelerated.skips_logits(shape, counted))
-    return _memory(kept, parts, job, _notes(shape, kept, job))
+    copied = f" + {itemsize} × {counted.copied:,}" if counted.copied else ""
+    lines = [
+        _weights(shape, itemsize, base),
+        _line("adapter", 21, f"4 × {factors:,}{copied}", MASTER_BYTES * factors + itemsize * counted.copied),
+        _line("optimizer", 23, f"2 × (4 × {trained:,}{added})", 2 * (MASTER_BYTES * trained + itemsize * plain)),
+        _line("gradients", 22, f"4 × {trained:,}{added}", MASTER_BYTES * trained + itemsize * plain),
+        _activations(kept, job),
+        _logits(shape, job, kept.of_blocks > 0 and accelerated.skips_logits(shape, counted)),
+    ]
+    return _memory(lines, kept, job, _notes(shape, kept, job))
 
 
-def _weights(shape: ModelShape, itemsize: int, base: StoredBase | None) -> _Part:
+def _weights(shape: ModelShape, itemsize: int, base: StoredBase | None) -> Line:
     if base is None:
-        return _Part(f"{itemsize} × {shape.parameters:,}", itemsize * shape.parameters, 20)
+        return _line("weights", 20, f"{itemsize} × {shape.parameters:,}", itemsize * shape.parameters)
     formula = f"{itemsize} × {base.rest:,} + {base.size_bytes:,} ({base.storage.name} of {base.elements:,})"
-    return _Part(formula, itemsize * base.rest + base.size_bytes, 28)
+    return _line("weights", 28, formula, itemsize * base.rest + base.size_bytes)
 
 
 def of_full(shape: ModelShape, job: Job) -> Memory:
@@ -143,14 +136,15 @@ def of_full(shape: ModelShape, job: Job) -> Memory:
     """
     itemsize, parameters = job.dtype_bytes, shape.parameters
     states = 2 if itemsize >= MASTER_BYTES else 3
-    parts = {
-        "weights": _Part(f"{itemsize} × {parameters:,}", itemsize * parameters, 20),
-        "optimizer": _Part(f"{states} × 4 × {parameters:,}", states * MASTER_BYTES * parameters, 23),
-        "gradients": _Part(f"{itemsize} × {parameters:,}", itemsize * parameters, 22),
-    }
-    parts["logits"] = _logits(shape, job, without=False)
     kept = activations.of_full(shape, job)
-    return _memory(kept, parts, job, _notes(shape, kept, replace(job, accelerated=False)))
+    lines = [
+        _weights(shape, itemsize, None),
+        _line("optimizer", 23, f"{states} × 4 × {parameters:,}", states * MASTER_BYTES * parameters),
+        _line("gradients", 22, f"{itemsize} × {parameters:,}", itemsize * parameters),
+        _activations(kept, job),
+        _logits(shape, job, without=False),
+    ]
+    return _memory(lines, kept, job, _notes(shape, kept, replace(job, accelerated=False)))
 
 
 def logits_bytes(shape: ModelShape, job: Job) -> int:
@@ -168,7 +162,7 @@ def logits_bytes(shape: ModelShape, job: Job) -> int:
     return LOSS_COPIES * 4 * job.batch_tokens * shape.vocab if has_head else 0
 
 
-def _logits(shape: ModelShape, job: Job, without: bool) -> _Part:
+def _logits(shape: ModelShape, job: Job, without: bool) -> Line:
     """Return the largest memory of the loss: tensors over the vocabulary, or a chunk of them without logits."""
     size, tokens = logits_bytes(shape, job), job.batch_tokens
     if without:
@@ -179,25 +173,20 @@ def _logits(shape: ModelShape, job: Job, without: bool) -> _Part:
             f"8 × {tokens:,}"
         )
         chunk = job.dtype_bytes * rows * shape.vocab
-        return _Part(formula, chunk + hidden + accelerated.loss_bytes(shape, job), 35)
+        return _line("logits", 35, formula, chunk + hidden + accelerated.loss_bytes(shape, job))
     formula = f"{LOSS_COPIES} × 4 × {tokens:,} tokens × {shape.vocab:,}" if size else "no head over the vocabulary"
-    return _Part(formula, size, 25)
+    return _line("logits", 25, formula, size)
 
 
-def _memory(kept: Activations, parts: dict[str, _Part], job: Job, notes: tuple[str, ...]) -> Memory:
-    logits = parts.pop("logits")
-    parts["activations"] = _activation_part(kept, job)
-    parts["logits"] = logits
-    parts["runtime"] = _Part("measured: library pages, kernels, threads", RUNTIME_BYTES, 26)
-    moment, at_peak = _peak(parts, kept, job)
-    lines = tuple(
-        Line(cause, part.formula, part.equation, part.size, at_peak.get(cause, part.size))
-        for cause, part in parts.items()
-    )
-    return Memory(lines, sum(line.at_peak_bytes for line in lines), moment, notes)
+def _memory(lines: list[Line], kept: Activations, job: Job, notes: tuple[str, ...]) -> Memory:
+    lines = [*lines, _line("runtime", 26, "measured: library pages, kernels, threads", RUNTIME_BYTES)]
+    sizes = {line.cause: line.size_bytes for line in lines}
+    moment, at_peak = _peak(sizes["gradients"], sizes["logits"], kept, job)
+    lines = [replace(line, at_peak_bytes=at_peak.get(line.cause, line.size_bytes)) for line in lines]
+    return Memory(tuple(lines), sum(line.at_peak_bytes for line in lines), moment, notes)
 
 
-def _activation_part(kept: Activations, job: Job) -> _Part:
+def _activations(kept: Activations, job: Job) -> Line:
     tokens, blocks = job.batch_tokens, max(kept.blocks_kept, 1)
     if job.gradient_checkpointing:
         formula = (
@@ -210,23 +199,22 @@ def _activation_part(kept: Activations, job: Job) -> _Part:
             f"{kept.blocks_kept} blocks × {tokens:,} tokens × {kept.blocks / blocks / tokens:,.0f} B + {kept.outside:,}"
         )
         size = kept.blocks + kept.outside
-    return _Part(formula, size, 29 if kept.fused else 24)
+    return _line("activations", 29 if kept.fused else 24, formula, size)
 
 
-def _peak(parts: dict[str, _Part], kept: Activations, job: Job) -> tuple[str, dict[str, int]]:
+def _peak(gradients: int, logits: int, kept: Activations, job: Job) -> tuple[str, dict[str, int]]:
     """Return the moment of the peak, and the bytes then of the causes that vary during a step. [docs/math.md (27)]"""
-    earlier = parts["gradients"].size if job.accumulation > 1 else 0  # of earlier batches of the step
-    gradients = parts["gradients"].size
+    earlier = gradients if job.accumulation > 1 else 0  # of earlier batches of the step
     if job.gradient_checkpointing:
         inputs, block = kept.blocks_kept * kept.boundary, kept.largest_block + kept.transient
         moments = {
-            "the backward begins at the loss": (inputs + kept.outside, parts["logits"].size, earlier),
+            "the backward begins at the loss": (inputs + kept.outside, logits, earlier),
             "the last block is recomputed": (inputs + block, 0, earlier),
             "the first block is recomputed": (kept.boundary + block, 0, gradients),
         }
     else:
         moments = {
-            "the backward begins at the loss": (kept.blocks + kept.outside, parts["logits"].size, earlier),
+            "the backward begins at the loss": (kept.blocks + kept.outside, logits, earlier),
             "the backward enters the last block": (kept.blocks + kept.transient, 0, earlier),
             "the backward leaves the first block": (kept.largest_block + kept.transient, 0, gradients),
         }
@@ -237,13 +225,12 @@ def _peak(parts: dict[str, _Part], kept: Activations, job: Job) -> tuple[str, di
 
 
 def _notes(shape: ModelShape, kept: Activations, job: Job) -> tuple[str, ...]:
+    family = f"Activations: {kept.family}."
     if not kept.is_known:
-        reckoned = (
+        family = (
             f"The activations of {shape.architecture} were not derived; they are estimated as those of a {kept.family}."
         )
-    else:
-        reckoned = f"Activations: {kept.family}."
-    return reckoned, _how(shape, kept, job), ALLOCATOR_NOTE
+    return family, _how(shape, kept, job), ALLOCATOR_NOTE
 
 
 def _how(shape: ModelShape, kept: Activations, job: Job) -> str:

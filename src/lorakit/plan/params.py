@@ -11,10 +11,9 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from lorakit.architectures.shapes import ModelShape, SiteShape, role, short_roles
+from lorakit.architectures.shapes import ModelShape, SiteShape, replicated, role, short_roles
 from lorakit.config import LoraConfig, scale
 from lorakit.errors import TargetError, UsageError
-from lorakit.plan.stacking import stacked
 from lorakit.targets import BareParameter, Candidate, Match, Note, Unmatched, match_path, names_path, resolve
 from lorakit.targets.layer_types import EMBEDDING, LINEAR, PARAMETER
 
@@ -41,7 +40,9 @@ def trained_rows(shape: ModelShape, config: LoraConfig, adapted: Collection[str]
         if site.path in adapted or weight in adapted:
             raise TargetError(
                 f"trainable_token_indices cannot be applied to {site.path}, which has LoRA factors; remove it "
-                "from target_modules."
+                "from target_modules.",
+                where=site.path,
+                field="trainable_token_indices",
             )
         if leaders.get(weight) != indices:
             leaders.setdefault(weight, indices)
@@ -85,18 +86,19 @@ def _named(
 ) -> list[tuple[SiteShape, Sequence[int]]]:
     if asked is None:
         return []
+    field = "trainable_token_indices"
     tables = [site for site in shape.sites if site.kind in (EMBEDDING, LINEAR)]
     if not isinstance(asked, Mapping):
         inputs = [site for site in tables if site.kind == EMBEDDING]
         of_tokens = [site for site in inputs if site.in_features == shape.vocab] or inputs
         if not of_tokens:
-            raise TargetError("trainable_token_indices: this model has no embedding.")
+            raise TargetError(f"{field}: this model has no embedding.", field=field)
         return [(of_tokens[0], asked)]
     pairs = []
     for name, indices in asked.items():
         sites = [site for site in tables if names_path(name, site.path)]
         if not sites:
-            raise TargetError(f"trainable_token_indices: the model has no embedding or head named {name!r}.")
+            raise TargetError(f"{field}: the model has no embedding or head named {name!r}.", what=name, field=field)
         pairs += [(site, indices) for site in sites]
     return pairs
 
@@ -114,7 +116,8 @@ class SiteCount:
         scale: Factor of B·A at this site.
         entry: The target entry that matched it.
         factors: Elements of A and B: experts × rank × (in + out).
-        own_numbers: Values that the variant trains beside A and B; negative where its A and B are smaller than LoRA's.
+        own_numbers: Values that the variant trains in addition to A and B; negative if its A and B are smaller than
+            LoRA's.
         reads_weight: Whether they are one per output, and each forward reads the weight for them (DoRA).
         frozen: Elements of frozen factors: with LoRA-FA rank × in, of an embedding rank × out; with the init mica rank
             × out; else 0.
@@ -150,6 +153,10 @@ class SiteCount:
         return self.factors + self.own_numbers - self.frozen
 
 
+_SHARED = ("kind", "out_features", "in_features", "rank", "scale", "entry", "experts")
+"""Attributes that the sites of a `Group` have in common."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Sites that differ only in their layer.
@@ -177,6 +184,12 @@ class Group:
     sites: int
     each: int
     experts: int = 1
+
+    @classmethod
+    def of(cls, label: str, members: Sequence[SiteCount]) -> Group:
+        """Return the group of some sites, which differ only in their layer."""
+        shared = {name: getattr(members[0], name) for name in _SHARED}
+        return cls(label=label, sites=len(members), each=members[0].trainable, **shared)
 
     @property
     def trainable(self) -> int:
@@ -223,7 +236,7 @@ class Count:
 
     @property
     def own_numbers(self) -> int:
-        """Return the values that the variant trains beside A and B."""
+        """Return the values that the variant trains in addition to A and B."""
         return sum(site.own_numbers for site in self.sites)
 
     @property
@@ -258,21 +271,7 @@ class Count:
         for site in self.sites:
             size = (site.out_features, site.in_features, site.experts, site.own_numbers)
             gathered.setdefault((labels[role(site.path)], size, site.rank, site.scale, site.entry), []).append(site)
-        return [
-            Group(
-                labels[role(members[0].path)],
-                members[0].kind,
-                members[0].out_features,
-                members[0].in_features,
-                members[0].rank,
-                members[0].scale,
-                members[0].entry,
-                len(members),
-                members[0].trainable,
-                members[0].experts,
-            )
-            for members in gathered.values()
-        ]
+        return [Group.of(labels[role(members[0].path)], members) for members in gathered.values()]
 
 
 def factor_parameters(rank: int, in_features: int, out_features: int) -> int:
@@ -305,15 +304,15 @@ def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False,
         TargetError: A target matches nothing, or a module that does not support LoRA.
         ConfigError: A pattern is invalid, or there are no targets.
     """
-    shape = stacked(shape, config)
+    shape = replicated(shape, config.layer_replication)
     bare, in_first = _bare_parameters(shape), {other.path for other in shape.others if other.in_first}
     resolution = resolve(candidates(shape), config, allow_partial=allow_partial, parameters=bare)
     sizes = {parameter.path: _canonical(parameter.shape, parameter.module in in_first) for parameter in bare}
     sizes |= {site.path: (1, site.out_features, site.in_features) for site in shape.sites}
     sites = tuple(_site_count(match, sizes[match_path(match)], config, optimizer) for match in resolution.matches)
     saved = {path: _whole(shape, path) for path in resolution.saved}
-    biases = _biases(shape, config.bias, {site.path for site in sites}, tuple(saved))
-    rows = trained_rows(shape, config, {site.path for site in sites})
+    adapted = {site.path for site in sites}
+    biases, rows = _biases(shape, config.bias, adapted, saved), trained_rows(shape, config, adapted)
     return Count(shape.parameters, sites, saved, biases, rows, resolution.missing, resolution.notes)
 
 
@@ -371,28 +370,24 @@ def _canonical(size: tuple[int, ...], in_first: bool) -> tuple[int, int, int]:
     return (experts, second, first) if in_first and len(size) == 3 else (experts, first, second)
 
 
+def _inside(path: str, modules: Collection[str]) -> bool:
+    """Return whether a module is one of these or inside one."""
+    return any(path == module or path.startswith(module + ".") for module in modules)
+
+
 def _whole(shape: ModelShape, path: str) -> int:
     """Return the parameters of a module and everything inside; a tied weight counts, since the copy has its own."""
-    inside = path + "."
-    own = sum(
-        s.weight_parameters + s.bias_parameters for s in shape.sites if s.path == path or s.path.startswith(inside)
-    )
-    return own + sum(o.parameters for o in shape.others if o.path == path or o.path.startswith(inside))
+    own = sum(s.weight_parameters + s.bias_parameters for s in shape.sites if _inside(s.path, [path]))
+    return own + sum(o.parameters for o in shape.others if _inside(o.path, [path]))
 
 
-def _biases(shape: ModelShape, choice: str, adapted: set[str], saved: tuple[str, ...]) -> int:
+def _biases(shape: ModelShape, choice: str, adapted: Collection[str], saved: Collection[str]) -> int:
     """Return the parameters in trained biases of the base; those inside saved modules are not counted twice."""
     if choice == "none":
         return 0
-    copied = tuple(path + "." for path in saved)
-    sites = sum(
-        s.bias_parameters
-        for s in shape.sites
-        if (choice == "all" or s.path in adapted) and s.path not in saved and not s.path.startswith(copied)
-    )
-    if choice != "all":
-        return sites
-    return sites + sum(o.biases for o in shape.others if o.path not in saved and not o.path.startswith(copied))
+    trained = [s for s in shape.sites if (choice == "all" or s.path in adapted) and not _inside(s.path, saved)]
+    others = [o for o in shape.others if choice == "all" and not _inside(o.path, saved)]
+    return sum(s.bias_parameters for s in trained) + sum(o.biases for o in others)
 
 
 @dataclass(frozen=True)
@@ -450,10 +445,10 @@ def rank_table(shape: ModelShape, config: LoraConfig, ranks: Sequence[int], opti
         TargetError: As for `count`.
     """
     if not ranks or any(rank < 1 for rank in ranks):
-        raise UsageError(f"ranks must be one or more integers of at least 1, such as 4,8,16,32; got {list(ranks)}.")
-    columns = [
-        count(shape, dataclasses.replace(config, r=rank, rank_pattern={}), optimizer=optimizer) for rank in ranks
-    ]
+        text = f"ranks must be one or more integers of at least 1, such as 4,8,16,32; got {list(ranks)}."
+        raise UsageError(text, what=list(ranks), field="ranks")
+    configs = [dataclasses.replace(config, r=rank, rank_pattern={}) for rank in ranks]
+    columns = [count(shape, each, optimizer=optimizer) for each in configs]
     labels = short_roles(site.path for site in columns[0].sites)
     rows: dict[tuple[str, int, int, int, int], list[int]] = {}
     for index, site in enumerate(columns[0].sites):

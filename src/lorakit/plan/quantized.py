@@ -179,11 +179,6 @@ class StoredBase:
     rest: int
 
     @property
-    def paths(self) -> frozenset[str]:
-        """Return the module paths of the quantized weights."""
-        return frozenset(site.path for site in self.sites)
-
-    @property
     def largest(self) -> int:
         """Return the elements of the largest of these weights, which is dequantized at once."""
         return max(site.weight_parameters for site in self.sites)
@@ -208,7 +203,10 @@ def stored(shape: ModelShape, name: str, itemsize: int, double: bool) -> StoredB
             f"{shape.name}: quantization {name!r} supports {' and '.join(storage.kinds)} modules, and this "
             f"{shape.architecture} has none besides its output head. Omit it, or use one of "
             f"{', '.join(s.name for s in STORAGES if quantized_sites(shape, s)) or 'no other'}.",
+            what=name,
             where=shape.name,
+            field="quantization",
+            allowed=[s.name for s in STORAGES if quantized_sites(shape, s)],
         )
     sizes = [storage.size(s.out_features, s.in_features, itemsize, double and storage.doubles) for s in sites]
     elements = sum(site.weight_parameters for site in sites)

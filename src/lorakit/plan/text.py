@@ -5,7 +5,9 @@ Knows nothing about terminals; values are those of `Plan`, rounded for reading.
 
 from __future__ import annotations
 
-from lorakit.plan.estimating import Method, Plan
+from collections.abc import Iterable
+
+from lorakit.plan.estimating import Plan
 from lorakit.plan.params import RankTable
 from lorakit.tables import (
     columns,
@@ -33,15 +35,14 @@ def render(plan: Plan, *, verbose: bool = False, notes: tuple[str, ...] = ()) ->
     Returns:
         Lines joined by newlines, without one at the end.
     """
-    parts = [_head(plan), "\n".join(_wrapped(line) for line in (*_summary(plan), *notes))]
-    warned = [_wrapped(f"warning: {sentence}") for sentence in (*_warnings(plan), *plan.counted.missing)]
-    parts += ["\n".join(warned), _sites(plan)]
+    warnings = [f"warning: {message}" for message in (*_warnings(plan), *plan.counted.missing)]
+    parts = [_paragraph(_head(plan)), _paragraph([*_summary(plan), *notes]), _paragraph(warnings), _sites(plan)]
     if plan.ranks is not None:
         parts.append(_ranks(plan.ranks))
     parts.append(_methods(plan))
     if verbose:
         parts += [_why(plan), _memory(plan), _files(plan), _flops(plan)]
-        parts.append("\n".join(_wrapped(f"note: {note}") for note in plan.notes))
+        parts.append(_paragraph([f"note: {note}" for note in plan.notes]))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -60,7 +61,7 @@ def summary(plan: Plan) -> list[str]:
         f"estimated peak memory: {format_bytes(needs.peak_bytes)} (weights {format_bytes(needs.bytes_of('weights'))})",
     ]
     if plan.lora.tokens_per_second is not None:
-        lines.append(f"estimated time: {_times(plan, plan.lora)}")
+        lines.append(f"estimated time: {_times(plan)}")
     return lines
 
 
@@ -84,28 +85,21 @@ def _trainable(plan: Plan) -> str:
     return f"{counted.trainable:,} of {counted.base:,} ({format_percent(counted.share)})"
 
 
-def _head(plan: Plan) -> str:
+def _head(plan: Plan) -> list[str]:
     shape, job = plan.shape, plan.job
     recomputed = {"none": "", "layers": ", gradient checkpointing"}.get(job.recompute, f", {job.recompute} recomputed")
     accelerated = "accelerated" if job.accelerated else "not accelerated"
     batches = "" if job.accumulation == 1 else f", {job.accumulation} batches per step"
-    return "\n".join(
-        [
-            _wrapped(
-                f"{shape.name} ({shape.architecture}, {format_count(shape.layers, 'layer')}, width {shape.hidden:,}, "
-                f"vocabulary {shape.vocab:,}{', tied head' if shape.tied else ''})"
-            ),
-            _wrapped(
-                f"{job.batch_rows} × {job.length_tokens:,} tokens per batch{batches}, {job.dtype}{recomputed}, "
-                f"{accelerated}"
-            ),
-        ]
-    )
+    return [
+        f"{shape.name} ({shape.architecture}, {format_count(shape.layers, 'layer')}, width {shape.hidden:,}, "
+        f"vocabulary {shape.vocab:,}{', tied head' if shape.tied else ''})",
+        f"{job.batch_rows} × {job.length_tokens:,} tokens per batch{batches}, {job.dtype}{recomputed}, {accelerated}",
+    ]
 
 
 def _summary(plan: Plan) -> list[str]:
     lora, full = plan.lora, plan.full
-    time = "no estimate; pass --calibrate or --tokens-per-second" if lora.step_seconds is None else _times(plan, lora)
+    time = "no estimate; pass --calibrate or --tokens-per-second" if lora.step_seconds is None else _times(plan)
     return [
         f"trainable    {_trainable(plan)}",
         f"peak memory  {format_bytes(lora.memory.peak_bytes)} "
@@ -130,10 +124,8 @@ def _sites(plan: Plan) -> str:
          f"{g.each:,}", f"{g.trainable:,}"]
         for g in groups
     ]  # fmt: skip
-    for path, count in plan.counted.saved.items():
-        rows.append([path, "saved module", "", "1", "", "", f"{count:,}", f"{count:,}"])
-    for path, count in plan.counted.rows.items():
-        rows.append([path, "token rows", "", "1", "", "", f"{count:,}", f"{count:,}"])
+    for kind, counts in (("saved module", plan.counted.saved), ("token rows", plan.counted.rows)):
+        rows += [[path, kind, "", "1", "", "", f"{count:,}", f"{count:,}"] for path, count in counts.items()]
     if plan.counted.biases:
         rows.append(["biases of the base", "", "", "", "", "", "", f"{plan.counted.biases:,}"])
     rows.append(["total", "", "", f"{len(plan.counted.sites):,}", "", "", "", f"{plan.counted.trainable:,}"])
@@ -144,18 +136,15 @@ def _methods(plan: Plan) -> str:
     lora, full = plan.lora.memory, plan.full.memory
     of_full = {line.cause: line.at_peak_bytes for line in full.lines}
     rows = [
-        *(
-            [line.cause, format_bytes(line.at_peak_bytes), format_bytes(of_full.get(line.cause, 0))]
-            for line in lora.lines
-        ),
-        ["peak", format_bytes(lora.peak_bytes), format_bytes(full.peak_bytes)],
+        [line.cause, format_bytes(line.at_peak_bytes), format_bytes(of_full.get(line.cause, 0))] for line in lora.lines
     ]
+    rows.append(["peak", format_bytes(lora.peak_bytes), format_bytes(full.peak_bytes)])
     return columns(["memory at the peak", "LoRA", "full fine-tuning"], rows)
 
 
 def _why(plan: Plan) -> str:
     lines = [f"shape from: {plan.shape.source}", *plan.reasons]
-    return "counts:\n" + "\n".join(_wrapped(sentence, "  ") for sentence in lines)
+    return "counts:\n" + _paragraph([f"  {line}" for line in lines])
 
 
 def _memory(plan: Plan) -> str:
@@ -172,13 +161,10 @@ def _files(plan: Plan) -> str:
 
 def _flops(plan: Plan) -> str:
     lora, full = plan.lora, plan.full
+    parts = ("forward", "backward", *(("recomputed",) if lora.flops.recomputed else ()), "total")
     rows = [
-        ["forward", _flop(lora.flops.forward), _flop(full.flops.forward)],
-        ["backward", _flop(lora.flops.backward), _flop(full.flops.backward)],
+        [part, *(format_quantity(getattr(method.flops, part), "FLOP") for method in (lora, full))] for part in parts
     ]
-    if lora.flops.recomputed:
-        rows.append(["recomputed", _flop(lora.flops.recomputed), _flop(full.flops.recomputed)])
-    rows.append(["total", _flop(lora.flops.total), _flop(full.flops.total)])
     if lora.tokens_per_second is not None and full.tokens_per_second is not None:
         rates = (format_rate(method.tokens_per_second or 0, "tokens/s") for method in (lora, full))
         rows.append(["speed", *rates])
@@ -201,7 +187,8 @@ def _ranks(ranks: RankTable) -> str:
     return columns(["one site, by rank", "out × in", "sites", *(f"r={rank}" for rank in ranks.ranks)], rows)
 
 
-def _times(plan: Plan, method: Method) -> str:
+def _times(plan: Plan) -> str:
+    method = plan.lora
     step = f"{format_seconds(method.step_seconds or 0)} per step"
     speed = format_rate(method.tokens_per_second or 0, "tokens/s")
     if method.run_seconds is None:
@@ -209,9 +196,5 @@ def _times(plan: Plan, method: Method) -> str:
     return f"{format_seconds(method.run_seconds)} for {format_count(plan.job.steps or 0, 'step')} ({speed}, {step})"
 
 
-def _flop(number: float) -> str:
-    return format_quantity(number, "FLOP")
-
-
-def _wrapped(sentence: str, indent: str = "") -> str:
-    return wrap(indent + sentence, WIDTH)
+def _paragraph(lines: Iterable[str]) -> str:
+    return wrap("\n".join(lines), WIDTH)

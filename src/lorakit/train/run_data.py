@@ -19,7 +19,7 @@ from torch import nn
 from lorakit import hub, plan
 from lorakit.config import LoraConfig
 from lorakit.core.model.fingerprint import vocabulary_of
-from lorakit.core.model.vocabulary import begin_rows, check_growth, grow_vocabulary, with_trained_rows
+from lorakit.core.model.vocabulary import check_growth, grow_vocabulary, initialize_rows, with_trained_rows
 from lorakit.data import (
     AnyRecords,
     Batch,
@@ -318,7 +318,7 @@ class NewTokens:
             model: The adapted model.
             name: The adapter.
         """
-        begin_rows(model, name, self.added.pieces)
+        initialize_rows(model, name, self.added.pieces)
 
     def unseen(self, loader: Loader) -> list[str]:
         """Return a warning if tokens do not occur in the training data; their rows keep their initial values.

@@ -68,9 +68,8 @@ def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int]) -> RunPla
         speed = plan.Speed(flops_per_second=rate, source="measured", threads=threads)
     estimated = _estimate(spec, limits, lengths, choice.dtype, speed)
     if spec.settings.memory_budget is not None:
-        fitting = plan.within(estimated, plan.bytes_of(spec.settings.memory_budget))
-        estimated = fitting.plan
-        lines.append(fitting.reason)
+        estimated, reason = plan.within(estimated, plan.bytes_of(spec.settings.memory_budget))
+        lines.append(reason)
     lines += plan.summary(estimated)
     details += plan.details(estimated)
     return RunPlan(choice.dtype, estimated.job.recompute, estimated.as_dict(), tuple(lines), tuple(details))

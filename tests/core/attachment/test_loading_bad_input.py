@@ -359,8 +359,8 @@ def test_every_mismatch_is_named_at_once(folder: Path) -> None:
 
 
 OTHER_BASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "other weights": (lambda: LLAMA.model(seed=1), "the numbers of .* differ: same shapes, other weights"),
-    "one weight": (lambda: _with_one_changed(), "the numbers of .* differ"),
+    "other weights": (lambda: LLAMA.model(seed=1), "values of .* differ: same shapes, other weights"),
+    "one weight": (lambda: _with_one_changed(), "values of .* differ"),
     "other depth": (lambda: _llama(num_hidden_layers=3), "names or shapes of the base's parameters differ"),
     "shallower": (lambda: _llama(num_hidden_layers=1), "names or shapes of the base's parameters differ"),
     "other width": (lambda: _llama(hidden_size=32), "names or shapes"),

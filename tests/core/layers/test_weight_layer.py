@@ -337,7 +337,7 @@ def test_dropout_acts_on_the_tokens_of_marked_experts_in_training_alone() -> Non
 
 def test_dropout_is_refused_where_the_module_never_shows_its_input() -> None:
     model = made()
-    with pytest.raises(ConfigError, match=r"does not work with lora_dropout != 0: Experts at layers.0.experts never"):
+    with pytest.raises(ConfigError, match=r"does not work with lora_dropout != 0: Experts at layers.0.experts"):
         core.attach(model, config(lora_dropout=0.1))
     assert not core.adapters(model)
 

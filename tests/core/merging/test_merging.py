@@ -1,4 +1,4 @@
-"""Report of a merge, the device of its arithmetic, and `merged_state_dict`; laws 2, 3 and 12 have the rest."""
+"""Report of a merge, the device of its arithmetic, and `merged_state_dict`; invariants 2, 3 and 12 test the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A merged adapter belongs to the default route until it is unmerged; an explicit choice wins over that."""
+"""A merged adapter belongs to the default route until it is unmerged; an explicit choice takes precedence."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""lorakit.core.merging.merging: what is exact stays within roundings; what is not says which site and dtype, or why."""
+"""`explain_inexact_merge`: exact merges stay within rounding; for others it names the site and dtype, or the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merges of weights that are shared, untied or put into other modules: what they leave alone, and what is restored."""
+"""Merges of weights that are shared, untied or moved into other modules: what changes, and what is restored."""
 
 from __future__ import annotations
 

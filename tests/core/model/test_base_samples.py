@@ -1,4 +1,4 @@
-"""Which values of a base's tensors are sampled, and how they are read."""
+"""Sampled positions of a base's tensors, and how their values are read."""
 
 import math
 
@@ -14,10 +14,10 @@ from lorakit.core.model.base_samples import (
     MOST_SLICES,
     NUMBERS,
     agreement,
-    parts_of,
     positions,
     sample_count,
     take_samples,
+    tensors_of_base,
 )
 from lorakit.core.model.fingerprint import DIFFERENT, compare
 
@@ -60,7 +60,7 @@ def test_many_tensors_share_a_budget() -> None:
 def test_above_a_limit_evenly_chosen_tensors_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.ParameterDict({f"p{number:03}": nn.Parameter(torch.randn(3)) for number in range(100)})
     monkeypatch.setattr(base_samples, "MOST_TENSORS", 40)
-    assert list(take_samples(parts_of(model, {}), None)) == [f"p{number:03}" for number in range(0, 100, 3)]
+    assert list(take_samples(tensors_of_base(model, {}), None)) == [f"p{number:03}" for number in range(0, 100, 3)]
 
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -78,7 +78,7 @@ def test_values_keep_the_bits_of_their_dtype_wherever_they_are_in_memory(dtype: 
             "turned": nn.Parameter(whole.T, requires_grad=False),
         }
     )
-    found = take_samples(parts_of(model, {}), None)
+    found = take_samples(tensors_of_base(model, {}), None)
     assert list(found) == ["plain", "scalar", "turned"]
     for name, sample in found.items():
         tensor = model[name]
@@ -97,7 +97,7 @@ def test_values_can_be_read_elsewhere() -> None:
 
 
 def test_a_sample_without_some_places() -> None:
-    sample = take_samples(parts_of(_norm(), {}), None)["weight"]
+    sample = take_samples(tensors_of_base(_norm(), {}), None)["weight"]
     blank = sample.without([0, 2])
     assert blank.values().tolist() == [0.0, 2.0, 0.0] and agreement(sample, blank) == "apart"
 

@@ -1,4 +1,4 @@
-"""Modules that their model does not call cannot be adapted, and this is said before anything changes."""
+"""Modules that their model does not call cannot be adapted; checks raise before anything changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lorakit.core.model.fingerprint: a note that travels with the config, read with distrust."""
+"""lorakit.core.model.fingerprint: the record of merged adapters in the model's config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SHA-256 of the files that a base was loaded from: found, cached, and never in the way."""
+"""SHA-256 of the files that a base was loaded from: found, cached, and optional."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_files_of_a_folder(tmp_path: Path) -> None:
     parts = shards(tmp_path / "b", x=b"1", y=b"2")
     assert weight_file_hashes(from_folder(parts)) == {"x.safetensors": sha256(b"1"), "y.safetensors": sha256(b"2")}
     (parts / "y.safetensors").unlink()
-    assert weight_file_hashes(from_folder(parts)) == {}  # a part of a base is no evidence
+    assert weight_file_hashes(from_folder(parts)) == {}  # part of a base does not identify it
 
 
 @pytest.mark.parametrize("name", [None, "", "not/there", "nobody/nothing", "a\0b", "x" * 5000], ids=repr)

@@ -1,4 +1,4 @@
-"""The map of a model: sites, parents, shared weights, and the base's tensors under their own names."""
+"""The index of a model: sites, parents, shared weights, and the base's tensors under their own names."""
 
 import pytest
 import torch

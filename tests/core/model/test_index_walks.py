@@ -287,7 +287,7 @@ def test_adapters_of_parts_are_told_apart() -> None:
     model = made()
     core.attach(model.layers[0], config(), "a")
     core.attach(model.layers[1], config(), "a")
-    with pytest.raises(AdapterError, match="adapted apart") as found:
+    with pytest.raises(AdapterError, match="adapted separately") as found:
         AdapterIndex.of(model)
     assert "layers.0.up" in str(found.value)
     assert "layers.1.up" in str(found.value)

@@ -1,4 +1,4 @@
-"""`ensure_weight_tying` where more than two modules share a weight: the tables of an encoder-decoder and its head."""
+"""`ensure_weight_tying` if more than two modules share a weight: the tables of an encoder-decoder and its head."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Stack(nn.Module):
 
 
 class Translating(nn.Module):
-    """Four modules with one weight; `shared` only holds it, as in models of the field."""
+    """Four modules with one weight; `shared` only holds it, as in transformers."""
 
     _tied_weights_keys: ClassVar = {f"{path}.weight": "shared.weight" for path in TABLES[1:]}  # what peft reads
 
@@ -82,7 +82,7 @@ def adapted(target: str, name: str = "a") -> Any:
 
 
 def tables(model: Any) -> list[torch.Tensor]:
-    """What each of the four looks up or reads out, (V, d)."""
+    """Return the output of each of the four modules, (V, d)."""
     with torch.no_grad():
         ids = torch.arange(12)
         looked = [model.get_submodule(path)(ids) for path in TABLES[:-1]]

@@ -1,4 +1,4 @@
-"""New tokens: an adapter that was trained after the vocabulary grew is small, and loads onto a base that has not grown."""
+"""New tokens: an adapter trained on resized embeddings is small, and loads onto the original base."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def grown(specimen: Specimen, rows: int = 52, seed: int = 3) -> nn.Module:
 
 
 def trained(specimen: Specimen, folder: Path, **fields: Any) -> Tensor:
-    """What an adapter of a grown model answers, which is saved."""
+    """Save an adapter of a resized model and return its output."""
     model = grown(specimen)
     attach(model, specimen.config(**fields))
     randomise(model, "default", 4, size=0.3)
@@ -110,7 +110,7 @@ def test_a_load_that_fails_takes_the_rows_off_again(tmp_path: Path) -> None:
     trained(TIED, tmp_path, **ROWS)
     model = TIED.model(seed=5)
     before = snapshot(model)
-    with pytest.raises(BaseMismatchError, match=r"the numbers of .* differ: same shapes, other weights"):
+    with pytest.raises(BaseMismatchError, match="other weights"):
         load_adapter(model, tmp_path)
     assert snapshot(model) == before
     assert model.config.vocab_size == model.model.embed_tokens.num_embeddings == 50
@@ -138,7 +138,7 @@ def test_files_that_peft_wrote(tmp_path: Path) -> None:
         model = TIED.model()
         load_adapter(model, tmp_path)
     assert_close(run(model, GIVEN), run(theirs, GIVEN), FP32)
-    with warnings.catch_warnings(), pytest.raises(AdapterFileError, match="holds 50, and the table has rows 0 to 49"):
+    with warnings.catch_warnings(), pytest.raises(AdapterFileError, match="rows 0 to 49"):
         warnings.simplefilter("ignore")
         untied = peft.get_peft_model(grown(LLAMA), peft.LoraConfig(r=2, target_modules=["q_proj"], **ROWS))
         untied.save_pretrained(tmp_path / "untied")

@@ -11,7 +11,7 @@ from torch import nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.model.base_view import multiply_out, quantised_linear, quantised_weights, wrongly_multiplied_out
+from lorakit.core.model.base_view import dequantize, quantized_linear, quantized_weights, wrong_dequantization
 from lorakit.core.quantization import allow_repacking, disable_repacking, weight_format_of
 from lorakit.errors import MergeError
 from lorakit.plan.quantized import STORAGES, Quantization
@@ -52,7 +52,7 @@ def linear(rows: int = 64, columns: int = 192, bias: bool = True, heavy: bool = 
 def test_our_formula_is_the_published_one(way: Quantization, heavy: bool) -> None:
     plain = linear(heavy=heavy)
     before = plain.weight.detach().clone()
-    module = quantised_linear(plain, way)
+    module = quantized_linear(plain, way)
     row = weight_format_of(module)
     stored = row.stored(module, "weight")
     W = row.read(module, stored)
@@ -65,12 +65,12 @@ def test_our_formula_is_the_published_one(way: Quantization, heavy: bool) -> Non
     assert ((numbers - before.reshape(-1)).abs() <= bounds).all()
     some = torch.tensor([5, 64, 64 * 192 - 1, 191])
     assert torch.equal(row.values(stored, some)[0], numbers[some])
-    assert wrongly_multiplied_out(nn.Sequential(module)) is None
+    assert wrong_dequantization(nn.Sequential(module)) is None
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_written_weight_is_on_the_clone_and_not_on_the_module(way: Quantization) -> None:
-    module = quantised_linear(linear(), way)
+    module = quantized_linear(linear(), way)
     row, x = weight_format_of(module), torch.randn(3, 192)
     stored = row.stored(module, "weight")
     W = row.read(module, stored)
@@ -97,12 +97,12 @@ def test_a_written_weight_is_on_the_clone_and_not_on_the_module(way: Quantizatio
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_plain_module_computes_the_same(way: Quantization) -> None:
-    model = nn.Sequential(quantised_linear(linear(), way), nn.Tanh(), linear(7, 64)).eval()
+    model = nn.Sequential(quantized_linear(linear(), way), nn.Tanh(), linear(7, 64)).eval()
     x = torch.randn(3, 192)
     with torch.no_grad():
         before = model(x)
-        assert multiply_out(model) == 1
-        assert type(model[0]) is nn.Linear and not list(quantised_weights(model))
+        assert dequantize(model) == 1
+        assert type(model[0]) is nn.Linear and not list(quantized_weights(model))
         assert torch.allclose(model(x), before, atol=6e-2 if way.name == "int8" else 1e-5)
 
 
@@ -161,13 +161,13 @@ def test_a_width_that_the_package_gets_wrong_is_found() -> None:
     disable_repacking(nn.Sequential(module))
     with torch.no_grad():
         module.weight.quant_state.absmax.mul_(torch.linspace(0.1, 3, module.weight.quant_state.absmax.numel()))
-    found = wrongly_multiplied_out(nn.Sequential(module))
-    assert found is None or (found[0] == "0.weight" and found[1] > 0.05)  # None: a release that has fixed it
+    found = wrong_dequantization(nn.Sequential(module))
+    assert found is None or (found[0] == "0.weight" and found[1] > 0.05)  # None: a release that fixed it
 
 
 def test_a_weight_on_the_meta_device_has_a_place() -> None:
     pytest.importorskip("bitsandbytes")
-    module = quantised_linear(linear(), Quantization("nf4"))
+    module = quantized_linear(linear(), Quantization("nf4"))
     assert weight_format_of(module).device(module, "weight") == torch.device("cpu")
 
 

@@ -1,4 +1,4 @@
-"""Inputs and gradients of sites, against what autograd and a plain loop give; the model is left as it was."""
+"""Inputs and gradients of sites, compared with autograd and a plain loop; the model does not change."""
 
 from __future__ import annotations
 
@@ -184,14 +184,14 @@ def test_patches_are_the_rows_that_a_convolution_multiplies(conv: Any) -> None:
 
 def test_what_cannot_be_collected_is_refused_by_name() -> None:
     model = Net()
-    with pytest.raises(TargetError, match="There is no module 'frist' in the model; nearest: first"):
+    with pytest.raises(TargetError, match="'frist' not found in the model; nearest: first"):
         collect_inputs(model, ["frist"], batches(), loss)
-    with pytest.raises(TargetError, match="embedding is an embedding: what it receives are indices"):
+    with pytest.raises(TargetError, match="embedding is an embedding: its inputs are indices"):
         collect_inputs(model, ["embedding"], batches(), loss)
     with pytest.raises(TargetError, match="0 is a convolution with 2 groups"):
         collect_inputs(nn.Sequential(nn.Conv1d(4, 4, 1, groups=2)), ["0"], batches(), loss)
     for collect in (collect_inputs, collect_gradients):
-        with pytest.raises(DataError, match="There is no batch to collect from"):
+        with pytest.raises(DataError, match="No batch to collect from"):
             collect(model, ["first"], [], loss)  # type: ignore[operator]
     with pytest.raises(RunError, match="The loss depends on none of the sites"):
         collect_gradients(model, ["idle"], batches(), lambda m, b: torch.zeros(()))

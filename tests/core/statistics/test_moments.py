@@ -1,4 +1,4 @@
-"""Streaming moments against the whole data, and the sketch against both."""
+"""Streaming moments compared with the whole data, and the sketch with both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was made of the data: into a file and back, refused where it is damaged or of something else; who is refused."""
+"""Statistics in a file: saved and loaded, and rejected if damaged or collected for another base or init."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_what_is_no_whole_file_of_statistics_is_refused(tmp_path: Path) -> None:
     found = collected("eva")
     found.save(path)
     whole = path.read_bytes()
-    tensors, words = load(whole), header(whole)  # in memory: the file is written anew
+    tensors, words = load(whole), header(whole)  # in memory, because the file is rewritten
 
     def refused(text: str, content: bytes | None = None) -> None:
         if content is not None:
@@ -104,18 +104,18 @@ def test_what_is_no_whole_file_of_statistics_is_refused(tmp_path: Path) -> None:
     torch.save(tensors, path)
     refused("not a safetensors file .*a pickle, which is never loaded")
     save_file(tensors, path)
-    refused("no file of statistics that `Statistics.save` wrote. Collect them anew")
+    refused("not written by `Statistics.save`. Collect the statistics again")
     for change, text in (
         ({KEY: "2"}, "its format is '2', and '1' is read here. Update lorakit"),
-        ({"facts": "{"}, "what its header says cannot be read"),
-        ({"facts": json.dumps({"config": {"r": -1}})}, "what its header says cannot be read"),
+        ({"facts": "{"}, "its header cannot be read"),
+        ({"facts": json.dumps({"config": {"r": -1}})}, "its header cannot be read"),
         ({"facts": json.dumps({**json.loads(words["facts"]), "base": {"x": 1}})}, "is not a fingerprint"),
     ):
         save_file(tensors, path, {**words, **change})
         refused(text)
     sick = {**found.sites, "up": {**found.sites["up"], "values": found.sites["up"]["values"] * torch.nan}}
     dataclasses.replace(found, sites=sick).save(path)
-    refused("up/values holds NaN or infinite numbers")
+    refused("up/values holds NaN or infinite values")
     path.unlink()
     refused("no such file")
 
@@ -137,7 +137,7 @@ def test_another_base_other_sites_and_another_config_are_refused_and_nothing_cha
         assert snapshot(model) == before
 
     other = LINEARS.model(seed=99)
-    refused(BaseMismatchError, "collected on another base: the numbers of .* differ.*Collect them anew", other)
+    refused(BaseMismatchError, "collected on another base: values of .* differ.*Collect them again", other)
     narrow = nn.Sequential(OrderedDict(up=nn.Linear(12, 20), square=nn.Linear(20, 20)))
     refused(BaseMismatchError, "another base: names or shapes of the base's parameters differ", narrow)
     word = nn.Sequential(nn.Linear(2, 2)).append(nn.Embedding(3, 2))
@@ -147,7 +147,7 @@ def test_another_base_other_sites_and_another_config_are_refused_and_nothing_cha
     usual = found.config.with_fields(init_lora_weights=True, eva_config=None, corda_config=None, lora_ga_config=None)
     refused(
         ConfigError,
-        rf"for init_lora_weights='{init}', and the config says True.*collect them anew",
+        rf"for init_lora_weights='{init}', and the config says True.*collect them again",
         LINEARS.model(),
         usual,
     )
@@ -189,7 +189,7 @@ def test_what_cannot_be_collected_is_said() -> None:
     refused(ConfigError, "layer_replication stacks layers", config_for("eva", layer_replication=[(0, 1)]))
     refused(TargetError, "nowhere", config_for("eva", target_modules=["nowhere"]))
     refused(TargetError, "nowhere", config_for("eva", target_modules=["up", "nowhere"]))
-    refused(DataError, "no batch", config_for("eva"), [])
+    refused(DataError, "No batch", config_for("eva"), [])
     refused(
         DataError,
         r"mask of shape \(3, 5\) does not fit what up received",

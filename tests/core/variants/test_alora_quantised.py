@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core import attach, disable, load_adapter, merge, route, save_adapter, trainable_parameters, use
-from lorakit.core.model.base_view import quantised_linear
+from lorakit.core.model.base_view import quantized_linear
 from lorakit.errors import MergeError
 from lorakit.plan.quantized import Quantization, Storage
 
@@ -36,7 +36,7 @@ def specimen(storage: Storage) -> Specimen:
     def make() -> nn.Module:
         up, square = nn.Linear(64, 128), nn.Linear(128, 128, bias=False)
         wanted = Quantization(storage.name)
-        made = [quantised_linear(up, wanted), nn.Tanh(), quantised_linear(square, wanted)]
+        made = [quantized_linear(up, wanted), nn.Tanh(), quantized_linear(square, wanted)]
         names = ("up", "act", "square")
         return nn.Sequential(
             OrderedDict(embed=nn.Embedding(50, 64), **dict(zip(names, made, strict=True)), out=nn.Linear(128, 7))

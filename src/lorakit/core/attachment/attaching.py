@@ -30,20 +30,11 @@ from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.merging.merging import unmerge
-from lorakit.core.model.checks import (
-    check_allowances,
-    check_bias_alone,
-    check_called,
-    check_company,
-    check_known,
-    check_new_name,
-    check_scales,
-    trainable_block,
-)
-from lorakit.core.model.index import AdapterIndex
+from lorakit.core.model.checks import check_allowances, check_called, check_company, check_new_name, check_scales
+from lorakit.core.model.index import AdapterIndex, check_known, trainable_block
 from lorakit.core.model.replication import stacked_for
 from lorakit.core.model.target_weights import bare_parameters
-from lorakit.core.model.ties import Ties, with_ties
+from lorakit.core.model.ties import with_ties
 from lorakit.core.model.vocabulary import chosen_rows
 from lorakit.core.quantization import allow_repacking
 from lorakit.core.routing.positions import uninstall
@@ -52,7 +43,7 @@ from lorakit.core.routing.state import AdapterState
 from lorakit.core.statistics.moments import Statistics
 from lorakit.errors import ConfigError
 from lorakit.tables import format_bytes
-from lorakit.targets import Match, Note, Unmatched, match_path, resolve
+from lorakit.targets import Match, Note, Resolution, Unmatched, match_path, resolve
 
 
 @dataclass(frozen=True)
@@ -109,31 +100,28 @@ def attach(
     index = AdapterIndex.of(model, kinds)
     check_new_name(index.state, name)
     config = with_targets(config, model)
-    check_bias_alone(index.state, config)
     check_company(index.state, config)
     if statistics is not None:
         statistics.check(config, index)
     with trainable_block(index), stacked_for(index, config) as index:
-        ties = _resolved(index, config, allow)
-        factors = fresh_factors(index, config, ties.found.matches, seed, statistics)
-        rows = new_rows(index, chosen_rows(index, config, {f.place.outer for f in factors}, ties.found.saved))
-        extras = new_extras(index, config, factors, ties.found.saved, ties.leaders, rows)
+        found, leaders = _resolved(index, config, allow)
+        factors = fresh_factors(index, config, found.matches, seed, statistics)
+        rows = new_rows(index, chosen_rows(index, config, {f.place.outer for f in factors}, found.saved))
+        extras = new_extras(index, config, factors, found.saved, leaders, rows)
         built = NewAdapter(name, config, factors, extras)
         state = commit(index, built)
-    found = ties.found
     notes = (*found.notes, *_notes_on_moving(config, factors))
     return AttachReport(name, found.matches, built.trained_parameters(state), notes, found.missing)
 
 
-def _resolved(index: AdapterIndex, config: LoraConfig, allow: Collection[str]) -> Ties:
+def _resolved(index: AdapterIndex, config: LoraConfig, allow: Collection[str]) -> tuple[Resolution, dict[str, str]]:
     """Return what a config names in a model, with what is tied to it."""
     bare = bare_parameters(index) if config.target_parameters else None
     found = resolve(index.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
-    ties = with_ties(index, config, found)
-    matches = ties.found.matches
-    check_called(index.model, [match.path for match in matches])
-    check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in matches], allow)
-    return ties
+    found, leaders = with_ties(index, config, found)
+    check_called(index.model, [match.path for match in found.matches])
+    check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
+    return found, leaders
 
 
 def _notes_on_moving(config: LoraConfig, factors: Sequence[NewFactor]) -> list[Note]:

@@ -149,7 +149,7 @@ def _expected(config: LoraConfig, index: AdapterIndex) -> tuple[set[str] | None,
         saved = saved_modules(index.candidates, plain)[0] if config.target_parameters else ()
         return (set() if only_words else None), tuple(saved)
     if config.ensure_weight_tying:
-        found = with_ties(index, plain, found).found
+        found, _ = with_ties(index, plain, found)
     only_words = only_words and not isinstance(config.exclude_modules, str)
     if not only_words:
         return None, found.saved

@@ -48,20 +48,12 @@ from lorakit.core.files.inspecting import Site, implausible, judge, largest_valu
 from lorakit.core.inits import trains_of
 from lorakit.core.kinds import Kind
 from lorakit.core.layers.modules_to_save import Extras
-from lorakit.core.model.checks import (
-    check_allowances,
-    check_bias_alone,
-    check_called,
-    check_company,
-    check_new_name,
-    check_scales,
-    trainable_block,
-)
+from lorakit.core.model.checks import check_allowances, check_called, check_company, check_new_name, check_scales
 from lorakit.core.model.fingerprint import DIFFERENT, check_not_merged_in, compare
-from lorakit.core.model.index import AdapterIndex
+from lorakit.core.model.index import AdapterIndex, trainable_block
 from lorakit.core.model.replication import stacked_for
-from lorakit.core.model.target_weights import check_standing, dropout_at, named_places
-from lorakit.core.model.vocabulary import room_for, way_out, without_brought_rows
+from lorakit.core.model.target_weights import check_overlap, dropout_at, named_places
+from lorakit.core.model.vocabulary import appended_rows, base_mismatch_advice, without_brought_rows
 from lorakit.core.quantization import weight_format_of
 from lorakit.core.variants import Factor, Start, variant_for
 from lorakit.errors import (
@@ -134,7 +126,7 @@ def load_adapter(
     with trainable_block(index):
         files = read_adapter(folder)
         check_not_merged_in(model, files.folder, files.file.sha256, allow)
-        with room_for(index, files.config, files.sidecar.base) as grown:
+        with appended_rows(index, files.config, files.sidecar.base) as grown:
             index = index.again() if grown else index
             verdict, said = check_base(index, files, allow)
             said = [*files.warnings, *(f"{files.folder}: {sentence}" for sentence in grown), *said]
@@ -162,7 +154,7 @@ def check_base(model: nn.Module | AdapterIndex, files: AdapterFiles, allow: Coll
     if verdict == DIFFERENT and "base_mismatch" not in allow:
         raise BaseMismatchError(
             f"{files.folder}: made on another base: {reason}.",
-            advice=way_out(known, present),
+            advice=base_mismatch_advice(known, present),
             where=files.folder,
             override="base_mismatch",
         )
@@ -204,7 +196,6 @@ def _place(
 ) -> tuple[int, tuple[str, ...]]:
     check_new_name(index.state, name)
     config, tensors = files.config, files.file.tensors
-    check_bias_alone(index.state, config)
     check_company(index.state, config)
     with trainable_block(index), stacked_for(index, config) as index:
         _check_kinds(files, index)
@@ -246,7 +237,7 @@ def _fitted(files: AdapterFiles, index: AdapterIndex) -> Fit:
     try:
         bare = named_places(index, files.config)
         fitted = fit(files.file.tensors, files.config, index, bare)
-        check_standing(index, [place for place, _ in fitted.sites.values()])
+        check_overlap(index, [place for place, _ in fitted.sites.values()])
     except (TargetError, ConfigError) as cause:
         raise AdapterFileError(f"{files.folder}: {cause}", **{**cause.fields, "where": files.folder}) from None
     return fitted

@@ -32,9 +32,9 @@ from lorakit.core.files.adapter_folder import (
 from lorakit.core.files.tensor_file import encode
 from lorakit.core.files.tensor_names import PREFIX, adapter_tensors, endings_of
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.model.checks import check_allowances, check_known
+from lorakit.core.model.checks import check_allowances
 from lorakit.core.model.fingerprint import fingerprint
-from lorakit.core.model.index import AdapterIndex
+from lorakit.core.model.index import AdapterIndex, check_known
 from lorakit.core.model.target_weights import paths_on_disk
 from lorakit.core.variants import variant_named
 from lorakit.durable import JsonObject, json_bytes, replace_files, replace_in_order, sha256_bytes

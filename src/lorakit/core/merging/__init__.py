@@ -1,1 +1,1 @@
-"""Adapters written into the base, and out again."""
+"""Merge adapters into the base, and unmerge them."""

@@ -10,19 +10,18 @@ Every component stages its change before the first one commits, so that a call t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.core.layers.adapter_component import KeepBase, MergeOptions, SiteMerge, StagedMerge
 from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.trainable_tokens import TrainableTokens
-from lorakit.core.model.base_view import float_dtype
-from lorakit.core.model.checks import check_known, trainable_block
-from lorakit.core.model.index import AdapterIndex, identity
-from lorakit.core.model.ties import leaders_of, untied_copies
+from lorakit.core.model.base_view import QuantizedWeight, base_tensors, float_dtype, quantized_weights
+from lorakit.core.model.index import AdapterIndex, check_known, identity, trainable_block
 from lorakit.core.quantization import allow_repacking
 from lorakit.core.routing.positions import uninstall
 from lorakit.errors import MergeError
@@ -103,7 +102,7 @@ def _merge(index: AdapterIndex, names: Sequence[str], untie: bool, options: Merg
 def _commit(
     index: AdapterIndex, staged: Sequence[StagedMerge], led: dict[LoraLayer, LoraLayer], apart: frozenset[int]
 ) -> None:
-    """Make staged changes, then let what shares a weight with a changed component follow it."""
+    """Commit staged changes, then update the components that share a weight with a changed one."""
     for one in staged:
         one.commit()
     for layer, leader in led.items():
@@ -167,7 +166,7 @@ def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: 
 
 
 def _unload(index: AdapterIndex, merged: Sequence[str], flags: Flags) -> None:
-    """Replace every adapted module by the plain one, and give the base its flags back."""
+    """Replace every adapted module by the plain one, and restore `requires_grad` of the base."""
     state = index.known_state()
     plain = {module: module.unload() for module in index.components.values()}
     for module, left in plain.items():
@@ -190,7 +189,7 @@ def _unload(index: AdapterIndex, merged: Sequence[str], flags: Flags) -> None:
 
 
 def _trained_before(index: AdapterIndex) -> Flags:
-    """The layers and tables, each with the names of the base's parameters that were trained before adapters."""
+    """Return layers and tables with the names of the base's parameters that were trained before adapters."""
     trained = {id(parameter) for parameter, flag in index.known_state().frozen if flag}
     flags: Flags = []
     for _, layer in index.layers():
@@ -265,7 +264,7 @@ def tied_sites(model: nn.Module | AdapterIndex, names: Sequence[str]) -> list[tu
     """
     index = AdapterIndex.of(model)
     led, sites = leaders_of(index, names), []
-    one: dict[int, set[int]] = {}  # id of a leading layer -> ids of all modules that are one with its module
+    one: dict[int, set[int]] = {}  # id of a layer -> ids of the modules that share its weight
     for _, layer in index.layers():
         one.setdefault(id(led.get(layer, layer)), set()).add(id(layer.owner))
     for path, layer in index.layers_of(names):
@@ -274,6 +273,50 @@ def tied_sites(model: nn.Module | AdapterIndex, names: Sequence[str]) -> list[tu
         shared = [name for name, module in holders if id(module) not in those]
         sites += [(path, shared[0])] if shared else []
     return sites + untied_copies(index, names)
+
+
+def leaders_of(index: AdapterIndex, names: Sequence[str]) -> dict[LoraLayer, LoraLayer]:
+    """Return the layers that share their weight and their factors of all these adapters -> the layers they follow.
+
+    Args:
+        index: The model's index.
+        names: Adapters. If only one of two layers has one of them, neither follows the other.
+    """
+    owners: dict[int, LoraLayer] = {}  # id of a factor -> the first layer that has it
+    found = {}
+    for _, layer in index.layers_of(names):
+        leader = layer.leader_of(names)
+        if not layer.kind.on_disk:  # layers without holders share the parameters
+            factors = getattr(layer, layer.kind.names[0])
+            first = {owners.setdefault(id(factors[name]), layer) for name in names if name in layer.r}
+            leader = first.pop() if len(first) == 1 else None
+        if leader is not None and leader is not layer and layer.is_one_with(leader, names):
+            found[layer] = leader
+    return found
+
+
+def untied_copies(index: AdapterIndex, names: Collection[str]) -> list[tuple[str, str]]:
+    """Return saved modules that would no longer share their weight if they replaced the original.
+
+    Args:
+        index: The model's index.
+        names: Adapters.
+
+    Returns:
+        Path of the saved module, and the name of the other module.
+    """
+    found = []
+    copies = dict(index.every(ModulesToSave))
+    by_original = {id(saved.original_module): saved for saved in copies.values()}
+    for path, saved in copies.items():
+        for name in [name for name in names if name in saved.modules_to_save]:
+            copy = saved.modules_to_save[name]._parameters.get("weight")
+            for other, module in index.holders.get(identity(saved.original_module._parameters.get("weight")), ()):
+                twin = by_original.get(id(module))
+                copied = twin.modules_to_save[name] if twin is not None and name in twin.modules_to_save else None
+                if module is not saved.original_module and (copied is None or copied._parameters["weight"] is not copy):
+                    found.append((path, other))
+    return found
 
 
 def _leading_tables(index: AdapterIndex) -> dict[TrainableTokens, list[TrainableTokens]]:
@@ -356,3 +399,80 @@ def explain_inexact_merge(model: nn.Module, *names: str) -> str | None:
         if layer.slot.groups > 1:
             return f"{path} is a convolution of {layer.slot.groups} groups, whose weight cannot hold the delta."
     return None
+
+
+def merged_state_dict(model: nn.Module, *names: str) -> dict[str, Tensor]:
+    """Return the state dict of the base with adapters merged, under the base's own names; the model is not modified.
+
+    Args:
+        model: An adapted model.
+        names: Adapters; none means those of the default route.
+
+    Returns:
+        Name -> tensor (…) in the base's dtype. Tensors without an adapter are the model's own, not copies. A weight
+        that is tied in the model and adapted in one module appears under both names, with different values. Quantized
+        weights are dequantized, in the dtype of their matmuls: the state dict is that of the plain base.
+
+    Raises:
+        MergeError: An adapter cannot be merged.
+        AdapterError: There is no such adapter.
+    """
+    index = AdapterIndex.of(model)
+    chosen = names_to_merge(index, names)
+    for path, part in index.components.items():
+        part.check_mergeable(path, chosen)
+    merged = _Merged(index, chosen)
+    quantized = {weight.packed: weight for weight in quantized_weights(index)}
+    options = MergeOptions(in_place=False, dense=float_dtype(index) if quantized else None)
+    found: dict[str, Tensor] = {}
+    for name, tensor, module in base_tensors(index):
+        if name in quantized:
+            found |= merged.dequantized(quantized[name], options)
+        else:
+            found[name] = merged.tensor(name, module, tensor)
+    return found
+
+
+class _Merged:
+    """The tensors of the base that adapters change, computed on demand."""
+
+    def __init__(self, index: AdapterIndex, names: Sequence[str]) -> None:
+        self._names, self._options = names, MergeOptions(in_place=False)
+        led = leaders_of(index, names)
+        self._sites = {  # a module's id and a name in it -> the layer whose weight that is; one weight, bit for bit
+            (id(layer.source), layer.slot.parameter): led.get(layer, layer) for _, layer in index.layers_of(names)
+        }
+        self._layers = {(id(layer.source), "bias"): layer for _, layer in index.layers_of(names)}
+        self._tensors: dict[str, Tensor] = {}  # of saved modules and trainable tokens
+        for path, component in (*index.every(ModulesToSave), *index.every(TrainableTokens)):
+            tensors = component.merged_tensors(names, self._options)
+            self._tensors |= {f"{path}.{leaf}": tensor for leaf, tensor in tensors.items()}
+        self._biases: dict[tuple[int, str], Tensor] = {}
+        for patch in (patch for patches in index.patches.values() for patch in patches):
+            tensors = patch.merged_tensors(names, self._options)
+            self._biases |= {(id(patch.module), leaf): tensor for leaf, tensor in tensors.items()}
+
+    def tensor(self, name: str, module: nn.Module, tensor: Tensor) -> Tensor:
+        """Return a tensor of the base, (…), with adapters merged; without any it is the base's own, detached."""
+        place = (id(module), name.rpartition(".")[2])
+        if place in self._sites:
+            return self._sites[place].merged_tensors(self._names, self._options)[place[1]]
+        bias = self._layers[place].merged_bias(self._names) if place in self._layers else None
+        if bias is not None:
+            return bias
+        return self._tensors[name] if name in self._tensors else self._biases.get(place, tensor.detach())
+
+    def dequantized(self, weight: QuantizedWeight, options: MergeOptions) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and tensor, (…), of a quantized weight as the plain base has it; also its bias."""
+        of_bias, bias = weight.name.removesuffix("weight") + "bias", weight.plain_bias
+        merged = {} if weight.layer is None else weight.layer.merged_tensors(self._names, options)
+        if weight.name in self._tensors:  # an adapter's copy of the whole module replaces it
+            yield weight.name, self._tensors[weight.name]
+            bias = self._tensors.get(of_bias) if bias is not None else None
+        elif merged:
+            yield weight.name, merged["weight"]
+            bias = None if bias is None else merged.get("bias", bias)
+        else:
+            yield weight.name, weight.dequantized(options.dense or torch.float32)._parameters["weight"].detach()  # type: ignore[union-attr]
+        if bias is not None:
+            yield of_bias, bias.detach()

@@ -1,10 +1,7 @@
-"""Verbs on a model: which adapters act, what is trained, which prompts invoke an aLoRA.
+"""Select the adapters that act on a model or are trained, and the position where an aLoRA adapter starts.
 
-Choose which adapters act: the default, and blocks that override it; list adapters and what they train.
-
-Which parameters of adapters are trained: the one place that switches `requires_grad` of a whole adapter.
-
-What an init freezes (MiCA's B) stays frozen, whatever is switched. Knows nothing of which adapter is active.
+`set_trained` is the only function that switches `requires_grad` of a whole adapter; parameters that an init freezes
+(MiCA's B) stay frozen.
 """
 
 from __future__ import annotations
@@ -16,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.layers.bias import BiasPatch
+from lorakit.core.layers.adapter_component import AdapterComponent, AdapterModule
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.model.checks import check_known
-from lorakit.core.model.index import AdapterIndex, find_state, state_of
+from lorakit.core.model.index import AdapterIndex, check_known, find_state, state_of
 from lorakit.core.routing.positions import prompt_offsets
 from lorakit.core.routing.route import BASE, Offsets, Route
 from lorakit.core.routing.state import AdapterState, CheckpointContexts, Override
@@ -28,11 +24,11 @@ from lorakit.errors import RouteError
 
 
 def activate(model: nn.Module, *names: str) -> None:
-    """Make these adapters the default, together; every thread that has no override of its own uses them.
+    """Set the default adapters, for all threads without an override.
 
     Args:
         model: An adapted model.
-        names: Adapters; none of them means the base alone.
+        names: Adapters; none selects the base alone.
 
     Raises:
         RouteError: There is no such adapter.
@@ -46,13 +42,12 @@ def activate(model: nn.Module, *names: str) -> None:
 
 
 def use(model: nn.Module, *names: str, keep: bool = False) -> Override:
-    """A block in which these adapters act, together, on every row, in this thread or task alone.
+    """Activate adapters within a context, for this thread or task.
 
     Args:
         model: An adapted model.
-        names: One adapter or more.
-        keep: As in `route`: where one adapter acts, its factors are kept in the base's dtype for all forwards of the
-            block.
+        names: One or more adapters; together they apply to every row.
+        keep: As in `route`: a single adapter's factors are kept in the base's dtype for all forwards of the context.
 
     Raises:
         RouteError: There is no such adapter, or none was named.
@@ -66,17 +61,16 @@ def use(model: nn.Module, *names: str, keep: bool = False) -> Override:
 
 
 def route(model: nn.Module, rows: Sequence[str | None], *, copies: int = 1, keep: bool = False) -> Override:
-    """A block in which each row of the batch has its own adapter.
+    """Assign an adapter to each batch row within a context.
 
     Args:
         model: An adapted model.
         rows: One name per row of the batch, None for the base alone.
-        copies: A batch may also hold each row so many times running, as beam search repeats prompts for a decoder
-            whose encoder saw each once.
-        keep: Where no gradient is recorded, the factors of the rows' adapters are put together in stacks. Keep them for
-            all forwards of the block, as a generation wants it, until it is dropped: they take the memory of these
-            adapters in the base's dtype. Adapters that are changed meanwhile are stacked anew, but a write through
-            `.data` leaves no trace and is not seen.
+        copies: A batch may also contain each row this many times in succession, as beam search repeats prompts for a
+            decoder whose encoder receives each once.
+        keep: Without gradients, the factors of the rows' adapters are stacked. Keep the stacks for all forwards of the
+            context, as in generation; they need the memory of these adapters in the base's dtype. Adapters that change
+            in the meantime are stacked again, except for a write through `.data`, which cannot be detected.
 
     Raises:
         RouteError: There is no such adapter, no rows, or copies is below 1.
@@ -92,7 +86,7 @@ def route(model: nn.Module, rows: Sequence[str | None], *, copies: int = 1, keep
 
 
 def disable(model: nn.Module) -> Override:
-    """A block in which the model is its original base: nothing added, nothing merged, the old biases.
+    """Run the base model without adapters within a context: nothing added, nothing merged, the original biases.
 
     Args:
         model: An adapted model.
@@ -104,7 +98,7 @@ def disable(model: nn.Module) -> Override:
 
 
 def checkpoint_contexts(model: nn.Module) -> CheckpointContexts:
-    """A `context_fn` for non-reentrant gradient checkpointing, so that a recomputation has its forward's route.
+    """Return a `context_fn` for non-reentrant gradient checkpointing: recomputations use the route of their forward.
 
     Args:
         model: An adapted model.
@@ -116,7 +110,7 @@ def checkpoint_contexts(model: nn.Module) -> CheckpointContexts:
 
 
 def adapters(model: nn.Module) -> dict[str, LoraConfig]:
-    """Name -> config of every adapter on a model, in the order they came; empty where there are none.
+    """Return adapter configs by name, in the order of attaching; empty if there are none.
 
     Args:
         model: Any model.
@@ -157,21 +151,18 @@ def parameters_by_adapter(model: nn.Module, names: Collection[str]) -> dict[str,
     """
     state = state_of(model)
     found: dict[str, list[nn.Parameter]] = {name: [] for name in names}
-    for module in state.members():
-        for name in found.keys() & set(module.available_adapters()):
-            found[name] += module.parameters_of(name)  # tied tables have the very same
-    for module, patch in _bias_patches(model, state):
-        if patch.adapter in found:
-            found[patch.adapter] += [module._parameters[bias] for bias in patch.originals]  # type: ignore[misc]
+    for component in _components(model, state):
+        for name in found.keys() & set(component.available_adapters()):
+            found[name] += component.parameters_of(name)  # tied tables have the same ones
     return {name: list({id(p): p for p in parameters}.values()) for name, parameters in found.items()}
 
 
-def _bias_patches(model: nn.Module, state: AdapterState) -> Iterator[tuple[nn.Module, BiasPatch]]:
-    """Yield modules with hooks that train biases; the model is only walked if an adapter trains some."""
+def _components(model: nn.Module, state: AdapterState) -> Iterator[AdapterComponent]:
+    """Yield everything that carries adapters; the model is only walked if an adapter trains biases."""
+    yield from state.members()
     if state.biased:
-        index = AdapterIndex.of(model)
-        for path, patches in index.patches.items():
-            yield from ((index.everything[path], patch) for patch in patches)
+        for patches in AdapterIndex.of(model).patches.values():
+            yield from patches
 
 
 def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | None = None) -> None:
@@ -179,28 +170,29 @@ def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | Non
 
     Args:
         model: An adapted model; only `requires_grad` is changed.
-        wanted: Adapter -> whether its parameters require gradients; one that is not here is no matter.
-        others: The same for all adapters that are not named; None leaves them.
+        wanted: Adapter -> whether its parameters require gradients; unknown names are ignored.
+        others: The same for all adapters that are not named; None leaves them unchanged.
     """
     state = find_state(model)
     if state is None:
         return
-    for module in state.members():
-        for name in module.available_adapters():
+    for component in _components(model, state):
+        for name in component.available_adapters():
             flag = wanted.get(name, others)
-            if flag is not None:
-                module.set_trained(name, flag)
-    for patched, patch in _bias_patches(model, state):
-        flag = wanted.get(patch.adapter, others)
-        for leaf in patch.originals if flag is not None else ():
-            patched._parameters[leaf].requires_grad_(flag)  # type: ignore[union-attr, arg-type]
+            if flag is None:
+                continue
+            if isinstance(component, AdapterModule):
+                component.set_trained(name, flag)
+            else:
+                for parameter in component.parameters_of(name):
+                    parameter.requires_grad_(flag)
 
 
 def penalties(model: nn.Module) -> Tensor | None:
     """Sum the penalties that the variants of active adapters add to a training loss.
 
-    A training loop of your own adds it to the loss once per optimizer step, as `lorakit train` does. It is None for
-    LoRA and for every variant that has none, and then costs no look at the layers.
+    A custom training loop adds it to the loss once per optimizer step, as `lorakit train` does. For LoRA and every
+    variant without a penalty it is None, without a look at the layers.
 
     Args:
         model: A model with or without adapters.
@@ -209,7 +201,7 @@ def penalties(model: nn.Module) -> Tensor | None:
         A scalar with a graph to the adapters' parameters, or None.
 
     Raises:
-        AdapterError: Parts of the model were adapted apart.
+        AdapterError: Parts of the model were adapted separately.
     """
     state = find_state(model)
     configs = [] if state is None else state.configs.values()
@@ -227,15 +219,15 @@ def penalties(model: nn.Module) -> Tensor | None:
 def invocation_offsets(
     input_ids: Tensor, tokens: Sequence[int], attention_mask: Tensor | None = None
 ) -> list[int | None]:
-    """Where an adapter begins in each row: at the last occurrence of its invocation tokens.
+    """Return where an adapter starts in each row: at the last occurrence of its invocation tokens.
 
     Args:
         input_ids: (rows, length) or (length,).
         tokens: Its invocation tokens.
-        attention_mask: (rows, length), 0 where there is padding; an occurrence in it is none.
+        attention_mask: (rows, length), 0 for padding; occurrences in padding are ignored.
 
     Returns:
-        Per row the number of positions from there to the end of the row, or None where the tokens do not occur.
+        For each row the number of positions from there to the end of the row, or None if the tokens do not occur.
     """
     ids = input_ids if input_ids.ndim == 2 else input_ids[None]
     return [int(back) or None for back in last_invocation(ids, tokens, attention_mask)]
@@ -248,16 +240,16 @@ def invoked(
     *,
     offsets: Sequence[int | None] | None = None,
 ) -> Override:
-    """A block in which aLoRA adapters begin where these prompts say, whatever tokens the forwards in it are given.
+    """Start aLoRA adapters where these prompts say within a context, whatever tokens its forwards receive.
 
-    For forwards that see embeddings instead of tokens, or only a part of a text: each later position counts on.
+    For forwards that receive embeddings instead of tokens, or only a part of a text; later positions are counted on.
 
     Args:
         model: An adapted model.
         input_ids: The prompts, (rows, length).
-        attention_mask: (rows, length), 0 where there is padding.
-        offsets: Instead of looking for them: for each row how many positions before the end of its prompt the
-            adapter begins, or None where the row does not invoke it; the same for every adapter. Without `input_ids`
+        attention_mask: (rows, length), 0 for padding.
+        offsets: Used instead of searching: for each row, the number of positions before the end of its prompt where
+            the adapter starts, or None if the row does not invoke it; the same for every adapter. Without `input_ids`
             they count from the end of each forward's input.
 
     Raises:
@@ -279,7 +271,7 @@ def invoked(
 
 
 def prompt_offset(model: nn.Module, input_ids: Tensor, adapter: str) -> int:
-    """Return on how many of the last tokens of a prompt an adapter acts: on all, unless it waits for some.
+    """Return how many of the last tokens of a prompt an adapter acts on: all, unless it waits for its tokens.
 
     Args:
         model: A model with or without adapters.
@@ -287,7 +279,7 @@ def prompt_offset(model: nn.Module, input_ids: Tensor, adapter: str) -> int:
         adapter: The adapter.
 
     Raises:
-        ConfigError: A config does not say what the adapter waits for.
+        ConfigError: A config has no invocation tokens.
     """
     state = find_state(model)
     if state is None or adapter not in state.waiting:

@@ -1,49 +1,42 @@
 """Samples of a base's tensors, by which a fingerprint identifies it.
 
-Tensors have the names, shapes and values that the plain base gives them: adapters, merges and trained biases do not
-show. Positions follow from a tensor's name and shape alone: one in each of equal stretches, at a place drawn by a
-hash, so that neither a block nor a regular pattern can avoid them. Values keep the bits of their own dtype.
+Tensors have the names, shapes and values of the plain base, without adapters, merges and trained biases. Sampled
+positions depend only on a tensor's name and shape: one in each of equal ranges, chosen by a hash, so that neither a
+block nor a regular pattern of changes can avoid all of them. Values keep the bits of their dtype.
 
-Two samples can be of one base if one is the other rounded to the dtypes that models are loaded in, once or by way of a
-third dtype, or if some list rounds to both. So noise of the size of a rounding is not taken for one.
+Two samples can belong to one base if one is the other rounded to the dtypes that models are loaded in, directly or by
+way of a third dtype, or if both are roundings of the same values. A difference of the size of a rounding error is
+therefore not enough to accept two samples.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.model.base_view import QuantisedWeight, base_tensors, quantised_weights
+from lorakit.core.model.base_view import QuantizedWeight, base_tensors, quantized_weights
 from lorakit.core.model.index import AdapterIndex
 from lorakit.targets.layer_types import CONV1D
 
-_HALF, _BRAIN = torch.float16, torch.bfloat16
-WAYS: tuple[tuple[torch.dtype, ...], ...] = (
-    (_BRAIN,),
-    (_HALF,),
-    (torch.float32,),
-    (_HALF, _BRAIN),
-    (_BRAIN, _HALF),
-)
-"""Dtypes to which a base is rounded, one after the other, on the way from one of the two to the other."""
+_FP16, _BF16 = torch.float16, torch.bfloat16
+ROUNDINGS: tuple[tuple[torch.dtype, ...], ...] = ((_BF16,), (_FP16,), (torch.float32,), (_FP16, _BF16), (_BF16, _FP16))
+"""Dtypes to which a base may be rounded, in this order, between two fingerprints."""
 
 _SMALLEST, _LARGEST = -14, 65520.0
-"""Exponent of the smallest normal number in fp16; smallest number that becomes infinite in it."""
+"""Exponent of the smallest normal number of fp16; smallest number that overflows in it."""
 
 
 def equal(one: Tensor, other: Tensor) -> bool:
-    """Return whether all values are the same, (n,) each; NaN is NaN, and zeros of either sign are the same."""
+    """Return whether all values, (n,) each, are equal; NaN equals NaN, and -0 equals 0."""
     return one.shape == other.shape and bool(_same(one, other).all())
 
 
-def may_be_one(one: Tensor, other: Tensor) -> bool:
+def agree_after_rounding(one: Tensor, other: Tensor) -> bool:
     """Return whether rounding explains every difference.
 
     Args:
@@ -52,25 +45,25 @@ def may_be_one(one: Tensor, other: Tensor) -> bool:
     """
     if one.shape != other.shape:
         return False
-    for way in WAYS:
-        if equal(_rounded(one, way), other) or equal(_rounded(other, way), one):
+    for dtypes in ROUNDINGS:
+        if equal(_rounded(one, dtypes), other) or equal(_rounded(other, dtypes), one):
             return True
-    return _one_source(one, other) or _one_source(other, one)
+    return _have_one_source(one, other) or _have_one_source(other, one)
 
 
 def _same(one: Tensor, other: Tensor) -> Tensor:
     return (one == other) | (one.isnan() & other.isnan())
 
 
-def _rounded(values: Tensor, way: tuple[torch.dtype, ...]) -> Tensor:
-    for dtype in way:
+def _rounded(values: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    for dtype in dtypes:
         values = values.to(dtype)
     return values.double()
 
 
-def _one_source(half: Tensor, brain: Tensor) -> bool:
-    """Return whether some list rounds to the one in fp16 and to the other in bf16: one step apart only at a tie."""
-    if not (equal(_rounded(half, (_HALF,)), half) and equal(_rounded(brain, (_BRAIN,)), brain)):
+def _have_one_source(half: Tensor, brain: Tensor) -> bool:
+    """Return whether the same values can round to the first in fp16 and to the second in bf16."""
+    if not (equal(_rounded(half, (_FP16,)), half) and equal(_rounded(brain, (_BF16,)), brain)):
         return False
     reach = _half_step(half, 10, _SMALLEST) + _half_step(brain, 7, -126)
     overflown = half.isinf() & (brain.sign() == half.sign()) & (brain.abs() + _half_step(brain, 7, -126) >= _LARGEST)
@@ -78,7 +71,7 @@ def _one_source(half: Tensor, brain: Tensor) -> bool:
 
 
 def _half_step(values: Tensor, digits: int, smallest: int) -> Tensor:
-    """Return half the distance to the next larger number of a dtype with a number of binary digits after the point."""
+    """Return half the distance to the next larger number of a dtype with some binary digits after the point."""
     exponent = torch.frexp(values.nan_to_num(0.0, 0.0, 0.0)).exponent.double() - 1
     return torch.exp2(exponent.clamp(min=smallest) - digits - 1)
 
@@ -87,139 +80,105 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
-class Part:
-    """A parameter or buffer as the plain base has it.
+class BaseTensor:
+    """A parameter or buffer of the plain base.
 
     Attributes:
-        shape: Its shape.
-        dtype: Name of its dtype, or the way a quantized weight is stored.
+        shape: Its shape in the plain base.
+        dtype: Name of its dtype, or of its weight format if it is quantized.
         key: The same for every name of a shared tensor.
-        tensor: The tensor (…), or None for a quantized weight.
-        weight: The quantized weight, or None.
+        source: The tensor (…), or the quantized weight.
         is_buffer: Whether it is a buffer.
     """
 
     shape: tuple[int, ...]
     dtype: str
     key: int
-    tensor: Tensor | None
-    weight: QuantisedWeight | None = None
+    source: Tensor | QuantizedWeight
     is_buffer: bool = False
 
     def is_readable(self, elsewhere: bool) -> bool:
-        """Return whether its values can be read: here, or, for a plain tensor on the meta device, elsewhere."""
-        if self.weight is not None:
-            return not any(tensor.is_meta for tensor in self.weight.base.tensors(self.weight.stored))
-        return self.tensor is not None and self.tensor.is_floating_point() and (elsewhere or not self.tensor.is_meta)
+        """Return whether its values can be read: here or, for a plain tensor on the meta device, elsewhere."""
+        if isinstance(self.source, Tensor):
+            return self.source.is_floating_point() and (elsewhere or not self.source.is_meta)
+        return not any(tensor.is_meta for tensor in self.source.base.tensors(self.source.stored))
 
     @property
     def device(self) -> torch.device:
-        """Device on which `bits` takes its positions."""
-        return self.tensor.device if self.tensor is not None else torch.device("cpu")
-
-    @property
-    def stored_dtype(self) -> torch.dtype:
-        """The dtype whose patterns `bits` gives."""
-        return torch.float32 if self.tensor is None else self.tensor.dtype
+        """Device of the positions given to `bits`."""
+        return self.source.device if isinstance(self.source, Tensor) else torch.device("cpu")
 
     def bits(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         """Read values at positions of the flattened tensor.
 
         Args:
-            positions: Whole numbers (n,), on `device`.
+            positions: Integers (n,), on `device`.
 
         Returns:
-            Bit patterns (n,) as integers of the dtype's width (quantized: of fp32); for a quantized weight also how far
-            each value may be from the one that was quantized, (n,).
+            Bit patterns (n,) as integers of the dtype's width (quantized: of fp32); for a quantized weight also the
+            largest quantization error of each value, (n,).
         """
-        if self.weight is not None:
-            rows, columns = _canonical(self.weight)
-            if self.shape != (rows, columns):  # the plain base has it as (in, out)
+        if not isinstance(self.source, Tensor):
+            rows, columns = self.source.shape
+            if self.shape != (rows, columns):  # the plain base stores it as (in, out)
                 positions = positions % rows * columns + positions // rows
-            values, bound = self.weight.base.values(self.weight.stored, positions)
+            values, bound = self.source.base.values(self.source.stored, positions)
             return values.float().view(torch.int32), bound
-        tensor: Tensor = self.tensor.detach()  # type: ignore[union-attr]
+        tensor = self.source.detach()
         if type(tensor) is Tensor and tensor.is_contiguous():
             return tensor.view(-1).view(_BITS[tensor.element_size()])[positions], None
         values = tensor[torch.unravel_index(positions, tensor.shape)].contiguous()
         return values.view(_BITS[values.element_size()]), None
 
 
-def part_of(tensor: Tensor, cut: Mapping[int, int], is_buffer: bool = False) -> Part:
-    """Return a plain tensor as a part.
+def plain_tensor(tensor: Tensor, cut: Mapping[int, int], is_buffer: bool = False) -> BaseTensor:
+    """Return a tensor of the base that is not quantized.
 
     Args:
         tensor: A tensor of any shape.
-        cut: Id of a tensor -> how many of its rows count, if it has more.
+        cut: Id of a tensor -> number of its rows to use, if it has more.
         is_buffer: Whether it is a buffer.
     """
-    meant = tensor[: cut[id(tensor)]] if id(tensor) in cut else tensor
-    name = str(tensor.dtype).removeprefix("torch.")
-    return Part(tuple(meant.shape), name, id(tensor), meant, is_buffer=is_buffer)
+    used = tensor[: cut[id(tensor)]] if id(tensor) in cut else tensor
+    return BaseTensor(tuple(used.shape), str(tensor.dtype).removeprefix("torch."), id(tensor), used, is_buffer)
 
 
-def parts_of(index: AdapterIndex, cut: Mapping[int, int]) -> dict[str, Part]:
-    """Return a base's parameters and persistent buffers by the names of the plain base.
+def tensors_of_base(index: AdapterIndex, cut: Mapping[int, int]) -> dict[str, BaseTensor]:
+    """Return a base's parameters and persistent buffers by their names in the plain base.
 
     Args:
-        index: A model's index, with or without adapters.
-        cut: As in `part_of`.
+        index: The index of a model with or without adapters.
+        cut: As in `plain_tensor`.
     """
-    quantised = {weight.packed: weight for weight in quantised_weights(index, stacked=False)}
-    parts = {}
+    quantized = {weight.packed: weight for weight in quantized_weights(index, stacked=False)}
+    found = {}
     for name, tensor, module in base_tensors(index, stacked=False):
-        weight = quantised.get(name)
-        if weight is not None:
-            rows, columns = _canonical(weight)
-            before = getattr(weight.module, "source_cls", nn.Linear).__name__
-            laid = (columns, rows) if before == CONV1D else (rows, columns)
-            parts[weight.name] = Part(laid, weight.base.name, id(weight.module), None, weight)
-            if weight.loose_bias is not None:
-                parts[weight.name.removesuffix("weight") + "bias"] = part_of(weight.loose_bias, {})
-        else:
-            parts[name] = part_of(tensor, cut, is_buffer=name.rpartition(".")[2] not in module._parameters)
-    return parts
-
-
-def listing(parts: Mapping[str, Part]) -> str:
-    """Return names and shapes of the parameters, one per line, sorted by name.
-
-    Args:
-        parts: What `parts_of` returned.
-    """
-    return "\n".join(f"{name} {part.shape}" for name, part in sorted(parts.items()) if not part.is_buffer)
-
-
-def parameter_count(parts: Mapping[str, Part]) -> int:
-    """Return the number of parameters; a tensor shared under several names counts once.
-
-    Args:
-        parts: What `parts_of` returned.
-    """
-    return sum({part.key: math.prod(part.shape) for part in parts.values() if not part.is_buffer}.values())
-
-
-def _canonical(weight: QuantisedWeight) -> tuple[int, int]:
-    module: Any = weight.module
-    return int(module.out_features), int(module.in_features)
+        weight = quantized.get(name)
+        if weight is None:
+            found[name] = plain_tensor(tensor, cut, is_buffer=name.rpartition(".")[2] not in module._parameters)
+            continue
+        transposed = getattr(weight.module, "source_cls", nn.Linear).__name__ == CONV1D
+        shape = weight.shape[::-1] if transposed else weight.shape
+        found[weight.name] = BaseTensor(shape, weight.base.name, id(weight.module), weight)
+        if weight.plain_bias is not None:
+            found[weight.name.removesuffix("weight") + "bias"] = plain_tensor(weight.plain_bias, {})
+    return found
 
 
 NUMBERS = 64
-"""Sampled values per tensor; of a smaller one all."""
+"""Sampled values per tensor; smaller tensors are sampled completely."""
 
 LEAST, BUDGET, MOST_TENSORS = 4, 1 << 18, 1 << 16
-"""With more than 4,096 tensors they share `BUDGET` samples, at least `LEAST` each; above `MOST_TENSORS` evenly chosen
-ones are sampled."""
+"""With more than 4,096 tensors, `BUDGET` samples are divided among them, at least `LEAST` each; above `MOST_TENSORS`,
+evenly chosen tensors are sampled."""
 
 MOST_SLICES = 512
-"""A tensor of three axes has a sample in each slice of its first axis (its experts), if it has no more than these."""
+"""A tensor with three axes has a sample in each slice of its first axis (its experts), up to this number of slices."""
 
 EXACT, ROUNDED, QUANTIZED, APART = "exact", "rounded", "quantized", "apart"
-"""Degrees of agreement of two samples: bit for bit, up to rounding, within the error of quantizing, or none."""
+"""Degrees of agreement of two samples: bit for bit, up to rounding, within the quantization error, or none."""
 
 _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"})
-
-Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -227,9 +186,9 @@ class Sample:
     """Values of one tensor.
 
     Attributes:
-        dtype: Name of the tensor's dtype, or the way a quantized weight is stored.
+        dtype: Name of the tensor's dtype, or of its weight format.
         bits: The values in that dtype, in fp32 for a quantized weight, little-endian, in order of their positions.
-        bound: How far each value may be from the one that was quantized, in bf16; empty if nothing was quantized.
+        bound: Largest quantization error of each value, in bf16; empty if the tensor is not quantized.
     """
 
     dtype: str
@@ -246,7 +205,7 @@ class Sample:
         return _decoded(self.bits, self.torch_dtype)
 
     def slack(self) -> Tensor:
-        """Return how far each value may be off, (n,) or (), in fp64."""
+        """Return the largest error of each value, (n,) or (), in fp64."""
         return _decoded(self.bound, torch.bfloat16) if self.bound else torch.zeros((), dtype=torch.float64)
 
     def is_sound(self) -> bool:
@@ -255,14 +214,20 @@ class Sample:
         count = len(self.bits) // width
         return len(self.bits) == width * count and len(self.bound) in (0, 2 * count)
 
-    def without(self, places: Iterable[int]) -> Sample:
-        """Return the sample with zeros at some places."""
+    def without(self, indices: Iterable[int]) -> Sample:
+        """Return the sample with zeros at some indices."""
         bits, bound, width = bytearray(self.bits), bytearray(self.bound), self.torch_dtype.itemsize
-        for place in places:
-            bits[width * place : width * (place + 1)] = bytes(width)
+        for index in indices:
+            bits[width * index : width * (index + 1)] = bytes(width)
             if bound:
-                bound[2 * place : 2 * place + 2] = bytes(2)
+                bound[2 * index : 2 * index + 2] = bytes(2)
         return Sample(self.dtype, bytes(bits), bytes(bound))
+
+
+def _within_bounds(one: Sample, other: Sample, tolerance: Tensor | float = 0.0) -> Tensor:
+    """Return which differences the quantization errors and a tolerance explain, (n,)."""
+    slack = (one.slack() + other.slack()) * (1 + 2**-6)  # the bounds are rounded, too
+    return (one.values() - other.values()).abs() <= slack + tolerance
 
 
 def agreement(one: Sample, other: Sample) -> str:
@@ -278,20 +243,19 @@ def agreement(one: Sample, other: Sample) -> str:
     if first.shape != second.shape:
         return APART
     if one.bound or other.bound:
-        slack = (one.slack() + other.slack()) * (1 + 2**-6)  # the bounds are rounded, too
         step = torch.maximum(first.abs(), second.abs()) * 2**-8  # one rounding to bf16 before quantizing
-        return QUANTIZED if bool(((first - second).abs() <= slack + step).all()) else APART
+        return QUANTIZED if bool(_within_bounds(one, other, step).all()) else APART
     if equal(first, second):
         return EXACT if one.dtype == other.dtype else ROUNDED
-    return ROUNDED if may_be_one(first, second) else APART
+    return ROUNDED if agree_after_rounding(first, second) else APART
 
 
 def positions(tensors: Sequence[tuple[str, tuple[int, ...]]], count: int) -> Tensor:
-    """Return which values of each flattened tensor are sampled, (tensors, count), rising; the first and last always.
+    """Return which values of each flattened tensor are sampled: (tensors, count), ascending, with both ends.
 
     Args:
         tensors: Name and shape of each; none has fewer than `count` values.
-        count: How many of each, at least 1.
+        count: Positions per tensor, at least 1.
     """
     seeds = [f"{name} {'x'.join(map(str, shape))}".encode() for name, shape in tensors]
     drawn = b"".join(hashlib.shake_128(seed).digest(4 * count) for seed in seeds)
@@ -305,56 +269,54 @@ def positions(tensors: Sequence[tuple[str, tuple[int, ...]]], count: int) -> Ten
 
 
 def sample_count(shape: tuple[int, ...], tensors: int) -> int:
-    """Return how many values of a tensor are sampled.
+    """Return the number of sampled values of a tensor.
 
     Args:
         shape: Its shape.
-        tensors: How many tensors are sampled in all.
+        tensors: Number of sampled tensors.
     """
     wanted = max(LEAST, min(NUMBERS, BUDGET // max(1, tensors)))
     if len(shape) == 3 and wanted == NUMBERS and 0 < shape[0] <= MOST_SLICES:
-        wanted = shape[0] * -(-NUMBERS // shape[0])  # a multiple, so that every slice holds whole stretches
+        wanted = shape[0] * -(-NUMBERS // shape[0])  # a multiple, so that every slice contains whole ranges
     return min(math.prod(shape), wanted)
 
 
-def take_samples(parts: Mapping[str, Part], read: Callable[[str], Tensor] | None) -> dict[str, Sample]:
+def take_samples(tensors: Mapping[str, BaseTensor], read: Callable[[str], Tensor] | None) -> dict[str, Sample]:
     """Sample tensors, with one copy from each device for each width of dtype.
 
     Args:
-        parts: Name -> readable part.
-        read: Name -> tensor (…), for parts on the meta device whose values are elsewhere.
+        tensors: Name -> readable tensor.
+        read: Name -> tensor (…), for tensors on the meta device whose values are elsewhere.
     """
-    names = sorted(parts)
+    names = sorted(tensors)
     names = names[:: max(1, -(-len(names) // MOST_TENSORS))]
     groups: dict[tuple[int, torch.device], list[str]] = {}
     for name in names:
-        count = sample_count(parts[name].shape, len(names))
-        device = parts[name].device if read is None else torch.device("cpu")
-        groups.setdefault((count, device), []).append(name)
+        device = tensors[name].device if read is None else torch.device("cpu")
+        groups.setdefault((sample_count(tensors[name].shape, len(names)), device), []).append(name)
     dtypes, bits, bounds = {}, {}, {}
     for (count, device), members in groups.items():
         if not count:
             continue
-        places = positions([(name, parts[name].shape) for name in members], count).to(device)
-        for name, here in zip(members, places.unbind(), strict=True):
-            part = parts[name] if read is None else part_of(read(name), {})
-            dtypes[name] = part.dtype
-            bits[name], bound = part.bits(here)
+        sampled = positions([(name, tensors[name].shape) for name in members], count).to(device)
+        for name, here in zip(members, sampled.unbind(), strict=True):
+            tensor = tensors[name] if read is None else plain_tensor(read(name), {})
+            dtypes[name] = tensor.dtype
+            bits[name], bound = tensor.bits(here)
             if bound is not None:
                 bounds[name] = bound.to(torch.bfloat16).view(torch.int16)
-    found, slack = _gathered(bits), _gathered(bounds)
+    found, slack = _copied(bits), _copied(bounds)
     return {name: Sample(dtypes[name], found[name], slack.get(name, b"")) for name in sorted(found)}
 
 
-def _gathered(tensors: Mapping[Name, Tensor]) -> dict[Name, bytes]:
-    """Return the bytes of small tensors (n,), with one copy for each device and dtype."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Name]] = {}
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """Return the bytes of small tensors (n,) of integers, with one copy for each device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, tensor in tensors.items():
         groups.setdefault((tensor.device, tensor.dtype), []).append(name)
-    found: dict[Name, bytes] = {}
+    found: dict[str, bytes] = {}
     for (_, dtype), names in groups.items():
-        whole = torch.cat([tensors[name] for name in names]).cpu()
-        data, start = ctypes.string_at(whole.data_ptr(), whole.numel() * dtype.itemsize), 0
+        data, start = torch.cat([tensors[name] for name in names]).cpu().numpy().tobytes(), 0
         for name in names:
             end = start + tensors[name].numel() * dtype.itemsize
             found[name], start = data[start:end], end
@@ -369,14 +331,14 @@ def _decoded(data: bytes, dtype: torch.dtype) -> Tensor:
 
 
 FIRST_TENSORS, FIRST_NUMBERS = 16, 16
-"""Sampled tensors and values of each in fingerprints of the first form, written before form 2, rounded to bf16.
+"""Sampled tensors and values of each in fingerprints of format 1, rounded to bf16.
 
-They are still compared, with the weaker guarantee that they had: other tensors, norms and biases may differ unseen,
-and so may everything within one step of bf16."""
+They are still compared, with the weaker guarantee that they had: changes of other tensors, norms and biases are missed,
+and so are changes within one step of bf16."""
 
 
 def first_positions(shape: tuple[int, ...]) -> Tensor:
-    """Return which values of a flattened tensor were sampled, (n,).
+    """Return which values of a flattened tensor format 1 samples, (n,).
 
     Args:
         shape: Its shape.
@@ -385,38 +347,36 @@ def first_positions(shape: tuple[int, ...]) -> Tensor:
     return torch.linspace(0, size - 1, min(FIRST_NUMBERS, size), dtype=torch.float64).long()
 
 
-def take_first_samples(parts: Mapping[str, Part], read: Callable[[str], Tensor] | None) -> dict[str, Sample]:
-    """Sample matrices as the first form did.
+def take_first_samples(tensors: Mapping[str, BaseTensor], read: Callable[[str], Tensor] | None) -> dict[str, Sample]:
+    """Sample matrices as in format 1.
 
     Args:
-        parts: Name -> part, readable.
-        read: Name -> tensor (…), for parts on the meta device whose values are elsewhere.
+        tensors: Name -> readable tensor.
+        read: Name -> tensor (…), for tensors on the meta device whose values are elsewhere.
     """
-    large = sorted(name for name, part in parts.items() if len(part.shape) >= 2 and not part.is_buffer)
+    large = sorted(name for name, tensor in tensors.items() if len(tensor.shape) >= 2 and not tensor.is_buffer)
     found = {}
     for name in large[:: max(1, len(large) // FIRST_TENSORS)][:FIRST_TENSORS]:
-        part = parts[name] if read is None else part_of(read(name), {})
-        bits, bound = part.bits(first_positions(part.shape).to(part.device))
-        values = bits.view(part.stored_dtype)
-        found[name] = Sample("bfloat16", _brain(values), b"" if bound is None else _brain(bound))
+        tensor = tensors[name] if read is None else plain_tensor(read(name), {})
+        bits, bound = tensor.bits(first_positions(tensor.shape).to(tensor.device))
+        values = bits.view(tensor.source.dtype if isinstance(tensor.source, Tensor) else torch.float32)
+        found[name] = Sample("bfloat16", _as_bf16(values), b"" if bound is None else _as_bf16(bound))
     return found
 
 
-def first_agreement(one: Sample, other: Sample, slack: bool = True) -> bool:
-    """Return whether two samples agree within one step of bf16, or within their bounds.
+def first_agreement(one: Sample, other: Sample) -> str:
+    """Return how far two samples of format 1 agree, up to one step of bf16: `EXACT`, `QUANTIZED` or `APART`.
 
     Args:
-        one: A sample of the first form.
+        one: A sample.
         other: Another.
-        slack: Whether bounds count.
     """
-    first, second = one.values(), other.values()
-    if first.shape != second.shape or not (one.is_sound() and other.is_sound()):
-        return False
+    if len(one.bits) != len(other.bits) or not (one.is_sound() and other.is_sound()):
+        return APART
     near = (_order(one) - _order(other)).abs() <= 1
-    if slack:
-        near |= (first - second).abs() <= (one.slack() + other.slack()) * (1 + 2**-6)  # the bounds are rounded, too
-    return bool(near.all())
+    if bool(near.all()):
+        return EXACT
+    return QUANTIZED if bool((near | _within_bounds(one, other)).all()) else APART
 
 
 def as_hex(bits: bytes) -> str:
@@ -425,10 +385,10 @@ def as_hex(bits: bytes) -> str:
 
 
 def from_hex(text: str) -> bytes:
-    """Return what `as_hex` was given.
+    """Return the patterns that `as_hex` received.
 
     Raises:
-        ValueError: The text is not patterns in hexadecimal.
+        ValueError: The text is not a list of patterns in hexadecimal.
     """
     if len(text) % 4:
         raise ValueError("not whole patterns")
@@ -441,13 +401,12 @@ def _swapped(bits: bytes) -> bytes:
     return bytes(swapped)
 
 
-def _brain(values: Tensor) -> bytes:
-    patterns = values.to(torch.bfloat16).cpu().view(torch.int16).tolist()
-    return b"".join((pattern & 0xFFFF).to_bytes(2, "little") for pattern in patterns)
+def _as_bf16(values: Tensor) -> bytes:
+    return values.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes()
 
 
 def _order(sample: Sample) -> Tensor:
-    """Return bf16 patterns as whole numbers that grow with their values, one per representable number, (n,)."""
+    """Return bf16 patterns as integers that increase with their values, one per representable number, (n,)."""
     if not sample.bits:
         return torch.zeros(0, dtype=torch.int64)
     patterns = torch.frombuffer(bytearray(sample.bits), dtype=torch.int16).long()

@@ -1,37 +1,34 @@
-"""What every call on adapters checks before it touches a model: names, allowances, scales."""
+"""Checks of calls on adapters before they change a model: names, allowances, scales, compatibility."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import AbstractContextManager
 
 from torch import nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.layers.adapter_component import trainable
-from lorakit.core.model.index import AdapterIndex
 from lorakit.core.routing.state import AdapterState
 from lorakit.core.variants import variants_of
 from lorakit.errors import OVERRIDE, AdapterError, ConfigError, TargetError
 
 ALLOWANCES = ("partial_targets", "base_mismatch", "key_mismatch", "nonfinite", "odd_scale", "recompute_init")
-"""The refusals that a caller can lift by name."""
+"""Checks that a caller can override by name."""
 
 LARGEST_USUAL_SCALE = 1000.0
 
 WITH_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
-"""Model types of transformers whose mixers hand weights to a fused kernel and do not call their modules."""
+"""Model types of transformers whose mixers pass weights to a fused kernel and do not call their modules."""
 
 READ_PAST = frozenset({"conv1d", "out_proj"})
 """Names of those modules."""
 
 
 def check_new_name(state: AdapterState | None, name: str) -> None:
-    """Refuse a name that is taken, or that torch's module containers cannot hold.
+    """Check that a name is not in use and that torch's module containers accept it.
 
     Raises:
-        AdapterError: With the reason and what is allowed.
+        AdapterError: With the reason and the allowed names.
     """
     if state is not None and name in state.configs:
         raise AdapterError(
@@ -42,32 +39,17 @@ def check_new_name(state: AdapterState | None, name: str) -> None:
             f"{name!r} cannot be an adapter's name: up to 100 letters, digits, '_' and '-' are allowed, and no dot.",
             what=name,
         )
-    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):  # of a module also what each one holds
+    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):  # attributes of each module included
         raise AdapterError(
-            f"{name!r} cannot be an adapter's name: torch's module containers use that word themselves.", what=name
+            f"{name!r} cannot be an adapter's name: torch's module containers use it for an attribute.", what=name
         )
 
 
-def check_known(state: AdapterState, names: Sequence[str]) -> None:
-    """Refuse names of adapters that are not there.
-
-    Raises:
-        AdapterError: The message lists those that are.
-    """
-    for name in names:
-        if name not in state.configs:
-            raise AdapterError(
-                f"There is no adapter {name!r} on this model. Adapters: {', '.join(state.configs)}.",
-                what=name,
-                allowed=state.configs,
-            )
-
-
 def check_called(model: nn.Module, paths: Iterable[str]) -> None:
-    """Refuse modules whose weight their model's fused kernels read past them, so that factors there would do nothing.
+    """Check that no module is read by its model's fused kernels directly, so that factors there would have no effect.
 
     Args:
-        model: The model; its config says what it is.
+        model: The model; its config has its type.
         paths: Paths of the modules to adapt.
 
     Raises:
@@ -86,10 +68,10 @@ def check_called(model: nn.Module, paths: Iterable[str]) -> None:
 
 
 def check_allowances(allow: Collection[str]) -> None:
-    """Refuse a word in `allow` that lifts nothing.
+    """Check that each name in `allow` overrides a check.
 
     Raises:
-        ConfigError: The message lists the words that do.
+        ConfigError: The message lists the allowed names.
     """
     unknown = sorted(set(allow) - set(ALLOWANCES))
     if unknown:
@@ -102,7 +84,7 @@ def check_allowances(allow: Collection[str]) -> None:
 
 
 def check_scales(scales: Sequence[tuple[str, float]], allow: Collection[str]) -> None:
-    """Refuse scales that are almost always a mistake, unless "odd_scale" is allowed.
+    """Check that scales are in the usual range, unless "odd_scale" is allowed.
 
     Raises:
         ConfigError: A scale is not above 0 and at most 1000.
@@ -119,52 +101,28 @@ def check_scales(scales: Sequence[tuple[str, float]], allow: Collection[str]) ->
         )
 
 
-def check_bias_alone(state: AdapterState | None, config: LoraConfig) -> None:
-    """Refuse a second adapter that trains the base's biases, since they exist once.
+def check_company(state: AdapterState | None, config: LoraConfig) -> None:
+    """Check that a new adapter is compatible with those on the model.
 
     Raises:
-        ConfigError: Another adapter does so already.
+        ConfigError: Both train the base's biases, or a variant of one of them excludes other adapters.
     """
-    if config.bias == "none" or state is None:
-        return
-    for name, other in state.configs.items():
-        if other.bias != "none":
+    new = variants_of(config)
+    for name, other in () if state is None else state.configs.items():
+        if config.bias != "none" and other.bias != "none":
             raise ConfigError(
-                f"bias is {config.bias!r}, and adapter {name!r} trains the base's biases already: only one "
-                "adapter can. Set bias='none'.",
+                f"bias is {config.bias!r}, and adapter {name!r} already trains the base's biases: only one adapter "
+                "can. Set bias='none'.",
                 what=name,
                 field="bias",
                 allowed=("none",),
             )
-
-
-def check_company(state: AdapterState | None, config: LoraConfig) -> None:
-    """Refuse an adapter next to others if the variant of one of them allows no adapters that are not of it.
-
-    Raises:
-        ConfigError: The message names the other adapter and the reason.
-    """
-    new = variants_of(config)
-    for name, other in () if state is None else state.configs.items():
-        standing = variants_of(other)
-        for variant in (*new, *standing):
-            if variant.excludes_others and (variant in new) != (variant in standing):
+        present = variants_of(other)
+        for variant in (*new, *present):
+            if variant.excludes_others and (variant in new) != (variant in present):
                 raise ConfigError(
                     f"{variant.title} and other adapters exclude each other on one model, and adapter {name!r} is "
                     f"there: {variant.excludes_others}. Detach {name!r} first, or load the base a second time.",
                     what=name,
                     field=variant.field,
                 )
-
-
-def trainable_block(index: AdapterIndex) -> AbstractContextManager[object]:
-    """Return a block whose new tensors can be trained afterwards, also inside `torch.inference_mode`.
-
-    Args:
-        index: The model's index.
-
-    Raises:
-        ModelError: The model was made in inference mode, and this is outside of it.
-    """
-    held = (p for module in index.everything.values() for p in module._parameters.values() if p is not None)
-    return trainable(index.model, next(held, None))

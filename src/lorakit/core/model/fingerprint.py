@@ -1,13 +1,14 @@
-"""What identifies a base: its architecture, its parameters' names and shapes, and samples of every tensor.
+"""The identity of a base: its architecture, its parameters' names and shapes, and samples of every tensor.
 
-Taken in milliseconds, also for large models: values at fixed positions of every floating parameter and persistent
-buffer, in the bits of their dtype. Adapters, merges and trained biases do not change it. Not seen are: a change at
-positions that are not sampled (a change of a fraction f of a tensor's values is missed with probability (1 - f)^64),
-unless the weight files are known and differ; a change of a quantized weight below what quantizing cost; buffers that
-are not saved; the model's code and config; the tokenizer; and whatever somebody does who knows the positions.
+A fingerprint takes milliseconds, also for large models: it contains values at fixed positions of every floating-point
+parameter and persistent buffer, in the bits of their dtype. Adapters, merges and trained biases do not change it. It
+does not detect: a change at positions that are not sampled (a change of a fraction f of a tensor's values is missed
+with probability (1 - f)^64), unless the weight files are known and differ; a change of a quantized weight below the
+quantization error; buffers that are not saved; the model's code and config; the tokenizer; and deliberate changes by
+somebody who knows the positions.
 
-Adapters that were merged into a base for good are recorded in the model's config, which travels with the weights
-through every save and load, so that none is applied a second time.
+Adapters that were merged permanently are recorded in the model's config, which is saved and loaded with the weights,
+so that no adapter is applied a second time.
 
 `weight_file_hashes` returns the SHA-256 of the files that a base was loaded from, if they are known and small enough
 to hash. The hashes are evidence, not part of the identity: memory can change after loading, and the same base can be
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import os
 import re
 import stat
@@ -26,7 +28,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -34,35 +36,33 @@ from lorakit.core.model.base_samples import (
     APART,
     EXACT,
     QUANTIZED,
-    Part,
+    BaseTensor,
     Sample,
     agreement,
     as_hex,
     first_agreement,
     first_positions,
     from_hex,
-    listing,
-    parameter_count,
-    parts_of,
     positions,
     take_first_samples,
     take_samples,
+    tensors_of_base,
 )
-from lorakit.core.model.index import AdapterIndex
-from lorakit.durable import JsonObject, read_json, sha256_file, write_json
+from lorakit.core.model.index import AdapterIndex, embedding_of
+from lorakit.durable import JsonObject, JsonValue, read_json, sha256_file, write_json
 from lorakit.errors import OVERRIDE, AdapterFileError, BaseMismatchError, DiskError
 from lorakit.machine import cache_directory
 
 SAME, OTHER_PRECISION, UNVERIFIABLE, DIFFERENT = "same", "same at other precision", "unverifiable", "different"
 
 FIRST, VERSION = 1, 2
-"""The form that has no version field, and the form that is written."""
+"""The format without a version field, and the format that is written."""
 
 RUNNING = frozenset({"running_mean", "running_var"})
-"""Buffers that a forward in training mode changes, and that no adapter holds."""
+"""Buffers that a forward in training mode changes, and that no adapter saves."""
 
 SHOWN = 3
-"""How many tensors a reason names."""
+"""Number of tensors that a reason names."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ class Fingerprint:
 
     Attributes:
         architecture: Class name of the model.
-        parameters: Numbers in it; a tensor that is shared under several names counts once.
+        parameters: Number of parameters; a tensor with several names counts once.
         names_sha256: SHA-256 of the sorted names and shapes.
         vocabulary: Rows of the input embedding, 0 if there is none.
-        dtype: dtype of most matrices, or how most of them are quantized.
+        dtype: dtype or weight format of most matrices.
         samples: Parameter -> sample; empty if they cannot be read.
         buffers: Persistent buffer -> sample.
         files: Name of each weight file -> its SHA-256; empty if not known.
-        version: Form of the samples.
+        version: Format of the samples.
     """
 
     architecture: str
@@ -93,17 +93,17 @@ class Fingerprint:
 
     @property
     def bounds(self) -> dict[str, bytes]:
-        """Quantized tensor -> how far each of its samples may be from the value that was quantized, in bf16."""
+        """Quantized tensor -> largest quantization error of each of its samples, in bf16."""
         return {name: sample.bound for name, sample in self.samples.items() if sample.bound}
 
     def without(self, names: Collection[str]) -> Fingerprint:
-        """Return the fingerprint without samples of some parameters and buffers, such as those an adapter brings."""
+        """Return the fingerprint without the samples of some parameters and buffers."""
         samples = {name: sample for name, sample in self.samples.items() if name not in names}
         buffers = {name: sample for name, sample in self.buffers.items() if name not in names}
         return replace(self, samples=samples, buffers=buffers)
 
     def as_dict(self) -> JsonObject:
-        """Return plain values, as `lorakit.json` holds them; optional fields only if there is something in them."""
+        """Return JSON values, as in `lorakit.json`; empty optional fields are left out."""
         names = ("architecture", "parameters", "names_sha256", "vocabulary", "dtype")
         values: JsonObject = {name: getattr(self, name) for name in names}
         first = self.version == FIRST
@@ -117,21 +117,21 @@ class Fingerprint:
         return {**values, "version": self.version, "samples": _by_dtype(self.samples)}
 
     @classmethod
-    def from_dict(cls, values: Any) -> Fingerprint | None:
-        """Return what `as_dict` gave; None if the values do not have that form."""
+    def from_dict(cls, values: JsonValue) -> Fingerprint | None:
+        """Return the fingerprint from the result of `as_dict`; None if the values do not have its format."""
         try:
-            return _read(dict(values))
+            return _read(dict(values)) if isinstance(values, dict) else None
         except (KeyError, ValueError, TypeError, AttributeError):
             return None
 
 
 class BaseVerdict(NamedTuple):
-    """What `compare` found.
+    """Result of `compare`.
 
     Attributes:
         verdict: `SAME`, `OTHER_PRECISION`, `UNVERIFIABLE` or `DIFFERENT`.
-        reason: Why, in words.
-        warning: What a user should know although the base is accepted, or "".
+        reason: The reason, for messages.
+        warning: A warning for the user although the base is accepted, or "".
     """
 
     verdict: str
@@ -152,28 +152,29 @@ def fingerprint(
     Args:
         model: A model with or without adapters, or its index; only read.
         read: Name -> tensor (…), for a model on the meta device whose values are elsewhere.
-        cut: Id of a tensor of the base -> how many of its rows count, if it has more.
-        like: The fingerprint to compare it with, whose form it gets.
+        cut: Id of a tensor of the base -> number of its rows to use, if it has more.
+        like: The fingerprint to compare it with, whose format it gets.
         with_files: Hash the weight files that the model was loaded from, if they are known.
 
     Returns:
-        The fingerprint of what is under the adapters.
+        The fingerprint of the base without adapters.
     """
     version = VERSION if like is None else like.version
     index = AdapterIndex.of(model)
     model = index.model
-    parts = parts_of(index, cut)
-    parameters = {name: part for name, part in parts.items() if not part.is_buffer}
-    buffers = {name: part for name, part in parts.items() if part.is_buffer and part.is_readable(False)}
-    matrices = {name: part for name, part in parameters.items() if len(part.shape) >= 2}
+    tensors = tensors_of_base(index, cut)
+    parameters = {name: tensor for name, tensor in tensors.items() if not tensor.is_buffer}
+    buffers = {name: tensor for name, tensor in tensors.items() if tensor.is_buffer and tensor.is_readable(False)}
+    shapes = "\n".join(f"{name} {tensor.shape}" for name, tensor in sorted(parameters.items()))
+    matrices = {name: tensor for name, tensor in parameters.items() if len(tensor.shape) >= 2}
     needed = matrices if version == FIRST else parameters
     samples: dict[str, Sample] = {}
-    if needed and all(part.is_readable(read is not None) for part in needed.values()):
+    if needed and all(tensor.is_readable(read is not None) for tensor in needed.values()):
         samples = (take_first_samples if version == FIRST else take_samples)(parameters, read)
     return Fingerprint(
         architecture=type(_innermost(model)).__name__,
-        parameters=parameter_count(parts),
-        names_sha256=hashlib.sha256(listing(parts).encode()).hexdigest(),
+        parameters=sum({tensor.key: math.prod(tensor.shape) for tensor in parameters.values()}.values()),
+        names_sha256=hashlib.sha256(shapes.encode()).hexdigest(),
         vocabulary=min(vocabulary_of(model), *cut.values()) if cut else vocabulary_of(model),
         dtype=_dtype(matrices or parameters, samples if read is not None else {}),
         samples=samples,
@@ -184,18 +185,18 @@ def fingerprint(
 
 
 def compare(known: Fingerprint | None, present: Fingerprint, whose: str = "the adapter's") -> BaseVerdict:
-    """Compare an adapter's base with the one at hand.
+    """Compare an adapter's base with a model.
 
     Args:
-        known: The fingerprint kept with the adapter, or None.
-        present: That of the model at hand.
-        whose: Whose base it is, for the reason.
+        known: The fingerprint saved with the adapter, or None.
+        present: The model's fingerprint.
+        whose: Whose base `known` is, for the reason.
 
     Returns:
         The verdict, its reason, and a warning if there is one.
     """
     if known is None:
-        return BaseVerdict(UNVERIFIABLE, "the adapter carries no fingerprint of its base")
+        return BaseVerdict(UNVERIFIABLE, "the adapter has no fingerprint of its base")
     if known.architecture != present.architecture:
         reason = f"{whose} base is a {known.architecture}, this model is a {present.architecture}"
         return BaseVerdict(DIFFERENT, reason)
@@ -206,93 +207,68 @@ def compare(known: Fingerprint | None, present: Fingerprint, whose: str = "the a
         counts = f"{known.parameters:,} against {present.parameters:,} parameters"
         return BaseVerdict(DIFFERENT, f"names or shapes of the base's parameters differ ({counts})")
     if known.version != present.version:
-        return BaseVerdict(UNVERIFIABLE, "the two fingerprints have different forms, whose samples cannot be compared")
+        return BaseVerdict(UNVERIFIABLE, "the fingerprints have different formats, so their samples cannot be compared")
     if not known.samples or not present.samples:
-        return BaseVerdict(UNVERIFIABLE, "the numbers of one of the bases cannot be read (quantised, or without data)")
-    if known.version == FIRST:
-        return _by_first_samples(known, present, whose)
-    return _by_files(_by_samples(known, present, whose), known, present)
+        return BaseVerdict(UNVERIFIABLE, "the values of one base cannot be read (quantized, or on the meta device)")
+    return _with_files(_compare_samples(known, present, whose), known, present)
 
 
-def _by_samples(known: Fingerprint, present: Fingerprint, whose: str) -> BaseVerdict:
+def _compare_samples(known: Fingerprint, present: Fingerprint, whose: str) -> BaseVerdict:
+    first = known.version == FIRST
+    agree = first_agreement if first else agreement
     found = {
-        name: agreement(known.samples[name], present.samples[name])
+        name: agree(known.samples[name], present.samples[name])
         if name in known.samples and name in present.samples
         else APART
-        for name in sorted({*known.samples, *present.samples})
+        for name in sorted({*known.samples, *(() if first else present.samples)})
     }
     shared = [name for name in sorted(known.buffers) if name in present.buffers]  # one may not be saved everywhere
-    found |= {name: agreement(known.buffers[name], present.buffers[name]) for name in shared}
-    apart = [name for name, how in found.items() if how == APART]
+    found |= {name: agree(known.buffers[name], present.buffers[name]) for name in shared}
+    apart = [name for name, degree in found.items() if degree == APART]
     moved = [name for name in apart if name in shared and name.rpartition(".")[2] in RUNNING]
     if len(apart) > len(moved):
-        return BaseVerdict(DIFFERENT, _differ([name for name in apart if name not in moved], len(found)))
+        named = ", ".join([name for name in apart if name not in moved][:SHOWN])
+        count = f"{len(apart) - len(moved)} of {len(found)}"
+        return BaseVerdict(DIFFERENT, f"values of {count} tensors differ: same shapes, other weights (first {named})")
     warning = ""
     if moved:
         warning = (
             f"running statistics of the base differ from those at the time of saving in {len(moved)} buffers, first "
-            f"{moved[0]}: they change in training mode, and the adapter does not hold them. Save and restore them "
+            f"{moved[0]}: they change in training mode, and the adapter does not contain them. Save and restore them "
             "with the base."
         )
+    weaker = f"; only {len(found)} matrices are sampled, since the fingerprint has format 1" if first else ""
+    inexact = [degree for degree in found.values() if degree not in (EXACT, APART)]
     if known.dtype != present.dtype:
-        return BaseVerdict(OTHER_PRECISION, f"{whose} base was {known.dtype}, this model is {present.dtype}", warning)
-    inexact = [how for how in found.values() if how not in (EXACT, APART)]
-    if QUANTIZED in inexact:
-        return BaseVerdict(
-            OTHER_PRECISION, "the numbers agree within what quantising cost, in one way and in another", warning
-        )
-    if inexact:
-        return BaseVerdict(
-            OTHER_PRECISION, f"{len(inexact)} of {len(found)} tensors agree after rounding to another dtype", warning
-        )
-    return BaseVerdict(SAME, "architecture, shapes and sampled numbers agree", warning)
+        reason = f"{whose} base was {known.dtype}, this model is {present.dtype}"
+    elif QUANTIZED in inexact:
+        reason = "the values agree within the quantization errors of two formats"
+    elif inexact:
+        reason = f"{len(inexact)} of {len(found)} tensors agree after rounding to another dtype"
+    else:
+        return BaseVerdict(SAME, f"architecture, shapes and sampled values agree{weaker}", warning)
+    return BaseVerdict(OTHER_PRECISION, reason + weaker, warning)
 
 
-def _by_files(found: BaseVerdict, known: Fingerprint, present: Fingerprint) -> BaseVerdict:
-    """Add what the weight files say: they confirm or raise a doubt, and never decide."""
+def _with_files(found: BaseVerdict, known: Fingerprint, present: Fingerprint) -> BaseVerdict:
+    """Add to a verdict whether the weight files are the same; they can raise a doubt, but never decide."""
     if found.verdict == DIFFERENT or not known.files or not present.files:
         return found
     if sorted(known.files.values()) == sorted(present.files.values()):
         return found._replace(reason=f"{found.reason}, and the weight files are the same")
-    if found.verdict != SAME:
-        return found._replace(reason=f"{found.reason}; the weight files differ")
-    doubt = (
-        "the base's weight files differ from those at the time of saving, and all sampled numbers are the same: the "
-        "base was saved again in other files, or changed at places that are not sampled. If it was only saved again, "
-        "ignore this."
-    )
-    return found._replace(
-        reason=f"{found.reason}; the weight files differ", warning=" ".join(filter(None, (found.warning, doubt)))
-    )
-
-
-def _by_first_samples(known: Fingerprint, present: Fingerprint, whose: str) -> BaseVerdict:
-    apart, exact = [], True
-    for name, sample in known.samples.items():
-        other = present.samples.get(name)
-        if other is None or not first_agreement(sample, other):
-            apart.append(name)
-        else:
-            exact = exact and first_agreement(sample, other, slack=False)
-    if apart:
-        return BaseVerdict(DIFFERENT, _differ(apart, len(known.samples)))
-    weaker = f"only {len(known.samples)} matrices are sampled, since the fingerprint has the first form"
-    if known.dtype != present.dtype:
-        return BaseVerdict(OTHER_PRECISION, f"{whose} base was {known.dtype}, this model is {present.dtype}; {weaker}")
-    if not exact:
-        return BaseVerdict(
-            OTHER_PRECISION, f"the numbers agree within what quantising cost, in one way and in another; {weaker}"
+    warning = found.warning
+    if found.verdict == SAME:
+        doubt = (
+            "the base's weight files differ from those at the time of saving, although all sampled values are the "
+            "same: the base was saved again in other files, or changed at positions that are not sampled. If it was "
+            "only saved again, ignore this."
         )
-    return BaseVerdict(SAME, f"architecture, shapes and sampled numbers agree; {weaker}")
-
-
-def _differ(apart: list[str], total: int) -> str:
-    first = ", ".join(apart[:SHOWN])
-    return f"the numbers of {len(apart)} of {total} tensors differ: same shapes, other weights (first {first})"
+        warning = f"{warning} {doubt}" if warning else doubt
+    return found._replace(reason=f"{found.reason}; the weight files differ", warning=warning)
 
 
 def sampled_positions(mark: Fingerprint, name: str, shape: tuple[int, ...]) -> list[int]:
-    """Return which values of a flattened tensor a fingerprint holds, in order.
+    """Return the positions of the values of a flattened tensor in a fingerprint, in order.
 
     Args:
         mark: The fingerprint.
@@ -307,8 +283,8 @@ def sampled_positions(mark: Fingerprint, name: str, shape: tuple[int, ...]) -> l
     return positions([(name, shape)], len(sample.bits) // sample.torch_dtype.itemsize)[0].tolist()
 
 
-def _dtype(parts: Mapping[str, Part], read: Mapping[str, Sample]) -> str:
-    dtypes = [read[name].dtype if name in read else part.dtype for name, part in parts.items()]
+def _dtype(tensors: Mapping[str, BaseTensor], read: Mapping[str, Sample]) -> str:
+    dtypes = [read[name].dtype if name in read else tensor.dtype for name, tensor in tensors.items()]
     return max(set(dtypes), key=dtypes.count) if dtypes else ""
 
 
@@ -317,33 +293,32 @@ def _read(values: JsonObject) -> Fingerprint:
 
     Raises:
         KeyError: A field is missing.
-        ValueError: A field does not have its form.
+        ValueError: A field does not have its format.
         TypeError: Likewise.
         AttributeError: Likewise.
     """
     version = values.pop("version", FIRST)
-    first = version == FIRST
+    decode = from_hex if version == FIRST else _from_text
     bounds = dict(values.pop("bounds", {}))
-    bytes_of = from_hex if first else _from_text
-    samples, buffers = (
-        {
-            name: Sample(dtype, bytes_of(text), bytes_of(bounds.get(name, "")))
-            for dtype, named in table.items()
-            for name, text in named.items()
-        }
-        for table in (
-            {"bfloat16": values.pop("samples")} if first else values.pop("samples"),
-            values.pop("buffers", {}),
-        )
-    )
+    table = values.pop("samples")
+    samples = _samples({"bfloat16": table} if version == FIRST else table, bounds, decode)
+    buffers = _samples(values.pop("buffers", {}), bounds, decode)
     files = values.pop("files", {})
     made = Fingerprint(**values, samples=samples, buffers=buffers, files=files, version=version)
-    words, numbers = (made.architecture, made.names_sha256, made.dtype), (made.parameters, made.vocabulary, version)
-    sound = all(isinstance(word, str) for word in (*words, *files, *files.values()))
-    sound = sound and all(isinstance(number, int) for number in numbers) and version in (FIRST, VERSION)
+    texts, integers = (made.architecture, made.names_sha256, made.dtype), (made.parameters, made.vocabulary, version)
+    sound = all(isinstance(text, str) for text in (*texts, *files, *files.values()))
+    sound = sound and all(isinstance(integer, int) for integer in integers) and version in (FIRST, VERSION)
     if not (sound and all(sample.is_sound() for sample in (*samples.values(), *buffers.values()))):
         raise ValueError("not a fingerprint")
     return made
+
+
+def _samples(table: JsonObject, bounds: Mapping[str, str], decode: Callable[[str], bytes]) -> dict[str, Sample]:
+    return {
+        name: Sample(dtype, decode(text), decode(bounds.get(name, "")))
+        for dtype, named in table.items()
+        for name, text in named.items()
+    }
 
 
 def _by_dtype(samples: Mapping[str, Sample]) -> dict[str, dict[str, str]]:
@@ -362,55 +337,50 @@ def _from_text(text: str) -> bytes:
 
 
 def vocabulary_of(model: nn.Module) -> int:
-    """Rows of a model's input embedding, 0 where it has none."""
-    getter = getattr(model, "get_input_embeddings", None)
-    try:
-        embedding = getter() if getter is not None else None
-    except (AttributeError, NotImplementedError):  # models without one differ in how they say so
-        return 0
-    weight = getattr(embedding, "weight", None)
+    """Return the number of rows of a model's input embedding; 0 if it has none."""
+    weight = getattr(embedding_of(model), "weight", None)
     return int(weight.shape[0]) if isinstance(weight, Tensor) and weight.ndim else 0
 
 
 def _innermost(model: nn.Module) -> nn.Module:
-    """The model itself, or what a compiler's wrapper holds."""
+    """Return the model inside a wrapper of `torch.compile`, or the model itself."""
     original = model._modules.get("_orig_mod")
     return original if original is not None else model
 
 
 CONFIG_KEY = "lorakit_merged"
-"""Field of the model's config: a list of {"sha256", "name"}, one per adapter that was merged for good."""
+"""Field of the model's config: a list of {"sha256", "name"}, one per permanently merged adapter."""
 
 
 def merge_record(model: nn.Module) -> dict[str, str]:
-    """SHA-256 of the weights -> name of every adapter that was merged into a model for good.
+    """Return SHA-256 of the weights -> name of each adapter that was merged into a model permanently.
 
     Args:
-        model: Any model; one without a config, or without a sound note in it, has none.
+        model: Any model; empty for one without a config or without a valid record in it.
     """
-    noted: Any = getattr(getattr(model, "config", None), CONFIG_KEY, None)
-    entries = noted if isinstance(noted, (list, tuple)) else []
+    recorded = getattr(getattr(model, "config", None), CONFIG_KEY, None)
+    entries = recorded if isinstance(recorded, (list, tuple)) else []
     return {str(e["sha256"]): str(e.get("name", "")) for e in entries if isinstance(e, Mapping) and "sha256" in e}
 
 
 def add_merge_record(model: nn.Module, adapters: Mapping[str, str]) -> None:
-    """Write into a model's config that adapters were merged for good.
+    """Record in a model's config that adapters were merged permanently.
 
     Args:
         model: A merged model with a config.
-        adapters: SHA-256 of an adapter's weights -> its name; they join those that are noted already.
+        adapters: SHA-256 of an adapter's weights -> its name; added to those already recorded.
     """
     known = {**merge_record(model), **adapters}
     setattr(model.config, CONFIG_KEY, [{"sha256": sha, "name": name} for sha, name in known.items()])
 
 
 def check_not_merged_in(model: nn.Module, folder: Path, weights_sha256: str, allow: Collection[str]) -> None:
-    """Refuse an adapter that is part of the weights already, unless "base_mismatch" is allowed.
+    """Check that an adapter is not part of the weights already, unless "base_mismatch" is allowed.
 
     Args:
         model: The base.
-        folder: The adapter's folder, for the message.
-        weights_sha256: Of its weights.
+        folder: The adapter's directory, for the message.
+        weights_sha256: SHA-256 of its weights.
         allow: As in `load_adapter`.
 
     Raises:
@@ -418,10 +388,11 @@ def check_not_merged_in(model: nn.Module, folder: Path, weights_sha256: str, all
     """
     known = merge_record(model)
     if weights_sha256 in known and "base_mismatch" not in allow:
-        was = f" (as {known[weights_sha256]})" if known[weights_sha256] else ""
+        name = f" (as {known[weights_sha256]})" if known[weights_sha256] else ""
         raise BaseMismatchError(
-            f"{folder}: this adapter was merged into the model already{was}, and would act twice.",
-            advice=f"Use the model as it is, load the adapter's own base, or {OVERRIDE}.",
+            f"{folder}: this adapter was merged into the model already{name}, and would be applied twice.",
+            advice=f"Use the model without it, load the adapter's base, or {OVERRIDE}.",
+            what=known[weights_sha256] or None,
             where=folder,
             override="base_mismatch",
         )
@@ -434,8 +405,8 @@ LEAST_KEPT = 1 << 20
 """Smaller files are hashed each time, which takes as long as reading the cache."""
 
 MOST_BYTES = 1 << 30
-"""Files of a base that are neither in a hub's cache under their hash nor hashed before are hashed up to this size in
-all: about a second. A larger base has no evidence from files."""
+"""Maximum total size of files that are hashed (about a second), besides files that the Hub's cache names by their hash
+and files hashed before. For a larger base no hashes are known."""
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -455,15 +426,21 @@ def weight_file_hashes(model: nn.Module) -> dict[str, str]:
 
 
 def _files_of(model: nn.Module) -> list[Path]:
+    """Return the weight files of a model from a directory, or from the Hub's cache if it has exactly one revision."""
     name = getattr(getattr(model, "config", None), "name_or_path", None)
     if not isinstance(name, str) or not name:
         return []
-    folder = Path(name) if Path(name).is_dir() else _snapshot(name)
-    return [] if folder is None else _in_folder(folder)
+    if Path(name).is_dir():
+        return _in_folder(Path(name))
+    snapshots = _hub_cache() / f"models--{name.replace('/', '--')}" / "snapshots"
+    if not _HUB_ID.fullmatch(name) or not snapshots.is_dir():
+        return []
+    found = [files for entry in snapshots.iterdir() if (files := _in_folder(entry))]
+    return found[0] if len(found) == 1 else []
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    """Return the weight files that transformers takes from a folder."""
+    """Return the weight files that transformers loads from a directory."""
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
     if not (folder / _INDEX).is_file():
@@ -476,22 +453,9 @@ def _in_folder(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def _snapshot(name: str) -> Path | None:
-    """Return the folder of a hub's cache with a model's weights; None if there are several revisions, or none."""
-    if not _HUB_ID.fullmatch(name):
-        return None
-    snapshots = _hub_cache() / f"models--{name.replace('/', '--')}" / "snapshots"
-    found = [entry for entry in snapshots.iterdir() if _in_folder(entry)] if snapshots.is_dir() else []
-    return found[0] if len(found) == 1 else None
-
-
 def _hub_cache() -> Path:
-    own, home, shared = (os.environ.get(name) for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"))
-    if own:
-        return Path(own).expanduser()
-    if home:
-        return Path(home).expanduser() / "hub"
-    return (Path(shared) if shared else Path.home() / ".cache") / "huggingface" / "hub"
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
 
 
 def _hashes(files: list[Path]) -> dict[str, str]:
@@ -499,56 +463,53 @@ def _hashes(files: list[Path]) -> dict[str, str]:
     kept = _read_kept() if files else {}
     for file in files:
         real = Path(os.path.realpath(file))
-        facts = _facts(real)
-        hashed = _kept_hash(kept.get(str(real)), facts)
-        if _SHA256.fullmatch(real.name) and real.parent.name == "blobs":  # a hub's cache names blobs by their SHA-256
+        status = _file_status(real)
+        entry = kept.get(str(real), {})
+        if _SHA256.fullmatch(real.name) and real.parent.name == "blobs":  # the Hub's cache names blobs by their SHA-256
             known[file.name] = real.name
-        elif hashed is not None:
-            known[file.name] = hashed
+        elif entry and entry == {**status, "sha256": entry["sha256"]}:
+            known[file.name] = entry["sha256"]
         else:
-            unknown[file.name] = real, facts
-    if sum(facts["size"] for _, facts in unknown.values()) > MOST_BYTES:
+            unknown[file.name] = real, status
+    if sum(status["size"] for _, status in unknown.values()) > MOST_BYTES:
         return {}
-    for name, (real, facts) in unknown.items():
+    for name, (real, status) in unknown.items():
         known[name] = sha256_file(real)
-        if _facts(real) != facts:
-            return {}  # it changed while it was read
-        if facts["size"] >= LEAST_KEPT:
-            fresh[str(real)] = {**facts, "sha256": known[name]}
+        if _file_status(real) != status:
+            return {}  # changed while it was read
+        if status["size"] >= LEAST_KEPT:
+            fresh[str(real)] = {**status, "sha256": known[name]}
     if fresh:
         older = {path: entry for path, entry in kept.items() if path not in fresh}
         _keep({**older, **fresh})
     return dict(sorted(known.items()))
 
 
-def _kept_hash(entry: Any, facts: dict[str, int]) -> str | None:
-    """Return the hash in an entry of the cache; None if it is not sound, or the file has changed."""
-    if not isinstance(entry, dict) or facts != {key: entry.get(key) for key in facts}:
-        return None
-    sha256 = str(entry.get("sha256"))
-    return sha256 if _SHA256.fullmatch(sha256) else None
-
-
-def _facts(file: Path) -> dict[str, int]:
-    """Return what changes with a file's content.
+def _file_status(file: Path) -> dict[str, int]:
+    """Return the properties that change with a file's content.
 
     Raises:
-        OSError: It is not a regular file, or cannot be asked.
+        OSError: It is not a regular file, or cannot be read.
     """
-    status = file.stat()
-    if not stat.S_ISREG(status.st_mode):
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode):
         raise OSError(f"{file}: not a regular file")
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "inode": status.st_ino}
+    return {"size": found.st_size, "mtime_ns": found.st_mtime_ns, "inode": found.st_ino}
 
 
 def _read_kept() -> JsonObject:
     try:
         content = read_json(cache_directory() / FILE, 16 << 20)
-    except (AdapterFileError, OSError, RuntimeError):  # none yet, damaged, or no place for a cache
+    except (AdapterFileError, OSError, RuntimeError):  # none yet, damaged, or no cache directory
         return {}
     known = isinstance(content, dict) and content.get("format") == FORMAT
     files = content.get("files") if known else None
-    return files if isinstance(files, dict) else {}
+    entries = files.items() if isinstance(files, dict) else ()
+    return {
+        path: entry
+        for path, entry in entries
+        if isinstance(entry, dict) and _SHA256.fullmatch(str(entry.get("sha256")))
+    }
 
 
 def _keep(kept: JsonObject) -> None:

@@ -1,23 +1,24 @@
-"""The index of a model: its modules, its adapted layers and who holds them, from one walk.
+"""The index of a model: its modules, its adapted layers and the parents of each, from one walk.
 
-A public call makes an index once, hands it down and drops it: other code ties, offloads and copies modules unasked, so
-none is kept between calls. Most modules of an adapted model hold factors; walks leave those out. Nothing here knows
-configs or arithmetic.
+A public call makes an index, passes it on and drops it. None is kept between calls, because other code ties, offloads
+and copies modules at any time. Most modules of an adapted model hold factors; walks leave those out. This module knows
+nothing about configs or arithmetic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.clones import PARAMETRISED
 from lorakit.core.kinds import INNER, KINDS, Kind, WeightSpec, checked, kind_named, kind_of
-from lorakit.core.layers.adapter_component import AdapterComponent, AdapterModule
+from lorakit.core.layers.adapter_component import AdapterComponent, AdapterModule, trainable
 from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModulesToSave
@@ -28,22 +29,29 @@ from lorakit.errors import AdapterError
 from lorakit.targets import Candidate
 
 INSIDE = ".base_layer"
-"""What the path of a layer gets for each layer that stands around it."""
+"""Suffix of a layer's path for each layer around it."""
 
 Children = Sequence[tuple[str, nn.Module]]
 Component = TypeVar("Component", bound=AdapterModule)
 
 
+class ModelConfig(Protocol):
+    """The settings of a transformers config that lorakit changes."""
+
+    num_hidden_layers: int
+    vocab_size: int
+
+
 @dataclass(frozen=True)
 class TargetWeight:
-    """Where one factor sits, before or after its layer is there.
+    """A weight that an adapter adapts, before or after its layer is in the model.
 
     Attributes:
         path: Path of its layer, also its name on disk.
         outer: Path of the module in the plain base.
         kind: The kind of the site.
-        slot: The weight.
-        child: Name of the child of that module that holds the weight, "" for the module itself.
+        slot: The weight's spec: shape, parameter and layout.
+        child: Name of the child of that module that holds the weight; "" for the module itself.
     """
 
     path: str
@@ -54,26 +62,25 @@ class TargetWeight:
 
     @property
     def pattern_path(self) -> str:
-        """What `rank_pattern` and `alpha_pattern` are held against: the path of its module or bare parameter."""
+        """Path that `rank_pattern` and `alpha_pattern` match: that of its module or bare parameter."""
         return f"{self.outer}.{self.slot.parameter}" if self.kind.names_parameter else self.outer
 
 
 @dataclass
 class AdapterIndex:
-    """A model as one public call sees it; only `put` and `replace` update it.
+    """A model during one public call; only `put` and `replace` update it.
 
     Attributes:
         model: The model.
         state: The state that its adapted modules share, or None if there are none.
-        modules: Path -> module outside of adapted ones: of the base, and the components that take their place; without
-            the model itself.
+        modules: Path -> module outside of adapted modules: modules of the base, and the components that replace them;
+            without the model itself.
         everything: Path -> module, also inside adapted modules and with the model itself (""), in the order of
             `named_modules`; holders of factors are left out.
-        parents: id of a module -> every (parent, attribute) that holds it; of those inside adapted modules, only
-            adapted ones are listed.
+        parents: Id of a module -> all (parent, attribute) that hold it; inside adapted modules, only of adapted ones.
         components: Path -> adapted module, in the model's order.
         patches: Path -> hooks by which adapters train biases of the module there.
-        kinds: Kinds that the user made, by name.
+        kinds: Custom kinds by name.
     """
 
     model: nn.Module
@@ -92,11 +99,11 @@ class AdapterIndex:
         """Walk a model once.
 
         Args:
-            model: Any module; adapters may sit in it already. An index is returned as it is.
-            kinds: Kinds that the user made, in addition to those that adapters on the model brought.
+            model: Any module, with or without adapters. An index is returned unchanged.
+            kinds: Custom kinds, in addition to those of adapters on the model.
 
         Raises:
-            AdapterError: Parts of the model were adapted apart, so that no one state says what acts in it.
+            AdapterError: Parts of the model were adapted separately and have no common state.
             ConfigError: One of `kinds` cannot be used.
         """
         if isinstance(model, AdapterIndex):
@@ -121,7 +128,15 @@ class AdapterIndex:
         if children:
             self._children[id(module)] = children
             if isinstance(module, AdapterModule):
-                self.state = _same_state(self.model, self.state, module.state, next(iter(self.components), path), path)
+                if self.state is not None and self.state is not module.state:
+                    raise AdapterError(
+                        f"{next(iter(self.components)) or 'The model'} and {path} were adapted separately: by calls on "
+                        f"parts of this {type(self.model).__name__}, or one is a copy of a layer that had adapters. "
+                        "They have no common state. Call this on each part; or detach them, and attach or load "
+                        "adapters on the whole model.",
+                        where=path,
+                    )
+                self.state = module.state
                 self.components[path] = module
         if module._forward_hooks:
             patches = BiasPatch.on(module)
@@ -157,7 +172,7 @@ class AdapterIndex:
                 yield path, component
 
     def merged_adapters(self) -> list[str]:
-        """Return the adapters that are written into the base somewhere now."""
+        """Return the adapters that are merged into some weight."""
         return sorted({name for component in self.components.values() for name in component.merged_adapters})
 
     def known_state(self) -> AdapterState:
@@ -167,13 +182,14 @@ class AdapterIndex:
             AdapterError: The model has no adapters.
         """
         if self.state is None:
-            raise AdapterError(f"This {type(self.model).__name__} has no adapters. Attach or load one first.")
+            name = type(self.model).__name__
+            raise AdapterError(f"This {name} has no adapters. Attach or load one first.", what=name)
         return self.state
 
     @cached_property
     def candidates(self) -> list[Candidate]:
-        """What targets may name, in the model's order."""
-        head = _output_head(self.model)
+        """Modules that targets may name, in the model's order."""
+        head = embedding_of(self.model, "output")
         known: dict[type[nn.Module], Kind | None] = {}
         found = []
         for path, standing in self.modules.items():
@@ -185,12 +201,12 @@ class AdapterIndex:
 
     @property
     def is_tied(self) -> bool:
-        """Whether modules that share a weight are one: unless the model's config says that its embeddings are not."""
+        """True unless the model's config says that modules with a shared weight are not tied."""
         return getattr(getattr(self.model, "config", None), "tie_word_embeddings", True) is not False
 
     @cached_property
     def shared(self) -> dict[int, list[str]]:
-        """Id of each parameter that several modules of the base hold -> their paths."""
+        """Id of each parameter that several modules of the base share -> their paths."""
         held: dict[int, list[str]] = {}
         for path in self.modules:
             for parameter in self.base(path)._parameters.values():
@@ -210,7 +226,7 @@ class AdapterIndex:
         return found
 
     def plain_modules(self, stacked: bool = True) -> list[tuple[str, nn.Module]]:
-        """Return the base's modules under the paths that they have without adapters; one in two places comes twice.
+        """Return the base's modules under their paths without adapters; a module with two paths is listed twice.
 
         Args:
             stacked: Replicated layers (`layer_replication`) as they are now; False gives the original ones.
@@ -238,25 +254,25 @@ class AdapterIndex:
         return found
 
     def kind(self, name: str) -> Kind:
-        """Return the kind with that name, of the table or the user's."""
+        """Return the kind with this name, registered or custom."""
         return kind_named(name, self.kinds)
 
     def base(self, path: str) -> nn.Module:
-        """Return the base's module at a path, also if a layer or trained rows take its place."""
+        """Return the base's module at a path, also if a layer or trainable token rows replace it."""
         standing = self.modules[path]
         if isinstance(standing, TrainableTokens):
             return standing.original_module
         return standing.owner if isinstance(standing, LoraLayer) else standing
 
     def places(self, path: str, kind: Kind) -> list[TargetWeight]:
-        """Return every weight that naming a module adapts.
+        """Return the weights that are adapted if a target names a module.
 
         Args:
             path: Path of the module.
             kind: Its kind.
 
         Returns:
-            The places, in the order in which their layers can be put around the module: the innermost first.
+            The weights, in the order in which their layers can be put around the module: the innermost first.
         """
         owner = self.base(path)
         slots = kind.slots(owner)
@@ -267,12 +283,12 @@ class AdapterIndex:
         return found[::-1]
 
     def holder(self, place: TargetWeight) -> nn.Module:
-        """Return the base's module that holds a place's weight."""
+        """Return the base's module that holds a target weight."""
         owner = self.base(place.outer)
         return inner_base(owner, place.child) if place.child else owner
 
     def weight(self, place: TargetWeight) -> Tensor:
-        """Return the base weight at a place without anything merged, canonical (out, in), fp32 or wider."""
+        """Return a base weight as before any merge, canonical (out, in), fp32 or wider."""
         standing, module, parameter = self.layer(place), self.holder(place), place.slot.parameter
         if standing is not None:
             return standing.read()
@@ -280,7 +296,7 @@ class AdapterIndex:
         return base.read(module, base.stored(module, parameter))
 
     def layer(self, place: TargetWeight) -> LoraLayer | None:
-        """Return the layer that is at a place already, or None."""
+        """Return the layer of a target weight, or None if it has none yet."""
         if place.child:
             inside = self.base(place.outer)._modules[place.child]
             return inside if isinstance(inside, LoraLayer) else None
@@ -290,18 +306,18 @@ class AdapterIndex:
         return standing if isinstance(standing, LoraLayer) else None
 
     def put(self, place: TargetWeight, make: Callable[[nn.Module], LoraLayer]) -> LoraLayer:
-        """Put a new layer at a place; those of one module's bare parameters keep the order of their definition.
+        """Put a new layer around a target weight; layers of bare parameters keep the order of their definition.
 
         Args:
-            place: Where.
-            make: Makes the layer around the module that it gets.
+            place: The target weight.
+            make: Makes the layer around a given module.
 
         Returns:
             The layer.
         """
         if place.child:
             owner = self.base(place.outer)
-            layer = make(owner._modules[place.child])  # type: ignore[arg-type]
+            layer = make(owner.get_submodule(place.child))
             owner._modules[place.child] = self.components[place.path] = layer
             return layer
         standing = inside = self.modules[place.outer]
@@ -321,11 +337,11 @@ class AdapterIndex:
         return layer
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:
-        """Put a module in the place of another, everywhere.
+        """Replace a module by another, in all its parents.
 
         Args:
-            old: A module outside of adapted ones, or an adapted one.
-            new: What takes its place.
+            old: A module outside of adapted modules, or an adapted one.
+            new: The module that replaces it.
         """
         places = self.parents.get(id(old), [])
         for parent, attribute in places:
@@ -334,11 +350,11 @@ class AdapterIndex:
 
 
 def _visits(model: nn.Module) -> Iterator[tuple[str, nn.Module, Children, bool, bool]]:
-    """Walk a model: the only place that does.
+    """Walk a model; all other walks use this one.
 
     Yields:
-        Path, module, its children without holders of factors, whether the module comes for the first time, and whether
-        it comes for the first time outside of adapted modules.
+        Path, module, its children without holders of factors, whether the module is visited for the first time, and
+        whether it is visited for the first time outside of adapted modules.
     """
     seen: set[int] = set()
     outside: set[int] = set()
@@ -368,25 +384,18 @@ def _children_of(module: nn.Module) -> Children:
     return [(name, child) for name, child in children.items() if child is not None]
 
 
-def walk(model: nn.Module | AdapterIndex) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module once, as `named_modules` in name and order, without the holders of factors.
-
-    Args:
-        model: Any module, or its index.
-    """
-    if isinstance(model, AdapterIndex):
-        yield from model.everything.items()
-    else:
-        yield from ((path, module) for path, module, _, is_new, _ in _visits(model) if is_new)
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every module once, with the names and order of `named_modules`, without the holders of factors."""
+    yield from ((path, module) for path, module, _, is_new, _ in _visits(model) if is_new)
 
 
 def find_state(model: nn.Module) -> AdapterState | None:
     """Return the state that the layers of a model share, or None if there are no adapters.
 
-    Looks no further than the first adapted module, unless the model was never looked through.
+    Stops at the first adapted module, unless the model was never indexed.
 
     Raises:
-        AdapterError: Parts of the model were adapted apart, so that no one state says what acts in it.
+        AdapterError: Parts of the model were adapted separately and have no common state.
     """
     for _, module in walk(model):
         if isinstance(module, AdapterModule):
@@ -398,16 +407,17 @@ def state_of(model: nn.Module) -> AdapterState:
     """Return the state that the layers of a model share.
 
     Raises:
-        AdapterError: The model has no adapters, or parts of it were adapted apart.
+        AdapterError: The model has no adapters, or parts of it were adapted separately.
     """
     state = find_state(model)
     return AdapterIndex(model).known_state() if state is None else state  # an index takes time, and `use` comes often
 
 
 def identity(parameter: Tensor | None) -> int:
-    """Return what parameters of any shape in the same memory share: where it begins, or else the id of the object."""
-    plain = parameter is not None and type(parameter.data) is Tensor
-    return (plain and parameter.data_ptr()) or id(parameter)  # type: ignore[union-attr]
+    """Return a key that parameters of any shape in the same memory share: its address, or else the object's id."""
+    if parameter is None or type(parameter.data) is not Tensor:
+        return id(parameter)
+    return parameter.data_ptr() or id(parameter)
 
 
 def defined_parameters(module: nn.Module) -> list[str]:
@@ -418,25 +428,13 @@ def defined_parameters(module: nn.Module) -> list[str]:
 
 
 def inner_base(owner: nn.Module, child: str) -> nn.Module:
-    """Return a child of a module of the base, also if a layer is around it."""
-    inside: nn.Module = owner._modules[child]  # type: ignore[assignment]
+    """Return a child of a module of the base, without a layer around it."""
+    inside = owner.get_submodule(child)
     return inside.owner if isinstance(inside, LoraLayer) else inside
 
 
-def _same_state(
-    model: nn.Module, known: AdapterState | None, other: AdapterState, first: str, path: str
-) -> AdapterState:
-    if known is not None and known is not other:
-        raise AdapterError(
-            f"{first or 'The model'} and {path} were adapted apart: by calls on parts of this {type(model).__name__}, "
-            "or one is a copy of a layer that had adapters. Nothing can be said of all at once. Call this on each "
-            "part; or detach them, and attach or load adapters on the whole."
-        )
-    return other
-
-
 def _goes_around(layer: LoraLayer, place: TargetWeight) -> bool:
-    """Return whether a layer must be around the one that comes: of bare parameters, the one that is defined last."""
+    """Return whether a layer must be around a new one: the parameter defined last has the outermost layer."""
     if not place.kind.names_parameter:
         return False
     names = defined_parameters(layer.owner)
@@ -454,27 +452,47 @@ def _candidate(path: str, base: nn.Module, kind: Kind | None, head: nn.Module | 
 def _can_be_read(module: nn.Module, kind: Kind) -> bool:
     """Return whether the weights of a module are floats, or stored in a way that WEIGHT_FORMATS knows."""
     weight = module._parameters.get("weight")
-    floats = weight is not None and torch.is_floating_point(weight) and weight.ndim > 1
-    return (
-        floats
-        or kind.acts_on == "weight"
-        or kind not in KINDS
-        or is_computed(module)
-        or weight_format_of(module).quantized
-    )
+    if weight is not None and torch.is_floating_point(weight) and weight.ndim > 1:
+        return True
+    is_custom = kind.acts_on == "weight" or kind not in KINDS
+    return is_custom or is_computed(module) or weight_format_of(module).quantized
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    if getter is None:
-        return None
+def embedding_of(model: nn.Module, which: Literal["input", "output"] = "input") -> nn.Module | None:
+    """Return a model's input embedding or output head; None if the model does not name one."""
+    getter = getattr(model, f"get_{which}_embeddings", None)
     try:
-        head = getter()
-    except (AttributeError, NotImplementedError):  # models without one differ in how they say so
+        found = None if getter is None else getter()
+    except (AttributeError, NotImplementedError):  # what a model without one raises depends on its class
         return None
-    return head if isinstance(head, nn.Module) else None
+    return found if isinstance(found, nn.Module) else None
 
 
-def layers(model: nn.Module | AdapterIndex) -> list[tuple[str, LoraLayer]]:
+def layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     """Return every adapted layer with its path."""
     return [(path, module) for path, module in walk(model) if isinstance(module, LoraLayer)]
+
+
+def check_known(state: AdapterState, names: Sequence[str]) -> None:
+    """Check that adapters are on the model.
+
+    Raises:
+        AdapterError: The message lists the adapters of the model.
+    """
+    for name in names:
+        if name not in state.configs:
+            raise AdapterError(
+                f"There is no adapter {name!r} on this model. Adapters: {', '.join(state.configs)}.",
+                what=name,
+                allowed=state.configs,
+            )
+
+
+def trainable_block(index: AdapterIndex) -> AbstractContextManager[object]:
+    """Return a block whose new tensors can be trained afterwards, also inside `torch.inference_mode`.
+
+    Raises:
+        ModelError: The model was created in inference mode, and this is outside of it.
+    """
+    held = (p for module in index.everything.values() for p in module._parameters.values() if p is not None)
+    return trainable(index.model, next(held, None))

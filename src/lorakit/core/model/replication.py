@@ -1,59 +1,52 @@
-"""`layer_replication`: a model's layers stacked anew, so that some stand several times and share their weights.
+"""`layer_replication`: a model with some layers repeated; copies share their weights.
 
-Each copy is a module of its own over the same parameters, so that adapters can differ from copy to copy (Kim et al.
-2023, arXiv:2312.15166, stack layers so). The list of layers is put in place for the first adapter that asks for
-it and given back with the last; the state remembers it.
+Each copy is a separate module over the same parameters, so that each can have different adapters (Kim et al. 2023,
+arXiv:2312.15166, stack layers in this way). The first adapter with the setting replaces the list of layers, and the
+last one restores it; the state keeps both lists.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.model.index import AdapterIndex, find_state
-from lorakit.core.routing.state import AdapterState
+from lorakit.core.model.index import AdapterIndex, ModelConfig, find_state
 from lorakit.errors import ConfigError
 
 WRAPPERS = ("model", "bert", "transformer")
-"""Attributes under which architectures keep the part that holds the layers."""
+"""Names of the submodule that contains the layers, by architecture."""
 
-LISTS = (("layers",), ("encoder", "layer"), ("h",))
-"""Where that part holds them: as Llama, as BERT, as Falcon."""
+LISTS = (("", "layers"), ("encoder", "layer"), ("", "h"))
+"""Submodule and name of the list of layers in it, as in Llama, BERT and Falcon."""
 
 PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type")
-"""Fields of a config that hold one entry per layer."""
+"""Config fields with one entry per layer."""
 
 NUMBER = "layer_idx"
-"""Attribute in which a part of a layer remembers its place, for the cache."""
+"""Attribute with a layer's position, for the cache."""
 
-
-@dataclass(frozen=True)
-class Setting:
-    """A field of the model's config that says how many layers there are, or says something of each."""
-
-    config: Any
-    name: str
-    before: Any
-    after: Any
+Settings = Mapping[str, int | list[str]]
+"""Values of config fields that depend on the number of layers."""
 
 
 @dataclass
 class Replication:
-    """How a model's layers were stacked anew.
+    """A model's replicated layers.
 
     Attributes:
-        ranges: The layers that stand there now, as ranges of the original ones, ends excluded.
+        ranges: The present layers, as ranges of the original ones, ends excluded.
         holder: The module that holds the list.
-        attribute: Its name there.
-        original: The list that was there.
-        stacked: The list that is there now.
-        settings: Fields of the model's config that follow.
+        attribute: The list's name there.
+        original: The original list.
+        stacked: The present list.
+        config: The model's config, or None.
+        before: Original values of the config fields that depend on the layers.
+        after: Their present values.
         dtype: dtype of the first layer's first weight when the list was built.
     """
 
@@ -62,30 +55,35 @@ class Replication:
     attribute: str
     original: nn.ModuleList
     stacked: nn.ModuleList
-    settings: tuple[Setting, ...]
+    config: ModelConfig | None
+    before: Settings
+    after: Settings
     dtype: torch.dtype
 
     def put(self) -> None:
-        """Put the new list in place."""
-        self.holder._modules[self.attribute] = self.stacked
-        for setting in self.settings:
-            setattr(setting.config, setting.name, setting.after)
+        """Replace the original list."""
+        self._set(self.stacked, self.after)
 
     def undo(self) -> None:
-        """Put the original list back; no adapter may sit on the new one any more."""
+        """Restore the original list; the present one must have no adapters."""
         order = _order(self.ranges)
         for number, layer in enumerate(self.original):
-            if number in order:
-                _follow(layer, self.stacked[order.index(number)])
-            else:  # it stood nowhere, so what moved or cast the model has passed it by
+            if number in order:  # buffers that were moved, and the mode, are not shared
+                for old, new in zip(layer.modules(), self.stacked[order.index(number)].modules(), strict=True):
+                    old._buffers.update(new._buffers)
+                    old.training = new.training
+            else:  # it was not in the model, so it was not moved or cast with it
                 now = next(self.stacked.parameters())
                 layer.to(device=now.device, dtype=now.dtype if now.dtype != self.dtype else None)
-        self.holder._modules[self.attribute] = self.original
-        for setting in self.settings:
-            setattr(setting.config, setting.name, setting.before)
+        self._set(self.original, self.before)
+
+    def _set(self, layers: nn.ModuleList, settings: Settings) -> None:
+        self.holder._modules[self.attribute] = layers
+        for name, value in settings.items():
+            setattr(self.config, name, value)
 
     def untie(self) -> None:
-        """Give every copy parameters of its own, so that the stacked model can be saved like any other."""
+        """Give every copy separate parameters, so that the model can be saved like any other."""
         seen: set[int] = set()
         for layer in self.stacked:
             own: dict[int, nn.Parameter] = {}
@@ -99,43 +97,42 @@ class Replication:
 
 @contextlib.contextmanager
 def stacked_for(index: AdapterIndex, config: LoraConfig) -> Iterator[AdapterIndex]:
-    """Open a block that puts an adapter on a model whose layers are stacked as its config says; undone if it fails.
+    """Replicate a model's layers as an adapter's config says, for a block that adds the adapter; undone if it fails.
 
     Args:
         index: The model's index.
         config: The adapter's config.
 
     Yields:
-        The model's index: the given one, or another if layers were stacked.
+        The model's index: the given one, or a new one if layers were replicated.
 
     Raises:
-        ConfigError: The ranges do not fit, or adapters on the model ask for other ones.
+        ConfigError: The ranges do not fit the model, or its adapters have other ranges.
     """
     model, state = index.model, index.state
     ranges = tuple((int(start), int(end)) for start, end in config.layer_replication or ())
     if state is not None:
-        there = state.replication.ranges if state.replication is not None else ()
-        if ranges != there:
+        present = state.replication.ranges if state.replication is not None else ()
+        if ranges != present:
             raise ConfigError(
-                f"layer_replication is {_shown(ranges)}, and the adapters on this model have {_shown(there)}: the "
-                "layers of one model can be stacked in one way. Detach them first, or give the same ranges."
+                f"layer_replication is {_shown(ranges)}, and the adapters on this model have {_shown(present)}: the "
+                "adapters of a model share its layers. Detach them first, or pass the same ranges.",
+                what=_shown(ranges),
+                field="layer_replication",
+                allowed=(_shown(present),),
             )
-        yield index
-        return
-    if not ranges:
+    if state is not None or not ranges:
         yield index
         return
     replication = _built(model, ranges)
-    replication.put()
-    done: AdapterState | None = None
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(replication.undo)
+        replication.put()
         yield index.again()
-        done = find_state(model)
-    finally:
-        if done is None:
-            replication.undo()
-        else:
-            done.replication = replication
+        state = find_state(model)
+        if state is not None:
+            state.replication = replication
+            undo.pop_all()
 
 
 def _built(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> Replication:
@@ -144,15 +141,18 @@ def _built(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> Replication:
     for start, end in ranges:
         if not 0 <= start < end <= count:
             raise ConfigError(
-                f"layer_replication holds ({start}, {end}); the model has layers 0 to {count - 1}, and a range is "
-                "(first, last + 1)."
+                f"layer_replication contains ({start}, {end}); the model has layers 0 to {count - 1}, and a range is "
+                "(first, last + 1).",
+                what=(start, end),
+                field="layer_replication",
             )
     order = _order(ranges)
     stacked = nn.ModuleList([_copy(original[number], index) for index, number in enumerate(order)])
     stacked.training = original.training
     dtype = next(stacked.parameters()).dtype
-    settings = _settings(getattr(holder, "config", getattr(model, "config", None)), count, order)
-    return Replication(tuple(ranges), holder, attribute, original, stacked, tuple(settings), dtype)
+    config = getattr(holder, "config", getattr(model, "config", None))
+    before, after = _settings(config, count, order)
+    return Replication(tuple(ranges), holder, attribute, original, stacked, config, before, after, dtype)
 
 
 def _order(ranges: Sequence[tuple[int, int]]) -> list[int]:
@@ -166,54 +166,52 @@ def _find(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
         if inner is None:
             break
         part = inner
-    for *around, attribute in LISTS:
-        holder: nn.Module | None = part
-        for name in around:
-            holder = holder._modules.get(name) if holder is not None else None
-        found = holder._modules.get(attribute) if holder is not None else None
+    for parent, attribute in LISTS:
+        holder = part._modules.get(parent) if parent else part
+        found = None if holder is None else holder._modules.get(attribute)
         if holder is not None and isinstance(found, nn.ModuleList):
             return holder, attribute, found
     raise ConfigError(
         f"layer_replication: Could not locate the layers attribute in the model, a {type(model).__name__}. Expected "
-        "Llama, Bert or Falcon compatible architectures: an nn.ModuleList `layers`, `encoder.layer` or `h`."
+        "Llama, Bert or Falcon compatible architectures: an nn.ModuleList `layers`, `encoder.layer` or `h`.",
+        what=type(model).__name__,
+        field="layer_replication",
     )
 
 
-def _settings(config: Any, count: int, order: Sequence[int]) -> Iterator[Setting]:
-    """The fields that follow: the number of layers, and lists with one entry per layer."""
+def _settings(config: ModelConfig | None, count: int, order: Sequence[int]) -> tuple[Settings, Settings]:
+    """Return the config fields that depend on the layers, before and after."""
+    before: dict[str, int | list[str]] = {}
+    after: dict[str, int | list[str]] = {}
     if getattr(config, "num_hidden_layers", None) == count:
-        yield Setting(config, "num_hidden_layers", count, len(order))
-    for name, value in list(getattr(config, "__dict__", {}).items()):
-        if name in PER_LAYER and isinstance(value, list) and len(value) == count:
-            yield Setting(config, name, value, [value[number] for number in order])
+        before["num_hidden_layers"], after["num_hidden_layers"] = count, len(order)
+    for name in PER_LAYER:
+        value = getattr(config, "__dict__", {}).get(name)
+        if isinstance(value, list) and len(value) == count:
+            before[name], after[name] = value, [value[number] for number in order]
+    return before, after
 
 
 def _copy(module: nn.Module, index: int) -> nn.Module:
-    """A module over the same parameters and buffers, whose parts remember another place."""
+    """Return a module over the same parameters and buffers, whose submodules have another position."""
     if "forward" in module.__dict__:
         raise ConfigError(
-            f"layer_replication: a {type(module).__name__} carries a forward of its own instance (a dispatched or "
-            "compiled model), which would run the original layer. Replicate the layers before that."
+            f"layer_replication: this {type(module).__name__} has an instance-level forward (of a dispatched or "
+            "compiled model), which would run the original layer. Replicate the layers before that.",
+            what=type(module).__name__,
+            field="layer_replication",
         )
     copied = module.__new__(type(module))
-    own = {name: type(value)(value) for name, value in module.__dict__.items() if _is_table(name, value)}
-    copied.__dict__ = {**module.__dict__, **own}
+    tables = {
+        name: type(value)(value)
+        for name, value in module.__dict__.items()
+        if isinstance(value, dict) and (name in {"_parameters", "_buffers"} or name.endswith("_hooks"))
+    }
+    copied.__dict__ = {**module.__dict__, **tables}
     copied._modules = {n: None if child is None else _copy(child, index) for n, child in module._modules.items()}
     if hasattr(copied, NUMBER):
         setattr(copied, NUMBER, index)
     return copied
-
-
-def _is_table(name: str, value: Any) -> bool:
-    """Whether an attribute is one of torch's own tables, of which each module needs one of its own."""
-    return isinstance(value, dict) and (name in {"_parameters", "_buffers"} or name.endswith("_hooks"))
-
-
-def _follow(layer: nn.Module, copied: nn.Module) -> None:
-    """What a layer's copy has that is not shared with it: buffers that were moved, and the mode."""
-    for one, other in zip(layer.modules(), copied.modules(), strict=True):
-        one._buffers.update(other._buffers)
-        one.training = other.training
 
 
 def _shown(ranges: Sequence[tuple[int, int]]) -> str:

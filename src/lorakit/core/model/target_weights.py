@@ -1,8 +1,8 @@
-"""Sites of a model, and the weights that an adapter adapts: targets and bare parameters, and their paths on disk.
+"""Sites of a model, and the weights that an adapter adapts: targets and bare parameters, with their paths on disk.
 
-A module with several adapted parameters has one layer for each, the one of the parameter that is defined last
-outermost; PEFT writes them to disk in that order, without the parameters' names. An adapter's own parameters
-alone count there, whatever other adapters stand around the same module.
+A module with several adapted parameters has one layer for each; the outermost is that of the parameter defined last.
+PEFT writes them to disk in that order, without the parameters' names. Only the adapter's parameters count there, even
+if other adapters have layers around the same module.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Site:
         kind: Name of the kind.
         out_features: Rows of the canonical weight.
         in_features: Columns of the canonical weight.
-        layer: The layer that is there.
+        layer: Its layer.
     """
 
     path: str
@@ -58,7 +58,7 @@ def bare_parameters(index: AdapterIndex) -> list[BareParameter]:
     """Return every parameter of the base that `target_parameters` may name, in the order of definition.
 
     Args:
-        index: The model's index; the model's own parameters are named too so that they can be refused.
+        index: The model's index; parameters of the model itself are included, for error messages.
     """
     owners = [("", index.model), *((path, index.base(path)) for path in index.modules)]
     return [
@@ -69,14 +69,14 @@ def bare_parameters(index: AdapterIndex) -> list[BareParameter]:
 
 
 def named_places(index: AdapterIndex, config: LoraConfig) -> dict[str, TargetWeight]:
-    """Path on disk -> place, of the bare parameters that a config names; its patterns are not looked at.
+    """Return path on disk -> target weight of the bare parameters that a config names; its patterns are ignored.
 
     Args:
-        index: The model's map.
+        index: The model's index.
         config: The config.
 
     Raises:
-        TargetError: What it names cannot be adapted.
+        TargetError: A named parameter cannot be adapted.
     """
     if not config.target_parameters:
         return {}
@@ -86,42 +86,41 @@ def named_places(index: AdapterIndex, config: LoraConfig) -> dict[str, TargetWei
 
 
 def places_of(index: AdapterIndex, matches: Sequence[Match]) -> list[tuple[Match, TargetWeight]]:
-    """Every weight that an adapter adapts, with the match that named it.
+    """Return every weight that an adapter adapts, with its match.
 
     Args:
-        index: The model's map.
-        matches: All that the adapter's config names.
+        index: The model's index.
+        matches: All matches of the adapter's config.
 
     Returns:
-        Pairs; of one module, the place whose layer stands innermost comes first.
+        Pairs; within one module, the weight with the innermost layer is first.
 
     Raises:
-        TargetError: A module is named whole and by its parameter, by one adapter or by two.
+        TargetError: A module and its parameter are both named, by one adapter or by two.
     """
     found = []
-    for match in matches:
-        if not match.parameter:
-            found += [(match, place) for place in index.places(match.path, index.kind(match.kind))]
-    whole = {place.outer: match for match, place in found}
     by_module: dict[str, list[Match]] = {}
     for match in matches:
         if match.parameter:
             by_module.setdefault(match.path, []).append(match)
+        else:
+            found += [(match, place) for place in index.places(match.path, index.kind(match.kind))]
+    whole = {place.outer for _, place in found}
     for path, named in by_module.items():
         if path in whole:
-            _refuse(path, named[0].parameter, type(index.base(path)).__name__)
+            raise _overlap_error(path, named[0].parameter, type(index.base(path)).__name__)
         owner = index.base(path)
         order = defined_parameters(owner)
         named.sort(key=lambda match: order.index(match.parameter))
-        for depth, match in zip(range(len(named))[::-1], named, strict=True):
-            place = TargetWeight(path + INSIDE * depth, path, PARAMETER, parameter_slot(owner, match.parameter))
-            found.append((match, place))
-    check_standing(index, [place for _, place in found])
+        for depth, match in zip(reversed(range(len(named))), named, strict=True):
+            weight = TargetWeight(path + INSIDE * depth, path, PARAMETER, parameter_slot(owner, match.parameter))
+            found.append((match, weight))
+    check_overlap(index, [place for _, place in found])
     return found
 
 
 def dropout_at(config: LoraConfig, place: TargetWeight, holder: nn.Module) -> float:
-    """How much of a site's input is dropped before A.
+    """Return the dropout of a site's input to A.
 
     Args:
         config: The adapter's config.
@@ -129,30 +128,30 @@ def dropout_at(config: LoraConfig, place: TargetWeight, holder: nn.Module) -> fl
         holder: The base's module that holds its weight.
 
     Raises:
-        ConfigError: Something shall be dropped, and the module never shows what its parameter is multiplied with.
+        ConfigError: The config has a dropout, but the module does not expose the input of its parameter.
     """
     if place.kind.drops or not config.lora_dropout:
         return config.lora_dropout
-    if not place.kind.names_parameter:
-        return 0.0
-    if not shows_tokens(holder, place.slot.parameter):
+    if place.kind.names_parameter and not shows_tokens(holder, place.slot.parameter):
         raise ConfigError(
-            f"lora.ParamWrapper does not work with lora_dropout != 0: {type(holder).__name__} at {place.outer} never "
-            f"shows what its parameter {place.slot.parameter!r} is multiplied with, so nothing of it can be dropped. "
-            "Set lora_dropout=0."
+            f"lora.ParamWrapper does not work with lora_dropout != 0: {type(holder).__name__} at {place.outer} does "
+            f"not expose the input of its parameter {place.slot.parameter!r}. Set lora_dropout=0.",
+            what=config.lora_dropout,
+            where=place.outer,
+            field="lora_dropout",
         )
-    return config.lora_dropout
+    return config.lora_dropout if place.kind.names_parameter else 0.0
 
 
 def paths_on_disk(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, str]:
-    """Return path in the model -> path on disk of an adapter's sites: layers of other adapters are not there on disk.
+    """Return path in the model -> path on disk of an adapter's sites; layers of other adapters are not in the latter.
 
     Args:
         model: The adapted model, or its index.
         adapter: The adapter.
     """
     found = {}
-    around: dict[int, list[LoraLayer]] = {}  # id of a layer -> those around it, around the same module
+    around: dict[int, list[LoraLayer]] = {}  # id of a layer -> layers around it
     for path, layer in AdapterIndex.of(model).layers():
         outside = around.get(id(layer), [])
         around[id(layer.base_layer)] = [*outside, layer]
@@ -162,37 +161,43 @@ def paths_on_disk(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, st
     return found
 
 
-def check_standing(index: AdapterIndex, places: Sequence[TargetWeight]) -> None:
-    """Refuse a module that another adapter has adapted whole, where its parameter is named now, or the other way.
+def check_overlap(index: AdapterIndex, places: Sequence[TargetWeight]) -> None:
+    """Check that no module is adapted both as a whole and by its parameter, together with the model's adapters.
 
     Args:
-        index: The model's map.
-        places: The places of one adapter.
+        index: The model's index.
+        places: The target weights of one adapter.
 
     Raises:
         TargetError: The message names the module.
     """
-    standing_at = {path for path, m in index.modules.items() if isinstance(m, (LoraLayer, ModulesToSave))}
-    taken = sorted(standing_at | {place.outer for place in places})
+    adapted = {path for path, m in index.modules.items() if isinstance(m, (LoraLayer, ModulesToSave))}
+    taken = sorted(adapted | {place.outer for place in places})
     for outer in {place.outer for place in places if place.kind.names_parameter}:
         inside = next((path for path in taken if path.startswith(f"{outer}.")), None)
         if inside is not None:
             raise TargetError(
                 f"target_parameters names a parameter of {outer}, and {inside} inside it is adapted too; a layer "
-                "around the one would hide the other. Leave one of them out."
+                "around one would hide the other. Leave one of them out.",
+                what=inside,
+                where=outer,
+                field="target_parameters",
             )
     for place in places:
-        standing = index.modules[place.outer]
-        if not isinstance(standing, LoraLayer) or place.child:
+        layer = index.modules[place.outer]
+        if not isinstance(layer, LoraLayer) or place.child:
             continue
-        if standing.kind.names_parameter != place.kind.names_parameter:
-            _refuse(place.outer, place.slot.parameter, type(standing.owner).__name__)
+        if layer.kind.names_parameter != place.kind.names_parameter:
+            raise _overlap_error(place.outer, place.slot.parameter, type(layer.owner).__name__)
 
 
-def _refuse(path: str, parameter: str, type_name: str) -> None:
-    raise TargetError(
+def _overlap_error(path: str, parameter: str, type_name: str) -> TargetError:
+    return TargetError(
         f"Trying to wrap an `nn.Parameter` of layer {path!r} of type {type_name}, which is not a valid target: "
-        f"{parameter!r} is named by target_parameters, and the module is adapted whole. Make sure that this layer is "
-        "not also targeted with `target_modules`, by this adapter or another; where its names come from the model's "
-        "defaults, set `target_modules=[]`."
+        f"target_parameters names {parameter!r}, and the module is adapted as a whole. Make sure that this layer is "
+        "not also targeted with `target_modules`, by this adapter or another; if its names are the model's defaults, "
+        "set `target_modules=[]`.",
+        what=parameter,
+        where=path,
+        field="target_parameters",
     )

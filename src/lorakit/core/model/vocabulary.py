@@ -1,12 +1,8 @@
-"""A vocabulary that grows: the tables with a row per token, rows appended to them, adapters that train these alone.
+"""Resize the embeddings of a model, and select single rows to train (`trainable_token_indices`).
 
-New tokens: adapters that were trained after the vocabulary grew, and bases that have not grown yet.
-
-An adapter that brings every new row by itself (`trainable_token_indices`, or a copy of the whole table) needs none of
-them from the base, so the loader appends rows for it to fill, and compares the base without them. It knows what an
-adapter's files say, and no file itself.
-
-Which rows of which tables an adapter trains: `trainable_token_indices` against a model, and what is tied to them.
+An adapter that brings every new row (as trainable token rows, or as a saved copy of the whole embedding) needs none of
+them from the base. The loader then appends rows for the adapter to fill, and compares the base without them. This
+module reads what an adapter's files contain, but no files.
 """
 
 from __future__ import annotations
@@ -15,11 +11,10 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorakit.config import LoraConfig
 from lorakit.core.layers.modules_to_save import ModulesToSave
@@ -33,35 +28,34 @@ from lorakit.core.model.fingerprint import (
     sampled_positions,
     vocabulary_of,
 )
-from lorakit.core.model.index import AdapterIndex
+from lorakit.core.model.index import AdapterIndex, ModelConfig, embedding_of
 from lorakit.errors import OVERRIDE, ConfigError, ModelError, NoTargetError, TargetError, nearest, warn_caller
 from lorakit.targets import names_path
 
 
 def grow_vocabulary(model: nn.Module, rows: int) -> None:
-    """Append rows to the embedding, and to the head, until there are so many; each is the mean of those there.
+    """Append rows to the embedding and the head, up to a number of rows; each is the mean of the existing ones.
 
     Args:
-        model: A base without adapters, changed in place; one that has as many already is left as it is.
-        rows: How many there shall be.
+        model: A base without adapters, changed in place; unchanged if it has enough rows.
+        rows: Number of rows afterwards.
 
     Raises:
-        ModelError: The model does not say which its embedding is, or has more with a place per token than its tables.
+        ModelError: The model does not name its input embedding, or more than its tables depends on the vocabulary.
     """
     tables = check_growth(model, rows)
     if tables:
-        Growth().append(model, tables, rows)
+        with contextlib.ExitStack() as undo:
+            _append_rows(model, tables, rows, undo)
+            undo.pop_all()
 
 
 def check_growth(model: nn.Module, rows: int) -> list[nn.Module]:
-    """Whether a base can have so many rows per table; nothing is changed.
+    """Return the tables with fewer than a number of rows; the model is not changed.
 
     Args:
-        model: A base without adapters; its numbers are not needed.
-        rows: How many there shall be.
-
-    Returns:
-        The tables that lack some.
+        model: A base without adapters; values are not read.
+        rows: Number of rows per table.
 
     Raises:
         ModelError: As `grow_vocabulary`.
@@ -70,44 +64,44 @@ def check_growth(model: nn.Module, rows: int) -> list[nn.Module]:
     if 0 < rows <= present:
         return []
     index = AdapterIndex.of(model)
-    path = _embedding(index)
-    tables = [table_at(index, table) for table in (path, *tables_per_token(index, path))]
+    tables = [table_at(index, path) for path in token_tables(index, _named_embedding(index))]
     dense = all(isinstance(table, (nn.Embedding, nn.Linear)) and table.weight.is_floating_point() for table in tables)
-    if not dense or _is_odd(index, present):
+    if not dense or _has_other_tables(index, present):
         raise ModelError(
-            f"Tokens cannot be added to this {type(model).__name__}: beside plain embeddings it has something else "
-            "with a place per token, which only the model itself can enlarge. Call model.resize_token_embeddings, save "
-            "it, and train on that."
+            f"Tokens cannot be added to this {type(model).__name__}: besides plain embeddings it has other tensors of "
+            "the vocabulary's size, which only the model itself can resize. Call model.resize_token_embeddings, save "
+            "it, and train on that.",
+            what=type(model).__name__,
         )
     return tables
 
 
 def with_trained_rows(config: LoraConfig, model: nn.Module, rows: Sequence[int]) -> LoraConfig:
-    """A copy of a config that trains some rows of every table with a row per token: the embedding's and the head's.
+    """Return a copy of a config that trains some token embeddings, and their rows in the head if it is not tied.
 
     Args:
         config: The config.
-        model: The base; only read, and its numbers are not needed.
-        rows: Numbers of the rows.
+        model: The base; only read, and its values are not needed.
+        rows: Indices of the rows.
 
     Raises:
-        ModelError: The model does not say which its embedding is.
+        ModelError: The model does not name its input embedding.
     """
     index = AdapterIndex.of(model)
-    path = _embedding(index)
+    path = _named_embedding(index)
     tied = sharers(index, path)
-    apart = [table for table in tables_per_token(index, path) if table not in tied]
-    asked: Any = {table: list(rows) for table in (path, *apart)} if apart else list(rows)
+    apart = [table for table in token_tables(index, path) if table not in tied]
+    asked = {table: list(rows) for table in apart} if len(apart) > 1 else list(rows)
     return config.with_fields(trainable_token_indices=asked)
 
 
-def begin_rows(model: nn.Module, name: str, pieces: Mapping[int, Sequence[int]]) -> None:
-    """Let trained rows begin as the mean of the rows of the tokens that their text was until now.   [docs/math.md (93)]
+def initialize_rows(model: nn.Module, name: str, pieces: Mapping[int, Sequence[int]]) -> None:
+    """Set new token embeddings to the mean of those of the tokens that their text had before. [docs/math.md (93)]
 
     Args:
-        model: An adapted model; the base stays as it is.
+        model: An adapted model; the base does not change.
         name: The adapter.
-        pieces: Number of a trained row -> numbers of the rows of its pieces; others begin as they are.
+        pieces: Index of a trained row -> indices of the rows of its pieces; other rows do not change.
     """
     for _, module in AdapterIndex.of(model).every(TrainableTokens):
         if module.follows or name not in module:
@@ -115,83 +109,70 @@ def begin_rows(model: nn.Module, name: str, pieces: Mapping[int, Sequence[int]])
         trained, rows = module.token_adapter.rows(name)
         table = module.token_adapter.original()
         with torch.no_grad():
-            for place, number in enumerate(trained.tolist()):
-                if pieces.get(number):
-                    rows[place] = table[list(pieces[number])].to(rows.dtype).mean(0)
+            for position, index in enumerate(trained.tolist()):
+                if pieces.get(index):
+                    rows[position] = table[list(pieces[index])].to(rows.dtype).mean(0)
 
 
-def _embedding(index: AdapterIndex) -> str:
+def _named_embedding(index: AdapterIndex) -> str:
     path = input_embedding(index)
     if path is None:
-        raise ModelError(
-            f"This {type(index.model).__name__} does not say which module is its input embedding, so no token can be "
-            "added."
-        )
+        model = type(index.model).__name__
+        raise ModelError(f"This {model} does not name its input embedding, so no token can be added.", what=model)
     return path
 
 
-def tables_per_token(index: AdapterIndex, path: str) -> list[str]:
-    """Return paths of the other tables with a row per token: those that share the embedding's weight, and the head."""
-    getter = getattr(index.model, "get_output_embeddings", None)
-    try:
-        head = getter() if getter is not None else None
-    except (AttributeError, NotImplementedError):  # models without one differ in how they say so
-        head = None
-    heads = [p for p, standing in index.modules.items() if head is not None and standing is head and p != path]
-    return list(dict.fromkeys([*sharers(index, path), *heads]))
+def token_tables(index: AdapterIndex, path: str | None) -> list[str]:
+    """Return the paths of the input embedding, of the modules tied to it, and of the head.
+
+    Args:
+        index: The model's index.
+        path: Path of the input embedding; None gives an empty list.
+    """
+    if path is None:
+        return []
+    head = embedding_of(index.model, "output")
+    heads = [p for p, module in index.modules.items() if head is not None and module is head]
+    return list(dict.fromkeys([path, *sharers(index, path), *heads]))
 
 
-def _is_odd(index: AdapterIndex, vocabulary: int) -> bool:
-    """Return whether something else of the model has a place per token, which only the model itself can enlarge."""
+def _has_other_tables(index: AdapterIndex, vocabulary: int) -> bool:
+    """Return whether a buffer with two or more axes has the vocabulary's size; only the model itself can resize it."""
     buffers = (buffer for module in index.everything.values() for buffer in module._buffers.values())
     return any(vocabulary in buffer.shape for buffer in buffers if buffer is not None and buffer.ndim > 1)
 
 
-class Growth:
-    """Rows that were appended to tables, and how to take them off again."""
+def _append_rows(model: nn.Module, tables: Iterable[nn.Module], rows: int, undo: contextlib.ExitStack) -> None:
+    """Append rows to tables, each the mean of the existing ones, and update the config; `undo` restores the model."""
 
-    def __init__(self) -> None:
-        self._before: list[tuple[Any, dict[str, Any]]] = []
-        self._made: dict[int, nn.Parameter] = {}
+    def change(owner: nn.Module | ModelConfig, name: str, value: nn.Parameter | int) -> None:
+        undo.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, value)
 
-    def append(self, model: nn.Module, tables: Collection[nn.Module], rows: int) -> None:
-        """Append rows to tables until they have so many, each the mean of those there; the config says so too."""
-        for table in tables:
-            self._enlarge(table, rows)
-        config: Any = getattr(model, "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        for thing in (text, model):
-            if isinstance(getattr(thing, "vocab_size", None), int):
-                self._change(thing, vocab_size=rows)
-
-    def undo(self) -> None:
-        """Give everything back as it was."""
-        for thing, values in reversed(self._before):
-            for name, value in values.items():
-                setattr(thing, name, value)
-
-    def _enlarge(self, table: Any, rows: int) -> None:
-        old, missing = table.weight, rows - table.weight.shape[0]
-        if missing <= 0:  # a head that was padded further than its embedding
-            return
-        if id(old) not in self._made:
+    made: dict[nn.Parameter, nn.Parameter] = {}  # tied tables stay tied
+    for table in tables:
+        old = table._parameters.get("weight")
+        missing = 0 if old is None else rows - old.shape[0]
+        if old is None or missing <= 0:  # a head can be padded further than its embedding
+            continue
+        if old not in made:
             new = old.detach().float().mean(0, keepdim=True).to(old.dtype).expand(missing, -1)
-            self._made[id(old)] = nn.Parameter(torch.cat([old.detach(), new]), old.requires_grad)
-        size = "num_embeddings" if isinstance(table, nn.Embedding) else "out_features"
-        self._change(table, weight=self._made[id(old)], **{size: rows})
-        if getattr(table, "bias", None) is not None:
-            bias = torch.cat([table.bias.detach(), table.bias.new_zeros(missing)])
-            self._change(table, bias=nn.Parameter(bias, table.bias.requires_grad))
-
-    def _change(self, thing: Any, **values: Any) -> None:
-        self._before.append((thing, {name: getattr(thing, name) for name in values}))
-        for name, value in values.items():
-            setattr(thing, name, value)
+            made[old] = nn.Parameter(torch.cat([old.detach(), new]), old.requires_grad)
+        change(table, "weight", made[old])
+        change(table, "num_embeddings" if isinstance(table, nn.Embedding) else "out_features", rows)
+        bias = table._parameters.get("bias")
+        if bias is not None:
+            longer = torch.cat([bias.detach(), bias.new_zeros(missing)])
+            change(table, "bias", nn.Parameter(longer, bias.requires_grad))
+    config = getattr(model, "config", None)
+    for owner in (getattr(config, "get_text_config", lambda: config)(), model):
+        if owner is not None and isinstance(getattr(owner, "vocab_size", None), int):
+            change(owner, "vocab_size", rows)
 
 
 @contextlib.contextmanager
-def room_for(index: AdapterIndex, config: LoraConfig, known: Fingerprint | None) -> Iterator[list[str]]:
-    """A block in which a model has the rows that an adapter brings; they stay, unless the block fails.
+def appended_rows(index: AdapterIndex, config: LoraConfig, known: Fingerprint | None) -> Iterator[list[str]]:
+    """Append the rows that an adapter brings; they are removed again if the block fails.
 
     Args:
         index: The base's index.
@@ -199,30 +180,26 @@ def room_for(index: AdapterIndex, config: LoraConfig, known: Fingerprint | None)
         known: The fingerprint of the base it was trained on, or None.
 
     Yields:
-        Sentences about what was appended; if there are some, an index has to be made again.
+        Messages about the appended rows; if there are any, the index is out of date.
     """
     present = vocabulary_of(index.model)
-    wanted = known.vocabulary if known is not None else 1 + max(_all_rows(config), default=-1)
-    tables = _tables_to_fill(index, config, range(present, wanted)) if 0 < present < wanted else []
-    growth = Growth()
-    if tables:
-        growth.append(index.model, tables, wanted)
-    try:
-        yield [_sentence(present, wanted)] if tables else []
-    except BaseException:
-        growth.undo()
-        raise
+    path = input_embedding(index)
+    asked = [row for rows in _rows_by_table(config, path).values() for row in rows]
+    wanted = known.vocabulary if known is not None else 1 + max(asked, default=-1)
+    if not 0 < present < wanted or not _brings_all(index, config, path, range(present, wanted)):
+        yield []
+        return
+    with contextlib.ExitStack() as undo:
+        _append_rows(index.model, [table_at(index, table) for table in token_tables(index, path)], wanted, undo)
+        yield [
+            f"The base has {present:,} tokens and the adapter was trained with {wanted:,}: {wanted - present:,} rows "
+            "were appended, which the adapter fills."
+        ]
+        undo.pop_all()
 
 
-def _sentence(present: int, wanted: int) -> str:
-    return (
-        f"The base has {present:,} tokens and the adapter was trained with {wanted:,}: {wanted - present:,} rows were "
-        "appended, which the adapter fills."
-    )
-
-
-def way_out(known: Fingerprint | None, present: Fingerprint) -> str:
-    """Return what to do about an adapter that was made on another base; holds `OVERRIDE`."""
+def base_mismatch_advice(known: Fingerprint | None, present: Fingerprint) -> str:
+    """Return what to do about an adapter that was trained on another base; the text contains `OVERRIDE`."""
     if known is None or known.vocabulary <= present.vocabulary or known.architecture != present.architecture:
         return f"Load its own base, or {OVERRIDE}."
     return (
@@ -235,9 +212,9 @@ def way_out(known: Fingerprint | None, present: Fingerprint) -> str:
 def without_brought_rows(
     index: AdapterIndex, config: LoraConfig, known: Fingerprint | None
 ) -> tuple[Fingerprint | None, Fingerprint]:
-    """Two fingerprints to compare, without the numbers that the adapter brings by itself.
+    """Return two fingerprints to compare, without the values that the adapter brings.
 
-    A model that has more tokens is compared as it was before they were added; where it was another even so, as it is.
+    A model with more tokens is compared as it was before they were added; if that differs, in its present size.
 
     Args:
         index: The base's index.
@@ -245,13 +222,15 @@ def without_brought_rows(
         known: The fingerprint of the base it was trained on, or None.
 
     Returns:
-        That one and the model's, with those numbers blank in both.
+        The known fingerprint and the model's, with these values set to zero in both.
     """
-    cut = _newer_rows(index, known)
-    if cut:
-        before = _blanked_pair(index, config, known, cut)
-        if compare(*before)[0] != DIFFERENT:
-            return before
+    if known is not None and 0 < known.vocabulary < vocabulary_of(index.model):
+        tables = [table_at(index, path) for path in token_tables(index, input_embedding(index))]
+        held = [parameter for table in tables for parameter in table._parameters.values() if parameter is not None]
+        if held:
+            before = _blanked_pair(index, config, known, {id(parameter): known.vocabulary for parameter in held})
+            if compare(*before).verdict != DIFFERENT:
+                return before
     return _blanked_pair(index, config, known, {})
 
 
@@ -261,85 +240,24 @@ def _blanked_pair(
     present = fingerprint(index, cut=cut, like=known, with_files=known is not None and bool(known.files))
     if known is None or (config.trainable_token_indices is None and not config.modules_to_save):
         return known, present
-    path = input_embedding(index)
-    asked = _asked(config, path)
+    path, saved = input_embedding(index), _saved(config, index)
     replaced: dict[int, Collection[int]] = {}
-    for table, rows in asked.items():
-        for named in [p for p in index.modules if names_path(table, p)]:
-            replaced[id(table_at(index, named)._parameters.get("weight"))] = rows
-    for named in _saved(config, index) if path is not None else ():
-        weight = table_at(index, named)._parameters.get("weight")
-        if weight is not None and named in {path, *tables_per_token(index, path or "")}:
+    for name, rows in _rows_by_table(config, path).items():
+        for table in [p for p in index.modules if names_path(name, p)]:
+            replaced[id(table_at(index, table)._parameters.get("weight"))] = rows
+    for table in [p for p in token_tables(index, path) if p in saved]:
+        weight = table_at(index, table)._parameters.get("weight")
+        if weight is not None:
             replaced[id(weight)] = range(weight.shape[0])
-    blank = {
-        name: _blanks(present, name, (cut.get(id(tensor), tensor.shape[0]), *tensor.shape[1:]), replaced[id(tensor)])
-        for name, tensor, _ in base_tensors(index)
-        if id(tensor) in replaced
-    }
-    copied = tuple(f"{named}." for named in _saved(config, index))
+    blank = {}
+    for name, tensor, _ in base_tensors(index):
+        if id(tensor) in replaced:
+            taken, width = set(replaced[id(tensor)]), math.prod(tensor.shape[1:])
+            sampled = sampled_positions(present, name, (cut.get(id(tensor), tensor.shape[0]), *tensor.shape[1:]))
+            blank[name] = [number for number, position in enumerate(sampled) if position // width in taken]
+    copied = tuple(f"{table}." for table in saved)
     brought = [name for name in {**present.samples, **present.buffers} if name.startswith(copied)]
     return _blanked(known, blank).without(brought), _blanked(present, blank).without(brought)
-
-
-def _newer_rows(index: AdapterIndex, known: Fingerprint | None) -> dict[int, int]:
-    """Ids of the tensors with a row per token, where a model has more of them than an adapter's base -> that many."""
-    if known is None or not 0 < known.vocabulary < vocabulary_of(index.model):
-        return {}
-    path = input_embedding(index)
-    tables = [] if path is None else [path, *tables_per_token(index, path)]
-    held = [p for table in tables for p in table_at(index, table)._parameters.values() if p is not None]
-    return {id(p): known.vocabulary for p in held}
-
-
-def _all_rows(config: LoraConfig) -> list[int]:
-    return [row for rows in _asked(config, None).values() for row in rows]
-
-
-def _tables_to_fill(index: AdapterIndex, config: LoraConfig, rows: range) -> list[nn.Module]:
-    """The tables that lack some rows, if an adapter brings these for all of them; otherwise none."""
-    path = input_embedding(index)
-    if path is None or index.state is not None or _is_odd(index, rows.start):
-        return []
-    asked, paths = _asked(config, path), [path, *tables_per_token(index, path)]
-    brought = all(_brings(config, asked, index, table, rows) for table in paths)
-    return [table_at(index, table) for table in paths] if brought else []
-
-
-def _asked(config: LoraConfig, path: str | None) -> dict[str, tuple[int, ...]]:
-    """Name of a table -> numbers of the rows that an adapter brings."""
-    asked = config.trainable_token_indices
-    if asked is None:
-        return {}
-    table = asked if isinstance(asked, Mapping) else {path or "": asked}
-    return {name: tuple(i for i in rows if isinstance(i, int)) for name, rows in table.items()}
-
-
-def _saved(config: LoraConfig, index: AdapterIndex) -> list[str]:
-    return [path for path in index.modules if any(names_path(entry, path) for entry in config.modules_to_save or ())]
-
-
-def _brings(
-    config: LoraConfig,
-    asked: Mapping[str, Collection[int]],
-    index: AdapterIndex,
-    table: str,
-    rows: range,
-) -> bool:
-    """Whether an adapter brings these rows of a table, by itself or through the table it is tied to."""
-    together = {table, *sharers(index, table)}
-    if any(path in together for path in _saved(config, index)) and (
-        config.ensure_weight_tying or table in _saved(config, index)
-    ):
-        return True
-    named = [i for name, indices in asked.items() for p in together if names_path(name, p) for i in indices]
-    return set(rows) <= set(named)
-
-
-def _blanks(mark: Fingerprint, name: str, shape: tuple[int, ...], rows: Collection[int]) -> list[int]:
-    """Return which of the samples of a tensor are in some rows of it."""
-    size, taken = math.prod(shape[1:]), set(rows)
-    places = sampled_positions(mark, name, shape)
-    return [number for number, place in enumerate(places) if place // size in taken]
 
 
 def _blanked(mark: Fingerprint, blank: Mapping[str, Collection[int]]) -> Fingerprint:
@@ -347,54 +265,78 @@ def _blanked(mark: Fingerprint, blank: Mapping[str, Collection[int]]) -> Fingerp
     return dataclasses.replace(mark, samples=samples)
 
 
+def _rows_by_table(config: LoraConfig, path: str | None) -> dict[str, list[int]]:
+    """Return the name of each table -> indices of the rows that an adapter brings."""
+    asked = config.trainable_token_indices
+    table = asked if isinstance(asked, Mapping) else {path or "": asked or []}
+    return {name: [i for i in rows if isinstance(i, int)] for name, rows in table.items()}
+
+
+def _saved(config: LoraConfig, index: AdapterIndex) -> list[str]:
+    return [path for path in index.modules if any(names_path(entry, path) for entry in config.modules_to_save or ())]
+
+
+def _brings_all(index: AdapterIndex, config: LoraConfig, path: str | None, rows: range) -> bool:
+    """Return whether an adapter brings some rows of every table, directly or through a tied one; all can be resized."""
+    if path is None or index.state is not None or _has_other_tables(index, rows.start):
+        return False
+    named, saved = _rows_by_table(config, path), set(_saved(config, index))
+    for table in token_tables(index, path):
+        tied = {table, *sharers(index, table)}
+        if table in saved or (config.ensure_weight_tying and saved & tied):
+            continue
+        brought = {i for name, indices in named.items() for p in tied if names_path(name, p) for i in indices}
+        if not brought.issuperset(rows):
+            return False
+    return True
+
+
 USUAL_NAME = "embed_tokens"
-"""Where a list of indices belongs in a model that does not say which module is its input embedding."""
+"""The table that a list of indices means in a model that does not name its input embedding."""
 
 
 def chosen_rows(
     index: AdapterIndex, config: LoraConfig, sites: Collection[str], saved: Collection[str]
 ) -> list[ChosenRows]:
-    """The rows that a config names.
+    """Return the rows that a config names.
 
     Args:
         index: The model's index.
         config: The config.
-        sites: Paths of the modules that the same adapter gives factors.
-        saved: Paths of the modules that it copies whole.
+        sites: Paths of the modules that have factors of the same adapter.
+        saved: Paths of its saved modules.
 
     Returns:
-        One entry per table; those that are tied and named with the same rows are one.
+        One entry per table; tied tables with the same rows share one.
 
     Raises:
-        TargetError: A name matches no table, or another part of an adapter sits on the table.
-        ConfigError: Numbers of rows are not in the table, or tied tables are named with different rows.
+        TargetError: A name matches no table, or the table is adapted in another way.
+        ConfigError: Indices are not in the table, or tied tables are named with different rows.
     """
     named = _named(index, config)
-    for path in named:
-        _check_free(path, index, config, sites, saved)
     groups = _groups(named, index, config)
+    for group in groups:
+        for path in (group.path, *group.tied):
+            _check_free(path, index, sites, saved)
+        _check_same_ties(group, index)
     if config.ensure_weight_tying and named and not any(group.tied for group in groups):
         warn_caller(
             "ensure_weight_tying=True but the model does not have tied weights (tie_word_embeddings=False). Weight "
             "tying will not be applied for trainable_token_indices."
         )
-    for group in groups:
-        for path in group.tied:
-            _check_free(path, index, config, sites, saved)
-        _check_standing(group, index)
     return groups
 
 
 def sharers(index: AdapterIndex, path: str) -> list[str]:
-    """Paths of the other modules of the base whose weight is the very parameter of the module at a path."""
+    """Return the paths of the base's other modules whose weight is the same parameter as that of a module."""
     whole = next((group for group in shared_weights(index) if path in group), [])
     return [other for other in whole if other != path]
 
 
 def shared_weights(index: AdapterIndex) -> list[list[str]]:
-    """The modules of the base that share one parameter as their weight, as lists of paths in the model's order.
+    """Return the modules of the base that share a parameter as their weight, as lists of paths in the model's order.
 
-    Copies of one layer (`layer_replication`) are not meant: they share all they have, and are adapted apart on purpose.
+    Replicated layers (`layer_replication`) are left out: they share all parameters and are adapted separately.
     """
     groups: dict[int, dict[str, str]] = {}
     for path in index.modules:
@@ -405,20 +347,16 @@ def shared_weights(index: AdapterIndex) -> list[list[str]]:
 
 
 def input_embedding(index: AdapterIndex) -> str | None:
-    """Path of the model's input embedding in the plain base, or None where the model does not say which it is."""
-    getter = getattr(index.model, "get_input_embeddings", None)
-    try:
-        module = getter() if getter is not None else None
-    except (AttributeError, NotImplementedError):  # models without one differ in how they say so
-        module = None
-    found = (path for path, standing in index.modules.items() if module in (standing, table_at(index, path)))
-    return next(found, None) if module is not None else None
+    """Return the path of the model's input embedding in the plain base; None if the model does not name one."""
+    module = embedding_of(index.model)
+    found = (path for path, here in index.modules.items() if module in (here, table_at(index, path)))
+    return None if module is None else next(found, None)
 
 
 def table_at(index: AdapterIndex, path: str) -> nn.Module:
-    """The base's module at a path, whatever stands around it."""
-    standing = index.modules[path]
-    return standing.original_module if isinstance(standing, ModulesToSave) else index.base(path)
+    """Return the base's module at a path, without adapters."""
+    module = index.modules[path]
+    return module.original_module if isinstance(module, ModulesToSave) else index.base(path)
 
 
 def _named(index: AdapterIndex, config: LoraConfig) -> dict[str, tuple[int, ...]]:
@@ -426,16 +364,15 @@ def _named(index: AdapterIndex, config: LoraConfig) -> dict[str, tuple[int, ...]
     if asked is None:
         return {}
     if not isinstance(asked, Mapping):
-        path = input_embedding(index)
-        asked = {USUAL_NAME if path is None else path: asked}
+        asked = {input_embedding(index) or USUAL_NAME: asked}
     named: dict[str, tuple[int, ...]] = {}
     for name, indices in asked.items():
         paths = [path for path in index.modules if names_path(name, path)]
         if not paths:
-            words = nearest(name, [p.rpartition(".")[2] for p in index.modules], 1)
+            names = nearest(name, [p.rpartition(".")[2] for p in index.modules], 1)
             raise NoTargetError(
                 f"Target modules {{{name!r}}} not found in the base model. trainable_token_indices names it"
-                + (f"; nearest: {words[0]}." if words else "."),
+                + (f"; nearest: {names[0]}." if names else "."),
                 what=name,
                 field="trainable_token_indices",
             )
@@ -447,33 +384,41 @@ def _named(index: AdapterIndex, config: LoraConfig) -> dict[str, tuple[int, ...]
 def _checked(index: AdapterIndex, path: str, indices: Sequence[int]) -> tuple[int, ...]:
     table = table_at(index, path)
     weight = table._parameters.get("weight")
-    dense = isinstance(table, (nn.Embedding, nn.Linear)) and isinstance(weight, Tensor) and weight.is_floating_point()
-    if not dense or weight is None:
+    if weight is None or not isinstance(table, (nn.Embedding, nn.Linear)) or not weight.is_floating_point():
         raise TargetError(
-            f"trainable_token_indices names {path!r}, a {type(table).__name__}; rows can be trained of an nn.Embedding "
-            "and of an nn.Linear head with a weight of floats."
+            f"trainable_token_indices names {path!r}, a {type(table).__name__}; only rows of an nn.Embedding or an "
+            "nn.Linear head with floating-point weights can be trained.",
+            what=type(table).__name__,
+            where=path,
+            field="trainable_token_indices",
         )
     numbers = list(indices)
     whole = all(isinstance(i, int) and not isinstance(i, bool) for i in numbers)
     if not numbers or not whole or len(set(numbers)) < len(numbers):
         raise ConfigError(
-            f"trainable_token_indices of {path} is {numbers[:8]!r}; it must be different whole numbers, at least one."
+            f"trainable_token_indices of {path} is {numbers[:8]!r}; it must be different whole numbers, at least one.",
+            what=numbers[:8],
+            where=path,
+            field="trainable_token_indices",
         )
-    odd = [i for i in numbers if not 0 <= i < weight.shape[0]]
-    if odd:
+    outside = next((i for i in numbers if not 0 <= i < weight.shape[0]), None)
+    if outside is not None:
         raise ConfigError(
-            f"trainable_token_indices of {path} holds {odd[0]}, and the table has rows 0 to {weight.shape[0] - 1:,}. "
-            "For tokens that were added, call model.resize_token_embeddings first."
+            f"trainable_token_indices of {path} holds {outside}, and the table has rows 0 to "
+            f"{weight.shape[0] - 1:,}. For tokens that were added, call model.resize_token_embeddings first.",
+            what=outside,
+            where=path,
+            field="trainable_token_indices",
         )
     return tuple(numbers)
 
 
 def _groups(named: Mapping[str, tuple[int, ...]], index: AdapterIndex, config: LoraConfig) -> list[ChosenRows]:
-    """Tables that share a weight and are named with the same rows, or not at all, are one; the embedding leads."""
+    """Return one entry for tables that share a weight and are named with the same rows or not at all."""
     groups: list[ChosenRows] = []
     followers: set[str] = set()
-    leading = sorted(named, key=lambda path: not isinstance(table_at(index, path), nn.Embedding))
-    for path in leading:
+    embeddings_first = sorted(named, key=lambda path: not isinstance(table_at(index, path), nn.Embedding))
+    for path in embeddings_first:
         if path in followers:
             continue
         tied: list[str] = []
@@ -484,7 +429,9 @@ def _groups(named: Mapping[str, tuple[int, ...]], index: AdapterIndex, config: L
                 raise ConfigError(
                     "Cannot ensure weight tying when different token indices are specified for tied layers: "
                     f"{path}: {list(named[path])}, {apart[0]}: {list(named[apart[0]])}. Name the same rows, or "
-                    "set ensure_weight_tying=False."
+                    "set ensure_weight_tying=False.",
+                    where=path,
+                    field="trainable_token_indices",
                 )
             tied = [other for other in shared if other not in apart]
         followers.update(tied)
@@ -492,33 +439,37 @@ def _groups(named: Mapping[str, tuple[int, ...]], index: AdapterIndex, config: L
     return groups
 
 
-def _check_free(
-    path: str, index: AdapterIndex, config: LoraConfig, sites: Collection[str], saved: Collection[str]
-) -> None:
+def _check_free(path: str, index: AdapterIndex, sites: Collection[str], saved: Collection[str]) -> None:
     if any(path == other or path.startswith(other + ".") for other in saved):
         raise TargetError(
-            f"The embedding layer is already marked to be trained fully: {path} is copied whole (modules_to_save), and "
-            "trainable_token_indices trains some of its rows. Name it in one of the two."
+            f"The embedding layer is already marked to be trained fully: {path} is a saved module (modules_to_save), "
+            "and trainable_token_indices trains some of its rows. Name it in one of the two.",
+            where=path,
+            field="trainable_token_indices",
         )
-    standing = index.modules[path]
-    if path in sites or (standing is not table_at(index, path) and not isinstance(standing, TrainableTokens)):
+    module = index.modules[path]
+    if path in sites or (module is not table_at(index, path) and not isinstance(module, TrainableTokens)):
         raise TargetError(
-            f"trainable_token_indices cannot be applied to {path}: an adapter has factors or a copy there. Take it out "
-            "of target_modules or modules_to_save, or give the adapters a model each."
+            f"trainable_token_indices cannot be applied to {path}: an adapter has factors or a copy there. Remove it "
+            "from target_modules or modules_to_save, or load a model per adapter.",
+            where=path,
+            field="trainable_token_indices",
         )
 
 
-def _check_standing(group: ChosenRows, index: AdapterIndex) -> None:
-    """Refuse another grouping than that of adapters that are here already."""
+def _check_same_ties(group: ChosenRows, index: AdapterIndex) -> None:
+    """Check that tables are tied as in the adapters that are already on the model."""
     leader = index.modules[group.path]
     wrong = [group.path] if isinstance(leader, TrainableTokens) and leader.follows else []
     for path in group.tied:
-        standing = index.modules[path]
-        together = isinstance(leader, TrainableTokens) and isinstance(standing, TrainableTokens) and standing.follows
-        fresh = not isinstance(leader, TrainableTokens) and not isinstance(standing, TrainableTokens)
-        wrong += [] if together or fresh else [path]
+        other = index.modules[path]
+        together = isinstance(leader, TrainableTokens) and isinstance(other, TrainableTokens) and other.follows
+        unadapted = not isinstance(leader, TrainableTokens) and not isinstance(other, TrainableTokens)
+        wrong += [] if together or unadapted else [path]
     if wrong:
         raise ConfigError(
-            f"trainable_token_indices: rows of another adapter at {wrong[0]} are tied otherwise than these. Name the "
-            "same tables in both adapters, or give them a model each."
+            f"trainable_token_indices: another adapter ties the rows at {wrong[0]} in a different way. Name the same "
+            "tables in both adapters, or load a model per adapter.",
+            where=wrong[0],
+            field="trainable_token_indices",
         )

@@ -1,8 +1,8 @@
-"""What passes through a model's sites: moments of their inputs, and gradients of their weights, over a few batches.
+"""Collect moments of the inputs of a model's sites, and gradients of their weights, over a few batches.
 
-Initialisers that look at data and the allocation of ranks both ask here. A site is named by its path; hooks sit on the
-base's own module there, whether or not adapters stand on it, and are gone afterwards, also after an error. Nothing is
-written to the model: weights, `requires_grad`, `.grad` and modes are as before. Knows nothing of adapters' arithmetic.
+Data-dependent inits and the allocation of ranks use both. A site is named by its path; hooks are on the base's module
+there, with or without adapters, and are removed afterwards, also after an error. The model is unchanged: weights,
+`requires_grad`, `.grad` and modes are as before. This module knows nothing about the arithmetic of adapters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ Forward = Callable[[nn.Module, Any], Any]
 """Runs the model on one batch; for gradients it returns the scalar loss."""
 
 TakeRows = Callable[[str, Tensor], Tensor]
-"""Takes the path of a site and what it received, (…), and returns the rows that count, (n, in)."""
+"""Takes the path of a site and its input, (…), and returns the rows to use, (n, in)."""
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def collect_inputs(
@@ -38,35 +40,34 @@ def collect_inputs(
     keep: Callable[[Any], Tensor | TakeRows | None] | None = None,
     even: bool = False,
 ) -> dict[str, InputStatistics]:
-    """Moments of what each site receives, without gradients and in evaluation mode.
+    """Collect moments of the input of each site, without gradients and in evaluation mode.
 
-    Whatever adapters are active act on what later sites receive; within `lorakit.core.disable(model)` none does.
+    Active adapters change the inputs of later sites; use `lorakit.core.disable(model)` to exclude them.
 
     Args:
-        model: Any model; it is left as it was.
+        model: Any model; unchanged afterwards.
         paths: Dotted paths of the sites: dense layers (…, in), or convolutions without groups, whose rows are patches.
-        batches: What `forward` takes; run through once.
-        forward: Runs the model on one batch; what it returns is not looked at.
-        components: None keeps the whole second moment, 4·in² bytes a site; a number keeps so many principal directions
-            by incremental SVD, 4·components·in bytes, and what lies beyond them is lost.
-        keep: From a batch to a mask (rows, length) of the positions that count, such as those that are not padding, or
-            to a function that takes the rows out of what a site received.
-        even: Divide what a site receives in a call by its largest number, so that no batch outweighs the others.
+        batches: Arguments of `forward`; iterated once.
+        forward: Runs the model on one batch; its result is ignored.
+        components: None keeps the whole second moment, 4·in² bytes per site; a number keeps that many principal
+            directions by incremental SVD, 4·components·in bytes, and discards the rest.
+        keep: Returns for a batch a mask (rows, length) of the positions to use, such as those without padding, or a
+            function that selects rows of a site's input.
+        even: Divide a site's input in each call by its largest element, so that batches have equal weight.
 
     Returns:
-        Path -> statistics; those of a site that no batch reached have 0 rows.
+        Path -> statistics; a site that no batch reached has 0 rows.
 
     Raises:
-        TargetError: A path is no module, or one whose inputs have no moments (an embedding, a grouped convolution).
-        DataError: There is no batch, or a mask does not fit what a site received.
+        TargetError: A path is not a module, or its inputs have no moments (an embedding, a grouped convolution).
+        DataError: There is no batch, or a mask does not fit a site's input.
     """
     modules = _modules_at(model, paths)
     for path, module in modules.items():
-        _refuse_inputs(path, module)
+        _check_inputs(path, module)
     found = {path: InputStatistics(components) for path in paths}
     collector = _Inputs(found, even)
-    hooks = {path: collector.hook(path, module) for path, module in modules.items()}
-    with torch.no_grad(), in_mode(model, False), _hooked(modules, hooks):
+    with torch.no_grad(), in_mode(model, False), _hooked(modules, collector.hook):
         for batch in _some(batches):
             collector.begin(keep(batch) if keep is not None else None)
             forward(model, batch)
@@ -76,23 +77,23 @@ def collect_inputs(
 def collect_gradients(
     model: nn.Module, paths: Sequence[str], batches: Iterable[Any], forward: Forward
 ) -> dict[str, GradientStatistics]:
-    """The gradient of the loss by each site's weight, averaged over batches, in evaluation mode.
+    """Collect the gradient of the loss by each site's weight, averaged over batches, in evaluation mode.
 
-    The weight needs no `requires_grad` and may be quantised: the gradient is made from what the module received and
-    what came back to its output, (out, in) = Gᵀ·X, and never stands in `.grad`. A site keeps one dense fp32 tensor.
-    A weight that two sites share has its own gradient at each.
+    The weight does not need `requires_grad` and may be quantized: the gradient is computed from the module's input and
+    the gradient of its output, (out, in) = Gᵀ·X, and `.grad` is not used. Each site needs one dense fp32 tensor. A
+    weight that two sites share has a separate gradient for each.
 
     Args:
-        model: Any model; it is left as it was.
+        model: Any model; unchanged afterwards.
         paths: Dotted paths of the sites: dense layers, embeddings, convolutions.
-        batches: What `forward` takes; run through once.
+        batches: Arguments of `forward`; iterated once.
         forward: Runs the model on one batch and returns its loss, a scalar.
 
     Returns:
-        Path -> statistics; those of a site that no loss depends on have 0 calls.
+        Path -> statistics; a site that no loss depends on has 0 calls.
 
     Raises:
-        TargetError: A path is no module.
+        TargetError: A path is not a module.
         DataError: There is no batch.
         RunError: A loss depends on none of the sites.
     """
@@ -101,11 +102,11 @@ def collect_gradients(
     with torch.enable_grad(), in_mode(model, False):
         anchor = torch.zeros((), requires_grad=True)
         collector = _Gradients(found, anchor)
-        with _hooked(modules, {path: collector.hook(path, module) for path, module in modules.items()}):
+        with _hooked(modules, collector.hook):
             for batch in _some(batches):
                 loss = forward(model, batch)
                 if not isinstance(loss, Tensor) or not loss.requires_grad:
-                    raise RunError("The loss depends on none of the sites whose gradients were asked for.")
+                    raise RunError("The loss depends on none of the sites whose gradients are collected.")
                 torch.autograd.grad(loss, anchor, allow_unused=True)  # so no `.grad` of the model is touched
                 for statistics in found.values():
                     statistics.batches += 1
@@ -113,7 +114,7 @@ def collect_gradients(
 
 
 class _Inputs:
-    """Takes note of what modules receive; the same tensor given to several in turn is worked on once."""
+    """Collects the inputs of modules; a tensor that several receive in succession is processed once."""
 
     def __init__(self, found: dict[str, InputStatistics], even: bool) -> None:
         self.found, self.even = found, even
@@ -122,11 +123,11 @@ class _Inputs:
         self._busy = False
 
     def begin(self, mask: Tensor | TakeRows | None) -> None:
-        """Start a new batch, with the positions of it that count, (rows, length), or what takes its rows."""
+        """Start a batch, with a mask of the positions to use, (rows, length), or a function that selects rows."""
         self.mask, self._last = mask, None
 
     def hook(self, path: str, module: nn.Module) -> Callable[..., None]:
-        def take(_: nn.Module, args: Any, kwargs: Any, __: Any) -> None:
+        def take(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], __: Tensor) -> None:
             if not self._busy:
                 self._take(path, module, _first(args, kwargs))
 
@@ -139,7 +140,7 @@ class _Inputs:
             return
         self._busy = True
         try:
-            rows = patches(module, x) if isinstance(module, _CONVOLUTIONS) else self._rows(path, x)
+            rows = patches(module, x) if isinstance(module, Convolution) else self._rows(path, x)
         finally:
             self._busy = False
         if self.even:
@@ -153,7 +154,7 @@ class _Inputs:
             statistics.add(rows)
 
     def _rows(self, path: str, x: Tensor) -> Tensor:
-        """(…, in) -> (rows that count, in)."""
+        """Return the rows of an input (…, in) to use, (n, in)."""
         if callable(self.mask):
             return self.mask(path, x)
         if self.mask is None:
@@ -162,20 +163,23 @@ class _Inputs:
         if mask.shape != x.shape[:-1] and mask.numel() != x.shape[:-1].numel():
             raise DataError(
                 f"The mask of shape {tuple(mask.shape)} does not fit what {path} received, {tuple(x.shape)}; "
-                "leave `keep` out, or leave this site out."
+                "omit `keep`, or this site.",
+                what=tuple(mask.shape),
+                where=path,
+                field="keep",
             )
         return x.reshape(-1, x.shape[-1])[mask.reshape(-1)]
 
 
 class _Gradients:
-    """Taps the outputs of modules, so that what comes back to them makes their weights' gradients."""
+    """Hooks the outputs of modules, to compute their weights' gradients in the backward."""
 
     def __init__(self, found: dict[str, GradientStatistics], anchor: Tensor) -> None:
         self.found, self.anchor = found, anchor
         self._busy = False
 
     def hook(self, path: str, module: nn.Module) -> Callable[..., Tensor | None]:
-        def tap(_: nn.Module, args: Any, kwargs: Any, y: Tensor) -> Tensor | None:
+        def tap(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor) -> Tensor | None:
             if self._busy or not torch.is_grad_enabled():
                 return None
             x = _first(args, kwargs)
@@ -193,13 +197,13 @@ class _Gradients:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity on a module's output, whose backward hands on what it gets; the anchor makes it part of a graph."""
+    """The identity on a module's output; its backward passes the gradient on. The anchor makes it part of a graph."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, take: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.take = take
-        return y.clone()  # a view could not be changed in place by what follows
+        return y.clone()  # a view could not be changed in place afterwards
 
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor, None, None, None]:
@@ -207,11 +211,8 @@ class _Tap(torch.autograd.Function):
         return G, None, None, None
 
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
 def evened(rows: Tensor) -> Tensor:
-    """Rows (n, in) over their largest number (where none is positive, over the largest magnitude), in fp32 or wider."""
+    """Return rows (n, in) divided by their largest element (or magnitude, if none is positive), in fp32 or wider."""
     rows = at_least_fp32(rows)
     if not rows.numel():
         return rows
@@ -220,12 +221,12 @@ def evened(rows: Tensor) -> Tensor:
 
 
 def weight_gradient(module: nn.Module, x: Tensor, G: Tensor) -> Tensor:
-    """The gradient by a module's canonical weight from one call of it.
+    """Return the gradient by a module's canonical weight from one call of it.
 
     Args:
         module: A dense layer, an embedding or a convolution.
-        x: What it received: (…, in), indices (…), or (N, C, …).
-        G: What came back to its output, (…, out) or (N, out, …).
+        x: Its input: (…, in), indices (…), or (N, C, …).
+        G: The gradient of its output, (…, out) or (N, out, …).
 
     Returns:
         (out, in), for a convolution (out, in / groups, k…), fp32 or wider.
@@ -234,65 +235,60 @@ def weight_gradient(module: nn.Module, x: Tensor, G: Tensor) -> Tensor:
     if isinstance(module, nn.Embedding):
         rows = torch.zeros(module.num_embeddings, G.shape[-1], dtype=G.dtype, device=G.device)
         return rows.index_add_(0, x.reshape(-1), G.reshape(-1, G.shape[-1])).T
-    if isinstance(module, _CONVOLUTIONS):
+    if isinstance(module, Convolution):
         weight = at_least_fp32(module.weight.detach()).requires_grad_()
+        bias = {} if module.bias is None else {"bias": at_least_fp32(module.bias.detach())}
         with torch.enable_grad():
-            y = torch.func.functional_call(module, {**_fp32_bias(module), "weight": weight}, (at_least_fp32(x),))
+            y = torch.func.functional_call(module, {**bias, "weight": weight}, (at_least_fp32(x),))
         return torch.autograd.grad(y, weight, G)[0]
     return G.reshape(-1, G.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(G.dtype)
 
 
-def patches(module: nn.Module, x: Tensor) -> Tensor:
-    """What each place of a convolution's output sees: the rows that its weight, as a matrix, is applied to.
+def patches(module: Convolution, x: Tensor) -> Tensor:
+    """Return the input of each position of a convolution's output: the rows that its weight, as a matrix, multiplies.
 
     Args:
         module: A convolution without groups.
         x: (N, C, …).
 
     Returns:
-        (N · places, C · k…), in the order of the weight's own numbers, fp32 or wider.
+        (N · positions, C · k…), in the order of the weight's elements, fp32 or wider.
     """
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    weight = module.weight
     size = weight[0].numel()
     x = at_least_fp32(x)
     identity = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, *weight.shape[1:])
     own = {"weight": identity}
     if module.bias is not None:
         own["bias"] = torch.zeros(size, dtype=x.dtype, device=x.device)
-    seen: Tensor = torch.func.functional_call(module, own, (x,))  # keeps stride, dilation and padding as they are
+    seen: Tensor = torch.func.functional_call(module, own, (x,))  # keeps stride, dilation and padding
     return seen.flatten(2).transpose(1, 2).reshape(-1, size)
 
 
-def _fp32_bias(module: nn.Module) -> dict[str, Tensor]:
-    bias = module.bias
-    return {"bias": at_least_fp32(bias.detach())} if isinstance(bias, Tensor) else {}
-
-
 def _modules_at(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
-    """Return path -> the base's own module there, below any adapters."""
+    """Return path -> the base's module there, without adapters."""
     index = AdapterIndex.of(model)
     found = {}
     for path in paths:
         module = index.everything.get(path)
         if module is None:
             close = nearest(path, list(index.everything), 1)
-            raise TargetError(f"There is no module {path!r} in the model{f'; nearest: {close[0]}' if close else ''}.")
+            hint = f"; nearest: {close[0]}" if close else ""
+            raise TargetError(f"module {path!r} not found in the model{hint}.", what=path, allowed=close)
         found[path] = module.owner if isinstance(module, LoraLayer) else module
     return found
 
 
-def _refuse_inputs(path: str, module: nn.Module) -> None:
+def _check_inputs(path: str, module: nn.Module) -> None:
     if isinstance(module, nn.Embedding):
-        raise TargetError(f"{path} is an embedding: what it receives are indices, which have no moments. Leave it out.")
-    if isinstance(module, _CONVOLUTIONS) and module.groups > 1:
-        raise TargetError(
-            f"{path} is a convolution with {module.groups} groups, each of which sees other inputs. Leave it out."
-        )
+        raise TargetError(f"{path} is an embedding: its inputs are indices, without moments. Omit it.", where=path)
+    if isinstance(module, Convolution) and module.groups > 1:
+        text = f"{path} is a convolution with {module.groups} groups, each with other inputs. Omit it."
+        raise TargetError(text, where=path)
 
 
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    value: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return value
+def _first(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _some(batches: Iterable[Any]) -> Iterator[Any]:
@@ -301,16 +297,16 @@ def _some(batches: Iterable[Any]) -> Iterator[Any]:
         empty = False
         yield batch
     if empty:
-        raise DataError("There is no batch to collect from.")
+        raise DataError("No batch to collect from; `batches` is empty.", field="batches")
 
 
 @contextlib.contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """A block in which a model trains or evaluates; each module has its own mode again afterwards.
+    """Set the mode of a model within a context; each module has its previous mode afterwards.
 
     Args:
         model: Any model.
-        training: Its mode in the block.
+        training: Its mode in the context.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
@@ -322,12 +318,8 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hooked(modules: dict[str, nn.Module], hooks: dict[str, Callable[..., Any]]) -> Iterator[None]:
-    handles = []
-    try:
+def _hooked(modules: dict[str, nn.Module], hook: Callable[[str, nn.Module], Callable[..., Any]]) -> Iterator[None]:
+    with contextlib.ExitStack() as handles:
         for path, module in modules.items():
-            handles.append(module.register_forward_hook(hooks[path], with_kwargs=True))
+            handles.enter_context(module.register_forward_hook(hook(path, module), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,8 +1,8 @@
-"""Statistics of a base: moments of a site's inputs, whole or as a sketch, its mean gradient, and the file of them.
+"""Statistics of a base: moments of a site's inputs, complete or as a sketch, its mean gradient, and their file.
 
-Moments only add up rows and gradients; where these come from is in `collecting`. What is kept of each site is a few
-small tensors, to hand to `attach`. A file is safetensors with the config and the base's fingerprint in its header; a
-pickle is never read.
+Moments only accumulate rows and gradients; `collecting` supplies them. The result for each site is a few small
+tensors, which `attach` takes. A file is safetensors with the config and the base's fingerprint in its header; a pickle
+is never read.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class InputStatistics:
     """Moments of the rows x (in,) that a site received.
 
     Attributes:
-        components: None where the whole second moment is kept, else how many directions are.
-        rows: How many rows were counted.
-        calls: How often rows came.
+        components: None keeps the whole second moment; a number keeps that many directions.
+        rows: Number of rows.
+        calls: Number of calls of `add`.
         total: Σ x, (in,); None before the first row.
-        gram: Σ x·xᵀ, (in, in); None before the first row, and always where `components` is given.
+        gram: Σ x·xᵀ, (in, in); None before the first row, and always with `components`.
     """
 
     def __init__(self, components: int | None = None) -> None:
@@ -42,11 +42,11 @@ class InputStatistics:
         self.rows = self.calls = 0
         self.total: Tensor | None = None
         self.gram: Tensor | None = None
-        self._sketch: Tensor | None = None  # (≤ components, in): singular values times directions, centred
-        self._squares = 0.0  # Σ of squares of all numbers
+        self._sketch: Tensor | None = None  # (≤ components, in): singular values times directions, centered
+        self._squares = 0.0  # Σ of the squares of all elements
 
     def add(self, rows: Tensor) -> None:
-        """Count rows.
+        """Add rows.
 
         Args:
             rows: (n, in), of any floating dtype.
@@ -55,20 +55,20 @@ class InputStatistics:
             return
         rows = at_least_fp32(rows.detach())
         if self.components is None:
-            self._add(1, len(rows), rows.sum(0), float(rows.square().sum(dtype=torch.float64)))
             product = rows.T @ rows
             self.gram = product if self.gram is None else self.gram.add_(product)
-            return
-        stacked = [rows - rows.mean(0)]
-        if self._sketch is not None and self.total is not None:  # Ross et al. 2008, section 2.1.2
-            shift = (self.rows * len(rows) / (self.rows + len(rows))) ** 0.5 * (self.total / self.rows - rows.mean(0))
-            stacked = [self._sketch, *stacked, shift[None]]
-        _, values, vectors = torch.linalg.svd(torch.cat(stacked), full_matrices=False)
-        self._sketch = values[: self.components, None] * vectors[: self.components]
+        else:
+            mean = rows.mean(0)
+            stacked = [rows - mean]
+            if self._sketch is not None and self.total is not None:  # Ross et al. 2008, section 2.1.2
+                shift = (self.rows * len(rows) / (self.rows + len(rows))) ** 0.5 * (self.total / self.rows - mean)
+                stacked = [self._sketch, *stacked, shift[None]]
+            _, values, vectors = torch.linalg.svd(torch.cat(stacked), full_matrices=False)
+            self._sketch = values[: self.components, None] * vectors[: self.components]
         self._add(1, len(rows), rows.sum(0), float(rows.square().sum(dtype=torch.float64)))
 
     def merge(self, other: InputStatistics) -> None:
-        """Count what another has counted; both keep whole second moments.
+        """Add the rows of other statistics; both keep whole second moments.
 
         Args:
             other: Statistics of rows of the same width; not changed.
@@ -85,45 +85,46 @@ class InputStatistics:
         self.total = total.clone() if self.total is None else self.total.add_(total)
 
     def second_moment(self) -> Tensor:
-        """Σ x·xᵀ / rows, (in, in), not centred: what CorDA calls the covariance.
+        """Return Σ x·xᵀ / rows, (in, in), not centered; CorDA calls it the covariance.
 
         Raises:
-            DataError: No row was counted, or only a sketch was kept.
+            DataError: There are no rows, or only a sketch was kept.
         """
         if self.gram is None:
-            raise DataError("The second moment was not kept: no row was counted, or `components` was given.")
+            raise DataError("The second moment was not kept: there are no rows, or `components` was given.")
         return self.gram / self.rows
 
     def principal(self, k: int) -> Principal:
-        """The strongest directions around the mean, as PCA has them.
+        """Return the principal directions around the mean, as in PCA.
 
         Args:
-            k: At most so many; fewer where there are fewer.
+            k: Maximum number of directions.
 
         Returns:
-            Directions, singular values and shares of the variance, in fp32.
+            Directions, singular values and fractions of the variance, in fp32.
 
         Raises:
-            DataError: No row was counted.
+            DataError: There are no rows.
 
         Source:
-            Whole: eigenvectors of the centred second moment. Sketch: Ross et al. 2008, doi:10.1007/s11263-007-0075-7.
+            Whole: eigenvectors of the centered second moment. Sketch: Ross et al. 2008, doi:10.1007/s11263-007-0075-7.
         """
-        if self.total is None:
+        held = self._sketch if self.gram is None else self.gram
+        if self.total is None or held is None:
             raise DataError("No batch reached this site, so its inputs have no directions.")
         device = self.total.device
         work = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+        held = held.to(work, torch.float64)
         mean = self.total.to(work, torch.float64) / self.rows
         variance = max(self._squares - self.rows * float(mean @ mean), 0.0)
         if self.gram is not None:
-            centred = self.gram.to(work, torch.float64) - self.rows * torch.outer(mean, mean)
-            squared, columns = torch.linalg.eigh(centred)
+            centered = held - self.rows * torch.outer(mean, mean)
+            squared, columns = torch.linalg.eigh(centered)
             squared, vectors = squared.flip(0)[:k].clamp_min(0), columns.flip(1).T[:k]
             values = squared.sqrt()
         else:
-            sketch = self._sketch.to(work, torch.float64)  # type: ignore[union-attr]  # a row was counted
-            values = sketch.norm(dim=1)[:k]
-            vectors = sketch[:k] / values.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+            values = held.norm(dim=1)[:k]
+            vectors = held[:k] / values.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
         largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
         vectors = vectors * torch.where(largest < 0, -1.0, 1.0)
         ratios = values.square() / variance if variance > 0 else torch.zeros_like(values)
@@ -131,11 +132,11 @@ class InputStatistics:
 
 
 class GradientStatistics:
-    """The gradient of the loss by a site's weight, added up.
+    """The sum of the gradients of the loss by a site's weight.
 
     Attributes:
-        batches: Batches that were run.
-        calls: How often a gradient came; a module that is called twice in a forward gets two.
+        batches: Number of batches.
+        calls: Number of gradients; a module that is called twice in a forward has two.
         total: Sum of the gradients, canonical (out, in) or (out, in / groups, k…); None before the first.
     """
 
@@ -145,7 +146,7 @@ class GradientStatistics:
         self.total: Tensor | None = None
 
     def add(self, gradient: Tensor) -> None:
-        """Count a gradient.
+        """Add a gradient.
 
         Args:
             gradient: Canonical, (out, in) or (out, in / groups, k…), fp32 or wider; it is kept, not copied.
@@ -154,7 +155,7 @@ class GradientStatistics:
         self.total = gradient if self.total is None else self.total.add_(gradient)
 
     def mean(self) -> Tensor:
-        """The gradient of the mean of the batches' losses, canonical (out, in) or (out, in / groups, k…).
+        """Return the gradient of the mean of the batches' losses, canonical (out, in) or (out, in / groups, k…).
 
         Raises:
             DataError: No loss depended on this site.
@@ -165,18 +166,18 @@ class GradientStatistics:
 
 
 KEY, FORMAT = "lorakit_statistics", "1"
-"""What stands in the file's header, and says the format."""
+"""Key of the format in a file's header, and its value."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What was made of the data.
+    """Tensors computed from data for an init.
 
     Attributes:
-        config: The config to attach: the one that was given, for "eva" with the ranks that the data propose.
-        sites: Path -> name -> tensor (…), as the init's row wants them.
-        others_usual: Sites that are not among them begin as with True; otherwise they are refused.
-        base: Fingerprint of the base that the data passed through, or None where that is not known.
+        config: The config to attach: the given one, for "eva" with ranks from the data.
+        sites: Path -> name -> tensor (…), as the init needs them.
+        others_usual: Sites without tensors are initialized as with True; otherwise they raise an error.
+        base: Fingerprint of the base, or None if it is not known.
     """
 
     config: LoraConfig
@@ -185,40 +186,44 @@ class Statistics:
     base: Fingerprint | None = None
 
     def check(self, config: LoraConfig, model: nn.Module | AdapterIndex) -> None:
-        """Refuse a config of another init, and another base.
+        """Check that these statistics fit a config and a model.
 
         Args:
             config: The config that is attached.
             model: The model that it is attached to, or its index; only read.
 
         Raises:
-            ConfigError: The message names both.
-            BaseMismatchError: The message says what differs.
+            ConfigError: The statistics are for another init.
+            BaseMismatchError: They were collected on another base.
         """
-        for field, asked, held in _said(config, self.config):
-            if asked != held:
+        asked = _init_settings(config)
+        for field, held in _init_settings(self.config).items():
+            if asked.get(field) != held:
                 raise ConfigError(
-                    f"The statistics are for {field}={held!r}, and the config says {asked!r}. Attach the config that "
-                    "the statistics hold, or collect them anew."
+                    f"The statistics are for {field}={held!r}, and the config says {asked.get(field)!r}. Attach the "
+                    "config of the statistics, or collect them again.",
+                    what=asked.get(field),
+                    field=field,
+                    allowed=(str(held),),
                 )
         if self.base is not None:
             verdict, reason, _ = compare(self.base, fingerprint(model, like=self.base), "their")
             if verdict == DIFFERENT:
                 raise BaseMismatchError(
-                    f"The statistics were collected on another base: {reason}. Collect them anew on this one.",
+                    f"The statistics were collected on another base: {reason}. Collect them again on this one.",
                     what=reason,
                 )
 
     @property
     def size_bytes(self) -> int:
-        """Memory that the tensors take."""
+        """Memory of the tensors."""
         return sum(t.numel() * t.element_size() for tensors in self.sites.values() for t in tensors.values())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything into one safetensors file.
+        """Write the statistics into a safetensors file.
 
         Raises:
-            DiskError: The disk refuses; a file that stood there is whole.
+            DiskError: The file cannot be written; an existing file is unchanged.
         """
         tensors = {f"{site}/{name}": tensor for site, named in self.sites.items() for name, tensor in named.items()}
         facts = {
@@ -231,7 +236,7 @@ class Statistics:
 
 
 def load_statistics(path: str | os.PathLike[str]) -> Statistics:
-    """Read what `Statistics.save` wrote.
+    """Read a file written by `Statistics.save`.
 
     Args:
         path: The file.
@@ -240,49 +245,48 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
         AdapterFileError: It is missing, damaged, of a newer format, or something else, such as a pickle.
     """
     file = read_tensors(path)
-    found = file.metadata.get(KEY)
-    if found is not None and found != FORMAT:
+    written = file.metadata.get(KEY)
+    if written is not None and written != FORMAT:
         raise AdapterFileError(
-            f"{path}: its format is {found[:20]!r}, and {FORMAT!r} is read here. Update lorakit, or collect anew.",
+            f"{path}: its format is {written[:20]!r}, and {FORMAT!r} is read here. Update lorakit, or collect again.",
+            what=written[:20],
             where=path,
+            allowed=(FORMAT,),
         )
-    if found is None:
-        raise AdapterFileError(
-            f"{path}: this is no file of statistics that `Statistics.save` wrote. Collect them anew.", where=path
-        )
+    if written is None:
+        raise _unusable(path, "it was not written by `Statistics.save`")
     try:
         facts = parse_json(file.metadata["facts"])
         known = {field.name for field in dataclasses.fields(LoraConfig)}
         config = LoraConfig(**{name: value for name, value in facts["config"].items() if name in known})
         others_usual, given, sha256 = bool(facts["others_usual"]), facts["base"], facts["sha256"]
     except (KeyError, ValueError, TypeError, AttributeError) as cause:
-        raise AdapterFileError(
-            f"{path}: what its header says cannot be read ({cause}). Collect them anew.", where=path
-        ) from None
+        raise _unusable(path, f"its header cannot be read ({cause})") from None
     base = None if given is None else Fingerprint.from_dict(given)
     if given is not None and base is None:
-        raise AdapterFileError(f"{path}: the base in its header is not a fingerprint. Collect them anew.", where=path)
+        raise _unusable(path, "the base in its header is not a fingerprint")
     if _sha256(file.tensors) != sha256:
-        raise AdapterFileError(
-            f"{path}: damaged: its tensors are not those that were written. Collect them anew.", where=path
-        )
+        raise _unusable(path, "damaged: its tensors are not those that were written")
     sites: dict[str, dict[str, Tensor]] = {}
     for key, tensor in file.tensors.items():
         site, _, name = key.rpartition("/")
         if not bool(torch.isfinite(tensor).all()):
-            raise AdapterFileError(f"{path}: {key} holds NaN or infinite numbers. Collect them anew.", where=path)
+            raise _unusable(path, f"{key} holds NaN or infinite values")
         sites.setdefault(site, {})[name] = tensor
     return Statistics(config, sites, others_usual, base)
+
+
+def _unusable(path: str | os.PathLike[str], problem: str) -> AdapterFileError:
+    return AdapterFileError(f"{path}: {problem}. Collect the statistics again.", what=problem, where=path)
 
 
 def _sha256(tensors: dict[str, Tensor]) -> str:
     return sha256_bytes(encode(tensors, {}))
 
 
-def _said(one: LoraConfig, other: LoraConfig) -> list[tuple[str, object, object]]:
-    """What two configs say of what decides which tensors are collected: field, what the one says, what the other."""
-    found: list[tuple[str, object, object]] = [("init_lora_weights", one.init_lora_weights, other.init_lora_weights)]
-    if other.init_lora_weights == "corda":
-        first, second = ((config.corda_config or CordaConfig()).corda_method for config in (one, other))
-        found.append(("corda_method", first, second))
-    return found
+def _init_settings(config: LoraConfig) -> dict[str, bool | str]:
+    """Return the settings of a config that determine which tensors are collected."""
+    settings: dict[str, bool | str] = {"init_lora_weights": config.init_lora_weights}
+    if config.init_lora_weights == "corda":
+        settings["corda_method"] = (config.corda_config or CordaConfig()).corda_method
+    return settings
