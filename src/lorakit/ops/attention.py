@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.ops import attention_flash, attention_products, choices
-from lorakit.ops.adapted import autocast, without_autocast
-from lorakit.ops.attention_pattern import Pattern, mask
+from lorakit.ops.attention_pattern import Pattern
+from lorakit.ops.autograd import Context, autocast, needs_gradient, without_autocast
 
 # Longest sequence in tokens from which PyTorch's flash kernel is used. On a CPU without matrix units matmuls are faster
 # up to 4096 tokens and more; with matrix units the kernel's cache blocking wins earlier.
 FLASH_FROM = 2048
-
-
-def reference(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, kept: Tensor | None = None) -> Tensor:
-    """Compute attention in plain PyTorch: q (B, H, T, D), k and v (B, KV, T, D) -> (B, H, T, D).
-
-    kept (B, H, T, T) is 1 for each weight that dropout keeps, else 0; None without dropout.
-    """
-    pattern.check(q, k, v)
-    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-    scores = q @ k.transpose(2, 3) * pattern.scale_for(q.shape[3])
-    if pattern.softcap is not None:
-        scores = torch.tanh(scores / pattern.softcap) * pattern.softcap
-    if pattern.bias is not None:
-        scores = scores + pattern.bias.to(scores.dtype)
-    seen = mask(pattern, pattern.lengths(q.shape[2]), q.device)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=wide).to(q.dtype)
-    return (weights if kept is None else weights * kept.to(q.dtype) / (1 - pattern.dropout)) @ v
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -> Tensor:
@@ -50,7 +30,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -
     """
     pattern = Pattern() if pattern is None else pattern
     q, k, v = (autocast(t) for t in (q, k, v))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+    if needs_gradient(q, k, v):
         return _Attention.apply(q, k, v, pattern)
     return forward(q, k, v, pattern)[0]
 
@@ -159,16 +139,16 @@ def _stored_by_token(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    def forward(ctx: Context[Pattern], q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
         out, lse, record = forward(q, k, v, pattern)
-        ctx.pattern = pattern
+        ctx.state = pattern
         ctx.save_for_backward(q, k, v, None if lse is None else out, lse, record)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Context[Pattern], dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *saved = ctx.saved_tensors
-        grads = backward(dout, (q, k, v), tuple(saved), ctx.pattern)
+        grads = backward(dout, (q, k, v), tuple(saved), ctx.state)
         asked = zip(grads, ctx.needs_input_grad, strict=False)
         return (*(grad if needed else None for grad, needed in asked), None)

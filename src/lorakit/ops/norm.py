@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from lorakit.ops.adapted import rows as rows_of
-from lorakit.ops.adapted import scratch_like, slabs, unflat, upcast_dtype, upcast_scratch, without_autocast
+from lorakit.ops.adapted import scratch_like, slabs, upcast_dtype, upcast_scratch
+from lorakit.ops.autograd import Context, unflat, without_autocast
+from lorakit.ops.autograd import rows as rows_of
 from lorakit.ops.kernels import kernels_for
 
 
@@ -59,17 +59,6 @@ class Norm:
         return rms_backward(dn, x, stats[0], self.weight, self.offset, add)
 
 
-def reference(x: Tensor, norm: Norm) -> Tensor:
-    """Compute the norm of x (..., d) in plain PyTorch, rounding where transformers rounds."""
-    if norm.kind == "layer":
-        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
-    n = x.to(upcast_dtype(x.dtype))
-    n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + norm.eps)
-    if norm.offset:
-        return (n if norm.weight is None else n * (norm.offset + norm.weight.to(n.dtype))).to(x.dtype)
-    return n.to(x.dtype) if norm.weight is None else n.to(x.dtype) * norm.weight.to(x.dtype)
-
-
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
     """Compute the RMS norm of x (..., d) with a frozen weight (d,), [docs/math.md (76)]; saves x and one value per row.
 
@@ -106,7 +95,14 @@ def normalize(x: Tensor, norm: Norm) -> Tensor:
     else:
         with without_autocast(x):
             n = norm.forward(rows_of(x))[0]
-    return unflat(n, x)  # outside the autograd function, whose outputs must not be views if they are changed in place
+    # outside the autograd function, whose outputs must not be views if they are changed in place
+    return unflat(n, x)
+
+
+def norm_recompute(norm: Norm | None, x: Tensor | None, stats: Sequence[Tensor]) -> Tensor:
+    """Run `Norm.recompute` on x (N, d); without a norm, return x."""
+    assert x is not None  # the forward saves it if its backward needs the normalized x
+    return x if norm is None else norm.recompute(x, stats)
 
 
 def norm_backward(
@@ -214,10 +210,9 @@ def _rms_backward(dn: Tensor, x: Tensor, rstd: Tensor, gain: Tensor | None, dx: 
     for rows in slabs(x):
         r, part = rstd[rows], x[rows]
         g = dx[rows] if gradients is None else gradients[: len(r)]
-        if gain is None:
-            g.copy_(dn[rows])
-        else:
-            g.copy_(dn[rows]).mul_(gain)
+        g.copy_(dn[rows])
+        if gain is not None:
+            g.mul_(gain)
         if inputs is not None:
             part = inputs[: len(r)].copy_(part)
         dot = torch.mul(g, part, out=products[: len(r)]).sum(-1, keepdim=True)
@@ -242,15 +237,15 @@ def _dtype_of_parameters(x: Tensor) -> torch.dtype:
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
+    def forward(ctx: Context[Norm], x: Tensor, norm: Norm) -> Tensor:
         with without_autocast(x):
             n, stats = norm.forward(rows_of(x))
         ctx.save_for_backward(x, *stats)
-        ctx.norm = norm
+        ctx.state = norm
         return n
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dn: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context[Norm], dn: Tensor) -> tuple[Tensor, None]:
         x, *stats = ctx.saved_tensors
-        return ctx.norm.backward(rows_of(dn), rows_of(x), stats).view(x.shape), None
+        return ctx.state.backward(rows_of(dn), rows_of(x), stats).view(x.shape), None

@@ -10,12 +10,13 @@ its transpose and needs only the tables.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorakit.ops.autograd import Context
 from lorakit.ops.kernels import kernels_for
 
 Pairs = Literal["half", "interleaved"]
@@ -33,18 +34,6 @@ class Rotary:
     cos: Tensor
     sin: Tensor
     pairs: Pairs = "half"
-
-
-def reference(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate the first rot elements of each head of x (B, H, T, D) -> (B, H, T, D), in plain PyTorch."""
-    cos, sin = (_with_head_axis(table, 1).to(x.dtype) for table in (rotary.cos, rotary.sin))
-    rotating, passing = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = _halves(rotating, rotary.pairs)
-    if rotary.pairs == "half":
-        rotated = torch.cat((-second, first), dim=-1)
-    else:
-        rotated = torch.stack((-second, first), dim=-1).flatten(-2)
-    return torch.cat((rotating * cos + rotated * sin, passing), dim=-1)
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
@@ -141,17 +130,16 @@ class _Rotate(torch.autograd.Function):
     """`rotated` and `rotate_back_` as an autograd function; it saves the tables only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rotary: Rotary) -> Tensor:
-        ctx.rotary = rotary
+    def forward(ctx: Context[Rotary], x: Tensor, rotary: Rotary) -> Tensor:
+        ctx.state = rotary
         return rotated(x.transpose(1, 2), rotary).transpose(1, 2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        owned = grad.transpose(1, 2).clone(
-            memory_format=torch.contiguous_format
-        )  # a copy, because autograd may pass grad to others as well
-        return rotate_back_(owned, ctx.rotary).transpose(1, 2), None
+    def backward(ctx: Context[Rotary], grad: Tensor) -> tuple[Tensor, None]:
+        # a copy, because autograd may pass grad to others as well
+        owned = grad.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        return rotate_back_(owned, ctx.state).transpose(1, 2), None
 
 
 def _with_head_axis(table: Tensor, axis: int) -> Tensor:
