@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.ops import attention_flash, attention_products, choices
-from lorakit.ops.attention_pattern import Pattern
+from lorakit.ops.attention_pattern import Operands, Pattern
 from lorakit.ops.autograd import Context, autocast, needs_gradient, without_autocast
 
 # Longest sequence in tokens from which PyTorch's flash kernel is used. On a CPU without matrix units matmuls are faster
@@ -81,11 +81,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, 
 
 def backward(
     dout: Tensor,
-    operands: tuple[Tensor, Tensor, Tensor],
+    operands: Operands,
     saved: tuple[Tensor | None, Tensor | None, Tensor | None],
     pattern: Pattern,
-    into: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    into: Operands | None = None,
+) -> Operands:
     """Return the gradients of q, k and v, in `into` or in new tensors stored as (B, T, heads, width).
 
     Args:
@@ -109,13 +109,7 @@ def backward(
     return into
 
 
-def _by_products(
-    dout: Tensor,
-    operands: tuple[Tensor, Tensor, Tensor],
-    into: tuple[Tensor, Tensor, Tensor],
-    pattern: Pattern,
-    record: Tensor | None,
-) -> None:
+def _by_products(dout: Tensor, operands: Operands, into: Operands, pattern: Pattern, record: Tensor | None) -> None:
     """Run `backward` by matmuls, upcast if the forward was."""
     if chosen(*operands[::2], pattern) != "matmul_fp32":
         attention_products.backward(dout, operands, into, pattern, record)
@@ -126,7 +120,7 @@ def _by_products(
         grad.copy_(wide)
 
 
-def _upcast(tensors: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _upcast(tensors: Operands) -> Operands:
     q, k, v = (t.float() for t in tensors)
     return q, k, v
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lorakit.ops.attention_pattern import Pattern, pieces
+from lorakit.ops.attention_pattern import Operands, Pattern, pieces
 
 
 class _Part(NamedTuple):
@@ -52,13 +52,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, 
     return out, lse
 
 
-def backward(
-    dout: Tensor,
-    operands: tuple[Tensor, Tensor, Tensor],
-    saved: tuple[Tensor, Tensor],
-    into: tuple[Tensor, Tensor, Tensor],
-    pattern: Pattern,
-) -> None:
+def backward(dout: Tensor, operands: Operands, saved: tuple[Tensor, Tensor], into: Operands, pattern: Pattern) -> None:
     """Write the gradients of q (B, H, T, D), k and v (B, KV, T, D) `into` tensors of these shapes.
 
     dout is (B, H, T, D); `saved` is from `forward`.
@@ -101,7 +95,7 @@ def _bias(q: Tensor, k: Tensor, pattern: Pattern, part: _Part) -> Tensor | None:
     return _grouped(every[..., part.tokens], k, part)
 
 
-def _operands(q: Tensor, k: Tensor, v: Tensor, part: _Part) -> tuple[Tensor, Tensor, Tensor]:
+def _operands(q: Tensor, k: Tensor, v: Tensor, part: _Part) -> Operands:
     queries = _grouped(q, k, part)
     if not isinstance(part.batch, int):
         return queries, k[part.batch, :, part.tokens], v[part.batch, :, part.tokens]
@@ -144,11 +138,7 @@ def forward_on_cuda(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[
 
 
 def backward_on_cuda(
-    dout: Tensor,
-    operands: tuple[Tensor, Tensor, Tensor],
-    saved: tuple[Tensor, Tensor],
-    into: tuple[Tensor, Tensor, Tensor],
-    pattern: Pattern,
+    dout: Tensor, operands: Operands, saved: tuple[Tensor, Tensor], into: Operands, pattern: Pattern
 ) -> None:
     """Write the gradients of q (B, H, T, D), k and v (B, KV, T, D) `into` tensors of these shapes.
 

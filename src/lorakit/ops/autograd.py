@@ -28,14 +28,14 @@ class Context(Protocol[State]):
         """Save inputs and outputs, and intermediate tensors of any shape."""
 
     def mark_dirty(self, *tensors: Tensor) -> None:
-        """Declare inputs that the forward changed in place."""
+        """Declare inputs (any shape) that the forward changed in place."""
 
     def set_materialize_grads(self, value: bool) -> None:
         """Set whether the backward gets zeros, instead of None, for outputs without a gradient."""
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Return whether gradients are recorded and one of these tensors (any shapes) requires one."""
+    """Return whether gradients are recorded and one of these tensors (any shape) requires one."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
