@@ -74,10 +74,9 @@ def check_frozen(group: Sequence[Adapted]) -> None:
     for module in group:
         for name, tensor in (("weight", module.W), ("bias", module.bias)):
             if tensor is not None and tensor.requires_grad:
-                shape = tuple(tensor.shape)
                 raise ValueError(
-                    f"a {name} of shape {shape} requires a gradient, which the fused operations do not compute; "
-                    f"freeze it or call the module directly"
+                    f"a {name} of shape {tuple(tensor.shape)} requires a gradient, which the fused operations do not "
+                    "compute; freeze it or call the module directly"
                 )
 
 

@@ -42,8 +42,7 @@ def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
     Raises:
         ValueError: Flash was requested and does not support the pattern.
     """
-    on_cuda = q.device.type == "cuda"
-    possible = (attention_flash.takes_on_cuda if on_cuda else attention_flash.takes)(q, v, pattern)
+    possible = attention_flash.takes(q, v, pattern)
     if pattern.method == "flash" and not possible:
         raise ValueError(
             "method='flash' does not support this pattern: on a CPU it has no window, softcap, dropout or "
@@ -52,7 +51,7 @@ def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
         )
     if pattern.method != "auto":
         return pattern.method
-    if on_cuda:
+    if q.device.type == "cuda":
         return "flash" if possible else "matmul"
     longest = max(pattern.lengths(q.shape[2]), default=0)
     usual = "flash" if longest >= FLASH_FROM else "matmul"
@@ -71,8 +70,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, 
     method = chosen(q, v, pattern)
     with without_autocast(q):
         if method == "flash":
-            on_cuda = q.device.type == "cuda"
-            run = attention_flash.forward_on_cuda if on_cuda else attention_flash.forward
+            run = attention_flash.forward_on_cuda if q.device.type == "cuda" else attention_flash.forward
             return *run(q, k, v, pattern), None
         operands = _upcast((q, k, v)) if method == "matmul_fp32" else (q, k, v)
         out, record = attention_products.forward(*operands, pattern)
@@ -95,16 +93,14 @@ def backward(
         pattern: The pattern of the forward.
         into: Tensors to write to.
     """
-    if into is None:
-        dq, dk, dv = (_stored_by_token(t) for t in operands)
-        into = (dq, dk, dv)
+    q, k, v = operands
+    into = into or (_stored_by_token(q), _stored_by_token(k), _stored_by_token(v))
     out, lse, record = saved
     with without_autocast(dout):
         if lse is None or out is None:
             _by_products(dout, operands, into, pattern, record)
         else:
-            on_cuda = dout.device.type == "cuda"
-            run = attention_flash.backward_on_cuda if on_cuda else attention_flash.backward
+            run = attention_flash.backward_on_cuda if dout.device.type == "cuda" else attention_flash.backward
             run(dout, operands, (out, lse), into, pattern)
     return into
 

@@ -78,12 +78,7 @@ class SelfAttention:
         """
         q, shared, _ = self.widths
         widths = [_out(part) for part in self.inputs]
-        if (
-            len(widths) not in (1, 3)
-            or q <= 0
-            or q % max(shared, 1)
-            or (len(widths) == 3 and widths[1:] != [shared] * 2)
-        ):
+        if widths[1:] not in ([], [shared, shared]) or q <= 0 or q % max(shared, 1):
             raise ValueError(
                 f"projections of widths {widths} do not match head_dim={self.head_dim} and kv_heads={self.kv_heads}: "
                 "pass q, k and v, or one fused projection"

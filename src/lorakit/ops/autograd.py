@@ -1,4 +1,4 @@
-"""What the autograd functions of fused operations share: their context, the state of autocast, and inputs as rows."""
+"""Context of autograd functions, state of autocast, and inputs as rows, for all fused operations."""
 
 from __future__ import annotations
 

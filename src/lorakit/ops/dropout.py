@@ -128,8 +128,7 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     plain = torch.compiler.is_compiling() or p == 1
     if plain or (x.device.type != "cpu" and kernels_for(x, strided=True) is None):
         return F.dropout(x, p, training=True)
-    result: Tensor = _Dropout.apply(x, p)
-    return result
+    return _Dropout.apply(x, p)
 
 
 class _Dropout(torch.autograd.Function):

@@ -145,12 +145,11 @@ class Group:
             x, owned = None if x is None else x.to(self.inside), True
         live = {j: dy.to(self.inside) for j, dy in enumerate(dys) if dy is not None}
         dh = {j: torch.mm(live[j], self.B[j]) for j in self.low if j in live and (need_dx or self.trains[j][0])}
-        dropping = [j for j in self.dropping if j in dh]
         stacked_dh = self._stacked_grads(dh)
         spare: list[Tensor] = []  # buffers of the shape of x: new pages cost as much as a low-rank matmul
         grads_a = {} if x is None else self._grads_a(x, dh, stacked_dh, owned, spare)
         spare += [x] if owned and x is not None else []
-        dx = self._grad_x(live, dh, dropping, stacked_dh, spare) if need_dx else None
+        dx = self._grad_x(live, dh, stacked_dh, spare) if need_dx else None
         dx = None if dx is None else dx.to(self.dtype)
         return dx, [(grads_a.get(j), self._grad_b(j, live.get(j))) for j in range(len(dys))]
 
@@ -182,15 +181,11 @@ class Group:
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _grad_x(
-        self,
-        dys: dict[int, Tensor],
-        dh: dict[int, Tensor],
-        dropping: list[int],
-        stacked_dh: Tensor | None,
-        spare: list[Tensor],
+        self, dys: dict[int, Tensor], dh: dict[int, Tensor], stacked_dh: Tensor | None, spare: list[Tensor]
     ) -> Tensor | None:
         total: Tensor | None = None
         part: Tensor | None = None
+        dropping = [j for j in self.dropping if j in dh]
         fused = self._fused(dh[dropping[0]]) if dropping else None
         # first, because dropped elements are zeroed before anything else is added
         for j in dropping if fused is None else ():

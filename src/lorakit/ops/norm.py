@@ -54,7 +54,9 @@ class Norm:
     def backward(self, dn: Tensor, x: Tensor, stats: Sequence[Tensor], add: Tensor | None = None) -> Tensor:
         """Return the gradient of x (N, d) from that of the normalized x (N, d), plus `add` (N, d), in a new tensor."""
         if self.kind == "layer":
-            dx = layer_backward(dn, x, stats[0], stats[1], self.weight)
+            backward = torch.ops.aten.native_layer_norm_backward
+            given = dn.to(x.dtype), x, x.shape[-1:], *stats, _weight(self.weight, x), None
+            dx: Tensor = backward(*given, [True, False, False])[0]
             return dx if add is None else dx.add_(add)
         return rms_backward(dn, x, stats[0], self.weight, self.offset, add)
 
@@ -144,7 +146,7 @@ def rms_forward(x: Tensor, w: Tensor | None, eps: float, offset: float = 0.0) ->
     return n, rstd
 
 
-def rms_recompute(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float = 0.0) -> Tensor:
+def rms_recompute(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float) -> Tensor:
     """Recompute the RMS norm of x (N, d) from the rstd (N, 1) of `rms_forward`."""
     kernels = kernels_for(x, w)
     if kernels is None:
@@ -154,9 +156,7 @@ def rms_recompute(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float = 0.0
     return n
 
 
-def rms_backward(
-    dn: Tensor, x: Tensor, rstd: Tensor, w: Tensor | None, offset: float = 0.0, add: Tensor | None = None
-) -> Tensor:
+def rms_backward(dn: Tensor, x: Tensor, rstd: Tensor, w: Tensor | None, offset: float, add: Tensor | None) -> Tensor:
     """Return the gradient of x (N, d) from that of its norm (N, d), plus `add` (N, d), in a new tensor.
 
     rstd (N, 1) is from the forward, w (d,) is the weight.
@@ -165,7 +165,20 @@ def rms_backward(
     if kernels is not None:
         kernels.rms_backward(dn, x, w, offset, rstd, add, dx)
         return dx
-    _rms_backward(dn, x, rstd, _gain(w, offset, rstd.dtype), dx)
+    gain = _gain(w, offset, rstd.dtype)
+    inputs, gradients, products = upcast_scratch(x), upcast_scratch(x), scratch_like(x)
+    for rows in slabs(x):
+        r, part = rstd[rows], x[rows]
+        g = dx[rows] if gradients is None else gradients[: len(r)]
+        g.copy_(dn[rows])
+        if gain is not None:
+            g.mul_(gain)
+        if inputs is not None:
+            part = inputs[: len(r)].copy_(part)
+        dot = torch.mul(g, part, out=products[: len(r)]).sum(-1, keepdim=True)
+        g.mul_(r).addcmul_(part, dot.mul_(r).mul_(r).mul_(r), value=-1 / x.shape[1])
+        if gradients is not None:
+            dx[rows].copy_(g)
     return dx if add is None else dx.add_(add)
 
 
@@ -174,13 +187,6 @@ def layer_forward(x: Tensor, w: Tensor | None, bias: Tensor | None, eps: float) 
     bias = None if bias is None else bias.to(_dtype_of_parameters(x))
     n, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], _weight(w, x), bias, eps)
     return n, mean, rstd
-
-
-def layer_backward(dn: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, w: Tensor | None) -> Tensor:
-    """Return the gradient of x (N, d) from that of its norm (N, d), mean and rstd (N, 1) and the weight (d,)."""
-    backward = torch.ops.aten.native_layer_norm_backward
-    dx: Tensor = backward(dn.to(x.dtype), x, x.shape[-1:], mean, rstd, _weight(w, x), None, [True, False, False])[0]
-    return dx
 
 
 def _rms(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float, eps: float | None) -> Tensor:
@@ -203,22 +209,6 @@ def _rms(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float, eps: float | 
         if gain is not None:
             out.mul_(gain)
     return n
-
-
-def _rms_backward(dn: Tensor, x: Tensor, rstd: Tensor, gain: Tensor | None, dx: Tensor) -> None:
-    inputs, gradients, products = upcast_scratch(x), upcast_scratch(x), scratch_like(x)
-    for rows in slabs(x):
-        r, part = rstd[rows], x[rows]
-        g = dx[rows] if gradients is None else gradients[: len(r)]
-        g.copy_(dn[rows])
-        if gain is not None:
-            g.mul_(gain)
-        if inputs is not None:
-            part = inputs[: len(r)].copy_(part)
-        dot = torch.mul(g, part, out=products[: len(r)]).sum(-1, keepdim=True)
-        g.mul_(r).addcmul_(part, dot.mul_(r).mul_(r).mul_(r), value=-1 / x.shape[1])
-        if gradients is not None:
-            dx[rows].copy_(g)
 
 
 def _gain(w: Tensor | None, offset: float, dtype: torch.dtype) -> Tensor | None:

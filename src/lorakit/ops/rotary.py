@@ -52,7 +52,7 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 def rotated(x: Tensor, rotary: Rotary) -> Tensor:
     """Run `rotate` without autograd and without checks: x (B, T, H, D) -> a new contiguous (B, T, H, D)."""
-    cos, sin = (_with_head_axis(table, 2).to(x.dtype) for table in (rotary.cos, rotary.sin))
+    cos, sin = (_with_head_axis(table).to(x.dtype) for table in (rotary.cos, rotary.sin))
     rot = cos.shape[-1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if _by_kernel(x, cos, sin, rotary.pairs, False, out):
@@ -72,7 +72,7 @@ def rotate_back_(grad: Tensor, rotary: Rotary) -> Tensor:
 
     grad (B, T, H, D), any strides, owned by the caller; returned.
     """
-    cos, sin = (_with_head_axis(table, 2).to(grad.dtype) for table in (rotary.cos, rotary.sin))
+    cos, sin = (_with_head_axis(table).to(grad.dtype) for table in (rotary.cos, rotary.sin))
     if _by_kernel(grad, cos, sin, rotary.pairs, True, grad):
         return grad
     (g1, g2), (c1, c2), (s1, s2) = (_halves(t[..., : cos.shape[-1]], rotary.pairs) for t in (grad, cos, sin))
@@ -142,9 +142,9 @@ class _Rotate(torch.autograd.Function):
         return rotate_back_(owned, ctx.state).transpose(1, 2), None
 
 
-def _with_head_axis(table: Tensor, axis: int) -> Tensor:
-    """Add a head axis of size 1 to a table (T, rot) or (B, T, rot): axis 1 for (B, H, T, D), 2 for (B, T, H, D)."""
-    return (table if table.dim() == 3 else table.unsqueeze(0)).unsqueeze(axis)
+def _with_head_axis(table: Tensor) -> Tensor:
+    """Return a table (T, rot) or (B, T, rot) as (1 or B, T, 1, rot), for tensors (B, T, H, D)."""
+    return (table if table.dim() == 3 else table.unsqueeze(0)).unsqueeze(2)
 
 
 def _halves(x: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:

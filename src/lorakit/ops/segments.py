@@ -145,8 +145,7 @@ def segmented(
     if needs_gradient(x, A, B, into):
         if method == "compiled":
             raise ValueError('method="compiled" records no gradient; omit the method, or call it under torch.no_grad()')
-        result: Tensor = _Segmented.apply(into, x, A, B, scales, (rows, method, x.dtype))
-        return result
+        return _Segmented.apply(into, x, A, B, scales, (rows, method, x.dtype))
     with without_autocast(x):
         if method != "compiled":
             return Segments(A, B, scales, rows, method, x.dtype).forward(x, into)[0]
@@ -172,8 +171,7 @@ def _check(x: Tensor, A: Tensor, B: Tensor, scales: Tensor | None, rows: Routed,
     K, r, width = A.shape
     fits = len(x) == len(rows.index) and x.shape[-1] == width and B.shape[::2] == (K, r)
     fits = fits and (scales is None or scales.shape == (K,))
-    if into is not None:
-        fits = fits and into.shape == (*x.shape[:-1], B.shape[1])
+    fits = fits and (into is None or into.shape == (*x.shape[:-1], B.shape[1]))
     if not fits or rows.adapters != K:
         named = {"x": x, "A": A, "B": B, "scales": scales, "into": into}
         shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in named.items() if t is not None)
@@ -280,7 +278,7 @@ class Segments:
         if into is None:
             return wide.view(shape)
         into.add_(wide.view(shape))
-        return into
+        return into  # not the result of `add_`: torch.compile must see that the input itself is returned
 
 
 def _masked_shrink(wide: Tensor, stack: Tensor, call: _Call) -> Tensor:
