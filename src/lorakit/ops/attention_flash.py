@@ -99,8 +99,7 @@ def _bias(q: Tensor, k: Tensor, pattern: Pattern, part: _Part) -> Tensor | None:
     """Return the bias of a part's scores, a view (b, H, t, t) or (KV, G, t, t), or None."""
     if pattern.bias is None:
         return None
-    tokens = q.shape[2]
-    every = pattern.bias.to(q.dtype).expand(q.shape[0], q.shape[1], tokens, tokens)
+    every = pattern.bias.to(q.dtype).expand(*q.shape[:3], q.shape[2])
     return _grouped(every[..., part.tokens], k, part)
 
 

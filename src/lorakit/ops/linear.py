@@ -190,7 +190,7 @@ class Group:
         # first, because dropped elements are zeroed before anything else is added
         for j in dropping if fused is None else ():
             room = part if part is not None else _taken(spare)
-            made = self._zero_(j, torch.mm(dh[j], self.A[j], out=room))
+            made = zero_(torch.mm(dh[j], self.A[j], out=room), self._record(j), self.low[j].p)
             total, part = (made, None) if total is None else (total.add_(made), made)
         if stacked_dh is not None and self.stacked is not None:
             total = matmul(stacked_dh, self.stacked, _taken(spare) if total is None else total, total)
@@ -229,7 +229,7 @@ class Group:
         """
         for j in dropping:
             if owned and j == dropping[-1]:
-                yield j, self._zero_(j, x)
+                yield j, zero_(x, self._record(j), self.low[j].p)
                 return
             if not spare:
                 spare.append(torch.empty_like(x))
@@ -243,9 +243,6 @@ class Group:
         kernels = kernels_for(like, *wide) if wide and wide[0].shape[1] % 4 == 0 else None
         seeds = all(self._record(j).dtype == torch.uint64 for j in self.dropping)
         return kernels.dropping if kernels is not None and seeds else None
-
-    def _zero_(self, j: int, owned: Tensor) -> Tensor:
-        return zero_(owned, self._record(j), self.low[j].p)
 
     def _record(self, j: int) -> Tensor:
         record = self.records[j]

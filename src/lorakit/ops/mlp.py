@@ -111,8 +111,7 @@ def mlp(x: Tensor, form: Form) -> Tensor:
 
 def _under_autocast(x: Tensor, form: Form) -> Tensor:
     """Run under autocast: norm and residual in the dtype of x, everything between in autocast's dtype."""
-    n = x if form.norm is None else normalize(x, form.norm)
-    n = autocast(n)
+    n = autocast(x if form.norm is None else normalize(x, form.norm))
     with without_autocast(x):
         y = mlp(n, form._replace(norm=None, residual=False))
     return x + y if form.residual else y

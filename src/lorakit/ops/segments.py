@@ -72,8 +72,7 @@ class Routed:
     def __post_init__(self) -> None:
         if self.index.is_floating_point() or self.index.is_complex() or self.index.dtype == torch.bool:
             raise ValueError(f"the adapter index of rows must be an integer tensor; got {self.index.dtype}")
-        asked = self.index.tolist()
-        strange = sorted({k for k in asked if not -1 <= k < self.adapters})
+        strange = sorted({k for k in self.index.tolist() if not -1 <= k < self.adapters})
         if strange:
             raise ValueError(
                 f"adapter indices {strange} are out of range; valid are 0 to {self.adapters - 1}, or -1 for none"
