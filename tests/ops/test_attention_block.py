@@ -12,10 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 from lorakit.ops import attention_products
 from lorakit.ops.adapted import Adapted, LowRank, factors
-from lorakit.ops.attention_block import SelfAttention, attention_block, reference
+from lorakit.ops.attention_block import SelfAttention, attention_block
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.ops.norm import Norm
 from lorakit.ops.rotary import Rotary
+
+from .references import attention_block as reference
 
 WIDTH, HEAD, HEADS, KV, BATCH, TOKENS = 10, 4, 6, 2, 2, 9
 

@@ -14,8 +14,10 @@ from torch._subclasses import FakeTensorMode
 
 from lorakit.ops import attention as ops
 from lorakit.ops import attention_flash
-from lorakit.ops.attention import chosen, reference
+from lorakit.ops.attention import chosen
 from lorakit.ops.attention_pattern import Pattern
+
+from .references import attention as reference
 
 PATTERNS = {
     "causal": Pattern(),

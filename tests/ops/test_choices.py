@@ -231,19 +231,19 @@ def test_choices_act_in_their_block_and_thread_alone() -> None:
     seen: list[dict[str, int]] = []
     with activate({"a": 1}):
         with activate({"b": 2}):
-            assert choices.active_choices() == {"b": 2}
-        assert choices.active_choices() == {"a": 1}
-        other = threading.Thread(target=lambda: seen.append(choices.active_choices()))
+            assert dict(choices._ACTIVE.get()) == {"b": 2}
+        assert dict(choices._ACTIVE.get()) == {"a": 1}
+        other = threading.Thread(target=lambda: seen.append(dict(choices._ACTIVE.get())))
         other.start()
         other.join()
-    assert choices.active_choices() == {}
+    assert dict(choices._ACTIVE.get()) == {}
     assert seen == [{}]
 
 
 def test_a_backward_runs_under_the_choices_of_its_thread() -> None:
     seen: list[dict[str, int]] = []
     x = drawn(2).requires_grad_()
-    x.register_hook(lambda _: seen.append(choices.active_choices()))  # type: ignore[no-untyped-call]
+    x.register_hook(lambda _: seen.append(dict(choices._ACTIVE.get())))  # type: ignore[no-untyped-call]
     with activate({"a": 1}):
         x.sum().backward()  # type: ignore[no-untyped-call]
     assert seen == [{"a": 1}]

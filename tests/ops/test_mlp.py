@@ -16,8 +16,11 @@ from lorakit.ops import linear
 from lorakit.ops.activation import ACTIVATIONS, activation
 from lorakit.ops.adapted import Adapted, LowRank
 from lorakit.ops.dropout import draw, zero_
-from lorakit.ops.mlp import Form, gated, mlp, plain, reference
+from lorakit.ops.mlp import Form, gated, mlp, plain
 from lorakit.ops.norm import Norm
+
+from . import references
+from .references import mlp as reference
 
 D = torch.float64
 WIDTH, INNER = 7, 10
@@ -203,12 +206,10 @@ def test_dropout(name: str) -> None:
     for module in (*form.inner, form.down):
         mask = torch.ones(6, INNER if module is form.down else WIDTH, dtype=D)
         keeps.append(None if module.low is None else zero_(mask, draw(mask, 0.4), 0.4))
-    from lorakit.ops.norm import reference as normed
-
     assert form.norm is not None
-    hidden = linear.reference(normed(x, form.norm), form.inner, keeps[:-1])
-    a = form.act.reference(hidden[0]) * (hidden[1] if len(hidden) == 2 else 1)
-    same(found, gradients(x + linear.reference(a, [form.down], keeps[-1:])[0], inputs))
+    hidden = references.linear(references.norm(x, form.norm), form.inner, keeps[:-1])
+    a = references.ACTIVATIONS[form.act.name](hidden[0]) * (hidden[1] if len(hidden) == 2 else 1)
+    same(found, gradients(x + references.linear(a, [form.down], keeps[-1:])[0], inputs))
 
 
 def test_the_value_is_that_of_transformers_or_nearer_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,7 +402,7 @@ def test_dropout_before_down(name: str) -> None:
     a = reference(x, bare._replace(within=0.0)) * kept / 0.6
     inputs = trained(form, x)
     torch.manual_seed(3)
-    same(gradients(fused(x, form), inputs), gradients(x + linear.reference(a, [form.down])[0], inputs))
+    same(gradients(fused(x, form), inputs), gradients(x + references.linear(a, [form.down])[0], inputs))
     with pytest.raises(ValueError, match="inner activation dropout must be in"):
         mlp(x, form._replace(within=1.0))
 

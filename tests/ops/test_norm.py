@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.ops import adapted
-from lorakit.ops.norm import Norm, layer_norm, normalize, reference, rms_norm
+from lorakit.ops.norm import Norm, layer_norm, normalize, rms_norm
+
+from .references import norm as reference
 
 D = torch.float64
 WIDTH = 7

@@ -24,6 +24,8 @@ from lorakit.ops.kernels.building import SWITCH
 from lorakit.ops.norm import Norm
 from lorakit.ops.rotary import Rotary
 
+from . import references
+
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of the interpreter's exp
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 """Relative norm of the difference from double precision: of sums in fp32; of some roundings to bf16."""
@@ -126,7 +128,7 @@ def test_norm(place: Place, kind: str) -> None:
     x, w = place(2, N, D).requires_grad_(), place(D)
     own = Norm("layer", w, place(D), 1e-5) if kind == "layer" else Norm("rms", w, None, 1e-5, float(kind != "rms"))
     double = in_double(x)
-    compare(place, [norm.normalize(x, own)], [norm.reference(double, in_double(own))], [x], [double])
+    compare(place, [norm.normalize(x, own)], [references.norm(double, in_double(own))], [x], [double])
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -138,7 +140,7 @@ def test_mlp(place: Place, act: str, gated: bool) -> None:
     y = mlp.gated(x, own, *inner, down, act, True) if gated else mlp.plain(x, own, *inner, down, act, True)
     double, modules = in_double(x), in_double((*inner, down))
     form = mlp.Form(modules[:-1], modules[-1], activation(act), in_double(own), True)
-    compare(place, [y], [mlp.reference(double, form)], [x, *leaves_of(*inner, down)], [double, *leaves_of(*modules)])
+    compare(place, [y], [references.mlp(double, form)], [x, *leaves_of(*inner, down)], [double, *leaves_of(*modules)])
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -149,7 +151,7 @@ def test_linears(place: Place, p: float) -> None:
     torch.manual_seed(5)
     ys = linear.linears(x, group)
     double, same = in_double(x), in_double(group)
-    compare(place, ys, linear.reference(double, same, masks), [x, *leaves_of(*group)], [double, *leaves_of(*same)])
+    compare(place, ys, references.linear(double, same, masks), [x, *leaves_of(*group)], [double, *leaves_of(*same)])
 
 
 @pytest.mark.parametrize("pairs", ["half", "interleaved"])
@@ -157,7 +159,7 @@ def test_rotary(place: Place, pairs: Any) -> None:
     x = place(2, 4, N, 16).requires_grad_()
     turn = Rotary(place(N, 8), place(N, 8), pairs)
     double = in_double(x)
-    compare(place, [rotary.rotate(x, turn)], [rotary.reference(double, in_double(turn))], [x], [double])
+    compare(place, [rotary.rotate(x, turn)], [references.rotary(double, in_double(turn))], [x], [double])
 
 
 PATTERNS = {
@@ -177,7 +179,7 @@ def test_attention(place: Place, name: str, heads: int, kv: int) -> None:
     given = [place(2, N, n, 16).transpose(1, 2).requires_grad_() for n in (heads, kv, kv)]
     doubles = [in_double(t) for t in given]
     out = attention.attention(*given, PATTERNS[name])
-    compare(place, [out], [attention.reference(*doubles, PATTERNS[name])], given, doubles)
+    compare(place, [out], [references.attention(*doubles, PATTERNS[name])], given, doubles)
 
 
 @pytest.mark.gpu
@@ -198,7 +200,7 @@ def test_attention_block(place: Place, name: str, fused: bool) -> None:
     turn = Rotary(place(N, width), place(N, width))
     y = attention_block.attention_block(x, block, PATTERNS[name], turn, residual=True)
     double, same = in_double(x), in_double(block)
-    truth = attention_block.reference(double, same, PATTERNS[name], in_double(turn), True)
+    truth = references.attention_block(double, same, PATTERNS[name], in_double(turn), True)
     compare(place, [y], [truth], [x, *leaves_of(*block.projections)], [double, *leaves_of(*same.projections)])
 
 
@@ -209,7 +211,7 @@ def test_loss(place: Place, words: dict[str, float], labels_on: str) -> None:
     labels = torch.randint(0, 61, (N,))
     labels[::3] = -100
     double = in_double(h)
-    truth = cross_entropy.reference(double, in_double(head), labels.to(place.device))
+    truth = references.cross_entropy(double, in_double(head), labels.to(place.device))
     loss = cross_entropy.linear_cross_entropy(
         h, head, labels.to(place.device if labels_on == "device" else "cpu"), chunk=5
     )
@@ -240,7 +242,7 @@ def test_weights_that_drop(place: Place) -> None:
     doubles = [in_double(t) for t in given]
     torch.manual_seed(3)
     out = attention.attention(*given, Pattern(dropout=0.3))
-    truth = attention.reference(*doubles, Pattern(dropout=0.3), kept)
+    truth = references.attention(*doubles, Pattern(dropout=0.3), kept)
     compare(place, [out], [truth], given, doubles)
 
 
@@ -251,7 +253,7 @@ def test_segmented(place: Place, method: Any) -> None:
     scales, index = torch.tensor([0.5, 1.0, 2.0], device=place.device), torch.tensor([2, 0, 0, -1, 1, 2])
     y = segments.segmented(x, A, B, scales, index.to(place.device), method=method)
     doubles = [in_double(t) for t in (x, A, B)]
-    truth = segments.reference(*doubles, scales.double(), index)
+    truth = references.segments(*doubles, scales.double(), index)
     compare(place, [y], [truth], [x, A, B], doubles)
 
 

@@ -8,7 +8,9 @@ from torch import Tensor
 from transformers.models.cohere import modeling_cohere
 from transformers.models.llama import modeling_llama
 
-from lorakit.ops.rotary import Rotary, reference, rotate, rotate_back_, rotated
+from lorakit.ops.rotary import Rotary, rotate, rotate_back_, rotated
+
+from .references import rotary as reference
 
 PAIRS = ["half", "interleaved"]
 

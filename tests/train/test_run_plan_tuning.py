@@ -80,7 +80,7 @@ def test_what_was_chosen_acts_is_said_once_and_is_recorded(
     kernels = _kernels(tmp_path / "run", 1)
     assert kernels == sorted(kernels) and all(word.endswith(f": {SLICE}") for word in kernels)
     assert _kernels(tmp_path / "run", 2) == kernels
-    assert choices.active_choices() == {}
+    assert dict(choices._ACTIVE.get()) == {}
     again = _run(settings, output_dir=tmp_path / "again")
     assert not any(line.startswith("Autotuning: ") for line in again)
     assert _losses(tmp_path / "again") == _losses(tmp_path / "run")

@@ -1,1 +1,1 @@
-"""Fused tensor operations; each module defines its result in plain PyTorch as `reference`."""
+"""Fused tensor operations with their backward passes; `tests/ops/references.py` has each in plain PyTorch."""

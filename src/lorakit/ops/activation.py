@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lorakit.ops.adapted import scratch_like, slabs, upcast_scratch
 from lorakit.ops.kernels import kernels_for
@@ -30,13 +29,11 @@ class Activation:
 
     Attributes:
         name: Its name.
-        reference: f in plain PyTorch, for autograd; any shape.
         value: `value(x, out)` writes f(x) of rows x (N, f) to out and returns it.
         gradient: `gradient(dy, x, out)` writes dy·f'(x) to out, which may be dy, and returns it.
     """
 
     name: str
-    reference: Callable[[Tensor], Tensor]
     value: Callable[[Tensor, Tensor], Tensor]
     gradient: Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -67,31 +64,26 @@ def _quick_gelu(x: Tensor, out: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Activation] = {
     "silu": Activation(
         "silu",
-        F.silu,
         lambda x, out: aten.silu.out(x, out=out),
         lambda dy, x, out: aten.silu_backward.grad_input(dy, x, grad_input=out),
     ),
     "gelu": Activation(
         "gelu",
-        F.gelu,
         lambda x, out: aten.gelu.out(x, out=out),
         lambda dy, x, out: aten.gelu_backward.grad_input(dy, x, grad_input=out),
     ),
     "gelu_tanh": Activation(
         "gelu_tanh",
-        lambda x: F.gelu(x, approximate="tanh"),
         gelu_tanh,
         lambda dy, x, out: aten.gelu_backward.grad_input(dy, x, approximate="tanh", grad_input=out),
     ),
     "quick_gelu": Activation(
         "quick_gelu",
-        lambda x: x * torch.sigmoid(QUICK * x),
         _quick_gelu,
         lambda dy, x, out: aten.silu_backward.grad_input(dy, x * QUICK, grad_input=out),
     ),
     "relu": Activation(
         "relu",
-        F.relu,
         lambda x, out: torch.clamp_min(x, 0, out=out),
         lambda dy, x, out: aten.threshold_backward.grad_input(dy, x, 0, grad_input=out),
     ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -75,42 +74,12 @@ def check_frozen(group: Sequence[Adapted]) -> None:
     for module in group:
         for name, tensor in (("weight", module.W), ("bias", module.bias)):
             if tensor is not None and tensor.requires_grad:
-                shape = tuple(tensor.shape)
                 raise ValueError(
-                    f"a {name} of shape {shape} requires a gradient, which the fused operations do not compute; "
-                    f"freeze it or call the module directly"
+                    f"a {name} of shape {tuple(tensor.shape)} requires a gradient, which the fused operations do not "
+                    "compute; freeze it or call the module directly"
                 )
 
 
 def factors(group: Sequence[Adapted]) -> list[Tensor | None]:
     """Return A_0, B_0, A_1, B_1, …: the trained inputs of a function over the group; None without adapter."""
     return [t for module in group for t in ((module.low.A, module.low.B) if module.low else (None, None))]
-
-
-def rows(x: Tensor) -> Tensor:
-    """Return x (…, in) as contiguous rows (N, in); a view if possible."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
-
-
-def unflat(y: Tensor, like: Tensor) -> Tensor:
-    """Reshape rows y (N, out) to the leading dimensions of `like` (…, in)."""
-    return y.view(*like.shape[:-1], y.shape[-1])
-
-
-def autocast(x: Tensor) -> Tensor:
-    """Cast x (any shape) to autocast's dtype if autocast is enabled; float64 is left unchanged, as autocast does."""
-    device = x.device.type
-    on = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return x.to(torch.get_autocast_dtype(device)) if on else x
-
-
-def is_cast_by_autocast(x: Tensor) -> bool:
-    """Return whether autocast is enabled with a dtype other than that of x (any shape)."""
-    device = x.device.type
-    return torch.is_autocast_enabled(device) and x.dtype != torch.get_autocast_dtype(device)
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Return a context without autocast on the device of x (any shape), for operations that cast explicitly."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.ops import attention_flash, attention_products, choices
-from lorakit.ops.adapted import autocast, without_autocast
-from lorakit.ops.attention_pattern import Pattern, mask
+from lorakit.ops.attention_pattern import Operands, Pattern
+from lorakit.ops.autograd import Context, autocast, needs_gradient, without_autocast
 
 # Longest sequence in tokens from which PyTorch's flash kernel is used. On a CPU without matrix units matmuls are faster
 # up to 4096 tokens and more; with matrix units the kernel's cache blocking wins earlier.
 FLASH_FROM = 2048
-
-
-def reference(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, kept: Tensor | None = None) -> Tensor:
-    """Compute attention in plain PyTorch: q (B, H, T, D), k and v (B, KV, T, D) -> (B, H, T, D).
-
-    kept (B, H, T, T) is 1 for each weight that dropout keeps, else 0; None without dropout.
-    """
-    pattern.check(q, k, v)
-    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-    scores = q @ k.transpose(2, 3) * pattern.scale_for(q.shape[3])
-    if pattern.softcap is not None:
-        scores = torch.tanh(scores / pattern.softcap) * pattern.softcap
-    if pattern.bias is not None:
-        scores = scores + pattern.bias.to(scores.dtype)
-    seen = mask(pattern, pattern.lengths(q.shape[2]), q.device)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=wide).to(q.dtype)
-    return (weights if kept is None else weights * kept.to(q.dtype) / (1 - pattern.dropout)) @ v
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -> Tensor:
@@ -50,7 +30,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -
     """
     pattern = Pattern() if pattern is None else pattern
     q, k, v = (autocast(t) for t in (q, k, v))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+    if needs_gradient(q, k, v):
         return _Attention.apply(q, k, v, pattern)
     return forward(q, k, v, pattern)[0]
 
@@ -62,8 +42,7 @@ def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
     Raises:
         ValueError: Flash was requested and does not support the pattern.
     """
-    on_cuda = q.device.type == "cuda"
-    possible = (attention_flash.takes_on_cuda if on_cuda else attention_flash.takes)(q, v, pattern)
+    possible = attention_flash.takes(q, v, pattern)
     if pattern.method == "flash" and not possible:
         raise ValueError(
             "method='flash' does not support this pattern: on a CPU it has no window, softcap, dropout or "
@@ -72,7 +51,7 @@ def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
         )
     if pattern.method != "auto":
         return pattern.method
-    if on_cuda:
+    if q.device.type == "cuda":
         return "flash" if possible else "matmul"
     longest = max(pattern.lengths(q.shape[2]), default=0)
     usual = "flash" if longest >= FLASH_FROM else "matmul"
@@ -91,8 +70,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, 
     method = chosen(q, v, pattern)
     with without_autocast(q):
         if method == "flash":
-            on_cuda = q.device.type == "cuda"
-            run = attention_flash.forward_on_cuda if on_cuda else attention_flash.forward
+            run = attention_flash.forward_on_cuda if q.device.type == "cuda" else attention_flash.forward
             return *run(q, k, v, pattern), None
         operands = _upcast((q, k, v)) if method == "matmul_fp32" else (q, k, v)
         out, record = attention_products.forward(*operands, pattern)
@@ -101,11 +79,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, 
 
 def backward(
     dout: Tensor,
-    operands: tuple[Tensor, Tensor, Tensor],
+    operands: Operands,
     saved: tuple[Tensor | None, Tensor | None, Tensor | None],
     pattern: Pattern,
-    into: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    into: Operands | None = None,
+) -> Operands:
     """Return the gradients of q, k and v, in `into` or in new tensors stored as (B, T, heads, width).
 
     Args:
@@ -115,27 +93,19 @@ def backward(
         pattern: The pattern of the forward.
         into: Tensors to write to.
     """
-    if into is None:
-        dq, dk, dv = (_stored_by_token(t) for t in operands)
-        into = (dq, dk, dv)
+    q, k, v = operands
+    into = into or (_stored_by_token(q), _stored_by_token(k), _stored_by_token(v))
     out, lse, record = saved
     with without_autocast(dout):
         if lse is None or out is None:
             _by_products(dout, operands, into, pattern, record)
         else:
-            on_cuda = dout.device.type == "cuda"
-            run = attention_flash.backward_on_cuda if on_cuda else attention_flash.backward
+            run = attention_flash.backward_on_cuda if dout.device.type == "cuda" else attention_flash.backward
             run(dout, operands, (out, lse), into, pattern)
     return into
 
 
-def _by_products(
-    dout: Tensor,
-    operands: tuple[Tensor, Tensor, Tensor],
-    into: tuple[Tensor, Tensor, Tensor],
-    pattern: Pattern,
-    record: Tensor | None,
-) -> None:
+def _by_products(dout: Tensor, operands: Operands, into: Operands, pattern: Pattern, record: Tensor | None) -> None:
     """Run `backward` by matmuls, upcast if the forward was."""
     if chosen(*operands[::2], pattern) != "matmul_fp32":
         attention_products.backward(dout, operands, into, pattern, record)
@@ -146,7 +116,7 @@ def _by_products(
         grad.copy_(wide)
 
 
-def _upcast(tensors: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _upcast(tensors: Operands) -> Operands:
     q, k, v = (t.float() for t in tensors)
     return q, k, v
 
@@ -159,16 +129,16 @@ def _stored_by_token(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    def forward(ctx: Context[Pattern], q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
         out, lse, record = forward(q, k, v, pattern)
-        ctx.pattern = pattern
+        ctx.state = pattern
         ctx.save_for_backward(q, k, v, None if lse is None else out, lse, record)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Context[Pattern], dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *saved = ctx.saved_tensors
-        grads = backward(dout, (q, k, v), tuple(saved), ctx.pattern)
+        grads = backward(dout, (q, k, v), tuple(saved), ctx.state)
         asked = zip(grads, ctx.needs_input_grad, strict=False)
         return (*(grad if needed else None for grad, needed in asked), None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.ops import attention as attending
 from lorakit.ops import linear, norm, rotary
-from lorakit.ops.adapted import Adapted, check_frozen, factors, is_cast_by_autocast, rows, unflat, without_autocast
+from lorakit.ops.adapted import Adapted, check_frozen, factors
 from lorakit.ops.attention_pattern import Pattern
+from lorakit.ops.autograd import Context, is_cast_by_autocast, needs_gradient, rows, unflat, without_autocast
 from lorakit.ops.dropout import dropout_add, dropout_add_backward
 from lorakit.ops.linear import Group
 from lorakit.ops.norm import Norm
@@ -77,12 +78,7 @@ class SelfAttention:
         """
         q, shared, _ = self.widths
         widths = [_out(part) for part in self.inputs]
-        if (
-            len(widths) not in (1, 3)
-            or q <= 0
-            or q % max(shared, 1)
-            or (len(widths) == 3 and widths[1:] != [shared] * 2)
-        ):
+        if widths[1:] not in ([], [shared, shared]) or q <= 0 or q % max(shared, 1):
             raise ValueError(
                 f"projections of widths {widths} do not match head_dim={self.head_dim} and kv_heads={self.kv_heads}: "
                 "pass q, k and v, or one fused projection"
@@ -101,31 +97,6 @@ class SelfAttention:
             check_frozen(self.projections)
             for own in (self.norm, self.q_norm, self.k_norm):
                 norm.check_frozen_norm(own)
-
-
-def reference(
-    x: Tensor,
-    block: SelfAttention,
-    pattern: Pattern,
-    rope: Rotary | None,
-    residual: bool,
-    wanted: Tensor | None = None,
-) -> Tensor:
-    """Compute `attention_block` of x (B, T, d) in plain PyTorch, without dropout; returns (B, T, d) or (n, d)."""
-    n = x if block.norm is None else norm.reference(x, block.norm)
-    parts = [part.flatten(0, 1) for part in linear.reference(n, block.inputs)]
-    heads = []
-    for part, own in zip(block.heads(parts, *x.shape[:2]), (block.q_norm, block.k_norm, None), strict=True):
-        if own is not None:
-            rows_of_it = part.flatten(2).unflatten(-1, (-1, _norm_width(own, block)))
-            part = norm.reference(rows_of_it, own).view(part.shape)
-        heads.append(part.transpose(1, 2))
-    if rope is not None:
-        heads[:2] = (rotary.reference(part, rope) for part in heads[:2])
-    out = attending.reference(heads[0], heads[1], heads[2], pattern)
-    y = linear.reference(out.transpose(1, 2).flatten(2), [block.output])[0]
-    y = x + y if residual else y
-    return y if wanted is None else y.flatten(0, 1)[wanted]
 
 
 def attention_block(
@@ -155,18 +126,17 @@ def attention_block(
     if x.dim() != 3:
         raise ValueError(f"attention_block expects x (batch, tokens, width); got {tuple(x.shape)}")
     block.check()
-    if is_cast_by_autocast(x):
-        return _under_autocast(x, block, pattern, rope, residual, wanted)
     form = _Form(block, pattern, rope, residual, wanted)
+    if is_cast_by_autocast(x):
+        return _under_autocast(x, form)
     flat = factors(block.projections)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat)):
+    if needs_gradient(x, *flat):
         y = _AttentionBlock.apply(x, form, *flat)
     else:
         with without_autocast(x):
             y = _forward(x, form)[0]
-    return (
-        y if wanted is not None else unflat(y, x)
-    )  # outside the autograd function, whose outputs must not be views if they are changed in place
+    # outside the autograd function, whose outputs must not be views if they are changed in place
+    return unflat(y, x) if wanted is None else y
 
 
 class _Form(NamedTuple):
@@ -193,10 +163,9 @@ class _Intermediates(NamedTuple):
     groups: tuple[Group, Group]
 
 
-def _under_autocast(
-    x: Tensor, block: SelfAttention, pattern: Pattern, rope: Rotary | None, residual: bool, wanted: Tensor | None
-) -> Tensor:
+def _under_autocast(x: Tensor, form: _Form) -> Tensor:
     """Run under autocast: norm and residual in the dtype of x, everything between in autocast's dtype."""
+    block, pattern, rope, residual, wanted = form
     dtype = torch.get_autocast_dtype(x.device.type)
     n = x if block.norm is None else norm.normalize(x, block.norm)
     with without_autocast(x):
@@ -251,34 +220,39 @@ def _out(part: Adapted) -> int:
     return part.W.shape[1 if part.transposed else 0]
 
 
+_State = tuple[_Form, torch.Size, list[int], linear.Form, linear.Form]
+"""Form, shape of x, number of saved tensors in each part, and the groups of the input and output projections."""
+
+
 class _AttentionBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, form: _Form, *flat: Tensor | None) -> Tensor:
+    def forward(ctx: Context[_State], x: Tensor, form: _Form, *flat: Tensor | None) -> Tensor:
         with without_autocast(x):
             y, made = _forward(x, form)
         ins, outs = made.groups
+        (ins_form, inputs), (outs_form, output) = ins.pack(), outs.pack()
         # if neither x nor an input projection is trained, no gradient flows through the attention
-        ctx.deep = ctx.needs_input_grad[0] or any(A or B for A, B in ins.trains)
+        deep = ctx.needs_input_grad[0] or ins_form.is_trained
         wants_x = ins.needs_x or (form.block.norm is not None and ctx.needs_input_grad[0])
-        whole = ctx.deep and made.saved[0] is not None  # needed by the attention backward
+        whole = deep and made.saved[0] is not None  # needed by the attention backward
         out = made.out if whole else form.picked(made.out) if outs.needs_x else None
-        (ctx.ins, inputs), (ctx.outs, output) = ins.pack(), outs.pack()
         through = [[x if wants_x else None, *made.saved], made.heads, made.stats, *made.own, inputs]
-        parts = [[out, made.record], output, *(through if ctx.deep else ())]
-        ctx.form, ctx.shape, ctx.counts = form, x.shape, [len(part) for part in parts]
+        parts = [[out, made.record], output, *(through if deep else ())]
+        ctx.state = form, x.shape, [len(part) for part in parts], ins_form, outs_form
         ctx.save_for_backward(*(tensor for part in parts for tensor in part))
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        tensors, form, wanted = iter(ctx.saved_tensors), ctx.form, ctx.form.wanted
-        (out, record), output, *through = ([next(tensors) for _ in range(count)] for count in ctx.counts)
+    def backward(ctx: Context[_State], dy: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, (form, shape, counts, ins_form, outs_form) = iter(ctx.saved_tensors), ctx.state
+        (out, record), output, *through = ([next(tensors) for _ in range(count)] for count in counts)
+        deep, wanted = ctx.needs_input_grad[0] or ins_form.is_trained, form.wanted
         with without_autocast(dy):
             dy = rows(dy)
             dlast = dropout_add_backward(dy, record, form.block.dropout)
             read = None if out is None else form.picked(out)
-            given, last = Group.unpack(ctx.outs, output).backward(read, [dlast], need_dx=ctx.deep)
+            given, last = Group.unpack(outs_form, output).backward(read, [dlast], need_dx=deep)
             if given is None:
                 return (None, None, *(None for _ in form.block.inputs for _ in range(2)), *last[0])
             (x, *saved), heads, stats, q_stats, k_stats, inputs = through
@@ -286,16 +260,16 @@ class _AttentionBlock(torch.autograd.Function):
                 given = given.new_zeros(heads[0].shape[:2].numel(), given.shape[1]).index_copy_(0, wanted, given)
             dparts = _back_to_projections(given, heads, (q_stats, k_stats), (out, *saved), form)
             del given, dlast, read
-            ins, own = Group.unpack(ctx.ins, inputs), form.block.norm
+            ins, own = Group.unpack(ins_form, inputs), form.block.norm
             flat = None if x is None else rows(x)
-            n = own.recompute(flat, stats) if own is not None and ins.needs_x else flat
+            n = norm.norm_recompute(own, flat, stats) if ins.needs_x else None
             dx, grads = ins.backward(n, dparts, ctx.needs_input_grad[0], owned=own is not None and ins.needs_x)
             if dx is not None:
                 add = dy if form.residual and wanted is None else None
                 dx = norm.norm_backward(own, dx, flat, stats, add)
                 if form.residual and wanted is not None:
                     dx.index_add_(0, wanted, dy)
-                dx = dx.view(ctx.shape)
+                dx = dx.view(shape)
         return (dx, None, *(grad for pair in (*grads, *last) for grad in pair))
 
 

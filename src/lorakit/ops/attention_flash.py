@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lorakit.ops.attention_pattern import Pattern, pieces
+from lorakit.ops.attention_pattern import Operands, Pattern, pieces
 
 
 class _Part(NamedTuple):
@@ -23,14 +23,23 @@ class _Part(NamedTuple):
     tokens: slice
 
 
+WIDEST = 256
+"""Largest head width of the CUDA kernel, in multiples of 8."""
+
+
 def takes(q: Tensor, v: Tensor, pattern: Pattern) -> bool:
-    """Return whether the kernel supports the pattern: no window, softcap or dropout, a CPU, and equal widths of q and
-    v.
+    """Return whether the device of q has a kernel that supports the pattern: no softcap or dropout, equal widths of q
+    and v; on a CPU no window; on CUDA no bias, fp16 or bf16, and a width that the kernel supports.
 
     Shapes: q (B, H, T, D), v (B, KV, T, E).
     """
-    plain = pattern.softcap is None and pattern.dropout == 0 and not pattern.windowed(q.shape[2])
-    return plain and q.device.type == "cpu" and q.shape[3] == v.shape[3]
+    width = q.shape[3]
+    if pattern.softcap is not None or pattern.dropout > 0 or width != v.shape[3]:
+        return False
+    if q.device.type != "cuda":
+        return q.device.type == "cpu" and not pattern.windowed(q.shape[2])
+    fits = q.dtype in (torch.float16, torch.bfloat16) and width % 8 == 0 and width <= WIDEST
+    return pattern.bias is None and fits and q.numel() > 0 and _has_kernel(q.device)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
@@ -52,13 +61,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, 
     return out, lse
 
 
-def backward(
-    dout: Tensor,
-    operands: tuple[Tensor, Tensor, Tensor],
-    saved: tuple[Tensor, Tensor],
-    into: tuple[Tensor, Tensor, Tensor],
-    pattern: Pattern,
-) -> None:
+def backward(dout: Tensor, operands: Operands, saved: tuple[Tensor, Tensor], into: Operands, pattern: Pattern) -> None:
     """Write the gradients of q (B, H, T, D), k and v (B, KV, T, D) `into` tensors of these shapes.
 
     dout is (B, H, T, D); `saved` is from `forward`.
@@ -96,12 +99,11 @@ def _bias(q: Tensor, k: Tensor, pattern: Pattern, part: _Part) -> Tensor | None:
     """Return the bias of a part's scores, a view (b, H, t, t) or (KV, G, t, t), or None."""
     if pattern.bias is None:
         return None
-    tokens = q.shape[2]
-    every = pattern.bias.to(q.dtype).expand(q.shape[0], q.shape[1], tokens, tokens)
+    every = pattern.bias.to(q.dtype).expand(*q.shape[:3], q.shape[2])
     return _grouped(every[..., part.tokens], k, part)
 
 
-def _operands(q: Tensor, k: Tensor, v: Tensor, part: _Part) -> tuple[Tensor, Tensor, Tensor]:
+def _operands(q: Tensor, k: Tensor, v: Tensor, part: _Part) -> Operands:
     queries = _grouped(q, k, part)
     if not isinstance(part.batch, int):
         return queries, k[part.batch, :, part.tokens], v[part.batch, :, part.tokens]
@@ -112,21 +114,6 @@ def _operands(q: Tensor, k: Tensor, v: Tensor, part: _Part) -> tuple[Tensor, Ten
 # ---- CUDA
 
 aten = torch.ops.aten
-
-WIDEST = 256
-"""Largest head width of the kernel, in multiples of 8."""
-
-
-def takes_on_cuda(q: Tensor, v: Tensor, pattern: Pattern) -> bool:
-    """Return whether the kernel supports the pattern: fp16 or bf16, no softcap, dropout or bias, equal widths of q and
-    v.
-
-    Shapes: q (B, H, T, D), v (B, KV, T, E).
-    """
-    width = q.shape[3]
-    plain = pattern.softcap is None and pattern.bias is None and pattern.dropout == 0
-    fits = q.dtype in (torch.float16, torch.bfloat16) and width == v.shape[3] and width % 8 == 0 and width <= WIDEST
-    return plain and fits and q.device.type == "cuda" and q.numel() > 0 and _has_kernel(q.device)
 
 
 def forward_on_cuda(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
@@ -144,11 +131,7 @@ def forward_on_cuda(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[
 
 
 def backward_on_cuda(
-    dout: Tensor,
-    operands: tuple[Tensor, Tensor, Tensor],
-    saved: tuple[Tensor, Tensor],
-    into: tuple[Tensor, Tensor, Tensor],
-    pattern: Pattern,
+    dout: Tensor, operands: Operands, saved: tuple[Tensor, Tensor], into: Operands, pattern: Pattern
 ) -> None:
     """Write the gradients of q (B, H, T, D), k and v (B, KV, T, D) `into` tensors of these shapes.
 
@@ -169,12 +152,12 @@ def backward_on_cuda(
 class _Call(NamedTuple):
     bounds: Tensor | None  # offsets of a pack's sequences, (sequences + 1,) int32
     longest: int
-    words: dict[str, Any]
+    words: dict[str, float]
 
 
 def _call(q: Tensor, pattern: Pattern) -> _Call:
     batch, _, tokens, width = q.shape
-    words: dict[str, Any] = {"scale": pattern.scale_for(width)}
+    words = {"scale": pattern.scale_for(width)}
     if pattern.windowed(tokens) and pattern.window is not None:
         before, after = (pattern.window - 1, 0) if pattern.causal else (pattern.window, pattern.window)
         words |= {"window_size_left": before, "window_size_right": after}

@@ -12,6 +12,9 @@ from torch import Tensor
 
 Method = Literal["auto", "flash", "matmul", "matmul_fp32"]
 
+Operands = tuple[Tensor, Tensor, Tensor]
+"""q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E), or their gradients."""
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -158,10 +161,3 @@ def pieces(batch: int, tokens: int, pattern: Pattern, rows_at_once: int, join: i
                 yield Piece(slice(row, min(batch, row + rows_at_once)), slice(start, stop), tuple(gathered))
             start, gathered = stop, []
         gathered += [] if length is None else [length]
-
-
-def mask(pattern: Pattern, lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return a boolean mask (T, T): whether each token of a row sees each other token, for packed `lengths`."""
-    which = torch.tensor([i for i, length in enumerate(lengths) for _ in range(length)], device=device)
-    places = torch.arange(len(which), device=device)
-    return pattern.allowed(places, places) & (which.unsqueeze(1) == which)

@@ -16,18 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorakit.ops.attention_pattern import Pattern, Piece, mask, pieces
+from lorakit.ops.attention_pattern import Operands, Pattern, Piece, pieces
 from lorakit.ops.dropout import apply_dropout, draw_record, zero_
 from lorakit.ops.kernels import kernels_for
 
 BLOCK = 64  # query rows per block: enough for efficient matmuls, few enough to skip most of the triangle
 SCORES = 2**22  # maximum elements in the score buffer, if a block has at least 8 rows
 TOGETHER = 2**20  # batch rows are computed together while their scores stay below this, which fits the cache
-ON_DEVICES = (
-    512,
-    2**28,
-    2**28,
-)  # the same limits on other devices: each piece is a kernel launch, and cache size does not matter
+# the same limits on other devices: each piece is a kernel launch, and cache size does not matter
+ON_DEVICES = (512, 2**28, 2**28)
 
 
 class _Block(NamedTuple):
@@ -61,13 +58,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, 
     return out, record
 
 
-def backward(
-    dout: Tensor,
-    operands: tuple[Tensor, Tensor, Tensor],
-    into: tuple[Tensor, Tensor, Tensor],
-    pattern: Pattern,
-    record: Tensor | None = None,
-) -> None:
+def backward(dout: Tensor, operands: Operands, into: Operands, pattern: Pattern, record: Tensor | None) -> None:
     """Write the gradients of q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E) `into` tensors of these shapes.
 
     dout is (B, H, T, E); `record` is from `forward`. The outputs may share storage with each other's inputs: except for
@@ -113,7 +104,7 @@ class _Scores:
             every = pattern.bias.to(q.dtype).expand(batch, heads, tokens, tokens)
             self.added = every.unflatten(1, (-1, self.group))
         self.buffers: dict[int, Tensor] = {}
-        self.masks: dict[tuple[object, ...], Tensor] = {}
+        self.masks: dict[tuple[tuple[int, ...], int, int, int], Tensor] = {}
 
     def blocks(self, piece: Piece) -> Iterator[_Block]:
         """Yield the blocks of query rows of a piece, with the key positions they see."""
@@ -144,10 +135,10 @@ class _Scores:
 
     def _sizes(self) -> list[int]:
         """Return the number of scores of each block."""
-        every = [(piece, block) for piece in self.pieces for block in self.blocks(piece)]
         return [
             (piece.batch.stop - piece.batch.start) * self.heads * (at.stop - at.start) * (at.high - at.low)
-            for piece, at in every
+            for piece in self.pieces
+            for at in self.blocks(piece)
         ]
 
     def weights(self, rows: Tensor, keys: Tensor, piece: Piece, block: _Block) -> tuple[Tensor, Tensor | None]:
@@ -164,12 +155,14 @@ class _Scores:
             rest = self.added[piece.batch, :, :, piece.tokens, piece.tokens]
             rest = rest[..., block.start : block.stop, block.low : block.high]
             scores.view(rest.shape).add_(rest)
+        is_banded = len(piece.lengths) > 1 or self.pattern.window is not None
+        is_masked = is_banded or self.pattern.causal
         kernels = kernels_for(scores)
         if kernels is not None:
-            kernels.softmax(scores, *self._bounds(piece, block))
+            kernels.softmax(scores, *(self._bounds(piece, block, block.low) if is_masked else (None, None)))
             return scores, capped
-        bias = self._bias(piece, block, rows)
-        if bias is not None:
+        if is_masked:
+            bias = self._bias(piece, block, block.low if is_banded else block.start, rows.dtype)
             each_head = scores.view(len(scores), self.group, block.stop - block.start, seen.shape[1])
             each_head[..., -bias.shape[1] :].add_(bias)
         return torch.softmax(scores, -1, out=scores), capped
@@ -198,35 +191,24 @@ class _Scores:
             self.buffers[which] = torch.empty(self.most, dtype=rows.dtype, device=rows.device)
         return self.buffers[which][:count].view(shape)
 
-    def _bounds(self, piece: Piece, block: _Block) -> tuple[Tensor | None, Tensor | None]:
-        """Return the range [low, high) that each row of a block sees, int32 (n,) each; None if unbounded."""
-        pattern = self.pattern
-        if len(piece.lengths) == 1 and pattern.window is None and not pattern.causal:
-            return None, None
-        low, high = pattern.bounds(piece.lengths, block.start, block.stop, block.low).to(self.device, non_blocking=True)
+    def _bounds(self, piece: Piece, block: _Block, begin: int) -> tuple[Tensor, Tensor]:
+        """Return the range [low, high) that each row of a block sees, relative to position `begin`, int32 (n,) each."""
+        bounds = self.pattern.bounds(piece.lengths, block.start, block.stop, begin)
+        low, high = bounds.to(self.device, non_blocking=True)
         return low, high
 
-    def _bias(self, piece: Piece, block: _Block, rows: Tensor) -> Tensor | None:
-        """Return 0 where a row sees a position, else −∞, (n, m), for the last m positions of a block; None if all are
-        seen.
+    def _bias(self, piece: Piece, block: _Block, begin: int, dtype: torch.dtype) -> Tensor:
+        """Return 0 where a row sees a position, else −∞, (n, m), for the positions from `begin` to the block's last.
+
+        All rows see the positions before `begin`.
         """
-        pattern, count = self.pattern, block.stop - block.start
-        if len(piece.lengths) > 1:
-            key: tuple[object, ...] = (piece.lengths,)
-        elif pattern.window is not None:
-            key = (count, block.start - block.low, block.high - block.low)
-        elif pattern.causal:
-            key = (count,)
-        else:
-            return None
+        lengths = piece.lengths if len(piece.lengths) > 1 else ()
+        key = (lengths, block.stop - block.start, block.start - begin, block.high - begin)
         if key not in self.masks:
-            if len(piece.lengths) > 1:
-                seen = mask(pattern, piece.lengths, rows.device)
-            else:
-                low = block.start if pattern.window is None else block.low
-                places = torch.arange(low, block.high, device=rows.device)
-                seen = pattern.allowed(torch.arange(block.start, block.stop, device=rows.device), places)
-            bias = torch.zeros(seen.shape, dtype=rows.dtype, device=rows.device)
+            low, high = self._bounds(piece, block, begin)
+            places = torch.arange(block.high - begin, device=self.device)
+            seen = (places >= low.unsqueeze(1)) & (places < high.unsqueeze(1))
+            bias = torch.zeros(seen.shape, dtype=dtype, device=self.device)
             self.masks[key] = bias.masked_fill_(~seen, -torch.inf)
         return self.masks[key]
 

@@ -62,11 +62,6 @@ def activate(choices: Mapping[str, int]) -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
-def active_choices() -> dict[str, int]:
-    """Return the active choices, for a checkpoint: the same choices select the same kernels and give the same bits."""
-    return dict(_ACTIVE.get())
-
-
 def _chosen() -> Mapping[str, int]:
     """Return the active choices; none while compiling, since a compiler would treat them as constants."""
     return {} if torch.compiler.is_compiling() else _ACTIVE.get()
@@ -180,7 +175,7 @@ def slices(rows: int, size: int) -> Iterator[slice]:
         size: A multiple of 16.
     """
     count = max(-(-rows // size), 1)
-    step = min(-(-rows // (16 * count)) * 16, size)
+    step = max(min(-(-rows // (16 * count)) * 16, size), 1)
     yield from (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
 
 

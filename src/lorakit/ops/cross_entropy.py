@@ -1,22 +1,21 @@
 """Fused output head and cross-entropy: full logits are never stored, and rows without a label are skipped.
 
-`reference` defines the result. The fused path processes the labeled rows in chunks; while a chunk's logits exist, it
-also computes the gradient of h from them, so that the backward only scales it. Head and loss cost two matmuls of the
+The labeled rows are processed in chunks; while a chunk's logits exist, the gradient of h is computed from them too, so
+that the backward only scales it. Head and loss cost two matmuls of the
 labeled rows with W, and the memory of one chunk of logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from lorakit.ops.adapted import autocast, upcast_dtype, without_autocast
+from lorakit.ops.adapted import upcast_dtype
+from lorakit.ops.autograd import Context, autocast, needs_gradient, without_autocast
 from lorakit.ops.choices import matmul, slices
 from lorakit.ops.kernels import kernels_for
 
@@ -48,24 +47,6 @@ class Head:
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
-
-
-class Needs(NamedTuple):
-    """The gradients that are needed."""
-
-    h: bool
-    W: bool
-
-
-def reference(
-    h: Tensor, head: Head, labels: Tensor, *, total: float | Tensor | None = None, ignore_index: int = IGNORED
-) -> Tensor:
-    """Compute `linear_cross_entropy` (scalar) of h (..., d) and labels (...) in plain PyTorch."""
-    z = F.linear(h, head.W, head.bias).to(upcast_dtype(h.dtype)) * head.scale
-    if head.softcap is not None:
-        z = head.softcap * torch.tanh(z / head.softcap)
-    loss = F.cross_entropy(z.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="sum")
-    return loss / ((labels != ignore_index).sum() if total is None else total)
 
 
 def linear_cross_entropy(
@@ -112,11 +93,11 @@ def linear_cross_entropy(
         raise ValueError(f"labels must be in 0..{len(head.W) - 1} or {ignore_index}; mask the others")
     targets, rows = (t.to(h.device, non_blocking=True) for t in (targets, rows))
     trained = Trained(flat, head, targets, None if every else rows, chunk or chunk_rows(head.W))
-    if torch.is_grad_enabled() and (h.requires_grad or head.W.requires_grad):
+    if needs_gradient(h, head.W):
         loss = _LinearCrossEntropy.apply(flat, head.W, trained)
     else:
         with without_autocast(h):
-            loss = trained.run(Needs(h=False, W=False))[0]
+            loss = trained.run(need_dh=False, need_dW=False)[0]
     return loss / (count if total is None else total)
 
 
@@ -143,19 +124,19 @@ class Trained(NamedTuple):
     rows: Tensor | None
     chunk: int
 
-    def run(self, needs: Needs) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def run(self, need_dh: bool, need_dW: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the sum of the losses (scalar) and its gradients: for the labeled rows of h (n, d), and for W (V, d).
 
         Both gradients lack the factor `head.scale`; that of W is in fp32 or wider.
         """
         h, (W, bias), n = self.h.detach(), (self.head.W.detach(), self.head.bias), len(self.labels)
         losses = h.new_empty(n, dtype=upcast_dtype(h.dtype))
-        dh = h.new_empty(n, h.shape[1]) if needs.h else None
-        dW = W.new_zeros(W.shape, dtype=upcast_dtype(W.dtype)) if needs.W else None
-        of_chunk = torch.empty_like(W) if needs.W else None
+        dh = h.new_empty(n, h.shape[1]) if need_dh else None
+        dW = W.new_zeros(W.shape, dtype=upcast_dtype(W.dtype)) if need_dW else None
+        of_chunk = torch.empty_like(W) if need_dW else None
         logits = h.new_empty(min(self.chunk, n), len(W))
-        softmax = _Softmax(self.head, logits, gradients=needs.h or needs.W)
-        for part in self._parts():
+        softmax = _Softmax(self.head, logits, gradients=need_dh or need_dW)
+        for part in slices(n, self.chunk):
             x = h[part] if self.rows is None else h.index_select(0, self.rows[part])
             z = logits[: len(x)]
             matmul(x, W.t(), z, bias)
@@ -166,11 +147,6 @@ class Trained(NamedTuple):
                 dW += torch.mm(z.t(), x, out=of_chunk)
         return losses.sum(), dh, dW
 
-    def _parts(self) -> Iterator[slice]:
-        """Yield chunks of about equal size: a short last one would read all of W for few rows."""
-        if len(self.labels):
-            yield from slices(len(self.labels), self.chunk)
-
 
 class _Softmax:
     """Losses of rows of logits; replaces the logits by the gradient of the summed losses.
@@ -180,9 +156,8 @@ class _Softmax:
 
     def __init__(self, head: Head, logits: Tensor, *, gradients: bool) -> None:
         self.scale, self.cap, self.gradients = head.scale, head.softcap, gradients
-        self.kernels = kernels_for(logits)
-        if self.kernels is not None and head.softcap is not None and not self.kernels.caps_logits:
-            self.kernels = None
+        kernels = kernels_for(logits)
+        self.kernels = kernels if kernels is not None and (head.softcap is None or kernels.caps_logits) else None
         if self.kernels is not None:
             return
         many = ROWS_PER_THREAD * torch.get_num_threads() if logits.device.type == "cpu" else len(logits)
@@ -220,27 +195,31 @@ class _Softmax:
         z.copy_(p)
 
 
+_State = tuple[float, int, torch.dtype]
+"""Scale of the head, rows of h, dtype of W."""
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Summed losses as a function of h (N, d) and W (V, d); saves the gradient of the labeled rows of h."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, W: Tensor, trained: Trained) -> Tensor:
+    def forward(ctx: Context[_State], h: Tensor, W: Tensor, trained: Trained) -> Tensor:
         with without_autocast(h):
-            loss, dh, dW = trained.run(Needs(*ctx.needs_input_grad[:2]))
+            loss, dh, dW = trained.run(*ctx.needs_input_grad[:2])
         ctx.save_for_backward(dh, dW, trained.rows)
-        ctx.scale, ctx.rows_of_h, ctx.dtype_of_W = trained.head.scale, len(h), W.dtype
+        ctx.state = trained.head.scale, len(h), W.dtype
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        dh, dW, rows = ctx.saved_tensors
-        factor = grad * ctx.scale
+    def backward(ctx: Context[_State], grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (dh, dW, rows), (scale, rows_of_h, dtype_of_W) = ctx.saved_tensors, ctx.state
+        factor = grad * scale
         if dh is not None:
             dh = dh * factor
             if rows is not None:
-                dh = dh.new_zeros(ctx.rows_of_h, dh.shape[1]).index_copy_(0, rows, dh)
-        return dh, None if dW is None else (dW * factor).to(ctx.dtype_of_W), None
+                dh = dh.new_zeros(rows_of_h, dh.shape[1]).index_copy_(0, rows, dh)
+        return dh, None if dW is None else (dW * factor).to(dtype_of_W), None
 
 
 def _check(h: Tensor, head: Head, labels: Tensor, ignore_index: int, chunk: int | None) -> None:
@@ -254,7 +233,7 @@ def _check(h: Tensor, head: Head, labels: Tensor, ignore_index: int, chunk: int 
     if W.dtype != h.dtype or (bias is not None and bias.dtype != h.dtype):
         raise ValueError(f"head: W is {W.dtype} and h is {h.dtype}; cast h to the dtype of W")
     if bias is not None and bias.requires_grad:
-        raise ValueError("head: bias requires a gradient, which is not computed; freeze it or use `reference`")
+        raise ValueError("head: bias requires a gradient, which is not computed; freeze it")
     if head.softcap is not None and not head.softcap > 0:
         raise ValueError(f"head: softcap must be above 0, or None; got {head.softcap}")
     if 0 <= ignore_index < len(W):

@@ -6,21 +6,16 @@ Only a seed is saved; the backward draws the positions again.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lorakit.ops.autograd import Context
 from lorakit.ops.kernels import kernels_for
 
 FEW = 1e-3  # below this probability fp32 is too coarse for the gaps, and there are few of them
-
-
-def reference(x: Tensor, p: float, keep: Tensor) -> Tensor:
-    """Apply dropout to x (any shape) with a given mask `keep` of the same shape (1 or 0)."""
-    return x * keep / (1 - p) if p < 1 else x * 0
 
 
 def draw_positions(count: int, p: float, device: torch.device | str) -> Tensor:
@@ -86,8 +81,7 @@ def positions(record: Tensor, count: int, p: float, device: torch.device | str =
     Raises:
         ValueError: p is not in [0, 1].
     """
-    if not 0 <= p <= 1:
-        raise ValueError(_not_a_probability(p))
+    _check_probability(p)
     if record.dtype == torch.bool:
         return record.view(-1).nonzero().squeeze(1)
     if p in (0, 1):
@@ -128,30 +122,28 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     Raises:
         ValueError: p is not in [0, 1].
     """
-    if not 0 <= p <= 1:
-        raise ValueError(_not_a_probability(p))
+    _check_probability(p)
     if not training or p == 0:
         return x
     plain = torch.compiler.is_compiling() or p == 1
     if plain or (x.device.type != "cpu" and kernels_for(x, strided=True) is None):
         return F.dropout(x, p, training=True)
-    result: Tensor = _Dropout.apply(x, p)
-    return result
+    return _Dropout.apply(x, p)
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+    def forward(ctx: Context[float], x: Tensor, p: float) -> Tensor:
         record = draw(x, p)
         ctx.save_for_backward(record)
-        ctx.p = p
+        ctx.state = p
         return apply_dropout(x, record, p, 1 / (1 - p))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        (record,) = ctx.saved_tensors
-        return apply_dropout(dy, record, ctx.p, 1 / (1 - ctx.p)), None
+    def backward(ctx: Context[float], dy: Tensor) -> tuple[Tensor, None]:
+        (record,), p = ctx.saved_tensors, ctx.state
+        return apply_dropout(dy, record, p, 1 / (1 - p)), None
 
 
 def _seed(device: torch.device | str) -> Tensor:
@@ -162,9 +154,8 @@ def _seed(device: torch.device | str) -> Tensor:
 def _gaps(count: int, p: float, generator: torch.Generator) -> Tensor:
     """Return the dropped positions from gaps that the generator draws."""
     expected = count * p
-    draws = (
-        int(expected + 4 * math.sqrt(expected)) + 8
-    )  # enough to pass the end, except about once in thousands of calls
+    # enough to pass the end, except about once in thousands of calls
+    draws = int(expected + 4 * math.sqrt(expected)) + 8
     exact, whole = (torch.float32, torch.int32) if p >= FEW else (torch.float64, torch.int64)
     steps = torch.empty(0, dtype=whole, device=generator.device)
     while True:
@@ -178,5 +169,6 @@ def _gaps(count: int, p: float, generator: torch.Generator) -> Tensor:
             return found[:within]
 
 
-def _not_a_probability(p: float) -> str:
-    return f"dropout must be a probability in [0, 1]; got {p}"
+def _check_probability(p: float) -> None:
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout must be a probability in [0, 1]; got {p}")

@@ -4,33 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from lorakit.ops.adapted import Adapted, LowRank, autocast, check_frozen, factors, rows, unflat, without_autocast
+from lorakit.ops.adapted import Adapted, LowRank, check_frozen, factors
+from lorakit.ops.autograd import Context, autocast, needs_gradient, rows, unflat, without_autocast
 from lorakit.ops.choices import matmul, matmul_dtype
 from lorakit.ops.dropout import apply_dropout, draw, zero_
 from lorakit.ops.kernels import kernels_for
 from lorakit.ops.kernels.protocol import DropoutMatmuls
-
-__all__ = ["Adapted", "Form", "Group", "LowRank", "check_frozen", "factors", "linears", "reference", "rows", "unflat"]
-
-
-def reference(x: Tensor, group: Sequence[Adapted], masks: Sequence[Tensor | None] | None = None) -> list[Tensor]:
-    """Compute `linears` of x (…, in) in plain PyTorch; `masks` are the dropout masks (…, in) of each module."""
-    outputs = []
-    for module, mask in zip(group, masks or [None] * len(group), strict=True):
-        y = F.linear(x, module.W.t() if module.transposed else module.W, module.bias)
-        if module.low is not None:
-            low = module.low
-            kept = x if mask is None else x * mask.to(x.dtype) / (1 - low.p)
-            y = y + low.scale * F.linear(F.linear(kept, low.A.to(x.dtype)), low.B.to(x.dtype))
-        outputs.append(y)
-    return outputs
 
 
 def linears(x: Tensor, group: Sequence[Adapted]) -> tuple[Tensor, ...]:
@@ -45,14 +30,13 @@ def linears(x: Tensor, group: Sequence[Adapted]) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled():
         check_frozen(group)
     x, flat = autocast(x), factors(group)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat)):
+    if needs_gradient(x, *flat):
         ys = _Linears.apply(x, tuple(group), *flat)
     else:
         with without_autocast(x):
             ys = Group.of(group, x).forward(rows(x))
-    return tuple(
-        unflat(y, x) for y in ys
-    )  # outside the autograd function, whose outputs must not be views if they are changed in place
+    # outside the autograd function, whose outputs must not be views if they are changed in place
+    return tuple(unflat(y, x) for y in ys)
 
 
 class Form(NamedTuple):
@@ -62,6 +46,11 @@ class Form(NamedTuple):
     inside: torch.dtype
     sites: tuple[tuple[bool, float | None, float], ...]  # (transposed, scale or None without adapter, dropout)
     trains: tuple[tuple[bool, bool], ...]  # whether A and B require gradients
+
+    @property
+    def is_trained(self) -> bool:
+        """Return whether an A or a B requires a gradient."""
+        return any(A or B for A, B in self.trains)
 
 
 class Group:
@@ -125,13 +114,10 @@ class Group:
 
         The low-rank matmul comes first and the large one accumulates into it; the other order takes as long.
         """
-        W, y = site.W.to(self.dtype), None if site.bias is None else site.bias.to(x.dtype)
+        W, plus, out = site.W.to(self.dtype), None if site.bias is None else site.bias.to(x.dtype), None
         if h is not None and B is not None:
-            y = torch.mm(h, B.t()) if y is None else torch.addmm(y, h, B.t())
-            y = matmul(x, W if site.transposed else W.t(), y, y)
-        else:
-            y = matmul(x, W if site.transposed else W.t(), plus=y)
-        return y.to(self.dtype)
+            plus = out = torch.mm(h, B.t()) if plus is None else torch.addmm(plus, h, B.t())
+        return matmul(x, W if site.transposed else W.t(), out, plus).to(self.dtype)
 
     def _low_rank(self, x: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
         """Return s·h (N, r) of those modules in `wanted` that have an adapter."""
@@ -159,12 +145,11 @@ class Group:
             x, owned = None if x is None else x.to(self.inside), True
         live = {j: dy.to(self.inside) for j, dy in enumerate(dys) if dy is not None}
         dh = {j: torch.mm(live[j], self.B[j]) for j in self.low if j in live and (need_dx or self.trains[j][0])}
-        dropping = [j for j in self.dropping if j in dh]
         stacked_dh = self._stacked_grads(dh)
         spare: list[Tensor] = []  # buffers of the shape of x: new pages cost as much as a low-rank matmul
         grads_a = {} if x is None else self._grads_a(x, dh, stacked_dh, owned, spare)
         spare += [x] if owned and x is not None else []
-        dx = self._grad_x(live, dh, dropping, stacked_dh, spare) if need_dx else None
+        dx = self._grad_x(live, dh, stacked_dh, spare) if need_dx else None
         dx = None if dx is None else dx.to(self.dtype)
         return dx, [(grads_a.get(j), self._grad_b(j, live.get(j))) for j in range(len(dys))]
 
@@ -177,17 +162,14 @@ class Group:
         return Form(self.dtype, self.inside, tuple(form), self.trains), tensors
 
     @classmethod
-    def unpack(cls, form: Form, tensors: Sequence[Any]) -> Group:
+    def unpack(cls, form: Form, tensors: Sequence[Tensor]) -> Group:
         """Return the group after its forward, from the results of `pack`."""
-        sites, h, records = [], [], []
+        sites = []
         for j, (transposed, scale, p) in enumerate(form.sites):
-            W, A, B, saved, record = tensors[5 * j : 5 * j + 5]
-            low = None if scale is None else LowRank(A, B, scale, p)
-            sites.append(Adapted(W, None, low, transposed))
-            h.append(saved)
-            records.append(record)
+            W, A, B = tensors[5 * j : 5 * j + 3]
+            sites.append(Adapted(W, None, None if scale is None else LowRank(A, B, scale, p), transposed))
         group = cls(sites, form.dtype, form.inside)
-        group.trains, group.h, group.records = form.trains, h, records
+        group.trains, group.h, group.records = form.trains, list(tensors[3::5]), list(tensors[4::5])
         return group
 
     def _stacked_grads(self, dh: dict[int, Tensor]) -> Tensor | None:
@@ -195,26 +177,20 @@ class Group:
         first = next((dh[j] for j in self.plain if j in dh), None)
         if first is None:
             return None
-        missing = {j: first.new_zeros(len(first), len(self.low[j].A)) for j in self.plain if j not in dh}
-        parts = [dh[j] if j in dh else missing[j] for j in self.plain]
+        parts = [dh[j] if j in dh else first.new_zeros(len(first), len(self.low[j].A)) for j in self.plain]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _grad_x(
-        self,
-        dys: dict[int, Tensor],
-        dh: dict[int, Tensor],
-        dropping: list[int],
-        stacked_dh: Tensor | None,
-        spare: list[Tensor],
+        self, dys: dict[int, Tensor], dh: dict[int, Tensor], stacked_dh: Tensor | None, spare: list[Tensor]
     ) -> Tensor | None:
         total: Tensor | None = None
         part: Tensor | None = None
+        dropping = [j for j in self.dropping if j in dh]
         fused = self._fused(dh[dropping[0]]) if dropping else None
-        for j in (
-            dropping if fused is None else ()
-        ):  # first, because dropped elements are zeroed before anything else is added
+        # first, because dropped elements are zeroed before anything else is added
+        for j in dropping if fused is None else ():
             room = part if part is not None else _taken(spare)
-            made = self._zero_(j, torch.mm(dh[j], self.A[j], out=room))
+            made = zero_(torch.mm(dh[j], self.A[j], out=room), self._record(j), self.low[j].p)
             total, part = (made, None) if total is None else (total.add_(made), made)
         if stacked_dh is not None and self.stacked is not None:
             total = matmul(stacked_dh, self.stacked, _taken(spare) if total is None else total, total)
@@ -253,7 +229,7 @@ class Group:
         """
         for j in dropping:
             if owned and j == dropping[-1]:
-                yield j, self._zero_(j, x)
+                yield j, zero_(x, self._record(j), self.low[j].p)
                 return
             if not spare:
                 spare.append(torch.empty_like(x))
@@ -267,9 +243,6 @@ class Group:
         kernels = kernels_for(like, *wide) if wide and wide[0].shape[1] % 4 == 0 else None
         seeds = all(self._record(j).dtype == torch.uint64 for j in self.dropping)
         return kernels.dropping if kernels is not None and seeds else None
-
-    def _zero_(self, j: int, owned: Tensor) -> Tensor:
-        return zero_(owned, self._record(j), self.low[j].p)
 
     def _record(self, j: int) -> Tensor:
         record = self.records[j]
@@ -287,37 +260,27 @@ class Group:
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: tuple[Adapted, ...], *flat: Tensor | None) -> tuple[Tensor, ...]:
-        parts = Group.of(_with(group, flat), x)
+    def forward(
+        ctx: Context[tuple[Form, torch.Size]], x: Tensor, group: tuple[Adapted, ...], *flat: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        parts = Group.of(group, x)
         with without_autocast(x):
             ys = parts.forward(rows(x))
-        ctx.form, tensors = parts.pack()
-        ctx.shape = x.shape
+        form, tensors = parts.pack()
+        ctx.state = form, x.shape
         ctx.save_for_backward(x if parts.needs_x else None, *tensors)
         ctx.set_materialize_grads(False)
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
-        x, *tensors = ctx.saved_tensors
+    def backward(ctx: Context[tuple[Form, torch.Size]], *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        (x, *tensors), (form, shape) = ctx.saved_tensors, ctx.state
         flat = [None if dy is None else rows(dy) for dy in dys]
         with without_autocast(tensors[0]):
-            parts = Group.unpack(ctx.form, tensors)
+            parts = Group.unpack(form, tensors)
             dx, grads = parts.backward(None if x is None else rows(x), flat, ctx.needs_input_grad[0])
-        return None if dx is None else dx.view(ctx.shape), None, *(grad for pair in grads for grad in pair)
-
-
-def _with(group: Sequence[Adapted], flat: Sequence[Tensor | None]) -> list[Adapted]:
-    """Return the group with these tensors as its factors, in the order of `factors`."""
-    filled = []
-    for module, A, B in zip(group, flat[::2], flat[1::2], strict=True):
-        low = module.low
-        if low is None or A is None or B is None or (A is low.A and B is low.B):
-            filled.append(module)
-        else:
-            filled.append(replace(module, low=replace(low, A=A, B=B)))
-    return filled
+        return None if dx is None else dx.view(shape), None, *(grad for pair in grads for grad in pair)
 
 
 def _taken(spare: list[Tensor]) -> Tensor | None:

@@ -8,7 +8,7 @@ then become the gradients.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,20 +16,11 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.ops import linear
 from lorakit.ops.activation import Activation, activate, activate_backward, activation
-from lorakit.ops.adapted import (
-    Adapted,
-    autocast,
-    check_frozen,
-    factors,
-    is_cast_by_autocast,
-    rows,
-    unflat,
-    without_autocast,
-)
+from lorakit.ops.adapted import Adapted, check_frozen, factors
+from lorakit.ops.autograd import Context, autocast, is_cast_by_autocast, needs_gradient, rows, unflat, without_autocast
 from lorakit.ops.dropout import dropout_add, dropout_add_backward
 from lorakit.ops.linear import Group
-from lorakit.ops.norm import Norm, check_frozen_norm, norm_backward, normalize
-from lorakit.ops.norm import reference as norm_reference
+from lorakit.ops.norm import Norm, check_frozen_norm, norm_backward, norm_recompute, normalize
 
 
 class Form(NamedTuple):
@@ -88,15 +79,6 @@ def plain(
     return mlp(x, Form((up,), down, activation(act), norm, residual, dropout))
 
 
-def reference(x: Tensor, form: Form) -> Tensor:
-    """Compute `mlp` of x (..., d) in plain PyTorch, without dropout; returns (..., d)."""
-    hidden = linear.reference(x if form.norm is None else norm_reference(x, form.norm), form.inner)
-    first, *up = hidden[0].chunk(2, -1) if form.fused else hidden
-    a = form.act.reference(first)
-    y = linear.reference(a * up[0] if up else a, [form.down])[0]
-    return x + y if form.residual else y
-
-
 def mlp(x: Tensor, form: Form) -> Tensor:
     """Compute an MLP sublayer of any form, [docs/math.md (79)]: x (..., d) -> (..., d).
 
@@ -118,18 +100,18 @@ def mlp(x: Tensor, form: Form) -> Tensor:
     if is_cast_by_autocast(x):
         return _under_autocast(x, form)
     flat = factors(modules)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat)):
+    if needs_gradient(x, *flat):
         y = _Mlp.apply(x, form, *flat)
     else:
         with without_autocast(x):
             y = _forward(x, form)[0]
-    return unflat(y, x)  # outside the autograd function, whose outputs must not be views if they are changed in place
+    # outside the autograd function, whose outputs must not be views if they are changed in place
+    return unflat(y, x)
 
 
 def _under_autocast(x: Tensor, form: Form) -> Tensor:
     """Run under autocast: norm and residual in the dtype of x, everything between in autocast's dtype."""
-    n = x if form.norm is None else normalize(x, form.norm)
-    n = autocast(n)
+    n = autocast(x if form.norm is None else normalize(x, form.norm))
     with without_autocast(x):
         y = mlp(n, form._replace(norm=None, residual=False))
     return x + y if form.residual else y
@@ -164,60 +146,57 @@ def _halves(hidden: list[Tensor], form: Form) -> list[Tensor]:
     return [half.contiguous() for half in hidden[0].chunk(2, 1)] if form.fused else hidden
 
 
+_State = tuple[Form, torch.Size, list[int], linear.Form, linear.Form]
+"""Form, shape of x, number of saved tensors in each part, and the groups of the inner modules and of down."""
+
+
 class _Mlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, form: Form, *flat: Tensor | None) -> Tensor:
+    def forward(ctx: Context[_State], x: Tensor, form: Form, *flat: Tensor | None) -> Tensor:
         y, made = _forward(x, form)
         inner, outer = made.groups
+        (inner_form, inside), (outer_form, outside) = inner.pack(), outer.pack()
         # if neither x nor gate or up is trained, no gradient flows through the activation
-        ctx.deep = ctx.needs_input_grad[0] or any(A or B for A, B in inner.trains)
-        hidden = ctx.deep or outer.needs_x  # whether the outputs of gate and up are needed
-        ctx.recompute = hidden and not form.keep
-        wants_x = ctx.recompute or inner.needs_x or (form.norm is not None and ctx.needs_input_grad[0])
-        (ctx.inner, inside), (ctx.outer, outside) = inner.pack(), outer.pack()
+        deep = ctx.needs_input_grad[0] or inner_form.is_trained
+        hidden = deep or outer.needs_x  # whether the outputs of gate and up are needed
+        recompute = hidden and not form.keep
+        wants_x = recompute or inner.needs_x or (form.norm is not None and ctx.needs_input_grad[0])
         parts = [
             outside,
             made.hidden if hidden and form.keep else (),
             made.stats if wants_x else (),
             [x if wants_x else None, made.record, made.within],
-            inside if ctx.deep or ctx.recompute else (),
+            inside if deep or recompute else (),
         ]
-        ctx.form, ctx.shape, ctx.counts = form, x.shape, [len(part) for part in parts]
+        ctx.state = form, x.shape, [len(part) for part in parts], inner_form, outer_form
         ctx.save_for_backward(*(tensor for part in parts for tensor in part))
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        tensors, form = iter(ctx.saved_tensors), ctx.form
-        outside, hidden, stats, (x, record, within), inside = (
-            [next(tensors) for _ in range(count)] for count in ctx.counts
-        )
+    def backward(ctx: Context[_State], dy: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, (form, shape, counts, inner_form, outer_form) = iter(ctx.saved_tensors), ctx.state
+        outside, hidden, stats, (x, record, within), inside = ([next(tensors) for _ in range(n)] for n in counts)
+        deep, norm = ctx.needs_input_grad[0] or inner_form.is_trained, form.norm
         with without_autocast(dy):
             dy = rows(dy)
-            outer, dlast = Group.unpack(ctx.outer, outside), dropout_add_backward(dy, record, form.dropout)
-            n, flat, norm = None, None if x is None else rows(x), form.norm
-            if ctx.recompute:
-                n = _read(flat, stats, norm)
-                hidden = _halves(Group.unpack(ctx.inner, inside).recompute(n, [m.bias for m in form.inner]), form)
-            dhidden, last = _back_through_the_activation(dlast, (hidden, within), outer, form, ctx.deep)
+            outer, dlast = Group.unpack(outer_form, outside), dropout_add_backward(dy, record, form.dropout)
+            n, flat = None, None if x is None else rows(x)
+            if (deep or outer.needs_x) and not form.keep:
+                n = norm_recompute(norm, flat, stats)
+                hidden = _halves(Group.unpack(inner_form, inside).recompute(n, [m.bias for m in form.inner]), form)
+            dhidden, last = _back_through_the_activation(dlast, (hidden, within), outer, form, deep)
             del hidden
-            if not ctx.deep:
+            if not deep:
                 return (None, None, *(None for _ in form.inner for _ in range(2)), *last)
-            inner = Group.unpack(ctx.inner, inside)
-            n = _read(flat, stats, norm) if n is None and inner.needs_x else n
+            inner = Group.unpack(inner_form, inside)
+            n = norm_recompute(norm, flat, stats) if n is None and inner.needs_x else n
             dx, grads = inner.backward(n, dhidden, ctx.needs_input_grad[0], owned=norm is not None and inner.needs_x)
             del n, dhidden, dlast
             if dx is not None:
                 add = dy if form.residual else None
-                dx = norm_backward(norm, dx, flat, stats, add).view(ctx.shape)
+                dx = norm_backward(norm, dx, flat, stats, add).view(shape)
         return (dx, None, *(grad for pair in grads for grad in pair), *last)
-
-
-def _read(flat: Any, stats: Sequence[Tensor], norm: Norm | None) -> Tensor:
-    """Recompute the input of gate and up from x (N, d)."""
-    n: Tensor = flat if norm is None else norm.recompute(flat, stats)
-    return n
 
 
 def _back_through_the_activation(

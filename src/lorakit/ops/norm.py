@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from lorakit.ops.adapted import rows as rows_of
-from lorakit.ops.adapted import scratch_like, slabs, unflat, upcast_dtype, upcast_scratch, without_autocast
+from lorakit.ops.adapted import scratch_like, slabs, upcast_dtype, upcast_scratch
+from lorakit.ops.autograd import Context, unflat, without_autocast
+from lorakit.ops.autograd import rows as rows_of
 from lorakit.ops.kernels import kernels_for
 
 
@@ -54,20 +54,11 @@ class Norm:
     def backward(self, dn: Tensor, x: Tensor, stats: Sequence[Tensor], add: Tensor | None = None) -> Tensor:
         """Return the gradient of x (N, d) from that of the normalized x (N, d), plus `add` (N, d), in a new tensor."""
         if self.kind == "layer":
-            dx = layer_backward(dn, x, stats[0], stats[1], self.weight)
+            backward = torch.ops.aten.native_layer_norm_backward
+            given = dn.to(x.dtype), x, x.shape[-1:], *stats, _weight(self.weight, x), None
+            dx: Tensor = backward(*given, [True, False, False])[0]
             return dx if add is None else dx.add_(add)
         return rms_backward(dn, x, stats[0], self.weight, self.offset, add)
-
-
-def reference(x: Tensor, norm: Norm) -> Tensor:
-    """Compute the norm of x (..., d) in plain PyTorch, rounding where transformers rounds."""
-    if norm.kind == "layer":
-        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
-    n = x.to(upcast_dtype(x.dtype))
-    n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + norm.eps)
-    if norm.offset:
-        return (n if norm.weight is None else n * (norm.offset + norm.weight.to(n.dtype))).to(x.dtype)
-    return n.to(x.dtype) if norm.weight is None else n.to(x.dtype) * norm.weight.to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
@@ -106,7 +97,14 @@ def normalize(x: Tensor, norm: Norm) -> Tensor:
     else:
         with without_autocast(x):
             n = norm.forward(rows_of(x))[0]
-    return unflat(n, x)  # outside the autograd function, whose outputs must not be views if they are changed in place
+    # outside the autograd function, whose outputs must not be views if they are changed in place
+    return unflat(n, x)
+
+
+def norm_recompute(norm: Norm | None, x: Tensor | None, stats: Sequence[Tensor]) -> Tensor:
+    """Run `Norm.recompute` on x (N, d); without a norm, return x."""
+    assert x is not None  # the forward saves it if its backward needs the normalized x
+    return x if norm is None else norm.recompute(x, stats)
 
 
 def norm_backward(
@@ -148,7 +146,7 @@ def rms_forward(x: Tensor, w: Tensor | None, eps: float, offset: float = 0.0) ->
     return n, rstd
 
 
-def rms_recompute(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float = 0.0) -> Tensor:
+def rms_recompute(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float) -> Tensor:
     """Recompute the RMS norm of x (N, d) from the rstd (N, 1) of `rms_forward`."""
     kernels = kernels_for(x, w)
     if kernels is None:
@@ -158,9 +156,7 @@ def rms_recompute(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float = 0.0
     return n
 
 
-def rms_backward(
-    dn: Tensor, x: Tensor, rstd: Tensor, w: Tensor | None, offset: float = 0.0, add: Tensor | None = None
-) -> Tensor:
+def rms_backward(dn: Tensor, x: Tensor, rstd: Tensor, w: Tensor | None, offset: float, add: Tensor | None) -> Tensor:
     """Return the gradient of x (N, d) from that of its norm (N, d), plus `add` (N, d), in a new tensor.
 
     rstd (N, 1) is from the forward, w (d,) is the weight.
@@ -169,7 +165,20 @@ def rms_backward(
     if kernels is not None:
         kernels.rms_backward(dn, x, w, offset, rstd, add, dx)
         return dx
-    _rms_backward(dn, x, rstd, _gain(w, offset, rstd.dtype), dx)
+    gain = _gain(w, offset, rstd.dtype)
+    inputs, gradients, products = upcast_scratch(x), upcast_scratch(x), scratch_like(x)
+    for rows in slabs(x):
+        r, part = rstd[rows], x[rows]
+        g = dx[rows] if gradients is None else gradients[: len(r)]
+        g.copy_(dn[rows])
+        if gain is not None:
+            g.mul_(gain)
+        if inputs is not None:
+            part = inputs[: len(r)].copy_(part)
+        dot = torch.mul(g, part, out=products[: len(r)]).sum(-1, keepdim=True)
+        g.mul_(r).addcmul_(part, dot.mul_(r).mul_(r).mul_(r), value=-1 / x.shape[1])
+        if gradients is not None:
+            dx[rows].copy_(g)
     return dx if add is None else dx.add_(add)
 
 
@@ -178,13 +187,6 @@ def layer_forward(x: Tensor, w: Tensor | None, bias: Tensor | None, eps: float) 
     bias = None if bias is None else bias.to(_dtype_of_parameters(x))
     n, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], _weight(w, x), bias, eps)
     return n, mean, rstd
-
-
-def layer_backward(dn: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, w: Tensor | None) -> Tensor:
-    """Return the gradient of x (N, d) from that of its norm (N, d), mean and rstd (N, 1) and the weight (d,)."""
-    backward = torch.ops.aten.native_layer_norm_backward
-    dx: Tensor = backward(dn.to(x.dtype), x, x.shape[-1:], mean, rstd, _weight(w, x), None, [True, False, False])[0]
-    return dx
 
 
 def _rms(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float, eps: float | None) -> Tensor:
@@ -209,23 +211,6 @@ def _rms(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float, eps: float | 
     return n
 
 
-def _rms_backward(dn: Tensor, x: Tensor, rstd: Tensor, gain: Tensor | None, dx: Tensor) -> None:
-    inputs, gradients, products = upcast_scratch(x), upcast_scratch(x), scratch_like(x)
-    for rows in slabs(x):
-        r, part = rstd[rows], x[rows]
-        g = dx[rows] if gradients is None else gradients[: len(r)]
-        if gain is None:
-            g.copy_(dn[rows])
-        else:
-            g.copy_(dn[rows]).mul_(gain)
-        if inputs is not None:
-            part = inputs[: len(r)].copy_(part)
-        dot = torch.mul(g, part, out=products[: len(r)]).sum(-1, keepdim=True)
-        g.mul_(r).addcmul_(part, dot.mul_(r).mul_(r).mul_(r), value=-1 / x.shape[1])
-        if gradients is not None:
-            dx[rows].copy_(g)
-
-
 def _gain(w: Tensor | None, offset: float, dtype: torch.dtype) -> Tensor | None:
     return None if w is None else w.to(dtype) + offset if offset else w.to(dtype)
 
@@ -242,15 +227,15 @@ def _dtype_of_parameters(x: Tensor) -> torch.dtype:
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
+    def forward(ctx: Context[Norm], x: Tensor, norm: Norm) -> Tensor:
         with without_autocast(x):
             n, stats = norm.forward(rows_of(x))
         ctx.save_for_backward(x, *stats)
-        ctx.norm = norm
+        ctx.state = norm
         return n
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dn: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context[Norm], dn: Tensor) -> tuple[Tensor, None]:
         x, *stats = ctx.saved_tensors
-        return ctx.norm.backward(rows_of(dn), rows_of(x), stats).view(x.shape), None
+        return ctx.state.backward(rows_of(dn), rows_of(x), stats).view(x.shape), None

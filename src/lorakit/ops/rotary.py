@@ -10,12 +10,13 @@ its transpose and needs only the tables.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorakit.ops.autograd import Context
 from lorakit.ops.kernels import kernels_for
 
 Pairs = Literal["half", "interleaved"]
@@ -35,18 +36,6 @@ class Rotary:
     pairs: Pairs = "half"
 
 
-def reference(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate the first rot elements of each head of x (B, H, T, D) -> (B, H, T, D), in plain PyTorch."""
-    cos, sin = (_with_head_axis(table, 1).to(x.dtype) for table in (rotary.cos, rotary.sin))
-    rotating, passing = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = _halves(rotating, rotary.pairs)
-    if rotary.pairs == "half":
-        rotated = torch.cat((-second, first), dim=-1)
-    else:
-        rotated = torch.stack((-second, first), dim=-1).flatten(-2)
-    return torch.cat((rotating * cos + rotated * sin, passing), dim=-1)
-
-
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotate the pairs of x by their positions, [docs/math.md (80)]; differentiable in x.
 
@@ -63,7 +52,7 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 def rotated(x: Tensor, rotary: Rotary) -> Tensor:
     """Run `rotate` without autograd and without checks: x (B, T, H, D) -> a new contiguous (B, T, H, D)."""
-    cos, sin = (_with_head_axis(table, 2).to(x.dtype) for table in (rotary.cos, rotary.sin))
+    cos, sin = (_with_head_axis(table).to(x.dtype) for table in (rotary.cos, rotary.sin))
     rot = cos.shape[-1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if _by_kernel(x, cos, sin, rotary.pairs, False, out):
@@ -83,7 +72,7 @@ def rotate_back_(grad: Tensor, rotary: Rotary) -> Tensor:
 
     grad (B, T, H, D), any strides, owned by the caller; returned.
     """
-    cos, sin = (_with_head_axis(table, 2).to(grad.dtype) for table in (rotary.cos, rotary.sin))
+    cos, sin = (_with_head_axis(table).to(grad.dtype) for table in (rotary.cos, rotary.sin))
     if _by_kernel(grad, cos, sin, rotary.pairs, True, grad):
         return grad
     (g1, g2), (c1, c2), (s1, s2) = (_halves(t[..., : cos.shape[-1]], rotary.pairs) for t in (grad, cos, sin))
@@ -141,22 +130,21 @@ class _Rotate(torch.autograd.Function):
     """`rotated` and `rotate_back_` as an autograd function; it saves the tables only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rotary: Rotary) -> Tensor:
-        ctx.rotary = rotary
+    def forward(ctx: Context[Rotary], x: Tensor, rotary: Rotary) -> Tensor:
+        ctx.state = rotary
         return rotated(x.transpose(1, 2), rotary).transpose(1, 2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        owned = grad.transpose(1, 2).clone(
-            memory_format=torch.contiguous_format
-        )  # a copy, because autograd may pass grad to others as well
-        return rotate_back_(owned, ctx.rotary).transpose(1, 2), None
+    def backward(ctx: Context[Rotary], grad: Tensor) -> tuple[Tensor, None]:
+        # a copy, because autograd may pass grad to others as well
+        owned = grad.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        return rotate_back_(owned, ctx.state).transpose(1, 2), None
 
 
-def _with_head_axis(table: Tensor, axis: int) -> Tensor:
-    """Add a head axis of size 1 to a table (T, rot) or (B, T, rot): axis 1 for (B, H, T, D), 2 for (B, T, H, D)."""
-    return (table if table.dim() == 3 else table.unsqueeze(0)).unsqueeze(axis)
+def _with_head_axis(table: Tensor) -> Tensor:
+    """Return a table (T, rot) or (B, T, rot) as (1 or B, T, 1, rot), for tensors (B, T, H, D)."""
+    return (table if table.dim() == 3 else table.unsqueeze(0)).unsqueeze(2)
 
 
 def _halves(x: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:

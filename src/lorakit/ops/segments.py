@@ -9,8 +9,6 @@ rank to width, `outer` of both. There are four methods with the same results:
 - `compiled` reads each row's factors in place, in one kernel for shrink and expand (as BGMV does): for few short rows
   without gradients, if a kernel is available. A decoding step of many rows with many adapters then costs reading their
   factors once.
-
-`reference` defines the result in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -19,22 +17,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from lorakit.ops.adapted import autocast, without_autocast
+from lorakit.ops.autograd import Context, autocast, needs_gradient, without_autocast
 from lorakit.ops.kernels import kernels_for
 from lorakit.ops.kernels.protocol import PerRowMatmuls
-
-
-def per_row_kernel(x: Tensor, A: Tensor, Bt: Tensor) -> PerRowMatmuls | None:
-    """Return the kernel for rows like x (rows, …, in) with A (K, r, in) and Bt (K, r, out), or None."""
-    kernels = kernels_for(x, A, Bt, strided=True)
-    return None if kernels is None else kernels.own
 
 
 class PerRowLora:
@@ -81,8 +72,7 @@ class Routed:
     def __post_init__(self) -> None:
         if self.index.is_floating_point() or self.index.is_complex() or self.index.dtype == torch.bool:
             raise ValueError(f"the adapter index of rows must be an integer tensor; got {self.index.dtype}")
-        asked = self.index.tolist()
-        strange = sorted({k for k in asked if not -1 <= k < self.adapters})
+        strange = sorted({k for k in self.index.tolist() if not -1 <= k < self.adapters})
         if strange:
             raise ValueError(
                 f"adapter indices {strange} are out of range; valid are 0 to {self.adapters - 1}, or -1 for none"
@@ -120,17 +110,6 @@ class Routed:
         return found
 
 
-def reference(x: Tensor, A: Tensor, B: Tensor, scales: Tensor, index: Tensor) -> Tensor:
-    """Compute `segmented`, (rows, …, out), row by row in plain PyTorch."""
-    rows = []
-    for row, k in zip(x, index.tolist(), strict=True):
-        if k < 0:
-            rows.append(row.new_zeros(*row.shape[:-1], B.shape[1]))
-        else:
-            rows.append(float(scales[k]) * F.linear(F.linear(row, A[k].to(x.dtype)), B[k].to(x.dtype)))
-    return torch.stack(rows)
-
-
 def segmented(
     x: Tensor,
     A: Tensor,
@@ -162,11 +141,10 @@ def segmented(
     rows = index if isinstance(index, Routed) else Routed(index, len(A))
     _check(x, A, B, scales, rows, into)
     method, x = method or method_for(x, rows), autocast(x)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, A, B, into)):
+    if needs_gradient(x, A, B, into):
         if method == "compiled":
             raise ValueError('method="compiled" records no gradient; omit the method, or call it under torch.no_grad()')
-        result: Tensor = _Segmented.apply(into, x, A, B, scales, (rows, method))
-        return result
+        return _Segmented.apply(into, x, A, B, scales, (rows, method, x.dtype))
     with without_autocast(x):
         if method != "compiled":
             return Segments(A, B, scales, rows, method, x.dtype).forward(x, into)[0]
@@ -184,16 +162,15 @@ def compiled_method(A: Tensor, B: Tensor, scales: Tensor | None, rows: Routed, x
     """
     A = (A if scales is None else A * scales[:, None, None]).to(x.dtype).contiguous()
     Bt = B.to(x.dtype).transpose(1, 2).contiguous()
-    products = per_row_kernel(x, A, Bt)
-    return None if products is None else PerRowLora(A, Bt, rows.index, products)
+    kernels = kernels_for(x, A, Bt, strided=True)
+    return None if kernels is None or kernels.own is None else PerRowLora(A, Bt, rows.index, kernels.own)
 
 
 def _check(x: Tensor, A: Tensor, B: Tensor, scales: Tensor | None, rows: Routed, into: Tensor | None) -> None:
     K, r, width = A.shape
     fits = len(x) == len(rows.index) and x.shape[-1] == width and B.shape[::2] == (K, r)
     fits = fits and (scales is None or scales.shape == (K,))
-    if into is not None:
-        fits = fits and into.shape == (*x.shape[:-1], B.shape[1])
+    fits = fits and (into is None or into.shape == (*x.shape[:-1], B.shape[1]))
     if not fits or rows.adapters != K:
         named = {"x": x, "A": A, "B": B, "scales": scales, "into": into}
         shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in named.items() if t is not None)
@@ -300,7 +277,7 @@ class Segments:
         if into is None:
             return wide.view(shape)
         into.add_(wide.view(shape))
-        return into
+        return into  # not the result of `add_`: torch.compile must see that the input itself is returned
 
 
 def _masked_shrink(wide: Tensor, stack: Tensor, call: _Call) -> Tensor:
@@ -379,32 +356,32 @@ _METHODS = {
 }
 
 
+_State = tuple[Routed, Method, torch.dtype]
+"""Routing, method and dtype of the rows."""
+
+
 class _Segmented(torch.autograd.Function):
+    """`into` comes first: if it is a view, autograd treats the first argument as the one changed in place."""
+
     @staticmethod
-    def forward(  # `into` comes first: if it is a view, autograd treats the first argument as the one changed in place
-        ctx: Any,
-        into: Tensor | None,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        scales: Tensor | None,
-        how: tuple[Routed, Method],
+    def forward(
+        ctx: Context[_State], into: Tensor | None, x: Tensor, A: Tensor, B: Tensor, scales: Tensor | None, how: _State
     ) -> Tensor:
         if into is not None:
             ctx.mark_dirty(into)
         with without_autocast(x):
-            y, h = Segments(A, B, scales, *how, x.dtype).forward(x, into)
+            y, h = Segments(A, B, scales, *how).forward(x, into)
         _, _, of_A, of_B, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if of_A else None, h if of_B else None, A, B, scales)
-        ctx.how = *how, x.dtype
+        ctx.state = how
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Context[_State], dy: Tensor) -> tuple[Tensor | None, ...]:
         x, h, A, B, scales = ctx.saved_tensors
         of_into, of_x, *_ = ctx.needs_input_grad
         with without_autocast(dy):
-            dx, dA, dB = Segments(A, B, scales, *ctx.how).backward(x, h, dy, of_x)
+            dx, dA, dB = Segments(A, B, scales, *ctx.state).backward(x, h, dy, of_x)
         dA, dB = (None if d is None else d.to(of.dtype).contiguous() for d, of in ((dA, A), (dB, B)))
         return dy if of_into else None, dx, dA, dB, None, None

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorakit.ops import activation
 from lorakit.ops.kernels import compiled, kernels_for
 from lorakit.ops.norm import Norm
-from lorakit.ops.norm import reference as norm_reference
 from lorakit.ops.rotary import Rotary
-from lorakit.ops.rotary import reference as rotary_reference
+
+from .. import references
 
 KERNELS = compiled.kernels()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason=f"no kernels: {compiled.describe()}")
@@ -55,7 +54,7 @@ def test_rms_norm(dtype: torch.dtype, shape: tuple[int, int], weighted: bool, of
     KERNELS.rms_recompute(x, w, offset, rstd, again)
     KERNELS.rms_backward(dn, x, w, offset, rstd, None, dx)
     exact = leaf(x)
-    truth = norm_reference(exact, Norm("rms", None if w is None else w.double(), None, 1e-5, offset))
+    truth = references.norm(exact, Norm("rms", None if w is None else w.double(), None, 1e-5, offset))
     truth.backward(dn.double())
     truth = truth.detach()
     assert torch.equal(n, again)
@@ -92,7 +91,7 @@ def test_a_norm_rounds_where_transformers_rounds() -> None:
 def test_gates(dtype: torch.dtype, act: str, gated: bool, count: int) -> None:
     first, up, da = (some(1, count, dtype=dtype, scale=3) for _ in range(3))
     out, dup = torch.empty_like(first), torch.empty_like(first) if gated else None
-    f = activation.ACTIVATIONS[act].reference
+    f = references.ACTIVATIONS[act]
     x, u = leaf(first), leaf(up)
     truth = f(x) * u if gated else f(x)
     truth.backward(da.double())
@@ -132,7 +131,7 @@ def test_rotary_positions(dtype: torch.dtype, pairs: str, rot: int, rows: int) -
     out = torch.empty(2, 5, 3, 16, dtype=dtype)
     KERNELS.rotate(x, cos, sin, pairs == "interleaved", False, out)
     exact = leaf(x.transpose(1, 2))
-    truth = rotary_reference(exact, Rotary(cos.double(), sin.double(), pairs))  # type: ignore[arg-type]
+    truth = references.rotary(exact, Rotary(cos.double(), sin.double(), pairs))  # type: ignore[arg-type]
     close(out.transpose(1, 2), truth)
     dy = some(2, 5, 3, 16, dtype=dtype)
     truth.backward(dy.transpose(1, 2).double())

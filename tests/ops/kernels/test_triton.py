@@ -14,11 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit.ops import activation, cross_entropy, norm, rotary
+from lorakit.ops import activation
 from lorakit.ops.cross_entropy import Head
 from lorakit.ops.kernels import triton
 from lorakit.ops.norm import Norm
 from lorakit.ops.rotary import Rotary
+
+from .. import references
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
 """Relative norm of the difference: roundings of fp32 sums, and about two roundings to bf16."""
@@ -73,7 +75,7 @@ def test_rms_norm(triton_kernels: Any, given: Given, kind: str, shape: tuple[int
     triton_kernels.rms_recompute(x, w, offset, rstd, again)
     assert torch.equal(n, again)
     (leaf,) = leaves(x)
-    truth = norm.reference(leaf, Norm("rms", None if w is None else w.double(), None, EPS, offset))
+    truth = references.norm(leaf, Norm("rms", None if w is None else w.double(), None, EPS, offset))
     given.close(n, truth)
     given.close(rstd, (leaf.square().mean(1, keepdim=True) + EPS).rsqrt())
     (dx,) = gradients(truth, dn, leaf)
@@ -89,7 +91,7 @@ def test_rms_norm_rounds_before_the_weight(triton_kernels: Any, given: Given) ->
     x, w = given(16, 64), given(64)
     n, rstd = torch.empty_like(x), x.new_empty(16, 1, dtype=torch.float32)
     triton_kernels.rms_forward(x, w, EPS, 0.0, n, rstd)
-    truth = norm.reference(x, Norm("rms", w, None, EPS))
+    truth = references.norm(x, Norm("rms", w, None, EPS))
     assert (n != truth).float().mean() < 0.01 if given.dtype == torch.bfloat16 else torch.allclose(n, truth, rtol=1e-6)
 
 
@@ -104,7 +106,7 @@ def test_activation(triton_kernels: Any, given: Given, act: str, gated: bool) ->
     out = torch.empty_like(first)
     triton_kernels.gate(act, first, up, out)
     inputs = leaves(first) if up is None else leaves(first, up)
-    truth = activation.ACTIVATIONS[act].reference(inputs[0])
+    truth = references.ACTIVATIONS[act](inputs[0])
     truth = truth if up is None else truth * inputs[1]
     given.close(out, truth)
     wanted = gradients(truth, da, *inputs)
@@ -135,7 +137,7 @@ def test_turn(triton_kernels: Any, given: Given, pairs: Any, width: int, rot: in
     x, cos, sin = given(3, 5, 9, width), given(rows, 5, rot), given(rows, 5, rot)
     turn, interleaved = Rotary(cos.double(), sin.double(), pairs), pairs == "interleaved"
     (leaf,) = leaves(x)
-    truth = rotary.reference(leaf.transpose(1, 2), turn).transpose(1, 2)
+    truth = references.rotary(leaf.transpose(1, 2), turn).transpose(1, 2)
     (back,) = gradients(truth, x, leaf)
     out = torch.full_like(x, torch.nan)
     triton_kernels.rotate(x, cos, sin, interleaved, False, out)
@@ -153,7 +155,7 @@ def test_turn_of_tokens_that_lie_apart(triton_kernels: Any, given: Given) -> Non
     x = every[:, :, 4:8]
     out, untouched = torch.empty_like(every)[:, :, 2:6], every.clone()
     triton_kernels.rotate(x, cos, sin, False, False, out)
-    truth = rotary.reference(x.double().transpose(1, 2), Rotary(cos.double(), sin.double())).transpose(1, 2)
+    truth = references.rotary(x.double().transpose(1, 2), Rotary(cos.double(), sin.double())).transpose(1, 2)
     given.close(out, truth)
     triton_kernels.rotate(x, cos, sin, False, False, x)
     assert torch.equal(x, out)
@@ -265,7 +267,7 @@ def test_losses(triton_kernels: Any, given: Given, scale: float, softcap: float 
     each = torch.nn.functional.cross_entropy(t, labels, reduction="none")
     if vocabulary == 11:
         head = Head(torch.eye(vocabulary, dtype=torch.float64, device=given.device), None, scale, softcap)
-        torch.testing.assert_close(each.sum(), cross_entropy.reference(leaf, head, labels, total=1))
+        torch.testing.assert_close(each.sum(), references.cross_entropy(leaf, head, labels, total=1))
     (wanted,) = torch.autograd.grad(each.sum(), leaf)
     found, losses = z.clone(), torch.empty(6, dtype=torch.float32, device=given.device)
     triton_kernels.cross_entropy(found, labels, scale, False, losses, softcap)

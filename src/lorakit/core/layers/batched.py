@@ -27,7 +27,7 @@ from lorakit.core.kinds.linear import linear_down, linear_up
 from lorakit.core.layers.stored_weight import StoredWeight
 from lorakit.core.routing.route import Route
 from lorakit.core.variants import Factor
-from lorakit.ops.adapted import autocast, without_autocast
+from lorakit.ops.autograd import autocast, without_autocast
 from lorakit.ops.kernels import is_traced
 from lorakit.ops.segments import Method, PerRowLora, Routed, Segments, are_few, compiled_method, method_for
 

@@ -132,11 +132,8 @@ def _instructions() -> str:
         text = Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:
         text = ""
-    line = next((line for line in text.splitlines() if line.lower().startswith(_INSTRUCTIONS)), "")
+    line = next((line for line in text.splitlines() if line.lower().startswith(("flags", "features"))), "")
     return " ".join(sorted(line.split())) or platform.node()
-
-
-_INSTRUCTIONS = ("flags", "features")
 
 
 def _build(compiler: list[str], define: str, path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lorakit.ops.kernels.building import Built, built
 from lorakit.ops.kernels.gateway import Gateway
+from lorakit.ops.kernels.protocol import DropoutMatmuls, PerRowMatmuls
 
 DTYPES = {torch.float32: "", torch.bfloat16: "BF16"}
 """Dtypes with kernels -> the preprocessor name their source is compiled with."""
@@ -60,14 +61,10 @@ class CompiledKernels:
 
     activations = frozenset(ACTIVATIONS)
     caps_logits = False
-    dropping = None
-
-    @property
-    def own(self) -> CompiledKernels:
-        """Return itself."""
-        return self
+    dropping: DropoutMatmuls | None = None
 
     def __init__(self, libraries: dict[torch.dtype, ctypes.CDLL]) -> None:
+        self.own: PerRowMatmuls | None = self
         gateway = Gateway(libraries)
         self._pointer, self._optional, self._call = gateway.pointer, gateway.optional, gateway.call
 

@@ -7,8 +7,8 @@ nothing of what the kernels compute.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from ctypes import c_double, c_float, c_int, c_int64, c_uint64, c_void_p
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ FEW = 1 << 14
 """Element count below which a second thread costs more than it saves."""
 
 _P, _N = c_void_p, c_int64
-SIGNATURES: dict[str, tuple[Any, ...]] = {  # as in rows.c, without the thread count, which comes last
+SIGNATURES: dict[str, tuple[type, ...]] = {  # as in rows.c, without the thread count, which comes last
     "rms_forward": (_P, _P, c_float, c_float, _N, _N, _P, _P),
     "rms_recompute": (_P, _P, c_float, _P, _N, _N, _P),
     "rms_backward": (_P, _P, _P, c_float, _P, _P, _N, _N, _P),
@@ -102,7 +102,7 @@ class Gateway:
         """Return None for None, else the `pointer` of a contiguous tensor (any shape)."""
         return None if tensor is None else self.pointer(name, tensor, dtype, shape, None, within)
 
-    def call(self, name: str, dtype: torch.dtype, size: int, *args: Any) -> None:
+    def call(self, name: str, dtype: torch.dtype, size: int, *args: float | None) -> None:
         """Call a function, with more than one thread if `size` elements justify it.
 
         Raises:
@@ -117,7 +117,7 @@ class Gateway:
             raise error(f"{name}: {what}")
 
 
-def _typed(library: ctypes.CDLL, name: str, types: tuple[Any, ...]) -> Any:
+def _typed(library: ctypes.CDLL, name: str, types: tuple[type, ...]) -> Callable[..., int]:
     function = library[name]
     function.argtypes, function.restype = types, c_int
     return function

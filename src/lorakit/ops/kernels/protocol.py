@@ -22,21 +22,10 @@ class Kernels(Protocol):
         own: Matmuls with per-row LoRA factors, or None.
     """
 
-    @property
-    def activations(self) -> frozenset[str]:
-        """See above."""
-
-    @property
-    def caps_logits(self) -> bool:
-        """See above."""
-
-    @property
-    def dropping(self) -> DropoutMatmuls | None:
-        """See above."""
-
-    @property
-    def own(self) -> PerRowMatmuls | None:
-        """See above."""
+    activations: frozenset[str]
+    caps_logits: bool
+    dropping: DropoutMatmuls | None
+    own: PerRowMatmuls | None
 
     def rms_forward(self, x: Tensor, w: Tensor | None, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
         """Write the RMS norm of x (N, d) to n (N, d), and 1/rms of its rows to rstd (N, 1), [docs/math.md (76)].

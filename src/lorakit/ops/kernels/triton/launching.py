@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from lorakit.ops.kernels.protocol import DropoutMatmuls
+from lorakit.ops.kernels.protocol import DropoutMatmuls, PerRowMatmuls
 from lorakit.ops.kernels.triton import programs
 
 OPTIONS = {"enable_fp_fusion": True}
@@ -34,7 +34,10 @@ class TritonKernels:
 
     activations = frozenset({"silu", "gelu", "gelu_tanh", "quick_gelu", "relu"})
     caps_logits = True
-    own = None
+    own: PerRowMatmuls | None = None
+
+    def __init__(self) -> None:
+        self.dropping: DropoutMatmuls | None = self
 
     def rms_forward(self, x: Tensor, w: Tensor | None, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
         """Write the RMS norm of x (N, d) to n (N, d), and 1/rms of its rows to rstd (N, 1)."""
@@ -96,11 +99,6 @@ class TritonKernels:
         numbers = (x.stride(1), out.stride(1), tokens, heads, width, rot)
         with _on(x):
             programs.rotate[grid](x, cos, sin, out, *numbers, **flags, **sizes, **rest, **OPTIONS)
-
-    @property
-    def dropping(self) -> DropoutMatmuls:
-        """Return itself."""
-        return self
 
     def drop(self, x: Tensor, p: float, seed: Tensor, scale: float, out: Tensor) -> None:
         """Write scale·x (any shape) to out, which may be x, zeroing the elements that the seed (1,) drops."""

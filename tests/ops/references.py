@@ -1,0 +1,154 @@
+"""Every fused operation in plain PyTorch, in the order of the formulas: what the tests compare the operations with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lorakit.ops.activation import QUICK
+from lorakit.ops.adapted import Adapted, upcast_dtype
+from lorakit.ops.attention_block import SelfAttention
+from lorakit.ops.attention_pattern import Pattern
+from lorakit.ops.cross_entropy import IGNORED, Head
+from lorakit.ops.mlp import Form
+from lorakit.ops.norm import Norm
+from lorakit.ops.rotary import Rotary
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(QUICK * x),
+    "relu": F.relu,
+}
+
+
+def dropout(x: Tensor, p: float, keep: Tensor) -> Tensor:
+    """Apply dropout to x (any shape) with a given mask `keep` of the same shape (1 or 0)."""
+    return x * keep / (1 - p) if p < 1 else x * 0
+
+
+def linear(x: Tensor, group: Sequence[Adapted], masks: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+    """Compute `linears` of x (…, in); `masks` are the dropout masks (…, in) of each module."""
+    outputs = []
+    for module, mask in zip(group, masks or [None] * len(group), strict=True):
+        y = F.linear(x, module.W.t() if module.transposed else module.W, module.bias)
+        if module.low is not None:
+            low = module.low
+            kept = x if mask is None else x * mask.to(x.dtype) / (1 - low.p)
+            y = y + low.scale * F.linear(F.linear(kept, low.A.to(x.dtype)), low.B.to(x.dtype))
+        outputs.append(y)
+    return outputs
+
+
+def segments(x: Tensor, A: Tensor, B: Tensor, scales: Tensor, index: Tensor) -> Tensor:
+    """Compute `segmented`, (rows, …, out), row by row."""
+    rows = []
+    for row, k in zip(x, index.tolist(), strict=True):
+        if k < 0:
+            rows.append(row.new_zeros(*row.shape[:-1], B.shape[1]))
+        else:
+            rows.append(float(scales[k]) * F.linear(F.linear(row, A[k].to(x.dtype)), B[k].to(x.dtype)))
+    return torch.stack(rows)
+
+
+def cross_entropy(
+    h: Tensor, head: Head, labels: Tensor, *, total: float | Tensor | None = None, ignore_index: int = IGNORED
+) -> Tensor:
+    """Compute `linear_cross_entropy` (scalar) of h (..., d) and labels (...)."""
+    z = F.linear(h, head.W, head.bias).to(upcast_dtype(h.dtype)) * head.scale
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    loss = F.cross_entropy(z.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="sum")
+    return loss / ((labels != ignore_index).sum() if total is None else total)
+
+
+def norm(x: Tensor, norm: Norm) -> Tensor:
+    """Compute the norm of x (..., d), rounding where transformers rounds."""
+    if norm.kind == "layer":
+        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    n = x.to(upcast_dtype(x.dtype))
+    n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + norm.eps)
+    if norm.offset:
+        return (n if norm.weight is None else n * (norm.offset + norm.weight.to(n.dtype))).to(x.dtype)
+    return n.to(x.dtype) if norm.weight is None else n.to(x.dtype) * norm.weight.to(x.dtype)
+
+
+def mlp(x: Tensor, form: Form) -> Tensor:
+    """Compute `mlp` of x (..., d) without dropout; returns (..., d)."""
+    hidden = linear(x if form.norm is None else norm(x, form.norm), form.inner)
+    first, *up = hidden[0].chunk(2, -1) if form.fused else hidden
+    a = ACTIVATIONS[form.act.name](first)
+    y = linear(a * up[0] if up else a, [form.down])[0]
+    return x + y if form.residual else y
+
+
+def rotary(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate the first rot elements of each head of x (B, H, T, D) -> (B, H, T, D)."""
+    cos, sin = (table.view(-1, 1, *table.shape[-2:]).to(x.dtype) for table in (rotary.cos, rotary.sin))
+    rot = cos.shape[-1]
+    rotating, passing = x[..., :rot], x[..., rot:]
+    if rotary.pairs == "half":
+        turned = torch.cat((-rotating[..., rot // 2 :], rotating[..., : rot // 2]), dim=-1)
+    else:
+        turned = torch.stack((-rotating[..., 1::2], rotating[..., ::2]), dim=-1).flatten(-2)
+    return torch.cat((rotating * cos + turned * sin, passing), dim=-1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, kept: Tensor | None = None) -> Tensor:
+    """Compute attention: q (B, H, T, D), k and v (B, KV, T, D) -> (B, H, T, D).
+
+    kept (B, H, T, T) is 1 for each weight that dropout keeps, else 0; None without dropout.
+    """
+    pattern.check(q, k, v)
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    scores = q @ k.transpose(2, 3) * pattern.scale_for(q.shape[3])
+    if pattern.softcap is not None:
+        scores = torch.tanh(scores / pattern.softcap) * pattern.softcap
+    if pattern.bias is not None:
+        scores = scores + pattern.bias.to(scores.dtype)
+    seen = visible(pattern, q.shape[2], q.device)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=upcast_dtype(q.dtype)).to(q.dtype)
+    return (weights if kept is None else weights * kept.to(q.dtype) / (1 - pattern.dropout)) @ v
+
+
+def visible(pattern: Pattern, tokens: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return a boolean mask (T, T): whether each token of a row sees each other token."""
+    lengths = pattern.lengths(tokens)
+    which = torch.tensor([i for i, length in enumerate(lengths) for _ in range(length)], device=device)
+    places = torch.arange(len(which), device=device)
+    distance = places.unsqueeze(1) - places
+    seen = which.unsqueeze(1) == which
+    if pattern.causal:
+        seen &= distance >= 0
+    if pattern.window is not None:
+        seen &= distance < pattern.window if pattern.causal else distance.abs() <= pattern.window
+    return seen
+
+
+def attention_block(
+    x: Tensor,
+    block: SelfAttention,
+    pattern: Pattern,
+    rope: Rotary | None,
+    residual: bool,
+    wanted: Tensor | None = None,
+) -> Tensor:
+    """Compute `attention_block` of x (B, T, d) without dropout; returns (B, T, d) or (n, d)."""
+    n = x if block.norm is None else norm(x, block.norm)
+    parts = [part.flatten(0, 1) for part in linear(n, block.inputs)]
+    heads = []
+    for part, own in zip(block.heads(parts, *x.shape[:2]), (block.q_norm, block.k_norm, None), strict=True):
+        if own is not None:
+            width = block.head_dim if own.weight is None else own.weight.numel()
+            part = norm(part.flatten(2).unflatten(-1, (-1, width)), own).view(part.shape)
+        heads.append(part.transpose(1, 2))
+    if rope is not None:
+        heads[:2] = (rotary(part, rope) for part in heads[:2])
+    out = attention(heads[0], heads[1], heads[2], pattern)
+    y = linear(out.transpose(1, 2).flatten(2), [block.output])[0]
+    y = x + y if residual else y
+    return y if wanted is None else y.flatten(0, 1)[wanted]
