@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 
@@ -20,6 +20,21 @@ def test_every_setting_has_a_row_and_every_default_a_reason() -> None:
         assert row.reason or row.value is ..., name
         assert TrainSettings.model_fields[name].description == row.help()
     assert set(DEFAULTS) >= CHANGEABLE_ON_RESUME
+
+
+def test_a_flag_has_the_type_of_its_setting() -> None:
+    def types(annotation: Any) -> set[Any]:
+        origin, parts = get_origin(annotation), get_args(annotation)
+        inner = () if origin in (Literal, list, dict) else parts[:1] if origin is Annotated else parts
+        return set().union(*map(types, inner)) if inner else {origin or annotation}
+
+    for name, row in DEFAULTS.items():
+        taken = types(TrainSettings.model_fields[name].annotation) - {type(None)}
+        flag = row.flag or type(row.value)
+        if list in taken or dict in taken:
+            assert flag == list[str], name
+        else:
+            assert {flag} == {str if one is Literal else one for one in taken}, name
 
 
 def test_defaults_are_those_of_the_issue() -> None:

@@ -23,12 +23,14 @@ class Default:
         value: The default; `...` if a value is required, None if it depends on other settings.
         reason: Reason for the default, as in `--help`; empty if a value is required.
         shown: Text of the default in `--help`, if not `str(value)`.
+        flag: Type of the flag, if not the type of `value`.
     """
 
     meaning: str
     value: Any
     reason: str = ""
     shown: str | None = None
+    flag: type | None = None
 
     def help(self) -> str:
         """Return the text of `--help`: meaning, default and reason."""
@@ -41,16 +43,22 @@ class Default:
 
 DEFAULTS: dict[str, Default] = {
     # inputs and outputs
-    "model": Default("Model directory, hub id, or smollm2 (the packaged model)", ...),
-    "data": Default("Training files: .txt, .md (documents) or .jsonl (text, prompt + completion, messages)", ...),
-    "output_dir": Default("Run directory: run.json, metrics.jsonl, checkpoints, adapter", ...),
-    "eval_data": Default("Evaluation files", None, "a fraction of the training documents is held out", "none"),
+    "model": Default("Model directory, hub id, or smollm2 (the packaged model)", ..., flag=str),
+    "data": Default(
+        "Training files: .txt, .md (documents) or .jsonl (text, prompt + completion, messages)", ..., flag=list[str]
+    ),
+    "output_dir": Default("Run directory: run.json, metrics.jsonl, checkpoints, adapter", ..., flag=str),
+    "eval_data": Default(
+        "Evaluation files", None, "a fraction of the training documents is held out", "none", list[str]
+    ),
     "eval_fraction": Default(
         "Fraction of documents to hold out if --eval-data is not given", 0.05, "enough to detect overfitting"
     ),
     # adapter
     "r": Default("Rank of the adapter", 16, "room for a new task in a file of a few MB; beyond 32 seldom helps"),
-    "lora_alpha": Default("Numerator of the scale: the delta is alpha / r times B A", 32, "2 r, the usual scale of 2"),
+    "lora_alpha": Default(
+        "Numerator of the scale: the delta is alpha / r times B A", 32, "2 r, the usual scale of 2", flag=float
+    ),
     "lora_dropout": Default(
         "Dropout on the adapter's input",
         0.0,
@@ -61,6 +69,7 @@ DEFAULTS: dict[str, Default] = {
         "Select modules to adapt: names, a regular expression, or all-linear",
         "all-linear",
         "attention and MLP together learn more than attention alone at the same number of parameters",
+        flag=list[str],
     ),
     "new_tokens": Default(
         "Add tokens to the vocabulary, such as '<think>,</think>', and train their embedding and head rows only; "
@@ -68,6 +77,7 @@ DEFAULTS: dict[str, Default] = {
         [],
         "the base's vocabulary is sufficient for most tasks",
         "none",
+        list[str],
     ),
     "use_dora": Default("Also train a magnitude per output (DoRA)", False, "slower, and seldom better at r 16"),
     "use_rslora": Default("Scale by alpha / sqrt(r)", False, "matters for ranks above 64"),
@@ -100,10 +110,14 @@ DEFAULTS: dict[str, Default] = {
         "3e-4",
     ),
     "loraplus_lr_ratio": Default(
-        "Ratio of B's learning rate to A's (LoRA+)", None, "A and B learn at one rate; LoRA+ uses 4 to 16", "1"
+        "Ratio of B's learning rate to A's (LoRA+)", None, "A and B learn at one rate; LoRA+ uses 4 to 16", "1", float
     ),
     "loraplus_lr_embedding": Default(
-        "Learning rate of the factors of embeddings", None, "the same as elsewhere; PEFT's LoRA+ uses 1e-6", "none"
+        "Learning rate of the factors of embeddings",
+        None,
+        "the same as elsewhere; PEFT's LoRA+ uses 1e-6",
+        "none",
+        float,
     ),
     "learning_rate_pattern": Default(
         "Learning rates of single modules as PATTERN=RATE, such as down_proj=1e-4; patterns work as in rank_pattern, "
@@ -111,6 +125,7 @@ DEFAULTS: dict[str, Default] = {
         {},
         "one rate suits most modules",
         "none",
+        list[str],
     ),
     "lr_scheduler_type": Default(
         "Course of the learning rate after the warm-up: cosine, linear or constant",
@@ -127,7 +142,7 @@ DEFAULTS: dict[str, Default] = {
         "Clip the gradient to this norm; 0 disables clipping", 1.0, "a single unusual batch cannot ruin a run"
     ),
     # length
-    "max_steps": Default("Stop after N optimizer steps", None, "--num-train-epochs decides", "none"),
+    "max_steps": Default("Stop after N optimizer steps", None, "--num-train-epochs decides", "none", int),
     "num_train_epochs": Default(
         "Passes over the data", 3.0, "the best step by evaluation loss is kept: an extra pass costs time, not quality"
     ),
@@ -151,12 +166,10 @@ DEFAULTS: dict[str, Default] = {
         None,
         "an unquantized base is exact; nf4 takes about a quarter of the memory of bf16 (QLoRA)",
         "none",
+        str,
     ),
     "double_quantization": Default(
-        "Also quantize the scales of nf4 and fp4",
-        True,
-        "saves 0.37 bits per parameter for next to no error",
-        "on",
+        "Also quantize the scales of nf4 and fp4", True, "saves 0.37 bits per parameter for next to no error", "on"
     ),
     "seed": Default("Seed of everything random: A, dropout, data order, split", 0, "runs are reproducible"),
     "device": Default("cpu, cuda, cuda:N, mps or auto", "auto", "an accelerator if available"),
@@ -172,6 +185,7 @@ DEFAULTS: dict[str, Default] = {
         None,
         "without recomputation a step is fastest",
         "none",
+        str,
     ),
     "accelerate": Default(
         "Use fused forwards for supported layers, and pack sequences",
@@ -186,13 +200,13 @@ DEFAULTS: dict[str, Default] = {
         "on",
     ),
     # evaluation and checkpoints
-    "eval_steps": Default("Evaluate every N steps", None, "ten evaluations show the curve", "a tenth of the run"),
-    "save_steps": Default("Save a checkpoint every N steps", None, "limits what a crash costs", "as --eval-steps"),
+    "eval_steps": Default("Evaluate every N steps", None, "ten evaluations show the curve", "a tenth of the run", int),
+    "save_steps": Default("Save a checkpoint every N steps", None, "limits what a crash costs", "as --eval-steps", int),
     "save_total_limit": Default(
         "Keep at most N checkpoints; the best and the newest are always kept", 2, "the best and the newest"
     ),
     "early_stopping_patience": Default(
-        "Stop after N evaluations without improvement", None, "the best step is kept either way", "off"
+        "Stop after N evaluations without improvement", None, "the best step is kept either way", "off", int
     ),
     "resume": Default(
         "Resume from the newest valid checkpoint in --output-dir, with the settings of that run",

@@ -15,16 +15,17 @@ import platform
 import re
 import shutil
 import time
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import lorakit
 from lorakit import durable
 from lorakit.errors import AdapterFileError, DiskError, RunError, UsageError
 from lorakit.report import METRICS_FILE, RUN_FILE, read_metrics
-from lorakit.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from lorakit.train.settings import TrainSettings
 
 FORMAT = 1
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
@@ -85,6 +86,8 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, lorakit and the installed packages that affect results."""
+    from importlib import metadata
+
     found = {"python": platform.python_version(), "lorakit": lorakit.__version__}
     for name in _PACKAGES:
         try:
