@@ -18,7 +18,8 @@ from lorakit import cli, core, hub
 from lorakit.data import encoding
 from lorakit.train import checkpoint, loop, run_folder
 from lorakit.train.evaluation import Evaluation
-from lorakit.train.run_folder import EVAL_FIELDS, TRAIN_FIELDS
+
+from ..docs.test_format import listed
 
 Train = Callable[..., int]
 
@@ -92,8 +93,8 @@ def test_a_run_and_what_it_leaves(train: Train, tmp_path: Path, capsys: pytest.C
     ):
         assert part in out
     rows = _rows(folder)
-    assert [tuple(row) for row in rows if "loss" in row] == [TRAIN_FIELDS] * 4
-    assert [tuple(row) for row in rows if "eval_loss" in row] == [EVAL_FIELDS] * 5
+    assert [list(row) for row in rows if "loss" in row] == [listed("train")] * 4
+    assert [list(row) for row in rows if "eval_loss" in row] == [listed("eval")] * 5
     assert [row["step"] for row in rows] == [0, 1, 1, 2, 2, 3, 3, 4, 4]
     record = _record(folder)
     assert record["status"] == "finished"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -140,7 +141,7 @@ def test_files_that_people_add_do_no_harm(tmp_path: Path) -> None:
 
 def test_state_of_another_version_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"does not match the fields of this version of lorakit \(step\)"):
-        TrainState.from_dict({key: value for key, value in TrainState().as_dict().items() if key != "step"})
+        TrainState.from_dict({key: value for key, value in dataclasses.asdict(TrainState()).items() if key != "step"})
 
 
 @pytest.mark.parametrize(

@@ -47,11 +47,10 @@ def test_cut_drops_what_the_checkpoint_does_not_know(
     _rows(tmp_path)
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 4, "lo')  # a crash tore this line
-    dropped = cut_metrics(tmp_path, step, evaluated)
+    cut_metrics(tmp_path, step, evaluated)
     metrics = read_metrics(tmp_path)
     assert [row["step"] for row in metrics.train] == train
     assert [row["step"] for row in metrics.evaluations] == evals
-    assert dropped == 6 - len(train) - len(evals)
     assert (tmp_path / "metrics.jsonl").read_bytes().count(b"\n") == len(metrics.rows)
 
 
@@ -63,7 +62,7 @@ def test_a_row_that_is_not_finite_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_takes_no_file(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(DiskError, match=r"metrics\.jsonl: cannot be opened for writing"):
+    with pytest.raises(DiskError, match=r"metrics\.jsonl: cannot be written"):
         MetricsLog(tmp_path)
 
 

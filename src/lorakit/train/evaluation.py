@@ -10,14 +10,13 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from lorakit import core, hub
-from lorakit.data import Batch, encode, padding_id, read_records
-from lorakit.errors import AdapterFileError, ConfigError, DataError, NonFiniteError, RunError
+from lorakit.data import Batch, Tokenizer, encode, padding_id, read_records
+from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import Acceleration, accelerate
 from lorakit.train.defaults import DEFAULTS
@@ -95,28 +94,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Compared:
-    """One row of the comparison.
-
-    Attributes:
-        name: "base", or the adapter's directory as given.
-        evaluation: Loss and tokens.
-    """
-
-    name: str
-    evaluation: Evaluation
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the row as plain JSON values."""
-        return {
-            "name": self.name,
-            "loss": self.evaluation.loss,
-            "perplexity": self.evaluation.perplexity,
-            "tokens": self.evaluation.tokens,
-        }
-
-
-@dataclass(frozen=True)
 class EvalSettings:
     """Settings of `compare`.
 
@@ -147,7 +124,7 @@ def compare(
     settings: EvalSettings,
     say: Callable[[str], None] = lambda _: None,
     detail: Callable[[str], None] = lambda _: None,
-) -> list[Compared]:
+) -> list[tuple[str, Evaluation]]:
     """Measure the loss of a base, and of each adapter on it, over the same tokens.
 
     An adapter saved with its own tokenizer, such as one with new tokens, uses that on the same data.
@@ -158,15 +135,16 @@ def compare(
         detail: Receives the counts of the data, and the precision with its reason.
 
     Returns:
-        The base first, then the adapters in the order given.
+        Name and evaluation: first "base", then each adapter's directory as given, in that order.
 
     Raises:
         ConfigError: Batch size or length is below 1.
         AdapterFileError: An adapter directory does not exist, or does not fit this base.
-        RunError: The evaluation was stopped.
         LorakitError: Data or model cannot be used; class and message say why.
     """
-    where = _checked(settings)
+    if settings.quantization is not None:
+        hub.require_quantizer(settings.quantization)
+    where = pick_device(settings.device)
     records = read_records(settings.data)
     source = hub.resolve(settings.model, say)
     hub.require(source, tokenizer=True)
@@ -189,43 +167,29 @@ def compare(
     choice = hub.choose_dtype(settings.dtype, hub.calibrate(where) if settings.dtype == "auto" else None)
     detail(f"precision: {choice.reason}")
     loaded = hub.load_model(source, choice.dtype, where, quantization=settings.quantization)
-    first = _measured(loaded, "base", batches, where)
-    found = {}
+    found = {-1: ("base", _measured(loaded, batches, where))}
     # rows for new tokens stay in the base, and more logits change the loss: smaller vocabularies come first
     for number in sorted(range(len(bases)), key=lambda n: 0 if (base := bases[n]) is None else base.vocabulary):
         folder, name = settings.adapters[number], f"adapter{number}"
         core.load_adapter(loaded, folder, name, allow=settings.allow)
         with core.use(loaded, name):
-            found[number] = _measured(loaded, folder, given[number], where)
+            found[number] = folder, _measured(loaded, given[number], where)
         core.detach(loaded, name)
-    return [first, *(found[number] for number in range(len(bases)))]
+    return [found[number] for number in sorted(found)]
 
 
-def _checked(settings: EvalSettings) -> torch.device:
-    """Check the settings and return the device."""
-    if settings.batch_rows < 1:
-        raise ConfigError(f"batch_size is {settings.batch_rows}; it must be at least 1.")
-    if settings.quantization is not None:
-        hub.require_quantizer(settings.quantization)
-    where = pick_device(settings.device)
-    for folder in settings.adapters:
-        if not Path(folder).is_dir():
-            raise AdapterFileError(f"adapter directory not found: {folder}.", where=folder)
-    return where
-
-
-def _measured(model: nn.Module, name: str, batches: Callable[[], Iterable[Batch]], where: torch.device) -> Compared:
+def _measured(model: nn.Module, batches: Callable[[], Iterable[Batch]], where: torch.device) -> Evaluation:
     acceleration = accelerate(model)
     try:
         found = evaluate(model, batches(), where, acceleration=acceleration)
     finally:
         acceleration.undo()  # the next adapter may add rows to the base
-    if found is None:
+    if found is None:  # only for the type: nothing stops this evaluation
         raise RunError("The evaluation was stopped.")
-    return Compared(name, found)
+    return found
 
 
-def own_tokenizer(folder: str, tokenizer: Any) -> Any | None:
+def own_tokenizer(folder: str, tokenizer: Tokenizer) -> Tokenizer | None:
     """Return the tokenizer in an adapter's directory if it differs from the base's, else None.
 
     Args:

@@ -11,9 +11,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,6 @@ from lorakit.train.run_folder import (
     ADAPTER_FOLDER,
     PLOT_FILE,
     adapter_only_path,
-    adapter_only_step,
     adapters_only,
     step_of,
     versions,
@@ -203,38 +200,36 @@ def _chosen(run: Run, notes: list[str]) -> tuple[int, Path]:
         if adapter_only_path(folder, wanted) in alone:
             return wanted, adapter_only_path(folder, wanted)
         valid = checkpoint.newest_valid(folder)
-        found = [(step_of(valid), valid)] if valid else []
-        found += [(adapter_only_step(path), path) for path in alone]
+        found = [*([valid] if valid else []), *alone]
         if not found:
             raise
-        step, path = max(found)
+        path = max(found, key=step_of)
         notes.append(f"{cause} {ADAPTER_FOLDER} was taken from {path.name} instead.")
-        return step, path
+        return step_of(path), path
     return wanted, whole
 
 
 def _publish(run: Run, step: int, source: Path, notes: list[str]) -> Path:
     """Publish the adapter, without the base's own tokenizer if the disk has no room for it."""
-    spec, card = run.spec, model_card(run, step)
     try:
-        return publish_adapter(source, spec.folder, partial(write_tokenizer, spec.tokenizer), card)
+        return publish_adapter(run, step, source)
     except DiskError as cause:
-        if spec.forecast.new_tokens is not None:  # the base's own tokenizer does not contain them
+        if run.spec.forecast.new_tokens is not None:  # the base's own tokenizer does not contain them
             raise
-        adapter = publish_adapter(source, spec.folder, lambda folder: None, card)
+        adapter = publish_adapter(run, step, source, with_tokenizer=False)
         notes.append(f"{cause} {adapter} was saved without a tokenizer; it is the base's.")
         return adapter
 
 
-def publish_adapter(source: Path, folder: Path, save_tokenizer: Callable[[Path], object], card: str) -> Path:
-    """Copy a checkpoint's adapter into `adapter/`, completely or not at all.
+def publish_adapter(run: Run, step: int, source: Path, *, with_tokenizer: bool = True) -> Path:
+    """Copy a checkpoint's adapter into `adapter/`, completely or not at all, and add a model card.
 
     Args:
+        run: The run.
+        step: The step of the adapter.
         source: A verified checkpoint, or an adapter saved without one; the files of the latter are linked instead of
             copied, because the disk was full.
-        folder: The run directory.
-        save_tokenizer: Function that writes the tokenizer's files into a given directory.
-        card: Text of README.md.
+        with_tokenizer: Whether to add the tokenizer.
 
     Returns:
         The adapter's directory.
@@ -242,13 +237,15 @@ def publish_adapter(source: Path, folder: Path, save_tokenizer: Callable[[Path],
     Raises:
         DiskError: A file cannot be written.
     """
-    final = folder / ADAPTER_FOLDER
+    folder = run.spec.folder
+    final, linked = folder / ADAPTER_FOLDER, source == adapter_only_path(folder, step)
     with durable.publish_directory(final, replace=True) as temporary:
         for path in sorted(source.iterdir()):
             if path.is_file() and path.name not in _CHECKPOINT_ONLY:
-                _copy(path, temporary / path.name, linked=adapter_only_step(source) >= 0)
-        save_tokenizer(temporary)
-        durable.write_text(temporary / "README.md", card)
+                _copy(path, temporary / path.name, linked=linked)
+        if with_tokenizer:
+            write_tokenizer(run.spec.tokenizer, temporary)
+        durable.write_text(temporary / "README.md", model_card(run, step))
     return final
 
 

@@ -1,7 +1,6 @@
 """Inputs of a run, read and checked before weights are loaded: device, data, new tokens, the shape of the base.
 
-Each check takes far less than a second and names the problem. `lorakit.hub` adds tokens to a tokenizer, `lorakit.core`
-adds and trains their rows; `NewTokens` combines the two.
+Each check takes far less than a second and names the problem.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -19,13 +18,14 @@ from torch import nn
 from lorakit import hub, plan
 from lorakit.config import LoraConfig
 from lorakit.core.model.fingerprint import vocabulary_of
-from lorakit.core.model.vocabulary import begin_rows, check_growth, grow_vocabulary, with_trained_rows
+from lorakit.core.model.vocabulary import check_growth, with_trained_rows
 from lorakit.data import (
     AnyRecords,
     Batch,
     DataReport,
     Encoded,
     Loader,
+    Split,
     StoredRecords,
     Tokenizer,
     by_length,
@@ -41,9 +41,19 @@ from lorakit.train.progress import Progress
 from lorakit.train.settings import TrainSettings
 
 
+class SavedTokenizer(Tokenizer, Protocol):
+    """A transformers tokenizer, as far as a run or a command uses it."""
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return all tokens with their ids."""
+
+    def save_pretrained(self, save_directory: Path) -> object:
+        """Write the tokenizer's files into a directory."""
+
+
 @dataclass(frozen=True)
 class Forecast:
-    """Facts about a run that follow from the shape of its base, before data is tokenized.
+    """Properties of a run that follow from the shape of its base, before data is tokenized.
 
     Attributes:
         shape: The base's shape.
@@ -60,7 +70,7 @@ class Forecast:
     new_tokens: NewTokens | None = None
 
 
-def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: Any) -> Forecast:
+def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: Tokenizer) -> Forecast:
     """Read the model's shape and check targets and length against it; no weights are loaded.
 
     Args:
@@ -82,7 +92,7 @@ def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: Any) -
     if settings.new_tokens:
         base = hub.skeleton(source)
         new = add_new_tokens(tokenizer, settings.new_tokens, base)
-        config = new.config(config, base)
+        config = with_trained_rows(config, base, new.rows)
     counted = plan.count(shape, config, allow_partial=settings.allow_partial_targets)
     wrong = unfitting_keys(
         "learning_rate_pattern", settings.learning_rate_pattern, [*(site.path for site in counted.sites), *counted.rows]
@@ -90,12 +100,8 @@ def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: Any) -
     if wrong:
         raise ConfigError(" ".join(map(str, wrong)), what=wrong[0].entry, field="learning_rate_pattern")
     length = max_length_for(shape, settings.max_length)
-    notes = (
-        ()
-        if length == settings.max_length
-        else (f"maximum sequence length: {length:,} tokens, the limit of the model.",)
-    )
-    return Forecast(shape, config, length, notes, new)
+    note = f"maximum sequence length: {length:,} tokens, the limit of the model."
+    return Forecast(shape, config, length, (note,) if length != settings.max_length else (), new)
 
 
 def max_length_for(shape: plan.ModelShape, wanted: int) -> int:
@@ -122,21 +128,6 @@ def max_length_for(shape: plan.ModelShape, wanted: int) -> int:
             allowed=(str(shape.positions),),
         )
     return shape.positions
-
-
-@dataclass(frozen=True)
-class RunData:
-    """Records of a run, not yet tokenized.
-
-    Attributes:
-        train: Records for training.
-        held_out: Records for evaluation; may be empty.
-        note: A message about what is held out, or why nothing is.
-    """
-
-    train: AnyRecords
-    held_out: AnyRecords
-    note: str
 
 
 @dataclass(frozen=True)
@@ -202,7 +193,7 @@ def pick_device(word: str) -> torch.device:
     return device
 
 
-def read_data(settings: TrainSettings) -> RunData:
+def read_data(settings: TrainSettings) -> Split:
     """Read training and evaluation files; hold out a fraction if no evaluation files are given.
 
     Args:
@@ -216,14 +207,12 @@ def read_data(settings: TrainSettings) -> RunData:
     """
     records = read_records(settings.data)
     if settings.eval_data is not None:
-        held_out = read_records(settings.eval_data)
-        return RunData(records, held_out, f"Evaluation on {', '.join(settings.eval_data)}.")
-    parted = split(records, settings.eval_fraction, settings.seed)
-    return RunData(parted.train, parted.held_out, parted.note)
+        return Split(records, read_records(settings.eval_data), f"Evaluation on {', '.join(settings.eval_data)}.")
+    return split(records, settings.eval_fraction, settings.seed)
 
 
 def make_batches(
-    settings: TrainSettings, data: RunData, tokenizer: Tokenizer, max_length: int, progress: Progress | None = None
+    settings: TrainSettings, data: Split, tokenizer: Tokenizer, max_length: int, progress: Progress
 ) -> RunBatches:
     """Tokenize the records and create the loaders.
 
@@ -232,7 +221,7 @@ def make_batches(
         data: The records.
         tokenizer: The model's tokenizer.
         max_length: Maximum sequence length in tokens.
-        progress: Receives the progress of tokenizing; None reports nothing.
+        progress: Receives the progress of tokenizing.
 
     Returns:
         Loader, evaluation batches and reports.
@@ -241,7 +230,6 @@ def make_batches(
         DataError: The training or evaluation data has no token with loss.
     """
     rows, pad = settings.per_device_train_batch_size, padding_id(tokenizer)
-    progress = progress or Progress()
     train = encode(data.train, tokenizer, max_length, _listener(progress, "training data", data.train))
     loader = Loader(train.sequences, rows, settings.seed, pad_id=pad)
     if not data.held_out:
@@ -257,11 +245,8 @@ def make_batches(
 def _listener(progress: Progress, what: str, records: AnyRecords) -> Callable[[int], None] | None:
     if not isinstance(records, StoredRecords):
         return None
-    return partial(_report, progress, what, records.total_bytes)
-
-
-def _report(progress: Progress, what: str, total: int, done: int) -> None:
-    progress.reading(what, done, total)
+    total = records.total_bytes
+    return lambda done: progress.reading(what, done, total)
 
 
 def evaluation_batches(encoded: Encoded, rows: int, pad: int) -> Callable[[], Iterable[Batch]]:
@@ -277,7 +262,7 @@ def evaluation_batches(encoded: Encoded, rows: int, pad: int) -> Callable[[], It
 
 @dataclass(frozen=True)
 class NewTokens:
-    """Tokens that a run adds.
+    """Tokens that a run adds to the tokenizer and to the base.
 
     Attributes:
         added: Their ids, and how the tokenizer encoded their texts before.
@@ -294,46 +279,18 @@ class NewTokens:
         words = ", ".join(f"{token} ({number})" for token, number in self.added.ids.items())
         return f"New tokens: {words}; embedding and head are trained in their rows only."
 
-    def config(self, config: LoraConfig, model: nn.Module) -> LoraConfig:
-        """Return a config that also trains the rows.
-
-        Args:
-            config: The adapter's config.
-            model: The base; its weights are not read.
-        """
-        return with_trained_rows(config, model, self.rows)
-
-    def add_rows(self, model: nn.Module) -> None:
-        """Add the missing rows to the base's embeddings.
-
-        Args:
-            model: The base.
-        """
-        grow_vocabulary(model, self.vocabulary)
-
-    def initialize(self, model: nn.Module, name: str) -> None:
-        """Initialize the rows of a new adapter from the tokens' pieces.
-
-        Args:
-            model: The adapted model.
-            name: The adapter.
-        """
-        begin_rows(model, name, self.added.pieces)
-
-    def unseen(self, loader: Loader) -> list[str]:
+    def unseen(self, loader: Loader) -> tuple[str, ...]:
         """Return a warning if tokens do not occur in the training data; their rows keep their initial values.
 
         Args:
             loader: The training batches.
         """
         seen = Counter(number for sequence in loader.sequences for number in sequence.input_ids)
-        never = [token for token, number in self.added.ids.items() if not seen[number]]
-        if not never:
-            return []
-        return [f"New tokens not in the training data, whose rows are not trained: {', '.join(never)}."]
+        never = ", ".join(token for token, number in self.added.ids.items() if not seen[number])
+        return (f"New tokens not in the training data, whose rows are not trained: {never}.",) if never else ()
 
 
-def add_new_tokens(tokenizer: Any, tokens: list[str], base: nn.Module) -> NewTokens:
+def add_new_tokens(tokenizer: Tokenizer, tokens: list[str], base: nn.Module) -> NewTokens:
     """Add tokens to a run's tokenizer.
 
     Args:
@@ -351,8 +308,5 @@ def add_new_tokens(tokenizer: Any, tokens: list[str], base: nn.Module) -> NewTok
     added = hub.add_tokens(tokenizer, tokens)
     present = vocabulary_of(base)
     check_growth(base, added.vocabulary)
-    return NewTokens(
-        added,
-        max(present, added.vocabulary),
-        tuple(sorted({*added.ids.values(), *range(present, added.vocabulary)})),
-    )
+    rows = sorted({*added.ids.values(), *range(present, added.vocabulary)})
+    return NewTokens(added, max(present, added.vocabulary), tuple(rows))

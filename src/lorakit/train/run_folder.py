@@ -15,6 +15,7 @@ import platform
 import re
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -97,33 +98,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def data_hashes(paths: list[str]) -> dict[str, str]:
-    """Hash data files.
-
-    Args:
-        paths: The files.
-
-    Returns:
-        SHA-256 as hexadecimal digits by path, in the order given.
-    """
-    return {path: durable.sha256_file(path) for path in paths}
-
-
-TRAIN_FIELDS = (
-    "step",
-    "epoch",
-    "loss",
-    "learning_rate",
-    "grad_norm",
-    "tokens",
-    "trained_tokens",
-    "seconds",
-    "tokens_per_second",
-    "peak_rss_bytes",
-)
-EVAL_FIELDS = ("step", "eval_loss", "eval_perplexity", "eval_tokens")
-
-
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -145,9 +119,7 @@ class MetricsLog:
         try:
             self._file = self.path.open("ab", buffering=0)
         except OSError as cause:
-            raise DiskError(
-                f"{self.path}: cannot be opened for writing ({cause.strerror}).", where=self.path
-            ) from cause
+            raise self._unwritable(cause) from cause
         self.waiting: list[bytes] = []
 
     def __enter__(self) -> MetricsLog:
@@ -165,7 +137,7 @@ class MetricsLog:
         """Add a row.
 
         Args:
-            row: Exactly the fields of `TRAIN_FIELDS` or `EVAL_FIELDS`, all finite.
+            row: Fields of a training step or an evaluation, all finite.
 
         Raises:
             DiskError: The file cannot be written, for a reason other than a full disk.
@@ -184,7 +156,7 @@ class MetricsLog:
                 self._file.truncate(whole)  # another row must not follow a part of one
         except OSError as cause:
             if cause.errno not in _FULL:
-                raise DiskError(f"{self.path}: cannot be written ({cause.strerror}).", where=self.path) from cause
+                raise self._unwritable(cause) from cause
 
     def sync(self) -> None:
         """Flush to the disk, so that a power loss never removes a row that a checkpoint counts.
@@ -195,10 +167,13 @@ class MetricsLog:
         try:
             os.fsync(self._file.fileno())
         except OSError as cause:
-            raise DiskError(f"{self.path}: cannot be written ({cause.strerror}).", where=self.path) from cause
+            raise self._unwritable(cause) from cause
+
+    def _unwritable(self, cause: OSError) -> DiskError:
+        return DiskError(f"{self.path}: cannot be written ({cause.strerror}).", where=self.path)
 
 
-def cut_metrics(folder: Path, step: int, evaluated_step: int) -> int:
+def cut_metrics(folder: Path, step: int, evaluated_step: int) -> None:
     """Remove the rows after a checkpoint, and a truncated last line; the resumed run writes them again.
 
     Args:
@@ -206,16 +181,11 @@ def cut_metrics(folder: Path, step: int, evaluated_step: int) -> int:
         step: Step of the checkpoint; -1 removes all rows.
         evaluated_step: Its last evaluated step; -1 for none.
 
-    Returns:
-        The number of complete rows removed.
-
     Raises:
         DiskError: The file cannot be written; the old one is unchanged.
     """
-    rows = read_metrics(folder).rows
-    kept = [row for row in rows if row["step"] <= (evaluated_step if "eval_loss" in row else step)]
+    kept = [row for row in read_metrics(folder).rows if row["step"] <= (evaluated_step if "eval_loss" in row else step)]
     durable.write_text(folder / METRICS_FILE, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
-    return len(rows) - len(kept)
 
 
 _ATTEMPTS = 3
@@ -310,8 +280,7 @@ def _owner(folder: Path) -> int | None:
 
 ADAPTER_FOLDER = "adapter"
 PLOT_FILE = "loss.svg"
-_CHECKPOINT_NAME = re.compile(r"checkpoint-(\d{1,12})")
-_ADAPTER_ONLY_NAME = re.compile(r"adapter-only-(\d{1,12})")
+_STEP_IN_NAME = re.compile(r"(?:checkpoint|adapter-only)-(\d{1,12})")
 
 
 def check_output_dir(settings: TrainSettings) -> None:
@@ -366,35 +335,27 @@ def lock_output_dir(folder: Path) -> int:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the directories named as checkpoints, oldest step first, valid or not."""
-    if not folder.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _CHECKPOINT_NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, key=lambda pair: pair[0]) if path.is_dir()]
+    return _by_step(folder.glob("checkpoint-*"))
+
+
+def adapters_only(folder: Path) -> list[Path]:
+    """Return the adapters saved without a checkpoint, oldest step first."""
+    return _by_step(folder.glob("adapter-only-*"))
+
+
+def _by_step(paths: Iterable[Path]) -> list[Path]:
+    return sorted((path for path in paths if step_of(path) >= 0 and path.is_dir()), key=step_of)
 
 
 def step_of(path: Path) -> int:
-    """Return the step in a checkpoint's name, or -1 for any other name."""
-    match = _CHECKPOINT_NAME.fullmatch(path.name)
+    """Return the step in the name of a checkpoint or of an adapter saved without one, or -1 for any other name."""
+    match = _STEP_IN_NAME.fullmatch(path.name)
     return int(match[1]) if match else -1
 
 
 def adapter_only_path(folder: Path, step: int) -> Path:
     """Return the directory of an adapter saved without a checkpoint; it may not exist."""
     return folder / f"adapter-only-{step}"
-
-
-def adapter_only_step(path: Path) -> int:
-    """Return the step in the name of an adapter saved without a checkpoint, or -1 for any other name."""
-    match = _ADAPTER_ONLY_NAME.fullmatch(path.name)
-    return int(match[1]) if match else -1
-
-
-def adapters_only(folder: Path) -> list[Path]:
-    """Return the adapters saved without a checkpoint, oldest step first."""
-    if not folder.is_dir():
-        return []
-    found = (path for path in folder.iterdir() if adapter_only_step(path) >= 0 and path.is_dir())
-    return sorted(found, key=adapter_only_step)
 
 
 def holds_run(folder: Path) -> bool:

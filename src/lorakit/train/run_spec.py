@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from lorakit import hub
-from lorakit.data import Loader
+from lorakit.data import Loader, Split
+from lorakit.durable import sha256_file
 from lorakit.errors import RunError, UsageError
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import Acceleration
@@ -28,13 +29,13 @@ from lorakit.train.progress import Progress
 from lorakit.train.run_data import (
     Forecast,
     RunBatches,
-    RunData,
+    SavedTokenizer,
     check_single_process,
     forecast,
     pick_device,
     read_data,
 )
-from lorakit.train.run_folder import check_output_dir, checkpoints, data_hashes, lock_output_dir, step_of, versions
+from lorakit.train.run_folder import check_output_dir, checkpoints, lock_output_dir, step_of, versions
 from lorakit.train.settings import TrainSettings
 from lorakit.train.settings_sources import complete
 from lorakit.train.step import Schedule, StepOptions
@@ -68,10 +69,10 @@ class RunSpec:
     lock: int
     device: torch.device
     source: hub.ModelSource
-    data: RunData
+    data: Split
     hashes: Mapping[str, str]
     record: Mapping[str, Any] | None
-    tokenizer: Any
+    tokenizer: SavedTokenizer
     forecast: Forecast
     quantization: Quantization | None = None
 
@@ -103,7 +104,7 @@ class RunSpec:
             raise UsageError(
                 f"early_stopping_patience needs evaluation data. {data.note}", field="early_stopping_patience"
             )
-        hashes = data_hashes([*settings.data, *(settings.eval_data or ())])
+        hashes = {path: sha256_file(path) for path in (*settings.data, *(settings.eval_data or ()))}
         record = settings.run_record
         if record is not None:
             _check_same_data(folder, record, hashes)
@@ -176,15 +177,10 @@ class RunLimits:
             loader: The training batches.
         """
         accumulation = settings.gradient_accumulation_steps
-        epoch = steps_per_epoch(loader.batches_per_epoch, accumulation)
+        epoch = math.ceil(loader.batches_per_epoch / accumulation)  # the last step takes the remaining batches
         total = settings.max_steps or max(1, math.ceil(settings.num_train_epochs * epoch))
         eval_steps = settings.eval_steps or max(1, math.ceil(total / _EVALUATIONS))
         return cls(total, accumulation, eval_steps, settings.save_steps or eval_steps, settings.early_stopping_patience)
-
-
-def steps_per_epoch(batches: int, accumulation: int) -> int:
-    """Return the optimizer steps of one epoch; the last one takes the remaining batches."""
-    return -(-batches // accumulation)
 
 
 @dataclass(frozen=True)
