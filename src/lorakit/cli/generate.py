@@ -5,30 +5,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from lorakit import allocator
-from lorakit.cli import console
+from lorakit.cli import console, early
 from lorakit.cli.adapters import (
     Allowances,
     load_adapters,
+    overridden,
     read_adapters,
     report_training_quantization,
     tokenizer_for,
 )
 from lorakit.cli.answers import Answer, show
-from lorakit.cli.early import (
-    MODEL_DTYPES,
-    check_adapters,
-    check_at_least,
-    check_choice,
-    check_device,
-    check_model,
-    check_sampling,
-)
 from lorakit.errors import DataError, MergeError, UsageError
 from lorakit.plan.quantized import stored_as
 from lorakit.tables import format_bytes
@@ -37,7 +30,7 @@ from lorakit.train.defaults import DEFAULTS
 if TYPE_CHECKING:
     from torch import nn
 
-    from lorakit.generate import NewToken, Sampling
+    from lorakit.data import Tokenizer
 
 MAX_PROMPT_BYTES = 64 << 20
 
@@ -113,8 +106,8 @@ def run(
     prompts = read_prompts(flags.prompt or (), flags.prompt_file or ())
     allocator.limit_compiled_matmuls()  # each prompt length has its own matmul shapes
 
-    from lorakit import hub
-    from lorakit.generate import Sampling
+    from lorakit import core, hub
+    from lorakit.generate import Sampling, generate_batch
     from lorakit.train.run_data import pick_device
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
@@ -129,29 +122,34 @@ def run(
     tokenizer = tokenizer_for(source, files)
     encoded = encode_prompts(prompts, tokenizer, flags.chat, flags.system)
     model = hub.load_model(source, flags.dtype, device, quantization=quantization)
-    names: list[str | None] = list(load_adapters(model, files, (allow or Allowances()).names()))
+    names: list[str | None] = list(load_adapters(model, files, overridden(asdict(allow or Allowances()))))
     if flags.base or len(names) != 1:
         names.insert(0, None)
     labels = dict(zip((name for name in names if name), folders, strict=True))
     tokens = len(prompts) * flags.max_new_tokens
     merged = write_into_base(model, names, labels, flags.merged, tokens, console.note if verbose else console.quiet)
-    ask = _asker(model, tokenizer, names, flags.max_new_tokens, sampling)
+    adapters = names if core.adapters(model) else None  # no adapter is left if the only one is merged
+    ends, length = end_ids(model, tokenizer), flags.max_new_tokens
+    stream = partial(generate_batch, model, max_new_tokens=length, sampling=sampling, eos_ids=ends, adapters=adapters)
     results = []
     for number, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
         answers = [Answer("base" if name is None else labels[name], tokenizer, ids) for name in names]
         if len(prompts) > 1 and not json:
             console.say(("\n" if number else "") + f"> {_first_line(prompt)}\n")
-        show(answers, ask(ids), quiet=json, verbose=verbose)
+        show(answers, stream([ids] * len(names)), quiet=json, verbose=verbose)
         results.append({"prompt": prompt, "answers": [answer.as_dict() for answer in answers]})
     if json:
-        chat = _wants_chat(tokenizer, flags.chat)
-        facts = {
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": str(device),
-            "chat": chat,
-            "merged": merged,
-        }
-        console.emit_json({"model": flags.model, **facts, "sampling": asdict(sampling), "results": results})
+        console.emit_json(
+            {
+                "model": flags.model,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "device": str(device),
+                "chat": _wants_chat(tokenizer, flags.chat),
+                "merged": merged,
+                "sampling": asdict(sampling),
+                "results": results,
+            }
+        )
 
 
 def read_prompts(texts: Iterable[str], files: Iterable[Path]) -> list[str]:
@@ -180,7 +178,7 @@ def read_prompts(texts: Iterable[str], files: Iterable[Path]) -> list[str]:
     return [text for text, _ in prompts]
 
 
-def encode_prompts(prompts: list[str], tokenizer: Any, chat: bool | None, system: str | None) -> list[list[int]]:
+def encode_prompts(prompts: list[str], tokenizer: Tokenizer, chat: bool | None, system: str | None) -> list[list[int]]:
     """Return the token ids of prompts, in the chat template or as plain text.
 
     Args:
@@ -216,7 +214,7 @@ def encode_prompts(prompts: list[str], tokenizer: Any, chat: bool | None, system
     return encoded
 
 
-def end_ids(model: Any, tokenizer: Any) -> set[int]:
+def end_ids(model: nn.Module, tokenizer: Tokenizer) -> set[int]:
     """Return the tokens that end an answer, from model, generation config and tokenizer.
 
     Args:
@@ -224,7 +222,7 @@ def end_ids(model: Any, tokenizer: Any) -> set[int]:
         tokenizer: Its tokenizer.
     """
     found: set[int] = set()
-    for holder in (getattr(model, "generation_config", None), model.config, tokenizer):
+    for holder in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
         ids = getattr(holder, "eos_token_id", None)
         found |= set(ids) if isinstance(ids, (list, tuple)) else {ids} if isinstance(ids, int) else set()
     return found
@@ -236,7 +234,7 @@ def write_into_base(
     labels: Mapping[str, str],
     wanted: bool | None,
     tokens: int,
-    detail: Callable[[str], None] = console.note,
+    detail: Callable[[str], None],
 ) -> bool:
     """Merge the only answering adapter into the base permanently, or leave it unmerged.
 
@@ -277,12 +275,12 @@ def write_into_base(
 
 
 def _check(flags: Flags) -> None:
-    check_sampling(flags.temperature, flags.top_p, flags.top_k, flags.seed)
-    check_at_least("max_new_tokens", flags.max_new_tokens, 1)
-    check_choice("dtype", flags.dtype, MODEL_DTYPES)
-    check_device(flags.device)
-    check_adapters(flags.adapter or ())
-    check_model(flags.model)
+    early.check_sampling(flags.temperature, flags.top_p, flags.top_k, flags.seed)
+    early.check_at_least("max_new_tokens", flags.max_new_tokens, 1)
+    early.check_choice("dtype", flags.dtype, early.MODEL_DTYPES)
+    early.check_device(flags.device)
+    early.check_adapters(flags.adapter or ())
+    early.check_model(flags.model)
     if flags.system is not None and flags.chat is False:
         raise UsageError("--system needs the chat template, but --no-chat disables it; pass one of them.")
     if flags.merged and (flags.base or len(flags.adapter or ()) != 1):
@@ -292,29 +290,7 @@ def _check(flags: Flags) -> None:
         )
 
 
-def _asker(
-    model: Any, tokenizer: Any, names: list[str | None], max_new_tokens: int, sampling: Sampling
-) -> Callable[[list[int]], Iterable[NewToken]]:
-    from lorakit import core
-    from lorakit.generate import generate_batch
-
-    ends = end_ids(model, tokenizer)
-    adapters = names if core.adapters(model) else None  # no adapter is left if the only one is merged
-
-    def ask(ids: list[int]) -> Iterable[NewToken]:
-        return generate_batch(
-            model,
-            [ids] * len(names),
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            eos_ids=ends,
-            adapters=adapters,
-        )
-
-    return ask
-
-
-def _wants_chat(tokenizer: Any, chat: bool | None) -> bool:
+def _wants_chat(tokenizer: Tokenizer, chat: bool | None) -> bool:
     return bool(tokenizer.chat_template) if chat is None else chat
 
 

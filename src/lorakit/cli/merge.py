@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from lorakit.cli import console
-from lorakit.cli.adapters import Allowances, read_adapters, report_training_quantization
+from lorakit.cli.adapters import WORST_SITES, Allowances, overridden, read_adapters, report_training_quantization
 from lorakit.cli.early import MODEL_DTYPES, check_adapters, check_choice, check_model, check_new_directory
 from lorakit.errors import MergeError
 from lorakit.plan.quantized import Quantization, stored_as
@@ -19,7 +19,6 @@ from lorakit.train.defaults import DEFAULTS
 if TYPE_CHECKING:
     from lorakit.cli.merged_model import Merged, MergeRequest
 
-WORST_SITES = 5
 LITTLE_RETAINED = 0.5
 LARGE_DIFFERENCE = 0.5  # as a fraction of the adapters' effect on the base
 
@@ -83,7 +82,7 @@ def run(
     source = hub.resolve(flags.model, console.note)
     hub.require(source)
     _reject_quantized_files(flags.model, hub.stored_as_files(source, quantization), quantization)
-    allowed = (allow or Allowances()).names()
+    allowed = overridden(asdict(allow or Allowances()))
     request = MergeRequest(
         source, files, flags.adapter, flags.output_dir, flags.dtype, flags.untie, allowed, quantization
     )
@@ -110,11 +109,10 @@ def merge_warnings(done: Merged) -> list[str]:
         done: The result.
     """
     found = []
-    retained = _mean_retained(done)
-    if retained < LITTLE_RETAINED:
+    if done.report.retained < LITTLE_RETAINED:
         found.append(
-            f"only {format_percent(retained, 0)} of the adapter's update fits into {done.dtype} weights; the rest is "
-            "smaller than that precision can represent. --dtype float32 keeps it."
+            f"only {format_percent(done.report.retained, 0)} of the adapter's update fits into {done.dtype} weights; "
+            "the rest is smaller than that precision can represent. --dtype float32 keeps it."
         )
     if done.probe is not None and done.probe.max_difference > LARGE_DIFFERENCE * done.probe.effect:
         found.append(
@@ -136,29 +134,23 @@ def _reject_quantized_files(model: str, stored: Quantization | None, wanted: Qua
         )
 
 
-def _mean_retained(done: Merged) -> float:
-    fractions = [site.retained for site in done.sites]
-    return sum(fractions) / len(fractions) if fractions else 1.0
-
-
 def _text(request: MergeRequest, done: Merged, verbose: bool) -> str:
     lines = [
         f"{done.folder}: {done.parameters:,} parameters, {format_bytes(done.weights_bytes)} in {done.dtype}",
-        f"merged     {' + '.join(request.folders)} at {format_count(len(done.sites), 'site')}",
+        f"merged     {' + '.join(request.folders)} at {format_count(len(done.report.sites), 'site')}",
     ]
     if done.probe is not None:
         probe = done.probe
         lines += [
             f"checked    same top token as base and adapters at {format_percent(probe.same_top, 0)} of positions; "
             f"logits differ by up to {probe.max_difference:.2g} (allowed {probe.tolerance:.2g}), adapters change them "
-            f"by up to {probe.effect:.2g}",
+            f"by up to {probe.effect:.2g}"
         ]
-    lines.append(
-        f"retained   {format_percent(_mean_retained(done))} of the update on average, after rounding to {done.dtype}"
-    )
+    retained = format_percent(done.report.retained)
+    lines.append(f"retained   {retained} of the update on average, after rounding to {done.dtype}")
     if done.untied:
         lines.append("untied     input and output embeddings are separate weights (tie_word_embeddings is false)")
-    worst = sorted(done.sites, key=lambda site: site.retained)[:WORST_SITES] if verbose else []
+    worst = sorted(done.report.sites, key=lambda site: site.retained)[:WORST_SITES] if verbose else []
     if worst:
         rows = [[site.path, format_percent(site.retained), format_percent(site.changed)] for site in worst]
         lines += ["", console.table(["sites that retain least", "retained", "weights changed"], rows)]

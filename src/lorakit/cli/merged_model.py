@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,18 +19,19 @@ from torch import Tensor
 from lorakit import core, hub
 from lorakit.cli.adapters import load_adapters, tokenizer_for
 from lorakit.cli.early import check_new_directory
-from lorakit.core.layers.adapter_component import SiteMerge
 from lorakit.core.merging.merging import tied_sites
 from lorakit.core.model.base_view import multiply_out
 from lorakit.core.model.fingerprint import add_merge_record, vocabulary_of
 from lorakit.core.model.vocabulary import grow_vocabulary
 from lorakit.durable import publish_directory, write_json
 from lorakit.errors import MergeError, ModelError
+from lorakit.generate import context_tokens
 from lorakit.machine import this_machine
 from lorakit.plan.quantized import Quantization
 
 if TYPE_CHECKING:
     from lorakit.core.files.adapter_folder import AdapterFiles
+    from lorakit.train.run_data import SavedTokenizer
 
 RECORD_FILE = "lorakit_merged.json"
 PROBE_TOKENS = 48
@@ -100,7 +101,7 @@ class Merged:
         weights_bytes: Size of the safetensors files.
         untied: Whether input and output embeddings were untied.
         has_tokenizer: Whether a tokenizer was written.
-        sites: Merge statistics of each site.
+        report: Merge statistics of each site.
         probe: The comparison, once it is made.
     """
 
@@ -110,7 +111,7 @@ class Merged:
     weights_bytes: int
     untied: bool
     has_tokenizer: bool
-    sites: tuple[SiteMerge, ...]
+    report: core.MergeReport
     probe: Probe | None
 
 
@@ -202,7 +203,7 @@ def record(request: MergeRequest, done: Merged) -> dict[str, Any]:
         request: Specification of the merge.
         done: Its result.
     """
-    fractions = [site.retained for site in done.sites]
+    sites = done.report.sites
     return {
         "format_version": 1,
         "base": {"name": request.source.base_name, "name_or_path": request.source.recorded_name},
@@ -215,14 +216,14 @@ def record(request: MergeRequest, done: Merged) -> dict[str, Any]:
         "untied": done.untied,
         "probe": asdict(done.probe) if done.probe else None,
         "survived": {
-            "mean": sum(fractions) / len(fractions) if fractions else 1.0,
-            "worst": min(fractions, default=1.0),
+            "mean": done.report.retained,
+            "worst": min((site.retained for site in sites), default=1.0),
         },
-        "sites": {site.path: {"survived": site.retained, "changed": site.changed} for site in done.sites},
+        "sites": {site.path: {"survived": site.retained, "changed": site.changed} for site in sites},
     }
 
 
-def _tokenizer(request: MergeRequest) -> Any:
+def _tokenizer(request: MergeRequest) -> SavedTokenizer | None:
     """Return the tokenizer to write, or None if there is none: the weights can be merged without it."""
     try:
         return tokenizer_for(request.source, request.adapters)
@@ -244,7 +245,7 @@ def _expected_logits(request: MergeRequest, computing: str) -> Expected:
     return Expected(_logits(model, ids, []), _logits(model, ids, names), _dtype_name(model), noise)
 
 
-def _merge_into(request: MergeRequest, folder: Path, tokenizer: Any) -> Merged:
+def _merge_into(request: MergeRequest, folder: Path, tokenizer: SavedTokenizer | None) -> Merged:
     """Merge and save, without the comparison."""
     model = hub.load_model(request.source)
     if request.dtype != "auto" and getattr(torch, request.dtype) != model.dtype:
@@ -270,7 +271,7 @@ def _merge_into(request: MergeRequest, folder: Path, tokenizer: Any) -> Merged:
         weights_bytes=sum(part.stat().st_size for part in folder.glob("*.safetensors")),
         untied=untied,
         has_tokenizer=tokenizer is not None,
-        sites=report.sites,
+        report=report,
         probe=None,
     )
 
@@ -285,7 +286,19 @@ def _reject_tied(model: torch.nn.Module, names: Sequence[str]) -> None:
         )
 
 
-def _untie_config(model: Any) -> bool:
+class EmbeddingModel(Protocol):
+    """A transformers model, as far as its tied embeddings are concerned."""
+
+    config: Any
+
+    def get_input_embeddings(self) -> torch.nn.Module | None:
+        """Return the input embedding, or None."""
+
+    def get_output_embeddings(self) -> torch.nn.Module | None:
+        """Return the head, or None."""
+
+
+def _untie_config(model: EmbeddingModel) -> bool:
     """Record separate embeddings in the config if a merge untied them; otherwise loading would tie them again."""
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
     tied = getattr(model.config, "tie_word_embeddings", False)
@@ -295,12 +308,10 @@ def _untie_config(model: Any) -> bool:
     return True
 
 
-def _probe_ids(model: Any) -> Tensor:
+def _probe_ids(model: torch.nn.Module) -> Tensor:
     """Return the token ids of the comparison, (1, tokens): the same for every model with this vocabulary."""
-    rows = int(model.get_input_embeddings().weight.shape[0])
-    limit = getattr(model.config, "max_position_embeddings", None) or PROBE_TOKENS
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(rows, (1, min(PROBE_TOKENS, int(limit))), generator=generator)
+    length = min(PROBE_TOKENS, context_tokens(model) or PROBE_TOKENS)
+    return torch.randint(vocabulary_of(model), (1, length), generator=torch.Generator().manual_seed(0))
 
 
 def _logits(model: torch.nn.Module, ids: Tensor, names: Sequence[str]) -> Tensor:

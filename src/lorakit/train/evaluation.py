@@ -20,7 +20,7 @@ from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import Acceleration, accelerate
 from lorakit.train.defaults import DEFAULTS
-from lorakit.train.run_data import evaluation_batches, max_length_for, pick_device
+from lorakit.train.run_data import adapter_tokenizer, evaluation_batches, max_length_for, pick_device
 from lorakit.train.step import loss_sum, oom_advice_for_evaluation, oom_as_run_error
 
 
@@ -199,8 +199,8 @@ def own_tokenizer(folder: str, tokenizer: Tokenizer) -> Tokenizer | None:
     Raises:
         ModelError: The tokenizer cannot be read.
     """
-    if not (Path(folder) / "tokenizer_config.json").is_file():
+    found = adapter_tokenizer(Path(folder))
+    if found is None:
         return None
-    found = hub.load_tokenizer(hub.ModelSource("directory", folder, folder, None, folder))
     same = hub.tokenizer_hash(found) == hub.tokenizer_hash(tokenizer)
     return None if same and hub.chat_template_hash(found) == hub.chat_template_hash(tokenizer) else found

@@ -51,6 +51,20 @@ class SavedTokenizer(Tokenizer, Protocol):
         """Write the tokenizer's files into a directory."""
 
 
+def adapter_tokenizer(folder: Path) -> SavedTokenizer | None:
+    """Return the tokenizer that is saved with an adapter, or None.
+
+    Args:
+        folder: The adapter's directory.
+
+    Raises:
+        ModelError: The tokenizer cannot be read.
+    """
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    return hub.load_tokenizer(hub.ModelSource("directory", str(folder), str(folder), None, str(folder)))
+
+
 @dataclass(frozen=True)
 class Forecast:
     """Properties of a run that follow from the shape of its base, before data is tokenized.
