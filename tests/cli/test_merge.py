@@ -272,8 +272,8 @@ def test_a_disk_that_refuses(
 
 def test_doubts_are_put_into_words() -> None:
     probe = merged_model.Probe(0.4, 1.0, "float32", 0.5, 0.9)
-    done = merged_model.Merged(Path("out"), "bfloat16", 1, 2, False, True, core.MergeReport((), (), 0), probe)
-    (sentence,) = merge.merge_warnings(done)
+    done = merged_model.Merged(Path("out"), "bfloat16", 1, 2, False, True, core.MergeReport((), (), 0))
+    (sentence,) = merge.merge_warnings(done, probe)
     assert sentence.endswith(
         "the adapters change the base's by up to 0.5: most of their effect is lost. --dtype float32 may keep it."
     )

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from cyclopts import Parameter
 
 from lorakit.cli import console
-from lorakit.cli.early import check_adapters
 from lorakit.errors import LorakitError
 
 if TYPE_CHECKING:
@@ -61,10 +60,8 @@ def read_adapters(folders: Sequence[str]) -> list[AdapterFiles]:
         One per folder.
 
     Raises:
-        UsageError: A folder is given twice.
         AdapterFileError: A folder is missing or damaged.
     """
-    check_adapters(folders)
     from lorakit.core.files.adapter_folder import read_adapter
 
     return [read_adapter(folder) for folder in folders]
@@ -113,18 +110,6 @@ def naming_flags() -> Iterator[None]:
         raise type(error)(error.text(f"give --{name.replace('_', '-')}"), **error.fields) from error
 
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
-"""Files of a tokenizer in an adapter's folder."""
-
 LARGEST_TOKENIZER_BYTES = 256 << 20
 
 
@@ -136,11 +121,12 @@ def copy_tokenizer(adapters: Sequence[AdapterFiles], folder: Path) -> None:
         folder: The new adapter.
     """
     from lorakit.durable import read_bytes, write_bytes
+    from lorakit.train.run_data import tokenizer_files
 
     found = []
     for files in adapters:
-        there = [name for name in TOKENIZER_FILES if (files.folder / name).is_file()]
-        found.append({name: read_bytes(files.folder / name, LARGEST_TOKENIZER_BYTES) for name in there})
+        paths = tokenizer_files(files.folder)
+        found.append({path.name: read_bytes(path, LARGEST_TOKENIZER_BYTES) for path in paths})
     if all(other == found[0] for other in found):
         for name, content in found[0].items():
             write_bytes(folder / name, content)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -152,7 +152,7 @@ def run(
         )
 
 
-def read_prompts(texts: Iterable[str], files: Iterable[Path]) -> list[str]:
+def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[str]:
     """Return the prompts of a call: texts, then files, or standard input if there are neither.
 
     Args:
@@ -167,11 +167,13 @@ def read_prompts(texts: Iterable[str], files: Iterable[Path]) -> list[str]:
         DataError: A file is missing, too large, or not UTF-8.
     """
     prompts = [(text, "--prompt") for text in texts]
-    prompts += [(_standard_input() if str(path) == "-" else _read(path), str(path)) for path in files]
-    if not prompts:
+    if not texts and not files:
         if sys.stdin is None or sys.stdin.isatty():
             raise UsageError('no prompt; pass --prompt "...", --prompt-file FILE, or pipe text to standard input.')
-        prompts = [(_standard_input(), "standard input")]
+        files = [Path("-")]
+    for path in files:
+        where = "standard input" if str(path) == "-" else str(path)
+        prompts.append((_read(path, where), where))
     for text, where in prompts:
         if not text.strip():
             raise UsageError(f"{where}: the prompt is empty.", where=where)
@@ -299,19 +301,14 @@ def _first_line(prompt: str) -> str:
     return first[:120] + (" …" if rest or len(first) > 120 else "")
 
 
-def _standard_input() -> str:
+def _read(path: Path, where: str) -> str:
     try:
-        return sys.stdin.read().removesuffix("\n")
-    except UnicodeDecodeError as cause:
-        raise DataError(f"standard input: not UTF-8 ({cause.reason} at byte {cause.start}).") from None
-
-
-def _read(path: Path) -> str:
-    try:
+        if str(path) == "-":
+            return sys.stdin.read().removesuffix("\n")
         if path.stat().st_size > MAX_PROMPT_BYTES:
-            raise DataError(f"{path}: larger than {format_bytes(MAX_PROMPT_BYTES)}, so not a prompt.", where=path)
+            raise DataError(f"{where}: larger than {format_bytes(MAX_PROMPT_BYTES)}, so not a prompt.", where=where)
         return path.read_text(encoding="utf-8").removesuffix("\n")
     except OSError as cause:
-        raise DataError(f"{path}: the prompt file cannot be read ({cause.strerror}).", where=path) from None
+        raise DataError(f"{where}: the prompt file cannot be read ({cause.strerror}).", where=where) from None
     except UnicodeDecodeError as cause:
-        raise DataError(f"{path}: not UTF-8 ({cause.reason} at byte {cause.start}).", where=path) from None
+        raise DataError(f"{where}: not UTF-8 ({cause.reason} at byte {cause.start}).", where=where) from None

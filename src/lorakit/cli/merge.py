@@ -17,7 +17,7 @@ from lorakit.tables import format_bytes, format_count, format_percent
 from lorakit.train.defaults import DEFAULTS
 
 if TYPE_CHECKING:
-    from lorakit.cli.merged_model import Merged, MergeRequest
+    from lorakit.cli.merged_model import Merged, MergeRequest, Probe
 
 LITTLE_RETAINED = 0.5
 LARGE_DIFFERENCE = 0.5  # as a fraction of the adapters' effect on the base
@@ -86,8 +86,8 @@ def run(
     request = MergeRequest(
         source, files, flags.adapter, flags.output_dir, flags.dtype, flags.untie, allowed, quantization
     )
-    done = write_merged(request, console.note if verbose else console.quiet)
-    for text in merge_warnings(done):
+    done, probe = write_merged(request, console.note if verbose else console.quiet)
+    for text in merge_warnings(done, probe):
         console.warning(text)
     if json:
         console.emit_json(
@@ -95,18 +95,19 @@ def run(
                 "output_dir": str(done.folder),
                 "weights_bytes": done.weights_bytes,
                 "parameters": done.parameters,
-                **record(request, done),
+                **record(request, done, probe),
             }
         )
     else:
-        console.say(_text(request, done, verbose))
+        console.say(_text(request, done, probe, verbose))
 
 
-def merge_warnings(done: Merged) -> list[str]:
+def merge_warnings(done: Merged, probe: Probe) -> list[str]:
     """Return warnings about a merge that worked.
 
     Args:
         done: The result.
+        probe: The comparison with base and adapters.
     """
     found = []
     if done.report.retained < LITTLE_RETAINED:
@@ -114,10 +115,10 @@ def merge_warnings(done: Merged) -> list[str]:
             f"only {format_percent(done.report.retained, 0)} of the adapter's update fits into {done.dtype} weights; "
             "the rest is smaller than that precision can represent. --dtype float32 keeps it."
         )
-    if done.probe is not None and done.probe.max_difference > LARGE_DIFFERENCE * done.probe.effect:
+    if probe.max_difference > LARGE_DIFFERENCE * probe.effect:
         found.append(
             f"the logits of the merged model differ from those of base and adapters by up to "
-            f"{done.probe.max_difference:.2g}, and the adapters change the base's by up to {done.probe.effect:.2g}: "
+            f"{probe.max_difference:.2g}, and the adapters change the base's by up to {probe.effect:.2g}: "
             "most of their effect is lost. --dtype float32 may keep it."
         )
     if not done.has_tokenizer:
@@ -134,20 +135,16 @@ def _reject_quantized_files(model: str, stored: Quantization | None, wanted: Qua
         )
 
 
-def _text(request: MergeRequest, done: Merged, verbose: bool) -> str:
+def _text(request: MergeRequest, done: Merged, probe: Probe, verbose: bool) -> str:
+    retained = format_percent(done.report.retained)
     lines = [
         f"{done.folder}: {done.parameters:,} parameters, {format_bytes(done.weights_bytes)} in {done.dtype}",
         f"merged     {' + '.join(request.folders)} at {format_count(len(done.report.sites), 'site')}",
+        f"checked    same top token as base and adapters at {format_percent(probe.same_top, 0)} of positions; "
+        f"logits differ by up to {probe.max_difference:.2g} (allowed {probe.tolerance:.2g}), adapters change them "
+        f"by up to {probe.effect:.2g}",
+        f"retained   {retained} of the update on average, after rounding to {done.dtype}",
     ]
-    if done.probe is not None:
-        probe = done.probe
-        lines += [
-            f"checked    same top token as base and adapters at {format_percent(probe.same_top, 0)} of positions; "
-            f"logits differ by up to {probe.max_difference:.2g} (allowed {probe.tolerance:.2g}), adapters change them "
-            f"by up to {probe.effect:.2g}"
-        ]
-    retained = format_percent(done.report.retained)
-    lines.append(f"retained   {retained} of the update on average, after rounding to {done.dtype}")
     if done.untied:
         lines.append("untied     input and output embeddings are separate weights (tie_word_embeddings is false)")
     worst = sorted(done.report.sites, key=lambda site: site.retained)[:WORST_SITES] if verbose else []

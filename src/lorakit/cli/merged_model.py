@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from lorakit import core, hub
 from lorakit.cli.adapters import load_adapters, tokenizer_for
-from lorakit.cli.early import check_new_directory
 from lorakit.core.merging.merging import tied_sites
 from lorakit.core.model.base_view import multiply_out
 from lorakit.core.model.fingerprint import add_merge_record, vocabulary_of
@@ -102,7 +101,6 @@ class Merged:
         untied: Whether input and output embeddings were untied.
         has_tokenizer: Whether a tokenizer was written.
         report: Merge statistics of each site.
-        probe: The comparison, once it is made.
     """
 
     folder: Path
@@ -112,10 +110,9 @@ class Merged:
     untied: bool
     has_tokenizer: bool
     report: core.MergeReport
-    probe: Probe | None
 
 
-def write_merged(request: MergeRequest, say: Callable[[str], None]) -> Merged:
+def write_merged(request: MergeRequest, say: Callable[[str], None]) -> tuple[Merged, Probe]:
     """Merge and write; the directory is published complete and verified, or not at all.
 
     Args:
@@ -123,27 +120,26 @@ def write_merged(request: MergeRequest, say: Callable[[str], None]) -> Merged:
         say: Called with a message before anything that takes long.
 
     Returns:
-        The result.
+        The result and the comparison.
 
     Raises:
         MergeError: An adapter cannot be merged, or the logits of the directory differ from base and adapters.
         DiskError: Writing failed.
         LorakitError: Model or adapters cannot be used.
     """
-    check_new_directory(request.target)
     with publish_directory(request.target) as folder:  # first, to detect a disk that cannot be written
         tokenizer = _tokenizer(request)
         computing = probe_dtype(request.source)
         say(f"Computing logits of base and adapters in {computing}.")
         expected = _expected_logits(request, computing)
         say("Merging.")
-        made = _merge_into(request, folder, tokenizer)
+        done = _merge_into(request, folder, tokenizer)
         gc.collect()  # the merged and the reloaded model need not be in memory together
         say("Loading the merged model and comparing.")
         again = hub.load_model(hub.ModelSource("directory", str(request.target), str(folder), None, ""), computing)
-        done = replace(made, probe=compare(expected, _logits(again, _probe_ids(again), []), made.dtype))
-        write_json(folder / RECORD_FILE, record(request, done))
-    return done
+        probe = compare(expected, _logits(again, _probe_ids(again), []), done.dtype)
+        write_json(folder / RECORD_FILE, record(request, done, probe))
+    return done, probe
 
 
 def probe_dtype(source: hub.ModelSource) -> str:
@@ -196,12 +192,13 @@ def compare(expected: Expected, merged: Tensor, dtype: str) -> Probe:
     return Probe(difference, tolerance, expected.dtype, float((adapted - expected.base).abs().max()), same)
 
 
-def record(request: MergeRequest, done: Merged) -> dict[str, Any]:
+def record(request: MergeRequest, done: Merged, probe: Probe) -> dict[str, Any]:
     """Return the contents of `lorakit_merged.json`.
 
     Args:
         request: Specification of the merge.
         done: Its result.
+        probe: The comparison.
     """
     sites = done.report.sites
     return {
@@ -214,7 +211,7 @@ def record(request: MergeRequest, done: Merged) -> dict[str, Any]:
         "dtype": done.dtype,
         "quantization": None if request.quantization is None else hub.quantization_metadata(request.quantization),
         "untied": done.untied,
-        "probe": asdict(done.probe) if done.probe else None,
+        "probe": asdict(probe),
         "survived": {
             "mean": done.report.retained,
             "worst": min((site.retained for site in sites), default=1.0),
@@ -272,7 +269,6 @@ def _merge_into(request: MergeRequest, folder: Path, tokenizer: SavedTokenizer |
         untied=untied,
         has_tokenizer=tokenizer is not None,
         report=report,
-        probe=None,
     )
 
 
@@ -286,10 +282,16 @@ def _reject_tied(model: torch.nn.Module, names: Sequence[str]) -> None:
         )
 
 
+class TiedConfig(Protocol):
+    """The config of a transformers model, as far as its tied embeddings are concerned."""
+
+    tie_word_embeddings: bool
+
+
 class EmbeddingModel(Protocol):
     """A transformers model, as far as its tied embeddings are concerned."""
 
-    config: Any
+    config: TiedConfig
 
     def get_input_embeddings(self) -> torch.nn.Module | None:
         """Return the input embedding, or None."""

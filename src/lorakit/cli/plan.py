@@ -119,15 +119,6 @@ class JobFlags:
     ] = None
 
 
-@dataclass(frozen=True)
-class _Machine:
-    """Precision, speed and notes about them."""
-
-    dtype: str
-    speed: Speed | None
-    notes: tuple[str, ...]
-
-
 _ADAPTER, _JOB = AdapterFlags(), JobFlags()
 
 
@@ -144,7 +135,7 @@ def run(
     verbose: console.VerboseFlag = False,
     adapter: Annotated[AdapterFlags, Parameter(name="*", show_default=False)] = _ADAPTER,
     job: Annotated[JobFlags, Parameter(name="*", show_default=False)] = _JOB,
-) -> int:
+) -> None:
     """Estimate parameters, memory and time of a run; no weights are loaded.
 
     MODEL is an existing path, else smollm2, else a name of the catalog (gpt2, meta-llama/Llama-3.2-1B, ...), else a
@@ -174,39 +165,30 @@ def run(
         accelerated=job.accelerate,
     )
     steps = _steps(job, wanted)
-    machine = _machine(job, dtype, steps)
-    planned = plan.estimate(
-        shape,
-        config,
-        replace(wanted, dtype=machine.dtype, steps=steps),
-        machine.speed,
-        ranks=columns,
-        allow_partial=adapter.allow_partial_targets,
-    )
-    fitting = None
+    dtype, speed, measured = _machine(job, dtype, steps)
+    final = replace(wanted, dtype=dtype, steps=steps)
+    planned = plan.estimate(shape, config, final, speed, ranks=columns, allow_partial=adapter.allow_partial_targets)
+    reasons = []
     if job.memory_budget is not None:
         fitting = plan.within(planned, plan.bytes_of(job.memory_budget))
-        planned = fitting.plan
+        planned, reasons = fitting.plan, [fitting.reason]
     if json:
-        notes = machine.notes if fitting is None else (*machine.notes, fitting.reason)
-        console.emit_json({**planned.as_dict(), "machine": list(notes)})
-        return 0
-    notes = () if fitting is None else (fitting.reason,)
-    console.say(plan.render(planned, verbose=verbose, notes=notes))
-    if verbose and machine.notes:
-        console.say("\n" + "\n".join(machine.notes))
-    return 0
+        console.emit_json({**planned.as_dict(), "machine": [*measured, *reasons]})
+        return
+    console.say(plan.render(planned, verbose=verbose, notes=tuple(reasons)))
+    if verbose and measured:
+        console.say("\n" + "\n".join(measured))
 
 
-def _machine(job: JobFlags, dtype: str, steps: int | None) -> _Machine:
-    """Return precision and speed to plan with; measures only if requested, or if a time needs it."""
+def _machine(job: JobFlags, dtype: str, steps: int | None) -> tuple[str, Speed | None, list[str]]:
+    """Return precision, speed and notes about them; measures only if requested, or if a time needs it."""
     if job.tokens_per_second is not None:
         if job.calibrate:
             raise UsageError("--calibrate and --tokens-per-second exclude each other; pass one of them.")
-        return _Machine(dtype, Speed(tokens_per_second=job.tokens_per_second, source="as given, of LoRA training"), ())
+        return dtype, Speed(tokens_per_second=job.tokens_per_second, source="as given, of LoRA training"), []
     measures = steps is not None if job.calibrate is None else job.calibrate
     if not measures:
-        return _Machine(dtype, None, ())
+        return dtype, None, []
     from lorakit import hub
 
     measured = hub.calibrate()
@@ -217,7 +199,7 @@ def _machine(job: JobFlags, dtype: str, steps: int | None) -> _Machine:
         notes.append(choice.reason)
     rate = measured.flops_per_second(dtype, tuned=job.accelerate)
     basis = f"measured, {format_quantity(rate, 'FLOP/s')}"
-    return _Machine(dtype, Speed(flops_per_second=rate, source=basis, threads=measured.threads), tuple(notes))
+    return dtype, Speed(flops_per_second=rate, source=basis, threads=measured.threads), notes
 
 
 def _steps(job: JobFlags, wanted: Job) -> int | None:

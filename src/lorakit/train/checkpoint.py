@@ -32,7 +32,7 @@ from safetensors.torch import save as tensors_to_bytes
 from lorakit import __version__, durable
 from lorakit.errors import DiskError, LorakitError, RunError
 from lorakit.ops.kernels import compiled
-from lorakit.train.run_folder import adapter_only_path, adapters_only, checkpoints, step_of
+from lorakit.train.run_folder import adapter_only_path, adapters_only, as_disk_error, checkpoints, step_of
 
 
 @dataclass
@@ -372,10 +372,8 @@ def set_aside(path: Path) -> Path:
     target = path.with_name(f"damaged-{path.name}")
     if target.exists():
         target = path.with_name(f"damaged-{path.name}-{secrets.token_hex(3)}")
-    try:
+    with as_disk_error(path, "the damaged checkpoint cannot be renamed"):
         return path.rename(target)
-    except OSError as cause:
-        raise DiskError(f"{path}: the damaged checkpoint cannot be renamed ({cause.strerror}).", where=path) from cause
 
 
 def discard(path: Path) -> None:
@@ -388,10 +386,8 @@ def discard(path: Path) -> None:
         DiskError: The directory cannot be renamed.
     """
     doomed = durable.temporary_name(path)
-    try:
+    with as_disk_error(path, "the old checkpoint cannot be removed"):
         path.rename(doomed)
-    except OSError as cause:
-        raise DiskError(f"{path}: the old checkpoint cannot be removed ({cause.strerror}).", where=path) from cause
     shutil.rmtree(doomed, ignore_errors=True)
 
 

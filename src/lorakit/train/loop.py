@@ -88,11 +88,7 @@ class Loop:
         try:
             with self._options.computing():
                 found = evaluate(
-                    run.model,
-                    held_out(),
-                    self._options.device,
-                    stop=lambda: interrupts.requested,
-                    acceleration=run.acceleration,
+                    run.model, held_out(), self._options.device, lambda: interrupts.requested, run.acceleration
                 )
         except RunError as cause:
             raise self._located(cause, run.state.step) from cause

@@ -283,14 +283,17 @@ def model_card(run: Run, step: int) -> str:
     """
     spec, settings, state = run.spec, run.spec.settings, run.state
     base = spec.source.recorded_name
-    header = ["---", "library_name: peft", "tags:", "- lora", "- lorakit"]
-    if base:
-        header.append(f"base_model: {base}")
-    header.append("---")
+    named = f"base_model: {base}\n" if base else ""
     tokens = ", ".join(f"`{token}`" for token in settings.new_tokens).replace("|", r"\|")
     row = f"| new tokens | {tokens} |\n" if tokens else ""
     targets = settings.target_modules
-    body = f"""
+    return f"""---
+library_name: peft
+tags:
+- lora
+- lorakit
+{named}---
+
 # LoRA adapter for {spec.source.base_name}
 
 {run.trainable_parameters:,} trained parameters; the frozen base has {run.total_parameters:,}. Rank {settings.r},
@@ -315,4 +318,3 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
 
 Limits: evaluated only on the data above. The license and limits of the base apply.
 """
-    return "\n".join(header) + "\n" + body

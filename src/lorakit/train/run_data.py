@@ -40,6 +40,8 @@ from lorakit.train.defaults import DEFAULTS
 from lorakit.train.progress import Progress
 from lorakit.train.settings import TrainSettings
 
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model")
+
 
 class SavedTokenizer(Tokenizer, Protocol):
     """A transformers tokenizer, as far as a run or a command uses it."""
@@ -49,6 +51,11 @@ class SavedTokenizer(Tokenizer, Protocol):
 
     def save_pretrained(self, save_directory: Path) -> object:
         """Write the tokenizer's files into a directory."""
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return the files of a tokenizer in a directory, by their usual names."""
+    return sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
 
 
 def adapter_tokenizer(folder: Path) -> SavedTokenizer | None:
@@ -102,20 +109,23 @@ def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: Tokeni
         UsageError: `max_length` was given and exceeds the model's limit.
     """
     shape = hub.shape_of(source)
-    config, new = settings.lora_config(), None
+    config, new, notes = settings.lora_config(), None, []
+    length = max_length_for(shape, settings.max_length)
+    if length != settings.max_length:
+        notes.append(f"maximum sequence length: {length:,} tokens, the limit of the model.")
     if settings.new_tokens:
         base = hub.skeleton(source)
         new = add_new_tokens(tokenizer, settings.new_tokens, base)
         config = with_trained_rows(config, base, new.rows)
+        words = ", ".join(f"{token} ({number})" for token, number in new.added.ids.items())
+        notes.append(f"New tokens: {words}; embedding and head are trained in their rows only.")
     counted = plan.count(shape, config, allow_partial=settings.allow_partial_targets)
     wrong = unfitting_keys(
         "learning_rate_pattern", settings.learning_rate_pattern, [*(site.path for site in counted.sites), *counted.rows]
     )
     if wrong:
         raise ConfigError(" ".join(map(str, wrong)), what=wrong[0].entry, field="learning_rate_pattern")
-    length = max_length_for(shape, settings.max_length)
-    note = f"maximum sequence length: {length:,} tokens, the limit of the model."
-    return Forecast(shape, config, length, (note,) if length != settings.max_length else (), new)
+    return Forecast(shape, config, length, tuple(notes), new)
 
 
 def max_length_for(shape: plan.ModelShape, wanted: int) -> int:
@@ -190,20 +200,16 @@ def pick_device(word: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    device = torch.device(word)
+    device, found = torch.device(word), ""
     if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise UsageError(
-                f"device is {word!r}, but torch {torch.__version__} finds {count} CUDA devices.",
-                what=word,
-                field="device",
-            )
-        return torch.device("cuda", device.index or 0)
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError(
-            f"device is {word!r}, but torch {torch.__version__} finds no MPS device.", what=word, field="device"
-        )
+        found = f"{count} CUDA devices" if device.index >= count else ""
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        found = "no MPS device"
+    if found:
+        text = f"device is {word!r}, but torch {torch.__version__} finds {found}."
+        raise UsageError(text, what=word, field="device")
     return device
 
 
@@ -287,11 +293,6 @@ class NewTokens:
     added: hub.AddedTokens
     vocabulary: int
     rows: tuple[int, ...]
-
-    def description(self) -> str:
-        """Return a message about the tokens."""
-        words = ", ".join(f"{token} ({number})" for token, number in self.added.ids.items())
-        return f"New tokens: {words}; embedding and head are trained in their rows only."
 
     def unseen(self, loader: Loader) -> tuple[str, ...]:
         """Return a warning if tokens do not occur in the training data; their rows keep their initial values.

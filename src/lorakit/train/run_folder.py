@@ -8,6 +8,7 @@ and the system releases it however the process ends.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -15,7 +16,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -31,6 +32,23 @@ if TYPE_CHECKING:
 FORMAT = 1
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
 _MAX_RECORD_BYTES = 4 << 20
+
+
+@contextlib.contextmanager
+def as_disk_error(path: Path, failure: str) -> Iterator[None]:
+    """Turn an error of the file system within a block into one that names the path and what failed.
+
+    Args:
+        path: The file or directory.
+        failure: A clause about it, such as "cannot be written".
+
+    Raises:
+        DiskError: The block raised an `OSError`.
+    """
+    try:
+        yield
+    except OSError as cause:
+        raise DiskError(f"{path}: {failure} ({cause.strerror}).", where=path) from cause
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -116,10 +134,8 @@ class MetricsLog:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / METRICS_FILE
-        try:
+        with as_disk_error(self.path, "cannot be written"):
             self._file = self.path.open("ab", buffering=0)
-        except OSError as cause:
-            raise self._unwritable(cause) from cause
         self.waiting: list[bytes] = []
 
     def __enter__(self) -> MetricsLog:
@@ -148,15 +164,16 @@ class MetricsLog:
 
     def _write(self) -> None:
         whole, lines = os.fstat(self._file.fileno()).st_size, b"".join(self.waiting)
-        try:
-            written = self._file.write(lines)
-            if written == len(lines):
-                self.waiting.clear()
-            else:
-                self._file.truncate(whole)  # another row must not follow a part of one
-        except OSError as cause:
-            if cause.errno not in _FULL:
-                raise self._unwritable(cause) from cause
+        with as_disk_error(self.path, "cannot be written"):
+            try:
+                written = self._file.write(lines)
+                if written == len(lines):
+                    self.waiting.clear()
+                else:
+                    self._file.truncate(whole)  # another row must not follow a part of one
+            except OSError as cause:
+                if cause.errno not in _FULL:
+                    raise
 
     def sync(self) -> None:
         """Flush to the disk, so that a power loss never removes a row that a checkpoint counts.
@@ -164,13 +181,8 @@ class MetricsLog:
         Raises:
             DiskError: The file cannot be written.
         """
-        try:
+        with as_disk_error(self.path, "cannot be written"):
             os.fsync(self._file.fileno())
-        except OSError as cause:
-            raise self._unwritable(cause) from cause
-
-    def _unwritable(self, cause: OSError) -> DiskError:
-        return DiskError(f"{self.path}: cannot be written ({cause.strerror}).", where=self.path)
 
 
 def cut_metrics(folder: Path, step: int, evaluated_step: int) -> None:
@@ -211,7 +223,15 @@ def lock(folder: Path) -> int:
             return descriptor
         if attempt + 1 < _ATTEMPTS:  # `check_unlocked` of another process holds it for a moment
             time.sleep(_PAUSE_SECONDS)
-    raise _locked_error(folder)
+    process = _owner(folder)
+    who = "another process" if process is None else f"process {process}"
+    raise RunError(
+        f"{folder}: a run is active: {who} is training into this directory; wait until it ends, or use another "
+        "--output-dir.",
+        what=who,
+        where=folder,
+        field="output_dir",
+    )
 
 
 def unlock(descriptor: int) -> None:
@@ -250,18 +270,6 @@ def _try_lock(folder: Path) -> int | None:
         os.close(descriptor)
         return None if cause.errno in (errno.EWOULDBLOCK, errno.EACCES) else -1
     return descriptor
-
-
-def _locked_error(folder: Path) -> RunError:
-    process = _owner(folder)
-    who = "another process" if process is None else f"process {process}"
-    return RunError(
-        f"{folder}: a run is active: {who} is training into this directory; wait until it ends, or use another "
-        "--output-dir.",
-        what=who,
-        where=folder,
-        field="output_dir",
-    )
 
 
 def _owner(folder: Path) -> int | None:
@@ -319,10 +327,8 @@ def lock_output_dir(folder: Path) -> int:
         RunError: Another process holds the lock.
         DiskError: The directory cannot be created or written.
     """
-    try:
+    with as_disk_error(folder, "cannot be created"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as cause:
-        raise DiskError(f"{folder}: cannot be created ({cause.strerror}).", where=folder) from cause
     descriptor = lock(folder)
     try:
         durable.write_bytes(folder / f"{durable.TEMPORARY}probe", b"")

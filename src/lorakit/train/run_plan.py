@@ -24,6 +24,7 @@ from lorakit.train.checkpoint import differences, environment
 from lorakit.train.optimizer import Named
 from lorakit.train.progress import Progress
 from lorakit.train.run_adapter import saved_sizes
+from lorakit.train.run_data import tokenizer_files
 from lorakit.train.run_folder import checkpoints, run_files
 from lorakit.train.run_spec import DiskSpace, RunLimits, RunPlan, RunSpec
 
@@ -34,16 +35,16 @@ _MOMENT_BYTES = 2 * 4
 _FOLDER_BYTES = 64 << 10  # configs, manifests, random generators, the model card
 _HEADER_BYTES = 512  # of a tensor in safetensors, and its line in JSON
 _ROW_BYTES = 400  # of metrics.jsonl
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model")
 
 
-def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int]) -> RunPlan:
+def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], progress: Progress) -> RunPlan:
     """Plan a run: its precision ("auto" measures the machine), then its memory and time.
 
     Args:
         spec: The specification; a resumed run keeps its precision.
         limits: The steps.
         lengths: Tokens of each sequence.
+        progress: Receives the plan.
 
     Returns:
         The plan.
@@ -71,9 +72,11 @@ def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int]) -> RunPla
         fitting = plan.within(estimated, plan.bytes_of(spec.settings.memory_budget))
         estimated = fitting.plan
         lines.append(fitting.reason)
-    lines += plan.summary(estimated)
-    details += plan.details(estimated)
-    return RunPlan(choice.dtype, estimated.job.recompute, estimated.as_dict(), tuple(lines), tuple(details))
+    for line in (*lines, *plan.summary(estimated)):
+        progress.say(line)
+    for line in (*details, *plan.details(estimated)):
+        progress.detail(line)
+    return RunPlan(choice.dtype, estimated.job.recompute, estimated.as_dict())
 
 
 def _estimate(
@@ -131,15 +134,13 @@ def disk_space(spec: RunSpec, limits: RunLimits, step: int, model: nn.Module, na
     )
 
 
-def check_space(spec: RunSpec, space: DiskSpace) -> list[str]:
+def check_space(spec: RunSpec, space: DiskSpace, progress: Progress) -> None:
     """Compare the disk space that a run needs with the free space.
 
     Args:
         spec: The specification.
         space: Result of `disk_space`.
-
-    Returns:
-        A warning if not all checkpoints fit.
+        progress: Receives a warning if not all checkpoints fit.
 
     Raises:
         DiskError: Not even the adapter fits.
@@ -155,12 +156,11 @@ def check_space(spec: RunSpec, space: DiskSpace) -> list[str]:
             where=folder,
         )
     if free < space.whole:
-        return [
+        progress.say(
             f"warning: {folder}: not all checkpoints may fit: {format_bytes(space.whole)} needed "
             f"({format_bytes(space.checkpoint)} each), {format_bytes(free)} free. If one does not fit, the adapter "
             "alone is saved."
-        ]
-    return []
+        )
 
 
 def check_checkpoint_space(folder: Path, space: DiskSpace) -> None:
@@ -192,7 +192,7 @@ def _tokenizer_bytes(spec: RunSpec) -> int:
     """Return the size of the tokenizer's files in the model directory, or else of its serialized text."""
     source = Path(spec.source.path_or_id)
     if source.is_dir():
-        return _bytes_of({path for pattern in _TOKENIZER_FILES for path in source.glob(pattern)})
+        return _bytes_of(tokenizer_files(source))
     backend = getattr(spec.tokenizer, "backend_tokenizer", None)
     return 0 if backend is None else len(backend.to_str(pretty=True).encode())
 

@@ -185,21 +185,17 @@ class RunLimits:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A plan and its text.
+    """Precision, recomputation and estimated cost of a run.
 
     Attributes:
         dtype: Precision of the base: "bfloat16" or "float32".
         recompute: What the backward pass recomputes, from `lorakit.plan.job.RECOMPUTED`.
         values: The plan as plain JSON values.
-        lines: Text to print.
-        details: Text to print with `--verbose`.
     """
 
     dtype: str
     recompute: str
     values: Mapping[str, Any]
-    lines: tuple[str, ...]
-    details: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
-from lorakit.errors import ConfigError, nearest
+from lorakit.errors import ConfigError, did_you_mean, nearest
 from lorakit.train.defaults import DEFAULTS, Stored
 
 if TYPE_CHECKING:
@@ -287,9 +287,7 @@ def check_names(values: dict[str, Any], where: str = "") -> None:
 
 
 def _unknown(name: str) -> str:
-    close = nearest(name, list(TrainSettings.model_fields), count=1)
-    hint = f"did you mean {close[0]}?" if close else "see `lorakit train --help` for the settings."
-    return f"{name} is not a setting; {hint}"
+    return f"{name} is not a setting; see `lorakit train --help`.{did_you_mean(name, TrainSettings.model_fields)}"
 
 
 def _error(cause: ValidationError) -> ConfigError:
@@ -340,9 +338,8 @@ def _message(name: str, error: Any) -> str:
         meaning = DEFAULTS[name].meaning
         return f"{name} is missing; pass --{name.replace('_', '-')} ({meaning[0].lower()}{meaning[1:]})."
     if kind == "literal_error":
-        allowed = error["ctx"]["expected"]
-        close = nearest(str(value), list(_choices(name)), 1)
-        return f"{name} is {value!r}; it must be {allowed}{f'; did you mean {close[0]}?' if close else '.'}"
+        hint = did_you_mean(str(value), _choices(name))
+        return f"{name} is {value!r}; it must be {error['ctx']['expected']}.{hint}"
     if kind == "value_error":
         return f"{name} is {value!r}; {error['ctx']['error']}."
     if kind in ("too_short", "string_too_short"):

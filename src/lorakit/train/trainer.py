@@ -77,8 +77,7 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
             spec = RunSpec.of(settings, progress)
             held.callback(unlock, spec.lock)
             current = prepare(spec, progress, started)
-            for line in check_space(spec, current.space):
-                progress.say(line)
+            check_space(spec, current.space, progress)
         held.enter_context(choices.activate(current.choices))
         _start(current)
         with _failure_recorded(current):
@@ -107,11 +106,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     _report_data(spec, batches, progress)
     loader = batches.loader
     limits = RunLimits.of(settings, loader)
-    plan = plan_run(spec, limits, lengths(loader.sequences))
-    for line in plan.lines:
-        progress.say(line)
-    for line in plan.details:
-        progress.detail(line)
+    plan = plan_run(spec, limits, lengths(loader.sequences), progress)
     model = hub.load_model(spec.source, plan.dtype, spec.device, quantization=settings.stored_as())
     base_bytes = _base_bytes(model, spec)
     resumed_from, damaged = _newest_checkpoint(spec, progress)
@@ -155,8 +150,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
 
 
 def _report_data(spec: RunSpec, batches: RunBatches, progress: Progress) -> None:
-    new = spec.forecast.new_tokens
-    for note in (*spec.forecast.notes, *(() if new is None else (new.description(),))):
+    for note in spec.forecast.notes:
         progress.say(note)
     for line in batches.train_report.lines():
         progress.say(f"training data: {line}")
@@ -191,14 +185,16 @@ def _newest_checkpoint(spec: RunSpec, progress: Progress) -> tuple[Path | None, 
 
 def _enable_checkpointing(model: nn.Module) -> None:
     """Enable non-reentrant gradient checkpointing that keeps the adapter route of the first forward."""
-    wrapped: Any = model  # transformers' own methods, which nn.Module does not declare
-    enable = getattr(wrapped, "activation_checkpointing_enable", None) or wrapped.gradient_checkpointing_enable
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # of transformers; the second is old
+    enable = next(getattr(model, name) for name in names if hasattr(model, name))
     try:
         enable({"use_reentrant": False, "context_fn": core.checkpoint_contexts(model)})
     except ValueError as cause:
         raise ModelError(
             f"{type(model).__name__} does not support gradient checkpointing; omit --recompute layers (or "
-            "--gradient-checkpointing)."
+            "--gradient-checkpointing).",
+            what=type(model).__name__,
+            field="recompute",
         ) from cause
 
 
