@@ -1,4 +1,4 @@
-"""lorakit.cli: verbs, flags, errors and exit codes."""
+"""lorakit.cli: commands, flags, errors and exit codes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorakit.errors import AdapterFileError, ConfigError
 
 @pytest.fixture
 def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
-    """Let a function stand in for the verb `plan`."""
+    """Replace the command `plan` by a function."""
 
     def stand_in(run: Callable[..., Any]) -> None:
         module = types.ModuleType("lorakit.cli.plan")

@@ -1,4 +1,4 @@
-"""lorakit.cli.inspect: what is said of an adapter, by text and JSON, and its exit code."""
+"""lorakit.cli.inspect: the report on an adapter as text and JSON, and the exit code."""
 
 from __future__ import annotations
 

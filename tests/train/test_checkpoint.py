@@ -1,4 +1,4 @@
-"""A checkpoint is whole or absent, and every kind of damage to every file of it is seen."""
+"""A checkpoint is complete or absent, and every kind of damage to any of its files is detected."""
 
 from __future__ import annotations
 
@@ -305,5 +305,5 @@ def test_a_crash_at_any_file_operation_leaves_the_old_or_the_new(tmp_path: Path,
     for outcome in outcomes:
         assert outcome["found"] in ("checkpoint-1", "checkpoint-2")
         assert (outcome["skipped"], outcome["then"], outcome["left"]) == (0, "checkpoint-3", [])
-    # every value is that of one whole save, never a mixture: three saves, three values
+    # every value is that of one complete save, never a mixture: three saves, three values
     assert len({o["value"] for o in outcomes}) <= 3

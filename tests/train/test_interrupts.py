@@ -1,4 +1,4 @@
-"""The first signal is remembered, the second stops at once."""
+"""The first signal is recorded, the second stops at once."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ for _ in range(2):
 @pytest.mark.skipif(os.name != "posix", reason="sigaction")
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_handler_set_from_c_is_restored(when: str) -> None:
-    """Set before Python starts it has no value in Python; set after, Python does not know of it."""
+    """Python has no value for a handler set before it starts, and does not know of one set later."""
     done = subprocess.run([sys.executable, "-c", FROM_C, when], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -1,4 +1,4 @@
-"""When the loop steps, evaluates, keeps and stops, seen from a whole small run."""
+"""When the loop steps, evaluates, saves and stops, observed in a small run."""
 
 from __future__ import annotations
 

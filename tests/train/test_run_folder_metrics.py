@@ -1,4 +1,4 @@
-"""Rows are appended whole, and cut to what a checkpoint knows."""
+"""Rows are appended completely, and those after a checkpoint are removed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_cut_drops_what_the_checkpoint_does_not_know(
 ) -> None:
     _rows(tmp_path)
     with (tmp_path / "metrics.jsonl").open("ab") as file:
-        file.write(b'{"step": 4, "lo')  # a crash tore this line
+        file.write(b'{"step": 4, "lo')  # truncated by a crash
     cut_metrics(tmp_path, step, evaluated)
     metrics = read_metrics(tmp_path)
     assert [row["step"] for row in metrics.train] == train
@@ -73,7 +73,7 @@ def test_rows_are_one_json_object_a_line(tmp_path: Path) -> None:
 
 
 class _Full:
-    """A file on a full disk: it takes `room` bytes."""
+    """A file on a disk with `room` free bytes."""
 
     def __init__(self, file: Any, room: int) -> None:
         self.file, self.room = file, room
@@ -107,7 +107,7 @@ def test_rows_wait_while_the_disk_is_full_and_none_is_torn(tmp_path: Path, monke
         assert len(log.waiting) == 2
         assert list(read_metrics(tmp_path).rows) == rows[:1]
         assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n")
-        full.room = 30  # a part of a row again
+        full.room = 30  # again only a part of a row fits
         log.append(rows[3])
         assert list(read_metrics(tmp_path).rows) == rows[:1]
         full.room = 10_000

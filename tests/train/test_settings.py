@@ -1,4 +1,4 @@
-"""Settings are strict, and say what is wrong by name."""
+"""Settings are checked strictly, and errors name the setting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flags win over a file, a file over defaults; a resumed run keeps its own settings."""
+"""Flags override a file, a file overrides defaults; a resumed run keeps its settings."""
 
 from __future__ import annotations
 

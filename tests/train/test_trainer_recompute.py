@@ -20,7 +20,7 @@ def settings(short_run: dict[str, Any]) -> dict[str, Any]:
 
 
 def losses(settings: dict[str, Any], folder: Path, **more: Any) -> tuple[list[float], dict[str, Any]]:
-    """Losses of a run, and the job that was planned."""
+    """Return the losses of a run and the planned job."""
     run(TrainSettings(**{**settings, "output_dir": folder, **more}), PlainProgress())
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     return [row["loss"] for row in read_metrics(folder).train], record["plan"]["job"]

@@ -196,7 +196,9 @@ def _about_cpu(found: Findings) -> list[str]:
         return []
     lines, threads, cores = [], found.torch.threads, found.machine.cores
     if threads > cores:
-        lines.append(f"torch uses {threads} threads on {cores} cores, which stalls it: export OMP_NUM_THREADS={cores}")
+        lines.append(
+            f"torch uses {threads} threads on {cores} cores, which slows it down: export OMP_NUM_THREADS={cores}"
+        )
     if threads == 1 and cores > 1:
         lines.append(
             f"torch uses one thread of {cores} cores: unset OMP_NUM_THREADS, or export OMP_NUM_THREADS={cores}"

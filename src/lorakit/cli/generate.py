@@ -169,7 +169,8 @@ def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[str]:
     prompts = [(text, "--prompt") for text in texts]
     if not texts and not files:
         if sys.stdin is None or sys.stdin.isatty():
-            raise UsageError('no prompt; pass --prompt "...", --prompt-file FILE, or pipe text to standard input.')
+            text = 'no prompt; pass --prompt "...", --prompt-file FILE, or pipe text to standard input.'
+            raise UsageError(text, field="prompt")
         files = [Path("-")]
     for path in files:
         where = "standard input" if str(path) == "-" else str(path)
@@ -199,10 +200,12 @@ def encode_prompts(prompts: list[str], tokenizer: Tokenizer, chat: bool | None, 
 
     if not _wants_chat(tokenizer, chat):
         if system is not None:
-            raise UsageError("--system needs a chat template, but the model's tokenizer has none; leave it out.")
+            text = "--system needs a chat template, but the model's tokenizer has none; leave it out."
+            raise UsageError(text, field="system")
         return [beginning(tokenizer) + token_ids(tokenizer, prompt) for prompt in prompts]
     if not tokenizer.chat_template:
-        raise UsageError("--chat needs a chat template, but the model's tokenizer has none; leave it out.")
+        text = "--chat needs a chat template, but the model's tokenizer has none; leave it out."
+        raise UsageError(text, field="chat")
     before = [] if system is None else [{"role": "system", "content": system}]
     encoded = []
     for prompt in prompts:
@@ -211,7 +214,9 @@ def encode_prompts(prompts: list[str], tokenizer: Tokenizer, chat: bool | None, 
                 [*before, {"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
             )
         except Exception as cause:  # a template is untrusted code and may raise anything
-            raise UsageError(f"The chat template rejects this prompt ({cause}); try --no-chat.") from cause
+            raise UsageError(
+                f"The chat template rejects this prompt ({cause}); try --no-chat.", field="chat"
+            ) from cause
         encoded.append(list(found["input_ids"]))
     return encoded
 
@@ -284,12 +289,12 @@ def _check(flags: Flags) -> None:
     early.check_adapters(flags.adapter or ())
     early.check_model(flags.model)
     if flags.system is not None and flags.chat is False:
-        raise UsageError("--system needs the chat template, but --no-chat disables it; pass one of them.")
+        text = "--system needs the chat template, but --no-chat disables it; pass one of them."
+        raise UsageError(text, field="system")
     if flags.merged and (flags.base or len(flags.adapter or ()) != 1):
-        raise UsageError(
-            "--merged needs exactly one adapter and no other answer; there "
-            f"{'is no adapter' if not flags.adapter else 'are several answers'}. Leave it out."
-        )
+        found = "there are several answers" if flags.adapter else "there is no adapter"
+        text = f"--merged needs exactly one adapter and no other answer; {found}. Leave it out."
+        raise UsageError(text, field="merged")
 
 
 def _wants_chat(tokenizer: Tokenizer, chat: bool | None) -> bool:

@@ -186,7 +186,8 @@ def compare(expected: Expected, merged: Tensor, dtype: str) -> Probe:
         raise MergeError(
             f"The merged model differs from base and adapters: on {len(adapted)} tokens logits differ by up to "
             f"{difference:.3g}; rounding to {dtype} explains {tolerance:.3g}. Nothing was written; try "
-            "--dtype float32."
+            "--dtype float32.",
+            field="dtype",
         )
     same = float((merged.argmax(-1) == adapted.argmax(-1)).float().mean())
     return Probe(difference, tolerance, expected.dtype, float((adapted - expected.base).abs().max()), same)
@@ -278,7 +279,10 @@ def _reject_tied(model: torch.nn.Module, names: Sequence[str]) -> None:
         path, other = tied[0]
         raise MergeError(
             f"{path} is adapted and shares its weight with {other}, so a merge would change both. Pass --untie to "
-            "make them separate weights; the model grows by one of them."
+            "make them separate weights; the model grows by one of them.",
+            what=other,
+            where=path,
+            override="untie",
         )
 
 

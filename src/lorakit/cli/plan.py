@@ -13,7 +13,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from lorakit.cli import console
-from lorakit.cli.early import check_model
+from lorakit.cli.early import check_at_least, check_model
 from lorakit.config import LoraConfig
 from lorakit.errors import UsageError
 from lorakit.plan import Job, Speed
@@ -184,7 +184,8 @@ def _machine(job: JobFlags, dtype: str, steps: int | None) -> tuple[str, Speed |
     """Return precision, speed and notes about them; measures only if requested, or if a time needs it."""
     if job.tokens_per_second is not None:
         if job.calibrate:
-            raise UsageError("--calibrate and --tokens-per-second exclude each other; pass one of them.")
+            text = "--calibrate and --tokens-per-second exclude each other; pass one of them."
+            raise UsageError(text, field="calibrate")
         return dtype, Speed(tokens_per_second=job.tokens_per_second, source="as given, of LoRA training"), []
     measures = steps is not None if job.calibrate is None else job.calibrate
     if not measures:
@@ -204,13 +205,13 @@ def _machine(job: JobFlags, dtype: str, steps: int | None) -> tuple[str, Speed |
 
 def _steps(job: JobFlags, wanted: Job) -> int | None:
     """Return the optimizer steps of the run, from either flag."""
-    for name, value in (("max-steps", job.max_steps), ("tokens", job.tokens)):
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} is {value}; it must be a whole number of at least 1.")
+    for name, value in (("max_steps", job.max_steps), ("tokens", job.tokens)):
+        if value is not None:
+            check_at_least(name, value, 1)
     if job.tokens is None:
         return job.max_steps
     if job.max_steps is not None:
-        raise UsageError("--max-steps and --tokens exclude each other; pass one of them.")
+        raise UsageError("--max-steps and --tokens exclude each other; pass one of them.", field="max_steps")
     return -(-job.tokens // wanted.step_tokens)
 
 
@@ -218,7 +219,8 @@ def _ranks(words: Sequence[str] | None) -> list[int]:
     ranks = []
     for word in (part for given in words or () for part in given.split(",") if part):
         if not word.strip().isdigit() or int(word) < 1:
-            raise UsageError(f"--ranks contains {word!r}; pass whole numbers of at least 1, such as 4,8,16,32.")
+            text = f"--ranks contains {word!r}; pass whole numbers of at least 1, such as 4,8,16,32."
+            raise UsageError(text, what=word, field="ranks")
         ranks.append(int(word))
     return ranks
 

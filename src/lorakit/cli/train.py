@@ -72,7 +72,7 @@ def run(
 
 
 def _check(settings: Mapping[str, Any]) -> None:
-    """Check the run directory, the data and the model, as far as they are given; needs neither pydantic nor torch."""
+    """Check the given paths of run directory, data and model; needs neither pydantic nor torch."""
     folder = Path(settings["output_dir"] or "")
     if settings["output_dir"] is not None and folder.is_dir() and not settings["resume"] and not settings["overwrite"]:
         from lorakit.report import RUN_FILE

@@ -75,9 +75,11 @@ def evaluate(
                 total += loss_sum(model, batch, device, acceleration).item()
             tokens += batch.trained_tokens
     if tokens == 0:
-        raise DataError("The evaluation data has no token with loss; pass more text as --eval-data.")
+        text = "The evaluation data has no token with loss; pass more text as --eval-data."
+        raise DataError(text, field="eval_data")
     if not math.isfinite(total):
-        raise NonFiniteError(f"the evaluation loss is {total}: the base or the adapter has non-finite values.")
+        text = f"the evaluation loss is {total}: the base or the adapter has non-finite values."
+        raise NonFiniteError(text, what="evaluation loss")
     return Evaluation(total / tokens, tokens)
 
 

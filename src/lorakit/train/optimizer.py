@@ -183,7 +183,8 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, named: Named, tensors: 
         kind, _, name = key.partition("/")
         wanted = shapes.get(name)
         if wanted is None or kind not in (*MOMENTS, "step") or (kind in MOMENTS and value.shape != wanted):
-            raise RunError(f"The optimizer state {key} {tuple(value.shape)} does not match this model's adapter.")
+            text = f"The optimizer state {key} {tuple(value.shape)} does not match this model's adapter."
+            raise RunError(text, what=key)
     for name, parameter in named:
         state = {kind: tensors[f"{kind}/{name}"] for kind in ("step", *MOMENTS) if f"{kind}/{name}" in tensors}
         if state:

@@ -222,7 +222,7 @@ def write_tokenizer(tokenizer: SavedTokenizer, folder: Path) -> None:
     try:
         tokenizer.save_pretrained(folder)
     except Exception as cause:  # tokenizers raises a plain Exception on a full disk
-        raise DiskError(f"The tokenizer cannot be written ({' '.join(str(cause).split())}).") from cause
+        raise DiskError(f"The tokenizer cannot be written ({' '.join(str(cause).split())}).", where=folder) from cause
 
 
 def adapter_metadata(run: Run) -> dict[str, Any]:

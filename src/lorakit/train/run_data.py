@@ -49,8 +49,8 @@ class SavedTokenizer(Tokenizer, Protocol):
     def get_vocab(self) -> dict[str, int]:
         """Return all tokens with their ids."""
 
-    def save_pretrained(self, save_directory: Path) -> object:
-        """Write the tokenizer's files into a directory."""
+    def save_pretrained(self, save_directory: Path) -> tuple[str, ...]:
+        """Write the tokenizer's files into a directory and return their names."""
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -180,7 +180,9 @@ def check_single_process() -> None:
     size = os.environ.get("WORLD_SIZE", "1")
     if size.strip() not in ("", "0", "1"):
         raise NotYetSupported(
-            f"WORLD_SIZE is {size}: training in several processes is not supported yet; start one, without torchrun."
+            f"WORLD_SIZE is {size}: training in several processes is not supported yet; start one, without torchrun.",
+            what=size,
+            field="WORLD_SIZE",
         )
 
 

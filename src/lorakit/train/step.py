@@ -109,7 +109,7 @@ def oom_advice_for_evaluation(rows: int) -> str:
 def _is_out_of_memory(cause: BaseException) -> bool:
     """Return whether an error means that memory ran out.
 
-    The only place that reads torch's text: its CPU allocator and some of its libraries raise a plain RuntimeError
+    The only function that reads torch's messages: its CPU allocator and some libraries raise a plain RuntimeError
     without attributes; only CUDA's error has its own class.
     """
     if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
