@@ -12,15 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lorakit import allocator
-from lorakit.cli import console, early
-from lorakit.cli.adapters import (
-    Allowances,
-    load_adapters,
-    overridden,
-    read_adapters,
-    report_training_quantization,
-    tokenizer_for,
-)
+from lorakit.cli import adapters, console, early
 from lorakit.cli.answers import Answer, show
 from lorakit.errors import DataError, MergeError, UsageError
 from lorakit.plan.quantized import stored_as
@@ -93,7 +85,7 @@ class Flags:
 def run(
     *,
     flags: Annotated[Flags, Parameter(name="*")],
-    allow: Annotated[Allowances | None, Parameter(name="*")] = None,
+    allow: Annotated[adapters.Allowances | None, Parameter(name="*")] = None,
     json: console.JsonFlag = False,
     verbose: console.VerboseFlag = False,
 ) -> None:
@@ -115,22 +107,24 @@ def run(
     if quantization is not None:
         hub.require_quantizer(quantization)
     folders = flags.adapter or []
-    files = read_adapters(folders)
-    report_training_quantization(files, quantization)
+    files = adapters.read_adapters(folders)
+    adapters.report_training_quantization(files, quantization)
     source = hub.resolve(flags.model, console.note)
     hub.require(source)
-    tokenizer = tokenizer_for(source, files)
+    tokenizer = adapters.tokenizer_for(source, files)
     encoded = encode_prompts(prompts, tokenizer, flags.chat, flags.system)
     model = hub.load_model(source, flags.dtype, device, quantization=quantization)
-    names: list[str | None] = list(load_adapters(model, files, overridden(asdict(allow or Allowances()))))
+    names: list[str | None] = list(
+        adapters.load_adapters(model, files, adapters.overridden(asdict(allow or adapters.Allowances())))
+    )
     if flags.base or len(names) != 1:
         names.insert(0, None)
     labels = dict(zip((name for name in names if name), folders, strict=True))
     tokens = len(prompts) * flags.max_new_tokens
     merged = write_into_base(model, names, labels, flags.merged, tokens, console.note if verbose else console.quiet)
-    adapters = names if core.adapters(model) else None  # no adapter is left if the only one is merged
+    routed = names if core.adapters(model) else None  # no adapter is left if the only one is merged
     ends, length = end_ids(model, tokenizer), flags.max_new_tokens
-    stream = partial(generate_batch, model, max_new_tokens=length, sampling=sampling, eos_ids=ends, adapters=adapters)
+    stream = partial(generate_batch, model, max_new_tokens=length, sampling=sampling, eos_ids=ends, adapters=routed)
     results = []
     for number, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
         answers = [Answer("base" if name is None else labels[name], tokenizer, ids) for name in names]

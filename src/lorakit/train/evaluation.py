@@ -9,18 +9,19 @@ import contextlib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from lorakit import core, hub
-from lorakit.data import Batch, Tokenizer, encode, padding_id, read_records
+from lorakit.data import Batch, Tokenizer, by_length, encode, padding_id, read_records
 from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import Acceleration, accelerate
 from lorakit.train.defaults import DEFAULTS
-from lorakit.train.run_data import adapter_tokenizer, evaluation_batches, max_length_for, pick_device
+from lorakit.train.run_data import adapter_tokenizer, max_length_for, pick_device
 from lorakit.train.step import loss_sum, oom_advice_for_evaluation, oom_as_run_error
 
 
@@ -158,14 +159,15 @@ def compare(
     detail(f"data: {total}")
     for line in losses:
         say(line)
-    batches = evaluation_batches(encoded, settings.batch_rows, padding_id(tokenizer))
+    batches = partial(by_length, encoded.sequences, settings.batch_rows, padding_id(tokenizer))
     given = []
     for folder in settings.adapters:
+        given.append(batches)
         own = own_tokenizer(folder, tokenizer)
         if own is not None:
             say(f"{folder}: has its own tokenizer, so its loss is over different tokens.")
-            encoded = encode(records, own, length)
-        given.append(batches if own is None else evaluation_batches(encoded, settings.batch_rows, padding_id(own)))
+            sequences = encode(records, own, length).sequences
+            given[-1] = partial(by_length, sequences, settings.batch_rows, padding_id(own))
     choice = hub.choose_dtype(settings.dtype, hub.calibrate(where) if settings.dtype == "auto" else None)
     detail(f"precision: {choice.reason}")
     loaded = hub.load_model(source, choice.dtype, where, quantization=settings.quantization)

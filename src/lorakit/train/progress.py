@@ -82,7 +82,7 @@ class PlainProgress(Progress):
     def __init__(self, stream: TextIO | None = None, *, verbose: bool = False) -> None:
         super().__init__(verbose=verbose)
         self._stream = stream
-        self._total = self._first = self._last_step = 0
+        self._total = self._first = 0
         self._shown = self._started = float("-inf")
         self._read: float | None = None
 

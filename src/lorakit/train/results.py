@@ -20,17 +20,8 @@ from lorakit.errors import DiskError, MissingExtra, RunError
 from lorakit.machine import peak_rss_bytes
 from lorakit.report import loss_plot, read_metrics
 from lorakit.tables import format_bytes, format_percent, format_rate, format_seconds
-from lorakit.train import checkpoint
+from lorakit.train import checkpoint, run_folder
 from lorakit.train.run_adapter import write_tokenizer
-from lorakit.train.run_folder import (
-    ADAPTER_FOLDER,
-    PLOT_FILE,
-    adapter_only_path,
-    adapters_only,
-    step_of,
-    versions,
-    write_record,
-)
 from lorakit.train.run_spec import Run
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -151,11 +142,11 @@ def finish(run: Run) -> RunResult:
     adapter = step = resumable = None
     if run.status == "interrupted":
         found = checkpoint.newest_valid(folder)
-        resumable = None if found is None else step_of(found)
+        resumable = None if found is None else run_folder.step_of(found)
     else:
         step, source = _chosen(run, notes)
         adapter = _publish(run, step, source, notes)
-        if source == adapter_only_path(folder, step):
+        if source == run_folder.adapter_only_path(folder, step):
             shutil.rmtree(source, ignore_errors=True)
         notes.append(_plot_loss(folder, f"{run.spec.source.base_name}: loss by step"))
         if state.best_loss is not None and state.first_loss is not None and state.best_loss >= state.first_loss:
@@ -182,7 +173,7 @@ def finish(run: Run) -> RunResult:
         checkpoint_step=resumable,
     )
     try:
-        write_record(folder, {**run.record(), "result": result.as_dict()})
+        run_folder.write_record(folder, {**run.record(), "result": result.as_dict()})
     except DiskError as cause:  # the adapter is complete all the same
         return dataclasses.replace(result, notes=(*result.notes, f"{cause} It does not contain the result of the run."))
     return result
@@ -196,16 +187,16 @@ def _chosen(run: Run, notes: list[str]) -> tuple[int, Path]:
     try:
         checkpoint.verify(whole)
     except RunError as cause:
-        alone = adapters_only(folder)
-        if adapter_only_path(folder, wanted) in alone:
-            return wanted, adapter_only_path(folder, wanted)
+        alone = run_folder.adapters_only(folder)
+        if run_folder.adapter_only_path(folder, wanted) in alone:
+            return wanted, run_folder.adapter_only_path(folder, wanted)
         valid = checkpoint.newest_valid(folder)
         found = [*([valid] if valid else []), *alone]
         if not found:
             raise
-        path = max(found, key=step_of)
-        notes.append(f"{cause} {ADAPTER_FOLDER} was taken from {path.name} instead.")
-        return step_of(path), path
+        path = max(found, key=run_folder.step_of)
+        notes.append(f"{cause} {run_folder.ADAPTER_FOLDER} was taken from {path.name} instead.")
+        return run_folder.step_of(path), path
     return wanted, whole
 
 
@@ -238,7 +229,7 @@ def publish_adapter(run: Run, step: int, source: Path, *, with_tokenizer: bool =
         DiskError: A file cannot be written.
     """
     folder = run.spec.folder
-    final, linked = folder / ADAPTER_FOLDER, source == adapter_only_path(folder, step)
+    final, linked = folder / run_folder.ADAPTER_FOLDER, source == run_folder.adapter_only_path(folder, step)
     with durable.publish_directory(final, replace=True) as temporary:
         for path in sorted(source.iterdir()):
             if path.is_file() and path.name not in _CHECKPOINT_ONLY:
@@ -259,7 +250,7 @@ def _copy(path: Path, target: Path, *, linked: bool) -> None:
 
 def _plot_loss(folder: Path, title: str) -> str:
     """Draw `loss.svg` if matplotlib is installed; return a message with its path, or why there is none."""
-    path = folder / PLOT_FILE
+    path = folder / run_folder.PLOT_FILE
     try:
         loss_plot(read_metrics(folder), path, title)
     except (MissingExtra, DiskError) as cause:
@@ -305,7 +296,7 @@ alpha {settings.lora_alpha:g}, target modules: {targets if isinstance(targets, s
 | training | {step} of {run.limits.total_steps} steps, learning rate {settings.learning_rate:g}, seed {settings.seed} |
 | result | {_evaluation_line(state.first_loss, state.best_loss)} |
 | precision | base {run.plan.dtype}, adapter float32 |
-| versions | {", ".join(f"{name} {version}" for name, version in versions().items())} |
+| versions | {", ".join(f"{name} {version}" for name, version in run_folder.versions().items())} |
 
 ```python
 from lorakit import PeftModel  # or: from peft import PeftModel

@@ -9,31 +9,17 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from lorakit import hub, plan
+from lorakit import data, hub, plan
 from lorakit.config import LoraConfig
 from lorakit.core.model.fingerprint import vocabulary_of
 from lorakit.core.model.vocabulary import check_growth, with_trained_rows
-from lorakit.data import (
-    AnyRecords,
-    Batch,
-    DataReport,
-    Encoded,
-    Loader,
-    Split,
-    StoredRecords,
-    Tokenizer,
-    by_length,
-    encode,
-    padding_id,
-    read_records,
-    split,
-)
 from lorakit.errors import ConfigError, DataError, NotYetSupported, UsageError
 from lorakit.targets import unfitting_keys
 from lorakit.train.defaults import DEFAULTS
@@ -43,7 +29,7 @@ from lorakit.train.settings import TrainSettings
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model")
 
 
-class SavedTokenizer(Tokenizer, Protocol):
+class SavedTokenizer(data.Tokenizer, Protocol):
     """A transformers tokenizer, as far as a run or a command uses it."""
 
     def get_vocab(self) -> dict[str, int]:
@@ -91,7 +77,7 @@ class Forecast:
     new_tokens: NewTokens | None = None
 
 
-def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: Tokenizer) -> Forecast:
+def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: data.Tokenizer) -> Forecast:
     """Read the model's shape and check targets and length against it; no weights are loaded.
 
     Args:
@@ -165,10 +151,10 @@ class RunBatches:
         held_out_report: Counts of the evaluation data, or None.
     """
 
-    loader: Loader
-    held_out: Callable[[], Iterable[Batch]] | None
-    train_report: DataReport
-    held_out_report: DataReport | None
+    loader: data.Loader
+    held_out: Callable[[], Iterable[data.Batch]] | None
+    train_report: data.DataReport
+    held_out_report: data.DataReport | None
 
 
 def check_single_process() -> None:
@@ -215,7 +201,7 @@ def pick_device(word: str) -> torch.device:
     return device
 
 
-def read_data(settings: TrainSettings) -> Split:
+def read_data(settings: TrainSettings) -> data.Split:
     """Read training and evaluation files; hold out a fraction if no evaluation files are given.
 
     Args:
@@ -227,20 +213,22 @@ def read_data(settings: TrainSettings) -> Split:
     Raises:
         DataError: A file cannot be read, or a record is invalid; the message has file and line.
     """
-    records = read_records(settings.data)
+    records = data.read_records(settings.data)
     if settings.eval_data is not None:
-        return Split(records, read_records(settings.eval_data), f"Evaluation on {', '.join(settings.eval_data)}.")
-    return split(records, settings.eval_fraction, settings.seed)
+        return data.Split(
+            records, data.read_records(settings.eval_data), f"Evaluation on {', '.join(settings.eval_data)}."
+        )
+    return data.split(records, settings.eval_fraction, settings.seed)
 
 
 def make_batches(
-    settings: TrainSettings, data: Split, tokenizer: Tokenizer, max_length: int, progress: Progress
+    settings: TrainSettings, records: data.Split, tokenizer: data.Tokenizer, max_length: int, progress: Progress
 ) -> RunBatches:
     """Tokenize the records and create the loaders.
 
     Args:
         settings: Batch size and seed are read.
-        data: The records.
+        records: The records.
         tokenizer: The model's tokenizer.
         max_length: Maximum sequence length in tokens.
         progress: Receives the progress of tokenizing.
@@ -251,35 +239,24 @@ def make_batches(
     Raises:
         DataError: The training or evaluation data has no token with loss.
     """
-    rows, pad = settings.per_device_train_batch_size, padding_id(tokenizer)
-    train = encode(data.train, tokenizer, max_length, _listener(progress, "training data", data.train))
-    loader = Loader(train.sequences, rows, settings.seed, pad_id=pad)
-    if not data.held_out:
+    rows, pad = settings.per_device_train_batch_size, data.padding_id(tokenizer)
+    train = data.encode(records.train, tokenizer, max_length, _listener(progress, "training data", records.train))
+    loader = data.Loader(train.sequences, rows, settings.seed, pad_id=pad)
+    if not records.held_out:
         return RunBatches(loader, None, train.report, None)
     try:
-        listener = _listener(progress, "evaluation data", data.held_out)
-        held_out = encode(data.held_out, tokenizer, max_length, listener)
+        listener = _listener(progress, "evaluation data", records.held_out)
+        held_out = data.encode(records.held_out, tokenizer, max_length, listener)
     except DataError as cause:
         raise DataError(f"evaluation data: {cause}", **cause.fields) from cause
-    return RunBatches(loader, evaluation_batches(held_out, rows, pad), train.report, held_out.report)
+    return RunBatches(loader, partial(data.by_length, held_out.sequences, rows, pad), train.report, held_out.report)
 
 
-def _listener(progress: Progress, what: str, records: AnyRecords) -> Callable[[int], None] | None:
-    if not isinstance(records, StoredRecords):
+def _listener(progress: Progress, what: str, records: data.AnyRecords) -> Callable[[int], None] | None:
+    if not isinstance(records, data.StoredRecords):
         return None
     total = records.total_bytes
     return lambda done: progress.reading(what, done, total)
-
-
-def evaluation_batches(encoded: Encoded, rows: int, pad: int) -> Callable[[], Iterable[Batch]]:
-    """Return a function that yields the evaluation batches: each sequence once, sorted by length.
-
-    Args:
-        encoded: The sequences.
-        rows: Rows of a batch of the longest sequences; shorter ones are batched in larger numbers.
-        pad: The padding id.
-    """
-    return lambda: by_length(encoded.sequences, rows, pad)
 
 
 @dataclass(frozen=True)
@@ -296,7 +273,7 @@ class NewTokens:
     vocabulary: int
     rows: tuple[int, ...]
 
-    def unseen(self, loader: Loader) -> tuple[str, ...]:
+    def unseen(self, loader: data.Loader) -> tuple[str, ...]:
         """Return a warning if tokens do not occur in the training data; their rows keep their initial values.
 
         Args:
@@ -307,7 +284,7 @@ class NewTokens:
         return (f"New tokens not in the training data, whose rows are not trained: {never}.",) if never else ()
 
 
-def add_new_tokens(tokenizer: Tokenizer, tokens: list[str], base: nn.Module) -> NewTokens:
+def add_new_tokens(tokenizer: data.Tokenizer, tokens: list[str], base: nn.Module) -> NewTokens:
     """Add tokens to a run's tokenizer.
 
     Args:

@@ -124,14 +124,12 @@ def disk_space(spec: RunSpec, limits: RunLimits, step: int, model: nn.Module, na
     steps, evaluated = max(0, limits.total_steps - step), bool(spec.data.held_out)
     saves = -(-steps // min(limits.save_steps, limits.eval_steps if evaluated else limits.save_steps)) + 1
     present = len(checkpoints(spec.folder)) if settings.resume else 0
-    kept = max(settings.save_total_limit, 2 if evaluated else 1)  # the best and the newest are never removed
-    return DiskSpace(
-        checkpoint=adapter + moments + _FOLDER_BYTES + (tokenizer if spec.forecast.new_tokens else 0),
-        adapter=adapter + tokenizer + _FOLDER_BYTES,
-        log=_FOLDER_BYTES + 2 * _ROW_BYTES * steps,
-        kept=max(0, min(kept, saves + present) - present),
-        writing=int(saves + present > kept),
-    )
+    limit = max(settings.save_total_limit, 2 if evaluated else 1)  # the best and the newest are never removed
+    added = max(0, min(limit, saves + present) - present)
+    checkpoint = adapter + moments + _FOLDER_BYTES + (tokenizer if spec.forecast.new_tokens else 0)
+    published, log = adapter + tokenizer + _FOLDER_BYTES, _FOLDER_BYTES + 2 * _ROW_BYTES * steps
+    replacing = checkpoint if saves + present > limit else 0  # written before the oldest is removed
+    return DiskSpace(checkpoint, published + log, added * checkpoint + max(replacing, published) + log)
 
 
 def check_space(spec: RunSpec, space: DiskSpace, progress: Progress) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from lorakit.errors import ConfigError, did_you_mean, nearest
 from lorakit.train.defaults import DEFAULTS, Stored
@@ -192,7 +192,6 @@ class TrainSettings(BaseModel):
     early_stopping_patience: int | None = _setting("early_stopping_patience", ge=1)
     resume: bool = _setting("resume")
     overwrite: bool = _setting("overwrite")
-    _run_record: Mapping[str, Any] | None = PrivateAttr(default=None)
 
     def __init__(self, **values: Given) -> None:
         try:
@@ -221,17 +220,6 @@ class TrainSettings(BaseModel):
         from lorakit.plan.job import recomputed
 
         return recomputed(self.recompute, self.gradient_checkpointing, self.memory_budget, self.accelerate)
-
-    @property
-    def run_record(self) -> Mapping[str, Any] | None:
-        """The record of the resumed run that these settings are merged with, or None."""
-        return self._run_record
-
-    def with_record(self, record: Mapping[str, Any]) -> TrainSettings:
-        """Return the same settings, marked as merged with the record of a resumed run."""
-        settings = self.model_copy()
-        settings._run_record = record
-        return settings
 
     def stored_as(self) -> Quantization | None:
         """Return the requested quantization of the base, or None."""

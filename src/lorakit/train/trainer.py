@@ -28,14 +28,6 @@ from lorakit.plan.quantized import stored
 from lorakit.speed import Acceleration, accelerate
 from lorakit.tables import format_count
 from lorakit.train import checkpoint
-from lorakit.train.checkpoint import (
-    Snapshot,
-    TrainState,
-    differences,
-    environment,
-    random_state,
-    restore_random_state,
-)
 from lorakit.train.interrupts import stoppable
 from lorakit.train.loop import Loop
 from lorakit.train.optimizer import build_optimizer, load_state_tensors
@@ -119,11 +111,11 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     before = None if snapshot is None else snapshot.environment
     chosen = autotuned_choices(spec, plan.dtype, model, acceleration, loader, before, progress)
     _seed_everything(settings.seed)
-    state = TrainState()
+    state = checkpoint.TrainState()
     if snapshot is not None:
         load_state_tensors(optimizer, named, snapshot.optimizer)
         loader.load_state(snapshot.state.data)
-        here = environment(spec.device, plan.dtype, spec.quantization_values, choices.to_strings(chosen))
+        here = checkpoint.environment(spec.device, plan.dtype, spec.quantization_values, choices.to_strings(chosen))
         state = _restore(snapshot, here, progress)
     return Run(
         spec=spec,
@@ -231,15 +223,15 @@ def acceleration_lines(acceleration: Acceleration) -> list[str]:
     return lines
 
 
-def _restore(snapshot: Snapshot, here: dict[str, Any], progress: Progress) -> TrainState:
+def _restore(snapshot: checkpoint.Snapshot, here: dict[str, Any], progress: Progress) -> checkpoint.TrainState:
     """Restore the random generators of a checkpoint and return its state; warn if the environment differs."""
-    changed = differences(snapshot.environment, here)
+    changed = checkpoint.differences(snapshot.environment, here)
     if changed:
         progress.say(
             f"This environment differs from the checkpoint's ({'; '.join(changed)}): results agree within rounding, "
             "not bit for bit."
         )
-    restore_random_state(snapshot.random, snapshot.random_plain)
+    checkpoint.restore_random_state(snapshot.random, snapshot.random_plain)
     return snapshot.state
 
 
@@ -298,8 +290,8 @@ def _failure_recorded(current: Run) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _restored_random_state() -> Iterator[None]:
-    tensors, plain = random_state()
+    tensors, plain = checkpoint.random_state()
     try:
         yield
     finally:
-        restore_random_state(tensors, plain)
+        checkpoint.restore_random_state(tensors, plain)
