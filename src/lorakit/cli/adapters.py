@@ -45,6 +45,10 @@ class Allowances:
     ] = False
 
 
+NONE_ALLOWED = Allowances()
+"""The default of a command's `allow` parameter."""
+
+
 def overridden(flags: Mapping[str, Any]) -> list[str]:
     """Return the checks that the `allow_` flags among flags override, by their names in `lorakit.core`."""
     return [name.removeprefix("allow_") for name, given in flags.items() if given and name.startswith("allow_")]

@@ -27,11 +27,7 @@ class Flags:
     adapter: Annotated[list[str], Parameter(help="Adapter directories, of lorakit or PEFT, of one base.")]
     output_dir: Annotated[Path, Parameter(help="Adapter directory to create; must be new or empty.")]
     weights: Annotated[
-        list[float] | None,
-        Parameter(
-            help="Weights of the adapters, one each; a negative weight subtracts. Default 1 each, like several active "
-            "adapters."
-        ),
+        list[float] | None, Parameter(help="Weights of the adapters, one each; negative ones subtract. Default 1 each.")
     ] = None
     way: Annotated[
         str,

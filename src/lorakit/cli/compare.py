@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,27 +34,23 @@ def run(
 
     found = core.compare_folders(first, second)
     if json:
-        console.emit_json({**asdict(found), "dora": "DoRA" in found.in_part, "groups": _groups(found)})
+        console.emit_json({**asdict(found), "dora": "DoRA" in found.in_part, "groups": list(_groups(found))})
     else:
         console.say(_text(found))
 
 
-def _groups(found: Comparison) -> list[dict[str, Any]]:
-    """Return statistics of the sites by the last name of their path; norms and overlaps are medians."""
-    groups = []
+def _groups(found: Comparison) -> Iterator[dict[str, Any]]:
+    """Yield statistics of the sites by the last name of their path; norms and overlaps are medians."""
     for name, members in by_name(found.sites, lambda site: site.path.rpartition(".")[2]).items():
         cosines = [site.cosine for site in members]
-        groups.append(
-            {
-                "module": name,
-                "sites": len(members),
-                "cosine": {"min": min(cosines), "median": statistics.median(cosines), "max": max(cosines)},
-                "norms": [statistics.median(site.norms[which] for site in members) for which in (0, 1)],
-                "output_overlap": statistics.median(site.output_overlap for site in members),
-                "input_overlap": statistics.median(site.input_overlap for site in members),
-            }
-        )
-    return groups
+        yield {
+            "module": name,
+            "sites": len(members),
+            "cosine": {"min": min(cosines), "median": statistics.median(cosines), "max": max(cosines)},
+            "norms": [statistics.median(site.norms[which] for site in members) for which in (0, 1)],
+            "output_overlap": statistics.median(site.output_overlap for site in members),
+            "input_overlap": statistics.median(site.input_overlap for site in members),
+        }
 
 
 def _text(found: Comparison) -> str:

@@ -11,12 +11,12 @@ from cyclopts import Parameter
 from lorakit.cli import console
 from lorakit.cli.adapters import WORST_SITES, naming_flags, overridden, print_report
 from lorakit.cli.early import check_model, check_new_directory
+from lorakit.config import LoraConfig
 from lorakit.tables import format_percent
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from lorakit.config import LoraConfig
     from lorakit.core import ExtractReport, TensorSource
     from lorakit.hub import ModelSource
 
@@ -72,8 +72,6 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
 
 
 def _config(flags: Flags, model: nn.Module, base_name: str | None) -> LoraConfig:
-    from lorakit.config import LoraConfig
-
     words = flags.target_modules or ([] if flags.target_parameters else ["all-linear"])
     targets = words[0] if words == ["all-linear"] else words
     return LoraConfig(

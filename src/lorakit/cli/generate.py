@@ -56,11 +56,7 @@ class Flags:
     system: Annotated[str | None, Parameter(help="System message before the user's turn.")] = None
     max_new_tokens: Annotated[int, Parameter(help="Maximum length of an answer in tokens.")] = 256
     temperature: Annotated[
-        float,
-        Parameter(
-            help="Sampling temperature. 0 takes the most likely token, so answers are reproducible and differ only "
-            "by the adapter; 0.7 varies them."
-        ),
+        float, Parameter(help="Sampling temperature; 0 takes the most likely token, so answers are reproducible.")
     ] = 0.0
     top_p: Annotated[float, Parameter(help="Sample from the most likely tokens that reach this probability.")] = 1.0
     top_k: Annotated[int, Parameter(help="Sample from this many most likely tokens; 0 is all.")] = 0
@@ -85,7 +81,7 @@ class Flags:
 def run(
     *,
     flags: Annotated[Flags, Parameter(name="*")],
-    allow: Annotated[adapters.Allowances | None, Parameter(name="*")] = None,
+    allow: Annotated[adapters.Allowances, Parameter(name="*")] = adapters.NONE_ALLOWED,
     json: console.JsonFlag = False,
     verbose: console.VerboseFlag = False,
 ) -> None:
@@ -114,9 +110,7 @@ def run(
     tokenizer = adapters.tokenizer_for(source, files)
     encoded = encode_prompts(prompts, tokenizer, flags.chat, flags.system)
     model = hub.load_model(source, flags.dtype, device, quantization=quantization)
-    names: list[str | None] = list(
-        adapters.load_adapters(model, files, adapters.overridden(asdict(allow or adapters.Allowances())))
-    )
+    names: list[str | None] = list(adapters.load_adapters(model, files, adapters.overridden(asdict(allow))))
     if flags.base or len(names) != 1:
         names.insert(0, None)
     labels = dict(zip((name for name in names if name), folders, strict=True))
@@ -133,17 +127,9 @@ def run(
         show(answers, stream([ids] * len(names)), quiet=json, verbose=verbose)
         results.append({"prompt": prompt, "answers": [answer.as_dict() for answer in answers]})
     if json:
-        console.emit_json(
-            {
-                "model": flags.model,
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "device": str(device),
-                "chat": _wants_chat(tokenizer, flags.chat),
-                "merged": merged,
-                "sampling": asdict(sampling),
-                "results": results,
-            }
-        )
+        chat, dtype = _wants_chat(tokenizer, flags.chat), str(model.dtype).removeprefix("torch.")
+        facts = {"model": flags.model, "dtype": dtype, "device": str(device), "chat": chat, "merged": merged}
+        console.emit_json({**facts, "sampling": asdict(sampling), "results": results})
 
 
 def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -72,35 +72,31 @@ def as_dict(summary: AdapterSummary, sizes: dict[str, int]) -> dict[str, Any]:
         "base": None if summary.base is None else summary.base.as_dict(),
         "facts": summary.facts,
         "files": sizes,
-        "groups": groups(summary),
+        "groups": list(groups(summary)),
         "sites": [asdict(site) for site in summary.sites],
     }
 
 
-def groups(summary: AdapterSummary) -> list[dict[str, Any]]:
+def groups(summary: AdapterSummary) -> Iterator[dict[str, Any]]:
     """Group sites by the last name of their path, in order, with statistics of each group.
 
     Args:
         summary: The adapter's summary.
 
-    Returns:
+    Yields:
         {"module", "sites", "shapes", "ranks", "experts", "scales", "norm": {"min", "median", "max"}}.
     """
-    found = []
     for name, members in by_name(summary.sites, lambda site: _module(site.path)).items():
         norms = [site.norm for site in members]
-        found.append(
-            {
-                "module": name,
-                "sites": len(members),
-                "shapes": sorted({(site.out_features, site.in_features) for site in members}),
-                "ranks": sorted({site.r for site in members}),
-                "experts": sorted({site.experts for site in members}),
-                "scales": sorted({site.scale for site in members if site.scale is not None}),
-                "norm": {"min": min(norms), "median": statistics.median(norms), "max": max(norms)},
-            }
-        )
-    return found
+        yield {
+            "module": name,
+            "sites": len(members),
+            "shapes": sorted({(site.out_features, site.in_features) for site in members}),
+            "ranks": sorted({site.r for site in members}),
+            "experts": sorted({site.experts for site in members}),
+            "scales": sorted({site.scale for site in members if site.scale is not None}),
+            "norm": {"min": min(norms), "median": statistics.median(norms), "max": max(norms)},
+        }
 
 
 def _module(path: str) -> str:

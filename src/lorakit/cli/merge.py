@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from lorakit.cli import console
-from lorakit.cli.adapters import WORST_SITES, Allowances, overridden, read_adapters, report_training_quantization
+from lorakit.cli import adapters, console
 from lorakit.cli.early import MODEL_DTYPES, check_adapters, check_choice, check_model, check_new_directory
 from lorakit.errors import MergeError
 from lorakit.plan.quantized import Quantization, stored_as
@@ -57,7 +56,7 @@ class Flags:
 def run(
     *,
     flags: Annotated[Flags, Parameter(name="*")],
-    allow: Annotated[Allowances | None, Parameter(name="*")] = None,
+    allow: Annotated[adapters.Allowances, Parameter(name="*")] = adapters.NONE_ALLOWED,
     json: console.JsonFlag = False,
     verbose: console.VerboseFlag = False,
 ) -> None:
@@ -77,12 +76,12 @@ def run(
 
     if quantization is not None:
         hub.require_quantizer(quantization)
-    files = read_adapters(flags.adapter)
-    report_training_quantization(files, quantization)
+    files = adapters.read_adapters(flags.adapter)
+    adapters.report_training_quantization(files, quantization)
     source = hub.resolve(flags.model, console.note)
     hub.require(source)
     _reject_quantized_files(flags.model, hub.stored_as_files(source, quantization), quantization)
-    allowed = overridden(asdict(allow or Allowances()))
+    allowed = adapters.overridden(asdict(allow))
     request = MergeRequest(
         source, files, flags.adapter, flags.output_dir, flags.dtype, flags.untie, allowed, quantization
     )
@@ -90,14 +89,8 @@ def run(
     for text in merge_warnings(done, probe):
         console.warning(text)
     if json:
-        console.emit_json(
-            {
-                "output_dir": str(done.folder),
-                "weights_bytes": done.weights_bytes,
-                "parameters": done.parameters,
-                **record(request, done, probe),
-            }
-        )
+        sizes = {"weights_bytes": done.weights_bytes, "parameters": done.parameters}
+        console.emit_json({"output_dir": str(done.folder), **sizes, **record(request, done, probe)})
     else:
         console.say(_text(request, done, probe, verbose))
 
@@ -147,7 +140,7 @@ def _text(request: MergeRequest, done: Merged, probe: Probe, verbose: bool) -> s
     ]
     if done.untied:
         lines.append("untied     input and output embeddings are separate weights (tie_word_embeddings is false)")
-    worst = sorted(done.report.sites, key=lambda site: site.retained)[:WORST_SITES] if verbose else []
+    worst = sorted(done.report.sites, key=lambda site: site.retained)[: adapters.WORST_SITES] if verbose else []
     if worst:
         rows = [[site.path, format_percent(site.retained), format_percent(site.changed)] for site in worst]
         lines += ["", console.table(["sites that retain least", "retained", "weights changed"], rows)]

@@ -56,12 +56,11 @@ class AdapterFlags:
             ConfigError: A value is not allowed; the message names the field.
         """
         usual = [] if self.target_parameters else DEFAULTS["target_modules"].value
-        targets: str | list[str] = self.target_modules or usual
         return LoraConfig(
             r=self.r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=_words(targets),
+            target_modules=_words(self.target_modules or usual),
             target_parameters=self.target_parameters,
             exclude_modules=_words(self.exclude_modules),
             modules_to_save=self.modules_to_save,

@@ -104,10 +104,7 @@ DEFAULTS: dict[str, Default] = {
         "lorafa saves memory, as only A's gradient needs the layer's input, but learns slightly less",
     ),
     "learning_rate": Default(
-        "Peak learning rate",
-        3e-4,
-        "about ten times the rate of full fine-tuning, as usual for LoRA at alpha = 2 r",
-        "3e-4",
+        "Peak learning rate", 3e-4, "ten times the rate of full fine-tuning, as usual for LoRA at alpha = 2 r", "3e-4"
     ),
     "loraplus_lr_ratio": Default(
         "Ratio of B's learning rate to A's (LoRA+)", None, "both use the same rate; LoRA+ uses 4 to 16", "1", float
@@ -182,7 +179,7 @@ DEFAULTS: dict[str, Default] = {
     "accelerate": Default(
         "Use fused forwards for supported layers, and pack sequences",
         True,
-        "same results, faster and in less memory; unsupported layers are unchanged",
+        "same results in less time and memory",
         "on",
     ),
     "tuning": Default(

@@ -20,7 +20,6 @@ from lorakit.data import Batch, Tokenizer, by_length, encode, padding_id, read_r
 from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import Acceleration, accelerate
-from lorakit.train.defaults import DEFAULTS
 from lorakit.train.run_data import adapter_tokenizer, max_length_for, pick_device
 from lorakit.train.step import loss_sum, oom_advice_for_evaluation, oom_as_run_error
 
@@ -114,13 +113,13 @@ class EvalSettings:
 
     model: str
     data: Sequence[str]
-    adapters: Sequence[str] = ()
-    max_length: int = DEFAULTS["max_length"].value
-    batch_rows: int = DEFAULTS["per_device_train_batch_size"].value
-    dtype: str = "auto"
-    device: str = "auto"
-    allow: Collection[str] = ()
-    quantization: Quantization | None = None
+    adapters: Sequence[str]
+    max_length: int
+    batch_rows: int
+    dtype: str
+    device: str
+    allow: Collection[str]
+    quantization: Quantization | None
 
 
 def compare(

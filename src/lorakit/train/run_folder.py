@@ -109,17 +109,15 @@ def versions() -> dict[str, str]:
 
     found = {"python": platform.python_version(), "lorakit": lorakit.__version__}
     for name in _PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class MetricsLog:
+class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
     """Writer of `metrics.jsonl`; a crash can only truncate the last line, which readers skip.
 
     On a full disk, rows are kept in memory and written with the next one that fits.
@@ -137,9 +135,6 @@ class MetricsLog:
         with as_disk_error(self.path, "cannot be written"):
             self._file = self.path.open("ab", buffering=0)
         self.waiting: list[bytes] = []
-
-    def __enter__(self) -> MetricsLog:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -117,14 +117,14 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
         loader.load_state(snapshot.state.data)
         here = checkpoint.environment(spec.device, plan.dtype, spec.quantization_values, choices.to_strings(chosen))
         state = _restore(snapshot, here, progress)
+    total, kind = limits.total_steps, settings.lr_scheduler_type
+    course = schedule(settings.learning_rate, total, settings.warmup_ratio, kind)
     return Run(
         spec=spec,
         plan=plan,
         batches=batches,
         limits=limits,
-        schedule=schedule(
-            settings.learning_rate, limits.total_steps, settings.warmup_ratio, settings.lr_scheduler_type
-        ),
+        schedule=course,
         model=model,
         named=named,
         optimizer=optimizer,
