@@ -42,7 +42,7 @@ def test_every_file_of_the_recipe_exists_and_has_what_is_named() -> None:
     files = {
         name: (ROOT / name).read_text(encoding="utf-8") for name in re.findall(r"`((?:src|tests)/[\w/.]+)`", RECIPE)
     }
-    assert len(files) == 3
+    assert len(files) == 4
     source = "".join(files.values())
     for name in ("DEFAULTS", "CHANGEABLE_ON_RESUME", "TrainSettings", "flag", "lora_config"):
         assert f"`{name}`" in RECIPE or f".{name}`" in RECIPE

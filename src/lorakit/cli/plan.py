@@ -55,7 +55,7 @@ class AdapterFlags:
         Raises:
             ConfigError: A value is not allowed; the message names the field.
         """
-        usual = [] if self.target_parameters else DEFAULTS["target_modules"].value
+        usual = [] if self.target_parameters else [DEFAULTS["target_modules"].value]
         return LoraConfig(
             r=self.r,
             lora_alpha=self.lora_alpha,
@@ -224,8 +224,6 @@ def _ranks(words: Sequence[str] | None) -> list[int]:
     return ranks
 
 
-def _words(names: list[str] | str | None) -> list[str] | str | None:
+def _words(names: list[str] | None) -> list[str] | str | None:
     """Convert a list with the single entry all-linear to that string."""
-    if not isinstance(names, list):
-        return names
-    return "all-linear" if [name.lower() for name in names] == ["all-linear"] else names
+    return "all-linear" if names is not None and [name.lower() for name in names] == ["all-linear"] else names

@@ -134,14 +134,8 @@ def init_from_data(
         return config, None
     rows = first_rows(spec, loader)
     progress.busy(f"collecting statistics of {len(rows)} rows for {init.name}")
-    found = core.collect_for(
-        model,
-        config,
-        rows,
-        row_loss(spec.device),
-        keep=_positions_with_loss if init.name == "eva" else None,
-        allow=_allow(spec),
-    )
+    keep = _positions_with_loss if init.name == "eva" else None
+    found = core.collect_for(model, config, rows, row_loss(spec.device), keep=keep, allow=_allow(spec))
     ranks = sorted(set(found.config.rank_pattern.values()) | {found.config.r})
     spread = f", ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else ""
     progress.say(f"Adapter initialized by {init.name} from {len(rows)} rows{spread}.")
