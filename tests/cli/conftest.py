@@ -1,4 +1,4 @@
-"""Adapters of the tiny models, on the disk, for verbs that read them."""
+"""Adapters of the tiny models on disk, for commands that read them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture
 def save_adapter(tmp_path: Path, tiny_model_directory: Path) -> Callable[..., Path]:
-    """Make an adapter of the model in `tiny_model_directory` with a random B, distinct by its seed, and save it."""
+    """Save an adapter of the model in `tiny_model_directory` whose B is random, drawn from `seed`."""
 
     def save(name: str, seed: int = 1, *, spread: float = 0.3, model: Any = None, **fields: Any) -> Path:
         import torch

@@ -1,4 +1,4 @@
-"""lorakit.cli: verbs, flags, errors and exit codes."""
+"""lorakit.cli: commands, flags, errors and exit codes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorakit.errors import AdapterFileError, ConfigError
 
 @pytest.fixture
 def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
-    """Let a function stand in for the verb `plan`."""
+    """Replace the command `plan` by a function."""
 
     def stand_in(run: Callable[..., Any]) -> None:
         module = types.ModuleType("lorakit.cli.plan")
@@ -52,7 +52,7 @@ def test_python_m_lorakit_is_the_same_program() -> None:
     done = subprocess.run([sys.executable, "-m", "lorakit", "pln"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: unknown command 'pln'")
-    assert done.stderr.endswith("Did you mean `lorakit plan`?\n")
+    assert done.stderr.endswith("Did you mean plan?\n")
 
 
 def test_an_unknown_verb_names_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:

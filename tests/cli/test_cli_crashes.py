@@ -1,4 +1,4 @@
-"""A crash in `combine` or `merge`: the new folder is there with everything in it, or not at all."""
+"""A crash in `combine` or `merge`: the new directory is complete or absent."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Save = Callable[..., Path]
 
 
 def judge_of(work: Callable[[Path], object], tmp_path: Path) -> Callable[[Path], str]:
-    """Says whether the output is there; it must hold every file of an undisturbed run, byte for byte."""
+    """Return a function that tells whether the output exists; it must equal that of an undisturbed run, byte for byte."""
     (tmp_path / "whole").mkdir()
     work(tmp_path / "whole")
     whole = files(tmp_path / "whole" / "out")
@@ -41,7 +41,7 @@ def judge_of(work: Callable[[Path], object], tmp_path: Path) -> Callable[[Path],
 
 @pytest.mark.parametrize("how", ["error", "kill"])
 def test_a_crash_in_combine(how: How, save_adapter: Save, tiny_model_directory: Path, tmp_path: Path) -> None:
-    """The tokenizer comes with the adapter, not after it."""
+    """The tokenizer is published with the adapter, not after it."""
     sources = [save_adapter(name, seed) for seed, name in enumerate(("one", "two"), 1)]
     for source in sources:
         for name in ("tokenizer.json", "tokenizer_config.json"):

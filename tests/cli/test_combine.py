@@ -1,4 +1,4 @@
-"""lorakit.cli.combine: several adapters as one, without their base."""
+"""lorakit.cli.combine: combine several adapters into one, without their base."""
 
 from __future__ import annotations
 

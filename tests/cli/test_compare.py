@@ -1,4 +1,4 @@
-"""lorakit.cli.compare: two adapters side by side."""
+"""lorakit.cli.compare: compare two adapters."""
 
 from __future__ import annotations
 

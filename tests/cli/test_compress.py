@@ -1,4 +1,4 @@
-"""lorakit.cli.compress: a smaller adapter, and what it lost."""
+"""lorakit.cli.compress: a smaller adapter, and the reported loss."""
 
 from __future__ import annotations
 

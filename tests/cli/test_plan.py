@@ -1,4 +1,4 @@
-"""`lorakit plan`: what is printed, and what each mistake is answered with."""
+"""`lorakit plan`: output, and an error for each mistake."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_what_is_computed_again_is_planned_or_chosen(capsys: pytest.CaptureFixtu
 
 
 def test_new_tokens_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    """One row for both of tied tables, one in each of two that are apart."""
+    """A new token is one row if embedding and head are tied, else two."""
     words = ["--r", "8", "--new-tokens", "<think>,</think>", "<x>"]
     for model, rows in (
         ("gpt2", {"transformer.wte": 768}),
@@ -134,7 +134,7 @@ def test_a_directory_and_its_config(tiny_model_directory: Path, capsys: pytest.C
     alone = _json(["plan", str(tiny_model_directory / "config.json"), *words], capsys)
     assert whole["adapter"]["trainable"] == 2 * 4 * (32 + 32 + 32 + 16)
     assert whole["adapter"] == alone["adapter"]
-    assert whole["job"]["length_tokens"] == 128  # what the model takes
+    assert whole["job"]["length_tokens"] == 128  # the model's limit
 
 
 def test_a_time_without_a_speed_is_measured(
@@ -147,7 +147,7 @@ def test_a_time_without_a_speed_is_measured(
     values = _json([*REFERENCE, "--max-steps", "10"], capsys)
     assert values["speed"]["flops_per_second"] == 8e11
     own = _json([*REFERENCE, "--max-steps", "10", "--no-accelerate"], capsys)
-    assert values["lora"]["tokens_per_second"] > own["lora"]["tokens_per_second"]  # which 2 threads decide
+    assert values["lora"]["tokens_per_second"] > own["lora"]["tokens_per_second"]  # depends on the 2 threads
     assert values["full_fine_tuning"]["tokens_per_second"] == own["full_fine_tuning"]["tokens_per_second"]
     assert values["job"]["dtype"] == "bfloat16"
     assert values["machine"][0].startswith("Measured cpu (2 threads)")
@@ -165,7 +165,7 @@ def test_a_time_without_a_speed_is_measured(
         (["gpt2", "--lora-dropout", "1.5"], 2, "lora_dropout is 1.5; it must be in [0, 1)."),
         (["gpt2", "--ranks", "4,x"], 2, "--ranks contains 'x'; pass whole numbers of at least 1, such as 4,8,16,32."),
         (["gpt2", "--tokens", "9", "--max-steps", "9"], 2, "--max-steps and --tokens exclude each other"),
-        (["gpt2", "--max-steps", "0"], 2, "--max-steps is 0; it must be a whole number of at least 1."),
+        (["gpt2", "--max-steps", "0"], 2, "max_steps is 0; it must be at least 1."),
         (["gpt2", "--calibrate", "--tokens-per-second", "9"], 2, "exclude each other; pass one of them"),
         (["gpt2", "--tokens-per-second", "0"], 2, "speed must be above 0"),
         (["gpt2", "--batch-size", "0"], 2, "batch_rows is 0; it must be a whole number of at least 1."),
@@ -209,7 +209,7 @@ def test_lorafa_trains_one_factor_of_two(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_experts_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The parameters alone where no module is named; beside modules where one is. The counts are the model's own."""
+    """Without --target-modules only the parameters are adapted. The counts equal the model's."""
     model = MIXTRAL.model()
     model.config.save_pretrained(tmp_path)
     for words, fields in (

@@ -1,4 +1,4 @@
-"""`lorakit train --new-tokens` through the command line: what is trained, kept, resumed, used, merged, and refused."""
+"""`lorakit train --new-tokens` on the command line: training, saving, resuming, using, merging, and errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def texts(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def base(tmp_path: Path, tiny_tokenizer: Any) -> Callable[..., Path]:
-    """A model directory whose embedding has `spare` rows more than its tokenizer has tokens."""
+    """A model directory whose embedding has `spare` more rows than its tokenizer has tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     def make(*, tied: bool = True, spare: int = 0, width: int = 32) -> Path:
@@ -106,7 +106,7 @@ def test_from_training_to_a_merged_model(
     assert record["plan"]["adapter"]["trainable"] == record["resolved"]["trainable_parameters"]
     assert sum(record["plan"]["adapter"]["token_rows"].values()) == (1 if tied else 2) * 2 * 32
     weights = load_file(folder / "adapter/adapter_model.safetensors")
-    assert sum(t.numel() for t in weights.values()) == record["resolved"]["trainable_parameters"]  # and no table
+    assert sum(t.numel() for t in weights.values()) == record["resolved"]["trainable_parameters"]  # and no embedding
 
     for place in ("adapter", "checkpoint-1", "checkpoint-4"):
         tokenizer = hub.load_tokenizer(hub.ModelSource("directory", "", str(folder / place), None, ""))
@@ -116,7 +116,7 @@ def test_from_training_to_a_merged_model(
 
     wanted = _logits(_adapted(model, folder / "checkpoint-4"), ids)
     assert wanted.shape[-1] == known + max(2, spare)
-    assert torch.equal(_logits(_adapted(model, folder / "adapter"), ids), wanted)  # the best is the last here
+    assert torch.equal(_logits(_adapted(model, folder / "adapter"), ids), wanted)  # the best step is the last one here
 
     assert cli.main([
         "merge", "--model", str(model), "--adapter", str(folder / "adapter"), "--output-dir", str(tmp_path / "merged")
@@ -137,7 +137,7 @@ def test_from_training_to_a_merged_model(
 
 
 @pytest.mark.filterwarnings("ignore:.*rows were appended")
-@pytest.mark.filterwarnings("ignore:.*B·A is zero at all sites:UserWarning")  # of the one that is fresh
+@pytest.mark.filterwarnings("ignore:.*B·A is zero at all sites:UserWarning")  # of the new adapter
 def test_eval_and_generate_use_the_adapters_own_tokenizer(
     base: Any, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,7 +157,7 @@ def test_eval_and_generate_use_the_adapters_own_tokenizer(
         assert captured.err.count("has its own tokenizer") == 1
         found = {row["name"]: row for row in json.loads(captured.out)["results"]}
         assert found[both[0]]["tokens"] == found["base"]["tokens"]
-        assert found[both[0]]["loss"] == pytest.approx(found["base"]["loss"])  # a fresh adapter
+        assert found[both[0]]["loss"] == pytest.approx(found["base"]["loss"])  # a new adapter
         assert found[both[1]]["tokens"] < found["base"]["tokens"]
         assert found[both[1]]["loss"] < 0.95 * found["base"]["loss"]
     assert held_out["result"]["best_loss"] < held_out["result"]["first_loss"]
@@ -167,7 +167,9 @@ def test_eval_and_generate_use_the_adapters_own_tokenizer(
         assert cli.main(["generate", *words, "--adapter", str(place), *asked]) == 0
         captured = capsys.readouterr()
         assert len(json.loads(captured.out)["results"][0]["answers"]) == 2
-    assert cli.main(["generate", *words, "--adapter", *both, *asked]) == 0  # the one that grows the base comes second
+    assert (
+        cli.main(["generate", *words, "--adapter", *both, *asked]) == 0
+    )  # the one that adds rows to the base comes second
     captured = capsys.readouterr()
     assert "different tokenizers" not in captured.err
 

@@ -1,4 +1,4 @@
-"""A run whose base is stored in fewer bits, from the command line: trained, resumed, evaluated, asked, merged."""
+"""A run on a quantized base on the command line: training, resuming, evaluating, generating, merging."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ Train = Callable[..., int]
 
 @pytest.fixture
 def train(tmp_path: Path, wide_model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
-    """Runs `lorakit train` on a small model; keywords replace flags."""
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)  # drawing costs more than training here
+    """Run `lorakit train` on a small model; keywords replace flags."""
+    monkeypatch.setitem(
+        __import__("sys").modules, "matplotlib.figure", None
+    )  # plotting takes longer than training here
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 30, encoding="utf-8")
 

@@ -44,7 +44,7 @@ def test_every_file_of_the_recipe_exists_and_has_what_is_named() -> None:
     }
     assert len(files) == 4
     source = "".join(files.values())
-    for name in ("DEFAULTS", "CHANGEABLE_ON_RESUME", "TrainSettings", "_LISTS", "lora_config"):
+    for name in ("DEFAULTS", "CHANGEABLE_ON_RESUME", "TrainSettings", "flag", "lora_config"):
         assert f"`{name}`" in RECIPE or f".{name}`" in RECIPE
         assert name in source
 
@@ -60,6 +60,7 @@ def test_a_setting_added_as_described_is_a_flag_a_yaml_key_and_part_of_the_recor
         assert text.count(before) == 1
         path.write_text(text.replace(before, line + before), encoding="utf-8")
     (tmp_path / "run").mkdir()
+    (tmp_path / "a.txt").write_text("some text\n")
     (tmp_path / "run.yaml").write_text("patience-margin: 0.25\n")
     words = [sys.executable, "-c", CODE, str(tmp_path / "run"), str(tmp_path / "run.yaml")]
     environment = {"PYTHONPATH": str(tmp_path / "src"), "COLUMNS": "200"}

@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture
 def short_run(tmp_path: Path, tiny_model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Settings of a run of a few steps over five short texts, into `tmp_path / "run"`; it draws no plots."""
+    """Settings of a run of a few steps on five short texts into `tmp_path / "run"`, without plots."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     texts = [tmp_path / f"{number}.txt" for number in range(5)]
     for number, path in enumerate(texts):

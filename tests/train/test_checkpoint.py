@@ -1,7 +1,8 @@
-"""A checkpoint is whole or absent, and every kind of damage to every file of it is seen."""
+"""A checkpoint is complete or absent, and every kind of damage to any of its files is detected."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -140,7 +141,7 @@ def test_files_that_people_add_do_no_harm(tmp_path: Path) -> None:
 
 def test_state_of_another_version_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"does not match the fields of this version of lorakit \(step\)"):
-        TrainState.from_dict({key: value for key, value in TrainState().as_dict().items() if key != "step"})
+        TrainState.from_dict({key: value for key, value in dataclasses.asdict(TrainState()).items() if key != "step"})
 
 
 @pytest.mark.parametrize(
@@ -304,5 +305,5 @@ def test_a_crash_at_any_file_operation_leaves_the_old_or_the_new(tmp_path: Path,
     for outcome in outcomes:
         assert outcome["found"] in ("checkpoint-1", "checkpoint-2")
         assert (outcome["skipped"], outcome["then"], outcome["left"]) == (0, "checkpoint-3", [])
-    # every value is that of one whole save, never a mixture: three saves, three values
+    # every value is that of one complete save, never a mixture: three saves, three values
     assert len({o["value"] for o in outcomes}) <= 3

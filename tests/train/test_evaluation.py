@@ -1,4 +1,4 @@
-"""Loss and perplexity over all trained tokens alike."""
+"""Loss and perplexity over all tokens with loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorakit.train.evaluation import Evaluation, evaluate, evaluating
 
 
 class Noisy(nn.Module):
-    """Next-token logits from a table, behind a dropout."""
+    """Next-token logits from an embedding with dropout."""
 
     def __init__(self) -> None:
         super().__init__()

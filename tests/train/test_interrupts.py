@@ -1,4 +1,4 @@
-"""The first signal is remembered, the second stops at once."""
+"""The first signal is recorded, the second stops at once."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import threading
 import pytest
 
 from lorakit.train import interrupts as signals
-from lorakit.train.interrupts import Interrupts, stoppable
+from lorakit.train.interrupts import recording, stoppable
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_once_is_remembered_twice_raises(number: int, capfd: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts:
+    with pytest.raises(KeyboardInterrupt), recording() as interrupts:
         assert not interrupts.requested
         os.kill(os.getpid(), number)
         assert interrupts.requested
@@ -31,7 +31,7 @@ def test_in_another_thread_it_does_nothing() -> None:
     seen: list[bool] = []
 
     def work() -> None:
-        with Interrupts() as interrupts:
+        with recording() as interrupts:
             seen.append(interrupts.requested)
 
     thread = threading.Thread(target=work)
@@ -53,9 +53,9 @@ if "before" in sys.argv:  # as in a program that sets a handler and then starts 
     import _signal
     assert signal.getsignal(signal.SIGTERM) is None
 
-from lorakit.train.interrupts import Interrupts, stoppable
+from lorakit.train.interrupts import recording, stoppable
 for _ in range(2):
-    with Interrupts() as interrupts:
+    with recording() as interrupts:
         os.kill(os.getpid(), signal.SIGTERM)
         assert interrupts.requested and not seen, "ours acts in the block"
     os.kill(os.getpid(), signal.SIGTERM)
@@ -66,7 +66,7 @@ for _ in range(2):
 @pytest.mark.skipif(os.name != "posix", reason="sigaction")
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_handler_set_from_c_is_restored(when: str) -> None:
-    """Set before Python starts it has no value in Python; set after, Python does not know of it."""
+    """Python has no value for a handler set before it starts, and does not know of one set later."""
     done = subprocess.run([sys.executable, "-c", FROM_C, when], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -75,7 +75,7 @@ def test_a_handler_that_can_be_neither_read_nor_restored_stays(monkeypatch: pyte
     monkeypatch.setattr(signals, "_sigaction", lambda *_: False)
     monkeypatch.setattr(signal, "getsignal", lambda number: None)
     monkeypatch.setattr(signal, "signal", lambda *_: pytest.fail("replaced"))
-    with Interrupts() as found:
+    with recording() as found:
         assert not found.requested
 
 
@@ -83,7 +83,7 @@ def test_sigterm_stops_a_block_and_acts_as_before_after_it() -> None:
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         with pytest.raises(KeyboardInterrupt), stoppable():
-            with Interrupts() as found:
+            with recording() as found:
                 os.kill(os.getpid(), signal.SIGTERM)
                 assert found.requested
             os.kill(os.getpid(), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""AdamW over flat buffers: torch's bits, whatever has a gradient, and nothing stale when storage was replaced."""
+"""AdamW on flat buffers: the bits of torch's AdamW with any set of gradients, also after a tensor was replaced."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _named(shapes: list[tuple[int, ...]] = SHAPES) -> Named:
 
 
 def _plain(named: Named) -> torch.optim.AdamW:
-    """torch's own, with the groups that `adamw` makes."""
+    """Return torch's own AdamW with the groups of `build_adamw`."""
     groups = build_adamw(copy.deepcopy(named), 0.01, 0.1, RATES).param_groups
     sizes, members = [len(group["params"]) for group in groups], _by_group(named)
     assert sizes == [len(m) for m in members]
@@ -91,7 +91,7 @@ SKIPS: list[tuple[int, ...]] = [(4,), (), (0, 4), (2, 4, 7), (4, 6), (), (1, 2, 
 
 @pytest.mark.parametrize("run", [1, 64, 1 << 20])
 def test_the_bits_are_those_of_torchs_own(run: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With clipping and without, with tensors that have no gradient in some steps or in none, in runs of any length."""
+    """With and without clipping, with tensors that lack a gradient in some or all steps, with runs of any length."""
     monkeypatch.setitem(flat._RUN, "cpu", run)
     ours, theirs = _named(), _named()
     one, two = build_adamw(ours, 0.01, 0.1, RATES), _plain(theirs)
@@ -111,7 +111,7 @@ def test_the_bits_are_those_of_torchs_own(run: int, monkeypatch: pytest.MonkeyPa
 def test_tensors_of_odd_sizes_are_torchs_within_a_rounding_and_the_same_in_runs_of_any_length(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """torch's kernel rounds v at the end of a tensor, past its last whole vector, differently by a bit."""
+    """torch's kernel rounds v differently by one bit at the end of a tensor, after its last complete vector."""
     found = []
     for run in (1, 64, 1 << 20):
         monkeypatch.setitem(flat._RUN, "cpu", run)
@@ -144,7 +144,7 @@ def test_numbers_stay_where_reads_are_aligned_and_take_one_buffer_a_group() -> N
         assert p.data_ptr() % 64 == 0
     storages = [{p.untyped_storage().data_ptr() for p in group["params"] if p.numel()} for group in optimizer.param_groups]  # fmt: skip
     assert [len(found) for found in storages] == [1, 1, 1]
-    assert not optimizer.state  # no memory is taken for moments before the first step
+    assert not optimizer.state  # moments take no memory before the first step
 
 
 def test_state_goes_through_a_file_that_holds_each_tensor_once() -> None:
@@ -206,7 +206,7 @@ def test_storage_that_was_replaced_is_taken_as_it_is(how: str) -> None:
     one, two = build_adamw(ours, 0.01, 0.1, RATES), _plain(theirs)
     for seed in range(3):
         for optimizer, named in ((one, ours), (two, theirs)):
-            if seed == 1 and not (how == "strides" and optimizer is two):  # torch's own takes moments in another order
+            if seed == 1 and not (how == "strides" and optimizer is two):  # torch's own orders the moments differently
                 _replace(named, how)
             _gradients(named, seed)
             _step(optimizer, named)
@@ -214,7 +214,7 @@ def test_storage_that_was_replaced_is_taken_as_it_is(how: str) -> None:
 
 
 def test_whoever_holds_the_old_storage_keeps_its_numbers() -> None:
-    """For example an averaged copy that replaces the weights during evaluation."""
+    """An example is an averaged copy that replaces the weights during evaluation."""
     named = _named()
     optimizer = build_adamw(named, 0.01, 0.1)
     p, average = named[0][1], torch.ones(16, 24)
@@ -320,7 +320,7 @@ def test_tensors_in_each_others_memory_take_torchs_own() -> None:
 
 @pytest.fixture
 def alone() -> Iterator[None]:
-    """A group of one process."""
+    """A process group with one process."""
     from torch import distributed
 
     store = distributed.HashStore()

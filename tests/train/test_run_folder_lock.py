@@ -1,4 +1,4 @@
-"""A directory that an active run has locked: the owner, and the advice."""
+"""A directory that is locked by an active run: the error names the owner and gives advice."""
 
 from __future__ import annotations
 

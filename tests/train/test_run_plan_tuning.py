@@ -35,12 +35,12 @@ class Said(Progress):
 
 @pytest.fixture
 def sliced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
-    """A machine on which every product of small rows is faster in slices; the rows of each that was cut."""
+    """Simulate a machine on which every small matmul is faster in slices; collects the rows of each sliced one."""
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(choices, "ROWS", (48, 96))
     monkeypatch.setattr(choices, "SLICES", (SLICE,))
     monkeypatch.setattr(choosing, "FEWEST_FLOPS", 0)
-    monkeypatch.setattr(choosing, "BUSY", math.inf)  # whatever else runs on this machine
+    monkeypatch.setattr(choosing, "BUSY", math.inf)  # regardless of the load of this machine
     monkeypatch.setattr(choosing, "fastest", lambda task, clock: task.others[0])
     seen, stock = [], choices.matmul_in_slices
 

@@ -1,4 +1,4 @@
-"""`RunSpec.of`: what it knows, and that it locks the run directory only after every check; the limits of a run."""
+"""`RunSpec.of`: its content, and that it locks the run directory only after every check."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Settings are strict, and say what is wrong by name."""
+"""Settings are checked strictly, and errors name the setting."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 
@@ -20,6 +20,21 @@ def test_every_setting_has_a_row_and_every_default_a_reason() -> None:
         assert row.reason or row.value is ..., name
         assert TrainSettings.model_fields[name].description == row.help()
     assert set(DEFAULTS) >= CHANGEABLE_ON_RESUME
+
+
+def test_a_flag_has_the_type_of_its_setting() -> None:
+    def types(annotation: Any) -> set[Any]:
+        origin, parts = get_origin(annotation), get_args(annotation)
+        inner = () if origin in (Literal, list, dict) else parts[:1] if origin is Annotated else parts
+        return set().union(*map(types, inner)) if inner else {origin or annotation}
+
+    for name, row in DEFAULTS.items():
+        taken = types(TrainSettings.model_fields[name].annotation) - {type(None)}
+        flag = row.flag or type(row.value)
+        if list in taken or dict in taken:
+            assert flag == list[str], name
+        else:
+            assert {flag} == {str if one is Literal else one for one in taken}, name
 
 
 def test_defaults_are_those_of_the_issue() -> None:
@@ -54,13 +69,13 @@ def test_rates_by_pattern_come_as_words_or_as_a_table() -> None:
         ({"data": []}, ("data is []", "not be empty")),
         ({"data": [3]}, ("data is 3", "a string")),
         ({"target_modules": []}, ("target_modules is []", "not be empty")),
-        ({"dtype": "bf15"}, ("dtype is 'bf15'", "'auto', 'bfloat16' or 'float32'", "did you mean bfloat16?")),
+        ({"dtype": "bf15"}, ("dtype is 'bf15'", "'auto', 'bfloat16' or 'float32'", "Did you mean bfloat16?")),
         ({"device": "tpu"}, ("device is 'tpu'", "auto, cpu, cuda, cuda:N or mps")),
         ({"memory_budget": "much"}, ("memory_budget is 'much'", "such as 4GiB or 800MB")),
-        ({"learning_rat": 1.0}, ("learning_rat is not a setting", "did you mean learning_rate?")),
+        ({"learning_rat": 1.0}, ("learning_rat is not a setting", "Did you mean learning_rate?")),
         ({"zzz": 1}, ("zzz is not a setting", "lorakit train --help")),
-        ({"optimizer": "lora_fa"}, ("optimizer is 'lora_fa'", "'adamw' or 'lorafa'", "did you mean lorafa?")),
-        ({"quantization": "nf5"}, ("quantization is 'nf5'", "'hqq8'", "did you mean nf4?")),
+        ({"optimizer": "lora_fa"}, ("optimizer is 'lora_fa'", "'adamw' or 'lorafa'", "Did you mean lorafa?")),
+        ({"quantization": "nf5"}, ("quantization is 'nf5'", "'hqq8'", "Did you mean nf4?")),
         ({"loraplus_lr_ratio": 0}, ("loraplus_lr_ratio is 0", "greater than 0")),
         ({"allocate_ranks": True}, ("allocate_ranks is True", "'none', 'gradients' or 'inputs'")),
         ({"learning_rate_pattern": {"q_proj": 0}}, ("learning_rate_pattern is {'q_proj': 0}", "PATTERN=RATE", "above 0")),

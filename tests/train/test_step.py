@@ -1,4 +1,4 @@
-"""One optimizer step: its guards. That a split changes nothing is law 9."""
+"""The checks of one optimizer step. Invariant 9 covers the split into batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorakit.train.step import StepOptions, StepResult, train_step, without_grad
 
 
 class Bigram(nn.Module):
-    """The smallest language model: a table of next-token logits, a part of it frozen."""
+    """The smallest language model: a table of next-token logits, partly frozen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ def batch(ids: list[list[int]], labels: list[list[int]] | None = None) -> Batch:
 
 
 class Stepper:
-    """A model with its optimizer, to step several times."""
+    """A model with its optimizer, for several steps."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -157,7 +157,7 @@ def test_storage_that_was_replaced_is_trained() -> None:
     for whole in (a, b):
         whole.step(batch([[2, 4, 3]]))
     assert torch.equal(one.table, two.table)
-    two.float()  # nothing to do, and nothing is done
+    two.float()  # nothing to do
     two.double()
     before = two.table.detach().clone()
     with pytest.raises(RunError, match=r"changed from \(5, 5\), float32 on cpu to .*, float64"):

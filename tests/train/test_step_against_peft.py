@@ -1,8 +1,8 @@
-"""Speed changes no number: training with every fast part learns what peft learns in a plain loop.
+"""Accelerated training learns the same as peft in a plain loop.
 
-Ours is the step of `lorakit train` over an accelerated model, peft's the loop that people write, from the same weights,
-factors and batches, without dropout. Whole small models of seven families give, accelerated, the gradients of the plain
-path in double precision.
+The step of `lorakit train` on an accelerated model is compared with a hand-written loop over peft's model, from the same
+weights, factors and batches, without dropout. Small models of seven families, accelerated, give the gradients of the
+plain forward in double precision.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from ..doubles import InDouble
 from ..small_models import VOCABULARY, bert, gemma2, llama, qwen3, t5
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # optional packages of peft's that are installed complain when they are imported
+    warnings.simplefilter("ignore")  # optional dependencies of peft warn when they are imported
     import peft
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for it
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft reads it
 
 STEPS, RATE, ROWS, LENGTH = 50, 3e-3, 2, 12
 
@@ -46,11 +46,11 @@ def wider_gpt2() -> Any:
 
 
 def mixtral() -> Any:
-    return small_models.mixtral(experts_implementation="eager")  # the others take no doubles
+    return small_models.mixtral(experts_implementation="eager")  # the others do not support float64
 
 
 def batches(steps: int) -> list[Batch]:
-    """Rows of a chain of tokens with some noise, so that there is something to learn; a third is not trained."""
+    """Return rows of a noisy token chain that can be learned; a third of the tokens has no loss."""
     drawn = torch.Generator().manual_seed(7)
     made = []
     for _ in range(steps):
@@ -65,7 +65,7 @@ def batches(steps: int) -> list[Batch]:
 
 
 def pair(make: Callable[[], Any], dtype: torch.dtype, seed: int) -> tuple[Any, Any]:
-    """The same base with the same factors, adapted by lorakit and by peft."""
+    """Return the same base with the same factors, adapted by lorakit and by peft."""
     torch.manual_seed(seed)
     base = make().to(dtype)
     theirs = copy.deepcopy(base)
@@ -123,8 +123,8 @@ def test_fifty_steps_in_single_precision_are_pefts(make: Callable[[], Any]) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_in_bf16_the_difference_is_within_the_spread_of_seeds(make: Callable[[], Any]) -> None:
-    """At every fifth part of the run, the means of five seeds, each of its own weights, differ by less than two
-    standard deviations of what the seeds give; and each single run stays near its twin."""
+    """At each fifth of the run, the means over five seeds differ by less than two standard deviations of the seeds'
+    losses, and each run stays close to its counterpart."""
     runs = [both(make, torch.bfloat16, seed) for seed in range(5)]
     for begin in range(0, STEPS, 10):
         ours, theirs = ([statistics.mean(run[side][begin : begin + 10]) for run in runs] for side in (0, 1))
@@ -133,7 +133,7 @@ def test_in_bf16_the_difference_is_within_the_spread_of_seeds(make: Callable[[],
 
 
 def loss_of(model: Any, ids: Tensor, labels: Tensor, fast: Any) -> Tensor:
-    """The mean over the trained tokens, by `lorakit train`'s own function where the model is causal."""
+    """Return the mean over the tokens with loss, by the function of `lorakit train` if the model is causal."""
     if isinstance(model, (transformers.BertForMaskedLM, transformers.T5ForConditionalGeneration)):
         words = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
         logits = model(input_ids=ids, **words).logits

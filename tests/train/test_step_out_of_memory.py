@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from lorakit.train.step import oom_advice
+from lorakit.speed import Acceleration
+from lorakit.train.step import StepOptions
 
 ROWS = "half the --per-device-train-batch-size with twice the --gradient-accumulation-steps (same result)"
 LAYERS = "--recompute layers (or --gradient-checkpointing)"
 LENGTH = "a smaller --max-length"
+FUSED = Acceleration((), (), None, "")
+
+
+def advice(rows: int, recompute: str, acceleration: Acceleration | None = FUSED, has_budget: bool = False) -> str:
+    options = StepOptions(torch.device("cpu"), acceleration=acceleration, recompute=recompute, has_budget=has_budget)
+    return options.oom_advice(rows)
 
 
 @pytest.mark.parametrize(
@@ -27,15 +35,15 @@ LENGTH = "a smaller --max-length"
     ],
 )
 def test_what_is_not_on_yet_is_named_in_order(recompute: str, has_budget: bool, helps: list[str]) -> None:
-    said = oom_advice(4, recompute, accelerated=True, has_budget=has_budget)
+    said = advice(4, recompute, has_budget=has_budget)
     assert said == f"Try, in this order: {'; '.join(helps)}."
 
 
 def test_a_model_that_runs_as_it_is_computes_whole_layers_again_alone() -> None:
-    said = oom_advice(4, "none", accelerated=False, has_budget=False)
+    said = advice(4, "none", None)
     fast = "fused forwards (omit --no-accelerate)"
     assert said == f"Try, in this order: {'; '.join([fast, LAYERS, ROWS, LENGTH])}."
 
 
 def test_one_row_cannot_be_halved() -> None:
-    assert oom_advice(1, "layers", accelerated=True, has_budget=False) == f"Try, in this order: {LENGTH}."
+    assert advice(1, "layers") == f"Try, in this order: {LENGTH}."

@@ -20,7 +20,7 @@ def settings(short_run: dict[str, Any]) -> dict[str, Any]:
 
 
 def losses(settings: dict[str, Any], folder: Path, **more: Any) -> tuple[list[float], dict[str, Any]]:
-    """Losses of a run, and the job that was planned."""
+    """Return the losses of a run and the planned job."""
     run(TrainSettings(**{**settings, "output_dir": folder, **more}), PlainProgress())
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     return [row["loss"] for row in read_metrics(folder).train], record["plan"]["job"]
@@ -58,7 +58,7 @@ def test_a_budget_chooses_and_says_so(
 
 def test_what_cannot_be_meant_is_refused_with_the_settings(settings: dict[str, Any]) -> None:
     for words, said in (
-        ({"recompute": "feedforward"}, "recompute is 'feedforward'; it must be .*did you mean feed-forward"),
+        ({"recompute": "feedforward"}, "recompute is 'feedforward'; it must be .*Did you mean feed-forward"),
         ({"memory_budget": "much"}, "memory_budget is 'much'; write a number and a unit, such as 4GiB or 800MB"),
         ({"memory_budget": "1GB", "gradient_checkpointing": True}, "memory_budget and recompute layers exclude"),
         ({"recompute": "feed-forward", "accelerate": False}, "recompute feed-forward needs accelerated forwards"),

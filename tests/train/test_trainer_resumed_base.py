@@ -1,4 +1,4 @@
-"""A run names the files of its base, and is resumed on that base only."""
+"""A run records the files of its base, and is resumed only on that base."""
 
 from __future__ import annotations
 

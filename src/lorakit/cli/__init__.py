@@ -15,11 +15,11 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lorakit import __version__
 from lorakit.cli import console
-from lorakit.errors import LorakitError, UsageError, nearest
+from lorakit.errors import LorakitError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from cyclopts import App
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = "--json" in tokens
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its int8 layers log a line at every forward
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = lambda message, *_, **__: console.warning(str(message))
         try:
             code = _dispatch(tokens)
             sys.stdout.flush()
@@ -131,15 +131,10 @@ def _help_formatter() -> DefaultFormatter:
 
 def _dispatch(tokens: list[str]) -> int:
     if tokens and not tokens[0].startswith("-") and tokens[0] not in COMMANDS:
-        raise UsageError(_unknown_command(tokens[0]))
+        text = f"unknown command {tokens[0]!r}; choose from {', '.join(COMMANDS)}.{did_you_mean(tokens[0], COMMANDS)}"
+        raise UsageError(text, what=tokens[0], allowed=COMMANDS)
     result = application()(tokens, exit_on_error=False, print_error=False, verbose=False)
     return result if isinstance(result, int) else 0
-
-
-def _unknown_command(word: str) -> str:
-    close = nearest(word, list(COMMANDS), count=1)
-    meant = f" Did you mean `lorakit {close[0]}`?" if close else ""
-    return f"unknown command {word!r}; choose from {', '.join(COMMANDS)}.{meant}"
 
 
 def _explain(error: Exception, tokens: list[str], as_json: bool) -> int:
@@ -160,18 +155,6 @@ def _without_traceback_flag(tokens: list[str]) -> tuple[list[str], bool]:
     end = tokens.index("--") if "--" in tokens else len(tokens)
     kept = [token for token in tokens[:end] if token != "--traceback"]
     return kept + tokens[end:], len(kept) < end
-
-
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """Print a warning's message alone; replaces `warnings.showwarning` and has its signature."""
-    console.warning(str(message))
 
 
 def _discard_stdout() -> None:

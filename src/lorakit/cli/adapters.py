@@ -1,4 +1,4 @@
-"""Shared parts of commands that take adapters: flags that override checks, loading, and tokenizers.
+"""Shared parts of commands that take adapters: flags that override checks, loading, tokenizers, reports.
 
 This module does not depend on what a command does with the adapters.
 """
@@ -6,23 +6,29 @@ This module does not depend on what a command does with the adapters.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from cyclopts import Parameter
 
 from lorakit.cli import console
-from lorakit.cli.early import check_adapters, check_new_directory
 from lorakit.errors import LorakitError
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from lorakit.core import OperationReport
     from lorakit.core.files.adapter_folder import AdapterFiles
     from lorakit.hub import ModelSource
     from lorakit.plan.quantized import Quantization
+    from lorakit.train.run_data import SavedTokenizer
+
+Item = TypeVar("Item")
+
+WORST_SITES = 5
+"""Number of sites in a table of the worst ones."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +44,14 @@ class Allowances:
         bool, Parameter(negative=(), help="Accept an adapter whose scale is 0, negative or above 1000.")
     ] = False
 
-    def names(self) -> tuple[str, ...]:
-        """Return the overridden checks by their names in `lorakit.core`."""
-        return tuple(field.name.removeprefix("allow_") for field in fields(self) if getattr(self, field.name))
+
+NONE_ALLOWED = Allowances()
+"""The default of a command's `allow` parameter."""
+
+
+def overridden(flags: Mapping[str, Any]) -> list[str]:
+    """Return the checks that the `allow_` flags among flags override, by their names in `lorakit.core`."""
+    return [name.removeprefix("allow_") for name, given in flags.items() if given and name.startswith("allow_")]
 
 
 def read_adapters(folders: Sequence[str]) -> list[AdapterFiles]:
@@ -53,10 +64,8 @@ def read_adapters(folders: Sequence[str]) -> list[AdapterFiles]:
         One per folder.
 
     Raises:
-        UsageError: A folder is given twice.
         AdapterFileError: A folder is missing or damaged.
     """
-    check_adapters(folders)
     from lorakit.core.files.adapter_folder import read_adapter
 
     return [read_adapter(folder) for folder in folders]
@@ -68,7 +77,7 @@ def load_adapters(model: nn.Module, adapters: Sequence[AdapterFiles], allow: Col
     Args:
         model: The base.
         adapters: The adapters' files.
-        allow: Names from `Allowances.names`.
+        allow: Result of `overridden`.
 
     Returns:
         The adapters' names on the model, in order.
@@ -105,67 +114,29 @@ def naming_flags() -> Iterator[None]:
         raise type(error)(error.text(f"give --{name.replace('_', '-')}"), **error.fields) from error
 
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
-"""Files of a tokenizer in an adapter's folder."""
+LARGEST_TOKENIZER_BYTES = 256 << 20
 
 
-@contextlib.contextmanager
-def new_adapter_folder(target: Path) -> Iterator[Path]:
-    """Build an adapter's folder under a temporary name; it is published when the block ends without an error.
-
-    Args:
-        target: The folder to create.
-
-    Yields:
-        An empty folder to write to.
-
-    Raises:
-        UsageError: The target exists.
-        DiskError: The disk is full or writing failed; nothing is left behind.
-    """
-    from lorakit.durable import publish_directory
-
-    check_new_directory(target)
-    with publish_directory(target) as folder:
-        yield folder
-
-
-def copy_tokenizer(adapters: Sequence[AdapterFiles], folder: Path) -> bool:
+def copy_tokenizer(adapters: Sequence[AdapterFiles], folder: Path) -> None:
     """Copy the tokenizer of the adapters to the adapter made from them, if all have the same one.
 
     Args:
         adapters: The adapters' files.
         folder: The new adapter.
-
-    Returns:
-        Whether a tokenizer was copied.
     """
     from lorakit.durable import read_bytes, write_bytes
+    from lorakit.train.run_data import tokenizer_files
 
     found = []
     for files in adapters:
-        there = [name for name in TOKENIZER_FILES if (files.folder / name).is_file()]
-        found.append({name: read_bytes(files.folder / name, LARGEST_TOKENIZER_BYTES) for name in there})
-    if not found[0] or any(other != found[0] for other in found[1:]):
-        return False
-    for name, content in found[0].items():
-        write_bytes(folder / name, content)
-    return True
+        paths = tokenizer_files(files.folder)
+        found.append({path.name: read_bytes(path, LARGEST_TOKENIZER_BYTES) for path in paths})
+    if all(other == found[0] for other in found):
+        for name, content in found[0].items():
+            write_bytes(folder / name, content)
 
 
-LARGEST_TOKENIZER_BYTES = 256 << 20
-
-
-def tokenizer_for(source: ModelSource, adapters: Sequence[AdapterFiles]) -> Any:
+def tokenizer_for(source: ModelSource, adapters: Sequence[AdapterFiles]) -> SavedTokenizer:
     """Return the tokenizer to use: preferably the one saved with the adapters, which they were trained with.
 
     Args:
@@ -180,31 +151,27 @@ def tokenizer_for(source: ModelSource, adapters: Sequence[AdapterFiles]) -> Any:
         ModelError: Neither has a tokenizer, or it cannot be read.
     """
     from lorakit import hub
+    from lorakit.train.run_data import adapter_tokenizer
 
-    own: dict[tuple[str, str | None], Any] = {}
-    for files in adapters:
-        if (files.folder / "tokenizer_config.json").is_file():
-            place = str(files.folder)
-            tokenizer = hub.load_tokenizer(hub.ModelSource("directory", place, place, None, place))
-            own[hub.tokenizer_hash(tokenizer), hub.chat_template_hash(tokenizer)] = tokenizer
-    widest = _widest(list(own.values()))
-    if widest is not None:
-        return widest
-    tokenizer = hub.load_tokenizer(source)
-    if len(own) > 1:
+    found = [own for files in adapters if (own := adapter_tokenizer(files.folder)) is not None]
+    distinct = {(hub.tokenizer_hash(own), hub.chat_template_hash(own)): own for own in found}
+    largest = _largest(list(distinct.values()))
+    if largest is not None:
+        return largest
+    if found:
         console.warning("the adapters come with different tokenizers or chat templates; the model's own is used.")
-    return tokenizer
+    return hub.load_tokenizer(source)
 
 
-def _widest(tokenizers: Sequence[Any]) -> Any | None:
+def _largest(tokenizers: Sequence[SavedTokenizer]) -> SavedTokenizer | None:
     """Return the tokenizer with all tokens of the others under the same ids and the same chat template, or None."""
-    if not tokenizers:
-        return None
-    words = [set(tokenizer.get_vocab().items()) for tokenizer in tokenizers]
-    most = max(range(len(words)), key=lambda number: len(words[number]))
-    template = tokenizers[most].chat_template
-    fits = all(word <= words[most] for word in words) and all(t.chat_template == template for t in tokenizers)
-    return tokenizers[most] if fits else None
+    tokens = [set(tokenizer.get_vocab().items()) for tokenizer in tokenizers]
+    for tokenizer, own in zip(tokenizers, tokens, strict=True):
+        if all(own >= other for other in tokens) and all(
+            t.chat_template == tokenizer.chat_template for t in tokenizers
+        ):
+            return tokenizer
+    return None
 
 
 def report_training_quantization(adapters: Sequence[AdapterFiles], wanted: Quantization | None) -> None:
@@ -224,3 +191,31 @@ def report_training_quantization(adapters: Sequence[AdapterFiles], wanted: Quant
                 f"{files.folder}: trained on a base quantized as {method}, which is {now} here; "
                 f"--quantization {method} gives the weights of training."
             )
+
+
+def by_name(items: Iterable[Item], name: Callable[[Item], str]) -> dict[str, list[Item]]:
+    """Group items by name, in order.
+
+    Args:
+        items: Such as the sites of an adapter.
+        name: Function from an item to the name of its group.
+    """
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(name(item), []).append(item)
+    return groups
+
+
+def print_report(report: OperationReport, lines: Sequence[str], output_dir: Path, as_json: bool) -> None:
+    """Print what an operation on adapters made.
+
+    Args:
+        report: The report.
+        lines: The report as text.
+        output_dir: The new adapter.
+        as_json: Whether to print JSON instead of text.
+    """
+    if as_json:
+        console.emit_json({"output_dir": str(output_dir), **report.as_dict()})
+    else:
+        console.say("\n".join(lines))

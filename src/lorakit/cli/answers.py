@@ -124,9 +124,8 @@ class _Lines:
                 self._space += " "
             else:
                 self._word += character
-                if display_width(self._word) >= self._width or (
-                    display_width(character) > 1 and not _hangul(character)
-                ):
+                is_hangul = "\uac00" <= character <= "\ud7a3"
+                if display_width(self._word) >= self._width or (display_width(character) > 1 and not is_hangul):
                     out += self.end()  # such as Chinese, which has no spaces and is broken anywhere
         return out
 
@@ -142,10 +141,6 @@ class _Lines:
             self._column -= self._width
         self._space = self._word = ""
         return out
-
-
-def _hangul(character: str) -> bool:
-    return "\uac00" <= character <= "\ud7a3"
 
 
 def _write(text: str) -> None:

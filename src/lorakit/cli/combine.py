@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from lorakit.cli import console
-from lorakit.cli.adapters import copy_tokenizer, naming_flags, new_adapter_folder, read_adapters
+from lorakit.cli.adapters import WORST_SITES, copy_tokenizer, naming_flags, overridden, print_report, read_adapters
 from lorakit.cli.early import check_adapters, check_new_directory
+from lorakit.durable import publish_directory
 from lorakit.errors import UsageError
 from lorakit.tables import format_percent
 
 if TYPE_CHECKING:
-    from lorakit.core import CombinationType, OperationReport
-
-WORST_SITES = 5
+    from lorakit.core import OperationReport
 
 
 @dataclass(frozen=True)
@@ -28,11 +27,7 @@ class Flags:
     adapter: Annotated[list[str], Parameter(help="Adapter directories, of lorakit or PEFT, of one base.")]
     output_dir: Annotated[Path, Parameter(help="Adapter directory to create; must be new or empty.")]
     weights: Annotated[
-        list[float] | None,
-        Parameter(
-            help="Weights of the adapters, one each; a negative weight subtracts. Default 1 each, like several active "
-            "adapters.",
-        ),
+        list[float] | None, Parameter(help="Weights of the adapters, one each; negative ones subtract. Default 1 each.")
     ] = None
     way: Annotated[
         str,
@@ -67,7 +62,7 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
     check_new_directory(flags.output_dir)
     from lorakit import core, hub
 
-    way = _way(flags)
+    way = core.CombinationType(flags.way, flags.rank, flags.density, flags.majority_sign, flags.clamp, seed=flags.seed)
     weights = _weights(flags)
     files = read_adapters(flags.adapter)
     model = None
@@ -75,55 +70,34 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
         source = hub.resolve(flags.model, console.note)
         hub.require(source)
         model = hub.load_model(source, "float32")
-    allowed = {
-        "base_mismatch": flags.allow_base_mismatch,
-        "key_mismatch": flags.allow_key_mismatch,
-        "nonfinite": flags.allow_nonfinite,
-    }
-    with naming_flags(), new_adapter_folder(flags.output_dir) as folder:
+    with naming_flags(), publish_directory(flags.output_dir) as folder:
         report = core.combine_folders(
-            flags.adapter,
-            weights,
-            folder,
-            way=way,
-            model=model,
-            allow=[word for word, lifted in allowed.items() if lifted],
+            flags.adapter, weights, folder, way=way, model=model, allow=overridden(asdict(flags))
         )
         copy_tokenizer(files, folder)
-    report = replace(report, name=str(flags.output_dir))
-    if json:
-        console.emit_json({"output_dir": report.name, **report.as_dict()})
-    else:
-        console.say(_text(report, way, flags.adapter, weights))
-
-
-def _way(flags: Flags) -> CombinationType:
-    from lorakit.core import CombinationType
-
-    return CombinationType(flags.way, flags.rank, flags.density, flags.majority_sign, flags.clamp, None, flags.seed)
+    print_report(report, _text(report, flags, weights), flags.output_dir, json)
 
 
 def _weights(flags: Flags) -> list[float]:
-    if flags.weights is None:
-        return [1.0] * len(flags.adapter)
-    if len(flags.weights) != len(flags.adapter):
-        raise UsageError(
-            f"--weights has {len(flags.weights)} numbers, but --adapter names {len(flags.adapter)}; pass one each."
-        )
-    return flags.weights
+    adapters = len(flags.adapter)
+    weights = flags.weights or [1.0] * adapters
+    if len(weights) != adapters:
+        text = f"--weights has {len(weights)} numbers, but --adapter names {adapters}; pass one each."
+        raise UsageError(text, what=weights, field="weights")
+    return weights
 
 
-def _text(report: OperationReport, way: CombinationType, folders: Sequence[str], weights: Sequence[float]) -> str:
+def _text(report: OperationReport, flags: Flags, weights: Sequence[float]) -> list[str]:
     ranks = sorted({site.r for site in report.sites})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    total = " + ".join(f"{weight:g} × {folder}" for weight, folder in zip(weights, folders, strict=True))
+    total = " + ".join(f"{weight:g} × {folder}" for weight, folder in zip(weights, flags.adapter, strict=True))
     lines = [
-        f"{report.name}: {len(report.sites)} sites, {rank}, scale 1",
-        f"combined   {total} by {way.name}",
+        f"{flags.output_dir}: {len(report.sites)} sites, {rank}, scale 1",
+        f"combined   {total} by {flags.way}",
         f"deviation  from the plain sum: at most {format_percent(report.deviation)}",
     ]
     if report.deviation > 0 and len(report.sites) > 1:
         worst = sorted(report.sites, key=lambda site: -site.deviation)[:WORST_SITES]
         rows = [[site.path, str(site.r), format_percent(site.deviation)] for site in worst]
         lines += ["", console.table(["site with most deviation", "r", "deviation"], rows)]
-    return "\n".join(lines)
+    return lines

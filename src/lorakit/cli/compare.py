@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from lorakit.cli import console
+from lorakit.cli.adapters import by_name
 from lorakit.cli.early import check_adapters
 
 if TYPE_CHECKING:
     from lorakit.core import Comparison
-    from lorakit.core.operations.comparing import SiteComparison
 
 
 def run(
@@ -34,46 +34,23 @@ def run(
 
     found = core.compare_folders(first, second)
     if json:
-        console.emit_json(as_dict(found))
+        console.emit_json({**asdict(found), "dora": "DoRA" in found.in_part, "groups": list(_groups(found))})
     else:
         console.say(_text(found))
 
 
-def as_dict(found: Comparison) -> dict[str, Any]:
-    """Return the comparison as plain JSON values.
-
-    Args:
-        found: The comparison.
-    """
-    return {**asdict(found), "dora": "DoRA" in found.in_part, "groups": groups(found.sites)}
-
-
-def groups(sites: Sequence[SiteComparison]) -> list[dict[str, Any]]:
-    """Group sites by the last name of their path, in order, with statistics of each group.
-
-    Args:
-        sites: Compared sites.
-
-    Returns:
-        {"module", "sites", "cosine": {"min", "median", "max"}, "norms", "output_overlap", "input_overlap"};
-        the last three are medians.
-    """
-    by_name: dict[str, list[SiteComparison]] = {}
-    for site in sites:
-        by_name.setdefault(site.path.rpartition(".")[2], []).append(site)
-    return [_group(name, members) for name, members in by_name.items()]
-
-
-def _group(name: str, members: list[SiteComparison]) -> dict[str, Any]:
-    cosines = [site.cosine for site in members]
-    return {
-        "module": name,
-        "sites": len(members),
-        "cosine": {"min": min(cosines), "median": statistics.median(cosines), "max": max(cosines)},
-        "norms": [statistics.median(site.norms[which] for site in members) for which in (0, 1)],
-        "output_overlap": statistics.median(site.output_overlap for site in members),
-        "input_overlap": statistics.median(site.input_overlap for site in members),
-    }
+def _groups(found: Comparison) -> Iterator[dict[str, Any]]:
+    """Yield statistics of the sites by the last name of their path; norms and overlaps are medians."""
+    for name, members in by_name(found.sites, lambda site: site.path.rpartition(".")[2]).items():
+        cosines = [site.cosine for site in members]
+        yield {
+            "module": name,
+            "sites": len(members),
+            "cosine": {"min": min(cosines), "median": statistics.median(cosines), "max": max(cosines)},
+            "norms": [statistics.median(site.norms[which] for site in members) for which in (0, 1)],
+            "output_overlap": statistics.median(site.output_overlap for site in members),
+            "input_overlap": statistics.median(site.input_overlap for site in members),
+        }
 
 
 def _text(found: Comparison) -> str:
@@ -88,9 +65,9 @@ def _text(found: Comparison) -> str:
     for folder, paths in ((first, found.only_first), (second, found.only_second)):
         if paths:
             lines.append(f"only in    {folder}: {len(paths)} sites, first {paths[0]}")
-    lines = [*map(console.inline, lines)]
+    lines = list(map(console.inline, lines))
     header = ["module", "sites", "cosine min", "median", "max", "‖ΔW‖", "‖ΔW‖ second", "writes", "reads"]
-    rows = [_row(group) for group in groups(found.sites)]
+    rows = [_row(group) for group in _groups(found)]
     lines += ["", console.table(header, rows) if rows else "no site in common"]
     if rows:
         lines.append("writes, reads: overlap of the output and input subspaces; medians over the sites")

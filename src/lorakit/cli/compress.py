@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from lorakit.cli import console
-from lorakit.cli.adapters import copy_tokenizer, naming_flags, new_adapter_folder, read_adapters
+from lorakit.cli.adapters import WORST_SITES, copy_tokenizer, naming_flags, overridden, print_report, read_adapters
 from lorakit.cli.early import check_adapters, check_new_directory
+from lorakit.durable import publish_directory
 from lorakit.tables import format_percent
 
 if TYPE_CHECKING:
     from lorakit.core import OperationReport
-
-WORST_SITES = 5
 
 
 @dataclass(frozen=True)
@@ -43,25 +42,22 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
     from lorakit import core
 
     files = read_adapters([flags.adapter])
-    allow = ["nonfinite"] if flags.allow_nonfinite else []
-    with naming_flags(), new_adapter_folder(flags.output_dir) as folder:
+    allow = overridden(asdict(flags))
+    with naming_flags(), publish_directory(flags.output_dir) as folder:
         report = core.compress_folder(flags.adapter, folder, rank=flags.rank, energy=flags.energy, allow=allow)
         copy_tokenizer(files, folder)
-    report = replace(report, name=str(flags.output_dir))
-    if json:
-        console.emit_json({"output_dir": report.name, **report.as_dict()})
-    else:
-        console.say(_text(report, flags.adapter))
+    print_report(report, _text(report, flags), flags.output_dir, json)
 
 
-def _text(report: OperationReport, folder: str) -> str:
+def _text(report: OperationReport, flags: Flags) -> list[str]:
     before, after = (sum(getattr(site, name) for site in report.sites) for name in ("r_before", "r"))
     lines = [
-        f"{report.name}: {folder} at {len(report.sites)} sites, ranks {before:,} in total before, {after:,} after",
+        f"{flags.output_dir}: {flags.adapter} at {len(report.sites)} sites, ranks {before:,} in total before, "
+        f"{after:,} after",
         f"lost       {format_percent(report.energy_lost)} of the energy ‖ΔW‖² of the whole adapter",
     ]
     worst = sorted(report.sites, key=lambda site: -site.energy_lost)[:WORST_SITES]
     rows = [[s.path, str(s.r_before), str(s.r), format_percent(s.energy_lost)] for s in worst if s.energy_lost > 0]
     if rows:
         lines += ["", console.table(["site with most loss", "r before", "r", "lost"], rows)]
-    return "\n".join(lines)
+    return lines

@@ -13,12 +13,15 @@ import os
 import sys
 import traceback as traceback_module
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 from cyclopts import Parameter
 
 from lorakit.errors import printable
 from lorakit.tables import NARROW, columns, fit
+
+if TYPE_CHECKING:
+    from lorakit.durable import JsonValue
 
 JsonFlag = Annotated[bool, Parameter(negative=(), help="Print one JSON document instead of text.")]
 """The type of a command's `json` parameter."""
@@ -40,7 +43,7 @@ def say(text: str = "") -> None:
 
 
 def inline(text: str) -> str:
-    """Return a name or value of a file as it is printed inside a line: line feeds and tabs are escaped too."""
+    """Return a name or value from a file for printing inside a line: line feeds and tabs are escaped too."""
     return printable(text, one_line=True)
 
 
@@ -86,7 +89,7 @@ def traceback(exception: Exception) -> None:
     print(printable("".join(traceback_module.format_exception(exception))), file=sys.stderr, end="")
 
 
-def emit_json(document: Mapping[str, Any] | Sequence[Any]) -> None:
+def emit_json(document: JsonValue) -> None:
     """Print one JSON document on stdout; NaN and infinity become null, since JSON has neither."""
     print(json.dumps(_finite(document), indent=2, ensure_ascii=True, allow_nan=False))
 
@@ -111,7 +114,7 @@ def _labeled(label: str, color: str, text: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: JsonValue) -> JsonValue:
     if isinstance(value, float):
         return value if value - value == 0 else None
     if isinstance(value, Mapping):

@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +20,7 @@ from cyclopts import Parameter
 from lorakit import __version__
 from lorakit.allocator import CACHES
 from lorakit.cli import console
+from lorakit.hub_cache import offline
 from lorakit.machine import Machine, home_directory, this_machine
 from lorakit.tables import format_bytes, format_count, format_quantity
 
@@ -135,17 +136,18 @@ def examine(*, quick: bool) -> Findings:
     torch = _torch() if packages["torch"] else None
     cache = Path(os.environ.get("HF_HOME") or (home_directory() or Path("~")) / ".cache" / "huggingface")
     can_measure = torch is not None and packages["transformers"] is not None and not quick
+    kernels, cuda_kernels, lack = _kernels() if torch is not None else ("none without torch", {}, ())
     return Findings(
         machine=this_machine(),
         packages=packages,
         torch=torch,
-        offline=any(_is_on(os.environ.get(name)) for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")),
+        offline=offline() is not None,
         cache=str(cache),
-        cache_free_bytes=shutil.disk_usage(_existing(cache)).free,
+        cache_free_bytes=shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free,
         speed=_speed() if can_measure else None,
-        kernels=_kernels() if torch is not None else "none without torch",
-        cuda_kernels=_cuda_kernels() if torch is not None else {},
-        kernels_lack=_kernels_lack() if torch is not None else (),
+        kernels=kernels,
+        cuda_kernels=cuda_kernels,
+        kernels_lack=lack,
     )
 
 
@@ -158,14 +160,13 @@ def advice(found: Findings) -> list[str]:
     Returns:
         One message per change, with the command if there is one.
     """
-    rules: tuple[Callable[[Findings], list[str]], ...] = (
-        _about_packages,
-        _about_device,
-        _about_cpu,
-        _about_room,
-        _about_scripts,
-    )
-    return [sentence for rule in rules for sentence in rule(found)]
+    return [
+        *_about_packages(found),
+        *_about_device(found),
+        *_about_cpu(found),
+        *_about_room(found),
+        *_about_scripts(found),
+    ]
 
 
 def _about_packages(found: Findings) -> list[str]:
@@ -195,7 +196,9 @@ def _about_cpu(found: Findings) -> list[str]:
         return []
     lines, threads, cores = [], found.torch.threads, found.machine.cores
     if threads > cores:
-        lines.append(f"torch uses {threads} threads on {cores} cores, which stalls it: export OMP_NUM_THREADS={cores}")
+        lines.append(
+            f"torch uses {threads} threads on {cores} cores, which slows it down: export OMP_NUM_THREADS={cores}"
+        )
     if threads == 1 and cores > 1:
         lines.append(
             f"torch uses one thread of {cores} cores: unset OMP_NUM_THREADS, or export OMP_NUM_THREADS={cores}"
@@ -268,19 +271,17 @@ def _speed_text(speed: Mapping[str, Any] | None) -> str:
     return f"matmul {bf16} in bfloat16, {fp32} in float32; --dtype auto selects {speed['dtype']}"
 
 
-def _kernels() -> str:
-    from lorakit.ops.kernels import compiled
-
-    return compiled.describe()
-
-
-def _kernels_lack() -> tuple[str, ...]:
+def _kernels() -> tuple[str, Mapping[str, str], tuple[str, ...]]:
+    """Return the kernels on the CPU, those by CUDA device, and what faster ones lack."""
     import torch
 
     from lorakit.ops.kernels import compiled, triton
 
-    lacks_triton = torch.cuda.device_count() > 0 and triton.lacks_package()
-    return (*(["compiler"] if compiled.lacks_compiler() else []), *(["triton"] if lacks_triton else []))
+    lacks = {
+        "compiler": compiled.lacks_compiler(),
+        "triton": torch.cuda.device_count() > 0 and triton.lacks_package(),
+    }
+    return compiled.describe(), _cuda_kernels(), tuple(name for name, is_missing in lacks.items() if is_missing)
 
 
 def _cuda_kernels() -> Mapping[str, str]:
@@ -324,12 +325,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _is_on(value: str | None) -> bool:
-    return (value or "").upper() in {"1", "ON", "YES", "TRUE"}
-
-
-def _existing(path: Path) -> Path:
-    """Return the nearest directory at or above a path that exists."""
-    return next(folder for folder in (path, *path.parents) if folder.exists())

@@ -29,7 +29,8 @@ def check_model(given: str) -> None:
         ModelError: The path does not exist.
     """
     if given[:1] in (".", "/", "~") and not Path(given).expanduser().exists():
-        raise ModelError(f"{given!r}: model directory not found.{_similar(Path(given).expanduser())}")
+        similar = _similar(Path(given).expanduser())
+        raise ModelError(f"{given!r}: model directory not found.{similar}", what=given, field="model")
 
 
 def check_data(paths: Iterable[str]) -> None:
@@ -43,9 +44,9 @@ def check_data(paths: Iterable[str]) -> None:
     """
     for path in map(Path, paths):
         if path.is_dir():
-            raise DataError(f"{path}: is a directory; pass the data files in it.")
+            raise DataError(f"{path}: is a directory; pass the data files in it.", where=path, field="data")
         if not path.exists():
-            raise DataError(f"{path}: data file not found.{_similar(path)}")
+            raise DataError(f"{path}: data file not found.{_similar(path)}", where=path, field="data")
 
 
 def check_adapters(folders: Sequence[str]) -> None:

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from lorakit import allocator
-from lorakit.cli import console
-from lorakit.cli.early import (
-    RUN_DTYPES,
-    check_adapters,
-    check_at_least,
-    check_choice,
-    check_data,
-    check_device,
-    check_model,
-)
+from lorakit.cli import console, early
 from lorakit.plan.quantized import stored_as
 from lorakit.train.defaults import DEFAULTS
 
@@ -51,13 +42,13 @@ def run(
     --verbose adds counts of the data and the reason for the precision.
     """
     quantization = stored_as(flags.quantization, flags.double_quantization)
-    check_choice("dtype", flags.dtype, RUN_DTYPES)
-    check_device(flags.device)
-    check_at_least("batch_size", flags.batch_size, 1)
-    check_at_least("max_length", flags.max_length, 1)
-    check_data(flags.data)
-    check_adapters(flags.adapter or ())
-    check_model(flags.model)
+    early.check_choice("dtype", flags.dtype, early.RUN_DTYPES)
+    early.check_device(flags.device)
+    early.check_at_least("batch_size", flags.batch_size, 1)
+    early.check_at_least("max_length", flags.max_length, 1)
+    early.check_data(flags.data)
+    early.check_adapters(flags.adapter or ())
+    early.check_model(flags.model)
     allocator.set_up()  # before torch allocates any memory
     from lorakit.train.evaluation import EvalSettings, compare
 
@@ -77,10 +68,8 @@ def run(
         console.note if verbose else console.quiet,
     )
     if json:
-        console.emit_json({"model": flags.model, "data": flags.data, "results": [row.as_dict() for row in found]})
+        results = [{"name": name, **asdict(one), "perplexity": one.perplexity} for name, one in found]
+        console.emit_json({"model": flags.model, "data": flags.data, "results": results})
         return
-    rows = [
-        [row.name, f"{row.evaluation.loss:.4f}", f"{row.evaluation.perplexity:.2f}", f"{row.evaluation.tokens:,}"]
-        for row in found
-    ]
+    rows = [[name, f"{one.loss:.4f}", f"{one.perplexity:.2f}", f"{one.tokens:,}"] for name, one in found]
     console.say(console.table(["", "loss", "perplexity", "tokens"], rows))

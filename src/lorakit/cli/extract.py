@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from lorakit.cli import console
-from lorakit.cli.adapters import naming_flags
+from lorakit.cli.adapters import WORST_SITES, naming_flags, overridden, print_report
 from lorakit.cli.early import check_model, check_new_directory
+from lorakit.config import LoraConfig
 from lorakit.tables import format_percent
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from lorakit.config import LoraConfig
     from lorakit.core import ExtractReport, TensorSource
     from lorakit.hub import ModelSource
 
-WORST_SITES = 5
 OUTSIDE_SHOWN = 8
 
 
@@ -58,9 +57,8 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
     check_model(flags.base)
     check_model(flags.tuned)
     from lorakit import core, hub
-    from lorakit.core import RankLimit
 
-    cut = RankLimit(flags.rank, flags.energy)
+    cut = core.RankLimit(flags.rank, flags.energy)
     sources = [hub.resolve(given, console.note) for given in (flags.base, flags.tuned)]
     for source in sources:
         hub.require(source)
@@ -68,23 +66,12 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
     config = _config(flags, model, sources[0].recorded_name)
     with naming_flags():
         report = core.extract_to_folder(
-            model,
-            base,
-            tuned,
-            config,
-            flags.output_dir,
-            cut=cut,
-            allow=["nonfinite"] if flags.allow_nonfinite else [],
+            model, base, tuned, config, flags.output_dir, cut=cut, allow=overridden(asdict(flags))
         )
-    if json:
-        console.emit_json({"output_dir": report.name, **report.as_dict()})
-    else:
-        console.say(_text(report))
+    print_report(report, _text(report), flags.output_dir, json)
 
 
 def _config(flags: Flags, model: nn.Module, base_name: str | None) -> LoraConfig:
-    from lorakit.config import LoraConfig
-
     words = flags.target_modules or ([] if flags.target_parameters else ["all-linear"])
     targets = words[0] if words == ["all-linear"] else words
     return LoraConfig(
@@ -114,7 +101,7 @@ def _has_files(source: ModelSource) -> bool:
     return source.kind != "hub" and any(Path(source.path_or_id).glob("*.safetensors"))
 
 
-def _text(report: ExtractReport) -> str:
+def _text(report: ExtractReport) -> list[str]:
     ranks = sorted(site.r for site in report.sites)
     lines = [
         f"{report.name}: {len(report.sites)} sites, ranks {ranks[0]} to {ranks[-1]}, scale 1",
@@ -132,4 +119,4 @@ def _text(report: ExtractReport) -> str:
             lines.append(f"  - {change.name}: {change.why}{by}")
         if len(report.outside) > OUTSIDE_SHOWN:
             lines.append(f"  - and {len(report.outside) - OUTSIDE_SHOWN} more (--json lists all)")
-    return "\n".join(lines)
+    return lines

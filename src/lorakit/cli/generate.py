@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from lorakit import allocator
-from lorakit.cli import console
-from lorakit.cli.adapters import (
-    Allowances,
-    load_adapters,
-    read_adapters,
-    report_training_quantization,
-    tokenizer_for,
-)
+from lorakit.cli import adapters, console, early
 from lorakit.cli.answers import Answer, show
-from lorakit.cli.early import (
-    MODEL_DTYPES,
-    check_adapters,
-    check_at_least,
-    check_choice,
-    check_device,
-    check_model,
-    check_sampling,
-)
 from lorakit.errors import DataError, MergeError, UsageError
 from lorakit.plan.quantized import stored_as
 from lorakit.tables import format_bytes
@@ -37,7 +22,7 @@ from lorakit.train.defaults import DEFAULTS
 if TYPE_CHECKING:
     from torch import nn
 
-    from lorakit.generate import NewToken, Sampling
+    from lorakit.data import Tokenizer
 
 MAX_PROMPT_BYTES = 64 << 20
 
@@ -71,11 +56,7 @@ class Flags:
     system: Annotated[str | None, Parameter(help="System message before the user's turn.")] = None
     max_new_tokens: Annotated[int, Parameter(help="Maximum length of an answer in tokens.")] = 256
     temperature: Annotated[
-        float,
-        Parameter(
-            help="Sampling temperature. 0 takes the most likely token, so answers are reproducible and differ only "
-            "by the adapter; 0.7 varies them."
-        ),
+        float, Parameter(help="Sampling temperature; 0 takes the most likely token, so answers are reproducible.")
     ] = 0.0
     top_p: Annotated[float, Parameter(help="Sample from the most likely tokens that reach this probability.")] = 1.0
     top_k: Annotated[int, Parameter(help="Sample from this many most likely tokens; 0 is all.")] = 0
@@ -100,7 +81,7 @@ class Flags:
 def run(
     *,
     flags: Annotated[Flags, Parameter(name="*")],
-    allow: Annotated[Allowances | None, Parameter(name="*")] = None,
+    allow: Annotated[adapters.Allowances, Parameter(name="*")] = adapters.NONE_ALLOWED,
     json: console.JsonFlag = False,
     verbose: console.VerboseFlag = False,
 ) -> None:
@@ -113,8 +94,8 @@ def run(
     prompts = read_prompts(flags.prompt or (), flags.prompt_file or ())
     allocator.limit_compiled_matmuls()  # each prompt length has its own matmul shapes
 
-    from lorakit import hub
-    from lorakit.generate import Sampling
+    from lorakit import core, hub
+    from lorakit.generate import Sampling, generate_batch
     from lorakit.train.run_data import pick_device
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
@@ -122,39 +103,36 @@ def run(
     if quantization is not None:
         hub.require_quantizer(quantization)
     folders = flags.adapter or []
-    files = read_adapters(folders)
-    report_training_quantization(files, quantization)
+    files = adapters.read_adapters(folders)
+    adapters.report_training_quantization(files, quantization)
     source = hub.resolve(flags.model, console.note)
     hub.require(source)
-    tokenizer = tokenizer_for(source, files)
+    tokenizer = adapters.tokenizer_for(source, files)
     encoded = encode_prompts(prompts, tokenizer, flags.chat, flags.system)
     model = hub.load_model(source, flags.dtype, device, quantization=quantization)
-    names: list[str | None] = list(load_adapters(model, files, (allow or Allowances()).names()))
+    names: list[str | None] = list(adapters.load_adapters(model, files, adapters.overridden(asdict(allow))))
     if flags.base or len(names) != 1:
         names.insert(0, None)
     labels = dict(zip((name for name in names if name), folders, strict=True))
     tokens = len(prompts) * flags.max_new_tokens
     merged = write_into_base(model, names, labels, flags.merged, tokens, console.note if verbose else console.quiet)
-    ask = _asker(model, tokenizer, names, flags.max_new_tokens, sampling)
+    routed = names if core.adapters(model) else None  # no adapter is left if the only one is merged
+    ends, length = end_ids(model, tokenizer), flags.max_new_tokens
+    stream = partial(generate_batch, model, max_new_tokens=length, sampling=sampling, eos_ids=ends, adapters=routed)
     results = []
     for number, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
         answers = [Answer("base" if name is None else labels[name], tokenizer, ids) for name in names]
         if len(prompts) > 1 and not json:
             console.say(("\n" if number else "") + f"> {_first_line(prompt)}\n")
-        show(answers, ask(ids), quiet=json, verbose=verbose)
+        show(answers, stream([ids] * len(names)), quiet=json, verbose=verbose)
         results.append({"prompt": prompt, "answers": [answer.as_dict() for answer in answers]})
     if json:
-        chat = _wants_chat(tokenizer, flags.chat)
-        facts = {
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": str(device),
-            "chat": chat,
-            "merged": merged,
-        }
-        console.emit_json({"model": flags.model, **facts, "sampling": asdict(sampling), "results": results})
+        chat, dtype = _wants_chat(tokenizer, flags.chat), str(model.dtype).removeprefix("torch.")
+        facts = {"model": flags.model, "dtype": dtype, "device": str(device), "chat": chat, "merged": merged}
+        console.emit_json({**facts, "sampling": asdict(sampling), "results": results})
 
 
-def read_prompts(texts: Iterable[str], files: Iterable[Path]) -> list[str]:
+def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[str]:
     """Return the prompts of a call: texts, then files, or standard input if there are neither.
 
     Args:
@@ -169,18 +147,21 @@ def read_prompts(texts: Iterable[str], files: Iterable[Path]) -> list[str]:
         DataError: A file is missing, too large, or not UTF-8.
     """
     prompts = [(text, "--prompt") for text in texts]
-    prompts += [(_standard_input() if str(path) == "-" else _read(path), str(path)) for path in files]
-    if not prompts:
+    if not texts and not files:
         if sys.stdin is None or sys.stdin.isatty():
-            raise UsageError('no prompt; pass --prompt "...", --prompt-file FILE, or pipe text to standard input.')
-        prompts = [(_standard_input(), "standard input")]
+            text = 'no prompt; pass --prompt "...", --prompt-file FILE, or pipe text to standard input.'
+            raise UsageError(text, field="prompt")
+        files = [Path("-")]
+    for path in files:
+        where = "standard input" if str(path) == "-" else str(path)
+        prompts.append((_read(path, where), where))
     for text, where in prompts:
         if not text.strip():
             raise UsageError(f"{where}: the prompt is empty.", where=where)
     return [text for text, _ in prompts]
 
 
-def encode_prompts(prompts: list[str], tokenizer: Any, chat: bool | None, system: str | None) -> list[list[int]]:
+def encode_prompts(prompts: list[str], tokenizer: Tokenizer, chat: bool | None, system: str | None) -> list[list[int]]:
     """Return the token ids of prompts, in the chat template or as plain text.
 
     Args:
@@ -199,10 +180,12 @@ def encode_prompts(prompts: list[str], tokenizer: Any, chat: bool | None, system
 
     if not _wants_chat(tokenizer, chat):
         if system is not None:
-            raise UsageError("--system needs a chat template, but the model's tokenizer has none; leave it out.")
+            text = "--system needs a chat template, but the model's tokenizer has none; leave it out."
+            raise UsageError(text, field="system")
         return [beginning(tokenizer) + token_ids(tokenizer, prompt) for prompt in prompts]
     if not tokenizer.chat_template:
-        raise UsageError("--chat needs a chat template, but the model's tokenizer has none; leave it out.")
+        text = "--chat needs a chat template, but the model's tokenizer has none; leave it out."
+        raise UsageError(text, field="chat")
     before = [] if system is None else [{"role": "system", "content": system}]
     encoded = []
     for prompt in prompts:
@@ -211,12 +194,14 @@ def encode_prompts(prompts: list[str], tokenizer: Any, chat: bool | None, system
                 [*before, {"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
             )
         except Exception as cause:  # a template is untrusted code and may raise anything
-            raise UsageError(f"The chat template rejects this prompt ({cause}); try --no-chat.") from cause
+            raise UsageError(
+                f"The chat template rejects this prompt ({cause}); try --no-chat.", field="chat"
+            ) from cause
         encoded.append(list(found["input_ids"]))
     return encoded
 
 
-def end_ids(model: Any, tokenizer: Any) -> set[int]:
+def end_ids(model: nn.Module, tokenizer: Tokenizer) -> set[int]:
     """Return the tokens that end an answer, from model, generation config and tokenizer.
 
     Args:
@@ -224,7 +209,7 @@ def end_ids(model: Any, tokenizer: Any) -> set[int]:
         tokenizer: Its tokenizer.
     """
     found: set[int] = set()
-    for holder in (getattr(model, "generation_config", None), model.config, tokenizer):
+    for holder in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
         ids = getattr(holder, "eos_token_id", None)
         found |= set(ids) if isinstance(ids, (list, tuple)) else {ids} if isinstance(ids, int) else set()
     return found
@@ -236,7 +221,7 @@ def write_into_base(
     labels: Mapping[str, str],
     wanted: bool | None,
     tokens: int,
-    detail: Callable[[str], None] = console.note,
+    detail: Callable[[str], None],
 ) -> bool:
     """Merge the only answering adapter into the base permanently, or leave it unmerged.
 
@@ -277,44 +262,22 @@ def write_into_base(
 
 
 def _check(flags: Flags) -> None:
-    check_sampling(flags.temperature, flags.top_p, flags.top_k, flags.seed)
-    check_at_least("max_new_tokens", flags.max_new_tokens, 1)
-    check_choice("dtype", flags.dtype, MODEL_DTYPES)
-    check_device(flags.device)
-    check_adapters(flags.adapter or ())
-    check_model(flags.model)
+    early.check_sampling(flags.temperature, flags.top_p, flags.top_k, flags.seed)
+    early.check_at_least("max_new_tokens", flags.max_new_tokens, 1)
+    early.check_choice("dtype", flags.dtype, early.MODEL_DTYPES)
+    early.check_device(flags.device)
+    early.check_adapters(flags.adapter or ())
+    early.check_model(flags.model)
     if flags.system is not None and flags.chat is False:
-        raise UsageError("--system needs the chat template, but --no-chat disables it; pass one of them.")
+        text = "--system needs the chat template, but --no-chat disables it; pass one of them."
+        raise UsageError(text, field="system")
     if flags.merged and (flags.base or len(flags.adapter or ()) != 1):
-        raise UsageError(
-            "--merged needs exactly one adapter and no other answer; there "
-            f"{'is no adapter' if not flags.adapter else 'are several answers'}. Leave it out."
-        )
+        found = "there are several answers" if flags.adapter else "there is no adapter"
+        text = f"--merged needs exactly one adapter and no other answer; {found}. Leave it out."
+        raise UsageError(text, field="merged")
 
 
-def _asker(
-    model: Any, tokenizer: Any, names: list[str | None], max_new_tokens: int, sampling: Sampling
-) -> Callable[[list[int]], Iterable[NewToken]]:
-    from lorakit import core
-    from lorakit.generate import generate_batch
-
-    ends = end_ids(model, tokenizer)
-    adapters = names if core.adapters(model) else None  # no adapter is left if the only one is merged
-
-    def ask(ids: list[int]) -> Iterable[NewToken]:
-        return generate_batch(
-            model,
-            [ids] * len(names),
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            eos_ids=ends,
-            adapters=adapters,
-        )
-
-    return ask
-
-
-def _wants_chat(tokenizer: Any, chat: bool | None) -> bool:
+def _wants_chat(tokenizer: Tokenizer, chat: bool | None) -> bool:
     return bool(tokenizer.chat_template) if chat is None else chat
 
 
@@ -323,19 +286,14 @@ def _first_line(prompt: str) -> str:
     return first[:120] + (" …" if rest or len(first) > 120 else "")
 
 
-def _standard_input() -> str:
+def _read(path: Path, where: str) -> str:
     try:
-        return sys.stdin.read().removesuffix("\n")
-    except UnicodeDecodeError as cause:
-        raise DataError(f"standard input: not UTF-8 ({cause.reason} at byte {cause.start}).") from None
-
-
-def _read(path: Path) -> str:
-    try:
+        if str(path) == "-":
+            return sys.stdin.read().removesuffix("\n")
         if path.stat().st_size > MAX_PROMPT_BYTES:
-            raise DataError(f"{path}: larger than {format_bytes(MAX_PROMPT_BYTES)}, so not a prompt.", where=path)
+            raise DataError(f"{where}: larger than {format_bytes(MAX_PROMPT_BYTES)}, so not a prompt.", where=where)
         return path.read_text(encoding="utf-8").removesuffix("\n")
     except OSError as cause:
-        raise DataError(f"{path}: the prompt file cannot be read ({cause.strerror}).", where=path) from None
+        raise DataError(f"{where}: the prompt file cannot be read ({cause.strerror}).", where=where) from None
     except UnicodeDecodeError as cause:
-        raise DataError(f"{path}: not UTF-8 ({cause.reason} at byte {cause.start}).", where=path) from None
+        raise DataError(f"{where}: not UTF-8 ({cause.reason} at byte {cause.start}).", where=where) from None

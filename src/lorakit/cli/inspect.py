@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from lorakit.cli import console
+from lorakit.cli.adapters import by_name
 from lorakit.cli.early import check_adapters
 from lorakit.tables import format_bytes, format_count
 
 if TYPE_CHECKING:
-    from lorakit.core import AdapterSummary
-    from lorakit.core.files.inspecting import SiteSummary
-    from lorakit.core.model.fingerprint import Fingerprint
+    from lorakit.core import AdapterSummary, Fingerprint
 
 _CONFIG_SHOWN = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "task_type")
 _CONFIG_IF_SET = (
@@ -73,38 +72,37 @@ def as_dict(summary: AdapterSummary, sizes: dict[str, int]) -> dict[str, Any]:
         "base": None if summary.base is None else summary.base.as_dict(),
         "facts": summary.facts,
         "files": sizes,
-        "groups": groups(summary.sites),
+        "groups": list(groups(summary)),
         "sites": [asdict(site) for site in summary.sites],
     }
 
 
-def groups(sites: Sequence[SiteSummary]) -> list[dict[str, Any]]:
+def groups(summary: AdapterSummary) -> Iterator[dict[str, Any]]:
     """Group sites by the last name of their path, in order, with statistics of each group.
 
     Args:
-        sites: Sites of an adapter.
+        summary: The adapter's summary.
 
-    Returns:
+    Yields:
         {"module", "sites", "shapes", "ranks", "experts", "scales", "norm": {"min", "median", "max"}}.
     """
-    by_name: dict[str, list[SiteSummary]] = {}
-    for site in sites:
-        module, inside, deeper = site.path.partition(".base_layer")
-        by_name.setdefault(module.rpartition(".")[2] + inside + deeper, []).append(site)
-    return [_group(name, members) for name, members in by_name.items()]
+    for name, members in by_name(summary.sites, lambda site: _module(site.path)).items():
+        norms = [site.norm for site in members]
+        yield {
+            "module": name,
+            "sites": len(members),
+            "shapes": sorted({(site.out_features, site.in_features) for site in members}),
+            "ranks": sorted({site.r for site in members}),
+            "experts": sorted({site.experts for site in members}),
+            "scales": sorted({site.scale for site in members if site.scale is not None}),
+            "norm": {"min": min(norms), "median": statistics.median(norms), "max": max(norms)},
+        }
 
 
-def _group(name: str, members: list[SiteSummary]) -> dict[str, Any]:
-    norms = [site.norm for site in members]
-    return {
-        "module": name,
-        "sites": len(members),
-        "shapes": sorted({(site.out_features, site.in_features) for site in members}),
-        "ranks": sorted({site.r for site in members}),
-        "experts": sorted({site.experts for site in members}),
-        "scales": sorted({site.scale for site in members if site.scale is not None}),
-        "norm": {"min": min(norms), "median": statistics.median(norms), "max": max(norms)},
-    }
+def _module(path: str) -> str:
+    """Return the last name of a site's path; that of a parameter keeps its `.base_layer`."""
+    module, inside, deeper = path.partition(".base_layer")
+    return module.rpartition(".")[2] + inside + deeper
 
 
 def _text(summary: AdapterSummary, sizes: dict[str, int], verbose: bool) -> str:
@@ -127,7 +125,7 @@ def _text(summary: AdapterSummary, sizes: dict[str, int], verbose: bool) -> str:
     if not summary.sites:
         return "\n".join([*lines, "no sites"])
     header = ["module", "sites", "out × in", "r", "scale", "‖ΔW‖ min", "median", "max"]
-    return "\n".join([*lines, console.table(header, [_row(group) for group in groups(summary.sites)])])
+    return "\n".join([*lines, console.table(header, [_row(group) for group in groups(summary)])])
 
 
 def _verdict(summary: AdapterSummary) -> list[str]:
@@ -146,15 +144,12 @@ def _row(group: dict[str, Any]) -> list[str]:
     return [
         group["module"],
         str(group["sites"]),
-        _experts(group["experts"]) + ", ".join(f"{out} × {into}" for out, into in group["shapes"]),
+        (f"{_span(group['experts'])} × " if any(group["experts"]) else "")
+        + ", ".join(f"{out} × {into}" for out, into in group["shapes"]),
         _span(group["ranks"]),
         _span(group["scales"]) or "?",
         *(f"{norm[key]:.3g}" for key in ("min", "median", "max")),
     ]
-
-
-def _experts(counts: Sequence[int]) -> str:
-    return f"{_span(counts)} × " if any(counts) else ""
 
 
 def _span(values: Sequence[float]) -> str:
@@ -179,7 +174,7 @@ def _fingerprint(known: Fingerprint) -> str:
     )
 
 
-def _value(value: Any) -> str:
+def _value(value: Collection[str] | str | float | None) -> str:
     if isinstance(value, (set, frozenset, list, tuple)):
         return "[" + ", ".join(sorted(map(str, value))) + "]"
     return str(getattr(value, "value", value))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from lorakit.cli import console
-from lorakit.cli.adapters import Allowances, read_adapters, report_training_quantization
+from lorakit.cli import adapters, console
 from lorakit.cli.early import MODEL_DTYPES, check_adapters, check_choice, check_model, check_new_directory
 from lorakit.errors import MergeError
 from lorakit.plan.quantized import Quantization, stored_as
@@ -17,9 +16,8 @@ from lorakit.tables import format_bytes, format_count, format_percent
 from lorakit.train.defaults import DEFAULTS
 
 if TYPE_CHECKING:
-    from lorakit.cli.merged_model import Merged, MergeRequest
+    from lorakit.cli.merged_model import Merged, MergeRequest, Probe
 
-WORST_SITES = 5
 LITTLE_RETAINED = 0.5
 LARGE_DIFFERENCE = 0.5  # as a fraction of the adapters' effect on the base
 
@@ -58,7 +56,7 @@ class Flags:
 def run(
     *,
     flags: Annotated[Flags, Parameter(name="*")],
-    allow: Annotated[Allowances | None, Parameter(name="*")] = None,
+    allow: Annotated[adapters.Allowances, Parameter(name="*")] = adapters.NONE_ALLOWED,
     json: console.JsonFlag = False,
     verbose: console.VerboseFlag = False,
 ) -> None:
@@ -78,48 +76,42 @@ def run(
 
     if quantization is not None:
         hub.require_quantizer(quantization)
-    files = read_adapters(flags.adapter)
-    report_training_quantization(files, quantization)
+    files = adapters.read_adapters(flags.adapter)
+    adapters.report_training_quantization(files, quantization)
     source = hub.resolve(flags.model, console.note)
     hub.require(source)
     _reject_quantized_files(flags.model, hub.stored_as_files(source, quantization), quantization)
-    allowed = (allow or Allowances()).names()
+    allowed = adapters.overridden(asdict(allow))
     request = MergeRequest(
         source, files, flags.adapter, flags.output_dir, flags.dtype, flags.untie, allowed, quantization
     )
-    done = write_merged(request, console.note if verbose else console.quiet)
-    for text in merge_warnings(done):
+    done, probe = write_merged(request, console.note if verbose else console.quiet)
+    for text in merge_warnings(done, probe):
         console.warning(text)
     if json:
-        console.emit_json(
-            {
-                "output_dir": str(done.folder),
-                "weights_bytes": done.weights_bytes,
-                "parameters": done.parameters,
-                **record(request, done),
-            }
-        )
+        sizes = {"weights_bytes": done.weights_bytes, "parameters": done.parameters}
+        console.emit_json({"output_dir": str(done.folder), **sizes, **record(request, done, probe)})
     else:
-        console.say(_text(request, done, verbose))
+        console.say(_text(request, done, probe, verbose))
 
 
-def merge_warnings(done: Merged) -> list[str]:
+def merge_warnings(done: Merged, probe: Probe) -> list[str]:
     """Return warnings about a merge that worked.
 
     Args:
         done: The result.
+        probe: The comparison with base and adapters.
     """
     found = []
-    retained = _mean_retained(done)
-    if retained < LITTLE_RETAINED:
+    if done.report.retained < LITTLE_RETAINED:
         found.append(
-            f"only {format_percent(retained, 0)} of the adapter's update fits into {done.dtype} weights; the rest is "
-            "smaller than that precision can represent. --dtype float32 keeps it."
+            f"only {format_percent(done.report.retained, 0)} of the adapter's update fits into {done.dtype} weights; "
+            "the rest is smaller than that precision can represent. --dtype float32 keeps it."
         )
-    if done.probe is not None and done.probe.max_difference > LARGE_DIFFERENCE * done.probe.effect:
+    if probe.max_difference > LARGE_DIFFERENCE * probe.effect:
         found.append(
             f"the logits of the merged model differ from those of base and adapters by up to "
-            f"{done.probe.max_difference:.2g}, and the adapters change the base's by up to {done.probe.effect:.2g}: "
+            f"{probe.max_difference:.2g}, and the adapters change the base's by up to {probe.effect:.2g}: "
             "most of their effect is lost. --dtype float32 may keep it."
         )
     if not done.has_tokenizer:
@@ -136,29 +128,19 @@ def _reject_quantized_files(model: str, stored: Quantization | None, wanted: Qua
         )
 
 
-def _mean_retained(done: Merged) -> float:
-    fractions = [site.retained for site in done.sites]
-    return sum(fractions) / len(fractions) if fractions else 1.0
-
-
-def _text(request: MergeRequest, done: Merged, verbose: bool) -> str:
+def _text(request: MergeRequest, done: Merged, probe: Probe, verbose: bool) -> str:
+    retained = format_percent(done.report.retained)
     lines = [
         f"{done.folder}: {done.parameters:,} parameters, {format_bytes(done.weights_bytes)} in {done.dtype}",
-        f"merged     {' + '.join(request.folders)} at {format_count(len(done.sites), 'site')}",
+        f"merged     {' + '.join(request.folders)} at {format_count(len(done.report.sites), 'site')}",
+        f"checked    same top token as base and adapters at {format_percent(probe.same_top, 0)} of positions; "
+        f"logits differ by up to {probe.max_difference:.2g} (allowed {probe.tolerance:.2g}), adapters change them "
+        f"by up to {probe.effect:.2g}",
+        f"retained   {retained} of the update on average, after rounding to {done.dtype}",
     ]
-    if done.probe is not None:
-        probe = done.probe
-        lines += [
-            f"checked    same top token as base and adapters at {format_percent(probe.same_top, 0)} of positions; "
-            f"logits differ by up to {probe.max_difference:.2g} (allowed {probe.tolerance:.2g}), adapters change them "
-            f"by up to {probe.effect:.2g}",
-        ]
-    lines.append(
-        f"retained   {format_percent(_mean_retained(done))} of the update on average, after rounding to {done.dtype}"
-    )
     if done.untied:
         lines.append("untied     input and output embeddings are separate weights (tie_word_embeddings is false)")
-    worst = sorted(done.sites, key=lambda site: site.retained)[:WORST_SITES] if verbose else []
+    worst = sorted(done.report.sites, key=lambda site: site.retained)[: adapters.WORST_SITES] if verbose else []
     if worst:
         rows = [[site.path, format_percent(site.retained), format_percent(site.changed)] for site in worst]
         lines += ["", console.table(["sites that retain least", "retained", "weights changed"], rows)]

@@ -9,28 +9,28 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lorakit import core, hub
 from lorakit.cli.adapters import load_adapters, tokenizer_for
-from lorakit.cli.early import check_new_directory
-from lorakit.core.layers.adapter_component import SiteMerge
 from lorakit.core.merging.merging import tied_sites
 from lorakit.core.model.base_view import dequantize
 from lorakit.core.model.fingerprint import add_merge_record, vocabulary_of
 from lorakit.core.model.vocabulary import grow_vocabulary
 from lorakit.durable import publish_directory, write_json
 from lorakit.errors import MergeError, ModelError
+from lorakit.generate import context_tokens
 from lorakit.machine import this_machine
 from lorakit.plan.quantized import Quantization
 
 if TYPE_CHECKING:
     from lorakit.core.files.adapter_folder import AdapterFiles
+    from lorakit.train.run_data import SavedTokenizer
 
 RECORD_FILE = "lorakit_merged.json"
 PROBE_TOKENS = 48
@@ -100,8 +100,7 @@ class Merged:
         weights_bytes: Size of the safetensors files.
         untied: Whether input and output embeddings were untied.
         has_tokenizer: Whether a tokenizer was written.
-        sites: Merge statistics of each site.
-        probe: The comparison, once it is made.
+        report: Merge statistics of each site.
     """
 
     folder: Path
@@ -110,11 +109,10 @@ class Merged:
     weights_bytes: int
     untied: bool
     has_tokenizer: bool
-    sites: tuple[SiteMerge, ...]
-    probe: Probe | None
+    report: core.MergeReport
 
 
-def write_merged(request: MergeRequest, say: Callable[[str], None]) -> Merged:
+def write_merged(request: MergeRequest, say: Callable[[str], None]) -> tuple[Merged, Probe]:
     """Merge and write; the directory is published complete and verified, or not at all.
 
     Args:
@@ -122,27 +120,26 @@ def write_merged(request: MergeRequest, say: Callable[[str], None]) -> Merged:
         say: Called with a message before anything that takes long.
 
     Returns:
-        The result.
+        The result and the comparison.
 
     Raises:
         MergeError: An adapter cannot be merged, or the logits of the directory differ from base and adapters.
         DiskError: Writing failed.
         LorakitError: Model or adapters cannot be used.
     """
-    check_new_directory(request.target)
     with publish_directory(request.target) as folder:  # first, to detect a disk that cannot be written
         tokenizer = _tokenizer(request)
         computing = probe_dtype(request.source)
         say(f"Computing logits of base and adapters in {computing}.")
         expected = _expected_logits(request, computing)
         say("Merging.")
-        made = _merge_into(request, folder, tokenizer)
+        done = _merge_into(request, folder, tokenizer)
         gc.collect()  # the merged and the reloaded model need not be in memory together
         say("Loading the merged model and comparing.")
         again = hub.load_model(hub.ModelSource("directory", str(request.target), str(folder), None, ""), computing)
-        done = replace(made, probe=compare(expected, _logits(again, _probe_ids(again), []), made.dtype))
-        write_json(folder / RECORD_FILE, record(request, done))
-    return done
+        probe = compare(expected, _logits(again, _probe_ids(again), []), done.dtype)
+        write_json(folder / RECORD_FILE, record(request, done, probe))
+    return done, probe
 
 
 def probe_dtype(source: hub.ModelSource) -> str:
@@ -189,20 +186,22 @@ def compare(expected: Expected, merged: Tensor, dtype: str) -> Probe:
         raise MergeError(
             f"The merged model differs from base and adapters: on {len(adapted)} tokens logits differ by up to "
             f"{difference:.3g}; rounding to {dtype} explains {tolerance:.3g}. Nothing was written; try "
-            "--dtype float32."
+            "--dtype float32.",
+            field="dtype",
         )
     same = float((merged.argmax(-1) == adapted.argmax(-1)).float().mean())
     return Probe(difference, tolerance, expected.dtype, float((adapted - expected.base).abs().max()), same)
 
 
-def record(request: MergeRequest, done: Merged) -> dict[str, Any]:
+def record(request: MergeRequest, done: Merged, probe: Probe) -> dict[str, Any]:
     """Return the contents of `lorakit_merged.json`.
 
     Args:
         request: Specification of the merge.
         done: Its result.
+        probe: The comparison.
     """
-    fractions = [site.retained for site in done.sites]
+    sites = done.report.sites
     return {
         "format_version": 1,
         "base": {"name": request.source.base_name, "name_or_path": request.source.recorded_name},
@@ -213,16 +212,16 @@ def record(request: MergeRequest, done: Merged) -> dict[str, Any]:
         "dtype": done.dtype,
         "quantization": None if request.quantization is None else hub.quantization_metadata(request.quantization),
         "untied": done.untied,
-        "probe": asdict(done.probe) if done.probe else None,
+        "probe": asdict(probe),
         "survived": {
-            "mean": sum(fractions) / len(fractions) if fractions else 1.0,
-            "worst": min(fractions, default=1.0),
+            "mean": done.report.retained,
+            "worst": min((site.retained for site in sites), default=1.0),
         },
-        "sites": {site.path: {"survived": site.retained, "changed": site.changed} for site in done.sites},
+        "sites": {site.path: {"survived": site.retained, "changed": site.changed} for site in sites},
     }
 
 
-def _tokenizer(request: MergeRequest) -> Any:
+def _tokenizer(request: MergeRequest) -> SavedTokenizer | None:
     """Return the tokenizer to write, or None if there is none: the weights can be merged without it."""
     try:
         return tokenizer_for(request.source, request.adapters)
@@ -244,7 +243,7 @@ def _expected_logits(request: MergeRequest, computing: str) -> Expected:
     return Expected(_logits(model, ids, []), _logits(model, ids, names), _dtype_name(model), noise)
 
 
-def _merge_into(request: MergeRequest, folder: Path, tokenizer: Any) -> Merged:
+def _merge_into(request: MergeRequest, folder: Path, tokenizer: SavedTokenizer | None) -> Merged:
     """Merge and save, without the comparison."""
     model = hub.load_model(request.source)
     if request.dtype != "auto" and getattr(torch, request.dtype) != model.dtype:
@@ -270,8 +269,7 @@ def _merge_into(request: MergeRequest, folder: Path, tokenizer: Any) -> Merged:
         weights_bytes=sum(part.stat().st_size for part in folder.glob("*.safetensors")),
         untied=untied,
         has_tokenizer=tokenizer is not None,
-        sites=report.sites,
-        probe=None,
+        report=report,
     )
 
 
@@ -281,11 +279,32 @@ def _reject_tied(model: torch.nn.Module, names: Sequence[str]) -> None:
         path, other = tied[0]
         raise MergeError(
             f"{path} is adapted and shares its weight with {other}, so a merge would change both. Pass --untie to "
-            "make them separate weights; the model grows by one of them."
+            "make them separate weights; the model grows by one of them.",
+            what=other,
+            where=path,
+            override="untie",
         )
 
 
-def _untie_config(model: Any) -> bool:
+class TiedConfig(Protocol):
+    """The config of a transformers model, as far as its tied embeddings are concerned."""
+
+    tie_word_embeddings: bool
+
+
+class EmbeddingModel(Protocol):
+    """A transformers model, as far as its tied embeddings are concerned."""
+
+    config: TiedConfig
+
+    def get_input_embeddings(self) -> torch.nn.Module | None:
+        """Return the input embedding, or None."""
+
+    def get_output_embeddings(self) -> torch.nn.Module | None:
+        """Return the head, or None."""
+
+
+def _untie_config(model: EmbeddingModel) -> bool:
     """Record separate embeddings in the config if a merge untied them; otherwise loading would tie them again."""
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
     tied = getattr(model.config, "tie_word_embeddings", False)
@@ -295,12 +314,10 @@ def _untie_config(model: Any) -> bool:
     return True
 
 
-def _probe_ids(model: Any) -> Tensor:
+def _probe_ids(model: torch.nn.Module) -> Tensor:
     """Return the token ids of the comparison, (1, tokens): the same for every model with this vocabulary."""
-    rows = int(model.get_input_embeddings().weight.shape[0])
-    limit = getattr(model.config, "max_position_embeddings", None) or PROBE_TOKENS
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(rows, (1, min(PROBE_TOKENS, int(limit))), generator=generator)
+    length = min(PROBE_TOKENS, context_tokens(model) or PROBE_TOKENS)
+    return torch.randint(vocabulary_of(model), (1, length), generator=torch.Generator().manual_seed(0))
 
 
 def _logits(model: torch.nn.Module, ids: Tensor, names: Sequence[str]) -> Tensor:

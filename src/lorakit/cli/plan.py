@@ -13,7 +13,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from lorakit.cli import console
-from lorakit.cli.early import check_model
+from lorakit.cli.early import check_at_least, check_model
 from lorakit.config import LoraConfig
 from lorakit.errors import UsageError
 from lorakit.plan import Job, Speed
@@ -55,13 +55,12 @@ class AdapterFlags:
         Raises:
             ConfigError: A value is not allowed; the message names the field.
         """
-        usual = [] if self.target_parameters else DEFAULTS["target_modules"].value
-        targets: str | list[str] = self.target_modules or usual
+        usual = [] if self.target_parameters else [DEFAULTS["target_modules"].value]
         return LoraConfig(
             r=self.r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=_words(targets),
+            target_modules=_words(self.target_modules or usual),
             target_parameters=self.target_parameters,
             exclude_modules=_words(self.exclude_modules),
             modules_to_save=self.modules_to_save,
@@ -119,15 +118,6 @@ class JobFlags:
     ] = None
 
 
-@dataclass(frozen=True)
-class _Machine:
-    """Precision, speed and notes about them."""
-
-    dtype: str
-    speed: Speed | None
-    notes: tuple[str, ...]
-
-
 _ADAPTER, _JOB = AdapterFlags(), JobFlags()
 
 
@@ -144,7 +134,7 @@ def run(
     verbose: console.VerboseFlag = False,
     adapter: Annotated[AdapterFlags, Parameter(name="*", show_default=False)] = _ADAPTER,
     job: Annotated[JobFlags, Parameter(name="*", show_default=False)] = _JOB,
-) -> int:
+) -> None:
     """Estimate parameters, memory and time of a run; no weights are loaded.
 
     MODEL is an existing path, else smollm2, else a name of the catalog (gpt2, meta-llama/Llama-3.2-1B, ...), else a
@@ -174,37 +164,31 @@ def run(
         accelerated=job.accelerate,
     )
     steps = _steps(job, wanted)
-    machine = _machine(job, dtype, steps)
-    planned = plan.estimate(
-        shape,
-        config,
-        replace(wanted, dtype=machine.dtype, steps=steps),
-        machine.speed,
-        ranks=columns,
-        allow_partial=adapter.allow_partial_targets,
-    )
-    notes: tuple[str, ...] = ()
+    dtype, speed, measured = _machine(job, dtype, steps)
+    final = replace(wanted, dtype=dtype, steps=steps)
+    planned = plan.estimate(shape, config, final, speed, ranks=columns, allow_partial=adapter.allow_partial_targets)
+    reasons = []
     if job.memory_budget is not None:
         planned, reason = plan.within(planned, plan.bytes_of(job.memory_budget))
-        notes = (reason,)
+        reasons = [reason]
     if json:
-        console.emit_json({**planned.as_dict(), "machine": [*machine.notes, *notes]})
-        return 0
-    console.say(plan.render(planned, verbose=verbose, notes=notes))
-    if verbose and machine.notes:
-        console.say("\n" + "\n".join(machine.notes))
-    return 0
+        console.emit_json({**planned.as_dict(), "machine": [*measured, *reasons]})
+        return
+    console.say(plan.render(planned, verbose=verbose, notes=tuple(reasons)))
+    if verbose and measured:
+        console.say("\n" + "\n".join(measured))
 
 
-def _machine(job: JobFlags, dtype: str, steps: int | None) -> _Machine:
-    """Return precision and speed to plan with; measures only if requested, or if a time needs it."""
+def _machine(job: JobFlags, dtype: str, steps: int | None) -> tuple[str, Speed | None, list[str]]:
+    """Return precision, speed and notes about them; measures only if requested, or if a time needs it."""
     if job.tokens_per_second is not None:
         if job.calibrate:
-            raise UsageError("--calibrate and --tokens-per-second exclude each other; pass one of them.")
-        return _Machine(dtype, Speed(tokens_per_second=job.tokens_per_second, source="as given, of LoRA training"), ())
+            text = "--calibrate and --tokens-per-second exclude each other; pass one of them."
+            raise UsageError(text, field="calibrate")
+        return dtype, Speed(tokens_per_second=job.tokens_per_second, source="as given, of LoRA training"), []
     measures = steps is not None if job.calibrate is None else job.calibrate
     if not measures:
-        return _Machine(dtype, None, ())
+        return dtype, None, []
     from lorakit import hub
 
     measured = hub.calibrate()
@@ -215,18 +199,18 @@ def _machine(job: JobFlags, dtype: str, steps: int | None) -> _Machine:
         notes.append(choice.reason)
     rate = measured.flops_per_second(dtype, tuned=job.accelerate)
     basis = f"measured, {format_quantity(rate, 'FLOP/s')}"
-    return _Machine(dtype, Speed(flops_per_second=rate, source=basis, threads=measured.threads), tuple(notes))
+    return dtype, Speed(flops_per_second=rate, source=basis, threads=measured.threads), notes
 
 
 def _steps(job: JobFlags, wanted: Job) -> int | None:
     """Return the optimizer steps of the run, from either flag."""
-    for name, value in (("max-steps", job.max_steps), ("tokens", job.tokens)):
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} is {value}; it must be a whole number of at least 1.")
+    for name, value in (("max_steps", job.max_steps), ("tokens", job.tokens)):
+        if value is not None:
+            check_at_least(name, value, 1)
     if job.tokens is None:
         return job.max_steps
     if job.max_steps is not None:
-        raise UsageError("--max-steps and --tokens exclude each other; pass one of them.")
+        raise UsageError("--max-steps and --tokens exclude each other; pass one of them.", field="max_steps")
     return -(-job.tokens // wanted.step_tokens)
 
 
@@ -234,13 +218,12 @@ def _ranks(words: Sequence[str] | None) -> list[int]:
     ranks = []
     for word in (part for given in words or () for part in given.split(",") if part):
         if not word.strip().isdigit() or int(word) < 1:
-            raise UsageError(f"--ranks contains {word!r}; pass whole numbers of at least 1, such as 4,8,16,32.")
+            text = f"--ranks contains {word!r}; pass whole numbers of at least 1, such as 4,8,16,32."
+            raise UsageError(text, what=word, field="ranks")
         ranks.append(int(word))
     return ranks
 
 
-def _words(names: list[str] | str | None) -> list[str] | str | None:
+def _words(names: list[str] | None) -> list[str] | str | None:
     """Convert a list with the single entry all-linear to that string."""
-    if not isinstance(names, list):
-        return names
-    return "all-linear" if [name.lower() for name in names] == ["all-linear"] else names
+    return "all-linear" if names is not None and [name.lower() for name in names] == ["all-linear"] else names

@@ -1,11 +1,13 @@
 """`lorakit train`: train an adapter.
 
-The flags are the fields of `TrainSettings`, generated from its table of defaults; `lorakit.train` defines their effect.
+The flags are generated from the table of settings; `lorakit.train` defines their effect. What is wrong with a path on
+the command line is reported before the settings are checked, which loads pydantic.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,28 +18,12 @@ from lorakit import allocator
 from lorakit.cli import console
 from lorakit.cli.early import check_data, check_model
 from lorakit.train.defaults import DEFAULTS
-from lorakit.train.settings import TrainSettings
-
-_LISTS = frozenset({"data", "eval_data", "target_modules", "learning_rate_pattern", "new_tokens"})
-
-
-def _flag_type(name: str) -> Any:
-    if name in _LISTS:
-        return list[str]
-    wanted = TrainSettings.model_fields[name].annotation
-    for plain in (bool, int, float):
-        if wanted is plain or wanted == plain | None:
-            return plain
-    return str
 
 
 def _flags() -> type:
-    """One optional flag per setting; None means not given, so that a file or the defaults decide.
-
-    A dataclass: another pydantic model would take a tenth of a second at start-up.
-    """
+    """One optional flag per setting; None means not given, so that a file or the defaults decide."""
     fields = [
-        (name, Annotated[_flag_type(name) | None, Parameter(help=row.help())], field(default=None))
+        (name, Annotated[(row.flag or type(row.value)) | None, Parameter(help=row.help())], field(default=None))
         for name, row in DEFAULTS.items()
     ]
     return make_dataclass("Flags", fields, frozen=True, namespace={"__module__": __name__})
@@ -59,16 +45,18 @@ def run(
     Only --model, --data and --output-dir are required. Ctrl-C once finishes the step and saves a checkpoint for
     --resume.
     """
-    from lorakit.train.settings_sources import gather
-
     given: dict[str, Any] = asdict(flags)
-    if given.get("new_tokens") is not None:  # "a,b" and "a b" alike; a token with a comma in it needs a file
+    if given["new_tokens"] is not None:  # "a,b" and "a b" alike; a token with a comma in it needs a file
         given["new_tokens"] = ",".join(given["new_tokens"])
+    if config is None:
+        _check(given)
+    from lorakit.train.settings_sources import gather  # and pydantic
+
     settings = gather(given, config)
-    _check(settings)
+    _check(settings.as_dict())
     notes = allocator.set_up()  # before torch allocates any memory
 
-    from lorakit.train import run as train  # torch and transformers, after the settings have been checked
+    from lorakit.train import run as train  # torch and transformers
     from lorakit.train.progress import progress_for
 
     progress = progress_for(sys.stderr if json else sys.stdout, verbose=verbose)
@@ -83,13 +71,15 @@ def run(
     return 130 if result.ending == "interrupted" else 0
 
 
-def _check(settings: TrainSettings) -> None:
-    """Check what needs no torch: data, model and the run directory."""
-    from lorakit.report import RUN_FILE
-    from lorakit.train.run_folder import raise_run_exists
+def _check(settings: Mapping[str, Any]) -> None:
+    """Check the given paths of run directory, data and model; needs neither pydantic nor torch."""
+    folder = Path(settings["output_dir"] or "")
+    if settings["output_dir"] is not None and folder.is_dir() and not settings["resume"] and not settings["overwrite"]:
+        from lorakit.report import RUN_FILE
+        from lorakit.train.run_folder import raise_run_exists
 
-    folder = Path(settings.output_dir)
-    if not settings.resume and not settings.overwrite and (folder / RUN_FILE).exists():
-        raise_run_exists(folder)
-    check_data([*settings.data, *(settings.eval_data or ())])
-    check_model(settings.model)
+        if (folder / RUN_FILE).exists():
+            raise_run_exists(folder)
+    check_data([*(settings["data"] or ()), *(settings["eval_data"] or ())])
+    if settings["model"] is not None:
+        check_model(settings["model"])

@@ -32,7 +32,7 @@ from safetensors.torch import save as tensors_to_bytes
 from lorakit import __version__, durable
 from lorakit.errors import DiskError, LorakitError, RunError
 from lorakit.ops.kernels import compiled
-from lorakit.train.run_folder import adapter_only_path, adapter_only_step, adapters_only, checkpoints, step_of
+from lorakit.train.run_folder import adapter_only_path, adapters_only, as_disk_error, checkpoints, step_of
 
 
 @dataclass
@@ -84,13 +84,9 @@ class TrainState:
         self.stale_evaluations += 1
         return False
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the state as plain JSON values."""
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
-        """Restore a state from the values of `as_dict`.
+        """Restore a state from its fields, as in `state.json`.
 
         Raises:
             RunError: A field is missing or unknown.
@@ -98,7 +94,9 @@ class TrainState:
         names = {f.name for f in dataclasses.fields(cls)}
         if set(values) != names:
             odd = ", ".join(sorted(set(values) ^ names))
-            raise RunError(f"The checkpoint's state does not match the fields of this version of lorakit ({odd}).")
+            raise RunError(
+                f"The checkpoint's state does not match the fields of this version of lorakit ({odd}).", what=odd
+            )
         return cls(**values)
 
 
@@ -185,7 +183,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     Returns:
         One phrase per difference, such as "threads was 4 and is 2".
     """
-    names = [*before, *(name for name in now if name not in before)]
+    names = {**before, **now}
     return [f"{n} was {before.get(n)!r} and is {now.get(n)!r}" for n in names if before.get(n) != now.get(n)]
 
 
@@ -236,7 +234,7 @@ def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], objec
     final = folder / f"checkpoint-{snapshot.state.step}"
     plain = {
         "format": FORMAT,
-        "state": snapshot.state.as_dict(),
+        "state": dataclasses.asdict(snapshot.state),
         "random": snapshot.random_plain,
         "environment": snapshot.environment,
         "schedule": snapshot.schedule,
@@ -247,7 +245,7 @@ def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], objec
             durable.write_bytes(temporary / OPTIMIZER, tensors_to_bytes(dict(snapshot.optimizer)))
             durable.write_bytes(temporary / RANDOM, tensors_to_bytes(dict(snapshot.random)))
             durable.write_json(temporary / STATE, plain)
-            durable.write_bytes(temporary / MANIFEST, _manifest(temporary))
+            durable.write_bytes(temporary / MANIFEST, _manifest(temporary, snapshot.state.step))
     except DiskError as cause:
         raise _unwritable(final, cause) from cause
     return final
@@ -345,24 +343,18 @@ def verified(folder: Path) -> Iterator[tuple[Path, str | None]]:
         yield path, fault
 
 
-def prune(folder: Path, limit: int, best_step: int | None) -> list[Path]:
+def prune(folder: Path, limit: int, best_step: int | None) -> None:
     """Remove the oldest checkpoints above a limit; the newest and the best always stay.
 
     Args:
         folder: The run directory.
         limit: Maximum number of checkpoints, at least 1; with a limit of 1, two stay if the best is not the newest.
         best_step: Step of the best checkpoint, or None.
-
-    Returns:
-        The removed directories.
     """
     present = checkpoints(folder)
     spared = set(present[-1:]) | {p for p in present if step_of(p) == best_step}
-    removable = [path for path in present if path not in spared]
-    removed = removable[: max(0, len(present) - limit)]
-    for path in removed:
+    for path in [path for path in present if path not in spared][: max(0, len(present) - limit)]:
         discard(path)
-    return removed
 
 
 def set_aside(path: Path) -> Path:
@@ -380,10 +372,8 @@ def set_aside(path: Path) -> Path:
     target = path.with_name(f"damaged-{path.name}")
     if target.exists():
         target = path.with_name(f"damaged-{path.name}-{secrets.token_hex(3)}")
-    try:
+    with as_disk_error(path, "the damaged checkpoint cannot be renamed"):
         return path.rename(target)
-    except OSError as cause:
-        raise DiskError(f"{path}: the damaged checkpoint cannot be renamed ({cause.strerror}).", where=path) from cause
 
 
 def discard(path: Path) -> None:
@@ -395,11 +385,9 @@ def discard(path: Path) -> None:
     Raises:
         DiskError: The directory cannot be renamed.
     """
-    doomed = path.with_name(f"{durable.TEMPORARY}{secrets.token_hex(6)}-{path.name}")
-    try:
+    doomed = durable.temporary_name(path)
+    with as_disk_error(path, "the old checkpoint cannot be removed"):
         path.rename(doomed)
-    except OSError as cause:
-        raise DiskError(f"{path}: the old checkpoint cannot be removed ({cause.strerror}).", where=path) from cause
     shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -437,7 +425,7 @@ def prune_adapters_only(folder: Path, step: int, best_step: int | None) -> None:
         best_step: The best step so far, or None.
     """
     for path in adapters_only(folder):
-        if adapter_only_step(path) < step and adapter_only_step(path) != best_step:
+        if step_of(path) < step and step_of(path) != best_step:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -466,13 +454,12 @@ def _damage(path: Path, entry: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _manifest(folder: Path) -> bytes:
+def _manifest(folder: Path, step: int) -> bytes:
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": durable.sha256_file(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    step = json.loads((folder / STATE).read_text(encoding="utf-8"))["state"]["step"]
     return _canonical(step, files)
 
 

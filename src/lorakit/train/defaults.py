@@ -23,12 +23,14 @@ class Default:
         value: The default; `...` if a value is required, None if it depends on other settings.
         reason: Reason for the default, as in `--help`; empty if a value is required.
         shown: Text of the default in `--help`, if not `str(value)`.
+        flag: Type of the flag, if not the type of `value`.
     """
 
     meaning: str
     value: Any
     reason: str = ""
     shown: str | None = None
+    flag: type | None = None
 
     def help(self) -> str:
         """Return the text of `--help`: meaning, default and reason."""
@@ -41,26 +43,33 @@ class Default:
 
 DEFAULTS: dict[str, Default] = {
     # inputs and outputs
-    "model": Default("Model directory, hub id, or smollm2 (the packaged model)", ...),
-    "data": Default("Training files: .txt, .md (documents) or .jsonl (text, prompt + completion, messages)", ...),
-    "output_dir": Default("Run directory: run.json, metrics.jsonl, checkpoints, adapter", ...),
-    "eval_data": Default("Evaluation files", None, "a fraction of the training documents is held out", "none"),
+    "model": Default("Model directory, Hub id, or smollm2 (the packaged model)", ..., flag=str),
+    "data": Default(
+        "Training files: .txt, .md (documents) or .jsonl (text, prompt + completion, messages)", ..., flag=list[str]
+    ),
+    "output_dir": Default("Run directory: run.json, metrics.jsonl, checkpoints, adapter", ..., flag=str),
+    "eval_data": Default(
+        "Evaluation files", None, "a fraction of the training documents is held out", "none", list[str]
+    ),
     "eval_fraction": Default(
         "Fraction of documents to hold out if --eval-data is not given", 0.05, "enough to detect overfitting"
     ),
     # adapter
     "r": Default("Rank of the adapter", 16, "room for a new task in a file of a few MB; beyond 32 seldom helps"),
-    "lora_alpha": Default("Numerator of the scale: the delta is alpha / r times B A", 32, "2 r, the usual scale of 2"),
+    "lora_alpha": Default(
+        "Numerator of the scale: the delta is alpha / r times B A",
+        32,
+        "2 r, which gives the usual scale of 2",
+        flag=float,
+    ),
     "lora_dropout": Default(
-        "Dropout on the adapter's input",
-        0.0,
-        "dropout costs time and memory at every site, and the best step by evaluation loss is kept anyway; try 0.05 "
-        "for many epochs over few documents",
+        "Dropout on the adapter's input", 0.0, "takes time and memory; try 0.05 for many epochs over few documents"
     ),
     "target_modules": Default(
         "Select modules to adapt: names, a regular expression, or all-linear",
         "all-linear",
-        "attention and MLP together learn more than attention alone at the same number of parameters",
+        "attention and MLP learn more than attention alone at the same number of parameters",
+        flag=list[str],
     ),
     "new_tokens": Default(
         "Add tokens to the vocabulary, such as '<think>,</think>', and train their embedding and head rows only; "
@@ -68,18 +77,19 @@ DEFAULTS: dict[str, Default] = {
         [],
         "the base's vocabulary is sufficient for most tasks",
         "none",
+        list[str],
     ),
-    "use_dora": Default("Also train a magnitude per output (DoRA)", False, "slower, and seldom better at r 16"),
+    "use_dora": Default("Also train a magnitude per output (DoRA)", False, "slower, and rarely better at r = 16"),
     "use_rslora": Default("Scale by alpha / sqrt(r)", False, "matters for ranks above 64"),
     "allow_partial_targets": Default(
         "Continue if a name in --target-modules matches nothing", False, "such a name is usually a typo"
     ),
     "init_lora_weights": Default(
-        "Select the init: default, gaussian, pissa, olora, orthogonal, mica, or, from the first training rows, eva, "
-        "corda, lora_ga",
+        "Initialize A and B by: default, gaussian, pissa, olora, orthogonal or mica; or from the first training rows: "
+        "eva, corda or lora_ga",
         "default",
         "A random and B zero, as in PEFT; pissa, olora, corda and lora_ga keep a second copy of each adapted weight in "
-        "memory, and are saved as LoRA of twice the rank",
+        "memory and are saved as LoRA of twice the rank",
     ),
     "allocate_ranks": Default(
         "Allocate ranks per module from the first training rows, by gradients (GoRA) or inputs (EVA), within the "
@@ -89,21 +99,18 @@ DEFAULTS: dict[str, Default] = {
     ),
     # optimizer
     "optimizer": Default(
-        "adamw, or lorafa: freeze A and correct B's gradient for it (LoRA-FA)",
+        "Select the optimizer: adamw, or lorafa, which freezes A and corrects B's gradient for it (LoRA-FA)",
         "adamw",
-        "lorafa saves memory, as A's gradient needs no inputs, and learns a little less",
+        "lorafa saves memory, as only A's gradient needs the layer's input, but learns slightly less",
     ),
     "learning_rate": Default(
-        "Peak learning rate",
-        3e-4,
-        "about ten times the rate of full fine-tuning, as usual for LoRA at alpha = 2 r",
-        "3e-4",
+        "Peak learning rate", 3e-4, "ten times the rate of full fine-tuning, as usual for LoRA at alpha = 2 r", "3e-4"
     ),
     "loraplus_lr_ratio": Default(
-        "Ratio of B's learning rate to A's (LoRA+)", None, "A and B learn at one rate; LoRA+ uses 4 to 16", "1"
+        "Ratio of B's learning rate to A's (LoRA+)", None, "both use the same rate; LoRA+ uses 4 to 16", "1", float
     ),
     "loraplus_lr_embedding": Default(
-        "Learning rate of the factors of embeddings", None, "the same as elsewhere; PEFT's LoRA+ uses 1e-6", "none"
+        "Learning rate of the factors of embeddings", None, "same as elsewhere; PEFT's LoRA+ uses 1e-6", "none", float
     ),
     "learning_rate_pattern": Default(
         "Learning rates of single modules as PATTERN=RATE, such as down_proj=1e-4; patterns work as in rank_pattern, "
@@ -111,23 +118,20 @@ DEFAULTS: dict[str, Default] = {
         {},
         "one rate suits most modules",
         "none",
+        list[str],
     ),
     "lr_scheduler_type": Default(
-        "Course of the learning rate after the warm-up: cosine, linear or constant",
-        "cosine",
-        "ends near zero, so that the last steps settle",
+        "Learning rate schedule after the warm-up: cosine, linear or constant", "cosine", "ends near zero"
     ),
     "warmup_ratio": Default(
-        "Fraction of the steps over which the learning rate rises from zero",
-        0.05,
-        "Adam's first estimates are inaccurate",
+        "Fraction of the steps over which the learning rate rises", 0.05, "Adam's first estimates are inaccurate"
     ),
     "weight_decay": Default("AdamW weight decay of A and B", 0.0, "the low rank already limits the delta"),
     "max_grad_norm": Default(
         "Clip the gradient to this norm; 0 disables clipping", 1.0, "a single unusual batch cannot ruin a run"
     ),
     # length
-    "max_steps": Default("Stop after N optimizer steps", None, "--num-train-epochs decides", "none"),
+    "max_steps": Default("Stop after N optimizer steps", None, "--num-train-epochs decides", "none", int),
     "num_train_epochs": Default(
         "Passes over the data", 3.0, "the best step by evaluation loss is kept: an extra pass costs time, not quality"
     ),
@@ -138,7 +142,7 @@ DEFAULTS: dict[str, Default] = {
     "max_length": Default(
         "Maximum sequence length in tokens; documents are split, chats and completions truncated",
         512,
-        "a page of text; memory and the cost of attention grow with it",
+        "about a page of text; memory and the cost of attention grow with the length",
     ),
     # precision and machine
     "dtype": Default(
@@ -151,15 +155,13 @@ DEFAULTS: dict[str, Default] = {
         None,
         "an unquantized base is exact; nf4 takes about a quarter of the memory of bf16 (QLoRA)",
         "none",
+        str,
     ),
     "double_quantization": Default(
-        "Also quantize the scales of nf4 and fp4",
-        True,
-        "saves 0.37 bits per parameter for next to no error",
-        "on",
+        "Also quantize the scales of nf4 and fp4", True, "saves 0.37 bits per parameter at almost no error", "on"
     ),
     "seed": Default("Seed of everything random: A, dropout, data order, split", 0, "runs are reproducible"),
-    "device": Default("cpu, cuda, cuda:N, mps or auto", "auto", "an accelerator if available"),
+    "device": Default("Select the device: cpu, cuda, cuda:N, mps or auto", "auto", "an accelerator if available"),
     "recompute": Default(
         "Recompute in the backward pass: none, feed-forward (outputs of gate and up) or layers (everything but their "
         "inputs)",
@@ -172,27 +174,30 @@ DEFAULTS: dict[str, Default] = {
         None,
         "without recomputation a step is fastest",
         "none",
+        str,
     ),
     "accelerate": Default(
         "Use fused forwards for supported layers, and pack sequences",
         True,
-        "same results, faster and in less memory; unsupported layers are unchanged",
+        "same results in less time and memory",
         "on",
     ),
     "tuning": Default(
         "Measure once per machine which kernels are faster for the shapes of this run, and use them",
         True,
-        "some processors multiply some shapes at half speed with all rows at once; results agree within rounding",
+        "on some processors, matmuls of some shapes are twice as fast in slices; results agree within rounding",
         "on",
     ),
     # evaluation and checkpoints
-    "eval_steps": Default("Evaluate every N steps", None, "ten evaluations show the curve", "a tenth of the run"),
-    "save_steps": Default("Save a checkpoint every N steps", None, "limits what a crash costs", "as --eval-steps"),
+    "eval_steps": Default("Evaluate every N steps", None, "ten evaluations show the curve", "a tenth of the run", int),
+    "save_steps": Default(
+        "Save a checkpoint every N steps", None, "limits the loss of a crash", "as --eval-steps", int
+    ),
     "save_total_limit": Default(
         "Keep at most N checkpoints; the best and the newest are always kept", 2, "the best and the newest"
     ),
     "early_stopping_patience": Default(
-        "Stop after N evaluations without improvement", None, "the best step is kept either way", "off"
+        "Stop after N evaluations without improvement", None, "the best step is kept either way", "off", int
     ),
     "resume": Default(
         "Resume from the newest valid checkpoint in --output-dir, with the settings of that run",

@@ -9,19 +9,18 @@ import contextlib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from lorakit import core, hub
-from lorakit.data import Batch, encode, padding_id, read_records
-from lorakit.errors import AdapterFileError, ConfigError, DataError, NonFiniteError, RunError
+from lorakit.data import Batch, Tokenizer, by_length, encode, padding_id, read_records
+from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import Acceleration, accelerate
-from lorakit.train.defaults import DEFAULTS
-from lorakit.train.run_data import evaluation_batches, max_length_for, pick_device
+from lorakit.train.run_data import adapter_tokenizer, max_length_for, pick_device
 from lorakit.train.step import loss_sum, oom_advice_for_evaluation, oom_as_run_error
 
 
@@ -76,9 +75,11 @@ def evaluate(
                 total += loss_sum(model, batch, device, acceleration).item()
             tokens += batch.trained_tokens
     if tokens == 0:
-        raise DataError("The evaluation data has no token with loss; pass more text as --eval-data.")
+        text = "The evaluation data has no token with loss; pass more text as --eval-data."
+        raise DataError(text, field="eval_data")
     if not math.isfinite(total):
-        raise NonFiniteError(f"the evaluation loss is {total}: the base or the adapter has non-finite values.")
+        text = f"the evaluation loss is {total}: the base or the adapter has non-finite values."
+        raise NonFiniteError(text, what="evaluation loss")
     return Evaluation(total / tokens, tokens)
 
 
@@ -92,28 +93,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One row of the comparison.
-
-    Attributes:
-        name: "base", or the adapter's directory as given.
-        evaluation: Loss and tokens.
-    """
-
-    name: str
-    evaluation: Evaluation
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the row as plain JSON values."""
-        return {
-            "name": self.name,
-            "loss": self.evaluation.loss,
-            "perplexity": self.evaluation.perplexity,
-            "tokens": self.evaluation.tokens,
-        }
 
 
 @dataclass(frozen=True)
@@ -134,20 +113,20 @@ class EvalSettings:
 
     model: str
     data: Sequence[str]
-    adapters: Sequence[str] = ()
-    max_length: int = DEFAULTS["max_length"].value
-    batch_rows: int = DEFAULTS["per_device_train_batch_size"].value
-    dtype: str = "auto"
-    device: str = "auto"
-    allow: Collection[str] = ()
-    quantization: Quantization | None = None
+    adapters: Sequence[str]
+    max_length: int
+    batch_rows: int
+    dtype: str
+    device: str
+    allow: Collection[str]
+    quantization: Quantization | None
 
 
 def compare(
     settings: EvalSettings,
     say: Callable[[str], None] = lambda _: None,
     detail: Callable[[str], None] = lambda _: None,
-) -> list[Compared]:
+) -> list[tuple[str, Evaluation]]:
     """Measure the loss of a base, and of each adapter on it, over the same tokens.
 
     An adapter saved with its own tokenizer, such as one with new tokens, uses that on the same data.
@@ -158,15 +137,16 @@ def compare(
         detail: Receives the counts of the data, and the precision with its reason.
 
     Returns:
-        The base first, then the adapters in the order given.
+        Name and evaluation: first "base", then each adapter's directory as given, in that order.
 
     Raises:
         ConfigError: Batch size or length is below 1.
         AdapterFileError: An adapter directory does not exist, or does not fit this base.
-        RunError: The evaluation was stopped.
         LorakitError: Data or model cannot be used; class and message say why.
     """
-    where = _checked(settings)
+    if settings.quantization is not None:
+        hub.require_quantizer(settings.quantization)
+    where = pick_device(settings.device)
     records = read_records(settings.data)
     source = hub.resolve(settings.model, say)
     hub.require(source, tokenizer=True)
@@ -178,54 +158,41 @@ def compare(
     detail(f"data: {total}")
     for line in losses:
         say(line)
-    batches = evaluation_batches(encoded, settings.batch_rows, padding_id(tokenizer))
+    batches = partial(by_length, encoded.sequences, settings.batch_rows, padding_id(tokenizer))
     given = []
     for folder in settings.adapters:
+        given.append(batches)
         own = own_tokenizer(folder, tokenizer)
         if own is not None:
             say(f"{folder}: has its own tokenizer, so its loss is over different tokens.")
-            encoded = encode(records, own, length)
-        given.append(batches if own is None else evaluation_batches(encoded, settings.batch_rows, padding_id(own)))
+            sequences = encode(records, own, length).sequences
+            given[-1] = partial(by_length, sequences, settings.batch_rows, padding_id(own))
     choice = hub.choose_dtype(settings.dtype, hub.calibrate(where) if settings.dtype == "auto" else None)
     detail(f"precision: {choice.reason}")
     loaded = hub.load_model(source, choice.dtype, where, quantization=settings.quantization)
-    first = _measured(loaded, "base", batches, where)
-    found = {}
+    found = {-1: ("base", _measured(loaded, batches, where))}
     # rows for new tokens stay in the base, and more logits change the loss: smaller vocabularies come first
     for number in sorted(range(len(bases)), key=lambda n: 0 if (base := bases[n]) is None else base.vocabulary):
         folder, name = settings.adapters[number], f"adapter{number}"
         core.load_adapter(loaded, folder, name, allow=settings.allow)
         with core.use(loaded, name):
-            found[number] = _measured(loaded, folder, given[number], where)
+            found[number] = folder, _measured(loaded, given[number], where)
         core.detach(loaded, name)
-    return [first, *(found[number] for number in range(len(bases)))]
+    return [found[number] for number in sorted(found)]
 
 
-def _checked(settings: EvalSettings) -> torch.device:
-    """Check the settings and return the device."""
-    if settings.batch_rows < 1:
-        raise ConfigError(f"batch_size is {settings.batch_rows}; it must be at least 1.")
-    if settings.quantization is not None:
-        hub.require_quantizer(settings.quantization)
-    where = pick_device(settings.device)
-    for folder in settings.adapters:
-        if not Path(folder).is_dir():
-            raise AdapterFileError(f"adapter directory not found: {folder}.", where=folder)
-    return where
-
-
-def _measured(model: nn.Module, name: str, batches: Callable[[], Iterable[Batch]], where: torch.device) -> Compared:
+def _measured(model: nn.Module, batches: Callable[[], Iterable[Batch]], where: torch.device) -> Evaluation:
     acceleration = accelerate(model)
     try:
         found = evaluate(model, batches(), where, acceleration=acceleration)
     finally:
         acceleration.undo()  # the next adapter may add rows to the base
-    if found is None:
+    if found is None:  # only for the type: nothing stops this evaluation
         raise RunError("The evaluation was stopped.")
-    return Compared(name, found)
+    return found
 
 
-def own_tokenizer(folder: str, tokenizer: Any) -> Any | None:
+def own_tokenizer(folder: str, tokenizer: Tokenizer) -> Tokenizer | None:
     """Return the tokenizer in an adapter's directory if it differs from the base's, else None.
 
     Args:
@@ -235,8 +202,8 @@ def own_tokenizer(folder: str, tokenizer: Any) -> Any | None:
     Raises:
         ModelError: The tokenizer cannot be read.
     """
-    if not (Path(folder) / "tokenizer_config.json").is_file():
+    found = adapter_tokenizer(Path(folder))
+    if found is None:
         return None
-    found = hub.load_tokenizer(hub.ModelSource("directory", folder, folder, None, folder))
     same = hub.tokenizer_hash(found) == hub.tokenizer_hash(tokenizer)
     return None if same and hub.chat_template_hash(found) == hub.chat_template_hash(tokenizer) else found

@@ -1,4 +1,4 @@
-"""Signals of a run: the first lets the step end, the second stops at once."""
+"""Signals of a run: the first lets the current step finish, the second stops at once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
+from typing import TypeAlias
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasattr(signal, name))
 
@@ -17,36 +17,44 @@ _ANSWER = b"\ninterrupted: finishing this step and saving a checkpoint; interrup
 
 _ACTION_BYTES = 1024  # `struct sigaction` has 152 bytes with glibc and fewer elsewhere
 
+_Action: TypeAlias = "ctypes.Array[ctypes.c_char]"
+
 
 class Interrupts:
-    """Context in which the first signal is recorded and the second raises `KeyboardInterrupt`.
-
-    Python delivers signals to the main thread only; in other threads nothing is recorded. On exit the previous handlers
-    are restored, including those set from C. If the system has no `sigaction`, a handler set from C is not replaced.
+    """Record of the signals in a block of `recording`.
 
     Attributes:
         requested: Whether a signal has arrived.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._held = contextlib.ExitStack()
+    requested = False
 
-    def __enter__(self) -> Interrupts:
-        self._held.enter_context(_handled(_SIGNALS, self._receive))
-        return self
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Record the first signal.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._held.close()
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+        Raises:
+            KeyboardInterrupt: It is the second.
+        """
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
         with contextlib.suppress(OSError):
             os.write(2, _ANSWER)  # not through Python's buffers: they may be in use when the signal arrives
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Interrupts]:
+    """Record the first signal within a block and raise `KeyboardInterrupt` at the second.
+
+    Python delivers signals to the main thread only; in other threads nothing is recorded. On exit the previous handlers
+    are restored, including those set from C. If the system has no `sigaction`, a handler set from C is not replaced.
+
+    Yields:
+        The record.
+    """
+    found = Interrupts()
+    with _handled(_SIGNALS, found.receive):
+        yield found
 
 
 @contextlib.contextmanager
@@ -64,7 +72,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 @contextlib.contextmanager
 def _handled(numbers: Iterable[int], receive: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Handle signals by a function within a block, then restore the previous handlers."""
-    before: dict[int, tuple[Any, Any]] = {}
+    before = {}
     try:
         for number in numbers if threading.current_thread() is threading.main_thread() else ():
             handler, action = signal.getsignal(number), _action(number)
@@ -80,13 +88,13 @@ def _handled(numbers: Iterable[int], receive: Callable[[int, FrameType | None], 
                 _sigaction(number, action, None)
 
 
-def _action(number: int) -> Any | None:
+def _action(number: int) -> _Action | None:
     """Return the action of a signal as the C library holds it, or None if it cannot be read."""
     action = ctypes.create_string_buffer(_ACTION_BYTES)
     return action if _sigaction(number, None, action) else None
 
 
-def _sigaction(number: int, new: Any | None, old: Any | None) -> bool:
+def _sigaction(number: int, new: _Action | None, old: _Action | None) -> bool:
     """Set and read the action of a signal; return whether the C library did."""
     try:
         call = ctypes.CDLL(None).sigaction

@@ -18,7 +18,7 @@ from lorakit.machine import peak_rss_bytes
 from lorakit.ops import choices
 from lorakit.train import checkpoint
 from lorakit.train.evaluation import evaluate
-from lorakit.train.interrupts import Interrupts
+from lorakit.train.interrupts import Interrupts, recording
 from lorakit.train.optimizer import state_tensors
 from lorakit.train.run_adapter import save_adapter
 from lorakit.train.run_folder import MetricsLog
@@ -55,7 +55,7 @@ class Loop:
         first = run.state.step
         run.progress.begin(first, run.limits.total_steps)
         run.model.train()
-        with Interrupts() as interrupts, MetricsLog(self._folder) as log:
+        with recording() as interrupts, MetricsLog(self._folder) as log:
             while True:
                 self._evaluate(log, interrupts)
                 ending = self._ending(interrupts)
@@ -88,11 +88,7 @@ class Loop:
         try:
             with self._options.computing():
                 found = evaluate(
-                    run.model,
-                    held_out(),
-                    self._options.device,
-                    stop=lambda: interrupts.requested,
-                    acceleration=run.acceleration,
+                    run.model, held_out(), self._options.device, lambda: interrupts.requested, run.acceleration
                 )
         except RunError as cause:
             raise self._located(cause, run.state.step) from cause

@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version
 from torch.optim.adamw import adamw
 
 from lorakit import core
-from lorakit.core.optimizers import LoraFA, Pair, Rates, freeze_factors, rates_by_name, trained_parts
+from lorakit.core.optimizers import LoraFA, Rates, freeze_factors, rates_by_name, trained_parts
 from lorakit.errors import RunError
 from lorakit.train.settings import TrainSettings
 
@@ -51,7 +51,7 @@ def build_optimizer(model: nn.Module, adapter: str, settings: TrainSettings) -> 
     rates = rates_by_name(trained_parts(model, adapter), peaks)
     if pairs is None:
         return named, build_adamw(named, rate, decay, rates)
-    return named, build_lorafa(named, pairs, rate, decay, rates)
+    return named, LoraFA(parameter_groups(named, rate, decay, rates), pairs, lr=rate)
 
 
 def build_adamw(
@@ -77,39 +77,27 @@ def build_adamw(
     Source:
         Loshchilov and Hutter 2019, arXiv:1711.05101; betas 0.9 and 0.999, eps 1e-8.
     """
-    groups = _groups(named, learning_rate, weight_decay, rates or {})
+    groups = parameter_groups(named, learning_rate, weight_decay, rates or {})
     if is_packable([parameter for _, parameter in named]):
         return FlatAdamW(groups, lr=learning_rate)
     fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for _, p in named)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=fused)
 
 
-def build_lorafa(
-    named: Named,
-    pairs: Sequence[Pair],
-    learning_rate: float,
-    weight_decay: float,
-    rates: Mapping[str, float] | None = None,
-) -> LoraFA:
-    """Build LoRA-FA with the groups of `build_adamw`.
+def parameter_groups(
+    named: Named, learning_rate: float, weight_decay: float, rates: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Group tensors by rate and decay; `share` is the ratio of a group's peak rate to the run's.
 
     Args:
-        named: As for `build_adamw`, after `lorakit.core.optimizers.freeze_factors`.
-        pairs: Result of `freeze_factors`.
-        learning_rate: As for `build_adamw`.
+        named: The trainable tensors (any shape) by name.
+        learning_rate: The run's rate.
         weight_decay: As for `build_adamw`.
         rates: As for `build_adamw`.
 
     Raises:
         RunError: No tensor is trainable.
     """
-    return LoraFA(_groups(named, learning_rate, weight_decay, rates or {}), pairs, lr=learning_rate)
-
-
-def _groups(
-    named: Named, learning_rate: float, weight_decay: float, rates: Mapping[str, float]
-) -> list[dict[str, Any]]:
-    """Group tensors by rate and decay; `share` is the ratio of a group's peak rate to the run's."""
     if not named:
         raise RunError("The model has no trainable tensor.")
     gathered: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -144,7 +132,7 @@ def clipped_step(
     """Clip the gradients to a global 2-norm and take a step.
 
     Args:
-        optimizer: From `build_adamw` or `build_lorafa`; `FlatAdamW` scales the gradients within its step.
+        optimizer: From `build_optimizer` or `build_adamw`; `FlatAdamW` scales the gradients within its step.
         parameters: The trained tensors (any shape); `.grad` is scaled or unchanged.
         norm: Result of `gradient_norm`, a scalar.
         max_norm: The maximum norm; 0 disables clipping.
@@ -165,7 +153,7 @@ def state_tensors(optimizer: torch.optim.Optimizer, named: Named) -> dict[str, t
     """Return the optimizer's state by name, ready for a file.
 
     Args:
-        optimizer: From `build_adamw` or `build_lorafa`.
+        optimizer: From `build_optimizer` or `build_adamw`.
         named: The trained tensors (any shape) by name.
 
     Returns:
@@ -195,7 +183,8 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, named: Named, tensors: 
         kind, _, name = key.partition("/")
         wanted = shapes.get(name)
         if wanted is None or kind not in (*MOMENTS, "step") or (kind in MOMENTS and value.shape != wanted):
-            raise RunError(f"The optimizer state {key} {tuple(value.shape)} does not match this model's adapter.")
+            text = f"The optimizer state {key} {tuple(value.shape)} does not match this model's adapter."
+            raise RunError(text, what=key)
     for name, parameter in named:
         state = {kind: tensors[f"{kind}/{name}"] for kind in ("step", *MOMENTS) if f"{kind}/{name}" in tensors}
         if state:
@@ -232,26 +221,14 @@ class FlatAdamW(torch.optim.Optimizer):
     views of the buffers. A tensor without a gradient is skipped: no decay, no moments, no step counted.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        *,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ) -> None:
+    def __init__(self, params: Iterable[dict[str, Any]], *, lr: float) -> None:
         """Pack the tensors into one buffer per group; their values do not change.
 
         Args:
-            params: Tensors (any shape) or groups, as for torch's optimizers; `is_packable` must hold for all together.
-            lr: Learning rate.
-            betas: Decay rates of the moments.
-            eps: Term added to the root of the second moment.
-            weight_decay: Fraction of a tensor, times the rate, subtracted at each step.
+            params: Groups from `parameter_groups`; `is_packable` must hold for all their tensors together.
+            lr: Learning rate of groups without one.
         """
-        fixed = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
-        super().__init__(params, fixed)
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "fused": True})
         self._flats = [_Flat(group["params"]) for group in self.param_groups]
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ The only module of `train` that imports rich. Knows the rows of metrics, not the
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ LIVE_BYTES = 1_000_000
 """Minimum size of data that gets a bar."""
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager["Progress"]):
     """Receiver of what a run reports; this one, the default of `run`, prints nothing.
 
     Args:
@@ -34,9 +35,6 @@ class Progress:
 
     def __init__(self, *, verbose: bool = False) -> None:
         self._verbose = verbose
-
-    def __enter__(self) -> Progress:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -82,7 +80,7 @@ class PlainProgress(Progress):
     def __init__(self, stream: TextIO | None = None, *, verbose: bool = False) -> None:
         super().__init__(verbose=verbose)
         self._stream = stream
-        self._total = self._first = self._last_step = 0
+        self._total = self._first = 0
         self._shown = self._started = float("-inf")
         self._read: float | None = None
 

@@ -11,9 +11,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +20,8 @@ from lorakit.errors import DiskError, MissingExtra, RunError
 from lorakit.machine import peak_rss_bytes
 from lorakit.report import loss_plot, read_metrics
 from lorakit.tables import format_bytes, format_percent, format_rate, format_seconds
-from lorakit.train import checkpoint
+from lorakit.train import checkpoint, run_folder
 from lorakit.train.run_adapter import write_tokenizer
-from lorakit.train.run_folder import (
-    ADAPTER_FOLDER,
-    PLOT_FILE,
-    adapter_only_path,
-    adapter_only_step,
-    adapters_only,
-    step_of,
-    versions,
-    write_record,
-)
 from lorakit.train.run_spec import Run
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -154,11 +142,11 @@ def finish(run: Run) -> RunResult:
     adapter = step = resumable = None
     if run.status == "interrupted":
         found = checkpoint.newest_valid(folder)
-        resumable = None if found is None else step_of(found)
+        resumable = None if found is None else run_folder.step_of(found)
     else:
         step, source = _chosen(run, notes)
         adapter = _publish(run, step, source, notes)
-        if source == adapter_only_path(folder, step):
+        if source == run_folder.adapter_only_path(folder, step):
             shutil.rmtree(source, ignore_errors=True)
         notes.append(_plot_loss(folder, f"{run.spec.source.base_name}: loss by step"))
         if state.best_loss is not None and state.first_loss is not None and state.best_loss >= state.first_loss:
@@ -185,7 +173,7 @@ def finish(run: Run) -> RunResult:
         checkpoint_step=resumable,
     )
     try:
-        write_record(folder, {**run.record(), "result": result.as_dict()})
+        run_folder.write_record(folder, {**run.record(), "result": result.as_dict()})
     except DiskError as cause:  # the adapter is complete all the same
         return dataclasses.replace(result, notes=(*result.notes, f"{cause} It does not contain the result of the run."))
     return result
@@ -199,42 +187,40 @@ def _chosen(run: Run, notes: list[str]) -> tuple[int, Path]:
     try:
         checkpoint.verify(whole)
     except RunError as cause:
-        alone = adapters_only(folder)
-        if adapter_only_path(folder, wanted) in alone:
-            return wanted, adapter_only_path(folder, wanted)
+        alone = run_folder.adapters_only(folder)
+        if run_folder.adapter_only_path(folder, wanted) in alone:
+            return wanted, run_folder.adapter_only_path(folder, wanted)
         valid = checkpoint.newest_valid(folder)
-        found = [(step_of(valid), valid)] if valid else []
-        found += [(adapter_only_step(path), path) for path in alone]
+        found = [*([valid] if valid else []), *alone]
         if not found:
             raise
-        step, path = max(found)
-        notes.append(f"{cause} {ADAPTER_FOLDER} was taken from {path.name} instead.")
-        return step, path
+        path = max(found, key=run_folder.step_of)
+        notes.append(f"{cause} {run_folder.ADAPTER_FOLDER} was taken from {path.name} instead.")
+        return run_folder.step_of(path), path
     return wanted, whole
 
 
 def _publish(run: Run, step: int, source: Path, notes: list[str]) -> Path:
     """Publish the adapter, without the base's own tokenizer if the disk has no room for it."""
-    spec, card = run.spec, model_card(run, step)
     try:
-        return publish_adapter(source, spec.folder, partial(write_tokenizer, spec.tokenizer), card)
+        return publish_adapter(run, step, source)
     except DiskError as cause:
-        if spec.forecast.new_tokens is not None:  # the base's own tokenizer does not contain them
+        if run.spec.forecast.new_tokens is not None:  # the base's own tokenizer does not contain them
             raise
-        adapter = publish_adapter(source, spec.folder, lambda folder: None, card)
+        adapter = publish_adapter(run, step, source, with_tokenizer=False)
         notes.append(f"{cause} {adapter} was saved without a tokenizer; it is the base's.")
         return adapter
 
 
-def publish_adapter(source: Path, folder: Path, save_tokenizer: Callable[[Path], object], card: str) -> Path:
-    """Copy a checkpoint's adapter into `adapter/`, completely or not at all.
+def publish_adapter(run: Run, step: int, source: Path, *, with_tokenizer: bool = True) -> Path:
+    """Copy a checkpoint's adapter into `adapter/`, completely or not at all, and add a model card.
 
     Args:
+        run: The run.
+        step: The step of the adapter.
         source: A verified checkpoint, or an adapter saved without one; the files of the latter are linked instead of
             copied, because the disk was full.
-        folder: The run directory.
-        save_tokenizer: Function that writes the tokenizer's files into a given directory.
-        card: Text of README.md.
+        with_tokenizer: Whether to add the tokenizer.
 
     Returns:
         The adapter's directory.
@@ -242,13 +228,15 @@ def publish_adapter(source: Path, folder: Path, save_tokenizer: Callable[[Path],
     Raises:
         DiskError: A file cannot be written.
     """
-    final = folder / ADAPTER_FOLDER
+    folder = run.spec.folder
+    final, linked = folder / run_folder.ADAPTER_FOLDER, source == run_folder.adapter_only_path(folder, step)
     with durable.publish_directory(final, replace=True) as temporary:
         for path in sorted(source.iterdir()):
             if path.is_file() and path.name not in _CHECKPOINT_ONLY:
-                _copy(path, temporary / path.name, linked=adapter_only_step(source) >= 0)
-        save_tokenizer(temporary)
-        durable.write_text(temporary / "README.md", card)
+                _copy(path, temporary / path.name, linked=linked)
+        if with_tokenizer:
+            write_tokenizer(run.spec.tokenizer, temporary)
+        durable.write_text(temporary / "README.md", model_card(run, step))
     return final
 
 
@@ -262,7 +250,7 @@ def _copy(path: Path, target: Path, *, linked: bool) -> None:
 
 def _plot_loss(folder: Path, title: str) -> str:
     """Draw `loss.svg` if matplotlib is installed; return a message with its path, or why there is none."""
-    path = folder / PLOT_FILE
+    path = folder / run_folder.PLOT_FILE
     try:
         loss_plot(read_metrics(folder), path, title)
     except (MissingExtra, DiskError) as cause:
@@ -286,14 +274,17 @@ def model_card(run: Run, step: int) -> str:
     """
     spec, settings, state = run.spec, run.spec.settings, run.state
     base = spec.source.recorded_name
-    header = ["---", "library_name: peft", "tags:", "- lora", "- lorakit"]
-    if base:
-        header.append(f"base_model: {base}")
-    header.append("---")
+    named = f"base_model: {base}\n" if base else ""
     tokens = ", ".join(f"`{token}`" for token in settings.new_tokens).replace("|", r"\|")
     row = f"| new tokens | {tokens} |\n" if tokens else ""
     targets = settings.target_modules
-    body = f"""
+    return f"""---
+library_name: peft
+tags:
+- lora
+- lorakit
+{named}---
+
 # LoRA adapter for {spec.source.base_name}
 
 {run.trainable_parameters:,} trained parameters; the frozen base has {run.total_parameters:,}. Rank {settings.r},
@@ -305,7 +296,7 @@ alpha {settings.lora_alpha:g}, target modules: {targets if isinstance(targets, s
 | training | {step} of {run.limits.total_steps} steps, learning rate {settings.learning_rate:g}, seed {settings.seed} |
 | result | {_evaluation_line(state.first_loss, state.best_loss)} |
 | precision | base {run.plan.dtype}, adapter float32 |
-| versions | {", ".join(f"{name} {version}" for name, version in versions().items())} |
+| versions | {", ".join(f"{name} {version}" for name, version in run_folder.versions().items())} |
 
 ```python
 from lorakit import PeftModel  # or: from peft import PeftModel
@@ -318,4 +309,3 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
 
 Limits: evaluated only on the data above. The license and limits of the base apply.
 """
-    return "\n".join(header) + "\n" + body

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,12 @@ from lorakit import core, hub
 from lorakit.config import LoraConfig
 from lorakit.core.attachment.saving import saved_form
 from lorakit.core.inits import init_named
+from lorakit.core.model.vocabulary import initialize_rows, grow_vocabulary, with_trained_rows
 from lorakit.core.operations.rank_allocation import allocate
 from lorakit.data import Batch, Loader
 from lorakit.errors import DiskError, UsageError
 from lorakit.train.progress import Progress
+from lorakit.train.run_data import SavedTokenizer
 from lorakit.train.run_spec import ADAPTER, Run, RunSpec
 from lorakit.train.step import loss_sum
 
@@ -50,34 +52,37 @@ def add_adapter(
         LorakitError: The adapter cannot be attached or loaded; class and message say why.
     """
     settings, config, new = spec.settings, spec.forecast.config, spec.forecast.new_tokens
-    unseen = () if new is None else tuple(new.unseen(loader))
+    unseen = () if new is None else new.unseen(loader)
     if new is not None:
-        new.add_rows(model)
+        grow_vocabulary(model, new.vocabulary)
     if checkpoint is not None:
         progress.say(f"Resuming from {checkpoint}.")
         return core.load_adapter(model, checkpoint, ADAPTER, trainable=True).warnings + unseen
     if settings.resume:
         progress.say(f"{spec.folder}: no valid checkpoint; the run starts at its first step.")
     if settings.allocate_ranks != "none":
-        config = allocate_ranks(model, spec, loader, progress)
+        config = allocate_ranks(model, spec, settings.allocate_ranks, loader, progress)
     if new is not None:
-        config = new.config(config, model)
+        config = with_trained_rows(config, model, new.rows)
     config, statistics = init_from_data(model, config, spec, loader, progress)
     report = core.attach(model, config, ADAPTER, allow=_allow(spec), seed=settings.seed, statistics=statistics)
     if new is not None:
-        new.initialize(model, ADAPTER)
+        initialize_rows(model, ADAPTER, new.added.pieces)
     notes = (*map(str, report.notes), *unseen)
     for note in notes:
         progress.say(note)
     return notes
 
 
-def allocate_ranks(model: nn.Module, spec: RunSpec, loader: Loader, progress: Progress) -> LoraConfig:
+def allocate_ranks(
+    model: nn.Module, spec: RunSpec, by: Literal["gradients", "inputs"], loader: Loader, progress: Progress
+) -> LoraConfig:
     """Return the run's config with ranks computed from the base and the first training rows.
 
     Args:
         model: The base, on the run's device.
-        spec: Criterion, config and seed.
+        spec: Config and seed.
+        by: The criterion.
         loader: The run's training batches; does not advance.
         progress: Receives the result.
 
@@ -87,21 +92,13 @@ def allocate_ranks(model: nn.Module, spec: RunSpec, loader: Loader, progress: Pr
     Raises:
         LorakitError: As `lorakit.core.operations.rank_allocation.allocate`.
     """
-    settings, rows = spec.settings, first_rows(spec, loader)
+    rows = first_rows(spec, loader)
     progress.busy(f"allocating ranks from {len(rows)} rows")
-    found = allocate(
-        model,
-        spec.forecast.config,
-        rows,
-        row_loss(spec.device),
-        by=cast(Literal["gradients", "inputs"], settings.allocate_ranks),
-        allow=_allow(spec),
-    )
+    found = allocate(model, spec.forecast.config, rows, row_loss(spec.device), by=by, allow=_allow(spec))
     ranks = sorted(found.ranks.values())
     progress.say(
-        f"Ranks by {settings.allocate_ranks} of {len(rows)} rows: {ranks[0]} to {ranks[-1]}, median "
-        f"{ranks[len(ranks) // 2]}; {found.parameters:,} parameters in A and B (budget {found.budget:,}: r "
-        f"{settings.r} everywhere)."
+        f"Ranks by {by} of {len(rows)} rows: {ranks[0]} to {ranks[-1]}, median {ranks[len(ranks) // 2]}; "
+        f"{found.parameters:,} parameters in A and B (budget {found.budget:,}: r {spec.settings.r} everywhere)."
     )
     return found.config
 
@@ -137,14 +134,8 @@ def init_from_data(
         return config, None
     rows = first_rows(spec, loader)
     progress.busy(f"collecting statistics of {len(rows)} rows for {init.name}")
-    found = core.collect_for(
-        model,
-        config,
-        rows,
-        row_loss(spec.device),
-        keep=_positions_with_loss if init.name == "eva" else None,
-        allow=_allow(spec),
-    )
+    keep = _positions_with_loss if init.name == "eva" else None
+    found = core.collect_for(model, config, rows, row_loss(spec.device), keep=keep, allow=_allow(spec))
     ranks = sorted(set(found.config.rank_pattern.values()) | {found.config.r})
     spread = f", ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else ""
     progress.say(f"Adapter initialized by {init.name} from {len(rows)} rows{spread}.")
@@ -206,18 +197,13 @@ def save_adapter(run: Run, folder: Path) -> None:
     Raises:
         DiskError: A file cannot be written.
     """
-    core.save_adapter(
-        run.model,
-        folder,
-        ADAPTER,
-        base_model_name_or_path=run.spec.source.recorded_name,
-        facts=adapter_metadata(run),
-    )
+    base = run.spec.source.recorded_name
+    core.save_adapter(run.model, folder, ADAPTER, base_model_name_or_path=base, facts=adapter_metadata(run))
     if run.spec.forecast.new_tokens is not None:  # the base's own tokenizer does not contain them
         write_tokenizer(run.spec.tokenizer, folder)
 
 
-def write_tokenizer(tokenizer: Any, folder: Path) -> None:
+def write_tokenizer(tokenizer: SavedTokenizer, folder: Path) -> None:
     """Write a tokenizer's files.
 
     Args:
@@ -230,7 +216,7 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     try:
         tokenizer.save_pretrained(folder)
     except Exception as cause:  # tokenizers raises a plain Exception on a full disk
-        raise DiskError(f"The tokenizer cannot be written ({' '.join(str(cause).split())}).") from cause
+        raise DiskError(f"The tokenizer cannot be written ({' '.join(str(cause).split())}).", where=folder) from cause
 
 
 def adapter_metadata(run: Run) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Inputs of a run, read and checked before weights are loaded: device, data, new tokens, the shape of the base.
 
-Each check takes far less than a second and names the problem. `lorakit.hub` adds tokens to a tokenizer, `lorakit.core`
-adds and trains their rows; `NewTokens` combines the two.
+Each check takes far less than a second and names the problem.
 """
 
 from __future__ import annotations
@@ -11,39 +10,57 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from lorakit import hub, plan
+from lorakit import data, hub, plan
 from lorakit.config import LoraConfig
 from lorakit.core.model.fingerprint import vocabulary_of
-from lorakit.core.model.vocabulary import check_growth, grow_vocabulary, initialize_rows, with_trained_rows
-from lorakit.data import (
-    AnyRecords,
-    Batch,
-    DataReport,
-    Encoded,
-    Loader,
-    StoredRecords,
-    Tokenizer,
-    by_length,
-    encode,
-    padding_id,
-    read_records,
-    split,
-)
+from lorakit.core.model.vocabulary import check_growth, with_trained_rows
 from lorakit.errors import ConfigError, DataError, NotYetSupported, UsageError
 from lorakit.targets import unfitting_keys
 from lorakit.train.defaults import DEFAULTS
 from lorakit.train.progress import Progress
 from lorakit.train.settings import TrainSettings
 
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model")
+
+
+class SavedTokenizer(data.Tokenizer, Protocol):
+    """A transformers tokenizer, as far as a run or a command uses it."""
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return all tokens with their ids."""
+
+    def save_pretrained(self, save_directory: Path) -> tuple[str, ...]:
+        """Write the tokenizer's files into a directory and return their names."""
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return the files of a tokenizer in a directory, by their usual names."""
+    return sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
+
+
+def adapter_tokenizer(folder: Path) -> SavedTokenizer | None:
+    """Return the tokenizer that is saved with an adapter, or None.
+
+    Args:
+        folder: The adapter's directory.
+
+    Raises:
+        ModelError: The tokenizer cannot be read.
+    """
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    return hub.load_tokenizer(hub.ModelSource("directory", str(folder), str(folder), None, str(folder)))
+
 
 @dataclass(frozen=True)
 class Forecast:
-    """Facts about a run that follow from the shape of its base, before data is tokenized.
+    """Properties of a run that follow from the shape of its base, before data is tokenized.
 
     Attributes:
         shape: The base's shape.
@@ -60,7 +77,7 @@ class Forecast:
     new_tokens: NewTokens | None = None
 
 
-def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: Any) -> Forecast:
+def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: data.Tokenizer) -> Forecast:
     """Read the model's shape and check targets and length against it; no weights are loaded.
 
     Args:
@@ -78,24 +95,23 @@ def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: Any) -
         UsageError: `max_length` was given and exceeds the model's limit.
     """
     shape = hub.shape_of(source)
-    config, new = settings.lora_config(), None
+    config, new, notes = settings.lora_config(), None, []
+    length = max_length_for(shape, settings.max_length)
+    if length != settings.max_length:
+        notes.append(f"maximum sequence length: {length:,} tokens, the limit of the model.")
     if settings.new_tokens:
         base = hub.skeleton(source)
         new = add_new_tokens(tokenizer, settings.new_tokens, base)
-        config = new.config(config, base)
+        config = with_trained_rows(config, base, new.rows)
+        words = ", ".join(f"{token} ({number})" for token, number in new.added.ids.items())
+        notes.append(f"New tokens: {words}; embedding and head are trained in their rows only.")
     counted = plan.count(shape, config, allow_partial=settings.allow_partial_targets)
     wrong = unfitting_keys(
         "learning_rate_pattern", settings.learning_rate_pattern, [*(site.path for site in counted.sites), *counted.rows]
     )
     if wrong:
         raise ConfigError(" ".join(map(str, wrong)), what=wrong[0].entry, field="learning_rate_pattern")
-    length = max_length_for(shape, settings.max_length)
-    notes = (
-        ()
-        if length == settings.max_length
-        else (f"maximum sequence length: {length:,} tokens, the limit of the model.",)
-    )
-    return Forecast(shape, config, length, notes, new)
+    return Forecast(shape, config, length, tuple(notes), new)
 
 
 def max_length_for(shape: plan.ModelShape, wanted: int) -> int:
@@ -125,21 +141,6 @@ def max_length_for(shape: plan.ModelShape, wanted: int) -> int:
 
 
 @dataclass(frozen=True)
-class RunData:
-    """Records of a run, not yet tokenized.
-
-    Attributes:
-        train: Records for training.
-        held_out: Records for evaluation; may be empty.
-        note: A message about what is held out, or why nothing is.
-    """
-
-    train: AnyRecords
-    held_out: AnyRecords
-    note: str
-
-
-@dataclass(frozen=True)
 class RunBatches:
     """Data of a run as batches.
 
@@ -150,10 +151,10 @@ class RunBatches:
         held_out_report: Counts of the evaluation data, or None.
     """
 
-    loader: Loader
-    held_out: Callable[[], Iterable[Batch]] | None
-    train_report: DataReport
-    held_out_report: DataReport | None
+    loader: data.Loader
+    held_out: Callable[[], Iterable[data.Batch]] | None
+    train_report: data.DataReport
+    held_out_report: data.DataReport | None
 
 
 def check_single_process() -> None:
@@ -165,7 +166,9 @@ def check_single_process() -> None:
     size = os.environ.get("WORLD_SIZE", "1")
     if size.strip() not in ("", "0", "1"):
         raise NotYetSupported(
-            f"WORLD_SIZE is {size}: training in several processes is not supported yet; start one, without torchrun."
+            f"WORLD_SIZE is {size}: training in several processes is not supported yet; start one, without torchrun.",
+            what=size,
+            field="WORLD_SIZE",
         )
 
 
@@ -185,24 +188,20 @@ def pick_device(word: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    device = torch.device(word)
+    device, found = torch.device(word), ""
     if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise UsageError(
-                f"device is {word!r}, but torch {torch.__version__} finds {count} CUDA devices.",
-                what=word,
-                field="device",
-            )
-        return torch.device("cuda", device.index or 0)
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError(
-            f"device is {word!r}, but torch {torch.__version__} finds no MPS device.", what=word, field="device"
-        )
+        found = f"{count} CUDA devices" if device.index >= count else ""
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        found = "no MPS device"
+    if found:
+        text = f"device is {word!r}, but torch {torch.__version__} finds {found}."
+        raise UsageError(text, what=word, field="device")
     return device
 
 
-def read_data(settings: TrainSettings) -> RunData:
+def read_data(settings: TrainSettings) -> data.Split:
     """Read training and evaluation files; hold out a fraction if no evaluation files are given.
 
     Args:
@@ -214,25 +213,25 @@ def read_data(settings: TrainSettings) -> RunData:
     Raises:
         DataError: A file cannot be read, or a record is invalid; the message has file and line.
     """
-    records = read_records(settings.data)
+    records = data.read_records(settings.data)
     if settings.eval_data is not None:
-        held_out = read_records(settings.eval_data)
-        return RunData(records, held_out, f"Evaluation on {', '.join(settings.eval_data)}.")
-    parted = split(records, settings.eval_fraction, settings.seed)
-    return RunData(parted.train, parted.held_out, parted.note)
+        return data.Split(
+            records, data.read_records(settings.eval_data), f"Evaluation on {', '.join(settings.eval_data)}."
+        )
+    return data.split(records, settings.eval_fraction, settings.seed)
 
 
 def make_batches(
-    settings: TrainSettings, data: RunData, tokenizer: Tokenizer, max_length: int, progress: Progress | None = None
+    settings: TrainSettings, records: data.Split, tokenizer: data.Tokenizer, max_length: int, progress: Progress
 ) -> RunBatches:
     """Tokenize the records and create the loaders.
 
     Args:
         settings: Batch size and seed are read.
-        data: The records.
+        records: The records.
         tokenizer: The model's tokenizer.
         max_length: Maximum sequence length in tokens.
-        progress: Receives the progress of tokenizing; None reports nothing.
+        progress: Receives the progress of tokenizing.
 
     Returns:
         Loader, evaluation batches and reports.
@@ -240,44 +239,29 @@ def make_batches(
     Raises:
         DataError: The training or evaluation data has no token with loss.
     """
-    rows, pad = settings.per_device_train_batch_size, padding_id(tokenizer)
-    progress = progress or Progress()
-    train = encode(data.train, tokenizer, max_length, _listener(progress, "training data", data.train))
-    loader = Loader(train.sequences, rows, settings.seed, pad_id=pad)
-    if not data.held_out:
+    rows, pad = settings.per_device_train_batch_size, data.padding_id(tokenizer)
+    train = data.encode(records.train, tokenizer, max_length, _listener(progress, "training data", records.train))
+    loader = data.Loader(train.sequences, rows, settings.seed, pad_id=pad)
+    if not records.held_out:
         return RunBatches(loader, None, train.report, None)
     try:
-        listener = _listener(progress, "evaluation data", data.held_out)
-        held_out = encode(data.held_out, tokenizer, max_length, listener)
+        listener = _listener(progress, "evaluation data", records.held_out)
+        held_out = data.encode(records.held_out, tokenizer, max_length, listener)
     except DataError as cause:
         raise DataError(f"evaluation data: {cause}", **cause.fields) from cause
-    return RunBatches(loader, evaluation_batches(held_out, rows, pad), train.report, held_out.report)
+    return RunBatches(loader, partial(data.by_length, held_out.sequences, rows, pad), train.report, held_out.report)
 
 
-def _listener(progress: Progress, what: str, records: AnyRecords) -> Callable[[int], None] | None:
-    if not isinstance(records, StoredRecords):
+def _listener(progress: Progress, what: str, records: data.AnyRecords) -> Callable[[int], None] | None:
+    if not isinstance(records, data.StoredRecords):
         return None
-    return partial(_report, progress, what, records.total_bytes)
-
-
-def _report(progress: Progress, what: str, total: int, done: int) -> None:
-    progress.reading(what, done, total)
-
-
-def evaluation_batches(encoded: Encoded, rows: int, pad: int) -> Callable[[], Iterable[Batch]]:
-    """Return a function that yields the evaluation batches: each sequence once, sorted by length.
-
-    Args:
-        encoded: The sequences.
-        rows: Rows of a batch of the longest sequences; shorter ones are batched in larger numbers.
-        pad: The padding id.
-    """
-    return lambda: by_length(encoded.sequences, rows, pad)
+    total = records.total_bytes
+    return lambda done: progress.reading(what, done, total)
 
 
 @dataclass(frozen=True)
 class NewTokens:
-    """Tokens that a run adds.
+    """Tokens that a run adds to the tokenizer and to the base.
 
     Attributes:
         added: Their ids, and how the tokenizer encoded their texts before.
@@ -289,51 +273,18 @@ class NewTokens:
     vocabulary: int
     rows: tuple[int, ...]
 
-    def description(self) -> str:
-        """Return a message about the tokens."""
-        words = ", ".join(f"{token} ({number})" for token, number in self.added.ids.items())
-        return f"New tokens: {words}; embedding and head are trained in their rows only."
-
-    def config(self, config: LoraConfig, model: nn.Module) -> LoraConfig:
-        """Return a config that also trains the rows.
-
-        Args:
-            config: The adapter's config.
-            model: The base; its weights are not read.
-        """
-        return with_trained_rows(config, model, self.rows)
-
-    def add_rows(self, model: nn.Module) -> None:
-        """Add the missing rows to the base's embeddings.
-
-        Args:
-            model: The base.
-        """
-        grow_vocabulary(model, self.vocabulary)
-
-    def initialize(self, model: nn.Module, name: str) -> None:
-        """Initialize the rows of a new adapter from the tokens' pieces.
-
-        Args:
-            model: The adapted model.
-            name: The adapter.
-        """
-        initialize_rows(model, name, self.added.pieces)
-
-    def unseen(self, loader: Loader) -> list[str]:
+    def unseen(self, loader: data.Loader) -> tuple[str, ...]:
         """Return a warning if tokens do not occur in the training data; their rows keep their initial values.
 
         Args:
             loader: The training batches.
         """
         seen = Counter(number for sequence in loader.sequences for number in sequence.input_ids)
-        never = [token for token, number in self.added.ids.items() if not seen[number]]
-        if not never:
-            return []
-        return [f"New tokens not in the training data, whose rows are not trained: {', '.join(never)}."]
+        never = ", ".join(token for token, number in self.added.ids.items() if not seen[number])
+        return (f"New tokens not in the training data, whose rows are not trained: {never}.",) if never else ()
 
 
-def add_new_tokens(tokenizer: Any, tokens: list[str], base: nn.Module) -> NewTokens:
+def add_new_tokens(tokenizer: data.Tokenizer, tokens: list[str], base: nn.Module) -> NewTokens:
     """Add tokens to a run's tokenizer.
 
     Args:
@@ -351,8 +302,5 @@ def add_new_tokens(tokenizer: Any, tokens: list[str], base: nn.Module) -> NewTok
     added = hub.add_tokens(tokenizer, tokens)
     present = vocabulary_of(base)
     check_growth(base, added.vocabulary)
-    return NewTokens(
-        added,
-        max(present, added.vocabulary),
-        tuple(sorted({*added.ids.values(), *range(present, added.vocabulary)})),
-    )
+    rows = sorted({*added.ids.values(), *range(present, added.vocabulary)})
+    return NewTokens(added, max(present, added.vocabulary), tuple(rows))

@@ -8,6 +8,7 @@ and the system releases it however the process ends.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -15,20 +16,39 @@ import platform
 import re
 import shutil
 import time
-from importlib import metadata
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import lorakit
 from lorakit import durable
 from lorakit.errors import AdapterFileError, DiskError, RunError, UsageError
 from lorakit.report import METRICS_FILE, RUN_FILE, read_metrics
-from lorakit.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from lorakit.train.settings import TrainSettings
 
 FORMAT = 1
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
 _MAX_RECORD_BYTES = 4 << 20
+
+
+@contextlib.contextmanager
+def as_disk_error(path: Path, failure: str) -> Iterator[None]:
+    """Turn an error of the file system within a block into one that names the path and what failed.
+
+    Args:
+        path: The file or directory.
+        failure: A clause about it, such as "cannot be written".
+
+    Raises:
+        DiskError: The block raised an `OSError`.
+    """
+    try:
+        yield
+    except OSError as cause:
+        raise DiskError(f"{path}: {failure} ({cause.strerror}).", where=path) from cause
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -85,46 +105,19 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, lorakit and the installed packages that affect results."""
+    from importlib import metadata
+
     found = {"python": platform.python_version(), "lorakit": lorakit.__version__}
     for name in _PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
-
-
-def data_hashes(paths: list[str]) -> dict[str, str]:
-    """Hash data files.
-
-    Args:
-        paths: The files.
-
-    Returns:
-        SHA-256 as hexadecimal digits by path, in the order given.
-    """
-    return {path: durable.sha256_file(path) for path in paths}
-
-
-TRAIN_FIELDS = (
-    "step",
-    "epoch",
-    "loss",
-    "learning_rate",
-    "grad_norm",
-    "tokens",
-    "trained_tokens",
-    "seconds",
-    "tokens_per_second",
-    "peak_rss_bytes",
-)
-EVAL_FIELDS = ("step", "eval_loss", "eval_perplexity", "eval_tokens")
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class MetricsLog:
+class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
     """Writer of `metrics.jsonl`; a crash can only truncate the last line, which readers skip.
 
     On a full disk, rows are kept in memory and written with the next one that fits.
@@ -139,16 +132,9 @@ class MetricsLog:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / METRICS_FILE
-        try:
+        with as_disk_error(self.path, "cannot be written"):
             self._file = self.path.open("ab", buffering=0)
-        except OSError as cause:
-            raise DiskError(
-                f"{self.path}: cannot be opened for writing ({cause.strerror}).", where=self.path
-            ) from cause
         self.waiting: list[bytes] = []
-
-    def __enter__(self) -> MetricsLog:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -162,7 +148,7 @@ class MetricsLog:
         """Add a row.
 
         Args:
-            row: Exactly the fields of `TRAIN_FIELDS` or `EVAL_FIELDS`, all finite.
+            row: Fields of a training step or an evaluation, all finite.
 
         Raises:
             DiskError: The file cannot be written, for a reason other than a full disk.
@@ -173,15 +159,16 @@ class MetricsLog:
 
     def _write(self) -> None:
         whole, lines = os.fstat(self._file.fileno()).st_size, b"".join(self.waiting)
-        try:
-            written = self._file.write(lines)
-            if written == len(lines):
-                self.waiting.clear()
-            else:
-                self._file.truncate(whole)  # another row must not follow a part of one
-        except OSError as cause:
-            if cause.errno not in _FULL:
-                raise DiskError(f"{self.path}: cannot be written ({cause.strerror}).", where=self.path) from cause
+        with as_disk_error(self.path, "cannot be written"):
+            try:
+                written = self._file.write(lines)
+                if written == len(lines):
+                    self.waiting.clear()
+                else:
+                    self._file.truncate(whole)  # another row must not follow a part of one
+            except OSError as cause:
+                if cause.errno not in _FULL:
+                    raise
 
     def sync(self) -> None:
         """Flush to the disk, so that a power loss never removes a row that a checkpoint counts.
@@ -189,13 +176,11 @@ class MetricsLog:
         Raises:
             DiskError: The file cannot be written.
         """
-        try:
+        with as_disk_error(self.path, "cannot be written"):
             os.fsync(self._file.fileno())
-        except OSError as cause:
-            raise DiskError(f"{self.path}: cannot be written ({cause.strerror}).", where=self.path) from cause
 
 
-def cut_metrics(folder: Path, step: int, evaluated_step: int) -> int:
+def cut_metrics(folder: Path, step: int, evaluated_step: int) -> None:
     """Remove the rows after a checkpoint, and a truncated last line; the resumed run writes them again.
 
     Args:
@@ -203,16 +188,11 @@ def cut_metrics(folder: Path, step: int, evaluated_step: int) -> int:
         step: Step of the checkpoint; -1 removes all rows.
         evaluated_step: Its last evaluated step; -1 for none.
 
-    Returns:
-        The number of complete rows removed.
-
     Raises:
         DiskError: The file cannot be written; the old one is unchanged.
     """
-    rows = read_metrics(folder).rows
-    kept = [row for row in rows if row["step"] <= (evaluated_step if "eval_loss" in row else step)]
+    kept = [row for row in read_metrics(folder).rows if row["step"] <= (evaluated_step if "eval_loss" in row else step)]
     durable.write_text(folder / METRICS_FILE, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
-    return len(rows) - len(kept)
 
 
 _ATTEMPTS = 3
@@ -238,7 +218,15 @@ def lock(folder: Path) -> int:
             return descriptor
         if attempt + 1 < _ATTEMPTS:  # `check_unlocked` of another process holds it for a moment
             time.sleep(_PAUSE_SECONDS)
-    raise _locked_error(folder)
+    process = _owner(folder)
+    who = "another process" if process is None else f"process {process}"
+    raise RunError(
+        f"{folder}: a run is active: {who} is training into this directory; wait until it ends, or use another "
+        "--output-dir.",
+        what=who,
+        where=folder,
+        field="output_dir",
+    )
 
 
 def unlock(descriptor: int) -> None:
@@ -279,18 +267,6 @@ def _try_lock(folder: Path) -> int | None:
     return descriptor
 
 
-def _locked_error(folder: Path) -> RunError:
-    process = _owner(folder)
-    who = "another process" if process is None else f"process {process}"
-    return RunError(
-        f"{folder}: a run is active: {who} is training into this directory; wait until it ends, or use another "
-        "--output-dir.",
-        what=who,
-        where=folder,
-        field="output_dir",
-    )
-
-
 def _owner(folder: Path) -> int | None:
     """Return the process that holds the lock, from Linux's table: number, type, kind, mode, pid, inode, range."""
     try:
@@ -307,8 +283,7 @@ def _owner(folder: Path) -> int | None:
 
 ADAPTER_FOLDER = "adapter"
 PLOT_FILE = "loss.svg"
-_CHECKPOINT_NAME = re.compile(r"checkpoint-(\d{1,12})")
-_ADAPTER_ONLY_NAME = re.compile(r"adapter-only-(\d{1,12})")
+_STEP_IN_NAME = re.compile(r"(?:checkpoint|adapter-only)-(\d{1,12})")
 
 
 def check_output_dir(settings: TrainSettings) -> None:
@@ -347,10 +322,8 @@ def lock_output_dir(folder: Path) -> int:
         RunError: Another process holds the lock.
         DiskError: The directory cannot be created or written.
     """
-    try:
+    with as_disk_error(folder, "cannot be created"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as cause:
-        raise DiskError(f"{folder}: cannot be created ({cause.strerror}).", where=folder) from cause
     descriptor = lock(folder)
     try:
         durable.write_bytes(folder / f"{durable.TEMPORARY}probe", b"")
@@ -363,35 +336,27 @@ def lock_output_dir(folder: Path) -> int:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the directories named as checkpoints, oldest step first, valid or not."""
-    if not folder.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _CHECKPOINT_NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, key=lambda pair: pair[0]) if path.is_dir()]
+    return _by_step(folder.glob("checkpoint-*"))
+
+
+def adapters_only(folder: Path) -> list[Path]:
+    """Return the adapters saved without a checkpoint, oldest step first."""
+    return _by_step(folder.glob("adapter-only-*"))
+
+
+def _by_step(paths: Iterable[Path]) -> list[Path]:
+    return sorted((path for path in paths if step_of(path) >= 0 and path.is_dir()), key=step_of)
 
 
 def step_of(path: Path) -> int:
-    """Return the step in a checkpoint's name, or -1 for any other name."""
-    match = _CHECKPOINT_NAME.fullmatch(path.name)
+    """Return the step in the name of a checkpoint or of an adapter saved without one, or -1 for any other name."""
+    match = _STEP_IN_NAME.fullmatch(path.name)
     return int(match[1]) if match else -1
 
 
 def adapter_only_path(folder: Path, step: int) -> Path:
     """Return the directory of an adapter saved without a checkpoint; it may not exist."""
     return folder / f"adapter-only-{step}"
-
-
-def adapter_only_step(path: Path) -> int:
-    """Return the step in the name of an adapter saved without a checkpoint, or -1 for any other name."""
-    match = _ADAPTER_ONLY_NAME.fullmatch(path.name)
-    return int(match[1]) if match else -1
-
-
-def adapters_only(folder: Path) -> list[Path]:
-    """Return the adapters saved without a checkpoint, oldest step first."""
-    if not folder.is_dir():
-        return []
-    found = (path for path in folder.iterdir() if adapter_only_step(path) >= 0 and path.is_dir())
-    return sorted(found, key=adapter_only_step)
 
 
 def holds_run(folder: Path) -> bool:

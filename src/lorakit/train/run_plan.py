@@ -24,6 +24,7 @@ from lorakit.train.checkpoint import differences, environment
 from lorakit.train.optimizer import Named
 from lorakit.train.progress import Progress
 from lorakit.train.run_adapter import saved_sizes
+from lorakit.train.run_data import tokenizer_files
 from lorakit.train.run_folder import checkpoints, run_files
 from lorakit.train.run_spec import DiskSpace, RunLimits, RunPlan, RunSpec
 
@@ -34,16 +35,16 @@ _MOMENT_BYTES = 2 * 4
 _FOLDER_BYTES = 64 << 10  # configs, manifests, random generators, the model card
 _HEADER_BYTES = 512  # of a tensor in safetensors, and its line in JSON
 _ROW_BYTES = 400  # of metrics.jsonl
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model")
 
 
-def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int]) -> RunPlan:
+def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], progress: Progress) -> RunPlan:
     """Plan a run: its precision ("auto" measures the machine), then its memory and time.
 
     Args:
         spec: The specification; a resumed run keeps its precision.
         limits: The steps.
         lengths: Tokens of each sequence.
+        progress: Receives the plan.
 
     Returns:
         The plan.
@@ -70,9 +71,11 @@ def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int]) -> RunPla
     if spec.settings.memory_budget is not None:
         estimated, reason = plan.within(estimated, plan.bytes_of(spec.settings.memory_budget))
         lines.append(reason)
-    lines += plan.summary(estimated)
-    details += plan.details(estimated)
-    return RunPlan(choice.dtype, estimated.job.recompute, estimated.as_dict(), tuple(lines), tuple(details))
+    for line in (*lines, *plan.summary(estimated)):
+        progress.say(line)
+    for line in (*details, *plan.details(estimated)):
+        progress.detail(line)
+    return RunPlan(choice.dtype, estimated.job.recompute, estimated.as_dict())
 
 
 def _estimate(
@@ -120,25 +123,21 @@ def disk_space(spec: RunSpec, limits: RunLimits, step: int, model: nn.Module, na
     steps, evaluated = max(0, limits.total_steps - step), bool(spec.data.held_out)
     saves = -(-steps // min(limits.save_steps, limits.eval_steps if evaluated else limits.save_steps)) + 1
     present = len(checkpoints(spec.folder)) if settings.resume else 0
-    kept = max(settings.save_total_limit, 2 if evaluated else 1)  # the best and the newest are never removed
-    return DiskSpace(
-        checkpoint=adapter + moments + _FOLDER_BYTES + (tokenizer if spec.forecast.new_tokens else 0),
-        adapter=adapter + tokenizer + _FOLDER_BYTES,
-        log=_FOLDER_BYTES + 2 * _ROW_BYTES * steps,
-        kept=max(0, min(kept, saves + present) - present),
-        writing=int(saves + present > kept),
-    )
+    limit = max(settings.save_total_limit, 2 if evaluated else 1)  # the best and the newest are never removed
+    added = max(0, min(limit, saves + present) - present)
+    checkpoint = adapter + moments + _FOLDER_BYTES + (tokenizer if spec.forecast.new_tokens else 0)
+    published, log = adapter + tokenizer + _FOLDER_BYTES, _FOLDER_BYTES + 2 * _ROW_BYTES * steps
+    replacing = checkpoint if saves + present > limit else 0  # written before the oldest is removed
+    return DiskSpace(checkpoint, published + log, added * checkpoint + max(replacing, published) + log)
 
 
-def check_space(spec: RunSpec, space: DiskSpace) -> list[str]:
+def check_space(spec: RunSpec, space: DiskSpace, progress: Progress) -> None:
     """Compare the disk space that a run needs with the free space.
 
     Args:
         spec: The specification.
         space: Result of `disk_space`.
-
-    Returns:
-        A warning if not all checkpoints fit.
+        progress: Receives a warning if not all checkpoints fit.
 
     Raises:
         DiskError: Not even the adapter fits.
@@ -154,12 +153,11 @@ def check_space(spec: RunSpec, space: DiskSpace) -> list[str]:
             where=folder,
         )
     if free < space.whole:
-        return [
+        progress.say(
             f"warning: {folder}: not all checkpoints may fit: {format_bytes(space.whole)} needed "
             f"({format_bytes(space.checkpoint)} each), {format_bytes(free)} free. If one does not fit, the adapter "
             "alone is saved."
-        ]
-    return []
+        )
 
 
 def check_checkpoint_space(folder: Path, space: DiskSpace) -> None:
@@ -191,7 +189,7 @@ def _tokenizer_bytes(spec: RunSpec) -> int:
     """Return the size of the tokenizer's files in the model directory, or else of its serialized text."""
     source = Path(spec.source.path_or_id)
     if source.is_dir():
-        return _bytes_of({path for pattern in _TOKENIZER_FILES for path in source.glob(pattern)})
+        return _bytes_of(tokenizer_files(source))
     backend = getattr(spec.tokenizer, "backend_tokenizer", None)
     return 0 if backend is None else len(backend.to_str(pretty=True).encode())
 

@@ -17,24 +17,15 @@ import torch
 from torch import nn
 
 from lorakit import hub
-from lorakit.data import Loader
+from lorakit.data import Loader, Split
+from lorakit.durable import sha256_file
 from lorakit.errors import RunError, UsageError
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import Acceleration
-from lorakit.train import checkpoint
+from lorakit.train import checkpoint, run_data, run_folder
 from lorakit.train.checkpoint import TrainState
 from lorakit.train.optimizer import Named
 from lorakit.train.progress import Progress
-from lorakit.train.run_data import (
-    Forecast,
-    RunBatches,
-    RunData,
-    check_single_process,
-    forecast,
-    pick_device,
-    read_data,
-)
-from lorakit.train.run_folder import check_output_dir, checkpoints, data_hashes, lock_output_dir, step_of, versions
 from lorakit.train.settings import TrainSettings
 from lorakit.train.settings_sources import complete
 from lorakit.train.step import Schedule, StepOptions
@@ -68,11 +59,11 @@ class RunSpec:
     lock: int
     device: torch.device
     source: hub.ModelSource
-    data: RunData
+    data: Split
     hashes: Mapping[str, str]
     record: Mapping[str, Any] | None
-    tokenizer: Any
-    forecast: Forecast
+    tokenizer: run_data.SavedTokenizer
+    forecast: run_data.Forecast
     quantization: Quantization | None = None
 
     @classmethod
@@ -90,21 +81,21 @@ class RunSpec:
             UsageError: The settings do not fit the data, this machine or the run directory.
             LorakitError: Data, model or run directory cannot be used; class and message say why.
         """
-        check_single_process()
+        run_data.check_single_process()
         settings = complete(settings)
         settings.lora_config()
         quantization = settings.stored_as()
         if quantization is not None:
             hub.require_quantizer(quantization)
-        device = pick_device(settings.device)
-        check_output_dir(settings)
-        folder, data = Path(settings.output_dir), read_data(settings)
+        device = run_data.pick_device(settings.device)
+        run_folder.check_output_dir(settings)
+        folder, data = Path(settings.output_dir), run_data.read_data(settings)
         if settings.early_stopping_patience is not None and not data.held_out:
             raise UsageError(
                 f"early_stopping_patience needs evaluation data. {data.note}", field="early_stopping_patience"
             )
-        hashes = data_hashes([*settings.data, *(settings.eval_data or ())])
-        record = settings.run_record
+        hashes = {path: sha256_file(path) for path in (*settings.data, *(settings.eval_data or ()))}
+        record = run_folder.read_record(folder) if settings.resume else None
         if record is not None:
             _check_same_data(folder, record, hashes)
             _check_steps_left(folder, settings.max_steps)
@@ -112,8 +103,8 @@ class RunSpec:
         hub.require(source, tokenizer=True)
         quantization = hub.stored_as_files(source, quantization)
         tokenizer = hub.load_tokenizer(source)
-        found = forecast(settings, source, tokenizer)
-        lock = lock_output_dir(folder)
+        found = run_data.forecast(settings, source, tokenizer)
+        lock = run_folder.lock_output_dir(folder)
         return cls(settings, folder, lock, device, source, data, hashes, record, tokenizer, found, quantization)
 
     @property
@@ -136,10 +127,10 @@ def _check_same_data(folder: Path, record: Mapping[str, Any], hashes: Mapping[st
 
 def _check_steps_left(folder: Path, max_steps: int | None) -> None:
     """Raise if the newest valid checkpoint is past the last step; verify only if the name of one is."""
-    if max_steps is None or all(step_of(path) <= max_steps for path in checkpoints(folder)):
+    if max_steps is None or all(run_folder.step_of(path) <= max_steps for path in run_folder.checkpoints(folder)):
         return
     found = checkpoint.newest_valid(folder)
-    if found is not None and step_of(found) > max_steps:
+    if found is not None and run_folder.step_of(found) > max_steps:
         raise UsageError(
             f"cannot resume {folder}: max_steps is {max_steps}, but the run is already at {found.name}; pass a larger "
             "--max-steps, or use another --output-dir.",
@@ -176,34 +167,25 @@ class RunLimits:
             loader: The training batches.
         """
         accumulation = settings.gradient_accumulation_steps
-        epoch = steps_per_epoch(loader.batches_per_epoch, accumulation)
+        epoch = math.ceil(loader.batches_per_epoch / accumulation)  # the last step takes the remaining batches
         total = settings.max_steps or max(1, math.ceil(settings.num_train_epochs * epoch))
         eval_steps = settings.eval_steps or max(1, math.ceil(total / _EVALUATIONS))
         return cls(total, accumulation, eval_steps, settings.save_steps or eval_steps, settings.early_stopping_patience)
 
 
-def steps_per_epoch(batches: int, accumulation: int) -> int:
-    """Return the optimizer steps of one epoch; the last one takes the remaining batches."""
-    return -(-batches // accumulation)
-
-
 @dataclass(frozen=True)
 class RunPlan:
-    """A plan and its text.
+    """Precision, recomputation and estimated cost of a run.
 
     Attributes:
         dtype: Precision of the base: "bfloat16" or "float32".
         recompute: What the backward pass recomputes, from `lorakit.plan.job.RECOMPUTED`.
         values: The plan as plain JSON values.
-        lines: Text to print.
-        details: Text to print with `--verbose`.
     """
 
     dtype: str
     recompute: str
     values: Mapping[str, Any]
-    lines: tuple[str, ...]
-    details: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -212,27 +194,13 @@ class DiskSpace:
 
     Attributes:
         checkpoint: One checkpoint.
-        adapter: The published adapter with its tokenizer.
-        log: `metrics.jsonl` and `run.json`.
-        kept: Maximum number of checkpoints at the same time, without those already on disk.
-        writing: 1 if another checkpoint is written before the oldest is removed, else 0.
+        least: The result alone: the published adapter with its tokenizer, `metrics.jsonl` and `run.json`.
+        whole: The maximum at any time.
     """
 
     checkpoint: int
-    adapter: int
-    log: int
-    kept: int
-    writing: int
-
-    @property
-    def least(self) -> int:
-        """Bytes that the result alone needs."""
-        return self.adapter + self.log
-
-    @property
-    def whole(self) -> int:
-        """The maximum at any time."""
-        return self.kept * self.checkpoint + max(self.writing * self.checkpoint, self.adapter) + self.log
+    least: int
+    whole: int
 
 
 @dataclass
@@ -263,7 +231,7 @@ class Run:
 
     spec: RunSpec
     plan: RunPlan
-    batches: RunBatches
+    batches: run_data.RunBatches
     limits: RunLimits
     schedule: Schedule
     model: nn.Module
@@ -320,7 +288,7 @@ class Run:
                 "trainable_parameters": self.trainable_parameters,
                 "total_parameters": self.total_parameters,
             },
-            "versions": versions(),
+            "versions": run_folder.versions(),
             "data_sha256": dict(spec.hashes),
             "data": self.batches.train_report.as_dict(),
             "evaluation_data": held_out.as_dict() if held_out else None,

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from lorakit.errors import ConfigError, nearest
+from lorakit.errors import ConfigError, did_you_mean, nearest
 from lorakit.train.defaults import DEFAULTS, Stored
 
 if TYPE_CHECKING:
     from lorakit.config import LoraConfig
+    from lorakit.durable import JsonValue
     from lorakit.plan.quantized import Quantization
 
+Given: TypeAlias = "JsonValue | Path | Sequence[str | Path] | Mapping[str, float]"
+"""A value before it is checked, from a flag, a file or a program."""
+
+Value = TypeVar("Value")
 Dtype = Literal["auto", "bfloat16", "float32"]
 Scheduler = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw", "lorafa"]
@@ -33,20 +38,18 @@ INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "eva", "corda", 
 _DTYPE_WORDS = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 
 
-def _one_or_many(value: Any) -> Any:
-    """Turn a single path into a list."""
+def _one_or_many(value: Value) -> Value | list[Any]:
+    """Turn a single path into a list, and paths into text."""
     if isinstance(value, (str, Path)):
-        value = [value]
-    if isinstance(value, (list, tuple)):
-        return [str(item) if isinstance(item, Path) else item for item in value]
-    return value
+        return [str(value)]
+    return [_path_text(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _path_text(value: Any) -> Any:
+def _path_text(value: Value) -> Value | str:
     return str(value) if isinstance(value, Path) else value
 
 
-def _targets(value: Any) -> Any:
+def _targets(value: Value) -> Value | str | list[Any]:
     """Turn a list of one string into the string if that is "all-linear" or a pattern, because flags give lists."""
     if not isinstance(value, (list, tuple, set)):
         return value
@@ -55,7 +58,7 @@ def _targets(value: Any) -> Any:
     return alone if alone == "all-linear" or set(alone) & set(r"*+?^$|()[]{}\\") else names
 
 
-def _rates(value: Any) -> Any:
+def _rates(value: Given) -> dict[str, float]:
     """Return rates by pattern from a mapping, or from strings PATTERN=RATE as flags give them."""
     words = value if isinstance(value, Mapping) else _one_or_many(value)
     if not isinstance(words, (Mapping, list)):
@@ -73,7 +76,7 @@ def _rates(value: Any) -> Any:
     return table
 
 
-def _tokens(value: Any) -> Any:
+def _tokens(value: Given) -> list[str]:
     """Return a list of tokens; a single string, as flags give it, is split at commas."""
     if isinstance(value, str):
         value = [token.strip() for token in value.split(",")]
@@ -87,7 +90,7 @@ def _tokens(value: Any) -> Any:
     return list(value)
 
 
-def _split_rate(entry: Any) -> tuple[str, float | None]:
+def _split_rate(entry: Given) -> tuple[str, float | None]:
     pattern, _, rate = str(entry).rpartition("=")
     try:
         return pattern, float(rate)
@@ -95,7 +98,7 @@ def _split_rate(entry: Any) -> tuple[str, float | None]:
         return pattern, None
 
 
-def _dtype_word(value: Any) -> Any:
+def _dtype_word(value: Value) -> Value | str:
     return _DTYPE_WORDS.get(value, value) if isinstance(value, str) else value
 
 
@@ -189,9 +192,8 @@ class TrainSettings(BaseModel):
     early_stopping_patience: int | None = _setting("early_stopping_patience", ge=1)
     resume: bool = _setting("resume")
     overwrite: bool = _setting("overwrite")
-    _run_record: Mapping[str, Any] | None = PrivateAttr(default=None)
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, **values: Given) -> None:
         try:
             super().__init__(**values)
         except ValidationError as cause:
@@ -218,17 +220,6 @@ class TrainSettings(BaseModel):
         from lorakit.plan.job import recomputed
 
         return recomputed(self.recompute, self.gradient_checkpointing, self.memory_budget, self.accelerate)
-
-    @property
-    def run_record(self) -> Mapping[str, Any] | None:
-        """The record of the resumed run that these settings are merged with, or None."""
-        return self._run_record
-
-    def with_record(self, record: Mapping[str, Any]) -> TrainSettings:
-        """Return the same settings, marked as merged with the record of a resumed run."""
-        settings = self.model_copy()
-        settings._run_record = record
-        return settings
 
     def stored_as(self) -> Quantization | None:
         """Return the requested quantization of the base, or None."""
@@ -287,9 +278,7 @@ def check_names(values: dict[str, Any], where: str = "") -> None:
 
 
 def _unknown(name: str) -> str:
-    close = nearest(name, list(TrainSettings.model_fields), count=1)
-    hint = f"did you mean {close[0]}?" if close else "see `lorakit train --help` for the settings."
-    return f"{name} is not a setting; {hint}"
+    return f"{name} is not a setting; see `lorakit train --help`.{did_you_mean(name, TrainSettings.model_fields)}"
 
 
 def _error(cause: ValidationError) -> ConfigError:
@@ -297,7 +286,7 @@ def _error(cause: ValidationError) -> ConfigError:
 
     The error's fields are those of the first setting.
     """
-    errors: dict[str, Any] = {}
+    errors: dict[str, Mapping[str, Any]] = {}
     for error in cause.errors(include_url=False):
         errors.setdefault(str(error["loc"][0]) if error["loc"] else "settings", error)
     field, first = next(iter(errors.items()))
@@ -312,14 +301,13 @@ def _error(cause: ValidationError) -> ConfigError:
 
 def _choices(name: str) -> tuple[str, ...]:
     """Return the allowed values of a setting; empty if it is not a choice."""
-    field = TrainSettings.model_fields.get(name)
-    return () if field is None else _words(field.annotation)
-
-
-def _words(annotation: Any) -> tuple[str, ...]:
-    if get_origin(annotation) is Literal:
-        return get_args(annotation)
-    return tuple(word for part in get_args(annotation) for word in _words(part))
+    parts = [field.annotation for known, field in TrainSettings.model_fields.items() if known == name]
+    while parts:  # a choice can be inside a union
+        part = parts.pop()
+        if get_origin(part) is Literal:
+            return get_args(part)
+        parts += get_args(part)
+    return ()
 
 
 _EXPECTED = {
@@ -332,7 +320,7 @@ _EXPECTED = {
 }
 
 
-def _message(name: str, error: Any) -> str:
+def _message(name: str, error: Mapping[str, Any]) -> str:
     kind, value = error["type"], error["input"]
     if kind == "extra_forbidden":
         return _unknown(name)
@@ -340,9 +328,8 @@ def _message(name: str, error: Any) -> str:
         meaning = DEFAULTS[name].meaning
         return f"{name} is missing; pass --{name.replace('_', '-')} ({meaning[0].lower()}{meaning[1:]})."
     if kind == "literal_error":
-        allowed = error["ctx"]["expected"]
-        close = nearest(str(value), list(_choices(name)), 1)
-        return f"{name} is {value!r}; it must be {allowed}{f'; did you mean {close[0]}?' if close else '.'}"
+        hint = did_you_mean(str(value), _choices(name))
+        return f"{name} is {value!r}; it must be {error['ctx']['expected']}.{hint}"
     if kind == "value_error":
         return f"{name} is {value!r}; {error['ctx']['error']}."
     if kind in ("too_short", "string_too_short"):

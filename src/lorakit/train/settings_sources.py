@@ -103,7 +103,7 @@ def gather(given: Mapping[str, Any], file: str | Path | None = None) -> TrainSet
 
 
 def complete(settings: TrainSettings) -> TrainSettings:
-    """Return complete settings: a resumed run supplies what was not given, unless `gather` has merged it already.
+    """Return complete settings: a resumed run supplies what was not given; completing them again changes nothing.
 
     Args:
         settings: Settings from `gather` or a program.
@@ -115,7 +115,7 @@ def complete(settings: TrainSettings) -> TrainSettings:
         ConfigError: As `resumed`.
         RunError: As `resumed`.
     """
-    if not settings.resume or settings.run_record is not None:
+    if not settings.resume:
         return settings
     return resumed({name: getattr(settings, name) for name in settings.model_fields_set})
 
@@ -127,7 +127,7 @@ def resumed(values: Mapping[str, Any]) -> TrainSettings:
         values: The given settings, including `output_dir`.
 
     Returns:
-        The settings to resume with, and the run's record in them; only the given ones if the directory has no run yet.
+        The settings to resume with; only the given ones if the directory has no run yet.
 
     Raises:
         ConfigError: A given value is not allowed.
@@ -139,7 +139,7 @@ def resumed(values: Mapping[str, Any]) -> TrainSettings:
         return TrainSettings(**values)
     check_names(dict(values))
     saved = {**record["settings"], "output_dir": str(values["output_dir"]), "overwrite": False}
-    settings = TrainSettings(**{**saved, **values}).with_record(record)
+    settings = TrainSettings(**{**saved, **values})
     before = TrainSettings(**{**saved, "resume": True}).as_dict()
     now = settings.as_dict()
     changed = [n for n in now if now[n] != before[n] and n not in CHANGEABLE_ON_RESUME]

@@ -96,34 +96,6 @@ def oom_as_run_error(batch: Batch, where: str, advice: Callable[[int], str]) -> 
         raise RunError(f"out of memory{where}: batch of {rows} × {length} tokens. {advice(rows)}") from cause
 
 
-def oom_advice(rows: int, recompute: str, *, accelerated: bool, has_budget: bool) -> str:
-    """Return what reduces the memory of a step, in the order to try, without what is already enabled.
-
-    Args:
-        rows: Rows of the batch that did not fit.
-        recompute: What the backward pass recomputes, from `lorakit.plan.job.RECOMPUTED`.
-        accelerated: Whether the model runs fused forwards (`lorakit.speed.accelerate`).
-        has_budget: Whether `recompute` was chosen for a memory budget; the two flags exclude each other.
-
-    Returns:
-        The advice, as one line.
-    """
-    more = [way for way in RECOMPUTED[RECOMPUTED.index(recompute) + 1 :] if accelerated or way != "feed-forward"]
-    options = [] if accelerated else ["fused forwards (omit --no-accelerate)"]
-    if has_budget:
-        options += ["a smaller --memory-budget"] if more else []
-    else:
-        options += [
-            f"--recompute {way}" + (" (or --gradient-checkpointing)" if way == "layers" else "") for way in more
-        ]
-        options += ["--memory-budget, which chooses between these two"] if len(more) > 1 else []
-    if rows > 1:
-        options.append(
-            "half the --per-device-train-batch-size with twice the --gradient-accumulation-steps (same result)"
-        )
-    return f"Try, in this order: {'; '.join([*options, 'a smaller --max-length'])}."
-
-
 def oom_advice_for_evaluation(rows: int) -> str:
     """Return what reduces the memory of an evaluation.
 
@@ -137,7 +109,7 @@ def oom_advice_for_evaluation(rows: int) -> str:
 def _is_out_of_memory(cause: BaseException) -> bool:
     """Return whether an error means that memory ran out.
 
-    The only place that reads torch's text: its CPU allocator and some of its libraries raise a plain RuntimeError
+    The only function that reads torch's messages: its CPU allocator and some libraries raise a plain RuntimeError
     without attributes; only CUDA's error has its own class.
     """
     if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
@@ -160,8 +132,8 @@ def loss_sum(
     Returns:
         A float32 scalar (float64 for a float64 model); divided by the step's tokens with loss it is the mean.
     """
-    inputs: dict[str, Any]
-    inputs, labels = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}, batch.labels
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    labels = batch.labels
     if acceleration is not None and acceleration.packs and batch.tokens < batch.input_ids.numel():
         inputs, labels = pack_rows(batch.input_ids, batch.attention_mask, labels)
     for name, value in inputs.items():  # sequence boundaries are read on the CPU, so that nothing waits for the device
@@ -169,7 +141,7 @@ def loss_sum(
             inputs[name] = value.to(device)
     if acceleration is not None and acceleration.head is not None and acceleration.head.applies():
         return acceleration.head.loss_sum(model, labels, **inputs, use_cache=False)
-    output: Any = model(**inputs, use_cache=False)
+    output = model(**inputs, use_cache=False)
     labels = labels.to(device)
     targets = labels[:, 1:].reshape(-1)
     logits = output.logits[:, :-1].reshape(targets.numel(), -1)  # (rows * (length - 1), vocabulary)
@@ -209,8 +181,27 @@ class StepOptions:
         return torch.autocast(self.device.type, dtype=self.autocast)
 
     def oom_advice(self, rows: int) -> str:
-        """Return what reduces the memory of a step with these options, as `oom_advice` does."""
-        return oom_advice(rows, self.recompute, accelerated=self.acceleration is not None, has_budget=self.has_budget)
+        """Return what reduces the memory of a step, in the order to try, without what is already enabled.
+
+        Args:
+            rows: Rows of the batch that did not fit.
+        """
+        is_fused = self.acceleration is not None
+        more = [
+            name for name in RECOMPUTED[RECOMPUTED.index(self.recompute) + 1 :] if is_fused or name != "feed-forward"
+        ]
+        options = [] if is_fused else ["fused forwards (omit --no-accelerate)"]
+        if self.has_budget:  # the two flags exclude each other
+            options += ["a smaller --memory-budget"] if more else []
+        else:
+            options += [f"--recompute {name}" for name in more if name != "layers"]
+            options += ["--recompute layers (or --gradient-checkpointing)"] if "layers" in more else []
+            options += ["--memory-budget, which chooses between these two"] if len(more) > 1 else []
+        if rows > 1:
+            options.append(
+                "half the --per-device-train-batch-size with twice the --gradient-accumulation-steps (same result)"
+            )
+        return f"Try, in this order: {'; '.join([*options, 'a smaller --max-length'])}."
 
 
 @dataclass(frozen=True)
@@ -297,12 +288,10 @@ def without_gradient(named: Named) -> list[str]:
 
 def _check_not_replaced(model: nn.Module, named: Named) -> None:
     """Raise if the model no longer holds a trained tensor: its replacement would never be updated."""
-    without = [(name, parameter) for name, parameter in named if parameter.grad is None]
-    if not without:
-        return
-    held = {id(parameter) for parameter in model.parameters()}
-    for name, parameter in without:
-        if id(parameter) not in held:
+    without = {id(parameter): name for name, parameter in named if parameter.grad is None}
+    held = {id(parameter) for parameter in model.parameters()} if without else set()
+    for number, name in without.items():
+        if number not in held:
             raise RunError(
                 f"{name} is not the tensor that the optimizer was created for; it was replaced, for example by "
                 "`load_state_dict(assign=True)`. Create the optimizer after that.",

@@ -28,14 +28,6 @@ from lorakit.plan.quantized import stored
 from lorakit.speed import Acceleration, accelerate
 from lorakit.tables import format_count
 from lorakit.train import checkpoint
-from lorakit.train.checkpoint import (
-    Snapshot,
-    TrainState,
-    differences,
-    environment,
-    random_state,
-    restore_random_state,
-)
 from lorakit.train.interrupts import stoppable
 from lorakit.train.loop import Loop
 from lorakit.train.optimizer import build_optimizer, load_state_tensors
@@ -77,8 +69,7 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
             spec = RunSpec.of(settings, progress)
             held.callback(unlock, spec.lock)
             current = prepare(spec, progress, started)
-            for line in check_space(spec, current.space):
-                progress.say(line)
+            check_space(spec, current.space, progress)
         held.enter_context(choices.activate(current.choices))
         _start(current)
         with _failure_recorded(current):
@@ -107,11 +98,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     _report_data(spec, batches, progress)
     loader = batches.loader
     limits = RunLimits.of(settings, loader)
-    plan = plan_run(spec, limits, lengths(loader.sequences))
-    for line in plan.lines:
-        progress.say(line)
-    for line in plan.details:
-        progress.detail(line)
+    plan = plan_run(spec, limits, lengths(loader.sequences), progress)
     model = hub.load_model(spec.source, plan.dtype, spec.device, quantization=settings.stored_as())
     base_bytes = _base_bytes(model, spec)
     resumed_from, damaged = _newest_checkpoint(spec, progress)
@@ -124,20 +111,20 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     before = None if snapshot is None else snapshot.environment
     chosen = autotuned_choices(spec, plan.dtype, model, acceleration, loader, before, progress)
     _seed_everything(settings.seed)
-    state = TrainState()
+    state = checkpoint.TrainState()
     if snapshot is not None:
         load_state_tensors(optimizer, named, snapshot.optimizer)
         loader.load_state(snapshot.state.data)
-        here = environment(spec.device, plan.dtype, spec.quantization_values, choices.to_strings(chosen))
+        here = checkpoint.environment(spec.device, plan.dtype, spec.quantization_values, choices.to_strings(chosen))
         state = _restore(snapshot, here, progress)
+    total, kind = limits.total_steps, settings.lr_scheduler_type
+    course = schedule(settings.learning_rate, total, settings.warmup_ratio, kind)
     return Run(
         spec=spec,
         plan=plan,
         batches=batches,
         limits=limits,
-        schedule=schedule(
-            settings.learning_rate, limits.total_steps, settings.warmup_ratio, settings.lr_scheduler_type
-        ),
+        schedule=course,
         model=model,
         named=named,
         optimizer=optimizer,
@@ -155,8 +142,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
 
 
 def _report_data(spec: RunSpec, batches: RunBatches, progress: Progress) -> None:
-    new = spec.forecast.new_tokens
-    for note in (*spec.forecast.notes, *(() if new is None else (new.description(),))):
+    for note in spec.forecast.notes:
         progress.say(note)
     for line in batches.train_report.lines():
         progress.say(f"training data: {line}")
@@ -191,14 +177,16 @@ def _newest_checkpoint(spec: RunSpec, progress: Progress) -> tuple[Path | None, 
 
 def _enable_checkpointing(model: nn.Module) -> None:
     """Enable non-reentrant gradient checkpointing that keeps the adapter route of the first forward."""
-    wrapped: Any = model  # transformers' own methods, which nn.Module does not declare
-    enable = getattr(wrapped, "activation_checkpointing_enable", None) or wrapped.gradient_checkpointing_enable
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # of transformers; the second is old
+    enable = next(getattr(model, name) for name in names if hasattr(model, name))
     try:
         enable({"use_reentrant": False, "context_fn": core.checkpoint_contexts(model)})
     except ValueError as cause:
         raise ModelError(
             f"{type(model).__name__} does not support gradient checkpointing; omit --recompute layers (or "
-            "--gradient-checkpointing)."
+            "--gradient-checkpointing).",
+            what=type(model).__name__,
+            field="recompute",
         ) from cause
 
 
@@ -235,15 +223,15 @@ def acceleration_lines(acceleration: Acceleration) -> list[str]:
     return lines
 
 
-def _restore(snapshot: Snapshot, here: dict[str, Any], progress: Progress) -> TrainState:
+def _restore(snapshot: checkpoint.Snapshot, here: dict[str, Any], progress: Progress) -> checkpoint.TrainState:
     """Restore the random generators of a checkpoint and return its state; warn if the environment differs."""
-    changed = differences(snapshot.environment, here)
+    changed = checkpoint.differences(snapshot.environment, here)
     if changed:
         progress.say(
             f"This environment differs from the checkpoint's ({'; '.join(changed)}): results agree within rounding, "
             "not bit for bit."
         )
-    restore_random_state(snapshot.random, snapshot.random_plain)
+    checkpoint.restore_random_state(snapshot.random, snapshot.random_plain)
     return snapshot.state
 
 
@@ -302,8 +290,8 @@ def _failure_recorded(current: Run) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _restored_random_state() -> Iterator[None]:
-    tensors, plain = random_state()
+    tensors, plain = checkpoint.random_state()
     try:
         yield
     finally:
-        restore_random_state(tensors, plain)
+        checkpoint.restore_random_state(tensors, plain)
