@@ -1,5 +1,5 @@
-"""Caches and entry points of inits that look at data, beside the installed peft: what its pickles hold is what our
-safetensors hold, under the same names, so that either can be written as the other; a pickle itself is refused.
+"""Caches and entry points of inits that use data, compared with the installed peft: its pickles and our safetensors
+hold the same tensors under the same names, so either can be converted to the other; a pickle itself is rejected.
 """
 
 from __future__ import annotations

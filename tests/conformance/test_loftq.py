@@ -1,4 +1,4 @@
-"""`replace_lora_weights_loftq` beside the installed peft, on a base in four bits, with the weights as they were on disk.
+"""`replace_lora_weights_loftq` compared with the installed peft, on a 4-bit base, with the original weights on disk.
 
 peft sends the weights to a GPU whatever the model is on; a mode of torch's brings them to the CPU here.
 """
@@ -30,7 +30,7 @@ TARGETS = ["q_proj", "down_proj"]
 
 
 class OnCpu(TorchFunctionMode):
-    """What is sent to a GPU stays here."""
+    """Keep tensors that peft sends to a GPU on the CPU."""
 
     def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -187,7 +187,7 @@ def test_weights_of_conv1d_lie_transposed_on_disk(tmp_path: Path) -> None:
     square = plain[0].weight.detach().clone()
     save_file({"0.weight": square.T.contiguous()}, tmp_path / "model.safetensors")
     stored: Any = quantised_linear(plain[0], Quantization("nf4"))
-    stored.source_cls = Conv1D  # as transformers marks what it has quantised
+    stored.source_cls = Conv1D  # as transformers marks a quantized layer
     model = ours.get_peft_model(nn.Sequential(stored), ours.LoraConfig(r=4, lora_alpha=4, target_modules=["0"]))
     ours.replace_lora_weights_loftq(model, tmp_path)
     layer = model.get_base_model()[0]

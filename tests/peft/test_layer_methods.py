@@ -1,4 +1,4 @@
-"""What programs of the field call on adapted layers, and switch in them one by one."""
+"""Attributes and methods of adapted layers that libraries built on PEFT use, layer by layer."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def again(tiny_llama: Any) -> Callable[[], Any]:
 
 @pytest.fixture
 def two(again: Any, tiny_llama: Any) -> Any:
-    """Two adapters "a" and "b" with numbers of their own; "a" is active."""
+    """Two adapters "a" and "b" with different values; "a" is active."""
     model = get_peft_model(tiny_llama, CONFIG, adapter_name="a")
     model.add_adapter("b", CONFIG)
     randomise(model)

@@ -1,4 +1,4 @@
-"""LoRA+ and LoRA-FA of the face: groups, rates and steps are those of the installed peft, but where it is wrong."""
+"""LoRA+ and LoRA-FA of `lorakit.peft`: the installed peft's groups, rates and steps, except its errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State dicts of an adapter and of its base, beside the installed peft."""
+"""State dicts of an adapter and of its base, compared with the installed peft."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`LoraTrainerMixin` over the real Trainer; the long runs, with SFTTrainer and without peft, are programs of their own."""
+"""`LoraTrainerMixin` over the real Trainer; the long runs, with SFTTrainer and without peft, are separate programs."""
 
 from __future__ import annotations
 
@@ -235,4 +235,4 @@ def test_a_base_in_four_bits(peft: bool, tiny_model_directory: Any, tmp_path: Pa
     pytest.importorskip("trl")
     files = tmp_path / "files"
     files.mkdir()
-    assert run("quantised", "mixin", tiny_model_directory, files, peft=peft, links=tmp_path / "links") == FOUR_BITS
+    assert run("quantized", "mixin", tiny_model_directory, files, peft=peft, links=tmp_path / "links") == FOUR_BITS
