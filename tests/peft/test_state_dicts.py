@@ -88,8 +88,9 @@ def test_what_does_not_fit() -> None:
     with pytest.warns(UserWarning, match="because you passed `ignore_mismatched_sizes=True`"):
         set_peft_model_state_dict(model, wrong, ignore_mismatched_sizes=True)
     for do in (get_peft_model_state_dict, lambda m, adapter_name: set_peft_model_state_dict(m, {}, adapter_name)):
-        with pytest.raises(AdapterError, match="adapter 'c' not found on this model"):
+        with pytest.raises(AdapterError, match="Adapter c not found") as refused:
             do(model, adapter_name="c")
+        assert (refused.value.what, refused.value.allowed) == ("c", ("default", "b"))
 
 
 def test_factors_without_memory_get_it() -> None:

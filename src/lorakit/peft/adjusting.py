@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import PeftConfig
-from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.model.index import layers, walk
 from lorakit.core.quantization import weight_format_of
 from lorakit.errors import AdapterError, ConfigError, ConfigTypeError, LorakitError
 
@@ -41,8 +41,8 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         AdapterError: The model has no adapters.
     """
     if not isinstance(multiplier, (float, int)):
-        raise ConfigTypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
-    before = [(module, dict(module.scaling)) for module in model.modules() if isinstance(module, LoraLayer)]
+        raise ConfigTypeError(f"Argument multiplier should be of type float, got {type(multiplier)}", what=multiplier)
+    before = [(layer, dict(layer.scaling)) for _, layer in layers(model)]
     if not before:
         raise AdapterError("scaling is only supported for models with `LoraLayer`s")
     try:
@@ -115,7 +115,8 @@ def update_signature(model: PeftModel, method: str = "all") -> None:
         ConfigError: It is another value.
     """
     if method not in ("forward", "generate", "all"):
-        raise ConfigError(f"method {method} is not supported please choose one of ['forward', 'generate', 'all']")
+        text = f"method {method} is not supported please choose one of ['forward', 'generate', 'all']"
+        raise ConfigError(text, what=method, field="method", allowed=("forward", "generate", "all"))
     if method != "generate":
         update_forward_signature(model)
     if method != "forward":
@@ -149,7 +150,7 @@ def of_linear_weights(model: nn.Module, largest: int) -> dict[str, float]:
         largest: Skip weights with a larger dimension.
     """
     found = {}
-    for path, module in model.named_modules():
+    for path, module in walk(model):
         if isinstance(module, nn.Linear) and max(module.out_features, module.in_features) <= largest:
             base = weight_format_of(module)
             found[path] = condition_number(base.read(module, base.stored(module, "weight")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lorakit import core
 from lorakit.config import LoraConfig, looks_like_a_hub_id
+from lorakit.config.types import Value
 from lorakit.core.attachment.loading import check_base, place_adapter
 from lorakit.core.files.adapter_folder import AdapterFiles, read_adapter
 from lorakit.core.files.inspecting import implausible, judge_files
@@ -29,22 +30,20 @@ if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
 
 
-def adapter_folder(model_id: str | os.PathLike[str], subfolder: str | None, revision: str | None) -> Path:
+def adapter_folder(model_id: str | os.PathLike[str], options: MutableMapping[str, Any]) -> Path:
     """Return the local directory of an adapter; downloads a hub id into the hub's cache.
 
     Args:
         model_id: A directory, or a hub id.
-        subfolder: A directory inside it.
-        revision: Revision on the hub.
+        options: Options of the call; `subfolder`, a directory inside it, and `revision` on the hub are taken out.
 
     Raises:
         AdapterFileError: Neither exists.
     """
-    folder = Path(model_id)
-    if folder.exists() or not looks_like_a_hub_id(model_id):
-        return folder / subfolder if subfolder else folder
-    fetched = adapter_from_hub(str(model_id), revision=revision, subfolder=subfolder)
-    return fetched / subfolder if subfolder else fetched
+    folder, subfolder, revision = Path(model_id), options.pop("subfolder", None), options.pop("revision", None)
+    if looks_like_a_hub_id(model_id) and not folder.exists():
+        folder = adapter_from_hub(str(model_id), revision=revision, subfolder=subfolder)
+    return folder / (subfolder or "")
 
 
 LENIENT = tuple(word for word in ALLOWANCES if word != "nonfinite")
@@ -180,7 +179,7 @@ def renamed(key: str, key_mapping: Mapping[str, str]) -> str:
 
 
 def load_peft_weights(
-    model_id: str, device: str | None = None, key_mapping: Mapping[str, str] | None = None, **kwargs: Any
+    model_id: str, device: str | None = None, key_mapping: Mapping[str, str] | None = None, **kwargs: Value
 ) -> dict[str, Tensor]:
     """Return the tensors of a saved adapter.
 
@@ -196,6 +195,6 @@ def load_peft_weights(
     Raises:
         AdapterFileError: Files are missing or damaged.
     """
-    files = read_adapter(adapter_folder(model_id, kwargs.get("subfolder"), kwargs.get("revision")))
+    files = read_adapter(adapter_folder(model_id, kwargs))
     tensors = {renamed(key, key_mapping or {}): tensor for key, tensor in files.file.tensors.items()}
     return tensors if device is None else {key: tensor.to(device) for key, tensor in tensors.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -18,6 +18,7 @@ from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.index import find_state, layers, walk
 from lorakit.core.variants import own_tensors
+from lorakit.errors import AdapterError
 
 if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
@@ -43,6 +44,36 @@ def configs_of(model: nn.Module) -> dict[str, LoraConfig]:
     """Return the dictionary of configs by adapter; empty without adapters."""
     state = find_state(model)
     return {} if state is None else state.configs
+
+
+def as_names(adapter_names: str | Iterable[str]) -> list[str]:
+    """Return adapter names as a list; PEFT accepts one name or several."""
+    return [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+
+
+def check_exist(
+    configs: Mapping[str, LoraConfig], adapter_names: str | Iterable[str], problem: str = "not found"
+) -> None:
+    """Check that a model has adapters.
+
+    Args:
+        configs: The configs by adapter.
+        adapter_names: One name or several.
+        problem: PEFT's words for a missing one.
+
+    Raises:
+        AdapterError: One is missing; `what` is its name.
+    """
+    for name in as_names(adapter_names):
+        if name not in configs:
+            text = f"Adapter {name} {problem}. Adapters here: {', '.join(configs) or 'none'}."
+            raise AdapterError(text, what=name, allowed=configs)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return the number of trained parameters, and of all parameters with the adapters."""
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
 
 
 def holders_of(module: AdapterModule) -> Iterator[nn.ModuleDict | nn.ParameterDict]:
@@ -155,8 +186,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
         adapter_names: One name or several; a missing one is ignored, as in PEFT.
         requires_grad: Whether to train them.
     """
-    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-    core.set_trained(model, dict.fromkeys(names, requires_grad))
+    core.set_trained(model, dict.fromkeys(as_names(adapter_names), requires_grad))
 
 
 def pause(model: nn.Module) -> list[nn.Parameter]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +24,8 @@ from lorakit.core.model.activation import parameters_by_adapter
 from lorakit.core.model.checks import ALLOWANCES
 from lorakit.core.model.index import find_state
 from lorakit.core.model.ties import LEFT_ALONE, NOTHING_TIED
-from lorakit.errors import AdapterError, ConfigError, MergeError, NotYetSupported, RouteError, warn_caller
+from lorakit.core.routing.state import AdapterState
+from lorakit.errors import AdapterError, ConfigError, MergeError, NotYetSupported, warn_caller
 from lorakit.peft import model_adapters
 from lorakit.peft.data_inits import for_attaching
 from lorakit.peft.layer_methods import answer_as_peft
@@ -71,7 +72,10 @@ def kinds_of(config: LoraConfig | None) -> list[Kind]:
 
 
 def set_adapter(
-    model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: Any = None
+    model: nn.Module,
+    adapter_name: str | Sequence[str],
+    inference_mode: bool = False,
+    layer_cls: type[nn.Module] | None = None,
 ) -> None:
     """Activate adapters and train only these.
 
@@ -88,7 +92,7 @@ def set_adapter(
 
 
 def delete_adapter(
-    model: nn.Module, adapter_name: str, prefix: str = "lora_", layer_cls: Any = None
+    model: nn.Module, adapter_name: str, prefix: str = "lora_", layer_cls: type[nn.Module] | None = None
 ) -> list[str] | None:
     """Remove an adapter; if it was active, the first of the others becomes active.
 
@@ -116,11 +120,55 @@ CONFIGS = "peft_config"
 """Attribute of the user's model that holds its adapters' configs for other programs."""
 
 
-class BaseTuner(nn.Module):
-    """Holds the user's model and acts on its adapters.
+class OverModel(nn.Module):
+    """Queries about the adapters of a model, for the tuner and the wrapper around it.
 
     Attributes:
         model: The user's own model, adapted in place.
+    """
+
+    model: nn.Module
+
+    @property
+    def peft_config(self) -> dict[str, LoraConfig]:
+        """The dictionary of configs by adapter."""
+        return model_adapters.configs_of(self.model)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that are active by default, also while they are disabled."""
+        state = find_state(self.model)
+        return [] if state is None else list(state.chosen.names)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or a list unless there is exactly one."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Train or freeze adapters, whichever are active.
+
+        Args:
+            adapter_names: One name or several; a missing one is ignored.
+            requires_grad: Whether to train them.
+        """
+        model_adapters.set_requires_grad(self.model, adapter_names, requires_grad)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return whether an adapter's update can be written as plain LoRA: not if it depends on the position.
+
+        Args:
+            adapter_name: The adapter.
+        """
+        config = self.peft_config.get(adapter_name)
+        return config is not None and config.alora_invocation_tokens is None
+
+
+class BaseTuner(OverModel):
+    """Holds the user's model and acts on its adapters.
+
+    Attributes:
         prefix: Prefix of the names of an adapter's parameters.
         tuner_layer_cls: Class of the adapted layers.
         target_module_mapping: Default targets by the base's `model_type`.
@@ -129,7 +177,7 @@ class BaseTuner(nn.Module):
 
     prefix: ClassVar[str] = "lora_"
     tuner_layer_cls: ClassVar[type[nn.Module]] = LoraLayer
-    target_module_mapping: ClassVar[Mapping[str, Any]] = DEFAULT_TARGETS
+    target_module_mapping: ClassVar[Mapping[str, str | Collection[str]]] = DEFAULT_TARGETS
     uses_shared_state: ClassVar[bool] = False
 
     def __init__(
@@ -163,35 +211,16 @@ class BaseTuner(nn.Module):
             return getattr(self.model, name)
 
     def _penalty(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
-        """Return the penalties of some adapters, the active ones where none is named: a scalar, or 0.0."""
-        if adapter_names is None:
+        """Return the penalties of some adapters, by default the active ones: a scalar, or 0.0."""
+        with contextlib.ExitStack() as stack:
+            if adapter_names is not None:
+                stack.enter_context(core.use(self.model, *model_adapters.as_names(adapter_names)))
             found = core.penalties(self.model)
-        else:
-            names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-            with core.use(self.model, *names):
-                found = core.penalties(self.model)
         return 0.0 if found is None else found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the user's model."""
         return self.model(*args, **kwargs)
-
-    @property
-    def peft_config(self) -> dict[str, LoraConfig]:
-        """The dictionary of configs by adapter."""
-        return model_adapters.configs_of(self.model)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The adapters that are active by default, also while they are disabled."""
-        state = find_state(self.model)
-        return [] if state is None else list(state.chosen.names)
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The active adapter's name, or a list unless there is exactly one."""
-        names = self.active_adapters
-        return names[0] if len(names) == 1 else names
 
     @property
     def targeted_module_names(self) -> list[str]:
@@ -281,13 +310,10 @@ class BaseTuner(nn.Module):
             RouteError: The adapter does not exist.
             ConfigError: Two of them copy the same module.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        state = find_state(self.model)
-        if state is None:
-            if not names:
-                return
-            raise RouteError(f"Adapter {names[0]!r} not found on this model. Adapters here: none.")
+        names, state = model_adapters.as_names(adapter_name), find_state(self.model) or AdapterState()
         state.check(names)
+        if not state.configs:
+            return
         members = state.members()
         check_together(members, names)
         if any(model_adapters.merged_at(module) for module in members):
@@ -295,15 +321,6 @@ class BaseTuner(nn.Module):
             core.unmerge(self.model)
         core.activate(self.model, *names)
         core.set_trained(self.model, {} if inference_mode else dict.fromkeys(names, True), others=False)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Train or freeze adapters, whichever are active.
-
-        Args:
-            adapter_names: One name or several; a missing one is ignored.
-            requires_grad: Whether to train them.
-        """
-        model_adapters.set_requires_grad(self.model, adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was active, the first of the others becomes active.
@@ -314,11 +331,11 @@ class BaseTuner(nn.Module):
         Raises:
             AdapterError: The adapter does not exist or is merged.
         """
-        if adapter_name not in self.peft_config:
-            raise AdapterError(f"Adapter {adapter_name} does not exist", what=adapter_name, allowed=self.peft_config)
+        model_adapters.check_exist(self.peft_config, adapter_name, "does not exist")
         if adapter_name in model_adapters.merged_adapters(self.model):
             raise AdapterError(
-                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first.",
+                what=adapter_name,
             )
         active = self.active_adapters
         core.detach(self.model, adapter_name)
@@ -329,17 +346,8 @@ class BaseTuner(nn.Module):
             warn_caller(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.")
             self.set_adapter(left[0])
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether an adapter's update can be written as plain LoRA: not if it depends on the position.
-
-        Args:
-            adapter_name: The adapter.
-        """
-        config = self.peft_config.get(adapter_name)
-        return config is not None and config.alora_invocation_tokens is None
-
     def _get_module_names_tied_with_embedding(self) -> list[str]:
-        """Call `structure.names_tied_with_embedding`, under PEFT's name."""
+        """Call `names_tied_with_embedding`, under PEFT's name."""
         return names_tied_with_embedding(self.model)
 
     def is_partly_disabled(self) -> bool:
@@ -365,7 +373,11 @@ class BaseTuner(nn.Module):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(
-        self, *_: Any, adapter_names: Sequence[str] | None = None, alora_offsets: Any = None, **__: Any
+        self,
+        *_: Any,
+        adapter_names: Sequence[str] | None = None,
+        alora_offsets: Sequence[int | None] | None = None,
+        **__: Any,
     ) -> Iterator[None]:
         """Assign one adapter per row within a context, as programs over a bare tuner do."""
         starts = contextlib.nullcontext() if alora_offsets is None else core.invoked(self.model, offsets=alora_offsets)
@@ -457,7 +469,7 @@ class BaseTuner(nn.Module):
         """
         fresh = self._unmerged(adapter_names, quiet=True)
         untie, tied = warn_of_ties(self.model, fresh) if fresh else (False, False)
-        config: Any = getattr(self.model, "config", None)
+        config = getattr(self.model, "config", None)
         if tied and config is not None:
             config.tie_word_embeddings = False
         if fresh:
@@ -485,7 +497,9 @@ class BaseTuner(nn.Module):
 class LoraModel(BaseTuner):
     """Holds the user's model and acts on its LoRA adapters."""
 
-    target_module_mapping: ClassVar[Mapping[str, Any]] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: ClassVar[Mapping[str, str | Collection[str]]] = (
+        TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    )
 
     def add_weighted_adapter(
         self,
