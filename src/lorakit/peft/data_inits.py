@@ -68,11 +68,8 @@ class Cache:
         try:
             file = read_tensors(str(path))
         except AdapterFileError as cause:
-            raise AdapterFileError(
-                f"{cause} Caches are safetensors here and pickles in PEFT: remove the file, or convert it with "
-                "safetensors.torch.save_file.",
-                **cause.fields,
-            ) from None
+            text = f"{cause} Caches are safetensors here, pickles in PEFT: convert it with safetensors.torch.save_file."
+            raise AdapterFileError(text, **cause.fields) from None
         return cls(str(path), file.tensors, file.metadata)
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -137,14 +134,11 @@ def for_attaching(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, cor
     name, function = (EIGENS, "preprocess_corda") if init == "corda" else (GRADIENT, "preprocess_loraga")
     found = {path: vars(module).pop(name) for path, module in walk(model) if name in vars(module)}
     if not found:
-        raise ConfigError(
-            f"`{name}` attribute not found for layer, please run `{function}` first: init_lora_weights={init!r} needs "
-            "data.",
-            what=init,
-            field="init_lora_weights",
-        )
+        text = f"`{name}` attribute not found for layer, please run `{function}` first."
+        raise ConfigError(text, what=init, field="init_lora_weights")
     if init == "corda":
-        return config, core.Statistics(config, {path: _tensors(eigens) for path, eigens in found.items()})
+        tensors = {path: {"U": one.U_WC, "S": one.S_WC, "Vh": one.V_WC.T} for path, one in found.items()}
+        return config, core.Statistics(config, tensors)
     if config.lora_ga_config is None:
         raise ConfigError("lora_ga_config must be provided when init_lora_weights='lora_ga'.", field="lora_ga_config")
     sites = DataSites.of(model, config, ("partial_targets",))
@@ -153,15 +147,8 @@ def for_attaching(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, cor
     )
     without = [match.path for match in sites.matches if match.path not in statistics.sites]
     if without:
-        warn_caller(
-            f"LoRA-GA has no gradient for {', '.join(without)}; they use init_lora_weights=True. preprocess_loraga "
-            "collects those of dense layers that the loss depends on."
-        )
+        warn_caller(f"LoRA-GA has no gradient for {', '.join(without)}; they use init_lora_weights=True.")
     return config, dataclasses.replace(statistics, others_usual=True)
-
-
-def _tensors(eigens: CordaEigens) -> dict[str, Tensor]:
-    return {"U": eigens.U_WC, "S": eigens.S_WC, "Vh": eigens.V_WC.T}
 
 
 def _mean_gradient(module: nn.Module, gradient: Tensor) -> GradientStatistics:
@@ -322,11 +309,8 @@ def _check_gradients_exist(modules: Mapping[str, nn.Module]) -> None:
         if not weight_format_of(module).written:
             raise ConfigError(NOT_WRITTEN.format(parameter=f"{path}.weight", type=type(module).__name__), where=path)
         if weight_format_of(module).quantized or hasattr(module, "quant_state"):
-            raise ConfigError(
-                f"LoRA-GA does not support quantized models. Found quantized module: {path!r}: its weight has no "
-                "gradient. Collect on the base before it is quantized.",
-                where=path,
-            )
+            text = f"LoRA-GA does not support quantized models. Found quantized module: {path!r}. Quantize afterwards."
+            raise ConfigError(text, where=path)
 
 
 def _gradients_from(cache: Cache, modules: Mapping[str, nn.Module]) -> None:

@@ -23,7 +23,6 @@ from lorakit.errors import AdapterError, ConfigError, NotYetSupported, did_you_m
 from lorakit.peft import model_adapters, saving, status
 from lorakit.peft.loaded import LoadResult, adapter_folder, load_by_names, load_whole
 from lorakit.peft.mixed_batches import in_peft_words, options_of_call
-from lorakit.peft.saving import write_card
 from lorakit.peft.state_dicts import get_peft_model_state_dict
 from lorakit.peft.tuner import LoraModel, OverModel
 from lorakit.peft.utilities import checkpoints, take_gradients_at_the_input
@@ -241,10 +240,8 @@ class PeftModel(OverModel):
         if adapter_name in self.peft_config:
             raise AdapterError(f"Adapter with name '{adapter_name}' already exists.", what=adapter_name)
         self.base_model.inject(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
-        own = self.peft_config[adapter_name]
-        own.base_model_name_or_path = (
-            getattr(self.get_base_model(), "name_or_path", None) or own.base_model_name_or_path
-        )
+        own, name = self.peft_config[adapter_name], getattr(self.get_base_model(), "name_or_path", None)
+        own.base_model_name_or_path = name or own.base_model_name_or_path
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate adapters and train only these.
@@ -257,18 +254,10 @@ class PeftModel(OverModel):
             AdapterError: The adapter does not exist.
         """
         self._check_exist(adapter_name)
-        self.base_model.set_adapter(adapter_name, inference_mode)
+        super().set_adapter(adapter_name, inference_mode)
 
     def _check_exist(self, adapter_name: str | Sequence[str]) -> None:
         model_adapters.check_exist(self.peft_config, adapter_name)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter.
-
-        Raises:
-            AdapterError: The adapter does not exist.
-        """
-        self.base_model.delete_adapter(adapter_name)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -348,13 +337,10 @@ class PeftModel(OverModel):
         if is_main_process:
             self.create_or_update_model_card(save_directory)
 
-    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
-        """Make the output of the input embedding require gradients.
-
-        Args:
-            model: The user's model.
-        """
-        take_gradients_at_the_input(model)
+    prepare_model_for_gradient_checkpointing = staticmethod(take_gradients_at_the_input)
+    get_layer_status = status.get_layer_status
+    get_model_status = status.get_model_status
+    create_or_update_model_card = saving.write_card
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Call the model.
@@ -410,22 +396,6 @@ class PeftModel(OverModel):
         percent = 100 * trainable / total if total else 0.0
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}")
 
-    def get_layer_status(self) -> list[status.TunerLayerStatus]:
-        """Return the status of every adapted layer; see `status.get_layer_status`."""
-        return status.get_layer_status(self)
-
-    def get_model_status(self) -> status.TunerModelStatus:
-        """Return the status of the model; see `status.get_model_status`."""
-        return status.get_model_status(self)
-
-    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
-        """Write an adapter's `README.md`, or add what an existing one lacks.
-
-        Args:
-            output_dir: The adapter's directory.
-        """
-        write_card(self, Path(output_dir))
-
     def push_to_hub(
         self,
         repo_id: str,
@@ -472,16 +442,16 @@ class PeftModel(OverModel):
 _WANTED_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict", "task_ids")
 
 
-def _forward_of(*columns: str) -> Callable[..., Any]:
-    """Make a forward that takes these columns, by position or by name, followed by PEFT's options.
+def _forward_of(columns: str) -> Callable[..., Any]:
+    """Make a forward that takes ids, a mask and these columns, by position or by name, followed by PEFT's options.
 
     None is not passed to the model: models take different arguments.
     """
-    names = (*columns, *_WANTED_OUTPUTS)
+    names = ("input_ids", "attention_mask", *columns.split(), *_WANTED_OUTPUTS)
 
-    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: PeftModel, *args: Tensor | bool | None, **kwargs: Any) -> Any:
         """Call the model; see `PeftModel.forward` for `adapter_names`."""
-        named = dict(zip(names, args, strict=False))
+        named: dict[str, Any] = dict(zip(names, args, strict=False))
         if len(args) > len(named) or named.keys() & kwargs.keys():
             signature.bind(self, *args, **kwargs)  # raises Python's TypeError for too many or repeated arguments
         named.update(kwargs)
@@ -499,45 +469,39 @@ class PeftModelForCausalLM(PeftModel):
     """For decoder-only language models."""
 
     task = TaskType.CAUSAL_LM
-    forward = _forward_of("input_ids", "attention_mask", "inputs_embeds", "labels")
+    forward = _forward_of("inputs_embeds labels")
 
 
 class PeftModelForSeq2SeqLM(PeftModel):
     """For encoder-decoder language models."""
 
     task = TaskType.SEQ_2_SEQ_LM
-    forward = _forward_of(
-        *("input_ids", "attention_mask", "inputs_embeds"),
-        *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "labels"),
-    )
+    forward = _forward_of("inputs_embeds decoder_input_ids decoder_attention_mask decoder_inputs_embeds labels")
 
 
 class PeftModelForSequenceClassification(PeftModel):
     """For classifiers of whole texts; the head is saved and trained in full."""
 
     task = TaskType.SEQ_CLS
-    forward = _forward_of("input_ids", "attention_mask", "inputs_embeds", "labels")
+    forward = _forward_of("inputs_embeds labels")
 
 
 class PeftModelForTokenClassification(PeftModel):
     """For classifiers of tokens; the head is saved and trained in full."""
 
     task = TaskType.TOKEN_CLS
-    forward = _forward_of("input_ids", "attention_mask", "inputs_embeds", "labels")
+    forward = _forward_of("inputs_embeds labels")
 
 
 class PeftModelForQuestionAnswering(PeftModel):
     """For extractive question answering; the head is saved and trained in full."""
 
     task = TaskType.QUESTION_ANS
-    forward = _forward_of(
-        *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
-        *("start_positions", "end_positions"),
-    )
+    forward = _forward_of("token_type_ids position_ids inputs_embeds start_positions end_positions")
 
 
 class PeftModelForFeatureExtraction(PeftModel):
     """For models whose hidden states are used."""
 
     task = TaskType.FEATURE_EXTRACTION
-    forward = _forward_of("input_ids", "attention_mask", "inputs_embeds")
+    forward = _forward_of("inputs_embeds")

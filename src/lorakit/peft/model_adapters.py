@@ -31,8 +31,10 @@ def is_wrapper(model: nn.Module) -> TypeGuard[PeftModel]:
 
 
 def user_model(model: nn.Module) -> nn.Module:
-    """Return the user's model inside a wrapper, or the model itself."""
-    return model.get_base_model() if is_wrapper(model) else model
+    """Return the user's model inside a wrapper or a tuner, or the model itself."""
+    if is_wrapper(model):
+        return model.get_base_model()
+    return model.get_submodule("model") if hasattr(type(model), "tuner_layer_cls") else model
 
 
 def adapted(model: nn.Module) -> Iterator[AdapterModule]:

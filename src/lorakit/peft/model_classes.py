@@ -34,7 +34,7 @@ class _BaseAutoPeftModel:
 
     task: ClassVar[TaskType | None] = None
 
-    def __init__(self, *_: Any, **__: Any) -> None:
+    def __init__(self, *_: nn.Module | Value, **__: nn.Module | Value) -> None:
         name = type(self).__name__
         raise OSError(
             f"{name} is designed to be instantiated using the "
@@ -95,11 +95,11 @@ class _BaseAutoPeftModel:
         return PeftModel.from_pretrained(model, folder, adapter_name, is_trainable, config)
 
 
-def _other_class(asked: TaskType | None, task: Any) -> str:
+def _other_class(asked: TaskType | None, task: TaskType | str) -> str:
     if asked is None:
         return (
             "Cannot use `AutoPeftModel` with a task type, please use a specific class for your task type. (e.g. "
-            f"`AutoPeftModelForCausalLM` for `task_type='CAUSAL_LM'`; this adapter's is {task.value!r})"
+            f"`AutoPeftModelForCausalLM` for `task_type='CAUSAL_LM'`; this adapter's is {TaskType(task).value!r})"
         )
     wanted = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task].__name__ if task else "PeftModel"
     return (
@@ -190,7 +190,7 @@ class PeftMixedModel(PeftModel):
         """
         self._check_exist(adapter_name)
         for name in as_names(adapter_name):
-            self.base_model.delete_adapter(name)
+            super().delete_adapter(name)
 
     def _check_exist(self, adapter_name: str | Sequence[str]) -> None:
         missing = sorted(set(as_names(adapter_name)) - set(self.peft_config))

@@ -54,14 +54,14 @@ model = model.merge_and_unload()  # to merge it into the base permanently
 """Text of a new card; it stays valid if the adapter is trained further."""
 
 
-def write_card(model: PeftModel, folder: Path) -> None:
-    """Write a card, or add fields that an existing card's header lacks.
+def write_card(model: PeftModel, output_dir: str | PathLike[str]) -> None:
+    """Write an adapter's card, or add fields that an existing card's header lacks.
 
     Args:
         model: The wrapper.
-        folder: The adapter's directory.
+        output_dir: The adapter's directory.
     """
-    path = folder / "README.md"
+    path = Path(output_dir) / "README.md"
     header, text = _parts(path.read_text("utf-8") if path.is_file() else "")
     given = {line.partition(":")[0] for line in header}
     for field, lines in _metadata(model):

@@ -130,9 +130,7 @@ def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
     )
 
 
-def _flags_and_devices(
-    modules: Iterable[AdapterModule],
-) -> tuple[dict[str, bool | Irregular], dict[str, list[str]]]:
+def _flags_and_devices(modules: Iterable[AdapterModule]) -> tuple[dict[str, bool | Irregular], dict[str, list[str]]]:
     """Return adapter -> whether its parameters are trained, and adapter -> types of device of its parameters."""
     held: dict[str, list[nn.Parameter]] = defaultdict(list)
     for module in modules:

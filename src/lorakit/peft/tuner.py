@@ -26,25 +26,13 @@ from lorakit.core.model.index import find_state
 from lorakit.core.model.ties import LEFT_ALONE, NOTHING_TIED
 from lorakit.core.routing.state import AdapterState
 from lorakit.errors import AdapterError, ConfigError, MergeError, NotYetSupported, warn_caller
-from lorakit.peft import model_adapters
+from lorakit.peft import matching, model_adapters, weighted
 from lorakit.peft.data_inits import for_attaching
 from lorakit.peft.layer_methods import answer_as_peft
-from lorakit.peft.matching import (
-    check_parameters,
-    check_together,
-    config_for_keys,
-    messages_of_missing,
-    messages_of_own_biases,
-    no_target_in_peft_words,
-    not_yet_merged,
-    warn_of_ties,
-    with_own_targets,
-)
 from lorakit.peft.mixed_batches import BASE_NAME
 from lorakit.peft.paths import PENALTY_METHODS
 from lorakit.peft.placeholders import PartialTargetsWarning, PeftWarning
 from lorakit.peft.utilities import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, names_tied_with_embedding
-from lorakit.peft.weighted import add_weighted_adapter
 
 
 def kinds_of(config: LoraConfig | None) -> list[Kind]:
@@ -164,6 +152,53 @@ class OverModel(nn.Module):
         config = self.peft_config.get(adapter_name)
         return config is not None and config.alora_invocation_tokens is None
 
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activate adapters and train only these.
+
+        Args:
+            adapter_name: One name or several.
+            inference_mode: Activate them frozen.
+
+        Raises:
+            RouteError: The adapter does not exist.
+            ConfigError: Two of them copy the same module.
+        """
+        names, state = model_adapters.as_names(adapter_name), find_state(self.model) or AdapterState()
+        state.check(names)
+        if not state.configs:
+            return
+        members = state.members()
+        matching.check_together(members, names)
+        if any(model_adapters.merged_at(module) for module in members):
+            warn_caller("Adapter cannot be set when the model is merged. Unmerging the model first.")
+            core.unmerge(self.model)
+        core.activate(self.model, *names)
+        core.set_trained(self.model, {} if inference_mode else dict.fromkeys(names, True), others=False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it was active, the first of the others becomes active.
+
+        Args:
+            adapter_name: Its name.
+
+        Raises:
+            AdapterError: The adapter does not exist or is merged.
+        """
+        model_adapters.check_exist(self.peft_config, adapter_name, "does not exist")
+        if adapter_name in model_adapters.merged_adapters(self.model):
+            raise AdapterError(
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first.",
+                what=adapter_name,
+            )
+        active = self.active_adapters
+        core.detach(self.model, adapter_name)
+        left = sorted(self.peft_config)
+        if not left:
+            self.model.__dict__.pop(CONFIGS, None)
+        elif active == [adapter_name]:
+            warn_caller(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.")
+            self.set_adapter(left[0])
+
 
 class BaseTuner(OverModel):
     """Holds the user's model and acts on its adapters.
@@ -267,17 +302,17 @@ class BaseTuner(OverModel):
             ConfigError: The config does not fit.
         """
         self._check_new_adapter_config(config)
-        active, config = self.active_adapters, with_own_targets(self.model, config, self.target_module_mapping)
-        asked = config if state_dict is None else config_for_keys(self.model, config, state_dict)
+        active, config = self.active_adapters, matching.with_own_targets(self.model, config, self.target_module_mapping)
+        asked = config if state_dict is None else matching.config_for_keys(self.model, config, state_dict)
         asked, found = for_attaching(self.model, asked)
-        with garbage_collector_paused(), no_target_in_peft_words(self.model, config):
+        with garbage_collector_paused(), matching.no_target_in_peft_words(self.model, config):
             report = core.attach(self.model, asked, name, allow=ALLOWANCES, kinds=kinds_of(config), statistics=found)
         answer_as_peft(self.model)
         self.peft_config[name].init_lora_weights = config.init_lora_weights
         self.peft_config[name].eva_config = config.eva_config
-        for message in messages_of_missing(config, report):
+        for message in matching.messages_of_missing(config, report):
             warn_caller(message, PartialTargetsWarning)
-        for message in messages_of_own_biases(self.model, name):
+        for message in matching.messages_of_own_biases(self.model, name):
             warn_caller(message, PeftWarning)
         for note in report.notes:
             if note.kind in {LEFT_ALONE, NOTHING_TIED}:
@@ -297,54 +332,7 @@ class BaseTuner(OverModel):
                 f"{type(self).__name__} supports only 1 adapter with bias. When using multiple adapters, set bias to "
                 "'none' for all adapters."
             )
-        check_parameters(self.model, self.peft_config, config)
-
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activate adapters and train only these.
-
-        Args:
-            adapter_name: One name or several.
-            inference_mode: Activate them frozen.
-
-        Raises:
-            RouteError: The adapter does not exist.
-            ConfigError: Two of them copy the same module.
-        """
-        names, state = model_adapters.as_names(adapter_name), find_state(self.model) or AdapterState()
-        state.check(names)
-        if not state.configs:
-            return
-        members = state.members()
-        check_together(members, names)
-        if any(model_adapters.merged_at(module) for module in members):
-            warn_caller("Adapter cannot be set when the model is merged. Unmerging the model first.")
-            core.unmerge(self.model)
-        core.activate(self.model, *names)
-        core.set_trained(self.model, {} if inference_mode else dict.fromkeys(names, True), others=False)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; if it was active, the first of the others becomes active.
-
-        Args:
-            adapter_name: Its name.
-
-        Raises:
-            AdapterError: The adapter does not exist or is merged.
-        """
-        model_adapters.check_exist(self.peft_config, adapter_name, "does not exist")
-        if adapter_name in model_adapters.merged_adapters(self.model):
-            raise AdapterError(
-                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first.",
-                what=adapter_name,
-            )
-        active = self.active_adapters
-        core.detach(self.model, adapter_name)
-        left = sorted(self.peft_config)
-        if not left:
-            self.model.__dict__.pop(CONFIGS, None)
-        elif active == [adapter_name]:
-            warn_caller(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.")
-            self.set_adapter(left[0])
+        matching.check_parameters(self.model, self.peft_config, config)
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
         """Call `names_tied_with_embedding`, under PEFT's name."""
@@ -428,7 +416,7 @@ class BaseTuner(OverModel):
             except MergeError as refusal:  # nothing has changed
                 if refusal.override != "untie":
                     raise
-                untie = warn_of_ties(self.model, fresh)[0]
+                untie = matching.warn_of_ties(self.model, fresh)[0]
             core.merge(self.model, *fresh, untie=untie)
 
     def _warn_of_training(self, names: Sequence[str]) -> None:
@@ -468,7 +456,7 @@ class BaseTuner(OverModel):
             AdapterError: The adapter does not exist.
         """
         fresh = self._unmerged(adapter_names, quiet=True)
-        untie, tied = warn_of_ties(self.model, fresh) if fresh else (False, False)
+        untie, tied = matching.warn_of_ties(self.model, fresh) if fresh else (False, False)
         config = getattr(self.model, "config", None)
         if tied and config is not None:
             config.tie_word_embeddings = False
@@ -476,22 +464,17 @@ class BaseTuner(OverModel):
             core.merge_and_unload(self.model, *fresh, untie=untie)
         elif self.peft_config:
             core.detach(self.model)
-        return self._bare()
+        self.model.__dict__.pop(CONFIGS, None)
+        return self.model
 
     def unload(self) -> nn.Module:
         """Remove all adapters and return the plain base."""
-        if self.peft_config:
-            core.detach(self.model)
-        return self._bare()
-
-    def _bare(self) -> nn.Module:
-        self.model.__dict__.pop(CONFIGS, None)
-        return self.model
+        return self.merge_and_unload(adapter_names=())
 
     def _unmerged(self, adapter_names: Sequence[str] | None, quiet: bool = False) -> list[str]:
         """Return the adapters to merge that are not merged yet; warns about the others, as PEFT does."""
         asked = self.active_adapters if adapter_names is None else adapter_names
-        return not_yet_merged(asked, model_adapters.merged_adapters(self.model), quiet)
+        return matching.not_yet_merged(asked, model_adapters.merged_adapters(self.model), quiet)
 
 
 class LoraModel(BaseTuner):
@@ -501,28 +484,7 @@ class LoraModel(BaseTuner):
         TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     )
 
-    def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str = "svd",
-        **options: Any,
-    ) -> None:
-        """Combine adapters into a new, frozen and inactive one; see `weighted.add_weighted_adapter`.
-
-        Args:
-            adapters: Their names.
-            weights: One number each; negative ones subtract.
-            adapter_name: The new adapter's name.
-            combination_type: One of `lorakit.core.COMBINATION_TYPES`.
-            options: Options of the combination type: svd_rank, svd_clamp, density, ...
-
-        Raises:
-            AdapterError: An adapter does not exist, or they cannot be combined.
-            ConfigError: The combination type does not exist or lacks an option, or the ranks do not fit it.
-        """
-        add_weighted_adapter(self.model, adapters, weights, adapter_name, combination_type, **options)
+    add_weighted_adapter = weighted.add_weighted_adapter
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ def add_weighted_adapter(
     use are ignored. An existing name is warned about, where PEFT returns silently.
 
     Args:
-        model: The adapted model.
+        model: The `LoraModel` around the adapted model, or the model itself.
         adapters: Their names.
         weights: One number each; negative ones subtract.
         adapter_name: The new adapter's name.
@@ -62,6 +62,7 @@ def add_weighted_adapter(
         AdapterError: An adapter does not exist, or they cannot be combined.
         ConfigError: The combination type does not exist or lacks an option, or the ranks do not fit it.
     """
+    model = user_model(model)
     configs = configs_of(model)
     if adapter_name in configs:
         warn_caller(f"adapter {adapter_name!r} exists already, so nothing was combined. Give another name.")
@@ -74,19 +75,14 @@ def add_weighted_adapter(
         combination_type = "cat"  # exact, and of the adapter's own rank
     options: dict[str, Any] = {"majority_sign": majority_sign_method}
     if combination_type not in ("svd", "linear", "cat"):
-        options["density"] = _at_most_one(density)
+        if density is not None and density > 1:
+            warn_caller(f"The density {density} is greater than or equal to 1, no pruning will be performed.")
+        options["density"] = density if density is None else min(density, 1.0)
     if combination_type.endswith("svd"):
         options |= {"rank": svd_rank, "clamp": svd_clamp, "driver": svd_driver}
     core.combine(
         model, list(adapters), list(weights), adapter_name, way=core.CombinationType(combination_type, **options)
     )
-
-
-def _at_most_one(density: float | None) -> float | None:
-    if density is not None and density > 1:
-        warn_caller(f"The density {density} is greater than or equal to 1, no pruning will be performed.")
-        return 1.0
-    return density
 
 
 def reduce_intruder_dimension(
@@ -116,12 +112,7 @@ def reduce_intruder_dimension(
     log = logging_sink or (lambda line: None)
     model = user_model(peft_model)
     reduced = core.reduce_intruders(
-        model,
-        old_adapter_name,
-        new_adapter_name,
-        top=top_k,
-        threshold=threshold_epsilon,
-        keep=mitigation_lambda,
+        model, old_adapter_name, new_adapter_name, top=top_k, threshold=threshold_epsilon, keep=mitigation_lambda
     )
     for _, layer in layers(model):
         if new_adapter_name in layer.r:
