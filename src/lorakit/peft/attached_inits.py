@@ -202,7 +202,7 @@ def initialize_lora_eva_weights(
         AdapterError: The adapter does not exist.
     """
     if not model_adapters.is_wrapper(model):
-        raise ConfigError("model must be a PeftModel")
+        raise ConfigError("model must be a PeftModel", field="model")
     if len(model.active_adapters) > 1:
         raise ConfigError("`initialize_lora_eva_weights` currently only works with a single active adapter")
     model_adapters.check_exist(model.peft_config, adapter_name)
@@ -210,7 +210,7 @@ def initialize_lora_eva_weights(
         raise ConfigError("`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`")
     if eva_state_dict is None:
         if dataloader is None:
-            raise ConfigError("dataloader is required if eva_state_dict is not provided")
+            raise ConfigError("dataloader is required if eva_state_dict is not provided", field="dataloader")
         prepare = (prepare_model_inputs_fn, prepare_layer_inputs_fn)
         eva_state_dict = get_eva_state_dict(model, dataloader, None, forward_fn, *prepare, adapter_name)
     _apply(model, {name.removeprefix(WRAPPED): A for name, A in eva_state_dict.items()}, adapter_name)
@@ -246,18 +246,11 @@ def _check(here: Mapping[str, LoraLayer], found: Mapping[str, Tensor], name: str
         A, width = found[path], here[path].slot.in_features
         variant = here[path].factor(name).variant
         if variant.shapes is not None:
-            raise ConfigError(
-                f"{path}: EVA needs A and B in their usual shapes, and {variant.title} has others. Use another init.",
-                what="eva",
-                where=path,
-                field=variant.field,
-            )
+            text = f"{path}: EVA needs A and B in their usual shapes, and {variant.title} has others. Use another init."
+            raise ConfigError(text, what="eva", where=path, field=variant.field)
         if A.ndim != 2 or A.shape[1] != width:
-            raise ConfigError(
-                f"eva_state_dict: {path} has shape {tuple(A.shape)}, and (rank, {width}) was expected: it is of "
-                "another model.",
-                where=path,
-            )
+            text = f"eva_state_dict: {path} has shape {tuple(A.shape)}, and (rank, {width}) was expected."
+            raise ConfigError(text, where=path)
         if not bool(torch.isfinite(A).all()):
             raise ConfigError(f"eva_state_dict: {path} has NaN or infinite values. Collect it again.", where=path)
     if here and all(path in found and not len(found[path]) for path in here):
@@ -372,12 +365,8 @@ def _name(source: TensorSource, path: str, layer: LoraLayer) -> str:
     shape = (layer.slot.out_features, layer.slot.in_features)
     expected = shape[::-1] if _is_transposed(layer) else shape
     if source.shapes[name] != expected:
-        raise ConfigError(
-            f"{source.label}: {name} has shape {source.shapes[name]}, and the model's is {expected}, so the model was "
-            "not loaded from here.",
-            what=name,
-            where=source.label,
-        )
+        text = f"{source.label}: {name} has shape {source.shapes[name]}, and the model's is {expected}."
+        raise ConfigError(text, what=name, where=source.label)
     return name
 
 
@@ -385,13 +374,9 @@ def _write(layer: LoraLayer, name: str, path: str, W: Tensor) -> list[tuple[Tens
     """Write the factors for W (out, in); returns the changed tensors with their previous data."""
     factor, kind = layer.factor(name), layer.kind
     if factor.variant.shapes is not None or factor.variant.move is not None:
-        raise ConfigError(
-            f"{path}: adapter {name!r} is {factor.variant.title}, whose A and B cannot represent a quantization error. "
-            "Leave the module out.",
-            what=name,
-            where=path,
-            field=factor.variant.field,
-        )
+        title, field = factor.variant.title, factor.variant.field
+        text = f"{path}: adapter {name!r} is {title}, whose A and B cannot represent a quantization error."
+        raise ConfigError(text, what=name, where=path, field=field)
     with torch.no_grad():
         now = layer.read(name)
         shapes = (tuple(factor.A.shape), tuple(factor.B.shape))

@@ -5,7 +5,7 @@ A compiled model is not recompiled: shapes stay the same (ranks are padded with 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +26,7 @@ from lorakit.targets import first_match
 if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
 
-COMPARED: Sequence[str] = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
+COMPARED = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
 """Fields of two configs that must be equal, since tensors do not contain them."""
 
 

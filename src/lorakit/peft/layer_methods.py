@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, NoReturn
+from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.factor import TRAINED
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.lora_layer import LoraLayer as BaseTunerLayer
-from lorakit.core.layers.modules_to_save import ModulesToSave as ModulesToSaveWrapper
 from lorakit.core.layers.named_layers import LAYERS
-from lorakit.core.layers.trainable_tokens import TokenAdapter as TrainableTokensLayer
-from lorakit.core.layers.trainable_tokens import TrainableTokens as TrainableTokensWrapper
 from lorakit.core.model.index import find_state
 from lorakit.core.variants import asked_for, own_tensors, variant_named
 from lorakit.peft.placeholders import placeholder
@@ -108,28 +103,7 @@ def answer_as_peft(model: nn.Module) -> None:
         state.peft_methods = PeftLayerMethods()
 
 
-__all__ = [
-    "AuxiliaryTrainingWrapper",
-    "BaseTunerLayer",
-    "LoraLayer",
-    "ModulesToSaveWrapper",
-    "TrainableTokensLayer",
-    "TrainableTokensWrapper",
-]
-
-
 def __getattr__(name: str) -> type[nn.Module] | Callable[..., NoReturn]:
     if name.startswith("__"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return next((kind for kind in LAYERS.values() if kind.__name__ == name), None) or placeholder(name)
-
-
-if TYPE_CHECKING:
-    from lorakit.core.layers.adapter_component import AdapterModule as AuxiliaryTrainingWrapper
-else:
-
-    class AuxiliaryTrainingWrapper(ABC):  # noqa: B024  # it has no instances
-        """Base class in PEFT of saved modules and trainable tokens; for `isinstance` only."""
-
-    AuxiliaryTrainingWrapper.register(ModulesToSaveWrapper)
-    AuxiliaryTrainingWrapper.register(TrainableTokensWrapper)

@@ -162,9 +162,8 @@ def warn_of_problems(
         BaseMismatchError: The base is another one and `allow` does not hold "base_mismatch".
         AdapterFileError: A tensor holds NaN or infinite numbers.
     """
-    for message in check_base(model.get_base_model(), files, allow)[1]:
-        warn_caller(message)
-    for message in implausible(files.folder, judge_files(files), may_be_zero):
+    of_base = check_base(model.get_base_model(), files, allow)[1]
+    for message in (*of_base, *implausible(files.folder, judge_files(files), may_be_zero)):
         warn_caller(message)
 
 

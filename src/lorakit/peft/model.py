@@ -314,7 +314,7 @@ class PeftModel(OverModel):
         """
         if not safe_serialization:
             raise ConfigError(
-                "safe_serialization=False: pickles are not written; leave it at True.", field="safe_serialization"
+                "safe_serialization=False: pickles are not written. Use True.", field="safe_serialization"
             )
         check_options("save_pretrained", kwargs)
         if Path(save_directory).is_file():

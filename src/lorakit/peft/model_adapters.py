@@ -155,12 +155,11 @@ def empty(model: nn.Module, adapter_name: str) -> None:
                     holder[adapter_name] = nn.Parameter(held.to("meta"), held.requires_grad)
 
 
-def fill(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Materialize factors on the meta device, on the device of their base weight.
 
     Args:
         model: A model with adapters in it.
-        adapter_name: The adapter.
         tensors: Name in the model -> tensor (…), for factors on the meta device.
     """
     for name, tensor in tensors.items():

@@ -114,12 +114,16 @@ def _check_library(mapping: Mapping[str, Any], allowed: Collection[str]) -> None
     if not mapping:
         raise ConfigError(
             "Cannot infer the auto class from the config, please make sure that you are loading the correct model for "
-            "your task type."
+            "your task type.",
+            field="auto_mapping",
         )
     if library not in allowed and not any(library.startswith(f"{name}.") for name in allowed):
         raise ConfigError(
             f"The auto mapping wants to import '{library}' which is not in the import allowlist. If importing it is "
-            f"safe, specify `import_allowlist=['{library}']` in `from_pretrained()`."
+            f"safe, specify `import_allowlist=['{library}']` in `from_pretrained()`.",
+            what=library,
+            field="import_allowlist",
+            allowed=allowed,
         )
 
 

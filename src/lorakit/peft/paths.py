@@ -30,12 +30,14 @@ _WITH_TARGET_TABLES = """
 """
 _METHODS = f"{_WITH_TARGET_TABLES} AdaptionPrompt Hira OSF Shadow TrainableTokens XLora"
 
-_PROMPTS = """
+PROMPTS = """
     CartridgeConfig CartridgeEncoder CPTConfig CPTEmbedding create_arrow_model MultitaskPromptTuningConfig
     MultitaskPromptTuningInit PrefixEncoder PrefixTuningConfig PromptEmbedding PromptEncoder PromptEncoderConfig
     PromptEncoderReparameterizationType PromptTuningConfig PromptTuningInit
 """
-OTHER_METHODS = " ".join([_PROMPTS, *(f"{method}Config {method}Model" for method in _METHODS.split())])
+"""Names of the methods that learn a prompt, and one function."""
+
+OTHER_METHODS = " ".join([PROMPTS, *(f"{method}Config {method}Model" for method in _METHODS.split())])
 """Names of PEFT's other methods that it lists under both `peft` and `peft.tuners`."""
 
 LORA_CONFIGS = """
@@ -95,6 +97,10 @@ _BACKENDS = """
 
 HOMES: Mapping[str, str] = {
     "lorakit.config": f"{LORA_CONFIGS} PeftConfig PeftConfigMixin PeftType TaskType",
+    "lorakit.core.layers.adapter_component": "AuxiliaryTrainingWrapper=ReplacingModule",
+    "lorakit.core.layers.lora_layer": "BaseTunerLayer=LoraLayer LoraLayer",
+    "lorakit.core.layers.modules_to_save": "ModulesToSaveWrapper=ModulesToSave",
+    "lorakit.core.layers.trainable_tokens": "TrainableTokensLayer=TokenAdapter TrainableTokensWrapper=TrainableTokens",
     "lorakit.peft.adjusting": """
         check_if_peft_model DoraCaching find_kappa_target_modules KappaTuneSelector rescale_adapter_scale
         update_forward_signature update_generate_signature update_signature
@@ -107,11 +113,10 @@ HOMES: Mapping[str, str] = {
     """,
     "lorakit.peft.installing": "install_as_peft stand_in",
     "lorakit.peft.layer_methods": """
-        AqlmLoraLinear AuxiliaryTrainingWrapper AwqLoraLinear BaseTunerLayer Conv1d Conv2d Conv3d _ConvNd
-        dispatch_bnb_4bit dispatch_bnb_8bit dispatch_default EetqLoraLinear Embedding GPTQLoraLinear HqqLoraLinear
-        IncLoraLinear Linear Linear4bit Linear8bitLt _LoraFactorsProxy LoraLayer LoraParallelLinear _LoraParameterProxy
-        ModulesToSaveWrapper MultiheadAttention ParamWrapper TeLinear TorchaoLoraLinear TrainableTokensLayer
-        TrainableTokensWrapper
+        AqlmLoraLinear AwqLoraLinear Conv1d Conv2d Conv3d _ConvNd dispatch_bnb_4bit dispatch_bnb_8bit dispatch_default
+        EetqLoraLinear Embedding GPTQLoraLinear HqqLoraLinear IncLoraLinear Linear Linear4bit Linear8bitLt
+        _LoraFactorsProxy LoraParallelLinear _LoraParameterProxy MultiheadAttention ParamWrapper TeLinear
+        TorchaoLoraLinear
     """,
     "lorakit.peft.loaded": "load_peft_weights",
     "lorakit.peft.mapping": """

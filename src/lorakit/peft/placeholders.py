@@ -16,19 +16,13 @@ from lorakit.config.types import Value
 from lorakit.errors import LorakitError as PeftError
 from lorakit.errors import NotYetSupported
 from lorakit.errors import TargetError as NoMatchingPeftModuleError
-from lorakit.peft.paths import OTHER_METHODS, TARGET_TABLES
+from lorakit.peft.paths import OTHER_METHODS, PROMPTS, TARGET_TABLES
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
 __all__ = ["NoMatchingPeftModuleError", "PeftError"]
-
-PROMPT_CONFIGS = (
-    *("CartridgeConfig", "CPTConfig", "MultitaskPromptTuningConfig"),
-    *("PrefixTuningConfig", "PromptTuningConfig", "PromptEncoderConfig"),
-)
-"""Configs of methods that learn a prompt."""
 
 _CONFIGS = {name.removesuffix("Config").upper(): name for name in OTHER_METHODS.split() if name.endswith("Config")}
 CONFIGS: Mapping[PeftType, str] = {
@@ -124,6 +118,6 @@ def placeholder(name: str) -> Any:
         return _refusing(name)
     base: type = object
     if name.endswith("Config"):
-        base = PromptLearningConfig if name in PROMPT_CONFIGS else PeftConfig
+        base = PromptLearningConfig if name in PROMPTS.split() else PeftConfig
     about = f"A name of PEFT's: {name} belongs to another method and cannot be made here."
     return type(name, (base,), {"__init__": _refusing(name), "__doc__": about, "__module__": __name__})

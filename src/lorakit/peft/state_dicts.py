@@ -253,8 +253,7 @@ def put_tensors(
         )
     if unexpected:
         warn_caller(f"The adapter {adapter_name!r} has no place for these tensors: {', '.join(unexpected[:8])}.")
-    hollow = {name: tensor for name, tensor in placed.items() if current[name].is_meta}
-    model_adapters.fill(model, adapter_name, hollow)
+    model_adapters.fill(model, {name: tensor for name, tensor in placed.items() if current[name].is_meta})
     result = model.load_state_dict(placed, strict=False)
     return IncompatibleKeys(list(result.missing_keys), unexpected)
 

@@ -36,7 +36,7 @@ from lorakit.peft.utilities import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MA
 
 
 def kinds_of(config: LoraConfig | None) -> list[Kind]:
-    """Return the kinds of a config's custom modules; warns about a type that has no kind of its own.
+    """Return the kinds of a config's custom modules; warns about a type that has no kind.
 
     Args:
         config: The config, or None.
@@ -330,7 +330,8 @@ class BaseTuner(OverModel):
         if config.bias != "none" and any(other.bias != "none" for other in self.peft_config.values()):
             raise ConfigError(
                 f"{type(self).__name__} supports only 1 adapter with bias. When using multiple adapters, set bias to "
-                "'none' for all adapters."
+                "'none' for all adapters.",
+                field="bias",
             )
         matching.check_parameters(self.model, self.peft_config, config)
 
@@ -386,10 +387,11 @@ class BaseTuner(OverModel):
         if adapter_names is None:
             return contextlib.nullcontext()
         if self.training:
-            raise ConfigError("Cannot pass `adapter_names` when the model is in training mode.")
+            raise ConfigError("Cannot pass `adapter_names` when the model is in training mode.", field="adapter_names")
         unknown = sorted(set(adapter_names) - set(self.peft_config) - {BASE_NAME})
         if unknown:
-            raise ConfigError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+            text = f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}"
+            raise ConfigError(text, what=unknown[0], field="adapter_names", allowed=self.peft_config)
         state = find_state(self.model)
         if state is not None and state.chosen.names and not state.active().mentions:
             return contextlib.nullcontext()  # disabled, which takes precedence in PEFT
@@ -426,10 +428,8 @@ class BaseTuner(OverModel):
         owned = parameters_by_adapter(self.model, names)
         trained = [name for name in names if any(parameter.requires_grad for parameter in owned[name])]
         if trained:
-            warn_caller(
-                f"{', '.join(trained)} is merged while the model trains: forwards do not run through its factors, so "
-                "nothing of it is learned until unmerge_adapter()."
-            )
+            listed = ", ".join(trained)
+            warn_caller(f"{listed} is merged while the model trains, and learns nothing until unmerge_adapter().")
 
     def unmerge_adapter(self) -> None:
         """Unmerge every merged adapter; restores the base weights bit for bit."""

@@ -291,8 +291,7 @@ def build_peft_weight_mapping(
         elif _concerns(conversion, peft_config):
             raise NotYetSupported(
                 f"The adapter names {', '.join(sorted(_joined_names(conversion)))}, which this version of transformers "
-                "puts together into one tensor; joining their factors is not built. Load it with the version of "
-                "transformers that it was made with."
+                "joins into one tensor; joining their factors is not built. Load it with the version that made it."
             )
     return found
 
