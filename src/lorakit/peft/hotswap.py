@@ -5,6 +5,7 @@ A compiled model is not recompiled: shapes stay the same (ranks are padded with 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,8 @@ from lorakit.config.types import Value
 from lorakit.core.files.adapter_folder import read_adapter
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.checks import ALLOWANCES
-from lorakit.core.model.index import layers
+from lorakit.core.model.index import AdapterIndex, layers
 from lorakit.errors import ConfigError, MergeError, warn_caller
-from lorakit.peft import model_adapters
 from lorakit.peft.loaded import adapter_folder, warn_of_problems
 from lorakit.peft.state_dicts import COMPILED, WRAPPED, StateDictError
 from lorakit.targets import first_match
@@ -76,11 +76,7 @@ def hotswap_adapter(
 
 def in_memory_name(key: str, adapter_name: str) -> str:
     """Return a factor's name in memory, which contains the adapter's name, from its name on disk."""
-    head, found, tail = key.rpartition("lora_")
-    if not found:
-        return key
-    word, dot, rest = tail.partition(".")
-    return f"{head}lora_{word}.{adapter_name}{dot}{rest}"
+    return re.sub(r"(.*lora_[^.]*)", rf"\1.{adapter_name}", key, count=1)
 
 
 def hotswap_adapter_from_state_dict(
@@ -103,7 +99,7 @@ def hotswap_adapter_from_state_dict(
         StateDictError: A tensor does not fit the model.
         MergeError: The adapter is merged.
     """
-    if adapter_name in model_adapters.merged_adapters(model):
+    if adapter_name in AdapterIndex.of(model).merged_adapters():
         raise MergeError(
             f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the base weights. Unmerge "
             "it first with unmerge_adapter().",
@@ -113,10 +109,8 @@ def hotswap_adapter_from_state_dict(
     given = {_uncompiled(key): tensor for key, tensor in state_dict.items()}
     unexpected = [key for key in given if key not in places]
     if unexpected:
-        raise StateDictError(
-            f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}.",
-            what=unexpected[0],
-        )
+        text = f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}."
+        raise StateDictError(text, what=unexpected[0])
     for key, tensor in given.items():
         _check_fits(key, places[key], tensor)
     adapted = {_uncompiled(path): layer for path, layer in layers(model)}

@@ -22,7 +22,6 @@ from lorakit.core.merging.merging import tied_sites
 from lorakit.core.model.index import AdapterIndex, layers, walk
 from lorakit.core.model.target_weights import bare_parameters
 from lorakit.errors import ConfigError, ConfigTypeError, NoTargetError, RouteError, TargetError, warn_caller
-from lorakit.peft import model_adapters
 from lorakit.targets import ALL_LINEAR, Candidate, key_fits, match_path, names_path, resolve, targeted_parameters
 
 if TYPE_CHECKING:
@@ -349,11 +348,9 @@ def warn_of_ties(model: nn.Module, names: Sequence[str]) -> tuple[bool, bool]:
     Returns:
         Whether a weight must be untied, and whether that ends `tie_word_embeddings`.
     """
-    stacked: list[tuple[str, str]] = []
-    tied: list[tuple[str, str]] = []
-    for path, other in tied_sites(model, names):
-        copies = _without_numbers(path) == _without_numbers(other.rpartition(".")[0])
-        (stacked if copies else tied).append((path, other))
+    found = tied_sites(model, names)
+    stacked = [pair for pair in found if _without_numbers(pair[0]) == _without_numbers(pair[1].rpartition(".")[0])]
+    tied = [pair for pair in found if pair not in stacked]
     for pairs, why in (
         (tied, "so the model is no longer tied (tie_word_embeddings is False from now on)."),
         (stacked, "as every layer that layer_replication made gets one: the model needs the memory of all its layers."),
@@ -361,7 +358,7 @@ def warn_of_ties(model: nn.Module, names: Sequence[str]) -> tuple[bool, bool]:
         if pairs:
             path, other = pairs[0]
             warn_caller(f"{path} shares its weight with {other}; merging gives it a weight of its own, {why}")
-    return bool(tied or stacked), bool(tied)
+    return bool(found), bool(tied)
 
 
 def _without_numbers(path: str) -> str:
@@ -379,7 +376,7 @@ def check_adapters_to_merge(module: AdapterModule, adapter_names: list[str] | No
         ConfigTypeError: The names are one string.
     """
     asked = module.active_adapters if adapter_names is None else adapter_names
-    return not_yet_merged(asked, model_adapters.merged_at(module))
+    return not_yet_merged(asked, module.merged_here())
 
 
 def not_yet_merged(names: Sequence[str], merged: Sequence[str], quiet: bool = False) -> list[str]:

@@ -21,9 +21,9 @@ from lorakit.config import LoraConfig, PeftConfig, PeftType, TaskType, read_conf
 from lorakit.config.types import Value
 from lorakit.errors import AdapterError, ConfigError, NotYetSupported, did_you_mean, warn_caller
 from lorakit.peft import model_adapters, saving, status
-from lorakit.peft.loaded import LoadResult, adapter_folder, load_by_names, load_whole
-from lorakit.peft.mixed_batches import in_peft_words, options_of_call
-from lorakit.peft.state_dicts import get_peft_model_state_dict
+from lorakit.peft.loaded import adapter_folder, load_by_names, load_whole
+from lorakit.peft.mixed_batches import options_of_call
+from lorakit.peft.state_dicts import IncompatibleKeys, get_peft_model_state_dict
 from lorakit.peft.tuner import LoraModel, OverModel
 from lorakit.peft.utilities import checkpoints, take_gradients_at_the_input
 
@@ -87,13 +87,7 @@ class PeftModel(OverModel):
         if checkpointing:
             self.prepare_model_for_gradient_checkpointing(model)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":
-                raise
-            return getattr(self.base_model, name)
+    inner = "base_model"
 
     @property
     def active_peft_config(self) -> LoraConfig:
@@ -174,7 +168,7 @@ class PeftModel(OverModel):
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
         **kwargs: Any,
-    ) -> LoadResult:
+    ) -> IncompatibleKeys:
         """Load another adapter, active only if it is the first; an existing one of this name gets the saved values.
 
         Args:
@@ -189,7 +183,7 @@ class PeftModel(OverModel):
             kwargs: `subfolder`, `revision`, `ignore_mismatched_sizes`; for others see `WITHOUT_EFFECT`.
 
         Returns:
-            The result; mismatches that PEFT would ignore are warned about.
+            Missing and unexpected names; mismatches that PEFT would ignore are warned about.
 
         Raises:
             AdapterFileError: Files are missing or damaged, or shapes do not fit.
@@ -356,7 +350,7 @@ class PeftModel(OverModel):
         Raises:
             RouteError: An adapter does not exist, or the rows do not fit the batch.
         """
-        with in_peft_words(adapter_names, args, kwargs), options_of_call(self, adapter_names, args, kwargs):
+        with options_of_call(self, adapter_names, args, kwargs):
             return self.get_base_model()(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -373,7 +367,7 @@ class PeftModel(OverModel):
         Raises:
             RouteError: An adapter does not exist, or the rows do not fit the batch.
         """
-        with in_peft_words(adapter_names), options_of_call(self, adapter_names, args, kwargs, generates=True):
+        with options_of_call(self, adapter_names, args, kwargs, generates=True):
             return self.base_model.generate(*args, **kwargs)
 
     @property

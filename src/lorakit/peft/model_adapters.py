@@ -11,13 +11,9 @@ from torch import Tensor, nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.factor import TRAINED
 from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import ModulesToSave
-from lorakit.core.layers.trainable_tokens import TrainableTokens
-from lorakit.core.model.index import find_state, layers, walk
-from lorakit.core.variants import own_tensors
+from lorakit.core.model.index import AdapterIndex, find_state, walk
 from lorakit.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -78,36 +74,6 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
 
 
-def holders_of(module: AdapterModule) -> Iterator[nn.ModuleDict | nn.ParameterDict]:
-    """Iterate over the containers of a layer that hold modules or parameters by adapter."""
-    if isinstance(module, ModulesToSave):
-        yield module.modules_to_save
-    elif isinstance(module, TrainableTokens):
-        yield module.token_adapter.trainable_tokens_delta
-    for attribute in (*TRAINED, *(tensor.held_as for tensor in own_tensors())):
-        held = module._modules.get(attribute)
-        if isinstance(held, (nn.ModuleDict, nn.ParameterDict)):
-            yield held
-
-
-def parameters_at(module: AdapterModule) -> Iterator[tuple[str, nn.Parameter]]:
-    """Iterate over the parameters (…) that adapters have at a layer, with the adapter of each."""
-    for holder in holders_of(module):
-        for adapter, held in holder.items():
-            for parameter in held.parameters() if isinstance(held, nn.Module) else [held]:
-                yield adapter, parameter
-
-
-def merged_at(module: AdapterModule) -> list[str]:
-    """Return the adapters that are merged at a layer."""
-    return list(getattr(module, "merged_adapters", ()))
-
-
-def merged_adapters(model: nn.Module) -> list[str]:
-    """Return the sorted names of adapters that are merged at some layer."""
-    return sorted({name for module in adapted(model) for name in merged_at(module)})
-
-
 NARROW = (torch.float16, torch.bfloat16)
 
 
@@ -145,14 +111,13 @@ def empty(model: nn.Module, adapter_name: str) -> None:
         model: A model with adapters in it.
         adapter_name: The adapter.
     """
-    for _, layer in layers(model):
-        for holder in holders_of(layer):
-            if adapter_name in holder:
-                if isinstance(holder, nn.ModuleDict):
-                    holder[adapter_name].to("meta")
-                else:
-                    held = holder[adapter_name]
-                    holder[adapter_name] = nn.Parameter(held.to("meta"), held.requires_grad)
+    for _, layer in AdapterIndex.of(model).layers(adapter_name):
+        for holder in layer.children():
+            if isinstance(holder, nn.ModuleDict) and adapter_name in holder:
+                holder[adapter_name].to("meta")
+            elif isinstance(holder, nn.ParameterDict) and adapter_name in holder:
+                held = holder[adapter_name]
+                holder[adapter_name] = nn.Parameter(held.to("meta"), held.requires_grad)
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -173,10 +138,8 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _factors(model: nn.Module, adapter: str) -> Iterator[tuple[LoraLayer, nn.Parameter]]:
-    for _, layer in layers(model):
-        for name, parameter in parameters_at(layer):
-            if name == adapter:
-                yield layer, parameter
+    for _, layer in AdapterIndex.of(model).layers(adapter):
+        yield from ((layer, parameter) for parameter in layer.parameters_of(adapter))
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:

@@ -199,11 +199,8 @@ class PeftMixedModel(PeftModel):
     def _check_exist(self, adapter_name: str | Sequence[str]) -> None:
         missing = sorted(set(as_names(adapter_name)) - set(self.peft_config))
         if missing:
-            raise AdapterError(
-                f"Adapter(s) {missing} not found, available adapters: {sorted(self.peft_config)}",
-                what=missing[0],
-                allowed=self.peft_config,
-            )
+            text = f"Adapter(s) {missing} not found, available adapters: {sorted(self.peft_config)}"
+            raise AdapterError(text, what=missing[0], allowed=self.peft_config)
 
     def get_layer_status(self) -> NoReturn:
         """Raise an error: PEFT does not support it for this class.

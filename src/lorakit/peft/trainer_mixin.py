@@ -166,9 +166,7 @@ class LoraTrainerMixin:
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.lora_model.save_pretrained(folder)
-        tokenizer = self.processing_class
-        if tokenizer is None:
-            tokenizer = getattr(self.data_collator, "tokenizer", None)
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         torch.save(self.args, folder / ARGUMENTS_FILE)

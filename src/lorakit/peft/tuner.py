@@ -22,14 +22,14 @@ from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.named_layers import LAYERS
 from lorakit.core.model.activation import parameters_by_adapter
 from lorakit.core.model.checks import ALLOWANCES
-from lorakit.core.model.index import find_state
+from lorakit.core.model.index import AdapterIndex, find_state
 from lorakit.core.model.ties import LEFT_ALONE, NOTHING_TIED
 from lorakit.core.routing.state import AdapterState
 from lorakit.errors import AdapterError, ConfigError, MergeError, NotYetSupported, warn_caller
 from lorakit.peft import matching, model_adapters, weighted
 from lorakit.peft.data_inits import for_attaching
 from lorakit.peft.layer_methods import answer_as_peft
-from lorakit.peft.mixed_batches import BASE_NAME
+from lorakit.peft.mixed_batches import BASE_NAME, Offsets
 from lorakit.peft.paths import PENALTY_METHODS
 from lorakit.peft.placeholders import PartialTargetsWarning, PeftWarning
 from lorakit.peft.utilities import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, names_tied_with_embedding
@@ -60,10 +60,7 @@ def kinds_of(config: LoraConfig | None) -> list[Kind]:
 
 
 def set_adapter(
-    model: nn.Module,
-    adapter_name: str | Sequence[str],
-    inference_mode: bool = False,
-    layer_cls: type[nn.Module] | None = None,
+    model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: type | None = None
 ) -> None:
     """Activate adapters and train only these.
 
@@ -113,9 +110,19 @@ class OverModel(nn.Module):
 
     Attributes:
         model: The user's own model, adapted in place.
+        inner: Name of the module inside, which answers unknown attributes.
     """
 
     model: nn.Module
+    inner: ClassVar[str] = "model"
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == self.inner:
+                raise
+            return getattr(getattr(self, self.inner), name)
 
     @property
     def peft_config(self) -> dict[str, LoraConfig]:
@@ -169,7 +176,7 @@ class OverModel(nn.Module):
             return
         members = state.members()
         matching.check_together(members, names)
-        if any(model_adapters.merged_at(module) for module in members):
+        if any(module.merged_here() for module in members):
             warn_caller("Adapter cannot be set when the model is merged. Unmerging the model first.")
             core.unmerge(self.model)
         core.activate(self.model, *names)
@@ -185,7 +192,7 @@ class OverModel(nn.Module):
             AdapterError: The adapter does not exist or is merged.
         """
         model_adapters.check_exist(self.peft_config, adapter_name, "does not exist")
-        if adapter_name in model_adapters.merged_adapters(self.model):
+        if adapter_name in AdapterIndex.of(self.model).merged_adapters():
             raise AdapterError(
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first.",
                 what=adapter_name,
@@ -236,14 +243,7 @@ class BaseTuner(OverModel):
             self.inject(adapter_name, config, on_meta=low_cpu_mem_usage, state_dict=state_dict)
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-            if name in PENALTY_METHODS:
-                return self._penalty
-            return getattr(self.model, name)
+        return self._penalty if name in PENALTY_METHODS else super().__getattr__(name)
 
     def _penalty(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
         """Return the penalties of some adapters, by default the active ones: a scalar, or 0.0."""
@@ -362,11 +362,7 @@ class BaseTuner(OverModel):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(
-        self,
-        *_: Any,
-        adapter_names: Sequence[str] | None = None,
-        alora_offsets: Sequence[int | None] | None = None,
-        **__: Any,
+        self, *_: Any, adapter_names: Sequence[str] | None = None, alora_offsets: Offsets | None = None, **__: Any
     ) -> Iterator[None]:
         """Assign one adapter per row within a context, as programs over a bare tuner do."""
         starts = contextlib.nullcontext() if alora_offsets is None else core.invoked(self.model, offsets=alora_offsets)
@@ -433,7 +429,7 @@ class BaseTuner(OverModel):
 
     def unmerge_adapter(self) -> None:
         """Unmerge every merged adapter; restores the base weights bit for bit."""
-        if not model_adapters.merged_adapters(self.model):
+        if not AdapterIndex.of(self.model).merged_adapters():
             warn_caller("Already unmerged. Nothing to do.")
             return
         core.unmerge(self.model)
@@ -474,15 +470,13 @@ class BaseTuner(OverModel):
     def _unmerged(self, adapter_names: Sequence[str] | None, quiet: bool = False) -> list[str]:
         """Return the adapters to merge that are not merged yet; warns about the others, as PEFT does."""
         asked = self.active_adapters if adapter_names is None else adapter_names
-        return matching.not_yet_merged(asked, model_adapters.merged_adapters(self.model), quiet)
+        return matching.not_yet_merged(asked, AdapterIndex.of(self.model).merged_adapters(), quiet)
 
 
 class LoraModel(BaseTuner):
     """Holds the user's model and acts on its LoRA adapters."""
 
-    target_module_mapping: ClassVar[Mapping[str, str | Collection[str]]] = (
-        TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    )
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     add_weighted_adapter = weighted.add_weighted_adapter
 

@@ -381,8 +381,7 @@ def prepare_model_for_kbit_training(
     """
     method = getattr(model, "quantization_method", None)
     method = getattr(method, "value", method)
-    hqq = bool(getattr(model, "hqq_quantized", False))
-    quantized = method in DENSE_METHODS or hqq
+    quantized = method in DENSE_METHODS or bool(getattr(model, "hqq_quantized", False))
     in_bits = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
     for parameter in model.parameters():
         parameter.requires_grad = False
