@@ -142,36 +142,6 @@ SMALLEST = 1e-8
 """Added to the smallest singular value, so that a singular weight has a finite condition number."""
 
 
-def of_linear_weights(model: nn.Module, largest: int) -> dict[str, float]:
-    """Return path -> condition number of every dense layer.
-
-    Args:
-        model: The model; only read.
-        largest: Skip weights with a larger dimension.
-    """
-    found = {}
-    for path, module in walk(model):
-        if isinstance(module, nn.Linear) and max(module.out_features, module.in_features) <= largest:
-            base = weight_format_of(module)
-            found[path] = condition_number(base.read(module, base.stored(module, "weight")))
-    return found
-
-
-def of_expert_weights(model: nn.Module, endings: Sequence[str], largest: int) -> dict[str, float]:
-    """Return name -> mean condition number over the experts of every fused weight.
-
-    Args:
-        model: The model; only read.
-        endings: Suffixes of the names of fused weights.
-        largest: Skip weights with a larger dimension.
-    """
-    return {
-        name: sum(condition_number(expert) for expert in parameter) / len(parameter)
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 3 and name.endswith(tuple(endings)) and max(parameter.shape[1:]) <= largest
-    }
-
-
 def condition_number(weight: Tensor) -> float:
     """Return the largest over the smallest singular value of a weight, (out, in)."""
     values = torch.linalg.svdvals(weight.detach().float())
@@ -198,11 +168,22 @@ class KappaTuneSelector:
 
     @cached_property
     def _of_modules(self) -> dict[str, float]:
-        return of_linear_weights(self.model, self._largest)
+        """Path -> condition number of every dense layer."""
+        found = {}
+        for path, module in walk(self.model):
+            if isinstance(module, nn.Linear) and max(module.out_features, module.in_features) <= self._largest:
+                base = weight_format_of(module)
+                found[path] = condition_number(base.read(module, base.stored(module, "weight")))
+        return found
 
     @cached_property
     def _of_parameters(self) -> dict[str, float]:
-        return of_expert_weights(self.model, self._suffixes, self._largest)
+        """Name -> mean condition number over the experts of every fused weight."""
+        return {
+            name: sum(condition_number(expert) for expert in parameter) / len(parameter)
+            for name, parameter in self.model.named_parameters()
+            if parameter.ndim == 3 and name.endswith(self._suffixes) and max(parameter.shape[1:]) <= self._largest
+        }
 
     def get_best_targets(
         self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None

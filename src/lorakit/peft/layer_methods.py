@@ -1,20 +1,18 @@
-"""PEFT's layers: attributes that only they have, derived from the layer, and the names of their classes."""
+"""Attributes and methods of adapted layers that only PEFT has, derived from the layer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import ClassVar, NoReturn
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.factor import TRAINED
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.named_layers import LAYERS
 from lorakit.core.model.index import find_state
 from lorakit.core.variants import asked_for, own_tensors, variant_named
-from lorakit.peft.placeholders import placeholder
 
 
 def _of_variants(layer: LoraLayer, word: str) -> dict[str, object]:
@@ -101,9 +99,3 @@ def answer_as_peft(model: nn.Module) -> None:
     state = find_state(model)
     if state is not None and state.peft_methods is None:
         state.peft_methods = PeftLayerMethods()
-
-
-def __getattr__(name: str) -> type[nn.Module] | Callable[..., NoReturn]:
-    if name.startswith("__"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return next((kind for kind in LAYERS.values() if kind.__name__ == name), None) or placeholder(name)

@@ -107,9 +107,6 @@ PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, type[BaseTuner]] = {PeftType.LORA: Lo
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[PeftType, type[BaseTuner]] = {PeftType.LORA: LoraModel}
 """Method -> class of its tuner in a `PeftMixedModel`."""
 
-PEFT_TYPE_TO_PREFIX_MAPPING: dict[PeftType, str] = {PeftType.LORA: LoraModel.prefix}
-"""Method -> prefix of the names of its parameters."""
-
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfigMixin:
     """Create a config from a dictionary with its method.

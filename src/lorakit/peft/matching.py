@@ -52,11 +52,7 @@ def check_target_module_exists(config: LoraConfig, key: str) -> bool | ExcludedM
     """
     if _excluded(config, key):
         return ExcludedModule()
-    plain = LoraConfig(
-        target_modules=config.target_modules,
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern or None,
-    )
+    plain = config.with_fields(exclude_modules=None, modules_to_save=None, target_parameters=None)
     try:
         return bool(resolve([Candidate(key, "Linear", dense=True)], plain, allow_partial=True).matches)
     except TargetError:

@@ -207,12 +207,8 @@ def _pairs_by_name(group: dict[str, Any]) -> list[Pair]:
 
 
 def _scales(model: nn.Module) -> dict[int, float]:
-    found = {}
-    for _, layer in layers(model):
-        for name in layer.r:
-            factor = layer.factor(name)
-            found.update({id(t): factor.scale for t in (factor.A, factor.B, *factor.own.values())})
-    return found
+    factors = [layer.factor(name) for _, layer in layers(model) for name in layer.r]
+    return {id(tensor): one.scale for one in factors for tensor in (one.A, one.B, *one.own.values())}
 
 
 def _check_rslora(given: bool, configured: dict[str, bool]) -> None:

@@ -100,6 +100,7 @@ HOMES: Mapping[str, str] = {
     "lorakit.core.layers.adapter_component": "AuxiliaryTrainingWrapper=ReplacingModule",
     "lorakit.core.layers.lora_layer": "BaseTunerLayer=LoraLayer LoraLayer",
     "lorakit.core.layers.modules_to_save": "ModulesToSaveWrapper=ModulesToSave",
+    "lorakit.core.layers.named_layers": "Conv1d Conv2d Conv3d Embedding Linear MultiheadAttention ParamWrapper",
     "lorakit.core.layers.trainable_tokens": "TrainableTokensLayer=TokenAdapter TrainableTokensWrapper=TrainableTokens",
     "lorakit.peft.adjusting": """
         check_if_peft_model DoraCaching find_kappa_target_modules KappaTuneSelector rescale_adapter_scale
@@ -112,12 +113,6 @@ HOMES: Mapping[str, str] = {
         prepare_model_for_compiled_hotswap
     """,
     "lorakit.peft.installing": "install_as_peft stand_in",
-    "lorakit.peft.layer_methods": """
-        AqlmLoraLinear AwqLoraLinear Conv1d Conv2d Conv3d _ConvNd dispatch_bnb_4bit dispatch_bnb_8bit dispatch_default
-        EetqLoraLinear Embedding GPTQLoraLinear HqqLoraLinear IncLoraLinear Linear Linear4bit Linear8bitLt
-        _LoraFactorsProxy LoraParallelLinear _LoraParameterProxy MultiheadAttention ParamWrapper TeLinear
-        TorchaoLoraLinear
-    """,
     "lorakit.peft.loaded": "load_peft_weights",
     "lorakit.peft.mapping": """
         get_peft_config get_peft_model inject_adapter_in_model PEFT_TYPE_TO_CONFIG_MAPPING
