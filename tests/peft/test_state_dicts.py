@@ -80,7 +80,7 @@ def test_a_bare_model_has_no_prefix() -> None:
 
 def test_what_does_not_fit() -> None:
     model = adapted(CONFIGS["plain"])
-    with pytest.warns(UserWarning, match="has no place for these tensors: nowhere"):
+    with pytest.warns(UserWarning, match="has no parameters for these tensors: nowhere"):
         assert set_peft_model_state_dict(model, {"nowhere": torch.ones(1)}).unexpected_keys == ["nowhere"]
     wrong = {"base_model.model.0.lora_A.weight": torch.ones(2, 4)}
     with pytest.raises(AdapterFileError, match="size mismatch"):

@@ -1,4 +1,4 @@
-"""PEFT's helpers: contexts that change how adapters act, signatures of a wrapper, and targets by condition number.
+"""PEFT's helpers: contexts that rescale adapters, signatures of a wrapper, targets by condition number.
 
 A condition number is the ratio of a weight's largest to its smallest singular value; `find_kappa_target_modules` picks
 the modules with the lowest.

@@ -46,7 +46,7 @@ def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: Mapping[str, Tensor], peft_config: LoraConfig) -> Tensor:
-    """Return the positions of a batch that count: not padding, and with a label if the config asks for labels.
+    """Return the positions of a batch that count: not padding, and with a label if the config requires labels.
 
     Args:
         model_input: A dictionary with input_ids (rows, length), perhaps attention_mask and labels.
@@ -120,7 +120,7 @@ def get_eva_state_dict(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> dict[str, Tensor]:
-    """Return the principal directions of the inputs of each targeted dense module, with ranks where they explain most.
+    """Return the principal directions of each targeted dense module's inputs, with ranks by explained variance.
 
     PEFT repeats the data until an incremental SVD converges; here the second moment of all rows is kept, so one pass
     per group of modules that fits into memory gives the exact directions, and `tau` has no effect.

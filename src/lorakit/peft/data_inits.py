@@ -55,7 +55,7 @@ class Cache:
 
     @classmethod
     def of(cls, path: Given) -> Cache | None:
-        """Read a cache, or return None if there is no file; an empty file, as a reserved name, is none.
+        """Read a cache; None if the file is missing or empty, such as a reserved name.
 
         Args:
             path: The file.
@@ -118,7 +118,7 @@ def for_attaching(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, cor
 
     Args:
         model: The base.
-        config: The config as it was given.
+        config: The user's config.
 
     Returns:
         The config to attach, and the statistics, or None.
@@ -210,7 +210,7 @@ def preprocess_corda(
 def _eigens_from(
     cache: Cache, settings: CordaConfig, modules: Mapping[str, nn.Module], widths: Mapping[str, tuple[int, int]]
 ) -> None:
-    """Leave the content of a cache on the modules; all of it is checked first."""
+    """Store a cache's tensors on the modules; all are checked first."""
     found, method = {}, cache.metadata.get("corda_method", settings.corda_method)
     if method != settings.corda_method:
         raise cache.error(f"corda_method is {method!r} here and {settings.corda_method!r} in the config", method)
@@ -314,7 +314,7 @@ def _check_gradients_exist(modules: Mapping[str, nn.Module]) -> None:
 
 
 def _gradients_from(cache: Cache, modules: Mapping[str, nn.Module]) -> None:
-    """Leave the content of a cache on the modules; all of it is checked first."""
+    """Store a cache's tensors on the modules; all are checked first."""
     without = set(cache.metadata.get("without", "").split("\n"))
     shapes = {path: module.get_parameter("weight").shape for path, module in modules.items() if path not in without}
     found = {path: cache.tensor(f"{path}.{GRADIENT}", tuple(shape)) for path, shape in shapes.items()}
@@ -324,7 +324,7 @@ def _gradients_from(cache: Cache, modules: Mapping[str, nn.Module]) -> None:
 
 @contextmanager
 def _only_trained(model: nn.Module, modules: Collection[nn.Module]) -> Iterator[Counter[nn.Module]]:
-    """Train only the weights of these modules in a block; yields how often a gradient reached each module.
+    """Train only these modules' weights within a context; yields the number of gradients that reached each.
 
     `.grad` is PEFT's interface to `train_step`, which may reset it between steps.
     """
@@ -349,7 +349,7 @@ def _only_trained(model: nn.Module, modules: Collection[nn.Module]) -> Iterator[
 
 
 def dense_sites(model: nn.Module, config: LoraConfig, init: str, paths: Collection[str] | None = None) -> DataSites:
-    """Resolve the dense modules of a config, which PEFT's inits that use data are for; it skips the others.
+    """Resolve the dense modules of a config; PEFT's inits that use data skip all others.
 
     Args:
         model: The user's model.

@@ -62,7 +62,7 @@ def hotswap_adapter(
         kwargs: `subfolder`, `revision`; PEFT's other options have no effect here.
 
     Raises:
-        AdapterFileError: Files are missing or damaged, or hold NaN or infinite numbers.
+        AdapterFileError: Files are missing or damaged, or hold NaN or infinite values.
         ConfigError: The configs differ.
         StateDictError: A tensor does not fit the model.
         MergeError: The adapter is merged.

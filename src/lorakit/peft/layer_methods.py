@@ -16,7 +16,7 @@ from lorakit.core.variants import asked_for, own_tensors, variant_named
 
 
 def _of_variants(layer: LoraLayer, word: str) -> dict[str, object]:
-    """Return adapter -> value of such a name; False for adapters of other variants."""
+    """Return adapter -> value of a variant's attribute; False for adapters of other variants."""
     found: dict[str, object] = {}
     for name, variant in layer.variant.items():
         value = variant_named(variant).peft_names.get(word)
@@ -30,7 +30,7 @@ def _use_rslora(layer: LoraLayer) -> dict[str, bool]:
 
 
 def _frozen(layer: LoraLayer) -> dict[str, tuple[str, ...]]:
-    """Adapter -> attributes whose values its init froze (MiCA); others are not in it."""
+    """Return adapter -> attributes whose values its init froze (MiCA); other adapters are left out."""
     parts = list(zip("AB", layer.kind.names, strict=True))
     return {
         name: tuple(held for part, held in parts if part not in trains)
@@ -72,17 +72,17 @@ METHODS: Mapping[str, Callable[..., object]] = {
 """Method -> what it does with the layer."""
 
 
-WORDS_OF_VARIANTS = frozenset(word for variant in asked_for() for word in variant.peft_names)
+NAMES_OF_VARIANTS = frozenset(word for variant in asked_for() for word in variant.peft_names)
 """PEFT's names of tables by adapter that tell the variant of each adapter."""
 
 
 class PeftLayerMethods:
     """Answers PEFT's own attributes of a layer; it has no state."""
 
-    names: ClassVar[frozenset[str]] = frozenset((*VALUES, *METHODS, *WORDS_OF_VARIANTS))
+    names: ClassVar[frozenset[str]] = frozenset((*VALUES, *METHODS, *NAMES_OF_VARIANTS))
 
     def answer(self, layer: nn.Module, word: str) -> object:
-        """Return the value of an attribute, or a method of PEFT that belongs to a layer.
+        """Return one of PEFT's attributes or methods of a layer.
 
         Args:
             layer: An adapted layer.

@@ -46,7 +46,7 @@ def adapter_folder(model_id: str | os.PathLike[str], options: MutableMapping[str
 
 
 LENIENT = tuple(word for word in ALLOWANCES if word != "nonfinite")
-"""Checks that PEFT does not make and that only warn here; NaN and infinite numbers remain an error."""
+"""Checks that PEFT does not make and that only warn here; NaN and infinite values remain an error."""
 
 
 def load_whole(
@@ -144,7 +144,7 @@ def warn_of_problems(
 
     Raises:
         BaseMismatchError: The base is another one and `allow` does not hold "base_mismatch".
-        AdapterFileError: A tensor holds NaN or infinite numbers.
+        AdapterFileError: A tensor holds NaN or infinite values.
     """
     of_base = check_base(model.get_base_model(), files, allow)[1]
     for message in (*of_base, *implausible(files.folder, judge_files(files), may_be_zero)):

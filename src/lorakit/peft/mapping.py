@@ -102,7 +102,7 @@ PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {
 """Method -> class of its config."""
 
 PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, type[BaseTuner]] = {PeftType.LORA: LoraModel}
-"""Method -> class of its tuner; methods that are not here cannot be used."""
+"""Method -> class of its tuner; other methods cannot be used."""
 
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[PeftType, type[BaseTuner]] = {PeftType.LORA: LoraModel}
 """Method -> class of its tuner in a `PeftMixedModel`."""

@@ -155,7 +155,7 @@ NONE_LEFT = (
 
 
 @contextlib.contextmanager
-def no_target_in_peft_words(model: nn.Module, config: LoraConfig) -> Iterator[None]:
+def with_no_target_message(model: nn.Module, config: LoraConfig) -> Iterator[None]:
     """Put PEFT's message before the error of a context that finds no target because modules are excluded.
 
     Args:

@@ -37,7 +37,7 @@ class MixedBatchError(RouteError, TypeError):
 
 
 @contextlib.contextmanager
-def _in_peft_words(names: Sequence[str] | None) -> Iterator[None]:
+def _with_peft_messages(names: Sequence[str] | None) -> Iterator[None]:
     """Put PEFT's message before the errors about a mixed batch that a forward or generation within a context raises."""
     try:
         yield
@@ -178,8 +178,8 @@ def options_of_call(
     batch = next((tensor for tensor in given if isinstance(tensor, Tensor) and tensor.ndim), None)
     if names is not None and set(names) == {BASE_NAME} and batch is not None and len(batch) != len(names):
         text = f"{LENGTH.format(rows=len(names))} The batch has {len(batch)} rows."
-        raise RowCountError(text)  # no layer counts these
-    with _in_peft_words(names), model.base_model.rows(names, copies), contextlib.ExitStack() as stack:
+        raise RowCountError(text)  # no layer checks these
+    with _with_peft_messages(names), model.base_model.rows(names, copies), contextlib.ExitStack() as stack:
         offsets, embedded = kwargs.pop("alora_offsets", None), kwargs.get("inputs_embeds")
         if is_alora_relevant_in_batch(model, names):
             ids = _prompts(args, kwargs)

@@ -57,7 +57,7 @@ def check_exist(
     Args:
         configs: The configs by adapter.
         adapter_names: One name or several.
-        problem: PEFT's words for a missing one.
+        problem: PEFT's phrase for a missing one.
 
     Raises:
         AdapterError: One is missing; `what` is its name.

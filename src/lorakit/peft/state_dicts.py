@@ -252,7 +252,7 @@ def put_tensors(
             "ignored because you passed `ignore_mismatched_sizes=True`: " + "\n".join(wrong)
         )
     if unexpected:
-        warn_caller(f"The adapter {adapter_name!r} has no place for these tensors: {', '.join(unexpected[:8])}.")
+        warn_caller(f"Adapter {adapter_name!r} has no parameters for these tensors: {', '.join(unexpected[:8])}.")
     model_adapters.fill(model, {name: tensor for name, tensor in placed.items() if current[name].is_meta})
     result = model.load_state_dict(placed, strict=False)
     return IncompatibleKeys(list(result.missing_keys), unexpected)
@@ -263,7 +263,7 @@ def _bare(key: str) -> str:
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the base's tensors as they were before any merge, (…), under the names that they have without adapters.
+    """Return the tensors of the unmerged base, (…), under the names that they have without adapters.
 
     Args:
         model: A wrapped model, or a model with adapters in it.

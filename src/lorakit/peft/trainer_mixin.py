@@ -1,4 +1,4 @@
-"""`LoraTrainerMixin`: train an adapted model in another's trainer: Hugging Face's `Trainer`, TRL's `SFTTrainer`.
+"""`LoraTrainerMixin`: train an adapted model with another trainer: Hugging Face's `Trainer`, TRL's `SFTTrainer`.
 
     class LoraTrainer(LoraTrainerMixin, Trainer): ...
 

@@ -305,7 +305,7 @@ class BaseTuner(OverModel):
         active, config = self.active_adapters, matching.with_own_targets(self.model, config, self.target_module_mapping)
         asked = config if state_dict is None else matching.config_for_keys(self.model, config, state_dict)
         asked, found = for_attaching(self.model, asked)
-        with garbage_collector_paused(), matching.no_target_in_peft_words(self.model, config):
+        with garbage_collector_paused(), matching.with_no_target_message(self.model, config):
             report = core.attach(self.model, asked, name, allow=ALLOWANCES, kinds=kinds_of(config), statistics=found)
         answer_as_peft(self.model)
         self.peft_config[name].init_lora_weights = config.init_lora_weights

@@ -47,7 +47,7 @@ ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 UPCAST_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
 TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, object] = {}
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = dict(DEFAULT_TARGETS)
-"""Default targets by architecture, under PEFT's name; programs add architectures of their own."""
+"""Default targets by architecture, under PEFT's name; programs may add architectures."""
 
 
 class BufferDict(nn.Module, MutableMapping[str, Tensor]):
@@ -256,7 +256,7 @@ def skip_init_on_device(func: Function) -> Function:
 
 
 class WeightConversion(Protocol):
-    """How transformers' loader renames or joins tensors of a base.
+    """A step in which transformers' loader renames or joins tensors of a base.
 
     Attributes:
         source_patterns: Patterns of the names in the file.
