@@ -21,7 +21,7 @@ def model_named(name: str, seed: int = 0) -> nn.Module:
 
 
 def inputs_for(name: str, seed: int = 8) -> dict[str, Tensor]:
-    """Arguments of the model's forward, labels among them where the model has a loss of its own."""
+    """Return arguments of the model's forward, with labels if the model computes a loss."""
     ids = _ids(ROWS, LENGTH, seed)
     if name.startswith("sequential"):
         return {"input": ids}
@@ -119,7 +119,7 @@ class _Attending(nn.Module):
         super().__init__()
         self.embed, self.mha = nn.Embedding(VOCABULARY, 12), nn.MultiheadAttention(12, 2, batch_first=True)
         self.head = nn.Linear(12, 7)
-        self.requires_grad_(False)  # torch computes attention another way, to other bits, where a weight is trained
+        self.requires_grad_(False)  # torch uses another attention kernel, with other rounding, if a weight is trained
 
     def forward(self, input: Tensor) -> Tensor:
         x = self.embed(input)
@@ -128,7 +128,7 @@ class _Attending(nn.Module):
 
 
 class _Experts(nn.Module):
-    """Parameters without a module of their own: experts in one tensor, and a matrix."""
+    """Bare parameters: experts in one tensor, and a matrix."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ def _parametrised() -> nn.Module:
 
 
 def _in_few_bits(storage: str) -> Callable[[], nn.Module]:
-    """A Llama as wide as quantisers' kernels ask for, its dense layers in a storage of `--quantization`."""
+    """Return a Llama that is wide enough for quantization kernels, its dense layers in a format of `--quantization`."""
 
     def make() -> nn.Module:
         from lorakit.core.model.base_view import quantized_linear

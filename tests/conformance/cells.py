@@ -1,7 +1,7 @@
-"""The product of lorakit's four tables over the small models: which cells there are, and how both libraries make one.
+"""The product of lorakit's four registries over small models: its cells, and how both libraries create each.
 
-INITS and VARIANTS are read as they stand, so a new row of theirs joins by itself. A new kind or way of storage needs a
-`Place`, a model that has it; `test_every_row_has_a_place` names what is missing.
+Every entry of INITS and VARIANTS is included automatically. A new kind or weight format needs a `Place`, a model that has
+it; `test_every_row_has_a_place` names those without one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .rows import Row, quiet_peft
 
 INVOCATION = (3, 4)
 SEEDS = range(20, 26)
-"""Of the batches that inits look at."""
+"""Seeds of the batches for inits that use data."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Place:
 
     Attributes:
         model: A key of `MODELS`.
-        kind: Name of a row of KINDS.
-        base: Name of a entry of WEIGHT_FORMATS.
+        kind: Name of an entry of KINDS.
+        base: Name of an entry of WEIGHT_FORMATS.
         targets: Names for `target_modules`.
         parameters: Names for `target_parameters`.
         needs: Package that the storage needs.
@@ -49,7 +49,7 @@ class Place:
 
     @property
     def is_causal(self) -> bool:
-        """Whether its task is the one that aLoRA knows."""
+        """Return whether its task is causal language modeling, the only one aLoRA supports."""
         return self.model.endswith("-words") and not self.model.startswith("t5")
 
 
@@ -105,9 +105,9 @@ def _places() -> Iterator[Place]:
 PLACES = tuple(_places())
 
 WITHOUT_A_PLACE: Mapping[str, str] = {
-    "InnerLinear": "the dense layer inside nn.MultiheadAttention is adapted together with it and never by itself",
+    "InnerLinear": "the dense layer inside nn.MultiheadAttention is always adapted together with it",
 }
-"""Rows of KINDS and WEIGHT_FORMATS that no place is of, each with its reason."""
+"""Entries of KINDS and WEIGHT_FORMATS without a `Place`, each with its reason."""
 
 
 OF_VARIANT: Mapping[str, dict[str, Any]] = {
@@ -115,7 +115,7 @@ OF_VARIANT: Mapping[str, dict[str, Any]] = {
     "kasa": {"kasa_config": {"beta": 0.5, "gamma": 0.25}},
     "bdlora": {"use_bdlora": {"target_modules_bd_a": [""], "nblocks": 2}},  # the empty text is in every path
 }
-"""What a config says to ask for a variant in any model, by its name."""
+"""Variant -> config fields that select it in any model."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Cell:
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """Arguments of the forward; each row has the invocation somewhere else."""
+        """Return arguments of the forward; each row has the invocation at another position."""
         given = inputs_for(self.place.model)
         if self.variant == "alora" and "input_ids" in given:
             for index, ids in enumerate(given["input_ids"]):
@@ -176,7 +176,7 @@ class Cell:
         return given
 
     def made(self, library: Any) -> Any:
-        """A fresh model with a fresh adapter, in eval mode, after both steps of its init where there are two."""
+        """Return a new model with a new adapter, in eval mode, after both steps of an init that has two."""
         model, step = model_named(self.place.model), STEPS.get(str(self.init), Steps())
         classes = _home(library, "config")
         settings = {field: getattr(classes, name)(**values) for field, name, values in step.settings}
@@ -192,7 +192,7 @@ class Cell:
 
 
 def _nothing(*_: Any) -> None:
-    """Most inits have one step."""
+    """Do nothing: most inits have one step."""
 
 
 def _batches(cell: Cell) -> list[dict[str, Tensor]]:
@@ -206,7 +206,7 @@ def _home(library: Any, name: str) -> Any:
 def _covariances(library: Any, model: Any, config: Any, cell: Cell) -> None:
     def run() -> None:
         for batch in _batches(cell):
-            for index in range(ROWS):  # one row at a time: peft looks at no batch of several
+            for index in range(ROWS):  # one row at a time: peft does not support batches of several
                 model(**{name: tensor[index : index + 1] for name, tensor in batch.items()})
 
     _home(library, "corda").preprocess_corda(model, config, run_model=run)
@@ -233,7 +233,7 @@ def _directions(library: Any, model: Any, cell: Cell) -> None:
 
 @dataclass(frozen=True)
 class Steps:
-    """What an init wants beside its name.
+    """Settings and calls that an init needs in addition to its name.
 
     Attributes:
         settings: Field of the config, its class, its values.
@@ -252,10 +252,10 @@ STEPS: Mapping[str, Steps] = {
     "corda": Steps((("corda_config", "CordaConfig", {"corda_method": "ipm"}),), before=_covariances),
     "lora_ga": Steps((("lora_ga_config", "LoraGAConfig", {"direction": "ArB2r"}),), before=_gradients),
 }
-"""By the init's name; one that looks at data and is not here cannot be made, and the test says so."""
+"""Init -> its steps; a test fails for an init that needs data and has no entry."""
 
 
 def every_cell() -> list[Cell]:
-    """The whole product."""
+    """Return every cell of the product."""
     axes = ([init.name for init in INITS], [variant.name for variant in VARIANTS])
     return [Cell(*cell) for cell in itertools.product(PLACES, *axes)]

@@ -1,4 +1,4 @@
-"""How near two sets of named tensors must lie."""
+"""Comparison of two sets of named tensors within tolerances."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROUNDINGS = 4e-6
 def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], rtol: float = ROUNDINGS) -> None:
     """The same names, and numbers within `rtol` of the largest of their tensor.
 
-    A tensor that is zero but for rounding (the gradient of a key's bias) has no size of its own to be measured
+    A tensor that is zero but for rounding (the gradient of a key's bias) has no magnitude for a relative
     by, so a hundredth of `rtol` of the largest number of all is allowed everywhere.
 
     Args:

@@ -1,6 +1,6 @@
-"""Everything in which lorakit's files and behaviour differ from peft's on purpose, each with its reason.
+"""Intended differences between lorakit's files and behavior and peft's, each with its reason.
 
-A comparison that finds a difference that is not here fails, and so does an entry that no comparison needs.
+A comparison fails if it finds a difference without an entry, and so does an entry that no comparison needs.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ ABSENT = "<absent>"
 FILES_OF_PEFT_ALONE: Mapping[str, str] = {}
 FILES_OF_OURS_ALONE: Mapping[str, Difference] = {
     "lorakit.json": Difference(
-        "fingerprint of the base, SHA-256 of both files, rank and alpha of each site; peft does not look at it",
+        "fingerprint of the base, SHA-256 of both files, rank and alpha of each site; peft does not read it",
         lambda row, *_: True,
     ),
     "lorakit_initial.safetensors": Difference(
-        "what an adapter that moved the base began with, so that it loads without its data; peft does not look at it",
+        "initial factors of an adapter whose init changed the base, to load it without its data; peft does not read it",
         lambda row, *_: init_named(row.fields.get("init_lora_weights", True)).changes_base,
     ),
 }
@@ -48,11 +48,11 @@ METADATA: Mapping[str, str] = {
 
 CONFIG: Mapping[str, Difference] = {
     "target_parameters": Difference(
-        "peft rewrites configs of models whose experts were fused since, and leaves an empty list where there was none",
+        "peft rewrites configs of models whose experts were fused since, and leaves an empty list if there was none",
         lambda row, theirs, ours: row.model == "mixtral-words" and theirs == [] and ours is None,
     ),
     "peft_version": Difference(
-        "the API level that is followed, which transformers asks for, not the version that happens to be installed",
+        "the API level that lorakit follows, which transformers requires, not the installed version",
         lambda row, theirs, ours: ours == "0.22.0",
     ),
     "target_modules": Difference(
@@ -72,7 +72,7 @@ CONFIG_OF_CONVERTED: Mapping[str, Difference] = {
     )
     for field in ("corda_config", "lora_ga_config")
 }
-"""More of them where an adapter that moved the base is written as plain LoRA."""
+"""Further differences if an adapter whose init changed the base is saved as plain LoRA."""
 
 TENSORS_OF_PEFT_ALONE: Mapping[str, Difference] = {
     ".base_layer.weight": Difference(
@@ -81,34 +81,34 @@ TENSORS_OF_PEFT_ALONE: Mapping[str, Difference] = {
         lambda row, name, _: any(word in name for word in ("embed_tokens", "lm_head")),
     ),
     ".original_module.bias": Difference(
-        "with bias='all', peft also saves the bias of the original beside a copied module; nothing trained it",
+        "with bias='all', peft also saves the untrained bias of the original of a module in modules_to_save",
         lambda row, name, _: row.fields.get("bias") == "all",
     ),
     ".modules_to_save.bias": Difference(
-        "with bias='all', peft saves the bias of a copied module a second time under the copy's name in memory",
+        "with bias='all', peft saves the bias of a module in modules_to_save a second time under its name in memory",
         lambda row, name, _: row.fields.get("bias") == "all",
     ),
 }
 
 WHERE_PEFT_IS_WRONG: Mapping[str, str] = {
     "saved_modules_are_matched_at_a_dot": "modules_to_save is compared with str.endswith there, so 'out' names lora_dropout",
-    "unknown_adapters_are_refused": "merging or activating a name that does not exist does nothing there, in silence",
-    "unmerging_restores_bits": "unmerging subtracts there, and bf16 weights drift",
-    "disable_while_merged_is_for_a_block": "a disabled forward unmerges for good there",
-    "a_failed_mixed_batch_leaves_nothing": "its hooks stay on the layers when a forward raises",
-    "a_failed_call_leaves_the_model": "a refused get_peft_model leaves wrapped layers there",
-    "mismatched_files_are_named": "unexpected tensors are passed over in silence there",
-    "the_config_is_only_read": "get_peft_model and save_pretrained write into the caller's config there",
-    "a_merge_unties_with_a_word": "merging into a tied embedding changes the head as well there",
+    "unknown_adapters_are_refused": "merging or activating a name that does not exist silently does nothing in peft",
+    "unmerging_restores_bits": "unmerging subtracts the update in peft, so bf16 weights drift",
+    "disable_while_merged_is_for_a_block": "a disabled forward unmerges permanently in peft",
+    "a_failed_mixed_batch_leaves_nothing": "peft's hooks stay on the layers if a forward raises",
+    "a_failed_call_leaves_the_model": "a get_peft_model that raises leaves wrapped layers in peft",
+    "mismatched_files_are_named": "unexpected tensors are silently ignored by peft",
+    "the_config_is_only_read": "get_peft_model and save_pretrained change the caller's config in peft",
+    "a_merge_unties_with_a_word": "merging into a tied embedding also changes the head in peft",
     "several_dora_adapters_add": "the second DoRA adapter there scales the first one's result, so their order counts",
     "layers_hold_for_full_paths": "layers_to_transform is ignored there where a target is a full path",
     "layers_at_the_top_count": "layers_to_transform finds no layers there when their list is at the top of the model",
     "gaussian_reaches_embeddings": "init_lora_weights='gaussian' is silently the default there on an embedding",
     "dropout_below_zero_is_refused": "a negative lora_dropout is accepted there and drops nothing",
-    "merged_and_dora_rows_mix": "mixed batches are refused there with DoRA, and while something is merged",
+    "merged_and_dora_rows_mix": "peft rejects mixed batches with DoRA, and while an adapter is merged",
     "a_converted_dora_keeps_its_magnitude": "converted from PiSSA to plain LoRA, a DoRA adapter loses what its magnitudes learned",
     "without_kasa_the_base_is_whole": "KaSA's truncation stays there when the adapter is disabled, unloaded or unused",
     "kasa_ranks_do_not_add_up": "a second KaSA adapter of another rank truncates the base of the first one there",
     "merging_rounds_once": "safe_merge rounds the delta to the weight's dtype before it is added there",
 }
-"""Behaviour that is compared with our own formula instead; each has a test of its name in test_where_peft_is_wrong.py."""
+"""Behavior that is compared with our own formula instead; each has a test of this name in test_where_peft_is_wrong.py."""

@@ -1,6 +1,6 @@
 """Every cell of the product that is not compared, by rule, each with its reason and with what that library says.
 
-A cell that a library refuses and that no rule of its names fails its test, and so does one that it no longer refuses.
+A test fails for a cell that a library rejects without a rule, and for a rule whose cell is no longer rejected.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ NOT_LOFTQ = (*CONVOLUTIONS, "Embedding")
 QUANTISED = tuple(base.name for base in WEIGHT_FORMATS if base.quantized)
 BITSANDBYTES = ("bitsandbytes 4-bit", "bitsandbytes 8-bit")
 DECOMPOSING = ("pissa", "olora", "orthogonal", "corda", "loftq", "mica")
-"""Inits that look at the base weight itself."""
+"""Inits that read the base weight."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Cells that one library does not make as asked.
+    """Cells that one library rejects or creates differently.
 
     Attributes:
         reason: Why.
         holds: Whether a cell is one of them.
-        text: A regular expression for what is said.
-        how: "raises", when the adapter is made or used for the first time; "warns" and goes on; or "ignores": goes on
-            as if the init were True, without a word.
+        text: A regular expression for the message.
+        how: "raises" when the adapter is created or first used; "warns" and continues; or "ignores": silently uses
+            init True.
     """
 
     reason: str
@@ -45,18 +45,18 @@ class Refusal:
 
 
 def _kinds(cell: Cell) -> set[str]:
-    """The kinds of the sites that naming its targets adapts."""
+    """Return the kinds of the sites that its targets adapt."""
     return {cell.kind, "InnerLinear"} if cell.kind == "MultiheadAttention" else {cell.kind}
 
 
 def _moves(cell: Cell) -> bool:
-    """Whether the init or the variant moves the base."""
+    """Return whether the init or the variant changes the base."""
     return cell.rules.changes_base or variant_named(cell.variant).move is not None
 
 
 BY_LORAKIT: tuple[Refusal, ...] = (
     Refusal(
-        "the row of INITS does not name the kind",
+        "the entry of INITS does not support the kind",
         lambda cell: (
             not all(cell.rules.fits(kind_named(kind)) for kind in _kinds(cell))
             and (cell.init != "eva" or cell.kind == "Parameter")
@@ -64,25 +64,25 @@ BY_LORAKIT: tuple[Refusal, ...] = (
         "does not support [A-Z]|No supported layers found for",
     ),
     Refusal(
-        "PEFT's two steps look at Linear and Conv1D alone; lorakit.core.collect_for takes every kind of the row",
+        "PEFT's two steps support only Linear and Conv1D; lorakit.core.collect_for takes every kind of the entry",
         lambda cell: cell.init in ("corda", "lora_ga") and cell.kind not in DENSE,
         "No supported layers found for",
     ),
     Refusal(
-        "likewise, and as in PEFT what was not looked at begins as usual; here with a word",
+        "likewise; as in PEFT other sites use the default init, here with a warning",
         lambda cell: cell.init == "eva" and cell.kind not in (*DENSE, "Parameter"),
         "were initialized with init_lora_weights=True because they were not found in the eva state_dict",
         how="warns",
     ),
     Refusal(
-        "the row of VARIANTS does not name the kind",
+        "the entry of VARIANTS does not support the kind",
         lambda cell: not all(variant_named(cell.variant).fits(kind_named(kind)) for kind in _kinds(cell)),
         r"(DoRA|aLoRA|KaSA|BD-LoRA) .(use_dora|alora_invocation_tokens|kasa_config|use_bdlora). does not support",
     ),
     Refusal(
-        "before its invocation aLoRA is the base, which the init moved; peft answers with the moved base there",
+        "before its invocation aLoRA is the base, which the init changed; peft uses the changed base there",
         lambda cell: cell.rules.changes_base and not variant_named(cell.variant).is_mergeable,
-        "moves the base weight, and aLoRA needs the base as it is before its start",
+        "base weight, and aLoRA needs",
     ),
     Refusal(
         "BD-LoRA's blocks have other shapes than A and B that are made of the base or the data",
@@ -90,22 +90,22 @@ BY_LORAKIT: tuple[Refusal, ...] = (
         "needs A and B in their usual shapes, and BD-LoRA has others",
     ),
     Refusal(
-        "KaSA moves the base itself",
+        "KaSA changes the base itself",
         lambda cell: cell.rules.changes_base and variant_named(cell.variant).move is not None,
-        "moves the base weight, and KaSA moves it too",
+        "base weight, and KaSA",
     ),
     Refusal(
-        "what a variant leaves of a weight in few bits would be rounded a second time",
+        "a variant's residual of a quantized weight would be rounded a second time",
         lambda cell: variant_named(cell.variant).move is not None and cell.base in QUANTISED,
-        "KaSA moves the base weight, and this one is quantised",
+        "KaSA .*, and this one is quanti[sz]ed",
     ),
     Refusal(
-        "what is left of a weight in few bits would be rounded a second time",
+        "an init's residual of a quantized weight would be rounded a second time",
         lambda cell: cell.rules.changes_base and not cell.rules.requantizes and cell.base in QUANTISED,
-        "and this one is quantised|does not support quantized models",
+        "and this one is quanti[sz]ed|does not support quantized models",
     ),
     Refusal(
-        "nothing can be written to a weight that is computed; peft's writing changes the parametrization's own numbers",
+        "a computed weight cannot be written; peft changes the tensors of its parametrization",
         lambda cell: _moves(cell) and cell.base.startswith("computed"),
         r"computed by torch\.nn\.utils\.parametrize, so nothing can be written into it",
     ),
@@ -119,7 +119,7 @@ BY_LORAKIT: tuple[Refusal, ...] = (
 
 
 def _is_packed(cell: Cell) -> bool:
-    """Whether peft has a layer of its own for the storage, without the variants of its plain one."""
+    """Return whether peft has a separate layer for the format, without the variants of its plain one."""
     return cell.base in (*BITSANDBYTES, "HQQ")
 
 
@@ -141,12 +141,12 @@ BY_PEFT: tuple[Refusal, ...] = (
         "is being modified inplace|unexpected keyword argument 'alora_offsets'",
     ),
     Refusal(
-        "DoRA unpacks a weight in 8 bits in each forward, and the second one finds it without its scales",
+        "DoRA dequantizes an 8-bit weight in each forward, and the second forward does not find its scales",
         lambda cell: cell.variant == "dora" and cell.base == "bitsandbytes 8-bit",
         "'NoneType' object has no attribute 'dtype'",
     ),
     Refusal(
-        "OPT lays all rows one behind the other before fc1, and aLoRA's offsets are of rows",
+        "OPT flattens all rows before fc1, and aLoRA's offsets are per row",
         lambda cell: cell.variant == "alora" and cell.place.model == "opt-words",
         "does not match the shape of the indexed tensor",
     ),
@@ -176,7 +176,7 @@ BY_PEFT: tuple[Refusal, ...] = (
         "has no attribute 'in_features'|variant combination: .*use_bdlora",
     ),
     Refusal(
-        "beside a weight in few bits BD-LoRA is plain LoRA there, without a word",
+        "on a quantized weight BD-LoRA is silently plain LoRA in peft",
         lambda cell: cell.variant == "bdlora" and _is_packed(cell),
         how="ignores",
     ),
@@ -191,7 +191,7 @@ BY_PEFT: tuple[Refusal, ...] = (
         "unimplemented operator",
     ),
     Refusal(
-        "DoRA is not there for bare parameters and attention",
+        "DoRA does not support bare parameters and attention",
         lambda cell: cell.variant == "dora" and cell.kind in ("Parameter", "MultiheadAttention"),
         "does not work with use_dora|does not support DoRA",
     ),
@@ -206,12 +206,12 @@ BY_PEFT: tuple[Refusal, ...] = (
         "loftq_init.* missing 1 required positional argument",
     ),
     Refusal(
-        "LoRA-GA looks at Linear and Conv1D alone",
+        "LoRA-GA supports only Linear and Conv1D",
         lambda cell: cell.init == "lora_ga" and (cell.kind not in DENSE or cell.base == "HQQ"),
         "No supported layers found for LoRA-GA",
     ),
     Refusal(
-        "a weight in few bits, or a computed one, takes no gradient",
+        "a quantized or computed weight has no gradient",
         lambda cell: cell.init == "lora_ga" and (cell.base in QUANTISED or cell.base.startswith("computed")),
         "does not support quantized models|floating point and complex dtype|does not require grad",
     ),
@@ -221,7 +221,7 @@ BY_PEFT: tuple[Refusal, ...] = (
         "Unknown initialization",
     ),
     Refusal(
-        "inits that look at a weight look for one of that name",
+        "inits that read a weight need one of that name",
         _reads_a_weight,
         "has no attribute 'weight'|`eigens` attribute not found",
     ),
@@ -236,17 +236,17 @@ BY_PEFT: tuple[Refusal, ...] = (
         "under float32, float16, or bfloat16|loating point and complex dtype|unimplemented operator|shape",
     ),
     Refusal(
-        "EVA looks for layers with an input of their own",
+        "EVA needs layers with a separate input",
         lambda cell: cell.init == "eva" and cell.kind in ("MultiheadAttention", "Parameter"),
         "list index out of range|must match the size of tensor",
     ),
     Refusal(
-        "OLoRA takes the weight of a Conv1D as if it lay the other way round",
+        "OLoRA reads the weight of a Conv1D as if it were stored as (out, in)",
         lambda cell: cell.init == "olora" and cell.kind == "Conv1D",
         "must match the size of tensor|shapes cannot be multiplied",
     ),
     Refusal(
-        "an Embedding takes any word and begins as with True",
+        "an Embedding accepts any value and uses the default init",
         lambda cell: cell.kind == "Embedding" and cell.init in ("pissa", "olora", "orthogonal", "corda"),
         how="ignores",
     ),
@@ -254,7 +254,7 @@ BY_PEFT: tuple[Refusal, ...] = (
 
 
 def _is_unpacked(cell: Cell) -> bool:
-    """Whether peft unpacks the weight first, or looks at its dtype alone."""
+    """Return whether peft dequantizes the weight first, or only reads its dtype."""
     return (cell.init == "olora" and cell.base in BITSANDBYTES) or (
         cell.init == "orthogonal" and cell.base == "torchao"
     )
@@ -267,5 +267,5 @@ def refusals(cell: Cell, table: tuple[Refusal, ...]) -> list[Refusal]:
 
 
 def is_compared(cell: Cell) -> bool:
-    """Whether both libraries make it as asked."""
+    """Return whether both libraries create it as specified."""
     return not refusals(cell, BY_LORAKIT) and not refusals(cell, BY_PEFT)

@@ -1,4 +1,4 @@
-"""What is compared: one `Row` per model and config, and the pair of wrapped models that it makes."""
+"""The comparisons: one `Row` per model and config, and the pair of wrapped models that it creates."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Row:
     Attributes:
         name: Shown in the test's id.
         model: A key of `MODELS`.
-        fields: Of the config, beside r=4 and lora_alpha=6.
+        fields: Fields of the config in addition to r=4 and lora_alpha=6.
     """
 
     name: str
@@ -45,10 +45,10 @@ class Row:
             return library.get_peft_model(model_named(self.model), self.config(library, **more))
 
     def pair(self, *names: str, **more: Any) -> tuple[Any, Any]:
-        """A model of each library with the same random numbers in its adapters: (peft's, ours).
+        """Return a model of each library with the same random values in its adapters: (peft's, ours).
 
         Args:
-            names: Adapters; "default" where none is named. Each has numbers of its own; the first is active.
+            names: Adapters; "default" if empty. Each has different values; the first is active.
             more: More fields of the config.
         """
         names = names or ("default",)
@@ -78,7 +78,7 @@ class Row:
 
 @contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
-    """A block in which peft's own remarks, which are not under test, stay unsaid; ours are said and fail a test."""
+    """Suppress peft's own warnings, which are not under test, within a context; ours still fail a test."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"peft\..*")
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # peft asks transformers so
@@ -86,12 +86,12 @@ def quiet_peft() -> Iterator[None]:
 
 
 def belongs_to_adapter(name: str) -> bool:
-    """Whether a parameter's name is that of a factor or of a copied module."""
+    """Return whether a parameter belongs to a factor or to a module in modules_to_save."""
     return ".lora_" in name or ".modules_to_save." in name
 
 
 def randomise(model: nn.Module) -> None:
-    """Give everything that peft would train numbers of its own."""
+    """Give all tensors that peft would train different values."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -106,7 +106,7 @@ def randomise(model: nn.Module) -> None:
 
 
 def copy_adapters(source: nn.Module, target: nn.Module) -> None:
-    """Copy the numbers of all adapters by their names in memory, and those of the base, packed weights excepted."""
+    """Copy all adapters' tensors by their names in memory, and those of the base except packed weights."""
     given = dict(source.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, parameter in target.named_parameters(remove_duplicate=False):

@@ -1,4 +1,4 @@
-"""How an adapter begins: the same zero sides, spreads and dtypes, though not the same random numbers."""
+"""New adapters: the same zero factors, standard deviations and dtypes, but other random values."""
 
 from __future__ import annotations
 

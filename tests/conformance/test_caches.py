@@ -1,5 +1,5 @@
-"""Caches and entry points of inits that look at data, beside the installed peft: what its pickles hold is what our
-safetensors hold, under the same names, so that either can be written as the other; a pickle itself is refused.
+"""Caches and entry points of inits that use data, compared with the installed peft: its pickles and our safetensors
+hold the same tensors under the same names, so either can be converted to the other; a pickle itself is rejected.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .rows import quiet_peft, theirs
 from .test_inits import IN, rows, small, train_step
 
 TARGETS = ["up", "conv", "down"]
-PICKLE = r"may be a pickle, which is never loaded\. Caches are safetensors here .* safetensors\.torch\.save_file"
+PICKLE = r"may be a pickle, which is never loaded\. Caches are safetensors here.* safetensors\.torch\.save_file"
 
 
 def corda(library: Any, method: str = "ipm", r: int = 4, **settings: Any) -> Any:
@@ -122,7 +122,7 @@ def test_one_covariance_serves_every_rank_and_method_and_one_cache_a_single_one(
             preprocess_corda(asked, config, never)
         assert not any(hasattr(module, "eigens") for module in asked.modules())
 
-    refused(r"holds what corda_method 'ipm' takes, and the config says 'kpm'", corda(ours, "kpm", cache_file=cache))
+    refused("corda_method is 'ipm' here and 'kpm' in the config", corda(ours, "kpm", cache_file=cache))
     narrow = nn.Sequential()
     narrow.up, narrow.conv, narrow.down = nn.Linear(5, 20), nn.Linear(20, 20), nn.Linear(20, 16)
     refused(r"up has shape \(12, 12\), and \(5, 5\) was expected", corda(ours, covariance_file=spread), narrow)
@@ -131,11 +131,11 @@ def test_one_covariance_serves_every_rank_and_method_and_one_cache_a_single_one(
     for change, text in (
         (
             {n: t for n, t in whole.items() if "down" not in n},
-            "there is nothing for down.eigens.S_WC; it is of another",
+            "down.eigens.S_WC not found; the file is of another",
         ),
         (
             {**whole, "conv.eigens.U_WC": whole["conv.eigens.U_WC"] * torch.inf},
-            "conv.eigens.U_WC holds NaN or infinite",
+            "conv.eigens.U_WC has NaN or infinite",
         ),
     ):
         save_file(change, tmp_path / "changed.safetensors")
@@ -160,7 +160,7 @@ def test_what_corda_asks_for_and_leaves(tmp_path: Path) -> None:
         ConfigError, match="`eigens` attribute not found for layer, please run `preprocess_corda` first"
     ):
         ours.get_peft_model(small(), corda(ours))
-    with pytest.raises(DataError, match="down: run_model brought nothing to this module"):
+    with pytest.raises(DataError, match="down: run_model does not reach this module"):
         model = small()
         preprocess_corda(model, corda(ours), lambda: model.conv(model.up(rows(1))))
     with pytest.raises(DataError, match="up: Invalid value found in input"):
@@ -253,14 +253,14 @@ def test_what_lora_ga_refuses_and_leaves(tmp_path: Path) -> None:
     assert bool((model.up.weight.grad == 1).all()) and model.down.weight.grad is None and not model.up._backward_hooks
     for again in (model, small()):  # the second knows from the file which modules had none
         preprocess_loraga(again, ga(ours), never, cache)
-        with pytest.warns(UserWarning, match="LoRA-GA has no gradient for conv, down; they begin as with"):
+        with pytest.warns(UserWarning, match="LoRA-GA has no gradient for conv, down; they use init_lora"):
             found = ours.get_peft_model(again, ga(ours))
         assert not found.base_model.model.down.lora_B["default"].weight.any()
     narrow = nn.Sequential()
     narrow.up = nn.Linear(5, 20)
     refused(r"up._peft_loraga_grad has shape \(20, 12\), and \(20, 5\) was expected", ga(ours, ["up"]), narrow, cache)
     save_file({"other._peft_loraga_grad": torch.ones(2, 2)}, cache)
-    refused("there is nothing for up._peft_loraga_grad; it is of another model or config", ga(ours), path=cache)
+    refused("up._peft_loraga_grad not found; the file is of another model or config", ga(ours), path=cache)
 
     def fails() -> None:
         raise KeyboardInterrupt
@@ -344,7 +344,7 @@ def test_what_eva_refuses_by_text_and_nothing_changes() -> None:
     wide = {**good, up: torch.ones(2, IN + 1)}
     refused(ConfigError, rf"up has shape \(2, {IN + 1}\), and \(rank, {IN}\) was expected", eva_state_dict=wide)
     sick = {**good, up: good[up] * torch.nan}
-    refused(ConfigError, "eva_state_dict: up holds NaN or infinite numbers", eva_state_dict=sick)
+    refused(ConfigError, "eva_state_dict: up has NaN or infinite values", eva_state_dict=sick)
     none = {name: A[:0] for name, A in good.items()}
     refused(ConfigError, "leaves no rank to any module of adapter 'default'", eva_state_dict=none)
     refused(

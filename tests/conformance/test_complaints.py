@@ -1,4 +1,4 @@
-"""What peft's users complain of, measured on the installed peft and on lorakit side by side (docs/from-peft.md)."""
+"""Complaints of peft's users, measured on the installed peft and on lorakit (docs/from-peft.md)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def adapted(library: Any, dtype: torch.dtype = torch.float32, **more: Any) -> An
 
 
 def activations_kept(model: Any, x: Tensor) -> list[Tensor]:
-    """What a forward keeps for its backward, each storage once, without parameters and their casts."""
+    """Return the bytes that a forward saves for backward, each storage once, without parameters and their casts."""
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def activations_kept(model: Any, x: Tensor) -> list[Tensor]:
 
 
 def test_a_bf16_input_is_kept_once_and_in_bf16() -> None:
-    """Complaint 2: factors are fp32 beside a bf16 base, and it is they that are cast, not each layer's input."""
+    """Complaint 2: factors are fp32 on a bf16 base, and they are cast, not each layer's input."""
     x = torch.randn(32, WIDTH, dtype=torch.bfloat16)
     wide = {}
     for library in (peft, ours):
@@ -97,7 +97,7 @@ def test_a_merged_model_runs_what_its_base_runs_and_an_unmerged_one_less_than_pe
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_needs_no_further_call(tiny_llama: Any, reentrant: bool) -> None:
-    """Complaint 12: adapt first and switch checkpointing on afterwards, or the other way round; gradients are the same."""
+    """Complaint 12: gradients are the same whether checkpointing is enabled before or after adapting."""
     ids = torch.randint(0, 60, (2, 8), generator=torch.Generator().manual_seed(1))
 
     def gradients(before: bool, after: bool) -> dict[str, Tensor]:
@@ -124,7 +124,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
     def refuse(*address: Any, **_: Any) -> Any:
         asked.append(address)
-        raise OSError("there is no network in this test")
+        raise OSError("no network in this test")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
@@ -142,7 +142,7 @@ def test_saving_asks_nobody(no_network: list[Any], tiny_llama: Any, tmp_path: Pa
     names = set(load_file(tmp_path / "adapter_model.safetensors"))
     assert not no_network
     assert "base_model.model.model.embed_tokens.lora_embedding_A" in names
-    assert not any("base_layer" in name for name in names), "the base's own matrices are not part of an adapter"
+    assert not any("base_layer" in name for name in names), "an adapter's file has no matrices of the base"
 
 
 def test_an_adapter_that_goes_on_training_is_no_second_wrapper(tiny_llama: Any, tmp_path: Path) -> None:

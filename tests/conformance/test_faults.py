@@ -1,4 +1,4 @@
-"""Faults of peft 0.21.2 that need a model of their own; the others are shown where their part is tested (docs/from-peft.md)."""
+"""Faults of peft 0.21.2 that need a special model; other tests show the rest (docs/from-peft.md)."""
 
 from __future__ import annotations
 

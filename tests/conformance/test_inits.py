@@ -1,7 +1,7 @@
-"""Inits beside the installed peft: the same s·B·A, the same base left, the same factors but for signs, files both ways.
+"""Inits compared with the installed peft: the same s·B·A, residual base and factors except signs, files both ways.
 
 peft's own faults are not repeated: olora on Conv1D, LoRA-GA's size on Conv1D, LoftQ without its scale, and kinds on which
-it takes its default in silence; those are compared with the formula in tests/docs/test_formulas_of_inits.py.
+it silently uses its default; those are compared with the formula in tests/docs/test_formulas_of_inits.py.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def train_step(model: nn.Module) -> None:
 
 
 def made(library: Any, init: str, targets: list[str], dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
-    """An adapted model of either library, with the first step of its init where there are two."""
+    """Return an adapted model of either library, after the first step of an init that has two."""
     model = small(dtype)
     config = library.LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=init, **fields)
     ahead = library is theirs

@@ -1,4 +1,4 @@
-"""`replace_lora_weights_loftq` beside the installed peft, on a base in four bits, with the weights as they were on disk.
+"""`replace_lora_weights_loftq` compared with the installed peft, on a 4-bit base, with the original weights on disk.
 
 peft sends the weights to a GPU whatever the model is on; a mode of torch's brings them to the CPU here.
 """
@@ -30,7 +30,7 @@ TARGETS = ["q_proj", "down_proj"]
 
 
 class OnCpu(TorchFunctionMode):
-    """What is sent to a GPU stays here."""
+    """Keep tensors that peft sends to a GPU on the CPU."""
 
     def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -187,7 +187,7 @@ def test_weights_of_conv1d_lie_transposed_on_disk(tmp_path: Path) -> None:
     square = plain[0].weight.detach().clone()
     save_file({"0.weight": square.T.contiguous()}, tmp_path / "model.safetensors")
     stored: Any = quantized_linear(plain[0], Quantization("nf4"))
-    stored.source_cls = Conv1D  # as transformers marks what it has quantised
+    stored.source_cls = Conv1D  # as transformers marks a quantized layer
     model = ours.get_peft_model(nn.Sequential(stored), ours.LoraConfig(r=4, lora_alpha=4, target_modules=["0"]))
     ours.replace_lora_weights_loftq(model, tmp_path)
     layer = model.get_base_model()[0]
@@ -213,9 +213,9 @@ def test_what_is_refused_changes_nothing(wide_model_directory: Path, tmp_path: P
     whole = load_file(wide_model_directory / "model.safetensors")
     last = "model.layers.1.mlp.down_proj.weight"
     save_file({n: t for n, t in whole.items() if n != last}, tmp_path / "model.safetensors")
-    refused(ConfigError, rf"there is no {last}, so this is not where the model came from", tmp_path)
+    refused(ConfigError, rf"{last} not found, so the model was not loaded from here", tmp_path)
     save_file({**whole, last: whole[last][:, :64].contiguous()}, tmp_path / "model.safetensors")
-    refused(ConfigError, r"down_proj.weight has shape \(64, 64\), and the model has \(64, 128\)", tmp_path)
+    refused(ConfigError, r"down_proj.weight has shape \(64, 64\), and the model's is \(64, 128\)", tmp_path)
     model.get_base_model().config._name_or_path = "nobody/nothing"
     refused(ConfigError, "must be present on disk, but it could not be found: nobody/nothing")
     model.get_base_model().config._name_or_path = ""

@@ -9,8 +9,8 @@ from .closeness import assert_close, assert_differs, assert_same_bits
 from .rows import ROWS_COMPARED, Row, quiet_peft
 
 MERGED = [row for row in ROWS_COMPARED if "in-groups" not in row.name and "stacked" not in row.name]
-"""The rows that both merge: a convolution of several groups has no place for what its adapter adds, and of layers that
-share their weights peft sums all updates into the one weight (tests/core/model/test_replication.py has ours)."""
+"""Rows that both libraries merge: a convolution with groups cannot hold its adapter's update, and for layers that share
+their weights peft adds all updates to the one weight (tests/core/model/test_replication.py has ours)."""
 
 
 @pytest.mark.parametrize("row", MERGED, ids=str)

@@ -1,4 +1,4 @@
-"""The same numbers in both libraries: names in memory, what is trained, outputs, gradients."""
+"""The same names in memory, trained parameters, outputs and gradients in both libraries."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The product kinds x inits x variants x bases over small models: what both libraries have is the same in each cell.
 
-By default: every pair of rows that both have, one cell for every rule of refusal; the rest of the product is slow.
+By default: every pair of entries that both have, and one cell for every rule; the rest of the product is slow.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _covering(cells: list[Cell]) -> list[Cell]:
 
 
 def _alone(refusal: Refusal, table: tuple[Refusal, ...], cells: list[Cell]) -> Iterator[Cell]:
-    """The cells of which one rule speaks alone."""
+    """Return the cells that exactly one rule covers."""
     return (cell for cell in cells if refusals(cell, table) == [refusal])
 
 
@@ -106,7 +106,7 @@ def test_what_is_not_compared_is_refused(cell: Cell) -> None:
             with warnings.catch_warnings(), pytest.raises(Exception, match=text):
                 warnings.simplefilter("ignore")
                 model = cell.made(library)
-                for _ in range(2):  # peft's DoRA beside 8 bits fails in its second forward
+                for _ in range(2):  # peft's DoRA on 8-bit weights fails in its second forward
                     model(**cell.inputs)
         elif rules and rules[0].how == "ignores":
             _assert_default(cell, cell.made(library))
@@ -154,13 +154,13 @@ def test_a_cell(cell: Cell, tmp_path: Path) -> None:
 def _rtol(cell: Cell) -> float:
     """Of outputs; a gradient, which sums over rows and layers, may differ ten times as much.
 
-    A moved base and DoRA's gain are differences and quotients of what is compared, and round once more.
+    A residual base and DoRA's magnitude are differences and quotients of the compared values, and round once more.
     """
     return 2 * ROUNDINGS if cell.rules.changes_base or cell.variant in ("dora", "kasa") else ROUNDINGS
 
 
 def _begins_alike(cell: Cell, peft_model: nn.Module, our_model: nn.Module) -> None:
-    """The same sides are zero, and what is a fresh adapter's output here is one there."""
+    """Check that the same factors are zero, and that new adapters have the same output."""
     given = dict(peft_model.named_parameters())
     for name, parameter in our_model.named_parameters():
         if ".lora_" in name:
@@ -197,7 +197,7 @@ def _reads(cell: Cell, library: Any, folder: Path, expected: dict[str, Tensor], 
     """That library reads what the other wrote."""
     needs_data = cell.rules.needs and cell.rules.changes_base and folder.parent.name == "trained"
     if needs_data and library is theirs:
-        return  # it looks for data that is not there, or takes its default in silence
+        return  # it needs data that is missing, or silently uses its default
     with quiet_peft():
         if needs_data:
             with pytest.raises(AdapterFileError, match="that it changed by looking at data, and the file does not"):
@@ -209,7 +209,7 @@ def _reads(cell: Cell, library: Any, folder: Path, expected: dict[str, Tensor], 
 
 
 def _converts(cell: Cell, peft_model: Any, our_model: Any, folder: Path, expected: dict[str, Tensor]) -> None:
-    """What moved the base is written as plain LoRA for the base as it was, and the other library reads it."""
+    """An adapter that changed the base is saved as plain LoRA for the original base; the other library reads it."""
     _save(peft_model, our_model, folder / "plain", path_initial_model_for_weight_conversion=str(folder / "began"))
     _reads(cell, theirs, folder / "plain" / "lorakit", expected, rtol=2)  # what began is added and taken away again
     if cell.variant == "plain":  # test_where_peft_is_wrong.py::test_a_converted_dora_keeps_its_magnitude

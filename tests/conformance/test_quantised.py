@@ -1,4 +1,4 @@
-"""The same base in fewer bits under both libraries: the same outputs and gradients, and files both ways."""
+"""The same quantized base under both libraries: the same outputs and gradients, and files both ways."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_same_outputs_gradients_and_files(
     quantization: str, dora: bool, wide_model_directory: Path, tmp_path: Path
 ) -> None:
     if dora and quantization not in WITH_DORA:
-        pytest.skip("peft's forward rounds, or has no DoRA of its own, there")
+        pytest.skip("peft's forward rounds, or has no DoRA, there")
     fields: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "use_dora": dora}
     with quiet_peft():
         them = randomised(theirs.get_peft_model(base(wide_model_directory, quantization), theirs.LoraConfig(**fields)))

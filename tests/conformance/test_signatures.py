@@ -1,4 +1,4 @@
-"""The same calls: what can be passed by place or by name to one library can be passed to the other."""
+"""Signatures: arguments that one library accepts by position or name, the other accepts too."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_forward(task: str) -> None:
     [*(("PeftModel", name) for name in ON_PEFT_MODEL), *(("LoraModel", name) for name in ON_LORA_MODEL)],
 )
 def test_methods(owner: str, method: str) -> None:
-    """Ours names the arguments that it uses, in the same places; the rest goes through options.py by name."""
+    """lorakit declares the arguments that it uses at the same positions; the others are passed by name."""
     expected, found = (_names(getattr(getattr(lib, owner), method)) for lib in (theirs, ours))
     ours_alone = {"state_dict"} if method == "save_pretrained" else set()  # trainers hand it over by name
     named = [name for name in found if name not in {"kwargs", *ours_alone}]

@@ -170,7 +170,7 @@ def test_one_adapter_is_taken_as_it_is_whatever_the_way() -> None:
 def test_a_name_that_exists_is_said() -> None:
     _, model = ROWS[0].pair("a", "b")
     before = deltas(model, "b")
-    with pytest.warns(UserWarning, match="There is an adapter 'b' already, so nothing was combined"):
+    with pytest.warns(UserWarning, match="'b' exists already, so nothing was combined"):
         weighted.add_weighted_adapter(model, ["a"], [2.0], "b")
     assert all(torch.equal(delta, before[path]) for path, delta in deltas(model, "b").items())
 
@@ -235,7 +235,7 @@ def test_intruders_of_an_embedding() -> None:
 
 @pytest.mark.parametrize("wide", [True, False])
 def test_intruders_keep_the_dtype_of_the_old_adapter(wide: bool) -> None:
-    """peft takes the base's dtype, so that an fp32 adapter beside a bf16 base is rounded; one in bf16 stays one in both."""
+    """peft uses the base's dtype, so an fp32 adapter on a bf16 base is rounded; a bf16 one stays bf16 in both."""
     config = ours.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
     base = torch.nn.Sequential(torch.nn.Linear(8, 8)).to(torch.bfloat16)
     model = ours.get_peft_model(base, config, autocast_adapter_dtype=wide)
@@ -320,7 +320,7 @@ def test_signatures_are_pefts() -> None:
 
 @pytest.mark.parametrize("way", ["cat", "svd", "ties"])
 def test_experts_are_combined_and_read_by_peft(way: str, tmp_path: Path) -> None:
-    """peft refuses to combine what sits on bare parameters; what is made here does in peft what it does here."""
+    """peft cannot combine adapters on bare parameters; a combination made here has the same output in peft."""
     row = next(row for row in ROWS_COMPARED if row.name == "experts-mixtral-and-modules")
     both = row.pair("a", "b")
     with quiet_peft(), pytest.raises(ValueError, match=r"does not support targeting nn\.Parameter"):

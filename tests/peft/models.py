@@ -1,4 +1,4 @@
-"""Small models for the face's tests, beside `tiny_llama` and `tiny_gpt2` of the top conftest."""
+"""Small models for the tests of `lorakit.peft`, in addition to `tiny_llama` and `tiny_gpt2` of the top conftest."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def ids(rows: int = 3, length: int = 7) -> Tensor:
 
 
 def randomise(model: nn.Module) -> None:
-    """Give every factor numbers of its own, B among them; otherwise all adapters are the base."""
+    """Give every factor different values, also B; otherwise no adapter would change the output."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -17,13 +17,13 @@ PACKAGES = Path(torch.__file__).parent.parent
 
 
 def run(program: str | Path, *arguments: object, peft: bool, links: Path, processes: int = 1) -> list[str]:
-    """What a program says when it is done: the parts it went through, one a line.
+    """Run a program and return what it prints: the parts that it completed, one per line.
 
     Args:
         program: File in `programs/` without its ending, or any file's path.
         arguments: Its arguments.
         peft: Whether the real `peft` can be imported there. Where not, the interpreter sees no site-packages (-S) but a
-            folder of links to everything in it except peft and its metadata: nothing is blocked, it is not there.
+            folder of links to everything in it except peft and its metadata: nothing is blocked; the package is missing.
         links: Where that folder is made.
         processes: More than one are started together by torch.distributed.run.
     """

@@ -1,4 +1,4 @@
-"""Blocks that change how adapters act, and the signatures that a wrapper shows."""
+"""Contexts that change the effect of adapters, and the signatures of a wrapper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hot swapping: another adapter's numbers in the place of one that is there."""
+"""Hot swapping: the values of an existing adapter are replaced by another one's."""
 
 from __future__ import annotations
 

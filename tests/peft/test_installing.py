@@ -31,7 +31,7 @@ ADAPTERS = [
     "transformers: adapters are added, chosen and disabled",
     "transformers: an adapter is saved and loaded",
     "transformers: adapters are deleted",
-    "transformers: adapters beside and on fused experts",
+    "transformers: adapters with and on fused experts",
     "transformers: from_pretrained opens the folder of an adapter",
     "pipeline: over a wrapper, a folder and an opened model",
     "accelerate: prepared, stepped, saved and brought back",
@@ -111,7 +111,7 @@ assert is_peft_greater_or_equal("0.22.0")
 
 
 def interpret(code: str) -> subprocess.CompletedProcess[str]:
-    """The code in a fresh interpreter, as it is installed here."""
+    """Run code in a new interpreter of this environment."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
 
@@ -167,7 +167,7 @@ def test_answers_that_were_remembered_are_asked_again(tmp_path: Path) -> None:
 
 
 def installed(*names: str) -> bool:
-    """Whether every one of these distributions is here."""
+    """Return whether all these distributions are installed."""
     try:
         return all(version(name) for name in names)
     except PackageNotFoundError:
@@ -202,7 +202,7 @@ def test_trainers_over_a_base_in_four_bits(peft: bool, tiny_model_directory: Any
     files = tmp_path / "files"
     files.mkdir()
     assert (
-        run("quantised", "install_as_peft", tiny_model_directory, files, peft=peft, links=tmp_path / "links")
+        run("quantized", "install_as_peft", tiny_model_directory, files, peft=peft, links=tmp_path / "links")
         == FOUR_BITS
     )
 

@@ -1,4 +1,4 @@
-"""What programs of the field call on adapted layers, and switch in them one by one."""
+"""Attributes and methods of adapted layers that libraries built on PEFT use, layer by layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorakit.core import attach, disable, merge, use
 from lorakit.core.model.index import walk
 from lorakit.errors import MergeError, RouteError
 from lorakit.peft import inject_adapter_in_model
-from lorakit.peft.adjusting import condition_number, of_expert_weights, of_linear_weights
+from lorakit.peft.adjusting import KappaTuneSelector, condition_number
 from lorakit.peft.layer_methods import PeftLayerMethods
 from lorakit.speed.patching import make_replacement
 
@@ -161,10 +161,12 @@ def test_the_walk_has_the_names_and_order_of_torch() -> None:
 def test_condition_numbers() -> None:
     assert condition_number(torch.diag(torch.tensor([6.0, 2.0]))) == pytest.approx(3)
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(9, 9))
-    assert list(of_linear_weights(model, largest=4)) == ["0"]
+    assert KappaTuneSelector(model, max_dim_size_to_analyze=4).get_best_targets() == ["0"]
     experts = nn.Module()
     experts.down_proj = nn.Parameter(torch.stack([torch.eye(2), 2 * torch.eye(2)]))
-    assert of_expert_weights(nn.Sequential(experts), [".down_proj"], 4)["0.down_proj"] == pytest.approx(1)
+    selector = KappaTuneSelector(nn.Sequential(experts), 4, [".down_proj"])
+    assert selector.get_best_target_parameters(threshold=1.001) == ["0.down_proj"]
+    assert selector.get_best_target_parameters(threshold=0.999) == []
 
 
 def test_what_cannot_be_merged_is_a_value_error_and_a_runtime_error() -> None:

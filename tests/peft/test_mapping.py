@@ -1,4 +1,4 @@
-"""`get_peft_model`: which class comes out, what it does to the model, what it refuses and warns about."""
+"""`get_peft_model`: the class it returns, its effect on the model, its errors and warnings."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_refused_and_leaves_the_model(tiny_llama: Any, conf
     before = [(name, type(module)) for name, module in tiny_llama.named_modules()]
     with pytest.raises(kind, match=text):
         get_peft_model(tiny_llama, config)
-    assert isinstance(kind("x"), ValueError)  # what programs of the field catch
+    assert isinstance(kind("x"), ValueError)  # the class that callers of PEFT catch
     assert [(name, type(module)) for name, module in tiny_llama.named_modules()] == before
     assert all(parameter.requires_grad for parameter in tiny_llama.parameters())
 

@@ -1,4 +1,4 @@
-"""What a config names, in PEFT's words, beside the installed peft."""
+"""The modules that a config names, compared with the installed peft, and PEFT's messages about them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixed batches that are refused: in PEFT's words, and as the builtin errors that its programs catch."""
+"""Mixed batches that raise: PEFT's messages, and the built-in classes that callers of PEFT catch."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_one_weight_for_all_rows() -> None:
     with pytest.raises(TypeError, match=r"lora\.MultiheadAttention does not support mixed adapter batches") as caught:
         model(X[:, None], adapter_names=["a", "b", "__base__"])
     assert isinstance(caught.value, RouteError) and caught.value.what == "MultiheadAttention"
-    model(X[:, None], adapter_names=["a"] * 3)  # one adapter for all rows is no mixed batch
+    model(X[:, None], adapter_names=["a"] * 3)  # the same adapter for all rows is not a mixed batch
 
 
 def test_a_copied_module_that_returns_no_tensor() -> None:

@@ -1,4 +1,4 @@
-"""aLoRA through the face: the same offsets and the same numbers as the installed `peft`, and right where it is not."""
+"""aLoRA with PEFT's API: the offsets and outputs of the installed `peft`, and correct ones if peft's are wrong."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DRAWN = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "attention_
 
 
 def pair(base: Any, targets: list[str], **names: dict[str, Any]) -> tuple[Any, Any]:
-    """Ours and the installed one with the same numbers; adapters beside "default" by name."""
+    """Return our model and the installed peft's with the same values; adapters other than "default" by name."""
     mine = peft.get_peft_model(copy.deepcopy(base), LoraConfig(**WORDS, target_modules=targets))
     theirs = real.get_peft_model(copy.deepcopy(base), real.LoraConfig(**WORDS, target_modules=targets))
     for name, fields in names.items():

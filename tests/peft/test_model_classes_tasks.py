@@ -1,4 +1,4 @@
-"""The forward of each task: a signature that programs read, by place and by name."""
+"""The forward of each task: programs read its signature, arguments are positional or named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is trained inside and after `disable_adapter`, in PEFT's words and without harm to other threads."""
+"""`disable_adapter`: PEFT's `requires_grad` flags inside and afterwards, without effects on other threads."""
 
 from __future__ import annotations
 

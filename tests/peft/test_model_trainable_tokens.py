@@ -1,4 +1,4 @@
-"""Adapters that train rows of a table, as programs see and choose them; those that cannot act at once."""
+"""Adapters with trainable token embeddings: their attributes and activation, and which cannot be active together."""
 
 from __future__ import annotations
 

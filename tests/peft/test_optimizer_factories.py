@@ -1,4 +1,4 @@
-"""LoRA+ and LoRA-FA of the face: groups, rates and steps are those of the installed peft, but where it is wrong."""
+"""LoRA+ and LoRA-FA of `lorakit.peft`: the installed peft's groups, rates and steps, except its errors."""
 
 from __future__ import annotations
 
@@ -210,5 +210,5 @@ def test_lorafa_by_hand_with_names_and_one_scale() -> None:
 
 
 def test_riemannian_is_not_built() -> None:
-    with pytest.raises(NotYetSupported, match="create_riemannian_optimizer: the Riemannian optimizer is not built yet"):
+    with pytest.raises(NotYetSupported, match="create_riemannian_optimizer is not built yet"):
         create_riemannian_optimizer(Net(), torch.optim.AdamW, lr=0.1)

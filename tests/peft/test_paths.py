@@ -66,7 +66,7 @@ def test_a_path_has_no_file_that_would_hide_it() -> None:
 
 @pytest.mark.parametrize("path", ["config", "utils.hotswap", "tuners", "tuners.lora.layer"])
 def test_find_spec_in_a_new_process(path: str) -> None:
-    """Here the parent is imported by `find_spec` itself, which then does not look at `sys.modules`."""
+    """Import a path in a new process with `find_spec`, which imports the parent and does not read `sys.modules`."""
     name = f"lorakit.peft.{path}"
     code = f"from importlib.util import find_spec; spec = find_spec({name!r}); print(spec.name, spec.origin)"
     assert run(code) == f"{name} {paths.__file__}"

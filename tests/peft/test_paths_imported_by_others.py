@@ -1,4 +1,4 @@
-"""Every module path and name of `peft` that the installed programs of the field import resolves under `lorakit.peft`."""
+"""Every path and name of `peft` that installed libraries built on PEFT import resolves under `lorakit.peft`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sources(program: str) -> Iterator[tuple[Path, ast.Module]]:
 
 
 def imported(tree: ast.AST) -> set[tuple[str, str]]:
-    """(module, name) of every import from peft, wherever it stands; ("peft", "x") too where `peft.x` is read."""
+    """Return (module, name) of every import from peft, at any level; also ("peft", "x") if `peft.x` is read."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").partition(".")[0] == "peft":
@@ -60,7 +60,7 @@ def test_every_import_resolves(program: str) -> None:
 
 
 def looks_at_import(body: Body) -> bool:
-    """Whether a module asks, while it is imported, if peft is there."""
+    """Return whether a module checks for peft while it is imported."""
     for node in body:
         if (
             isinstance(node, ast.If)

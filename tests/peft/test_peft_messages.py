@@ -1,4 +1,4 @@
-"""What programs read of errors and warnings, and as which builtin they catch it: PEFT's words come first."""
+"""Errors and warnings that programs match: they start with PEFT's message and derive from its built-in class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State dicts of an adapter and of its base, beside the installed peft."""
+"""State dicts of an adapter and of its base, compared with the installed peft."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_bare_model_has_no_prefix() -> None:
 
 def test_what_does_not_fit() -> None:
     model = adapted(CONFIGS["plain"])
-    with pytest.warns(UserWarning, match="has no place for these tensors: nowhere"):
+    with pytest.warns(UserWarning, match="has no parameters for these tensors: nowhere"):
         assert set_peft_model_state_dict(model, {"nowhere": torch.ones(1)}).unexpected_keys == ["nowhere"]
     wrong = {"base_model.model.0.lora_A.weight": torch.ones(2, 4)}
     with pytest.raises(AdapterFileError, match="size mismatch"):
@@ -88,8 +88,9 @@ def test_what_does_not_fit() -> None:
     with pytest.warns(UserWarning, match="because you passed `ignore_mismatched_sizes=True`"):
         set_peft_model_state_dict(model, wrong, ignore_mismatched_sizes=True)
     for do in (get_peft_model_state_dict, lambda m, adapter_name: set_peft_model_state_dict(m, {}, adapter_name)):
-        with pytest.raises(AdapterError, match="adapter 'c' not found on this model"):
+        with pytest.raises(AdapterError, match="Adapter c not found") as refused:
             do(model, adapter_name="c")
+        assert (refused.value.what, refused.value.allowed) == ("c", ("default", "b"))
 
 
 def test_factors_without_memory_get_it() -> None:

@@ -1,4 +1,4 @@
-"""What stands on a model, beside the installed peft's own words."""
+"""The status of layers and models, compared with the installed peft."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def both(config: dict[str, Any], do: Any) -> tuple[Any, Any]:
 
 
 class lorakit_:
-    """The names of the face, as `peft` has them."""
+    """Return a class name of lorakit as `peft` names it."""
 
     LoraConfig, get_peft_model = LoraConfig, staticmethod(get_peft_model)
 
@@ -45,7 +45,7 @@ def test_the_model_says_what_it_says_in_peft(step: str) -> None:
     ours, theirs = both({"target_modules": ["0"], "modules_to_save": ["2"]}, STEPS[step])
     wanted, found = dataclasses.asdict(theirs.get_model_status()), dataclasses.asdict(ours.get_model_status())
     if step == "merged":
-        found.pop("merged_adapters"), wanted.pop("merged_adapters")  # PEFT does not count copied modules as merged
+        found.pop("merged_adapters"), wanted.pop("merged_adapters")  # PEFT does not count modules_to_save as merged
     assert found == wanted
 
 

@@ -1,4 +1,4 @@
-"""`LoraTrainerMixin` over the real Trainer; the long runs, with SFTTrainer and without peft, are programs of their own."""
+"""`LoraTrainerMixin` over the real Trainer; the long runs, with SFTTrainer and without peft, are separate programs."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_a_frozen_adapter_is_not_trained_in_silence(tiny_llama: Any, tmp_path: P
     base = PeftModel.from_pretrained(fresh.unload(), tmp_path / "adapter")
     lora = trainer(base, tmp_path)
     assert lora.evaluate()["eval_loss"] > 0
-    with pytest.raises(ConfigError, match=r"Nothing would be trained: default is frozen\. Load an adapter with"):
+    with pytest.raises(ConfigError, match="Nothing would be trained: default is frozen"):
         lora.train()
     base.set_requires_grad("default")
     lora.train()
@@ -179,7 +179,7 @@ def test_a_checkpoint_of_something_else_is_refused(tiny_llama: Any, tmp_path: Pa
 
     save_file(held, tmp_path / "less" / "adapter_model.safetensors", metadata={"format": "pt"})
     (tmp_path / "less" / "lorakit.json").unlink()
-    with pytest.raises(RunError, match=r"less: not a checkpoint of this adapter: 1 keys, first .*lora_A"):
+    with pytest.raises(RunError, match=r"less: not a checkpoint of this adapter: 1 keys do not match, first .*lora_A"):
         lora._load_from_checkpoint(str(tmp_path / "less"))
 
 
@@ -235,4 +235,4 @@ def test_a_base_in_four_bits(peft: bool, tiny_model_directory: Any, tmp_path: Pa
     pytest.importorskip("trl")
     files = tmp_path / "files"
     files.mkdir()
-    assert run("quantised", "mixin", tiny_model_directory, files, peft=peft, links=tmp_path / "links") == FOUR_BITS
+    assert run("quantized", "mixin", tiny_model_directory, files, peft=peft, links=tmp_path / "links") == FOUR_BITS

@@ -1,4 +1,4 @@
-"""`LoraModel`: merging, unmerging, unloading through the face."""
+"""`LoraModel`: merging, unmerging and unloading with PEFT's API."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONFIG = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], t
 
 @pytest.fixture
 def two(tiny_llama: Any) -> Any:
-    """Two adapters "a" and "b" with numbers of their own; "a" is active."""
+    """Two adapters "a" and "b" with different values; "a" is active."""
     model = get_peft_model(tiny_llama, CONFIG, adapter_name="a")
     model.add_adapter("b", CONFIG)
     randomise(model)

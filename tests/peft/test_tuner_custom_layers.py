@@ -1,4 +1,4 @@
-"""`LoraConfig._register_custom_module`: layer classes of one's own, in this process and again when loading."""
+"""`LoraConfig._register_custom_module`: user-defined layer classes, in this process and again when loading."""
 
 from __future__ import annotations
 

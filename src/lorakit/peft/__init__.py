@@ -12,17 +12,16 @@ paths.register()
 __getattr__, __dir__ = paths.lazy_names(
     __name__,
     f"""
-        {paths.OTHER_METHODS} {paths.LORA_CONFIGS} {paths.AUTO_CLASSES} {paths.TASK_CLASSES}
-        bloom_model_postprocess_past_key_value cast_mixed_precision_params compose_cartridge_adapters convert_to_lora
-        find_kappa_target_modules get_base_model_state_dict get_eva_state_dict get_layer_status get_model_status
-        get_peft_config get_peft_model get_peft_model_state_dict initialize_kv_prefix_from_past_key_values
-        initialize_kv_prefix_from_text initialize_lora_eva_weights inject_adapter_in_model install_as_peft
-        load_peft_weights LoraLayer LoraModel LoraTrainerMixin MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-        NoMatchingPeftModuleError PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING
-        PEFT_TYPE_TO_TUNER_MAPPING PeftConfig PeftError PeftMixedModel PeftModel PeftType PeftWarning
-        prepare_model_for_kbit_training preprocess_loraga prompt_embeddings_from_past_key_values PromptLearningConfig
-        replace_lora_weights_loftq save_as_lora set_base_model_state_dict set_peft_model_state_dict shift_tokens_right
-        stand_in TaskType TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
+        {paths.OTHER_METHODS} {paths.LORA_CONFIGS}
+        {paths.HOMES["lorakit.peft.installing"]} {paths.HOMES["lorakit.peft.mapping"]}
+        {paths.HOMES["lorakit.peft.model"]} {paths.HOMES["lorakit.peft.model_classes"]}
+        {paths.HOMES["lorakit.peft.state_dicts"]} bloom_model_postprocess_past_key_value cast_mixed_precision_params
+        compose_cartridge_adapters convert_to_lora find_kappa_target_modules get_eva_state_dict get_layer_status
+        get_model_status initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text
+        initialize_lora_eva_weights load_peft_weights LoraLayer LoraModel LoraTrainerMixin NoMatchingPeftModuleError
+        PeftConfig PeftError PeftType PeftWarning prepare_model_for_kbit_training preprocess_loraga
+        prompt_embeddings_from_past_key_values PromptLearningConfig replace_lora_weights_loftq save_as_lora
+        shift_tokens_right TaskType TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
     """,
 )
 __all__ = ["__version__", *__dir__()]

@@ -1,4 +1,4 @@
-"""PEFT's helpers: contexts that change how adapters act, signatures of a wrapper, and targets by condition number.
+"""PEFT's helpers: contexts that rescale adapters, signatures of a wrapper, targets by condition number.
 
 A condition number is the ratio of a weight's largest to its smallest singular value; `find_kappa_target_modules` picks
 the modules with the lowest.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import PeftConfig
-from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.model.index import layers, walk
 from lorakit.core.quantization import weight_format_of
 from lorakit.errors import AdapterError, ConfigError, ConfigTypeError, LorakitError
 
@@ -41,8 +41,8 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         AdapterError: The model has no adapters.
     """
     if not isinstance(multiplier, (float, int)):
-        raise ConfigTypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
-    before = [(module, dict(module.scaling)) for module in model.modules() if isinstance(module, LoraLayer)]
+        raise ConfigTypeError(f"Argument multiplier should be of type float, got {type(multiplier)}", what=multiplier)
+    before = [(layer, dict(layer.scaling)) for _, layer in layers(model)]
     if not before:
         raise AdapterError("scaling is only supported for models with `LoraLayer`s")
     try:
@@ -115,7 +115,8 @@ def update_signature(model: PeftModel, method: str = "all") -> None:
         ConfigError: It is another value.
     """
     if method not in ("forward", "generate", "all"):
-        raise ConfigError(f"method {method} is not supported please choose one of ['forward', 'generate', 'all']")
+        text = f"method {method} is not supported please choose one of ['forward', 'generate', 'all']"
+        raise ConfigError(text, what=method, field="method", allowed=("forward", "generate", "all"))
     if method != "generate":
         update_forward_signature(model)
     if method != "forward":
@@ -139,36 +140,6 @@ EXPERT_WEIGHTS = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
 
 SMALLEST = 1e-8
 """Added to the smallest singular value, so that a singular weight has a finite condition number."""
-
-
-def of_linear_weights(model: nn.Module, largest: int) -> dict[str, float]:
-    """Return path -> condition number of every dense layer.
-
-    Args:
-        model: The model; only read.
-        largest: Skip weights with a larger dimension.
-    """
-    found = {}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) and max(module.out_features, module.in_features) <= largest:
-            base = weight_format_of(module)
-            found[path] = condition_number(base.read(module, base.stored(module, "weight")))
-    return found
-
-
-def of_expert_weights(model: nn.Module, endings: Sequence[str], largest: int) -> dict[str, float]:
-    """Return name -> mean condition number over the experts of every fused weight.
-
-    Args:
-        model: The model; only read.
-        endings: Suffixes of the names of fused weights.
-        largest: Skip weights with a larger dimension.
-    """
-    return {
-        name: sum(condition_number(expert) for expert in parameter) / len(parameter)
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 3 and name.endswith(tuple(endings)) and max(parameter.shape[1:]) <= largest
-    }
 
 
 def condition_number(weight: Tensor) -> float:
@@ -197,11 +168,22 @@ class KappaTuneSelector:
 
     @cached_property
     def _of_modules(self) -> dict[str, float]:
-        return of_linear_weights(self.model, self._largest)
+        """Path -> condition number of every dense layer."""
+        found = {}
+        for path, module in walk(self.model):
+            if isinstance(module, nn.Linear) and max(module.out_features, module.in_features) <= self._largest:
+                base = weight_format_of(module)
+                found[path] = condition_number(base.read(module, base.stored(module, "weight")))
+        return found
 
     @cached_property
     def _of_parameters(self) -> dict[str, float]:
-        return of_expert_weights(self.model, self._suffixes, self._largest)
+        """Name -> mean condition number over the experts of every fused weight."""
+        return {
+            name: sum(condition_number(expert) for expert in parameter) / len(parameter)
+            for name, parameter in self.model.named_parameters()
+            if parameter.ndim == 3 and name.endswith(self._suffixes) and max(parameter.shape[1:]) <= self._largest
+        }
 
     def get_best_targets(
         self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,23 +15,29 @@ from lorakit.config import EvaConfig, LoraConfig
 from lorakit.core.inits import InitContext
 from lorakit.core.inits.loftq import residual_factors
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.model.index import layers
+from lorakit.core.model.index import AdapterIndex
 from lorakit.core.operations.data_init import ranks_by_variance, redistributed
 from lorakit.core.operations.tensor_sources import TensorSource, source_of_folder
-from lorakit.core.statistics.collecting import TakeRows, in_mode
+from lorakit.core.statistics.collecting import Forward, TakeRows, in_mode
 from lorakit.core.variants import Start
 from lorakit.errors import AdapterError, ConfigError, ConfigTypeError, DataError, warn_caller
 from lorakit.peft import model_adapters
 from lorakit.peft.data_inits import dense_sites
 from lorakit.peft.matching import find_minimal_target_modules
+from lorakit.peft.state_dicts import WRAPPED
 from lorakit.targets import Match
 
-INSIDE = "base_model.model."
+if TYPE_CHECKING:
+    from lorakit.peft.model import PeftModel
+
 CONDENSED_FROM = 20
 """From this number of targets on, they are written as the shortest suffixes that match the same modules, as in PEFT."""
 
 PrepareLayer = Callable[[Any, Any, str], Tensor]
 PrepareLayers = PrepareLayer | Mapping[str, PrepareLayer] | None
+PrepareBatch = Callable[[Any, LoraConfig], Any] | None
+LayerInput = Tensor | Sequence[Tensor]
+Batch = Tensor | Mapping[str, Any] | Sequence[Any]
 
 
 def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
@@ -39,8 +45,8 @@ def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
     return model(**inputs)
 
 
-def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: LoraConfig) -> Tensor:
-    """Return the positions of a batch that count: not padding, and with a label if the config asks for labels.
+def prepare_model_inputs_fn_language_modeling(model_input: Mapping[str, Tensor], peft_config: LoraConfig) -> Tensor:
+    """Return the positions of a batch that count: not padding, and with a label if the config requires labels.
 
     Args:
         model_input: A dictionary with input_ids (rows, length), perhaps attention_mask and labels.
@@ -61,7 +67,7 @@ def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Lor
     return mask.nonzero()
 
 
-def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Tensor, layer_name: str) -> Tensor:
+def prepare_layer_inputs_fn_language_modeling(layer_input: LayerInput, model_input: Tensor, layer_name: str) -> Tensor:
     """Return the rows of a site's input at the positions that count.
 
     Args:
@@ -75,23 +81,23 @@ def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Ten
     return _tensor(layer_input, layer_name)[model_input.T.unbind()]
 
 
-def _plain(layer_input: Any, _: Any, layer_name: str) -> Tensor:
-    x = _tensor(layer_input, layer_name)
-    return x.reshape(-1, x.shape[-1])
+def _plain(layer_input: LayerInput, _: Batch, layer_name: str) -> Tensor:
+    return _tensor(layer_input, layer_name).flatten(0, -2)
 
 
-def _tensor(layer_input: Any, layer_name: str) -> Tensor:
+def _tensor(layer_input: LayerInput, layer_name: str) -> Tensor:
     if isinstance(layer_input, (tuple, list)):
         layer_input = layer_input[0]
     if not isinstance(layer_input, Tensor):
         raise ConfigTypeError(
             f"unsupported input type {type(layer_input)} for prepare_layer_inputs_fn in layer {layer_name}, please "
-            "provide a custom prepare_layer_inputs_fn"
+            "provide a custom prepare_layer_inputs_fn",
+            where=layer_name,
         )
     return layer_input
 
 
-def _moved(batch: Any, device: torch.device | None) -> Any:
+def _moved(batch: Batch, device: torch.device | None) -> Batch:
     if device is None:
         return batch
     if hasattr(batch, "to"):
@@ -104,17 +110,17 @@ def _moved(batch: Any, device: torch.device | None) -> Any:
 
 
 def get_eva_state_dict(
-    model: Any,
-    dataloader: Any,
+    model: nn.Module,
+    dataloader: Iterable[Batch],
     peft_config: LoraConfig | None = None,
-    forward_fn: Callable[[nn.Module, Any], Any] = forward_fn_dict,
-    prepare_model_inputs_fn: Callable[[Any, LoraConfig], Any] | None = prepare_model_inputs_fn_language_modeling,
+    forward_fn: Forward = forward_fn_dict,
+    prepare_model_inputs_fn: PrepareBatch = prepare_model_inputs_fn_language_modeling,
     prepare_layer_inputs_fn: PrepareLayers = prepare_layer_inputs_fn_language_modeling,
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> dict[str, Tensor]:
-    """Return the principal directions of the inputs of each targeted dense module, with ranks where they explain most.
+    """Return the principal directions of each targeted dense module's inputs, with ranks by explained variance.
 
     PEFT repeats the data until an incremental SVD converges; here the second moment of all rows is kept, so one pass
     per group of modules that fits into memory gives the exact directions, and `tau` has no effect.
@@ -138,20 +144,20 @@ def get_eva_state_dict(
         ConfigError: There is no config, a mapping names modules that do not exist, or a rank is too large.
         DataError: There is no batch, or no data reached a module.
     """
-    if hasattr(dataloader, "__len__") and len(dataloader) == 0:
-        raise DataError("dataloader is empty")
-    wrapped = model_adapters.is_wrapper(model)
-    if peft_config is None and not wrapped:
-        raise ConfigError("peft_config is required if model is not a PeftModel")
+    if isinstance(dataloader, Sized) and not len(dataloader):
+        raise DataError("dataloader is empty", field="dataloader")
     user = model_adapters.user_model(model)
-    prefix = INSIDE if wrapped else ""
-    config = peft_config or model.peft_config[adapter_name]
-    here = {path for path, layer in layers(user) if adapter_name in layer.r} if wrapped else None
+    wrapped = user is not model
+    if peft_config is None and not wrapped:
+        raise ConfigError("peft_config is required if model is not a PeftModel", field="peft_config")
+    prefix = WRAPPED if wrapped else ""
+    config = peft_config or model_adapters.configs_of(user)[adapter_name]
+    here = {path for path, _ in AdapterIndex.of(user).layers(adapter_name)} if wrapped else None
     sites = dense_sites(user, config.with_fields(layer_replication=None), "eva", here)
     prepare = _per_layer(prepare_layer_inputs_fn, [prefix + match.path for match in sites.matches])
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
 
-    def rows_of(batch: Any) -> TakeRows:
+    def rows_of(batch: Batch) -> TakeRows:
         batch = _moved(batch, device)
         prepared = batch if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
         return lambda path, x: (prepare[prefix + path] or _plain)((x,), prepared, prefix + path)
@@ -164,11 +170,11 @@ def get_eva_state_dict(
 
 
 def initialize_lora_eva_weights(
-    model: Any,
-    dataloader: Any = None,
+    model: nn.Module,
+    dataloader: Iterable[Batch] | None = None,
     eva_state_dict: Mapping[str, Tensor] | None = None,
-    forward_fn: Callable[[nn.Module, Any], Any] = forward_fn_dict,
-    prepare_model_inputs_fn: Callable[[Any, LoraConfig], Any] | None = prepare_model_inputs_fn_language_modeling,
+    forward_fn: Forward = forward_fn_dict,
+    prepare_model_inputs_fn: PrepareBatch = prepare_model_inputs_fn_language_modeling,
     prepare_layer_inputs_fn: PrepareLayers = prepare_layer_inputs_fn_language_modeling,
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
@@ -196,39 +202,40 @@ def initialize_lora_eva_weights(
         AdapterError: The adapter does not exist.
     """
     if not model_adapters.is_wrapper(model):
-        raise ConfigError("model must be a PeftModel")
+        raise ConfigError("model must be a PeftModel", field="model")
     if len(model.active_adapters) > 1:
         raise ConfigError("`initialize_lora_eva_weights` currently only works with a single active adapter")
-    if adapter_name not in model.peft_config:
-        text = f"Adapter {adapter_name} not found. Adapters here: {', '.join(model.peft_config)}."
-        raise AdapterError(text, what=adapter_name, allowed=model.peft_config)
+    model_adapters.check_exist(model.peft_config, adapter_name)
     if model.peft_config[adapter_name].init_lora_weights != "eva":
         raise ConfigError("`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`")
     if eva_state_dict is None:
         if dataloader is None:
-            raise ConfigError("dataloader is required if eva_state_dict is not provided")
+            raise ConfigError("dataloader is required if eva_state_dict is not provided", field="dataloader")
         prepare = (prepare_model_inputs_fn, prepare_layer_inputs_fn)
         eva_state_dict = get_eva_state_dict(model, dataloader, None, forward_fn, *prepare, adapter_name)
-    _apply(model, {name.removeprefix(INSIDE): A for name, A in eva_state_dict.items()}, adapter_name)
+    _apply(model, {name.removeprefix(WRAPPED): A for name, A in eva_state_dict.items()}, adapter_name)
 
 
-def _apply(model: Any, found: Mapping[str, Tensor], name: str) -> None:
-    user = model.get_base_model()
-    config, active = model.peft_config[name], list(model.active_adapters)
-    here = {path: layer for path, layer in layers(user) if name in layer.r}
+def _apply(model: PeftModel, found: Mapping[str, Tensor], name: str) -> None:
+    user, active = model.get_base_model(), model.active_adapters
+    index = AdapterIndex.of(user)
+    here = dict(index.layers(name))
     _check(here, found, name)
     dtype = next(iter(here.values())).factor(name).A.dtype
     trained = any(parameter.requires_grad for layer in here.values() for parameter in layer.parameters_of(name))
     matches = [Match(path, layer.kind_name, layer.r[name], layer.lora_alpha[name], "") for path, layer in here.items()]
     ranks = {path: len(found[path]) if path in found else layer.r[name] for path, layer in here.items()}
-    config = redistributed(config, matches, ranks).with_fields(target_modules=_names(user, here, ranks))
+    targets = {path for path, rank in ranks.items() if rank}
+    if len(targets) >= CONDENSED_FROM:
+        targets = find_minimal_target_modules(targets, index.modules.keys() - targets)
+    config = redistributed(model.peft_config[name], matches, ranks).with_fields(target_modules=targets)
     core.detach(user, name)
     model.base_model.inject(name, config, autocast_adapter_dtype=dtype == torch.float32)
-    if active != list(model.active_adapters):
+    if active != model.active_adapters:
         model.base_model.set_adapter(active)
-    model.base_model.set_requires_grad(name, trained)
-    for path, layer in layers(user):
-        if name in layer.r and path in found:
+    model.set_requires_grad(name, trained)
+    for path, layer in AdapterIndex.of(user).layers(name):
+        if path in found:
             A = layer.factor(name).A
             A.data.copy_(found[path].reshape(A.shape))
 
@@ -239,24 +246,20 @@ def _check(here: Mapping[str, LoraLayer], found: Mapping[str, Tensor], name: str
         A, width = found[path], here[path].slot.in_features
         variant = here[path].factor(name).variant
         if variant.shapes is not None:
-            raise ConfigError(
-                f"{path}: EVA needs A and B in their usual shapes, and {variant.title} has others. Use another init.",
-                what="eva",
-                where=path,
-                field=variant.field,
-            )
+            text = f"{path}: EVA needs A and B in their usual shapes, and {variant.title} has others. Use another init."
+            raise ConfigError(text, what="eva", where=path, field=variant.field)
         if A.ndim != 2 or A.shape[1] != width:
-            raise ConfigError(
-                f"eva_state_dict: {path} has shape {tuple(A.shape)}, and (rank, {width}) was expected: it is of "
-                "another model."
-            )
+            text = f"eva_state_dict: {path} has shape {tuple(A.shape)}, and (rank, {width}) was expected."
+            raise ConfigError(text, where=path)
         if not bool(torch.isfinite(A).all()):
-            raise ConfigError(f"eva_state_dict: {path} holds NaN or infinite numbers. Collect it again.")
+            raise ConfigError(f"eva_state_dict: {path} has NaN or infinite values. Collect it again.", where=path)
     if here and all(path in found and not len(found[path]) for path in here):
-        raise ConfigError(f"eva_state_dict leaves no rank to any module of adapter {name!r}. Collect it again.")
+        text = f"eva_state_dict leaves no rank to any module of adapter {name!r}. Collect it again."
+        raise ConfigError(text, what=name)
     unknown = sorted(found.keys() - here.keys())
     if unknown and here.keys().isdisjoint(found):
-        raise ConfigError(f"eva_state_dict has nothing for adapter {name!r}; it names {unknown[0]} and others.")
+        text = f"eva_state_dict has nothing for adapter {name!r}; it names {unknown[0]} and others."
+        raise ConfigError(text, what=name, where=unknown[0])
     if unknown:
         warn_caller(f"eva_state_dict names modules that adapter {name!r} does not have: {unknown}")
     missing = [path for path in here if path not in found]
@@ -267,13 +270,6 @@ def _check(here: Mapping[str, LoraLayer], found: Mapping[str, Tensor], name: str
         )
 
 
-def _names(user: nn.Module, here: Mapping[str, LoraLayer], ranks: Mapping[str, int]) -> set[str]:
-    left = {path for path in here if ranks[path]}
-    if len(left) < CONDENSED_FROM:
-        return left
-    return find_minimal_target_modules(left, [path for path, _ in user.named_modules() if path and path not in left])
-
-
 def _per_layer(given: PrepareLayers, names: list[str]) -> dict[str, PrepareLayer | None]:
     if not isinstance(given, Mapping):
         return dict.fromkeys(names, given)
@@ -281,7 +277,9 @@ def _per_layer(given: PrepareLayers, names: list[str]) -> dict[str, PrepareLayer
     if unknown:
         raise ConfigError(
             "prepare_layer_inputs_fn is a mapping but the following module names were not found in the model: "
-            f"{sorted(unknown)}"
+            f"{sorted(unknown)}",
+            field="prepare_layer_inputs_fn",
+            allowed=names,
         )
     return {name: given.get(name) for name in names}
 
@@ -295,7 +293,7 @@ FOUR_BIT = "bitsandbytes 4-bit"
 
 
 def replace_lora_weights_loftq(
-    peft_model: Any,
+    peft_model: nn.Module,
     model_path: str | PathLike[str] | None = None,
     adapter_name: str = "default",
     callback: Callable[[nn.Module, str], bool] | None = None,
@@ -326,8 +324,7 @@ def replace_lora_weights_loftq(
     """
     if not isinstance(peft_model, nn.Module) or not model_adapters.is_wrapper(peft_model):
         raise ConfigTypeError("The passed model does not appear to be a valid PeftModel; get_peft_model makes one.")
-    wrapper: Any = peft_model
-    model = wrapper.get_base_model()
+    model = peft_model.get_base_model()
     sites = _sites(model, adapter_name)
     source = source_of_folder(_where(model, model_path))
     names = {path: _name(source, path, layer) for path, layer in sites.items()}
@@ -338,19 +335,21 @@ def replace_lora_weights_loftq(
             here = _write(layer, adapter_name, path, W.T if _is_transposed(layer) else W)
             written += here
             if callback is not None and not callback(peft_model, path):
-                _restore(here)
+                _put(here)
     except BaseException:
-        _restore(reversed(written))
+        _put(reversed(written))
         raise
 
 
 def _sites(model: nn.Module, name: str) -> dict[str, LoraLayer]:
-    found = {path: layer for path, layer in layers(model) if name in layer.r and layer.base.name == FOUR_BIT}
+    found = {path: layer for path, layer in AdapterIndex.of(model).layers(name) if layer.base.name == FOUR_BIT}
     if not found:
-        raise AdapterError(f"No bnb LoRA module found on the model: no 4-bit module with adapter {name!r}.")
-    merged = next((path for path, layer in found.items() if name in layer.merged_adapters), None)
-    if merged is not None:
-        raise AdapterError(f"Adapter {name!r} is merged at {merged}; unmerge it before its factors are replaced.")
+        text = f"No bnb LoRA module found on the model: no 4-bit module with adapter {name!r}."
+        raise AdapterError(text, what=name)
+    for path, layer in found.items():
+        if name in layer.merged_adapters:
+            text = f"Adapter {name!r} is merged at {path}; unmerge it before its factors are replaced."
+            raise AdapterError(text, what=name, where=path)
     return found
 
 
@@ -361,17 +360,13 @@ def _is_transposed(layer: LoraLayer) -> bool:
 def _name(source: TensorSource, path: str, layer: LoraLayer) -> str:
     name = source.under([f"{path}.weight"])
     if name is None:
-        raise ConfigError(
-            f"{source.label}: there is no {path}.weight, so this is not where the model came from.", where=source.label
-        )
+        text = f"{source.label}: {path}.weight not found, so the model was not loaded from here."
+        raise ConfigError(text, what=f"{path}.weight", where=source.label)
     shape = (layer.slot.out_features, layer.slot.in_features)
     expected = shape[::-1] if _is_transposed(layer) else shape
     if source.shapes[name] != expected:
-        raise ConfigError(
-            f"{source.label}: {name} has shape {source.shapes[name]}, and the model has {expected} there, so this is "
-            "not where the model came from.",
-            where=source.label,
-        )
+        text = f"{source.label}: {name} has shape {source.shapes[name]}, and the model's is {expected}."
+        raise ConfigError(text, what=name, where=source.label)
     return name
 
 
@@ -379,13 +374,9 @@ def _write(layer: LoraLayer, name: str, path: str, W: Tensor) -> list[tuple[Tens
     """Write the factors for W (out, in); returns the changed tensors with their previous data."""
     factor, kind = layer.factor(name), layer.kind
     if factor.variant.shapes is not None or factor.variant.move is not None:
-        raise ConfigError(
-            f"{path}: adapter {name!r} is {factor.variant.title}, whose A and B cannot represent a quantization error. "
-            "Leave the module out.",
-            what=name,
-            where=path,
-            field=factor.variant.field,
-        )
+        title, field = factor.variant.title, factor.variant.field
+        text = f"{path}: adapter {name!r} is {title}, whose A and B cannot represent a quantization error."
+        raise ConfigError(text, what=name, where=path, field=field)
     with torch.no_grad():
         now = layer.read(name)
         shapes = (tuple(factor.A.shape), tuple(factor.B.shape))
@@ -396,28 +387,28 @@ def _write(layer: LoraLayer, name: str, path: str, W: Tensor) -> list[tuple[Tens
         )
         blank.check_rank(min(now.shape))
         A, B = blank.in_layout(*residual_factors(blank, (W.to(now) - now)[None]))
-        new: list[tuple[Any, Tensor]] = [(factor.A, A), (factor.B, B)]
+        new = [(factor.A, A), (factor.B, B)]
         start = Start(kind, layer.slot, A, B, factor.scale, lambda: now, path, factor.setting)
         begins = factor.variant.starts(start)
         new += [(tensor, begins[held].to(tensor)) for held, tensor in factor.own.items()]
         before = [(tensor, tensor.data) for tensor, _ in new]
-        for tensor, numbers in new:
-            tensor.data = numbers
+        _put(new)
     return before
 
 
-def _restore(written: Any) -> None:
-    for tensor, before in written:
-        tensor.data = before
+def _put(values: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for tensor, value in values:
+        tensor.data = value
 
 
-def _where(model: Any, given: str | PathLike[str] | None) -> Path:
+def _where(model: nn.Module, given: str | PathLike[str] | None) -> Path:
     if given is None:
         name = getattr(getattr(model, "config", None), "_name_or_path", None)
         if not name:
             raise ConfigError(
                 "The provided model does not appear to be a transformers model or is a local model. In this case, you "
-                "must pass the model_path argument that points to the safetensors file."
+                "must pass the model_path argument that points to the safetensors file.",
+                field="model_path",
             )
         if Path(name).is_dir():
             return Path(name)
@@ -427,7 +418,9 @@ def _where(model: Any, given: str | PathLike[str] | None) -> Path:
         if found is None:
             raise ConfigError(
                 f"The model.safetensors file must be present on disk, but it could not be found: {name} is not "
-                "a directory and not in the hub's cache. Pass model_path."
+                "a directory and not in the hub's cache. Pass model_path.",
+                what=name,
+                field="model_path",
             )
         return found
     path = Path(given)

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from lorakit import core
 from lorakit.config import CordaConfig, LoraConfig
 from lorakit.core.files.tensor_file import encode, read_tensors
-from lorakit.core.kinds import WeightSpec, kind_of
+from lorakit.core.kinds import kind_named
+from lorakit.core.model.index import walk
 from lorakit.core.operations.data_init import DataSites
 from lorakit.core.quantization import NOT_WRITTEN, at_least_fp32, weight_format_of
 from lorakit.core.statistics.collecting import collect_inputs, in_mode
@@ -54,7 +55,7 @@ class Cache:
 
     @classmethod
     def of(cls, path: Given) -> Cache | None:
-        """Read a cache, or return None if there is no file; an empty file, as a reserved name, is none.
+        """Read a cache; None if the file is missing or empty, such as a reserved name.
 
         Args:
             path: The file.
@@ -67,10 +68,8 @@ class Cache:
         try:
             file = read_tensors(str(path))
         except AdapterFileError as cause:
-            raise AdapterFileError(
-                f"{cause} Caches are safetensors here and pickles in PEFT: remove the file, or write what PEFT loads "
-                "from it with safetensors.torch.save_file."
-            ) from None
+            text = f"{cause} Caches are safetensors here, pickles in PEFT: convert it with safetensors.torch.save_file."
+            raise AdapterFileError(text, **cause.fields) from None
         return cls(str(path), file.tensors, file.metadata)
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -85,19 +84,16 @@ class Cache:
         """
         found = self.tensors.get(name)
         if found is None:
-            raise self.error(f"there is nothing for {name}; it is of another model or config. Remove the file.")
+            raise self.error(f"{name} not found; the file is of another model or config", name)
         if shape is not None and found.shape != shape:
-            raise self.error(
-                f"{name} has shape {tuple(found.shape)}, and {shape} was expected; it is of another model or config. "
-                "Remove the file."
-            )
+            raise self.error(f"{name} has shape {tuple(found.shape)}, and {shape} was expected", name)
         if not bool(torch.isfinite(found).all()):
-            raise self.error(f"{name} holds NaN or infinite numbers. Remove the file.")
+            raise self.error(f"{name} has NaN or infinite values", name)
         return found
 
-    def error(self, problem: str) -> ConfigError:
-        """Return an error about the file."""
-        return ConfigError(f"{self.path}: {problem}", where=self.path)
+    def error(self, problem: str, what: str) -> ConfigError:
+        """Return an error about the file; `what` is the wrong tensor or value."""
+        return ConfigError(f"{self.path}: {problem}. Remove the file, or name another.", what=what, where=self.path)
 
 
 @dataclass
@@ -122,7 +118,7 @@ def for_attaching(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, cor
 
     Args:
         model: The base.
-        config: The config as it was given.
+        config: The user's config.
 
     Returns:
         The config to attach, and the statistics, or None.
@@ -136,31 +132,23 @@ def for_attaching(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, cor
     if init not in ("corda", "lora_ga"):
         return config, None
     name, function = (EIGENS, "preprocess_corda") if init == "corda" else (GRADIENT, "preprocess_loraga")
-    found = {path: vars(module).pop(name) for path, module in model.named_modules() if name in vars(module)}
+    found = {path: vars(module).pop(name) for path, module in walk(model) if name in vars(module)}
     if not found:
-        raise ConfigError(
-            f"`{name}` attribute not found for layer, please run `{function}` first: init_lora_weights={init!r} begins "
-            "at what the data show."
-        )
+        text = f"`{name}` attribute not found for layer, please run `{function}` first."
+        raise ConfigError(text, what=init, field="init_lora_weights")
     if init == "corda":
-        return config, core.Statistics(config, {path: _tensors(eigens) for path, eigens in found.items()})
+        tensors = {path: {"U": one.U_WC, "S": one.S_WC, "Vh": one.V_WC.T} for path, one in found.items()}
+        return config, core.Statistics(config, tensors)
     if config.lora_ga_config is None:
-        raise ConfigError("lora_ga_config must be provided when init_lora_weights='lora_ga'.")
+        raise ConfigError("lora_ga_config must be provided when init_lora_weights='lora_ga'.", field="lora_ga_config")
     sites = DataSites.of(model, config, ("partial_targets",))
     statistics = sites.reduce(
         model, {path: _mean_gradient(sites.index.base(path), gradient) for path, gradient in found.items()}
     )
     without = [match.path for match in sites.matches if match.path not in statistics.sites]
     if without:
-        warn_caller(
-            f"LoRA-GA has no gradient for {', '.join(without)}; they begin as with init_lora_weights=True. "
-            "preprocess_loraga takes those of dense layers that the loss depends on."
-        )
+        warn_caller(f"LoRA-GA has no gradient for {', '.join(without)}; they use init_lora_weights=True.")
     return config, dataclasses.replace(statistics, others_usual=True)
-
-
-def _tensors(eigens: CordaEigens) -> dict[str, Tensor]:
-    return {"U": eigens.U_WC, "S": eigens.S_WC, "Vh": eigens.V_WC.T}
 
 
 def _mean_gradient(module: nn.Module, gradient: Tensor) -> GradientStatistics:
@@ -190,16 +178,15 @@ def preprocess_corda(
         DataError: No data reached a module.
     """
     settings = _corda(lora_config)
-    sites, modules = _dense(model, lora_config, "corda", "CorDA initialization. It looks at what reaches")
+    sites, modules = _dense(model, lora_config, "corda", "CorDA initialization. It uses the inputs of")
     cache = Cache.of(settings.cache_file)
     if cache is not None:
-        _eigens_from(cache, settings, modules)
+        _eigens_from(cache, settings, modules, _widths(sites))
         return
     counts: dict[str, int] = {}
     cache = Cache.of(settings.covariance_file)
     if cache is not None:
-        widths = {path: _slot(module).in_features for path, module in modules.items()}
-        covariances = {path: cache.tensor(path, (n, n)) for path, n in widths.items()}
+        covariances = {path: cache.tensor(path, (n, n)) for path, (_, n) in _widths(sites).items()}
     else:
         covariances, counts = _covariances(sites, settings, run_model, hooked_model or model)
         if settings.covariance_file is not None:
@@ -220,17 +207,16 @@ def preprocess_corda(
         write_bytes(settings.cache_file, encode(kept, {"format": "pt", "corda_method": settings.corda_method}))
 
 
-def _eigens_from(cache: Cache, settings: CordaConfig, modules: Mapping[str, nn.Module]) -> None:
-    """Leave the content of a cache on the modules; all of it is checked first."""
+def _eigens_from(
+    cache: Cache, settings: CordaConfig, modules: Mapping[str, nn.Module], widths: Mapping[str, tuple[int, int]]
+) -> None:
+    """Store a cache's tensors on the modules; all are checked first."""
     found, method = {}, cache.metadata.get("corda_method", settings.corda_method)
     if method != settings.corda_method:
-        raise cache.error(
-            f"holds what corda_method {method!r} takes, and the config says {settings.corda_method!r}. Remove the "
-            "file, or name another."
-        )
-    for path, module in modules.items():
-        slot, r = _slot(module), len(cache.tensor(f"{path}.eigens.S_WC"))
-        shapes = {"S_WC": (r,), "U_WC": (slot.out_features, r), "V_WC": (slot.in_features, r)}
+        raise cache.error(f"corda_method is {method!r} here and {settings.corda_method!r} in the config", method)
+    for path, (m, n) in widths.items():
+        r = len(cache.tensor(f"{path}.eigens.S_WC"))
+        shapes = {"S_WC": (r,), "U_WC": (m, r), "V_WC": (n, r)}
         found[path] = [cache.tensor(f"{path}.eigens.{name}", shape) for name, shape in shapes.items()]
     for path, module in modules.items():
         setattr(module, EIGENS, CordaEigens(*(tensor.to(_device(module)) for tensor in found[path])))
@@ -238,11 +224,12 @@ def _eigens_from(cache: Cache, settings: CordaConfig, modules: Mapping[str, nn.M
 
 def _corda(config: LoraConfig) -> CordaConfig:
     if config.corda_config is None:
-        raise ConfigError("preprocess_corda needs a corda_config: LoraConfig(corda_config=CordaConfig(...)).")
-    if config.corda_config.corda_method not in ("ipm", "kpm"):
-        raise ConfigError(
-            f"Invalid corda_method found: {config.corda_config.corda_method}, it should be 'ipm' or 'kpm'."
-        )
+        text = "preprocess_corda needs a corda_config: LoraConfig(corda_config=CordaConfig(...))."
+        raise ConfigError(text, field="corda_config")
+    method = config.corda_config.corda_method
+    if method not in ("ipm", "kpm"):
+        text = f"Invalid corda_method found: {method}, it should be 'ipm' or 'kpm'."
+        raise ConfigError(text, what=method, field="corda_config.corda_method", allowed=("ipm", "kpm"))
     return config.corda_config
 
 
@@ -259,15 +246,14 @@ def _covariances(
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Return path -> Σ x·xᵀ over the rows of a call, averaged over calls, (in, in), and path -> number of calls."""
     if run_model is None:
-        raise ConfigError("run_model must be specified when covariance file and cache file aren't built.")
+        text = "run_model must be specified when covariance file and cache file aren't built."
+        raise ConfigError(text, field="run_model")
     paths = [match.path for match in sites.matches]
     seen = collect_inputs(model, paths, [None], lambda *_: run_model(), even=True)
     found = {}
     for path, inputs in seen.items():
         if not inputs.rows:
-            raise DataError(
-                f"{path}: run_model brought nothing to this module. Leave it out of the targets.", where=path
-            )
+            raise DataError(f"{path}: run_model does not reach this module. Leave it out of the targets.", where=path)
         covariance = inputs.second_moment() * (inputs.rows / inputs.calls)
         if not bool(torch.isfinite(covariance).all()):
             raise DataError(f"{path}: Invalid value found in input, please check your input data.", where=path)
@@ -294,9 +280,10 @@ def preprocess_loraga(
     if lora_config.lora_ga_config is None:
         raise ConfigError(
             "If you want to use LoRA-GA, please initialize the LoraConfig with init_lora_weights='lora_ga' and "
-            "lora_ga_config=LoraGAConfig(...)."
+            "lora_ga_config=LoraGAConfig(...).",
+            field="lora_ga_config",
         )
-    modules = _dense(model, lora_config, "lora_ga", "LoRA-GA initialization. It takes gradients of")[1]
+    modules = _dense(model, lora_config, "lora_ga", "LoRA-GA initialization. It uses the gradients of")[1]
     _check_gradients_exist(modules)
     cache = Cache.of(cache_file)
     if cache is not None:
@@ -307,9 +294,9 @@ def preprocess_loraga(
     with in_mode(model, True), _only_trained(model, modules.values()) as counts, torch.enable_grad():
         train_step()
         for module in modules.values():
-            weight: Any = module.weight
-            if weight.grad is not None and counts[module]:
-                setattr(module, GRADIENT, weight.grad.detach() / counts[module])
+            gradient = module.get_parameter("weight").grad
+            if gradient is not None and counts[module]:
+                setattr(module, GRADIENT, gradient.detach() / counts[module])
     if cache_file is not None:
         reached = {path: vars(module)[GRADIENT] for path, module in modules.items() if GRADIENT in vars(module)}
         metadata = {"format": "pt", "without": "\n".join(sorted(modules.keys() - reached.keys()))}
@@ -320,30 +307,28 @@ def preprocess_loraga(
 def _check_gradients_exist(modules: Mapping[str, nn.Module]) -> None:
     for path, module in modules.items():
         if not weight_format_of(module).written:
-            raise ConfigError(NOT_WRITTEN.format(parameter=f"{path}.weight", type=type(module).__name__))
+            raise ConfigError(NOT_WRITTEN.format(parameter=f"{path}.weight", type=type(module).__name__), where=path)
         if weight_format_of(module).quantized or hasattr(module, "quant_state"):
-            raise ConfigError(
-                f"LoRA-GA does not support quantized models. Found quantized module: {path!r}: its weight takes no "
-                "gradient. Collect on the base as it was before it was quantized."
-            )
+            text = f"LoRA-GA does not support quantized models. Found quantized module: {path!r}. Quantize afterwards."
+            raise ConfigError(text, where=path)
 
 
 def _gradients_from(cache: Cache, modules: Mapping[str, nn.Module]) -> None:
-    """Leave the content of a cache on the modules; all of it is checked first."""
+    """Store a cache's tensors on the modules; all are checked first."""
     without = set(cache.metadata.get("without", "").split("\n"))
-    weights: dict[str, Any] = {path: module.weight for path, module in modules.items() if path not in without}
-    found = {path: cache.tensor(f"{path}.{GRADIENT}", tuple(weight.shape)) for path, weight in weights.items()}
+    shapes = {path: module.get_parameter("weight").shape for path, module in modules.items() if path not in without}
+    found = {path: cache.tensor(f"{path}.{GRADIENT}", tuple(shape)) for path, shape in shapes.items()}
     for path, gradient in found.items():
         setattr(modules[path], GRADIENT, gradient.to(_device(modules[path])))
 
 
 @contextmanager
 def _only_trained(model: nn.Module, modules: Collection[nn.Module]) -> Iterator[Counter[nn.Module]]:
-    """Train only the weights of these modules in a block; yields how often a gradient reached each module.
+    """Train only these modules' weights within a context; yields the number of gradients that reached each.
 
     `.grad` is PEFT's interface to `train_step`, which may reset it between steps.
     """
-    weights: list[Any] = [module.weight for module in modules]
+    weights = [module.get_parameter("weight") for module in modules]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     before = [weight.grad for weight in weights]
     counts: Counter[nn.Module] = Counter()
@@ -364,7 +349,7 @@ def _only_trained(model: nn.Module, modules: Collection[nn.Module]) -> Iterator[
 
 
 def dense_sites(model: nn.Module, config: LoraConfig, init: str, paths: Collection[str] | None = None) -> DataSites:
-    """Resolve the dense modules of a config, which PEFT's inits that use data are for; it skips the others.
+    """Resolve the dense modules of a config; PEFT's inits that use data skip all others.
 
     Args:
         model: The user's model.
@@ -386,16 +371,15 @@ def dense_sites(model: nn.Module, config: LoraConfig, init: str, paths: Collecti
 def _dense(model: nn.Module, config: LoraConfig, init: str, what: str) -> tuple[DataSites, dict[str, nn.Module]]:
     sites = dense_sites(model, config, init)
     if not sites.matches:
-        raise ConfigError(
-            f"No supported layers found for {what} nn.Linear and Conv1D, and target_modules names none of these."
-        )
+        text = f"No supported layers found for {what} nn.Linear and Conv1D, and target_modules names none of these."
+        raise ConfigError(text, field="target_modules")
     return sites, {match.path: sites.index.base(match.path) for match in sites.matches}
 
 
-def _slot(module: nn.Module) -> WeightSpec:
-    kind: Any = kind_of(type(module))
-    slot: WeightSpec = kind.slots(module)[0]
-    return slot
+def _widths(sites: DataSites) -> dict[str, tuple[int, int]]:
+    """Return path -> widths of the module's output and input."""
+    slots = {match.path: kind_named(match.kind).slots(sites.index.base(match.path))[0] for match in sites.matches}
+    return {path: (slot.out_features, slot.in_features) for path, slot in slots.items()}
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -5,27 +5,28 @@ A compiled model is not recompiled: shapes stay the same (ranks are padded with 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from operator import attrgetter
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig, PeftConfig, scale
+from lorakit.config.types import Value
 from lorakit.core.files.adapter_folder import read_adapter
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.checks import ALLOWANCES
+from lorakit.core.model.index import AdapterIndex, layers
 from lorakit.errors import ConfigError, MergeError, warn_caller
-from lorakit.peft import model_adapters
 from lorakit.peft.loaded import adapter_folder, warn_of_problems
-from lorakit.peft.state_dicts import WRAPPED, StateDictError
+from lorakit.peft.state_dicts import COMPILED, WRAPPED, StateDictError
 from lorakit.targets import first_match
 
 if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
 
-COMPARED: Sequence[str] = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
+COMPARED = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
 """Fields of two configs that must be equal, since tensors do not contain them."""
 
 
@@ -40,15 +41,16 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
         ConfigError: A field differs.
     """
     if config0.peft_type != config1.peft_type:
-        raise ConfigError(f"Incompatible PEFT types found: {config0.peft_type} and {config1.peft_type}")
+        text = f"Incompatible PEFT types found: {config0.peft_type} and {config1.peft_type}"
+        raise ConfigError(text, what=config1.peft_type, field="peft_type")
     for key in COMPARED:
         first, second = getattr(config0, key, None), getattr(config1, key, None)
         if first != second:
-            raise ConfigError(f"Configs are incompatible: for {key}, {first} != {second}")
+            raise ConfigError(f"Configs are incompatible: for {key}, {first} != {second}", what=second, field=key)
 
 
 def hotswap_adapter(
-    model: PeftModel, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
+    model: PeftModel, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Value
 ) -> None:
     """Replace the values of an adapter by those of a saved one.
 
@@ -60,12 +62,12 @@ def hotswap_adapter(
         kwargs: `subfolder`, `revision`; PEFT's other options have no effect here.
 
     Raises:
-        AdapterFileError: Files are missing or damaged, or hold NaN or infinite numbers.
+        AdapterFileError: Files are missing or damaged, or hold NaN or infinite values.
         ConfigError: The configs differ.
         StateDictError: A tensor does not fit the model.
         MergeError: The adapter is merged.
     """
-    files = read_adapter(adapter_folder(model_name_or_path, kwargs.get("subfolder"), kwargs.get("revision")))
+    files = read_adapter(adapter_folder(model_name_or_path, kwargs))
     check_hotswap_configs_compatible(model.active_peft_config, files.config)
     warn_of_problems(model, files, ALLOWANCES)
     named = {in_memory_name(key, adapter_name): tensor for key, tensor in files.file.tensors.items()}
@@ -74,11 +76,7 @@ def hotswap_adapter(
 
 def in_memory_name(key: str, adapter_name: str) -> str:
     """Return a factor's name in memory, which contains the adapter's name, from its name on disk."""
-    head, found, tail = key.rpartition("lora_")
-    if not found:
-        return key
-    word, dot, rest = tail.partition(".")
-    return f"{head}lora_{word}.{adapter_name}{dot}{rest}"
+    return re.sub(r"(.*lora_[^.]*)", rf"\1.{adapter_name}", key, count=1)
 
 
 def hotswap_adapter_from_state_dict(
@@ -101,43 +99,37 @@ def hotswap_adapter_from_state_dict(
         StateDictError: A tensor does not fit the model.
         MergeError: The adapter is merged.
     """
-    if adapter_name in model_adapters.merged_adapters(model):
+    if adapter_name in AdapterIndex.of(model).merged_adapters():
         raise MergeError(
             f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the base weights. Unmerge "
-            "it first with unmerge_adapter()."
+            "it first with unmerge_adapter().",
+            what=adapter_name,
         )
-    missing = {
-        key.removeprefix("_orig_mod.")
-        for key in model.state_dict()
-        if parameter_prefix in key and f".{adapter_name}" in key
-    }
-    unexpected = [key for key in state_dict if not _there(model, key)]
+    places = {_uncompiled(key): tensor for key, tensor in model.state_dict(keep_vars=True).items()}
+    given = {_uncompiled(key): tensor for key, tensor in state_dict.items()}
+    unexpected = [key for key in given if key not in places]
     if unexpected:
-        raise StateDictError(
-            f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}."
-        )
-    places = {key: attrgetter(key)(model) for key in state_dict}
-    for key, tensor in state_dict.items():
+        text = f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}."
+        raise StateDictError(text, what=unexpected[0])
+    for key, tensor in given.items():
         _check_fits(key, places[key], tensor)
+    adapted = {_uncompiled(path): layer for path, layer in layers(model)}
     with torch.no_grad():
-        for key in missing - set(state_dict):
-            attrgetter(key)(model).zero_()
-        for key, tensor in state_dict.items():
-            layer = model.get_submodule(key.partition(f".{parameter_prefix}")[0])
-            path = key.partition(f".{parameter_prefix}")[0].removeprefix(WRAPPED)
+        for key in places.keys() - given.keys():
+            if parameter_prefix in key and f".{adapter_name}" in key:
+                places[key].zero_()
+        for key, tensor in given.items():
+            site = key.partition(f".{parameter_prefix}")[0]
+            path, layer = site.removeprefix(WRAPPED), adapted[site]
             rank = first_match(config.rank_pattern, path, config.r)
             alpha = first_match(config.alpha_pattern, path, config.lora_alpha)
-            _put_scale(layer, adapter_name, scale(rank, alpha, config.use_rslora))  # type: ignore[arg-type]
-            groups = layer.slot.groups if isinstance(layer, LoraLayer) and ".lora_A." in key else 1
+            _put_scale(layer, adapter_name, scale(rank, alpha, config.use_rslora))
+            groups = layer.slot.groups if ".lora_A." in key else 1
             _put(places[key], tensor.to(places[key].device), groups)
 
 
-def _there(model: nn.Module, key: str) -> bool:
-    try:
-        attrgetter(key)(model)
-    except AttributeError:
-        return False
-    return True
+def _uncompiled(key: str) -> str:
+    return key.replace(f"{COMPILED}.", "")
 
 
 def _check_fits(key: str, place: Tensor, tensor: Tensor) -> None:
@@ -145,7 +137,8 @@ def _check_fits(key: str, place: Tensor, tensor: Tensor) -> None:
     if place.ndim != tensor.ndim or len(differ) > 1:
         raise StateDictError(
             f"Incompatible shapes found for LoRA weights {key}: {tuple(place.shape)} and {tuple(tensor.shape)}. Pad "
-            "all ranks to the largest with prepare_model_for_compiled_hotswap."
+            "all ranks to the largest with prepare_model_for_compiled_hotswap.",
+            where=key,
         )
 
 
@@ -160,11 +153,11 @@ def _put(place: Tensor, tensor: Tensor, groups: int) -> None:
 
 
 def _put_scale(layer: LoraLayer, adapter: str, value: float) -> None:
-    before: Any = layer.scaling[adapter]
-    if isinstance(before, Tensor):
-        before.fill_(value)
+    scaling: dict[str, Any] = layer.scaling
+    if isinstance(scaling[adapter], Tensor):  # of a compiled model
+        scaling[adapter].fill_(value)
     else:
-        layer.scaling[adapter] = value
+        scaling[adapter] = value
 
 
 def prepare_model_for_compiled_hotswap(
@@ -187,16 +180,17 @@ def prepare_model_for_compiled_hotswap(
     """
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", False):
         _check_compiled(check_compiled)
-    found = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    found = layers(model)
     if not found:
         raise ConfigError(
             "No adapter layers found on the model, make sure call `prepare_model_for_compiled_hotswap` after loading "
             "the first adapter and before loading the second adapter."
         )
-    for layer in found:
+    for _, layer in found:
         device = layer.base.device(layer.owner, layer.slot.parameter)
-        for adapter, value in layer.scaling.items():
-            layer.scaling[adapter] = torch.as_tensor(value, device=device)  # type: ignore[assignment]
+        scaling: dict[str, Any] = layer.scaling
+        for adapter, value in scaling.items():
+            scaling[adapter] = torch.as_tensor(value, device=device)
         if target_rank is not None:
             _pad(layer, target_rank)
     if target_rank is not None and config:
@@ -214,7 +208,8 @@ def _check_compiled(check_compiled: str) -> None:
             "result in re-compilation, hurting performance. Call the function before compiling the model."
         )
     elif check_compiled != "ignore":
-        raise ConfigError(f"check_compiles should be one of 'error', 'warn', or 'ignore', got {check_compiled!r}.")
+        text = f"check_compiles should be one of 'error', 'warn', or 'ignore', got {check_compiled!r}."
+        raise ConfigError(text, what=check_compiled, field="check_compiled", allowed=("error", "warn", "ignore"))
 
 
 def _pad(layer: LoraLayer, target_rank: int) -> None:
@@ -222,21 +217,22 @@ def _pad(layer: LoraLayer, target_rank: int) -> None:
     if target_rank % groups:
         raise ConfigError(
             f"Trying to pad a {layer.kind_name} LoRA adapter with groups={groups} to target rank {target_rank}, which "
-            f"is not divisible by {groups}."
+            f"is not divisible by {groups}.",
+            what=target_rank,
+            field="target_rank",
         )
-    for attribute, axis in (("lora_A", 0), ("lora_B", 1)):
-        holder: Any = layer._modules.get(attribute, {})
-        for carrier in holder.values():
-            weight = carrier.weight
-            size = target_rank if axis == 0 else target_rank // groups
+    for attribute, axis, size in (("lora_A", 0, target_rank), ("lora_B", 1, target_rank // groups)):
+        holder = layer._modules.get(attribute)
+        for carrier in holder.children() if holder is not None else ():
+            weight = carrier.get_parameter("weight")
             if weight.shape[axis] > size:
                 raise ConfigError(
                     f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
-                    f"({weight.shape[axis]})."
+                    f"({weight.shape[axis]}).",
+                    what=target_rank,
+                    field="target_rank",
                 )
-            shape = list(weight.shape)
-            shape[axis] = size
-            padded = weight.new_zeros(shape)
+            padded = weight.new_zeros(*weight.shape[:axis], size, *weight.shape[axis + 1 :])
             _fill(padded, weight.detach(), groups if axis == 0 else 1)
             carrier.weight = nn.Parameter(padded, requires_grad=weight.requires_grad)
 

@@ -1,29 +1,22 @@
-"""PEFT's layers: attributes that only they have, derived from the layer, and the names of their classes."""
+"""Attributes and methods of adapted layers that only PEFT has, derived from the layer."""
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.factor import TRAINED
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.lora_layer import LoraLayer as BaseTunerLayer
-from lorakit.core.layers.modules_to_save import ModulesToSave as ModulesToSaveWrapper
-from lorakit.core.layers.named_layers import LAYERS
-from lorakit.core.layers.trainable_tokens import TokenAdapter as TrainableTokensLayer
-from lorakit.core.layers.trainable_tokens import TrainableTokens as TrainableTokensWrapper
 from lorakit.core.model.index import find_state
 from lorakit.core.variants import asked_for, own_tensors, variant_named
-from lorakit.peft.placeholders import placeholder
 
 
 def _of_variants(layer: LoraLayer, word: str) -> dict[str, object]:
-    """Return adapter -> value of such a name; False for adapters of other variants."""
+    """Return adapter -> value of a variant's attribute; False for adapters of other variants."""
     found: dict[str, object] = {}
     for name, variant in layer.variant.items():
         value = variant_named(variant).peft_names.get(word)
@@ -37,7 +30,7 @@ def _use_rslora(layer: LoraLayer) -> dict[str, bool]:
 
 
 def _frozen(layer: LoraLayer) -> dict[str, tuple[str, ...]]:
-    """Adapter -> attributes whose values its init froze (MiCA); others are not in it."""
+    """Return adapter -> attributes whose values its init froze (MiCA); other adapters are left out."""
     parts = list(zip("AB", layer.kind.names, strict=True))
     return {
         name: tuple(held for part, held in parts if part not in trains)
@@ -79,17 +72,17 @@ METHODS: Mapping[str, Callable[..., object]] = {
 """Method -> what it does with the layer."""
 
 
-WORDS_OF_VARIANTS = frozenset(word for variant in asked_for() for word in variant.peft_names)
+NAMES_OF_VARIANTS = frozenset(word for variant in asked_for() for word in variant.peft_names)
 """PEFT's names of tables by adapter that tell the variant of each adapter."""
 
 
 class PeftLayerMethods:
     """Answers PEFT's own attributes of a layer; it has no state."""
 
-    names: ClassVar[frozenset[str]] = frozenset((*VALUES, *METHODS, *WORDS_OF_VARIANTS))
+    names: ClassVar[frozenset[str]] = frozenset((*VALUES, *METHODS, *NAMES_OF_VARIANTS))
 
     def answer(self, layer: nn.Module, word: str) -> object:
-        """Return the value of an attribute, or a method of PEFT that belongs to a layer.
+        """Return one of PEFT's attributes or methods of a layer.
 
         Args:
             layer: An adapted layer.
@@ -106,30 +99,3 @@ def answer_as_peft(model: nn.Module) -> None:
     state = find_state(model)
     if state is not None and state.peft_methods is None:
         state.peft_methods = PeftLayerMethods()
-
-
-__all__ = [
-    "AuxiliaryTrainingWrapper",
-    "BaseTunerLayer",
-    "LoraLayer",
-    "ModulesToSaveWrapper",
-    "TrainableTokensLayer",
-    "TrainableTokensWrapper",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return next((kind for kind in LAYERS.values() if kind.__name__ == name), None) or placeholder(name)
-
-
-if TYPE_CHECKING:
-    from lorakit.core.layers.adapter_component import AdapterModule as AuxiliaryTrainingWrapper
-else:
-
-    class AuxiliaryTrainingWrapper(ABC):  # noqa: B024  # it has no instances
-        """Base class in PEFT of saved modules and trainable tokens; for `isinstance` only."""
-
-    AuxiliaryTrainingWrapper.register(ModulesToSaveWrapper)
-    AuxiliaryTrainingWrapper.register(TrainableTokensWrapper)

@@ -1,12 +1,11 @@
-"""Loading saved adapters into a wrapped model, unchanged or under other names, and the result that PEFT returns."""
+"""Loading saved adapters into a wrapped model, unchanged or under other names."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from lorakit import core
 from lorakit.config import LoraConfig, looks_like_a_hub_id
+from lorakit.config.types import Value
 from lorakit.core.attachment.loading import check_base, place_adapter
 from lorakit.core.files.adapter_folder import AdapterFiles, read_adapter
 from lorakit.core.files.inspecting import implausible, judge_files
@@ -22,53 +22,36 @@ from lorakit.errors import ShapeMismatchError, warn_caller
 from lorakit.hub_cache import adapter_from_hub
 from lorakit.peft import model_adapters
 from lorakit.peft.layer_methods import answer_as_peft
-from lorakit.peft.state_dicts import WRAPPED, StateDictError, names_of, put_tensors
+from lorakit.peft.state_dicts import WRAPPED, IncompatibleKeys, StateDictError, names_of, put_tensors
 from lorakit.peft.tuner import CONFIGS, kinds_of
 
 if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
 
 
-def adapter_folder(model_id: str | os.PathLike[str], subfolder: str | None, revision: str | None) -> Path:
+def adapter_folder(model_id: str | os.PathLike[str], options: MutableMapping[str, Any]) -> Path:
     """Return the local directory of an adapter; downloads a hub id into the hub's cache.
 
     Args:
         model_id: A directory, or a hub id.
-        subfolder: A directory inside it.
-        revision: Revision on the hub.
+        options: Options of the call; `subfolder`, a directory inside it, and `revision` on the hub are taken out.
 
     Raises:
         AdapterFileError: Neither exists.
     """
-    folder = Path(model_id)
-    if folder.exists() or not looks_like_a_hub_id(model_id):
-        return folder / subfolder if subfolder else folder
-    fetched = adapter_from_hub(str(model_id), revision=revision, subfolder=subfolder)
-    return fetched / subfolder if subfolder else fetched
+    folder, subfolder, revision = Path(model_id), options.pop("subfolder", None), options.pop("revision", None)
+    if looks_like_a_hub_id(model_id) and not folder.exists():
+        folder = adapter_from_hub(str(model_id), revision=revision, subfolder=subfolder)
+    return folder / (subfolder or "")
 
 
 LENIENT = tuple(word for word in ALLOWANCES if word != "nonfinite")
-"""Checks that PEFT does not make and that only warn here; NaN and infinite numbers remain an error."""
-
-
-@dataclass
-class LoadResult:
-    """Result of loading an adapter.
-
-    Attributes:
-        missing_keys: Names of this adapter in the model that got no tensor.
-        unexpected_keys: Names in the file that the model does not have.
-        report: The core's report, if it loaded the whole adapter.
-    """
-
-    missing_keys: list[str] = field(default_factory=list)
-    unexpected_keys: list[str] = field(default_factory=list)
-    report: core.LoadReport | None = None
+"""Checks that PEFT does not make and that only warn here; NaN and infinite values remain an error."""
 
 
 def load_whole(
     model: PeftModel, folder: Path, name: str, *, trainable: bool, config: LoraConfig | None = None
-) -> LoadResult:
+) -> IncompatibleKeys:
     """Load a saved adapter into a model.
 
     Args:
@@ -78,40 +61,40 @@ def load_whole(
         trainable: Continue training it.
         config: Used instead of the directory's, with `inference_mode` set; None uses the directory's.
 
+    Returns:
+        Names of this adapter in the model that got no tensor, and names in the file that the model does not have.
+
     Raises:
         AdapterFileError: Files are missing or damaged.
         StateDictError: Shapes do not fit.
         AdapterError: The name cannot be used.
     """
     try:
-        report = _load(model, folder, name, trainable, config)
+        warnings = _load(model, folder, name, trainable, config)
     except ShapeMismatchError as refused:
         raise StateDictError(f"size mismatch: {refused}", **refused.fields) from None
-    result = LoadResult(report=report)
-    if report.warnings:
-        held = set(read_adapter(folder).file.tensors)
-        places = dict(names_of(model, name))
-        result.missing_keys = [key for on_disk, key in places.items() if on_disk not in held]
-        result.unexpected_keys = sorted(held - set(places))
-    return result
+    if not warnings:
+        return IncompatibleKeys([], [])
+    held, places = set(read_adapter(folder).file.tensors), dict(names_of(model, name))
+    missing = [key for on_disk, key in places.items() if on_disk not in held]
+    return IncompatibleKeys(missing, sorted(held - set(places)))
 
 
-def _load(model: PeftModel, folder: Path, name: str, trainable: bool, config: LoraConfig | None) -> core.LoadReport:
+def _load(model: PeftModel, folder: Path, name: str, trainable: bool, config: LoraConfig | None) -> Sequence[str]:
+    """Load an adapter and return the warnings."""
     user = model.get_base_model()
     if config is None:
-        report = core.load_adapter(user, folder, name, trainable=trainable, allow=LENIENT)
+        warnings = core.load_adapter(user, folder, name, trainable=trainable, allow=LENIENT).warnings
     else:
         files = read_adapter(folder)
-        verdict, said_of_base = check_base(user, files, LENIENT)
-        warnings = (*files.warnings, *said_of_base)
-        files = dataclasses.replace(files, config=config, config_is_ours=False, warnings=warnings)
-        sites, said = place_adapter(user, files, name, trainable, LENIENT, kinds_of(config))
-        report = core.LoadReport(name, config, sites, verdict, said)
+        found = (*files.warnings, *check_base(user, files, LENIENT)[1])
+        files = dataclasses.replace(files, config=config, config_is_ours=False, warnings=found)
+        warnings = place_adapter(user, files, name, trainable, LENIENT, kinds_of(config))[1]
         config.inference_mode = not trainable
         model.peft_config[name] = config
     setattr(user, CONFIGS, model.peft_config)
     answer_as_peft(user)
-    return report
+    return warnings
 
 
 def load_by_names(
@@ -122,7 +105,7 @@ def load_by_names(
     trainable: bool,
     key_mapping: Mapping[str, str] | None = None,
     ignore_sizes: bool = False,
-) -> LoadResult:
+) -> IncompatibleKeys:
     """Load a saved adapter's tensors by their names, into an existing adapter or a new one.
 
     Args:
@@ -145,7 +128,7 @@ def load_by_names(
     tensors = {renamed(key, key_mapping or {}): tensor for key, tensor in files.file.tensors.items()}
     result = put_tensors(model, tensors, name, ignore_sizes)
     own = {key for _, key in names_of(model, name)}
-    return LoadResult([key for key in result.missing_keys if key in own], result.unexpected_keys)
+    return IncompatibleKeys([key for key in result.missing_keys if key in own], result.unexpected_keys)
 
 
 def warn_of_problems(
@@ -161,11 +144,10 @@ def warn_of_problems(
 
     Raises:
         BaseMismatchError: The base is another one and `allow` does not hold "base_mismatch".
-        AdapterFileError: A tensor holds NaN or infinite numbers.
+        AdapterFileError: A tensor holds NaN or infinite values.
     """
-    for message in check_base(model.get_base_model(), files, allow)[1]:
-        warn_caller(message)
-    for message in implausible(files.folder, judge_files(files), may_be_zero):
+    of_base = check_base(model.get_base_model(), files, allow)[1]
+    for message in (*of_base, *implausible(files.folder, judge_files(files), may_be_zero)):
         warn_caller(message)
 
 
@@ -180,7 +162,7 @@ def renamed(key: str, key_mapping: Mapping[str, str]) -> str:
 
 
 def load_peft_weights(
-    model_id: str, device: str | None = None, key_mapping: Mapping[str, str] | None = None, **kwargs: Any
+    model_id: str, device: str | None = None, key_mapping: Mapping[str, str] | None = None, **kwargs: Value
 ) -> dict[str, Tensor]:
     """Return the tensors of a saved adapter.
 
@@ -196,6 +178,6 @@ def load_peft_weights(
     Raises:
         AdapterFileError: Files are missing or damaged.
     """
-    files = read_adapter(adapter_folder(model_id, kwargs.get("subfolder"), kwargs.get("revision")))
+    files = read_adapter(adapter_folder(model_id, kwargs))
     tensors = {renamed(key, key_mapping or {}): tensor for key, tensor in files.file.tensors.items()}
     return tensors if device is None else {key: tensor.to(device) for key, tensor in tensors.items()}

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakit import core
-from lorakit.config import LoraConfig, PeftConfig, PeftType
+from lorakit.config import LoraConfig, PeftConfig, PeftConfigMixin, PeftType
 from lorakit.core.attachment.attaching import with_targets
 from lorakit.core.model.index import AdapterIndex
 from lorakit.errors import ConfigError, warn_caller
@@ -28,7 +28,7 @@ def get_peft_model(
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
-) -> Any:
+) -> PeftModel:
     """Add a LoRA adapter in place and return a `PeftModel`.
 
     Args:
@@ -73,7 +73,7 @@ def _make_room(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
         replaced = f" The adapter '{adapter_name}' that was there is replaced." if adapter_name in there else ""
         warn_caller(
             "You are trying to modify a model with PEFT for a second time. It gets another adapter here, without a "
-            f"second wrapper; call `.unload()` before, if that is not meant.{replaced}"
+            f"second wrapper; otherwise call `.unload()` first.{replaced}"
         )
     if adapter_name in there:
         candidates = AdapterIndex.of(user).candidates
@@ -102,16 +102,13 @@ PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {
 """Method -> class of its config."""
 
 PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, type[BaseTuner]] = {PeftType.LORA: LoraModel}
-"""Method -> class of its tuner; methods that are not here cannot be used."""
+"""Method -> class of its tuner; other methods cannot be used."""
 
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[PeftType, type[BaseTuner]] = {PeftType.LORA: LoraModel}
 """Method -> class of its tuner in a `PeftMixedModel`."""
 
-PEFT_TYPE_TO_PREFIX_MAPPING: dict[PeftType, str] = {PeftType.LORA: LoraModel.prefix}
-"""Method -> prefix of the names of its parameters."""
 
-
-def get_peft_config(config_dict: Mapping[str, Any]) -> Any:
+def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfigMixin:
     """Create a config from a dictionary with its method.
 
     Args:
@@ -121,7 +118,7 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> Any:
         ConfigError: The method is missing or not LORA, or a value is not allowed.
     """
     if "peft_type" not in config_dict:
-        raise ConfigError("The config has no peft_type, so its method is not known; give 'LORA'.")
+        raise ConfigError("The config has no peft_type, so its method is unknown; set 'LORA'.", field="peft_type")
     return PeftConfig.from_peft_type(**config_dict)
 
 
@@ -149,8 +146,7 @@ def inject_adapter_in_model(
     """
     if not isinstance(peft_config, LoraConfig):
         raise ConfigError(
-            f"`inject_adapter_in_model` does not support {getattr(peft_config, 'peft_type', None)} yet; this library "
-            "is LoRA."
+            f"`inject_adapter_in_model` does not support {getattr(peft_config, 'peft_type', None)} yet; use LoraConfig."
         )
     tuner = LoraModel(model)
     tuner.inject(adapter_name, peft_config, on_meta=low_cpu_mem_usage, state_dict=state_dict)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.config import LoraConfig, TaskType
 from lorakit.core.attachment.attaching import AttachReport, model_type_of, with_targets
@@ -19,11 +19,13 @@ from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.merging.merging import tied_sites
-from lorakit.core.model.index import AdapterIndex, layers
+from lorakit.core.model.index import AdapterIndex, layers, walk
 from lorakit.core.model.target_weights import bare_parameters
 from lorakit.errors import ConfigError, ConfigTypeError, NoTargetError, RouteError, TargetError, warn_caller
-from lorakit.peft import model_adapters
 from lorakit.targets import ALL_LINEAR, Candidate, key_fits, match_path, names_path, resolve, targeted_parameters
+
+if TYPE_CHECKING:
+    from lorakit.peft.tuner import BaseTuner
 
 SEQ_CLS_HEADS = ("score", "classifier")
 
@@ -35,11 +37,11 @@ class ExcludedModule:
         return False
 
 
-def check_target_module_exists(config: Any, key: str) -> Any:
+def check_target_module_exists(config: LoraConfig, key: str) -> bool | ExcludedModule:
     """Check whether a config targets a module.
 
     Args:
-        config: A config with `target_modules` and similar fields.
+        config: The config.
         key: Dotted path of the module.
 
     Returns:
@@ -50,36 +52,26 @@ def check_target_module_exists(config: Any, key: str) -> Any:
     """
     if _excluded(config, key):
         return ExcludedModule()
-    if config.target_modules is None:
-        return False
-    plain = LoraConfig(
-        target_modules=config.target_modules,
-        layers_to_transform=getattr(config, "layers_to_transform", None),
-        layers_pattern=getattr(config, "layers_pattern", None) or None,
-    )
+    plain = config.with_fields(exclude_modules=None, modules_to_save=None, target_parameters=None)
     try:
         return bool(resolve([Candidate(key, "Linear", dense=True)], plain, allow_partial=True).matches)
     except TargetError:
         return False
 
 
-def _excluded(config: Any, key: str) -> bool:
-    excluded = getattr(config, "exclude_modules", None)
+def _excluded(config: LoraConfig, key: str) -> bool:
+    excluded = config.exclude_modules or ()
     if isinstance(excluded, str):
-        if re.fullmatch(excluded, key):
-            return True
-    elif any(names_path(entry, key) for entry in excluded or ()):
-        return True
-    heads = SEQ_CLS_HEADS if getattr(config, "task_type", None) in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) else ()
-    saved = (*(getattr(config, "modules_to_save", None) or ()), *heads)
-    return any(names_path(entry, ".".join(key.split(".")[:end])) for entry in saved for end in _ends(key))
+        excluded = [key] if re.fullmatch(excluded, key) else []
+    heads = SEQ_CLS_HEADS if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) else ()
+    saved, words = (*(config.modules_to_save or ()), *heads), key.split(".")
+    parents = [".".join(words[:end]) for end in range(1, len(words) + 1)]
+    return any(names_path(entry, key) for entry in excluded) or any(
+        names_path(entry, parent) for entry in saved for parent in parents
+    )
 
 
-def _ends(key: str) -> range:
-    return range(1, key.count(".") + 2)
-
-
-def inspect_matched_modules(tuner: Any, adapter_name: str = "default") -> dict[str, list[str]]:
+def inspect_matched_modules(tuner: BaseTuner, adapter_name: str = "default") -> dict[str, list[str]]:
     """List the modules that an adapter's config targets, and the others.
 
     Args:
@@ -93,32 +85,24 @@ def inspect_matched_modules(tuner: Any, adapter_name: str = "default") -> dict[s
     return found
 
 
-def maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
+def maybe_include_all_linear_layers(peft_config: LoraConfig, model: nn.Module) -> LoraConfig:
     """Replace "all-linear" in a config by the modules that it matches, in place, as PEFT does.
 
     Args:
         peft_config: The config; it is changed and returned.
         model: The model.
     """
-    targets = getattr(peft_config, "target_modules", None)
+    targets = peft_config.target_modules
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
         return peft_config
-    heads = {id(head) for head in _heads(model, getattr(peft_config, "task_type", None))}
-    site_map = AdapterIndex.of(model)
-    peft_config.target_modules = {
-        candidate.path
-        for candidate in site_map.candidates
-        if candidate.dense and id(site_map.base(candidate.path)) not in heads
-    }
+    head = None  # the classifier of a classification model; an output head is never a candidate
+    if peft_config.task_type == TaskType.SEQ_CLS and hasattr(model, "get_output_embeddings"):
+        heads = (getattr(model, name, None) for name in SEQ_CLS_HEADS)
+        head = next((head for head in heads if head is not None), None)
+    index = AdapterIndex.of(model)
+    dense = (candidate.path for candidate in index.candidates if candidate.dense)
+    peft_config.target_modules = {path for path in dense if index.base(path) is not head}
     return peft_config
-
-
-def _heads(model: nn.Module, task: Any) -> list[nn.Module]:
-    """Return the classifier of a classification model; the output head is never a candidate."""
-    if task != TaskType.SEQ_CLS or not hasattr(model, "get_output_embeddings"):
-        return []
-    found = (getattr(model, name, None) for name in SEQ_CLS_HEADS)
-    return [head for head in found if head is not None][:1]
 
 
 def find_minimal_target_modules(target_modules: Collection[str], other_module_names: Collection[str]) -> set[str]:
@@ -132,9 +116,9 @@ def find_minimal_target_modules(target_modules: Collection[str], other_module_na
         ConfigError: `target_modules` is empty, a path is empty, or a path is in both.
     """
     if isinstance(target_modules, str) or not target_modules:
-        raise ConfigError("target_modules should be a list or set of strings.")
+        raise ConfigError("target_modules should be a list or set of strings.", field="target_modules")
     if "" in target_modules:
-        raise ConfigError("target_modules should not contain an empty string.")
+        raise ConfigError("target_modules should not contain an empty string.", field="target_modules")
     if set(target_modules) & set(other_module_names):
         raise ConfigError("target_modules and other_module_names contain common elements, this should not happen.")
     taken = {end for name in other_module_names for end in _suffixes(name)}
@@ -161,7 +145,7 @@ NOTHING_MATCHED = {
 """Field -> PEFT's message if none of its entries matches."""
 
 ALL_EXCLUDED = (
-    "All modules were excluded. This is likely unintended. Look at `target_modules`, `exclude_modules` and "
+    "All modules were excluded. This is likely unintended. Check `target_modules`, `exclude_modules` and "
     "`modules_to_save`."
 )
 NONE_LEFT = (
@@ -171,7 +155,7 @@ NONE_LEFT = (
 
 
 @contextlib.contextmanager
-def no_target_in_peft_words(model: nn.Module, config: LoraConfig) -> Iterator[None]:
+def with_no_target_message(model: nn.Module, config: LoraConfig) -> Iterator[None]:
     """Put PEFT's message before the error of a context that finds no target because modules are excluded.
 
     Args:
@@ -187,7 +171,7 @@ def no_target_in_peft_words(model: nn.Module, config: LoraConfig) -> Iterator[No
     try:
         yield
     except NoTargetError as error:
-        paths = [path for path, _ in model.named_modules() if path]
+        paths = [path for path, _ in walk(model) if path]
         excluded = [path for path in paths if _excluded(config, path)]
         if not excluded:
             raise
@@ -269,7 +253,8 @@ def config_for_keys(model: nn.Module, config: LoraConfig, keys: Iterable[str]) -
     if config.target_parameters:
         raise ConfigError(
             "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`. This is "
-            "not supported: inject it without the state_dict."
+            "not supported: inject it without the state_dict.",
+            field="target_parameters",
         )
     paths = {key.removeprefix(COMPILED).rsplit(".lora_", 1)[0] for key in keys}
     candidates = AdapterIndex.of(model).candidates
@@ -278,18 +263,14 @@ def config_for_keys(model: nn.Module, config: LoraConfig, keys: Iterable[str]) -
         named = {match.path for match in resolve(candidates, with_targets(config, model), allow_partial=True).matches}
     except (TargetError, ConfigError):
         named = set()
-    extra = []
-    if named - here:
-        extra.append(f"The PEFT config contained these additional target modules: {sorted(named - here)}. ")
-    if here - named:
-        extra.append(f"The state_dict contained these additional target modules: {sorted(here - named)}. ")
-    if extra:
-        warn_caller(
+    if named != here:
+        text = (
             "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the "
             "provided state_dict. This is not necessarily an issue and can be ignored if this was the intent. "
-            f"{''.join(extra)}",
-            RuntimeWarning,
         )
+        for source, extra in (("PEFT config", named - here), ("state_dict", here - named)):
+            text += f"The {source} contained these additional target modules: {sorted(extra)}. " if extra else ""
+        warn_caller(text, RuntimeWarning)
     exact = "|".join(re.escape(path) for path in sorted(here))
     return config.with_fields(
         target_modules=exact or None, exclude_modules=None, layers_to_transform=None, layers_pattern=None
@@ -311,25 +292,20 @@ def check_parameters(model: nn.Module, configs: Mapping[str, LoraConfig], config
         ConfigError: They differ; the message names both sets.
     """
     mine = set(config.target_parameters or ())
-    others = {name: set(other.target_parameters or ()) for name, other in configs.items()}
-    others = {name: theirs for name, theirs in others.items() if theirs and theirs != mine}
-    if not mine or not others:
-        return
-    found = _by_module(model, config)
-    for name, theirs in others.items():
-        there = _by_module(model, configs[name])
-        if any(found[module] != there[module] for module in found.keys() & there.keys()):
+    for name, other in configs.items() if mine else ():
+        theirs = set(other.target_parameters or ())
+        if not theirs or theirs == mine:
+            continue
+        bare = bare_parameters(AdapterIndex.of(model))
+        found, there = ({(one.path, one.parameter) for one in targeted_parameters(bare, c)} for c in (config, other))
+        shared = {path for path, _ in found} & {path for path, _ in there}
+        if any(path in shared for path, _ in found ^ there):
             raise ConfigError(
                 "When using multiple adapters with `target_parameters`, all adapters must target the same set of "
-                f"parameters, but got {sorted(mine)} for the new adapter and {sorted(theirs)} for adapter '{name}'."
+                f"parameters, but got {sorted(mine)} for the new adapter and {sorted(theirs)} for adapter '{name}'.",
+                what=name,
+                field="target_parameters",
             )
-
-
-def _by_module(model: nn.Module, config: LoraConfig) -> dict[str, set[str]]:
-    named: dict[str, set[str]] = {}
-    for match in targeted_parameters(bare_parameters(AdapterIndex.of(model)), config):
-        named.setdefault(match.path, set()).add(match.parameter)
-    return named
 
 
 ALONE = "Only one adapter can be set at a time for {wrapper}, got {names}: {why}"
@@ -348,13 +324,14 @@ def check_together(modules: Iterable[AdapterModule], names: Sequence[str]) -> No
     for module in modules:
         if isinstance(module, ModulesToSave) and len(set(names) & set(module.available_adapters())) > 1:
             why = "each has its own copy of the module."
-            raise ConfigError(ALONE.format(wrapper="ModulesToSaveWrapper", names=list(names), why=why))
+            text = ALONE.format(wrapper="ModulesToSaveWrapper", names=list(names), why=why)
+            raise ConfigError(text, field="modules_to_save")
         if isinstance(module, TrainableTokens):
             try:
                 module.token_adapter.replacements(names)
             except RouteError as error:
                 text = ALONE.format(wrapper="TrainableTokensWrapper", names=list(names), why=error)
-                raise ConfigError(text) from error
+                raise ConfigError(text, field="trainable_token_indices") from error
 
 
 def warn_of_ties(model: nn.Module, names: Sequence[str]) -> tuple[bool, bool]:
@@ -367,11 +344,9 @@ def warn_of_ties(model: nn.Module, names: Sequence[str]) -> tuple[bool, bool]:
     Returns:
         Whether a weight must be untied, and whether that ends `tie_word_embeddings`.
     """
-    stacked: list[tuple[str, str]] = []
-    tied: list[tuple[str, str]] = []
-    for path, other in tied_sites(model, names):
-        copies = _without_numbers(path) == _without_numbers(other.rpartition(".")[0])
-        (stacked if copies else tied).append((path, other))
+    found = tied_sites(model, names)
+    stacked = [pair for pair in found if _without_numbers(pair[0]) == _without_numbers(pair[1].rpartition(".")[0])]
+    tied = [pair for pair in found if pair not in stacked]
     for pairs, why in (
         (tied, "so the model is no longer tied (tie_word_embeddings is False from now on)."),
         (stacked, "as every layer that layer_replication made gets one: the model needs the memory of all its layers."),
@@ -379,14 +354,14 @@ def warn_of_ties(model: nn.Module, names: Sequence[str]) -> tuple[bool, bool]:
         if pairs:
             path, other = pairs[0]
             warn_caller(f"{path} shares its weight with {other}; merging gives it a weight of its own, {why}")
-    return bool(tied or stacked), bool(tied)
+    return bool(found), bool(tied)
 
 
 def _without_numbers(path: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", path)
 
 
-def check_adapters_to_merge(module: Any, adapter_names: list[str] | None = None) -> list[str]:
+def check_adapters_to_merge(module: AdapterModule, adapter_names: list[str] | None = None) -> list[str]:
     """Return the adapters of a layer to merge that are not merged yet.
 
     Args:
@@ -397,7 +372,7 @@ def check_adapters_to_merge(module: Any, adapter_names: list[str] | None = None)
         ConfigTypeError: The names are one string.
     """
     asked = module.active_adapters if adapter_names is None else adapter_names
-    return not_yet_merged(asked, model_adapters.merged_at(module))
+    return not_yet_merged(asked, module.merged_here())
 
 
 def not_yet_merged(names: Sequence[str], merged: Sequence[str], quiet: bool = False) -> list[str]:
@@ -412,7 +387,7 @@ def not_yet_merged(names: Sequence[str], merged: Sequence[str], quiet: bool = Fa
         ConfigTypeError: The names are one string.
     """
     if isinstance(names, str):
-        raise ConfigTypeError(f"adapter_names should be a list of strings, got {names!r}.")
+        raise ConfigTypeError(f"adapter_names should be a list of strings, got {names!r}.", field="adapter_names")
     new = [name for name in names if name not in merged]
     if merged and not quiet:
         warn_caller(
@@ -424,7 +399,7 @@ def not_yet_merged(names: Sequence[str], merged: Sequence[str], quiet: bool = Fa
     return new
 
 
-def filter_state_dict(state_dict: Mapping[str, Any], prefixes: Collection[str]) -> dict[str, Any]:
+def filter_state_dict(state_dict: Mapping[str, Tensor], prefixes: Collection[str]) -> dict[str, Tensor]:
     """Return the entries whose names are one of these prefixes, or continue one after a dot."""
     under = tuple(f"{prefix}." for prefix in prefixes)
     return {key: value for key, value in state_dict.items() if key in prefixes or key.startswith(under)}
@@ -436,11 +411,11 @@ def adapter_prefixes(model: nn.Module, adapter_name: str | None = None) -> set[s
         f"{path}.{attribute}".lstrip("."): holder
         for path, layer in layers(model)
         for attribute, holder in layer._modules.items()
-        if attribute != "base_layer" and holder is not None
+        if isinstance(holder, (nn.ModuleDict, nn.ParameterDict))
     }
     if adapter_name is None:
         return set(held)
-    return {f"{path}.{adapter_name}" for path, holder in held.items() if adapter_name in holder}  # type: ignore[operator]
+    return {f"{path}.{adapter_name}" for path, holder in held.items() if adapter_name in holder}
 
 
 def in_out_features(module: nn.Module) -> tuple[int | None, int | None]:

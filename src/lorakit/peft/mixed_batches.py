@@ -21,7 +21,8 @@ from lorakit.peft import model_adapters
 if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
 
-NOTHING: Mapping[str, Any] = {}
+Offsets = Sequence[int | None]
+"""Distance of each row's invocation tokens from its end; None if the row does not invoke its adapter."""
 
 BASE_NAME = "__base__"
 """Entry of `adapter_names` for a row that runs on the base alone."""
@@ -36,27 +37,8 @@ class MixedBatchError(RouteError, TypeError):
 
 
 @contextlib.contextmanager
-def in_peft_words(
-    names: Sequence[str] | None, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = NOTHING
-) -> Iterator[None]:
-    """Put PEFT's message before the errors about a mixed batch that a forward or generation within a context raises.
-
-    Args:
-        names: One adapter per row, or None.
-        args: Arguments of the forward; empty for a generation, which creates its own rows.
-        kwargs: Its options; the first tensor in `args` and `kwargs`, (rows, …), is the batch.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        RowCountError: The rows do not fit the batch.
-        MixedBatchError: A module cannot take such a batch.
-    """
-    batch = next((given for given in (*args, *kwargs.values()) if isinstance(given, Tensor) and given.ndim), None)
-    if names is not None and set(names) == {BASE_NAME} and batch is not None and len(batch) != len(names):
-        text = f"{LENGTH.format(rows=len(names))} The batch has {len(batch)} rows."
-        raise RowCountError(text)  # no layer counts these
+def _with_peft_messages(names: Sequence[str] | None) -> Iterator[None]:
+    """Put PEFT's message before the errors about a mixed batch that a forward or generation within a context raises."""
     try:
         yield
     except RowCountError as refused:
@@ -185,10 +167,19 @@ def options_of_call(
 
     Yields:
         Nothing.
+
+    Raises:
+        RowCountError: The rows do not fit the batch: the first tensor of a forward's arguments and options, (rows, …).
+        MixedBatchError: A module cannot take such a batch.
     """
     user = model.get_base_model()
     copies = _rows_per_prompt(kwargs, user) if generates else 0
-    with model.base_model.rows(names, copies), contextlib.ExitStack() as stack:
+    given = () if generates else (*args, *kwargs.values())
+    batch = next((tensor for tensor in given if isinstance(tensor, Tensor) and tensor.ndim), None)
+    if names is not None and set(names) == {BASE_NAME} and batch is not None and len(batch) != len(names):
+        text = f"{LENGTH.format(rows=len(names))} The batch has {len(batch)} rows."
+        raise RowCountError(text)  # no layer checks these
+    with _with_peft_messages(names), model.base_model.rows(names, copies), contextlib.ExitStack() as stack:
         offsets, embedded = kwargs.pop("alora_offsets", None), kwargs.get("inputs_embeds")
         if is_alora_relevant_in_batch(model, names):
             ids = _prompts(args, kwargs)

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.config import LoraConfig, PeftConfig, PeftType, TaskType, read_config
-from lorakit.errors import AdapterError, ConfigError, NotYetSupported, nearest, warn_caller
+from lorakit.config.types import Value
+from lorakit.errors import AdapterError, ConfigError, NotYetSupported, did_you_mean, warn_caller
 from lorakit.peft import model_adapters, saving, status
-from lorakit.peft.loaded import LoadResult, adapter_folder, load_by_names, load_whole
-from lorakit.peft.mixed_batches import in_peft_words, options_of_call
-from lorakit.peft.saving import write_card
-from lorakit.peft.state_dicts import get_peft_model_state_dict
-from lorakit.peft.tuner import LoraModel
+from lorakit.peft.loaded import adapter_folder, load_by_names, load_whole
+from lorakit.peft.mixed_batches import options_of_call
+from lorakit.peft.state_dicts import IncompatibleKeys, get_peft_model_state_dict
+from lorakit.peft.tuner import LoraModel, OverModel
 from lorakit.peft.utilities import checkpoints, take_gradients_at_the_input
 
 WITHOUT_EFFECT = (
@@ -36,10 +36,8 @@ WITHOUT_EFFECT = (
 )
 """Options that need no action."""
 
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "push_to_hub": (False, None),
-}
-"""Option that is not built yet -> the values that need no action."""
+NOT_BUILT = "push_to_hub"
+"""Option that is not built yet; false values need no action."""
 
 
 def check_options(call: str, options: Mapping[str, Any]) -> None:
@@ -53,18 +51,14 @@ def check_options(call: str, options: Mapping[str, Any]) -> None:
         NotYetSupported: An option would change the result and is not built.
     """
     for name, value in options.items():
-        if name in NEUTRAL:
-            if value not in NEUTRAL[name]:
-                raise NotYetSupported(
-                    f"{call}: {name}={value!r} is not built yet. Leave it at {NEUTRAL[name][0]!r}, its default."
-                )
-        elif name not in WITHOUT_EFFECT:
-            hint = nearest(name, [*WITHOUT_EFFECT, *NEUTRAL], 1)
-            meant = f" Did you mean {hint[0]}?" if hint else ""
+        if name == NOT_BUILT and value:
+            raise NotYetSupported(f"{call}: {name}={value!r} is not built yet. Leave it at False.", field=name)
+        if name not in (*WITHOUT_EFFECT, NOT_BUILT):
+            meant = did_you_mean(name, (*WITHOUT_EFFECT, NOT_BUILT))
             warn_caller(f"{call}: {name} is not known here and has no effect.{meant}")
 
 
-class PeftModel(nn.Module):
+class PeftModel(OverModel):
     """A model with adapters, as PEFT shows it.
 
     Attributes:
@@ -93,28 +87,7 @@ class PeftModel(nn.Module):
         if checkpointing:
             self.prepare_model_for_gradient_checkpointing(model)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":
-                raise
-            return getattr(self.base_model, name)
-
-    @property
-    def peft_config(self) -> dict[str, LoraConfig]:
-        """The dictionary of configs by adapter."""
-        return self.base_model.peft_config
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The active adapters."""
-        return self.base_model.active_adapters
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The active adapter's name, or a list if several are active."""
-        return self.base_model.active_adapter
+    inner = "base_model"
 
     @property
     def active_peft_config(self) -> LoraConfig:
@@ -167,8 +140,8 @@ class PeftModel(nn.Module):
             NotYetSupported: The adapter or an option needs a feature that is not built yet.
         """
         if config is not None and not isinstance(config, PeftConfig):
-            raise ConfigError(f"The input config must be a PeftConfig, got {type(config)}")
-        folder = adapter_folder(model_id, kwargs.pop("subfolder", None), kwargs.pop("revision", None))
+            raise ConfigError(f"The input config must be a PeftConfig, got {type(config)}", field="config")
+        folder = adapter_folder(model_id, kwargs)
         task = (config or read_config(folder)[0]).task_type
         wrapper = cls.for_task(task)(model)
         kwargs.setdefault("key_mapping", getattr(model, "_checkpoint_conversion_mapping", None))
@@ -195,7 +168,7 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
         **kwargs: Any,
-    ) -> LoadResult:
+    ) -> IncompatibleKeys:
         """Load another adapter, active only if it is the first; an existing one of this name gets the saved values.
 
         Args:
@@ -210,15 +183,14 @@ class PeftModel(nn.Module):
             kwargs: `subfolder`, `revision`, `ignore_mismatched_sizes`; for others see `WITHOUT_EFFECT`.
 
         Returns:
-            The result; mismatches that PEFT would ignore are warned about.
+            Missing and unexpected names; mismatches that PEFT would ignore are warned about.
 
         Raises:
             AdapterFileError: Files are missing or damaged, or shapes do not fit.
             AdapterError: The name is invalid.
             NotYetSupported: The adapter or an option needs a feature that is not built yet.
         """
-        folder = adapter_folder(model_id, kwargs.pop("subfolder", None), kwargs.pop("revision", None))
-        config = kwargs.pop("config", None)
+        folder, config = adapter_folder(model_id, kwargs), kwargs.pop("config", None)
         ignore_sizes = bool(kwargs.pop("ignore_mismatched_sizes", False))
         check_options("load_adapter", kwargs)
         if key_mapping or ignore_sizes or adapter_name in self.peft_config:
@@ -262,10 +234,8 @@ class PeftModel(nn.Module):
         if adapter_name in self.peft_config:
             raise AdapterError(f"Adapter with name '{adapter_name}' already exists.", what=adapter_name)
         self.base_model.inject(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
-        own = self.peft_config[adapter_name]
-        own.base_model_name_or_path = (
-            getattr(self.get_base_model(), "name_or_path", None) or own.base_model_name_or_path
-        )
+        own, name = self.peft_config[adapter_name], getattr(self.get_base_model(), "name_or_path", None)
+        own.base_model_name_or_path = name or own.base_model_name_or_path
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate adapters and train only these.
@@ -277,19 +247,11 @@ class PeftModel(nn.Module):
         Raises:
             AdapterError: The adapter does not exist.
         """
-        for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
-            if name not in self.peft_config:
-                text = f"Adapter {name} not found. Adapters here: {', '.join(self.peft_config) or 'none'}."
-                raise AdapterError(text, what=name, allowed=self.peft_config)
-        self.base_model.set_adapter(adapter_name, inference_mode)
+        self._check_exist(adapter_name)
+        super().set_adapter(adapter_name, inference_mode)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter.
-
-        Raises:
-            AdapterError: The adapter does not exist.
-        """
-        self.base_model.delete_adapter(adapter_name)
+    def _check_exist(self, adapter_name: str | Sequence[str]) -> None:
+        model_adapters.check_exist(self.peft_config, adapter_name)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -321,8 +283,8 @@ class PeftModel(nn.Module):
         save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
         path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
-        state_dict: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **kwargs: Value,
     ) -> None:
         """Save adapters as PEFT does: "default" in the directory itself, others in a subdirectory of their name.
 
@@ -345,15 +307,19 @@ class PeftModel(nn.Module):
             DiskError: Writing fails; existing files stay complete.
         """
         if not safe_serialization:
-            raise ConfigError("safe_serialization=False asks for a pickle, which is not written; leave it at True.")
+            raise ConfigError(
+                "safe_serialization=False: pickles are not written. Use True.", field="safe_serialization"
+            )
         check_options("save_pretrained", kwargs)
         if Path(save_directory).is_file():
-            raise ConfigError(f"{save_directory} is a file; a directory is needed.")
+            raise ConfigError(f"{save_directory} is a file; a directory is needed.", where=save_directory)
         chosen = list(self.peft_config if selected_adapters is None else selected_adapters)
         if any(name not in self.peft_config for name in chosen):
             raise ConfigError(
                 "You passed an invalid `selected_adapters` arguments, current supported adapter names are "
-                f"{list(self.peft_config)} - got {selected_adapters}."
+                f"{list(self.peft_config)} - got {selected_adapters}.",
+                field="selected_adapters",
+                allowed=self.peft_config,
             )
         whole = save_embedding_layers is True
         for name in chosen if is_main_process else ():
@@ -365,30 +331,10 @@ class PeftModel(nn.Module):
         if is_main_process:
             self.create_or_update_model_card(save_directory)
 
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Train or freeze adapters, whichever are active.
-
-        Args:
-            adapter_names: One name or several.
-            requires_grad: Whether to train them.
-        """
-        self.base_model.set_requires_grad(adapter_names, requires_grad)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether an adapter's update can be written as plain LoRA.
-
-        Args:
-            adapter_name: The adapter.
-        """
-        return self.base_model.supports_lora_conversion(adapter_name)
-
-    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
-        """Make the output of the input embedding require gradients.
-
-        Args:
-            model: The user's model.
-        """
-        take_gradients_at_the_input(model)
+    prepare_model_for_gradient_checkpointing = staticmethod(take_gradients_at_the_input)
+    get_layer_status = status.get_layer_status
+    get_model_status = status.get_model_status
+    create_or_update_model_card = saving.write_card
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Call the model.
@@ -404,7 +350,7 @@ class PeftModel(nn.Module):
         Raises:
             RouteError: An adapter does not exist, or the rows do not fit the batch.
         """
-        with in_peft_words(adapter_names, args, kwargs), options_of_call(self, adapter_names, args, kwargs):
+        with options_of_call(self, adapter_names, args, kwargs):
             return self.get_base_model()(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -421,9 +367,8 @@ class PeftModel(nn.Module):
         Raises:
             RouteError: An adapter does not exist, or the rows do not fit the batch.
         """
-        model: Any = self.get_base_model()
-        with in_peft_words(adapter_names), options_of_call(self, adapter_names, args, kwargs, generates=True):
-            return model.generate(*args, **kwargs)
+        with options_of_call(self, adapter_names, args, kwargs, generates=True):
+            return self.base_model.generate(*args, **kwargs)
 
     @property
     def has_adapters(self) -> bool:
@@ -437,30 +382,13 @@ class PeftModel(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return the number of trained parameters, and of all parameters with the adapters."""
-        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
-        return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+        return model_adapters.count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
         """Print PEFT's line; the percentage is of all parameters, adapters included."""
         trainable, total = self.get_nb_trainable_parameters()
         percent = 100 * trainable / total if total else 0.0
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}")
-
-    def get_layer_status(self) -> list[status.TunerLayerStatus]:
-        """Return the status of every adapted layer; see `status.get_layer_status`."""
-        return status.get_layer_status(self)
-
-    def get_model_status(self) -> status.TunerModelStatus:
-        """Return the status of the model; see `status.get_model_status`."""
-        return status.get_model_status(self)
-
-    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
-        """Write an adapter's `README.md`, or add what an existing one lacks.
-
-        Args:
-            output_dir: The adapter's directory.
-        """
-        write_card(self, Path(output_dir))
 
     def push_to_hub(
         self,
@@ -508,16 +436,16 @@ class PeftModel(nn.Module):
 _WANTED_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict", "task_ids")
 
 
-def _forward_of(*columns: str) -> Callable[..., Any]:
-    """Make a forward that takes these columns, by position or by name, followed by PEFT's options.
+def _forward_of(columns: str) -> Callable[..., Any]:
+    """Make a forward that takes ids, a mask and these columns, by position or by name, followed by PEFT's options.
 
     None is not passed to the model: models take different arguments.
     """
-    names = (*columns, *_WANTED_OUTPUTS)
+    names = ("input_ids", "attention_mask", *columns.split(), *_WANTED_OUTPUTS)
 
-    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: PeftModel, *args: Tensor | bool | None, **kwargs: Any) -> Any:
         """Call the model; see `PeftModel.forward` for `adapter_names`."""
-        named = dict(zip(names, args, strict=False))
+        named: dict[str, Any] = dict(zip(names, args, strict=False))
         if len(args) > len(named) or named.keys() & kwargs.keys():
             signature.bind(self, *args, **kwargs)  # raises Python's TypeError for too many or repeated arguments
         named.update(kwargs)
@@ -535,45 +463,39 @@ class PeftModelForCausalLM(PeftModel):
     """For decoder-only language models."""
 
     task = TaskType.CAUSAL_LM
-    forward = _forward_of("input_ids", "attention_mask", "inputs_embeds", "labels")
+    forward = _forward_of("inputs_embeds labels")
 
 
 class PeftModelForSeq2SeqLM(PeftModel):
     """For encoder-decoder language models."""
 
     task = TaskType.SEQ_2_SEQ_LM
-    forward = _forward_of(
-        *("input_ids", "attention_mask", "inputs_embeds"),
-        *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "labels"),
-    )
+    forward = _forward_of("inputs_embeds decoder_input_ids decoder_attention_mask decoder_inputs_embeds labels")
 
 
 class PeftModelForSequenceClassification(PeftModel):
     """For classifiers of whole texts; the head is saved and trained in full."""
 
     task = TaskType.SEQ_CLS
-    forward = _forward_of("input_ids", "attention_mask", "inputs_embeds", "labels")
+    forward = _forward_of("inputs_embeds labels")
 
 
 class PeftModelForTokenClassification(PeftModel):
     """For classifiers of tokens; the head is saved and trained in full."""
 
     task = TaskType.TOKEN_CLS
-    forward = _forward_of("input_ids", "attention_mask", "inputs_embeds", "labels")
+    forward = _forward_of("inputs_embeds labels")
 
 
 class PeftModelForQuestionAnswering(PeftModel):
     """For extractive question answering; the head is saved and trained in full."""
 
     task = TaskType.QUESTION_ANS
-    forward = _forward_of(
-        *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
-        *("start_positions", "end_positions"),
-    )
+    forward = _forward_of("token_type_ids position_ids inputs_embeds start_positions end_positions")
 
 
 class PeftModelForFeatureExtraction(PeftModel):
     """For models whose hidden states are used."""
 
     task = TaskType.FEATURE_EXTRACTION
-    forward = _forward_of("input_ids", "attention_mask", "inputs_embeds")
+    forward = _forward_of("inputs_embeds")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -11,13 +11,10 @@ from torch import Tensor, nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.factor import TRAINED
 from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import ModulesToSave
-from lorakit.core.layers.trainable_tokens import TrainableTokens
-from lorakit.core.model.index import find_state, layers, walk
-from lorakit.core.variants import own_tensors
+from lorakit.core.model.index import AdapterIndex, find_state, walk
+from lorakit.errors import AdapterError
 
 if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
@@ -30,8 +27,10 @@ def is_wrapper(model: nn.Module) -> TypeGuard[PeftModel]:
 
 
 def user_model(model: nn.Module) -> nn.Module:
-    """Return the user's model inside a wrapper, or the model itself."""
-    return model.get_base_model() if is_wrapper(model) else model
+    """Return the user's model inside a wrapper or a tuner, or the model itself."""
+    if is_wrapper(model):
+        return model.get_base_model()
+    return model.get_submodule("model") if hasattr(type(model), "tuner_layer_cls") else model
 
 
 def adapted(model: nn.Module) -> Iterator[AdapterModule]:
@@ -45,34 +44,34 @@ def configs_of(model: nn.Module) -> dict[str, LoraConfig]:
     return {} if state is None else state.configs
 
 
-def holders_of(module: AdapterModule) -> Iterator[nn.ModuleDict | nn.ParameterDict]:
-    """Iterate over the containers of a layer that hold modules or parameters by adapter."""
-    if isinstance(module, ModulesToSave):
-        yield module.modules_to_save
-    elif isinstance(module, TrainableTokens):
-        yield module.token_adapter.trainable_tokens_delta
-    for attribute in (*TRAINED, *(tensor.held_as for tensor in own_tensors())):
-        held = module._modules.get(attribute)
-        if isinstance(held, (nn.ModuleDict, nn.ParameterDict)):
-            yield held
+def as_names(adapter_names: str | Iterable[str]) -> list[str]:
+    """Return adapter names as a list; PEFT accepts one name or several."""
+    return [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
 
 
-def parameters_at(module: AdapterModule) -> Iterator[tuple[str, nn.Parameter]]:
-    """Iterate over the parameters (…) that adapters have at a layer, with the adapter of each."""
-    for holder in holders_of(module):
-        for adapter, held in holder.items():
-            for parameter in held.parameters() if isinstance(held, nn.Module) else [held]:
-                yield adapter, parameter
+def check_exist(
+    configs: Mapping[str, LoraConfig], adapter_names: str | Iterable[str], problem: str = "not found"
+) -> None:
+    """Check that a model has adapters.
+
+    Args:
+        configs: The configs by adapter.
+        adapter_names: One name or several.
+        problem: PEFT's phrase for a missing one.
+
+    Raises:
+        AdapterError: One is missing; `what` is its name.
+    """
+    for name in as_names(adapter_names):
+        if name not in configs:
+            text = f"Adapter {name} {problem}. Adapters here: {', '.join(configs) or 'none'}."
+            raise AdapterError(text, what=name, allowed=configs)
 
 
-def merged_at(module: AdapterModule) -> list[str]:
-    """Return the adapters that are merged at a layer."""
-    return list(getattr(module, "merged_adapters", ()))
-
-
-def merged_adapters(model: nn.Module) -> list[str]:
-    """Return the sorted names of adapters that are merged at some layer."""
-    return sorted({name for module in adapted(model) for name in merged_at(module)})
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return the number of trained parameters, and of all parameters with the adapters."""
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
 
 
 NARROW = (torch.float16, torch.bfloat16)
@@ -112,22 +111,20 @@ def empty(model: nn.Module, adapter_name: str) -> None:
         model: A model with adapters in it.
         adapter_name: The adapter.
     """
-    for _, layer in layers(model):
-        for holder in holders_of(layer):
-            if adapter_name in holder:
-                if isinstance(holder, nn.ModuleDict):
-                    holder[adapter_name].to("meta")
-                else:
-                    held = holder[adapter_name]
-                    holder[adapter_name] = nn.Parameter(held.to("meta"), held.requires_grad)
+    for _, layer in AdapterIndex.of(model).layers(adapter_name):
+        for holder in layer.children():
+            if isinstance(holder, nn.ModuleDict) and adapter_name in holder:
+                holder[adapter_name].to("meta")
+            elif isinstance(holder, nn.ParameterDict) and adapter_name in holder:
+                held = holder[adapter_name]
+                holder[adapter_name] = nn.Parameter(held.to("meta"), held.requires_grad)
 
 
-def fill(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Materialize factors on the meta device, on the device of their base weight.
 
     Args:
         model: A model with adapters in it.
-        adapter_name: The adapter.
         tensors: Name in the model -> tensor (…), for factors on the meta device.
     """
     for name, tensor in tensors.items():
@@ -141,10 +138,8 @@ def fill(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> 
 
 
 def _factors(model: nn.Module, adapter: str) -> Iterator[tuple[LoraLayer, nn.Parameter]]:
-    for _, layer in layers(model):
-        for name, parameter in parameters_at(layer):
-            if name == adapter:
-                yield layer, parameter
+    for _, layer in AdapterIndex.of(model).layers(adapter):
+        yield from ((layer, parameter) for parameter in layer.parameters_of(adapter))
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -155,8 +150,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
         adapter_names: One name or several; a missing one is ignored, as in PEFT.
         requires_grad: Whether to train them.
     """
-    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-    core.set_trained(model, dict.fromkeys(names, requires_grad))
+    core.set_trained(model, dict.fromkeys(as_names(adapter_names), requires_grad))
 
 
 def pause(model: nn.Module) -> list[nn.Parameter]:

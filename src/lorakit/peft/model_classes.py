@@ -14,9 +14,11 @@ from typing import Any, ClassVar, NoReturn
 from torch import nn
 
 from lorakit.config import LoraConfig, TaskType, read_config
+from lorakit.config.types import Value
 from lorakit.errors import AdapterError, AdapterFileError, ConfigError, ConfigTypeError, NotYetSupported
 from lorakit.peft.loaded import adapter_folder
 from lorakit.peft.model import PeftModel
+from lorakit.peft.model_adapters import as_names
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: Mapping[str, type[PeftModel]] = {
     kind.task.value: kind for kind in PeftModel.__subclasses__() if kind.task is not None
@@ -32,7 +34,7 @@ class _BaseAutoPeftModel:
 
     task: ClassVar[TaskType | None] = None
 
-    def __init__(self, *_: Any, **__: Any) -> None:
+    def __init__(self, *_: nn.Module | Value, **__: nn.Module | Value) -> None:
         name = type(self).__name__
         raise OSError(
             f"{name} is designed to be instantiated using the "
@@ -48,8 +50,8 @@ class _BaseAutoPeftModel:
         config: LoraConfig | None = None,
         revision: str | None = None,
         import_allowlist: Collection[str] | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: Value,
+    ) -> PeftModel:
         """Load the base that an adapter's config names, then the adapter.
 
         Args:
@@ -68,11 +70,13 @@ class _BaseAutoPeftModel:
             ConfigError: The class does not fit the adapter's task, or the base's package is not allowed.
             AdapterFileError: The config does not name its base.
         """
-        folder = adapter_folder(pretrained_model_name_or_path, kwargs.pop("subfolder", None), revision)
+        folder = adapter_folder(pretrained_model_name_or_path, {"revision": revision} | kwargs)
         found = read_config(folder)[0]
         if not found.base_model_name_or_path:
             raise AdapterFileError(
-                f"{folder}: the config does not name its base (base_model_name_or_path is null).", where=folder
+                f"{folder}: the config does not name its base (base_model_name_or_path is null).",
+                where=folder,
+                field="base_model_name_or_path",
             )
         mapping = found.auto_mapping or {}
         if found.task_type is None:
@@ -91,11 +95,11 @@ class _BaseAutoPeftModel:
         return PeftModel.from_pretrained(model, folder, adapter_name, is_trainable, config)
 
 
-def _other_class(asked: TaskType | None, task: Any) -> str:
+def _other_class(asked: TaskType | None, task: TaskType | str) -> str:
     if asked is None:
         return (
             "Cannot use `AutoPeftModel` with a task type, please use a specific class for your task type. (e.g. "
-            f"`AutoPeftModelForCausalLM` for `task_type='CAUSAL_LM'`; this adapter's is {task.value!r})"
+            f"`AutoPeftModelForCausalLM` for `task_type='CAUSAL_LM'`; this adapter's is {TaskType(task).value!r})"
         )
     wanted = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task].__name__ if task else "PeftModel"
     return (
@@ -110,12 +114,16 @@ def _check_library(mapping: Mapping[str, Any], allowed: Collection[str]) -> None
     if not mapping:
         raise ConfigError(
             "Cannot infer the auto class from the config, please make sure that you are loading the correct model for "
-            "your task type."
+            "your task type.",
+            field="auto_mapping",
         )
     if library not in allowed and not any(library.startswith(f"{name}.") for name in allowed):
         raise ConfigError(
             f"The auto mapping wants to import '{library}' which is not in the import allowlist. If importing it is "
-            f"safe, specify `import_allowlist=['{library}']` in `from_pretrained()`."
+            f"safe, specify `import_allowlist=['{library}']` in `from_pretrained()`.",
+            what=library,
+            field="import_allowlist",
+            allowed=allowed,
         )
 
 
@@ -162,8 +170,8 @@ class AutoPeftModelForFeatureExtraction(_BaseAutoPeftModel):
 class PeftMixedModel(PeftModel):
     """A wrapper with several active adapters; it cannot be saved, as in PEFT."""
 
-    def __init__(self, model: nn.Module, peft_config: LoraConfig, adapter_name: str = "default") -> None:
-        if not isinstance(peft_config, LoraConfig):
+    def __init__(self, model: nn.Module, peft_config: LoraConfig | None = None, adapter_name: str = "default") -> None:
+        if peft_config is not None and not isinstance(peft_config, LoraConfig):
             raise ConfigError(
                 f"The provided `peft_type` '{getattr(peft_config, 'peft_type', None)}' is not compatible with the "
                 "`PeftMixedModel`: it holds LORA adapters."
@@ -171,22 +179,9 @@ class PeftMixedModel(PeftModel):
         super().__init__(model, peft_config, adapter_name)
 
     @classmethod
-    def for_task(cls, task: Any) -> type[PeftModel]:
+    def for_task(cls, task: TaskType | str | None) -> type[PeftModel]:
         """Return this class."""
         return cls
-
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activate adapters and train only these.
-
-        Args:
-            adapter_name: One name or several.
-            inference_mode: Activate them frozen.
-
-        Raises:
-            AdapterError: The adapter does not exist.
-        """
-        self._check_there(adapter_name)
-        self.base_model.set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Remove adapters.
@@ -197,27 +192,15 @@ class PeftMixedModel(PeftModel):
         Raises:
             AdapterError: The adapter does not exist.
         """
-        self._check_there(adapter_name)
-        for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
-            self.base_model.delete_adapter(name)
+        self._check_exist(adapter_name)
+        for name in as_names(adapter_name):
+            super().delete_adapter(name)
 
-    def _check_there(self, adapter_name: str | Sequence[str]) -> None:
-        names = {adapter_name} if isinstance(adapter_name, str) else set(adapter_name)
-        if names - set(self.peft_config):
-            raise AdapterError(
-                f"Adapter(s) {sorted(names - set(self.peft_config))} not found, available adapters: "
-                f"{sorted(self.peft_config)}",
-                what=min(names - set(self.peft_config)),
-                allowed=self.peft_config,
-            )
-
-    @classmethod
-    def from_pretrained(cls, model: nn.Module, model_id: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """Wrap a model and load a saved adapter; see `PeftModel.from_pretrained`."""
-        wrapper = PeftModel.from_pretrained(model, model_id, *args, **kwargs)
-        mixed = cls.__new__(cls)
-        mixed.__dict__ = dict(wrapper.__dict__)
-        return mixed
+    def _check_exist(self, adapter_name: str | Sequence[str]) -> None:
+        missing = sorted(set(as_names(adapter_name)) - set(self.peft_config))
+        if missing:
+            text = f"Adapter(s) {missing} not found, available adapters: {sorted(self.peft_config)}"
+            raise AdapterError(text, what=missing[0], allowed=self.peft_config)
 
     def get_layer_status(self) -> NoReturn:
         """Raise an error: PEFT does not support it for this class.
@@ -235,7 +218,7 @@ class PeftMixedModel(PeftModel):
         """
         raise ConfigTypeError(f"get_model_status is not supported for {type(self).__name__}.")
 
-    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
+    def save_pretrained(self, *_: Value, **__: Value) -> NoReturn:
         """Raise an error: PEFT does not support saving this class; use a `PeftModel`.
 
         Raises:

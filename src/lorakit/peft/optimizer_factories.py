@@ -7,14 +7,17 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorakit.core.model.index import layers
+from lorakit.core.model.index import layers, walk
 from lorakit.core.optimizers import LoraFA, Pair, freeze_factors, roles
 from lorakit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lorakit.peft.model import PeftModel
 
 _EIGHT_BIT = ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
 
@@ -46,7 +49,7 @@ def create_loraplus_optimizer(
         {"params": [], "weight_decay": 0.0, "lr": lr * loraplus_lr_ratio},
     ]
     known = roles(model)
-    normed = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
+    normed = {id(p) for _, module in walk(model) if isinstance(module, nn.LayerNorm) for p in module.parameters()}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -127,7 +130,7 @@ class LoraFAOptimizer(LoraFA):
 
 
 def create_lorafa_optimizer(
-    model: Any, r: int, lora_alpha: int, lr: float, weight_decay: float = 0.0, use_rslora: bool | None = None
+    model: PeftModel, r: int, lora_alpha: int, lr: float, weight_decay: float = 0.0, use_rslora: bool | None = None
 ) -> LoraFAOptimizer:
     """Create an optimizer that freezes A and corrects B's gradient for it (Zhang et al. 2023, arXiv:2308.03303).
 
@@ -176,7 +179,7 @@ class _StateByName(defaultdict[Any, Any]):
         names = [item for group in groups for item in zip(group.get("names", ()), group["params"], strict=False)]
         self._by_name = {name[: name.find("lora")] + "lora": p for name, p in named_b(names)}
 
-    def __missing__(self, key: Any) -> Any:
+    def __missing__(self, key: Tensor | str) -> dict[str, Tensor]:
         if isinstance(key, str) and key in self._by_name:
             state = self[self._by_name[key]]
             return {"step": state["step"], "exp_avg_B": state["exp_avg"], "exp_avg_sq_B": state["exp_avg_sq"]}
@@ -204,12 +207,8 @@ def _pairs_by_name(group: dict[str, Any]) -> list[Pair]:
 
 
 def _scales(model: nn.Module) -> dict[int, float]:
-    found = {}
-    for _, layer in layers(model):
-        for name in layer.r:
-            factor = layer.factor(name)
-            found.update({id(t): factor.scale for t in (factor.A, factor.B, *factor.own.values())})
-    return found
+    factors = [layer.factor(name) for _, layer in layers(model) for name in layer.r]
+    return {id(tensor): one.scale for one in factors for tensor in (one.A, one.B, *one.own.values())}
 
 
 def _check_rslora(given: bool, configured: dict[str, bool]) -> None:
@@ -228,8 +227,8 @@ def _check_rslora(given: bool, configured: dict[str, bool]) -> None:
 
 def _keep_embeddings_wide(model: nn.Module, optimizer_cls: type[Optimizer]) -> None:
     """Make bitsandbytes keep the moments of embeddings in fp32; its class was passed, so it is imported."""
-    package: Any = sys.modules[optimizer_cls.__module__.partition(".")[0]]
+    package = sys.modules[optimizer_cls.__module__.partition(".")[0]]
     known = package.optim.GlobalOptimManager.get_instance()
-    for module in model.modules():
+    for _, module in walk(model):
         if isinstance(module, nn.Embedding):
             known.register_module_override(module, "weight", {"optim_bits": 32})

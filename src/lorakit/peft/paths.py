@@ -24,20 +24,20 @@ PACKAGE = "lorakit.peft"
 PLACEHOLDERS = "lorakit.peft.placeholders"
 """Home of PEFT's errors and warnings, and of placeholders for what is not LoRA."""
 
-OTHER_METHODS = """
-    AdaLoraConfig AdaLoraModel AdamssConfig AdamssModel AdaptionPromptConfig AdaptionPromptModel BeftConfig
-    BeftModel BOFTConfig BOFTModel C3AConfig C3AModel CartridgeConfig CartridgeEncoder CPTConfig CPTEmbedding
-    create_arrow_model DeftConfig DeftModel DeloraConfig DeloraModel FourierFTConfig FourierFTModel FrodConfig
-    FrodModel GloraConfig GloraModel GraloraConfig GraloraModel HiraConfig HiraModel HRAConfig HRAModel IA3Config
-    IA3Model LilyConfig LilyModel LNTuningConfig LNTuningModel LoHaConfig LoHaModel LoKrConfig LoKrModel
-    MissConfig MissModel MultitaskPromptTuningConfig MultitaskPromptTuningInit OFTConfig OFTModel OSFConfig
-    OSFModel PeanutConfig PeanutModel PolyConfig PolyModel PrefixEncoder PrefixTuningConfig PromptEmbedding
-    PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType PromptTuningConfig PromptTuningInit
-    PsoftConfig PsoftModel PveraConfig PveraModel RandLoraConfig RandLoraModel RoadConfig RoadModel ShadowConfig
-    ShadowModel ShiraConfig ShiraModel SupertuningConfig SupertuningModel TinyLoraConfig TinyLoraModel
-    TrainableTokensConfig TrainableTokensModel UniLoraConfig UniLoraModel VBLoRAConfig VBLoRAModel VeraConfig
-    VeraModel WaveFTConfig WaveFTModel XLoraConfig XLoraModel
+_WITH_TARGET_TABLES = """
+    AdaLora Adamss Beft BOFT C3A Deft Delora FourierFT Frod Glora Gralora HRA IA3 Lily LNTuning LoHa LoKr Miss OFT
+    Peanut Poly Psoft Pvera RandLora Road Shira Supertuning TinyLora UniLora VBLoRA Vera WaveFT
 """
+_METHODS = f"{_WITH_TARGET_TABLES} AdaptionPrompt Hira OSF Shadow TrainableTokens XLora"
+
+PROMPTS = """
+    CartridgeConfig CartridgeEncoder CPTConfig CPTEmbedding create_arrow_model MultitaskPromptTuningConfig
+    MultitaskPromptTuningInit PrefixEncoder PrefixTuningConfig PromptEmbedding PromptEncoder PromptEncoderConfig
+    PromptEncoderReparameterizationType PromptTuningConfig PromptTuningInit
+"""
+"""Names of the methods that learn a prompt, and one function."""
+
+OTHER_METHODS = " ".join([PROMPTS, *(f"{method}Config {method}Model" for method in _METHODS.split())])
 """Names of PEFT's other methods that it lists under both `peft` and `peft.tuners`."""
 
 LORA_CONFIGS = """
@@ -46,29 +46,23 @@ LORA_CONFIGS = """
 """
 """Names of the configs of LoRA and of what it can be combined with."""
 
-_TABLES = """
-    ADALORA_TARGET ADAMSS_TARGET BEFT_TARGET BOFT_TARGET C3A_TARGET DEFT_TARGET DELORA_TARGET FOURIERFT_TARGET
-    FROD_TARGET GLORA_TARGET GRALORA_TARGET HRA_TARGET IA3_FEEDFORWARD IA3_TARGET LILY_TARGET LNTUNING_TARGET
-    LOHA_TARGET LOKR_TARGET MISS_TARGET OFT_TARGET PEANUT_TARGET POLY_TARGET PSOFT_TARGET PVERA_TARGET
-    RANDLORA_TARGET ROAD_TARGET SHIRA_TARGET SUPERTUNING_TARGET TINYLORA_TARGET UNILORA_TARGET VBLORA_TARGET
-    VERA_TARGET WAVEFT_TARGET
-"""
-TARGET_TABLES = " ".join(f"TRANSFORMERS_MODELS_TO_{word}_MODULES_MAPPING" for word in _TABLES.split())
+TARGET_TABLES = " ".join(
+    f"TRANSFORMERS_MODELS_TO_{method.upper()}_MODULES_MAPPING"
+    for method in ("IA3_FEEDFORWARD", *(f"{method}_TARGET" for method in _WITH_TARGET_TABLES.split()))
+)
 """Names of other methods' tables of default targets."""
 
 PENALTY_METHODS = frozenset({"_get_kasa_loss"})
 """PEFT's methods of a `LoraModel` that return what a variant adds to the loss in training."""
 
-AUTO_CLASSES = """
-    AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering
-    AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification
-"""
+_TASKS = (
+    *("CausalLM", "FeatureExtraction", "QuestionAnswering", "Seq2SeqLM"),
+    *("SequenceClassification", "TokenClassification"),
+)
+AUTO_CLASSES = " ".join(["AutoPeftModel", *(f"AutoPeftModelFor{task}" for task in _TASKS)])
 """Names of the classes that load a base and its adapter."""
 
-TASK_CLASSES = """
-    PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM
-    PeftModelForSequenceClassification PeftModelForTokenClassification
-"""
+TASK_CLASSES = " ".join(f"PeftModelFor{task}" for task in _TASKS)
 """Names of the wrappers by task."""
 
 _CONSTANTS = """
@@ -77,6 +71,8 @@ _CONSTANTS = """
     TOKENIZER_CONFIG_NAME TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING UPCAST_DTYPES WEIGHTS_NAME
 """
+
+_TABLES = f"{_CONSTANTS} {TARGET_TABLES} bloom_model_postprocess_past_key_value"
 
 _OTHER = """
     AuxiliaryTrainingWrapper cast_mixed_precision_params _freeze_adapter fsdp_auto_wrap_policy _get_batch_size
@@ -101,6 +97,11 @@ _BACKENDS = """
 
 HOMES: Mapping[str, str] = {
     "lorakit.config": f"{LORA_CONFIGS} PeftConfig PeftConfigMixin PeftType TaskType",
+    "lorakit.core.layers.adapter_component": "AuxiliaryTrainingWrapper=ReplacingModule",
+    "lorakit.core.layers.lora_layer": "BaseTunerLayer=LoraLayer LoraLayer",
+    "lorakit.core.layers.modules_to_save": "ModulesToSaveWrapper=ModulesToSave",
+    "lorakit.core.layers.named_layers": "Conv1d Conv2d Conv3d Embedding Linear MultiheadAttention ParamWrapper",
+    "lorakit.core.layers.trainable_tokens": "TrainableTokensLayer=TokenAdapter TrainableTokensWrapper=TrainableTokens",
     "lorakit.peft.adjusting": """
         check_if_peft_model DoraCaching find_kappa_target_modules KappaTuneSelector rescale_adapter_scale
         update_forward_signature update_generate_signature update_signature
@@ -112,13 +113,6 @@ HOMES: Mapping[str, str] = {
         prepare_model_for_compiled_hotswap
     """,
     "lorakit.peft.installing": "install_as_peft stand_in",
-    "lorakit.peft.layer_methods": """
-        AqlmLoraLinear AuxiliaryTrainingWrapper AwqLoraLinear BaseTunerLayer Conv1d Conv2d Conv3d _ConvNd
-        dispatch_bnb_4bit dispatch_bnb_8bit dispatch_default EetqLoraLinear Embedding GPTQLoraLinear HqqLoraLinear
-        IncLoraLinear Linear Linear4bit Linear8bitLt _LoraFactorsProxy LoraLayer LoraParallelLinear _LoraParameterProxy
-        ModulesToSaveWrapper MultiheadAttention ParamWrapper TeLinear TorchaoLoraLinear TrainableTokensLayer
-        TrainableTokensWrapper
-    """,
     "lorakit.peft.loaded": "load_peft_weights",
     "lorakit.peft.mapping": """
         get_peft_config get_peft_model inject_adapter_in_model PEFT_TYPE_TO_CONFIG_MAPPING
@@ -167,14 +161,11 @@ Any other name of PEFT's is a placeholder.
 PATHS: Mapping[str, str] = {
     "auto": AUTO_CLASSES,
     "config": "PeftConfig PeftConfigMixin PromptLearningConfig",
-    "functional": """
-        cast_adapter_dtype delete_adapter get_peft_model_state_dict inject_adapter_in_model set_adapter
-        set_peft_model_state_dict set_requires_grad
+    "functional": f"""
+        {HOMES["lorakit.peft.model_adapters"]} delete_adapter get_peft_model_state_dict inject_adapter_in_model
+        set_adapter set_peft_model_state_dict
     """,
-    "helpers": """
-        check_if_peft_model disable_input_dtype_casting DoraCaching find_kappa_target_modules KappaTuneSelector
-        MontecloraTrainerMixin rescale_adapter_scale update_forward_signature update_generate_signature update_signature
-    """,
+    "helpers": f"{HOMES['lorakit.peft.adjusting']} disable_input_dtype_casting MontecloraTrainerMixin",
     "import_utils": _AVAILABILITY,
     "mapping_func": "get_peft_model",
     "mixed_model": "PeftMixedModel",
@@ -182,7 +173,7 @@ PATHS: Mapping[str, str] = {
     "optimizers.lorafa": "create_lorafa_optimizer LoraFAOptimizer",
     "optimizers.loraplus": "create_loraplus_optimizer",
     "optimizers.riemannian": "create_riemannian_optimizer",
-    "peft_model": f"{TASK_CLASSES} get_layer_status get_model_status PeftModel TunerLayerStatus TunerModelStatus",
+    "peft_model": f"{HOMES['lorakit.peft.model']} {HOMES['lorakit.peft.status']}",
     "tuners": f"""
         {OTHER_METHODS} ArrowConfig BdLoraConfig convert_to_lora EvaConfig get_eva_state_dict
         initialize_lora_eva_weights KasaConfig LoftQConfig LoraConfig LoraGAConfig LoraModel LoraRuntimeConfig
@@ -223,11 +214,10 @@ PATHS: Mapping[str, str] = {
     "tuners.lora.monteclora": "MontecloraSampler",
     "tuners.lora.te": "TeLinear",
     "tuners.lora.torchao": "TorchaoLoraLinear",
-    "tuners.lora.variants": """
-        ALoraLinearVariant ArrowLinearVariant BdLoraLinearVariant BlockDiagonalLinear calculate_alora_offsets
-        DoraConv1dVariant DoraConv2dVariant DoraConv3dVariant DoraEmbeddingVariant DoraLinearVariant
-        get_alora_offsets_for_forward get_alora_offsets_for_generate is_alora_relevant_in_batch KasaLinearVariant
-        MiCAEmbeddingVariant MiCALinearVariant MontecloraLinearVariant VeloraLinearVariant
+    "tuners.lora.variants": f"""
+        {HOMES["lorakit.peft.mixed_batches"]} ALoraLinearVariant ArrowLinearVariant BdLoraLinearVariant
+        BlockDiagonalLinear DoraConv1dVariant DoraConv2dVariant DoraConv3dVariant DoraEmbeddingVariant DoraLinearVariant
+        KasaLinearVariant MiCAEmbeddingVariant MiCALinearVariant MontecloraLinearVariant VeloraLinearVariant
     """,
     "tuners.lora.velora": """
         _compress_activations _normalize_projection _reconstruct_activations _reshape_to_grouped_subtokens
@@ -242,18 +232,14 @@ PATHS: Mapping[str, str] = {
         inspect_matched_modules _maybe_include_all_linear_layers onload_layer set_adapter set_requires_grad
     """,
     "utils": f"""
-        {_OTHER} {_CONSTANTS} {TARGET_TABLES} bloom_model_postprocess_past_key_value get_base_model_state_dict
-        get_peft_model_state_dict get_quantization_kwargs load_peft_weights map_cache_to_layer_device_map
-        NoMatchingPeftModuleError PeftError PeftType PeftWarning _prepare_prompt_learning_config quantization_extra_repr
-        register_peft_method replace_lora_weights_loftq resolve_quantization_backend set_base_model_state_dict
-        set_peft_model_state_dict TaskType
+        {_OTHER} {_TABLES} {HOMES["lorakit.peft.state_dicts"]} get_quantization_kwargs load_peft_weights
+        map_cache_to_layer_device_map NoMatchingPeftModuleError PeftError PeftType PeftWarning
+        _prepare_prompt_learning_config quantization_extra_repr register_peft_method replace_lora_weights_loftq
+        resolve_quantization_backend TaskType
     """,
-    "utils.constants": f"{_CONSTANTS} {TARGET_TABLES} bloom_model_postprocess_past_key_value",
+    "utils.constants": _TABLES,
     "utils.error": "NoMatchingPeftModuleError PeftError",
-    "utils.hotswap": """
-        check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict
-        prepare_model_for_compiled_hotswap
-    """,
+    "utils.hotswap": HOMES["lorakit.peft.hotswap"],
     "utils.incremental_pca": "IncrementalPCA",
     "utils.integrations": """
         check_deepspeed_zero3_enabled dequantize_module_weight gather_params_ctx get_bnb_param_type get_layer_device_map
@@ -261,15 +247,11 @@ PATHS: Mapping[str, str] = {
     """,
     "utils.loftq_utils": "replace_lora_weights_loftq",
     "utils.other": f"""
-        {_OTHER} {_CONSTANTS} {TARGET_TABLES} bloom_model_postprocess_past_key_value _prepare_prompt_learning_config
-        starcoder_model_postprocess_past_key_value
+        {_OTHER} {_TABLES} _prepare_prompt_learning_config starcoder_model_postprocess_past_key_value
     """,
     "utils.peft_types": "PeftType register_peft_method TaskType",
     "utils.quantization_utils": _BACKENDS,
-    "utils.save_and_load": """
-        get_base_model_state_dict get_peft_model_state_dict load_peft_weights set_base_model_state_dict
-        set_peft_model_state_dict
-    """,
+    "utils.save_and_load": f"{HOMES['lorakit.peft.state_dicts']} load_peft_weights",
     "utils.transformers_weight_conversion": """
         build_peft_weight_mapping convert_peft_config_for_transformers get_model_conversion_mapping
     """,

@@ -12,22 +12,17 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lorakit.config import PeftConfig, PeftType
+from lorakit.config.types import Value
 from lorakit.errors import LorakitError as PeftError
 from lorakit.errors import NotYetSupported
 from lorakit.errors import TargetError as NoMatchingPeftModuleError
-from lorakit.peft.paths import OTHER_METHODS, TARGET_TABLES
+from lorakit.peft.paths import OTHER_METHODS, PROMPTS, TARGET_TABLES
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
 __all__ = ["NoMatchingPeftModuleError", "PeftError"]
-
-PROMPT_CONFIGS = (
-    *("CartridgeConfig", "CPTConfig", "MultitaskPromptTuningConfig"),
-    *("PrefixTuningConfig", "PromptTuningConfig", "PromptEncoderConfig"),
-)
-"""Configs of methods that learn a prompt."""
 
 _CONFIGS = {name.removesuffix("Config").upper(): name for name in OTHER_METHODS.split() if name.endswith("Config")}
 CONFIGS: Mapping[PeftType, str] = {
@@ -45,11 +40,19 @@ class PartialTargetsWarning(PeftWarning, RuntimeWarning):
     """An entry of a config matches nothing. PEFT uses either class for such warnings, so this one is both."""
 
 
+def _refusing(name: str) -> Callable[..., NoReturn]:
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        text = f"{name} belongs to another method of PEFT, and this library is LoRA. Use LoraConfig."
+        raise NotYetSupported(text, what=name)
+
+    refuse.__name__ = name
+    return refuse
+
+
 class PromptLearningConfig(PeftConfig):
     """Base class of PEFT's configs of learned prompts; creating one raises an error."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        _refuse(type(self).__name__)
+    __init__ = _refusing("PromptLearningConfig")
 
 
 def _text_enum(name: str, members: str) -> type[enum.Enum]:
@@ -67,7 +70,7 @@ PromptEncoderReparameterizationType = _text_enum("PromptEncoderReparameterizatio
 """PEFT's types of prompt encoder."""
 
 
-def register_peft_method(*, name: str, **_: Any) -> NoReturn:
+def register_peft_method(*, name: str, **_: type | str | bool | None) -> NoReturn:
     """Reject a method that a program adds to PEFT, since this library is LoRA.
 
     Args:
@@ -76,14 +79,12 @@ def register_peft_method(*, name: str, **_: Any) -> NoReturn:
     Raises:
         NotYetSupported: Always.
     """
-    raise NotYetSupported(
-        f"The method {name!r} cannot be added: this library is LoRA. A kind of module, an init or a variant is a row "
-        "of a table in lorakit.core."
-    )
+    text = f"The method {name!r} cannot be added: this library is LoRA. lorakit.core has registries for its parts."
+    raise NotYetSupported(text, what=name)
 
 
 def create_riemannian_optimizer(
-    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, reg: float = 1e-2, **kwargs: Any
+    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, reg: float = 1e-2, **kwargs: Value
 ) -> NoReturn:
     """Reject the preconditioned optimizer of arXiv:2402.02347, which is not implemented.
 
@@ -98,8 +99,7 @@ def create_riemannian_optimizer(
         NotYetSupported: Always; the message names the optimizers that exist.
     """
     raise NotYetSupported(
-        "create_riemannian_optimizer: the Riemannian optimizer is not built yet. create_loraplus_optimizer and "
-        "create_lorafa_optimizer are."
+        "create_riemannian_optimizer is not built yet. Use create_loraplus_optimizer or create_lorafa_optimizer."
     )
 
 
@@ -118,18 +118,6 @@ def placeholder(name: str) -> Any:
         return _refusing(name)
     base: type = object
     if name.endswith("Config"):
-        base = PromptLearningConfig if name in PROMPT_CONFIGS else PeftConfig
+        base = PromptLearningConfig if name in PROMPTS.split() else PeftConfig
     about = f"A name of PEFT's: {name} belongs to another method and cannot be made here."
     return type(name, (base,), {"__init__": _refusing(name), "__doc__": about, "__module__": __name__})
-
-
-def _refusing(name: str) -> Callable[..., NoReturn]:
-    def refuse(*_: Any, **__: Any) -> NoReturn:
-        _refuse(name)
-
-    refuse.__name__ = name
-    return refuse
-
-
-def _refuse(name: str) -> NoReturn:
-    raise NotYetSupported(f"{name} belongs to another method of PEFT, and this library is LoRA. Use LoraConfig.")

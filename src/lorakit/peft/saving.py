@@ -54,14 +54,14 @@ model = model.merge_and_unload()  # to merge it into the base permanently
 """Text of a new card; it stays valid if the adapter is trained further."""
 
 
-def write_card(model: PeftModel, folder: Path) -> None:
-    """Write a card, or add fields that an existing card's header lacks.
+def write_card(model: PeftModel, output_dir: str | PathLike[str]) -> None:
+    """Write an adapter's card, or add fields that an existing card's header lacks.
 
     Args:
         model: The wrapper.
-        folder: The adapter's directory.
+        output_dir: The adapter's directory.
     """
-    path = folder / "README.md"
+    path = Path(output_dir) / "README.md"
     header, text = _parts(path.read_text("utf-8") if path.is_file() else "")
     given = {line.partition(":")[0] for line in header}
     for field, lines in _metadata(model):
@@ -147,7 +147,9 @@ def save(
             raise ConfigError(
                 "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not supported when using "
                 "`rank_pattern` or `alpha_pattern` at the same time as `use_rslora=True`. `lorakit.core.save_adapter` "
-                "writes such an adapter as plain LoRA, too."
+                "writes such an adapter as plain LoRA, too.",
+                what=name,
+                field="path_initial_model_for_weight_conversion",
             )
         if not str(config.init_lora_weights).lower().startswith((*MOVE_THE_BASE, "true")):
             warn_caller(
@@ -161,8 +163,7 @@ def save(
     if config.init_lora_weights is True:  # as PEFT saves the initial adapter
         return save_form(user, folder, saved_form(user, name, "raw", tensors))
     warn_caller(
-        f"Adapter {name!r} acts on a base that {config.init_lora_weights!r} changed, and is saved so, as PEFT does. "
-        "For other programs pass `path_initial_model_for_weight_conversion`, or save it with "
-        "`lorakit.core.save_adapter`."
+        f"Adapter {name!r} acts on a base that {config.init_lora_weights!r} changed, and is saved so, as in PEFT. "
+        "Others need `path_initial_model_for_weight_conversion`, or `lorakit.core.save_adapter`."
     )
     return core.save_as_trained(user, folder, name, tensors=tensors)

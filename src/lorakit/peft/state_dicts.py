@@ -7,7 +7,7 @@ On disk a tensor's name does not contain the adapter's name, in memory it does; 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.index import layers, walk
-from lorakit.errors import AdapterError, AdapterFileError, warn_caller
+from lorakit.errors import AdapterFileError, warn_caller
 from lorakit.peft import model_adapters
 
 WRAPPED = "base_model.model."
@@ -44,11 +44,11 @@ class StateDictError(AdapterFileError, RuntimeError):
 
 def get_peft_model_state_dict(
     model: nn.Module,
-    state_dict: Mapping[str, Any] | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
     adapter_name: str = "default",
     unwrap_compiled: bool = False,
     save_embedding_layers: bool | str = "auto",
-) -> dict[str, Any]:
+) -> dict[str, Tensor]:
     """Return the tensors of one adapter, under their names on disk.
 
     Args:
@@ -62,16 +62,16 @@ def get_peft_model_state_dict(
         AdapterError: The adapter does not exist.
     """
     model = getattr(model, COMPILED, model) if unwrap_compiled else model
-    _check_exists(model, adapter_name)
+    model_adapters.check_exist(model_adapters.configs_of(model), adapter_name)
     own = list(tensors_of(model, adapter_name))
     direct = state_dict is None and not any(FSDP in in_memory for _, in_memory, _ in own)
     if direct and save_embedding_layers is not True:
         return {on_disk: tensor.detach() for on_disk, _, tensor in own}
-    values = model.state_dict() if state_dict is None else state_dict
-    plain = {_without_wrappers(key).removeprefix(DATA_PARALLEL): key for key in values}
+    values: Mapping[str, Tensor] = model.state_dict() if state_dict is None else state_dict
+    plain = {_without_wrappers(key): key for key in values}
     found, missing = {}, []
     for on_disk, in_memory, _ in own:
-        key = in_memory if in_memory in values else plain.get(_without_wrappers(in_memory).removeprefix(DATA_PARALLEL))
+        key = in_memory if in_memory in values else plain.get(_without_wrappers(in_memory))
         if key is None:
             missing.append(on_disk)
         else:
@@ -86,15 +86,10 @@ def get_peft_model_state_dict(
     return found
 
 
-def _check_exists(model: nn.Module, adapter: str) -> None:
-    if adapter not in model_adapters.configs_of(model):
-        raise AdapterError(f"adapter {adapter!r} not found on this model", what=adapter)
-
-
 def _without_wrappers(key: str) -> str:
     for around in AROUND:
         key = key.replace(around, "")
-    return key
+    return key.removeprefix(DATA_PARALLEL)
 
 
 def names_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str]]:
@@ -136,7 +131,7 @@ def tensors_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, Tenso
             yield from _of_biases(module, prefix, adapter)
 
 
-def flat_factors(model: nn.Module, adapter: str, given: Mapping[str, Any] | None = None) -> list[str]:
+def flat_factors(model: nn.Module, adapter: str, given: Mapping[str, Tensor] | None = None) -> list[str]:
     """Return the names of an adapter's A and B with fewer than two axes, as the shards of one device have.
 
     Args:
@@ -170,12 +165,13 @@ def _of_layer(layer: LoraLayer, prefix: str, adapter: str) -> Iterator[tuple[str
                 yield f"{prefix}{attribute}{ending}", f"{prefix}{attribute}.{adapter}.{leaf}", tensor
 
 
-def _embeddings(model: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    if not hasattr(model, "get_input_embeddings"):
+def _embeddings(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    getters = [getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output")]
+    if getters[0] is None:
         warn_caller("Could not identify embedding layer(s) because the model is not a 🤗 transformers model.")
         return {}
-    wanted = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
-    prefixes = tuple(f"{path}." for path, module in model.named_modules() if any(module is layer for layer in wanted))
+    wanted = {id(getter()) for getter in getters if getter is not None} - {id(None)}
+    prefixes = tuple(f"{path}." for path, module in walk(model) if id(module) in wanted)
     own = {in_memory for name in model_adapters.configs_of(model) for _, in_memory in names_of(model, name)}
     return {key: value for key, value in values.items() if key.startswith(prefixes) and key not in own}
 
@@ -203,7 +199,7 @@ def set_peft_model_state_dict(
         AdapterError: The adapter does not exist.
         StateDictError: A shape does not fit.
     """
-    _check_exists(model, adapter_name)
+    model_adapters.check_exist(model_adapters.configs_of(model), adapter_name)
     _warn_of_values(model, peft_model_state_dict, adapter_name)
     return put_tensors(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes)
 
@@ -256,9 +252,8 @@ def put_tensors(
             "ignored because you passed `ignore_mismatched_sizes=True`: " + "\n".join(wrong)
         )
     if unexpected:
-        warn_caller(f"The adapter {adapter_name!r} has no place for these tensors: {', '.join(unexpected[:8])}.")
-    hollow = {name: tensor for name, tensor in placed.items() if current[name].is_meta}
-    model_adapters.fill(model, adapter_name, hollow)
+        warn_caller(f"Adapter {adapter_name!r} has no parameters for these tensors: {', '.join(unexpected[:8])}.")
+    model_adapters.fill(model, {name: tensor for name, tensor in placed.items() if current[name].is_meta})
     result = model.load_state_dict(placed, strict=False)
     return IncompatibleKeys(list(result.missing_keys), unexpected)
 
@@ -268,7 +263,7 @@ def _bare(key: str) -> str:
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the base's tensors as they were before any merge, (…), under the names that they have without adapters.
+    """Return the tensors of the unmerged base, (…), under the names that they have without adapters.
 
     Args:
         model: A wrapped model, or a model with adapters in it.

@@ -12,6 +12,7 @@ from torch import nn
 from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.trainable_tokens import TrainableTokens
+from lorakit.core.model.index import walk
 from lorakit.errors import AdapterError
 from lorakit.peft import model_adapters
 
@@ -102,7 +103,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     inner = getattr(model, "base_model", model) if model_adapters.is_wrapper(model) else model
     found = [
         _layer_status(f"{name}.token_adapter" if isinstance(module, TrainableTokens) else name, module)
-        for name, module in inner.named_modules()
+        for name, module in walk(inner)
         if isinstance(module, AdapterModule)
     ]
     if not found:
@@ -115,22 +116,29 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
 def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
     backend = module.base.name if isinstance(module, LoraLayer) and module.base.quantized else None
-    flags: dict[str, list[bool]] = defaultdict(list)
-    devices: dict[str, set[str]] = defaultdict(set)
-    for adapter, parameter in model_adapters.parameters_at(module):
-        flags[adapter].append(parameter.requires_grad)
-        devices[adapter].add(parameter.device.type)
+    flags, devices = _flags_and_devices([module])
     return TunerLayerStatus(
         name=name,
         module_type=MODULE_TYPES.get(type(module).__name__) or repr(module).partition("(")[0],
         enabled=not module.disable_adapters,
         active_adapters=module.active_adapters,
-        merged_adapters=model_adapters.merged_at(module),
-        requires_grad={adapter: _common(values) for adapter, values in flags.items()},
+        merged_adapters=list(getattr(module, "merged_adapters", ())),
+        requires_grad=flags,
         available_adapters=sorted(set(module.available_adapters())),
-        devices={adapter: sorted(kinds) for adapter, kinds in devices.items()},
+        devices=devices,
         quantization_backend=None if backend is None else BACKENDS.get(backend, backend),
     )
+
+
+def _flags_and_devices(modules: Iterable[AdapterModule]) -> tuple[dict[str, bool | Irregular], dict[str, list[str]]]:
+    """Return adapter -> whether its parameters are trained, and adapter -> types of device of its parameters."""
+    held: dict[str, list[nn.Parameter]] = defaultdict(list)
+    for module in modules:
+        table = module.token_adapter if isinstance(module, TrainableTokens) else None  # a tied one has no rows itself
+        for adapter in module.available_adapters():
+            held[adapter] += module.parameters_of(adapter) if table is None else [table.trainable_tokens_delta[adapter]]
+    flags = {adapter: _common(parameter.requires_grad for parameter in found) for adapter, found in held.items()}
+    return flags, {adapter: sorted({one.device.type for one in found}) for adapter, found in held.items()}
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
@@ -144,29 +152,23 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     """
     wrapped = model_adapters.is_wrapper(model)
     found = get_layer_status(model)
-    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     user = model_adapters.user_model(model)
     known = wrapped or hasattr(user, "get_output_embeddings")
-    trained: dict[str, list[bool | Irregular]] = defaultdict(list)
-    devices: dict[str, set[str]] = defaultdict(set)
-    for status in found:
-        for adapter, value in status.requires_grad.items():
-            trained[adapter].append(value)
-        for adapter, kinds in status.devices.items():
-            devices[adapter].update(kinds)
+    flags, devices = _flags_and_devices(model_adapters.adapted(user))
+    trained, total = model_adapters.count_parameters(model)
     return TunerModelStatus(
         base_model_type=type(user).__name__ if known else "other",
         adapter_model_type=type(model.base_model).__name__ if wrapped else "None",
         peft_types=dict.fromkeys(model_adapters.configs_of(user), "LORA") if wrapped else {},
-        trainable_params=sum(count for count, flag in counts if flag),
-        total_params=sum(count for count, _ in counts),
+        trainable_params=trained,
+        total_params=total,
         num_adapter_layers=len(found),
         enabled=_common(status.enabled for status in found),
         active_adapters=_common(status.active_adapters for status in found),
         merged_adapters=_merged(found),
-        requires_grad={adapter: _common(values) for adapter, values in trained.items()},
+        requires_grad=flags,
         available_adapters=sorted({name for status in found for name in status.available_adapters}),
-        devices={adapter: sorted(kinds) for adapter, kinds in devices.items()},
+        devices=devices,
         quantization_backend=_common(status.quantization_backend for status in found),
     )
 

@@ -1,4 +1,4 @@
-"""`LoraTrainerMixin`: train an adapted model in another's trainer: Hugging Face's `Trainer`, TRL's `SFTTrainer`.
+"""`LoraTrainerMixin`: train an adapted model with another trainer: Hugging Face's `Trainer`, TRL's `SFTTrainer`.
 
     class LoraTrainer(LoraTrainerMixin, Trainer): ...
 
@@ -10,11 +10,13 @@ is any class that follows the mixin.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lorakit.config import CONFIG_FILE, LoraConfig
 from lorakit.core.model.index import find_state
@@ -24,6 +26,25 @@ from lorakit.peft.model import PeftModel
 
 ARGUMENTS_FILE = "training_args.bin"
 """File of the parent's arguments, next to the model."""
+
+
+class Arguments(Protocol):
+    """The parts of the trainer's arguments that the mixin reads."""
+
+    should_save: bool
+    output_dir: str
+
+
+class State(Protocol):
+    """The part of the trainer's state that the mixin reads."""
+
+    best_model_checkpoint: str
+
+
+class Processor(Protocol):
+    """A tokenizer, or another processor of inputs."""
+
+    save_pretrained: Callable[[Path], Any]
 
 
 class LoraTrainerMixin:
@@ -44,10 +65,10 @@ class LoraTrainerMixin:
     """
 
     lora_model: PeftModel
-    args: Any
-    state: Any
-    data_collator: Any
-    processing_class: Any
+    args: Arguments
+    state: State
+    data_collator: Callable[..., Any]
+    processing_class: Processor | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -59,26 +80,34 @@ class LoraTrainerMixin:
                 f"class {cls.__name__}(LoraTrainerMixin, {parent.__name__})."
             )
 
-    def __init__(self, model: Any = None, *args: Any, peft_config: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self, model: nn.Module | str | None = None, *args: Any, peft_config: LoraConfig | None = None, **kwargs: Any
+    ) -> None:
         if isinstance(peft_config, LoraConfig) and isinstance(model, nn.Module):
             model = get_peft_model(model, peft_config)
         elif peft_config is not None:
             raise ConfigError(
                 f"peft_config: a {type(peft_config).__name__} for a model that is a {type(model).__name__}; the mixin "
-                "needs a LoraConfig of lorakit, and the model itself, loaded."
+                "needs a LoraConfig of lorakit, and a loaded model.",
+                field="peft_config",
             )
-        parent: Any = super()
         self._judged = True  # the parent checks the model in its constructor only
-        self._marked: list[Any] = []
+        self._marked: list[nn.Module] = []
         try:
-            parent.__init__(None if model is None else self._adopt(model), *args, **kwargs)
+            self._parent.__init__(None if model is None else self._adopt(model), *args, **kwargs)
         finally:
             self._judged = False
             for base in self._marked:
                 del base._hf_peft_config_loaded
         for name in ("fsdp", "deepspeed"):
             if getattr(self, f"is_{name}_enabled", False):
-                raise NotYetSupported(f"{name}: adapters of a sharded model are not written yet; train it unsharded.")
+                text = f"{name}: adapters of a sharded model are not written yet; train it unsharded."
+                raise NotYetSupported(text, what=name)
+
+    @property
+    def _parent(self) -> Any:
+        """The trainer class that follows the mixin, as `super()`; its type is not known here."""
+        return super()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Call the parent's `model_init` and adopt its model.
@@ -92,10 +121,9 @@ class LoraTrainerMixin:
         Raises:
             ConfigError: The model has no adapter.
         """
-        parent: Any = super()
-        return self._adopt(parent.call_model_init(trial))
+        return self._adopt(self._parent.call_model_init(trial))
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+    def create_optimizer(self, *args: nn.Module | None, **kwargs: nn.Module | None) -> Optimizer:
         """Create the parent's optimizer; raises an error if nothing is trained.
 
         Args:
@@ -107,53 +135,50 @@ class LoraTrainerMixin:
         """
         if not any(parameter.requires_grad for parameter in self.lora_model.parameters()):
             raise ConfigError(
-                f"Nothing would be trained: {', '.join(self.lora_model.peft_config)} is frozen. Load an adapter with "
-                "is_trainable=True to go on training it, or call set_requires_grad on it."
+                f"Nothing would be trained: {', '.join(self.lora_model.peft_config)} is frozen. Load it with "
+                "is_trainable=True, or call set_requires_grad on it.",
+                what=next(iter(self.lora_model.peft_config), None),
             )
-        parent: Any = super()
-        return parent.create_optimizer(*args, **kwargs)
+        return self._parent.create_optimizer(*args, **kwargs)
 
-    def _adopt(self, model: Any) -> nn.Module:
+    def _adopt(self, model: nn.Module | str) -> nn.Module:
         """Keep the wrapper for loading and saving, and return the user's model, which the parent trains."""
         if not isinstance(model, PeftModel):
             if not isinstance(model, nn.Module) or find_state(model) is None:
                 raise ConfigError(
                     f"model: a {type(model).__name__} without an adapter; adapt it with lorakit.get_peft_model or "
-                    "lorakit.attach first, or hand over a peft_config."
+                    "lorakit.attach first, or pass a peft_config.",
+                    field="model",
                 )
             model = PeftModel(model)
         self.lora_model = model
-        base: Any = model.get_base_model()
+        base = model.get_base_model()
         if self._judged and getattr(base, "is_quantized", False) and not base._hf_peft_config_loaded:
             # The parent rejects a quantized model without this; while it is set, the base's own save needs peft.
-            base._hf_peft_config_loaded = True
+            vars(base)["_hf_peft_config_loaded"] = True
             self._marked.append(base)
         return base
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Save the adapters, the tokenizer and the arguments instead of the whole model."""
         if not self.args.should_save:
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.lora_model.save_pretrained(folder)
-        tokenizer = self.processing_class
-        if tokenizer is None:
-            tokenizer = getattr(self.data_collator, "tokenizer", None)
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         torch.save(self.args, folder / ARGUMENTS_FILE)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load every adapter of a checkpoint into the existing one, in place."""
         for name, folder in self._folders(resume_from_checkpoint).items():
             result = self.lora_model.load_adapter(folder, name, is_trainable=True)
             unfit = [*result.missing_keys, *result.unexpected_keys]
             if unfit:
-                raise RunError(
-                    f"{folder}: not a checkpoint of this adapter: {len(unfit)} keys, first {unfit[0]}.",
-                    where=folder,
-                )
+                text = f"{folder}: not a checkpoint of this adapter: {len(unfit)} keys do not match, first {unfit[0]}."
+                raise RunError(text, what=unfit[0], where=folder)
 
     def _load_best_model(self) -> None:
         """Load the adapters of the best checkpoint, in place."""
@@ -165,7 +190,6 @@ class LoraTrainerMixin:
         folders = {name: root if name == "default" else root / name for name in self.lora_model.peft_config}
         gone = [name for name, folder in folders.items() if not (folder / CONFIG_FILE).exists()]
         if gone:
-            raise RunError(
-                f"{root}: this checkpoint has no adapter {', '.join(gone)}; nothing was read from it.", where=root
-            )
+            text = f"{root}: this checkpoint has no adapter {', '.join(gone)}; nothing was read from it."
+            raise RunError(text, what=gone[0], where=root)
         return folders

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,32 +22,21 @@ from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.named_layers import LAYERS
 from lorakit.core.model.activation import parameters_by_adapter
 from lorakit.core.model.checks import ALLOWANCES
-from lorakit.core.model.index import find_state
+from lorakit.core.model.index import AdapterIndex, find_state
 from lorakit.core.model.ties import LEFT_ALONE, NOTHING_TIED
-from lorakit.errors import AdapterError, ConfigError, MergeError, NotYetSupported, RouteError, warn_caller
-from lorakit.peft import model_adapters
+from lorakit.core.routing.state import AdapterState
+from lorakit.errors import AdapterError, ConfigError, MergeError, NotYetSupported, warn_caller
+from lorakit.peft import matching, model_adapters, weighted
 from lorakit.peft.data_inits import for_attaching
 from lorakit.peft.layer_methods import answer_as_peft
-from lorakit.peft.matching import (
-    check_parameters,
-    check_together,
-    config_for_keys,
-    messages_of_missing,
-    messages_of_own_biases,
-    no_target_in_peft_words,
-    not_yet_merged,
-    warn_of_ties,
-    with_own_targets,
-)
-from lorakit.peft.mixed_batches import BASE_NAME
+from lorakit.peft.mixed_batches import BASE_NAME, Offsets
 from lorakit.peft.paths import PENALTY_METHODS
 from lorakit.peft.placeholders import PartialTargetsWarning, PeftWarning
 from lorakit.peft.utilities import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, names_tied_with_embedding
-from lorakit.peft.weighted import add_weighted_adapter
 
 
 def kinds_of(config: LoraConfig | None) -> list[Kind]:
-    """Return the kinds of a config's custom modules; warns about a type that has no kind of its own.
+    """Return the kinds of a config's custom modules; warns about a type that has no kind.
 
     Args:
         config: The config, or None.
@@ -71,7 +60,7 @@ def kinds_of(config: LoraConfig | None) -> list[Kind]:
 
 
 def set_adapter(
-    model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: Any = None
+    model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: type | None = None
 ) -> None:
     """Activate adapters and train only these.
 
@@ -88,7 +77,7 @@ def set_adapter(
 
 
 def delete_adapter(
-    model: nn.Module, adapter_name: str, prefix: str = "lora_", layer_cls: Any = None
+    model: nn.Module, adapter_name: str, prefix: str = "lora_", layer_cls: type[nn.Module] | None = None
 ) -> list[str] | None:
     """Remove an adapter; if it was active, the first of the others becomes active.
 
@@ -116,11 +105,112 @@ CONFIGS = "peft_config"
 """Attribute of the user's model that holds its adapters' configs for other programs."""
 
 
-class BaseTuner(nn.Module):
-    """Holds the user's model and acts on its adapters.
+class OverModel(nn.Module):
+    """Queries about the adapters of a model, for the tuner and the wrapper around it.
 
     Attributes:
         model: The user's own model, adapted in place.
+        inner: Name of the module inside, which answers unknown attributes.
+    """
+
+    model: nn.Module
+    inner: ClassVar[str] = "model"
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == self.inner:
+                raise
+            return getattr(getattr(self, self.inner), name)
+
+    @property
+    def peft_config(self) -> dict[str, LoraConfig]:
+        """The dictionary of configs by adapter."""
+        return model_adapters.configs_of(self.model)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that are active by default, also while they are disabled."""
+        state = find_state(self.model)
+        return [] if state is None else list(state.chosen.names)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or a list unless there is exactly one."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Train or freeze adapters, whichever are active.
+
+        Args:
+            adapter_names: One name or several; a missing one is ignored.
+            requires_grad: Whether to train them.
+        """
+        model_adapters.set_requires_grad(self.model, adapter_names, requires_grad)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return whether an adapter's update can be written as plain LoRA: not if it depends on the position.
+
+        Args:
+            adapter_name: The adapter.
+        """
+        config = self.peft_config.get(adapter_name)
+        return config is not None and config.alora_invocation_tokens is None
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activate adapters and train only these.
+
+        Args:
+            adapter_name: One name or several.
+            inference_mode: Activate them frozen.
+
+        Raises:
+            RouteError: The adapter does not exist.
+            ConfigError: Two of them copy the same module.
+        """
+        names, state = model_adapters.as_names(adapter_name), find_state(self.model) or AdapterState()
+        state.check(names)
+        if not state.configs:
+            return
+        members = state.members()
+        matching.check_together(members, names)
+        if any(module.merged_here() for module in members):
+            warn_caller("Adapter cannot be set when the model is merged. Unmerging the model first.")
+            core.unmerge(self.model)
+        core.activate(self.model, *names)
+        core.set_trained(self.model, {} if inference_mode else dict.fromkeys(names, True), others=False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it was active, the first of the others becomes active.
+
+        Args:
+            adapter_name: Its name.
+
+        Raises:
+            AdapterError: The adapter does not exist or is merged.
+        """
+        model_adapters.check_exist(self.peft_config, adapter_name, "does not exist")
+        if adapter_name in AdapterIndex.of(self.model).merged_adapters():
+            raise AdapterError(
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first.",
+                what=adapter_name,
+            )
+        active = self.active_adapters
+        core.detach(self.model, adapter_name)
+        left = sorted(self.peft_config)
+        if not left:
+            self.model.__dict__.pop(CONFIGS, None)
+        elif active == [adapter_name]:
+            warn_caller(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.")
+            self.set_adapter(left[0])
+
+
+class BaseTuner(OverModel):
+    """Holds the user's model and acts on its adapters.
+
+    Attributes:
         prefix: Prefix of the names of an adapter's parameters.
         tuner_layer_cls: Class of the adapted layers.
         target_module_mapping: Default targets by the base's `model_type`.
@@ -129,7 +219,7 @@ class BaseTuner(nn.Module):
 
     prefix: ClassVar[str] = "lora_"
     tuner_layer_cls: ClassVar[type[nn.Module]] = LoraLayer
-    target_module_mapping: ClassVar[Mapping[str, Any]] = DEFAULT_TARGETS
+    target_module_mapping: ClassVar[Mapping[str, str | Collection[str]]] = DEFAULT_TARGETS
     uses_shared_state: ClassVar[bool] = False
 
     def __init__(
@@ -153,45 +243,19 @@ class BaseTuner(nn.Module):
             self.inject(adapter_name, config, on_meta=low_cpu_mem_usage, state_dict=state_dict)
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-            if name in PENALTY_METHODS:
-                return self._penalty
-            return getattr(self.model, name)
+        return self._penalty if name in PENALTY_METHODS else super().__getattr__(name)
 
     def _penalty(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
-        """Return the penalties of some adapters, the active ones where none is named: a scalar, or 0.0."""
-        if adapter_names is None:
+        """Return the penalties of some adapters, by default the active ones: a scalar, or 0.0."""
+        with contextlib.ExitStack() as stack:
+            if adapter_names is not None:
+                stack.enter_context(core.use(self.model, *model_adapters.as_names(adapter_names)))
             found = core.penalties(self.model)
-        else:
-            names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-            with core.use(self.model, *names):
-                found = core.penalties(self.model)
         return 0.0 if found is None else found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the user's model."""
         return self.model(*args, **kwargs)
-
-    @property
-    def peft_config(self) -> dict[str, LoraConfig]:
-        """The dictionary of configs by adapter."""
-        return model_adapters.configs_of(self.model)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The adapters that are active by default, also while they are disabled."""
-        state = find_state(self.model)
-        return [] if state is None else list(state.chosen.names)
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The active adapter's name, or a list unless there is exactly one."""
-        names = self.active_adapters
-        return names[0] if len(names) == 1 else names
 
     @property
     def targeted_module_names(self) -> list[str]:
@@ -238,17 +302,17 @@ class BaseTuner(nn.Module):
             ConfigError: The config does not fit.
         """
         self._check_new_adapter_config(config)
-        active, config = self.active_adapters, with_own_targets(self.model, config, self.target_module_mapping)
-        asked = config if state_dict is None else config_for_keys(self.model, config, state_dict)
+        active, config = self.active_adapters, matching.with_own_targets(self.model, config, self.target_module_mapping)
+        asked = config if state_dict is None else matching.config_for_keys(self.model, config, state_dict)
         asked, found = for_attaching(self.model, asked)
-        with garbage_collector_paused(), no_target_in_peft_words(self.model, config):
+        with garbage_collector_paused(), matching.with_no_target_message(self.model, config):
             report = core.attach(self.model, asked, name, allow=ALLOWANCES, kinds=kinds_of(config), statistics=found)
         answer_as_peft(self.model)
         self.peft_config[name].init_lora_weights = config.init_lora_weights
         self.peft_config[name].eva_config = config.eva_config
-        for message in messages_of_missing(config, report):
+        for message in matching.messages_of_missing(config, report):
             warn_caller(message, PartialTargetsWarning)
-        for message in messages_of_own_biases(self.model, name):
+        for message in matching.messages_of_own_biases(self.model, name):
             warn_caller(message, PeftWarning)
         for note in report.notes:
             if note.kind in {LEFT_ALONE, NOTHING_TIED}:
@@ -266,80 +330,13 @@ class BaseTuner(nn.Module):
         if config.bias != "none" and any(other.bias != "none" for other in self.peft_config.values()):
             raise ConfigError(
                 f"{type(self).__name__} supports only 1 adapter with bias. When using multiple adapters, set bias to "
-                "'none' for all adapters."
+                "'none' for all adapters.",
+                field="bias",
             )
-        check_parameters(self.model, self.peft_config, config)
-
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activate adapters and train only these.
-
-        Args:
-            adapter_name: One name or several.
-            inference_mode: Activate them frozen.
-
-        Raises:
-            RouteError: The adapter does not exist.
-            ConfigError: Two of them copy the same module.
-        """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        state = find_state(self.model)
-        if state is None:
-            if not names:
-                return
-            raise RouteError(f"Adapter {names[0]!r} not found on this model. Adapters here: none.")
-        state.check(names)
-        members = state.members()
-        check_together(members, names)
-        if any(model_adapters.merged_at(module) for module in members):
-            warn_caller("Adapter cannot be set when the model is merged. Unmerging the model first.")
-            core.unmerge(self.model)
-        core.activate(self.model, *names)
-        core.set_trained(self.model, {} if inference_mode else dict.fromkeys(names, True), others=False)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Train or freeze adapters, whichever are active.
-
-        Args:
-            adapter_names: One name or several; a missing one is ignored.
-            requires_grad: Whether to train them.
-        """
-        model_adapters.set_requires_grad(self.model, adapter_names, requires_grad)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; if it was active, the first of the others becomes active.
-
-        Args:
-            adapter_name: Its name.
-
-        Raises:
-            AdapterError: The adapter does not exist or is merged.
-        """
-        if adapter_name not in self.peft_config:
-            raise AdapterError(f"Adapter {adapter_name} does not exist", what=adapter_name, allowed=self.peft_config)
-        if adapter_name in model_adapters.merged_adapters(self.model):
-            raise AdapterError(
-                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
-            )
-        active = self.active_adapters
-        core.detach(self.model, adapter_name)
-        left = sorted(self.peft_config)
-        if not left:
-            self.model.__dict__.pop(CONFIGS, None)
-        elif active == [adapter_name]:
-            warn_caller(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.")
-            self.set_adapter(left[0])
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether an adapter's update can be written as plain LoRA: not if it depends on the position.
-
-        Args:
-            adapter_name: The adapter.
-        """
-        config = self.peft_config.get(adapter_name)
-        return config is not None and config.alora_invocation_tokens is None
+        matching.check_parameters(self.model, self.peft_config, config)
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
-        """Call `structure.names_tied_with_embedding`, under PEFT's name."""
+        """Call `names_tied_with_embedding`, under PEFT's name."""
         return names_tied_with_embedding(self.model)
 
     def is_partly_disabled(self) -> bool:
@@ -365,7 +362,7 @@ class BaseTuner(nn.Module):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(
-        self, *_: Any, adapter_names: Sequence[str] | None = None, alora_offsets: Any = None, **__: Any
+        self, *_: Any, adapter_names: Sequence[str] | None = None, alora_offsets: Offsets | None = None, **__: Any
     ) -> Iterator[None]:
         """Assign one adapter per row within a context, as programs over a bare tuner do."""
         starts = contextlib.nullcontext() if alora_offsets is None else core.invoked(self.model, offsets=alora_offsets)
@@ -386,10 +383,11 @@ class BaseTuner(nn.Module):
         if adapter_names is None:
             return contextlib.nullcontext()
         if self.training:
-            raise ConfigError("Cannot pass `adapter_names` when the model is in training mode.")
+            raise ConfigError("Cannot pass `adapter_names` when the model is in training mode.", field="adapter_names")
         unknown = sorted(set(adapter_names) - set(self.peft_config) - {BASE_NAME})
         if unknown:
-            raise ConfigError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+            text = f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}"
+            raise ConfigError(text, what=unknown[0], field="adapter_names", allowed=self.peft_config)
         state = find_state(self.model)
         if state is not None and state.chosen.names and not state.active().mentions:
             return contextlib.nullcontext()  # disabled, which takes precedence in PEFT
@@ -416,7 +414,7 @@ class BaseTuner(nn.Module):
             except MergeError as refusal:  # nothing has changed
                 if refusal.override != "untie":
                     raise
-                untie = warn_of_ties(self.model, fresh)[0]
+                untie = matching.warn_of_ties(self.model, fresh)[0]
             core.merge(self.model, *fresh, untie=untie)
 
     def _warn_of_training(self, names: Sequence[str]) -> None:
@@ -426,14 +424,12 @@ class BaseTuner(nn.Module):
         owned = parameters_by_adapter(self.model, names)
         trained = [name for name in names if any(parameter.requires_grad for parameter in owned[name])]
         if trained:
-            warn_caller(
-                f"{', '.join(trained)} is merged while the model trains: forwards do not run through its factors, so "
-                "nothing of it is learned until unmerge_adapter()."
-            )
+            listed = ", ".join(trained)
+            warn_caller(f"{listed} is merged while the model trains, and learns nothing until unmerge_adapter().")
 
     def unmerge_adapter(self) -> None:
         """Unmerge every merged adapter; restores the base weights bit for bit."""
-        if not model_adapters.merged_adapters(self.model):
+        if not AdapterIndex.of(self.model).merged_adapters():
             warn_caller("Already unmerged. Nothing to do.")
             return
         core.unmerge(self.model)
@@ -456,59 +452,33 @@ class BaseTuner(nn.Module):
             AdapterError: The adapter does not exist.
         """
         fresh = self._unmerged(adapter_names, quiet=True)
-        untie, tied = warn_of_ties(self.model, fresh) if fresh else (False, False)
-        config: Any = getattr(self.model, "config", None)
+        untie, tied = matching.warn_of_ties(self.model, fresh) if fresh else (False, False)
+        config = getattr(self.model, "config", None)
         if tied and config is not None:
             config.tie_word_embeddings = False
         if fresh:
             core.merge_and_unload(self.model, *fresh, untie=untie)
         elif self.peft_config:
             core.detach(self.model)
-        return self._bare()
+        self.model.__dict__.pop(CONFIGS, None)
+        return self.model
 
     def unload(self) -> nn.Module:
         """Remove all adapters and return the plain base."""
-        if self.peft_config:
-            core.detach(self.model)
-        return self._bare()
-
-    def _bare(self) -> nn.Module:
-        self.model.__dict__.pop(CONFIGS, None)
-        return self.model
+        return self.merge_and_unload(adapter_names=())
 
     def _unmerged(self, adapter_names: Sequence[str] | None, quiet: bool = False) -> list[str]:
         """Return the adapters to merge that are not merged yet; warns about the others, as PEFT does."""
         asked = self.active_adapters if adapter_names is None else adapter_names
-        return not_yet_merged(asked, model_adapters.merged_adapters(self.model), quiet)
+        return matching.not_yet_merged(asked, AdapterIndex.of(self.model).merged_adapters(), quiet)
 
 
 class LoraModel(BaseTuner):
     """Holds the user's model and acts on its LoRA adapters."""
 
-    target_module_mapping: ClassVar[Mapping[str, Any]] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str = "svd",
-        **options: Any,
-    ) -> None:
-        """Combine adapters into a new, frozen and inactive one; see `weighted.add_weighted_adapter`.
-
-        Args:
-            adapters: Their names.
-            weights: One number each; negative ones subtract.
-            adapter_name: The new adapter's name.
-            combination_type: One of `lorakit.core.COMBINATION_TYPES`.
-            options: Options of the combination type: svd_rank, svd_clamp, density, ...
-
-        Raises:
-            AdapterError: An adapter does not exist, or they cannot be combined.
-            ConfigError: The combination type does not exist or lacks an option, or the ranks do not fit it.
-        """
-        add_weighted_adapter(self.model, adapters, weights, adapter_name, combination_type, **options)
+    add_weighted_adapter = weighted.add_weighted_adapter
 
 
 @contextlib.contextmanager

@@ -13,18 +13,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
-from typing import Any
+from operator import attrgetter
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.architectures.default_targets import DEFAULT_TARGETS
 from lorakit.config import CONFIG_FILE as CONFIG_NAME
+from lorakit.config import LoraConfig
+from lorakit.core.model.index import walk
 from lorakit.core.quantization import weight_format_of
 from lorakit.errors import ConfigError, ConfigTypeError, NotYetSupported
+from lorakit.peft.model_adapters import user_model
 from lorakit.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 __all__ = ["CONFIG_NAME", "INCLUDE_LINEAR_LAYERS_SHORTHAND"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Ignored: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | str | int | None
+"""Argument of a function of PEFT's that does nothing here: a model, parameters or an option."""
 
 
 WEIGHTS_NAME = "adapter_model.bin"
@@ -39,7 +47,7 @@ ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 UPCAST_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
 TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, object] = {}
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = dict(DEFAULT_TARGETS)
-"""Default targets by architecture, under PEFT's name; programs add architectures of their own."""
+"""Default targets by architecture, under PEFT's name; programs may add architectures."""
 
 
 class BufferDict(nn.Module, MutableMapping[str, Tensor]):
@@ -104,7 +112,7 @@ def get_batch_size(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> in
     """
     given = input_ids if input_ids is not None else inputs_embeds
     if given is None:
-        raise ConfigError("You have to provide either input_ids or inputs_embeds")
+        raise ConfigError("You have to provide either input_ids or inputs_embeds", field="input_ids")
     return int(given.shape[0])
 
 
@@ -120,29 +128,28 @@ def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | N
 
 def input_embeddings_name(model: nn.Module, default: str | None = None) -> str | None:
     """Return the path of a model's input embedding, or the default if it has none."""
+    embedding = _input_embedding(model)
+    return default if embedding is None else next((name for name, m in walk(model) if m is embedding), default)
+
+
+def _input_embedding(model: nn.Module) -> nn.Module | None:
     getter = getattr(model, "get_input_embeddings", None)
-    wanted = getter() if callable(getter) else None
-    return next((name for name, module in model.named_modules() if wanted is not None and module is wanted), default)
+    return getter() if callable(getter) else None
 
 
-def names_tied_with_embedding(model: Any) -> list[str]:
+def names_tied_with_embedding(model: nn.Module) -> list[str]:
     """Return the sorted paths of modules that share the input embedding's weight; none if the config says untied."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not getattr(getattr(inner, "config", None), "tie_word_embeddings", True):
-        return []
-    getter = getattr(inner, "get_input_embeddings", None)
-    embedding = getter() if callable(getter) else None
+    user = user_model(model)
+    embedding = _input_embedding(user)
     weight = getattr(embedding, "weight", None)
-    return sorted(
-        name
-        for name, module in inner.named_modules()
-        if weight is not None and module is not embedding and module._parameters.get("weight") is weight
-    )
+    if weight is None or not getattr(getattr(user, "config", None), "tie_word_embeddings", True):
+        return []
+    return sorted(name for name, m in walk(user) if m is not embedding and m._parameters.get("weight") is weight)
 
 
 def no_split_modules(model: nn.Module) -> set[str]:
     """Return the class names of modules that must stay on one device."""
-    return {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    return {name for _, module in walk(model) for name in getattr(module, "_no_split_modules", None) or ()}
 
 
 def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
@@ -157,10 +164,11 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
     names = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(sorted(no_split_modules(model))))
-    classes = {type(module).__name__: type(module) for module in model.modules()}
+    classes = {type(module).__name__: type(module) for _, module in walk(model)}
     missing = [name for name in names.split(",") if name and name not in classes]
     if missing:
-        raise ConfigTypeError(f"Could not find the transformer layer class to wrap in the model: {missing[0]}.")
+        text = f"Could not find the transformer layer class to wrap in the model: {missing[0]}."
+        raise ConfigTypeError(text, what=missing[0], field="FSDP_TRANSFORMER_CLS_TO_WRAP", allowed=classes)
     blocks = {classes[name] for name in names.split(",") if name}
     leaves = partial(lambda_auto_wrap_policy, lambda_fn=_is_trained_leaf)
     return partial(_or_policy, policies=[leaves, partial(transformer_auto_wrap_policy, transformer_layer_cls=blocks)])
@@ -194,9 +202,10 @@ def str_to_bool(value: str) -> int:
     Raises:
         ConfigError: It is neither.
     """
-    if value.lower() not in ("y", "yes", "t", "true", "on", "1", "n", "no", "f", "false", "off", "0"):
-        raise ConfigError(f"invalid truth value {value}")
-    return int(value.lower() in ("y", "yes", "t", "true", "on", "1"))
+    yes, no = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0")
+    if value.lower() not in (*yes, *no):
+        raise ConfigError(f"invalid truth value {value}", what=value, allowed=(*yes, *no))
+    return int(value.lower() in yes)
 
 
 def get_quantization_config(model: nn.Module, method: str) -> Any:
@@ -216,7 +225,7 @@ def get_device_map(model: nn.Module) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def empty_context(*_: Any, **__: Any) -> Iterator[None]:
+def empty_context(*_: Ignored, **__: Ignored) -> Iterator[None]:
     """Do nothing, for PEFT's contexts that move, gather or cast what is in place here."""
     yield
 
@@ -241,14 +250,24 @@ def init_empty_weights(include_buffers: bool | None = None) -> torch.device:
     return torch.device("meta")
 
 
-def skip_init_on_device(func: Callable[..., Any]) -> Callable[..., Any]:
+def skip_init_on_device(func: Function) -> Function:
     """Return the function; PEFT marks functions that `init_empty_weights` must not change, which needs nothing here."""
     return func
 
 
+class WeightConversion(Protocol):
+    """A step in which transformers' loader renames or joins tensors of a base.
+
+    Attributes:
+        source_patterns: Patterns of the names in the file.
+    """
+
+    source_patterns: list[str]
+
+
 def build_peft_weight_mapping(
-    weight_conversions: Iterable[Any] | None, adapter_name: str, peft_config: Any = None
-) -> list[Any]:
+    weight_conversions: Iterable[WeightConversion] | None, adapter_name: str, peft_config: LoraConfig | None = None
+) -> list[WeightConversion]:
     """Return how transformers' loader must rename an adapter's tensors when it renames the base's.
 
     Args:
@@ -263,34 +282,34 @@ def build_peft_weight_mapping(
         return []
     from lorakit.hub.packaged import renaming
 
-    found = [renaming("base_model.model.model.", "model."), renaming("base_model.model.", "")]
-    found.append(renaming(r"(lora_[^\.]*)", rf"\1.{adapter_name}"))
+    prefixes = (("base_model.model.model.", "model."), ("base_model.model.", ""))
+    names = (*prefixes, (r"(lora_[^\.]*)", rf"\1.{adapter_name}"))
+    found: list[WeightConversion] = [renaming(*pair) for pair in names]
     for conversion in weight_conversions:
         if type(conversion).__name__ == "WeightRenaming":
             found.append(conversion)
         elif _concerns(conversion, peft_config):
             raise NotYetSupported(
                 f"The adapter names {', '.join(sorted(_joined_names(conversion)))}, which this version of transformers "
-                "puts together into one tensor; joining their factors is not built. Load it with the version of "
-                "transformers that it was made with."
+                "joins into one tensor; joining their factors is not built. Load it with the version that made it."
             )
     return found
 
 
-def _joined_names(conversion: Any) -> set[str]:
+def _joined_names(conversion: WeightConversion) -> set[str]:
     """Return the last names of the modules whose tensors transformers joins."""
     return {pattern.removesuffix(".weight").rpartition(".")[2] for pattern in conversion.source_patterns}
 
 
-def _concerns(conversion: Any, config: Any) -> bool:
+def _concerns(conversion: WeightConversion, config: LoraConfig | None) -> bool:
     """Return whether an adapter may have factors at joined modules; a regular expression may match any module."""
-    targets = getattr(config, "target_modules", None)
-    if targets is None or isinstance(targets, str):
-        return config is None or isinstance(targets, str)
+    if config is None or isinstance(config.target_modules, str):
+        return True
+    targets = config.target_modules or ()
     return not _joined_names(conversion).isdisjoint(target.rpartition(".")[2] for target in targets)
 
 
-def unused(*_: Any, **__: Any) -> None:
+def unused(*_: Ignored, **__: Ignored) -> None:
     """Do nothing, for PEFT's inner steps that have no counterpart here."""
 
 
@@ -300,7 +319,7 @@ def is_valid_match(key: str, target_key: str) -> bool:
 
 
 def get_model_conversion_mapping(model: nn.Module) -> list[Any]:
-    """Return what transformers converts when it loads the model: nothing, since adapters are loaded as they are."""
+    """Return what transformers converts when it loads the model: nothing, since adapters are loaded unchanged."""
     return []
 
 
@@ -328,27 +347,27 @@ def take_gradients_at_the_input(model: nn.Module) -> None:
     """Make the output of the input embedding require gradients, as reentrant gradient checkpointing needs.
 
     Args:
-        model: A model; a quantized one does it by itself.
+        model: A model; a quantized one does it automatically.
     """
     quantized = any(getattr(model, f"is_{name}", False) for name in ("loaded_in_8bit", "loaded_in_4bit", "quantized"))
-    can = hasattr(model, "enable_input_require_grads") or hasattr(model, "get_input_embeddings")
-    if can and not quantized:
+    if not quantized:
         _require_input_gradients(model)
 
 
-def _require_input_gradients(model: Any) -> None:
-    if hasattr(model, "enable_input_require_grads"):
-        model.enable_input_require_grads()
-    else:
-        model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_(True))
+def _require_input_gradients(model: nn.Module) -> None:
+    enable, embedding = getattr(model, "enable_input_require_grads", None), _input_embedding(model)
+    if enable is not None:
+        enable()
+    elif embedding is not None:
+        embedding.register_forward_hook(lambda _, __, output: output.requires_grad_(True))
 
 
 def prepare_model_for_kbit_training(
-    model: Any,
+    model: nn.Module,
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
     auto_clear_cache: bool = True,
-) -> Any:
+) -> nn.Module:
     """Freeze a quantized base, upcast what is not quantized to fp32, and enable gradient checkpointing.
 
     Args:
@@ -362,8 +381,7 @@ def prepare_model_for_kbit_training(
     """
     method = getattr(model, "quantization_method", None)
     method = getattr(method, "value", method)
-    hqq = bool(getattr(model, "hqq_quantized", False))
-    quantized = method in DENSE_METHODS or hqq
+    quantized = method in DENSE_METHODS or bool(getattr(model, "hqq_quantized", False))
     in_bits = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
     for parameter in model.parameters():
         parameter.requires_grad = False
@@ -375,7 +393,7 @@ def prepare_model_for_kbit_training(
         options = dict(gradient_checkpointing_kwargs or {})
         if options.get("use_reentrant", True):
             _require_input_gradients(model)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        attrgetter("gradient_checkpointing_enable")(model)(gradient_checkpointing_kwargs=options)
     return model
 
 
@@ -471,7 +489,7 @@ def quantization_extra_repr(module: nn.Module) -> str:
     return ""
 
 
-def resolve_quantization_backend(module: nn.Module, **_: Any) -> QuantizationBackend | None:
+def resolve_quantization_backend(module: nn.Module, **_: Ignored) -> QuantizationBackend | None:
     """Return the backend of a module's weight, or None if it is not quantized."""
     kinds = {"Linear4bit": Bnb4bitBackend, "Linear8bitLt": Bnb8bitBackend, "HQQLinear": HqqBackend}
     kind = kinds.get(type(module).__name__)
@@ -515,7 +533,7 @@ def _release(package: str) -> tuple[int, ...]:
     return tuple(int("".join(filter(str.isdigit, word)) or 0) for word in words)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> bool:
     """Compute PEFT's constants such as `is_transformers_ge_v5_1_0`; importing this module reads no versions."""
     release = re.fullmatch(r"is_transformers_ge_v(\d+(?:_\d+)*)", name)
     if release is None:

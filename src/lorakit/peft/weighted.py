@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -16,12 +16,15 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.core.files.tensor_names import PREFIX
 from lorakit.core.linalg import RankLimit
-from lorakit.core.model.index import find_state, layers
+from lorakit.core.model.index import layers
 from lorakit.core.operations.compressing import plain_weights
 from lorakit.core.operations.tensor_sources import AdapterWeights, weights_of_model
 from lorakit.core.operations.writing import reader_of, write
-from lorakit.errors import AdapterError, ConfigError, warn_caller
-from lorakit.peft.model_adapters import user_model
+from lorakit.errors import ConfigError, warn_caller
+from lorakit.peft.model_adapters import check_exist, configs_of, user_model
+
+if TYPE_CHECKING:
+    from lorakit.peft.model import PeftModel
 
 
 def add_weighted_adapter(
@@ -43,7 +46,7 @@ def add_weighted_adapter(
     use are ignored. An existing name is warned about, where PEFT returns silently.
 
     Args:
-        model: The adapted model.
+        model: The `LoraModel` around the adapted model, or the model itself.
         adapters: Their names.
         weights: One number each; negative ones subtract.
         adapter_name: The new adapter's name.
@@ -59,24 +62,22 @@ def add_weighted_adapter(
         AdapterError: An adapter does not exist, or they cannot be combined.
         ConfigError: The combination type does not exist or lacks an option, or the ranks do not fit it.
     """
-    state = find_state(model)
-    configs: Mapping[str, LoraConfig] = {} if state is None else state.configs
+    model = user_model(model)
+    configs = configs_of(model)
     if adapter_name in configs:
-        warn_caller(f"There is an adapter {adapter_name!r} already, so nothing was combined. Give another name.")
+        warn_caller(f"adapter {adapter_name!r} exists already, so nothing was combined. Give another name.")
         return
-    for name in adapters:
-        if name not in configs:
-            text = f"Adapter {name} does not exist. Adapters here: {', '.join(configs)}."
-            raise AdapterError(text, what=name, allowed=configs)
+    check_exist(configs, adapters, "does not exist")
     if combination_type not in core.COMBINATION_TYPES:
-        raise ConfigError(
-            f"Invalid combination_type: {combination_type}. There are {', '.join(core.COMBINATION_TYPES)}."
-        )
+        text = f"Invalid combination_type: {combination_type}. Choose from {', '.join(core.COMBINATION_TYPES)}."
+        raise ConfigError(text, what=combination_type, field="combination_type", allowed=core.COMBINATION_TYPES)
     if len(adapters) == 1 and not (svd_rank and combination_type.endswith("svd")):
         combination_type = "cat"  # exact, and of the adapter's own rank
     options: dict[str, Any] = {"majority_sign": majority_sign_method}
     if combination_type not in ("svd", "linear", "cat"):
-        options["density"] = _at_most_one(density)
+        if density is not None and density > 1:
+            warn_caller(f"The density {density} is greater than or equal to 1, no pruning will be performed.")
+        options["density"] = density if density is None else min(density, 1.0)
     if combination_type.endswith("svd"):
         options |= {"rank": svd_rank, "clamp": svd_clamp, "driver": svd_driver}
     core.combine(
@@ -84,15 +85,8 @@ def add_weighted_adapter(
     )
 
 
-def _at_most_one(density: float | None) -> float | None:
-    if density is not None and density > 1:
-        warn_caller(f"The density {density} is greater than or equal to 1, no pruning will be performed.")
-        return 1.0
-    return density
-
-
 def reduce_intruder_dimension(
-    peft_model: Any,
+    peft_model: PeftModel,
     old_adapter_name: str = "default",
     new_adapter_name: str = "intruder_reduced",
     top_k: int = 10,
@@ -118,12 +112,7 @@ def reduce_intruder_dimension(
     log = logging_sink or (lambda line: None)
     model = user_model(peft_model)
     reduced = core.reduce_intruders(
-        model,
-        old_adapter_name,
-        new_adapter_name,
-        top=top_k,
-        threshold=threshold_epsilon,
-        keep=mitigation_lambda,
+        model, old_adapter_name, new_adapter_name, top=top_k, threshold=threshold_epsilon, keep=mitigation_lambda
     )
     for _, layer in layers(model):
         if new_adapter_name in layer.r:
@@ -196,21 +185,18 @@ def save_as_lora(
 
 def _converted(model: nn.Module, rank: int | float, adapter_name: str) -> AdapterWeights:
     if isinstance(rank, float) and not 0 < rank <= 1:
-        raise ConfigError(
-            f"If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but got {rank}."
-        )
+        text = f"If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but got {rank}."
+        raise ConfigError(text, what=rank, field="rank")
     if rank == 0:
-        raise ConfigError("Passing a rank of 0 doesn't make sense, please pass a valid value.")
+        raise ConfigError("Passing a rank of 0 doesn't make sense, please pass a valid value.", field="rank")
     inner = user_model(model)
-    state = find_state(inner)
-    if state is None:
+    if not configs_of(inner):
         raise TypeError("Could not detect any layer that supports LoRA conversion.")
     loose = weights_of_model(inner, adapter_name)
     smallest = min(min(f.A[0].numel(), f.B.shape[0]) for f in loose.factors.values())
     if isinstance(rank, int) and rank > smallest:
-        raise ConfigError(
-            f"The chosen rank {rank} is larger than the weight shape ({smallest}), please choose a lower rank."
-        )
+        text = f"The chosen rank {rank} is larger than the weight shape ({smallest}), please choose a lower rank."
+        raise ConfigError(text, what=rank, field="rank")
     if all(factor.variant.is_low_rank for factor in loose.factors.values()):
         warn_caller("Converting a PEFT adapter to LoRA that is already a LoRA adapter; its rank may change.")
     cut = RankLimit(energy=rank) if isinstance(rank, float) else RankLimit(rank=rank)

@@ -20,7 +20,7 @@ from lorakit import core, hub
 from lorakit.config import LoraConfig
 from lorakit.core.attachment.saving import saved_form
 from lorakit.core.inits import init_named
-from lorakit.core.model.vocabulary import initialize_rows, grow_vocabulary, with_trained_rows
+from lorakit.core.model.vocabulary import grow_vocabulary, initialize_rows, with_trained_rows
 from lorakit.core.operations.rank_allocation import allocate
 from lorakit.data import Batch, Loader
 from lorakit.errors import DiskError, UsageError

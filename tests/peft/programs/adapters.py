@@ -29,7 +29,7 @@ def base():
 
 
 def randomise(model, *names):
-    """Give every factor numbers of its own."""
+    """Give every factor different values."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -90,7 +90,7 @@ assert not model._hf_peft_config_loaded
 assert torch.equal(logits(model), plain)
 print("ok: transformers: adapters are deleted")
 
-# transformers puts the experts' tensors of older files together; an adapter beside them, and one on them, are no matter
+# transformers joins the experts' tensors of older files; adapters on them and on other modules still load
 from transformers import MixtralConfig, MixtralForCausalLM
 
 sizes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -117,9 +117,9 @@ except NotImplementedError as error:
     assert "w1, w3" in str(error)
 else:
     raise AssertionError("an adapter of an older layout was taken for one of this")
-print("ok: transformers: adapters beside and on fused experts")
+print("ok: transformers: adapters with and on fused experts")
 
-# a folder with an adapter in it, where a model is asked for
+# an adapter's directory instead of a model's
 wrapped = get_peft_model(base(), LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
 randomise(wrapped)
 wrapped.save_pretrained(files / "wrapped")

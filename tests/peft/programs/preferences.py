@@ -1,4 +1,4 @@
-"""TRL's trainers beside SFTTrainer, unmodified: trained, saved as an adapter, resumed to the same bits.
+"""TRL's other trainers than SFTTrainer, unmodified: train, save an adapter, resume bit for bit.
 
     python preferences.py FOLDER_OF_A_MODEL  FOLDER_FOR_RUNS
 

@@ -88,7 +88,7 @@ def same(one, other):
 
 
 def holds(trainer, folder):
-    """Whether the model holds what the files of a checkpoint hold."""
+    """Return whether the model has the tensors of a checkpoint's files."""
     own = numbers(trainer)
     for key, value in load_file(Path(folder) / "adapter_model.safetensors").items():
         head, _, leaf = key.rpartition(".")

@@ -1,6 +1,6 @@
-"""Train adapters on a base in 4 bits (bitsandbytes nf4 with double quantisation), in the way named by the first argument.
+"""Train adapters on a 4-bit base (bitsandbytes nf4, double quantization) with the API that the first argument names.
 
-    python quantised.py install_as_peft | mixin  FOLDER_OF_A_TOKENIZER  FOLDER_FOR_FILES
+    python quantized.py install_as_peft | mixin  FOLDER_OF_A_TOKENIZER  FOLDER_FOR_FILES
 
 After the first lines it is written as for peft, and is the same for both ways.
 """
