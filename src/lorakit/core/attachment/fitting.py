@@ -25,8 +25,7 @@ from lorakit.core.model.ties import tied_groups, with_ties
 from lorakit.core.model.vocabulary import chosen_rows
 from lorakit.core.variants import OwnTensor, variant_at
 from lorakit.errors import PatternError, TargetError, nearest
-from lorakit.targets import resolve, saved_modules
-from lorakit.targets.words import literal_value
+from lorakit.targets import literal_value, resolve, saved_modules
 
 MISSING, UNEXPECTED, SHAPE, UNTIED = "missing", "unexpected", "shape", "untied"
 """The kinds of problems."""

@@ -20,8 +20,7 @@ from lorakit.core.model.fingerprint import Fingerprint
 from lorakit.core.model.index import INSIDE
 from lorakit.durable import SEAL, JsonObject, is_sealed, json_bytes, read_json, sealed, sha256_bytes, sha256_file
 from lorakit.errors import AdapterFileError, PatternError
-from lorakit.targets import names_path
-from lorakit.targets.words import literal_value
+from lorakit.targets import literal_value, names_path
 
 SIDECAR_FILE = "lorakit.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -179,9 +179,9 @@ def joined_config(configs: Sequence[LoraConfig]) -> LoraConfig:
     """
     copied: list[str] = []
     for config in configs:
-        copied += [*(config.modules_to_save or []), *(HEADS_BY_TASK.get(config.task_type, ()))]  # type: ignore[call-overload]
+        copied += [*(config.modules_to_save or []), *(HEADS_BY_TASK.get(config.task_type, ()))]
     task = next((config.task_type for config in configs if config.task_type), None)
-    heads = HEADS_BY_TASK.get(task, ())  # type: ignore[call-overload]
+    heads = HEADS_BY_TASK.get(task, ())
     parameters = {entry for config in configs for entry in config.target_parameters or ()}
     return dataclasses.replace(
         configs[0],
