@@ -82,7 +82,7 @@ BY_LORAKIT: tuple[Refusal, ...] = (
     Refusal(
         "before its invocation aLoRA is the base, which the init moved; peft answers with the moved base there",
         lambda cell: cell.rules.changes_base and not variant_named(cell.variant).is_mergeable,
-        "moves the base weight, and aLoRA needs the base as it is before its start",
+        "changes the base weight, and aLoRA needs it unchanged before its start",
     ),
     Refusal(
         "BD-LoRA's blocks have other shapes than A and B that are made of the base or the data",
@@ -92,17 +92,17 @@ BY_LORAKIT: tuple[Refusal, ...] = (
     Refusal(
         "KaSA moves the base itself",
         lambda cell: cell.rules.changes_base and variant_named(cell.variant).move is not None,
-        "moves the base weight, and KaSA moves it too",
+        "changes the base weight, and KaSA changes it too",
     ),
     Refusal(
         "what a variant leaves of a weight in few bits would be rounded a second time",
         lambda cell: variant_named(cell.variant).move is not None and cell.base in QUANTISED,
-        "KaSA moves the base weight, and this one is quantised",
+        "KaSA changes the base weight, and this one is quantized",
     ),
     Refusal(
         "what is left of a weight in few bits would be rounded a second time",
         lambda cell: cell.rules.changes_base and not cell.rules.requantizes and cell.base in QUANTISED,
-        "and this one is quantised|does not support quantized models",
+        "and this one is quantized|does not support quantized models",
     ),
     Refusal(
         "nothing can be written to a weight that is computed; peft's writing changes the parametrization's own numbers",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lorakit.config import CONFIG_FILE, HEADS_BY_TASK, LoraConfig, TaskType
-from lorakit.core.attachment.residual_base import as_plain, beginning, plain_config
+from lorakit.config import CONFIG_FILE, HEADS_BY_TASK, LoraConfig
+from lorakit.core.attachment.residual_base import INIT_FIELDS, as_plain, plain_config
 from lorakit.core.files.adapter_folder import (
     BEGAN,
     FORMAT_VERSION,
@@ -91,23 +91,22 @@ def saved_form(
     sites = {path: {"r": layer.r[name], "lora_alpha": float(layer.lora_alpha[name])} for path, layer in here}
     inits = [(path, layer) for path, layer in here if variant_named(layer.variant[name]).move is None]
     moved = [(path, layer) for path, layer in inits if name in layer.moved_by]
+    found = SavedForm(name, tensors, config, sites, {})
     if not moved or form == "raw":
-        return SavedForm(name, tensors, config, sites, {})
-    began = {**beginning(config), "sites": sites}
-    if any(layer.initial is None for _, layer in moved):  # LoftQ: the base lost more than a product of low rank
-        return SavedForm(name, tensors, config, sites, {BEGAN: began})
-    if form == "trained":
-        first = {
-            key: t for path, layer in moved for key, t in zip(_keys(path, layer), layer.initial or (), strict=True)
-        }
-        initial = encode(first, {"format": "pt"})
-        began |= {"file": INITIAL_FILE, "sha256": sha256_bytes(initial)}
-        return SavedForm(name, tensors, config, sites, {BEGAN: began}, initial)
+        return found
+    values = config.as_json()
+    began = {**{field: values[field] for field in INIT_FIELDS}, "sites": sites}
+    found = dataclasses.replace(found, about={BEGAN: began})
+    first: dict[str, Tensor] = {}
     for path, layer in moved:
-        _check_plain(path, layer, name, config)
-        down, up = _keys(path, layer)
-        tensors[down], tensors[up] = as_plain(layer.slot, tensors[down], tensors[up], layer.initial)  # type: ignore[arg-type]
-    return _doubled(SavedForm(name, tensors, config, sites, {BEGAN: began}))
+        if layer.initial is None:  # LoftQ: the base lost more than a product of low rank
+            return found
+        first |= zip(_keys(path, layer), layer.initial, strict=True)
+    if form == "as_lora":
+        return _as_lora(found, moved, first)
+    initial = encode(first, {"format": "pt"})
+    began |= {"file": INITIAL_FILE, "sha256": sha256_bytes(initial)}
+    return dataclasses.replace(found, initial=initial)
 
 
 def converted_form(
@@ -128,43 +127,54 @@ def converted_form(
         AdapterError: The tensors belong to another adapter, or the residual base is quantized.
     """
     index = AdapterIndex.of(model)
-    found = saved_form(index, name, "raw", tensors)
     on_disk = paths_on_disk(index, name)
-    for path, layer in index.layers(name):
-        _check_plain(path, layer, name, found.config)
-        down, up = _keys(on_disk[path], layer)
-        first = [initial.get(key) for key in (down, up)]
-        if any(a is None or a.shape != found.tensors[key].shape for a, key in zip(first, (down, up), strict=True)):
-            raise AdapterError(f"{down} is missing in what was saved before training, or has another shape.")
-        pair = found.tensors[down], found.tensors[up]
-        found.tensors[down], found.tensors[up] = as_plain(layer.slot, *pair, (first[0], first[1]))  # type: ignore[arg-type]
-    return _doubled(found)
+    layers = [(on_disk[path], layer) for path, layer in index.layers(name)]
+    return _as_lora(saved_form(index, name, "raw", tensors), layers, initial)
+
+
+def _as_lora(found: SavedForm, layers: Sequence[tuple[str, LoraLayer]], initial: Mapping[str, Tensor]) -> SavedForm:
+    """Return an adapter as plain LoRA of twice the rank: its tensors, config, ranks and alphas.
+
+    Args:
+        found: The adapter as trained.
+        layers: Path on disk and layer of the sites with a residual base.
+        initial: Name on disk -> tensor (…) before training.
+    """
+    tensors = dict(found.tensors)
+    for path, layer in layers:
+        _check_plain(path, layer, found.name, found.config)
+        down, up = _keys(path, layer)
+        first = [initial[key] for key in (down, up) if key in initial and initial[key].shape == tensors[key].shape]
+        if len(first) != 2:
+            raise AdapterError(
+                f"{down} is missing in the adapter that was saved before training, or has another shape.",
+                what=found.name,
+                where=down,
+            )
+        tensors[down], tensors[up] = as_plain(layer.slot, tensors[down], tensors[up], (first[0], first[1]))
+    wide = plain_config(found.config)
+    more = wide.lora_alpha / found.config.lora_alpha if found.config.lora_alpha else 1.0
+    sites = {path: {"r": 2 * site["r"], "lora_alpha": more * site["lora_alpha"]} for path, site in found.sites.items()}
+    return dataclasses.replace(found, tensors=tensors, config=wide, sites=sites)
 
 
 def _check_plain(path: str, layer: LoraLayer, name: str, config: LoraConfig) -> None:
     variant = variant_named(layer.variant[name])
     if variant.move is not None:
         raise AdapterError(
-            f"{path}: adapter {name!r} is {variant.title}, which is not plain LoRA on the original base. Save it as it "
-            "is, or merge it.",
+            f"{path}: adapter {name!r} is {variant.title}, which is not plain LoRA on the original base. Save it "
+            "unconverted, or merge it.",
             what=name,
             where=path,
             field=variant.field,
         )
     if name in layer.moved_by and layer.base.quantized:
         raise AdapterError(
-            f"{path}: {config.init_lora_weights} moved a quantised base, which was rounded a second time, so adapter "
-            f"{name!r} is no plain LoRA on the original. Use `save_as_trained`, or merge it.",
+            f"{path}: {config.init_lora_weights} changed a quantized base, which was rounded a second time, so adapter "
+            f"{name!r} is not plain LoRA on the original. Use `save_as_trained`, or merge it.",
+            what=name,
             where=path,
         )
-
-
-def _doubled(found: SavedForm) -> SavedForm:
-    """Return an adapter's form with the config, ranks and alphas of plain LoRA of twice the rank."""
-    config, wide = found.config, plain_config(found.config)
-    more = wide.lora_alpha / config.lora_alpha if config.lora_alpha else 1.0
-    sites = {path: {"r": 2 * site["r"], "lora_alpha": more * site["lora_alpha"]} for path, site in found.sites.items()}
-    return dataclasses.replace(found, config=wide, sites=sites)
 
 
 def _keys(path: str, layer: LoraLayer) -> tuple[str, str]:
@@ -334,7 +344,7 @@ def _config_on_disk(index: AdapterIndex, config: LoraConfig, base: str | None) -
     transposed = any(
         layer.base.transposed and layer.kind.drops for _, layer in index.layers() if layer.r
     )  # an embedding is stored transposed too, but readers mean dense layers
-    heads = HEADS_BY_TASK.get(config.task_type, ()) if isinstance(config.task_type, TaskType) else ()
+    heads = HEADS_BY_TASK.get(config.task_type, ())
     config = dataclasses.replace(
         config,
         target_modules=portable_targets(index, config),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorakit.core.kinds import Kind
 from lorakit.core.model.index import INSIDE, AdapterIndex
 from lorakit.core.model.target_weights import paths_on_disk
-from lorakit.core.variants import own_tensors
+from lorakit.core.variants import Variant, own_tensors
 
 PREFIX = "base_model.model."
 ROWS = ".token_adapter.trainable_tokens_delta"
@@ -68,6 +68,13 @@ def by_site(named: Mapping[str, T]) -> dict[str, dict[str, T]]:
 def endings_of(kind: Kind) -> tuple[str, str]:
     """Return the endings of the names of A and B at the sites of a kind."""
     return f".{kind.names[0]}{kind.on_disk}", f".{kind.names[1]}{kind.on_disk}"
+
+
+def part_names(kind: Kind, variant: Variant) -> dict[str, str]:
+    """Return `Key.part` -> the name below a site's path of each tensor that a factor can have."""
+    A, B = kind.names
+    own = {tensor.held_as: tensor.keys[0].removeprefix(".") for tensor in variant.tensors}
+    return {"A": A + kind.on_disk, "B": B + kind.on_disk, "bias": f"{B}.bias", **own}
 
 
 def adapter_tensors(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, Tensor]:
