@@ -1,4 +1,4 @@
-"""Read run directories (`metrics.jsonl` and `run.json`) and plot them as SVG.
+"""Read the metrics of a run directory (`metrics.jsonl`) and plot them as SVG.
 
 The files are the interface; nothing of training is needed. A last line truncated by a crash is dropped; any other bad
 line is an error with its number. This is the only module that imports matplotlib; it uses figure objects, never pyplot,
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit import durable
-from lorakit.errors import AdapterFileError, MissingExtra, RunError
+from lorakit.errors import MissingExtra, RunError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,31 +72,9 @@ def read_metrics(folder: str | Path) -> Metrics:
         except ValueError:
             whole = False
         if not whole:
-            raise RunError(f"{path}, line {number}: not a row of metrics.")
+            raise RunError(f"{path}, line {number}: not a row of metrics.", where=path)
         rows.append(row)
     return Metrics(tuple(rows))
-
-
-def read_run(folder: str | Path) -> dict[str, Any]:
-    """Read `run.json` of a run.
-
-    Args:
-        folder: The run directory.
-
-    Returns:
-        Its content.
-
-    Raises:
-        RunError: The directory contains no run, or its record is damaged.
-    """
-    path = Path(folder) / RUN_FILE
-    try:
-        record = durable.read_json(path, 4 << 20)
-    except AdapterFileError as cause:
-        raise RunError(f"{folder}: not a readable run directory. {cause}", where=folder) from None
-    if not isinstance(record, dict):
-        raise RunError(f"{path}: not the record of a run.", where=path)
-    return record
 
 
 _TRAIN, _EVAL, _INK, _GRID = "#8aa4c8", "#c2410c", "#333333", "#e5e5e5"
