@@ -32,16 +32,7 @@ from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import Extras
 from lorakit.core.merging.merging import unmerge
-from lorakit.core.model.checks import (
-    check_allowances,
-    check_bias_alone,
-    check_called,
-    check_company,
-    check_known,
-    check_new_name,
-    check_scales,
-    trainable_block,
-)
+from lorakit.core.model import checks
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.replication import stacked_for
 from lorakit.core.model.target_weights import bare_parameters
@@ -107,15 +98,15 @@ def attach(
         AdapterError: The name is taken or cannot be used.
         NotYetSupported: The config uses a feature that is not implemented.
     """
-    check_allowances(allow)
+    checks.check_allowances(allow)
     index = AdapterIndex.of(model, kinds)
-    check_new_name(index.state, name)
+    checks.check_new_name(index.state, name)
     config = with_targets(config, model)
-    check_bias_alone(index.state, config)
-    check_company(index.state, config)
+    checks.check_bias_alone(index.state, config)
+    checks.check_company(index.state, config)
     if statistics is not None:
         statistics.check(config, index)
-    with trainable_block(index), stacked_for(index, config) as index:
+    with checks.trainable_block(index), stacked_for(index, config) as index:
         ties = _resolved(index, config, allow)
         factors = fresh_factors(index, config, ties.found.matches, seed, statistics)
         rows = new_rows(index, chosen_rows(index, config, {f.place.outer for f in factors}, ties.found.saved))
@@ -132,8 +123,8 @@ def _resolved(index: AdapterIndex, config: LoraConfig, allow: Collection[str]) -
     found = resolve(index.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
     ties = with_ties(index, config, found)
     matches = ties.found.matches
-    check_called(index.model, [match.path for match in matches])
-    check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in matches], allow)
+    checks.check_called(index.model, [match.path for match in matches])
+    checks.check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in matches], allow)
     return ties
 
 
@@ -191,10 +182,10 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         MergeError: It is merged, and the original weights were not kept.
     """
     index = AdapterIndex.of(model)
-    with trainable_block(index):
+    with checks.trainable_block(index):
         state = index.known_state()
         names = list(state.configs) if name is None else [name]
-        check_known(state, names)
+        checks.check_known(state, names)
         there = index.merged_adapters()
         merged = [n for n in names if n in there]
         if merged:

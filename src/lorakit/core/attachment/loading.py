@@ -32,15 +32,7 @@ from lorakit.core.files.adapter_folder import KINDS_KEY, AdapterFiles, alpha_at,
 from lorakit.core.files.inspecting import Site, implausible, judge, largest_values, nonfinite, not_finite
 from lorakit.core.inits import trains_of
 from lorakit.core.kinds import Kind
-from lorakit.core.model.checks import (
-    check_allowances,
-    check_bias_alone,
-    check_called,
-    check_company,
-    check_new_name,
-    check_scales,
-    trainable_block,
-)
+from lorakit.core.model import checks
 from lorakit.core.model.fingerprint import DIFFERENT, check_not_merged_in, compare
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.replication import stacked_for
@@ -110,10 +102,10 @@ def load_adapter(
         ConfigError: A scale is odd, or a name in `allow` is unknown.
         NotYetSupported: The adapter needs a feature that is not implemented.
     """
-    check_allowances(allow)
+    checks.check_allowances(allow)
     index = AdapterIndex.of(model, kinds)
-    check_new_name(index.state, name)
-    with trainable_block(index):
+    checks.check_new_name(index.state, name)
+    with checks.trainable_block(index):
         files = read_adapter(folder)
         check_not_merged_in(model, files.folder, files.file.sha256, allow)
         with room_for(index, files.config, files.sidecar.base) as grown:
@@ -179,20 +171,20 @@ def place_adapter(
         ConfigError: A scale is odd, or biases would be trained twice.
     """
     index = AdapterIndex.of(model, kinds)
-    check_new_name(index.state, name)
+    checks.check_new_name(index.state, name)
     config, tensors = files.config, files.file.tensors
-    check_bias_alone(index.state, config)
-    check_company(index.state, config)
-    with trainable_block(index), stacked_for(index, config) as index:
+    checks.check_bias_alone(index.state, config)
+    checks.check_company(index.state, config)
+    with checks.trainable_block(index), stacked_for(index, config) as index:
         _check_kinds(files, index)
         fitted = _fitted(files, index)
-        check_called(index.model, fitted.outer_paths())
+        checks.check_called(index.model, fitted.outer_paths())
         largest = largest_values(tensors)
         said = [*files.warnings, *_judge(files, fitted, largest, allow)]
         record = init_record_of(files, trainable, allow)
         factors = _restored_factors(files, fitted, index, record, trainable)
         scales = [Site(new.place.path, new.match.alpha, new.factor.scale) for new in factors]
-        check_scales([(new.place.path, new.factor.scale) for new in factors], allow)
+        checks.check_scales([(new.place.path, new.factor.scale) for new in factors], allow)
         given = {chosen.path: tensors[key] for chosen, key in fitted.rows}
         rows = new_rows(index, [chosen for chosen, _ in fitted.rows], given, trainable)
         extras = new_extras(index, config, factors, fitted.saved, fitted.leaders, rows)

@@ -32,7 +32,7 @@ from lorakit.core.files.adapter_folder import (
 from lorakit.core.files.tensor_file import encode
 from lorakit.core.files.tensor_names import PREFIX, adapter_tensors, endings_of
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.model.checks import check_allowances, check_known
+from lorakit.core.model import checks
 from lorakit.core.model.fingerprint import fingerprint
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.target_weights import paths_on_disk
@@ -83,7 +83,7 @@ def saved_form(
         AdapterError: Its residual base is quantized, so plain LoRA cannot represent it exactly.
     """
     index = AdapterIndex.of(model)
-    check_known(index.known_state(), [name])
+    checks.check_known(index.known_state(), [name])
     config = index.known_state().configs[name]
     tensors = adapter_tensors(index, name) if tensors is None else dict(sorted(tensors.items()))
     on_disk = paths_on_disk(index, name)
@@ -297,7 +297,7 @@ def save_form(
         DiskError: The disk is full or fails.
         ConfigError: A name in `allow` is unknown.
     """
-    check_allowances(allow)
+    checks.check_allowances(allow)
     if "nonfinite" not in allow:
         _check_finite(found.name, found.tensors)
     index = AdapterIndex.of(model)

@@ -7,18 +7,26 @@ be verified. While files are replaced one by one, it also describes the old ones
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lorakit.config import CONFIG_FILE, LoraConfig, read_config
 from lorakit.core.files.tensor_file import TensorFile, file_error, read_tensors
 from lorakit.core.model.fingerprint import Fingerprint
 from lorakit.core.model.index import INSIDE
-from lorakit.durable import SEAL, JsonObject, is_sealed, json_bytes, read_json, sealed, sha256_bytes, sha256_file
+from lorakit.durable import (
+    SEAL,
+    JsonObject,
+    JsonValue,
+    is_sealed,
+    json_bytes,
+    read_json,
+    sealed,
+    sha256_bytes,
+    sha256_file,
+)
 from lorakit.errors import AdapterFileError, PatternError
 from lorakit.targets import literal_value, names_path
 
@@ -113,7 +121,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
     """
     folder = Path(folder)
     if folder.is_file():
-        raise AdapterFileError(f"{folder} is a file; an adapter is a directory with {CONFIG_FILE}.")
+        raise file_error(folder, f"this is a file; an adapter is a directory with {CONFIG_FILE}.")
     for _ in range(ATTEMPTS):
         before = _identities(folder)
         try:
@@ -138,7 +146,10 @@ def _read_once(folder: Path) -> AdapterFiles:
             f"{WEIGHTS_FILE} with the program that wrote it.",
         )
     file = read_tensors(weights)
-    sidecar = _read_sidecar(folder)
+    values, interrupted = _valid_values(folder)
+    sidecar = Sidecar(interrupted=interrupted)
+    if values is not None:
+        sidecar = _parsed(folder / SIDECAR_FILE, values, interrupted)
     said = []
     if unknown:
         said.append(f"{folder}: fields of {CONFIG_FILE} that are not known here were left out: {', '.join(unknown)}.")
@@ -223,7 +234,9 @@ def rank_and_alpha(files: AdapterFiles, path: str, rows: int) -> tuple[int, floa
     return fitting[0], alphas.pop()
 
 
-def sidecar_bytes(about: Mapping[str, Any], config: bytes, weights: bytes, replaces: Any = None) -> bytes:
+def sidecar_bytes(
+    about: Mapping[str, JsonValue], config: bytes, weights: bytes, replaces: JsonObject | None = None
+) -> bytes:
     """Return the content of `lorakit.json`.
 
     Args:
@@ -254,19 +267,6 @@ def replaced_files(folder: Path) -> JsonObject:
     except (AdapterFileError, OSError):
         return {"files": {}, "sidecar": None}
     return {"files": {**before, **_first_factors(values or {})}, "sidecar": values}
-
-
-def _read_sidecar(folder: Path) -> Sidecar:
-    """Read `lorakit.json` of an adapter's directory, if there is one.
-
-    Raises:
-        AdapterFileError: It is damaged, or of a format newer than this version reads, or a save was interrupted that
-            left files of two adapters.
-    """
-    values, interrupted = _valid_values(folder)
-    if values is None:
-        return Sidecar(interrupted=interrupted)
-    return dataclasses.replace(_parsed(folder / SIDECAR_FILE, values), interrupted=interrupted)
 
 
 def _identities(folder: Path) -> tuple[tuple[int, int, int] | None, ...]:
@@ -320,17 +320,22 @@ def _mixed(
     )
 
 
-def _first_factors(values: Mapping[str, Any]) -> dict[str, str]:
+def _first_factors(values: JsonObject) -> dict[str, str]:
     """Return the name of the file with an adapter's initial factors and its SHA-256, if it needs one."""
     began = _table(values.get(BEGAN))
     return {str(began["file"]): str(began.get("sha256"))} if began.get("file") else {}
 
 
-def _checked(path: Path, values: Any) -> JsonObject:
-    """Check that a value is a table of a known format, with a valid seal if its format has one."""
-    version = values.get("format_version") if isinstance(values, dict) else None
+def _checked(path: Path, value: JsonValue) -> JsonObject:
+    """Return a value that is a table of a known format, with a valid seal if its format has one.
+
+    Raises:
+        AdapterFileError: It is not, or its format is newer than this version reads.
+    """
+    values = _table(value)
+    version = values.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise file_error(path, "not a table with a format_version. Remove the file to load unverified.")
+        raise _not_valid(path, "not a table with a format_version")
     if version > FORMAT_VERSION:
         raise file_error(
             path,
@@ -347,25 +352,25 @@ def _checked(path: Path, values: Any) -> JsonObject:
     return values
 
 
-def _parsed(path: Path, values: JsonObject) -> Sidecar:
-    weights, config, sites = (_table(values.get(key)) for key in ("weights", "config", "sites"))
+def _not_valid(path: Path, problem: str) -> AdapterFileError:
+    return file_error(path, f"{problem}. Remove the file to load unverified.")
+
+
+def _parsed(path: Path, values: JsonObject, interrupted: bool) -> Sidecar:
+    weights, config, sites, began = (_table(values.get(key)) for key in ("weights", "config", "sites", BEGAN))
     shas = tuple(str(weights[key]) for key in ("sha256", "previous_sha256") if weights.get(key))
     known = {"format_version", SEAL, "weights", "config", "base", "sites", BEGAN}
     facts = {key: value for key, value in values.items() if key not in known}
     base = Fingerprint.from_dict(values["base"]) if values.get("base") else None
     if values.get("base") and base is None:
-        raise file_error(path, "base is not a fingerprint. Remove the file to load unverified.")
+        raise _not_valid(path, "base is not a fingerprint")
     for site, entry in sites.items():
         if not _is_site(entry):
-            raise file_error(
-                path,
-                f"sites[{site!r}] is {str(entry)[:60]}; numbers r and lora_alpha were expected. Remove the "
-                "file to load unverified.",
-            )
-    began = _table(values.get(BEGAN))
+            raise _not_valid(path, f"sites[{site!r}] is {str(entry)[:60]}; numbers r and lora_alpha were expected")
     if began and not all(map(_is_site, _table(began.get("sites")).values())):
-        raise file_error(path, f"{BEGAN} does not hold numbers r and lora_alpha. Remove the file to load unverified.")
-    return Sidecar(True, shas, str(config.get("sha256", "")), base, sites, facts, began, values["format_version"])
+        raise _not_valid(path, f"{BEGAN} does not hold numbers r and lora_alpha")
+    version = values["format_version"]
+    return Sidecar(True, shas, str(config.get("sha256", "")), base, sites, facts, began, version, interrupted)
 
 
 def _doubt(sidecar: Sidecar, file: TensorFile, path: Path) -> str | None:
@@ -394,10 +399,10 @@ def _doubt(sidecar: Sidecar, file: TensorFile, path: Path) -> str | None:
     return f"there is no {SIDECAR_FILE}, so the weights cannot be verified"
 
 
-def _is_site(entry: Any) -> bool:
-    numbers = [entry.get("r"), entry.get("lora_alpha")] if isinstance(entry, dict) else [None]
+def _is_site(entry: JsonValue) -> bool:
+    numbers = [_table(entry).get(key) for key in ("r", "lora_alpha")]
     return all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers)
 
 
-def _table(value: Any) -> JsonObject:
+def _table(value: JsonValue) -> JsonObject:
     return value if isinstance(value, dict) else {}
