@@ -32,8 +32,7 @@ from lorakit.core import (
     unmerge,
     use,
 )
-from lorakit.core.attachment.saving import INITIAL_FILE
-from lorakit.core.files.adapter_folder import read_adapter
+from lorakit.core.files.adapter_folder import INITIAL_FILE, read_adapter
 from lorakit.errors import AdapterFileError, ConfigError
 
 from ...laws.snapshots import BaseBits, same_bits, snapshot

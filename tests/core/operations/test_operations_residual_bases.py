@@ -27,7 +27,7 @@ from lorakit.core import (
     save_as_trained,
     use,
 )
-from lorakit.core.attachment.saving import INITIAL_FILE
+from lorakit.core.files.adapter_folder import INITIAL_FILE
 from lorakit.core.operations.tensor_sources import weights_of_folder
 from lorakit.errors import AdapterError, AdapterFileError
 from lorakit.plan.quantized import STORAGES

@@ -74,11 +74,9 @@ def as_plain(slot: WeightSpec, A: Tensor, B: Tensor, initial: tuple[Tensor, Tens
     """
     A0, B0 = (factor.to(like) for factor, like in zip(initial, (A, B), strict=True))
     E = max(slot.experts, 1)
-    wide_A = torch.cat([A.reshape(E, -1, *A.shape[1:]), A0.reshape(E, -1, *A.shape[1:])], dim=1)
-    if not slot.experts:
-        return wide_A.flatten(0, 1), torch.cat([B, -B0], dim=1)
-    wide_B = torch.cat([B.reshape(len(B), -1, E), -B0.reshape(len(B), -1, E)], dim=1)
-    return wide_A.flatten(0, 1), wide_B.flatten(1)
+    wide_A = torch.cat([A.unflatten(0, (E, -1)), A0.unflatten(0, (E, -1))], dim=1)
+    wide_B = torch.cat([B.unflatten(1, (-1, E)), -B0.unflatten(1, (-1, E))], dim=1)
+    return wide_A.flatten(0, 1), wide_B.flatten(1, 2)
 
 
 def apart(slot: WeightSpec, A: Tensor, B: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -93,12 +91,9 @@ def apart(slot: WeightSpec, A: Tensor, B: Tensor) -> tuple[tuple[Tensor, Tensor]
         A (r, in) and B (out, r); A₀ and B₀.
     """
     E = max(slot.experts, 1)
-    A, A0 = (part.flatten(0, 1) for part in A.reshape(E, -1, *A.shape[1:]).chunk(2, dim=1))
-    if slot.experts:
-        B, B0 = (part.flatten(1) for part in B.reshape(len(B), -1, E).chunk(2, dim=1))
-    else:
-        B, B0 = B.chunk(2, dim=1)
-    return (A.contiguous(), B.contiguous()), (A0.contiguous(), -B0.contiguous())
+    A, A0 = (part.flatten(0, 1).contiguous() for part in A.unflatten(0, (E, -1)).chunk(2, dim=1))
+    B, B0 = (part.flatten(1, 2).contiguous() for part in B.unflatten(1, (-1, E)).chunk(2, dim=1))
+    return (A, B), (A0, -B0)
 
 
 def plain_config(config: LoraConfig) -> LoraConfig:
@@ -495,9 +490,8 @@ def _init_of(config: LoraConfig) -> Init | None:
 
 
 def _initial_config(folder: Path, config: LoraConfig, began: JsonObject) -> LoraConfig:
-    known = {name: value for name, value in vars(config).items() if name in LoraConfig.__dataclass_fields__}
     try:
-        return LoraConfig(**{**known, **{name: began[name] for name in INIT_FIELDS}})
+        return dataclasses.replace(config, **{name: began[name] for name in INIT_FIELDS})
     except (KeyError, ValueError, TypeError) as cause:
         raise file_error(folder, f"lorakit.json does not hold the adapter's initial config ({cause}).") from None
 

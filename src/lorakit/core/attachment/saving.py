@@ -12,22 +12,21 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.config import CONFIG_FILE, HEADS_BY_TASK, LoraConfig
+from lorakit.config import HEADS_BY_TASK, LoraConfig
 from lorakit.core.attachment.residual_base import INIT_FIELDS, as_plain, plain_config
 from lorakit.core.files.adapter_folder import (
     BEGAN,
     FORMAT_VERSION,
+    INITIAL_FILE,
     KINDS_KEY,
     METADATA_KEY,
-    SIDECAR_FILE,
-    WEIGHTS_FILE,
-    replaced_files,
-    sidecar_bytes,
+    SavedAdapter,
+    write_files,
 )
 from lorakit.core.files.tensor_file import encode
 from lorakit.core.files.tensor_names import PREFIX, adapter_tensors, endings_of
@@ -37,12 +36,9 @@ from lorakit.core.model.fingerprint import fingerprint
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.target_weights import paths_on_disk
 from lorakit.core.variants import variant_named
-from lorakit.durable import JsonObject, json_bytes, replace_files, replace_in_order, sha256_bytes
+from lorakit.durable import JsonObject, json_bytes, sha256_bytes
 from lorakit.errors import OVERRIDE, AdapterError
 from lorakit.targets import ALL_LINEAR, names_path, resolve
-
-INITIAL_FILE = "lorakit_initial.safetensors"
-"""File with the initial factors of an adapter that has a residual base and is written as trained."""
 
 Form = Literal["as_lora", "trained", "raw"]
 
@@ -182,23 +178,6 @@ def _keys(path: str, layer: LoraLayer) -> tuple[str, str]:
     return f"{PREFIX}{path}{down}", f"{PREFIX}{path}{up}"
 
 
-@dataclass(frozen=True)
-class SavedAdapter:
-    """Result of saving an adapter.
-
-    Attributes:
-        folder: Its directory.
-        files: The names written.
-        weights_bytes: Size of the weights.
-        weights_sha256: Their SHA-256, which identifies the adapter regardless of its name.
-    """
-
-    folder: Path
-    files: tuple[str, ...]
-    weights_bytes: int
-    weights_sha256: str
-
-
 def save_adapter(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -308,36 +287,6 @@ def save_form(
     base = fingerprint(index, with_files=True).as_dict()
     about = {**(facts or {}), **found.about, "base": base, "sites": found.sites}
     return write_files(Path(folder), config, weights, about, found.initial)
-
-
-def write_files(
-    folder: Path, config: bytes, weights: bytes, about: Mapping[str, Any], initial: bytes | None = None
-) -> SavedAdapter:
-    """Write the files of an adapter; a crash leaves the old adapter, the new one, or a directory that is rejected.
-
-    The directory is exchanged for a complete new one, so that it is never mixed. If the system cannot do that, the
-    files are replaced in an order in which `lorakit.json` says which ones belong together at any time.
-
-    Args:
-        folder: The directory; created if missing. Other files in it stay.
-        config: Content of `adapter_config.json`.
-        weights: Content of `adapter_model.safetensors`.
-        about: Further values of `lorakit.json`: base, sites, metadata.
-        initial: Content of `lorakit_initial.safetensors`; None removes it.
-
-    Returns:
-        The files written.
-
-    Raises:
-        DiskError: The disk is full or fails.
-    """
-    files = {CONFIG_FILE: config, WEIGHTS_FILE: weights, **({} if initial is None else {INITIAL_FILE: initial})}
-    last = {SIDECAR_FILE: sidecar_bytes(about, config, weights), **({INITIAL_FILE: None} if initial is None else {})}
-    if not replace_files(folder, {**files, **last}):
-        first = {SIDECAR_FILE: sidecar_bytes(about, config, weights, replaced_files(folder))}
-        replace_in_order(folder, [first, files, last])
-    names = (CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE, *(() if initial is None else (INITIAL_FILE,)))
-    return SavedAdapter(folder, names, len(weights), sha256_bytes(weights))
 
 
 def _config_on_disk(index: AdapterIndex, config: LoraConfig, base: str | None) -> bytes:

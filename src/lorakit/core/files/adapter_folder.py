@@ -12,21 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lorakit import durable
 from lorakit.config import CONFIG_FILE, LoraConfig, read_config
 from lorakit.core.files.tensor_file import TensorFile, file_error, read_tensors
 from lorakit.core.model.fingerprint import Fingerprint
 from lorakit.core.model.index import INSIDE
-from lorakit.durable import (
-    SEAL,
-    JsonObject,
-    JsonValue,
-    is_sealed,
-    json_bytes,
-    read_json,
-    sealed,
-    sha256_bytes,
-    sha256_file,
-)
+from lorakit.durable import SEAL, JsonObject, JsonValue
 from lorakit.errors import AdapterFileError, PatternError
 from lorakit.targets import literal_value, names_path
 
@@ -41,6 +32,9 @@ METADATA_KEY = "lorakit"
 
 KINDS_KEY = "kinds"
 """Key of the names of the user's kinds of site that the adapter was made with."""
+
+INITIAL_FILE = "lorakit_initial.safetensors"
+"""File with the initial factors of an adapter that has a residual base and is written as trained."""
 
 MAX_BYTES = 16 << 20
 
@@ -158,7 +152,7 @@ def _read_once(folder: Path) -> AdapterFiles:
         said.append(f"{folder}: {doubt}.")
     if sidecar.interrupted:
         said.append(f"{folder}: a save was interrupted; this is the adapter from before it.")
-    ours = sidecar.present and sidecar.config_sha256 == sha256_file(folder / CONFIG_FILE)
+    ours = sidecar.present and sidecar.config_sha256 == durable.sha256_file(folder / CONFIG_FILE)
     if sidecar.present and not ours:
         said.append(f"{folder}: {CONFIG_FILE} was edited since the adapter was saved; the edited one is used.")
     return AdapterFiles(folder, config, file, sidecar, ours, tuple(said))
@@ -180,12 +174,9 @@ def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) ->
     try:
         return literal_value(files.config.alpha_pattern, pattern_path or path, files.config.lora_alpha)
     except PatternError as cause:
-        raise AdapterFileError(
-            f"{files.folder / CONFIG_FILE}: alpha_pattern: {cause}",
-            what=cause.what,
-            where=files.folder / CONFIG_FILE,
-            field="alpha_pattern",
-        ) from None
+        where = files.folder / CONFIG_FILE
+        fields = {**cause.fields, "where": where, "field": "alpha_pattern"}
+        raise AdapterFileError(f"{where}: alpha_pattern: {cause}", **fields) from None
 
 
 def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
@@ -234,6 +225,53 @@ def rank_and_alpha(files: AdapterFiles, path: str, rows: int) -> tuple[int, floa
     return fitting[0], alphas.pop()
 
 
+@dataclass(frozen=True)
+class SavedAdapter:
+    """Result of saving an adapter.
+
+    Attributes:
+        folder: Its directory.
+        files: The names written.
+        weights_bytes: Size of the weights.
+        weights_sha256: Their SHA-256, which identifies the adapter regardless of its name.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    weights_bytes: int
+    weights_sha256: str
+
+
+def write_files(
+    folder: Path, config: bytes, weights: bytes, about: Mapping[str, JsonValue], initial: bytes | None = None
+) -> SavedAdapter:
+    """Write the files of an adapter; a crash leaves the old adapter, the new one, or a directory that is rejected.
+
+    The directory is exchanged for a complete new one, so that it is never mixed. If the system cannot do that, the
+    files are replaced in an order in which `lorakit.json` says which ones belong together at any time.
+
+    Args:
+        folder: The directory; created if missing. Other files in it stay.
+        config: Content of `adapter_config.json`.
+        weights: Content of `adapter_model.safetensors`.
+        about: Further values of `lorakit.json`: base, sites, metadata.
+        initial: Content of `lorakit_initial.safetensors`; None removes it.
+
+    Returns:
+        The files written.
+
+    Raises:
+        DiskError: The disk is full or fails.
+    """
+    files = {CONFIG_FILE: config, WEIGHTS_FILE: weights, **({} if initial is None else {INITIAL_FILE: initial})}
+    last = {SIDECAR_FILE: sidecar_bytes(about, config, weights), **({INITIAL_FILE: None} if initial is None else {})}
+    if not durable.replace_files(folder, {**files, **last}):
+        first = {SIDECAR_FILE: sidecar_bytes(about, config, weights, replaced_files(folder))}
+        durable.replace_in_order(folder, [first, files, last])
+    names = (CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE, *(() if initial is None else (INITIAL_FILE,)))
+    return SavedAdapter(folder, names, len(weights), durable.sha256_bytes(weights))
+
+
 def sidecar_bytes(
     about: Mapping[str, JsonValue], config: bytes, weights: bytes, replaces: JsonObject | None = None
 ) -> bytes:
@@ -248,11 +286,11 @@ def sidecar_bytes(
     values: JsonObject = {
         **about,
         "format_version": FORMAT_VERSION,
-        "weights": {"file": WEIGHTS_FILE, "sha256": sha256_bytes(weights), "bytes": len(weights)},
-        "config": {"file": CONFIG_FILE, "sha256": sha256_bytes(config)},
+        "weights": {"file": WEIGHTS_FILE, "sha256": durable.sha256_bytes(weights), "bytes": len(weights)},
+        "config": {"file": CONFIG_FILE, "sha256": durable.sha256_bytes(config)},
     }
     values.pop(REPLACES, None)
-    return json_bytes(sealed(values if replaces is None else {**values, REPLACES: replaces}))
+    return durable.json_bytes(durable.sealed(values if replaces is None else {**values, REPLACES: replaces}))
 
 
 def replaced_files(folder: Path) -> JsonObject:
@@ -263,7 +301,7 @@ def replaced_files(folder: Path) -> JsonObject:
     """
     try:
         values, _ = _valid_values(folder)
-        before = {name: sha256_file(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+        before = {name: durable.sha256_file(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
     except (AdapterFileError, OSError):
         return {"files": {}, "sidecar": None}
     return {"files": {**before, **_first_factors(values or {})}, "sidecar": values}
@@ -287,7 +325,7 @@ def _valid_values(folder: Path) -> tuple[JsonObject | None, bool]:
     path = folder / SIDECAR_FILE
     if not path.exists():
         return None, False
-    values = _checked(path, read_json(path, MAX_BYTES))
+    values = _checked(path, durable.read_json(path, MAX_BYTES))
     if REPLACES not in values or values["format_version"] < SEALED_SINCE:
         return values, False
     after = {
@@ -297,7 +335,7 @@ def _valid_values(folder: Path) -> tuple[JsonObject | None, bool]:
     }
     replaces = _table(values[REPLACES])
     before = _table(replaces.get("files"))
-    found = {name: sha256_file(folder / name) for name in {**after, **before} if (folder / name).is_file()}
+    found = {name: durable.sha256_file(folder / name) for name in {**after, **before} if (folder / name).is_file()}
     if all(found.get(name) == sha256 for name, sha256 in after.items()):
         return {key: value for key, value in values.items() if key != REPLACES}, False
     if before and all(found.get(name) == sha256 for name, sha256 in before.items()):
@@ -343,7 +381,9 @@ def _checked(path: Path, value: JsonValue) -> JsonObject:
             "or remove the file to load unverified.",
         )
     hashes = [_table(values.get(key)).get("sha256") for key in ("weights", "config")]
-    if version >= SEALED_SINCE and not (is_sealed(values) and all(isinstance(sha256, str) for sha256 in hashes)):
+    if version >= SEALED_SINCE and not (
+        durable.is_sealed(values) and all(isinstance(sha256, str) for sha256 in hashes)
+    ):
         raise file_error(
             path,
             f"damaged or edited: its {SEAL} does not fit its content. Restore it from a copy, or remove it to "
