@@ -7,9 +7,9 @@ changes a model except `commit`, which cannot fail.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +124,6 @@ def new_factor(
     context: InitContext,
     start: SiteStart,
     trains: frozenset[str],
-    trainable: bool = True,
 ) -> NewFactor:
     """Build the factor of a site from its initial tensors; nothing is put in place.
 
@@ -135,7 +134,6 @@ def new_factor(
         context: The adapter's config, the scale and the source of randomness.
         start: The initial tensors.
         trains: Which of "A" and "B" are trained.
-        trainable: Whether the parameters require gradients.
 
     Raises:
         ConfigError: The variant or dropout does not fit the site, or the variant needs another base weight, and the
@@ -152,13 +150,13 @@ def new_factor(
     stored = stored if moved is None else moved
     own = variant.starts(new) if start.own is None else start.own
     factor = Factor(
-        A=nn.Parameter(start.A, trainable and "A" in trains),
-        B=nn.Parameter(start.B, trainable and "B" in trains),
+        A=nn.Parameter(start.A, "A" in trains),
+        B=nn.Parameter(start.B, "B" in trains),
         scale=context.scale,
         dropout=make_dropout(dropout_at(config, place, module)),
         variant=variant,
-        own={t.held_as: nn.Parameter(own[t.held_as], trainable and t.trained) for t in variant.tensors},
-        bias=None if start.bias is None else nn.Parameter(start.bias, trainable),
+        own={t.held_as: nn.Parameter(own[t.held_as], t.trained) for t in variant.tensors},
+        bias=None if start.bias is None else nn.Parameter(start.bias),
         setting=setting,
     )
     return NewFactor(place, factor, match, trains, stored, start.initial)
@@ -230,14 +228,10 @@ def check_site(index: AdapterIndex, config: LoraConfig, place: TargetWeight) -> 
 
 def _generators(seed: int | None) -> Callable[[torch.device], torch.Generator | None]:
     """Return a function that gives one seeded generator per device; None without a seed."""
-    made: dict[torch.device, torch.Generator] = {}
 
+    @functools.cache
     def for_device(device: torch.device) -> torch.Generator | None:
-        if seed is None or device.type == "meta":
-            return None
-        if device not in made:
-            made[device] = torch.Generator(device).manual_seed(seed)
-        return made[device]
+        return None if seed is None or device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
     return for_device
 
@@ -270,7 +264,7 @@ def new_extras(
 
 
 def new_rows(
-    index: AdapterIndex, chosen: Sequence[ChosenRows], given: Mapping[str, Tensor] | None = None, trainable: bool = True
+    index: AdapterIndex, chosen: Sequence[ChosenRows], given: Mapping[str, Tensor] | None = None
 ) -> list[NewRows]:
     """Build an adapter's token embeddings: those of the base, so that a new adapter changes nothing, or given ones.
 
@@ -278,7 +272,6 @@ def new_rows(
         index: The model's index.
         chosen: The tokens of each table.
         given: Path of a table -> its embeddings, (n, d); None for a new adapter.
-        trainable: Whether they require gradients.
 
     Returns:
         The embeddings, on their table's device, in fp32 or wider.
@@ -294,7 +287,7 @@ def new_rows(
         else:
             rows = given[part.path].to(table.device)
         wide = torch.promote_types(table.dtype, torch.float32)
-        made.append(NewRows(part, nn.Parameter(rows.to(wide, copy=True), trainable)))
+        made.append(NewRows(part, nn.Parameter(rows.to(wide, copy=True))))
     return made
 
 
@@ -315,7 +308,7 @@ def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
     state.kinds = index.kinds
     for new in built.factors:
         place = new.place
-        make = partial(layer_class(place.kind), kind=place.kind, slot=place.slot, state=state)
+        make = functools.partial(layer_class(place.kind), kind=place.kind, slot=place.slot, state=state)
         layer = index.layer(place) or index.put(place, make)
         layer.put(name, new.factor, new.match.rank, new.match.alpha, new.trains)
         if new.stored is not None:

@@ -54,8 +54,7 @@ class Fit:
     """Where an adapter's tensors go.
 
     Attributes:
-        sites: Path on disk -> the site, and its tensors: "A" (r, in), "B" (out, r), "bias" (out,), and a variant's own
-            tensors (…) by `OwnTensor.held_as`.
+        sites: Path on disk -> the site, and the names of its tensors by `Key.part`.
         saved: Paths of the saved modules; their tensors have the names of `copied_tensors`.
         biases: Trained biases: module, name of the parameter, name of the tensor.
         rows: Trained token embeddings of each table, with the tensor's name.
@@ -63,17 +62,12 @@ class Fit:
         problems: The mismatches.
     """
 
-    sites: dict[str, tuple[TargetWeight, dict[str, Tensor]]] = field(default_factory=dict)
+    sites: dict[str, tuple[TargetWeight, dict[str, str]]] = field(default_factory=dict)
     saved: tuple[str, ...] = ()
     biases: list[tuple[nn.Module, str, str]] = field(default_factory=list)
     rows: list[tuple[ChosenRows, str]] = field(default_factory=list)
     leaders: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-
-    @property
-    def has_shape_problems(self) -> bool:
-        """Return whether a shape does not fit, which no allowance overrides."""
-        return any(problem.kind == SHAPE for problem in self.problems)
 
     def outer_paths(self) -> set[str]:
         """Return the paths in the plain base of the modules that get factors."""
@@ -130,16 +124,17 @@ def fit(
     """
     result = Fit()
     left = dict(tensors)
-    present: dict[str, dict[str, Tensor]] = {}
+    present: dict[str, dict[str, str]] = {}
     for name in tensors:
         key = parse(name)
         if key is not None and (key.part in OF_EVERY_VARIANT or key.part in _own_parts(config, key.path)):
-            present.setdefault(key.path, {})[key.part] = left.pop(name)
+            present.setdefault(key.path, {})[key.part] = name
+            del left[name]
     expected, result.saved = _expected(config, index)
     _find_sites(present, index, bare, result)
     _take_extras(left, config, index, result)
     _check_ties(tensors, config, index, result)
-    _check_sites(config, None if expected is None else expected | set(bare), result)
+    _check_sites(tensors, config, None if expected is None else expected | set(bare), result)
     for name in left:
         if not _known_extra(name, result):
             hint = "" if name.startswith(PREFIX) else f" (names begin with {PREFIX!r} in PEFT's format)"
@@ -175,7 +170,7 @@ def _expected(config: LoraConfig, index: AdapterIndex) -> tuple[set[str] | None,
 
 
 def _find_sites(
-    present: Mapping[str, dict[str, Tensor]], index: AdapterIndex, bare: Mapping[str, TargetWeight], result: Fit
+    present: Mapping[str, dict[str, str]], index: AdapterIndex, bare: Mapping[str, TargetWeight], result: Fit
 ) -> None:
     kinds = {candidate.path: candidate.kind for candidate in index.candidates}
     inside_first = sorted(present, key=lambda path: (path.partition(INSIDE)[0], -path.count(INSIDE), path))
@@ -226,7 +221,7 @@ def _check_ties(tensors: Mapping[str, Tensor], config: LoraConfig, index: Adapte
     for path, leader in result.leaders.items():
         pairs = [(f"{PREFIX}{path}.weight", tensors.get(f"{PREFIX}{leader}.weight"))]
         if leader in result.sites:
-            embedding = result.sites[leader][1]
+            embedding = {part: tensors[name] for part, name in result.sites[leader][1].items()}
             names = ("embedding_A", "embedding_B")
             pairs = [(f"{PREFIX}{path}.lora_{name}", embedding.get(name[-1])) for name in names]
             pairs += [
@@ -244,17 +239,17 @@ def _same_values(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one.to(other.dtype), other)
 
 
-def _check_sites(config: LoraConfig, expected: set[str] | None, result: Fit) -> None:
+def _check_sites(tensors: Mapping[str, Tensor], config: LoraConfig, expected: set[str] | None, result: Fit) -> None:
     present = sorted(result.sites)
     for path in present:
         if expected is not None and path not in expected:
             result.add(UNEXPECTED, path, f"unexpected site {path}: the config does not name it")
-        _check_parts(config, path, result)
+        _check_parts(tensors, config, path, result)
     for path in sorted((expected or set()).difference(present)):
         result.add(MISSING, path, f"missing site {path}: the config names it, and there are no tensors for it")
 
 
-def _check_parts(config: LoraConfig, path: str, result: Fit) -> None:
+def _check_parts(tensors: Mapping[str, Tensor], config: LoraConfig, path: str, result: Fit) -> None:
     place, parts = result.sites[path]
     kind, slot = place.kind, place.slot
     variant, setting = variant_at(config, path)
@@ -264,17 +259,16 @@ def _check_parts(config: LoraConfig, path: str, result: Fit) -> None:
         name = f"{PREFIX}{path}.{names[part]}"
         result.add(MISSING, name, f"missing {name}")
     for part in sorted(set(parts) - wanted):
-        name = f"{PREFIX}{path}.{names[part]}"
-        result.add(UNEXPECTED, name, f"unexpected {name}")
+        result.add(UNEXPECTED, parts[part], f"unexpected {parts[part]}")
     if not wanted <= set(parts):
         del result.sites[path]
         return
-    rank = _rank(config, place, kind.rank(slot, tuple(parts["A"].shape)))
+    rank = _rank(config, place, kind.rank(slot, tuple(tensors[parts["A"]].shape)))
     shapes = dict(zip(("A", "B"), variant.shapes_of(kind, slot, rank, setting), strict=True))
     shapes |= {"bias": (slot.out_features,)}
     shapes |= {tensor.held_as: tensor.shape(kind, slot, rank, setting) for tensor in variant.tensors}
     for part in sorted(wanted):
-        result.check_shape(f"{path}.{names[part]}", parts[part], shapes[part])
+        result.check_shape(f"{path}.{names[part]}", tensors[parts[part]], shapes[part])
 
 
 def _rank(config: LoraConfig, place: TargetWeight, found: int) -> int:
@@ -320,14 +314,13 @@ def out_of_range(
         factors: The factors built from them, in the order of the sites.
         extras: The saved modules that they fill.
     """
-    names = {id(tensor): name for name, tensor in tensors.items()}
     found = []
-    for name, dtype in _uses(tensors, names, fitted, index, extras):
+    for name, dtype in _uses(tensors, fitted, index, extras):
         limit = torch.finfo(dtype).max
         if limit < largest[name] < math.inf:
             found.append(f"{name} holds {largest[name]:g}, beyond {_named(dtype)} (at most {limit:g})")
     for new, (place, held) in zip([] if found else factors, fitted.sites.values(), strict=not found):
-        dtype, sizes = _dtype_at(index, place), [largest[names[id(held[side])]] for side in "AB"]
+        dtype, sizes = _dtype_at(index, place), [largest[held[side]] for side in "AB"]
         if _product_overflows(new, sizes, torch.finfo(dtype).max):
             found.append(f"scale·B·A at {place.path} is beyond {_named(dtype)}")
     return found
@@ -343,13 +336,11 @@ def copied_tensors(extras: Extras, tensors: Mapping[str, Tensor]) -> Iterator[tu
 
 
 def _uses(
-    tensors: Mapping[str, Tensor], names: Mapping[int, str], fitted: Fit, index: AdapterIndex, extras: Extras
+    tensors: Mapping[str, Tensor], fitted: Fit, index: AdapterIndex, extras: Extras
 ) -> Iterator[tuple[str, torch.dtype]]:
     """Yield the name of each tensor with the dtype in which its values are used."""
-    for place, parts in fitted.sites.values():
-        dtype = _dtype_at(index, place)
-        for tensor in parts.values():
-            yield names[id(tensor)], dtype
+    for place, held in fitted.sites.values():
+        yield from ((name, _dtype_at(index, place)) for name in held.values())
     for own, name in copied_tensors(extras, tensors):
         if own.is_floating_point():
             yield name, own.dtype

@@ -26,11 +26,11 @@ from lorakit.core.attachment.build import (
     new_factor,
     new_rows,
 )
-from lorakit.core.attachment.fitting import Fit, Problem, copied_tensors, fit, out_of_range
+from lorakit.core.attachment.fitting import SHAPE, Fit, Problem, copied_tensors, fit, out_of_range
 from lorakit.core.attachment.residual_base import InitRecord, init_context_for, init_record_of
 from lorakit.core.files.adapter_folder import KINDS_KEY, AdapterFiles, alpha_at, read_adapter
 from lorakit.core.files.inspecting import Site, implausible, judge, largest_values, nonfinite, not_finite
-from lorakit.core.inits import trains_of
+from lorakit.core.inits import known_init
 from lorakit.core.kinds import Kind
 from lorakit.core.model import checks
 from lorakit.core.model.fingerprint import DIFFERENT, check_not_merged_in, compare
@@ -182,11 +182,11 @@ def place_adapter(
         largest = largest_values(tensors)
         said = [*files.warnings, *_judge(files, fitted, largest, allow)]
         record = init_record_of(files, trainable, allow)
-        factors = _restored_factors(files, fitted, index, record, trainable)
+        factors = _restored_factors(files, fitted, index, record)
         scales = [Site(new.place.path, new.match.alpha, new.factor.scale) for new in factors]
         checks.check_scales([(new.place.path, new.factor.scale) for new in factors], allow)
         given = {chosen.path: tensors[key] for chosen, key in fitted.rows}
-        rows = new_rows(index, [chosen for chosen, _ in fitted.rows], given, trainable)
+        rows = new_rows(index, [chosen for chosen, _ in fitted.rows], given)
         extras = new_extras(index, config, factors, fitted.saved, fitted.leaders, rows)
         beyond = out_of_range(tensors, largest, fitted, index, factors, extras)
         said += implausible(files.folder, judge(config, scales, largest), trainable or files.made)
@@ -229,10 +229,11 @@ def _judge(files: AdapterFiles, fitted: Fit, largest: Mapping[str, float], allow
     """Reject all mismatches in one error; return messages about those that were allowed."""
     said = []
     if fitted.problems:
-        shown = f"{'; '.join(_some_of_each(fitted.problems))}{_more(fitted.problems)}"
-        fits_in_part = bool(fitted.sites) and not fitted.has_shape_problems
+        shown = _shown(_some_of_each(fitted.problems))
+        has_shapes = any(problem.kind == SHAPE for problem in fitted.problems)  # no allowance overrides these
+        fits_in_part = bool(fitted.sites) and not has_shapes
         if not fits_in_part or "key_mismatch" not in allow:
-            error = ShapeMismatchError if fitted.has_shape_problems else AdapterFileError
+            error = ShapeMismatchError if has_shapes else AdapterFileError
             raise error(
                 f"{files.folder}: the adapter does not fit this model: {shown}.",
                 what=fitted.problems[0].name,
@@ -246,15 +247,11 @@ def _judge(files: AdapterFiles, fitted: Fit, largest: Mapping[str, float], allow
     return said
 
 
-def _more(found: Sequence[Problem | str]) -> str:
-    return f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-
-
 def _checked_range(folder: Path, beyond: Sequence[str], allow: Collection[str]) -> list[str]:
     """Reject values that the base's dtype cannot hold; return a message if they were allowed."""
     if not beyond:
         return []
-    message = f"{folder}: values would be infinite in this base: {'; '.join(beyond[:SHOWN])}{_more(beyond)}."
+    message = f"{folder}: values would be infinite in this base: {_shown(beyond)}."
     if "nonfinite" not in allow:
         raise AdapterFileError(
             message,
@@ -265,21 +262,26 @@ def _checked_range(folder: Path, beyond: Sequence[str], allow: Collection[str]) 
     return [message]
 
 
+def _shown(messages: Sequence[str]) -> str:
+    more = f"; and {len(messages) - SHOWN} more" if len(messages) > SHOWN else ""
+    return "; ".join(messages[:SHOWN]) + more
+
+
 def _some_of_each(problems: Sequence[Problem]) -> list[str]:
-    """Return the first few mismatches, some of each kind: missing tensors are explained by those found instead."""
+    """Return the mismatches, the kinds in turn: missing tensors are explained by those found instead."""
     kinds: dict[str, list[str]] = {}
     for problem in problems:
         kinds.setdefault(problem.kind, []).append(str(problem))
     turns = itertools.chain.from_iterable(itertools.zip_longest(*kinds.values()))
-    return [message for message in turns if message is not None][:SHOWN]
+    return [message for message in turns if message is not None]
 
 
-def _restored_factors(
-    files: AdapterFiles, fitted: Fit, index: AdapterIndex, record: InitRecord, trainable: bool
-) -> list[NewFactor]:
-    config, factors = record.config, []
-    for path, (place, tensors) in fitted.sites.items():
+def _restored_factors(files: AdapterFiles, fitted: Fit, index: AdapterIndex, record: InitRecord) -> list[NewFactor]:
+    config, init, factors = record.config, known_init(record.config), []
+    trains = frozenset("AB") if init is None else init.trains
+    for path, (place, names) in fitted.sites.items():
         check_site(index, config, place)
+        tensors = {part: files.file.tensors[name] for part, name in names.items()}
         before = record.sites.get(path)
         if before is None:
             rank, alpha = place.kind.rank(place.slot, tensors["A"].shape), alpha_at(files, path, place.pattern_path)
@@ -289,7 +291,7 @@ def _restored_factors(
         context = init_context_for(index, config, match, place)
         own = {part: t.to(device=context.device, dtype=context.dtype, copy=True) for part, t in tensors.items()}
         start = record.start(index, place, context, own)
-        factors.append(new_factor(index, place, match, context, start, trains_of(config), trainable))
+        factors.append(new_factor(index, place, match, context, start, trains))
     return factors
 
 

@@ -23,7 +23,7 @@ from lorakit.core.factor import factor_dtype
 from lorakit.core.files.adapter_folder import AdapterFiles
 from lorakit.core.files.tensor_file import file_error, read_tensors
 from lorakit.core.files.tensor_names import by_site
-from lorakit.core.inits import Init, InitContext, fresh_bias, init_named
+from lorakit.core.inits import Init, InitContext, fresh_bias, known_init
 from lorakit.core.kinds import Kind, WeightSpec
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.index import AdapterIndex, TargetWeight
@@ -458,8 +458,8 @@ def init_record_of(files: AdapterFiles, trainable: bool, allow: Collection[str])
     began = files.sidecar.began if files.is_ours else {}
     if began.get("file"):
         return InitRecord(folder, config, first=_first_factors(folder / str(began["file"]), str(began.get("sha256"))))
-    init = _init_of(config)
-    if init is None:
+    init = known_init(config)
+    if init is None or not init.changes_base:
         if began and trainable:
             return InitRecord(folder, _initial_config(folder, config, began), began["sites"], is_doubled=True)
         return InitRecord(folder, config)
@@ -478,15 +478,6 @@ def init_record_of(files: AdapterFiles, trainable: bool, allow: Collection[str])
             override=None if init.needs else RECOMPUTE,
         )
     return InitRecord(folder, config, init=init)
-
-
-def _init_of(config: LoraConfig) -> Init | None:
-    """Return the init of a config if it changes the base, or None."""
-    try:
-        init = init_named(config.init_lora_weights)
-    except ConfigError:  # an init of another program, whose factors are used unchanged
-        return None
-    return init if init.changes_base else None
 
 
 def _initial_config(folder: Path, config: LoraConfig, began: JsonObject) -> LoraConfig:

@@ -294,21 +294,17 @@ def _config_on_disk(index: AdapterIndex, config: LoraConfig, base: str | None) -
         layer.base.transposed and layer.kind.drops for _, layer in index.layers() if layer.r
     )  # an embedding is stored transposed too, but readers mean dense layers
     heads = HEADS_BY_TASK.get(config.task_type, ())
+    of_class = {"base_model_class": type(index.model).__name__, "parent_library": type(index.model).__module__}
     config = dataclasses.replace(
         config,
         target_modules=portable_targets(index, config),
-        auto_mapping=config.auto_mapping or (None if config.task_type else _class_of(index.model)),
+        auto_mapping=config.auto_mapping or (None if config.task_type else of_class),  # as PEFT; never read
         modules_to_save=list(dict.fromkeys([*(config.modules_to_save or []), *heads])) or None,
         fan_in_fan_out=transposed,
         inference_mode=True,
         base_model_name_or_path=base if base is not None else config.base_model_name_or_path,
     )
     return json_bytes(config.as_json())
-
-
-def _class_of(model: nn.Module) -> dict[str, str]:
-    """Return where to find the base's class, which PEFT writes if no task is given; lorakit never reads it."""
-    return {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
 
 
 def portable_targets(index: AdapterIndex, config: LoraConfig) -> set[str] | list[str] | str | None:

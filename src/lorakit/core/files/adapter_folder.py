@@ -7,6 +7,7 @@ be verified. While files are replaced one by one, it also describes the old ones
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -307,17 +308,14 @@ def replaced_files(folder: Path) -> JsonObject:
     return {"files": {**before, **_first_factors(values or {})}, "sidecar": values}
 
 
-def _identities(folder: Path) -> tuple[tuple[int, int, int] | None, ...]:
+def _identities(folder: Path) -> list[tuple[int, int, int] | None]:
     """Return inode, time and size of each file of an adapter, None if it is missing: they change if it is replaced."""
-    found: list[tuple[int, int, int] | None] = []
-    for name in (CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE):
-        try:
+    found: list[tuple[int, int, int] | None] = [None, None, None]
+    for at, name in enumerate((CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE)):
+        with contextlib.suppress(OSError):
             status = (folder / name).stat()
-        except OSError:
-            found.append(None)
-        else:
-            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
-    return tuple(found)
+            found[at] = (status.st_ino, status.st_mtime_ns, status.st_size)
+    return found
 
 
 def _valid_values(folder: Path) -> tuple[JsonObject | None, bool]:

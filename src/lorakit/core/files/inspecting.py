@@ -18,12 +18,12 @@ from torch import Tensor
 from lorakit.config import LoraConfig, scale
 from lorakit.core.files.adapter_folder import AdapterFiles, rank_and_alpha, read_adapter
 from lorakit.core.files.tensor_names import by_site
-from lorakit.core.inits import init_named
+from lorakit.core.inits import known_init
 from lorakit.core.kinds import WeightSpec, per_expert
 from lorakit.core.model.checks import LARGEST_USUAL_SCALE
 from lorakit.core.model.fingerprint import Fingerprint
 from lorakit.durable import JsonObject
-from lorakit.errors import OVERRIDE, AdapterFileError, ConfigError
+from lorakit.errors import OVERRIDE, AdapterFileError
 
 ZERO, PARTLY_ZERO, NONFINITE, VALUES, SCALE, ALPHA, PATTERN, INIT = (
     "zero_update",
@@ -195,16 +195,14 @@ def _scales(config: LoraConfig, sites: Sequence[Site]) -> list[Finding]:
 
 
 def _init(config: LoraConfig) -> Finding | None:
-    try:
-        init_named(config.init_lora_weights)
-    except ConfigError:
-        name = str(config.init_lora_weights)
-        text = (
-            f"init_lora_weights is {name!r}, which is not known here and is ignored: if that init changes the base, "
-            "the adapter does not fit an unchanged one."
-        )
-        return Finding(INIT, (), name, text)
-    return None
+    if known_init(config) is not None:
+        return None
+    name = str(config.init_lora_weights)
+    text = (
+        f"init_lora_weights is {name!r}, which is not known here and is ignored: if that init changes the base, "
+        "the adapter does not fit an unchanged one."
+    )
+    return Finding(INIT, (), name, text)
 
 
 def _finding(kind: str, what: str, found: Sequence[tuple[str, float]]) -> Finding:
