@@ -18,7 +18,6 @@ from lorakit.errors import MissingExtra, RunError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -92,8 +91,11 @@ def loss_plot(metrics: Metrics, path: str | Path, title: str = "") -> None:
         MissingExtra: matplotlib is not installed; the message gives the pip command.
         DiskError: The file cannot be written.
     """
-    figure_type = _figure_type()
-    figure = figure_type(figsize=(7.2, 4.0), layout="constrained")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as cause:
+        raise MissingExtra('The loss plot needs matplotlib: pip install "lorakit[report]".') from cause
+    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
     axes = figure.subplots()
     train, evaluations = metrics.train, metrics.evaluations
     if train:
@@ -125,11 +127,3 @@ def _mark_best(axes: Axes, steps: list[int], losses: list[float]) -> None:
         color=_EVAL,
         fontsize=9,
     )
-
-
-def _figure_type() -> type[Figure]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as cause:
-        raise MissingExtra('The loss plot needs matplotlib: pip install "lorakit[report]".') from cause
-    return Figure

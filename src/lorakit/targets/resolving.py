@@ -173,7 +173,7 @@ def resolve(
     if parameters is not None:
         missing += _unmatched_parameters(parameters, config, bare)
     if not found and not bare:
-        raise _nothing(candidates, config) if config.target_modules else _no_parameter(config, missing)
+        raise _nothing(candidates, config, missing)
     if missing and not allow_partial:
         raise TargetError(
             " ".join(map(str, missing)), what=missing[0].entry, field=missing[0].field, override="partial_targets"
@@ -284,16 +284,6 @@ def _unmatched_parameters(
     return unmatched
 
 
-def _no_parameter(config: LoraConfig, missing: Sequence[Unmatched]) -> TargetError:
-    """Return the error for a config that names neither a module nor a parameter."""
-    return TargetError(
-        "No `target_modules` passed but also no `target_parameters` found. Please check the values for these "
-        f"arguments.{''.join(f' {unmatched}' for unmatched in missing)}",
-        what=sorted(config.target_parameters or ()),
-        field="target_parameters",
-    )
-
-
 def _targeted(candidates: Sequence[Candidate], config: LoraConfig, saved: Sequence[str]) -> list[tuple[Candidate, str]]:
     if config.target_modules is None and config.target_parameters:
         return []
@@ -386,8 +376,16 @@ def _nearest(word: str, names: Collection[str]) -> str:
     return f"; nearest: {', '.join(words)}" if words else ""
 
 
-def _nothing(candidates: Sequence[Candidate], config: LoraConfig) -> NoTargetError:
+def _nothing(candidates: Sequence[Candidate], config: LoraConfig, missing: Sequence[Unmatched]) -> TargetError:
+    """Return the error for a config that names neither a module nor a parameter of the model."""
     wanted = config.target_modules
+    if not wanted:
+        return TargetError(
+            "No `target_modules` passed but also no `target_parameters` found. Please check the values for these "
+            f"arguments.{''.join(f' {unmatched}' for unmatched in missing)}",
+            what=sorted(config.target_parameters or ()),
+            field="target_parameters",
+        )
     shown = repr(wanted) if isinstance(wanted, str) else repr(sorted(wanted or ()))
     adaptable = sorted({c.path.rsplit(".", 1)[-1] for c in candidates if c.kind})
     hints = [_hint(entry, candidates) for entry in ([] if isinstance(wanted, str) else sorted(wanted or ()))]
@@ -511,10 +509,7 @@ def literal_value(patterns: Mapping[str, float], path: str, default: float) -> f
     Raises:
         PatternError: A pattern is not a plain name.
     """
-    for pattern, value in patterns.items():
-        if names(pattern, path):
-            return value
-    return default
+    return next((value for pattern, value in patterns.items() if names(pattern, path)), default)
 
 
 def names(pattern: str, path: str) -> bool:

@@ -16,15 +16,7 @@ from torch import Tensor, nn
 
 from lorakit.architectures.default_targets import DEFAULT_TARGETS
 from lorakit.config import LoraConfig, scale
-from lorakit.core.attachment.build import (
-    NewAdapter,
-    NewFactor,
-    commit,
-    fresh_factors,
-    new_extras,
-    new_rows,
-    note_old_biases,
-)
+from lorakit.core.attachment import build
 from lorakit.core.attachment.residual_base import give_base_back, mover_of, residual
 from lorakit.core.kinds import Kind
 from lorakit.core.layers.adapter_component import AdapterModule
@@ -108,12 +100,12 @@ def attach(
         statistics.check(config, index)
     with checks.trainable_block(index), stacked_for(index, config) as index:
         ties = _resolved(index, config, allow)
-        factors = fresh_factors(index, config, ties.found.matches, seed, statistics)
-        rows = new_rows(index, chosen_rows(index, config, {f.place.outer for f in factors}, ties.found.saved))
-        extras = new_extras(index, config, factors, ties.found.saved, ties.leaders, rows)
+        factors = build.fresh_factors(index, config, ties.found.matches, seed, statistics)
+        rows = build.new_rows(index, chosen_rows(index, config, {f.place.outer for f in factors}, ties.found.saved))
+        extras = build.new_extras(index, config, factors, ties.found.saved, ties.leaders, rows)
         found = ties.found
         notes = (*found.notes, *_notes_on_residuals(index, config, factors))
-        trained = _trained_values(name, commit(index, NewAdapter(name, config, factors, extras)), extras)
+        trained = _trained_values(name, build.commit(index, build.NewAdapter(name, config, factors, extras)), extras)
     return AttachReport(name, found.matches, trained, notes, found.missing)
 
 
@@ -135,7 +127,7 @@ def _trained_values(name: str, state: AdapterState, extras: Extras) -> int:
     return sum(p.numel() for p in {id(p): p for p in found}.values() if p.requires_grad)
 
 
-def _notes_on_residuals(index: AdapterIndex, config: LoraConfig, factors: Sequence[NewFactor]) -> list[Note]:
+def _notes_on_residuals(index: AdapterIndex, config: LoraConfig, factors: Sequence[build.NewFactor]) -> list[Note]:
     """Return notes on the memory and the rounding of residual bases; none if the base is unchanged."""
     kept_bytes, lost, count = 0, 0.0, 0
     for new in factors:
@@ -186,10 +178,9 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         state = index.known_state()
         names = list(state.configs) if name is None else [name]
         checks.check_known(state, names)
-        there = index.merged_adapters()
-        merged = [n for n in names if n in there]
+        merged = set(names).intersection(index.merged_adapters())
         if merged:
-            unmerge(index, *merged)
+            unmerge(index, *sorted(merged))
         _take_off(index, state, names)
 
 
@@ -202,7 +193,7 @@ def _take_off(index: AdapterIndex, state: AdapterState, names: Sequence[str]) ->
     if state.biased:
         for path in index.patches:
             BiasPatch.uninstall(index.everything[path], names)
-        note_old_biases(index)
+        build.note_old_biases(index)
     waited = bool(state.waiting)
     state.waiting = state.waiting.difference(names)
     for gone in names:

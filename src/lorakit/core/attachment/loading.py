@@ -17,15 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.attachment.build import (
-    NewAdapter,
-    NewFactor,
-    check_site,
-    commit,
-    new_extras,
-    new_factor,
-    new_rows,
-)
+from lorakit.core.attachment import build
 from lorakit.core.attachment.fitting import SHAPE, Fit, Problem, copied_tensors, fit, out_of_range
 from lorakit.core.attachment.residual_base import InitRecord, init_context_for, init_record_of
 from lorakit.core.files.adapter_folder import KINDS_KEY, AdapterFiles, alpha_at, read_adapter
@@ -186,8 +178,8 @@ def place_adapter(
         scales = [Site(new.place.path, new.match.alpha, new.factor.scale) for new in factors]
         checks.check_scales([(new.place.path, new.factor.scale) for new in factors], allow)
         given = {chosen.path: tensors[key] for chosen, key in fitted.rows}
-        rows = new_rows(index, [chosen for chosen, _ in fitted.rows], given)
-        extras = new_extras(index, config, factors, fitted.saved, fitted.leaders, rows)
+        rows = build.new_rows(index, [chosen for chosen, _ in fitted.rows], given)
+        extras = build.new_extras(index, config, factors, fitted.saved, fitted.leaders, rows)
         beyond = out_of_range(tensors, largest, fitted, index, factors, extras)
         said += implausible(files.folder, judge(config, scales, largest), trainable or files.made)
         said += _checked_range(files.folder, beyond, allow)
@@ -197,7 +189,8 @@ def place_adapter(
         for message in said:  # raises if warnings are errors, so it comes before any change
             warn_caller(message)
         new_config = record.config.with_fields(inference_mode=not trainable)
-        commit(index, NewAdapter(name, new_config, factors, extras, _new_biases(fitted, tensors), trainable))
+        biases = _new_biases(fitted, tensors)
+        build.commit(index, build.NewAdapter(name, new_config, factors, extras, biases, trainable))
     return len(factors), tuple(said)
 
 
@@ -276,11 +269,13 @@ def _some_of_each(problems: Sequence[Problem]) -> list[str]:
     return [message for message in turns if message is not None]
 
 
-def _restored_factors(files: AdapterFiles, fitted: Fit, index: AdapterIndex, record: InitRecord) -> list[NewFactor]:
+def _restored_factors(
+    files: AdapterFiles, fitted: Fit, index: AdapterIndex, record: InitRecord
+) -> list[build.NewFactor]:
     config, init, factors = record.config, known_init(record.config), []
     trains = frozenset("AB") if init is None else init.trains
     for path, (place, names) in fitted.sites.items():
-        check_site(index, config, place)
+        build.check_site(index, config, place)
         tensors = {part: files.file.tensors[name] for part, name in names.items()}
         before = record.sites.get(path)
         if before is None:
@@ -291,7 +286,7 @@ def _restored_factors(files: AdapterFiles, fitted: Fit, index: AdapterIndex, rec
         context = init_context_for(index, config, match, place)
         own = {part: t.to(device=context.device, dtype=context.dtype, copy=True) for part, t in tensors.items()}
         start = record.start(index, place, context, own)
-        factors.append(new_factor(index, place, match, context, start, trains))
+        factors.append(build.new_factor(index, place, match, context, start, trains))
     return factors
 
 

@@ -19,15 +19,7 @@ from torch import Tensor, nn
 
 from lorakit.config import HEADS_BY_TASK, LoraConfig
 from lorakit.core.attachment.residual_base import INIT_FIELDS, as_plain, plain_config
-from lorakit.core.files.adapter_folder import (
-    BEGAN,
-    FORMAT_VERSION,
-    INITIAL_FILE,
-    KINDS_KEY,
-    METADATA_KEY,
-    SavedAdapter,
-    write_files,
-)
+from lorakit.core.files import adapter_folder
 from lorakit.core.files.tensor_file import encode
 from lorakit.core.files.tensor_names import PREFIX, adapter_tensors, endings_of
 from lorakit.core.layers.lora_layer import LoraLayer
@@ -92,7 +84,7 @@ def saved_form(
         return found
     values = config.as_json()
     began = {**{field: values[field] for field in INIT_FIELDS}, "sites": sites}
-    found = dataclasses.replace(found, about={BEGAN: began})
+    found = dataclasses.replace(found, about={adapter_folder.BEGAN: began})
     first: dict[str, Tensor] = {}
     for path, layer in moved:
         if layer.initial is None:  # LoftQ: the base lost more than a product of low rank
@@ -101,7 +93,7 @@ def saved_form(
     if form == "as_lora":
         return _as_lora(found, moved, first)
     initial = encode(first, {"format": "pt"})
-    began |= {"file": INITIAL_FILE, "sha256": sha256_bytes(initial)}
+    began |= {"file": adapter_folder.INITIAL_FILE, "sha256": sha256_bytes(initial)}
     return dataclasses.replace(found, initial=initial)
 
 
@@ -187,7 +179,7 @@ def save_adapter(
     facts: JsonObject | None = None,
     allow: Collection[str] = (),
     tensors: Mapping[str, Tensor] | None = None,
-) -> SavedAdapter:
+) -> adapter_folder.SavedAdapter:
     """Save an adapter in PEFT's format plus `lorakit.json`.
 
     An adapter with a residual base (PiSSA and similar) is written as plain LoRA of twice the rank, which any program
@@ -224,7 +216,7 @@ def save_as_trained(
     facts: JsonObject | None = None,
     allow: Collection[str] = (),
     tensors: Mapping[str, Tensor] | None = None,
-) -> SavedAdapter:
+) -> adapter_folder.SavedAdapter:
     """Save an adapter as `save_adapter` does, but keep the rank of one with a residual base.
 
     Its initial factors are written to a separate file. Other programs that know the init recompute it on the original
@@ -260,7 +252,7 @@ def save_form(
     base_model_name_or_path: str | None = None,
     facts: JsonObject | None = None,
     allow: Collection[str] = (),
-) -> SavedAdapter:
+) -> adapter_folder.SavedAdapter:
     """Write the result of `saved_form`; see `save_adapter`.
 
     Args:
@@ -281,12 +273,12 @@ def save_form(
         _check_finite(found.name, found.tensors)
     index = AdapterIndex.of(model)
     config = _config_on_disk(index, found.config, base_model_name_or_path)
-    weights = encode(found.tensors, {"format": "pt", METADATA_KEY: str(FORMAT_VERSION)})
+    weights = encode(found.tensors, {"format": "pt", adapter_folder.METADATA_KEY: str(adapter_folder.FORMAT_VERSION)})
     own = sorted({layer.kind_name for _, layer in index.layers(found.name)} & index.kinds.keys())
-    facts = {**(facts or {}), KINDS_KEY: own} if own else facts
+    facts = {**(facts or {}), adapter_folder.KINDS_KEY: own} if own else facts
     base = fingerprint(index, with_files=True).as_dict()
     about = {**(facts or {}), **found.about, "base": base, "sites": found.sites}
-    return write_files(Path(folder), config, weights, about, found.initial)
+    return adapter_folder.write_files(Path(folder), config, weights, about, found.initial)
 
 
 def _config_on_disk(index: AdapterIndex, config: LoraConfig, base: str | None) -> bytes:

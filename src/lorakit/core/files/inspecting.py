@@ -283,11 +283,10 @@ def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterSummary:
     """
     files = read_adapter(folder)
     tensors = files.file.tensors
-    pairs = by_site(tensors)
-    whole = {path: parts for path, parts in sorted(pairs.items()) if _is_pair(parts)}
-    sites = tuple(_site(files, path, parts["A"], parts["B"]) for path, parts in whole.items())
+    pairs, odd_paths = _pairs(tensors)
+    sites = tuple(_site(files, path, A, B) for path, (A, B) in pairs.items())
     judged = judge(files.config, [Site(s.path, s.lora_alpha, s.scale) for s in sites], largest_values(tensors))
-    findings = [*files.warnings, *map(str, judged), *_unreadable(sites, pairs)]
+    findings = [*files.warnings, *map(str, judged), *_unreadable(sites, odd_paths)]
     return AdapterSummary(
         folder=str(folder),
         config=files.config,
@@ -315,8 +314,8 @@ def judge_files(files: AdapterFiles, allow: Collection[str] = ()) -> tuple[Findi
     Raises:
         AdapterFileError: It contains NaN or infinite values.
     """
-    whole = {path: parts["A"] for path, parts in by_site(files.file.tensors).items() if _is_pair(parts)}
-    known = [(path, *rank_and_alpha(files, path, int(A.shape[0]))) for path, A in sorted(whole.items())]
+    pairs, _ = _pairs(files.file.tensors)
+    known = [(path, *rank_and_alpha(files, path, int(A.shape[0]))) for path, (A, _) in pairs.items()]
     rslora = files.config.use_rslora
     sites = [Site(path, alpha, None if alpha is None else scale(r, alpha, rslora)) for path, r, alpha in known]
     found = judge(files.config, sites, largest_values(files.file.tensors))
@@ -337,12 +336,16 @@ def delta_norm(A: Tensor, B: Tensor) -> float:
     return float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
 
 
-def _is_pair(parts: dict[str, Tensor]) -> bool:
-    """Return whether A (r, in, …) and B (out, r, …) both exist, with the same rank of at least 1."""
-    if not {"A", "B"} <= set(parts):
-        return False
-    A, B = parts["A"], parts["B"]
-    return A.ndim >= 2 and B.ndim >= 2 and A.shape[0] == B.shape[1] >= 1
+def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
+    """Return A (r, in, …) and B (out, r, …) of each site, and the sites where one is missing or the ranks differ."""
+    pairs, odd_paths = {}, []
+    for path, parts in sorted(by_site(tensors).items()):
+        A, B = parts.get("A"), parts.get("B")
+        if A is not None and B is not None and A.ndim >= 2 and B.ndim >= 2 and A.shape[0] == B.shape[1] >= 1:
+            pairs[path] = (A, B)
+        else:
+            odd_paths.append(path)
+    return pairs, odd_paths
 
 
 def _site(files: AdapterFiles, path: str, A: Tensor, B: Tensor) -> SiteSummary:
@@ -357,16 +360,15 @@ def _site(files: AdapterFiles, path: str, A: Tensor, B: Tensor) -> SiteSummary:
     return SiteSummary(path, r, alpha, effective, int(A.shape[1]), int(B.shape[0]), norm, experts)
 
 
-def _unreadable(sites: Sequence[SiteSummary], pairs: Mapping[str, dict[str, Tensor]]) -> list[str]:
+def _unreadable(sites: Sequence[SiteSummary], odd_paths: Sequence[str]) -> list[str]:
     """Return messages about what the files leave unknown."""
     found = []
     unknown = [s.path for s in sites if s.scale is None]
     if unknown:
         found.append(f"The scale of {len(unknown)} sites depends on a regular expression, which is not run.")
-    odd_pairs = [path for path, parts in pairs.items() if not _is_pair(parts)]
-    if odd_pairs:
+    if odd_paths:
         found.append(
-            f"A or B is missing, or they do not fit together, at {len(odd_pairs)} sites, first {odd_pairs[0]}."
+            f"A or B is missing, or they do not fit together, at {len(odd_paths)} sites, first {odd_paths[0]}."
         )
     if not sites:
         found.append("There are no LoRA sites in the file.")
