@@ -1,4 +1,4 @@
-"""What lies on disk after a save: PEFT's two files and ours, the same bytes for the same adapter, nothing of this machine."""
+"""Files after a save: PEFT's two and ours, the same bytes for the same adapter, without names of this machine."""
 
 from __future__ import annotations
 

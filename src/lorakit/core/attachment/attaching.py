@@ -102,10 +102,11 @@ def attach(
         ties = _resolved(index, config, allow)
         factors = build.fresh_factors(index, config, ties.found.matches, seed, statistics)
         rows = build.new_rows(index, chosen_rows(index, config, {f.place.outer for f in factors}, ties.found.saved))
-        extras = build.new_extras(index, config, factors, ties.found.saved, ties.leaders, rows)
+        auxiliary = build.new_extras(index, config, factors, ties.found.saved, ties.leaders, rows)
         found = ties.found
         notes = (*found.notes, *_notes_on_residuals(index, config, factors))
-        trained = _trained_values(name, build.commit(index, build.NewAdapter(name, config, factors, extras)), extras)
+        state = build.commit(index, build.NewAdapter(name, config, factors, auxiliary))
+        trained = _trained_values(name, state, auxiliary)
     return AttachReport(name, found.matches, trained, notes, found.missing)
 
 
@@ -120,10 +121,10 @@ def _resolved(index: AdapterIndex, config: LoraConfig, allow: Collection[str]) -
     return ties
 
 
-def _trained_values(name: str, state: AdapterState, extras: Extras) -> int:
+def _trained_values(name: str, state: AdapterState, auxiliary: Extras) -> int:
     """Return how many values an attached adapter trains; tied parameters count once."""
     found = [parameter for module in state.members() for parameter in module.parameters_of(name)]
-    found += [module.get_parameter(leaf) for module, originals in extras.biases for leaf in originals]
+    found += [module.get_parameter(leaf) for module, originals in auxiliary.biases for leaf in originals]
     return sum(p.numel() for p in {id(p): p for p in found}.values() if p.requires_grad)
 
 

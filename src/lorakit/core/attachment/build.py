@@ -1,4 +1,4 @@
-"""An adapter built off a model: factors, saved modules, trained token embeddings, biases; and its commit.
+"""An adapter built off a model: factors, saved modules, token embeddings and biases; and its commit.
 
 `attach` and `load_adapter` share one builder: the factors of a site start from an init or from a file. Nothing here
 changes a model except `commit`, which cannot fail.
@@ -71,7 +71,7 @@ class NewAdapter:
         name: Its name.
         config: Its config, which the model keeps.
         factors: Its factors.
-        extras: What it trains in addition: saved modules, token embeddings and biases.
+        auxiliary: What it trains in addition: saved modules, token embeddings and biases.
         bias_values: Parameters of the base that it trains, each with the values, (out,), that it gets.
         trainable: Whether it is trained, except for what its init freezes.
     """
@@ -79,7 +79,7 @@ class NewAdapter:
     name: str
     config: LoraConfig
     factors: Sequence[NewFactor]
-    extras: Extras
+    auxiliary: Extras
     bias_values: Sequence[tuple[nn.Parameter, Tensor]] = ()
     trainable: bool = True
 
@@ -241,7 +241,7 @@ def new_extras(
     config: LoraConfig,
     factors: Sequence[NewFactor],
     saved: Sequence[str],
-    leaders: Mapping[str, str],
+    tied: Mapping[str, str],
     rows: Sequence[NewRows],
 ) -> Extras:
     """Build what an adapter trains in addition to its factors.
@@ -251,16 +251,16 @@ def new_extras(
         config: The adapter's config.
         factors: Its factors.
         saved: Paths of its saved modules.
-        leaders: Path of a module -> path of the one whose weight it shares.
+        tied: Path of a module -> path of the one whose weight it shares.
         rows: Its token embeddings.
 
     Raises:
         TargetError: A saved module contains sites or saved modules of another adapter.
         ConfigError: A bias cannot be trained.
     """
-    extras = build_extras(index.modules, {factor.place.outer for factor in factors}, saved, config.bias)
-    tie_copies(extras.copies, leaders)
-    return dataclasses.replace(extras, rows=tuple(rows), leaders=leaders)
+    auxiliary = build_extras(index.modules, {factor.place.outer for factor in factors}, saved, config.bias)
+    tie_copies(auxiliary.copies, tied)
+    return dataclasses.replace(auxiliary, rows=tuple(rows), leaders=tied)
 
 
 def new_rows(
@@ -327,20 +327,20 @@ def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
 
 
 def _put_extras(index: AdapterIndex, built: NewAdapter, state: AdapterState) -> None:
-    name, extras = built.name, built.extras
-    for path, duplicate in extras.copies.items():
+    name, auxiliary = built.name, built.auxiliary
+    for path, duplicate in auxiliary.copies.items():
         holder = index.modules[path]
         if not isinstance(holder, ModulesToSave):
             holder = ModulesToSave(holder, state)
             index.replace(index.modules[path], holder)
         holder.put(name, duplicate)
-    tie_factors(index, name, extras.leaders)
-    for rows in extras.rows:
+    tie_factors(index, name, auxiliary.leaders)
+    for rows in auxiliary.rows:
         leader = _table(index, rows.chosen.path, state)
         for path in rows.chosen.tied:
             _table(index, path, state, leader)
         leader.put(name, rows.chosen.indices, rows.rows)
-    for module, originals in extras.biases:
+    for module, originals in auxiliary.biases:
         BiasPatch.install(name, originals, module, state)
     for parameter, values in built.bias_values:
         parameter.data = values
@@ -349,7 +349,7 @@ def _put_extras(index: AdapterIndex, built: NewAdapter, state: AdapterState) -> 
 def _freeze(built: NewAdapter, state: AdapterState) -> None:
     for module in state.members():
         module.set_trained(built.name, False)
-    for module, originals in built.extras.biases:
+    for module, originals in built.auxiliary.biases:
         for leaf in originals:
             module.get_parameter(leaf).requires_grad_(False)
 

@@ -58,7 +58,7 @@ class Fit:
         saved: Paths of the saved modules; their tensors have the names of `copied_tensors`.
         biases: Trained biases: module, name of the parameter, name of the tensor.
         rows: Trained token embeddings of each table, with the tensor's name.
-        leaders: Path of a module -> path of the one whose weight it shares.
+        tied: Path of a module -> path of the one whose weight it shares.
         problems: The mismatches.
     """
 
@@ -66,7 +66,7 @@ class Fit:
     saved: tuple[str, ...] = ()
     biases: list[tuple[nn.Module, str, str]] = field(default_factory=list)
     rows: list[tuple[ChosenRows, str]] = field(default_factory=list)
-    leaders: dict[str, str] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
     def outer_paths(self) -> set[str]:
@@ -217,8 +217,8 @@ def _check_ties(tensors: Mapping[str, Tensor], config: LoraConfig, index: Adapte
     if not config.ensure_weight_tying:
         return
     groups = tied_groups(index, {*result.saved, *result.outer_paths()})
-    result.leaders = {path: leader for leader, partners in groups.items() for path in partners}
-    for path, leader in result.leaders.items():
+    result.tied = {path: leader for leader, partners in groups.items() for path in partners}
+    for path, leader in result.tied.items():
         pairs = [(f"{PREFIX}{path}.weight", tensors.get(f"{PREFIX}{leader}.weight"))]
         if leader in result.sites:
             embedding = {part: tensors[name] for part, name in result.sites[leader][1].items()}
@@ -302,7 +302,7 @@ def out_of_range(
     fitted: Fit,
     index: AdapterIndex,
     factors: Sequence[NewFactor],
-    extras: Extras,
+    auxiliary: Extras,
 ) -> list[str]:
     """Return messages about values that would be infinite in the base's dtype.
 
@@ -312,10 +312,10 @@ def out_of_range(
         fitted: Their sites.
         index: The model's index.
         factors: The factors built from them, in the order of the sites.
-        extras: The saved modules that they fill.
+        auxiliary: The saved modules that they fill.
     """
     found = []
-    for name, dtype in _uses(tensors, fitted, index, extras):
+    for name, dtype in _uses(tensors, fitted, index, auxiliary):
         limit = torch.finfo(dtype).max
         if limit < largest[name] < math.inf:
             found.append(f"{name} holds {largest[name]:g}, beyond {_named(dtype)} (at most {limit:g})")
@@ -326,9 +326,9 @@ def out_of_range(
     return found
 
 
-def copied_tensors(extras: Extras, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, str]]:
+def copied_tensors(auxiliary: Extras, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, str]]:
     """Yield each tensor (…) of the saved modules with the name of the tensor that fills it."""
-    for path, duplicate in extras.copies.items():
+    for path, duplicate in auxiliary.copies.items():
         for leaf, own in duplicate.state_dict(keep_vars=True).items():
             name = f"{PREFIX}{path}.{leaf}"
             if name in tensors:
@@ -336,12 +336,12 @@ def copied_tensors(extras: Extras, tensors: Mapping[str, Tensor]) -> Iterator[tu
 
 
 def _uses(
-    tensors: Mapping[str, Tensor], fitted: Fit, index: AdapterIndex, extras: Extras
+    tensors: Mapping[str, Tensor], fitted: Fit, index: AdapterIndex, auxiliary: Extras
 ) -> Iterator[tuple[str, torch.dtype]]:
     """Yield the name of each tensor with the dtype in which its values are used."""
     for place, held in fitted.sites.values():
         yield from ((name, _dtype_at(index, place)) for name in held.values())
-    for own, name in copied_tensors(extras, tensors):
+    for own, name in copied_tensors(auxiliary, tensors):
         if own.is_floating_point():
             yield name, own.dtype
     for module, leaf, name in fitted.biases:

@@ -179,18 +179,18 @@ def place_adapter(
         checks.check_scales([(new.place.path, new.factor.scale) for new in factors], allow)
         given = {chosen.path: tensors[key] for chosen, key in fitted.rows}
         rows = build.new_rows(index, [chosen for chosen, _ in fitted.rows], given)
-        extras = build.new_extras(index, config, factors, fitted.saved, fitted.leaders, rows)
-        beyond = out_of_range(tensors, largest, fitted, index, factors, extras)
+        auxiliary = build.new_extras(index, config, factors, fitted.saved, fitted.tied, rows)
+        beyond = out_of_range(tensors, largest, fitted, index, factors, auxiliary)
         said += implausible(files.folder, judge(config, scales, largest), trainable or files.made)
         said += _checked_range(files.folder, beyond, allow)
         with torch.no_grad():
-            for own, key in copied_tensors(extras, tensors):
+            for own, key in copied_tensors(auxiliary, tensors):
                 own.copy_(tensors[key])
         for message in said:  # raises if warnings are errors, so it comes before any change
             warn_caller(message)
         new_config = record.config.with_fields(inference_mode=not trainable)
         biases = _new_biases(fitted, tensors)
-        build.commit(index, build.NewAdapter(name, new_config, factors, extras, biases, trainable))
+        build.commit(index, build.NewAdapter(name, new_config, factors, auxiliary, biases, trainable))
     return len(factors), tuple(said)
 
 

@@ -46,25 +46,25 @@ INIT_FIELDS = (
 """Fields of a config that differ in its form as plain LoRA."""
 
 
-def residual(kind: Kind, slot: WeightSpec, W: Tensor, factors: tuple[Tensor, Tensor], scale: float) -> Tensor:
+def residual(kind: Kind, spec: WeightSpec, W: Tensor, factors: tuple[Tensor, Tensor], scale: float) -> Tensor:
     """W − s·B·A, canonical (out, in) or in the kind's own shape.   [docs/math.md (60)]
 
     Args:
         kind: The kind of the site.
-        slot: The shape and layout of its weight.
+        spec: The shape and layout of its weight.
         W: Canonical, fp32 or wider.
         factors: A (r, in) and B (out, r).
         scale: s.
     """
     A, B = (factor.detach().to(device=W.device, dtype=W.dtype) for factor in factors)
-    return W - kind.delta(slot, A, B) * scale
+    return W - kind.delta(spec, A, B) * scale
 
 
-def as_plain(slot: WeightSpec, A: Tensor, B: Tensor, initial: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def as_plain(spec: WeightSpec, A: Tensor, B: Tensor, initial: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """[A; A₀] and [B | −B₀], whose product is B·A − B₀·A₀.   [docs/math.md (62)]
 
     Args:
-        slot: The shape and layout of the weight.
+        spec: The shape and layout of the weight.
         A: (r, in).
         B: (out, r).
         initial: A₀ and B₀, like A and B.
@@ -73,24 +73,24 @@ def as_plain(slot: WeightSpec, A: Tensor, B: Tensor, initial: tuple[Tensor, Tens
         (2r, in) and (out, 2r); kernels and experts in the layout of their kind.
     """
     A0, B0 = (factor.to(like) for factor, like in zip(initial, (A, B), strict=True))
-    E = max(slot.experts, 1)
+    E = max(spec.experts, 1)
     wide_A = torch.cat([A.unflatten(0, (E, -1)), A0.unflatten(0, (E, -1))], dim=1)
     wide_B = torch.cat([B.unflatten(1, (-1, E)), -B0.unflatten(1, (-1, E))], dim=1)
     return wide_A.flatten(0, 1), wide_B.flatten(1, 2)
 
 
-def apart(slot: WeightSpec, A: Tensor, B: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def apart(spec: WeightSpec, A: Tensor, B: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Undo `as_plain`.
 
     Args:
-        slot: The shape and layout of the weight.
+        spec: The shape and layout of the weight.
         A: (2r, in).
         B: (out, 2r).
 
     Returns:
         A (r, in) and B (out, r); A₀ and B₀.
     """
-    E = max(slot.experts, 1)
+    E = max(spec.experts, 1)
     A, A0 = (part.flatten(0, 1).contiguous() for part in A.unflatten(0, (E, -1)).chunk(2, dim=1))
     B, B0 = (part.flatten(1, 2).contiguous() for part in B.unflatten(1, (-1, E)).chunk(2, dim=1))
     return (A, B), (A0, -B0)
