@@ -162,10 +162,7 @@ def cache_directory() -> Path:
         return Path(shared) / "lorakit"
     home = home_directory()
     if home is None:
-        raise DiskError(
-            "no cache directory, because this user has no home directory; set LORAKIT_CACHE to a directory.",
-            field="LORAKIT_CACHE",
-        )
+        raise DiskError("no home directory for the cache; set LORAKIT_CACHE to a directory.", field="LORAKIT_CACHE")
     return home / ".cache" / "lorakit"
 
 

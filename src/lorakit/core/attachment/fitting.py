@@ -45,9 +45,6 @@ class Problem:
     name: str
     text: str
 
-    def __str__(self) -> str:
-        return self.text
-
 
 @dataclass
 class Fit:
@@ -127,7 +124,7 @@ def fit(
     present: dict[str, dict[str, str]] = {}
     for name in tensors:
         key = parse(name)
-        if key is not None and (key.part in OF_EVERY_VARIANT or key.part in _own_parts(config, key.path)):
+        if key is not None and key.part in _possible_parts(config, key.path):
             present.setdefault(key.path, {})[key.part] = name
             del left[name]
     expected, result.saved = _expected(config, index)
@@ -142,13 +139,9 @@ def fit(
     return result
 
 
-OF_EVERY_VARIANT = {"A", "B", "bias"}
-"""Tensors of a site that are not a variant's own."""
-
-
-def _own_parts(config: LoraConfig, path: str) -> set[str]:
-    """Return the own tensors, by `OwnTensor.held_as`, of the variant that a config asks for at a site."""
-    return {tensor.held_as for tensor in variant_at(config, path)[0].tensors}
+def _possible_parts(config: LoraConfig, path: str) -> set[str]:
+    """Return every `Key.part` that a site can have: A, B, the bias of B, and the own tensors of its variant."""
+    return {"A", "B", "bias"} | {tensor.held_as for tensor in variant_at(config, path)[0].tensors}
 
 
 def _expected(config: LoraConfig, index: AdapterIndex) -> tuple[set[str] | None, tuple[str, ...]]:
@@ -254,7 +247,7 @@ def _check_parts(tensors: Mapping[str, Tensor], config: LoraConfig, path: str, r
     kind, slot = place.kind, place.slot
     variant, setting = variant_at(config, path)
     names = part_names(kind, variant)
-    wanted = {"A", "B"} | _own_parts(config, path) | ({"bias"} if config.lora_bias else set())
+    wanted = _possible_parts(config, path) - (set() if config.lora_bias else {"bias"})
     for part in sorted(wanted - set(parts)):
         name = f"{PREFIX}{path}.{names[part]}"
         result.add(MISSING, name, f"missing {name}")

@@ -264,7 +264,7 @@ def _some_of_each(problems: Sequence[Problem]) -> list[str]:
     """Return the mismatches, the kinds in turn: missing tensors are explained by those found instead."""
     kinds: dict[str, list[str]] = {}
     for problem in problems:
-        kinds.setdefault(problem.kind, []).append(str(problem))
+        kinds.setdefault(problem.kind, []).append(problem.text)
     turns = itertools.chain.from_iterable(itertools.zip_longest(*kinds.values()))
     return [message for message in turns if message is not None]
 

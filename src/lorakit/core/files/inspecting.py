@@ -25,16 +25,9 @@ from lorakit.core.model.fingerprint import Fingerprint
 from lorakit.durable import JsonObject
 from lorakit.errors import OVERRIDE, AdapterFileError
 
-ZERO, PARTLY_ZERO, NONFINITE, VALUES, SCALE, ALPHA, PATTERN, INIT = (
-    "zero_update",
-    "partly_zero",
-    "nonfinite",
-    "large_values",
-    "large_scale",
-    "alpha_not_positive",
-    "steep_alpha_pattern",
-    "unknown_init",
-)
+ZERO, PARTLY_ZERO, NONFINITE = "zero_update", "partly_zero", "nonfinite"
+VALUES, SCALE, ALPHA = "large_values", "large_scale", "alpha_not_positive"
+PATTERN, INIT = "steep_alpha_pattern", "unknown_init"
 """The kinds of findings."""
 
 LARGEST_USUAL_VALUE = 1e4
@@ -315,9 +308,7 @@ def judge_files(files: AdapterFiles, allow: Collection[str] = ()) -> tuple[Findi
         AdapterFileError: It contains NaN or infinite values.
     """
     pairs, _ = _pairs(files.file.tensors)
-    known = [(path, *rank_and_alpha(files, path, int(A.shape[0]))) for path, (A, _) in pairs.items()]
-    rslora = files.config.use_rslora
-    sites = [Site(path, alpha, None if alpha is None else scale(r, alpha, rslora)) for path, r, alpha in known]
+    sites = [_known_site(files, path, A)[1] for path, (A, _) in pairs.items()]
     found = judge(files.config, sites, largest_values(files.file.tensors))
     bad = [finding for finding in found if finding.kind == NONFINITE]
     if bad and "nonfinite" not in allow:
@@ -348,16 +339,21 @@ def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tenso
     return pairs, odd_paths
 
 
-def _site(files: AdapterFiles, path: str, A: Tensor, B: Tensor) -> SiteSummary:
+def _known_site(files: AdapterFiles, path: str, A: Tensor) -> tuple[int, Site]:
+    """Return the rank of a site, and what is known of it, from its A, (r, in, …)."""
     r, alpha = rank_and_alpha(files, path, int(A.shape[0]))
+    return r, Site(path, alpha, None if alpha is None else scale(r, alpha, files.config.use_rslora))
+
+
+def _site(files: AdapterFiles, path: str, A: Tensor, B: Tensor) -> SiteSummary:
+    r, site = _known_site(files, path, A)
     experts = A.shape[0] // r if A.shape[0] > r and A.ndim == 2 else 0
-    effective = None if alpha is None else scale(r, alpha, files.config.use_rslora)
     pairs = [(A, B)]
     if experts:
         slot = WeightSpec("", int(B.shape[0]), int(A.shape[1]), experts)
         pairs = list(zip(*per_expert(slot, A, B), strict=True))
-    norm = math.sqrt(sum(delta_norm(*pair) ** 2 for pair in pairs)) * (1.0 if effective is None else abs(effective))
-    return SiteSummary(path, r, alpha, effective, int(A.shape[1]), int(B.shape[0]), norm, experts)
+    norm = math.sqrt(sum(delta_norm(*pair) ** 2 for pair in pairs)) * (1.0 if site.scale is None else abs(site.scale))
+    return SiteSummary(path, r, site.alpha, site.scale, int(A.shape[1]), int(B.shape[0]), norm, experts)
 
 
 def _unreadable(sites: Sequence[SiteSummary], odd_paths: Sequence[str]) -> list[str]:
