@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.errors import RunError
-from lorakit.report import read_metrics, read_run
+from lorakit.report import read_metrics
 
 
 def test_a_torn_last_line_is_dropped_and_any_other_bad_line_named(tmp_path: Path) -> None:
@@ -22,10 +22,3 @@ def test_a_torn_last_line_is_dropped_and_any_other_bad_line_named(tmp_path: Path
 
 def test_a_folder_without_rows(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "nowhere").rows == ()
-    with pytest.raises(RunError, match="not a readable run directory"):
-        read_run(tmp_path)
-    (tmp_path / "run.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(RunError, match="not the record of a run"):
-        read_run(tmp_path)
-    (tmp_path / "run.json").write_text('{"format": 1}', encoding="utf-8")
-    assert read_run(tmp_path) == {"format": 1}

@@ -243,7 +243,7 @@ def _sync_name(path: Path) -> None:
         DiskError: The disk fails; a power failure may lose the content.
     """
     try:
-        _sync_folder(path.parent)
+        _flush(path.parent)
     except OSError as cause:
         reason = cause.strerror or str(cause)
         raise DiskError(
@@ -251,15 +251,15 @@ def _sync_name(path: Path) -> None:
         ) from cause
 
 
-def _sync_folder(folder: Path) -> None:
-    """Flush the names in a directory.
+def _flush(path: Path) -> None:
+    """Flush a file, or the names in a directory.
 
     Raises:
         OSError: The disk is full or fails.
     """
-    if os.name == "nt":
+    if os.name == "nt" and path.is_dir():
         return  # Windows cannot flush a directory
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -318,13 +318,9 @@ def publish_directory(final: str | os.PathLike[str], *, replace: bool = False) -
             with contextlib.suppress(PermissionError):
                 _take_owner_and_mode(final, temporary)
         yield temporary
-        for path in sorted(temporary.rglob("*")):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-            elif path.is_dir():
-                _sync_folder(path)
-        _sync_folder(temporary)
+        for path in (*sorted(temporary.rglob("*")), temporary):
+            if path.is_file() or path.is_dir():
+                _flush(path)
         if replace and final.is_dir() and any(final.iterdir()):
             _put_in_place_of(temporary, final)
         else:
@@ -408,7 +404,7 @@ def replace_in_order(folder: str | os.PathLike[str], steps: Sequence[Mapping[str
             for path, temporary in places:
                 path.unlink(missing_ok=True) if temporary is None else temporary.replace(path)
                 begun = True
-            _sync_folder(folder)
+            _flush(folder)
     except OSError as cause:
         for _, temporary in (place for places in staged for place in places):
             with contextlib.suppress(OSError):
@@ -475,7 +471,7 @@ def _build(new: Path, old: Path, contents: Mapping[str, bytes | None]) -> None:
             _write_new(new / name, data, old / name)
     if old.is_dir():
         _carry(old, new, contents)
-    _sync_folder(new)
+    _flush(new)
 
 
 def _carry(old: Path, new: Path, left_out: Collection[str] = ()) -> None:
@@ -487,7 +483,7 @@ def _carry(old: Path, new: Path, left_out: Collection[str] = ()) -> None:
                 target.mkdir()
                 _carry(source, target)
                 _take_owner_and_mode(source, target)
-                _sync_folder(target)
+                _flush(target)
             elif entry.name not in left_out:
                 os.link(source, target, follow_symlinks=False)
 

@@ -47,8 +47,8 @@ def this_machine() -> Machine:
     """Return the machine that this process runs on, in its current state."""
     cpuinfo, meminfo = _read("/proc/cpuinfo"), _read("/proc/meminfo")
     limit = _number(_read("/sys/fs/cgroup/memory.max"))
-    memory = _meminfo_bytes(meminfo, "MemTotal")
-    available = _meminfo_bytes(meminfo, "MemAvailable")
+    memory = _bytes_of(meminfo, "MemTotal")
+    available = _bytes_of(meminfo, "MemAvailable")
     if limit is not None and memory is not None and limit < memory:
         memory = limit
         used = _number(_read("/sys/fs/cgroup/memory.current")) or 0
@@ -126,8 +126,8 @@ def _value(text: str, key: str) -> str:
     return ""
 
 
-def _meminfo_bytes(text: str, key: str) -> int | None:
-    kibibytes = _number(_value(text, key))
+def _bytes_of(text: str, key: str) -> int | None:
+    kibibytes = _number(_value(text, key))  # the kernel writes "kB"
     return None if kibibytes is None else kibibytes * 1024
 
 
@@ -155,14 +155,14 @@ def cache_directory() -> Path:
         try:
             return Path(own).expanduser()
         except RuntimeError:
-            raise DiskError(f"LORAKIT_CACHE={own}: unknown home directory; set it to an absolute path.") from None
+            raise DiskError(
+                f"LORAKIT_CACHE={own}: unknown home directory; set it to an absolute path.", field="LORAKIT_CACHE"
+            ) from None
     if shared:
         return Path(shared) / "lorakit"
     home = home_directory()
     if home is None:
-        raise DiskError(
-            "no cache directory, because this user has no home directory; set LORAKIT_CACHE to a directory."
-        )
+        raise DiskError("no home directory for the cache; set LORAKIT_CACHE to a directory.", field="LORAKIT_CACHE")
     return home / ".cache" / "lorakit"
 
 
@@ -172,11 +172,9 @@ def peak_rss_bytes() -> int:
     On Linux this reads the kernel's high-water mark of the current program: `getrusage` also counts what was in the
     process before `exec`.
     """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    peak = _bytes_of(_read("/proc/self/status"), "VmHWM")
+    if peak is not None:
+        return peak
     try:
         import resource
     except ImportError:

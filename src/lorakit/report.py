@@ -1,4 +1,4 @@
-"""Read run directories (`metrics.jsonl` and `run.json`) and plot them as SVG.
+"""Read the metrics of a run directory (`metrics.jsonl`) and plot them as SVG.
 
 The files are the interface; nothing of training is needed. A last line truncated by a crash is dropped; any other bad
 line is an error with its number. This is the only module that imports matplotlib; it uses figure objects, never pyplot,
@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit import durable
-from lorakit.errors import AdapterFileError, MissingExtra, RunError
+from lorakit.errors import MissingExtra, RunError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -72,31 +71,9 @@ def read_metrics(folder: str | Path) -> Metrics:
         except ValueError:
             whole = False
         if not whole:
-            raise RunError(f"{path}, line {number}: not a row of metrics.")
+            raise RunError(f"{path}, line {number}: not a row of metrics.", where=path)
         rows.append(row)
     return Metrics(tuple(rows))
-
-
-def read_run(folder: str | Path) -> dict[str, Any]:
-    """Read `run.json` of a run.
-
-    Args:
-        folder: The run directory.
-
-    Returns:
-        Its content.
-
-    Raises:
-        RunError: The directory contains no run, or its record is damaged.
-    """
-    path = Path(folder) / RUN_FILE
-    try:
-        record = durable.read_json(path, 4 << 20)
-    except AdapterFileError as cause:
-        raise RunError(f"{folder}: not a readable run directory. {cause}", where=folder) from None
-    if not isinstance(record, dict):
-        raise RunError(f"{path}: not the record of a run.", where=path)
-    return record
 
 
 _TRAIN, _EVAL, _INK, _GRID = "#8aa4c8", "#c2410c", "#333333", "#e5e5e5"
@@ -114,8 +91,11 @@ def loss_plot(metrics: Metrics, path: str | Path, title: str = "") -> None:
         MissingExtra: matplotlib is not installed; the message gives the pip command.
         DiskError: The file cannot be written.
     """
-    figure_type = _figure_type()
-    figure = figure_type(figsize=(7.2, 4.0), layout="constrained")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as cause:
+        raise MissingExtra('The loss plot needs matplotlib: pip install "lorakit[report]".') from cause
+    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
     axes = figure.subplots()
     train, evaluations = metrics.train, metrics.evaluations
     if train:
@@ -147,11 +127,3 @@ def _mark_best(axes: Axes, steps: list[int], losses: list[float]) -> None:
         color=_EVAL,
         fontsize=9,
     )
-
-
-def _figure_type() -> type[Figure]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as cause:
-        raise MissingExtra('The loss plot needs matplotlib: pip install "lorakit[report]".') from cause
-    return Figure

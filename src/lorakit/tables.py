@@ -22,23 +22,10 @@ _ROUNDING = 1e-6
 _C_LOCALES = ("C", "POSIX")
 
 _ASCII = str.maketrans(
-    {
-        "→": "->",
-        "×": "x",
-        "·": "-",
-        "…": "...",
-        "─": "-",
-        "–": "-",
-        "—": "-",
-        "−": "-",
-        "‖": "|",
-        "Δ": "d",
-        "²": "^2",
-        "‘": "'",
-        "’": "'",
-        "“": '"',
-        "”": '"',
-    }
+    {"→": "->", "×": "x", "·": "-", "…": "...", "‖": "|", "Δ": "d", "²": "^2"}
+    | dict.fromkeys("─–—−", "-")
+    | dict.fromkeys("‘’", "'")
+    | dict.fromkeys("“”", '"')
 )
 _NUMBER = re.compile(r"[<>~]?[+\-−]?\d")
 _HANGING = re.compile(r"\s*(?:- |\S+:?\s{2,})?")
@@ -54,7 +41,7 @@ def format_bytes(count: float) -> str:
     if not math.isfinite(count):
         return UNKNOWN
     if abs(count) < 999.5:
-        return f"{_integer(count)} B"
+        return f"{round(count)} B"
     value, prefix = _scaled(count)
     most = 1 if prefix in ("k", "M") else 2
     return f"{value:,.{min(most, _decimals(value))}f} {prefix}B"
@@ -282,10 +269,6 @@ def _scaled(value: float) -> tuple[float, str]:
 def _decimals(value: float) -> int:
     """Return the number of decimals for three digits."""
     return 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
-
-
-def _integer(value: float) -> str:
-    return f"{round(value):d}"
 
 
 def _two(count: int, base: int, large: str, small: str) -> str:

@@ -82,7 +82,7 @@ BY_LORAKIT: tuple[Refusal, ...] = (
     Refusal(
         "before its invocation aLoRA is the base, which the init changed; peft uses the changed base there",
         lambda cell: cell.rules.changes_base and not variant_named(cell.variant).is_mergeable,
-        "base weight, and aLoRA needs",
+        "changes the base weight, and aLoRA needs it unchanged before its start",
     ),
     Refusal(
         "BD-LoRA's blocks have other shapes than A and B that are made of the base or the data",
@@ -92,17 +92,17 @@ BY_LORAKIT: tuple[Refusal, ...] = (
     Refusal(
         "KaSA changes the base itself",
         lambda cell: cell.rules.changes_base and variant_named(cell.variant).move is not None,
-        "base weight, and KaSA",
+        "changes the base weight, and KaSA changes it too",
     ),
     Refusal(
         "a variant's residual of a quantized weight would be rounded a second time",
         lambda cell: variant_named(cell.variant).move is not None and cell.base in QUANTISED,
-        "KaSA .*, and this one is quanti[sz]ed",
+        "KaSA changes the base weight, and this one is quantized",
     ),
     Refusal(
         "an init's residual of a quantized weight would be rounded a second time",
         lambda cell: cell.rules.changes_base and not cell.rules.requantizes and cell.base in QUANTISED,
-        "and this one is quanti[sz]ed|does not support quantized models",
+        "and this one is quantized|does not support quantized models",
     ),
     Refusal(
         "a computed weight cannot be written; peft changes the tensors of its parametrization",

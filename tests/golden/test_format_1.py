@@ -132,9 +132,12 @@ def test_the_checkpoint_is_an_adapter() -> None:
 
 
 def test_the_run_is_read_for_its_report() -> None:
-    from lorakit.report import read_metrics, read_run
+    from lorakit.report import read_metrics
+    from lorakit.train.run_folder import read_record
 
-    assert read_run(RUN / "run")["status"] == "interrupted"
+    record = read_record(RUN / "run")
+    assert record is not None
+    assert record["status"] == "interrupted"
     assert [row["step"] for row in read_metrics(RUN / "run").train] == [1, 2, 3, 4, 5]
 
 

@@ -4,7 +4,6 @@ Field names, defaults and `adapter_config.json` follow PEFT, so configs can be e
 reading a file is tolerant and reports unknown keys. This package does not depend on models, matching or tensors.
 """
 
-from lorakit.config.file import config_file, looks_like_a_hub_id
 from lorakit.config.lora import (
     NOT_BUILT,
     PEFT_TABLES_OF_VARIANTS,
@@ -12,6 +11,7 @@ from lorakit.config.lora import (
     PeftConfig,
     PeftConfigMixin,
     check_built,
+    looks_like_a_hub_id,
     read_config,
 )
 from lorakit.config.nested import (
@@ -26,11 +26,10 @@ from lorakit.config.nested import (
     MontecloraConfig,
     VeloraConfig,
 )
-from lorakit.config.types import API_LEVEL, BIAS_CHOICES, CONFIG_FILE, HEADS_BY_TASK, PeftType, TaskType, scale
+from lorakit.config.types import API_LEVEL, CONFIG_FILE, HEADS_BY_TASK, PeftType, TaskType, scale
 
 __all__ = [
     "API_LEVEL",
-    "BIAS_CHOICES",
     "CONFIG_FILE",
     "HEADS_BY_TASK",
     "NOT_BUILT",
@@ -51,7 +50,6 @@ __all__ = [
     "TaskType",
     "VeloraConfig",
     "check_built",
-    "config_file",
     "looks_like_a_hub_id",
     "read_config",
     "scale",

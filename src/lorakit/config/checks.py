@@ -38,7 +38,7 @@ def task(value: TaskType | str | None) -> TaskType | None:
         ) from None
 
 
-def lora(value: PeftType | str | None) -> PeftType:
+def lora(value: Value) -> PeftType:
     """Return LORA for any value, as PEFT does, unless it names another method.
 
     Raises:

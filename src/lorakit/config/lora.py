@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lorakit.config import checks, nested
-from lorakit.config.file import config_file, read_values
 from lorakit.config.types import API_LEVEL, CONFIG_FILE, PeftType, TaskType, Value, check_types, plain
-from lorakit.durable import write_json
+from lorakit.durable import JsonObject, read_json, write_json
 from lorakit.errors import AdapterFileError, ConfigError, ConfigTypeError, NotYetSupported, warn_caller
+from lorakit.hub_cache import adapter_from_hub
 
 Config = TypeVar("Config", bound="PeftConfigMixin")
 
@@ -41,18 +41,51 @@ CHECKED_BY_VALUE = frozenset(
 )
 """Fields with their own value checks and messages."""
 
-NUMBERS = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "rank_pattern",
-    "alpha_pattern",
-    "layers_to_transform",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "layer_replication",
-)
-"""Numeric fields; NumPy numbers and ranges in them are converted so that a file can store them."""
+
+def looks_like_a_hub_id(name: str | os.PathLike[str]) -> bool:
+    """Return whether the name of a directory that does not exist may be a Hub id, "owner/name"."""
+    word = str(name)
+    return word.count("/") == 1 and not word.startswith((".", "/", "~")) and CONFIG_FILE not in word
+
+
+def config_file(name: str | os.PathLike[str], subfolder: str | None = None, revision: str | None = None) -> Path:
+    """Return the path of an adapter's config.
+
+    Args:
+        name: A directory or a Hub id.
+        subfolder: A directory inside it.
+        revision: Revision on the Hub.
+
+    Raises:
+        AdapterFileError: The config file was not found.
+    """
+    folder = Path(name) / subfolder if subfolder else Path(name)
+    path = folder / CONFIG_FILE
+    if path.is_file():
+        return path
+    if Path(name).exists() or not looks_like_a_hub_id(name):
+        raise AdapterFileError(
+            f"Can't find '{CONFIG_FILE}' at '{folder}': an adapter is a directory with that file.", where=folder
+        )
+    try:
+        found = adapter_from_hub(str(name), revision=revision, subfolder=subfolder)
+    except ValueError as cause:
+        raise AdapterFileError(f"Can't find '{CONFIG_FILE}' at '{name}': {cause}", where=name) from cause
+    return found / (subfolder or "") / CONFIG_FILE
+
+
+def _values(path: Path) -> JsonObject:
+    """Return the contents of a config file.
+
+    Raises:
+        AdapterFileError: The file is missing or not a JSON object.
+    """
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise AdapterFileError(
+            f"{path}: contains a {type(values).__name__}; expected an object with the config's fields.", where=path
+        )
+    return values
 
 
 @dataclass
@@ -124,7 +157,9 @@ class PeftConfigMixin:
             DiskError: The file cannot be written.
         """
         if Path(save_directory).is_file():
-            raise ConfigError(f"Provided path ({save_directory}) should be a directory, not a file.")
+            raise ConfigError(
+                f"Provided path ({save_directory}) should be a directory, not a file.", where=save_directory
+            )
         values = self.as_json()
         if kwargs.get("auto_mapping_dict") is not None:
             values["auto_mapping"] = kwargs["auto_mapping_dict"]
@@ -157,7 +192,7 @@ class PeftConfigMixin:
         return cls.from_peft_type(**cls.check_kwargs(**cls.from_json_file(path)))
 
     @classmethod
-    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Value) -> dict[str, Any]:
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Value) -> JsonObject:
         """Return the contents of a config file without process-local settings.
 
         Args:
@@ -167,13 +202,13 @@ class PeftConfigMixin:
         Raises:
             AdapterFileError: The file is missing or not a JSON object.
         """
-        values = read_values(Path(path_json_file))
+        values = _values(Path(path_json_file))
         if values.pop("runtime_config", None) is not None:
             warn_caller(f"{path_json_file} contains a `runtime_config` key. This is ignored: it is process-local.")
         return values
 
     @classmethod
-    def from_peft_type(cls, **kwargs: Any) -> PeftConfigMixin:
+    def from_peft_type(cls, **kwargs: Value) -> PeftConfigMixin:
         """Create a config of the class for its `peft_type`; unknown fields are reported and preserved.
 
         Args:
@@ -185,13 +220,14 @@ class PeftConfigMixin:
         """
         checks.lora(kwargs.get("peft_type"))
         kind: type[PeftConfigMixin] = LoraConfig if "peft_type" in kwargs else cls
-        known = {f.name for f in dataclasses.fields(kind)}
-        unknown = {key: value for key, value in kwargs.items() if key not in known}
+        names = {f.name for f in dataclasses.fields(kind)}
+        known: dict[str, Any] = {key: value for key, value in kwargs.items() if key in names}
+        unknown = {key: value for key, value in kwargs.items() if key not in names}
         if unknown and "peft_type" not in kwargs:
             raise ConfigTypeError(
                 f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
             )
-        config = kind(**{key: value for key, value in kwargs.items() if key in known})
+        config = kind(**known)
         if unknown:
             config.unknown = unknown
             warn_caller(
@@ -201,7 +237,7 @@ class PeftConfigMixin:
         return config
 
     @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+    def check_kwargs(cls, **kwargs: Value) -> dict[str, Any]:
         """Return the fields; subclasses may check or change them first."""
         return kwargs
 
@@ -310,8 +346,8 @@ class LoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = checks.lora(self.peft_type)
-        for name in NUMBERS:
-            setattr(self, name, plain(getattr(self, name)))
+        for each in dataclasses.fields(LoraConfig):
+            setattr(self, each.name, plain(getattr(self, each.name)))
         self.target_modules = checks.names("target_modules", self.target_modules)
         self.exclude_modules = checks.names("exclude_modules", self.exclude_modules)
         self.modules_to_save = checks.plain_list("modules_to_save", self.modules_to_save)
@@ -344,7 +380,7 @@ class LoraConfig(PeftConfig):
 
     @property
     def reads_weight(self) -> bool:
-        """Whether each forward reads the base weight, for one value per output."""
+        """Return whether each forward reads the base weight, for one value per output."""
         return self.use_dora
 
     def notes_on_own_numbers(self, total: int) -> list[str]:
@@ -431,7 +467,7 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[LoraConfig, list[str]]:
     path = path / CONFIG_FILE if path.is_dir() else path
     if not path.exists():
         raise AdapterFileError(f"{path.parent}: no {CONFIG_FILE}, so this is not an adapter.", where=path.parent)
-    values = read_values(path)
+    values = _values(path)
     method = values.get("peft_type", PeftType.LORA.value)
     if method != PeftType.LORA.value:
         raise AdapterFileError(

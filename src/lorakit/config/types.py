@@ -100,7 +100,7 @@ class PeftType(str, enum.Enum):
     DEFT = "DEFT"
 
 
-HEADS_BY_TASK: Mapping[TaskType, tuple[str, ...]] = {
+HEADS_BY_TASK: Mapping[TaskType | str | None, tuple[str, ...]] = {
     TaskType.SEQ_CLS: ("classifier", "score"),
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),

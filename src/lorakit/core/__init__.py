@@ -6,7 +6,8 @@ safetensors, and nothing of transformers, training or the command line.
 
 from lorakit.core.attachment.attaching import AttachReport, attach, detach
 from lorakit.core.attachment.loading import LoadReport, load_adapter
-from lorakit.core.attachment.saving import SavedAdapter, save_adapter, save_as_trained
+from lorakit.core.attachment.saving import save_adapter, save_as_trained
+from lorakit.core.files.adapter_folder import SavedAdapter
 from lorakit.core.files.inspecting import AdapterSummary, inspect_adapter
 from lorakit.core.kinds import Kind, WeightSpec, kind_named
 from lorakit.core.layers.lora_layer import LoraLayer

@@ -372,7 +372,7 @@ def check_adapters_to_merge(module: AdapterModule, adapter_names: list[str] | No
         ConfigTypeError: The names are one string.
     """
     asked = module.active_adapters if adapter_names is None else adapter_names
-    return not_yet_merged(asked, module.merged_here())
+    return not_yet_merged(asked, module.merged_adapters)
 
 
 def not_yet_merged(names: Sequence[str], merged: Sequence[str], quiet: bool = False) -> list[str]:

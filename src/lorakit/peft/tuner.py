@@ -176,7 +176,7 @@ class OverModel(nn.Module):
             return
         members = state.members()
         matching.check_together(members, names)
-        if any(module.merged_here() for module in members):
+        if any(module.merged_adapters for module in members):
             warn_caller("Adapter cannot be set when the model is merged. Unmerging the model first.")
             core.unmerge(self.model)
         core.activate(self.model, *names)

@@ -2,13 +2,6 @@
 
 from lorakit.targets.resolving import (
     ALL_LINEAR,
-    match_path,
-    resolve,
-    saved_modules,
-    targeted_parameters,
-    unfitting_keys,
-)
-from lorakit.targets.words import (
     LARGE_RANK,
     SEVERAL_MODULES,
     BareParameter,
@@ -19,7 +12,13 @@ from lorakit.targets.words import (
     Unmatched,
     first_match,
     key_fits,
+    literal_value,
+    match_path,
     names_path,
+    resolve,
+    saved_modules,
+    targeted_parameters,
+    unfitting_keys,
 )
 
 __all__ = [
@@ -34,6 +33,7 @@ __all__ = [
     "Unmatched",
     "first_match",
     "key_fits",
+    "literal_value",
     "match_path",
     "names_path",
     "resolve",

@@ -3,30 +3,230 @@
 The rules are PEFT's. A list entry is a path or a dotted suffix of one; a string is a regular expression for the whole
 path; "all-linear" is every dense layer except the output head. `exclude_modules` wins. `target_parameters` takes paths
 or dotted suffixes, never a pattern. This module does not use torch: it works on names, kinds and sizes.
+
+`rank_pattern` and `alpha_pattern` are regular expressions in PEFT's files. A pattern from an untrusted file could run
+for hours, so patterns from files are never run: only plain names are understood (a path, a dotted suffix, or a whole
+path after `^`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
-from lorakit.config import HEADS_BY_TASK, LoraConfig, TaskType, check_built
-from lorakit.errors import ConfigError, NoTargetError, TargetError, nearest
+from lorakit.config import HEADS_BY_TASK, LoraConfig, check_built
+from lorakit.errors import ConfigError, NoTargetError, PatternError, TargetError, nearest
 from lorakit.targets.layer_types import PARAMETER, PLANNED
-from lorakit.targets.words import (
-    LARGE_RANK,
-    SEVERAL_MODULES,
-    BareParameter,
-    Candidate,
-    Match,
-    Note,
-    Resolution,
-    Unmatched,
-    compiled,
-    first_match,
-    key_fits,
-    names_path,
-)
+
+T = TypeVar("T")
+
+ALL_LINEAR = "all-linear"
+
+SEVERAL_MODULES, LARGE_RANK = "several_modules", "large_rank"
+"""Kinds of notes about targets."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A module that a target may name.
+
+    Attributes:
+        path: Dotted path in the model.
+        kind: The kind of site it can be ("Linear", "Conv1D", "Embedding", ...), or None if LoRA does not support it.
+        type_name: Class name of the module, for messages.
+        dense: Whether it counts for "all-linear" (a dense layer that is not the output head).
+        out_features: Output width, or 0 if it has none.
+        in_features: Input width (number of embeddings), or 0 if it has none.
+    """
+
+    path: str
+    kind: str | None
+    type_name: str = ""
+    dense: bool = False
+    out_features: int = 0
+    in_features: int = 0
+
+
+@dataclass(frozen=True)
+class BareParameter:
+    """A parameter that `target_parameters` may name, such as the experts of a layer in one tensor.
+
+    Attributes:
+        module: Path of the module that holds it, "" for the model itself.
+        name: Its name in that module.
+        shape: Its shape.
+    """
+
+    module: str
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def path(self) -> str:
+        """Dotted path in the model."""
+        return f"{self.module}.{self.name}" if self.module else self.name
+
+
+@dataclass(frozen=True)
+class Match:
+    """A candidate that the config targets, with its rank and alpha.
+
+    Attributes:
+        path: Dotted path of the module.
+        kind: The kind of site.
+        rank: Rank at this site, after `rank_pattern`.
+        alpha: Alpha at this site, after `alpha_pattern`.
+        entry: The target entry that named it.
+        parameter: Name of the targeted parameter of the module, or "" if the kind determines it.
+    """
+
+    path: str
+    kind: str
+    rank: int
+    alpha: float
+    entry: str
+    parameter: str = ""
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """A config entry that matches nothing.
+
+    Attributes:
+        field: The config's field, such as "target_modules".
+        entry: The entry.
+        text: Message with the nearest names.
+    """
+
+    field: str
+    entry: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Note:
+    """A remark for the user.
+
+    Attributes:
+        kind: Subject: "several_modules" or "large_rank"; other packages add their own.
+        text: The message.
+    """
+
+    kind: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """Result of matching a config against a model.
+
+    Attributes:
+        matches: The sites, in the model's order.
+        saved: Paths of modules that `modules_to_save` names.
+        missing: Entries that match nothing; empty unless partial matches are allowed.
+        notes: Remarks for the user, such as a name that matches different modules.
+    """
+
+    matches: tuple[Match, ...]
+    saved: tuple[str, ...]
+    missing: tuple[Unmatched, ...]
+    notes: tuple[Note, ...]
+
+
+def resolve(
+    candidates: Sequence[Candidate],
+    config: LoraConfig,
+    *,
+    allow_partial: bool = False,
+    parameters: Sequence[BareParameter] | None = None,
+) -> Resolution:
+    """Find the sites that a config names.
+
+    Args:
+        candidates: Every named module of the model, in order, including containers.
+        config: The config; it is only read.
+        allow_partial: Whether unmatched entries go to `missing` instead of raising an error.
+        parameters: Every named parameter, in order; None skips `target_parameters`.
+
+    Returns:
+        The resolution; `matches` is never empty.
+
+    Raises:
+        NoTargetError: No target module was found in the model.
+        TargetError: An entry matches nothing, or a named module does not support LoRA.
+        ConfigError: A pattern is not a regular expression, or no targets are given.
+        NotYetSupported: The config uses an unsupported feature.
+    """
+    check_built(config)
+    saved, missing = saved_modules(candidates, config)
+    found = _targeted(candidates, config, saved)
+    bare = targeted_parameters(parameters or (), config, saved)
+    missing += _unmatched(candidates, config, found, bare)
+    if parameters is not None:
+        missing += _unmatched_parameters(parameters, config, bare)
+    if not found and not bare:
+        raise _nothing(candidates, config, missing)
+    if missing and not allow_partial:
+        raise TargetError(
+            " ".join(map(str, missing)), what=missing[0].entry, field=missing[0].field, override="partial_targets"
+        )
+    _check_kinds(found)
+    matches = (*(_match(config, candidate.path, candidate.kind or "", entry) for candidate, entry in found), *bare)
+    notes = (*_notes_on_names(found), *_notes_on_ranks(found, parameters or (), matches))
+    return Resolution(matches, tuple(saved), tuple(missing), notes)
+
+
+def _match(config: LoraConfig, module: str, kind: str, entry: str, parameter: str = "") -> Match:
+    path = f"{module}.{parameter}" if parameter else module
+    rank = first_match(config.rank_pattern, path, config.r)
+    return Match(module, kind, rank, first_match(config.alpha_pattern, path, config.lora_alpha), entry, parameter)
+
+
+def _matcher(name: str, value: Collection[str] | str) -> Callable[[Candidate], str | None]:
+    """Return a function from a candidate to the entry that names it, or None."""
+    if isinstance(value, str):
+        if value.lower() == ALL_LINEAR:
+            return lambda candidate: ALL_LINEAR if candidate.dense else None
+        pattern = compiled(value, name)
+        return lambda candidate: value if pattern.fullmatch(candidate.path) else None
+    entries = frozenset(value)
+
+    def entry_of(candidate: Candidate) -> str | None:
+        rest = candidate.path
+        while rest:  # the path itself, then each shorter dotted suffix
+            if rest in entries:
+                return rest
+            _, _, rest = rest.partition(".")
+        return None
+
+    return entry_of
+
+
+def saved_modules(candidates: Sequence[Candidate], config: LoraConfig) -> tuple[list[str], list[Unmatched]]:
+    """Return the paths that `modules_to_save` and the task name, and the entries that name nothing.
+
+    Args:
+        candidates: As in `resolve`.
+        config: The config.
+    """
+    heads = HEADS_BY_TASK.get(config.task_type, ())
+    asked = [entry for entry in config.modules_to_save or [] if entry not in heads]
+    paths = [c.path for c in candidates if any(names_path(entry, c.path) for entry in (*asked, *heads))]
+    outermost = [p for p in paths if not any(p.startswith(other + ".") for other in paths)]
+    missing = [
+        _matches_none("modules_to_save", entry, f"no module{_hint(entry, candidates)}")
+        for entry in asked
+        if not any(names_path(entry, path) for path in paths)
+    ]
+    return outermost, missing
 
 
 def targeted_parameters(
@@ -63,9 +263,7 @@ def targeted_parameters(
                 where=path,
                 field="target_parameters",
             )
-        rank = first_match(config.rank_pattern, path, config.r)
-        alpha = first_match(config.alpha_pattern, path, config.lora_alpha)
-        matches.append(Match(parameter.module, PARAMETER, rank, alpha, entry, parameter.name))
+        matches.append(_match(config, parameter.module, PARAMETER, entry, parameter.name))
     return matches
 
 
@@ -74,148 +272,16 @@ def match_path(match: Match) -> str:
     return f"{match.path}.{match.parameter}" if match.parameter else match.path
 
 
-def unmatched_parameters(
+def _unmatched_parameters(
     parameters: Sequence[BareParameter], config: LoraConfig, found: Sequence[Match]
 ) -> list[Unmatched]:
-    """Return the entries of `target_parameters` that name nothing, with the nearest names.
-
-    Args:
-        parameters: As in `targeted_parameters`.
-        config: The config.
-        found: Paths of the parameters it names.
-    """
+    """Return the entries of `target_parameters` that name nothing, with the nearest names."""
     unmatched = []
     for entry in sorted(config.target_parameters or ()):
         if not any(names_path(entry, match_path(match)) for match in found):
             hint = _nearest(entry.rpartition(".")[2], {p.name for p in parameters if len(p.shape) > 1})
-            text = f"target_parameters entry {entry!r} matches no parameter{hint}."
-            unmatched.append(Unmatched("target_parameters", entry, text))
+            unmatched.append(_matches_none("target_parameters", entry, f"no parameter{hint}"))
     return unmatched
-
-
-def no_parameter(config: LoraConfig, missing: Sequence[Unmatched]) -> TargetError:
-    """Return the error for a config that names neither a module nor a parameter.
-
-    Args:
-        config: The config.
-        missing: The entries that name nothing.
-    """
-    return TargetError(
-        "No `target_modules` passed but also no `target_parameters` found. Please check the values for these "
-        f"arguments.{''.join(f' {unmatched}' for unmatched in missing)}",
-        what=sorted(config.target_parameters or ()),
-        field="target_parameters",
-    )
-
-
-def too_large(match: Match, parameters: Sequence[BareParameter] | None) -> Note | None:
-    """Return a note if a rank is larger than a matrix of its parameter, else None.
-
-    Args:
-        match: A parameter that was named.
-        parameters: As in `targeted_parameters`.
-    """
-    shapes = {(p.module, p.name): p.shape for p in parameters or ()}
-    smaller = min(shapes[match.path, match.parameter][-2:])
-    if not 0 < smaller < match.rank:
-        return None
-    return Note(LARGE_RANK, f"{match_path(match)}: rank {match.rank} is larger than its smaller side, {smaller}.")
-
-
-ALL_LINEAR = "all-linear"
-
-
-def resolve(
-    candidates: Sequence[Candidate],
-    config: LoraConfig,
-    *,
-    allow_partial: bool = False,
-    parameters: Sequence[BareParameter] | None = None,
-) -> Resolution:
-    """Find the sites that a config names.
-
-    Args:
-        candidates: Every named module of the model, in order, including containers.
-        config: The config; it is only read.
-        allow_partial: Whether unmatched entries go to `missing` instead of raising an error.
-        parameters: Every named parameter, in order; None skips `target_parameters`.
-
-    Returns:
-        The resolution; `matches` is never empty.
-
-    Raises:
-        NoTargetError: No target module was found in the model.
-        TargetError: An entry matches nothing, or a named module does not support LoRA.
-        ConfigError: A pattern is not a regular expression, or no targets are given.
-        NotYetSupported: The config uses an unsupported feature.
-    """
-    check_built(config)
-    saved, unsaved = saved_modules(candidates, config)
-    found = _targeted(candidates, config, saved)
-    bare = [] if parameters is None else targeted_parameters(parameters, config, saved)
-    missing = [*unsaved, *_unmatched(candidates, config, found, [match_path(match) for match in bare])]
-    missing += [] if parameters is None else unmatched_parameters(parameters, config, bare)
-    if not found and not bare:
-        raise _nothing(candidates, config) if config.target_modules else no_parameter(config, missing)
-    if missing and not allow_partial:
-        raise TargetError(
-            " ".join(map(str, missing)),
-            what=missing[0].entry,
-            field=missing[0].field,
-            override="partial_targets",
-        )
-    _check_kinds(found, config)
-    matches = tuple(
-        Match(
-            path=candidate.path,
-            kind=candidate.kind or "",
-            rank=first_match(config.rank_pattern, candidate.path, config.r),
-            alpha=first_match(config.alpha_pattern, candidate.path, config.lora_alpha),
-            entry=entry,
-        )
-        for candidate, entry in found
-    )
-    notes = [*_notes(found, matches), *filter(None, (too_large(match, parameters) for match in bare))]
-    return Resolution((*matches, *bare), tuple(saved), tuple(missing), tuple(notes))
-
-
-def _matcher(name: str, value: Collection[str] | str) -> Callable[[Candidate], str | None]:
-    """Return a function from a candidate to the entry that names it, or None."""
-    if isinstance(value, str):
-        if value.lower() == ALL_LINEAR:
-            return lambda candidate: ALL_LINEAR if candidate.dense else None
-        pattern = compiled(value, name)
-        return lambda candidate: value if pattern.fullmatch(candidate.path) else None
-    entries = frozenset(value)
-
-    def entry_of(candidate: Candidate) -> str | None:
-        rest = candidate.path
-        while rest:  # the path itself, then each shorter dotted suffix
-            if rest in entries:
-                return rest
-            _, _, rest = rest.partition(".")
-        return None
-
-    return entry_of
-
-
-def saved_modules(candidates: Sequence[Candidate], config: LoraConfig) -> tuple[list[str], list[Unmatched]]:
-    """Return the paths that `modules_to_save` and the task name, and the entries that name nothing.
-
-    Args:
-        candidates: As in `resolve`.
-        config: The config.
-    """
-    heads = HEADS_BY_TASK.get(config.task_type, ()) if isinstance(config.task_type, TaskType) else ()
-    asked = [entry for entry in config.modules_to_save or [] if entry not in heads]
-    paths = [c.path for c in candidates if any(names_path(entry, c.path) for entry in (*asked, *heads))]
-    outermost = [p for p in paths if not any(p.startswith(other + ".") for other in paths)]
-    missing = [
-        _matches_none("modules_to_save", entry, f"no module{_hint(entry, candidates)}")
-        for entry in asked
-        if not any(names_path(entry, path) for path in paths)
-    ]
-    return outermost, missing
 
 
 def _targeted(candidates: Sequence[Candidate], config: LoraConfig, saved: Sequence[str]) -> list[tuple[Candidate, str]]:
@@ -259,21 +325,21 @@ def _unmatched(
     candidates: Sequence[Candidate],
     config: LoraConfig,
     found: Sequence[tuple[Candidate, str]],
-    bare: Sequence[str] = (),
+    bare: Sequence[Match],
 ) -> list[Unmatched]:
+    targeted = [candidate.path for candidate, _ in found]
+    everything = [candidate.path for candidate in candidates]
     unmatched = []
-    if not isinstance(config.target_modules, str):
-        used = {entry for _, entry in found}
-        for entry in sorted(set(config.target_modules or ()) - used):
-            if not any(names_path(entry, candidate.path) for candidate, _ in found):
-                unmatched.append(_unmatched_entry("target_modules", entry, candidates))
-    excluded = config.exclude_modules
-    for entry in sorted(excluded) if excluded and not isinstance(excluded, str) else ():
-        if not any(names_path(entry, candidate.path) for candidate in candidates):
-            unmatched.append(_unmatched_entry("exclude_modules", entry, candidates))
-    paths = [*(candidate.path for candidate, _ in found), *bare]
-    for name in ("rank_pattern", "alpha_pattern") if paths else ():
-        unmatched += unfitting_keys(name, getattr(config, name), paths)
+    for field, paths in (("target_modules", targeted), ("exclude_modules", everything)):
+        entries = getattr(config, field)
+        for entry in () if isinstance(entries, str) else sorted(entries or ()):
+            if not any(names_path(entry, path) for path in paths):
+                is_elsewhere = any(names_path(entry, path) for path in everything)
+                what = "only modules that are excluded or in other layers" if is_elsewhere else None
+                unmatched.append(_matches_none(field, entry, what or f"no module{_hint(entry, candidates)}"))
+    adapted = [*targeted, *map(match_path, bare)]
+    for field in ("rank_pattern", "alpha_pattern") if adapted else ():
+        unmatched += unfitting_keys(field, getattr(config, field), adapted)
     return unmatched
 
 
@@ -297,12 +363,6 @@ def unfitting_keys(field: str, keys: Collection[str], paths: Sequence[str]) -> l
     return unmatched
 
 
-def _unmatched_entry(field: str, entry: str, candidates: Sequence[Candidate]) -> Unmatched:
-    if any(names_path(entry, candidate.path) for candidate in candidates):
-        return _matches_none(field, entry, "only modules that are excluded or in other layers")
-    return _matches_none(field, entry, f"no module{_hint(entry, candidates)}")
-
-
 def _matches_none(field: str, entry: str, what: str) -> Unmatched:
     return Unmatched(field, entry, f"{field} entry {entry!r} matches {what}.")
 
@@ -316,8 +376,16 @@ def _nearest(word: str, names: Collection[str]) -> str:
     return f"; nearest: {', '.join(words)}" if words else ""
 
 
-def _nothing(candidates: Sequence[Candidate], config: LoraConfig) -> NoTargetError:
+def _nothing(candidates: Sequence[Candidate], config: LoraConfig, missing: Sequence[Unmatched]) -> TargetError:
+    """Return the error for a config that names neither a module nor a parameter of the model."""
     wanted = config.target_modules
+    if not wanted:
+        return TargetError(
+            "No `target_modules` passed but also no `target_parameters` found. Please check the values for these "
+            f"arguments.{''.join(f' {unmatched}' for unmatched in missing)}",
+            what=sorted(config.target_parameters or ()),
+            field="target_parameters",
+        )
     shown = repr(wanted) if isinstance(wanted, str) else repr(sorted(wanted or ()))
     adaptable = sorted({c.path.rsplit(".", 1)[-1] for c in candidates if c.kind})
     hints = [_hint(entry, candidates) for entry in ([] if isinstance(wanted, str) else sorted(wanted or ()))]
@@ -330,7 +398,7 @@ def _nothing(candidates: Sequence[Candidate], config: LoraConfig) -> NoTargetErr
     )
 
 
-def _check_kinds(found: Sequence[tuple[Candidate, str]], config: LoraConfig) -> None:
+def _check_kinds(found: Sequence[tuple[Candidate, str]]) -> None:
     bad = [(candidate, entry) for candidate, entry in found if candidate.kind is None]
     if not bad:
         return
@@ -346,8 +414,8 @@ def _check_kinds(found: Sequence[tuple[Candidate, str]], config: LoraConfig) -> 
     )
 
 
-def _notes(found: Sequence[tuple[Candidate, str]], matches: Sequence[Match]) -> list[Note]:
-    """Return notes about names that match different modules, and about ranks that are too large."""
+def _notes_on_names(found: Sequence[tuple[Candidate, str]]) -> list[Note]:
+    """Return notes about names that match different modules."""
     templates: dict[str, dict[str, list[Candidate]]] = {}
     for candidate, entry in found:
         if entry != ALL_LINEAR and not any(char in entry for char in r"*+?|()[]\^$"):
@@ -362,9 +430,97 @@ def _notes(found: Sequence[tuple[Candidate, str]], matches: Sequence[Match]) -> 
             ]
             text = f"{entry!r} names {len(groups)} different modules: {' and '.join(parts)}."
             notes.append(Note(SEVERAL_MODULES, text))
-    for (candidate, _), match in zip(found, matches, strict=True):
-        smaller = min(candidate.out_features, candidate.in_features)
-        if 0 < smaller < match.rank:
-            text = f"{match.path}: rank {match.rank} is larger than the module's smaller side, {smaller}."
+    return notes
+
+
+def _notes_on_ranks(
+    found: Sequence[tuple[Candidate, str]], parameters: Sequence[BareParameter], matches: Sequence[Match]
+) -> list[Note]:
+    """Return notes about ranks that are larger than the smaller side of their weight."""
+    sides = {c.path: min(c.out_features, c.in_features) for c, _ in found}
+    sides |= {parameter.path: min(parameter.shape[-2:], default=0) for parameter in parameters}
+    notes = []
+    for match in matches:
+        path = match_path(match)
+        if 0 < sides[path] < match.rank:
+            text = f"{path}: rank {match.rank} is larger than the smaller side of its weight, {sides[path]}."
             notes.append(Note(LARGE_RANK, text))
     return notes
+
+
+def names_path(entry: str, path: str) -> bool:
+    """Return whether a list entry names a path: the whole path, or a dotted suffix of it."""
+    return path == entry or path.endswith("." + entry)
+
+
+def first_match(pattern: Mapping[str, T], path: str, default: T) -> T:
+    """Return the value of the first pattern that matches a dotted suffix of a path or the whole path.
+
+    Args:
+        pattern: Regular expression -> value, in the order they are tried.
+        path: Dotted path of a site.
+        default: The value if no pattern matches.
+
+    Raises:
+        ConfigError: A key is not a regular expression.
+    """
+    return next((value for key, value in pattern.items() if key_fits(key, path)), default)
+
+
+def key_fits(key: str, path: str) -> bool:
+    """Return whether a key of `rank_pattern` or `alpha_pattern` matches a path.
+
+    Raises:
+        ConfigError: The key is not a regular expression.
+    """
+    return compiled(rf"(.*\.)?({key})", "rank_pattern or alpha_pattern", key).fullmatch(path) is not None
+
+
+def compiled(pattern: str, where: str, given: str | None = None) -> re.Pattern[str]:
+    """Compile a pattern.
+
+    Args:
+        pattern: A regular expression.
+        where: The field that holds it.
+        given: The user's text, if it differs.
+
+    Raises:
+        ConfigError: The pattern is not a regular expression.
+    """
+    try:
+        return re.compile(pattern)
+    except re.error as cause:
+        raise ConfigError(
+            f"{where}: {given or pattern!r} is not a regular expression ({cause}).", what=given or pattern, field=where
+        ) from None
+
+
+_PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_\-]|\\?\.)+\$?")
+
+
+def literal_value(patterns: Mapping[str, float], path: str, default: float) -> float:
+    """Return the value of the first pattern that names a path.
+
+    Args:
+        patterns: Pattern -> value, in the order they are tried.
+        path: Path of a site.
+        default: The value if no pattern names it.
+
+    Raises:
+        PatternError: A pattern is not a plain name.
+    """
+    return next((value for pattern, value in patterns.items() if names(pattern, path)), default)
+
+
+def names(pattern: str, path: str) -> bool:
+    """Return whether a plain pattern names a path.
+
+    Raises:
+        PatternError: The pattern is not a plain name.
+    """
+    if not _PLAIN.fullmatch(pattern):
+        raise PatternError(
+            f"{pattern!r} is a regular expression; patterns from files are not run. Use names or dotted suffixes."
+        )
+    word = pattern.removesuffix("$").replace("\\.", ".")
+    return path == word[1:] if word.startswith("^") else names_path(word, path)

@@ -1,4 +1,4 @@
-"""What `attach` reports and allows; default targets; names; flags."""
+"""Tests of `attach`: its report, allowances, default targets, adapter names and `requires_grad` flags."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_names_that_are_not(name: str) -> None:
 
 
 def test_every_name_that_torchs_containers_use_is_refused_or_works() -> None:
-    """On factors of an embedding and of a matrix, on a copied module and on rows of a table: all our mappings."""
+    """Cover every mapping: factors of an embedding and of a matrix, a saved module and trainable token embeddings."""
     words = {word for made in (nn.ModuleDict(), nn.ParameterDict(), nn.Module()) for word in dir(made)}
     config = TIED.config(target_modules=["q_proj"], trainable_token_indices=[1], modules_to_save=["norm"])
     model = TIED.model()

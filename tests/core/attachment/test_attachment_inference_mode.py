@@ -59,7 +59,7 @@ def test_a_loaded_one_and_a_merged_base(tmp_path: Path) -> None:
 
 
 def test_a_base_that_was_made_inside() -> None:
-    """It can be used inside, to the bits, and is refused outside before anything is touched."""
+    """Inside inference mode results are bit-identical; outside, the call raises before anything changes."""
     with torch.inference_mode():
         model = TIED.model()
         wanted = run(model, GIVEN)

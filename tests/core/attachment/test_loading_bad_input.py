@@ -1,6 +1,6 @@
 """Adapter files that are damaged, hostile or of another base: a typed error in a second, naming the file; nothing changed.
 
-Each case starts from a sound adapter, is done to its folder, and is loaded beside an adapter that already serves.
+Each case damages the directory of a valid adapter and loads it into a model that already has an adapter.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def edit_config(**fields: Any) -> Damage:
 
 
 def edit_tensors(change: Callable[[dict[str, Tensor]], object], metadata: dict[str, str] | None = None) -> Damage:
-    """Write the weights anew, as another program would: without our key in the header."""
+    """Rewrite the weights as another program would: without our key in the header."""
 
     def do(folder: Path) -> None:
         tensors = load_file(folder / WEIGHTS_FILE)
@@ -417,7 +417,7 @@ def test_a_base_that_cannot_be_verified_loads(folder: Path) -> None:
 
 
 def sound(folder: Path, expected: Tensor, name: str = "new") -> list[str]:
-    """The adapter loads and answers as it should; what was said."""
+    """Check that the adapter loads and computes the expected output; return the warnings."""
     model = with_adapters(LLAMA, "a")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -436,7 +436,7 @@ def expected(folder: Path) -> Tensor:
 
 
 def moved_to_blobs(folder: Path) -> None:
-    """As a hub's cache lies on disk: links to files elsewhere."""
+    """Use the layout of a Hub cache: links to files elsewhere."""
     blobs = folder.parent / "blobs"
     blobs.mkdir()
     for path in list(folder.iterdir()):
@@ -487,7 +487,7 @@ def test_a_literal_pattern_from_a_file_is_understood(folder: Path) -> None:
 
 
 def test_a_regular_expression_of_our_own_comes_back(tmp_path: Path) -> None:
-    """The scales of its sites stand in lorakit.json, so the pattern need not be run."""
+    """Its scales are in lorakit.json, so the pattern is not needed."""
     model = LLAMA.model()
     attach(model, LLAMA.config(alpha_pattern={r"layers\.(0|7)\..*_proj": 12}, target_modules=r".*\.(q|v)_proj"))
     randomise(model, "default", 3)

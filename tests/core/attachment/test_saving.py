@@ -1,4 +1,4 @@
-"""What lies on disk after a save: PEFT's two files and ours, the same bytes for the same adapter, nothing of this machine."""
+"""Files after a save: PEFT's two and ours, the same bytes for the same adapter, without names of this machine."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
-from lorakit.config import CONFIG_FILE
+from lorakit.config import CONFIG_FILE, LoraConfig
 from lorakit.core import attach, fingerprint, inspect_adapter, load_adapter, merge, save_adapter
 from lorakit.core.files.adapter_folder import REPLACES, SIDECAR_FILE, WEIGHTS_FILE
 from lorakit.durable import is_sealed, sha256_file
@@ -172,3 +173,17 @@ def test_a_loaded_adapter_is_frozen_unless_it_is_to_be_trained(fields: dict[str,
     attach(fresh, BERT.config(**fields))
     assert names == [name for name, parameter in fresh.named_parameters() if parameter.requires_grad]
     assert same_bits(run(frozen, BERT.given()), run(trained, BERT.given()))
+
+
+def test_saved_module_of_a_pattern_that_names_no_linear_layer(tmp_path: Path) -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3), "head": nn.Linear(4, 2)})
+
+    adapted = model()
+    attach(adapted, LoraConfig(target_modules="conv", modules_to_save=["head"], init_lora_weights=False))
+    adapted["head"].modules_to_save["default"].weight.data.fill_(2.0)
+    save_adapter(adapted, tmp_path)
+    loaded = model()
+    assert load_adapter(loaded, tmp_path).sites == 1
+    assert float(loaded["head"].weight.min()) == 2.0

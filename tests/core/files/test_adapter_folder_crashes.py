@@ -115,7 +115,7 @@ class Judge:
         assert modes == [0o770, 0o750, 0o640]
 
     def table(self, how: How, exchange: bool) -> Counter[str]:
-        """What was found after a crash at each operation of a save over the old adapter."""
+        """Return what was found after a crash at each operation of a save over the old adapter."""
         found = at_every_operation(
             lambda root: self.again(root / "adapter"), self.template, self, how=how, exchange=exchange
         )
@@ -139,7 +139,7 @@ def test_a_crash_in_save_adapter(how: How, exchange: bool, tmp_path: Path) -> No
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "in order"])
 @pytest.mark.parametrize("direction", ["to moved", "from moved"])
 def test_a_crash_around_the_file_of_first_factors(direction: str, exchange: bool, tmp_path: Path) -> None:
-    """An adapter that moved the base needs a fourth file, which comes and goes with the others."""
+    """An adapter with a residual base needs a fourth file, which is replaced and removed with the others."""
     plain, moved = linears(**OLD), linears(**NEW, init_lora_weights="pissa")
     saves: list[Save] = [
         lambda folder: save_adapter(plain, folder, "a"),

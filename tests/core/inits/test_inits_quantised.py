@@ -38,9 +38,7 @@ EVERY = pytest.mark.parametrize("storage", storages())
 FP32 = torch.float32
 STAYS = (True, "gaussian", "orthogonal", "eva", "mica")
 REFUSED = ("pissa", "pissa_niter_4", "corda", "loftq", "lora_ga")
-TWICE = (
-    r"up: init_lora_weights is '{}', which needs the weight in float32.*rounded a second time.*before it was quantised"
-)
+TWICE = r"up: init_lora_weights='{}' changes the base weight, and this one is quantized.*rounded a second time.*before it is quantized"
 
 
 def fields_for(init: Any) -> dict[str, Any]:
@@ -142,7 +140,7 @@ def test_olora_rounds_what_is_left_and_says_by_how_much(storage: Storage, dora: 
         lost.append(float((now - left).norm() / left.norm()))
     assert 0 < max(lost) < WRITTEN[storage.name]
     assert f"rounded a second time, by up to {max(lost):.2g} of a weight" in report.notes[-1].text
-    assert "olora moves the base's weight at 2 sites" in report.notes[-2].text
+    assert "olora changes the base weight at 2 sites" in report.notes[-2].text
     fresh = run(model, given)
     assert float((fresh - output).norm() / output.norm()) < 3 * WRITTEN[storage.name] + EVALUATED.get(storage.name, 0)
     assert packed_bits(model) == before  # the original is kept
@@ -180,7 +178,7 @@ def test_olora_is_written_as_it_is_trained_and_never_as_plain_lora(storage: Stor
     kind = specimen(storage)
     model, given = moved(kind), kind.given()
     with pytest.raises(
-        AdapterError, match="up: olora moved a quantised base, which was rounded a second time, so adap"
+        AdapterError, match="up: olora changed a quantized base, which was rounded a second time, so adap"
     ):
         save_adapter(model, tmp_path / "plain", "moved")
     assert not (tmp_path / "plain").exists()
@@ -200,7 +198,7 @@ def test_the_face_writes_it_as_it_is_trained_with_a_word_and_converts_nothing(st
     model.peft_config["default"].init_lora_weights = "olora"
     with pytest.warns(UserWarning, match="acts on a base that 'olora' changed, and is saved so"):
         model.save_pretrained(tmp_path / "trained")
-    with pytest.raises(AdapterError, match="rounded a second time, so adapter 'default' is no plain LoRA"):
+    with pytest.raises(AdapterError, match="rounded a second time, so adapter 'default' is not plain LoRA"):
         model.save_pretrained(tmp_path / "new", path_initial_model_for_weight_conversion=str(tmp_path / "began"))
     loaded = face.PeftModel.from_pretrained(kind.model(), tmp_path / "trained")
     assert same_bits(run(loaded, kind.given()), run(model, kind.given()))

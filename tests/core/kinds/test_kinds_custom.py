@@ -111,7 +111,7 @@ def test_it_is_named_in_the_folder_and_asked_for_when_loading(tmp_path: Path) ->
     assert json.loads((tmp_path / "lorakit.json").read_text())["kinds"] == ["Squared"]
     fresh = adapted()
     bits = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
-    with pytest.raises(AdapterFileError, match=r"kinds of site of its user's own: Squared\. Give them again"):
+    with pytest.raises(AdapterFileError, match=r"custom kinds of site: Squared\. Pass them"):
         core.load_adapter(fresh, tmp_path)
     assert fresh.state_dict().keys() == bits.keys()
     core.load_adapter(fresh, tmp_path, kinds=[SQUARED])

@@ -27,7 +27,7 @@ from lorakit.core import (
     save_as_trained,
     use,
 )
-from lorakit.core.attachment.saving import INITIAL_FILE
+from lorakit.core.files.adapter_folder import INITIAL_FILE
 from lorakit.core.operations.tensor_sources import weights_of_folder
 from lorakit.errors import AdapterError, AdapterFileError
 from lorakit.plan.quantized import STORAGES
@@ -137,7 +137,9 @@ def test_a_folder_that_does_not_say_how_the_base_was_moved_is_refused(init: str,
             (tmp_path / "a" / name).unlink()
     save_adapter(model, tmp_path / "b", "plain")
     data = init in ("corda", "lora_ga")
-    text = "by looking at data, and the file does not hold it" if data else "changed, and the folder does not say how"
+    text = (
+        "by inspecting data, and the file does not hold it" if data else "changed, and the directory does not say how"
+    )
     for operation in (
         lambda: combine_folders([tmp_path / "a", tmp_path / "b"], [1.0, 1.0], tmp_path / "new"),
         lambda: compress_folder(tmp_path / "a", tmp_path / "new", rank=2),
@@ -166,11 +168,11 @@ def test_olora_on_a_quantised_base_was_rounded_twice_and_is_refused(tmp_path: Pa
     model = both("olora", kind)
     before = snapshot(model)
     for operation in OPERATIONS:
-        with pytest.raises(AdapterError, match=r"olora .*rounded a second time"):
+        with pytest.raises(AdapterError, match="olora changed a quantized base, which was rounded a second time"):
             operation(model)
         assert snapshot(model) == before
     save_as_trained(model, tmp_path, "moved")
-    with pytest.raises(AdapterFileError, match="rounded a second time"):
+    with pytest.raises(AdapterFileError, match="changed while it was quantized, so it was rounded a second time"):
         weights_of_folder(tmp_path)
     again = kind.model()
     load_adapter(again, tmp_path)

@@ -446,7 +446,7 @@ def test_a_site_whose_positions_are_not_known_says_so() -> None:
 def test_an_init_that_moves_the_base_is_refused() -> None:
     """Before its start the model must be the base."""
     words = {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM", "init_lora_weights": "pissa"}
-    with pytest.raises(ConfigError, match=r"'pissa' moves the base weight, and aLoRA needs the base as it is"):
+    with pytest.raises(ConfigError, match=r"'pissa' changes the base weight, and aLoRA needs it unchanged"):
         attach(LLAMA.model(), LLAMA.config(**words))
 
 

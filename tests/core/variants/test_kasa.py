@@ -124,14 +124,14 @@ def test_kinds_other_than_linear_are_refused(specimen: Specimen) -> None:
 @pytest.mark.parametrize("storage", storages())
 def test_a_quantised_base_is_refused(storage: Any) -> None:
     made = quantised(storage)
-    with pytest.raises(ConfigError, match="KaSA moves the base weight, and this one is quantised") as refused:
+    with pytest.raises(ConfigError, match="KaSA changes the base weight, and this one is quantized") as refused:
         core.attach(made.model(), made.config(kasa_config={}), "a")
     assert (refused.value.where, refused.value.field) == ("up", "kasa_config")
 
 
 @pytest.mark.parametrize("fields", [{"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
 def test_what_excludes_it_in_one_adapter(fields: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"exclude each other|KaSA moves it too"):
+    with pytest.raises(ConfigError, match=r"exclude each other|KaSA changes it too"):
         core.attach(LINEARS.model(), LINEARS.config(kasa_config={}, **fields), "a")
 
 

@@ -291,7 +291,7 @@ def test_it_may_move_the_base_while_it_is_attached(put: Callable[[Variant], None
     assert_close(run(model, given), acting)
     core.detach(model)
     assert snapshot(model)["tensors"] == bits
-    with pytest.raises(ConfigError, match="moves the base weight, and Toy moves it too"):
+    with pytest.raises(ConfigError, match="changes the base weight, and Toy changes it too"):
         core.attach(model, LINEARS.config(init_lora_weights="pissa", **{FIELD: True}), "b")
     with pytest.raises(AdapterError, match="Toy changed the base by more than a product of low rank"):
         core.compress(again, "a", rank=1)
@@ -327,7 +327,7 @@ def test_adapters_of_one_rank_share_the_base_that_they_moved(put: Callable[[Vari
     core.detach(model, "a")
     core.activate(model, "b")
     assert_close(run(model, given), alone["b"])
-    with pytest.raises(ConfigError, match="Toy moves the base weight, which adapter 'b' has moved") as refused:
+    with pytest.raises(ConfigError, match="Toy changes the base weight, which adapter 'b' has changed") as refused:
         core.attach(model, LINEARS.config(r=2, **{FIELD: True}), "c")
     assert (refused.value.what, refused.value.where) == ("b", "up")
     core.detach(model)

@@ -1,8 +1,8 @@
 """Attach adapters to a model and detach them; choose which are active.
 
-Everything is checked and built off the model first and put in place in one step that cannot fail, so that a
-refused call leaves the model as it was. The base is frozen while adapters sit on it and gets its
-`requires_grad` flags back with the last of them.
+Everything is checked and built off the model first and attached in one step that cannot fail, so that a call that
+raises leaves the model unchanged. The base is frozen while it has adapters; detaching the last one restores its
+`requires_grad` flags.
 """
 
 from __future__ import annotations
@@ -11,32 +11,26 @@ import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lorakit.architectures.default_targets import DEFAULT_TARGETS
 from lorakit.config import LoraConfig, scale
-from lorakit.core.attachment.build import (
-    NewAdapter,
-    NewFactor,
-    commit,
-    fresh_factors,
-    new_extras,
-    new_rows,
-    note_old_biases,
-)
-from lorakit.core.attachment.residual_base import give_base_back, mover_of
+from lorakit.core.attachment import build
+from lorakit.core.attachment.residual_base import give_base_back, mover_of, residual
 from lorakit.core.kinds import Kind
 from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.layers.modules_to_save import Extras
 from lorakit.core.merging.merging import unmerge
-from lorakit.core.model.checks import check_allowances, check_called, check_company, check_new_name, check_scales
+from lorakit.core.model import checks
 from lorakit.core.model.index import AdapterIndex, check_known, trainable_block
 from lorakit.core.model.replication import stacked_for
 from lorakit.core.model.target_weights import bare_parameters
 from lorakit.core.model.ties import with_ties
 from lorakit.core.model.vocabulary import chosen_rows
-from lorakit.core.quantization import allow_repacking
+from lorakit.core.quantization import allow_repacking, weight_format_of
 from lorakit.core.routing.positions import uninstall
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState
@@ -48,14 +42,14 @@ from lorakit.targets import Match, Note, Resolution, Unmatched, match_path, reso
 
 @dataclass(frozen=True)
 class AttachReport:
-    """What `attach` did.
+    """Result of `attach`.
 
     Attributes:
         name: The adapter.
         matches: The sites, with rank, alpha and the entry that named each.
-        trainable_parameters: Numbers that will be trained.
-        notes: Remarks that a person should read; `str` gives the sentence.
-        missing: Entries that name nothing (with "partial_targets" allowed); likewise.
+        trainable_parameters: Number of values that will be trained.
+        notes: Remarks for the user; `str` gives the message.
+        missing: Entries that name nothing (with "partial_targets" allowed); `str` gives the message.
     """
 
     name: str
@@ -75,16 +69,16 @@ def attach(
     statistics: Statistics | None = None,
     kinds: Iterable[Kind] = (),
 ) -> AttachReport:
-    """Put a fresh adapter on a model. The first one becomes active; later ones wait for `activate` or `use`.
+    """Add a new adapter to a model. The first one becomes active; later ones wait for `activate` or `use`.
 
     Args:
         model: The base, or a model that has adapters already. It is changed in place.
-        config: How the adapter looks; it is copied.
-        name: Its name.
-        allow: Refusals to lift: "partial_targets", "odd_scale".
-        seed: Seed for the fresh factors; None draws from torch's own generator.
-        statistics: What `collect_for` made of the data, for an init that looks at data.
-        kinds: Kinds of site of the user's own; loading the adapter needs them again.
+        config: The adapter's config; it is copied.
+        name: The adapter's name.
+        allow: Checks to override: "partial_targets", "odd_scale".
+        seed: Seed of the initialization; None draws from torch's own generator.
+        statistics: The result of `collect_for`, for an init that uses data.
+        kinds: Custom kinds of site; loading the adapter needs them again.
 
     Returns:
         What was attached.
@@ -94,90 +88,110 @@ def attach(
         BaseMismatchError: The statistics were collected on another base.
         TargetError: A target matches nothing, or what it matches cannot take factors.
         AdapterError: The name is taken or cannot be used.
-        NotYetSupported: The config asks for what is not built yet.
+        NotYetSupported: The config uses a feature that is not implemented.
     """
-    check_allowances(allow)
+    checks.check_allowances(allow)
     index = AdapterIndex.of(model, kinds)
-    check_new_name(index.state, name)
+    checks.check_new_name(index.state, name)
     config = with_targets(config, model)
-    check_company(index.state, config)
+    checks.check_company(index.state, config)
     if statistics is not None:
         statistics.check(config, index)
     with trainable_block(index), stacked_for(index, config) as index:
         found, leaders = _resolved(index, config, allow)
-        factors = fresh_factors(index, config, found.matches, seed, statistics)
-        rows = new_rows(index, chosen_rows(index, config, {f.place.outer for f in factors}, found.saved))
-        extras = new_extras(index, config, factors, found.saved, leaders, rows)
-        built = NewAdapter(name, config, factors, extras)
-        state = commit(index, built)
-    notes = (*found.notes, *_notes_on_moving(config, factors))
-    return AttachReport(name, found.matches, built.trained_parameters(state), notes, found.missing)
+        factors = build.fresh_factors(index, config, found.matches, seed, statistics)
+        rows = build.new_rows(index, chosen_rows(index, config, {f.place.outer for f in factors}, found.saved))
+        auxiliary = build.new_extras(index, config, factors, found.saved, leaders, rows)
+        notes = (*found.notes, *_notes_on_residuals(index, config, factors))
+        state = build.commit(index, build.NewAdapter(name, config, factors, auxiliary))
+        trained = _trained_values(name, state, auxiliary)
+    return AttachReport(name, found.matches, trained, notes, found.missing)
 
 
 def _resolved(index: AdapterIndex, config: LoraConfig, allow: Collection[str]) -> tuple[Resolution, dict[str, str]]:
-    """Return what a config names in a model, with what is tied to it."""
+    """Return the sites and saved modules that a config names in a model, with those that share a weight with them."""
     bare = bare_parameters(index) if config.target_parameters else None
     found = resolve(index.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
     found, leaders = with_ties(index, config, found)
-    check_called(index.model, [match.path for match in found.matches])
-    check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
+    checks.check_called(index.model, [match.path for match in found.matches])
+    checks.check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
     return found, leaders
 
 
-def _notes_on_moving(config: LoraConfig, factors: Sequence[NewFactor]) -> list[Note]:
-    """Return notes on what a moved base costs; none if nothing was moved."""
-    costs = [factor.cost for factor in factors if factor.moved is not None]
-    if not costs:
+def _trained_values(name: str, state: AdapterState, auxiliary: Extras) -> int:
+    """Return how many values an attached adapter trains; tied parameters count once."""
+    found = [parameter for module in state.members() for parameter in module.parameters_of(name)]
+    found += [module.get_parameter(leaf) for module, originals in auxiliary.biases for leaf in originals]
+    return sum(p.numel() for p in {id(p): p for p in found}.values() if p.requires_grad)
+
+
+def _notes_on_residuals(index: AdapterIndex, config: LoraConfig, factors: Sequence[build.NewFactor]) -> list[Note]:
+    """Return notes on the memory and the rounding of residual bases; none if the base is unchanged."""
+    kept_bytes, lost, count = 0, 0.0, 0
+    for new in factors:
+        if new.stored is None:
+            continue
+        module, slot = index.holder(new.place), new.place.slot
+        base = weight_format_of(module, slot.parameter)
+        tensors = (*base.tensors(new.stored), *(new.initial or ()))
+        count, kept_bytes = count + 1, kept_bytes + sum(t.numel() * t.element_size() for t in tensors)
+        if base.quantized and new.initial is not None:
+            wanted = residual(new.place.kind, slot, index.weight(new.place), new.initial, new.factor.scale)
+            lost = max(lost, _relative_error(base.read(module, new.stored), wanted))
+    if not count:
         return []
+    mover = mover_of(config)
     text = (
-        f"{mover_of(config)} moves the base's weight at {len(costs)} sites; the originals and the first "
-        f"factors are kept beside it, {format_bytes(sum(cost.kept_bytes for cost in costs))}, so that the base can be "
-        "had back."
+        f"{mover} changes the base weight at {count} sites; the original weights and initial factors are kept, "
+        f"{format_bytes(kept_bytes)}, so that the base can be restored."
     )
     notes = [Note("residual_base", text)]
-    lost = max(cost.lost for cost in costs)
     if lost:
         text = (
-            f"The base is stored in fewer bits, and what {mover_of(config)} left of it was rounded a second "
-            f"time, by up to {lost:.2g} of a weight: a fresh adapter is off by as much, and it is no plain LoRA."
+            f"The base is quantized, and the residual of {mover} was rounded a second time, by up to {lost:.2g} of a "
+            "weight: a new adapter changes the output by as much, and is not plain LoRA."
         )
         notes.append(Note("rounded_base", text))
     return notes
 
 
+def _relative_error(found: Tensor, wanted: Tensor) -> float:
+    smallest = torch.finfo(wanted.dtype).tiny
+    return float(torch.linalg.vector_norm(found - wanted) / torch.linalg.vector_norm(wanted).clamp_min(smallest))
+
+
 def detach(model: nn.Module, name: str | None = None) -> None:
-    """Take an adapter off a model, or all of them; the base gets its bits and flags back.
+    """Remove one or all adapters from a model and restore the base: its bits and its `requires_grad` flags.
 
     Args:
         model: An adapted model, changed in place.
         name: The adapter, or None for all.
 
     Raises:
-        AdapterError: There is no such adapter.
-        MergeError: It is merged, and the base's bits were not kept.
+        AdapterError: The adapter was not found.
+        MergeError: It is merged, and the original weights were not kept.
     """
     index = AdapterIndex.of(model)
     with trainable_block(index):
         state = index.known_state()
         names = list(state.configs) if name is None else [name]
         check_known(state, names)
-        there = index.merged_adapters()
-        merged = [n for n in names if n in there]
+        merged = set(names).intersection(index.merged_adapters())
         if merged:
-            unmerge(index, *merged)
+            unmerge(index, *sorted(merged))
         _take_off(index, state, names)
 
 
 def _take_off(index: AdapterIndex, state: AdapterState, names: Sequence[str]) -> None:
-    for component in reversed(index.components.values()):  # what is inside another one comes first
-        left = [_without(component, name) for name in names][-1]
+    for component in reversed(index.components.values()):  # a component inside another one comes first
+        left = _without(component, names)
         if left is not component:
             index.replace(component, left)
             state.leave(component)
     if state.biased:
         for path in index.patches:
             BiasPatch.uninstall(index.everything[path], names)
-        note_old_biases(index)
+        build.note_old_biases(index)
     waited = bool(state.waiting)
     state.waiting = state.waiting.difference(names)
     for gone in names:
@@ -193,8 +207,18 @@ def _take_off(index: AdapterIndex, state: AdapterState, names: Sequence[str]) ->
             state.replication.undo()
 
 
+def _without(component: AdapterModule, names: Sequence[str]) -> nn.Module:
+    """Drop what some adapters have in a component, and return the module that belongs there afterwards."""
+    left: nn.Module = component
+    for name in names:
+        if isinstance(component, LoraLayer) and name in component.moved_by:
+            give_base_back(component, name)
+        left = component.remove(name)
+    return left
+
+
 def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
-    """A copy of a config, with the field's default targets for this architecture where it names none.
+    """Return a copy of a config, with PEFT's default targets for this architecture if it names none.
 
     Raises:
         ConfigError: It names none, and there is no default for this architecture.
@@ -215,22 +239,15 @@ def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
 
 
 def model_type_of(model: nn.Module) -> str:
-    """What a model's config, an object or a table, says its architecture is; "None" where it does not.
+    """Return the model type in a model's config, which is an object or a mapping; "None" if it has none.
 
     Args:
         model: Any model.
     """
     config = getattr(model, "config", None)
-    said = getattr(config, "model_type", None)
-    if not isinstance(said, str):
-        as_table = getattr(config, "to_dict", None)
-        table = as_table() if callable(as_table) else config
-        said = table.get("model_type") if isinstance(table, Mapping) else None
-    return str(said)
-
-
-def _without(component: AdapterModule, name: str) -> nn.Module:
-    """Drop what an adapter has in a component, and return the module that belongs there afterwards."""
-    if isinstance(component, LoraLayer) and name in component.moved_by:
-        give_base_back(component, name)
-    return component.remove(name)
+    found = getattr(config, "model_type", None)
+    if not isinstance(found, str):
+        as_dict = getattr(config, "to_dict", None)
+        values = as_dict() if callable(as_dict) else config
+        found = values.get("model_type") if isinstance(values, Mapping) else None
+    return str(found)

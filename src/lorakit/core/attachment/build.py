@@ -1,32 +1,29 @@
-"""An adapter built off a model: factors, saved modules, trained rows and biases; and the step that puts it in place.
+"""An adapter built off a model: factors, saved modules, token embeddings and biases; and its commit.
 
-`attach` and `load_adapter` make the same records in two ways, from an init and from files. Nothing here changes a model
-but `commit`, which cannot refuse.
+`attach` and `load_adapter` share one builder: the factors of a site start from an init or from a file. Nothing here
+changes a model except `commit`, which cannot fail.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
 from lorakit.core.attachment.residual_base import (
-    UNMOVED,
-    MoveCost,
+    SiteStart,
     check_can_move,
-    cost_of,
+    in_stored_form,
     init_context_for,
-    moved_base,
-    written,
+    initialized,
 )
 from lorakit.core.factor import make_dropout
-from lorakit.core.inits import Init, InitContext, fresh_bias, init_for
-from lorakit.core.inits.init import BOTH
+from lorakit.core.inits import Init, InitContext, init_for
 from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import Extras, ModulesToSave, build_extras
@@ -35,7 +32,7 @@ from lorakit.core.layers.trainable_tokens import ChosenRows, TrainableTokens
 from lorakit.core.model.index import AdapterIndex, TargetWeight, walk
 from lorakit.core.model.target_weights import dropout_at, places_of
 from lorakit.core.model.ties import tie_copies, tie_factors
-from lorakit.core.quantization import disable_repacking, weight_format_of
+from lorakit.core.quantization import Stored, disable_repacking, weight_format_of
 from lorakit.core.routing.positions import install
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState
@@ -47,58 +44,44 @@ from lorakit.targets import Match
 
 @dataclass(frozen=True)
 class NewFactor:
-    """One factor, built but not in place.
+    """One factor, built but not attached.
 
     Attributes:
-        place: Where it goes.
-        factor: What it is.
-        r: Its rank.
-        lora_alpha: Its alpha.
-        moved: What the base's module stores for this adapter, if its init moved the base.
+        place: Its site.
+        factor: Its tensors, as parameters.
+        match: Path, rank and alpha of the site.
         trains: Which of "A" and "B" are trained.
-        initial: A (r, in) and B (out, r) as they were when the base became W − s·B·A, or None.
-        cost: What moving the base costs.
+        stored: The residual base in the format in which the base's module stores it, or None.
+        initial: A (r, in) and B (out, r) before training if the residual is W − s·B·A, or None.
     """
 
     place: TargetWeight
     factor: Factor
-    r: int
-    lora_alpha: float
-    moved: Any = None
-    trains: frozenset[str] = BOTH
+    match: Match
+    trains: frozenset[str]
+    stored: Stored | None = None
     initial: tuple[Tensor, Tensor] | None = None
-    cost: MoveCost = UNMOVED
 
 
 @dataclass(frozen=True)
 class NewAdapter:
-    """An adapter, built but not in place.
+    """An adapter, built but not attached.
 
     Attributes:
         name: Its name.
         config: Its config, which the model keeps.
         factors: Its factors.
-        extras: Its saved modules, trained rows and biases.
+        auxiliary: What it trains in addition: saved modules, token embeddings and biases.
         bias_values: Parameters of the base that it trains, each with the values, (out,), that it gets.
-        trainable: It is trained, but for what its init freezes.
+        trainable: Whether it is trained, except for what its init freezes.
     """
 
     name: str
     config: LoraConfig
     factors: Sequence[NewFactor]
-    extras: Extras
+    auxiliary: Extras
     bias_values: Sequence[tuple[nn.Parameter, Tensor]] = ()
     trainable: bool = True
-
-    def trained_parameters(self, state: AdapterState) -> int:
-        """Return how many values it trains, once it is in place; tied parameters count once.
-
-        Args:
-            state: The model's state.
-        """
-        found = [parameter for module in state.members() for parameter in module.parameters_of(self.name)]
-        found += [module._parameters[leaf] for module, originals in self.extras.biases for leaf in originals]
-        return sum(p.numel() for p in {id(p): p for p in found}.values() if p.requires_grad)
 
 
 def fresh_factors(
@@ -111,7 +94,7 @@ def fresh_factors(
         config: The adapter's config.
         matches: The sites, with rank and alpha.
         seed: Seed, or None for torch's own generator.
-        statistics: What was made of the data, or None.
+        statistics: Statistics of the data, or None.
 
     Raises:
         ConfigError: The init or the variant does not fit a site.
@@ -119,55 +102,73 @@ def fresh_factors(
     generators = _generators(seed)
     factors = []
     for match, place in places_of(index, matches):
+        check_site(index, config, place)
         seen = None if statistics is None else statistics.sites.get(place.path)
         usual = statistics is not None and seen is None and statistics.others_usual
         asked = config.with_fields(init_lora_weights=True) if usual else config
-        blank = init_context_for(index, asked, match, place, generators, seen)
-        factors.append(_fresh_factor(index, blank, match, place))
+        context = init_context_for(index, asked, match, place, generators, seen)
+        init = init_for(asked.init_lora_weights, place.kind, place.path)
+        variant, _ = variant_for(config, place.kind, place.path)
+        if init.changes_base:
+            check_can_move(index, place, init)
+        _check_together(init, variant, place)
+        start = initialized(index, place, init, context)
+        factors.append(new_factor(index, place, match, context, start, init.trains))
     return factors
 
 
-def _fresh_factor(index: AdapterIndex, blank: InitContext, match: Match, place: TargetWeight) -> NewFactor:
-    config, kind, slot = blank.config, place.kind, place.slot
-    check_bias_of_b(config, place)
-    check_storage(index, place)
-    init = init_for(config.init_lora_weights, kind, place.path)
-    variant, setting = variant_for(config, kind, place.path)
-    if init.changes_base:
-        check_can_move(index, place, init)
-    _check_start(init, variant, place)
-    with torch.no_grad():
-        filled = init.fill(blank)
-    initial = (filled.A, filled.B) if init.changes_base and filled.W is None else None
-    moved = None
-    if initial is not None:
-        moved = moved_base(index, place, initial, blank.scale)
-    elif filled.W is not None:
-        moved = written(index, place, filled.W)
-    module = index.holder(place)
+def new_factor(
+    index: AdapterIndex,
+    place: TargetWeight,
+    match: Match,
+    context: InitContext,
+    start: SiteStart,
+    trains: frozenset[str],
+) -> NewFactor:
+    """Build the factor of a site from its initial tensors; nothing is put in place.
+
+    Args:
+        index: The model's index.
+        place: The site.
+        match: Path, rank and alpha of the site.
+        context: The adapter's config, the scale and the source of randomness.
+        start: The initial tensors.
+        trains: Which of "A" and "B" are trained.
+
+    Raises:
+        ConfigError: The variant or dropout does not fit the site, or the variant needs another base weight, and the
+            base is quantized, or was changed otherwise or merged into already.
+    """
+    config, module, stored = context.config, index.holder(place), start.stored
 
     def read() -> Tensor:
-        return blank.read() if moved is None else weight_format_of(module, slot.parameter).read(module, moved)
+        return context.read() if stored is None else weight_format_of(module, place.slot.parameter).read(module, stored)
 
-    start = Start(kind, slot, filled.A, filled.B, blank.scale, read, place.path, setting, blank.generator)
-    if variant.move is not None:
-        moved = moved_for(variant, index, place, start)
-    own = variant.starts(start)
-    dropout = make_dropout(dropout_at(config, place, module))
-    bias = fresh_bias(blank, not init.is_identity) if config.lora_bias else None
-    factor = Factor(filled.A, filled.B, blank.scale, dropout, variant, own, bias, setting)
-    factor = as_parameters(factor, trains=init.trains)
-    cost = UNMOVED if moved is None else cost_of(index, place, moved, initial, blank.scale)
-    return NewFactor(place, factor, match.rank, match.alpha, moved, init.trains, initial, cost)
+    variant, setting = variant_for(config, place.kind, place.path)
+    new = Start(place.kind, place.slot, start.A, start.B, context.scale, read, place.path, setting, context.generator)
+    moved = _moved_by(variant, index, place, new)
+    stored = stored if moved is None else moved
+    own = variant.starts(new) if start.own is None else start.own
+    factor = Factor(
+        A=nn.Parameter(start.A, "A" in trains),
+        B=nn.Parameter(start.B, "B" in trains),
+        scale=context.scale,
+        dropout=make_dropout(dropout_at(config, place, module)),
+        variant=variant,
+        own={t.held_as: nn.Parameter(own[t.held_as], t.trained) for t in variant.tensors},
+        bias=None if start.bias is None else nn.Parameter(start.bias),
+        setting=setting,
+    )
+    return NewFactor(place, factor, match, trains, stored, start.initial)
 
 
-def _check_start(init: Init, variant: Variant, place: TargetWeight) -> None:
-    """Refuse an init that moves the base for a variant that moves it too, acts on a part of it, or has other shapes."""
-    what = "moves the base weight"
+def _check_together(init: Init, variant: Variant, place: TargetWeight) -> None:
+    """Reject an init for a variant that changes the base too, needs it unchanged, or has other shapes."""
+    what = "changes the base weight"
     if init.changes_base and variant.move is not None:
-        needs = "moves it too"
+        needs = "changes it too"
     elif init.changes_base and not variant.is_mergeable:
-        needs = "needs the base as it is before its start"
+        needs = "needs it unchanged before its start"
     elif variant.shapes is not None and not init.takes_any_shape:
         what, needs = "needs A and B in their usual shapes", "has others"
     else:
@@ -180,101 +181,57 @@ def _check_start(init: Init, variant: Variant, place: TargetWeight) -> None:
     )
 
 
-def moved_for(variant: Variant, index: AdapterIndex, place: TargetWeight, start: Start) -> Any:
-    """Return what a site's module stores while an adapter is attached whose variant moves the base.
-
-    Adapters of the same variant and rank share it.
-
-    Args:
-        variant: The variant, which has a `move`.
-        index: The model's map.
-        place: The site.
-        start: The factor there, with A (r, in) and B (out, r).
+def _moved_by(variant: Variant, index: AdapterIndex, place: TargetWeight, start: Start) -> Stored | None:
+    """Return the base weight that a variant needs, or None; adapters of the same variant and rank share it.
 
     Raises:
-        ConfigError: The base is quantised, or was moved otherwise or merged into already.
+        ConfigError: The base is quantized, or was changed otherwise or merged into already.
     """
     if variant.move is None:
         return None
-    standing = index.layer(place)
-    if standing is not None and standing.moved_by:
-        first = standing.moved_by[0]
-        if standing.factor(first).variant is variant and standing.r[first] == start.rank:
-            return standing.moved
-    check_can_move(index, place, mover=variant.title)
-    weight_format = weight_format_of(index.holder(place), place.slot.parameter)
-    if weight_format.quantized:
-        raise ConfigError(
-            f"{place.path}: {variant.title} moves the base weight, and this one is quantised: what is left would be "
-            "rounded a second time. Attach to the base as it was before it was quantised, or leave the module out.",
-            what=weight_format.name,
-            where=place.path,
-            field=variant.field,
-        )
+    layer = index.layer(place)
+    if layer is not None and layer.moved is not None:
+        first = layer.moved_by[0]
+        if layer.factor(first).variant is variant and layer.r[first] == start.rank:
+            return layer.moved
+    check_can_move(index, place, variant=variant)
     with torch.no_grad():
-        return written(index, place, variant.move(start))
+        return in_stored_form(index, place, variant.move(start))
 
 
-def as_parameters(factor: Factor, trainable: bool = True, trains: frozenset[str] = BOTH) -> Factor:
-    """A factor whose tensors are parameters.
-
-    Args:
-        factor: With A (r, in), B (out, r), perhaps a bias (out,) and own tensors (…), all as plain tensors.
-        trainable: They require gradients.
-        trains: Which of "A" and "B" do at all.
-
-    Returns:
-        The factor.
-    """
-    A, B = nn.Parameter(factor.A, trainable and "A" in trains), nn.Parameter(factor.B, trainable and "B" in trains)
-    frozen = {tensor.held_as for tensor in factor.variant.tensors if not tensor.trained}
-    own = {name: nn.Parameter(tensor, trainable and name not in frozen) for name, tensor in factor.own.items()}
-    bias = None if factor.bias is None else nn.Parameter(factor.bias, trainable)
-    return dataclasses.replace(factor, A=A, B=B, own=own, bias=bias)
-
-
-def check_storage(index: AdapterIndex, place: TargetWeight) -> None:
-    """Refuse to act on a weight that would be rounded to few bits in each forward, and pass no gradient.
+def check_site(index: AdapterIndex, config: LoraConfig, place: TargetWeight) -> None:
+    """Reject a site that cannot have what a config asks for.
 
     Raises:
-        ConfigError: The message names the site and its storage.
+        ConfigError: `lora_bias` is set, and B has no output there; or the adapter would change the weight itself, which
+            is quantized, so that each forward would round it and pass no gradient.
     """
+    if config.lora_bias and not place.kind.takes_bias:
+        raise ConfigError(
+            f"{place.path}: lora_bias=True is not supported for {place.kind.name}, because B has no separate output "
+            "there. Leave the module out of the targets, or set lora_bias=False.",
+            what=place.kind.name,
+            where=place.path,
+            field="lora_bias",
+        )
     base = weight_format_of(index.holder(place), place.slot.parameter)
     if place.kind.acts_on == "weight" and base.quantized:
         raise ConfigError(
             f"{place.path} is stored as {base.name}, and a {place.kind.name} is adapted by its weight, which would be "
-            "rounded with its update in each forward. Name a dense layer in target_modules, where the adapter acts "
-            "beside the weight, or leave it out.",
+            "rounded with its update in each forward. Leave it out, or name a dense layer in target_modules, where the "
+            "update is added to the output.",
+            what=base.name,
             where=place.path,
             field="target_modules",
         )
 
 
-def check_bias_of_b(config: LoraConfig, place: TargetWeight) -> None:
-    """Refuse `lora_bias` where B makes no output of its own.
-
-    Raises:
-        ConfigError: The message names the site and its kind.
-    """
-    if config.lora_bias and not place.kind.takes_bias:
-        raise ConfigError(
-            f"lora_bias=True is not supported for {place.kind.name}, at {place.path}: B has no output of its own "
-            "there. Leave the module out of the targets, or lora_bias off.",
-            where=place.path,
-            field="lora_bias",
-        )
-
-
 def _generators(seed: int | None) -> Callable[[torch.device], torch.Generator | None]:
-    """One seeded generator per device, made when first asked for; None without a seed."""
-    made: dict[torch.device, torch.Generator] = {}
+    """Return a function that gives one seeded generator per device; None without a seed."""
 
+    @functools.cache
     def for_device(device: torch.device) -> torch.Generator | None:
-        if seed is None or device.type == "meta":
-            return None
-        if device not in made:
-            made[device] = torch.Generator(device).manual_seed(seed)
-        return made[device]
+        return None if seed is None or device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
     return for_device
 
@@ -284,7 +241,7 @@ def new_extras(
     config: LoraConfig,
     factors: Sequence[NewFactor],
     saved: Sequence[str],
-    leaders: Mapping[str, str],
+    tied: Mapping[str, str],
     rows: Sequence[tuple[ChosenRows, nn.Parameter]],
 ) -> Extras:
     """Build what an adapter trains in addition to its factors.
@@ -294,50 +251,48 @@ def new_extras(
         config: The adapter's config.
         factors: Its factors.
         saved: Paths of its saved modules.
-        leaders: Path of a module -> path of the one to which it is tied.
-        rows: Its trained rows.
+        tied: Path of a module -> path of the one whose weight it shares.
+        rows: Its token embeddings.
 
     Raises:
-        TargetError: Another part of an adapter is in the way.
+        TargetError: A saved module contains sites or saved modules of another adapter.
         ConfigError: A bias cannot be trained.
     """
-    outer = {factor.place.outer for factor in factors}
-    extras = build_extras(index.modules, outer, saved, config.bias)
-    tie_copies(extras.copies, leaders)
-    return dataclasses.replace(extras, rows=tuple(rows), leaders=leaders)
+    auxiliary = build_extras(index.modules, {factor.place.outer for factor in factors}, saved, config.bias)
+    tie_copies(auxiliary.copies, tied)
+    return dataclasses.replace(auxiliary, rows=tuple(rows), leaders=tied)
 
 
 def new_rows(
-    index: AdapterIndex, chosen: Sequence[ChosenRows], given: Mapping[str, Tensor] | None = None, trainable: bool = True
+    index: AdapterIndex, chosen: Sequence[ChosenRows], given: Mapping[str, Tensor] | None = None
 ) -> list[tuple[ChosenRows, nn.Parameter]]:
-    """Make an adapter's rows: as the base has them, so that a fresh adapter changes nothing, or as they are given.
+    """Build an adapter's token embeddings: those of the base, so that a new adapter changes nothing, or given ones.
 
     Args:
         index: The model's index.
-        chosen: Which.
-        given: Path of a table -> its rows, (n, d); None for fresh ones.
-        trainable: They require gradients.
+        chosen: The tokens of each table.
+        given: Path of a table -> its embeddings, (n, d); None for a new adapter.
 
     Returns:
-        The rows, on their table's device, in fp32 or wider.
+        The embeddings, on their table's device, in fp32 or wider.
     """
     made = []
     for part in chosen:
-        standing = index.modules[part.path]
-        table: Tensor = index.base(part.path)._parameters["weight"]  # type: ignore[assignment]
-        if isinstance(standing, TrainableTokens):
-            table = standing.token_adapter.original()
+        component = index.modules[part.path]
+        table: Tensor = index.base(part.path).get_parameter("weight")
+        if isinstance(component, TrainableTokens):
+            table = component.token_adapter.original()
         if given is None:
             rows = table.detach()[torch.tensor(part.indices, device=table.device)]
         else:
             rows = given[part.path].to(table.device)
         wide = torch.promote_types(table.dtype, torch.float32)
-        made.append((part, nn.Parameter(rows.to(wide, copy=True), trainable)))
+        made.append((part, nn.Parameter(rows.to(wide, copy=True))))
     return made
 
 
 def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
-    """Put a built adapter in place; nothing here can refuse.
+    """Attach a built adapter; this cannot fail.
 
     Args:
         index: The model's index, made since its last change.
@@ -346,28 +301,23 @@ def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
     Returns:
         The model's state.
     """
-    name, extras = built.name, built.extras
+    name = built.name
     state = _new_state(index, name) if index.state is None else index.state
     index.state = state
     state.configs[name] = built.config
     state.kinds = index.kinds
-    for factor in built.factors:
-        layer = index.layer(factor.place) or index.put(factor.place, _maker(factor.place, state))
-        layer.put(name, factor.factor, factor.r, factor.lora_alpha, factor.trains)
-        if factor.moved is not None:
-            layer.move_base(name, factor.moved, factor.initial)
-    _put_copies(index, built, state)
-    tie_factors(index, name, extras.leaders)
-    for chosen, rows in extras.rows:
-        _put_rows(index, name, chosen, rows, state)
-    for module, originals in extras.biases:
-        BiasPatch.install(name, originals, module, state)
-    for parameter, values in built.bias_values:
-        parameter.data = values
+    for new in built.factors:
+        place = new.place
+        make = functools.partial(layer_class(place.kind), kind=place.kind, slot=place.slot, state=state)
+        layer = index.layer(place) or index.put(place, make)
+        layer.put(name, new.factor, new.match.rank, new.match.alpha, new.trains)
+        if new.stored is not None:
+            layer.move_base(name, new.stored, new.initial)
+    _put_extras(index, built, state)
     if not built.trainable:
         _freeze(built, state)
     if any(variant.positions is not None for variant in variants_of(built.config)):
-        state.waiting |= {built.name}
+        state.waiting |= {name}
         install(index.model, state)
     if state.biased:
         note_old_biases(index)
@@ -376,12 +326,32 @@ def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
     return state
 
 
+def _put_extras(index: AdapterIndex, built: NewAdapter, state: AdapterState) -> None:
+    name, auxiliary = built.name, built.auxiliary
+    for path, duplicate in auxiliary.copies.items():
+        holder = index.modules[path]
+        if not isinstance(holder, ModulesToSave):
+            holder = ModulesToSave(holder, state)
+            index.replace(index.modules[path], holder)
+        holder.modules_to_save[name] = duplicate
+    tie_factors(index, name, auxiliary.leaders)
+    for chosen, rows in auxiliary.rows:
+        leader = _table(index, chosen.path, state)
+        for path in chosen.tied:
+            _table(index, path, state, leader)
+        leader.put(name, chosen.indices, rows)
+    for module, originals in auxiliary.biases:
+        BiasPatch.install(name, originals, module, state)
+    for parameter, values in built.bias_values:
+        parameter.data = values
+
+
 def _freeze(built: NewAdapter, state: AdapterState) -> None:
     for module in state.members():
         module.set_trained(built.name, False)
-    for module, originals in built.extras.biases:
+    for module, originals in built.auxiliary.biases:
         for leaf in originals:
-            module._parameters[leaf].requires_grad_(False)  # type: ignore[union-attr]
+            module.get_parameter(leaf).requires_grad_(False)
 
 
 def _new_state(index: AdapterIndex, name: str) -> AdapterState:
@@ -396,38 +366,19 @@ def _new_state(index: AdapterIndex, name: str) -> AdapterState:
     return state
 
 
-def _maker(place: TargetWeight, state: AdapterState) -> Callable[[nn.Module], LoraLayer]:
-    made = layer_class(place.kind)
-    return lambda module: made(module, place.kind, place.slot, state)
-
-
-def _put_copies(index: AdapterIndex, built: NewAdapter, state: AdapterState) -> None:
-    for path, duplicate in built.extras.copies.items():
-        holder = index.modules[path]
-        if not isinstance(holder, ModulesToSave):
-            holder = ModulesToSave(holder, state)
-            index.replace(index.modules[path], holder)
-        holder.modules_to_save[built.name] = duplicate
-
-
-def _put_rows(index: AdapterIndex, name: str, chosen: ChosenRows, rows: nn.Parameter, state: AdapterState) -> None:
-    leader = _table(index, chosen.path, state, None)
-    for path in chosen.tied:
-        _table(index, path, state, leader)
-    leader.put(name, chosen.indices, rows)
-
-
-def _table(index: AdapterIndex, path: str, state: AdapterState, leader: TrainableTokens | None) -> TrainableTokens:
-    standing = index.modules[path]
-    if not isinstance(standing, TrainableTokens):
-        made = TrainableTokens(standing, state, leader)
-        index.replace(standing, made)
-        index.modules[path] = standing = made
-    return standing
+def _table(
+    index: AdapterIndex, path: str, state: AdapterState, leader: TrainableTokens | None = None
+) -> TrainableTokens:
+    component = index.modules[path]
+    if not isinstance(component, TrainableTokens):
+        made = TrainableTokens(component, state, leader)
+        index.replace(component, made)
+        index.modules[path] = component = made
+    return component
 
 
 def note_old_biases(index: AdapterIndex) -> None:
-    """Let each adapted layer know which adapter trains the bias of its base, and what it was before.
+    """Record in each adapted layer which adapter trains the bias of its base, and the bias before that.
 
     Args:
         index: The model's index.
@@ -449,5 +400,5 @@ def _keep_off_fast_path(index: AdapterIndex) -> None:
                     layer.register_forward_pre_hook(_nothing)
 
 
-def _nothing(module: nn.Module, args: tuple[Any, ...]) -> None:
+def _nothing(module: nn.Module, args: tuple[Tensor, ...]) -> None:
     """Do nothing: a hook, and a function of this module so that adapted models can be pickled."""

@@ -8,11 +8,11 @@ unless the caller allows "recompute_init" for a file of another program, which h
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,13 @@ from lorakit.core.factor import factor_dtype
 from lorakit.core.files.adapter_folder import AdapterFiles
 from lorakit.core.files.tensor_file import file_error, read_tensors
 from lorakit.core.files.tensor_names import by_site
-from lorakit.core.inits import Init, InitContext, init_named
+from lorakit.core.inits import Init, InitContext, fresh_bias, known_init
 from lorakit.core.kinds import Kind, WeightSpec
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.index import AdapterIndex, TargetWeight
-from lorakit.core.quantization import weight_format_of
+from lorakit.core.quantization import Stored, weight_format_of
 from lorakit.core.quantization.weight_format import NOT_WRITTEN
-from lorakit.core.variants import moving_variant, variant_at
+from lorakit.core.variants import Variant, moving_variant, variant_at
 from lorakit.durable import JsonObject
 from lorakit.errors import OVERRIDE, AdapterError, AdapterFileError, ConfigError
 from lorakit.targets import Match
@@ -46,25 +46,25 @@ INIT_FIELDS = (
 """Fields of a config that differ in its form as plain LoRA."""
 
 
-def residual(kind: Kind, slot: WeightSpec, W: Tensor, factors: tuple[Tensor, Tensor], scale: float) -> Tensor:
+def residual(kind: Kind, spec: WeightSpec, W: Tensor, factors: tuple[Tensor, Tensor], scale: float) -> Tensor:
     """W − s·B·A, canonical (out, in) or in the kind's own shape.   [docs/math.md (60)]
 
     Args:
         kind: The kind of the site.
-        slot: The geometry of its weight.
+        spec: The shape and layout of its weight.
         W: Canonical, fp32 or wider.
         factors: A (r, in) and B (out, r).
         scale: s.
     """
     A, B = (factor.detach().to(device=W.device, dtype=W.dtype) for factor in factors)
-    return W - kind.delta(slot, A, B) * scale
+    return W - kind.delta(spec, A, B) * scale
 
 
-def as_plain(slot: WeightSpec, A: Tensor, B: Tensor, initial: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def as_plain(spec: WeightSpec, A: Tensor, B: Tensor, initial: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """[A; A₀] and [B | −B₀], whose product is B·A − B₀·A₀.   [docs/math.md (62)]
 
     Args:
-        slot: The geometry of the weight.
+        spec: The shape and layout of the weight.
         A: (r, in).
         B: (out, r).
         initial: A₀ and B₀, like A and B.
@@ -73,32 +73,27 @@ def as_plain(slot: WeightSpec, A: Tensor, B: Tensor, initial: tuple[Tensor, Tens
         (2r, in) and (out, 2r); kernels and experts in the layout of their kind.
     """
     A0, B0 = (factor.to(like) for factor, like in zip(initial, (A, B), strict=True))
-    E = max(slot.experts, 1)
-    wide_A = torch.cat([A.reshape(E, -1, *A.shape[1:]), A0.reshape(E, -1, *A.shape[1:])], dim=1)
-    if not slot.experts:
-        return wide_A.flatten(0, 1), torch.cat([B, -B0], dim=1)
-    wide_B = torch.cat([B.reshape(len(B), -1, E), -B0.reshape(len(B), -1, E)], dim=1)
-    return wide_A.flatten(0, 1), wide_B.flatten(1)
+    E = max(spec.experts, 1)
+    wide_A = torch.cat([A.unflatten(0, (E, -1)), A0.unflatten(0, (E, -1))], dim=1)
+    wide_B = torch.cat([B.unflatten(1, (-1, E)), -B0.unflatten(1, (-1, E))], dim=1)
+    return wide_A.flatten(0, 1), wide_B.flatten(1, 2)
 
 
-def apart(slot: WeightSpec, A: Tensor, B: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def apart(spec: WeightSpec, A: Tensor, B: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Undo `as_plain`.
 
     Args:
-        slot: The geometry of the weight.
+        spec: The shape and layout of the weight.
         A: (2r, in).
         B: (out, 2r).
 
     Returns:
         A (r, in) and B (out, r); A₀ and B₀.
     """
-    E = max(slot.experts, 1)
-    A, A0 = (part.flatten(0, 1) for part in A.reshape(E, -1, *A.shape[1:]).chunk(2, dim=1))
-    if slot.experts:
-        B, B0 = (part.flatten(1) for part in B.reshape(len(B), -1, E).chunk(2, dim=1))
-    else:
-        B, B0 = B.chunk(2, dim=1)
-    return (A.contiguous(), B.contiguous()), (A0.contiguous(), -B0.contiguous())
+    E = max(spec.experts, 1)
+    A, A0 = (part.flatten(0, 1).contiguous() for part in A.unflatten(0, (E, -1)).chunk(2, dim=1))
+    B, B0 = (part.flatten(1, 2).contiguous() for part in B.unflatten(1, (-1, E)).chunk(2, dim=1))
+    return (A, B), (A0, -B0)
 
 
 def plain_config(config: LoraConfig) -> LoraConfig:
@@ -119,12 +114,6 @@ def plain_config(config: LoraConfig) -> LoraConfig:
         lora_ga_config=None,
         eva_config=None,
     )
-
-
-def beginning(config: LoraConfig) -> JsonObject:
-    """Return the fields of a config that `plain_config` changes, as JSON values."""
-    values = config.as_json()
-    return {name: values[name] for name in INIT_FIELDS}
 
 
 def init_context_for(
@@ -167,21 +156,23 @@ def init_context_for(
 
 
 def check_can_move(
-    index: AdapterIndex, place: TargetWeight, init: Init | None = None, mover: str = "this init"
+    index: AdapterIndex, place: TargetWeight, init: Init | None = None, variant: Variant | None = None
 ) -> None:
     """Check that a base weight can be replaced by a residual: not changed, merged into, shared or quantized already.
 
     Args:
         index: The model's index.
         place: The site.
-        init: The init; None for an adapter from a file, and for a variant.
-        mover: What messages call the cause.
+        init: The init that replaces it; None for an adapter from a file, and for a variant.
+        variant: The variant that replaces it, or None.
 
     Raises:
         ConfigError: It cannot; the message says why, and what to do.
     """
     layer, module, parameter = index.layer(place), index.holder(place), place.slot.parameter
     weight_format = weight_format_of(module, parameter)
+    mover = "its init" if init is None else f"init_lora_weights={init.name!r}"
+    mover = mover if variant is None else variant.title
     if weight_format.device(module, parameter).type == "meta":
         raise ConfigError(
             f"{place.path}: {mover} changes the base weight, which has no values on the meta device. Load the base "
@@ -191,8 +182,8 @@ def check_can_move(
     if layer is not None and (layer.moved_by or layer.merged_adapters):
         other = (*layer.moved_by, *layer.merged_adapters)[0]
         raise ConfigError(
-            f"{place.path}: {mover} moves the base weight, which adapter {other!r} has moved or is merged into. Detach "
-            "or unmerge it first, or leave the base alone (another init or variant).",
+            f"{place.path}: {mover} changes the base weight, which adapter {other!r} has changed or is merged into. "
+            "Detach or unmerge it first, or leave the base alone (another init or variant).",
             what=other,
             where=place.path,
         )
@@ -200,23 +191,25 @@ def check_can_move(
     if sharing or len(index.parents.get(id(index.modules[place.outer]), ())) > 1:
         other = next((path for path in sharing if path != place.outer), "another module")
         raise ConfigError(
-            f"{place.path} shares its weight with {other}, and {mover} would move it for both. Leave the module out, "
+            f"{place.path} shares its weight with {other}, and {mover} would change it for both. Leave the module out, "
             "or leave the base alone (another init or variant).",
             what=other,
             where=place.path,
         )
     if not weight_format.written:
-        raise ConfigError(NOT_WRITTEN.format(parameter=place.path, type=type(module).__name__))
-    if init is not None and weight_format.quantized and not init.requantizes:
+        raise ConfigError(NOT_WRITTEN.format(parameter=place.path, type=type(module).__name__), where=place.path)
+    if weight_format.quantized and (variant is not None or (init is not None and not init.requantizes)):
         raise ConfigError(
-            f"{place.path}: init_lora_weights is {init.name!r}, which needs the weight in float32, float16 or "
-            "bfloat16, and this one is quantised: what is left would be rounded a second time. Attach to the base as "
-            "it was before it was quantised, or use True.",
+            f"{place.path}: {mover} changes the base weight, and this one is quantized: the residual would be rounded "
+            "a second time. Attach to the base before it is quantized, leave the module out, or use another init or "
+            "variant.",
+            what=weight_format.name,
             where=place.path,
+            field="init_lora_weights" if variant is None else variant.field,
         )
 
 
-def moved_base(index: AdapterIndex, place: TargetWeight, factors: tuple[Tensor, Tensor], scale: float) -> Any:
+def residual_of(index: AdapterIndex, place: TargetWeight, factors: tuple[Tensor, Tensor], scale: float) -> Stored:
     """Return the stored form of W − s·B·A at a site, with W the current base weight.
 
     Args:
@@ -225,63 +218,24 @@ def moved_base(index: AdapterIndex, place: TargetWeight, factors: tuple[Tensor, 
         factors: A (r, in) and B (out, r).
         scale: s.
     """
-    W = index.weight(place)
-    return written(index, place, residual(place.kind, place.slot, W, factors, scale))
+    return in_stored_form(index, place, residual(place.kind, place.slot, index.weight(place), factors, scale))
 
 
-class MoveCost(NamedTuple):
-    """Cost of a residual base at one site.
-
-    Attributes:
-        kept_bytes: Memory of the original weight and the initial factors, in bytes.
-        lost: Relative error from rounding a quantized weight a second time; 0 for a plain one.
-    """
-
-    kept_bytes: int
-    lost: float
-
-
-UNMOVED = MoveCost(0, 0.0)
-"""The cost at a site without a residual base."""
-
-
-def cost_of(
-    index: AdapterIndex, place: TargetWeight, moved: Any, initial: tuple[Tensor, Tensor] | None, scale: float
-) -> MoveCost:
-    """Return the cost of replacing a base weight.
-
-    Args:
-        index: The model's index.
-        place: The site.
-        moved: The new stored weight.
-        initial: A (r, in) and B (out, r) if that is W − s·B·A, or None.
-        scale: s.
-    """
-    base = weight_format_of(index.holder(place), place.slot.parameter)
-    kept_bytes = sum(t.numel() * t.element_size() for t in (*base.tensors(moved), *(initial or ())))
-    if not base.quantized or initial is None:
-        return MoveCost(kept_bytes, 0.0)
-    wanted = residual(place.kind, place.slot, index.weight(place), initial, scale)
-    lost = torch.linalg.vector_norm(base.read(index.holder(place), moved) - wanted)
-    return MoveCost(
-        kept_bytes, float(lost / torch.linalg.vector_norm(wanted).clamp_min(torch.finfo(wanted.dtype).tiny))
-    )
-
-
-def written(index: AdapterIndex, place: TargetWeight, W: Tensor) -> Any:
-    """Return the stored form of a canonical weight (out, in) at a site."""
+def in_stored_form(index: AdapterIndex, place: TargetWeight, W: Tensor) -> Stored:
+    """Return a canonical weight (out, in) as the module of a site stores it."""
     module, parameter = index.holder(place), place.slot.parameter
     base = weight_format_of(module, parameter, place.slot.as_stored)
     with torch.no_grad():
-        return base.write(module, base.stored(module, parameter), W)
+        written: Stored = base.write(module, base.stored(module, parameter), W)
+    return written
 
 
 def give_base_back(layer: LoraLayer, adapter: str) -> None:
     """Restore the original weight of a layer with a residual base; merged adapters stay merged.
 
     Args:
-        layer: A layer whose base was moved.
-        adapter: An adapter for which it was; while others are left, the base stays moved.
+        layer: A layer with a residual base.
+        adapter: One of its adapters; while others are left, the layer keeps the residual base.
     """
     layer.moved_by = tuple(name for name in layer.moved_by if name != adapter)
     if layer.moved_by:
@@ -340,32 +294,35 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
     variant = moving_variant(files.config)
     if variant is not None:
         raise AdapterFileError(
-            f"{files.folder}: {variant.title} changed the base by more than a product of low rank, so this is no plain "
-            "LoRA on the original. Load it onto its model, and merge it.",
+            f"{files.folder}: {variant.title} changed the base by more than a product of low rank, so this is not "
+            "plain LoRA on the original. Load it onto its model, and merge it.",
             what=variant.title,
             where=files.folder,
             field=variant.field,
         )
-    past = init_record_of(files.folder, files.config, files.sidecar.began if files.is_ours else {}, False, (RECOMPUTE,))
+    past = init_record_of(files, False, (RECOMPUTE,))
     if not past.moves:
         return None
     said = f"{files.folder}: init_lora_weights is {files.config.init_lora_weights!r}: the factors act on a base that it"
     if past.first is None:
         raise AdapterFileError(
-            f"{said} changed, and the folder does not say how. Load it with allow=['recompute_init'] and save it with "
-            "save_adapter, or, in PEFT, with path_initial_model_for_weight_conversion. If the base at hand is the "
-            "changed one, set init_lora_weights to true in its config."
+            f"{said} changed, and the directory does not say how. Load it with allow=['recompute_init'] and save it "
+            "with save_adapter, or, in PEFT, with path_initial_model_for_weight_conversion. If the base at hand is the "
+            "changed one, set init_lora_weights to true in its config.",
+            what=files.config.init_lora_weights,
+            where=files.folder,
+            field="init_lora_weights",
         )
     if files.sidecar.base is not None and files.sidecar.base.bounds:
         raise AdapterFileError(
-            f"{said} changed while it was quantised, so it was rounded a second time, and this is no plain LoRA on the "
-            "original. Merge it instead."
+            f"{said} changed while it was quantized, so it was rounded a second time, and the adapter is not plain "
+            "LoRA on the original. Merge it instead.",
+            what=files.config.init_lora_weights,
+            where=files.folder,
         )
     plain = {}
     for path, (A, B, experts) in factors.items():
-        first = past.first.get(path)
-        if first is None or (first[0].shape, first[1].shape) != (A.shape, B.shape):
-            raise file_error(files.folder, f"the first factors of {path} are missing or of another shape.")
+        first = past.first_at(path, A, B)
         plain[path] = as_plain(WeightSpec("weight", B.shape[0], A.shape[1], experts=experts), A, B, first)
     return plain
 
@@ -375,20 +332,48 @@ RECOMPUTE = "recompute_init"
 
 
 @dataclass(frozen=True)
-class Moved:
-    """The factors and the residual base of one site.
+class SiteStart:
+    """The tensors from which the factor of a site is built, initialized or from a file.
 
     Attributes:
-        A: Trained factor, (r, in).
-        B: Trained factor, (out, r).
-        stored: The residual, in the format in which the base's module stores it.
-        initial: A and B before training, or None if the residual does not follow from them.
+        A: (r, in).
+        B: (out, r).
+        bias: Bias of B, (out,), or None.
+        own: The variant's own tensors (…) by `OwnTensor.held_as`, perhaps among others; None initializes them.
+        stored: The residual base in the format in which the base's module stores it; None if the base is unchanged.
+        initial: A and B before training if the residual is W − s·B·A, or None.
     """
 
     A: Tensor
     B: Tensor
-    stored: Any
-    initial: tuple[Tensor, Tensor] | None
+    bias: Tensor | None = None
+    own: Mapping[str, Tensor] | None = None
+    stored: Stored | None = None
+    initial: tuple[Tensor, Tensor] | None = None
+
+
+def initialized(index: AdapterIndex, place: TargetWeight, init: Init, context: InitContext) -> SiteStart:
+    """Run an init at a site; nothing is put in place.
+
+    Args:
+        index: The model's index.
+        place: The site.
+        init: The init.
+        context: Its input.
+
+    Raises:
+        ConfigError: It does not fit the site.
+    """
+    with torch.no_grad():
+        result = init.fill(context)
+    bias = fresh_bias(context, not init.is_identity) if context.config.lora_bias else None
+    start = SiteStart(result.A, result.B, bias)
+    if result.W is not None:
+        return dataclasses.replace(start, stored=in_stored_form(index, place, result.W))
+    if not init.changes_base:
+        return start
+    initial = (result.A, result.B)
+    return dataclasses.replace(start, stored=residual_of(index, place, initial, context.scale), initial=initial)
 
 
 @dataclass(frozen=True)
@@ -396,124 +381,112 @@ class InitRecord:
     """The initial state of an adapter from a file.
 
     Attributes:
+        folder: The adapter's directory.
         config: The config to use: the file's, or the one before conversion to plain LoRA.
         sites: Path -> rank and alpha, if they differ from the file's.
-        halves: The factors in the file are plain LoRA and contain the initial ones.
+        is_doubled: The factors in the file are plain LoRA and contain the initial ones.
         first: Path -> A and B before training, from their own file.
         init: The init to run again, or None.
     """
 
+    folder: Path
     config: LoraConfig
-    sites: Mapping[str, Mapping[str, Any]]
-    halves: bool = False
+    sites: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    is_doubled: bool = False
     first: Mapping[str, tuple[Tensor, Tensor]] | None = None
     init: Init | None = None
 
     @property
     def moves(self) -> bool:
         """Return whether the adapter needs a residual base."""
-        return self.halves or self.first is not None or self.init is not None
+        return self.is_doubled or self.first is not None or self.init is not None
 
-    def moved(
-        self, index: AdapterIndex, place: TargetWeight, path: str, factors: tuple[Tensor, Tensor], match: Match
-    ) -> Moved:
-        """Return the factors and the residual base of a site.
+    def start(
+        self, index: AdapterIndex, place: TargetWeight, context: InitContext, tensors: Mapping[str, Tensor]
+    ) -> SiteStart:
+        """Return the start of a site from its tensors in the file.
 
         Args:
             index: The model's index.
             place: The site.
-            path: Its path on disk.
-            factors: Those of the file: A (r, in) and B (out, r), or (2r, in) and (out, 2r) in the form of plain LoRA.
-            match: The site's path, and its rank and alpha in training.
+            context: Rank and scale of the site in training, for an init that runs again.
+            tensors: A (r, in) and B (out, r), or (2r, in) and (out, 2r) in the form of plain LoRA; "bias" (out,) and
+                the variant's own tensors (…), if there are any.
 
         Raises:
             ConfigError: The base is changed or merged into already.
-            AdapterFileError: Its first factors are missing.
+            AdapterFileError: Its initial factors are missing.
         """
-        A, B = factors
-        scale = lora_scale(match.rank, match.alpha, self.config.use_rslora)
+        A, B = tensors["A"], tensors["B"]
+        given = SiteStart(A, B, tensors.get("bias"), tensors)
+        if not self.moves:
+            return given
         check_can_move(index, place)
         if self.init is not None:
-            with torch.no_grad():
-                filled = self.init.fill(init_context_for(index, self.config, match, place))
-            if filled.W is not None:
-                return Moved(A, B, written(index, place, filled.W), None)
-            return Moved(A, B, moved_base(index, place, (filled.A, filled.B), scale), (filled.A, filled.B))
-        if self.halves:
+            again = initialized(index, place, self.init, context)
+            return dataclasses.replace(given, stored=again.stored, initial=again.initial)
+        if self.is_doubled:
             (A, B), initial = apart(place.slot, A, B)
         else:
-            first = (self.first or {}).get(path)
-            if first is None or first[0].shape != A.shape or first[1].shape != B.shape:
-                raise AdapterFileError(f"The first factors of {path} are missing or of another shape.")
+            first = self.first_at(place.path, A, B)
             initial = (first[0].to(A), first[1].to(B))
-        return Moved(A, B, moved_base(index, place, initial, scale), initial)
+        stored = residual_of(index, place, initial, context.scale)
+        return dataclasses.replace(given, A=A, B=B, stored=stored, initial=initial)
+
+    def first_at(self, path: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A (r, in) and B (out, r) of a site before training, from their own file.
+
+        Raises:
+            AdapterFileError: They are missing, or their shapes differ from those of the trained factors.
+        """
+        found = (self.first or {}).get(path)
+        if found is None or (found[0].shape, found[1].shape) != (A.shape, B.shape):
+            raise file_error(self.folder, f"the initial factors of {path} are missing or of another shape.")
+        return found
 
 
-def init_record_of(
-    folder: Path, config: LoraConfig, began: Mapping[str, Any], trainable: bool, allow: Collection[str]
-) -> InitRecord:
+def init_record_of(files: AdapterFiles, trainable: bool, allow: Collection[str]) -> InitRecord:
     """Return the initial state of an adapter from a file.
 
     Args:
-        folder: Its directory.
-        config: Its config in the file.
-        began: Its initial state in a trusted `lorakit.json`; empty otherwise.
+        files: The adapter's files; what `lorakit.json` says of the initial state counts if they are those it describes.
         trainable: Its training will continue; plain LoRA is then converted back.
         allow: "recompute_init" lets a deterministic init run again.
 
     Raises:
         AdapterFileError: The residual base is not in the files and may not be recomputed, or a file is damaged.
     """
+    folder, config = files.folder, files.config
+    began = files.sidecar.began if files.is_ours else {}
     if began.get("file"):
-        return InitRecord(config, {}, first=_first_factors(folder / str(began["file"]), str(began.get("sha256"))))
-    init = _init_of(config)
-    if began and init is None:
-        return (
-            InitRecord(_initial_config(folder, config, began), began["sites"], halves=True)
-            if trainable
-            else InitRecord(config, {})
-        )
-    if init is None:
-        return InitRecord(config, {})
-    named = f"{folder}: init_lora_weights is {config.init_lora_weights!r}: the factors act on a base that it changed"
-    if init.needs:
+        return InitRecord(folder, config, first=_first_factors(folder / str(began["file"]), str(began.get("sha256"))))
+    init = known_init(config)
+    if init is None or not init.changes_base:
+        if began and trainable:
+            return InitRecord(folder, _initial_config(folder, config, began), began["sites"], is_doubled=True)
+        return InitRecord(folder, config)
+    if init.needs or RECOMPUTE not in allow:
+        reason = " by inspecting data, and the file does not hold it" if init.needs else ", and loading runs no init"
+        or_allow = "" if init.needs else f", or {OVERRIDE} to change this base in the same way"
         raise AdapterFileError(
-            f"{named} by looking at data, and the file does not hold it. Have the adapter saved as plain LoRA (in "
-            "PEFT: save_pretrained with path_initial_model_for_weight_conversion; here: save_adapter). If the base at "
-            "hand is the changed one, set init_lora_weights to true in its config.",
-            what=config.init_lora_weights,
-            where=folder,
-            field="init_lora_weights",
-        )
-    if RECOMPUTE not in allow:
-        raise AdapterFileError(
-            f"{named}, and loading runs no init.",
+            f"{folder}: init_lora_weights is {config.init_lora_weights!r}: the factors act on a base that it changed"
+            f"{reason}.",
             advice="Have the adapter saved as plain LoRA (in PEFT: save_pretrained with "
-            f"path_initial_model_for_weight_conversion; here: save_adapter), or {OVERRIDE} to change this base in the "
-            "same way. If the base at hand is the changed one, set init_lora_weights to true in its config.",
+            f"path_initial_model_for_weight_conversion; here: save_adapter){or_allow}. If the base at hand is the "
+            "changed one, set init_lora_weights to true in its config.",
             what=config.init_lora_weights,
             where=folder,
             field="init_lora_weights",
-            override=RECOMPUTE,
+            override=None if init.needs else RECOMPUTE,
         )
-    return InitRecord(config, {}, init=init)
+    return InitRecord(folder, config, init=init)
 
 
-def _init_of(config: LoraConfig) -> Init | None:
-    """Return the init of a config if it changes the base, or None."""
+def _initial_config(folder: Path, config: LoraConfig, began: JsonObject) -> LoraConfig:
     try:
-        init = init_named(config.init_lora_weights)
-    except ConfigError:  # an init of another program, whose factors are used unchanged
-        return None
-    return init if init.changes_base else None
-
-
-def _initial_config(folder: Path, config: LoraConfig, began: Mapping[str, Any]) -> LoraConfig:
-    known = {name: value for name, value in vars(config).items() if name in LoraConfig.__dataclass_fields__}
-    try:
-        return LoraConfig(**{**known, **{name: began[name] for name in INIT_FIELDS}})
+        return dataclasses.replace(config, **{name: began[name] for name in INIT_FIELDS})
     except (KeyError, ValueError, TypeError) as cause:
-        raise file_error(folder, f"lorakit.json does not say how the adapter began ({cause}).") from None
+        raise file_error(folder, f"lorakit.json does not hold the adapter's initial config ({cause}).") from None
 
 
 def _first_factors(path: Path, sha256: str) -> dict[str, tuple[Tensor, Tensor]]:

@@ -9,40 +9,28 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.config import CONFIG_FILE, HEADS_BY_TASK, LoraConfig, TaskType
-from lorakit.core.attachment.residual_base import as_plain, beginning, plain_config
-from lorakit.core.files.adapter_folder import (
-    BEGAN,
-    FORMAT_VERSION,
-    KINDS_KEY,
-    METADATA_KEY,
-    SIDECAR_FILE,
-    WEIGHTS_FILE,
-    replaced_files,
-    sidecar_bytes,
-)
+from lorakit.config import HEADS_BY_TASK, LoraConfig
+from lorakit.core.attachment.residual_base import INIT_FIELDS, as_plain, plain_config
+from lorakit.core.files import adapter_folder
 from lorakit.core.files.tensor_file import encode
 from lorakit.core.files.tensor_names import PREFIX, adapter_tensors, endings_of
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.model.checks import check_allowances
+from lorakit.core.model import checks
 from lorakit.core.model.fingerprint import fingerprint
 from lorakit.core.model.index import AdapterIndex, check_known
 from lorakit.core.model.target_weights import paths_on_disk
 from lorakit.core.variants import variant_named
-from lorakit.durable import JsonObject, json_bytes, replace_files, replace_in_order, sha256_bytes
+from lorakit.durable import JsonObject, json_bytes, sha256_bytes
 from lorakit.errors import OVERRIDE, AdapterError
 from lorakit.targets import ALL_LINEAR, names_path, resolve
-
-INITIAL_FILE = "lorakit_initial.safetensors"
-"""File with the initial factors of an adapter that has a residual base and is written as trained."""
 
 Form = Literal["as_lora", "trained", "raw"]
 
@@ -91,23 +79,22 @@ def saved_form(
     sites = {path: {"r": layer.r[name], "lora_alpha": float(layer.lora_alpha[name])} for path, layer in here}
     inits = [(path, layer) for path, layer in here if variant_named(layer.variant[name]).move is None]
     moved = [(path, layer) for path, layer in inits if name in layer.moved_by]
+    found = SavedForm(name, tensors, config, sites, {})
     if not moved or form == "raw":
-        return SavedForm(name, tensors, config, sites, {})
-    began = {**beginning(config), "sites": sites}
-    if any(layer.initial is None for _, layer in moved):  # LoftQ: the base lost more than a product of low rank
-        return SavedForm(name, tensors, config, sites, {BEGAN: began})
-    if form == "trained":
-        first = {
-            key: t for path, layer in moved for key, t in zip(_keys(path, layer), layer.initial or (), strict=True)
-        }
-        initial = encode(first, {"format": "pt"})
-        began |= {"file": INITIAL_FILE, "sha256": sha256_bytes(initial)}
-        return SavedForm(name, tensors, config, sites, {BEGAN: began}, initial)
+        return found
+    values = config.as_json()
+    began = {**{field: values[field] for field in INIT_FIELDS}, "sites": sites}
+    found = dataclasses.replace(found, about={adapter_folder.BEGAN: began})
+    first: dict[str, Tensor] = {}
     for path, layer in moved:
-        _check_plain(path, layer, name, config)
-        down, up = _keys(path, layer)
-        tensors[down], tensors[up] = as_plain(layer.slot, tensors[down], tensors[up], layer.initial)  # type: ignore[arg-type]
-    return _doubled(SavedForm(name, tensors, config, sites, {BEGAN: began}))
+        if layer.initial is None:  # LoftQ: the base lost more than a product of low rank
+            return found
+        first |= zip(_keys(path, layer), layer.initial, strict=True)
+    if form == "as_lora":
+        return _as_lora(found, moved, first)
+    initial = encode(first, {"format": "pt"})
+    began |= {"file": adapter_folder.INITIAL_FILE, "sha256": sha256_bytes(initial)}
+    return dataclasses.replace(found, initial=initial)
 
 
 def converted_form(
@@ -128,65 +115,59 @@ def converted_form(
         AdapterError: The tensors belong to another adapter, or the residual base is quantized.
     """
     index = AdapterIndex.of(model)
-    found = saved_form(index, name, "raw", tensors)
     on_disk = paths_on_disk(index, name)
-    for path, layer in index.layers(name):
-        _check_plain(path, layer, name, found.config)
-        down, up = _keys(on_disk[path], layer)
-        first = [initial.get(key) for key in (down, up)]
-        if any(a is None or a.shape != found.tensors[key].shape for a, key in zip(first, (down, up), strict=True)):
-            raise AdapterError(f"{down} is missing in what was saved before training, or has another shape.")
-        pair = found.tensors[down], found.tensors[up]
-        found.tensors[down], found.tensors[up] = as_plain(layer.slot, *pair, (first[0], first[1]))  # type: ignore[arg-type]
-    return _doubled(found)
+    layers = [(on_disk[path], layer) for path, layer in index.layers(name)]
+    return _as_lora(saved_form(index, name, "raw", tensors), layers, initial)
+
+
+def _as_lora(found: SavedForm, layers: Sequence[tuple[str, LoraLayer]], initial: Mapping[str, Tensor]) -> SavedForm:
+    """Return an adapter as plain LoRA of twice the rank: its tensors, config, ranks and alphas.
+
+    Args:
+        found: The adapter as trained.
+        layers: Path on disk and layer of the sites with a residual base.
+        initial: Name on disk -> tensor (…) before training.
+    """
+    tensors = dict(found.tensors)
+    for path, layer in layers:
+        _check_plain(path, layer, found.name, found.config)
+        down, up = _keys(path, layer)
+        first = [initial[key] for key in (down, up) if key in initial and initial[key].shape == tensors[key].shape]
+        if len(first) != 2:
+            raise AdapterError(
+                f"{down} is missing in the adapter that was saved before training, or has another shape.",
+                what=found.name,
+                where=down,
+            )
+        tensors[down], tensors[up] = as_plain(layer.slot, tensors[down], tensors[up], (first[0], first[1]))
+    wide = plain_config(found.config)
+    more = wide.lora_alpha / found.config.lora_alpha if found.config.lora_alpha else 1.0
+    sites = {path: {"r": 2 * site["r"], "lora_alpha": more * site["lora_alpha"]} for path, site in found.sites.items()}
+    return dataclasses.replace(found, tensors=tensors, config=wide, sites=sites)
 
 
 def _check_plain(path: str, layer: LoraLayer, name: str, config: LoraConfig) -> None:
     variant = variant_named(layer.variant[name])
     if variant.move is not None:
         raise AdapterError(
-            f"{path}: adapter {name!r} is {variant.title}, which is not plain LoRA on the original base. Save it as it "
-            "is, or merge it.",
+            f"{path}: adapter {name!r} is {variant.title}, which is not plain LoRA on the original base. Save it "
+            "unconverted, or merge it.",
             what=name,
             where=path,
             field=variant.field,
         )
     if name in layer.moved_by and layer.base.quantized:
         raise AdapterError(
-            f"{path}: {config.init_lora_weights} moved a quantised base, which was rounded a second time, so adapter "
-            f"{name!r} is no plain LoRA on the original. Use `save_as_trained`, or merge it.",
+            f"{path}: {config.init_lora_weights} changed a quantized base, which was rounded a second time, so adapter "
+            f"{name!r} is not plain LoRA on the original. Use `save_as_trained`, or merge it.",
+            what=name,
             where=path,
         )
-
-
-def _doubled(found: SavedForm) -> SavedForm:
-    """Return an adapter's form with the config, ranks and alphas of plain LoRA of twice the rank."""
-    config, wide = found.config, plain_config(found.config)
-    more = wide.lora_alpha / config.lora_alpha if config.lora_alpha else 1.0
-    sites = {path: {"r": 2 * site["r"], "lora_alpha": more * site["lora_alpha"]} for path, site in found.sites.items()}
-    return dataclasses.replace(found, config=wide, sites=sites)
 
 
 def _keys(path: str, layer: LoraLayer) -> tuple[str, str]:
     down, up = endings_of(layer.kind)
     return f"{PREFIX}{path}{down}", f"{PREFIX}{path}{up}"
-
-
-@dataclass(frozen=True)
-class SavedAdapter:
-    """Result of saving an adapter.
-
-    Attributes:
-        folder: Its directory.
-        files: The names written.
-        weights_bytes: Size of the weights.
-        weights_sha256: Their SHA-256, which identifies the adapter regardless of its name.
-    """
-
-    folder: Path
-    files: tuple[str, ...]
-    weights_bytes: int
-    weights_sha256: str
 
 
 def save_adapter(
@@ -198,7 +179,7 @@ def save_adapter(
     facts: JsonObject | None = None,
     allow: Collection[str] = (),
     tensors: Mapping[str, Tensor] | None = None,
-) -> SavedAdapter:
+) -> adapter_folder.SavedAdapter:
     """Save an adapter in PEFT's format plus `lorakit.json`.
 
     An adapter with a residual base (PiSSA and similar) is written as plain LoRA of twice the rank, which any program
@@ -235,7 +216,7 @@ def save_as_trained(
     facts: JsonObject | None = None,
     allow: Collection[str] = (),
     tensors: Mapping[str, Tensor] | None = None,
-) -> SavedAdapter:
+) -> adapter_folder.SavedAdapter:
     """Save an adapter as `save_adapter` does, but keep the rank of one with a residual base.
 
     Its initial factors are written to a separate file. Other programs that know the init recompute it on the original
@@ -271,7 +252,7 @@ def save_form(
     base_model_name_or_path: str | None = None,
     facts: JsonObject | None = None,
     allow: Collection[str] = (),
-) -> SavedAdapter:
+) -> adapter_folder.SavedAdapter:
     """Write the result of `saved_form`; see `save_adapter`.
 
     Args:
@@ -287,69 +268,35 @@ def save_form(
         DiskError: The disk is full or fails.
         ConfigError: A name in `allow` is unknown.
     """
-    check_allowances(allow)
+    checks.check_allowances(allow)
     if "nonfinite" not in allow:
         _check_finite(found.name, found.tensors)
     index = AdapterIndex.of(model)
     config = _config_on_disk(index, found.config, base_model_name_or_path)
-    weights = encode(found.tensors, {"format": "pt", METADATA_KEY: str(FORMAT_VERSION)})
+    weights = encode(found.tensors, {"format": "pt", adapter_folder.METADATA_KEY: str(adapter_folder.FORMAT_VERSION)})
     own = sorted({layer.kind_name for _, layer in index.layers(found.name)} & index.kinds.keys())
-    facts = {**(facts or {}), KINDS_KEY: own} if own else facts
+    facts = {**(facts or {}), adapter_folder.KINDS_KEY: own} if own else facts
     base = fingerprint(index, with_files=True).as_dict()
     about = {**(facts or {}), **found.about, "base": base, "sites": found.sites}
-    return write_files(Path(folder), config, weights, about, found.initial)
-
-
-def write_files(
-    folder: Path, config: bytes, weights: bytes, about: Mapping[str, Any], initial: bytes | None = None
-) -> SavedAdapter:
-    """Write the files of an adapter; a crash leaves the old adapter, the new one, or a directory that is rejected.
-
-    The directory is exchanged for a complete new one, so that it is never mixed. If the system cannot do that, the
-    files are replaced in an order in which `lorakit.json` says which ones belong together at any time.
-
-    Args:
-        folder: The directory; created if missing. Other files in it stay.
-        config: Content of `adapter_config.json`.
-        weights: Content of `adapter_model.safetensors`.
-        about: Further values of `lorakit.json`: base, sites, metadata.
-        initial: Content of `lorakit_initial.safetensors`; None removes it.
-
-    Returns:
-        The files written.
-
-    Raises:
-        DiskError: The disk is full or fails.
-    """
-    files = {CONFIG_FILE: config, WEIGHTS_FILE: weights, **({} if initial is None else {INITIAL_FILE: initial})}
-    last = {SIDECAR_FILE: sidecar_bytes(about, config, weights), **({INITIAL_FILE: None} if initial is None else {})}
-    if not replace_files(folder, {**files, **last}):
-        first = {SIDECAR_FILE: sidecar_bytes(about, config, weights, replaced_files(folder))}
-        replace_in_order(folder, [first, files, last])
-    names = (CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE, *(() if initial is None else (INITIAL_FILE,)))
-    return SavedAdapter(folder, names, len(weights), sha256_bytes(weights))
+    return adapter_folder.write_files(Path(folder), config, weights, about, found.initial)
 
 
 def _config_on_disk(index: AdapterIndex, config: LoraConfig, base: str | None) -> bytes:
     transposed = any(
         layer.base.transposed and layer.kind.drops for _, layer in index.layers() if layer.r
     )  # an embedding is stored transposed too, but readers mean dense layers
-    heads = HEADS_BY_TASK.get(config.task_type, ()) if isinstance(config.task_type, TaskType) else ()
+    heads = HEADS_BY_TASK.get(config.task_type, ())
+    of_class = {"base_model_class": type(index.model).__name__, "parent_library": type(index.model).__module__}
     config = dataclasses.replace(
         config,
         target_modules=portable_targets(index, config),
-        auto_mapping=config.auto_mapping or (None if config.task_type else _class_of(index.model)),
+        auto_mapping=config.auto_mapping or (None if config.task_type else of_class),  # as PEFT; never read
         modules_to_save=list(dict.fromkeys([*(config.modules_to_save or []), *heads])) or None,
         fan_in_fan_out=transposed,
         inference_mode=True,
         base_model_name_or_path=base if base is not None else config.base_model_name_or_path,
     )
     return json_bytes(config.as_json())
-
-
-def _class_of(model: nn.Module) -> dict[str, str]:
-    """Return where to find the base's class, which PEFT writes if no task is given; lorakit never reads it."""
-    return {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
 
 
 def portable_targets(index: AdapterIndex, config: LoraConfig) -> set[str] | list[str] | str | None:

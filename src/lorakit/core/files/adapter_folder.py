@@ -7,21 +7,20 @@ be verified. While files are replaced one by one, it also describes the old ones
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from lorakit import durable
 from lorakit.config import CONFIG_FILE, LoraConfig, read_config
 from lorakit.core.files.tensor_file import TensorFile, file_error, read_tensors
 from lorakit.core.model.fingerprint import Fingerprint
 from lorakit.core.model.index import INSIDE
-from lorakit.durable import SEAL, JsonObject, is_sealed, json_bytes, read_json, sealed, sha256_bytes, sha256_file
+from lorakit.durable import SEAL, JsonObject, JsonValue
 from lorakit.errors import AdapterFileError, PatternError
-from lorakit.targets import names_path
-from lorakit.targets.words import literal_value
+from lorakit.targets import literal_value, names_path
 
 SIDECAR_FILE = "lorakit.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -34,6 +33,9 @@ METADATA_KEY = "lorakit"
 
 KINDS_KEY = "kinds"
 """Key of the names of the user's kinds of site that the adapter was made with."""
+
+INITIAL_FILE = "lorakit_initial.safetensors"
+"""File with the initial factors of an adapter that has a residual base and is written as trained."""
 
 MAX_BYTES = 16 << 20
 
@@ -114,7 +116,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
     """
     folder = Path(folder)
     if folder.is_file():
-        raise AdapterFileError(f"{folder} is a file; an adapter is a directory with {CONFIG_FILE}.")
+        raise file_error(folder, f"this is a file; an adapter is a directory with {CONFIG_FILE}.")
     for _ in range(ATTEMPTS):
         before = _identities(folder)
         try:
@@ -139,7 +141,10 @@ def _read_once(folder: Path) -> AdapterFiles:
             f"{WEIGHTS_FILE} with the program that wrote it.",
         )
     file = read_tensors(weights)
-    sidecar = _read_sidecar(folder)
+    values, interrupted = _valid_values(folder)
+    sidecar = Sidecar(interrupted=interrupted)
+    if values is not None:
+        sidecar = _parsed(folder / SIDECAR_FILE, values, interrupted)
     said = []
     if unknown:
         said.append(f"{folder}: fields of {CONFIG_FILE} that are not known here were left out: {', '.join(unknown)}.")
@@ -148,7 +153,7 @@ def _read_once(folder: Path) -> AdapterFiles:
         said.append(f"{folder}: {doubt}.")
     if sidecar.interrupted:
         said.append(f"{folder}: a save was interrupted; this is the adapter from before it.")
-    ours = sidecar.present and sidecar.config_sha256 == sha256_file(folder / CONFIG_FILE)
+    ours = sidecar.present and sidecar.config_sha256 == durable.sha256_file(folder / CONFIG_FILE)
     if sidecar.present and not ours:
         said.append(f"{folder}: {CONFIG_FILE} was edited since the adapter was saved; the edited one is used.")
     return AdapterFiles(folder, config, file, sidecar, ours, tuple(said))
@@ -170,12 +175,9 @@ def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) ->
     try:
         return literal_value(files.config.alpha_pattern, pattern_path or path, files.config.lora_alpha)
     except PatternError as cause:
-        raise AdapterFileError(
-            f"{files.folder / CONFIG_FILE}: alpha_pattern: {cause}",
-            what=cause.what,
-            where=files.folder / CONFIG_FILE,
-            field="alpha_pattern",
-        ) from None
+        where = files.folder / CONFIG_FILE
+        fields = {**cause.fields, "where": where, "field": "alpha_pattern"}
+        raise AdapterFileError(f"{where}: alpha_pattern: {cause}", **fields) from None
 
 
 def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
@@ -224,7 +226,56 @@ def rank_and_alpha(files: AdapterFiles, path: str, rows: int) -> tuple[int, floa
     return fitting[0], alphas.pop()
 
 
-def sidecar_bytes(about: Mapping[str, Any], config: bytes, weights: bytes, replaces: Any = None) -> bytes:
+@dataclass(frozen=True)
+class SavedAdapter:
+    """Result of saving an adapter.
+
+    Attributes:
+        folder: Its directory.
+        files: The names written.
+        weights_bytes: Size of the weights.
+        weights_sha256: Their SHA-256, which identifies the adapter regardless of its name.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    weights_bytes: int
+    weights_sha256: str
+
+
+def write_files(
+    folder: Path, config: bytes, weights: bytes, about: Mapping[str, JsonValue], initial: bytes | None = None
+) -> SavedAdapter:
+    """Write the files of an adapter; a crash leaves the old adapter, the new one, or a directory that is rejected.
+
+    The directory is exchanged for a complete new one, so that it is never mixed. If the system cannot do that, the
+    files are replaced in an order in which `lorakit.json` says which ones belong together at any time.
+
+    Args:
+        folder: The directory; created if missing. Other files in it stay.
+        config: Content of `adapter_config.json`.
+        weights: Content of `adapter_model.safetensors`.
+        about: Further values of `lorakit.json`: base, sites, metadata.
+        initial: Content of `lorakit_initial.safetensors`; None removes it.
+
+    Returns:
+        The files written.
+
+    Raises:
+        DiskError: The disk is full or fails.
+    """
+    files = {CONFIG_FILE: config, WEIGHTS_FILE: weights, **({} if initial is None else {INITIAL_FILE: initial})}
+    last = {SIDECAR_FILE: sidecar_bytes(about, config, weights), **({INITIAL_FILE: None} if initial is None else {})}
+    if not durable.replace_files(folder, {**files, **last}):
+        first = {SIDECAR_FILE: sidecar_bytes(about, config, weights, replaced_files(folder))}
+        durable.replace_in_order(folder, [first, files, last])
+    names = (CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE, *(() if initial is None else (INITIAL_FILE,)))
+    return SavedAdapter(folder, names, len(weights), durable.sha256_bytes(weights))
+
+
+def sidecar_bytes(
+    about: Mapping[str, JsonValue], config: bytes, weights: bytes, replaces: JsonObject | None = None
+) -> bytes:
     """Return the content of `lorakit.json`.
 
     Args:
@@ -236,11 +287,11 @@ def sidecar_bytes(about: Mapping[str, Any], config: bytes, weights: bytes, repla
     values: JsonObject = {
         **about,
         "format_version": FORMAT_VERSION,
-        "weights": {"file": WEIGHTS_FILE, "sha256": sha256_bytes(weights), "bytes": len(weights)},
-        "config": {"file": CONFIG_FILE, "sha256": sha256_bytes(config)},
+        "weights": {"file": WEIGHTS_FILE, "sha256": durable.sha256_bytes(weights), "bytes": len(weights)},
+        "config": {"file": CONFIG_FILE, "sha256": durable.sha256_bytes(config)},
     }
     values.pop(REPLACES, None)
-    return json_bytes(sealed(values if replaces is None else {**values, REPLACES: replaces}))
+    return durable.json_bytes(durable.sealed(values if replaces is None else {**values, REPLACES: replaces}))
 
 
 def replaced_files(folder: Path) -> JsonObject:
@@ -251,36 +302,20 @@ def replaced_files(folder: Path) -> JsonObject:
     """
     try:
         values, _ = _valid_values(folder)
-        before = {name: sha256_file(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+        before = {name: durable.sha256_file(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
     except (AdapterFileError, OSError):
         return {"files": {}, "sidecar": None}
     return {"files": {**before, **_first_factors(values or {})}, "sidecar": values}
 
 
-def _read_sidecar(folder: Path) -> Sidecar:
-    """Read `lorakit.json` of an adapter's directory, if there is one.
-
-    Raises:
-        AdapterFileError: It is damaged, or of a format newer than this version reads, or a save was interrupted that
-            left files of two adapters.
-    """
-    values, interrupted = _valid_values(folder)
-    if values is None:
-        return Sidecar(interrupted=interrupted)
-    return dataclasses.replace(_parsed(folder / SIDECAR_FILE, values), interrupted=interrupted)
-
-
-def _identities(folder: Path) -> tuple[tuple[int, int, int] | None, ...]:
+def _identities(folder: Path) -> list[tuple[int, int, int] | None]:
     """Return inode, time and size of each file of an adapter, None if it is missing: they change if it is replaced."""
-    found: list[tuple[int, int, int] | None] = []
-    for name in (CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE):
-        try:
+    found: list[tuple[int, int, int] | None] = [None, None, None]
+    for at, name in enumerate((CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE)):
+        with contextlib.suppress(OSError):
             status = (folder / name).stat()
-        except OSError:
-            found.append(None)
-        else:
-            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
-    return tuple(found)
+            found[at] = (status.st_ino, status.st_mtime_ns, status.st_size)
+    return found
 
 
 def _valid_values(folder: Path) -> tuple[JsonObject | None, bool]:
@@ -288,7 +323,7 @@ def _valid_values(folder: Path) -> tuple[JsonObject | None, bool]:
     path = folder / SIDECAR_FILE
     if not path.exists():
         return None, False
-    values = _checked(path, read_json(path, MAX_BYTES))
+    values = _checked(path, durable.read_json(path, MAX_BYTES))
     if REPLACES not in values or values["format_version"] < SEALED_SINCE:
         return values, False
     after = {
@@ -298,7 +333,7 @@ def _valid_values(folder: Path) -> tuple[JsonObject | None, bool]:
     }
     replaces = _table(values[REPLACES])
     before = _table(replaces.get("files"))
-    found = {name: sha256_file(folder / name) for name in {**after, **before} if (folder / name).is_file()}
+    found = {name: durable.sha256_file(folder / name) for name in {**after, **before} if (folder / name).is_file()}
     if all(found.get(name) == sha256 for name, sha256 in after.items()):
         return {key: value for key, value in values.items() if key != REPLACES}, False
     if before and all(found.get(name) == sha256 for name, sha256 in before.items()):
@@ -321,17 +356,22 @@ def _mixed(
     )
 
 
-def _first_factors(values: Mapping[str, Any]) -> dict[str, str]:
+def _first_factors(values: JsonObject) -> dict[str, str]:
     """Return the name of the file with an adapter's initial factors and its SHA-256, if it needs one."""
     began = _table(values.get(BEGAN))
     return {str(began["file"]): str(began.get("sha256"))} if began.get("file") else {}
 
 
-def _checked(path: Path, values: Any) -> JsonObject:
-    """Check that a value is a table of a known format, with a valid seal if its format has one."""
-    version = values.get("format_version") if isinstance(values, dict) else None
+def _checked(path: Path, value: JsonValue) -> JsonObject:
+    """Return a value that is a table of a known format, with a valid seal if its format has one.
+
+    Raises:
+        AdapterFileError: It is not, or its format is newer than this version reads.
+    """
+    values = _table(value)
+    version = values.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise file_error(path, "not a table with a format_version. Remove the file to load unverified.")
+        raise _not_valid(path, "not a table with a format_version")
     if version > FORMAT_VERSION:
         raise file_error(
             path,
@@ -339,7 +379,9 @@ def _checked(path: Path, values: Any) -> JsonObject:
             "or remove the file to load unverified.",
         )
     hashes = [_table(values.get(key)).get("sha256") for key in ("weights", "config")]
-    if version >= SEALED_SINCE and not (is_sealed(values) and all(isinstance(sha256, str) for sha256 in hashes)):
+    if version >= SEALED_SINCE and not (
+        durable.is_sealed(values) and all(isinstance(sha256, str) for sha256 in hashes)
+    ):
         raise file_error(
             path,
             f"damaged or edited: its {SEAL} does not fit its content. Restore it from a copy, or remove it to "
@@ -348,25 +390,25 @@ def _checked(path: Path, values: Any) -> JsonObject:
     return values
 
 
-def _parsed(path: Path, values: JsonObject) -> Sidecar:
-    weights, config, sites = (_table(values.get(key)) for key in ("weights", "config", "sites"))
+def _not_valid(path: Path, problem: str) -> AdapterFileError:
+    return file_error(path, f"{problem}. Remove the file to load unverified.")
+
+
+def _parsed(path: Path, values: JsonObject, interrupted: bool) -> Sidecar:
+    weights, config, sites, began = (_table(values.get(key)) for key in ("weights", "config", "sites", BEGAN))
     shas = tuple(str(weights[key]) for key in ("sha256", "previous_sha256") if weights.get(key))
     known = {"format_version", SEAL, "weights", "config", "base", "sites", BEGAN}
     facts = {key: value for key, value in values.items() if key not in known}
     base = Fingerprint.from_dict(values["base"]) if values.get("base") else None
     if values.get("base") and base is None:
-        raise file_error(path, "base is not a fingerprint. Remove the file to load unverified.")
+        raise _not_valid(path, "base is not a fingerprint")
     for site, entry in sites.items():
         if not _is_site(entry):
-            raise file_error(
-                path,
-                f"sites[{site!r}] is {str(entry)[:60]}; numbers r and lora_alpha were expected. Remove the "
-                "file to load unverified.",
-            )
-    began = _table(values.get(BEGAN))
+            raise _not_valid(path, f"sites[{site!r}] is {str(entry)[:60]}; numbers r and lora_alpha were expected")
     if began and not all(map(_is_site, _table(began.get("sites")).values())):
-        raise file_error(path, f"{BEGAN} does not hold numbers r and lora_alpha. Remove the file to load unverified.")
-    return Sidecar(True, shas, str(config.get("sha256", "")), base, sites, facts, began, values["format_version"])
+        raise _not_valid(path, f"{BEGAN} does not hold numbers r and lora_alpha")
+    version = values["format_version"]
+    return Sidecar(True, shas, str(config.get("sha256", "")), base, sites, facts, began, version, interrupted)
 
 
 def _doubt(sidecar: Sidecar, file: TensorFile, path: Path) -> str | None:
@@ -395,10 +437,10 @@ def _doubt(sidecar: Sidecar, file: TensorFile, path: Path) -> str | None:
     return f"there is no {SIDECAR_FILE}, so the weights cannot be verified"
 
 
-def _is_site(entry: Any) -> bool:
-    numbers = [entry.get("r"), entry.get("lora_alpha")] if isinstance(entry, dict) else [None]
+def _is_site(entry: JsonValue) -> bool:
+    numbers = [_table(entry).get(key) for key in ("r", "lora_alpha")]
     return all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers)
 
 
-def _table(value: Any) -> JsonObject:
+def _table(value: JsonValue) -> JsonObject:
     return value if isinstance(value, dict) else {}

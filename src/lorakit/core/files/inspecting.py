@@ -18,23 +18,16 @@ from torch import Tensor
 from lorakit.config import LoraConfig, scale
 from lorakit.core.files.adapter_folder import AdapterFiles, rank_and_alpha, read_adapter
 from lorakit.core.files.tensor_names import by_site
-from lorakit.core.inits import init_named
+from lorakit.core.inits import known_init
 from lorakit.core.kinds import WeightSpec, per_expert
 from lorakit.core.model.checks import LARGEST_USUAL_SCALE
 from lorakit.core.model.fingerprint import Fingerprint
 from lorakit.durable import JsonObject
-from lorakit.errors import OVERRIDE, AdapterFileError, ConfigError
+from lorakit.errors import OVERRIDE, AdapterFileError
 
-ZERO, PARTLY_ZERO, NONFINITE, VALUES, SCALE, ALPHA, PATTERN, INIT = (
-    "zero_update",
-    "partly_zero",
-    "nonfinite",
-    "large_values",
-    "large_scale",
-    "alpha_not_positive",
-    "steep_alpha_pattern",
-    "unknown_init",
-)
+ZERO, PARTLY_ZERO, NONFINITE = "zero_update", "partly_zero", "nonfinite"
+VALUES, SCALE, ALPHA = "large_values", "large_scale", "alpha_not_positive"
+PATTERN, INIT = "steep_alpha_pattern", "unknown_init"
 """The kinds of findings."""
 
 LARGEST_USUAL_VALUE = 1e4
@@ -195,16 +188,14 @@ def _scales(config: LoraConfig, sites: Sequence[Site]) -> list[Finding]:
 
 
 def _init(config: LoraConfig) -> Finding | None:
-    try:
-        init_named(config.init_lora_weights)
-    except ConfigError:
-        name = str(config.init_lora_weights)
-        text = (
-            f"init_lora_weights is {name!r}, which is not known here and is ignored: if that init changes the base, "
-            "the adapter does not fit an unchanged one."
-        )
-        return Finding(INIT, (), name, text)
-    return None
+    if known_init(config) is not None:
+        return None
+    name = str(config.init_lora_weights)
+    text = (
+        f"init_lora_weights is {name!r}, which is not known here and is ignored: if that init changes the base, "
+        "the adapter does not fit an unchanged one."
+    )
+    return Finding(INIT, (), name, text)
 
 
 def _finding(kind: str, what: str, found: Sequence[tuple[str, float]]) -> Finding:
@@ -285,11 +276,10 @@ def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterSummary:
     """
     files = read_adapter(folder)
     tensors = files.file.tensors
-    pairs = by_site(tensors)
-    whole = {path: parts for path, parts in sorted(pairs.items()) if _is_pair(parts)}
-    sites = tuple(_site(files, path, parts["A"], parts["B"]) for path, parts in whole.items())
+    pairs, odd_paths = _pairs(tensors)
+    sites = tuple(_site(files, path, A, B) for path, (A, B) in pairs.items())
     judged = judge(files.config, [Site(s.path, s.lora_alpha, s.scale) for s in sites], largest_values(tensors))
-    findings = [*files.warnings, *map(str, judged), *_unreadable(sites, pairs)]
+    findings = [*files.warnings, *map(str, judged), *_unreadable(sites, odd_paths)]
     return AdapterSummary(
         folder=str(folder),
         config=files.config,
@@ -317,10 +307,8 @@ def judge_files(files: AdapterFiles, allow: Collection[str] = ()) -> tuple[Findi
     Raises:
         AdapterFileError: It contains NaN or infinite values.
     """
-    whole = {path: parts["A"] for path, parts in by_site(files.file.tensors).items() if _is_pair(parts)}
-    known = [(path, *rank_and_alpha(files, path, int(A.shape[0]))) for path, A in sorted(whole.items())]
-    rslora = files.config.use_rslora
-    sites = [Site(path, alpha, None if alpha is None else scale(r, alpha, rslora)) for path, r, alpha in known]
+    pairs, _ = _pairs(files.file.tensors)
+    sites = [_known_site(files, path, A)[1] for path, (A, _) in pairs.items()]
     found = judge(files.config, sites, largest_values(files.file.tensors))
     bad = [finding for finding in found if finding.kind == NONFINITE]
     if bad and "nonfinite" not in allow:
@@ -339,36 +327,44 @@ def delta_norm(A: Tensor, B: Tensor) -> float:
     return float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
 
 
-def _is_pair(parts: dict[str, Tensor]) -> bool:
-    """Return whether A (r, in, …) and B (out, r, …) both exist, with the same rank of at least 1."""
-    if not {"A", "B"} <= set(parts):
-        return False
-    A, B = parts["A"], parts["B"]
-    return A.ndim >= 2 and B.ndim >= 2 and A.shape[0] == B.shape[1] >= 1
+def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
+    """Return A (r, in, …) and B (out, r, …) of each site, and the sites where one is missing or the ranks differ."""
+    pairs, odd_paths = {}, []
+    for path, parts in sorted(by_site(tensors).items()):
+        A, B = parts.get("A"), parts.get("B")
+        if A is not None and B is not None and A.ndim >= 2 and B.ndim >= 2 and A.shape[0] == B.shape[1] >= 1:
+            pairs[path] = (A, B)
+        else:
+            odd_paths.append(path)
+    return pairs, odd_paths
+
+
+def _known_site(files: AdapterFiles, path: str, A: Tensor) -> tuple[int, Site]:
+    """Return the rank of a site, and what is known of it, from its A, (r, in, …)."""
+    r, alpha = rank_and_alpha(files, path, int(A.shape[0]))
+    return r, Site(path, alpha, None if alpha is None else scale(r, alpha, files.config.use_rslora))
 
 
 def _site(files: AdapterFiles, path: str, A: Tensor, B: Tensor) -> SiteSummary:
-    r, alpha = rank_and_alpha(files, path, int(A.shape[0]))
+    r, site = _known_site(files, path, A)
     experts = A.shape[0] // r if A.shape[0] > r and A.ndim == 2 else 0
-    effective = None if alpha is None else scale(r, alpha, files.config.use_rslora)
     pairs = [(A, B)]
     if experts:
         slot = WeightSpec("", int(B.shape[0]), int(A.shape[1]), experts)
         pairs = list(zip(*per_expert(slot, A, B), strict=True))
-    norm = math.sqrt(sum(delta_norm(*pair) ** 2 for pair in pairs)) * (1.0 if effective is None else abs(effective))
-    return SiteSummary(path, r, alpha, effective, int(A.shape[1]), int(B.shape[0]), norm, experts)
+    norm = math.sqrt(sum(delta_norm(*pair) ** 2 for pair in pairs)) * (1.0 if site.scale is None else abs(site.scale))
+    return SiteSummary(path, r, site.alpha, site.scale, int(A.shape[1]), int(B.shape[0]), norm, experts)
 
 
-def _unreadable(sites: Sequence[SiteSummary], pairs: Mapping[str, dict[str, Tensor]]) -> list[str]:
+def _unreadable(sites: Sequence[SiteSummary], odd_paths: Sequence[str]) -> list[str]:
     """Return messages about what the files leave unknown."""
     found = []
     unknown = [s.path for s in sites if s.scale is None]
     if unknown:
         found.append(f"The scale of {len(unknown)} sites depends on a regular expression, which is not run.")
-    odd_pairs = [path for path, parts in pairs.items() if not _is_pair(parts)]
-    if odd_pairs:
+    if odd_paths:
         found.append(
-            f"A or B is missing, or they do not fit together, at {len(odd_pairs)} sites, first {odd_pairs[0]}."
+            f"A or B is missing, or they do not fit together, at {len(odd_paths)} sites, first {odd_paths[0]}."
         )
     if not sites:
         found.append("There are no LoRA sites in the file.")

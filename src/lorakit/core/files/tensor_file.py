@@ -11,12 +11,11 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
-from lorakit.durable import JsonObject, parse_json, read_bytes, sha256_bytes
+from lorakit.durable import JsonObject, JsonValue, parse_json, read_bytes, sha256_bytes
 from lorakit.errors import AdapterFileError
 
 MAX_FILE_BYTES = 64 << 30
@@ -129,7 +128,8 @@ def _header(path: str | os.PathLike[str], data: bytes) -> tuple[JsonObject, int]
     return header, 8 + size
 
 
-def _span(path: str | os.PathLike[str], name: str, entry: Any) -> tuple[int, int, str]:
+def _span(path: str | os.PathLike[str], name: str, value: JsonValue) -> tuple[int, int, str]:
+    entry = value if isinstance(value, dict) else {}
     try:
         dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [first, last, *shape]

@@ -12,9 +12,10 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor, nn
 
 from lorakit.core.kinds import Kind
+from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.model.index import INSIDE, AdapterIndex
 from lorakit.core.model.target_weights import paths_on_disk
-from lorakit.core.variants import own_tensors
+from lorakit.core.variants import Variant, own_tensors
 
 PREFIX = "base_model.model."
 ROWS = ".token_adapter.trainable_tokens_delta"
@@ -70,6 +71,13 @@ def endings_of(kind: Kind) -> tuple[str, str]:
     return f".{kind.names[0]}{kind.on_disk}", f".{kind.names[1]}{kind.on_disk}"
 
 
+def part_names(kind: Kind, variant: Variant) -> dict[str, str]:
+    """Return `Key.part` -> the name below a site's path of each tensor that a factor can have."""
+    A, B = kind.names
+    own = {tensor.held_as: tensor.keys[0].removeprefix(".") for tensor in variant.tensors}
+    return {"A": A + kind.on_disk, "B": B + kind.on_disk, "bias": f"{B}.bias", **own}
+
+
 def adapter_tensors(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, Tensor]:
     """Return everything that one adapter trained, under its names on disk.
 
@@ -84,13 +92,9 @@ def adapter_tensors(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, 
     found: dict[str, Tensor] = {}
     on_disk = paths_on_disk(index, adapter)
     depths = Counter(plain_path(path) for path in on_disk.values())
-    for path, part in index.components.items():
-        where = on_disk.get(path, path)
+    for path, part in index.with_biases():
+        where = inside(plain_path(path), depths) if isinstance(part, BiasPatch) else on_disk.get(path, path)
         found |= {f"{PREFIX}{where}.{key}": tensor for key, tensor in part.saved_tensors(adapter).items()}
-    for path, patches in index.patches.items():
-        where = inside(plain_path(path), depths)
-        for patch in patches:
-            found |= {f"{PREFIX}{where}.{key}": tensor for key, tensor in patch.saved_tensors(adapter).items()}
     return dict(sorted(found.items()))
 
 

@@ -13,7 +13,7 @@ import re
 from lorakit.config import LoraConfig
 from lorakit.core.inits.corda import CORDA
 from lorakit.core.inits.eva import EVA
-from lorakit.core.inits.init import BOTH, Init, InitContext, InitResult, fresh_bias
+from lorakit.core.inits.init import Init, InitContext, InitResult, fresh_bias
 from lorakit.core.inits.loftq import LOFTQ
 from lorakit.core.inits.lora_ga import LORA_GA
 from lorakit.core.inits.pissa import MICA, OLORA, PISSA
@@ -21,7 +21,7 @@ from lorakit.core.inits.random import GAUSSIAN, KAIMING, ORTHOGONAL, RANDOM
 from lorakit.core.kinds import Kind, check_fits
 from lorakit.errors import ConfigError, did_you_mean
 
-__all__ = ["INITS", "Init", "InitContext", "InitResult", "fresh_bias", "init_for", "init_named", "trains_of"]
+__all__ = ["INITS", "Init", "InitContext", "InitResult", "fresh_bias", "init_for", "init_named", "known_init"]
 
 INITS: tuple[Init, ...] = (
     KAIMING,
@@ -59,6 +59,14 @@ def init_named(name: bool | str) -> Init:
     )
 
 
+def known_init(config: LoraConfig) -> Init | None:
+    """Return the init of a config from a file, or None if it is one of another program."""
+    try:
+        return init_named(config.init_lora_weights)
+    except ConfigError:
+        return None
+
+
 def init_for(name: bool | str, kind: Kind, path: str) -> Init:
     """Return the entry for a value of `init_lora_weights` at a site.
 
@@ -73,11 +81,3 @@ def init_for(name: bool | str, kind: Kind, path: str) -> Init:
     init = init_named(name)
     check_fits(init.fits, kind, path, what=f"init_lora_weights={name!r}", field="init_lora_weights", advice="use True")
     return init
-
-
-def trains_of(config: LoraConfig) -> frozenset[str]:
-    """Return which of "A" and "B" an adapter trains, by its config; both if its init is unknown."""
-    try:
-        return init_named(config.init_lora_weights).trains
-    except ConfigError:
-        return BOTH

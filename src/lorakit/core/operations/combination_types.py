@@ -22,7 +22,7 @@ from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.operations.tensor_sources import AdapterWeights
 from lorakit.errors import AdapterError, ConfigError
-from lorakit.targets.words import names_path
+from lorakit.targets import names_path
 
 COMBINATION_TYPES = (
     "svd",

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig, scale
 from lorakit.core.attachment.loading import place_adapter
-from lorakit.core.attachment.saving import write_files
-from lorakit.core.files.adapter_folder import FORMAT_VERSION, METADATA_KEY, AdapterFiles, Sidecar
+from lorakit.core.files.adapter_folder import FORMAT_VERSION, METADATA_KEY, AdapterFiles, Sidecar, write_files
 from lorakit.core.files.tensor_file import TensorFile, encode
 from lorakit.core.kinds import PARAMETER, parameter_slot
 from lorakit.core.linalg import Reading, padded

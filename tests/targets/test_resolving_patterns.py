@@ -1,4 +1,4 @@
-"""Patterns from a file are words: what is not a plain name is refused by name and never run."""
+"""Patterns from a file are plain names: a regular expression is rejected by name and never run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 import pytest
 
 from lorakit.errors import PatternError
-from lorakit.targets.words import literal_value, names
+from lorakit.targets.resolving import literal_value, names
 
 
 @pytest.mark.parametrize(
