@@ -29,11 +29,11 @@ from lorakit.ops import (
     rotary,
     segments,
 )
+from lorakit.ops import reference as references
 from lorakit.ops.adapted import Adapted, LowRank
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.ops.norm import Norm
 
-from ..ops import references
 from .tolerances import RELATIVE
 
 D = torch.float64

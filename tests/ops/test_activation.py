@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from lorakit.ops import adapted
+from lorakit.ops import reference as references
 from lorakit.ops.activation import ACTIVATIONS, activation, gelu_tanh
-
-from . import references
 
 D = torch.float64
 

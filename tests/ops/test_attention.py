@@ -13,8 +13,7 @@ from lorakit.ops import attention_products
 from lorakit.ops.attention import FLASH_FROM, attention, chosen
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.ops.dropout import draw_record, positions
-
-from .references import attention as reference
+from lorakit.ops.reference import attention as reference
 
 Operands = tuple[Tensor, Tensor, Tensor]
 SHORTER = torch.zeros(2, 1, 1, 13).double().index_fill_(3, torch.tensor([9, 10, 11, 12]), -torch.inf)

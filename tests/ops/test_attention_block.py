@@ -15,9 +15,8 @@ from lorakit.ops.adapted import Adapted, LowRank, factors
 from lorakit.ops.attention_block import SelfAttention, attention_block
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.ops.norm import Norm
+from lorakit.ops.reference import attention_block as reference
 from lorakit.ops.rotary import Rotary
-
-from .references import attention_block as reference
 
 WIDTH, HEAD, HEADS, KV, BATCH, TOKENS = 10, 4, 6, 2, 2, 9
 

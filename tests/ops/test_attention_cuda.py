@@ -16,8 +16,7 @@ from lorakit.ops import attention as ops
 from lorakit.ops import attention_flash
 from lorakit.ops.attention import chosen
 from lorakit.ops.attention_pattern import Pattern
-
-from .references import attention as reference
+from lorakit.ops.reference import attention as reference
 
 PATTERNS = {
     "causal": Pattern(),

@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit.ops.choices import slices
 from lorakit.ops.cross_entropy import Head, chunk_rows, linear_cross_entropy
-
-from .references import cross_entropy as reference
+from lorakit.ops.reference import cross_entropy as reference
 
 D = torch.float64
 WIDTH, VOCABULARY = 7, 11

@@ -8,8 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lorakit.ops.dropout import apply_dropout, draw, draw_positions, dropout, positions, zero_
 from lorakit.ops.kernels import kernels_for
-
-from .references import dropout as reference
+from lorakit.ops.reference import dropout as reference
 
 
 def test_gaps_draw_each_position_with_its_probability() -> None:

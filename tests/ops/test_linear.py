@@ -18,8 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from lorakit.ops.adapted import Adapted, LowRank, factors
 from lorakit.ops.dropout import draw_positions
 from lorakit.ops.linear import Group, linears
-
-from .references import linear as reference
+from lorakit.ops.reference import linear as reference
 
 D = torch.float64
 Spec = tuple[int, int, float, bool, bool]  # out, r (0: no adapter), dropout, transposed, bias

@@ -13,14 +13,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lorakit.ops import linear
+from lorakit.ops import reference as references
 from lorakit.ops.activation import ACTIVATIONS, activation
 from lorakit.ops.adapted import Adapted, LowRank
 from lorakit.ops.dropout import draw, zero_
 from lorakit.ops.mlp import Form, gated, mlp, plain
 from lorakit.ops.norm import Norm
-
-from . import references
-from .references import mlp as reference
+from lorakit.ops.reference import mlp as reference
 
 D = torch.float64
 WIDTH, INNER = 7, 10

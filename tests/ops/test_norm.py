@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from lorakit.ops import adapted
 from lorakit.ops.norm import Norm, layer_norm, normalize, rms_norm
-
-from .references import norm as reference
+from lorakit.ops.reference import norm as reference
 
 D = torch.float64
 WIDTH = 7

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorakit.ops import attention, attention_block, cross_entropy, dropout, linear, mlp, norm, rotary, segments
+from lorakit.ops import reference as references
 from lorakit.ops.activation import ACTIVATIONS, activation
 from lorakit.ops.adapted import Adapted, LowRank
 from lorakit.ops.attention_block import SelfAttention
@@ -23,8 +24,6 @@ from lorakit.ops.kernels import compiled, kernels_for
 from lorakit.ops.kernels.building import SWITCH
 from lorakit.ops.norm import Norm
 from lorakit.ops.rotary import Rotary
-
-from . import references
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of the interpreter's exp
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}

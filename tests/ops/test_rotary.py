@@ -8,9 +8,8 @@ from torch import Tensor
 from transformers.models.cohere import modeling_cohere
 from transformers.models.llama import modeling_llama
 
+from lorakit.ops.reference import rotary as reference
 from lorakit.ops.rotary import Rotary, rotate, rotate_back_, rotated
-
-from .references import rotary as reference
 
 PAIRS = ["half", "interleaved"]
 

@@ -9,9 +9,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lorakit.ops import segments
 from lorakit.ops.kernels import compiled
+from lorakit.ops.reference import segments as reference
 from lorakit.ops.segments import Method, Routed, are_few, method_for, segmented
-
-from .references import segments as reference
 
 D = torch.float64
 METHODS: list[Method] = ["masked", "rows", "sorted"]

@@ -1,1 +1,1 @@
-"""Fused tensor operations with their backward passes; `tests/ops/references.py` has each in plain PyTorch."""
+"""Fused tensor operations with their backward passes; `reference.py` has each in plain PyTorch."""

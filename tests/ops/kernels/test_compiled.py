@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lorakit.ops import reference as references
 from lorakit.ops.kernels import compiled, kernels_for
 from lorakit.ops.norm import Norm
 from lorakit.ops.rotary import Rotary
-
-from .. import references
 
 KERNELS = compiled.kernels()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason=f"no kernels: {compiled.describe()}")

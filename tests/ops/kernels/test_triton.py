@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from lorakit.ops import activation
+from lorakit.ops import reference as references
 from lorakit.ops.cross_entropy import Head
 from lorakit.ops.kernels import triton
 from lorakit.ops.norm import Norm
 from lorakit.ops.rotary import Rotary
-
-from .. import references
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
 """Relative norm of the difference: roundings of fp32 sums, and about two roundings to bf16."""

@@ -1,4 +1,7 @@
-"""Every fused operation in plain PyTorch, in the order of the formulas: what the tests compare the operations with."""
+"""The fused operations in plain PyTorch, each as its formula reads; tests compare values and gradients with them.
+
+For example, `linear` here computes what `lorakit.ops.linear.linears` computes.
+"""
 
 from __future__ import annotations
 
