@@ -47,9 +47,9 @@ def gemm_baseline(model: Any, job: Any) -> Callable[[int], float]:
     weights = [_as_linear(module) for module in model.modules() if _is_linear(module) and module is not head]
     W_head = head.weight.detach()
     widths = {width for W in weights for width in W.shape} | {W_head.shape[1]}
-    place = {"device": W_head.device, "dtype": W_head.dtype}
+    target = {"device": W_head.device, "dtype": W_head.dtype}
     slices, of_head = SLICES[W_head.device.type], OF_HEAD[W_head.device.type]
-    given = {width: torch.randn(job.tokens, width, **place) for width in widths}
+    given = {width: torch.randn(job.tokens, width, **target) for width in widths}
     made = {
         width: torch.empty_like(buffer) for width, buffer in given.items()
     }  # never read: repeated products would vanish

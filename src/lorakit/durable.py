@@ -400,13 +400,13 @@ def replace_in_order(folder: str | os.PathLike[str], steps: Sequence[Mapping[str
                 staged[-1].append((path, temporary))
                 if temporary is not None:
                     _write_new(temporary, data or b"", path)
-        for places in staged:
-            for path, temporary in places:
+        for targets in staged:
+            for path, temporary in targets:
                 path.unlink(missing_ok=True) if temporary is None else temporary.replace(path)
                 begun = True
             _flush(folder)
     except OSError as cause:
-        for _, temporary in (place for places in staged for place in places):
+        for _, temporary in (target for targets in staged for target in targets):
             with contextlib.suppress(OSError):
                 if temporary is not None:
                     temporary.unlink(missing_ok=True)

@@ -86,7 +86,7 @@ def misplaced_tests(sources: Sources) -> Iterator[Breach]:
     x may also be the name of the folder, for its `__init__`. If the tests of x fill several files, these are named
     test_x_<aspect>.py.
     """
-    places = {path.removesuffix("/__init__.py").removesuffix(".py") for path in modules_of(sources).values()}
+    targets = {path.removesuffix("/__init__.py").removesuffix(".py") for path in modules_of(sources).values()}
     for path in sorted(path for path in sources if path.startswith("tests/")):
         folder, name = Path(path).parent.relative_to("tests"), Path(path).stem
         if folder.parts[:1] == () or folder.parts[0] not in FLOORS or not name.startswith("test_"):
@@ -95,7 +95,7 @@ def misplaced_tests(sources: Sources) -> Iterator[Breach]:
         stems = ["_".join(words[:count]) for count in range(1, len(words) + 1)]
         tested = {(folder / stem).as_posix() for stem in stems if stem != folder.name}
         tested |= {folder.as_posix()} if folder.name in stems else set()
-        if not places & tested:
+        if not targets & tested:
             message = f"{folder}/{stems[-1]}.py does not exist; name tests after the module that they test"
             yield Breach(path, "no module", message)
 

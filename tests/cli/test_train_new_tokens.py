@@ -108,8 +108,8 @@ def test_from_training_to_a_merged_model(
     weights = load_file(folder / "adapter/adapter_model.safetensors")
     assert sum(t.numel() for t in weights.values()) == record["resolved"]["trainable_parameters"]  # and no embedding
 
-    for place in ("adapter", "checkpoint-1", "checkpoint-4"):
-        tokenizer = hub.load_tokenizer(hub.ModelSource("directory", "", str(folder / place), None, ""))
+    for target in ("adapter", "checkpoint-1", "checkpoint-4"):
+        tokenizer = hub.load_tokenizer(hub.ModelSource("directory", "", str(folder / target), None, ""))
         assert [tokenizer.convert_tokens_to_ids(token) for token in TOKENS] == rows
     ids = tokenizer("3? <think>add</think> It")["input_ids"]
     assert [i for i in ids if i >= known] == rows
@@ -163,8 +163,8 @@ def test_eval_and_generate_use_the_adapters_own_tokenizer(
     assert held_out["result"]["best_loss"] < held_out["result"]["first_loss"]
 
     asked = ["--prompt", "3? <think>", "--max-new-tokens", "2", "--base", "--json"]
-    for place in (folder / "adapter", folder / "checkpoint-4"):
-        assert cli.main(["generate", *words, "--adapter", str(place), *asked]) == 0
+    for target in (folder / "adapter", folder / "checkpoint-4"):
+        assert cli.main(["generate", *words, "--adapter", str(target), *asked]) == 0
         captured = capsys.readouterr()
         assert len(json.loads(captured.out)["results"][0]["answers"]) == 2
     assert (

@@ -88,7 +88,7 @@ def test_a_place_is_what_it_says(place: Place) -> None:
         for module in named:
             kind = kind_of(type(module))
             assert kind is not None and kind.name == place.kind
-            assert weight_format_of(module, kind.slots(module)[0].parameter).name == place.base
+            assert weight_format_of(module, kind.specs(module)[0].parameter).name == place.base
     for target in place.parameters:
         path = next(path for path, _ in model.named_parameters() if f".{path}".endswith(f".{target}"))
         module = model.get_submodule(path.rpartition(".")[0])

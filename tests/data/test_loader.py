@@ -101,15 +101,15 @@ def test_an_evaluation_goes_through_once_in_order(sequences: Any) -> None:
 def test_by_length_a_batch_has_the_places_of_some_of_the_longest(sequences: Any, rows: int) -> None:
     rng = random.Random(3)
     cut = [Sequence(s.input_ids[:n], s.labels[:n]) for s in sequences for n in (rng.randrange(1, len(s)), len(s))]
-    places = rows * max(map(len, cut))
+    targets = rows * max(map(len, cut))
     batches = list(by_length(cut, rows, pad_id=9))
     given = [ids[:n].tolist() for b in batches for ids, n in zip(b.input_ids, b.attention_mask.sum(1), strict=True)]
     assert sorted(given) == sorted(list(s.input_ids) for s in cut)  # each once
     assert [len(ids) for ids in given] == sorted(map(len, cut))
-    assert all(batch.input_ids.numel() <= places for batch in batches)
+    assert all(batch.input_ids.numel() <= targets for batch in batches)
     for batch, following in itertools.pairwise(batches):  # one more row would not fit
         count, longest = len(batch.input_ids), int(following.attention_mask[0].sum())
-        assert (count + 1) * longest > places
+        assert (count + 1) * longest > targets
     assert batches[-1].epoch == 1
     assert sum(batch.trained_tokens for batch in batches) == sum(s.trained_tokens for s in cut)
 

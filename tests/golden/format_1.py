@@ -128,7 +128,7 @@ def _table(module: nn.Module) -> tuple[core.WeightSpec, ...]:
 
 def own_kinds() -> list[Any]:
     """The user's own kind that the adapter "own-kind" was made with."""
-    return [dataclasses.replace(core.kind_named("Parameter"), name="Squared", types=(Squared,), slots=_table)]
+    return [dataclasses.replace(core.kind_named("Parameter"), name="Squared", types=(Squared,), specs=_table)]
 
 
 def _llama() -> nn.Module:

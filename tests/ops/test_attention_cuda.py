@@ -41,8 +41,8 @@ def kernel(q: Tensor, k: Tensor, v: Tensor, bounds: Any, longest: int, causal: b
         return torch.cat([kernel(*part, None, 0, causal, words)[0] for part in parts])
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-    place = torch.arange(q.shape[2])
-    distance = place[:, None] - place
+    target = torch.arange(q.shape[2])
+    distance = target[:, None] - target
     before, after = words.get("window_size_left"), words.get("window_size_right")
     seen = (distance <= (10**6 if before is None else before)) & (-distance <= (10**6 if after is None else after))
     seen &= (distance >= 0) | torch.tensor(not causal)

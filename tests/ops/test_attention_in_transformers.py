@@ -120,9 +120,9 @@ class Made:
         rotary = getattr(self.model.base_model, "rotary_emb", None)
         if rotary is None:
             return None
-        places = torch.arange(TOKENS)[None]
+        targets = torch.arange(TOKENS)[None]
         kinds = (self.attn.layer_type,) if "layer_types" in rotary.__dict__ or hasattr(rotary, "layer_types") else ()
-        cos, sin = rotary(self.x, places, *kinds)
+        cos, sin = rotary(self.x, targets, *kinds)
         return cos.detach(), sin.detach()
 
     def ours(self) -> Tensor:

@@ -53,7 +53,7 @@ ON_DEVICE = [
 
 
 @pytest.fixture(params=[*ON_DEVICE, pytest.param(("cpu", torch.float32), id="interpreted")])
-def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     pytest.importorskip("triton", reason="the package triton is not installed: pip install 'lorakit[triton]'")
     from lorakit.ops.kernels import triton
 
@@ -82,25 +82,25 @@ def in_double(thing: Any) -> Any:
     return thing
 
 
-def adapted(place: Place, out: int, width: int, p: float = 0.0, bias: bool = False) -> Adapted:
-    A, B = (place(*shape).float().requires_grad_() for shape in ((4, width), (out, 4)))
+def adapted(target: Place, out: int, width: int, p: float = 0.0, bias: bool = False) -> Adapted:
+    A, B = (target(*shape).float().requires_grad_() for shape in ((4, width), (out, 4)))
     low = LowRank(A, B, 0.5, p)
-    return Adapted(place(out, width, scale=width**-0.5), place(out) if bias else None, low)
+    return Adapted(target(out, width, scale=width**-0.5), target(out) if bias else None, low)
 
 
 def leaves_of(*modules: Adapted) -> list[Tensor]:
     return [t for t in linear.factors(modules) if t is not None]
 
 
-def compare(place: Place, found: Sequence[Tensor], truths: Sequence[Tensor], ours: Any, theirs: Any) -> None:
+def compare(target: Place, found: Sequence[Tensor], truths: Sequence[Tensor], ours: Any, theirs: Any) -> None:
     """Return values, and the gradients of every leaf for one random cotangent per output."""
     dys = [torch.randn_like(y) for y in found]
     for y, truth in zip(found, truths, strict=True):
-        place.close(y, truth)
+        target.close(y, truth)
     made = torch.autograd.grad(found, ours, dys)
     wanted = torch.autograd.grad(truths, theirs, [dy.double() for dy in dys])
     for grad, truth in zip(made, wanted, strict=True):
-        place.close(grad, truth)
+        target.close(grad, truth)
 
 
 def masks_of(x: Tensor, group: Sequence[Adapted], seed: int) -> list[Tensor | None]:
@@ -123,42 +123,42 @@ def masks_of(x: Tensor, group: Sequence[Adapted], seed: int) -> list[Tensor | No
 
 
 @pytest.mark.parametrize("kind", ["rms", "rms from zero", "layer"])
-def test_norm(place: Place, kind: str) -> None:
-    x, w = place(2, N, D).requires_grad_(), place(D)
-    own = Norm("layer", w, place(D), 1e-5) if kind == "layer" else Norm("rms", w, None, 1e-5, float(kind != "rms"))
+def test_norm(target: Place, kind: str) -> None:
+    x, w = target(2, N, D).requires_grad_(), target(D)
+    own = Norm("layer", w, target(D), 1e-5) if kind == "layer" else Norm("rms", w, None, 1e-5, float(kind != "rms"))
     double = in_double(x)
-    compare(place, [norm.normalize(x, own)], [references.norm(double, in_double(own))], [x], [double])
+    compare(target, [norm.normalize(x, own)], [references.norm(double, in_double(own))], [x], [double])
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
-def test_mlp(place: Place, act: str, gated: bool) -> None:
-    x, own = place(2, N, D).requires_grad_(), Norm("rms", place(D), None, 1e-5)
-    inner = tuple(adapted(place, F, D) for _ in range(2 if gated else 1))
-    down = adapted(place, D, F)
+def test_mlp(target: Place, act: str, gated: bool) -> None:
+    x, own = target(2, N, D).requires_grad_(), Norm("rms", target(D), None, 1e-5)
+    inner = tuple(adapted(target, F, D) for _ in range(2 if gated else 1))
+    down = adapted(target, D, F)
     y = mlp.gated(x, own, *inner, down, act, True) if gated else mlp.plain(x, own, *inner, down, act, True)
     double, modules = in_double(x), in_double((*inner, down))
     form = mlp.Form(modules[:-1], modules[-1], activation(act), in_double(own), True)
-    compare(place, [y], [references.mlp(double, form)], [x, *leaves_of(*inner, down)], [double, *leaves_of(*modules)])
+    compare(target, [y], [references.mlp(double, form)], [x, *leaves_of(*inner, down)], [double, *leaves_of(*modules)])
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_linears(place: Place, p: float) -> None:
-    x = place(2, N, D).requires_grad_()
-    group = (adapted(place, F, D, p, bias=True), adapted(place, D, D), adapted(place, D, D, p))
+def test_linears(target: Place, p: float) -> None:
+    x = target(2, N, D).requires_grad_()
+    group = (adapted(target, F, D, p, bias=True), adapted(target, D, D), adapted(target, D, D, p))
     masks = masks_of(x.detach(), group, 5)
     torch.manual_seed(5)
     ys = linear.linears(x, group)
     double, same = in_double(x), in_double(group)
-    compare(place, ys, references.linear(double, same, masks), [x, *leaves_of(*group)], [double, *leaves_of(*same)])
+    compare(target, ys, references.linear(double, same, masks), [x, *leaves_of(*group)], [double, *leaves_of(*same)])
 
 
 @pytest.mark.parametrize("pairs", ["half", "interleaved"])
-def test_rotary(place: Place, pairs: Any) -> None:
-    x = place(2, 4, N, 16).requires_grad_()
-    turn = Rotary(place(N, 8), place(N, 8), pairs)
+def test_rotary(target: Place, pairs: Any) -> None:
+    x = target(2, 4, N, 16).requires_grad_()
+    turn = Rotary(target(N, 8), target(N, 8), pairs)
     double = in_double(x)
-    compare(place, [rotary.rotate(x, turn)], [references.rotary(double, in_double(turn))], [x], [double])
+    compare(target, [rotary.rotate(x, turn)], [references.rotary(double, in_double(turn))], [x], [double])
 
 
 PATTERNS = {
@@ -174,53 +174,53 @@ PATTERNS = {
 
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize(("heads", "kv"), [(4, 4), (4, 2)])
-def test_attention(place: Place, name: str, heads: int, kv: int) -> None:
-    given = [place(2, N, n, 16).transpose(1, 2).requires_grad_() for n in (heads, kv, kv)]
+def test_attention(target: Place, name: str, heads: int, kv: int) -> None:
+    given = [target(2, N, n, 16).transpose(1, 2).requires_grad_() for n in (heads, kv, kv)]
     doubles = [in_double(t) for t in given]
     out = attention.attention(*given, PATTERNS[name])
-    compare(place, [out], [references.attention(*doubles, PATTERNS[name])], given, doubles)
+    compare(target, [out], [references.attention(*doubles, PATTERNS[name])], given, doubles)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("pattern", [PATTERNS["causal"], PATTERNS["window"], PATTERNS["packed"]])
-def test_flash_is_taken_on_a_device(place: Place, pattern: Pattern) -> None:
-    q = place(2, 4, N, 64)
-    assert attention.chosen(q, q, pattern) == ("flash" if place.dtype == torch.bfloat16 else "matmul")
+def test_flash_is_taken_on_a_device(target: Place, pattern: Pattern) -> None:
+    q = target(2, 4, N, 64)
+    assert attention.chosen(q, q, pattern) == ("flash" if target.dtype == torch.bfloat16 else "matmul")
 
 
 @pytest.mark.parametrize("name", ["causal", "packed, window"])
 @pytest.mark.parametrize("fused", [True, False], ids=["one projection", "three"])
-def test_attention_block(place: Place, name: str, fused: bool) -> None:
-    x, heads, kv, width = place(2, N, D).requires_grad_(), 4, 2, 16
+def test_attention_block(target: Place, name: str, fused: bool) -> None:
+    x, heads, kv, width = target(2, N, D).requires_grad_(), 4, 2, 16
     sizes = [heads * width, kv * width, kv * width]
-    inputs = tuple(adapted(place, out, D) for out in ([sum(sizes)] if fused else sizes))
-    own = None if fused else Norm("rms", place(width), None, 1e-5)
-    block = SelfAttention(inputs, adapted(place, D, sizes[0]), width, kv, Norm("rms", place(D), None, 1e-5), own, own)
-    turn = Rotary(place(N, width), place(N, width))
+    inputs = tuple(adapted(target, out, D) for out in ([sum(sizes)] if fused else sizes))
+    own = None if fused else Norm("rms", target(width), None, 1e-5)
+    block = SelfAttention(inputs, adapted(target, D, sizes[0]), width, kv, Norm("rms", target(D), None, 1e-5), own, own)
+    turn = Rotary(target(N, width), target(N, width))
     y = attention_block.attention_block(x, block, PATTERNS[name], turn, residual=True)
     double, same = in_double(x), in_double(block)
     truth = references.attention_block(double, same, PATTERNS[name], in_double(turn), True)
-    compare(place, [y], [truth], [x, *leaves_of(*block.projections)], [double, *leaves_of(*same.projections)])
+    compare(target, [y], [truth], [x, *leaves_of(*block.projections)], [double, *leaves_of(*same.projections)])
 
 
 @pytest.mark.parametrize("labels_on", ["cpu", "device"])
 @pytest.mark.parametrize("words", [{}, {"scale": 0.3}, {"softcap": 1.5, "scale": 1.2}], ids=["plain", "scale", "cap"])
-def test_loss(place: Place, words: dict[str, float], labels_on: str) -> None:
-    h, head = place(N, D).requires_grad_(), Head(place(61, D), place(61), **words)
+def test_loss(target: Place, words: dict[str, float], labels_on: str) -> None:
+    h, head = target(N, D).requires_grad_(), Head(target(61, D), target(61), **words)
     labels = torch.randint(0, 61, (N,))
     labels[::3] = -100
     double = in_double(h)
-    truth = references.cross_entropy(double, in_double(head), labels.to(place.device))
+    truth = references.cross_entropy(double, in_double(head), labels.to(target.device))
     loss = cross_entropy.linear_cross_entropy(
-        h, head, labels.to(place.device if labels_on == "device" else "cpu"), chunk=5
+        h, head, labels.to(target.device if labels_on == "device" else "cpu"), chunk=5
     )
-    place.close(loss, truth)
-    place.close(*(torch.autograd.grad(y, x)[0] for y, x in ((loss, h), (truth, double))))
+    target.close(loss, truth)
+    target.close(*(torch.autograd.grad(y, x)[0] for y, x in ((loss, h), (truth, double))))
 
 
-def test_dropout(place: Place) -> None:
+def test_dropout(target: Place) -> None:
     """The fraction, the scale, and the same elements in the backward; only the seed is saved."""
-    x = torch.ones(200, 300, device=place.device, dtype=place.dtype).requires_grad_()
+    x = torch.ones(200, 300, device=target.device, dtype=target.dtype).requires_grad_()
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
         y = dropout.dropout(x, 0.2)
@@ -231,29 +231,29 @@ def test_dropout(place: Place) -> None:
     assert torch.equal(dx, y)
 
 
-def test_weights_that_drop(place: Place) -> None:
+def test_weights_that_drop(target: Place) -> None:
     """Attention dropout, with the weights visible through a unit v."""
-    q, k = place(1, 2, N, 16), place(1, 2, N, 16)
-    unit = torch.eye(N).to(place.device, place.dtype).expand(1, 2, -1, -1)
+    q, k = target(1, 2, N, 16), target(1, 2, N, 16)
+    unit = torch.eye(N).to(target.device, target.dtype).expand(1, 2, -1, -1)
     torch.manual_seed(3)
     kept = attention.attention(q, k, unit, Pattern(dropout=0.3)) != 0
-    given = [t.requires_grad_() for t in (q, k, place(1, 2, N, 16))]
+    given = [t.requires_grad_() for t in (q, k, target(1, 2, N, 16))]
     doubles = [in_double(t) for t in given]
     torch.manual_seed(3)
     out = attention.attention(*given, Pattern(dropout=0.3))
     truth = references.attention(*doubles, Pattern(dropout=0.3), kept)
-    compare(place, [out], [truth], given, doubles)
+    compare(target, [out], [truth], given, doubles)
 
 
 @pytest.mark.parametrize("method", ["masked", "rows", "sorted"])
-def test_segmented(place: Place, method: Any) -> None:
-    x = place(6, 3, D).requires_grad_()
-    A, B = place(3, 4, D).requires_grad_(), place(3, F, 4).requires_grad_()
-    scales, index = torch.tensor([0.5, 1.0, 2.0], device=place.device), torch.tensor([2, 0, 0, -1, 1, 2])
-    y = segments.segmented(x, A, B, scales, index.to(place.device), method=method)
+def test_segmented(target: Place, method: Any) -> None:
+    x = target(6, 3, D).requires_grad_()
+    A, B = target(3, 4, D).requires_grad_(), target(3, F, 4).requires_grad_()
+    scales, index = torch.tensor([0.5, 1.0, 2.0], device=target.device), torch.tensor([2, 0, 0, -1, 1, 2])
+    y = segments.segmented(x, A, B, scales, index.to(target.device), method=method)
     doubles = [in_double(t) for t in (x, A, B)]
     truth = references.segments(*doubles, scales.double(), index)
-    compare(place, [y], [truth], [x, A, B], doubles)
+    compare(target, [y], [truth], [x, A, B], doubles)
 
 
 # ---- whole models
@@ -261,14 +261,14 @@ def test_segmented(place: Place, method: Any) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_step_of_a_whole_model(place: Place, tiny_llama: Any, packed: bool) -> None:
+def test_a_step_of_a_whole_model(target: Place, tiny_llama: Any, packed: bool) -> None:
     """`lorakit train`'s loss and gradients, accelerated and plain."""
     from lorakit import LoraConfig, core
     from lorakit.data import Batch
     from lorakit.speed import accelerate
     from lorakit.train.step import loss_sum
 
-    model = tiny_llama.to(place.device, place.dtype).train()
+    model = tiny_llama.to(target.device, target.dtype).train()
     core.attach(model, LoraConfig(r=4, target_modules="all-linear"))
     for _, parameter in core.trainable_parameters(model):
         parameter.data.normal_(std=0.1)
@@ -280,10 +280,10 @@ def test_a_step_of_a_whole_model(place: Place, tiny_llama: Any, packed: bool) ->
     found = []
     for fast in (None, accelerate(model)):
         model.zero_grad()
-        loss = loss_sum(model, batch, place.device, fast)
+        loss = loss_sum(model, batch, target.device, fast)
         loss.backward()
         found.append([loss.detach(), *(p.grad.clone() for _, p in core.trainable_parameters(model))])
     assert fast is not None and fast.packs
     for mine, theirs in zip(found[1], found[0], strict=True):
         error = float((mine - theirs).norm() / theirs.norm())
-        assert error < 3 * BOUNDS[place.dtype], f"{error:.2e}"
+        assert error < 3 * BOUNDS[target.dtype], f"{error:.2e}"

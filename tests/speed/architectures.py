@@ -120,7 +120,7 @@ def _smaller(settings: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
             made[key] = {"model_type": value["model_type"], **_smaller(value, sizes)}
         elif key in ("layer_types", "mlp_layer_types") and isinstance(value, list):
             kinds = list(dict.fromkeys(value))
-            made[key] = [kinds[place % len(kinds)] for place in range(max(2, len(kinds)))]
+            made[key] = [kinds[target % len(kinds)] for target in range(max(2, len(kinds)))]
             made["num_hidden_layers"] = len(made[key])
         elif key == "head_dim" and "qk_rope_head_dim" in settings:
             continue  # derived from the others

@@ -87,10 +87,10 @@ def checked(model: Any, logits: bool) -> tuple[int, list[str]]:
     wrong += [
         f"undo: {path} is still a replacement" for path, module in model.named_modules() if is_replacement(module)
     ]
-    for place, (one, wanted) in enumerate(zip(ours, answers(model), strict=True)):
+    for target, (one, wanted) in enumerate(zip(ours, answers(model), strict=True)):
         error = float((one - wanted).norm()) / max(float(wanted.norm()), 1e-12) if one.shape == wanted.shape else 1.0
         if not error <= BOUND:
-            wrong.append(f"{('output', 'gradient')[place % 2]} at {LENGTHS[place // 2]} tokens: {error:.1e}")
+            wrong.append(f"{('output', 'gradient')[target % 2]} at {LENGTHS[target // 2]} tokens: {error:.1e}")
     model.train().requires_grad_(True)
     output = model(**inputs(model, 9))
     next(v for v in output.values() if isinstance(v, Tensor)).float().sum().backward()

@@ -222,10 +222,10 @@ def test_a_failure_at_any_stage_changes_nothing(
     model = adapted("llama")
     before, count = held(model), [0]
     own_loss = model.__dict__.get("_loss_function")
-    place, name = {"install": (loss.LossWithoutLogits, stage), "do": (patching.Swap, stage)}.get(
+    target, name = {"install": (loss.LossWithoutLogits, stage), "do": (patching.Swap, stage)}.get(
         stage, (accelerating, stage)
     )
-    whole = getattr(place, name)
+    whole = getattr(target, name)
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         count[0] += 1
@@ -235,7 +235,7 @@ def test_a_failure_at_any_stage_changes_nothing(
             whole(*args, **kwargs)
         raise error
 
-    monkeypatch.setattr(place, name, failing)
+    monkeypatch.setattr(target, name, failing)
     with pytest.raises(error):
         accelerate(model, logits=False, keep_feed_forward=False)
     assert not changed(before, held(model)) and not swapped(model)

@@ -517,11 +517,11 @@ def test_a_layer_of_eager_attention_called_without_a_mask() -> None:
     plain = copy.deepcopy(model)
     accelerate(model)
     x = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(1))
-    places = torch.arange(6)[None]
+    targets = torch.arange(6)[None]
 
     def layer(one: Any) -> Tensor:
-        turns = one.model.rotary_emb(x, places)
-        y = one.model.layers[1](x, attention_mask=None, position_ids=places, position_embeddings=turns)
+        turns = one.model.rotary_emb(x, targets)
+        y = one.model.layers[1](x, attention_mask=None, position_ids=targets, position_embeddings=turns)
         return y[0] if isinstance(y, tuple) else y
 
     torch.testing.assert_close(layer(model), layer(plain), rtol=1e-4, atol=1e-5)

@@ -125,8 +125,8 @@ def test_memory_that_runs_out_names_the_batch_and_the_way_out(cause: Exception) 
     text = str(caught.value)
     assert text.startswith("out of memory: batch of 2 × 3 tokens. ")
     flags = ("--no-accelerate", "--recompute layers", "--gradient-accumulation-steps", "--max-length")
-    places = [text.index(flag) for flag in flags]
-    assert places == sorted(places)
+    targets = [text.index(flag) for flag in flags]
+    assert targets == sorted(targets)
 
 
 def test_other_errors_pass_through() -> None:

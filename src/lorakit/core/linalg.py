@@ -76,12 +76,12 @@ class Reading:
     Attributes:
         W: Canonical weight, (out, in, …), in float64; of experts as the base stores them, (experts, …, …).
         kind: The kind of the site.
-        slot: Its weight spec.
+        spec: Its weight spec.
     """
 
     W: Tensor
     kind: Kind
-    slot: WeightSpec
+    spec: WeightSpec
 
     def matrix(self, expert: int = 0) -> Tensor:
         """Return the weight as a matrix, (out, n), in float64; for several experts only one, to save memory.
@@ -89,10 +89,10 @@ class Reading:
         Args:
             expert: The index of the expert.
         """
-        if not self.slot.experts:
-            return self.kind.flat_weight(self.slot, self.W)
+        if not self.spec.experts:
+            return self.kind.flat_weight(self.spec, self.W)
         W = self.W[expert].double()
-        return W.T if self.slot.in_first else W
+        return W.T if self.spec.in_first else W
 
 
 def product_of(A: Tensor, B: Tensor, experts: int = 1) -> Product:

@@ -81,7 +81,7 @@ def freeze_factors(model: nn.Module, name: str | None = None) -> list[Pair]:
             A, B = own
             learns, stays = (A, B) if trains_a else (B, A)
             if id(learns) in trained:
-                pairs.append(Pair(learns, stays, layer.scaling[adapter], trains_a, layer.slot.experts))
+                pairs.append(Pair(learns, stays, layer.scaling[adapter], trains_a, layer.spec.experts))
             elif id(stays) in trained:
                 raise ConfigError(
                     f"{path}: LoRA-FA freezes the only factor that this adapter trains; use AdamW.",

@@ -191,8 +191,8 @@ class StoredRecords(Sequence[Record]):
         return number, position - self._begins[number]
 
     def _read(self, positions: Iterable[int]) -> Iterator[tuple[Record, int]]:
-        places = map(self._place, positions)
-        for number, group in itertools.groupby(places, key=lambda place: place[0]):
+        targets = map(self._place, positions)
+        for number, group in itertools.groupby(targets, key=lambda target: target[0]):
             yield from self._files[number].records(index for _, index in group)
 
 

@@ -280,9 +280,9 @@ def push_folder(
 
     client = huggingface_hub.HfApi(token=token)
     try:
-        place = client.create_repo(repository, private=private, exist_ok=True).repo_id
+        target = client.create_repo(repository, private=private, exist_ok=True).repo_id
         commit = client.upload_folder(
-            repo_id=place, folder_path=folder, commit_message=message, revision=revision, create_pr=as_pull_request
+            repo_id=target, folder_path=folder, commit_message=message, revision=revision, create_pr=as_pull_request
         )
     except Exception as cause:  # the Hub client's exceptions depend on its transport
         raise ModelError(

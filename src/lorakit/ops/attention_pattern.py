@@ -127,18 +127,18 @@ class Pattern:
 
 @functools.lru_cache(maxsize=256)  # cached: all layers of a model request the same bounds
 def _bounds(lengths: tuple[int, ...], start: int, stop: int, low: int, causal: bool, window: int | None) -> Tensor:
-    places = torch.arange(start, stop, dtype=torch.int32)
-    begins, ends = torch.zeros_like(places), torch.full_like(places, sum(lengths))
+    targets = torch.arange(start, stop, dtype=torch.int32)
+    begins, ends = torch.zeros_like(targets), torch.full_like(targets, sum(lengths))
     if len(lengths) > 1:
         sizes = torch.tensor(lengths, dtype=torch.int32)
         after = sizes.cumsum(0, dtype=torch.int32)
         ends = after.repeat_interleave(sizes)[start:stop]
         begins = (after - sizes).repeat_interleave(sizes)[start:stop]
     if causal:
-        ends = places + 1
+        ends = targets + 1
     if window is not None:
-        begins = torch.maximum(begins, places - window + (1 if causal else 0))
-        ends = torch.minimum(ends, places + window + 1)
+        begins = torch.maximum(begins, targets - window + (1 if causal else 0))
+        ends = torch.minimum(ends, targets + window + 1)
     return torch.stack((begins, ends)).sub_(low)
 
 

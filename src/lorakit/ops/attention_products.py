@@ -206,8 +206,8 @@ class _Scores:
         key = (lengths, block.stop - block.start, block.start - begin, block.high - begin)
         if key not in self.masks:
             low, high = self._bounds(piece, block, begin)
-            places = torch.arange(block.high - begin, device=self.device)
-            seen = (places >= low.unsqueeze(1)) & (places < high.unsqueeze(1))
+            targets = torch.arange(block.high - begin, device=self.device)
+            seen = (targets >= low.unsqueeze(1)) & (targets < high.unsqueeze(1))
             bias = torch.zeros(seen.shape, dtype=dtype, device=self.device)
             self.masks[key] = bias.masked_fill_(~seen, -torch.inf)
         return self.masks[key]

@@ -122,8 +122,8 @@ def visible(pattern: Pattern, tokens: int, device: torch.device | str = "cpu") -
     """Return a boolean mask (T, T): whether each token of a row sees each other token."""
     lengths = pattern.lengths(tokens)
     which = torch.tensor([i for i, length in enumerate(lengths) for _ in range(length)], device=device)
-    places = torch.arange(len(which), device=device)
-    distance = places.unsqueeze(1) - places
+    targets = torch.arange(len(which), device=device)
+    distance = targets.unsqueeze(1) - targets
     seen = which.unsqueeze(1) == which
     if pattern.causal:
         seen &= distance >= 0

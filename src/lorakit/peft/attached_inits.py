@@ -243,7 +243,7 @@ def _apply(model: PeftModel, found: Mapping[str, Tensor], name: str) -> None:
 def _check(here: Mapping[str, LoraLayer], found: Mapping[str, Tensor], name: str) -> None:
     """Reject directions, (rank, in), that are of another model or leave the adapter no rank; warn about other gaps."""
     for path in here.keys() & found.keys():
-        A, width = found[path], here[path].slot.in_features
+        A, width = found[path], here[path].spec.in_features
         variant = here[path].factor(name).variant
         if variant.shapes is not None:
             text = f"{path}: EVA needs A and B in their usual shapes, and {variant.title} has others. Use another init."
@@ -362,7 +362,7 @@ def _name(source: TensorSource, path: str, layer: LoraLayer) -> str:
     if name is None:
         text = f"{source.label}: {path}.weight not found, so the model was not loaded from here."
         raise ConfigError(text, what=f"{path}.weight", where=source.label)
-    shape = (layer.slot.out_features, layer.slot.in_features)
+    shape = (layer.spec.out_features, layer.spec.in_features)
     expected = shape[::-1] if _is_transposed(layer) else shape
     if source.shapes[name] != expected:
         text = f"{source.label}: {name} has shape {source.shapes[name]}, and the model's is {expected}."
@@ -383,12 +383,12 @@ def _write(layer: LoraLayer, name: str, path: str, W: Tensor) -> list[tuple[Tens
         device, dtype = factor.A.device, factor.A.dtype
         config = layer.state.configs[name].with_fields(init_lora_weights="loftq")
         blank = InitContext(
-            kind, layer.slot, layer.r[name], factor.scale, *shapes, device, dtype, path, lambda: now, config
+            kind, layer.spec, layer.r[name], factor.scale, *shapes, device, dtype, path, lambda: now, config
         )
         blank.check_rank(min(now.shape))
         A, B = blank.in_layout(*residual_factors(blank, (W.to(now) - now)[None]))
         new = [(factor.A, A), (factor.B, B)]
-        start = Start(kind, layer.slot, A, B, factor.scale, lambda: now, path, factor.setting)
+        start = Start(kind, layer.spec, A, B, factor.scale, lambda: now, path, factor.setting)
         begins = factor.variant.starts(start)
         new += [(tensor, begins[held].to(tensor)) for held, tensor in factor.own.items()]
         before = [(tensor, tensor.data) for tensor, _ in new]

@@ -378,8 +378,8 @@ def _dense(model: nn.Module, config: LoraConfig, init: str, what: str) -> tuple[
 
 def _widths(sites: DataSites) -> dict[str, tuple[int, int]]:
     """Return path -> widths of the module's output and input."""
-    slots = {match.path: kind_named(match.kind).slots(sites.index.base(match.path))[0] for match in sites.matches}
-    return {path: (slot.out_features, slot.in_features) for path, slot in slots.items()}
+    specs = {match.path: kind_named(match.kind).specs(sites.index.base(match.path))[0] for match in sites.matches}
+    return {path: (spec.out_features, spec.in_features) for path, spec in specs.items()}
 
 
 def _device(module: nn.Module) -> torch.device:

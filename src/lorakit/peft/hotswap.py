@@ -105,51 +105,51 @@ def hotswap_adapter_from_state_dict(
             "it first with unmerge_adapter().",
             what=adapter_name,
         )
-    places = {_uncompiled(key): tensor for key, tensor in model.state_dict(keep_vars=True).items()}
+    targets = {_uncompiled(key): tensor for key, tensor in model.state_dict(keep_vars=True).items()}
     given = {_uncompiled(key): tensor for key, tensor in state_dict.items()}
-    unexpected = [key for key in given if key not in places]
+    unexpected = [key for key in given if key not in targets]
     if unexpected:
         text = f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}."
         raise StateDictError(text, what=unexpected[0])
     for key, tensor in given.items():
-        _check_fits(key, places[key], tensor)
+        _check_fits(key, targets[key], tensor)
     adapted = {_uncompiled(path): layer for path, layer in layers(model)}
     with torch.no_grad():
-        for key in places.keys() - given.keys():
+        for key in targets.keys() - given.keys():
             if parameter_prefix in key and f".{adapter_name}" in key:
-                places[key].zero_()
+                targets[key].zero_()
         for key, tensor in given.items():
             site = key.partition(f".{parameter_prefix}")[0]
             path, layer = site.removeprefix(WRAPPED), adapted[site]
             rank = first_match(config.rank_pattern, path, config.r)
             alpha = first_match(config.alpha_pattern, path, config.lora_alpha)
             _put_scale(layer, adapter_name, scale(rank, alpha, config.use_rslora))
-            groups = layer.slot.groups if ".lora_A." in key else 1
-            _put(places[key], tensor.to(places[key].device), groups)
+            groups = layer.spec.groups if ".lora_A." in key else 1
+            _put(targets[key], tensor.to(targets[key].device), groups)
 
 
 def _uncompiled(key: str) -> str:
     return key.replace(f"{COMPILED}.", "")
 
 
-def _check_fits(key: str, place: Tensor, tensor: Tensor) -> None:
-    differ = [axis for axis, (a, b) in enumerate(zip(place.shape, tensor.shape, strict=False)) if a != b]
-    if place.ndim != tensor.ndim or len(differ) > 1:
+def _check_fits(key: str, target: Tensor, tensor: Tensor) -> None:
+    differ = [axis for axis, (a, b) in enumerate(zip(target.shape, tensor.shape, strict=False)) if a != b]
+    if target.ndim != tensor.ndim or len(differ) > 1:
         raise StateDictError(
-            f"Incompatible shapes found for LoRA weights {key}: {tuple(place.shape)} and {tuple(tensor.shape)}. Pad "
+            f"Incompatible shapes found for LoRA weights {key}: {tuple(target.shape)} and {tuple(tensor.shape)}. Pad "
             "all ranks to the largest with prepare_model_for_compiled_hotswap.",
             where=key,
         )
 
 
-def _put(place: Tensor, tensor: Tensor, groups: int) -> None:
-    if place.shape == tensor.shape:
-        place.copy_(tensor)
-    elif all(a >= b for a, b in zip(place.shape, tensor.shape, strict=True)):
-        place.zero_()
-        _fill(place, tensor, groups)
+def _put(target: Tensor, tensor: Tensor, groups: int) -> None:
+    if target.shape == tensor.shape:
+        target.copy_(tensor)
+    elif all(a >= b for a, b in zip(target.shape, tensor.shape, strict=True)):
+        target.zero_()
+        _fill(target, tensor, groups)
     else:  # a larger rank than before: the parameter grows, so a compiled model is recompiled
-        place.data = tensor.to(place.dtype)
+        target.data = tensor.to(target.dtype)
 
 
 def _put_scale(layer: LoraLayer, adapter: str, value: float) -> None:
@@ -187,7 +187,7 @@ def prepare_model_for_compiled_hotswap(
             "the first adapter and before loading the second adapter."
         )
     for _, layer in found:
-        device = layer.base.device(layer.owner, layer.slot.parameter)
+        device = layer.base.device(layer.owner, layer.spec.parameter)
         scaling: dict[str, Any] = layer.scaling
         for adapter, value in scaling.items():
             scaling[adapter] = torch.as_tensor(value, device=device)
@@ -213,7 +213,7 @@ def _check_compiled(check_compiled: str) -> None:
 
 
 def _pad(layer: LoraLayer, target_rank: int) -> None:
-    groups = layer.slot.groups
+    groups = layer.spec.groups
     if target_rank % groups:
         raise ConfigError(
             f"Trying to pad a {layer.kind_name} LoRA adapter with groups={groups} to target rank {target_rank}, which "
@@ -237,8 +237,8 @@ def _pad(layer: LoraLayer, target_rank: int) -> None:
             carrier.weight = nn.Parameter(padded, requires_grad=weight.requires_grad)
 
 
-def _fill(place: Tensor, tensor: Tensor, groups: int) -> None:
+def _fill(target: Tensor, tensor: Tensor, groups: int) -> None:
     """Copy a tensor (…) to the start of a larger one (…); a grouped convolution's A to the start of each group."""
     if groups > 1:
-        place, tensor = (one.view(groups, one.shape[0] // groups, *one.shape[1:]) for one in (place, tensor))
-    place[tuple(slice(size) for size in tensor.shape)].copy_(tensor)
+        target, tensor = (one.view(groups, one.shape[0] // groups, *one.shape[1:]) for one in (target, tensor))
+    target[tuple(slice(size) for size in tensor.shape)].copy_(tensor)

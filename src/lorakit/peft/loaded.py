@@ -75,9 +75,9 @@ def load_whole(
         raise StateDictError(f"size mismatch: {refused}", **refused.fields) from None
     if not warnings:
         return IncompatibleKeys([], [])
-    held, places = set(read_adapter(folder).file.tensors), dict(names_of(model, name))
-    missing = [key for on_disk, key in places.items() if on_disk not in held]
-    return IncompatibleKeys(missing, sorted(held - set(places)))
+    held, targets = set(read_adapter(folder).file.tensors), dict(names_of(model, name))
+    missing = [key for on_disk, key in targets.items() if on_disk not in held]
+    return IncompatibleKeys(missing, sorted(held - set(targets)))
 
 
 def _load(model: PeftModel, folder: Path, name: str, trainable: bool, config: LoraConfig | None) -> Sequence[str]:

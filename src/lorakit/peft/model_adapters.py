@@ -99,7 +99,7 @@ def cast_to_base(model: nn.Module, adapter_name: str) -> None:
         adapter_name: The adapter.
     """
     for layer, parameter in _factors(model, adapter_name):
-        weight = layer.owner._parameters.get(layer.slot.parameter)
+        weight = layer.owner._parameters.get(layer.spec.parameter)
         if weight is not None and weight.is_floating_point():
             parameter.data = parameter.data.to(weight.dtype)
 
@@ -131,7 +131,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
         layer = model.get_submodule(path.partition(".lora_")[0])
-        device = layer.base.device(layer.owner, layer.slot.parameter) if isinstance(layer, LoraLayer) else "cpu"
+        device = layer.base.device(layer.owner, layer.spec.parameter) if isinstance(layer, LoraLayer) else "cpu"
         old = owner._parameters[leaf]
         flag = old is not None and old.requires_grad
         owner._parameters[leaf] = nn.Parameter(tensor.detach().to(device, copy=True), flag)

@@ -229,13 +229,13 @@ def put_tensors(
     Raises:
         StateDictError: A shape does not fit.
     """
-    places = {_bare(on_disk): in_memory for on_disk, in_memory in names_of(model, adapter_name)}
+    targets = {_bare(on_disk): in_memory for on_disk, in_memory in names_of(model, adapter_name)}
     current = model.state_dict()
     others = {_bare(key): key for key in current}
     placed: dict[str, Tensor] = {}
     unexpected, wrong = [], []
     for key, tensor in tensors.items():
-        target = places.get(_bare(key)) or others.get(_bare(key))
+        target = targets.get(_bare(key)) or others.get(_bare(key))
         if target is None:
             unexpected.append(key)
         elif current[target].shape != tensor.shape:

@@ -266,7 +266,7 @@ class BaseTuner(OverModel):
     def targeted_parameter_names(self) -> list[str]:
         """Paths of the bare parameters that are adapted."""
         sites = [site for site in core.sites(self.model) if site.kind == "Parameter"]
-        return [f"{site.path.partition('.base_layer')[0]}.{site.layer.slot.parameter}" for site in sites]
+        return [f"{site.path.partition('.base_layer')[0]}.{site.layer.spec.parameter}" for site in sites]
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:

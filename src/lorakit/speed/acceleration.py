@@ -270,7 +270,7 @@ def _last(model: nn.Module, head: Head, fast: Parts, order: tuple[str, ...]) -> 
     if not layers:
         return None
     path = layers[-1]
-    above = [path[:place] for place, letter in enumerate(path) if letter == "."]
+    above = [path[:target] for target, letter in enumerate(path) if letter == "."]
     holding = [holder for one in above if head.module not in (holder := model.get_submodule(one)).modules()]
     behind = [model.get_submodule(one) for one in order[order.index(path) + 1 :] if one]
     return LastLayer(model.get_submodule(path), model, path, (*holding, *behind))

@@ -71,14 +71,14 @@ def compare(module: nn.Module, run: Callable[..., Output | None], call: Call, *,
     ours, theirs = _parts(made), _parts(call.output)
     if type(made) is not type(call.output) or len(ours) != len(theirs) or not isinstance(ours[0], Tensor):
         return Verdict("it returns something else", differs=True)
-    for place, (found, wanted) in enumerate(zip(ours, theirs, strict=True)):
+    for target, (found, wanted) in enumerate(zip(ours, theirs, strict=True)):
         if found is None:
             continue  # attention weights, which are computed only on request
         if not isinstance(found, Tensor) or not isinstance(wanted, Tensor) or found.shape != wanted.shape:
             return Verdict("it returns something else", differs=True)
-        carried = call.hidden if residual and place == 0 else None
+        carried = call.hidden if residual and target == 0 else None
         verdict = _difference(found, wanted, carried)
-        if verdict.differs and place == 0 and wanted.dtype in NARROW:
+        if verdict.differs and target == 0 and wanted.dtype in NARROW:
             verdict = _difference(found, wanted, carried, _noise(module, call, residual))
         if verdict.differs:
             return verdict
@@ -370,11 +370,11 @@ def _is_foreign(kind: type[nn.Module]) -> bool:
     """
     if not _is_known(getattr(kind, "forward", None)) or not is_own_forward(kind):
         return True
-    for place, owner in enumerate(kind.__mro__):
+    for target, owner in enumerate(kind.__mro__):
         if owner.__module__.partition(".")[0] in KNOWN:
             continue
         own = {name for name in vars(owner) if not name.startswith("__")} - HARMLESS | CALLED & vars(owner).keys()
-        inherited = {name for base in kind.__mro__[place + 1 :] for name in vars(base)}
+        inherited = {name for base in kind.__mro__[target + 1 :] for name in vars(base)}
         if any(not _is_known(vars(owner)[name]) for name in own & inherited):
             return True
     return False

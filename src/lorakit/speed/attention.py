@@ -94,8 +94,8 @@ def _read(mask: Tensor, pattern: Pattern, dtype: torch.dtype) -> Tensor | bool:
     hidden = ~mask if mask.dtype == torch.bool else mask <= HIDDEN
     if mask.dtype != torch.bool and not bool((hidden | (mask == 0)).all()):
         return False
-    places, seen = torch.arange(mask.shape[-1], device=mask.device), ~hidden
-    allowed = pattern.allowed(places, places)
+    targets, seen = torch.arange(mask.shape[-1], device=mask.device), ~hidden
+    allowed = pattern.allowed(targets, targets)
     if bool((seen == allowed).all()):
         return True
     if bool((seen & ~allowed).any()) or not bool(seen.any(-1).all()):

@@ -117,8 +117,8 @@ def scatter_rows(y: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
 
 def some(ids: Tensor, ignored: int) -> Tensor:
     """Return labels for a probe, like ids (rows, tokens): of every three tokens in flat order, one has a loss."""
-    places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
-    return ids.masked_fill(places % 3 != 1, ignored)
+    targets = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+    return ids.masked_fill(targets % 3 != 1, ignored)
 
 
 def agree(ours: Tensor, theirs: Tensor) -> bool:

@@ -262,7 +262,7 @@ class _Lane:
         self.views = [
             self.buffer[start : start + shape.numel()].view(shape) for shape, start in zip(shapes, starts, strict=False)
         ]
-        self.places = [view.data_ptr() for view in self.views]
+        self.targets = [view.data_ptr() for view in self.views]
 
 
 class _Flat:
@@ -300,7 +300,7 @@ class _Flat:
             for key, lane in (self.state or self._create_state()).items():
                 if not own:
                     state[p][key] = lane.views[i].zero_()
-                elif own[key].data_ptr() != lane.places[i]:
+                elif own[key].data_ptr() != lane.targets[i]:
                     own[key] = lane.views[i].copy_(own[key])
 
     def step(self, group: Mapping[str, Any], factor: float) -> None:
@@ -327,8 +327,8 @@ class _Flat:
     def _replaced(self) -> bool:
         """Return whether a member's values are outside the buffer."""
         return any(
-            p.data_ptr() != place or not p.is_contiguous()
-            for p, place in zip(self.members, self.values.places, strict=True)
+            p.data_ptr() != target or not p.is_contiguous()
+            for p, target in zip(self.members, self.values.targets, strict=True)
         )
 
     def _pack(self) -> None:

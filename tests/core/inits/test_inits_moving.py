@@ -225,7 +225,7 @@ def test_saved_as_plain_lora_and_trained_on(specimen: Specimen, init: str, patte
     for one, other in zip(sites(model), sites(on), strict=True):
         A, B = (one.layer.factor("moved").A, one.layer.factor("moved").B)
         assert same_bits(A, other.layer.factor("moved").A) and same_bits(B, other.layer.factor("moved").B)
-        assert same_bits(one.layer.owner._parameters[one.layer.slot.parameter], other.layer.moved)
+        assert same_bits(one.layer.owner._parameters[one.layer.spec.parameter], other.layer.moved)
         assert (
             one.layer.r["moved"] == other.layer.r["moved"]
             and one.layer.scaling["moved"] == other.layer.scaling["moved"]

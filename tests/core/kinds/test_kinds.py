@@ -18,7 +18,7 @@ from lorakit.core.kinds import (
     fits,
     kind_named,
     kind_of,
-    parameter_slot,
+    parameter_spec,
 )
 from lorakit.core.kinds.kind import dense_delta, every_kind, every_kind_of_the_table
 from lorakit.errors import ConfigError, MergeError, TargetError
@@ -53,9 +53,9 @@ def test_a_weight_that_its_owner_reads_itself_is_refused() -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_every_kind_gives_linear_orientation(name: str) -> None:
     kind = kind_named(name)
-    (slot,) = kind.slots(MODULES[name])
-    assert (slot.out_features, slot.in_features) == (3, 5)
-    assert kind.shapes(slot, 2) == ((2, 5), (3, 2))
+    (spec,) = kind.specs(MODULES[name])
+    assert (spec.out_features, spec.in_features) == (3, 5)
+    assert kind.shapes(spec, 2) == ((2, 5), (3, 2))
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -99,30 +99,30 @@ def test_a_convolutions_half_products_are_the_convolution_with_its_delta(
     torch.manual_seed(0)
     dims = CONVOLUTIONS.index(make) + 1
     module = make(4, 6, 3, bias=False, **around)
-    kind, (slot,) = kind_of(make), kind_of(make).slots(module)  # type: ignore[union-attr]
-    A_shape, B_shape = kind.shapes(slot, 2)  # type: ignore[union-attr]
+    kind, (spec,) = kind_of(make), kind_of(make).specs(module)  # type: ignore[union-attr]
+    A_shape, B_shape = kind.shapes(spec, 2)  # type: ignore[union-attr]
     A, B = torch.randn(A_shape), torch.randn(B_shape)
     x = torch.randn(2, 4, *[8] * dims)
     found = kind.up(module, kind.down(module, x, A), B)  # type: ignore[union-attr]
     whole = make(4, 6, 3, bias=False, **{**around, "groups": 1})
-    flat_A, flat_B = kind.flat(slot, A, B)  # type: ignore[union-attr]
+    flat_A, flat_B = kind.flat(spec, A, B)  # type: ignore[union-attr]
     whole.weight.data = (flat_B @ flat_A).view(whole.weight.shape)
     torch.testing.assert_close(found, whole(x), rtol=1e-4, atol=1e-4)
-    if slot.groups == 1:
-        torch.testing.assert_close(kind.delta(slot, A, B), whole.weight.data)  # type: ignore[union-attr]
+    if spec.groups == 1:
+        torch.testing.assert_close(kind.delta(spec, A, B), whole.weight.data)  # type: ignore[union-attr]
     else:
         with pytest.raises(MergeError, match="a convolution of 2 groups cannot store"):
-            kind.delta(slot, A, B)  # type: ignore[union-attr]
+            kind.delta(spec, A, B)  # type: ignore[union-attr]
         wide = make(4, 6, 3, bias=False, **{**around, "groups": 1})
-        wide.weight.data = kind.flat_weight(slot, module.weight.data).view(wide.weight.shape)  # type: ignore[union-attr]
+        wide.weight.data = kind.flat_weight(spec, module.weight.data).view(wide.weight.shape)  # type: ignore[union-attr]
         torch.testing.assert_close(module(x), wide(x), rtol=1e-4, atol=1e-4)
 
 
 def test_a_rank_that_the_groups_do_not_divide_is_refused() -> None:
     kind = kind_named("Conv2d")
-    (slot,) = kind.slots(nn.Conv2d(4, 6, 3, groups=2))
+    (spec,) = kind.specs(nn.Conv2d(4, 6, 3, groups=2))
     with pytest.raises(ConfigError, match="rank is 3, and a convolution of 2 groups needs one that is divisible by 2"):
-        kind.shapes(slot, 3)
+        kind.shapes(spec, 3)
 
 
 @pytest.mark.parametrize("in_first", [False, True])
@@ -131,10 +131,10 @@ def test_experts_share_a_and_b_as_peft_lays_them(in_first: bool) -> None:
     module = nn.Module()
     module.stack = nn.Parameter(torch.zeros((2, 5, 3) if in_first else (2, 3, 5)))
     module.is_transposed = in_first  # type: ignore[assignment]
-    slot, kind = parameter_slot(module, "stack"), kind_named("Parameter")
-    assert kind.shapes(slot, 4) == ((8, 5), (3, 8))
+    spec, kind = parameter_spec(module, "stack"), kind_named("Parameter")
+    assert kind.shapes(spec, 4) == ((8, 5), (3, 8))
     A, B = torch.randn(8, 5), torch.randn(3, 8)
-    delta = kind.delta(slot, A, B)
+    delta = kind.delta(spec, A, B)
     for expert in range(2):
         one = B[:, expert::2] @ A[4 * expert : 4 * expert + 4]
         torch.testing.assert_close(delta[expert], one.T if in_first else one)
@@ -142,7 +142,7 @@ def test_experts_share_a_and_b_as_peft_lays_them(in_first: bool) -> None:
 
 def test_a_parameter_of_one_axis_is_refused() -> None:
     with pytest.raises(TargetError, match=r"'weight' has shape \(4,\); LoRA on a parameter needs two or three axes"):
-        parameter_slot(nn.LayerNorm(4), "weight")
+        parameter_spec(nn.LayerNorm(4), "weight")
 
 
 @pytest.mark.parametrize("more", [{}, {"padding_idx": 2}], ids=str)

@@ -180,8 +180,8 @@ def _config(draw: Draw, kind: str, drawn: Drawn) -> LoraConfig:
 def _is_conditioned(layer: Any, name: str) -> bool:
     """Return whether no row of W + s·B·A is small compared to W: DoRA divides by its norm, which amplifies rounding."""
     kind, factor = kind_named(layer.kind_name), layer.factor(name)
-    W = kind.flat_weight(layer.slot, layer.read())
-    rows = row_norms(W, *kind.flat(layer.slot, factor.A, factor.B), factor.scale)
+    W = kind.flat_weight(layer.spec, layer.read())
+    rows = row_norms(W, *kind.flat(layer.spec, factor.A, factor.B), factor.scale)
     return bool((W.norm(dim=1) <= 4 * rows).all())
 
 

@@ -44,7 +44,7 @@ def table_slots(module: nn.Module) -> tuple[core.WeightSpec, ...]:
     return (core.WeightSpec("table", 5, 4),)
 
 
-SQUARED = dataclasses.replace(core.kind_named("Parameter"), name="Squared", types=(Squared,), slots=table_slots)
+SQUARED = dataclasses.replace(core.kind_named("Parameter"), name="Squared", types=(Squared,), specs=table_slots)
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
 
 

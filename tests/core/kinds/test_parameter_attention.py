@@ -44,9 +44,9 @@ def by_hand(model: Model, **options: int | bool) -> Tensor:
     plain = Model(**options)
     plain.load_state_dict({k.replace(".base_layer", ""): v for k, v in model.state_dict().items() if ".lora_" not in k})
     for site in sites(model):
-        factor, slot = site.layer.factor("default"), site.layer.slot
+        factor, spec = site.layer.factor("default"), site.layer.spec
         owner = plain.mha.out_proj if site.path.endswith("out_proj") else plain.mha
-        getattr(owner, slot.parameter).data += factor.scale * factor.B @ factor.A
+        getattr(owner, spec.parameter).data += factor.scale * factor.B @ factor.A
     return plain(X)
 
 
@@ -167,7 +167,7 @@ def test_what_was_loaded_is_saved_under_the_same_names(options: dict[str, int | 
     first = save_adapter(model, tmp_path / "1")
     loaded = Model(**options).eval()
     load_adapter(loaded, tmp_path / "1")
-    assert [(s.path, s.layer.slot) for s in sites(loaded)] == [(s.path, s.layer.slot) for s in sites(model)]
+    assert [(s.path, s.layer.spec) for s in sites(loaded)] == [(s.path, s.layer.spec) for s in sites(model)]
     assert save_adapter(loaded, tmp_path / "2").weights_sha256 == first.weights_sha256
     again = Model(**options).eval()
     load_adapter(again, tmp_path / "2")

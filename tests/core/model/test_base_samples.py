@@ -29,9 +29,9 @@ def test_positions_are_in_stretches_of_equal_length_with_both_ends() -> None:
     assert torch.equal(found, positions(SHAPES, NUMBERS)) and found.shape == (len(SHAPES), NUMBERS)
     for (_, shape), row in zip(SHAPES, found, strict=True):
         size = math.prod(shape)
-        places = row.tolist()
-        assert places[0] == 0 and places[-1] == size - 1
-        assert all(i * size // NUMBERS <= place < (i + 1) * size // NUMBERS for i, place in enumerate(places))
+        targets = row.tolist()
+        assert targets[0] == 0 and targets[-1] == size - 1
+        assert all(i * size // NUMBERS <= target < (i + 1) * size // NUMBERS for i, target in enumerate(targets))
     assert found[3].tolist() == list(range(NUMBERS))
     assert not torch.equal(found[0], found[2])
 
@@ -82,9 +82,9 @@ def test_values_keep_the_bits_of_their_dtype_wherever_they_are_in_memory(dtype: 
     assert list(found) == ["plain", "scalar", "turned"]
     for name, sample in found.items():
         tensor = model[name]
-        places = positions([(name, tuple(tensor.shape))], sample_count(tuple(tensor.shape), 4))[0]
+        targets = positions([(name, tuple(tensor.shape))], sample_count(tuple(tensor.shape), 4))[0]
         assert sample.dtype == str(dtype).removeprefix("torch.") and sample.is_sound()
-        assert torch.equal(sample.values(), tensor.detach().double().reshape(-1)[places])
+        assert torch.equal(sample.values(), tensor.detach().double().reshape(-1)[targets])
 
 
 def test_values_can_be_read_elsewhere() -> None:

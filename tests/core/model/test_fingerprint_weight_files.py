@@ -244,7 +244,7 @@ def test_a_file_that_changed_where_nothing_is_sampled_is_a_warning(folder: Path,
     name, weight = "model.layers.0.mlp.up_proj.weight", model.model.layers[0].mlp.up_proj.weight
     sampled = set(sampled_positions(known, name, tuple(weight.shape)))
     with torch.no_grad():
-        weight.view(-1)[next(place for place in range(weight.numel()) if place not in sampled)] += 1
+        weight.view(-1)[next(target for target in range(weight.numel()) if target not in sampled)] += 1
     assert fingerprint(model) == known
     model.save_pretrained(folder)
     changed = LlamaForCausalLM.from_pretrained(folder)

@@ -13,7 +13,7 @@ from torch import nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.kinds import PARAMETER, parameter_slot
+from lorakit.core.kinds import PARAMETER, parameter_spec
 from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.named_layers import layer_class
 from lorakit.core.model.activation import set_trained
@@ -274,9 +274,9 @@ def test_what_is_put_is_in_the_index() -> None:
     model = nn.Sequential(Pair())
     index, state = AdapterIndex.of(model), AdapterState()
     for name in ("second", "first"):
-        place = TargetWeight("0", "0", PARAMETER, parameter_slot(index.base("0"), name))
-        index.put(place, lambda module, slot=place.slot: layer_class(PARAMETER)(module, PARAMETER, slot, state))
-    assert [(path, layer.slot.parameter) for path, layer in index.layers()] == [
+        target = TargetWeight("0", "0", PARAMETER, parameter_spec(index.base("0"), name))
+        index.put(target, lambda module, spec=target.spec: layer_class(PARAMETER)(module, PARAMETER, spec, state))
+    assert [(path, layer.spec.parameter) for path, layer in index.layers()] == [
         ("0", "second"),
         ("0.base_layer", "first"),
     ]

@@ -93,8 +93,8 @@ def test_saved_and_loaded_by_both(fields: dict[str, Any], tmp_path: Path) -> Non
     wanted = run(model, GIVEN)
     save_adapter(model, tmp_path / "ours", "a")
     names = set(load_file(tmp_path / "ours" / "adapter_model.safetensors"))
-    for place in ("model.embed_tokens", "lm_head"):
-        assert any(name.startswith(f"base_model.model.{place}.") for name in names)
+    for target in ("model.embed_tokens", "lm_head"):
+        assert any(name.startswith(f"base_model.model.{target}.") for name in names)
     fresh = TIED.model()
     load_adapter(fresh, tmp_path / "ours", "x", trainable=True)
     assert same_bits(run(fresh, GIVEN), wanted)

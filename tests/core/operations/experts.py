@@ -36,8 +36,8 @@ def made(specimen: Specimen, *names: str, dtype: torch.dtype = torch.float64, **
 
 def experts(path: str, layer: LoraLayer) -> list[str]:
     """Return the names of the matrices of one site: the path of the parameter, and an index."""
-    parameter = f"{path.partition(INSIDE)[0]}.{layer.slot.parameter}"
-    return [f"{parameter}[{e}]" for e in range(max(1, layer.slot.experts))]
+    parameter = f"{path.partition(INSIDE)[0]}.{layer.spec.parameter}"
+    return [f"{parameter}[{e}]" for e in range(max(1, layer.spec.experts))]
 
 
 def factors(model: nn.Module, name: str) -> dict[str, tuple[Tensor, Tensor]]:
@@ -79,8 +79,8 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     for path, layer in layers(model):
         W = layer.read().double()
         for e, where in enumerate(experts(path, layer)):
-            one = W[e] if layer.slot.experts else W
-            found[where] = one.T if layer.slot.in_first else one
+            one = W[e] if layer.spec.experts else W
+            found[where] = one.T if layer.spec.in_first else one
     return found
 
 

@@ -46,7 +46,7 @@ def test_cat_is_the_sum_at_every_expert(specimen: Specimen) -> None:
     same(deltas(model, "sum"), total(model, by))
     assert report.deviation < 1e-12
     first = specimen.parameters[0].rpartition(".")[2]
-    assert all(layer.r["sum"] == (11 if layer.slot.parameter == first else 9) for _, layer in layers(model))
+    assert all(layer.r["sum"] == (11 if layer.spec.parameter == first else 9) for _, layer in layers(model))
     assert {site.path: site.r for site in report.sites} == {path: layer.r["sum"] for path, layer in layers(model)}
     combine(model, ["a", "b"], [1.0, 1.0], "both", way="cat")
     torch.testing.assert_close(effect(model, specimen, "both"), effect(model, specimen, "a", "b"))
@@ -122,8 +122,8 @@ def test_compared_expert_by_expert(specimen: Specimen) -> None:
     model = made(specimen, "a", "b")
     with torch.no_grad():  # an expert that the second adapter does not change has no output space, and no angles
         for _, layer in layers(model):
-            if layer.slot.experts:
-                layer.lora_B["b"].weight[:, :: layer.slot.experts] = 0
+            if layer.spec.experts:
+                layer.lora_B["b"].weight[:, :: layer.spec.experts] = 0
     one, other = deltas(model, "a"), deltas(model, "b")
     sizes, others = norms(model, one), norms(model, other)
     report = compare_adapters(model, "a", "b")
@@ -138,7 +138,7 @@ def test_compared_expert_by_expert(specimen: Specimen) -> None:
         assert site.ranks == (4, 2)
         assert site.norms == pytest.approx((sizes[site.path], others[site.path]))
         assert site.cosine == pytest.approx(dot / sizes[site.path] / others[site.path])
-        assert len(site.output_angles) == len(squares) == 2 * max(1, layer.slot.experts - 1)
+        assert len(site.output_angles) == len(squares) == 2 * max(1, layer.spec.experts - 1)
         assert site.output_overlap == pytest.approx(sum(squares) / len(squares))
     assert not report.only_first and not report.only_second
 

@@ -59,8 +59,8 @@ def test_our_formula_is_the_published_one(way: Quantization, heavy: bool) -> Non
     assert W.shape == (64, 192) and W.dtype == torch.float32 and row.quantized
     published = PUBLISHED[row.name](module)
     assert torch.allclose(W, published, atol=1e-6)
-    places = torch.arange(W.numel())
-    numbers, bounds = row.values(stored, places)
+    targets = torch.arange(W.numel())
+    numbers, bounds = row.values(stored, targets)
     assert torch.allclose(numbers.reshape(W.shape), published, atol=1e-6)
     assert ((numbers - before.reshape(-1)).abs() <= bounds).all()
     some = torch.tensor([5, 64, 64 * 192 - 1, 191])
@@ -87,10 +87,10 @@ def test_a_written_weight_is_on_the_clone_and_not_on_the_module(way: Quantizatio
     assert 0 < error < (0.15 if way.storage.bits == 4 else 0.01)
     bias: Any = module.bias
     assert torch.allclose(after, x @ row.read(clone, written).T + bias, atol=6e-2 if way.name == "int8" else 1e-5)
-    row.place(module, "weight", written)
+    row.target(module, "weight", written)
     with torch.no_grad():
         assert torch.equal(module(x), after)
-    row.place(module, "weight", stored)
+    row.target(module, "weight", stored)
     with torch.no_grad():
         assert torch.equal(module(x), before)
 

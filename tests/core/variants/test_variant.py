@@ -49,12 +49,12 @@ def _is_dense(kind: Kind) -> bool:
     return kind.is_dense
 
 
-def _per_rank(kind: Kind, slot: WeightSpec, r: int, setting: Setting) -> Shape:
+def _per_rank(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> Shape:
     return (r,)
 
 
-def _per_output(kind: Kind, slot: WeightSpec, r: int, setting: Setting) -> Shape:
-    return kind.vector(slot)
+def _per_output(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> Shape:
+    return kind.vector(spec)
 
 
 def _scaled(factor: Factor, training: bool) -> tuple[Tensor, Tensor]:
@@ -78,7 +78,7 @@ TOY = Variant(
             "module",
             (f".{GATE}", f".{GATE}.weight"),
             _per_output,
-            lambda start: start.B.new_zeros(start.slot.out_features),
+            lambda start: start.B.new_zeros(start.spec.out_features),
             trained=False,
         ),
     ),
@@ -231,8 +231,8 @@ def _batches(split: int) -> list[Batch]:
     return found
 
 
-def _pooled_shapes(kind: Kind, slot: WeightSpec, r: int, setting: Setting) -> tuple[Shape, Shape]:
-    return (r, slot.in_features // 2), (slot.out_features, r)
+def _pooled_shapes(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> tuple[Shape, Shape]:
+    return (r, spec.in_features // 2), (spec.out_features, r)
 
 
 def _pooled_down(kind: Kind, module: nn.Module, x: Tensor, factor: Factor) -> Tensor:
@@ -362,8 +362,8 @@ def test_it_may_exclude_others_from_its_model(put: Callable[[Variant], None], tm
         core.load_adapter(model, tmp_path / "a", "a")
 
 
-def _narrow_shapes(kind: Kind, slot: WeightSpec, r: int, setting: Setting) -> tuple[Shape, Shape]:
-    return (r, slot.in_features // 2), (slot.out_features, r)
+def _narrow_shapes(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> tuple[Shape, Shape]:
+    return (r, spec.in_features // 2), (spec.out_features, r)
 
 
 def _repeated(factor: Factor, training: bool) -> tuple[Tensor, Tensor]:

@@ -170,10 +170,10 @@ def test_softmax(triton_kernels: Any, given: Given, bounds: str, m: int) -> None
     """Rows repeat with a period of k, like the heads that share a key head."""
     low = torch.tensor([0, 1, 2], dtype=torch.int32) if bounds in ("low", "both") else None
     high = torch.tensor([3, 4, m], dtype=torch.int32) if bounds in ("high", "both") else None
-    scores, ds, places = given(2, 6, m, scale=3.0), given(2, 6, m), torch.arange(m)
+    scores, ds, targets = given(2, 6, m, scale=3.0), given(2, 6, m), torch.arange(m)
     seen = torch.ones(3, m, dtype=torch.bool)
-    seen &= places >= (0 if low is None else low[:, None])
-    seen &= places < (m if high is None else high[:, None])
+    seen &= targets >= (0 if low is None else low[:, None])
+    seen &= targets < (m if high is None else high[:, None])
     (leaf,) = leaves(scores)
     truth = leaf.masked_fill(~seen.repeat(2, 1).to(given.device), -torch.inf).softmax(-1)
     (wanted,) = gradients(truth, ds, leaf)

@@ -100,7 +100,7 @@ def attach(
     with trainable_block(index), stacked_for(index, config) as index:
         found, leaders = _resolved(index, config, allow)
         factors = build.fresh_factors(index, config, found.matches, seed, statistics)
-        rows = build.new_rows(index, chosen_rows(index, config, {f.place.outer for f in factors}, found.saved))
+        rows = build.new_rows(index, chosen_rows(index, config, {f.target.outer for f in factors}, found.saved))
         auxiliary = build.new_extras(index, config, factors, found.saved, leaders, rows)
         notes = (*found.notes, *_notes_on_residuals(index, config, factors))
         state = build.commit(index, build.NewAdapter(name, config, factors, auxiliary))
@@ -131,12 +131,12 @@ def _notes_on_residuals(index: AdapterIndex, config: LoraConfig, factors: Sequen
     for new in factors:
         if new.stored is None:
             continue
-        module, slot = index.holder(new.place), new.place.slot
-        base = weight_format_of(module, slot.parameter)
+        module, spec = index.holder(new.target), new.target.spec
+        base = weight_format_of(module, spec.parameter)
         tensors = (*base.tensors(new.stored), *(new.initial or ()))
         count, kept_bytes = count + 1, kept_bytes + sum(t.numel() * t.element_size() for t in tensors)
         if base.quantized and new.initial is not None:
-            wanted = residual(new.place.kind, slot, index.weight(new.place), new.initial, new.factor.scale)
+            wanted = residual(new.target.kind, spec, index.weight(new.target), new.initial, new.factor.scale)
             lost = max(lost, _relative_error(base.read(module, new.stored), wanted))
     if not count:
         return []

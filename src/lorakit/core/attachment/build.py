@@ -30,7 +30,7 @@ from lorakit.core.layers.modules_to_save import Extras, ModulesToSave, build_ext
 from lorakit.core.layers.named_layers import layer_class
 from lorakit.core.layers.trainable_tokens import ChosenRows, TrainableTokens
 from lorakit.core.model.index import AdapterIndex, TargetWeight, walk
-from lorakit.core.model.target_weights import dropout_at, places_of
+from lorakit.core.model.target_weights import dropout_at, targets_of
 from lorakit.core.model.ties import tie_copies, tie_factors
 from lorakit.core.quantization import Stored, disable_repacking, weight_format_of
 from lorakit.core.routing.positions import install
@@ -47,7 +47,7 @@ class NewFactor:
     """One factor, built but not attached.
 
     Attributes:
-        place: Its site.
+        target: Its site.
         factor: Its tensors, as parameters.
         match: Path, rank and alpha of the site.
         trains: Which of "A" and "B" are trained.
@@ -55,7 +55,7 @@ class NewFactor:
         initial: A (r, in) and B (out, r) before training if the residual is W − s·B·A, or None.
     """
 
-    place: TargetWeight
+    target: TargetWeight
     factor: Factor
     match: Match
     trains: frozenset[str]
@@ -101,25 +101,25 @@ def fresh_factors(
     """
     generators = _generators(seed)
     factors = []
-    for match, place in places_of(index, matches):
-        check_site(index, config, place)
-        seen = None if statistics is None else statistics.sites.get(place.path)
+    for match, target in targets_of(index, matches):
+        check_site(index, config, target)
+        seen = None if statistics is None else statistics.sites.get(target.path)
         usual = statistics is not None and seen is None and statistics.others_usual
         asked = config.with_fields(init_lora_weights=True) if usual else config
-        context = init_context_for(index, asked, match, place, generators, seen)
-        init = init_for(asked.init_lora_weights, place.kind, place.path)
-        variant, _ = variant_for(config, place.kind, place.path)
+        context = init_context_for(index, asked, match, target, generators, seen)
+        init = init_for(asked.init_lora_weights, target.kind, target.path)
+        variant, _ = variant_for(config, target.kind, target.path)
         if init.changes_base:
-            check_can_move(index, place, init)
-        _check_together(init, variant, place)
-        start = initialized(index, place, init, context)
-        factors.append(new_factor(index, place, match, context, start, init.trains))
+            check_can_move(index, target, init)
+        _check_together(init, variant, target)
+        start = initialized(index, target, init, context)
+        factors.append(new_factor(index, target, match, context, start, init.trains))
     return factors
 
 
 def new_factor(
     index: AdapterIndex,
-    place: TargetWeight,
+    target: TargetWeight,
     match: Match,
     context: InitContext,
     start: SiteStart,
@@ -129,7 +129,7 @@ def new_factor(
 
     Args:
         index: The model's index.
-        place: The site.
+        target: The site.
         match: Path, rank and alpha of the site.
         context: The adapter's config, the scale and the source of randomness.
         start: The initial tensors.
@@ -139,30 +139,34 @@ def new_factor(
         ConfigError: The variant or dropout does not fit the site, or the variant needs another base weight, and the
             base is quantized, or was changed otherwise or merged into already.
     """
-    config, module, stored = context.config, index.holder(place), start.stored
+    config, module, stored = context.config, index.holder(target), start.stored
 
     def read() -> Tensor:
-        return context.read() if stored is None else weight_format_of(module, place.slot.parameter).read(module, stored)
+        return (
+            context.read() if stored is None else weight_format_of(module, target.spec.parameter).read(module, stored)
+        )
 
-    variant, setting = variant_for(config, place.kind, place.path)
-    new = Start(place.kind, place.slot, start.A, start.B, context.scale, read, place.path, setting, context.generator)
-    moved = _moved_by(variant, index, place, new)
+    variant, setting = variant_for(config, target.kind, target.path)
+    new = Start(
+        target.kind, target.spec, start.A, start.B, context.scale, read, target.path, setting, context.generator
+    )
+    moved = _moved_by(variant, index, target, new)
     stored = stored if moved is None else moved
     own = variant.starts(new) if start.own is None else start.own
     factor = Factor(
         A=nn.Parameter(start.A, "A" in trains),
         B=nn.Parameter(start.B, "B" in trains),
         scale=context.scale,
-        dropout=make_dropout(dropout_at(config, place, module)),
+        dropout=make_dropout(dropout_at(config, target, module)),
         variant=variant,
         own={t.held_as: nn.Parameter(own[t.held_as], t.trained) for t in variant.tensors},
         bias=None if start.bias is None else nn.Parameter(start.bias),
         setting=setting,
     )
-    return NewFactor(place, factor, match, trains, stored, start.initial)
+    return NewFactor(target, factor, match, trains, stored, start.initial)
 
 
-def _check_together(init: Init, variant: Variant, place: TargetWeight) -> None:
+def _check_together(init: Init, variant: Variant, target: TargetWeight) -> None:
     """Reject an init for a variant that changes the base too, needs it unchanged, or has other shapes."""
     what = "changes the base weight"
     if init.changes_base and variant.move is not None:
@@ -174,14 +178,14 @@ def _check_together(init: Init, variant: Variant, place: TargetWeight) -> None:
     else:
         return
     raise ConfigError(
-        f"{place.path}: init_lora_weights={init.name!r} {what}, and {variant.title} {needs}. Use another init.",
+        f"{target.path}: init_lora_weights={init.name!r} {what}, and {variant.title} {needs}. Use another init.",
         what=init.name,
-        where=place.path,
+        where=target.path,
         field="init_lora_weights",
     )
 
 
-def _moved_by(variant: Variant, index: AdapterIndex, place: TargetWeight, start: Start) -> Stored | None:
+def _moved_by(variant: Variant, index: AdapterIndex, target: TargetWeight, start: Start) -> Stored | None:
     """Return the base weight that a variant needs, or None; adapters of the same variant and rank share it.
 
     Raises:
@@ -189,39 +193,39 @@ def _moved_by(variant: Variant, index: AdapterIndex, place: TargetWeight, start:
     """
     if variant.move is None:
         return None
-    layer = index.layer(place)
+    layer = index.layer(target)
     if layer is not None and layer.moved is not None:
         first = layer.moved_by[0]
         if layer.factor(first).variant is variant and layer.r[first] == start.rank:
             return layer.moved
-    check_can_move(index, place, variant=variant)
+    check_can_move(index, target, variant=variant)
     with torch.no_grad():
-        return in_stored_form(index, place, variant.move(start))
+        return in_stored_form(index, target, variant.move(start))
 
 
-def check_site(index: AdapterIndex, config: LoraConfig, place: TargetWeight) -> None:
+def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) -> None:
     """Reject a site that cannot have what a config asks for.
 
     Raises:
         ConfigError: `lora_bias` is set, and B has no output there; or the adapter would change the weight itself, which
             is quantized, so that each forward would round it and pass no gradient.
     """
-    if config.lora_bias and not place.kind.takes_bias:
+    if config.lora_bias and not target.kind.takes_bias:
         raise ConfigError(
-            f"{place.path}: lora_bias=True is not supported for {place.kind.name}, because B has no separate output "
+            f"{target.path}: lora_bias=True is not supported for {target.kind.name}, because B has no separate output "
             "there. Leave the module out of the targets, or set lora_bias=False.",
-            what=place.kind.name,
-            where=place.path,
+            what=target.kind.name,
+            where=target.path,
             field="lora_bias",
         )
-    base = weight_format_of(index.holder(place), place.slot.parameter)
-    if place.kind.acts_on == "weight" and base.quantized:
+    base = weight_format_of(index.holder(target), target.spec.parameter)
+    if target.kind.acts_on == "weight" and base.quantized:
         raise ConfigError(
-            f"{place.path} is stored as {base.name}, and a {place.kind.name} is adapted by its weight, which would be "
-            "rounded with its update in each forward. Leave it out, or name a dense layer in target_modules, where the "
-            "update is added to the output.",
+            f"{target.path} is stored as {base.name}, and a {target.kind.name} is adapted by its weight, which would "
+            "be rounded with its update in each forward. Leave it out, or name a dense layer in target_modules, where "
+            "the update is added to the output.",
             what=base.name,
-            where=place.path,
+            where=target.path,
             field="target_modules",
         )
 
@@ -258,7 +262,7 @@ def new_extras(
         TargetError: A saved module contains sites or saved modules of another adapter.
         ConfigError: A bias cannot be trained.
     """
-    auxiliary = build_extras(index.modules, {factor.place.outer for factor in factors}, saved, config.bias)
+    auxiliary = build_extras(index.modules, {factor.target.outer for factor in factors}, saved, config.bias)
     tie_copies(auxiliary.copies, tied)
     return dataclasses.replace(auxiliary, rows=tuple(rows), leaders=tied)
 
@@ -307,9 +311,9 @@ def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
     state.configs[name] = built.config
     state.kinds = index.kinds
     for new in built.factors:
-        place = new.place
-        make = functools.partial(layer_class(place.kind), kind=place.kind, slot=place.slot, state=state)
-        layer = index.layer(place) or index.put(place, make)
+        target = new.target
+        make = functools.partial(layer_class(target.kind), kind=target.kind, spec=target.spec, state=state)
+        layer = index.layer(target) or index.put(target, make)
         layer.put(name, new.factor, new.match.rank, new.match.alpha, new.trains)
         if new.stored is not None:
             layer.move_base(name, new.stored, new.initial)

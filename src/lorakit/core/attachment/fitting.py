@@ -68,7 +68,7 @@ class Fit:
 
     def outer_paths(self) -> set[str]:
         """Return the paths in the plain base of the modules that get factors."""
-        return {place.outer for place, _ in self.sites.values()}
+        return {target.outer for target, _ in self.sites.values()}
 
     def take(self, left: dict[str, Tensor], names: Sequence[str], shape: Sequence[int]) -> str | None:
         """Take a tensor and note if it is missing or has another shape.
@@ -158,8 +158,8 @@ def _expected(config: LoraConfig, index: AdapterIndex) -> tuple[set[str] | None,
             found = resolve(index.candidates, plain, allow_partial=True)
     if config.ensure_weight_tying:
         found, _ = with_ties(index, plain, found)
-    places = [place for m in found.matches for place in index.places(m.path, index.kind(m.kind))]
-    return {place.path for place in places} if is_known else None, found.saved
+    targets = [target for m in found.matches for target in index.targets(m.path, index.kind(m.kind))]
+    return {target.path for target in targets} if is_known else None, found.saved
 
 
 def _find_sites(
@@ -170,14 +170,14 @@ def _find_sites(
     for path in inside_first:  # the order in which layers are put around a module
         outer = path.partition(INSIDE)[0]
         kind = kinds.get(outer)
-        places = index.places(outer, index.kind(kind)) if kind else []
-        place = bare.get(path) or next((place for place in places if place.path == path), None)
-        if place is None:
+        targets = index.targets(outer, index.kind(kind)) if kind else []
+        target = bare.get(path) or next((target for target in targets if target.path == path), None)
+        if target is None:
             near = nearest(path, list(kinds), 1)
             hint = f" (nearest in this model: {near[0]})" if near else ""
             result.add(UNEXPECTED, path, f"unexpected site {path}{hint}")
         else:
-            result.sites[path] = (place, present[path])
+            result.sites[path] = (target, present[path])
 
 
 def _take_extras(left: dict[str, Tensor], config: LoraConfig, index: AdapterIndex, result: Fit) -> None:
@@ -188,7 +188,7 @@ def _take_extras(left: dict[str, Tensor], config: LoraConfig, index: AdapterInde
         for leaf, shape in plain_shapes(original).items():
             result.take(left, [f"{PREFIX}{path}.{leaf}"], shape)
     outer = result.outer_paths()
-    depths = Counter(f"{place.outer}.{place.child}".removesuffix(".") for place, _ in result.sites.values())
+    depths = Counter(f"{target.outer}.{target.child}".removesuffix(".") for target, _ in result.sites.values())
     for path, module, leaves in biased_modules(index.modules, outer, result.saved, config.bias):
         # as PEFT writes it; as it does if another adapter has a layer there; and as it is in the plain base
         paths = [inside(path, depths), path + INSIDE * max(1, depths[path]), path]
@@ -243,8 +243,8 @@ def _check_sites(tensors: Mapping[str, Tensor], config: LoraConfig, expected: se
 
 
 def _check_parts(tensors: Mapping[str, Tensor], config: LoraConfig, path: str, result: Fit) -> None:
-    place, parts = result.sites[path]
-    kind, slot = place.kind, place.slot
+    target, parts = result.sites[path]
+    kind, spec = target.kind, target.spec
     variant, setting = variant_at(config, path)
     names = part_names(kind, variant)
     wanted = _possible_parts(config, path) - (set() if config.lora_bias else {"bias"})
@@ -256,22 +256,22 @@ def _check_parts(tensors: Mapping[str, Tensor], config: LoraConfig, path: str, r
     if not wanted <= set(parts):
         del result.sites[path]
         return
-    rank = _rank(config, place, kind.rank(slot, tuple(tensors[parts["A"]].shape)))
-    shapes = dict(zip(("A", "B"), variant.shapes_of(kind, slot, rank, setting), strict=True))
-    shapes |= {"bias": (slot.out_features,)}
-    shapes |= {tensor.held_as: tensor.shape(kind, slot, rank, setting) for tensor in variant.tensors}
+    rank = _rank(config, target, kind.rank(spec, tuple(tensors[parts["A"]].shape)))
+    shapes = dict(zip(("A", "B"), variant.shapes_of(kind, spec, rank, setting), strict=True))
+    shapes |= {"bias": (spec.out_features,)}
+    shapes |= {tensor.held_as: tensor.shape(kind, spec, rank, setting) for tensor in variant.tensors}
     for part in sorted(wanted):
         result.check_shape(f"{path}.{names[part]}", tensors[parts[part]], shapes[part])
 
 
-def _rank(config: LoraConfig, place: TargetWeight, found: int) -> int:
+def _rank(config: LoraConfig, target: TargetWeight, found: int) -> int:
     """Return the rank that a site must have; if a pattern is not a plain name, any rank that the config mentions.
 
     A pattern names the module, or one weight of several by its own path: combined adapters have a rank for each.
     """
     try:
-        of_module = literal_value(config.rank_pattern, place.pattern_path, config.r)
-        return int(literal_value(config.rank_pattern, place.path, of_module))
+        of_module = literal_value(config.rank_pattern, target.pattern_path, config.r)
+        return int(literal_value(config.rank_pattern, target.path, of_module))
     except PatternError:
         return found if found in {config.r, *config.rank_pattern.values()} else config.r
 
@@ -312,10 +312,10 @@ def out_of_range(
         limit = torch.finfo(dtype).max
         if limit < largest[name] < math.inf:
             found.append(f"{name} holds {largest[name]:g}, beyond {_named(dtype)} (at most {limit:g})")
-    for new, (place, held) in zip([] if found else factors, fitted.sites.values(), strict=not found):
-        dtype, sizes = _dtype_at(index, place), [largest[held[side]] for side in "AB"]
+    for new, (target, held) in zip([] if found else factors, fitted.sites.values(), strict=not found):
+        dtype, sizes = _dtype_at(index, target), [largest[held[side]] for side in "AB"]
         if _product_overflows(new, sizes, torch.finfo(dtype).max):
-            found.append(f"scale·B·A at {place.path} is beyond {_named(dtype)}")
+            found.append(f"scale·B·A at {target.path} is beyond {_named(dtype)}")
     return found
 
 
@@ -332,8 +332,8 @@ def _uses(
     tensors: Mapping[str, Tensor], fitted: Fit, index: AdapterIndex, auxiliary: Extras
 ) -> Iterator[tuple[str, torch.dtype]]:
     """Yield the name of each tensor with the dtype in which its values are used."""
-    for place, held in fitted.sites.values():
-        yield from ((name, _dtype_at(index, place)) for name in held.values())
+    for target, held in fitted.sites.values():
+        yield from ((name, _dtype_at(index, target)) for name in held.values())
     for own, name in copied_tensors(auxiliary, tensors):
         if own.is_floating_point():
             yield name, own.dtype
@@ -343,8 +343,8 @@ def _uses(
         yield name, _computed(index.base(chosen.path).get_parameter("weight"))
 
 
-def _dtype_at(index: AdapterIndex, place: TargetWeight) -> torch.dtype:
-    return _computed(getattr(index.holder(place), place.slot.parameter, None))
+def _dtype_at(index: AdapterIndex, target: TargetWeight) -> torch.dtype:
+    return _computed(getattr(index.holder(target), target.spec.parameter, None))
 
 
 def _computed(weight: Tensor | nn.Module | None) -> torch.dtype:
@@ -358,7 +358,7 @@ def _product_overflows(new: NewFactor, sizes: Sequence[float], limit: float) -> 
     if factor.A.is_meta or not all(map(math.isfinite, sizes)) or most <= limit:
         return False
     A, B = (matrix.detach().double() for matrix in factor.multiplied())
-    delta = new.place.kind.delta(new.place.slot, A, B)
+    delta = new.target.kind.delta(new.target.spec, A, B)
     return by * largest_value(delta) > limit
 
 

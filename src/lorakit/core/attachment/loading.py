@@ -28,7 +28,7 @@ from lorakit.core.model import checks
 from lorakit.core.model.fingerprint import DIFFERENT, check_not_merged_in, compare
 from lorakit.core.model.index import AdapterIndex, trainable_block
 from lorakit.core.model.replication import stacked_for
-from lorakit.core.model.target_weights import check_overlap, named_places
+from lorakit.core.model.target_weights import check_overlap, named_targets
 from lorakit.core.model.vocabulary import appended_rows, base_mismatch_advice, without_brought_rows
 from lorakit.errors import (
     OVERRIDE,
@@ -174,8 +174,8 @@ def place_adapter(
         said = [*files.warnings, *_judge(files, fitted, largest, allow)]
         record = init_record_of(files, trainable, allow)
         factors = _restored_factors(files, fitted, index, record)
-        scales = [Site(new.place.path, new.match.alpha, new.factor.scale) for new in factors]
-        checks.check_scales([(new.place.path, new.factor.scale) for new in factors], allow)
+        scales = [Site(new.target.path, new.match.alpha, new.factor.scale) for new in factors]
+        checks.check_scales([(new.target.path, new.factor.scale) for new in factors], allow)
         given = {chosen.path: tensors[key] for chosen, key in fitted.rows}
         rows = build.new_rows(index, [chosen for chosen, _ in fitted.rows], given)
         auxiliary = build.new_extras(index, config, factors, fitted.saved, fitted.tied, rows)
@@ -209,9 +209,9 @@ def _check_kinds(files: AdapterFiles, index: AdapterIndex) -> None:
 
 def _fitted(files: AdapterFiles, index: AdapterIndex) -> Fit:
     try:
-        bare = named_places(index, files.config)
+        bare = named_targets(index, files.config)
         fitted = fit(files.file.tensors, files.config, index, bare)
-        check_overlap(index, [place for place, _ in fitted.sites.values()])
+        check_overlap(index, [target for target, _ in fitted.sites.values()])
     except (TargetError, ConfigError) as cause:
         raise AdapterFileError(f"{files.folder}: {cause}", **{**cause.fields, "where": files.folder}) from None
     return fitted
@@ -273,19 +273,19 @@ def _restored_factors(
 ) -> list[build.NewFactor]:
     config, init, factors = record.config, known_init(record.config), []
     trains = frozenset("AB") if init is None else init.trains
-    for path, (place, names) in fitted.sites.items():
-        build.check_site(index, config, place)
+    for path, (target, names) in fitted.sites.items():
+        build.check_site(index, config, target)
         tensors = {part: files.file.tensors[name] for part, name in names.items()}
         before = record.sites.get(path)
         if before is None:
-            rank, alpha = place.kind.rank(place.slot, tensors["A"].shape), alpha_at(files, path, place.pattern_path)
+            rank, alpha = target.kind.rank(target.spec, tensors["A"].shape), alpha_at(files, path, target.pattern_path)
         else:
             rank, alpha = int(before["r"]), float(before["lora_alpha"])
-        match = Match(place.outer, place.kind.name, rank, alpha, "")
-        context = init_context_for(index, config, match, place)
+        match = Match(target.outer, target.kind.name, rank, alpha, "")
+        context = init_context_for(index, config, match, target)
         own = {part: t.to(device=context.device, dtype=context.dtype, copy=True) for part, t in tensors.items()}
-        start = record.start(index, place, context, own)
-        factors.append(build.new_factor(index, place, match, context, start, trains))
+        start = record.start(index, target, context, own)
+        factors.append(build.new_factor(index, target, match, context, start, trains))
     return factors
 
 

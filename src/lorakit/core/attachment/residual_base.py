@@ -120,7 +120,7 @@ def init_context_for(
     index: AdapterIndex,
     config: LoraConfig,
     match: Match,
-    place: TargetWeight,
+    target: TargetWeight,
     generators: Callable[[torch.device], torch.Generator | None] = lambda _: None,
     statistics: Mapping[str, Tensor] | None = None,
 ) -> InitContext:
@@ -130,25 +130,25 @@ def init_context_for(
         index: The model's index.
         config: The adapter's config.
         match: The target match that names the site.
-        place: The site.
+        target: The site.
         generators: Source of randomness by device.
         statistics: Statistics of the data at this site, name -> tensor (…), or None.
     """
-    module, parameter = index.holder(place), place.slot.parameter
-    variant, setting = variant_at(config, place.path)
-    A_shape, B_shape = variant.shapes_of(place.kind, place.slot, match.rank, setting)
+    module, parameter = index.holder(target), target.spec.parameter
+    variant, setting = variant_at(config, target.path)
+    A_shape, B_shape = variant.shapes_of(target.kind, target.spec, match.rank, setting)
     device = weight_format_of(module, parameter).device(module, parameter)
     return InitContext(
-        kind=place.kind,
-        spec=place.slot,
+        kind=target.kind,
+        spec=target.spec,
         r=match.rank,
         scale=lora_scale(match.rank, match.alpha, config.use_rslora),
         A_shape=A_shape,
         B_shape=B_shape,
         device=device,
         dtype=factor_dtype(module, parameter),
-        path=place.path,
-        read=lambda: index.weight(place),
+        path=target.path,
+        read=lambda: index.weight(target),
         config=config,
         generator=generators(device),
         statistics=statistics,
@@ -156,75 +156,75 @@ def init_context_for(
 
 
 def check_can_move(
-    index: AdapterIndex, place: TargetWeight, init: Init | None = None, variant: Variant | None = None
+    index: AdapterIndex, target: TargetWeight, init: Init | None = None, variant: Variant | None = None
 ) -> None:
     """Check that a base weight can be replaced by a residual: not changed, merged into, shared or quantized already.
 
     Args:
         index: The model's index.
-        place: The site.
+        target: The site.
         init: The init that replaces it; None for an adapter from a file, and for a variant.
         variant: The variant that replaces it, or None.
 
     Raises:
         ConfigError: It cannot; the message says why, and what to do.
     """
-    layer, module, parameter = index.layer(place), index.holder(place), place.slot.parameter
+    layer, module, parameter = index.layer(target), index.holder(target), target.spec.parameter
     weight_format = weight_format_of(module, parameter)
     mover = "its init" if init is None else f"init_lora_weights={init.name!r}"
     mover = mover if variant is None else variant.title
     if weight_format.device(module, parameter).type == "meta":
         raise ConfigError(
-            f"{place.path}: {mover} changes the base weight, which has no values on the meta device. Load the base "
+            f"{target.path}: {mover} changes the base weight, which has no values on the meta device. Load the base "
             "first, or leave the base alone (another init or variant).",
-            where=place.path,
+            where=target.path,
         )
     if layer is not None and (layer.moved_by or layer.merged_adapters):
         other = (*layer.moved_by, *layer.merged_adapters)[0]
         raise ConfigError(
-            f"{place.path}: {mover} changes the base weight, which adapter {other!r} has changed or is merged into. "
+            f"{target.path}: {mover} changes the base weight, which adapter {other!r} has changed or is merged into. "
             "Detach or unmerge it first, or leave the base alone (another init or variant).",
             what=other,
-            where=place.path,
+            where=target.path,
         )
     sharing = index.shared.get(id(module._parameters.get(parameter)), [])
-    if sharing or len(index.parents.get(id(index.modules[place.outer]), ())) > 1:
-        other = next((path for path in sharing if path != place.outer), "another module")
+    if sharing or len(index.parents.get(id(index.modules[target.outer]), ())) > 1:
+        other = next((path for path in sharing if path != target.outer), "another module")
         raise ConfigError(
-            f"{place.path} shares its weight with {other}, and {mover} would change it for both. Leave the module out, "
-            "or leave the base alone (another init or variant).",
+            f"{target.path} shares its weight with {other}, and {mover} would change it for both. Leave the module "
+            "out, or leave the base alone (another init or variant).",
             what=other,
-            where=place.path,
+            where=target.path,
         )
     if not weight_format.written:
-        raise ConfigError(NOT_WRITTEN.format(parameter=place.path, type=type(module).__name__), where=place.path)
+        raise ConfigError(NOT_WRITTEN.format(parameter=target.path, type=type(module).__name__), where=target.path)
     if weight_format.quantized and (variant is not None or (init is not None and not init.requantizes)):
         raise ConfigError(
-            f"{place.path}: {mover} changes the base weight, and this one is quantized: the residual would be rounded "
+            f"{target.path}: {mover} changes the base weight, and this one is quantized: the residual would be rounded "
             "a second time. Attach to the base before it is quantized, leave the module out, or use another init or "
             "variant.",
             what=weight_format.name,
-            where=place.path,
+            where=target.path,
             field="init_lora_weights" if variant is None else variant.field,
         )
 
 
-def residual_of(index: AdapterIndex, place: TargetWeight, factors: tuple[Tensor, Tensor], scale: float) -> Stored:
+def residual_of(index: AdapterIndex, target: TargetWeight, factors: tuple[Tensor, Tensor], scale: float) -> Stored:
     """Return the stored form of W − s·B·A at a site, with W the current base weight.
 
     Args:
         index: The model's index.
-        place: The site.
+        target: The site.
         factors: A (r, in) and B (out, r).
         scale: s.
     """
-    return in_stored_form(index, place, residual(place.kind, place.slot, index.weight(place), factors, scale))
+    return in_stored_form(index, target, residual(target.kind, target.spec, index.weight(target), factors, scale))
 
 
-def in_stored_form(index: AdapterIndex, place: TargetWeight, W: Tensor) -> Stored:
+def in_stored_form(index: AdapterIndex, target: TargetWeight, W: Tensor) -> Stored:
     """Return a canonical weight (out, in) as the module of a site stores it."""
-    module, parameter = index.holder(place), place.slot.parameter
-    base = weight_format_of(module, parameter, place.slot.as_stored)
+    module, parameter = index.holder(target), target.spec.parameter
+    base = weight_format_of(module, parameter, target.spec.as_stored)
     with torch.no_grad():
         written: Stored = base.write(module, base.stored(module, parameter), W)
     return written
@@ -241,7 +241,7 @@ def give_base_back(layer: LoraLayer, adapter: str) -> None:
     if layer.moved_by:
         return
     layer.moved = layer.initial = None
-    layer.place(layer.stored_with(layer.merged_adapters))
+    layer.target(layer.stored_with(layer.merged_adapters))
     if not layer.merged_adapters:
         layer.kept = None
 
@@ -352,12 +352,12 @@ class SiteStart:
     initial: tuple[Tensor, Tensor] | None = None
 
 
-def initialized(index: AdapterIndex, place: TargetWeight, init: Init, context: InitContext) -> SiteStart:
+def initialized(index: AdapterIndex, target: TargetWeight, init: Init, context: InitContext) -> SiteStart:
     """Run an init at a site; nothing is put in place.
 
     Args:
         index: The model's index.
-        place: The site.
+        target: The site.
         init: The init.
         context: Its input.
 
@@ -369,11 +369,11 @@ def initialized(index: AdapterIndex, place: TargetWeight, init: Init, context: I
     bias = fresh_bias(context, not init.is_identity) if context.config.lora_bias else None
     start = SiteStart(result.A, result.B, bias)
     if result.W is not None:
-        return dataclasses.replace(start, stored=in_stored_form(index, place, result.W))
+        return dataclasses.replace(start, stored=in_stored_form(index, target, result.W))
     if not init.changes_base:
         return start
     initial = (result.A, result.B)
-    return dataclasses.replace(start, stored=residual_of(index, place, initial, context.scale), initial=initial)
+    return dataclasses.replace(start, stored=residual_of(index, target, initial, context.scale), initial=initial)
 
 
 @dataclass(frozen=True)
@@ -402,13 +402,13 @@ class InitRecord:
         return self.is_doubled or self.first is not None or self.init is not None
 
     def start(
-        self, index: AdapterIndex, place: TargetWeight, context: InitContext, tensors: Mapping[str, Tensor]
+        self, index: AdapterIndex, target: TargetWeight, context: InitContext, tensors: Mapping[str, Tensor]
     ) -> SiteStart:
         """Return the start of a site from its tensors in the file.
 
         Args:
             index: The model's index.
-            place: The site.
+            target: The site.
             context: Rank and scale of the site in training, for an init that runs again.
             tensors: A (r, in) and B (out, r), or (2r, in) and (out, 2r) in the form of plain LoRA; "bias" (out,) and
                 the variant's own tensors (…), if there are any.
@@ -421,16 +421,16 @@ class InitRecord:
         given = SiteStart(A, B, tensors.get("bias"), tensors)
         if not self.moves:
             return given
-        check_can_move(index, place)
+        check_can_move(index, target)
         if self.init is not None:
-            again = initialized(index, place, self.init, context)
+            again = initialized(index, target, self.init, context)
             return dataclasses.replace(given, stored=again.stored, initial=again.initial)
         if self.is_doubled:
-            (A, B), initial = apart(place.slot, A, B)
+            (A, B), initial = apart(target.spec, A, B)
         else:
-            first = self.first_at(place.path, A, B)
+            first = self.first_at(target.path, A, B)
             initial = (first[0].to(A), first[1].to(B))
-        stored = residual_of(index, place, initial, context.scale)
+        stored = residual_of(index, target, initial, context.scale)
         return dataclasses.replace(given, A=A, B=B, stored=stored, initial=initial)
 
     def first_at(self, path: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -139,7 +139,7 @@ def _as_lora(found: SavedForm, layers: Sequence[tuple[str, LoraLayer]], initial:
                 what=found.name,
                 where=down,
             )
-        tensors[down], tensors[up] = as_plain(layer.slot, tensors[down], tensors[up], (first[0], first[1]))
+        tensors[down], tensors[up] = as_plain(layer.spec, tensors[down], tensors[up], (first[0], first[1]))
     wide = plain_config(found.config)
     more = wide.lora_alpha / found.config.lora_alpha if found.config.lora_alpha else 1.0
     sites = {path: {"r": 2 * site["r"], "lora_alpha": more * site["lora_alpha"]} for path, site in found.sites.items()}

@@ -350,8 +350,8 @@ def _site(files: AdapterFiles, path: str, A: Tensor, B: Tensor) -> SiteSummary:
     experts = A.shape[0] // r if A.shape[0] > r and A.ndim == 2 else 0
     pairs = [(A, B)]
     if experts:
-        slot = WeightSpec("", int(B.shape[0]), int(A.shape[1]), experts)
-        pairs = list(zip(*per_expert(slot, A, B), strict=True))
+        spec = WeightSpec("", int(B.shape[0]), int(A.shape[1]), experts)
+        pairs = list(zip(*per_expert(spec, A, B), strict=True))
     norm = math.sqrt(sum(delta_norm(*pair) ** 2 for pair in pairs)) * (1.0 if site.scale is None else abs(site.scale))
     return SiteSummary(path, r, site.alpha, site.scale, int(A.shape[1]), int(B.shape[0]), norm, experts)
 

@@ -11,7 +11,7 @@ from torch import nn
 from lorakit.core.kinds.convolution import CONV1, CONV2, CONV3
 from lorakit.core.kinds.kind import Fits, Kind, WeightSpec, every_kind
 from lorakit.core.kinds.linear import CONV1D, EMBEDDING, LINEAR
-from lorakit.core.kinds.parameter import ATTENTION, INNER, PARAMETER, parameter_slot, per_expert
+from lorakit.core.kinds.parameter import ATTENTION, INNER, PARAMETER, parameter_spec, per_expert
 from lorakit.errors import ConfigError
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
     "fits",
     "kind_named",
     "kind_of",
-    "parameter_slot",
+    "parameter_spec",
     "per_expert",
 ]
 

@@ -23,22 +23,22 @@ _CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
 
 
 def _slots(module: Convolution) -> tuple[WeightSpec, ...]:
-    slot = WeightSpec(
+    spec = WeightSpec(
         "weight", module.out_channels, module.in_channels, kernel=module.kernel_size, groups=module.groups
     )
-    return (slot,)
+    return (spec,)
 
 
-def _shapes(slot: WeightSpec, r: int) -> tuple[Shape, Shape]:
-    if r % slot.groups:
+def _shapes(spec: WeightSpec, r: int) -> tuple[Shape, Shape]:
+    if r % spec.groups:
         raise ConfigError(
-            f"The rank is {r}, and a convolution of {slot.groups} groups needs one that is divisible by {slot.groups}. "
+            f"The rank is {r}, and a convolution of {spec.groups} groups needs one that is divisible by {spec.groups}. "
             "Choose another rank (rank_pattern for this module alone) or leave the module out.",
             what=r,
             field="r",
         )
-    point = (1,) * len(slot.kernel)
-    return (r, slot.in_features, *slot.kernel), (slot.out_features, r // slot.groups, *point)
+    point = (1,) * len(spec.kernel)
+    return (r, spec.in_features, *spec.kernel), (spec.out_features, r // spec.groups, *point)
 
 
 def _down(module: Convolution, x: Tensor, A: Tensor) -> Tensor:
@@ -53,50 +53,50 @@ def _up(module: Convolution, h: Tensor, B: Tensor) -> Tensor:
     return _CONVOLVE[B.ndim - 3](h, B, groups=module.groups)  # (N, r, …) -> (N, out, …)
 
 
-def _flat(slot: WeightSpec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    return A.flatten(1), _in_one_group(B.flatten(1), slot)
+def _flat(spec: WeightSpec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    return A.flatten(1), _in_one_group(B.flatten(1), spec)
 
 
-def _flat_weight(slot: WeightSpec, W: Tensor) -> Tensor:
-    return _in_one_group(W, slot).flatten(1)
+def _flat_weight(spec: WeightSpec, W: Tensor) -> Tensor:
+    return _in_one_group(W, spec).flatten(1)
 
 
-def _in_one_group(W: Tensor, slot: WeightSpec) -> Tensor:
+def _in_one_group(W: Tensor, spec: WeightSpec) -> Tensor:
     """Return a weight (out, in / groups, …) as one group's, (out, in, …), with zeros for the inputs of other groups."""
-    if slot.groups == 1:
+    if spec.groups == 1:
         return W
-    groups, inside = slot.groups, W.shape[1]
+    groups, inside = spec.groups, W.shape[1]
     wide = W.new_zeros(W.shape[0], groups, *W.shape[1:])
     group_of = torch.arange(W.shape[0], device=W.device) // (W.shape[0] // groups)
     wide[torch.arange(W.shape[0], device=W.device), group_of] = W
     return wide.view(W.shape[0], groups * inside, *W.shape[2:])
 
 
-def _delta(slot: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
+def _delta(spec: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
     """Return the delta (out, in, k…) of A (r, in, k…) and B (out, r, 1…).
 
     Raises:
         MergeError: The convolution has groups.
     """
-    if slot.groups > 1:
+    if spec.groups > 1:
         raise MergeError(
-            f"The weight of a convolution of {slot.groups} groups cannot store an update of all input channels. "
+            f"The weight of a convolution of {spec.groups} groups cannot store an update of all input channels. "
             "Merge with dense=True to make it a convolution of one group.",
-            what=str(slot.groups),
+            what=str(spec.groups),
         )
-    A, B = _flat(slot, A, B)
-    return (B @ A).view(slot.out_features, slot.in_features, *slot.kernel)
+    A, B = _flat(spec, A, B)
+    return (B @ A).view(spec.out_features, spec.in_features, *spec.kernel)
 
 
-def _vector(slot: WeightSpec) -> Shape:
-    return (1, slot.out_features, *[1] * len(slot.kernel))
+def _vector(spec: WeightSpec) -> Shape:
+    return (1, spec.out_features, *[1] * len(spec.kernel))
 
 
 CONV1 = replace(
     LINEAR,
     name="Conv1d",
     types=(nn.Conv1d,),
-    slots=_slots,
+    specs=_slots,
     shapes=_shapes,
     vector=_vector,
     down=_down,

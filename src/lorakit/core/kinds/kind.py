@@ -55,7 +55,7 @@ class Kind:
         names: Attributes of the layer that hold A and B, also their names on disk.
         on_disk: Suffix of the attribute's name on disk.
         drops: Whether dropout can be applied to the input, which it cannot if the input holds indices.
-        slots: Module -> the specs of the weights to adapt, the outermost layer's first.
+        specs: Module -> the specs of the weights to adapt, the outermost layer's first.
         inner: Children that become sites together with the module, because it reads their weight.
         row_axis: Module -> the axis of its input that holds the rows of the batch, or None if that is not known. Rows
             can have different adapters if the kind acts on the input.
@@ -80,7 +80,7 @@ class Kind:
     names: tuple[str, str]
     on_disk: str
     drops: bool
-    slots: Callable[[Any], tuple[WeightSpec, ...]]
+    specs: Callable[[Any], tuple[WeightSpec, ...]]
     inner: tuple[str, ...]
     row_axis: Callable[[nn.Module], int | None]
     shapes: Callable[[WeightSpec, int], tuple[Shape, Shape]]
@@ -126,9 +126,9 @@ def takes_input(kind: Kind) -> bool:
     return kind.acts_on == "input"
 
 
-def spread(vector: Tensor, slot: WeightSpec) -> Tensor:
+def spread(vector: Tensor, spec: WeightSpec) -> Tensor:
     """Return a vector (out,) in a shape that broadcasts over an output (…, out), or (…, out, k…) of a convolution."""
-    return vector.view(-1, *[1] * len(slot.kernel)) if slot.kernel else vector
+    return vector.view(-1, *[1] * len(spec.kernel)) if spec.kernel else vector
 
 
 def first_axis(_: nn.Module) -> int | None:

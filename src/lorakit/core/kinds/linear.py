@@ -23,9 +23,9 @@ class HasWeight(Protocol):
     weight: Tensor
 
 
-def factor_shapes(slot: WeightSpec, r: int) -> tuple[Shape, Shape]:
+def factor_shapes(spec: WeightSpec, r: int) -> tuple[Shape, Shape]:
     """Return the shapes of A (r, in) and B (out, r)."""
-    return (r, slot.in_features), (slot.out_features, r)
+    return (r, spec.in_features), (spec.out_features, r)
 
 
 def as_they_are(_: WeightSpec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,16 +58,16 @@ def axis_of_rows(_: WeightSpec, shape: Shape) -> int:
     return shape[0] if shape else 0
 
 
-def flat_vector(slot: WeightSpec) -> Shape:
+def flat_vector(spec: WeightSpec) -> Shape:
     """Return the shape (out,) of a vector with one value per row."""
-    return (slot.out_features,)
+    return (spec.out_features,)
 
 
-def _linear_slots(module: nn.Linear) -> tuple[WeightSpec, ...]:
+def _linear_specs(module: nn.Linear) -> tuple[WeightSpec, ...]:
     return (WeightSpec("weight", module.out_features, module.in_features),)  # a quantized weight has another shape
 
 
-def _transposed_slots(module: HasWeight) -> tuple[WeightSpec, ...]:
+def _transposed_specs(module: HasWeight) -> tuple[WeightSpec, ...]:
     in_features, out_features = module.weight.shape
     return (WeightSpec("weight", out_features, in_features),)
 
@@ -80,7 +80,7 @@ LINEAR = Kind(
     names=("lora_A", "lora_B"),
     on_disk=".weight",
     drops=True,
-    slots=_linear_slots,
+    specs=_linear_specs,
     inner=(),
     row_axis=first_axis,
     shapes=factor_shapes,
@@ -94,21 +94,21 @@ LINEAR = Kind(
     is_dense=True,
 )
 
-CONV1D = replace(LINEAR, name="Conv1D", types=("transformers.pytorch_utils.Conv1D",), slots=_transposed_slots)
+CONV1D = replace(LINEAR, name="Conv1D", types=("transformers.pytorch_utils.Conv1D",), specs=_transposed_specs)
 
 
-def _table_slots(module: nn.Embedding) -> tuple[WeightSpec, ...]:
+def _table_specs(module: nn.Embedding) -> tuple[WeightSpec, ...]:
     rows, width = module.weight.shape
     return (WeightSpec("weight", width, rows, bounded=module.max_norm is not None),)
 
 
-def _table_delta(slot: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
+def _table_delta(spec: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
     """Return the delta (d, V) of A (r, V) and B (d, r).
 
     Raises:
         MergeError: The table has a max_norm, which would scale down the sum of a base row and its update.
     """
-    if slot.bounded:
+    if spec.bounded:
         raise MergeError(
             "An embedding with max_norm shortens the rows that it looks up; with an adapter merged it would shorten "
             "their sum. Keep the adapter unmerged, or remove max_norm.",
@@ -140,7 +140,7 @@ EMBEDDING = replace(
     names=("lora_embedding_A", "lora_embedding_B"),
     on_disk="",
     drops=False,
-    slots=_table_slots,
+    specs=_table_specs,
     delta=_table_delta,
     down=_embedding_down,
     up=_embedding_up,

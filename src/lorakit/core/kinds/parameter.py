@@ -21,7 +21,7 @@ def _no_axis(_: nn.Module) -> int | None:
     return None
 
 
-def parameter_slot(module: nn.Module, name: str) -> WeightSpec:
+def parameter_spec(module: nn.Module, name: str) -> WeightSpec:
     """Return the spec of a parameter with two axes (out, in) or three (experts, out, in).
 
     Args:
@@ -43,27 +43,27 @@ def parameter_slot(module: nn.Module, name: str) -> WeightSpec:
     return WeightSpec(name, *((second, first) if in_first else (first, second)), experts, in_first, as_stored=True)
 
 
-def _shapes(slot: WeightSpec, r: int) -> tuple[Shape, Shape]:
-    wide = r * max(slot.experts, 1)
-    return (wide, slot.in_features), (slot.out_features, wide)
+def _shapes(spec: WeightSpec, r: int) -> tuple[Shape, Shape]:
+    wide = r * max(spec.experts, 1)
+    return (wide, spec.in_features), (spec.out_features, wide)
 
 
-def _rank(slot: WeightSpec, shape: Shape) -> int:
-    return shape[0] // max(slot.experts, 1) if shape else 0
+def _rank(spec: WeightSpec, shape: Shape) -> int:
+    return shape[0] // max(spec.experts, 1) if shape else 0
 
 
-def _delta(slot: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
+def _delta(spec: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
     """Return the delta, like the parameter, of A (experts·r, in) and B (out, r·experts).   [docs/math.md (92)]"""
-    if not slot.experts:
+    if not spec.experts:
         return dense_delta(A, B)
-    A, B = per_expert(slot, A, B)
-    return torch.bmm(A.mT, B.mT) if slot.in_first else torch.bmm(B, A)
+    A, B = per_expert(spec, A, B)
+    return torch.bmm(A.mT, B.mT) if spec.in_first else torch.bmm(B, A)
 
 
-def per_expert(slot: WeightSpec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+def per_expert(spec: WeightSpec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """Return A (experts, r, in) and B (experts, out, r) of the A (experts·r, in) and B (out, r·experts) on disk."""
-    A = A.view(slot.experts, -1, slot.in_features)
-    B = B.view(slot.out_features, -1, slot.experts).permute(2, 0, 1)
+    A = A.view(spec.experts, -1, spec.in_features)
+    B = B.view(spec.out_features, -1, spec.experts).permute(2, 0, 1)
     return A, B
 
 
@@ -72,9 +72,9 @@ def side_by_side(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
 
 
-def _attention_slots(module: nn.MultiheadAttention) -> tuple[WeightSpec, ...]:
+def _attention_specs(module: nn.MultiheadAttention) -> tuple[WeightSpec, ...]:
     names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # the first, or the other three
-    return tuple(parameter_slot(module, name) for name in names if getattr(module, name) is not None)
+    return tuple(parameter_spec(module, name) for name in names if getattr(module, name) is not None)
 
 
 def _attention_axis(module: nn.Module) -> int | None:
@@ -102,7 +102,7 @@ ATTENTION = replace(
     types=(nn.MultiheadAttention,),
     row_axis=_attention_axis,
     names_parameter=False,
-    slots=_attention_slots,
+    specs=_attention_specs,
     inner=("out_proj",),
 )
 
@@ -110,7 +110,7 @@ INNER = replace(
     PARAMETER,
     name="InnerLinear",
     types=("torch.nn.modules.linear.NonDynamicallyQuantizableLinear",),
-    slots=LINEAR.slots,
+    specs=LINEAR.specs,
     names_parameter=False,
     read_by_owner=True,
 )

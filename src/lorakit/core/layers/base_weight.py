@@ -100,11 +100,11 @@ class BaseWeight(StoredWeight):
         base = self.base
         if not base.written:
             raise MergeError(
-                NOT_WRITTEN.format(parameter=self.slot.parameter, type=type(self.owner).__name__), where=path
+                NOT_WRITTEN.format(parameter=self.spec.parameter, type=type(self.owner).__name__), where=path
             )
         if self.merged_adapters and not self.keeps_base:
             raise base_not_kept(self.merged_adapters, path)
-        replaces = options.dense is not None and (base.quantized or self.slot.groups > 1)
+        replaces = options.dense is not None and (base.quantized or self.spec.groups > 1)
         if replaces and self.old_bias is not None and (options.in_place or self.old_bias[0] not in adapters):
             trainer = self.old_bias[0]
             raise MergeError(
@@ -188,7 +188,7 @@ class BaseWeight(StoredWeight):
         if not here:
             return {}
         stored, _, _ = sum_of_updates(self, here, options)
-        found = {self.slot.parameter: stored} if isinstance(stored, Tensor) else {}
+        found = {self.spec.parameter: stored} if isinstance(stored, Tensor) else {}
         if isinstance(stored, nn.Module):
             found = {name: held.detach() for name, held in stored._parameters.items() if held is not None}
         bias = self.merged_bias(here)
@@ -210,7 +210,7 @@ class BaseWeight(StoredWeight):
         """Return the base's module with the merged adapters; restores the original if there is a residual base."""
         if self.moved_by and not set(self.moved_by).intersection(self.merged_adapters):
             self.moved_by = ()
-            self.place(self.stored_with(self.merged_adapters))
+            self.target(self.stored_with(self.merged_adapters))
         return self.owner
 
     def follow(self, tied: BaseWeight) -> None:
@@ -254,7 +254,7 @@ class BaseWeight(StoredWeight):
         options: MergeOptions,
     ) -> None:
         """Store a merged weight; in a separate parameter if options ask to untie it."""
-        parameter, keeps = self.slot.parameter, options.keep_base is not False
+        parameter, keeps = self.spec.parameter, options.keep_base is not False
         self.kept = kept
         untied = id(self) in options.apart and not self.base.quantized
         shared = self.owner._parameters.get(parameter) if untied else None
@@ -263,7 +263,7 @@ class BaseWeight(StoredWeight):
                 self.tied_weight = shared
             self.owner._parameters[parameter] = nn.Parameter(stored, requires_grad=shared.requires_grad)
         else:
-            self.place(stored)
+            self.target(stored)
             if not keeps:
                 self.replaced = ()
         self._put_bias(bias)
@@ -271,10 +271,10 @@ class BaseWeight(StoredWeight):
 
     def _put_unmerged(self, stored: Replacement, bias: StagedBias | None, left: list[str]) -> None:
         if self.tied_weight is not None and not left and isinstance(stored, Tensor):
-            give_back(self.owner, self.slot.parameter, self.tied_weight, stored)
+            give_back(self.owner, self.spec.parameter, self.tied_weight, stored)
             self.tied_weight = None
         else:
-            self.place(stored)
+            self.target(stored)
         self._put_bias(bias)
         self.merged_adapters = left
         if not left:
@@ -326,19 +326,19 @@ def in_one_group(layer: StoredWeight, names: Sequence[str]) -> Merged:
         The module, the base's weight, and the exact sum of updates; both as weights of one group, (out, in, k…).
     """
     kind = layer.kind
-    slot = dataclasses.replace(layer.slot, groups=1)
-    shape = (slot.out_features, slot.in_features, *slot.kernel)
-    W = kind.flat_weight(layer.slot, layer.read()).reshape(shape)
+    spec = dataclasses.replace(layer.spec, groups=1)
+    shape = (spec.out_features, spec.in_features, *spec.kernel)
+    W = kind.flat_weight(layer.spec, layer.read()).reshape(shape)
     total = torch.zeros_like(W)
     for name in names:
         factor = layer.factor(name)
         if factor.variant.update is None:
             continue  # rejected before anything is merged
         A, B = (half.to(W.dtype) for half in factor.multiplied())
-        A, B = kind.flat(layer.slot, A, B)
-        wide = dataclasses.replace(factor, A=A.view(-1, *shape[1:]), B=B.view(*B.shape, *[1] * len(slot.kernel)))
+        A, B = kind.flat(layer.spec, A, B)
+        wide = dataclasses.replace(factor, A=A.view(-1, *shape[1:]), B=B.view(*B.shape, *[1] * len(spec.kernel)))
         delta = (B @ A).view(shape) * factor.scale
-        total += factor.variant.update(kind, slot, W, delta, wide)
+        total += factor.variant.update(kind, spec, W, delta, wide)
     source: Convolution = layer.source  # type: ignore[assignment]  # only convolutions have groups
     return _convolution(source, W + total), W, total
 
@@ -367,7 +367,7 @@ def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOpti
         options: How they are merged.
     """
     with torch.no_grad():
-        if options.dense is not None and layer.slot.groups > 1:
+        if options.dense is not None and layer.spec.groups > 1:
             return in_one_group(layer, names)
         (base, source), original = layer.storage, layer.original()
         W = base.read(source, original)

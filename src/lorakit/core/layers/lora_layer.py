@@ -67,12 +67,12 @@ class LoraLayer(BaseWeight):
     own_route: Route | None = None
     forwards: Forwards
 
-    def __init__(self, base_layer: nn.Module, kind: Kind, slot: WeightSpec, state: AdapterState) -> None:
+    def __init__(self, base_layer: nn.Module, kind: Kind, spec: WeightSpec, state: AdapterState) -> None:
         super().__init__()
         self.base_layer = base_layer
         # hundreds of layers are created at once, and setting attributes of a module is slow
         tables: dict[str, Any] = {name: {} for name in ("r", "lora_alpha", "scaling", "variant", "settings", "trains")}
-        self.__dict__.update(tables, training=base_layer.training, state=state, kind_name=kind.name, slot=slot)
+        self.__dict__.update(tables, training=base_layer.training, state=state, kind_name=kind.name, spec=spec)
         self.__dict__.update(merged_adapters=[], tied_weight=None, forwards=Forwards())
         state.join(self)
 
@@ -188,7 +188,7 @@ class LoraLayer(BaseWeight):
         if factor.bias is not None:
             found[f"{second}.bias"] = factor.bias
         for own in factor.variant.tensors:
-            shape = own.shape(kind, self.slot, self.r[adapter], factor.setting)
+            shape = own.shape(kind, self.spec, self.r[adapter], factor.setting)
             found[own.keys[0].removeprefix(".")] = factor.own[own.held_as].view(shape)
         return found
 
@@ -283,7 +283,7 @@ class LoraLayer(BaseWeight):
         h = kind.down(module, x, A.to(dtype)) if variant.down is None else variant.down(kind, module, x, factor)
         z = kind.up(module, h * factor.scale, B.to(dtype))  # h (…, r) is the smallest tensor to scale
         if factor.bias is not None:
-            z = z + spread(factor.bias.to(dtype) * factor.scale, self.slot)
+            z = z + spread(factor.bias.to(dtype) * factor.scale, self.spec)
         if variant.output is None:
             return z
         bias, mask = self._bias_under(route.names), route.acting(name)
@@ -297,7 +297,7 @@ class LoraLayer(BaseWeight):
         def siblings() -> list[Factor]:
             return [self.factor(other) for other in self.r if other != name]
 
-        return variant.output(At(y0, bias, z, factor, kind, self.slot, read, mask, x, siblings))
+        return variant.output(At(y0, bias, z, factor, kind, self.spec, read, mask, x, siblings))
 
     def _bias_under(self, names: tuple[str, ...]) -> Tensor | None:
         """Return the bias, (out,), in the base's output while these adapters are active, or None."""
@@ -342,18 +342,18 @@ class LoraLayer(BaseWeight):
             )
         seen = self.read(name) if name in self.moved_by else W
         A, B = factor.multiplied(training)
-        delta = self.kind.delta(self.slot, A.to(W.dtype), B.to(W.dtype)) * factor.scale
-        return factor.variant.update(self.kind, self.slot, seen, delta, factor)
+        delta = self.kind.delta(self.spec, A.to(W.dtype), B.to(W.dtype)) * factor.scale
+        return factor.variant.update(self.kind, self.spec, seen, delta, factor)
 
     @property
     def in_features(self) -> int:
         """Columns of the base weight; number of embeddings; input channels of a convolution."""
-        return self.slot.in_features
+        return self.spec.in_features
 
     @property
     def out_features(self) -> int:
         """Rows of the base weight: width of the output."""
-        return self.slot.out_features
+        return self.spec.out_features
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -372,7 +372,7 @@ class LoraLayer(BaseWeight):
     def get_base_weight(self) -> Tensor:
         """Return the current values of the base weight, (out, in) or in the shape that is stored."""
         base, owner = self.base, self.owner
-        stored = base.stored(owner, self.slot.parameter)
+        stored = base.stored(owner, self.spec.parameter)
         return base.read(owner, stored) if base.quantized else stored
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -422,7 +422,7 @@ class LoraLayer(BaseWeight):
             MergeError: It cannot be added to a weight of this shape.
         """
         factor = self.factor(adapter)
-        delta = self.kind.delta(self.slot, *factor.multiplied()) * factor.scale
+        delta = self.kind.delta(self.spec, *factor.multiplied()) * factor.scale
         return delta.transpose(0, 1) if self.base.transposed else delta
 
     @trainable_tensors
@@ -504,7 +504,7 @@ class LoraLayer(BaseWeight):
         """
         if any((name in self.r) != (name in tied.r) for name in adapters):
             return False
-        mine, its = (one.source._parameters.get(one.slot.parameter) for one in (self, tied))
+        mine, its = (one.source._parameters.get(one.spec.parameter) for one in (self, tied))
         return mine is its and mine is not None
 
     def _around_module(self, path: str) -> dict[str, LoraLayer]:

@@ -51,7 +51,7 @@ class ParamWrapper(WeightLayer):
     @property
     def parameter_name(self) -> str:
         """Name of the parameter in the module."""
-        return self.slot.parameter
+        return self.spec.parameter
 
     def extra_repr(self) -> str:
         """Return the parameter's name for `repr`, because several layers can wrap one module."""

@@ -1,6 +1,6 @@
 """`StoredWeight`: reads, keeps, replaces and restores the stored weight of a site.
 
-The base's module is only changed in `place`; `base_weight` decides what is stored, and when.
+The base's module is only changed in `target`; `base_weight` decides what is stored, and when.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class StoredWeight(AdapterModule):
 
     Attributes:
         base_layer: The base's module, or another layer around it.
-        slot: The weight's spec.
+        spec: The weight's spec.
         r: Adapter -> rank.
         scaling: Adapter -> scale.
         variant: Adapter -> the name of its variant.
@@ -50,7 +50,7 @@ class StoredWeight(AdapterModule):
     """
 
     _modules: dict[str, nn.Module]  # type: ignore[assignment]  # no child is None here
-    slot: WeightSpec
+    spec: WeightSpec
     kind_name: str
     r: dict[str, int]
     scaling: dict[str, float]
@@ -112,7 +112,7 @@ class StoredWeight(AdapterModule):
     def storage(self) -> tuple[WeightFormat[Any, Any], nn.Module]:
         """The entry of WEIGHT_FORMATS, and the module that holds the weight."""
         source = self.source
-        return weight_format_of(source, self.slot.parameter, self.slot.as_stored), source
+        return weight_format_of(source, self.spec.parameter, self.spec.as_stored), source
 
     @property
     def keeps_base(self) -> bool:
@@ -127,7 +127,7 @@ class StoredWeight(AdapterModule):
         """
         base, source = self.storage
         kept = self._kept_for(adapter in self.moved_by)
-        return base.read(source, _as_now(base, source, self.slot.parameter, kept))
+        return base.read(source, _as_now(base, source, self.spec.parameter, kept))
 
     def original(self, moved: bool = False) -> Stored:
         """Return the stored weight without anything merged, on the base's device and in its dtype.
@@ -135,7 +135,7 @@ class StoredWeight(AdapterModule):
         Args:
             moved: Return the residual base instead of the original weight.
         """
-        return _as_now(*self.storage, self.slot.parameter, self._kept_for(moved))
+        return _as_now(*self.storage, self.spec.parameter, self._kept_for(moved))
 
     def _kept_for(self, moved: bool) -> Stored | None:
         """Return the kept weight for the adapter with a residual base, or for others; None if the module holds it."""
@@ -162,7 +162,7 @@ class StoredWeight(AdapterModule):
         if not self.merged_adapters and (moved or not self.moved_by):
             return self.base_layer
         self.check_kept()
-        clone = self.base.clone(self.source, self.slot.parameter, self.original(moved))
+        clone = self.base.clone(self.source, self.spec.parameter, self.original(moved))
         if self.kept_bias is not None:
             held: dict[str, Any] = clone._parameters if "bias" in clone._parameters else clone.__dict__
             held["bias"] = self.original_bias()
@@ -182,7 +182,7 @@ class StoredWeight(AdapterModule):
         self.kept = self.original()
         self.moved_by, self.moved = (adapter,), stored
         self.initial = initial and (initial[0].detach().to("cpu", copy=True), initial[1].detach().to("cpu", copy=True))
-        self.base.place(self.owner, self.slot.parameter, stored)
+        self.base.target(self.owner, self.spec.parameter, stored)
 
     def check_kept(self) -> None:
         """Check that the base without merged adapters can be computed.
@@ -198,17 +198,17 @@ class StoredWeight(AdapterModule):
         if not self.keeps_base:
             return 0
         base = self.base
-        kept = self.kept if self.kept is not None else base.stored(self.source, self.slot.parameter)
+        kept = self.kept if self.kept is not None else base.stored(self.source, self.spec.parameter)
         return sum(tensor.numel() * tensor.element_size() for tensor in base.tensors(kept))
 
-    def place(self, stored: Replacement) -> None:
+    def target(self, stored: Replacement) -> None:
         """Store the result of merging or unmerging: a module that replaces the owner, or a weight in it."""
         if isinstance(stored, nn.Module):
             self.replaced = self.replaced or (self.owner,)
             self.base_layer = stored
             return
         base, source = self.storage
-        base.place(source, self.slot.parameter, stored)
+        base.target(source, self.spec.parameter, stored)
         if self.replaced:
             self.base_layer, self.replaced = self.replaced[0], ()
 

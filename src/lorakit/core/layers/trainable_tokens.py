@@ -408,15 +408,15 @@ def looked_up(table: nn.Embedding, x: Tensor, y: Tensor, index: Tensor, rows: Te
         (…, d). Cost: a search among n numbers per index; the table itself is not copied.
     """
     numbers, order = index.sort()
-    place = torch.searchsorted(numbers, x.contiguous()).clamp_max(len(numbers) - 1)
-    hit = numbers[place] == x
+    target = torch.searchsorted(numbers, x.contiguous()).clamp_max(len(numbers) - 1)
+    hit = numbers[target] == x
     if table.max_norm is not None:  # torch scales long rows down in place when it looks them up
         norms = rows.norm(p=table.norm_type, dim=1, keepdim=True)
         rows = torch.where(norms > table.max_norm, rows * (table.max_norm / (norms + 1e-7)), rows)
     padding = table.padding_idx
     if padding is not None:  # the padding's row has no gradient
         rows = torch.where((index == padding)[:, None], rows.detach(), rows)
-    new = F.embedding(order[place], rows.to(y.dtype))
+    new = F.embedding(order[target], rows.to(y.dtype))
     scale = getattr(table, "embed_scale", None)  # scaled embeddings multiply what they look up
     if scale is not None:
         new = new * torch.as_tensor(scale, dtype=new.dtype, device=new.device)

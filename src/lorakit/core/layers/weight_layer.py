@@ -126,9 +126,9 @@ class WeightLayer(LoraLayer):
         tensors: dict[str, Tensor] = {}
         factors: dict[str, list[Factor]] = {}
         for layer in self.chain():
-            weight, factors[layer.slot.parameter] = layer.beside_tokens(route)
+            weight, factors[layer.spec.parameter] = layer.beside_tokens(route)
             if weight is not None:
-                tensors[layer.slot.parameter] = weight
+                tensors[layer.spec.parameter] = weight
         clone = clone_with(owner, tensors)
         for child in self.kind.inner:
             inside = owner._modules[child]
@@ -164,7 +164,7 @@ class WeightLayer(LoraLayer):
         if frozenset(names) == self.inside() == frozenset(self.merged_adapters):
             return None
         self.check_kept()
-        with torch.autocast(self.base.device(self.owner, self.slot.parameter).type, enabled=False):
+        with torch.autocast(self.base.device(self.owner, self.spec.parameter).type, enabled=False):
             W = self.read()
             moved = next((name for name in names if name in self.moved_by), None)
             total = W if moved is None else self.read(moved)
@@ -185,11 +185,11 @@ class WeightLayer(LoraLayer):
         names = [name for name in route.names if name in self.r]
         drops = any(isinstance(self.lora_dropout[name], nn.Dropout) for name in names)
         whole = torch.compiler.is_compiling() and not drops  # an expert's tokens have no fixed number
-        if whole or self.moved_by or not shows_tokens(self.owner, self.slot.parameter):
+        if whole or self.moved_by or not shows_tokens(self.owner, self.spec.parameter):
             return self.effective(route), []
         merged = self.inside() <= set(names)
         beside = [name for name in names if not merged or name not in self.merged_adapters]
         weight = None if merged else self.effective(BASE)
         factors = [self.factor(name).plain(self.training) for name in beside]
-        apart = [(factor, per_expert(self.slot, factor.A, factor.B)) for factor in factors]
+        apart = [(factor, per_expert(self.spec, factor.A, factor.B)) for factor in factors]
         return weight, [replace(factor, A=A, B=B) for factor, (A, B) in apart]

@@ -195,7 +195,7 @@ def _trained_before(index: AdapterIndex) -> Flags:
     for _, layer in index.layers():
         held = {**layer.source._parameters}
         if layer.tied_weight is not None:
-            held[layer.slot.parameter] = layer.tied_weight
+            held[layer.spec.parameter] = layer.tied_weight
         flags.append((layer, {name for name, parameter in held.items() if id(parameter) in trained}))
     for _, table in index.every(TrainableTokens):
         held = dict(table.original_module._parameters)
@@ -269,7 +269,7 @@ def tied_sites(model: nn.Module | AdapterIndex, names: Sequence[str]) -> list[tu
         one.setdefault(id(led.get(layer, layer)), set()).add(id(layer.owner))
     for path, layer in index.layers_of(names):
         those = one[id(led.get(layer, layer))]
-        holders = index.holders.get(identity(layer.owner._parameters.get(layer.slot.parameter)), ())
+        holders = index.holders.get(identity(layer.owner._parameters.get(layer.spec.parameter)), ())
         shared = [name for name, module in holders if id(module) not in those]
         sites += [(path, shared[0])] if shared else []
     return sites + untied_copies(index, names)
@@ -348,7 +348,7 @@ def _components_apart(index: AdapterIndex, names: Sequence[str], untie: bool) ->
     untied = {id(layer.tied_weight) for _, layer in index.layers() if layer.tied_weight is not None}
     untied |= {id(held) for table in tables for held in table.tied_weight}
     for _, layer in index.layers_of(names) if untie or untied else ():
-        parameter = layer.source._parameters.get(layer.slot.parameter)
+        parameter = layer.source._parameters.get(layer.spec.parameter)
         shared = any(module is not layer.source for _, module in index.holders.get(identity(parameter), ()))
         if id(parameter) in untied or (untie and shared):
             apart.add(id(layer))
@@ -396,8 +396,8 @@ def explain_inexact_merge(model: nn.Module, *names: str) -> str | None:
         if dtype not in WIDE:
             name = str(dtype).removeprefix("torch.")
             return f"{path} is {name}, and a merged weight is rounded to that precision. In float32 a merge is exact."
-        if layer.slot.groups > 1:
-            return f"{path} is a convolution of {layer.slot.groups} groups, whose weight cannot hold the delta."
+        if layer.spec.groups > 1:
+            return f"{path} is a convolution of {layer.spec.groups} groups, whose weight cannot hold the delta."
     return None
 
 
@@ -440,7 +440,7 @@ class _Merged:
         self._names, self._options = names, MergeOptions(in_place=False)
         led = leaders_of(index, names)
         self._sites = {  # a module's id and a name in it -> the layer whose weight that is; one weight, bit for bit
-            (id(layer.source), layer.slot.parameter): led.get(layer, layer) for _, layer in index.layers_of(names)
+            (id(layer.source), layer.spec.parameter): led.get(layer, layer) for _, layer in index.layers_of(names)
         }
         self._layers = {(id(layer.source), "bias"): layer for _, layer in index.layers_of(names)}
         self._tensors: dict[str, Tensor] = {}  # of saved modules and trainable tokens
@@ -454,13 +454,13 @@ class _Merged:
 
     def tensor(self, name: str, module: nn.Module, tensor: Tensor) -> Tensor:
         """Return a tensor of the base, (…), with adapters merged; without any it is the base's own, detached."""
-        place = (id(module), name.rpartition(".")[2])
-        if place in self._sites:
-            return self._sites[place].merged_tensors(self._names, self._options)[place[1]]
-        bias = self._layers[place].merged_bias(self._names) if place in self._layers else None
+        target = (id(module), name.rpartition(".")[2])
+        if target in self._sites:
+            return self._sites[target].merged_tensors(self._names, self._options)[target[1]]
+        bias = self._layers[target].merged_bias(self._names) if target in self._layers else None
         if bias is not None:
             return bias
-        return self._tensors[name] if name in self._tensors else self._biases.get(place, tensor.detach())
+        return self._tensors[name] if name in self._tensors else self._biases.get(target, tensor.detach())
 
     def dequantized(self, weight: QuantizedWeight, options: MergeOptions) -> Iterator[tuple[str, Tensor]]:
         """Yield name and tensor, (…), of a quantized weight as the plain base has it; also its bias."""

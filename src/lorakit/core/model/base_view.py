@@ -113,12 +113,12 @@ def base_tensors(model: nn.Module | AdapterIndex, *, stacked: bool = True) -> It
         each name; buffers that are not saved are left out.
     """
     index = AdapterIndex.of(model)
-    layers = {(id(layer.source), layer.slot.parameter): layer for _, layer in index.layers()}
+    layers = {(id(layer.source), layer.spec.parameter): layer for _, layer in index.layers()}
     tables = [table for _, table in index.every(TrainableTokens) if not table.follows and table.merged_adapters]
     unmerged = {id(t.original_module.weight): t.token_adapter.original(strict=False) for t in tables}
     if not stacked and index.state is not None and index.state.replication is not None:
         # the weight of a replicated layer is that of its original, in another module
-        held = [(layer.source._parameters.get(layer.slot.parameter), layer) for layer in layers.values()]
+        held = [(layer.source._parameters.get(layer.spec.parameter), layer) for layer in layers.values()]
         layers |= {(id(parameter), ""): layer for parameter, layer in held if parameter is not None}
     for path, module in index.plain_modules(stacked):
         biases = {name: old for patch in BiasPatch.on(module) for name, old in patch.old(module).items()}

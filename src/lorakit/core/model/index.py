@@ -50,20 +50,20 @@ class TargetWeight:
         path: Path of its layer, also its name on disk.
         outer: Path of the module in the plain base.
         kind: The kind of the site.
-        slot: The weight's spec: shape, parameter and layout.
+        spec: The weight's spec: shape, parameter and layout.
         child: Name of the child of that module that holds the weight; "" for the module itself.
     """
 
     path: str
     outer: str
     kind: Kind
-    slot: WeightSpec
+    spec: WeightSpec
     child: str = ""
 
     @property
     def pattern_path(self) -> str:
         """Path that `rank_pattern` and `alpha_pattern` match: that of its module or bare parameter."""
-        return f"{self.outer}.{self.slot.parameter}" if self.kind.names_parameter else self.outer
+        return f"{self.outer}.{self.spec.parameter}" if self.kind.names_parameter else self.outer
 
 
 @dataclass
@@ -264,7 +264,7 @@ class AdapterIndex:
             return standing.original_module
         return standing.owner if isinstance(standing, LoraLayer) else standing
 
-    def places(self, path: str, kind: Kind) -> list[TargetWeight]:
+    def targets(self, path: str, kind: Kind) -> list[TargetWeight]:
         """Return the weights that are adapted if a target names a module.
 
         Args:
@@ -275,62 +275,62 @@ class AdapterIndex:
             The weights, in the order in which their layers can be put around the module: the innermost first.
         """
         owner = self.base(path)
-        slots = kind.slots(owner)
-        found = [TargetWeight(path + INSIDE * depth, path, kind, slot) for depth, slot in enumerate(slots)]
+        specs = kind.specs(owner)
+        found = [TargetWeight(path + INSIDE * depth, path, kind, spec) for depth, spec in enumerate(specs)]
         for child in kind.inner:
-            (slot,) = INNER.slots(inner_base(owner, child))
-            found.append(TargetWeight(f"{path}{INSIDE * len(slots)}.{child}", path, INNER, slot, child))
+            (spec,) = INNER.specs(inner_base(owner, child))
+            found.append(TargetWeight(f"{path}{INSIDE * len(specs)}.{child}", path, INNER, spec, child))
         return found[::-1]
 
-    def holder(self, place: TargetWeight) -> nn.Module:
+    def holder(self, target: TargetWeight) -> nn.Module:
         """Return the base's module that holds a target weight."""
-        owner = self.base(place.outer)
-        return inner_base(owner, place.child) if place.child else owner
+        owner = self.base(target.outer)
+        return inner_base(owner, target.child) if target.child else owner
 
-    def weight(self, place: TargetWeight) -> Tensor:
+    def weight(self, target: TargetWeight) -> Tensor:
         """Return a base weight as before any merge, canonical (out, in), fp32 or wider."""
-        standing, module, parameter = self.layer(place), self.holder(place), place.slot.parameter
+        standing, module, parameter = self.layer(target), self.holder(target), target.spec.parameter
         if standing is not None:
             return standing.read()
-        base = weight_format_of(module, parameter, place.slot.as_stored)
+        base = weight_format_of(module, parameter, target.spec.as_stored)
         return base.read(module, base.stored(module, parameter))
 
-    def layer(self, place: TargetWeight) -> LoraLayer | None:
+    def layer(self, target: TargetWeight) -> LoraLayer | None:
         """Return the layer of a target weight, or None if it has none yet."""
-        if place.child:
-            inside = self.base(place.outer)._modules[place.child]
+        if target.child:
+            inside = self.base(target.outer)._modules[target.child]
             return inside if isinstance(inside, LoraLayer) else None
-        standing = self.modules[place.outer]
-        while isinstance(standing, LoraLayer) and standing.slot.parameter != place.slot.parameter:
+        standing = self.modules[target.outer]
+        while isinstance(standing, LoraLayer) and standing.spec.parameter != target.spec.parameter:
             standing = standing.base_layer
         return standing if isinstance(standing, LoraLayer) else None
 
-    def put(self, place: TargetWeight, make: Callable[[nn.Module], LoraLayer]) -> LoraLayer:
+    def put(self, target: TargetWeight, make: Callable[[nn.Module], LoraLayer]) -> LoraLayer:
         """Put a new layer around a target weight; layers of bare parameters keep the order of their definition.
 
         Args:
-            place: The target weight.
+            target: The target weight.
             make: Makes the layer around a given module.
 
         Returns:
             The layer.
         """
-        if place.child:
-            owner = self.base(place.outer)
-            layer = make(owner.get_submodule(place.child))
-            owner._modules[place.child] = self.components[place.path] = layer
+        if target.child:
+            owner = self.base(target.outer)
+            layer = make(owner.get_submodule(target.child))
+            owner._modules[target.child] = self.components[target.path] = layer
             return layer
-        standing = inside = self.modules[place.outer]
+        standing = inside = self.modules[target.outer]
         around: LoraLayer | None = None
-        while isinstance(inside, LoraLayer) and _goes_around(inside, place):
+        while isinstance(inside, LoraLayer) and _goes_around(inside, target):
             around, inside = inside, inside.base_layer
         layer = make(inside)
         if around is not None:
             around.base_layer = layer
         else:
             self.replace(standing, layer)
-            self.modules[place.outer] = layer
-        path, here = place.outer, self.modules[place.outer]
+            self.modules[target.outer] = layer
+        path, here = target.outer, self.modules[target.outer]
         while isinstance(here, LoraLayer):
             self.components[path] = here
             path, here = path + INSIDE, here.base_layer
@@ -343,10 +343,10 @@ class AdapterIndex:
             old: A module outside of adapted modules, or an adapted one.
             new: The module that replaces it.
         """
-        places = self.parents.get(id(old), [])
-        for parent, attribute in places:
+        targets = self.parents.get(id(old), [])
+        for parent, attribute in targets:
             parent._modules[attribute] = new
-        self.parents[id(new)] = places
+        self.parents[id(new)] = targets
 
 
 def _visits(model: nn.Module) -> Iterator[tuple[str, nn.Module, Children, bool, bool]]:
@@ -433,20 +433,20 @@ def inner_base(owner: nn.Module, child: str) -> nn.Module:
     return inside.owner if isinstance(inside, LoraLayer) else inside
 
 
-def _goes_around(layer: LoraLayer, place: TargetWeight) -> bool:
+def _goes_around(layer: LoraLayer, target: TargetWeight) -> bool:
     """Return whether a layer must be around a new one: the parameter defined last has the outermost layer."""
-    if not place.kind.names_parameter:
+    if not target.kind.names_parameter:
         return False
     names = defined_parameters(layer.owner)
-    return names.index(layer.slot.parameter) > names.index(place.slot.parameter)
+    return names.index(layer.spec.parameter) > names.index(target.spec.parameter)
 
 
 def _candidate(path: str, base: nn.Module, kind: Kind | None, head: nn.Module | None) -> Candidate:
     if kind is None or not _can_be_read(base, kind):
         return Candidate(path, None, type(base).__name__)
-    slot = kind.slots(base)[0]
+    spec = kind.specs(base)[0]
     dense = (kind.is_dense or (kind.layer is not None and isinstance(base, nn.Linear))) and base is not head
-    return Candidate(path, kind.name, type(base).__name__, dense, slot.out_features, slot.in_features)
+    return Candidate(path, kind.name, type(base).__name__, dense, spec.out_features, spec.in_features)
 
 
 def _can_be_read(module: nn.Module, kind: Kind) -> bool:

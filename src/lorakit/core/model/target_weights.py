@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.kinds import PARAMETER, parameter_slot
+from lorakit.core.kinds import PARAMETER, parameter_spec
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.weight_layer import shows_tokens
@@ -49,7 +49,7 @@ def sites(model: nn.Module) -> list[Site]:
         model: An adapted model; one without adapters has none.
     """
     return [
-        Site(path, layer.kind_name, layer.slot.out_features, layer.slot.in_features, layer)
+        Site(path, layer.kind_name, layer.spec.out_features, layer.spec.in_features, layer)
         for path, layer in AdapterIndex.of(model).layers()
     ]
 
@@ -68,7 +68,7 @@ def bare_parameters(index: AdapterIndex) -> list[BareParameter]:
     ]
 
 
-def named_places(index: AdapterIndex, config: LoraConfig) -> dict[str, TargetWeight]:
+def named_targets(index: AdapterIndex, config: LoraConfig) -> dict[str, TargetWeight]:
     """Return path on disk -> target weight of the bare parameters that a config names; its patterns are ignored.
 
     Args:
@@ -82,10 +82,10 @@ def named_places(index: AdapterIndex, config: LoraConfig) -> dict[str, TargetWei
         return {}
     plain = dataclasses.replace(config, rank_pattern={}, alpha_pattern={})
     matches = targeted_parameters(bare_parameters(index), plain)
-    return {place.path: place for _, place in places_of(index, matches)}
+    return {target.path: target for _, target in targets_of(index, matches)}
 
 
-def places_of(index: AdapterIndex, matches: Sequence[Match]) -> list[tuple[Match, TargetWeight]]:
+def targets_of(index: AdapterIndex, matches: Sequence[Match]) -> list[tuple[Match, TargetWeight]]:
     """Return every weight that an adapter adapts, with its match.
 
     Args:
@@ -104,8 +104,8 @@ def places_of(index: AdapterIndex, matches: Sequence[Match]) -> list[tuple[Match
         if match.parameter:
             by_module.setdefault(match.path, []).append(match)
         else:
-            found += [(match, place) for place in index.places(match.path, index.kind(match.kind))]
-    whole = {place.outer for _, place in found}
+            found += [(match, target) for target in index.targets(match.path, index.kind(match.kind))]
+    whole = {target.outer for _, target in found}
     for path, named in by_module.items():
         if path in whole:
             raise _overlap_error(path, named[0].parameter, type(index.base(path)).__name__)
@@ -113,34 +113,34 @@ def places_of(index: AdapterIndex, matches: Sequence[Match]) -> list[tuple[Match
         order = defined_parameters(owner)
         named.sort(key=lambda match: order.index(match.parameter))
         for depth, match in zip(reversed(range(len(named))), named, strict=True):
-            weight = TargetWeight(path + INSIDE * depth, path, PARAMETER, parameter_slot(owner, match.parameter))
+            weight = TargetWeight(path + INSIDE * depth, path, PARAMETER, parameter_spec(owner, match.parameter))
             found.append((match, weight))
-    check_overlap(index, [place for _, place in found])
+    check_overlap(index, [target for _, target in found])
     return found
 
 
-def dropout_at(config: LoraConfig, place: TargetWeight, holder: nn.Module) -> float:
+def dropout_at(config: LoraConfig, target: TargetWeight, holder: nn.Module) -> float:
     """Return the dropout of a site's input to A.
 
     Args:
         config: The adapter's config.
-        place: The site.
+        target: The site.
         holder: The base's module that holds its weight.
 
     Raises:
         ConfigError: The config has a dropout, but the module does not expose the input of its parameter.
     """
-    if place.kind.drops or not config.lora_dropout:
+    if target.kind.drops or not config.lora_dropout:
         return config.lora_dropout
-    if place.kind.names_parameter and not shows_tokens(holder, place.slot.parameter):
+    if target.kind.names_parameter and not shows_tokens(holder, target.spec.parameter):
         raise ConfigError(
-            f"lora.ParamWrapper does not work with lora_dropout != 0: {type(holder).__name__} at {place.outer} does "
-            f"not expose the input of its parameter {place.slot.parameter!r}. Set lora_dropout=0.",
+            f"lora.ParamWrapper does not work with lora_dropout != 0: {type(holder).__name__} at {target.outer} does "
+            f"not expose the input of its parameter {target.spec.parameter!r}. Set lora_dropout=0.",
             what=config.lora_dropout,
-            where=place.outer,
+            where=target.outer,
             field="lora_dropout",
         )
-    return config.lora_dropout if place.kind.names_parameter else 0.0
+    return config.lora_dropout if target.kind.names_parameter else 0.0
 
 
 def paths_on_disk(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, str]:
@@ -161,19 +161,19 @@ def paths_on_disk(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, st
     return found
 
 
-def check_overlap(index: AdapterIndex, places: Sequence[TargetWeight]) -> None:
+def check_overlap(index: AdapterIndex, targets: Sequence[TargetWeight]) -> None:
     """Check that no module is adapted both as a whole and by its parameter, together with the model's adapters.
 
     Args:
         index: The model's index.
-        places: The target weights of one adapter.
+        targets: The target weights of one adapter.
 
     Raises:
         TargetError: The message names the module.
     """
     adapted = {path for path, m in index.modules.items() if isinstance(m, (LoraLayer, ModulesToSave))}
-    taken = sorted(adapted | {place.outer for place in places})
-    for outer in {place.outer for place in places if place.kind.names_parameter}:
+    taken = sorted(adapted | {target.outer for target in targets})
+    for outer in {target.outer for target in targets if target.kind.names_parameter}:
         inside = next((path for path in taken if path.startswith(f"{outer}.")), None)
         if inside is not None:
             raise TargetError(
@@ -183,12 +183,12 @@ def check_overlap(index: AdapterIndex, places: Sequence[TargetWeight]) -> None:
                 where=outer,
                 field="target_parameters",
             )
-    for place in places:
-        layer = index.modules[place.outer]
-        if not isinstance(layer, LoraLayer) or place.child:
+    for target in targets:
+        layer = index.modules[target.outer]
+        if not isinstance(layer, LoraLayer) or target.child:
             continue
-        if layer.kind.names_parameter != place.kind.names_parameter:
-            raise _overlap_error(place.outer, place.slot.parameter, type(layer.owner).__name__)
+        if layer.kind.names_parameter != target.kind.names_parameter:
+            raise _overlap_error(target.outer, target.spec.parameter, type(layer.owner).__name__)
 
 
 def _overlap_error(path: str, parameter: str, type_name: str) -> TargetError:

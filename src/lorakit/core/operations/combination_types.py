@@ -142,10 +142,10 @@ def added_up(
 def clamped(A: Tensor, B: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
     """Return A (g, r, in) and B (g, out, r) clamped to a quantile of ± all their values."""
     sizes = torch.cat([A.abs().flatten(), B.abs().flatten()]).sort().values
-    place = (2 * quantile - 1) * (sizes.numel() - 1)  # of ±x at q: of |x| at 2q − 1
-    below = int(place)
+    target = (2 * quantile - 1) * (sizes.numel() - 1)  # of ±x at q: of |x| at 2q − 1
+    below = int(target)
     above = min(below + 1, sizes.numel() - 1)
-    limit = float(sizes[below] + (place - below) * (sizes[above] - sizes[below]))
+    limit = float(sizes[below] + (target - below) * (sizes[above] - sizes[below]))
     return A.clamp(-limit, limit), B.clamp(-limit, limit)
 
 

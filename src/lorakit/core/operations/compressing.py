@@ -156,7 +156,7 @@ def _dense_update(path: str, factor: SiteFactors, reading: Callable[[str], Readi
     own = {name: tensor.to(W.dtype) for name, tensor in factor.own.items()}
     wide = dataclasses.replace(factor, A=factor.A.to(W.dtype), B=factor.B.to(W.dtype), own=own)
     delta = (factor.scale * (product.B @ product.A)[0]).view_as(W)
-    return variant.update(base.kind, base.slot, W, delta, wide).flatten(1).float()
+    return variant.update(base.kind, base.spec, W, delta, wide).flatten(1).float()
 
 
 def _cut_factor(factor: SiteFactors, to: RankLimit) -> tuple[Product, float, float]:

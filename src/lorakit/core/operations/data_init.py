@@ -156,12 +156,12 @@ class DataSites:
         """Return path of a site -> the input of its init."""
         contexts: dict[str, InitContext] = {}
         for match in self.matches:
-            places = self.index.places(match.path, kind_named(match.kind))
-            for place in places:
-                init_for(self.config.init_lora_weights, place.kind, place.path)
+            targets = self.index.targets(match.path, kind_named(match.kind))
+            for target in targets:
+                init_for(self.config.init_lora_weights, target.kind, target.path)
             if self.init.changes_base:
-                check_can_move(self.index, places[0], self.init)
-            contexts[places[0].path] = init_context_for(self.index, self.config, match, places[0])
+                check_can_move(self.index, targets[0], self.init)
+            contexts[targets[0].path] = init_context_for(self.index, self.config, match, targets[0])
         return contexts
 
     def _size_bytes(self, context: InitContext) -> int:

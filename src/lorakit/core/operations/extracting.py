@@ -21,7 +21,7 @@ from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.checks import check_allowances
 from lorakit.core.model.fingerprint import fingerprint
 from lorakit.core.model.index import AdapterIndex, TargetWeight, find_state
-from lorakit.core.model.target_weights import bare_parameters, places_of
+from lorakit.core.model.target_weights import bare_parameters, targets_of
 from lorakit.core.operations.tensor_sources import AdapterWeights, BareSite, SiteFactors, TensorSource, source_of_model
 from lorakit.core.operations.writing import OperationReport, SiteOperation, described, put, write
 from lorakit.core.quantization import weight_format_of
@@ -174,10 +174,10 @@ def extract_weights(
     sites = []
     aliases, taken = _aliases(model), set[str]()
     with torch.no_grad():
-        places = [place for _, place in places_of(site_map, resolved.matches)]
-        for place in sorted(places, key=lambda place: place.path):
-            weight = ".".join(filter(None, (place.outer, place.child, place.slot.parameter)))
-            factors[place.path], site = _site(site_map, place, (base, tuned), cut, aliases[weight])
+        targets = [target for _, target in targets_of(site_map, resolved.matches)]
+        for target in sorted(targets, key=lambda target: target.path):
+            weight = ".".join(filter(None, (target.outer, target.child, target.spec.parameter)))
+            factors[target.path], site = _site(site_map, target, (base, tuned), cut, aliases[weight])
             sites.append(site)
             taken.add(weight)
         inside = [name for name in aliases for path in resolved.saved if name.startswith(f"{path}.")]
@@ -211,14 +211,14 @@ def _check_plain(config: LoraConfig, model: nn.Module) -> None:
 
 def _site(
     site_map: AdapterIndex,
-    place: TargetWeight,
+    target: TargetWeight,
     sources: tuple[TensorSource, TensorSource],
     cut: RankLimit,
     names: Sequence[str],
 ) -> tuple[SiteFactors, SiteOperation]:
     """Return the nearest low-rank change of a weight, or of each expert, with its loss.   [docs/math.md (52)]"""
-    slot, kind = place.slot, place.kind
-    if slot.groups > 1:
+    spec, kind = target.spec, target.kind
+    if spec.groups > 1:
         raise NotYetSupported(
             f"{names[0]} is the weight of a grouped convolution, from which no adapter can be extracted.",
             where=names[0],
@@ -232,37 +232,37 @@ def _site(
             where=names[0],
         )
     rank = cut.rank
-    if rank is None and slot.experts:  # one rank for all: two passes, one change at a time
-        S = torch.stack([torch.linalg.svdvals(delta) for delta in _changes(site_map, place, sources, under)])
+    if rank is None and spec.experts:  # one rank for all: two passes, one change at a time
+        S = torch.stack([torch.linalg.svdvals(delta) for delta in _changes(site_map, target, sources, under)])
         rank = cut.of(S)
     parts, whole, kept = [], 0.0, 0.0
-    for delta in _changes(site_map, place, sources, under):
+    for delta in _changes(site_map, target, sources, under):
         found, energy = dense_spectrum(delta, rank)
         part = truncated(found, cut.of(found.S) if rank is None else min(rank, *delta.shape))
         parts.append(part)
         whole += energy
         kept += float(found.S[:, : part.rank].double().square().sum())
     product = Product(torch.cat([part.A for part in parts]), torch.cat([part.B for part in parts]))
-    like = [product.A.new_empty(shape, device="meta") for shape in kind.shapes(slot, product.rank)]
-    A, B = factors_of(product, like[0], like[1], max(1, slot.experts))
+    like = [product.A.new_empty(shape, device="meta") for shape in kind.shapes(spec, product.rank)]
+    A, B = factors_of(product, like[0], like[1], max(1, spec.experts))
     lost = max(0.0, 1 - kept / whole) if whole else 0.0
-    bare = BareSite.of(site_map.holder(place), place.outer, slot) if kind.names_parameter else None
+    bare = BareSite.of(site_map.holder(target), target.outer, spec) if kind.names_parameter else None
     made = SiteFactors(A, B, 1.0, nn.Identity(), PLAIN, endings=endings_of(kind), bare=bare)
-    return made, SiteOperation(place.path, made.r, min(delta.shape), whole**0.5, lost**0.5)
+    return made, SiteOperation(target.path, made.r, min(delta.shape), whole**0.5, lost**0.5)
 
 
 def _changes(
-    site_map: AdapterIndex, place: TargetWeight, sources: tuple[TensorSource, TensorSource], names: Sequence[str]
+    site_map: AdapterIndex, target: TargetWeight, sources: tuple[TensorSource, TensorSource], names: Sequence[str]
 ) -> Iterator[Tensor]:
     """Yield the change of a weight as a matrix (out, n), in fp32 or wider, or of one expert after the other."""
-    slot, holder = place.slot, site_map.holder(place)
-    row, pairs = weight_format_of(holder, slot.parameter, slot.as_stored), list(zip(sources, names, strict=True))
-    if not slot.experts:
+    spec, holder = target.spec, site_map.holder(target)
+    row, pairs = weight_format_of(holder, spec.parameter, spec.as_stored), list(zip(sources, names, strict=True))
+    if not spec.experts:
         before, after = (row.read(holder, source.read(name)).flatten(1) for source, name in pairs)
         yield after - before
-    for expert in range(slot.experts):
+    for expert in range(spec.experts):
         before, after = (row.read(holder, source.read_one(name, expert)) for source, name in pairs)
-        yield (after - before).T if slot.in_first else after - before
+        yield (after - before).T if spec.in_first else after - before
 
 
 def _name_in(source: TensorSource, names: Sequence[str]) -> str:

@@ -340,7 +340,7 @@ def _sites_in(index: AdapterIndex, name: str) -> dict[str, tuple[float, BareSite
     found = {}
     for path, layer in index.layers(name):
         outer = path.partition(INSIDE)[0]
-        bare = BareSite.of(layer.owner, outer, layer.slot) if layer.kind.names_parameter else None
+        bare = BareSite.of(layer.owner, outer, layer.spec) if layer.kind.names_parameter else None
         found[on_disk[path]] = layer.scaling[name], bare
     return found
 

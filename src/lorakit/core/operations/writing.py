@@ -22,7 +22,7 @@ from lorakit.config import LoraConfig, scale
 from lorakit.core.attachment.loading import place_adapter
 from lorakit.core.files.adapter_folder import FORMAT_VERSION, METADATA_KEY, AdapterFiles, Sidecar, write_files
 from lorakit.core.files.tensor_file import TensorFile, encode
-from lorakit.core.kinds import PARAMETER, parameter_slot
+from lorakit.core.kinds import PARAMETER, parameter_spec
 from lorakit.core.linalg import Reading, padded
 from lorakit.core.model.index import INSIDE, AdapterIndex, TargetWeight, defined_parameters
 from lorakit.core.operations.tensor_sources import PLAIN_TARGETS, AdapterWeights, SiteFactors, outer_modules
@@ -300,24 +300,24 @@ def reader_of(model: nn.Module | AdapterIndex) -> Callable[[str], Reading]:
 
     def at(path: str) -> Reading:
         outer = path.partition(INSIDE)[0]
-        places = site_map.places(outer, site_map.kind(kinds[outer])) if outer in kinds else []
-        place = next((place for place in places if place.path == path), None) or _bare_place(site_map, path)
-        if place is None:
+        targets = site_map.targets(outer, site_map.kind(kinds[outer])) if outer in kinds else []
+        target = next((target for target in targets if target.path == path), None) or _bare_target(site_map, path)
+        if target is None:
             raise AdapterError(f"The model has no site {path}, which an adapter adapts.", where=path)
-        layer, holder, parameter = site_map.layer(place), site_map.holder(place), place.slot.parameter
-        base = weight_format_of(holder, parameter, place.slot.as_stored)
+        layer, holder, parameter = site_map.layer(target), site_map.holder(target), target.spec.parameter
+        base = weight_format_of(holder, parameter, target.spec.as_stored)
         stored = base.stored(holder, parameter) if layer is None else layer.original()
-        W = base.tensors(stored)[0] if place.slot.experts else base.read(holder, stored).double()
-        return Reading(W, place.kind, place.slot)
+        W = base.tensors(stored)[0] if target.spec.experts else base.read(holder, stored).double()
+        return Reading(W, target.kind, target.spec)
 
     return at
 
 
-def _bare_place(site_map: AdapterIndex, path: str) -> TargetWeight | None:
+def _bare_target(site_map: AdapterIndex, path: str) -> TargetWeight | None:
     module, _, parameter = path.rpartition(".")
     if module not in site_map.modules or parameter not in defined_parameters(site_map.base(module)):
         return None
-    return TargetWeight(path, module, PARAMETER, parameter_slot(site_map.base(module), parameter))
+    return TargetWeight(path, module, PARAMETER, parameter_spec(site_map.base(module), parameter))
 
 
 def _sites(adapter: AdapterWeights) -> dict[str, dict[str, float]]:

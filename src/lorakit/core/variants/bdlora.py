@@ -43,10 +43,10 @@ def _setting(config: LoraConfig, path: str) -> Setting | None:
     return {"side": side, "blocks": asked.nblocks, "path": path}
 
 
-def _shapes(kind: Kind, slot: WeightSpec, r: int, setting: Setting) -> tuple[Shape, Shape]:
+def _shapes(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> tuple[Shape, Shape]:
     """Return the shapes with blocks: A (r, in / blocks), or B (out, r / blocks); the other one has LoRA's shape."""
     number, in_A = int(setting["blocks"]), setting["side"] == "A"
-    sizes = {"r": r, **({"in_features": slot.in_features} if in_A else {"out_features": slot.out_features})}
+    sizes = {"r": r, **({"in_features": spec.in_features} if in_A else {"out_features": spec.out_features})}
     odd = next((name for name, size in sizes.items() if size % number), None)
     if odd is not None:
         raise ConfigError(
@@ -56,7 +56,7 @@ def _shapes(kind: Kind, slot: WeightSpec, r: int, setting: Setting) -> tuple[Sha
             where=str(setting["path"]),
             field="use_bdlora",
         )
-    A, B = kind.shapes(slot, r)
+    A, B = kind.shapes(spec, r)
     return ((A[0], A[1] // number), B) if in_A else (A, (B[0], B[1] // number))
 
 

@@ -47,17 +47,17 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     return squared.clamp_min(0).sqrt()
 
 
-def _norms(kind: Kind, slot: WeightSpec, W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+def _norms(kind: Kind, spec: WeightSpec, W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """Return the length of each row of the canonical weight with its update, (out,)."""
-    return row_norms(kind.flat_weight(slot, W), *kind.flat(slot, A, B), scale)
+    return row_norms(kind.flat_weight(spec, W), *kind.flat(spec, A, B), scale)
 
 
-def _shape(kind: Kind, slot: WeightSpec, r: int, setting: Setting) -> Shape:
-    return kind.vector(slot)
+def _shape(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> Shape:
+    return kind.vector(spec)
 
 
 def _start(start: Start) -> Tensor:
-    return _norms(start.kind, start.slot, start.read(), start.A, start.B, start.scale)
+    return _norms(start.kind, start.spec, start.read(), start.A, start.B, start.scale)
 
 
 def _output(at: At) -> Tensor:
@@ -68,20 +68,20 @@ def _output(at: At) -> Tensor:
     Source:
         Liu et al. 2024, arXiv:2402.09353, eq. (5) and (11).
     """
-    gain = spread(_gain(at.kind, at.slot, at.read(), at.factor), at.slot)
-    without_bias = at.y0 if at.bias is None else at.y0 - spread(at.bias.to(at.y0.dtype), at.slot)
+    gain = spread(_gain(at.kind, at.spec, at.read(), at.factor), at.spec)
+    without_bias = at.y0 if at.bias is None else at.y0 - spread(at.bias.to(at.y0.dtype), at.spec)
     return (gain - 1).to(at.y0.dtype) * without_bias + gain.to(at.y0.dtype) * at.z
 
 
-def _update(kind: Kind, slot: WeightSpec, W: Tensor, delta: Tensor, factor: Factor) -> Tensor:
-    gain = _gain(kind, slot, W, factor).view(-1, *[1] * (W.ndim - 1))  # (out, 1…)
+def _update(kind: Kind, spec: WeightSpec, W: Tensor, delta: Tensor, factor: Factor) -> Tensor:
+    gain = _gain(kind, spec, W, factor).view(-1, *[1] * (W.ndim - 1))  # (out, 1…)
     return gain * (W + delta) - W
 
 
-def _gain(kind: Kind, slot: WeightSpec, W: Tensor, factor: Factor) -> Tensor:
+def _gain(kind: Kind, spec: WeightSpec, W: Tensor, factor: Factor) -> Tensor:
     """Return g = m / ‖W + s·B·A‖, (out,); one for a row of zeros, and if the factor is not DoRA."""
     with torch.no_grad():
-        norms = _norms(kind, slot, W, factor.A, factor.B, factor.scale)
+        norms = _norms(kind, spec, W, factor.A, factor.B, factor.scale)
     magnitude = factor.own[MAGNITUDE].flatten() if MAGNITUDE in factor.own else norms
     return torch.where(norms > 0, at_least_fp32(magnitude) / norms.clamp_min(torch.finfo(norms.dtype).tiny), 1.0)
 
@@ -120,9 +120,9 @@ def combined(path: str, addends: Sequence[Addend], reading: Reading) -> Sum:
         made = Product(product.A, product.B / rows)
         A, B = factors_of(made, like.A, like.B, experts)
         wide = reading.W.dtype
-        lengths = _norms(reading.kind, reading.slot, reading.W, A.detach().to(wide), B.detach().to(wide), 1.0)
+        lengths = _norms(reading.kind, reading.spec, reading.W, A.detach().to(wide), B.detach().to(wide), 1.0)
         magnitude = (total * lengths).to(A.dtype)
-        return made, {MAGNITUDE: magnitude.view(reading.kind.vector(reading.slot))}
+        return made, {MAGNITUDE: magnitude.view(reading.kind.vector(reading.spec))}
 
     return Sum(turned, finish)
 
@@ -132,7 +132,7 @@ def _gain_over(factor: Factor, reading: Reading) -> Tensor:
     dtype = reading.W.dtype
     own = {name: tensor.detach().to(dtype) for name, tensor in factor.own.items()}
     wide = replace(factor, A=factor.A.detach().to(dtype), B=factor.B.detach().to(dtype), own=own)
-    return _gain(reading.kind, reading.slot, reading.W, wide)
+    return _gain(reading.kind, reading.spec, reading.W, wide)
 
 
 DORA = Variant(

@@ -53,7 +53,7 @@ def _setting(config: LoraConfig, path: str) -> Setting | None:
     return None if asked is None else {"beta": asked.beta, "gamma": asked.gamma}
 
 
-def _shape(kind: Kind, slot: WeightSpec, r: int, setting: Setting) -> Shape:
+def _shape(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> Shape:
     return (r,)
 
 
@@ -67,7 +67,7 @@ def _factors(factor: Factor, training: bool) -> tuple[Tensor, Tensor]:
 
 
 def _move(start: Start) -> Tensor:
-    least = min(start.slot.out_features, start.slot.in_features)
+    least = min(start.spec.out_features, start.spec.in_features)
     if start.rank >= least:
         raise ConfigError(
             f"{start.path}: r is {start.rank}, and KaSA removes r of the {least} singular values of the base weight; r "

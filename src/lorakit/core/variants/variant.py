@@ -75,7 +75,7 @@ class Start:
 
     Attributes:
         kind: The kind of the site.
-        slot: Its weight spec.
+        spec: Its weight spec.
         A: Initial down projection, (r, in).
         B: Initial up projection, (out, r).
         scale: The factor's scale.
@@ -86,7 +86,7 @@ class Start:
     """
 
     kind: Kind
-    slot: WeightSpec
+    spec: WeightSpec
     A: Tensor
     B: Tensor
     scale: float
@@ -98,7 +98,7 @@ class Start:
     @property
     def rank(self) -> int:
         """The rank of A."""
-        return self.kind.rank(self.slot, tuple(self.A.shape))
+        return self.kind.rank(self.spec, tuple(self.A.shape))
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class At:
         z: The scaled low-rank output s·B(A x), like y0.
         factor: The factor.
         kind: The kind of the site.
-        slot: Its weight spec.
+        spec: Its weight spec.
         read: Reads the canonical base weight, (out, in) or as its kind defines it.
         mask: z -> boolean mask of the active positions, which broadcasts over z, for variants with `positions`; None if
             the positions are not known.
@@ -147,7 +147,7 @@ class At:
     z: Tensor
     factor: Factor
     kind: Kind
-    slot: WeightSpec
+    spec: WeightSpec
     read: Callable[[], Tensor]
     mask: Callable[[Tensor], Tensor] | None = None
     x: Tensor | None = None
@@ -185,7 +185,7 @@ class Sum:
     finish: Callable[[Product], tuple[Product, Mapping[str, Tensor]]]
 
 
-def added(kind: Kind, slot: WeightSpec, W: Tensor, delta: Tensor, factor: Factor) -> Tensor:
+def added(kind: Kind, spec: WeightSpec, W: Tensor, delta: Tensor, factor: Factor) -> Tensor:
     """Return the delta, like W (out, in), as the whole addition to the weight."""
     return delta
 
@@ -272,14 +272,14 @@ class Variant:
         """True if its update is B·A wherever it is active."""
         return self.update is None or self.update is added
 
-    def shapes_of(self, kind: Kind, slot: WeightSpec, r: int, setting: Setting = NO_SETTING) -> tuple[Shape, Shape]:
+    def shapes_of(self, kind: Kind, spec: WeightSpec, r: int, setting: Setting = NO_SETTING) -> tuple[Shape, Shape]:
         """Return the shapes of A and B at a site, (r, in) and (out, r) on a dense one.
 
         On a kind that the variant does not support they are LoRA's; `variant_for` rejects such a site.
 
         Args:
             kind: The kind of the site.
-            slot: Its weight spec.
+            spec: Its weight spec.
             r: The rank.
             setting: The variant's settings there.
 
@@ -287,10 +287,10 @@ class Variant:
             ConfigError: The rank does not fit.
         """
         if self.shapes is None or not self.fits(kind):
-            return kind.shapes(slot, r)
-        return self.shapes(kind, slot, r, setting)
+            return kind.shapes(spec, r)
+        return self.shapes(kind, spec, r, setting)
 
     def starts(self, start: Start) -> dict[str, Tensor]:
         """Return the variant's own tensors of a new factor by `OwnTensor.held_as`, each in its shape there."""
-        shaped = ((t, t.shape(start.kind, start.slot, start.rank, start.setting)) for t in self.tensors)
+        shaped = ((t, t.shape(start.kind, start.spec, start.rank, start.setting)) for t in self.tensors)
         return {tensor.held_as: tensor.start(start).reshape(shape) for tensor, shape in shaped}

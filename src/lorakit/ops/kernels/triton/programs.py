@@ -173,7 +173,7 @@ def rotate(
     HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """Rotate x (B, T, H, D), or rotate it back, into out; cos and sin are (B, T, rot) if PER_ROW, else (1, T, rot)."""
-    place = tl.program_id(0).to(tl.int64)
+    target = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     pair = tl.arange(0, PAIRS)[None, :]
     half = rot // 2
@@ -182,11 +182,11 @@ def rotate(
         one, other = 2 * pair, 2 * pair + 1
     else:
         one, other = pair, pair + half
-    table = (place if PER_ROW else place % tokens) * rot
+    table = (target if PER_ROW else target % tokens) * rot
     c1, c2 = _narrowed(cos + table + one, known, x), _narrowed(cos + table + other, known, x)
     s1, s2 = _narrowed(sin + table + one, known, x), _narrowed(sin + table + other, known, x)
-    x += place * stride + head * width
-    out += place * stride_out + head * width
+    x += target * stride + head * width
+    out += target * stride_out + head * width
     x1 = tl.load(x + one, mask=inside, other=0.0).to(tl.float32)
     x2 = tl.load(x + other, mask=inside, other=0.0).to(tl.float32)
     if BACK:
