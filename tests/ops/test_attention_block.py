@@ -421,6 +421,14 @@ def test_autocast_keeps_norm_and_residual_wide() -> None:
         assert (a - true).norm() <= 1.5 * (b - true).norm() + 2e-3 * true.norm()
 
 
+def test_autocast_leaves_float64_unchanged() -> None:
+    block, x = block_of(norm=rms(WIDTH)), an_input()
+    expected = found(attention_block, x, block, Pattern(), tables(), True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for ours, wanted in zip(found(attention_block, x, block, Pattern(), tables(), True), expected, strict=True):
+            assert torch.equal(ours, wanted)
+
+
 def test_parts_that_do_not_fit() -> None:
     block, x = block_of(), an_input()
     trained = replace(block.output, W=block.output.W.clone().requires_grad_())

@@ -63,6 +63,33 @@ def test_what_the_new_one_lacks_becomes_zero_and_what_it_has_too_much_is_refused
         hotswap_adapter_from_state_dict(model, {}, "default", LoraConfig())
 
 
+def test_a_rejected_tensor_leaves_the_adapter_unchanged(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    config = LoraConfig(target_modules=["0"], modules_to_save=["2"], init_lora_weights=False)
+    model = get_peft_model(base(), config).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    key = "base_model.model.2.modules_to_save.default.weight"
+    with pytest.raises(AdapterFileError, match="not a LoRA weight of adapter 'default'"):
+        hotswap_adapter_from_state_dict(model, {key: torch.zeros(6, 64)}, "default", config)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_other_adapters_whose_names_begin_alike_are_unchanged(tmp_path: Path) -> None:
+    model = saved(tmp_path / "ab")
+    config = LoraConfig(target_modules=["0", "2"], init_lora_weights=False)
+    for name in ("d", "def", "defaulted"):
+        model.add_adapter(name, config)
+    before = {name: t.clone() for name, t in model.state_dict().items() if ".d." not in name}
+    hotswap_adapter(model, tmp_path / "ab", "d")
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    with pytest.raises(AdapterFileError, match="not a LoRA weight of adapter 'd'"):
+        hotswap_adapter_from_state_dict(
+            model, {"base_model.model.2.lora_B.def.weight": torch.zeros(6, 8)}, "d", model.peft_config["d"]
+        )
+
+
 def test_configs_that_tensors_do_not_carry_must_agree() -> None:
     with pytest.raises(ConfigError, match="Configs are incompatible: for use_dora, False != True"):
         check_hotswap_configs_compatible(LoraConfig(), LoraConfig(use_dora=True))

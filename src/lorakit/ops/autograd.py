@@ -39,17 +39,15 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def autocast(x: Tensor) -> Tensor:
-    """Cast x (any shape) to autocast's dtype if autocast is enabled; float64 is left unchanged, as autocast does."""
-    device = x.device.type
-    on = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return x.to(torch.get_autocast_dtype(device)) if on else x
-
-
 def is_cast_by_autocast(x: Tensor) -> bool:
-    """Return whether autocast is enabled with a dtype other than that of x (any shape)."""
+    """Return whether autocast changes the dtype of x (any shape); it never casts float64."""
     device = x.device.type
-    return torch.is_autocast_enabled(device) and x.dtype != torch.get_autocast_dtype(device)
+    return torch.is_autocast_enabled(device) and x.dtype not in (torch.get_autocast_dtype(device), torch.float64)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Cast x (any shape) as autocast does."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if is_cast_by_autocast(x) else x
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:

@@ -111,16 +111,23 @@ def hotswap_adapter_from_state_dict(
     if unexpected:
         text = f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}."
         raise StateDictError(text, what=unexpected[0])
-    for key, tensor in given.items():
-        _check_fits(key, targets[key], tensor)
+    own = re.compile(rf"(.+)\.{re.escape(parameter_prefix)}[^.]*\.{re.escape(adapter_name)}(\.|$)")
+    sites = {key: found[1] for key in targets if (found := own.match(key))}
     adapted = {_uncompiled(path): layer for path, layer in layers(model)}
+    for key, tensor in given.items():
+        if sites.get(key) not in adapted:
+            raise StateDictError(
+                f"Hot swapping the adapter did not succeed: {key} is not a LoRA weight of adapter {adapter_name!r}, and "
+                "only these can be swapped.",
+                what=key,
+                where=key,
+            )
+        _check_fits(key, targets[key], tensor)
     with torch.no_grad():
-        for key in targets.keys() - given.keys():
-            if parameter_prefix in key and f".{adapter_name}" in key:
-                targets[key].zero_()
+        for key in sites.keys() - given.keys():
+            targets[key].zero_()
         for key, tensor in given.items():
-            site = key.partition(f".{parameter_prefix}")[0]
-            path, layer = site.removeprefix(WRAPPED), adapted[site]
+            path, layer = sites[key].removeprefix(WRAPPED), adapted[sites[key]]
             rank = first_match(config.rank_pattern, path, config.r)
             alpha = first_match(config.alpha_pattern, path, config.lora_alpha)
             _put_scale(layer, adapter_name, scale(rank, alpha, config.use_rslora))
