@@ -117,8 +117,8 @@ def hotswap_adapter_from_state_dict(
     for key, tensor in given.items():
         if sites.get(key) not in adapted:
             raise StateDictError(
-                f"Hot swapping the adapter did not succeed: {key} is not a LoRA weight of adapter {adapter_name!r}, and "
-                "only these can be swapped.",
+                f"Hot swapping the adapter did not succeed: {key} is not a LoRA weight of adapter {adapter_name!r}, "
+                "and only these can be swapped.",
                 what=key,
                 where=key,
             )
