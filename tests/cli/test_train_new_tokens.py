@@ -271,7 +271,7 @@ def test_a_tokenizer_without_a_vocabulary(
 
 
 @pytest.mark.filterwarnings("ignore:.*rows were appended", "ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_on_a_quantised_base(base: Any, texts: list[str], tmp_path: Path) -> None:
+def test_on_a_quantized_base(base: Any, texts: list[str], tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     model, folder = base(width=64), tmp_path / "run"
     assert _train(model, texts, folder, "--quantization", "nf4") == 0

@@ -85,7 +85,7 @@ def test_resumed_is_never_interrupted(train: Train, tmp_path: Path, capsys: pyte
         assert one.read_bytes() == other.read_bytes(), name
 
 
-def test_the_adapter_serves_the_quantised_base_and_the_plain_one(
+def test_the_adapter_serves_the_quantized_base_and_the_plain_one(
     train: Train, tmp_path: Path, wide_model_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train() == 0
@@ -153,7 +153,7 @@ def test_plan_shows_the_bytes(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("quantization", "package"), [("int8", "bitsandbytes"), ("int8-torchao", "torchao"), ("hqq4", "hqq")]
 )
-def test_every_quantiser_trains(
+def test_every_quantizer_trains(
     quantization: str, package: str, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip(package)
@@ -170,7 +170,7 @@ def test_recomputed_activations_give_the_same_adapter(train: Train, tmp_path: Pa
     assert one.read_bytes() == other.read_bytes()
 
 
-def test_files_that_are_quantised_already_are_said_to_be(
+def test_files_that_are_quantized_already_are_said_to_be(
     train: Train, tmp_path: Path, wide_model_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     packed = tmp_path / "packed"

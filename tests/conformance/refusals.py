@@ -20,7 +20,7 @@ from .cells import Cell
 DENSE = ("Linear", "Conv1D")
 CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
 NOT_LOFTQ = (*CONVOLUTIONS, "Embedding")
-QUANTISED = tuple(base.name for base in WEIGHT_FORMATS if base.quantized)
+QUANTIZED = tuple(base.name for base in WEIGHT_FORMATS if base.quantized)
 BITSANDBYTES = ("bitsandbytes 4-bit", "bitsandbytes 8-bit")
 DECOMPOSING = ("pissa", "olora", "orthogonal", "corda", "loftq", "mica")
 """Inits that read the base weight."""
@@ -96,12 +96,12 @@ BY_LORAKIT: tuple[Refusal, ...] = (
     ),
     Refusal(
         "a variant's residual of a quantized weight would be rounded a second time",
-        lambda cell: variant_named(cell.variant).move is not None and cell.base in QUANTISED,
+        lambda cell: variant_named(cell.variant).move is not None and cell.base in QUANTIZED,
         "KaSA changes the base weight, and this one is quantized",
     ),
     Refusal(
         "an init's residual of a quantized weight would be rounded a second time",
-        lambda cell: cell.rules.changes_base and not cell.rules.requantizes and cell.base in QUANTISED,
+        lambda cell: cell.rules.changes_base and not cell.rules.requantizes and cell.base in QUANTIZED,
         "and this one is quantized|does not support quantized models",
     ),
     Refusal(
@@ -212,7 +212,7 @@ BY_PEFT: tuple[Refusal, ...] = (
     ),
     Refusal(
         "a quantized or computed weight has no gradient",
-        lambda cell: cell.init == "lora_ga" and (cell.base in QUANTISED or cell.base.startswith("computed")),
+        lambda cell: cell.init == "lora_ga" and (cell.base in QUANTIZED or cell.base.startswith("computed")),
         "does not support quantized models|floating point and complex dtype|does not require grad",
     ),
     Refusal(

@@ -27,7 +27,7 @@ from .architectures import loss_of, model_named, outputs_of
 from .cells import PLACES, STEPS, WITHOUT_A_PLACE, Cell, Place, every_cell
 from .closeness import ROUNDINGS, assert_close, assert_differs
 from .differences import CONFIG_OF_CONVERTED
-from .refusals import BY_LORAKIT, BY_PEFT, QUANTISED, Refusal, is_compared, refusals
+from .refusals import BY_LORAKIT, BY_PEFT, QUANTIZED, Refusal, is_compared, refusals
 from .rows import copy_adapters, quiet_peft, randomise, theirs
 from .written import compare_folders
 
@@ -147,7 +147,7 @@ def test_a_cell(cell: Cell, tmp_path: Path) -> None:
     compare_folders(cell.row, tmp_path / "trained" / "peft", tmp_path / "trained" / "lorakit")
     for writer, reader in (("peft", ours), ("lorakit", theirs)):
         _reads(cell, reader, tmp_path / "trained" / writer, outputs_of(expected))
-    if cell.rules.changes_base and cell.base not in QUANTISED:
+    if cell.rules.changes_base and cell.base not in QUANTIZED:
         _converts(cell, peft_model, our_model, tmp_path, outputs_of(expected))
 
 
@@ -169,7 +169,7 @@ def _begins_alike(cell: Cell, peft_model: nn.Module, our_model: nn.Module) -> No
     if (
         cell.rules.is_identity
         and variant_named(cell.variant).move is None
-        and not (cell.rules.changes_base and cell.base in QUANTISED)
+        and not (cell.rules.changes_base and cell.base in QUANTIZED)
     ):
         plain = outputs_of(model_named(cell.place.model)(**cell.inputs))
         for model in (peft_model, our_model):

@@ -240,7 +240,7 @@ def tensors_of(module: nn.Module) -> tuple[torch.Tensor, ...]:
     ("name", "double"), [("nf4", True), ("nf4", False), ("fp4", True), ("int8", False), ("int8-torchao", False)]
 )
 @pytest.mark.parametrize(("rows", "columns"), [(128, 64), (96, 200)])
-def test_a_quantised_weight_takes_its_bits_and_scales(name: str, double: bool, rows: int, columns: int) -> None:
+def test_a_quantized_weight_takes_its_bits_and_scales(name: str, double: bool, rows: int, columns: int) -> None:
     storage = storage_named(name)
     pytest.importorskip(storage.package)
     made = quantized_linear(nn.Linear(columns, rows, bias=False), Quantization(name, double))

@@ -45,7 +45,7 @@ def test_a_model_is_converted_once_and_said(stand_in: list[Path], tmp_path: Path
     assert len(stand_in) == 1
     assert len(sentences) == 1
     assert "Converting smollm2 (SmolLM2-135M-Instruct, dequantized from Q4_1)" in sentences[0]
-    assert first == tmp_path / "cache" / "models" / "smollm2-135m-instruct-dequantised-q4_1"
+    assert first == tmp_path / "cache" / "models" / "smollm2-135m-instruct-dequantized-q4_1"
 
 
 @pytest.mark.parametrize("damage", ["shorter", "changed", "gone", "no manifest", "other format"])

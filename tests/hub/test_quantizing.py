@@ -71,7 +71,7 @@ def test_it_says_about_what_the_plain_model_says_in_either_mode(storage: Storage
     assert torch.equal(training, first) or storage.name == "int8"  # which rounds activations where it evaluates
 
 
-def test_double_quantisation_takes_less(wide_model_directory: Path) -> None:
+def test_double_quantization_takes_less(wide_model_directory: Path) -> None:
     pytest.importorskip("bitsandbytes")
     for double in (True, False):
         model = hub.load_model(wide_model_directory, quantization=Quantization("nf4", double))

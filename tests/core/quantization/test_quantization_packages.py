@@ -172,7 +172,7 @@ def test_a_weight_on_the_meta_device_has_a_place() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_layer_that_is_not_quantised_yet_can_be_adapted_and_fingerprinted(bits: int) -> None:
+def test_a_layer_that_is_not_quantized_yet_can_be_adapted_and_fingerprinted(bits: int) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     module = bnb.nn.Linear4bit(64, 64) if bits == 4 else bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
     model = nn.Sequential(module)

@@ -15,8 +15,8 @@ from lorakit.config import BdLoraConfig, LoraConfig
 from lorakit.core.variants import PLAIN, bdlora
 from lorakit.errors import ConfigError
 
-from ...laws.quantised import specimen as quantised
-from ...laws.quantised import storages
+from ...laws.quantized import specimen as quantized
+from ...laws.quantized import storages
 from ...laws.snapshots import snapshot
 from ...laws.tolerances import assert_close
 from ...laws.zoo import CONV1DS, EMBEDDING, LINEARS, MHA, Specimen, randomise, run
@@ -115,8 +115,8 @@ def test_kinds_other_than_linear_are_refused(specimen: Specimen) -> None:
 
 
 @pytest.mark.parametrize("storage", storages())
-def test_on_a_quantised_base_it_is_itself(storage: Any) -> None:
-    made = quantised(storage)
+def test_on_a_quantized_base_it_is_itself(storage: Any) -> None:
+    made = quantized(storage)
     model = made.model()
     core.attach(model, made.config(use_bdlora=BLOCKS), "a")
     assert [tuple(site.layer.factor("a").A.shape) for site in core.sites(model)] == [(4, 16), (4, 128)]

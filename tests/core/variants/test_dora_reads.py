@@ -19,7 +19,7 @@ from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.variants.dora import row_norms
 from lorakit.plan.quantized import STORAGES, Storage
 
-from ...laws.quantised import EVALUATED, specimen, storages
+from ...laws.quantized import EVALUATED, specimen, storages
 from ...laws.tolerances import assert_close
 from ...laws.zoo import LINEARS, Specimen, attach_fresh, randomise, run, with_adapters
 

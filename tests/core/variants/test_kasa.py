@@ -16,8 +16,8 @@ from lorakit.config import LoraConfig
 from lorakit.core.variants import kasa
 from lorakit.errors import AdapterError, AdapterFileError, ConfigError
 
-from ...laws.quantised import specimen as quantised
-from ...laws.quantised import storages
+from ...laws.quantized import specimen as quantized
+from ...laws.quantized import storages
 from ...laws.snapshots import snapshot
 from ...laws.tolerances import assert_close
 from ...laws.zoo import CONV1DS, EMBEDDING, LINEARS, MHA, Specimen, randomise, run
@@ -122,8 +122,8 @@ def test_kinds_other_than_linear_are_refused(specimen: Specimen) -> None:
 
 
 @pytest.mark.parametrize("storage", storages())
-def test_a_quantised_base_is_refused(storage: Any) -> None:
-    made = quantised(storage)
+def test_a_quantized_base_is_refused(storage: Any) -> None:
+    made = quantized(storage)
     with pytest.raises(ConfigError, match="KaSA changes the base weight, and this one is quantized") as refused:
         core.attach(made.model(), made.config(kasa_config={}), "a")
     assert (refused.value.where, refused.value.field) == ("up", "kasa_config")

@@ -49,7 +49,7 @@ tokens = torch.randint(0, 512, (8, 10), generator=torch.Generator().manual_seed(
 rows = [{"input_ids": row, "labels": row} for row in tokens]
 
 
-def quantised():
+def quantized():
     four = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -60,7 +60,7 @@ def quantised():
 
 
 def trainer(name, **more):
-    model = prepare_model_for_kbit_training(quantised(), use_gradient_checkpointing=False)
+    model = prepare_model_for_kbit_training(quantized(), use_gradient_checkpointing=False)
     torch.manual_seed(0)
     model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
     common = {"output_dir": str(files / name), "max_steps": 4, "save_steps": 2, "logging_steps": 1, "report_to": []}
@@ -73,7 +73,7 @@ def trl_trainer(name):
     common = {"output_dir": str(files / name), "max_steps": 4, "save_steps": 2, "logging_steps": 1, "report_to": []}
     common |= {"use_cpu": True, "disable_tqdm": True, "learning_rate": 0.02, "per_device_train_batch_size": 2}
     return TrlTrainer(
-        model=quantised(),
+        model=quantized(),
         args=SFTConfig(**common, bf16=False, max_length=32, activation_checkpointing=False),
         train_dataset=Dataset.from_list([{"prompt": f"what is {i}?", "completion": f" it is {i}"} for i in range(16)]),
         processing_class=AutoTokenizer.from_pretrained(tokenizer_folder),
@@ -128,12 +128,12 @@ assert not (files / "conversation" / "checkpoint-2" / "model.safetensors").exist
 print("ok: 4 bits: SFTTrainer trains, saves and resumes to the same bits")
 
 whole.save_model(str(files / "saved"))
-opened = PeftModel.from_pretrained(quantised(), files / "saved")
+opened = PeftModel.from_pretrained(quantized(), files / "saved")
 with torch.no_grad():
     inputs = {"input_ids": tokens[:2], "attention_mask": torch.ones_like(tokens[:2])}
     answer = wrapper(whole).eval()(**inputs).logits
     assert torch.equal(opened.eval()(**inputs).logits, answer)
-    assert not torch.allclose(quantised().eval()(**inputs).logits, answer)
+    assert not torch.allclose(quantized().eval()(**inputs).logits, answer)
     longer = [model.generate(**inputs, max_new_tokens=4, do_sample=False) for model in (wrapper(whole), opened)]
 assert torch.equal(longer[0], longer[1])
 print("ok: 4 bits: what was saved answers as what was trained")

@@ -14,7 +14,7 @@ from lorakit.core.model.base_view import quantized_linear
 from lorakit.errors import MergeError
 from lorakit.plan.quantized import Quantization, Storage
 
-from ...laws.quantised import packed_bits, storages
+from ...laws.quantized import packed_bits, storages
 from ...laws.snapshots import same_bits
 from ...laws.tolerances import assert_close
 from ...laws.zoo import INVOCATION, Specimen, randomise, run

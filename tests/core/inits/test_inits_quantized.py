@@ -29,7 +29,7 @@ from lorakit.core import (
 from lorakit.errors import AdapterError, ConfigError
 from lorakit.plan.quantized import Storage
 
-from ...laws.quantised import DENSE, EVALUATED, WRITTEN, packed_bits, specimen, storages
+from ...laws.quantized import DENSE, EVALUATED, WRITTEN, packed_bits, specimen, storages
 from ...laws.snapshots import same_bits
 from ...laws.tolerances import assert_close
 from ...laws.zoo import SETTINGS, Specimen, attach_fresh, randomise, run
@@ -151,7 +151,7 @@ def test_olora_rounds_what_is_left_and_says_by_how_much(storage: Storage, dora: 
 
 
 @EVERY
-@pytest.mark.parametrize("dense", [False, True], ids=["quantised", "dense"])
+@pytest.mark.parametrize("dense", [False, True], ids=["quantized", "dense"])
 def test_olora_beside_a_plain_adapter_in_merges_and_out_of_them(storage: Storage, dense: bool) -> None:
     kind = specimen(storage)
     model, given = moved(kind), kind.given()

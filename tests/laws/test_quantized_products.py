@@ -22,7 +22,7 @@ from lorakit.core.variants import VARIANTS
 from lorakit.errors import ConfigError, LorakitError, MergeError
 from lorakit.plan.quantized import STORAGES, Quantization, Storage
 
-from .quantised import DENSE, EVALUATED, WRITTEN, packed_bits, specimen, storages
+from .quantized import DENSE, EVALUATED, WRITTEN, packed_bits, specimen, storages
 from .snapshots import same_bits
 from .zoo import randomise, run, with_adapters
 
@@ -48,7 +48,7 @@ NOT_ON = {"biases": {"hqq": "is stored as HQQ, whose bias is not a parameter and
 """Case -> package -> message, for what the weight format of a package does not support."""
 
 NOT_MERGED = {"alora", "kasa"}
-"""Variants that depend on the position, and that reject these bases: tests/core/variants/test_alora_quantised.py, test_kasa.py."""
+"""Variants that depend on the position, and that reject these bases: tests/core/variants/test_alora_quantized.py, test_kasa.py."""
 
 NEVER_QUANTIZED = {
     "Embedding": "no supported package quantizes embedding tables",
@@ -79,7 +79,7 @@ def near(found: torch.Tensor, expected: torch.Tensor, relative: float) -> None:
 
 @EVERY
 @pytest.mark.parametrize("name", FIELDS)
-@pytest.mark.parametrize("dense", [False, True], ids=["quantised", "dense"])
+@pytest.mark.parametrize("dense", [False, True], ids=["quantized", "dense"])
 def test_merged_saved_and_loaded(name: str, dense: bool, storage: Storage, tmp_path: Path) -> None:
     kind = specimen(storage)
     if storage.package in NOT_ON.get(name, {}):

@@ -77,7 +77,7 @@ def test_the_same_outputs_gradients_and_files(
 
 
 @pytest.mark.parametrize("quantization", STORAGES)
-def test_an_adapter_of_the_quantised_base_loads_on_the_plain_one_in_both(
+def test_an_adapter_of_the_quantized_base_loads_on_the_plain_one_in_both(
     quantization: str, wide_model_directory: Path, tmp_path: Path
 ) -> None:
     config = ours.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
@@ -110,7 +110,7 @@ def test_olora_rounds_the_same_base_to_the_same_numbers(
 
 @pytest.mark.parametrize("quantization", STORAGES)
 @pytest.mark.parametrize("init", ["pissa", "corda", "loftq", "lora_ga"])
-def test_what_peft_refuses_on_a_quantised_base_is_refused(
+def test_what_peft_refuses_on_a_quantized_base_is_refused(
     quantization: str, init: str, wide_model_directory: Path
 ) -> None:
     fields: dict[str, Any] = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": init}

@@ -17,7 +17,7 @@ from lorakit.core.model.base_view import quantized_linear
 from lorakit.errors import MergeError, TargetError
 from lorakit.plan.quantized import Quantization, Storage
 
-from .quantised import DENSE, EVALUATED, WRITTEN, packed_bits, specimen, storages
+from .quantized import DENSE, EVALUATED, WRITTEN, packed_bits, specimen, storages
 from .snapshots import same_bits
 from .tolerances import assert_close
 from .zoo import randomise, run, with_adapters
@@ -73,7 +73,7 @@ def test_law_2_merged_into_a_plain_module_is_unmerged(storage: Storage, dora: bo
 
 @EVERY
 @VARIANTS
-def test_law_2_merged_into_the_quantised_weight_within_the_error_that_is_reported(storage: Storage, dora: bool) -> None:
+def test_law_2_merged_into_the_quantized_weight_within_the_error_that_is_reported(storage: Storage, dora: bool) -> None:
     kind = specimen(storage)
     model = with_adapters(kind, "a", use_dora=dora)
     wanted = {}
@@ -93,7 +93,7 @@ def test_law_2_merged_into_the_quantised_weight_within_the_error_that_is_reporte
 
 
 @EVERY
-@pytest.mark.parametrize("dense", [False, True], ids=["quantised", "dense"])
+@pytest.mark.parametrize("dense", [False, True], ids=["quantized", "dense"])
 def test_law_3_unmerge_restores_bits(storage: Storage, dense: bool) -> None:
     kind = specimen(storage)
     model = with_adapters(kind, "a", "b")
@@ -133,7 +133,7 @@ def test_disable_and_other_rows_see_the_base_through_a_merge(storage: Storage) -
 
 @EVERY
 @VARIANTS
-def test_law_4_saved_is_loaded_on_the_quantised_base_and_on_the_plain_one(
+def test_law_4_saved_is_loaded_on_the_quantized_base_and_on_the_plain_one(
     storage: Storage, dora: bool, tmp_path: Path
 ) -> None:
     kind = specimen(storage)
@@ -277,7 +277,7 @@ def test_it_survives_deepcopy_and_pickle(storage: Storage) -> None:
 
 
 @EVERY
-@pytest.mark.parametrize("dense", [False, True], ids=["quantised", "dense"])
+@pytest.mark.parametrize("dense", [False, True], ids=["quantized", "dense"])
 def test_a_bias_of_the_adapter_goes_in_and_out(storage: Storage, dense: bool) -> None:
     kind = specimen(storage)
     model = with_adapters(kind, "a", target_modules=["up"], lora_bias=True)
