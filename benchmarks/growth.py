@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from lorakit.architectures.shapes import replicated
 from lorakit.config import LoraConfig
 from lorakit.plan import Job, ModelShape, Plan, catalogue, estimate
 from lorakit.plan.memory import RUNTIME_BYTES
-from lorakit.plan.stacking import stacked
 
 MODEL = "SmolLM2-135M"
 
@@ -89,7 +89,7 @@ def shape_of(layers: int | None = None) -> ModelShape:
         raise SystemExit(f"{MODEL} is not in the catalogue")
     if layers is None:
         return shape
-    fewer = stacked(shape, LoraConfig(layer_replication=[(0, layers)]))
+    fewer = replicated(shape, [(0, layers)])
     return replace(fewer, parameters=fewer.counted_parameters)
 
 

@@ -175,12 +175,12 @@ def test_a_tensor_without_storage_is_rejected(name: str, key: str) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize(("name", "key", "value"), [(name, key, value) for name, key, all_ in RANGES for value in all_])
-@pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.parametrize("position", [0, 2])
 def test_an_integer_out_of_range_is_rejected_and_nothing_is_written(
-    name: str, key: str, value: int, target: int
+    name: str, key: str, value: int, position: int
 ) -> None:
     arguments = CALLS[name]()
-    arguments[key][target] = value
+    arguments[key][position] = value
     before = {k: t.clone() for k, t in arguments.items() if isinstance(t, Tensor)}
     with pytest.raises(ValueError, match=rf"^{key}: integers .*{value}"):
         getattr(KERNELS, name)(**arguments)
