@@ -90,7 +90,7 @@ def shape_of(layers: int | None = None) -> ModelShape:
     if layers is None:
         return shape
     fewer = replicated(shape, [(0, layers)])
-    return replace(fewer, parameters=fewer.counted_parameters)
+    return replace(fewer, parameters=sum(part.parameters for part in (*fewer.sites, *fewer.others)))
 
 
 def _plan(fields: Mapping[str, Any], job: Job, layers: int | None) -> Plan:
