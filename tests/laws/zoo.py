@@ -378,6 +378,8 @@ def _allowed(case: Case) -> bool:
         return False
     if init.changes_base and (variant.move is not None or not variant.is_mergeable):
         return False
+    if init.changes_base and not variant.adds_product:
+        return False
     if variant.shapes is not None and not init.takes_any_shape:
         return False
     known = case.kind in OF_KIND  # a dense layer inside nn.MultiheadAttention comes with that

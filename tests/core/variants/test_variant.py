@@ -342,6 +342,16 @@ def test_one_that_moves_the_base_is_no_plain_lora_on_disk(put: Callable[[Variant
     assert refused.value.field == FIELD
 
 
+def test_an_init_subtracts_nothing_that_it_does_not_add(put: Callable[[Variant], None]) -> None:
+    put(dataclasses.replace(TOY, tensors=(), factors=None, penalty=None, adds_product=False))
+    model = LINEARS.model()
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match="and Toy does not add to it what the init subtracts") as refused:
+        core.attach(model, LINEARS.config(init_lora_weights="pissa", **{FIELD: True}), "a")
+    assert (refused.value.what, refused.value.where) == ("pissa", "up")
+    assert snapshot(model) == before
+
+
 def test_it_may_exclude_others_from_its_model(put: Callable[[Variant], None], tmp_path: Path) -> None:
     put(dataclasses.replace(TOY, excludes_others="it needs its own base"))
     core.save_adapter(adapted("a"), tmp_path / "a", "a")

@@ -167,12 +167,14 @@ def new_factor(
 
 
 def _check_together(init: Init, variant: Variant, target: TargetWeight) -> None:
-    """Reject an init for a variant that changes the base too, needs it unchanged, or has other shapes."""
+    """Reject an init for a variant that cannot take the base that it leaves, or has other shapes."""
     what = "changes the base weight"
     if init.changes_base and variant.move is not None:
         needs = "changes it too"
     elif init.changes_base and not variant.is_mergeable:
         needs = "needs it unchanged before its start"
+    elif init.changes_base and not variant.adds_product:
+        needs = "does not add to it what the init subtracts"
     elif variant.shapes is not None and not init.takes_any_shape:
         what, needs = "needs A and B in their usual shapes", "has others"
     else:

@@ -213,6 +213,7 @@ class Variant:
         span: Config -> number of tokens that decide a position, for variants with `positions`.
         move: New factor -> the canonical weight that replaces the base weight while the adapter is attached. It depends
             only on the base and the rank, so that adapters of the same rank share it.
+        adds_product: The update of a new factor is s·B·A, so an init may subtract it from the base weight.
         excludes_others: Why the model cannot have adapters of other variants, as the end of a message; "" if it can.
         penalty: Factor -> its term in the training loss, a scalar.
         combine: Path, addends, base -> their sum as one factor of this variant; None if the sum is plain LoRA.
@@ -238,6 +239,7 @@ class Variant:
     positions: Callable[[Tensor, LoraConfig, Tensor | None], Tensor] | None = None
     span: Callable[[LoraConfig], int] | None = None
     move: Callable[[Start], Tensor] | None = None
+    adds_product: bool = True
     excludes_others: str = ""
     penalty: Callable[[Factor], Tensor] | None = None
     combine: Callable[[str, Sequence[Addend], Reading], Sum] | None = None
