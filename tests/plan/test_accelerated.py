@@ -107,6 +107,8 @@ def test_what_gate_and_up_gave_is_not_kept(name: str, targets: Any, dtype: str, 
     ("name", "targets", "words", "fused"),
     [
         ("llama", "all-linear", {"use_dora": True}, 0),
+        ("llama", "all-linear", {"lora_bias": True}, 0),
+        ("llama", "all-linear", {"alora_invocation_tokens": [3], "task_type": "CAUSAL_LM"}, 0),
         ("llama", ["q_proj", "v_proj"], {"use_dora": True}, LAYERS),  # only the feed-forward
         ("llama", ["q_proj", "v_proj"], {"use_dora": True, "recompute": "feed-forward"}, LAYERS),
         ("llama", ["gate_proj", "o_proj"], {"use_dora": True}, 0),

@@ -380,8 +380,14 @@ class LoraConfig(PeftConfig):
 
     @property
     def reads_weight(self) -> bool:
-        """Return whether each forward reads the base weight, for one value per output."""
+        """Return whether the own numbers are one value per output, for which each forward reads the base weight."""
         return self.use_dora
+
+    @property
+    def is_plain_lora(self) -> bool:
+        """Return whether the forward is that of LoRA without a variant or bias, which fused forwards support."""
+        variants = (self.use_dora, self.alora_invocation_tokens, self.use_bdlora, self.kasa_config)
+        return not self.lora_bias and not any(variants)
 
     def notes_on_own_numbers(self, total: int) -> list[str]:
         """Return a plan's messages about the values that the variant trains in addition to A and B.

@@ -43,8 +43,8 @@ def sublayer_of(path: str) -> str | None:
 def fused(shape: ModelShape, counted: Count, quantized: bool) -> frozenset[tuple[str, str]]:
     """Return every (block, sublayer) that is fused.
 
-    A sublayer is fused if its matmuls are plain: no DoRA, no bare parameter, no saved module, no trained bias and no
-    quantized weight.
+    A sublayer is fused if its matmuls are plain: no variant such as DoRA, no bias of B, no bare parameter, no saved
+    module, no trained bias and no quantized weight.
 
     Args:
         shape: The base, of a family whose layers are known.
@@ -53,7 +53,7 @@ def fused(shape: ModelShape, counted: Count, quantized: bool) -> frozenset[tuple
     """
     if quantized or counted.biases:
         return frozenset()
-    others = [site.path for site in counted.sites if site.own_numbers or site.is_bare_matrix or site.experts > 1]
+    others = [site.path for site in counted.sites if not site.is_plain or site.is_bare_matrix or site.experts > 1]
     left = {(block_of(path), sublayer_of(path)) for path in (*others, *counted.saved)}
     return frozenset(
         (block, sublayer)

@@ -122,6 +122,7 @@ class SiteCount:
         frozen: Elements of frozen factors: with LoRA-FA rank × in, of an embedding rank × out; with the init mica rank
             × out; else 0.
         experts: Number of matrices in one parameter, each with its own factors.
+        is_plain: Whether the site's forward is that of LoRA without a variant or bias.
     """
 
     path: str
@@ -136,6 +137,7 @@ class SiteCount:
     reads_weight: bool = False
     frozen: int = 0
     experts: int = 1
+    is_plain: bool = True
 
     @property
     def is_bare_matrix(self) -> bool:
@@ -351,6 +353,7 @@ def _site_count(match: Match, size: tuple[int, int, int], config: LoraConfig, op
         reads_weight=config.reads_weight and not match.parameter,
         frozen=experts * (match.rank * out_features if config.init_lora_weights == "mica" else lorafa),
         experts=experts,
+        is_plain=config.is_plain_lora,
     )
 
 
