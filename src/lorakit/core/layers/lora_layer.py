@@ -267,7 +267,7 @@ class LoraLayer(BaseWeight):
             size = "no batch axis" if axis is None else f"{x.shape[axis]} rows"
             raise RowCountError(
                 f"The route names {len(route.rows or ())} rows, but a {self.kind_name} received {tuple(x.shape)} with "
-                f"{size}. Give one adapter per row of the batch (if rows are repeated, as in beam search: set `copies`).",
+                f"{size}. Give one adapter per row of the batch (if rows are repeated, e.g. as beams: pass `copies`).",
                 what=self.kind_name,
             )
         return axis
