@@ -109,8 +109,8 @@ class Offsets:
         if not fits or positions is None or (self.whole and positions != self.length):
             raise RouteError(
                 f"Adapter {adapter!r} is active from its invocation tokens onward, but a site received "
-                f"{tuple(z.shape)} for a batch of {rows} rows with {self.length or 'unknown'} positions, so its positions "
-                "are unknown. Leave the module out of target_modules."
+                f"{tuple(z.shape)} for a batch of {rows} rows with {self.length or 'unknown'} positions, so its "
+                "positions are unknown. Leave the module out of target_modules."
             )
         key = (adapter, positions, flat, z.device)
         if key not in self._masks:
