@@ -107,22 +107,22 @@ Fits = Callable[[Kind], bool]
 
 
 def every_kind(kind: Kind) -> bool:
-    """Support every kind, including user-defined ones."""
+    """Return True for every kind, including user-defined ones."""
     return True
 
 
 def every_kind_of_the_table(kind: Kind) -> bool:
-    """Support every entry of KINDS: each of their weights consists of one or more matrices."""
+    """Return True for every entry of KINDS: each of their weights consists of one or more matrices."""
     return True
 
 
 def only_linear(kind: Kind) -> bool:
-    """Support nn.Linear and its quantized versions, not Conv1D."""
+    """Return whether the kind is nn.Linear, quantized or not; Conv1D is not."""
     return nn.Linear in kind.types
 
 
 def takes_input(kind: Kind) -> bool:
-    """Support kinds that apply B·A to the module's input."""
+    """Return whether the kind applies B·A to the module's input."""
     return kind.acts_on == "input"
 
 

@@ -194,8 +194,8 @@ class AdapterModule(nn.Module, AdapterComponent):
         state: The state shared by the adapted modules of the model.
         merged_adapters: The adapters that are merged here now.
         own_route: This module's override of the model's default route, or None.
-        aside: The override from before this module's adapters were disabled, in a tuple of one; empty while they are
-            enabled.
+        aside: The override from before this module's adapters were disabled, as a one-element tuple; empty while they
+            are enabled.
     """
 
     state: AdapterState
@@ -237,7 +237,7 @@ class AdapterModule(nn.Module, AdapterComponent):
         """
 
     def check_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> None:
-        """Reject a merge that is not possible here now; nothing is computed.
+        """Reject a merge that is currently impossible here; nothing is computed.
 
         Args:
             path: This module's path, for messages.
@@ -409,7 +409,7 @@ class ReplacingModule(AdapterModule):
 
         Args:
             args: Passed to the base's module; in a mixed batch, the first axis of every tensor holds the rows.
-            kwargs: Same as for `args`.
+            kwargs: Passed to the base's module, like `args`.
 
         Raises:
             RouteError: The route is unknown or does not fit the batch, or active adapters cannot be combined.

@@ -82,7 +82,7 @@ class BaseWeight(StoredWeight):
             )
 
     def check_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> None:
-        """Reject a merge that is not possible here now; nothing is computed.
+        """Reject a merge that is currently impossible here; nothing is computed.
 
         Args:
             path: This layer's path, for messages.
@@ -157,7 +157,7 @@ class BaseWeight(StoredWeight):
         return StagedMerge(report, functools.partial(self._put_merged, stored, kept, bias, new, options))
 
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
-        """Compute the weight without some adapters; if none are left, it has the original bits.
+        """Compute the weight without these adapters; if no others are merged, it has the original bits.
 
         Args:
             adapters: Adapters; those that are not merged here are ignored.
@@ -195,7 +195,7 @@ class BaseWeight(StoredWeight):
         return found if bias is None else {**found, "bias": bias}
 
     def merged_bias(self, adapters: Sequence[str]) -> Tensor | None:
-        """Return the sum of the base's bias and the adapters' biases, (out,); None if the module's bias is right.
+        """Return the sum of the base's bias and the adapters' biases, (out,); None if no merge changed or changes it.
 
         Args:
             adapters: Adapters; those without a factor here are ignored.
@@ -281,7 +281,7 @@ class BaseWeight(StoredWeight):
             self.kept = self.kept if self.moved_by else None
 
     def _staged_bias(self, adapters: Sequence[str]) -> StagedBias | None:
-        """Return the sum of the base's bias and the adapters' biases; None if merging neither changed nor changes it.
+        """Return the sum of the base's bias and the adapters' biases; None if no merge changed or changes it.
 
         Raises:
             MergeError: The sum is not finite.

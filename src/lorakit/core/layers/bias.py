@@ -31,7 +31,7 @@ class BiasPatch(AdapterComponent):
 
     Attributes:
         module: The base's module, whose parameters are the trained biases.
-        adapter: The adapter that trains them.
+        adapter: The adapter that trains the biases.
         originals: Name of each bias -> its value before training, (…).
         state: The state shared by the adapted modules of the model.
     """
@@ -77,7 +77,7 @@ class BiasPatch(AdapterComponent):
         return torch.where(ours.view(-1, *[1] * (output.ndim - 1)), output, old)
 
     def old(self, module: nn.Module) -> dict[str, Tensor]:
-        """Return the old biases (…) by name, on the current device and in the current dtype of a module.
+        """Return the old biases (…) by name, on a module's current device and in its current dtype.
 
         Args:
             module: The base's module, or a clone of it.
@@ -160,6 +160,6 @@ class BiasPatch(AdapterComponent):
 
 
 def out_projection(attention: nn.MultiheadAttention) -> nn.Module:
-    """Return the base's output projection in an attention, which reads its weight and bias without calling it."""
+    """Return the base's output projection of an attention, which reads its weight and bias but never calls it."""
     inside = attention.get_submodule("out_proj")
     return inside.owner if isinstance(inside, LoraLayer) else inside

@@ -33,7 +33,7 @@ class ModulesToSave(ReplacingModule):
     """A module with a trained copy per adapter that names it in `modules_to_save`.
 
     Attributes:
-        original_module: The module that was here, frozen.
+        original_module: The original module, frozen.
         modules_to_save: Adapter -> its copy.
         merged_adapters: The adapter whose copy replaces the original, as a list; empty if there is none.
     """
@@ -154,8 +154,8 @@ class Extras:
 
     Attributes:
         copies: Path -> trainable copy of the module there.
-        biases: Modules of the base, each with its current biases, (…), by name; an attention module without trained
-            biases has no names if its output projection has some.
+        biases: Modules of the base, each with its current biases, (…), by name. There are no names for an attention
+            module if only its output projection has trained biases.
         rows: Trainable token embeddings: their indices in a table, and their values, (n, d).
         leaders: Path of a module -> path of the module that it is tied to.
     """
@@ -180,8 +180,8 @@ def build_extras(modules: Mapping[str, nn.Module], sites: Collection[str], saved
 
     Raises:
         TargetError: A module to save contains sites or saved modules of another adapter.
-        ConfigError: A bias to train has adapters merged into it, belongs to a plain module that a merge put in place
-            of the base's, or is not a parameter (HQQ).
+        ConfigError: A bias to train has adapters merged into it, belongs to a plain module that replaced the base's
+            in a merge, or is not a parameter (HQQ).
     """
     copies = {path: trainable_copy(path, modules[path]) for path in saved}
     found = list(biased_modules(modules, sites, saved, bias))

@@ -174,7 +174,7 @@ class TrainableTokens(ReplacingModule):
 
     Attributes:
         token_adapter: The table and the rows of each adapter.
-        follows: Whether the embedding that it is tied to owns its rows.
+        follows: Whether its rows belong to the embedding that it is tied to.
     """
 
     what, field = "a table with trainable tokens", "trainable_token_indices"
@@ -228,7 +228,7 @@ class TrainableTokens(ReplacingModule):
         self.token_adapter.trainable_tokens_delta[name] = rows
 
     def remove(self, adapter: str) -> nn.Module:
-        """Remove an adapter's rows, which are not merged, and return the module to put here afterwards."""
+        """Remove an adapter's rows, which must not be merged, and return the module to put here afterwards."""
         if adapter in self.token_adapter.token_indices:
             del self.token_adapter.token_indices[adapter], self.token_adapter.trainable_tokens_delta[adapter]
         self.drop_override(adapter)

@@ -100,7 +100,7 @@ class _Format(WeightFormat[M, S]):
     """Base class of both formats, with the conversion to a plain module."""
 
     def dense(self, module: M, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
-        """Return a plain module with a weight (out, in): a Conv1D if the module was one before, else an nn.Linear."""
+        """Return a plain module with a weight (out, in): a Conv1D if it was one originally, else an nn.Linear."""
         before: type[nn.Module] = getattr(module, "source_cls", nn.Linear)
         if before.__name__ != CONV1D:
             return linear_with(module, canonical, dtype)

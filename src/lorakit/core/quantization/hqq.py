@@ -32,10 +32,10 @@ class HQQWeight(Packed):
 
 
 def hqq_linear(linear: nn.Linear, bits: int, group_size: int) -> nn.Module:
-    """Return an HQQ version of a dense layer, which loses its own weight.
+    """Return an HQQ version of a dense layer; the dense layer loses its weight.
 
     Args:
-        linear: The dense layer, which is frozen; the dtype of its weight becomes the compute dtype.
+        linear: The dense layer, which this call freezes; the dtype of its weight becomes the compute dtype.
         bits: 8 or 4.
         group_size: Number of values that share a scale; it must divide the number of elements.
 

@@ -62,7 +62,7 @@ class Forwards:
 
     A forward whose output has a graph is remembered as long as the graph is alive. Forwards with gradients off are
     remembered in order, which distinguishes the first run of a reentrant checkpoint from an evaluation. For forwards
-    with gradients on whose output has no graph, only the route is kept, or two routes if they differed.
+    with gradients on whose output has no graph, only the route is kept, or two if they differed.
     Copies and pickles are empty, since graphs are not copied.
     """
 
@@ -123,7 +123,7 @@ class Forwards:
 
 
 def _with(some: tuple[Route, ...], route: Route) -> tuple[Route, ...]:
-    """Add a route to the possible routes of a recomputation, up to two, which are already ambiguous."""
+    """Add a route to the possible routes of a recomputation; keep at most two, since two are already ambiguous."""
     return some if len(some) > 1 or route in some else (*some, route)
 
 

@@ -21,7 +21,7 @@ from lorakit.ops.segments import Routed
 
 @dataclass(frozen=True, eq=False)
 class Offsets:
-    """For adapters that are not active on all positions: on how many of the last positions of each row they are active.
+    """The number of last positions of each row on which adapters are active, if they are not active on all.
 
     Attributes:
         adapters: The adapters with offsets.
@@ -94,7 +94,7 @@ class Offsets:
 
         Args:
             adapter: One of `adapters`.
-            z: The output of the adapter, (rows, positions, out), (rows · positions, out), or (rows, out) at the last.
+            z: The output of the adapter, (rows, positions, out), (rows · positions, out), or (rows, out) for the last.
 
         Returns:
             (rows, positions, 1), (rows · positions, 1) or (rows, 1).
@@ -155,7 +155,7 @@ class Route:
     """The adapters that a forward uses.
 
     Attributes:
-        names: Adapters that are active on every row, in order; an empty tuple is the base alone.
+        names: Adapters that are active on every row, in order; an empty tuple means the base alone.
         rows: One adapter per row of the batch (None: the base alone), or None if all rows use the same adapters.
         copies: How many times a batch may repeat each row in succession, as for beams. A batch without repetition
             fits too, since an encoder does not see beams.
@@ -214,7 +214,7 @@ class Route:
         return Route((name,), offsets=None if self.offsets is None else self.offsets.of_rows(index))
 
     def acting(self, name: str) -> Callable[[Tensor], Tensor] | None:
-        """Return a function from an adapter's output z (rows, positions, out) to a mask of it; None without offsets."""
+        """Return a function that computes the mask for an output z (rows, positions, out); None without offsets."""
         offsets = self.offsets
         return None if offsets is None or name not in offsets.adapters else partial(offsets.mask, name)
 

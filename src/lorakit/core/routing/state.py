@@ -31,7 +31,7 @@ class Scope:
     """An active override.
 
     Attributes:
-        block: The override itself.
+        block: The `Override` object.
         backward: Id of the backward in which it was opened, -1 for none.
         thread: Id of the thread in which it was opened.
     """
@@ -62,7 +62,7 @@ class AdapterState:
 
     Attributes:
         configs: Adapter name -> its config.
-        default: The route without a scoped override.
+        default: The route that applies without a scoped override.
         aside: The default that `suspend_default` removed, or None.
         frozen: The base's parameters, each with its `requires_grad` from before the first adapter was attached.
         held: Modules of the base that must not repack their weights while there are adapters.
@@ -70,7 +70,7 @@ class AdapterState:
         kinds: User-defined kinds, by name (`lorakit.core.Kind`).
         whole: Models that, since the last copy, were searched for adapted modules of another state and have none.
         waiting: Adapters that are not active on all positions of a row, so that a forward needs offsets.
-        peft_methods: Answers PEFT's own attributes of layers; None until `lorakit.peft` is used on the model.
+        peft_methods: Provides layer attributes that only PEFT has; None until `lorakit.peft` is used on the model.
         biased: Whether an adapter has trained biases in place, so that modules must be searched for them.
     """
 
@@ -176,7 +176,7 @@ class AdapterState:
         return (self.default if route is None else route).at(offsets)
 
     def _scoped(self, backward: int | None) -> tuple[Route | None, Offsets | None]:
-        """Return the route and offsets of the innermost overrides opened in a backward, by id; None means in any."""
+        """Return the route and offsets of the innermost overrides, of those opened in this backward (None: in any)."""
         offsets = None
         for scope in reversed(_SCOPES.get()):
             block = scope.block

@@ -1,4 +1,4 @@
-"""Statistics for inits that need data: moments of a site's inputs, complete or as a sketch, its mean gradient, a file.
+"""Statistics for inits that need data: moments of a site's inputs (complete or a sketch), mean gradients, file format.
 
 Moments only accumulate rows and gradients; `collecting` supplies them. `Statistics` holds the result: a few small
 tensors per site, which `attach` accepts. The file is in safetensors format, with the config and the base's fingerprint
@@ -149,7 +149,8 @@ class GradientStatistics:
         """Add a gradient.
 
         Args:
-            gradient: Canonical, (out, in) or (out, in / groups, k…), fp32 or wider; not copied, may be modified.
+            gradient: Canonical, (out, in) or (out, in / groups, k…), fp32 or wider; it is kept without a copy and may
+                be modified.
         """
         self.calls += 1
         self.total = gradient if self.total is None else self.total.add_(gradient)
