@@ -107,7 +107,7 @@ BY_LORAKIT: tuple[Refusal, ...] = (
     Refusal(
         "a computed weight cannot be written; peft changes the tensors of its parametrization",
         lambda cell: _moves(cell) and cell.base.startswith("computed"),
-        r"computed by torch\.nn\.utils\.parametrize, so nothing can be written into it",
+        r"computed by torch\.nn\.utils\.parametrize, so it cannot be written",
     ),
     Refusal(
         "outside causal models peft has no offsets for aLoRA and never lets it act",

@@ -207,8 +207,8 @@ def test_merge_twice_and_merge_of_nothing() -> None:
     refused(model, EVERY_KIND, merge, MergeError, "No adapter is active")
     activate(model, "a")
     merge(model, "a")
-    refused(model, EVERY_KIND, lambda m: merge(m, "a"), MergeError, "'a' is merged already")
-    refused(model, EVERY_KIND, lambda m: merge(m, "b", "a"), MergeError, "'a' is merged already")
+    refused(model, EVERY_KIND, lambda m: merge(m, "a"), MergeError, "'a' is already merged")
+    refused(model, EVERY_KIND, lambda m: merge(m, "b", "a"), MergeError, "'a' is already merged")
 
 
 def test_merge_into_a_tied_weight() -> None:

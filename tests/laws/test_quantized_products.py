@@ -41,10 +41,10 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 """Every variant that has an update of the weight, and options that can be combined with one."""
 
-NOT_DENSE = {"biases": "puts another module at up, whose bias adapter '.' trains in place"}
+NOT_DENSE = {"biases": "replaces the module at up, whose bias adapter '.' trains in place"}
 """Case -> message, for what cannot be merged into a plain module; the quantized module stays."""
 
-NOT_ON = {"biases": {"hqq": "is stored as HQQ, whose bias is not a parameter and cannot be trained"}}
+NOT_ON = {"biases": {"hqq": "is stored as HQQ, so its bias is not a parameter and cannot be trained"}}
 """Case -> package -> message, for what the weight format of a package does not support."""
 
 NOT_MERGED = {"alora", "kasa"}

@@ -183,6 +183,6 @@ def test_a_bias_of_B_that_is_not_finite_is_not_merged() -> None:
     before = model[0].base_layer.bias.clone()
     with torch.no_grad():
         model[0].lora_B["a"].bias.fill_(float("inf"))
-    with pytest.raises(MergeError, match="NaNs detected in the merged weights: the bias of B of a is NaN or infinite"):
+    with pytest.raises(MergeError, match="NaNs detected in the merged weights: the bias of B in a is NaN or infinite"):
         merge(model)
     assert torch.equal(model[0].base_layer.bias, before) and model[0].merged_adapters == []

@@ -188,7 +188,7 @@ class TestDisable:
         adapted, seen = logits(two), []
 
         def work() -> None:
-            with pytest.warns(RuntimeWarning, match="block of another thread is open"):
+            with pytest.warns(RuntimeWarning, match="block is open on this model in another thread"):
                 seen.append(logits(two))
 
         with two.disable_adapter():

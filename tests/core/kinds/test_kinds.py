@@ -111,7 +111,7 @@ def test_a_convolutions_half_products_are_the_convolution_with_its_delta(
     if spec.groups == 1:
         torch.testing.assert_close(kind.delta(spec, A, B), whole.weight.data)  # type: ignore[union-attr]
     else:
-        with pytest.raises(MergeError, match="a convolution of 2 groups cannot store"):
+        with pytest.raises(MergeError, match="a convolution with 2 groups cannot store"):
             kind.delta(spec, A, B)  # type: ignore[union-attr]
         wide = make(4, 6, 3, bias=False, **{**around, "groups": 1})
         wide.weight.data = kind.flat_weight(spec, module.weight.data).view(wide.weight.shape)  # type: ignore[union-attr]
@@ -121,7 +121,7 @@ def test_a_convolutions_half_products_are_the_convolution_with_its_delta(
 def test_a_rank_that_the_groups_do_not_divide_is_refused() -> None:
     kind = kind_named("Conv2d")
     (spec,) = kind.specs(nn.Conv2d(4, 6, 3, groups=2))
-    with pytest.raises(ConfigError, match="rank is 3, and a convolution of 2 groups needs one that is divisible by 2"):
+    with pytest.raises(ConfigError, match="rank is 3, but a convolution with 2 groups needs a rank divisible by 2"):
         kind.shapes(spec, 3)
 
 

@@ -142,9 +142,9 @@ def test_a_kind_may_bring_a_layer_class_and_stand_in_for_the_tables_own() -> Non
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        (dataclasses.replace(SQUARED, name="Linear"), "the kind 'Linear' has the name of another"),
-        (dataclasses.replace(SQUARED, types=()), "the kind 'Squared' names no module type"),
-        ("Squared", "kinds holds 'Squared'; each must be a lorakit.core.Kind"),
+        (dataclasses.replace(SQUARED, name="Linear"), "the kind 'Linear' has a name that is already taken"),
+        (dataclasses.replace(SQUARED, types=()), "the kind 'Squared' lists no module types"),
+        ("Squared", "kinds contains 'Squared'; each must be a lorakit.core.Kind"),
     ],
     ids=["taken", "without types", "no kind"],
 )

@@ -80,7 +80,7 @@ def test_an_own_bias_is_not_merged_into_one_that_another_trains() -> None:
     with use(model, "a"):
         before = model(X)
     for call in (merge, merged_state_dict):
-        with pytest.raises(MergeError, match="'b' trains the base's at 0") as error:
+        with pytest.raises(MergeError, match="'b' trains the base's bias at 0") as error:
             call(model, "a")
         assert (error.value.what, error.value.where, error.value.field) == ("a", "0", "lora_bias")
     with use(model, "a"):
@@ -202,7 +202,7 @@ def test_no_other_module_in_the_place_of_one_whose_bias_is_trained(trainer_first
         shaken(model, trains(), "b")
         shaken(model, LoraConfig(r=2, target_modules=["0"]), "a")
         for names in (("a",), ("b",), ("a", "b")):
-            with pytest.raises(MergeError, match=r"dense=True puts another module at 0, whose bias adapter 'b' trains"):
+            with pytest.raises(MergeError, match=r"dense=True replaces the module at 0, whose bias adapter 'b' trains"):
                 merge(model, *names, dense=True)
     else:
         shaken(model, LoraConfig(r=2, target_modules=["0"]), "a")

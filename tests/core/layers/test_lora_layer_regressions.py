@@ -46,7 +46,7 @@ def test_a_table_with_a_largest_norm_leaves_a_alone_and_is_not_merged() -> None:
     with torch.no_grad():
         model(torch.arange(10))
     assert torch.equal(model[0].lora_embedding_A["default"], before)
-    with pytest.raises(MergeError, match="max_norm shortens the rows"):
+    with pytest.raises(MergeError, match="max_norm rescales the rows"):
         merge(model)
 
 

@@ -139,10 +139,10 @@ def test_without_kept_bits_only_the_merged_route_is_left() -> None:
     for block in (lambda: use(model, "b"), lambda: disable(model)):
         with (
             block(),
-            pytest.raises(MergeError, match=r"a is merged into the base and its values were not kept.*keep_base=True"),
+            pytest.raises(MergeError, match=r"a is merged into the base, whose values were not kept.*keep_base=True"),
         ):
             run(model, LINEARS.given())
-    with pytest.raises(MergeError, match=r"a is merged into the base at .* its values were not kept"):
+    with pytest.raises(MergeError, match=r"a is merged into the base at .* whose values were not kept"):
         merge(model, "b")
 
 
@@ -201,7 +201,7 @@ def test_a_component_that_cannot_be_staged_leaves_all_others_unchanged(keep_base
     with torch.no_grad():
         sites(model)[-1].layer.lora_B["a"].bias.fill_(float("nan"))
     before = snapshot(model)
-    with pytest.raises(MergeError, match="the bias of B of a is NaN"):
+    with pytest.raises(MergeError, match="the bias of B in a is NaN"):
         merge(model, "a", keep_base=keep_base)
     assert snapshot(model) == before
 

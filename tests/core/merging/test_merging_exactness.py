@@ -72,7 +72,7 @@ def test_what_cannot_be_merged_says_why() -> None:
     assert "shares its weight with lm_head.weight; a merge would change both" in str(explain_inexact_merge(tied, "a"))
     merged = with_adapters(EVERY_KIND, "a")
     merge(merged, "a")
-    assert explain_inexact_merge(merged, "a") == "Adapter 'a' is merged already. Unmerge it first."
+    assert explain_inexact_merge(merged, "a") == "Adapter 'a' is already merged. Unmerge it first."
     with pytest.raises(AdapterError, match="'nobody'"):
         explain_inexact_merge(merged, "nobody")
 

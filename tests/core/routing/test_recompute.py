@@ -56,7 +56,7 @@ def test_a_forward_that_was_forgotten_is_not_guessed(model: nn.Module) -> None:
             for name in "ba":
                 with use(model, name):
                     model(given())
-    with pytest.raises(RouteError, match="cannot be known"):
+    with pytest.raises(RouteError, match="cannot be determined"):
         loss.backward()
 
 

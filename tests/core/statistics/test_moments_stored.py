@@ -99,14 +99,14 @@ def test_what_is_no_whole_file_of_statistics_is_refused(tmp_path: Path) -> None:
 
     refused("truncated or damaged", whole[:-4])
     refused("too few for a safetensors file", b"")
-    refused("damaged: its tensors are not those that were written", whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
+    refused("damaged: its tensors do not match their checksum", whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
     refused("not a safetensors file .*a pickle, which is never loaded", pickle.dumps({"up/U": 1}))
     torch.save(tensors, path)
     refused("not a safetensors file .*a pickle, which is never loaded")
     save_file(tensors, path)
     refused("not written by `Statistics.save`. Collect the statistics again")
     for change, text in (
-        ({KEY: "2"}, "its format is '2', and '1' is read here. Update lorakit"),
+        ({KEY: "2"}, "its format is '2', not '1'. Update lorakit"),
         ({"facts": "{"}, "its header cannot be read"),
         ({"facts": json.dumps({"config": {"r": -1}})}, "its header cannot be read"),
         ({"facts": json.dumps({**json.loads(words["facts"]), "base": {"x": 1}})}, "is not a fingerprint"),
@@ -115,7 +115,7 @@ def test_what_is_no_whole_file_of_statistics_is_refused(tmp_path: Path) -> None:
         refused(text)
     sick = {**found.sites, "up": {**found.sites["up"], "values": found.sites["up"]["values"] * torch.nan}}
     dataclasses.replace(found, sites=sick).save(path)
-    refused("up/values holds NaN or infinite values")
+    refused("up/values contains NaN or infinite values")
     path.unlink()
     refused("no such file")
 
@@ -147,13 +147,13 @@ def test_another_base_other_sites_and_another_config_are_refused_and_nothing_cha
     usual = found.config.with_fields(init_lora_weights=True, eva_config=None, corda_config=None, lora_ga_config=None)
     refused(
         ConfigError,
-        rf"for init_lora_weights='{init}', and the config says True.*collect them again",
+        rf"for init_lora_weights='{init}', but the config has True.*collect them again",
         LINEARS.model(),
         usual,
     )
     if init == "corda":
         ipm = found.config.with_fields(corda_config=CordaConfig(corda_method="ipm"))
-        refused(ConfigError, "for corda_method='kpm', and the config says 'ipm'", LINEARS.model(), ipm)
+        refused(ConfigError, "for corda_method='kpm', but the config has 'ipm'", LINEARS.model(), ipm)
     larger = found.config.with_fields(r=9, rank_pattern={})
     refused(ConfigError, "collected for rank .*and r is 9|at most .* is possible here", LINEARS.model(), larger)
     fewer = found.config.with_fields(target_modules=["up"], rank_pattern={}, alpha_pattern={})
@@ -192,7 +192,7 @@ def test_what_cannot_be_collected_is_said() -> None:
     refused(DataError, "No batch", config_for("eva"), [])
     refused(
         DataError,
-        r"mask of shape \(3, 5\) does not fit what up received",
+        r"mask of shape \(3, 5\) does not fit the input of up",
         config_for("eva"),
         keep=lambda batch: torch.ones(3, 5),
     )

@@ -38,16 +38,16 @@ _NAMED = {kind.name: kind for kind in KINDS}
 
 
 def kind_of(module_type: type[nn.Module], own: Mapping[str, Kind] = NONE) -> Kind | None:
-    """Return the kind for a type of module, or None; the nearest ancestor that an entry names decides.
+    """Return the kind of a module type, or None; the nearest ancestor listed in an entry decides.
 
     Args:
         module_type: Class of a module of the base.
-        own: Kinds that a user defined, by name; for one ancestor they come before the entries of KINDS.
+        own: User-defined kinds, by name; for the same ancestor, they take precedence over the entries of KINDS.
     """
     for ancestor in module_type.__mro__:
         dotted = f"{ancestor.__module__}.{ancestor.__qualname__}"
         if any(dotted in kind.types for kind in KINDS if kind.read_by_owner):
-            return None  # its own forward is never called; it comes with the module that reads it
+            return None  # its forward is never called; it becomes a site along with its owner
         for kind in (*own.values(), *KINDS):
             if ancestor in kind.types or dotted in kind.types:
                 return kind
@@ -55,30 +55,30 @@ def kind_of(module_type: type[nn.Module], own: Mapping[str, Kind] = NONE) -> Kin
 
 
 def kind_named(name: str, own: Mapping[str, Kind] = NONE) -> Kind:
-    """Return the kind with a name, an entry of KINDS or defined by a user; a missing one is a bug in lorakit.
+    """Return the kind with this name, user-defined or from KINDS; an unknown name is a bug in lorakit.
 
     Args:
-        name: Its name.
-        own: Kinds that a user defined, by name.
+        name: Name of the kind.
+        own: User-defined kinds, by name.
     """
     return own[name] if name in own else _NAMED[name]
 
 
 def checked(kinds: Iterable[Kind]) -> dict[str, Kind]:
-    """Return kinds that a user defined, by name, without the flags that only apply to the module types of KINDS.
+    """Return user-defined kinds by name, with the flags cleared that only apply to the module types in KINDS.
 
     Args:
         kinds: The kinds; `dataclasses.replace` of an entry of KINDS is the simplest way to make one.
 
     Raises:
-        ConfigError: One is not a `Kind`, has a name that is taken, or names no module type.
+        ConfigError: An element of `kinds` is not a `Kind`, has a name that is taken, or lists no module types.
     """
     found: dict[str, Kind] = {}
     for kind in kinds:
         if not isinstance(kind, Kind):
-            raise ConfigError(f"kinds holds {kind!r}; each must be a lorakit.core.Kind.", what=kind, field="kinds")
+            raise ConfigError(f"kinds contains {kind!r}; each must be a lorakit.core.Kind.", what=kind, field="kinds")
         if kind.name in _NAMED or kind.name in found or not kind.types:
-            why = "names no module type" if not kind.types else "has the name of another one"
+            why = "lists no module types" if not kind.types else "has a name that is already taken"
             raise ConfigError(
                 f"kinds: the kind {kind.name!r} {why}. Give it its own name and types.", what=kind.name, field="kinds"
             )
@@ -87,7 +87,7 @@ def checked(kinds: Iterable[Kind]) -> dict[str, Kind]:
 
 
 def fits(check: Fits, kind: Kind) -> bool:
-    """Return whether an entry of INITS or VARIANTS supports a kind; one for every kind includes those of users.
+    """Return whether an entry of INITS or VARIANTS supports a kind; only `every_kind` includes user-defined ones.
 
     Args:
         check: The entry's `fits`.
@@ -103,9 +103,9 @@ def check_fits(check: Fits, kind: Kind, path: str, *, what: str, field: str, adv
         check: The entry's `fits`.
         kind: The kind.
         path: The site.
-        what: The entry, for the message.
-        field: The config's field that selects it.
-        advice: The alternative to leaving the module out.
+        what: Description of the entry, for the message.
+        field: Config field that selects the entry.
+        advice: Alternative to leaving the module out, for the message.
 
     Raises:
         ConfigError: The entry does not support the kind.

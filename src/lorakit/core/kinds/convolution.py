@@ -1,9 +1,9 @@
 """Kinds of convolutions: nn.Conv1d, nn.Conv2d, nn.Conv3d.
 
-A is a convolution to r channels with the stride, padding, padding mode and dilation of the base, over all input
-channels; B mixes channels at one point, in the groups of the base. Both have PEFT's layout: A (r, in, k…), B
-(out, r / groups, 1…). With more than one group the delta reaches input channels that the base's weight does not have,
-so there is no delta in its shape; there is one if the convolution is written as one group.
+A is a convolution from all input channels to r channels, with the base's stride, padding, padding mode and dilation; B
+is a pointwise convolution with the base's groups. Both have PEFT's layout: A (r, in, k…), B (out, r / groups, 1…). With
+more than one group, the delta also covers input channels that the base's weight leaves out, so it does not fit the
+weight's shape unless the convolution is expanded to one group.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def _slots(module: Convolution) -> tuple[WeightSpec, ...]:
 def _shapes(spec: WeightSpec, r: int) -> tuple[Shape, Shape]:
     if r % spec.groups:
         raise ConfigError(
-            f"The rank is {r}, and a convolution of {spec.groups} groups needs one that is divisible by {spec.groups}. "
-            "Choose another rank (rank_pattern for this module alone) or leave the module out.",
+            f"The rank is {r}, but a convolution with {spec.groups} groups needs a rank divisible by {spec.groups}. "
+            "Choose another rank (use rank_pattern to change this module alone) or leave the module out.",
             what=r,
             field="r",
         )
@@ -62,7 +62,7 @@ def _flat_weight(spec: WeightSpec, W: Tensor) -> Tensor:
 
 
 def _in_one_group(W: Tensor, spec: WeightSpec) -> Tensor:
-    """Return a weight (out, in / groups, …) as one group's, (out, in, …), with zeros for the inputs of other groups."""
+    """Expand a grouped weight (out, in / groups, …) to (out, in, …), with zeros for the inputs of other groups."""
     if spec.groups == 1:
         return W
     groups, inside = spec.groups, W.shape[1]
@@ -76,12 +76,12 @@ def _delta(spec: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
     """Return the delta (out, in, k…) of A (r, in, k…) and B (out, r, 1…).
 
     Raises:
-        MergeError: The convolution has groups.
+        MergeError: The convolution has more than one group.
     """
     if spec.groups > 1:
         raise MergeError(
-            f"The weight of a convolution of {spec.groups} groups cannot store an update of all input channels. "
-            "Merge with dense=True to make it a convolution of one group.",
+            f"The weight of a convolution with {spec.groups} groups cannot store an update over all input channels. "
+            "Merge with dense=True to convert it to a convolution with one group.",
             what=str(spec.groups),
         )
     A, B = _flat(spec, A, B)

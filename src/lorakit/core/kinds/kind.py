@@ -1,8 +1,8 @@
 """`Kind`, an entry of KINDS, and `WeightSpec`, the geometry of one weight.
 
 A kind defines the geometry of LoRA on one type of module: which weights the module has, the shapes of A and B, how each
-is applied, and the delta in canonical orientation, whose leading axis is the output. It knows nothing about scales,
-dropout, adapters or how the base weight is stored.
+is applied, and the delta in canonical orientation, whose leading axis is the output. It does not handle scales,
+dropout, adapters or the storage of the base weight.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """One weight of one module: the geometry that a kind works with.
+    """The geometry of one weight of a module.
 
     Attributes:
         parameter: Name of the parameter in the module.
         out_features: Rows of the canonical weight.
-        in_features: Columns of the canonical weight; of a convolution, all its input channels.
+        in_features: Columns of the canonical weight; for a convolution, all input channels.
         experts: Number of matrices in the parameter, (experts, …, …); 0 if it is one matrix.
-        in_first: An expert's matrix is stored as (in, out).
-        kernel: Size of a convolution's kernel, () for other modules.
-        groups: Groups of a convolution.
-        bounded: A lookup scales rows down to a maximum norm.
-        as_stored: The canonical weight is the parameter itself, even in a module that stores (in, out).
+        in_first: Whether each expert's matrix is stored as (in, out).
+        kernel: Kernel size of a convolution; () for other modules.
+        groups: Number of groups of a convolution; 1 for other modules.
+        bounded: Whether a lookup scales rows down to a maximum norm (`max_norm`).
+        as_stored: Whether the parameter itself is the canonical weight, even in a module that stores (in, out).
     """
 
     parameter: str
@@ -48,29 +48,29 @@ class Kind:
     """The geometry of LoRA on one type of module.
 
     Attributes:
-        name: Its name, which the subclass of `LoraLayer` has too.
-        types: Module types, or their dotted names, which are looked up along the MRO.
-        acts_on: "input": B·A is applied to the module's input; "weight": it is added to the weight for one forward.
-        zero_side: "A" or "B": the one that is zero in a new adapter, so that the adapter changes nothing.
-        names: Attributes of the layer that hold A and B, also their names on disk.
-        on_disk: Suffix of the attribute's name on disk.
-        drops: Whether dropout can be applied to the input, which it cannot if the input holds indices.
-        specs: Module -> the specs of the weights to adapt, the outermost layer's first.
-        inner: Children that become sites together with the module, because it reads their weight.
-        row_axis: Module -> the axis of its input that holds the rows of the batch, or None if that is not known. Rows
-            can have different adapters if the kind acts on the input.
-        shapes: Weight and rank -> shapes of A and B; raises ConfigError if the rank does not fit.
-        rank: Weight and shape of A -> its rank.
-        vector: Weight -> shape of a vector over the outputs, (out,), in memory and on disk.
+        name: Unique name, which appears in messages and selects the layer class.
+        types: Module types or their dotted names, which are matched along the MRO.
+        acts_on: "input": B·A is applied to the module's input; "weight": B·A is added to the weight for one forward.
+        zero_side: "A" or "B": the factor that is zero in a new adapter, so that the adapter has no effect yet.
+        names: Layer attributes that hold A and B; also their names on disk.
+        on_disk: Suffix of these names on disk.
+        drops: Whether dropout can be applied to the input; it cannot if the input holds indices.
+        specs: Module -> specs of the weights to adapt; the first belongs to the outermost layer.
+        inner: Children that become sites along with the module, because the module reads their weights.
+        row_axis: Module -> the input axis that holds the batch rows, or None if it is unknown. Rows can have different
+            adapters if the kind acts on the input.
+        shapes: Spec and rank -> shapes of A and B; raises ConfigError if the rank does not fit.
+        rank: Spec and shape of A -> rank of the factor.
+        vector: Spec -> shape of a vector over the outputs, such as (out,), in memory and on disk.
         down: Apply A to the input.
         up: Apply B to the result of `down`.
-        flat: A and B of a weight as matrices, (r, n) and (out, r), so that the delta of one matrix is B·A.
-        flat_weight: The canonical weight as a matrix, (out, n).
-        delta: The unscaled delta in the shape of the canonical weight; raises MergeError if it has none.
-        layer: Class of the layer, for kinds that users define; None for the entries of KINDS.
-        is_dense: The module is a dense layer: "all-linear" includes it, and its output is one matmul with the input.
-        names_parameter: The site is one bare parameter of a module, named by its own path (`target_parameters`).
-        read_by_owner: The module's weight is read by the module around it, which does not call it.
+        flat: Spec, A and B -> A and B as matrices, (r, n) and (out, r); B·A is the delta if the weight is one matrix.
+        flat_weight: Spec and canonical weight -> the weight as a matrix, (out, n).
+        delta: Spec, A and B -> the unscaled delta in the canonical weight's shape; raises MergeError if there is none.
+        layer: Layer class of a user-defined kind; None for the entries of KINDS.
+        is_dense: Whether the module is a dense layer: "all-linear" includes it, and it multiplies its input once.
+        names_parameter: Whether the site is a bare parameter, named by the parameter's path (`target_parameters`).
+        read_by_owner: Whether the parent module reads the module's weight instead of calling the module.
     """
 
     name: str
@@ -98,36 +98,36 @@ class Kind:
 
     @property
     def takes_bias(self) -> bool:
-        """True if B can have a bias (`lora_bias`): it must produce an output, from an input of floats."""
+        """True if B can have a bias (`lora_bias`): the kind must act on the input, which must be floating point."""
         return takes_input(self) and self.drops
 
 
 Fits = Callable[[Kind], bool]
-"""Tells if an entry of INITS or VARIANTS supports a kind."""
+"""Returns whether an entry of INITS or VARIANTS supports a kind."""
 
 
 def every_kind(kind: Kind) -> bool:
-    """Support every kind, including those that users define."""
+    """Return True for every kind, including user-defined ones."""
     return True
 
 
 def every_kind_of_the_table(kind: Kind) -> bool:
-    """Support every entry of KINDS, all of whose weights are one or several matrices."""
+    """Return True for every entry of KINDS: each of their weights consists of one or more matrices."""
     return True
 
 
 def only_linear(kind: Kind) -> bool:
-    """Support nn.Linear and its quantized versions, not Conv1D."""
+    """Return whether the kind is nn.Linear, quantized or not; Conv1D is not."""
     return nn.Linear in kind.types
 
 
 def takes_input(kind: Kind) -> bool:
-    """Support kinds for which B·A is applied to the module's input."""
+    """Return whether the kind applies B·A to the module's input."""
     return kind.acts_on == "input"
 
 
 def spread(vector: Tensor, spec: WeightSpec) -> Tensor:
-    """Return a vector (out,) in a shape that broadcasts over an output (…, out), or (…, out, k…) of a convolution."""
+    """Reshape a vector (out,) to broadcast over an output (…, out), or (…, out, k…) for a convolution."""
     return vector.view(-1, *[1] * len(spec.kernel)) if spec.kernel else vector
 
 

@@ -1,7 +1,7 @@
 """Kinds of dense sites: nn.Linear, transformers' Conv1D, and nn.Embedding.
 
-All have one matrix as weight. An embedding's is (V, d) in memory and (d, V) in canonical orientation: its input
-is a one-hot row, so that A (r, V) is looked up instead of multiplied.
+Each has a single matrix as its weight. An embedding's weight is (V, d) in memory and (d, V) in canonical orientation:
+the input is equivalent to one-hot rows, so A (r, V) is looked up instead of multiplied.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def factor_shapes(spec: WeightSpec, r: int) -> tuple[Shape, Shape]:
 
 
 def as_they_are(_: WeightSpec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A (r, in) and B (out, r), which are matrices already."""
+    """Return A (r, in) and B (out, r) unchanged: they already are matrices."""
     return A, B
 
 
 def matrix(_: WeightSpec, W: Tensor) -> Tensor:
-    """Return a canonical weight (out, in), which is a matrix already."""
+    """Return a canonical weight (out, in) unchanged: it already is a matrix."""
     return W
 
 
@@ -54,12 +54,12 @@ def linear_up(_: nn.Module, h: Tensor, B: Tensor) -> Tensor:
 
 
 def axis_of_rows(_: WeightSpec, shape: Shape) -> int:
-    """Return the size of the first axis, which holds the rows."""
+    """Return the rank: the size of A's first axis, or 0 if the shape is empty."""
     return shape[0] if shape else 0
 
 
 def flat_vector(spec: WeightSpec) -> Shape:
-    """Return the shape (out,) of a vector with one value per row."""
+    """Return the shape (out,) of a vector with one value per output."""
     return (spec.out_features,)
 
 
@@ -110,8 +110,8 @@ def _table_delta(spec: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
     """
     if spec.bounded:
         raise MergeError(
-            "An embedding with max_norm shortens the rows that it looks up; with an adapter merged it would shorten "
-            "their sum. Keep the adapter unmerged, or remove max_norm.",
+            "An embedding with max_norm rescales the rows that it looks up; with a merged adapter it would rescale "
+            "the sums of rows and updates. Keep the adapter unmerged, or remove max_norm.",
             field="max_norm",
         )
     return dense_delta(A, B)
@@ -123,7 +123,7 @@ def _embedding_down(module: nn.Embedding, indices: Tensor, A: Tensor) -> Tensor:
         A.T,  # (V, r)
         padding_idx=module.padding_idx,
         scale_grad_by_freq=module.scale_grad_by_freq,
-    )  # never sparse: a sparse gradient has no transpose in torch (peft's backward fails there), and A is small
+    )  # never sparse: torch cannot transpose a sparse gradient (peft's backward fails there), and A is small
 
 
 def _embedding_up(module: nn.Module, h: Tensor, B: Tensor) -> Tensor:

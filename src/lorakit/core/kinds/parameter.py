@@ -1,8 +1,8 @@
 """Kinds whose factors are added to a weight for one forward: bare parameters and nn.MultiheadAttention.
 
-Such a module does not expose what its weight is multiplied by, so B·A is added to the weight. Experts in one parameter
-share its A and B in PEFT's layout: A (experts·r, in), expert by expert, and B (out, r·experts) with the expert as the
-fastest index.
+Such a module does not expose its weight's input, so B·A is added to the weight. If a parameter holds several experts,
+their factors are stored together in PEFT's layout: A (experts·r, in), grouped by expert, and B (out, r·experts), in
+which the expert index varies fastest.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def parameter_spec(module: nn.Module, name: str) -> WeightSpec:
     """Return the spec of a parameter with two axes (out, in) or three (experts, out, in).
 
     Args:
-        module: The module that holds it.
-        name: Its name there.
+        module: Module that holds the parameter.
+        name: Name of the parameter in the module.
 
     Raises:
-        TargetError: It has another number of axes.
+        TargetError: The parameter does not have two or three axes.
     """
     shape = tuple(getattr(module, name).shape)
     if len(shape) == 2:
@@ -53,7 +53,7 @@ def _rank(spec: WeightSpec, shape: Shape) -> int:
 
 
 def _delta(spec: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
-    """Return the delta, like the parameter, of A (experts·r, in) and B (out, r·experts).   [docs/math.md (92)]"""
+    """Return the delta of A (experts·r, in) and B (out, r·experts) in the parameter's shape.   [docs/math.md (92)]"""
     if not spec.experts:
         return dense_delta(A, B)
     A, B = per_expert(spec, A, B)
@@ -61,7 +61,7 @@ def _delta(spec: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
 
 
 def per_expert(spec: WeightSpec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A (experts, r, in) and B (experts, out, r) of the A (experts·r, in) and B (out, r·experts) on disk."""
+    """Split A (experts·r, in) and B (out, r·experts) by expert: A (experts, r, in), B (experts, out, r)."""
     A = A.view(spec.experts, -1, spec.in_features)
     B = B.view(spec.out_features, -1, spec.experts).permute(2, 0, 1)
     return A, B
@@ -73,7 +73,7 @@ def side_by_side(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _attention_specs(module: nn.MultiheadAttention) -> tuple[WeightSpec, ...]:
-    names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # the first, or the other three
+    names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # either the first or the other three
     return tuple(parameter_spec(module, name) for name in names if getattr(module, name) is not None)
 
 
@@ -114,4 +114,4 @@ INNER = replace(
     names_parameter=False,
     read_by_owner=True,
 )
-"""A dense layer in such a module, which reads its weight without calling it."""
+"""The output projection of nn.MultiheadAttention: a dense layer whose weight the attention reads without calling it."""

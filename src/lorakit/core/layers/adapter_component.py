@@ -1,8 +1,8 @@
-"""The protocol `AdapterComponent` of everything that carries adapters, and base classes of modules that implement it.
+"""The protocol `AdapterComponent` for everything that carries adapters, and base classes of modules that implement it.
 
-Calls on a whole model (merge, unmerge, detach, save) go through the protocol, component by component: a component
-stages its change, and commits it after all others have staged theirs. `AdapterModule` also has PEFT's methods for
-programs that switch adapters module by module. This file does not depend on factors or weights.
+Calls on a whole model (merge, unmerge, detach, save) go through the protocol component by component. In a merge or an
+unmerge, a component stages its change and commits it after all others have staged theirs. `AdapterModule` also has
+PEFT's methods, for programs that switch adapters module by module. This file does not depend on factors or weights.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def trainable_tensors(function: Callable[Concatenate[Model, P], R]) -> Callable[Concatenate[Model, P], R]:
-    """Wrap a function over a model, so that tensors that it makes can be trained if it is called in inference mode.
+    """Wrap a function of a model so that the tensors it creates are trainable even if it is called in inference mode.
 
     Args:
-        function: Takes the model, or a layer, first.
+        function: Function whose first argument is the model or a layer.
     """
 
     @wraps(function)
@@ -44,25 +44,25 @@ def trainable_tensors(function: Callable[Concatenate[Model, P], R]) -> Callable[
 
 
 def trainable(model: nn.Module, first: nn.Parameter | None) -> AbstractContextManager[object]:
-    """Return a block whose new tensors can be trained afterwards, also inside `torch.inference_mode`.
+    """Return a context in which new tensors are trainable, even inside `torch.inference_mode`.
 
-    A base from outside a block of `torch.inference_mode` gets tensors as if there were no block. A base that was made
-    in one can only be used in one.
+    If the base was created outside of inference mode, the context turns inference mode off. A base that was created in
+    inference mode can only be used in inference mode.
 
     Args:
         model: The model, or a layer.
-        first: A parameter (any shape) of it, or None if it has none.
+        first: A parameter (any shape) of the model, or None if the model has none.
 
     Raises:
-        ModelError: The model was made in inference mode, and this is outside of it.
+        ModelError: The model was created in inference mode, which is off now.
     """
     inside = torch.is_inference_mode_enabled()
     if (first is not None and first.is_inference()) == inside:
         return nullcontext()
     if not inside:
         raise ModelError(
-            f"This {type(model).__name__} was made in torch.inference_mode(), so torch neither trains it nor tracks it "
-            "outside of such a block. Make or load it outside, or work with it inside.",
+            f"This {type(model).__name__} was created in torch.inference_mode(), so torch cannot train it or record "
+            "gradients for it outside of inference mode. Create or load it outside, or use it only inside.",
             what=type(model).__name__,
         )
     return torch.inference_mode(False)
@@ -76,11 +76,12 @@ class MergeOptions:
     """Options of a merge.
 
     Attributes:
-        keep_base: Keep each original weight on its device (True), in main memory ("cpu"), or not (False).
-        in_place: Adapters stay on the model, so a weight must also be right for an adapter with a residual base.
-        dense: Dtype of the plain module that replaces a quantized one without a compute dtype, and a convolution with
-            groups; None: quantized modules stay.
-        apart: The ids of components that get a separate parameter, because they share one with other modules.
+        keep_base: Keep each original weight on its device (True), in main memory ("cpu"), or not at all (False).
+        in_place: Whether the adapters stay on the model, so that each merged weight must also be right for an adapter
+            with a residual base.
+        dense: If not None, plain modules replace quantized modules and grouped convolutions; a quantized module that
+            does not record a dtype gets this one.
+        apart: Ids of components that get a separate parameter, because other modules share theirs.
     """
 
     keep_base: KeepBase = True
@@ -95,7 +96,7 @@ class SiteMerge:
 
     Attributes:
         path: The site.
-        retained: Fraction of the delta in the stored weight, 1 − ‖W' − (W₀ + Δ)‖ / ‖Δ‖, at least 0.
+        retained: Fraction of the delta that the stored weight W' retains, 1 − ‖W' − (W₀ + Δ)‖ / ‖Δ‖, at least 0.
         changed: Fraction of the weight's elements that changed.
         error: Relative error of the stored weight: ‖W' − (W₀ + Δ)‖ / ‖W₀ + Δ‖.
     """
@@ -108,11 +109,11 @@ class SiteMerge:
 
 @dataclass(frozen=True)
 class StagedMerge:
-    """A change of one component that is ready to be made.
+    """A change of one component that is ready to be committed.
 
     Attributes:
-        report: What the merge does to the weight; None if the component has none, and when unmerging.
-        commit: Makes the change. It raises nothing: staging has checked everything and allocated the memory.
+        report: Effect of the merge on the weight; None for an unmerge, and for components other than layers.
+        commit: Makes the change. All checks were made during staging.
     """
 
     report: SiteMerge | None
@@ -120,7 +121,7 @@ class StagedMerge:
 
 
 class AdapterComponent:
-    """Protocol of everything that carries adapters: layers, saved modules, trainable tokens and trained biases.
+    """Protocol for everything that carries adapters: layers, saved modules, trainable tokens and trained biases.
 
     Attributes:
         state: The state shared by the adapted modules of the model.
@@ -134,27 +135,27 @@ class AdapterComponent:
 
     @abstractmethod
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
-        """Return an adapter's parameters here, (…); A and B first; an empty list if it has none."""
+        """Return an adapter's parameters here, (…), A and B first; an empty list if it has none."""
 
     @abstractmethod
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
-        """Return the tensors of an adapter that a file stores: key below this component's path -> tensor (…)."""
+        """Return the tensors to save for an adapter: key relative to this component's path -> tensor (…)."""
 
     @abstractmethod
     def remove(self, adapter: str) -> nn.Module:
-        """Remove an adapter's parameters, if it has any, and return the module that belongs here afterwards."""
+        """Remove an adapter's parameters, if any, and return the module to put here afterwards."""
 
     @abstractmethod
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
-        """Prepare to merge adapters and change nothing; None if they have nothing here that a merge changes.
+        """Prepare to merge adapters without changing anything; return None if there is nothing to merge here.
 
         Raises:
-            MergeError: The result is not finite, or the component cannot take these adapters.
+            MergeError: The result is not finite, or these adapters cannot be merged here.
         """
 
     @abstractmethod
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
-        """Prepare to unmerge adapters; committing restores the bits. None if none of them is merged here.
+        """Prepare to unmerge adapters; the commit restores the original bits. Return None if none is merged here.
 
         Raises:
             MergeError: The base's values were not kept.
@@ -166,11 +167,11 @@ class AdapterComponent:
 
     @abstractmethod
     def unload(self) -> nn.Module:
-        """Return the plain module, with the merged adapters and without any other."""
+        """Return the plain module, with the merged adapters in its weights and no others."""
 
 
 def base_not_kept(merged: Sequence[str], path: str | None = None) -> MergeError:
-    """Return the error of a call that needs the base's values, which a merge did not keep.
+    """Return the error for a call that needs base values that a merge did not keep.
 
     Args:
         merged: The adapters that are merged.
@@ -178,9 +179,9 @@ def base_not_kept(merged: Sequence[str], path: str | None = None) -> MergeError:
     """
     names = ", ".join(merged)
     return MergeError(
-        f"{names} is merged into the base{f' at {path}' if path else ''} and its values were not kept "
-        "(keep_base=False), so the base alone and other adapters are not available. Load the base again; to keep it, "
-        "merge with keep_base=True.",
+        f"{names} is merged into the base{f' at {path}' if path else ''}, whose values were not kept "
+        "(keep_base=False), so the base alone and other adapters are not available. Reload the base; to keep its "
+        "values, merge with keep_base=True.",
         what=names,
         where=path,
     )
@@ -192,9 +193,9 @@ class AdapterModule(nn.Module, AdapterComponent):
     Attributes:
         state: The state shared by the adapted modules of the model.
         merged_adapters: The adapters that are merged here now.
-        own_route: This module's override of the model's default, or None.
-        aside: The override that was active before this module's adapters were disabled; a tuple, empty if they are
-            enabled.
+        own_route: This module's override of the model's default route, or None.
+        aside: The override from before this module's adapters were disabled, as a one-element tuple; empty while they
+            are enabled.
     """
 
     state: AdapterState
@@ -204,63 +205,63 @@ class AdapterModule(nn.Module, AdapterComponent):
 
     def __setstate__(self, known: dict[str, Any]) -> None:
         super().__setstate__(known)
-        self.state.join(self)  # a copy belongs to the copied state
+        self.state.join(self)  # a copy joins the copied state
 
     def check_not_merged(self, path: str, adapters: Sequence[str]) -> None:
-        """Reject adapters that are merged here already.
+        """Reject adapters that are already merged here.
 
         Args:
             path: This module's path, for messages.
-            adapters: Adapters.
+            adapters: Adapters to check.
 
         Raises:
-            MergeError: One of them is merged.
+            MergeError: An adapter is already merged.
         """
         twice = next((name for name in adapters if name in self.merged_adapters), None)
         if twice is not None:
-            raise MergeError(f"Adapter {twice!r} is merged already. Unmerge it first.", what=twice, where=path)
+            raise MergeError(f"Adapter {twice!r} is already merged. Unmerge it first.", what=twice, where=path)
 
     def kept_bytes(self) -> int:
-        """Return the memory of the originals that merges kept."""
+        """Return the size, in bytes, of the originals that merges kept."""
         return 0
 
     def check_mergeable(self, path: str, adapters: Sequence[str]) -> None:
-        """Reject adapters that no weight can hold, regardless of what is merged now; nothing is computed.
+        """Reject adapters that can never be merged here, regardless of what is merged now; nothing is computed.
 
         Args:
             path: This module's path, for messages.
             adapters: Adapters; those without parameters here are ignored.
 
         Raises:
-            MergeError: One of them cannot be merged here.
+            MergeError: An adapter cannot be merged here.
         """
 
     def check_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> None:
-        """Reject a merge that this module cannot take now; nothing is computed.
+        """Reject a merge that is currently impossible here; nothing is computed.
 
         Args:
             path: This module's path, for messages.
             adapters: Adapters; those without parameters here are ignored.
-            options: How they are merged.
+            options: Options of the merge.
 
         Raises:
-            MergeError: One of them cannot be merged here, or is merged already.
+            MergeError: An adapter cannot be merged here, or is already merged.
         """
         self.check_mergeable(path, adapters)
 
     def check_unmerge(self, path: str, adapters: Sequence[str]) -> None:
-        """Check that adapters can be unmerged: the base's values were kept.
+        """Check that adapters can be unmerged, which requires that the base's values were kept.
 
         Args:
             path: This module's path, for messages.
             adapters: Adapters; those that are not merged here are ignored.
 
         Raises:
-            MergeError: The message names the adapter and the path.
+            MergeError: The values were not kept; the message names the adapter and the path.
         """
 
     def drop_override(self, name: str) -> None:
-        """End this module's override of the model's default if it names an adapter that is removed."""
+        """Drop this module's override of the default route if it names an adapter that is being removed."""
         if self.own_route is not None and name in self.own_route.mentions:
             self.own_route = None
         if self.aside and self.aside[0] is not None and name in self.aside[0].mentions:
@@ -279,7 +280,7 @@ class AdapterModule(nn.Module, AdapterComponent):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters that are active here, even while they are disabled."""
+        """The adapters that are active here, or would be if adapters were enabled."""
         if self.aside:
             chosen = self.aside[0] or self.state.chosen
         else:
@@ -295,7 +296,7 @@ class AdapterModule(nn.Module, AdapterComponent):
 
     @property
     def disable_adapters(self) -> bool:
-        """True if adapters are disabled here: by `enable_adapters`, in the whole model, or by a block."""
+        """True if adapters are disabled here: by `enable_adapters`, for the whole model, or by a scoped override."""
         if self.aside or self.state.aside is not None:
             return True
         return not self.state.active().mentions and bool(self.state.chosen.names)
@@ -304,7 +305,7 @@ class AdapterModule(nn.Module, AdapterComponent):
         """Enable or disable this module's adapters; `requires_grad` does not change.
 
         Args:
-            enabled: Whether they are enabled.
+            enabled: Whether to enable the adapters.
         """
         if not enabled and not self.aside:
             self.aside, self.own_route = (self.own_route,), BASE
@@ -312,14 +313,14 @@ class AdapterModule(nn.Module, AdapterComponent):
             self.own_route, self.aside = self.aside[0], ()
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Override the model's default in this module; `activate` on the model ends the override.
+        """Override the model's default route in this module; `activate` on the model ends the override.
 
         Args:
-            adapter_names: One adapter or several; none means the base alone. All others are frozen here.
-            inference_mode: Freeze these too.
+            adapter_names: One adapter or several; an empty list selects the base alone. All others are frozen here.
+            inference_mode: Freeze the named adapters too.
 
         Raises:
-            RouteError: The model does not have such an adapter.
+            RouteError: The model does not have one of these adapters.
         """
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         self.state.check(names)
@@ -332,17 +333,17 @@ class AdapterModule(nn.Module, AdapterComponent):
 
         Args:
             adapter_names: One adapter or several.
-            requires_grad: Whether they are trained.
+            requires_grad: Whether to train the adapters.
         """
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
             self.set_trained(name, requires_grad)
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: Sequence[str] | None = None) -> None:
-        """Remove an adapter's parameters here; if only it was active, activate the first of the others.
+        """Remove an adapter's parameters here; if no other adapter was active, activate the first one left.
 
         Args:
             adapter_name: The adapter; one without parameters here is ignored.
-            new_active_adapters: PEFT's argument, not used: the others that were active stay so.
+            new_active_adapters: Ignored (an argument of PEFT's method): other active adapters stay active.
         """
         active = self.active_adapters
         self.remove(adapter_name)
@@ -360,12 +361,12 @@ class AdapterModule(nn.Module, AdapterComponent):
 
 
 class ReplacingModule(AdapterModule):
-    """A module that is replaced, as a whole or in some rows, in the forwards of its adapters.
+    """A module that active adapters replace, either as a whole or in some rows of its weight.
 
     Attributes:
         what: Name of such modules in messages.
-        field: The config's field that selects them.
-        forwards: The forwards so far, for recomputation.
+        field: Config field that selects such modules.
+        forwards: Record of past forwards, for recomputation.
     """
 
     what: ClassVar[str]
@@ -382,7 +383,7 @@ class ReplacingModule(AdapterModule):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The active adapters that have parameters here, even while they are disabled."""
+        """The adapters with parameters here that are active, or would be if adapters were enabled."""
         return [name for name in super().active_adapters if name in self]
 
     @property
@@ -397,21 +398,21 @@ class ReplacingModule(AdapterModule):
         Args:
             route: The route.
             args: Passed to the module.
-            kwargs: Likewise.
+            kwargs: Passed to the module.
 
         Raises:
-            RouteError: Two of the active adapters exclude each other here.
+            RouteError: Two active adapters cannot be combined here.
         """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the output of the module for the active adapters; in a mixed batch each one gets its own rows.
+        """Return the module's output for the active adapters; in a mixed batch, each adapter gets its own rows.
 
         Args:
-            args: Passed to the base's module; in a mixed batch the first axis of every tensor holds the rows.
-            kwargs: Likewise.
+            args: Passed to the base's module; in a mixed batch, the first axis of every tensor holds the rows.
+            kwargs: Passed to the base's module, like `args`.
 
         Raises:
-            RouteError: The route cannot be known or does not fit the batch, or active adapters exclude each other.
+            RouteError: The route is unknown or does not fit the batch, or active adapters cannot be combined.
         """
         route, again = resolve(self.state, self.own_route, self.forwards)
         output = self.run_alike(route, args, kwargs) if route.rows is None else self._mixed(route, args, kwargs)
@@ -419,7 +420,7 @@ class ReplacingModule(AdapterModule):
         return output
 
     def _mixed(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """Run the rows of each adapter of a mixed batch separately and return all outputs in order, (rows, …).
+        """Run each adapter's rows of a mixed batch separately and return the outputs in row order, (rows, …).
 
         Raises:
             RowCountError: The route does not fit the batch.
@@ -429,7 +430,7 @@ class ReplacingModule(AdapterModule):
         rows = None if x is None else route.rows_of(x.shape[0])
         if x is None or rows is None:
             raise RowCountError(
-                f"The route names {len(route.rows or ())} rows, and {self.what} received "
+                f"The route names {len(route.rows or ())} rows, but {self.what} received "
                 f"{'no tensor' if x is None else tuple(x.shape)}. Give one adapter per row of the batch.",
                 field=self.field,
             )
@@ -456,7 +457,7 @@ class ReplacingModule(AdapterModule):
 
 
 def _rows_of(value: Value, index: Tensor, rows: int) -> Value | Tensor:
-    """Return some rows of a tensor (rows, …) by their indices (n,); other values unchanged."""
+    """Return the rows of a tensor (rows, …) with these indices (n,); return other values unchanged."""
     if isinstance(value, Tensor) and value.ndim and value.shape[0] == rows:
         return value.index_select(0, index)
     return value

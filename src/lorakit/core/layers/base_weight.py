@@ -1,14 +1,14 @@
 """`BaseWeight`: how the base weight of a layer changes when adapters are merged, unmerged or unloaded.
 
-A merge is staged (everything is computed, checked and allocated) and then committed. The layer knows only its own
-weight; `merging` decides which layers change, and in which order.
+A merge is first staged (computed and checked) and then committed. A layer handles only its own weight; `merging`
+decides which layers change, and in which order.
 
-`sum_of_updates` computes the merged weight from the original, in the form in which the base stores it, and changes
-nothing. `merged_weight` also measures what storing it loses: the rounding error of a plain weight, or the far larger
-error of a quantized one.
+`sum_of_updates` computes the merged weight from the original, in the form in which the base stores it, and does not
+change the layer. `merged_weight` also measures the error of storing it: the rounding error of a plain weight, or the
+far larger error of a quantized one.
 
-The weight of a grouped convolution cannot hold an update, because an adapter reads all input channels. It is merged
-into a convolution with one group instead, whose weight is `groups` times as large.
+The weight of a grouped convolution cannot hold an update, because an adapter reads all input channels. The update is
+merged into a convolution with one group instead, whose weight is `groups` times as large.
 """
 
 from __future__ import annotations
@@ -29,45 +29,45 @@ from lorakit.core.variants import variant_named
 from lorakit.errors import MergeError
 
 StagedBias = tuple[Tensor, Tensor | None]
-"""A bias (out,) to store in the base, and the base's own (out,) from before; None if the first is the base's own."""
+"""The bias (out,) to store in the base, and the original bias (out,) to keep, or None if the first is the original."""
 
 Merged = tuple[Replacement, Tensor, Tensor]
-"""The weight to store, or a plain module that replaces the base's; W₀ (out, in); the exact sum of updates, like W₀."""
+"""The weight to store, or a plain module to replace the base's; W₀ (out, in); the exact sum of updates (out, in)."""
 
 
 class BaseWeight(StoredWeight):
     """A module around a base module; adapters are merged into one of its weights."""
 
     def check_mergeable(self, path: str, adapters: Sequence[str]) -> None:
-        """Reject adapters that no weight can hold, or whose bias cannot be stored; nothing is computed.
+        """Reject adapters that can never be merged here, or whose bias cannot be stored; nothing is computed.
 
         Args:
             path: This layer's path, for messages.
             adapters: Adapters; those without a factor here are ignored.
 
         Raises:
-            MergeError: The message names the adapter and the path.
+            MergeError: An adapter cannot be merged; the message names it and the path.
         """
         for name in adapters:
             variant = variant_named(self.variant[name]) if name in self.r else None
             if variant is not None and not variant.is_mergeable:
                 raise MergeError(
                     f"Adapter {name!r} at {path} is {variant.title}, which cannot be merged: "
-                    f"{variant.unmergeable_reason}. Keep it next to the base.",
+                    f"{variant.unmergeable_reason}. Keep it unmerged.",
                     what=name,
                     where=path,
                 )
         self._check_place_of_bias(path, adapters)
 
     def _check_place_of_bias(self, path: str, adapters: Sequence[str]) -> None:
-        """Reject a bias of B if the base has none, or if another adapter trains the base's."""
+        """Reject a bias of B if the base has no bias, or if another adapter trains the base's bias."""
         bringing = [name for name in adapters if self.bias_of(name) is not None]
         trainer = None if self.old_bias is None else self.old_bias[0]
         other = next((name for name in bringing if trainer not in (None, name)), None)
         if other is not None:
             raise MergeError(
-                f"Adapter {other!r} has its own bias (lora_bias), and adapter {trainer!r} trains the base's at {path}, "
-                f"so it cannot be merged. Detach {trainer!r} first.",
+                f"Adapter {other!r} has its own bias (lora_bias) and cannot be merged, because adapter {trainer!r} "
+                f"trains the base's bias at {path}. Detach {trainer!r} first.",
                 what=other,
                 where=path,
                 field="lora_bias",
@@ -82,15 +82,15 @@ class BaseWeight(StoredWeight):
             )
 
     def check_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> None:
-        """Reject a merge that this weight cannot take now; nothing is computed.
+        """Reject a merge that is currently impossible here; nothing is computed.
 
         Args:
             path: This layer's path, for messages.
             adapters: Adapters; those without a factor here are ignored.
-            options: How they are merged.
+            options: Options of the merge.
 
         Raises:
-            MergeError: An adapter is merged already or cannot be, or the weight cannot be written.
+            MergeError: An adapter is already merged or cannot be merged, or the weight cannot be written.
         """
         here = [name for name in adapters if name in self.r]
         if not here:
@@ -108,36 +108,36 @@ class BaseWeight(StoredWeight):
         if replaces and self.old_bias is not None and (options.in_place or self.old_bias[0] not in adapters):
             trainer = self.old_bias[0]
             raise MergeError(
-                f"dense=True puts another module at {path}, whose bias adapter {trainer!r} trains in place. Detach "
+                f"dense=True replaces the module at {path}, whose bias adapter {trainer!r} trains in place. Detach "
                 f"{trainer!r} first, or merge with dense=False.",
                 what=trainer,
                 where=path,
             )
 
     def check_unmerge(self, path: str, adapters: Sequence[str]) -> None:
-        """Check that adapters can be unmerged: the base's values were kept.
+        """Check that adapters can be unmerged, which requires that the base's values were kept.
 
         Args:
             path: This layer's path, for messages.
             adapters: Adapters; those that are not merged here are ignored.
 
         Raises:
-            MergeError: The message names the adapter and the path.
+            MergeError: The values were not kept; the message names the adapter and the path.
         """
         lost = [name for name in adapters if name in self.merged_adapters]
         if lost and not self.keeps_base:
             raise base_not_kept(lost, path)
 
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
-        """Compute the weight with more adapters merged, and measure it; nothing is changed.
+        """Compute and measure the weight with more adapters merged; nothing is changed.
 
-        With `keep_base=False` the weight is dropped once it is measured, and committing computes it again: two passes
-        instead of a second copy of the model.
+        With `keep_base=False`, the weight is discarded after it is measured, and the commit recomputes it: a second
+        pass instead of a second copy of the model.
 
         Args:
             path: This layer's path, for the report and for messages.
             adapters: Adapters; those without a factor here are ignored.
-            options: How they are merged.
+            options: Options of the merge.
 
         Raises:
             MergeError: The result is not finite.
@@ -157,7 +157,7 @@ class BaseWeight(StoredWeight):
         return StagedMerge(report, functools.partial(self._put_merged, stored, kept, bias, new, options))
 
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
-        """Compute the weight without some adapters; without any, these are the original bits.
+        """Compute the weight without these adapters; if no others are merged, it has the original bits.
 
         Args:
             adapters: Adapters; those that are not merged here are ignored.
@@ -172,17 +172,17 @@ class BaseWeight(StoredWeight):
         return StagedMerge(None, functools.partial(self._put_unmerged, stored, bias, left))
 
     def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
-        """Return the weight, and the bias if an adapter brings one, with adapters merged; the layer is not changed.
+        """Return the weight, and the bias if an adapter has one, with adapters merged; the layer is not changed.
 
         Args:
             adapters: Adapters; those without a factor here are ignored.
-            options: How they are merged; `dense` gives quantized weights as plain ones.
+            options: Options of the merge; with `dense`, quantized weights become plain ones.
 
         Returns:
             Name of the parameter -> tensor (…); empty if no adapter has a factor here.
 
         Raises:
-            MergeError: An adapter cannot be added to the weight, or its bias is not finite.
+            MergeError: An adapter cannot be added to the weight, or the merged bias is not finite.
         """
         here = [name for name in adapters if name in self.r]
         if not here:
@@ -195,53 +195,53 @@ class BaseWeight(StoredWeight):
         return found if bias is None else {**found, "bias": bias}
 
     def merged_bias(self, adapters: Sequence[str]) -> Tensor | None:
-        """Return the base's bias, (out,), with those of adapters added; None if the module's own is right.
+        """Return the sum of the base's bias and the adapters' biases, (out,); None if no merge changed or changes it.
 
         Args:
             adapters: Adapters; those without a factor here are ignored.
 
         Raises:
-            MergeError: It would not be finite.
+            MergeError: The sum is not finite.
         """
         staged = self._staged_bias(adapters)
         return None if staged is None else staged[0]
 
     def unload(self) -> nn.Module:
-        """Return the base's module with the merged adapters; restores the original if there is a residual base."""
+        """Return the base's module with the merged adapters; a residual base that none of them uses is undone."""
         if self.moved_by and not set(self.moved_by).intersection(self.merged_adapters):
             self.moved_by = ()
             self.target(self.stored_with(self.merged_adapters))
         return self.owner
 
     def follow(self, tied: BaseWeight) -> None:
-        """Take over what was merged or unmerged at the tied layer whose weight this one shares.
+        """Adopt what was merged or unmerged at the tied layer, whose weight this layer shares.
 
         Args:
-            tied: That layer; this one uses its factors.
+            tied: The tied layer, whose factors this layer uses.
         """
         self.merged_adapters = list(tied.merged_adapters)
         if self.merged_adapters or not self.moved_by:
             self.kept = tied.kept if self.merged_adapters else None
 
     def stored_with(self, merged: Sequence[str]) -> Replacement:
-        """Return what the base's module stores while these adapters are merged: the original if there are none."""
+        """Return what the base's module stores with these adapters merged; the unmerged weight if there are none."""
         if merged:
             return self.with_updates(merged, MergeOptions())[0]
         return self.original(moved=bool(self.moved_by))
 
     def with_updates(self, names: Sequence[str], options: MergeOptions) -> Merged:
-        """Return `sum_of_updates` of adapters in the form of an earlier merge: a plain module stays one.
+        """Return `sum_of_updates`, as a plain module if an earlier merge replaced the base's module with one.
 
         Args:
-            names: The adapters, those merged already among them.
-            options: How they are merged.
+            names: The adapters, including those already merged.
+            options: Options of the merge.
         """
         if self.replaced:
             options = dataclasses.replace(options, dense=self.owner.get_parameter("weight").dtype)
         return sum_of_updates(self, names, options)
 
     def _write_unkept(self, new: Sequence[str], options: MergeOptions, bias: StagedBias | None) -> None:
-        """Compute the merged weight again and store it; the original is not kept."""
+        """Recompute the merged weight and store it without keeping the original."""
         stored, _, _ = self.with_updates([*self.merged_adapters, *new], options)
         self._put_merged(stored, self.kept, bias, new, options)
 
@@ -253,7 +253,7 @@ class BaseWeight(StoredWeight):
         new: Sequence[str],
         options: MergeOptions,
     ) -> None:
-        """Store a merged weight; in a separate parameter if options ask to untie it."""
+        """Store a merged weight, in a separate parameter if the options untie this layer."""
         parameter, keeps = self.spec.parameter, options.keep_base is not False
         self.kept = kept
         untied = id(self) in options.apart and not self.base.quantized
@@ -281,10 +281,10 @@ class BaseWeight(StoredWeight):
             self.kept = self.kept if self.moved_by else None
 
     def _staged_bias(self, adapters: Sequence[str]) -> StagedBias | None:
-        """Return the base's bias with those of adapters added; None if nothing was or will be written to it.
+        """Return the sum of the base's bias and the adapters' biases; None if no merge changed or changes it.
 
         Raises:
-            MergeError: It would not be finite.
+            MergeError: The sum is not finite.
         """
         bringing = [name for name in adapters if self.bias_of(name) is not None]
         old = self.original_bias()
@@ -298,7 +298,7 @@ class BaseWeight(StoredWeight):
                 total += self.bias_of(name).to(total.dtype) * self.scaling[name]  # type: ignore[union-attr]
             if not bool(torch.isfinite(total).all()):
                 raise MergeError(
-                    f"NaNs detected in the merged weights: the bias of B of {', '.join(adapters)} is NaN or infinite. "
+                    f"NaNs detected in the merged weights: the bias of B in {', '.join(adapters)} is NaN or infinite. "
                     "Nothing was changed.",
                     what=", ".join(adapters),
                     field="lora_bias",
@@ -311,19 +311,19 @@ class BaseWeight(StoredWeight):
             held = self.owner._parameters.get("bias")
             if held is not None:
                 held.data = bias
-            else:  # an attribute in HQQ
+            else:  # HQQ holds it as a plain attribute
                 self.owner.__dict__["bias"] = bias
 
 
 def in_one_group(layer: StoredWeight, names: Sequence[str]) -> Merged:
-    """Return a convolution of one group that is equivalent to a site with adapters merged.
+    """Return a convolution with one group that is equivalent to a site with adapters merged.
 
     Args:
-        layer: A site on a convolution of several groups.
+        layer: Layer of a grouped convolution.
         names: The adapters.
 
     Returns:
-        The module, the base's weight, and the exact sum of updates; both as weights of one group, (out, in, k…).
+        The module, the base's weight and the exact sum of updates, both expanded to one group, (out, in, k…).
     """
     kind = layer.kind
     spec = dataclasses.replace(layer.spec, groups=1)
@@ -344,7 +344,7 @@ def in_one_group(layer: StoredWeight, names: Sequence[str]) -> Merged:
 
 
 def _convolution(source: Convolution, W: Tensor) -> nn.Module:
-    """Return a convolution of one group with strides, padding and bias of another and the weight W (out, in, k…)."""
+    """Return a convolution with one group, the weight W (out, in, k…), and the geometry and bias of `source`."""
     moves = {name: getattr(source, name) for name in ("stride", "padding", "dilation", "padding_mode")}
     made: Convolution = nn.utils.skip_init(
         type(source), W.shape[1], W.shape[0], source.kernel_size, bias=False, device=W.device, **moves
@@ -357,14 +357,14 @@ def _convolution(source: Convolution, W: Tensor) -> nn.Module:
 def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOptions) -> Merged:
     """Return what to store for W₀ + Σ update, with W₀ (out, in) and the exact sum (out, in).   [docs/math.md (11)]
 
-    In the model, the weight must also be right for an adapter with a residual base that is not merged. The sum then
-    starts at the residual base, so that it is rounded once. A plain module that holds the sum can be stored instead of
-    a quantized weight or of a convolution of several groups.
+    If the adapters stay on the model, the weight must also be right for an unmerged adapter with a residual base. The
+    sum then starts at the residual base, so that it is rounded only once. With `options.dense`, the result is a plain
+    module that replaces a quantized module or a grouped convolution.
 
     Args:
         layer: The site's layer.
         names: The adapters, at least one.
-        options: How they are merged.
+        options: Options of the merge.
     """
     with torch.no_grad():
         if options.dense is not None and layer.spec.groups > 1:
@@ -384,13 +384,13 @@ def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOpti
 def merged_weight(
     path: str, layer: BaseWeight, new: Sequence[str], options: MergeOptions
 ) -> tuple[Replacement, SiteMerge]:
-    """Return what to store at a site with more adapters merged, and what storing it loses.
+    """Return what to store at a site with more adapters merged, and the effect of the merge.
 
     Args:
         path: The site.
-        layer: Its layer.
-        new: The adapters that join those merged already.
-        options: How they are merged.
+        layer: The site's layer.
+        new: Adapters to merge in addition to those already merged.
+        options: Options of the merge.
 
     Raises:
         MergeError: The result is not finite.
@@ -403,7 +403,7 @@ def merged_weight(
     after, exact = base.read(source, held), W + total
     wanted, whole = float(torch.linalg.vector_norm(total)), float(torch.linalg.vector_norm(exact))
     lost = float(torch.linalg.vector_norm(exact.sub_(after)))
-    if not math.isfinite(lost) and not bool(torch.isfinite(after).all()):  # a finite norm shows that all elements are
+    if not math.isfinite(lost) and not bool(torch.isfinite(after).all()):  # a finite norm implies finite elements
         raise MergeError(
             f"NaNs detected in the merged weights. The adapter {', '.join(new)} seems to be broken: merging it at "
             f"{path} gives NaN or infinite weights. Nothing was changed.",

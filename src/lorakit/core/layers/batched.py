@@ -1,10 +1,10 @@
 """Mixed batches: the factors of several adapters are stacked, so that few matmuls serve all rows.
 
-Plain adapters of dense sites are stacked if no gradient is recorded; the layer applies the others one by one. A stack
-holds adapters whose ranks differ by less than a factor of two, padded with zeros. With a route that has a cache, a
-single adapter on all rows is stacked too: its stack is a copy in the base's dtype.
+Plain adapters at dense sites are stacked if no gradient is recorded; the layer applies the others one by one. A stack
+holds adapters whose ranks differ by less than a factor of two; lower ranks are padded with zeros. If the route has a
+cache, a single adapter on all rows is stacked too: its stack is a copy in the base's dtype.
 
-`FactorVersions` checks for each token whether the cached stacks are still valid. A write through `.data` into the same
+`FactorVersions` checks in each forward whether the cached stacks are still valid. A write through `.data` into the same
 memory cannot be detected.
 """
 
@@ -33,20 +33,20 @@ from lorakit.ops.segments import Method, PerRowLora, Routed, Segments, are_few, 
 
 _VERSION, _TRAINING = attrgetter("_version"), attrgetter("training")
 _WEIGHT, _BIAS = itemgetter("weight"), itemgetter("bias")
-_ADDRESS = Tensor.__base__.data_ptr  # type: ignore[union-attr]  # Tensor's own looks for overrides first
+_ADDRESS = Tensor.__base__.data_ptr  # type: ignore[union-attr]  # the C method that Tensor inherits
 
 
 class FactorVersions:
-    """The current version of some adapters of a layer. It holds references, so that no id can be reused.
+    """The current versions of some adapters' factors at a layer. Holds references, so that ids cannot be reused.
 
     Args:
         layer: The site's `LoraLayer`.
-        names: The adapters, which have a factor there.
+        names: The adapters, each with a factor at the site.
 
     Raises:
         KeyError: A factor belongs to another layer.
-        RuntimeError: Its tensors were created in inference mode and have no versions.
-        AttributeError: Its modules have other attributes.
+        RuntimeError: A factor's tensors were created in inference mode and have no versions.
+        AttributeError: A factor's module lacks an expected attribute.
     """
 
     def __init__(self, layer: StoredWeight, names: Sequence[str]) -> None:
@@ -61,7 +61,7 @@ class FactorVersions:
         self._numbers = self._count(layer, self._tensors)
 
     def still(self, layer: StoredWeight) -> bool:
-        """Return whether the adapters have the same modules, tensors, memory, versions, modes, scales and variants."""
+        """Return whether modules, tensors, memory, versions, modes, scales and variants are unchanged."""
         pick, inside = self._pick, layer._modules
         try:
             for holder, modules in zip(self._holders, self._modules, strict=True):
@@ -73,7 +73,7 @@ class FactorVersions:
             return False
 
     def _look(self) -> list[Any]:
-        """Return A and B of each adapter, and B's biases, which are None."""
+        """Return the A of each adapter, then each B, then each bias of B (None if there is none)."""
         return [*map(_WEIGHT, self._down), *map(_WEIGHT, self._up), *map(_BIAS, self._up)]
 
     def _count(self, layer: StoredWeight, tensors: list[Any]) -> list[Any]:
@@ -89,7 +89,7 @@ class FactorVersions:
 
 
 def _picker(names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
-    """Return a function that takes the values of these names from a mapping, always as a tuple."""
+    """Return a function that gets the values of these names from a mapping, as a tuple even for one name."""
     if len(names) > 1:
         return itemgetter(*names)
     (name,) = names
@@ -99,18 +99,18 @@ def _picker(names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
 OfRows = Sequence[tuple[str, Tensor]]
 
 WORTH_A_STACK = 4
-"""Minimum number of adapters for stacks that serve only one forward, measured at width 576 and rank 16."""
+"""Minimum number of adapters for which a stack pays off in a single forward, measured at width 576 and rank 16."""
 
 
 @dataclass(eq=False)
 class Stack:
-    """Some adapters of one site.
+    """The stacked factors of some adapters at one site.
 
     Attributes:
         names: The adapters, in the stack's order.
-        A: Their A times the scale, (K, r, in).
-        B: Their B, (K, out, r), the transposed view of a (K, r, out).
-        ready: Shape of an input -> the prepared matmuls, for the stack's only route.
+        A: The adapters' A, each times its scale, (K, r, in).
+        B: The adapters' B, (K, out, r), a transposed view of a (K, r, out) tensor.
+        ready: Input shape -> the prepared matmuls; a stack serves only one route.
     """
 
     names: tuple[str, ...]
@@ -119,7 +119,7 @@ class Stack:
     ready: dict[torch.Size, Segments | PerRowLora] = field(default_factory=dict)
 
     def made_ready(self, route: Route, x: Tensor) -> Segments | PerRowLora:
-        """Return the prepared matmuls for inputs like x (rows, …, in)."""
+        """Prepare the matmuls for inputs in the shape of x (rows, …, in), cache them and return them."""
         rows = route.routed(self.names, x.device, len(x))
         own = compiled_method(self.A, self.B, None, rows, x) if are_few(x, rows) else None
         made = self.ready[x.shape] = own or Segments(self.A, self.B, None, rows, self._method(x, rows), x.dtype)
@@ -131,21 +131,21 @@ class Stack:
 
     @cached_property
     def is_finite(self) -> bool:
-        """True if all values are finite, tested on sums; a sum that overflows counts as not finite."""
+        """True if all values are finite, judged by their sums; a sum that overflows counts as not finite."""
         sums = [matrices.sum(dtype=torch.promote_types(self.A.dtype, torch.float32)) for matrices in (self.A, self.B)]
         return bool(torch.stack(sums).isfinite().all())
 
 
 @dataclass(eq=False)
 class Stacks:
-    """The stacks of the adapters of one site.
+    """The stacks of some adapters at one site.
 
     Attributes:
-        stacks: The stacks of those that can be stacked.
-        rest: The others.
-        names: All adapters.
-        absent: Adapters that some rows use and that have no factor at the site.
-        seen: The versions of the adapters; None if they are not checked or have none.
+        stacks: Stacks of the adapters that can be stacked.
+        rest: Adapters that cannot be stacked.
+        names: All of the adapters.
+        absent: Adapters that some rows use but that have no factor at the site.
+        seen: Versions of the adapters' factors; None if the stacks are not cached.
     """
 
     stacks: list[Stack]
@@ -160,7 +160,7 @@ class Stacks:
 
 
 def add_kept(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor | None:
-    """Add all adapters of a route that has a cache: with cached stacks, or for one adapter on all rows.
+    """Add all adapters of a route that has a cache: from cached stacks, or as one adapter on all rows.
 
     Args:
         layer: The site's `LoraLayer`; nothing is merged there.
@@ -169,7 +169,7 @@ def add_kept(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor
         y0: The base's output, (rows, …, out).
 
     Returns:
-        y₀ with the additions; None if nothing was added, and y₀ is unchanged.
+        y₀ with the additions; None if nothing was added and y₀ is unchanged.
     """
     y = _again(layer, route, x, y0)
     if y is not None or route.rows is not None:
@@ -182,7 +182,7 @@ def add_kept(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor
 
 
 def _again(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor | None:
-    """Return the output from cached stacks, if nothing has changed and the input has a known shape and dtype."""
+    """Return the output from cached stacks; None if they are outdated or do not cover this input."""
     found: Stacks | None = (route.kept or {}).get((layer, y0.dtype))
     if found is None or found.rest or type(x) is not Tensor or type(y0) is not Tensor or x.dtype != y0.dtype:
         return None
@@ -198,12 +198,12 @@ def _again(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor |
 
 
 def add_stacked(layer: StoredWeight, segments: OfRows, route: Route, x: Tensor, y0: Tensor) -> tuple[Tensor, OfRows]:
-    """Add adapters on their rows of a mixed batch, as far as they can be stacked.
+    """Add adapters to their rows of a mixed batch, as far as they can be stacked.
 
     Args:
         layer: The site's `LoraLayer`.
-        segments: The adapters, which all have a factor there, and the indices of their rows, (n,).
-        route: The adapter of each row; if it has a cache, the stacks are built once.
+        segments: The adapters, each with a factor at the site, and the indices of their rows, (n,).
+        route: The adapter of each row; if the route has a cache, the stacks are built once.
         x: The input, (rows, …, in).
         y0: The base's output, (rows, …, out), which is changed in place if nothing else can refer to it.
 
@@ -229,7 +229,7 @@ def add_stacked(layer: StoredWeight, segments: OfRows, route: Route, x: Tensor, 
 
 
 def _own(layer: StoredWeight, y0: Tensor) -> Tensor:
-    """Return y0 (rows, …, out) if nothing else can refer to it, else a copy, because it will be written to."""
+    """Return y0 (rows, …, out), or a copy if something else may refer to it, because the result is written to."""
     base = layer._modules["base_layer"]
     fresh = (
         type(base).forward is nn.Linear.forward
@@ -252,7 +252,7 @@ def _stacks(layer: StoredWeight, names: tuple[str, ...], route: Route, dtype: to
     if found is not None and found.names == names and found.still(layer):
         return found
     try:
-        seen = FactorVersions(layer, names)  # first, so that a change by another thread is detected next time
+        seen = FactorVersions(layer, names)  # before the stacks, so that changes by other threads are detected
     except (KeyError, RuntimeError, AttributeError):  # a factor of another layer; tensors without versions
         return _made(layer, names, dtype)
     made = kept[layer, dtype] = _made(layer, names, dtype)
@@ -274,7 +274,7 @@ def _can_be_stacked(factor: Factor) -> bool:
 
 
 def _of_like_rank(ranks: dict[str, int]) -> Iterator[list[str]]:
-    """Yield groups of adapters, in order; each fills more than half of its stack."""
+    """Yield groups of adapters, each with more than half of the highest rank in its group."""
     left = set(ranks)
     while left:
         highest = max(ranks[name] for name in left)
@@ -292,7 +292,7 @@ def _stack(names: Sequence[str], factors: dict[str, Factor], dtype: torch.dtype)
 
 
 def _filled(matrices: Iterable[Tensor]) -> Tensor:
-    """Return matrices (r, n) of several ranks as one tensor (K, highest rank, n)."""
+    """Stack matrices (r, n) of different ranks into one tensor (K, highest rank, n), padded with zeros."""
     found = list(matrices)
     highest = max(map(len, found))
     return torch.stack([F.pad(one, (0, 0, 0, highest - len(one))) if len(one) < highest else one for one in found])

@@ -1,6 +1,6 @@
-"""Trained biases (`bias="all"`, `"lora_only"`): a bias of the base that an adapter trains in place.
+"""Trained biases (`bias="all"`, `"lora_only"`): biases of the base that an adapter trains in place.
 
-Other routes get the old bias, by a hook on the module.
+A hook on the module gives the old biases to routes without that adapter.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ R = TypeVar("R")
 
 
 class BiasPatch(AdapterComponent):
-    """The biases of one module that an adapter trains in place: a forward hook that gives other routes the old ones.
+    """A forward hook on a module whose biases an adapter trains in place; gives other routes the old biases.
 
-    If the adapter is not active, the module runs once more as a shallow clone with the bias it had before, so the
-    result has the bits of the base, and nothing is swapped under another thread. The hook comes before the module's
-    other hooks, so they see its output.
+    If the adapter is not active, a shallow clone of the module reruns the forward with the old biases. The result is
+    bitwise equal to the base's, and no other thread sees a change. The hook runs before the module's other hooks, so
+    they see its output.
 
     Attributes:
         module: The base's module, whose parameters are the trained biases.
-        adapter: The adapter that trains them.
-        originals: Name of each bias -> what it was before, (…).
+        adapter: The adapter that trains the biases.
+        originals: Name of each bias -> its value before training, (…).
         state: The state shared by the adapted modules of the model.
     """
 
@@ -59,8 +59,8 @@ class BiasPatch(AdapterComponent):
             return old
         if not (isinstance(output, Tensor) and isinstance(old, Tensor)):
             raise MixedRowsError(
-                f"The rows of this batch have different adapters, and a {type(module).__name__} whose biases "
-                f"{self.adapter!r} trains returns a {type(output).__name__}, whose rows cannot be put together. Run "
+                f"The rows of this batch have different adapters, but a {type(module).__name__} whose biases "
+                f"{self.adapter!r} trains returns a {type(output).__name__}, whose rows cannot be combined. Run "
                 "the rows of each adapter separately with `use`.",
                 what=type(output).__name__,
                 field="bias",
@@ -68,7 +68,7 @@ class BiasPatch(AdapterComponent):
         rows = route.rows_of(output.shape[0])
         if rows is None:
             raise RowCountError(
-                f"The route names {len(route.rows)} rows, and a module with a trained bias returned "
+                f"The route names {len(route.rows)} rows, but a module with a trained bias returned "
                 f"{tuple(output.shape)}. Give one adapter per row of the batch.",
                 what=self.adapter,
                 field="bias",
@@ -77,16 +77,16 @@ class BiasPatch(AdapterComponent):
         return torch.where(ours.view(-1, *[1] * (output.ndim - 1)), output, old)
 
     def old(self, module: nn.Module) -> dict[str, Tensor]:
-        """Return the old biases (…) by name, on the device and in the dtype that a module now has.
+        """Return the old biases (…) by name, on a module's current device and in its current dtype.
 
         Args:
             module: The base's module, or a clone of it.
         """
-        now = {name: getattr(module, name) for name in self.originals}  # not from _parameters: FSDP, in a forward
+        now = {name: getattr(module, name) for name in self.originals}  # FSDP can move them out of _parameters
         return {name: old.to(now[name].device, now[name].dtype) for name, old in self.originals.items()}
 
     def _before(self, module: nn.Module) -> nn.Module:
-        """Return a clone of a module with the biases from before this adapter."""
+        """Return a clone of a module with the biases from before this adapter trained them."""
         clone = clone_with(module, self.old(module))
         if isinstance(module, nn.MultiheadAttention):
             inside = out_projection(module)
@@ -96,7 +96,7 @@ class BiasPatch(AdapterComponent):
         return clone
 
     def available_adapters(self) -> list[str]:
-        """Return the adapter that trains the biases, in a list."""
+        """Return the adapter that trains the biases, as a list."""
         return [self.adapter]
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
@@ -123,7 +123,7 @@ class BiasPatch(AdapterComponent):
         return None
 
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
-        """Return None, as for `stage_merge`."""
+        """Return None: a merge does not change the biases."""
         return None
 
     def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
@@ -144,7 +144,7 @@ class BiasPatch(AdapterComponent):
 
     @staticmethod
     def install(adapter: str, originals: dict[str, Tensor], module: nn.Module, state: AdapterState) -> None:
-        """Make biases of a module trainable, and give other routes the old ones, (…)."""
+        """Make biases of a module trainable, and register the hook that gives other routes the old ones, (…)."""
         state.biased = True
         patch = BiasPatch(module, adapter, originals, state)
         module.register_forward_hook(patch, with_kwargs=True, prepend=True)
@@ -153,13 +153,13 @@ class BiasPatch(AdapterComponent):
 
     @staticmethod
     def uninstall(module: nn.Module, adapters: Collection[str]) -> None:
-        """Restore the old biases of a module that some adapters train, bit for bit."""
+        """Restore, bit for bit, the biases of a module that these adapters train."""
         for patch in BiasPatch.on(module):
             if patch.adapter in adapters:
                 patch.remove(patch.adapter)
 
 
 def out_projection(attention: nn.MultiheadAttention) -> nn.Module:
-    """Return the base's output projection of an attention, which reads its weight and bias without calling it."""
+    """Return the base's output projection of an attention, which reads its weight and bias but never calls it."""
     inside = attention.get_submodule("out_proj")
     return inside.owner if isinstance(inside, LoraLayer) else inside

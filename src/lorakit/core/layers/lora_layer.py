@@ -1,12 +1,12 @@
 """`LoraLayer`: a base module with the factors of any number of adapters.
 
-The arithmetic of LoRA is here, once, for every kind and variant: y = y₀ + Σ addition. The state knows which adapters
-are active, the kind applies A and B, the variant computes the addition, and the weight format reads W. A forward never
-writes to the base; `BaseWeight` does when adapters are merged.
+This file implements the arithmetic of LoRA for every kind and variant: y = y₀ + Σ addition. The state determines which
+adapters are active, the kind applies A and B, the variant computes the addition, and the weight format reads W. A
+forward never writes to the base; only `BaseWeight` does, when adapters are merged.
 
-A forward reads the weight once, even if several adapters need it, because reading a quantized weight dequantizes all of
-it. Nothing is cached beyond the forward: a write to a weight through `.data` cannot be detected, and a norm of
-another weight would be wrong without an error.
+A forward reads the weight only once, even if several adapters need it, because reading a quantized weight dequantizes
+all of it. Nothing is cached beyond the forward: a write to a weight through `.data` cannot be detected, so a cached
+norm could be outdated without an error.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from lorakit.core.variants import NO_SETTING, NO_TENSORS, At, Factor, Setting, o
 from lorakit.errors import AdapterError, ConfigTypeError, MergeError, RowCountError, warn_caller
 
 Weights = dict["str | None", Tensor]
-"""The weights read in one forward of a site: None for the original, or the first adapter with the residual base."""
+"""Weights read in one forward of a site; key: None for the original, or the first adapter that uses a residual base."""
 
 
 def _holder_type(name: str) -> type[nn.ModuleDict | nn.ParameterDict] | None:
-    """Return the type of the attribute of that name, which has an entry per adapter; None for other names."""
+    """Return the container type of an attribute with an entry per adapter; None for names of other attributes."""
     if not name.startswith("lora_"):
         return None
     own = next((tensor for tensor in own_tensors() if tensor.held_as == name), None)
@@ -54,11 +54,11 @@ class LoraLayer(BaseWeight):
         lora_embedding_B: Adapter -> B of an embedding, (d, r).
         lora_dropout: Adapter -> dropout before A.
         lora_alpha: Adapter -> alpha.
-        variant: Adapter -> name of the entry of VARIANTS; its own tensors are attributes too (`OwnTensor.held_as`).
-        settings: Adapter -> the config's settings of the variant here; adapters without any are not in it.
+        variant: Adapter -> name of its entry in VARIANTS, whose own tensors are attributes too (`OwnTensor.held_as`).
+        settings: Adapter -> the variant's settings for this layer; adapters without settings have no entry.
         trains: Adapter -> which of "A" and "B" it trains.
-        own_route: This layer's override of the model's default, or None.
-        forwards: The layer's forwards so far, for recomputation.
+        own_route: This layer's override of the model's default route, or None.
+        forwards: Record of past forwards, for recomputation.
     """
 
     lora_alpha: dict[str, float]
@@ -100,7 +100,7 @@ class LoraLayer(BaseWeight):
         return list(self.r)
 
     def set_trained(self, name: str, trained: bool) -> None:
-        """Train or freeze an adapter's factor; what its init or variant never trains stays frozen.
+        """Train or freeze an adapter's factor; tensors that its init or variant never trains stay frozen.
 
         Args:
             name: The adapter; one without a factor here is ignored.
@@ -111,7 +111,7 @@ class LoraLayer(BaseWeight):
             if not own.trained:
                 self._own(name, own.held_as).requires_grad_(False)
         for part in () if len(self.trains.get(name, "AB")) == 2 else {"A", "B"} - self.trains[name]:
-            if (tensor := getattr(self.factor(name), part)).is_leaf:  # else it is another layer's, which freezes it
+            if (tensor := getattr(self.factor(name), part)).is_leaf:  # otherwise another layer owns and freezes it
                 tensor.requires_grad_(False)
 
     def put(self, name: str, factor: Factor, r: int, lora_alpha: float, trains: frozenset[str]) -> None:
@@ -119,9 +119,9 @@ class LoraLayer(BaseWeight):
 
         Args:
             name: The adapter.
-            factor: Its A (r, in), B (out, r) and the rest; A, B and the variant's own tensors are parameters.
-            r: Its rank.
-            lora_alpha: Its alpha.
+            factor: The factor, with A (r, in) and B (out, r); A, B and the variant's own tensors become parameters.
+            r: Rank of the factor.
+            lora_alpha: Alpha of the factor.
             trains: Which of "A" and "B" are trained.
         """
         kind = self.kind
@@ -142,7 +142,7 @@ class LoraLayer(BaseWeight):
             self.settings[name] = factor.setting
 
     def remove(self, adapter: str) -> nn.Module:
-        """Drop an adapter's factor, if it has one, and return the module that belongs here afterwards."""
+        """Remove an adapter's factor, if any, and return the module to put here afterwards."""
         for attribute in (*HOLDERS, *(own.held_as for own in own_tensors())):
             holder = self._modules.get(attribute)
             if isinstance(holder, (nn.ModuleDict, nn.ParameterDict)) and adapter in holder:
@@ -157,7 +157,7 @@ class LoraLayer(BaseWeight):
         return self.factor(adapter).bias if adapter in self.r else None
 
     def factor(self, name: str) -> Factor:
-        """Return an adapter's factor: the only accessor of A and B.
+        """Return an adapter's factor; A and B are accessed only through this method.
 
         Args:
             name: An adapter that has a factor here.
@@ -174,12 +174,12 @@ class LoraLayer(BaseWeight):
         return Factor(A, B, self.scaling[name], self.lora_dropout[name], variant, own, bias, setting)
 
     def _own(self, name: str, held_as: str) -> nn.Parameter:
-        """Return one of the variant's own tensors of an adapter, in its shape there (…)."""
+        """Return one of the variant's own tensors for an adapter, (…), in its shape in memory."""
         held: nn.Parameter | OwnWeight = self._modules[held_as][name]  # type: ignore[index]
         return held.weight if isinstance(held, OwnWeight) else held
 
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
-        """Return what a file stores of an adapter: key below this layer's path -> tensor (…); empty if it has none."""
+        """Return the tensors to save for an adapter: key relative to this layer's path -> tensor (…); empty if none."""
         if adapter not in self.r:
             return {}
         factor, kind = self.factor(adapter), self.kind
@@ -193,7 +193,7 @@ class LoraLayer(BaseWeight):
         return found
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
-        """Return the parameters of an adapter here, A and B first, (…); an empty list if it has no factor."""
+        """Return an adapter's parameters here, (…), A and B first; an empty list if it has no factor."""
         if adapter not in self.r:
             return []
         factor = self.factor(adapter)
@@ -204,15 +204,15 @@ class LoraLayer(BaseWeight):
         """Return the base's output plus the additions of the active adapters.
 
         Args:
-            args: Passed to the base module: first (…, in), or indices (…) for an embedding.
+            args: Passed to the base module; the first is x (…, in), or indices (…) for an embedding.
             kwargs: Passed to the base module.
 
         Returns:
             The output of the base module, (…, out), in its dtype.
 
         Raises:
-            RouteError: The active route cannot be known, or does not fit this batch.
-            MergeError: An adapter is merged that the route does not use, and the base's values were not kept.
+            RouteError: The active route is unknown or does not fit this batch.
+            MergeError: The route does not use a merged adapter, and the base's values were not kept.
         """
         route, again = resolve(self.state, self.own_route, self.forwards)
         if not self.merged_adapters and not self.moved_by and route.mentions.isdisjoint(self.r):
@@ -228,7 +228,7 @@ class LoraLayer(BaseWeight):
         Args:
             route: The active adapters.
             args: Passed to the base module, x (…, in) first.
-            kwargs: Likewise.
+            kwargs: Passed to the base module.
 
         Raises:
             RouteError: The route does not fit this batch.
@@ -261,19 +261,19 @@ class LoraLayer(BaseWeight):
         return y
 
     def _row_axis(self, route: Route, x: Tensor) -> int:
-        """Return the axis of x (rows, …) that holds the rows, if the route fits."""
+        """Return the axis of x (rows, …) that holds the rows; raise an error if the route does not fit."""
         axis = self.kind.row_axis(self.owner)
         if axis is None or route.rows_of(x.shape[axis]) is None:
             size = "no batch axis" if axis is None else f"{x.shape[axis]} rows"
             raise RowCountError(
-                f"The route names {len(route.rows or ())} rows, and a {self.kind_name} received {tuple(x.shape)} with "
-                f"{size}. Give one adapter per row of the batch (if each row is repeated as beams: `copies` of each).",
+                f"The route names {len(route.rows or ())} rows, but a {self.kind_name} received {tuple(x.shape)} with "
+                f"{size}. Give one adapter per row of the batch (if rows are repeated, e.g. as beams: pass `copies`).",
                 what=self.kind_name,
             )
         return axis
 
     def _addition(self, name: str, route: Route, x: Tensor, y0: Tensor, weights: Weights) -> Tensor:
-        """Return one adapter's addition: x (…, in) or indices (…), y0 (…, out) -> like y0.   [docs/math.md (2)]"""
+        """Return one adapter's addition: x (…, in) or indices (…), y0 (…, out) -> (…, out).   [docs/math.md (2)]"""
         kind, factor, dtype = self.kind, self.factor(name), y0.dtype
         variant = factor.variant
         if kind.drops:
@@ -300,21 +300,21 @@ class LoraLayer(BaseWeight):
         return variant.output(At(y0, bias, z, factor, kind, self.spec, read, mask, x, siblings))
 
     def _bias_under(self, names: tuple[str, ...]) -> Tensor | None:
-        """Return the bias, (out,), in the base's output while these adapters are active, or None."""
+        """Return the bias, (out,), that the base's output includes while these adapters are active, or None."""
         bias = self.original_bias()
         if bias is not None and self.old_bias is not None and self.old_bias[0] not in names:
             return self.old_bias[1].to(bias.device, bias.dtype)
         return bias
 
     def _base_of_rows(self, route: Route, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """Return the base's output (rows, …, out) if its module is not right for all rows."""
+        """Return the base's output (rows, …, out) when its current module is not right for all rows."""
         moved = route.mentions.intersection(self.moved_by)
         if not moved or route.rows is None:
             return self._base_for(bool(moved))(*args, **kwargs)
         axis = self._row_axis(route, x)
         index = torch.cat([rows for name, rows in route.segments(x.device, x.shape[axis]) if name in moved])
 
-        def forward(*inputs: Tensor, **named: Tensor) -> Tensor:  # each on all rows: hooks need the whole batch
+        def forward(*inputs: Tensor, **named: Tensor) -> Tensor:  # both run on all rows: hooks need the whole batch
             before, moved = (bare(self._base_for(one))(*inputs, **named) for one in (False, True))
             return before.index_copy(axis, index, moved.index_select(axis, index))
 
@@ -322,18 +322,18 @@ class LoraLayer(BaseWeight):
         return y
 
     def addition(self, name: str, W: Tensor, training: bool = False) -> Tensor:
-        """Return the addition of an adapter to the weight when it is merged.   [docs/math.md (11)]
+        """Return what merging an adapter adds to the weight.   [docs/math.md (11)]
 
         Args:
             name: An adapter that has a factor here.
-            W: The base weight from `read`, (out, in); an adapter with a residual base uses that instead.
-            training: The variant may perturb A and B, as in training.
+            W: The base weight from `read`, (out, in); an adapter with a residual base uses the residual base instead.
+            training: Whether the variant may perturb A and B, as in training.
 
         Returns:
-            The addition, like W, with a graph if gradients are enabled.
+            The addition, in the shape of W, with a graph if gradients are enabled.
 
         Raises:
-            MergeError: It cannot be added to a weight of this shape.
+            MergeError: The variant cannot be merged, or the weight cannot hold the delta.
         """
         factor = self.factor(name)
         if factor.variant.update is None:
@@ -370,13 +370,13 @@ class LoraLayer(BaseWeight):
         return self.owner
 
     def get_base_weight(self) -> Tensor:
-        """Return the current values of the base weight, (out, in) or in the shape that is stored."""
+        """Return the current base weight: dequantized, (out, in), if it is quantized, else in its stored shape."""
         base, owner = self.base, self.owner
         stored = base.stored(owner, self.spec.parameter)
         return base.read(owner, stored) if base.quantized else stored
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Set an adapter's scale as a multiple of the one in its config.
+        """Set an adapter's scale to a multiple of the scale in its config.
 
         Args:
             adapter: The adapter; one without a factor here is ignored.
@@ -389,17 +389,17 @@ class LoraLayer(BaseWeight):
         """Multiply the scales of the active adapters.
 
         Args:
-            scale: The factor on their scales.
+            scale: Multiplier of the scales.
         """
         for name in self.active_adapters if scale != 1 else ():
             if name in self.scaling:
                 self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Undo `scale_layer`, or restore the scales in the configs of the active adapters.
+        """Undo `scale_layer`, or reset the scales of the active adapters to those in their configs.
 
         Args:
-            scale: The argument of `scale_layer`; None restores the config's scale.
+            scale: The multiplier given to `scale_layer`; None resets the scales.
         """
         for name in self.active_adapters:
             if name in self.scaling:
@@ -410,16 +410,16 @@ class LoraLayer(BaseWeight):
         return scale(self.r[adapter], self.lora_alpha[adapter], config is not None and config.use_rslora)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return s·B·A of an adapter in the shape in which the base stores its weight.
+        """Return s·B·A for an adapter, in the layout in which the base stores its weight.
 
         Args:
             adapter: An adapter that has a factor here.
 
         Returns:
-            (out, in), or (in, out) if the weight is stored so; with a graph if gradients are on.
+            (out, in), or (in, out) if the weight is stored transposed; with a graph if gradients are enabled.
 
         Raises:
-            MergeError: It cannot be added to a weight of this shape.
+            MergeError: The weight cannot hold the delta.
         """
         factor = self.factor(adapter)
         delta = self.kind.delta(self.spec, *factor.multiplied()) * factor.scale
@@ -430,13 +430,13 @@ class LoraLayer(BaseWeight):
         """Merge adapters into the weight of this layer alone; the original is kept.
 
         Args:
-            safe_merge: Accepted and always true: a merge that is not finite raises.
+            safe_merge: Ignored (an argument of PEFT's method): a merge with a non-finite result always raises an error.
             adapter_names: The adapters; None means the active ones.
 
         Raises:
-            ConfigTypeError: The names are one string.
+            ConfigTypeError: `adapter_names` is a string.
             MergeError: An adapter cannot be merged.
-            AdapterError: The model does not have such an adapter.
+            AdapterError: The model does not have one of these adapters.
         """
         active, here = self.active_adapters, self._to_merge(adapter_names)
         options = MergeOptions()
@@ -444,11 +444,11 @@ class LoraLayer(BaseWeight):
         for path, layer in layers.items():
             layer.check_merge(path, here, options)
         _commit(layers, here, lambda path, layer: layer.stage_merge(path, here, options))
-        if set(here) - set(active):  # only this layer's route includes what is merged in it
+        if set(here) - set(active):  # only this layer's route includes the newly merged adapters
             self.own_route = Route((*active, *(name for name in here if name not in active)))
 
     def _to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
-        """Return the adapters to merge: those with a factor here that are not merged."""
+        """Return the adapters to merge: those with a factor here that are not merged yet."""
         if isinstance(adapter_names, str):
             raise ConfigTypeError(
                 f"adapter_names should be a list of strings, got {adapter_names!r}.",
@@ -469,7 +469,7 @@ class LoraLayer(BaseWeight):
 
     @trainable_tensors
     def unmerge(self) -> None:
-        """Unmerge all adapters from this layer's weight; restores its bits.
+        """Unmerge all adapters from this layer's weight, bit for bit.
 
         Raises:
             MergeError: The base's values were not kept.
@@ -484,7 +484,7 @@ class LoraLayer(BaseWeight):
         _commit(layers, merged, lambda path, layer: layer.stage_unmerge(merged))
 
     def leader_of(self, adapters: Sequence[str]) -> LoraLayer | None:
-        """Return the layer whose factors this one uses, transposed, and whose weight it shares; None if there is none.
+        """Return the layer whose weight this one shares and whose factors, transposed, it uses; None if there is none.
 
         Args:
             adapters: Adapters; those without a factor here are ignored.
@@ -496,11 +496,11 @@ class LoraLayer(BaseWeight):
         return leader if leader is not None and self.is_one_with(leader, adapters) else None
 
     def is_one_with(self, tied: LoraLayer, adapters: Collection[str]) -> bool:
-        """Return whether another layer has factors of the same adapters, and the same weight.
+        """Return whether another layer shares this layer's weight and has factors for the same adapters.
 
         Args:
             tied: The other layer.
-            adapters: The adapters.
+            adapters: Adapters to compare.
         """
         if any((name in self.r) != (name in tied.r) for name in adapters):
             return False
@@ -508,7 +508,7 @@ class LoraLayer(BaseWeight):
         return mine is its and mine is not None
 
     def _around_module(self, path: str) -> dict[str, LoraLayer]:
-        """Return path -> layer: this one, those inside it around the same module, and those of children it reads."""
+        """Return path -> layer: this layer, those nested in it around its module, and those of `inner` children."""
         found: dict[str, LoraLayer] = {}
         layer: nn.Module = self
         while isinstance(layer, LoraLayer):
@@ -524,7 +524,7 @@ class LoraLayer(BaseWeight):
 def _commit(
     layers: Mapping[str, LoraLayer], adapters: Sequence[str], stage: Callable[[str, LoraLayer], StagedMerge | None]
 ) -> None:
-    """Stage a change of some adapters in all layers, commit it, and let tied layers follow the ones they use."""
+    """Stage a change of some adapters in all layers, commit it, and let tied layers adopt it."""
     led = {layer: leader for layer in layers.values() if (leader := layer.leader_of(adapters)) is not None}
     staged = [stage(path, layer) for path, layer in layers.items() if layer not in led]
     for one in filter(None, staged):

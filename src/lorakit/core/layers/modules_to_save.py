@@ -1,8 +1,8 @@
 """Saved modules (`modules_to_save`), and `Extras`: everything that an adapter trains in addition to factors.
 
-These are saved modules, trainable tokens and trained biases; they are active together with the factors. All keep the
-original: a saved module is a copy next to it, and a trained bias keeps its old value, so that `disable` and other
-adapters use the base.
+These are saved modules, trainable tokens and trained biases; they are active whenever the adapter's factors are. All
+keep the original: a saved module is a copy alongside it, and a trained bias keeps its old value, so that `disable` and
+other adapters use the base.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class ModulesToSave(ReplacingModule):
     """A module with a trained copy per adapter that names it in `modules_to_save`.
 
     Attributes:
-        original_module: The module that was here, frozen.
+        original_module: The original module, frozen.
         modules_to_save: Adapter -> its copy.
-        merged_adapters: The adapter whose copy replaces the original, or none.
+        merged_adapters: The adapter whose copy replaces the original, as a list; empty if there is none.
     """
 
     what, field = "a saved module", "modules_to_save"
@@ -70,7 +70,7 @@ class ModulesToSave(ReplacingModule):
         return dict(self.modules_to_save[adapter].state_dict()) if adapter in self.modules_to_save else {}
 
     def remove(self, adapter: str) -> nn.Module:
-        """Drop an adapter's copy, if it has one, and return the module that belongs here afterwards."""
+        """Remove an adapter's copy, if any, and return the module to put here afterwards."""
         if adapter in self.modules_to_save:
             del self.modules_to_save[adapter]
         self.drop_override(adapter)
@@ -80,34 +80,34 @@ class ModulesToSave(ReplacingModule):
         """Reject adapters that each have a copy here, because only one can replace the original.
 
         Raises:
-            MergeError: The message names two of them and the path.
+            MergeError: Several adapters have a copy; the message names two of them and the path.
         """
         here = [name for name in adapters if name in self.modules_to_save]
         if len(here) > 1:
             raise MergeError(
                 f"{here[0]} and {here[1]} each have their own copy of {path} (modules_to_save), and only one can "
-                "replace it. Merge one of the two adapters.",
+                "replace it. Merge only one of them.",
                 what=here[1],
                 where=path,
                 field="modules_to_save",
             )
 
     def check_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> None:
-        """Reject a copy if one replaces the original already.
+        """Reject a copy if another one already replaces the original.
 
         Raises:
-            MergeError: The message names the adapter.
+            MergeError: A copy is already merged; the message names its adapter.
         """
         self.check_not_merged(path, adapters)
         self.check_mergeable(path, [*self.merged_adapters, *adapters])
 
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
-        """Prepare to let an adapter's copy replace the original; None if no adapter has a copy here."""
+        """Prepare to replace the original with an adapter's copy; return None if no adapter has a copy here."""
         new = [name for name in adapters if name in self.modules_to_save]
         return StagedMerge(None, partial(setattr, self, "merged_adapters", new)) if new else None
 
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
-        """Prepare to put the original back; None if none of these adapters is merged here."""
+        """Prepare to restore the original; return None if none of these adapters is merged here."""
         merged = not set(adapters).isdisjoint(self.merged_adapters)
         return StagedMerge(None, partial(setattr, self, "merged_adapters", [])) if merged else None
 
@@ -119,16 +119,16 @@ class ModulesToSave(ReplacingModule):
         return found
 
     def unload(self) -> nn.Module:
-        """Return the copy that is merged, or else the original."""
+        """Return the merged copy, or the original if none is merged."""
         return self.modules_to_save[self.merged_adapters[0]] if self.merged_adapters else self.original_module
 
     def run_alike(self, route: Route, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Return the output of the module that a route selects.
 
         Args:
-            route: It is the same for all rows.
+            route: The route, which is the same for all rows.
             args: Passed to the module.
-            kwargs: Likewise.
+            kwargs: Passed to the module.
 
         Raises:
             RouteError: Several copies of this module are active at once.
@@ -139,8 +139,8 @@ class ModulesToSave(ReplacingModule):
         copies = [name for name in route.names if name in self.modules_to_save]
         if len(copies) > 1:
             raise RouteError(
-                f"{' and '.join(copies)} are active together, and each has its own copy of this module "
-                "(modules_to_save). Activate one of them, or route rows to them.",
+                f"{' and '.join(copies)} are active together, but each has its own copy of this module "
+                "(modules_to_save). Activate only one of them, or route rows to them.",
                 what=copies[1],
                 field="modules_to_save",
             )
@@ -150,14 +150,14 @@ class ModulesToSave(ReplacingModule):
 
 @dataclass(frozen=True)
 class Extras:
-    """Everything that an adapter trains in addition to its factors, built but not attached.
+    """Everything that an adapter trains in addition to its factors, before it is attached.
 
     Attributes:
         copies: Path -> trainable copy of the module there.
-        biases: Modules of the base, each with its current biases, (…), by name; no names if only the module inside it
-            has some.
+        biases: Modules of the base, each with its current biases, (…), by name. There are no names for an attention
+            module if only its output projection has trained biases.
         rows: Trainable token embeddings: their indices in a table, and their values, (n, d).
-        leaders: Path of a module -> path of the module to which it is tied.
+        leaders: Path of a module -> path of the module that it is tied to.
     """
 
     copies: dict[str, nn.Module]
@@ -173,15 +173,15 @@ def build_extras(modules: Mapping[str, nn.Module], sites: Collection[str], saved
         modules: Path -> module: the base's, or the adapted or saved module that replaces it.
         sites: Paths of the adapter's sites.
         saved: Paths of its saved modules.
-        bias: The config's `bias`: "none", "all", or "lora_only" for the sites alone.
+        bias: The config's `bias`: "none", "all", or "lora_only" (only those of the sites).
 
     Returns:
-        The saved modules and biases. Biases in saved modules are not trained twice.
+        The saved modules and biases. A bias in a saved module is trained only in its copy.
 
     Raises:
-        TargetError: A module to save holds sites or saved modules of another adapter.
-        ConfigError: A bias to train has something merged into it, is a copy in a dense module that replaces the
-            base's, or is not a parameter (HQQ).
+        TargetError: A module to save contains sites or saved modules of another adapter.
+        ConfigError: A bias to train has adapters merged into it, belongs to a plain module that replaced the base's
+            in a merge, or is not a parameter (HQQ).
     """
     copies = {path: trainable_copy(path, modules[path]) for path in saved}
     found = list(biased_modules(modules, sites, saved, bias))
@@ -202,7 +202,7 @@ def build_extras(modules: Mapping[str, nn.Module], sites: Collection[str], saved
 
 
 def _check_untouched(path: str, layer: LoraLayer | None) -> None:
-    """Reject a bias with merged adapters, because its value without them is needed later."""
+    """Reject a bias that merged adapters changed, because its original value is needed later."""
     if layer is not None and (layer.kept_bias is not None or layer.replaced):
         how = "with their biases (lora_bias)" if layer.kept_bias is not None else "with dense=True"
         raise ConfigError(
@@ -217,10 +217,10 @@ def _check_untouched(path: str, layer: LoraLayer | None) -> None:
 def biased_modules(
     modules: Mapping[str, nn.Module], sites: Collection[str], saved: Sequence[str], bias: str
 ) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
-    """Yield the modules of the base whose biases an adapter trains; those in saved modules are not trained twice.
+    """Yield the modules of the base whose biases an adapter trains, except those in saved modules.
 
     Args:
-        modules: As for `build_extras`, like the other arguments.
+        modules: Path -> module, as for `build_extras`.
         sites: Paths of the adapter's sites.
         saved: Paths of its saved modules.
         bias: The config's `bias`.
@@ -238,12 +238,12 @@ def biased_modules(
             continue
         for inner, module in _base_modules(current):
             held = [leaf for leaf, p in module._parameters.items() if p is not None and "bias" in leaf]
-            # PEFT trains the `bias` of an adapted module, which leaves out that of an attention's in-projection
+            # in an adapted module, PEFT trains only the parameter named `bias`, so not an attention's `in_proj_bias`
             leaves = tuple(leaf for leaf in held if bias == "all" or leaf == "bias")
             if isinstance(vars(module).get("bias"), Tensor) and weight_format_of(module).quantized:
                 raise ConfigError(
-                    f"{path} is stored as {weight_format_of(module).name}, whose bias is not a parameter and cannot be "
-                    "trained. Set bias='none'.",
+                    f"{path} is stored as {weight_format_of(module).name}, so its bias is not a parameter and cannot "
+                    "be trained. Set bias='none'.",
                     what=weight_format_of(module).name,
                     where=path,
                     field="bias",
@@ -253,7 +253,7 @@ def biased_modules(
 
 
 def _read_by(modules: Mapping[str, nn.Module], sites: Collection[str]) -> Iterator[str]:
-    """Yield paths of children that become sites together with the modules that read their weights."""
+    """Yield paths of children that become sites along with the modules that read their weights."""
     for path in sites:
         module = modules[path]
         kind = kind_of(type(module.owner if isinstance(module, LoraLayer) else module))
@@ -261,7 +261,7 @@ def _read_by(modules: Mapping[str, nn.Module], sites: Collection[str]) -> Iterat
 
 
 def _base_modules(current: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of the base here: one, or all inside a module that another adapter saves."""
+    """Yield the base's modules here by relative path: one, or all in a module that another adapter saves."""
     if isinstance(current, ModulesToSave):
         yield from current.original_module.named_modules()
     else:
@@ -270,23 +270,23 @@ def _base_modules(current: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def trainable_copy(path: str, current: nn.Module) -> nn.Module:
-    """Return a trainable copy of a module without any adapter, in the same mode.
+    """Return a trainable copy of a module, without adapters and in the same mode.
 
-    Quantized modules become plain in the copy, because they cannot be trained.
+    Quantized modules are dequantized in the copy, because they cannot be trained.
 
     Args:
-        path: Its path, for messages.
+        path: Path of the module, for messages.
         current: The module, or the `ModulesToSave` around it.
 
     Raises:
-        TargetError: It holds sites or saved modules of another adapter.
-        ConfigTypeError: It is a container, whose modules the model calls itself.
+        TargetError: The module contains sites or saved modules of another adapter.
+        ConfigTypeError: The module is a container, which is never called itself.
     """
     original = current.original_module if isinstance(current, ModulesToSave) else current
     if isinstance(original, CONTAINERS):
         raise ConfigTypeError(
             f"modules_to_save cannot be applied to modules of type {type(original).__name__}: {path} is never called "
-            "itself, so a copy of it would have no effect. Name the modules in it.",
+            "itself, so a copy of it would have no effect. Name the modules inside it.",
             what=type(original).__name__,
             where=path,
             field="modules_to_save",
@@ -295,7 +295,7 @@ def trainable_copy(path: str, current: nn.Module) -> nn.Module:
     if any(isinstance(module, AdapterModule) for module in inside):
         raise TargetError(
             f"modules_to_save names {path!r}, which contains modules of another adapter on this model. Change the "
-            "targets of one of them, or load the model twice.",
+            "targets of one of the adapters, or load the model twice.",
             what=path,
             where=path,
             field="modules_to_save",
@@ -311,7 +311,7 @@ def trainable_copy(path: str, current: nn.Module) -> nn.Module:
 
 
 def _plain(module: nn.Module) -> nn.Module:
-    """Return a module with its quantized parts dequantized; the same module if there are none."""
+    """Dequantize a module and its submodules; a module that is not quantized itself is changed in place."""
     row = weight_format_of(module)
     if row.quantized:
         return row.dense(module, row.read(module, row.stored(module, "weight")), torch.float32)
@@ -321,7 +321,7 @@ def _plain(module: nn.Module) -> nn.Module:
 
 
 def plain_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of the tensors in a trainable copy of a module, whose quantized weights are plain."""
+    """Return name -> shape of the tensors in a trainable copy of a module, where quantized weights are plain."""
     parts = dict(module.named_modules())
     if not any(weight_format_of(part).quantized for part in parts.values()):
         return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}

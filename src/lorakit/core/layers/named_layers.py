@@ -35,11 +35,11 @@ class MultiheadAttention(WeightLayer):
     """A `LoraLayer` on the in-projection of an nn.MultiheadAttention."""
 
     def _restore_weights(self) -> None:
-        """PEFT's step after its forward merged; here no forward writes to the base, so nothing is to be restored."""
+        """Do nothing: PEFT restores weights that its forward merged, but no forward here writes to the base."""
 
 
 class InnerLinear(WeightLayer):
-    """A `LoraLayer` on a dense layer whose weight the module around it reads."""
+    """A `LoraLayer` on a dense layer whose weight the parent module reads directly."""
 
     def _get_name(self) -> str:
         return super()._get_name().replace("InnerLinear", "Linear")
@@ -66,17 +66,17 @@ LAYERS: Mapping[str, type[LoraLayer]] = {
     PARAMETER: ParamWrapper,
     INNER_LINEAR: InnerLinear,
 }
-"""Name of a kind -> class of its layers."""
+"""Name of a kind -> its layer class."""
 
 
 def layer_class(kind: Kind) -> type[LoraLayer]:
-    """Return the class of the layers of a kind: its own, that of LAYERS, or a generic one for custom kinds.
+    """Return the layer class of a kind: its own, the one in LAYERS, or a generic one for custom kinds.
 
     Args:
         kind: The kind.
 
     Raises:
-        ConfigError: Its class is not a subclass of `LoraLayer`.
+        ConfigError: The kind's own class is not a subclass of `LoraLayer`.
     """
     own = kind.layer or LAYERS.get(kind.name)
     if own is None:

@@ -1,6 +1,6 @@
 """`StoredWeight`: reads, keeps, replaces and restores the stored weight of a site.
 
-The base's module is only changed in `target`; `base_weight` decides what is stored, and when.
+This file puts weights into the base's module; `base_weight` decides what is stored, and when.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STORED = frozenset({"kept", "moved", "tied_weight"})
 """Attributes that hold stored weights of the base, in any form."""
 
 OF_THE_BASE = frozenset({"weight", "bias"})
-"""Attributes that are set on the base module when set on the layer, because other code ties weights by setting them."""
+"""Attributes that, if set on the layer, are set on the base module, because other code ties weights by setting them."""
 
 
 Replacement = Stored | nn.Module
@@ -28,7 +28,7 @@ Replacement = Stored | nn.Module
 
 
 class StoredWeight(AdapterModule):
-    """A module around a base module; it can write and restore one of the base's weights.
+    """A module around a base module that can write and restore one of the base's weights.
 
     Attributes:
         base_layer: The base's module, or another layer around it.
@@ -37,16 +37,16 @@ class StoredWeight(AdapterModule):
         scaling: Adapter -> scale.
         variant: Adapter -> the name of its variant.
         merged_adapters: Adapters that are merged into the base weight now.
-        kept: What the base stored before anything was written to it, or None.
-        moved_by: The adapters that use a residual base: the one whose init moved it (such as PiSSA), or all those whose
-            variant moves it in the same way. Empty if the base is unchanged.
-        moved: The stored residual base.
-        initial: That adapter's A and B before training, in main memory.
-        replaced: The base's quantized module if a merge replaced it by a plain one, in a tuple, so that it is not
-            registered as a submodule; else empty.
+        kept: The base's stored weight from before anything was written to it, or None.
+        moved_by: The adapters that use a residual base: the one whose init created it (such as PiSSA), or all whose
+            variant creates the same one. Empty if the base is unchanged.
+        moved: The stored residual base, or None.
+        initial: A and B, before training, of the adapter whose init created the residual base, in main memory; or None.
+        replaced: The base's module if a merge replaced it with a plain one, in a tuple, so that it is not registered as
+            a submodule; otherwise empty.
         kept_bias: The base's bias, (out,), from before a merge wrote to it (`lora_bias`), or None.
-        tied_weight: The parameter that the base shared with others before a merge untied it, or None.
-        old_bias: The adapter that trains the base's bias, and the bias before that, (out,); or None.
+        tied_weight: The parameter that the base shared with other modules before a merge untied it, or None.
+        old_bias: The adapter that trains the base's bias, and the bias before training, (out,); or None.
     """
 
     _modules: dict[str, nn.Module]  # type: ignore[assignment]  # no child is None here
@@ -68,7 +68,7 @@ class StoredWeight(AdapterModule):
     def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
         if name in OF_THE_BASE:
             setattr(self.base_layer, name, value)
-        elif name in STORED:  # a quantized one is a parameter, which must not be registered on this layer
+        elif name in STORED:  # a quantized weight is a parameter, which must not be registered on this layer
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
@@ -87,12 +87,12 @@ class StoredWeight(AdapterModule):
 
     @property
     def kind(self) -> Kind:
-        """The entry of KINDS."""
+        """The kind, an entry of KINDS or user-defined."""
         return kind_named(self.kind_name, self.state.kinds)
 
     @property
     def owner(self) -> nn.Module:
-        """The base's own module; layers of several weights of one module are nested around it."""
+        """The base's own module; if several of its weights are adapted, their layers are nested around it."""
         module = self._modules["base_layer"]  # faster than torch's attribute access, which matters here
         while isinstance(module, StoredWeight):
             module = module._modules["base_layer"]
@@ -100,17 +100,17 @@ class StoredWeight(AdapterModule):
 
     @property
     def source(self) -> nn.Module:
-        """The module that holds the base's weight: the owner, or the one that a dense module has replaced."""
+        """The module that holds the base's weight: the owner, or the module that a plain one has replaced."""
         return self.replaced[0] if self.replaced else self.owner
 
     @property
     def base(self) -> WeightFormat[Any, Any]:
-        """The entry of WEIGHT_FORMATS."""
+        """The weight's format, an entry of WEIGHT_FORMATS."""
         return self.storage[0]
 
     @property
     def storage(self) -> tuple[WeightFormat[Any, Any], nn.Module]:
-        """The entry of WEIGHT_FORMATS, and the module that holds the weight."""
+        """The weight's format, and the module that holds the weight."""
         source = self.source
         return weight_format_of(source, self.spec.parameter, self.spec.as_stored), source
 
@@ -123,7 +123,7 @@ class StoredWeight(AdapterModule):
         """Return the base weight without anything merged, canonical (out, in), fp32 or wider.
 
         Args:
-            adapter: The adapter that uses it, which matters if there is a residual base; None for the original.
+            adapter: The adapter that uses the weight, which matters if there is a residual base; None for the original.
         """
         base, source = self.storage
         kept = self._kept_for(adapter in self.moved_by)
@@ -138,7 +138,7 @@ class StoredWeight(AdapterModule):
         return _as_now(*self.storage, self.spec.parameter, self._kept_for(moved))
 
     def _kept_for(self, moved: bool) -> Stored | None:
-        """Return the kept weight for the adapter with a residual base, or for others; None if the module holds it."""
+        """Return the kept original, or the residual base if `moved`; None if the module holds that weight."""
         if moved:
             return self.moved if self.merged_adapters else None
         return self.kept
@@ -150,15 +150,15 @@ class StoredWeight(AdapterModule):
         return bias if isinstance(bias, Tensor) else None
 
     def inside(self) -> frozenset[str]:
-        """Return the adapters for which the base's module is right: merged ones, and those with the residual base.
+        """Return the adapters that the base's module accounts for: merged ones, and those that use the residual base.
 
-        If one of several with the residual base is merged, the module is not right for the others.
+        If an adapter that uses the residual base is merged, the module is not right for others that use it.
         """
         merged = frozenset(self.merged_adapters)
         return merged if merged.intersection(self.moved_by) else merged.union(self.moved_by)
 
     def _base_for(self, moved: bool) -> nn.Module:
-        """Return the base's module with nothing merged, with the residual base or the original."""
+        """Return the base's module without merged adapters, with the residual base if `moved`, else the original."""
         if not self.merged_adapters and (moved or not self.moved_by):
             return self.base_layer
         self.check_kept()
@@ -174,7 +174,7 @@ class StoredWeight(AdapterModule):
         Args:
             adapter: The adapter.
             stored: The stored residual base; not used if another adapter has the same one.
-            initial: The adapter's A (r, in) and B (out, r) before training if the base became W − s·B·A.
+            initial: The adapter's A (r, in) and B (out, r) before training if the base became W − s·B·A; else None.
         """
         if self.moved_by:
             self.moved_by = (*self.moved_by, adapter)
@@ -188,13 +188,13 @@ class StoredWeight(AdapterModule):
         """Check that the base without merged adapters can be computed.
 
         Raises:
-            MergeError: Something is merged and the original was not kept.
+            MergeError: Adapters are merged and the original was not kept.
         """
         if self.merged_adapters and not self.keeps_base:
             raise base_not_kept(self.merged_adapters)
 
     def kept_bytes(self) -> int:
-        """Return the memory of the original, if a merge kept it."""
+        """Return the size, in bytes, of the original if a merge kept it, else 0."""
         if not self.keeps_base:
             return 0
         base = self.base
@@ -202,7 +202,7 @@ class StoredWeight(AdapterModule):
         return sum(tensor.numel() * tensor.element_size() for tensor in base.tensors(kept))
 
     def target(self, stored: Replacement) -> None:
-        """Store the result of merging or unmerging: a module that replaces the owner, or a weight in it."""
+        """Store the result of merging or unmerging: a module that replaces the owner, or a weight."""
         if isinstance(stored, nn.Module):
             self.replaced = self.replaced or (self.owner,)
             self.base_layer = stored
@@ -214,7 +214,7 @@ class StoredWeight(AdapterModule):
 
 
 def _as_now(base: WeightFormat[Any, Any], source: nn.Module, parameter: str, stored: Stored | None) -> Stored:
-    """Return a stored weight, or the current one if that is None, on the base's device and in its dtype."""
+    """Return a stored weight, or the current one if it is None, on the base's device and in its dtype."""
     if stored is not None and (base.quantized or not isinstance(stored, Tensor)):
         return stored
     now = base.stored(source, parameter)
@@ -226,10 +226,10 @@ def give_back(owner: nn.Module, parameter: str, held: nn.Parameter, stored: Tens
 
     Args:
         owner: The module.
-        parameter: The parameter's name there.
-        held: The parameter, of any shape; an earlier merge may have written to it, and it does not follow the model to
-            another device or dtype.
-        stored: Its values afterwards, of the same shape, on the model's current device.
+        parameter: Name of the parameter in the module.
+        held: The shared parameter, of any shape; an earlier merge may have written to it, and its device and dtype may
+            differ from the model's.
+        stored: The values to restore, of the same shape, on the model's current device.
     """
     same = (held.device, held.dtype) == (stored.device, stored.dtype) and torch.equal(held.detach(), stored)
     if not same:

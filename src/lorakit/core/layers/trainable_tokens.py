@@ -1,7 +1,7 @@
-"""Trainable token embeddings, also in the head that is tied to an embedding.
+"""Trainable token embeddings, also in a head that is tied to an embedding.
 
-A trained row replaces the base's row W[i]; it is not added. The table is not copied for a forward: the output of the
-base is corrected at the positions that use a trained row.
+A trained row replaces the base's row W[i] instead of being added to it. A forward usually does not copy the table; it
+corrects the base's output at the positions that use a trained row.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Replacement = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class ChosenRows:
-    """Rows of one table.
+    """The rows of one table that an adapter trains.
 
     Attributes:
         path: The table's path in the plain base.
@@ -42,12 +42,12 @@ class ChosenRows:
 
 
 class TokenAdapter(nn.Module):
-    """A table with the trainable token embeddings of each adapter, under PEFT's names.
+    """A table (embedding or head) with each adapter's trainable token embeddings; attributes have PEFT's names.
 
     Attributes:
         base_layer: The embedding, or the head.
         trainable_tokens_delta: Adapter -> its rows, (n, d).
-        token_indices: Adapter -> their indices in the table.
+        token_indices: Adapter -> the indices of its rows in the table.
         kept: Merged adapter -> the base's original rows, (n, d), or None if they were not kept.
     """
 
@@ -60,7 +60,7 @@ class TokenAdapter(nn.Module):
         self.token_indices: dict[str, list[int]] = {} if leader is None else leader.token_indices
         self.within: tuple[TrainableTokens, ...] = ()  # in a tuple, so that it is not registered as a submodule
         self.kept: dict[str, Tensor | None] = {} if leader is None else leader.kept
-        self.tied_weight: tuple[nn.Parameter, ...] = ()  # what the base shared before a merge untied it, not registered
+        self.tied_weight: tuple[nn.Parameter, ...] = ()  # shared until a merge untied it; not registered
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -74,7 +74,7 @@ class TokenAdapter(nn.Module):
 
     @property
     def weight_here(self) -> nn.Parameter:
-        """The parameter, (V, d), that the table has now."""
+        """The table's current parameter, (V, d)."""
         return self.base_layer.get_parameter("weight")
 
     @property
@@ -85,7 +85,7 @@ class TokenAdapter(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters that are active here, even while they are disabled."""
+        """The adapters that are active here, or would be if adapters were enabled."""
         return self.within[0].active_adapters if self.within else []
 
     @property
@@ -102,10 +102,10 @@ class TokenAdapter(nn.Module):
         """Return the base's table without merged rows, (V, d); the base's own parameter if nothing is merged.
 
         Args:
-            strict: Raise if the base's rows were not kept; otherwise the merged rows stay in the table.
+            strict: Whether to raise an error if the base's rows were not kept; otherwise merged rows stay in the table.
 
         Raises:
-            MergeError: Something is merged, and the base's rows were not kept.
+            MergeError: An adapter is merged, and the base's rows were not kept.
         """
         table: Tensor = self.base_layer.weight  # type: ignore[assignment]
         for name in [name for name, rows in self.kept.items() if strict or rows is not None]:
@@ -114,7 +114,7 @@ class TokenAdapter(nn.Module):
         return table
 
     def with_rows(self, names: Sequence[str]) -> Tensor:
-        """Return the table with the rows of some adapters, (V, d), and a graph to them."""
+        """Return the table, (V, d), with the rows of some adapters in it and a graph to these rows."""
         table = self.original()
         for name in names:
             if name in self.token_indices:
@@ -123,13 +123,13 @@ class TokenAdapter(nn.Module):
         return table
 
     def replacements(self, names: Sequence[str]) -> list[Replacement]:
-        """Return the rows to replace in the output of the base for some active adapters, in order.
+        """Return the rows that active adapters replace in the base's output, in the order of the adapters.
 
         Args:
-            names: The adapters; those without rows here are ignored, and the rows of merged ones are in the table.
+            names: The active adapters; those without rows here, or whose rows are already in the table, are skipped.
 
         Raises:
-            RouteError: Two of them train the same row.
+            RouteError: Two of the adapters train the same row.
         """
         here = [name for name in names if name in self.token_indices]
         shared = self.shared_row(here)
@@ -137,14 +137,14 @@ class TokenAdapter(nn.Module):
             one, other, index = shared
             raise RouteError(
                 f"{one} and {other} are active together, and both train row {index} of this table "
-                "(trainable_token_indices). Activate one of them, or route rows of the batch to them.",
+                "(trainable_token_indices). Activate only one of them, or route rows of the batch to them.",
                 what=other,
                 field="trainable_token_indices",
             )
         return [self.rows(name) for name in here if name not in self.kept or self.is_stale(names)]
 
     def shared_row(self, names: Sequence[str]) -> tuple[str, str, int] | None:
-        """Return two of some adapters that train the same row, and its index; None if there are none."""
+        """Return two adapters that train the same row, and the row's index; None if no two do."""
         taken: dict[int, str] = {}
         for name in names:
             for index in self.token_indices[name]:
@@ -174,7 +174,7 @@ class TrainableTokens(ReplacingModule):
 
     Attributes:
         token_adapter: The table and the rows of each adapter.
-        follows: Its rows are those of the embedding it is tied to.
+        follows: Whether its rows belong to the embedding that it is tied to.
     """
 
     what, field = "a table with trainable tokens", "trainable_token_indices"
@@ -188,7 +188,7 @@ class TrainableTokens(ReplacingModule):
         self.follows = leader is not None
 
     def leads(self, other: TrainableTokens) -> bool:
-        """Return whether another table uses the rows of this one."""
+        """Return whether another table uses this table's rows."""
         mine, others = self.token_adapter, other.token_adapter
         return other.follows and others.trainable_tokens_delta is mine.trainable_tokens_delta
 
@@ -221,14 +221,14 @@ class TrainableTokens(ReplacingModule):
 
         Args:
             name: The adapter.
-            indices: Their indices in the table.
-            rows: Their values, (n, d).
+            indices: Indices of the rows in the table.
+            rows: Values of the rows, (n, d).
         """
         self.token_adapter.token_indices[name] = list(indices)
         self.token_adapter.trainable_tokens_delta[name] = rows
 
     def remove(self, adapter: str) -> nn.Module:
-        """Drop an adapter's rows, if it has any, and return the module that belongs here; they are not merged."""
+        """Remove an adapter's rows, which must not be merged, and return the module to put here afterwards."""
         if adapter in self.token_adapter.token_indices:
             del self.token_adapter.token_indices[adapter], self.token_adapter.trainable_tokens_delta[adapter]
         self.drop_override(adapter)
@@ -239,7 +239,7 @@ class TrainableTokens(ReplacingModule):
         return list(self.token_adapter.token_indices)
 
     def kept_bytes(self) -> int:
-        """Return the memory of the base's rows that merges kept; rows of tied tables count once."""
+        """Return the size, in bytes, of the base's rows that merges kept; rows of tied tables count once."""
         kept = () if self.follows else self.token_adapter.kept.values()
         return sum(rows.numel() * rows.element_size() for rows in kept if rows is not None)
 
@@ -252,10 +252,10 @@ class TrainableTokens(ReplacingModule):
         return dict(zip(["token_adapter.trainable_tokens_delta"], self.parameters_of(adapter), strict=False))
 
     def check_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> None:
-        """Reject rows that are merged already, the same row twice, and rows that are not finite.
+        """Reject rows that are already merged, that two adapters train, or that are not finite.
 
         Raises:
-            MergeError: The message names the adapter.
+            MergeError: An adapter's rows are rejected; the message names the adapter.
         """
         table = self.token_adapter
         new = [name for name in adapters if name in self and not self.follows]
@@ -265,7 +265,7 @@ class TrainableTokens(ReplacingModule):
             one, other, index = shared
             raise MergeError(
                 f"Token indices of adapter {other} are already defined and would result in undefined merging "
-                f"behavior: {one} trains row {index} of {path} too. Merge one of them.",
+                f"behavior: {one} trains row {index} of {path} too. Merge only one of them.",
                 what=other,
                 where=path,
                 field="trainable_token_indices",
@@ -277,7 +277,7 @@ class TrainableTokens(ReplacingModule):
                 )
 
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
-        """Make a table with the rows of adapters in it; None if none has rows here, or if this table follows another.
+        """Build a table with the rows of adapters; return None if none has rows here or this table follows another.
 
         Args:
             path: Not used.
@@ -288,7 +288,7 @@ class TrainableTokens(ReplacingModule):
         if not here or self.follows:
             return None
         table, held = self.token_adapter, self.token_adapter.weight_here
-        weight, kept = held.detach().clone(), dict[str, Tensor | None]()  # others may refer to its memory
+        weight, kept = held.detach().clone(), dict[str, Tensor | None]()  # other code may refer to its memory
         for name in here:
             index, rows = table.rows(name)
             index = index.to(weight.device)
@@ -298,7 +298,7 @@ class TrainableTokens(ReplacingModule):
         return StagedMerge(None, partial(self._put_merged, weight, kept, own))
 
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
-        """Prepare to replace the rows of merged adapters by the base's; None if none of them is merged here.
+        """Prepare to restore the base's rows; return None if none of these adapters is merged here.
 
         Raises:
             MergeError: The base's rows were not kept.
@@ -313,15 +313,15 @@ class TrainableTokens(ReplacingModule):
         return {"weight": self.token_adapter.with_rows(adapters).detach()} if here else {}
 
     def unload(self) -> nn.Module:
-        """Return the base's module, with what is merged in it."""
+        """Return the base's module, including merged rows."""
         return self.original_module
 
     def follow(self, tied: TrainableTokens, apart: bool) -> None:
-        """Take over what was merged or unmerged at the tied table that this one follows.
+        """Adopt what was merged or unmerged at the tied table that this one follows.
 
         Args:
-            tied: That table, whose rows this one uses.
-            apart: That table got a separate parameter in this merge, and so does this one.
+            tied: The tied table, whose rows this one uses.
+            apart: Whether the tied table got a separate parameter in this merge, so that this one gets it too.
         """
         mine, its = self.token_adapter, tied.token_adapter
         if not mine.kept:
@@ -335,12 +335,12 @@ class TrainableTokens(ReplacingModule):
         table = self.token_adapter
         if own is None:
             table.weight_here.data = weight
-        else:  # the other holders keep the old one
+        else:  # other modules keep the old one
             self._part(own, keeps=any(rows is not None for rows in kept.values()))
         table.kept.update(kept)
 
     def _part(self, own: nn.Parameter, keeps: bool) -> None:
-        """Give the table a separate parameter, (V, d); if it keeps the shared one, unmerging restores that."""
+        """Give the table a separate parameter, (V, d); if `keeps`, unmerging restores the shared one."""
         table = self.token_adapter
         if keeps and not table.tied_weight:
             table.tied_weight = (table.weight_here,)
@@ -350,7 +350,7 @@ class TrainableTokens(ReplacingModule):
         table, weight = self.token_adapter, self.token_adapter.weight_here
         for name, (index, rows) in old.items():
             del table.kept[name]
-            with torch.no_grad():  # the memory is the table's own since the merge
+            with torch.no_grad():  # the merge gave the weight new memory
                 weight.index_copy_(0, index.to(weight.device), rows.to(weight))
         if not table.kept:
             self._give_back()
@@ -371,16 +371,16 @@ class TrainableTokens(ReplacingModule):
         """Return the output of the table with the active adapters' rows in it.   [docs/math.md (91)]
 
         Args:
-            route: It is the same for all rows of the batch.
-            args: Passed to the base's module: first indices (…) of an embedding, which returns (…, d), or hidden states
-                (…, d) of a head, which returns (…, V).
-            kwargs: Likewise.
+            route: The route, which is the same for all rows of the batch.
+            args: Passed to the base's module; the first is indices (…) for an embedding, which returns (…, d), or
+                hidden states (…, d) for a head, which returns (…, V).
+            kwargs: Passed to the base's module.
 
         Raises:
             RouteError: Two active adapters train the same row.
         """
         names, adapter, table = route.names, self.token_adapter, self.original_module
-        if adapter.is_stale(names):  # a clone with the whole table, so that the base's output is bitwise equal
+        if adapter.is_stale(names):  # a clone with the original table, so that the base's output is bitwise equal
             table = clone_with(table, {"weight": adapter.original()})
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         y: Tensor = table(*args, **kwargs)
@@ -400,12 +400,12 @@ def looked_up(table: nn.Embedding, x: Tensor, y: Tensor, index: Tensor, rows: Te
     Args:
         table: The embedding.
         x: Indices, (…).
-        y: Its output, (…, d).
-        index: Indices of the rows, (n,).
-        rows: Their values, (n, d).
+        y: Output of the embedding, (…, d).
+        index: Indices of the replaced rows, (n,).
+        rows: New values of these rows, (n, d).
 
     Returns:
-        (…, d). Cost: a search among n numbers per index; the table itself is not copied.
+        (…, d). Cost: a binary search among n indices per element of x; the table itself is not copied.
     """
     numbers, order = index.sort()
     target = torch.searchsorted(numbers, x.contiguous()).clamp_max(len(numbers) - 1)
@@ -414,7 +414,7 @@ def looked_up(table: nn.Embedding, x: Tensor, y: Tensor, index: Tensor, rows: Te
         norms = rows.norm(p=table.norm_type, dim=1, keepdim=True)
         rows = torch.where(norms > table.max_norm, rows * (table.max_norm / (norms + 1e-7)), rows)
     padding = table.padding_idx
-    if padding is not None:  # the padding's row has no gradient
+    if padding is not None:  # the padding row has no gradient
         rows = torch.where((index == padding)[:, None], rows.detach(), rows)
     new = F.embedding(order[target], rows.to(y.dtype))
     scale = getattr(table, "embed_scale", None)  # scaled embeddings multiply what they look up
@@ -427,14 +427,14 @@ def read_out(W: Tensor, x: Tensor, y: Tensor, index: Tensor, rows: Tensor) -> Te
     """Return the output of a head with some rows of its weight replaced.
 
     Args:
-        W: Its weight, (V, d).
+        W: Weight of the head, (V, d).
         x: Hidden states, (…, d).
-        y: Its output, (…, V).
-        index: Indices of the rows, (n,).
-        rows: Their values, (n, d).
+        y: Output of the head, (…, V).
+        index: Indices of the replaced rows, (n,).
+        rows: New values of these rows, (n, d).
 
     Returns:
         (…, V). Cost: 2·n·d FLOPs for each position.
     """
-    change = (rows - W[index].to(rows)).to(y.dtype)  # exactly zero if they are the base's own
+    change = (rows - W[index].to(rows)).to(y.dtype)  # exactly zero if the rows equal the base's
     return y.index_add(-1, index, F.linear(x.to(y.dtype), change))

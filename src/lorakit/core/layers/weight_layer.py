@@ -1,12 +1,12 @@
 """`WeightLayer`: a layer whose factors change a weight for the duration of one forward.
 
-It serves modules that do not expose the input of their weight: bare parameters, fused experts, nn.MultiheadAttention.
+It is used for modules that do not expose their weight's input: bare parameters, fused experts, nn.MultiheadAttention.
 Each forward computes W₀ + B·A as one dense weight per adapted weight; the module itself is not changed.
 
-Fused experts of transformers do not need a dense weight. A decorator marks their class, and a few attributes of the
-instance then determine its forward: the projections, their layout, biases, gate and norm. For a module with these
-attributes, `experts_forward` computes the forward with A and B applied to the tokens of each expert, with dropout
-before A. This file reads the attributes and does not import transformers.
+Fused experts in transformers do not need a dense weight. A decorator marks their class, and a few attributes of the
+instance determine its forward: the projections, their layout, biases, gate and norm. For a module with these
+attributes, `experts_forward` computes the forward and applies dropout, A and B to the tokens of each expert. This file
+reads the attributes and does not import transformers.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from lorakit.core.variants import Factor
 from lorakit.errors import MixedRowsError
 
 MARKS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "num_experts")
-"""Attributes by which an instance states its forward."""
+"""Attributes that determine the forward of an instance."""
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 def shows_tokens(module: nn.Module, parameter: str = "down_proj") -> bool:
-    """Return whether the forward of a module is known, so that factors can be applied to each expert's tokens.
+    """Return whether a module's forward is known, so that factors can be applied to each expert's tokens.
 
     Args:
         module: A module of the base.
-        parameter: The parameter that is adapted.
+        parameter: Name of the adapted parameter.
     """
     if parameter not in PROJECTIONS or not all(hasattr(module, mark) for mark in MARKS):
         return False
@@ -65,7 +65,7 @@ def experts_forward(
         factors: Name of a parameter -> its factors, with A (experts, r, in) and B (experts, out, r).
         hidden_states: (tokens, d).
         top_k_index: Experts of each token, (tokens, k).
-        top_k_weights: Their weights, (tokens, k).
+        top_k_weights: Routing weights of these experts, (tokens, k).
 
     Returns:
         (tokens, d). Extra cost: 2·r·(in + out) FLOPs per token, expert and projection; no dense weight.
@@ -99,7 +99,7 @@ def _project(module: nn.Module, name: str, expert: int, x: Tensor, factors: Sequ
 
 
 class WeightLayer(LoraLayer):
-    """A base module, or a layer around it, one of whose weights has low-rank factors."""
+    """A layer that adds low-rank factors to one weight of a base module, which other layers may already wrap."""
 
     def adapted(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Return the output of a clone of the owner whose adapted weights include the updates.
@@ -107,16 +107,16 @@ class WeightLayer(LoraLayer):
         Args:
             route: The active adapters.
             args: Passed to the owner.
-            kwargs: Likewise.
+            kwargs: Passed to the owner.
 
         Raises:
             MixedRowsError: Rows of the batch have different adapters.
-            RouteError: The route has another number of rows.
+            RouteError: The route does not fit the batch.
         """
         if route.rows is not None:
             if len(set(route.rows)) > 1:
                 raise MixedRowsError(
-                    f"The rows of this batch have different adapters, and a {self.kind_name} has one weight for all "
+                    f"The rows of this batch have different adapters, but a {self.kind_name} has one weight for all "
                     "rows. Run the rows of each adapter separately with `use`, or do not adapt the module.",
                     what=self.kind_name,
                 )
@@ -139,26 +139,26 @@ class WeightLayer(LoraLayer):
         return clone(*args, **kwargs)
 
     def _check_rows(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Reject a route that does not fit the batch, if the rows are known; unbatched input is one row."""
+        """Reject a route that does not fit the batch, if the batch axis is known; unbatched input is one row."""
         x, axis = args[0] if args else next(iter(kwargs.values()), None), self.kind.row_axis(self.owner)
         if isinstance(x, Tensor) and axis is not None:
             self._row_axis(route, x if x.ndim > 2 else x.unsqueeze(axis))
 
     def chain(self) -> Iterator[WeightLayer]:
-        """Yield this layer and those inside it around the same owner, the outermost first."""
+        """Yield this layer and those nested in it around the same owner, the outermost first."""
         layer: nn.Module = self
         while isinstance(layer, WeightLayer):
             yield layer
             layer = layer.base_layer
 
     def effective(self, route: Route) -> Tensor | None:
-        """Return the weight with a route's adapters, in the base's layout; None if the module has it already.
+        """Return the weight with a route's adapters, in the base's layout; None if the module already holds it.
 
         Args:
             route: The adapters that are active on all rows.
 
         Returns:
-            (out, in) or as the base stores it, with a graph to A and B.
+            The weight as the base stores it, such as (out, in), with a graph to A and B.
         """
         names = [name for name in route.names if name in self.r]
         if frozenset(names) == self.inside() == frozenset(self.merged_adapters):
@@ -174,17 +174,17 @@ class WeightLayer(LoraLayer):
         return stored
 
     def beside_tokens(self, route: Route) -> tuple[Tensor | None, list[Factor]]:
-        """Return the weight and the factors to apply to the tokens of experts; other modules have it all in the weight.
+        """Return the weight and the factors to apply to experts' tokens; no factors if the weight includes the updates.
 
         Args:
             route: The adapters that are active on all rows.
 
         Returns:
-            The weight (experts, …, …) for the module, None if the module holds it already, and the factors.
+            The weight (experts, …, …), or None if the module already holds it; and the factors.
         """
         names = [name for name in route.names if name in self.r]
         drops = any(isinstance(self.lora_dropout[name], nn.Dropout) for name in names)
-        whole = torch.compiler.is_compiling() and not drops  # an expert's tokens have no fixed number
+        whole = torch.compiler.is_compiling() and not drops  # the number of tokens per expert varies
         if whole or self.moved_by or not shows_tokens(self.owner, self.spec.parameter):
             return self.effective(route), []
         merged = self.inside() <= set(names)

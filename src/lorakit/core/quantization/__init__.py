@@ -1,4 +1,4 @@
-"""The registry WEIGHT_FORMATS: how a base weight is read and written, however it is stored."""
+"""The registry WEIGHT_FORMATS: how base weights are read and written in each storage format."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ WEIGHT_FORMATS: tuple[WeightFormat[Any, Any], ...] = (
 
 
 def weight_format_of(module: nn.Module, parameter: str = "weight", as_stored: bool = False) -> WeightFormat[Any, Any]:
-    """Return how a parameter of a module is stored: the type of the weight decides, then the type of the module.
+    """Return the storage format of a module's parameter; the parameter's type takes precedence over the module's.
 
     Args:
         module: A module of the base.
-        parameter: Name of its weight.
+        parameter: Name of the parameter.
         as_stored: Do not transpose the weight, even if the module stores it as (in, out).
     """
     found = _registered(module, parameter)
@@ -66,7 +66,7 @@ def is_computed(module: nn.Module, parameter: str = "weight") -> bool:
 
     Args:
         module: A module of the base.
-        parameter: Name of its weight.
+        parameter: Name of the parameter.
     """
     return PARAMETRISED in module._modules and parameter not in module._parameters
 
@@ -82,10 +82,10 @@ def _registered(module: nn.Module, parameter: str) -> WeightFormat[Any, Any]:
 
 
 def disable_repacking(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Keep modules from rewriting their own weights in a forward, as those of some quantizers do in eval mode.
+    """Keep modules from rewriting their own weights in a forward, as some quantized modules do in eval mode.
 
     Args:
-        modules: All modules of a model; values do not change.
+        modules: All modules of a model; their weights keep their values.
 
     Returns:
         The modules that would have repacked their weights, for `allow_repacking`.
@@ -104,7 +104,7 @@ def allow_repacking(modules: Iterable[nn.Module]) -> None:
     """Undo `disable_repacking`.
 
     Args:
-        modules: The modules it returned.
+        modules: The modules that `disable_repacking` returned.
     """
     for module in modules:
         weight_format_of(module).allow_repacking(module)

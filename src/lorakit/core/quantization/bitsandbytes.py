@@ -1,4 +1,4 @@
-"""The only importer of bitsandbytes: weights of 4 bits (nf4, fp4) and of 8 bits (a scale per row).
+"""The only importer of bitsandbytes: 4-bit weights (nf4, fp4) and 8-bit weights (one scale per row).
 
 A stored 4-bit weight is the parameter itself, which carries its `quant_state`; a stored 8-bit weight is the parameter
 with its values and scales, which the module moves between parameter and state.
@@ -28,8 +28,8 @@ _REPACKS = "support_avx512bf16_for_cpu"
 """The flag that lets a `Linear4bit` repack its weight; the layer sets it according to the processor."""
 
 _HALF_STEP = {"nf4": 0.153, "fp4": 0.18}
-"""Half of the widest gap between two values of a code in [−1, 1], which bounds the rounding error. fp4 does not round
-at the exact middle of its gaps."""
+"""Half of the widest gap between adjacent code values in [−1, 1], which bounds the rounding error. The bound for fp4 is
+larger, because fp4 does not round at the exact midpoints."""
 
 _UNQUANTIZED = "This {bits}-bit layer has not been quantized yet. Move the model to its device first."
 
@@ -40,8 +40,8 @@ class EightBit(Packed):
 
     Attributes:
         parameter: The module's `Int8Params`.
-        values: (out, in), int8; floats if nothing has been quantized yet.
-        scales: The largest magnitude of each row, (out,), fp32; None if nothing has been quantized yet.
+        values: (out, in), int8; floating point before quantization.
+        scales: The largest magnitude in each row, (out,), fp32; None before quantization.
     """
 
     parameter: Int8Params
@@ -50,12 +50,12 @@ class EightBit(Packed):
 
 
 def four_bit_linear(linear: nn.Linear, quant_type: str, double: bool) -> nn.Module:
-    """Return a 4-bit version of a dense layer that does not repack its weight and computes in the dtype of the weight.
+    """Return a 4-bit version of a dense layer that does not repack its weight and computes in the weight's dtype.
 
     Args:
-        linear: It keeps its own weight.
+        linear: The dense layer, which keeps its own weight.
         quant_type: "nf4" or "fp4".
-        double: Quantize the scales too.
+        double: Whether to quantize the scales too.
 
     Returns:
         A `Linear4bit` in the same mode.
@@ -76,7 +76,7 @@ def eight_bit_linear(linear: nn.Linear) -> nn.Module:
     """Return an 8-bit version of a dense layer.
 
     Args:
-        linear: It keeps its own weight.
+        linear: The dense layer, which keeps its own weight.
 
     Returns:
         A `Linear8bitLt` in the same mode.
@@ -97,10 +97,10 @@ def _like(linear: nn.Linear, made: nn.Module) -> nn.Module:
 
 
 class _Format(WeightFormat[M, S]):
-    """The conversion to a plain module, for both widths."""
+    """Base class of both formats, with the conversion to a plain module."""
 
     def dense(self, module: M, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
-        """Return a plain module with a weight (out, in), of the class before quantization if that was a Conv1D."""
+        """Return a plain module with a weight (out, in): a Conv1D if it was one originally, else an nn.Linear."""
         before: type[nn.Module] = getattr(module, "source_cls", nn.Linear)
         if before.__name__ != CONV1D:
             return linear_with(module, canonical, dtype)
@@ -119,10 +119,10 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
         return module.weight
 
     def read(self, module: Linear4bit, stored: Params4bit) -> Tensor:
-        """Dequantize a weight: (out, in) in fp32, whatever the compute dtype is."""
+        """Dequantize a weight: (out, in) in fp32, regardless of the compute dtype."""
         import bitsandbytes.functional as package
 
-        if stored.quant_state is None:  # it is quantized when it is first moved to a device
+        if stored.quant_state is None:  # not quantized until it is first moved to a device
             return stored.detach().float()
         plain = _plain(stored)
         state = copy.copy(plain.quant_state)
@@ -130,10 +130,10 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
         return package.dequantize_4bit(plain.data, state)
 
     def write(self, module: Linear4bit, like: Params4bit, canonical: Tensor) -> Params4bit:
-        """Quantize a weight (out, in) with the settings of another.
+        """Quantize a weight (out, in) with the settings of another stored weight.
 
         Raises:
-            MergeError: The other has not been quantized yet.
+            MergeError: The other weight has not been quantized yet.
         """
         import bitsandbytes.functional as package
 
@@ -164,7 +164,7 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
         return (stored.data, state.absmax, state.code, *inner)
 
     def values(self, stored: Params4bit, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return elements (n,): the decoded value of each times the scale of its block.
+        """Return elements (n,), each the decoded value times its block's scale, and bounds of their errors, (n,).
 
         A byte holds two codes, the earlier one in its upper half.
         """
@@ -192,11 +192,11 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
         return super().dense(module, canonical, module.compute_dtype or fallback)
 
     def disable_repacking(self, module: Linear4bit) -> bool:
-        """Keep a 4-bit layer from rewriting its own weight, and undo it if that has happened.
+        """Keep a 4-bit layer from repacking its weight, and unpack the weight if it was already repacked.
 
-        On processors with AVX512-BF16, `Linear4bit` repacks its weight at the first forward in eval mode: it rounds
-        scales to bf16, passes no gradient from then on, even in training mode, and fails for widths that are not a
-        multiple of the block size. Without repacking, the layer has the same bits in every mode and on every processor.
+        On processors with AVX512-BF16, `Linear4bit` repacks its weight at the first forward in eval mode. This rounds
+        scales to bf16, blocks gradients from then on, even in training mode, and fails for widths that are not a
+        multiple of the block size. Without repacking, the bits are the same in every mode and on every processor.
         """
         if not getattr(module, _REPACKS, False):
             return False
@@ -253,7 +253,7 @@ class EightBitFormat(_Format["Linear8bitLt", EightBit]):
         return (stored.values,) if stored.scales is None else (stored.values, stored.scales)
 
     def values(self, stored: EightBit, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return elements (n,), and a step as the bound of their errors."""
+        """Return elements (n,), and one quantization step as the bound of each error, (n,)."""
         if stored.scales is None:
             return exact_values(stored.values, positions)
         columns = stored.values.shape[1]
@@ -292,7 +292,7 @@ def _unpacked(weight: Params4bit) -> Params4bit:
     rows, columns = state.shape
     packed = weight.data.reshape(-1, _ROWS)
     codes = torch.cat([packed & 0xF, packed >> 4], dim=1).reshape(rows // _ROWS, columns // 2, _ROWS, 2)
-    flat = codes.transpose(1, 2).reshape(-1)  # code after code, row after row
+    flat = codes.transpose(1, 2).reshape(-1)  # codes in row-major order
     plain = copy.copy(state)
     plain.absmax = state.absmax.T.contiguous().float().reshape(-1)
     plain.nested, plain.offset, plain.state2 = False, None, None

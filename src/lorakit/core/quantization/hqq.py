@@ -24,7 +24,7 @@ class HQQWeight(Packed):
 
     Attributes:
         packed: The packed values.
-        meta: What the module keeps with them: "scale", "zero", "shape", "nbits", "group_size", …
+        meta: The module's metadata for these values: "scale", "zero", "shape", "nbits", "group_size", …
     """
 
     packed: Tensor
@@ -32,10 +32,10 @@ class HQQWeight(Packed):
 
 
 def hqq_linear(linear: nn.Linear, bits: int, group_size: int) -> nn.Module:
-    """Return a dense layer as HQQ stores it; the dense one gives up its weight.
+    """Return an HQQ version of a dense layer; the dense layer loses its weight.
 
     Args:
-        linear: Frozen or not; its dtype becomes the compute dtype.
+        linear: The dense layer, which this call freezes; the dtype of its weight becomes the compute dtype.
         bits: 8 or 4.
         group_size: Number of values that share a scale; it must divide the number of elements.
 
@@ -44,7 +44,7 @@ def hqq_linear(linear: nn.Linear, bits: int, group_size: int) -> nn.Module:
     """
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
-    linear.requires_grad_(False)  # HQQ copies a trainable bias as a tensor with a history, which cannot be copied again
+    linear.requires_grad_(False)  # HQQ would copy a trainable bias as a non-leaf tensor, which deepcopy rejects
     weight = linear.weight
     config = BaseQuantizeConfig(nbits=bits, group_size=group_size)
     made: nn.Module = HQQLinear(linear, config, compute_dtype=weight.dtype, device=str(weight.device))
@@ -87,10 +87,10 @@ class HQQFormat(WeightFormat["HQQLinear", HQQWeight]):
         return (stored.packed, *(entry for entry in stored.meta.values() if isinstance(entry, Tensor)))
 
     def values(self, stored: HQQWeight, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return elements (n,) as (code − zero) · scale, and a step as the bound of their errors.
+        """Return elements (n,) as (code − zero) · scale, and one quantization step as the bound of each error, (n,).
 
         With 4 bits, the upper nibbles hold the codes of the first half of the groups. HQQ does not minimize
-        the largest error; a value is within a step all the same.
+        the largest error, but each value is still within one step.
         """
         meta = stored.meta
         bits, group = meta["nbits"], meta["group_size"]

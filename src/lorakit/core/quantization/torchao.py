@@ -1,6 +1,7 @@
 """The only importer of torchao, whose weights are instances of tensor subclasses that dequantize themselves.
 
-Read: whatever torchao can dequantize. Written: int8 with a scale per row, the only format that torchao can train with.
+lorakit reads every format that torchao can dequantize. It writes int8 with one scale per row, the only format that
+torchao can train with.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _INT8 = "Int8Tensor"
 
 
 def int8_config() -> Int8WeightOnlyConfig:
-    """Return torchao's config for 8-bit weights with a scale per row and unquantized activations."""
+    """Return torchao's config for 8-bit weights with one scale per row and unquantized activations."""
     from torchao.quantization import Int8WeightOnlyConfig
 
     return Int8WeightOnlyConfig()
@@ -31,7 +32,7 @@ def int8_linear(linear: nn.Linear) -> nn.Module:
     """Return a dense layer with an int8 weight.
 
     Args:
-        linear: It keeps its own weight.
+        linear: The dense layer, which keeps its own weight.
 
     Returns:
         An `nn.Linear` in the same mode.
@@ -52,7 +53,7 @@ def _quantized(weight: Tensor) -> nn.Parameter:
 
 
 class TorchaoFormat(PlainFormat):
-    """A parameter of a tensor class of torchao."""
+    """A parameter of one of torchao's tensor subclasses."""
 
     quantized = True
 
@@ -64,7 +65,7 @@ class TorchaoFormat(PlainFormat):
         """Dequantize a weight: (out, in) in fp32.
 
         Raises:
-            MergeError: torchao cannot dequantize it.
+            MergeError: torchao cannot dequantize the weight.
         """
         return _dequantized(stored)
 
@@ -76,7 +77,7 @@ class TorchaoFormat(PlainFormat):
         """
         if type(like).__name__ != _INT8 or like.act_quant_kwargs is not None or like.block_size[0] != 1:
             raise MergeError(
-                f"A {type(like).__name__} of torchao with these settings cannot be written; only int8 weights with a "
+                f"torchao's {type(like).__name__} cannot be written with these settings; only int8 weights with one "
                 "scale per row can. Merge with dense=True."
             )
         return _quantized(canonical.to(device=like.device, dtype=like.dtype))
@@ -91,12 +92,12 @@ class TorchaoFormat(PlainFormat):
         return linear_with(module, canonical, stored.dtype)
 
     def tensors(self, stored: TorchAOBaseTensor) -> tuple[Tensor, ...]:
-        """Return the tensors that the class consists of, each of any shape."""
+        """Return the tensors that make up a stored weight, each of any shape."""
         names, _ = stored.__tensor_flatten__()
         return tuple(getattr(stored, name) for name in names)
 
     def values(self, stored: TorchAOBaseTensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return elements (n,) of a weight and a bound of their errors, which is a step for int8, else infinite."""
+        """Return elements (n,) and bounds of their errors, (n,): one quantization step for int8, otherwise infinite."""
         positions = positions.to(stored.device)
         if type(stored).__name__ != _INT8:
             values = _dequantized(stored).reshape(-1)[positions]
@@ -112,8 +113,8 @@ def _dequantized(stored: TorchAOBaseTensor) -> Tensor:
         return stored.dequantize().float()
     except NotImplementedError as cause:
         raise MergeError(
-            f"torchao cannot dequantize a {type(stored).__name__}, which merging and variants that read the weight "
-            "need. Plain LoRA works without."
+            f"torchao cannot dequantize a {type(stored).__name__}, which is required for merging and for "
+            "variants that read the weight. Plain LoRA works without it."
         ) from cause
 
 

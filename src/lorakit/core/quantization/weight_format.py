@@ -1,10 +1,10 @@
-"""`WeightFormat`: how one way of storing a weight maps to the canonical weight and back.
+"""`WeightFormat`: conversion between the stored form of a weight and the canonical weight.
 
-The leading axis of the canonical weight is the output; its dtype is fp32 or wider. What a module stores (a tensor, or
-several packed ones) is known to the format alone, which takes it out, reads it, makes a new one and puts it back. A
-format knows nothing about A, B or adapters.
+The leading axis of the canonical weight is the output; its dtype is fp32 or wider. Only the format handles what a
+module stores (a tensor, or several packed ones): it gets, reads, creates and replaces stored weights. A format does not
+depend on A, B or adapters.
 
-The formats of this module store weights as plain tensors of floats, transposed or not.
+The formats in this file store weights as plain floating-point tensors, transposed or not.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from lorakit.core.clones import clone_with
 from lorakit.errors import MergeError
 
 NOT_WRITTEN = (
-    "The parameter {parameter!r} of {type} is computed by torch.nn.utils.parametrize, so nothing can be written into "
-    "it. Remove the parametrization first."
+    "The parameter {parameter!r} of {type} is computed by torch.nn.utils.parametrize, so it cannot be written. "
+    "Remove the parametrization first."
 )
 
 
@@ -53,7 +53,7 @@ def exact_values(stored: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_with(module: nn.Module, canonical: Tensor, dtype: torch.dtype) -> nn.Linear:
-    """Return a plain nn.Linear like a quantized layer: weight (out, in) in a dtype, the same bias and mode."""
+    """Return a plain nn.Linear with a weight (out, in) in the given dtype and a quantized layer's bias and mode."""
     made = nn.Linear(1, 1, bias=False, device="meta")
     made.out_features, made.in_features = canonical.shape
     made.weight = nn.Parameter(canonical.to(dtype), requires_grad=False)
@@ -68,11 +68,11 @@ class WeightFormat(Generic[M, S]):
     """One way to store a weight: M is the module that holds it, S the stored weight.
 
     Attributes:
-        name: Its name in messages.
+        name: Name of the format in messages.
         types: Types of the weight, or of the module that holds it, as dotted names.
-        transposed: The stored weight is (in, out); a reader of files needs to know.
-        written: A new weight can be stored.
-        quantized: Writing loses more than a rounding to the weight's dtype.
+        transposed: Whether the stored weight is (in, out); code that reads weight files needs this.
+        written: Whether a new weight can be stored.
+        quantized: Whether writing loses more than rounding to the weight's dtype does.
     """
 
     name: str
@@ -83,7 +83,7 @@ class WeightFormat(Generic[M, S]):
 
     @abstractmethod
     def stored(self, module: M, parameter: str) -> S:
-        """Return what a module stores for a parameter now; it shares memory with the module."""
+        """Return what a module stores for a parameter now; the result shares memory with the module."""
 
     @abstractmethod
     def read(self, module: M, stored: S) -> Tensor:
@@ -115,13 +115,13 @@ class WeightFormat(Generic[M, S]):
         return self.tensors(self.stored(module, parameter))[0].device
 
     def clone(self, module: M, parameter: str, stored: S) -> nn.Module:
-        """Return a shallow clone of a module that holds another stored weight."""
+        """Return a shallow clone of a module, with another stored weight."""
         clone: M = clone_with(module, {})  # type: ignore[assignment]
         self.target(clone, parameter, stored)
         return clone
 
     def dense(self, module: M, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
-        """Return a plain module with a canonical weight (out, in) that can replace a module with a quantized one."""
+        """Return a plain module with a canonical weight (out, in), to replace a quantized module."""
         return linear_with(module, canonical, dtype)
 
     def disable_repacking(self, module: M) -> bool:
@@ -133,7 +133,7 @@ class WeightFormat(Generic[M, S]):
 
 
 class PlainFormat(WeightFormat[nn.Module, Tensor]):
-    """One tensor of floats: a parameter, or what torch.nn.utils.parametrize computes, which cannot be written."""
+    """A floating-point tensor: a parameter, or one computed by torch.nn.utils.parametrize, which cannot be written."""
 
     quantized = False
 
@@ -148,7 +148,7 @@ class PlainFormat(WeightFormat[nn.Module, Tensor]):
         return tensor.device
 
     def read(self, module: nn.Module, stored: Tensor) -> Tensor:
-        """Return the tensor with its leading axis out, (out, …)."""
+        """Return the tensor with the output as its leading axis, (out, …), in fp32 or wider."""
         weight = at_least_fp32(stored.detach())
         return weight.T if self.transposed else weight
 
@@ -160,7 +160,7 @@ class PlainFormat(WeightFormat[nn.Module, Tensor]):
         """Give the parameter the memory of a tensor of any shape.
 
         Raises:
-            MergeError: The parameter is computed.
+            MergeError: A parametrization computes the parameter.
         """
         if not self.written:
             raise MergeError(NOT_WRITTEN.format(parameter=parameter, type=type(module).__name__))
@@ -187,7 +187,7 @@ TRANSPOSED = PlainFormat(
 )
 
 COMPUTED = PlainFormat("computed", written=False)
-"""A parameter that torch.nn.utils.parametrize computes: it can be read, and there is no storage to write it to."""
+"""A parameter that torch.nn.utils.parametrize computes: it can be read, but there is no storage to write it to."""
 
 COMPUTED_TRANSPOSED = PlainFormat("computed transposed", transposed=True, written=False)
-"""The same in a module that stores its weight as (in, out)."""
+"""The same for a module that stores its weight as (in, out)."""

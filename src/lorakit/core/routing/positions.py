@@ -1,8 +1,8 @@
-"""Positions from which adapters that wait for tokens are active (`Variant.positions`), found once per model forward.
+"""Find the positions from which adapters that wait for tokens are active (`Variant.positions`), once per forward.
 
 While a model has such an adapter, two hooks put the offsets of each forward into the context and remove them
-afterwards, even if the forward fails. A cache of keys and values stores where the adapters started in its rows, so that
-the steps of a generation, which see one token each, continue from there.
+afterwards, even if the forward fails. The key-value cache stores where the adapters started in its rows, so that
+generation steps, which see one token each, continue from there.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from lorakit.core.variants import variants_of
 from lorakit.errors import RouteError
 
 CACHES = ("cache", "past_key_values", "cache_params")
-"""Names of the cache among the arguments and in the output of transformers' models."""
+"""Names of the cache in the arguments and outputs of transformers' models."""
 
 MEMORY = "lorakit_starts"
-"""Attribute of a cache: adapter -> first position at which it is active in each row, (rows,), -1 for none."""
+"""Attribute of a cache: adapter -> the first position in each row at which it is active, (rows,); -1 if none."""
 
 
 Output = Tensor | Sequence[Any] | Mapping[str, Any] | None
 """The output of a model's forward; None after a failed one."""
 
 NOT_IN_A_GRAPH = (
-    "The position at which an adapter that waits for tokens starts is found outside of a compiled graph. Compile with "
+    "The start position of an adapter that waits for tokens must be found outside of a compiled graph. Compile with "
     "fullgraph=False (the adapted layers then run uncompiled), or make another adapter the default."
 )
 
@@ -53,14 +53,14 @@ class InvocationHooks:
             torch._dynamo.disable(self._open)(module, args, kwargs)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output) -> None:
-        """Remove them; also called after a failed forward, without an output."""
+        """Remove the offsets and store start positions in the cache; after a failed forward, `output` is None."""
         if not torch.compiler.is_compiling():
             self._close(kwargs, output)
         elif not self.state.fits_a_graph(self.state.default):
             torch._dynamo.disable(self._close)(kwargs, output)
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _HookScope.drop(self)  # left open by an interrupt: otherwise the second hook always runs
+        _HookScope.drop(self)  # one that an interrupt left open: otherwise the second hook always closes it
         offsets = self._offsets(module, args, kwargs)
         if offsets is not None:
             _HookScope(self, offsets).__enter__()
@@ -105,7 +105,7 @@ class InvocationHooks:
             back = nowhere if given is None else _positions(self.state, name, given, visible)
             if name in memory:
                 begin = of_rows(memory[name], rows)
-                holds = (begin >= 0) & (begin + _span(self.state, name) <= past)  # a cache may have been cut since
+                holds = (begin >= 0) & (begin + _span(self.state, name) <= past)  # the cache may have been cut since
                 back = torch.where((back == 0) & holds, past + length - begin, back)
             found.append(back)
         return Offsets(names, torch.stack(found), length, past + length, whole) if names else None
@@ -114,16 +114,16 @@ class InvocationHooks:
 def prompt_offsets(
     state: AdapterState, input_ids: Tensor, visible: Tensor | None = None, names: Iterable[str] | None = None
 ) -> Offsets:
-    """Find how many of the last positions of prompts each waiting adapter is active on.
+    """Find, for each prompt, how many of its last positions each waiting adapter is active on.
 
     Args:
         state: The model's state.
         input_ids: The prompts, (rows, length).
-        visible: (rows, length), true where a token counts; None if all do.
-        names: The adapters; None means all that wait.
+        visible: Mask of the tokens that count, (rows, length); None if all do.
+        names: The adapters; None means all that wait for tokens.
 
     Raises:
-        ConfigError: A config does not say what an adapter waits for.
+        ConfigError: An adapter's config does not specify the tokens that it waits for.
     """
     waiting = tuple(sorted(state.waiting if names is None else state.waiting & set(names)))
     rows, length = input_ids.shape
@@ -144,7 +144,7 @@ def _span(state: AdapterState, name: str) -> int:
 
 
 class _HookScope(Override):
-    """Opened by the first hook and closed by the second, which finds it in the context, as hooks share no variable."""
+    """An override that the first hook opens; the second hook finds it through the context and closes it."""
 
     def __init__(self, hooks: InvocationHooks, offsets: Offsets) -> None:
         super().__init__(hooks.state, None, offsets)
@@ -152,7 +152,7 @@ class _HookScope(Override):
 
     @staticmethod
     def drop(hooks: InvocationHooks) -> Offsets | None:
-        """Close what these hooks opened in this context and backward, and return its offsets, or None."""
+        """Close the scope that these hooks opened in this context and backward; return its offsets, or None."""
         for block in hooks.state.blocks():
             if isinstance(block, _HookScope) and block.hooks is hooks:
                 block.__exit__()
@@ -161,7 +161,7 @@ class _HookScope(Override):
 
 
 def install(model: nn.Module, state: AdapterState) -> None:
-    """Register the hooks on a model, unless it has them."""
+    """Register the hooks on a model, unless it already has them."""
     if not _hooks_of(model):
         hooks = InvocationHooks(state)
         model.register_forward_pre_hook(hooks.before, with_kwargs=True)
@@ -189,20 +189,20 @@ class KeyValueCache(Protocol):
 
 
 def _cache(values: Mapping[str, Any]) -> KeyValueCache | None:
-    """Return the cache among the arguments of a forward or in its output, or None."""
+    """Return the cache in the arguments or the output of a forward, or None."""
     found = (values.get(name) for name in CACHES)
     return next((cache for cache in found if hasattr(cache, "get_seq_length")), None)
 
 
 def _visible(mask: Tensor | Mapping[str, Tensor] | None, rows: int, length: int) -> Tensor | None:
-    """Return which tokens of this forward are not padding, (rows, length), from a mask that may include a cache."""
+    """Return the mask of this forward's tokens that are not padding, (rows, length); `mask` may include cached ones."""
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != rows or mask.shape[1] < length:
         return None
     return mask[:, -length:] != 0
 
 
 def _check_not_packed(positions: Tensor | None, visible: Tensor | None) -> None:
-    """Reject rows with several texts: only the invocation in the last text would be found."""
+    """Reject rows that contain several texts: only the invocation in the last text would be found."""
     if not isinstance(positions, Tensor) or positions.ndim != 2:
         return
     back = positions[:, 1:] <= positions[:, :-1]
@@ -210,7 +210,7 @@ def _check_not_packed(positions: Tensor | None, visible: Tensor | None) -> None:
         back = back & visible[:, 1:] & visible[:, :-1]
     if bool(back.any()):
         raise RouteError(
-            "An adapter that waits for tokens starts at their last occurrence in a row, and rows of this batch hold "
-            "several texts (their position_ids start again). Train without packing.",
+            "An adapter that waits for tokens starts at their last occurrence in a row, but rows of this batch contain "
+            "several texts (their position_ids restart). Train without packing.",
             field="position_ids",
         )

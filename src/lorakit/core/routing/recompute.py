@@ -1,6 +1,6 @@
-"""Records of forwards for a backward that runs them again; each lives as long as its autograd graph.
+"""Records of forwards for a backward that recomputes them.
 
-This module does not know which adapter is active; it only stores the routes it is given.
+This file does not determine which adapter is active; it only stores the routes that it is given.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ What = TypeVar("What")
 
 
 class Traces(Generic[What]):
-    """Values kept alive by autograd graphs, each as long as its graph.
+    """Values that autograd graphs keep alive, each as long as its graph.
 
     Copies and pickles are empty, since graphs are not copied.
     """
@@ -42,8 +42,8 @@ class Traces(Generic[What]):
         """Remember a value for a forward.
 
         Args:
-            outputs: Outputs of the forward, (…); one without a graph keeps nothing alive.
-            what: The value to remember while one of their graphs lives.
+            outputs: Outputs of the forward, (…); those without a graph keep nothing alive.
+            what: Value to remember as long as the graph of an output is alive.
         """
         mark, alive = _Mark(what), self._alive
         key = id(mark)
@@ -58,11 +58,11 @@ class Traces(Generic[What]):
 
 
 class Forwards:
-    """The forwards of one layer that a backward may run again.
+    """The forwards of one layer that a backward may recompute.
 
-    A forward whose output has a graph is remembered as long as that graph lives. Forwards without gradients are
-    remembered in order, which distinguishes the first run of a reentrant checkpoint from an evaluation. For the others,
-    which end with their call, only the route is kept, or the fact that there were several.
+    A forward whose output has a graph is remembered as long as the graph is alive. Forwards with gradients off are
+    remembered in order, which distinguishes the first run of a reentrant checkpoint from an evaluation. For forwards
+    with gradients on whose output has no graph, only the route is kept, or two if they differed.
     Copies and pickles are empty, since graphs are not copied.
     """
 
@@ -78,12 +78,13 @@ class Forwards:
         """Record a forward.
 
         Args:
-            output: Its output: a tensor of any shape (…), or something else.
-            route: Its route.
-            again: Autograd ran it again. Recorded only without gradients, for a reentrant checkpoint inside another.
+            output: Output of the forward: a tensor of any shape (…), or another object.
+            route: Route of the forward.
+            again: Whether this is a recomputation, which is recorded only with gradients off (for a reentrant
+                checkpoint inside another).
         """
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-            return  # in inference mode it has no backward
+            return  # in inference mode there is no backward
         if not torch.is_grad_enabled():
             self._switched_off.add(route.named())
             return
@@ -97,42 +98,42 @@ class Forwards:
             self._with_graph.note((output,), route.named())
 
     def of_recomputation(self) -> Route:
-        """Return the route of the forward that autograd runs again.
+        """Return the route of the forward that autograd is recomputing.
 
         Raises:
-            RouteError: The forwards that it could be used several routes, or none was recorded.
+            RouteError: The candidates used different routes, or none was recorded.
         """
         node = None if _is_non_reentrant() else _reentrant_node()
         if torch.is_grad_enabled() and node is None:
             possible: list[Sequence[Route]] = [self._with_graph.alive(), self._without_graph]
-            if not _is_non_reentrant():  # a recomputation of another library, which may switch gradients off at first
+            if not _is_non_reentrant():  # another library may run the first forward with gradients off
                 possible.append(self._switched_off.first_after(None))
-        else:  # gradients were off the first time: reentrant checkpointing switches them off, or the model does
+        else:  # gradients were off in the first run: reentrant checkpointing or the model turned them off
             possible = [self._switched_off.first_after(node)]
         routes = {route for some in possible for route in some}
         if len(routes) == 1:
             return routes.pop()
         found = " and ".join(sorted(route.describe() for route in routes)) or "none"
         raise RouteError(
-            "A checkpointed forward runs again in a backward, and which adapter it used cannot be known; the forwards "
-            f"it could be used: {found}. Enable checkpointing with gradient_checkpointing_kwargs={{'use_reentrant': "
+            "A backward is recomputing a checkpointed forward, but the adapter that it used cannot be determined; "
+            f"candidates: {found}. Enable checkpointing with gradient_checkpointing_kwargs={{'use_reentrant': "
             "False, 'context_fn': lorakit.core.checkpoint_contexts(model)}.",
             what=found,
         )
 
 
 def _with(some: tuple[Route, ...], route: Route) -> tuple[Route, ...]:
-    """Return possible routes of a recomputation with one more; at most two, since two are ambiguous already."""
+    """Add a route to the possible routes of a recomputation; keep at most two, since two are already ambiguous."""
     return some if len(some) > 1 or route in some else (*some, route)
 
 
 LONGEST_HISTORY = 64
-"""The number of changes of route that a layer remembers of its forwards without gradients."""
+"""Maximum number of route changes that a layer remembers for its forwards with gradients off."""
 
 
 @dataclass
 class _Run:
-    """Successive forwards in one thread with one route, and the sequence number of autograd after the last."""
+    """Successive forwards in one thread with one route, and autograd's sequence number after the last one."""
 
     thread: threading.Thread
     route: Route
@@ -140,10 +141,10 @@ class _Run:
 
 
 class _Runs:
-    """Forwards without gradients, oldest first.
+    """Forwards with gradients off, oldest first.
 
-    Autograd numbers its nodes per thread in order of creation. A reentrant checkpoint makes its node
-    before its first run, so that run is the first one that ended after the node's number.
+    Autograd numbers its nodes per thread in order of creation. A reentrant checkpoint creates its node
+    before its first run, so that run is the first one recorded with a number above the node's.
     """
 
     def __init__(self) -> None:
@@ -165,10 +166,10 @@ class _Runs:
             self._dropped_number = dropped.number
 
     def first_after(self, node: int | None) -> Sequence[Route]:
-        """Return the route of the first run after a node was made, or all possible routes if that is unknown.
+        """Return the route of the first run after a node was created, or all possible routes if that run is unknown.
 
         Args:
-            node: The number of the node, or None if the node is not known.
+            node: Sequence number of the node, or None if it is unknown.
         """
         runs = list(self._runs)
         numbers = [run.number for run in runs]
@@ -181,7 +182,7 @@ class _Runs:
 
 
 def _reentrant_node() -> int | None:
-    """Return the number of the reentrant checkpoint whose backward calls this forward, or None if none does."""
+    """Return the sequence number of the reentrant checkpoint whose backward runs this forward, or None."""
     node: Node | None = getattr(torch._C, "_current_autograd_node", lambda: None)()
     if node is None or getattr(type(node), "_forward_cls", None) is not CheckpointFunction:
         return None
@@ -189,7 +190,7 @@ def _reentrant_node() -> int | None:
 
 
 def _is_non_reentrant() -> bool:
-    """Return whether non-reentrant checkpointing runs this forward again: its saved-tensors hook is then the topmost.
+    """Return whether non-reentrant checkpointing is recomputing this forward: its saved-tensors hook is then on top.
 
     Torch has no public API for this. If it renames the hook, the answer is False and more recomputations are rejected.
     """
@@ -198,7 +199,7 @@ def _is_non_reentrant() -> bool:
 
 
 class _Mark(Generic[What]):
-    """A value kept alive by an autograd graph."""
+    """A value that an autograd graph keeps alive."""
 
     __slots__ = ("__weakref__", "what")
 

@@ -1,8 +1,8 @@
 """`Route`: which adapter each row of a batch uses, and on which positions, computed once for all layers of a forward.
 
-Positions are counted from the end of a row, so that a site that sees only the last positions can use them too.
-Everything is computed on the device of the tokens; layers do not read tokens. A route does not depend on the active
-route, configs, layers or factors.
+Positions are counted from the end of a row, so that they also work at a site that sees only the last positions.
+Everything is computed on the tokens' device; layers do not read tokens. This file does not depend on the active route,
+configs, layers or factors.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from lorakit.ops.segments import Routed
 
 @dataclass(frozen=True, eq=False)
 class Offsets:
-    """The number of last positions of each row on which adapters are active, for adapters that are not active on all.
+    """The number of last positions of each row on which adapters are active, if they are not active on all.
 
     Attributes:
         adapters: The adapters with offsets.
-        back: The number per adapter and row, (adapters, rows) int64, 0 if the adapter is not active in the row.
-        length: Positions of each row in this forward, or None if that is not known.
-        seen: Positions of each row up to the end of this forward, those in a cache included, or None.
-        whole: The positions that a site sees are unknown if there are fewer than `length`.
+        back: Number of last positions per adapter and row, (adapters, rows) int64; 0 if the adapter is not active.
+        length: Number of positions per row in this forward, or None if it is unknown.
+        seen: Number of positions per row up to the end of this forward, including cached ones, or None.
+        whole: Whether a site must see all `length` positions, because fewer need not be the last ones.
     """
 
     adapters: tuple[str, ...]
@@ -41,7 +41,7 @@ class Offsets:
     _routes: dict[int, tuple[Route, Route]] = field(default_factory=dict, init=False, repr=False)
 
     def of(self, adapter: str) -> Tensor:
-        """Return `back` of one adapter, (rows,) int64.
+        """Return `back` for one adapter, (rows,) int64.
 
         Args:
             adapter: One of `adapters`.
@@ -52,8 +52,8 @@ class Offsets:
         """Return whether adapters are active on the same positions in another forward.
 
         Args:
-            other: The other forward's.
-            names: The adapters.
+            other: Offsets of the other forward.
+            names: Adapters to compare.
         """
         if not set(names) <= set(self.adapters) & set(other.adapters):
             return False
@@ -61,13 +61,13 @@ class Offsets:
         return all(one.shape == two.shape and bool((one == two).all()) for one, two in pairs)
 
     def later(self, length: int, seen: int, rows: int, whole: bool = False) -> Offsets:
-        """Return the offsets of another forward over the same text, which ends earlier or later.
+        """Return the offsets for another forward over the same text that ends earlier or later.
 
         Args:
-            length: Positions of each of its rows.
-            seen: Positions up to its end, those in a cache included.
-            rows: The number of its rows; each row here may be repeated in succession (beams).
-            whole: As the attribute.
+            length: Number of positions per row in that forward.
+            seen: Number of positions per row up to the end of that forward, including cached ones.
+            rows: Number of rows in that forward, which may repeat each row in succession (beams).
+            whole: Value of the attribute `whole`.
 
         Raises:
             RouteError: The number of rows does not fit.
@@ -84,23 +84,23 @@ class Offsets:
             index: Indices of the rows, (n,).
         """
         known = self._parts.get(id(index))
-        if known is None:  # the tensor is held, so that no other one has its id
+        if known is None:  # keep the tensor, so that its id is not reused
             back = self.back.index_select(1, index.to(self.back.device))
             known = self._parts[id(index)] = (index, Offsets(self.adapters, back, self.length, self.seen, self.whole))
         return known[1]
 
     def mask(self, adapter: str, z: Tensor) -> Tensor:
-        """Return a boolean mask of the positions where an adapter is active, cached per forward and shape.
+        """Return a boolean mask of the positions on which an adapter is active, cached per forward and shape.
 
         Args:
             adapter: One of `adapters`.
-            z: The output of the adapter, (rows, positions, out), (rows · positions, out), or (rows, out) of the last.
+            z: The output of the adapter, (rows, positions, out), (rows · positions, out), or (rows, out) for the last.
 
         Returns:
             (rows, positions, 1), (rows · positions, 1) or (rows, 1).
 
         Raises:
-            RouteError: z has other axes, so its positions are unknown.
+            RouteError: z has another shape, so its positions are unknown.
         """
         rows = self.back.shape[1]
         flat = z.ndim == 2 and self.length is not None and z.shape[0] == rows * self.length
@@ -108,9 +108,9 @@ class Offsets:
         positions = self.length if flat else z.shape[1] if z.ndim == 3 else 1
         if not fits or positions is None or (self.whole and positions != self.length):
             raise RouteError(
-                f"Adapter {adapter!r} is active from its invocation tokens on. A site received {tuple(z.shape)} for a "
-                f"batch of {rows} rows of {self.length or 'unknown'} positions, so its positions are not known. "
-                "Leave the module out of target_modules."
+                f"Adapter {adapter!r} is active from its invocation tokens onward, but a site received "
+                f"{tuple(z.shape)} for a batch of {rows} rows with {self.length or 'unknown'} positions, so its "
+                "positions are unknown. Leave the module out of target_modules."
             )
         key = (adapter, positions, flat, z.device)
         if key not in self._masks:
@@ -121,26 +121,26 @@ class Offsets:
     def on(self, route: Route) -> Route:
         """Return a route with these offsets, cached per route and forward."""
         known = self._routes.get(id(route))
-        if known is None:  # the route is held, so that no other one has its id
+        if known is None:  # keep the route, so that its id is not reused
             known = self._routes[id(route)] = (route, route.like(self, route.kept))
         return known[1]
 
 
 def of_rows(numbers: Tensor, rows: int) -> Tensor:
-    """Return values per row for a batch that repeats each row several times in succession, (…, rows).
+    """Expand values per row to a batch that repeats each row in succession, (…, rows).
 
     Args:
-        numbers: One per row, (…, n).
-        rows: Rows of the batch.
+        numbers: One value per row, (…, n).
+        rows: Number of rows in the batch.
 
     Raises:
-        RouteError: The number of rows is not a multiple.
+        RouteError: `rows` is not a multiple of n.
     """
     if numbers.shape[-1] == rows:
         return numbers
     if rows % numbers.shape[-1]:
         raise RouteError(
-            f"The start positions of adapters are known for {numbers.shape[-1]} rows, and the batch has {rows}. Give a "
+            f"The start positions of adapters are known for {numbers.shape[-1]} rows, but the batch has {rows}. Give a "
             "batch, or a cache, with the same rows."
         )
     return numbers.repeat_interleave(rows // numbers.shape[-1], dim=-1)
@@ -155,13 +155,14 @@ class Route:
     """The adapters that a forward uses.
 
     Attributes:
-        names: Adapters that are active on every row, in order; an empty tuple is the base alone.
-        rows: One adapter per row of the batch (None: the base alone), or None if all rows are alike.
-        copies: A batch may also repeat each row this many times in succession: beams, which an encoder does not see.
-        offsets: The positions of adapters that are not active on all, or None if they are not known.
-        kept: A cache of layers from one forward with this route to the next, by layer, which lives as long as the
-            route. None if layers must not cache anything.
-        mentions: Every adapter that some row uses.
+        names: Adapters that are active on every row, in order; an empty tuple means the base alone.
+        rows: One adapter per row of the batch (None: the base alone), or None if all rows use the same adapters.
+        copies: How many times a batch may repeat each row in succession, as for beams. A batch without repetition
+            fits too, since an encoder does not see beams.
+        offsets: Offsets of adapters that are not active on all positions, or None if they are unknown.
+        kept: What layers cache from one forward with this route to the next, by layer; it lives as long as the route.
+            None if layers must not cache anything.
+        mentions: Every adapter that at least one row uses.
     """
 
     names: tuple[str, ...] = ()
@@ -181,11 +182,11 @@ class Route:
         object.__setattr__(self, "mentions", frozenset(some))
 
     def at(self, offsets: Offsets | None) -> Route:
-        """Return the same route in a forward with some offsets, or without any; a route that has some keeps them."""
+        """Return the same route with offsets, if any are given; a route that already has offsets keeps them."""
         return self if offsets is None or self.offsets is not None else offsets.on(self)
 
     def named(self) -> Route:
-        """Return the route without offsets and caches, to be kept beyond the forward."""
+        """Return the route without offsets and caches, to store it beyond the forward."""
         if self.offsets is None and self.kept is None:
             return self
         if not self._named:  # cached, since every layer needs it
@@ -197,7 +198,7 @@ class Route:
         return self.like(self.offsets, {}) if self.mentions and self.kept is None else self
 
     def like(self, offsets: Offsets | None, kept: dict[Any, Any] | None) -> Route:
-        """Return the same route with other offsets and another cache; whatever depends on its rows alone is shared."""
+        """Return the same route with other offsets and another cache, sharing values that depend only on its rows."""
         route = Route(self.names, self.rows, self.copies, offsets, kept)
         object.__setattr__(route, "_indices", self._indices)
         object.__setattr__(route, "_routed", self._routed)
@@ -208,12 +209,12 @@ class Route:
 
         Args:
             name: The adapter.
-            index: Indices of its rows, (n,).
+            index: Indices of the adapter's rows, (n,).
         """
         return Route((name,), offsets=None if self.offsets is None else self.offsets.of_rows(index))
 
     def acting(self, name: str) -> Callable[[Tensor], Tensor] | None:
-        """Return a function from an adapter's output z (rows, positions, out) to its mask; None without offsets."""
+        """Return a function that computes the mask for an output z (rows, positions, out); None without offsets."""
         offsets = self.offsets
         return None if offsets is None or name not in offsets.adapters else partial(offsets.mask, name)
 
@@ -229,7 +230,7 @@ class Route:
         """Return the adapter of each row of a batch, or None if the route does not fit it.
 
         Args:
-            size: Rows of the batch.
+            size: Number of rows in the batch.
         """
         rows = self.rows or ()
         if size == len(rows):
@@ -241,10 +242,10 @@ class Route:
 
         Args:
             device: Device of the indices.
-            size: Rows of the batch, which the route fits.
+            size: Number of rows in the batch, which fits the route.
 
         Returns:
-            Pairs of an adapter and the indices of its rows, (n,) int64; rows of the base are in no pair.
+            Pairs of an adapter and the indices of its rows, (n,) int64; rows without an adapter are left out.
         """
         if (device, size) not in self._indices:
             rows = self.rows_of(size) or ()
@@ -255,16 +256,16 @@ class Route:
         return self._indices[device, size]
 
     def routed(self, names: tuple[str, ...], device: torch.device, size: int) -> Routed:
-        """Return which of some adapters each row uses, cached per device and size.
+        """Return which of these adapters each row uses, cached per device and size.
 
         Args:
             names: The adapters, in the order of a stack of their factors.
             device: Device of the result.
-            size: Rows of the batch, which the route fits.
+            size: Number of rows in the batch, which fits the route.
 
         Returns:
-            The position of each row's adapter among the names, (size,), −1 for the base and for other adapters; 0
-            for all rows if the route has no rows.
+            The index in `names` of each row's adapter, (size,); −1 for the base and for other adapters. All are 0 if
+            the route has no rows.
         """
         key = (names, (device, size))
         if key not in self._routed:
@@ -281,4 +282,4 @@ class Route:
 
 
 BASE = Route()
-"""The base alone."""
+"""The route of the base alone."""

@@ -1,9 +1,9 @@
 """The active adapters: one state object per model, scoped overrides per context, and one function that reads both.
 
-Every layer of a model refers to the model's `AdapterState`. Its default applies in every thread and is replaced as a
-whole. `use`, `route` and `disable` override it in a context variable: the override ends with its block, even if the
-block raises, and no other thread or task sees it. A forward that autograd runs again (gradient checkpointing) must not
-use the adapters that are active *now*: it takes the route of its first run, or it raises.
+Every layer of a model refers to the model's `AdapterState`. The state's default route applies in every thread and is
+replaced as a whole. `use`, `route` and `disable` override it in a context variable: the override ends with its block,
+even if the block raises, and no other thread or task sees it. A forward that autograd recomputes (gradient
+checkpointing) must not use the adapters that are active *now*: it uses the route of its first run, or raises an error.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Scope:
     """An active override.
 
     Attributes:
-        block: The block that opened it.
-        backward: Number of the backward in which it was opened, -1 for none.
-        thread: Number of the thread.
+        block: The `Override` object.
+        backward: Id of the backward in which it was opened, -1 for none.
+        thread: Id of the thread in which it was opened.
     """
 
     block: Override
@@ -42,15 +42,15 @@ class Scope:
 
 
 class PeftLayerMethodsLike(Protocol):
-    """The attributes of layers that only PEFT has, for programs written for PEFT."""
+    """Layer attributes that only PEFT has, for programs written for PEFT."""
 
     names: ClassVar[frozenset[str]]
 
     def answer(self, layer: torch.nn.Module, word: str) -> object:
-        """Return the value of an attribute, one of `names`, of an adapted layer."""
+        """Return an adapted layer's value for an attribute in `names`."""
 
 
-# The only global: a context variable cannot be copied or pickled, so no object of a model may hold it.
+# Global, because a context variable cannot be copied or pickled, so no object in a model may hold it.
 _SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("lorakit_scopes", default=())
 
 
@@ -62,16 +62,16 @@ class AdapterState:
 
     Attributes:
         configs: Adapter name -> its config.
-        default: The route without a scoped override.
+        default: The route that applies without a scoped override.
         aside: The default that `suspend_default` removed, or None.
-        frozen: The base's parameters with the `requires_grad` they had before the first adapter was attached.
+        frozen: The base's parameters, each with its `requires_grad` from before the first adapter was attached.
         held: Modules of the base that must not repack their weights while there are adapters.
         replication: How the layers of the base were replicated for the adapters, or None.
-        kinds: Kinds that the user defined, by name (`lorakit.core.Kind`).
-        whole: Models that were searched for adapted modules of another state since the last copy and have none.
+        kinds: User-defined kinds, by name (`lorakit.core.Kind`).
+        whole: Models that, since the last copy, were searched for adapted modules of another state and have none.
         waiting: Adapters that are not active on all positions of a row, so that a forward needs offsets.
-        peft_methods: Answers PEFT's own attributes of layers; None until `lorakit.peft` is used on the model.
-        biased: An adapter has trained biases of the base in place, so modules must be searched for them.
+        peft_methods: Provides layer attributes that only PEFT has; None until `lorakit.peft` is used on the model.
+        biased: Whether an adapter has trained biases in place, so that modules must be searched for them.
     """
 
     biased: bool = False
@@ -82,26 +82,26 @@ class AdapterState:
         self.configs: dict[str, LoraConfig] = {}
         self.default: Route = BASE
         self.aside: Route | None = None
-        self._joined: tuple[str, ...] = ()  # adapters in the default because they were merged
+        self._joined: tuple[str, ...] = ()  # adapters that merging added to the default
         self.frozen: list[tuple[torch.nn.Parameter, bool]] = []
-        self.invocations: Traces[Offsets] = Traces()  # of forwards that had some
+        self.invocations: Traces[Offsets] = Traces()  # of forwards with offsets
         self.held: list[torch.nn.Module] = []
         self.replication: Any = None
         self.kinds: dict[str, Kind] = {}
-        self._open: dict[int, int] = {}  # thread -> overrides open in it
-        # Threads that were warned of an override in another one; not their numbers, which are reused.
+        self._open: dict[int, int] = {}  # thread id -> number of open overrides
+        # Threads already warned about an override in another thread; not their ids, which are reused.
         self._told: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         self.whole: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
-        self.whole.clear()  # a copied layer may be put next to the first
+        self.whole.clear()  # a copied layer may be put into the same model
         return {name: value for name, value in self.__dict__.items() if name not in OF_THIS_PROCESS}
 
     def __setstate__(self, known: dict[str, Any]) -> None:
         self.__dict__.update(known, _open={}, _told=weakref.WeakSet(), whole=weakref.WeakSet())
 
     def join(self, module: torch.nn.Module) -> None:
-        """Register an adapted module that refers to this state, by a weak reference."""
+        """Register an adapted module of this state, through a weak reference."""
         self.__dict__.setdefault("_members", {})[id(module)] = weakref.ref(module)
 
     def leave(self, module: torch.nn.Module) -> None:
@@ -109,7 +109,7 @@ class AdapterState:
         self.__dict__.get("_members", {}).pop(id(module), None)
 
     def members(self) -> list[Any]:
-        """Return the adapted modules of this state in order of registration, without a walk over the model."""
+        """Return the adapted modules of this state in order of registration, without traversing the model."""
         found = [reference() for reference in self.__dict__.get("_members", {}).values()]
         return [module for module in found if module is not None]
 
@@ -117,8 +117,8 @@ class AdapterState:
         """Reject unknown adapters.
 
         Args:
-            names: Adapters; None is the base.
-            error: The exception's type.
+            names: Adapters; None means the base.
+            error: Type of the exception to raise.
 
         Raises:
             LorakitError: A name is unknown; the message lists the known ones.
@@ -146,7 +146,7 @@ class AdapterState:
             self.default, self.aside = BASE, self.default
 
     def restore_default(self) -> None:
-        """Undo `suspend_default`, without the adapters that were removed in between."""
+        """Undo `suspend_default`, but leave out adapters that were removed in the meantime."""
         if self.aside is not None:
             self.default, self.aside = Route(tuple(n for n in self.aside.names if n in self.configs)), None
 
@@ -162,11 +162,11 @@ class AdapterState:
         self.default = Route(tuple(name for name in self.default.names if name not in left))
 
     def override(self, route: Route | None, offsets: Offsets | None = None) -> Override:
-        """Return a block in which a route is active, in this context only.
+        """Return a context manager that activates a route, in this context only.
 
         Args:
-            route: The route of the block's forwards; None changes only the offsets.
-            offsets: The positions of adapters that are not active on all.
+            route: Route for forwards in the block; None changes only the offsets.
+            offsets: Offsets of adapters that are not active on all positions, or None.
         """
         return Override(self, route, offsets)
 
@@ -176,7 +176,7 @@ class AdapterState:
         return (self.default if route is None else route).at(offsets)
 
     def _scoped(self, backward: int | None) -> tuple[Route | None, Offsets | None]:
-        """Return the route and offsets of the innermost overrides, of any backward or of the one with that number."""
+        """Return the route and offsets of the innermost overrides, of those opened in this backward (None: in any)."""
         offsets = None
         for scope in reversed(_SCOPES.get()):
             block = scope.block
@@ -192,7 +192,7 @@ class AdapterState:
         return [s.block for s in reversed(_SCOPES.get()) if s.block.state is self and s.backward == backward]
 
     def offsets(self) -> Offsets | None:
-        """Return the offsets of the overrides of this context and backward, or None."""
+        """Return the offsets that overrides set in this context and backward, or None."""
         route, offsets = self._scoped(torch._C._current_graph_task_id())
         return offsets if offsets is not None or route is None else route.offsets
 
@@ -211,15 +211,15 @@ class AdapterState:
         return not self.waiting.isdisjoint(route.mentions)
 
     def fits_a_graph(self, default: Route) -> bool:
-        """Return whether a compiled graph can use a default, since it cannot read a context variable.
+        """Return whether a compiled graph, which cannot read a context variable, can use a default.
 
-        Dynamo guards on the values read here: while a block is open anywhere, or the default waits for tokens, it tries
-        to trace the layer again, fails, and runs it uncompiled with the route and offsets of the block.
+        Dynamo guards on the values read here: while a block is open in any thread, or the default waits for tokens, it
+        tries to retrace the layer, fails, and runs it uncompiled with the route and offsets of the block.
 
         Args:
             default: The default of the layer or of the model.
         """
-        if self._open:  # a branch: dynamo does not guard on a `not` that is only returned
+        if self._open:  # a branch, because dynamo does not guard on a returned `not`
             return False
         return not self.awaits(default)
 
@@ -229,7 +229,7 @@ class AdapterState:
             return
         self._told.add(thread)
         warnings.warn(
-            "A `use`, `route` or `disable` block of another thread is open on this model; this thread does not see it "
+            "A `use`, `route` or `disable` block is open on this model in another thread; this thread does not see it "
             f"and runs with {self.default.describe()}. Open the block in the thread that runs the forward.",
             RuntimeWarning,
             stacklevel=2,
@@ -237,12 +237,12 @@ class AdapterState:
 
 
 class Override(contextlib.AbstractContextManager[None]):
-    """A scoped override. Entering does not change it, so several threads and tasks can enter it at the same time.
+    """A scoped override. Entering does not modify it, so several threads and tasks can enter it at the same time.
 
     Attributes:
         state: The state of the model.
-        route: The route of its forwards; None if only offsets are given.
-        offsets: The positions on which adapters are active, or None if they are not given.
+        route: Route for forwards in the block; None if only offsets are given.
+        offsets: Offsets for forwards in the block, or None if they are not given.
     """
 
     def __init__(self, state: AdapterState, route: Route | None, offsets: Offsets | None = None) -> None:
@@ -272,13 +272,13 @@ def resolve(state: AdapterState, own: Route | None, forwards: Forwards) -> tuple
     Args:
         state: The model's state.
         own: The layer's override of the default, or None.
-        forwards: The layer's forwards so far.
+        forwards: Record of the layer's past forwards.
 
     Returns:
-        The route, and whether autograd is running this forward again.
+        The route, and whether autograd is recomputing this forward.
 
     Raises:
-        RouteError: It runs again and the route of its first run is not known.
+        RouteError: This is a recomputation, and the route of the first run cannot be determined.
     """
     default = state.default if own is None else own
     if torch.compiler.is_compiling() and state.fits_a_graph(default):
@@ -298,25 +298,25 @@ def resolve(state: AdapterState, own: Route | None, forwards: Forwards) -> tuple
 
 
 def _first_offsets(state: AdapterState, route: Route) -> Offsets:
-    """Return the offsets of the forward that autograd runs again."""
+    """Return the offsets of the forward that autograd is recomputing."""
     alive = state.invocations.alive()
     names = sorted(state.waiting & route.mentions)
     first = alive[0] if alive else None
     if first is None or not all(first.agrees(other, names) for other in alive[1:]):
         raise RouteError(
-            f"A checkpointed forward runs again in a backward, and where {', '.join(names)} began in its rows cannot "
-            f"be known: {len(alive)} forwards are possible. Enable checkpointing with gradient_checkpointing_kwargs="
+            f"A backward is recomputing a checkpointed forward, but where {', '.join(names)} started in its rows "
+            f"cannot be determined: {len(alive)} candidates. Enable checkpointing with gradient_checkpointing_kwargs="
             "{'use_reentrant': False, 'context_fn': lorakit.core.checkpoint_contexts(model)}."
         )
     return first
 
 
 class CheckpointContexts:
-    """A `context_fn` for non-reentrant checkpointing: the recomputation gets the route of the forward."""
+    """A `context_fn` for non-reentrant checkpointing that gives the recomputation the route of the forward."""
 
     def __init__(self, state: AdapterState) -> None:
         self.state = state
 
     def __call__(self) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-        """Return the context of the forward, which does nothing, and the context of its recomputation."""
+        """Return a no-op context for the forward, and a context for its recomputation."""
         return contextlib.nullcontext(), self.state.override(self.state.active())

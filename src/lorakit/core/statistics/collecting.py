@@ -1,8 +1,8 @@
 """Collect moments of the inputs of a model's sites, and gradients of their weights, over a few batches.
 
-Data-dependent inits and the allocation of ranks use both. A site is named by its path; hooks are on the base's module
-there, with or without adapters, and are removed afterwards, also after an error. The model is unchanged: weights,
-`requires_grad`, `.grad` and modes are as before. This module knows nothing about the arithmetic of adapters.
+Data-dependent inits and rank allocation use both. Hooks are registered on the base's module at each site's path,
+whether or not it has adapters, and are removed afterwards, even after an error. The model's weights, `requires_grad`,
+`.grad` and modes are unchanged afterwards. This file does not handle the arithmetic of adapters.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def collect_inputs(
     keep: Callable[[Any], Tensor | TakeRows | None] | None = None,
     even: bool = False,
 ) -> dict[str, InputStatistics]:
-    """Collect moments of the input of each site, without gradients and in evaluation mode.
+    """Collect moments of each site's input, without gradients and in evaluation mode.
 
     Active adapters change the inputs of later sites; use `lorakit.core.disable(model)` to exclude them.
 
@@ -51,9 +51,9 @@ def collect_inputs(
         forward: Runs the model on one batch; its result is ignored.
         components: None keeps the whole second moment, 4·in² bytes per site; a number keeps that many principal
             directions by incremental SVD, 4·components·in bytes, and discards the rest.
-        keep: Returns for a batch a mask (rows, length) of the positions to use, such as those without padding, or a
-            function that selects rows of a site's input.
-        even: Divide a site's input in each call by its largest element, so that batches have equal weight.
+        keep: Function that returns, for a batch, a mask (rows, length) of the positions to use, such as those that are
+            not padding, or a function that selects rows of a site's input; None uses all positions.
+        even: Whether to divide a site's input in each call by its largest element, so that batches have equal weight.
 
     Returns:
         Path -> statistics; a site that no batch reached has 0 rows.
@@ -77,11 +77,11 @@ def collect_inputs(
 def collect_gradients(
     model: nn.Module, paths: Sequence[str], batches: Iterable[Any], forward: Forward
 ) -> dict[str, GradientStatistics]:
-    """Collect the gradient of the loss by each site's weight, averaged over batches, in evaluation mode.
+    """Collect the gradient of the loss with respect to each site's weight, in evaluation mode, averaged over batches.
 
     The weight does not need `requires_grad` and may be quantized: the gradient is computed from the module's input and
     the gradient of its output, (out, in) = Gᵀ·X, and `.grad` is not used. Each site needs one dense fp32 tensor. A
-    weight that two sites share has a separate gradient for each.
+    weight that two sites share has a separate gradient for each site.
 
     Args:
         model: Any model; unchanged afterwards.
@@ -107,14 +107,14 @@ def collect_gradients(
                 loss = forward(model, batch)
                 if not isinstance(loss, Tensor) or not loss.requires_grad:
                     raise RunError("The loss depends on none of the sites whose gradients are collected.")
-                torch.autograd.grad(loss, anchor, allow_unused=True)  # so no `.grad` of the model is touched
+                torch.autograd.grad(loss, anchor, allow_unused=True)  # leaves the model's `.grad` unchanged
                 for statistics in found.values():
                     statistics.batches += 1
     return found
 
 
 class _Inputs:
-    """Collects the inputs of modules; a tensor that several receive in succession is processed once."""
+    """Collects the inputs of modules; a tensor that several modules receive in succession is processed once."""
 
     def __init__(self, found: dict[str, InputStatistics], even: bool) -> None:
         self.found, self.even = found, even
@@ -162,7 +162,7 @@ class _Inputs:
         mask = self.mask.to(x.device, torch.bool)
         if mask.shape != x.shape[:-1] and mask.numel() != x.shape[:-1].numel():
             raise DataError(
-                f"The mask of shape {tuple(mask.shape)} does not fit what {path} received, {tuple(x.shape)}; "
+                f"The mask of shape {tuple(mask.shape)} does not fit the input of {path}, {tuple(x.shape)}; "
                 "omit `keep`, or this site.",
                 what=tuple(mask.shape),
                 where=path,
@@ -172,7 +172,7 @@ class _Inputs:
 
 
 class _Gradients:
-    """Hooks the outputs of modules, to compute their weights' gradients in the backward."""
+    """Hooks the outputs of modules to compute the gradients of their weights in the backward."""
 
     def __init__(self, found: dict[str, GradientStatistics], anchor: Tensor) -> None:
         self.found, self.anchor = found, anchor
@@ -197,13 +197,13 @@ class _Gradients:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity on a module's output; its backward passes the gradient on. The anchor makes it part of a graph."""
+    """The identity on a module's output; its backward also passes the gradient to `take`. The anchor forces a graph."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, take: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.take = take
-        return y.clone()  # a view could not be changed in place afterwards
+        return y.clone()  # not a view, which could not be changed in place afterwards
 
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor, None, None, None]:
@@ -221,15 +221,15 @@ def evened(rows: Tensor) -> Tensor:
 
 
 def weight_gradient(module: nn.Module, x: Tensor, G: Tensor) -> Tensor:
-    """Return the gradient by a module's canonical weight from one call of it.
+    """Return the gradient with respect to a module's canonical weight, from one call of the module.
 
     Args:
         module: A dense layer, an embedding or a convolution.
-        x: Its input: (…, in), indices (…), or (N, C, …).
-        G: The gradient of its output, (…, out) or (N, out, …).
+        x: Input of the module: (…, in), indices (…), or (N, C, …).
+        G: Gradient with respect to the output, (…, out) or (N, out, …).
 
     Returns:
-        (out, in), for a convolution (out, in / groups, k…), fp32 or wider.
+        (out, in), or (out, in / groups, k…) for a convolution, in fp32 or wider.
     """
     x, G = x.detach(), at_least_fp32(G.detach())
     if isinstance(module, nn.Embedding):
@@ -245,14 +245,14 @@ def weight_gradient(module: nn.Module, x: Tensor, G: Tensor) -> Tensor:
 
 
 def patches(module: Convolution, x: Tensor) -> Tensor:
-    """Return the input of each position of a convolution's output: the rows that its weight, as a matrix, multiplies.
+    """Return the input patch of each output position of a convolution: the rows that its weight multiplies as a matrix.
 
     Args:
         module: A convolution without groups.
         x: (N, C, …).
 
     Returns:
-        (N · positions, C · k…), in the order of the weight's elements, fp32 or wider.
+        (N · positions, C · k…), in the order of the weight's elements, in fp32 or wider.
     """
     weight = module.weight
     size = weight[0].numel()
@@ -266,7 +266,7 @@ def patches(module: Convolution, x: Tensor) -> Tensor:
 
 
 def _modules_at(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
-    """Return path -> the base's module there, without adapters."""
+    """Return path -> the base's module there, without adapters around it."""
     index = AdapterIndex.of(model)
     found = {}
     for path in paths:
@@ -281,9 +281,11 @@ def _modules_at(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
 
 def _check_inputs(path: str, module: nn.Module) -> None:
     if isinstance(module, nn.Embedding):
-        raise TargetError(f"{path} is an embedding: its inputs are indices, without moments. Omit it.", where=path)
+        raise TargetError(
+            f"{path} is an embedding: its inputs are indices, which have no moments. Omit it.", where=path
+        )
     if isinstance(module, Convolution) and module.groups > 1:
-        text = f"{path} is a convolution with {module.groups} groups, each with other inputs. Omit it."
+        text = f"{path} is a convolution with {module.groups} groups, each with its own inputs. Omit it."
         raise TargetError(text, where=path)
 
 
@@ -302,11 +304,11 @@ def _some(batches: Iterable[Any]) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Set the mode of a model within a context; each module has its previous mode afterwards.
+    """Set the mode of a model within a context; each module's previous mode is restored afterwards.
 
     Args:
         model: Any model.
-        training: Its mode in the context.
+        training: Whether the model is in training mode in the context.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)

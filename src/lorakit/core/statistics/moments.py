@@ -1,8 +1,8 @@
-"""Statistics of a base: moments of a site's inputs, complete or as a sketch, its mean gradient, and their file.
+"""Statistics for inits that need data: moments of a site's inputs (complete or a sketch), mean gradients, file format.
 
-Moments only accumulate rows and gradients; `collecting` supplies them. The result for each site is a few small
-tensors, which `attach` takes. A file is safetensors with the config and the base's fingerprint in its header; a pickle
-is never read.
+Moments only accumulate rows and gradients; `collecting` supplies them. `Statistics` holds the result: a few small
+tensors per site, which `attach` accepts. The file is in safetensors format, with the config and the base's fingerprint
+in its header; pickles are never read.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class InputStatistics:
     """Moments of the rows x (in,) that a site received.
 
     Attributes:
-        components: None keeps the whole second moment; a number keeps that many directions.
+        components: None keeps the whole second moment; a number keeps that many principal directions.
         rows: Number of rows.
         calls: Number of calls of `add`.
         total: Σ x, (in,); None before the first row.
-        gram: Σ x·xᵀ, (in, in); None before the first row, and always with `components`.
+        gram: Σ x·xᵀ, (in, in); None before the first row, or if `components` is set.
     """
 
     def __init__(self, components: int | None = None) -> None:
@@ -68,10 +68,10 @@ class InputStatistics:
         self._add(1, len(rows), rows.sum(0), float(rows.square().sum(dtype=torch.float64)))
 
     def merge(self, other: InputStatistics) -> None:
-        """Add the rows of other statistics; both keep whole second moments.
+        """Add the rows of other statistics; both must keep whole second moments.
 
         Args:
-            other: Statistics of rows of the same width; not changed.
+            other: Statistics of rows of the same width; they are not changed.
         """
         if other.total is None or other.gram is None:
             return
@@ -101,7 +101,7 @@ class InputStatistics:
             k: Maximum number of directions.
 
         Returns:
-            Directions, singular values and fractions of the variance, in fp32.
+            Directions, singular values and explained fractions of the variance, in fp32.
 
         Raises:
             DataError: There are no rows.
@@ -111,7 +111,7 @@ class InputStatistics:
         """
         held = self._sketch if self.gram is None else self.gram
         if self.total is None or held is None:
-            raise DataError("No batch reached this site, so its inputs have no directions.")
+            raise DataError("No batch reached this site, so its inputs have no principal directions.")
         device = self.total.device
         work = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
         held = held.to(work, torch.float64)
@@ -132,11 +132,11 @@ class InputStatistics:
 
 
 class GradientStatistics:
-    """The sum of the gradients of the loss by a site's weight.
+    """The sum of the gradients of the loss with respect to a site's weight.
 
     Attributes:
         batches: Number of batches.
-        calls: Number of gradients; a module that is called twice in a forward has two.
+        calls: Number of gradients; a module that is called twice in a forward adds two.
         total: Sum of the gradients, canonical (out, in) or (out, in / groups, k…); None before the first.
     """
 
@@ -149,7 +149,8 @@ class GradientStatistics:
         """Add a gradient.
 
         Args:
-            gradient: Canonical, (out, in) or (out, in / groups, k…), fp32 or wider; it is kept, not copied.
+            gradient: Canonical, (out, in) or (out, in / groups, k…), fp32 or wider; it is kept without a copy and may
+                be modified.
         """
         self.calls += 1
         self.total = gradient if self.total is None else self.total.add_(gradient)
@@ -166,7 +167,7 @@ class GradientStatistics:
 
 
 KEY, FORMAT = "lorakit_statistics", "1"
-"""Key of the format in a file's header, and its value."""
+"""Key of the file format in a file's header, and its value."""
 
 
 @dataclass(frozen=True)
@@ -174,10 +175,11 @@ class Statistics:
     """Tensors computed from data for an init.
 
     Attributes:
-        config: The config to attach: the given one, for "eva" with ranks from the data.
+        config: The config to attach; for "eva", its ranks come from the data.
         sites: Path -> name -> tensor (…), as the init needs them.
-        others_usual: Sites without tensors are initialized as with True; otherwise they raise an error.
-        base: Fingerprint of the base, or None if it is not known.
+        others_usual: Whether sites without tensors are initialized as with `init_lora_weights=True`; otherwise they
+            raise an error.
+        base: Fingerprint of the base, or None if it is unknown.
     """
 
     config: LoraConfig
@@ -189,18 +191,18 @@ class Statistics:
         """Check that these statistics fit a config and a model.
 
         Args:
-            config: The config that is attached.
-            model: The model that it is attached to, or its index; only read.
+            config: The config to attach.
+            model: The model to attach it to, or the model's index; not changed.
 
         Raises:
             ConfigError: The statistics are for another init.
-            BaseMismatchError: They were collected on another base.
+            BaseMismatchError: The statistics were collected on another base.
         """
         asked = _init_settings(config)
         for field, held in _init_settings(self.config).items():
             if asked.get(field) != held:
                 raise ConfigError(
-                    f"The statistics are for {field}={held!r}, and the config says {asked.get(field)!r}. Attach the "
+                    f"The statistics are for {field}={held!r}, but the config has {asked.get(field)!r}. Attach the "
                     "config of the statistics, or collect them again.",
                     what=asked.get(field),
                     field=field,
@@ -216,11 +218,11 @@ class Statistics:
 
     @property
     def size_bytes(self) -> int:
-        """Memory of the tensors."""
+        """Size of the tensors in bytes."""
         return sum(t.numel() * t.element_size() for tensors in self.sites.values() for t in tensors.values())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the statistics into a safetensors file.
+        """Write the statistics to a safetensors file.
 
         Raises:
             DiskError: The file cannot be written; an existing file is unchanged.
@@ -242,13 +244,13 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
         path: The file.
 
     Raises:
-        AdapterFileError: It is missing, damaged, of a newer format, or something else, such as a pickle.
+        AdapterFileError: The file is missing, damaged, in another format version, or not a statistics file.
     """
     file = read_tensors(path)
     written = file.metadata.get(KEY)
     if written is not None and written != FORMAT:
         raise AdapterFileError(
-            f"{path}: its format is {written[:20]!r}, and {FORMAT!r} is read here. Update lorakit, or collect again.",
+            f"{path}: its format is {written[:20]!r}, not {FORMAT!r}. Update lorakit, or collect the statistics again.",
             what=written[:20],
             where=path,
             allowed=(FORMAT,),
@@ -264,14 +266,14 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
         raise _unusable(path, f"its header cannot be read ({cause})") from None
     base = None if given is None else Fingerprint.from_dict(given)
     if given is not None and base is None:
-        raise _unusable(path, "the base in its header is not a fingerprint")
+        raise _unusable(path, "the base entry in its header is not a fingerprint")
     if _sha256(file.tensors) != sha256:
-        raise _unusable(path, "damaged: its tensors are not those that were written")
+        raise _unusable(path, "damaged: its tensors do not match their checksum")
     sites: dict[str, dict[str, Tensor]] = {}
     for key, tensor in file.tensors.items():
         site, _, name = key.rpartition("/")
         if not bool(torch.isfinite(tensor).all()):
-            raise _unusable(path, f"{key} holds NaN or infinite values")
+            raise _unusable(path, f"{key} contains NaN or infinite values")
         sites.setdefault(site, {})[name] = tensor
     return Statistics(config, sites, others_usual, base)
 
