@@ -409,7 +409,7 @@ class TestFiles:
         config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
         (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, "r": 8}))
         two.unload()
-        with pytest.raises(AdapterFileError, match=r"lora_A\.weight has shape \(4, 32\), \(8, 32\) was expected"):
+        with pytest.raises(AdapterFileError, match=r"lora_A\.weight has shape \(4, 32\), expected \(8, 32\)"):
             PeftModel.from_pretrained(two.get_base_model(), tmp_path / "a")
 
     def test_nothing_that_fits_is_refused_here_too(self, two: Any, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     model = with_adapters(EVERY_KIND, "a")
     with pytest.raises(AdapterError, match=r"no adapter 'b' on this model. Adapters: a\."):
         save_adapter(model, tmp_path, "b")
-    with pytest.raises(ConfigError, match="allow holds 'all'"):
+    with pytest.raises(ConfigError, match="allow contains 'all'"):
         save_adapter(model, tmp_path, "a", allow=["all"])
     assert files(tmp_path) == {}
 

@@ -50,9 +50,7 @@ def test_new_rows_alone(specimen: Specimen, tmp_path: Path) -> None:
     wanted = trained(specimen, tmp_path, **ROWS)
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < 20_000
     model = specimen.model()
-    with pytest.warns(
-        UserWarning, match="The base has 50 tokens and the adapter was trained with 52: 2 rows were appended"
-    ):
+    with pytest.warns(UserWarning, match="50 tokens, .* trained with 52: 2 rows were appended"):
         report = load_adapter(model, tmp_path)
     assert report.base == SAME
     assert_close(run(model, GIVEN), wanted, FP32)

@@ -202,7 +202,7 @@ class AdapterIndex:
 
     @property
     def is_tied(self) -> bool:
-        """Whether modules that share a weight count as tied: true unless the config has `tie_word_embeddings=False`."""
+        """True unless the config has `tie_word_embeddings=False`: modules with a shared weight then count as tied."""
         return getattr(getattr(self.model, "config", None), "tie_word_embeddings", True) is not False
 
     @cached_property
@@ -483,7 +483,7 @@ def check_known(state: AdapterState, names: Sequence[str]) -> None:
     for name in names:
         if name not in state.configs:
             raise AdapterError(
-                f"There is no adapter {name!r} on this model. Adapters: {', '.join(state.configs)}.",
+                f"Adapter {name!r} not found on this model; available: {', '.join(state.configs)}.",
                 what=name,
                 allowed=state.configs,
             )

@@ -278,7 +278,7 @@ def _saved(config: LoraConfig, index: AdapterIndex) -> list[str]:
 
 
 def _brings_all(index: AdapterIndex, config: LoraConfig, path: str | None, rows: range) -> bool:
-    """Return whether all tables can be resized and an adapter has these rows of each, directly or through a tied one."""
+    """Return whether tables can be resized and an adapter has these rows of each, directly or through a tied one."""
     if path is None or index.state is not None or _has_other_tables(index, rows.start):
         return False
     named, saved = _rows_by_table(config, path), set(_saved(config, index))
