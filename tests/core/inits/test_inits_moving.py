@@ -285,7 +285,7 @@ def test_a_file_whose_beginning_was_made_from_data_is_refused(init: str, tmp_pat
     save_as_trained(both(init), tmp_path, "moved")
     for name in ("lorakit.json", INITIAL_FILE):
         (tmp_path / name).unlink()
-    with pytest.raises(AdapterFileError, match=r"by inspecting data, and the file does not hold it.*save_adapter"):
+    with pytest.raises(AdapterFileError, match=r"by inspecting data, and the file does not contain it.*save_adapter"):
         load_adapter(LINEARS.model(), tmp_path, allow=["recompute_init"])
 
 

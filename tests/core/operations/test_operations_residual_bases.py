@@ -158,7 +158,7 @@ def test_first_factors_of_another_adapter_are_refused(tmp_path: Path) -> None:
     for name, r in (("a", 4), ("b", 2)):
         save_as_trained(both("pissa", r=r), tmp_path / name, "moved")
     (tmp_path / "a" / INITIAL_FILE).write_bytes((tmp_path / "b" / INITIAL_FILE).read_bytes())
-    with pytest.raises(AdapterFileError, match="damaged, or of another adapter: its SHA-256"):
+    with pytest.raises(AdapterFileError, match="damaged, or from another adapter: its SHA-256"):
         weights_of_folder(tmp_path / "a")
 
 
