@@ -182,7 +182,7 @@ FILES: dict[str, tuple[Damage, str]] = {
     "a million tensors": (
         with_header(b"{" + b",".join(b'"%d":0' % i for i in range(700_000)) + b"}"), "tensors; at most"
     ),
-    "overlap": (with_header({"a": ENTRY, "b": ENTRY}, b"0000"), "begins at byte 0, where 4 was expected"),
+    "overlap": (with_header({"a": ENTRY, "b": ENTRY}, b"0000"), "begins at byte 0, but 4 was expected"),
     "hole": (with_header({"a": {**ENTRY, "data_offsets": [4, 8]}}, b"00000000"), "begins at byte 4"),
     "past the end": (with_header({"a": {**ENTRY, "shape": [2], "data_offsets": [0, 8]}}, b"0000"), "truncated or damaged"),
     "span of another size": (with_header({"a": {**ENTRY, "shape": [5]}}, b"0000"), "'a'"),

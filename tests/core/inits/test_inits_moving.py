@@ -294,7 +294,7 @@ def test_an_adapter_whose_words_were_edited_is_loaded_plain(tmp_path: Path) -> N
     file = tmp_path / "adapter_config.json"
     file.write_text(file.read_text().replace('"lora_dropout": 0.0', '"lora_dropout": 0.1'))
     model = LINEARS.model()
-    with pytest.warns(UserWarning, match="was edited since"):
+    with pytest.warns(UserWarning, match="was edited after"):
         load_adapter(model, tmp_path, trainable=True)
     assert not model.up.moved_by and model.up.r["default"] == 8
 

@@ -138,7 +138,9 @@ def test_a_folder_that_does_not_say_how_the_base_was_moved_is_refused(init: str,
     save_adapter(model, tmp_path / "b", "plain")
     data = init in ("corda", "lora_ga")
     text = (
-        "by inspecting data, and the file does not hold it" if data else "changed, and the directory does not say how"
+        "by inspecting data, and the file does not contain it"
+        if data
+        else "changed, and the directory does not say how"
     )
     for operation in (
         lambda: combine_folders([tmp_path / "a", tmp_path / "b"], [1.0, 1.0], tmp_path / "new"),
