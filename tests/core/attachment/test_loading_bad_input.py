@@ -448,7 +448,7 @@ HARMLESS: dict[str, tuple[Damage, str | None]] = {
     "nothing": (lambda f: None, None),
     "links": (moved_to_blobs, None),
     "a README": (lambda f: (f / "README.md").write_text("x") and None, None),
-    "edited config": (edit_config(lora_dropout=0.1), f"{CONFIG_FILE} was edited since the adapter was saved"),
+    "edited config": (edit_config(lora_dropout=0.1), f"{CONFIG_FILE} was edited after the adapter was saved"),
     "unknown field": (edit_config(future_field=1), "future_field"),
     "resaved": (edit_tensors(lambda t: None), "rewritten by another program"),
     "no facts": (lambda f: (f / SIDECAR_FILE).unlink(), None),

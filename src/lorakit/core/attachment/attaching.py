@@ -109,7 +109,7 @@ def attach(
 
 
 def _resolved(index: AdapterIndex, config: LoraConfig, allow: Collection[str]) -> tuple[Resolution, dict[str, str]]:
-    """Return the sites and saved modules that a config names, with modules tied to them -> embeddings of the ties."""
+    """Return what a config names in a model, with tied modules added; and tied module -> embedding, by path."""
     bare = bare_parameters(index) if config.target_parameters else None
     found = resolve(index.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
     found, leaders = with_ties(index, config, found)

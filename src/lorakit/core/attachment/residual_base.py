@@ -1,4 +1,4 @@
-"""Residual bases: adapters whose init subtracts from the base weight, and their conversion to plain LoRA.
+"""Handle adapters whose init subtracts from the base weight (residual bases), and convert them to plain LoRA.
 
 Such an adapter is trained on W − s·B₀·A₀, where B₀ and A₀ are its initial factors. On the original W, it equals plain
 LoRA of twice the rank exactly. Only one adapter per site can have a residual base; the layer keeps the original weight
@@ -167,7 +167,8 @@ def check_can_move(
         variant: The variant that replaces the weight, or None.
 
     Raises:
-        ConfigError: The weight cannot be replaced, also because it is quantized; the message says why and what to do.
+        ConfigError: The weight cannot be replaced, or is quantized and would be rounded again; the message says what
+            to do.
     """
     layer, module, parameter = index.layer(target), index.holder(target), target.spec.parameter
     weight_format = weight_format_of(module, parameter)
@@ -216,7 +217,7 @@ def residual_of(index: AdapterIndex, target: TargetWeight, factors: tuple[Tensor
         index: The model's index.
         target: The site.
         factors: A (r, in) and B (out, r).
-        scale: s.
+        scale: The scale s.
     """
     return in_stored_form(index, target, residual(target.kind, target.spec, index.weight(target), factors, scale))
 

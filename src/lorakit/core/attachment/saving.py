@@ -218,7 +218,7 @@ def save_as_trained(
     allow: Collection[str] = (),
     tensors: Mapping[str, Tensor] | None = None,
 ) -> adapter_folder.SavedAdapter:
-    """Save an adapter as `save_adapter` does, but keep the rank of one with a residual base.
+    """Save an adapter as `save_adapter` does, but keep its rank if it has a residual base.
 
     The initial factors are written to a separate file. Other programs that support the init rerun it on the original
     base; `load_adapter` does not need to run it.

@@ -297,7 +297,7 @@ def sidecar_bytes(
 
 
 def replaced_files(folder: Path) -> JsonObject:
-    """Return what `lorakit.json` records about files to be replaced: their SHA-256, and the content of the old one.
+    """Return what `lorakit.json` records about the files to replace: their SHA-256, and its own old content.
 
     Args:
         folder: The directory; `files` in the result is empty if the directory is not a complete adapter.

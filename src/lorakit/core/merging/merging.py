@@ -36,7 +36,7 @@ class MergeReport:
 
     Attributes:
         names: The adapters merged by this call.
-        sites: How much of its delta each site retained.
+        sites: The retained fraction of the delta and the error at each site.
         kept_bytes: Memory of the kept original weights, in bytes.
     """
 
@@ -463,7 +463,7 @@ class _Merged:
         return self._tensors[name] if name in self._tensors else self._biases.get(target, tensor.detach())
 
     def dequantized(self, weight: QuantizedWeight, options: MergeOptions) -> Iterator[tuple[str, Tensor]]:
-        """Yield name and tensor (…) of a quantized weight and of its bias, in the form that the plain base has."""
+        """Yield name and tensor (…) of a quantized weight and of its bias, dequantized as in the plain base."""
         of_bias, bias = weight.name.removesuffix("weight") + "bias", weight.plain_bias
         merged = {} if weight.layer is None else weight.layer.merged_tensors(self._names, options)
         if weight.name in self._tensors:  # an adapter's copy of the whole module replaces it

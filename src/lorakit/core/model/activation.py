@@ -28,7 +28,7 @@ def activate(model: nn.Module, *names: str) -> None:
 
     Args:
         model: An adapted model.
-        names: Adapters; without any, the base runs alone.
+        names: Adapters to activate; if none are given, the base runs alone.
 
     Raises:
         RouteError: An adapter is not on the model.
@@ -69,9 +69,9 @@ def route(model: nn.Module, rows: Sequence[str | None], *, copies: int = 1, keep
         copies: Also accept batches that repeat each row this many times in succession: in beam search, the decoder
             receives each prompt several times and the encoder only once.
         keep: Cache the stacked factors of the rows' adapters for all forwards in the context, which speeds up
-            generation; without gradients, every forward stacks them otherwise. The cache takes the memory of these
-            adapters in the base's dtype. If an adapter changes, it is restacked, except after a write through `.data`,
-            which cannot be detected.
+            generation. Factors are stacked only without gradients; the cache takes as much memory as these adapters in
+            the base's dtype. An adapter that changes is restacked, except after a write through `.data`, which cannot
+            be detected.
 
     Raises:
         RouteError: An adapter is not on the model, `rows` is empty or a string, or `copies` is below 1.
@@ -141,7 +141,7 @@ def trainable_parameters(model: nn.Module, name: str | None = None) -> list[tupl
 
 
 def parameters_by_adapter(model: nn.Module, names: Collection[str]) -> dict[str, list[nn.Parameter]]:
-    """Return every parameter of adapters: A, B, magnitudes, saved modules, trained tokens and biases.
+    """Return every parameter of adapters: A, B, magnitudes, saved modules, trainable token rows and biases.
 
     Args:
         model: An adapted model.
@@ -241,7 +241,7 @@ def invoked(
     *,
     offsets: Sequence[int | None] | None = None,
 ) -> Override:
-    """Start aLoRA adapters at positions in these prompts within a context, regardless of the tokens in its forwards.
+    """Within a context, start aLoRA adapters where these prompts invoke them, regardless of the tokens in forwards.
 
     This is for forwards that receive embeddings instead of tokens, or only part of a text; later forwards continue
     from these positions.
@@ -281,7 +281,7 @@ def prompt_offset(model: nn.Module, input_ids: Tensor, adapter: str) -> int:
         adapter: The adapter.
 
     Raises:
-        ConfigError: The config of an adapter that waits does not say which tokens it waits for.
+        ConfigError: The config does not say which tokens the adapter waits for.
     """
     state = find_state(model)
     if state is None or adapter not in state.waiting:
@@ -290,7 +290,7 @@ def prompt_offset(model: nn.Module, input_ids: Tensor, adapter: str) -> int:
 
 
 def waits_for_tokens(model: nn.Module) -> bool:
-    """Return whether a model has an adapter that waits for invocation tokens and so skips part of a prompt (`invoked`).
+    """Return whether a model has an adapter that waits for tokens, and so is inactive on part of a prompt (`invoked`).
 
     Args:
         model: A model with or without adapters.

@@ -72,7 +72,7 @@ def _have_one_source(half: Tensor, brain: Tensor) -> bool:
 
 
 def _half_step(values: Tensor, digits: int, smallest: int) -> Tensor:
-    """Return half the spacing of numbers at each value, in a dtype with these mantissa digits and smallest exponent."""
+    """Return half the spacing of numbers at each value, in a dtype with `digits` mantissa bits."""
     exponent = torch.frexp(values.nan_to_num(0.0, 0.0, 0.0)).exponent.double() - 1
     return torch.exp2(exponent.clamp(min=smallest) - digits - 1)
 
@@ -99,7 +99,7 @@ class BaseTensor:
     is_buffer: bool = False
 
     def is_readable(self, elsewhere: bool) -> bool:
-        """Return whether the values can be read; `elsewhere` means that those of plain meta tensors are available."""
+        """Return whether values can be read; with `elsewhere`, those of plain meta tensors come from another source."""
         if isinstance(self.source, Tensor):
             return self.source.is_floating_point() and (elsewhere or not self.source.is_meta)
         return not any(tensor.is_meta for tensor in self.source.base.tensors(self.source.stored))
@@ -170,7 +170,7 @@ NUMBERS = 64
 """Number of values sampled per tensor; smaller tensors are sampled completely."""
 
 LEAST, BUDGET, MOST_TENSORS = 4, 1 << 18, 1 << 16
-"""Limits for large models: from 4,096 tensors on, `BUDGET` samples are divided among them, with at least `LEAST` each;
+"""Limits for large models: `BUDGET` samples are divided among more than 4,096 tensors, with at least `LEAST` for each;
 above `MOST_TENSORS`, only an evenly spaced selection of tensors is sampled."""
 
 MOST_SLICES = 512
@@ -287,7 +287,7 @@ def take_samples(tensors: Mapping[str, BaseTensor], read: Callable[[str], Tensor
 
     Args:
         tensors: Name -> readable tensor.
-        read: Reads the tensor (…) of a name, for tensors on the meta device; None if the tensors hold their values.
+        read: Function from name to tensor (…), for tensors on the meta device; None if tensors hold their values.
     """
     names = sorted(tensors)
     names = names[:: max(1, -(-len(names) // MOST_TENSORS))]
@@ -353,7 +353,7 @@ def take_first_samples(tensors: Mapping[str, BaseTensor], read: Callable[[str], 
 
     Args:
         tensors: Name -> readable tensor.
-        read: Reads the tensor (…) of a name, for tensors on the meta device; None if the tensors hold their values.
+        read: Function from name to tensor (…), for tensors on the meta device; None if tensors hold their values.
     """
     large = sorted(name for name, tensor in tensors.items() if len(tensor.shape) >= 2 and not tensor.is_buffer)
     found = {}
@@ -407,7 +407,7 @@ def _as_bf16(values: Tensor) -> bytes:
 
 
 def _order(sample: Sample) -> Tensor:
-    """Return bf16 patterns as integers (n,) that increase with the values; neighboring numbers differ by 1."""
+    """Return bf16 patterns as integers (n,) that increase with the values; adjacent bf16 numbers differ by 1."""
     if not sample.bits:
         return torch.zeros(0, dtype=torch.int64)
     patterns = torch.frombuffer(bytearray(sample.bits), dtype=torch.int16).long()

@@ -58,7 +58,7 @@ def disable_base_repacking(model: nn.Module) -> None:
 def wrong_dequantization(model: nn.Module) -> tuple[str, float] | None:
     """Find a weight that its quantization package dequantizes incorrectly, as kernels may do for some shapes.
 
-    Checks one weight per shape at a few thousand positions.
+    One weight per format and shape is checked, at a few thousand positions.
 
     Args:
         model: A model with or without adapters.
@@ -85,7 +85,7 @@ def quantized_linear(linear: nn.Linear, wanted: Quantization) -> nn.Module:
     """Return a quantized replacement for a linear layer.
 
     Args:
-        linear: The layer; its dtype becomes the compute dtype. Its weight may be released.
+        linear: The layer; its dtype becomes the compute dtype, and its weight may be released.
         wanted: The storage format.
 
     Returns:
@@ -173,7 +173,7 @@ class QuantizedWeight:
         return bias if self.layer is None else self.layer.original_bias()
 
     def dequantized(self, dtype: torch.dtype) -> nn.Module:
-        """Return the equivalent plain module in the dtype of the module's matmuls, or in `dtype` if it defines none."""
+        """Return the equivalent plain module, in the dtype of the quantized module's matmuls or else in `dtype`."""
         return self.base.dense(self.module, self.base.read(self.module, self.stored), dtype)
 
 

@@ -36,7 +36,7 @@ def check_new_name(state: AdapterState | None, name: str) -> None:
         )
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_\-]{0,99}", name):
         raise AdapterError(
-            f"{name!r} cannot be an adapter's name: up to 100 letters, digits, '_' and '-' are allowed, and no dot.",
+            f"{name!r} cannot be an adapter's name: use up to 100 letters, digits, '_' and '-', but no dot.",
             what=name,
         )
     if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):  # attributes of each module included

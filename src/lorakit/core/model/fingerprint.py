@@ -150,8 +150,8 @@ def fingerprint(
     """Take the fingerprint of a model's base.
 
     Args:
-        model: A model with or without adapters, or its index; only read.
-        read: Reads the tensor (…) of a name, for a model on the meta device; None if the model holds its values.
+        model: A model with or without adapters, or its index; not changed.
+        read: Function from name to tensor (…), for a model on the meta device; None if the model holds its values.
         cut: Id of a tensor of the base -> number of its leading rows to use.
         like: Fingerprint that the result will be compared with; the result gets its format.
         with_files: Hash the weight files that the model was loaded from, if they are known.

@@ -202,7 +202,7 @@ class AdapterIndex:
 
     @property
     def is_tied(self) -> bool:
-        """True unless the config has `tie_word_embeddings=False`: modules with a shared weight then count as tied."""
+        """False only if the config says that modules with a shared weight are not tied (`tie_word_embeddings`)."""
         return getattr(getattr(self.model, "config", None), "tie_word_embeddings", True) is not False
 
     @cached_property
@@ -415,7 +415,7 @@ def state_of(model: nn.Module) -> AdapterState:
 
 
 def identity(parameter: Tensor | None) -> int:
-    """Return a key that is equal for parameters in the same memory: the address, or the object's id if unknown."""
+    """Return a key that all parameters in the same memory have in common: the address, or else the object's id."""
     if parameter is None or type(parameter.data) is not Tensor:
         return id(parameter)
     return parameter.data_ptr() or id(parameter)
@@ -435,7 +435,7 @@ def inner_base(owner: nn.Module, child: str) -> nn.Module:
 
 
 def _goes_around(layer: LoraLayer, target: TargetWeight) -> bool:
-    """Return whether an existing layer belongs around a new one: the parameter defined last gets the outermost."""
+    """Return whether a layer belongs around a new one: the parameter defined last gets the outermost layer."""
     if not target.kind.names_parameter:
         return False
     names = defined_parameters(layer.owner)

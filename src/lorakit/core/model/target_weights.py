@@ -25,7 +25,7 @@ from lorakit.targets import BareParameter, Match, targeted_parameters
 
 @dataclass(frozen=True)
 class Site:
-    """A weight of a model at which adapters have factors.
+    """A weight of a model for which adapters have factors.
 
     Attributes:
         path: Dotted path in the model.

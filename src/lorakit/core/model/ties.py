@@ -91,7 +91,7 @@ def with_ties(index: AdapterIndex, config: LoraConfig, found: Resolution) -> tup
 
 
 def tied_groups(index: AdapterIndex, paths: Collection[str]) -> dict[str, list[str]]:
-    """Return embedding -> all other modules with the same weight, for each such group that has one of these modules.
+    """Return embedding -> all other modules with the same weight, for groups that include one of these modules.
 
     The result is empty if the model's config says that embeddings are not tied.
     """
