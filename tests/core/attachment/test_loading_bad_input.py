@@ -364,8 +364,8 @@ OTHER_BASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "other depth": (lambda: _llama(num_hidden_layers=3), "names or shapes of the base's parameters differ"),
     "shallower": (lambda: _llama(num_hidden_layers=1), "names or shapes of the base's parameters differ"),
     "other width": (lambda: _llama(hidden_size=32), "names or shapes"),
-    "other vocabulary": (lambda: _llama(vocab_size=51), "has 50 tokens, this model has 51"),
-    "other architecture": (GPT2.model, "a LlamaForCausalLM, this model is a GPT2LMHeadModel"),
+    "other vocabulary": (lambda: _llama(vocab_size=51), "has 50 tokens, but this model has 51"),
+    "other architecture": (GPT2.model, "a LlamaForCausalLM, but this model is a GPT2LMHeadModel"),
 }
 
 

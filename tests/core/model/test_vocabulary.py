@@ -97,7 +97,7 @@ def test_what_does_not_bring_them(tmp_path: Path) -> None:
     for specimen, folder in ((TIED, "none"), (TIED, "one"), (LLAMA, "head")):
         model = specimen.model()
         before, mark = snapshot(model), fingerprint(model)
-        text = r"has 52 tokens, this model has 50\. New tokens were added .*resize_token_embeddings\(52\).*trainable_token_"
+        text = r"has 52 tokens, but this model has 50\. New tokens were added .*resize_token_embeddings\(52\).*trainable_token_"
         with pytest.raises(BaseMismatchError, match=text):
             load_adapter(model, tmp_path / folder)
         assert snapshot(model) == before

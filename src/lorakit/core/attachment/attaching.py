@@ -109,7 +109,7 @@ def attach(
 
 
 def _resolved(index: AdapterIndex, config: LoraConfig, allow: Collection[str]) -> tuple[Resolution, dict[str, str]]:
-    """Return what a config names in a model, with tied modules added; and tied module -> embedding, by path."""
+    """Return what a config names in a model, with tied modules added; and tied path -> path of its embedding."""
     bare = bare_parameters(index) if config.target_parameters else None
     found = resolve(index.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
     found, leaders = with_ties(index, config, found)

@@ -246,7 +246,7 @@ class AdapterSummary:
         base: Fingerprint of the base, or None.
         facts: Metadata in `lorakit.json`.
         findings: Messages about what looks wrong; empty for a healthy adapter.
-        judged: Findings that loading warns of; their messages are in `findings` too.
+        judged: Findings about values and scales; their messages are in `findings` too.
     """
 
     folder: str

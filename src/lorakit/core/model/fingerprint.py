@@ -1,6 +1,6 @@
 """The identity of a base: its architecture, its parameters' names and shapes, and samples of every tensor.
 
-Taking a fingerprint takes milliseconds, even for large models: it contains the values at fixed positions of every
+A fingerprint takes milliseconds to compute, even for large models: it contains the values at fixed positions of every
 floating-point parameter and persistent buffer, bit for bit in their dtype. Adapters, merges and trained biases do not
 change it. It does not detect changes at positions that are not sampled (a change to a fraction f of a tensor's values
 is missed with probability (1 - f)^64), unless the weight files are known and differ; changes to a quantized weight
@@ -198,10 +198,10 @@ def compare(known: Fingerprint | None, present: Fingerprint, whose: str = "the a
     if known is None:
         return BaseVerdict(UNVERIFIABLE, "the adapter has no fingerprint of its base")
     if known.architecture != present.architecture:
-        reason = f"{whose} base is a {known.architecture}, this model is a {present.architecture}"
+        reason = f"{whose} base is a {known.architecture}, but this model is a {present.architecture}"
         return BaseVerdict(DIFFERENT, reason)
     if known.vocabulary != present.vocabulary:
-        reason = f"{whose} base has {known.vocabulary:,} tokens, this model has {present.vocabulary:,}"
+        reason = f"{whose} base has {known.vocabulary:,} tokens, but this model has {present.vocabulary:,}"
         return BaseVerdict(DIFFERENT, reason)
     if known.names_sha256 != present.names_sha256:
         counts = f"{known.parameters:,} against {present.parameters:,} parameters"
@@ -240,7 +240,7 @@ def _compare_samples(known: Fingerprint, present: Fingerprint, whose: str) -> Ba
     weaker = f"; only {len(found)} matrices are sampled, since the fingerprint has format 1" if first else ""
     inexact = [degree for degree in found.values() if degree not in (EXACT, APART)]
     if known.dtype != present.dtype:
-        reason = f"{whose} base was {known.dtype}, this model is {present.dtype}"
+        reason = f"{whose} base was {known.dtype}, but this model is {present.dtype}"
     elif QUANTIZED in inexact:
         reason = "the values agree within the quantization errors of two formats"
     elif inexact:
