@@ -415,7 +415,7 @@ def state_of(model: nn.Module) -> AdapterState:
 
 
 def identity(parameter: Tensor | None) -> int:
-    """Return a key that all parameters in the same memory have in common: the address, or else the object's id."""
+    """Return a key that parameters of any shape share if they share memory: the address, or else the object's id."""
     if parameter is None or type(parameter.data) is not Tensor:
         return id(parameter)
     return parameter.data_ptr() or id(parameter)
