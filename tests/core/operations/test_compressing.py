@@ -146,7 +146,7 @@ def test_a_refused_call_changes_nothing() -> None:
     before = snapshot(model)
     with pytest.raises(AdapterError, match="Adapter 'typo' not found"):
         compress(model, "typo", rank=1)
-    with pytest.raises(AdapterError, match="There is an adapter 'a' on this model"):
+    with pytest.raises(AdapterError, match="already has an adapter 'a'"):
         compress(model, "a", "a", rank=1)
     with pytest.raises(ConfigError, match="Give a rank or a fraction"):
         compress(model, "a")

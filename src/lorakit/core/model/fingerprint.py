@@ -390,7 +390,7 @@ def check_not_merged_in(model: nn.Module, folder: Path, weights_sha256: str, all
     if weights_sha256 in known and "base_mismatch" not in allow:
         name = f" (as {known[weights_sha256]})" if known[weights_sha256] else ""
         raise BaseMismatchError(
-            f"{folder}: this adapter was merged into the model already{name} and would be applied twice.",
+            f"{folder}: this adapter was merged into the model already{name}, and would be applied twice.",
             advice=f"Use the model without it, load the adapter's base, or {OVERRIDE}.",
             what=known[weights_sha256] or None,
             where=folder,
