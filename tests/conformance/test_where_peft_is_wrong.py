@@ -43,7 +43,7 @@ def test_saved_modules_are_matched_at_a_dot() -> None:
 def test_unknown_adapters_are_refused() -> None:
     _, model = LLAMA.pair("a", "b")
     for call in (model.merge_adapter, lambda names: model.merge_and_unload(adapter_names=names)):
-        with pytest.raises(AdapterError, match=r"There is no adapter 'typo' on this model\. Adapters: a, b\."):
+        with pytest.raises(AdapterError, match=r"Adapter 'typo' not found on this model; available: a, b\."):
             call(["typo"])
     with pytest.raises(AdapterError, match=r"Adapter typo not found\. Adapters here: a, b\."):
         model.set_adapter("typo")

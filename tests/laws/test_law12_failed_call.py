@@ -91,7 +91,7 @@ ATTACH: dict[str, tuple[LoraConfig, str, type[LorakitError], str]] = {
     "alpha-0": (config(lora_alpha=0), "new", ConfigError, "scale at .*query is 0"),
     "alpha-negative": (config(lora_alpha=-8), "new", ConfigError, "scale at .* is -2"),
     "alpha-huge": (config(alpha_pattern={"value": 1e9}), "new", ConfigError, "scale at .*value"),
-    "taken": (config(), "a", AdapterError, "'a'.*already"),
+    "taken": (config(), "a", AdapterError, "already has an adapter 'a'"),
     "dot": (config(), "a.b", AdapterError, "'a.b'.*no dot"),
     "empty": (config(), "", AdapterError, "''"),
     "slash": (config(), "../x", AdapterError, "'../x'"),
@@ -124,25 +124,29 @@ def test_attach_without_targets() -> None:
     model = with_adapters(EVERY_KIND, "a", "b")
     refused(model, EVERY_KIND, lambda m: attach(m, LoraConfig(), "new"), ConfigError, "Please specify `target_modules`")
     refused(
-        model, EVERY_KIND, lambda m: attach(m, config(), "new", allow=["partial"]), ConfigError, "allow holds 'partial'"
+        model,
+        EVERY_KIND,
+        lambda m: attach(m, config(), "new", allow=["partial"]),
+        ConfigError,
+        "allow contains 'partial'",
     )
 
 
 CALLS: dict[str, tuple[Call, type[LorakitError], str]] = {
-    "detach": (lambda m: detach(m, "nope"), AdapterError, "no adapter 'nope'.*a, b"),
+    "detach": (lambda m: detach(m, "nope"), AdapterError, "'nope' not found.*a, b"),
     "activate": (lambda m: activate(m, "a", "nope"), RouteError, "no adapter 'nope'.*a, b"),
     "use": (lambda m: use(m, "nope"), RouteError, "no adapter 'nope'.*a, b"),
-    "use-none": (lambda m: use(m), RouteError, "no adapter"),
+    "use-none": (lambda m: use(m), RouteError, "at least one adapter"),
     "route": (lambda m: route(m, ["a", "nope"]), RouteError, "no adapter 'nope'"),
     "route-none": (lambda m: route(m, []), RouteError, "row"),
     "route-string": (lambda m: route(m, "ab"), RouteError, "list"),
-    "merge": (lambda m: merge(m, "a", "nope"), AdapterError, "no adapter 'nope'"),
-    "merged_state_dict": (lambda m: merged_state_dict(m, "nope"), AdapterError, "no adapter 'nope'"),
-    "merge_and_unload": (lambda m: merge_and_unload(m, "nope"), AdapterError, "no adapter 'nope'"),
+    "merge": (lambda m: merge(m, "a", "nope"), AdapterError, "'nope' not found"),
+    "merged_state_dict": (lambda m: merged_state_dict(m, "nope"), AdapterError, "'nope' not found"),
+    "merge_and_unload": (lambda m: merge_and_unload(m, "nope"), AdapterError, "'nope' not found"),
     "unmerge": (lambda m: unmerge(m, "a"), MergeError, "'a' is not merged"),
     "unmerge-unknown": (lambda m: unmerge(m, "nope"), LorakitError, "'nope'"),
-    "trainable": (lambda m: trainable_parameters(m, "nope"), AdapterError, "no adapter 'nope'"),
-    "load-taken": (lambda m: load_adapter(m, "no/such/folder", "a"), AdapterError, "'a'.*already"),
+    "trainable": (lambda m: trainable_parameters(m, "nope"), AdapterError, "'nope' not found"),
+    "load-taken": (lambda m: load_adapter(m, "no/such/folder", "a"), AdapterError, "already has an adapter 'a'"),
     "load-nothing": (lambda m: load_adapter(m, "no/such/folder", "new"), LorakitError, "no/such/folder"),
 }
 

@@ -183,6 +183,6 @@ def test_sites_that_act_on_their_weight_are_refused_by_name_and_nothing_changes(
         core.load_adapter(model, tmp_path)
     inside = nn.Sequential(OrderedDict(mha=nn.MultiheadAttention(64, 2)))
     inside.mha.out_proj = quantized_linear(inside.mha.out_proj, Quantization(storage.name))
-    with pytest.raises(LorakitError, match=r"mha.* is stored as .*adapted by its weight"):
+    with pytest.raises(LorakitError, match=r"mha.* is stored as .*adapted through its weight"):
         core.attach(inside, LoraConfig(r=2, target_modules=["mha"]))
     assert packed_bits(model) == before and same_bits(run(model, given), output)

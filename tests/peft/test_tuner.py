@@ -91,9 +91,9 @@ def test_unload_while_merged_gives_the_base_bits(two: Any) -> None:
 
 
 def test_unknown_adapters(two: Any) -> None:
-    with pytest.raises(AdapterError, match=r"There is no adapter 'c' on this model\. Adapters: a, b\."):
+    with pytest.raises(AdapterError, match=r"Adapter 'c' not found on this model; available: a, b\."):
         two.merge_adapter(["c"])
-    with pytest.raises(AdapterError, match=r"There is no adapter 'c' on this model\. Adapters: a, b\."):
+    with pytest.raises(AdapterError, match=r"Adapter 'c' not found on this model; available: a, b\."):
         two.merge_and_unload(adapter_names=["a", "c"])
     assert trained(two)
 

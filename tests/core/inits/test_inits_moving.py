@@ -285,7 +285,7 @@ def test_a_file_whose_beginning_was_made_from_data_is_refused(init: str, tmp_pat
     save_as_trained(both(init), tmp_path, "moved")
     for name in ("lorakit.json", INITIAL_FILE):
         (tmp_path / name).unlink()
-    with pytest.raises(AdapterFileError, match=r"by inspecting data, and the file does not hold it.*save_adapter"):
+    with pytest.raises(AdapterFileError, match=r"by inspecting data, and the file does not contain it.*save_adapter"):
         load_adapter(LINEARS.model(), tmp_path, allow=["recompute_init"])
 
 
@@ -294,7 +294,7 @@ def test_an_adapter_whose_words_were_edited_is_loaded_plain(tmp_path: Path) -> N
     file = tmp_path / "adapter_config.json"
     file.write_text(file.read_text().replace('"lora_dropout": 0.0', '"lora_dropout": 0.1'))
     model = LINEARS.model()
-    with pytest.warns(UserWarning, match="was edited since"):
+    with pytest.warns(UserWarning, match="was edited after"):
         load_adapter(model, tmp_path, trainable=True)
     assert not model.up.moved_by and model.up.r["default"] == 8
 

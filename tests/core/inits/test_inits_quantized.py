@@ -139,7 +139,7 @@ def test_olora_rounds_what_is_left_and_says_by_how_much(storage: Storage, dora: 
         assert torch.equal(now, layer.base.read(layer.source, stored))
         lost.append(float((now - left).norm() / left.norm()))
     assert 0 < max(lost) < WRITTEN[storage.name]
-    assert f"rounded a second time, by up to {max(lost):.2g} of a weight" in report.notes[-1].text
+    assert f"with a relative error of up to {max(lost):.2g}" in report.notes[-1].text
     assert "olora changes the base weight at 2 sites" in report.notes[-2].text
     fresh = run(model, given)
     assert float((fresh - output).norm() / output.norm()) < 3 * WRITTEN[storage.name] + EVALUATED.get(storage.name, 0)

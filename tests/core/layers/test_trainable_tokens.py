@@ -263,10 +263,10 @@ def test_t5_shares_one_table_three_times() -> None:
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"trainable_token_indices": [50]}, "holds 50, and the table has rows 0 to 49.*resize_token_embeddings"),
-        ({"trainable_token_indices": [-1]}, "holds -1"),
-        ({"trainable_token_indices": [1, 1]}, "must be different whole numbers"),
-        ({"trainable_token_indices": []}, "at least one"),
+        ({"trainable_token_indices": [50]}, "contains 50, but the table has rows 0 to 49.*resize_token_embeddings"),
+        ({"trainable_token_indices": [-1]}, "contains -1"),
+        ({"trainable_token_indices": [1, 1]}, "expected one or more different integers"),
+        ({"trainable_token_indices": []}, "one or more"),
         (
             {"trainable_token_indices": {"embed_token": [1]}},
             r"Target modules \{'embed_token'\} not found in the base model.*nearest: embed_tokens",
@@ -327,8 +327,8 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     save_adapter(with_rows(LLAMA, "a"), tmp_path, "a")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     for indices, text in (
-        ([1], "has shape .3, 16., .1, 16. was expected"),
-        ([99], "holds 99, and the table has rows 0 to 49"),
+        ([1], "has shape .3, 16., expected .1, 16."),
+        ([99], "contains 99, but the table has rows 0 to 49"),
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "trainable_token_indices": indices}))
         with pytest.raises(AdapterFileError, match=text):

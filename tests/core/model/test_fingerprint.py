@@ -73,7 +73,7 @@ def test_other_shapes_are_another_base(model: nn.Module) -> None:
 
 def test_another_architecture_is_named(model: nn.Module) -> None:
     verdict, reason, _ = compare(fingerprint(model), fingerprint(nn.Linear(8, 8)))
-    assert (verdict, reason) == (DIFFERENT, "the adapter's base is a Sequential, this model is a Linear")
+    assert (verdict, reason) == (DIFFERENT, "the adapter's base is a Sequential, but this model is a Linear")
 
 
 def test_without_a_fingerprint_or_numbers_nothing_can_be_said(model: nn.Module) -> None:

@@ -85,7 +85,7 @@ def test_an_adapter_of_the_base_before_it_grew(tmp_path: Any) -> None:
     assert fingerprint(grown).vocabulary == 60
     other = TIED.model(seed=5)
     grow_vocabulary(other, 60)
-    with pytest.raises(ValueError, match="has 50 tokens, this model has 60"):
+    with pytest.raises(ValueError, match="has 50 tokens, but this model has 60"):
         load_adapter(other, tmp_path)
 
 

@@ -240,8 +240,8 @@ def test_a_copied_module_of_one_adapter_is_taken_over_with_its_numbers() -> None
 
 
 REFUSED: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]] = {
-    "unknown": (lambda m: combine(m, ["a", "typo"], [1, 1], "x"), AdapterError, "There is no adapter 'typo'"),
-    "taken": (lambda m: combine(m, ["a", "b"], [1, 1], "b"), AdapterError, "There is an adapter 'b' on this model"),
+    "unknown": (lambda m: combine(m, ["a", "typo"], [1, 1], "x"), AdapterError, "Adapter 'typo' not found"),
+    "taken": (lambda m: combine(m, ["a", "b"], [1, 1], "b"), AdapterError, "already has an adapter 'b'"),
     "name": (lambda m: combine(m, ["a"], [1], "x.y"), AdapterError, "cannot be an adapter's name"),
     "count": (lambda m: combine(m, ["a", "b"], [1], "x"), AdapterError, "2 adapters and 1 weights"),
     "none": (lambda m: combine(m, [], [], "x"), AdapterError, "No adapter was given"),

@@ -136,7 +136,7 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path: Path) -> 
         combine_folders([tmp_path / "a"], [1e300], tmp_path / "c")
     with pytest.raises(AdapterFileError, match="directory not found"):
         combine_folders([tmp_path / "a", tmp_path / "typo"], [1, 1], tmp_path / "c")
-    with pytest.raises(ConfigError, match="allow holds 'all'"):
+    with pytest.raises(ConfigError, match="allow contains 'all'"):
         combine_folders([tmp_path / "a"], [1], tmp_path / "c", allow=("all",))
     assert files(tmp_path) == before
 

@@ -72,7 +72,7 @@ def test_a_refused_call_changes_nothing() -> None:
     before = snapshot(model)
     with pytest.raises(AdapterError, match="a is DoRA; intruder dimensions are defined for plain LoRA"):
         reduce_intruders(model, "a")
-    with pytest.raises(AdapterError, match="There is no adapter 'typo'"):
+    with pytest.raises(AdapterError, match="Adapter 'typo' not found"):
         reduce_intruders(model, "typo")
     with pytest.raises(ConfigError, match="top is 0"):
         reduce_intruders(model, "a", top=0)

@@ -138,7 +138,9 @@ def test_a_folder_that_does_not_say_how_the_base_was_moved_is_refused(init: str,
     save_adapter(model, tmp_path / "b", "plain")
     data = init in ("corda", "lora_ga")
     text = (
-        "by inspecting data, and the file does not hold it" if data else "changed, and the directory does not say how"
+        "by inspecting data, and the file does not contain it"
+        if data
+        else "changed, and the directory does not say how"
     )
     for operation in (
         lambda: combine_folders([tmp_path / "a", tmp_path / "b"], [1.0, 1.0], tmp_path / "new"),
@@ -158,7 +160,7 @@ def test_first_factors_of_another_adapter_are_refused(tmp_path: Path) -> None:
     for name, r in (("a", 4), ("b", 2)):
         save_as_trained(both("pissa", r=r), tmp_path / name, "moved")
     (tmp_path / "a" / INITIAL_FILE).write_bytes((tmp_path / "b" / INITIAL_FILE).read_bytes())
-    with pytest.raises(AdapterFileError, match="damaged, or of another adapter: its SHA-256"):
+    with pytest.raises(AdapterFileError, match="damaged, or from another adapter: its SHA-256"):
         weights_of_folder(tmp_path / "a")
 
 

@@ -1,1 +1,1 @@
-"""Attaching adapters to a model, detaching, loading and saving them."""
+"""Attach, detach, load and save adapters."""

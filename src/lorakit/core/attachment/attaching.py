@@ -1,6 +1,6 @@
-"""Attach adapters to a model and detach them; choose which are active.
+"""Attach adapters to a model and detach them.
 
-Everything is checked and built off the model first and attached in one step that cannot fail, so that a call that
+An adapter is checked and built outside the model first and attached in one step that cannot fail, so that a call that
 raises leaves the model unchanged. The base is frozen while it has adapters; detaching the last one restores its
 `requires_grad` flags.
 """
@@ -46,10 +46,10 @@ class AttachReport:
 
     Attributes:
         name: The adapter.
-        matches: The sites, with rank, alpha and the entry that named each.
+        matches: The sites, each with rank, alpha and the target entry that named it.
         trainable_parameters: Number of values that will be trained.
-        notes: Remarks for the user; `str` gives the message.
-        missing: Entries that name nothing (with "partial_targets" allowed); `str` gives the message.
+        notes: Notes for the user; `str` gives the message.
+        missing: Target entries that match nothing (if "partial_targets" is allowed); `str` gives the message.
     """
 
     name: str
@@ -69,24 +69,24 @@ def attach(
     statistics: Statistics | None = None,
     kinds: Iterable[Kind] = (),
 ) -> AttachReport:
-    """Add a new adapter to a model. The first one becomes active; later ones wait for `activate` or `use`.
+    """Add a new adapter to a model. The first one becomes active; later ones need `activate` or `use`.
 
     Args:
         model: The base, or a model that has adapters already. It is changed in place.
         config: The adapter's config; it is copied.
         name: The adapter's name.
         allow: Checks to override: "partial_targets", "odd_scale".
-        seed: Seed of the initialization; None draws from torch's own generator.
+        seed: Seed for the initialization; None uses torch's default generator.
         statistics: The result of `collect_for`, for an init that uses data.
         kinds: Custom kinds of site; loading the adapter needs them again.
 
     Returns:
-        What was attached.
+        A report of what was attached.
 
     Raises:
         ConfigError: The config does not fit this model or the statistics, or a name in `allow` is unknown.
         BaseMismatchError: The statistics were collected on another base.
-        TargetError: A target matches nothing, or what it matches cannot take factors.
+        TargetError: A target matches nothing, or matches a module that does not support factors.
         AdapterError: The name is taken or cannot be used.
         NotYetSupported: The config uses a feature that is not implemented.
     """
@@ -109,7 +109,7 @@ def attach(
 
 
 def _resolved(index: AdapterIndex, config: LoraConfig, allow: Collection[str]) -> tuple[Resolution, dict[str, str]]:
-    """Return the sites and saved modules that a config names in a model, with those that share a weight with them."""
+    """Return what a config names in a model, with tied modules added; and tied path -> path of its embedding."""
     bare = bare_parameters(index) if config.target_parameters else None
     found = resolve(index.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
     found, leaders = with_ties(index, config, found)
@@ -119,7 +119,7 @@ def _resolved(index: AdapterIndex, config: LoraConfig, allow: Collection[str]) -
 
 
 def _trained_values(name: str, state: AdapterState, auxiliary: Extras) -> int:
-    """Return how many values an attached adapter trains; tied parameters count once."""
+    """Return the number of values that an attached adapter trains; tied parameters count once."""
     found = [parameter for module in state.members() for parameter in module.parameters_of(name)]
     found += [module.get_parameter(leaf) for module, originals in auxiliary.biases for leaf in originals]
     return sum(p.numel() for p in {id(p): p for p in found}.values() if p.requires_grad)
@@ -142,14 +142,14 @@ def _notes_on_residuals(index: AdapterIndex, config: LoraConfig, factors: Sequen
         return []
     mover = mover_of(config)
     text = (
-        f"{mover} changes the base weight at {count} sites; the original weights and initial factors are kept, "
-        f"{format_bytes(kept_bytes)}, so that the base can be restored."
+        f"{mover} changes the base weight at {count} sites; the original weights and initial factors are kept "
+        f"({format_bytes(kept_bytes)}), so that the base can be restored."
     )
     notes = [Note("residual_base", text)]
     if lost:
         text = (
-            f"The base is quantized, and the residual of {mover} was rounded a second time, by up to {lost:.2g} of a "
-            "weight: a new adapter changes the output by as much, and is not plain LoRA."
+            f"The base is quantized, and the residual of {mover} was rounded a second time, with a relative error of "
+            f"up to {lost:.2g}: a new adapter changes the output accordingly, and it is not equivalent to plain LoRA."
         )
         notes.append(Note("rounded_base", text))
     return notes
@@ -161,7 +161,7 @@ def _relative_error(found: Tensor, wanted: Tensor) -> float:
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
-    """Remove one or all adapters from a model and restore the base: its bits and its `requires_grad` flags.
+    """Remove one or all adapters from a model and restore the base: weights bit for bit, and `requires_grad` flags.
 
     Args:
         model: An adapted model, changed in place.
@@ -169,7 +169,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
     Raises:
         AdapterError: The adapter was not found.
-        MergeError: It is merged, and the original weights were not kept.
+        MergeError: The adapter is merged, and the original weights were not kept.
     """
     index = AdapterIndex.of(model)
     with trainable_block(index):
@@ -208,7 +208,7 @@ def _take_off(index: AdapterIndex, state: AdapterState, names: Sequence[str]) ->
 
 
 def _without(component: AdapterModule, names: Sequence[str]) -> nn.Module:
-    """Drop what some adapters have in a component, and return the module that belongs there afterwards."""
+    """Remove adapters from a component, and return the module to use instead: the component itself, or a plain one."""
     left: nn.Module = component
     for name in names:
         if isinstance(component, LoraLayer) and name in component.moved_by:
@@ -218,10 +218,10 @@ def _without(component: AdapterModule, names: Sequence[str]) -> nn.Module:
 
 
 def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
-    """Return a copy of a config, with PEFT's default targets for this architecture if it names none.
+    """Return a copy of a config, with PEFT's default targets for the architecture if the config names none.
 
     Raises:
-        ConfigError: It names none, and there is no default for this architecture.
+        ConfigError: The config names no targets, and the architecture has no default.
     """
     model_type = model_type_of(model)
     if config.target_modules is not None or (config.target_parameters and model_type not in DEFAULT_TARGETS):
@@ -239,7 +239,7 @@ def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
 
 
 def model_type_of(model: nn.Module) -> str:
-    """Return the model type in a model's config, which is an object or a mapping; "None" if it has none.
+    """Return the model type from a model's config, an object or a mapping; "None" if there is none.
 
     Args:
         model: Any model.

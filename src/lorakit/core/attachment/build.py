@@ -1,7 +1,7 @@
-"""An adapter built off a model: factors, saved modules, token embeddings and biases; and its commit.
+"""Build an adapter outside a model (factors, saved modules, token embeddings, biases), then commit it.
 
-`attach` and `load_adapter` share one builder: the factors of a site start from an init or from a file. Nothing here
-changes a model except `commit`, which cannot fail.
+`attach` and `load_adapter` share this builder: the factors of a site come from an init or from a file. Only `commit`
+changes a model, and it cannot fail.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class NewFactor:
     """One factor, built but not attached.
 
     Attributes:
-        target: Its site.
-        factor: Its tensors, as parameters.
+        target: The site.
+        factor: The factor, with tensors as parameters.
         match: Path, rank and alpha of the site.
         trains: Which of "A" and "B" are trained.
-        stored: The residual base in the format in which the base's module stores it, or None.
-        initial: A (r, in) and B (out, r) before training if the residual is W − s·B·A, or None.
+        stored: The residual base in the storage format of the base's module, or None if the base is unchanged.
+        initial: A (r, in) and B (out, r) before training if the residual is W − s·B·A, else None.
     """
 
     target: TargetWeight
@@ -68,12 +68,12 @@ class NewAdapter:
     """An adapter, built but not attached.
 
     Attributes:
-        name: Its name.
-        config: Its config, which the model keeps.
-        factors: Its factors.
-        auxiliary: What it trains in addition: saved modules, token embeddings and biases.
-        bias_values: Parameters of the base that it trains, each with the values, (out,), that it gets.
-        trainable: Whether it is trained, except for what its init freezes.
+        name: The adapter's name.
+        config: The adapter's config, which the model keeps.
+        factors: One factor per site.
+        auxiliary: Saved modules, token embeddings and biases that are trained too.
+        bias_values: Trained biases of the base, each with its new values (out,).
+        trainable: Whether the adapter is trained, except for parameters that its init freezes.
     """
 
     name: str
@@ -87,13 +87,13 @@ class NewAdapter:
 def fresh_factors(
     index: AdapterIndex, config: LoraConfig, matches: Sequence[Match], seed: int | None, statistics: Statistics | None
 ) -> list[NewFactor]:
-    """Build initialized factors for every site that a config names; their order draws the random numbers.
+    """Build initialized factors for every site that a config names; random numbers are drawn in the order of sites.
 
     Args:
         index: The model's index.
         config: The adapter's config.
         matches: The sites, with rank and alpha.
-        seed: Seed, or None for torch's own generator.
+        seed: Seed, or None for torch's default generator.
         statistics: Statistics of the data, or None.
 
     Raises:
@@ -125,19 +125,19 @@ def new_factor(
     start: SiteStart,
     trains: frozenset[str],
 ) -> NewFactor:
-    """Build the factor of a site from its initial tensors; nothing is put in place.
+    """Build the factor of a site from its initial tensors, without changing the model.
 
     Args:
         index: The model's index.
         target: The site.
         match: Path, rank and alpha of the site.
-        context: The adapter's config, the scale and the source of randomness.
+        context: Input of the init, with the adapter's config, the scale and the random generator.
         start: The initial tensors.
         trains: Which of "A" and "B" are trained.
 
     Raises:
-        ConfigError: The variant or dropout does not fit the site, or the variant needs another base weight, and the
-            base is quantized, or was changed otherwise or merged into already.
+        ConfigError: The variant or dropout does not fit the site; or the variant must replace the base weight, which
+            is quantized, merged into, or replaced by another adapter.
     """
     config, module, stored = context.config, index.holder(target), start.stored
 
@@ -167,7 +167,7 @@ def new_factor(
 
 
 def _check_together(init: Init, variant: Variant, target: TargetWeight) -> None:
-    """Reject an init for a variant that cannot take the base that it leaves, or has other shapes."""
+    """Reject an init that conflicts with a variant: both change the base, one needs it unchanged, or shapes differ."""
     what = "changes the base weight"
     if init.changes_base and variant.move is not None:
         needs = "changes it too"
@@ -188,10 +188,10 @@ def _check_together(init: Init, variant: Variant, target: TargetWeight) -> None:
 
 
 def _moved_by(variant: Variant, index: AdapterIndex, target: TargetWeight, start: Start) -> Stored | None:
-    """Return the base weight that a variant needs, or None; adapters of the same variant and rank share it.
+    """Return the base weight that a variant needs, or None for the original; adapters of one variant and rank share it.
 
     Raises:
-        ConfigError: The base is quantized, or was changed otherwise or merged into already.
+        ConfigError: The base weight is quantized, merged into, or replaced by another adapter.
     """
     if variant.move is None:
         return None
@@ -206,11 +206,11 @@ def _moved_by(variant: Variant, index: AdapterIndex, target: TargetWeight, start
 
 
 def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) -> None:
-    """Reject a site that cannot have what a config asks for.
+    """Reject a site that does not support the settings of a config.
 
     Raises:
-        ConfigError: `lora_bias` is set, and B has no output there; or the adapter would change the weight itself, which
-            is quantized, so that each forward would round it and pass no gradient.
+        ConfigError: `lora_bias` is set, but B has no separate output at the site; or the site is adapted through its
+            weight, which is quantized, so that each forward would round the sum and pass no gradient.
     """
     if config.lora_bias and not target.kind.takes_bias:
         raise ConfigError(
@@ -223,9 +223,9 @@ def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) ->
     base = weight_format_of(index.holder(target), target.spec.parameter)
     if target.kind.acts_on == "weight" and base.quantized:
         raise ConfigError(
-            f"{target.path} is stored as {base.name}, and a {target.kind.name} is adapted by its weight, which would "
-            "be rounded with its update in each forward. Leave it out, or name a dense layer in target_modules, where "
-            "the update is added to the output.",
+            f"{target.path} is stored as {base.name}, but a {target.kind.name} is adapted through its weight, which "
+            "would be rounded together with the update in each forward. Leave the module out, or target dense layers, "
+            "where the update is added to the output.",
             what=base.name,
             where=target.path,
             field="target_modules",
@@ -233,7 +233,7 @@ def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) ->
 
 
 def _generators(seed: int | None) -> Callable[[torch.device], torch.Generator | None]:
-    """Return a function that gives one seeded generator per device; None without a seed."""
+    """Return a function from device to its seeded generator, or to None without a seed."""
 
     @functools.cache
     def for_device(device: torch.device) -> torch.Generator | None:
@@ -250,15 +250,15 @@ def new_extras(
     tied: Mapping[str, str],
     rows: Sequence[tuple[ChosenRows, nn.Parameter]],
 ) -> Extras:
-    """Build what an adapter trains in addition to its factors.
+    """Build what an adapter trains in addition to its factors: saved modules, token embeddings and biases.
 
     Args:
         index: The model's index.
         config: The adapter's config.
-        factors: Its factors.
-        saved: Paths of its saved modules.
-        tied: Path of a module -> path of the one whose weight it shares.
-        rows: Its token embeddings.
+        factors: The adapter's factors.
+        saved: Paths of the adapter's saved modules.
+        tied: Path of a tied module -> path of the module whose weight it shares.
+        rows: The adapter's token embeddings.
 
     Raises:
         TargetError: A saved module contains sites or saved modules of another adapter.
@@ -272,12 +272,12 @@ def new_extras(
 def new_rows(
     index: AdapterIndex, chosen: Sequence[ChosenRows], given: Mapping[str, Tensor] | None = None
 ) -> list[tuple[ChosenRows, nn.Parameter]]:
-    """Build an adapter's token embeddings: those of the base, so that a new adapter changes nothing, or given ones.
+    """Build an adapter's token embeddings from given values; a new adapter copies the base's and so has no effect.
 
     Args:
         index: The model's index.
         chosen: The tokens of each table.
-        given: Path of a table -> its embeddings, (n, d); None for a new adapter.
+        given: Path of a table -> the adapter's embeddings (n, d); None for a new adapter.
 
     Returns:
         The embeddings, on their table's device, in fp32 or wider.
@@ -301,7 +301,7 @@ def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
     """Attach a built adapter; this cannot fail.
 
     Args:
-        index: The model's index, made since its last change.
+        index: An up-to-date index of the model.
         built: The adapter.
 
     Returns:
@@ -384,7 +384,7 @@ def _table(
 
 
 def note_old_biases(index: AdapterIndex) -> None:
-    """Record in each adapted layer which adapter trains the bias of its base, and the bias before that.
+    """Record in each adapted layer which adapter trains the bias of its base, and the original bias.
 
     Args:
         index: The model's index.
@@ -397,7 +397,8 @@ def note_old_biases(index: AdapterIndex) -> None:
 def _keep_off_fast_path(index: AdapterIndex) -> None:
     """Make every nn.TransformerEncoderLayer that holds adapted layers call them.
 
-    Torch's fast path reads weights without calling their modules, unless a child has a hook: one that does nothing.
+    Torch's fast path reads weights without calling their modules, unless a child has a hook, so each adapted layer gets
+    one that does nothing.
     """
     for encoder in (index.model, *index.modules.values()):
         if isinstance(encoder, nn.TransformerEncoderLayer):
@@ -407,4 +408,4 @@ def _keep_off_fast_path(index: AdapterIndex) -> None:
 
 
 def _nothing(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    """Do nothing: a hook, and a function of this module so that adapted models can be pickled."""
+    """Do nothing; this hook is a module-level function so that adapted models can be pickled."""

@@ -1,6 +1,6 @@
-"""Compare an adapter's tensors with a model: the site of each, and everything that does not fit.
+"""Match an adapter's tensors to a model: find the site of each tensor, and list everything that does not fit.
 
-Finite values of the files must not become infinite in the dtypes of the base.
+The checks include that finite values in the files do not become infinite in the base's dtypes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lorakit.errors import PatternError, TargetError, nearest
 from lorakit.targets import ALL_LINEAR, Resolution, literal_value, resolve, saved_modules
 
 MISSING, UNEXPECTED, SHAPE, UNTIED = "missing", "unexpected", "shape", "untied"
-"""The kinds of problems."""
+"""Kinds of problems."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class Problem:
 
 @dataclass
 class Fit:
-    """Where an adapter's tensors go.
+    """Assignment of an adapter's tensors to places in a model.
 
     Attributes:
         sites: Path on disk -> the site, and the names of its tensors by `Key.part`.
-        saved: Paths of the saved modules; their tensors have the names of `copied_tensors`.
+        saved: Paths of the saved modules; `copied_tensors` yields the names of their tensors.
         biases: Trained biases: module, name of the parameter, name of the tensor.
         rows: Trained token embeddings of each table, with the tensor's name.
-        tied: Path of a module -> path of the one whose weight it shares.
+        tied: Path of a tied module -> path of the module whose weight it shares.
         problems: The mismatches.
     """
 
@@ -71,10 +71,10 @@ class Fit:
         return {target.outer for target, _ in self.sites.values()}
 
     def take(self, left: dict[str, Tensor], names: Sequence[str], shape: Sequence[int]) -> str | None:
-        """Take a tensor and note if it is missing or has another shape.
+        """Remove a tensor from those left, and add a mismatch if it is missing or has another shape.
 
         Args:
-            left: Name -> tensor of any shape, of those not yet taken.
+            left: Name -> tensor of any shape, for tensors not yet taken.
             names: Possible names; the first is the usual one.
             shape: The expected shape.
 
@@ -93,9 +93,9 @@ class Fit:
         self.problems.append(Problem(kind, name, text))
 
     def check_shape(self, name: str, given: Tensor, wanted: Sequence[int]) -> None:
-        """Add a mismatch if a tensor of any shape has not the expected one."""
+        """Add a mismatch if a tensor of any shape does not have the expected shape."""
         if tuple(given.shape) != tuple(wanted):
-            self.add(SHAPE, name, f"{name} has shape {tuple(given.shape)}, {tuple(wanted)} was expected")
+            self.add(SHAPE, name, f"{name} has shape {tuple(given.shape)}, expected {tuple(wanted)}")
 
 
 def fit(
@@ -110,14 +110,14 @@ def fit(
         tensors: Name on disk -> tensor (…).
         config: The adapter's config.
         index: The model's index.
-        bare: Path on disk -> site, of the bare parameters that the config names.
+        bare: Path on disk -> site, for the bare parameters that the config names.
 
     Returns:
         The sites, with every mismatch in `problems`.
 
     Raises:
-        TargetError: Token embeddings are named that cannot be trained here.
-        ConfigError: Token embeddings are named that cannot be trained here.
+        TargetError: The config names a token table that is missing or cannot be trained.
+        ConfigError: Token indices are not valid for their table, or conflict with the ties between tables.
     """
     result = Fit()
     left = dict(tensors)
@@ -145,7 +145,7 @@ def _possible_parts(config: LoraConfig, path: str) -> set[str]:
 
 
 def _expected(config: LoraConfig, index: AdapterIndex) -> tuple[set[str] | None, tuple[str, ...]]:
-    """Return the sites that a config names, or None if only a pattern tells; and the paths of its saved modules."""
+    """Return the sites that a config names (None if they depend on a pattern), and the paths of its saved modules."""
     plain = config.with_fields(rank_pattern={}, alpha_pattern={})
     named = config.target_modules
     if named is None and config.target_parameters:
@@ -154,7 +154,7 @@ def _expected(config: LoraConfig, index: AdapterIndex) -> tuple[set[str] | None,
     is_known = named is not None and not has_pattern and not isinstance(config.exclude_modules, str)
     found = Resolution((), tuple(saved_modules(index.candidates, plain)[0]), (), ())
     if is_known:
-        with contextlib.suppress(TargetError):  # nothing is named
+        with contextlib.suppress(TargetError):  # no module matches
             found = resolve(index.candidates, plain, allow_partial=True)
     if config.ensure_weight_tying:
         found, _ = with_ties(index, plain, found)
@@ -190,7 +190,7 @@ def _take_extras(left: dict[str, Tensor], config: LoraConfig, index: AdapterInde
     outer = result.outer_paths()
     depths = Counter(f"{target.outer}.{target.child}".removesuffix(".") for target, _ in result.sites.values())
     for path, module, leaves in biased_modules(index.modules, outer, result.saved, config.bias):
-        # as PEFT writes it; as it does if another adapter has a layer there; and as it is in the plain base
+        # as PEFT writes the path, as PEFT writes it if another adapter has a layer there, and as in the plain base
         paths = [inside(path, depths), path + INSIDE * max(1, depths[path]), path]
         for leaf in leaves:
             names = [f"{PREFIX}{way}.{leaf}" for way in paths]
@@ -223,12 +223,12 @@ def _check_ties(tensors: Mapping[str, Tensor], config: LoraConfig, index: Adapte
             ]
         for name, wanted in pairs:
             if name in tensors and wanted is not None and not _same_values(tensors[name], wanted):
-                text = f"untied {name}: its values are not those of {leader}, whose weight it shares"
+                text = f"untied {name}: its values differ from those of {leader}, whose weight it shares"
                 result.add(UNTIED, name, text)
 
 
 def _same_values(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors of any shape have the same values, whatever their dtypes."""
+    """Return whether two tensors of any shape have the same values, regardless of dtype."""
     return one.shape == other.shape and torch.equal(one.to(other.dtype), other)
 
 
@@ -239,7 +239,7 @@ def _check_sites(tensors: Mapping[str, Tensor], config: LoraConfig, expected: se
             result.add(UNEXPECTED, path, f"unexpected site {path}: the config does not name it")
         _check_parts(tensors, config, path, result)
     for path in sorted((expected or set()).difference(present)):
-        result.add(MISSING, path, f"missing site {path}: the config names it, and there are no tensors for it")
+        result.add(MISSING, path, f"missing site {path}: the config names it, but the file has no tensors for it")
 
 
 def _check_parts(tensors: Mapping[str, Tensor], config: LoraConfig, path: str, result: Fit) -> None:
@@ -265,9 +265,9 @@ def _check_parts(tensors: Mapping[str, Tensor], config: LoraConfig, path: str, r
 
 
 def _rank(config: LoraConfig, target: TargetWeight, found: int) -> int:
-    """Return the rank that a site must have; if a pattern is not a plain name, any rank that the config mentions.
+    """Return the rank that a site must have; if a pattern is not a plain name, accept any rank in the config.
 
-    A pattern names the module, or one weight of several by its own path: combined adapters have a rank for each.
+    A pattern names a module or, in combined adapters, the path of one of its weights, which can differ in rank.
     """
     try:
         of_module = literal_value(config.rank_pattern, target.pattern_path, config.r)
@@ -277,7 +277,7 @@ def _rank(config: LoraConfig, target: TargetWeight, found: int) -> int:
 
 
 def _known_extra(name: str, result: Fit) -> bool:
-    """Return whether PEFT adds a tensor: the base's matrix of an adapted embedding or head, or in a saved module."""
+    """Return whether PEFT adds this tensor: the base's matrix of an adapted embedding or head, or of a saved module."""
     if any(f"{path}.{word}." in name for path in result.saved for word in ("original_module", "modules_to_save")):
         return True
     path = name.removeprefix(PREFIX).removesuffix(".base_layer.weight").removesuffix(".token_adapter")
@@ -301,26 +301,26 @@ def out_of_range(
 
     Args:
         tensors: Name on disk -> tensor (…).
-        largest: Name on disk -> its largest magnitude.
-        fitted: Their sites.
+        largest: Name on disk -> largest magnitude in the tensor.
+        fitted: The sites of the tensors.
         index: The model's index.
-        factors: The factors built from them, in the order of the sites.
-        auxiliary: The saved modules that they fill.
+        factors: The factors built from the tensors, in the order of the sites.
+        auxiliary: The saved modules that the tensors fill.
     """
     found = []
     for name, dtype in _uses(tensors, fitted, index, auxiliary):
         limit = torch.finfo(dtype).max
         if limit < largest[name] < math.inf:
-            found.append(f"{name} holds {largest[name]:g}, beyond {_named(dtype)} (at most {limit:g})")
+            found.append(f"{name} contains {largest[name]:g}, beyond {_named(dtype)} (at most {limit:g})")
     for new, (target, held) in zip([] if found else factors, fitted.sites.values(), strict=not found):
         dtype, sizes = _dtype_at(index, target), [largest[held[side]] for side in "AB"]
         if _product_overflows(new, sizes, torch.finfo(dtype).max):
-            found.append(f"scale·B·A at {target.path} is beyond {_named(dtype)}")
+            found.append(f"scale·B·A at {target.path} is beyond the range of {_named(dtype)}")
     return found
 
 
 def copied_tensors(auxiliary: Extras, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, str]]:
-    """Yield each tensor (…) of the saved modules with the name of the tensor that fills it."""
+    """Yield each tensor (…) of the saved modules with the name of the tensor in the file that fills it."""
     for path, duplicate in auxiliary.copies.items():
         for leaf, own in duplicate.state_dict(keep_vars=True).items():
             name = f"{PREFIX}{path}.{leaf}"
@@ -352,7 +352,7 @@ def _computed(weight: Tensor | nn.Module | None) -> torch.dtype:
 
 
 def _product_overflows(new: NewFactor, sizes: Sequence[float], limit: float) -> bool:
-    """Return whether scale·B·A goes beyond a limit; the product is only computed if A and B are that large."""
+    """Return whether scale·B·A exceeds a limit; the product is computed only if A and B are large enough."""
     factor, by = new.factor, abs(new.factor.scale)
     most = by * factor.A.shape[0] * math.prod(sizes)
     if factor.A.is_meta or not all(map(math.isfinite, sizes)) or most <= limit:

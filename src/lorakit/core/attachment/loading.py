@@ -1,7 +1,7 @@
-"""Load an adapter strictly: everything is read and checked off the model, and one error names all mismatches.
+"""Load an adapter strictly: read and check everything outside the model, and report all mismatches in one error.
 
-The sites of an adapter follow from its tensors' names, so no pattern of a file is ever run. The model changes in one
-step, after every check has passed or was overridden.
+The sites of an adapter follow from its tensors' names, so no regular expression in a file is ever run. The model
+changes in one step, after every check has passed or was overridden.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class LoadReport:
 
     Attributes:
         name: The adapter.
-        config: Its config, as read.
-        sites: How many sites it has.
-        base: Result of the comparison with the base: same, same at other precision, unverifiable, different.
+        config: The adapter's config, as read from the file.
+        sites: Number of sites.
+        base: Verdict on the base: "same", "same at other precision", "unverifiable" or "different".
         warnings: Messages for the user.
     """
 
@@ -73,25 +73,25 @@ def load_adapter(
     allow: Collection[str] = (),
     kinds: Iterable[Kind] = (),
 ) -> LoadReport:
-    """Load a saved adapter into a model. The first adapter becomes active; later ones wait for `activate` or `use`.
+    """Load a saved adapter into a model. The first adapter becomes active; later ones need `activate` or `use`.
 
     Args:
         model: The base, or a model that has adapters already. It is changed in place.
         folder: A directory that PEFT or lorakit wrote.
-        name: The adapter's name here.
-        trainable: Continue to train it; otherwise it is frozen. An adapter with a residual base that was written as
-            plain LoRA then gets its residual base and its rank back.
+        name: Name for the adapter on this model.
+        trainable: Whether training will continue; otherwise the adapter is frozen. If true, an adapter that had a
+            residual base and was saved as plain LoRA gets this base and its rank back.
         allow: Checks to override: "base_mismatch", "key_mismatch", "nonfinite", "odd_scale", "recompute_init".
         kinds: Custom kinds of site that the adapter was made with.
 
     Returns:
-        What was loaded.
+        A report of what was loaded.
 
     Raises:
         AdapterFileError: Files are missing or damaged, or tensors do not fit; all mismatches are named.
         BaseMismatchError: The adapter was made on another base, or was permanently merged into this one.
         AdapterError: The name is taken or cannot be used.
-        ConfigError: A scale is odd, or a name in `allow` is unknown.
+        ConfigError: A scale is implausible, or a name in `allow` is unknown.
         NotYetSupported: The adapter needs a feature that is not implemented.
     """
     checks.check_allowances(allow)
@@ -113,21 +113,21 @@ def check_base(model: nn.Module | AdapterIndex, files: AdapterFiles, allow: Coll
     """Compare a model's base with the one that an adapter was made on.
 
     Args:
-        model: The base, or a model that has adapters already, or its index; only read.
-        files: What was read.
+        model: The base, or a model that has adapters already, or its index; not changed.
+        files: The adapter's files.
         allow: Checks to override: "base_mismatch".
 
     Returns:
         The result of the comparison, and the warnings.
 
     Raises:
-        BaseMismatchError: It is another base.
+        BaseMismatchError: The model has another base.
     """
     known, present = without_brought_rows(AdapterIndex.of(model), files.config, files.sidecar.base)
     verdict, reason, warning = compare(known, present)
     if verdict == DIFFERENT and "base_mismatch" not in allow:
         raise BaseMismatchError(
-            f"{files.folder}: made on another base: {reason}.",
+            f"{files.folder}: the adapter was made on another base: {reason}.",
             advice=base_mismatch_advice(known, present),
             where=files.folder,
             override="base_mismatch",
@@ -144,23 +144,23 @@ def place_adapter(
     allow: Collection[str],
     kinds: Iterable[Kind] = (),
 ) -> tuple[int, tuple[str, ...]]:
-    """Put an adapter that was read onto a model; everything is checked before the first change.
+    """Attach an adapter from its files to a model; everything is checked before the first change.
 
     Args:
         model: The base, or a model that has adapters already, or its index.
-        files: What was read, with the warnings to report.
-        name: The adapter's name here.
-        trainable: Continue to train it.
+        files: The adapter's files, with the warnings to report.
+        name: Name for the adapter on this model.
+        trainable: Whether training will continue.
         allow: Checks to override: "key_mismatch", "nonfinite", "odd_scale", "recompute_init".
-        kinds: As `load_adapter`.
+        kinds: As in `load_adapter`.
 
     Returns:
-        How many sites it has, and every warning that was reported.
+        The number of sites, and every warning that was reported.
 
     Raises:
         AdapterFileError: Tensors do not fit; all mismatches are named.
         AdapterError: The name is taken or cannot be used.
-        ConfigError: A scale is odd, or biases would be trained twice.
+        ConfigError: A scale is implausible, or the adapter is incompatible with those on the model.
     """
     index = AdapterIndex.of(model, kinds)
     checks.check_new_name(index.state, name)
@@ -194,13 +194,13 @@ def place_adapter(
 
 
 def _check_kinds(files: AdapterFiles, index: AdapterIndex) -> None:
-    """Reject an adapter that was made with custom kinds of site that are not given."""
+    """Reject an adapter that was made with custom kinds of site if they were not passed."""
     asked = files.sidecar.facts.get(KINDS_KEY)
     lacking = sorted({str(name) for name in asked if str(name) not in index.kinds} if isinstance(asked, list) else ())
     if lacking:
         raise AdapterFileError(
-            f"{files.folder}: made with custom kinds of site: {', '.join(lacking)}. Pass them to load_adapter: "
-            "kinds=[...].",
+            f"{files.folder}: the adapter uses custom kinds of site: {', '.join(lacking)}. Pass them to load_adapter "
+            "as kinds=[...].",
             what=lacking[0],
             where=files.folder,
             field="kinds",
@@ -247,7 +247,7 @@ def _checked_range(folder: Path, beyond: Sequence[str], allow: Collection[str]) 
     if "nonfinite" not in allow:
         raise AdapterFileError(
             message,
-            advice=f"Take an earlier checkpoint or a base of a wider dtype, or {OVERRIDE}.",
+            advice=f"Use an earlier checkpoint or a base in a wider dtype, or {OVERRIDE}.",
             where=folder,
             override="nonfinite",
         )
@@ -260,7 +260,7 @@ def _shown(messages: Sequence[str]) -> str:
 
 
 def _some_of_each(problems: Sequence[Problem]) -> list[str]:
-    """Return the mismatches, the kinds in turn: missing tensors are explained by those found instead."""
+    """Return the mismatches with their kinds alternating, so that unexpected tensors explain missing ones."""
     kinds: dict[str, list[str]] = {}
     for problem in problems:
         kinds.setdefault(problem.kind, []).append(problem.text)
@@ -290,6 +290,6 @@ def _restored_factors(
 
 
 def _new_biases(fitted: Fit, tensors: Mapping[str, Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
-    """Return each trained bias with its values in the file, (out,), on its device and in its dtype."""
+    """Return each trained bias with its new values (out,) from the file, on the device and in the dtype of the bias."""
     biases = [(module.get_parameter(leaf), tensors[name]) for module, leaf, name in fitted.biases]
     return [(old, new.to(device=old.device, dtype=old.dtype, copy=True)) for old, new in biases]

@@ -1,9 +1,9 @@
-"""Residual bases: adapters whose init subtracts from the base weight, and their conversion to plain LoRA.
+"""Handle adapters whose init subtracts from the base weight (residual bases), and convert them to plain LoRA.
 
-Such an adapter is trained on W − s·B₀·A₀, where B₀ and A₀ are its initial factors. On the original W it is exactly
-plain LoRA of twice the rank. One adapter per site can have a residual base; the layer keeps the
-original for `disable`, other adapters, `detach` and merges. Loading restores the residual without running an init,
-unless the caller allows "recompute_init" for a file of another program, which has no initial factors.
+Such an adapter is trained on W − s·B₀·A₀, where B₀ and A₀ are its initial factors. On the original W, it equals plain
+LoRA of twice the rank exactly. Only one adapter per site can have a residual base; the layer keeps the original weight
+for `disable`, other adapters, `detach` and merges. Loading restores the residual without running an init, unless the
+caller allows "recompute_init" for a file from another program, which has no initial factors.
 """
 
 from __future__ import annotations
@@ -43,34 +43,34 @@ INIT_FIELDS = (
     "corda_config",
     "lora_ga_config",
 )
-"""Fields of a config that differ in its form as plain LoRA."""
+"""Config fields that change when an adapter is converted to plain LoRA."""
 
 
 def residual(kind: Kind, spec: WeightSpec, W: Tensor, factors: tuple[Tensor, Tensor], scale: float) -> Tensor:
-    """W − s·B·A, canonical (out, in) or in the kind's own shape.   [docs/math.md (60)]
+    """Return W − s·B·A, canonical (out, in) or in the kind's own shape.   [docs/math.md (60)]
 
     Args:
         kind: The kind of the site.
-        spec: The shape and layout of its weight.
-        W: Canonical, fp32 or wider.
+        spec: The shape and layout of the site's weight.
+        W: The weight, canonical, fp32 or wider.
         factors: A (r, in) and B (out, r).
-        scale: s.
+        scale: The scale s.
     """
     A, B = (factor.detach().to(device=W.device, dtype=W.dtype) for factor in factors)
     return W - kind.delta(spec, A, B) * scale
 
 
 def as_plain(spec: WeightSpec, A: Tensor, B: Tensor, initial: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """[A; A₀] and [B | −B₀], whose product is B·A − B₀·A₀.   [docs/math.md (62)]
+    """Return [A; A₀] and [B | −B₀], whose product is B·A − B₀·A₀.   [docs/math.md (62)]
 
     Args:
         spec: The shape and layout of the weight.
         A: (r, in).
         B: (out, r).
-        initial: A₀ and B₀, like A and B.
+        initial: A₀ and B₀, with the shapes of A and B.
 
     Returns:
-        (2r, in) and (out, 2r); kernels and experts in the layout of their kind.
+        (2r, in) and (out, 2r); kernels and experts are in the layout of their kind.
     """
     A0, B0 = (factor.to(like) for factor, like in zip(initial, (A, B), strict=True))
     E = max(spec.experts, 1)
@@ -97,10 +97,10 @@ def apart(spec: WeightSpec, A: Tensor, B: Tensor) -> tuple[tuple[Tensor, Tensor]
 
 
 def plain_config(config: LoraConfig) -> LoraConfig:
-    """Return the config of such an adapter as plain LoRA: twice the rank at the same scale.
+    """Return the config of an adapter with a residual base as plain LoRA: twice the rank at the same scale.
 
     Args:
-        config: Its config when it was attached; only read.
+        config: The adapter's config when it was attached; not changed.
     """
     more = math.sqrt(2) if config.use_rslora else 2
     return config.with_fields(
@@ -124,14 +124,14 @@ def init_context_for(
     generators: Callable[[torch.device], torch.Generator | None] = lambda _: None,
     statistics: Mapping[str, Tensor] | None = None,
 ) -> InitContext:
-    """Return the input of an init at a site.
+    """Return the input for an init at a site.
 
     Args:
         index: The model's index.
         config: The adapter's config.
         match: The target match that names the site.
         target: The site.
-        generators: Source of randomness by device.
+        generators: Function from device to random generator, or to None for torch's default generator.
         statistics: Statistics of the data at this site, name -> tensor (…), or None.
     """
     module, parameter = index.holder(target), target.spec.parameter
@@ -158,16 +158,17 @@ def init_context_for(
 def check_can_move(
     index: AdapterIndex, target: TargetWeight, init: Init | None = None, variant: Variant | None = None
 ) -> None:
-    """Check that a base weight can be replaced by a residual: not changed, merged into, shared or quantized already.
+    """Check that a residual can replace a base weight, which must not be replaced already, merged into or shared.
 
     Args:
         index: The model's index.
         target: The site.
-        init: The init that replaces it; None for an adapter from a file, and for a variant.
-        variant: The variant that replaces it, or None.
+        init: The init that replaces the weight; None for a variant or an adapter from a file.
+        variant: The variant that replaces the weight, or None.
 
     Raises:
-        ConfigError: It cannot; the message says why, and what to do.
+        ConfigError: The weight cannot be replaced, or is quantized and would be rounded again; the message says what
+            to do.
     """
     layer, module, parameter = index.layer(target), index.holder(target), target.spec.parameter
     weight_format = weight_format_of(module, parameter)
@@ -176,14 +177,14 @@ def check_can_move(
     if weight_format.device(module, parameter).type == "meta":
         raise ConfigError(
             f"{target.path}: {mover} changes the base weight, which has no values on the meta device. Load the base "
-            "first, or leave the base alone (another init or variant).",
+            "first, or use an init or variant that does not change it.",
             where=target.path,
         )
     if layer is not None and (layer.moved_by or layer.merged_adapters):
         other = (*layer.moved_by, *layer.merged_adapters)[0]
         raise ConfigError(
             f"{target.path}: {mover} changes the base weight, which adapter {other!r} has changed or is merged into. "
-            "Detach or unmerge it first, or leave the base alone (another init or variant).",
+            "Detach or unmerge the adapter first, or use an init or variant that does not change the base.",
             what=other,
             where=target.path,
         )
@@ -192,7 +193,7 @@ def check_can_move(
         other = next((path for path in sharing if path != target.outer), "another module")
         raise ConfigError(
             f"{target.path} shares its weight with {other}, and {mover} would change it for both. Leave the module "
-            "out, or leave the base alone (another init or variant).",
+            "out, or use an init or variant that does not change the base.",
             what=other,
             where=target.path,
         )
@@ -200,9 +201,9 @@ def check_can_move(
         raise ConfigError(NOT_WRITTEN.format(parameter=target.path, type=type(module).__name__), where=target.path)
     if weight_format.quantized and (variant is not None or (init is not None and not init.requantizes)):
         raise ConfigError(
-            f"{target.path}: {mover} changes the base weight, and this one is quantized: the residual would be rounded "
-            "a second time. Attach to the base before it is quantized, leave the module out, or use another init or "
-            "variant.",
+            f"{target.path}: {mover} changes the base weight, and this one is quantized, so the residual would be "
+            "rounded a second time. Attach to the base before it is quantized, leave the module out, or use another "
+            "init or variant.",
             what=weight_format.name,
             where=target.path,
             field="init_lora_weights" if variant is None else variant.field,
@@ -216,13 +217,13 @@ def residual_of(index: AdapterIndex, target: TargetWeight, factors: tuple[Tensor
         index: The model's index.
         target: The site.
         factors: A (r, in) and B (out, r).
-        scale: s.
+        scale: The scale s.
     """
     return in_stored_form(index, target, residual(target.kind, target.spec, index.weight(target), factors, scale))
 
 
 def in_stored_form(index: AdapterIndex, target: TargetWeight, W: Tensor) -> Stored:
-    """Return a canonical weight (out, in) as the module of a site stores it."""
+    """Return a canonical weight (out, in) in the format in which a site's module stores it."""
     module, parameter = index.holder(target), target.spec.parameter
     base = weight_format_of(module, parameter, target.spec.as_stored)
     with torch.no_grad():
@@ -235,7 +236,7 @@ def give_base_back(layer: LoraLayer, adapter: str) -> None:
 
     Args:
         layer: A layer with a residual base.
-        adapter: One of its adapters; while others are left, the layer keeps the residual base.
+        adapter: The adapter that no longer needs the residual base; the layer keeps it as long as others do.
     """
     layer.moved_by = tuple(name for name in layer.moved_by if name != adapter)
     if layer.moved_by:
@@ -253,11 +254,11 @@ def check_plain(model: nn.Module | AdapterIndex, name: str) -> None:
     """Reject an adapter on a model that cannot be converted to plain LoRA on the original base.
 
     Args:
-        model: The adapted model; only read.
+        model: The adapted model; not changed.
         name: The adapter.
 
     Raises:
-        AdapterError: Its init changed the base by more than a low-rank matrix.
+        AdapterError: The adapter's init or variant changed the base by more than a low-rank product.
     """
     index = AdapterIndex.of(model)
     config = index.known_state().configs[name]
@@ -265,20 +266,20 @@ def check_plain(model: nn.Module | AdapterIndex, name: str) -> None:
         if name in layer.moved_by and layer.initial is None:
             raise AdapterError(
                 f"{path}: {mover_of(config)} changed the base by more than a product of low rank, so adapter {name!r} "
-                "is not plain LoRA on the original. Merge it, or save the merged model with merged_state_dict.",
+                "is not plain LoRA on the original base. Merge it, or save the result of merged_state_dict.",
                 what=name,
                 where=path,
             )
 
 
 def mover_of(config: LoraConfig) -> str:
-    """Return what changes the base weight of an adapter's layers: its variant, or its init."""
+    """Return the name of the variant or init that changes the base weights of an adapter."""
     variant = moving_variant(config)
     return str(config.init_lora_weights) if variant is None else variant.title
 
 
 def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict[str, tuple[Tensor, Tensor]] | None:
-    """Return the factors of an adapter from disk as plain LoRA of twice the rank on the original base.
+    """Convert the factors of an adapter from disk to plain LoRA of twice the rank on the original base.
 
     Args:
         files: The adapter's files.
@@ -288,14 +289,14 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
         Path on disk -> A (2r, in) and B (out, 2r), or None if the factors are plain LoRA already.
 
     Raises:
-        AdapterFileError: A variant changed the base of the factors, or an init did and the files do not say how, or
-            that base was quantized.
+        AdapterFileError: A variant changed the base; or an init changed it, and the files do not say how, or the base
+            was quantized.
     """
     variant = moving_variant(files.config)
     if variant is not None:
         raise AdapterFileError(
             f"{files.folder}: {variant.title} changed the base by more than a product of low rank, so this is not "
-            "plain LoRA on the original. Load it onto its model, and merge it.",
+            "plain LoRA on the original base. Load the adapter into its model, and merge it.",
             what=variant.title,
             where=files.folder,
             field=variant.field,
@@ -308,7 +309,7 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
         raise AdapterFileError(
             f"{said} changed, and the directory does not say how. Load it with allow=['recompute_init'] and save it "
             "with save_adapter, or, in PEFT, with path_initial_model_for_weight_conversion. If the base at hand is the "
-            "changed one, set init_lora_weights to true in its config.",
+            "changed one, set init_lora_weights to true in the adapter's config.",
             what=files.config.init_lora_weights,
             where=files.folder,
             field="init_lora_weights",
@@ -316,7 +317,7 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
     if files.sidecar.base is not None and files.sidecar.base.bounds:
         raise AdapterFileError(
             f"{said} changed while it was quantized, so it was rounded a second time, and the adapter is not plain "
-            "LoRA on the original. Merge it instead.",
+            "LoRA on the original base. Merge it instead.",
             what=files.config.init_lora_weights,
             where=files.folder,
         )
@@ -328,20 +329,20 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
 
 
 RECOMPUTE = "recompute_init"
-"""The entry of `allow` that lets a deterministic init run again."""
+"""The entry of `allow` that permits rerunning a deterministic init."""
 
 
 @dataclass(frozen=True)
 class SiteStart:
-    """The tensors from which the factor of a site is built, initialized or from a file.
+    """The tensors from which the factor of a site is built, from an init or a file.
 
     Attributes:
         A: (r, in).
         B: (out, r).
         bias: Bias of B, (out,), or None.
-        own: The variant's own tensors (…) by `OwnTensor.held_as`, perhaps among others; None initializes them.
-        stored: The residual base in the format in which the base's module stores it; None if the base is unchanged.
-        initial: A and B before training if the residual is W − s·B·A, or None.
+        own: The variant's own tensors (…) by `OwnTensor.held_as`; other entries are ignored. None initializes them.
+        stored: The residual base in the storage format of the base's module, or None if the base is unchanged.
+        initial: A and B before training if the residual is W − s·B·A, else None.
     """
 
     A: Tensor
@@ -353,16 +354,16 @@ class SiteStart:
 
 
 def initialized(index: AdapterIndex, target: TargetWeight, init: Init, context: InitContext) -> SiteStart:
-    """Run an init at a site; nothing is put in place.
+    """Run an init at a site, without changing the model.
 
     Args:
         index: The model's index.
         target: The site.
         init: The init.
-        context: Its input.
+        context: Input of the init.
 
     Raises:
-        ConfigError: It does not fit the site.
+        ConfigError: The init does not fit the site.
     """
     with torch.no_grad():
         result = init.fill(context)
@@ -384,9 +385,9 @@ class InitRecord:
         folder: The adapter's directory.
         config: The config to use: the file's, or the one before conversion to plain LoRA.
         sites: Path -> rank and alpha, if they differ from the file's.
-        is_doubled: The factors in the file are plain LoRA and contain the initial ones.
-        first: Path -> A and B before training, from their own file.
-        init: The init to run again, or None.
+        is_doubled: Whether the factors in the file are plain LoRA of twice the rank and contain the initial factors.
+        first: Path -> A and B before training, from a separate file; or None.
+        init: The init to rerun, or None.
     """
 
     folder: Path
@@ -398,24 +399,24 @@ class InitRecord:
 
     @property
     def moves(self) -> bool:
-        """Return whether the adapter needs a residual base."""
+        """True if the adapter needs a residual base."""
         return self.is_doubled or self.first is not None or self.init is not None
 
     def start(
         self, index: AdapterIndex, target: TargetWeight, context: InitContext, tensors: Mapping[str, Tensor]
     ) -> SiteStart:
-        """Return the start of a site from its tensors in the file.
+        """Return the tensors from which to build a site's factor, given those in the file.
 
         Args:
             index: The model's index.
             target: The site.
-            context: Rank and scale of the site in training, for an init that runs again.
+            context: Input of the init, with the site's rank and scale in training.
             tensors: A (r, in) and B (out, r), or (2r, in) and (out, 2r) in the form of plain LoRA; "bias" (out,) and
                 the variant's own tensors (…), if there are any.
 
         Raises:
-            ConfigError: The base is changed or merged into already.
-            AdapterFileError: Its initial factors are missing.
+            ConfigError: A residual cannot replace the base weight (see `check_can_move`).
+            AdapterFileError: The site's initial factors are missing.
         """
         A, B = tensors["A"], tensors["B"]
         given = SiteStart(A, B, tensors.get("bias"), tensors)
@@ -434,14 +435,14 @@ class InitRecord:
         return dataclasses.replace(given, A=A, B=B, stored=stored, initial=initial)
 
     def first_at(self, path: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A (r, in) and B (out, r) of a site before training, from their own file.
+        """Return A (r, in) and B (out, r) of a site before training, from the file of initial factors.
 
         Raises:
-            AdapterFileError: They are missing, or their shapes differ from those of the trained factors.
+            AdapterFileError: The initial factors are missing, or their shapes differ from those of the trained ones.
         """
         found = (self.first or {}).get(path)
         if found is None or (found[0].shape, found[1].shape) != (A.shape, B.shape):
-            raise file_error(self.folder, f"the initial factors of {path} are missing or of another shape.")
+            raise file_error(self.folder, f"the initial factors of {path} are missing or have another shape.")
         return found
 
 
@@ -449,9 +450,9 @@ def init_record_of(files: AdapterFiles, trainable: bool, allow: Collection[str])
     """Return the initial state of an adapter from a file.
 
     Args:
-        files: The adapter's files; what `lorakit.json` says of the initial state counts if they are those it describes.
-        trainable: Its training will continue; plain LoRA is then converted back.
-        allow: "recompute_init" lets a deterministic init run again.
+        files: The adapter's files; the initial state in `lorakit.json` is used only if it describes these files.
+        trainable: Whether training will continue; if so, plain LoRA is converted back.
+        allow: "recompute_init" permits rerunning a deterministic init.
 
     Raises:
         AdapterFileError: The residual base is not in the files and may not be recomputed, or a file is damaged.
@@ -466,14 +467,14 @@ def init_record_of(files: AdapterFiles, trainable: bool, allow: Collection[str])
             return InitRecord(folder, _initial_config(folder, config, began), began["sites"], is_doubled=True)
         return InitRecord(folder, config)
     if init.needs or RECOMPUTE not in allow:
-        reason = " by inspecting data, and the file does not hold it" if init.needs else ", and loading runs no init"
+        reason = " by inspecting data, and the file does not contain it" if init.needs else ", and loading runs no init"
         or_allow = "" if init.needs else f", or {OVERRIDE} to change this base in the same way"
         raise AdapterFileError(
             f"{folder}: init_lora_weights is {config.init_lora_weights!r}: the factors act on a base that it changed"
             f"{reason}.",
-            advice="Have the adapter saved as plain LoRA (in PEFT: save_pretrained with "
-            f"path_initial_model_for_weight_conversion; here: save_adapter){or_allow}. If the base at hand is the "
-            "changed one, set init_lora_weights to true in its config.",
+            advice="Save the adapter as plain LoRA (in PEFT: save_pretrained with "
+            f"path_initial_model_for_weight_conversion; in lorakit: save_adapter){or_allow}. If the base at hand is "
+            "the changed one, set init_lora_weights to true in the adapter's config.",
             what=config.init_lora_weights,
             where=folder,
             field="init_lora_weights",
@@ -486,12 +487,12 @@ def _initial_config(folder: Path, config: LoraConfig, began: JsonObject) -> Lora
     try:
         return dataclasses.replace(config, **{name: began[name] for name in INIT_FIELDS})
     except (KeyError, ValueError, TypeError) as cause:
-        raise file_error(folder, f"lorakit.json does not hold the adapter's initial config ({cause}).") from None
+        raise file_error(folder, f"lorakit.json does not contain the adapter's initial config ({cause}).") from None
 
 
 def _first_factors(path: Path, sha256: str) -> dict[str, tuple[Tensor, Tensor]]:
     file = read_tensors(path)
     if file.sha256 != sha256:
-        raise file_error(path, "damaged, or of another adapter: its SHA-256 is not the one in lorakit.json.")
+        raise file_error(path, "damaged, or from another adapter: its SHA-256 is not the one in lorakit.json.")
     sites = by_site(file.tensors).items()
     return {path: (found["A"], found["B"]) for path, found in sites if {"A", "B"} <= set(found)}

@@ -1,8 +1,9 @@
-"""Save an adapter in PEFT's format and `lorakit.json`; the files are replaced together.
+"""Save an adapter in PEFT's format plus `lorakit.json`; all files are replaced together.
 
-An adapter with a residual base is written as plain LoRA of twice the rank, or as trained. Plain LoRA runs on the
-original base in any program, and the last half of its factors are the initial ones. As trained, it keeps its rank, and
-its initial factors are written to a separate file, which no other program reads. All other adapters have one form.
+An adapter with a residual base can be saved as plain LoRA of twice the rank or as trained. Plain LoRA runs on the
+original base in any program; the second half of its factors holds the initial ones. Saved as trained, the adapter keeps
+its rank, and its initial factors go into a separate file, which no other program reads. For all other adapters, the two
+forms are the same.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ class SavedForm:
     """An adapter, ready to be written.
 
     Attributes:
-        name: The adapter.
+        name: The adapter's name.
         tensors: Name on disk -> tensor (…).
-        config: Its config.
+        config: The adapter's config.
         sites: Path -> rank and alpha.
-        about: Its initial state for `lorakit.json`; empty if its init does not change the base.
+        about: The adapter's initial state for `lorakit.json`; empty if the init does not change the base.
         initial: Content of `INITIAL_FILE`, or None.
     """
 
@@ -62,13 +63,13 @@ def saved_form(
     """Return an adapter's tensors and config, ready to be written.
 
     Args:
-        model: The adapted model, or its index; only read.
+        model: The adapted model, or its index; not changed.
         name: The adapter.
         form: For an adapter with a residual base: "as_lora", "trained", or "raw", which omits its initial state.
-        tensors: Name on disk -> tensor (…) instead of the model's own, as gathered from several devices.
+        tensors: Name on disk -> tensor (…), if they were gathered from several devices; None uses the model's.
 
     Raises:
-        AdapterError: Its residual base is quantized, so plain LoRA cannot represent it exactly.
+        AdapterError: The residual base is quantized, so plain LoRA cannot represent the adapter exactly.
     """
     index = AdapterIndex.of(model)
     check_known(index.known_state(), [name])
@@ -87,7 +88,7 @@ def saved_form(
     found = dataclasses.replace(found, about={adapter_folder.BEGAN: began})
     first: dict[str, Tensor] = {}
     for path, layer in moved:
-        if layer.initial is None:  # LoftQ: the base lost more than a product of low rank
+        if layer.initial is None:  # LoftQ: it changed the base by more than a low-rank product
             return found
         first |= zip(_keys(path, layer), layer.initial, strict=True)
     if form == "as_lora":
@@ -106,7 +107,7 @@ def converted_form(
     """Return an adapter as plain LoRA of twice the rank, given its initial factors from a file.
 
     Args:
-        model: The adapted model; only read.
+        model: The adapted model; not changed.
         name: The adapter.
         initial: Name on disk -> tensor (…), saved before training.
         tensors: As in `saved_form`.
@@ -135,7 +136,7 @@ def _as_lora(found: SavedForm, layers: Sequence[tuple[str, LoraLayer]], initial:
         first = [initial[key] for key in (down, up) if key in initial and initial[key].shape == tensors[key].shape]
         if len(first) != 2:
             raise AdapterError(
-                f"{down} is missing in the adapter that was saved before training, or has another shape.",
+                f"{down} is missing from the adapter that was saved before training, or has another shape.",
                 what=found.name,
                 where=down,
             )
@@ -150,8 +151,8 @@ def _check_plain(path: str, layer: LoraLayer, name: str, config: LoraConfig) -> 
     variant = variant_named(layer.variant[name])
     if variant.move is not None:
         raise AdapterError(
-            f"{path}: adapter {name!r} is {variant.title}, which is not plain LoRA on the original base. Save it "
-            "unconverted, or merge it.",
+            f"{path}: adapter {name!r} uses {variant.title}, which is not plain LoRA on the original base. Save the "
+            "adapter unconverted, or merge it.",
             what=name,
             where=path,
             field=variant.field,
@@ -159,7 +160,7 @@ def _check_plain(path: str, layer: LoraLayer, name: str, config: LoraConfig) -> 
     if name in layer.moved_by and layer.base.quantized:
         raise AdapterError(
             f"{path}: {config.init_lora_weights} changed a quantized base, which was rounded a second time, so adapter "
-            f"{name!r} is not plain LoRA on the original. Use `save_as_trained`, or merge it.",
+            f"{name!r} is not plain LoRA on the original base. Use `save_as_trained`, or merge the adapter.",
             what=name,
             where=path,
         )
@@ -186,20 +187,20 @@ def save_adapter(
     can load on the original base; `load_adapter` converts it back to continue training.
 
     Args:
-        model: The adapted model; only read. Merging does not change what is saved.
-        folder: The directory; created if missing. An adapter there is replaced as a whole, other files stay.
+        model: The adapted model; not changed. A merge does not affect what is saved.
+        folder: The directory; created if missing. All files of an adapter in it are replaced; other files stay.
         name: The adapter.
         base_model_name_or_path: Name or path of the base; None keeps the config's value.
-        facts: Metadata for `lorakit.json` (of the training, hashes of the tokenizer); plain JSON values.
+        facts: Metadata for `lorakit.json`, such as training details and tokenizer hashes; plain JSON values.
         allow: Checks to override: "nonfinite".
-        tensors: Name on disk -> tensor (…) to write instead of the model's, as gathered from several devices.
+        tensors: Name on disk -> tensor (…), if they were gathered from several devices; None writes the model's.
 
     Returns:
         The files written.
 
     Raises:
-        AdapterError: There is no such adapter, its values are not finite, or it cannot be converted to plain LoRA.
-        DiskError: The disk is full or fails; an old adapter there is intact, or the message says that it is not.
+        AdapterError: The adapter is not on the model, has non-finite values, or cannot be converted to plain LoRA.
+        DiskError: The disk is full or fails; an existing adapter stays intact unless the message says otherwise.
         ConfigError: A name in `allow` is unknown.
     """
     index = AdapterIndex.of(model)
@@ -217,25 +218,25 @@ def save_as_trained(
     allow: Collection[str] = (),
     tensors: Mapping[str, Tensor] | None = None,
 ) -> adapter_folder.SavedAdapter:
-    """Save an adapter as `save_adapter` does, but keep the rank of one with a residual base.
+    """Save an adapter as `save_adapter` does, but keep its rank if it has a residual base.
 
-    Its initial factors are written to a separate file. Other programs that know the init recompute it on the original
-    base; `load_adapter` needs no init for it.
+    The initial factors are written to a separate file. Other programs that support the init rerun it on the original
+    base; `load_adapter` does not need to run it.
 
     Args:
-        model: The adapted model; only read.
+        model: The adapted model; not changed.
         folder: The directory.
         name: The adapter.
         base_model_name_or_path: Name or path of the base; None keeps the config's value.
         facts: Metadata for `lorakit.json`.
         allow: Checks to override: "nonfinite".
-        tensors: Name on disk -> tensor (…) to write instead of the model's.
+        tensors: Name on disk -> tensor (…), as in `save_adapter`.
 
     Returns:
         The files written.
 
     Raises:
-        AdapterError: There is no such adapter, or its values are not finite.
+        AdapterError: The adapter is not on the model, or has non-finite values.
         DiskError: The disk is full or fails.
         ConfigError: A name in `allow` is unknown.
     """
@@ -258,13 +259,13 @@ def save_form(
     Args:
         model: The adapted model, or its index; the fingerprint of its base is written.
         folder: The directory.
-        found: Tensors, config, sites.
+        found: The adapter, ready to be written.
         base_model_name_or_path: Name or path of the base.
         facts: Metadata for `lorakit.json`.
         allow: Checks to override: "nonfinite".
 
     Raises:
-        AdapterError: Its values are not finite.
+        AdapterError: The adapter has non-finite values.
         DiskError: The disk is full or fails.
         ConfigError: A name in `allow` is unknown.
     """
@@ -284,13 +285,13 @@ def save_form(
 def _config_on_disk(index: AdapterIndex, config: LoraConfig, base: str | None) -> bytes:
     transposed = any(
         layer.base.transposed and layer.kind.drops for _, layer in index.layers() if layer.r
-    )  # an embedding is stored transposed too, but readers mean dense layers
+    )  # embeddings are stored transposed too, but for readers the field refers to dense layers
     heads = HEADS_BY_TASK.get(config.task_type, ())
     of_class = {"base_model_class": type(index.model).__name__, "parent_library": type(index.model).__module__}
     config = dataclasses.replace(
         config,
         target_modules=portable_targets(index, config),
-        auto_mapping=config.auto_mapping or (None if config.task_type else of_class),  # as PEFT; never read
+        auto_mapping=config.auto_mapping or (None if config.task_type else of_class),  # as in PEFT; never read
         modules_to_save=list(dict.fromkeys([*(config.modules_to_save or []), *heads])) or None,
         fan_in_fan_out=transposed,
         inference_mode=True,
@@ -319,9 +320,9 @@ def _check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
     bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise AdapterError(
-            f"Adapter {name!r} holds NaN or infinite numbers in {len(bad)} of {len(tensors)} tensors, first in "
+            f"Adapter {name!r} contains NaN or infinite values in {len(bad)} of {len(tensors)} tensors, first in "
             f"{bad[0]}.",
-            advice=f"It was not saved; {OVERRIDE} to save it anyway.",
+            advice=f"The adapter was not saved; {OVERRIDE} to save it anyway.",
             what=name,
             where=bad[0],
             override="nonfinite",

@@ -1,1 +1,1 @@
-"""An adapter on disk: its tensors and their names, its directory with `lorakit.json`, findings on its content."""
+"""An adapter on disk: tensors and their names, the directory with `lorakit.json`, findings about the content."""

@@ -1,8 +1,9 @@
-"""An adapter's directory, read and verified without a model; and `lorakit.json`, which lorakit adds to PEFT's files.
+"""Read, verify and write an adapter's directory: PEFT's files, and `lorakit.json`, which lorakit adds.
 
-`lorakit.json` holds the fingerprint of the base, SHA-256 of weights and config, rank and alpha of each site, metadata
-of the training, and a seal over itself. An adapter without it, or rewritten by another program, still loads, but cannot
-be verified. While files are replaced one by one, it also describes the old ones, so that a mixed directory is rejected.
+`lorakit.json` contains the base's fingerprint, SHA-256 of weights and config, rank and alpha of each site, training
+metadata, and a seal: a checksum of the rest. An adapter without this file, or one that another program has rewritten,
+still loads but cannot be verified. While files are replaced one by one, `lorakit.json` also describes the old files, so
+that a mixture of old and new files is rejected.
 """
 
 from __future__ import annotations
@@ -26,27 +27,27 @@ SIDECAR_FILE = "lorakit.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FORMAT_VERSION = 2
 SEALED_SINCE = 2
-"""The first format whose file has a seal and must name the SHA-256 of weights and config."""
+"""The first format in which a seal and the SHA-256 of weights and config are mandatory."""
 
 METADATA_KEY = "lorakit"
-"""Key in the header of the weights file; it is missing if another program has rewritten the file."""
+"""Key in the header of the weights file, which is missing if another program has rewritten the file."""
 
 KINDS_KEY = "kinds"
-"""Key of the names of the user's kinds of site that the adapter was made with."""
+"""Key for the names of the custom kinds of site that the adapter uses."""
 
 INITIAL_FILE = "lorakit_initial.safetensors"
-"""File with the initial factors of an adapter that has a residual base and is written as trained."""
+"""File with the initial factors of an adapter that has a residual base and was saved as trained."""
 
 MAX_BYTES = 16 << 20
 
 REPLACES = "replaces"
-"""Key of the old files while they are replaced one by one: their SHA-256, and the old `lorakit.json`."""
+"""Key for the SHA-256 of the old files and the old content of `lorakit.json` while files are replaced one by one."""
 
 BEGAN = "began"
-"""Key of the initial state of an adapter with a residual base: fields of its config, rank and alpha of each site."""
+"""Key for the initial state of an adapter with a residual base: config fields, and rank and alpha of each site."""
 
 ATTEMPTS = 3
-"""Attempts to read an adapter that another process replaces meanwhile."""
+"""Maximum number of attempts to read an adapter while another process replaces it."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,15 @@ class Sidecar:
     """Content of `lorakit.json`; every field is empty if there is no such file.
 
     Attributes:
-        present: The file exists.
-        weights_sha256: The weights' SHA-256, and that of the file that they were replacing when they were written.
-        config_sha256: The config's SHA-256.
+        present: Whether the file exists.
+        weights_sha256: SHA-256 of the weights and, in format 1, also of the weights that they were replacing.
+        config_sha256: SHA-256 of the config.
         base: Fingerprint of the base, or None.
         sites: Site -> {"r", "lora_alpha"}.
         facts: Everything else: training metadata, names, hashes.
         began: The initial state of an adapter with a residual base; empty for others.
         format_version: The file's format; 0 if there is no file.
-        interrupted: A save was interrupted, and the files are those from before it.
+        interrupted: Whether a save was interrupted, so that the files are those from before it.
     """
 
     present: bool = False
@@ -85,9 +86,10 @@ class AdapterFiles:
         config: The config.
         file: The weights.
         sidecar: The content of `lorakit.json`.
-        config_is_ours: The config is byte for byte the one that was written with the weights.
+        config_is_ours: Whether the config is, byte for byte, the one that was written with the weights.
         warnings: Messages for the user.
-        made: An operation on adapters made it in memory; its update may be zero.
+        made: Whether an operation built the adapter in memory instead of reading it from disk; an all-zero update is
+            then accepted.
     """
 
     folder: Path
@@ -100,7 +102,7 @@ class AdapterFiles:
 
     @property
     def is_ours(self) -> bool:
-        """Return whether config and weights are, byte for byte, those that `lorakit.json` describes."""
+        """True if config and weights are, byte for byte, those that `lorakit.json` describes."""
         return self.config_is_ours and self.file.sha256 in self.sidecar.weights_sha256
 
 
@@ -111,12 +113,12 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
         folder: A directory that PEFT or lorakit wrote.
 
     Raises:
-        AdapterFileError: A file is missing, damaged, or of a kind that is never loaded.
+        AdapterFileError: A file is missing, damaged, or in a format that is never loaded, such as pickle.
         NotYetSupported: The adapter needs a feature that is not implemented.
     """
     folder = Path(folder)
     if folder.is_file():
-        raise file_error(folder, f"this is a file; an adapter is a directory with {CONFIG_FILE}.")
+        raise file_error(folder, f"this is a file, but an adapter is a directory with {CONFIG_FILE}.")
     for _ in range(ATTEMPTS):
         before = _identities(folder)
         try:
@@ -127,11 +129,11 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
         else:
             if _identities(folder) == before:
                 return files
-    raise file_error(folder, "its files changed while they were read. Load it when nothing writes there.")
+    raise file_error(folder, "the files changed while they were read. Retry when no other process writes there.")
 
 
 def _read_once(folder: Path) -> AdapterFiles:
-    """Read and verify the files; another process may replace them meanwhile."""
+    """Read and verify the files, which another process may replace at the same time."""
     config, unknown = read_config(folder)
     weights = folder / WEIGHTS_FILE
     if not weights.exists() and (folder / "adapter_model.bin").exists():
@@ -147,7 +149,7 @@ def _read_once(folder: Path) -> AdapterFiles:
         sidecar = _parsed(folder / SIDECAR_FILE, values, interrupted)
     said = []
     if unknown:
-        said.append(f"{folder}: fields of {CONFIG_FILE} that are not known here were left out: {', '.join(unknown)}.")
+        said.append(f"{folder}: unknown fields of {CONFIG_FILE} were ignored: {', '.join(unknown)}.")
     doubt = _doubt(sidecar, file, weights)
     if doubt and sidecar.present:
         said.append(f"{folder}: {doubt}.")
@@ -155,7 +157,7 @@ def _read_once(folder: Path) -> AdapterFiles:
         said.append(f"{folder}: a save was interrupted; this is the adapter from before it.")
     ours = sidecar.present and sidecar.config_sha256 == durable.sha256_file(folder / CONFIG_FILE)
     if sidecar.present and not ours:
-        said.append(f"{folder}: {CONFIG_FILE} was edited since the adapter was saved; the edited one is used.")
+        said.append(f"{folder}: {CONFIG_FILE} was edited after the adapter was saved; the edited config is used.")
     return AdapterFiles(folder, config, file, sidecar, ours, tuple(said))
 
 
@@ -165,10 +167,10 @@ def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) ->
     Args:
         files: The adapter's files.
         path: The site's path on disk.
-        pattern_path: The path to compare with patterns, if it differs.
+        pattern_path: The path to match against patterns, if it is not `path`.
 
     Raises:
-        AdapterFileError: It depends on a regular expression, which is not run.
+        AdapterFileError: Alpha depends on a regular expression, which is not run.
     """
     if files.config_is_ours and path in files.sidecar.sites:
         return float(files.sidecar.sites[path]["lora_alpha"])
@@ -183,8 +185,8 @@ def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) ->
 def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
     """Return the bare parameters that a site on disk may belong to, sorted; none if the module itself is a target.
 
-    The files name modules, not their bare parameters: which parameter a tensor belongs to follows from the order in
-    which the module defines them, and only the model has that order.
+    The files name modules, not their bare parameters. The parameter that a tensor belongs to follows from the order in
+    which the module defines its parameters, and only the model has that order.
 
     Args:
         config: The adapter's config.
@@ -207,7 +209,7 @@ def rank_and_alpha(files: AdapterFiles, path: str, rows: int) -> tuple[int, floa
     Args:
         files: The adapter's files.
         path: The site's path on disk.
-        rows: Rows of its A: the rank, or the rank times the number of experts.
+        rows: Rows of A at the site: the rank, or the rank times the number of experts.
     """
     config = files.config
     known = files.sidecar.sites.get(path) if files.config_is_ours else None
@@ -231,10 +233,10 @@ class SavedAdapter:
     """Result of saving an adapter.
 
     Attributes:
-        folder: Its directory.
-        files: The names written.
-        weights_bytes: Size of the weights.
-        weights_sha256: Their SHA-256, which identifies the adapter regardless of its name.
+        folder: The adapter's directory.
+        files: Names of the files written.
+        weights_bytes: Size of the weights file in bytes.
+        weights_sha256: SHA-256 of the weights file, which identifies the adapter regardless of its name.
     """
 
     folder: Path
@@ -248,15 +250,15 @@ def write_files(
 ) -> SavedAdapter:
     """Write the files of an adapter; a crash leaves the old adapter, the new one, or a directory that is rejected.
 
-    The directory is exchanged for a complete new one, so that it is never mixed. If the system cannot do that, the
-    files are replaced in an order in which `lorakit.json` says which ones belong together at any time.
+    The directory is exchanged for a complete new one, so that old and new files never mix. If the system cannot do
+    that, the files are replaced in an order in which `lorakit.json` always says which ones belong together.
 
     Args:
         folder: The directory; created if missing. Other files in it stay.
         config: Content of `adapter_config.json`.
         weights: Content of `adapter_model.safetensors`.
-        about: Further values of `lorakit.json`: base, sites, metadata.
-        initial: Content of `lorakit_initial.safetensors`; None removes it.
+        about: Other values of `lorakit.json`: base, sites, metadata.
+        initial: Content of `lorakit_initial.safetensors`; None removes the file.
 
     Returns:
         The files written.
@@ -279,10 +281,10 @@ def sidecar_bytes(
     """Return the content of `lorakit.json`.
 
     Args:
-        about: Its other values: base, sites, metadata.
+        about: Other values: base, sites, metadata.
         config: Content of `adapter_config.json`.
         weights: Content of `adapter_model.safetensors`.
-        replaces: The result of `replaced_files`, while the two replace older ones one by one.
+        replaces: The result of `replaced_files` while config and weights replace older ones one by one, else None.
     """
     values: JsonObject = {
         **about,
@@ -295,10 +297,10 @@ def sidecar_bytes(
 
 
 def replaced_files(folder: Path) -> JsonObject:
-    """Return what `lorakit.json` records of the files that are replaced: their SHA-256, and its own old content.
+    """Return what `lorakit.json` records about the files to replace: their SHA-256, and its own old content.
 
     Args:
-        folder: Their directory; `files` of the result is empty if they are not a complete adapter.
+        folder: The directory; `files` in the result is empty if the directory is not a complete adapter.
     """
     try:
         values, _ = _valid_values(folder)
@@ -309,7 +311,7 @@ def replaced_files(folder: Path) -> JsonObject:
 
 
 def _identities(folder: Path) -> list[tuple[int, int, int] | None]:
-    """Return inode, time and size of each file of an adapter, None if it is missing: they change if it is replaced."""
+    """Return inode, time and size of each adapter file (None if missing), to detect that a file was replaced."""
     found: list[tuple[int, int, int] | None] = [None, None, None]
     for at, name in enumerate((CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE)):
         with contextlib.suppress(OSError):
@@ -319,7 +321,7 @@ def _identities(folder: Path) -> list[tuple[int, int, int] | None]:
 
 
 def _valid_values(folder: Path) -> tuple[JsonObject | None, bool]:
-    """Return the values that describe the present files, and whether these are from before an interrupted save."""
+    """Return the values that describe the current files, and whether the files are from before an interrupted save."""
     path = folder / SIDECAR_FILE
     if not path.exists():
         return None, False
@@ -357,16 +359,16 @@ def _mixed(
 
 
 def _first_factors(values: JsonObject) -> dict[str, str]:
-    """Return the name of the file with an adapter's initial factors and its SHA-256, if it needs one."""
+    """Return name -> SHA-256 of the file with an adapter's initial factors; empty if the adapter needs none."""
     began = _table(values.get(BEGAN))
     return {str(began["file"]): str(began.get("sha256"))} if began.get("file") else {}
 
 
 def _checked(path: Path, value: JsonValue) -> JsonObject:
-    """Return a value that is a table of a known format, with a valid seal if its format has one.
+    """Check that a value is a table in a known format, with a valid seal if the format has one, and return it.
 
     Raises:
-        AdapterFileError: It is not, or its format is newer than this version reads.
+        AdapterFileError: The value fails a check, or its format is newer than this version reads.
     """
     values = _table(value)
     version = values.get("format_version")
@@ -375,8 +377,8 @@ def _checked(path: Path, value: JsonValue) -> JsonObject:
     if version > FORMAT_VERSION:
         raise file_error(
             path,
-            f"format {version} is newer than the {FORMAT_VERSION} read here. Update lorakit, "
-            "or remove the file to load unverified.",
+            f"format {version} is newer than format {FORMAT_VERSION}, the latest that this version reads. Update "
+            "lorakit, or remove the file to load unverified.",
         )
     hashes = [_table(values.get(key)).get("sha256") for key in ("weights", "config")]
     if version >= SEALED_SINCE and not (
@@ -384,8 +386,8 @@ def _checked(path: Path, value: JsonValue) -> JsonObject:
     ):
         raise file_error(
             path,
-            f"damaged or edited: its {SEAL} does not fit its content. Restore it from a copy, or remove it to "
-            f"load unverified, with the alphas of {CONFIG_FILE}.",
+            f"damaged or edited: its {SEAL} does not match its content. Restore it from a copy, or remove it to "
+            f"load unverified, with the alphas in {CONFIG_FILE}.",
         )
     return values
 
@@ -406,7 +408,7 @@ def _parsed(path: Path, values: JsonObject, interrupted: bool) -> Sidecar:
         if not _is_site(entry):
             raise _not_valid(path, f"sites[{site!r}] is {str(entry)[:60]}; numbers r and lora_alpha were expected")
     if began and not all(map(_is_site, _table(began.get("sites")).values())):
-        raise _not_valid(path, f"{BEGAN} does not hold numbers r and lora_alpha")
+        raise _not_valid(path, f"{BEGAN} does not contain numbers r and lora_alpha for each site")
     version = values["format_version"]
     return Sidecar(True, shas, str(config.get("sha256", "")), base, sites, facts, began, version, interrupted)
 
@@ -415,21 +417,21 @@ def _doubt(sidecar: Sidecar, file: TensorFile, path: Path) -> str | None:
     """Return why weights cannot be verified; None if they are those that lorakit wrote.
 
     Raises:
-        AdapterFileError: lorakit wrote them, and they have changed since: damaged.
+        AdapterFileError: lorakit wrote the weights, but they have changed since or belong to another `lorakit.json`.
     """
     written = file.metadata.get(METADATA_KEY, "")
     if sidecar.present and written.isdecimal() and int(written) > sidecar.format_version:
         raise file_error(
             path,
             f"written in format {written}, but {SIDECAR_FILE} is of format {sidecar.format_version}: damaged, "
-            f"or of another adapter. Restore {SIDECAR_FILE} from a copy, or remove it to load unverified.",
+            f"or from another adapter. Restore {SIDECAR_FILE} from a copy, or remove it to load unverified.",
         )
     if file.sha256 in sidecar.weights_sha256:
         return None
     if sidecar.present and METADATA_KEY in file.metadata:
         raise file_error(
             path,
-            f"damaged: its SHA-256 is {file.sha256[:12]}…, and what was written has "
+            f"damaged: its SHA-256 is {file.sha256[:12]}…, but that of the file as written is "
             f"{''.join(sidecar.weights_sha256[:1])[:12] or 'none'}…. Restore it from a copy.",
         )
     if sidecar.present:

@@ -1,7 +1,7 @@
-"""Inspect an adapter's files without a model: config, sites, the norm of each, and findings.
+"""Inspect an adapter's files without a model: config, sites and their norms, and findings.
 
-Findings are what is valid but implausible, and values that are not finite: loading warns of them or raises an error,
-and inspecting lists the same messages.
+A finding is a valid but implausible property, or a value that is not finite. Loading warns of findings or raises an
+error, and inspecting lists the same messages.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from lorakit.errors import OVERRIDE, AdapterFileError
 ZERO, PARTLY_ZERO, NONFINITE = "zero_update", "partly_zero", "nonfinite"
 VALUES, SCALE, ALPHA = "large_values", "large_scale", "alpha_not_positive"
 PATTERN, INIT = "steep_alpha_pattern", "unknown_init"
-"""The kinds of findings."""
+"""Kinds of findings."""
 
 LARGEST_USUAL_VALUE = 1e4
 """Larger magnitudes are implausible: in practice trained factors are below 10 and base weights below 1,000; the maximum
 of fp16 is 65,504."""
 
 STEEPEST_USUAL_PATTERN = 100.0
-"""A larger ratio of a site's scale to the config's scale is implausible. Published patterns of ranks and alphas stay
-below 64, and a pattern that follows the rank changes no scale."""
+"""A larger ratio of a site's scale to the config's scale is implausible. In published patterns of ranks and alphas, the
+ratio stays below 64, and an alpha pattern that follows the rank pattern does not change the scale."""
 
 ADVICE: Mapping[str, str] = {
     ZERO: "the adapter has no effect there; it was never trained, or training did not change it",
     PARTLY_ZERO: "the adapter has no effect there",
     VALUES: f"trained values are below {LARGEST_USUAL_VALUE:g}",
     SCALE: "check lora_alpha, r and the patterns",
-    ALPHA: "at zero the adapter has no effect, below zero the opposite of the trained one",
+    ALPHA: "at zero the adapter has no effect; below zero, it has the opposite of the trained effect",
 }
-"""Kind of a finding -> its meaning."""
+"""Kind of a finding -> explanation or advice."""
 
 NAMED = 3
-"""The number of sites or tensors that a finding names."""
+"""Maximum number of sites or tensors that a finding names."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Finding:
         kind: "zero_update", "partly_zero", "nonfinite", "large_values", "large_scale",
             "alpha_not_positive", "steep_alpha_pattern" or "unknown_init".
         where: Sites, or names of tensors for "nonfinite" and "large_values"; empty for the whole adapter.
-        value: The value of the first of them, or None.
+        value: The value at the first entry of `where`, the name of an unknown init, or None.
         text: The message.
     """
 
@@ -74,12 +74,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Site:
-    """A site, as far as it is known without a model.
+    """A site's properties that are known without a model.
 
     Attributes:
-        path: Its path on disk.
-        alpha: Its alpha, or None if it is unknown.
-        scale: Its effective scale, or None if it is unknown.
+        path: The path on disk.
+        alpha: The site's alpha, or None if unknown.
+        scale: The effective scale, or None if unknown.
     """
 
     path: str
@@ -91,9 +91,9 @@ def judge(config: LoraConfig, sites: Sequence[Site], largest: Mapping[str, float
     """Return what is implausible about an adapter.
 
     Args:
-        config: Its config.
-        sites: Its sites.
-        largest: Name on disk -> largest magnitude in that tensor, as `largest_values` returns it.
+        config: The adapter's config.
+        sites: The adapter's sites.
+        largest: Name on disk -> largest magnitude in that tensor, as returned by `largest_values`.
 
     Returns:
         The findings; empty for a plausible adapter.
@@ -109,7 +109,7 @@ def judge(config: LoraConfig, sites: Sequence[Site], largest: Mapping[str, float
 
 
 def nonfinite(largest: Mapping[str, float]) -> Finding | None:
-    """Return the finding for NaN and infinite values, or None; `largest` is as for `judge`."""
+    """Return the finding for NaN and infinite values, or None; `largest` is the same as in `judge`."""
     return _of_tensors(NONFINITE, "NaN or infinite numbers", largest, lambda value: not math.isfinite(value))
 
 
@@ -117,7 +117,7 @@ def not_finite(folder: Path, finding: Finding) -> AdapterFileError:
     """Return the error for NaN or infinite values that are not allowed."""
     return AdapterFileError(
         f"{folder}: {finding}",
-        advice=f"Take an earlier checkpoint, or {OVERRIDE}.",
+        advice=f"Use an earlier checkpoint, or {OVERRIDE}.",
         what=next(iter(finding.where), None),
         where=folder,
         override="nonfinite",
@@ -127,13 +127,13 @@ def not_finite(folder: Path, finding: Finding) -> AdapterFileError:
 def implausible(folder: str | Path, findings: Sequence[Finding], may_be_zero: bool = False) -> tuple[str, ...]:
     """Return one message that names all findings, or nothing if there are none.
 
-    Some zero sites among others do not cause a warning: experts that no token reached have them, and so do adapters
-    extracted from a model that changed in part. Inspecting lists them.
+    Zero updates at only some sites do not cause a warning: they are normal for experts that no token reached, and for
+    adapters extracted from a model that changed only in part. Inspecting lists them.
 
     Args:
         folder: The adapter's directory.
         findings: The result of `judge`.
-        may_be_zero: A zero update is plausible: the adapter will be trained, or is one of several.
+        may_be_zero: Whether a zero update is plausible, for example because the adapter will be trained.
     """
     ignored = {PARTLY_ZERO, ZERO} if may_be_zero else {PARTLY_ZERO}
     messages = [str(finding) for finding in findings if finding.kind not in ignored]
@@ -141,7 +141,7 @@ def implausible(folder: str | Path, findings: Sequence[Finding], may_be_zero: bo
 
 
 def largest_values(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return name -> `largest_value` of tensors, each (…)."""
+    """Return name -> `largest_value` for tensors (…)."""
     return {name: largest_value(tensor) for name, tensor in tensors.items()}
 
 
@@ -178,7 +178,7 @@ def _scales(config: LoraConfig, sites: Sequence[Site]) -> list[Finding]:
         for path, alpha, value in known
         if config.alpha_pattern and alpha != config.lora_alpha and abs(value) >= STEEPEST_USUAL_PATTERN * usual > 0
     ]
-    steepness = f"alpha_pattern makes the scale {STEEPEST_USUAL_PATTERN:g} times that of the config or more"
+    steepness = f"alpha_pattern makes the scale at least {STEEPEST_USUAL_PATTERN:g} times that of the config"
     sorts = (
         (ALPHA, "lora_alpha, and so the scale, is zero or negative", alphas),
         (SCALE, f"The scale is {LARGEST_USUAL_SCALE:g} or more", large),
@@ -192,14 +192,14 @@ def _init(config: LoraConfig) -> Finding | None:
         return None
     name = str(config.init_lora_weights)
     text = (
-        f"init_lora_weights is {name!r}, which is not known here and is ignored: if that init changes the base, "
-        "the adapter does not fit an unchanged one."
+        f"init_lora_weights is {name!r}, which is unknown and ignored: if that init changes the base, the adapter does "
+        "not fit an unchanged base."
     )
     return Finding(INIT, (), name, text)
 
 
 def _finding(kind: str, what: str, found: Sequence[tuple[str, float]]) -> Finding:
-    """Return a finding that names the first of what was found: pairs of a site or tensor and its value."""
+    """Return a finding that names the first few of `found`: pairs of a site or tensor and its value."""
     shown = [name if kind in (ZERO, PARTLY_ZERO) else f"{name} ({value:g})" for name, value in found[:NAMED]]
     more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
     advice = f": {ADVICE[kind]}" if kind in ADVICE else ""
@@ -212,14 +212,14 @@ class SiteSummary:
     """One site of an adapter on disk.
 
     Attributes:
-        path: Its path on disk.
+        path: The path on disk.
         r: Rank; for experts in one parameter, the rank of each.
         lora_alpha: Alpha, or None if it depends on a pattern that is not a plain name.
         scale: Effective scale, or None if alpha is None.
         in_features: Columns of A.
         out_features: Rows of B.
         norm: Frobenius norm of scale·B·A (without the scale if it is unknown).
-        experts: Number of matrices that share A and B; 0 if there is only one.
+        experts: Number of experts whose factors are in A and B; 0 for a single matrix.
     """
 
     path: str
@@ -237,16 +237,16 @@ class AdapterSummary:
     """An adapter on disk.
 
     Attributes:
-        folder: Its directory.
-        config: Its config.
-        sites: Its sites, sorted.
-        parameters: Number of elements of its tensors.
-        weights_bytes: Size of the weights file.
-        weights_sha256: Its SHA-256.
-        base: Fingerprint of its base, or None.
+        folder: The adapter's directory.
+        config: The adapter's config.
+        sites: The adapter's sites, sorted.
+        parameters: Number of elements in all tensors.
+        weights_bytes: Size of the weights file in bytes.
+        weights_sha256: SHA-256 of the weights file.
+        base: Fingerprint of the base, or None.
         facts: Metadata in `lorakit.json`.
         findings: Messages about what looks wrong; empty for a healthy adapter.
-        judged: The findings about its values and scales, which loading warns of; they are in `findings` too.
+        judged: Findings about values and scales; their messages are in `findings` too.
     """
 
     folder: str
@@ -268,7 +268,7 @@ def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterSummary:
         folder: A directory that PEFT or lorakit wrote.
 
     Returns:
-        The summary; `findings` names zero B, NaN, odd scales and files that changed.
+        The summary; `findings` reports zero updates, NaN, implausible scales and changed files.
 
     Raises:
         AdapterFileError: A file is missing or damaged.
@@ -305,7 +305,7 @@ def judge_files(files: AdapterFiles, allow: Collection[str] = ()) -> tuple[Findi
         The findings, the same as those of `inspect_adapter`.
 
     Raises:
-        AdapterFileError: It contains NaN or infinite values.
+        AdapterFileError: The adapter contains NaN or infinite values, and "nonfinite" is not allowed.
     """
     pairs, _ = _pairs(files.file.tensors)
     sites = [_known_site(files, path, A)[1] for path, (A, _) in pairs.items()]
@@ -317,7 +317,7 @@ def judge_files(files: AdapterFiles, allow: Collection[str] = ()) -> tuple[Findi
 
 
 def delta_norm(A: Tensor, B: Tensor) -> float:
-    """Return the Frobenius norm of B·A without the product: √ trace((BᵀB)(AAᵀ)).   [docs/math.md (9)]
+    """Return the Frobenius norm of B·A without computing the product: √ trace((BᵀB)(AAᵀ)).   [docs/math.md (9)]
 
     Args:
         A: (r, in).
@@ -328,7 +328,7 @@ def delta_norm(A: Tensor, B: Tensor) -> float:
 
 
 def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
-    """Return A (r, in, …) and B (out, r, …) of each site, and the sites where one is missing or the ranks differ."""
+    """Return A (r, in, …) and B (out, r, …) of each site, and the sites where either is missing or the ranks differ."""
     pairs, odd_paths = {}, []
     for path, parts in sorted(by_site(tensors).items()):
         A, B = parts.get("A"), parts.get("B")
@@ -340,7 +340,7 @@ def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tenso
 
 
 def _known_site(files: AdapterFiles, path: str, A: Tensor) -> tuple[int, Site]:
-    """Return the rank of a site, and what is known of it, from its A, (r, in, …)."""
+    """Return the rank of a site and what is known about the site, given its A (r, in, …)."""
     r, alpha = rank_and_alpha(files, path, int(A.shape[0]))
     return r, Site(path, alpha, None if alpha is None else scale(r, alpha, files.config.use_rslora))
 
@@ -357,15 +357,13 @@ def _site(files: AdapterFiles, path: str, A: Tensor, B: Tensor) -> SiteSummary:
 
 
 def _unreadable(sites: Sequence[SiteSummary], odd_paths: Sequence[str]) -> list[str]:
-    """Return messages about what the files leave unknown."""
+    """Return messages about sites that the files do not fully describe."""
     found = []
     unknown = [s.path for s in sites if s.scale is None]
     if unknown:
         found.append(f"The scale of {len(unknown)} sites depends on a regular expression, which is not run.")
     if odd_paths:
-        found.append(
-            f"A or B is missing, or they do not fit together, at {len(odd_paths)} sites, first {odd_paths[0]}."
-        )
+        found.append(f"A or B is missing, or their ranks differ, at {len(odd_paths)} sites, first {odd_paths[0]}.")
     if not sites:
-        found.append("There are no LoRA sites in the file.")
+        found.append("The file contains no LoRA sites.")
     return found

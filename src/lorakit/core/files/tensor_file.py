@@ -1,8 +1,7 @@
-"""Read and write one safetensors file, with every check before memory is taken.
+"""Read and write safetensors files; a file is checked completely before tensors are created.
 
-The header is parsed here: its size and the number of tensors are bounded, no name occurs twice, dtypes are floating,
-and the spans fill the file exactly. A valid file is read into memory, never mapped, so that a later change of the file
-has no effect.
+The checks parse the header: its size and the number of tensors are limited, names are unique, dtypes are supported, and
+the tensors fill the file exactly. A file is read into memory, never mapped, so that later changes to it have no effect.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ MAX_FILE_BYTES = 64 << 30
 MAX_HEADER_BYTES = 8 << 20
 MAX_TENSORS = 100_000
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""dtypes that factors may have on disk, with their size in bytes; a cast from others would destroy the values."""
+"""dtypes that factors may have on disk, with their size in bytes; converting from others would destroy the values."""
 
 WHOLE_BYTES = {"I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
-"""Further dtypes that buffers of saved modules may have, such as a batch norm's count."""
+"""Additional dtypes for buffers of saved modules, such as a batch norm's batch counter."""
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """The content of a file.
+    """The content of a safetensors file.
 
     Attributes:
         tensors: Name -> tensor (…) on the CPU.
@@ -65,13 +64,13 @@ def encode(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 
 def _in_order(data: bytes) -> bytes:
-    """Return the same file with sorted metadata: safetensors writes them in an order that varies from call to call."""
+    """Return the same file with sorted metadata; the order in which safetensors writes it varies from call to call."""
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     if "__metadata__" in header:
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the data start at a multiple of eight
+    text += b" " * (-len(text) % 8)  # the data starts at a multiple of eight
     return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
@@ -83,11 +82,11 @@ def read_tensors(path: str | os.PathLike[str], max_bytes: int = MAX_FILE_BYTES) 
         max_bytes: Largest size to read.
 
     Returns:
-        Its tensors, each (…), its metadata and its SHA-256.
+        The file's tensors (…), metadata and SHA-256.
 
     Raises:
         AdapterFileError: The file is missing or not a regular file, or its content is damaged or implausible; the
-            message says what was found where.
+            message says what is wrong and where.
     """
     data = read_bytes(path, max_bytes)
     header, start = _header(path, data)
@@ -95,16 +94,16 @@ def read_tensors(path: str | os.PathLike[str], max_bytes: int = MAX_FILE_BYTES) 
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise file_error(path, "the header's metadata is not a table of strings.")
     if len(header) > MAX_TENSORS:
-        raise file_error(path, f"names {len(header):,} tensors; at most {MAX_TENSORS:,} are read.")
+        raise file_error(path, f"the header names {len(header):,} tensors; at most {MAX_TENSORS:,} are read.")
     spans = sorted(_span(path, name, entry) for name, entry in header.items())
     end = 0
     for first, last, name in spans:
         if first != end:
-            raise file_error(path, f"tensor {name!r} begins at byte {first}, where {end} was expected.")
+            raise file_error(path, f"tensor {name!r} begins at byte {first}, but {end} was expected.")
         end = last
     if start + end != len(data):
         raise file_error(
-            path, f"holds {len(data):,} bytes, and its header describes {start + end:,}; it is truncated or damaged."
+            path, f"has {len(data):,} bytes, but its header describes {start + end:,}: truncated or damaged."
         )
     return TensorFile(safetensors.torch.load(data), metadata, sha256_bytes(data), len(data))
 
@@ -114,10 +113,10 @@ def _header(path: str | os.PathLike[str], data: bytes) -> tuple[JsonObject, int]
         raise file_error(path, f"{len(data)} bytes are too few for a safetensors file: empty or truncated.")
     size = int.from_bytes(data[:8], "little")
     if size > MAX_HEADER_BYTES or 8 + size > len(data):
-        pickled = data[:2] == b"PK" or (data[0] == 0x80 and data[1] <= 5)  # a zip of torch's, or any protocol
+        pickled = data[:2] == b"PK" or (data[0] == 0x80 and data[1] <= 5)  # torch's zip format, or any pickle protocol
         kind = "a pickle, which is never loaded" if pickled else "damaged"
         raise file_error(path, f"not a safetensors file (it claims a header of {size:,} bytes); it may be {kind}.")
-    if data.count(b":", 8, 8 + size) > 4 * MAX_TENSORS + 10_000:  # four per tensor; counted, since parsing takes long
+    if data.count(b":", 8, 8 + size) > 4 * MAX_TENSORS + 10_000:  # four per tensor; counted, as parsing is slow
         raise file_error(path, f"the header names too many tensors; at most {MAX_TENSORS:,} are read.")
     try:
         header = parse_json(data[8 : 8 + size])
@@ -134,14 +133,14 @@ def _span(path: str | os.PathLike[str], name: str, value: JsonValue) -> tuple[in
         dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [first, last, *shape]
     except (TypeError, KeyError, ValueError):
-        raise file_error(path, f"the header's entry for {name!r} is not one of a tensor.") from None
+        raise file_error(path, f"the header's entry for {name!r} does not describe a tensor.") from None
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
-        raise file_error(path, f"tensor {name!r} has a shape or offset that is not made of whole numbers.")
+        raise file_error(path, f"tensor {name!r} has a shape or offset with a value that is not an integer >= 0.")
     sizes = ITEM_BYTES if ".lora_" in name else {**ITEM_BYTES, **WHOLE_BYTES}
     if dtype not in sizes:
         raise file_error(
-            path, f"tensor {name!r} has dtype {dtype}; only {', '.join(ITEM_BYTES)} can hold an adapter's numbers."
+            path, f"tensor {name!r} has dtype {dtype}; supported dtypes of adapters are {', '.join(ITEM_BYTES)}."
         )
     if last - first != sizes[dtype] * math.prod(shape):
-        raise file_error(path, f"tensor {name!r} of shape {shape} does not fit its {last - first} bytes.")
+        raise file_error(path, f"tensor {name!r} has {last - first} bytes, which do not match its shape {shape}.")
     return first, last, name

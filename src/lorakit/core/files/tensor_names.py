@@ -1,6 +1,6 @@
-"""Names of an adapter's tensors on disk: `base_model.model.` + path of the site + ending.
+"""Build and parse the names of an adapter's tensors on disk: `base_model.model.` + path of the site + ending.
 
-The names are PEFT's. Only this module knows them: saving builds names here, and loading parses them here.
+The names are PEFT's. Only this module defines them: saving builds names here, and loading parses them here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class Key(NamedTuple):
-    """A parsed name.
+    """A parsed tensor name.
 
     Attributes:
         path: Path of the site.
@@ -45,7 +45,7 @@ class Key(NamedTuple):
 
 
 def parse(name: str) -> Key | None:
-    """Parse the name of a tensor; return None if it belongs to no factor."""
+    """Parse the name of a tensor; return None if the tensor does not belong to a factor."""
     if not name.startswith(PREFIX):
         return None
     rest = name.removeprefix(PREFIX)
@@ -57,7 +57,7 @@ def parse(name: str) -> Key | None:
 
 
 def by_site(named: Mapping[str, T]) -> dict[str, dict[str, T]]:
-    """Return path of a site -> part -> value of each name that belongs to a factor."""
+    """Return path of a site -> part -> value, for all names that belong to a factor."""
     found: dict[str, dict[str, T]] = {}
     for name, value in named.items():
         key = parse(name)
@@ -72,7 +72,7 @@ def endings_of(kind: Kind) -> tuple[str, str]:
 
 
 def part_names(kind: Kind, variant: Variant) -> dict[str, str]:
-    """Return `Key.part` -> the name below a site's path of each tensor that a factor can have."""
+    """Return `Key.part` -> name relative to the site's path, for each tensor that a factor can have."""
     A, B = kind.names
     own = {tensor.held_as: tensor.keys[0].removeprefix(".") for tensor in variant.tensors}
     return {"A": A + kind.on_disk, "B": B + kind.on_disk, "bias": f"{B}.bias", **own}
@@ -99,7 +99,7 @@ def adapter_tensors(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, 
 
 
 def inside(path: str, depths: Mapping[str, int]) -> str:
-    """Return a path of the plain base as PEFT writes it: with `.base_layer` for each layer around a module on the way.
+    """Return a path of the plain base as PEFT writes it: with `.base_layer` for each layer around a module in the path.
 
     Args:
         path: The path in the plain base.
@@ -112,5 +112,5 @@ def inside(path: str, depths: Mapping[str, int]) -> str:
 
 
 def plain_path(path: str) -> str:
-    """Return the path in the plain base of a path in an adapted model."""
+    """Return the path in the plain base for a path in an adapted model."""
     return ".".join(word for word in path.split(".") if word not in {"base_layer", "original_module", "token_adapter"})

@@ -1,10 +1,10 @@
 """Merge adapters into the base weights, and unmerge them bit for bit.
 
-A merge computes W₀ + Σ update in fp32 or wider from the original base, and writes it once in the base's dtype. The
-original weight is kept (on its device or in main memory) unless the caller gives it up, so several merges can be
-undone in any order. What a low-precision base loses is measured and reported.
+A merge computes W₀ + Σ update in fp32 or wider from the original base, and writes the sum once in the base's dtype. The
+original weight is kept (on its device or in main memory) unless the caller opts out, so several merges can be undone in
+any order. The loss from writing in low precision is measured and reported.
 
-Every component stages its change before the first one commits, so that a call that raises has changed nothing.
+Every component stages its change before the first one commits, so that a call that raises leaves the model unchanged.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lorakit.core.routing.positions import uninstall
 from lorakit.errors import MergeError
 
 Flags = list[tuple[LoraLayer | TrainableTokens, set[str]]]
-"""Layers and tables, each with the names of the base's parameters there that were trained before adapters."""
+"""Layers and tables, each with the names of those base parameters that were trained before adapters were attached."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class MergeReport:
 
     Attributes:
         names: The adapters merged by this call.
-        sites: How much of its delta each site retained.
-        kept_bytes: Memory of the kept originals, in bytes.
+        sites: The retained fraction of the delta and the error at each site.
+        kept_bytes: Memory of the kept original weights, in bytes.
     """
 
     names: tuple[str, ...]
@@ -46,12 +46,12 @@ class MergeReport:
 
     @property
     def retained(self) -> float:
-        """The mean fraction of the delta in the stored weights, 0 to 1; 1 if there was nothing to merge."""
+        """The mean fraction of the delta that the stored weights retain, 0 to 1; 1 if there was nothing to merge."""
         return sum(site.retained for site in self.sites) / len(self.sites) if self.sites else 1.0
 
     @property
     def error(self) -> float:
-        """The mean relative error of the stored weights: a rounding of a plain base, far more of a quantized one."""
+        """The mean relative error of the stored weights: one rounding for a plain base, far more if quantized."""
         return sum(site.error for site in self.sites) / len(self.sites) if self.sites else 0.0
 
 
@@ -63,19 +63,19 @@ def merge(
     Args:
         model: An adapted model, changed in place.
         names: Adapters; none means those of the default route.
-        keep_base: Keep each original weight on its device (True), in main memory ("cpu"), or not (False: this
+        keep_base: Keep each original weight on its device (True), in main memory ("cpu"), or not at all (False, which
             cannot be undone).
         untie: Give a site that shares its weight with another module (tied embeddings) a separate weight.
-        dense: Replace a grouped convolution, whose weight cannot hold the delta, and a quantized module by a plain
-            one, instead of quantizing the merged weight, which loses most of a small delta; the dtype is that of the
-            quantized module's matmuls.
+        dense: Replace grouped convolutions, whose weight cannot hold the delta, and quantized modules with plain ones.
+            Otherwise the merged weight is quantized again, which loses most of a small delta. A module that replaces a
+            quantized one has the dtype of its matmuls.
 
     Returns:
-        How much of the delta is retained, what was lost, and the memory of the kept originals.
+        The fraction of the delta that each site retains, the error, and the memory of the kept original weights.
 
     Raises:
-        MergeError: Already merged, not mergeable, a weight is shared, or the result is not finite.
-        AdapterError: There is no such adapter.
+        MergeError: An adapter is merged already or cannot be merged, a weight is shared, or the result is not finite.
+        AdapterError: An adapter is not on the model.
     """
     index = AdapterIndex.of(model)
     with trainable_block(index):
@@ -113,15 +113,15 @@ def _commit(
 
 
 def unmerge(model: nn.Module | AdapterIndex, *names: str) -> None:
-    """Unmerge adapters; with the last of them the base weights are restored bit for bit.
+    """Unmerge adapters; unmerging the last one restores the base weights bit for bit.
 
     Args:
         model: An adapted model, changed in place, or its index.
         names: Adapters; none means all that are merged.
 
     Raises:
-        MergeError: One of them is not merged, or the base's bits were not kept.
-        AdapterError: There is no such adapter.
+        MergeError: An adapter is not merged, or the original weights were not kept.
+        AdapterError: An adapter is not on the model.
     """
     index = AdapterIndex.of(model)
     with trainable_block(index):
@@ -130,7 +130,7 @@ def unmerge(model: nn.Module | AdapterIndex, *names: str) -> None:
         check_known(state, chosen)
         for name in chosen:
             if name not in merged:
-                text = f"Adapter {name!r} is not merged. Merged here: {', '.join(merged) or 'none'}."
+                text = f"Adapter {name!r} is not merged; merged adapters: {', '.join(merged) or 'none'}."
                 raise MergeError(text, what=name, allowed=merged)
         for path, module in index.components.items():
             module.check_unmerge(path, chosen)
@@ -141,20 +141,20 @@ def unmerge(model: nn.Module | AdapterIndex, *names: str) -> None:
 
 
 def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: bool = False) -> MergeReport:
-    """Merge adapters permanently and remove all layers, hooks and copies; originals are not kept.
+    """Merge adapters permanently and remove all layers, hooks and copies; original weights are not kept.
 
     Args:
         model: An adapted model, changed in place into a plain one.
-        names: Adapters to merge; none means those of the default route. Others are dropped.
-        untie: As `merge`.
-        dense: As `merge`; quantized modules without an adapter stay quantized.
+        names: Adapters to merge; none means those of the default route. All other adapters are dropped.
+        untie: As in `merge`.
+        dense: As in `merge`; quantized modules without an adapter stay quantized.
 
     Returns:
-        How much of the deltas is retained.
+        The fraction of the delta that each site retains, and the error.
 
     Raises:
-        MergeError: As `merge`.
-        AdapterError: There is no such adapter.
+        MergeError: As in `merge`.
+        AdapterError: An adapter is not on the model.
     """
     index = AdapterIndex.of(model)
     with trainable_block(index):
@@ -166,7 +166,7 @@ def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: 
 
 
 def _unload(index: AdapterIndex, merged: Sequence[str], flags: Flags) -> None:
-    """Replace every adapted module by the plain one, and restore `requires_grad` of the base."""
+    """Replace every adapted module with a plain one, and restore the base's `requires_grad` flags."""
     state = index.known_state()
     plain = {module: module.unload() for module in index.components.values()}
     for module, left in plain.items():
@@ -189,7 +189,7 @@ def _unload(index: AdapterIndex, merged: Sequence[str], flags: Flags) -> None:
 
 
 def _trained_before(index: AdapterIndex) -> Flags:
-    """Return layers and tables with the names of the base's parameters that were trained before adapters."""
+    """Return layers and tables with the names of base parameters that were trained before adapters were attached."""
     trained = {id(parameter) for parameter, flag in index.known_state().frozen if flag}
     flags: Flags = []
     for _, layer in index.layers():
@@ -209,7 +209,7 @@ def names_to_merge(index: AdapterIndex, names: Sequence[str]) -> tuple[str, ...]
     """Return the adapters that a call selects: those that it names, or those of the default route.
 
     Raises:
-        AdapterError: There is no such adapter, or the model has none.
+        AdapterError: An adapter is not on the model, or the model has no adapters.
     """
     state = index.known_state()
     chosen = tuple(names or state.default.names)
@@ -218,16 +218,16 @@ def names_to_merge(index: AdapterIndex, names: Sequence[str]) -> tuple[str, ...]
 
 
 def _check_mergeable(index: AdapterIndex, names: Sequence[str], untie: bool, options: MergeOptions) -> None:
-    """Reject a merge that cannot be done; nothing is computed.
+    """Reject a merge that is not possible, without computing anything.
 
     Args:
         index: The model's index.
         names: Adapters to merge.
         untie: As in `merge`.
-        options: How they are merged.
+        options: Options of the merge.
 
     Raises:
-        MergeError: Merged already, not mergeable, or a weight is shared.
+        MergeError: An adapter is merged already or cannot be merged, or a weight is shared.
     """
     if not names:
         raise MergeError("No adapter is active, so there is nothing to merge. Name the adapters.")
@@ -256,7 +256,7 @@ def _is_shared(path: str, other: str, how: str, otherwise: str) -> MergeError:
 
 
 def tied_sites(model: nn.Module | AdapterIndex, names: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the sites of some adapters whose weight another module shares, each with the name of the other.
+    """Return each site of the given adapters that shares its weight, with the weight's name in another module.
 
     Args:
         model: An adapted model, or its index.
@@ -276,17 +276,17 @@ def tied_sites(model: nn.Module | AdapterIndex, names: Sequence[str]) -> list[tu
 
 
 def leaders_of(index: AdapterIndex, names: Sequence[str]) -> dict[LoraLayer, LoraLayer]:
-    """Return the layers that share their weight and their factors of all these adapters -> the layers they follow.
+    """Return layer -> the layer that it follows: both have the same weight and the same factors of all given adapters.
 
     Args:
         index: The model's index.
-        names: Adapters. If only one of two layers has one of them, neither follows the other.
+        names: Adapters; if only one of two layers has a factor of one of these, neither layer follows the other.
     """
     owners: dict[int, LoraLayer] = {}  # id of a factor -> the first layer that has it
     found = {}
     for _, layer in index.layers_of(names):
         leader = layer.leader_of(names)
-        if not layer.kind.on_disk:  # layers without holders share the parameters
+        if not layer.kind.on_disk:  # factors without holder modules: the parameters are shared
             factors = getattr(layer, layer.kind.names[0])
             first = {owners.setdefault(id(factors[name]), layer) for name in names if name in layer.r}
             leader = first.pop() if len(first) == 1 else None
@@ -296,14 +296,14 @@ def leaders_of(index: AdapterIndex, names: Sequence[str]) -> dict[LoraLayer, Lor
 
 
 def untied_copies(index: AdapterIndex, names: Collection[str]) -> list[tuple[str, str]]:
-    """Return saved modules that would no longer share their weight if they replaced the original.
+    """Return saved modules that would no longer share a weight with other modules if they replaced the originals.
 
     Args:
         index: The model's index.
         names: Adapters.
 
     Returns:
-        Path of the saved module, and the name of the other module.
+        Path of the saved module, and name of the weight in another module.
     """
     found = []
     copies = dict(index.every(ModulesToSave))
@@ -326,7 +326,7 @@ def _leading_tables(index: AdapterIndex) -> dict[TrainableTokens, list[Trainable
 
 
 def _shared_table(index: AdapterIndex, table: TrainableTokens, followers: Sequence[TrainableTokens]) -> str | None:
-    """Return the name of another tensor that is the weight of a leading table and does not follow it, or None."""
+    """Return the name that a leading table's weight has in a module that does not follow the table, or None."""
     held = table.token_adapter.weight_here
     members = [module.token_adapter for module in (table, *followers)]
     tied = {id(member.base_layer) for member in members if member.weight_here is held}
@@ -336,7 +336,7 @@ def _shared_table(index: AdapterIndex, table: TrainableTokens, followers: Sequen
 def _components_apart(index: AdapterIndex, names: Sequence[str], untie: bool) -> frozenset[int]:
     """Return the ids of the components that get a separate parameter when some adapters are merged.
 
-    Their parameter is shared with another module, or will be again when a merge with `untie` is undone.
+    These components share a parameter with another module, or will share it again after a merge with `untie` is undone.
 
     Args:
         index: The model's index.
@@ -361,27 +361,27 @@ def _components_apart(index: AdapterIndex, names: Sequence[str], untie: bool) ->
 
 
 WIDE = (torch.float32, torch.float64)
-"""Dtypes of a base in which a merge is exact: merged weights are computed in fp32 or wider."""
+"""Base dtypes in which a merge is exact, because merged weights are computed in fp32 or wider."""
 
 
 def explain_inexact_merge(model: nn.Module, *names: str) -> str | None:
     """Explain why merging adapters would change the model's outputs; None if the merge is exact.   [docs/math.md (12)]
 
-    Exact means: in eval mode, outputs are equal within roundings of the dtype in which the base computes. (W + ΔW)·x
-    and W·x + ΔW·x are then the same sum in another order. That holds if every weight with a factor of these adapters
-    is a plain one in fp32 or wider, so that the sum of (11), computed in that dtype, is stored without rounding. A
-    bf16 or fp16 weight loses whatever is below its precision, and a quantized one far more. It does not hold for
-    matmuls that round the weight once more, as under autocast or with TF32.
+    A merge is exact if outputs in eval mode are equal up to rounding in the dtype in which the base computes:
+    (W + ΔW)·x and W·x + ΔW·x are then the same sum in another order. This is the case if every weight with a factor of
+    these adapters is unquantized and in fp32 or wider, so that the sum of (11), computed in that dtype, is stored
+    without rounding. A bf16 or fp16 weight loses whatever is below its precision, and a quantized one far more. A merge
+    is not exact for matmuls that round the weight again, as under autocast or with TF32.
 
     Args:
         model: An adapted model; it is not changed.
         names: Adapters; none means those of the default route.
 
     Returns:
-        A message that names the site and the dtype, or why there can be no merge at all; None if the merge is exact.
+        A message that names the site and the dtype, or says why a merge is not possible; None if the merge is exact.
 
     Raises:
-        AdapterError: There is no such adapter.
+        AdapterError: An adapter is not on the model.
     """
     index = AdapterIndex.of(model)
     chosen = names_to_merge(index, names)
@@ -395,9 +395,9 @@ def explain_inexact_merge(model: nn.Module, *names: str) -> str | None:
         dtype = layer.base.tensors(layer.original())[0].dtype
         if dtype not in WIDE:
             name = str(dtype).removeprefix("torch.")
-            return f"{path} is {name}, and a merged weight is rounded to that precision. In float32 a merge is exact."
+            return f"{path} is {name}, so a merged weight is rounded to that precision. In float32 a merge is exact."
         if layer.spec.groups > 1:
-            return f"{path} is a convolution of {layer.spec.groups} groups, whose weight cannot hold the delta."
+            return f"{path} is a convolution with {layer.spec.groups} groups, whose weight cannot hold the delta."
     return None
 
 
@@ -411,11 +411,11 @@ def merged_state_dict(model: nn.Module, *names: str) -> dict[str, Tensor]:
     Returns:
         Name -> tensor (…) in the base's dtype. Tensors without an adapter are the model's own, not copies. A weight
         that is tied in the model and adapted in one module appears under both names, with different values. Quantized
-        weights are dequantized, in the dtype of their matmuls: the state dict is that of the plain base.
+        weights are dequantized to the dtype of their matmuls: the state dict is that of the plain base.
 
     Raises:
         MergeError: An adapter cannot be merged.
-        AdapterError: There is no such adapter.
+        AdapterError: An adapter is not on the model.
     """
     index = AdapterIndex.of(model)
     chosen = names_to_merge(index, names)
@@ -439,7 +439,7 @@ class _Merged:
     def __init__(self, index: AdapterIndex, names: Sequence[str]) -> None:
         self._names, self._options = names, MergeOptions(in_place=False)
         led = leaders_of(index, names)
-        self._sites = {  # a module's id and a name in it -> the layer whose weight that is; one weight, bit for bit
+        self._sites = {  # module id and parameter name -> the layer that computes it; tied layers share one
             (id(layer.source), layer.spec.parameter): led.get(layer, layer) for _, layer in index.layers_of(names)
         }
         self._layers = {(id(layer.source), "bias"): layer for _, layer in index.layers_of(names)}
@@ -453,7 +453,7 @@ class _Merged:
             self._biases |= {(id(patch.module), leaf): tensor for leaf, tensor in tensors.items()}
 
     def tensor(self, name: str, module: nn.Module, tensor: Tensor) -> Tensor:
-        """Return a tensor of the base, (…), with adapters merged; without any it is the base's own, detached."""
+        """Return a tensor (…) of the base with adapters merged; if no adapter changes it, the base's own, detached."""
         target = (id(module), name.rpartition(".")[2])
         if target in self._sites:
             return self._sites[target].merged_tensors(self._names, self._options)[target[1]]
@@ -463,7 +463,7 @@ class _Merged:
         return self._tensors[name] if name in self._tensors else self._biases.get(target, tensor.detach())
 
     def dequantized(self, weight: QuantizedWeight, options: MergeOptions) -> Iterator[tuple[str, Tensor]]:
-        """Yield name and tensor, (…), of a quantized weight as the plain base has it; also its bias."""
+        """Yield name and tensor (…) of a quantized weight and of its bias, dequantized as in the plain base."""
         of_bias, bias = weight.name.removesuffix("weight") + "bias", weight.plain_bias
         merged = {} if weight.layer is None else weight.layer.merged_tensors(self._names, options)
         if weight.name in self._tensors:  # an adapter's copy of the whole module replaces it

@@ -1,1 +1,1 @@
-"""Operations on a whole model: its index, activation, checks, ties, vocabulary, fingerprint."""
+"""Operations on a whole model: index, activation, checks, ties, vocabulary, fingerprint."""

@@ -1,4 +1,4 @@
-"""Select the adapters that act on a model or are trained, and the position where an aLoRA adapter starts.
+"""Select which adapters are active or trained, and the position where an aLoRA adapter starts.
 
 `set_trained` is the only function that switches `requires_grad` of a whole adapter; parameters that an init freezes
 (MiCA's B) stay frozen.
@@ -28,10 +28,10 @@ def activate(model: nn.Module, *names: str) -> None:
 
     Args:
         model: An adapted model.
-        names: Adapters; none selects the base alone.
+        names: Adapters to activate; if none are given, the base runs alone.
 
     Raises:
-        RouteError: There is no such adapter.
+        RouteError: An adapter is not on the model.
     """
     state = state_of(model)
     state.check(names)
@@ -47,14 +47,14 @@ def use(model: nn.Module, *names: str, keep: bool = False) -> Override:
     Args:
         model: An adapted model.
         names: One or more adapters; together they apply to every row.
-        keep: As in `route`: a single adapter's factors are kept in the base's dtype for all forwards of the context.
+        keep: As in `route`; for a single adapter, cache its factors in the base's dtype.
 
     Raises:
-        RouteError: There is no such adapter, or none was named.
+        RouteError: An adapter is not on the model, or no adapter is named.
     """
     state = state_of(model)
     if not names:
-        raise RouteError("`use` was given no adapter. Name at least one; `disable` gives the base alone.")
+        raise RouteError("`use` needs at least one adapter. To run the base alone, use `disable`.")
     state.check(names)
     wanted = Route(tuple(dict.fromkeys(names)))
     return state.override(wanted.keeping() if keep else wanted)
@@ -65,28 +65,29 @@ def route(model: nn.Module, rows: Sequence[str | None], *, copies: int = 1, keep
 
     Args:
         model: An adapted model.
-        rows: One name per row of the batch, None for the base alone.
-        copies: A batch may also contain each row this many times in succession, as beam search repeats prompts for a
-            decoder whose encoder receives each once.
-        keep: Without gradients, the factors of the rows' adapters are stacked. Keep the stacks for all forwards of the
-            context, as in generation; they need the memory of these adapters in the base's dtype. Adapters that change
-            in the meantime are stacked again, except for a write through `.data`, which cannot be detected.
+        rows: One adapter name per row of the batch; None runs the row on the base alone.
+        copies: Also accept batches that repeat each row this many times in succession: in beam search, the decoder
+            receives each prompt several times and the encoder only once.
+        keep: Cache the stacked factors of the rows' adapters for all forwards in the context, which speeds up
+            generation. Factors are stacked only without gradients; the cache takes as much memory as these adapters in
+            the base's dtype. An adapter that changes is restacked, except after a write through `.data`, which cannot
+            be detected.
 
     Raises:
-        RouteError: There is no such adapter, no rows, or copies is below 1.
+        RouteError: An adapter is not on the model, `rows` is empty or a string, or `copies` is below 1.
     """
     state = state_of(model)
     if isinstance(rows, str) or not rows:
-        raise RouteError(f"`route` was given {rows!r}. Give a list with one adapter (or None) per row of the batch.")
+        raise RouteError(f"`route` needs a list with one adapter (or None) per row of the batch, not {rows!r}.")
     if copies < 1:
-        raise RouteError(f"`route` was given copies={copies!r}; it must be a whole number of at least 1.")
+        raise RouteError(f"`route` was called with copies={copies!r}; copies must be an integer >= 1.")
     state.check(rows)
     wanted = Route(rows=tuple(rows), copies=copies)
     return state.override(wanted.keeping() if keep else wanted)
 
 
 def disable(model: nn.Module) -> Override:
-    """Run the base model without adapters within a context: nothing added, nothing merged, the original biases.
+    """Run the base model without adapters within a context, with its original weights and biases even after a merge.
 
     Args:
         model: An adapted model.
@@ -98,7 +99,7 @@ def disable(model: nn.Module) -> Override:
 
 
 def checkpoint_contexts(model: nn.Module) -> CheckpointContexts:
-    """Return a `context_fn` for non-reentrant gradient checkpointing: recomputations use the route of their forward.
+    """Return a `context_fn` for non-reentrant gradient checkpointing, so that recomputation uses the forward's route.
 
     Args:
         model: An adapted model.
@@ -110,7 +111,7 @@ def checkpoint_contexts(model: nn.Module) -> CheckpointContexts:
 
 
 def adapters(model: nn.Module) -> dict[str, LoraConfig]:
-    """Return adapter configs by name, in the order of attaching; empty if there are none.
+    """Return adapter configs by name, in the order in which they were attached; empty if there are none.
 
     Args:
         model: Any model.
@@ -120,17 +121,17 @@ def adapters(model: nn.Module) -> dict[str, LoraConfig]:
 
 
 def trainable_parameters(model: nn.Module, name: str | None = None) -> list[tuple[str, nn.Parameter]]:
-    """Return names and parameters that adapters train.
+    """Return the parameters that adapters train, with their names.
 
     Args:
         model: An adapted model.
         name: One adapter, or None for all.
 
     Returns:
-        Pairs of a parameter's name in the model and the parameter, with `requires_grad` set; each (…) once.
+        Pairs of a name in the model and a parameter (…) that requires gradients; each parameter once.
 
     Raises:
-        AdapterError: There is no such adapter.
+        AdapterError: The adapter is not on the model, or the model has no adapters.
     """
     state = state_of(model)
     names = list(state.configs) if name is None else [name]
@@ -140,25 +141,25 @@ def trainable_parameters(model: nn.Module, name: str | None = None) -> list[tupl
 
 
 def parameters_by_adapter(model: nn.Module, names: Collection[str]) -> dict[str, list[nn.Parameter]]:
-    """Return every parameter of adapters: A, B, magnitudes, saved modules, trained tokens and biases.
+    """Return every parameter of adapters: A, B, magnitudes, saved modules, trainable token rows and biases.
 
     Args:
         model: An adapted model.
         names: Adapters.
 
     Returns:
-        Adapter -> its parameters, (…), each once, in the order in which their modules were adapted.
+        Adapter -> its parameters (…), each once, in the order in which their modules were adapted.
     """
     state = state_of(model)
     found: dict[str, list[nn.Parameter]] = {name: [] for name in names}
     for component in _components(model, state):
         for name in found.keys() & set(component.available_adapters()):
-            found[name] += component.parameters_of(name)  # tied tables have the same ones
+            found[name] += component.parameters_of(name)  # tied tables share them
     return {name: list({id(p): p for p in parameters}.values()) for name, parameters in found.items()}
 
 
 def _components(model: nn.Module, state: AdapterState) -> Iterator[AdapterComponent]:
-    """Yield everything that carries adapters; the model is only walked if an adapter trains biases."""
+    """Yield every component with adapters; walk the model only if an adapter trains biases."""
     yield from state.members()
     if state.biased:
         for patches in AdapterIndex.of(model).patches.values():
@@ -169,9 +170,9 @@ def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | Non
     """Train adapters, or freeze them.
 
     Args:
-        model: An adapted model; only `requires_grad` is changed.
+        model: An adapted model; only `requires_grad` flags change.
         wanted: Adapter -> whether its parameters require gradients; unknown names are ignored.
-        others: The same for all adapters that are not named; None leaves them unchanged.
+        others: Whether the parameters of all other adapters require gradients; None leaves them unchanged.
     """
     state = find_state(model)
     if state is None:
@@ -191,14 +192,14 @@ def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | Non
 def penalties(model: nn.Module) -> Tensor | None:
     """Sum the penalties that the variants of active adapters add to a training loss.
 
-    A custom training loop adds it to the loss once per optimizer step, as `lorakit train` does. For LoRA and every
-    variant without a penalty it is None, without a look at the layers.
+    A custom training loop adds the result to the loss once per optimizer step, as `lorakit train` does. If no variant
+    has a penalty (plain LoRA has none), the result is None, and no layer is visited.
 
     Args:
         model: A model with or without adapters.
 
     Returns:
-        A scalar with a graph to the adapters' parameters, or None.
+        A scalar that is differentiable with respect to the adapters' parameters, or None.
 
     Raises:
         AdapterError: Parts of the model were adapted separately.
@@ -223,11 +224,11 @@ def invocation_offsets(
 
     Args:
         input_ids: (rows, length) or (length,).
-        tokens: Its invocation tokens.
+        tokens: The adapter's invocation tokens.
         attention_mask: (rows, length), 0 for padding; occurrences in padding are ignored.
 
     Returns:
-        For each row the number of positions from there to the end of the row, or None if the tokens do not occur.
+        For each row, the number of positions from the first invocation token to the end, or None if they do not occur.
     """
     ids = input_ids if input_ids.ndim == 2 else input_ids[None]
     return [int(back) or None for back in last_invocation(ids, tokens, attention_mask)]
@@ -240,38 +241,39 @@ def invoked(
     *,
     offsets: Sequence[int | None] | None = None,
 ) -> Override:
-    """Start aLoRA adapters where these prompts say within a context, whatever tokens its forwards receive.
+    """Within a context, start aLoRA adapters where these prompts invoke them, regardless of the tokens in forwards.
 
-    For forwards that receive embeddings instead of tokens, or only a part of a text; later positions are counted on.
+    This is for forwards that receive embeddings instead of tokens, or only part of a text; later forwards continue
+    from these positions.
 
     Args:
         model: An adapted model.
         input_ids: The prompts, (rows, length).
         attention_mask: (rows, length), 0 for padding.
-        offsets: Used instead of searching: for each row, the number of positions before the end of its prompt where
-            the adapter starts, or None if the row does not invoke it; the same for every adapter. Without `input_ids`
-            they count from the end of each forward's input.
+        offsets: Start positions to use instead of searching the prompts for invocation tokens: for each row, how many
+            positions before the end of its prompt every adapter starts, or None if the row invokes none. Without
+            `input_ids`, they count from the end of each forward's input.
 
     Raises:
         AdapterError: The model has no adapters.
-        RouteError: Neither prompts nor offsets are given, or they have different rows.
+        RouteError: Neither prompts nor offsets are given, or their numbers of rows differ.
     """
     state = state_of(model)
     length = None if input_ids is None else input_ids.shape[-1]
     if offsets is not None:
         backs = torch.tensor([offset or 0 for offset in offsets], dtype=torch.int64)
         if input_ids is not None and input_ids.shape[0] != len(offsets):
-            raise RouteError(f"There are {input_ids.shape[0]} prompts and {len(offsets)} offsets; give one per prompt.")
+            raise RouteError(f"Got {input_ids.shape[0]} prompts and {len(offsets)} offsets; pass one per prompt.")
         waiting = tuple(sorted(state.waiting))
         back = backs.expand(len(waiting), -1)
         return state.override(None, Offsets(waiting, back, length, length))
     if input_ids is None:
-        raise RouteError("`invoked` was given neither input_ids nor offsets; give it the prompts, (rows, length).")
+        raise RouteError("`invoked` got neither input_ids nor offsets; pass the prompts, (rows, length).")
     return state.override(None, prompt_offsets(state, input_ids, attention_mask))
 
 
 def prompt_offset(model: nn.Module, input_ids: Tensor, adapter: str) -> int:
-    """Return how many of the last tokens of a prompt an adapter acts on: all, unless it waits for its tokens.
+    """Return how many tokens at the end of a prompt an adapter acts on: all, unless it waits for invocation tokens.
 
     Args:
         model: A model with or without adapters.
@@ -279,7 +281,7 @@ def prompt_offset(model: nn.Module, input_ids: Tensor, adapter: str) -> int:
         adapter: The adapter.
 
     Raises:
-        ConfigError: A config has no invocation tokens.
+        ConfigError: The config does not say which tokens the adapter waits for.
     """
     state = find_state(model)
     if state is None or adapter not in state.waiting:
@@ -288,7 +290,7 @@ def prompt_offset(model: nn.Module, input_ids: Tensor, adapter: str) -> int:
 
 
 def waits_for_tokens(model: nn.Module) -> bool:
-    """Return whether an adapter on a model does not act on all tokens of a prompt (`invoked`).
+    """Return whether a model has an adapter that waits for tokens, and so is inactive on part of a prompt (`invoked`).
 
     Args:
         model: A model with or without adapters.

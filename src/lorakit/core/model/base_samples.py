@@ -1,12 +1,13 @@
-"""Samples of a base's tensors, by which a fingerprint identifies it.
+"""Sample a base's tensors for its fingerprint, and compare samples.
 
-Tensors have the names, shapes and values of the plain base, without adapters, merges and trained biases. Sampled
-positions depend only on a tensor's name and shape: one in each of equal ranges, chosen by a hash, so that neither a
-block nor a regular pattern of changes can avoid all of them. Values keep the bits of their dtype.
+Tensors have the names, shapes and values of the plain base, without adapters, merges or trained biases. The sampled
+positions depend only on a tensor's name and shape: the tensor is divided into equal ranges, and a hash chooses one
+position in each, so that neither a block nor a regular pattern of changes can avoid all samples. Values are stored bit
+for bit in their dtype.
 
-Two samples can belong to one base if one is the other rounded to the dtypes that models are loaded in, directly or by
-way of a third dtype, or if both are roundings of the same values. A difference of the size of a rounding error is
-therefore not enough to accept two samples.
+Two samples can belong to the same base if rounding one of them, directly or via a third dtype, to a dtype in which
+models are loaded gives the other, or if both are roundings of the same values. It is not enough that a difference is as
+small as a rounding error.
 """
 
 from __future__ import annotations
@@ -25,23 +26,23 @@ from lorakit.targets.layer_types import CONV1D
 
 _FP16, _BF16 = torch.float16, torch.bfloat16
 ROUNDINGS: tuple[tuple[torch.dtype, ...], ...] = ((_BF16,), (_FP16,), (torch.float32,), (_FP16, _BF16), (_BF16, _FP16))
-"""Dtypes to which a base may be rounded, in this order, between two fingerprints."""
+"""Sequences of dtypes to which a base may have been rounded between two fingerprints."""
 
 _SMALLEST, _LARGEST = -14, 65520.0
-"""Exponent of the smallest normal number of fp16; smallest number that overflows in it."""
+"""Exponent of the smallest normal fp16 number, and the smallest number that overflows fp16."""
 
 
 def equal(one: Tensor, other: Tensor) -> bool:
-    """Return whether all values, (n,) each, are equal; NaN equals NaN, and -0 equals 0."""
+    """Return whether two tensors (n,) have equal values; NaN equals NaN, and -0 equals 0."""
     return one.shape == other.shape and bool(_same(one, other).all())
 
 
 def agree_after_rounding(one: Tensor, other: Tensor) -> bool:
-    """Return whether rounding explains every difference.
+    """Return whether rounding explains every difference between two tensors.
 
     Args:
         one: Values in fp64, (n,).
-        other: Likewise.
+        other: The values to compare, in fp64, (n,).
     """
     if one.shape != other.shape:
         return False
@@ -62,7 +63,7 @@ def _rounded(values: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor:
 
 
 def _have_one_source(half: Tensor, brain: Tensor) -> bool:
-    """Return whether the same values can round to the first in fp16 and to the second in bf16."""
+    """Return whether the same values can round to `half` in fp16 and to `brain` in bf16."""
     if not (equal(_rounded(half, (_FP16,)), half) and equal(_rounded(brain, (_BF16,)), brain)):
         return False
     reach = _half_step(half, 10, _SMALLEST) + _half_step(brain, 7, -126)
@@ -71,7 +72,7 @@ def _have_one_source(half: Tensor, brain: Tensor) -> bool:
 
 
 def _half_step(values: Tensor, digits: int, smallest: int) -> Tensor:
-    """Return half the distance to the next larger number of a dtype with some binary digits after the point."""
+    """Return half the spacing of numbers at each value, in a dtype with `digits` mantissa bits."""
     exponent = torch.frexp(values.nan_to_num(0.0, 0.0, 0.0)).exponent.double() - 1
     return torch.exp2(exponent.clamp(min=smallest) - digits - 1)
 
@@ -84,11 +85,11 @@ class BaseTensor:
     """A parameter or buffer of the plain base.
 
     Attributes:
-        shape: Its shape in the plain base.
-        dtype: Name of its dtype, or of its weight format if it is quantized.
-        key: The same for every name of a shared tensor.
+        shape: Shape in the plain base.
+        dtype: Name of the dtype, or of the weight format if the tensor is quantized.
+        key: Identifier of the tensor, which all names of a shared tensor have in common.
         source: The tensor (…), or the quantized weight.
-        is_buffer: Whether it is a buffer.
+        is_buffer: Whether the tensor is a buffer.
     """
 
     shape: tuple[int, ...]
@@ -98,14 +99,14 @@ class BaseTensor:
     is_buffer: bool = False
 
     def is_readable(self, elsewhere: bool) -> bool:
-        """Return whether its values can be read: here or, for a plain tensor on the meta device, elsewhere."""
+        """Return whether values can be read; with `elsewhere`, those of plain meta tensors come from another source."""
         if isinstance(self.source, Tensor):
             return self.source.is_floating_point() and (elsewhere or not self.source.is_meta)
         return not any(tensor.is_meta for tensor in self.source.base.tensors(self.source.stored))
 
     @property
     def device(self) -> torch.device:
-        """Device of the positions given to `bits`."""
+        """Device on which `bits` expects positions."""
         return self.source.device if isinstance(self.source, Tensor) else torch.device("cpu")
 
     def bits(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -115,8 +116,8 @@ class BaseTensor:
             positions: Integers (n,), on `device`.
 
         Returns:
-            Bit patterns (n,) as integers of the dtype's width (quantized: of fp32); for a quantized weight also the
-            largest quantization error of each value, (n,).
+            Bit patterns (n,) as integers of the dtype's width (fp32 for a quantized weight); and the largest possible
+            quantization error of each value, (n,), or None if the tensor is not quantized.
         """
         if not isinstance(self.source, Tensor):
             rows, columns = self.source.shape
@@ -132,19 +133,19 @@ class BaseTensor:
 
 
 def plain_tensor(tensor: Tensor, cut: Mapping[int, int], is_buffer: bool = False) -> BaseTensor:
-    """Return a tensor of the base that is not quantized.
+    """Return an unquantized tensor of the base as a `BaseTensor`.
 
     Args:
         tensor: A tensor of any shape.
-        cut: Id of a tensor -> number of its rows to use, if it has more.
-        is_buffer: Whether it is a buffer.
+        cut: Id of a tensor -> number of its leading rows to use.
+        is_buffer: Whether the tensor is a buffer.
     """
     used = tensor[: cut[id(tensor)]] if id(tensor) in cut else tensor
     return BaseTensor(tuple(used.shape), str(tensor.dtype).removeprefix("torch."), id(tensor), used, is_buffer)
 
 
 def tensors_of_base(index: AdapterIndex, cut: Mapping[int, int]) -> dict[str, BaseTensor]:
-    """Return a base's parameters and persistent buffers by their names in the plain base.
+    """Return a base's parameters and persistent buffers by name in the plain base.
 
     Args:
         index: The index of a model with or without adapters.
@@ -166,28 +167,28 @@ def tensors_of_base(index: AdapterIndex, cut: Mapping[int, int]) -> dict[str, Ba
 
 
 NUMBERS = 64
-"""Sampled values per tensor; smaller tensors are sampled completely."""
+"""Number of values sampled per tensor; smaller tensors are sampled completely."""
 
 LEAST, BUDGET, MOST_TENSORS = 4, 1 << 18, 1 << 16
-"""With more than 4,096 tensors, `BUDGET` samples are divided among them, at least `LEAST` each; above `MOST_TENSORS`,
-evenly chosen tensors are sampled."""
+"""Limits for large models: `BUDGET` samples are divided among more than 4,096 tensors, with at least `LEAST` for each;
+above `MOST_TENSORS`, only an evenly spaced selection of tensors is sampled."""
 
 MOST_SLICES = 512
-"""A tensor with three axes has a sample in each slice of its first axis (its experts), up to this number of slices."""
+"""Maximum number of slices (experts) along the first axis of a three-axis tensor for which every slice is sampled."""
 
 EXACT, ROUNDED, QUANTIZED, APART = "exact", "rounded", "quantized", "apart"
-"""Degrees of agreement of two samples: bit for bit, up to rounding, within the quantization error, or none."""
+"""Degrees of agreement between two samples: bit for bit, up to rounding, within the quantization error, or none."""
 
 _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"})
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Values of one tensor.
+    """Sampled values of one tensor.
 
     Attributes:
         dtype: Name of the tensor's dtype, or of its weight format.
-        bits: The values in that dtype, in fp32 for a quantized weight, little-endian, in order of their positions.
+        bits: The values in that dtype (fp32 for a quantized weight), little-endian, ordered by position.
         bound: Largest quantization error of each value, in bf16; empty if the tensor is not quantized.
     """
 
@@ -205,17 +206,17 @@ class Sample:
         return _decoded(self.bits, self.torch_dtype)
 
     def slack(self) -> Tensor:
-        """Return the largest error of each value, (n,) or (), in fp64."""
+        """Return the largest quantization error of each value in fp64: (n,), or a scalar 0 if not quantized."""
         return _decoded(self.bound, torch.bfloat16) if self.bound else torch.zeros((), dtype=torch.float64)
 
     def is_sound(self) -> bool:
-        """Return whether the lengths fit the dtype and each other."""
+        """Return whether the lengths of `bits` and `bound` fit the dtype and each other."""
         width = self.torch_dtype.itemsize
         count = len(self.bits) // width
         return len(self.bits) == width * count and len(self.bound) in (0, 2 * count)
 
     def without(self, indices: Iterable[int]) -> Sample:
-        """Return the sample with zeros at some indices."""
+        """Return a copy of the sample with the values at some indices set to zero."""
         bits, bound, width = bytearray(self.bits), bytearray(self.bound), self.torch_dtype.itemsize
         for index in indices:
             bits[width * index : width * (index + 1)] = bytes(width)
@@ -225,17 +226,17 @@ class Sample:
 
 
 def _within_bounds(one: Sample, other: Sample, tolerance: Tensor | float = 0.0) -> Tensor:
-    """Return which differences the quantization errors and a tolerance explain, (n,)."""
-    slack = (one.slack() + other.slack()) * (1 + 2**-6)  # the bounds are rounded, too
+    """Return a mask (n,) of the differences that the quantization errors and a tolerance explain."""
+    slack = (one.slack() + other.slack()) * (1 + 2**-6)  # the bounds are rounded too
     return (one.values() - other.values()).abs() <= slack + tolerance
 
 
 def agreement(one: Sample, other: Sample) -> str:
-    """Return how far two samples at the same positions agree: `EXACT`, `ROUNDED`, `QUANTIZED` or `APART`.
+    """Return how closely two samples at the same positions agree: `EXACT`, `ROUNDED`, `QUANTIZED` or `APART`.
 
     Args:
         one: A sample.
-        other: Another, perhaps in another dtype.
+        other: The sample to compare, possibly in another dtype.
     """
     if one == other:
         return EXACT
@@ -243,7 +244,7 @@ def agreement(one: Sample, other: Sample) -> str:
     if first.shape != second.shape:
         return APART
     if one.bound or other.bound:
-        step = torch.maximum(first.abs(), second.abs()) * 2**-8  # one rounding to bf16 before quantizing
+        step = torch.maximum(first.abs(), second.abs()) * 2**-8  # allows for one rounding to bf16 before quantization
         return QUANTIZED if bool(_within_bounds(one, other, step).all()) else APART
     if equal(first, second):
         return EXACT if one.dtype == other.dtype else ROUNDED
@@ -251,10 +252,10 @@ def agreement(one: Sample, other: Sample) -> str:
 
 
 def positions(tensors: Sequence[tuple[str, tuple[int, ...]]], count: int) -> Tensor:
-    """Return which values of each flattened tensor are sampled: (tensors, count), ascending, with both ends.
+    """Return the sampled positions in each flattened tensor: (tensors, count), ascending, including both ends.
 
     Args:
-        tensors: Name and shape of each; none has fewer than `count` values.
+        tensors: Name and shape of each tensor; each has at least `count` values.
         count: Positions per tensor, at least 1.
     """
     seeds = [f"{name} {'x'.join(map(str, shape))}".encode() for name, shape in tensors]
@@ -269,10 +270,10 @@ def positions(tensors: Sequence[tuple[str, tuple[int, ...]]], count: int) -> Ten
 
 
 def sample_count(shape: tuple[int, ...], tensors: int) -> int:
-    """Return the number of sampled values of a tensor.
+    """Return the number of values to sample from a tensor.
 
     Args:
-        shape: Its shape.
+        shape: The tensor's shape.
         tensors: Number of sampled tensors.
     """
     wanted = max(LEAST, min(NUMBERS, BUDGET // max(1, tensors)))
@@ -282,11 +283,11 @@ def sample_count(shape: tuple[int, ...], tensors: int) -> int:
 
 
 def take_samples(tensors: Mapping[str, BaseTensor], read: Callable[[str], Tensor] | None) -> dict[str, Sample]:
-    """Sample tensors, with one copy from each device for each width of dtype.
+    """Sample tensors, copying the values once per device and dtype width.
 
     Args:
         tensors: Name -> readable tensor.
-        read: Name -> tensor (…), for tensors on the meta device whose values are elsewhere.
+        read: Function from name to tensor (…), for tensors on the meta device; None if tensors hold their values.
     """
     names = sorted(tensors)
     names = names[:: max(1, -(-len(names) // MOST_TENSORS))]
@@ -310,7 +311,7 @@ def take_samples(tensors: Mapping[str, BaseTensor], read: Callable[[str], Tensor
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """Return the bytes of small tensors (n,) of integers, with one copy for each device and dtype."""
+    """Return the bytes of small integer tensors (n,), copying them once per device and dtype."""
     groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, tensor in tensors.items():
         groups.setdefault((tensor.device, tensor.dtype), []).append(name)
@@ -331,17 +332,17 @@ def _decoded(data: bytes, dtype: torch.dtype) -> Tensor:
 
 
 FIRST_TENSORS, FIRST_NUMBERS = 16, 16
-"""Sampled tensors and values of each in fingerprints of format 1, rounded to bf16.
+"""Number of sampled tensors, and of values in each (rounded to bf16), in fingerprints of format 1.
 
-They are still compared, with the weaker guarantee that they had: changes of other tensors, norms and biases are missed,
-and so are changes within one step of bf16."""
+These fingerprints are still compared, with the weaker guarantee of their format: changes to other tensors (including
+all norms and biases) and changes within one bf16 step are missed."""
 
 
 def first_positions(shape: tuple[int, ...]) -> Tensor:
-    """Return which values of a flattened tensor format 1 samples, (n,).
+    """Return the positions (n,) that format 1 samples in a flattened tensor.
 
     Args:
-        shape: Its shape.
+        shape: The tensor's shape.
     """
     size = math.prod(shape)
     return torch.linspace(0, size - 1, min(FIRST_NUMBERS, size), dtype=torch.float64).long()
@@ -352,7 +353,7 @@ def take_first_samples(tensors: Mapping[str, BaseTensor], read: Callable[[str], 
 
     Args:
         tensors: Name -> readable tensor.
-        read: Name -> tensor (…), for tensors on the meta device whose values are elsewhere.
+        read: Function from name to tensor (…), for tensors on the meta device; None if tensors hold their values.
     """
     large = sorted(name for name, tensor in tensors.items() if len(tensor.shape) >= 2 and not tensor.is_buffer)
     found = {}
@@ -365,11 +366,11 @@ def take_first_samples(tensors: Mapping[str, BaseTensor], read: Callable[[str], 
 
 
 def first_agreement(one: Sample, other: Sample) -> str:
-    """Return how far two samples of format 1 agree, up to one step of bf16: `EXACT`, `QUANTIZED` or `APART`.
+    """Return how closely two samples of format 1 agree, up to one bf16 step: `EXACT`, `QUANTIZED` or `APART`.
 
     Args:
         one: A sample.
-        other: Another.
+        other: The sample to compare.
     """
     if len(one.bits) != len(other.bits) or not (one.is_sound() and other.is_sound()):
         return APART
@@ -380,18 +381,18 @@ def first_agreement(one: Sample, other: Sample) -> str:
 
 
 def as_hex(bits: bytes) -> str:
-    """Return bf16 patterns in hexadecimal, four digits each."""
+    """Return bf16 bit patterns in hexadecimal, four digits each."""
     return _swapped(bits).hex()
 
 
 def from_hex(text: str) -> bytes:
-    """Return the patterns that `as_hex` received.
+    """Return the bit patterns that `as_hex` encoded.
 
     Raises:
-        ValueError: The text is not a list of patterns in hexadecimal.
+        ValueError: The text does not consist of four-digit hexadecimal patterns.
     """
     if len(text) % 4:
-        raise ValueError("not whole patterns")
+        raise ValueError("the length is not a multiple of 4")
     return _swapped(bytes.fromhex(text))
 
 
@@ -406,7 +407,7 @@ def _as_bf16(values: Tensor) -> bytes:
 
 
 def _order(sample: Sample) -> Tensor:
-    """Return bf16 patterns as integers that increase with their values, one per representable number, (n,)."""
+    """Return bf16 patterns as integers (n,) that increase with the values; adjacent bf16 numbers differ by 1."""
     if not sample.bits:
         return torch.zeros(0, dtype=torch.int64)
     patterns = torch.frombuffer(bytearray(sample.bits), dtype=torch.int16).long()

@@ -1,7 +1,7 @@
-"""The base under the adapters: its tensors as before any merge, under the names of the plain model.
+"""View the base under the adapters: its tensors before any merge, under the names of the plain model.
 
-Also quantizes single linear layers, for models and storage formats that transformers does not support, and replaces
-quantized modules by plain ones.
+This module also quantizes single linear layers, for models and storage formats that transformers does not support, and
+replaces quantized modules with plain ones.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from lorakit.core.quantization.torchao import int8_linear
 from lorakit.plan.quantized import BLOCK, Quantization
 
 SAMPLES, TOLERANCE = 4096, 1e-2
-"""Number of values checked per weight, and the largest relative error that kernels may have."""
+"""Number of values checked per weight, and the largest relative error that is accepted."""
 
 
 def dequantize(model: nn.Module) -> int:
-    """Replace every quantized module of a model without adapters by a plain one.
+    """Replace every quantized module of a model without adapters with a plain one.
 
     Args:
-        model: The model, changed in place; each plain weight has the dtype of the quantized module's matmuls.
+        model: The model, changed in place; each plain weight gets the dtype of the quantized module's matmuls.
 
     Returns:
         The number of replaced modules.
@@ -47,24 +47,24 @@ def dequantize(model: nn.Module) -> int:
 
 
 def disable_base_repacking(model: nn.Module) -> None:
-    """Keep all modules of a model from rewriting their own weights in a forward, as those of some quantizers do.
+    """Prevent a model's modules from rewriting their weights in a forward, as modules of some quantizers do.
 
     Args:
-        model: A model without adapters; values do not change.
+        model: A model without adapters; weight values do not change.
     """
     disable_repacking(AdapterIndex.of(model).everything.values())
 
 
 def wrong_dequantization(model: nn.Module) -> tuple[str, float] | None:
-    """Find a weight whose package dequantizes to other values than it stored, as kernels may for some shapes.
+    """Find a weight that its quantization package dequantizes incorrectly, as kernels may do for some shapes.
 
-    Checks one weight per shape at a few thousand positions.
+    One weight per format and shape is checked, at a few thousand positions.
 
     Args:
         model: A model with or without adapters.
 
     Returns:
-        The weight's name and the largest difference relative to the largest value, or None if all are right.
+        The weight's name and its largest error relative to its largest value, or None if all weights are correct.
     """
     seen = set()
     for weight in quantized_weights(model):
@@ -82,14 +82,14 @@ def wrong_dequantization(model: nn.Module) -> tuple[str, float] | None:
 
 
 def quantized_linear(linear: nn.Linear, wanted: Quantization) -> nn.Module:
-    """Return a quantized layer with the weight of a linear layer.
+    """Return a quantized replacement for a linear layer.
 
     Args:
-        linear: The layer; its dtype becomes the compute dtype. Its weight may be released.
+        linear: The layer; its dtype becomes the compute dtype, and its weight may be released.
         wanted: The storage format.
 
     Returns:
-        The replacement, in the same mode, frozen.
+        The frozen replacement, in the same train or eval mode.
     """
     package, bits = wanted.storage.package, wanted.storage.bits
     if package == "hqq":
@@ -102,11 +102,11 @@ def quantized_linear(linear: nn.Linear, wanted: Quantization) -> nn.Module:
 
 
 def base_tensors(model: nn.Module | AdapterIndex, *, stacked: bool = True) -> Iterator[tuple[str, Tensor, nn.Module]]:
-    """Yield the base's parameters and buffers as before any merge, under the base's names.
+    """Yield the base's parameters and buffers, with their values before any merge and their names in the plain base.
 
     Args:
         model: A model with or without adapters.
-        stacked: Replicated layers (`layer_replication`) as they are now; False gives the original ones.
+        stacked: Whether replicated layers (`layer_replication`) appear as they are now, or as the original layers.
 
     Yields:
         Name in the plain base, tensor (…) of any shape, and the module that holds it. Shared parameters appear under
@@ -117,7 +117,7 @@ def base_tensors(model: nn.Module | AdapterIndex, *, stacked: bool = True) -> It
     tables = [table for _, table in index.every(TrainableTokens) if not table.follows and table.merged_adapters]
     unmerged = {id(t.original_module.weight): t.token_adapter.original(strict=False) for t in tables}
     if not stacked and index.state is not None and index.state.replication is not None:
-        # the weight of a replicated layer is that of its original, in another module
+        # a replicated layer has its original's weight in another module
         held = [(layer.source._parameters.get(layer.spec.parameter), layer) for layer in layers.values()]
         layers |= {(id(parameter), ""): layer for parameter, layer in held if parameter is not None}
     for path, module in index.plain_modules(stacked):
@@ -140,12 +140,12 @@ def base_tensors(model: nn.Module | AdapterIndex, *, stacked: bool = True) -> It
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A quantized weight of the base, as before any merge.
+    """A quantized weight of the base, with its value before any merge.
 
     Attributes:
         name: Name in the plain base.
-        packed: Name of its packed values in `base_tensors`.
-        module: The module that holds it.
+        packed: Name under which `base_tensors` yields the packed values.
+        module: The module that holds the weight.
         base: The weight format.
         stored: The stored weight.
         layer: The layer around the module, or None.
@@ -166,14 +166,14 @@ class QuantizedWeight:
 
     @property
     def plain_bias(self) -> Tensor | None:
-        """The module's bias, (out,), as before any merge, if it is a tensor but not a parameter; else None."""
+        """The module's bias (out,) before any merge if it is a tensor but not a parameter; else None."""
         bias = getattr(self.module, "bias", None)
         if not isinstance(bias, Tensor) or "bias" in self.module._parameters:
             return None
         return bias if self.layer is None else self.layer.original_bias()
 
     def dequantized(self, dtype: torch.dtype) -> nn.Module:
-        """Return the equivalent plain module in the dtype of its matmuls, or in `dtype` if it has none."""
+        """Return the equivalent plain module, in the dtype of the quantized module's matmuls or else in `dtype`."""
         return self.base.dense(self.module, self.base.read(self.module, self.stored), dtype)
 
 
@@ -201,9 +201,9 @@ def quantized_weights(model: nn.Module | AdapterIndex, *, stacked: bool = True) 
 
 
 def float_dtype(model: nn.Module | AdapterIndex) -> torch.dtype:
-    """Return the dtype in which a base computes: that of its first unquantized floating-point parameter.
+    """Return the dtype in which a base computes: that of the first floating-point tensor in an unquantized module.
 
-    If all weights are quantized, it is the dtype of the first bias; without biases, fp32.
+    If there is none, return the dtype of the first bias in a quantized module, or fp32 without such a bias.
 
     Args:
         model: A model with or without adapters.

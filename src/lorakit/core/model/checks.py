@@ -1,4 +1,4 @@
-"""Checks of calls on adapters before they change a model: names, allowances, scales, compatibility."""
+"""Check calls before they change a model: adapter names, allowances, scales, compatibility."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ ALLOWANCES = ("partial_targets", "base_mismatch", "key_mismatch", "nonfinite", "
 LARGEST_USUAL_SCALE = 1000.0
 
 WITH_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
-"""Model types of transformers whose mixers pass weights to a fused kernel and do not call their modules."""
+"""Model types in transformers whose mixers pass weights to a fused kernel without calling the modules."""
 
 READ_PAST = frozenset({"conv1d", "out_proj"})
-"""Names of those modules."""
+"""Names of the modules that these mixers do not call."""
 
 
 def check_new_name(state: AdapterState | None, name: str) -> None:
     """Check that a name is not in use and that torch's module containers accept it.
 
     Raises:
-        AdapterError: With the reason and the allowed names.
+        AdapterError: The name is taken or not allowed; the message says why.
     """
     if state is not None and name in state.configs:
         raise AdapterError(
-            f"There is an adapter {name!r} on this model already. Detach it first or rename this one.", what=name
+            f"This model already has an adapter {name!r}. Detach it first, or choose another name.", what=name
         )
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_\-]{0,99}", name):
         raise AdapterError(
-            f"{name!r} cannot be an adapter's name: up to 100 letters, digits, '_' and '-' are allowed, and no dot.",
+            f"{name!r} cannot be an adapter's name: use up to 100 letters, digits, '_' and '-', but no dot.",
             what=name,
         )
     if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):  # attributes of each module included
@@ -46,37 +46,37 @@ def check_new_name(state: AdapterState | None, name: str) -> None:
 
 
 def check_called(model: nn.Module, paths: Iterable[str]) -> None:
-    """Check that no module is read by its model's fused kernels directly, so that factors there would have no effect.
+    """Check that the model calls all modules to adapt: if fused kernels read weights directly, factors have no effect.
 
     Args:
-        model: The model; its config has its type.
+        model: The model; its config says which type it is.
         paths: Paths of the modules to adapt.
 
     Raises:
-        TargetError: One of them is such a module.
+        TargetError: Fused kernels read the weight of one of the modules directly.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     bad = sorted({path for path in paths if path.rpartition(".")[2] in READ_PAST}) if kind in WITH_MAMBA else []
     if bad:
         raise TargetError(
             f"Module {bad[0]!r} is incompatible with Mamba-based models (model_type={kind!r}): their fused kernels "
-            f"read the weight of {' and '.join(sorted(READ_PAST))} themselves, so an adapter there would do nothing. "
-            "Leave it out of target_modules, or name it in exclude_modules.",
+            f"read the weights of {' and '.join(sorted(READ_PAST))} directly, so an adapter there has no effect. "
+            "Remove the module from target_modules, or add it to exclude_modules.",
             what=bad[0],
             field="target_modules",
         )
 
 
 def check_allowances(allow: Collection[str]) -> None:
-    """Check that each name in `allow` overrides a check.
+    """Check that each entry of `allow` is the name of a check.
 
     Raises:
-        ConfigError: The message lists the allowed names.
+        ConfigError: An entry is unknown; the message lists the allowed names.
     """
     unknown = sorted(set(allow) - set(ALLOWANCES))
     if unknown:
         raise ConfigError(
-            f"allow holds {unknown[0]!r}; it may hold {', '.join(map(repr, ALLOWANCES))}.",
+            f"allow contains {unknown[0]!r}; allowed entries: {', '.join(map(repr, ALLOWANCES))}.",
             what=unknown[0],
             field="allow",
             allowed=ALLOWANCES,
@@ -87,13 +87,13 @@ def check_scales(scales: Sequence[tuple[str, float]], allow: Collection[str]) ->
     """Check that scales are in the usual range, unless "odd_scale" is allowed.
 
     Raises:
-        ConfigError: A scale is not above 0 and at most 1000.
+        ConfigError: A scale is not in (0, 1000].
     """
     odd = [(path, value) for path, value in scales if not 0 < value <= LARGEST_USUAL_SCALE]
     if odd and "odd_scale" not in allow:
         path, value = odd[0]
         raise ConfigError(
-            f"The scale at {path} is {value:g}; above 0 and at most {LARGEST_USUAL_SCALE:g} is usual.",
+            f"The scale at {path} is {value:g}; usual scales are above 0 and at most {LARGEST_USUAL_SCALE:g}.",
             advice=f"Check lora_alpha, r and the patterns, or {OVERRIDE}.",
             what=f"{value:g}",
             where=path,
@@ -105,13 +105,13 @@ def check_company(state: AdapterState | None, config: LoraConfig) -> None:
     """Check that a new adapter is compatible with those on the model.
 
     Raises:
-        ConfigError: Both train the base's biases, or a variant of one of them excludes other adapters.
+        ConfigError: Two adapters would train the base's biases, or the variant of one excludes other adapters.
     """
     new = variants_of(config)
     for name, other in () if state is None else state.configs.items():
         if config.bias != "none" and other.bias != "none":
             raise ConfigError(
-                f"bias is {config.bias!r}, and adapter {name!r} already trains the base's biases: only one adapter "
+                f"bias is {config.bias!r}, but adapter {name!r} already trains the base's biases, and only one adapter "
                 "can. Set bias='none'.",
                 what=name,
                 field="bias",
@@ -121,8 +121,8 @@ def check_company(state: AdapterState | None, config: LoraConfig) -> None:
         for variant in (*new, *present):
             if variant.excludes_others and (variant in new) != (variant in present):
                 raise ConfigError(
-                    f"{variant.title} and other adapters exclude each other on one model, and adapter {name!r} is "
-                    f"there: {variant.excludes_others}. Detach {name!r} first, or load the base a second time.",
+                    f"{variant.title} and other adapters exclude each other on one model, and this one has adapter "
+                    f"{name!r}: {variant.excludes_others}. Detach {name!r} first, or load the base a second time.",
                     what=name,
                     field=variant.field,
                 )

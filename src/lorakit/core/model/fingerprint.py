@@ -1,19 +1,19 @@
 """The identity of a base: its architecture, its parameters' names and shapes, and samples of every tensor.
 
-A fingerprint takes milliseconds, also for large models: it contains values at fixed positions of every floating-point
-parameter and persistent buffer, in the bits of their dtype. Adapters, merges and trained biases do not change it. It
-does not detect: a change at positions that are not sampled (a change of a fraction f of a tensor's values is missed
-with probability (1 - f)^64), unless the weight files are known and differ; a change of a quantized weight below the
-quantization error; buffers that are not saved; the model's code and config; the tokenizer; and deliberate changes by
-somebody who knows the positions.
+A fingerprint takes milliseconds to compute, even for large models: it contains the values at fixed positions of every
+floating-point parameter and persistent buffer, bit for bit in their dtype. Adapters, merges and trained biases do not
+change it. It does not detect changes at positions that are not sampled (a change to a fraction f of a tensor's values
+is missed with probability (1 - f)^64), unless the weight files are known and differ; changes to a quantized weight
+below the quantization error; changes to buffers that are not saved, to the model's code and config, or to the
+tokenizer; and deliberate changes by someone who knows the positions.
 
 Adapters that were merged permanently are recorded in the model's config, which is saved and loaded with the weights,
-so that no adapter is applied a second time.
+so that no adapter is applied twice.
 
 `weight_file_hashes` returns the SHA-256 of the files that a base was loaded from, if they are known and small enough
 to hash. The hashes are evidence, not part of the identity: memory can change after loading, and the same base can be
-saved in other files. They are cached with the size, modification time and inode of each file. Files that cannot be
-found or read are ignored without an error.
+saved in other files. They are cached with the size, modification time and inode of each file. If a file cannot be found
+or read, no hashes are returned and no error is raised.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ from lorakit.machine import cache_directory
 SAME, OTHER_PRECISION, UNVERIFIABLE, DIFFERENT = "same", "same at other precision", "unverifiable", "different"
 
 FIRST, VERSION = 1, 2
-"""The format without a version field, and the format that is written."""
+"""The oldest format, which has no version field, and the format that is written."""
 
 RUNNING = frozenset({"running_mean", "running_var"})
-"""Buffers that a forward in training mode changes, and that no adapter saves."""
+"""Buffers that forwards in training mode change and that no adapter saves."""
 
 SHOWN = 3
-"""Number of tensors that a reason names."""
+"""Maximum number of tensors named in a reason."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ class Fingerprint:
         architecture: Class name of the model.
         parameters: Number of parameters; a tensor with several names counts once.
         names_sha256: SHA-256 of the sorted names and shapes.
-        vocabulary: Rows of the input embedding, 0 if there is none.
+        vocabulary: Number of rows in the input embedding; 0 if there is none.
         dtype: dtype or weight format of most matrices.
-        samples: Parameter -> sample; empty if they cannot be read.
+        samples: Parameter -> sample; empty if the values cannot be read.
         buffers: Persistent buffer -> sample.
-        files: Name of each weight file -> its SHA-256; empty if not known.
+        files: Name of a weight file -> its SHA-256; empty if the files are not known.
         version: Format of the samples.
     """
 
@@ -93,7 +93,7 @@ class Fingerprint:
 
     @property
     def bounds(self) -> dict[str, bytes]:
-        """Quantized tensor -> largest quantization error of each of its samples, in bf16."""
+        """Quantized tensor -> largest quantization error of each sampled value, in bf16."""
         return {name: sample.bound for name, sample in self.samples.items() if sample.bound}
 
     def without(self, names: Collection[str]) -> Fingerprint:
@@ -103,7 +103,7 @@ class Fingerprint:
         return replace(self, samples=samples, buffers=buffers)
 
     def as_dict(self) -> JsonObject:
-        """Return JSON values, as in `lorakit.json`; empty optional fields are left out."""
+        """Return JSON values as written to `lorakit.json`; empty optional fields are omitted."""
         names = ("architecture", "parameters", "names_sha256", "vocabulary", "dtype")
         values: JsonObject = {name: getattr(self, name) for name in names}
         first = self.version == FIRST
@@ -118,7 +118,7 @@ class Fingerprint:
 
     @classmethod
     def from_dict(cls, values: JsonValue) -> Fingerprint | None:
-        """Return the fingerprint from the result of `as_dict`; None if the values do not have its format."""
+        """Return the fingerprint that a result of `as_dict` describes; None if the values are malformed."""
         try:
             return _read(dict(values)) if isinstance(values, dict) else None
         except (KeyError, ValueError, TypeError, AttributeError):
@@ -131,7 +131,7 @@ class BaseVerdict(NamedTuple):
     Attributes:
         verdict: `SAME`, `OTHER_PRECISION`, `UNVERIFIABLE` or `DIFFERENT`.
         reason: The reason, for messages.
-        warning: A warning for the user although the base is accepted, or "".
+        warning: Warning for the user about an accepted base, or "".
     """
 
     verdict: str
@@ -150,10 +150,10 @@ def fingerprint(
     """Take the fingerprint of a model's base.
 
     Args:
-        model: A model with or without adapters, or its index; only read.
-        read: Name -> tensor (…), for a model on the meta device whose values are elsewhere.
-        cut: Id of a tensor of the base -> number of its rows to use, if it has more.
-        like: The fingerprint to compare it with, whose format it gets.
+        model: A model with or without adapters, or its index; not changed.
+        read: Function from name to tensor (…), for a model on the meta device; None if the model holds its values.
+        cut: Id of a tensor of the base -> number of its leading rows to use.
+        like: Fingerprint that the result will be compared with; the result gets its format.
         with_files: Hash the weight files that the model was loaded from, if they are known.
 
     Returns:
@@ -190,7 +190,7 @@ def compare(known: Fingerprint | None, present: Fingerprint, whose: str = "the a
     Args:
         known: The fingerprint saved with the adapter, or None.
         present: The model's fingerprint.
-        whose: Whose base `known` is, for the reason.
+        whose: Owner of the base behind `known`, as a possessive for the reason.
 
     Returns:
         The verdict, its reason, and a warning if there is one.
@@ -198,10 +198,10 @@ def compare(known: Fingerprint | None, present: Fingerprint, whose: str = "the a
     if known is None:
         return BaseVerdict(UNVERIFIABLE, "the adapter has no fingerprint of its base")
     if known.architecture != present.architecture:
-        reason = f"{whose} base is a {known.architecture}, this model is a {present.architecture}"
+        reason = f"{whose} base is a {known.architecture}, but this model is a {present.architecture}"
         return BaseVerdict(DIFFERENT, reason)
     if known.vocabulary != present.vocabulary:
-        reason = f"{whose} base has {known.vocabulary:,} tokens, this model has {present.vocabulary:,}"
+        reason = f"{whose} base has {known.vocabulary:,} tokens, but this model has {present.vocabulary:,}"
         return BaseVerdict(DIFFERENT, reason)
     if known.names_sha256 != present.names_sha256:
         counts = f"{known.parameters:,} against {present.parameters:,} parameters"
@@ -222,7 +222,7 @@ def _compare_samples(known: Fingerprint, present: Fingerprint, whose: str) -> Ba
         else APART
         for name in sorted({*known.samples, *(() if first else present.samples)})
     }
-    shared = [name for name in sorted(known.buffers) if name in present.buffers]  # one may not be saved everywhere
+    shared = [name for name in sorted(known.buffers) if name in present.buffers]  # may be persistent in only one
     found |= {name: agree(known.buffers[name], present.buffers[name]) for name in shared}
     apart = [name for name, degree in found.items() if degree == APART]
     moved = [name for name in apart if name in shared and name.rpartition(".")[2] in RUNNING]
@@ -233,14 +233,14 @@ def _compare_samples(known: Fingerprint, present: Fingerprint, whose: str) -> Ba
     warning = ""
     if moved:
         warning = (
-            f"running statistics of the base differ from those at the time of saving in {len(moved)} buffers, first "
+            f"running statistics of the base in {len(moved)} buffers differ from those at the time of saving, first "
             f"{moved[0]}: they change in training mode, and the adapter does not contain them. Save and restore them "
             "with the base."
         )
     weaker = f"; only {len(found)} matrices are sampled, since the fingerprint has format 1" if first else ""
     inexact = [degree for degree in found.values() if degree not in (EXACT, APART)]
     if known.dtype != present.dtype:
-        reason = f"{whose} base was {known.dtype}, this model is {present.dtype}"
+        reason = f"{whose} base was {known.dtype}, but this model is {present.dtype}"
     elif QUANTIZED in inexact:
         reason = "the values agree within the quantization errors of two formats"
     elif inexact:
@@ -251,7 +251,7 @@ def _compare_samples(known: Fingerprint, present: Fingerprint, whose: str) -> Ba
 
 
 def _with_files(found: BaseVerdict, known: Fingerprint, present: Fingerprint) -> BaseVerdict:
-    """Add to a verdict whether the weight files are the same; they can raise a doubt, but never decide."""
+    """Compare the weight files: this can add a warning, but it never changes the verdict."""
     if found.verdict == DIFFERENT or not known.files or not present.files:
         return found
     if sorted(known.files.values()) == sorted(present.files.values()):
@@ -261,19 +261,19 @@ def _with_files(found: BaseVerdict, known: Fingerprint, present: Fingerprint) ->
         doubt = (
             "the base's weight files differ from those at the time of saving, although all sampled values are the "
             "same: the base was saved again in other files, or changed at positions that are not sampled. If it was "
-            "only saved again, ignore this."
+            "only saved again, ignore this warning."
         )
         warning = f"{warning} {doubt}" if warning else doubt
     return found._replace(reason=f"{found.reason}; the weight files differ", warning=warning)
 
 
 def sampled_positions(mark: Fingerprint, name: str, shape: tuple[int, ...]) -> list[int]:
-    """Return the positions of the values of a flattened tensor in a fingerprint, in order.
+    """Return the positions in a flattened tensor that a fingerprint samples, in order.
 
     Args:
         mark: The fingerprint.
-        name: The tensor.
-        shape: Its shape in the base of the fingerprint.
+        name: Name of the tensor.
+        shape: Shape of the tensor in the fingerprint's base.
     """
     sample = mark.samples.get(name)
     if sample is None or not sample.bits:
@@ -293,9 +293,9 @@ def _read(values: JsonObject) -> Fingerprint:
 
     Raises:
         KeyError: A field is missing.
-        ValueError: A field does not have its format.
-        TypeError: Likewise.
-        AttributeError: Likewise.
+        ValueError: A field has an invalid value.
+        TypeError: A field has the wrong type, or there are unknown fields.
+        AttributeError: A field that must be an object has another type.
     """
     version = values.pop("version", FIRST)
     decode = from_hex if version == FIRST else _from_text
@@ -343,20 +343,20 @@ def vocabulary_of(model: nn.Module) -> int:
 
 
 def _innermost(model: nn.Module) -> nn.Module:
-    """Return the model inside a wrapper of `torch.compile`, or the model itself."""
+    """Return the model inside a `torch.compile` wrapper, or the model itself if it has none."""
     original = model._modules.get("_orig_mod")
     return original if original is not None else model
 
 
 CONFIG_KEY = "lorakit_merged"
-"""Field of the model's config: a list of {"sha256", "name"}, one per permanently merged adapter."""
+"""Field of the model's config that lists permanently merged adapters, each as {"sha256", "name"}."""
 
 
 def merge_record(model: nn.Module) -> dict[str, str]:
-    """Return SHA-256 of the weights -> name of each adapter that was merged into a model permanently.
+    """Return SHA-256 of the weights -> name for each adapter that was permanently merged into a model.
 
     Args:
-        model: Any model; empty for one without a config or without a valid record in it.
+        model: Any model; the result is empty if there is no config or no valid record in it.
     """
     recorded = getattr(getattr(model, "config", None), CONFIG_KEY, None)
     entries = recorded if isinstance(recorded, (list, tuple)) else []
@@ -368,23 +368,23 @@ def add_merge_record(model: nn.Module, adapters: Mapping[str, str]) -> None:
 
     Args:
         model: A merged model with a config.
-        adapters: SHA-256 of an adapter's weights -> its name; added to those already recorded.
+        adapters: SHA-256 of an adapter's weights -> the adapter's name; added to the existing record.
     """
     known = {**merge_record(model), **adapters}
     setattr(model.config, CONFIG_KEY, [{"sha256": sha, "name": name} for sha, name in known.items()])
 
 
 def check_not_merged_in(model: nn.Module, folder: Path, weights_sha256: str, allow: Collection[str]) -> None:
-    """Check that an adapter is not part of the weights already, unless "base_mismatch" is allowed.
+    """Check that an adapter was not merged into the weights already, unless "base_mismatch" is allowed.
 
     Args:
         model: The base.
         folder: The adapter's directory, for the message.
-        weights_sha256: SHA-256 of its weights.
+        weights_sha256: SHA-256 of the adapter's weights.
         allow: As in `load_adapter`.
 
     Raises:
-        BaseMismatchError: It was merged into this model.
+        BaseMismatchError: The adapter was merged into this model.
     """
     known = merge_record(model)
     if weights_sha256 in known and "base_mismatch" not in allow:
@@ -399,14 +399,14 @@ def check_not_merged_in(model: nn.Module, folder: Path, weights_sha256: str, all
 
 
 FILE, FORMAT, MOST_KEPT = "weight_files.json", 1, 512
-"""Name of the cache's file, its format, and the number of hashes that it keeps."""
+"""Name of the cache file, its format, and the maximum number of hashes in it."""
 
 LEAST_KEPT = 1 << 20
-"""Smaller files are hashed each time, which takes as long as reading the cache."""
+"""Minimum size of files whose hashes are cached: hashing a smaller file takes about as long as reading the cache."""
 
 MOST_BYTES = 1 << 30
-"""Maximum total size of files that are hashed (about a second), besides files that the Hub's cache names by their hash
-and files hashed before. For a larger base no hashes are known."""
+"""Maximum total size of the files to hash (about a second). Files that the Hub's cache names by their hash and files
+with a cached hash do not count. Above this size, no hashes are returned."""
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -414,7 +414,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def weight_file_hashes(model: nn.Module) -> dict[str, str]:
-    """Return SHA-256 by name of the safetensors files that a model was loaded from; empty if any is not known.
+    """Return name -> SHA-256 of the safetensors files that a model was loaded from; empty if any hash is unknown.
 
     Args:
         model: A model; its config says where it was loaded from (`name_or_path`).
@@ -426,7 +426,7 @@ def weight_file_hashes(model: nn.Module) -> dict[str, str]:
 
 
 def _files_of(model: nn.Module) -> list[Path]:
-    """Return the weight files of a model from a directory, or from the Hub's cache if it has exactly one revision."""
+    """Return a model's weight files in a directory, or in the Hub's cache if exactly one revision there has any."""
     name = getattr(getattr(model, "config", None), "name_or_path", None)
     if not isinstance(name, str) or not name:
         return []
@@ -489,7 +489,7 @@ def _file_status(file: Path) -> dict[str, int]:
     """Return the properties that change with a file's content.
 
     Raises:
-        OSError: It is not a regular file, or cannot be read.
+        OSError: The path is not a regular file, or cannot be read.
     """
     found = file.stat()
     if not stat.S_ISREG(found.st_mode):

@@ -1,8 +1,8 @@
-"""The index of a model: its modules, its adapted layers and the parents of each, from one walk.
+"""Index a model in one walk: its modules, its adapted layers and the parents of each.
 
-A public call makes an index, passes it on and drops it. None is kept between calls, because other code ties, offloads
-and copies modules at any time. Most modules of an adapted model hold factors; walks leave those out. This module knows
-nothing about configs or arithmetic.
+Each public call builds an index, passes it to other functions and drops it. No index is kept between calls, because
+other code ties, offloads and copies modules at any time. Most modules of an adapted model only hold factors; walks skip
+them. This module does not handle configs or arithmetic.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from lorakit.errors import AdapterError
 from lorakit.targets import Candidate
 
 INSIDE = ".base_layer"
-"""Suffix of a layer's path for each layer around it."""
+"""Suffix that each layer around a layer adds to its path."""
 
 Children = Sequence[tuple[str, nn.Module]]
 Component = TypeVar("Component", bound=AdapterModule)
 
 
 class ModelConfig(Protocol):
-    """The settings of a transformers config that lorakit changes."""
+    """The fields of a transformers config that lorakit changes."""
 
     num_hidden_layers: int
     vocab_size: int
@@ -44,14 +44,14 @@ class ModelConfig(Protocol):
 
 @dataclass(frozen=True)
 class TargetWeight:
-    """A weight that an adapter adapts, before or after its layer is in the model.
+    """A weight that an adapter adapts, whether or not its layer is in the model yet.
 
     Attributes:
-        path: Path of its layer, also its name on disk.
+        path: Path of the weight's layer, which is also the path on disk.
         outer: Path of the module in the plain base.
         kind: The kind of the site.
         spec: The weight's spec: shape, parameter and layout.
-        child: Name of the child of that module that holds the weight; "" for the module itself.
+        child: Name of the child of the module at `outer` that holds the weight; "" if that module itself does.
     """
 
     path: str
@@ -62,7 +62,7 @@ class TargetWeight:
 
     @property
     def pattern_path(self) -> str:
-        """Path that `rank_pattern` and `alpha_pattern` match: that of its module or bare parameter."""
+        """Path that `rank_pattern` and `alpha_pattern` match: that of the module or the bare parameter."""
         return f"{self.outer}.{self.spec.parameter}" if self.kind.names_parameter else self.outer
 
 
@@ -73,13 +73,14 @@ class AdapterIndex:
     Attributes:
         model: The model.
         state: The state that its adapted modules share, or None if there are none.
-        modules: Path -> module outside of adapted modules: modules of the base, and the components that replace them;
-            without the model itself.
-        everything: Path -> module, also inside adapted modules and with the model itself (""), in the order of
-            `named_modules`; holders of factors are left out.
-        parents: Id of a module -> all (parent, attribute) that hold it; inside adapted modules, only of adapted ones.
+        modules: Path -> module that is not inside an adapted one: modules of the base and the components that replace
+            them, but not the model itself.
+        everything: Path -> module, in the order of `named_modules`, including those inside adapted modules and the
+            model itself (""), but not the holders of factors.
+        parents: Id of a module -> all (parent, attribute) pairs that hold it; inside an adapted module, only of
+            adapted modules.
         components: Path -> adapted module, in the model's order.
-        patches: Path -> hooks by which adapters train biases of the module there.
+        patches: Path -> hooks through which adapters train the biases of the module at that path.
         kinds: Custom kinds by name.
     """
 
@@ -96,7 +97,7 @@ class AdapterIndex:
 
     @classmethod
     def of(cls, model: nn.Module | AdapterIndex, kinds: Iterable[Kind] = ()) -> AdapterIndex:
-        """Walk a model once.
+        """Build the index of a model in one walk.
 
         Args:
             model: Any module, with or without adapters. An index is returned unchanged.
@@ -104,7 +105,7 @@ class AdapterIndex:
 
         Raises:
             AdapterError: Parts of the model were adapted separately and have no common state.
-            ConfigError: One of `kinds` cannot be used.
+            ConfigError: One of `kinds` is not valid.
         """
         if isinstance(model, AdapterIndex):
             return model
@@ -130,10 +131,10 @@ class AdapterIndex:
             if isinstance(module, AdapterModule):
                 if self.state is not None and self.state is not module.state:
                     raise AdapterError(
-                        f"{next(iter(self.components)) or 'The model'} and {path} were adapted separately: by calls on "
-                        f"parts of this {type(self.model).__name__}, or one is a copy of a layer that had adapters. "
-                        "They have no common state. Call this on each part; or detach them, and attach or load "
-                        "adapters on the whole model.",
+                        f"{next(iter(self.components)) or 'The model'} and {path} were adapted separately and have no "
+                        f"common state: adapters were put on parts of this {type(self.model).__name__}, or one of the "
+                        "two is a copy of an adapted layer. Call this on each part; or detach the adapters, and attach "
+                        "or load them on the whole model.",
                         where=path,
                     )
                 self.state = module.state
@@ -144,17 +145,17 @@ class AdapterIndex:
                 self.patches[path] = patches
 
     def again(self) -> AdapterIndex:
-        """Return a new index of the same model, after a change of its modules."""
+        """Return a new index of the same model, after its modules have changed."""
         return AdapterIndex.of(self.model, self.kinds.values())
 
     def layers(self, adapter: str | None = None) -> Iterator[tuple[str, LoraLayer]]:
-        """Yield every adapted layer with its path; with an adapter, only those where it has a factor."""
+        """Yield every adapted layer with its path; if an adapter is given, only the layers where it has a factor."""
         for path, layer in self.components.items():
             if isinstance(layer, LoraLayer) and (adapter is None or adapter in layer.r):
                 yield path, layer
 
     def layers_of(self, adapters: Collection[str]) -> Iterator[tuple[str, LoraLayer]]:
-        """Yield the adapted layers that have a factor of at least one of some adapters, with their paths."""
+        """Yield the adapted layers with a factor of at least one of the given adapters, with their paths."""
         for path, layer in self.layers():
             if any(name in layer.r for name in adapters):
                 yield path, layer
@@ -201,12 +202,12 @@ class AdapterIndex:
 
     @property
     def is_tied(self) -> bool:
-        """True unless the model's config says that modules with a shared weight are not tied."""
+        """False only if the config says that modules with a shared weight are not tied (`tie_word_embeddings`)."""
         return getattr(getattr(self.model, "config", None), "tie_word_embeddings", True) is not False
 
     @cached_property
     def shared(self) -> dict[int, list[str]]:
-        """Id of each parameter that several modules of the base share -> their paths."""
+        """Id of each parameter that several modules of the base share -> paths of these modules."""
         held: dict[int, list[str]] = {}
         for path in self.modules:
             for parameter in self.base(path)._parameters.values():
@@ -216,7 +217,7 @@ class AdapterIndex:
 
     @cached_property
     def holders(self) -> dict[int, list[tuple[str, nn.Module]]]:
-        """`identity` of a weight of the base -> names and modules that hold it, several if it is tied."""
+        """`identity` of a base weight -> its names and the modules that hold it; several if it is tied."""
         found: dict[int, list[tuple[str, nn.Module]]] = {}
         for path, module in self.plain_modules():
             prefix = f"{path}." if path else ""
@@ -226,10 +227,10 @@ class AdapterIndex:
         return found
 
     def plain_modules(self, stacked: bool = True) -> list[tuple[str, nn.Module]]:
-        """Return the base's modules under their paths without adapters; a module with two paths is listed twice.
+        """Return the base's modules with their paths in the plain base; a module with two paths is listed twice.
 
         Args:
-            stacked: Replicated layers (`layer_replication`) as they are now; False gives the original ones.
+            stacked: Whether replicated layers (`layer_replication`) appear as they are now, or as the original layers.
         """
         if stacked not in self._plain:
             self._plain[stacked] = self._plain_modules(stacked)
@@ -258,7 +259,7 @@ class AdapterIndex:
         return kind_named(name, self.kinds)
 
     def base(self, path: str) -> nn.Module:
-        """Return the base's module at a path, also if a layer or trainable token rows replace it."""
+        """Return the base's module at a path, even if a layer or trainable token rows replace it."""
         standing = self.modules[path]
         if isinstance(standing, TrainableTokens):
             return standing.original_module
@@ -269,7 +270,7 @@ class AdapterIndex:
 
         Args:
             path: Path of the module.
-            kind: Its kind.
+            kind: Kind of the module.
 
         Returns:
             The weights, in the order in which their layers can be put around the module: the innermost first.
@@ -288,7 +289,7 @@ class AdapterIndex:
         return inner_base(owner, target.child) if target.child else owner
 
     def weight(self, target: TargetWeight) -> Tensor:
-        """Return a base weight as before any merge, canonical (out, in), fp32 or wider."""
+        """Return a base weight before any merge, canonical (out, in), in fp32 or wider."""
         standing, module, parameter = self.layer(target), self.holder(target), target.spec.parameter
         if standing is not None:
             return standing.read()
@@ -306,14 +307,14 @@ class AdapterIndex:
         return standing if isinstance(standing, LoraLayer) else None
 
     def put(self, target: TargetWeight, make: Callable[[nn.Module], LoraLayer]) -> LoraLayer:
-        """Put a new layer around a target weight; layers of bare parameters keep the order of their definition.
+        """Put a new layer around a target weight; layers of bare parameters keep the parameters' order of definition.
 
         Args:
             target: The target weight.
-            make: Makes the layer around a given module.
+            make: Builds the layer around a given module.
 
         Returns:
-            The layer.
+            The new layer.
         """
         if target.child:
             owner = self.base(target.outer)
@@ -337,7 +338,7 @@ class AdapterIndex:
         return layer
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:
-        """Replace a module by another, in all its parents.
+        """Replace a module with another in all its parents.
 
         Args:
             old: A module outside of adapted modules, or an adapted one.
@@ -353,8 +354,8 @@ def _visits(model: nn.Module) -> Iterator[tuple[str, nn.Module, Children, bool, 
     """Walk a model; all other walks use this one.
 
     Yields:
-        Path, module, its children without holders of factors, whether the module is visited for the first time, and
-        whether it is visited for the first time outside of adapted modules.
+        Path, module, its children except holders of factors, whether this is the first visit to the module, and
+        whether it is the first visit outside adapted modules.
     """
     seen: set[int] = set()
     outside: set[int] = set()
@@ -385,14 +386,14 @@ def _children_of(module: nn.Module) -> Children:
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module once, with the names and order of `named_modules`, without the holders of factors."""
+    """Yield every module except holders of factors once, with the names and order of `named_modules`."""
     yield from ((path, module) for path, module, _, is_new, _ in _visits(model) if is_new)
 
 
 def find_state(model: nn.Module) -> AdapterState | None:
     """Return the state that the layers of a model share, or None if there are no adapters.
 
-    Stops at the first adapted module, unless the model was never indexed.
+    The walk stops at the first adapted module, unless the model was never indexed.
 
     Raises:
         AdapterError: Parts of the model were adapted separately and have no common state.
@@ -410,31 +411,31 @@ def state_of(model: nn.Module) -> AdapterState:
         AdapterError: The model has no adapters, or parts of it were adapted separately.
     """
     state = find_state(model)
-    return AdapterIndex(model).known_state() if state is None else state  # an index takes time, and `use` comes often
+    return AdapterIndex(model).known_state() if state is None else state  # indexing is slow, and `use` is called often
 
 
 def identity(parameter: Tensor | None) -> int:
-    """Return a key that parameters of any shape in the same memory share: its address, or else the object's id."""
+    """Return a key that parameters of any shape share if they share memory: the address, or else the object's id."""
     if parameter is None or type(parameter.data) is not Tensor:
         return id(parameter)
     return parameter.data_ptr() or id(parameter)
 
 
 def defined_parameters(module: nn.Module) -> list[str]:
-    """Return the names of a module's own parameters in the order of their definition, parametrized ones last."""
+    """Return the names of a module's own parameters in the order of definition, with parametrized ones last."""
     names = [name for name, parameter in module._parameters.items() if parameter is not None]
     parametrised = module._modules.get(PARAMETRISED)
     return names + ([] if parametrised is None else list(parametrised._modules))
 
 
 def inner_base(owner: nn.Module, child: str) -> nn.Module:
-    """Return a child of a module of the base, without a layer around it."""
+    """Return the base's module for a child of a base module, even if a layer replaces it."""
     inside = owner.get_submodule(child)
     return inside.owner if isinstance(inside, LoraLayer) else inside
 
 
 def _goes_around(layer: LoraLayer, target: TargetWeight) -> bool:
-    """Return whether a layer must be around a new one: the parameter defined last has the outermost layer."""
+    """Return whether a layer belongs around a new one: the parameter defined last gets the outermost layer."""
     if not target.kind.names_parameter:
         return False
     names = defined_parameters(layer.owner)
@@ -450,7 +451,7 @@ def _candidate(path: str, base: nn.Module, kind: Kind | None, head: nn.Module | 
 
 
 def _can_be_read(module: nn.Module, kind: Kind) -> bool:
-    """Return whether the weights of a module are floats, or stored in a way that WEIGHT_FORMATS knows."""
+    """Return whether a module's weights can be read: as floats, in a format of WEIGHT_FORMATS, or by a custom kind."""
     weight = module._parameters.get("weight")
     if weight is not None and torch.is_floating_point(weight) and weight.ndim > 1:
         return True
@@ -463,7 +464,7 @@ def embedding_of(model: nn.Module, which: Literal["input", "output"] = "input") 
     getter = getattr(model, f"get_{which}_embeddings", None)
     try:
         found = None if getter is None else getter()
-    except (AttributeError, NotImplementedError):  # what a model without one raises depends on its class
+    except (AttributeError, NotImplementedError):  # which error a model without one raises depends on its class
         return None
     return found if isinstance(found, nn.Module) else None
 
@@ -477,22 +478,22 @@ def check_known(state: AdapterState, names: Sequence[str]) -> None:
     """Check that adapters are on the model.
 
     Raises:
-        AdapterError: The message lists the adapters of the model.
+        AdapterError: An adapter is not on the model; the message lists those that are.
     """
     for name in names:
         if name not in state.configs:
             raise AdapterError(
-                f"There is no adapter {name!r} on this model. Adapters: {', '.join(state.configs)}.",
+                f"Adapter {name!r} not found on this model; available: {', '.join(state.configs)}.",
                 what=name,
                 allowed=state.configs,
             )
 
 
 def trainable_block(index: AdapterIndex) -> AbstractContextManager[object]:
-    """Return a block whose new tensors can be trained afterwards, also inside `torch.inference_mode`.
+    """Return a context in which new tensors are created trainable, even inside `torch.inference_mode`.
 
     Raises:
-        ModelError: The model was created in inference mode, and this is outside of it.
+        ModelError: The model was created in inference mode, and the call is outside it.
     """
     held = (p for module in index.everything.values() for p in module._parameters.values() if p is not None)
     return trainable(index.model, next(held, None))

@@ -1,8 +1,8 @@
-"""`layer_replication`: a model with some layers repeated; copies share their weights.
+"""Repeat some layers of a model (`layer_replication`); the copies share the weights.
 
-Each copy is a separate module over the same parameters, so that each can have different adapters (Kim et al. 2023,
-arXiv:2312.15166, stack layers in this way). The first adapter with the setting replaces the list of layers, and the
-last one restores it; the state keeps both lists.
+Each copy is a separate module with the same parameters, so that each can have different adapters (Kim et al. 2023,
+arXiv:2312.15166, stack layers in this way). Attaching the first adapter with this setting replaces the list of layers,
+and detaching the last one restores it; the state keeps both lists.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from lorakit.core.model.index import AdapterIndex, ModelConfig, find_state
 from lorakit.errors import ConfigError
 
 WRAPPERS = ("model", "bert", "transformer")
-"""Names of the submodule that contains the layers, by architecture."""
+"""Names that the submodule with the layers has in different architectures."""
 
 LISTS = (("", "layers"), ("encoder", "layer"), ("", "h"))
-"""Submodule and name of the list of layers in it, as in Llama, BERT and Falcon."""
+"""Submodule and name of the list of layers in Llama, BERT and Falcon."""
 
 PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type")
 """Config fields with one entry per layer."""
 
 NUMBER = "layer_idx"
-"""Attribute with a layer's position, for the cache."""
+"""Attribute with a layer's position, which the cache of keys and values uses."""
 
 Settings = Mapping[str, int | list[str]]
 """Values of config fields that depend on the number of layers."""
@@ -39,15 +39,15 @@ class Replication:
     """A model's replicated layers.
 
     Attributes:
-        ranges: The present layers, as ranges of the original ones, ends excluded.
-        holder: The module that holds the list.
-        attribute: The list's name there.
+        ranges: The replicated layers as ranges of original layers, with ends excluded.
+        holder: The module that holds the list of layers.
+        attribute: Name of the list in `holder`.
         original: The original list.
-        stacked: The present list.
+        stacked: The list with replicated layers.
         config: The model's config, or None.
-        before: Original values of the config fields that depend on the layers.
-        after: Their present values.
-        dtype: dtype of the first layer's first weight when the list was built.
+        before: Original values of the config fields that depend on the number of layers.
+        after: Values of these fields with replicated layers.
+        dtype: dtype of the first layer's first weight when `stacked` was built.
     """
 
     ranges: tuple[tuple[int, int], ...]
@@ -61,18 +61,18 @@ class Replication:
     dtype: torch.dtype
 
     def put(self) -> None:
-        """Replace the original list."""
+        """Replace the original list with the stacked one."""
         self._set(self.stacked, self.after)
 
     def undo(self) -> None:
-        """Restore the original list; the present one must have no adapters."""
+        """Restore the original list; the stacked one must have no adapters."""
         order = _order(self.ranges)
         for number, layer in enumerate(self.original):
-            if number in order:  # buffers that were moved, and the mode, are not shared
+            if number in order:  # moved buffers and the train or eval mode are not shared
                 for old, new in zip(layer.modules(), self.stacked[order.index(number)].modules(), strict=True):
                     old._buffers.update(new._buffers)
                     old.training = new.training
-            else:  # it was not in the model, so it was not moved or cast with it
+            else:  # the layer was not in the model, so it was not moved or cast with it
                 now = next(self.stacked.parameters())
                 layer.to(device=now.device, dtype=now.dtype if now.dtype != self.dtype else None)
         self._set(self.original, self.before)
@@ -97,7 +97,7 @@ class Replication:
 
 @contextlib.contextmanager
 def stacked_for(index: AdapterIndex, config: LoraConfig) -> Iterator[AdapterIndex]:
-    """Replicate a model's layers as an adapter's config says, for a block that adds the adapter; undone if it fails.
+    """Replicate a model's layers for a block that adds an adapter with this setting, and undo that if the block fails.
 
     Args:
         index: The model's index.
@@ -115,7 +115,7 @@ def stacked_for(index: AdapterIndex, config: LoraConfig) -> Iterator[AdapterInde
         present = state.replication.ranges if state.replication is not None else ()
         if ranges != present:
             raise ConfigError(
-                f"layer_replication is {_shown(ranges)}, and the adapters on this model have {_shown(present)}: the "
+                f"layer_replication is {_shown(ranges)}, but the adapters on this model have {_shown(present)}; the "
                 "adapters of a model share its layers. Detach them first, or pass the same ranges.",
                 what=_shown(ranges),
                 field="layer_replication",
@@ -180,7 +180,7 @@ def _find(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
 
 
 def _settings(config: ModelConfig | None, count: int, order: Sequence[int]) -> tuple[Settings, Settings]:
-    """Return the config fields that depend on the layers, before and after."""
+    """Return the config fields that depend on the number of layers, with values before and after replication."""
     before: dict[str, int | list[str]] = {}
     after: dict[str, int | list[str]] = {}
     if getattr(config, "num_hidden_layers", None) == count:
@@ -193,11 +193,11 @@ def _settings(config: ModelConfig | None, count: int, order: Sequence[int]) -> t
 
 
 def _copy(module: nn.Module, index: int) -> nn.Module:
-    """Return a module over the same parameters and buffers, whose submodules have another position."""
+    """Return a copy of a module with the same parameters and buffers but another layer position."""
     if "forward" in module.__dict__:
         raise ConfigError(
             f"layer_replication: this {type(module).__name__} has an instance-level forward (of a dispatched or "
-            "compiled model), which would run the original layer. Replicate the layers before that.",
+            "compiled model), which would run the original layer. Replicate layers before dispatching or compiling.",
             what=type(module).__name__,
             field="layer_replication",
         )

@@ -1,8 +1,8 @@
-"""Sites of a model, and the weights that an adapter adapts: targets and bare parameters, with their paths on disk.
+"""Find the sites of a model and the weights that an adapter adapts: targets and bare parameters, with paths on disk.
 
-A module with several adapted parameters has one layer for each; the outermost is that of the parameter defined last.
-PEFT writes them to disk in that order, without the parameters' names. Only the adapter's parameters count there, even
-if other adapters have layers around the same module.
+A module with several adapted parameters has one layer for each; the parameter defined last has the outermost layer.
+Paths on disk follow PEFT: they show this nesting instead of the parameters' names, and they count only the layers of
+the saved adapter, even if other adapters have layers around the same module.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from lorakit.targets import BareParameter, Match, targeted_parameters
 
 @dataclass(frozen=True)
 class Site:
-    """A weight of a model at which adapters have factors.
+    """A weight of a model for which adapters have factors.
 
     Attributes:
         path: Dotted path in the model.
         kind: Name of the kind.
         out_features: Rows of the canonical weight.
         in_features: Columns of the canonical weight.
-        layer: Its layer.
+        layer: The layer at the site.
     """
 
     path: str
@@ -46,7 +46,7 @@ def sites(model: nn.Module) -> list[Site]:
     """Return the adapted sites in model order.
 
     Args:
-        model: An adapted model; one without adapters has none.
+        model: Any model; without adapters, the result is empty.
     """
     return [
         Site(path, layer.kind_name, layer.spec.out_features, layer.spec.in_features, layer)
@@ -69,7 +69,7 @@ def bare_parameters(index: AdapterIndex) -> list[BareParameter]:
 
 
 def named_targets(index: AdapterIndex, config: LoraConfig) -> dict[str, TargetWeight]:
-    """Return path on disk -> target weight of the bare parameters that a config names; its patterns are ignored.
+    """Return path on disk -> target weight for each bare parameter that a config names, ignoring its patterns.
 
     Args:
         index: The model's index.
@@ -96,7 +96,7 @@ def targets_of(index: AdapterIndex, matches: Sequence[Match]) -> list[tuple[Matc
         Pairs; within one module, the weight with the innermost layer is first.
 
     Raises:
-        TargetError: A module and its parameter are both named, by one adapter or by two.
+        TargetError: A module and one of its parameters are both targets, of one adapter or of two.
     """
     found = []
     by_module: dict[str, list[Match]] = {}
@@ -120,15 +120,15 @@ def targets_of(index: AdapterIndex, matches: Sequence[Match]) -> list[tuple[Matc
 
 
 def dropout_at(config: LoraConfig, target: TargetWeight, holder: nn.Module) -> float:
-    """Return the dropout of a site's input to A.
+    """Return the dropout probability for the input of A at a site.
 
     Args:
         config: The adapter's config.
         target: The site.
-        holder: The base's module that holds its weight.
+        holder: The base's module that holds the site's weight.
 
     Raises:
-        ConfigError: The config has a dropout, but the module does not expose the input of its parameter.
+        ConfigError: The config has dropout, but the module does not expose the input of its parameter.
     """
     if target.kind.drops or not config.lora_dropout:
         return config.lora_dropout
@@ -144,7 +144,7 @@ def dropout_at(config: LoraConfig, target: TargetWeight, holder: nn.Module) -> f
 
 
 def paths_on_disk(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, str]:
-    """Return path in the model -> path on disk of an adapter's sites; layers of other adapters are not in the latter.
+    """Return path in the model -> path on disk for an adapter's sites; paths on disk ignore layers of other adapters.
 
     Args:
         model: The adapted model, or its index.
@@ -162,14 +162,14 @@ def paths_on_disk(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, st
 
 
 def check_overlap(index: AdapterIndex, targets: Sequence[TargetWeight]) -> None:
-    """Check that no module is adapted both as a whole and by its parameter, together with the model's adapters.
+    """Check that no module is adapted both as a whole and through a parameter, by this adapter or those on the model.
 
     Args:
         index: The model's index.
         targets: The target weights of one adapter.
 
     Raises:
-        TargetError: The message names the module.
+        TargetError: A module is adapted in both ways; the message names it.
     """
     adapted = {path for path, m in index.modules.items() if isinstance(m, (LoraLayer, ModulesToSave))}
     taken = sorted(adapted | {target.outer for target in targets})
@@ -177,8 +177,8 @@ def check_overlap(index: AdapterIndex, targets: Sequence[TargetWeight]) -> None:
         inside = next((path for path in taken if path.startswith(f"{outer}.")), None)
         if inside is not None:
             raise TargetError(
-                f"target_parameters names a parameter of {outer}, and {inside} inside it is adapted too; a layer "
-                "around one would hide the other. Leave one of them out.",
+                f"target_parameters names a parameter of {outer}, but {inside} inside it is adapted too; a layer "
+                "around one would hide the other. Remove one of the two targets.",
                 what=inside,
                 where=outer,
                 field="target_parameters",
@@ -194,8 +194,8 @@ def check_overlap(index: AdapterIndex, targets: Sequence[TargetWeight]) -> None:
 def _overlap_error(path: str, parameter: str, type_name: str) -> TargetError:
     return TargetError(
         f"Trying to wrap an `nn.Parameter` of layer {path!r} of type {type_name}, which is not a valid target: "
-        f"target_parameters names {parameter!r}, and the module is adapted as a whole. Make sure that this layer is "
-        "not also targeted with `target_modules`, by this adapter or another; if its names are the model's defaults, "
+        f"target_parameters names {parameter!r}, but the module is adapted as a whole. Make sure that this layer is "
+        "not also targeted with `target_modules`, by this adapter or another; if it is a default target of the model, "
         "set `target_modules=[]`.",
         what=parameter,
         where=path,

@@ -1,7 +1,7 @@
-"""`ensure_weight_tying`: modules that share a weight in the base are adapted as one.
+"""Adapt modules that share a weight in the base as one (`ensure_weight_tying`).
 
-Saved copies of tied modules share one parameter. The factors of a tied head are the transposed factors of the
-embedding, and those of a second embedding are the same. Trainable token rows have ties of their own (`vocabulary`).
+Saved copies of tied modules share one parameter. A tied head uses the transposed factors of the embedding, and a second
+tied embedding uses the same factors. `vocabulary` ties trainable token rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorakit.errors import ConfigError
 from lorakit.targets import Match, Note, Resolution
 
 TIED = "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter"
-"""Start of the note about a tied module that is not adapted; programs match it in PEFT's warnings."""
+"""Start of the note about tied modules that are not adapted as one; programs search PEFT's warnings for this text."""
 
 LEFT_ALONE, NOTHING_TIED = "left_alone", "nothing_tied"
 """Kinds of notes about ties."""
@@ -31,7 +31,7 @@ class TiedWeight(FactorWeight):
     """A or B of a head that is tied to an embedding: the embedding's transposed B or A.
 
     Attributes:
-        weight: (r, in) or (out, r), as in the embedding's layer now.
+        weight: (r, in) or (out, r), always computed from the embedding's current factors.
     """
 
     def __init__(self, leader: LoraLayer, name: str, part: str) -> None:
@@ -43,13 +43,13 @@ class TiedWeight(FactorWeight):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The factor, (r, in) or (out, r), with a graph to the embedding's factor."""
+        """The factor, (r, in) or (out, r); gradients reach the embedding's factor."""
         factor = self.leader[0].factor(self.name)
         return (factor.B if self.part == "A" else factor.A).T
 
 
 def with_ties(index: AdapterIndex, config: LoraConfig, found: Resolution) -> tuple[Resolution, dict[str, str]]:
-    """Return the modules that a config names and, with `ensure_weight_tying`, the modules tied to them.
+    """Return the modules that a config names and, if `ensure_weight_tying` is set, the modules tied to them.
 
     Args:
         index: The model's index.
@@ -57,13 +57,13 @@ def with_ties(index: AdapterIndex, config: LoraConfig, found: Resolution) -> tup
         found: The modules that the config names.
 
     Returns:
-        The modules, and the path of each tied module -> path of the embedding that it is tied to. Without
-        `ensure_weight_tying`, notes name the tied modules that are not adapted.
+        The modules, and a mapping from the path of each tied module to that of its embedding. Without
+        `ensure_weight_tying`, the mapping is empty, and notes name the ties that the adapter breaks.
 
     Raises:
         ConfigError: The tied modules cannot be trained as one.
     """
-    # "all-linear" selects layers by type, and no embedding; a tied head is like any other linear layer
+    # "all-linear" selects layers by type and excludes embeddings, so it treats a tied head as a linear layer
     is_all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     named = {*found.saved, *(() if is_all_linear else (match.path for match in found.matches))}
     groups = tied_groups(index, named)
@@ -91,9 +91,9 @@ def with_ties(index: AdapterIndex, config: LoraConfig, found: Resolution) -> tup
 
 
 def tied_groups(index: AdapterIndex, paths: Collection[str]) -> dict[str, list[str]]:
-    """Return each embedding that shares its weight with some of these modules -> all modules that share it.
+    """Return embedding -> all other modules with the same weight, for groups that include one of these modules.
 
-    Empty if the model's config says that its embeddings are not tied.
+    The result is empty if the model's config says that embeddings are not tied.
     """
     groups: dict[str, list[str]] = {}
     for whole in shared_weights(index) if index.is_tied else ():
@@ -117,7 +117,7 @@ def tie_copies(copies: Mapping[str, nn.Module], embeddings: Mapping[str, str]) -
 
 
 def tie_factors(index: AdapterIndex, name: str, embeddings: Mapping[str, str]) -> None:
-    """Replace the factors of tied modules by those of their embeddings; all layers are in the model.
+    """Replace the factors of tied modules with those of their embeddings; all layers must be in the model.
 
     Args:
         index: The model's index.
@@ -139,13 +139,13 @@ def tie_factors(index: AdapterIndex, name: str, embeddings: Mapping[str, str]) -
 def _tied_matches(
     index: AdapterIndex, config: LoraConfig, matches: Sequence[Match], leader: str, partners: Sequence[str]
 ) -> list[Match]:
-    """Return the matches with one for every module of a group, with the rank and alpha of the embedding's."""
+    """Return the matches, with one for each module of a tied group; all have the embedding's rank and alpha."""
     own = next((variant for variant in variants_of(config) if variant.tensors), None)
     if own is not None:
         raise ConfigError(
-            f"ensure_weight_tying ties the factors of {leader} and {partners[0]}, and {own.field} gives each a "
-            f"separate tensor ({own.tensors[0].held_as}). Turn one of the two off, or adapt only one module without "
-            "ensure_weight_tying.",
+            f"ensure_weight_tying ties the factors of {leader} and {partners[0]}, but {own.field} gives each module a "
+            f"separate tensor ({own.tensors[0].held_as}). Turn one of the two options off, or adapt only one module "
+            "without ensure_weight_tying.",
             where=leader,
             field=own.field,
         )
@@ -156,8 +156,8 @@ def _tied_matches(
     odd = [path for path in partners if not isinstance(index.base(path), (nn.Linear, nn.Embedding))]
     if not isinstance(index.base(leader), nn.Embedding) or odd:
         raise ConfigError(
-            f"ensure_weight_tying: {(odd or [leader])[0]} shares its weight with {leader}, and factors are tied only "
-            "among nn.Embedding and nn.Linear modules. Set ensure_weight_tying=False, or do not target it.",
+            f"ensure_weight_tying: {(odd or [leader])[0]} shares its weight with {leader}, but only the factors of "
+            "nn.Embedding and nn.Linear can be tied. Set ensure_weight_tying=False, or do not target the module.",
             where=(odd or [leader])[0],
             field="ensure_weight_tying",
         )

@@ -1,8 +1,8 @@
-"""Resize the embeddings of a model, and select single rows to train (`trainable_token_indices`).
+"""Resize the embeddings of a model, and select individual rows to train (`trainable_token_indices`).
 
-An adapter that brings every new row (as trainable token rows, or as a saved copy of the whole embedding) needs none of
-them from the base. The loader then appends rows for the adapter to fill, and compares the base without them. This
-module reads what an adapter's files contain, but no files.
+An adapter that contains every new row (as trainable token rows, or in a saved copy of the whole embedding) does not
+need these rows in the base. The loader then appends rows for the adapter to fill, and compares the base without them.
+This module uses the content of an adapter's files but does not read files.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from lorakit.targets import names_path
 
 
 def grow_vocabulary(model: nn.Module, rows: int) -> None:
-    """Append rows to the embedding and the head, up to a number of rows; each is the mean of the existing ones.
+    """Append rows to the embedding and the head up to a given number; each new row is the mean of the existing rows.
 
     Args:
         model: A base without adapters, changed in place; unchanged if it has enough rows.
-        rows: Number of rows afterwards.
+        rows: Number of rows after the call.
 
     Raises:
-        ModelError: The model does not name its input embedding, or more than its tables depends on the vocabulary.
+        ModelError: The model does not name its input embedding, or has vocabulary-sized tensors besides plain tables.
     """
     tables = check_growth(model, rows)
     if tables:
@@ -51,14 +51,14 @@ def grow_vocabulary(model: nn.Module, rows: int) -> None:
 
 
 def check_growth(model: nn.Module, rows: int) -> list[nn.Module]:
-    """Return the tables with fewer than a number of rows; the model is not changed.
+    """Return the tables that `grow_vocabulary` would extend to a number of rows; the model is not changed.
 
     Args:
         model: A base without adapters; values are not read.
         rows: Number of rows per table.
 
     Raises:
-        ModelError: As `grow_vocabulary`.
+        ModelError: As in `grow_vocabulary`.
     """
     present = vocabulary_of(model)
     if 0 < rows <= present:
@@ -68,20 +68,20 @@ def check_growth(model: nn.Module, rows: int) -> list[nn.Module]:
     dense = all(isinstance(table, (nn.Embedding, nn.Linear)) and table.weight.is_floating_point() for table in tables)
     if not dense or _has_other_tables(index, present):
         raise ModelError(
-            f"Tokens cannot be added to this {type(model).__name__}: besides plain embeddings it has other tensors of "
+            f"Tokens cannot be added to this {type(model).__name__}: besides plain embeddings, it has other tensors of "
             "the vocabulary's size, which only the model itself can resize. Call model.resize_token_embeddings, save "
-            "it, and train on that.",
+            "the model, and train with the saved one.",
             what=type(model).__name__,
         )
     return tables
 
 
 def with_trained_rows(config: LoraConfig, model: nn.Module, rows: Sequence[int]) -> LoraConfig:
-    """Return a copy of a config that trains some token embeddings, and their rows in the head if it is not tied.
+    """Return a copy of a config that trains some token embeddings, and the same rows of the head if it is not tied.
 
     Args:
         config: The config.
-        model: The base; only read, and its values are not needed.
+        model: The base; not changed, and its values are not needed.
         rows: Indices of the rows.
 
     Raises:
@@ -96,12 +96,12 @@ def with_trained_rows(config: LoraConfig, model: nn.Module, rows: Sequence[int])
 
 
 def initialize_rows(model: nn.Module, name: str, pieces: Mapping[int, Sequence[int]]) -> None:
-    """Set new token embeddings to the mean of those of the tokens that their text had before. [docs/math.md (93)]
+    """Set each new token's embedding to the mean over the tokens that encoded its text before. [docs/math.md (93)]
 
     Args:
         model: An adapted model; the base does not change.
         name: The adapter.
-        pieces: Index of a trained row -> indices of the rows of its pieces; other rows do not change.
+        pieces: Index of a trained row -> indices of the tokens that encoded its text before; other rows do not change.
     """
     for _, module in AdapterIndex.of(model).every(TrainableTokens):
         if module.follows or name not in module:
@@ -137,7 +137,7 @@ def token_tables(index: AdapterIndex, path: str | None) -> list[str]:
 
 
 def _has_other_tables(index: AdapterIndex, vocabulary: int) -> bool:
-    """Return whether a buffer with two or more axes has the vocabulary's size; only the model itself can resize it."""
+    """Return whether a buffer with two or more axes has an axis of the vocabulary's size; lorakit cannot resize it."""
     buffers = (buffer for module in index.everything.values() for buffer in module._buffers.values())
     return any(vocabulary in buffer.shape for buffer in buffers if buffer is not None and buffer.ndim > 1)
 
@@ -153,7 +153,7 @@ def _append_rows(model: nn.Module, tables: Iterable[nn.Module], rows: int, undo:
     for table in tables:
         old = table._parameters.get("weight")
         missing = 0 if old is None else rows - old.shape[0]
-        if old is None or missing <= 0:  # a head can be padded further than its embedding
+        if old is None or missing <= 0:  # a head can have more padding rows than its embedding
             continue
         if old not in made:
             new = old.detach().float().mean(0, keepdim=True).to(old.dtype).expand(missing, -1)
@@ -172,12 +172,12 @@ def _append_rows(model: nn.Module, tables: Iterable[nn.Module], rows: int, undo:
 
 @contextlib.contextmanager
 def appended_rows(index: AdapterIndex, config: LoraConfig, known: Fingerprint | None) -> Iterator[list[str]]:
-    """Append the rows that an adapter brings; they are removed again if the block fails.
+    """Append rows for the new tokens that an adapter contains, and remove them again if the block fails.
 
     Args:
         index: The base's index.
         config: The adapter's config.
-        known: The fingerprint of the base it was trained on, or None.
+        known: The fingerprint of the base that the adapter was trained on, or None.
 
     Yields:
         Messages about the appended rows; if there are any, the index is out of date.
@@ -192,37 +192,38 @@ def appended_rows(index: AdapterIndex, config: LoraConfig, known: Fingerprint | 
     with contextlib.ExitStack() as undo:
         _append_rows(index.model, [table_at(index, table) for table in token_tables(index, path)], wanted, undo)
         yield [
-            f"The base has {present:,} tokens and the adapter was trained with {wanted:,}: {wanted - present:,} rows "
+            f"The base has {present:,} tokens, but the adapter was trained with {wanted:,}: {wanted - present:,} rows "
             "were appended, which the adapter fills."
         ]
         undo.pop_all()
 
 
 def base_mismatch_advice(known: Fingerprint | None, present: Fingerprint) -> str:
-    """Return what to do about an adapter that was trained on another base; the text contains `OVERRIDE`."""
+    """Return advice on loading an adapter that was trained on another base; the text contains `OVERRIDE`."""
     if known is None or known.vocabulary <= present.vocabulary or known.architecture != present.architecture:
-        return f"Load its own base, or {OVERRIDE}."
+        return f"Load the base that it was trained on, or {OVERRIDE}."
     return (
-        f"New tokens were added before it was trained, and the adapter does not bring all their rows: call "
-        f"model.resize_token_embeddings({known.vocabulary}) as then, and {OVERRIDE}; or train it with "
-        "trainable_token_indices (or modules_to_save) for the new rows, so that it brings them."
+        f"New tokens were added before training, and the adapter does not contain all of their rows: call "
+        f"model.resize_token_embeddings({known.vocabulary}) as before training, and {OVERRIDE}; or train the adapter "
+        "with trainable_token_indices (or modules_to_save) for the new rows, so that it contains them."
     )
 
 
 def without_brought_rows(
     index: AdapterIndex, config: LoraConfig, known: Fingerprint | None
 ) -> tuple[Fingerprint | None, Fingerprint]:
-    """Return two fingerprints to compare, without the values that the adapter brings.
+    """Return two fingerprints to compare, without the values that the adapter replaces.
 
-    A model with more tokens is compared as it was before they were added; if that differs, in its present size.
+    A model with more tokens than the adapter's base is compared without the additional rows; if it differs even so, it
+    is compared at its current size.
 
     Args:
         index: The base's index.
         config: The adapter's config.
-        known: The fingerprint of the base it was trained on, or None.
+        known: The fingerprint of the base that the adapter was trained on, or None.
 
     Returns:
-        The known fingerprint and the model's, with these values set to zero in both.
+        The known fingerprint and the model's, both with these values set to zero or left out.
     """
     if known is not None and 0 < known.vocabulary < vocabulary_of(index.model):
         tables = [table_at(index, path) for path in token_tables(index, input_embedding(index))]
@@ -266,7 +267,7 @@ def _blanked(mark: Fingerprint, blank: Mapping[str, Collection[int]]) -> Fingerp
 
 
 def _rows_by_table(config: LoraConfig, path: str | None) -> dict[str, list[int]]:
-    """Return the name of each table -> indices of the rows that an adapter brings."""
+    """Return name of a table -> indices of the rows that an adapter contains."""
     asked = config.trainable_token_indices
     table = asked if isinstance(asked, Mapping) else {path or "": asked or []}
     return {name: [i for i in rows if isinstance(i, int)] for name, rows in table.items()}
@@ -277,7 +278,7 @@ def _saved(config: LoraConfig, index: AdapterIndex) -> list[str]:
 
 
 def _brings_all(index: AdapterIndex, config: LoraConfig, path: str | None, rows: range) -> bool:
-    """Return whether an adapter brings some rows of every table, directly or through a tied one; all can be resized."""
+    """Return whether tables can be resized and an adapter has these rows of each, directly or through a tied one."""
     if path is None or index.state is not None or _has_other_tables(index, rows.start):
         return False
     named, saved = _rows_by_table(config, path), set(_saved(config, index))
@@ -292,26 +293,26 @@ def _brings_all(index: AdapterIndex, config: LoraConfig, path: str | None, rows:
 
 
 USUAL_NAME = "embed_tokens"
-"""The table that a list of indices means in a model that does not name its input embedding."""
+"""Name of the table to which a list of indices refers if the model does not name its input embedding."""
 
 
 def chosen_rows(
     index: AdapterIndex, config: LoraConfig, sites: Collection[str], saved: Collection[str]
 ) -> list[ChosenRows]:
-    """Return the rows that a config names.
+    """Return the token rows that a config names.
 
     Args:
         index: The model's index.
         config: The config.
         sites: Paths of the modules that have factors of the same adapter.
-        saved: Paths of its saved modules.
+        saved: Paths of the adapter's saved modules.
 
     Returns:
         One entry per table; tied tables with the same rows share one.
 
     Raises:
         TargetError: A name matches no table, or the table is adapted in another way.
-        ConfigError: Indices are not in the table, or tied tables are named with different rows.
+        ConfigError: Indices are not valid for their table, or conflict with the ties between tables.
     """
     named = _named(index, config)
     groups = _groups(named, index, config)
@@ -328,13 +329,13 @@ def chosen_rows(
 
 
 def sharers(index: AdapterIndex, path: str) -> list[str]:
-    """Return the paths of the base's other modules whose weight is the same parameter as that of a module."""
+    """Return the paths of the other base modules that share the weight parameter of a module."""
     whole = next((group for group in shared_weights(index) if path in group), [])
     return [other for other in whole if other != path]
 
 
 def shared_weights(index: AdapterIndex) -> list[list[str]]:
-    """Return the modules of the base that share a parameter as their weight, as lists of paths in the model's order.
+    """Return groups of base modules that share a weight parameter, each as a list of paths in the model's order.
 
     Replicated layers (`layer_replication`) are left out: they share all parameters and are adapted separately.
     """
@@ -396,7 +397,7 @@ def _checked(index: AdapterIndex, path: str, indices: Sequence[int]) -> tuple[in
     whole = all(isinstance(i, int) and not isinstance(i, bool) for i in numbers)
     if not numbers or not whole or len(set(numbers)) < len(numbers):
         raise ConfigError(
-            f"trainable_token_indices of {path} is {numbers[:8]!r}; it must be different whole numbers, at least one.",
+            f"trainable_token_indices of {path} is {numbers[:8]!r}; expected one or more different integers.",
             what=numbers[:8],
             where=path,
             field="trainable_token_indices",
@@ -404,8 +405,8 @@ def _checked(index: AdapterIndex, path: str, indices: Sequence[int]) -> tuple[in
     outside = next((i for i in numbers if not 0 <= i < weight.shape[0]), None)
     if outside is not None:
         raise ConfigError(
-            f"trainable_token_indices of {path} holds {outside}, and the table has rows 0 to "
-            f"{weight.shape[0] - 1:,}. For tokens that were added, call model.resize_token_embeddings first.",
+            f"trainable_token_indices of {path} contains {outside}, but the table has rows 0 to "
+            f"{weight.shape[0] - 1:,}. For added tokens, call model.resize_token_embeddings first.",
             what=outside,
             where=path,
             field="trainable_token_indices",
@@ -414,7 +415,7 @@ def _checked(index: AdapterIndex, path: str, indices: Sequence[int]) -> tuple[in
 
 
 def _groups(named: Mapping[str, tuple[int, ...]], index: AdapterIndex, config: LoraConfig) -> list[ChosenRows]:
-    """Return one entry for tables that share a weight and are named with the same rows or not at all."""
+    """Return one entry per table; tied tables that are named with the same rows, or not named, share an entry."""
     groups: list[ChosenRows] = []
     followers: set[str] = set()
     embeddings_first = sorted(named, key=lambda path: not isinstance(table_at(index, path), nn.Embedding))
@@ -443,7 +444,7 @@ def _check_free(path: str, index: AdapterIndex, sites: Collection[str], saved: C
     if any(path == other or path.startswith(other + ".") for other in saved):
         raise TargetError(
             f"The embedding layer is already marked to be trained fully: {path} is a saved module (modules_to_save), "
-            "and trainable_token_indices trains some of its rows. Name it in one of the two.",
+            "and trainable_token_indices trains some of its rows. Use only one of the two.",
             where=path,
             field="trainable_token_indices",
         )
@@ -451,7 +452,7 @@ def _check_free(path: str, index: AdapterIndex, sites: Collection[str], saved: C
     if path in sites or (module is not table_at(index, path) and not isinstance(module, TrainableTokens)):
         raise TargetError(
             f"trainable_token_indices cannot be applied to {path}: an adapter has factors or a copy there. Remove it "
-            "from target_modules or modules_to_save, or load a model per adapter.",
+            "from target_modules or modules_to_save, or load a separate model for each adapter.",
             where=path,
             field="trainable_token_indices",
         )
@@ -469,7 +470,7 @@ def _check_same_ties(group: ChosenRows, index: AdapterIndex) -> None:
     if wrong:
         raise ConfigError(
             f"trainable_token_indices: another adapter ties the rows at {wrong[0]} in a different way. Name the same "
-            "tables in both adapters, or load a model per adapter.",
+            "tables in both adapters, or load a separate model for each adapter.",
             where=wrong[0],
             field="trainable_token_indices",
         )
