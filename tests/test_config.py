@@ -47,7 +47,7 @@ def test_defaults_are_the_fields() -> None:
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "r zero": ({"r": 0}, r"r is 0; it must be a whole number of at least 1"),
+    "r zero": ({"r": 0}, r"r is 0; it must be an integer >= 1"),
     "r negative": ({"r": -4}, "r is -4"),
     "r a float": ({"r": 8.0}, r"r is 8\.0"),
     "r a word": ({"r": "8"}, "r is '8'"),
