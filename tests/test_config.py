@@ -63,7 +63,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "task": ({"task_type": "CAUSAL"}, "Invalid task type: 'CAUSAL'. Must be one of .*Did you mean CAUSAL_LM?"),
     "method": ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
     "targets a number": ({"target_modules": 3}, "target_modules is 3"),
-    "targets of numbers": ({"target_modules": ["q", 3]}, "target_modules holds 3"),
+    "targets of numbers": ({"target_modules": ["q", 3]}, "target_modules contains 3"),
     "targets with nothing in them": ({"target_modules": ["q", ""]}, "target_modules contains ''"),
     "targets empty word": ({"target_modules": ""}, "target_modules is ''"),
     "excluded": ({"exclude_modules": 1.5}, r"exclude_modules is 1\.5"),

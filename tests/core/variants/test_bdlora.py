@@ -85,7 +85,11 @@ def test_sites_in_neither_list_are_lora_where_that_is_allowed(tmp_path: Path) ->
             "up matches both",
             "up",
         ),
-        ({"use_bdlora": {"target_modules_bd_a": ["up", "sq"], "nblocks": 3}}, "up: r is 4, which 3 blocks of A", "up"),
+        (
+            {"use_bdlora": {"target_modules_bd_a": ["up", "sq"], "nblocks": 3}},
+            "up: r is 4, which is not divisible into 3 blocks of A",
+            "up",
+        ),
         (
             {"use_bdlora": {"target_modules_bd_a": ["up"], "target_modules_bd_b": ["sq"], "nblocks": 3}, "r": 3},
             "square: out_features is 20, which is not divisible into 3 blocks of B",
