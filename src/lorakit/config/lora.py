@@ -34,7 +34,7 @@ PARTS: Mapping[str, type] = {
     "arrow_config": nested.ArrowConfig,
     "kasa_config": nested.KasaConfig,
 }
-"""Fields that hold a nested config -> its class."""
+"""Field that holds a nested config -> class of the nested config."""
 
 CHECKED_BY_VALUE = frozenset(
     {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights", "loftq_config"}
@@ -95,7 +95,7 @@ class PeftConfigMixin:
     Attributes:
         task_type: Task of the model; selects heads that are trained in full (`HEADS_BY_TASK`).
         peft_type: The method.
-        auto_mapping: Class and library of the base, as PEFT writes it; stored, never imported.
+        auto_mapping: Class and library of the base, in PEFT's format; stored, never imported.
         peft_version: PEFT version whose file format is followed.
         unknown: Unknown keys of a file with their values; they are written back on save.
     """
@@ -421,8 +421,8 @@ def check_built(config: LoraConfig) -> None:
     """Reject a config with unsupported features, or with unknown fields that seem to change the computation.
 
     An unknown field is harmless if its value is null, false, zero or empty. With another value it is rejected if its
-    name suggests arithmetic: it ends in "_config" or starts with a prefix in `ARITHMETIC`. Other unknown
-    fields are ignored, and `read_config` reports them.
+    name suggests arithmetic: it ends in "_config" or starts with a prefix in `ARITHMETIC`. Other unknown fields are
+    ignored, and `read_config` reports them.
 
     Args:
         config: A config about to be used.

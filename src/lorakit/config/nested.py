@@ -1,6 +1,6 @@
 """Nested configs of `LoraConfig`: settings of inits and variants, with PEFT's names, defaults and checks.
 
-They only hold values, which `lorakit.core` uses. Unsupported configs raise an error on use (`check_built`).
+They only hold settings; `lorakit.core` acts on them. Unsupported configs raise an error on use (`check_built`).
 """
 
 from __future__ import annotations
@@ -259,7 +259,7 @@ class BdLoraConfig(_Typed):
         return "".join(sides)
 
     def numbers_saved(self, path: str, rank: int, out_features: int, in_features: int) -> int:
-        """Return the number of values in A and B at a site minus that of LoRA: at most 0, negative for a saving.
+        """Return the number of values in A and B at a site minus the number that LoRA needs; never positive.
 
         Args:
             path: Path of the site.

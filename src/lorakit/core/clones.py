@@ -31,7 +31,7 @@ def clone_with(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
     Args:
         module: Any module.
-        tensors: Name of a direct parameter -> its replacement of the same shape (…), which may be part of a graph.
+        tensors: Name of a direct parameter -> its replacement of the same shape (…); it may require gradients.
     """
     parametrised = module._modules.get(PARAMETRISED)
     if parametrised is None or tensors.keys().isdisjoint(parametrised._modules):
@@ -89,7 +89,7 @@ def _shallow(
 
 
 CAPTURING = "transformers.utils.output_capturing"
-"""Python module that defines transformers' hooks for collecting outputs, which stay after the forward pass."""
+"""Python module with transformers' hooks that collect outputs; they stay installed after the forward pass."""
 
 
 def is_watched(module: nn.Module, *, captures: bool = True) -> bool:
@@ -112,7 +112,9 @@ def is_watched(module: nn.Module, *, captures: bool = True) -> bool:
 
 
 def share_dropped(dropout: nn.Module) -> float | None:
-    """Return the fraction of values that a dropout zeroes in its current mode; None unless it is plain, with p < 1.
+    """Return the fraction of values that a dropout zeroes in its current mode, or None if it is not a plain dropout.
+
+    A plain dropout is an nn.Identity, or an nn.Dropout without hooks; in training, its p must be below 1.
 
     Args:
         dropout: The module before A.

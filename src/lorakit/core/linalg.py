@@ -85,7 +85,7 @@ class Reading:
     spec: WeightSpec
 
     def matrix(self, expert: int = 0) -> Tensor:
-        """Return the weight as a float64 matrix, (out, n); for several experts, only one of theirs, to save memory.
+        """Return the weight as a float64 matrix, (out, n); of several experts, convert only one, to save memory.
 
         Args:
             expert: The index of the expert.

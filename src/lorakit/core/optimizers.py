@@ -62,7 +62,7 @@ def freeze_factors(model: nn.Module, name: str | None = None) -> list[Pair]:
         name: One adapter, or None for all.
 
     Returns:
-        The pairs of sites whose other factor is trained, in the model's order.
+        Pairs for the sites whose other factor is trained, in the model's order.
 
     Raises:
         AdapterError: The model does not have the adapter.

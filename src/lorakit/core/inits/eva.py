@@ -1,4 +1,4 @@
-"""EVA: A starts as the principal directions of the site's inputs; ranks go to the sites where they explain most."""
+"""EVA: A starts as principal directions of a site's inputs; ranks go where these explain the most variance."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class InitContext:
 
     Attributes:
         kind: The kind of the site.
-        spec: The shape and layout of its weight.
+        spec: Shape and layout of the site's weight.
         r: Rank.
         scale: alpha / r, or alpha / √r.
         A_shape: Shape of A, (r, in) on a dense site.
@@ -169,7 +169,7 @@ class InitResult:
     Attributes:
         A: (r, in) on a dense site.
         B: (out, r) on a dense site.
-        W: The canonical weight that replaces the base weight; None for W − s·B·A if the init changes the base.
+        W: The canonical weight that replaces the base weight. If None, an init that changes the base uses W − s·B·A.
     """
 
     A: Tensor
@@ -182,12 +182,12 @@ class Init:
     """One way to initialize A and B.
 
     Attributes:
-        name: The value of `init_lora_weights` that selects it.
+        name: The value of `init_lora_weights` that selects the init.
         fill: Creates A and B.
         fits: Kind -> whether the init supports it. Only `every_kind` supports the kinds that users define.
         changes_base: Whether the init replaces the base weight, by W − s·B·A unless `fill` returns a weight.
         is_identity: Whether a new adapter leaves the output unchanged, except for rounding (see `is_exact`).
-        is_exact: Whether an output that `is_identity` leaves unchanged stays the same bit for bit.
+        is_exact: Whether the output then stays the same bit for bit.
         needs: Data to collect beforehand: "" for none, "inputs" or "gradients".
         digest: Reduces a site's statistics to the few tensors that `fill` needs.
         trains: Which of "A" and "B" are trained.

@@ -18,7 +18,7 @@ BLOCK = 64
 """Number of values that share one scale on the NF4 grid."""
 
 OFFSET = 0.9677083
-"""The largest quantile of the grid: the mean of 1 − 1/32 and 1 − 1/30, those for 16 and for 15 levels."""
+"""The largest quantile of the grid: the mean of 1 − 1/32 and 1 − 1/30, the outermost ones of 16 and of 15 levels."""
 
 
 def normal_float(device: torch.device | None = None) -> Tensor:
@@ -72,7 +72,7 @@ def on_int8(W: Tensor) -> Tensor:
 
 
 ROUNDED: Mapping[int, Callable[[Tensor], Tensor]] = {4: on_normal_float, 8: on_int8}
-"""Number of bits -> function that rounds a weight to the grid."""
+"""Number of bits -> function that rounds a weight to the grid of that many bits."""
 
 
 def _loftq(context: InitContext) -> InitResult:

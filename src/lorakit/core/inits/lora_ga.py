@@ -1,4 +1,4 @@
-"""LoRA-GA: factors start along the gradient of W, so that the first step approximates full fine-tuning's."""
+"""LoRA-GA: A and B start along the gradient for W; the first step then approximates full fine-tuning's."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def combine(
     *,
     way: CombinationType | str = "svd",
 ) -> OperationReport:
-    """Combine adapters of a model into a new adapter of the model, which is frozen and not active.
+    """Combine adapters of a model into a new adapter, which is frozen and not active.
 
     Args:
         model: The adapted model.

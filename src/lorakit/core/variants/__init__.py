@@ -91,7 +91,7 @@ def is_kept(variant: Variant) -> bool:
 
 
 def without(config: LoraConfig, *variants: Variant) -> LoraConfig:
-    """Return a copy of a config without some variants."""
+    """Return a copy of a config without the given variants."""
     defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(config)}
     return dataclasses.replace(config, **{variant.field: defaults[variant.field] for variant in variants})
 
@@ -101,7 +101,7 @@ def variant_at(config: LoraConfig, path: str) -> tuple[Variant, Setting]:
 
     Args:
         config: The adapter's config.
-        path: The site.
+        path: Path of the site.
 
     Raises:
         ConfigError: The config selects two variants at the site.

@@ -25,7 +25,7 @@ def last_invocation(input_ids: Tensor, tokens: Sequence[int], visible: Tensor | 
         visible: (rows, length), true for tokens, false for padding; an occurrence that contains padding does not count.
 
     Returns:
-        (rows,) int64: number of positions from the occurrence's first token to the end of the row; 0 without one.
+        (rows,) int64: number of positions from the occurrence's first token to the end of the row; 0 if there is none.
     """
     rows, length = input_ids.shape
     size = len(tokens)
@@ -41,7 +41,7 @@ def last_invocation(input_ids: Tensor, tokens: Sequence[int], visible: Tensor | 
 
 
 def _positions(ids: Tensor, config: LoraConfig, visible: Tensor | None) -> Tensor:
-    """Return at how many positions at the end of each row the adapter is active, (rows,) int64."""
+    """Return the number of active positions at the end of each row, (rows,) int64."""
     return last_invocation(ids, _tokens(config), visible)
 
 

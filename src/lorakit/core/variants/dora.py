@@ -1,4 +1,4 @@
-"""DoRA: LoRA adapts the direction of each row of W, and the length of each row is learned separately.
+"""DoRA: LoRA adapts the direction of each row of W, while the length of each row is learned separately.
 
 DoRA replaces W by g ⊙ (W + s·B·A), which adds (g − 1) ⊙ W + g ⊙ s·B·A. W plus a weighted sum of such additions has the
 same form: γ ⊙ (W + B'·A') with γ = 1 + Σ w(g − 1) and B'·A' = Σ (w·g/γ) ⊙ s·B·A. Combinations of DoRA adapters are
@@ -63,7 +63,7 @@ def _start(start: Start) -> Tensor:
 def _output(at: At) -> Tensor:
     """Return (g − 1)(y₀ − b) + g·z, with g = m / ‖W + s·B·A‖ per output.   [docs/math.md (7)]
 
-    To save memory, the backward pass treats the norm as a constant, as in the paper (section 4.3). All are (…, out).
+    To save memory, the backward pass treats the norm as a constant, as in the paper (section 4.3). Outputs: (…, out).
 
     Source:
         Liu et al. 2024, arXiv:2402.09353, eq. (5) and (11).

@@ -2,7 +2,7 @@
 
 Every variant computes an *addition* to the base output and to the base weight, so that several adapters can be applied
 in any order, and rows of a batch can use different ones. An entry works with tensors and the geometry of a kind; it
-does not depend on adapter names, routes or files. If a function is None, it costs a forward pass only that check.
+does not depend on adapter names, routes or files. A function that is None costs a forward pass only one check.
 """
 
 from __future__ import annotations
@@ -159,9 +159,9 @@ class Addend:
     """One adapter's update in a sum of updates at one site.
 
     Attributes:
-        factor: The adapter's factor there.
-        weight: The weight of its update in the sum.
-        product: Its A and B after the variant's `factors`, as matrices (g, r, in) and (g, out, r), without the scale.
+        factor: The adapter's factor at the site.
+        weight: The weight of the update in the sum.
+        product: A and B after the variant's `factors`, as matrices (g, r, in) and (g, out, r), without the scale.
         experts: The number of experts that share A and B; 1 for a single matrix.
     """
 
@@ -209,15 +209,15 @@ class Variant:
         update: Kind, weight spec, canonical W, scaled delta like W, factor -> addition to W; None if not mergeable.
         unmergeable_reason: Why the variant is not mergeable, as the end of a message.
         positions: Token ids (rows, length), config, visible tokens (rows, length) or None -> the number of
-            positions at the end of each row at which the adapter is active, (rows,) int64; None if always active.
+            active positions at the end of each row, (rows,) int64; None if the adapter is always active.
         span: Config -> number of tokens that determine a position, for variants with `positions`.
         move: New factor -> the canonical weight that replaces the base weight while the adapter is attached. The
             replacement depends only on the base and the rank, so that adapters of the same rank share it.
         excludes_others: Why the model cannot have adapters of other variants, as the end of a message; "" if it can.
         penalty: Factor -> its term in the training loss, a scalar; None if there is no penalty.
         combine: Path, addends, base weight -> the sum, as one factor of this variant; None if the sum is plain LoRA.
-        must_agree: What adapters with different values of `field` do, as the end of a message; they cannot be combined,
-            and a combination of others keeps the value. "" if the value does not matter.
+        must_agree: How adapters with different values of `field` differ, as the end of a message. Only adapters with
+            equal values can be combined, and the result keeps the value. "" if the value does not matter.
         peft_names: Name of a per-adapter table on PEFT's layers -> value for a factor; False for other variants.
         is_lora: Whether only the scale may differ from LoRA's, so that stacks and fused operations support the variant.
         is_held_as_lora: Whether the variant stores only A and B, in the kind's shapes.
