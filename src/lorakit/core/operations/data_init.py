@@ -39,7 +39,7 @@ class DataSites:
 
     Attributes:
         init: The config's init.
-        config: The config, with the default targets of the architecture if it names none.
+        config: The config, with the architecture's default targets if it has none.
         index: Index of the base.
         matches: The sites with their ranks.
     """
@@ -187,7 +187,7 @@ def collect_for(
     Args:
         model: The base; it is not changed.
         config: Targets, ranks and init of the adapter; only read.
-        batches: Arguments of `forward`; a list if the statistics of all sites do not fit into memory at once.
+        batches: Arguments of `forward`; must be a list if the statistics of all sites exceed the memory limit.
         forward: Runs the model on a batch; for "lora_ga" it returns the loss, a scalar.
         keep: Batch -> mask (rows, length) of the positions that count; ignored for "lora_ga".
         allow: "partial_targets" allows entries of the config that match nothing.
