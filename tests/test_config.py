@@ -47,7 +47,7 @@ def test_defaults_are_the_fields() -> None:
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "r zero": ({"r": 0}, r"r is 0; it must be a whole number of at least 1"),
+    "r zero": ({"r": 0}, r"r is 0; it must be an integer >= 1"),
     "r negative": ({"r": -4}, "r is -4"),
     "r a float": ({"r": 8.0}, r"r is 8\.0"),
     "r a word": ({"r": "8"}, "r is '8'"),
@@ -63,15 +63,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "task": ({"task_type": "CAUSAL"}, "Invalid task type: 'CAUSAL'. Must be one of .*Did you mean CAUSAL_LM?"),
     "method": ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
     "targets a number": ({"target_modules": 3}, "target_modules is 3"),
-    "targets of numbers": ({"target_modules": ["q", 3]}, "target_modules holds 3"),
-    "targets with nothing in them": ({"target_modules": ["q", ""]}, "target_modules holds ''"),
+    "targets of numbers": ({"target_modules": ["q", 3]}, "target_modules contains 3"),
+    "targets with nothing in them": ({"target_modules": ["q", ""]}, "target_modules contains ''"),
     "targets empty word": ({"target_modules": ""}, "target_modules is ''"),
     "excluded": ({"exclude_modules": 1.5}, r"exclude_modules is 1\.5"),
     "saved as one word": ({"modules_to_save": "score"}, r"modules_to_save is 'score'; it must be a list .*\['score'\]"),
     "rank of a pattern": ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\] is 0"),
     "alpha of a pattern": ({"alpha_pattern": {"q": "x"}}, r"alpha_pattern\['q'\] is 'x'"),
     "pattern a list": ({"rank_pattern": ["q"]}, r"rank_pattern is \['q'\]; it must be a mapping"),
-    "pattern of a number": ({"alpha_pattern": {3: 1}}, "alpha_pattern holds the key 3"),
+    "pattern of a number": ({"alpha_pattern": {3: 1}}, "alpha_pattern contains the key 3"),
     "init a number": ({"init_lora_weights": 3}, "init_lora_weights is 3; it must be True, False or a name"),
     "layers pattern alone": ({"layers_pattern": "h"}, "When `layers_pattern` is specified, `layers_to_transform` must also"),
     "layers of a regex": ({"layers_to_transform": [1], "target_modules": "q.*"}, "`layers_to_transform` cannot be used when `target_modules` is a str"),

@@ -45,8 +45,8 @@ def test_to_a_share_of_the_energy_as_json(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "Give a rank or a fraction of the energy, and not both"),
-        (["--rank", "2", "--energy", "0.5"], "and not both"),
+        ([], "either a rank or a fraction of the energy"),
+        (["--rank", "2", "--energy", "0.5"], "either a rank or"),
         (["--energy", "2"], "energy is 2.0; it must be a fraction"),
     ],
 )

@@ -74,7 +74,7 @@ def test_what_is_refused(
 ) -> None:
     start: list[Any] = ["extract", "--base", tiny_model_directory, "--output-dir", tmp_path / "a"]
     for words, code, said in (
-        (["--tuned", tuned], 2, "Give a rank or a fraction of the energy"),
+        (["--tuned", tuned], 2, "either a rank or a fraction of the energy"),
         (["--tuned", tuned, "--rank", 2, "--target-modules", "q_prj"], 1, "q_prj"),
         (["--tuned", tmp_path / "no", "--rank", 2], 1, "no"),
     ):

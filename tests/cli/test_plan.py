@@ -161,7 +161,7 @@ def test_a_time_without_a_speed_is_measured(
     ("words", "code", "message"),
     [
         (["gpt2", "--target-modules", "c_atn"], 1, "nearest: c_attn"),
-        (["gpt2", "--r", "0"], 2, "r is 0; it must be a whole number of at least 1."),
+        (["gpt2", "--r", "0"], 2, "r is 0; it must be an integer >= 1."),
         (["gpt2", "--lora-dropout", "1.5"], 2, "lora_dropout is 1.5; it must be in [0, 1)."),
         (["gpt2", "--ranks", "4,x"], 2, "--ranks contains 'x'; pass whole numbers of at least 1, such as 4,8,16,32."),
         (["gpt2", "--tokens", "9", "--max-steps", "9"], 2, "--max-steps and --tokens exclude each other"),

@@ -142,7 +142,7 @@ def test_one_covariance_serves_every_rank_and_method_and_one_cache_a_single_one(
         refused(text, corda(ours, cache_file=tmp_path / "changed.safetensors"))
     model = small()
     preprocess_corda(model, corda(ours, r=2, cache_file=cache), never)
-    with pytest.raises(ConfigError, match="up: the statistics were collected for rank 4, and r is 2"):
+    with pytest.raises(ConfigError, match="up: the statistics were collected for rank 4, but r is 2"):
         ours.get_peft_model(model, corda(ours, r=2))
     (tmp_path / "damaged.safetensors").write_bytes(cache.read_bytes()[:-3])
     with pytest.raises(AdapterFileError, match="truncated or damaged"):

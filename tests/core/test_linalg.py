@@ -138,9 +138,9 @@ def test_a_sketch_finds_the_largest_part_and_knows_what_it_lacks() -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({}, "Give a rank or a fraction of the energy, and not both"),
-        ({"rank": 2, "energy": 0.5}, "Give a rank or a fraction of the energy, and not both"),
-        ({"rank": 0}, "rank is 0; it must be a whole number of at least 1"),
+        ({}, "either a rank or a fraction of the energy"),
+        ({"rank": 2, "energy": 0.5}, "either a rank or a fraction of the energy"),
+        ({"rank": 0}, "rank is 0; it must be an integer >= 1"),
         ({"rank": True}, "rank is True"),
         ({"energy": 1.5}, r"energy is 1.5; it must be a fraction in \(0, 1\]"),
         ({"energy": math.nan}, "energy is nan"),

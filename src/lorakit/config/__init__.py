@@ -1,4 +1,4 @@
-"""`LoraConfig` and its helper types: the only module that defines its field defaults and the scale rule.
+"""`LoraConfig` and its helper types; its field defaults and the scale rule are only defined here.
 
 Field names, defaults and `adapter_config.json` follow PEFT, so configs can be exchanged. The constructor is strict;
 reading a file is tolerant and reports unknown keys. This package does not depend on models, matching or tensors.

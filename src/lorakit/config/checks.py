@@ -1,6 +1,6 @@
 """Checks of `LoraConfig`'s fields; each error names the field, its value and the allowed values.
 
-Some messages start with PEFT's wording because programs match it.
+Some messages start with PEFT's wording, because programs match on it.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def lora(value: Value) -> PeftType:
 
 
 def names(field: str, value: Value) -> set[str] | str | None:
-    """Return a list of names as a set, or a pattern unchanged.
+    """Return a list of names as a set; return a pattern or None unchanged.
 
     Raises:
-        ConfigError: The value is neither, or an entry is empty or not a string.
+        ConfigError: The value is neither a list nor a pattern, or an entry is empty or not a string.
     """
     if value is None or (isinstance(value, str) and value):
         return value
@@ -80,7 +80,7 @@ def _entries(field: str, value: Value, rule: str) -> list[str]:
     found = []
     for entry in value:
         if not isinstance(entry, str) or not entry:
-            raise ConfigError(f"{field} holds {entry!r}; each entry must be a non-empty name.", what=entry, field=field)
+            raise ConfigError(f"{field} contains {entry!r}; entries must be non-empty names.", what=entry, field=field)
         found.append(entry)
     return found
 
@@ -112,7 +112,7 @@ def table(field: str, value: Mapping[str, Number] | None) -> dict[str, Number]:
     for key in value or {}:
         if not isinstance(key, str) or not key:
             raise ConfigError(
-                f"{field} holds the key {key!r}; each key must be a non-empty pattern.", what=key, field=field
+                f"{field} contains the key {key!r}; each key must be a non-empty pattern.", what=key, field=field
             )
     return dict(value or {})
 
@@ -125,7 +125,7 @@ def check_values(config: LoraConfig) -> None:
     """
     for field, rank in {"r": config.r, **_by_key("rank_pattern", config.rank_pattern)}.items():
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ConfigError.of(field, rank, "a whole number of at least 1")
+            raise ConfigError.of(field, rank, "an integer >= 1")
     single = {"lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
     for field, number in {**single, **_by_key("alpha_pattern", config.alpha_pattern)}.items():
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
@@ -143,10 +143,10 @@ def _by_key(field: str, pattern: Mapping[str, float]) -> dict[str, float]:
 
 
 def check_inits(config: LoraConfig) -> None:
-    """Check that each init has its settings; warn about settings without their init, and ignore them.
+    """Check that the init has its settings; warn about settings of other inits, which are ignored.
 
     Raises:
-        ConfigError: "loftq" without `loftq_config`.
+        ConfigError: The init is "loftq", but `loftq_config` is not set.
         ConfigTypeError: `loftq_config` is neither a dict nor a `LoftQConfig`.
     """
     settings = config.loftq_config

@@ -1,4 +1,4 @@
-"""`LoraConfig` and its base `PeftConfig`: PEFT's fields and methods; the only module that defines field defaults.
+"""`LoraConfig` and its base `PeftConfig`, with PEFT's fields and methods; field defaults are only defined here.
 
 The constructor is strict; `read_config` reads files of any PEFT version tolerantly. Known but unimplemented options are
 accepted here and rejected on use (`check_built`). This module does not depend on models, matching or tensors.
@@ -34,7 +34,7 @@ PARTS: Mapping[str, type] = {
     "arrow_config": nested.ArrowConfig,
     "kasa_config": nested.KasaConfig,
 }
-"""Fields that hold a nested config."""
+"""Field that holds a nested config -> class of the nested config."""
 
 CHECKED_BY_VALUE = frozenset(
     {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights", "loftq_config"}
@@ -43,7 +43,7 @@ CHECKED_BY_VALUE = frozenset(
 
 
 def looks_like_a_hub_id(name: str | os.PathLike[str]) -> bool:
-    """Return whether the name of a directory that does not exist may be a Hub id, "owner/name"."""
+    """Return whether a name that is not an existing directory may be a Hub id, "owner/name"."""
     word = str(name)
     return word.count("/") == 1 and not word.startswith((".", "/", "~")) and CONFIG_FILE not in word
 
@@ -53,7 +53,7 @@ def config_file(name: str | os.PathLike[str], subfolder: str | None = None, revi
 
     Args:
         name: A directory or a Hub id.
-        subfolder: A directory inside it.
+        subfolder: A subdirectory of `name`.
         revision: Revision on the Hub.
 
     Raises:
@@ -90,12 +90,12 @@ def _values(path: Path) -> JsonObject:
 
 @dataclass
 class PeftConfigMixin:
-    """Conversion of a config to a dict or a file, and back.
+    """Conversion between configs, dicts and files.
 
     Attributes:
         task_type: Task of the model; selects heads that are trained in full (`HEADS_BY_TASK`).
         peft_type: The method.
-        auto_mapping: Class and library of the base, as PEFT writes it; stored, never imported.
+        auto_mapping: Class and library of the base, in PEFT's format; stored, never imported.
         peft_version: PEFT version whose file format is followed.
         unknown: Unknown keys of a file with their values; they are written back on save.
     """
@@ -112,7 +112,7 @@ class PeftConfigMixin:
 
     @property
     def is_prompt_learning(self) -> bool:
-        """Return False; programs that use adapters of several methods query it."""
+        """Return False; for programs that support adapters of several methods."""
         return False
 
     @property
@@ -121,13 +121,13 @@ class PeftConfigMixin:
         return False
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a dict, nested configs as dicts; process-local settings are omitted."""
+        """Return the fields as a dict, with nested configs as dicts, but without process-local settings."""
         values = dataclasses.asdict(self)
         values.pop("runtime_config", None)
         return values
 
     def as_json(self) -> dict[str, Any]:
-        """Return the contents of `adapter_config.json`: plain values, sets as sorted lists, unknown keys."""
+        """Return the contents of `adapter_config.json`: plain values, with sets as sorted lists, and unknown keys."""
         values = dict(self.unknown)
         for name, value in self.to_dict().items():
             stored = value.value if isinstance(value, enum.Enum) else value
@@ -176,11 +176,11 @@ class PeftConfigMixin:
 
         Args:
             pretrained_model_name_or_path: A directory or a Hub id.
-            subfolder: A directory inside it.
-            kwargs: `revision`; other Hub options have no effect, and fields are not overridden.
+            subfolder: A subdirectory of that directory or repository.
+            kwargs: Only `revision` is used; other Hub options have no effect, and fields cannot be overridden.
 
         Returns:
-            The config, as the class for its `peft_type`.
+            The config, as an instance of the class for its `peft_type`.
 
         Raises:
             AdapterFileError: The file is missing or damaged.
@@ -197,7 +197,7 @@ class PeftConfigMixin:
 
         Args:
             path_json_file: The file.
-            kwargs: PEFT's options; no effect.
+            kwargs: Accepted for compatibility with PEFT; no effect.
 
         Raises:
             AdapterFileError: The file is missing or not a JSON object.
@@ -209,14 +209,14 @@ class PeftConfigMixin:
 
     @classmethod
     def from_peft_type(cls, **kwargs: Value) -> PeftConfigMixin:
-        """Create a config of the class for its `peft_type`; unknown fields are reported and preserved.
+        """Create a config of the class for its `peft_type`; unknown fields are kept, with a warning.
 
         Args:
             kwargs: Field name -> value.
 
         Raises:
             ConfigError: A value is not allowed, or the method is not LORA.
-            ConfigTypeError: There are unknown names, and no `peft_type`.
+            ConfigTypeError: There are unknown names but no `peft_type`.
         """
         checks.lora(kwargs.get("peft_type"))
         kind: type[PeftConfigMixin] = LoraConfig if "peft_type" in kwargs else cls
@@ -238,13 +238,13 @@ class PeftConfigMixin:
 
     @classmethod
     def check_kwargs(cls, **kwargs: Value) -> dict[str, Any]:
-        """Return the fields; subclasses may check or change them first."""
+        """Return the fields unchanged; subclasses may override this to check or change them."""
         return kwargs
 
 
 @dataclass
 class PeftConfig(PeftConfigMixin):
-    """Fields that every method's config has.
+    """Fields that are common to the configs of all methods.
 
     Attributes:
         base_model_name_or_path: Name of the base, as given by the user.
@@ -258,7 +258,7 @@ class PeftConfig(PeftConfigMixin):
 
 
 PEFT_TABLES_OF_VARIANTS = ("use_dora",)
-"""Tables by adapter on layers of PEFT, of this version or older ones, that say that an adapter is of a variant."""
+"""Per-adapter tables on layers of this or older versions of PEFT that mark adapters of a variant."""
 
 
 @dataclass
@@ -268,18 +268,18 @@ class LoraConfig(PeftConfig):
     Attributes:
         r: Rank, at least 1.
         target_modules: Names or dotted suffixes, one regular expression, or "all-linear".
-        exclude_modules: The same, for modules to leave out; wins over `target_modules`.
+        exclude_modules: Modules to leave out, in the same forms; takes precedence over `target_modules`.
         lora_alpha: Numerator of the scale (`scale`).
-        lora_dropout: Probability in [0, 1) with which an input element of A is dropped in training.
+        lora_dropout: Probability in [0, 1) with which training drops an element of A's input.
         fan_in_fan_out: Written for other readers; lorakit derives it from the base module.
-        bias: "none", "all" or "lora_only": which biases of the base are trained too.
-        use_rslora: Scale by 1/√r instead of 1/r.
+        bias: Which biases of the base are also trained: "none", "all" or "lora_only".
+        use_rslora: Whether to scale by 1/√r instead of 1/r.
         modules_to_save: Names of modules to train and save in full.
         init_lora_weights: True (A Kaiming, B zero), False (both random), or the name of an init.
         layers_to_transform: Indices of the layers to adapt.
-        layers_pattern: Name of the list of layers that these indices count.
-        rank_pattern: Name pattern -> rank, over `r`.
-        alpha_pattern: Name pattern -> alpha, over `lora_alpha`.
+        layers_pattern: Name of the list of layers to which `layers_to_transform` refers.
+        rank_pattern: Name pattern -> rank that overrides `r`.
+        alpha_pattern: Name pattern -> alpha that overrides `lora_alpha`.
         megatron_config: Megatron's parallel layers; not supported.
         megatron_core: Module path of Megatron; never imported.
         trainable_token_indices: Token ids whose embeddings are trained, or a dict from embedding to token ids.
@@ -287,19 +287,19 @@ class LoraConfig(PeftConfig):
         eva_config: Settings of the init "eva".
         corda_config: Settings of the init "corda".
         lora_ga_config: Settings of the init "lora_ga".
-        use_dora: Weight-decomposed variant (arXiv:2402.09353).
+        use_dora: Whether to use the weight-decomposed variant DoRA (arXiv:2402.09353).
         velora_config: VeLoRA; not supported.
         alora_invocation_tokens: Token sequence from which the adapter is active (aLoRA, arXiv:2504.12397).
         use_qalora: QALoRA; not supported.
         qalora_group_size: Group size of QALoRA.
         monteclora_config: MonteCLoRA; not supported.
-        layer_replication: Ranges of layers to stack, sharing their weights.
+        layer_replication: Ranges of layers to stack; replicas share the weights of their layer.
         runtime_config: Process-local settings; never written.
         lora_bias: Whether B has a bias.
         target_parameters: Names of parameters to adapt, such as fused experts.
-        use_bdlora: Settings of the variant BD-LoRA, in which A or B is block-diagonal; None leaves it off.
+        use_bdlora: Settings of the variant BD-LoRA, in which A or B is block-diagonal; None turns it off.
         arrow_config: Arrow routing; not supported.
-        kasa_config: Settings of the variant KaSA (arXiv:2412.06071), which truncates the base; None leaves it off.
+        kasa_config: Settings of the variant KaSA (arXiv:2412.06071), which truncates the base; None turns it off.
         ensure_weight_tying: Whether an adapter on one of two tied weights applies to both.
 
     Raises:
@@ -366,11 +366,11 @@ class LoraConfig(PeftConfig):
     def own_numbers(self, path: str, rank: int, out_features: int, in_features: int) -> int:
         """Return the number of values that the variant trains in addition to A and B at a dense site or embedding.
 
-        It is negative if the A and B of the variant are smaller than LoRA's.
+        The number is negative if the variant's A and B are smaller than LoRA's.
 
         Args:
-            path: The site.
-            rank: The rank there.
+            path: Path of the site.
+            rank: Rank at the site.
             out_features: Rows of the weight.
             in_features: Columns of the weight.
         """
@@ -380,7 +380,7 @@ class LoraConfig(PeftConfig):
 
     @property
     def reads_weight(self) -> bool:
-        """Return whether the own numbers are one value per output, for which each forward reads the base weight."""
+        """Return whether each forward pass reads the base weight, to compute one value per output."""
         return self.use_dora
 
     @property
@@ -390,19 +390,19 @@ class LoraConfig(PeftConfig):
         return not self.lora_bias and not any(variants)
 
     def notes_on_own_numbers(self, total: int) -> list[str]:
-        """Return a plan's messages about the values that the variant trains in addition to A and B.
+        """Return messages for a plan about the values that the variant trains in addition to A and B.
 
         Args:
-            total: Their number over all sites.
+            total: Number of these values over all sites.
         """
         if self.use_bdlora is not None:
-            return [f"BD-LoRA's block-diagonal factors hold {-total:,} values fewer than LoRA's."]
+            return [f"BD-LoRA's block-diagonal factors hold {-total:,} fewer values than LoRA's."]
         if self.kasa_config is not None:
             return [f"KaSA adds r singular values per site: {total:,} in total."]
         return [f"DoRA adds a magnitude per output of a site: {total:,} in total."] if self.use_dora else []
 
     def _register_custom_module(self, mapping: Mapping[type, type]) -> None:
-        """Register custom layer classes for module types (a private method of PEFT); used by `core`.
+        """Register custom layer classes for module types, which `core` uses; PEFT has this private method too.
 
         Args:
             mapping: Module type -> class of the layer.
@@ -417,7 +417,7 @@ NOT_BUILT: Mapping[str, Any] = {
     "monteclora_config": None,
     "arrow_config": None,
 }
-"""Fields that are not supported -> the value that leaves them off."""
+"""Field that is not supported -> the value that turns it off."""
 
 ARITHMETIC = ("use_", "init_", "lora_", "target_", "rank_", "alpha_", "scal")
 """Prefixes of field names that suggest a change of the computation."""
@@ -427,8 +427,8 @@ def check_built(config: LoraConfig) -> None:
     """Reject a config with unsupported features, or with unknown fields that seem to change the computation.
 
     An unknown field is harmless if its value is null, false, zero or empty. With another value it is rejected if its
-    name suggests arithmetic: it ends in "_config" or starts like PEFT's own such fields (`ARITHMETIC`). Other unknown
-    fields are ignored, and `read_config` reports them.
+    name suggests arithmetic: it ends in "_config" or starts with a prefix in `ARITHMETIC`. Other unknown fields are
+    ignored, and `read_config` reports them.
 
     Args:
         config: A config about to be used.
@@ -462,7 +462,7 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[LoraConfig, list[str]]:
         The config, and the unknown keys of the file; they are kept in `config.unknown`.
 
     Raises:
-        AdapterFileError: The file is missing, not JSON, of another method, or has a value that is not allowed.
+        AdapterFileError: The file is missing, is not JSON, is for another method, or has a value that is not allowed.
         NotYetSupported: The file uses an unsupported feature, so its weights would be misread.
     """
     path = Path(folder)

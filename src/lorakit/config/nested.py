@@ -1,6 +1,6 @@
 """Nested configs of `LoraConfig`: settings of inits and variants, with PEFT's names, defaults and checks.
 
-They hold numbers and strings only; `lorakit.core` uses them. Unsupported ones raise an error on use (`check_built`).
+They only hold settings; `lorakit.core` acts on them. Unsupported configs raise an error on use (`check_built`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ def restored(field: str, value: Part | Value, part: type[Part]) -> Part | None:
     """Return a nested config as an instance of its class; unknown keys of a dict from JSON are dropped.
 
     Args:
-        field: The field that holds it.
+        field: The field that holds the nested config.
         value: None, an instance, or a dict of its fields.
         part: The class.
 
     Raises:
-        ConfigTypeError: The value is none of these.
-        ConfigError: A field has a value that is not allowed.
+        ConfigTypeError: The value has another type.
+        ConfigError: A field of the nested config has a value that is not allowed.
     """
     if value is None or isinstance(value, part):
         return value
@@ -62,7 +62,7 @@ class LoraRuntimeConfig(_Typed):
     """Process-local settings, never written to a file.
 
     Attributes:
-        ephemeral_gpu_offload: Accepted; inits here run on the device of their site.
+        ephemeral_gpu_offload: Accepted but ignored; inits run on the device of their site.
     """
 
     ephemeral_gpu_offload: bool = False
@@ -73,8 +73,8 @@ class LoftQConfig(_Typed):
     """Settings of the init "loftq" (Li et al. 2023, arXiv:2310.08659).
 
     Attributes:
-        loftq_bits: Bits of the quantized base.
-        loftq_iter: Alternating steps of quantization and fitting.
+        loftq_bits: Number of bits of the quantized base.
+        loftq_iter: Number of alternating steps of quantization and fitting.
     """
 
     loftq_bits: int = 4
@@ -118,7 +118,7 @@ class CordaConfig(_Typed):
     Attributes:
         cache_file: Cache of decompositions.
         covariance_file: Cache of covariances.
-        corda_method: "ipm" (adapt to the data) or "kpm" (preserve what the data shows).
+        corda_method: "ipm" (adapt to the data) or "kpm" (preserve the knowledge in the data).
         verbose: Whether to log progress.
         use_float16_for_covariance: Whether to store covariances in half precision.
         prune_temporary_fields: Whether to drop collected statistics after use.
@@ -211,13 +211,13 @@ class BdLoraConfig(_Typed):
     """Settings of BD-LoRA: A or B of a site is block-diagonal.
 
     Attributes:
-        target_modules_bd_a: Parts of the paths of sites whose A is block-diagonal, anywhere in them, as in PEFT.
-        target_modules_bd_b: Parts of the paths of sites whose B is block-diagonal.
-        nblocks: Blocks per factor.
-        match_strict: Whether every site must match one of the lists; otherwise the rest is LoRA.
+        target_modules_bd_a: Substrings, as in PEFT, of the paths of sites where A is block-diagonal.
+        target_modules_bd_b: Substrings of the paths of sites where B is block-diagonal.
+        nblocks: Number of blocks per factor.
+        match_strict: Whether every site must match one of the lists; if not, all other sites are plain LoRA.
 
     Raises:
-        ConfigError: A name is in both lists, or there is less than one block.
+        ConfigError: A name is in both lists, or `nblocks` is below 1.
     """
 
     target_modules_bd_a: list[str] | None = None
@@ -240,17 +240,17 @@ class BdLoraConfig(_Typed):
         """Return which of "A" and "B" is block-diagonal at a site, "" for neither.
 
         Args:
-            path: The site.
+            path: Path of the site.
 
         Raises:
-            ConfigError: Both are, or neither although `match_strict` is set.
+            ConfigError: The site matches both lists, or neither although `match_strict` is set.
         """
         lists = {"A": self.target_modules_bd_a, "B": self.target_modules_bd_b}
         sides = [side for side, names in lists.items() if any(name in path for name in names or ())]
         if len(sides) == 2 or (self.match_strict and not sides):
             many = "both target_modules_bd_a and target_modules_bd_b" if sides else "neither list of use_bdlora"
             raise ConfigError(
-                f"use_bdlora at {path}: it matches {many}. Name each module in one list"
+                f"use_bdlora: {path} matches {many}. Name each module in one list"
                 + ("." if sides else ", or set match_strict=False for LoRA there."),
                 what=path,
                 where=path,
@@ -259,11 +259,11 @@ class BdLoraConfig(_Typed):
         return "".join(sides)
 
     def numbers_saved(self, path: str, rank: int, out_features: int, in_features: int) -> int:
-        """Return by how many values A and B of a site are smaller than LoRA's, as a number below zero.
+        """Return the number of values in A and B at a site minus the number that LoRA needs; never positive.
 
         Args:
-            path: The site.
-            rank: The rank there.
+            path: Path of the site.
+            rank: Rank at the site.
             out_features: Rows of the weight.
             in_features: Columns of the weight.
         """

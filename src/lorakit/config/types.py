@@ -1,7 +1,7 @@
 """Names and types used by configs: task types, file name, PEFT version, scale rule, and type checks of fields.
 
-Type checks are tolerant where programs and files differ: tuples, sets and lists are interchangeable, an integer is a
-number, null is as good as false; true and false are not numbers.
+Type checks tolerate differences between programs and files: tuples, sets and lists are interchangeable, integers are
+accepted as numbers, and null is accepted as false. Booleans are not accepted as numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 from lorakit.errors import ConfigTypeError
 
 Value: TypeAlias = "str | bytes | float | os.PathLike[str] | Mapping[str, Value] | Iterable[Value] | None"
-"""A value of a field as users and files give it: JSON's values, and any iterable as a list."""
+"""A field's value as users and files provide it: JSON values, and any iterable as a list."""
 
 Hint: TypeAlias = "type | types.UnionType | types.GenericAlias"
 """A field's annotation."""
@@ -33,7 +33,7 @@ class Dataclass(Protocol):
 
 
 API_LEVEL = "0.22.0"
-"""Version of PEFT's interface and files that is followed."""
+"""Version of PEFT whose interface and file format lorakit follows."""
 
 CONFIG_FILE = "adapter_config.json"
 BIAS_CHOICES = ("none", "all", "lora_only")
@@ -51,7 +51,7 @@ class TaskType(str, enum.Enum):
 
 
 class PeftType(str, enum.Enum):
-    """PEFT's methods by name, for programs that compare them; lorakit supports LORA only."""
+    """Names of PEFT's methods, for programs that compare them; lorakit supports LORA only."""
 
     PROMPT_TUNING = "PROMPT_TUNING"
     MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
@@ -105,7 +105,7 @@ HEADS_BY_TASK: Mapping[TaskType | str | None, tuple[str, ...]] = {
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
-"""Heads that start untrained and are therefore trained and saved in full; a model has at least one of them."""
+"""Names of heads that start untrained and are trained and saved in full; a model has at least one of them."""
 
 
 def scale(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
@@ -142,7 +142,7 @@ def check_types(config: Dataclass, leave: Collection[str] = ()) -> None:
         leave: Names of fields to skip.
 
     Raises:
-        ConfigTypeError: A field has a wrong type; the first one is named with its value and the expected type.
+        ConfigTypeError: A field has a wrong type; the message shows the first one's name, value and expected type.
     """
     for name, hint in _hints(config.__class__).items():
         value = getattr(config, name)
@@ -152,13 +152,13 @@ def check_types(config: Dataclass, leave: Collection[str] = ()) -> None:
 
 @cache
 def _hints(kind: type) -> dict[str, Any]:
-    """Return field -> annotation for fields defined by lorakit; a user's subclass may add fields."""
+    """Return field -> annotation for the fields that lorakit defines, not those that a user's subclass adds."""
     ours = next(part for part in kind.__mro__ if part.__module__.partition(".")[0] == "lorakit")
     return typing.get_type_hints(ours)
 
 
 def plain(value: Value) -> Value:
-    """Return a value that a file can store: foreign numbers as Python's, ranges, arrays and generators as lists.
+    """Convert a value for storage in files: foreign numbers to Python's; ranges, arrays and generators to lists.
 
     Args:
         value: Value of a field; lists, tuples, sets and dicts keep their type and are copied with plain entries.

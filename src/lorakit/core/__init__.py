@@ -1,7 +1,7 @@
-"""The LoRA itself: attach, use, merge, save and load adapters on the user's own model.
+"""LoRA on the user's own model: attach, use, merge, save and load adapters.
 
-The functions act on a model and return reports; nothing wraps or impersonates it. This part knows torch and
-safetensors, and nothing of transformers, training or the command line.
+The functions operate directly on a model, which is not wrapped, and return reports. This package depends on torch and
+safetensors, but not on transformers, training or the command line.
 """
 
 from lorakit.core.attachment.attaching import AttachReport, attach, detach

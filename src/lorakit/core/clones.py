@@ -1,7 +1,7 @@
-"""Shallow clones of modules, and modules that have hooks.
+"""Shallow clones of modules, and checks for hooks.
 
-A clone shares everything with its module except some tensors or children, and lives for one forward. The module itself
-is not changed, so another thread that runs it sees no difference.
+A clone shares everything with its module except some tensors or children, and is used for one forward pass. The module
+itself does not change, so other threads can run it at the same time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 PARAMETRISED = "parametrizations"
-"""The child in which `torch.nn.utils.parametrize` stores what computes a parameter."""
+"""Name of the child module in which `torch.nn.utils.parametrize` stores the functions that compute parameters."""
 
 HOOKS = (
     "_forward_hooks",
@@ -23,20 +23,20 @@ HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-"""Attributes of a module with its hooks."""
+"""Module attributes that hold hooks."""
 
 
 def clone_with(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Return a shallow clone of a module with other tensors as some of its parameters.
+    """Return a shallow clone of a module in which other tensors replace some parameters.
 
     Args:
         module: Any module.
-        tensors: Names of direct parameters -> the clone's tensors, of the same shapes (…); they may have a graph.
+        tensors: Name of a direct parameter -> its replacement of the same shape (…); it may require gradients.
     """
     parametrised = module._modules.get(PARAMETRISED)
     if parametrised is None or tensors.keys().isdisjoint(parametrised._modules):
         return _shallow(module, type(module), tensors, dict(module._modules))
-    # torch derived a class with properties from the module's own; the clone has its own class and plain tensors
+    # parametrize made the module's class a subclass with properties; the clone has the original class and plain tensors
     others = {name: getattr(module, name) for name in parametrised._modules}
     children = dict(module._modules)
     del children[PARAMETRISED]
@@ -44,13 +44,13 @@ def clone_with(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 
 def bare(module: nn.Module) -> nn.Module:
-    """Return a shallow clone of a module without the user's hooks, for a forward in addition to the model's own.
+    """Return a shallow clone of a module without the user's hooks, for an additional forward pass.
 
     Args:
         module: Any module.
 
     Returns:
-        The clone; it has the hooks that are part of the module's computation (`part_of_module`).
+        The clone, which keeps only the hooks that are part of the module's computation (`part_of_module`).
     """
     clone = clone_with(module, {})
     clone.__dict__.update((table, OrderedDict()) for table in HOOKS)
@@ -59,11 +59,11 @@ def bare(module: nn.Module) -> nn.Module:
 
 
 def with_forward(module: nn.Module, forward: Callable[..., Tensor]) -> nn.Module:
-    """Return a shallow clone of a module that runs the user's hooks once, around another forward.
+    """Return a shallow clone of a module that runs the user's hooks once, around a different forward.
 
     Args:
         module: Any module.
-        forward: The clone's forward, which returns a tensor (…) and calls several `bare` modules.
+        forward: The clone's forward; it calls several `bare` modules and returns a tensor (…).
     """
     clone = clone_with(module, {})
     _keep_hooks(clone, module, parts=False)
@@ -72,7 +72,7 @@ def with_forward(module: nn.Module, forward: Callable[..., Tensor]) -> nn.Module
 
 
 def _keep_hooks(clone: nn.Module, module: nn.Module, *, parts: bool) -> None:
-    """Give a clone only those forward hooks of a module that are part of its computation, or only the others."""
+    """Copy forward hooks to a clone: those that are part of the module's computation if `parts`, else the others."""
     kept = {key for key, hook in module._forward_hooks.items() if getattr(hook, "part_of_module", False) is parts}
     for table in ("_forward_hooks", "_forward_hooks_with_kwargs"):
         clone.__dict__[table] = OrderedDict((key, hook) for key, hook in getattr(module, table).items() if key in kept)
@@ -83,23 +83,23 @@ def _shallow(
 ) -> nn.Module:
     clone = made_of.__new__(made_of)
     parameters = {**module._parameters, **tensors}
-    own = {name: value for name, value in module.__dict__.items() if name not in tensors}  # FSDP stores some there
+    own = {name: value for name, value in module.__dict__.items() if name not in tensors}  # FSDP stores some here
     clone.__dict__ = {**own, "_parameters": parameters, "_modules": children}
     return clone
 
 
 CAPTURING = "transformers.utils.output_capturing"
-"""Module of the hooks with which transformers collects outputs; they are not removed after the forward."""
+"""Python module with transformers' hooks that collect outputs; they stay installed after the forward pass."""
 
 
 def is_watched(module: nn.Module, *, captures: bool = True) -> bool:
-    """Return whether using a module's weight without calling the module would skip something.
+    """Return whether using a module's weight without calling the module would skip a hook or a custom forward.
 
-    That is a hook, or a forward set on the instance, as device maps do.
+    Device maps, for example, set a forward on the instance.
 
     Args:
         module: Any module.
-        captures: Whether hooks that collect outputs count; False if the call is known to collect none.
+        captures: Whether hooks that collect outputs count; pass False if the call is known not to collect any.
     """
     after = module._forward_hooks.values()
     return bool(
@@ -112,7 +112,9 @@ def is_watched(module: nn.Module, *, captures: bool = True) -> bool:
 
 
 def share_dropped(dropout: nn.Module) -> float | None:
-    """Return the fraction that a dropout drops in its current mode, or None if it is not a plain dropout.
+    """Return the fraction of values that a dropout zeroes in its current mode, or None if it is not a plain dropout.
+
+    A plain dropout is an nn.Identity, or an nn.Dropout without hooks; in training, its p must be below 1.
 
     Args:
         dropout: The module before A.

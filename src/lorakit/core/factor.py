@@ -1,7 +1,7 @@
-"""Modules that hold the tensors of one adapter at one site: A, B, dropout, and the own tensors of a variant.
+"""Modules that hold one adapter's tensors at one site: A, B, dropout, and a variant's own tensors.
 
-A and B have the orientation of nn.Linear, A (r, in) and B (out, r), whatever the layout of the base weight. The modules
-only hold parameters under PEFT's names; their `forward` is not used.
+A (r, in) and B (out, r) are oriented as in nn.Linear, whatever the layout of the base weight. The modules only hold
+parameters under PEFT's names; their `forward` is not used.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ HOLDERS: Mapping[str, type[nn.ModuleDict | nn.ParameterDict]] = {
     "lora_embedding_A": nn.ParameterDict,
     "lora_embedding_B": nn.ParameterDict,
 }
-"""Attributes that hold something per adapter, except those of variants (`OwnTensor.held_as`).
+"""Layer attributes with one entry per adapter, except those of variants (`OwnTensor.held_as`).
 
-Each is created on first access, since most layers need three of them.
+Each is created on first access, since most layers need only three of them.
 """
 
 TRAINED = tuple(name for name in HOLDERS if name != "lora_dropout")
@@ -30,7 +30,7 @@ TRAINED = tuple(name for name in HOLDERS if name != "lora_dropout")
 
 
 class FactorWeight(nn.Linear):
-    """A or B as `.weight`; an nn.Linear for programs that look for one, without its random initialization."""
+    """A or B as `.weight`: an nn.Linear, which some programs look for, but without the random initialization."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         nn.Module.__init__(self)
@@ -41,7 +41,7 @@ class FactorWeight(nn.Linear):
 
 
 class OwnWeight(nn.Module):
-    """An own tensor of a variant, or A or B of a convolution, as `.weight` in any shape (…)."""
+    """A variant's own tensor, or A or B of a convolution, as `.weight` of any shape (…)."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class OwnWeight(nn.Module):
 
 
 def parameter(tensor: Tensor) -> nn.Parameter:
-    """Return a tensor, such as A (r, in), as a parameter: itself if it is one."""
+    """Return a tensor, such as A (r, in), as a parameter; a parameter is returned unchanged."""
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
 
 
@@ -75,7 +75,7 @@ def factor_dtype(module: nn.Module, parameter: str) -> torch.dtype:
 
     Args:
         module: The module that holds the weight.
-        parameter: Its name there.
+        parameter: Name of the weight in the module.
     """
     weight = getattr(module, parameter) if is_computed(module, parameter) else module._parameters.get(parameter)
     floats = weight is not None and weight.is_floating_point()

@@ -1,8 +1,8 @@
-"""Algebra of low-rank products B·A that never forms the product: singular values, inner products, angles.
+"""Linear algebra on low-rank products B·A without forming them: singular values, inner products, angles.
 
-Everything is batched over groups, A (g, r, in) and B (g, out, r): one group per expert of a parameter, or per group of
-a convolution, whose output channels use only their part of A; every other site has one group. Computed in float64. This
-file does not depend on adapters, scales or files.
+Factors are batched over groups, A (g, r, in) and B (g, out, r). A group is one expert of a parameter, or one group of a
+convolution, whose output channels use only their part of A; all other sites have a single group. Computations are in
+float64. This module does not depend on adapters, scales or files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorakit.core.kinds.parameter import per_expert, side_by_side
 from lorakit.errors import ConfigError
 
 SPARE, SKETCH = 16, 8
-"""Columns of a sketch in addition to the rank, and how many times smaller than the matrix it must be to be used."""
+"""A sketch has SPARE more columns than the rank; it is used only if SKETCH times its width is below the matrix size."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,13 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class Principal:
-    """The principal directions of some rows.
+    """Principal directions of a set of rows.
 
     Attributes:
-        vectors: Orthonormal directions, largest variance first, (k, in); the largest value of each is positive.
-        values: Singular values of the centered rows along them, (k,).
-        ratios: Fraction of the total variance that each explains, (k,).
+        vectors: Orthonormal directions, largest variance first, (k, in); in each, the component of largest
+            magnitude is positive.
+        values: Singular values of the centered rows, one per direction, (k,).
+        ratios: Fraction of the total variance that each direction explains, (k,).
     """
 
     vectors: Tensor
@@ -71,12 +72,12 @@ class Principal:
 
 @dataclass(frozen=True)
 class Reading:
-    """The base's weight at a site, and its geometry.
+    """A base weight at a site, and its geometry.
 
     Attributes:
-        W: Canonical weight, (out, in, …), in float64; of experts as the base stores them, (experts, …, …).
+        W: Canonical weight in float64, (out, in, …); for experts, the tensor as the base stores it, (experts, …, …).
         kind: The kind of the site.
-        spec: Its weight spec.
+        spec: The site's weight spec.
     """
 
     W: Tensor
@@ -84,7 +85,7 @@ class Reading:
     spec: WeightSpec
 
     def matrix(self, expert: int = 0) -> Tensor:
-        """Return the weight as a matrix, (out, n), in float64; for several experts only one, to save memory.
+        """Return the weight as a float64 matrix, (out, n); of several experts, convert only one, to save memory.
 
         Args:
             expert: The index of the expert.
@@ -99,14 +100,14 @@ def product_of(A: Tensor, B: Tensor, experts: int = 1) -> Product:
     """Return the factors of one site as a `Product`.
 
     Args:
-        A: (r, in, …), as a site holds it; (experts·r, in) for experts.
-        B: (out, r / g, …), with g > 1 for a grouped convolution; (out, r·experts) for experts.
+        A: A of the site, (r, in, …); (experts·r, in) for experts.
+        B: B of the site, (out, r / g, …), with g > 1 for a grouped convolution; (out, r·experts) for experts.
         experts: The number of experts, each with its own part of A and B.
 
     Returns:
         The factors, in float64; kernels are flattened into the columns of A.
     """
-    wide = torch.float64 if A.device.type != "mps" else torch.float32  # that device has no float64
+    wide = torch.float64 if A.device.type != "mps" else torch.float32  # MPS has no float64
     A, B = A.detach().to(wide).flatten(1), B.detach().to(wide).flatten(1)
     if experts > 1:
         return Product(*per_expert(WeightSpec("", B.shape[0], A.shape[1], experts), A, B))
@@ -115,13 +116,13 @@ def product_of(A: Tensor, B: Tensor, experts: int = 1) -> Product:
 
 
 def factors_of(product: Product, A_like: Tensor, B_like: Tensor, experts: int = 1) -> tuple[Tensor, Tensor]:
-    """Return A (r, in, …) and B (out, r / g, …) in the form of two others, in fp32 or wider; undoes `product_of`.
+    """Convert a product to a site's A (r, in, …) and B (out, r / g, …), in fp32 or wider; inverts `product_of`.
 
     Args:
         product: The factors, of any rank.
-        A_like: An A of this site, (r, in, …).
-        B_like: A B of this site, (out, r / g, …).
-        experts: As `product_of`.
+        A_like: Any A of this site, (r, in, …).
+        B_like: Any B of this site, (out, r / g, …).
+        experts: As in `product_of`.
     """
     A, B = side_by_side(product.A, product.B) if experts > 1 else (product.A, product.B)
     A = A.reshape(-1, *A_like.shape[1:])
@@ -160,7 +161,7 @@ def truncated(found: Spectrum, rank: int) -> Product:
 
     Args:
         found: The decomposition.
-        rank: Largest rank of a group.
+        rank: Maximum rank of each group.
 
     Source:
         Eckart and Young 1936.
@@ -185,7 +186,7 @@ def rank_for(S: Tensor, energy: float) -> int:
     """Return the smallest rank whose singular values hold a fraction of the energy ΣS².   [docs/math.md (52)]
 
     Args:
-        S: Singular values, largest first, (g, k); every group keeps the same number of them.
+        S: Singular values, largest first, (g, k); every group keeps the same number of values.
         energy: The fraction, in (0, 1].
 
     Returns:
@@ -195,16 +196,16 @@ def rank_for(S: Tensor, energy: float) -> int:
     total = float(held[-1])
     if total == 0:
         return 1
-    slack = 8 * torch.finfo(held.dtype).eps * total  # a fraction of 1 does not include values that are only rounding
+    slack = 8 * torch.finfo(held.dtype).eps * total  # so that a fraction of 1 leaves out mere rounding errors
     return min(int((held < energy * total - slack).sum()) + 1, S.shape[1])
 
 
 def inner(one: Product, other: Product) -> float:
-    """Return ⟨B·A, B'·A'⟩ = trace((BᵀB')(A'Aᵀ)), from two small matrices.   [docs/math.md (53)]
+    """Return ⟨B·A, B'·A'⟩ = trace((BᵀB')(A'Aᵀ)), computed from two small matrices.   [docs/math.md (53)]
 
     Args:
         one: A product.
-        other: Another one of the same site; the ranks may differ.
+        other: A product of the same site; its rank may differ.
     """
     return float(((one.B.mT @ other.B) * (one.A @ other.A.mT)).sum())
 
@@ -226,7 +227,7 @@ def cosines(one: Tensor, other: Tensor) -> Tensor:
 
 
 def significant(found: Spectrum) -> tuple[int, ...]:
-    """Return the number of singular values above rounding: the true rank of each group of a product."""
+    """Return how many singular values of each group exceed rounding errors: the group's numerical rank."""
     S = found.S
     if S.numel() == 0:
         return (0,) * S.shape[0]
@@ -240,10 +241,10 @@ class RankLimit:
 
     Attributes:
         rank: The maximum rank.
-        energy: The fraction of the energy ΣS², in (0, 1], that the smallest sufficient rank holds.
+        energy: The fraction of the energy ΣS² to keep, in (0, 1]; the smallest sufficient rank is used.
 
     Raises:
-        ConfigError: Both or neither are given, or the value is out of range.
+        ConfigError: Both fields are set, or neither is, or the value is out of range.
     """
 
     rank: int | None = None
@@ -251,9 +252,9 @@ class RankLimit:
 
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.energy is None):
-            raise ConfigError("Give a rank or a fraction of the energy, and not both.", field="rank")
+            raise ConfigError("Pass either a rank or a fraction of the energy.", field="rank")
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
-            raise ConfigError.of("rank", self.rank, "a whole number of at least 1")
+            raise ConfigError.of("rank", self.rank, "an integer >= 1")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise ConfigError.of("energy", self.energy, "a fraction in (0, 1]")
 
@@ -273,7 +274,7 @@ def cut(found: Spectrum, to: RankLimit, shared: int = 1) -> tuple[Product, float
     """Truncate a product.
 
     Args:
-        found: Its decomposition.
+        found: The decomposition of the product.
         to: The limit.
         shared: As in `RankLimit.of`.
 
@@ -287,7 +288,7 @@ def cut(found: Spectrum, to: RankLimit, shared: int = 1) -> tuple[Product, float
 
 
 def sketched_spectrum(W: Tensor, probe: Tensor, iterations: int) -> Spectrum:
-    """Return the largest part of a singular value decomposition, by a random sketch and power iterations.
+    """Compute the leading part of a singular value decomposition with a random sketch and power iterations.
 
     Args:
         W: (g, out, in).
@@ -305,17 +306,17 @@ def sketched_spectrum(W: Tensor, probe: Tensor, iterations: int) -> Spectrum:
 
 
 def dense_spectrum(delta: Tensor, rank: int | None = None) -> tuple[Spectrum, float]:
-    """Return the singular value decomposition of a dense update, or its largest part if a small rank is enough.
+    """Return the singular value decomposition of a dense update, or its leading part if a small rank is enough.
 
     If `rank` is far below the size of the matrix, `sketched_spectrum` with four power iterations replaces the full
-    decomposition; the energy that it lacks is known from the norm.
+    decomposition; the returned total shows how much energy that leaves out.
 
     Args:
         delta: (out, in), in fp32 or wider.
         rank: The number of singular values that are needed; None for all.
 
     Returns:
-        The decomposition, of one group, and the total energy ‖delta‖².
+        The decomposition, with a single group, and the total energy ‖delta‖².
     """
     energy = float(delta.double().square().sum())
     width = None if rank is None else rank + SPARE

@@ -1,10 +1,10 @@
-"""Learning rates of an adapter's tensors (LoRA+, and rates by pattern), and the LoRA-FA optimizer.
+"""Learning rates for an adapter's tensors (LoRA+ and rates by pattern), and the LoRA-FA optimizer.
 
-LoRA-FA freezes one factor of each site, the one that does not start at zero (A; on an embedding and with MiCA, B), and
-corrects the gradient of the other. `freeze_factors` freezes it and returns the pairs; `LoraFA` is the optimizer.
+At each site, LoRA-FA freezes the factor that does not start at zero (A, but B on embeddings and with MiCA) and corrects
+the gradient of the other. `freeze_factors` freezes these factors and returns the pairs; `LoraFA` is the optimizer.
 
-The layer that holds a tensor determines its role (A, B, of an embedding, a vector, in a saved module), not the tensor's
-name. This file does not depend on schedules or files.
+A tensor's role (`Role`) depends on the layer that holds the tensor, not on the tensor's name. This module does not
+depend on schedules or files.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from lorakit.errors import ConfigError
 from lorakit.targets import first_match, unfitting_keys
 
 RIDGE = 1e-8
-"""Added to the diagonal of A·Aᵀ before it is inverted, as PEFT does, so that a singular one has an inverse."""
+"""Added to the diagonal of A·Aᵀ before inversion, as in PEFT, so that a singular matrix becomes invertible."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A trained factor and the frozen one of the same site.
+    """The trained and the frozen factor of one site.
 
     Attributes:
-        trained: B (out, r), or A (r, in) of an embedding; further axes are those of a kernel.
-        frozen: The other one.
-        scale: Factor before B·A.
+        trained: B (out, r), or A (r, in) if B is frozen; a convolution's factor also has the axes of the kernel.
+        frozen: The site's other factor.
+        scale: Scale of B·A.
         trained_is_A: Whether `trained` is A.
-        experts: The number of experts in B, (out, r·experts) with the expert as the fastest index; 0 for one matrix.
+        experts: Number of experts in B (out, r·experts), where the expert index varies fastest; 0 for a single matrix.
     """
 
     trained: nn.Parameter
@@ -55,18 +55,18 @@ class Pair:
 
 
 def freeze_factors(model: nn.Module, name: str | None = None) -> list[Pair]:
-    """Freeze the factor of each site that does not start at zero.
+    """Freeze, at each site, the factor that does not start at zero.
 
     Args:
         model: An adapted model; only `requires_grad` of the frozen factors changes.
         name: One adapter, or None for all.
 
     Returns:
-        The pairs whose other factor is trained, in the model's order.
+        Pairs for the sites whose other factor is trained, in the model's order.
 
     Raises:
         AdapterError: The model does not have the adapter.
-        ConfigError: Only the factor that would be frozen is trained at a site, so nothing would learn.
+        ConfigError: A site trains only the factor that would be frozen, so nothing would be trained there.
     """
     trained = {id(parameter) for _, parameter in trainable_parameters(model, name)}
     pairs: list[Pair] = []
@@ -76,7 +76,7 @@ def freeze_factors(model: nn.Module, name: str | None = None) -> list[Pair]:
             trains_a = layer.kind.zero_side == "A" or layer.trains[adapter] == {"A"}
             own = layer.parameters_of(adapter)[:2]
             if not own or id(own[0]) in seen:
-                continue  # its factors are those of the layer to which it is tied
+                continue  # it shares the factors of the layer it is tied to
             seen.add(id(own[0]))
             A, B = own
             learns, stays = (A, B) if trains_a else (B, A)
@@ -93,15 +93,15 @@ def freeze_factors(model: nn.Module, name: str | None = None) -> list[Pair]:
 
 
 def corrected_gradient(gradient: Tensor, pair: Pair, inverse: Tensor) -> Tensor:
-    """Return the step of B that changes the weight most like full fine-tuning: g_B·(A·Aᵀ)⁻¹/s².   [docs/math.md (18)]
+    """Return B's gradient, corrected to approximate full fine-tuning: g_B·(A·Aᵀ)⁻¹/s².   [docs/math.md (18)]
 
     Args:
         gradient: The gradient of the pair's trained factor: (out, r), (r, in), or with the axes of a kernel.
         pair: Layout of the factors, and s.
-        inverse: From `inverse_gram`, (blocks, r / blocks, r / blocks); it multiplies A's gradient from the left.
+        inverse: Result of `inverse_gram`, (blocks, r / blocks, r / blocks); multiplies A's gradient from the left.
 
     Returns:
-        As `gradient`, in its dtype.
+        A tensor with the shape and dtype of `gradient`.
 
     Source:
         Zhang et al. 2023, arXiv:2308.03303; the correction is the least-squares solution of ‖s·X·A − G‖ for X, which
@@ -135,11 +135,11 @@ def inverse_gram(pair: Pair) -> Tensor:
 
 
 class LoraFA(torch.optim.Optimizer):
-    """AdamW with a corrected gradient for each pair's trained factor; other tensors take a plain step.
+    """AdamW with a corrected gradient for each pair's trained factor; other tensors get a plain AdamW step.
 
-    The order of operations is PEFT's: ε is added to √v before the bias corrections, and the decay is applied to the
-    tensor after its step. Tensors without a gradient do not change. The inverse of a pair, r × r, is cached until its
-    frozen factor changes.
+    Operations are in PEFT's order: ε is added to √v before the bias corrections, and weight decay is applied after the
+    step. Tensors without a gradient do not change. The r × r inverse of a pair is cached until the pair's frozen factor
+    changes.
     """
 
     def __init__(
@@ -155,12 +155,12 @@ class LoraFA(torch.optim.Optimizer):
         """Set up the optimizer.
 
         Args:
-            params: Tensors or groups, as any optimizer of torch takes them.
-            pairs: From `freeze_factors`.
+            params: Tensors or parameter groups, as for any torch optimizer.
+            pairs: The pairs that `freeze_factors` returned.
             lr: Learning rate.
-            betas: Decay of the running means of the gradient and of its square.
-            eps: Added to the root of the second mean.
-            weight_decay: Fraction of a tensor, times the learning rate, that is subtracted in each step.
+            betas: Decay rates of the running means of the gradient and of its square.
+            eps: Added to the square root of the second running mean.
+            weight_decay: Each step subtracts this fraction of a tensor, multiplied by the learning rate.
 
         Raises:
             ConfigError: A value is out of range.
@@ -184,7 +184,7 @@ class LoraFA(torch.optim.Optimizer):
         """Take one step.
 
         Args:
-            closure: Computes the loss again, or None.
+            closure: Recomputes the loss, or None.
 
         Returns:
             The return value of the closure.
@@ -227,7 +227,7 @@ class LoraFA(torch.optim.Optimizer):
 
 
 Role = Literal["A", "B", "embedding", "vector", "whole"]
-"""A or B of a site; either factor of an embedding; a magnitude or bias (one axis); a matrix of a saved module."""
+"""A or B of a site; a factor of an embedding; a magnitude, bias or other vector; a matrix of a saved module."""
 
 
 @dataclass(frozen=True)
@@ -235,10 +235,10 @@ class TrainedPart:
     """One trained tensor of an adapter.
 
     Attributes:
-        name: Its name in the model.
+        name: Name of the tensor in the model.
         parameter: The tensor.
-        role: Its role.
-        site: Path of its module.
+        role: Role of the tensor.
+        site: Path of the site, or of the module that holds the tensor.
     """
 
     name: str
@@ -252,11 +252,11 @@ class Rates:
     """Learning rates of one adapter.
 
     Attributes:
-        learning_rate: Rate of A, and of all tensors without another one.
-        b_ratio: Rate of B divided by that of A: LoRA+'s λ. Vectors use it too, since they scale the output as B does.
-        embedding: Rate of both factors of an embedding; None if they are treated like other sites.
-        patterns: Pattern -> the rate that replaces `learning_rate` and `embedding` at the sites it matches, read like
-            `rank_pattern`; the first match wins, and `b_ratio` multiplies it for B.
+        learning_rate: Rate of A, and of all tensors to which no other field applies.
+        b_ratio: LoRA+'s λ, the rate of B divided by that of A; also for vectors, since they scale the output as B does.
+        embedding: Rate of both factors of an embedding; None for `learning_rate`.
+        patterns: Pattern -> rate that replaces `learning_rate` and `embedding` at matching sites; `b_ratio` still
+            applies. Patterns are matched as in `rank_pattern`, and the first match wins.
     """
 
     learning_rate: float
@@ -276,7 +276,7 @@ def roles(model: nn.Module) -> dict[int, tuple[Role, str]]:
         site = path.replace(".base_layer", "")  # layers can be nested
         factors: tuple[Role, Role] = ("embedding", "embedding") if layer.kind.zero_side == "A" else ("A", "B")
         for adapter in layer.r:
-            own = layer.parameters_of(adapter)  # empty if its factors are those of the layer to which it is tied
+            own = layer.parameters_of(adapter)  # empty if it shares the factors of the layer it is tied to
             found.update((id(vector), ("vector", site)) for vector in own[2:])
             found.update((id(factor), (role, site)) for factor, role in zip(own, factors, strict=False))
     return found
@@ -312,11 +312,11 @@ def rates_by_name(parts: Sequence[TrainedPart], rates: Rates) -> dict[str, float
         Name of the tensor -> its rate.
 
     Raises:
-        ConfigError: A pattern is not a regular expression or matches no trained tensor; the message has similar names.
+        ConfigError: A pattern is invalid or matches no trained tensor; the message suggests similar names.
 
     Source:
-        Hayou, Ghosh and Yu 2024, arXiv:2402.12354, section 4: B's rate has to be larger than A's by an order that
-        grows with the width.
+        Hayou, Ghosh and Yu 2024, arXiv:2402.12354, section 4: B's rate has to exceed A's by a factor that grows
+        with the width.
     """
     sites = list(dict.fromkeys(part.site for part in parts))
     wrong = unfitting_keys("learning_rate_pattern", rates.patterns, sites)
@@ -334,6 +334,6 @@ def _rate(part: TrainedPart, rates: Rates) -> float:
 
 
 def _owner(name: str) -> str:
-    """Return the path in the base of the module of a tensor that is not a factor."""
+    """Return the base path of the module that holds a tensor that is not a factor."""
     path = name.rpartition(".")[0]
     return path.partition(".modules_to_save.")[0].partition(".token_adapter.")[0].replace(".base_layer", "")

@@ -1,6 +1,6 @@
-"""Names of the layer types on which LoRA sits, for code that knows shapes and no torch.
+"""Names of the layer types that LoRA supports, for code that handles shapes without torch.
 
-They are those of the entries of `lorakit.core.kinds.KINDS`; code that has a kind asks it for its attributes instead.
+The names are those of the entries of `lorakit.core.kinds.KINDS`; code that has a `Kind` uses its attributes instead.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ PARAMETER = "Parameter"
 """A bare parameter, named by `target_parameters`."""
 
 DENSE = (LINEAR, CONV1D)
-"""Types whose modules multiply their input by a matrix; "all-linear" means these."""
+"""Types whose modules multiply their input by a matrix; "all-linear" selects these."""
 
 PLANNED = (*DENSE, EMBEDDING)
-"""Types whose shapes plans know, and that messages suggest."""
+"""Types that plans support, and that messages suggest."""

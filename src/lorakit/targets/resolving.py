@@ -1,12 +1,12 @@
 """Resolve which modules and parameters a config targets, by matching paths; for live models and plans.
 
 The rules are PEFT's. A list entry is a path or a dotted suffix of one; a string is a regular expression for the whole
-path; "all-linear" is every dense layer except the output head. `exclude_modules` wins. `target_parameters` takes paths
-or dotted suffixes, never a pattern. This module does not use torch: it works on names, kinds and sizes.
+path; "all-linear" is every dense layer except the output head. `exclude_modules` takes precedence. `target_parameters`
+takes paths or dotted suffixes, never a pattern. This module does not use torch: it works on names, kinds and sizes.
 
-`rank_pattern` and `alpha_pattern` are regular expressions in PEFT's files. A pattern from an untrusted file could run
-for hours, so patterns from files are never run: only plain names are understood (a path, a dotted suffix, or a whole
-path after `^`).
+`rank_pattern` and `alpha_pattern` are regular expressions in PEFT's files. Since a pattern from an untrusted file could
+run for hours, such patterns are never run; only plain names are supported (a path, a dotted suffix, or a whole path
+after `^`).
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Candidate:
 
     Attributes:
         path: Dotted path in the model.
-        kind: The kind of site it can be ("Linear", "Conv1D", "Embedding", ...), or None if LoRA does not support it.
+        kind: Kind of site ("Linear", "Conv1D", "Embedding", ...), or None if LoRA does not support the module.
         type_name: Class name of the module, for messages.
-        dense: Whether it counts for "all-linear" (a dense layer that is not the output head).
-        out_features: Output width, or 0 if it has none.
-        in_features: Input width (number of embeddings), or 0 if it has none.
+        dense: Whether "all-linear" selects the module (a dense layer that is not the output head).
+        out_features: Output width, or 0 if the module has none.
+        in_features: Input width (number of embeddings), or 0 if the module has none.
     """
 
     path: str
@@ -51,12 +51,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class BareParameter:
-    """A parameter that `target_parameters` may name, such as the experts of a layer in one tensor.
+    """A parameter that `target_parameters` may name, such as a tensor with all experts of a layer.
 
     Attributes:
         module: Path of the module that holds it, "" for the model itself.
-        name: Its name in that module.
-        shape: Its shape.
+        name: Name of the parameter in that module.
+        shape: Shape of the parameter.
     """
 
     module: str
@@ -71,14 +71,14 @@ class BareParameter:
 
 @dataclass(frozen=True)
 class Match:
-    """A candidate that the config targets, with its rank and alpha.
+    """A module or parameter that the config targets, with its rank and alpha.
 
     Attributes:
         path: Dotted path of the module.
         kind: The kind of site.
         rank: Rank at this site, after `rank_pattern`.
         alpha: Alpha at this site, after `alpha_pattern`.
-        entry: The target entry that named it.
+        entry: The config entry that matches the module or parameter.
         parameter: Name of the targeted parameter of the module, or "" if the kind determines it.
     """
 
@@ -130,7 +130,7 @@ class Resolution:
 
     Attributes:
         matches: The sites, in the model's order.
-        saved: Paths of modules that `modules_to_save` names.
+        saved: Paths of modules that `modules_to_save` or the task type selects.
         missing: Entries that match nothing; empty unless partial matches are allowed.
         notes: Remarks for the user, such as a name that matches different modules.
     """
@@ -148,7 +148,7 @@ def resolve(
     allow_partial: bool = False,
     parameters: Sequence[BareParameter] | None = None,
 ) -> Resolution:
-    """Find the sites that a config names.
+    """Find the sites that a config targets.
 
     Args:
         candidates: Every named module of the model, in order, including containers.
@@ -211,7 +211,7 @@ def _matcher(name: str, value: Collection[str] | str) -> Callable[[Candidate], s
 
 
 def saved_modules(candidates: Sequence[Candidate], config: LoraConfig) -> tuple[list[str], list[Unmatched]]:
-    """Return the paths that `modules_to_save` and the task name, and the entries that name nothing.
+    """Return the paths that `modules_to_save` and the task type select, and the entries that match nothing.
 
     Args:
         candidates: As in `resolve`.
@@ -240,7 +240,7 @@ def targeted_parameters(
         saved: Paths of modules saved in full; parameters inside them are skipped.
 
     Raises:
-        TargetError: A parameter is on the top-level module, or does not have two or three axes.
+        TargetError: A parameter belongs to the top-level module, or does not have two or three axes.
     """
     inside = tuple(path + "." for path in saved)
     matches = []
@@ -252,7 +252,7 @@ def targeted_parameters(
         if not parameter.module:
             raise TargetError(
                 f"Targeting an nn.Parameter on the top-level module is not supported (parameter {parameter.name!r}): "
-                "LoRA wraps the module that holds it. Put the model into another module.",
+                "LoRA wraps the module that holds it. Wrap the model in another module.",
                 what=parameter.name,
                 field="target_parameters",
             )
@@ -275,7 +275,7 @@ def match_path(match: Match) -> str:
 def _unmatched_parameters(
     parameters: Sequence[BareParameter], config: LoraConfig, found: Sequence[Match]
 ) -> list[Unmatched]:
-    """Return the entries of `target_parameters` that name nothing, with the nearest names."""
+    """Return the entries of `target_parameters` that match nothing, with the nearest names."""
     unmatched = []
     for entry in sorted(config.target_parameters or ()):
         if not any(names_path(entry, match_path(match)) for match in found):
@@ -344,7 +344,7 @@ def _unmatched(
 
 
 def unfitting_keys(field: str, keys: Collection[str], paths: Sequence[str]) -> list[Unmatched]:
-    """Return the patterns that fit none of the adapted modules, with the nearest names.
+    """Return the patterns that match none of the adapted modules, with the nearest names.
 
     Args:
         field: Field that holds the patterns, such as "rank_pattern".
@@ -377,7 +377,7 @@ def _nearest(word: str, names: Collection[str]) -> str:
 
 
 def _nothing(candidates: Sequence[Candidate], config: LoraConfig, missing: Sequence[Unmatched]) -> TargetError:
-    """Return the error for a config that names neither a module nor a parameter of the model."""
+    """Return the error for a config that matches neither a module nor a parameter of the model."""
     wanted = config.target_modules
     if not wanted:
         return TargetError(
@@ -482,7 +482,7 @@ def compiled(pattern: str, where: str, given: str | None = None) -> re.Pattern[s
     Args:
         pattern: A regular expression.
         where: The field that holds it.
-        given: The user's text, if it differs.
+        given: The pattern as the user wrote it, if it differs.
 
     Raises:
         ConfigError: The pattern is not a regular expression.

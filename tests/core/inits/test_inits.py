@@ -158,7 +158,7 @@ def test_gradient_directions_of_an_odd_number_fit_no_rank() -> None:
     U, S, Vh = (found.sites["0"][name] for name in ("U", "S", "Vh"))
     odd = {"U": torch.cat([U, U[:, -1:]], 1), "S": torch.cat([S, S[-1:]]), "Vh": torch.cat([Vh, Vh[-1:]])}
     before = model[0].weight.clone()
-    with pytest.raises(ConfigError, match=r"0: .*rank 2\.5, and r is 2"):
+    with pytest.raises(ConfigError, match=r"0: .*rank 2\.5, but r is 2"):
         attach(model, config, statistics=replace(found, sites={"0": odd}))
     assert torch.equal(model[0].weight, before)
     attach(model, config, statistics=found)

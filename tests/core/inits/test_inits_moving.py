@@ -344,7 +344,7 @@ def test_a_rank_that_is_too_large_a_scale_of_zero_and_numbers_that_are_none() ->
     sick = nn.Sequential(nn.Linear(6, 5))
     sick[0].weight.data[0, 0] = float("nan")
     refused("contains NaN or infinite values", sick, init_lora_weights="pissa")
-    refused("convolution of 2 groups", nn.Sequential(nn.Conv1d(4, 6, 1, groups=2)), r=2, init_lora_weights="olora")
+    refused("convolution with 2 groups", nn.Sequential(nn.Conv1d(4, 6, 1, groups=2)), r=2, init_lora_weights="olora")
 
 
 def test_experts_side_by_side_each_have_their_own_directions() -> None:

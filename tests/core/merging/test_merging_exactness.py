@@ -67,7 +67,7 @@ def test_sites_without_a_factor_of_the_adapter_are_no_matter() -> None:
 
 def test_what_cannot_be_merged_says_why() -> None:
     waiting = with_adapters(WAITING_LINEARS, "a", alora_invocation_tokens=[3, 4], task_type="CAUSAL_LM")
-    assert "is aLoRA, which cannot be merged: its addition depends on" in str(explain_inexact_merge(waiting, "a"))
+    assert "is aLoRA, which cannot be merged: its update depends on" in str(explain_inexact_merge(waiting, "a"))
     tied = with_adapters(TIED, "a", target_modules=["embed_tokens"])
     assert "shares its weight with lm_head.weight; a merge would change both" in str(explain_inexact_merge(tied, "a"))
     merged = with_adapters(EVERY_KIND, "a")

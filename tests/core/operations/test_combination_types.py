@@ -90,7 +90,7 @@ def test_clamping_cuts_at_a_quantile_whatever_the_signs() -> None:
         ({"name": "svd", "density": 0.5}, "density", "'svd' does not prune"),
         ({"name": "cat", "rank": 4}, "rank", "'cat' has no svd"),
         ({"name": "linear", "clamp": 0.9}, "clamp", "clamp is 0.9"),
-        ({"name": "svd", "rank": 0}, "rank", "whole number"),
+        ({"name": "svd", "rank": 0}, "rank", "integer >= 1"),
         ({"name": "svd", "clamp": 0.3}, "clamp", r"\(0.5, 1\]"),
         ({"name": "ties", "density": 1, "majority_sign": "most"}, "majority_sign", "total, frequency"),
     ],

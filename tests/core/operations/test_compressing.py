@@ -148,6 +148,6 @@ def test_a_refused_call_changes_nothing() -> None:
         compress(model, "typo", rank=1)
     with pytest.raises(AdapterError, match="already has an adapter 'a'"):
         compress(model, "a", "a", rank=1)
-    with pytest.raises(ConfigError, match="Give a rank or a fraction"):
+    with pytest.raises(ConfigError, match="either a rank or a fraction"):
         compress(model, "a")
     assert snapshot(model) == before

@@ -169,7 +169,7 @@ def test_what_cannot_be_extracted(tmp_path: Path) -> None:
         ({"config": LINEARS.config(use_dora=True)}, ConfigError, "leave use_dora out"),
         ({"config": LINEARS.config(bias="all")}, ConfigError, "must be 'none'"),
         ({"config": LINEARS.config(target_modules=["typo"])}, TargetError, "typo"),
-        ({"rank": None}, ConfigError, "Give a rank or a fraction"),
+        ({"rank": None}, ConfigError, "either a rank or a fraction"),
         ({"name": "x.y"}, AdapterError, "cannot be an adapter's name"),
     )
     for change, error, said in cases:

@@ -217,7 +217,7 @@ def test_adapters_on_different_parameters_are_combined_on_their_model(tmp_path: 
     for name in chosen:
         save_adapter(model, tmp_path / name, name)
     for pair in (["square", "both"], ["square", "up"]):
-        said = r"different parameters of experts \(experts\.square, experts\.up\), and files do not tell"
+        said = r"different parameters of experts \(experts\.square, experts\.up\), and files do not show"
         with pytest.raises(AdapterError, match=said):
             combine_folders([tmp_path / name for name in pair], [1.0, 1.0], tmp_path / "x")
         with pytest.raises(AdapterError, match=said):

@@ -155,7 +155,7 @@ def test_another_base_other_sites_and_another_config_are_refused_and_nothing_cha
         ipm = found.config.with_fields(corda_config=CordaConfig(corda_method="ipm"))
         refused(ConfigError, "for corda_method='kpm', but the config has 'ipm'", LINEARS.model(), ipm)
     larger = found.config.with_fields(r=9, rank_pattern={})
-    refused(ConfigError, "collected for rank .*and r is 9|at most .* is possible here", LINEARS.model(), larger)
+    refused(ConfigError, "collected for rank .*but r is 9|at most .* is possible here", LINEARS.model(), larger)
     fewer = found.config.with_fields(target_modules=["up"], rank_pattern={}, alpha_pattern={})
     model = LINEARS.model()
     assert [m.path for m in attach(model, fewer, statistics=found).matches] == ["up"]
@@ -186,7 +186,7 @@ def test_what_cannot_be_collected_is_said() -> None:
 
     refused(ConfigError, "is True, which uses no data", LINEARS.config())
     refused(ConfigError, "is 'pissa', which uses no data", LINEARS.config(init_lora_weights="pissa"))
-    refused(ConfigError, "layer_replication stacks layers", config_for("eva", layer_replication=[(0, 1)]))
+    refused(ConfigError, "layer_replication adds layers", config_for("eva", layer_replication=[(0, 1)]))
     refused(TargetError, "nowhere", config_for("eva", target_modules=["nowhere"]))
     refused(TargetError, "nowhere", config_for("eva", target_modules=["up", "nowhere"]))
     refused(DataError, "No batch", config_for("eva"), [])

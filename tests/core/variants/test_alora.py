@@ -169,7 +169,7 @@ def test_adapters_of_every_sort_in_one_batch() -> None:
 def test_without_tokens_it_says_what_to_pass() -> None:
     model, given = waiting(), text(ONCE)
     embedded = {"inputs_embeds": model.get_input_embeddings()(given["input_ids"])}
-    with pytest.raises(RouteError, match=r"was not called with input_ids. Pass input_ids, or open .*invoked\(model"):
+    with pytest.raises(RouteError, match=r"was not called with input_ids. Pass input_ids, or .*invoked\(model"):
         run(model, embedded)
     wanted = run(model, given)
     with invoked(model, given["input_ids"]):

@@ -79,16 +79,20 @@ def test_sites_in_neither_list_are_lora_where_that_is_allowed(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("fields", "words", "where"),
     [
-        ({"use_bdlora": {"target_modules_bd_a": ["up"]}}, "square: it matches neither list", "square"),
+        ({"use_bdlora": {"target_modules_bd_a": ["up"]}}, "square matches neither list", "square"),
         (
             {"use_bdlora": {"target_modules_bd_a": ["u"], "target_modules_bd_b": ["up"], "match_strict": False}},
-            "up: it matches both",
+            "up matches both",
             "up",
         ),
-        ({"use_bdlora": {"target_modules_bd_a": ["up", "sq"], "nblocks": 3}}, "up: r is 4, which 3 blocks of A", "up"),
+        (
+            {"use_bdlora": {"target_modules_bd_a": ["up", "sq"], "nblocks": 3}},
+            "up: r is 4, which is not divisible into 3 blocks of A",
+            "up",
+        ),
         (
             {"use_bdlora": {"target_modules_bd_a": ["up"], "target_modules_bd_b": ["sq"], "nblocks": 3}, "r": 3},
-            "square: out_features is 20, which 3 blocks of B do not divide",
+            "square: out_features is 20, which is not divisible into 3 blocks of B",
             "square",
         ),
         ({"use_bdlora": BLOCKS, "lora_bias": True}, "lora_bias at square: a block-diagonal B has no bias", "square"),

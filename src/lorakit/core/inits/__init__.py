@@ -1,8 +1,8 @@
-"""The table INITS: how the factors of a new adapter are initialized.
+"""The table INITS: initializations of a new adapter's factors.
 
-Each entry is a function from an `InitContext` to A and B. Most initialize the trained side and leave the kind's zero
-side at zero, so that a new adapter does not change the output. Others move a part of the base weight into A and B and
-leave the residual in the base; the layer then keeps the original. Factors are made on the device of their site, in fp32
+Each entry has a function from an `InitContext` to A and B. Most entries fill one side and leave the kind's zero side at
+zero, so that a new adapter does not change the output. Others move a part of the base weight into A and B and leave the
+residual in the base; the layer then keeps the original weight. Factors are created on the device of their site, in fp32
 or wider.
 """
 
@@ -42,7 +42,7 @@ def init_named(name: bool | str) -> Init:
     """Return the entry for a value of `init_lora_weights`.
 
     Raises:
-        ConfigError: There is no such init; the message names the most similar.
+        ConfigError: No init has this name; the message suggests the most similar one.
     """
     for init in INITS:
         if init.name is name or (isinstance(name, str) and init.name == name.lower()):
@@ -60,7 +60,7 @@ def init_named(name: bool | str) -> Init:
 
 
 def known_init(config: LoraConfig) -> Init | None:
-    """Return the init of a config from a file, or None if it is one of another program."""
+    """Return the init that a config from a file names, or None if lorakit does not have it."""
     try:
         return init_named(config.init_lora_weights)
     except ConfigError:
@@ -73,10 +73,10 @@ def init_for(name: bool | str, kind: Kind, path: str) -> Init:
     Args:
         name: The value.
         kind: The kind of the site.
-        path: The site, for the message.
+        path: Path of the site, for the message.
 
     Raises:
-        ConfigError: There is no such init, or it does not support this kind.
+        ConfigError: No init has this name, or the init does not support this kind.
     """
     init = init_named(name)
     check_fits(init.fits, kind, path, what=f"init_lora_weights={name!r}", field="init_lora_weights", advice="use True")

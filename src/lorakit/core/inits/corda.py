@@ -1,4 +1,4 @@
-"""CorDA: W·C is decomposed, with C from the inputs; its largest (or smallest) directions become the adapter."""
+"""CorDA: decompose W·C, with C from the inputs; its largest or smallest directions become the adapter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lorakit.core.inits.init import Init, InitContext, InitResult, balanced
 from lorakit.errors import ConfigError
 
 DAMP, LARGEST_ERROR = 0.01, 0.05
-"""Fraction of the mean diagonal that is added first; it is doubled until ‖C·C⁻¹ − I‖ is below the second number."""
+"""Initial damping of C as a fraction of its mean diagonal; it is doubled until ‖C·C⁻¹ − I‖ < LARGEST_ERROR."""
 
 METHODS = ("ipm", "kpm")
 
@@ -19,7 +19,7 @@ METHODS = ("ipm", "kpm")
 def _digest(context: InitContext, statistics: InputMoments) -> dict[str, Tensor]:
     """Return the r directions that the config's method selects: U (out, r), S (r,) and Vh (r, n), which is Vᵀ·C⁻¹.
 
-    C is Σ x·xᵀ of the inputs of a call, averaged over calls, (n, n).
+    C (n, n) is Σ x·xᵀ over the inputs of one call, averaged over calls.
 
     Raises:
         ConfigError: `corda_method` is unknown.
@@ -40,7 +40,7 @@ def _digest(context: InitContext, statistics: InputMoments) -> dict[str, Tensor]
 
 
 def decomposed(W: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Decompose W·C = U·S·Vᵀ, so that W = U·S·(Vᵀ·C⁻¹); C is damped until it has an inverse.
+    """Decompose W·C = U·S·Vᵀ, so that W = U·S·(Vᵀ·C⁻¹); C is damped until it is invertible.
 
     Args:
         W: (out, n).
@@ -49,7 +49,7 @@ def decomposed(W: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         U (out, k), S (k,), Vᵀ·C⁻¹ (k, n), largest first.
     """
-    wide = torch.float64 if C.device.type != "mps" else torch.float32  # that device has no float64
+    wide = torch.float64 if C.device.type != "mps" else torch.float32  # MPS has no float64
     C = C.to(wide)
     one = torch.eye(len(C), dtype=wide, device=C.device)
     damp = DAMP
@@ -64,7 +64,7 @@ def decomposed(W: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _corda(context: InitContext) -> InitResult:
-    """A = √(S_r/s)·V_rᵀ·C⁻¹, B = U_r·√(S_r/s) of W·C = U·S·Vᵀ; the base becomes W − s·B·A.   [docs/math.md (65)]
+    """W·C = U·S·Vᵀ: A = √(S_r/s)·V_rᵀ·C⁻¹, B = U_r·√(S_r/s); the base becomes W − s·B·A.   [docs/math.md (65)]
 
     Source:
         Yang et al. 2024, arXiv:2406.05223, eq. (3) to (6): "ipm" takes the largest directions, "kpm" the smallest.

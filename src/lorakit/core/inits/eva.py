@@ -1,4 +1,4 @@
-"""EVA: A starts as the principal directions of the site's inputs; ranks go to sites where these explain most."""
+"""EVA: A starts as principal directions of a site's inputs; ranks go where these explain the most variance."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lorakit.core.linalg import Principal
 
 
 class InputMoments(Protocol):
-    """Moments of the inputs of a site, as `lorakit.core.statistics` collects them.
+    """Moments of a site's inputs, collected by `lorakit.core.statistics`.
 
     Attributes:
         rows: Number of rows.
-        calls: Number of calls in which they came.
+        calls: Number of forward calls that supplied the rows.
     """
 
     rows: int
@@ -32,7 +32,7 @@ class InputMoments(Protocol):
 
 
 def sees_inputs(kind: Kind) -> bool:
-    """Fit kinds whose modules take values, not indices."""
+    """Support kinds whose modules take values, not indices."""
     return kind.acts_on == "input" and kind.drops
 
 
@@ -41,7 +41,7 @@ def _settings(context: InitContext) -> EvaConfig:
 
 
 def _digest(context: InitContext, statistics: InputMoments) -> dict[str, Tensor]:
-    """Return the first `rho`·r principal directions (k, in), their singular values and explained variances, (k,)."""
+    """Return the first `rho`·r principal directions (k, in), their singular values and variance ratios, (k,)."""
     context.check_rank(math.prod(context.A_shape[1:]))
     principal = statistics.principal(round(_settings(context).rho * context.r))
     return {"directions": principal.vectors, "values": principal.values, "ratios": principal.ratios}

@@ -1,4 +1,4 @@
-"""The types of the table INITS: what an entry defines, what its function is given and what it returns."""
+"""Types of the table INITS: an entry, and the argument and result of its function."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ BOTH = frozenset({"A", "B"})
 
 @dataclass(frozen=True)
 class InitContext:
-    """The site that an init fills, and what it may use.
+    """The site that an init fills, and the data that it may use.
 
     Attributes:
         kind: The kind of the site.
-        spec: The shape and layout of its weight.
+        spec: Shape and layout of the site's weight.
         r: Rank.
         scale: alpha / r, or alpha / √r.
         A_shape: Shape of A, (r, in) on a dense site.
         B_shape: Shape of B, (out, r) on a dense site.
-        device: Device of the factor.
+        device: Device of A and B.
         dtype: dtype of A and B.
-        path: The site, for messages.
+        path: Path of the site, for messages.
         read: Reads the canonical base weight.
         config: The adapter's config, for the settings of an init.
         generator: Random generator, or None for torch's default one.
@@ -58,8 +58,8 @@ class InitContext:
             requirement: As in `check_rank`.
 
         Raises:
-            ConfigError: It is the weight of a grouped convolution, contains NaN or infinite values, or has fewer
-                directions than the rank.
+            ConfigError: The weight belongs to a grouped convolution, contains NaN or infinite values, or has fewer
+                singular directions than the rank.
         """
         self.check_ungrouped()
         W = self.read()
@@ -74,11 +74,11 @@ class InitContext:
         """Reject a grouped convolution.
 
         Raises:
-            ConfigError: The site is one.
+            ConfigError: The site is a grouped convolution.
         """
         if self.spec.groups > 1:
             raise self.error(
-                f"init_lora_weights={self.config.init_lora_weights!r} does not support a convolution of "
+                f"init_lora_weights={self.config.init_lora_weights!r} does not support a convolution with "
                 f"{self.spec.groups} groups. Leave the module out, or use True.",
                 what=str(self.config.init_lora_weights),
                 field="init_lora_weights",
@@ -89,10 +89,10 @@ class InitContext:
 
         Args:
             most: The largest possible rank.
-            requirement: What the init needs, for the message; by default, as many directions as r.
+            requirement: What the init needs, as the start of the message; by default, as many directions as r.
 
         Raises:
-            ConfigError: r is larger.
+            ConfigError: r is larger than `most`.
         """
         if self.r > most:
             needs = requirement or f"init_lora_weights={self.config.init_lora_weights!r} needs as many directions as r"
@@ -110,25 +110,25 @@ class InitContext:
             rank: The rank they were collected for.
 
         Raises:
-            ConfigError: r is another.
+            ConfigError: r differs from `rank`.
         """
         if rank != self.r:
             raise self.error(
-                f"the statistics were collected for rank {rank:g}, and r is {self.r}. Collect them with the config "
-                "that is attached.",
+                f"the statistics were collected for rank {rank:g}, but r is {self.r}. Collect them with the config "
+                "that you attach.",
                 what=self.r,
                 field="r",
             )
 
     def in_layout(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return factors of the matrices in the layout in which the site stores them, in the factor's dtype.
+        """Convert factors of the matrices to the site's layout and to the dtype of its factors.
 
         Args:
             A: (g, r, n).
             B: (g, out, r).
 
         Returns:
-            A (r, in) and B (out, r) of a dense site; kernels and experts in the layout of their kind.
+            A (r, in) and B (out, r) of a dense site; for kernels and experts, in the layout of their kind.
         """
         if self.spec.experts:
             B = B.permute(1, 2, 0)
@@ -138,15 +138,15 @@ class InitContext:
         )
 
     def collected(self) -> Mapping[str, Tensor]:
-        """Return the statistics of this site: name -> tensor (…), on its device.
+        """Return the statistics of this site: name -> tensor (…), on the site's device.
 
         Raises:
-            ConfigError: Nothing was collected.
+            ConfigError: No statistics were collected for this site.
         """
         if self.statistics is None:
             raise self.error(
-                f"init_lora_weights={self.config.init_lora_weights!r} needs data, and nothing was collected for this "
-                "site. Pass the `statistics` that lorakit.core.collect_for returns to attach.",
+                f"init_lora_weights={self.config.init_lora_weights!r} needs data, but nothing was collected for this "
+                "site. Call lorakit.core.collect_for, and pass the result to attach as `statistics`.",
                 field="init_lora_weights",
             )
         return {name: tensor.to(self.device) for name, tensor in self.statistics.items()}
@@ -155,7 +155,7 @@ class InitContext:
         """Return an error about this site.
 
         Args:
-            message: The problem; the path is put before it.
+            message: The problem; the site's path is prepended.
             what: The wrong value.
             field: The config field.
         """
@@ -164,12 +164,12 @@ class InitContext:
 
 @dataclass(frozen=True)
 class InitResult:
-    """The initial factors, and a new base weight if there is one.
+    """The initial factors, and a new base weight if the init computes one.
 
     Attributes:
         A: (r, in) on a dense site.
         B: (out, r) on a dense site.
-        W: The canonical weight that replaces the base weight, if it is not W − s·B·A.
+        W: The canonical weight that replaces the base weight. If None, an init that changes the base uses W − s·B·A.
     """
 
     A: Tensor
@@ -182,18 +182,18 @@ class Init:
     """One way to initialize A and B.
 
     Attributes:
-        name: The value of `init_lora_weights` that selects it.
-        fill: Makes A and B.
+        name: The value of `init_lora_weights` that selects the init.
+        fill: Creates A and B.
         fits: Kind -> whether the init supports it. Only `every_kind` supports the kinds that users define.
-        changes_base: It replaces the base weight: by W − s·B·A, unless `fill` returns another.
-        is_identity: A new adapter does not change the output, except by rounding (`is_exact`).
-        is_exact: A new adapter does not change a bit of the output.
+        changes_base: Whether the init replaces the base weight, by W − s·B·A unless `fill` returns a weight.
+        is_identity: Whether a new adapter leaves the output unchanged, except for rounding (see `is_exact`).
+        is_exact: Whether the output then stays the same bit for bit.
         needs: Data to collect beforehand: "" for none, "inputs" or "gradients".
-        digest: Reduces what was collected for a site to the few tensors that `fill` needs.
+        digest: Reduces a site's statistics to the few tensors that `fill` needs.
         trains: Which of "A" and "B" are trained.
-        family: A regular expression for other values that select it.
-        requantizes: It may replace a base weight that is stored quantized, which rounds it a second time.
-        takes_any_shape: It fills A and B whatever their shapes are, and so fits variants with other shapes.
+        family: Regular expression for other values that select the init.
+        requantizes: Whether the init may replace a quantized base weight, which rounds the weight a second time.
+        takes_any_shape: Whether the init can fill A and B of any shape, as variants with their own shapes require.
     """
 
     name: bool | str
@@ -216,24 +216,24 @@ def zeros(context: InitContext, shape: Shape) -> Tensor:
 
 
 def normal(context: InitContext, shape: Shape, std: float) -> Tensor:
-    """Return normal values of mean 0, of the given shape, such as (r, in) or (out, r)."""
+    """Return normally distributed values with mean 0 in a given shape, such as (r, in) or (out, r)."""
     return torch.empty(shape, device=context.device, dtype=context.dtype).normal_(0.0, std, generator=context.generator)
 
 
 def uniform(context: InitContext, shape: Shape) -> Tensor:
-    """Return uniform values in ±1/√fan_in, of the given shape, (r, in) or (out, r)."""
+    """Return values uniform in ±1/√fan_in in a given shape, (r, in) or (out, r)."""
     bound = 1.0 / math.sqrt(math.prod(shape[1:]))
     values = torch.empty(shape, device=context.device, dtype=context.dtype)
     return values.uniform_(-bound, bound, generator=context.generator)
 
 
 def balanced(context: InitContext, U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A = √(S/|s|)·Vh and B = ±U·√(S/|s|) of the first r directions, so that s·B·A = U·S·Vh.
+    """Return A = √(S/|s|)·Vh and B = ±U·√(S/|s|) for the first r directions, so that s·B·A = U·S·Vh.
 
     Args:
-        context: Its scale is s.
+        context: The site; s is its scale.
         U: (g, out, k), with k at least r.
-        S: Not negative, (g, k).
+        S: Nonnegative, (g, k).
         Vh: (g, k, n).
 
     Returns:
@@ -243,7 +243,7 @@ def balanced(context: InitContext, U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Te
         ConfigError: The scale is zero.
     """
     if context.scale == 0:
-        raise context.error("the scale is 0, so B·A cannot represent a part of the base. Set an alpha.")
+        raise context.error("the scale is 0, so B·A cannot represent a part of the base. Set a nonzero lora_alpha.")
     U, S, Vh = U[..., : context.r], S[:, : context.r], Vh[:, : context.r]
     root = (S / abs(context.scale)).sqrt()
     return root[..., None] * Vh, U * (root if context.scale > 0 else -root)[..., None, :]
@@ -254,7 +254,7 @@ def fresh_bias(context: InitContext, random: bool) -> Tensor:
 
     Args:
         context: The site.
-        random: Whether a new adapter changes the output.
+        random: Whether to draw random values, for an init that changes the output.
     """
     shape = (context.spec.out_features, context.r)
     return uniform(context, shape)[:, 0].contiguous() if random else zeros(context, shape[:1])

@@ -1,7 +1,7 @@
-"""LoftQ: the base becomes what a quantized weight can represent, and the adapter starts as the quantization error.
+"""LoftQ: the base is rounded to a quantization grid, and the adapter starts as the quantization error.
 
-The grids are computed by formula: the normal-float grid of QLoRA, and int8 by row. Rounded weights stay dense, so no
-quantization package is needed.
+The grids are computed from formulas: QLoRA's NF4 grid, and int8 with one scale per row. Rounded weights stay dense, so
+no quantization package is needed.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from lorakit.core.inits.init import Init, InitContext, InitResult, balanced
 from lorakit.errors import ConfigError
 
 BLOCK = 64
-"""Number of values that share one scale on the normal-float grid."""
+"""Number of values that share one scale on the NF4 grid."""
 
 OFFSET = 0.9677083
-"""The largest quantile of the grid: (1 − 1/32 + 1 − 1/30) / 2, the mean of what 16 and 15 levels would omit."""
+"""The largest quantile of the grid: the mean of 1 − 1/32 and 1 − 1/30, the outermost ones of 16 and of 15 levels."""
 
 
 def normal_float(device: torch.device | None = None) -> Tensor:
-    """Return the 16 levels of nf4: quantiles of a normal distribution, with a zero, in [−1, 1].   [docs/math.md (66)]
+    """Return the 16 NF4 levels: quantiles of a normal distribution, including zero, in [−1, 1].   [docs/math.md (66)]
 
     Args:
         device: Device of the result.
@@ -40,13 +40,13 @@ def normal_float(device: torch.device | None = None) -> Tensor:
 
 
 def on_normal_float(W: Tensor) -> Tensor:
-    """Scale each block of 64 values, in row order, by its largest, and round to the nearest level.
+    """Round to the NF4 grid; each block of 64 values, in row order, is scaled by its largest magnitude.
 
     Args:
         W: (…, n), fp32 or wider.
 
     Returns:
-        Of the shape and dtype of W.
+        The rounded weight, with the shape and dtype of W.
     """
     flat = W.flatten()
     lack = -len(flat) % BLOCK
@@ -59,26 +59,26 @@ def on_normal_float(W: Tensor) -> Tensor:
 
 
 def on_int8(W: Tensor) -> Tensor:
-    """Scale each row by its largest value, and round to 255 even steps.
+    """Round to int8; each row is scaled by its largest magnitude and rounded to 255 evenly spaced levels.
 
     Args:
         W: (…, n), fp32 or wider.
 
     Returns:
-        Of the shape and dtype of W.
+        The rounded weight, with the shape and dtype of W.
     """
     scales = W.abs().amax(-1, keepdim=True)
     return (W * (127 / scales.clamp_min(torch.finfo(W.dtype).tiny))).round() * scales / 127
 
 
 ROUNDED: Mapping[int, Callable[[Tensor], Tensor]] = {4: on_normal_float, 8: on_int8}
-"""Bits -> function that rounds a weight to their grid."""
+"""Number of bits -> function that rounds a weight to the grid of that many bits."""
 
 
 def _loftq(context: InitContext) -> InitResult:
     """Repeat Q ← q(W − s·B·A), then s·B·A ← the r largest singular directions of W − Q.   [docs/math.md (66)]
 
-    The base becomes Q as a dense weight, which a quantizer with the same grid stores without a further loss.
+    The base becomes Q, stored dense; a quantizer with the same grid can store it without further loss.
 
     Source:
         Li et al. 2023, arXiv:2310.08659, algorithm 1.
@@ -94,7 +94,7 @@ def _loftq(context: InitContext) -> InitResult:
 
 
 def residual_factors(context: InitContext, lost: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A (g, r, n) and B (g, out, r) with s·B·A nearest to a quantization error.
+    """Return A (g, r, n) and B (g, out, r) whose s·B·A is the best approximation of a quantization error.
 
     Args:
         context: The site.
@@ -107,7 +107,7 @@ def _settings(context: InitContext) -> tuple[int, int]:
     """Return bits and steps.
 
     Raises:
-        ConfigError: There is no grid for the bits, or no step.
+        ConfigError: `loftq_bits` is neither 4 nor 8, or `loftq_iter` is not an integer >= 1.
     """
     config = context.config.loftq_config
     given = config if isinstance(config, dict) else vars(config)
@@ -120,7 +120,7 @@ def _settings(context: InitContext) -> tuple[int, int]:
             allowed=("4", "8"),
         )
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ConfigError.of("loftq_config.loftq_iter", steps, "a whole number of at least 1")
+        raise ConfigError.of("loftq_config.loftq_iter", steps, "an integer >= 1")
     return bits, steps
 
 

@@ -1,4 +1,4 @@
-"""LoRA-GA: the adapter starts along the gradient of the loss by W, so that its first step is that of W."""
+"""LoRA-GA: A and B start along the gradient for W; the first step then approximates full fine-tuning's."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SCALES = ("stable", "weight_svd", "gd_scale", "unit")
 
 
 class GradientMoments(Protocol):
-    """The gradients of a site's weight, as `lorakit.core.statistics` collects them."""
+    """Gradients of a site's weight, collected by `lorakit.core.statistics`."""
 
     def mean(self) -> Tensor:
-        """Return their mean over the batches, in the shape of the canonical weight, (out, in) on a dense site."""
+        """Return the mean gradient over the batches, shaped like the canonical weight, (out, in) on a dense site."""
 
 
 def settings_of(context: InitContext) -> LoraGAConfig:
-    """Return the settings, by default PEFT's.
+    """Return the config's settings, or PEFT's defaults if it has none.
 
     Raises:
         ConfigError: A value is not allowed.
@@ -41,7 +41,7 @@ def _digest(context: InitContext, statistics: GradientMoments) -> dict[str, Tens
     """Return U (out, 2r), S (2r,) and Vh (2r, n): the 2r largest singular directions of the mean gradient.
 
     Raises:
-        ConfigError: There are fewer directions, or a setting is not allowed.
+        ConfigError: There are fewer than 2r directions, a setting is not allowed, or the convolution is grouped.
     """
     settings_of(context)
     context.check_ungrouped()
@@ -53,7 +53,7 @@ def _digest(context: InitContext, statistics: GradientMoments) -> dict[str, Tens
 
 
 def _lora_ga(context: InitContext) -> InitResult:
-    """A = rows of Vᵀ, B = other columns of U·S of the gradient G = U·S·Vᵀ; the base becomes W − s·B·A.
+    """From the gradient G = U·S·Vᵀ: A = rows of Vᵀ, B = columns of U·S; the base becomes W − s·B·A.
 
     [docs/math.md (67)]
 
@@ -62,7 +62,7 @@ def _lora_ga(context: InitContext) -> InitResult:
     """
     settings, found = settings_of(context), context.collected()
     U, S, Vh = found["U"], found["S"], found["Vh"]
-    context.check_collected(len(S) / 2)  # an odd number fits no rank
+    context.check_collected(len(S) / 2)  # an odd number of directions fits no rank
     to_A, to_B = _chosen(context, settings.direction)
     A, B, strength = Vh[to_A], U[:, to_B] * S[to_B], float(S[to_B][0])
     if settings.scale == "stable":

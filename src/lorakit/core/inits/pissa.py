@@ -22,7 +22,7 @@ def _pissa(context: InitContext) -> InitResult:
     """W = U·S·Vᵀ: A = √(S_r/s)·V_rᵀ, B = U_r·√(S_r/s), and the base becomes W − s·B·A.   [docs/math.md (60)]
 
     Source:
-        Meng et al. 2024, arXiv:2404.02948, eq. (2) to (4); with "pissa_niter_N" its fast SVD, Halko et al. 2011.
+        Meng et al. 2024, arXiv:2404.02948, eq. (2) to (4); "pissa_niter_N" uses its fast SVD (Halko et al. 2011).
     """
     W = context.matrices()
     name = str(context.config.init_lora_weights).lower()
@@ -32,10 +32,10 @@ def _pissa(context: InitContext) -> InitResult:
 
 
 def sketched(context: InitContext, W: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the largest singular directions by a random sketch and power iterations.
+    """Compute the leading singular directions with a random sketch and power iterations.
 
     Args:
-        context: Its rank and random generator are used.
+        context: The site; supplies the rank and the random generator.
         W: (g, out, n).
         iterations: Number of power iterations; each improves the accuracy.
 
@@ -55,7 +55,7 @@ PISSA = Init("pissa", _pissa, changes_base=True, is_exact=False, family=r"pissa_
 
 
 def _olora(context: InitContext) -> InitResult:
-    """W = Q·R: B is the first r columns of Q, A the first r rows of R, the base W − s·B·A.   [docs/math.md (61)]
+    """W = Q·R: B = first r columns of Q, A = first r rows of R; the base becomes W − s·B·A.   [docs/math.md (61)]
 
     Source:
         Büyükakyüz 2024, arXiv:2406.01775, algorithm 1.
@@ -72,7 +72,7 @@ def _mica(context: InitContext) -> InitResult:
     """W = U·S·Vᵀ: B is the last r columns of U, A = 0.   [docs/math.md (68)]
 
     Source:
-        arXiv:2604.01694 (MiCA), as in PEFT: the adapter only writes to directions in which the base writes least.
+        arXiv:2604.01694 (MiCA), as in PEFT: the adapter writes only to the directions in which the base writes least.
     """
     W = context.matrices("MiCA requires `r` <= min(in_features, out_features)")
     U = torch.linalg.svd(W, full_matrices=False).U

@@ -1,6 +1,6 @@
 """Inits that use neither data nor the base: Kaiming, Gaussian, both sides random, orthogonal.
 
-Orthogonal: both factors are random, but their product is zero.
+In the orthogonal init, both factors are random, but their product is zero.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lorakit.core.kinds.kind import every_kind
 
 
 def _kaiming(context: InitContext) -> InitResult:
-    """One side uniform in ±1/√fan_in (an Embedding's: standard normal), the zero side zero.  [docs/math.md (5), (6)]
+    """Fill one side, uniform in ±1/√fan_in (embedding: standard normal); the other is zero. [docs/math.md (5), (6)]
 
     Source: He et al. 2015 with a = √5, the default of nn.Linear; Hu et al. 2021, section 4.1.
     """
@@ -24,7 +24,7 @@ def _kaiming(context: InitContext) -> InitResult:
 
 
 def _gaussian(context: InitContext) -> InitResult:
-    """One side normal with standard deviation 1/r, the zero side zero.  [docs/math.md (5)]."""
+    """Fill one side, normal with standard deviation 1/r; the other is zero.   [docs/math.md (5)]."""
     std = 1.0 / context.r
     if context.kind.zero_side == "A":
         return InitResult(zeros(context, context.A_shape), normal(context, context.B_shape, std))
@@ -32,7 +32,7 @@ def _gaussian(context: InitContext) -> InitResult:
 
 
 def _random(context: InitContext) -> InitResult:
-    """Both sides random, so that a new adapter changes the output; for tests and experiments."""
+    """Fill both sides randomly, so that a new adapter changes the output; for tests and experiments."""
     if context.kind.zero_side == "A":
         return InitResult(normal(context, context.A_shape, 1.0), normal(context, context.B_shape, 1.0))
     return InitResult(uniform(context, context.A_shape), uniform(context, context.B_shape))
@@ -43,7 +43,7 @@ GAUSSIAN = Init("gaussian", _gaussian, fits=every_kind, takes_any_shape=True)
 RANDOM = Init(False, _random, fits=every_kind, is_identity=False, takes_any_shape=True)
 
 SIZE = 0.1
-"""Both factors are this number times standard normal rows in an orthogonal basis."""
+"""Standard deviation of the random coefficients X and Y in the orthogonal init."""
 
 
 def _orthogonal(context: InitContext) -> InitResult:

@@ -1,1 +1,1 @@
-"""Operations that make adapters from adapters or models: combine, compress, extract, compare."""
+"""Operations on adapters: combine, compress and compare them, or extract them from fine-tuned models."""

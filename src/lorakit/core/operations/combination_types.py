@@ -1,10 +1,10 @@
-"""The eleven combination types, under PEFT's names: what each does with tensors, and the options it needs.
+"""The eleven combination types, under PEFT's names, with their options and their arithmetic.
 
-A type consists of steps: prune each tensor, elect a sign, add up. Without "svd", the steps are applied to A and B
-separately; with it, to the dense update B·A, which is then decomposed again.
+A type consists of steps: prune each tensor, elect a sign, add up. Types without "svd" in their name apply the steps to
+A and B separately; types with "svd" apply them to the update B·A and decompose the result.
 
-Trainable tokens are combined by what each adapter changes in the base. A trained row replaces the base's, so its effect
-is the difference between the two.
+For trainable tokens, the adapters' changes to the base are combined. A trained row replaces the base's row, so its
+change is the difference between the two.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class CombinationType:
     Attributes:
         name: One of COMBINATION_TYPES. "cat" is exact and sums the ranks; "svd" is the nearest update of its rank;
             "linear" adds A and B separately, which is inexact; the others prune first.
-        rank: Rank of the result, for types with "svd"; None takes the largest of the adapters at each site.
-        density: Fraction of the values that pruning keeps, in (0, 1]; for experts, of each expert's own values.
-        majority_sign: For "ties": the elected sign is that of the sum ("total"), or of most values ("frequency").
-        clamp: For types with "svd": clamp values of A and B beyond this quantile, in (0.5, 1].
-        driver: For types with "svd" on CUDA: the method of `torch.linalg.svd`.
-        seed: For "dare": seed of the random pruning; None draws from torch's own generator.
+        rank: Rank of the result, for types with "svd"; None for the largest rank of the adapters at each site.
+        density: Fraction of the values that pruning keeps, in (0, 1]; each expert is pruned separately.
+        majority_sign: For "ties": elect the sign of the sum ("total") or that of most values ("frequency").
+        clamp: For types with "svd": quantile to which the values of A and B are clamped, in (0.5, 1].
+        driver: For types with "svd" on CUDA: the `driver` of `torch.linalg.svd`.
+        seed: For "dare": seed of the random pruning; None uses torch's default generator.
 
     Raises:
         ConfigError: A field has a value that is not allowed, or that this type does not use.
@@ -80,7 +80,7 @@ class CombinationType:
             if value is not None and not self.decomposes:
                 raise ConfigError.of(field, value, f"left out, because {self.name!r} has no svd")
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
-            raise ConfigError.of("rank", self.rank, "a whole number of at least 1")
+            raise ConfigError.of("rank", self.rank, "an integer >= 1")
         if self.clamp is not None and not 0.5 < self.clamp <= 1:
             raise ConfigError.of("clamp", self.clamp, "a quantile in (0.5, 1]")
 
@@ -96,27 +96,27 @@ class CombinationType:
 
     @property
     def draws(self) -> bool:
-        """True if pruning is random, and the kept values are scaled up so that the mean stays the same."""
+        """True if pruning is random; kept values are then scaled up to preserve the mean."""
         return self.name.startswith("dare")
 
     @property
     def elects(self) -> bool:
-        """True if only values with the sign of the majority count, and their mean is taken."""
+        """True if the result is the mean of only those values that have the majority's sign."""
         return "ties" in self.name
 
 
 def added_up(
     tensors: Sequence[Tensor], weights: Sequence[float], way: CombinationType, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Prune, elect and add up tensors of one shape.   [docs/math.md (55), (56)]
+    """Prune tensors of one shape, elect signs, and add the tensors up.   [docs/math.md (55), (56)]
 
-    A negative weight negates its tensor before the election: what is subtracted votes for the opposite sign.
+    A negative weight negates its tensor before the election, so a subtracted tensor votes for the opposite sign.
 
     Args:
         tensors: One per adapter, of any shape, the same for all.
         weights: One per adapter.
         way: The combination type.
-        generator: For random pruning.
+        generator: Random generator for pruning, or None for torch's default one.
 
     Returns:
         One tensor of that shape.
@@ -140,9 +140,9 @@ def added_up(
 
 
 def clamped(A: Tensor, B: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """Return A (g, r, in) and B (g, out, r) clamped to a quantile of ± all their values."""
+    """Clamp A (g, r, in) and B (g, out, r) to a quantile of all their values, each taken with both signs."""
     sizes = torch.cat([A.abs().flatten(), B.abs().flatten()]).sort().values
-    target = (2 * quantile - 1) * (sizes.numel() - 1)  # of ±x at q: of |x| at 2q − 1
+    target = (2 * quantile - 1) * (sizes.numel() - 1)  # quantile q of ±x is quantile 2q − 1 of |x|
     below = int(target)
     above = min(below + 1, sizes.numel() - 1)
     limit = float(sizes[below] + (target - below) * (sizes[above] - sizes[below]))
@@ -161,14 +161,14 @@ def _pruned(tensor: Tensor, density: float, draws: bool, generator: torch.Genera
 
 
 RowReading = Callable[[str, Sequence[int]], Tensor]
-"""Path of an embedding table and indices of rows -> the base's rows, (n, d), without anything merged."""
+"""Path of an embedding table, row indices -> the base's rows, (n, d), without merged adapters."""
 
 
 def check_same_rows(adapters: Sequence[AdapterWeights]) -> None:
-    """Check that all adapters with trainable tokens train the same ones.
+    """Check that all adapters with trainable tokens train the same tokens.
 
     Raises:
-        AdapterError: They do not.
+        AdapterError: Two adapters train different tokens.
     """
     rows = {
         a.label: a.config.as_json()["trainable_token_indices"] for a in adapters if a.config.trainable_token_indices
@@ -193,7 +193,7 @@ def row_reader(model: nn.Module | AdapterIndex) -> RowReading:
     def at(path: str, indices: Sequence[int]) -> Tensor:
         module = index.modules.get(path)
         if module is None:
-            raise AdapterError(f"The model has no table {path}, whose rows an adapter trains.", where=path)
+            raise AdapterError(f"An adapter trains rows of {path}, but the model has no such table.", where=path)
         if isinstance(module, TrainableTokens):
             table = module.token_adapter.original()
         elif isinstance(module, LoraLayer):
@@ -216,10 +216,10 @@ def combined_rows(
         reading: Reads the base's rows; only used if the weights at a table do not add up to 1.
 
     Returns:
-        Name on disk -> combined rows, (n, d), of tables that several adapters train.
+        Name on disk -> combined rows, (n, d), for each table that several adapters train.
 
     Raises:
-        AdapterError: The base's rows are needed, and there is no base.
+        AdapterError: The base's rows are needed, but `reading` is None.
     """
     found: dict[str, Tensor] = {}
     for name in sorted({name for adapter in adapters for name in adapter.others if name.endswith(ROWS)}):

@@ -1,10 +1,10 @@
 """Combine adapters into one: weighted sums, differences and means, with PEFT's eleven combination types.
 
-What is combined is each adapter's effect, weight · scale · B·A, site by site. The result has scale 1 everywhere, so its
-effect is exactly the combination, whatever ranks, alphas and rsLoRA the adapters had. No dense product is formed if
-factors suffice. A variant whose update is more than B·A defines the sum of such updates (`Variant.combine`), which
-needs the base; the factors of other variants are multiplied, and their sum is plain LoRA. Experts in one parameter are
-combined separately, as if each were a site.
+At each site, the adapters' effects, weight · scale · B·A, are combined. The result has scale 1 everywhere, so that its
+effect is exactly the combination, whatever the adapters' ranks, alphas and rsLoRA settings. Dense products are formed
+only if the factors do not suffice. A variant whose update is more than B·A defines how such updates are added
+(`Variant.combine`), which needs the base; other variants are reduced to A and B (`Variant.factors`), and their sum is
+plain LoRA. Experts in one parameter are combined separately, like sites of their own.
 """
 
 from __future__ import annotations
@@ -53,21 +53,21 @@ def combine(
     *,
     way: CombinationType | str = "svd",
 ) -> OperationReport:
-    """Add a weighted combination of adapters to their model, as a new adapter; it is frozen, and not active.
+    """Combine adapters of a model into a new adapter, which is frozen and not active.
 
     Args:
         model: The adapted model.
-        adapters: Their names.
+        adapters: Names of the adapters.
         weights: One per adapter; negative ones subtract, 0 leaves an adapter out.
         name: The new adapter's name.
         way: The combination type, or its name for the default options.
 
     Returns:
-        The new adapter, with the deviation of each site from the plain sum.
+        A report on the new adapter, with the deviation of each site from the plain sum.
 
     Raises:
-        AdapterError: There is no such adapter, the new name is taken, or the adapters cannot be combined.
-        ConfigError: The type is unknown or lacks an option, or the ranks do not fit it.
+        AdapterError: An adapter does not exist, the new name is taken, or the adapters cannot be combined.
+        ConfigError: The combination type is unknown or lacks an option, or the ranks do not fit the type.
     """
     way = CombinationType(way) if isinstance(way, str) else way
     sources = [weights_of_model(model, adapter) for adapter in adapters]
@@ -88,21 +88,21 @@ def combine_folders(
     """Combine adapters on disk into a new directory; some variants and trainable tokens need the base.
 
     Args:
-        folders: Their directories.
+        folders: Directories of the adapters.
         weights: One per adapter.
         output: The directory to create; it must be new or empty.
-        way: As for `combine`.
+        way: As in `combine`.
         model: The base, for variants that read it and for trainable tokens.
         allow: Checks to override: "base_mismatch", "key_mismatch" (no common site), "nonfinite".
 
     Returns:
-        The new adapter, with the deviation of each site from the plain sum.
+        A report on the new adapter, with the deviation of each site from the plain sum.
 
     Raises:
         AdapterFileError: A directory is not an adapter, or is damaged.
-        BaseMismatchError: They were trained on different bases, or for different tasks.
-        AdapterError: They cannot be combined, or one has no site in common with any other.
-        ConfigError: As `combine`, or a name in `allow` is unknown.
+        BaseMismatchError: The adapters were trained on different bases, or for different tasks.
+        AdapterError: The adapters cannot be combined, or one has no site in common with any other.
+        ConfigError: As in `combine`, or a name in `allow` is unknown.
         DiskError: The directory cannot be written.
     """
     check_allowances(allow)
@@ -122,25 +122,25 @@ def average(
     """Average adapters: `combine` with equal weights that add up to 1.
 
     Raises:
-        AdapterError: As `combine`, or no adapter was given.
+        AdapterError: As in `combine`, or no adapter is given.
     """
     return combine(model, adapters, [1 / max(1, len(adapters))] * len(adapters), name, way=way)
 
 
 def subtract(model: nn.Module, adapter: str, other: str, name: str = "difference") -> OperationReport:
-    """Subtract an adapter from another, exactly; the rank of the difference is the sum of their ranks.
+    """Subtract `other` from `adapter` exactly; the rank of the difference is the sum of the two ranks.
 
     Raises:
-        AdapterError: As `combine`.
+        AdapterError: As in `combine`.
     """
     return combine(model, [adapter, other], [1.0, -1.0], name, way="cat")
 
 
 def rescale(model: nn.Module, adapter: str, weight: float, name: str = "rescaled") -> OperationReport:
-    """Multiply the effect of an adapter by a weight, exactly.
+    """Multiply the effect of an adapter by a weight, without approximation.
 
     Raises:
-        AdapterError: As `combine`.
+        AdapterError: As in `combine`.
     """
     return combine(model, [adapter], [weight], name, way="cat")
 
@@ -154,13 +154,13 @@ def combine_weights(
         adapters: Adapters of one base.
         weights: One per adapter.
         way: The combination type.
-        model: The base, or None; only read if the sum is of a variant that needs it, or for trainable tokens.
+        model: The base, or None; only read for variants whose sum depends on the base, and for trainable tokens.
 
     Returns:
-        The result, and the deviation of each site from the plain sum.
+        The combined adapter, and the deviation of each site from the plain sum.
 
     Raises:
-        AdapterError: They cannot be combined, or the numbers of weights and adapters differ.
+        AdapterError: The adapters cannot be combined, or the numbers of weights and adapters differ.
         ConfigError: The ranks do not fit the type.
     """
     check_joinable(adapters)
@@ -231,7 +231,7 @@ def _site(
 
 
 def _by_expert(products: Sequence[Product], experts: int) -> Iterator[list[Product]]:
-    """Yield the products of one expert after the other; without experts, all groups together."""
+    """Yield the products of one expert at a time; without experts, those of all groups at once."""
     wide = products[0].A.shape[0] // experts
     for first in range(0, wide * experts, wide):
         yield [Product(p.A[first : first + wide], p.B[first : first + wide]) for p in products]
@@ -243,7 +243,7 @@ def _rank(path: str, active: Weighted, way: CombinationType) -> int:
     rank = way.rank if way.rank is not None else max(factor.r for factor, _ in active)
     if rank % groups:
         raise ConfigError(
-            f"{path} is a grouped convolution: its rank must be a multiple of {groups}, and is {rank}.",
+            f"{path} is a grouped convolution: the rank must be a multiple of {groups}, but is {rank}.",
             what=rank,
             where=path,
             field="rank",
@@ -254,7 +254,7 @@ def _rank(path: str, active: Weighted, way: CombinationType) -> int:
 def _decomposed(
     path: str, products: Sequence[Product], active: Weighted, way: CombinationType, generator: torch.Generator | None
 ) -> Product:
-    """Apply a type with "svd": to the sum, from factors; if it prunes, to the dense updates."""
+    """Apply a type with "svd": to the sum, using only factors, or to the dense updates if it prunes."""
     rank = _rank(path, active, way)
     if not way.prunes:
         product = truncated(spectrum(stacked(products, [weight * factor.scale for factor, weight in active])), rank)
@@ -273,7 +273,7 @@ def _decomposed(
 def _separate(
     path: str, products: Sequence[Product], active: Weighted, way: CombinationType, generator: torch.Generator | None
 ) -> Product:
-    """Apply a type without "svd": to A and B separately, each with the root of the weight, the sign in A."""
+    """Apply a type without "svd" to A and B separately; each gets the root of the weight, and A also the sign."""
     ranks = sorted({factor.r for factor, _ in active})
     if len(ranks) > 1:
         raise ConfigError(
@@ -291,7 +291,7 @@ def _separate(
 
 
 def _with_bias(made: SiteFactors, here: Weighted) -> SiteFactors:
-    """Return a combined factor with the sum of the biases on B, or zeros: with lora_bias, every site has one."""
+    """Return a combined factor whose bias is the sum of the biases, or zeros: lora_bias needs one at every site."""
     scaled = [f.bias * (weight * f.scale) for f, weight in here if weight != 0 and f.bias is not None]
     return dataclasses.replace(made, bias=torch.stack(scaled).sum(0) if scaled else made.B.new_zeros(made.B.shape[0]))
 
@@ -306,7 +306,7 @@ def _check_weights(adapters: Sequence[AdapterWeights], weights: Sequence[float])
 
 
 SUMS = ("cat", "svd")
-"""The types that add up the updates and, at most, truncate the sum."""
+"""Types that only add up the updates and, with "svd", truncate the sum."""
 
 
 def _summed_variant(adapters: Sequence[AdapterWeights], way: CombinationType, has_base: bool) -> Variant | None:
@@ -332,8 +332,8 @@ def _summed_variant(adapters: Sequence[AdapterWeights], way: CombinationType, ha
             )
         if way.name not in SUMS:
             raise AdapterError(
-                f"{label} is {variant.title}, which can be combined by {' or '.join(map(repr, SUMS))}, and not by "
-                f"{way.name!r}.",
+                f"{label} is {variant.title}, which can only be combined with {' or '.join(map(repr, SUMS))}, not "
+                f"with {way.name!r}.",
                 what=way.name,
                 field="combination_type",
                 allowed=SUMS,
@@ -342,7 +342,7 @@ def _summed_variant(adapters: Sequence[AdapterWeights], way: CombinationType, ha
 
 
 def _operation(adapters: Sequence[AdapterWeights], weights: Sequence[float], way: CombinationType) -> JsonObject:
-    """Return the origin of a combination, for `lorakit.json`."""
+    """Return a record of how a combination was made, for `lorakit.json`."""
     settings = {key: value for key, value in dataclasses.asdict(way).items() if value is not None and key != "name"}
     if not way.elects:
         settings.pop("majority_sign")

@@ -1,4 +1,4 @@
-"""Compare two adapters site by site: direction and strength of their updates, and the spaces that they use.
+"""Compare two adapters site by site: direction and strength of their updates, and their input and output spaces.
 
 Everything is computed from the factors, without dense products and without the base. A variant whose update is more
 than a low-rank product is compared by that product alone.
@@ -25,11 +25,11 @@ class SiteComparison:
 
     Attributes:
         path: Path of the site.
-        ranks: Number of directions of each that are larger than rounding errors; for experts, the largest number.
+        ranks: Numerical rank of each update; for experts, the largest rank of an expert.
         norms: Frobenius norm of each update, scale included.
         cosine: Cosine of the two updates as vectors, in [−1, 1]; 0 if one is zero.
-        output_angles: Principal angles between their output spaces in degrees, smallest first, over all experts.
-        input_angles: Principal angles between their input spaces, likewise.
+        output_angles: Principal angles in degrees between the updates' output spaces, smallest first, over all experts.
+        input_angles: Likewise for the input spaces.
         output_overlap: Mean squared cosine of the output angles, in [0, 1]: 1 if one space contains the other.
         input_overlap: Likewise for the input angles.
     """
@@ -49,13 +49,13 @@ class Comparison:
     """Comparison of two adapters.
 
     Attributes:
-        names: Names or directories of the two.
+        names: Names or directories of the two adapters.
         sites: Sites that both adapt.
         only_first: Sites that only the first adapts.
         only_second: Sites that only the second adapts.
-        norms: Norm of each over all its sites.
-        cosine: Cosine of the two over all sites, each as one long vector; a missing site counts as zero.
-        base: Whether their bases are the same: same, same at other precision, unverifiable, different.
+        norms: Norm of each adapter over all its sites.
+        cosine: Cosine of the two adapters, each as one vector over all sites; a missing site counts as zero.
+        base: Comparison of their bases: "same", "same at other precision", "unverifiable" or "different".
         in_part: Titles of variants that are compared only by their low-rank part.
     """
 
@@ -78,7 +78,7 @@ def compare_adapters(model: nn.Module, first: str, second: str) -> Comparison:
         second: Name of another.
 
     Raises:
-        AdapterError: There is no such adapter.
+        AdapterError: The model does not have one of the adapters.
     """
     return compare_weights(weights_of_model(model, first), weights_of_model(model, second))
 
@@ -92,7 +92,7 @@ def compare_folders(first: str | os.PathLike[str], second: str | os.PathLike[str
 
     Raises:
         AdapterFileError: A directory is not an adapter, or is damaged.
-        AdapterError: At some site they change weights of different shapes.
+        AdapterError: The adapters change weights of different shapes at a site.
     """
     return compare_weights(weights_of_folder(first, ["nonfinite"]), weights_of_folder(second, ["nonfinite"]))
 
@@ -105,8 +105,8 @@ def compare_weights(first: AdapterWeights, second: AdapterWeights) -> Comparison
         second: Another.
 
     Raises:
-        AdapterError: At some site they change weights of different shapes, or files do not tell which bare parameters
-            are the same.
+        AdapterError: The adapters change weights of different shapes at a site, or the files do not show which bare
+            parameters are the same.
     """
     with torch.no_grad():
         both = aligned([first, second])
@@ -152,7 +152,7 @@ def _site(path: str, one: Product, other: Product) -> SiteComparison:
 def _between(
     spectra: tuple[Spectrum, Spectrum], ranks: tuple[tuple[int, ...], tuple[int, ...]], *, output: bool
 ) -> Tensor:
-    """Return all cosines between the spaces of each group, up to the group's true rank, as one vector."""
+    """Return the cosines of the principal angles in each group, up to its numerical rank, as one vector."""
     one, other = (found.U if output else found.Vh.mT for found in spectra)
     parts = zip(one, other, *ranks, strict=True)
     return torch.cat([cosines(a[None, :, :k], b[None, :, :m]).flatten() for a, b, k, m in parts])

@@ -1,4 +1,4 @@
-"""Check that several adapters can become one, and determine the config and metadata of the result.
+"""Check that adapters can be combined into one, and determine the config and metadata of the result.
 
 This module handles configs, names and fingerprints; tensors are combined elsewhere.
 """
@@ -24,15 +24,15 @@ SHOWN = 4
 
 
 def check_one_base(adapters: Sequence[AdapterWeights], allow: Collection[str] = ()) -> None:
-    """Reject adapters from files that do not share a base, a task or a site, as far as the files show.
+    """Reject adapters if their files show that they do not share a base, a task or a site.
 
     Args:
         adapters: The adapters.
         allow: Checks to override: "base_mismatch" for base and task, "key_mismatch" for sites.
 
     Raises:
-        BaseMismatchError: Two of them were trained on different bases or for different tasks.
-        AdapterError: One has no site in common with any other, and fingerprints do not prove that all share one base.
+        BaseMismatchError: Two adapters were trained on different bases or for different tasks.
+        AdapterError: One adapter shares no site with any other, and fingerprints do not prove that all share a base.
     """
     pairs = [(one, other, one.compare_base(other)) for one, other in itertools.combinations(adapters, 2)]
     if "base_mismatch" not in allow:
@@ -50,7 +50,7 @@ def check_one_base(adapters: Sequence[AdapterWeights], allow: Collection[str] = 
     if alone is not None and unproven and "key_mismatch" not in allow:
         site = next(iter(alone.factors))
         raise AdapterError(
-            f"{alone.label} has no site in common with any other adapter, such as {site}.",
+            f"{alone.label} has no site in common with any other adapter; it adapts {site}, for example.",
             advice=f"If they fit nevertheless, {OVERRIDE}.",
             what=alone.label,
             where=site,
@@ -59,7 +59,7 @@ def check_one_base(adapters: Sequence[AdapterWeights], allow: Collection[str] = 
 
 
 def _differences(one: AdapterWeights, other: AdapterWeights, base: BaseVerdict) -> list[str]:
-    """Return messages about how the bases and tasks of two adapters differ, as far as known."""
+    """Return a message for each known difference between the bases and tasks of two adapters."""
     found, names = [], (_base_name(one), _base_name(other))
     if base.verdict == DIFFERENT:
         found.append(f"{one.label} and {other.label} were trained on different bases: {base.reason}.")
@@ -89,11 +89,11 @@ def _short(name: str) -> str:
 
 
 def check_joinable(adapters: Sequence[AdapterWeights]) -> None:
-    """Reject adapters with parts for which no combination is defined.
+    """Reject adapters for which no combination is defined.
 
     Raises:
-        AdapterError: There are no adapters, two save the same module, or they need different models.
-        ConfigError: One trains biases of the base.
+        AdapterError: No adapter is given, two adapters save the same module, or the adapters need different models.
+        ConfigError: An adapter trains biases of the base.
     """
     if not adapters:
         raise AdapterError("No adapter was given; pass at least one.", field="adapters")
@@ -108,7 +108,7 @@ def check_joinable(adapters: Sequence[AdapterWeights]) -> None:
 
 
 def _check_bare_parameters(adapters: Sequence[AdapterWeights]) -> None:
-    """Reject a combination that needs, on bare parameters, something that they do not support."""
+    """Reject a combination that needs a feature that its bare parameters do not support."""
     bare = next((adapter.label for adapter in adapters if adapter.config.target_parameters), None)
     if bare is None:
         return
@@ -126,7 +126,7 @@ def _check_bare_parameters(adapters: Sequence[AdapterWeights]) -> None:
 
 
 def _check_saved_modules(adapters: Sequence[AdapterWeights]) -> None:
-    """Reject a module that two adapters save, and sites inside a saved one."""
+    """Reject a module that two adapters save, and sites inside a saved module."""
     saved = Counter(
         path
         for adapter in adapters
@@ -157,22 +157,22 @@ def check_no_base_biases(adapter: AdapterWeights) -> None:
     """Reject an adapter that trains biases of the base.
 
     Raises:
-        ConfigError: It does.
+        ConfigError: The adapter trains biases of the base.
     """
     if adapter.config.bias != "none":
         raise ConfigError(
-            f"{adapter.label} trains biases of the base (bias={adapter.config.bias!r}), which cannot be moved to "
-            "another adapter. Merge it into a model instead.",
+            f"{adapter.label} trains biases of the base (bias={adapter.config.bias!r}), which cannot be transferred "
+            "to another adapter. Merge it into a model instead.",
             what=adapter.config.bias,
             field="bias",
         )
 
 
 def joined_config(configs: Sequence[LoraConfig]) -> LoraConfig:
-    """Return the first adapter's config, extended by what any of them needs: a variant, a bias on B, saved modules.
+    """Return the first config, extended by what any of the adapters needs: a variant, a bias on B, saved modules.
 
     Args:
-        configs: At least one; ranks, scales and targets are not read.
+        configs: Configs of one or more adapters; ranks, scales and targets are ignored.
     """
     task = next((config.task_type for config in configs if config.task_type), None)
     saved = [name for config in configs for name in (*(config.modules_to_save or []), *_heads(config.task_type))]
@@ -191,12 +191,12 @@ def joined_config(configs: Sequence[LoraConfig]) -> LoraConfig:
 
 
 def _heads(task: TaskType | str | None) -> tuple[str, ...]:
-    """Return the heads that are trained in full for a task."""
+    """Return the names of heads that are trained in full for a task."""
     return HEADS_BY_TASK.get(task, ()) if isinstance(task, TaskType) else ()
 
 
 def shared_facts(adapters: Sequence[AdapterWeights]) -> JsonObject:
-    """Return the metadata that all adapters share, so that it applies to the result: name of the base, tokenizer."""
+    """Return the metadata on which all adapters agree, and which the result inherits: base name, tokenizer."""
     first, *rest = (adapter.facts for adapter in adapters)
     names = ("base_name", "tokenizer_sha256", "chat_template_sha256")
     return {name: first[name] for name in names if name in first and all(f.get(name) == first[name] for f in rest)}

@@ -1,7 +1,7 @@
-"""Compress an adapter to a lower rank, exactly, from its factors; convert any variant to plain LoRA, approximately.
+"""Compress an adapter to a lower rank, or convert any variant to plain LoRA, as closely as the rank allows.
 
-Plain LoRA needs no dense weight. The loss is computed exactly and reported for each site. Experts in one parameter are
-cut separately, to one common rank, which is chosen for their energy together.
+Compression uses only the factors, no dense weights. The loss at each site is computed exactly and reported. Experts in
+one parameter are truncated separately, but to a common rank, which is chosen for their total energy.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ def compress(
     rank: int | None = None,
     energy: float | None = None,
 ) -> OperationReport:
-    """Add a compressed version of an adapter to its model; it is frozen, and not active.
+    """Add a compressed version of an adapter to its model, frozen and not active.
 
     Args:
         model: The adapted model.
-        adapter: The adapter, which is kept.
+        adapter: Name of the adapter to compress; it stays on the model.
         name: The new adapter's name.
         rank: Maximum rank of a site.
-        energy: Or the fraction of each site's energy to keep, in (0, 1].
+        energy: Instead of a rank, the fraction of each site's energy to keep, in (0, 1].
 
     Returns:
-        The loss at each site.
+        A report with the loss at each site.
 
     Raises:
-        AdapterError: There is no such adapter, or the new name is taken.
-        ConfigError: Rank and energy are both given or both missing, or out of range.
+        AdapterError: The adapter does not exist, or the new name is taken.
+        ConfigError: `rank` and `energy` are both given or both missing, or out of range.
     """
     result, sites = reduced_weights(weights_of_model(model, adapter), RankLimit(rank, energy))
     put(model, result, name)
@@ -59,21 +59,21 @@ def compress_folder(
     energy: float | None = None,
     allow: Collection[str] = (),
 ) -> OperationReport:
-    """Write a compressed version of an adapter on disk; its base is not needed.
+    """Compress an adapter on disk into a new directory; the base is not needed.
 
     Args:
         folder: The adapter's directory.
         output: The directory to create; it must be new or empty.
-        rank: As for `compress`.
-        energy: As for `compress`.
+        rank: As in `compress`.
+        energy: As in `compress`.
         allow: Checks to override: "nonfinite".
 
     Returns:
-        The loss at each site.
+        A report with the loss at each site.
 
     Raises:
         AdapterFileError: The directory is not an adapter, or is damaged.
-        ConfigError: As `compress`, or a name in `allow` is unknown.
+        ConfigError: As in `compress`, or a name in `allow` is unknown.
         DiskError: The directory cannot be written.
     """
     check_allowances(allow)
@@ -87,19 +87,19 @@ def compress_folder(
 def plain_weights(
     adapter: AdapterWeights, to: RankLimit, reading: Callable[[str], Reading]
 ) -> tuple[AdapterWeights, tuple[SiteOperation, ...]]:
-    """Convert an adapter of any variant to plain LoRA of scale 1; an update of full rank is decomposed.
+    """Convert an adapter of any variant to plain LoRA with scale 1; full-rank updates are decomposed.
 
     Args:
         adapter: The adapter.
-        to: The rank or the fraction of energy; plain sites are compressed.
+        to: The rank or the fraction of energy, which also limits sites that are plain already.
         reading: Path -> the base's weight there; only used if an update is more than a low-rank product.
 
     Returns:
         The plain adapter, and the loss at each site.
 
     Raises:
-        ConfigError: It trains biases of the base.
-        NotYetSupported: Such an update of a grouped convolution.
+        ConfigError: The adapter trains biases of the base.
+        NotYetSupported: The update of a grouped convolution is more than a low-rank product.
     """
     check_no_base_biases(adapter)
     return reduced_weights(adapter, to, reading)
@@ -108,7 +108,7 @@ def plain_weights(
 def reduced_weights(
     adapter: AdapterWeights, to: RankLimit, reading: Callable[[str], Reading] | None = None
 ) -> tuple[AdapterWeights, tuple[SiteOperation, ...]]:
-    """Reduce the rank of an adapter. A variant's own tensors that fit any rank are kept.
+    """Reduce the rank of an adapter. A variant's own tensors are kept if they do not depend on the rank.
 
     Args:
         adapter: The adapter.
@@ -119,7 +119,7 @@ def reduced_weights(
         The new adapter, with scale 1, and the loss at each site.
 
     Raises:
-        NotYetSupported: As `plain_weights`.
+        NotYetSupported: As in `plain_weights`.
     """
     found: dict[str, SiteFactors] = {}
     sites = []
@@ -128,7 +128,7 @@ def reduced_weights(
             dense = None if reading is None else _dense_update(path, factor, reading)
             product, norm, lost = _cut_factor(factor, to) if dense is None else _cut_dense(dense, to)
             made = (factor if dense is None else factor.of_variant(PLAIN, NO_TENSORS)).holding(product)
-            if made.bias is not None:  # the scale, which is 1 from now on, applies to it too
+            if made.bias is not None:  # the scale, now 1, also applied to the bias
                 made.bias = made.bias * factor.scale
             found[path] = made
             sites.append(SiteOperation(path, found[path].r, factor.r, norm, lost**0.5))
@@ -149,7 +149,8 @@ def _dense_update(path: str, factor: SiteFactors, reading: Callable[[str], Readi
     product = factor.product()
     if product.A.shape[0] > 1:
         raise NotYetSupported(
-            f"{path} is a grouped convolution, whose {variant.title} cannot be converted to plain LoRA.", where=path
+            f"{path}: {variant.title} on a grouped convolution cannot be converted to plain LoRA.",
+            where=path,
         )
     base = reading(path)
     W = base.W
@@ -160,7 +161,7 @@ def _dense_update(path: str, factor: SiteFactors, reading: Callable[[str], Readi
 
 
 def _cut_factor(factor: SiteFactors, to: RankLimit) -> tuple[Product, float, float]:
-    """Return the product, the norm of the update, and the fraction of its energy that is lost."""
+    """Return the truncated product, the norm of the update, and the fraction of its energy that is lost."""
     found = spectrum(factor.scaled_product())
     smaller, lost = cut(found, to, factor.shared)
     return smaller, float(found.S.norm()), lost

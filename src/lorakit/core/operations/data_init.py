@@ -1,7 +1,7 @@
-"""Collect what data-dependent inits need: inputs of sites for EVA and CorDA, gradients for LoRA-GA.
+"""Collect the data that inits need: inputs of sites for EVA and CorDA, gradients for LoRA-GA.
 
-Sites are processed in groups, and what was collected for each is reduced immediately to the small tensors that its init
-needs, so memory is bounded whatever the model's size. The batches are run once for each group.
+Sites are processed in groups. The statistics of a group are immediately reduced to the small tensors that the init
+needs, so that memory is bounded whatever the model's size. All batches are run once for each group.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from lorakit.targets import Match, match_path, resolve
 
 @dataclass(frozen=True)
 class DataSites:
-    """The sites of a config whose init uses data.
+    """The sites of a config with a data-dependent init.
 
     Attributes:
         init: The config's init.
-        config: The config, with the default targets of the architecture if it names none.
+        config: The config, with the architecture's default targets if it has none.
         index: Index of the base.
         matches: The sites with their ranks.
     """
@@ -67,7 +67,7 @@ class DataSites:
 
         Raises:
             ConfigError: The init uses no data, or does not support a site.
-            TargetError: The config names nothing.
+            TargetError: A target matches nothing.
         """
         init = init_named(config.init_lora_weights)
         if init.digest is None:
@@ -78,7 +78,7 @@ class DataSites:
             )
         if config.layer_replication:
             raise ConfigError(
-                "layer_replication stacks layers that do not exist while data is collected. Use another init.",
+                "layer_replication adds layers that do not exist yet when data is collected. Use another init.",
                 what=config.layer_replication,
                 field="layer_replication",
             )
@@ -97,19 +97,19 @@ class DataSites:
         forward: Forward,
         keep: Callable[[Any], Tensor | TakeRows | None] | None = None,
     ) -> dict[str, dict[str, Tensor]]:
-        """Collect what the init needs, a group of sites at a time; adapters on the model are inactive meanwhile.
+        """Collect the data that the init needs, one group of sites at a time, with all adapters inactive.
 
         Args:
             model: The base; it is not changed.
-            batches: Arguments of `forward`; a list if all sites together need too much memory.
+            batches: Arguments of `forward`; must be a list, not an iterator, if there are several groups of sites.
             forward: Runs the model on a batch; for "lora_ga" it returns the loss, a scalar.
-            keep: As in `collect_inputs`; not for "lora_ga".
+            keep: As in `collect_inputs`; ignored for "lora_ga".
 
         Returns:
-            Path -> name -> tensor (…), as the init defines them.
+            Path -> name -> tensor (…), from `Init.digest`.
 
         Raises:
-            ConfigError: The base cannot be changed by this init, or a rank is too large.
+            ConfigError: The init cannot change the base, or a rank is too large.
             DataError: There is no batch, a mask does not fit, or no data reached a site.
         """
         contexts = self._contexts()
@@ -131,14 +131,14 @@ class DataSites:
         return sites
 
     def reduce(self, model: nn.Module, collected: Mapping[str, InputStatistics | GradientStatistics]) -> Statistics:
-        """Reduce what was collected elsewhere to statistics for `attach`.
+        """Reduce data that was collected elsewhere to statistics for `attach`.
 
         Args:
             model: The base; only read.
-            collected: Path -> statistics; sites that are missing are left out.
+            collected: Path -> collected data; sites without data are left out.
 
         Raises:
-            ConfigError: The base cannot be changed by this init, or a rank is too large.
+            ConfigError: The init cannot change the base, or a rank is too large.
             DataError: No data reached a site.
         """
         contexts = self._contexts().items()
@@ -153,7 +153,7 @@ class DataSites:
             raise DataError(f"{context.path}: {cause}", **{**cause.fields, "where": context.path}) from None
 
     def _contexts(self) -> dict[str, InitContext]:
-        """Return path of a site -> the input of its init."""
+        """Return a dict from the path of each site to the input of its init."""
         contexts: dict[str, InitContext] = {}
         for match in self.matches:
             targets = self.index.targets(match.path, kind_named(match.kind))
@@ -165,7 +165,7 @@ class DataSites:
         return contexts
 
     def _size_bytes(self, context: InitContext) -> int:
-        """Return the memory of what is collected at a site until it is reduced."""
+        """Return how many bytes the data collected at a site take before they are reduced."""
         n = math.prod(context.A_shape[1:])
         return 4 * n * (n if self.init.needs == "inputs" else context.spec.out_features)
 
@@ -182,14 +182,14 @@ def collect_for(
     """Collect the statistics that the init of a config needs, for `attach(model, found.config, statistics=found)`.
 
     Adapters on the model are inactive meanwhile. For "eva" with rho above 1, the ranks of the config are redistributed,
-    and a site that gets rank 0 is left out.
+    and sites that get rank 0 are left out.
 
     Args:
         model: The base; it is not changed.
         config: Targets, ranks and init of the adapter; only read.
-        batches: Arguments of `forward`; a list if the statistics of all sites do not fit into memory at once.
+        batches: Arguments of `forward`; must be a list if the statistics of all sites exceed the memory limit.
         forward: Runs the model on a batch; for "lora_ga" it returns the loss, a scalar.
-        keep: From a batch to a mask (rows, length) of the positions that count; not for "lora_ga".
+        keep: Batch -> mask (rows, length) of the positions that count; ignored for "lora_ga".
         allow: "partial_targets" allows entries of the config that match nothing.
 
     Returns:
@@ -197,7 +197,7 @@ def collect_for(
 
     Raises:
         ConfigError: The init needs no data, or does not support a site.
-        TargetError: The config names nothing, or a site whose inputs are not rows of values.
+        TargetError: A target matches nothing, or is a site whose inputs are not rows of values.
         DataError: There is no batch, a mask does not fit, or no data reached a site.
     """
     found = DataSites.of(model, config, allow)
@@ -215,7 +215,7 @@ def collect_for(
 def ranks_by_variance(
     settings: EvaConfig, ranks: Mapping[str, int], ratios: Mapping[str, Sequence[float]]
 ) -> dict[str, int]:
-    """Return EVA's ranks: one for each of the largest fractions of variance, up to the sum of the config's ranks.
+    """Return EVA's ranks: the largest fractions of variance each add a rank to their site, up to the config's total.
 
     Args:
         settings: If rho is 1, the ranks stay the same.
@@ -234,7 +234,7 @@ def ranks_by_variance(
 
 
 def redistributed(config: LoraConfig, matches: Sequence[Match], ranks: Mapping[str, int]) -> LoraConfig:
-    """Return a config with other ranks, in which sites with rank 0 are not targeted.   [docs/math.md (64)]
+    """Return a copy of a config with new ranks, without the sites that get rank 0.   [docs/math.md (64)]
 
     Args:
         config: The original config; its `eva_config` determines whether the scales stay the same.

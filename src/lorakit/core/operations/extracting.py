@@ -36,9 +36,9 @@ class OutsideChange:
     """A tensor that changed and is not in the adapter.
 
     Attributes:
-        name: Its name in the model.
+        name: Name of the tensor in the model.
         norm: Frobenius norm of the change, or None if the tensors cannot be compared.
-        why: "changed", or a message: other shape, or only in one of the models.
+        why: "changed", or a message that the shapes differ or that only one of the models has the tensor.
     """
 
     name: str
@@ -51,8 +51,8 @@ class ExtractReport(OperationReport):
     """Report on an extracted adapter.
 
     Attributes:
-        copied: Modules that it saves in full (`modules_to_save`).
-        outside: Changes that it does not contain, largest first.
+        copied: Modules that the adapter saves in full (`modules_to_save`).
+        outside: Changes that the adapter does not contain, largest first.
     """
 
     copied: tuple[str, ...]
@@ -60,7 +60,7 @@ class ExtractReport(OperationReport):
 
     @property
     def captured(self) -> float:
-        """Fraction of the energy of all changes, at the sites and outside, in the adapter; 1 if nothing changed."""
+        """Fraction of the energy of all changes, at sites and outside, that the adapter holds; 1 if nothing changed."""
         inside = sum(site.norm**2 for site in self.sites)
         held = sum(site.norm**2 * (1 - site.energy_lost) for site in self.sites)
         whole = inside + sum(change.norm**2 for change in self.outside if change.norm is not None)
@@ -81,7 +81,7 @@ def extract(
     rank: int | None = None,
     energy: float | None = None,
 ) -> ExtractReport:
-    """Add the low-rank part of a fine-tuning's changes to the base, as an adapter; it is frozen.
+    """Extract the low-rank part of a fine-tuned model's changes, and add it to the base as a frozen adapter.
 
     Args:
         model: The base, with or without adapters, to which the adapter is added.
@@ -90,15 +90,15 @@ def extract(
             (`modules_to_save`).
         name: The new adapter's name.
         rank: Maximum rank of a site.
-        energy: Or the fraction of each site's change to keep, in (0, 1].
+        energy: Instead of a rank, the fraction of the energy of each site's change to keep, in (0, 1].
 
     Returns:
-        What the adapter contains, and what it does not.
+        A report on what the adapter contains and what it leaves out.
 
     Raises:
         ModelError: The two models have different architectures.
-        ConfigError: Rank and energy are both given or both missing, the config requests what cannot be extracted, or
-            the base's layers are replicated (`layer_replication`).
+        ConfigError: `rank` and `energy` are both given or both missing, the config requests something that cannot be
+            extracted, or the base's layers are replicated (`layer_replication`).
         TargetError: A target matches nothing.
         NotYetSupported: A site is a grouped convolution.
         AdapterError: The name is taken or not valid.
@@ -119,24 +119,24 @@ def extract_to_folder(
     cut: RankLimit,
     allow: Collection[str] = (),
 ) -> ExtractReport:
-    """Write the low-rank part of a fine-tuning's changes as an adapter to a directory.
+    """Extract the low-rank part of a fine-tuned model's changes, and write it to a directory as an adapter.
 
     Args:
         model: The base's modules; their weights are not read, so they may be on the meta device.
         base: The base's tensors.
         tuned: Tensors of the fine-tuned model.
-        config: As for `extract`.
+        config: As in `extract`.
         output: The directory to create; it must be new or empty.
-        cut: Rank or fraction of the energy of each site.
+        cut: Rank, or fraction of the energy to keep, at each site.
         allow: Checks to override: "nonfinite".
 
     Returns:
-        What the adapter contains, and what it does not.
+        A report on what the adapter contains and what it leaves out.
 
     Raises:
-        ModelError: As `extract`.
-        ConfigError: As `extract`.
-        TargetError: As `extract`.
+        ModelError: As in `extract`.
+        ConfigError: As in `extract`.
+        TargetError: As in `extract`.
         DiskError: The directory cannot be written.
     """
     check_allowances(allow)
@@ -152,17 +152,17 @@ def extract_weights(
 
     Args:
         model: The base's modules.
-        base: Its tensors.
+        base: Tensors of the base.
         tuned: Tensors of the fine-tuned model.
-        config: As for `extract`.
-        cut: Rank or fraction of the energy of each site.
+        config: As in `extract`.
+        cut: Rank, or fraction of the energy to keep, at each site.
 
     Returns:
         The adapter with scale 1, and the report.
 
     Raises:
         ModelError: The two models have different architectures.
-        ConfigError: The config requests what cannot be extracted.
+        ConfigError: The config requests something that cannot be extracted.
         NotYetSupported: A site is a grouped convolution.
     """
     _check_plain(config, model)
@@ -203,8 +203,9 @@ def _check_plain(config: LoraConfig, model: nn.Module) -> None:
     if config.layer_replication or (state is not None and state.replication is not None):
         raise ConfigError(
             "layer_replication: nothing can be extracted from replicated layers, because several of them share one "
-            "weight of the base, and the fine-tuned model has one for each. Make the replicated model the base: attach "
-            "a new adapter with that layer_replication, merge_and_unload(untie=True), and extract without it.",
+            "base weight, while the fine-tuned model has one for each. Use the replicated model as the base: attach a "
+            "new adapter with this layer_replication, call merge_and_unload(untie=True), and extract without "
+            "layer_replication.",
             field="layer_replication",
         )
 
@@ -216,11 +217,11 @@ def _site(
     cut: RankLimit,
     names: Sequence[str],
 ) -> tuple[SiteFactors, SiteOperation]:
-    """Return the nearest low-rank change of a weight, or of each expert, with its loss.   [docs/math.md (52)]"""
+    """Approximate the change of a weight, or of each expert, at low rank; report the loss.   [docs/math.md (52)]"""
     spec, kind = target.spec, target.kind
     if spec.groups > 1:
         raise NotYetSupported(
-            f"{names[0]} is the weight of a grouped convolution, from which no adapter can be extracted.",
+            f"{names[0]} belongs to a grouped convolution, and extracting an adapter from it is not supported.",
             where=names[0],
         )
     under = [_name_in(source, names) for source in sources]
@@ -228,11 +229,11 @@ def _site(
     if shapes[0] != shapes[1]:
         raise ModelError(
             f"{names[0]} has shape {shapes[0]} in {sources[0].label} and {shapes[1]} in {sources[1].label}. Check that "
-            "the second is a fine-tuned form of the first, add the module to modules_to_save, or do not target it.",
+            "the second is a fine-tuned version of the first, add the module to modules_to_save, or do not target it.",
             where=names[0],
         )
     rank = cut.rank
-    if rank is None and spec.experts:  # one rank for all: two passes, one change at a time
+    if rank is None and spec.experts:  # all experts get one rank: compute it in a first pass, one change at a time
         S = torch.stack([torch.linalg.svdvals(delta) for delta in _changes(site_map, target, sources, under)])
         rank = cut.of(S)
     parts, whole, kept = [], 0.0, 0.0
@@ -254,7 +255,7 @@ def _site(
 def _changes(
     site_map: AdapterIndex, target: TargetWeight, sources: tuple[TensorSource, TensorSource], names: Sequence[str]
 ) -> Iterator[Tensor]:
-    """Yield the change of a weight as a matrix (out, n), in fp32 or wider, or of one expert after the other."""
+    """Yield the change of a weight, or of one expert at a time, as a matrix (out, n) in fp32 or wider."""
     spec, holder = target.spec, site_map.holder(target)
     row, pairs = weight_format_of(holder, spec.parameter, spec.as_stored), list(zip(sources, names, strict=True))
     if not spec.experts:
@@ -277,7 +278,7 @@ def _weight(source: TensorSource, names: Sequence[str]) -> Tensor:
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
-    """Return every name of a tensor of a model -> it and the tensor's other names, because files have only one."""
+    """Return each tensor name in a model -> all names of the tensor, the key first; files store only one of them."""
     ids = {name: id(tensor) for name, tensor, _ in base_tensors(model)}
     names: dict[int, list[str]] = {}
     for name, tensor in ids.items():
@@ -288,7 +289,7 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
 def _outside(
     aliases: Mapping[str, list[str]], base: TensorSource, tuned: TensorSource, taken: Collection[str]
 ) -> tuple[OutsideChange, ...]:
-    """Return the changes that are not taken, each tensor once, and tensors that only one of the two models has."""
+    """Return changes of tensors that are not in `taken`, each once, and tensors that only one of the models has."""
     found: list[OutsideChange] = []
     seen = {name for taken_name in taken for name in aliases[taken_name]}
     for name, names in aliases.items():

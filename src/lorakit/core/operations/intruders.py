@@ -29,9 +29,9 @@ class SiteIntruders:
     Attributes:
         path: Path of the site.
         indices: Indices of the singular vectors of W + ΔW that are intruders, strongest first.
-        cosines: For each, the largest absolute cosine with a singular vector of W.
+        cosines: For each intruder, the largest absolute cosine with a singular vector of W.
         energy_lost: Fraction of the weakened update's energy that does not fit into the adapter's rank.
-        expert: Index of the expert, or None if the parameter has only one weight.
+        expert: Index of the expert, or None if the site has only one weight matrix.
     """
 
     path: str
@@ -50,31 +50,31 @@ def reduce_intruders(
     threshold: float = 0.5,
     keep: float = 0.75,
 ) -> tuple[SiteIntruders, ...]:
-    """Add a version of an adapter with weaker intruder dimensions to its model; it is frozen, and not active.
+    """Add a version of an adapter with weakened intruder dimensions to its model, frozen and not active.
 
     Args:
         model: The adapted model.
-        adapter: The adapter, which is kept.
-        name: The new adapter's name; it has the same ranks and scales.
-        top: Number of the strongest directions that are checked.
-        threshold: An intruder's cosine with every direction of the base is below this.
-        keep: Fraction of each intruder that is kept; 1 changes nothing, 0 removes it.
+        adapter: Name of the adapter; it stays on the model.
+        name: Name of the new adapter, which has the same ranks and scales.
+        top: How many of the strongest directions to check.
+        threshold: A direction is an intruder if its absolute cosine with every direction of the base is below this.
+        keep: Fraction of each intruder to keep: 1 changes nothing, 0 removes the intruder.
 
     Returns:
         The intruders of each site, or of each expert.
 
     Raises:
-        AdapterError: There is no such adapter, its update is not a low-rank product, or the new name is taken.
+        AdapterError: The adapter does not exist, its update is not a low-rank product, or the new name is taken.
         ConfigError: `top` is below 1, or the adapter trains biases of the base.
     """
     if top < 1:
-        raise ConfigError.of("top", top, "a whole number of at least 1")
+        raise ConfigError.of("top", top, "an integer >= 1")
     weights = weights_of_model(model, adapter)
     check_no_base_biases(weights)
     variant = next((variant for variant in variants_of(weights.config) if not variant.is_low_rank), None)
     if variant is not None:
         raise AdapterError(
-            f"{adapter} is {variant.title}; intruder dimensions are defined for plain LoRA.",
+            f"{adapter} is {variant.title}; intruder dimensions are only defined for low-rank updates.",
             what=adapter,
             field=variant.field,
         )
@@ -112,9 +112,9 @@ def _weakened(
 def _of_matrix(
     path: str, product: Product, scale: float, W: Tensor, how: tuple[int, float, float]
 ) -> tuple[Product, SiteIntruders]:
-    """Return ΔW + (keep − 1)·Σ u·σ·vᵀ over the intruders, cut to the adapter's rank.   [docs/math.md (58)]
+    """Return ΔW + (keep − 1)·Σ u·σ·vᵀ over the intruders, truncated to the adapter's rank.   [docs/math.md (58)]
 
-    The directions are those of the output, in whatever format the base stores the weight.
+    The directions compared are output directions, in whatever format the base stores the weight.
     """
     top, threshold, keep = how
     delta = Product(product.A, product.B * scale)

@@ -1,7 +1,7 @@
 """Allocate ranks to sites within a fixed number of trained parameters, by gradients or by inputs.
 
-Two published criteria over what `collecting` collects, and the patterns that store the result in a config, with alphas
-that keep every site's scale. Both criteria use the base before training and the given batches only.
+Implements two published criteria on data from `lorakit.core.statistics.collecting`, and stores the resulting ranks in a
+config's patterns, with alphas that keep every site's scale. Both criteria use only the untrained base and the batches.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from lorakit.targets import Match, key_fits, resolve
 Criterion = Literal["gradients", "inputs"]
 
 LEAST, MOST = 0.5, 4.0
-"""Bounds of a site's rank relative to its rank in the config, those of GoRA (4 and 32 for a reference of 8)."""
+"""Bounds of a site's rank relative to its rank in the config, as in GoRA (4 and 32 for a reference rank of 8)."""
 
 MAX_BYTES = 2 << 30
-"""Memory of statistics at a time; it determines the number of passes over the batches."""
+"""Maximum memory for statistics at a time, which determines the number of passes over the batches."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Allocation:
         parameters: Number of elements in all A and B with these ranks.
         budget: Number of elements in all A and B with the ranks of the original config.
         evidence: Path -> value of the criterion: the sensitivity of the weight, or the fraction of the input's variance
-            that the site's rank explains. Sites that it cannot judge keep their rank and have none.
+            that the site's rank explains. Sites that the criterion does not support keep their rank and have no entry.
     """
 
     ranks: Mapping[str, int]
@@ -63,7 +63,7 @@ def allocate(
     keep: Callable[[Any], Tensor | None] | None = None,
     allow: Collection[str] = (),
 ) -> Allocation:
-    """Propose ranks for the sites of a config; the adapter has at most as many parameters as with the config's ranks.
+    """Propose ranks for a config's sites that need at most as many parameters as the ranks in the config.
 
     Args:
         model: The base; it is not changed.
@@ -72,15 +72,15 @@ def allocate(
         forward: Runs the model on a batch and returns the loss, a scalar (not used for "inputs").
         by: "gradients": `by_sensitivity`, for dense sites and embeddings; "inputs": `by_explained_variance`, for dense
             sites; other sites keep their rank.
-        keep: As in `collect_inputs`; only for "inputs".
+        keep: As in `collect_inputs`; only used for "inputs".
         allow: "partial_targets" allows entries of the config that match nothing.
 
     Returns:
         The ranks, and the config with them.
 
     Raises:
-        TargetError: The config names nothing.
-        ConfigError: The config cannot be used, or `by` has another value.
+        TargetError: A target matches nothing.
+        ConfigError: The config is not valid, or `by` is unknown.
         DataError: There is no batch, or no gradient reached any site.
     """
     if by not in RANKED:
@@ -98,7 +98,7 @@ def allocate(
             for path, statistics in collect_gradients(model, group, batches, forward).items():
                 evidence[path] = sensitivity(modules[path], statistics.mean()) if statistics.calls else 0.0
         ranks = by_sensitivity(evidence, costs, before, {path: min(sizes[path]) for path in before})
-    else:  # also if there are no sites to judge, which gives no ranks
+    else:  # also if no site is supported, which yields no ranks
         ratios: dict[str, list[float]] = {}
         for group in in_groups(list(before), lambda path: 4 * sizes[path][1] ** 2):
             for path, inputs in collect_inputs(model, group, batches, forward, keep=keep).items():
@@ -141,13 +141,13 @@ def sensitivity(module: nn.Module, gradient: Tensor) -> float:
 def by_sensitivity(
     sensitivities: Mapping[str, float], costs: Mapping[str, int], ranks: Mapping[str, int], limits: Mapping[str, int]
 ) -> dict[str, int]:
-    """Return ranks in proportion to I/√(in + out), I the sensitivity, clipped, within the parameters of given ranks.
+    """Return clipped ranks in proportion to I/√(in + out), within the parameter budget of given ranks.
 
-    This is GoRA's rule with a strict budget: the common factor is the largest with which the clipped ranks have no more
-    parameters than the given ones. Only the magnitude of W ∘ G counts, not the number of its directions.
+    This is GoRA's rule with a strict budget: the common factor is the largest one for which the clipped ranks need no
+    more parameters than the given ranks. Only the magnitude I of W ∘ G counts, not the number of its directions.
 
     Args:
-        sensitivities: Path -> I.
+        sensitivities: Path -> sensitivity I of the site's weight.
         costs: Path -> in + out: parameters per rank.
         ranks: Path -> rank in the config; the bounds are `LEAST` and `MOST` times it.
         limits: Path -> the smaller side of the weight, an upper bound of the rank.
@@ -187,7 +187,7 @@ def by_sensitivity(
 def by_explained_variance(
     ratios: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int, least: int = 1
 ) -> dict[str, int]:
-    """Return ranks by the explained variance of the inputs: the strongest directions of all sites, within a budget.
+    """Return ranks by explained variance: the strongest input directions of all sites, within a budget.
 
     The fractions of all sites are pooled and sorted; each fraction that is taken adds one rank to its site. With costs
     of 1 and `least` of 0 this is EVA's redistribution. The criterion does not depend on the loss.
@@ -196,7 +196,7 @@ def by_explained_variance(
         ratios: Path -> fraction of the variance of each principal direction, largest first, up to the largest rank.
         costs: Path -> cost of one more rank: in + out parameters, or 1.
         budget: Maximum total cost.
-        least: Minimum rank of each site, which is paid for first.
+        least: Minimum rank of each site; its cost is subtracted from the budget first.
 
     Returns:
         Path -> rank.
@@ -215,11 +215,11 @@ def by_explained_variance(
 
 
 def with_ranks(config: LoraConfig, matches: Sequence[Match], ranks: Mapping[str, int]) -> LoraConfig:
-    """Return a copy of a config whose patterns give each site its rank, and the alpha that keeps its scale.
+    """Return a copy of a config with patterns for each site's new rank and for the alpha that keeps its scale.
 
     Args:
-        config: The config that named the sites.
-        matches: The sites, with the rank and alpha that it gave them.
+        config: The config that targets the sites.
+        matches: The sites, with their rank and alpha in `config`.
         ranks: Path -> new rank, at least 1.
 
     Returns:
@@ -251,7 +251,7 @@ def in_groups(paths: Sequence[str], size_bytes: Callable[[str], int]) -> list[li
 
     Args:
         paths: Paths of sites.
-        size_bytes: Path -> memory of its statistics.
+        size_bytes: Path -> memory of the site's statistics.
     """
     groups: list[list[str]] = []
     room = 0

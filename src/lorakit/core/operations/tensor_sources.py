@@ -1,7 +1,7 @@
-"""Adapters and base weights apart from a model: read from a model in memory, or from safetensors files.
+"""Adapters and base weights as plain tensors, read from a model in memory or from safetensors files.
 
 `TensorSource` reads a base's tensors one at a time. `AdapterWeights` is the input and output of all operations on
-adapters: factors by site with their scales, and everything else that the adapter trains, under its names on disk.
+adapters: it holds the factors and scales by site, and all other trained tensors by their names on disk.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class TensorSource:
 
 
 def source_of_model(model: nn.Module, label: str = "the model") -> TensorSource:
-    """Return the parameters and buffers of a model's base, without anything merged.
+    """Return a source for the parameters and buffers of a model's base, without merged adapters.
 
     Args:
         model: With or without adapters; only read.
@@ -72,12 +72,12 @@ def source_of_model(model: nn.Module, label: str = "the model") -> TensorSource:
 
 
 def source_of_folder(folder: str | os.PathLike[str]) -> TensorSource:
-    """Return the tensors of a model directory's safetensors files; only one is in memory at a time.
+    """Return a source for the tensors in a model directory's safetensors files, which are read on demand.
 
     If there is a `model.safetensors`, it holds the whole model, and other files in the directory are not read.
 
     Args:
-        folder: The directory, or one file.
+        folder: The directory, or a single safetensors file.
 
     Raises:
         ModelError: The directory does not exist or has no safetensors files, or a file is damaged.
@@ -109,7 +109,7 @@ def source_of_folder(folder: str | os.PathLike[str]) -> TensorSource:
 
 
 PLAIN_TARGETS: Mapping[str, Any] = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-"""Fields that narrow down the targets of a config, with the values for which they do not."""
+"""Config fields that narrow down the targets, with the values that turn them off."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ class BareSite:
     """The bare parameter that a factor adapts, as far as known.
 
     Attributes:
-        names: Its path; several candidates if files do not tell which one it is.
-        order: Its position in its module's order of definition, which determines its path on disk.
+        names: Path of the parameter; several candidates if the files do not show which one it is.
+        order: Position of the parameter in its module's order of definition, which determines the path on disk.
         experts: Number of matrices that share A and B, each with its own part of them.
     """
 
@@ -131,7 +131,7 @@ class BareSite:
         """Return the site of a known parameter.
 
         Args:
-            module: The base's module that defines it.
+            module: The base module that defines the parameter.
             path: Path of that module.
             spec: The parameter's spec.
         """
@@ -141,11 +141,11 @@ class BareSite:
 
 @dataclass(eq=False, kw_only=True)
 class SiteFactors(Factor):
-    """One adapter at one site: A (r, in, …) and B (out, r, …), for experts A (experts·r, in) and B (out, r·experts).
+    """One adapter's factors at a site: A (r, in, …), B (out, r, …); for experts (experts·r, in), (out, r·experts).
 
     Attributes:
-        endings: Endings of the names of A and B on disk.
-        bare: The bare parameter that it adapts, or None for a module.
+        endings: Suffixes of the names of A and B on disk.
+        bare: The adapted bare parameter, or None for a module.
     """
 
     endings: tuple[str, str]
@@ -168,7 +168,7 @@ class SiteFactors(Factor):
 
     @property
     def shared(self) -> int:
-        """Number of groups that share the rank, in a grouped convolution."""
+        """Number of groups that share the rank: those of a grouped convolution, otherwise 1."""
         return 1 if self.experts > 1 else max(1, int(self.A.shape[0]) // int(self.B.shape[1]))
 
     def product(self) -> Product:
@@ -197,7 +197,7 @@ class SiteFactors(Factor):
     def holding(self, product: Product, scale: float = 1.0) -> SiteFactors:
         """Return the same site with another product of any rank, (g, r, in) and (g, out, r), and another scale.
 
-        It is plain LoRA if the variant does not allow another rank.
+        The result is plain LoRA if truncation does not keep the variant (`outlasts_a_cut`).
         """
         A, B = factors_of(product, self.A, self.B, self.experts)
         same = self if self.variant.outlasts_a_cut else self.of_variant(PLAIN, NO_TENSORS)
@@ -206,17 +206,17 @@ class SiteFactors(Factor):
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """A whole adapter.
+    """A complete adapter.
 
     Attributes:
-        label: Name in messages: its name on the model, or its directory.
-        config: Its config.
+        label: Name in messages: the adapter's name on the model, or its directory.
+        config: Config of the adapter.
         factors: Path on disk -> factor, sorted by path.
         others: Name on disk -> tensor (…) of everything else: saved modules, biases, trainable tokens.
-        base: Fingerprint of its base, or None.
+        base: Fingerprint of the base, or None.
         facts: Metadata from `lorakit.json`.
-        sha256: SHA-256 of its weights file, or "".
-        findings: Implausible values in its files.
+        sha256: SHA-256 of the weights file, or "".
+        findings: Implausible values in the files.
     """
 
     label: str
@@ -229,7 +229,7 @@ class AdapterWeights:
     findings: tuple[Finding, ...] = ()
 
     def report(self) -> None:
-        """Warn about implausible values in its files; an update of zero is allowed."""
+        """Warn about implausible values in the adapter's files; an all-zero update is allowed."""
         for message in implausible(self.label, self.findings, may_be_zero=True):
             warn_caller(message)
 
@@ -245,7 +245,7 @@ class AdapterWeights:
         return dict(sorted(found.items()))
 
     def compare_base(self, other: AdapterWeights) -> BaseVerdict:
-        """Compare the base with that of another adapter, without modules that either of them saves."""
+        """Compare the base with that of another adapter, ignoring modules that either adapter saves."""
         if other.base is None:
             return BaseVerdict(UNVERIFIABLE, f"{other.label} has no fingerprint of its base")
         saved = {name.removeprefix(PREFIX) for name in (*self.others, *other.others)}
@@ -253,20 +253,20 @@ class AdapterWeights:
         return compare(base, other.base.without(saved), f"{self.label}'s")
 
     def origin(self) -> dict[str, str]:
-        """Return its name and hash, for the `lorakit.json` of a result."""
+        """Return the adapter's name and hash, which a result records in its `lorakit.json`."""
         name = Path(self.label).name
         return {"name": name, "sha256": self.sha256} if self.sha256 else {"name": name}
 
 
 def weights_of_model(model: nn.Module, name: str) -> AdapterWeights:
-    """Return the weights of an adapter on a model, which keeps it.
+    """Return the weights of an adapter on a model; the adapter stays there.
 
     Args:
         model: The adapted model; only read.
         name: The adapter.
 
     Raises:
-        AdapterError: There is no such adapter, or it is not plain LoRA on the original base (LoftQ).
+        AdapterError: The adapter does not exist, or cannot be expressed on the original base (LoftQ).
     """
     index = AdapterIndex.of(model)
     found = saved_form(index, name)
@@ -293,8 +293,8 @@ def weights_of_folder(folder: str | os.PathLike[str], allow: Collection[str] = (
 
     Raises:
         AdapterFileError: A file is missing or damaged, values are not finite, A and B do not fit together, a scale
-            depends on a regular expression, which is not run, rank and scale of a bare parameter cannot be known
-            without a model, or an init changed the base of the factors, and the files do not say how.
+            depends on a regular expression (which is not run), the rank and scale of a bare parameter cannot be known
+            without a model, or an init changed the base and the files do not show how.
         NotYetSupported: The adapter needs a feature that is not implemented.
     """
     files = read_adapter(folder)
@@ -315,7 +315,7 @@ def weights_of_folder(folder: str | os.PathLike[str], allow: Collection[str] = (
                 f"{folder}: A and B of {path} do not fit together: {shapes}.", what=path, where=folder
             )
     if not factors:
-        raise AdapterFileError(f"{folder}: there are no LoRA sites in the file.", where=folder)
+        raise AdapterFileError(f"{folder}: the file has no LoRA sites.", where=folder)
     side, config = files.sidecar, _in_usual_shapes(config)
     return AdapterWeights(str(folder), config, factors, others, side.base, side.facts, files.file.sha256, findings)
 
@@ -326,16 +326,16 @@ def _in_usual_shapes(config: LoraConfig) -> LoraConfig:
 
 
 def outer_modules(factors: Mapping[str, SiteFactors]) -> set[str]:
-    """Return the modules that a config must target for such sites; a module includes the weights inside it.
+    """Return the modules that a config must target to adapt these sites; a module includes the weights inside it.
 
     Args:
-        factors: Path on disk -> factor; those of bare parameters are left out.
+        factors: Path on disk -> factor; factors of bare parameters are ignored.
     """
     return {path.partition(INSIDE)[0] for path, factor in factors.items() if not factor.names}
 
 
 def _sites_in(index: AdapterIndex, name: str) -> dict[str, tuple[float, BareSite | None]]:
-    """Return path on disk -> scale and bare parameter of an adapter's factors on a model."""
+    """Return the sites of an adapter on a model: path on disk -> scale and bare parameter."""
     on_disk = paths_on_disk(index, name)
     found = {}
     for path, layer in index.layers(name):
@@ -346,7 +346,7 @@ def _sites_in(index: AdapterIndex, name: str) -> dict[str, tuple[float, BareSite
 
 
 def _site_on_disk(files: AdapterFiles, path: str, A: Tensor) -> tuple[float, BareSite | None]:
-    """Return scale and bare parameter of a site from the files alone.
+    """Determine the scale and bare parameter of a site from the files alone.
 
     If a module has several bare parameters, the one that is defined last has the outermost path.
     """
@@ -358,7 +358,7 @@ def _site_on_disk(files: AdapterFiles, path: str, A: Tensor) -> tuple[float, Bar
     if alpha is None:
         raise AdapterFileError(
             f"{files.folder}: rank and alpha at {path} depend on which parameter it is ({' or '.join(names)}), which "
-            "these files do not tell. Load the adapter onto its model, and call the operation there.",
+            "these files do not show. Load the adapter into its model, and run the operation there.",
             what=path,
             where=files.folder,
         )
@@ -367,14 +367,14 @@ def _site_on_disk(files: AdapterFiles, path: str, A: Tensor) -> tuple[float, Bar
 
 
 def _check_bare_known(files: AdapterFiles) -> None:
-    """Reject files that do not tell which sites are bare parameters."""
+    """Reject files that do not show which sites are bare parameters."""
     config = files.config
     entry = next((entry for entry in config.target_parameters or () if "." not in entry), None)
     if entry is not None and isinstance(config.target_modules, str):
         raise AdapterFileError(
             f"{files.folder}: target_parameters names {entry!r} without its module, and target_modules is "
-            f"{config.target_modules!r}, so these files do not tell which sites are bare parameters. Load the adapter "
-            "onto its model, and call the operation there.",
+            f"{config.target_modules!r}, so these files do not show which sites are bare parameters. Load the adapter "
+            "into its model, and run the operation there.",
             what=entry,
             where=files.folder,
             field="target_parameters",
@@ -384,9 +384,9 @@ def _check_bare_known(files: AdapterFiles) -> None:
 def _by_site(
     tensors: Mapping[str, Tensor], config: LoraConfig, site: Callable[[str, Tensor], tuple[float, BareSite | None]]
 ) -> tuple[dict[str, SiteFactors], dict[str, Tensor]]:
-    """Return the factors by path on disk, sorted, and the tensors by name that belong to no site.
+    """Return the factors by path on disk, sorted, and by name the tensors that belong to no site.
 
-    Tensors of variants that the config does not ask for, and PEFT's copies of base weights, are left out.
+    Tensors of variants that the config does not select, and PEFT's copies of base weights, are left out.
     """
     factors = {}
     for path, named in sorted(by_site({name: (name, tensor) for name, tensor in tensors.items()}).items()):

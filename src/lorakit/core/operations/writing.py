@@ -1,8 +1,8 @@
-"""The results of operations: their report, their config, and writing them to a model or a directory.
+"""Results of operations: reports, configs, and adding a result to a model or writing it to a directory.
 
-On disk a bare parameter has the path of its module, and of several parameters, the one that is defined last has the
-outermost path; so one path can mean different parameters in two adapters. Such sites are aligned here. On a model, a
-result passes the same checks and the same code as an adapter that is loaded.
+On disk, a bare parameter has the path of its module; if a module has several, the one that is defined last has the
+outermost path. One path can therefore mean different parameters in two adapters; `aligned` matches such sites. A result
+that is added to a model goes through the same checks and code as a loaded adapter.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class SiteOperation:
 
     Attributes:
         path: Path of the site.
-        r: Its rank; for experts in one parameter, the rank of each.
-        r_before: Rank of the update that it approximates: the sum of the combined ranks, the original adapter's rank,
-            or that of the whole change.
+        r: Rank of the site; for experts in one parameter, the rank of each expert.
+        r_before: Rank of the update that the site approximates: the sum of the combined ranks, the rank of the original
+            adapter, or that of the whole change.
         norm: Frobenius norm of that update, scale included: Σ weight·Δ, Δ, or the change of the weight.
         deviation: Relative distance from that update: ‖result − Δ‖ / ‖Δ‖; 0 if the norm is 0.
     """
@@ -52,7 +52,7 @@ class SiteOperation:
 
     @property
     def energy_lost(self) -> float:
-        """Square of the deviation: for the nearest update of a rank, the fraction of ‖Δ‖² that is lost."""
+        """Square of the deviation; for the best approximation of a given rank, the fraction of ‖Δ‖² that is lost."""
         return self.deviation**2
 
 
@@ -61,10 +61,10 @@ class OperationReport:
     """Report on an adapter that was combined, compressed or extracted.
 
     Attributes:
-        name: The new adapter, or its directory.
-        config: Its config.
-        sites: Its sites.
-        facts: Its origin, for `save_adapter(..., facts=...)`; a directory has it in `lorakit.json`.
+        name: Name of the new adapter, or its directory.
+        config: Config of the new adapter.
+        sites: Sites of the new adapter.
+        facts: Origin of the new adapter, for `save_adapter(..., facts=...)`; directories store it in `lorakit.json`.
     """
 
     name: str
@@ -74,12 +74,12 @@ class OperationReport:
 
     @property
     def deviation(self) -> float:
-        """The largest deviation of a site."""
+        """Largest deviation of any site."""
         return max((site.deviation for site in self.sites), default=0.0)
 
     @property
     def energy_lost(self) -> float:
-        """Fraction of the whole adapter's energy that its sites have lost."""
+        """Fraction of the energy of all sites together that is lost."""
         whole = sum(site.norm**2 for site in self.sites)
         return sum(site.norm**2 * site.energy_lost for site in self.sites) / whole if whole else 0.0
 
@@ -95,18 +95,18 @@ class OperationReport:
 
 
 _Parameter = tuple[int, tuple[str, ...]]
-"""Position in the order of definition, and possible names."""
+"""Position of a bare parameter in its module's order of definition, and its possible names."""
 
 
 def aligned(adapters: Sequence[AdapterWeights]) -> dict[str, list[SiteFactors | None]]:
-    """Return the sites of several adapters together: path on disk in one with all sites -> factor of each, or None.
+    """Align the sites of several adapters: path on disk in an adapter with all sites -> factor of each, or None.
 
     Args:
         adapters: Adapters of one base.
 
     Raises:
-        AdapterError: At some site they change weights of different shapes; they adapt different parameters of a module,
-            and it is unknown which of them is defined first; or one adapts a module, and another a parameter of it.
+        AdapterError: The adapters change weights of different shapes at a site; they adapt different parameters of a
+            module, in an unknown order of definition; or one adapts a module, and another a parameter of it.
     """
     modules: dict[str, list[SiteFactors | None]] = {}
     bare: dict[str, dict[_Parameter, list[SiteFactors | None]]] = {}
@@ -147,16 +147,16 @@ def _check_shapes(path: str, factors: Sequence[SiteFactors]) -> None:
 def described(
     config: LoraConfig, factors: Mapping[str, SiteFactors], targets: set[str] | str | None = None
 ) -> tuple[LoraConfig, dict[str, SiteFactors]]:
-    """Return a config for factors whose scale is 1, with the rank of every site.
+    """Return a config for factors with scale 1, including the rank of every site.
 
     Args:
-        config: The config for everything except rank, scale and modules.
+        config: Source of all fields except ranks, scales and targets.
         factors: Path on disk -> factor.
-        targets: The value of `target_modules`, or None for the paths.
+        targets: Value of `target_modules`, or None for the full paths.
 
     Returns:
         A config without rsLoRA in which alpha equals the rank everywhere, so that every reader gets scale 1; and the
-        factors, with one rank for parameters of one module that files cannot tell apart.
+        factors, where parameters of a module that files cannot tell apart have the same rank.
     """
     factors = _evened(factors)
     ranks = {name: factor.r for path, factor in factors.items() for name in factor.names or (path,)}
@@ -177,7 +177,7 @@ def described(
 
 
 def common_targets(adapters: Sequence[AdapterWeights]) -> set[str] | str | None:
-    """Return targets that name exactly the modules of some adapters together, or None if only full paths do.
+    """Return targets that name exactly the modules of all adapters together, or None if that takes full paths.
 
     Args:
         adapters: Adapters of one base.
@@ -196,7 +196,7 @@ def common_targets(adapters: Sequence[AdapterWeights]) -> set[str] | str | None:
 
 
 def _modules_named(config: LoraConfig) -> set[str] | str | None:
-    """Return the value of `target_modules`; None together with bare parameters means no module."""
+    """Return the value of `target_modules`; with bare parameters, None means that no module is targeted."""
     named = config.target_modules
     if named is None or isinstance(named, str):
         return set() if named is None and config.target_parameters else named
@@ -209,7 +209,7 @@ def _check_told_apart(module: str, inside: Iterable[_Parameter]) -> None:
     if not known and len(names) > 1:
         raise AdapterError(
             f"The adapters adapt different parameters of {module} ({', '.join(sorted(set().union(*names)))}), and "
-            "files do not tell which of them is defined first. Load the adapters onto their model, and call the "
+            "files do not show which of them is defined first. Load the adapters into their model, and run the "
             "operation there.",
             where=module,
             field="target_parameters",
@@ -217,7 +217,7 @@ def _check_told_apart(module: str, inside: Iterable[_Parameter]) -> None:
 
 
 def _evened(factors: Mapping[str, SiteFactors]) -> dict[str, SiteFactors]:
-    """Return factors with equal ranks, padded with zeros, for parameters that no pattern can tell apart."""
+    """Pad factors with zeros to equal ranks for parameters that no pattern can tell apart."""
     largest: dict[tuple[str, ...], int] = {}
     for factor in factors.values():
         if len(factor.names) > 1:
@@ -231,22 +231,22 @@ def _evened(factors: Mapping[str, SiteFactors]) -> dict[str, SiteFactors]:
 
 
 def _anchored(path: str, paths: Mapping[str, int]) -> str:
-    """Return a pattern that names one path and no other, as some path may be the end of another."""
+    """Return a pattern that names only this path, even if another path ends with it."""
     ambiguous = any(other.endswith("." + path) for other in paths)
     return "^" + path.replace(".", r"\.") if ambiguous else path
 
 
 def put(model: nn.Module, adapter: AdapterWeights, name: str) -> None:
-    """Add an adapter to a model; it is frozen, and not active if the model has another one.
+    """Add a frozen adapter to a model; it becomes active only if the model has no other adapter.
 
     Args:
         model: The base, or a model that has adapters already.
         adapter: The adapter.
-        name: Its name on the model.
+        name: The adapter's name on the model.
 
     Raises:
         AdapterError: The name is taken or not valid, or the adapter's values are not finite.
-        AdapterFileError: It does not fit the model.
+        AdapterFileError: The adapter does not fit the model.
     """
     tensors = adapter.tensors()
     _check_finite(tensors)
@@ -262,8 +262,8 @@ def write(
 
     Args:
         adapter: The adapter.
-        folder: The directory; a new or empty one, which is removed on an error, unless `replace` is set.
-        replace: Replace an adapter in the directory, file by file.
+        folder: The directory; unless `replace` is set, it must be new or empty, and is removed on an error.
+        replace: Whether to replace an adapter in the directory, file by file.
         allow: Checks to override: "nonfinite".
 
     Raises:
@@ -292,8 +292,8 @@ def reader_of(model: nn.Module | AdapterIndex) -> Callable[[str], Reading]:
         model: The model, or its index; only read.
 
     Returns:
-        Path of a site, or of a bare parameter -> the weight there, (out, in, …), without anything merged. It raises
-        AdapterError if there is none.
+        A function: path of a site or bare parameter -> its base weight, (out, in, …), without merged adapters. The
+        function raises AdapterError if the model has no such site.
     """
     site_map = AdapterIndex.of(model)
     kinds = {candidate.path: candidate.kind for candidate in site_map.candidates if candidate.kind}
@@ -303,7 +303,7 @@ def reader_of(model: nn.Module | AdapterIndex) -> Callable[[str], Reading]:
         targets = site_map.targets(outer, site_map.kind(kinds[outer])) if outer in kinds else []
         target = next((target for target in targets if target.path == path), None) or _bare_target(site_map, path)
         if target is None:
-            raise AdapterError(f"The model has no site {path}, which an adapter adapts.", where=path)
+            raise AdapterError(f"An adapter adapts {path}, but the model has no such site.", where=path)
         layer, holder, parameter = site_map.layer(target), site_map.holder(target), target.spec.parameter
         base = weight_format_of(holder, parameter, target.spec.as_stored)
         stored = base.stored(holder, parameter) if layer is None else layer.original()
@@ -321,7 +321,7 @@ def _bare_target(site_map: AdapterIndex, path: str) -> TargetWeight | None:
 
 
 def _sites(adapter: AdapterWeights) -> dict[str, dict[str, float]]:
-    """Return rank and alpha of each site, where alpha gives the factor's own scale."""
+    """Return the rank of each site, and the alpha that yields the factor's scale."""
     rslora = adapter.config.use_rslora
     return {p: {"r": f.r, "lora_alpha": f.scale / scale(f.r, 1.0, rslora)} for p, f in adapter.factors.items()}
 

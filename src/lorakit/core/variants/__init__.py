@@ -1,4 +1,4 @@
-"""The registry VARIANTS: how a base output and a low-rank update are combined."""
+"""The registry VARIANTS: ways to combine the base output with a low-rank update."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def variant_named(name: str) -> Variant:
     """Return the variant with that name.
 
     Raises:
-        KeyError: There is none. Users do not pass these names, so this is a bug in lorakit.
+        KeyError: No variant has this name; this is a bug in lorakit, since users do not pass such names.
     """
     for variant in VARIANTS:
         if variant.name == name:
@@ -70,7 +70,7 @@ def asked_for() -> tuple[Variant, ...]:
 
 
 def own_tensors() -> Iterator[OwnTensor]:
-    """Yield every tensor, of any shape, that a variant has in addition to A and B."""
+    """Yield the description of every tensor, of any shape, that a variant has in addition to A and B."""
     for variant in VARIANTS:
         yield from variant.tensors
 
@@ -81,17 +81,17 @@ def variants_of(config: LoraConfig) -> list[Variant]:
 
 
 def moving_variant(config: LoraConfig) -> Variant | None:
-    """Return the variant of a config that replaces the base weight, or None."""
+    """Return the variant in a config that replaces the base weight, or None."""
     return next((variant for variant in variants_of(config) if variant.move is not None), None)
 
 
 def is_kept(variant: Variant) -> bool:
-    """Return whether a combination of adapters of a variant has the same variant; otherwise it is plain LoRA."""
+    """Return whether combined adapters of a variant keep the variant; otherwise the result is plain LoRA."""
     return variant.combine is not None or bool(variant.must_agree)
 
 
 def without(config: LoraConfig, *variants: Variant) -> LoraConfig:
-    """Return a copy of a config without some variants."""
+    """Return a copy of a config without the given variants."""
     defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(config)}
     return dataclasses.replace(config, **{variant.field: defaults[variant.field] for variant in variants})
 
@@ -101,10 +101,10 @@ def variant_at(config: LoraConfig, path: str) -> tuple[Variant, Setting]:
 
     Args:
         config: The adapter's config.
-        path: The site.
+        path: Path of the site.
 
     Raises:
-        ConfigError: It selects two.
+        ConfigError: The config selects two variants at the site.
     """
     settings = [(v, v.setting(config, path) if v.setting else NO_SETTING) for v in variants_of(config)]
     chosen = [(variant, setting) for variant, setting in settings if setting is not None]
@@ -120,15 +120,15 @@ def variant_at(config: LoraConfig, path: str) -> tuple[Variant, Setting]:
 
 
 def variant_for(config: LoraConfig, kind: Kind, path: str) -> tuple[Variant, Setting]:
-    """Return the variant that a config selects at a site of some kind, and its settings there.
+    """Return the variant that a config selects at a site of a given kind, and its settings there.
 
     Args:
         config: The adapter's config.
         kind: The kind of the site.
-        path: The site, for the message.
+        path: Path of the site, for the message.
 
     Raises:
-        ConfigError: It selects two, or the variant does not support this kind.
+        ConfigError: The config selects two variants, or the variant does not support this kind.
     """
     variant, setting = variant_at(config, path)
     what = f"{variant.title} ({variant.field})"

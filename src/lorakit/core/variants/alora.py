@@ -1,6 +1,6 @@
-"""Activated LoRA: the adapter is active from its invocation tokens on; before them the model is the base.
+"""Activated LoRA (aLoRA): the adapter is active from its invocation tokens on; only the base runs before them.
 
-The positions before the invocation have the base's keys and values, so a cache filled by the base can be reused.
+Positions before the invocation have the base's keys and values, so a cache filled by the base can be reused.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from lorakit.errors import ConfigError, RouteError
 
 
 def last_invocation(input_ids: Tensor, tokens: Sequence[int], visible: Tensor | None = None) -> Tensor:
-    """Return where the last occurrence of some tokens starts in each row.   [docs/math.md (90)]
+    """Find where the last occurrence of the invocation tokens starts in each row.   [docs/math.md (90)]
 
     Args:
-        input_ids: (rows, length), whole numbers.
+        input_ids: (rows, length), integers.
         tokens: The invocation tokens, in order.
-        visible: (rows, length), true for tokens, false for padding; an occurrence with padding in it does not count.
+        visible: (rows, length), true for tokens, false for padding; an occurrence that contains padding does not count.
 
     Returns:
-        (rows,) int64: the number of positions from its first token to the end of the row, 0 if it does not occur.
+        (rows,) int64: number of positions from the occurrence's first token to the end of the row; 0 if there is none.
     """
     rows, length = input_ids.shape
     size = len(tokens)
@@ -41,7 +41,7 @@ def last_invocation(input_ids: Tensor, tokens: Sequence[int], visible: Tensor | 
 
 
 def _positions(ids: Tensor, config: LoraConfig, visible: Tensor | None) -> Tensor:
-    """Return the number of last positions of each row on which the adapter is active, (rows,) int64."""
+    """Return the number of active positions at the end of each row, (rows,) int64."""
     return last_invocation(ids, _tokens(config), visible)
 
 
@@ -74,12 +74,12 @@ def _output(at: At) -> Tensor:
     """
     if at.mask is None:
         raise RouteError(
-            "An aLoRA adapter is active, and the positions of its invocation tokens are not known: the model it was "
-            "attached to was not called with input_ids. Pass input_ids, or open lorakit.core.invoked(model, input_ids) "
-            "around the call.",
+            "An aLoRA adapter is active, but the positions of its invocation tokens are unknown, because the model it "
+            "is attached to was not called with input_ids. Pass input_ids, or make the call inside "
+            "`with lorakit.core.invoked(model, input_ids):`.",
             field="alora_invocation_tokens",
         )
-    return torch.where(at.mask(at.z), at.z, 0)  # not a product, because z can be infinite before the start
+    return torch.where(at.mask(at.z), at.z, 0)  # not a multiplication, because z can be infinite before the start
 
 
 ALORA = Variant(
@@ -89,7 +89,7 @@ ALORA = Variant(
     fits=_fits,
     output=_output,
     update=None,
-    unmergeable_reason="its addition depends on the position of a token",
+    unmergeable_reason="its update depends on token positions",
     positions=_positions,
     span=_span,
     must_agree="act after different invocation tokens",

@@ -1,7 +1,7 @@
 """BD-LoRA: A or B is block-diagonal, so that parallel devices multiply their own blocks without communication.
 
-Only the blocks are stored and saved, stacked along the first axis. Before a multiplication they are placed on the
-diagonal of a matrix of LoRA's shape; everything else is LoRA.
+Only the blocks are stored and saved, stacked along the first axis. Before a multiplication, they are placed on the
+diagonal of a matrix of LoRA's shape; everything else is as in LoRA.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def block_diagonal(blocks: Tensor, number: int) -> Tensor:
 
     Args:
         blocks: The stacked blocks, (m, n).
-        number: Number of blocks; it divides m.
+        number: Number of blocks; must divide m.
 
     Source:
         Wang et al. 2025, arXiv:2510.23346, section 3.
@@ -44,14 +44,14 @@ def _setting(config: LoraConfig, path: str) -> Setting | None:
 
 
 def _shapes(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> tuple[Shape, Shape]:
-    """Return the shapes with blocks: A (r, in / blocks), or B (out, r / blocks); the other one has LoRA's shape."""
+    """Return the shapes of A and B; the side with blocks is A (r, in / blocks) or B (out, r / blocks)."""
     number, in_A = int(setting["blocks"]), setting["side"] == "A"
     sizes = {"r": r, **({"in_features": spec.in_features} if in_A else {"out_features": spec.out_features})}
     odd = next((name for name, size in sizes.items() if size % number), None)
     if odd is not None:
         raise ConfigError(
-            f"{setting['path']}: {odd} is {sizes[odd]}, which {number} blocks of {setting['side']} do not divide. "
-            "Choose another use_bdlora.nblocks or r, or leave the module out.",
+            f"{setting['path']}: {odd} is {sizes[odd]}, which is not divisible into {number} blocks of "
+            f"{setting['side']}. Choose another use_bdlora.nblocks or r, or leave the module out.",
             what=sizes[odd],
             where=str(setting["path"]),
             field="use_bdlora",

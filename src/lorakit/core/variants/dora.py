@@ -1,8 +1,8 @@
-"""DoRA: LoRA adapts the direction of each row of W, and the length of each row is learned separately.
+"""DoRA: LoRA adapts the direction of each row of W, while the length of each row is learned separately.
 
-DoRA changes W into g ⊙ (W + s·B·A): the addition is (g − 1) ⊙ W + g ⊙ s·B·A. A weighted sum of such additions has the
-same form: γ ⊙ (W + B'·A') with γ = 1 + Σ w(g − 1) and B'·A' = Σ (w·g/γ) ⊙ s·B·A. So combinations of DoRA adapters are
-exact; plain ones among them have g = 1.
+DoRA replaces W by g ⊙ (W + s·B·A), which adds (g − 1) ⊙ W + g ⊙ s·B·A. W plus a weighted sum of such additions has the
+same form: γ ⊙ (W + B'·A') with γ = 1 + Σ w(g − 1) and B'·A' = Σ (w·g/γ) ⊙ s·B·A. Combinations of DoRA adapters are
+therefore exact; plain LoRA adapters among them have g = 1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAGNITUDE = "lora_magnitude_vector"
 """PEFT's name for the learned lengths, on a layer and on disk."""
 
 SMALLEST = 1e-6
-"""A combined DoRA scale below this gives a row of zeros, which no magnitude can rescale."""
+"""If a combined DoRA scale is smaller than this in magnitude, its row is zero, which no magnitude can represent."""
 
 
 def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -48,7 +48,7 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
 
 def _norms(kind: Kind, spec: WeightSpec, W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """Return the length of each row of the canonical weight with its update, (out,)."""
+    """Return the norm of each row of the canonical weight plus its update, (out,)."""
     return row_norms(kind.flat_weight(spec, W), *kind.flat(spec, A, B), scale)
 
 
@@ -63,7 +63,7 @@ def _start(start: Start) -> Tensor:
 def _output(at: At) -> Tensor:
     """Return (g − 1)(y₀ − b) + g·z, with g = m / ‖W + s·B·A‖ per output.   [docs/math.md (7)]
 
-    The norm is constant in the backward, as in the paper, to save memory (section 4.3). All are (…, out).
+    To save memory, the backward pass treats the norm as a constant, as in the paper (section 4.3). Outputs: (…, out).
 
     Source:
         Liu et al. 2024, arXiv:2402.09353, eq. (5) and (11).
@@ -79,7 +79,7 @@ def _update(kind: Kind, spec: WeightSpec, W: Tensor, delta: Tensor, factor: Fact
 
 
 def _gain(kind: Kind, spec: WeightSpec, W: Tensor, factor: Factor) -> Tensor:
-    """Return g = m / ‖W + s·B·A‖, (out,); one for a row of zeros, and if the factor is not DoRA."""
+    """Return g = m / ‖W + s·B·A‖, (out,); 1 for a row of zeros, and for every row if the factor is not DoRA."""
     with torch.no_grad():
         norms = _norms(kind, spec, W, factor.A, factor.B, factor.scale)
     magnitude = factor.own[MAGNITUDE].flatten() if MAGNITUDE in factor.own else norms
@@ -87,12 +87,12 @@ def _gain(kind: Kind, spec: WeightSpec, W: Tensor, factor: Factor) -> Tensor:
 
 
 def combined(path: str, addends: Sequence[Addend], reading: Reading) -> Sum:
-    """Combine adapters into a DoRA adapter; some of them may be plain.   [docs/math.md (57)]
+    """Combine adapters into a DoRA adapter; some of them may be plain LoRA.   [docs/math.md (57)]
 
     Args:
-        path: The site, for the message.
+        path: Path of the site, for the message.
         addends: Factors with their weights.
-        reading: The base's weight.
+        reading: The base weight.
 
     Returns:
         The products g ⊙ B·A, (g, r, in) and (g, out, r), and a function from their sum to B'·A' and the magnitude
@@ -144,7 +144,7 @@ DORA = Variant(
         OwnTensor(
             held_as=MAGNITUDE,
             carried="module",
-            keys=(f".{MAGNITUDE}", f".{MAGNITUDE}.weight"),  # an older PEFT wrote the second
+            keys=(f".{MAGNITUDE}", f".{MAGNITUDE}.weight"),  # older versions of PEFT wrote the second
             shape=_shape,
             start=_start,
             depends_on_rank=False,

@@ -1,7 +1,7 @@
 """KaSA: the base without its smallest singular values, and an update with trained singular values.
 
 While the adapter is attached, the base is W without its r smallest singular values, and the update is s·B·diag(d)·A,
-with d trained. The layer keeps the original; disabling or detaching restores its bits.
+where d is trained. The layer keeps the original weight; disabling or detaching the adapter restores it bit for bit.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def penalty(factor: Factor) -> Tensor:
     """Return β·‖d‖² + γ·(‖Bᵀ·B − I‖ + ‖A·Aᵀ − I‖), a scalar in fp32 or wider.   [docs/math.md (96)]
 
     Args:
-        factor: With A (r, in), B (out, r) and the diagonal (r,); its setting has β and γ.
+        factor: Has A (r, in), B (out, r) and the diagonal (r,); its settings include β and γ.
 
     Source:
         Wang et al. 2024, arXiv:2412.06071, eq. (9) to (11).
@@ -93,6 +93,6 @@ KASA = Variant(
     tensors=(OwnTensor(held_as=DIAGONAL, carried="parameter", keys=(f".{DIAGONAL}",), shape=_shape, start=_start),),
     factors=_factors,
     move=_move,
-    excludes_others="KaSA adapters need a base without its smallest singular values, others the original one",
+    excludes_others="KaSA adapters need a base without its smallest singular values, other adapters the original one",
     penalty=penalty,
 )

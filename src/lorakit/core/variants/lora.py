@@ -1,6 +1,6 @@
 """LoRA, and rsLoRA, which differs only in the scale.
 
-h = W x + s·B(A x): the addition to the output is z = s·B(A x), the addition to the weight s·B·A.   [docs/math.md (2)]
+h = W x + s·B(A x): the addition to the output is z = s·B(A x), that to the weight is s·B·A.   [docs/math.md (2)]
 
 Source: Hu et al. 2021, arXiv:2106.09685, eq. (3).
 """

@@ -1,8 +1,8 @@
 """`Variant`, an entry of VARIANTS, and the types of its functions' arguments and results.
 
-Every variant returns an *addition* to the base output and to the base weight, so that several adapters, and batches
-whose rows use different ones, are well defined in any order. An entry works with tensors and the geometry of a kind; it
-does not depend on adapters' names, routes or files. In a forward, a function that is None only costs that test.
+Every variant computes an *addition* to the base output and to the base weight, so that several adapters can be applied
+in any order, and rows of a batch can use different ones. An entry works with tensors and the geometry of a kind; it
+does not depend on adapter names, routes or files. A function that is None costs a forward pass only one check.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NO_SETTING: Setting = MappingProxyType({})
 NO_TENSORS: Mapping[str, Tensor] = MappingProxyType({})
 
 
-@dataclass(eq=False)  # not frozen, because each forward creates one, and frozen ones are slower to create
+@dataclass(eq=False)  # not frozen, because each forward creates one, and frozen dataclasses are slower to create
 class Factor:
     """The tensors and settings of one adapter at one site.
 
@@ -37,9 +37,9 @@ class Factor:
         scale: alpha / r, or alpha / √r for rsLoRA.
         dropout: The dropout before A.
         variant: The entry of VARIANTS.
-        own: The variant's own tensors by `OwnTensor.held_as`, each in its shape there.
+        own: `OwnTensor.held_as` -> the variant's own tensor, in the shape that it has on the layer.
         bias: Bias of B, (out,), scaled like B·A (`lora_bias`), or None.
-        setting: The variant's settings here.
+        setting: The variant's settings at this site.
     """
 
     A: Tensor
@@ -55,7 +55,7 @@ class Factor:
         """Return A (r, in) and B (out, r) after the variant's `factors`, ready to be multiplied.
 
         Args:
-            training: The variant may perturb them, as in training.
+            training: Whether the variant may perturb A and B, as in training.
         """
         return (self.A, self.B) if self.variant.factors is None else self.variant.factors(self, training)
 
@@ -63,7 +63,7 @@ class Factor:
         """Return the factor with A (r, in) and B (out, r) after the variant's `factors`.
 
         Args:
-            training: The variant may perturb them, as in training.
+            training: Whether the variant may perturb A and B, as in training.
         """
         A, B = self.multiplied(training)
         return self if self.variant.factors is None else dataclasses.replace(self, A=A, B=B)
@@ -71,18 +71,18 @@ class Factor:
 
 @dataclass(frozen=True)
 class Start:
-    """A new factor at its site, from which the own tensors of its variant are initialized.
+    """A new factor and its site, from which the variant's own tensors are initialized.
 
     Attributes:
         kind: The kind of the site.
-        spec: Its weight spec.
+        spec: The site's weight spec.
         A: Initial down projection, (r, in).
         B: Initial up projection, (out, r).
         scale: The factor's scale.
         read: Reads the canonical base weight that the adapter uses, (out, in) or as its kind defines it.
-        path: The site, for messages.
-        setting: The variant's settings here.
-        generator: Source of randomness, or None for torch's own.
+        path: Path of the site, for messages.
+        setting: The variant's settings at this site.
+        generator: Random generator, or None for torch's default one.
     """
 
     kind: Kind
@@ -106,13 +106,13 @@ class OwnTensor:
     """A tensor that a variant has for each adapter and site, in addition to A and B.
 
     Attributes:
-        held_as: Attribute of the layer that holds it by adapter.
+        held_as: Layer attribute that holds the tensor of each adapter.
         carried: "module" if the attribute holds modules with a `.weight`, "parameter" if it holds parameters.
-        keys: Endings of its names on disk: the first is written, all are read.
-        shape: Kind, weight spec, rank, setting -> its shape in memory and on disk.
-        start: New factor -> the initial tensor, in any shape with as many elements.
-        trained: Whether training changes it.
-        depends_on_rank: Whether another rank needs another tensor, so that a compressed adapter cannot keep it.
+        keys: Suffixes of the tensor's name on disk: the first is written, all are read.
+        shape: Kind, weight spec, rank, setting -> the tensor's shape in memory and on disk.
+        start: New factor -> the initial tensor, in any shape with the same number of elements.
+        trained: Whether the tensor is trained.
+        depends_on_rank: Whether the tensor depends on the rank, so that a compressed adapter cannot keep it.
     """
 
     held_as: str
@@ -124,20 +124,20 @@ class OwnTensor:
     depends_on_rank: bool = True
 
 
-@dataclass(eq=False)  # not frozen, as `Factor`
+@dataclass(eq=False)  # not frozen, for the same reason as `Factor`
 class At:
     """One factor in one forward.
 
     Attributes:
-        y0: The base's output, (…, out); of a convolution (N, out, …).
-        bias: The bias in it, (out,), or None.
-        z: The scaled low-rank output s·B(A x), like y0.
+        y0: The base's output, (…, out), or (N, out, …) for a convolution.
+        bias: The bias that `y0` includes, (out,), or None.
+        z: The scaled low-rank output s·B(A x), shaped like `y0`.
         factor: The factor.
         kind: The kind of the site.
-        spec: Its weight spec.
+        spec: The site's weight spec.
         read: Reads the canonical base weight, (out, in) or as its kind defines it.
-        mask: z -> boolean mask of the active positions, which broadcasts over z, for variants with `positions`; None if
-            the positions are not known.
+        mask: For variants with `positions`: z -> boolean mask of the active positions, which broadcasts over z; None if
+            the positions are unknown.
         x: The input of A, (…, in); None in tests that do not need it.
         siblings: Returns the factors of the site's other adapters, in the order in which they were added.
     """
@@ -159,9 +159,9 @@ class Addend:
     """One adapter's update in a sum of updates at one site.
 
     Attributes:
-        factor: The adapter's factor there.
-        weight: The weight of its update in the sum.
-        product: Its A and B after the variant's `factors`, as matrices (g, r, in) and (g, out, r), without the scale.
+        factor: The adapter's factor at the site.
+        weight: The weight of the update in the sum.
+        product: A and B after the variant's `factors`, as matrices (g, r, in) and (g, out, r), without the scale.
         experts: The number of experts that share A and B; 1 for a single matrix.
     """
 
@@ -176,9 +176,9 @@ class Sum:
     """A sum of updates; the caller computes its low-rank part.
 
     Attributes:
-        products: One product per addend, (g, r, in) and (g, out, r); the low-rank part is their weighted sum, with each
-            one multiplied by its scale.
-        finish: That sum, at scale 1 -> the product to store and the variant's own tensors by `OwnTensor.held_as`.
+        products: One product per addend, (g, r, in) and (g, out, r); the low-rank part is their sum, where each product
+            is multiplied by the addend's weight and scale.
+        finish: Low-rank part with scale 1 -> the product to store, and `OwnTensor.held_as` -> the variant's own tensor.
     """
 
     products: tuple[Product, ...]
@@ -186,7 +186,7 @@ class Sum:
 
 
 def added(kind: Kind, spec: WeightSpec, W: Tensor, delta: Tensor, factor: Factor) -> Tensor:
-    """Return the delta, like W (out, in), as the whole addition to the weight."""
+    """Return the delta, shaped like W (out, in), unchanged, as the whole addition to the weight."""
     return delta
 
 
@@ -195,33 +195,33 @@ class Variant:
     """One way to combine A, B and the base.
 
     Attributes:
-        name: Its name in layers and tests.
-        title: Its name in messages.
-        field: The config's field that selects it, "" for LoRA itself.
+        name: Name in layers and tests.
+        title: Name in messages.
+        field: Config field that selects the variant, "" for LoRA itself.
         fits: Kind -> whether the variant supports it. Only `every_kind` supports the kinds that users define.
         setting: Config, path of a site -> the settings there, or None if the site does not get the variant; None for a
             variant without settings.
-        tensors: Its tensors in addition to A and B.
+        tensors: The variant's own tensors, in addition to A and B.
         shapes: Kind, weight spec, rank, setting -> shapes of A and B; None for the kind's shapes.
         factors: Factor, training -> the A and B to multiply; None for A and B themselves.
         down: Kind, module, input, factor -> the input of B, unscaled; None for the kind's A·x.
-        output: State of a forward -> addition to y₀, like y₀; None for z.
+        output: State of a forward -> addition to y₀, shaped like y₀; None for z.
         update: Kind, weight spec, canonical W, scaled delta like W, factor -> addition to W; None if not mergeable.
-        unmergeable_reason: Why it is not mergeable, as the end of a message.
-        positions: Token ids (rows, length), config, visible tokens (rows, length) or None -> the number of last
-            positions of each row on which the adapter is active, (rows,) int64, 0 for none; None if always active.
-        span: Config -> number of tokens that decide a position, for variants with `positions`.
-        move: New factor -> the canonical weight that replaces the base weight while the adapter is attached. It depends
-            only on the base and the rank, so that adapters of the same rank share it.
+        unmergeable_reason: Why the variant is not mergeable, as the end of a message.
+        positions: Token ids (rows, length), config, visible tokens (rows, length) or None -> the number of
+            active positions at the end of each row, (rows,) int64; None if the adapter is always active.
+        span: Config -> number of tokens that determine a position, for variants with `positions`.
+        move: New factor -> the canonical weight that replaces the base weight while the adapter is attached. The
+            replacement depends only on the base and the rank, so that adapters of the same rank share it.
         adds_product: The update of a new factor is s·B·A, so an init may subtract it from the base weight.
         excludes_others: Why the model cannot have adapters of other variants, as the end of a message; "" if it can.
-        penalty: Factor -> its term in the training loss, a scalar.
-        combine: Path, addends, base -> their sum as one factor of this variant; None if the sum is plain LoRA.
-        must_agree: The effect of different values of `field`, as the end of a message; adapters that differ in it
-            cannot be combined, and a combination keeps the value. "" if the value does not matter.
-        peft_names: PEFT's name of a table by adapter on its layers -> value for a factor; False for other variants.
-        is_lora: It differs from LoRA at most in the scale, so stacks and fused operations support it.
-        is_held_as_lora: It stores only A and B, in the kind's shapes.
+        penalty: Factor -> its term in the training loss, a scalar; None if there is no penalty.
+        combine: Path, addends, base weight -> the sum, as one factor of this variant; None if the sum is plain LoRA.
+        must_agree: How adapters with different values of `field` differ, as the end of a message. Only adapters with
+            equal values can be combined, and the result keeps the value. "" if the value does not matter.
+        peft_names: Name of a per-adapter table on PEFT's layers -> value for a factor; False for other variants.
+        is_lora: Whether only the scale may differ from LoRA's, so that stacks and fused operations support the variant.
+        is_held_as_lora: Whether the variant stores only A and B, in the kind's shapes.
     """
 
     name: str
@@ -256,34 +256,34 @@ class Variant:
 
     @property
     def outlasts_a_cut(self) -> bool:
-        """True if A and B can be truncated to another rank; otherwise the result is plain LoRA."""
+        """True if truncating A and B to another rank keeps the variant; otherwise the result is plain LoRA."""
         return self.factors is None and not any(tensor.depends_on_rank for tensor in self.tensors)
 
     @property
     def is_lora_once_multiplied(self) -> bool:
-        """True if the factors are stored in other shapes than LoRA's, but are plain LoRA after `factors`."""
+        """True if the stored factors have other shapes than LoRA's, but are plain LoRA after `factors`."""
         return self.shapes is not None and self.factors is not None and self.down is None and self.is_low_rank
 
     @property
     def is_mergeable(self) -> bool:
-        """True if its effect can be written into the weight."""
+        """True if the update can be merged into the weight."""
         return self.update is not None
 
     @property
     def is_low_rank(self) -> bool:
-        """True if its update is B·A wherever it is active."""
+        """True if the update is B·A wherever the adapter is active."""
         return self.update is None or self.update is added
 
     def shapes_of(self, kind: Kind, spec: WeightSpec, r: int, setting: Setting = NO_SETTING) -> tuple[Shape, Shape]:
         """Return the shapes of A and B at a site, (r, in) and (out, r) on a dense one.
 
-        On a kind that the variant does not support they are LoRA's; `variant_for` rejects such a site.
+        For a kind that the variant does not support, they are LoRA's; `variant_for` rejects such a site.
 
         Args:
             kind: The kind of the site.
-            spec: Its weight spec.
+            spec: The site's weight spec.
             r: The rank.
-            setting: The variant's settings there.
+            setting: The variant's settings at the site.
 
         Raises:
             ConfigError: The rank does not fit.
@@ -293,6 +293,6 @@ class Variant:
         return self.shapes(kind, spec, r, setting)
 
     def starts(self, start: Start) -> dict[str, Tensor]:
-        """Return the variant's own tensors of a new factor by `OwnTensor.held_as`, each in its shape there."""
+        """Return the own tensors of a new factor: `OwnTensor.held_as` -> tensor, in the shape of `OwnTensor.shape`."""
         shaped = ((t, t.shape(start.kind, start.spec, start.rank, start.setting)) for t in self.tensors)
         return {tensor.held_as: tensor.start(start).reshape(shape) for tensor, shape in shaped}
