@@ -342,13 +342,13 @@ def test_what_eva_refuses_by_text_and_nothing_changes() -> None:
     refused(ConfigError, "dataloader is required if eva_state_dict is not provided")
     refused(DataError, "dataloader is empty", dataloader=[])
     wide = {**good, up: torch.ones(2, IN + 1)}
-    refused(ConfigError, rf"up has shape \(2, {IN + 1}\), and \(rank, {IN}\) was expected", eva_state_dict=wide)
+    refused(ConfigError, rf"up has shape \(2, {IN + 1}\); expected \(rank, {IN}\)", eva_state_dict=wide)
     sick = {**good, up: good[up] * torch.nan}
     refused(ConfigError, "eva_state_dict: up has NaN or infinite values", eva_state_dict=sick)
     none = {name: A[:0] for name, A in good.items()}
     refused(ConfigError, "leaves no rank to any module of adapter 'default'", eva_state_dict=none)
     refused(
-        ConfigError, "has nothing for adapter 'default'; it names elsewhere", eva_state_dict={"elsewhere": good[up]}
+        ConfigError, "no entry for adapter 'default'.* elsewhere", eva_state_dict={"elsewhere": good[up]}
     )
     plain = ours.get_peft_model(small(), ours.LoraConfig(target_modules=["up"]))
     refused(ConfigError, "can only be used with `init_lora_weights='eva'`", model=plain, eva_state_dict=good)

@@ -215,7 +215,7 @@ def test_what_is_refused_changes_nothing(wide_model_directory: Path, tmp_path: P
     save_file({n: t for n, t in whole.items() if n != last}, tmp_path / "model.safetensors")
     refused(ConfigError, rf"{last} not found, so the model was not loaded from here", tmp_path)
     save_file({**whole, last: whole[last][:, :64].contiguous()}, tmp_path / "model.safetensors")
-    refused(ConfigError, r"down_proj.weight has shape \(64, 64\), and the model's is \(64, 128\)", tmp_path)
+    refused(ConfigError, r"down_proj.weight has shape \(64, 64\), .* \(64, 128\)", tmp_path)
     model.get_base_model().config._name_or_path = "nobody/nothing"
     refused(ConfigError, "must be present on disk, but it could not be found: nobody/nothing")
     model.get_base_model().config._name_or_path = ""
