@@ -108,7 +108,7 @@ class TestWhichActs:
         assert trained(get_peft_model(tiny_llama, config)) == set()
 
     def test_unknown_names(self, two: Any) -> None:
-        with pytest.raises(AdapterError, match=r"^Adapter c not found\. Adapters here: a, b\.$"):
+        with pytest.raises(AdapterError, match=r"^Adapter c not found\. Available: a, b\.$"):
             two.set_adapter("c")
         with pytest.raises(AdapterError, match=r"^Adapter c does not exist"):
             two.delete_adapter("c")
