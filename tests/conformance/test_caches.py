@@ -29,7 +29,7 @@ from .rows import quiet_peft, theirs
 from .test_inits import IN, rows, small, train_step
 
 TARGETS = ["up", "conv", "down"]
-PICKLE = r"may be a pickle, which is never loaded\. Caches are safetensors here.* safetensors\.torch\.save_file"
+PICKLE = r"may be a pickle, which is never loaded\. Only safetensors caches are read.* safetensors\.torch\.save_file"
 
 
 def corda(library: Any, method: str = "ipm", r: int = 4, **settings: Any) -> Any:

@@ -50,7 +50,7 @@ def get_peft_model(
         NotYetSupported: The config or an option needs a feature that is not supported yet.
     """
     if not isinstance(peft_config, LoraConfig):
-        raise ConfigError(f"peft_config is a {type(peft_config).__name__}; pass a LoraConfig from lorakit.")
+        raise ConfigError(f"peft_config is a {type(peft_config).__name__}; a lorakit LoraConfig is needed.")
     _warn_of_the_base(model, peft_config, revision)
     if revision is not None:
         peft_config = peft_config.with_fields(revision=revision)

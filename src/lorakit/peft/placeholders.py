@@ -38,7 +38,7 @@ class PeftWarning(UserWarning):
 
 
 class PartialTargetsWarning(PeftWarning, RuntimeWarning):
-    """A config entry matches nothing. PEFT uses either base class for such warnings, so this class derives from both."""
+    """A config entry matches nothing. PEFT uses either class for such warnings, so this class derives from both."""
 
 
 def _refusing(name: str) -> Callable[..., NoReturn]:
@@ -80,9 +80,7 @@ def register_peft_method(*, name: str, **_: type | str | bool | None) -> NoRetur
     Raises:
         NotYetSupported: Always.
     """
-    text = (
-        f"The method {name!r} cannot be added: lorakit implements only LoRA; lorakit.core has registries to extend it."
-    )
+    text = f"The method {name!r} cannot be added; lorakit implements only LoRA. lorakit.core has registries for it."
     raise NotYetSupported(text, what=name)
 
 

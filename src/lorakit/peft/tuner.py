@@ -426,7 +426,7 @@ class BaseTuner(OverModel):
         if trained:
             listed = ", ".join(trained)
             warn_caller(
-                f"{listed} is merged while the model trains; merged adapters learn only after unmerge_adapter()."
+                f"{listed} is merged while the model trains, and will not learn until unmerge_adapter() is called."
             )
 
     def unmerge_adapter(self) -> None:
