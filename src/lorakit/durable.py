@@ -309,7 +309,8 @@ def publish_directory(final: str | os.PathLike[str], *, replace: bool = False) -
         A new directory next to `final`, on the same disk, to write into.
 
     Raises:
-        DiskError: Writing fails, or `final` is a nonempty directory and `replace` is false; no new files are left.
+        DiskError: Writing fails, or `final` is a nonempty directory and `replace` is false; the temporary directory is
+            removed.
     """
     final = Path(os.path.realpath(final))
     temporary = temporary_name(final)
@@ -351,7 +352,7 @@ def replace_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes |
         Whether the files were replaced; if false, nothing has changed.
 
     Raises:
-        DiskError: The disk is full or fails; the directory is unchanged.
+        DiskError: Writing or flushing fails; the message says whether the files were replaced.
     """
     final = Path(os.path.realpath(folder))
     if not _can_be_exchanged(final):
@@ -388,7 +389,7 @@ def replace_in_order(folder: str | os.PathLike[str], steps: Sequence[Mapping[str
         steps: Each step as name -> content; None removes the file.
 
     Raises:
-        DiskError: The disk is full or fails. The message says whether files were replaced.
+        DiskError: Writing or flushing fails; the message says whether files were replaced.
     """
     folder = Path(folder)
     staged: list[list[tuple[Path, Path | None]]] = []
@@ -507,7 +508,7 @@ def _clear(temporary: Path, final: Path, old: int, replaced: Collection[str] | N
 
 
 def _retire(old: Path, new: Path, replaced: Collection[str] | None) -> None:
-    """Remove a replaced directory after moving entries to the new one that it lacks or has in an older version.
+    """Remove a replaced directory after moving entries that the new one lacks, or has in an older version, to it.
 
     Args:
         old: The directory to remove.

@@ -3,7 +3,7 @@
     LorakitError                     LORA-E000
     ├─ ConfigError (ValueError)      LORA-E010   a config field or setting has a value that is not allowed
     │  ├─ UsageError                 LORA-E011   the command line or call is not valid
-    │  └─ ConfigTypeError (TypeError) LORA-E012  a config field or setting has a wrong type
+    │  └─ ConfigTypeError (TypeError) LORA-E012  a config field or setting has the wrong type
     ├─ TargetError (ValueError)      LORA-E020   a target list matches nothing, or only in part
     │  └─ NoTargetError              LORA-E021   no target of a config was found in the model
     ├─ AdapterError (ValueError)     LORA-E030   an adapter name is unknown, invalid or in use
@@ -14,7 +14,7 @@
     ├─ AdapterFileError (ValueError) LORA-E060   files of an adapter are missing, damaged or do not fit
     │  ├─ BaseMismatchError          LORA-E061   the adapter was trained on another base
     │  ├─ PatternError               LORA-E062   a name pattern from a file is a regular expression, which is not run
-    │  └─ ShapeMismatchError         LORA-E063   tensors of an adapter have other shapes than the model needs
+    │  └─ ShapeMismatchError         LORA-E063   tensors of an adapter do not have the shapes that the model needs
     ├─ ModelError (ValueError)       LORA-E070   a model or tokenizer cannot be found or used
     ├─ DataError (ValueError)        LORA-E080   training data cannot be read or used
     ├─ RunError (RuntimeError)       LORA-E090   a run directory or checkpoint cannot be used, or a run cannot continue
@@ -48,7 +48,7 @@ class LorakitError(Exception):
         code: Stable name of the exception class, for programs and logs.
         exit_code: Exit status of the command line: 1 failure, 2 wrong usage.
         message: The text without `advice`.
-        advice: What to do, as the end of the text; may contain `OVERRIDE`. None if `message` includes it.
+        advice: What to do; ends the text and may contain `OVERRIDE`. None if `message` includes the advice.
         what: The wrong name or value, such as an unknown adapter, target or setting, or a short statement; a value that
             is not a str is stored as its repr, so that every error can be pickled.
         where: Path of a file or directory, dotted path of a module, or name of a tensor.
@@ -89,7 +89,7 @@ class LorakitError(Exception):
         """Return the message and the advice.
 
         Args:
-            how: How to override the check, such as "give --allow-nonfinite"; by default, how to do so in Python.
+            how: How to override the check, such as "give --allow-nonfinite"; None describes how to do so in Python.
         """
         if self.advice is None:
             return self.message

@@ -148,7 +148,7 @@ def cache_directory() -> Path:
     """Return lorakit's cache directory: `LORAKIT_CACHE`, else `lorakit` in `XDG_CACHE_HOME` or ~/.cache.
 
     Raises:
-        DiskError: Neither variable is set and the user has no home directory, or `LORAKIT_CACHE` has an unknown home.
+        DiskError: Neither variable is set and the user has no home directory, or `LORAKIT_CACHE` has an unknown one.
     """
     own, shared = os.environ.get("LORAKIT_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if own:

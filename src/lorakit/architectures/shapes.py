@@ -156,7 +156,7 @@ class ModelShape:
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """Return the paths of all blocks in order, such as "model.layers.0"; an encoder and a decoder both count."""
+        """Return the paths of all blocks (of an encoder and a decoder, too) in order, such as "model.layers.0"."""
         return tuple(dict.fromkeys(block for site in self.sites if (block := block_of(site.path)) is not None))
 
 

@@ -86,7 +86,7 @@ def check_if_peft_model(model_name_or_path: str) -> bool:
 
 
 def update_forward_signature(model: PeftModel) -> None:
-    """Give a wrapper's `forward` the signature of the inner model's if its own is generic.
+    """Give a wrapper's `forward` the inner model's signature if its own is generic.
 
     Args:
         model: A wrapper, changed in place.
@@ -95,7 +95,7 @@ def update_forward_signature(model: PeftModel) -> None:
 
 
 def update_generate_signature(model: PeftModel) -> None:
-    """Give a wrapper's `generate` the signature of the inner model's if its own is generic.
+    """Give a wrapper's `generate` the inner model's signature if its own is generic.
 
     Args:
         model: A wrapper, changed in place.

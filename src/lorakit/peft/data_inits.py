@@ -92,7 +92,7 @@ class Cache:
         return found
 
     def error(self, problem: str, what: str) -> ConfigError:
-        """Return an error about the file; `what` is the wrong tensor or value."""
+        """Return an error about the cache file; `what` is the wrong tensor or value."""
         return ConfigError(f"{self.path}: {problem}. Remove the file or choose another.", what=what, where=self.path)
 
 
@@ -164,7 +164,7 @@ def preprocess_corda(
     run_model: Callable[[], Any] | None = None,
     hooked_model: nn.Module | None = None,
 ) -> None:
-    """Decompose targeted weights by their inputs, for init_lora_weights="corda"; call `get_peft_model` afterwards.
+    """Decompose targeted weights using their inputs for init_lora_weights="corda"; call `get_peft_model` next.
 
     Args:
         model: The model that will be adapted; its targeted modules get an attribute `eigens`.
@@ -174,8 +174,8 @@ def preprocess_corda(
 
     Raises:
         ConfigError: corda_config or run_model is missing, the method is unknown, or no dense module is targeted.
-        AdapterFileError: A cache is damaged, or a pickle.
-        DataError: No data reached a module.
+        AdapterFileError: A cache is damaged or is a pickle.
+        DataError: No data reached a module, or its inputs are not finite.
     """
     settings = _corda(lora_config)
     sites, modules = _dense(model, lora_config, "corda", "CorDA initialization. It uses the inputs of")
@@ -264,7 +264,7 @@ def _covariances(
 def preprocess_loraga(
     model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any], cache_file: Given = None
 ) -> None:
-    """Collect the gradients of targeted weights, for init_lora_weights="lora_ga"; call `get_peft_model` afterwards.
+    """Collect the gradients of targeted weights for init_lora_weights="lora_ga"; call `get_peft_model` next.
 
     Args:
         model: The model that will be adapted; its targeted modules get an attribute `_peft_loraga_grad`.
@@ -275,7 +275,7 @@ def preprocess_loraga(
     Raises:
         ConfigError: lora_ga_config is missing, no dense module is targeted, or a targeted weight is quantized.
         TargetError: No target matches.
-        AdapterFileError: The cache is damaged, or a pickle.
+        AdapterFileError: The cache is damaged or is a pickle.
     """
     if lora_config.lora_ga_config is None:
         raise ConfigError(

@@ -56,7 +56,7 @@ def hotswap_adapter(
     """Replace the values of an adapter with those of a saved one.
 
     Args:
-        model: A wrapped model, perhaps compiled.
+        model: A wrapped model, possibly compiled.
         model_name_or_path: A directory or a Hub id.
         adapter_name: The adapter to replace; its name is kept.
         torch_device: Ignored; values go to the device of the existing ones.
@@ -90,7 +90,7 @@ def hotswap_adapter_from_state_dict(
     """Replace an adapter's tensors; those missing from `state_dict` become zero. An error leaves the model unchanged.
 
     Args:
-        model: A model with adapters in it, perhaps compiled.
+        model: A model with adapters in it, possibly compiled.
         state_dict: Name in memory -> tensor (…).
         adapter_name: The adapter.
         config: Config of the new adapter; its ranks and alphas determine the scales.

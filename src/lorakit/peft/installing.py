@@ -110,7 +110,7 @@ class _Distribution(importlib.metadata.Distribution):
         }.get(filename)
 
     def locate_file(self, path: object) -> Path:
-        """Return the path of a file of the package."""
+        """Return the path of a file in the package."""
         return Path(__file__).parent / str(path)
 
 

@@ -34,7 +34,7 @@ def adapter_folder(model_id: str | os.PathLike[str], options: MutableMapping[str
 
     Args:
         model_id: A directory or a Hub id.
-        options: Options of the call; `subfolder` (of the directory) and `revision` (on the Hub) are removed from them.
+        options: Options of the call; `subfolder` and, for the Hub, `revision` are removed from this dictionary.
 
     Raises:
         ModelError: The Hub id was not found, or the Hub cannot be reached.
@@ -139,7 +139,7 @@ def warn_of_problems(
     Args:
         model: The wrapper.
         files: Content of the adapter's files.
-        allow: Checks to override: "base_mismatch".
+        allow: Checks to override, such as "base_mismatch".
         may_be_zero: Whether to accept an adapter without effect, because it will be trained.
 
     Raises:

@@ -77,7 +77,7 @@ def _make_room(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
         )
     if adapter_name in there:
         candidates = AdapterIndex.of(user).candidates
-        resolve(candidates, with_targets(config, user), allow_partial=True)  # before removal
+        resolve(candidates, with_targets(config, user), allow_partial=True)  # may raise; nothing is removed yet
         core.detach(user, adapter_name)
 
 
@@ -118,7 +118,9 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfigMixin:
         ConfigError: The method is missing or not LORA, or a value is not allowed.
     """
     if "peft_type" not in config_dict:
-        raise ConfigError("The config has no peft_type, so its method is unknown; set 'LORA'.", field="peft_type")
+        raise ConfigError(
+            "The config has no peft_type, so its method is unknown; set peft_type to 'LORA'.", field="peft_type"
+        )
     return PeftConfig.from_peft_type(**config_dict)
 
 

@@ -194,7 +194,7 @@ def with_own_targets(model: nn.Module, config: LoraConfig, table: Mapping[str, s
 
 
 def messages_of_missing(config: LoraConfig, report: AttachReport) -> list[str]:
-    """Return warnings about config entries that match nothing; each begins with PEFT's message, if there is one.
+    """Return warnings about config entries that match nothing, preceded by PEFT's message if PEFT has one.
 
     Args:
         config: The config.
@@ -349,7 +349,7 @@ def warn_of_ties(model: nn.Module, names: Sequence[str]) -> tuple[bool, bool]:
     tied = [pair for pair in found if pair not in stacked]
     for pairs, why in (
         (tied, "so the model is no longer tied (tie_word_embeddings is False from now on)."),
-        (stacked, "as for every layer added by layer_replication: the model will need memory for all its layers."),
+        (stacked, "like every layer added by layer_replication, so the model will need memory for all its layers."),
     ):
         if pairs:
             path, other = pairs[0]

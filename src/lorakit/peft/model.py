@@ -41,7 +41,7 @@ NOT_BUILT = "push_to_hub"
 
 
 def check_options(call: str, options: Mapping[str, Any]) -> None:
-    """Check additional options of a call, which do not affect it.
+    """Check the options that a call accepts but does not use.
 
     Args:
         call: Name of the call for messages.
@@ -59,7 +59,7 @@ def check_options(call: str, options: Mapping[str, Any]) -> None:
 
 
 class PeftModel(OverModel):
-    """Wrapper around a model with adapters that has PEFT's interface.
+    """Wrapper with PEFT's interface around a model with adapters.
 
     Attributes:
         base_model: The `LoraModel` around the user's model.

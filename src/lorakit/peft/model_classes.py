@@ -23,14 +23,14 @@ from lorakit.peft.model_adapters import as_names
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: Mapping[str, type[PeftModel]] = {
     kind.task.value: kind for kind in PeftModel.__subclasses__() if kind.task is not None
 }
-"""Task -> wrapper class; PEFT has a table of this name."""
+"""Task -> wrapper class; named as in PEFT."""
 
 ALLOWED_LIBRARIES = ("transformers", "diffusers", "lerobot", "megatron-core")
-"""Packages from which the class of the base that a saved config names may be imported."""
+"""Packages from which a saved config may import the class of its base."""
 
 
 class _BaseAutoPeftModel:
-    """Loader of wrappers, which cannot be instantiated."""
+    """Loader of wrappers; the class cannot be instantiated."""
 
     task: ClassVar[TaskType | None] = None
 
@@ -61,7 +61,7 @@ class _BaseAutoPeftModel:
             config: As for `PeftModel.from_pretrained`.
             revision: Revision of the adapter.
             import_allowlist: Packages from which the class of the base may be imported.
-            kwargs: `subfolder` of the adapter; options for loading the base.
+            kwargs: `subfolder` of the adapter, and options for loading the base.
 
         Returns:
             The wrapper for the adapter's task.
@@ -180,7 +180,7 @@ class PeftMixedModel(PeftModel):
 
     @classmethod
     def for_task(cls, task: TaskType | str | None) -> type[PeftModel]:
-        """Return this class."""
+        """Return this class for every task."""
         return cls
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:

@@ -132,7 +132,7 @@ class LoraFAOptimizer(LoraFA):
 def create_lorafa_optimizer(
     model: PeftModel, r: int, lora_alpha: int, lr: float, weight_decay: float = 0.0, use_rslora: bool | None = None
 ) -> LoraFAOptimizer:
-    """Create an optimizer that freezes A and corrects B's gradient for it (Zhang et al. 2023, arXiv:2308.03303).
+    """Create an optimizer that freezes A and corrects the gradient of B (Zhang et al. 2023, arXiv:2308.03303).
 
     The factor that is not initialized to zero is frozen: A, or for an embedding, B. Each site's own scale is used; `r`
     and `lora_alpha` are accepted for code written for PEFT.

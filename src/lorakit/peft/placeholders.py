@@ -80,7 +80,7 @@ def register_peft_method(*, name: str, **_: type | str | bool | None) -> NoRetur
     Raises:
         NotYetSupported: Always.
     """
-    text = f"The method {name!r} cannot be added; lorakit implements only LoRA. lorakit.core has registries for it."
+    text = f"The method {name!r} cannot be added; lorakit implements only LoRA, which lorakit.core's registries extend."
     raise NotYetSupported(text, what=name)
 
 
@@ -106,7 +106,7 @@ def create_riemannian_optimizer(
 
 @cache
 def placeholder(name: str) -> Any:
-    """Return the object for a PEFT name that lorakit does not implement; the same name returns the same object.
+    """Return this module's object for a PEFT name, or else a placeholder; repeated calls return the same object.
 
     Args:
         name: A name that exists in PEFT; the caller has checked it against the tables of names.

@@ -49,7 +49,7 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: bool | str = "auto",
 ) -> dict[str, Tensor]:
-    """Return the tensors of one adapter by their names on disk.
+    """Return one adapter's tensors, keyed by name on disk.
 
     Args:
         model: A wrapped model, or a model with adapters in it.
@@ -263,7 +263,7 @@ def _bare(key: str) -> str:
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of the unmerged base, (…), by their names in the model without adapters.
+    """Return the unmerged base's tensors, (…), keyed by name in the model without adapters.
 
     Args:
         model: A wrapped model, or a model with adapters in it.
@@ -274,7 +274,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def set_base_model_state_dict(
     model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
 ) -> IncompatibleKeys:
-    """Copy tensors into the base by their names in the model without adapters.
+    """Copy tensors into the base; names are those in the model without adapters.
 
     Args:
         model: A wrapped model, or a model with adapters in it.

@@ -32,8 +32,8 @@ class TunerLayerStatus:
         enabled: Whether the adapters of the module are enabled.
         active_adapters: Active adapters.
         merged_adapters: Merged adapters.
-        requires_grad: Adapter -> whether its parameters are trained here.
-        available_adapters: Adapters that have parameters here, sorted.
+        requires_grad: Adapter -> whether its parameters in the module are trained.
+        available_adapters: Adapters that have parameters in the module, sorted.
         devices: Adapter -> device types of its parameters.
         quantization_backend: Backend of the base weight's quantization, or None.
     """

@@ -174,7 +174,7 @@ class LoraTrainerMixin:
         torch.save(self.args, folder / ARGUMENTS_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load each adapter of a checkpoint into the model's adapter of the same name, in place."""
+        """Load each adapter of a checkpoint into the model's adapter of the same name."""
         for name, folder in self._folders(resume_from_checkpoint).items():
             result = self.lora_model.load_adapter(folder, name, is_trainable=True)
             unfit = [*result.missing_keys, *result.unexpected_keys]
@@ -183,7 +183,7 @@ class LoraTrainerMixin:
                 raise RunError(text, what=unfit[0], where=folder)
 
     def _load_best_model(self) -> None:
-        """Load the adapters of the best checkpoint, in place."""
+        """Load the adapters of the best checkpoint into the model."""
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _folders(self, checkpoint: str | os.PathLike[str]) -> dict[str, Path]:

@@ -336,7 +336,7 @@ class BaseTuner(OverModel):
         matching.check_parameters(self.model, self.peft_config, config)
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
-        """Call `names_tied_with_embedding`; PEFT has it as this method."""
+        """Return `names_tied_with_embedding` of the user's model; the name of this method is PEFT's."""
         return names_tied_with_embedding(self.model)
 
     def is_partly_disabled(self) -> bool:
@@ -354,7 +354,7 @@ class BaseTuner(OverModel):
                 parameter.requires_grad_(True)
 
     def disable_adapter_layers(self) -> None:
-        """Disable and freeze all adapters until `enable_adapter_layers`; the context `disable_adapter` is safer."""
+        """Disable and freeze all adapters until `enable_adapter_layers` is called; `disable_adapter` is safer."""
         state = find_state(self.model)
         if state is not None and state.aside is None:
             self.__dict__["_paused"] = model_adapters.pause(self.model)

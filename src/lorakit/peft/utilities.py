@@ -46,7 +46,7 @@ ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 UPCAST_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
 TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, object] = {}
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = dict(DEFAULT_TARGETS)
-"""Model type -> default targets; PEFT has a table of this name, to which programs may add entries."""
+"""Model type -> default targets; named as in PEFT. Programs may add entries."""
 
 
 class BufferDict(nn.Module, MutableMapping[str, Tensor]):
@@ -347,7 +347,7 @@ def take_gradients_at_the_input(model: nn.Module) -> None:
     """Make the output of the input embedding require gradients, which reentrant gradient checkpointing needs.
 
     Args:
-        model: A model; nothing is done for a quantized one, in which they are required automatically.
+        model: A model; a quantized one is skipped, since it does this automatically.
     """
     quantized = any(getattr(model, f"is_{name}", False) for name in ("loaded_in_8bit", "loaded_in_4bit", "quantized"))
     if not quantized:
@@ -369,6 +369,8 @@ def prepare_model_for_kbit_training(
     auto_clear_cache: bool = True,
 ) -> nn.Module:
     """Freeze a quantized base, upcast its unquantized tensors to fp32, and enable gradient checkpointing.
+
+    With `DENSE_METHODS`, tensors are not upcast.
 
     Args:
         model: The base, changed in place.
