@@ -131,7 +131,7 @@ def test_one_covariance_serves_every_rank_and_method_and_one_cache_a_single_one(
     for change, text in (
         (
             {n: t for n, t in whole.items() if "down" not in n},
-            "down.eigens.S_WC not found; the file is of another",
+            "down.eigens.S_WC not found; the file belongs to another",
         ),
         (
             {**whole, "conv.eigens.U_WC": whole["conv.eigens.U_WC"] * torch.inf},
