@@ -279,7 +279,7 @@ def _raise_disk_error(path: Path, cause: OSError) -> NoReturn:
 
 
 _EXCHANGED = re.compile(re.escape(TEMPORARY) + r"[0-9a-f]+\+(\d+)-(.+)", re.DOTALL)
-"""Pattern for the name of a directory built for an exchange; its groups are inode and name of the one it replaces."""
+"""Pattern for the name of a directory built for an exchange; its groups are the old directory's inode and name."""
 
 _SET_ASIDE = re.compile(re.escape(TEMPORARY) + r"[0-9a-f]+~(.+)", re.DOTALL)
 """Pattern for the name of a directory that was set aside for a new one; its group is the original name."""

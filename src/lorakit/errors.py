@@ -21,7 +21,7 @@
     │  └─ NonFiniteError             LORA-E091   a loss, gradient or logit became NaN or infinite
     ├─ DiskError (OSError)           LORA-E100   a file could not be written
     ├─ MissingExtra (ImportError)    LORA-E110   an optional package is not installed
-    └─ NotYetSupported (NotImplementedError) LORA-E120   known, but not implemented
+    └─ NotYetSupported (NotImplementedError) LORA-E120   a known feature that is not implemented
 
 A message says what is wrong, where (path, tensor, field, expected, actual) and what to do. The text is for users and
 may change; programs read the class and its fields: `what`, `where`, `field`, `allowed` and `override`.
@@ -46,7 +46,7 @@ class LorakitError(Exception):
 
     Attributes:
         code: Stable name of the exception class, for programs and logs.
-        exit_code: Exit status of the command line: 1 failure, 2 wrong usage.
+        exit_code: Exit status of the command line: 1 for a failure, 2 for wrong usage.
         message: The text without `advice`.
         advice: What to do; ends the text and may contain `OVERRIDE`. None if `message` includes the advice.
         what: The wrong name or value, such as an unknown adapter, target or setting, or a short statement; a value that
@@ -148,7 +148,7 @@ class AdapterError(LorakitError, ValueError):
 
 
 class RouteError(LorakitError, RuntimeError, ValueError):
-    """The adapter of a row is unknown or not available at this site."""
+    """A row's adapter is unknown or not available at this site."""
 
     code = "LORA-E040"
 
@@ -230,7 +230,7 @@ class DiskError(LorakitError, OSError):
 
 
 class MissingExtra(LorakitError, ImportError):
-    """An optional package is not installed; the message has the pip command."""
+    """An optional package is not installed; the message gives the pip command."""
 
     code = "LORA-E110"
 

@@ -18,7 +18,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.js
 
 
 def offline() -> str | None:
-    """Return the environment variable that forbids network access, or None."""
+    """Return the name of the environment variable that forbids network access, or None if none does."""
     for name in OFFLINE_VARIABLES:
         if os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on"):
             return name

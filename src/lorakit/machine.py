@@ -25,7 +25,7 @@ class Machine:
     Attributes:
         system: Operating system and architecture.
         cpu: Name of the processor.
-        cores: Number of cores that this process may use, within its container's quota.
+        cores: Number of cores that this process may use; its container's quota counts.
         features: Entries of `FEATURES` that the processor supports.
         memory_bytes: Memory of the machine or, if smaller, of its container; None if unknown.
         available_bytes: Memory that can be used without swapping; None if unknown.

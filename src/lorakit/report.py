@@ -80,7 +80,7 @@ _TRAIN, _EVAL, _INK, _GRID = "#8aa4c8", "#c2410c", "#333333", "#e5e5e5"
 
 
 def loss_plot(metrics: Metrics, path: str | Path, title: str = "") -> None:
-    """Plot training and evaluation loss against the optimizer step, as an SVG file.
+    """Plot training and evaluation loss by optimizer step, and write the plot as an SVG file.
 
     Args:
         metrics: Metrics with at least one row.

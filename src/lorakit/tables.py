@@ -16,7 +16,7 @@ from typing import TextIO
 UNKNOWN = "unknown"
 
 NARROW = 80
-"""Width in columns that is assumed for a terminal that does not report its own; tables fit into it."""
+"""Assumed width in columns of a terminal that does not report its width; tables fit into it."""
 
 _ROUNDING = 1e-6
 _C_LOCALES = ("C", "POSIX")
@@ -63,7 +63,7 @@ def format_quantity(value: float, unit: str) -> str:
 
 
 def format_rate(value: float, unit: str) -> str:
-    """Return a rate, such as "3,100 tokens/s" or "4.2 tokens/s"; below 10 it has one decimal.
+    """Return a rate, such as "3,100 tokens/s" or "4.2 tokens/s"; rates below 10 have one decimal.
 
     Args:
         value: The rate.
@@ -259,7 +259,7 @@ def in_c_locale() -> bool:
 
 
 def _scaled(value: float) -> tuple[float, str]:
-    """Scale a value below 999.5, or to the largest unit, and return it with its prefix."""
+    """Scale a value to below 999.5, or to the largest unit, and return it with the unit's prefix."""
     for prefix in _UNITS[:-1]:
         if abs(value) < 999.5:
             return value, prefix

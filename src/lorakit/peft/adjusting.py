@@ -136,7 +136,7 @@ def _show(model: PeftModel, method: str, silent: tuple[set[str], ...]) -> None:
 
 
 EXPERT_WEIGHTS = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
-"""Suffixes of the names of fused experts' weights."""
+"""Name suffixes of fused expert weights."""
 
 SMALLEST = 1e-8
 """Value added to the smallest singular value, so that a singular weight has a finite condition number."""
@@ -232,7 +232,7 @@ def find_kappa_target_modules(
         model: The model; only read.
         top_p: Fraction of the modules, and of the parameters, to return.
         max_dim_size_to_analyze: Skip weights with a larger dimension.
-        moe_param_suffixes: Suffixes of the names of fused weights.
+        moe_param_suffixes: Name suffixes of fused expert weights.
         show_progress: Ignored; no progress is shown.
     """
     selector = KappaTuneSelector(model, max_dim_size_to_analyze, moe_param_suffixes, show_progress)

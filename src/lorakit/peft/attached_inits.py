@@ -41,7 +41,7 @@ Batch = Tensor | Mapping[str, Any] | Sequence[Any]
 
 
 def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """Run a model on a batch that maps its argument names to values."""
+    """Run a model on a batch that maps argument names to values."""
     return model(**inputs)
 
 
@@ -242,7 +242,7 @@ def _apply(model: PeftModel, found: Mapping[str, Tensor], name: str) -> None:
 
 
 def _check(here: Mapping[str, LoraLayer], found: Mapping[str, Tensor], name: str) -> None:
-    """Reject directions, (rank, in), of another model or without any rank; warn about other mismatches."""
+    """Reject directions, (rank, in), that do not fit or all have rank 0; warn about missing and unknown modules."""
     for path in here.keys() & found.keys():
         A, width = found[path], here[path].spec.in_features
         variant = here[path].factor(name).variant

@@ -210,7 +210,7 @@ def preprocess_corda(
 def _eigens_from(
     cache: Cache, settings: CordaConfig, modules: Mapping[str, nn.Module], widths: Mapping[str, tuple[int, int]]
 ) -> None:
-    """Store a cache's tensors on the modules; all are checked first."""
+    """Check all of a cache's tensors, then store them on the modules."""
     found, method = {}, cache.metadata.get("corda_method", settings.corda_method)
     if method != settings.corda_method:
         raise cache.error(f"corda_method is {method!r} here and {settings.corda_method!r} in the config", method)
@@ -314,7 +314,7 @@ def _check_gradients_exist(modules: Mapping[str, nn.Module]) -> None:
 
 
 def _gradients_from(cache: Cache, modules: Mapping[str, nn.Module]) -> None:
-    """Store a cache's tensors on the modules; all are checked first."""
+    """Check all of a cache's tensors, then store them on the modules."""
     without = set(cache.metadata.get("without", "").split("\n"))
     shapes = {path: module.get_parameter("weight").shape for path, module in modules.items() if path not in without}
     found = {path: cache.tensor(f"{path}.{GRADIENT}", tuple(shape)) for path, shape in shapes.items()}

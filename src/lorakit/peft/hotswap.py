@@ -59,7 +59,7 @@ def hotswap_adapter(
         model: A wrapped model, possibly compiled.
         model_name_or_path: A directory or a Hub id.
         adapter_name: The adapter to replace; its name is kept.
-        torch_device: Ignored; values go to the device of the existing ones.
+        torch_device: Ignored; values go to the device of the existing values.
         kwargs: `subfolder`, `revision`; PEFT's other options have no effect here.
 
     Raises:
@@ -184,7 +184,7 @@ def prepare_model_for_compiled_hotswap(
         check_compiled: Response to an already compiled model: "error", "warn" or "ignore".
 
     Raises:
-        ConfigError: The model is already compiled or has no adapters, or the rank does not fit.
+        ConfigError: The model is already compiled or has no adapters, or `target_rank` does not fit.
     """
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", False):
         _check_compiled(check_compiled)

@@ -59,7 +59,7 @@ def load_whole(
         folder: The adapter's directory.
         name: Name to give the adapter.
         trainable: Whether to train the adapter further.
-        config: Config that replaces the saved one, with `inference_mode` set; None uses the saved one.
+        config: Config that replaces the saved one; its `inference_mode` is set. None uses the saved one.
 
     Returns:
         The adapter's names in the model for which the file has no tensor, and names in the file that the model lacks.

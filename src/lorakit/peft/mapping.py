@@ -99,13 +99,13 @@ PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {
     PeftType.LORA: LoraConfig,
     **{method: placeholder(name) for method, name in CONFIGS.items()},
 }
-"""Method -> class of its config."""
+"""Method -> its config class."""
 
 PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, type[BaseTuner]] = {PeftType.LORA: LoraModel}
-"""Method -> class of its tuner; other methods are not supported."""
+"""Method -> its tuner class; other methods are not supported."""
 
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[PeftType, type[BaseTuner]] = {PeftType.LORA: LoraModel}
-"""Method -> class of its tuner in a `PeftMixedModel`."""
+"""Method -> its tuner class in a `PeftMixedModel`."""
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfigMixin:

@@ -362,7 +362,7 @@ def _without_numbers(path: str) -> str:
 
 
 def check_adapters_to_merge(module: AdapterModule, adapter_names: list[str] | None = None) -> list[str]:
-    """Return those of a layer's adapters to merge that are not merged yet.
+    """Return which of the adapters to merge are not merged into a layer yet.
 
     Args:
         module: An adapted layer.

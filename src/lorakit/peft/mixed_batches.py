@@ -74,7 +74,7 @@ def calculate_alora_offsets(
     input_ids: Tensor | None,
     adapter_names: Sequence[str] | None = None,
 ) -> list[int | None]:
-    """Return the number of tokens from each row's invocation to its end; None if the adapter is not invoked.
+    """Return the number of tokens from each row's last invocation to the end of the row; None without an invocation.
 
     Args:
         peft_config: Adapter -> config.

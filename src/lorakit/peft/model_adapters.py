@@ -39,7 +39,7 @@ def adapted(model: nn.Module) -> Iterator[AdapterModule]:
 
 
 def configs_of(model: nn.Module) -> dict[str, LoraConfig]:
-    """Return adapter -> config, the model's own dictionary; an empty one without adapters."""
+    """Return the model's own dictionary of configs by adapter, or an empty one without adapters."""
     state = find_state(model)
     return {} if state is None else state.configs
 

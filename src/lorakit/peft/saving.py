@@ -92,13 +92,13 @@ def _metadata(model: PeftModel) -> Iterator[tuple[str, list[str]]]:
 
 
 def _quoted(value: str) -> str:
-    """Return a value of the header, quoted if YAML would not read it as a plain string."""
+    """Return a header value, quoted if YAML would not read it as a plain string."""
     plain = all(char.isalnum() or char in "-_./" for char in value)
     return value if plain and value else "'" + value.replace("'", "''") + "'"
 
 
 def _parts(text: str) -> tuple[list[str], str]:
-    """Return the lines of a card's header, and its text."""
+    """Return the header lines and the text of a card."""
     lines = text.splitlines()
     if not lines or lines[0].strip() != FENCE or FENCE not in (line.strip() for line in lines[1:]):
         return [], text
@@ -160,7 +160,7 @@ def save(
         return save_form(user, folder, converted_form(user, name, initial, tensors))
     if not moved:
         return core.save_adapter(user, folder, name, tensors=tensors)
-    if config.init_lora_weights is True:  # as PEFT saves the initial adapter
+    if config.init_lora_weights is True:  # PEFT saves the initial adapter like this
         return save_form(user, folder, saved_form(user, name, "raw", tensors))
     warn_caller(
         f"Adapter {name!r} acts on a base that {config.init_lora_weights!r} changed, and is saved for that base, as in "

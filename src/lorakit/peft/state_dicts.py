@@ -27,7 +27,7 @@ COMPILED = "_orig_mod"
 ROWS = "token_adapter.trainable_tokens_delta"
 FSDP = "_fsdp_wrapped_module."
 AROUND = (FSDP, f"{COMPILED}.", "_checkpoint_wrapped_module.")
-"""Prefixes that FSDP, torch.compile and checkpointing add to the names of what they wrap."""
+"""Prefixes that FSDP, torch.compile and checkpointing add to the names of modules that they wrap."""
 DATA_PARALLEL = "module."
 
 

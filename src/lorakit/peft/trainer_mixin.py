@@ -112,7 +112,7 @@ class LoraTrainerMixin:
         return super()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Call the parent's `model_init` and adopt its model.
+        """Call the parent's `model_init`, wrap its model if necessary, and return the model to train.
 
         Args:
             trial: Passed to the parent.

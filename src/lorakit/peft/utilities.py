@@ -370,7 +370,7 @@ def prepare_model_for_kbit_training(
 ) -> nn.Module:
     """Freeze a quantized base, upcast its unquantized tensors to fp32, and enable gradient checkpointing.
 
-    With `DENSE_METHODS`, tensors are not upcast.
+    Tensors of a base that is quantized with one of `DENSE_METHODS` are not upcast.
 
     Args:
         model: The base, changed in place.
@@ -441,7 +441,7 @@ def infer_device() -> str:
 
 
 class QuantizationBackend:
-    """A quantization method.
+    """Base class for the backends of quantization methods.
 
     Attributes:
         backend_name: Name of the method in a layer's status.
@@ -451,31 +451,31 @@ class QuantizationBackend:
 
 
 class Bnb4bitBackend(QuantizationBackend):
-    """bitsandbytes 4-bit."""
+    """Backend for bitsandbytes 4-bit quantization."""
 
     backend_name = "bnb 4bit"
 
 
 class Bnb8bitBackend(QuantizationBackend):
-    """bitsandbytes 8-bit."""
+    """Backend for bitsandbytes 8-bit quantization."""
 
     backend_name = "bnb 8bit"
 
 
 class TorchaoBackend(QuantizationBackend):
-    """torchao."""
+    """Backend for torchao quantization."""
 
     backend_name = "torchao"
 
 
 class HqqBackend(QuantizationBackend):
-    """HQQ."""
+    """Backend for HQQ quantization."""
 
     backend_name = "hqq"
 
 
 class ForwardOnlyQuantizationBackend(QuantizationBackend):
-    """A method whose weights cannot be read, such as GPTQ."""
+    """Backend for a quantization method whose weights cannot be read, such as GPTQ."""
 
 
 GptqBackend = ForwardOnlyQuantizationBackend
