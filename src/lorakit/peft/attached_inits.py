@@ -253,9 +253,11 @@ def _check(here: Mapping[str, LoraLayer], found: Mapping[str, Tensor], name: str
             text = f"eva_state_dict: {path} has shape {tuple(A.shape)}; expected (rank, {width})."
             raise ConfigError(text, where=path)
         if not bool(torch.isfinite(A).all()):
-            raise ConfigError(f"eva_state_dict: {path} has NaN or infinite values. Collect it again.", where=path)
+            raise ConfigError(
+                f"eva_state_dict: {path} has NaN or infinite values. Collect the directions again.", where=path
+            )
     if here and all(path in found and not len(found[path]) for path in here):
-        text = f"eva_state_dict leaves no rank to any module of adapter {name!r}. Collect it again."
+        text = f"eva_state_dict leaves no rank to any module of adapter {name!r}. Collect the directions again."
         raise ConfigError(text, what=name)
     unknown = sorted(found.keys() - here.keys())
     if unknown and here.keys().isdisjoint(found):
@@ -352,7 +354,7 @@ def _sites(model: nn.Module, name: str) -> dict[str, LoraLayer]:
         raise AdapterError(text, what=name)
     for path, layer in found.items():
         if name in layer.merged_adapters:
-            text = f"Adapter {name!r} is merged at {path}; unmerge it before its factors are replaced."
+            text = f"Adapter {name!r} is merged at {path}; unmerge it before replacing its factors."
             raise AdapterError(text, what=name, where=path)
     return found
 
@@ -364,7 +366,7 @@ def _is_transposed(layer: LoraLayer) -> bool:
 def _name(source: TensorSource, path: str, layer: LoraLayer) -> str:
     name = source.under([f"{path}.weight"])
     if name is None:
-        text = f"{source.label}: {path}.weight not found, so the model was not loaded from here."
+        text = f"{source.label}: {path}.weight not found, so the model was not loaded from this source."
         raise ConfigError(text, what=f"{path}.weight", where=source.label)
     shape = (layer.spec.out_features, layer.spec.in_features)
     expected = shape[::-1] if _is_transposed(layer) else shape

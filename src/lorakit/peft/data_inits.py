@@ -253,7 +253,7 @@ def _covariances(
     found = {}
     for path, inputs in seen.items():
         if not inputs.rows:
-            raise DataError(f"{path}: run_model does not reach this module. Leave it out of the targets.", where=path)
+            raise DataError(f"{path}: run_model does not reach this module. Exclude it from the targets.", where=path)
         covariance = inputs.second_moment() * (inputs.rows / inputs.calls)
         if not bool(torch.isfinite(covariance).all()):
             raise DataError(f"{path}: Invalid value found in input, please check your input data.", where=path)
@@ -309,7 +309,7 @@ def _check_gradients_exist(modules: Mapping[str, nn.Module]) -> None:
         if not weight_format_of(module).written:
             raise ConfigError(NOT_WRITTEN.format(parameter=f"{path}.weight", type=type(module).__name__), where=path)
         if weight_format_of(module).quantized or hasattr(module, "quant_state"):
-            text = f"LoRA-GA does not support quantized models. Found quantized module: {path!r}. Quantize afterwards."
+            text = f"LoRA-GA does not support quantized models. Found quantized module: {path!r}. Quantize the model later."
             raise ConfigError(text, where=path)
 
 

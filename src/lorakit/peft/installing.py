@@ -46,7 +46,7 @@ def install_as_peft() -> None:
     if late:
         raise UsageError(
             f"install_as_peft() was called too late: {', '.join(late)} {'is' if len(late) == 1 else 'are'} already "
-            f"imported and would keep using what was found then. Call it before importing {', '.join(early)}."
+            f"imported and would not use lorakit.peft. Call it before importing {', '.join(early)}."
         )
     sys.meta_path.insert(0, _Finder())
     importlib.invalidate_caches()
