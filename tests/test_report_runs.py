@@ -16,7 +16,7 @@ def test_a_torn_last_line_is_dropped_and_any_other_bad_line_named(tmp_path: Path
     assert read_metrics(tmp_path).rows == ({"step": 1, "loss": 2.0},)
     for bad in ("nonsense", "[1]", '{"loss": 1}'):
         path.write_text(f'{{"step": 1, "loss": 2.0}}\n{bad}\n', encoding="utf-8")
-        with pytest.raises(RunError, match=r"metrics\.jsonl, line 2: not a row of metrics"):
+        with pytest.raises(RunError, match=r"metrics\.jsonl, line 2: not a metrics row"):
             read_metrics(tmp_path)
 
 

@@ -1,6 +1,6 @@
 """lorakit: Low-Rank Adaptation for PyTorch and Transformers models.
 
-The public names below are a lazy table (PEP 562): `import lorakit` does not load torch, and each name loads only the
+The public names are imported lazily (PEP 562): `import lorakit` does not load torch, and using a name loads only the
 module that defines it.
 """
 

@@ -1,10 +1,10 @@
-"""Settings for memory that a process holds besides tensors: blocks that malloc keeps, and matmuls that oneDNN compiled.
+"""Tune two memory settings of a process: freed blocks that malloc keeps, and compiled matmuls that oneDNN caches.
 
-A training step frees and allocates tensors of the same sizes repeatedly; returning each to the kernel, which must then
-clear its pages again, can cost a third of the step. And each new shape of a bfloat16 matmul on a CPU is compiled and
-cached: about 0.6 MB, up to 1024 of them in either of two caches. With rows of varying lengths, that is more than the
-step itself. Only the command line changes these settings, at its start, and reports it: importing lorakit changes
-nothing in a process.
+A training step frees and allocates tensors of the same sizes repeatedly. If malloc returns each freed block to the
+kernel, which must then clear its pages again, this can take a third of the step time. On a CPU, a bfloat16 matmul is
+compiled for each new shape and cached (about 0.6 MB); each of two caches holds up to 1024 entries. With rows of varying
+lengths, the caches grow larger than the step's own memory. Only the command line changes these settings: it does so at
+startup and reports the change. Importing lorakit does not affect the process.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ SWITCH = "LORAKIT_ALLOCATOR"
 """Environment variable; "stock" leaves malloc unchanged."""
 
 MALLOC_MESSAGE = (
-    f"malloc keeps freed memory in this process, so that the next step can reuse it (disable with {SWITCH}=stock)."
+    f"malloc keeps freed memory in this process so that the next step can reuse it (disable with {SWITCH}=stock)."
 )
 """Message of `set_up` if `keep_large_blocks` took effect."""
 
 CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 128, "LRU_CACHE_CAPACITY": 1}
-"""Environment variable -> entries of the cache it bounds; read at the first matmul, default 1024.
+"""Environment variable -> maximum number of entries in a cache; read at the first matmul, default 1024.
 
-oneDNN's own cache (its developer guide, "Primitive Cache") must hold what one step computes, or every layer compiles
-again: a step of 4 equal rows had 57 matmuls, one of 4 rows of new lengths has about 45 new ones. PyTorch's second
-cache, of ideep, keeps another copy of each and avoids no compilation; a capacity of 0 makes it crash.
+oneDNN's own cache (developer guide, "Primitive Cache") must hold all matmuls of a step; otherwise every layer compiles
+its matmuls again. A step with 4 rows of equal length had 57 matmuls; one with 4 rows of new lengths adds about 45.
+PyTorch's second cache, in ideep, stores another copy of each and avoids no compilation; it crashes at a capacity of 0.
 """
 
 MATMUL_MESSAGE = (
@@ -40,10 +40,10 @@ LARGEST = 2**31 - 1  # mallopt takes an int: blocks below 2 GiB stay on the heap
 
 
 def keep_large_blocks() -> bool:
-    """Configure malloc of this process to keep freed memory.
+    """Configure this process's malloc to keep freed memory.
 
     Returns:
-        Whether it took effect: not with another allocator or C library, or with `LORAKIT_ALLOCATOR=stock`.
+        Whether the setting took effect; false with another allocator or C library, or if `LORAKIT_ALLOCATOR=stock`.
     """
     if os.environ.get(SWITCH, "").lower() == "stock" or platform.libc_ver()[0] != "glibc":
         return False
@@ -57,12 +57,12 @@ def keep_large_blocks() -> bool:
 
 
 def limit_compiled_matmuls() -> bool:
-    """Limit the compiled matmuls that this process caches; call before the first matmul.
+    """Limit the number of compiled matmuls that this process caches; call before the first matmul.
 
-    Results do not change: an evicted matmul is compiled again, in about 0.3 ms.
+    Results do not change: an evicted matmul is recompiled in about 0.3 ms.
 
     Returns:
-        Whether it set a limit: values that the user set are kept.
+        Whether a limit was set; values that the user set are kept.
     """
     theirs = set(os.environ)
     if "DNNL_PRIMITIVE_CACHE_CAPACITY" in theirs:  # oneDNN's former name, still read
@@ -73,10 +73,10 @@ def limit_compiled_matmuls() -> bool:
 
 
 def set_up() -> list[str]:
-    """Apply both settings, for a command that trains or evaluates.
+    """Apply both settings for a command that trains or evaluates.
 
     Returns:
-        A message for each that took effect.
+        A message for each setting that took effect.
     """
     kept, few = keep_large_blocks(), limit_compiled_matmuls()
     return [message for message, took in ((MALLOC_MESSAGE, kept), (MATMUL_MESSAGE, few)) if took]

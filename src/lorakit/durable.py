@@ -1,13 +1,14 @@
 """Crash-safe writing and verified reading; the only module that opens files for writing.
 
-After a crash either the old or the new content exists, never a part.
+After a crash, a file has either its old or its new content, never part of it.
 
-- A file is written next to its final name, flushed to disk and renamed into place; then its directory is flushed too.
-  A replaced file keeps its mode, a new one gets the umask's. Files are read only if regular, bounded and valid.
-- A directory is published whole, replaced whole, or replaced file by file in an order that readers can check. Several
-  of its files are replaced together by building a complete new directory next to it and exchanging the two.
+- A file is written under a temporary name in the same directory, flushed to disk and renamed into place; then the
+  directory is flushed too. A replaced file keeps its mode; a new one gets the default mode (umask). Only regular files
+  of bounded size are read, and JSON is validated strictly.
+- A directory is published as a whole, replaced as a whole, or replaced file by file in an order that readers can check.
+  To replace several files together, a complete new directory is built next to the old one, and the two are exchanged.
 
-Uses only the standard library.
+This module uses only the standard library and `lorakit.errors`.
 """
 
 from __future__ import annotations
@@ -30,27 +31,27 @@ from typing import Any, NoReturn, TypeAlias
 from lorakit.errors import AdapterFileError, DiskError
 
 JsonObject: TypeAlias = dict[str, Any]
-"""A JSON object, as `read_json` gives it: values by name."""
+"""A JSON object as returned by `read_json`."""
 
 JsonValue: TypeAlias = bool | int | float | str | list[Any] | JsonObject | None
 """Any JSON value."""
 
 TEMPORARY = ".lorakit-tmp-"
-"""Part of the name of every unfinished file or directory, so that a sweep can find it."""
+"""Prefix of the names of all unfinished files and directories, so that `sweep` can find them."""
 
 SEAL = "seal"
-"""Key of a table's SHA-256 over all its other entries."""
+"""Key under which a dictionary stores the SHA-256 of all its other entries."""
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
-    """Write a file atomically: a crash leaves the old content or the new.
+    """Write a file atomically: a crash leaves either the old or the new content.
 
     Args:
         path: The file; a missing directory is created.
         data: The content.
 
     Raises:
-        DiskError: The disk is full, read-only or fails; the previous content is unchanged.
+        DiskError: Writing or flushing fails; the message says whether the content was replaced.
     """
     path = Path(path)
     temporary = temporary_name(path)
@@ -79,34 +80,34 @@ def write_json(path: str | os.PathLike[str], value: JsonValue) -> None:
 
     Raises:
         DiskError: As for `write_bytes`.
-        ValueError: The value contains NaN or infinity, which JSON does not support.
+        ValueError: `value` contains NaN or infinity, which JSON does not support.
     """
     write_bytes(path, json_bytes(value))
 
 
 def json_bytes(value: JsonValue) -> bytes:
-    """Return the bytes that `write_json` writes, to hash them first.
+    """Return the bytes that `write_json` would write, for example to hash them first.
 
     Raises:
-        ValueError: The value contains NaN or infinity, which JSON does not support.
+        ValueError: `value` contains NaN or infinity, which JSON does not support.
     """
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a table with a SHA-256 seal over all its other entries, so that any later change is detected.
+    """Return a copy of a dictionary with a SHA-256 seal over all other entries, so that later changes can be detected.
 
     Args:
-        values: Plain JSON values; an existing seal is replaced.
+        values: JSON values by key; an existing seal is replaced.
 
     Raises:
-        ValueError: A value cannot be written as JSON.
+        ValueError: A value is NaN or infinite, which JSON does not support.
     """
     return {**values, SEAL: _seal(parse_json(json_bytes(dict(values))))}
 
 
 def is_sealed(values: Mapping[str, Any]) -> bool:
-    """Return whether a table contains its own valid seal."""
+    """Return whether a dictionary contains a seal that matches its other entries."""
     return values.get(SEAL) == _seal(values)
 
 
@@ -116,12 +117,12 @@ def _seal(values: Mapping[str, Any]) -> str:
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:
-    """Return the SHA-256 of bytes, in hexadecimal."""
+    """Return the hexadecimal SHA-256 of bytes."""
     return hashlib.sha256(data).hexdigest()
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a file, in hexadecimal, read in 1 MiB blocks."""
+    """Return the hexadecimal SHA-256 of a file, which is read in 1 MiB blocks."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while piece := file.read(1 << 20):
@@ -183,7 +184,7 @@ def parse_json(data: bytes | str) -> Any:
     """Parse JSON and reject what the standard forbids but Python accepts.
 
     Raises:
-        ValueError: Not JSON, not UTF-8, a duplicate key, or NaN or infinity.
+        ValueError: `data` is not JSON, is not UTF-8, or contains a duplicate key, NaN or infinity.
     """
     text = data if isinstance(data, str) else data.decode("utf-8")
     return json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
@@ -203,20 +204,20 @@ def _no_constant(constant: str) -> NoReturn:
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a temporary name next to a path, recognized by a sweep."""
+    """Return a temporary path in the same directory, which `sweep` recognizes."""
     return path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{path.name}")
 
 
 def _write_new(path: Path, data: bytes | memoryview, replaced: Path) -> None:
-    """Write and flush a file that does not exist yet, with owner and mode of the regular file that it will replace.
+    """Write and flush a new file, and copy the owner and mode of the regular file that it will replace.
 
     Args:
-        path: The file; its directory exists.
+        path: The new file; its directory exists.
         data: The content.
-        replaced: The file that it will replace, if any. Owner and mode of a symbolic link are not copied.
+        replaced: The file that `path` will replace, if it exists. Owner and mode of a symbolic link are not copied.
 
     Raises:
-        OSError: The disk is full or fails.
+        OSError: Writing or flushing fails.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags, 0o666)
@@ -240,7 +241,7 @@ def _sync_name(path: Path) -> None:
     """Flush the directory of a newly written path.
 
     Raises:
-        DiskError: The disk fails; a power failure may lose the content.
+        DiskError: The directory cannot be flushed; a power failure may then lose the new content.
     """
     try:
         _flush(path.parent)
@@ -252,10 +253,10 @@ def _sync_name(path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Flush a file, or the names in a directory.
+    """Flush a file, or the entries of a directory, to disk.
 
     Raises:
-        OSError: The disk is full or fails.
+        OSError: Flushing fails.
     """
     if os.name == "nt" and path.is_dir():
         return  # Windows cannot flush a directory
@@ -267,7 +268,7 @@ def _flush(path: Path) -> None:
 
 
 def _raise_disk_error(path: Path, cause: OSError) -> NoReturn:
-    """Raise a failed write as a lorakit error.
+    """Raise the `DiskError` for a failed write.
 
     Raises:
         DiskError: Always.
@@ -278,13 +279,13 @@ def _raise_disk_error(path: Path, cause: OSError) -> NoReturn:
 
 
 _EXCHANGED = re.compile(re.escape(TEMPORARY) + r"[0-9a-f]+\+(\d+)-(.+)", re.DOTALL)
-"""Name of a directory built for an exchange: inode and name of the directory it replaces."""
+"""Pattern for the name of a directory built for an exchange; its groups are the old directory's inode and name."""
 
 _SET_ASIDE = re.compile(re.escape(TEMPORARY) + r"[0-9a-f]+~(.+)", re.DOTALL)
-"""Name of a directory that was set aside for a new one: the original name."""
+"""Pattern for the name of a directory that was set aside for a new one; its group is the original name."""
 
 MOST_ENTRIES = 10_000
-"""Directories with more entries, including subdirectories, are not rebuilt; their files are replaced in order."""
+"""Directories with more entries (counted recursively) are not rebuilt; their files are replaced in order instead."""
 
 _CANNOT = frozenset(
     getattr(errno, name)
@@ -293,7 +294,7 @@ _CANNOT = frozenset(
         *("ENAMETOOLONG", "EEXIST", "ENOTEMPTY"),
     )
 )
-"""Errors of systems that cannot exchange two directories; any other error, such as a full disk, ends the write."""
+"""Errors of systems that cannot exchange two directories; any other error, such as a full disk, aborts the write."""
 
 
 @contextlib.contextmanager
@@ -302,13 +303,14 @@ def publish_directory(final: str | os.PathLike[str], *, replace: bool = False) -
 
     Args:
         final: The final name; a symbolic link to a directory is followed.
-        replace: Exchange it for an existing directory, which is then removed; otherwise that directory must be empty.
+        replace: Whether to replace and remove an existing directory; if false, an existing directory must be empty.
 
     Yields:
-        A new directory next to it, on the same disk, to write into.
+        A new directory next to `final`, on the same disk, to write into.
 
     Raises:
-        DiskError: The disk fails, or `final` is a directory with content; nothing is left behind.
+        DiskError: Writing fails, or `final` is a nonempty directory and `replace` is false; the temporary directory is
+            removed.
     """
     final = Path(os.path.realpath(final))
     temporary = temporary_name(final)
@@ -335,21 +337,22 @@ def publish_directory(final: str | os.PathLike[str], *, replace: bool = False) -
 
 
 def replace_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes | None]) -> bool:
-    """Replace files of a directory together: a crash leaves all old ones or all new ones.
+    """Replace several files in a directory together: a crash leaves either all old files or all new ones.
 
-    A complete new directory is built next to it and exchanged with it. Other files become hard links to the same files,
+    A complete new directory is built next to the existing one and exchanged with it. Other files are hard-linked, and
     subdirectories are recreated. The directory keeps its owner and mode, and a symbolic link to it stays a link. A
-    directory that is the working directory of this process, a mount point, or not writable is not exchanged.
+    directory is not exchanged if it contains the working directory of this process, is a mount point, is not writable,
+    or has more than `MOST_ENTRIES` entries.
 
     Args:
         folder: The directory; created if missing.
         contents: Name -> content; None removes the file.
 
     Returns:
-        Whether it was done. If the system cannot exchange directories, nothing has changed.
+        Whether the files were replaced; if false, nothing has changed.
 
     Raises:
-        DiskError: The disk is full or fails; the directory is unchanged.
+        DiskError: Writing or flushing fails; the message says whether the files were replaced.
     """
     final = Path(os.path.realpath(folder))
     if not _can_be_exchanged(final):
@@ -376,17 +379,17 @@ def replace_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes |
 
 
 def replace_in_order(folder: str | os.PathLike[str], steps: Sequence[Mapping[str, bytes | None]]) -> None:
-    """Replace files of a directory one by one; every step is on disk before the next one begins.
+    """Replace files in a directory step by step; each step is flushed to disk before the next one begins.
 
     All contents are written and flushed under temporary names before the first file is replaced, so that a full disk
-    changes nothing.
+    leaves the directory unchanged.
 
     Args:
         folder: The directory; created if missing.
         steps: Each step as name -> content; None removes the file.
 
     Raises:
-        DiskError: The disk is full or fails. The message says whether files were replaced.
+        DiskError: Writing or flushing fails; the message says whether files were replaced.
     """
     folder = Path(folder)
     staged: list[list[tuple[Path, Path | None]]] = []
@@ -419,16 +422,16 @@ def replace_in_order(folder: str | os.PathLike[str], steps: Sequence[Mapping[str
 
 
 def sweep(folder: str | os.PathLike[str]) -> list[str]:
-    """Remove what killed writers left in a directory.
+    """Remove temporary files and directories that interrupted writers left in a directory.
 
-    A directory that was set aside without a replacement gets its name back. Entries of an exchanged directory that the
-    new one lacks are moved there first.
+    A directory that was set aside but not replaced gets its name back. Entries of a replaced directory that the new
+    directory lacks are moved there first.
 
     Args:
-        folder: The directory; its subdirectories are not entered.
+        folder: The directory; its subdirectories are not searched.
 
     Returns:
-        The names removed.
+        The temporary names removed.
     """
     removed = []
     for path in sorted(Path(folder).glob(f"{TEMPORARY}*")):
@@ -446,7 +449,7 @@ def sweep(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def _can_be_exchanged(final: Path) -> bool:
-    """Return whether a directory can be exchanged: it is not our working directory, and nothing is mounted there."""
+    """Return whether a directory can be exchanged; `replace_files` lists the exceptions."""
     with contextlib.suppress(FileNotFoundError):  # the working directory may have been removed
         if Path.cwd().is_relative_to(final):
             return False
@@ -475,7 +478,7 @@ def _build(new: Path, old: Path, contents: Mapping[str, bytes | None]) -> None:
 
 
 def _carry(old: Path, new: Path, left_out: Collection[str] = ()) -> None:
-    """Copy every entry of a directory to another one: files and links as hard links, subdirectories recreated."""
+    """Copy a directory's entries to another directory: hard-link files and links, and recreate subdirectories."""
     with os.scandir(old) as entries:
         for entry in entries:
             source, target = old / entry.name, new / entry.name
@@ -496,9 +499,7 @@ def _take_owner_and_mode(source: Path, target: Path) -> None:
 
 
 def _clear(temporary: Path, final: Path, old: int, replaced: Collection[str] | None = None) -> None:
-    """Remove a directory that was built, or, if it was exchanged, the old one after moving over entries added
-    meanwhile.
-    """
+    """Remove a temporary directory; if it was exchanged, first move entries added in the meantime to the new one."""
     with contextlib.suppress(OSError):
         if old and temporary.stat().st_ino == old and final.is_dir():
             _retire(temporary, final, replaced)
@@ -507,13 +508,12 @@ def _clear(temporary: Path, final: Path, old: int, replaced: Collection[str] | N
 
 
 def _retire(old: Path, new: Path, replaced: Collection[str] | None) -> None:
-    """Empty and remove a replaced directory; entries that the new one lacks, or has in an older version, are moved
-    there.
+    """Remove a replaced directory after moving entries that the new one lacks, or has in an older version, to it.
 
     Args:
         old: The directory to remove.
         new: The directory that replaced it.
-        replaced: Names that were replaced on purpose; None if unknown: then nothing in `new` is changed.
+        replaced: Names that were replaced on purpose; None if unknown, and existing entries of `new` are then kept.
     """
     with os.scandir(old) as entries:
         for entry in list(entries):
@@ -532,7 +532,7 @@ def _retire(old: Path, new: Path, replaced: Collection[str] | None) -> None:
 
 
 def _put_in_place_of(new: Path, old: Path) -> None:
-    """Exchange two directories; if the system cannot, set the old one aside under a name that a sweep restores."""
+    """Exchange two directories; if unsupported, set the old one aside under a name from which `sweep` restores it."""
     try:
         _exchange(new, old)
     except OSError as cause:
@@ -549,7 +549,7 @@ def _put_in_place_of(new: Path, old: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> None:
-    """Exchange the names of two files or directories atomically, which only Linux supports."""
+    """Exchange the names of two files or directories atomically; only Linux supports this."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE: linux/fcntl.h, linux/fs.h
     if rename is None:

@@ -3,7 +3,7 @@
     LorakitError                     LORA-E000
     ├─ ConfigError (ValueError)      LORA-E010   a config field or setting has a value that is not allowed
     │  ├─ UsageError                 LORA-E011   the command line or call is not valid
-    │  └─ ConfigTypeError (TypeError) LORA-E012  a config field or setting has a wrong type
+    │  └─ ConfigTypeError (TypeError) LORA-E012  a config field or setting has the wrong type
     ├─ TargetError (ValueError)      LORA-E020   a target list matches nothing, or only in part
     │  └─ NoTargetError              LORA-E021   no target of a config was found in the model
     ├─ AdapterError (ValueError)     LORA-E030   an adapter name is unknown, invalid or in use
@@ -14,14 +14,14 @@
     ├─ AdapterFileError (ValueError) LORA-E060   files of an adapter are missing, damaged or do not fit
     │  ├─ BaseMismatchError          LORA-E061   the adapter was trained on another base
     │  ├─ PatternError               LORA-E062   a name pattern from a file is a regular expression, which is not run
-    │  └─ ShapeMismatchError         LORA-E063   tensors of an adapter have other shapes than the model needs
+    │  └─ ShapeMismatchError         LORA-E063   tensors of an adapter do not have the shapes that the model needs
     ├─ ModelError (ValueError)       LORA-E070   a model or tokenizer cannot be found or used
     ├─ DataError (ValueError)        LORA-E080   training data cannot be read or used
     ├─ RunError (RuntimeError)       LORA-E090   a run directory or checkpoint cannot be used, or a run cannot continue
     │  └─ NonFiniteError             LORA-E091   a loss, gradient or logit became NaN or infinite
     ├─ DiskError (OSError)           LORA-E100   a file could not be written
     ├─ MissingExtra (ImportError)    LORA-E110   an optional package is not installed
-    └─ NotYetSupported (NotImplementedError) LORA-E120   known, but not implemented
+    └─ NotYetSupported (NotImplementedError) LORA-E120   a known feature that is not implemented
 
 A message says what is wrong, where (path, tensor, field, expected, actual) and what to do. The text is for users and
 may change; programs read the class and its fields: `what`, `where`, `field`, `allowed` and `override`.
@@ -35,19 +35,20 @@ from os import PathLike
 from typing import Any, ClassVar
 
 OVERRIDE = "{override}"
-"""Placeholder in an error's `advice` for the way to override the check."""
+"""Placeholder in an error's `advice` for how to override the check."""
 
 
 class LorakitError(Exception):
     """Base class of all exceptions that lorakit raises deliberately.
 
-    All fields are optional keywords of every class: a message alone is enough. They are kept by pickling and copying.
+    Every class accepts all fields as optional keyword arguments; a message alone is enough. Pickling and copying
+    preserve the fields.
 
     Attributes:
         code: Stable name of the exception class, for programs and logs.
-        exit_code: Exit status of the command line: 1 failure, 2 wrong usage.
+        exit_code: Exit status of the command line: 1 for a failure, 2 for wrong usage.
         message: The text without `advice`.
-        advice: What to do, as the end of the text; may contain `OVERRIDE`. None if `message` includes it.
+        advice: What to do; ends the text and may contain `OVERRIDE`. None if `message` includes the advice.
         what: The wrong name or value, such as an unknown adapter, target or setting, or a short statement; a value that
             is not a str is stored as its repr, so that every error can be pickled.
         where: Path of a file or directory, dotted path of a module, or name of a tensor.
@@ -81,14 +82,14 @@ class LorakitError(Exception):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Return the fields as keywords, for an error that wraps this one: `kind(f"{path}: {e}", **e.fields)`."""
+        """Return the fields as keyword arguments for a wrapping error: `kind(f"{path}: {e}", **e.fields)`."""
         return {name: getattr(self, name) for name in ("what", "where", "field", "allowed", "override")}
 
     def text(self, how: str | None = None) -> str:
         """Return the message and the advice.
 
         Args:
-            how: The way to override the check, such as "give --allow-nonfinite"; None describes the Python API's.
+            how: How to override the check, such as "give --allow-nonfinite"; None describes how to do so in Python.
         """
         if self.advice is None:
             return self.message
@@ -103,12 +104,12 @@ class ConfigError(LorakitError, ValueError):
 
     @classmethod
     def of(cls, field: str, value: object, rule: str = "", *, allowed: Iterable[str] = ()) -> ConfigError:
-        """Return the error of a field, such as "r is 0; it must be a whole number of at least 1.".
+        """Return the error for a field with a wrong value, such as "r is 0; it must be an integer >= 1.".
 
         Args:
             field: The config field or setting.
-            value: Its value.
-            rule: What it must be; by default one of `allowed`.
+            value: The wrong value.
+            rule: What the value must be; by default, one of `allowed`.
             allowed: The allowed values, for the message's suggestion.
         """
         names = tuple(allowed)
@@ -123,7 +124,7 @@ class UsageError(ConfigError):
 
 
 class ConfigTypeError(ConfigError, TypeError):
-    """A config field or setting has a wrong type."""
+    """A config field or setting has the wrong type."""
 
     code = "LORA-E012"
 
@@ -147,7 +148,7 @@ class AdapterError(LorakitError, ValueError):
 
 
 class RouteError(LorakitError, RuntimeError, ValueError):
-    """The adapter of a row is unknown or not available at this site."""
+    """A row's adapter is unknown or not available at this site."""
 
     code = "LORA-E040"
 
@@ -169,7 +170,7 @@ class MixedRowsError(RouteError):
 
 
 class MergeError(LorakitError, RuntimeError, ValueError):
-    """A merge or unmerge is not possible; it derives from both built-in classes that callers of PEFT catch."""
+    """A merge or unmerge is not possible; derives from both built-in exceptions that callers of PEFT catch."""
 
     code = "LORA-E050"
 
@@ -193,7 +194,7 @@ class PatternError(AdapterFileError):
 
 
 class ShapeMismatchError(AdapterFileError):
-    """Tensors of an adapter have other shapes than the model needs."""
+    """Tensors of an adapter do not have the shapes that the model needs."""
 
     code = "LORA-E063"
 
@@ -223,13 +224,13 @@ class NonFiniteError(RunError):
 
 
 class DiskError(LorakitError, OSError):
-    """A file could not be written; its previous contents are unchanged."""
+    """A file could not be written."""
 
     code = "LORA-E100"
 
 
 class MissingExtra(LorakitError, ImportError):
-    """An optional package is not installed; the message has the pip command."""
+    """An optional package is not installed; the message gives the pip command."""
 
     code = "LORA-E110"
 
@@ -241,7 +242,7 @@ class NotYetSupported(LorakitError, NotImplementedError):
 
 
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
-    """Issue a warning at the first caller outside lorakit, whatever the depth of the call.
+    """Issue a warning that is attributed to the nearest caller outside lorakit.
 
     Args:
         message: The message.
@@ -257,7 +258,7 @@ def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
 
 
 _SHOWN = {
-    **{code: chr(0x2400 + code) for code in range(0x20)},  # control characters, including escape: their symbols
+    **{code: chr(0x2400 + code) for code in range(0x20)},  # symbols for control characters, including escape
     0x7F: "\u2421",
     **{code: f"\\x{code:02x}" for code in range(0x80, 0xA0)},
     # characters that separate lines or paragraphs, or change the text direction
@@ -296,7 +297,7 @@ def nearest(word: str, candidates: list[str], count: int = 3) -> list[str]:
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    """Return " Did you mean x?" with the candidate closest in spelling, or nothing, to append to a message.
+    """Return " Did you mean x?" for the candidate closest in spelling, or "" if none is close, to append to a message.
 
     Args:
         word: The user's text.

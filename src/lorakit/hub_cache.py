@@ -1,7 +1,6 @@
-"""Adapters of the Hugging Face Hub: download one into the Hub's cache, or find it there; whether network access is off.
+"""Download adapters from the Hugging Face Hub into its local cache, or find them there if network access is disabled.
 
-It is below `lorakit.hub`, so that `lorakit.config` can read a config by its Hub id. Adapters are downloaded only for a
-Hub id.
+This module is separate from `lorakit.hub` so that `lorakit.config` can read a config by Hub id.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 """Environment variables of the Hugging Face libraries that forbid network access."""
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.json")
-"""Patterns of downloaded files; none of them can contain code."""
+"""Names of the files to download; none of their formats can contain code."""
 
 
 def offline() -> str | None:
-    """Return the environment variable that forbids network access, or None."""
+    """Return the name of the environment variable that forbids network access, or None if none does."""
     for name in OFFLINE_VARIABLES:
         if os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on"):
             return name
@@ -27,15 +26,15 @@ def offline() -> str | None:
 
 
 def adapter_from_hub(repository: str, *, revision: str | None = None, subfolder: str | None = None) -> Path:
-    """Return the local folder of an adapter on the Hub.
+    """Return the local folder of an adapter on the Hub; downloads missing files.
 
     Args:
-        repository: Its id, "owner/name".
+        repository: Hub id of the repository, "owner/name".
         revision: Branch, tag or commit.
         subfolder: The adapter's folder in the repository.
 
     Returns:
-        The repository's folder in the Hub's cache, with the adapter's files.
+        The repository's folder in the Hub's cache, which contains the adapter's files.
 
     Raises:
         ModelError: The repository was not found or cannot be reached.
@@ -51,7 +50,7 @@ def adapter_from_hub(repository: str, *, revision: str | None = None, subfolder:
     except Exception as cause:  # the Hub client's exceptions depend on its transport
         where = f"in the Hub's cache (network access is off: {variable} is set)" if variable else "on the Hub"
         raise ModelError(
-            f"{repository!r} is not a directory, and was not found {where} ({type(cause).__name__}). Check the name, "
+            f"{repository!r} is not a directory and was not found {where} ({type(cause).__name__}). Check the name, "
             "or pass a directory."
         ) from cause
     return Path(folder)

@@ -1,7 +1,7 @@
 """Properties of this machine: processor, usable cores, memory, allocator, and the cache directory.
 
-Uses only the standard library and lorakit's errors. Outside Linux most properties are unknown and reported as such.
-This module knows nothing about torch, models or speed, which is measured, not looked up.
+This module uses only the standard library and lorakit's errors. Outside Linux, most properties are unknown and reported
+as such. Speed is not among them, since it is measured elsewhere.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from pathlib import Path
 from lorakit.errors import DiskError
 
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "amx_fp16", "bf16", "sve")
-"""Processor flags that determine matmul speed; "bf16" and "sve" are ARM's."""
+"""Processor flags that determine matmul speed; "bf16" and "sve" are ARM flags."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine, as this process may use it.
+    """Resources of a machine that this process may use.
 
     Attributes:
         system: Operating system and architecture.
         cpu: Name of the processor.
-        cores: Cores that this process may run on, limited by its container's quota.
-        features: Those of `FEATURES` that the processor has.
+        cores: Number of cores that this process may use; its container's quota counts.
+        features: Entries of `FEATURES` that the processor supports.
         memory_bytes: Memory of the machine or, if smaller, of its container; None if unknown.
         available_bytes: Memory that can be used without swapping; None if unknown.
         allocator: The malloc implementation of this process, and whether it was tuned.
-        load: Mean number of running processes over the last minute; None if unknown.
+        load: Load average over the last minute; None if unknown.
     """
 
     system: str
@@ -44,7 +44,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Return the machine that this process runs on, in its current state."""
+    """Return the current properties of the machine that this process runs on."""
     cpuinfo, meminfo = _read("/proc/cpuinfo"), _read("/proc/meminfo")
     limit = _number(_read("/sys/fs/cgroup/memory.max"))
     memory = _bytes_of(meminfo, "MemTotal")
@@ -66,12 +66,12 @@ def this_machine() -> Machine:
 
 
 def cpu_name(cpuinfo: str) -> str:
-    """Return the processor's name from the text of /proc/cpuinfo; empty if it is not given."""
+    """Return the processor's name from the text of /proc/cpuinfo, or an empty string if the text lacks it."""
     return _value(cpuinfo, "model name")
 
 
 def cpu_features(cpuinfo: str) -> tuple[str, ...]:
-    """Return those of `FEATURES` that the text of /proc/cpuinfo lists."""
+    """Return the entries of `FEATURES` that the text of /proc/cpuinfo lists."""
     flags = set((_value(cpuinfo, "flags") or _value(cpuinfo, "Features")).split())
     return tuple(feature for feature in FEATURES if feature in flags)
 
@@ -80,7 +80,7 @@ def usable_cores(cpu_max: str = "") -> int:
     """Return the number of cores that this process may use.
 
     Args:
-        cpu_max: Text of the control group's cpu.max, "<quota> <period>"; "max" or nothing means no quota.
+        cpu_max: Text of the control group's cpu.max, "<quota> <period>"; "max" or an empty text means no quota.
 
     Returns:
         At least 1.
@@ -118,7 +118,7 @@ def _read(path: str) -> str:
 
 
 def _value(text: str, key: str) -> str:
-    """Return the first value of `key : value` lines."""
+    """Return the value of the first `key : value` line with this key, or an empty string."""
     for line in text.splitlines():
         name, _, value = line.partition(":")
         if name.strip() == key:
@@ -137,7 +137,7 @@ def _number(text: str) -> int | None:
 
 
 def home_directory() -> Path | None:
-    """Return the user's home; None without HOME and without a passwd entry, as in many containers."""
+    """Return the user's home directory; None without HOME or a passwd entry, as in many containers."""
     try:
         return Path.home()
     except RuntimeError:
@@ -148,7 +148,7 @@ def cache_directory() -> Path:
     """Return lorakit's cache directory: `LORAKIT_CACHE`, else `lorakit` in `XDG_CACHE_HOME` or ~/.cache.
 
     Raises:
-        DiskError: None of them is set and the user has no home directory, or the given home is unknown.
+        DiskError: Neither variable is set and the user has no home directory, or `LORAKIT_CACHE` has an unknown one.
     """
     own, shared = os.environ.get("LORAKIT_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if own:
@@ -167,10 +167,10 @@ def cache_directory() -> Path:
 
 
 def peak_rss_bytes() -> int:
-    """Return the peak resident size of this process so far, in bytes; 0 if the system does not report it.
+    """Return the peak resident size of this process so far in bytes; 0 if the system does not report it.
 
-    On Linux this reads the kernel's high-water mark of the current program: `getrusage` also counts what was in the
-    process before `exec`.
+    On Linux, this reads the kernel's high-water mark of the current program, since `getrusage` also counts memory that
+    the process used before `exec`.
     """
     peak = _bytes_of(_read("/proc/self/status"), "VmHWM")
     if peak is not None:

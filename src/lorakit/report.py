@@ -1,8 +1,8 @@
 """Read the metrics of a run directory (`metrics.jsonl`) and plot them as SVG.
 
-The files are the interface; nothing of training is needed. A last line truncated by a crash is dropped; any other bad
-line is an error with its number. This is the only module that imports matplotlib; it uses figure objects, never pyplot,
-so that no global state of matplotlib changes.
+This module reads only the run's files and imports no training code. If a crash truncated the last line, it is dropped;
+any other invalid line raises an error with its line number. Only this module imports matplotlib. It uses figure objects
+instead of pyplot, so that matplotlib's global state does not change.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ METRICS_FILE = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class Metrics:
-    """Rows of a run in the order in which they were written.
+    """Metrics of a run, in the order in which they were written.
 
     Attributes:
-        rows: All rows.
+        rows: One dictionary per line of `metrics.jsonl`.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -45,16 +45,16 @@ class Metrics:
 
 
 def read_metrics(folder: str | Path) -> Metrics:
-    """Read `metrics.jsonl` of a run.
+    """Read a run's `metrics.jsonl`.
 
     Args:
         folder: The run directory.
 
     Returns:
-        Its rows; none if the file is missing.
+        The metrics, without rows if the file is missing.
 
     Raises:
-        RunError: A line other than a truncated last one is not a row; the message gives its number.
+        RunError: The file cannot be read, or a complete line is not a metrics row; the message gives the line number.
     """
     path = Path(folder) / METRICS_FILE
     try:
@@ -71,7 +71,7 @@ def read_metrics(folder: str | Path) -> Metrics:
         except ValueError:
             whole = False
         if not whole:
-            raise RunError(f"{path}, line {number}: not a row of metrics.", where=path)
+            raise RunError(f"{path}, line {number}: not a metrics row.", where=path)
         rows.append(row)
     return Metrics(tuple(rows))
 
@@ -80,12 +80,12 @@ _TRAIN, _EVAL, _INK, _GRID = "#8aa4c8", "#c2410c", "#333333", "#e5e5e5"
 
 
 def loss_plot(metrics: Metrics, path: str | Path, title: str = "") -> None:
-    """Draw training and evaluation loss over the steps.
+    """Plot training and evaluation loss by optimizer step, and write the plot as an SVG file.
 
     Args:
-        metrics: Rows of a run; at least one.
+        metrics: Metrics with at least one row.
         path: The SVG file to write.
-        title: A line above the plot.
+        title: Title of the plot.
 
     Raises:
         MissingExtra: matplotlib is not installed; the message gives the pip command.

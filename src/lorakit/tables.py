@@ -1,7 +1,7 @@
-"""Sizes, durations, percentages, counts and aligned columns as plain text, in one form for all of lorakit.
+"""Format sizes, durations, percentages, counts and tables as plain text, consistently across lorakit.
 
-Bytes and rates use decimal units (1 MB is 10⁶ bytes). Values that are NaN or infinite are "unknown". `fit` adapts text
-to a stream: to its encoding, and to the width of a terminal. Knows nothing about models.
+Bytes and rates use decimal units (1 MB is 10⁶ bytes). NaN and infinite values are shown as "unknown". `fit` adapts text
+to a stream's encoding and, for a terminal, to its width.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TextIO
 UNKNOWN = "unknown"
 
 NARROW = 80
-"""Columns of a terminal that does not report its width; tables fit into them."""
+"""Assumed width in columns of a terminal that does not report its width; tables fit into it."""
 
 _ROUNDING = 1e-6
 _C_LOCALES = ("C", "POSIX")
@@ -36,7 +36,7 @@ def format_bytes(count: float) -> str:
     """Return a number of bytes in decimal units, such as "999 B", "3.2 MB", "735 MB" or "1.49 GB".
 
     Args:
-        count: Bytes.
+        count: Number of bytes.
     """
     if not math.isfinite(count):
         return UNKNOWN
@@ -48,7 +48,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_quantity(value: float, unit: str) -> str:
-    """Return a quantity with three digits and a decimal prefix, such as "409 GFLOP/s".
+    """Return a quantity with three significant digits and a decimal prefix, such as "409 GFLOP/s".
 
     Args:
         value: The quantity.
@@ -63,7 +63,7 @@ def format_quantity(value: float, unit: str) -> str:
 
 
 def format_rate(value: float, unit: str) -> str:
-    """Return a rate, such as "3,100 tokens/s" or "4.2 tokens/s"; below 10 it has one decimal.
+    """Return a rate, such as "3,100 tokens/s" or "4.2 tokens/s"; rates below 10 have one decimal.
 
     Args:
         value: The rate.
@@ -100,13 +100,14 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_percent(fraction: float, digits: int = 2) -> str:
-    """Return a fraction as a percentage, such as "1.82%"; a small value is "<0.01%", not "0.00%", and so at 100%.
+    """Return a fraction as a percentage, such as "1.82%".
 
-    Differences below a millionth, the rounding of float32, are ignored.
+    Values close to 0 and 1 become "<0.01%" and ">99.99%" instead of "0.00%" and "100.00%", unless the difference is
+    below a millionth, which may be a float32 rounding error.
 
     Args:
         fraction: The fraction, usually in [0, 1].
-        digits: Decimals.
+        digits: Number of decimals.
     """
     if not math.isfinite(fraction):
         return UNKNOWN
@@ -123,9 +124,9 @@ def format_count(number: int, singular: str, plural: str | None = None) -> str:
     """Return a number with its noun, such as "1 row", "3,000 rows" or "2 entries".
 
     Args:
-        number: How many.
-        singular: The noun for 1.
-        plural: The noun otherwise; by default with an "s".
+        number: The count.
+        singular: The noun for a count of 1.
+        plural: The noun for other counts; by default, `singular` with an "s".
     """
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
@@ -137,14 +138,14 @@ def columns(
     left: Sequence[int] | None = None,
     width: int | None = None,
 ) -> str:
-    """Return cells in aligned columns under a header and a rule.
+    """Format a table with aligned columns, a header and a rule.
 
     Args:
-        header: A title per column.
-        rows: Cells, as many per row as there are titles.
-        left: Columns that are aligned to the left; the others are aligned to the right. By default a column is aligned
-            to the right if all of its cells are numbers or empty.
-        width: Columns of the screen; a last column of text that would pass it is wrapped between words.
+        header: Column titles.
+        rows: Rows with one cell per column.
+        left: Indices of left-aligned columns; the others are right-aligned. By default, a column is right-aligned if
+            all of its cells are numbers or empty.
+        width: Screen width in columns; a left-aligned last column that would exceed it is wrapped between words.
 
     Returns:
         The lines, joined by newlines.
@@ -165,22 +166,22 @@ def columns(
 
 
 def wrap(text: str, width: int, *, hanging: str | None = None) -> str:
-    """Break lines that are too long between words; a longer word, such as a path, stays whole.
+    """Wrap long lines between words; a word longer than a line, such as a path, is not broken.
 
     Args:
-        text: Text, possibly of several lines.
-        width: Columns of the screen.
-        hanging: What continued lines begin with. By default they are indented: below the text of a list item or of a
-            `label  text` line, else by two columns.
+        text: One or several lines of text.
+        width: Screen width in columns.
+        hanging: Prefix of continuation lines. By default, they are indented to align with the text of a list item or of
+            a `label  text` line, and by two columns otherwise.
 
     Returns:
-        The text.
+        The wrapped text.
     """
     return "\n".join(_wrapped(line, width, hanging) for line in text.split("\n"))
 
 
 def display_width(text: str) -> int:
-    """Return the columns that text takes on a screen: two for East Asian wide characters, none for combining ones.
+    """Return the number of screen columns that text takes: two per wide East Asian character, none per combining one.
 
     Args:
         text: One line.
@@ -191,12 +192,12 @@ def display_width(text: str) -> int:
 
 
 def encodable(text: str, encoding: str, *, ascii_signs: bool = False) -> str:
-    """Return text that an encoding can hold: signs such as "→" become "->", other characters are escaped.
+    """Return text that an encoding can represent: symbols such as "→" become "->", other characters are escaped.
 
     Args:
         text: Any text.
         encoding: The stream's encoding.
-        ascii_signs: Replace the signs, whatever the encoding can hold.
+        ascii_signs: Whether to replace symbols even if the encoding can represent them.
     """
     if not ascii_signs:
         try:
@@ -209,11 +210,11 @@ def encodable(text: str, encoding: str, *, ascii_signs: bool = False) -> str:
 
 
 def fit(text: str, stream: TextIO) -> str:
-    """Return text as a stream can show it: in its encoding, and no line wider than its terminal.
+    """Adapt text to a stream: replace characters that its encoding lacks, and wrap lines to the width of its terminal.
 
     Args:
         text: Any text.
-        stream: Where it will be written.
+        stream: The stream to which the text will be written.
     """
     text = encodable(text, getattr(stream, "encoding", None) or "utf-8", ascii_signs=in_c_locale())
     width = screen_width(stream)
@@ -221,7 +222,7 @@ def fit(text: str, stream: TextIO) -> str:
 
 
 def screen_width(stream: TextIO) -> int | None:
-    """Return the columns of a terminal (COLUMNS, if that is set), or None for a file or a pipe, which have no limit.
+    """Return a terminal's width in columns (`COLUMNS` if set), or None for a file or pipe, which has no limit.
 
     Args:
         stream: Any stream.
@@ -238,7 +239,7 @@ def screen_width(stream: TextIO) -> int | None:
 
 
 def is_animated(stream: TextIO) -> bool:
-    """Return whether a stream is a terminal that can redraw lines, and show the signs of bars and frames.
+    """Return whether a stream is a terminal that can redraw lines and show the symbols of progress bars and frames.
 
     Args:
         stream: Any stream.
@@ -247,18 +248,18 @@ def is_animated(stream: TextIO) -> bool:
 
 
 def in_c_locale() -> bool:
-    """Return whether the environment requests the C locale, in which characters beyond ASCII may not be shown."""
+    """Return whether the environment selects the C locale, in which non-ASCII characters may not be displayed."""
     if os.environ.get("PYTHONIOENCODING") or os.environ.get("PYTHONUTF8") == "1":
         return False
     language = os.environ.get("LANG", "")
     for value in (os.environ.get("LC_ALL", ""), os.environ.get("LC_CTYPE", ""), language):
-        if value and not (value == "C.UTF-8" and language in _C_LOCALES):  # Python itself replaces C by C.UTF-8
+        if value and not (value == "C.UTF-8" and language in _C_LOCALES):  # Python itself replaces C with C.UTF-8
             return value in _C_LOCALES
     return False
 
 
 def _scaled(value: float) -> tuple[float, str]:
-    """Return the value below 999.5 with its prefix, or in the largest unit."""
+    """Scale a value to below 999.5, or to the largest unit, and return it with the unit's prefix."""
     for prefix in _UNITS[:-1]:
         if abs(value) < 999.5:
             return value, prefix
@@ -267,7 +268,7 @@ def _scaled(value: float) -> tuple[float, str]:
 
 
 def _decimals(value: float) -> int:
-    """Return the number of decimals for three digits."""
+    """Return the number of decimals that gives three significant digits."""
     return 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
 
 

@@ -152,7 +152,7 @@ def test_an_adapter_that_goes_on_training_is_no_second_wrapper(tiny_llama: Any, 
     base = ours.PeftModel.from_pretrained(tiny_llama, tmp_path / "first").unload()
     model = ours.PeftModel.from_pretrained(base, tmp_path / "first", is_trainable=True)
     assert {name for name, value in model.named_parameters() if value.requires_grad}
-    with pytest.warns(UserWarning, match="another adapter here, without a second wrapper"):
+    with pytest.warns(UserWarning, match="gets another adapter, but no second wrapper"):
         again = ours.get_peft_model(model, ours.LoraConfig(r=2, target_modules=["v_proj"]), "second")
     assert again is model
     again.save_pretrained(tmp_path / "both")

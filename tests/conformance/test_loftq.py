@@ -213,15 +213,15 @@ def test_what_is_refused_changes_nothing(wide_model_directory: Path, tmp_path: P
     whole = load_file(wide_model_directory / "model.safetensors")
     last = "model.layers.1.mlp.down_proj.weight"
     save_file({n: t for n, t in whole.items() if n != last}, tmp_path / "model.safetensors")
-    refused(ConfigError, rf"{last} not found, so the model was not loaded from here", tmp_path)
+    refused(ConfigError, rf"{last} not found, so the model was not loaded from", tmp_path)
     save_file({**whole, last: whole[last][:, :64].contiguous()}, tmp_path / "model.safetensors")
-    refused(ConfigError, r"down_proj.weight has shape \(64, 64\), and the model's is \(64, 128\)", tmp_path)
+    refused(ConfigError, r"down_proj.weight has shape \(64, 64\), .* \(64, 128\)", tmp_path)
     model.get_base_model().config._name_or_path = "nobody/nothing"
     refused(ConfigError, "must be present on disk, but it could not be found: nobody/nothing")
     model.get_base_model().config._name_or_path = ""
     refused(ConfigError, "must pass the model_path argument that points to the safetensors file")
     merge(model.get_base_model(), "default")
-    refused(AdapterError, "is merged at .*unmerge it before its factors are replaced", wide_model_directory)
+    refused(AdapterError, "is merged at .*unmerge it before replacing its factors", wide_model_directory)
     odd = adapted(ours, wide_model_directory, r=70)
     with pytest.raises(ConfigError, match="r is 70, and at most 64 is possible here"):
         ours.replace_lora_weights_loftq(odd, wide_model_directory)

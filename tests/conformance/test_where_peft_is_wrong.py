@@ -45,7 +45,7 @@ def test_unknown_adapters_are_refused() -> None:
     for call in (model.merge_adapter, lambda names: model.merge_and_unload(adapter_names=names)):
         with pytest.raises(AdapterError, match=r"Adapter 'typo' not found on this model; available: a, b\."):
             call(["typo"])
-    with pytest.raises(AdapterError, match=r"Adapter typo not found\. Adapters here: a, b\."):
+    with pytest.raises(AdapterError, match=r"Adapter typo not found\. Available: a, b\."):
         model.set_adapter("typo")
     with pytest.raises(RouteError, match=r"no adapter 'typo'; available: a, b\."):
         model.base_model.set_adapter("typo")

@@ -108,7 +108,7 @@ class TestWhichActs:
         assert trained(get_peft_model(tiny_llama, config)) == set()
 
     def test_unknown_names(self, two: Any) -> None:
-        with pytest.raises(AdapterError, match=r"^Adapter c not found\. Adapters here: a, b\.$"):
+        with pytest.raises(AdapterError, match=r"^Adapter c not found\. Available: a, b\.$"):
             two.set_adapter("c")
         with pytest.raises(AdapterError, match=r"^Adapter c does not exist"):
             two.delete_adapter("c")
@@ -330,7 +330,7 @@ class TestFiles:
             two.save_pretrained(tmp_path / "some", selected_adapters=["c"])
 
     def test_no_pickle_is_written_or_read(self, two: Any, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="safe_serialization=False: pickles are not written"):
+        with pytest.raises(ConfigError, match="pickles are not written"):
             two.save_pretrained(tmp_path, safe_serialization=False)
         two.save_pretrained(tmp_path, selected_adapters=["a"])
         (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "a" / "adapter_model.bin")
@@ -339,7 +339,7 @@ class TestFiles:
 
     def test_a_file_stands_in_the_way(self, two: Any, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
-        with pytest.raises(ConfigError, match="is a file; a directory is needed"):
+        with pytest.raises(ConfigError, match="is a file; pass a directory"):
             two.save_pretrained(tmp_path / "file")
 
     def test_what_comes_back(self, two: Any, again: Any, tmp_path: Path) -> None:

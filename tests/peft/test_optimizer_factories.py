@@ -210,5 +210,5 @@ def test_lorafa_by_hand_with_names_and_one_scale() -> None:
 
 
 def test_riemannian_is_not_built() -> None:
-    with pytest.raises(NotYetSupported, match="create_riemannian_optimizer is not built yet"):
+    with pytest.raises(NotYetSupported, match="create_riemannian_optimizer is not supported yet"):
         create_riemannian_optimizer(Net(), torch.optim.AdamW, lr=0.1)

@@ -138,7 +138,7 @@ def test_values_of_a_wrapped_model(around: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("given", [{}, {"base_model.model.0.lora_A.default.weight": torch.ones(8, 4)}])
 def test_values_that_are_not_there_are_said(given: dict[str, Tensor], tmp_path: Path) -> None:
     model = adapted(CONFIGS["plain"])
-    with pytest.warns(UserWarning, match=r"`state_dict` has nothing for \d+ of the \d+ tensors of adapter 'default'"):
+    with pytest.warns(UserWarning, match=r"`state_dict` lacks \d+ of the \d+ tensors of adapter 'default'"):
         assert len(get_peft_model_state_dict(model, given)) == len(given)
     with pytest.warns(UserWarning, match=r"base_model\.model\.0\.lora_B\.weight"):
         model.save_pretrained(tmp_path, state_dict=given)

@@ -148,9 +148,9 @@ def test_a_model_without_adapters_is_refused(tiny_llama: Any, tmp_path: Path) ->
         ConfigError, match=r"a LlamaForCausalLM without an adapter; adapt it with lorakit\.get_peft_model"
     ):
         trainer(tiny_llama, tmp_path)
-    with pytest.raises(ConfigError, match="peft_config: a dict for a model that is a LlamaForCausalLM"):
+    with pytest.raises(ConfigError, match="peft_config is a dict and the model a LlamaForCausalLM"):
         trainer(tiny_llama, tmp_path, peft_config={"r": 2})
-    with pytest.raises(ConfigError, match="peft_config: a LoraConfig for a model that is a str"):
+    with pytest.raises(ConfigError, match="peft_config is a LoraConfig and the model a str"):
         trainer("gpt2", tmp_path, peft_config=LoraConfig(**CONFIG))
 
 
@@ -160,7 +160,7 @@ def test_a_frozen_adapter_is_not_trained_in_silence(tiny_llama: Any, tmp_path: P
     base = PeftModel.from_pretrained(fresh.unload(), tmp_path / "adapter")
     lora = trainer(base, tmp_path)
     assert lora.evaluate()["eval_loss"] > 0
-    with pytest.raises(ConfigError, match="Nothing would be trained: default is frozen"):
+    with pytest.raises(ConfigError, match="default is frozen"):
         lora.train()
     base.set_requires_grad("default")
     lora.train()
@@ -179,7 +179,7 @@ def test_a_checkpoint_of_something_else_is_refused(tiny_llama: Any, tmp_path: Pa
 
     save_file(held, tmp_path / "less" / "adapter_model.safetensors", metadata={"format": "pt"})
     (tmp_path / "less" / "lorakit.json").unlink()
-    with pytest.raises(RunError, match=r"less: not a checkpoint of this adapter: 1 keys do not match, first .*lora_A"):
+    with pytest.raises(RunError, match=r"less: not a checkpoint of this adapter: 1 keys do not match; first: .*lora_A"):
         lora._load_from_checkpoint(str(tmp_path / "less"))
 
 
@@ -192,7 +192,7 @@ def test_a_sharded_parent_is_refused(tiny_llama: Any, tmp_path: Path) -> None:
     class LoraSharded(LoraTrainerMixin, Sharded):
         pass
 
-    with pytest.raises(NotYetSupported, match="fsdp: adapters of a sharded model are not written yet"):
+    with pytest.raises(NotYetSupported, match="fsdp: saving adapters of a sharded model"):
         trainer(get_peft_model(tiny_llama, LoraConfig(**CONFIG)), tmp_path, kind=LoraSharded)
 
 

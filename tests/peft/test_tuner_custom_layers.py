@@ -71,5 +71,5 @@ def test_it_may_stand_in_for_a_known_layer() -> None:
 def test_a_class_built_on_none_of_the_layers_is_refused() -> None:
     made = LoraConfig(target_modules=["1"])
     made._register_custom_module({Own: nn.Linear})
-    with pytest.raises(NotYetSupported, match="a custom layer must be a subclass of one of the layers here"):
+    with pytest.raises(NotYetSupported, match="a custom layer must be a subclass of a lorakit layer"):
         get_peft_model(model(), made)

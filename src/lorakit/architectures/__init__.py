@@ -1,1 +1,1 @@
-"""Knowledge about transformers' models: shapes from configs, default targets. Does not import torch."""
+"""Shapes and default targets of transformers models, without importing torch."""

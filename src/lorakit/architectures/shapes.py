@@ -1,9 +1,9 @@
-"""Model shapes: names and sizes of a model's modules, all that `plan` knows of a model.
+"""Model shapes: names and sizes of a model's modules, from which `plan` estimates costs.
 
 A `ModelShape` comes from `lorakit.plan.catalogue` (published models) or from `lorakit.hub` (any model directory, read
 on the meta device). One function per family (GPT-2, BERT, and Llama with Qwen2, Qwen3 and SmolLM2) builds the full list
-of sites from a few published sizes, in the order of the transformers class. The tests compare each list with that class
-on the meta device. This module knows nothing about torch, files, adapters, cost or particular models.
+of sites from a few published sizes, in the module order of the transformers class. The tests compare each list with
+that class on the meta device. This module does not import torch and does not handle files, adapters or costs.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class SiteShape:
     Attributes:
         path: Dotted path of the module, as in `named_modules()`.
         kind: "Linear", "Conv1D" or "Embedding".
-        out_features: Rows of the weight in nn.Linear's orientation; for an Embedding the width of its rows.
-        in_features: Columns of that weight; for an Embedding the number of rows of its table.
-        dense: Whether "all-linear" includes it: a Linear or Conv1D that is not the output head.
+        out_features: Rows of the weight in nn.Linear's orientation; for an Embedding, the width of an embedding.
+        in_features: Columns of that weight; for an Embedding, the number of embeddings.
+        dense: Whether "all-linear" includes the module: a Linear or Conv1D that is not the output head.
         bias: Whether the module has a bias of `out_features` elements.
-        tied_to: Path of the module whose weight this one shares (its own weight is then not counted), or None.
+        tied_to: Path of the module whose weight this one shares (it is then counted only there), or None.
     """
 
     path: str
@@ -41,31 +41,31 @@ class SiteShape:
 
     @property
     def weight_parameters(self) -> int:
-        """Return the elements of the weight, shared or not."""
+        """Return the number of elements of the weight, whether or not it is shared."""
         return self.out_features * self.in_features
 
     @property
     def bias_parameters(self) -> int:
-        """Return the elements of the bias; 0 without one."""
+        """Return the number of elements of the bias; 0 without one."""
         return self.out_features if self.bias else 0
 
     @property
     def parameters(self) -> int:
-        """Return the parameters that this module adds to the model: weight and bias, without a shared weight."""
+        """Return the number of parameters that this module adds to the model; a shared weight adds none."""
         return (0 if self.tied_to else self.weight_parameters) + self.bias_parameters
 
 
 @dataclass(frozen=True)
 class PlainShape:
-    """A module with parameters that cannot carry an adapter, such as a norm.
+    """A module with parameters that is not a Linear, Conv1D or Embedding, such as a norm.
 
     Attributes:
         path: Dotted path of the module.
-        parameters: Elements of the parameters it holds itself, by distinct storage.
-        biases: How many of them are in parameters whose name contains "bias".
-        matrices: Name and shape of each parameter it holds itself with two or three axes, such as fused experts.
-        experts: Experts in each of its parameters with three axes; 0 if there are none.
-        in_first: Whether they are stored as (experts, in, out).
+        parameters: Number of elements in the module's own parameters; shared storage counts once.
+        biases: Number of those elements in parameters whose name contains "bias".
+        matrices: Name and shape of each of the module's own parameters with two or three axes, such as fused experts.
+        experts: Number of experts in each of the module's three-axis parameters; 0 if there are none.
+        in_first: Whether the experts are stored as (experts, in, out).
     """
 
     path: str
@@ -78,31 +78,31 @@ class PlainShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Names and sizes of a model; everything in a plan is computed from them.
+    """Names and sizes of a model, from which plans are computed.
 
     Attributes:
         name: Common name of the model.
-        source: Where the shape was taken from: a paper, a config file, a path.
+        source: Origin of the shape: a paper, a config file or a path.
         architecture: Class of the model in transformers, such as "GPT2LMHeadModel".
-        parameters: Exact number of parameters by distinct storage; tied weights count once.
+        parameters: Exact number of parameters; tied weights count once.
         hidden: Width of the residual stream.
         layers: Number of blocks.
-        heads: Query heads of a block.
-        kv_heads: Key and value heads of a block.
+        heads: Number of query heads per block.
+        kv_heads: Number of key and value heads per block.
         head_dim: Width of a head.
         intermediate: Inner width of the MLP, or of each expert.
         vocab: Size of the vocabulary, which is also the width of the logits.
         positions: Maximum input length in tokens.
         tied: Whether the output head shares its weight with the input embedding.
-        gated: Whether the MLP is gated (as SwiGLU).
+        gated: Whether the MLP is gated, as in SwiGLU.
         sites: Every Linear, Conv1D and Embedding in the order of `named_modules()`.
         others: Every other module that owns parameters, in the same order.
         dtype: Published dtype of the weights, such as "float32".
         causal: Whether a token sees only itself and earlier tokens.
-        dropouts: Dropout of the base in training: {"embedding": p, "residual": p, "attention": p}; absent is 0.
-        published: Whether `source` names a published model; False for one that was read from disk.
+        dropouts: Dropout of the base in training: {"embedding": p, "residual": p, "attention": p}; missing keys mean 0.
+        published: Whether `source` names a published model; False for a model read from disk.
         containers: Paths of modules without parameters of their own; a target list may name one by mistake.
-        experts_per_token: Fused experts per token; 0 if there are none, or if unknown.
+        experts_per_token: Number of fused experts that process each token; 0 if there are none or it is unknown.
     """
 
     name: str
@@ -130,35 +130,33 @@ class ModelShape:
 
     @property
     def fused(self) -> tuple[tuple[int, int], ...]:
-        """Return, for each parameter that holds experts, their number and the elements of one expert."""
+        """Return the number of experts and the elements per expert of each parameter that contains experts."""
         held = (other.matrices for other in self.others if other.experts)
         sizes = (size for matrices in held for _, size in matrices if len(size) == 3)
         return tuple((size[0], size[1] * size[2]) for size in sizes)
 
     def passed(self, experts: int) -> int:
-        """Return how many of a number of experts each token passes; all if unknown."""
+        """Return how many of the given number of experts process each token; all of them if unknown."""
         return min(self.experts_per_token or experts, experts)
 
     @property
     def inner_width(self) -> int:
-        """Return the elements per token in the middle of the MLP: its inner width, once per expert that the token
-        passes.
-        """
+        """Return the MLP's inner width per token, summed over the experts that process the token."""
         return self.intermediate * (self.passed(self.fused[0][0]) if self.fused else 1)
 
     @property
     def query_width(self) -> int:
-        """Return heads × head_dim: width of the queries and of the attention output."""
+        """Return heads × head_dim, the width of the queries and of the attention output."""
         return self.heads * self.head_dim
 
     @property
     def kv_width(self) -> int:
-        """Return kv_heads × head_dim: width of the keys, and of the values."""
+        """Return kv_heads × head_dim, the width of the keys and of the values."""
         return self.kv_heads * self.head_dim
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """Return the paths of the blocks, such as "model.layers.0", in order, including encoder and decoder."""
+        """Return the paths of all blocks (of an encoder and a decoder, too) in order, such as "model.layers.0"."""
         return tuple(dict.fromkeys(block for site in self.sites if (block := block_of(site.path)) is not None))
 
 
@@ -181,7 +179,7 @@ def block_of(path: str) -> str | None:
         path: Dotted path of a module.
 
     Returns:
-        The block's path, or None for a module outside of the blocks.
+        The block's path, or None for a module outside any block.
     """
     parts = path.split(".")
     end = next((index for index, part in enumerate(parts) if part.isdigit()), None)
@@ -189,7 +187,7 @@ def block_of(path: str) -> str | None:
 
 
 def short_roles(paths: Iterable[str]) -> dict[str, str]:
-    """Return the shortest unambiguous suffix of each role, for tables.
+    """Return the shortest unambiguous suffix of each role for display in tables.
 
     Args:
         paths: Dotted paths of modules.
@@ -209,16 +207,16 @@ def short_roles(paths: Iterable[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes in a model's config.json.
+    """Sizes from a model's config.json.
 
     Attributes:
         hidden: Width of the residual stream.
         layers: Number of blocks.
-        heads: Query heads.
+        heads: Number of query heads.
         vocab: Size of the vocabulary.
         positions: Maximum input length in tokens.
         intermediate: Inner width of the MLP; 0 means 4 × hidden.
-        kv_heads: Key and value heads; 0 means as many as query heads.
+        kv_heads: Number of key and value heads; 0 means as many as query heads.
         head_dim: Width of a head; 0 means hidden / heads.
         tied: Whether the output head shares the input embedding.
     """
@@ -243,7 +241,7 @@ def gpt2(sizes: Sizes) -> ModelShape:
     """Return the shape of a `GPT2LMHeadModel` (Radford et al. 2019; Conv1D sites, a tied head).
 
     Args:
-        sizes: From the model's config.json.
+        sizes: Sizes from the model's config.json.
 
     Returns:
         The shape.
@@ -264,7 +262,7 @@ def bert(sizes: Sizes) -> ModelShape:
     """Return the shape of a `BertModel`, encoder and pooler (Devlin et al. 2019), without task heads.
 
     Args:
-        sizes: From the model's config.json.
+        sizes: Sizes from the model's config.json.
 
     Returns:
         The shape.
@@ -288,7 +286,7 @@ def llama(sizes: Sizes) -> ModelShape:
     """Return the shape of a `LlamaForCausalLM` (Llama 3.x, SmolLM2): RMSNorm, rotary embeddings, SwiGLU, no biases.
 
     Args:
-        sizes: From the model's config.json.
+        sizes: Sizes from the model's config.json.
 
     Returns:
         The shape.
@@ -297,10 +295,10 @@ def llama(sizes: Sizes) -> ModelShape:
 
 
 def qwen2(sizes: Sizes) -> ModelShape:
-    """Return the shape of a `Qwen2ForCausalLM` (Qwen2.5): as Llama, with biases on query, key and value.
+    """Return the shape of a `Qwen2ForCausalLM` (Qwen2.5): like Llama, with biases on query, key and value.
 
     Args:
-        sizes: From the model's config.json.
+        sizes: Sizes from the model's config.json.
 
     Returns:
         The shape.
@@ -309,10 +307,10 @@ def qwen2(sizes: Sizes) -> ModelShape:
 
 
 def qwen3(sizes: Sizes) -> ModelShape:
-    """Return the shape of a `Qwen3ForCausalLM`: as Llama, with a norm on each query and key head.
+    """Return the shape of a `Qwen3ForCausalLM`: like Llama, with a norm on each query and key head.
 
     Args:
-        sizes: From the model's config.json.
+        sizes: Sizes from the model's config.json.
 
     Returns:
         The shape.
@@ -354,7 +352,7 @@ def _in_blocks(
     kind: str = "Linear",
     biased: Collection[str] = (),
 ) -> list[SiteShape]:
-    """Return the linear modules of all blocks: path inside a block -> out and in features."""
+    """Return the linear modules of all blocks; `inside` maps a path within a block to (out, in) features."""
     return [
         SiteShape(f"{blocks}.{layer}.{name}", kind, *features, bias=name in biased)
         for layer in range(sizes.layers)
@@ -397,7 +395,7 @@ def replicated(shape: ModelShape, ranges: Sequence[tuple[int, int]] | None) -> M
 
     Args:
         shape: The model.
-        ranges: The resulting layers, as ranges of the original ones, ends excluded; without any, the shape itself.
+        ranges: Half-open ranges of original layers that form the new list; None or empty returns the shape itself.
 
     Returns:
         The shape with the resulting layers; repeated layers share their weights.

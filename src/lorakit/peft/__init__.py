@@ -1,8 +1,8 @@
 """PEFT-compatible API over the core: code written for `peft` runs after changing the import.
 
-It contains no arithmetic: every method is a few lines over `lorakit.core`. If something does not fit and PEFT ignores
-it, this package gives a warning that names it; the core and the command line raise an error. Each name is imported from
-its home on first use. Module paths such as `lorakit.peft.tuners.lora` come from the table in `paths.py`.
+Methods contain no arithmetic and delegate to `lorakit.core`. For a mismatch that PEFT ignores, this package issues a
+warning that names it, whereas the core and the command line raise an error. Each name is imported from its defining
+module on first use. Module paths such as `lorakit.peft.tuners.lora` come from the table in `paths.py`.
 """
 
 from lorakit.config import API_LEVEL as __version__

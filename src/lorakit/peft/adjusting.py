@@ -1,7 +1,7 @@
-"""PEFT's helpers: contexts that rescale adapters, signatures of a wrapper, targets by condition number.
+"""PEFT's helpers: rescaling adapters, updating a wrapper's signatures, and selecting targets by condition number.
 
-A condition number is the ratio of a weight's largest to its smallest singular value; `find_kappa_target_modules` picks
-the modules with the lowest.
+A condition number is the ratio of a weight's largest to its smallest singular value; `find_kappa_target_modules`
+selects the modules with the lowest condition numbers.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """Multiply the scale of every adapter within a context.
+    """Multiply the scales of all adapters within a context, and restore them afterward.
 
     Args:
         model: A model with adapters in it.
-        multiplier: The factor on every scale.
+        multiplier: Number by which every scale is multiplied.
 
     Yields:
         Nothing.
 
     Raises:
-        ConfigTypeError: The multiplier is not a number.
+        ConfigTypeError: `multiplier` is not a number.
         AdapterError: The model has no adapters.
     """
     if not isinstance(multiplier, (float, int)):
@@ -55,7 +55,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
 
 class DoraCaching(contextlib.AbstractContextManager["DoraCaching"]):
-    """PEFT's switch for caching DoRA's norms; it has no effect, since nothing dense is computed here.
+    """PEFT's switch for caching DoRA's norms; it has no effect, since lorakit computes no dense update for the norms.
 
     Attributes:
         enabled: The value that was set.
@@ -65,7 +65,7 @@ class DoraCaching(contextlib.AbstractContextManager["DoraCaching"]):
         self.enabled = enabled
 
     def __call__(self, enabled: bool = True) -> None:
-        """Set it permanently, as PEFT does."""
+        """Set `enabled` permanently, as PEFT does."""
         self.enabled = enabled
 
     def __exit__(self, *_: object) -> None:
@@ -73,10 +73,10 @@ class DoraCaching(contextlib.AbstractContextManager["DoraCaching"]):
 
 
 def check_if_peft_model(model_name_or_path: str) -> bool:
-    """Return whether a directory or hub id holds an adapter.
+    """Return whether a directory or a repository on the Hub contains an adapter.
 
     Args:
-        model_name_or_path: A directory, or a hub id.
+        model_name_or_path: A directory or a Hub id.
     """
     try:
         PeftConfig.from_pretrained(model_name_or_path)
@@ -86,7 +86,7 @@ def check_if_peft_model(model_name_or_path: str) -> bool:
 
 
 def update_forward_signature(model: PeftModel) -> None:
-    """Let a wrapper's `forward` show the signature of the inner model if its own is generic.
+    """Give a wrapper's `forward` the inner model's signature if its own is generic.
 
     Args:
         model: A wrapper, changed in place.
@@ -95,7 +95,7 @@ def update_forward_signature(model: PeftModel) -> None:
 
 
 def update_generate_signature(model: PeftModel) -> None:
-    """Let a wrapper's `generate` show the signature of the inner model if its own is generic.
+    """Give a wrapper's `generate` the inner model's signature if its own is generic.
 
     Args:
         model: A wrapper, changed in place.
@@ -112,7 +112,7 @@ def update_signature(model: PeftModel, method: str = "all") -> None:
         method: "forward", "generate" or "all".
 
     Raises:
-        ConfigError: It is another value.
+        ConfigError: `method` has another value.
     """
     if method not in ("forward", "generate", "all"):
         text = f"method {method} is not supported please choose one of ['forward', 'generate', 'all']"
@@ -136,20 +136,20 @@ def _show(model: PeftModel, method: str, silent: tuple[set[str], ...]) -> None:
 
 
 EXPERT_WEIGHTS = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
-"""Suffixes of the names of fused experts' weights."""
+"""Name suffixes of fused expert weights."""
 
 SMALLEST = 1e-8
-"""Added to the smallest singular value, so that a singular weight has a finite condition number."""
+"""Value added to the smallest singular value, so that a singular weight has a finite condition number."""
 
 
 def condition_number(weight: Tensor) -> float:
-    """Return the largest over the smallest singular value of a weight, (out, in)."""
+    """Return the ratio of the largest to the smallest singular value of a weight, (out, in)."""
     values = torch.linalg.svdvals(weight.detach().float())
     return float(values[0] / (values[-1] + SMALLEST))
 
 
 class KappaTuneSelector:
-    """Computes the condition numbers of a model's weights once and selects the targets with the lowest.
+    """Selector of the targets with the lowest condition numbers, which are computed once per model.
 
     Attributes:
         model: The model; only read.
@@ -188,24 +188,24 @@ class KappaTuneSelector:
     def get_best_targets(
         self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
     ) -> list[str]:
-        """Return dense modules, the best conditioned first.
+        """Return the paths of dense modules in ascending order of condition number.
 
         Args:
-            top_p: Fraction of them to take, at least one.
-            num_modules: Number to take; overrides the fraction.
-            threshold: Take all up to this condition number.
+            top_p: Fraction of the modules to return (at least one module).
+            num_modules: Number of modules to return; overrides `top_p`.
+            threshold: Maximum condition number; ignored if another argument is given.
         """
         return _lowest(self._of_modules, top_p, num_modules, threshold)
 
     def get_best_target_parameters(
         self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
     ) -> list[str]:
-        """Return fused weights of experts, the best conditioned first.
+        """Return the names of fused expert weights in ascending order of mean condition number.
 
         Args:
-            top_p: Fraction of them to take, at least one.
-            num_modules: Number to take; overrides the fraction.
-            threshold: Take all up to this condition number.
+            top_p: Fraction of the weights to return (at least one weight).
+            num_modules: Number of weights to return; overrides `top_p`.
+            threshold: Maximum mean condition number; ignored if another argument is given.
         """
         return _lowest(self._of_parameters, top_p, num_modules, threshold)
 
@@ -226,13 +226,13 @@ def find_kappa_target_modules(
     moe_param_suffixes: Sequence[str] | None = None,
     show_progress: bool = True,
 ) -> dict[str, list[str] | None]:
-    """Return the best conditioned modules and fused parameters of a model, as the two fields of a config.
+    """Return the modules and the fused parameters with the lowest condition numbers, as two fields of a config.
 
     Args:
         model: The model; only read.
-        top_p: Fraction of each to take.
+        top_p: Fraction of the modules, and of the parameters, to return.
         max_dim_size_to_analyze: Skip weights with a larger dimension.
-        moe_param_suffixes: Suffixes of the names of fused weights.
+        moe_param_suffixes: Name suffixes of fused expert weights.
         show_progress: Ignored; no progress is shown.
     """
     selector = KappaTuneSelector(model, max_dim_size_to_analyze, moe_param_suffixes, show_progress)

@@ -1,4 +1,4 @@
-"""PEFT's functions that initialize an existing adapter again: EVA from inputs, LoftQ from the original weights."""
+"""PEFT's functions that reinitialize an existing adapter: EVA from inputs, LoftQ from the original weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
 
 CONDENSED_FROM = 20
-"""From this number of targets on, they are written as the shortest suffixes that match the same modules, as in PEFT."""
+"""Minimum number of targets that are condensed to the fewest suffixes that match the same modules, as in PEFT."""
 
 PrepareLayer = Callable[[Any, Any, str], Tensor]
 PrepareLayers = PrepareLayer | Mapping[str, PrepareLayer] | None
@@ -41,22 +41,22 @@ Batch = Tensor | Mapping[str, Any] | Sequence[Any]
 
 
 def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """Run a model on a batch that maps its argument names to values."""
+    """Run a model on a batch that maps argument names to values."""
     return model(**inputs)
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: Mapping[str, Tensor], peft_config: LoraConfig) -> Tensor:
-    """Return the positions of a batch that count: not padding, and with a label if the config requires labels.
+    """Select the positions of a batch that are not padding and, if the config requires labels, have a label.
 
     Args:
-        model_input: A dictionary with input_ids (rows, length), perhaps attention_mask and labels.
-        peft_config: Its `eva_config` says whether labels count.
+        model_input: Dictionary with `input_ids` (rows, length), optionally also `attention_mask` and `labels`.
+        peft_config: The config; its `eva_config` determines whether labels are required.
 
     Returns:
-        (positions, 2), row and column of each.
+        Row and column of each position, (positions, 2).
 
     Raises:
-        ConfigTypeError: The batch is not a dictionary.
+        ConfigTypeError: `model_input` is not a dictionary.
     """
     if not isinstance(model_input, dict):
         raise ConfigTypeError("When using `prepare_model_inputs_fn_language_modeling` inputs must be a dictionary")
@@ -68,15 +68,15 @@ def prepare_model_inputs_fn_language_modeling(model_input: Mapping[str, Tensor],
 
 
 def prepare_layer_inputs_fn_language_modeling(layer_input: LayerInput, model_input: Tensor, layer_name: str) -> Tensor:
-    """Return the rows of a site's input at the positions that count.
+    """Return a site's input at the selected positions.
 
     Args:
-        layer_input: What the site received, (rows, length, in), or a tuple that begins with it.
-        model_input: What `prepare_model_inputs_fn_language_modeling` returned, (positions, 2).
-        layer_name: For messages.
+        layer_input: Input of the site, (rows, length, in), or a tuple that begins with it.
+        model_input: Result of `prepare_model_inputs_fn_language_modeling`, (positions, 2).
+        layer_name: Name of the site for messages.
 
     Returns:
-        (positions, in).
+        The input at these positions, (positions, in).
     """
     return _tensor(layer_input, layer_name)[model_input.T.unbind()]
 
@@ -120,29 +120,30 @@ def get_eva_state_dict(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> dict[str, Tensor]:
-    """Return the principal directions of each targeted dense module's inputs, with ranks by explained variance.
+    """Return the principal directions of the inputs to each targeted dense module; explained variance sets the ranks.
 
-    PEFT repeats the data until an incremental SVD converges; here the second moment of all rows is kept, so one pass
-    per group of modules that fits into memory gives the exact directions, and `tau` has no effect.
+    PEFT repeats the data until an incremental SVD converges. Here the second moment of all rows is accumulated, so one
+    pass per group of modules that fits into memory gives the exact directions, and `tau` has no effect.
 
     Args:
-        model: A model, or a `PeftModel` with the adapter; adapters do not act meanwhile.
+        model: A model, or a `PeftModel` with the adapter; adapters are inactive during collection.
         dataloader: Batches; all of them are used.
-        peft_config: The config, for a model without adapters.
+        peft_config: The config; required for a model without adapters.
         forward_fn: Runs the model on a batch.
-        prepare_model_inputs_fn: From a batch and the config to what the next function gets; None for the batch itself.
-        prepare_layer_inputs_fn: From what a module receives, that, and its name to rows; or a mapping of names to such
-            functions.
+        prepare_model_inputs_fn: Maps a batch and the config to the second argument of `prepare_layer_inputs_fn`; None
+            passes the batch itself.
+        prepare_layer_inputs_fn: Maps a module's input, the result of `prepare_model_inputs_fn` and the module's name to
+            rows; or a mapping from module names to such functions.
         adapter_name: The adapter.
-        gather_distributed_inputs: Ignored; one process collects.
+        gather_distributed_inputs: Ignored; a single process collects.
         show_progress_bar: Ignored; no progress is shown.
 
     Returns:
-        Name of each module -> its directions, (rank, in); rank 0 for a module that gets none.
+        Module name -> directions, (rank, in); the rank is 0 for a module that gets none.
 
     Raises:
-        ConfigError: There is no config, a mapping names modules that do not exist, or a rank is too large.
-        DataError: There is no batch, or no data reached a module.
+        ConfigError: The config is missing, a mapping names modules that do not exist, or a rank is too large.
+        DataError: `dataloader` is empty, or no data reached a module.
     """
     if isinstance(dataloader, Sized) and not len(dataloader):
         raise DataError("dataloader is empty", field="dataloader")
@@ -180,15 +181,15 @@ def initialize_lora_eva_weights(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> None:
-    """Initialize an adapter that has init_lora_weights="eva": A from principal directions, with redistributed ranks.
+    """Redistribute the ranks of an adapter with init_lora_weights="eva", and set A to principal directions.
 
-    The adapter's parameters are created again, so create the optimizer after this call. Modules whose rank becomes 0
+    The adapter's parameters are recreated, so create the optimizer after this call. Modules whose rank becomes 0
     lose the adapter.
 
     Args:
         model: A `PeftModel`.
-        dataloader: Batches, if `eva_state_dict` is not given.
-        eva_state_dict: What `get_eva_state_dict` returned: name -> (rank, in).
+        dataloader: Batches; required if `eva_state_dict` is not given.
+        eva_state_dict: Result of `get_eva_state_dict`, name -> (rank, in).
         forward_fn: As for `get_eva_state_dict`.
         prepare_model_inputs_fn: As for `get_eva_state_dict`.
         prepare_layer_inputs_fn: As for `get_eva_state_dict`.
@@ -198,7 +199,7 @@ def initialize_lora_eva_weights(
 
     Raises:
         ConfigError: The model is not a `PeftModel`, several adapters are active, the adapter has another init, neither
-            data nor a state dict is given, or the state dict is of another model. Nothing was changed.
+            data nor a state dict is given, or the state dict belongs to another model. The model is unchanged.
         AdapterError: The adapter does not exist.
     """
     if not model_adapters.is_wrapper(model):
@@ -241,7 +242,7 @@ def _apply(model: PeftModel, found: Mapping[str, Tensor], name: str) -> None:
 
 
 def _check(here: Mapping[str, LoraLayer], found: Mapping[str, Tensor], name: str) -> None:
-    """Reject directions, (rank, in), that are of another model or leave the adapter no rank; warn about other gaps."""
+    """Reject directions, (rank, in), that do not fit or all have rank 0; warn about missing and unknown modules."""
     for path in here.keys() & found.keys():
         A, width = found[path], here[path].spec.in_features
         variant = here[path].factor(name).variant
@@ -249,16 +250,18 @@ def _check(here: Mapping[str, LoraLayer], found: Mapping[str, Tensor], name: str
             text = f"{path}: EVA needs A and B in their usual shapes, and {variant.title} has others. Use another init."
             raise ConfigError(text, what="eva", where=path, field=variant.field)
         if A.ndim != 2 or A.shape[1] != width:
-            text = f"eva_state_dict: {path} has shape {tuple(A.shape)}, and (rank, {width}) was expected."
+            text = f"eva_state_dict: {path} has shape {tuple(A.shape)}; expected (rank, {width})."
             raise ConfigError(text, where=path)
         if not bool(torch.isfinite(A).all()):
-            raise ConfigError(f"eva_state_dict: {path} has NaN or infinite values. Collect it again.", where=path)
+            raise ConfigError(
+                f"eva_state_dict: {path} has NaN or infinite values. Collect the directions again.", where=path
+            )
     if here and all(path in found and not len(found[path]) for path in here):
-        text = f"eva_state_dict leaves no rank to any module of adapter {name!r}. Collect it again."
+        text = f"eva_state_dict leaves no rank to any module of adapter {name!r}. Collect the directions again."
         raise ConfigError(text, what=name)
     unknown = sorted(found.keys() - here.keys())
     if unknown and here.keys().isdisjoint(found):
-        text = f"eva_state_dict has nothing for adapter {name!r}; it names {unknown[0]} and others."
+        text = f"eva_state_dict has no entry for adapter {name!r}; it contains, for example, {unknown[0]}."
         raise ConfigError(text, what=name, where=unknown[0])
     if unknown:
         warn_caller(f"eva_state_dict names modules that adapter {name!r} does not have: {unknown}")
@@ -298,32 +301,35 @@ def replace_lora_weights_loftq(
     adapter_name: str = "default",
     callback: Callable[[nn.Module, str], bool] | None = None,
 ) -> None:
-    """Replace an adapter's factors on a 4-bit base by those that bring it closest to the original base.
+    """Replace an adapter's factors on a 4-bit base with those that best compensate for the quantization error.
 
-    At each site s·B·A is the best approximation of rank r to W − Q, with W read from the model's safetensors, one
-    weight at a time. A DoRA magnitude becomes the norm of the resulting weight. PEFT ignores the scale and the
-    magnitude, which is correct only for a scale of 1 without DoRA, and reads GPT-2's Conv1D weights, which are stored
-    transposed, as those of a linear layer. If an error is raised, also by a callback, every site is restored.
+    At each site, s·B·A becomes the best approximation of rank r to W − Q, where Q is the quantized weight, and W is
+    read from the model's safetensors, one weight at a time. A DoRA magnitude becomes the norm of the resulting weight.
+    PEFT ignores the scale and the magnitude, which is correct only for a scale of 1 without DoRA, and treats GPT-2's
+    Conv1D weights, which are stored transposed, like those of a linear layer. If an error is raised, even by
+    `callback`, every site is restored.
 
     Args:
         peft_model: The wrapper.
-        model_path: Directory with the base's safetensors, or a file of them; None for the model's origin, which may be
-            the hub's cache.
-        adapter_name: The adapter, whose A and B are replaced.
+        model_path: Directory with the base's safetensors, or one of the files; None uses the location from which the
+            model was loaded, which may be the Hub's cache.
+        adapter_name: The adapter whose A and B are replaced.
         callback: Called with wrapper and path after each site; if it returns False, the site is restored.
 
     Raises:
         ConfigError: The weights are not found, a weight is missing or has another shape, the scale is 0, or r is
-            larger than a weight.
-        ConfigTypeError: The model is not a wrapper.
+            larger than a dimension of a weight.
+        ConfigTypeError: `peft_model` is not a wrapper.
         AdapterError: No site of the adapter is a 4-bit layer, or the adapter is merged.
-        ModelError: The directory holds no safetensors.
+        ModelError: The directory contains no safetensors.
 
     Source:
         Li et al. 2023, arXiv:2310.08659, one step of algorithm 1 for a given quantized weight.
     """
     if not isinstance(peft_model, nn.Module) or not model_adapters.is_wrapper(peft_model):
-        raise ConfigTypeError("The passed model does not appear to be a valid PeftModel; get_peft_model makes one.")
+        raise ConfigTypeError(
+            "The passed model does not appear to be a valid PeftModel; create one with get_peft_model."
+        )
     model = peft_model.get_base_model()
     sites = _sites(model, adapter_name)
     source = source_of_folder(_where(model, model_path))
@@ -348,7 +354,7 @@ def _sites(model: nn.Module, name: str) -> dict[str, LoraLayer]:
         raise AdapterError(text, what=name)
     for path, layer in found.items():
         if name in layer.merged_adapters:
-            text = f"Adapter {name!r} is merged at {path}; unmerge it before its factors are replaced."
+            text = f"Adapter {name!r} is merged at {path}; unmerge it before replacing its factors."
             raise AdapterError(text, what=name, where=path)
     return found
 
@@ -360,18 +366,18 @@ def _is_transposed(layer: LoraLayer) -> bool:
 def _name(source: TensorSource, path: str, layer: LoraLayer) -> str:
     name = source.under([f"{path}.weight"])
     if name is None:
-        text = f"{source.label}: {path}.weight not found, so the model was not loaded from here."
+        text = f"{source.label}: {path}.weight not found, so the model was not loaded from this source."
         raise ConfigError(text, what=f"{path}.weight", where=source.label)
     shape = (layer.spec.out_features, layer.spec.in_features)
     expected = shape[::-1] if _is_transposed(layer) else shape
     if source.shapes[name] != expected:
-        text = f"{source.label}: {name} has shape {source.shapes[name]}, and the model's is {expected}."
+        text = f"{source.label}: {name} has shape {source.shapes[name]}, but the model needs {expected}."
         raise ConfigError(text, what=name, where=source.label)
     return name
 
 
 def _write(layer: LoraLayer, name: str, path: str, W: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Write the factors for W (out, in); returns the changed tensors with their previous data."""
+    """Replace a layer's factors with those for W (out, in), and return the changed tensors with their previous data."""
     factor, kind = layer.factor(name), layer.kind
     if factor.variant.shapes is not None or factor.variant.move is not None:
         title, field = factor.variant.title, factor.variant.field

@@ -1,8 +1,8 @@
-"""PEFT's two-step inits that use data: first collect, then attach (EVA attaches first).
+"""PEFT's data-driven inits, which take two steps: first collect statistics, then attach (EVA attaches first).
 
-`preprocess_corda` and `preprocess_loraga` leave their results on the base's modules, under PEFT's attributes, until
-`get_peft_model` takes them. The arithmetic and the collecting are `lorakit.core`'s. Caches are safetensors, which are
-checked against the model before anything is left on it; a pickle is never read.
+`preprocess_corda` and `preprocess_loraga` store their results in PEFT's attributes on the base's modules, from which
+`get_peft_model` removes them. `lorakit.core` collects and computes the statistics. Caches are safetensors, which are
+checked against the model before the model is changed; pickles are never read.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from lorakit.targets import Match
 
 DENSE = ("Linear", "Conv1D")
 EIGENS, GRADIENT = "eigens", "_peft_loraga_grad"
-"""Attributes under which PEFT's functions leave their results on a module."""
+"""Attributes in which PEFT's functions store their results on a module."""
 
 Given = str | PathLike[str] | None
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A cache that was read.
+    """Content of a cache file.
 
     Attributes:
-        path: Its path.
+        path: Path of the file.
         tensors: Name -> tensor (…).
-        metadata: Its header.
+        metadata: Metadata in the file's header.
     """
 
     path: str
@@ -55,45 +55,45 @@ class Cache:
 
     @classmethod
     def of(cls, path: Given) -> Cache | None:
-        """Read a cache; None if the file is missing or empty, such as a reserved name.
+        """Read a cache; return None if the file is missing, or empty because it only reserves the name.
 
         Args:
             path: The file.
 
         Raises:
-            AdapterFileError: It is damaged, or a pickle, as PEFT writes it.
+            AdapterFileError: The file is damaged, or is a pickle such as PEFT writes.
         """
         if path is None or not Path(path).is_file() or not Path(path).stat().st_size:
             return None
         try:
             file = read_tensors(str(path))
         except AdapterFileError as cause:
-            text = f"{cause} Caches are safetensors here, pickles in PEFT: convert it with safetensors.torch.save_file."
+            text = f"{cause} Only safetensors caches are read; convert PEFT's pickle with safetensors.torch.save_file."
             raise AdapterFileError(text, **cause.fields) from None
         return cls(str(path), file.tensors, file.metadata)
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """Return one of its tensors, such as (out, r).
+        """Return a tensor from the cache, such as (out, r).
 
         Args:
-            name: Its name.
-            shape: The shape that it must have, or None for any.
+            name: Name of the tensor.
+            shape: Required shape, or None for any.
 
         Raises:
-            ConfigError: It is missing, has another shape, or is not finite.
+            ConfigError: The tensor is missing, has another shape, or is not finite.
         """
         found = self.tensors.get(name)
         if found is None:
-            raise self.error(f"{name} not found; the file is of another model or config", name)
+            raise self.error(f"{name} not found; the file belongs to another model or config", name)
         if shape is not None and found.shape != shape:
-            raise self.error(f"{name} has shape {tuple(found.shape)}, and {shape} was expected", name)
+            raise self.error(f"{name} has shape {tuple(found.shape)}; expected {shape}", name)
         if not bool(torch.isfinite(found).all()):
             raise self.error(f"{name} has NaN or infinite values", name)
         return found
 
     def error(self, problem: str, what: str) -> ConfigError:
-        """Return an error about the file; `what` is the wrong tensor or value."""
-        return ConfigError(f"{self.path}: {problem}. Remove the file, or name another.", what=what, where=self.path)
+        """Return an error about the cache file; `what` is the wrong tensor or value."""
+        return ConfigError(f"{self.path}: {problem}. Remove the file or choose another.", what=what, where=self.path)
 
 
 @dataclass
@@ -112,19 +112,19 @@ class CordaEigens:
 
 
 def for_attaching(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, core.Statistics | None]:
-    """Return what `core.attach` needs for a config; takes the results that PEFT's functions left on the model.
+    """Return what `core.attach` needs for a config, and remove the results that PEFT's functions stored on the model.
 
-    "eva" starts as True does; `initialize_lora_eva_weights` then initializes it.
+    "eva" is first attached like True; `initialize_lora_eva_weights` initializes it later.
 
     Args:
         model: The base.
         config: The user's config.
 
     Returns:
-        The config to attach, and the statistics, or None.
+        The config to attach, and the statistics or None.
 
     Raises:
-        ConfigError: The first step is missing.
+        ConfigError: The first step was not run, or `lora_ga_config` is missing.
     """
     init = config.init_lora_weights
     if init == "eva":
@@ -164,18 +164,18 @@ def preprocess_corda(
     run_model: Callable[[], Any] | None = None,
     hooked_model: nn.Module | None = None,
 ) -> None:
-    """Decompose targeted weights by their inputs, for init_lora_weights="corda"; call `get_peft_model` afterwards.
+    """Decompose targeted weights using their inputs for init_lora_weights="corda"; call `get_peft_model` next.
 
     Args:
         model: The model that will be adapted; its targeted modules get an attribute `eigens`.
-        lora_config: With `corda_config`, whose files are read if they exist, and written as safetensors otherwise.
-        run_model: Runs the model over the data; not needed if a file holds the result.
-        hooked_model: The model that `run_model` runs, if it is another one.
+        lora_config: Config with `corda_config`; its files are read if they exist and otherwise written as safetensors.
+        run_model: Runs the model over the data; not needed if a file contains the result.
+        hooked_model: The model that `run_model` runs, if it is not `model`.
 
     Raises:
-        ConfigError: corda_config or run_model is missing, the method is unknown, or no dense module is named.
-        AdapterFileError: A cache is damaged, or a pickle.
-        DataError: No data reached a module.
+        ConfigError: corda_config or run_model is missing, the method is unknown, or no dense module is targeted.
+        AdapterFileError: A cache is damaged or is a pickle.
+        DataError: No data reached a module, or its inputs are not finite.
     """
     settings = _corda(lora_config)
     sites, modules = _dense(model, lora_config, "corda", "CorDA initialization. It uses the inputs of")
@@ -200,7 +200,7 @@ def preprocess_corda(
         left = {"covariance_matrix": covariances[path], "corda_method": settings.corda_method, "rank": len(eigens.S_WC)}
         left["sample_count"] = counts.get(path)
         for field, value in left.items():
-            vars(module).pop(field, None)  # of an earlier call
+            vars(module).pop(field, None)  # left by an earlier call
             if value is not None and not settings.prune_temporary_fields:
                 setattr(module, field, value)
     if settings.cache_file is not None:
@@ -210,7 +210,7 @@ def preprocess_corda(
 def _eigens_from(
     cache: Cache, settings: CordaConfig, modules: Mapping[str, nn.Module], widths: Mapping[str, tuple[int, int]]
 ) -> None:
-    """Store a cache's tensors on the modules; all are checked first."""
+    """Check all of a cache's tensors, then store them on the modules."""
     found, method = {}, cache.metadata.get("corda_method", settings.corda_method)
     if method != settings.corda_method:
         raise cache.error(f"corda_method is {method!r} here and {settings.corda_method!r} in the config", method)
@@ -234,7 +234,7 @@ def _corda(config: LoraConfig) -> CordaConfig:
 
 
 def _inputs(covariance: Tensor) -> InputStatistics:
-    """Return a covariance that is averaged over calls already as the statistics of one call."""
+    """Return statistics of a single call from a covariance that is already averaged over calls."""
     found = InputStatistics()
     found.rows = found.calls = 1
     found.gram, found.total = covariance, covariance[0]
@@ -253,7 +253,7 @@ def _covariances(
     found = {}
     for path, inputs in seen.items():
         if not inputs.rows:
-            raise DataError(f"{path}: run_model does not reach this module. Leave it out of the targets.", where=path)
+            raise DataError(f"{path}: run_model does not reach this module. Exclude it from the targets.", where=path)
         covariance = inputs.second_moment() * (inputs.rows / inputs.calls)
         if not bool(torch.isfinite(covariance).all()):
             raise DataError(f"{path}: Invalid value found in input, please check your input data.", where=path)
@@ -264,18 +264,18 @@ def _covariances(
 def preprocess_loraga(
     model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any], cache_file: Given = None
 ) -> None:
-    """Collect the gradients of targeted weights, for init_lora_weights="lora_ga"; call `get_peft_model` afterwards.
+    """Collect the gradients of targeted weights for init_lora_weights="lora_ga"; call `get_peft_model` next.
 
     Args:
         model: The model that will be adapted; its targeted modules get an attribute `_peft_loraga_grad`.
-        lora_config: With `lora_ga_config`.
-        train_step: Runs forward and backward, once or several times; nothing else.
-        cache_file: Read if it exists, and written as safetensors otherwise.
+        lora_config: Config with `lora_ga_config`.
+        train_step: Runs one or more forward and backward passes, and nothing else.
+        cache_file: File that is read if it exists and otherwise written as safetensors.
 
     Raises:
-        ConfigError: lora_ga_config is missing, no dense module is named, or a targeted weight is quantized.
-        TargetError: The config names nothing.
-        AdapterFileError: The cache is damaged, or a pickle.
+        ConfigError: lora_ga_config is missing, no dense module is targeted, or a targeted weight is quantized.
+        TargetError: No target matches.
+        AdapterFileError: The cache is damaged or is a pickle.
     """
     if lora_config.lora_ga_config is None:
         raise ConfigError(
@@ -290,7 +290,7 @@ def preprocess_loraga(
         _gradients_from(cache, modules)
         return
     for module in modules.values():
-        vars(module).pop(GRADIENT, None)  # of an earlier call
+        vars(module).pop(GRADIENT, None)  # left by an earlier call
     with in_mode(model, True), _only_trained(model, modules.values()) as counts, torch.enable_grad():
         train_step()
         for module in modules.values():
@@ -309,12 +309,12 @@ def _check_gradients_exist(modules: Mapping[str, nn.Module]) -> None:
         if not weight_format_of(module).written:
             raise ConfigError(NOT_WRITTEN.format(parameter=f"{path}.weight", type=type(module).__name__), where=path)
         if weight_format_of(module).quantized or hasattr(module, "quant_state"):
-            text = f"LoRA-GA does not support quantized models. Found quantized module: {path!r}. Quantize afterwards."
+            text = f"LoRA-GA does not support quantized models. Found quantized module: {path!r}. Quantize the model later."
             raise ConfigError(text, where=path)
 
 
 def _gradients_from(cache: Cache, modules: Mapping[str, nn.Module]) -> None:
-    """Store a cache's tensors on the modules; all are checked first."""
+    """Check all of a cache's tensors, then store them on the modules."""
     without = set(cache.metadata.get("without", "").split("\n"))
     shapes = {path: module.get_parameter("weight").shape for path, module in modules.items() if path not in without}
     found = {path: cache.tensor(f"{path}.{GRADIENT}", tuple(shape)) for path, shape in shapes.items()}
@@ -324,9 +324,9 @@ def _gradients_from(cache: Cache, modules: Mapping[str, nn.Module]) -> None:
 
 @contextmanager
 def _only_trained(model: nn.Module, modules: Collection[nn.Module]) -> Iterator[Counter[nn.Module]]:
-    """Train only these modules' weights within a context; yields the number of gradients that reached each.
+    """Train only the weights of these modules within a context, and count the gradients that reach each.
 
-    `.grad` is PEFT's interface to `train_step`, which may reset it between steps.
+    As in PEFT, gradients are read from `.grad`, which `train_step` may reset between steps.
     """
     weights = [module.get_parameter("weight") for module in modules]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -349,17 +349,17 @@ def _only_trained(model: nn.Module, modules: Collection[nn.Module]) -> Iterator[
 
 
 def dense_sites(model: nn.Module, config: LoraConfig, init: str, paths: Collection[str] | None = None) -> DataSites:
-    """Resolve the dense modules of a config; PEFT's inits that use data skip all others.
+    """Resolve the dense modules that a config targets; PEFT's data-driven inits skip all others.
 
     Args:
         model: The user's model.
-        config: Targets and ranks.
+        config: Config with targets and ranks.
         init: Name of the init.
-        paths: Leave out all other modules; None keeps all.
+        paths: Modules to keep; None keeps all.
 
     Raises:
-        ConfigError: The config names bare parameters.
-        TargetError: The config names nothing.
+        ConfigError: The config targets bare parameters.
+        TargetError: No target matches.
     """
 
     def only(match: Match) -> bool:
@@ -377,7 +377,7 @@ def _dense(model: nn.Module, config: LoraConfig, init: str, what: str) -> tuple[
 
 
 def _widths(sites: DataSites) -> dict[str, tuple[int, int]]:
-    """Return path -> widths of the module's output and input."""
+    """Return path -> output and input widths of the module."""
     specs = {match.path: kind_named(match.kind).specs(sites.index.base(match.path))[0] for match in sites.matches}
     return {path: (spec.out_features, spec.in_features) for path, spec in specs.items()}
 

@@ -1,6 +1,7 @@
-"""Hot swapping: replace the values of an adapter by another one's, without touching modules.
+"""Hot swapping: replace the values of an adapter with those of another one without changing any module.
 
-A compiled model is not recompiled: shapes stay the same (ranks are padded with zeros first), scales can be tensors.
+A compiled model need not be recompiled: shapes stay the same if ranks are padded with zeros first, and scales can be
+tensors.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
 
 COMPARED = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
-"""Fields of two configs that must be equal, since tensors do not contain them."""
+"""Config fields that must be equal in both adapters, since tensors do not contain them."""
 
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
-    """Reject a swap between configs that differ in more than the tensors.
+    """Check that two configs differ only in what a swap of tensors can change.
 
     Args:
-        config0: The existing adapter's.
-        config1: The new adapter's.
+        config0: Config of the existing adapter.
+        config1: Config of the new adapter.
 
     Raises:
-        ConfigError: A field differs.
+        ConfigError: A field that must be equal differs.
     """
     if config0.peft_type != config1.peft_type:
         text = f"Incompatible PEFT types found: {config0.peft_type} and {config1.peft_type}"
@@ -52,18 +53,18 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
 def hotswap_adapter(
     model: PeftModel, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Value
 ) -> None:
-    """Replace the values of an adapter by those of a saved one.
+    """Replace the values of an adapter with those of a saved one.
 
     Args:
-        model: A wrapped model, perhaps compiled.
-        model_name_or_path: A directory, or a hub id.
+        model: A wrapped model, possibly compiled.
+        model_name_or_path: A directory or a Hub id.
         adapter_name: The adapter to replace; its name is kept.
-        torch_device: Ignored; values go to the device of the existing ones.
+        torch_device: Ignored; values go to the device of the existing values.
         kwargs: `subfolder`, `revision`; PEFT's other options have no effect here.
 
     Raises:
-        AdapterFileError: Files are missing or damaged, or hold NaN or infinite values.
-        ConfigError: The configs differ.
+        AdapterFileError: Files are missing or damaged, or contain NaN or infinite values.
+        ConfigError: The configs are incompatible.
         StateDictError: A tensor does not fit the model.
         MergeError: The adapter is merged.
     """
@@ -86,14 +87,14 @@ def hotswap_adapter_from_state_dict(
     config: LoraConfig,
     parameter_prefix: str = "lora_",
 ) -> None:
-    """Replace an adapter's tensors; those without a new one become zero. Nothing changes if an error is raised.
+    """Replace an adapter's tensors; those missing from `state_dict` become zero. An error leaves the model unchanged.
 
     Args:
-        model: A model with adapters in it, perhaps compiled.
+        model: A model with adapters in it, possibly compiled.
         state_dict: Name in memory -> tensor (…).
         adapter_name: The adapter.
-        config: The new adapter's; its ranks and alphas determine the scales.
-        parameter_prefix: Prefix of the names of its parameters.
+        config: Config of the new adapter; its ranks and alphas determine the scales.
+        parameter_prefix: Prefix of the names of the adapter's parameters.
 
     Raises:
         StateDictError: A tensor does not fit the model.
@@ -161,7 +162,7 @@ def _put(target: Tensor, tensor: Tensor, groups: int) -> None:
 
 def _put_scale(layer: LoraLayer, adapter: str, value: float) -> None:
     scaling: dict[str, Any] = layer.scaling
-    if isinstance(scaling[adapter], Tensor):  # of a compiled model
+    if isinstance(scaling[adapter], Tensor):  # prepared for compilation
         scaling[adapter].fill_(value)
     else:
         scaling[adapter] = value
@@ -174,16 +175,16 @@ def prepare_model_for_compiled_hotswap(
     config: LoraConfig | Mapping[str, LoraConfig] | None = None,
     check_compiled: str = "error",
 ) -> None:
-    """Prepare a model for compilation and swapping: scales become tensors, ranks are padded with zeros.
+    """Prepare a model for compilation and hot swapping: convert scales to tensors and pad ranks with zeros.
 
     Args:
         model: A model with the first adapter in it.
-        target_rank: The largest rank to be swapped in; None keeps the ranks.
-        config: Configs whose rank is set to it.
-        check_compiled: Reaction to a compiled model: "error", "warn" or "ignore".
+        target_rank: Largest rank that will be swapped in; None keeps the ranks.
+        config: Config or configs whose rank is set to `target_rank`.
+        check_compiled: Response to an already compiled model: "error", "warn" or "ignore".
 
     Raises:
-        ConfigError: The model is already compiled or has no adapters, or the rank does not fit.
+        ConfigError: The model is already compiled or has no adapters, or `target_rank` does not fit.
     """
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", False):
         _check_compiled(check_compiled)
@@ -245,7 +246,7 @@ def _pad(layer: LoraLayer, target_rank: int) -> None:
 
 
 def _fill(target: Tensor, tensor: Tensor, groups: int) -> None:
-    """Copy a tensor (…) to the start of a larger one (…); a grouped convolution's A to the start of each group."""
+    """Copy a tensor (…) to the start of a larger one (…); for a grouped convolution's A, to the start of each group."""
     if groups > 1:
         target, tensor = (one.view(groups, one.shape[0] // groups, *one.shape[1:]) for one in (target, tensor))
     target[tuple(slice(size) for size in tensor.shape)].copy_(tensor)

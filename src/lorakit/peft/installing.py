@@ -1,8 +1,8 @@
-"""`install_as_peft`: after the call, `import peft` in this process means `lorakit.peft`.
+"""`install_as_peft`: a function that makes `import peft` import `lorakit.peft` in this process.
 
-A finder at the start of `sys.meta_path` returns the modules of `lorakit.peft` for `peft` and every module below it, so
-no class exists twice. It also finds the distribution `peft`, whose version programs read. It writes no files and does
-not change other packages or an installed `peft`. A process started with `spawn` must call the function itself.
+A finder at the start of `sys.meta_path` returns the modules of `lorakit.peft` for `peft` and all of its submodules, so
+no class exists twice. It also provides the distribution `peft`, whose version programs read. It writes no files and
+does not change other packages or an installed `peft`. A process started with `spawn` must call the function itself.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _CACHED_LOOKUPS = ("is_peft_available", "is_peft_greater_or_equal", "_package_di
 
 
 def install_as_peft() -> None:
-    """Make `import peft` mean `lorakit.peft`, in every package of this process and until it ends.
+    """Make `import peft` import `lorakit.peft` everywhere in this process until it exits.
 
-    Call it before transformers' trainer, trl, diffusers or sentence-transformers are imported. A second call does
-    nothing.
+    Call this function before importing transformers' trainer, trl, diffusers or sentence-transformers. A second call
+    does nothing.
 
     Raises:
         UsageError: The real `peft`, or a package that has already looked for it, is imported.
@@ -46,7 +46,7 @@ def install_as_peft() -> None:
     if late:
         raise UsageError(
             f"install_as_peft() was called too late: {', '.join(late)} {'is' if len(late) == 1 else 'are'} already "
-            f"imported and would keep what was found then. Call it before importing {', '.join(early)}."
+            f"imported and would not use lorakit.peft. Call it before importing {', '.join(early)}."
         )
     sys.meta_path.insert(0, _Finder())
     importlib.invalidate_caches()
@@ -58,12 +58,12 @@ stand_in = install_as_peft
 
 
 class _Finder(importlib.metadata.DistributionFinder, importlib.abc.MetaPathFinder):
-    """Finds `peft`, the modules below it and its distribution; for any other name it finds nothing."""
+    """Finder for `peft`, its submodules and its distribution; it ignores all other names."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return a spec whose loader returns the module of `lorakit.peft`; None for a module that it does not have."""
+        """Return a spec whose loader returns the module of `lorakit.peft`, or None if that module does not exist."""
         if fullname.partition(".")[0] != NAME:
             return None
         own = importlib.util.find_spec(PACKAGE + fullname.removeprefix(NAME))
@@ -77,12 +77,12 @@ class _Finder(importlib.metadata.DistributionFinder, importlib.abc.MetaPathFinde
         self,
         context: importlib.metadata.DistributionFinder.Context = importlib.metadata.DistributionFinder.Context(),  # noqa: B008
     ) -> Iterable[importlib.metadata.Distribution]:
-        """Return the distribution `peft` if the context names it or no distribution."""
+        """Return the distribution `peft` if the context names `peft` or does not name any distribution."""
         return [_Distribution()] if context.name in (None, NAME) else []
 
 
 class _Loader(importlib.abc.Loader):
-    """Returns one module of `lorakit.peft`, the same object that its own name imports."""
+    """Loader of one module of `lorakit.peft`; it returns the same object as an import by the module's own name."""
 
     def __init__(self, own: str) -> None:
         self._own = own
@@ -95,7 +95,7 @@ class _Loader(importlib.abc.Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Restore the module's own spec, which the import system has just replaced; the code has already run."""
+        """Restore the module's own spec, which the import system has just replaced; its code has already run."""
         module.__spec__ = self._spec
 
 
@@ -103,19 +103,19 @@ class _Distribution(importlib.metadata.Distribution):
     """Metadata of the distribution `peft` for `importlib.metadata`."""
 
     def read_text(self, filename: str) -> str | None:
-        """Return the text of a metadata file; None for a file other than the two that programs read."""
+        """Return the text of METADATA or top_level.txt, or None for any other metadata file."""
         return {
             "METADATA": f"Metadata-Version: 2.1\nName: {NAME}\nVersion: {API_LEVEL}\nSummary: lorakit as peft\n",
             "top_level.txt": f"{NAME}\n",
         }.get(filename)
 
     def locate_file(self, path: object) -> Path:
-        """Return the path of a file of the package."""
+        """Return the path of a file in the package."""
         return Path(__file__).parent / str(path)
 
 
 def _clear_lookups() -> None:
-    """Clear the caches in which transformers may have noted that `peft` is not installed."""
+    """Clear the caches in which transformers may have recorded that `peft` is not installed."""
     lookups = sys.modules.get("transformers.utils.import_utils")
     for name in _CACHED_LOOKUPS:
         clear = getattr(getattr(lookups, name, None), "cache_clear", None)

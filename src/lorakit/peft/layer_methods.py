@@ -1,4 +1,4 @@
-"""Attributes and methods of adapted layers that only PEFT has, derived from the layer."""
+"""PEFT-only attributes and methods of adapted layers, derived from the layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorakit.core.variants import asked_for, own_tensors, variant_named
 
 
 def _of_variants(layer: LoraLayer, word: str) -> dict[str, object]:
-    """Return adapter -> value of a variant's attribute; False for adapters of other variants."""
+    """Return adapter -> value of a variant-specific attribute; False for adapters with another variant."""
     found: dict[str, object] = {}
     for name, variant in layer.variant.items():
         value = variant_named(variant).peft_names.get(word)
@@ -30,7 +30,7 @@ def _use_rslora(layer: LoraLayer) -> dict[str, bool]:
 
 
 def _frozen(layer: LoraLayer) -> dict[str, tuple[str, ...]]:
-    """Return adapter -> attributes whose values its init froze (MiCA); other adapters are left out."""
+    """Return adapter -> attributes that its init froze (MiCA); adapters without frozen attributes are omitted."""
     parts = list(zip("AB", layer.kind.names, strict=True))
     return {
         name: tuple(held for part, held in parts if part not in trains)
@@ -45,12 +45,12 @@ def supports_conversion(layer: LoraLayer, adapter_name: str = "default") -> bool
 
 
 def _cast_input(layer: LoraLayer, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """PEFT's step before A, of any shape; the arithmetic here casts automatically."""
+    """Cast an input of any shape, as PEFT does before A; lorakit's own forward casts automatically."""
     return x if x is None or not layer.cast_input_dtype_enabled else x.to(dtype)
 
 
 def _adapter_layer_names(layer: LoraLayer) -> tuple[str, ...]:
-    """Return the attributes that hold parameters by adapter."""
+    """Return the names of the attributes that hold parameters by adapter."""
     return tuple(name for name in (*TRAINED, *(own.held_as for own in own_tensors())) if name in layer._modules)
 
 
@@ -62,40 +62,40 @@ VALUES: Mapping[str, Callable[[LoraLayer], object]] = {
     "other_param_names": lambda _: ("r", "lora_alpha", "scaling", "lora_dropout"),
     "cast_input_dtype_enabled": lambda _: True,
 }
-"""Attribute -> its value. Setting one of them on a layer hides what is derived here."""
+"""Attribute -> function that derives its value. A value that is set on a layer takes precedence."""
 
 METHODS: Mapping[str, Callable[..., object]] = {
     "supports_lora_conversion": supports_conversion,
     "_all_available_adapter_names": lambda layer: sorted(layer.available_adapters()),
     "_cast_input_dtype": _cast_input,
 }
-"""Method -> what it does with the layer."""
+"""Method -> its implementation, which takes the layer as its first argument."""
 
 
 NAMES_OF_VARIANTS = frozenset(word for variant in asked_for() for word in variant.peft_names)
-"""PEFT's names of tables by adapter that tell the variant of each adapter."""
+"""PEFT's names of the dictionaries that show which variant each adapter has."""
 
 
 class PeftLayerMethods:
-    """Answers PEFT's own attributes of a layer; it has no state."""
+    """Stateless lookup of PEFT-only layer attributes and methods."""
 
     names: ClassVar[frozenset[str]] = frozenset((*VALUES, *METHODS, *NAMES_OF_VARIANTS))
 
     def answer(self, layer: nn.Module, word: str) -> object:
-        """Return one of PEFT's attributes or methods of a layer.
+        """Return a PEFT-only attribute or method of a layer.
 
         Args:
             layer: An adapted layer.
             word: One of `names`.
         """
-        assert isinstance(layer, LoraLayer)  # no other module asks
+        assert isinstance(layer, LoraLayer)  # only adapted layers call this
         if word in VALUES:
             return VALUES[word](layer)
         return partial(METHODS[word], layer) if word in METHODS else _of_variants(layer, word)
 
 
 def answer_as_peft(model: nn.Module) -> None:
-    """Let the layers of an adapted model answer PEFT's own attributes; one without adapters has no such layers."""
+    """Enable PEFT-only attributes on the layers of an adapted model; do nothing if it has no adapters."""
     state = find_state(model)
     if state is not None and state.peft_methods is None:
         state.peft_methods = PeftLayerMethods()

@@ -1,4 +1,4 @@
-"""Loading saved adapters into a wrapped model, unchanged or under other names."""
+"""Load saved adapters into a wrapped model, with unchanged or renamed tensors."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 
 def adapter_folder(model_id: str | os.PathLike[str], options: MutableMapping[str, Any]) -> Path:
-    """Return the local directory of an adapter; downloads a hub id into the hub's cache.
+    """Return the local directory of an adapter; an adapter on the Hub is downloaded into the Hub's cache.
 
     Args:
-        model_id: A directory, or a hub id.
-        options: Options of the call; `subfolder`, a directory inside it, and `revision` on the hub are taken out.
+        model_id: A directory or a Hub id.
+        options: Options of the call; `subfolder` and, for the Hub, `revision` are removed from this dictionary.
 
     Raises:
-        AdapterFileError: Neither exists.
+        ModelError: The Hub id was not found, or the Hub cannot be reached.
     """
     folder, subfolder, revision = Path(model_id), options.pop("subfolder", None), options.pop("revision", None)
     if looks_like_a_hub_id(model_id) and not folder.exists():
@@ -46,7 +46,7 @@ def adapter_folder(model_id: str | os.PathLike[str], options: MutableMapping[str
 
 
 LENIENT = tuple(word for word in ALLOWANCES if word != "nonfinite")
-"""Checks that PEFT does not make and that only warn here; NaN and infinite values remain an error."""
+"""Checks that PEFT does not perform and that only cause warnings here; NaN and infinite values remain an error."""
 
 
 def load_whole(
@@ -57,17 +57,17 @@ def load_whole(
     Args:
         model: The wrapper.
         folder: The adapter's directory.
-        name: Its name here.
-        trainable: Continue training it.
-        config: Used instead of the directory's, with `inference_mode` set; None uses the directory's.
+        name: Name to give the adapter.
+        trainable: Whether to train the adapter further.
+        config: Config that replaces the saved one; its `inference_mode` is set. None uses the saved one.
 
     Returns:
-        Names of this adapter in the model that got no tensor, and names in the file that the model does not have.
+        The adapter's names in the model for which the file has no tensor, and names in the file that the model lacks.
 
     Raises:
         AdapterFileError: Files are missing or damaged.
         StateDictError: Shapes do not fit.
-        AdapterError: The name cannot be used.
+        AdapterError: `name` cannot be used.
     """
     try:
         warnings = _load(model, folder, name, trainable, config)
@@ -111,14 +111,14 @@ def load_by_names(
     Args:
         model: The wrapper.
         folder: The adapter's directory.
-        name: Its name here.
-        trainable: Train it if it is new.
-        key_mapping: Regular expression -> replacement; the first that matches a name is applied.
-        ignore_sizes: Skip tensors of another shape, with a warning.
+        name: Name to give the adapter.
+        trainable: Whether to train the adapter if it is new.
+        key_mapping: Regular expression -> replacement; the first expression that matches a name is applied.
+        ignore_sizes: Whether to warn about tensors with another shape and skip them.
 
     Raises:
         AdapterFileError: Files are missing or damaged, or shapes do not fit.
-        AdapterError: The name cannot be used.
+        AdapterError: `name` cannot be used.
     """
     files = read_adapter(folder)
     warn_of_problems(model, files, LENIENT, may_be_zero=trainable)
@@ -134,17 +134,17 @@ def load_by_names(
 def warn_of_problems(
     model: PeftModel, files: AdapterFiles, allow: Collection[str], *, may_be_zero: bool = False
 ) -> None:
-    """Warn if an adapter was made on another base or looks implausible.
+    """Warn if an adapter was trained on another base or has implausible values.
 
     Args:
         model: The wrapper.
-        files: The adapter as read.
-        allow: Checks to override: "base_mismatch".
-        may_be_zero: Do not warn of an adapter that does nothing, because it will be trained.
+        files: Content of the adapter's files.
+        allow: Checks to override, such as "base_mismatch".
+        may_be_zero: Whether to accept an adapter without effect, because it will be trained.
 
     Raises:
-        BaseMismatchError: The base is another one and `allow` does not hold "base_mismatch".
-        AdapterFileError: A tensor holds NaN or infinite values.
+        BaseMismatchError: The adapter was trained on another base, and `allow` does not contain "base_mismatch".
+        AdapterFileError: A tensor contains NaN or infinite values.
     """
     of_base = check_base(model.get_base_model(), files, allow)[1]
     for message in (*of_base, *implausible(files.folder, judge_files(files), may_be_zero)):
@@ -152,7 +152,7 @@ def warn_of_problems(
 
 
 def renamed(key: str, key_mapping: Mapping[str, str]) -> str:
-    """Apply the first expression that matches to a name on disk; expressions see it without the wrapper's prefix."""
+    """Rename a tensor on disk by the first expression that matches its name without the wrapper's prefix."""
     bare = key.removeprefix(WRAPPED)
     for pattern, replacement in key_mapping.items():
         changed, count = re.subn(pattern, replacement, bare)
@@ -167,8 +167,8 @@ def load_peft_weights(
     """Return the tensors of a saved adapter.
 
     Args:
-        model_id: A directory, or a hub id.
-        device: Device of the tensors; None leaves them in main memory.
+        model_id: A directory or a Hub id.
+        device: Device of the tensors; None keeps them in main memory.
         key_mapping: As for `load_by_names`.
         kwargs: `subfolder`, `revision`; PEFT's other options have no effect here.
 

@@ -1,4 +1,4 @@
-"""`get_peft_model`, PEFT's tables from a method to its classes, and adapters in a model without a wrapper."""
+"""`get_peft_model`, PEFT's tables of classes by method, and functions for models without a wrapper."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ def get_peft_model(
     Args:
         model: The base; a wrapped model gets another adapter without a second wrapper.
         peft_config: The adapter's config; only read.
-        adapter_name: Its name.
-        mixed: Wrap the model in a `PeftMixedModel`, which can have several active adapters.
+        adapter_name: Name of the new adapter.
+        mixed: Whether to wrap the model in a `PeftMixedModel`, which can have several active adapters.
         autocast_adapter_dtype: False casts the factors to the dtype of their base weight.
-        revision: Revision of the base, noted in the adapter's config.
+        revision: Revision of the base to record in the adapter's config.
         low_cpu_mem_usage: Ignored; factors are created on their site's device.
 
     Returns:
         The wrapper for the config's task.
 
     Raises:
-        ConfigError: The config is not a LoraConfig, or does not fit.
-        TargetError: Nothing matches.
-        AdapterError: The name is taken or invalid.
-        NotYetSupported: The config or an option needs a feature that is not built yet.
+        ConfigError: `peft_config` is not a LoraConfig or does not fit the model.
+        TargetError: No target matches.
+        AdapterError: `adapter_name` is invalid.
+        NotYetSupported: The config or an option needs a feature that is not supported yet.
     """
     if not isinstance(peft_config, LoraConfig):
         raise ConfigError(f"peft_config is a {type(peft_config).__name__}; a lorakit LoraConfig is needed.")
@@ -66,18 +66,18 @@ def get_peft_model(
 
 
 def _make_room(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
-    """Warn if a model has adapters; one of the same name is replaced, as when a notebook cell runs again."""
+    """Warn if a model has adapters, and remove one with the same name, for example when a notebook cell is rerun."""
     user = model_adapters.user_model(model)
     there = model_adapters.configs_of(user)
     if there:
-        replaced = f" The adapter '{adapter_name}' that was there is replaced." if adapter_name in there else ""
+        replaced = f" The existing adapter '{adapter_name}' is replaced." if adapter_name in there else ""
         warn_caller(
-            "You are trying to modify a model with PEFT for a second time. It gets another adapter here, without a "
-            f"second wrapper; otherwise call `.unload()` first.{replaced}"
+            "You are trying to modify a model with PEFT for a second time. The model gets another adapter, but no "
+            f"second wrapper; to remove the existing adapters, call `.unload()` first.{replaced}"
         )
     if adapter_name in there:
         candidates = AdapterIndex.of(user).candidates
-        resolve(candidates, with_targets(config, user), allow_partial=True)  # before removal
+        resolve(candidates, with_targets(config, user), allow_partial=True)  # may raise; nothing is removed yet
         core.detach(user, adapter_name)
 
 
@@ -99,26 +99,28 @@ PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {
     PeftType.LORA: LoraConfig,
     **{method: placeholder(name) for method, name in CONFIGS.items()},
 }
-"""Method -> class of its config."""
+"""Method -> its config class."""
 
 PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, type[BaseTuner]] = {PeftType.LORA: LoraModel}
-"""Method -> class of its tuner; other methods cannot be used."""
+"""Method -> its tuner class; other methods are not supported."""
 
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[PeftType, type[BaseTuner]] = {PeftType.LORA: LoraModel}
-"""Method -> class of its tuner in a `PeftMixedModel`."""
+"""Method -> its tuner class in a `PeftMixedModel`."""
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfigMixin:
-    """Create a config from a dictionary with its method.
+    """Create a config from a dictionary that names its method.
 
     Args:
-        config_dict: Field name -> value, `peft_type` among them.
+        config_dict: Field name -> value, including `peft_type`.
 
     Raises:
         ConfigError: The method is missing or not LORA, or a value is not allowed.
     """
     if "peft_type" not in config_dict:
-        raise ConfigError("The config has no peft_type, so its method is unknown; set 'LORA'.", field="peft_type")
+        raise ConfigError(
+            "The config has no peft_type, so its method is unknown; set peft_type to 'LORA'.", field="peft_type"
+        )
     return PeftConfig.from_peft_type(**config_dict)
 
 
@@ -134,15 +136,15 @@ def inject_adapter_in_model(
     Args:
         peft_config: The adapter's config; only read.
         model: The base, changed in place.
-        adapter_name: Its name.
-        low_cpu_mem_usage: Create the factors on the meta device until `set_peft_model_state_dict` fills them.
-        state_dict: Names of tensors (…) that determine the targets instead of the config; only names are read.
+        adapter_name: Name of the new adapter.
+        low_cpu_mem_usage: Whether the factors stay on the meta device until `set_peft_model_state_dict` fills them.
+        state_dict: Tensors (…) whose names determine the targets instead of the config; values are not read.
 
     Raises:
-        ConfigError: The config is not a LoraConfig, or does not fit.
-        TargetError: Nothing matches.
-        AdapterError: The name is taken or invalid.
-        NotYetSupported: The config needs a feature that is not built yet.
+        ConfigError: `peft_config` is not a LoraConfig or does not fit the model.
+        TargetError: No target matches.
+        AdapterError: `adapter_name` is taken or invalid.
+        NotYetSupported: The config needs a feature that is not supported yet.
     """
     if not isinstance(peft_config, LoraConfig):
         raise ConfigError(

@@ -1,7 +1,7 @@
-"""PEFT's functions and messages about the modules that configs name, over `lorakit.targets`.
+"""PEFT's functions and messages about target modules, based on `lorakit.targets`.
 
-They also cover the targets of a state dict's names, PEFT's rules for several adapters, and warnings before a merge
-unties shared weights.
+The module also derives targets from the names in a state dict, applies PEFT's rules for several adapters, and warns
+before a merge unties shared weights.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SEQ_CLS_HEADS = ("score", "classifier")
 
 
 class ExcludedModule:
-    """Result for a module that is excluded explicitly; it is false."""
+    """Falsy result for a module that is explicitly excluded."""
 
     def __bool__(self) -> bool:
         return False
@@ -45,10 +45,10 @@ def check_target_module_exists(config: LoraConfig, key: str) -> bool | ExcludedM
         key: Dotted path of the module.
 
     Returns:
-        A true value if it does; an `ExcludedModule` if the module is excluded explicitly.
+        Whether the module is targeted; an `ExcludedModule`, which is falsy, if the module is explicitly excluded.
 
     Raises:
-        ConfigError: A pattern is not a regular expression.
+        ConfigError: A pattern is not a valid regular expression.
     """
     if _excluded(config, key):
         return ExcludedModule()
@@ -72,10 +72,10 @@ def _excluded(config: LoraConfig, key: str) -> bool:
 
 
 def inspect_matched_modules(tuner: BaseTuner, adapter_name: str = "default") -> dict[str, list[str]]:
-    """List the modules that an adapter's config targets, and the others.
+    """List the modules that an adapter's config targets, and those that it does not.
 
     Args:
-        tuner: A `PeftModel.base_model`.
+        tuner: The `base_model` of a `PeftModel`.
         adapter_name: The adapter.
     """
     config = tuner.peft_config[adapter_name]
@@ -86,7 +86,7 @@ def inspect_matched_modules(tuner: BaseTuner, adapter_name: str = "default") -> 
 
 
 def maybe_include_all_linear_layers(peft_config: LoraConfig, model: nn.Module) -> LoraConfig:
-    """Replace "all-linear" in a config by the modules that it matches, in place, as PEFT does.
+    """Replace "all-linear" in a config with the modules that it matches; like PEFT, change the config in place.
 
     Args:
         peft_config: The config; it is changed and returned.
@@ -113,7 +113,7 @@ def find_minimal_target_modules(target_modules: Collection[str], other_module_na
         other_module_names: Paths not to match.
 
     Raises:
-        ConfigError: `target_modules` is empty, a path is empty, or a path is in both.
+        ConfigError: `target_modules` is empty or contains an empty path, or a path is in both collections.
     """
     if isinstance(target_modules, str) or not target_modules:
         raise ConfigError("target_modules should be a list or set of strings.", field="target_modules")
@@ -150,13 +150,13 @@ ALL_EXCLUDED = (
 )
 NONE_LEFT = (
     "No modules were targeted for adaptation. This might be caused by a combination of `target_modules` that match "
-    "nothing and modules that are excluded (`exclude_modules`) or saved whole (`modules_to_save`)."
+    "nothing and modules that are excluded (`exclude_modules`) or saved in full (`modules_to_save`)."
 )
 
 
 @contextlib.contextmanager
 def with_no_target_message(model: nn.Module, config: LoraConfig) -> Iterator[None]:
-    """Put PEFT's message before the error of a context that finds no target because modules are excluded.
+    """Prepend PEFT's message to the error of a context that finds no target because modules are excluded.
 
     Args:
         model: The model.
@@ -180,12 +180,12 @@ def with_no_target_message(model: nn.Module, config: LoraConfig) -> Iterator[Non
 
 
 def with_own_targets(model: nn.Module, config: LoraConfig, table: Mapping[str, str | Collection[str]]) -> LoraConfig:
-    """Return a config with the default targets of PEFT's table, which programs extend, if it names none.
+    """Fill in default targets from PEFT's table, which programs may extend, if a config names no targets.
 
     Args:
         model: The model.
-        config: Its config.
-        table: Architecture -> targets.
+        config: The adapter's config.
+        table: Model type -> targets.
     """
     targets = table.get(model_type_of(model))
     if targets is None or config.target_modules is not None or config.target_parameters:
@@ -194,11 +194,11 @@ def with_own_targets(model: nn.Module, config: LoraConfig, table: Mapping[str, s
 
 
 def messages_of_missing(config: LoraConfig, report: AttachReport) -> list[str]:
-    """Return the warnings about entries that match nothing, which PEFT ignores; its messages come first.
+    """Return warnings about config entries that match nothing, preceded by PEFT's message if PEFT has one.
 
     Args:
         config: The config.
-        report: The report of attaching it.
+        report: Report from attaching the config.
     """
     entries = [unmatched for unmatched in report.missing if unmatched.field not in PATTERNS]
     messages = [unmatched.text for unmatched in entries]
@@ -219,7 +219,7 @@ def messages_of_missing(config: LoraConfig, report: AttachReport) -> list[str]:
 
 
 def messages_of_own_biases(model: nn.Module, adapter: str) -> list[str]:
-    """Return PEFT's warnings about layers whose B has a bias while the base has none that a merge could change.
+    """Return PEFT's warnings about layers where B has a bias but the base has none that a merge could change.
 
     Args:
         model: A model with adapters in it.
@@ -240,15 +240,15 @@ COMPILED = "_orig_mod."
 
 
 def config_for_keys(model: nn.Module, config: LoraConfig, keys: Iterable[str]) -> LoraConfig:
-    """Return a config that targets exactly the modules of an adapter's tensors.
+    """Return a config that targets exactly the modules that occur in tensor names, and warn if its targets differ.
 
     Args:
         model: The base.
-        config: The config that came with them; a difference from its targets is warned about.
-        keys: Names of tensors, such as "layers.0.q_proj.lora_A.weight".
+        config: The config that came with the tensors.
+        keys: Tensor names, such as "layers.0.q_proj.lora_A.weight".
 
     Raises:
-        ConfigError: The config targets bare parameters, which names of tensors do not identify.
+        ConfigError: The config targets bare parameters, which tensor names do not identify.
     """
     if config.target_parameters:
         raise ConfigError(
@@ -278,18 +278,18 @@ def config_for_keys(model: nn.Module, config: LoraConfig, keys: Iterable[str]) -
 
 
 def check_parameters(model: nn.Module, configs: Mapping[str, LoraConfig], config: LoraConfig) -> None:
-    """Reject an adapter that targets other parameters of a module than an existing one.
+    """Reject an adapter that targets other parameters of a module than an existing adapter does.
 
-    Names of tensors identify modules and not parameters, and names in memory match those on disk, as in PEFT.
-    `lorakit.core.attach` supports both adapters.
+    As in PEFT, tensor names identify modules but not parameters, both in memory and on disk. `lorakit.core.attach`
+    supports such adapters.
 
     Args:
         model: The user's model.
-        configs: The adapters on it.
-        config: The new one.
+        configs: Configs of the existing adapters.
+        config: Config of the new adapter.
 
     Raises:
-        ConfigError: They differ; the message names both sets.
+        ConfigError: The targeted parameters of a module differ; the message lists the parameters of both adapters.
     """
     mine = set(config.target_parameters or ())
     for name, other in configs.items() if mine else ():
@@ -312,14 +312,14 @@ ALONE = "Only one adapter can be set at a time for {wrapper}, got {names}: {why}
 
 
 def check_together(modules: Iterable[AdapterModule], names: Sequence[str]) -> None:
-    """Reject adapters that replace the same module or rows; nothing is changed.
+    """Check that no two adapters replace the same module or embedding row.
 
     Args:
         modules: The adapted modules of a model.
         names: The adapters to activate together.
 
     Raises:
-        ConfigError: Two of them save the same module, or train the same token.
+        ConfigError: Two of the adapters save the same module or train the same token.
     """
     for module in modules:
         if isinstance(module, ModulesToSave) and len(set(names) & set(module.available_adapters())) > 1:
@@ -339,17 +339,17 @@ def warn_of_ties(model: nn.Module, names: Sequence[str]) -> tuple[bool, bool]:
 
     Args:
         model: An adapted model.
-        names: The adapters that are merged.
+        names: The adapters to merge.
 
     Returns:
-        Whether a weight must be untied, and whether that ends `tie_word_embeddings`.
+        Whether any weight must be untied, and whether `tie_word_embeddings` thereby becomes False.
     """
     found = tied_sites(model, names)
     stacked = [pair for pair in found if _without_numbers(pair[0]) == _without_numbers(pair[1].rpartition(".")[0])]
     tied = [pair for pair in found if pair not in stacked]
     for pairs, why in (
         (tied, "so the model is no longer tied (tie_word_embeddings is False from now on)."),
-        (stacked, "as every layer that layer_replication made gets one: the model needs the memory of all its layers."),
+        (stacked, "like every layer added by layer_replication, so the model will need memory for all its layers."),
     ):
         if pairs:
             path, other = pairs[0]
@@ -362,29 +362,29 @@ def _without_numbers(path: str) -> str:
 
 
 def check_adapters_to_merge(module: AdapterModule, adapter_names: list[str] | None = None) -> list[str]:
-    """Return the adapters of a layer to merge that are not merged yet.
+    """Return which of the adapters to merge are not merged into a layer yet.
 
     Args:
         module: An adapted layer.
-        adapter_names: Adapters; None means the active ones.
+        adapter_names: The adapters to merge; None means the active ones.
 
     Raises:
-        ConfigTypeError: The names are one string.
+        ConfigTypeError: `adapter_names` is a string.
     """
     asked = module.active_adapters if adapter_names is None else adapter_names
     return not_yet_merged(asked, module.merged_adapters)
 
 
 def not_yet_merged(names: Sequence[str], merged: Sequence[str], quiet: bool = False) -> list[str]:
-    """Return the adapters that are not merged yet; warns about merged ones, as PEFT does.
+    """Return the adapters that are not merged yet, and warn about merged ones as PEFT does.
 
     Args:
         names: The adapters to merge.
-        merged: The adapters that are merged.
-        quiet: Do not warn.
+        merged: The adapters that are already merged.
+        quiet: Whether to omit the warning.
 
     Raises:
-        ConfigTypeError: The names are one string.
+        ConfigTypeError: `names` is a string.
     """
     if isinstance(names, str):
         raise ConfigTypeError(f"adapter_names should be a list of strings, got {names!r}.", field="adapter_names")
@@ -400,13 +400,13 @@ def not_yet_merged(names: Sequence[str], merged: Sequence[str], quiet: bool = Fa
 
 
 def filter_state_dict(state_dict: Mapping[str, Tensor], prefixes: Collection[str]) -> dict[str, Tensor]:
-    """Return the entries whose names are one of these prefixes, or continue one after a dot."""
+    """Return the entries whose name equals one of the prefixes or begins with one followed by a dot."""
     under = tuple(f"{prefix}." for prefix in prefixes)
     return {key: value for key, value in state_dict.items() if key in prefixes or key.startswith(under)}
 
 
 def adapter_prefixes(model: nn.Module, adapter_name: str | None = None) -> set[str]:
-    """Return the prefixes of adapters' parameters in a model's state dict: of one adapter, or of all."""
+    """Return the state-dict prefixes of the parameters of one adapter, or of all if `adapter_name` is None."""
     held = {
         f"{path}.{attribute}".lstrip("."): holder
         for path, layer in layers(model)
@@ -419,7 +419,7 @@ def adapter_prefixes(model: nn.Module, adapter_name: str | None = None) -> set[s
 
 
 def in_out_features(module: nn.Module) -> tuple[int | None, int | None]:
-    """Return the widths of a module's input and output, or None if it has none."""
+    """Return the input and output widths of a module; a width is None if the module does not define it."""
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
     if isinstance(module, nn.modules.conv._ConvNd):

@@ -1,6 +1,6 @@
-"""Batches whose rows have different adapters: PEFT's checks and messages, and the offsets of activated LoRA.
+"""Batches whose rows use different adapters: PEFT's checks and messages, and the offsets of activated LoRA (aLoRA).
 
-`alora_offsets`, and the functions that compute them, are implemented by `lorakit.core.routing.positions`.
+`lorakit.core.routing.positions` implements the offsets and the functions that compute them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
 
 Offsets = Sequence[int | None]
-"""Distance of each row's invocation tokens from its end; None if the row does not invoke its adapter."""
+"""Distance from each row's invocation tokens to the end of the row; None if the row does not invoke its adapter."""
 
 BASE_NAME = "__base__"
 """Entry of `adapter_names` for a row that runs on the base alone."""
@@ -33,12 +33,12 @@ COPIES = "Mixed batching is only supported for the following modules: Linear, Em
 
 
 class MixedBatchError(RouteError, TypeError):
-    """A module on the model cannot take a batch of several adapters; PEFT raises a TypeError."""
+    """A module cannot run a batch with several adapters; also a TypeError, which PEFT raises."""
 
 
 @contextlib.contextmanager
 def _with_peft_messages(names: Sequence[str] | None) -> Iterator[None]:
-    """Put PEFT's message before the errors about a mixed batch that a forward or generation within a context raises."""
+    """Prepend PEFT's message to errors about mixed batches that a forward or generation raises within a context."""
     try:
         yield
     except RowCountError as refused:
@@ -53,7 +53,7 @@ def _with_peft_messages(names: Sequence[str] | None) -> Iterator[None]:
 
 
 def _beginning(refused: MixedRowsError) -> str:
-    """Return PEFT's message about a module that cannot take such a batch, or "" if it has none."""
+    """Return PEFT's message about a module that cannot run a mixed batch, or "" if PEFT has none."""
     if refused.field == "modules_to_save":
         return COPIES
     if refused.field is not None:
@@ -74,13 +74,13 @@ def calculate_alora_offsets(
     input_ids: Tensor | None,
     adapter_names: Sequence[str] | None = None,
 ) -> list[int | None]:
-    """Return the distance of each row's invocation tokens from its end, in tokens; None if its adapter is not invoked.
+    """Return the number of tokens from each row's last invocation to the end of the row; None without an invocation.
 
     Args:
         peft_config: Adapter -> config.
-        active_adapter: The adapter of rows that name none.
-        input_ids: (rows, length), or None, which gives an empty list.
-        adapter_names: One adapter per row, "__base__" for the base alone.
+        active_adapter: The adapter for rows without an entry in `adapter_names`.
+        input_ids: Token ids, (rows, length), or None, which returns an empty list.
+        adapter_names: One adapter per row; "__base__" means the base alone.
     """
     if input_ids is None:
         return []
@@ -97,7 +97,7 @@ def calculate_alora_offsets(
 
 
 def is_alora_relevant_in_batch(model: PeftModel, adapter_names: Sequence[str] | None = None) -> bool:
-    """Return whether an active adapter, or one that rows name, has invocation tokens.
+    """Return whether an active adapter or an adapter in `adapter_names` has invocation tokens.
 
     Args:
         model: A `PeftModel`.
@@ -111,24 +111,24 @@ def is_alora_relevant_in_batch(model: PeftModel, adapter_names: Sequence[str] | 
 def get_alora_offsets_for_forward(
     model: PeftModel, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any
 ) -> dict[str, Any]:
-    """Return the options of a forward, with `alora_offsets` if an aLoRA adapter takes part.
+    """Return the options of a forward; `alora_offsets` is added if an aLoRA adapter is used.
 
     Args:
         model: A `PeftModel`.
-        input_ids: (rows, length), or None.
-        inputs_embeds: (rows, length, width), or None.
-        kwargs: The options.
+        input_ids: Token ids, (rows, length), or None.
+        inputs_embeds: Embeddings, (rows, length, width), or None.
+        kwargs: Options of the forward.
     """
     return _with_offsets(model, input_ids, kwargs, _ONLY_EMBEDDINGS if inputs_embeds is not None else "")
 
 
 def get_alora_offsets_for_generate(model: PeftModel, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Return the options of `generate`, with `alora_offsets` if an aLoRA adapter takes part.
+    """Return the options of `generate`; `alora_offsets` is added if an aLoRA adapter is used.
 
     Args:
         model: A `PeftModel`.
-        args: Arguments of `generate`: first the prompts, (rows, length) or (length,).
-        kwargs: The options.
+        args: Positional arguments of `generate`, beginning with the prompts, (rows, length) or (length,).
+        kwargs: Options of `generate`.
     """
     return _with_offsets(model, _prompts(args, kwargs), kwargs, _NO_TOKENS)
 
@@ -155,22 +155,24 @@ def options_of_call(
 ) -> Iterator[None]:
     """Assign adapters to the rows of a forward or a generation within a context, and apply `alora_offsets`.
 
-    `alora_offsets` is removed from the options. Without it a forward finds the invocation in its input_ids, and a
-    generation in its prompts, with and without a cache; embeddings alone run on the base, with a warning.
+    `alora_offsets` is removed from the options. If it is missing, a forward finds the invocation in its `input_ids`,
+    and a generation finds it in its prompts, with or without a cache. If only embeddings are given, aLoRA adapters stay
+    inactive, and a warning is issued.
 
     Args:
         model: A `PeftModel`.
         names: One adapter per row, or None.
-        args: Arguments of the call.
-        kwargs: Its options.
-        generates: The call is `generate`, whose rows may be copies of the prompts.
+        args: Positional arguments of the call.
+        kwargs: Options of the call.
+        generates: Whether the call is `generate`, whose rows may be copies of the prompts.
 
     Yields:
         Nothing.
 
     Raises:
-        RowCountError: The rows do not fit the batch: the first tensor of a forward's arguments and options, (rows, …).
-        MixedBatchError: A module cannot take such a batch.
+        RowCountError: The number of names differs from the batch size. The batch is the first tensor, (rows, …), of a
+            forward's arguments and options.
+        MixedBatchError: A module cannot run a mixed batch.
     """
     user = model.get_base_model()
     copies = _rows_per_prompt(kwargs, user) if generates else 0
@@ -178,7 +180,7 @@ def options_of_call(
     batch = next((tensor for tensor in given if isinstance(tensor, Tensor) and tensor.ndim), None)
     if names is not None and set(names) == {BASE_NAME} and batch is not None and len(batch) != len(names):
         text = f"{LENGTH.format(rows=len(names))} The batch has {len(batch)} rows."
-        raise RowCountError(text)  # no layer checks these
+        raise RowCountError(text)  # no layer checks a batch that runs on the base alone
     with _with_peft_messages(names), model.base_model.rows(names, copies), contextlib.ExitStack() as stack:
         offsets, embedded = kwargs.pop("alora_offsets", None), kwargs.get("inputs_embeds")
         if is_alora_relevant_in_batch(model, names):
@@ -193,7 +195,7 @@ def options_of_call(
 
 
 def _rows_per_prompt(options: Mapping[str, Any], model: nn.Module) -> int:
-    """Return the number of rows of `generate` for each prompt: beams, or sequences to return."""
+    """Return how many rows `generate` uses per prompt: the larger of its beams and returned sequences."""
     config = options.get("generation_config") or getattr(model, "generation_config", None)
     found = [options.get(word) or getattr(config, word, None) or 1 for word in ("num_beams", "num_return_sequences")]
     return max(int(number) for number in found)

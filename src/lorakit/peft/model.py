@@ -1,7 +1,7 @@
-"""`PeftModel`: the wrapper that libraries built on PEFT use; it adapts the model it is given in place.
+"""`PeftModel`: the wrapper that libraries built on PEFT use; it adapts the given model in place.
 
-An option that only concerns PEFT's memory use or placement has no effect here; one that would change a result raises an
-error, and an unknown one is warned about.
+Options that only affect PEFT's memory use or device placement have no effect here. An unsupported option that would
+change a result raises an error, and an unknown option causes a warning.
 """
 
 from __future__ import annotations
@@ -28,42 +28,42 @@ from lorakit.peft.tuner import LoraModel, OverModel
 from lorakit.peft.utilities import checkpoints, take_gradients_at_the_input
 
 WITHOUT_EFFECT = (
-    *("low_cpu_mem_usage", "ephemeral_gpu_offload"),  # factors are created once; nothing is moved to compute an init
+    *("low_cpu_mem_usage", "ephemeral_gpu_offload"),  # factors are created once and not moved to compute an init
     *("torch_device", "device_map", "max_memory", "offload_folder", "offload_dir"),  # factors go to their site's device
     *("torch_dtype", "dtype"),  # factors are fp32 or wider on any base
     *("token", "use_auth_token", "cache_dir", "proxies"),  # the hub's client reads HF_TOKEN, HF_HOME and HTTPS_PROXY
     *("local_files_only", "force_download"),  # only a hub id needs the network, and HF_HUB_OFFLINE disables it
 )
-"""Options that need no action."""
+"""Options that are accepted without effect."""
 
 NOT_BUILT = "push_to_hub"
-"""Option that is not built yet; false values need no action."""
+"""Option that is not supported yet; false values are accepted without effect."""
 
 
 def check_options(call: str, options: Mapping[str, Any]) -> None:
-    """Check the options that a call does not use.
+    """Check the options that a call accepts but does not use.
 
     Args:
-        call: Name of the call, for messages.
-        options: Options beyond its own arguments.
+        call: Name of the call for messages.
+        options: Options other than the named arguments of the call.
 
     Raises:
-        NotYetSupported: An option would change the result and is not built.
+        NotYetSupported: An option would change the result and is not supported.
     """
     for name, value in options.items():
         if name == NOT_BUILT and value:
-            raise NotYetSupported(f"{call}: {name}={value!r} is not built yet. Leave it at False.", field=name)
+            raise NotYetSupported(f"{call}: {name}={value!r} is not supported yet. Leave it at False.", field=name)
         if name not in (*WITHOUT_EFFECT, NOT_BUILT):
             meant = did_you_mean(name, (*WITHOUT_EFFECT, NOT_BUILT))
-            warn_caller(f"{call}: {name} is not known here and has no effect.{meant}")
+            warn_caller(f"{call}: unknown option {name} has no effect.{meant}")
 
 
 class PeftModel(OverModel):
-    """A model with adapters, as PEFT shows it.
+    """Wrapper with PEFT's interface around a model with adapters.
 
     Attributes:
         base_model: The `LoraModel` around the user's model.
-        task: The wrapper's task, or None.
+        task: Task of the wrapper class, or None.
     """
 
     task: ClassVar[TaskType | None] = None
@@ -96,17 +96,17 @@ class PeftModel(OverModel):
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        """True if adapters are enabled at some layer."""
+        """True if adapters are enabled at any layer."""
         return any(not layer.disable_adapters for layer in model_adapters.adapted(self))
 
     @property
     def modules_to_save(self) -> set[str] | None:
-        """Names of the modules that some adapter saves in full, or None."""
+        """Names of the modules that any adapter saves in full, or None if there are none."""
         return {name for config in self.peft_config.values() for name in config.modules_to_save or ()} or None
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype | None:
-        """The base's dtype, or None."""
+        """Dtype of the base, or None if it does not report one."""
         return getattr(self.base_model, "dtype", None)
 
     @classmethod
@@ -124,10 +124,10 @@ class PeftModel(OverModel):
 
         Args:
             model: The base, adapted in place.
-            model_id: A directory, or a hub id.
-            adapter_name: The adapter's name here.
-            is_trainable: Continue training it; otherwise it is frozen and the model is set to eval mode.
-            config: Used instead of the directory's, with `inference_mode` set.
+            model_id: Directory or Hub id of the adapter.
+            adapter_name: Name to give the adapter.
+            is_trainable: Whether to train the adapter; if false, it is frozen and the model is set to eval mode.
+            config: Config that replaces the saved one; its `inference_mode` is set to match `is_trainable`.
             autocast_adapter_dtype: False casts the factors to the dtype of their base weight.
             kwargs: `subfolder`, `revision`, `key_mapping`; for others see `WITHOUT_EFFECT`.
 
@@ -135,9 +135,9 @@ class PeftModel(OverModel):
             A wrapper of the class for the adapter's task.
 
         Raises:
-            ConfigError: `config` is not a config.
+            ConfigError: `config` is not a PeftConfig.
             AdapterFileError: Files are missing or damaged, or tensors do not fit.
-            NotYetSupported: The adapter or an option needs a feature that is not built yet.
+            NotYetSupported: The adapter or an option needs a feature that is not supported yet.
         """
         if config is not None and not isinstance(config, PeftConfig):
             raise ConfigError(f"The input config must be a PeftConfig, got {type(config)}", field="config")
@@ -154,7 +154,7 @@ class PeftModel(OverModel):
 
     @classmethod
     def for_task(cls, task: TaskType | str | None) -> type[PeftModel]:
-        """Return the class of wrapper for a task: a subclass of this class if it has one, otherwise this class."""
+        """Return the wrapper class for a task: the matching subclass, or this class if there is none."""
         return next((kind for kind in cls.__subclasses__() if task is not None and kind.task == task), cls)
 
     def load_adapter(
@@ -169,26 +169,28 @@ class PeftModel(OverModel):
         key_mapping: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> IncompatibleKeys:
-        """Load another adapter, active only if it is the first; an existing one of this name gets the saved values.
+        """Load a saved adapter as a new one, or load its values into an existing adapter of the same name.
+
+        A new adapter becomes active only if it is the model's first.
 
         Args:
-            model_id: A directory, or a hub id.
-            adapter_name: The adapter's name here.
-            is_trainable: Continue training it; otherwise it is frozen and the model is set to eval mode.
+            model_id: Directory or Hub id of the adapter.
+            adapter_name: Name to give the adapter.
+            is_trainable: Whether to train the adapter; if false, it is frozen and the model is set to eval mode.
             torch_device: Ignored; factors go to their site's device.
             autocast_adapter_dtype: False casts the factors to the dtype of their base weight.
             ephemeral_gpu_offload: Ignored.
             low_cpu_mem_usage: Ignored; factors are created on their site's device.
-            key_mapping: Regular expression -> replacement, for names of another layout of the base.
+            key_mapping: Regular expression -> replacement, for tensor names from a base with another layout.
             kwargs: `subfolder`, `revision`, `ignore_mismatched_sizes`; for others see `WITHOUT_EFFECT`.
 
         Returns:
-            Missing and unexpected names; mismatches that PEFT would ignore are warned about.
+            Missing and unexpected names; mismatches that PEFT would ignore also cause warnings.
 
         Raises:
             AdapterFileError: Files are missing or damaged, or shapes do not fit.
-            AdapterError: The name is invalid.
-            NotYetSupported: The adapter or an option needs a feature that is not built yet.
+            AdapterError: `adapter_name` is invalid.
+            NotYetSupported: The adapter or an option needs a feature that is not supported yet.
         """
         folder, config = adapter_folder(model_id, kwargs), kwargs.pop("config", None)
         ignore_sizes = bool(kwargs.pop("ignore_mismatched_sizes", False))
@@ -212,19 +214,19 @@ class PeftModel(OverModel):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Attach a new adapter; the first becomes active, later ones need `set_adapter`.
+        """Attach a new adapter; the first one becomes active, and `set_adapter` activates later ones.
 
         Args:
-            adapter_name: Its name.
-            peft_config: Its config; it is copied, and the copy gets the base's name.
+            adapter_name: Name of the new adapter.
+            peft_config: Config of the new adapter; a copy is stored, with the name of the base filled in.
             low_cpu_mem_usage: Ignored; factors are created on their site's device.
             autocast_adapter_dtype: False casts the factors to the dtype of their base weight.
 
         Raises:
-            ConfigError: It is not a LoraConfig, or does not fit.
-            AdapterError: The name is taken or invalid.
-            TargetError: Nothing matches.
-            NotYetSupported: The config needs a feature that is not built yet.
+            ConfigError: `peft_config` is not a LoraConfig or does not fit the model.
+            AdapterError: `adapter_name` is taken or invalid.
+            TargetError: No target matches.
+            NotYetSupported: The config needs a feature that is not supported yet.
         """
         if not isinstance(peft_config, LoraConfig):
             raise ConfigError(
@@ -238,14 +240,14 @@ class PeftModel(OverModel):
         own.base_model_name_or_path = name or own.base_model_name_or_path
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activate adapters and train only these.
+        """Activate adapters, make them trainable, and freeze all others.
 
         Args:
-            adapter_name: One name or several.
-            inference_mode: Activate them frozen.
+            adapter_name: Name of an adapter, or several names.
+            inference_mode: Whether to freeze the activated adapters too.
 
         Raises:
-            AdapterError: The adapter does not exist.
+            AdapterError: An adapter does not exist.
         """
         self._check_exist(adapter_name)
         super().set_adapter(adapter_name, inference_mode)
@@ -255,7 +257,7 @@ class PeftModel(OverModel):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Run the base model within a context, in this thread only; see `model_adapters.paused`.
+        """Disable the adapters within a context, for this thread only; see `model_adapters.paused`.
 
         Yields:
             Nothing.
@@ -272,7 +274,7 @@ class PeftModel(OverModel):
             self.base_model.enable_adapter_layers()
 
     def get_base_model(self) -> nn.Module:
-        """Return the user's model, with the adapters in it."""
+        """Return the user's model, which contains the adapters."""
         return self.base_model.model
 
     def save_pretrained(
@@ -286,33 +288,32 @@ class PeftModel(OverModel):
         state_dict: Mapping[str, Tensor] | None = None,
         **kwargs: Value,
     ) -> None:
-        """Save adapters as PEFT does: "default" in the directory itself, others in a subdirectory of their name.
+        """Save adapters in PEFT's layout: "default" in the directory itself, others in subdirectories named after them.
 
         Args:
             save_directory: The directory.
-            safe_serialization: Must be true: pickles are not written.
+            safe_serialization: Must be true, since pickles are not written.
             selected_adapters: Adapters to save; None means all.
-            save_embedding_layers: True adds the base's embedding matrices, for a resized vocabulary; otherwise they are
-                not saved.
-            is_main_process: Other processes write nothing.
-            path_initial_model_for_weight_conversion: Directory of the adapter saved before training: an adapter whose
-                init changed the base, such as PiSSA, is converted to LoRA of twice the rank.
-            state_dict: Name in the model -> tensor (…) to save instead of the model's own, if gathered elsewhere.
+            save_embedding_layers: True also saves the base's embedding matrices, which a resized vocabulary requires.
+            is_main_process: Whether to write anything; pass False in all other processes.
+            path_initial_model_for_weight_conversion: Directory of the adapter as saved before training. If its init
+                changed the base, as PiSSA does, the adapter is converted to LoRA with twice the rank.
+            state_dict: Name in the model -> tensor (…) to save instead of the model's own, such as gathered shards.
             kwargs: See `WITHOUT_EFFECT`.
 
         Raises:
-            ConfigError: safe_serialization is false, or an adapter does not exist.
-            NotYetSupported: An option needs a feature that is not built yet.
-            AdapterError: The adapter does not exist, or its values are not finite.
+            ConfigError: `safe_serialization` is false, `save_directory` is a file, or an adapter does not exist.
+            NotYetSupported: An option needs a feature that is not supported yet.
+            AdapterError: The values of an adapter are not finite, or the initial directory contains another adapter.
             DiskError: Writing fails; existing files stay complete.
         """
         if not safe_serialization:
             raise ConfigError(
-                "safe_serialization=False: pickles are not written. Use True.", field="safe_serialization"
+                "safe_serialization=False is not supported: pickles are not written.", field="safe_serialization"
             )
         check_options("save_pretrained", kwargs)
         if Path(save_directory).is_file():
-            raise ConfigError(f"{save_directory} is a file; a directory is needed.", where=save_directory)
+            raise ConfigError(f"{save_directory} is a file; pass a directory.", where=save_directory)
         chosen = list(self.peft_config if selected_adapters is None else selected_adapters)
         if any(name not in self.peft_config for name in chosen):
             raise ConfigError(
@@ -340,32 +341,34 @@ class PeftModel(OverModel):
         """Call the model.
 
         Args:
-            args: Arguments of the model.
-            adapter_names: One adapter per row of the batch, "__base__" for the base alone.
-            kwargs: Arguments of the model.
+            args: Positional arguments of the model.
+            adapter_names: One adapter per row of the batch; "__base__" runs the base alone.
+            kwargs: Keyword arguments of the model.
 
         Returns:
             The model's output.
 
         Raises:
-            RouteError: An adapter does not exist, or the rows do not fit the batch.
+            ConfigError: An adapter does not exist, or the model is in training mode.
+            RouteError: The number of names differs from the batch size, or a module does not support mixed batches.
         """
         with options_of_call(self, adapter_names, args, kwargs):
             return self.get_base_model()(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Call the model's `generate`; the route is passed with the call, so it may run in another thread.
+        """Call the model's `generate`; since the route is an argument, the call may run in any thread.
 
         Args:
-            args: Arguments of the model.
-            adapter_names: One adapter per row of the batch, "__base__" for the base alone.
-            kwargs: Arguments of the model.
+            args: Positional arguments of `generate`.
+            adapter_names: One adapter per row of the batch; "__base__" runs the base alone.
+            kwargs: Keyword arguments of `generate`.
 
         Returns:
-            The model's output.
+            The output of `generate`.
 
         Raises:
-            RouteError: An adapter does not exist, or the rows do not fit the batch.
+            ConfigError: An adapter does not exist, or the model is in training mode.
+            RouteError: The number of names differs from the batch size, or a module does not support mixed batches.
         """
         with options_of_call(self, adapter_names, args, kwargs, generates=True):
             return self.base_model.generate(*args, **kwargs)
@@ -381,11 +384,11 @@ class PeftModel(OverModel):
         return next(self.parameters()).device
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return the number of trained parameters, and of all parameters with the adapters."""
+        """Return the number of trained parameters and the number of all parameters, including adapters."""
         return model_adapters.count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
-        """Print PEFT's line; the percentage is of all parameters, adapters included."""
+        """Print PEFT's summary line; its percentage refers to all parameters, including adapters."""
         trainable, total = self.get_nb_trainable_parameters()
         percent = 100 * trainable / total if total else 0.0
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}")
@@ -406,10 +409,10 @@ class PeftModel(OverModel):
         Args:
             repo_id: The repository, "owner/name"; created if it does not exist.
             commit_message: Commit message.
-            private: Make a new repository private.
-            token: The hub's token; None uses the stored one.
+            private: Whether to make a new repository private.
+            token: Hub token; None uses the stored one.
             revision: Branch to commit to.
-            create_pr: Open a pull request instead.
+            create_pr: Whether to open a pull request instead of committing directly.
             kwargs: Options of `save_pretrained`.
 
         Returns:
@@ -437,9 +440,9 @@ _WANTED_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict", "
 
 
 def _forward_of(columns: str) -> Callable[..., Any]:
-    """Make a forward that takes ids, a mask and these columns, by position or by name, followed by PEFT's options.
+    """Create a `forward` that takes ids, a mask, these columns and PEFT's options, by position or by name.
 
-    None is not passed to the model: models take different arguments.
+    Arguments that are None are not passed to the model, since models accept different arguments.
     """
     names = ("input_ids", "attention_mask", *columns.split(), *_WANTED_OUTPUTS)
 
@@ -449,7 +452,7 @@ def _forward_of(columns: str) -> Callable[..., Any]:
         if len(args) > len(named) or named.keys() & kwargs.keys():
             signature.bind(self, *args, **kwargs)  # raises Python's TypeError for too many or repeated arguments
         named.update(kwargs)
-        named.pop("task_ids", None)  # PEFT passes it to other methods' models only
+        named.pop("task_ids", None)  # PEFT passes it only to models of other methods
         return PeftModel.forward(self, **{name: value for name, value in named.items() if value is not None})
 
     options = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in names]
@@ -460,42 +463,42 @@ def _forward_of(columns: str) -> Callable[..., Any]:
 
 
 class PeftModelForCausalLM(PeftModel):
-    """For decoder-only language models."""
+    """Wrapper for decoder-only language models."""
 
     task = TaskType.CAUSAL_LM
     forward = _forward_of("inputs_embeds labels")
 
 
 class PeftModelForSeq2SeqLM(PeftModel):
-    """For encoder-decoder language models."""
+    """Wrapper for encoder-decoder language models."""
 
     task = TaskType.SEQ_2_SEQ_LM
     forward = _forward_of("inputs_embeds decoder_input_ids decoder_attention_mask decoder_inputs_embeds labels")
 
 
 class PeftModelForSequenceClassification(PeftModel):
-    """For classifiers of whole texts; the head is saved and trained in full."""
+    """Wrapper for sequence classifiers; the head is trained and saved in full."""
 
     task = TaskType.SEQ_CLS
     forward = _forward_of("inputs_embeds labels")
 
 
 class PeftModelForTokenClassification(PeftModel):
-    """For classifiers of tokens; the head is saved and trained in full."""
+    """Wrapper for token classifiers; the head is trained and saved in full."""
 
     task = TaskType.TOKEN_CLS
     forward = _forward_of("inputs_embeds labels")
 
 
 class PeftModelForQuestionAnswering(PeftModel):
-    """For extractive question answering; the head is saved and trained in full."""
+    """Wrapper for extractive question answering; the head is trained and saved in full."""
 
     task = TaskType.QUESTION_ANS
     forward = _forward_of("token_type_ids position_ids inputs_embeds start_positions end_positions")
 
 
 class PeftModelForFeatureExtraction(PeftModel):
-    """For models whose hidden states are used."""
+    """Wrapper for models that are used for their hidden states."""
 
     task = TaskType.FEATURE_EXTRACTION
     forward = _forward_of("inputs_embeds")

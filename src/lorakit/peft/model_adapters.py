@@ -1,4 +1,4 @@
-"""The adapters on a model: queries about them, their dtype, and which of them are trained."""
+"""Helpers for the adapters on a model: queries, dtypes, and which adapters are trained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def is_wrapper(model: nn.Module) -> TypeGuard[PeftModel]:
-    """Return whether a model is a `PeftModel`: it holds a tuner, which holds the user's model."""
+    """Return whether a model is a `PeftModel`, that is, contains a tuner around the user's model."""
     inner = model._modules.get("base_model")
     return inner is not None and hasattr(inner, "tuner_layer_cls")
 
@@ -39,7 +39,7 @@ def adapted(model: nn.Module) -> Iterator[AdapterModule]:
 
 
 def configs_of(model: nn.Module) -> dict[str, LoraConfig]:
-    """Return the dictionary of configs by adapter; empty without adapters."""
+    """Return the model's own dictionary of configs by adapter, or an empty one without adapters."""
     state = find_state(model)
     return {} if state is None else state.configs
 
@@ -52,24 +52,24 @@ def as_names(adapter_names: str | Iterable[str]) -> list[str]:
 def check_exist(
     configs: Mapping[str, LoraConfig], adapter_names: str | Iterable[str], problem: str = "not found"
 ) -> None:
-    """Check that a model has adapters.
+    """Check that adapters exist.
 
     Args:
-        configs: The configs by adapter.
-        adapter_names: One name or several.
-        problem: PEFT's phrase for a missing one.
+        configs: Existing adapter -> config.
+        adapter_names: Name of an adapter, or several names.
+        problem: PEFT's phrase for a missing adapter.
 
     Raises:
-        AdapterError: One is missing; `what` is its name.
+        AdapterError: An adapter is missing; `what` is its name.
     """
     for name in as_names(adapter_names):
         if name not in configs:
-            text = f"Adapter {name} {problem}. Adapters here: {', '.join(configs) or 'none'}."
+            text = f"Adapter {name} {problem}. Available: {', '.join(configs) or 'none'}."
             raise AdapterError(text, what=name, allowed=configs)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return the number of trained parameters, and of all parameters with the adapters."""
+    """Return the number of trained parameters and the number of all parameters, including adapters."""
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
 
@@ -78,12 +78,12 @@ NARROW = (torch.float16, torch.bfloat16)
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-    """Upcast an adapter's half-precision factors to fp32.
+    """Upcast an adapter's 16-bit and 8-bit factors to fp32.
 
     Args:
         model: A model with adapters in it.
         adapter_name: The adapter.
-        autocast_adapter_dtype: False does nothing.
+        autocast_adapter_dtype: If false, nothing is done.
     """
     if autocast_adapter_dtype:
         for _, parameter in _factors(model, adapter_name):
@@ -92,7 +92,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
 
 
 def cast_to_base(model: nn.Module, adapter_name: str) -> None:
-    """Cast an adapter's factors to the dtype of their base weight if it is floating-point.
+    """Cast an adapter's factors to the dtype of their base weight if that dtype is floating-point.
 
     Args:
         model: A model with adapters in it.
@@ -105,7 +105,7 @@ def cast_to_base(model: nn.Module, adapter_name: str) -> None:
 
 
 def empty(model: nn.Module, adapter_name: str) -> None:
-    """Move an adapter's factors to torch's meta device, without memory.
+    """Move an adapter's factors to torch's meta device, which frees their memory.
 
     Args:
         model: A model with adapters in it.
@@ -121,11 +121,11 @@ def empty(model: nn.Module, adapter_name: str) -> None:
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Materialize factors on the meta device, on the device of their base weight.
+    """Replace factors on the meta device with tensors on the device of their base weight.
 
     Args:
         model: A model with adapters in it.
-        tensors: Name in the model -> tensor (…), for factors on the meta device.
+        tensors: Name in the model of each factor -> tensor (…).
     """
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
@@ -143,12 +143,12 @@ def _factors(model: nn.Module, adapter: str) -> Iterator[tuple[LoraLayer, nn.Par
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-    """Train or freeze adapters, whichever are active.
+    """Train or freeze adapters, whether or not they are active.
 
     Args:
         model: A model with adapters in it.
-        adapter_names: One name or several; a missing one is ignored, as in PEFT.
-        requires_grad: Whether to train them.
+        adapter_names: Name of an adapter, or several names; missing adapters are ignored, as in PEFT.
+        requires_grad: Whether to train these adapters.
     """
     core.set_trained(model, dict.fromkeys(as_names(adapter_names), requires_grad))
 
@@ -179,8 +179,8 @@ def pause(model: nn.Module) -> list[nn.Parameter]:
 def paused(model: nn.Module) -> Iterator[None]:
     """Disable and freeze the adapters of a model within a context, as PEFT does.
 
-    `requires_grad` is shared by all threads, so it only changes if gradients are recorded: threads that serve do not
-    affect one that trains. Adapters that become active within the context keep their flags.
+    `requires_grad` is shared by all threads, so it changes only if gradients are recorded; threads that run inference
+    thus do not affect a thread that trains. If an adapter is deactivated within the context, no flag is restored.
 
     Args:
         model: A model; nothing happens without adapters.

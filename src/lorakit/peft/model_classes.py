@@ -1,8 +1,8 @@
-"""Wrappers by task, `AutoPeftModel` classes and `PeftMixedModel`.
+"""Table of wrappers by task, `AutoPeftModel` classes and `PeftMixedModel`.
 
-The wrapper of a task declares its forward's signature, from which programs read which columns to keep. An
-`AutoPeftModel` class loads the base of an adapter's config and the adapter. A `PeftMixedModel` can have several active
-adapters, all of them LoRA here.
+The wrapper for a task declares the signature of its `forward`, from which programs determine which dataset columns to
+keep. An `AutoPeftModel` class loads an adapter and the base that its config names. A `PeftMixedModel` can have several
+active adapters; here, all of them are LoRA adapters.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from lorakit.peft.model_adapters import as_names
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: Mapping[str, type[PeftModel]] = {
     kind.task.value: kind for kind in PeftModel.__subclasses__() if kind.task is not None
 }
-"""Task -> wrapper class, under PEFT's name."""
+"""Task -> wrapper class; named as in PEFT."""
 
 ALLOWED_LIBRARIES = ("transformers", "diffusers", "lerobot", "megatron-core")
-"""Packages from which a saved config may import its base's class."""
+"""Packages from which a saved config may import the class of its base."""
 
 
 class _BaseAutoPeftModel:
-    """Loads wrappers; it has no instances."""
+    """Loader of wrappers; the class cannot be instantiated."""
 
     task: ClassVar[TaskType | None] = None
 
@@ -55,13 +55,13 @@ class _BaseAutoPeftModel:
         """Load the base that an adapter's config names, then the adapter.
 
         Args:
-            pretrained_model_name_or_path: The adapter's directory, or its hub id.
-            adapter_name: The adapter's name here.
-            is_trainable: Continue training it.
+            pretrained_model_name_or_path: Directory or Hub id of the adapter.
+            adapter_name: Name to give the adapter.
+            is_trainable: Whether to train the adapter further.
             config: As for `PeftModel.from_pretrained`.
             revision: Revision of the adapter.
-            import_allowlist: Packages from which the config may import its base's class.
-            kwargs: `subfolder` of the adapter; others are passed to the base.
+            import_allowlist: Packages from which the class of the base may be imported.
+            kwargs: `subfolder` of the adapter, and options for loading the base.
 
         Returns:
             The wrapper for the adapter's task.
@@ -128,41 +128,41 @@ def _check_library(mapping: Mapping[str, Any], allowed: Collection[str]) -> None
 
 
 class AutoPeftModel(_BaseAutoPeftModel):
-    """For adapters without a task; the config names the base's class."""
+    """Loader for adapters without a task; the config names the base's class."""
 
 
 class AutoPeftModelForCausalLM(_BaseAutoPeftModel):
-    """For decoder-only language models."""
+    """Loader for decoder-only language models."""
 
     task = TaskType.CAUSAL_LM
 
 
 class AutoPeftModelForSeq2SeqLM(_BaseAutoPeftModel):
-    """For encoder-decoder language models."""
+    """Loader for encoder-decoder language models."""
 
     task = TaskType.SEQ_2_SEQ_LM
 
 
 class AutoPeftModelForSequenceClassification(_BaseAutoPeftModel):
-    """For classifiers of whole texts."""
+    """Loader for sequence classifiers."""
 
     task = TaskType.SEQ_CLS
 
 
 class AutoPeftModelForTokenClassification(_BaseAutoPeftModel):
-    """For classifiers of tokens."""
+    """Loader for token classifiers."""
 
     task = TaskType.TOKEN_CLS
 
 
 class AutoPeftModelForQuestionAnswering(_BaseAutoPeftModel):
-    """For extractive question answering."""
+    """Loader for extractive question answering models."""
 
     task = TaskType.QUESTION_ANS
 
 
 class AutoPeftModelForFeatureExtraction(_BaseAutoPeftModel):
-    """For models whose hidden states are used."""
+    """Loader for models that are used for their hidden states."""
 
     task = TaskType.FEATURE_EXTRACTION
 
@@ -180,17 +180,17 @@ class PeftMixedModel(PeftModel):
 
     @classmethod
     def for_task(cls, task: TaskType | str | None) -> type[PeftModel]:
-        """Return this class."""
+        """Return this class for every task."""
         return cls
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Remove adapters.
 
         Args:
-            adapter_name: One name or several.
+            adapter_name: Name of an adapter, or several names.
 
         Raises:
-            AdapterError: The adapter does not exist.
+            AdapterError: An adapter does not exist.
         """
         self._check_exist(adapter_name)
         for name in as_names(adapter_name):
@@ -203,7 +203,7 @@ class PeftMixedModel(PeftModel):
             raise AdapterError(text, what=missing[0], allowed=self.peft_config)
 
     def get_layer_status(self) -> NoReturn:
-        """Raise an error: PEFT does not support it for this class.
+        """Raise an error, since PEFT does not support this method for the class.
 
         Raises:
             ConfigTypeError: Always.
@@ -211,7 +211,7 @@ class PeftMixedModel(PeftModel):
         raise ConfigTypeError(f"get_layer_status is not supported for {type(self).__name__}.")
 
     def get_model_status(self) -> NoReturn:
-        """Raise an error: PEFT does not support it for this class.
+        """Raise an error, since PEFT does not support this method for the class.
 
         Raises:
             ConfigTypeError: Always.
@@ -219,7 +219,7 @@ class PeftMixedModel(PeftModel):
         raise ConfigTypeError(f"get_model_status is not supported for {type(self).__name__}.")
 
     def save_pretrained(self, *_: Value, **__: Value) -> NoReturn:
-        """Raise an error: PEFT does not support saving this class; use a `PeftModel`.
+        """Raise an error, since PEFT does not support saving this class; use a `PeftModel`.
 
         Raises:
             NotYetSupported: Always.
@@ -227,7 +227,7 @@ class PeftMixedModel(PeftModel):
         raise NotYetSupported(f"Saving is not supported for {type(self).__name__} (yet); save from a PeftModel.")
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> NoReturn:
-        """Raise an error: PEFT does not support it for this class.
+        """Raise an error, since PEFT does not support this method for the class.
 
         Raises:
             NotYetSupported: Always.

@@ -1,4 +1,4 @@
-"""PEFT's functions that create optimizers for LoRA: LoRA+ and LoRA-FA, over `lorakit.core.optimizers`."""
+"""PEFT's factory functions for LoRA+ and LoRA-FA optimizers, based on `lorakit.core.optimizers`."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def create_loraplus_optimizer(
     without weight decay (biases and parameters of a LayerNorm). Empty groups are kept, so that the order is fixed.
 
     Args:
-        model: A model whose trained tensors have `requires_grad`.
-        optimizer_cls: Such as `torch.optim.AdamW`.
+        model: A model; tensors with `requires_grad` are trained.
+        optimizer_cls: Optimizer class, such as `torch.optim.AdamW`.
         lr: Learning rate of A.
-        loraplus_lr_ratio: Rate of B over that of A.
+        loraplus_lr_ratio: Ratio of B's learning rate to A's.
         kwargs: `loraplus_weight_decay` (0.0), `loraplus_lr_embedding` (1e-6); others are passed to the optimizer.
 
     Returns:
@@ -68,10 +68,10 @@ def create_loraplus_optimizer(
 
 
 class LoraFAOptimizer(LoraFA):
-    """AdamW on the corrected gradient of B, with PEFT's groups: `params`, `names` and `scaling_factors`.
+    """AdamW on the corrected gradient of B; accepts PEFT's groups with `params`, `names` and `scaling_factors`.
 
-    Unlike PEFT's, it pairs A and B by adapter and site, so that several adapters, magnitudes and biases are updated
-    correctly, computes in fp32, and keys its state by tensor, so that it can be saved and loaded.
+    Unlike PEFT's optimizer, it pairs A and B by adapter and site, so that several adapters, magnitudes and biases are
+    updated correctly; it computes in fp32; and it keys its state by tensor, so that the state can be saved and loaded.
     """
 
     def __init__(
@@ -89,12 +89,12 @@ class LoraFAOptimizer(LoraFA):
 
         Args:
             params: Groups with `params`, `names` and `scaling_factors`.
-            lr: Learning rate of groups without one.
-            betas: As AdamW.
-            eps: As AdamW.
-            weight_decay: As AdamW.
-            correct_bias: Correct the moments for their initial zeros.
-            pairs: Pairs of a corrected factor and its fixed one; None finds them by name within each group.
+            lr: Learning rate of groups that do not set one.
+            betas: As for AdamW.
+            eps: As for AdamW.
+            weight_decay: As for AdamW.
+            correct_bias: Whether to correct the bias of the moments, which start at zero.
+            pairs: Pairs of a trained factor and its frozen counterpart; None pairs them by name within each group.
 
         Raises:
             ConfigError: A value is out of range.
@@ -122,7 +122,7 @@ class LoraFAOptimizer(LoraFA):
         if not self._warned and any("scaling_factors" not in g and "scaling_factor" in g for g in self.param_groups):
             self._warned = True
             warnings.warn(
-                "`scaling_factor` is deprecated: give `scaling_factors`, one for each tensor of the group.",
+                "`scaling_factor` is deprecated; pass `scaling_factors`, one per tensor in the group.",
                 FutureWarning,
                 stacklevel=2,
             )
@@ -132,18 +132,18 @@ class LoraFAOptimizer(LoraFA):
 def create_lorafa_optimizer(
     model: PeftModel, r: int, lora_alpha: int, lr: float, weight_decay: float = 0.0, use_rslora: bool | None = None
 ) -> LoraFAOptimizer:
-    """Create an optimizer that freezes A and corrects B's gradient for it (Zhang et al. 2023, arXiv:2308.03303).
+    """Create an optimizer that freezes A and corrects the gradient of B (Zhang et al. 2023, arXiv:2308.03303).
 
-    The factor that is not initialized to zero is frozen: A, or B of an embedding. Each site's own scale is used; `r`
+    The factor that is not initialized to zero is frozen: A, or for an embedding, B. Each site's own scale is used; `r`
     and `lora_alpha` are accepted for code written for PEFT.
 
     Args:
         model: A model with adapters.
         r: Rank, used only for the group's deprecated entry `scaling_factor`.
-        lora_alpha: Alpha, used as `r`.
+        lora_alpha: Alpha, used only for the same entry.
         lr: Learning rate.
-        weight_decay: As AdamW.
-        use_rslora: Deprecated: None, or the value of the active adapters' configs.
+        weight_decay: As for AdamW.
+        use_rslora: Deprecated; None, or the value in the active adapters' configs.
 
     Returns:
         The optimizer.
@@ -172,7 +172,7 @@ def create_lorafa_optimizer(
 
 
 class _StateByName(defaultdict[Any, Any]):
-    """State by tensor; a pair's state is also found under PEFT's key, "<site>.lora", with the moments of B."""
+    """Optimizer state by tensor; PEFT's key of a pair, "<site>.lora", also works and returns the moments of B."""
 
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
         super().__init__(dict)
@@ -187,10 +187,10 @@ class _StateByName(defaultdict[Any, Any]):
 
 
 def named_b(named: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
-    """Return the named tensors that are a B.
+    """Return the entries whose tensor is a B.
 
     Args:
-        named: Pairs of name and tensor.
+        named: Names with their tensors.
     """
     return [(name, p) for name, p in named if ".lora_B." in name and p.ndim > 1]
 
@@ -216,17 +216,17 @@ def _check_rslora(given: bool, configured: dict[str, bool]) -> None:
     if other:
         raise ConfigError(
             f"`use_rslora={given}` was passed to create_lorafa_optimizer, but it is {not given} in the config of "
-            f"{', '.join(map(repr, other))}. Leave the argument out: the config decides."
+            f"{', '.join(map(repr, other))}. Omit the argument; the config determines it."
         )
     warnings.warn(
-        "`use_rslora` of create_lorafa_optimizer is deprecated: the adapter's config decides; leave it out.",
+        "`use_rslora` of create_lorafa_optimizer is deprecated; omit it, since the adapter's config determines it.",
         FutureWarning,
         stacklevel=3,
     )
 
 
 def _keep_embeddings_wide(model: nn.Module, optimizer_cls: type[Optimizer]) -> None:
-    """Make bitsandbytes keep the moments of embeddings in fp32; its class was passed, so it is imported."""
+    """Make bitsandbytes, from which `optimizer_cls` comes, keep the moments of embeddings in fp32."""
     package = sys.modules[optimizer_cls.__module__.partition(".")[0]]
     known = package.optim.GlobalOptimManager.get_instance()
     for _, module in walk(model):

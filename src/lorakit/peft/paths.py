@@ -1,8 +1,8 @@
-"""PEFT's module paths, such as `peft.tuners.lora.layer`: one table, and a module object for each path.
+"""PEFT's module paths, such as `peft.tuners.lora.layer`: a table, and a module object for each path.
 
-`lorakit.peft` puts these modules into `sys.modules` when it is imported. They hold only names; what a name means is
-imported from its home on first use (PEP 562). Importing a path imports `lorakit.peft` first, so the path is registered
-by then. `lorakit.peft` always imports this file, so it imports nothing of lorakit and nothing slow.
+Importing `lorakit.peft` puts these modules into `sys.modules`. They contain only names; the object for a name is
+imported from its defining module on first use (PEP 562). Importing a path first imports `lorakit.peft`, which registers
+the path. Since `lorakit.peft` always imports this file, the file imports nothing slow and no other lorakit module.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ else:
 
 PACKAGE = "lorakit.peft"
 PLACEHOLDERS = "lorakit.peft.placeholders"
-"""Home of PEFT's errors and warnings, and of placeholders for what is not LoRA."""
+"""Module that defines PEFT's errors and warnings, and placeholders for names that lorakit does not implement."""
 
 _WITH_TARGET_TABLES = """
     AdaLora Adamss Beft BOFT C3A Deft Delora FourierFT Frod Glora Gralora HRA IA3 Lily LNTuning LoHa LoKr Miss OFT
@@ -35,35 +35,35 @@ PROMPTS = """
     MultitaskPromptTuningInit PrefixEncoder PrefixTuningConfig PromptEmbedding PromptEncoder PromptEncoderConfig
     PromptEncoderReparameterizationType PromptTuningConfig PromptTuningInit
 """
-"""Names of the methods that learn a prompt, and one function."""
+"""Names that belong to prompt-learning methods, and one function."""
 
 OTHER_METHODS = " ".join([PROMPTS, *(f"{method}Config {method}Model" for method in _METHODS.split())])
-"""Names of PEFT's other methods that it lists under both `peft` and `peft.tuners`."""
+"""Names of other methods that PEFT exports from both `peft` and `peft.tuners`."""
 
 LORA_CONFIGS = """
     ArrowConfig BdLoraConfig CordaConfig EvaConfig KasaConfig LoftQConfig LoraConfig LoraGAConfig
     LoraRuntimeConfig MontecloraConfig VeloraConfig
 """
-"""Names of the configs of LoRA and of what it can be combined with."""
+"""Names of the config classes of LoRA and of its extensions."""
 
 TARGET_TABLES = " ".join(
     f"TRANSFORMERS_MODELS_TO_{method.upper()}_MODULES_MAPPING"
     for method in ("IA3_FEEDFORWARD", *(f"{method}_TARGET" for method in _WITH_TARGET_TABLES.split()))
 )
-"""Names of other methods' tables of default targets."""
+"""Names of the tables of default targets of other methods."""
 
 PENALTY_METHODS = frozenset({"_get_kasa_loss"})
-"""PEFT's methods of a `LoraModel` that return what a variant adds to the loss in training."""
+"""Methods of PEFT's `LoraModel` that return the penalty that a variant adds to the training loss."""
 
 _TASKS = (
     *("CausalLM", "FeatureExtraction", "QuestionAnswering", "Seq2SeqLM"),
     *("SequenceClassification", "TokenClassification"),
 )
 AUTO_CLASSES = " ".join(["AutoPeftModel", *(f"AutoPeftModelFor{task}" for task in _TASKS)])
-"""Names of the classes that load a base and its adapter."""
+"""Names of the classes that load an adapter together with its base."""
 
 TASK_CLASSES = " ".join(f"PeftModelFor{task}" for task in _TASKS)
-"""Names of the wrappers by task."""
+"""Names of the task-specific wrapper classes."""
 
 _CONSTANTS = """
     ALLOWED_COMPUTE_DTYPES CONFIG_NAME DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES
@@ -153,9 +153,9 @@ HOMES: Mapping[str, str] = {
     """,
     "lorakit.peft.weighted": "convert_to_lora reduce_intruder_dimension save_as_lora",
 }
-"""Full name of a module -> names that it defines; `alias=name` offers its `name` as `alias`.
+"""Module -> names that it defines; `alias=name` means that its `name` is exported as `alias`.
 
-Any other name of PEFT's is a placeholder.
+All other PEFT names are placeholders.
 """
 
 PATHS: Mapping[str, str] = {
@@ -257,18 +257,18 @@ PATHS: Mapping[str, str] = {
     """,
     "utils.warning": "PeftWarning",
 }
-"""Path below `peft` -> its names; a package comes before its modules."""
+"""Path below `peft` -> names that it exports; a package comes before its modules."""
 
 _PACKAGES = {path.rpartition(".")[0] for path in PATHS}
-"""Paths that are packages; PEFT has a module below each."""
+"""Paths of packages, which contain other modules in PEFT."""
 
 
 def lazy_names(module: str, names: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Make a module's `__getattr__` and `__dir__` from its names.
+    """Create `__getattr__` and `__dir__` for a module that imports its names on first use.
 
     Args:
         module: The module's full name.
-        names: Names, separated by spaces; each is imported from its home in `HOMES` on first use.
+        names: Names separated by spaces; `HOMES` lists the module that defines each.
 
     Returns:
         The two functions.
@@ -278,10 +278,10 @@ def lazy_names(module: str, names: str) -> tuple[Callable[[str], Any], Callable[
 
 
 def register() -> None:
-    """Put a module for each path into `sys.modules` and into the module above it.
+    """Register a module for each path in `sys.modules` and as an attribute of its parent.
 
-    The loader is also entered as the finder of `__file__`, which packages have in their `__path__`. The import
-    system uses it to find the spec of a path, for `importlib.util.find_spec` in a new process and `importlib.reload`.
+    The loader is also registered as the finder for `__file__`, which packages have in their `__path__`. Through it the
+    import system finds the spec of a path, as `importlib.util.find_spec` in a new process and `importlib.reload` need.
     """
     loader = _PathLoader()
     sys.path_importer_cache[__file__] = loader
@@ -289,21 +289,21 @@ def register() -> None:
         sys.modules[PACKAGE].__path__.append(__file__)
     for path in PATHS:
         spec = loader.find_spec(f"{PACKAGE}.{path}")
-        if spec is not None and spec.name not in sys.modules:  # the modules stay if `lorakit.peft` is reloaded
+        if spec is not None and spec.name not in sys.modules:  # reloading `lorakit.peft` keeps the modules
             parent, _, child = spec.name.rpartition(".")
             sys.modules[spec.name] = loader.create_module(spec)
             setattr(sys.modules[parent], child, sys.modules[spec.name])
 
 
 class _PathModule(ModuleType):
-    """A module of lazy names. A class, since two new functions per module would slow down `import lorakit.peft`."""
+    """A module with lazy names; a class, since two new functions per module would slow down `import lorakit.peft`."""
 
     def __getattr__(self, name: str) -> Any:
-        """Import what a name means."""
+        """Import and return the object for a name."""
         return dir(self) if name == "__all__" else _find(self.__name__, _names(self.__name__), name)
 
     def __dir__(self) -> list[str]:
-        """Return the names of the table."""
+        """Return the names that the table lists for this module."""
         return sorted(_names(self.__name__))
 
 
@@ -323,14 +323,14 @@ class _PathLoader(Loader):
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """Create a module with all attributes that the import system would set."""
         path = spec.name.removeprefix(f"{PACKAGE}.")
-        module = _PathModule(spec.name, f"Names of `peft.{path}`; their homes are in `lorakit.peft.paths`.")
+        module = _PathModule(spec.name, f"Names of `peft.{path}`; `lorakit.peft.paths` lists where each is defined.")
         module.__spec__, module.__loader__, module.__package__ = spec, self, spec.parent
         if spec.submodule_search_locations is not None:
             module.__path__ = spec.submodule_search_locations
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Do nothing: the class of the module knows its names."""
+        """Do nothing: the module's class looks up its names."""
 
 
 @cache
@@ -340,13 +340,13 @@ def _names(module: str) -> frozenset[str]:
 
 @cache
 def _homes() -> dict[str, tuple[str, str]]:
-    """Return name -> the module that defines it, and its name there."""
+    """Return name -> the module that defines it, and the name in that module."""
     entries = [(home, *entry.partition("=")) for home, names in HOMES.items() for entry in names.split()]
     return {name: (home, target or name) for home, name, _, target in entries}
 
 
 def _find(module: str, names: Collection[str], name: str) -> Any:
-    """Import what a name of a module means: one of its names, or a module below it (`lorakit.peft.mapping`)."""
+    """Import the object for a name: an exported name, or a submodule such as `lorakit.peft.mapping`."""
     if name in names:
         home, target = _homes().get(name, (PLACEHOLDERS, name))
         found = import_module(home)

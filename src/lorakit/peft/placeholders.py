@@ -1,7 +1,8 @@
-"""PEFT's names without an implementation here: other methods, variants' classes, and functions that raise an error.
+"""Placeholders for PEFT names that lorakit does not implement: classes of other methods and variants, and functions.
 
-Other programs list these classes in imports and pass them to `isinstance`. Creating one raises `NotYetSupported`, since
-this library is LoRA. PEFT's names for errors and warnings are here too; the errors are lorakit's own classes.
+Other programs import these classes and pass them to `isinstance`. Creating an instance or calling a function raises
+`NotYetSupported`, since lorakit implements only LoRA. This module also defines PEFT's names for errors, which are
+lorakit's own classes, and for warnings.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ CONFIGS: Mapping[PeftType, str] = {
     PeftType.P_TUNING: "PromptEncoderConfig",
     **{method: _CONFIGS[key] for method in PeftType if (key := method.value.replace("_", "")) in _CONFIGS},
 }
-"""Other method -> name of its config."""
+"""PEFT method other than LoRA -> name of its config class."""
 
 
 class PeftWarning(UserWarning):
@@ -37,12 +38,12 @@ class PeftWarning(UserWarning):
 
 
 class PartialTargetsWarning(PeftWarning, RuntimeWarning):
-    """An entry of a config matches nothing. PEFT uses either class for such warnings, so this one is both."""
+    """A config entry matches nothing. PEFT uses either class for such warnings, so this class derives from both."""
 
 
 def _refusing(name: str) -> Callable[..., NoReturn]:
     def refuse(*_: Any, **__: Any) -> NoReturn:
-        text = f"{name} belongs to another method of PEFT, and this library is LoRA. Use LoraConfig."
+        text = f"{name} belongs to another method of PEFT; lorakit implements only LoRA. Use LoraConfig."
         raise NotYetSupported(text, what=name)
 
     refuse.__name__ = name
@@ -50,7 +51,7 @@ def _refusing(name: str) -> Callable[..., NoReturn]:
 
 
 class PromptLearningConfig(PeftConfig):
-    """Base class of PEFT's configs of learned prompts; creating one raises an error."""
+    """Base class of PEFT's configs for learned prompts; creating an instance raises an error."""
 
     __init__ = _refusing("PromptLearningConfig")
 
@@ -61,25 +62,25 @@ def _text_enum(name: str, members: str) -> type[enum.Enum]:
 
 
 PromptTuningInit = _text_enum("PromptTuningInit", "TEXT SAMPLE_VOCAB RANDOM")
-"""PEFT's ways to initialize a learned prompt."""
+"""PEFT's initialization methods for a learned prompt."""
 MultitaskPromptTuningInit = _text_enum(
     "MultitaskPromptTuningInit", "TEXT RANDOM AVERAGE_SOURCE_TASKS EXACT_SOURCE_TASK ONLY_SOURCE_SHARED"
 )
-"""PEFT's ways to initialize a prompt that several tasks share."""
+"""PEFT's initialization methods for a prompt that several tasks share."""
 PromptEncoderReparameterizationType = _text_enum("PromptEncoderReparameterizationType", "MLP LSTM")
 """PEFT's types of prompt encoder."""
 
 
 def register_peft_method(*, name: str, **_: type | str | bool | None) -> NoReturn:
-    """Reject a method that a program adds to PEFT, since this library is LoRA.
+    """Reject a method that a program adds to PEFT, since lorakit implements only LoRA.
 
     Args:
-        name: The method's name.
+        name: Name of the method.
 
     Raises:
         NotYetSupported: Always.
     """
-    text = f"The method {name!r} cannot be added: this library is LoRA. lorakit.core has registries for its parts."
+    text = f"The method {name!r} cannot be added; lorakit implements only LoRA, which lorakit.core's registries extend."
     raise NotYetSupported(text, what=name)
 
 
@@ -99,16 +100,16 @@ def create_riemannian_optimizer(
         NotYetSupported: Always; the message names the optimizers that exist.
     """
     raise NotYetSupported(
-        "create_riemannian_optimizer is not built yet. Use create_loraplus_optimizer or create_lorafa_optimizer."
+        "create_riemannian_optimizer is not supported yet. Use create_loraplus_optimizer or create_lorafa_optimizer."
     )
 
 
 @cache
 def placeholder(name: str) -> Any:
-    """Return what a name of PEFT means here: a name of this module, or a placeholder; the same object each time.
+    """Return this module's object for a PEFT name, or else a placeholder; repeated calls return the same object.
 
     Args:
-        name: A name that PEFT has; it is not checked, the tables of names do that.
+        name: A name that exists in PEFT; the caller has checked it against the tables of names.
     """
     if name in globals() and not name.startswith("_"):
         return globals()[name]
@@ -119,5 +120,5 @@ def placeholder(name: str) -> Any:
     base: type = object
     if name.endswith("Config"):
         base = PromptLearningConfig if name in PROMPTS.split() else PeftConfig
-    about = f"A name of PEFT's: {name} belongs to another method and cannot be made here."
+    about = f"Placeholder for PEFT's {name}, which belongs to another method and cannot be instantiated here."
     return type(name, (base,), {"__init__": _refusing(name), "__doc__": about, "__module__": __name__})

@@ -1,6 +1,6 @@
-"""Saving as PEFT does: the card `README.md` of an adapter, and an adapter whose init changed the base.
+"""PEFT-style saving: an adapter's model card (`README.md`), and adapters whose init changed the base.
 
-Such an adapter is saved for the changed base, or converted to LoRA. Text that a user wrote in a card is kept.
+Such an adapter is saved for the changed base or converted to LoRA. Text that a user added to a card is kept.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ FENCE = "---"
 
 BODY = """# A LoRA adapter for {base}
 
-These files hold a low-rank adapter: for each weight W that it adapts two small matrices A and B, so that the adapted
-weight is W + scale * B A. The base model is not among them. `adapter_config.json` says the rank, the scale and which
-modules are adapted; `adapter_model.safetensors` holds the matrices.
+These files contain a low-rank (LoRA) adapter: two small matrices A and B for each adapted weight W, which becomes
+W + scale * B A. The base model is not included. `adapter_config.json` specifies the rank, the scale and the adapted
+modules; `adapter_model.safetensors` contains the matrices.
 
-## How to use it
+## Usage
 
 ```python
 from lorakit.peft import PeftModel  # or: from peft import PeftModel
@@ -44,18 +44,18 @@ model = PeftModel.from_pretrained(model, "path/of/this/folder")
 model = model.merge_and_unload()  # to merge it into the base permanently
 ```
 
-## What only its makers know
+## More information needed from the authors
 
-- **Purpose**: what it was trained for, and what it should not be used for: not said yet.
-- **Data**: what it was trained on, and under which licence: not said yet.
-- **Evaluation**: on what it was measured, and with which result: not said yet.
-- **Limits**: known faults and risks, in addition to those of the base model: not said yet.
+- **Intended use**: what the adapter was trained for, and what it should not be used for.
+- **Training data**: the data that the adapter was trained on, and its license.
+- **Evaluation**: benchmarks and results.
+- **Limitations**: known problems and risks, in addition to those of the base model.
 """
 """Text of a new card; it stays valid if the adapter is trained further."""
 
 
 def write_card(model: PeftModel, output_dir: str | PathLike[str]) -> None:
-    """Write an adapter's card, or add fields that an existing card's header lacks.
+    """Write an adapter's model card, or add missing header fields to an existing one.
 
     Args:
         model: The wrapper.
@@ -75,7 +75,7 @@ def write_card(model: PeftModel, output_dir: str | PathLike[str]) -> None:
 
 
 def _metadata(model: PeftModel) -> Iterator[tuple[str, list[str]]]:
-    """Iterate over the fields of the header with their lines."""
+    """Iterate over the header's fields and their lines."""
     base = model.get_base_model()
     name = getattr(base, "name_or_path", None)
     if name:
@@ -92,13 +92,13 @@ def _metadata(model: PeftModel) -> Iterator[tuple[str, list[str]]]:
 
 
 def _quoted(value: str) -> str:
-    """Return a value of the header, quoted if YAML would not read it as a plain string."""
+    """Return a header value, quoted if YAML would not read it as a plain string."""
     plain = all(char.isalnum() or char in "-_./" for char in value)
     return value if plain and value else "'" + value.replace("'", "''") + "'"
 
 
 def _parts(text: str) -> tuple[list[str], str]:
-    """Return the lines of a card's header, and its text."""
+    """Return the header lines and the text of a card."""
     lines = text.splitlines()
     if not lines or lines[0].strip() != FENCE or FENCE not in (line.strip() for line in lines[1:]):
         return [], text
@@ -123,22 +123,22 @@ def save(
         folder: The directory.
         name: The adapter.
         tensors: Name on disk -> tensor (…) to save instead of the model's own.
-        initial_folder: Directory of the adapter saved before training; the adapter is then converted to LoRA of twice
-            the rank, for the original base.
+        initial_folder: Directory of the adapter as saved before training; if given, the adapter is converted to LoRA
+            with twice the rank for the original base.
 
     Returns:
         The saved adapter.
 
     Raises:
-        ConfigError: A conversion would not keep PEFT's scale.
-        AdapterError: `initial_folder` holds another adapter.
+        ConfigError: The conversion would not keep PEFT's scale.
+        AdapterError: `initial_folder` contains another adapter.
     """
     user, config = model.get_base_model(), model.peft_config[name]
     flat = flat_factors(model, name, tensors)
     if flat:
         warn_caller(
-            f"{', '.join(flat[:8])} {'is' if len(flat) == 1 else 'are'} flat, as DeepSpeed ZeRO-3 / FSDP shards are "
-            "that were not gathered: no program can load the file. Pass the whole tensors as `state_dict`.",
+            f"{', '.join(flat[:8])} {'is' if len(flat) == 1 else 'are'} flat, like DeepSpeed ZeRO-3 or FSDP shards "
+            "that were not gathered; no program can load the file. Pass the gathered tensors as `state_dict`.",
             PeftWarning,
         )
     moved = moving_variant(config) is None and any(name in layer.moved_by for _, layer in layers(user))
@@ -147,7 +147,7 @@ def save(
             raise ConfigError(
                 "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not supported when using "
                 "`rank_pattern` or `alpha_pattern` at the same time as `use_rslora=True`. `lorakit.core.save_adapter` "
-                "writes such an adapter as plain LoRA, too.",
+                "can also write such an adapter as plain LoRA.",
                 what=name,
                 field="path_initial_model_for_weight_conversion",
             )
@@ -160,10 +160,11 @@ def save(
         return save_form(user, folder, converted_form(user, name, initial, tensors))
     if not moved:
         return core.save_adapter(user, folder, name, tensors=tensors)
-    if config.init_lora_weights is True:  # as PEFT saves the initial adapter
+    if config.init_lora_weights is True:  # PEFT saves the initial adapter like this
         return save_form(user, folder, saved_form(user, name, "raw", tensors))
     warn_caller(
-        f"Adapter {name!r} acts on a base that {config.init_lora_weights!r} changed, and is saved so, as in PEFT. "
-        "Others need `path_initial_model_for_weight_conversion`, or `lorakit.core.save_adapter`."
+        f"Adapter {name!r} acts on a base that {config.init_lora_weights!r} changed, and is saved for that base, as in "
+        "PEFT. To save it for the original base, pass `path_initial_model_for_weight_conversion` or use "
+        "`lorakit.core.save_adapter`."
     )
     return core.save_as_trained(user, folder, name, tensors=tensors)

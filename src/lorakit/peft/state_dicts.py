@@ -1,7 +1,7 @@
-"""State dicts of an adapter and of its base: names as on disk, taken from a model or put into one.
+"""State dicts of an adapter and of its base, which are read from a model or loaded into one.
 
-On disk a tensor's name does not contain the adapter's name, in memory it does; names in a wrapped model begin with
-`base_model.model.`, names in a bare model do not.
+A tensor's name contains the adapter's name in memory but not on disk. Names in a wrapped model begin with
+`base_model.model.`; names in a model without a wrapper do not.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ COMPILED = "_orig_mod"
 ROWS = "token_adapter.trainable_tokens_delta"
 FSDP = "_fsdp_wrapped_module."
 AROUND = (FSDP, f"{COMPILED}.", "_checkpoint_wrapped_module.")
-"""Prefixes that FSDP, torch.compile and checkpointing add to the names of what they wrap."""
+"""Prefixes that FSDP, torch.compile and checkpointing add to the names of modules that they wrap."""
 DATA_PARALLEL = "module."
 
 
 class IncompatibleKeys(NamedTuple):
-    """Keys that did not fit, as `load_state_dict` returns them."""
+    """Missing and unexpected keys, as returned by `load_state_dict`."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
 
 
 class StateDictError(AdapterFileError, RuntimeError):
-    """Tensors do not fit the model by name or shape; a RuntimeError, as torch's own loader raises."""
+    """Names or shapes of tensors do not fit the model; also a RuntimeError, as raised by torch's own loader."""
 
 
 def get_peft_model_state_dict(
@@ -49,14 +49,14 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: bool | str = "auto",
 ) -> dict[str, Tensor]:
-    """Return the tensors of one adapter, under their names on disk.
+    """Return one adapter's tensors, keyed by name on disk.
 
     Args:
         model: A wrapped model, or a model with adapters in it.
         state_dict: Values (…) to use instead of the model's, such as those gathered from several devices.
         adapter_name: The adapter.
-        unwrap_compiled: The model may be compiled.
-        save_embedding_layers: True adds the base's embedding matrices, for a vocabulary that was resized.
+        unwrap_compiled: Whether to unwrap a compiled model.
+        save_embedding_layers: True adds the base's embedding matrices, which a resized vocabulary requires.
 
     Raises:
         AdapterError: The adapter does not exist.
@@ -78,8 +78,8 @@ def get_peft_model_state_dict(
             found[on_disk.replace(FSDP, "")] = values[key]
     if missing and state_dict is not None:
         warn_caller(
-            f"`state_dict` has nothing for {len(missing)} of the {len(own)} tensors of adapter {adapter_name!r}, which "
-            f"are left out: {', '.join(missing[:4])}. Give the model's whole state dict, with its own names."
+            f"`state_dict` lacks {len(missing)} of the {len(own)} tensors of adapter {adapter_name!r}, which are "
+            f"omitted: {', '.join(missing[:4])}. Pass the model's complete state dict with unchanged names."
         )
     if save_embedding_layers is True:
         found |= _embeddings(model, values)
@@ -132,12 +132,12 @@ def tensors_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, Tenso
 
 
 def flat_factors(model: nn.Module, adapter: str, given: Mapping[str, Tensor] | None = None) -> list[str]:
-    """Return the names of an adapter's A and B with fewer than two axes, as the shards of one device have.
+    """Return the names of an adapter's A and B that have fewer than two axes, such as ungathered shards.
 
     Args:
         model: A wrapped model, or a model with adapters in it.
         adapter: The adapter.
-        given: Name on disk -> tensor (…) that is written instead of the model's own.
+        given: Name on disk -> tensor (…) that will be saved instead of the model's own.
     """
     own = {on_disk: tensor for on_disk, _, tensor in tensors_of(model, adapter)} if given is None else given
     return [key for key, held in own.items() if key.endswith((".lora_A.weight", ".lora_B.weight")) and held.ndim < 2]
@@ -183,17 +183,17 @@ def set_peft_model_state_dict(
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
 ) -> IncompatibleKeys:
-    """Copy tensors into an adapter of a model; warns about implausible values, as `PeftModel.load_adapter` does.
+    """Copy tensors into an adapter of a model, and warn about implausible values as `PeftModel.load_adapter` does.
 
     Args:
         model: A wrapped model, or a model with adapters in it.
         peft_model_state_dict: Name on disk -> tensor (…), with or without the prefix of a wrapped model.
         adapter_name: The adapter.
-        ignore_mismatched_sizes: Skip tensors of another shape, with a warning.
-        low_cpu_mem_usage: Ignored; factors are on their device already.
+        ignore_mismatched_sizes: Whether to warn about tensors with another shape and skip them.
+        low_cpu_mem_usage: Ignored; factors are already on their device.
 
     Returns:
-        Names in the model that got no tensor, and unexpected names; the latter are also warned about.
+        Names in the model that got no tensor, and unexpected names, which also cause a warning.
 
     Raises:
         AdapterError: The adapter does not exist.
@@ -218,13 +218,13 @@ def _warn_of_values(model: nn.Module, tensors: Mapping[str, Tensor], adapter: st
 def put_tensors(
     model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str, ignore_mismatched_sizes: bool = False
 ) -> IncompatibleKeys:
-    """Copy tensors into an existing adapter without judging their values; see `set_peft_model_state_dict`.
+    """Copy tensors into an existing adapter without checking their values; see `set_peft_model_state_dict`.
 
     Args:
         model: A wrapped model, or a model with adapters in it.
         tensors: Name on disk -> tensor (…).
         adapter_name: The adapter.
-        ignore_mismatched_sizes: Skip tensors of another shape, with a warning.
+        ignore_mismatched_sizes: Whether to warn about tensors with another shape and skip them.
 
     Raises:
         StateDictError: A shape does not fit.
@@ -263,7 +263,7 @@ def _bare(key: str) -> str:
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of the unmerged base, (…), under the names that they have without adapters.
+    """Return the unmerged base's tensors, (…), keyed by name in the model without adapters.
 
     Args:
         model: A wrapped model, or a model with adapters in it.
@@ -274,12 +274,12 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def set_base_model_state_dict(
     model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
 ) -> IncompatibleKeys:
-    """Copy tensors into the base, under the names that they have without adapters.
+    """Copy tensors into the base; names are those in the model without adapters.
 
     Args:
         model: A wrapped model, or a model with adapters in it.
         state_dict: Name in the plain base -> tensor (…).
-        strict: Missing and unexpected names are an error.
+        strict: Whether missing and unexpected names raise an error.
 
     Returns:
         Missing and unexpected names.

@@ -1,4 +1,4 @@
-"""PEFT's two status functions, of each layer and of the whole model, and their results."""
+"""PEFT's status functions for the layers of a model and for the whole model, and their result types."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorakit.peft import model_adapters
 T = TypeVar("T")
 Irregular = Literal["irregular"]
 IRREGULAR: Irregular = "irregular"
-"""Value if layers differ."""
+"""Value of a field on which layers differ."""
 
 
 @dataclass
@@ -27,14 +27,14 @@ class TunerLayerStatus:
     """Status of an adapted layer or a saved module.
 
     Attributes:
-        name: Its path.
-        module_type: Its class as `repr` shows it.
-        enabled: Its adapters are not disabled.
+        name: Path of the module.
+        module_type: Class of the module as shown by `repr`.
+        enabled: Whether the adapters of the module are enabled.
         active_adapters: Active adapters.
         merged_adapters: Merged adapters.
-        requires_grad: Adapter -> whether its parameters are trained here.
-        available_adapters: Adapters that have parameters here, sorted.
-        devices: Adapter -> types of device of its parameters.
+        requires_grad: Adapter -> whether its parameters in the module are trained.
+        available_adapters: Adapters that have parameters in the module, sorted.
+        devices: Adapter -> device types of its parameters.
         quantization_backend: Backend of the base weight's quantization, or None.
     """
 
@@ -51,21 +51,21 @@ class TunerLayerStatus:
 
 @dataclass
 class TunerModelStatus:
-    """Status of a whole model; a value on which its layers differ is "irregular".
+    """Status of a whole model; a field is "irregular" if the layers differ.
 
     Attributes:
         base_model_type: Class of the user's model.
-        adapter_model_type: Class of the tuner, or "None" for a bare model.
+        adapter_model_type: Class of the tuner, or "None" for a model without a wrapper.
         peft_types: Adapter -> method.
         trainable_params: Number of trained parameters.
         total_params: Number of parameters.
         num_adapter_layers: Number of adapted layers and saved modules.
-        enabled: Adapters are not disabled.
+        enabled: Whether adapters are enabled.
         active_adapters: Active adapters.
         merged_adapters: Merged adapters.
         requires_grad: Adapter -> whether it is trained.
         available_adapters: Adapters of the model, sorted.
-        devices: Adapter -> types of device of its parameters.
+        devices: Adapter -> device types of its parameters.
         quantization_backend: Backend of the base weights' quantization, or None.
     """
 
@@ -88,7 +88,7 @@ MODULE_TYPES = {"ModulesToSave": "ModulesToSaveWrapper", "TrainableTokens": "Tra
 """Class of an adapted module that is not a layer -> its name in PEFT."""
 
 BACKENDS = {"bnb-4bit": "bnb 4bit", "bnb-8bit": "bnb 8bit"}
-"""Name of a weight format -> its name in PEFT if it differs."""
+"""Name of a weight format -> its name in PEFT, for names that differ."""
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
@@ -131,10 +131,10 @@ def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
 
 
 def _flags_and_devices(modules: Iterable[AdapterModule]) -> tuple[dict[str, bool | Irregular], dict[str, list[str]]]:
-    """Return adapter -> whether its parameters are trained, and adapter -> types of device of its parameters."""
+    """Return adapter -> whether its parameters are trained, and adapter -> device types of its parameters."""
     held: dict[str, list[nn.Parameter]] = defaultdict(list)
     for module in modules:
-        table = module.token_adapter if isinstance(module, TrainableTokens) else None  # a tied one has no rows itself
+        table = module.token_adapter if isinstance(module, TrainableTokens) else None  # a tied module has no rows
         for adapter in module.available_adapters():
             held[adapter] += module.parameters_of(adapter) if table is None else [table.trainable_tokens_delta[adapter]]
     flags = {adapter: _common(parameter.requires_grad for parameter in found) for adapter, found in held.items()}
@@ -174,7 +174,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 
 
 def _common(values: Iterable[T]) -> T | Irregular:
-    """Return the value that all are equal to, or "irregular"."""
+    """Return the value if all values are equal, or "irregular"."""
     first, *others = values
     return first if all(value == first for value in others) else IRREGULAR
 

@@ -1,10 +1,10 @@
-"""`LoraTrainerMixin`: train an adapted model with another trainer: Hugging Face's `Trainer`, TRL's `SFTTrainer`.
+"""`LoraTrainerMixin`: train an adapted model with Hugging Face's `Trainer`, TRL's `SFTTrainer` or a similar trainer.
 
     class LoraTrainer(LoraTrainerMixin, Trainer): ...
 
-The parent trains the user's own model, which contains the factors; only the adapter is saved and loaded. It does not
-need the package `peft`, and an installed one makes no difference. This module does not import transformers: the parent
-is any class that follows the mixin.
+The parent class trains the user's own model, which contains the factors; only the adapter is saved and loaded. The
+`peft` package is not needed and has no effect if it is installed. This module does not import transformers: the parent
+is whichever class follows the mixin.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lorakit.peft.mapping import get_peft_model
 from lorakit.peft.model import PeftModel
 
 ARGUMENTS_FILE = "training_args.bin"
-"""File of the parent's arguments, next to the model."""
+"""Name of the file with the parent's arguments, saved next to the adapter."""
 
 
 class Arguments(Protocol):
@@ -42,25 +42,27 @@ class State(Protocol):
 
 
 class Processor(Protocol):
-    """A tokenizer, or another processor of inputs."""
+    """A tokenizer or another input processor."""
 
     save_pretrained: Callable[[Path], Any]
 
 
 class LoraTrainerMixin:
-    """Precedes a trainer class and makes its checkpoints adapters: small, resumable, loadable by PEFT.
+    """Make a trainer save adapters as checkpoints: small, resumable and loadable by PEFT.
+
+    The mixin must precede the trainer among the base classes.
 
     Args:
-        model: A `lorakit.peft.PeftModel`, a model that `lorakit.attach` adapted, or a bare one with `peft_config`.
-        args: The parent's arguments from the second on.
-        peft_config: A `LoraConfig` for a bare model.
-        kwargs: The parent's arguments.
+        model: A `lorakit.peft.PeftModel`, a model adapted by `lorakit.attach`, or any model if `peft_config` is given.
+        args: Positional arguments of the parent after the model.
+        peft_config: A `LoraConfig` for a model without an adapter.
+        kwargs: Keyword arguments of the parent.
 
     Attributes:
-        lora_model: The model with its adapters, as a `PeftModel`; `model` is the user's model inside.
+        lora_model: The `PeftModel` that wraps the trained model; `model` is the user's model inside it.
 
     Raises:
-        ConfigError: The model has no adapter.
+        ConfigError: The model has no adapter, or `peft_config` is not a LoraConfig or comes without a loaded model.
         NotYetSupported: The parent shards the model (FSDP, DeepSpeed).
     """
 
@@ -87,8 +89,8 @@ class LoraTrainerMixin:
             model = get_peft_model(model, peft_config)
         elif peft_config is not None:
             raise ConfigError(
-                f"peft_config: a {type(peft_config).__name__} for a model that is a {type(model).__name__}; the mixin "
-                "needs a LoraConfig of lorakit, and a loaded model.",
+                f"peft_config is a {type(peft_config).__name__} and the model a {type(model).__name__}; the mixin "
+                "needs lorakit's LoraConfig and a loaded model.",
                 field="peft_config",
             )
         self._judged = True  # the parent checks the model in its constructor only
@@ -101,19 +103,19 @@ class LoraTrainerMixin:
                 del base._hf_peft_config_loaded
         for name in ("fsdp", "deepspeed"):
             if getattr(self, f"is_{name}_enabled", False):
-                text = f"{name}: adapters of a sharded model are not written yet; train it unsharded."
+                text = f"{name}: saving adapters of a sharded model is not supported yet; train without sharding."
                 raise NotYetSupported(text, what=name)
 
     @property
     def _parent(self) -> Any:
-        """The trainer class that follows the mixin, as `super()`; its type is not known here."""
+        """The trainer class that follows the mixin, as `super()`; untyped, since the class is not known here."""
         return super()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Call the parent's `model_init` and adopt its model.
+        """Call the parent's `model_init`, wrap its model if necessary, and return the model to train.
 
         Args:
-            trial: The parent's argument.
+            trial: Passed to the parent.
 
         Returns:
             The model that the parent trains.
@@ -124,19 +126,19 @@ class LoraTrainerMixin:
         return self._adopt(self._parent.call_model_init(trial))
 
     def create_optimizer(self, *args: nn.Module | None, **kwargs: nn.Module | None) -> Optimizer:
-        """Create the parent's optimizer; raises an error if nothing is trained.
+        """Create the parent's optimizer after checking that some parameter is trained.
 
         Args:
-            args: The parent's arguments.
-            kwargs: The parent's arguments.
+            args: Positional arguments of the parent.
+            kwargs: Keyword arguments of the parent.
 
         Raises:
-            ConfigError: No parameter is trained, as after loading an adapter without `is_trainable`.
+            ConfigError: No parameter is trained, for example because an adapter was loaded without `is_trainable`.
         """
         if not any(parameter.requires_grad for parameter in self.lora_model.parameters()):
             raise ConfigError(
-                f"Nothing would be trained: {', '.join(self.lora_model.peft_config)} is frozen. Load it with "
-                "is_trainable=True, or call set_requires_grad on it.",
+                f"No parameter requires gradients: {', '.join(self.lora_model.peft_config)} is frozen. Load the "
+                "adapter with is_trainable=True, or call set_requires_grad.",
                 what=next(iter(self.lora_model.peft_config), None),
             )
         return self._parent.create_optimizer(*args, **kwargs)
@@ -146,7 +148,7 @@ class LoraTrainerMixin:
         if not isinstance(model, PeftModel):
             if not isinstance(model, nn.Module) or find_state(model) is None:
                 raise ConfigError(
-                    f"model: a {type(model).__name__} without an adapter; adapt it with lorakit.get_peft_model or "
+                    f"model is a {type(model).__name__} without an adapter; adapt it with lorakit.get_peft_model or "
                     "lorakit.attach first, or pass a peft_config.",
                     field="model",
                 )
@@ -154,7 +156,7 @@ class LoraTrainerMixin:
         self.lora_model = model
         base = model.get_base_model()
         if self._judged and getattr(base, "is_quantized", False) and not base._hf_peft_config_loaded:
-            # The parent rejects a quantized model without this; while it is set, the base's own save needs peft.
+            # The parent rejects a quantized model without this flag. While it is set, the base's own save needs peft.
             vars(base)["_hf_peft_config_loaded"] = True
             self._marked.append(base)
         return base
@@ -172,16 +174,16 @@ class LoraTrainerMixin:
         torch.save(self.args, folder / ARGUMENTS_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load every adapter of a checkpoint into the existing one, in place."""
+        """Load each adapter of a checkpoint into the model's adapter of the same name."""
         for name, folder in self._folders(resume_from_checkpoint).items():
             result = self.lora_model.load_adapter(folder, name, is_trainable=True)
             unfit = [*result.missing_keys, *result.unexpected_keys]
             if unfit:
-                text = f"{folder}: not a checkpoint of this adapter: {len(unfit)} keys do not match, first {unfit[0]}."
+                text = f"{folder}: not a checkpoint of this adapter: {len(unfit)} keys do not match; first: {unfit[0]}."
                 raise RunError(text, what=unfit[0], where=folder)
 
     def _load_best_model(self) -> None:
-        """Load the adapters of the best checkpoint, in place."""
+        """Load the adapters of the best checkpoint into the model."""
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _folders(self, checkpoint: str | os.PathLike[str]) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""`LoraModel`, a `PeftModel`'s `base_model`: the operations on the adapters of the model inside.
+"""`LoraModel`, the `base_model` of a `PeftModel`: operations on the adapters in the user's model.
 
 `set_adapter` and `delete_adapter` do the same for a model without a wrapper.
 """
@@ -36,21 +36,21 @@ from lorakit.peft.utilities import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MA
 
 
 def kinds_of(config: LoraConfig | None) -> list[Kind]:
-    """Return the kinds of a config's custom modules; warns about a type that has no kind.
+    """Return the kinds for a config's custom modules, and warn about module types that no kind supports.
 
     Args:
         config: The config, or None.
 
     Raises:
-        NotYetSupported: A class is not a subclass of a layer.
+        NotYetSupported: A custom layer class is not a subclass of one of lorakit's layers.
     """
     found = []
     for module_type, layer in (config.custom_modules or {}).items() if config is not None else ():
         like = next((name for name, made in LAYERS.items() if issubclass(layer, made)), None)
         if like is None:
             raise NotYetSupported(
-                f"{layer.__name__} for {module_type.__name__}: a custom layer must be a subclass of one of the layers "
-                "here, such as lora.Linear; for other arithmetic give attach a lorakit.core.Kind (kinds=[...])."
+                f"{layer.__name__} for {module_type.__name__}: a custom layer must be a subclass of a lorakit layer, "
+                "such as lora.Linear; for any other computation, pass a lorakit.core.Kind to attach (kinds=[...])."
             )
         if kind_of(module_type) is None:
             warn_caller(f"Unsupported layer type '{module_type}' encountered, proceed at your own risk.", UserWarning)
@@ -62,16 +62,16 @@ def kinds_of(config: LoraConfig | None) -> list[Kind]:
 def set_adapter(
     model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: type | None = None
 ) -> None:
-    """Activate adapters and train only these.
+    """Activate adapters, make them trainable, and freeze all others.
 
     Args:
         model: A model with adapters in it.
-        adapter_name: One name or several.
-        inference_mode: Activate them frozen.
-        layer_cls: Ignored; adapted layers have one class here.
+        adapter_name: Name of an adapter, or several names.
+        inference_mode: Whether to freeze the activated adapters too.
+        layer_cls: Ignored; all adapted layers have the same class here.
 
     Raises:
-        RouteError: The adapter does not exist.
+        RouteError: An adapter does not exist.
     """
     BaseTuner(model).set_adapter(adapter_name, inference_mode)
 
@@ -84,14 +84,14 @@ def delete_adapter(
     Args:
         model: A model with adapters in it.
         adapter_name: The adapter; a missing one is ignored, as in PEFT.
-        prefix: Ignored; there is one method here.
-        layer_cls: Ignored; adapted layers have one class here.
+        prefix: Ignored; LoRA is the only method here.
+        layer_cls: Ignored; all adapted layers have the same class here.
 
     Returns:
-        The adapters that are active now, or None if there are none.
+        The adapters that are now active, or None if there are none.
 
     Raises:
-        AdapterError: It is merged.
+        AdapterError: The adapter is merged.
     """
     tuner = BaseTuner(model)
     if adapter_name in model_adapters.configs_of(model):
@@ -102,15 +102,15 @@ def delete_adapter(
 
 
 CONFIGS = "peft_config"
-"""Attribute of the user's model that holds its adapters' configs for other programs."""
+"""Attribute of the user's model in which other programs find the configs of its adapters."""
 
 
 class OverModel(nn.Module):
-    """Queries about the adapters of a model, for the tuner and the wrapper around it.
+    """Base class of the tuner and its wrapper, with queries about a model's adapters.
 
     Attributes:
         model: The user's own model, adapted in place.
-        inner: Name of the module inside, which answers unknown attributes.
+        inner: Name of the inner module, to which lookups of unknown attributes are delegated.
     """
 
     model: nn.Module
@@ -126,32 +126,32 @@ class OverModel(nn.Module):
 
     @property
     def peft_config(self) -> dict[str, LoraConfig]:
-        """The dictionary of configs by adapter."""
+        """Adapter -> config."""
         return model_adapters.configs_of(self.model)
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters that are active by default, also while they are disabled."""
+        """The adapters that are active by default, even if adapters are currently disabled."""
         state = find_state(self.model)
         return [] if state is None else list(state.chosen.names)
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The active adapter's name, or a list unless there is exactly one."""
+        """Name of the active adapter, or a list of names unless there is exactly one."""
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Train or freeze adapters, whichever are active.
+        """Train or freeze adapters, whether or not they are active.
 
         Args:
-            adapter_names: One name or several; a missing one is ignored.
-            requires_grad: Whether to train them.
+            adapter_names: Name of an adapter, or several names; missing adapters are ignored.
+            requires_grad: Whether to train these adapters.
         """
         model_adapters.set_requires_grad(self.model, adapter_names, requires_grad)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether an adapter's update can be written as plain LoRA: not if it depends on the position.
+        """Return whether an adapter's update can be written as plain LoRA; false if it depends on token positions.
 
         Args:
             adapter_name: The adapter.
@@ -160,15 +160,15 @@ class OverModel(nn.Module):
         return config is not None and config.alora_invocation_tokens is None
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activate adapters and train only these.
+        """Activate adapters, make them trainable, and freeze all others.
 
         Args:
-            adapter_name: One name or several.
-            inference_mode: Activate them frozen.
+            adapter_name: Name of an adapter, or several names.
+            inference_mode: Whether to freeze the activated adapters too.
 
         Raises:
-            RouteError: The adapter does not exist.
-            ConfigError: Two of them copy the same module.
+            RouteError: An adapter does not exist.
+            ConfigError: Two of the adapters save the same module or train the same token.
         """
         names, state = model_adapters.as_names(adapter_name), find_state(self.model) or AdapterState()
         state.check(names)
@@ -186,7 +186,7 @@ class OverModel(nn.Module):
         """Remove an adapter; if it was active, the first of the others becomes active.
 
         Args:
-            adapter_name: Its name.
+            adapter_name: Name of the adapter.
 
         Raises:
             AdapterError: The adapter does not exist or is merged.
@@ -208,13 +208,13 @@ class OverModel(nn.Module):
 
 
 class BaseTuner(OverModel):
-    """Holds the user's model and acts on its adapters.
+    """Container of the user's model with operations on its adapters.
 
     Attributes:
         prefix: Prefix of the names of an adapter's parameters.
         tuner_layer_cls: Class of the adapted layers.
-        target_module_mapping: Default targets by the base's `model_type`.
-        uses_shared_state: Whether parameters are stored in the tuner; LoRA's are not.
+        target_module_mapping: The base's `model_type` -> default targets.
+        uses_shared_state: Whether the tuner itself stores parameters; false for LoRA.
     """
 
     prefix: ClassVar[str] = "lora_"
@@ -246,7 +246,7 @@ class BaseTuner(OverModel):
         return self._penalty if name in PENALTY_METHODS else super().__getattr__(name)
 
     def _penalty(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
-        """Return the penalties of some adapters, by default the active ones: a scalar, or 0.0."""
+        """Return the sum of the penalties of adapters (by default the active ones): a scalar, or 0.0 without any."""
         with contextlib.ExitStack() as stack:
             if adapter_names is not None:
                 stack.enter_context(core.use(self.model, *model_adapters.as_names(adapter_names)))
@@ -264,13 +264,13 @@ class BaseTuner(OverModel):
 
     @property
     def targeted_parameter_names(self) -> list[str]:
-        """Paths of the bare parameters that are adapted."""
+        """Paths of the adapted bare parameters."""
         sites = [site for site in core.sites(self.model) if site.kind == "Parameter"]
         return [f"{site.path.partition('.base_layer')[0]}.{site.layer.spec.parameter}" for site in sites]
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
-        """Return the model's config as a dictionary, or that of a custom model."""
+        """Return the model's config as a dictionary, or {"model_type": "custom"} if it has none."""
         config = getattr(model, "config", None)
         as_table = getattr(config, "to_dict", None)
         table = as_table() if callable(as_table) else config
@@ -287,19 +287,19 @@ class BaseTuner(OverModel):
         on_meta: bool = False,
         state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Attach a new adapter; warns about entries that match nothing.
+        """Attach a new adapter, and warn about config entries that match nothing.
 
         Args:
-            name: Its name.
-            config: Its config; it is copied.
+            name: Name of the new adapter.
+            config: Config of the new adapter; a copy is stored.
             autocast_adapter_dtype: False casts the factors to the dtype of their base weight.
-            on_meta: Create the factors on the meta device until `set_peft_model_state_dict` fills them.
-            state_dict: Names of tensors (…) that determine the targets instead of the config.
+            on_meta: Whether the factors stay on the meta device until `set_peft_model_state_dict` fills them.
+            state_dict: Tensors (…) whose names determine the targets instead of the config.
 
         Raises:
-            AdapterError: The name is taken or invalid.
-            TargetError: Nothing matches.
-            ConfigError: The config does not fit.
+            AdapterError: `name` is taken or invalid.
+            TargetError: No target matches.
+            ConfigError: The config does not fit the model or its other adapters.
         """
         self._check_new_adapter_config(config)
         active, config = self.active_adapters, matching.with_own_targets(self.model, config, self.target_module_mapping)
@@ -336,7 +336,7 @@ class BaseTuner(OverModel):
         matching.check_parameters(self.model, self.peft_config, config)
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
-        """Call `names_tied_with_embedding`, under PEFT's name."""
+        """Return `names_tied_with_embedding` of the user's model; the name of this method is PEFT's."""
         return names_tied_with_embedding(self.model)
 
     def is_partly_disabled(self) -> bool:
@@ -354,7 +354,7 @@ class BaseTuner(OverModel):
                 parameter.requires_grad_(True)
 
     def disable_adapter_layers(self) -> None:
-        """Disable and freeze all adapters until `enable_adapter_layers`; the context `disable_adapter` is safer."""
+        """Disable and freeze all adapters until `enable_adapter_layers` is called; `disable_adapter` is safer."""
         state = find_state(self.model)
         if state is not None and state.aside is None:
             self.__dict__["_paused"] = model_adapters.pause(self.model)
@@ -364,21 +364,21 @@ class BaseTuner(OverModel):
     def _enable_peft_forward_hooks(
         self, *_: Any, adapter_names: Sequence[str] | None = None, alora_offsets: Offsets | None = None, **__: Any
     ) -> Iterator[None]:
-        """Assign one adapter per row within a context, as programs over a bare tuner do."""
+        """Assign one adapter per row within a context, for programs that use a tuner without a wrapper."""
         starts = contextlib.nullcontext() if alora_offsets is None else core.invoked(self.model, offsets=alora_offsets)
         with self.rows(adapter_names), starts:
             yield
 
     def rows(self, adapter_names: Sequence[str] | None, copies: int = 0) -> contextlib.AbstractContextManager[None]:
-        """Return a context that assigns one adapter per row; an empty one if `adapter_names` is None.
+        """Return a context that assigns one adapter per row; it does nothing if `adapter_names` is None.
 
         Args:
-            adapter_names: One adapter per row of the batch, "__base__" for the base alone.
-            copies: Consecutive copies of each row that a batch of `generate` may hold (beams); 0 for a forward.
+            adapter_names: One adapter per row of the batch; "__base__" runs the base alone.
+            copies: Maximum number of consecutive copies of each row (beams) in a batch of `generate`; 0 for a forward.
 
         Raises:
-            ConfigError: The model is in training mode, in which PEFT rejects mixed batches too.
-            RouteError: The adapter does not exist.
+            ConfigError: An adapter does not exist, or the model is in training mode, in which PEFT also rejects mixed
+                batches.
         """
         if adapter_names is None:
             return contextlib.nullcontext()
@@ -398,12 +398,12 @@ class BaseTuner(OverModel):
         """Merge adapters into the base weights; the originals are kept, so `unmerge_adapter` restores them bit for bit.
 
         Args:
-            adapter_names: Adapters; None means the active ones.
-            safe_merge: Ignored: a merge that is not finite always raises.
+            adapter_names: Adapters to merge; None means the active ones.
+            safe_merge: Ignored; a merge with a non-finite result always raises an error.
 
         Raises:
             MergeError: An adapter cannot be merged.
-            AdapterError: The adapter does not exist.
+            AdapterError: An adapter does not exist.
         """
         fresh = self._unmerged(adapter_names)
         if fresh:
@@ -418,14 +418,16 @@ class BaseTuner(OverModel):
             core.merge(self.model, *fresh, untie=untie)
 
     def _warn_of_training(self, names: Sequence[str]) -> None:
-        """Warn that a merged layer runs only its base, so that a loss reaches no factor; PEFT gives no warning."""
+        """Warn that merged adapters are not trained, since merged layers run only the base; PEFT does not warn."""
         if not (self.training and torch.is_grad_enabled()):
             return
         owned = parameters_by_adapter(self.model, names)
         trained = [name for name in names if any(parameter.requires_grad for parameter in owned[name])]
         if trained:
             listed = ", ".join(trained)
-            warn_caller(f"{listed} is merged while the model trains, and learns nothing until unmerge_adapter().")
+            warn_caller(
+                f"{listed} is merged while the model trains, and will not learn until unmerge_adapter() is called."
+            )
 
     def unmerge_adapter(self) -> None:
         """Unmerge every merged adapter; restores the base weights bit for bit."""
@@ -441,15 +443,15 @@ class BaseTuner(OverModel):
 
         Args:
             progressbar: Ignored; no progress is shown.
-            safe_merge: Ignored; always true.
-            adapter_names: Adapters; None means the active ones.
+            safe_merge: Ignored; the result is always checked.
+            adapter_names: Adapters to merge; None means the active ones.
 
         Returns:
             The user's model without adapter layers.
 
         Raises:
             MergeError: An adapter cannot be merged.
-            AdapterError: The adapter does not exist.
+            AdapterError: An adapter does not exist.
         """
         fresh = self._unmerged(adapter_names, quiet=True)
         untie, tied = matching.warn_of_ties(self.model, fresh) if fresh else (False, False)
@@ -468,13 +470,13 @@ class BaseTuner(OverModel):
         return self.merge_and_unload(adapter_names=())
 
     def _unmerged(self, adapter_names: Sequence[str] | None, quiet: bool = False) -> list[str]:
-        """Return the adapters to merge that are not merged yet; warns about the others, as PEFT does."""
+        """Return the adapters to merge that are not merged yet, and warn about merged ones as PEFT does."""
         asked = self.active_adapters if adapter_names is None else adapter_names
         return matching.not_yet_merged(asked, AdapterIndex.of(self.model).merged_adapters(), quiet)
 
 
 class LoraModel(BaseTuner):
-    """Holds the user's model and acts on its LoRA adapters."""
+    """Container of the user's model with operations on its LoRA adapters."""
 
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
@@ -483,7 +485,7 @@ class LoraModel(BaseTuner):
 
 @contextlib.contextmanager
 def garbage_collector_paused() -> Iterator[None]:
-    """Pause Python's garbage collector within a context that creates thousands of lasting objects.
+    """Pause Python's garbage collector within a context that creates thousands of long-lived objects.
 
     Yields:
         Nothing.

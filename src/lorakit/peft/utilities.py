@@ -1,7 +1,6 @@
-"""PEFT's utilities: constants, questions about a base model, preparing it for training, and optional packages.
+"""PEFT's utilities: constants, queries about a base model, preparation for training, and checks for optional packages.
 
-The answers come from the model alone. What belongs to launchers that are not supported, such as DeepSpeed, is absent or
-does nothing.
+Queries use only the model. Functions for launchers that are not supported, such as DeepSpeed, are absent or do nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ __all__ = ["CONFIG_NAME", "INCLUDE_LINEAR_LAYERS_SHORTHAND"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Ignored: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | str | int | None
-"""Argument of a function of PEFT's that does nothing here: a model, parameters or an option."""
+"""Type of the arguments of PEFT functions that do nothing here: models, parameters and options."""
 
 
 WEIGHTS_NAME = "adapter_model.bin"
@@ -47,14 +46,14 @@ ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 UPCAST_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
 TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, object] = {}
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = dict(DEFAULT_TARGETS)
-"""Default targets by architecture, under PEFT's name; programs may add architectures."""
+"""Model type -> default targets; named as in PEFT. Programs may add entries."""
 
 
 class BufferDict(nn.Module, MutableMapping[str, Tensor]):
-    """A dictionary of buffers, which move and are saved with the module that holds it; PEFT's other methods use it.
+    """Dictionary of buffers that move with the parent module; PEFT's other methods use it.
 
     Attributes:
-        persistent: Buffers are part of the state dict.
+        persistent: Whether the buffers are part of the state dict.
     """
 
     __eq__, __hash__ = nn.Module.__eq__, nn.Module.__hash__
@@ -104,11 +103,11 @@ def get_batch_size(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> in
     """Return the number of rows of a batch.
 
     Args:
-        input_ids: (rows, tokens), or None.
-        inputs_embeds: (rows, tokens, width), or None.
+        input_ids: Token ids, (rows, tokens), or None.
+        inputs_embeds: Embeddings, (rows, tokens, width), or None.
 
     Raises:
-        ConfigError: Both are None.
+        ConfigError: Both arguments are None.
     """
     given = input_ids if input_ids is not None else inputs_embeds
     if given is None:
@@ -138,7 +137,7 @@ def _input_embedding(model: nn.Module) -> nn.Module | None:
 
 
 def names_tied_with_embedding(model: nn.Module) -> list[str]:
-    """Return the sorted paths of modules that share the input embedding's weight; none if the config says untied."""
+    """Return the sorted paths of modules that share the input embedding's weight; none if the config unties weights."""
     user = user_model(model)
     embedding = _input_embedding(user)
     weight = getattr(embedding, "weight", None)
@@ -156,10 +155,10 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     """Return FSDP's wrapping policy for an adapted model: transformer blocks, and each trained leaf separately.
 
     Args:
-        model: The model; the variable FSDP_TRANSFORMER_CLS_TO_WRAP may name the classes of its blocks.
+        model: The model. The environment variable FSDP_TRANSFORMER_CLS_TO_WRAP may name the classes of its blocks.
 
     Raises:
-        ConfigTypeError: A named class has no module.
+        ConfigTypeError: The model has no module of a named class.
     """
     from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
@@ -197,10 +196,10 @@ def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
 
 
 def str_to_bool(value: str) -> int:
-    """Return 1 for a string such as "yes", 0 for one such as "no".
+    """Return 1 for a string such as "yes" and 0 for a string such as "no".
 
     Raises:
-        ConfigError: It is neither.
+        ConfigError: `value` is not a known truth value.
     """
     yes, no = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0")
     if value.lower() not in (*yes, *no):
@@ -209,57 +208,57 @@ def str_to_bool(value: str) -> int:
 
 
 def get_quantization_config(model: nn.Module, method: str) -> Any:
-    """Return a model's quantization config if it is quantized by this method, or None."""
+    """Return a model's quantization config if the model is quantized with this method, or None."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     return config if getattr(model, "quantization_method", None) == method else None
 
 
 def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module) -> str:
-    """Return the path of a module in a model, or ""."""
+    """Return the path of a module in a model, or "" if the model does not contain the module."""
     return next((name for name, module in model.named_modules() if module is reference_module), "")
 
 
 def get_device_map(model: nn.Module) -> dict[str, Any]:
-    """Return module -> device."""
+    """Return module path -> device."""
     return getattr(model, "hf_device_map", None) or {"": next(model.parameters()).device}
 
 
 @contextlib.contextmanager
 def empty_context(*_: Ignored, **__: Ignored) -> Iterator[None]:
-    """Do nothing, for PEFT's contexts that move, gather or cast what is in place here."""
+    """Do nothing; replaces PEFT's contexts that move, gather or cast tensors, which is unnecessary here."""
     yield
 
 
 def dequantize_module_weight(module: nn.Module) -> Tensor:
-    """Return a module's weight dequantized, (out, in)."""
+    """Return a module's dequantized weight, (out, in)."""
     base = weight_format_of(module)
     return base.read(module, base.stored(module, "weight"))
 
 
 def check_deepspeed_zero3_enabled() -> bool:
-    """Return False: sharding by DeepSpeed is not supported."""
+    """Return False, since sharding with DeepSpeed is not supported."""
     return False
 
 
 def init_empty_weights(include_buffers: bool | None = None) -> torch.device:
-    """Return a context in which modules are created without memory, on torch's meta device.
+    """Return a context in which modules are created on torch's meta device and so take no memory.
 
     Args:
-        include_buffers: Ignored; buffers are created there too.
+        include_buffers: Ignored; buffers are also created on the meta device.
     """
     return torch.device("meta")
 
 
 def skip_init_on_device(func: Function) -> Function:
-    """Return the function; PEFT marks functions that `init_empty_weights` must not change, which needs nothing here."""
+    """Return the function unchanged; PEFT exempts it from `init_empty_weights`, which is unnecessary here."""
     return func
 
 
 class WeightConversion(Protocol):
-    """A step in which transformers' loader renames or joins tensors of a base.
+    """A step in which transformers' loader renames or fuses tensors of a base.
 
     Attributes:
-        source_patterns: Patterns of the names in the file.
+        source_patterns: Patterns that match tensor names in the file.
     """
 
     source_patterns: list[str]
@@ -268,15 +267,15 @@ class WeightConversion(Protocol):
 def build_peft_weight_mapping(
     weight_conversions: Iterable[WeightConversion] | None, adapter_name: str, peft_config: LoraConfig | None = None
 ) -> list[WeightConversion]:
-    """Return how transformers' loader must rename an adapter's tensors when it renames the base's.
+    """Return the renamings of an adapter's tensors that match transformers' conversions of the base's tensors.
 
     Args:
         weight_conversions: Conversions of the base's tensors.
         adapter_name: The adapter.
-        peft_config: Its config.
+        peft_config: The adapter's config.
 
     Raises:
-        NotYetSupported: The adapter targets weights that transformers now joins (experts), not only renames.
+        NotYetSupported: The adapter targets weights (experts) that transformers now fuses instead of only renaming.
     """
     if not weight_conversions:
         return []
@@ -290,19 +289,20 @@ def build_peft_weight_mapping(
             found.append(conversion)
         elif _concerns(conversion, peft_config):
             raise NotYetSupported(
-                f"The adapter names {', '.join(sorted(_joined_names(conversion)))}, which this version of transformers "
-                "joins into one tensor; joining their factors is not built. Load it with the version that made it."
+                f"The adapter targets {', '.join(sorted(_joined_names(conversion)))}, which this version of "
+                "transformers fuses into one tensor; fusing factors is not supported yet. Use the version with which "
+                "the adapter was trained."
             )
     return found
 
 
 def _joined_names(conversion: WeightConversion) -> set[str]:
-    """Return the last names of the modules whose tensors transformers joins."""
+    """Return the last components of the paths of modules whose tensors transformers fuses."""
     return {pattern.removesuffix(".weight").rpartition(".")[2] for pattern in conversion.source_patterns}
 
 
 def _concerns(conversion: WeightConversion, config: LoraConfig | None) -> bool:
-    """Return whether an adapter may have factors at joined modules; a regular expression may match any module."""
+    """Return whether an adapter may have factors at fused modules; a regular expression may match any module."""
     if config is None or isinstance(config.target_modules, str):
         return True
     targets = config.target_modules or ()
@@ -310,21 +310,21 @@ def _concerns(conversion: WeightConversion, config: LoraConfig | None) -> bool:
 
 
 def unused(*_: Ignored, **__: Ignored) -> None:
-    """Do nothing, for PEFT's inner steps that have no counterpart here."""
+    """Do nothing; replaces internal steps of PEFT that have no counterpart here."""
 
 
 def is_valid_match(key: str, target_key: str) -> bool:
-    """Return whether a path is `target_key` or ends in it after a dot."""
+    """Return whether a path equals `target_key` or ends with a dot and `target_key`."""
     return key == target_key or key.endswith(f".{target_key}")
 
 
 def get_model_conversion_mapping(model: nn.Module) -> list[Any]:
-    """Return what transformers converts when it loads the model: nothing, since adapters are loaded unchanged."""
+    """Return an empty list of transformers' weight conversions, since adapters are loaded unchanged."""
     return []
 
 
 def get_bnb_param_type(parameter: Tensor) -> str | bool:
-    """Return "4bit" or "8bit" for a parameter of bitsandbytes, and False for any other.
+    """Return "4bit" or "8bit" for a bitsandbytes parameter, and False for any other parameter.
 
     Args:
         parameter: A tensor of any shape.
@@ -338,16 +338,16 @@ DENSE_METHODS = ("gptq", "aqlm", "eetq", "torchao", "hqq")
 
 
 def checkpoints(model: nn.Module) -> bool:
-    """Return whether a transformers model uses gradient checkpointing; the attribute differs by version."""
+    """Return whether a transformers model uses gradient checkpointing; the attribute depends on the version."""
     newer = getattr(model, "is_activation_checkpointing", None)
     return bool(newer if newer is not None else getattr(model, "is_gradient_checkpointing", False))
 
 
 def take_gradients_at_the_input(model: nn.Module) -> None:
-    """Make the output of the input embedding require gradients, as reentrant gradient checkpointing needs.
+    """Make the output of the input embedding require gradients, which reentrant gradient checkpointing needs.
 
     Args:
-        model: A model; a quantized one does it automatically.
+        model: A model; a quantized one is skipped, since it does this automatically.
     """
     quantized = any(getattr(model, f"is_{name}", False) for name in ("loaded_in_8bit", "loaded_in_4bit", "quantized"))
     if not quantized:
@@ -368,13 +368,15 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
     auto_clear_cache: bool = True,
 ) -> nn.Module:
-    """Freeze a quantized base, upcast what is not quantized to fp32, and enable gradient checkpointing.
+    """Freeze a quantized base, upcast its unquantized tensors to fp32, and enable gradient checkpointing.
+
+    Tensors of a base that is quantized with one of `DENSE_METHODS` are not upcast.
 
     Args:
         model: The base, changed in place.
-        use_gradient_checkpointing: Enable it if the base is quantized.
-        gradient_checkpointing_kwargs: Its options.
-        auto_clear_cache: Release cached GPU memory.
+        use_gradient_checkpointing: Whether to enable gradient checkpointing if the base is quantized.
+        gradient_checkpointing_kwargs: Options for gradient checkpointing.
+        auto_clear_cache: Whether to release cached GPU memory.
 
     Returns:
         The same model.
@@ -402,25 +404,25 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
 
     Args:
         model: The model, changed in place.
-        dtype: dtype of frozen parameters.
+        dtype: Dtype of frozen parameters.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
 
 def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
-    """Return labels as a decoder's inputs: shifted one position to the right, the start token first.
+    """Shift labels one position to the right and prepend the start token, which makes them inputs of a decoder.
 
     Args:
-        input_ids: (rows, tokens).
-        pad_token_id: Replaces masked labels.
+        input_ids: The labels, (rows, tokens).
+        pad_token_id: Token that replaces masked labels.
         decoder_start_token_id: The first token.
 
     Returns:
-        (rows, tokens).
+        The inputs, (rows, tokens).
 
     Raises:
-        ValueError: The pad token is None.
+        ValueError: `pad_token_id` is None.
     """
     if pad_token_id is None:
         raise ValueError("self.model.config.pad_token_id has to be defined.")
@@ -430,7 +432,7 @@ def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int, decoder_start
 
 
 def infer_device() -> str:
-    """Return the available type of device: "cuda", "mps", "xpu" or "cpu"."""
+    """Return the type of the available device: "cuda", "mps", "xpu" or "cpu"."""
     if torch.cuda.is_available():
         return "cuda"
     if torch.backends.mps.is_available():
@@ -439,53 +441,53 @@ def infer_device() -> str:
 
 
 class QuantizationBackend:
-    """A quantization method.
+    """Base class for the backends of quantization methods.
 
     Attributes:
-        backend_name: Its name in a layer's status.
+        backend_name: Name of the method in a layer's status.
     """
 
     backend_name = ""
 
 
 class Bnb4bitBackend(QuantizationBackend):
-    """bitsandbytes 4-bit."""
+    """Backend for bitsandbytes 4-bit quantization."""
 
     backend_name = "bnb 4bit"
 
 
 class Bnb8bitBackend(QuantizationBackend):
-    """bitsandbytes 8-bit."""
+    """Backend for bitsandbytes 8-bit quantization."""
 
     backend_name = "bnb 8bit"
 
 
 class TorchaoBackend(QuantizationBackend):
-    """torchao."""
+    """Backend for torchao quantization."""
 
     backend_name = "torchao"
 
 
 class HqqBackend(QuantizationBackend):
-    """HQQ."""
+    """Backend for HQQ quantization."""
 
     backend_name = "hqq"
 
 
 class ForwardOnlyQuantizationBackend(QuantizationBackend):
-    """A method whose weights cannot be read, such as GPTQ."""
+    """Backend for a quantization method whose weights cannot be read, such as GPTQ."""
 
 
 GptqBackend = ForwardOnlyQuantizationBackend
 
 
 def get_quantization_kwargs(model: nn.Module) -> dict[str, Any]:
-    """Return no arguments for layers of a quantized model; layers need none here."""
+    """Return an empty dictionary, since layers of a quantized model need no extra arguments here."""
     return {}
 
 
 def quantization_extra_repr(module: nn.Module) -> str:
-    """Return nothing to add to the `repr` of a quantized layer."""
+    """Return an empty string, since nothing is added to the `repr` of a quantized layer."""
     return ""
 
 
@@ -518,13 +520,13 @@ def is_xpu_available(check_device: bool = False) -> bool:
     """Return whether an Intel GPU is available.
 
     Args:
-        check_device: Ignored; the device is always looked for.
+        check_device: Ignored; the device is always checked.
     """
     return hasattr(torch, "xpu") and torch.xpu.is_available()
 
 
 def is_torchao_ge_v0_18_0() -> bool:
-    """Return whether torchao is installed in release 0.18 or newer."""
+    """Return whether torchao 0.18 or newer is installed."""
     return is_torchao_available() and _release("torchao") >= (0, 18)
 
 
@@ -534,7 +536,7 @@ def _release(package: str) -> tuple[int, ...]:
 
 
 def __getattr__(name: str) -> bool:
-    """Compute PEFT's constants such as `is_transformers_ge_v5_1_0`; importing this module reads no versions."""
+    """Compute constants such as `is_transformers_ge_v5_1_0` on access, so that importing this module is cheap."""
     release = re.fullmatch(r"is_transformers_ge_v(\d+(?:_\d+)*)", name)
     if release is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
-"""Combining and converting adapters under PEFT's names and with its signatures.
+"""Functions that combine and convert adapters, with PEFT's names and signatures.
 
-`lorakit.core` keeps a combination exact under rsLoRA, patterns and DoRA, where PEFT's result is too strong, cannot be
-loaded again, or lacks the magnitudes.
+`lorakit.core` keeps combinations exact with rsLoRA, patterns and DoRA, whereas PEFT's results are too strong, cannot be
+loaded again, or lack the magnitudes.
 """
 
 from __future__ import annotations
@@ -43,36 +43,36 @@ def add_weighted_adapter(
     """Combine adapters into a new one, which is frozen and not active.
 
     As in PEFT, a single adapter is scaled by its weight for every combination type, and options that a type does not
-    use are ignored. An existing name is warned about, where PEFT returns silently.
+    use are ignored. If the new name exists, this function issues a warning, whereas PEFT returns silently.
 
     Args:
         model: The `LoraModel` around the adapted model, or the model itself.
-        adapters: Their names.
-        weights: One number each; negative ones subtract.
-        adapter_name: The new adapter's name.
+        adapters: Names of the adapters to combine.
+        weights: One weight per adapter; negative weights subtract.
+        adapter_name: Name of the new adapter.
         combination_type: One of `lorakit.core.COMBINATION_TYPES`.
-        svd_rank: Rank of the result, for types with svd.
-        svd_clamp: Quantile beyond which values are clamped, for types with svd.
+        svd_rank: Rank of the result for "svd" types.
+        svd_clamp: Quantile beyond which values are clamped for "svd" types.
         svd_full_matrices: Ignored; it does not affect the result.
-        svd_driver: Driver of torch's SVD on CUDA.
+        svd_driver: Driver for torch's SVD on CUDA.
         density: Fraction of the values that pruning keeps.
         majority_sign_method: "total" or "frequency".
 
     Raises:
-        AdapterError: An adapter does not exist, or they cannot be combined.
+        AdapterError: An adapter does not exist, or the adapters cannot be combined.
         ConfigError: The combination type does not exist or lacks an option, or the ranks do not fit it.
     """
     model = user_model(model)
     configs = configs_of(model)
     if adapter_name in configs:
-        warn_caller(f"adapter {adapter_name!r} exists already, so nothing was combined. Give another name.")
+        warn_caller(f"adapter {adapter_name!r} already exists, so nothing was combined. Choose another name.")
         return
     check_exist(configs, adapters, "does not exist")
     if combination_type not in core.COMBINATION_TYPES:
         text = f"Invalid combination_type: {combination_type}. Choose from {', '.join(core.COMBINATION_TYPES)}."
         raise ConfigError(text, what=combination_type, field="combination_type", allowed=core.COMBINATION_TYPES)
     if len(adapters) == 1 and not (svd_rank and combination_type.endswith("svd")):
-        combination_type = "cat"  # exact, and of the adapter's own rank
+        combination_type = "cat"  # exact, and keeps the adapter's rank
     options: dict[str, Any] = {"majority_sign": majority_sign_method}
     if combination_type not in ("svd", "linear", "cat"):
         if density is not None and density > 1:
@@ -94,14 +94,14 @@ def reduce_intruder_dimension(
     mitigation_lambda: float = 0.75,
     logging_sink: Callable[[str], Any] | None = print,
 ) -> None:
-    """Add and activate a version of an adapter with weaker intruder dimensions, in the same dtype.
+    """Add and activate a copy of an adapter that has the same dtype but weaker intruder dimensions.
 
     Args:
         peft_model: A `PeftModel`.
-        old_adapter_name: The adapter, which is kept.
-        new_adapter_name: The new one.
+        old_adapter_name: The original adapter, which is kept.
+        new_adapter_name: Name of the new adapter.
         top_k: Number of the strongest directions to compare.
-        threshold_epsilon: An intruder's cosine with every direction of the base is below this.
+        threshold_epsilon: Upper bound on an intruder's cosine similarity to every direction of the base.
         mitigation_lambda: Fraction of each intruder that is kept.
         logging_sink: Called with one line per site; None logs nothing.
 
@@ -133,18 +133,18 @@ def convert_to_lora(
     progressbar: bool = False,
     compile_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Convert an adapter of any variant to LoRA of scale 1 and another rank; the model is only read.
+    """Convert an adapter of any variant to LoRA with scale 1 and the given rank; the model is only read.
 
     Args:
         model: A `PeftModel`, or a model with adapters in it.
-        rank: A rank, or as a float the fraction of each site's energy to keep, in (0, 1].
+        rank: Rank (int), or the fraction in (0, 1] of each site's energy to keep (float).
         adapter_name: The adapter.
         progressbar: Ignored; no progress is shown.
         compile_kwargs: Ignored; nothing is compiled.
 
     Returns:
-        The config, and the tensors, each (r, in) or (out, r), under their names on disk (without PEFT's prefix
-        unless the model is a `PeftModel`).
+        The config, and the tensors, each (r, in) or (out, r), by name on disk (without PEFT's prefix unless the model
+        is a `PeftModel`).
 
     Raises:
         TypeError: The model has no adapters.
@@ -175,9 +175,9 @@ def save_as_lora(
         compile_kwargs: Ignored; nothing is compiled.
 
     Raises:
-        TypeError: As `convert_to_lora`.
-        ConfigError: As `convert_to_lora`.
-        AdapterError: As `convert_to_lora`.
+        TypeError: As for `convert_to_lora`.
+        ConfigError: As for `convert_to_lora`.
+        AdapterError: As for `convert_to_lora`.
         DiskError: The directory cannot be written.
     """
     write(_converted(model, rank, adapter_name), path, replace=True)
