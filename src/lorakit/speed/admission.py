@@ -393,7 +393,7 @@ def _is_known(method: Callable[..., Any] | None) -> bool:
 
 
 def _one_of_each(wanted: Parts, found: Calls) -> tuple[Parts, dict[str, str]]:
-    """Group called modules that differ only in their weights; returns each group's first module, and path -> its first."""
+    """Group called modules that differ only in weights; return each group's first module, and path -> path of its first."""
     first: dict[Any, str] = {}
     first_of = {}
     for path, (module, fused_forward) in wanted.items():
