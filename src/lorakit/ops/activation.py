@@ -113,7 +113,7 @@ def activate(act: Activation, first: Tensor, up: Tensor | None, out: Tensor) -> 
 
 
 def activate_backward(act: Activation, da: Tensor, first: Tensor, up: Tensor | None) -> list[Tensor]:
-    """Return the gradients of `activate` with respect to first, written over da, and to up if given; all (N, f)."""
+    """Return the gradient of first in `activate`, written over da, and that of up, if given; all (N, f)."""
     kernels, dup = kernels_for(first, up, da), None if up is None else torch.empty_like(first)
     if kernels is not None and act.name in kernels.activations:
         kernels.gate_backward(act.name, da, first, up, da, dup)

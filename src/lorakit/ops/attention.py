@@ -39,7 +39,7 @@ def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
     """Select the method for a pattern, q (B, H, T, D) and v (B, KV, T, E): any `Pattern.method` except "auto".
 
     Raises:
-        ValueError: The pattern requests flash, which does not support it.
+        ValueError: The pattern requests flash, but flash does not support the pattern.
     """
     possible = attention_flash.takes(q, v, pattern)
     if pattern.method == "flash" and not possible:

@@ -309,7 +309,7 @@ def _back_to_projections(
 
 
 def _as_attended(part: Tensor, stats: Sequence[Tensor], own: Norm | None, form: _Form) -> Tensor:
-    """Return q, k or v (B, T, heads, D) as the attention used it; if it has its own norm, `part` was saved before."""
+    """Return q, k or v (B, T, heads, D) as the attention used it; a part with a norm was saved before that norm."""
     if own is None:
         return part
     n = own.recompute(_rows(part, own, form.block), stats).view(part.shape)

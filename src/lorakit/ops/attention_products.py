@@ -192,7 +192,7 @@ class _Scores:
         return self.buffers[which][:count].view(shape)
 
     def _bounds(self, piece: Piece, block: _Block, begin: int) -> tuple[Tensor, Tensor]:
-        """Return low and high, int32 (n,) each: each row of a block sees the positions [low, high) after `begin`."""
+        """Return low and high, int32 (n,) each: a row of a block sees the positions [begin + low, begin + high)."""
         bounds = self.pattern.bounds(piece.lengths, block.start, block.stop, begin)
         low, high = bounds.to(self.device, non_blocking=True)
         return low, high

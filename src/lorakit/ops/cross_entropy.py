@@ -23,13 +23,13 @@ IGNORED = -100
 """Label of rows that are excluded from the loss, as in PyTorch."""
 
 CPU_CHUNK, OTHER_CHUNK = (256, 48 << 20), (4096, 256 << 20)
-"""Maximum rows per chunk, and maximum bytes of its logits. W is read twice per chunk: on a CPU, this takes longer than
-the matmuls below about 100 rows, and more than 256 rows gain little. Accelerators need more rows at once.
+"""Maximum rows per chunk, and maximum bytes of its logits. W is read twice per chunk: on a CPU, reading it takes longer
+than the matmuls if a chunk has fewer than about 100 rows; more than 256 rows gain little. Accelerators need more rows.
 """
 ROWS_PER_THREAD = 4
 """Rows that a thread converts to gradients at a time, so that their fp32 copy stays in its cache."""
 SMALLEST = {torch.float32: 1e-30, torch.float64: 1e-290}
-"""Smallest probability whose logarithm is taken directly; for smaller ones, it is computed from the logits."""
+"""Smallest probability whose logarithm is taken directly; smaller ones have theirs computed from the logits."""
 
 
 @dataclass(frozen=True)

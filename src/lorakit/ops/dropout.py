@@ -107,7 +107,7 @@ def dropout_add(owned: Tensor, x: Tensor | None, p: float) -> tuple[Tensor, Tens
 
 
 def dropout_add_backward(dy: Tensor, record: Tensor | None, p: float) -> Tensor:
-    """Return the gradient of `owned` in `dropout_add`; dy (N, d), that of the output, is returned if p was 0."""
+    """Return the gradient of `owned` in `dropout_add` from dy (N, d), that of the output; dy itself if p was 0."""
     return dy if record is None else apply_dropout(dy, record, p, 1 / (1 - p))
 
 

@@ -137,7 +137,7 @@ class Group:
         """Return the gradients of x (N, in), if `need_dx`, and of each A and B.
 
         `dys` holds the gradients of the outputs, (N, out) each, or None for outputs without one. x may be None if
-        `needs_x` is false; if x is owned, its gradient may reuse its storage.
+        `needs_x` is false; if x is owned, the gradient of x may reuse the storage of x.
         """
         if self.inside != self.dtype:
             x, owned = None if x is None else x.to(self.inside), True
@@ -234,7 +234,7 @@ class Group:
             yield j, apply_dropout(x, self._record(j), self.low[j].p, out=spare[0])
 
     def _fused(self, like: Tensor) -> DropoutMatmuls | None:
-        """Return kernels that fuse dropout into low-rank matmuls, or None if rows like `like` (N, n) have none."""
+        """Return kernels that fuse dropout into low-rank matmuls, or None if there are none for rows like `like` (N, n)."""
         wide = [self.A[j] for j in self.dropping]
         kernels = kernels_for(like, *wide) if wide and wide[0].shape[1] % 4 == 0 else None
         seeds = all(self._record(j).dtype == torch.uint64 for j in self.dropping)

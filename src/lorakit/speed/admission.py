@@ -24,8 +24,8 @@ from lorakit.speed.probe import TOLERANCES, Call, Calls, Pairs, attempt, calls
 from lorakit.speed.submodules import Options, is_supported, split_call
 
 SMALLEST_ROW = 0.1
-"""Rows below this fraction of the RMS of all rows are compared relative to that RMS: their rounding errors are
-as large as those of other rows.
+"""Rows below this fraction of the RMS of all rows are compared relative to this fraction, because their rounding
+errors are as large as those of other rows.
 """
 
 NARROW = (torch.float16, torch.bfloat16)
@@ -393,7 +393,10 @@ def _is_known(method: Callable[..., Any] | None) -> bool:
 
 
 def _one_of_each(wanted: Parts, found: Calls) -> tuple[Parts, dict[str, str]]:
-    """Group called modules that differ only in weights; return each group's first module, and path -> path of its first."""
+    """Group called modules that differ only in their weights.
+
+    Returns the first module of each group, and for each path the path of the first module in its group.
+    """
     first: dict[Any, str] = {}
     first_of = {}
     for path, (module, fused_forward) in wanted.items():

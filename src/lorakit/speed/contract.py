@@ -46,7 +46,7 @@ class Contract:
     """Facts that a fused forward relies on.
 
     Attributes:
-        facts: The facts. Values must be identical, except for settings, which may be equal in type and value.
+        facts: The facts. Values are compared by identity, but settings only by type and value.
     """
 
     facts: tuple[Fact, ...]

@@ -147,7 +147,7 @@ def _fed(module: nn.Module, sublayer: Sublayer, around: _Around, x: Tensor, *, r
 
 
 def _fed_by_modules(module: nn.Module, sublayer: Sublayer, around: _Around, x: Tensor) -> Tensor:
-    """Return the output of the layer's own feed-forward modules for x (B, T, d), without the steps that follow it."""
+    """Return the output of the layer's own feed-forward modules for x (B, T, d), without what follows them."""
     made = x if around.before is None else normalize(x, around.before)
     for child in modules_at(module, (sublayer.inner,) if sublayer.inner else LOOSE):
         made = child(made)

@@ -15,7 +15,7 @@ from lorakit.speed.patching import is_watched
 from lorakit.speed.submodules import Options
 
 RMS = ("RMSNorm", "T5LayerNorm")
-"""Suffixes of the class names of norms without a mean."""
+"""Suffixes of class names of RMS norms."""
 
 EPSILONS = ("variance_epsilon", "eps")
 

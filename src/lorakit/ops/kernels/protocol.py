@@ -48,7 +48,7 @@ class Kernels(Protocol):
     def gate_backward(
         self, act: str, da: Tensor, first: Tensor, up: Tensor | None, dfirst: Tensor, dup: Tensor | None
     ) -> None:
-        """Write the gradients of first and up in `gate` to dfirst, which may be da, and dup; all (N, f)."""
+        """Write the gradients of `gate` to dfirst (for first; may be da) and dup (for up); all (N, f)."""
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
         """Rotate x (B, T, H, D) by position into out, which may be x, or rotate it back, [docs/math.md (80)].
@@ -67,7 +67,7 @@ class Kernels(Protocol):
     def softmax(self, scores: Tensor, low: Tensor | None, high: Tensor | None) -> None:
         """Compute the softmax of rows (Z, n, m) in place, limited to the positions that each row sees.
 
-        Row i sees the positions from low[i % k] to before high[i % k]; both are int32 (k,), or None without a bound.
+        Row i sees the positions low[i % k] to high[i % k] − 1; low and high are int32 (k,), or None without a bound.
         """
 
     def softmax_backward(self, weights: Tensor, ds: Tensor) -> None:

@@ -117,7 +117,7 @@ static inline void gate_backward_row(int act, const number *da, const number *fi
     }
 }
 
-#define EACH_ACTIVATION(call) /* one loop per activation, so that no loop branches */ \
+#define EACH_ACTIVATION(call) /* one loop per activation, to keep the branch out of the loop */ \
     switch (act) {                                                                                 \
     case SILU: call(SILU); break;                                                                  \
     case GELU_TANH: call(GELU_TANH); break;                                                        \
@@ -184,7 +184,7 @@ int rotate(const number *x, int64_t x_stride, const number *cos, const number *s
     return DONE;
 }
 
-/* ---- softmax of rows, limited to the positions of each row from low to before high */
+/* ---- softmax of rows, each limited to the positions [low, high) */
 
 static inline float powers_row(float *e, int64_t n, float most) { /* e[j] = exp(e[j] − most); returns their sum */
     float sum = 0.0f;

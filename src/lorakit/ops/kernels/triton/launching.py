@@ -76,7 +76,7 @@ class TritonKernels:
     def gate_backward(
         self, act: str, da: Tensor, first: Tensor, up: Tensor | None, dfirst: Tensor, dup: Tensor | None
     ) -> None:
-        """Write the gradients of first and up in `gate` to dfirst, which may be da, and dup; all (N, f)."""
+        """Write the gradients of `gate` to dfirst (for first; may be da) and dup (for up); all (N, f)."""
         flags = {"ACT": act, "HAS_UP": up is not None}
         pointers = (da, first, first if up is None else up, dfirst, dfirst if dup is None else dup)
         with _on(first):
@@ -134,7 +134,7 @@ class TritonKernels:
     def softmax(self, scores: Tensor, low: Tensor | None, high: Tensor | None) -> None:
         """Compute the softmax of rows (Z, n, m) in place, limited to the positions that each row sees.
 
-        Row i sees the positions from low[i % k] to before high[i % k]; both are int32 (k,), or None without a bound.
+        Row i sees the positions low[i % k] to high[i % k] − 1; low and high are int32 (k,), or None without a bound.
         """
         bounds = [bound for bound in (low, high) if bound is not None]
         kinds, m = len(bounds[0]) if bounds else 1, scores.shape[-1]

@@ -69,7 +69,7 @@ def gate(first, up, out, count, ACT: tl.constexpr, HAS_UP: tl.constexpr, BLOCK: 
 
 @triton.jit
 def gate_backward(da, first, up, dfirst, dup, count, ACT: tl.constexpr, HAS_UP: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the gradients of `gate`: dfirst, which may be da, and dup."""
+    """Write the gradients of `gate` to dfirst (for first; may be da) and dup (for up)."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     g = tl.load(da + at, mask=inside, other=0.0).to(tl.float32)
@@ -209,8 +209,8 @@ def _narrowed(pointer, mask, like):
 
 @triton.jit
 def softmax(scores, low, high, kinds, m, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, WIDTH: tl.constexpr):
-    """Compute the softmax of scores (rows, m), in row i over positions from low[i % kinds] to before high[i % kinds];
-    the others become 0.
+    """Compute the softmax of row i of scores (rows, m) over positions low[i % kinds] to high[i % kinds] − 1; the other
+    positions become 0.
     """
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     kind = row % kinds
