@@ -244,7 +244,7 @@ def _probed_in_place(model: nn.Module, probed: _Probed, logits: bool) -> tuple[b
 
     Returns:
         Whether batches may be packed; and the loss without logits (not yet installed), or the reason why the loss needs
-        logits, or None if `logits` or if the model has no suitable head.
+        logits, or None if `logits` is true or the model has no suitable head.
     """
     last = None if probed.head is None else _last(model, probed.head, probed.fast, tuple(probed.calls))
     if probed.head is not None and last is not None:

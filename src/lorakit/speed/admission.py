@@ -174,7 +174,7 @@ def _sizes(rows: Tensor) -> Tensor:
 
 
 def version_of(x: Tensor) -> int | Tensor:
-    """Return a version for `is_version`: the tensor's change counter, or a copy of an inference tensor without counter.
+    """Return a version for `is_version`: the tensor's change counter, or a copy if it is an inference tensor.
 
     Args:
         x: A tensor of any shape (…).

@@ -199,9 +199,8 @@ def _ready(module: nn.Module, x: Tensor, options: Options) -> _Ready | None:
 def _dropouts(module: nn.Module, found: Layout) -> tuple[float, float, float] | None:
     """Return the current dropout probabilities of attention weights and both outputs, or None if one is unknown."""
     attention = _at(module, found.attention)
-    of_weights: float = (
-        attention.dropout.p if attention.training else 0.0
-    )  # the model reads only p and never calls the module
+    # the model reads only p and never calls the module
+    of_weights: float = attention.dropout.p if attention.training else 0.0
     of_output, of_down = (dropout_p(_at(module, path) if path else None) for path in (found.output[1], found.down[1]))
     if of_output is None or of_down is None or not 0 <= of_weights < 1:
         return None

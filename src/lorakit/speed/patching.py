@@ -130,7 +130,7 @@ def may_run(module: nn.Module) -> bool:
     Args:
         module: Any module.
     """
-    contract = getattr(module, CONTRACT, None)  # torch's replica of a replacement has none
+    contract = getattr(module, CONTRACT, None)  # replicas that torch makes have none
     return contract is not None and contract.holds()
 
 

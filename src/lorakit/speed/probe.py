@@ -225,7 +225,7 @@ def inputs_of(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS) -> dict[
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode without gradients within a context, and restore the model afterwards.
+    """Set a model to eval mode and disable gradients within a context, and restore the model afterwards.
 
     Inference mode would be wrong here: tensors that a model creates and caches in it cannot be used in training later.
 
