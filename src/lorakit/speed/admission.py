@@ -70,12 +70,12 @@ def compare(module: nn.Module, run: Callable[..., Output | None], call: Call, *,
         return Verdict("its calls are not supported")
     ours, theirs = _parts(made), _parts(call.output)
     if type(made) is not type(call.output) or len(ours) != len(theirs) or not isinstance(ours[0], Tensor):
-        return Verdict("its output has another structure", differs=True)
+        return Verdict("its output has a different structure", differs=True)
     for target, (found, wanted) in enumerate(zip(ours, theirs, strict=True)):
         if found is None:
             continue  # attention weights, which are computed only on request
         if not isinstance(found, Tensor) or not isinstance(wanted, Tensor) or found.shape != wanted.shape:
-            return Verdict("its output has another structure", differs=True)
+            return Verdict("its output has a different structure", differs=True)
         carried = call.hidden if residual and target == 0 else None
         verdict = _difference(found, wanted, carried)
         if verdict.differs and target == 0 and wanted.dtype in NARROW:
@@ -121,7 +121,7 @@ def compare_branches(branches: Branches, module: nn.Module, call: Call, inside: 
         return _raised(pairs)
     for ours, theirs in pairs:
         if ours is None or ours.shape != theirs.shape:
-            return Verdict("its output has another structure", differs=True)
+            return Verdict("its output has a different structure", differs=True)
         verdict = _difference(ours, theirs, None)
         if verdict.differs:
             return verdict

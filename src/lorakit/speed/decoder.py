@@ -139,7 +139,7 @@ def _fed(module: nn.Module, sublayer: Sublayer, around: _Around, x: Tensor, *, r
     mlp = module._modules[sublayer.inner] if sublayer.inner else module
     if mlp is None or (sublayer.inner and is_watched(mlp)):
         return None
-    # replacements were checked before
+    # a replacement has been checked before
     if sublayer.inner and not is_replacement(mlp) and feed_forward.fits(mlp) is not None:
         return None
     return feed_forward.feed_forward(mlp, x, around.before, residual=residual, dropout=around.inside)

@@ -337,13 +337,13 @@ class LossWithoutLogits:
         return args, kwargs | self._without_cache(args, kwargs) | self._trained_rows(kwargs)
 
     def _without_cache(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, bool]:
-        """Return an argument that disables the cache if a call neither passes nor requests one; else no argument."""
+        """Return the argument that disables the cache, unless a call passes or requests a cache; then nothing."""
         asked = any(kwargs.get(name) is not None for name in ("use_cache", "cache", "past_key_values"))
         by_name = len(args) < 2  # a second positional argument may be a cache
         return {"use_cache": False} if by_name and not asked and hasattr(self.model.config, "use_cache") else {}
 
     def _trained_rows(self, kwargs: Mapping[str, Any]) -> dict[str, Trained]:
-        """Return the keyword argument for the last layer in a call of the model, or no argument."""
+        """Return the keyword argument for the last layer in a call of the model, or nothing."""
         ignored, targets = kwargs.get("ignore_index", IGNORED), kwargs.get("shift_labels")
         if self.last is None or type(ignored) is not int:
             return {}

@@ -208,5 +208,5 @@ def _blocks(x: Tensor) -> tuple[int]:
 
 
 def _on(x: Tensor) -> AbstractContextManager[object]:
-    """Return a context in which the device of x (any shape) is current, so that kernels are launched on it."""
+    """Return a context in which the device of x (any shape) is current, so that kernels are launched there."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
