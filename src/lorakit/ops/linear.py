@@ -234,7 +234,7 @@ class Group:
             yield j, apply_dropout(x, self._record(j), self.low[j].p, out=spare[0])
 
     def _fused(self, like: Tensor) -> DropoutMatmuls | None:
-        """Return the kernels for low-rank matmuls with dropout of rows like `like` (N, n), or None if there are none."""
+        """Return kernels for low-rank matmuls with dropout of rows like `like` (N, n), or None if there are none."""
         wide = [self.A[j] for j in self.dropping]
         kernels = kernels_for(like, *wide) if wide and wide[0].shape[1] % 4 == 0 else None
         seeds = all(self._record(j).dtype == torch.uint64 for j in self.dropping)
