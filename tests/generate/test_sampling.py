@@ -73,7 +73,7 @@ def test_the_dice_are_the_rows_own() -> None:
         ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"top_k": -1}, "top_k is -1; it must be 0 (all tokens)"),
-        ({"seed": -1}, "seed is -1; it must be a whole number from 0"),
+        ({"seed": -1}, "seed is -1; it must be an integer from 0"),
     ],
 )
 def test_what_is_out_of_range_is_named(values: dict[str, Any], said: str) -> None:

@@ -1,7 +1,7 @@
-"""Generation: sampling, the engine over token ids, and streaming of tokens to text.
+"""Generation: sampling, an engine that works on token ids, and streaming detokenization.
 
-The engine does not depend on text, the detokenizer not on the model. This package does not import transformers: a model
-is called like any of its causal language models, with its own key-value cache.
+The engine does not handle text, and the detokenizer does not depend on the model. This package does not import
+transformers, but calls a model like one of its causal language models, with the model's own key-value cache.
 """
 
 from lorakit.generate.detokenizing import TextStream, Tokenizer

@@ -1,8 +1,8 @@
-"""Streaming detokenization, in pieces that add up to decoding all tokens at once.
+"""Streaming detokenization: the pieces add up to the text of all tokens decoded at once.
 
-A token is not always a text: it can be half a character, and its start can depend on the token before it (a leading
-space, "##ing"). So each token is decoded together with the tokens before it, and incomplete characters wait. This
-module does not depend on a model.
+A token cannot always be decoded alone: it can be part of a character, and its start can depend on the token before it
+(a leading space, "##ing"). So each token is decoded together with the tokens before it, and incomplete characters are
+held back. This module does not depend on a model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Protocol
 REPLACEMENT = "\ufffd"  # decoders output it for invalid or incomplete bytes
 PENDING_CHARACTERS = 3  # an incomplete UTF-8 character has at most three of four bytes, one replacement each
 PENDING_TOKENS = 4  # a character can take this many tokens, one per byte
-CONTEXT_TOKENS = 8  # tokens of the prompt with which the first new one is decoded
+CONTEXT_TOKENS = 8  # prompt tokens that are decoded together with the first new token
 
 
 class Tokenizer(Protocol):
@@ -24,11 +24,11 @@ class Tokenizer(Protocol):
 
 
 class TextStream:
-    """Text of a growing list of tokens.
+    """Convert a growing list of tokens to text, piece by piece.
 
     Args:
         tokenizer: Decoder of token ids.
-        after: Tokens before the first new one (the prompt); their text is not output.
+        after: Tokens before the first new one (the prompt); their text is not returned.
         skip_special_tokens: Whether to omit special tokens such as the end of text.
     """
 
@@ -36,27 +36,24 @@ class TextStream:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._window = list(after)[-CONTEXT_TOKENS:]
-        self._settled = len(self._window)  # number of tokens in the window whose text was output in full
-        self._given = self._text(self._window)  # text of the window that was output, or belongs to the prompt
+        self._settled = len(self._window)  # number of tokens in the window whose text was returned in full
+        self._given = self._text(self._window)  # text of the window that was returned, or belongs to the prompt
 
     def push(self, token: int) -> str:
-        """Add a token.
+        """Add a token and return the text that became final, which may be empty.
 
         Args:
-            token: Its id.
-
-        Returns:
-            The text that is final by now and was not output yet; sometimes empty.
+            token: Token id.
         """
         self._window.append(token)
         text = self._text(self._window)
         if not text.startswith(self._given) and len(self._window) - self._settled <= PENDING_TOKENS:
-            return ""  # an incomplete byte can change the decoding of earlier bytes, which were output already
+            return ""  # an incomplete character can change the decoding of earlier bytes, which were returned already
         certain = _certain(text)
         piece = text[len(self._given) : certain]
         self._given = text[: max(certain, len(self._given))]
         if certain == len(text) and piece:
-            # the settled tokens were needed to decode this one; from now on these tokens serve the next one
+            # the settled tokens were the context of these tokens, which are now the context of the next token
             self._window = self._window[self._settled :]
             self._settled = len(self._window)
             self._given = self._text(self._window)
@@ -70,7 +67,7 @@ class TextStream:
         return piece
 
     def _text(self, ids: list[int]) -> str:
-        # with clean-up a later token would change text that was output already ("word ." becomes "word.")
+        # with clean-up, a later token would change text that was already returned ("word ." becomes "word.")
         options = {"skip_special_tokens": self._skip, "clean_up_tokenization_spaces": False}
         return self._tokenizer.decode(ids, **options) if ids else ""
 

@@ -1,8 +1,8 @@
-"""Generation from token ids: one pass over the prompts, then one token per step, with the model's own cache.
+"""Generate tokens: one pass over the prompts, then one token per row and step, with the model's own cache.
 
-Prompts of different lengths form one batch, padded on the left and masked, so each row gets the same result as alone;
-each row can have its own adapter. The engine works on token ids only: no text, no tokenizer, no HTTP. Beam search, and
-most logits processors of transformers' `generate`, are not supported.
+Prompts of different lengths form one batch, padded on the left and masked, so each row gets the same result as if run
+alone; each row can have its own adapter. The engine works on token ids only and does not use a tokenizer. Beam search
+and most logits processors of transformers' `generate` are not supported.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from lorakit.generate.prefixes import CACHE_NAMES, Cache, Prefix, check_prefix, 
 from lorakit.generate.sampling import Sampler, Sampling
 
 Ending = Literal["eos", "length", "context"]
-"""The reason why a row ended: a token of `eos_ids`, `max_new_tokens` reached, or the model's context is full."""
+"""Reason why a row ended: a token in `eos_ids`, `max_new_tokens` reached, or the model's context is full."""
 
 
 @dataclass(frozen=True)
 class NewToken:
-    """A token of a row.
+    """Generated token of one row.
 
     Attributes:
-        row: Index of the prompt it continues.
-        token: Its id.
+        row: Index of the prompt that the token continues.
+        token: Token id.
         ended: Why the row ends with this token, or None if it continues.
     """
 
@@ -52,7 +52,7 @@ def generate(
     seed: int = 0,
     eos_ids: Collection[int] = (),
 ) -> Iterator[int]:
-    """Continue one prompt with the currently active adapters; yields each token when it is generated.
+    """Continue one prompt with the currently active adapters; yields each token when generated.
 
     Args:
         model: A causal language model in eval mode.
@@ -64,7 +64,7 @@ def generate(
         eos_ids: Tokens that end the answer; the ending token is the last one yielded.
 
     Returns:
-        The new token ids, one by one.
+        Iterator over the new token ids.
 
     Raises:
         UsageError: The prompt is empty, has ids outside the vocabulary, or leaves no room in the context.
@@ -96,7 +96,7 @@ def generate_batch(
     adapters: Sequence[str | None] | None = None,
     prefix: Prefix | None = None,
 ) -> Iterator[NewToken]:
-    """Continue several prompts together, each optionally with its own adapter; yields each token when it is generated.
+    """Continue several prompts together, each optionally with its own adapter; yields each token when generated.
 
     This call checks all arguments and fixes the route; the model runs when tokens are requested.
 
@@ -104,20 +104,20 @@ def generate_batch(
         model: A causal language model in eval mode.
         prompts: Token ids per row; the rows may differ in length.
         max_new_tokens: Maximum number of new tokens per row.
-        sampling: For all rows, or one per row.
+        sampling: Settings for all rows, or one per row.
         eos_ids: Tokens that end a row; the ending token is the row's last.
-        adapters: Per row the name of an adapter, or None for the base model; if omitted, the active adapters on every
-            row. Stacked factors of different adapters are kept for all steps (`lorakit.core.route`, keep).
-        prefix: Common start of all prompts, as processed by the base (`read_prefix`), so that it is processed once;
-            for rows of the base, and of aLoRA adapters invoked later. If omitted, a prefix that such rows share is
-            detected and processed once.
+        adapters: One adapter name per row, or None for the base model; if omitted, every row uses the active adapters.
+            If adapters differ, their stacked factors are kept for all steps (`keep` of `lorakit.core.route`).
+        prefix: Common start of all prompts, already processed by the base (`read_prefix`), for rows that use the base,
+            or an aLoRA adapter that is invoked later. If omitted, a prefix that such rows share is detected and
+            processed once.
 
     Returns:
-        The new tokens, step by step and within a step by row.
+        Iterator over the new tokens, ordered by step, then by row.
 
     Raises:
-        UsageError: A prompt is empty, has ids outside the vocabulary, or leaves no room in the context; or a list does
-            not have one entry per row.
+        UsageError: A prompt is empty, has ids outside the vocabulary, leaves no room in the context, or cannot start
+            from `prefix`; or `sampling` or `adapters` does not have one entry per row.
         ConfigError: `max_new_tokens` is below 1.
         RouteError: An adapter was not found.
         ModelError: The model is in train mode or has no cache.
@@ -133,7 +133,7 @@ def generate_batch(
     _check_prompts(rows, None if weight is None else weight.shape[0], limit)
     samplings = [sampling] * len(rows) if isinstance(sampling, Sampling) else list(sampling)
     if len(samplings) != len(rows):
-        message = f"Got {len(rows)} prompts and {len(samplings)} samplings; pass one per prompt, or one."
+        message = f"Got {len(rows)} prompts and {len(samplings)} samplings; pass one sampling, or one per prompt."
         raise UsageError(message, field="sampling")
     scope, names = _scope(model, adapters, len(rows)), _names(model, adapters, len(rows))
     if prefix is not None:
@@ -164,7 +164,7 @@ def _steps(forward: _Forward, rows: _Rows) -> Iterator[NewToken]:
 
 
 class _Rows:
-    """State of the rows: which are open (still running), the sampler of each, and why each ended."""
+    """State of the rows: which are open (still running), the sampler of each, and when each must end."""
 
     def __init__(
         self,
@@ -209,7 +209,7 @@ class _Rows:
 
 
 class _Forward:
-    """The model with its cache over a batch: the prompts once, then one token per row and step."""
+    """Run a model with its cache on a batch: first on the prompts, then on one token per row and step."""
 
     def __init__(
         self,
@@ -250,22 +250,22 @@ class _Forward:
         """Return the logits after one more token per row, (rows, vocabulary)."""
         ids = torch.tensor(tokens, device=self._mask.device)[:, None]
         self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
-        # finished rows continue along with the others; their positions must still exist
+        # finished rows keep running with the others, so their positions must stay within the context
         return self._run(ids, (self._mask.sum(-1, keepdim=True) - 1).clamp_max(self._last))
 
     def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": self._mask, "use_cache": True}
         if self._last_alone:
-            # As an index, which makes the rows contiguous: the slice for an int does not, and torch's matmul with it
-            # takes some 300 times as long in bf16 on a CPU. aLoRA needs the number of positions.
+            # Indexing with a tensor makes the rows contiguous. The slice that an int selects does not, and a bf16
+            # matmul on a CPU then takes about 300 times as long. aLoRA needs an int, the number of positions.
             one = 1 in ids.shape or not isinstance(self._starts, contextlib.nullcontext)
             inputs["logits_to_keep"] = 1 if one else torch.tensor([-1], device=ids.device)
         if self._positioned:
             inputs["position_ids"] = positions
         if self._cache is not None:
             inputs[self._cache_name] = self._cache
-        # All context managers are closed before a token is yielded: an open one would affect the caller. no_grad, not
-        # inference_mode: buffers that a model creates here must stay usable for training.
+        # All contexts are closed before a token is yielded, because an open one would affect the caller. no_grad
+        # instead of inference_mode: buffers that a model creates here must remain usable for training.
         with torch.no_grad(), self._scope, self._starts:
             output = self._model(**inputs)
         self._cache = getattr(output, self._cache_name, None)
@@ -299,11 +299,11 @@ def _check_prompts(rows: list[list[int]], vocabulary: int | None, limit: int | N
 def _scope(
     model: nn.Module, adapters: Sequence[str | None] | None, rows: int
 ) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager, entered in each step, that activates the requested adapters."""
+    """Return a context manager that activates the requested adapters; it is entered in each step."""
     state = find_state(model)
     if adapters is None:
-        # The currently active adapters stay active, also if tokens are requested outside the caller's block. Per-layer
-        # overrides cannot be expressed as a scope, so such a model is left unchanged.
+        # The currently active adapters stay active even if tokens are requested outside the caller's context.
+        # Per-layer overrides cannot be expressed as a scope, so a model with overrides is left unchanged.
         if state is None or any(layer.own_route is not None for _, layer in layers(model)):
             return contextlib.nullcontext()
         return state.override(state.active().keeping())

@@ -1,7 +1,7 @@
-"""A common prefix of several prompts, processed once by the base and shared by every row that uses the base there.
+"""Common prefix of several prompts, processed once by the base and shared by all rows that use the base in it.
 
-These are rows of the base, and rows of Activated LoRA before their invocation. Other adapters change keys and values
-from the first token on, so they cannot share.
+These are rows without an adapter, and rows with an Activated LoRA adapter that is invoked after the prefix. Other
+adapters change keys and values from the first token on, so their rows cannot share a prefix.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ class Cache(Protocol):
 
 @dataclass(frozen=True)
 class Prefix:
-    """The first tokens of some prompts, as processed by the base.
+    """First tokens of several prompts, already processed by the base.
 
     Attributes:
-        tokens: Their ids.
-        cache: The model's own key-value cache of one row; it is copied, never written to.
+        tokens: Token ids.
+        cache: Key-value cache of the model for one row; it is copied, never written to.
     """
 
     tokens: tuple[int, ...]
     cache: Cache
 
     def of_rows(self, rows: int) -> Cache:
-        """Return a cache of these tokens for several rows."""
+        """Return a copy of the cache for several rows."""
         cache = copy.deepcopy(self.cache)
         cache.batch_repeat_interleave(rows)
         return cache
@@ -56,8 +56,8 @@ def read_prefix(model: nn.Module, tokens: Sequence[int], device: torch.device | 
 
     Args:
         model: A causal language model in eval mode.
-        tokens: The prefix's ids, at least one.
-        device: Device of the ids; None is that of the model's first parameter.
+        tokens: Token ids of the prefix, at least one.
+        device: Device of the ids; None means that of the model's first parameter.
 
     Raises:
         ModelError: The model returns no cache that can be copied to several rows.
@@ -73,15 +73,17 @@ def read_prefix(model: nn.Module, tokens: Sequence[int], device: torch.device | 
 
 
 def shared_tokens(model: nn.Module, prompts: Sequence[Sequence[int]], adapters: Sequence[Sequence[str]]) -> int:
-    """Return the length of the common prefix in which every row uses the base; at least one token is left.
+    """Return the length of the common prefix in which every row uses the base.
+
+    Each prompt keeps at least one token after the prefix.
 
     Args:
         model: A model with or without adapters.
-        prompts: Ids per row.
-        adapters: Active adapters of each row; none is the base.
+        prompts: Token ids of each row.
+        adapters: Names of the active adapters of each row; empty for the base.
 
     Returns:
-        The number of tokens; 0 if no adapter begins later than its prompt, or if sharing would gain nothing.
+        Number of tokens; 0 if the model has no aLoRA adapter, no row uses an adapter, or sharing would gain nothing.
     """
     if len(prompts) < 2 or not waits_for_tokens(model) or not any(adapters):
         return 0
@@ -98,7 +100,7 @@ def check_prefix(
     """Check that every row can start from a prefix.
 
     Raises:
-        UsageError: A prompt does not start with it, or an adapter is active in it.
+        UsageError: A prompt does not start with the prefix, or an adapter is active within the prefix.
     """
     size = len(prefix.tokens)
     for row, (prompt, names) in enumerate(zip(prompts, adapters, strict=True)):

@@ -1,7 +1,7 @@
-"""Sampling of a token from logits: greedy, temperature, top-k, top-p; every row has its own random generator.
+"""Sample tokens from logits: greedy, temperature, top-k and top-p.
 
-Each row has a generator on the CPU: the same seed gives the same tokens, independent of the rest of the batch, of the
-device, and of torch's global generator.
+Each row has its own generator on the CPU, so the same seed gives the same tokens, whatever the rest of the batch, the
+device, and torch's global generator.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ class Sampling:
     """Settings for choosing the next token.
 
     Attributes:
-        temperature: 0 takes the most likely token (greedy); above 0, logits are divided by it and a token is sampled.
+        temperature: 0 takes the most likely token (greedy); otherwise, the logits are divided by the temperature and a
+            token is sampled.
         top_k: Sample only from this many most likely tokens; 0 means all.
         top_p: Sample only from the most likely tokens that together reach this probability; 1 means all.
-        seed: Seed of the row's generator; no effect on greedy choices.
+        seed: Seed of the row's generator; has no effect if greedy.
     """
 
     temperature: float = 0.0
@@ -37,13 +38,13 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise ConfigError.of("top_p", self.top_p, "above 0 and at most 1 (all tokens)")
         if self.top_k < 0:
-            raise ConfigError.of("top_k", self.top_k, "0 (all tokens) or a whole number above 0")
+            raise ConfigError.of("top_k", self.top_k, "0 (all tokens) or an integer above 0")
         if not 0 <= self.seed < 2**63:
-            raise ConfigError.of("seed", self.seed, "a whole number from 0 to 2**63 - 1")
+            raise ConfigError.of("seed", self.seed, "an integer from 0 to 2**63 - 1")
 
 
 class Sampler:
-    """Sampler of one row: its settings and its generator."""
+    """Sampler for one row, with settings and a random generator."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
@@ -51,17 +52,14 @@ class Sampler:
 
     @property
     def is_greedy(self) -> bool:
-        """True if the most likely token is always taken."""
+        """Return whether the most likely token is always taken."""
         return self.sampling.temperature == 0
 
     def pick(self, logits: Tensor) -> int:
-        """Choose a token.
+        """Choose a token and return its id.
 
         Args:
             logits: Logits of the next position, (vocabulary,), on any device.
-
-        Returns:
-            The token's id.
         """
         if self.is_greedy:
             return int(logits.argmax())
@@ -74,11 +72,12 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
     With z the logits and T the temperature, p_i = exp(z_i / T) / Σ_j exp(z_j / T). top-k sets every p below the k-th
     largest to 0. top-p sorts the rest, p_(1) ≥ p_(2) ≥ …, renormalized, and keeps i if p_(1) + … + p_(i-1) < top_p: the
-    fewest tokens that together reach it, always including the first. The others become 0, and the sum is 1 again.
+    fewest tokens that together reach top_p, always including the first. The others become 0, and the result is
+    normalized.
 
     Args:
         logits: (vocabulary,).
-        sampling: With a temperature above 0.
+        sampling: Settings with a temperature above 0.
 
     Returns:
         (vocabulary,), float32, on the logits' device.

@@ -1,6 +1,6 @@
-"""Activations of MLPs: values and gradients, computed from the input alone and written to a given tensor.
+"""MLP activations and their gradients, computed from the input alone and written to a preallocated tensor.
 
-They use torch's kernels, except for tanh GELU, whose sigmoid form is faster on a CPU.
+All use torch's kernels, except tanh GELU, whose sigmoid form is faster on a CPU.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ aten = torch.ops.aten
 SLOPE = 2 * math.sqrt(2 / math.pi)
 """Slope at 0 of the sigmoid's argument in the tanh approximation of GELU."""
 QUICK = 1.702
-"""The same for "quick GELU", x·σ(1.702·x)."""
+"""The same slope for "quick GELU", x·σ(1.702·x)."""
 
 
 @dataclass(frozen=True)
 class Activation:
-    """Activation with a fused value and gradient; an entry of ACTIVATIONS.
+    """Activation with fused value and gradient functions; an entry of ACTIVATIONS.
 
     Attributes:
-        name: Its name.
+        name: Key in ACTIVATIONS.
         value: `value(x, out)` writes f(x) of rows x (N, f) to out and returns it.
         gradient: `gradient(dy, x, out)` writes dy·f'(x) to out, which may be dy, and returns it.
     """
@@ -92,7 +92,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def activation(name: str) -> Activation:
-    """Return the activation of this name.
+    """Return the activation with this name.
 
     Raises:
         ValueError: The name is unknown.
@@ -113,7 +113,7 @@ def activate(act: Activation, first: Tensor, up: Tensor | None, out: Tensor) -> 
 
 
 def activate_backward(act: Activation, da: Tensor, first: Tensor, up: Tensor | None) -> list[Tensor]:
-    """Return the gradients of `activate` for first, overwriting da, and for up if given; all (N, f)."""
+    """Return the gradient of first in `activate`, written over da, and that of up, if given; all (N, f)."""
     kernels, dup = kernels_for(first, up, da), None if up is None else torch.empty_like(first)
     if kernels is not None and act.name in kernels.activations:
         kernels.gate_backward(act.name, da, first, up, da, dup)

@@ -1,4 +1,4 @@
-"""Frozen linear modules with adapters, as operands of fused operations, and fp32 scratch for low-precision tensors."""
+"""Operands of fused operations (frozen linear modules with adapters), and fp32 buffers for low-precision tensors."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import torch
 from torch import Tensor
 
 SLAB = 1 << 18
-"""Elements upcast to fp32 at a time, so that the copy fits the cache and takes little memory."""
+"""Number of elements upcast to fp32 at a time: few enough that the copy fits in the cache and takes little memory."""
 
 
 def upcast_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype for sums and rounding: fp32, or float64 for float64."""
+    """Return the dtype for sums and other intermediates: fp32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def slabs(x: Tensor) -> Iterator[slice]:
-    """Yield slices of the rows of x (N, d): about SLAB elements each on a CPU, all rows elsewhere."""
+    """Yield slices of the rows of x (N, d): about SLAB elements each on a CPU, all rows at once on other devices."""
     many = max(_many(x), 1)
     yield from (slice(begin, begin + many) for begin in range(0, len(x), many))
 
 
 def scratch_like(x: Tensor) -> Tensor:
-    """Return scratch (rows, d) in fp32 or wider for one slab of x (N, d)."""
+    """Return an uninitialized buffer (rows, d), in fp32 or wider, for one slab of x (N, d)."""
     return x.new_empty(_many(x), x.shape[1], dtype=upcast_dtype(x.dtype))
 
 
 def upcast_scratch(x: Tensor) -> Tensor | None:
-    """Return the scratch (rows, d) of `scratch_like`, or None if x (N, d) is already fp32 or wider."""
+    """Return a buffer (rows, d) from `scratch_like` for upcasting x (N, d), or None if x is already fp32 or wider."""
     return None if x.dtype == upcast_dtype(x.dtype) else scratch_like(x)
 
 
@@ -39,10 +39,10 @@ def _many(x: Tensor) -> int:
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """LoRA factors of one adapter: A (r, in), B (out, r), scale, and the current input dropout.
+    """LoRA factors of one adapter: A (r, in), B (out, r), the scale, and the current input dropout probability p.
 
     Raises:
-        ValueError: The dropout is not in [0, 1).
+        ValueError: p is not in [0, 1).
     """
 
     A: Tensor
@@ -81,5 +81,5 @@ def check_frozen(group: Sequence[Adapted]) -> None:
 
 
 def factors(group: Sequence[Adapted]) -> list[Tensor | None]:
-    """Return A_0, B_0, A_1, B_1, …: the trained inputs of a function over the group; None without adapter."""
+    """Return A_0, B_0, A_1, B_1, … as trainable inputs of an autograd function; None for modules without an adapter."""
     return [t for module in group for t in ((module.low.A, module.low.B) if module.low else (None, None))]

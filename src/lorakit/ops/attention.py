@@ -10,13 +10,13 @@ from lorakit.ops import attention_flash, attention_products, choices
 from lorakit.ops.attention_pattern import Operands, Pattern
 from lorakit.ops.autograd import Context, autocast, needs_gradient, without_autocast
 
-# Longest sequence in tokens from which PyTorch's flash kernel is used. On a CPU without matrix units matmuls are faster
-# up to 4096 tokens and more; with matrix units the kernel's cache blocking wins earlier.
+# On a CPU, PyTorch's flash kernel is used if the longest sequence has at least this many tokens. Without matrix units,
+# matmuls are faster even beyond 4096 tokens; with matrix units, the kernel's cache blocking pays off earlier.
 FLASH_FROM = 2048
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -> Tensor:
-    """Compute softmax(scale·q·kᵀ under the pattern)·v, [docs/math.md (81)]; its gradients are [docs/math.md (82)].
+    """Compute softmax(scale·q·kᵀ)·v under a pattern, [docs/math.md (81)], with the gradients [docs/math.md (82)].
 
     Shapes: q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E), KV a divisor of H, any strides -> (B, H, T, E), stored as
     (B, T, H, E). Saved for backward: q, k and v; with flash also the output and one value per row. No (T, T) tensor is
@@ -36,17 +36,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -
 
 
 def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
-    """Return the method that computes this pattern for q (B, H, T, D) and v (B, KV, T, E): a `Pattern.method` except
-    "auto".
+    """Select the method for a pattern, q (B, H, T, D) and v (B, KV, T, E): any `Pattern.method` except "auto".
 
     Raises:
-        ValueError: Flash was requested and does not support the pattern.
+        ValueError: The pattern requests flash, but flash does not support the pattern.
     """
     possible = attention_flash.takes(q, v, pattern)
     if pattern.method == "flash" and not possible:
         raise ValueError(
-            "method='flash' does not support this pattern: on a CPU it has no window, softcap, dropout or "
-            "separate value width; on CUDA it has windows, but no bias, and needs fp16 or bf16. "
+            "method='flash' does not support this pattern. On a CPU, it supports no window, softcap, dropout or "
+            "separate value width; on CUDA, it supports windows, but no bias, and only fp16 or bf16. "
             "Use method='auto' or 'matmul'"
         )
     if pattern.method != "auto":
@@ -89,9 +88,9 @@ def backward(
     Args:
         dout: Gradient of the output, (B, H, T, E).
         operands: q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E).
-        saved: The results of `forward`; the output may be None if the second is.
-        pattern: The pattern of the forward.
-        into: Tensors to write to.
+        saved: Results of `forward`; the output may be None if the log-sum-exp is.
+        pattern: Pattern of the forward.
+        into: Tensors for the gradients of q, k and v; None allocates them.
     """
     q, k, v = operands
     into = into or (_stored_by_token(q), _stored_by_token(k), _stored_by_token(v))
@@ -106,7 +105,7 @@ def backward(
 
 
 def _by_products(dout: Tensor, operands: Operands, into: Operands, pattern: Pattern, record: Tensor | None) -> None:
-    """Run `backward` by matmuls, upcast if the forward was."""
+    """Run `backward` with matmuls, in fp32 if the forward upcast its operands."""
     if chosen(*operands[::2], pattern) != "matmul_fp32":
         attention_products.backward(dout, operands, into, pattern, record)
         return

@@ -33,13 +33,14 @@ class SelfAttention:
     Attributes:
         inputs: The projections q (H·D, d), k and v (KV·D, d); or a fused one (H·D + 2·KV·D, d).
         output: The output projection (d, H·D).
-        head_dim: D.
-        kv_heads: KV, a divisor of H.
+        head_dim: Head width D.
+        kv_heads: Number of key and value heads KV, a divisor of H.
         norm: Norm of the input, or None.
         q_norm, k_norm: Norms of q and k before rotation: per head if the weight has D elements, else over the whole
             row.
         dropout: Dropout probability of the output, before the residual.
-        interleaved: Whether the fused projection stores q, k and v per head, one head after the other; then KV = H.
+        interleaved: Whether the fused projection outputs q, k and v of each head together, head by head; requires
+            KV = H.
     """
 
     inputs: tuple[Adapted, ...]
@@ -64,7 +65,7 @@ class SelfAttention:
         return (*self.inputs, self.output)
 
     def heads(self, parts: Sequence[Tensor], batch: int, tokens: int) -> tuple[Tensor, ...]:
-        """Return views of q, k and v (B, T, heads, D) in the projections' outputs, (B·T, width) each."""
+        """Return q, k and v (B, T, heads, D) as views of the projections' outputs, (B·T, width) each."""
         if self.interleaved:
             return parts[0].view(batch, tokens, self.kv_heads, 3, self.head_dim).unbind(3)
         split = parts[0].split(self.widths, -1) if len(parts) == 1 else parts
@@ -74,7 +75,7 @@ class SelfAttention:
         """Check that the modules fit together and are frozen.
 
         Raises:
-            ValueError: They do not, or a base weight requires a gradient.
+            ValueError: Widths do not match, an option is out of range, or a base weight requires a gradient.
         """
         q, shared, _ = self.widths
         widths = [_out(part) for part in self.inputs]
@@ -114,10 +115,10 @@ def attention_block(
     Args:
         x: Hidden states.
         block: Projections with their adapters, and norms.
-        pattern: Attention pattern; None is causal.
+        pattern: Attention pattern; None means causal.
         rope: Tables of rotary position embeddings, or None.
-        residual: Whether to add x.
-        wanted: Sorted indices (n,) of the B·T tokens that go through the output projection; None for all.
+        residual: Whether to add x to the output.
+        wanted: Sorted indices (n,), among all B·T tokens, of those that go through the output projection; None for all.
 
     Raises:
         ValueError: Shapes do not match, a base weight requires a gradient, or no method supports the pattern.
@@ -135,7 +136,7 @@ def attention_block(
     else:
         with without_autocast(x):
             y = _forward(x, form)[0]
-    # outside the autograd function, whose outputs must not be views if they are changed in place
+    # reshaped outside the autograd function: callers may change the result in place, so its outputs must not be views
     return unflat(y, x) if wanted is None else y
 
 
@@ -221,7 +222,7 @@ def _out(part: Adapted) -> int:
 
 
 _State = tuple[_Form, torch.Size, list[int], linear.Form, linear.Form]
-"""Form, shape of x, number of saved tensors in each part, and the groups of the input and output projections."""
+"""Form, shape of x, number of saved tensors in each part, and packed forms of the input and output projections."""
 
 
 class _AttentionBlock(torch.autograd.Function):
@@ -280,8 +281,9 @@ def _back_to_projections(
     saved: tuple[Tensor | None, ...],  # attention output and what the attention saved besides it
     form: _Form,
 ) -> list[Tensor]:
-    """Return the gradients of the input projections' outputs, (N, width) each, from that of the attention output (N,
-    H·D).
+    """Return the gradients of the input projections' outputs, (N, width) each.
+
+    `given` (N, H·D) is the gradient of the attention output.
     """
     block, pattern, rope, *_ = form
     shape = (*heads[0].shape[:2], -1, block.head_dim)
@@ -292,7 +294,7 @@ def _back_to_projections(
     else:
         made = [given.new_empty(len(given), width) for width in block.widths]
     by_head = block.heads(made, *shape[:2])
-    # the output is needed, in full, only together with the statistics of flash
+    # only the flash backward needs the full output; its forward also saved row statistics
     out = None if saved[0] is None or saved[1] is None else saved[0].view(shape).transpose(1, 2)
     dq, dk, dv = (grad.transpose(1, 2) for grad in by_head)
     q, k, v = (operand.transpose(1, 2) for operand in operands)
@@ -307,7 +309,7 @@ def _back_to_projections(
 
 
 def _as_attended(part: Tensor, stats: Sequence[Tensor], own: Norm | None, form: _Form) -> Tensor:
-    """Return q, k or v (B, T, heads, D) as attention used it; a part with its own norm was saved before the norm."""
+    """Return q, k or v (B, T, heads, D) as the attention used it; a part with a norm was saved before that norm."""
     if own is None:
         return part
     n = own.recompute(_rows(part, own, form.block), stats).view(part.shape)

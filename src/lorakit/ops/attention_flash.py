@@ -1,8 +1,8 @@
-"""PyTorch's flash attention kernels, with their own backwards.
+"""Attention with PyTorch's flash kernels, forward and backward.
 
-On a CPU the kernel is called per sequence of a pack. On CUDA it runs dense batches, and packs as variable-length
-sequences; it reads heads in the layout of the projections and supports grouped heads and windows. Lengths and offsets
-come from Python integers, so no call synchronizes the device.
+On a CPU, the kernel is called once per packed sequence. On CUDA, one call computes a dense batch, or all sequences of a
+pack; the kernel reads heads in the layout of the projections and supports grouped heads and windows. Lengths and
+offsets come from Python integers, so no call synchronizes the device.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class _Part(NamedTuple):
 
 
 WIDEST = 256
-"""Largest head width of the CUDA kernel, in multiples of 8."""
+"""Largest head width that the CUDA kernel supports; widths must be multiples of 8."""
 
 
 def takes(q: Tensor, v: Tensor, pattern: Pattern) -> bool:
-    """Return whether the device of q has a kernel that supports the pattern: no softcap or dropout, equal widths of q
-    and v; on a CPU no window; on CUDA no bias, fp16 or bf16, and a width that the kernel supports.
+    """Return whether the device of q has a flash kernel that supports the pattern.
 
-    Shapes: q (B, H, T, D), v (B, KV, T, E).
+    The pattern must have no softcap or dropout, and q and v must have the same width; on a CPU, no window is supported;
+    on CUDA, no bias, only fp16 and bf16, and only some widths. Shapes: q (B, H, T, D), v (B, KV, T, E).
     """
     width = q.shape[3]
     if pattern.softcap is not None or pattern.dropout > 0 or width != v.shape[3]:
@@ -45,7 +45,7 @@ def takes(q: Tensor, v: Tensor, pattern: Pattern) -> bool:
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, T, D), stored as (B, T, H, D), and the log-sum-exp of each row (B, H, T), fp32 or wider.
 
-    Shapes: q (B, H, T, D), k and v (B, KV, T, D), any strides with a contiguous D; repeated heads are expanded by
+    Shapes: q (B, H, T, D), k and v (B, KV, T, D), any strides with a contiguous D; shared heads are expanded by
     strides, not copied.
     """
     batch, heads, tokens, width = q.shape
@@ -64,7 +64,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, 
 def backward(dout: Tensor, operands: Operands, saved: tuple[Tensor, Tensor], into: Operands, pattern: Pattern) -> None:
     """Write the gradients of q (B, H, T, D), k and v (B, KV, T, D) `into` tensors of these shapes.
 
-    dout is (B, H, T, D); `saved` is from `forward`.
+    dout is (B, H, T, D); `saved` comes from `forward`.
     """
     q, k, v = operands
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -81,7 +81,7 @@ def backward(dout: Tensor, operands: Operands, saved: tuple[Tensor, Tensor], int
 
 
 def _parts(q: Tensor, k: Tensor, pattern: Pattern) -> Iterator[_Part]:
-    """Yield one sequence of one batch row, or of all rows if no head is shared."""
+    """Yield parts with one sequence each: of all batch rows, or of one row if heads are shared."""
     for piece in pieces(q.shape[0], q.shape[2], pattern, rows_at_once=q.shape[0], join=0):
         if q.shape[1] == k.shape[1]:
             yield _Part(piece.batch, piece.tokens)
@@ -90,13 +90,13 @@ def _parts(q: Tensor, k: Tensor, pattern: Pattern) -> Iterator[_Part]:
 
 
 def _grouped(x: Tensor, k: Tensor, part: _Part) -> Tensor:
-    """Return a part of x (B, H, T, D) as (b, H, t, D), or (KV, G, t, D) if G heads share one of k; always a view."""
+    """Return a part of x (B, H, T, D) as (b, H, t, D), or (KV, G, t, D) if G heads share each head of k; a view."""
     cut = x[part.batch, :, part.tokens]
     return cut.unflatten(0, (k.shape[1], -1)) if isinstance(part.batch, int) else cut
 
 
 def _bias(q: Tensor, k: Tensor, pattern: Pattern, part: _Part) -> Tensor | None:
-    """Return the bias of a part's scores, a view (b, H, t, t) or (KV, G, t, t), or None."""
+    """Return the bias for a part's scores as a view (b, H, t, t) or (KV, G, t, t); None without a bias."""
     if pattern.bias is None:
         return None
     every = pattern.bias.to(q.dtype).expand(*q.shape[:3], q.shape[2])
@@ -135,7 +135,7 @@ def backward_on_cuda(
 ) -> None:
     """Write the gradients of q (B, H, T, D), k and v (B, KV, T, D) `into` tensors of these shapes.
 
-    dout is (B, H, T, D); `saved` is from `forward_on_cuda`.
+    dout is (B, H, T, D); `saved` comes from `forward_on_cuda`.
     """
     call = _call(operands[0], pattern)
     dy, q, k, v, out = (_by_token(t, call) for t in (dout, *operands, saved[0]))
@@ -168,7 +168,7 @@ def _call(q: Tensor, pattern: Pattern) -> _Call:
 
 
 def _by_token(x: Tensor, call: _Call) -> Tensor:
-    """Return the operand (B, H, T, D) as (B, T, H, D), or as (B·T, H, D) for a pack."""
+    """Return an operand x (B, H, T, D) as (B, T, H, D), or as (B·T, H, D) for a pack."""
     by_token = x.transpose(1, 2)
     by_token = by_token if by_token.stride(-1) == 1 else by_token.contiguous()
     return by_token if call.bounds is None else by_token.flatten(0, 1)
@@ -176,7 +176,7 @@ def _by_token(x: Tensor, call: _Call) -> Tensor:
 
 @functools.cache
 def _has_kernel(device: torch.device) -> bool:
-    """Return whether this PyTorch build and device have the kernel: NVIDIA Ampere or newer."""
+    """Return whether this PyTorch build has the kernel and the device supports it: NVIDIA Ampere or newer."""
     if torch.version.hip is not None or not torch.backends.cuda.is_flash_attention_available():
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,4 +1,4 @@
-"""Attention patterns: which token attends to which, and how a computation over a pattern is split into pieces."""
+"""Attention patterns (which token attends to which), and the pieces in which attention over a pattern is computed."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class Pattern:
 
     Attributes:
         causal: Whether a token sees only itself and earlier tokens.
-        scale: Factor on q·kᵀ; None is 1/√D.
-        window: Sliding window. Causal: the last `window` tokens including itself; otherwise tokens at distance at most
-            `window` (as in transformers).
+        scale: Factor on q·kᵀ; None means 1/√D.
+        window: Sliding window, as in transformers: a token sees the last `window` tokens including itself if causal,
+            otherwise the tokens at a distance of at most `window`.
         softcap: c in c·tanh(score/c), applied to the scaled scores before the softmax.
         segments: Lengths of packed sequences along T, the same in each batch row; sequences do not see each other.
         dropout: Probability that an attention weight is zeroed; the others are divided by 1 − dropout.
         bias: Frozen tensor added to the capped scores, (B, H, T, T) or with 1 in any of the first three dimensions; −∞
-            masks padding. The caller ensures that each token sees at least one.
-        method: "flash" is PyTorch's flash kernel, "matmul" batched matmuls over blocks of query rows, "matmul_fp32" the
-            same with operands upcast to fp32; "auto" chooses by length or by the autotuner's measurements.
+            masks padding. The caller must ensure that each token sees at least one.
+        method: "flash" uses PyTorch's flash kernel, "matmul" batched matmuls over blocks of query rows, and
+            "matmul_fp32" the same with operands upcast to fp32; "auto" chooses by length or by autotuning results.
     """
 
     causal: bool = True
@@ -52,12 +52,12 @@ class Pattern:
         return (tokens,) if self.segments is None else self.segments
 
     def windowed(self, tokens: int) -> bool:
-        """Return whether the window excludes anything in a row of `tokens` tokens."""
+        """Return whether the window hides anything in a row of `tokens` tokens."""
         longest = max(self.lengths(tokens), default=0)
         return self.window is not None and self.window < (longest if self.causal else longest - 1)
 
     def span(self, start: int, stop: int, length: int) -> tuple[int, int]:
-        """Return the range [low, high) of positions that rows start … stop of a sequence can see."""
+        """Return the range [low, high) of positions that the rows [start, stop) of a sequence can see."""
         low, high = 0, stop if self.causal else length
         if self.window is not None:
             low = max(0, start - self.window + (1 if self.causal else 0))
@@ -65,7 +65,7 @@ class Pattern:
         return low, high
 
     def bounds(self, lengths: tuple[int, ...], start: int, stop: int, low: int) -> Tensor:
-        """Return the range [low, high) that each of the rows start … stop of these sequences sees, int32 (2, rows).
+        """Return the range [low, high) that each row in [start, stop) of packed sequences sees, int32 (2, rows).
 
         Positions are relative to `low`. The tensor is cached and shared: do not write to it.
         """
@@ -143,7 +143,7 @@ def _bounds(lengths: tuple[int, ...], start: int, stop: int, low: int, causal: b
 
 
 class Piece(NamedTuple):
-    """A part of attention that can be computed alone: batch rows × tokens that hold these sequences."""
+    """Part of an attention that can be computed separately: batch rows × tokens, which hold sequences of `lengths`."""
 
     batch: slice
     tokens: slice
@@ -151,7 +151,7 @@ class Piece(NamedTuple):
 
 
 def pieces(batch: int, tokens: int, pattern: Pattern, rows_at_once: int, join: int) -> Iterator[Piece]:
-    """Yield all pieces: one sequence each, or adjacent short sequences of at most `join` tokens together."""
+    """Yield all pieces: one sequence each, or several adjacent short ones with at most `join` tokens in total."""
     start = 0
     gathered: list[int] = []
     for length in (*pattern.lengths(tokens), None):

@@ -21,14 +21,14 @@ from lorakit.ops.dropout import apply_dropout, draw_record, zero_
 from lorakit.ops.kernels import kernels_for
 
 BLOCK = 64  # query rows per block: enough for efficient matmuls, few enough to skip most of the triangle
-SCORES = 2**22  # maximum elements in the score buffer, if a block has at least 8 rows
-TOGETHER = 2**20  # batch rows are computed together while their scores stay below this, which fits the cache
-# the same limits on other devices: each piece is a kernel launch, and cache size does not matter
+SCORES = 2**22  # maximum elements in the score buffer, unless a block would then have fewer than 8 rows
+TOGETHER = 2**20  # maximum scores of batch rows that are computed together, so that they fit in the cache
+# the same limits on other devices, where each piece costs kernel launches and cache size does not matter
 ON_DEVICES = (512, 2**28, 2**28)
 
 
 class _Block(NamedTuple):
-    """Query rows start … stop of a piece and the key positions low … high that they see."""
+    """Query rows [start, stop) of a piece, and the key positions [low, high) that they see."""
 
     start: int
     stop: int
@@ -61,8 +61,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, 
 def backward(dout: Tensor, operands: Operands, into: Operands, pattern: Pattern, record: Tensor | None) -> None:
     """Write the gradients of q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E) `into` tensors of these shapes.
 
-    dout is (B, H, T, E); `record` is from `forward`. The outputs may share storage with each other's inputs: except for
-    the operands, no tensor is read after something that shares its storage has been written.
+    dout is (B, H, T, E); `record` comes from `forward`. The tensors in `into` must not share storage with the operands,
+    but may share storage with dout, whose rows are read before they are overwritten.
     """
     q, k, v = operands
     scores = _Scores(q, k, pattern)
@@ -86,7 +86,7 @@ def backward(dout: Tensor, operands: Operands, into: Operands, pattern: Pattern,
 
 
 class _Scores:
-    """Softmax weights of one block at a time, in reused buffers."""
+    """Compute the softmax weights of one block at a time, in reused buffers."""
 
     def __init__(self, q: Tensor, k: Tensor, pattern: Pattern) -> None:
         batch, heads, tokens, width = q.shape
@@ -114,13 +114,13 @@ class _Scores:
             yield _Block(start, stop, *self.pattern.span(start, stop, length))
 
     def draw(self) -> Tensor | None:
-        """Draw the dropout record of the concatenated weights of all blocks."""
+        """Draw a dropout record for the concatenated weights of all blocks; None without dropout."""
         if self.pattern.dropout == 0:
             return None
         return draw_record(sum(self._sizes()), self.pattern.dropout, self.device)
 
     def by_block(self, record: Tensor | None) -> Iterator[Tensor | None]:
-        """Yield the record of each block: a slice of the mask, or a seed derived from the first."""
+        """Yield the dropout record for each block: a slice of the mask, or a seed derived from the recorded one."""
         if record is None:
             return itertools.repeat(None)
         if record.dtype == torch.bool:
@@ -128,13 +128,13 @@ class _Scores:
         return ((record.view(torch.int64) + i).view(torch.uint64) for i in itertools.count())
 
     def dropped(self, weights: Tensor, zero: Tensor | None) -> Tensor:
-        """Return the block's weights (Z, G·n, m) after dropout, in a second buffer."""
+        """Return the block's weights (Z, G·n, m) after dropout, in a separate buffer."""
         if zero is None:
             return weights
         return apply_dropout(weights, zero, self.pattern.dropout, out=self._buffer(3, weights, weights.transpose(1, 2)))
 
     def _sizes(self) -> list[int]:
-        """Return the number of scores of each block."""
+        """Return the number of scores in each block."""
         return [
             (piece.batch.stop - piece.batch.start) * self.heads * (at.stop - at.start) * (at.high - at.low)
             for piece in self.pieces
@@ -142,7 +142,7 @@ class _Scores:
         ]
 
     def weights(self, rows: Tensor, keys: Tensor, piece: Piece, block: _Block) -> tuple[Tensor, Tensor | None]:
-        """Return the softmax of the block's scores (Z, G·n, m), and their tanh if softcapped; both in the buffers."""
+        """Return the softmax of the block's scores (Z, G·n, m), and their tanh if softcapped; both in buffers."""
         seen, cap = keys[:, block.low : block.high], self.pattern.softcap
         scores = self._buffer(0, rows, seen)
         scale = self.scale if cap is None else self.scale / cap
@@ -170,7 +170,7 @@ class _Scores:
     def backward(
         self, dy: Tensor, values: Tensor, weights: Tensor, capped: Tensor | None, zero: Tensor | None
     ) -> Tensor:
-        """Return the gradient of the scaled scores (Z, G·n, m) from that of the output rows dy (Z, G·n, E)."""
+        """Return the gradient of the scaled scores (Z, G·n, m); dy (Z, G·n, E) is that of the output rows."""
         ds = self._buffer(2, dy, values)
         torch.baddbmm(ds, dy, values.transpose(1, 2), beta=0, alpha=self.share, out=ds)
         if zero is not None:
@@ -192,13 +192,13 @@ class _Scores:
         return self.buffers[which][:count].view(shape)
 
     def _bounds(self, piece: Piece, block: _Block, begin: int) -> tuple[Tensor, Tensor]:
-        """Return the range [low, high) that each row of a block sees, relative to position `begin`, int32 (n,) each."""
+        """Return low and high, int32 (n,) each: a row of a block sees the positions [begin + low, begin + high)."""
         bounds = self.pattern.bounds(piece.lengths, block.start, block.stop, begin)
         low, high = bounds.to(self.device, non_blocking=True)
         return low, high
 
     def _bias(self, piece: Piece, block: _Block, begin: int, dtype: torch.dtype) -> Tensor:
-        """Return 0 where a row sees a position, else −∞, (n, m), for the positions from `begin` to the block's last.
+        """Return a bias (n, m) over the positions from `begin` to the block's last: 0 if a row sees one, else −∞.
 
         All rows see the positions before `begin`.
         """
@@ -218,7 +218,7 @@ def _cut(x: Tensor, piece: Piece) -> Tensor:
 
 
 def _rows(x: Tensor, block: _Block, keys: Tensor) -> Tensor:
-    """Return the rows of a block, grouping heads that share a key head: (b, H, T, D) -> (b·KV, G·n, D)."""
+    """Return the rows of a block with the heads that share a key head in one matrix: (b, H, T, D) -> (b·KV, G·n, D)."""
     return x[:, :, block.start : block.stop].reshape(len(keys), -1, x.shape[3])
 
 

@@ -1,4 +1,4 @@
-"""Context of autograd functions, state of autocast, and inputs as rows, for all fused operations."""
+"""Helpers for all fused operations: a typed autograd context, autocast queries, and reshaping to rows and back."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ State = TypeVar("State")
 
 
 class Context(Protocol[State]):
-    """The context that PyTorch passes to the forward and the backward of an autograd function.
+    """Type of the context that PyTorch passes to the forward and backward of an autograd function.
 
     Attributes:
         needs_input_grad: Whether each argument of the forward needs a gradient.
-        saved_tensors: The arguments of `save_for_backward`.
-        state: Everything else that the forward leaves for the backward.
+        saved_tensors: Tensors that were passed to `save_for_backward`.
+        state: Other data that the forward passes to the backward.
     """
 
     needs_input_grad: tuple[bool, ...]
@@ -25,17 +25,17 @@ class Context(Protocol[State]):
     state: State
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
-        """Save inputs and outputs, and intermediate tensors of any shape."""
+        """Save tensors of any shape (inputs, outputs or intermediates) for the backward."""
 
     def mark_dirty(self, *tensors: Tensor) -> None:
-        """Declare inputs (any shape) that the forward changed in place."""
+        """Mark inputs (any shape) as changed in place by the forward."""
 
     def set_materialize_grads(self, value: bool) -> None:
-        """Set whether the backward gets zeros, instead of None, for outputs without a gradient."""
+        """Set whether the backward gets zeros instead of None for outputs without a gradient."""
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Return whether gradients are recorded and one of these tensors (any shape) requires one."""
+    """Return whether autograd is recording and any of the tensors (any shape) requires a gradient."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -46,7 +46,7 @@ def is_cast_by_autocast(x: Tensor) -> bool:
 
 
 def autocast(x: Tensor) -> Tensor:
-    """Cast x (any shape) as autocast does."""
+    """Cast x (any shape) as autocast would."""
     return x.to(torch.get_autocast_dtype(x.device.type)) if is_cast_by_autocast(x) else x
 
 
@@ -57,7 +57,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 
 def rows(x: Tensor) -> Tensor:
-    """Return x (…, in) as contiguous rows (N, in); a view if possible."""
+    """Return x (…, in) as contiguous rows (N, in), as a view if possible."""
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 

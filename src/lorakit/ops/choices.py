@@ -1,12 +1,13 @@
-"""Autotuned kernel choices: which method computes an operation, by shape.
+"""Autotuned kernel choices: the method that computes an operation, by shape.
 
-The default method is used unless choices are active: values by shape name, as `lorakit.speed.tuning` measured them on
-this machine. Active choices list only shapes for which another method is faster. Methods agree up to rounding.
+Choices map the name of a shape to a method that `lorakit.speed.tuning` measured to be faster than the default on this
+machine. All other shapes, and all shapes while no choices are active, use the default method. Methods agree up to
+rounding.
 
-Some libraries run some matmul shapes at half speed on all rows at once, and at full speed on slices of rows (oneDNN,
-bf16, on processors with matrix units). Some processors run bf16 matmuls more slowly than fp32 ones (those with bf16 dot
-products but no matrix units): there operands are upcast block by block and the sum is rounded once, as in a bf16
-matmul.
+The default can be slow for two reasons. Some libraries run some matmul shapes at half speed on all rows at once, but at
+full speed on slices of rows (oneDNN with bf16 on processors with matrix units). And processors with bf16 dot products
+but no matrix units run bf16 matmuls more slowly than fp32 ones; there, operands are upcast block by block, and the sum
+is rounded once, as in a bf16 matmul.
 """
 
 from __future__ import annotations
@@ -20,27 +21,27 @@ import torch
 from torch import Tensor
 
 ROWS = (768, 1024, 1280, 1536, 2048, 3072, 4096)
-"""Row counts of a matmul that are measured; other counts use the next larger one. Below the second largest slice and
-above the largest count all rows are computed at once.
+"""Row counts for which matmuls are measured; other counts use the next larger one. Up to `SLICES[0]` rows, and above
+the largest count, all rows are computed at once.
 """
 
 SLICES = (512, 256)
-"""Slice sizes in rows that may be chosen instead of all rows."""
+"""Slice sizes in rows that may be chosen instead of computing all rows at once."""
 
 FEWEST_IN_FP32 = 128
-"""Minimum rows for a matmul in fp32: below, upcasting the weight costs more than it saves."""
+"""Minimum rows for a matmul in fp32: with fewer, upcasting the weight costs more than it saves."""
 
 NARROW = (torch.bfloat16, torch.float16)
-"""Dtypes whose matmuls may be slower than fp32's."""
+"""Dtypes whose matmuls may be slower than fp32 matmuls."""
 
 IN_FP32 = " through fp32"  # prose-check: ok
-"""Suffix of the names of fp32 choices, which checkpoints and the cache contain."""
+"""Suffix of the names of fp32 choices; checkpoints and the cache store these names."""
 
 BLOCK = 2048
-"""Rows and columns of a weight that are upcast at a time, so that no full fp32 copy of the head exists."""
+"""Rows and columns of the weight blocks that are upcast at a time, so that the head is never copied to fp32 in full."""
 
 LENGTHS = (256, 512, 1024, 2048)
-"""Lengths in tokens of the longest sequence that are measured for attention; others use the next smaller one."""
+"""Sequence lengths in tokens for which attention is measured; the longest sequence uses the next smaller one."""
 
 # Per thread and context, not per process: the choices of one run must not affect the next run, or another thread in the
 # middle of a step. A CPU backward runs in the thread that calls it.
@@ -49,11 +50,11 @@ _ACTIVE: ContextVar[Mapping[str, int]] = ContextVar("lorakit_choices", default=M
 
 @contextlib.contextmanager
 def activate(choices: Mapping[str, int]) -> Iterator[None]:
-    """Activate choices for this thread within a context; keep it open over whole steps.
+    """Activate choices for this thread within a context, which must span whole steps.
 
     Args:
-        choices: Shape name -> slice size in rows of a matmul; 1 for a matmul or attention in fp32; 1 or 0 for attention
-            by flash or by matmuls.
+        choices: Shape name -> value: for a matmul, the slice size in rows; for an fp32 choice, 1; for attention, 1 for
+            the flash kernel and 0 for matmuls.
     """
     token = _ACTIVE.set(MappingProxyType(dict(choices)))
     try:
@@ -63,7 +64,7 @@ def activate(choices: Mapping[str, int]) -> Iterator[None]:
 
 
 def _chosen() -> Mapping[str, int]:
-    """Return the active choices; none while compiling, since a compiler would treat them as constants."""
+    """Return the active choices, or none under a compiler, which would treat them as constants."""
     return {} if torch.compiler.is_compiling() else _ACTIVE.get()
 
 
@@ -77,7 +78,7 @@ def to_strings(choices: Mapping[str, int]) -> list[str]:
 
 
 def from_strings(stored: object) -> dict[str, int]:
-    """Parse the choices that `to_strings` wrote; other entries are ignored.
+    """Parse choices that `to_strings` formatted, ignoring malformed entries.
 
     Args:
         stored: The value read from a checkpoint.
@@ -87,13 +88,13 @@ def from_strings(stored: object) -> dict[str, int]:
 
 
 def matmul(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-    """Compute x·right, or plus + x·right, (N, out), with the active method; without autograd.
+    """Compute x·right, or plus + x·right, as (N, out) with the active method, without autograd.
 
     Args:
-        x: (N, in).
-        right: (in, out), any strides; in the dtype of x, or narrower if x is fp32.
+        x: Rows (N, in).
+        right: Weight (in, out), any strides, in the dtype of x, or narrower if x is fp32.
         out: Output tensor (N, out); None allocates it.
-        plus: (out,) or (N, out); may be `out`.
+        plus: Tensor to add, (out,) or (N, out); may be `out`.
     """
     if x.dtype == torch.float32 and right.dtype in NARROW:
         return matmul_in_fp32(x, right, out, plus)
@@ -126,7 +127,7 @@ def matmul_dtype(rows: int, weights: Sequence[Tensor], dtype: torch.dtype) -> to
 def matmul_in_slices(
     x: Tensor, right: Tensor, size: int, out: Tensor | None = None, plus: Tensor | None = None
 ) -> Tensor:
-    """Compute `matmul` of x (N, in) and right (in, out) -> (N, out), about `size` rows at a time."""
+    """Compute `matmul` about `size` rows at a time: x (N, in), right (in, out) -> (N, out)."""
     if out is None:
         out = x.new_empty(len(x), right.shape[1])
     for part in slices(len(x), size):
@@ -137,9 +138,9 @@ def matmul_in_slices(
 
 
 def matmul_in_fp32(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-    """Compute `matmul` of x (N, in) and right (in, out) -> (N, out) with upcast operands, rounding the sum once.
+    """Compute `matmul` with upcast operands, rounding the sum once: x (N, in), right (in, out) -> (N, out).
 
-    If x is fp32, so are `plus` and the result.
+    If x is fp32, `plus` and the result are too.
     """
     if out is None:
         out = x.new_empty(len(x), right.shape[1])
@@ -167,8 +168,9 @@ def _at_once(x: Tensor, right: Tensor, out: Tensor | None, plus: Tensor | None) 
 
 
 def slices(rows: int, size: int) -> Iterator[slice]:
-    """Yield slices of about equal size, at most `size` and multiples of 16: a short last slice would cost as much as a
-    full one.
+    """Yield slices of about equal size, at most `size` rows each.
+
+    Equal sizes avoid a short last slice, which would take as long as a full one. All but the last are multiples of 16.
 
     Args:
         rows: Total rows.
@@ -183,11 +185,11 @@ def attention_method(q: Tensor, v: Tensor, causal: bool, longest: int, default: 
     """Return the attention method for these tensors: a `Pattern.method` except "auto".
 
     Args:
-        q: (B, H, T, D).
-        v: (B, KV, T, D).
+        q: Queries (B, H, T, D).
+        v: Values (B, KV, T, D).
         causal: Whether a token sees only itself and earlier tokens.
         longest: Tokens of the longest sequence.
-        default: The method without an active choice.
+        default: Method to return if there is no active choice.
     """
     chosen = _chosen()
     if not chosen:
@@ -199,7 +201,7 @@ def attention_method(q: Tensor, v: Tensor, causal: bool, longest: int, default: 
 
 
 def matmul_name(rows: int, right: Tensor) -> str:
-    """Return the name of a matmul of `rows` rows with right (in, out), or "" if it is not tuned."""
+    """Return the shape name of a matmul of `rows` rows with right (in, out), or "" if such matmuls are not tuned."""
     if not SLICES[0] < rows <= ROWS[-1]:
         return ""
     counted = next(count for count in ROWS if rows <= count)
@@ -207,13 +209,13 @@ def matmul_name(rows: int, right: Tensor) -> str:
 
 
 def fp32_name(right: Tensor) -> str:
-    """Return the name under which matmuls with right (in, out), of any number of rows, are tuned for fp32."""
+    """Return the name of the fp32 choice for matmuls with right (in, out), whatever the number of rows."""
     inner, outer = (min(size, BLOCK) for size in right.shape)
     return fp32_choice(f"product {inner}x{outer} {_stored(right)}")
 
 
 def fp32_choice(name: str) -> str:
-    """Return the name of a shape's fp32 choice."""
+    """Return the name of the fp32 choice for a shape."""
     return name + IN_FP32
 
 
@@ -222,7 +224,7 @@ def _stored(right: Tensor) -> str:
 
 
 def attention_name(heads: tuple[int, int, int], dtype: torch.dtype, causal: bool, longest: int) -> str:
-    """Return the name of attention over (heads of q, heads of k, width), or "" if it is not tuned."""
+    """Return the shape name of attention with (heads of q, heads of k, width), or "" if the length is not tuned."""
     counted = [length for length in LENGTHS if length <= longest < 2 * length]
     if not counted:
         return ""

@@ -1,8 +1,8 @@
 """Fused output head and cross-entropy: full logits are never stored, and rows without a label are skipped.
 
 The labeled rows are processed in chunks; while a chunk's logits exist, the gradient of h is computed from them too, so
-that the backward only scales it. Head and loss cost two matmuls of the
-labeled rows with W, and the memory of one chunk of logits.
+that the backward only scales it. Head and loss cost two matmuls of the labeled rows with W, and the memory of one chunk
+of logits.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ IGNORED = -100
 """Label of rows that are excluded from the loss, as in PyTorch."""
 
 CPU_CHUNK, OTHER_CHUNK = (256, 48 << 20), (4096, 256 << 20)
-"""Maximum rows of a chunk, and maximum bytes of its logits. W is read twice per chunk: below about 100 rows that costs
-a CPU more than the matmuls, and above 256 there is little gain. Accelerators need more rows at once.
+"""Maximum rows per chunk, and maximum bytes of its logits. W is read twice per chunk: on a CPU, reading it takes longer
+than the matmuls if a chunk has fewer than about 100 rows; more than 256 rows gain little. Accelerators need more rows.
 """
 ROWS_PER_THREAD = 4
-"""Rows of a chunk that a thread converts to gradients at a time, so that their fp32 copy stays in its cache."""
+"""Rows that a thread converts to gradients at a time, so that their fp32 copy stays in its cache."""
 SMALLEST = {torch.float32: 1e-30, torch.float64: 1e-290}
-"""Smallest probability whose logarithm is taken directly; that of a smaller one is computed from the logits."""
+"""Smallest probability whose logarithm is taken directly; smaller ones have theirs computed from the logits."""
 
 
 @dataclass(frozen=True)
@@ -67,24 +67,24 @@ def linear_cross_entropy(
         h: Hidden states (..., d), already shifted: row i predicts labels[i].
         head: Head that computes logits (V). W gets a gradient only if it requires one.
         labels: (...) integers below V, on the device of h or on the CPU; rows with `ignore_index` are excluded.
-        total: Divisor of the summed losses; None for the number of labels, which gives NaN without any.
+        total: Divisor of the summed losses; None for the number of labeled rows, which gives NaN if there are none.
         ignore_index: Label of excluded rows.
-        chunk: Rows whose logits exist at a time; None chooses by vocabulary size.
+        chunk: Maximum rows whose logits exist at a time; None chooses by vocabulary size.
 
     Returns:
         The loss, a scalar in fp32, or in float64 if h is.
 
     Raises:
-        ValueError: Shapes, dtypes or labels are invalid, or something other than h and W requires a gradient.
+        ValueError: Shapes, dtypes, labels or options are invalid, or the bias of the head requires a gradient.
 
-    Source: chunks and gradient in the forward as in Liger's fused linear cross-entropy, Hsu et al. 2024,
+    Source: chunking, and gradients in the forward, follow Liger's fused linear cross-entropy, Hsu et al. 2024,
     arXiv:2410.10989, section 3.2, here for a frozen W.
     """
     if torch.is_autocast_enabled(h.device.type):
         bias = None if head.bias is None else autocast(head.bias)
         h, head = autocast(h), replace(head, W=autocast(head.W), bias=bias)
     _check(h, head, labels, ignore_index, chunk)
-    flat, targets = h.flatten(0, -2), labels.flatten().long().contiguous()  # a view may have kept its strides
+    flat, targets = h.flatten(0, -2), labels.flatten().long().contiguous()  # flattening a view may keep its strides
     rows = (targets != ignore_index).nonzero().squeeze(1)  # labels on the CPU avoid a device synchronization
     count, every = len(rows), len(rows) == len(targets)
     targets = targets if every else targets[rows]
@@ -102,7 +102,7 @@ def linear_cross_entropy(
 
 
 def chunk_rows(W: Tensor) -> int:
-    """Return the rows whose logits are computed at a time for W (V, d): a multiple of 16 within the device's limits."""
+    """Return the number of rows per chunk for W (V, d): a multiple of 16 within the device's limits."""
     rows, size = CPU_CHUNK if W.device.type == "cpu" else OTHER_CHUNK
     return min(max(size // (len(W) * W.element_size()) // 16 * 16, 16), rows)
 
@@ -112,9 +112,9 @@ class Trained(NamedTuple):
 
     Attributes:
         h: Hidden states of all rows, (N, d).
-        head: Head that computes their logits.
+        head: Head that computes the logits.
         labels: Labels of the labeled rows, (n,).
-        rows: Indices of these rows in h, (n,); None for all.
+        rows: Indices of the labeled rows in h, (n,); None if all rows are labeled.
         chunk: Maximum rows per chunk.
     """
 
@@ -149,9 +149,10 @@ class Trained(NamedTuple):
 
 
 class _Softmax:
-    """Losses of rows of logits; replaces the logits by the gradient of the summed losses.
+    """Compute losses from rows of logits, and replace the logits with the gradient of the summed losses.
 
-    A few rows at a time go through scratch that stays in the cache: upcast, softmax, subtract 1 at the label, round.
+    A few rows at a time are processed in a buffer that stays in the cache: upcast, softmax, subtract 1 at the label,
+    round.
     """
 
     def __init__(self, head: Head, logits: Tensor, *, gradients: bool) -> None:
@@ -167,7 +168,7 @@ class _Softmax:
         self.widened = None if logits.dtype == dtype else torch.empty_like(self.probabilities)
 
     def to_gradient(self, z: Tensor, labels: Tensor, losses: Tensor) -> None:
-        """Write the losses (c,) of logits z (c, V) and replace z by its gradient."""
+        """Write the losses (c,) for logits z (c, V), and replace z with its gradient."""
         if self.kernels is not None:
             self.kernels.cross_entropy(z, labels, self.scale, self.gradients, losses, self.cap)
             return
@@ -200,7 +201,7 @@ _State = tuple[float, int, torch.dtype]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Summed losses as a function of h (N, d) and W (V, d); saves the gradient of the labeled rows of h."""
+    """Summed losses as a function of h (N, d) and W (V, d); saves the gradients for the labeled rows of h."""
 
     @staticmethod
     def forward(ctx: Context[_State], h: Tensor, W: Tensor, trained: Trained) -> Tensor:

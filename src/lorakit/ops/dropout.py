@@ -1,6 +1,6 @@
-"""Dropout that draws the dropped positions instead of one decision per element.
+"""Dropout that draws the dropped positions instead of one random number per element.
 
-Only a seed is saved; the backward draws the positions again.
+Only a seed is saved, from which the backward regenerates the positions.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from torch.nn import functional as F
 from lorakit.ops.autograd import Context
 from lorakit.ops.kernels import kernels_for
 
-FEW = 1e-3  # below this probability fp32 is too coarse for the gaps, and there are few of them
+FEW = 1e-3  # below this probability, the gaps are computed in float64: fp32 is too coarse, and there are few gaps
 
 
 def draw_positions(count: int, p: float, device: torch.device | str) -> Tensor:
-    """Return the sorted positions below `count` that are dropped, each independently with probability p: int64
-    (dropped,).
+    """Draw the sorted positions below `count` to drop, each independently with probability p, int64 (dropped,).
 
-    They follow from a seed drawn from torch's default generator. p is exact to 2⁻²⁴.
+    The seed is drawn from torch's default generator. p is exact to 2⁻²⁴.
 
     Raises:
         ValueError: p is not in [0, 1].
@@ -31,16 +30,16 @@ def draw_positions(count: int, p: float, device: torch.device | str) -> Tensor:
 
 
 def draw(like: Tensor, p: float) -> Tensor:
-    """Draw the dropout record of a tensor like this (any shape), to be saved for backward.
+    """Draw a dropout record, to be saved for backward, for a tensor with the size and device of `like` (any shape).
 
-    The record is a seed, uint64 (1,), on a CPU and where kernels are available. Elsewhere, and under a compiler, which
-    does not support data-dependent sizes, it is a boolean mask (elements,).
+    The record is a seed, uint64 (1,), on a CPU and on devices with kernels. On other devices, and under a compiler,
+    which does not support data-dependent sizes, it is a boolean mask (elements,), true for dropped elements.
     """
     return draw_record(like.numel(), p, like.device)
 
 
 def draw_record(count: int, p: float, device: torch.device) -> Tensor:
-    """Draw a record for `count` elements, (1,) or (count,), like `draw`."""
+    """Draw a dropout record for `count` elements, (1,) or (count,), like `draw`."""
     if torch.compiler.is_compiling() or (device.type != "cpu" and kernels_for(torch.empty(0, device=device)) is None):
         return torch.rand(count, device=device) < p
     return _seed(device)
@@ -52,8 +51,9 @@ def zero_(owned: Tensor, record: Tensor, p: float) -> Tensor:
 
 
 def apply_dropout(x: Tensor, record: Tensor, p: float, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
-    """Return scale·x (any shape, contiguous) with the dropped elements zeroed, in `out`, which may be x, or in a new
-    tensor.
+    """Write scale·x (any shape, contiguous), with the dropped elements zeroed, to `out`, which may be x; return it.
+
+    If `out` is None, it is allocated, and x may have any strides.
     """
     if out is None:
         x = x.contiguous()
@@ -73,10 +73,10 @@ def apply_dropout(x: Tensor, record: Tensor, p: float, scale: float = 1.0, out: 
 
 
 def positions(record: Tensor, count: int, p: float, device: torch.device | str = "cpu") -> Tensor:
-    """Return the positions that a record drops among `count` elements, sorted, int64 (dropped,), [docs/math.md (70)].
+    """Return the sorted positions that a record drops among `count` elements, int64 (dropped,), [docs/math.md (70)].
 
-    Gaps between dropped positions are geometric, so p·count draws are needed instead of count. Kernels and PyTorch draw
-    different positions from one seed.
+    The gaps between dropped positions are geometrically distributed, so about p·count draws suffice instead of count.
+    From the same seed, kernels and PyTorch draw different positions.
 
     Raises:
         ValueError: p is not in [0, 1].
@@ -95,7 +95,7 @@ def positions(record: Tensor, count: int, p: float, device: torch.device | str =
 
 
 def dropout_add(owned: Tensor, x: Tensor | None, p: float) -> tuple[Tensor, Tensor | None]:
-    """Compute x + dropout(owned) into owned; returns it and the dropout record.
+    """Compute x + dropout(owned), written over `owned`; returns the result and the dropout record.
 
     owned and x are (N, d), contiguous; x may be None. The record is None if p = 0.
     """
@@ -107,17 +107,15 @@ def dropout_add(owned: Tensor, x: Tensor | None, p: float) -> tuple[Tensor, Tens
 
 
 def dropout_add_backward(dy: Tensor, record: Tensor | None, p: float) -> Tensor:
-    """Return the gradient of the `owned` input of `dropout_add` from that of its output dy (N, d); dy itself without
-    dropout.
-    """
+    """Return the gradient of `owned` in `dropout_add` from dy (N, d), that of the output; dy itself if p was 0."""
     return dy if record is None else apply_dropout(dy, record, p, 1 / (1 - p))
 
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     """Apply dropout to x (any shape): zero each element with probability p, divide the others by 1 − p.
 
-    Same distribution as `torch.nn.functional.dropout`, [docs/math.md (70)]; calls that function under a compiler, and
-    off the CPU without kernels. Saves the record of `draw` for backward.
+    The distribution is that of `torch.nn.functional.dropout`, [docs/math.md (70)], which is called under a compiler, if
+    p = 1, and on other devices than a CPU without kernels. Otherwise, a record from `draw` is saved for backward.
 
     Raises:
         ValueError: p is not in [0, 1].
@@ -147,14 +145,14 @@ class _Dropout(torch.autograd.Function):
 
 
 def _seed(device: torch.device | str) -> Tensor:
-    """Return the next seed of torch's default generator of the device, uint64 (1,), on that device."""
+    """Draw a seed, uint64 (1,), on a device from torch's default generator for it."""
     return torch.empty(1, dtype=torch.int64, device=device).random_(-(2**63), None).view(torch.uint64)
 
 
 def _gaps(count: int, p: float, generator: torch.Generator) -> Tensor:
-    """Return the dropped positions from gaps that the generator draws."""
+    """Return the dropped positions; the gaps between them are drawn from the generator."""
     expected = count * p
-    # enough to pass the end, except about once in thousands of calls
+    # enough to reach the end, except about once in thousands of calls
     draws = int(expected + 4 * math.sqrt(expected)) + 8
     exact, whole = (torch.float32, torch.int32) if p >= FEW else (torch.float64, torch.int64)
     steps = torch.empty(0, dtype=whole, device=generator.device)

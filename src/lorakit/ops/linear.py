@@ -35,12 +35,12 @@ def linears(x: Tensor, group: Sequence[Adapted]) -> tuple[Tensor, ...]:
     else:
         with without_autocast(x):
             ys = Group.of(group, x).forward(rows(x))
-    # outside the autograd function, whose outputs must not be views if they are changed in place
+    # reshaped outside the autograd function: callers may change the result in place, so its outputs must not be views
     return tuple(unflat(y, x) for y in ys)
 
 
 class Form(NamedTuple):
-    """The non-tensor state of a packed group."""
+    """Non-tensor state of a packed `Group`."""
 
     dtype: torch.dtype
     inside: torch.dtype
@@ -54,13 +54,13 @@ class Form(NamedTuple):
 
 
 class Group:
-    """Matmuls of modules that share one input, as a forward and a backward without autograd.
+    """Forward and backward of linear modules that share one input, without autograd.
 
-    For use in autograd functions: call `forward`, then `pack` for what must be saved besides x; in the backward
-    `unpack`, then `backward`. Call them without gradient recording. A tensor passed as owned may be overwritten.
+    For use in autograd functions: call `forward`, then `pack` to get what must be saved besides x; in the backward,
+    call `unpack`, then `backward`. Gradient recording must be off. A tensor passed as owned may be overwritten.
 
-    Inputs and outputs have one dtype; matmuls may run in a wider one. Then each input is upcast once for all its
-    matmuls, and each result is rounded once.
+    Inputs and outputs have the same dtype, but matmuls may run in a wider one; then each input is upcast once for all
+    its matmuls, and each result is rounded once.
     """
 
     def __init__(self, group: Sequence[Adapted], dtype: torch.dtype, inside: torch.dtype | None = None) -> None:
@@ -81,13 +81,13 @@ class Group:
 
     @classmethod
     def of(cls, group: Sequence[Adapted], x: Tensor) -> Group:
-        """Return the group for an input x (…, in), with the matmul dtype tuned for this number of rows."""
+        """Create the group for an input x (…, in), with the matmul dtype that was tuned for its number of rows."""
         inside = matmul_dtype(x.numel() // x.shape[-1], [site.W for site in group], x.dtype)
         return cls(group, x.dtype, inside)
 
     @property
     def needs_x(self) -> bool:
-        """Return whether the backward needs x, which only gradients of A do."""
+        """Return whether the backward needs x: only gradients of A depend on it."""
         return any(A for A, _ in self.trains)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -100,9 +100,7 @@ class Group:
         return [self._output(x, site, hs.get(j), self.B.get(j)) for j, site in enumerate(self.sites)]
 
     def recompute(self, x: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
-        """Recompute the outputs of `forward` for x (N, in), bit for bit, from its saved state and the modules' biases
-        (out,).
-        """
+        """Recompute the outputs of `forward` for x (N, in), bit for bit, from saved state and the biases (out,)."""
         x = x.to(self.inside)
         hs = {j: h for j, h in enumerate(self.h) if h is not None}
         hs |= self._low_rank(x, [j for j in self.low if j not in hs])
@@ -112,7 +110,7 @@ class Group:
     def _output(self, x: Tensor, site: Adapted, h: Tensor | None, B: Tensor | None) -> Tensor:
         """Return x·Wᵀ + b, plus s·h·Bᵀ if there is an adapter.
 
-        The low-rank matmul comes first and the large one accumulates into it; the other order takes as long.
+        The low-rank matmul runs first, and the large one accumulates into its result; the reverse order takes as long.
         """
         W, plus, out = site.W.to(self.dtype), None if site.bias is None else site.bias.to(x.dtype), None
         if h is not None and B is not None:
@@ -120,7 +118,7 @@ class Group:
         return matmul(x, W if site.transposed else W.t(), out, plus).to(self.dtype)
 
     def _low_rank(self, x: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
-        """Return s·h (N, r) of those modules in `wanted` that have an adapter."""
+        """Return s·h (N, r) for the modules in `wanted` that have an adapter."""
         hs: dict[int, Tensor] = {}
         if self.stacked is not None and any(j in wanted for j in self.plain):
             ranks = [len(self.low[j].A) for j in self.plain]
@@ -136,17 +134,17 @@ class Group:
     def backward(
         self, x: Tensor | None, dys: Sequence[Tensor | None], need_dx: bool = True, owned: bool = False
     ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
-        """Return the gradients of x (N, in), if `need_dx`, and of each (A, B), from those of the outputs (N, out).
+        """Return the gradients of x (N, in), if `need_dx`, and of each A and B.
 
-        x may be None if `needs_x` is false; if x is owned, the result may reuse its storage. Outputs without gradient
-        are None.
+        `dys` holds the gradients of the outputs, (N, out) each, or None for outputs without one. x may be None if
+        `needs_x` is false; if x is owned, the gradient of x may reuse the storage of x.
         """
         if self.inside != self.dtype:
             x, owned = None if x is None else x.to(self.inside), True
         live = {j: dy.to(self.inside) for j, dy in enumerate(dys) if dy is not None}
         dh = {j: torch.mm(live[j], self.B[j]) for j in self.low if j in live and (need_dx or self.trains[j][0])}
         stacked_dh = self._stacked_grads(dh)
-        spare: list[Tensor] = []  # buffers of the shape of x: new pages cost as much as a low-rank matmul
+        spare: list[Tensor] = []  # reusable buffers, shaped like x: new pages cost as much as a low-rank matmul
         grads_a = {} if x is None else self._grads_a(x, dh, stacked_dh, owned, spare)
         spare += [x] if owned and x is not None else []
         dx = self._grad_x(live, dh, stacked_dh, spare) if need_dx else None
@@ -154,7 +152,7 @@ class Group:
         return dx, [(grads_a.get(j), self._grad_b(j, live.get(j))) for j in range(len(dys))]
 
     def pack(self) -> tuple[Form, list[Tensor | None]]:
-        """Return what the backward needs besides x: the non-tensor state, and tensors for `save_for_backward`."""
+        """Return what the backward needs besides x: non-tensor state, and tensors for `save_for_backward`."""
         form = [(m.transposed, m.low.scale, m.low.p) if m.low else (m.transposed, None, 0.0) for m in self.sites]
         tensors: list[Tensor | None] = []
         for j, module in enumerate(self.sites):
@@ -163,7 +161,7 @@ class Group:
 
     @classmethod
     def unpack(cls, form: Form, tensors: Sequence[Tensor]) -> Group:
-        """Return the group after its forward, from the results of `pack`."""
+        """Restore a group, in its state after the forward, from the results of `pack`."""
         sites = []
         for j, (transposed, scale, p) in enumerate(form.sites):
             W, A, B = tensors[5 * j : 5 * j + 3]
@@ -187,7 +185,7 @@ class Group:
         part: Tensor | None = None
         dropping = [j for j in self.dropping if j in dh]
         fused = self._fused(dh[dropping[0]]) if dropping else None
-        # first, because dropped elements are zeroed before anything else is added
+        # these come first, because dropped elements must be zeroed before anything else is added
         for j in dropping if fused is None else ():
             room = part if part is not None else _taken(spare)
             made = zero_(torch.mm(dh[j], self.A[j], out=room), self._record(j), self.low[j].p)
@@ -223,9 +221,9 @@ class Group:
     def _inputs(
         self, x: Tensor, dropping: Sequence[int], owned: bool, spare: list[Tensor]
     ) -> Iterator[tuple[int, Tensor]]:
-        """Yield each module with dropout and its dropped-out input; all use one buffer, and the last uses x if owned.
+        """Yield the index of each module in `dropping` with its input after dropout.
 
-        The buffer is left in `spare`.
+        All inputs use one buffer, which remains in `spare`; if x is owned, the last input is written over x.
         """
         for j in dropping:
             if owned and j == dropping[-1]:
@@ -236,9 +234,7 @@ class Group:
             yield j, apply_dropout(x, self._record(j), self.low[j].p, out=spare[0])
 
     def _fused(self, like: Tensor) -> DropoutMatmuls | None:
-        """Return kernels that fuse dropout into the low-rank matmuls, if available for rows like these (N, n) and the
-        A.
-        """
+        """Return kernels for low-rank matmuls with dropout of rows like `like` (N, n), or None if there are none."""
         wide = [self.A[j] for j in self.dropping]
         kernels = kernels_for(like, *wide) if wide and wide[0].shape[1] % 4 == 0 else None
         seeds = all(self._record(j).dtype == torch.uint64 for j in self.dropping)

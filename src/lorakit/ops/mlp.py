@@ -2,7 +2,7 @@
 
 Saved for backward: x and its norm statistics, the outputs of gate and up (unless they are recomputed), a (tokens, r)
 activation per adapter, and dropout records. The normalized input and the activation are recomputed, in buffers that
-then become the gradients.
+are then reused for gradients.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Form(NamedTuple):
         down: The down projection, after the activation.
         act: Activation of gate, or of up without a gate.
         norm: Norm of the input, or None.
-        residual: Whether x is added.
-        dropout: Dropout probability of the output of down, before the residual.
-        within: Dropout probability of the input of down.
+        residual: Whether x is added to the output.
+        dropout: Dropout probability for the output of down, before the residual.
+        within: Dropout probability for the input of down.
         fused: Whether gate and up are one module.
         keep: Whether the outputs of gate and up are saved for backward; else they are recomputed, [docs/math.md (85)].
     """
@@ -52,10 +52,9 @@ class Form(NamedTuple):
 def gated(
     x: Tensor, norm: Norm | None, gate: Adapted, up: Adapted, down: Adapted, act: str, residual: bool = False
 ) -> Tensor:
-    """Compute down(act(gate(n))·up(n)) with n = norm(x), plus x if residual, [docs/math.md (79)]: x (..., d) -> (...,
-    d).
+    """Compute down(act(gate(n))·up(n)) with n = norm(x), plus x if residual, [docs/math.md (79)].
 
-    Gradients go to x and to the factors A and B.
+    x (..., d) -> (..., d). Gradients go to x and to the factors A and B.
 
     Raises:
         ValueError: The activation has no fused form, or a base weight requires a gradient.
@@ -70,11 +69,11 @@ def plain(
 ) -> Tensor:
     """Compute down(act(up(n))) with n = norm(x), plus x if residual, [docs/math.md (79)]: x (..., d) -> (..., d).
 
-    Gradients go to x and to the factors A and B. dropout is applied to the output of down, before x is added.
+    Gradients go to x and to the factors A and B. Dropout is applied to the output of down, before x is added.
 
     Raises:
-        ValueError: The activation has no fused form, a base weight requires a gradient, or the dropout is not in [0,
-            1).
+        ValueError: The activation has no fused form, a base weight requires a gradient, or `dropout` is not in
+            [0, 1).
     """
     return mlp(x, Form((up,), down, activation(act), norm, residual, dropout))
 
@@ -105,7 +104,7 @@ def mlp(x: Tensor, form: Form) -> Tensor:
     else:
         with without_autocast(x):
             y = _forward(x, form)[0]
-    # outside the autograd function, whose outputs must not be views if they are changed in place
+    # reshaped outside the autograd function: callers may change the result in place, so its outputs must not be views
     return unflat(y, x)
 
 
@@ -142,12 +141,12 @@ def _forward(x: Tensor, form: Form) -> tuple[Tensor, _Intermediates]:
 
 
 def _halves(hidden: list[Tensor], form: Form) -> list[Tensor]:
-    """Split the outputs of the inner modules into those of gate and up, (N, f) each."""
+    """Return the outputs of gate and up, (N, f) each; a fused module's output is split."""
     return [half.contiguous() for half in hidden[0].chunk(2, 1)] if form.fused else hidden
 
 
 _State = tuple[Form, torch.Size, list[int], linear.Form, linear.Form]
-"""Form, shape of x, number of saved tensors in each part, and the groups of the inner modules and of down."""
+"""Form, shape of x, number of saved tensors in each part, and packed forms of the inner modules and of down."""
 
 
 class _Mlp(torch.autograd.Function):

@@ -26,8 +26,8 @@ class Norm:
     Attributes:
         kind: "rms" (T5, Llama, Gemma) or "layer".
         weight: (d,), or None for ones.
-        bias: (d,) of a layer norm, or None.
-        eps: Added to the mean square or to the variance.
+        bias: (d,), only for layer norm, or None.
+        eps: Added to the mean square (RMS norm) or to the variance (layer norm).
         offset: Added to the weight: 1 if the checkpoint stores weight − 1 (Gemma).
     """
 
@@ -38,7 +38,7 @@ class Norm:
     offset: float = 0.0
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the normalized x (N, d) and its row statistics, (N, 1) each, which the other methods take."""
+        """Return the normalized x (N, d) and its row statistics, (N, 1) each, for `recompute` and `backward`."""
         if self.kind == "layer":
             n, mean, rstd = layer_forward(x, self.weight, self.bias, self.eps)
             return n, (mean, rstd)
@@ -52,7 +52,7 @@ class Norm:
         return rms_recompute(x, stats[0], self.weight, self.offset)
 
     def backward(self, dn: Tensor, x: Tensor, stats: Sequence[Tensor], add: Tensor | None = None) -> Tensor:
-        """Return the gradient of x (N, d) from that of the normalized x (N, d), plus `add` (N, d), in a new tensor."""
+        """Return the gradient of x (N, d), plus `add` (N, d), in a new tensor; dn is that of the norm's output."""
         if self.kind == "layer":
             backward = torch.ops.aten.native_layer_norm_backward
             given = dn.to(x.dtype), x, x.shape[-1:], *stats, _weight(self.weight, x), None
@@ -85,7 +85,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 def normalize(x: Tensor, norm: Norm) -> Tensor:
-    """Compute the norm of x (..., d), in its dtype.
+    """Apply a norm to x (..., d); the result has the dtype of x.
 
     Raises:
         ValueError: The weight or bias of the norm requires a gradient.
@@ -97,13 +97,13 @@ def normalize(x: Tensor, norm: Norm) -> Tensor:
     else:
         with without_autocast(x):
             n = norm.forward(rows_of(x))[0]
-    # outside the autograd function, whose outputs must not be views if they are changed in place
+    # reshaped outside the autograd function: callers may change the result in place, so its outputs must not be views
     return unflat(n, x)
 
 
 def norm_recompute(norm: Norm | None, x: Tensor | None, stats: Sequence[Tensor]) -> Tensor:
     """Run `Norm.recompute` on x (N, d); without a norm, return x."""
-    assert x is not None  # the forward saves it if its backward needs the normalized x
+    assert x is not None  # the forward saves x if the backward needs the normalized x
     return x if norm is None else norm.recompute(x, stats)
 
 
@@ -112,7 +112,7 @@ def norm_backward(
 ) -> Tensor:
     """Run `Norm.backward` on dn, x and add (N, d); without a norm, add `add` to dn in place."""
     if norm is not None:
-        assert x is not None  # the forward saves it if there is a norm to go back through
+        assert x is not None  # with a norm, the forward saves x
         return norm.backward(dn, x, stats, add)
     return dn if add is None else dn.add_(add)
 
@@ -157,9 +157,9 @@ def rms_recompute(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float) -> T
 
 
 def rms_backward(dn: Tensor, x: Tensor, rstd: Tensor, w: Tensor | None, offset: float, add: Tensor | None) -> Tensor:
-    """Return the gradient of x (N, d) from that of its norm (N, d), plus `add` (N, d), in a new tensor.
+    """Return the gradient of x (N, d), plus `add` (N, d), in a new tensor.
 
-    rstd (N, 1) is from the forward, w (d,) is the weight.
+    dn (N, d) is the gradient of the normalized x, rstd (N, 1) comes from the forward, and w (d,) is the weight.
     """
     kernels, dx = kernels_for(x, w, dn, add), torch.empty_like(x)
     if kernels is not None:
@@ -190,7 +190,7 @@ def layer_forward(x: Tensor, w: Tensor | None, bias: Tensor | None, eps: float) 
 
 
 def _rms(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float, eps: float | None) -> Tensor:
-    """Compute the RMS norm with the given rstd; with an eps, compute rstd first."""
+    """Compute the RMS norm of x with the given rstd; if eps is given, compute rstd first."""
     n, scratch = torch.empty_like(x), upcast_scratch(x)
     gain = _gain(w, offset, rstd.dtype) if offset else w
     for rows in slabs(x):
@@ -221,7 +221,7 @@ def _weight(w: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _dtype_of_parameters(x: Tensor) -> torch.dtype:
-    """Return fp32 on a CPU, where torch would round mean and std to bf16 if the weights were bf16."""
+    """Return the dtype for weight and bias: on a CPU at least fp32, because torch rounds mean and std to this dtype."""
     return upcast_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
 
 

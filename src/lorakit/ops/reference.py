@@ -1,6 +1,6 @@
-"""The fused operations in plain PyTorch, each as its formula reads; tests compare values and gradients with them.
+"""Reference implementations of the fused operations in plain PyTorch, for tests of values and gradients.
 
-For example, `linear` here computes what `lorakit.ops.linear.linears` computes.
+Each one follows its formula directly: for example, `linear` computes what `lorakit.ops.linear.linears` computes.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def dropout(x: Tensor, p: float, keep: Tensor) -> Tensor:
-    """Apply dropout to x (any shape) with a given mask `keep` of the same shape (1 or 0)."""
+    """Apply dropout to x (any shape) with a given mask `keep` of the same shape: 1 keeps an element, 0 drops it."""
     return x * keep / (1 - p) if p < 1 else x * 0
 
 
 def linear(x: Tensor, group: Sequence[Adapted], masks: Sequence[Tensor | None] | None = None) -> list[Tensor]:
-    """Compute `linears` of x (…, in); `masks` are the dropout masks (…, in) of each module."""
+    """Compute `linears` for x (…, in); `masks` holds each module's dropout mask (…, in), or None."""
     outputs = []
     for module, mask in zip(group, masks or [None] * len(group), strict=True):
         y = F.linear(x, module.W.t() if module.transposed else module.W, module.bias)
@@ -48,7 +48,7 @@ def linear(x: Tensor, group: Sequence[Adapted], masks: Sequence[Tensor | None] |
 
 
 def segments(x: Tensor, A: Tensor, B: Tensor, scales: Tensor, index: Tensor) -> Tensor:
-    """Compute `segmented`, (rows, …, out), row by row."""
+    """Compute `segmented` one row at a time: x (rows, …, in) -> (rows, …, out)."""
     rows = []
     for row, k in zip(x, index.tolist(), strict=True):
         if k < 0:
@@ -61,7 +61,7 @@ def segments(x: Tensor, A: Tensor, B: Tensor, scales: Tensor, index: Tensor) -> 
 def cross_entropy(
     h: Tensor, head: Head, labels: Tensor, *, total: float | Tensor | None = None, ignore_index: int = IGNORED
 ) -> Tensor:
-    """Compute `linear_cross_entropy` (scalar) of h (..., d) and labels (...)."""
+    """Compute `linear_cross_entropy` for h (..., d) and labels (...); returns a scalar."""
     z = F.linear(h, head.W, head.bias).to(upcast_dtype(h.dtype)) * head.scale
     if head.softcap is not None:
         z = head.softcap * torch.tanh(z / head.softcap)
@@ -70,7 +70,7 @@ def cross_entropy(
 
 
 def norm(x: Tensor, norm: Norm) -> Tensor:
-    """Compute the norm of x (..., d), rounding where transformers rounds."""
+    """Apply a norm to x (..., d), rounding at the same points as transformers."""
     if norm.kind == "layer":
         return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
     n = x.to(upcast_dtype(x.dtype))
@@ -81,7 +81,7 @@ def norm(x: Tensor, norm: Norm) -> Tensor:
 
 
 def mlp(x: Tensor, form: Form) -> Tensor:
-    """Compute `mlp` of x (..., d) without dropout; returns (..., d)."""
+    """Compute `lorakit.ops.mlp.mlp` without dropout: x (..., d) -> (..., d)."""
     hidden = linear(x if form.norm is None else norm(x, form.norm), form.inner)
     first, *up = hidden[0].chunk(2, -1) if form.fused else hidden
     a = ACTIVATIONS[form.act.name](first)
@@ -104,7 +104,7 @@ def rotary(x: Tensor, rotary: Rotary) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, kept: Tensor | None = None) -> Tensor:
     """Compute attention: q (B, H, T, D), k and v (B, KV, T, D) -> (B, H, T, D).
 
-    kept (B, H, T, T) is 1 for each weight that dropout keeps, else 0; None without dropout.
+    `kept` (B, H, T, T) is 1 where dropout keeps a weight and 0 where it drops one; None disables dropout.
     """
     pattern.check(q, k, v)
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
@@ -119,7 +119,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, kept: Tensor | 
 
 
 def visible(pattern: Pattern, tokens: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return a boolean mask (T, T): whether each token of a row sees each other token."""
+    """Return a boolean mask (T, T); entry (i, j) is true if token i of a row sees token j."""
     lengths = pattern.lengths(tokens)
     which = torch.tensor([i for i, length in enumerate(lengths) for _ in range(length)], device=device)
     targets = torch.arange(len(which), device=device)
@@ -140,7 +140,7 @@ def attention_block(
     residual: bool,
     wanted: Tensor | None = None,
 ) -> Tensor:
-    """Compute `attention_block` of x (B, T, d) without dropout; returns (B, T, d) or (n, d)."""
+    """Compute `attention_block` without dropout: x (B, T, d) -> (B, T, d), or (n, d) with `wanted`."""
     n = x if block.norm is None else norm(x, block.norm)
     parts = [part.flatten(0, 1) for part in linear(n, block.inputs)]
     heads = []

@@ -27,8 +27,8 @@ class Rotary:
     """Rotary tables of one forward, shared by all layers.
 
     Attributes:
-        cos, sin: (T, rot) or (B, T, rot), or with 1 for B; they receive no gradient.
-        pairs: Which two elements form a pair.
+        cos, sin: Tables (T, rot), (1, T, rot) or (B, T, rot); they receive no gradient.
+        pairs: Pairing of elements, "half" or "interleaved".
     """
 
     cos: Tensor
@@ -67,10 +67,10 @@ def rotated(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 def rotate_back_(grad: Tensor, rotary: Rotary) -> Tensor:
-    """Apply the transposed rotation in place: the gradient of the input of `rotated` from that of its output,
-    [docs/math.md (80)].
+    """Apply the transposed rotation to a gradient in place, [docs/math.md (80)].
 
-    grad (B, T, H, D), any strides, owned by the caller; returned.
+    grad (B, T, H, D), any strides, is the gradient of the output of `rotated`; it is overwritten with the gradient of
+    the input and returned.
     """
     cos, sin = (_with_head_axis(table).to(grad.dtype) for table in (rotary.cos, rotary.sin))
     if _by_kernel(grad, cos, sin, rotary.pairs, True, grad):
@@ -83,9 +83,7 @@ def rotate_back_(grad: Tensor, rotary: Rotary) -> Tensor:
 
 
 def _by_kernel(x: Tensor, cos: Tensor, sin: Tensor, pairs: Pairs, back: bool, out: Tensor) -> bool:
-    """Rotate x (B, T, H, D) into out with a compiled kernel; returns whether one supports the layout (contiguous
-    heads).
-    """
+    """Rotate x (B, T, H, D) into out if a compiled kernel supports it; returns whether it did."""
     kernels = kernels_for(x, cos, sin, strided=True)
     if kernels is None or not all(_has_contiguous_heads(t) for t in (x, out)) or len(cos) not in (1, len(x)):
         return False
@@ -99,14 +97,14 @@ def _has_contiguous_heads(x: Tensor) -> bool:
     apart = x.stride(1)
     if x.stride()[2:] != (width, 1) or (batch > 1 and x.stride(0) != tokens * apart):
         return False
-    return apart >= heads * width or batch * tokens == 1  # otherwise tokens share memory: an expanded x
+    return apart >= heads * width or batch * tokens == 1  # otherwise x is expanded: tokens share memory
 
 
 def check(x: Tensor, rotary: Rotary) -> None:
     """Check that the tables match x (B, H, T, D).
 
     Raises:
-        ValueError: They do not, or one of them requires a gradient.
+        ValueError: A table does not match x or requires a gradient.
     """
     batch, _, length, width = x.shape
     for name, table in (("cos", rotary.cos), ("sin", rotary.sin)):
@@ -137,7 +135,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Context[Rotary], grad: Tensor) -> tuple[Tensor, None]:
-        # a copy, because autograd may pass grad to others as well
+        # copied, because autograd may also pass grad to other functions
         owned = grad.transpose(1, 2).clone(memory_format=torch.contiguous_format)
         return rotate_back_(owned, ctx.state).transpose(1, 2), None
 

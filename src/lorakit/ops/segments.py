@@ -1,14 +1,14 @@
 """Batched LoRA with one adapter per row (multi-adapter batches), from stacks of all adapters' factors.
 
 With B transposed, forward and backward consist of the same three matmuls: `shrink` from width to rank, `expand` from
-rank to width, `outer` of both. There are four methods with the same results:
+rank to width, and `outer` of a low-rank and a wide activation. There are four methods with the same results:
 
-- `masked` multiplies by all adapters at once and masks out the others: with few adapters the waste is cheapest.
-- `rows` runs one matmul per row with copies of its factors: for rows of many tokens, and for many adapters.
-- `sorted` groups the rows by adapter and runs one matmul per adapter: for many short rows, and for one adapter.
+- `masked` multiplies each row by all adapters and masks out the results of the others: fastest with few adapters.
+- `rows` runs one matmul per row with a copy of its factors: for rows with many tokens, and for many adapters.
+- `sorted` groups the rows by adapter and runs one matmul per adapter: for many short rows, and for a single adapter.
 - `compiled` reads each row's factors in place, in one kernel for shrink and expand (as BGMV does): for few short rows
-  without gradients, if a kernel is available. A decoding step of many rows with many adapters then costs reading their
-  factors once.
+  without gradients, if a kernel is available. In a decoding step of many rows with many adapters, the factors are then
+  read only once.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from lorakit.ops.kernels.protocol import PerRowMatmuls
 
 
 class PerRowLora:
-    """Compute s_k·B_k·(A_k·x_i) for each row and its adapter with a compiled kernel; reusable, [docs/math.md (72)].
+    """Compute s_k·B_k·(A_k·x_i) for each row i and its adapter k with a compiled kernel, [docs/math.md (72)].
 
-    A (K, r, in) includes the scales, Bt (K, r, out), index (rows,) in range, −1 for no adapter.
+    A (K, r, in) includes the scales, Bt (K, r, out) is B transposed, and index (rows,) is the adapter of each row, −1
+    for none. An instance can be called any number of times.
     """
 
     def __init__(self, A: Tensor, Bt: Tensor, index: Tensor, products: PerRowMatmuls) -> None:
@@ -54,13 +55,13 @@ class PerRowLora:
 
 Method = Literal["masked", "rows", "sorted", "compiled"]
 LONG_ROW = 4  # tokens per row from which per-row matmuls are efficient
-LONG_RUN, FULL_RUN = 32, 8  # rows per adapter from which its matmuls are efficient; from which they beat single rows
-FEW_ADAPTERS = 16  # up to this many, one matmul with all costs no more than copying each row's factors
+LONG_RUN, FULL_RUN = 32, 8  # rows per adapter from which a matmul per adapter is efficient, or beats one per row
+FEW_ADAPTERS = 16  # up to this many, one matmul with all adapters costs no more than copying each row's factors
 
 
 @dataclass(frozen=True, eq=False)
 class Routed:
-    """Adapter index of each row, index (rows,), −1 for none; built once per forward and used by every layer.
+    """Adapter of each row, as index (rows,) with −1 for none; built once per forward and used by every layer.
 
     Raises:
         ValueError: The index is not an integer tensor or is out of range.
@@ -90,7 +91,7 @@ class Routed:
 
     @cached_property
     def served(self) -> Tensor | None:
-        """Return the indices of the rows with an adapter (served,); None for all."""
+        """Return the indices of the rows with an adapter, (served,), or None if all rows have one."""
         return None if bool((self.index >= 0).all()) else (self.index >= 0).nonzero().flatten()
 
     @cached_property
@@ -102,7 +103,7 @@ class Routed:
 
     @cached_property
     def runs(self) -> list[tuple[int, int, int]]:
-        """Return (adapter, first row, end row) in that order, for each adapter that has rows."""
+        """Return (adapter, first row, end row) for each adapter that has rows; rows are counted in `order`."""
         found, end = [], 0
         for k, n in enumerate(torch.bincount(self.index + 1, minlength=self.adapters + 1).tolist()[1:]):
             found += [(k, end, end + n)] if n else []
@@ -121,18 +122,18 @@ def segmented(
 ) -> Tensor:
     """Compute s_k·B_k·(A_k·x_i) for each row i of x (rows, …, in) and its adapter k = index[i], [docs/math.md (72)].
 
-    Gradients go to x, A, B and into. If A and B have the dtype of x and B is the transposed view of a (K, r, out),
-    nothing is copied except each row's factors with the method "rows".
+    Gradients go to x, A, B and into. If A and B have the dtype of x, and B is the transposed view of a (K, r, out), the
+    factors are not copied, except for each row with the method "rows".
 
     Args:
-        x: (rows, …, in).
-        A: (K, r, in), the factors of all adapters, zero-padded to the largest rank.
-        B: (K, out, r), likewise.
-        scales: (K,), or None if A includes them.
-        index: (rows,) with −1 for none, or its `Routed`.
-        into: The result (rows, …, out) is added to it in place, if given.
-        method: None chooses. "masked" multiplies by every adapter, so all must be finite; "compiled" is used only on
-            request.
+        x: Input rows, (rows, …, in).
+        A: Factors A of all adapters, zero-padded to the largest rank, (K, r, in).
+        B: Factors B, padded likewise, (K, out, r).
+        scales: Scales (K,), or None if A includes them.
+        index: Adapter of each row, (rows,) with −1 for none, or a `Routed`.
+        into: Tensor (rows, …, out) to which the result is added in place, or None.
+        method: Method to use; None chooses one other than "compiled". "masked" multiplies by every adapter, so all
+            factors must be finite.
 
     Raises:
         ValueError: Shapes do not match, an index is out of range, or the method is "compiled" while gradients are
@@ -155,10 +156,9 @@ def segmented(
 
 
 def compiled_method(A: Tensor, B: Tensor, scales: Tensor | None, rows: Routed, x: Tensor) -> PerRowLora | None:
-    """Return the method "compiled" for rows like x (rows, …, in), reusable for any number of calls; None without a
-    kernel.
+    """Prepare the method "compiled" for rows like x (rows, …, in); returns None if no kernel supports them.
 
-    A (K, r, in), B (K, out, r) and scales (K,) are as for `segmented`; the kernel's A includes the scales.
+    A (K, r, in), B (K, out, r) and scales (K,) are as in `segmented`.
     """
     A = (A if scales is None else A * scales[:, None, None]).to(x.dtype).contiguous()
     Bt = B.to(x.dtype).transpose(1, 2).contiguous()
@@ -181,10 +181,10 @@ def _check(x: Tensor, A: Tensor, B: Tensor, scales: Tensor | None, rows: Routed,
 
 
 def method_for(x: Tensor, rows: Routed, only_finite: bool = True) -> Method:
-    """Return the method for rows x (rows, …, in); thresholds measured at widths 576 and 2048 and rank 16.
+    """Choose the method for rows x (rows, …, in); thresholds were measured at widths 576 and 2048 and rank 16.
 
-    "masked" requires all stacked factors to be finite: fp16 can overflow in a row with an adapter it does not use, and
-    a mask does not remove Inf or NaN.
+    "masked" requires that all stacked factors are finite, and is not used in fp16, where a row can overflow with an
+    adapter that it does not use: a mask does not remove Inf or NaN.
     """
     run = len(x) / rows.adapters
     if rows.adapters == 1:
@@ -203,7 +203,7 @@ def are_few(x: Tensor, rows: Routed) -> bool:
 
 
 class _Call(NamedTuple):
-    """Routing of the rows that the matmuls get."""
+    """Routing of the rows that the matmuls receive."""
 
     rows: Routed
     adapter: Tensor  # (served,), adapter of each row
@@ -211,8 +211,8 @@ class _Call(NamedTuple):
 
 
 class _Products(NamedTuple):
-    """The matmuls of a method. Wide rows are (served, T, in or out), stacks (K, r, in or out); the low-rank layout is
-    the method's own.
+    """Matmuls of a method. Wide rows are (served, T, in or out), stacks (K, r, in or out); the layout of low-rank
+    activations depends on the method.
     """
 
     shrink: Callable[[Tensor, Tensor, _Call], Tensor]  # wide, stack -> low rank, scaled
@@ -221,9 +221,9 @@ class _Products(NamedTuple):
 
 
 class Segments:
-    """Forward and backward of one method, reusable for any number of calls without gradient recording.
+    """Forward and backward of one method, for any number of calls without gradient recording.
 
-    A (K, r, in), B (K, out, r), scales (K,) as for `segmented`; dtype is that of the rows.
+    A (K, r, in), B (K, out, r) and scales (K,) are as in `segmented`; dtype is that of the rows.
     """
 
     def __init__(
@@ -247,7 +247,9 @@ class Segments:
     def backward(
         self, x: Tensor | None, h: Tensor | None, dy: Tensor, need_dx: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients of x (rows, …, in), of A (K, r, in) if x is given, and of B (K, out, r) if h is."""
+        """Return the gradients of x (rows, …, in) if `need_dx`, A (K, r, in) if x is given, and B (K, out, r) if h is
+        given; None for the others.
+        """
         dx = dA = dB = None
         wide = self._take(dy)
         if need_dx or x is not None:
@@ -259,7 +261,7 @@ class Segments:
         return dx, dA, dB
 
     def _take(self, x: Tensor) -> Tensor:
-        """Return the rows of x (rows, …, n) that the method multiplies, in its order (served, T, n)."""
+        """Return the rows of x (rows, …, n) that the method multiplies, in the order it needs, (served, T, n)."""
         x = x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])
         return x.contiguous() if self.taken is None else x.index_select(0, self.taken)
 
@@ -281,7 +283,7 @@ class Segments:
 
 
 def _masked_shrink(wide: Tensor, stack: Tensor, call: _Call) -> Tensor:
-    """(N, in) -> (N, K·r), zero except for the r columns of each row's adapter."""
+    """Shrink (rows, T, in) -> (rows·T, K·r), zero except in the r columns of each row's adapter."""
     h = torch.mm(wide.flatten(0, 1), stack.flatten(0, 1).t())
     own = call.rows.own if call.scales is None else call.rows.own * call.scales[:, None]
     h.view(*wide.shape[:2], *stack.shape[:2]).mul_(own[:, None, :, None])
@@ -298,7 +300,7 @@ def _masked_outer(h: Tensor, wide: Tensor, stack: Tensor, call: _Call) -> Tensor
 
 
 def _rows_shrink(wide: Tensor, stack: Tensor, call: _Call) -> Tensor:
-    """(rows, T, in) -> (rows, T, r)."""
+    """Shrink (rows, T, in) -> (rows, T, r)."""
     return _scaled(torch.bmm(wide, _of_rows(stack, call).transpose(1, 2)), call)
 
 
@@ -313,7 +315,7 @@ def _scaled(h: Tensor, call: _Call) -> Tensor:
 
 
 def _of_rows(stack: Tensor, call: _Call) -> Tensor:
-    """Return the factor of each row (rows, r, in): a copy, unless the rows are in the order of the adapters."""
+    """Return each row's factor (rows, r, in), copied unless each adapter has exactly one row, in order."""
     return stack if call.rows.in_place else stack.index_select(0, call.adapter)
 
 
@@ -324,7 +326,7 @@ def _rows_outer(h: Tensor, wide: Tensor, stack: Tensor, call: _Call) -> Tensor:
 
 
 def _sorted_shrink(wide: Tensor, stack: Tensor, call: _Call) -> Tensor:
-    """(rows, T, in) -> (rows, T, r)."""
+    """Shrink (rows, T, in) -> (rows, T, r)."""
     h = wide.new_empty(*wide.shape[:2], stack.shape[1])
     for k, start, end in call.rows.runs:
         torch.mm(wide[start:end].flatten(0, 1), stack[k].t(), out=h[start:end].flatten(0, 1))
@@ -361,7 +363,9 @@ _State = tuple[Routed, Method, torch.dtype]
 
 
 class _Segmented(torch.autograd.Function):
-    """`into` comes first: if it is a view, autograd treats the first argument as the one changed in place."""
+    """Autograd function for `segmented`. `into` must be the first argument: if it is a view, autograd assumes that the
+    first argument is the one changed in place.
+    """
 
     @staticmethod
     def forward(

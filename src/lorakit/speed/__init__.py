@@ -1,4 +1,4 @@
-"""Fused forwards for supported modules of a model, with unchanged results and reversible: `accelerate`.
+"""Acceleration of models: `accelerate` reversibly replaces forwards of supported modules with equivalent fused ones.
 
 `choose` measures which kernels are fastest on this machine.
 """

@@ -1,7 +1,7 @@
-"""`accelerate`: replace the forwards of supported modules by fused ones with the same results, reversibly.
+"""`accelerate`: reversibly replace the forwards of supported modules with fused ones that give the same results.
 
-Modules are recognized by structure and confirmed by a probe, one by one; all others keep their forward, and the report
-lists them with the reason. Batches can be packed into one row without padding if a probe shows that sequences do not
+Each module is recognized by structure and confirmed by a probe; all others keep their forward, and the report lists
+them with the reason. Batches can be packed into one row without padding if a probe shows that packed sequences do not
 see each other.
 """
 
@@ -38,8 +38,8 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tupl
         labels: (rows, length).
 
     Returns:
-        The model's arguments, `input_ids` (1, tokens) and the sequence boundaries, and labels (1, tokens); the first
-        token of a sequence has no loss, because its predecessor belongs to another sequence.
+        The model's arguments (`input_ids` (1, tokens), positions and sequence boundaries), and labels (1, tokens). The
+        first token of a sequence has no loss, because its predecessor belongs to another sequence.
     """
     kept = attention_mask.bool()
     lengths = kept.sum(1)
@@ -54,8 +54,9 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tupl
 
 
 def keeps_sequences_apart(model: nn.Module, logits: Tensor | None) -> bool:
-    """Return whether a model computes the same logits for two packed sequences as for each alone; call it in
-    `eval_mode`.
+    """Return whether a model computes the same logits for two packed sequences as for each alone.
+
+    Call it in `eval_mode`.
 
     Args:
         model: A causal transformers model, accelerated.
@@ -68,12 +69,12 @@ def keeps_sequences_apart(model: nn.Module, logits: Tensor | None) -> bool:
     mask[1, ids.shape[1] // 2 :] = 0  # the model is causal, so the logits of the remaining tokens do not change
     inputs, _ = pack_rows(ids, mask, ids)
     packed = attempt(lambda: model(**inputs, use_cache=False).logits[0])
-    # an exception: the model does not accept these arguments
+    # an exception means that the model does not accept these arguments
     return not isinstance(packed, Exception) and agree(packed, logits[mask.bool()])
 
 
 def _named(*names: str) -> Callable[[nn.Module], bool]:
-    """Return a predicate: whether a module has no adapters and one of these names in its class name."""
+    """Return a predicate for modules without adapters whose class name contains one of the names."""
     return lambda module: any(name in type(module).__name__.lower() for name in names) and not linear.is_adapted(module)
 
 
@@ -113,11 +114,11 @@ class Acceleration:
 
     Attributes:
         swaps: The replaced modules, with the fused forward of each.
-        skipped: Modules of the same kinds that keep their forward.
+        skipped: Modules of similar kinds that keep their own forward.
         head: The output head, for a loss without logits, or None.
         head_skipped: Why the loss needs logits, or "".
         packs: Whether batches may be packed.
-        loss: Computes the model's own loss without logits, or None.
+        loss: Replacement of the model's loss function that needs no logits, or None.
         model: The accelerated model; None if nothing was changed.
     """
 
@@ -152,22 +153,22 @@ class Acceleration:
 
 
 def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool = True) -> Acceleration:
-    """Replace the forwards of supported modules by fused ones, reversibly.
+    """Replace the forwards of supported modules with fused ones, reversibly.
 
     State dict names, saving and `isinstance` are unchanged. Outputs agree up to rounding, checked by probes of 1, 9 and
-    33 tokens. Adapters may be attached before or after. A call that a fused forward does not support, or that follows a
-    change of anything it relies on, runs the module's own forward. If this function raises, the model is unchanged.
+    33 tokens. Adapters may be attached before or after. The module's own forward runs if a fused forward does not
+    support a call, or if anything that it relies on has changed. If this function raises, the model is unchanged.
 
     Args:
         model: A transformers model, with or without adapters of lorakit or peft; changed in place, and restored by
             `undo()` of the result.
-        logits: False computes the model's own loss without logits if it gets labels in training mode; the output's
+        logits: If False, a model in training mode that gets labels computes its own loss without logits; the output's
             `logits` are then None, and it has no key-value cache unless the call requests one.
-        keep_feed_forward: False recomputes the outputs of gate and up in the backward instead of saving them. They are
-            most of what a layer saves; their matmuls then run twice, with bit-identical results.
+        keep_feed_forward: If False, the backward recomputes the outputs of gate and up, which are most of what a layer
+            saves. Their matmuls then run twice, with bit-identical results.
 
     Returns:
-        Which modules were replaced, and which were skipped and why; `print` it.
+        The replaced modules, and the skipped ones with the reasons; can be printed and undone.
 
     Raises:
         ModelError: The model, or a part of it, is already accelerated.
@@ -178,7 +179,7 @@ def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool
     if any(is_replacement(module) for module in modules.values()):
         raise ModelError(f"{kind} is already accelerated; call undo() on the earlier result first", what=kind)
     is_adapted = any(linear.is_adapted(module) for module in modules.values())
-    # without adapters, the probes see the model as frozen as adapters will make it; each call checks this again
+    # without adapters, the model is frozen for the probes, as adapters will freeze it; each call checks this again
     with contextlib.nullcontext() if is_adapted else frozen(model), contextlib.ExitStack() as back:
         with eval_mode(model):
             probed = _probed(model, modules)
@@ -203,12 +204,12 @@ class _Probed(NamedTuple):
 
     Attributes:
         fast: Modules that may run a fused forward.
-        skipped: Modules of the same kinds that keep their own.
+        skipped: Modules of similar kinds that keep their own forward.
         head: The head, for a loss without logits, or None.
-        head_skipped: Why there is none, or "".
-        calls: Path -> call, in the order in which they ended; "" is the head.
+        head_skipped: Why the loss needs logits, or "".
+        calls: Path -> recorded call, in the order in which the calls ended; "" is the head.
         output: The model's output.
-        packs: Whether the plain model keeps packed sequences apart. A fused attention may hand any call back to it.
+        packs: Whether the plain model keeps packed sequences apart; a fused attention may fall back to it in any call.
     """
 
     fast: Parts
@@ -242,7 +243,8 @@ def _probed_in_place(model: nn.Module, probed: _Probed, logits: bool) -> tuple[b
     """Probe the model with all replacements in place.
 
     Returns:
-        Whether batches may be packed; and the loss without logits, not yet installed, or why not, or None.
+        Whether batches may be packed; and the loss without logits (not yet installed), or the reason why the loss needs
+        logits, or None if `logits` is true or the model has no suitable head.
     """
     last = None if probed.head is None else _last(model, probed.head, probed.fast, tuple(probed.calls))
     if probed.head is not None and last is not None:
@@ -257,14 +259,15 @@ def _inner(model: nn.Module) -> nn.Module:
 
 
 def _last(model: nn.Module, head: Head, fast: Parts, order: tuple[str, ...]) -> LastLayer | None:
-    """Return the last decoder layer of a forward and the modules that may read its output, or None if it is not
-    replaced.
+    """Return the last decoder layer of a forward and the modules that may read its output.
+
+    Returns None if no decoder layer is replaced.
 
     Args:
         model: The model, with all replacements in place.
-        head: Its head.
+        head: The model's output head.
         fast: The replaced modules.
-        order: Paths of modules in the order in which they ended; "" is the head.
+        order: Paths of modules in the order in which their calls ended; "" is the head.
     """
     layers = [path for path in order if path in fast and fast[path][1].run is decoder.run]
     if not layers:
@@ -288,7 +291,7 @@ def _may_pack(model: nn.Module, fast: Parts) -> bool:
 
 
 def _installed(modules: Mapping[str, nn.Module], probed: _Probed, back: contextlib.ExitStack) -> list[tuple[str, Swap]]:
-    """Install the replacements after all of them are created.
+    """Create all replacements, then install them.
 
     Args:
         modules: All modules of the model.

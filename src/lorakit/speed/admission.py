@@ -1,11 +1,11 @@
 """Decide which modules of a model may run a fused forward: by structure, by class, and by probes.
 
-A module keeps its own forward if its class, or one inside it, overrides a method of a known class; if a probe at one of
-several lengths differs or raises; or if that happened to a module that the fused forward would bypass. Outputs are
-compared row by row and without the residual.
+A module keeps its own forward if its class, or a class inside the module, overrides a method of a known class; if a
+probe at one of several lengths differs or raises; or if either is true of a module that the fused forward would bypass.
+Outputs are compared row by row and without the residual.
 
-This module also detects in-place changes of tensors. What is remembered about a tensor is stored in its own `__dict__`,
-so it lives as long as the tensor and cannot be confused with another one that gets the same `id`.
+This module also detects in-place changes of tensors. Values cached for a tensor are stored in its own `__dict__`, so
+they live as long as the tensor and cannot be mistaken for those of a later tensor with the same `id`.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from lorakit.speed.probe import TOLERANCES, Call, Calls, Pairs, attempt, calls
 from lorakit.speed.submodules import Options, is_supported, split_call
 
 SMALLEST_ROW = 0.1
-"""Rows below this fraction of the RMS of all rows are compared relative to that RMS: their rounding errors are
-as large as those of other rows.
+"""Rows below this fraction of the RMS of all rows are compared relative to this fraction, because their rounding
+errors are as large as those of other rows.
 """
 
 NARROW = (torch.float16, torch.bfloat16)
 """Dtypes in which a module may amplify rounding errors beyond the tolerance."""
 
 NOISE = 2.0
-"""Allowed multiple of the module's own reaction to one rounding of its input, in these dtypes."""
+"""Allowed error in these dtypes, as a multiple of how much the module's own output changes if its input is rounded."""
 
 
 class Verdict(NamedTuple):
     """Result of comparing a fused forward with a module.
 
     Attributes:
-        why: Why the module keeps its own forward, a short phrase, or "".
-        differs: Whether a probe contradicts the fused forward, so that no other module may run it either.
+        why: Short phrase that says why the module keeps its own forward, or "".
+        differs: Whether a probe contradicts the fused forward; then no fused forward may bypass the module.
     """
 
     why: str = ""
@@ -51,7 +51,7 @@ Output = Tensor | tuple[Tensor | None, ...]
 """Output of a fused forward; the first item of a tuple is the hidden states."""
 
 Branches = Callable[[nn.Module, Tensor, Options, Calls], Pairs]
-"""Module, hidden states, other arguments, calls of modules below it by path -> pairs of branches: fused, its own."""
+"""Module, hidden states, other arguments, and calls of modules below by path -> pairs of branches: fused and own."""
 
 
 def compare(module: nn.Module, run: Callable[..., Output | None], call: Call, *, residual: bool = False) -> Verdict:
@@ -61,7 +61,7 @@ def compare(module: nn.Module, run: Callable[..., Output | None], call: Call, *,
         module: The module.
         run: The fused forward, called with the module and the arguments of the call.
         call: The recorded call of the module.
-        residual: Whether the output is the input plus a branch; then the branches are compared.
+        residual: Whether the output is the input plus a branch; if so, only the branches are compared.
     """
     made = attempt(lambda: run(module, *call.args, **call.kwargs))
     if isinstance(made, Exception):
@@ -70,12 +70,12 @@ def compare(module: nn.Module, run: Callable[..., Output | None], call: Call, *,
         return Verdict("its calls are not supported")
     ours, theirs = _parts(made), _parts(call.output)
     if type(made) is not type(call.output) or len(ours) != len(theirs) or not isinstance(ours[0], Tensor):
-        return Verdict("it returns something else", differs=True)
+        return Verdict("its output has a different structure", differs=True)
     for target, (found, wanted) in enumerate(zip(ours, theirs, strict=True)):
         if found is None:
             continue  # attention weights, which are computed only on request
         if not isinstance(found, Tensor) or not isinstance(wanted, Tensor) or found.shape != wanted.shape:
-            return Verdict("it returns something else", differs=True)
+            return Verdict("its output has a different structure", differs=True)
         carried = call.hidden if residual and target == 0 else None
         verdict = _difference(found, wanted, carried)
         if verdict.differs and target == 0 and wanted.dtype in NARROW:
@@ -86,9 +86,9 @@ def compare(module: nn.Module, run: Callable[..., Output | None], call: Call, *,
 
 
 def _noise(module: nn.Module, call: Call, residual: bool) -> Tensor | None:
-    """Measure how far each row of a module's branch moves if its input is rounded once more; None if unknown.
+    """Measure how much each row of a module's branch changes if its input is rounded once more; None if unknown.
 
-    Sharp attention amplifies rounding errors in low precision beyond any fixed bound, in the module's own forward too.
+    In low precision, sharp attention amplifies rounding errors beyond any bound, even in the module's own forward.
     """
     x = call.hidden
     if not isinstance(x, Tensor):
@@ -110,10 +110,10 @@ def compare_branches(branches: Branches, module: nn.Module, call: Call, inside: 
     """Compare the branches of a fused forward, before the residual, with the recorded ones.
 
     Args:
-        branches: Pairs them.
+        branches: Function that pairs the branches.
         module: The module.
         call: The recorded call of the module.
-        inside: Calls of modules below it, by path.
+        inside: Recorded calls of modules below the module, by path.
     """
     x, options = split_call(module, call.args, call.kwargs)
     pairs = attempt(lambda: branches(module, x, options, inside))
@@ -121,7 +121,7 @@ def compare_branches(branches: Branches, module: nn.Module, call: Call, inside: 
         return _raised(pairs)
     for ours, theirs in pairs:
         if ours is None or ours.shape != theirs.shape:
-            return Verdict("it returns something else", differs=True)
+            return Verdict("its output has a different structure", differs=True)
         verdict = _difference(ours, theirs, None)
         if verdict.differs:
             return verdict
@@ -138,13 +138,13 @@ def _parts(output: Output) -> tuple[Tensor | None, ...]:
 
 
 def _difference(ours: Tensor, theirs: Tensor, carried: Tensor | None, noise: Tensor | None = None) -> Verdict:
-    """Compare the rows of two tensors (…, d) after subtracting what both carry.
+    """Compare the rows of two tensors (…, d), relative to their size without the part that both contain.
 
     Args:
-        ours: From the fused forward.
-        theirs: From the module.
-        carried: Part of both, such as a residual, (…, d), or None.
-        noise: How far rounding moves each row of the module's own output, (rows,), or None.
+        ours: Output of the fused forward.
+        theirs: Output of the module's own forward.
+        carried: Part that both contain, such as a residual, (…, d), or None.
+        noise: Change of each row of the module's own output by rounding, (rows,), or None.
     """
     dtype = theirs.dtype
     tolerance = TOLERANCES.get(dtype, 0.0)
@@ -153,7 +153,7 @@ def _difference(ours: Tensor, theirs: Tensor, carried: Tensor | None, noise: Ten
     branch = theirs
     if isinstance(carried, Tensor) and carried.numel() == theirs.numel():
         branch = theirs - _rows(carried)
-        allowed = _sizes(theirs) * torch.finfo(dtype).eps  # both outputs were rounded with the residual in them
+        allowed = _sizes(theirs) * torch.finfo(dtype).eps  # both outputs were rounded after the residual was added
     if noise is not None:
         allowed = allowed + NOISE * torch.maximum(noise, noise.square().mean().sqrt())
     sizes = _sizes(branch)
@@ -174,7 +174,7 @@ def _sizes(rows: Tensor) -> Tensor:
 
 
 def version_of(x: Tensor) -> int | Tensor:
-    """Return a version for `is_version`: the tensor's change counter, or a copy of an inference tensor, which has none.
+    """Return a version for `is_version`: the tensor's change counter, or a copy if it is an inference tensor.
 
     Args:
         x: A tensor of any shape (…).
@@ -183,11 +183,11 @@ def version_of(x: Tensor) -> int | Tensor:
 
 
 def is_version(x: Tensor, version: int | Tensor) -> bool:
-    """Return whether a tensor is unchanged.
+    """Return whether a tensor is unchanged since `version_of` was called.
 
     Args:
         x: The tensor, of any shape (…).
-        version: The result of `version_of` for it.
+        version: Result of `version_of` for this tensor.
     """
     if isinstance(version, Tensor):
         return torch.equal(x, version)
@@ -195,7 +195,7 @@ def is_version(x: Tensor, version: int | Tensor) -> bool:
 
 
 LENGTHS = (1, 33)
-"""Tokens of one row in the further probes, which run on one module per kind."""
+"""Tokens per row in the additional probes, which run on one module of each kind."""
 
 KNOWN = frozenset({"torch", "transformers", "peft", "lorakit"})
 """Packages whose classes the structure checks were written for."""
@@ -209,18 +209,18 @@ CALLED = frozenset({"__call__", "__getattr__", "__getattribute__"})
 
 @dataclass(frozen=True)
 class FusedForward:
-    """A fused forward.
+    """A fused forward, and the checks of modules that may run it.
 
     Attributes:
         name: Name in the report.
         fits: Module -> None if the structure matches, else a short reason.
         run: Module, hidden states and other arguments of a call -> the output, or None if its own forward must run.
         concerns: Whether a module that does not match is reported as skipped.
-        whole: Whether it computes everything inside the module, whose children are then not reported.
+        whole: Whether the fused forward computes everything inside the module, whose children are then not reported.
         residual: Whether the output is the input plus a branch.
-        calls: Module -> names of the children that it calls as modules.
-        traced: Module -> paths below it of the modules whose calls `branches` needs.
-        branches: Pairs the branches that a residual or a norm after it would hide, or None.
+        calls: Module -> names of the children that the fused forward calls as modules.
+        traced: Module -> relative paths of the modules below it whose calls `branches` needs.
+        branches: Function that pairs branches whose errors a residual, or a norm after it, would hide; or None.
     """
 
     name: str
@@ -245,8 +245,8 @@ class Skipped:
 
     Attributes:
         path: Path in the model.
-        kind: Its class.
-        why: The reason, a short phrase.
+        kind: Class name.
+        why: Reason, as a short phrase.
     """
 
     path: str
@@ -268,7 +268,7 @@ def candidates(
         fused_forwards: Fused forwards in order of preference.
 
     Returns:
-        The candidates, and the modules of the same kinds that do not match.
+        The candidates, and the modules of similar kinds that do not match.
     """
     wanted: Parts = {}
     skipped: list[Skipped] = []
@@ -309,15 +309,15 @@ def modules_to_record(parts: Parts) -> dict[str, nn.Module]:
 
 
 def admit(model: nn.Module, wanted: Parts, found: Calls) -> tuple[Parts, list[Skipped]]:
-    """Probe candidates; call it in `eval_mode`.
+    """Probe the candidates; call it in `eval_mode`.
 
     Args:
         model: The model.
         wanted: The candidates, parents before children.
-        found: Their calls in a first forward, and those that their branches need.
+        found: Recorded calls of the candidates in a first forward, and of the modules that their branches need.
 
     Returns:
-        The candidates that may run their fused forward, and the others.
+        The candidates that may run their fused forward, and the ones that are reported as skipped.
     """
     firsts, first_of = _one_of_each(wanted, found)
     at_lengths = _at_lengths(model, firsts)
@@ -363,10 +363,10 @@ def _stranger(module: nn.Module, fused_forward: FusedForward, foreign: set[type[
 
 
 def _is_foreign(kind: type[nn.Module]) -> bool:
-    """Return whether a class computes something that the structure checks were not written for.
+    """Return whether a class may compute something that the structure checks were not written for.
 
-    That is a forward from another package, even if assigned to a known class, or an override of any method of a known
-    class in a class from elsewhere.
+    This is the case if its forward comes from another package, even if assigned to a known class, or if a class from
+    another package overrides any method of a known class.
     """
     if not _is_known(getattr(kind, "forward", None)) or not is_own_forward(kind):
         return True
@@ -381,9 +381,9 @@ def _is_foreign(kind: type[nn.Module]) -> bool:
 
 
 def _is_known(method: Callable[..., Any] | None) -> bool:
-    """Return whether a method, and every function it decorates, was written in a known package.
+    """Return whether a method, and every function that it wraps, was written in a known package.
 
-    Checked by a function's globals, because decorators copy the other names from what they wrap.
+    The globals of a function are checked, because decorators copy the other names from the function that they wrap.
     """
     while method is not None:
         if package_of(method) not in KNOWN:
@@ -393,7 +393,10 @@ def _is_known(method: Callable[..., Any] | None) -> bool:
 
 
 def _one_of_each(wanted: Parts, found: Calls) -> tuple[Parts, dict[str, str]]:
-    """Group called modules that differ only in their weights; returns the first of each, and path -> its first."""
+    """Group called modules that differ only in their weights.
+
+    Returns the first module of each group, and for each path the path of the first module in its group.
+    """
     first: dict[Any, str] = {}
     first_of = {}
     for path, (module, fused_forward) in wanted.items():
@@ -410,7 +413,7 @@ def _simple(module: nn.Module) -> list[str]:
 
 
 def _at_lengths(model: nn.Module, firsts: Parts) -> dict[str, Verdict]:
-    """Return the modules whose fused forward differs at another length, with the verdict."""
+    """Return path -> verdict of the modules whose fused forward differs at another length."""
     differing = {}
     for tokens in LENGTHS if firsts else ():
         ran = attempt(partial(calls, model, modules_to_record(firsts), 1, tokens, stop=True))
@@ -425,7 +428,7 @@ def _at_lengths(model: nn.Module, firsts: Parts) -> dict[str, Verdict]:
 
 
 def _verdict(path: str, module: nn.Module, fused_forward: FusedForward, found: Calls) -> Verdict:
-    """Compare the fused forward of a module with its recorded calls."""
+    """Compare the fused forward of a module with the recorded calls."""
     call = found.get(path)
     if call is None:
         return Verdict("not called")
@@ -437,7 +440,7 @@ def _verdict(path: str, module: nn.Module, fused_forward: FusedForward, found: C
 
 
 def _fused_among(differing: list[str], path: str, module: nn.Module, fused_forward: FusedForward) -> str | None:
-    """Return the path of a module whose fused forward differs and that this one would bypass, or None."""
+    """Return the path of a module in `differing` that a fused forward would bypass, or None."""
     below = [one for one in differing if one.startswith(f"{path}.")]
     called = tuple(f"{path}.{name}." for name in fused_forward.calls(module)) if below else ()
     return next((one for one in below if not f"{one}.".startswith(called or ("\0",))), None)

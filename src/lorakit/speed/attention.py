@@ -1,7 +1,7 @@
-"""Fused causal self-attention, with rotary positions or none: projections, attention and output as one function.
+"""Fused causal self-attention with or without rotary positions: projections, attention and output as one function.
 
-A mask is read once for all layers of a forward, and classified by what it hides besides the pattern: nothing, padding,
-or more.
+A mask is read once for all layers of a forward, and classified by what it hides in addition to the pattern: nothing,
+padding, or more.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ Known = TypeVar("Known")
 
 
 def cached_on(x: Tensor, name: str, make: Callable[[], Known]) -> Known:
-    """Return a value computed from a tensor, again if the tensor was changed in place since.
+    """Return a value computed from a tensor, recomputing it if the tensor was changed in place since.
 
     Args:
-        x: A tensor of any shape (…), which keeps the value as long as it lives.
-        name: Attribute of the tensor with the value and the version that it was computed from.
-        make: Computes the value.
+        x: A tensor of any shape (…), on which the value is cached.
+        name: Attribute of the tensor that holds the value and the tensor version from which it was computed.
+        make: Function that computes the value.
     """
     version, value = x.__dict__.get(name, (None, None))
     if version is None or not is_version(x, version):
@@ -59,8 +59,8 @@ def under(mask: Tensor | None, x: Tensor, pattern: Pattern) -> Pattern | None:
         pattern: The pattern without the mask; it may have a bias.
 
     Returns:
-        The pattern, with a bias if the mask hides more. None if the mask shows more than the pattern, hides everything
-        from a token, or is not such a mask; or if a bias is needed on a device without a kernel for it.
+        The pattern, with a bias if the mask hides more than the pattern. None if the mask shows more than the pattern,
+        hides everything from a token, or has another form; or if a bias is needed on a device without a kernel for it.
     """
     made = pattern if mask is None else _under(mask, x, pattern)
     return None if made is None or (made.bias is not None and x.device.type != "cpu") else made
@@ -90,7 +90,7 @@ def _under(mask: Tensor, x: Tensor, pattern: Pattern) -> Pattern | None:
 
 
 def _read(mask: Tensor, pattern: Pattern, dtype: torch.dtype) -> Tensor | bool:
-    """Return the bias that a mask adds to the scores, or whether it equals the pattern."""
+    """Return the bias that a mask adds to the scores; True if it equals the pattern, False if it is not supported."""
     hidden = ~mask if mask.dtype == torch.bool else mask <= HIDDEN
     if mask.dtype != torch.bool and not bool((hidden | (mask == 0)).all()):
         return False
@@ -107,12 +107,12 @@ def _read(mask: Tensor, pattern: Pattern, dtype: torch.dtype) -> Tensor | bool:
 
 INPUTS = (("q_proj", "k_proj", "v_proj"), ("c_attn",), ("qkv_proj",), ("query_key_value",))
 INTERLEAVED = ("query_key_value",)
-"""Projections of this name store q, k and v per head, one head after the other."""
+"""Names of fused projections that output q, k and v of each head together, head by head."""
 
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense")
 NORMS = ("q_norm", "k_norm")
 DROPOUTS = ("attn_dropout", "resid_dropout")
-"""Dropout modules of the weights, whose probability alone is read, and of the output."""
+"""Dropout modules for the weights (only the probability is read) and for the output."""
 
 ATTRIBUTES = frozenset(
     {"config", "layer_idx", "layer_type", "head_dim", "head_size", "rotary_ndims", "num_heads", "num_key_value_heads"}
@@ -121,10 +121,10 @@ ATTRIBUTES = frozenset(
     | {"reorder_and_upcast_attn", "attention_dropout", "dropout", "enable_bias", "sliding_window", "is_sliding"}
     | {"attn_logit_softcapping", "use_rope", "rotary_fn", "rope_theta", "max_position_embeddings"}
 )
-"""Attributes of attention modules that are read here, or whose effect a probe shows."""
+"""Known attributes of attention modules: they are read here, or a probe shows their effect."""
 
 FIELDS = frozenset({"sliding_window", "num_attention_heads", "num_key_value_heads"})
-"""Config fields that are read here, or whose effect a probe shows."""
+"""Known config fields: they are read here, or a probe shows their effect."""
 
 READ = frozenset(
     {"attention_mask", "position_embeddings", "hidden_states", "use_cache", "position_ids"}
@@ -139,10 +139,10 @@ class Shape:
     """Structure of an attention module, from its attributes.
 
     Attributes:
-        inputs: Names of its input projections: three, or one fused.
-        output: Name of its output projection.
+        inputs: Names of the input projections: three, or one fused.
+        output: Name of the output projection.
         head_dim: Width of a head.
-        scale: Factor of the scores.
+        scale: Factor on q·kᵀ.
         window: Sliding window in tokens, or None.
         softcap: Bound of the scores by tanh, or None.
     """
@@ -207,11 +207,11 @@ def attention(
     """Compute attention with the norm before it and the residual after it.
 
     Args:
-        module: A module that `fits`.
-        x: Hidden states that `is_supported`, (B, T, d).
-        norm: The norm before it, or None.
+        module: A module that `fits` accepts.
+        x: Hidden states (B, T, d) that `is_supported` accepts.
+        norm: Norm before the attention, or None.
         options: The other arguments of the call.
-        residual: Whether to add x.
+        residual: Whether to add x to the output.
         dropout: Dropout probability after the output projection.
         wanted: Flat indices (n,) of the tokens that go through the output projection, or None for all.
 
@@ -264,10 +264,10 @@ def _kv_heads(module: nn.Module, shape: Shape, operands: Sequence[Adapted]) -> i
 def _pattern(shape: Shape, x: Tensor, dropped: float, options: Options) -> Pattern | None:
     """Return the attention pattern of a call, or None if its mask is unknown."""
     segments = lengths_of(options.get("cu_seq_lens_q"))
-    mask = None if segments else options.get("attention_mask")  # segments say all a mask could
+    mask = None if segments else options.get("attention_mask")  # segments make a mask redundant
     if mask is None and segments is None and shape.softcap is not None:
-        return None  # eager attention without a mask sees all tokens
-    # a window longer than the rows, or not used by the model, comes without a mask
+        return None  # in eager attention without a mask, each token sees all tokens
+    # without a mask, the window is longer than the rows, or the model does not use it
     window = None if segments is None and mask is None else shape.window
     return under(mask, x, Pattern(True, shape.scale, window, shape.softcap, segments, dropped))
 

@@ -1,7 +1,7 @@
-"""Contract of a fused forward: facts about the modules inside it, compared at every call.
+"""Contract of a fused forward: facts about the modules that it bypasses, checked at every call.
 
-A fused forward bypasses the modules inside it. It is valid only while these modules, their forwards, settings and
-functions are those that a probe compared. This module knows nothing of particular fused forwards.
+A fused forward is valid only while these modules, their forwards, settings and functions are the ones that a probe
+compared it with. This module does not depend on particular fused forwards.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from lorakit.speed.patching import children_of, original_class
 from lorakit.targets.layer_types import CONV1D
 
 MISSING = object()
-"""Value of a name that a table does not contain."""
+"""Placeholder for the value of a name that a table does not contain."""
 
 SETTINGS = (bool, int, float, str, type(None))
 """Types of the attributes that are compared."""
 
 ASKED = frozenset({"training", "gradient_checkpointing", "p", "dropout", "attention_dropout"})
-"""Attributes that fused forwards read at each call, or that no forward reads."""
+"""Attributes that are not compared, because fused forwards read them at each call, or no forward reads them."""
 
 IN_CONFIG = ("_attn_implementation_internal", "is_causal")
-"""Config fields that functions outside a forward read for it."""
+"""Config fields that a forward depends on through functions that it calls."""
 
 INTERFACES = "ALL_ATTENTION_FUNCTIONS"
-"""Global of modeling files that maps the name of an attention implementation to its function."""
+"""Global variable in modeling files that maps the name of an attention implementation to its function."""
 
 
 Fact = tuple[Mapping[str, Any], str, object]
@@ -46,7 +46,7 @@ class Contract:
     """Facts that a fused forward relies on.
 
     Attributes:
-        facts: Compared by identity; settings that are not the same object, by type and value.
+        facts: The facts. Values are compared by identity, but settings only by type and value.
     """
 
     facts: tuple[Fact, ...]
@@ -61,11 +61,11 @@ class Contract:
 
 
 def contract_for(module: nn.Module, fused: Collection[int] | None) -> Contract:
-    """Return what a fused forward of a module currently relies on.
+    """Collect the facts that a fused forward of a module currently relies on.
 
     Args:
-        module: A module whose replacement, and those of its children, are in place.
-        fused: Identities of the fused modules; None if the fused forward bypasses everything inside.
+        module: A replacement; it and the replacements of its children must be installed.
+        fused: Identities of the fused modules; None if the fused forward bypasses everything inside the module.
     """
     facts: list[Fact] = [*_of_module(module)]
     for holder, name, child in bypassed_modules(module, fused):
@@ -77,7 +77,7 @@ def contract_for(module: nn.Module, fused: Collection[int] | None) -> Contract:
 
 
 def is_operand(module: nn.Module) -> bool:
-    """Return whether fused forwards look a module up at each call: a linear module, with or without adapters.
+    """Return whether a module is linear, with or without adapters; fused forwards look up such modules at each call.
 
     Args:
         module: Any module.
@@ -90,7 +90,7 @@ def bypassed_modules(module: nn.Module, fused: Collection[int] | None) -> Iterat
 
     Args:
         module: The module.
-        fused: Identities of the fused modules, whose children are bypassed too; None for all.
+        fused: Identities of the fused modules, whose children are bypassed too; None for all modules.
     """
     if _is_around_base(module):
         return
@@ -101,9 +101,9 @@ def bypassed_modules(module: nn.Module, fused: Collection[int] | None) -> Iterat
 
 
 def is_own_forward(kind: type[nn.Module]) -> bool:
-    """Return whether the forward of a class was written by the author of the class or of a parent.
+    """Return whether the forward of a class was written for the class or a parent, instead of assigned from elsewhere.
 
-    A parent may set its own forward on each subclass, as gradient checkpointing in transformers does.
+    A parent may assign a forward of its own to each subclass, as gradient checkpointing in transformers does.
 
     Args:
         kind: A module class.
@@ -111,7 +111,7 @@ def is_own_forward(kind: type[nn.Module]) -> bool:
     owner = next(base for base in kind.__mro__ if "forward" in vars(base))
     forward = vars(owner)["forward"]
     if owner is nn.Module:
-        return True  # nothing calls it
+        return True  # it is never called
     package = package_of(forward)
     return any(
         package == base.__module__.partition(".")[0] and forward.__qualname__ == f"{base.__qualname__}.forward"
@@ -120,7 +120,7 @@ def is_own_forward(kind: type[nn.Module]) -> bool:
 
 
 def package_of(function: Callable[..., Any]) -> str:
-    """Return the top-level package that a function was written in, by its globals, or "".
+    """Return the top-level package in which a function was written, according to its globals, or "".
 
     Args:
         function: Any callable.

@@ -1,4 +1,4 @@
-"""Fused decoder layer: norm, attention, residual; norm, feed-forward, residual; each sublayer as one function."""
+"""Fused decoder layer with one function per sublayer: norm, attention, residual; norm, feed-forward, residual."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lorakit.speed.submodules import Options, unknown_activation, unknown_attrib
 
 
 class Sublayer(NamedTuple):
-    """A sublayer of a decoder layer, by child names: x + dropout(after(inner(before(x)))).
+    """Names of the children that form a sublayer of a decoder layer, x + dropout(after(inner(before(x)))).
 
     Attributes:
         before: Norm of the input, or "".
         inner: Attention or feed-forward; "" for a feed-forward whose modules are children of the layer itself.
         after: Norm of the output of `inner`, or "".
         dropout: Dropout module before the residual, or "".
-        share: Attribute with the probability of a functional dropout there, or "".
+        share: Attribute with the probability of a functional dropout before the residual, or "".
     """
 
     before: str
@@ -34,7 +34,7 @@ class Sublayer(NamedTuple):
 
     @property
     def children(self) -> set[str]:
-        """Return the names of all children of the layer that belong to it."""
+        """Return the names of all children of the layer that belong to the sublayer."""
         return {self.before, self.after, self.dropout, *([self.inner] if self.inner else LOOSE)} - {""}
 
 
@@ -60,7 +60,7 @@ LAYERS: tuple[tuple[Sublayer, Sublayer], ...] = (
         Sublayer("final_layer_norm", "", share="dropout"),
     ),
 )
-"""Supported layers: their children are exactly these."""
+"""Supported layers, which must have exactly these children."""
 
 PARALLEL, FIRST = "use_parallel_residual", "do_layer_norm_before"
 ATTRIBUTES = frozenset(
@@ -114,7 +114,7 @@ def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
     if first is None or second is None or attn is None or is_watched(attn, captures=False):
         return None
     rows = rows_to_compute(module, options.get(KEYWORD), x)
-    is_bare = first.after is None  # no norm before the residual, which the attention then adds
+    is_bare = first.after is None  # without a norm before the residual, the attention function adds the residual
     attended = attention.attention(attn, x, first.before, options, residual=is_bare, dropout=first.inside, wanted=rows)
     if attended is None:
         return None
@@ -139,13 +139,14 @@ def _fed(module: nn.Module, sublayer: Sublayer, around: _Around, x: Tensor, *, r
     mlp = module._modules[sublayer.inner] if sublayer.inner else module
     if mlp is None or (sublayer.inner and is_watched(mlp)):
         return None
-    if sublayer.inner and not is_replacement(mlp) and feed_forward.fits(mlp) is not None:  # checked when replaced
+    # a replacement has been checked before
+    if sublayer.inner and not is_replacement(mlp) and feed_forward.fits(mlp) is not None:
         return None
     return feed_forward.feed_forward(mlp, x, around.before, residual=residual, dropout=around.inside)
 
 
 def _fed_by_modules(module: nn.Module, sublayer: Sublayer, around: _Around, x: Tensor) -> Tensor:
-    """Return the output of the layer's own feed-forward modules for x (B, T, d), before norm, dropout and residual."""
+    """Return the output of the layer's own feed-forward modules for x (B, T, d), without what follows them."""
     made = x if around.before is None else normalize(x, around.before)
     for child in modules_at(module, (sublayer.inner,) if sublayer.inner else LOOSE):
         made = child(made)
@@ -153,7 +154,7 @@ def _fed_by_modules(module: nn.Module, sublayer: Sublayer, around: _Around, x: T
 
 
 def _with_residual(x: Tensor, y: Tensor, around: _Around) -> Tensor:
-    """Return the sublayer's output: norm, dropout and residual applied to the inner module's output."""
+    """Return the output of a sublayer: x plus the inner module's output y after norm and dropout."""
     return x + dropout(y if around.after is None else normalize(y, around.after), around.p)
 
 

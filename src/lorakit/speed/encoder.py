@@ -1,11 +1,11 @@
 """Fused encoder layers, and T5 sublayers.
 
-A layer has norms after its residuals: norm(x + attention(x)), norm(x + mlp(x)), as in Devlin et al. 2018,
-arXiv:1810.04805: BERT and its descendants. It runs as two autograd functions and two norms; padding is masked by a bias
-of the scores.
+A layer of BERT and its descendants has norms after its residuals: norm(x + attention(x)), norm(x + mlp(x)), as in
+Devlin et al. 2018, arXiv:1810.04805. It runs as two autograd functions and two norms; padding is masked by a bias on
+the scores.
 
-A T5 sublayer is x + dropout(inner(norm(x))), with a feed-forward block or self-attention inside. The attention adds a
-frozen relative position bias to its scores, which the first layer computes for all (Raffel et al. 2019,
+A T5 sublayer is x + dropout(inner(norm(x))), with a feed-forward block or self-attention inside. The attention adds to
+its scores a frozen relative position bias, which the first layer computes for all layers (Raffel et al. 2019,
 arXiv:1910.10683, section 2.1). Cross-attention runs the model's own forward.
 """
 
@@ -45,18 +45,18 @@ ATTRIBUTES = frozenset(
     | {"is_decoder", "is_causal", "is_cross_attention", "add_cross_attention", "gradient_checkpointing"}
     | {"chunk_size_feed_forward", "seq_len_dim"}
 )
-"""Attributes of such layers that are read here, or whose effect a probe shows."""
+"""Known attributes of encoder layers: they are read here, or a probe shows their effect."""
 
 
 class Layout(NamedTuple):
-    """Paths of the modules of an encoder layer; "" for a dropout that is missing.
+    """Paths of the modules of an encoder layer; "" for a missing dropout.
 
     Attributes:
-        attention: Module with the attention settings, and with the dropout of its weights as child `dropout`.
+        attention: Module with the attention settings; its child `dropout` is that of the attention weights.
         inputs: Projections to q, k and v.
-        output: Output projection, then dropout before and norm after its residual.
-        up, act: The feed-forward's first linear and its activation.
-        down: The feed-forward's last linear, then dropout before and norm after its residual.
+        output: Output projection, the dropout after it, and the norm after the residual.
+        up, act: First linear module and activation of the feed-forward.
+        down: Last linear module of the feed-forward, the dropout after it, and the norm after the residual.
     """
 
     attention: str
@@ -68,16 +68,16 @@ class Layout(NamedTuple):
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Return the six linear modules."""
+        """Return the paths of the six linear modules."""
         return (*self.inputs, self.output[0], self.up, self.down[0])
 
     @property
     def leaves(self) -> tuple[str, ...]:
-        """Return all modules that are read, without those that only contain them."""
+        """Return the paths of all modules that are read, without those that only contain other modules."""
         return (*self.inputs, *self.output, self.up, self.act, *self.down, f"{self.attention}.dropout")
 
     def children(self) -> dict[str, set[str]]:
-        """Return, for each module that only contains others, its path and the names of its children."""
+        """Return path -> names of the children of each module that only contains other modules."""
         held: dict[str, set[str]] = {}
         for path in self.leaves:
             names = path.split(".") if path else []
@@ -104,7 +104,7 @@ LAYOUTS = (
         down=("ffn.lin2", "ffn.dropout", "output_layer_norm"),
     ),
 )
-"""BERT, RoBERTa, ELECTRA and similar models; DistilBERT."""
+"""Layouts of BERT, RoBERTa, ELECTRA and similar models, and of DistilBERT."""
 
 
 def layout_of(module: nn.Module) -> Layout | None:
@@ -164,7 +164,7 @@ def branches(module: nn.Module, x: Tensor, options: Options, inside: Calls) -> P
 
 
 class _Ready(NamedTuple):
-    """Current operands of a layer for one call; the norms come after attention and feed-forward."""
+    """Operands of a layer for one call; `norms` are the norms after attention and feed-forward."""
 
     block: SelfAttention
     pattern: Pattern
@@ -199,7 +199,8 @@ def _ready(module: nn.Module, x: Tensor, options: Options) -> _Ready | None:
 def _dropouts(module: nn.Module, found: Layout) -> tuple[float, float, float] | None:
     """Return the current dropout probabilities of attention weights and both outputs, or None if one is unknown."""
     attention = _at(module, found.attention)
-    of_weights: float = attention.dropout.p if attention.training else 0.0  # the module itself is never called
+    # the model reads only p and never calls the module
+    of_weights: float = attention.dropout.p if attention.training else 0.0
     of_output, of_down = (dropout_p(_at(module, path) if path else None) for path in (found.output[1], found.down[1]))
     if of_output is None or of_down is None or not 0 <= of_weights < 1:
         return None
@@ -207,7 +208,7 @@ def _dropouts(module: nn.Module, found: Layout) -> tuple[float, float, float] | 
 
 
 def _norms(module: nn.Module, found: Layout, x: Tensor) -> list[Norm]:
-    """Return those of the two norms that are known and have the dtype of x (B, T, d)."""
+    """Return the two norms, leaving out any that is unknown or has another dtype than x (B, T, d)."""
     norms = (norm_of(_at(module, path)) for path in (found.output[2], found.down[2]))
     return [norm for norm in norms if norm is not None and norm.weight is not None and norm.weight.dtype == x.dtype]
 
@@ -215,14 +216,14 @@ def _norms(module: nn.Module, found: Layout, x: Tensor) -> list[Norm]:
 def _is_plain(module: nn.Module, found: Layout, x: Tensor, options: Options) -> bool:
     """Return whether a call is plain self-attention over its own tokens, with modules that have no hooks."""
     if x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
-        return False  # under autocast a layer norm returns float32
+        return False  # a layer norm returns float32 under autocast
     holders = [_at(module, path) for path in found.children() if path]
     is_seen = any(is_watched(holder, captures=False) for holder in holders)
     return not is_seen and knows_all(_at(module, found.attention), options, READ)
 
 
 def _at(module: nn.Module, path: str) -> Any:
-    """Return the module, or activation function, at a path below a module (itself for ""), or None."""
+    """Return the module or activation function at a path below a module ("" is the module itself), or None."""
     found: nn.Module | None = module
     for name in path.split(".") if path else ():
         found = getattr(found, name, None)
@@ -239,7 +240,7 @@ SUBLAYER_ATTRIBUTES = frozenset(
     | {"is_decoder", "is_causal", "gradient_checkpointing", "has_relative_attention_bias"}
     | {"relative_attention_num_buckets", "relative_attention_max_distance"}
 )
-"""Attributes of such an attention that are read here, or whose effect a probe shows."""
+"""Known attributes of a T5 attention: they are read here, or a probe shows their effect."""
 
 SUBLAYER_READ = READ | {"position_bias"}
 NEEDED = {"key_value_proj_dim", "n_heads", "scaling", "is_causal", "dropout"}
@@ -285,7 +286,7 @@ def traced_in_sublayer(module: nn.Module) -> tuple[str, ...]:
 
 
 def branches_of_sublayer(module: nn.Module, x: Tensor, options: Options, inside: Calls) -> Pairs:
-    """Pair what the fused forward adds to the residual with what the inner module adds to it, (B, T, d)."""
+    """Pair what the fused forward and what the inner module add to the residual, (B, T, d) each."""
     (own,) = (inside[path].output for path in traced_in_sublayer(module))
     inner, norm = _inner(module), norm_of(module._modules[NORM])
     made = None
@@ -297,7 +298,7 @@ def branches_of_sublayer(module: nn.Module, x: Tensor, options: Options, inside:
 
 
 class _ReadySublayer(NamedTuple):
-    """Current operands of the attention for one call."""
+    """Operands of the attention in a sublayer for one call."""
 
     block: SelfAttention
     pattern: Pattern
@@ -328,7 +329,7 @@ def _inner(module: nn.Module) -> nn.Module | None:
 
 
 def _distances(attention: nn.Module, x: Tensor, given: Tensor | None) -> Tensor | None:
-    """Return the relative position bias, (1 or B, H, T, T), given or computed; None if it is not frozen."""
+    """Return the relative position bias (1 or B, H, T, T), given or computed; None if it is missing or not frozen."""
     tokens = x.shape[1]
     if given is None:
         if attention._modules.get(DISTANCES) is None:

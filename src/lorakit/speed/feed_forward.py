@@ -20,13 +20,11 @@ FUSED = (("gate_up_proj", "down_proj"),)
 
 PLAIN = (("fc1", "fc2"), ("c_fc", "c_proj"), ("dense_h_to_4h", "dense_4h_to_h"), ("wi", "wo"))
 LAST, WITHIN = ("c_fc",), ("wi", "wi_0")
-"""In blocks that begin with one of these, the child `dropout` is the last module, or comes before the last linear
-module.
-"""
+"""First modules of blocks in which the child `dropout` comes last (LAST), or before the last linear module (WITHIN)."""
 
 ACTIVATION = ("act_fn", "activation_fn", "act")
 ATTRIBUTES = frozenset({"config", "hidden_size", "intermediate_size", "mlp_bias", "layer_idx", "embed_dim"})
-"""Attributes of feed-forward modules whose effect, if any, a probe shows."""
+"""Known attributes of feed-forward modules; a probe shows their effect, if any."""
 
 
 def fits(module: nn.Module) -> str | None:
@@ -49,10 +47,10 @@ def feed_forward(
     """Compute a feed-forward block with the norm before it and the residual after it.
 
     Args:
-        module: A module that `fits`, or one that has such a block's modules among others.
-        x: Hidden states that `is_supported`, (…, d).
-        norm: The norm before it, or None.
-        residual: Whether to add x.
+        module: A module that `fits` accepts, or one whose children include those of such a block.
+        x: Hidden states (…, d) that `is_supported` accepts.
+        norm: Norm before the block, or None.
+        residual: Whether to add x to the output.
         dropout: Dropout probability after the block.
 
     Returns:

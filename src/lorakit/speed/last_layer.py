@@ -1,8 +1,8 @@
 """Skip rows without loss in the last decoder layer: after its attention, only rows with a label are computed.
 
-The rows are passed with the call, as a keyword argument that the model forwards to its layers; so they are the same
-when a checkpointed layer is recomputed, and no other call or thread sees them. The output of the other rows is
-meaningless, so this is only for forwards whose loss alone is read. A probe shows which models allow it.
+The rows are passed with the call, as a keyword argument that the model forwards to its layers. So a recomputed
+checkpointed layer gets the same rows, and no other call or thread sees them. The output of the other rows is
+meaningless, so rows are skipped only if nothing but the loss of a forward is read. A probe shows which models allow it.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ KEYWORD = "trained_rows"
 """Name of the keyword argument."""
 
 SHARE = 0.9
-"""Fraction of tokens with loss from which all rows are computed: selecting rows has a cost too."""
+"""Fraction of tokens with loss from which all rows are computed, because selecting rows has a cost too."""
 
 ASKED_FOR = ("output_hidden_states", "output_attentions", "output_router_logits")
-"""Arguments of a call, or config fields, that return the outputs of layers."""
+"""Arguments of a call, or config fields, that request the outputs of layers."""
 
 
 class Trained(NamedTuple):
     """Value of the keyword argument.
 
     Attributes:
-        layer: The layer that it is for.
-        rows: Flat indices of its tokens with loss: sorted, (n,).
-        tokens: Number of all tokens.
+        layer: The layer that the rows are meant for.
+        rows: Sorted flat indices of the tokens with loss, (n,).
+        tokens: Total number of tokens.
     """
 
     layer: nn.Module
@@ -46,10 +46,10 @@ class LastLayer:
     """The last layer of a model whose head reads nothing else.
 
     Attributes:
-        layer: Its replacement.
+        layer: The replacement of the layer.
         model: The model.
-        path: Its path in the model.
-        readers: Modules that contain it, and those between it and the head: a hook on them would see its output.
+        path: Path of the layer in the model.
+        readers: Modules that contain the layer or run between it and the head; a hook on them would see its output.
     """
 
     layer: nn.Module
@@ -62,7 +62,7 @@ class LastLayer:
 
         Args:
             targets: Shifted labels, aligned with the positions that predict them, of any shape (…).
-            ignored: The label without loss.
+            ignored: Label of tokens without loss.
             call: The call's arguments by name.
         """
         config, kept = getattr(self.model, "config", None), call.get("logits_to_keep")
@@ -77,9 +77,7 @@ class LastLayer:
         return {KEYWORD: Trained(self.layer, rows, len(flat))} if 0 < len(rows) < SHARE * len(flat) else {}
 
     def _is_compiled(self) -> bool:
-        """Return whether a compiler runs the layer or a module that contains it; it would compile a graph per number of
-        rows.
-        """
+        """Return whether the layer or a module that contains it is compiled: each number of rows would need a graph."""
         module = self.model
         for name in self.path.split("."):
             module = getattr(module, name)
@@ -89,7 +87,7 @@ class LastLayer:
 
 
 def rows_to_compute(layer: nn.Module, value: Trained | None, x: Tensor) -> Tensor | None:
-    """Return the only rows to compute in a layer after its attention, (n,), or None for all.
+    """Return the rows (n,) that a layer must compute after its attention, or None for all.
 
     Args:
         layer: The layer.
@@ -116,13 +114,13 @@ def scatter_rows(y: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
 
 
 def some(ids: Tensor, ignored: int) -> Tensor:
-    """Return labels for a probe, like ids (rows, tokens): of every three tokens in flat order, one has a loss."""
+    """Return labels (rows, tokens) for a probe with these ids, in which every third token in flat order has a loss."""
     targets = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
     return ids.masked_fill(targets % 3 != 1, ignored)
 
 
 def agree(ours: Tensor, theirs: Tensor) -> bool:
-    """Return whether ours (B, T, d), from a probe, equals the model's theirs (B, T, d) up to rounding."""
+    """Return whether `ours` (B, T, d), from a probe, equals the plain model's `theirs` (B, T, d) up to rounding."""
     if ours.shape != theirs.shape or not bool(ours.isfinite().all()):
         return False
     error = torch.linalg.vector_norm(ours.double() - theirs.double())

@@ -1,9 +1,8 @@
-"""Operands of linear modules for one call: plain ones, adapted by lorakit, or adapted by `peft`; and fused adapted
-linears.
+"""Operands of linear modules (plain, or adapted by lorakit or `peft`) for one call, and the fused adapted linear.
 
-A layer is an operand only if it is plain under the current route: one LoRA adapter at most. Several adapters, mixed
-rows, DoRA, a quantized or merged base, or hooks give None, and the layer is called as a module. Everything is read
-again at every call: which adapter is active, disabled or merged, and its scale.
+A module has operands only if it is plain under the current route, with at most one LoRA adapter. With several adapters,
+mixed rows, DoRA, a quantized or merged base, or hooks, the result is None, and the layer is called as a module. All
+state is read at every call: which adapter is active, disabled or merged, and its scale.
 
 Layers of peft are recognized by their attributes; peft is not imported.
 """
@@ -37,7 +36,8 @@ def operand(module: nn.Module, route: Route | None) -> Adapted | None:
         route: The route of this forward, or None if the model has no adapters.
 
     Returns:
-        W (out, in) or (in, out), bias (out,) and, with an adapter, A (r, in) and B (out, r); None if it is not plain.
+        W (out, in) or (in, out), bias (out,) and, with an adapter, A (r, in) and B (out, r); None if the module is not
+        plain.
     """
     if is_watched(module):
         return None
@@ -80,19 +80,19 @@ def frozen_linear(module: nn.Module) -> Adapted | None:
 
 
 def _with_adapter(base: Adapted, pair: tuple[Tensor, Tensor], scale: float, dropout: nn.Module) -> Adapted | None:
-    """Return a frozen linear with the factors A (r, in) and B (out, r), or None if their dropout is not a plain one."""
+    """Return a frozen linear with the factors A (r, in) and B (out, r), or None if `dropout` is not a plain dropout."""
     p = share_dropped(dropout)
     return None if p is None else Adapted(base.W, base.bias, LowRank(*pair, scale, p), base.transposed)
 
 
 FORWARD = ("peft.tuners.lora.layer", "Linear.forward")
-"""Module and name of the forward whose arithmetic is known; a replacement keeps it."""
+"""Module and qualified name of the peft forward that is reproduced here; a replacement keeps both."""
 
 READ = ("active_adapters", "lora_A", "lora_B", "lora_dropout", "scaling")
-"""Attributes of such a layer that are read: the names of its active adapters, and tables by adapter."""
+"""Attributes that are read from such a layer: the names of its active adapters, and tables by adapter."""
 
 ODD_TABLES = ("lora_variant", "lora_bias", *PEFT_TABLES_OF_VARIANTS)
-"""Tables of this or older peft versions in which a true entry means that the adapter is not plain LoRA."""
+"""Tables of current or older peft versions in which a true entry means that the adapter is not plain LoRA."""
 
 
 def is_peft_linear(module: nn.Module) -> bool:
@@ -108,7 +108,8 @@ def peft_operand(module: nn.Module) -> Adapted | None:
         module: A module for which `is_peft_linear` is true.
 
     Returns:
-        W (out, in) or (in, out), bias (out,) and, with an adapter, A (r, in) and B (out, r); None if it is not plain.
+        W (out, in) or (in, out), bias (out,) and, with an adapter, A (r, in) and B (out, r); None if the module is not
+        plain.
     """
     if is_watched(module) or not all(hasattr(module, name) for name in READ) or module.merged:
         return None
@@ -134,11 +135,11 @@ def _entry(table: Mapping[str, Any] | bool | None, name: str) -> bool:
 
 @dataclass(frozen=True)
 class ActiveOperands:
-    """Operands of one call of modules that run as one function.
+    """Operands for one call of modules that run as one function.
 
     Attributes:
-        operands: One per module.
-        forwards: The forward history of the whole.
+        operands: Operands of each module.
+        forwards: Forward history of the modules as a whole.
         route: The route of this call, or None if the model has no lorakit adapters.
         is_recomputed: Whether autograd is recomputing the call.
     """
@@ -149,21 +150,21 @@ class ActiveOperands:
     is_recomputed: bool
 
     def note(self, y: Tensor) -> None:
-        """Record the output y (…, d) of the call, for a backward that may recompute it."""
+        """Record the output y (…, d) of the call, in case the backward recomputes the call."""
         if self.route is not None:
             self.forwards.note(y, self.route, self.is_recomputed)
 
 
 def active_operands(modules: Sequence[nn.Module], forwards: Forwards, x: Tensor) -> ActiveOperands | None:
-    """Return the operands of the modules of one call, or None if one of them is not plain.
+    """Return the operands for one call of several modules, or None if a module is not plain.
 
     Args:
         modules: Linear modules of one model, with or without adapters.
-        forwards: The forward history of the whole; replaces each layer's own.
+        forwards: Forward history of the modules as a whole, used instead of each layer's own.
         x: Input of the call, (…, in).
 
     Raises:
-        RouteError: Autograd is recomputing the call, and its first route cannot be determined.
+        RouteError: Autograd is recomputing the call, and the route of the original call cannot be determined.
     """
     layer = next((module for module in modules if isinstance(module, LoraLayer)), None)
     route, is_recomputed = (None, False) if layer is None else resolve(layer.state, None, forwards)
@@ -171,7 +172,7 @@ def active_operands(modules: Sequence[nn.Module], forwards: Forwards, x: Tensor)
     for module in modules:
         one = peft_operand(module) if is_peft_linear(module) else operand(module, route)
         if one is None or not _is_here(one, x):
-            if route is not None and not torch.is_grad_enabled():  # a reentrant checkpoint may ask which came first
+            if route is not None and not torch.is_grad_enabled():  # a reentrant checkpoint may need it
                 forwards.note(None, route, is_recomputed)
             return None
         operands.append(one)
@@ -184,7 +185,7 @@ def forwards_of(module: nn.Module) -> Forwards:
 
 
 def _is_here(one: Adapted, x: Tensor) -> bool:
-    """Return whether all tensors are whole, on the device of x (…, in), and in a dtype that the module accepts."""
+    """Return whether all tensors are unsharded, on the device of x (…, in), and in a dtype that the module accepts."""
     is_cast = torch.is_autocast_enabled(x.device.type)
     if not is_cast and any(base is not None and base.dtype != x.dtype for base in (one.W, one.bias)):
         return False
@@ -212,7 +213,7 @@ def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
         return None
     forwards = module.forwards if isinstance(module, LoraLayer) else Forwards()
     acting = active_operands([module], forwards, x)
-    if acting is None or acting.operands[0].low is None:  # no gain without an adapter
+    if acting is None or acting.operands[0].low is None:  # without an adapter, a fused forward gains nothing
         return None
     (y,) = linears(x, acting.operands)
     acting.note(y)

@@ -1,9 +1,9 @@
-"""Loss without logits: a model's head returns its hidden states, and the loss multiplies them in chunks.
+"""Loss without logits: the head returns its input, the hidden states, and the loss computes logits in chunks.
 
-Only if the model's logits are the head's output, possibly scaled or soft-capped, as a probe shows; otherwise the loss
-is unchanged. For existing training loops the model's `loss_function` is replaced on the instance, with two hooks: in a
-forward with labels in training mode, the output's logits are then None, and so is the key-value cache unless requested.
-All other forwards are unchanged.
+This requires that the model's logits are the head's output, possibly scaled or soft-capped, which a probe checks;
+otherwise the loss is unchanged. For existing training loops, the model's `loss_function` is replaced on the instance,
+and two hooks are added: in a forward with labels in training mode, the output's logits are then None, and so is the
+key-value cache unless requested. All other forwards are unchanged.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 @dataclass
 class HiddenStateCapture:
-    """A forward in which the head returns its hidden states.
+    """State of a forward in which the head returns its input, the hidden states.
 
     Attributes:
-        owner: The module whose forward it is, or None for a context.
+        owner: The module whose forward this is, or None within `Head.passing`.
         given: Inputs of the head, (rows, length, d) each.
-        version: In-place change counter of the first of these when it was captured.
-        used: Whether a loss was computed from it.
+        version: In-place change counter of the last input when it was captured.
+        used: Whether a loss was computed from the input.
     """
 
     owner: nn.Module | None
@@ -64,10 +64,10 @@ class Head:
     Attributes:
         scale: Factor between the head's output and the logits.
         softcap: Bound of the logits by tanh, or None.
-        module: The head; its replacement once the model is accelerated.
-        holders: Every (parent, attribute) that contained it when the model was accelerated.
-        open: Thread -> its current capturing forward.
-        last: The last layer, if that can skip rows without loss.
+        module: The head's module, or its replacement once the model is accelerated.
+        holders: Every (parent, attribute) that held the module when the model was accelerated.
+        open: Thread -> state of its current capturing forward.
+        last: The last layer if it can skip rows without loss, or None.
     """
 
     scale: float
@@ -78,8 +78,9 @@ class Head:
     last: LastLayer | None = None
 
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
-        """Run as the head's replacement: capture and return the hidden states (…, d) of a capturing forward, else
-        return None.
+        """Capture and return the hidden states (…, d) in a capturing forward; else return None.
+
+        This is the fused forward of the head's replacement.
         """
         capture = self.open.get(threading.get_ident()) if self.open else None
         if capture is None or not args or kwargs:
@@ -116,7 +117,7 @@ class Head:
 
         Args:
             model: The accelerated model.
-            labels: (rows, length); -100 has no loss, the others are predicted from the previous position.
+            labels: (rows, length); -100 means no loss, other labels are predicted from the previous position.
             inputs: The model's other arguments.
 
         Returns:
@@ -136,7 +137,7 @@ class Head:
             hidden: Input of the head, (…, d).
             targets: One label per hidden state, of any shape (…).
             total: Divisor of the summed loss; None for the number of targets with loss.
-            ignore_index: The label without loss.
+            ignore_index: Label of tokens without loss.
 
         Returns:
             A scalar in fp32 or wider.
@@ -154,19 +155,20 @@ class Head:
 
 
 def shifted(labels: Tensor, ignored: int) -> Tensor:
-    """Shift labels (…, length) to the positions that predict them; the last position gets the label without loss."""
+    """Shift labels (…, length) to the positions that predict them; the last position gets `ignored`."""
     return nn.functional.pad(labels[..., 1:], (0, 1), value=ignored)
 
 
 def last_layer_for(head: Head, last: LastLayer, call: Call, output: ModelOutput | None) -> LastLayer | None:
-    """Return the last layer if it can skip rows without loss, or None if a probe shows that it cannot; call it in
-    `eval_mode`.
+    """Return the last layer if a probe shows that it can skip rows without loss, else None.
+
+    Call it in `eval_mode`.
 
     Args:
         head: The head of a model with all replacements in place.
-        last: The layer in question.
+        last: The last layer to check.
         call: The head's call in a probe of the plain model.
-        output: The output of that model.
+        output: The plain model's output in that probe.
     """
     if not isinstance(output, Mapping):
         return None
@@ -198,7 +200,7 @@ def head_for(head: nn.Module | None, given: Tensor | None, logits: Tensor | None
         model: The model.
 
     Returns:
-        The head, or why its loss needs logits, a short phrase.
+        The head, or a short phrase that says why the loss needs logits.
     """
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
@@ -224,7 +226,7 @@ def head_for(head: nn.Module | None, given: Tensor | None, logits: Tensor | None
 
 
 STOCK = ("transformers.loss.loss_utils", "ForCausalLMLoss")
-"""Module and name of the loss whose arithmetic is known."""
+"""Module and qualified name of the loss function that is reproduced here."""
 
 LOSS, OWN_LOSS = "loss_function", "_loss_function"
 """Attributes of a transformers model: its loss function, and the one that was set on the model itself, if any."""
@@ -238,8 +240,8 @@ class LossWithoutLogits:
 
     Args:
         head: The model's head.
-        model: The transformers model whose loss function this is.
-        last: Its last layer, if that can skip rows without loss, or None.
+        model: The transformers model whose loss function is replaced.
+        last: The model's last layer if it can skip rows without loss, or None.
     """
 
     def __init__(self, head: Head, model: nn.Module, last: LastLayer | None) -> None:
@@ -251,7 +253,7 @@ class LossWithoutLogits:
         self.handles: list[RemovableHandle] = []
 
     def install(self, wholes: Iterable[nn.Module]) -> None:
-        """Set the loss function and add the hooks to every callable owner: the model, and its wrappers."""
+        """Set the model's loss function, and add the hooks to the model and its wrappers, `wholes`."""
         setattr(self.model, LOSS, self)
         for whole in wholes:
             self.handles.append(whole.register_forward_pre_hook(self._begin, with_kwargs=True))
@@ -274,23 +276,23 @@ class LossWithoutLogits:
         shift_labels: Tensor | None = None,
         **kwargs: object,
     ) -> Tensor:
-        """Compute the next-token loss, a scalar, with the arguments of transformers' own.
+        """Compute the next-token loss, a scalar; the parameters are those of transformers' own loss.
 
         Args:
             logits: (rows, length, V), or the hidden states in a capturing forward.
             labels: (rows, length).
             vocab_size: V.
-            num_items_in_batch: Divisor of the summed loss; None for the number of labels.
-            ignore_index: The label without loss.
-            shift_labels: Labels already aligned with the positions that predict them, (rows, length), instead of
-                `labels`.
+            num_items_in_batch: Divisor of the summed loss; None for the number of tokens with loss.
+            ignore_index: Label of tokens without loss.
+            shift_labels: Labels already aligned with the positions that predict them, (rows, length), to use instead
+                of `labels`.
             kwargs: Other arguments of the stock loss.
 
         Raises:
             RunError: The head was called several times, or its output was changed in place.
         """
         options = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index, "shift_labels": shift_labels}
-        is_traced = torch.compiler.is_compiling()  # a compiler cannot trace threads, and gets logits
+        is_traced = torch.compiler.is_compiling()  # a compiler cannot trace thread ids, so it gets logits
         capture = None if is_traced else self.head.open.get(threading.get_ident())
         if capture is None or capture.owner is None or not capture.given:
             return self.stock(logits, labels, vocab_size, **options, **kwargs)
@@ -324,7 +326,7 @@ class LossWithoutLogits:
         thread, wanted = threading.get_ident(), self._wanted(module, kwargs)
         capture = self.head.open.get(thread)
         if capture is not None and capture.owner is None:
-            return None  # a block of our own loop
+            return None  # within `Head.passing`
         if not wanted:
             self.head.open.pop(thread, None)  # left behind by an interrupt
             return None
@@ -335,9 +337,7 @@ class LossWithoutLogits:
         return args, kwargs | self._without_cache(args, kwargs) | self._trained_rows(kwargs)
 
     def _without_cache(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, bool]:
-        """Return an argument that disables the cache, for a call without one that requests none: the loss does not read
-        it.
-        """
+        """Return the argument that disables the cache, unless a call passes or requests a cache; then nothing."""
         asked = any(kwargs.get(name) is not None for name in ("use_cache", "cache", "past_key_values"))
         by_name = len(args) < 2  # a second positional argument may be a cache
         return {"use_cache": False} if by_name and not asked and hasattr(self.model.config, "use_cache") else {}
@@ -366,7 +366,7 @@ class LossWithoutLogits:
         if capture is None or capture.owner is not module:
             return None
         del self.head.open[thread]
-        if not capture.given or not isinstance(output, Mapping):  # a failed forward gives nothing
+        if not capture.given or not isinstance(output, Mapping):  # a failed forward has no output
             return None
         if not capture.used:
             kind = type(self.model).__name__
@@ -376,13 +376,13 @@ class LossWithoutLogits:
 
 
 def loss_for(model: nn.Module, head: Head) -> LossWithoutLogits | str:
-    """Return the loss without logits of a model, not yet installed; or why it is not possible, a short phrase.
+    """Return the loss without logits for a model, not yet installed; or a short phrase that says why there is none.
 
     Call it in `eval_mode`.
 
     Args:
         model: The transformers model itself, without wrappers.
-        head: Its head.
+        head: The model's head.
     """
     stock: Loss | None = getattr(model, LOSS, None)
     if stock is None or (getattr(stock, "__module__", ""), getattr(stock, "__qualname__", "")) != STOCK:

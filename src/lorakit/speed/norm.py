@@ -1,7 +1,7 @@
-"""Norms and dropouts: their current operands for fused functions, and their fused forwards.
+"""Fused forwards of norms and dropouts, and their current operands for other fused functions.
 
-A fused norm saves its input and one or two values per row instead of several fp32 copies. A fused dropout, on a CPU,
-draws the dropped positions instead of one decision per element.
+A fused norm saves its input and one or two values per row instead of several fp32 copies. On a CPU, a fused dropout
+draws the dropped positions instead of one random number per element.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from lorakit.speed.patching import is_watched
 from lorakit.speed.submodules import Options
 
 RMS = ("RMSNorm", "T5LayerNorm")
-"""Suffixes of the class names of norms without a mean."""
+"""Suffixes of class names of RMS norms."""
 
 EPSILONS = ("variance_epsilon", "eps")
 
 
 def norm_of(module: nn.Module | None) -> Norm | None:
-    """Return the operands of a norm over the last axis, or None if it is unknown or not frozen."""
+    """Return the operands of a norm over the last axis, or None if the norm is unknown or not frozen."""
     if module is None or is_watched(module):
         return None
     weight = module._parameters.get("weight")
@@ -39,12 +39,12 @@ def norm_of(module: nn.Module | None) -> Norm | None:
 
 
 def norms_at(module: nn.Module, first: str, second: str) -> tuple[Norm | None, Norm | None] | None:
-    """Return two children of a module as norms, each None if it is missing; or None if one is unknown.
+    """Return two children of a module as norms, with None for a missing child; None instead if a child is unknown.
 
     Args:
         module: The module.
-        first: Name of a child.
-        second: Name of another.
+        first: Name of one child.
+        second: Name of the other child.
     """
     children = module._modules.get(first), module._modules.get(second)
     norms = norm_of(children[0]), norm_of(children[1])
@@ -58,7 +58,7 @@ def fits(module: nn.Module) -> str | None:
 
 
 def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
-    """Return the norm of x (…, d), or None if the module's own forward must run."""
+    """Return the normalized x (…, d), or None if the module's own forward must run."""
     norm = norm_of(module)
     if norm is None or options or (norm.weight is not None and norm.weight.dtype != x.dtype):
         return None  # with another dtype, the output dtype depends on the model
@@ -68,7 +68,7 @@ def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
 
 
 def dropout_p(module: nn.Module | None) -> float | None:
-    """Return the current probability of a dropout, 0 if there is none, None if it is not a plain one."""
+    """Return the current probability of a dropout module: 0 without a module, None if it is not a plain dropout."""
     if module is None or (isinstance(module, nn.Identity) and not is_watched(module)):
         return 0.0
     if not isinstance(module, nn.Dropout) or is_watched(module) or module.p >= 1:
@@ -84,5 +84,5 @@ def fits_dropout(module: nn.Module) -> str | None:
 
 
 def run_dropout(module: nn.Dropout, x: Tensor, options: Options) -> Tensor | None:
-    """Return the dropout of x (any shape), or None if the module's own forward must run."""
+    """Return x (any shape) after dropout, or None if the module's own forward must run."""
     return None if options or x.device.type != "cpu" else dropout(x, module.p, module.training)

@@ -1,7 +1,7 @@
-"""Replace one module of one model by an instance of a runtime subclass that shares its state.
+"""Replace a module of a model with an instance of a subclass, created at runtime, that shares the module's state.
 
 State dict names, hooks, `isinstance` and `repr` are unchanged; no class and no attribute of the original module is
-modified. Undoing puts the original back.
+modified. A replacement can be undone.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.routing.recompute import Forwards as Forwards
 
 FORWARDS = "_forward_history"
-"""Attribute of a replaced module with its forward history, as on lorakit layers."""
+"""Attribute of a replaced module that holds its forward history, as on lorakit layers."""
 
 RECOMPUTES = "_recomputes_matmuls"
-"""Attribute of a replaced feed-forward: it recomputes its matmuls in the backward instead of saving the results."""
+"""Attribute of a replaced feed-forward block that recomputes its matmuls in the backward instead of saving results."""
 
 OWN = (FORWARDS, RECOMPUTES)
 """Attributes that a replacement adds to the shared state."""
 
 MARK = "_replaced_class"
-"""Class attribute that only replacement classes have: the original's class."""
+"""Class attribute that only replacement classes have; it holds the class of the original."""
 
 CONTRACT = "_contract"
-"""`__slots__` entry of a replacement, not part of the shared state: what its fused forward relies on."""
+"""`__slots__` entry of a replacement for its `Contract`, which is not part of the shared state."""
 
 Forward = Callable[..., Any]
 """The forward that a replacement tries first: module, arguments -> output, or None if it does not support the call."""
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the children of a module by name; one that has two names is returned under both.
+    """Return the children of a module by name; a child with two names is returned under both.
 
     Args:
         module: Any module.
@@ -47,7 +47,7 @@ def children_of(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def modules_at(module: nn.Module, names: Iterable[str]) -> list[nn.Module]:
-    """Return the children of a module with these names, without those that are missing.
+    """Return the children of a module with the given names, skipping names that are missing.
 
     Args:
         module: Any module.
@@ -63,7 +63,7 @@ class Swap:
     Attributes:
         original: The original module.
         replacement: The module that replaces it.
-        holders: Every (parent, attribute) that held it.
+        holders: Every (parent, attribute) that held the original.
     """
 
     original: nn.Module
@@ -71,11 +71,11 @@ class Swap:
     holders: tuple[tuple[nn.Module, str], ...]
 
     def do(self) -> None:
-        """Put the replacement wherever the original is."""
+        """Install the replacement in every holder of the original."""
         self._replace(self.original, self.replacement)
 
     def undo(self) -> None:
-        """Put the original back wherever the replacement is."""
+        """Restore the original in every holder of the replacement."""
         for name in OWN:
             self.original.__dict__.pop(name, None)
         self._replace(self.replacement, self.original)
@@ -84,13 +84,13 @@ class Swap:
         for parent, attribute in self.holders:
             if parent._modules.get(attribute) is old:
                 parent._modules[attribute] = new
-        if isinstance(old, AdapterModule) and isinstance(new, AdapterModule):  # weak references: one may be gone
+        if isinstance(old, AdapterModule) and isinstance(new, AdapterModule):  # `state` lists modules by weak reference
             old.state.leave(old)
             new.state.join(new)
 
 
 def undo(model: nn.Module, swaps: Sequence[Swap]) -> None:
-    """Put all originals back, including inside adapter layers that hold a replacement by now.
+    """Restore all originals, including inside adapter layers that have wrapped a replacement since.
 
     Args:
         model: The model with the replacements.
@@ -108,13 +108,13 @@ def undo(model: nn.Module, swaps: Sequence[Swap]) -> None:
 def make_replacement(
     module: nn.Module, fast: Forward, classes: dict[tuple[type, str], type[nn.Module]], name: str
 ) -> nn.Module:
-    """Create a module with the state of another and a fused forward.
+    """Create a replacement that shares a module's state and tries a fused forward first.
 
     Args:
         module: The original; both share one `__dict__`.
-        fast: Tried first, with the module before the call's own arguments.
-        classes: Cache for one model, (original class, `name`) -> class.
-        name: Name of the fused forward: modules of one class and name share a class.
+        fast: Fused forward, called with the module and the arguments of the call.
+        classes: Cache for one model, (original class, `name`) -> replacement class.
+        name: Name of the fused forward; modules with the same class and name share a replacement class.
     """
     key = (type(module), name)
     if key not in classes:
@@ -130,7 +130,7 @@ def may_run(module: nn.Module) -> bool:
     Args:
         module: Any module.
     """
-    contract = getattr(module, CONTRACT, None)  # a replica of a replacement made by torch has none
+    contract = getattr(module, CONTRACT, None)  # replicas that torch makes have none
     return contract is not None and contract.holds()
 
 
@@ -163,11 +163,11 @@ def _subclass(
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Output:
         made = None
-        if not torch.compiler.is_compiling() and may_run(self):  # a compiler fuses on its own, over the plain forward
+        if not torch.compiler.is_compiling() and may_run(self):  # a compiler fuses the plain forward itself
             made = fast(self, *args, **kwargs)
         return original.forward(self, *args, **kwargs) if made is None else made
 
-    def as_original(self: nn.Module, protocol: int) -> Reduced:  # a runtime class cannot be imported
+    def as_original(self: nn.Module, protocol: int) -> Reduced:  # a class created at runtime cannot be imported
         return _blank, (original,), {name: value for name, value in vars(self).items() if name not in OWN}
 
     members: dict[str, Any] = {"forward": forward, "__reduce_ex__": as_original, "__slots__": (CONTRACT,)}
@@ -176,5 +176,5 @@ def _subclass(
 
 
 def _blank(kind: type[nn.Module]) -> nn.Module:
-    """Return an instance without any state and without calling the class."""
+    """Create an instance without state and without calling `__init__`."""
     return object.__new__(kind)

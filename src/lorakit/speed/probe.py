@@ -1,9 +1,8 @@
-"""Small probe forwards of a model on random tokens, recording the calls of its modules, with the model restored
-afterwards.
+"""Run small probe forwards of a model on random tokens, record the calls of its modules, and restore the model.
 
-Probes run in eval mode without gradients. A forward may change more than its output: some models build rotary caches or
-masks on their first call, or switch their attention for short inputs. So flags, attributes, children, hooks, buffers,
-forward records and random state are restored; after the block the modules hold the same objects as before.
+Probes run in eval mode without gradients. A forward may have side effects: some models build rotary caches or masks on
+their first call, or switch their attention for short inputs. So flags, attributes, children, hooks, buffers, forward
+records and random state are restored; afterwards, the modules hold the same objects as before.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from torch import Tensor, nn
 from lorakit.speed.patching import Forwards
 
 COPIED = 1 << 20
-"""Largest buffer, in elements, that is copied before the block to undo in-place writes."""
+"""Largest buffer, in elements, that is copied beforehand so that in-place writes can be undone."""
 
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Restore a model and torch's random generators after a block.
+    """Restore a model and torch's random generators when a context ends.
 
-    Inside the block modules have empty forward records, so a later backward does not see the block's forwards.
+    Within the context, modules have empty forward records, so a later backward does not see the context's forwards.
 
     Args:
         model: Any model; its parameters are not copied.
@@ -52,7 +51,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Freeze all parameters of a model within a block.
+    """Freeze all parameters of a model within a context.
 
     Args:
         model: Any model.
@@ -83,7 +82,7 @@ class _Held:
                 self.now[name] = Forwards()
 
     def restore(self) -> None:
-        """Restore everything, including changes inside a table."""
+        """Restore everything, including the contents of tables."""
         for name in self.now.keys() - self.attributes.keys():
             del self.now[name]
         self.now.update(self.attributes)
@@ -100,8 +99,7 @@ ModelOutput = Mapping[str, Any] | tuple[Any, ...]
 
 ROWS, TOKENS = 2, 9
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
-"""Largest relative norm of the difference: a few roundings of the dtype, far below the effect of any other arithmetic.
-"""
+"""Largest allowed relative norm of a difference: a few rounding errors, far below the effect of other arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ Calls = Mapping[str, Call]
 """Path -> call."""
 
 Pairs = list[tuple[Tensor | None, Tensor]]
-"""Outputs of a fused forward, None if it does not support the call, each with the module's own, (…) each."""
+"""Pairs of outputs, (…) each: of a fused forward, or None if it does not support the call; and the module's own."""
 
 
 def attempt(run: Callable[[], Result]) -> Result | Exception:
@@ -157,16 +155,16 @@ def calls(
 
     Args:
         model: A transformers model.
-        modules: Path -> module.
+        modules: Path -> module to record.
         rows: Rows of the batch.
         tokens: Tokens per row.
         stop: Whether to end the forward when all modules were called.
 
     Returns:
-        Path -> last call, for the modules that were called; and the model's output, None if it was stopped.
+        Path -> last call, for the modules that were called; and the model's output, or None if the forward was stopped.
 
     Raises:
-        Exception: Any exception of a model that does not run on these token ids alone.
+        Exception: The model does not run on these token ids alone; it may raise any exception.
     """
     found: dict[str, Call] = {}
 
@@ -227,9 +225,9 @@ def inputs_of(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS) -> dict[
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Run a block in eval mode without gradients, and restore the model afterwards.
+    """Set a model to eval mode and disable gradients within a context, and restore the model afterwards.
 
-    Inference mode would be wrong here: tensors that a model creates and caches in it can never be used in training.
+    Inference mode would be wrong here: tensors that a model creates and caches in it cannot be used in training later.
 
     Args:
         model: Any model.

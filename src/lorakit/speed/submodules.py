@@ -1,6 +1,6 @@
 """Checks of modules and calls for fused forwards: activations, attributes, config fields, arguments.
 
-Modules are recognized by structure. None means unknown; nothing is guessed.
+Modules are recognized by structure. Whatever is unknown counts as not supported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lorakit.speed.contract import names_read
 from lorakit.speed.patching import children_of, is_watched, original_class
 
 Options = dict[str, Any]
-"""Arguments of a call besides the hidden states, by name."""
+"""Arguments of a call other than the hidden states, by name."""
 
 ACTIVATIONS: dict[str, str] = {
     "SiLU": "silu",
@@ -30,11 +30,11 @@ ACTIVATIONS: dict[str, str] = {
     "QuickGELUActivation": "quick_gelu",
     "ReLU": "relu",
 }
-"""Activation class -> its name in `lorakit.ops.activation`; a probe confirms each before it is used."""
+"""Activation class -> name in `lorakit.ops.activation`; a probe confirms each activation before it is used."""
 
 
 def activation_of(function: Callable[..., Any] | None) -> str | None:
-    """Return the name of an activation, or None.
+    """Return the name of an activation, or None if it is unknown.
 
     Args:
         function: A module or a function of tensors (…).
@@ -49,7 +49,7 @@ def activation_of(function: Callable[..., Any] | None) -> str | None:
 
 
 def unknown_activation(function: Callable[..., Any] | None) -> str | None:
-    """Return why an activation is not supported, a short phrase, or None if it is."""
+    """Return a short phrase that says why an activation is not supported, or None if it is."""
     return f"unknown activation {type(function).__name__}" if activation_of(function) is None else None
 
 
@@ -60,9 +60,9 @@ def unknown_implementation(attention: nn.Module, supported: str = "sdpa") -> str
 
 
 def unknown_attributes(module: nn.Module, names: Collection[str], children: Collection[str]) -> str | None:
-    """Return what a module has besides the known attributes and children, as a phrase, or None.
+    """Return a phrase that lists the unknown attributes and children of a module, or None if there are none.
 
-    An unknown setting may change something that no probe shows.
+    An unknown setting may have an effect that no probe shows.
 
     Args:
         module: The module.
@@ -76,13 +76,13 @@ def unknown_attributes(module: nn.Module, names: Collection[str], children: Coll
 
 
 def unknown_fields(module: nn.Module, known: Collection[str]) -> str | None:
-    """Return the unknown config fields that a module's forward reads, as a phrase, or None.
+    """Return a phrase that lists the unknown config fields a module's forward reads, or None if there are none.
 
-    A field that is None or False is considered off; a replacement's contract covers its value.
+    A field that is None or False counts as off; the contract of a replacement detects changes of its value.
 
     Args:
         module: A module with a config.
-        known: Fields that the fused forward reads, too.
+        known: Names of the known fields.
     """
     fields = vars(module.config)
     read = names_read(original_class(module)) & fields.keys() - vars(module).keys() - set(known)
@@ -91,10 +91,10 @@ def unknown_fields(module: nn.Module, known: Collection[str]) -> str | None:
 
 
 def knows_all(attention: nn.Module, options: Options, read: Collection[str]) -> bool:
-    """Return whether a call asks an attention for its output alone, with arguments that are known or not set.
+    """Return whether a call requests only the output of an attention, without unknown arguments.
 
     Args:
-        attention: A module, with a transformers config if it has one.
+        attention: The attention module, with or without a transformers config.
         options: Arguments of the call.
         read: Names of arguments that the fused forward reads, or that have no effect.
     """
@@ -109,13 +109,13 @@ OPTIONAL = frozenset(
     {"cache", "past_key_values", "layer_past", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
     | {"encoder_hidden_states", "encoder_attention_mask", "key_value_states", "mask", "head_mask", "cache_position"}
 )
-"""Arguments without effect if None or False; all others have no effect only if omitted."""
+"""Arguments that have no effect if they are None or False; other arguments have none only if omitted."""
 
 
 def split_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Options]:
-    """Split a call into its hidden states and its other arguments, by their names in the module's own forward.
+    """Split the arguments of a call into the hidden states and the others, named as in the module's own forward.
 
-    Without hidden states, or with more positional arguments than names, the hidden states are None.
+    The hidden states are None if the call has none, or has more positional arguments than the forward has parameters.
 
     Args:
         module: The module that is called.
@@ -136,7 +136,7 @@ def split_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 def is_supported(x: Tensor) -> bool:
     """Return whether fused forwards support a call with x (…, d): floating-point, at least one row, no tracing.
 
-    Under autocast they compute in its dtype; float64, which autocast does not cast, is left alone here too.
+    Under autocast, fused forwards compute in its dtype; float64, which autocast does not cast, is not supported there.
     """
     if torch.compiler.is_compiling() or not x.is_floating_point() or not x.numel():
         return False

@@ -4,8 +4,8 @@ disk.
 `choose` measures; `lorakit.ops.choices.activate` activates the results. Only attention and matmuls with frozen base
 weights are measured, on a CPU, from a size at which it can matter. Nothing here runs unless called.
 
-All machines that share a cache directory share one file. If it is missing, damaged or not writable, shapes are measured
-again, nothing else. If two processes write at once, one may lose its results; the file is always whole.
+All machines that share a cache directory share one file. If the file is missing, damaged or not writable, shapes are
+measured again. If two processes write at the same time, one may lose its results, but the file remains valid.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FORMAT = 1
 
 
 def read(folder: Path | None = None) -> dict[str, int]:
-    """Return the results for this machine, thread count and torch version.
+    """Read the saved results for this machine, thread count and torch version.
 
     Args:
         folder: Directory of the file; None for lorakit's cache.
@@ -60,7 +60,7 @@ def save(results: Mapping[str, int], folder: Path | None = None) -> str:
         folder: As for `read`.
 
     Returns:
-        Why it was not possible, or "".
+        Why the results could not be saved, or "".
     """
     try:
         path = _path(folder)
@@ -73,7 +73,7 @@ def save(results: Mapping[str, int], folder: Path | None = None) -> str:
 
 
 def machine() -> str:
-    """Return what determines speed here: processor, its instructions, threads, torch, lorakit and its kernels."""
+    """Return a key for all that determines speed: processor, instruction sets, threads, torch, lorakit and kernels."""
     here, limit = this_machine(), os.environ.get("ONEDNN_MAX_CPU_ISA", "")
     instructions = " ".join((*here.features, *([f"at most {limit}"] if limit else [])))
     kernels = "compiled kernels" if compiled.kernels() is not None else "no kernels"
@@ -98,29 +98,28 @@ def _machines(path: Path) -> dict[str, Any]:
 def _of_machine(machines: Mapping[str, Any]) -> dict[str, int]:
     results = machines.get(machine())
     known = results.items() if isinstance(results, dict) else ()
-    return {name: method for name, method in known if type(method) is int}  # a bool is not one
+    return {name: method for name, method in known if type(method) is int}  # excludes bool
 
 
 GAIN = 0.1
-"""Fraction of the default's time that another method must save; less may be noise."""
+"""Fraction of the best time so far that another method must save; less may be noise."""
 
 ROUNDS = 3
-"""Trials that another method must win before the best so far has won as many, so that one disturbance does not decide.
-"""
+"""Trials that another method must win before the best one so far wins as many; a single disturbance does not decide."""
 
 FEWEST_FLOPS, MOST_FLOPS = 1 << 27, 1 << 33
-"""Range of FLOPs that is measured. Less is over at once; more runs at full speed with any method and takes long to
-measure.
+"""Range of FLOPs that is measured. Smaller operations hardly take time; larger ones run at full speed with any method
+and take long to measure.
 """
 
 AT_ONCE = 1024
-"""Minimum tokens of a measured attention."""
+"""Minimum total tokens of a measured attention."""
 
 BUSY = 1.5
-"""Running processes per core, averaged over the last minute, above which a machine is busy."""
+"""Running processes per core, averaged over the last minute, above which a machine counts as busy."""
 
 IN_FP32_ROWS = 512
-"""Rows of the matmul that decides whether those of a weight run in fp32."""
+"""Rows of the measured matmul that decides whether the matmuls of a weight run in fp32."""
 
 BUDGET_SECONDS = 3.0
 """Seconds after which the remaining shapes are left to a later run."""
@@ -131,11 +130,11 @@ class TuningTask:
     """A shape with several methods.
 
     Attributes:
-        name: Its name in `lorakit.ops.choices`.
+        name: Name of the shape in `lorakit.ops.choices`.
         default: The default method.
         others: Methods to try, each only if the one before was faster.
-        prepare: Returns a function that runs a method, on its own data.
-        unless: A shape measured before; if its method is not 0, this one is skipped.
+        prepare: Function that creates data and returns a function that runs a given method on it.
+        unless: Name of a shape that is measured before; if its method is not 0, this task is skipped.
     """
 
     name: str
@@ -181,18 +180,17 @@ def choose(
     folder: Path | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> TuningResult:
-    """Find the fastest methods for the shapes of a model: cached ones, and the others by measurement, in about three
-    seconds.
+    """Find the fastest methods for the shapes of a model, from saved results or by measuring for about three seconds.
 
     Global random generators are unchanged. The result is empty on devices other than a CPU, for weights without data,
-    and while compiling; on a busy machine nothing is measured.
+    and under a compiler; on a busy machine, nothing is measured.
 
     Args:
         model: A model, with or without adapters; it is not called.
         tokens: Tokens of the largest batch.
-        longest: Tokens of its longest sequence.
+        longest: Tokens of the longest sequence.
         folder: Directory of the results; None for lorakit's cache.
-        clock: Seconds, for tests.
+        clock: Clock in seconds, which tests replace.
     """
     is_fake = torch.compiler.is_compiling() or type(torch.empty(0, device="cpu")) is not Tensor
     asked = [] if is_fake else [*matmul_tasks(model, tokens), *attention_tasks(model, longest)]
@@ -220,7 +218,7 @@ def is_busy(machine: Machine) -> bool:
 
 
 def fastest(task: TuningTask, clock: Callable[[], float]) -> int:
-    """Return the method that beats the default by `GAIN` first in `ROUNDS` trials, or the default."""
+    """Return the last method of a task that beats its predecessor by `GAIN` in `ROUNDS` trials, or the default."""
     with torch.no_grad():
         run, best = task.prepare(), task.default
         for other in task.others:
@@ -231,7 +229,7 @@ def fastest(task: TuningTask, clock: Callable[[], float]) -> int:
 
 
 def _wins(run: Callable[[int], Tensor | None], other: int, best: int, clock: Callable[[], float]) -> bool:
-    for method in (best, other):  # excludes what a library sets up at its first call
+    for method in (best, other):  # warm-up, because a library's first call may include setup
         run(method)
     won = lost = 0
     while won < ROUNDS and lost < ROUNDS:
@@ -240,15 +238,15 @@ def _wins(run: Callable[[int], Tensor | None], other: int, best: int, clock: Cal
             began = clock()
             run(method)
             taken[method] = clock() - began
-        gains = taken[other] < (1 - GAIN) * taken[best]  # a clock that is too coarse reports 0 for both
+        gains = taken[other] < (1 - GAIN) * taken[best]  # with too coarse a clock, both are 0
         won, lost = won + gains, lost + (not gains)
     return won == ROUNDS
 
 
 def matmul_tasks(model: nn.Module, tokens: int) -> Iterator[TuningTask]:
-    """Yield the matmuls of batches of up to `tokens` tokens with the frozen weights of a model, forward and backward.
+    """Yield tasks for the matmuls, in forward and backward, of up to `tokens` tokens with a model's frozen weights.
 
-    Those that decide whether a weight runs in fp32 come first, measured on a part of a large weight.
+    Tasks that decide whether the matmuls of a weight run in fp32 come first; they use only a part of a large weight.
     """
     counts = [rows for fewer, rows in itertools.pairwise((choices.SLICES[0], *choices.ROWS)) if fewer < tokens]
     sides = [right for W in _weights(model) for right in (W, W.t())]
@@ -265,7 +263,7 @@ def matmul_tasks(model: nn.Module, tokens: int) -> Iterator[TuningTask]:
 
 
 def attention_tasks(model: nn.Module, longest: int) -> Iterator[TuningTask]:
-    """Yield the causal attention of a model over sequences of up to `longest` tokens."""
+    """Yield tasks for the causal attention of a model over sequences of up to `longest` tokens."""
     config = getattr(model, "config", None)
     heads = getattr(config, "num_attention_heads", None)
     dtype = next((W.dtype for W in _weights(model)), None)
@@ -317,9 +315,7 @@ def _rows_of(rows: int, right: Tensor) -> tuple[Tensor, Tensor]:
 def _attention(
     sizes: tuple[int, int, int, int], shared: int, dtype: torch.dtype, methods: tuple[Method, Method]
 ) -> Callable[[int], None]:
-    """Return a function that runs forward and backward over q of these sizes (B, H, T, D), and k and v with `shared`
-    heads.
-    """
+    """Return a function that runs forward and backward for q of sizes (B, H, T, D), and k and v of `shared` heads."""
     batch, heads, length, width = sizes
     q = torch.ones(batch, length, heads, width, dtype=dtype, device="cpu").transpose(1, 2)
     k, v = (torch.ones(batch, length, shared, width, dtype=dtype, device="cpu").transpose(1, 2) for _ in range(2))

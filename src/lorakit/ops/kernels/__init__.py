@@ -1,4 +1,4 @@
-"""Compiled kernels of fused operations, for CPUs in C and for CUDA in Triton; `kernels_for` selects those of a call."""
+"""Compiled kernels for fused operations, in C for CPUs and in Triton for CUDA; `kernels_for` selects those to use."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lorakit.ops.kernels.protocol import Kernels
 def kernels_for(x: Tensor, *others: Tensor | None, strided: bool = False) -> Kernels | None:
     """Return the compiled kernels for x (any shape), or None if PyTorch's operations must be used.
 
-    None for unsupported dtypes; if another tensor differs in dtype or device; for non-contiguous tensors (x may be, if
-    strided) and tensors without storage (fake tensors, shards); and under a compiler or tracer.
+    Kernels are not used for unsupported dtypes, if another tensor differs in dtype or device, for non-contiguous
+    tensors (except x if `strided`), for tensors without storage (fake tensors, shards), or under a compiler or tracer.
     """
     if type(x) not in _PLAIN or x.dtype not in _DTYPES.get(x.device.type, ()):
         return None

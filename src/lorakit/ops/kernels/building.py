@@ -1,9 +1,9 @@
 """Compile rows.c and its headers into a shared library, once per machine, compiler and dtype, and cache it.
 
 Nothing is downloaded or installed: the C compiler on the system is used, if there is one. A library is code, so it is
-built and loaded only in a private directory, one that no other user can write to. It is built in a directory next to
-its final path and then moved there, so that concurrent builds do not interfere. Failures are reported in `Built`, never
-raised.
+built and loaded only in a private directory, to which no other user can write. It is built in a temporary directory
+next to its final path and then moved to that path, so that concurrent builds do not interfere. Failures are reported in
+`Built`, never raised.
 
 A directory is private if it belongs to the user and has mode 0700, and if each of its parents belongs to the user or
 root and cannot be written by others. A parent with the sticky bit, such as /tmp, may be world-writable: its entries can
@@ -40,18 +40,18 @@ SOURCE = Path(__file__).with_name("rows.c")
 COMPILERS = ("gcc", "cc", "clang")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 WIDEST = "-mprefer-vector-width=512"
-"""Used if the compiler supports it: by default GCC uses only half the vector width of processors with AVX-512."""
+"""Flag for compilers that support it: by default, GCC uses only half the vector width of processors with AVX-512."""
 SECONDS = 120
 """Timeout of a compiler run."""
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 class Built(NamedTuple):
-    """A library, or the reason why there is none.
+    """A loaded library, or the reason why there is none.
 
     Attributes:
         functions: The loaded library, or None.
-        why: How it was built, or why it was not; for logs.
+        why: How the library was built, or why it could not be built, for logs.
         lacks_compiler: Whether no C compiler was found.
     """
 
@@ -62,7 +62,7 @@ class Built(NamedTuple):
 
 @functools.cache
 def built(define: str) -> Built:
-    """Return the library of rows.c, building it if missing; takes about a second, at most once per process.
+    """Return the library compiled from rows.c, building it if missing, which takes about a second.
 
     Args:
         define: A preprocessor name to define, or "".
@@ -85,7 +85,7 @@ def built(define: str) -> Built:
 
 
 def _without(why: str) -> Built:
-    """Return no library although there is a compiler, with a logged warning because steps will be slower."""
+    """Log a warning that kernels could not be built despite a compiler, and return a `Built` without a library."""
     logging.getLogger(__name__).warning(
         "CPU kernels are not available, falling back to PyTorch: %s (set %s=off to silence this warning)",
         why,
@@ -95,7 +95,7 @@ def _without(why: str) -> Built:
 
 
 def _compiler() -> list[str]:
-    """Return the compiler command from CC, with options if given; empty if there is none."""
+    """Return the compiler command, from CC (with its options) if set; empty if no compiler is found."""
     try:
         asked = shlex.split(os.environ.get("CC", ""))
     except ValueError:  # unbalanced quote
@@ -137,10 +137,11 @@ def _instructions() -> str:
 
 
 def _build(compiler: list[str], define: str, path: Path) -> None:
-    """Compile into `path`, with threads if PyTorch's thread library can be shared.
+    """Compile rows.c into `path`, with threads if PyTorch's thread library can be shared.
 
-    The library must not bring a second thread library: two pools on the same cores wait for each other. So it is linked
-    without one and uses the one PyTorch has loaded; if that lacks a needed symbol, it is built without threads.
+    The library must not load a second thread library: two thread pools on the same cores wait for each other. So it is
+    linked without one and uses the one that PyTorch has loaded; if that lacks a needed symbol, it is built without
+    threads.
     """
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made, whole = Path(scratch) / "rows.o", Path(scratch) / "rows.so"
@@ -165,7 +166,7 @@ def _runs(command: list[str]) -> bool:
 
 
 def _loads(path: Path) -> bool:
-    """Return whether a library can be loaded and exports its functions, which an option in CC may hide."""
+    """Return whether a library can be loaded and exports its functions; an option in CC may hide them."""
     try:
         return hasattr(ctypes.CDLL(str(path), mode=os.RTLD_NOW), "rms_forward")
     except OSError:
@@ -187,8 +188,8 @@ def private_directory(path: Path) -> Path:
     """Return the real path of a directory that only the user can write to; create missing parts.
 
     Raises:
-        PermissionError: It or a parent belongs to another user, or others may write to one of them.
-        OSError: It cannot be created.
+        PermissionError: The directory or a parent belongs to another user, or other users may write to one of them.
+        OSError: The directory cannot be created.
     """
     if not hasattr(os, "geteuid"):
         raise PermissionError(f"{path}: file owners cannot be checked on this system")
@@ -235,9 +236,9 @@ def _is_writable_by_others(info: os.stat_result) -> bool:
 
 
 def _is_group_of_one(gid: int) -> bool:
-    """Return whether a group is the user's private group, which many systems pair with a umask of 002.
+    """Return whether a group is the user's private group; many systems use such groups with a umask of 002.
 
-    Its name and number are those of the user, and it has no other members. Group 0 never qualifies.
+    A private group is the user's primary group, has the user's name, and has no other members. Group 0 never qualifies.
     """
     import grp
     import pwd

@@ -1,5 +1,5 @@
-/* Dropout. The gap from one dropped element to the next is geometric. Each block of elements has a separate random stream,
- * so that threads are independent; the geometric distribution is memoryless, so block boundaries do not change it. */
+/* Dropout. The gap between dropped elements is geometrically distributed. Each block of elements has a separate random
+ * stream, so that threads are independent; the distribution is memoryless, so block boundaries do not change it. */
 
 #define LANES 16
 

@@ -1,7 +1,7 @@
-"""The only module that passes tensors to C; checks every property that a kernel assumes before taking an address.
+"""Pass tensors to C, after checking every property that a kernel assumes. No other module passes tensors to C.
 
-C knows nothing of shapes: a wrong dtype, stride or index would access other memory without an error. This module knows
-nothing of what the kernels compute.
+C does not check shapes: with a wrong dtype, stride or index, a kernel would silently access other memory. This module
+does not depend on what the kernels compute.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 STATUSES: dict[int, tuple[type[Exception], str]] = {
-    1: (MemoryError, "out of memory for scratch"),
+    1: (MemoryError, "out of memory for a scratch buffer"),
     2: (ValueError, "the first visible position of a row is after its last"),
 }
-"""Status that a function of rows.c returns on failure, as in numbers.h -> the exception; 0 is success."""
+"""Error status of a function in rows.c, defined in numbers.h -> exception and message; 0 is success."""
 
 FEW = 1 << 14
 """Element count below which a second thread costs more than it saves."""
@@ -41,9 +41,9 @@ _ALL_WITHIN = {torch.int32: "all_within_32", torch.int64: "all_within_64"}
 
 
 class Gateway:
-    """The functions of rows.c for each dtype, and checked addresses of their arguments.
+    """Functions of rows.c for each dtype, with checks of their arguments.
 
-    An invalid tensor raises ValueError before anything is written.
+    Invalid tensors raise ValueError before anything is written.
     """
 
     def __init__(self, libraries: dict[torch.dtype, ctypes.CDLL]) -> None:
@@ -63,15 +63,15 @@ class Gateway:
         strides: tuple[int, ...] | None = None,
         within: tuple[int, int] | None = None,
     ) -> int:
-        """Return the address of a tensor (any shape) on the CPU.
+        """Check a CPU tensor (any shape) and return its address.
 
         Args:
-            name: Name of the tensor, for the error.
-            tensor: The tensor.
-            dtype: Its dtype.
-            shape: Its shape.
-            strides: Its strides; None for contiguous.
-            within: For integers, the smallest and largest allowed value.
+            name: Name of the tensor, for the error message.
+            tensor: Tensor to check.
+            dtype: Required dtype.
+            shape: Required shape.
+            strides: Required strides; None for contiguous.
+            within: Smallest and largest allowed value of an integer tensor, or None.
 
         Raises:
             ValueError: The tensor has another dtype, shape, layout or device, no storage, or integers out of range.
@@ -99,7 +99,7 @@ class Gateway:
         shape: tuple[int, ...],
         within: tuple[int, int] | None = None,
     ) -> int | None:
-        """Return None for None, else the `pointer` of a contiguous tensor (any shape)."""
+        """Return the `pointer` of a contiguous tensor (any shape), or None for None."""
         return None if tensor is None else self.pointer(name, tensor, dtype, shape, None, within)
 
     def call(self, name: str, dtype: torch.dtype, size: int, *args: float | None) -> None:
@@ -107,7 +107,7 @@ class Gateway:
 
         Raises:
             ValueError: The dtype has no kernel, or the function rejects its arguments.
-            MemoryError: Scratch could not be allocated; the outputs are then undefined.
+            MemoryError: A scratch buffer could not be allocated; the outputs are then undefined.
         """
         if dtype not in self._functions:
             raise ValueError(f"{name}: no kernel for {dtype}")

@@ -1,4 +1,4 @@
-/* The element type that this is compiled for, and scalar functions. */
+/* Element type that the library is compiled for, and scalar functions. */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -12,7 +12,7 @@ static inline float wide(number v) {
     return u.value;
 }
 
-static inline number narrow(float v) { /* to nearest, ties to even, as PyTorch rounds */
+static inline number narrow(float v) { /* rounds to nearest, ties to even, like PyTorch */
     union { float value; uint32_t bits; } u = {v};
     return (number)((u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16); /* NaN stays NaN: generated NaNs have no low bits */
 }
@@ -25,11 +25,11 @@ static inline number narrow(float v) { return v; }
 
 #define ROWS(i, n) _Pragma("omp parallel for num_threads(threads) schedule(static)") for (int64_t i = 0; i < (n); i++)
 
-enum { DONE, NO_MEMORY, DISORDER }; /* status of each function; STATUSES in gateway.py maps them to exceptions */
+enum { DONE, NO_MEMORY, DISORDER }; /* return status of a function; STATUSES in gateway.py maps it to an exception */
 
 #define BLOCK 8192 /* elements per chunk of a thread in elementwise functions */
 
-/* scratch of a thread, `count` fp32 values; if allocation fails, the thread skips its rows and sets the status */
+/* allocates a thread's scratch buffer of `count` fp32 values; if this fails, the thread must skip its rows */
 static inline float *scratch(size_t count, int *status) {
     float *room = malloc(count ? count * sizeof(float) : 1);
     if (!room) {
@@ -43,12 +43,12 @@ static inline int64_t shorter(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* ---- scalar functions; polynomials as in Cephes (S. L. Moshier), within 2 ulp */
 
-#define LEAST -87.0f /* below: e^LEAST, 1.6e-38, negligible compared with 1 */
+#define LEAST -87.0f /* smaller x are treated as this: e^LEAST = 1.6e-38 is negligible compared with 1 */
 
 static inline float power_of_e(float x) {
     x = x > 87.9f ? 87.9f : x;
     x = x < LEAST ? LEAST : x;
-    union { float value; uint32_t bits; } whole = {x * 1.44269504088896341f + 12582912.0f}; /* 1.5·2^23: to an integer */
+    union { float value; uint32_t bits; } whole = {x * 1.44269504088896341f + 12582912.0f}; /* 1.5·2^23: rounds to an integer */
     float k = whole.value - 12582912.0f;
     float r = x - k * 0.693359375f + k * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
@@ -64,7 +64,7 @@ static inline float power_of_e(float x) {
 
 static inline float sigmoid(float x) { return 1.0f / (1.0f + power_of_e(-x)); }
 
-static inline float logarithm(float x) { /* of normal x > 0 */
+static inline float logarithm(float x) { /* x > 0, not subnormal */
     union { float value; uint32_t bits; } u = {x};
     int32_t exponent = (int32_t)(u.bits >> 23) - 126;
     u.bits = (u.bits & 0x007fffff) | 0x3f000000; /* [0.5, 1) */

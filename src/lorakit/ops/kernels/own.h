@@ -1,5 +1,5 @@
-/* Rows with per-row low-rank factors: each factor is read once, sequentially, and prefetched two pages ahead, because
- * a processor's own prefetching stops at the end of a page */
+/* Matmuls of rows with per-row low-rank factors. Each factor is read once, sequentially, and prefetched two pages
+ * ahead, because hardware prefetching stops at the end of a page. */
 
 #define AHEAD 8192 /* bytes */
 

@@ -1,8 +1,8 @@
-"""The operations of compiled kernels. PyTorch computes the same if no kernels are available.
+"""Interface of compiled kernels. PyTorch computes the same if no kernels are available.
 
-All tensors are contiguous and on one device; rows are (N, d). Inputs and outputs are in the compute dtype of the call
-(fp32 or bf16, on CUDA also fp16), row statistics in fp32; intermediates are fp32, rounded where the calling operation
-specifies. Outputs are preallocated; an output may alias an input only where stated.
+All tensors are on one device and contiguous (`rotate` also accepts strided tokens); rows are (N, d). Inputs and outputs
+have the compute dtype of the call (fp32 or bf16, on CUDA also fp16), row statistics are fp32, and intermediates are
+fp32, rounded where stated. Outputs are preallocated; an output may alias an input only where stated.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 class Kernels(Protocol):
-    """An implementation: `lorakit.ops.kernels.compiled` for CPUs, `lorakit.ops.kernels.triton` for CUDA.
+    """Kernels of a device type: `lorakit.ops.kernels.compiled` for CPUs, `lorakit.ops.kernels.triton` for CUDA.
 
     Attributes:
-        activations: Names that `gate` supports.
+        activations: Names of the activations that `gate` supports.
         caps_logits: Whether `cross_entropy` supports a cap.
         dropping: Low-rank matmuls with fused dropout, or None if they are not faster.
         own: Matmuls with per-row LoRA factors, or None.
@@ -30,61 +30,61 @@ class Kernels(Protocol):
     def rms_forward(self, x: Tensor, w: Tensor | None, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
         """Write the RMS norm of x (N, d) to n (N, d), and 1/rms of its rows to rstd (N, 1), [docs/math.md (76)].
 
-        With offset 0, rounded to the dtype of x before and after multiplying by the weight (d,); else once, after
-        multiplying by offset + weight.
+        With offset 0, values are rounded to the dtype of x before and after the multiplication by the weight w (d,);
+        otherwise only once, after the multiplication by offset + w.
         """
 
     def rms_recompute(self, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, n: Tensor) -> None:
-        """Recompute the n (N, d) of `rms_forward`, bit for bit, from its rstd (N, 1)."""
+        """Recompute n (N, d) as in `rms_forward`, bit for bit, from rstd (N, 1)."""
 
     def rms_backward(
         self, dn: Tensor, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, add: Tensor | None, dx: Tensor
     ) -> None:
-        """Write the gradient of x (N, d) from that of n (N, d), plus `add` (N, d), to dx (N, d), which may be dn."""
+        """Write the gradient of x, plus `add`, to dx, which may be dn, the gradient of n; all (N, d)."""
 
     def gate(self, act: str, first: Tensor, up: Tensor | None, out: Tensor) -> None:
-        """Write act(first)·up, or act(first), to out; all (N, f), [docs/math.md (78)]. Rounded once, after the
-        multiplication.
-        """
+        """Write act(first)·up, or act(first) without up, to out, rounded once; all (N, f), [docs/math.md (78)]."""
 
     def gate_backward(
         self, act: str, da: Tensor, first: Tensor, up: Tensor | None, dfirst: Tensor, dup: Tensor | None
     ) -> None:
-        """Write the gradients of `gate` for first and up from da, all (N, f), to dfirst, which may be da, and dup."""
+        """Write the gradients of `gate` to dfirst (for first; may be da) and dup (for up); all (N, f)."""
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
-        """Rotate x (B, T, H, D) by position, or back, into out, which may be x, [docs/math.md (80)].
+        """Rotate x (B, T, H, D) by position into out, which may be x, or rotate it back, [docs/math.md (80)].
 
-        cos and sin are (B or 1, T, rot): the first rot elements of a head are rotated, the others are copied.
+        cos and sin are (B or 1, T, rot): the first rot elements of a head are rotated, the others are copied. In x and
+        out, the heads of each token are contiguous, and tokens are evenly spaced.
         """
 
     def drop(self, x: Tensor, p: float, seed: Tensor, scale: float, out: Tensor) -> None:
         """Write scale·x (any shape) to out, which may be x, zeroing the elements that the seed, uint64 (1,), drops.
 
-        Each is dropped independently with probability p; equal seed, size and p drop the same elements, [docs/math.md
-        (70)].
+        Each element is dropped independently with probability p, [docs/math.md (70)]. The same seed, size and p drop
+        the same elements.
         """
 
     def softmax(self, scores: Tensor, low: Tensor | None, high: Tensor | None) -> None:
-        """Compute the softmax of rows (Z, n, m) in place: row i sees positions low[i % k] … high[i % k] only, int32
-        (k,).
+        """Compute the softmax of rows (Z, n, m) in place, limited to the positions that each row sees.
+
+        Row i sees the positions low[i % k] to high[i % k] − 1; low and high are int32 (k,), or None without a bound.
         """
 
     def softmax_backward(self, weights: Tensor, ds: Tensor) -> None:
-        """Replace ds, the gradient of softmax weights (Z, n, m), by the gradient of the scores."""
+        """Replace ds, the gradient of softmax weights (Z, n, m), with the gradient of the scores."""
 
     def cross_entropy(
         self, logits: Tensor, labels: Tensor, scale: float, gradients: bool, losses: Tensor, cap: float | None = None
     ) -> None:
-        """Write the fp32 losses (c,) of logits (c, V) times scale, and replace the logits by the gradient of their sum
-        / scale.
+        """Write the fp32 losses (c,) for logits (c, V) times scale, [docs/math.md (75)].
 
-        With a cap, the scaled logits go through cap·tanh(·/cap), [docs/math.md (75)].
+        If `gradients`, replace the logits with the gradient of the summed losses, divided by scale. With a cap, the
+        scaled logits go through cap·tanh(·/cap).
         """
 
 
 class DropoutMatmuls(Protocol):
-    """Low-rank matmuls with a factor a (r, n), fused with the dropout of `Kernels.drop` for the same seed. n is a
+    """Low-rank matmuls with a factor a (r, n), fused with dropout as in `Kernels.drop` with the same seed; n must be a
     multiple of 4.
     """
 
@@ -104,6 +104,6 @@ class PerRowMatmuls(Protocol):
     def add_per_row(self, x: Tensor, A: Tensor, Bt: Tensor, index: Tensor, y: Tensor) -> None:
         """Add (x_i·A_kᵀ)·Bt_k to y_i, k = index[i], for x (rows, …, in) and y (rows, …, out), [docs/math.md (72)].
 
-        A (K, r, in), Bt (K, r, out), index (rows,) int64 with −1 for none. The low-rank activation is rounded to the
-        dtype of x, then the sum with y.
+        A is (K, r, in), Bt (K, r, out), index (rows,) int64 with −1 for none. The low-rank activation is rounded to the
+        dtype of x, and so is the sum with y.
         """

@@ -1,4 +1,4 @@
-"""CUDA kernels in Triton, which is imported when kernels of a device are first requested."""
+"""CUDA kernels in Triton; the package triton is imported when kernels for a device are first requested."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def kernels(device: torch.device) -> Kernels | None:
 
 @functools.cache
 def failure_on(device: torch.device) -> str:
-    """Return why there are no kernels for a device, or ""; compiles and runs one on it, once per process."""
+    """Return why a device has no kernels, or ""; the first call compiles and runs a kernel on the device."""
     if _is_off():
         return f"{SWITCH}=off"
     launching = _launching()

@@ -1,4 +1,4 @@
-"""Launch grids of the Triton kernels (`Kernels` on CUDA). In Triton's interpreter they run on CPU tensors."""
+"""Launch the Triton kernels, which implement `Kernels` on CUDA; in Triton's interpreter they run on CPU tensors."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from lorakit.ops.kernels.protocol import DropoutMatmuls, PerRowMatmuls
 from lorakit.ops.kernels.triton import programs
 
 OPTIONS = {"enable_fp_fusion": True}
-"""Set explicitly, because Triton behaves differently if it is unset."""
+"""Compiler options; set explicitly, because Triton behaves differently if `enable_fp_fusion` is unset."""
 TILE = 2048
-"""Elements of a program if rows are short; a longer row is a tile of its own."""
+"""Elements per program if rows are short; a longer row is a separate tile."""
 ELEMENTWISE = 1024
 THIN = {"ROWS": 32, "COLUMNS": 128}
-"""Tile of the wide operand of a low-rank matmul."""
+"""Tile size for the wide operand of a low-rank matmul."""
 PROGRAMS = 512
-"""Programs that keep a large device busy."""
+"""Number of programs that keeps a large device busy."""
 HEADS = 8
-"""Heads of a token that one program rotates."""
+"""Maximum heads of a token that one program rotates."""
 LOGITS = 8192
-"""Logits of a row processed at a time."""
+"""Maximum logits of a row that are processed at a time."""
 
 
 class TritonKernels:
@@ -44,7 +44,7 @@ class TritonKernels:
         self._rms(x, w, (eps, offset), n, rstd, again=False)
 
     def rms_recompute(self, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, n: Tensor) -> None:
-        """Recompute the n (N, d) of `rms_forward` from its rstd (N, 1)."""
+        """Recompute n (N, d) as in `rms_forward` from rstd (N, 1)."""
         self._rms(x, w, (0.0, offset), n, rstd, again=True)
 
     def _rms(
@@ -58,7 +58,7 @@ class TritonKernels:
     def rms_backward(
         self, dn: Tensor, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, add: Tensor | None, dx: Tensor
     ) -> None:
-        """Write the gradient of x (N, d) from that of n (N, d), plus `add` (N, d), to dx (N, d), which may be dn."""
+        """Write the gradient of x, plus `add`, to dx, which may be dn, the gradient of n; all (N, d)."""
         grid, tile = _tiles(x)
         flags = {"HAS_W": w is not None, "HAS_ADD": add is not None}
         given = (dn, x, x if w is None else w, rstd, x if add is None else add)
@@ -66,7 +66,7 @@ class TritonKernels:
             programs.rms_backward[grid](*given, dx, *x.shape, offset, **flags, **tile)
 
     def gate(self, act: str, first: Tensor, up: Tensor | None, out: Tensor) -> None:
-        """Write act(first)·up, or act(first), to out; all (N, f)."""
+        """Write act(first)·up, or act(first) without up, to out; all (N, f)."""
         flags = {"ACT": act, "HAS_UP": up is not None}
         with _on(first):
             programs.gate[_blocks(first)](
@@ -76,16 +76,16 @@ class TritonKernels:
     def gate_backward(
         self, act: str, da: Tensor, first: Tensor, up: Tensor | None, dfirst: Tensor, dup: Tensor | None
     ) -> None:
-        """Write the gradients of `gate` for first and up from da, all (N, f), to dfirst, which may be da, and dup."""
+        """Write the gradients of `gate` to dfirst (for first; may be da) and dup (for up); all (N, f)."""
         flags = {"ACT": act, "HAS_UP": up is not None}
         pointers = (da, first, first if up is None else up, dfirst, dfirst if dup is None else dup)
         with _on(first):
             programs.gate_backward[_blocks(first)](*pointers, first.numel(), **flags, BLOCK=ELEMENTWISE, **OPTIONS)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
-        """Rotate x (B, T, H, D) by position, or back, into out, which may be x; cos, sin (…, T, rot).
+        """Rotate x (B, T, H, D) by position into out, which may be x, or rotate it back; cos, sin (…, T, rot).
 
-        The heads of each token of x and out are contiguous, and tokens are evenly spaced.
+        In x and out, the heads of each token are contiguous, and tokens are evenly spaced.
         """
         batch, tokens, heads, width = x.shape
         rot = cos.shape[-1]
@@ -132,8 +132,9 @@ class TritonKernels:
         return parts.sum(0)
 
     def softmax(self, scores: Tensor, low: Tensor | None, high: Tensor | None) -> None:
-        """Compute the softmax of rows (Z, n, m) in place: row i sees positions low[i % k] … high[i % k] only, int32
-        (k,).
+        """Compute the softmax of rows (Z, n, m) in place, limited to the positions that each row sees.
+
+        Row i sees the positions low[i % k] to high[i % k] − 1; low and high are int32 (k,), or None without a bound.
         """
         bounds = [bound for bound in (low, high) if bound is not None]
         kinds, m = len(bounds[0]) if bounds else 1, scores.shape[-1]
@@ -145,7 +146,7 @@ class TritonKernels:
             )
 
     def softmax_backward(self, weights_: Tensor, ds: Tensor) -> None:
-        """Replace ds, the gradient of softmax weights (Z, n, m), by the gradient of the scores."""
+        """Replace ds, the gradient of softmax weights (Z, n, m), with the gradient of the scores."""
         m = ds.shape[-1]
         width = triton.next_power_of_2(m)
         with _on(ds):
@@ -156,10 +157,10 @@ class TritonKernels:
     def cross_entropy(
         self, logits: Tensor, labels: Tensor, scale: float, gradients: bool, losses_: Tensor, cap: float | None = None
     ) -> None:
-        """Write the fp32 losses (c,) of logits (c, V) times scale, and replace the logits by the gradient of their sum
-        over scale.
+        """Write the fp32 losses (c,) for logits (c, V) times scale, [docs/math.md (75)].
 
-        With a cap, the scaled logits go through cap·tanh(·/cap), [docs/math.md (75)].
+        If `gradients`, replace the logits with the gradient of the summed losses, divided by scale. With a cap, the
+        scaled logits go through cap·tanh(·/cap).
         """
         rows, vocabulary = logits.shape
         flags = {"CAPPED": cap is not None, "GRADIENTS": gradients}
@@ -172,7 +173,7 @@ class TritonKernels:
 
 
 def failure(device: torch.device) -> str:
-    """Compile and run a kernel on a device; returns the error, or ""."""
+    """Compile and run a kernel on a device; return the error message, or ""."""
     x, seed = torch.ones(8, device=device), torch.zeros(1, dtype=torch.uint64, device=device)
     try:
         TritonKernels().drop(x, 1.0, seed, 1.0, x)
@@ -182,7 +183,7 @@ def failure(device: torch.device) -> str:
 
 
 def _tiles(x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
-    """Return the grid over rows x (N, d), and the tile of each program."""
+    """Return the grid over the rows of x (N, d), and the tile sizes and options of a program."""
     width = triton.next_power_of_2(x.shape[1])
     rows = max(TILE // width, 1)
     return (triton.cdiv(len(x), rows),), {"ROWS": rows, "WIDTH": width, "num_warps": _warps(rows * width), **OPTIONS}
@@ -198,7 +199,7 @@ def _sizes(a: Tensor) -> dict[str, Any]:
 
 
 def _warps(numbers: int) -> int:
-    """Return the warps of a program: 16 elements per thread, within limits."""
+    """Return the number of warps of a program: 16 elements per thread, within limits."""
     return min(max(numbers // 512, 1), 16)
 
 
@@ -207,5 +208,5 @@ def _blocks(x: Tensor) -> tuple[int]:
 
 
 def _on(x: Tensor) -> AbstractContextManager[object]:
-    """Return a context that makes the device of x (any shape) current, on which kernels are launched."""
+    """Return a context in which the device of x (any shape) is current, so that kernels are launched there."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -8,7 +8,7 @@ row per program, in place.
 
 Whether dropout drops an element is a function of seed and position, so only the seed is saved. Positions are the
 counters of Philox with seven rounds, four elements per counter; 24 bits of each word decide, so p is exact to 2⁻²⁴.
-Fused with a low-rank matmul, the wide operand is read or written once.
+If dropout is fused with a low-rank matmul, the wide operand is read or written only once.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 5.1 for the rounds.
 """
@@ -21,7 +21,7 @@ import triton.language as tl
 
 @triton.jit
 def value(x, ACT: tl.constexpr):
-    """Return f(x) of fp32 values."""
+    """Return f(x) for fp32 x, with the activation f named ACT."""
     if ACT == "silu":
         y = x * tl.sigmoid(x)
     elif ACT == "gelu":
@@ -38,7 +38,7 @@ def value(x, ACT: tl.constexpr):
 
 @triton.jit
 def slope(x, ACT: tl.constexpr):
-    """Return f'(x) of fp32 values."""
+    """Return f'(x) for fp32 x, with the activation f named ACT."""
     if ACT == "silu":
         s = tl.sigmoid(x)
         y = s * (1.0 + x * (1.0 - s))
@@ -58,7 +58,7 @@ def slope(x, ACT: tl.constexpr):
 
 @triton.jit
 def gate(first, up, out, count, ACT: tl.constexpr, HAS_UP: tl.constexpr, BLOCK: tl.constexpr):
-    """Write f(first)·up, or f(first), for `count` elements."""
+    """Write f(first)·up, or f(first) without up, to out for `count` elements."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     y = value(tl.load(first + at, mask=inside, other=0.0).to(tl.float32), ACT)
@@ -69,7 +69,7 @@ def gate(first, up, out, count, ACT: tl.constexpr, HAS_UP: tl.constexpr, BLOCK: 
 
 @triton.jit
 def gate_backward(da, first, up, dfirst, dup, count, ACT: tl.constexpr, HAS_UP: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the gradients of `gate`: dfirst, which may be da, and dup."""
+    """Write the gradients of `gate` to dfirst (for first; may be da) and dup (for up)."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     g = tl.load(da + at, mask=inside, other=0.0).to(tl.float32)
@@ -86,7 +86,7 @@ def cross_entropy(
     z, labels, losses, vocabulary, scale, cap,
     CAPPED: tl.constexpr, GRADIENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the loss (rows,) of each row of z (rows, V) at its label, and replace z by its gradient over scale."""
+    """Write the losses (rows,) for logits z (rows, V); if GRADIENTS, replace z with its gradient, divided by scale."""
     row = tl.program_id(0).to(tl.int64)
     z += row * vocabulary
     label = tl.load(labels + row)
@@ -100,7 +100,7 @@ def cross_entropy(
     own = _logits(z + label, label >= 0, scale, cap, CAPPED)
     tl.store(losses + row, tl.log(total) + (most - own))
     if GRADIENTS:
-        tl.debug_barrier()  # the label's logit is read before anything is written
+        tl.debug_barrier()  # the label's logit must be read before anything is written
         for begin in range(0, vocabulary, BLOCK):
             column = begin + tl.arange(0, BLOCK)
             inside = column < vocabulary
@@ -125,7 +125,7 @@ def rms(
     x, w, n, rstd, count, d, eps, offset,
     HAS_W: tl.constexpr, FROM_ZERO: tl.constexpr, RECOMPUTE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Write the norm n (count, d) of x (count, d), and rstd (count, 1), which is read instead if RECOMPUTE."""
+    """Write the norm n (count, d) of x (count, d), and rstd (count, 1); if RECOMPUTE, rstd is read instead."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     inside, at = (row < count) & (column < d), row * d + column
@@ -209,8 +209,8 @@ def _narrowed(pointer, mask, like):
 
 @triton.jit
 def softmax(scores, low, high, kinds, m, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, WIDTH: tl.constexpr):
-    """Compute the softmax of row i of scores (rows, m) over positions low[i % kinds] … high[i % kinds]; the others
-    become 0.
+    """Compute the softmax of row i of scores (rows, m) over positions low[i % kinds] to high[i % kinds] − 1; the other
+    positions become 0.
     """
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     kind = row % kinds
@@ -227,7 +227,7 @@ def softmax(scores, low, high, kinds, m, HAS_LOW: tl.constexpr, HAS_HIGH: tl.con
 
 @triton.jit
 def softmax_backward(weights, ds, m, WIDTH: tl.constexpr):
-    """Replace the gradient of the weights of a row (m,) by that of its scores."""
+    """Replace ds, the gradient of the softmax weights of a row (m,), with that of its scores."""
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     inside, at = column < m, row * m + column
     w = tl.load(weights + at, mask=inside, other=0.0).to(tl.float32)
@@ -237,8 +237,8 @@ def softmax_backward(weights, ds, m, WIDTH: tl.constexpr):
 
 @triton.jit
 def kept(seed, counter, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return which of ROWS × COLUMNS elements are kept; counter (ROWS, COLUMNS / 4) is position / 4 of each fourth
-    element.
+    """Return a mask (ROWS, COLUMNS) of the elements that dropout keeps; counter (ROWS, COLUMNS / 4) is position / 4 of
+    every fourth element.
     """
     low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
     first, second, third, fourth = tl.philox(seed, low, high, low * 0, low * 0, n_rounds=7)
@@ -248,7 +248,7 @@ def kept(seed, counter, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def drop(x, out, seed, count, threshold, scale, BLOCK: tl.constexpr):
-    """Write scale·x for `count` elements, zero where the element's 24 random bits are below the threshold."""
+    """Write scale·x for `count` elements, or 0 for an element whose 24 random bits are below the threshold."""
     begin = tl.program_id(0).to(tl.int64) * BLOCK
     stays = kept(tl.load(seed), (begin // 4 + tl.arange(0, BLOCK // 4))[None, :], threshold, 1, BLOCK)
     at = (begin + tl.arange(0, BLOCK))[None, :]
