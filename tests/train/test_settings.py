@@ -82,8 +82,8 @@ def test_rates_by_pattern_come_as_words_or_as_a_table() -> None:
         ({"learning_rate_pattern": ["q_proj"]}, ("learning_rate_pattern is ['q_proj']", "PATTERN=RATE", "above 0")),
         ({"learning_rate_pattern": ["(=1e-4"]}, ("learning_rate_pattern is ['(=1e-4']", "'('", "regular expression")),
         ({"learning_rate_pattern": 3}, ("learning_rate_pattern is 3", "map")),
-        ({"loraplus_lr_ratio": 4.0, "optimizer": "lorafa"}, ("loraplus_lr_ratio", "lorafa", "exclude each other")),
-        ({"resume": True, "overwrite": True}, ("resume and overwrite exclude each other",)),
+        ({"loraplus_lr_ratio": 4.0, "optimizer": "lorafa"}, ("loraplus_lr_ratio", "lorafa", "cannot be combined")),
+        ({"resume": True, "overwrite": True}, ("resume and overwrite cannot be combined",)),
         ({"allocate_ranks": "gradients", "init_lora_weights": "eva"}, ("allocate_ranks", "eva", "exclude each other")),
     ],
 )  # fmt: skip

@@ -140,7 +140,7 @@ DEFAULTS: dict[str, Default] = {
     ),
     "per_device_train_batch_size": Default("Rows per batch", 4, "fits a small machine at 512 tokens per row"),
     "gradient_accumulation_steps": Default(
-        "Batches per optimizer step", 1, "with little data, more steps learn faster than larger steps"
+        "Batches per optimizer step", 1, "with little data, many small steps learn faster than a few large ones"
     ),
     "max_length": Default(
         "Maximum sequence length in tokens; documents are split, chats and completions truncated",
@@ -163,14 +163,14 @@ DEFAULTS: dict[str, Default] = {
     "double_quantization": Default(
         "Also quantize the scales of nf4 and fp4", True, "saves 0.37 bits per parameter with almost no error", "on"
     ),
-    "seed": Default("Seed for everything random: A, dropout, data order and split", 0, "runs are reproducible"),
+    "seed": Default("Seed for everything random: A, dropout, data order and split", 0, "makes runs reproducible"),
     "device": Default("Select the device: cpu, cuda, cuda:N, mps or auto", "auto", "an accelerator if available"),
     "recompute": Default(
         "Recompute in the backward pass: none, feed-forward (outputs of gate and up) or layers (everything but their "
         "inputs)",
         "none",
-        "a step is fastest; feed-forward saves about half of the activation memory, and layers nearly all of it for "
-        "about a third more time",
+        "a step is fastest without it; feed-forward saves about half of the activation memory, and layers nearly all "
+        "of it for about a third more time",
     ),
     "gradient_checkpointing": Default("Same as --recompute layers", False, "saves memory for about a third more time"),
     "memory_budget": Default(
