@@ -96,7 +96,7 @@ def test_from_training_to_a_merged_model(
     assert _train(model, texts, folder) == 0
     said = capsys.readouterr().out
     known = len(hub.load_tokenizer(model))
-    assert f"New tokens: <think> ({known}), </think> ({known + 1}); embedding and head" in said
+    assert f"New tokens: <think> ({known}), </think> ({known + 1});" in said
     assert "not in the training data" not in said
 
     config = json.loads((folder / "adapter/adapter_config.json").read_text(encoding="utf-8"))

@@ -218,7 +218,7 @@ def test_nothing_is_left_out_without_a_count(tiny_tokenizer: Any) -> None:
     assert (report.rows, report.documents, report.completions, report.conversations) == (5, 3, 1, 1)
     assert (report.empty_rows, report.duplicate_rows, report.sequences) == (3, 1, 2)
     assert report.lines() == [
-        f"3 documents, 1 prompt with completion, 1 conversation: 2 sequences of at most 64 tokens, {report.tokens} "
+        f"3 documents, 1 prompt with completion, 1 conversation: 2 sequences of at most 64 tokens; total: {report.tokens} "
         f"tokens, {report.trained_tokens} with loss ({report.trained_fraction:.1%}).",
         "3 rows left out: empty.",
         "1 duplicate row kept.",

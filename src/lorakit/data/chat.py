@@ -1,7 +1,8 @@
 """Conversations rendered with a chat template, and the tokens in them that have loss: those of the assistant.
 
 If the template marks the assistant's text with `{% generation %}`, its marks are used. Otherwise, the conversation is
-rendered up to each assistant turn and through it: the text that the second rendering adds is the turn.
+rendered twice for each assistant turn, up to the turn and through it; the text that the second rendering adds is the
+text that the model would have to generate.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ def _whole(tokenizer: Tokenizer, text: str, borders: list[int]) -> _Tokens | Non
 
 
 def _piecewise(tokenizer: Tokenizer, text: str, borders: list[int]) -> _Tokens:
-    """Tokenize each assistant turn separately from the text around it; in generation, prompts are tokenized alone."""
+    """Tokenize the assistant turns and the text between them separately, as prompts are in generation."""
     parts = [text[start:end] for start, end in itertools.pairwise([0, *borders, len(text)])]
     return [(token, number) for number, part in enumerate(parts) if part for token in token_ids(tokenizer, part)]
 

@@ -1,7 +1,7 @@
 """Encode records as token sequences with labels, and count everything that is truncated or left out.
 
-A position without loss has the label -100. The first label of a sequence is always -100, because no token precedes the
-first one to predict it from. So the positions with a causal loss are exactly those with other labels.
+A position without loss has the label -100; every other position has a causal loss. The first label of a sequence is
+always -100, because there is no earlier token from which the first token could be predicted.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Sequences(collections.abc.Sequence[Sequence]):
 
 
 def lengths(sequences: Iterable[Sequence]) -> array[int]:
-    """Return the number of tokens in each sequence; rows of `Sequences` are not created for it."""
+    """Return the number of tokens in each sequence, without creating the rows of a `Sequences` object."""
     return sequences.lengths() if isinstance(sequences, Sequences) else array("q", map(len, sequences))
 
 
@@ -260,7 +260,7 @@ class _Work:
         """Append a record, truncated to the maximum length.
 
         Returns:
-            Whether the record was appended, and whether it ends with an end marker that has loss.
+            Whether the record was appended, and whether an end marker in it has loss.
         """
         report, row = self._report, _row(record, self._tokenizer)
         report.untrained_turns += row.untrained_turns

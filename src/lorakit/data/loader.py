@@ -52,8 +52,8 @@ class Split:
 def split(records: Iterable[Record], fraction: float = DEFAULT_FRACTION, seed: int = 0) -> Split:
     """Hold out a fraction of the records for evaluation; at least one if there are two distinct records.
 
-    Records are never divided. The choice depends on the seed and on the content of the records, not on their order;
-    adding records leaves most of the choice unchanged.
+    Documents are held out as a whole. The choice depends on the seed and on the content of the records, not on their
+    order; adding records leaves most of the choice unchanged.
 
     Args:
         records: All records.
@@ -239,8 +239,8 @@ def padded(rows: list[Sequence], pad_id: int, epoch: float) -> Batch:
 def by_length(sequences: Many[Sequence], rows: int, pad_id: int = 0) -> Iterator[Batch]:
     """Yield batches that contain each sequence once, shortest first; batches of shorter sequences have more rows.
 
-    No batch has more positions, including padding, than `rows` rows of the longest sequence. So no batch takes more
-    memory than that, and short sequences do not take as long as long ones.
+    No batch has more positions, including padding, than `rows` rows of the longest sequence. This limits memory, and
+    short sequences take less time than in batches of `rows` rows.
 
     Args:
         sequences: The sequences, at least one.

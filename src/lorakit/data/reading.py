@@ -2,8 +2,8 @@
 
 Errors name the file, line and field, the value found, and what is allowed. This module does not depend on tokenizers.
 
-Python's language reference is training text that needs no download: the standard library ships the text as
-`pydoc_data.topics`, for `help()`, with about 80 topics and half a million characters.
+Python's language reference is training text that needs no download: the standard library ships it for `help()`, as
+`pydoc_data.topics`, with about 80 topics and half a million characters of prose.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DEFAULT_HELD_OUT = 0.1
 
 
 class _BadRow(Exception):
-    """A row is invalid; the message describes the problem without its location."""
+    """A row is invalid; the message describes the problem, but not where the row is."""
 
 
 def read_records(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> StoredRecords:
@@ -176,7 +176,7 @@ def _unused_note(path: Path, unused: Counter[str], rows: int) -> str:
 
 
 def _row(source: str, line: str, number: int, unused: Counter[str] | None = None) -> Record:
-    """Parse a line of a file, and count its unused columns in `unused` if that is given."""
+    """Parse a line of a file; if `unused` is given, count the unused columns in it."""
     try:
         row = parse_json(line)
     except RecursionError:

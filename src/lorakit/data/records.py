@@ -131,7 +131,7 @@ def content_key(record: Record, salt: str = "") -> bytes:
     Returns:
         The first `KEY_BYTES` bytes of a SHA-256 digest; the same for records of the same kind with the same content.
     """
-    if isinstance(record, Document):  # hashes the JSON `[salt, "document", text]` without holding the whole text
+    if isinstance(record, Document):  # hashes the JSON `[salt, "document", text]` piece by piece
         digest = hashlib.sha256(json.dumps([salt, "document", ""])[:-2].encode())
         for piece in record.pieces():
             digest.update(json.dumps(piece)[1:-1].encode())
@@ -145,7 +145,7 @@ def content_key(record: Record, salt: str = "") -> bytes:
 
 
 def keys_of(joined: bytes | bytearray) -> np.ndarray[Any, Any]:
-    """Split concatenated keys into an array of shape (keys,), whose elements compare like the digests."""
+    """Split concatenated keys into an array of shape (keys,); its elements sort in the order of the digests."""
     return np.frombuffer(joined, dtype=f"S{KEY_BYTES}")
 
 

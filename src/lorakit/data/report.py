@@ -67,7 +67,7 @@ class DataReport:
         return {"rows": self.rows, **asdict(self)}
 
     def lines(self) -> list[str]:
-        """Return the counts as lines of text: totals first, then rows that were left out, truncated or are unusual."""
+        """Return the counts as lines of text: first the totals, then the rows left out or truncated, then the notes."""
         kinds = [
             format_count(self.documents, "document"),
             format_count(self.completions, "prompt with completion", "prompts with completions"),
@@ -76,7 +76,7 @@ class DataReport:
         shown = [kind for kind in kinds if not kind.startswith("0 ")] or [kinds[0]]
         lines = [
             f"{', '.join(shown)}: {format_count(self.sequences, 'sequence')} of at most "
-            f"{self.max_length_tokens:,} tokens, {self.tokens:,} tokens, {self.trained_tokens:,} with loss "
+            f"{self.max_length_tokens:,} tokens; total: {self.tokens:,} tokens, {self.trained_tokens:,} with loss "
             f"({format_percent(self.trained_fraction, 1)})."
         ]
         return [*lines, *self._losses(), *self.notes]

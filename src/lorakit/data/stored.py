@@ -1,6 +1,6 @@
 """Records that are read from their files on access; only the position of each record is in memory.
 
-This module handles files and positions; the caller parses rows. It does not depend on tokens.
+This module handles files and positions; the caller parses rows. The module does not depend on tokenizers.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class DataFile:
 
 
 class StoredRecords(Sequence[Record]):
-    """All records of some files, or a selection; a record is reread from its file on each access.
+    """Sequence of the records in files, or of a selection of them; each access rereads the record from its file.
 
     Args:
         files: The files, in order.
@@ -186,7 +186,7 @@ class StoredRecords(Sequence[Record]):
         return sum(self._files[number].bytes_of(index) for number, index in map(self._place, self._all()))
 
     def _place(self, position: int) -> tuple[int, int]:
-        """Return the file number of a record and its index in that file, given its position in all files."""
+        """Return the number of a record's file and the record's index in it, given its position among all records."""
         number = bisect_right(self._begins, position) - 1
         return number, position - self._begins[number]
 

@@ -98,10 +98,10 @@ class _Source:
         return not self._more and not self._held
 
     def take(self, characters: int) -> str:
-        """Return the next `characters` characters, or fewer if the text ends before."""
+        """Return the next `characters` characters, or fewer at the end of the text."""
         held = [self._held]
         have = len(self._held)
-        while self._more and have <= characters:  # one more than requested, to detect the end
+        while self._more and have <= characters:  # reads one character more than requested, to detect the end
             piece = next(self._pieces, None)
             self._more = piece is not None
             held.append(piece or "")

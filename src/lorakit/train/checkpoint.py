@@ -241,7 +241,9 @@ def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], objec
         "schedule": snapshot.schedule,
     }
     try:
-        with durable.publish_directory(final, replace=True) as temporary:  # a step is saved again after its evaluation
+        with durable.publish_directory(
+            final, replace=True
+        ) as temporary:  # a step can be saved again after its evaluation
             write_adapter(temporary)
             durable.write_bytes(temporary / OPTIMIZER, tensors_to_bytes(dict(snapshot.optimizer)))
             durable.write_bytes(temporary / RANDOM, tensors_to_bytes(dict(snapshot.random)))
@@ -310,7 +312,7 @@ def _fault(path: Path) -> str | None:
         return f"{MANIFEST} is missing, damaged or from another checkpoint"
     missing = {OPTIMIZER, RANDOM, STATE} - names
     if missing:
-        return f"{', '.join(sorted(missing))} is not listed in {MANIFEST}"
+        return f"{', '.join(sorted(missing))} not listed in {MANIFEST}"
     for name in sorted(names):
         reason = _damage(path / name, files[name])
         if reason:
@@ -378,7 +380,7 @@ def set_aside(path: Path) -> Path:
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint; after a crash, it is either complete or has a temporary name, and the next run removes it.
+    """Remove a checkpoint; a crash leaves it either complete or under a temporary name that the next run removes.
 
     Args:
         path: The directory.

@@ -51,7 +51,7 @@ def recording() -> Iterator[Interrupts]:
     replaced.
 
     Yields:
-        The record.
+        The record of the signals.
     """
     found = Interrupts()
     with _handled(_SIGNALS, found.receive):
@@ -60,7 +60,7 @@ def recording() -> Iterator[Interrupts]:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Make SIGTERM raise `KeyboardInterrupt` within a block, as Ctrl-C does, unless SIGTERM has another handler."""
+    """Within a block, make SIGTERM raise `KeyboardInterrupt` like Ctrl-C, unless the signal already has a handler."""
     numbers = [number for number in _SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
     with _handled(numbers, _stop):
         yield

@@ -193,7 +193,7 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, named: Named, tensors: 
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""State that has the shape of its tensor; the other entry, "step", is the number of updates of the tensor."""
+"""Entries of a tensor's state that have its shape; the remaining entry, "step", counts the updates of the tensor."""
 
 _ALIGNED = 16
 _RUN = {"cpu": 1 << 20, "cuda": 1 << 24}  # elements per run; on a CPU, 4 MB stay in the cache until AdamW reads them
@@ -235,7 +235,7 @@ class FlatAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, factor: float = 1.0) -> Any:
-        """Take one step.
+        """Take one optimizer step.
 
         Args:
             closure: Function that recomputes the loss, or None; its result is returned.
@@ -275,7 +275,9 @@ class _Flat:
         self.shapes, self.device = [p.shape for p in members], members[0].device
         sizes = [-(-p.numel() // _ALIGNED) * _ALIGNED for p in members]
         self.starts = list(accumulate(sizes, initial=0))
-        self.gap = torch.zeros(_ALIGNED, dtype=torch.float32, device=self.device)  # AdamW leaves zeros at zero
+        self.gap = torch.zeros(
+            _ALIGNED, dtype=torch.float32, device=self.device
+        )  # zero gradient: AdamW keeps gaps zero
         self.state: dict[str, _Lane] = {}
         self._pack()
 
@@ -292,7 +294,7 @@ class _Flat:
             raise RunError("trained tensors share memory; build the optimizer after they are replaced.")
 
     def gather(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Copy values and state that were replaced (`p.data = …`, `load_state_dict`) into the buffers; create state."""
+        """Copy replaced values and state (`p.data = …`, `load_state_dict`) into the buffers; create missing state."""
         if self._replaced():
             self._pack()
         for i, p in enumerate(self.members):

@@ -36,7 +36,7 @@ ROWS = 32
 def add_adapter(
     model: nn.Module, spec: RunSpec, loader: Loader, checkpoint: Path | None, progress: Progress
 ) -> tuple[str, ...]:
-    """Attach a new adapter, or load that of a checkpoint; first, add rows for new tokens to the base.
+    """Add rows for new tokens to the base, then attach a new adapter or load that of a checkpoint.
 
     Args:
         model: The base, on the run's device; changed in place.
@@ -82,7 +82,7 @@ def allocate_ranks(
     Args:
         model: The base, on the run's device.
         spec: The run's specification, with config and seed.
-        by: The criterion.
+        by: Criterion for the ranks.
         loader: The run's loader, which does not advance.
         progress: Receives a message about the ranks.
 
@@ -169,7 +169,7 @@ def row_loss(device: torch.device) -> Callable[[nn.Module, Batch], Tensor]:
 
 
 def _positions_with_loss(batch: Batch) -> Tensor:
-    """Return the mask (rows, length) of the positions whose label has loss, which EVA's `use_label_mask` selects."""
+    """Return a mask (rows, length) of the positions with a label that has loss, as with EVA's `use_label_mask`."""
     return (batch.labels != -100) & batch.attention_mask.bool()
 
 

@@ -1,6 +1,6 @@
 """The inputs of a run that are read and checked before weights are loaded: device, data, new tokens, shape of the base.
 
-Each check takes far less than a second, and its error names the problem.
+A failed check raises an error that names the problem.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from lorakit.train.run_folder import checkpoints, run_files
 from lorakit.train.run_spec import DiskSpace, RunLimits, RunPlan, RunSpec
 
 WORTH_MEASURING_FLOPS = 2e12
-"""Minimum FLOPs of a run for which the machine is measured to estimate time; shorter runs measure only for "auto"."""
+"""Minimum FLOPs of a run for which the machine is measured; shorter runs need it only to choose the precision."""
 
 _MOMENT_BYTES = 2 * 4
 _FOLDER_BYTES = 64 << 10  # configs, manifests, states of random generators, model card

@@ -149,7 +149,7 @@ class RunLimits:
         accumulation: Batches per step; the last step of an epoch may have fewer.
         eval_steps: Steps between evaluations.
         save_steps: Steps between checkpoints.
-        patience: Evaluations without improvement after which the run stops, or None.
+        patience: Number of successive evaluations without improvement after which the run stops, or None.
     """
 
     total_steps: int

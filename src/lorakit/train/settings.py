@@ -33,7 +33,7 @@ Optimizer = Literal["adamw", "lorafa"]
 Allocation = Literal["none", "gradients", "inputs"]
 Recompute = Literal["none", "feed-forward", "layers"]
 INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "eva", "corda", "lora_ga", "mica")
-"""Allowed values of `init_lora_weights`; LoftQ is excluded, because it needs both the original and the quantized base."""
+"""Values of `init_lora_weights`, besides `pissa_niter_N`. LoftQ would need both the original and the quantized base."""
 
 _DTYPE_WORDS = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 

@@ -104,7 +104,7 @@ def gather(given: Mapping[str, Any], file: str | Path | None = None) -> TrainSet
 
 
 def complete(settings: TrainSettings) -> TrainSettings:
-    """Fill in the settings that were not given from the run to resume, if any; completing them twice has no effect.
+    """Fill in settings that were not given with those of the run to resume, if any; a second call has no effect.
 
     Args:
         settings: Settings from `gather` or a program.

@@ -28,7 +28,7 @@ from lorakit.train.settings import Scheduler
 
 @dataclass(frozen=True)
 class Schedule:
-    """Stateless learning rate schedule: a warm-up, then a cosine, linear or constant course.
+    """Stateless learning rate schedule: a warm-up, then cosine decay, linear decay or a constant rate.
 
     Attributes:
         peak: Learning rate at the end of the warm-up.

@@ -276,7 +276,7 @@ def _unchanged_on_failure(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _failure_recorded(current: Run) -> Iterator[None]:
-    """Write an error of the block into the record; add what is saved to the message of a `DiskError`."""
+    """Record a `LorakitError` of the block in `run.json`; the message of a `DiskError` also lists what was saved."""
     folder = current.spec.folder
     try:
         yield
