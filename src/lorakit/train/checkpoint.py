@@ -241,9 +241,7 @@ def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], objec
         "schedule": snapshot.schedule,
     }
     try:
-        with durable.publish_directory(
-            final, replace=True
-        ) as temporary:  # a step can be saved again after its evaluation
+        with durable.publish_directory(final, replace=True) as temporary:  # a step is saved again once it is evaluated
             write_adapter(temporary)
             durable.write_bytes(temporary / OPTIMIZER, tensors_to_bytes(dict(snapshot.optimizer)))
             durable.write_bytes(temporary / RANDOM, tensors_to_bytes(dict(snapshot.random)))
@@ -312,7 +310,7 @@ def _fault(path: Path) -> str | None:
         return f"{MANIFEST} is missing, damaged or from another checkpoint"
     missing = {OPTIMIZER, RANDOM, STATE} - names
     if missing:
-        return f"{', '.join(sorted(missing))} not listed in {MANIFEST}"
+        return f"{MANIFEST} does not list {', '.join(sorted(missing))}"
     for name in sorted(names):
         reason = _damage(path / name, files[name])
         if reason:
