@@ -22,7 +22,7 @@ PIECE_CHARACTERS = 1 << 17
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text in which every token has loss.
+    """A text in which every token except the first has loss.
 
     Attributes:
         text: The text.

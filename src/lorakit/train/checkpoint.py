@@ -146,7 +146,7 @@ def restore_random_state(tensors: Mapping[str, torch.Tensor], plain: Mapping[str
 def environment(
     device: torch.device, dtype: str, quantization: Mapping[str, Any] | None = None, kernels: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return everything besides the inputs that affects the bits of a result.
+    """Return everything, apart from the inputs, that affects the bits of a result.
 
     Args:
         device: The run's device.

@@ -112,7 +112,7 @@ class Loop:
             )
 
     def _save(self, log: MetricsLog, always: bool) -> None:
-        """Save a checkpoint if the step is due, that is, at the interval or the new best, or if `always` is set."""
+        """Save a checkpoint at the interval, at a new best step, or if `always` is set."""
         state = self._run.state
         due = state.step > 0 and (state.step % self._run.limits.save_steps == 0 or state.best_step == state.step)
         now = (state.step, state.evaluated_step)

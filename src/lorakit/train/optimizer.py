@@ -275,9 +275,7 @@ class _Flat:
         self.shapes, self.device = [p.shape for p in members], members[0].device
         sizes = [-(-p.numel() // _ALIGNED) * _ALIGNED for p in members]
         self.starts = list(accumulate(sizes, initial=0))
-        self.gap = torch.zeros(
-            _ALIGNED, dtype=torch.float32, device=self.device
-        )  # zero gradient: AdamW keeps gaps zero
+        self.gap = torch.zeros(_ALIGNED, dtype=torch.float32, device=self.device)  # AdamW keeps the gaps at zero
         self.state: dict[str, _Lane] = {}
         self._pack()
 

@@ -45,7 +45,7 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
         """Report how many bytes of the data have been tokenized, out of the total; called often."""
 
     def begin(self, step: int, total_steps: int) -> None:
-        """Report the start of the loop and the number of steps taken before."""
+        """Report the start of the loop, with the number of steps already taken and the total."""
 
     def train_row(self, row: Mapping[str, Any]) -> None:
         """Report the metrics of a step."""

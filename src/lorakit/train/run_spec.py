@@ -160,7 +160,7 @@ class RunLimits:
 
     @classmethod
     def of(cls, settings: TrainSettings, loader: Loader) -> RunLimits:
-        """Compute the limits; by default, a run evaluates at every tenth of its length and saves as often.
+        """Compute the limits; by default, evaluations and checkpoints are a tenth of the run apart.
 
         Args:
             settings: Settings with length and intervals.

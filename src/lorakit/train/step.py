@@ -1,4 +1,4 @@
-"""One optimizer step: the learning rate, forward and backward over the step's batches, clipping, the update.
+"""One optimizer step: learning rate, forward and backward passes over the step's batches, clipping, and the update.
 
 The loss of a batch is a sum over its tokens with loss, so the gradient does not depend on how a step is split into
 batches. This module does not handle files, intervals or progress.

@@ -208,7 +208,7 @@ def acceleration_lines(acceleration: Acceleration) -> list[str]:
         acceleration: Result of `accelerate`.
 
     Returns:
-        A line about the step, and, where they apply, one about CPU kernels and one about modules not accelerated.
+        A line about the step and, if applicable, lines about the CPU kernels and about modules not accelerated.
     """
     left = Counter((part.kind, part.why) for part in acceleration.skipped)
     if not (acceleration.swaps or acceleration.head or acceleration.packs):
@@ -261,7 +261,7 @@ def _start(current: Run) -> None:
 
 @contextlib.contextmanager
 def _unchanged_on_failure(folder: Path) -> Iterator[None]:
-    """If the block fails, remove the directory if the block created it."""
+    """Remove the run directory if the block created it and then failed."""
     existed = folder.exists()
     try:
         yield
