@@ -642,7 +642,7 @@ def test_help_gives_every_flag_with_its_reason(capsys: pytest.CaptureFixture[str
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for flag in ("--learning-rate", "--early-stopping-patience", "--gradient-checkpointing", "--config", "--resume"):
         assert flag in text
-    assert "Default 16: room for a new task" in text
+    assert "Default 16: enough for a new task" in text
 
 
 def test_lorafa_and_rates_by_pattern_reach_the_run(train: Train, tmp_path: Path) -> None:
@@ -703,4 +703,4 @@ def test_an_init_that_is_none(train: Train, capsys: pytest.CaptureFixture[str]) 
     assert train(init_lora_weights="pisa") == 2
     assert "init_lora_weights is 'pisa'; it must be one of default, gaussian, pissa" in capsys.readouterr().err
     assert train(init_lora_weights="eva", allocate_ranks="inputs") == 2
-    assert "allocate_ranks and the init eva exclude each other" in capsys.readouterr().err
+    assert "allocate_ranks and the init eva cannot be combined" in capsys.readouterr().err
