@@ -294,8 +294,8 @@ def test_resume_passes_over_damage_and_says_so(
     (folder / "checkpoint-3" / "state.json").unlink()
     assert cli.main(["train", "--output-dir", str(folder), "--resume"]) == 0
     out = capsys.readouterr().out
-    assert f"{folder / 'checkpoint-4'}: skipped, optimizer.safetensors has " in out
-    assert f"{folder / 'checkpoint-3'}: skipped, state.json is missing." in out
+    assert f"{folder / 'checkpoint-4'}: skipped, because optimizer.safetensors has " in out
+    assert f"{folder / 'checkpoint-3'}: skipped, because state.json is missing." in out
     assert f"Resuming from {folder / 'checkpoint-2'}." in out
     assert (folder / "checkpoint-4" / "optimizer.safetensors").read_bytes() == before
     assert {"damaged-checkpoint-3", "damaged-checkpoint-4"} <= {path.name for path in folder.iterdir()}
@@ -311,7 +311,7 @@ def test_resume_with_every_checkpoint_damaged_starts_over(
     for path in run_folder.checkpoints(folder):
         (path / "manifest.json").unlink()
     assert cli.main(["train", "--output-dir", str(folder), "--resume"]) == 0
-    assert "no valid checkpoint; the run starts at its first step" in capsys.readouterr().out
+    assert "no valid checkpoint; the run starts from the beginning" in capsys.readouterr().out
     assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == weights
 
 
@@ -393,7 +393,9 @@ def test_bad_flags(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert refused(2, device="cuda:77").startswith("device is 'cuda:77', but torch")
     assert refused(2, dtype="bf15").startswith("dtype is 'bf15'; it must be 'auto', 'bfloat16' or 'float32'")
     assert refused(2, max_length=4096).endswith("supports at most 128 tokens; pass --max-length 128 or less.")
-    assert refused(2, eval_fraction=0, early_stopping_patience=2).startswith("early_stopping_patience needs evaluation")
+    assert refused(2, eval_fraction=0, early_stopping_patience=2).startswith(
+        "early_stopping_patience requires evaluation"
+    )
 
 
 def test_bad_data(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -596,7 +598,7 @@ def test_free_space_is_looked_at_before_the_first_step(
     assert train(r=16) == code
     captured = capsys.readouterr()
     assert ("not enough disk space for this run" in captured.err) is (free == 1_000)
-    assert ("not all checkpoints may fit" in captured.out) is (free == 600_000)
+    assert ("too small for all checkpoints" in captured.out) is (free == 600_000)
     assert (tmp_path / "run").exists() is (code == 0)
 
 
@@ -640,7 +642,7 @@ def test_help_gives_every_flag_with_its_reason(capsys: pytest.CaptureFixture[str
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for flag in ("--learning-rate", "--early-stopping-patience", "--gradient-checkpointing", "--config", "--resume"):
         assert flag in text
-    assert "Default 16: room for a new task" in text
+    assert "Default 16: enough for a new task" in text
 
 
 def test_lorafa_and_rates_by_pattern_reach_the_run(train: Train, tmp_path: Path) -> None:
@@ -701,4 +703,4 @@ def test_an_init_that_is_none(train: Train, capsys: pytest.CaptureFixture[str]) 
     assert train(init_lora_weights="pisa") == 2
     assert "init_lora_weights is 'pisa'; it must be one of default, gaussian, pissa" in capsys.readouterr().err
     assert train(init_lora_weights="eva", allocate_ranks="inputs") == 2
-    assert "allocate_ranks and the init eva exclude each other" in capsys.readouterr().err
+    assert "allocate_ranks and the init eva cannot be combined" in capsys.readouterr().err

@@ -96,7 +96,7 @@ def test_from_training_to_a_merged_model(
     assert _train(model, texts, folder) == 0
     said = capsys.readouterr().out
     known = len(hub.load_tokenizer(model))
-    assert f"New tokens: <think> ({known}), </think> ({known + 1}); embedding and head" in said
+    assert f"New tokens: <think> ({known}), </think> ({known + 1});" in said
     assert "not in the training data" not in said
 
     config = json.loads((folder / "adapter/adapter_config.json").read_text(encoding="utf-8"))
@@ -206,7 +206,7 @@ def test_tokens_that_the_data_does_not_have(
     base: Any, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _train(base(), texts, tmp_path / "run", tokens="<think> <never>") == 0
-    assert "not in the training data, whose rows are not trained: <never>" in capsys.readouterr().out
+    assert "not in the training data, so their rows stay untrained: <never>" in capsys.readouterr().out
 
 
 def test_a_file_lists_them_as_they_are(tmp_path: Path) -> None:

@@ -91,9 +91,7 @@ def test_a_template_without_an_end_is_noticed(tiny_tokenizer: Any) -> None:
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
     encoded = encode([Conversation(TALK.messages[1:3])], tiny_tokenizer, 256)
-    assert (
-        "No row has loss on an end-of-text token, so the model will not learn where to stop." in encoded.report.lines()
-    )
+    assert any("will not learn where to stop" in line for line in encoded.report.lines())
 
 
 def test_long_conversations_are_cut_and_counted(tiny_tokenizer: Any) -> None:
@@ -127,7 +125,7 @@ def test_tokens_that_do_not_give_the_text_back_are_refused(
 
 def test_no_template_and_a_template_that_refuses(tiny_tokenizer: Any) -> None:
     tiny_tokenizer.chat_template = None
-    with pytest.raises(DataError, match=r"talk.jsonl:3: .*tokenizer has no template"):
+    with pytest.raises(DataError, match=r"talk.jsonl:3: .*tokenizer has no chat template"):
         encode([TALK], tiny_tokenizer, 64)
     tiny_tokenizer.chat_template = "{{ raise_exception('only two turns') }}"
     with pytest.raises(

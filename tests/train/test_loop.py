@@ -82,7 +82,7 @@ def test_tensors_without_gradient_are_told(
     monkeypatch.setattr(loop, "without_gradient", lambda named: [name for name, _ in named][:5])
     run(TrainSettings(**settings), PlainProgress())
     out = capsys.readouterr().out
-    assert "warning: 5 of 28 trainable tensors got no gradient in the first step" in out
+    assert "warning: 5 of 28 trainable tensors received no gradient in the first step" in out
     assert "model.layers.0." in out and "and 2 more" in out
 
 

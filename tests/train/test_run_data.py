@@ -47,7 +47,7 @@ def test_data_is_held_out_or_given(tmp_path: Path, tiny_tokenizer: Any) -> None:
     assert sum(b.tokens for b in batches.held_out()) == sum(b.tokens for b in batches.held_out())
     given = read_data(settings.model_copy(update={"eval_data": files[7:]}))
     assert (len(given.train), len(given.held_out)) == (7, 1)
-    assert given.note == f"Evaluation on {files[7]}."
+    assert given.note == f"Evaluation data: {files[7]}."
 
 
 def test_one_document_leaves_nothing_to_hold_out(tmp_path: Path, tiny_tokenizer: Any) -> None:

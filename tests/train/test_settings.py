@@ -58,8 +58,8 @@ def test_rates_by_pattern_come_as_words_or_as_a_table() -> None:
     ("values", "keywords"),
     [
         ({"r": 0}, ("r is 0", "at least 1")),
-        ({"r": "8"}, ("r is '8'", "whole number")),
-        ({"r": True}, ("r is True", "whole number")),
+        ({"r": "8"}, ("r is '8'", "an integer")),
+        ({"r": True}, ("r is True", "an integer")),
         ({"lora_dropout": 1.0}, ("lora_dropout is 1.0", "at least 0 and less than 1")),
         ({"lora_dropout": -0.1}, ("lora_dropout is -0.1", "at least 0 and less than 1")),
         ({"learning_rate": float("nan")}, ("learning_rate is nan", "finite")),
@@ -82,9 +82,9 @@ def test_rates_by_pattern_come_as_words_or_as_a_table() -> None:
         ({"learning_rate_pattern": ["q_proj"]}, ("learning_rate_pattern is ['q_proj']", "PATTERN=RATE", "above 0")),
         ({"learning_rate_pattern": ["(=1e-4"]}, ("learning_rate_pattern is ['(=1e-4']", "'('", "regular expression")),
         ({"learning_rate_pattern": 3}, ("learning_rate_pattern is 3", "map")),
-        ({"loraplus_lr_ratio": 4.0, "optimizer": "lorafa"}, ("loraplus_lr_ratio", "lorafa", "exclude each other")),
-        ({"resume": True, "overwrite": True}, ("resume and overwrite exclude each other",)),
-        ({"allocate_ranks": "gradients", "init_lora_weights": "eva"}, ("allocate_ranks", "eva", "exclude each other")),
+        ({"loraplus_lr_ratio": 4.0, "optimizer": "lorafa"}, ("loraplus_lr_ratio", "lorafa", "cannot be combined")),
+        ({"resume": True, "overwrite": True}, ("resume and overwrite cannot be combined",)),
+        ({"allocate_ranks": "gradients", "init_lora_weights": "eva"}, ("allocate_ranks", "eva", "cannot be combined")),
     ],
 )  # fmt: skip
 def test_bad_values_are_named(values: dict[str, Any], keywords: tuple[str, ...]) -> None:

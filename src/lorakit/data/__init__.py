@@ -1,8 +1,8 @@
-"""Training data: files on disk to padded batches; all dropped and truncated tokens are counted.
+"""Training data, from files on disk to padded batches; everything left out or truncated is counted.
 
     files --read_records--> records --split--> records --encode--> sequences --Loader--> batches
 
-Tokenizers are passed as arguments (`tokens.Tokenizer` is the protocol); this package does not import transformers.
+Tokenizers are passed as arguments (see the protocol `tokens.Tokenizer`); this package does not import transformers.
 """
 
 from __future__ import annotations

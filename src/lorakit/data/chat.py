@@ -1,7 +1,8 @@
-"""Render conversations with the chat template and mark the assistant's tokens.
+"""Conversations rendered with a chat template, and the tokens in them that have loss: those of the assistant.
 
-The template's own marks (`{% generation %}`) are used if present. Otherwise the rendering up to a turn is compared with
-the rendering through it: the difference is what the model would have to generate.
+If the template marks the assistant's text with `{% generation %}`, its marks are used. Otherwise, the conversation is
+rendered twice for each assistant turn, up to the turn and through it; the text that the second rendering adds is the
+text that the model would have to generate.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ class TokenizedRow:
     """A tokenized conversation or completion.
 
     Attributes:
-        ids: All tokens.
-        trained: One bool per token: whether it has loss, as the assistant or the completion wrote it.
-        ended: Whether the end of a turn or text also has loss.
-        untrained_turns: Assistant turns that could not be located in the rendered text.
+        ids: Token ids of the row.
+        trained: For each token, whether it has loss; True in assistant turns and in completions.
+        ended: Whether an end marker has loss: the template's end of a turn, or the end-of-text token.
+        untrained_turns: Number of assistant turns without loss, because they were not found in the rendered text.
     """
 
     ids: list[int]
@@ -44,24 +45,25 @@ class _Span:
 
 
 def conversation_tokens(record: Conversation, tokenizer: Tokenizer) -> TokenizedRow:
-    """Render a conversation and mark the assistant's tokens, each turn with its end marker.
+    """Render and tokenize a conversation, and mark the tokens of the assistant's turns and of their end markers.
 
     Args:
         record: The conversation.
         tokenizer: A tokenizer with a chat template.
 
     Returns:
-        Tokens and marks; the marked tokens are what the template wrote for the assistant.
+        Tokens and marks; the marked tokens decode to the text that the template renders for the assistant.
 
     Raises:
-        DataError: There is no template, it rejects the conversation, or the tokens do not decode to the text.
+        DataError: The tokenizer has no chat template, the template rejects the conversation, or the tokens of a turn
+            do not decode to the rendered text.
     """
     template = tokenizer.chat_template
     if not template:
         raise _error(
             record,
-            "the data contains conversations, but the model's tokenizer has no template. Use an instruct model, or "
-            "rows with 'prompt' and 'completion'.",
+            "the data contains conversations, but the model's tokenizer has no chat template. Use an instruct model, "
+            "or rows with 'prompt' and 'completion'.",
         )
     if isinstance(template, str) and _GENERATION.search(template):
         marked = _by_marks(record, tokenizer)
@@ -100,13 +102,13 @@ def _by_prefixes(record: Conversation, tokenizer: Tokenizer) -> TokenizedRow:
 
 
 def _span(record: Conversation, tokenizer: Tokenizer, index: int, text: str) -> _Span | None:
-    """Return the span of an assistant turn in the whole text, or None if the template rewrote it."""
+    """Return the span of an assistant turn in the rendered conversation, or None if the turn cannot be located."""
     messages = record.as_dicts()
     try:
         before = _apply(record, tokenizer, messages[:index], tokenize=False, add_generation_prompt=True)
         through = _apply(record, tokenizer, messages[: index + 1], tokenize=False)
     except DataError:
-        return None  # a template may reject a prefix of a conversation that it accepts
+        return None  # a template may accept a conversation but reject a prefix of it
     content = messages[index]["content"]
     if not content.strip() or not through.startswith(before):
         return None
@@ -134,17 +136,17 @@ def _tokens_of_spans(
             return [token for token, _ in tokens], [part % 2 == 1 for _, part in tokens]
     raise _error(
         record,
-        "the tokens of the assistant's turns do not decode to the text of the chat template, so the tokens with loss "
-        "are unknown. Use rows with 'prompt' and 'completion' for this model.",
+        "the tokens of the assistant's turns do not decode to the text that the chat template renders, so the tokens "
+        "with loss cannot be determined. Use rows with 'prompt' and 'completion' for this model.",
     )
 
 
 _Tokens = list[tuple[int, int]]
-"""Tokens, each with the number of borders before it, which is odd inside a turn."""
+"""Pairs of a token id and the number of turn borders at or before the token; the number is odd inside a turn."""
 
 
 def _whole(tokenizer: Tokenizer, text: str, borders: list[int]) -> _Tokens | None:
-    """Tokenize the whole text, as the model will see it; return None if a token crosses a border of a turn."""
+    """Tokenize the text as a whole; return None if a token crosses a turn border or the tokenizer has no offsets."""
     try:
         result = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     except NotImplementedError:
@@ -159,14 +161,14 @@ def _whole(tokenizer: Tokenizer, text: str, borders: list[int]) -> _Tokens | Non
 
 
 def _piecewise(tokenizer: Tokenizer, text: str, borders: list[int]) -> _Tokens:
-    """Tokenize the parts before, in and after each turn separately, as generation does."""
+    """Tokenize the assistant turns and the text between them separately, as prompts are in generation."""
     parts = [text[start:end] for start, end in itertools.pairwise([0, *borders, len(text)])]
     return [(token, number) for number, part in enumerate(parts) if part for token in token_ids(tokenizer, part)]
 
 
 def _faithful(tokenizer: Tokenizer, text: str, ids: list[int]) -> bool:
     said = text_of(tokenizer, ids)
-    # SentencePiece drops one leading space in decoding; some tokenizers normalize their input
+    # SentencePiece drops one leading space when decoding; some tokenizers normalize their input
     return said in (text, text.removeprefix(" ")) or said == text_of(tokenizer, token_ids(tokenizer, text))
 
 

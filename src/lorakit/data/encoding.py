@@ -1,7 +1,7 @@
-"""Encode records as token sequences with labels, and count everything that was truncated or left out.
+"""Encode records as token sequences with labels, and count everything that is truncated or left out.
 
-Labels are -100 for positions without loss. The first label of a sequence is always -100, because no token precedes it,
-so the labels that are not -100 are exactly the positions with a causal loss.
+A position without loss has the label -100; every other position has a causal loss. The first label of a sequence is
+always -100, because there is no earlier token from which the first token could be predicted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Sequence:
 
     Attributes:
         input_ids: Token ids, shape (length,), four bytes each.
-        labels: The same ids at positions with loss, -100 elsewhere; shape (length,); the first is -100.
+        labels: Token ids at positions with loss, -100 elsewhere, shape (length,); the first label is always -100.
     """
 
     input_ids: array[int]
@@ -50,9 +50,9 @@ class Sequence:
 
 
 class Sequences(collections.abc.Sequence[Sequence]):
-    """Rows in flat arrays: two or four bytes per token for its id, one for whether it has loss, eight per row.
+    """Rows stored in flat arrays; a `Sequence` is created when a row is read.
 
-    A row becomes a `Sequence` when it is read.
+    Each token takes two or four bytes for its id and one byte for whether it has loss; each row takes eight more.
     """
 
     def __init__(self) -> None:
@@ -93,21 +93,21 @@ class Sequences(collections.abc.Sequence[Sequence]):
 
     @property
     def tokens(self) -> int:
-        """The number of tokens of all rows."""
+        """The total number of tokens."""
         return len(self._ids)
 
     @property
     def trained_tokens(self) -> int:
-        """The number of positions with a causal loss in all rows."""
+        """The total number of positions with a causal loss."""
         return self._trained.count(1)
 
     def lengths(self) -> array[int]:
-        """Return the number of tokens of each row."""
+        """Return the number of tokens in each row."""
         return array("q", np.diff(np.array(self._ends, dtype=np.int64)).tobytes())
 
 
 def lengths(sequences: Iterable[Sequence]) -> array[int]:
-    """Return the number of tokens of each sequence, without creating those that are stored flat."""
+    """Return the number of tokens in each sequence, without creating the rows of a `Sequences` object."""
     return sequences.lengths() if isinstance(sequences, Sequences) else array("q", map(len, sequences))
 
 
@@ -116,10 +116,10 @@ _TOKENS_AT_ONCE = 1 << 14
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The result of encoding.
+    """The result of `encode`.
 
     Attributes:
-        sequences: In the order of the records.
+        sequences: The encoded rows, in the order of the records.
         report: Counts of rows and tokens.
     """
 
@@ -132,19 +132,19 @@ def encode(
 ) -> Encoded:
     """Encode records as sequences of at most `max_length` tokens.
 
-    - A document gets the tokenizer's beginning token, if it adds one, and an end-of-text token. It is cut into
-      consecutive windows; each starts with the last token of the window before, as context, so that every token
-      but the document's first has loss exactly once.
-    - Of prompt and completion, the completion has loss, with an end-of-text token.
-    - Of a conversation, the assistant's turns have loss, as the chat template writes them, with their end markers.
-    - Completions and conversations that are too long are truncated on the right; rows without loss are left out; both
-      are counted.
+    - A document starts with the beginning-of-text token if the tokenizer adds one, and ends with the end-of-text token.
+      It is split into consecutive windows. Each window after the first starts with the last token of the previous one
+      as context, so every token of the document except the first has loss exactly once.
+    - In a row with prompt and completion, the completion and the end-of-text token after it have loss.
+    - In a conversation, the assistant's turns and their end markers, as rendered by the chat template, have loss.
+    - Completions and conversations that are too long are truncated on the right, and rows in which no token has loss
+      are left out; both are counted.
 
     Args:
         records: Records from `read_records` or `split`.
         tokenizer: Any transformers tokenizer.
-        max_length: Longest sequence, in tokens; at least 2.
-        watch: Called repeatedly with the bytes on disk of the processed records.
+        max_length: Maximum sequence length in tokens, at least 2.
+        watch: Function that is called repeatedly with the number of bytes on disk processed so far, or None.
 
     Returns:
         The sequences and the counts.
@@ -185,10 +185,10 @@ def _nothing_left(report: DataReport, first: Record | None) -> str:
     if first is None:
         return "The data has no rows."
     parts = [f"{report.empty_rows:,} empty"] if report.empty_rows else []
-    parts += [f"{report.dropped_rows:,} without loss within {report.max_length_tokens:,} tokens"]
+    parts += [f"{report.dropped_rows:,} without loss in the first {report.max_length_tokens:,} tokens"]
     return (
-        f"No token with loss is left in {report.rows:,} rows from {location(first)} on ({', '.join(parts)}). "
-        "Check the data, or raise --max-length."
+        f"No token has loss in any of the {report.rows:,} rows, starting at {location(first)} ({', '.join(parts)}). "
+        "Check the data, or increase --max-length."
     )
 
 
@@ -196,7 +196,7 @@ class _Work:
     """State of one encoding pass.
 
     Attributes:
-        sequences: The sequences so far.
+        sequences: The sequences encoded so far.
     """
 
     def __init__(self, tokenizer: Tokenizer, report: DataReport, watch: Callable[[int], None]) -> None:
@@ -207,12 +207,12 @@ class _Work:
         self._bytes = 0
 
     def done(self, size: int) -> None:
-        """Count a record as processed, by its bytes on disk."""
+        """Report that a record of the given size on disk, in bytes, has been processed."""
         self._bytes += size
         self._watch(self._bytes)
 
     def add(self, record: Record) -> None:
-        """Encode a nonempty record."""
+        """Encode a nonempty record and append its sequences."""
         if isinstance(record, Document):
             made, ended = self._windows(record), self._tokenizer.eos_token_id is not None
         else:
@@ -223,14 +223,14 @@ class _Work:
             self._report.dropped_rows += 1
 
     def _windows(self, record: Document) -> int:
-        """Append the windows of a document, each as soon as its tokens are available; return their number."""
+        """Append the windows of a document as its tokens become available; return the number of windows."""
         length, made = self._report.max_length_tokens, 0
         held = array("q")
         for ids in self._tokens(record):
             held.extend(ids)
-            while len(held) > length:  # another window is certain
+            while len(held) > length:  # more than one window's tokens, so at least one more window follows
                 self.sequences.add(held[:length], b"\1" * length)
-                del held[: length - 1]  # its last token is the next one's context
+                del held[: length - 1]  # the last token of a window is the context of the next
                 made += 1
         if len(held) > 1:
             self.sequences.add(held, b"\1" * len(held))
@@ -238,7 +238,7 @@ class _Work:
         return made
 
     def _tokens(self, record: Document) -> Iterator[array[int]]:
-        """Yield the tokens of a document with its start and end tokens, a limited number at a time."""
+        """Yield the tokens of a document, including its start and end tokens, in chunks of limited size."""
         yield array("q", beginning(self._tokenizer))
         end, last = self._tokenizer.eos_token_id, None
         for ids in token_parts(self._tokenizer, self._watched(record.pieces())):
@@ -249,7 +249,7 @@ class _Work:
             yield array("q", [end])
 
     def _watched(self, pieces: Iterable[str]) -> Iterator[str]:
-        """Yield the pieces; each counts as processed when the next one is requested."""
+        """Yield the pieces of a document; report each as processed when the next one is requested."""
         done = self._bytes
         for piece in pieces:
             yield piece
@@ -257,7 +257,11 @@ class _Work:
             self._watch(done)
 
     def _cut(self, record: Completion | Conversation) -> tuple[bool, bool]:
-        """Append a row, truncated to the length; return whether it was added, and whether its end has loss."""
+        """Append a record, truncated to the maximum length.
+
+        Returns:
+            Whether the record was appended, and whether an end marker in it has loss.
+        """
         report, row = self._report, _row(record, self._tokenizer)
         report.untrained_turns += row.untrained_turns
         length = report.max_length_tokens
@@ -276,7 +280,7 @@ def _row(record: Completion | Conversation, tokenizer: Tokenizer) -> TokenizedRo
         return conversation_tokens(record, tokenizer)
     prompt = token_ids(tokenizer, record.prompt) if record.prompt else []
     both = token_ids(tokenizer, record.prompt + record.completion)
-    # if a token crosses the border, the prompt keeps the tokens that generation will see
+    # if a token spans prompt and completion, tokenize them separately: in generation, the prompt is tokenized alone
     said = both[len(prompt) :] if both[: len(prompt)] == prompt else token_ids(tokenizer, record.completion)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     said += end if said[-1:] != end else []

@@ -1,8 +1,8 @@
-"""Hold out records for evaluation, and make batches of padded sequences.
+"""Hold out records for evaluation, and batch padded sequences.
 
-A document is held out by a seed and its content alone. Equal records stay on one side, so that no training text is also
-evaluated. Batches come in a seeded order and can be resumed at any point. There are no background workers: the next
-batch is a function of the data, the seed and two numbers.
+Whether a record is held out depends on its content and a seed, and hardly on the other records. Equal records are
+always on the same side, so no training text is also evaluated. Batches come in a seeded order, and a loader can resume
+at any of them. There are no background workers: a batch depends only on the data, the seed, its epoch and its number.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_FRACTION = 0.05
-"""Fraction of the documents that is held out by default."""
+"""Default fraction of the documents to hold out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,9 @@ class Split:
     """Records for training and records for evaluation.
 
     Attributes:
-        train: Training records, in the order given; carries the notes of the input.
-        held_out: Evaluation records, in the order given; may be empty.
-        note: Message about what was held out, or why nothing was.
+        train: Training records in input order, with the notes of the input.
+        held_out: Evaluation records in input order; may be empty.
+        note: Message that says how much was held out, or why nothing was.
     """
 
     train: AnyRecords
@@ -50,18 +50,18 @@ class Split:
 
 
 def split(records: Iterable[Record], fraction: float = DEFAULT_FRACTION, seed: int = 0) -> Split:
-    """Hold out a fraction of the documents, whole ones, at least one if there are two.
+    """Hold out a fraction of the records for evaluation; at least one if there are two distinct records.
 
-    The choice depends on the seed and on the records' content, not on their order, and hardly on other records:
-    adding records leaves most of the choice unchanged.
+    Documents are held out as a whole. The choice depends on the seed and on the content of the records, not on their
+    order; adding records leaves most of the choice unchanged.
 
     Args:
         records: All records.
-        fraction: Fraction of the distinct documents to hold out, in [0, 1).
-        seed: Seed of the choice.
+        fraction: Fraction of the distinct records to hold out, in [0, 1).
+        seed: Seed that determines which records are held out.
 
     Returns:
-        Both sides and a message.
+        The training records, the evaluation records, and a message.
 
     Raises:
         ConfigError: The fraction is outside [0, 1).
@@ -81,7 +81,7 @@ def split(records: Iterable[Record], fraction: float = DEFAULT_FRACTION, seed: i
         )
         return Split(everything, Records(), note)
     count = min(len(distinct) - 1, max(1, round(fraction * len(distinct))))
-    chosen = digests <= distinct[count - 1]  # the first ones
+    chosen = digests <= distinct[count - 1]  # the records with the smallest digests
     train = everything.some(np.flatnonzero(~chosen), everything.notes)
     held_out = everything.some(np.flatnonzero(chosen))
     verb = "is" if len(held_out) == 1 else "are"
@@ -91,15 +91,15 @@ def split(records: Iterable[Record], fraction: float = DEFAULT_FRACTION, seed: i
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows padded on the right to the longest one.
+    """Rows padded on the right to the length of the longest one.
 
     Attributes:
         input_ids: Token ids, shape (rows, length), int64.
         attention_mask: 1 for a token, 0 for padding, shape (rows, length), int64.
         labels: Token ids at positions with loss, -100 elsewhere, shape (rows, length), int64.
-        epoch: Progress through the data up to this batch, in epochs.
-        tokens: Number of tokens without padding.
-        trained_tokens: Number of positions with a causal loss: labels that are not -100.
+        epoch: Progress through the data after this batch, in epochs.
+        tokens: Number of tokens, excluding padding.
+        trained_tokens: Number of positions with a causal loss, that is, with a label other than -100.
     """
 
     input_ids: torch.Tensor
@@ -112,15 +112,15 @@ class Batch:
 
 @dataclass(eq=False)
 class Loader(Iterator[Batch]):
-    """Yields batches, epoch after epoch, each epoch in its own order; the last batch of an epoch may be smaller.
+    """Iterator over the batches of successive epochs; each epoch has its own order, and its last batch may be smaller.
 
     Attributes:
         sequences: Sequences from `encode`; at least one.
         batch_rows: Rows per batch.
-        seed: Seed of every epoch's order.
+        seed: Seed that, with the number of the epoch, determines the order of the sequences.
         shuffle: Whether to shuffle; False keeps the order of `sequences`.
         epochs: Number of epochs; None is unlimited.
-        pad_id: Padding token; the attention mask hides it. See `padding_id`.
+        pad_id: Id of the padding token, which the attention mask hides; see `padding_id`.
 
     Raises:
         ConfigError: `batch_rows` is below 1.
@@ -163,7 +163,7 @@ class Loader(Iterator[Batch]):
         return padded(rows, self.pad_id, self.epoch)
 
     def state(self) -> dict[str, Any]:
-        """Return the loader's position, seed and a digest of the data, as JSON values."""
+        """Return the loader's position, its settings and a digest of its data as plain JSON values."""
         return {
             "epoch": self._epoch,
             "batch": self._batch,
@@ -174,13 +174,14 @@ class Loader(Iterator[Batch]):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Resume at the position of another loader; the following batches are the ones it would have given.
+        """Resume at the position of another loader; the following batches are the same as that loader's.
 
         Args:
-            state: State from `state`.
+            state: Result of `state` of the other loader.
 
         Raises:
-            DataError: The state belongs to other data, another seed or another batch size, or is not valid.
+            DataError: The state is invalid, or is from a loader with other data, another seed, another batch size or
+                another value of `shuffle`.
         """
         mine = self.state()
         different = [key for key in ("data_sha256", "seed", "batch_rows", "shuffle") if state.get(key) != mine[key]]
@@ -212,12 +213,12 @@ class Loader(Iterator[Batch]):
 
 
 def padded(rows: list[Sequence], pad_id: int, epoch: float) -> Batch:
-    """Return the batch of some sequences.
+    """Combine sequences into a padded batch.
 
     Args:
-        rows: At least one.
-        pad_id: Padding token.
-        epoch: As in `Batch`.
+        rows: The sequences, at least one.
+        pad_id: Id of the padding token.
+        epoch: Value for `Batch.epoch`.
     """
     import torch
     from torch.nn.utils.rnn import pad_sequence
@@ -226,7 +227,7 @@ def padded(rows: list[Sequence], pad_id: int, epoch: float) -> Batch:
     labels = [torch.frombuffer(row.labels, dtype=torch.int32).long() for row in rows]
     return Batch(
         input_ids=pad_sequence(ids, batch_first=True, padding_value=pad_id),
-        # by length, not by id: if padding and end of text share an id, the end still has loss
+        # from the lengths, not the ids: padding and end of text may share an id, and the end must not be masked
         attention_mask=pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         labels=pad_sequence(labels, batch_first=True, padding_value=IGNORED),
         epoch=epoch,
@@ -236,15 +237,15 @@ def padded(rows: list[Sequence], pad_id: int, epoch: float) -> Batch:
 
 
 def by_length(sequences: Many[Sequence], rows: int, pad_id: int = 0) -> Iterator[Batch]:
-    """Yield each sequence once, the shortest first; batches of shorter sequences have more rows.
+    """Yield batches that contain each sequence once, shortest first; batches of shorter sequences have more rows.
 
-    No batch has more positions, including padding, than that of the longest sequences: it takes no more memory, and
-    short sequences do not take the time of a whole batch.
+    No batch has more positions, including padding, than `rows` rows of the longest sequence. This limits memory, and
+    short sequences take less time than in batches of `rows` rows.
 
     Args:
-        sequences: At least one.
-        rows: Rows of a batch of the longest sequences.
-        pad_id: Padding token.
+        sequences: The sequences, at least one.
+        rows: Number of rows in a batch of the longest sequences.
+        pad_id: Id of the padding token.
 
     Raises:
         ConfigError: `rows` is below 1.
@@ -263,7 +264,7 @@ def by_length(sequences: Many[Sequence], rows: int, pad_id: int = 0) -> Iterator
 
 
 def padding_id(tokenizer: Tokenizer) -> int:
-    """Return the padding id: the tokenizer's padding token, else its end of text, else 0."""
+    """Return the id to pad with: the tokenizer's padding token, else its end-of-text token, else 0."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None:
             return candidate

@@ -1,9 +1,9 @@
 """Read data files strictly: text and Markdown as one document each, JSON Lines as one record per row.
 
-Errors name file, line, field, the value found and what is allowed. This module does not depend on tokens.
+Errors name the file, line and field, the value found, and what is allowed. This module does not depend on tokenizers.
 
-Python's language reference is available as training text on every machine with Python: the standard library ships it
-for `help()`, as `pydoc_data.topics`, some 80 topics with half a million characters of prose.
+Python's language reference is training text that needs no download: the standard library ships it for `help()`, as
+`pydoc_data.topics`, with about 80 topics and half a million characters of prose.
 """
 
 from __future__ import annotations
@@ -29,33 +29,34 @@ TEXT_SUFFIXES = (".txt", ".md")
 """Suffixes of files that are one document each."""
 
 ROWS_SUFFIX = ".jsonl"
-"""Suffixes of files with one JSON object per line."""
+"""Suffix of files with one JSON object per line."""
 
 SHAPES = (("text",), ("prompt", "completion"), ("messages",))
-"""The sets of fields that a row may have; a row has exactly one of them."""
+"""The allowed sets of fields; each row must have exactly one of these sets."""
 
 _FIELDS = tuple(field for shape in SHAPES for field in shape)
 _ALLOWED = "'text', or 'prompt' and 'completion', or 'messages'"
 
 DEFAULT_HELD_OUT = 0.1
-"""Fraction of the topics of Python's language reference that is held out by default."""
+"""Default fraction of the topics in Python's language reference to hold out."""
 
 
 class _BadRow(Exception):
-    """A problem of a row, without its location."""
+    """A row is invalid; the message describes the problem, but not where the row is."""
 
 
 def read_records(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> StoredRecords:
-    """Read data files, in the order given; kinds may be mixed.
+    """Read data files in the given order; file types may be mixed.
 
     Args:
         paths: One path or several, ending in `.txt`, `.md` or `.jsonl`.
 
     Returns:
-        The records in order, with notes about unused columns. They stay in their files: each is read again on access.
+        The records in order, with notes about unused columns. Each record is reread from its file on access.
 
     Raises:
-        DataError: A file is missing, empty, binary or not UTF-8, or a row is not one of the allowed shapes.
+        DataError: A file is missing, empty, binary or not UTF-8, or a row is not valid JSON with one of the allowed
+            sets of fields.
     """
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     if not given:
@@ -69,7 +70,7 @@ def read_records(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
 
 
 def _read_file(path: Path) -> tuple[DataFile, list[str]]:
-    """Return a checked file, with notes; its text is not kept in memory."""
+    """Check a file without keeping its text in memory; return the file and notes about it."""
     try:
         _check_kind(path)
         with path.open("rb") as file:
@@ -89,12 +90,12 @@ def _read_file(path: Path) -> tuple[DataFile, list[str]]:
 def _check_kind(path: Path) -> None:
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
-        raise file_error(path, "is a directory; pass the data files in it by name.")
+        raise file_error(path, "not a file but a directory; pass the data files in it individually.")
     if not stat.S_ISREG(mode):
-        raise file_error(path, "is not a regular file; write the data to a file first.")
+        raise file_error(path, "not a regular file; write the data to a regular file first.")
     if path.suffix.lower() not in (*TEXT_SUFFIXES, ROWS_SUFFIX):
         hint = " Convert the .json file to .jsonl: one object per line." if path.suffix.lower() == ".json" else ""
-        raise file_error(path, f"data files end in .txt, .md or .jsonl, not in '{path.suffix}'.{hint}")
+        raise file_error(path, f"data files must end in .txt, .md or .jsonl, not '{path.suffix}'.{hint}")
 
 
 def _neighbors(path: Path) -> str:
@@ -107,7 +108,7 @@ def _neighbors(path: Path) -> str:
 
 
 def _check_text(path: Path, file: IO[bytes]) -> None:
-    """Check in one pass that a file is not empty, not binary, and UTF-8."""
+    """Check in one pass that a file contains text, is not binary, and is valid UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     at = lines = 0
     empty, piece = True, b" "
@@ -117,16 +118,18 @@ def _check_text(path: Path, file: IO[bytes]) -> None:
             raise file_error(path, "the data file is UTF-16; save it as UTF-8.")
         zero = piece.find(b"\0")
         if zero >= 0:
-            raise file_error(path, f"looks binary (a zero byte at offset {at + zero}); data files are UTF-8 text.")
-        held = len(decoder.getstate()[0])  # bytes of a character that started in the piece before
+            raise file_error(
+                path, f"the data file looks binary (zero byte at offset {at + zero}); data files must be UTF-8 text."
+            )
+        held = len(decoder.getstate()[0])  # bytes of a character that started in the previous piece
         try:
             decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as cause:
             line = 1 + lines + cause.object[: cause.start].count(b"\n")
             raise file_error(
                 path,
-                f"is not UTF-8: byte 0x{cause.object[cause.start]:02x} at offset {at - held + cause.start} (line "
-                f"{line}) does not start a character. Convert the file to UTF-8 first.",
+                f"not valid UTF-8: invalid byte 0x{cause.object[cause.start]:02x} at offset {at - held + cause.start} "
+                f"(line {line}). Convert the file to UTF-8 first.",
             ) from None
         empty = empty and not piece.strip()
         at, lines = at + len(piece), lines + piece.count(b"\n")
@@ -135,12 +138,12 @@ def _check_text(path: Path, file: IO[bytes]) -> None:
 
 
 def _read_rows(path: Path, file: IO[bytes]) -> tuple[array[int], array[int], list[str]]:
-    """Return the offsets and lines of the rows, with notes; every row is checked."""
+    """Check every row; return the byte offset and the line number of each row, and notes about the file."""
     starts, lines = array("q"), array("q")
     bad, reason = array("q"), ""
     unused: Counter[str] = Counter()
     at = 0
-    # only \n ends a row: str.splitlines would also cut inside strings, at U+2028 and similar characters
+    # only \n ends a row; str.splitlines would also split JSON strings, at U+2028 and similar characters
     for number, raw in enumerate(file, start=1):
         line = line_of(raw, first=at == 0)
         if line.strip():
@@ -158,13 +161,13 @@ def _read_rows(path: Path, file: IO[bytes]) -> tuple[array[int], array[int], lis
 
 
 def _bad_rows_message(path: Path, reason: str, lines: Sequence[int]) -> str:
-    """Return the reason of the first bad row of a file, and the lines of further ones."""
+    """Return a message that describes the first invalid row of a file and lists the lines of the others."""
     first, *rest = lines
     message = f"{path}:{first}: {reason}"
     if not rest:
         return message
     listed = ", ".join(map(str, rest[:5])) + (", ..." if len(rest) > 5 else "")
-    return f"{message} {len(rest)} more rows of this file are bad (lines {listed})."
+    return f"{message} Other invalid rows in this file: {len(rest)} (lines {listed})."
 
 
 def _unused_note(path: Path, unused: Counter[str], rows: int) -> str:
@@ -173,7 +176,7 @@ def _unused_note(path: Path, unused: Counter[str], rows: int) -> str:
 
 
 def _row(source: str, line: str, number: int, unused: Counter[str] | None = None) -> Record:
-    """Parse a line of a file; unused columns are counted if wanted."""
+    """Parse a line of a file; if `unused` is given, count the unused columns in it."""
     try:
         row = parse_json(line)
     except RecursionError:
@@ -198,7 +201,7 @@ def _shape(row: dict[str, Any]) -> tuple[str, ...]:
         raise _BadRow(f"a row must have {_ALLOWED}; this one has {names}.")
     if not present:
         names = ", ".join(f"'{name}'" for name in list(row)[:8]) or "no fields"
-        hints = [f"'{field}' for '{name}'" for name in row for field in nearest(name.lower(), list(_FIELDS), 1)]
+        hints = [f"'{field}' instead of '{name}'" for name in row for field in nearest(name.lower(), list(_FIELDS), 1)]
         hint = f" Did you mean {', '.join(hints[:2])}?" if hints else ""
         raise _BadRow(f"a row must have {_ALLOWED}; this one has {names}.{hint}")
     for field in present[0]:
@@ -216,7 +219,7 @@ def _string(row: dict[str, Any], field: str, where: str = "") -> str:
     except UnicodeEncodeError as cause:
         raise _BadRow(
             f"the field '{where}{field}' contains an unpaired surrogate (\\u{ord(value[cause.start]):04x}) at "
-            f"character {cause.start}, which is not a valid character."
+            f"character {cause.start}; remove or replace it."
         ) from None
     return value
 
@@ -243,7 +246,7 @@ def _message(item: JsonValue, where: str, unused: Counter[str]) -> Message:
 
 
 def _named(value: JsonValue) -> str:
-    """Describe a JSON value, with the value itself if it is short."""
+    """Describe a JSON value by its type, and by the value itself if it is a scalar."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -256,13 +259,13 @@ def _named(value: JsonValue) -> str:
 
 
 def python_reference() -> Records:
-    """Return the topics of the language reference, one document each, sorted by name.
+    """Return Python's language reference as one document per topic, sorted by topic name.
 
     Returns:
-        The documents; their `source` is `python-reference/<topic>`.
+        The documents; the `source` of each is `python-reference/<topic>`.
 
     Raises:
-        DataError: This Python was installed without its help texts.
+        DataError: This Python installation does not include the language reference.
     """
     try:
         from pydoc_data.topics import topics
@@ -278,20 +281,20 @@ def python_reference() -> Records:
 def write_python_reference(
     directory: str | os.PathLike[str], held_out_fraction: float = DEFAULT_HELD_OUT, seed: int = 0
 ) -> tuple[Path, Path]:
-    """Write the language reference as two JSON Lines files, with whole topics held out.
+    """Write Python's language reference to two JSON Lines files, one for training and one with the held-out topics.
 
     Args:
-        directory: Directory of `train.jsonl` and `eval.jsonl`; created if missing.
-        held_out_fraction: Fraction of the topics in `eval.jsonl`.
-        seed: Seed of the choice.
+        directory: Directory for `train.jsonl` and `eval.jsonl`; created if missing.
+        held_out_fraction: Fraction of the topics to write to `eval.jsonl`.
+        seed: Seed that determines which topics are held out.
 
     Returns:
-        Paths of both files.
+        The paths of `train.jsonl` and `eval.jsonl`.
 
     Raises:
         ConfigError: The fraction is outside [0, 1).
-        DataError: This Python was installed without its help texts.
-        DiskError: The files cannot be written.
+        DataError: This Python installation does not include the language reference.
+        DiskError: A file cannot be written.
     """
     parts = split(python_reference(), held_out_fraction, seed)
     paths = Path(directory) / "train.jsonl", Path(directory) / "eval.jsonl"

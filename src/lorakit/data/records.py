@@ -1,4 +1,4 @@
-"""The three kinds of training records, and a list of records with notes about its source.
+"""The three kinds of training records, and a list of records with notes for the user.
 
 This module does not depend on files, tokens or tensors.
 """
@@ -14,20 +14,20 @@ from typing import Any, TypeAlias
 import numpy as np
 
 KEY_BYTES = 16
-"""Bytes of a key that distinguishes records."""
+"""Size of a record's content key in bytes."""
 
 PIECE_CHARACTERS = 1 << 17
-"""Characters of a long text that are in memory at a time."""
+"""Maximum number of characters of a document that are processed at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text in which every token has loss.
+    """A text in which every token except the first has loss.
 
     Attributes:
         text: The text.
-        source: Its file, or another name for messages.
-        line: Line in the file, counted from 1; None if the file is the document.
+        source: Path of the text's file, or another name to show in messages.
+        line: Line number in the file, starting at 1; None if the document is the whole file.
     """
 
     text: str
@@ -35,7 +35,7 @@ class Document:
     line: int | None = None
 
     def pieces(self) -> Iterator[str]:
-        """Return the text in pieces of at most `PIECE_CHARACTERS`."""
+        """Yield the text in pieces of at most `PIECE_CHARACTERS` characters."""
         for at in range(0, len(self.text), PIECE_CHARACTERS):
             yield self.text[at : at + PIECE_CHARACTERS]
 
@@ -46,9 +46,9 @@ class Completion:
 
     Attributes:
         prompt: The input.
-        completion: The text that follows it.
-        source: Its file, or another name for messages.
-        line: Line in the file, counted from 1.
+        completion: The text that follows the prompt.
+        source: Path of the row's file, or another name to show in messages.
+        line: Line number in the file, starting at 1; None if the row is not from a file.
     """
 
     prompt: str
@@ -62,7 +62,7 @@ class Message:
     """One turn of a conversation.
 
     Attributes:
-        role: Role of the speaker: one of `ROLES`.
+        role: Role of the speaker, one of `ROLES`.
         content: Text of the turn.
     """
 
@@ -72,12 +72,12 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns of a chat; only those of the assistant have loss.
+    """A chat, in which only the assistant's turns have loss.
 
     Attributes:
         messages: The turns in order.
-        source: Its file, or another name for messages.
-        line: Line in the file, counted from 1.
+        source: Path of the row's file, or another name to show in messages.
+        line: Line number in the file, starting at 1; None if the row is not from a file.
     """
 
     messages: tuple[Message, ...]
@@ -85,7 +85,7 @@ class Conversation:
     line: int | None = None
 
     def as_dicts(self) -> list[dict[str, str]]:
-        """Return the turns in the form that chat templates take."""
+        """Return the turns in the format that chat templates expect."""
         return [{"role": message.role, "content": message.content} for message in self.messages]
 
 
@@ -107,11 +107,11 @@ class Records(list[Record]):
         self.notes = list(notes)
 
     def some(self, positions: Iterable[int], notes: Iterable[str] = ()) -> Records:
-        """Return the records at some positions.
+        """Return the records at the given positions.
 
         Args:
             positions: Positions in this list.
-            notes: Messages of the new records.
+            notes: Notes for the new list.
         """
         return Records((self[at] for at in positions), notes)
 
@@ -122,16 +122,16 @@ def location(record: Record) -> str:
 
 
 def content_key(record: Record, salt: str = "") -> bytes:
-    """Return a key that distinguishes and orders records by their content, independent of file and line.
+    """Return a key that identifies and orders records by their content, regardless of file and line.
 
     Args:
         record: The record.
-        salt: Hashed first, so that different salts order records differently.
+        salt: Text that is hashed before the content, so that different salts order records differently.
 
     Returns:
-        The first `KEY_BYTES` bytes of a SHA-256; equal for equal kind and content.
+        The first `KEY_BYTES` bytes of a SHA-256 digest; the same for records of the same kind with the same content.
     """
-    if isinstance(record, Document):  # `[salt, "document", text]` as JSON, without the whole text in memory
+    if isinstance(record, Document):  # hashes the JSON `[salt, "document", text]` piece by piece
         digest = hashlib.sha256(json.dumps([salt, "document", ""])[:-2].encode())
         for piece in record.pieces():
             digest.update(json.dumps(piece)[1:-1].encode())
@@ -145,7 +145,7 @@ def content_key(record: Record, salt: str = "") -> bytes:
 
 
 def keys_of(joined: bytes | bytearray) -> np.ndarray[Any, Any]:
-    """Return joined keys as an array, shape (keys,); they sort like their digests."""
+    """Split concatenated keys into an array of shape (keys,); its elements sort in the order of the digests."""
     return np.frombuffer(joined, dtype=f"S{KEY_BYTES}")
 
 

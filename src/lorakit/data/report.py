@@ -1,4 +1,4 @@
-"""Counts of the data, and their text.
+"""Counts of the rows and tokens in the data, and lines of text that describe them.
 
 This module does not depend on files or tokenizers; `encode` sets the counts.
 """
@@ -13,26 +13,26 @@ from lorakit.tables import format_count, format_percent
 
 @dataclass(slots=True)
 class DataReport:
-    """Counts of rows and tokens; everything dropped or truncated is counted here.
+    """Counts of rows and tokens, including everything that was left out or truncated.
 
     Attributes:
         max_length_tokens: Maximum sequence length.
-        documents: Rows or files with a text.
-        completions: Rows with prompt and completion.
+        documents: Text files, and rows with a text.
+        completions: Rows with a prompt and a completion.
         conversations: Rows with messages.
         sequences: Number of sequences.
-        tokens: Tokens of all sequences, without padding.
+        tokens: Tokens in all sequences, excluding padding.
         trained_tokens: Tokens with loss.
         empty_rows: Rows left out because they have nothing to train on.
-        duplicate_rows: Rows with the content of an earlier one; they are kept.
-        cut_rows: Rows longer than `max_length_tokens`, truncated on the right.
-        cut_tokens: Tokens lost by truncation.
-        cut_trained_tokens: Number of lost tokens that would have had loss.
-        dropped_rows: Rows left out because no token has loss.
-        untrained_turns: Assistant turns that the chat template omits, or rewrites when others follow; they are
-            context only.
-        ended_rows: Rows with loss on an end: the end-of-text token, or the template's end of a turn.
-        notes: Further messages.
+        duplicate_rows: Rows with the same content as an earlier row; they are kept.
+        cut_rows: Rows longer than `max_length_tokens`, which are truncated on the right.
+        cut_tokens: Tokens removed by truncation.
+        cut_trained_tokens: Removed tokens that would have had loss.
+        dropped_rows: Rows left out because none of their tokens has loss.
+        untrained_turns: Assistant turns without loss, because the chat template omits them, or rewrites them if other
+            turns follow.
+        ended_rows: Rows in which an end marker has loss: the end-of-text token, or the template's end of a turn.
+        notes: Further messages for the user.
     """
 
     max_length_tokens: int
@@ -59,15 +59,15 @@ class DataReport:
 
     @property
     def trained_fraction(self) -> float:
-        """The fraction of tokens with loss, in [0, 1]."""
+        """The fraction of tokens that have loss, in [0, 1]."""
         return self.trained_tokens / self.tokens if self.tokens else 0.0
 
     def as_dict(self) -> JsonObject:
-        """Return all counts and notes, for `run.json`."""
+        """Return all counts and notes as plain JSON values."""
         return {"rows": self.rows, **asdict(self)}
 
     def lines(self) -> list[str]:
-        """Return the counts as lines: totals first, then what was cut, left out or is unusual."""
+        """Return the counts as lines of text: first the totals, then the rows left out or truncated, then the notes."""
         kinds = [
             format_count(self.documents, "document"),
             format_count(self.completions, "prompt with completion", "prompts with completions"),
@@ -76,7 +76,7 @@ class DataReport:
         shown = [kind for kind in kinds if not kind.startswith("0 ")] or [kinds[0]]
         lines = [
             f"{', '.join(shown)}: {format_count(self.sequences, 'sequence')} of at most "
-            f"{self.max_length_tokens:,} tokens, {self.tokens:,} tokens, {self.trained_tokens:,} with loss "
+            f"{self.max_length_tokens:,} tokens; total: {self.tokens:,} tokens, {self.trained_tokens:,} with loss "
             f"({format_percent(self.trained_fraction, 1)})."
         ]
         return [*lines, *self._losses(), *self.notes]
@@ -86,19 +86,22 @@ class DataReport:
         if self.empty_rows:
             lines.append(f"{format_count(self.empty_rows, 'row')} left out: empty.")
         if self.dropped_rows:
-            lines.append(f"{format_count(self.dropped_rows, 'row')} left out: no loss within the maximum length.")
+            lines.append(
+                f"{format_count(self.dropped_rows, 'row')} left out: no token with loss within the maximum length."
+            )
         if self.cut_rows:
             lines.append(
-                f"{format_count(self.cut_rows, 'row')} cut to {self.max_length_tokens:,} tokens: {self.cut_tokens:,} "
-                f"tokens cut, {self.cut_trained_tokens:,} of them with loss; a larger --max-length keeps them."
+                f"{format_count(self.cut_rows, 'row')} truncated to {self.max_length_tokens:,} tokens: "
+                f"{self.cut_tokens:,} tokens removed, {self.cut_trained_tokens:,} of them with loss; a larger "
+                "--max-length keeps them."
             )
         if self.untrained_turns:
             lines.append(
                 f"{format_count(self.untrained_turns, 'assistant turn')} without loss: the chat template changes them "
-                "when further turns follow; one row per answer trains all of them."
+                "if other turns follow; to train all of them, use one row per answer."
             )
         if self.duplicate_rows:
             lines.append(f"{format_count(self.duplicate_rows, 'duplicate row')} kept.")
         if self.sequences and not self.ended_rows:
-            lines.append("No row has loss on an end-of-text token, so the model will not learn where to stop.")
+            lines.append("No row has loss on an end marker, so the model will not learn where to stop.")
         return lines

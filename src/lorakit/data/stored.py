@@ -1,6 +1,6 @@
-"""Records that stay in their files: only the position of each record is in memory, and its text is read on access.
+"""Records that are read from their files on access; only the position of each record is in memory.
 
-This module handles files and positions; the caller parses rows. It does not depend on tokens.
+This module handles files and positions; the caller parses rows. The module does not depend on tokenizers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lorakit.data.records import Document, Record, Records
 from lorakit.errors import DataError
 
 READ_BYTES = 1 << 17
-"""Bytes of a file that are in memory at a time."""
+"""Maximum number of bytes read from a file at a time."""
 
 
 def file_error(path: Path, problem: str) -> DataError:
@@ -27,13 +27,13 @@ def file_error(path: Path, problem: str) -> DataError:
 
     Args:
         path: The file.
-        problem: What is wrong, and what to do.
+        problem: Clause that states what is wrong, and what to do.
     """
     return DataError(f"{path}: {problem}", where=path)
 
 
 class LongDocument(Document):
-    """A text file that is read in pieces; `text` reads it whole."""
+    """A text file that is read in pieces; the property `text` reads the whole file."""
 
     __slots__ = ("_file",)
     _file: DataFile
@@ -52,7 +52,7 @@ class LongDocument(Document):
         """Yield the text in pieces.
 
         Raises:
-            DataError: The file cannot be read, or has changed.
+            DataError: The file cannot be read, or has changed since it was checked.
         """
         with self._file.open() as file:
             yield from decoded(file)
@@ -60,14 +60,14 @@ class LongDocument(Document):
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A data file at the time of its check.
+    """A data file that has been checked, with its size and modification time at the check.
 
     Attributes:
         path: The file.
         size: Size in bytes.
-        changed_ns: Modification time.
-        row: Parser of a line and its number; None if the file is one document.
-        starts: Offset of each row.
+        changed_ns: Modification time in nanoseconds.
+        row: Function that parses a row, given its line and line number; None if the file is one document.
+        starts: Byte offset of each row.
         lines: Line number of each row.
     """
 
@@ -82,7 +82,7 @@ class DataFile:
         return 1 if self.row is None else len(self.starts)
 
     def bytes_of(self, index: int) -> int:
-        """Return the bytes on disk from the start of a record to that of the next."""
+        """Return the number of bytes from the start of a record to the start of the next one."""
         if self.row is None:
             return self.size
         following = self.starts[index + 1] if index + 1 < len(self.starts) else self.size
@@ -101,14 +101,14 @@ class DataFile:
         status = os.fstat(file.fileno())
         if (status.st_size, status.st_mtime_ns) != (self.size, self.changed_ns):
             file.close()
-            raise file_error(self.path, "the data file changed while it was being read; start again.")
+            raise file_error(self.path, "the data file changed while it was in use; read the data again.")
         return file
 
     def records(self, indexes: Iterable[int]) -> Iterator[tuple[Record, int]]:
-        """Yield records in the order given, each with its bytes on disk.
+        """Yield the records at the given indices, each with its size on disk in bytes.
 
         Raises:
-            DataError: As in `open`.
+            DataError: The file cannot be read, or has changed since it was checked.
         """
         if self.row is None:
             for _ in indexes:
@@ -126,12 +126,12 @@ class DataFile:
 
 
 class StoredRecords(Sequence[Record]):
-    """Records of files, or a selection of them; each is read again on access.
+    """Sequence of the records in files, or of a selection of them; each access rereads the record from its file.
 
     Args:
         files: The files, in order.
-        notes: As in `Records`.
-        chosen: Ascending indices of the selected records; None for all.
+        notes: Messages for the user.
+        chosen: Ascending positions of the selected records among those of all files; None selects all.
 
     Attributes:
         notes: Messages for the user.
@@ -159,34 +159,34 @@ class StoredRecords(Sequence[Record]):
         return (record for record, _ in self.sized())
 
     def _all(self) -> Sequence[int]:
-        """Return the positions of the records among all records of the files."""
+        """Return the positions of these records among those of all files."""
         return range(self._begins[-1]) if self._chosen is None else self._chosen
 
     def sized(self) -> Iterator[tuple[Record, int]]:
-        """Yield the records, each with its bytes on disk.
+        """Yield the records, each with its size on disk in bytes.
 
         Raises:
-            DataError: A file cannot be read, or has changed.
+            DataError: A file cannot be read, or has changed since it was checked.
         """
         return self._read(self._all())
 
     def some(self, positions: Iterable[int], notes: Iterable[str] = ()) -> StoredRecords:
-        """Return the records at some ascending positions.
+        """Return the records at the given positions.
 
         Args:
-            positions: Positions in these records.
-            notes: Messages of the new records.
+            positions: Ascending positions in these records.
+            notes: Notes for the selection.
         """
         chosen = self._all()
         return StoredRecords(self._files, notes, array("q", (chosen[at] for at in positions)))
 
     @property
     def total_bytes(self) -> int:
-        """The bytes on disk of all these records."""
+        """The total size of these records on disk, in bytes."""
         return sum(self._files[number].bytes_of(index) for number, index in map(self._place, self._all()))
 
     def _place(self, position: int) -> tuple[int, int]:
-        """Return the file of a record, by its position among all, and its index there."""
+        """Return the number of a record's file and the record's index in it, given its position among all records."""
         number = bisect_right(self._begins, position) - 1
         return number, position - self._begins[number]
 
@@ -197,11 +197,11 @@ class StoredRecords(Sequence[Record]):
 
 
 def line_of(raw: bytes, *, first: bool) -> str:
-    """Return a line of a file as text, without its line ending.
+    """Decode a line of a file and remove the newline at its end.
 
     Args:
-        raw: The bytes.
-        first: Whether it is the first line of the file, which may start with a byte order mark.
+        raw: The bytes of the line.
+        first: Whether the line is the first of its file, which may start with a byte order mark.
 
     Raises:
         UnicodeDecodeError: The line is not UTF-8.
@@ -210,7 +210,7 @@ def line_of(raw: bytes, *, first: bool) -> str:
 
 
 def decoded(file: IO[bytes]) -> Iterator[str]:
-    """Yield the text of a UTF-8 file in pieces, without its byte order mark.
+    """Decode a UTF-8 file, and yield its text in pieces without the byte order mark.
 
     Raises:
         UnicodeDecodeError: The bytes are not UTF-8.
@@ -222,7 +222,7 @@ def decoded(file: IO[bytes]) -> Iterator[str]:
 
 
 def sized(records: Iterable[Record]) -> Iterator[tuple[Record, int]]:
-    """Yield records, each with its bytes on disk; 0 for those that are not from files."""
+    """Yield records, each with its size on disk in bytes; the size is 0 for records in memory."""
     return records.sized() if isinstance(records, StoredRecords) else ((record, 0) for record in records)
 
 

@@ -1,11 +1,11 @@
-"""The tokenizer protocol, and the tokens of texts of any length.
+"""The tokenizer protocol, and the tokenization of texts of any length.
 
 Any transformers tokenizer implements the protocol; this module does not import transformers.
 
-A long text is tokenized in parts, with the same tokens as for the whole text, in bounded memory. A part is tokenized
-with some text after it, and the next part starts inside that overlap. If the tokens of both agree over half of the
-overlap, the rest cannot depend on earlier text, and they are joined there, between words. If they do not agree, the
-part is extended, in the end to the whole text.
+To limit memory, a long text is tokenized in overlapping parts; the resulting tokens are those of the whole text. If
+two parts have the same tokens over half of their overlap, the tokens that follow no longer depend on the text before
+the overlap, and the parts are joined there, between two words. If their tokens differ, the first part is extended, if
+necessary to the whole text.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Tokenizer(Protocol):
     """The part of a transformers tokenizer that data preparation uses.
 
     Attributes:
-        eos_token_id: End-of-text token, or None.
-        bos_token_id: Beginning-of-text token, or None.
-        pad_token_id: Padding token, or None.
-        chat_template: Jinja template, several by name, or None.
+        eos_token_id: Id of the end-of-text token, or None.
+        bos_token_id: Id of the beginning-of-text token, or None.
+        pad_token_id: Id of the padding token, or None.
+        chat_template: Jinja template, a dict of named templates, or None.
     """
 
     eos_token_id: int | None
@@ -36,25 +36,25 @@ class Tokenizer(Protocol):
         """Return token ids as `input_ids`, and `offset_mapping` if requested."""
 
     def apply_chat_template(self, conversation: list[dict[str, str]], **options: bool) -> Any:
-        """Return a conversation as one text, or as token ids with masks."""
+        """Render a conversation, and return its text or its token ids with masks."""
 
     def decode(self, token_ids: list[int], **options: bool) -> str:
-        """Return the text of token ids."""
+        """Decode token ids to text."""
 
 
 def token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the tokens of a text, without special tokens."""
-    # verbose=False: a document longer than the model's context is fine here; it is cut into windows
+    """Tokenize a text without adding special tokens."""
+    # verbose=False: no warning about texts longer than the model's context; they are split or truncated later
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """Return the text of tokens, with special tokens written out."""
+    """Decode tokens to text, including special tokens."""
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def beginning(tokenizer: Tokenizer) -> list[int]:
-    """Return the token that this tokenizer puts before every text: `[bos]`, or an empty list."""
+    """Return `[bos]` if the tokenizer puts its beginning-of-text token before every text, else an empty list."""
     ids = list(tokenizer("a", add_special_tokens=True, verbose=False)["input_ids"])
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and ids[:1] == [bos] else []
@@ -67,13 +67,14 @@ SHARED_CHARACTERS = 1 << 12
 """Characters of overlap between two parts."""
 
 _LEAST_TOKENS = 16
-# after a letter: a mark, or one space and a letter; no common vocabulary has a token across such a position
+# between a letter and punctuation, or between a letter and a space followed by a letter: in common vocabularies, no
+# token crosses such a position
 _BORDER = re.compile(r"(?<=[^\W\d_])(?=[^\w\s]|\s[^\W\d_])")
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A text with its tokens: ids, and their start and end offsets."""
+    """A text with its token ids and their (start, end) offsets."""
 
     text: str
     ids: list[int]
@@ -97,10 +98,10 @@ class _Source:
         return not self._more and not self._held
 
     def take(self, characters: int) -> str:
-        """Return this many characters, fewer only at the end."""
+        """Return the next `characters` characters, or fewer at the end of the text."""
         held = [self._held]
         have = len(self._held)
-        while self._more and have <= characters:  # one more than requested, to detect the end
+        while self._more and have <= characters:  # reads one character more than requested, to detect the end
             piece = next(self._pieces, None)
             self._more = piece is not None
             held.append(piece or "")
@@ -114,11 +115,11 @@ def token_parts(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[list[in
     """Yield the tokens of a text in parts, without special tokens.
 
     Args:
-        tokenizer: The tokenizer; one without offsets takes the whole text at once.
-        pieces: The text, in order.
+        tokenizer: The tokenizer; if it provides no offsets, the whole text is tokenized at once.
+        pieces: Consecutive pieces of the text.
 
-    Returns:
-        Lists of token ids; concatenated they are the tokens of the whole text.
+    Yields:
+        Lists of token ids; concatenated, they are the tokens of the whole text.
     """
     source = _Source(pieces)
     text = source.take(PART_CHARACTERS)
@@ -141,7 +142,7 @@ def token_parts(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[list[in
 
 
 def _joined(tokenizer: Tokenizer, part: _Part, more: str) -> tuple[_Part, int, int] | None:
-    """Return the part that follows, and the joint's offset in the text of each; None if they cannot be joined."""
+    """Return the next part and the offset of the joint in the texts of both parts, or None if they cannot be joined."""
     size = len(part.text)
     border = _BORDER.search(part.text, size - SHARED_CHARACTERS, size - SHARED_CHARACTERS * 3 // 4)
     if border is None:
@@ -153,12 +154,12 @@ def _joined(tokenizer: Tokenizer, part: _Part, more: str) -> tuple[_Part, int, i
 
 
 def _joint(part: _Part, following: _Part, at: int) -> int | None:
-    """Return an offset in a part's text at which its tokens and those of the following part can be joined, or None.
+    """Return an offset in the first part's text at which the tokens of both parts can be joined, or None.
 
     Args:
-        part: The part.
-        following: The part that starts inside it.
-        at: Offset of its start.
+        part: The first part.
+        following: The second part, which starts inside the first.
+        at: Offset in the first part's text at which the second starts.
     """
     low, high = len(part.text) - SHARED_CHARACTERS * 5 // 8, len(part.text) - SHARED_CHARACTERS // 8
     mine = slice(part.at(low), part.at(high))

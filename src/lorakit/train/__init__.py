@@ -1,7 +1,7 @@
-"""Training: settings, the loop, checkpoints that resume bit for bit, metrics, evaluation.
+"""Training: settings, the training loop, checkpoints that resume bit for bit, metrics and evaluation.
 
-The names below are a lazy table (PEP 562), so that reading settings for `--help` does not import torch. This package
-uses model, data and adapter through `lorakit.hub`, `lorakit.data` and `lorakit.core`.
+Public names are imported lazily (PEP 562), so that reading the settings for `--help` does not import torch. This
+package accesses models, data and adapters through `lorakit.hub`, `lorakit.data` and `lorakit.core`.
 """
 
 from __future__ import annotations

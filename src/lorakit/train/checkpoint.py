@@ -1,12 +1,13 @@
-"""Checkpoints of a run: its state, the files that hold it, and their verification.
+"""Checkpoints of a run: the saved state, its files, and their verification.
 
-A checkpoint is a directory `checkpoint-<step>`, complete or absent, and valid only if every byte verifies: the adapter
-in PEFT's files, `optimizer.safetensors`, `random.safetensors`, `state.json`, and `manifest.json` with the size and
-SHA-256 of each. It is written to a temporary directory and renamed. All values are plain JSON or named tensors, so no
-file needs pickle. If a checkpoint does not fit on the disk, the adapter alone is saved as `adapter-only-<step>`; it
-loads like any adapter, but no run resumes from it.
+A checkpoint is a directory `checkpoint-<step>` with the adapter in PEFT's format, `optimizer.safetensors`,
+`random.safetensors`, `state.json`, and `manifest.json`, which has the size and SHA-256 of each other file. The
+checkpoint is valid only if all of them match. It is written to a temporary directory that is then renamed, so it is
+either complete or absent. All values are plain JSON or named tensors, so no file needs pickle. If a checkpoint does not
+fit on the disk, only the adapter is saved, as `adapter-only-<step>`; it loads like any adapter, but no run can resume
+from it.
 
-This module knows neither models nor the loop: callers pass the tensors and a function that writes the adapter.
+This module does not depend on models or the loop; callers pass the tensors and a function that writes the adapter.
 """
 
 from __future__ import annotations
@@ -40,17 +41,17 @@ class TrainState:
     """Progress of a run after `step` optimizer steps.
 
     Attributes:
-        step: Optimizer steps taken.
+        step: Number of optimizer steps taken.
         data: Position in the data, from `Loader.state`.
         evaluated_step: The last evaluated step, or -1.
-        best_step: The step with the lowest evaluation loss, or None; step 0 (the base) never counts.
-        best_loss: Its evaluation loss.
-        first_loss: Evaluation loss before the first step.
-        last_loss: The latest evaluation loss.
-        stale_evaluations: Evaluations since the best one.
-        trained_tokens: Tokens with loss in all steps.
-        tokens: Tokens in all steps.
-        seconds: Time spent in steps, without evaluation and saving.
+        best_step: The step with the lowest evaluation loss, or None; step 0, which evaluates the base, does not count.
+        best_loss: Evaluation loss at `best_step`, or None.
+        first_loss: Evaluation loss before the first step, or None.
+        last_loss: The latest evaluation loss, or None.
+        stale_evaluations: Number of evaluations since the best one.
+        trained_tokens: Tokens with loss in all steps so far.
+        tokens: Tokens in all steps so far.
+        seconds: Time spent in optimizer steps, excluding evaluation and saving.
     """
 
     step: int = 0
@@ -66,13 +67,13 @@ class TrainState:
     seconds: float = 0.0
 
     def note_evaluation(self, loss: float) -> bool:
-        """Record an evaluation of this step.
+        """Record an evaluation at the current step.
 
         Args:
             loss: The evaluation loss.
 
         Returns:
-            Whether it is the best so far; the evaluation before the first step is the base's and never counts.
+            Whether the loss is the lowest so far; always False at step 0, which evaluates the base.
         """
         self.evaluated_step, self.last_loss = self.step, loss
         if self.step == 0:
@@ -86,7 +87,7 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
-        """Restore a state from its fields, as in `state.json`.
+        """Create a state from its fields, as stored in `state.json`.
 
         Raises:
             RunError: A field is missing or unknown.
@@ -121,7 +122,7 @@ def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def restore_random_state(tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> None:
-    """Restore the result of `random_state`; generators of absent devices are skipped.
+    """Restore the random generators from the result of `random_state`; those of absent devices are skipped.
 
     Args:
         tensors: Tensors by name (uint8, 1-D).
@@ -145,7 +146,7 @@ def restore_random_state(tensors: Mapping[str, torch.Tensor], plain: Mapping[str
 def environment(
     device: torch.device, dtype: str, quantization: Mapping[str, Any] | None = None, kernels: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return everything besides the inputs that affects the bits of a result.
+    """Return everything, apart from the inputs, that affects the bits of a result.
 
     Args:
         device: The run's device.
@@ -201,7 +202,7 @@ class Snapshot:
     """Content of a checkpoint except the adapter.
 
     Attributes:
-        state: Step, best step, position in the data.
+        state: Progress of the run, including the position in the data.
         optimizer: Optimizer state by name, from `optimizer.state_tensors`.
         random: Tensors of the random generators by name (uint8, 1-D).
         random_plain: Plain values of the random generators.
@@ -218,7 +219,7 @@ class Snapshot:
 
 
 def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], object]) -> Path:
-    """Write `checkpoint-<step>`; a crash at any moment leaves it complete or absent, and older ones unchanged.
+    """Write `checkpoint-<step>`; after a crash, the new checkpoint is complete or absent, and older ones are unchanged.
 
     Args:
         folder: The run directory.
@@ -229,7 +230,7 @@ def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], objec
         The checkpoint's directory.
 
     Raises:
-        DiskError: The checkpoint cannot be written; older ones are unchanged, and nothing of this one is left.
+        DiskError: The checkpoint cannot be written; older ones are unchanged, and no part of the new one is left.
     """
     final = folder / f"checkpoint-{snapshot.state.step}"
     plain = {
@@ -240,7 +241,7 @@ def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], objec
         "schedule": snapshot.schedule,
     }
     try:
-        with durable.publish_directory(final, replace=True) as temporary:  # replace: saved again after an evaluation
+        with durable.publish_directory(final, replace=True) as temporary:  # a step is saved again once it is evaluated
             write_adapter(temporary)
             durable.write_bytes(temporary / OPTIMIZER, tensors_to_bytes(dict(snapshot.optimizer)))
             durable.write_bytes(temporary / RANDOM, tensors_to_bytes(dict(snapshot.random)))
@@ -252,7 +253,7 @@ def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], objec
 
 
 def load(path: Path) -> Snapshot:
-    """Verify and read a checkpoint, except the adapter's files.
+    """Verify a checkpoint, and read everything in it except the adapter.
 
     Args:
         path: The checkpoint's directory.
@@ -261,7 +262,7 @@ def load(path: Path) -> Snapshot:
         The saved content.
 
     Raises:
-        RunError: The checkpoint is damaged; the message names the file.
+        RunError: The checkpoint is damaged, or its format is not supported.
     """
     verify(path)
     try:
@@ -282,13 +283,13 @@ def load(path: Path) -> Snapshot:
 
 
 def verify(path: Path) -> None:
-    """Check every file of a checkpoint against its manifest, and the manifest against itself.
+    """Check every file of a checkpoint against the manifest, and the manifest against the seal in it.
 
     Args:
         path: The checkpoint's directory.
 
     Raises:
-        RunError: A file is missing or differs; the message names the first one.
+        RunError: A file is missing or damaged; the message names the first such file.
     """
     fault = _fault(path)
     if fault is not None:
@@ -296,7 +297,7 @@ def verify(path: Path) -> None:
 
 
 def _fault(path: Path) -> str | None:
-    """Return the first problem of a checkpoint's files as a clause, or None."""
+    """Return a clause that describes the first problem in a checkpoint's files, or None."""
     try:
         raw = durable.read_bytes(path / MANIFEST, _MAX_MANIFEST_BYTES)
         manifest = durable.parse_json(raw)
@@ -309,7 +310,7 @@ def _fault(path: Path) -> str | None:
         return f"{MANIFEST} is missing, damaged or from another checkpoint"
     missing = {OPTIMIZER, RANDOM, STATE} - names
     if missing:
-        return f"{', '.join(sorted(missing))} is not listed in {MANIFEST}"
+        return f"{MANIFEST} does not list {', '.join(sorted(missing))}"
     for name in sorted(names):
         reason = _damage(path / name, files[name])
         if reason:
@@ -318,10 +319,10 @@ def _fault(path: Path) -> str | None:
 
 
 def newest_valid(folder: Path) -> Path | None:
-    """Return the newest checkpoint of a run that verifies, or None.
+    """Return the newest valid checkpoint of a run, or None.
 
     Args:
-        folder: The run directory; files are only read.
+        folder: The run directory, which is not modified.
     """
     return next((path for path, fault in verified(folder) if fault is None), None)
 
@@ -330,10 +331,10 @@ def verified(folder: Path) -> Iterator[tuple[Path, str | None]]:
     """Verify the checkpoints of a run one by one, newest first.
 
     Args:
-        folder: The run directory; files are only read.
+        folder: The run directory, which is not modified.
 
     Yields:
-        A checkpoint and its first problem as a clause, or None if it is valid.
+        The directory of a checkpoint, and a clause that describes its first problem, or None if it is valid.
     """
     for path in reversed(checkpoints(folder)):
         try:
@@ -344,11 +345,11 @@ def verified(folder: Path) -> Iterator[tuple[Path, str | None]]:
 
 
 def prune(folder: Path, limit: int, best_step: int | None) -> None:
-    """Remove the oldest checkpoints above a limit; the newest and the best always stay.
+    """Remove the oldest checkpoints in excess of a limit; the newest and the best are always kept.
 
     Args:
         folder: The run directory.
-        limit: Maximum number of checkpoints, at least 1; with a limit of 1, two stay if the best is not the newest.
+        limit: Maximum number of checkpoints, at least 1; with a limit of 1, two are kept if the best is not the newest.
         best_step: Step of the best checkpoint, or None.
     """
     present = checkpoints(folder)
@@ -364,7 +365,7 @@ def set_aside(path: Path) -> Path:
         path: The checkpoint's directory.
 
     Returns:
-        The new path, `damaged-checkpoint-<step>`, with a suffix if that exists.
+        The new path, `damaged-checkpoint-<step>`, with a random suffix if that path exists.
 
     Raises:
         DiskError: The directory cannot be renamed.
@@ -377,7 +378,7 @@ def set_aside(path: Path) -> Path:
 
 
 def discard(path: Path) -> None:
-    """Remove a directory; a crash leaves it complete, or under a temporary name that the next run removes.
+    """Remove a checkpoint; a crash leaves it either complete or under a temporary name that the next run removes.
 
     Args:
         path: The directory.
@@ -392,11 +393,11 @@ def discard(path: Path) -> None:
 
 
 def save_adapter_only(folder: Path, step: int, best_step: int | None, write_adapter: Callable[[Path], object]) -> Path:
-    """Write the adapter of a step, completely or not at all; then remove older ones except the best.
+    """Save an adapter without a checkpoint, completely or not at all; then remove older ones except the best.
 
     Args:
         folder: The run directory.
-        step: The step.
+        step: The adapter's step.
         best_step: The best step so far, or None.
         write_adapter: Function that writes the adapter's files into a given directory.
 
@@ -404,7 +405,7 @@ def save_adapter_only(folder: Path, step: int, best_step: int | None, write_adap
         The adapter's directory.
 
     Raises:
-        DiskError: The adapter cannot be written; older ones are unchanged.
+        DiskError: The adapter cannot be written; older adapters are unchanged.
     """
     final = adapter_only_path(folder, step)
     try:
@@ -417,11 +418,11 @@ def save_adapter_only(folder: Path, step: int, best_step: int | None, write_adap
 
 
 def prune_adapters_only(folder: Path, step: int, best_step: int | None) -> None:
-    """Remove adapters saved without a checkpoint before a step, except the best.
+    """Remove the adapters of earlier steps that were saved without a checkpoint, except the best one.
 
     Args:
         folder: The run directory.
-        step: The step.
+        step: The current step.
         best_step: The best step so far, or None.
     """
     for path in adapters_only(folder):
@@ -430,7 +431,7 @@ def prune_adapters_only(folder: Path, step: int, best_step: int | None) -> None:
 
 
 def describe_saved(folder: Path) -> str:
-    """Describe the content of a run directory: the newest valid checkpoint, and adapters saved without one."""
+    """Describe what is saved in a run directory: the newest valid checkpoint, and adapters without a checkpoint."""
     valid = newest_valid(folder)
     found = [] if valid is None else [f"{valid.name} (complete, for --resume)"]
     found += [f"{path.name} (the adapter alone)" for path in adapters_only(folder)]
@@ -450,7 +451,7 @@ def _damage(path: Path, entry: Mapping[str, Any]) -> str | None:
     if size != entry["bytes"]:
         return f"has {size:,} bytes instead of {entry['bytes']:,}"
     if durable.sha256_file(path) != entry["sha256"]:
-        return "differs from the SHA-256 in the manifest"
+        return "does not match its SHA-256 in the manifest"
     return None
 
 
@@ -464,6 +465,6 @@ def _manifest(folder: Path, step: int) -> bytes:
 
 
 def _canonical(step: int, files: Mapping[str, Any]) -> bytes:
-    """Return the only accepted bytes of a manifest, so that any changed bit is detected."""
+    """Serialize a manifest in the only form that is accepted, so that any changed bit is detected."""
     values = durable.sealed({"files": files, "format": FORMAT, "step": step})
     return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()

@@ -1,8 +1,7 @@
-"""Defaults of training: one table with the meaning of each setting, its default, and the reason for it.
+"""Training defaults: one table with the meaning and the default of each setting, and the reason for the default.
 
-`--help` prints the table and `settings.py` takes its values from it; no other module has a default of training.
-`LoraConfig` keeps PEFT's defaults, which suit code written for PEFT. This module does not know how settings are checked
-or read.
+`--help` prints this table, and `settings.py` takes its defaults from it; no other module defines training defaults.
+`LoraConfig` keeps PEFT's defaults, which suit code written for PEFT. This module neither checks nor reads settings.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 Stored = Literal["nf4", "fp4", "int8", "int8-torchao", "hqq4", "hqq8"]
-"""Names of `lorakit.plan.quantized.STORAGES`, which is not imported here: reading settings must not load the plan."""
+"""Names in `lorakit.plan.quantized.STORAGES`, repeated here because reading settings must not load that module."""
 
 
 @dataclass(frozen=True)
@@ -19,11 +18,11 @@ class Default:
     """One entry of the table.
 
     Attributes:
-        meaning: What the setting does, as in `--help`.
-        value: The default; `...` if a value is required, None if it depends on other settings.
-        reason: Reason for the default, as in `--help`; empty if a value is required.
-        shown: Text of the default in `--help`, if not `str(value)`.
-        flag: Type of the flag, if not the type of `value`.
+        meaning: What the setting does, as shown in `--help`.
+        value: The default; `...` if the setting is required, None if it is off or depends on other settings.
+        reason: Reason for the default, as shown in `--help`; empty if the setting is required.
+        shown: Text that `--help` shows for the default, if it is neither "off" for False nor `str(value)`.
+        flag: Type of the flag, if it is not the type of `value`.
     """
 
     meaning: str
@@ -33,7 +32,7 @@ class Default:
     flag: type | None = None
 
     def help(self) -> str:
-        """Return the text of `--help`: meaning, default and reason."""
+        """Return the help text of the setting: its meaning, its default and the reason for the default."""
         if self.value is ...:
             return f"{self.meaning}."
         plain = "off" if self.value is False else str(self.value)
@@ -55,38 +54,40 @@ DEFAULTS: dict[str, Default] = {
         "Fraction of documents to hold out if --eval-data is not given", 0.05, "enough to detect overfitting"
     ),
     # adapter
-    "r": Default("Rank of the adapter", 16, "room for a new task in a file of a few MB; beyond 32 seldom helps"),
+    "r": Default("Rank of the adapter", 16, "enough for a new task in a file of a few MB; more than 32 seldom helps"),
     "lora_alpha": Default(
         "Numerator of the scale: the delta is alpha / r times B A",
         32,
-        "2 r, which gives the usual scale of 2",
+        "twice the default r, for the usual scale of 2",
         flag=float,
     ),
     "lora_dropout": Default(
-        "Dropout on the adapter's input", 0.0, "takes time and memory; try 0.05 for many epochs over few documents"
+        "Dropout rate of the adapter's input",
+        0.0,
+        "dropout costs time and memory; try 0.05 for many epochs on little data",
     ),
     "target_modules": Default(
         "Select modules to adapt: names, a regular expression, or all-linear",
         "all-linear",
-        "attention and MLP learn more than attention alone at the same number of parameters",
+        "adapting attention and MLP learns more than attention alone with the same number of parameters",
         flag=list[str],
     ),
     "new_tokens": Default(
-        "Add tokens to the vocabulary, such as '<think>,</think>', and train their embedding and head rows only; "
-        "the tokenizer is saved with the adapter",
+        "Add tokens to the vocabulary, such as '<think>,</think>', and train only their rows in the embedding and the "
+        "head; the tokenizer is saved with the adapter",
         [],
         "the base's vocabulary is sufficient for most tasks",
         "none",
         list[str],
     ),
     "use_dora": Default("Also train a magnitude per output (DoRA)", False, "slower, and rarely better at r = 16"),
-    "use_rslora": Default("Scale by alpha / sqrt(r)", False, "matters for ranks above 64"),
+    "use_rslora": Default("Scale by alpha / sqrt(r) (rsLoRA)", False, "matters only for ranks above 64"),
     "allow_partial_targets": Default(
         "Continue if a name in --target-modules matches nothing", False, "such a name is usually a typo"
     ),
     "init_lora_weights": Default(
-        "Initialize A and B by: default, gaussian, pissa, olora, orthogonal or mica; or from the first training rows: "
-        "eva, corda or lora_ga",
+        "Select how A and B are initialized: default, gaussian, pissa, olora, orthogonal or mica; or from the first "
+        "training rows: eva, corda or lora_ga",
         "default",
         "A random and B zero, as in PEFT; pissa, olora, corda and lora_ga keep a second copy of each adapted weight in "
         "memory and are saved as LoRA of twice the rank",
@@ -95,33 +96,33 @@ DEFAULTS: dict[str, Default] = {
         "Allocate ranks per module from the first training rows, by gradients (GoRA) or inputs (EVA), within the "
         "parameter budget of --r: none, gradients or inputs",
         "none",
-        "an adapter of one rank has a predictable size",
+        "with the same rank everywhere, the size of the adapter is predictable",
     ),
     # optimizer
     "optimizer": Default(
-        "Select the optimizer: adamw, or lorafa, which freezes A and corrects B's gradient for it (LoRA-FA)",
+        "Select the optimizer: adamw, or lorafa, which freezes A and corrects B's gradient accordingly (LoRA-FA)",
         "adamw",
-        "lorafa saves memory, as only A's gradient needs the layer's input, but learns slightly less",
+        "lorafa saves memory, because only A's gradient needs the layer's input, but learns slightly less",
     ),
     "learning_rate": Default(
-        "Peak learning rate", 3e-4, "ten times the rate of full fine-tuning, as usual for LoRA at alpha = 2 r", "3e-4"
+        "Peak learning rate", 3e-4, "ten times that of full fine-tuning, as is usual for LoRA with alpha = 2r", "3e-4"
     ),
     "loraplus_lr_ratio": Default(
-        "Ratio of B's learning rate to A's (LoRA+)", None, "both use the same rate; LoRA+ uses 4 to 16", "1", float
+        "Ratio of B's learning rate to A's (LoRA+)", None, "A and B share one rate; LoRA+ uses 4 to 16", "1", float
     ),
     "loraplus_lr_embedding": Default(
-        "Learning rate of the factors of embeddings", None, "same as elsewhere; PEFT's LoRA+ uses 1e-6", "none", float
+        "Learning rate of embedding factors", None, "same as for other modules; PEFT's LoRA+ uses 1e-6", "none", float
     ),
     "learning_rate_pattern": Default(
-        "Learning rates of single modules as PATTERN=RATE, such as down_proj=1e-4; patterns work as in rank_pattern, "
-        "the first match applies",
+        "Learning rates for individual modules as PATTERN=RATE, such as down_proj=1e-4; patterns work as in "
+        "rank_pattern, and the first match applies",
         {},
         "one rate suits most modules",
         "none",
         list[str],
     ),
     "lr_scheduler_type": Default(
-        "Learning rate schedule after the warm-up: cosine, linear or constant", "cosine", "ends near zero"
+        "Learning rate schedule after the warm-up: cosine, linear or constant", "cosine", "the rate ends near zero"
     ),
     "warmup_ratio": Default(
         "Fraction of the steps over which the learning rate rises", 0.05, "Adam's first estimates are inaccurate"
@@ -131,24 +132,26 @@ DEFAULTS: dict[str, Default] = {
         "Clip the gradient to this norm; 0 disables clipping", 1.0, "a single unusual batch cannot ruin a run"
     ),
     # length
-    "max_steps": Default("Stop after N optimizer steps", None, "--num-train-epochs decides", "none", int),
+    "max_steps": Default("Stop after N optimizer steps", None, "--num-train-epochs sets the length", "none", int),
     "num_train_epochs": Default(
-        "Passes over the data", 3.0, "the best step by evaluation loss is kept: an extra pass costs time, not quality"
+        "Passes over the data",
+        3.0,
+        "the step with the lowest evaluation loss is kept, so an extra pass costs only time",
     ),
     "per_device_train_batch_size": Default("Rows per batch", 4, "fits a small machine at 512 tokens per row"),
     "gradient_accumulation_steps": Default(
-        "Batches per optimizer step", 1, "with little data, more steps learn faster than larger ones"
+        "Batches per optimizer step", 1, "with little data, many small steps learn faster than a few large ones"
     ),
     "max_length": Default(
         "Maximum sequence length in tokens; documents are split, chats and completions truncated",
         512,
-        "about a page of text; memory and the cost of attention grow with the length",
+        "about a page of text; memory use and attention cost grow with the length",
     ),
     # precision and machine
     "dtype": Default(
         "Precision of the base: auto, bfloat16 or float32; adapter and optimizer are always float32",
         "auto",
-        "a calibration of two seconds selects the faster one on this machine",
+        "a two-second calibration selects the precision that is faster on this machine",
     ),
     "quantization": Default(
         f"Quantize linear layers: {', '.join(get_args(Stored))}; --dtype sets the compute dtype",
@@ -158,21 +161,22 @@ DEFAULTS: dict[str, Default] = {
         str,
     ),
     "double_quantization": Default(
-        "Also quantize the scales of nf4 and fp4", True, "saves 0.37 bits per parameter at almost no error", "on"
+        "Also quantize the scales of nf4 and fp4", True, "saves 0.37 bits per parameter with almost no error", "on"
     ),
-    "seed": Default("Seed of everything random: A, dropout, data order, split", 0, "runs are reproducible"),
+    "seed": Default("Seed for everything random: A, dropout, data order and split", 0, "makes runs reproducible"),
     "device": Default("Select the device: cpu, cuda, cuda:N, mps or auto", "auto", "an accelerator if available"),
     "recompute": Default(
         "Recompute in the backward pass: none, feed-forward (outputs of gate and up) or layers (everything but their "
         "inputs)",
         "none",
-        "feed-forward saves about half of the activations, layers nearly all, for about a third more time",
+        "a step is fastest without it; feed-forward saves about half of the activation memory, and layers nearly all "
+        "of it for about a third more time",
     ),
     "gradient_checkpointing": Default("Same as --recompute layers", False, "saves memory for about a third more time"),
     "memory_budget": Default(
         "Limit step memory including weights, e.g. 4GiB; picks the cheapest --recompute estimated to fit",
         None,
-        "without recomputation a step is fastest",
+        "a step is fastest without recomputation",
         "none",
         str,
     ),
@@ -183,31 +187,33 @@ DEFAULTS: dict[str, Default] = {
         "on",
     ),
     "tuning": Default(
-        "Measure once per machine which kernels are faster for the shapes of this run, and use them",
+        "Measure, once per machine, which kernels are faster for the shapes of this run, and use those",
         True,
-        "on some processors, matmuls of some shapes are twice as fast in slices; results agree within rounding",
+        "on some processors, matmuls of some shapes are twice as fast if split; results agree within rounding",
         "on",
     ),
     # evaluation and checkpoints
-    "eval_steps": Default("Evaluate every N steps", None, "ten evaluations show the curve", "a tenth of the run", int),
+    "eval_steps": Default(
+        "Evaluate every N steps", None, "ten evaluations show the course of the loss", "a tenth of the run", int
+    ),
     "save_steps": Default(
-        "Save a checkpoint every N steps", None, "limits the loss of a crash", "as --eval-steps", int
+        "Save a checkpoint every N steps", None, "limits the work lost in a crash", "same as --eval-steps", int
     ),
     "save_total_limit": Default(
-        "Keep at most N checkpoints; the best and the newest are always kept", 2, "the best and the newest"
+        "Keep at most N checkpoints; the best and the newest are always kept", 2, "these two are enough"
     ),
     "early_stopping_patience": Default(
-        "Stop after N evaluations without improvement", None, "the best step is kept either way", "off", int
+        "Stop after N evaluations without improvement", None, "the best step is kept in either case", "off", int
     ),
     "resume": Default(
         "Resume from the newest valid checkpoint in --output-dir, with the settings of that run",
         False,
-        "a new run needs a new directory",
+        "a new run starts in a new directory",
     ),
-    "overwrite": Default("Replace the run in --output-dir", False, "no run is lost by accident"),
+    "overwrite": Default("Replace the run in --output-dir", False, "no run is deleted by accident"),
 }
 
 CHANGEABLE_ON_RESUME = frozenset(
     {"eval_steps", "save_steps", "save_total_limit", "early_stopping_patience", "max_steps", "resume", "overwrite"}
 )
-"""Settings that may change when a run is resumed; a change of any other raises an error that names it."""
+"""Settings that may change when a run is resumed; a change to any other setting raises an error that names it."""

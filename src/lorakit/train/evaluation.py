@@ -1,6 +1,6 @@
-"""Evaluation: loss and perplexity over all tokens with loss, of a model or of a base and adapters (`lorakit eval`).
+"""Evaluation over all tokens with loss: loss and perplexity of a model, or of a base and adapters (`lorakit eval`).
 
-Knows nothing about training.
+This module does not depend on the training loop.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss), limited so that it stays finite, as JSON has no infinity.   [docs/math.md (15)]"""
+        """exp(loss), capped to stay finite, because JSON has no infinity.   [docs/math.md (15)]"""
         return math.exp(min(self.loss, 700.0))
 
 
@@ -49,13 +49,13 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
     acceleration: Acceleration | None = None,
 ) -> Evaluation | None:
-    """Measure the mean loss over the tokens with loss of all batches, without gradients and dropout.
+    """Measure the mean loss over all tokens with loss, without gradients or dropout.
 
     Args:
-        model: A causal language model; its modules' training modes are restored afterwards.
+        model: A causal language model; the training mode of each of its modules is restored afterwards.
         batches: Batches with tensors (rows, length) on the CPU.
         device: The model's device.
-        stop: Called between batches; True stops the evaluation.
+        stop: Function that is called before each batch; the evaluation stops if it returns True.
         acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
 
     Returns:
@@ -75,17 +75,17 @@ def evaluate(
                 total += loss_sum(model, batch, device, acceleration).item()
             tokens += batch.trained_tokens
     if tokens == 0:
-        text = "The evaluation data has no token with loss; pass more text as --eval-data."
+        text = "The evaluation data has no token with loss; pass more text with --eval-data."
         raise DataError(text, field="eval_data")
     if not math.isfinite(total):
-        text = f"the evaluation loss is {total}: the base or the adapter has non-finite values."
+        text = f"the evaluation loss is {total}; the base or the adapter produces non-finite values."
         raise NonFiniteError(text, what="evaluation loss")
     return Evaluation(total / tokens, tokens)
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode within a block, then restore the mode of each module."""
+    """Put a model in evaluation mode within a block, and restore the mode of each module afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -104,7 +104,7 @@ class EvalSettings:
         data: Files to evaluate on.
         adapters: Adapter directories.
         max_length: Maximum sequence length in tokens; the default is reduced to the model's limit.
-        batch_rows: Rows of a batch of the longest sequences; shorter ones are batched in larger numbers.
+        batch_rows: Rows per batch of the longest sequences; batches of shorter sequences have more rows.
         dtype: "auto", "bfloat16" or "float32".
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         allow: Checks of `core.load_adapter` to override.
@@ -127,21 +127,22 @@ def compare(
     say: Callable[[str], None] = lambda _: None,
     detail: Callable[[str], None] = lambda _: None,
 ) -> list[tuple[str, Evaluation]]:
-    """Measure the loss of a base, and of each adapter on it, over the same tokens.
+    """Measure the loss of a base, alone and with each adapter, over the same tokens.
 
-    An adapter saved with its own tokenizer, such as one with new tokens, uses that on the same data.
+    If an adapter was saved with its own tokenizer, for example one with new tokens, its loss is measured on the same
+    data with that tokenizer.
 
     Args:
         settings: Model, data and adapters.
-        say: Receives what was truncated or skipped in the data, and which adapters have their own tokenizer.
-        detail: Receives the counts of the data, and the precision with its reason.
+        say: Function that receives messages, such as about truncated data and adapters with their own tokenizer.
+        detail: Function that receives details: the counts of the data, and the precision with its reason.
 
     Returns:
-        Name and evaluation: first "base", then each adapter's directory as given, in that order.
+        Pairs of a name and an evaluation: "base" first, then the directory of each adapter in the given order.
 
     Raises:
-        ConfigError: Batch size or length is below 1.
-        AdapterFileError: An adapter directory does not exist, or does not fit this base.
+        ConfigError: The batch size is below 1, or the maximum length is below 2.
+        AdapterFileError: An adapter directory does not exist, or its adapter does not fit this base.
         LorakitError: Data or model cannot be used; class and message say why.
     """
     if settings.quantization is not None:
@@ -150,7 +151,7 @@ def compare(
     records = read_records(settings.data)
     source = hub.resolve(settings.model, say)
     hub.require(source, tokenizer=True)
-    bases = [core.inspect_adapter(folder).base for folder in settings.adapters]  # raises before the base is loaded
+    bases = [core.inspect_adapter(folder).base for folder in settings.adapters]  # errors come before loading the base
     length = max_length_for(hub.shape_of(source), settings.max_length)
     tokenizer = hub.load_tokenizer(source)
     encoded = encode(records, tokenizer, length)
@@ -164,14 +165,14 @@ def compare(
         given.append(batches)
         own = own_tokenizer(folder, tokenizer)
         if own is not None:
-            say(f"{folder}: has its own tokenizer, so its loss is over different tokens.")
+            say(f"{folder}: the adapter has its own tokenizer, so its loss is measured over different tokens.")
             sequences = encode(records, own, length).sequences
             given[-1] = partial(by_length, sequences, settings.batch_rows, padding_id(own))
     choice = hub.choose_dtype(settings.dtype, hub.calibrate(where) if settings.dtype == "auto" else None)
     detail(f"precision: {choice.reason}")
     loaded = hub.load_model(source, choice.dtype, where, quantization=settings.quantization)
     found = {-1: ("base", _measured(loaded, batches, where))}
-    # rows for new tokens stay in the base, and more logits change the loss: smaller vocabularies come first
+    # rows that an adapter adds for new tokens stay in the base and change later losses: smaller vocabularies go first
     for number in sorted(range(len(bases)), key=lambda n: 0 if (base := bases[n]) is None else base.vocabulary):
         folder, name = settings.adapters[number], f"adapter{number}"
         core.load_adapter(loaded, folder, name, allow=settings.allow)
@@ -187,7 +188,7 @@ def _measured(model: nn.Module, batches: Callable[[], Iterable[Batch]], where: t
         found = evaluate(model, batches(), where, acceleration=acceleration)
     finally:
         acceleration.undo()  # the next adapter may add rows to the base
-    if found is None:  # only for the type: nothing stops this evaluation
+    if found is None:  # for the type checker only: nothing stops this evaluation
         raise RunError("The evaluation was stopped.")
     return found
 

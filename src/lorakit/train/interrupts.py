@@ -1,4 +1,4 @@
-"""Signals of a run: the first lets the current step finish, the second stops at once."""
+"""Handling of signals during a run: the first lets the current step finish, the second stops the run at once."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasa
 
 _ANSWER = b"\ninterrupted: finishing this step and saving a checkpoint; interrupt again to stop at once.\n"
 
-_ACTION_BYTES = 1024  # `struct sigaction` has 152 bytes with glibc and fewer elsewhere
+_ACTION_BYTES = 1024  # more than `struct sigaction` needs: 152 bytes with glibc
 
 _Action: TypeAlias = "ctypes.Array[ctypes.c_char]"
 
 
 class Interrupts:
-    """Record of the signals in a block of `recording`.
+    """Record of the signals that arrive within a block of `recording`.
 
     Attributes:
         requested: Whether a signal has arrived.
@@ -33,24 +33,25 @@ class Interrupts:
         """Record the first signal.
 
         Raises:
-            KeyboardInterrupt: It is the second.
+            KeyboardInterrupt: The signal is the second one.
         """
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
         with contextlib.suppress(OSError):
-            os.write(2, _ANSWER)  # not through Python's buffers: they may be in use when the signal arrives
+            os.write(2, _ANSWER)  # bypasses Python's buffers, which may be in use when the signal arrives
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[Interrupts]:
     """Record the first signal within a block and raise `KeyboardInterrupt` at the second.
 
-    Python delivers signals to the main thread only; in other threads nothing is recorded. On exit the previous handlers
-    are restored, including those set from C. If the system has no `sigaction`, a handler set from C is not replaced.
+    Python delivers signals only to the main thread; in other threads, nothing is recorded. On exit, the previous
+    handlers are restored, including those set from C. If the system has no `sigaction`, handlers set from C are not
+    replaced.
 
     Yields:
-        The record.
+        The record of the signals.
     """
     found = Interrupts()
     with _handled(_SIGNALS, found.receive):
@@ -59,7 +60,7 @@ def recording() -> Iterator[Interrupts]:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Raise `KeyboardInterrupt` on SIGTERM within a block, as Ctrl-C does, unless it has another handler."""
+    """Within a block, make SIGTERM raise `KeyboardInterrupt` like Ctrl-C, unless the signal already has a handler."""
     numbers = [number for number in _SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
     with _handled(numbers, _stop):
         yield
@@ -71,7 +72,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def _handled(numbers: Iterable[int], receive: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle signals by a function within a block, then restore the previous handlers."""
+    """Handle signals with a function within a block, and restore the previous handlers afterwards."""
     before = {}
     try:
         for number in numbers if threading.current_thread() is threading.main_thread() else ():
@@ -82,22 +83,22 @@ def _handled(numbers: Iterable[int], receive: Callable[[int, FrameType | None], 
         yield
     finally:
         for number, (handler, action) in before.items():
-            # Python has no value for "set from C": its table then says SIG_DFL, although the action is restored
+            # Python cannot represent a handler set from C: it reports SIG_DFL, although the C action is restored
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
             if action is not None:
                 _sigaction(number, action, None)
 
 
 def _action(number: int) -> _Action | None:
-    """Return the action of a signal as the C library holds it, or None if it cannot be read."""
+    """Return the C library's action for a signal, or None if the action cannot be read."""
     action = ctypes.create_string_buffer(_ACTION_BYTES)
     return action if _sigaction(number, None, action) else None
 
 
 def _sigaction(number: int, new: _Action | None, old: _Action | None) -> bool:
-    """Set and read the action of a signal; return whether the C library did."""
+    """Set and read the action for a signal with the C library; return whether that succeeded."""
     try:
         call = ctypes.CDLL(None).sigaction
-    except (AttributeError, OSError, TypeError):  # Windows has none
+    except (AttributeError, OSError, TypeError):  # Windows has no `sigaction`
         return False
     return call(int(number), new, old) == 0

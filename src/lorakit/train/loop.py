@@ -1,6 +1,6 @@
-"""The loop of a run: step, evaluate, save, stop. It decides when; the other modules do the work.
+"""The training loop: it decides when to step, evaluate, save and stop; other modules do the work.
 
-Between two steps a run is completely described by its trainable tensors, the optimizer's state, the random generators
+Between two steps, a run is completely described by its trainable tensors, the optimizer's state, the random generators
 and `TrainState`, so a checkpoint of these is enough to resume.
 """
 
@@ -28,10 +28,10 @@ from lorakit.train.step import StepResult, train_step, without_gradient
 
 
 class Loop:
-    """The steps of a run, from its state to its end.
+    """The training loop of a run, from its current state to its end.
 
     Args:
-        run: The run; its loader is at the position of its state. State and status change as the loop runs.
+        run: The run, whose loader is at the position that its state records; the loop updates its state and status.
     """
 
     def __init__(self, run: Run) -> None:
@@ -43,11 +43,11 @@ class Loop:
     def steps(self) -> None:
         """Train to the end and set the run's status to "finished", "stopped early" or "interrupted".
 
-        In each case the last step has a checkpoint or, if the disk is full, its adapter alone.
+        In each case, a checkpoint of the last step is saved or, if the disk is full, only its adapter.
 
         Raises:
             NonFiniteError: A loss or gradient became NaN or infinite; the message names the last valid checkpoint.
-            RunError: As `train_step`; the message names the step and the last valid checkpoint.
+            RunError: A step or an evaluation failed; the message names the step and the last valid checkpoint.
             DiskError: A file cannot be written.
             KeyboardInterrupt: A second signal arrived.
         """
@@ -107,10 +107,12 @@ class Loop:
     def _log(self, log: MetricsLog, row: dict[str, Any]) -> None:
         log.append(row)
         if len(log.waiting) == 1:
-            self._run.progress.say(f"warning: {log.path}: the disk is full; rows are kept in memory until they fit.")
+            self._run.progress.say(
+                f"warning: {log.path}: the disk is full; new rows are kept in memory until they fit."
+            )
 
     def _save(self, log: MetricsLog, always: bool) -> None:
-        """Save at the interval, at a new best step, and at the end."""
+        """Save a checkpoint at the interval, at a new best step, or if `always` is set."""
         state = self._run.state
         due = state.step > 0 and (state.step % self._run.limits.save_steps == 0 or state.best_step == state.step)
         now = (state.step, state.evaluated_step)
@@ -140,7 +142,7 @@ class Loop:
         run.progress.train_row(row)
 
     def _batches(self) -> list[Batch]:
-        """Return the batches of the next step, which never crosses the end of an epoch."""
+        """Return the batches of the next step; a step never includes batches of two epochs."""
         loader, batches = self._run.batches.loader, list[Batch]()
         while len(batches) < self._run.limits.accumulation:
             batches.append(next(loader))
@@ -167,12 +169,12 @@ class Loop:
         if names:
             listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             self._run.progress.say(
-                f"warning: {len(names)} of {len(self._run.named)} trainable tensors got no gradient in the first step "
-                f"and will not be trained: {listed}."
+                f"warning: {len(names)} of {len(self._run.named)} trainable tensors received no gradient in the first "
+                f"step and will not be trained: {listed}."
             )
 
     def _located(self, cause: RunError, step: int, advice: str = "") -> RunError:
-        """Return the error with run directory, step, advice and the last valid checkpoint."""
+        """Return the error with the run directory, the step, advice and the last valid checkpoint in its message."""
         saved = self._saved[0]
         last = f"Last valid checkpoint: checkpoint-{saved}." if saved >= 0 else "No checkpoint was saved."
         text = f"{self._folder}: step {step}: {cause}{advice} {last}"
@@ -180,13 +182,13 @@ class Loop:
 
 
 def save_checkpoint(run: Run) -> Path | None:
-    """Save a checkpoint and remove old ones; if it does not fit on the disk, save the adapter alone.
+    """Save a checkpoint and remove old ones; if the checkpoint does not fit on the disk, save only the adapter.
 
     Args:
-        run: The run; its state includes the position in the data.
+        run: The run, whose state includes the position in the data.
 
     Returns:
-        The checkpoint's directory, or None if the adapter alone was saved.
+        The checkpoint's directory, or None if only the adapter was saved.
 
     Raises:
         DiskError: Not even the adapter can be written.

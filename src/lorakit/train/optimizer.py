@@ -1,9 +1,10 @@
-"""AdamW and LoRA-FA over the trainable tensors: parameter groups, clipping, state by name, AdamW on flat buffers.
+"""AdamW and LoRA-FA for the trainable tensors: parameter groups, clipping, named state, and AdamW on packed buffers.
 
-`FlatAdamW` packs the tensors of a group, and each of their moments, into one buffer, so that a step is a few calls.
-Each tensor starts at a multiple of 64 bytes, as in its own allocation, so kernels read it as before. Gradients are not
-views: autograd returns them, and the step packs them over a run of neighboring tensors. So no gradient buffer exists
-during the forward, tensors without a gradient are recognized, and at most one run is in memory twice.
+`FlatAdamW` packs the tensors of a group into one buffer, and each of their moments into another, so that a step takes
+only a few calls. Each tensor starts at a multiple of 64 bytes, as in a separate allocation, so kernels see the same
+alignment. Gradients are not packed in advance: autograd allocates them, and the step concatenates those of a run of
+neighboring tensors. So no gradient buffer exists during the forward pass, tensors without a gradient can be detected,
+and the gradients of at most one run are in memory twice.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ Named = Sequence[tuple[str, nn.Parameter]]
 """Trainable tensors with their names in the model."""
 
 _FUSED_DEVICES = ("cpu", "cuda", "mps")
-_EPSILON = 1e-6  # torch's own, in `clip_grads_with_norm_`
+_EPSILON = 1e-6  # the value in torch's `clip_grads_with_norm_`
 
 
 def build_optimizer(model: nn.Module, adapter: str, settings: TrainSettings) -> tuple[Named, torch.optim.Optimizer]:
-    """Build the optimizer of a run; LoRA-FA freezes one factor of each site first.
+    """Build the optimizer of a run; for LoRA-FA, first freeze one factor of each site.
 
     Args:
         model: The adapted model.
-        adapter: The name of its adapter.
+        adapter: Name of the adapter to train.
         settings: Optimizer, learning rates and weight decay.
 
     Returns:
@@ -57,16 +58,16 @@ def build_optimizer(model: nn.Module, adapter: str, settings: TrainSettings) -> 
 def build_adamw(
     named: Named, learning_rate: float, weight_decay: float, rates: Mapping[str, float] | None = None
 ) -> torch.optim.Optimizer:
-    """Build AdamW, fused if the device supports it; only matrices decay.   [docs/math.md (16)]
+    """Build AdamW, fused if the device supports it; weight decay applies only to matrices.   [docs/math.md (16)]
 
-    Tensors that fit into one buffer are packed; their values and the bits of a step do not change. Build the optimizer
-    after the model is moved, cast and loaded.
+    Tensors that can share a buffer are packed (see `FlatAdamW`); their values do not change. Build the optimizer after
+    the model is moved, cast and loaded.
 
     Args:
         named: The trainable tensors (any shape) by name.
-        learning_rate: The initial rate; the loop sets it before each step.
-        weight_decay: Fraction of a matrix, times the rate, subtracted at each step.
-        rates: Peak rate by tensor name, if it differs from `learning_rate`.
+        learning_rate: The initial learning rate; the loop sets the rate before each step.
+        weight_decay: Decay coefficient; each step subtracts this times the learning rate times the matrix.
+        rates: Peak learning rates by tensor name, for tensors whose rate differs from `learning_rate`.
 
     Returns:
         The optimizer, without state.
@@ -87,13 +88,13 @@ def build_adamw(
 def parameter_groups(
     named: Named, learning_rate: float, weight_decay: float, rates: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Group tensors by rate and decay; `share` is the ratio of a group's peak rate to the run's.
+    """Group tensors by learning rate and decay; `share` is the ratio of a group's peak rate to the run's.
 
     Args:
         named: The trainable tensors (any shape) by name.
-        learning_rate: The run's rate.
-        weight_decay: As for `build_adamw`.
-        rates: As for `build_adamw`.
+        learning_rate: The run's learning rate.
+        weight_decay: Decay coefficient of matrices.
+        rates: Peak learning rates by tensor name, for tensors whose rate differs from `learning_rate`.
 
     Raises:
         RunError: No tensor is trainable.
@@ -132,13 +133,13 @@ def clipped_step(
     """Clip the gradients to a global 2-norm and take a step.
 
     Args:
-        optimizer: From `build_optimizer` or `build_adamw`; `FlatAdamW` scales the gradients within its step.
-        parameters: The trained tensors (any shape); `.grad` is scaled or unchanged.
+        optimizer: Result of `build_optimizer` or `build_adamw`; `FlatAdamW` scales the gradients within its step.
+        parameters: The trained tensors (any shape); their `.grad` may be scaled in place.
         norm: Result of `gradient_norm`, a scalar.
         max_norm: The maximum norm; 0 disables clipping.
 
     Raises:
-        RunError: A tensor changed its dtype, device or shape after the optimizer was built; nothing was updated.
+        RunError: The dtype, device or shape of a tensor changed after the optimizer was built; nothing was updated.
     """
     if isinstance(optimizer, FlatAdamW):
         factor = torch.clamp(max_norm / (norm + _EPSILON), max=1.0).item() if max_norm > 0 else 1.0
@@ -150,15 +151,15 @@ def clipped_step(
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, named: Named) -> dict[str, torch.Tensor]:
-    """Return the optimizer's state by name, ready for a file.
+    """Return the optimizer's state as named tensors that can be saved to a file.
 
     Args:
-        optimizer: From `build_optimizer` or `build_adamw`.
+        optimizer: Result of `build_optimizer` or `build_adamw`.
         named: The trained tensors (any shape) by name.
 
     Returns:
-        "exp_avg/<name>", "exp_avg_sq/<name>" (shape of the tensor) and "step/<name>" (scalar), on the CPU.
-        A tensor that never had a gradient has no state and no entry.
+        Tensors on the CPU: "exp_avg/<name>" and "exp_avg_sq/<name>" (shape of the trained tensor) and "step/<name>"
+        (scalar). A trained tensor that never had a gradient has no state and no entry.
     """
     tensors = {}
     for name, parameter in named:
@@ -168,7 +169,7 @@ def state_tensors(optimizer: torch.optim.Optimizer, named: Named) -> dict[str, t
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, named: Named, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Restore the result of `state_tensors`.
+    """Restore the optimizer's state from the result of `state_tensors`.
 
     Args:
         optimizer: A new optimizer over the same tensors.
@@ -192,16 +193,16 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, named: Named, tensors: 
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""State with the shape of its tensor; the rest is "step", the number of steps that the tensor has taken."""
+"""Entries of a tensor's state that have its shape; the remaining entry, "step", counts the updates of the tensor."""
 
 _ALIGNED = 16
-_RUN = {"cpu": 1 << 20, "cuda": 1 << 24}  # elements per run: 4 MB on a CPU stay in the cache until AdamW reads them
+_RUN = {"cpu": 1 << 20, "cuda": 1 << 24}  # elements per run; on a CPU, 4 MB stay in the cache until AdamW reads them
 
 
 def is_packable(parameters: Sequence[nn.Parameter]) -> bool:
     """Return whether tensors can share one buffer: contiguous fp32, on one CPU or CUDA device, without shared memory.
 
-    Others (DTensors of FSDP2, other precisions, several devices, MPS) use torch's own AdamW.
+    Other tensors (FSDP2's DTensors, other precisions, several devices, MPS) use torch's AdamW.
 
     Args:
         parameters: Tensors of any shape.
@@ -214,11 +215,12 @@ def is_packable(parameters: Sequence[nn.Parameter]) -> bool:
 
 
 class FlatAdamW(torch.optim.Optimizer):
-    """torch's fused AdamW in one call per run of neighboring tensors, instead of one call per tensor.
+    """torch's fused AdamW, called once per run of neighboring tensors instead of once per tensor.
 
-    Results are bit-identical to torch's, except the last elements of v in tensors whose size is not a multiple of 16:
-    there torch rounds differently. `state` has torch's entries for each tensor ("step", "exp_avg", "exp_avg_sq"), as
-    views of the buffers. A tensor without a gradient is skipped: no decay, no moments, no step counted.
+    Results are bit-identical to torch's, except for the last elements of v in tensors whose size is not a multiple of
+    16, which torch rounds differently. For each tensor, `state` has the same entries as in torch ("step", "exp_avg",
+    "exp_avg_sq"), as views of the buffers. A tensor without a gradient is skipped: its values, its moments and its step
+    count do not change.
     """
 
     def __init__(self, params: Iterable[dict[str, Any]], *, lr: float) -> None:
@@ -233,14 +235,14 @@ class FlatAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, factor: float = 1.0) -> Any:
-        """Take one step.
+        """Take one optimizer step.
 
         Args:
             closure: Function that recomputes the loss, or None; its result is returned.
-            factor: Factor applied to each gradient first; `.grad` itself may stay unchanged.
+            factor: Factor by which gradients are multiplied first, possibly in place.
 
         Raises:
-            RunError: A tensor changed its dtype, device or shape after the optimizer was built; nothing was updated.
+            RunError: The dtype, device or shape of a tensor changed after the optimizer was built; nothing was updated.
         """
         loss = None
         if closure is not None:
@@ -255,7 +257,7 @@ class FlatAdamW(torch.optim.Optimizer):
 
 
 class _Lane:
-    """One buffer, and one view of it per member of a group, in their order."""
+    """One buffer, with one view for each member of a group, in the order of the members."""
 
     def __init__(self, shapes: Sequence[torch.Size], starts: Sequence[int], device: torch.device) -> None:
         self.buffer = torch.zeros(starts[-1], dtype=torch.float32, device=device)
@@ -266,19 +268,19 @@ class _Lane:
 
 
 class _Flat:
-    """The members of one group, their values and their state."""
+    """The members of one parameter group, with their values and state in buffers."""
 
     def __init__(self, members: Sequence[nn.Parameter]) -> None:
         self.members = list(members)
         self.shapes, self.device = [p.shape for p in members], members[0].device
         sizes = [-(-p.numel() // _ALIGNED) * _ALIGNED for p in members]
         self.starts = list(accumulate(sizes, initial=0))
-        self.gap = torch.zeros(_ALIGNED, dtype=torch.float32, device=self.device)  # AdamW leaves zeros at zero
+        self.gap = torch.zeros(_ALIGNED, dtype=torch.float32, device=self.device)  # AdamW keeps the gaps at zero
         self.state: dict[str, _Lane] = {}
         self._pack()
 
     def check(self) -> None:
-        """Raise if a member changed its dtype, device or shape."""
+        """Raise if the dtype, device or shape of a member changed, or if replaced members share memory."""
         for p, shape in zip(self.members, self.shapes, strict=True):
             if p.dtype != torch.float32 or p.device != self.device or p.shape != shape:
                 raise RunError(
@@ -304,7 +306,7 @@ class _Flat:
                     own[key] = lane.views[i].copy_(own[key])
 
     def step(self, group: Mapping[str, Any], factor: float) -> None:
-        """Apply AdamW to each run, with the settings of the group."""
+        """Apply AdamW with the settings of the group to each run of neighboring members."""
         beta1, beta2 = group["betas"]
         for first, last, count in self._runs():
             gradient = self._gradients(first, last)
@@ -325,28 +327,28 @@ class _Flat:
                 increment_version(p)  # autograd does not see writes through the buffer
 
     def _replaced(self) -> bool:
-        """Return whether a member's values are outside the buffer."""
+        """Return whether the values of any member are no longer stored in the buffer."""
         return any(
             p.data_ptr() != target or not p.is_contiguous()
             for p, target in zip(self.members, self.values.targets, strict=True)
         )
 
     def _pack(self) -> None:
-        """Copy the members' values into a new buffer; code that replaced a tensor may still hold the old one."""
+        """Copy the members' values into a new buffer; other code may still use tensors in the old one."""
         self.values = _Lane(self.shapes, self.starts, self.device)
         with torch.no_grad():
             for p, view in zip(self.members, self.values.views, strict=True):
                 p.data = view.copy_(p)
 
     def _create_state(self) -> dict[str, _Lane]:
-        """Create the buffers of the state, at the first step only."""
+        """Create the buffers for the state; called only at the first step."""
         counts = [torch.Size([])] * len(self.members)
         self.state["step"] = _Lane(counts, range(len(counts) + 1), torch.device("cpu"))
         self.state.update({key: _Lane(self.shapes, self.starts, self.device) for key in MOMENTS})
         return self.state
 
     def _runs(self) -> Iterator[tuple[int, int, float]]:
-        """Yield first, last + 1 and step count of neighbors that have a gradient and equal step counts."""
+        """Yield (first, last + 1, step count) for each run of neighbors with gradients and equal step counts."""
         counts = self.state["step"].buffer.tolist() if self.state else []
         first, limit = 0, _RUN[self.device.type]
         for i in range(len(counts)):
@@ -360,7 +362,7 @@ class _Flat:
                 first = after
 
     def _gradients(self, first: int, last: int) -> Tensor:
-        """Return the packed gradients of a run, 1-D; that of a single tensor may be its own `.grad`."""
+        """Return the packed 1-D gradients of a run; for a single tensor, this may be a view of its `.grad`."""
         pieces = []
         for i in range(first, last):
             gradient: Tensor = self.members[i].grad  # type: ignore[assignment]

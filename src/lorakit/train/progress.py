@@ -1,6 +1,6 @@
-"""Progress of a run: a live bar on a terminal, plain lines elsewhere.
+"""Progress output of a run: a live bar on a terminal, plain lines elsewhere.
 
-The only module of `train` that imports rich. Knows the rows of metrics, not the loop.
+This is the only module in `train` that imports rich. It depends on the fields of metrics rows, not on the loop.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from rich.progress import ProgressColumn, TaskID
 
 PLAIN_SECONDS = 10.0
-"""Minimum time between two plain lines; the first and last step and evaluations are always printed."""
+"""Minimum time between two plain lines, in seconds; evaluations and the first and last step are always printed."""
 
 LIVE_BYTES = 1_000_000
-"""Minimum size of data that gets a bar."""
+"""Minimum size of the data, in bytes, for which a bar is shown."""
 
 
 class Progress(contextlib.AbstractContextManager["Progress"]):
-    """Receiver of what a run reports; this one, the default of `run`, prints nothing.
+    """Base class of the objects to which a run reports; this class, the default of `run`, prints nothing.
 
     Args:
-        verbose: Print details.
+        verbose: Whether to print details.
     """
 
     def __init__(self, *, verbose: bool = False) -> None:
@@ -42,23 +42,23 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
         return None
 
     def reading(self, what: str, done: int, total: int) -> None:
-        """Report tokenized bytes and all bytes of the data; called often."""
+        """Report how many bytes of the data have been tokenized, out of the total; called often."""
 
     def begin(self, step: int, total_steps: int) -> None:
-        """Report that the loop starts at a step."""
+        """Report the start of the loop, with the number of steps already taken and the total."""
 
     def train_row(self, row: Mapping[str, Any]) -> None:
-        """Report a step."""
+        """Report the metrics of a step."""
 
     def eval_row(self, row: Mapping[str, Any]) -> None:
-        """Print an evaluation."""
+        """Print the metrics of an evaluation."""
         self.say(
             f"evaluation at step {row['step']}: loss {row['eval_loss']:.4f}, perplexity {row['eval_perplexity']:.2f} "
             f"over {row['eval_tokens']:,} tokens"
         )
 
     def busy(self, what: str) -> None:
-        """Report that something slow begins, such as an evaluation."""
+        """Report the start of a slow operation, such as an evaluation."""
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -70,11 +70,11 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
 
 
 class PlainProgress(Progress):
-    """Lines of text, for pipes, files and notebooks.
+    """Progress as lines of text, for pipes, files and notebooks.
 
     Args:
-        stream: Where to write; None is stdout.
-        verbose: Print details.
+        stream: Stream to write to; None is stdout.
+        verbose: Whether to print details.
     """
 
     def __init__(self, stream: TextIO | None = None, *, verbose: bool = False) -> None:
@@ -85,7 +85,7 @@ class PlainProgress(Progress):
         self._read: float | None = None
 
     def reading(self, what: str, done: int, total: int) -> None:
-        """Print the fraction done, if the last line is old enough."""
+        """Print the tokenized fraction, at most once every `PLAIN_SECONDS`."""
         now = time.monotonic()
         if self._read is None or done == total:
             self._read = None if done == total else now
@@ -96,11 +96,11 @@ class PlainProgress(Progress):
             )
 
     def begin(self, step: int, total_steps: int) -> None:
-        """Store where the loop starts, for the time left."""
+        """Store the first step and the current time, for the estimate of the time left."""
         self._first, self._total, self._started = step, total_steps, time.monotonic()
 
     def train_row(self, row: Mapping[str, Any]) -> None:
-        """Print the step, if the last line is old enough."""
+        """Print the first step, the last step, and others at most once every `PLAIN_SECONDS`."""
         now = time.monotonic()
         if row["step"] not in (self._first + 1, self._total) and now - self._shown < PLAIN_SECONDS:
             return
@@ -109,17 +109,17 @@ class PlainProgress(Progress):
         self.say(f"step {row['step']}/{self._total}  {_facts(row)}  {format_seconds(max(0, round(left)))} left")
 
     def say(self, text: str) -> None:
-        """Print a line and flush, also into a pipe."""
+        """Print a line and flush the stream, so that the line passes through a pipe at once."""
         stream = self._stream or sys.stdout
         print(fit(printable(text), stream), file=stream, flush=True)
 
 
 class LiveProgress(Progress):
-    """A bar with loss, tokens per second, memory and time left, in the last line of a terminal.
+    """A progress bar in the last line of a terminal, with loss, tokens per second, memory and time left.
 
     Args:
         stream: The terminal; None is stdout.
-        verbose: Print details above the bar.
+        verbose: Whether to print details above the bar.
     """
 
     def __init__(self, stream: TextIO | None = None, *, verbose: bool = False) -> None:
@@ -139,7 +139,7 @@ class LiveProgress(Progress):
         self._reading: Bar | None = None
 
     def _bar_of(self, *columns: ProgressColumn, transient: bool = False) -> Bar:
-        """Return a bar with these columns and the time left."""
+        """Return a bar with the given columns, followed by the time left."""
         from rich.progress import Progress as Bar
         from rich.progress import TextColumn, TimeRemainingColumn
 
@@ -155,7 +155,7 @@ class LiveProgress(Progress):
             self._bar.stop()
 
     def reading(self, what: str, done: int, total: int) -> None:
-        """Show a bar of bytes while data is read; small data gets none."""
+        """Show the tokenized bytes in a bar, unless the data is smaller than `LIVE_BYTES`."""
         if self._reading is None and LIVE_BYTES <= total != done:
             from rich.progress import BarColumn, DownloadColumn, TextColumn
 
@@ -179,13 +179,13 @@ class LiveProgress(Progress):
         self._bar.start()
 
     def train_row(self, row: Mapping[str, Any]) -> None:
-        """Move the bar."""
+        """Advance the bar to a step and show its metrics."""
         if self._task is None:
             return
         self._bar.update(self._task, description="training", completed=row["step"], facts=_facts(row, "tok/s"))
 
     def busy(self, what: str) -> None:
-        """Describe in front of the bar what is being done."""
+        """Show the current operation in front of the bar."""
         if self._task is not None:
             self._bar.update(self._task, description=what)
 
@@ -195,11 +195,11 @@ class LiveProgress(Progress):
 
 
 def progress_for(stream: TextIO, *, verbose: bool = False) -> Progress:
-    """Return a live bar for a terminal that can show one, else plain lines.
+    """Return a live bar if the stream is a terminal that can show one, else plain lines.
 
     Args:
-        stream: Where to write.
-        verbose: Print details.
+        stream: Stream to write to.
+        verbose: Whether to print details.
     """
     return LiveProgress(stream, verbose=verbose) if is_animated(stream) else PlainProgress(stream, verbose=verbose)
 

@@ -1,4 +1,4 @@
-"""The end of a run: `adapter/` of its best step with tokenizer and model card, the loss plot, the record, the result.
+"""The end of a run: publish the adapter with tokenizer and model card, plot the loss, write the record and the result.
 
 The adapter's files are copied byte for byte from the chosen checkpoint.
 """
@@ -42,21 +42,21 @@ class RunResult:
         ending: "finished", "stopped early" or "interrupted".
         adapter: Directory of the adapter; None after an interruption.
         steps: Optimizer steps taken.
-        total_steps: Optimizer steps of the whole run.
-        adapter_step: The step of `adapter`; None after an interruption.
+        total_steps: Optimizer steps in the whole run.
+        adapter_step: The step at which `adapter` was saved; None after an interruption.
         first_loss: Evaluation loss of the base, or None without evaluation data.
-        best_loss: Evaluation loss of `adapter`, or None.
+        best_loss: Lowest evaluation loss after the first step, or None.
         trainable_parameters: Number of trained parameters.
         total_parameters: Number of parameters of the base.
-        adapter_bytes: Size of the adapter's weights file.
+        adapter_bytes: Size of the adapter's weights file; 0 after an interruption.
         base_bytes: Size of the base's weights in memory.
-        tokens_per_second: Over all steps, without evaluation and saving.
-        peak_rss_bytes: Peak resident size of the process.
-        seconds: From call to return.
+        tokens_per_second: Average speed over all steps, excluding evaluation and saving.
+        peak_rss_bytes: Peak resident memory of the process.
+        seconds: Time from the call of `run` to its return.
         dtype: Precision of the base.
         plan: The plan, from `Plan.as_dict()`.
         notes: Messages for the user.
-        checkpoint_step: The step at which `--resume` continues after an interruption, or None.
+        checkpoint_step: The step from which `--resume` continues after an interruption, or None.
     """
 
     folder: Path
@@ -101,8 +101,8 @@ class RunResult:
         if verbose:
             fraction = format_percent(self.trainable_parameters / self.total_parameters)
             lines.append(
-                f"Trained {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({fraction}); the base "
-                f"has {format_bytes(self.base_bytes)}."
+                f"Trained {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({fraction}); the "
+                f"base's weights take {format_bytes(self.base_bytes)}."
             )
         return [*lines, *self.notes]
 
@@ -126,16 +126,16 @@ class RunResult:
 
 
 def finish(run: Run) -> RunResult:
-    """Publish the adapter and write the record; after an interruption only the record is written.
+    """Publish the adapter and write the record; after an interruption, only write the record.
 
     Args:
-        run: The run, after its last step; its status says how it ended.
+        run: The run, after its last step, with its final status.
 
     Returns:
         The result, which is also written to `run.json`.
 
     Raises:
-        RunError: The run has no valid checkpoint.
+        RunError: The run has neither a valid checkpoint nor an adapter saved without one.
         DiskError: A file cannot be written.
     """
     folder, state, notes = run.spec.folder, run.state, list(run.notes)
@@ -174,8 +174,8 @@ def finish(run: Run) -> RunResult:
     )
     try:
         run_folder.write_record(folder, {**run.record(), "result": result.as_dict()})
-    except DiskError as cause:  # the adapter is complete all the same
-        return dataclasses.replace(result, notes=(*result.notes, f"{cause} It does not contain the result of the run."))
+    except DiskError as cause:  # the adapter is complete regardless
+        return dataclasses.replace(result, notes=(*result.notes, f"{cause} The result of the run was not recorded."))
     return result
 
 
@@ -195,31 +195,31 @@ def _chosen(run: Run, notes: list[str]) -> tuple[int, Path]:
         if not found:
             raise
         path = max(found, key=run_folder.step_of)
-        notes.append(f"{cause} {run_folder.ADAPTER_FOLDER} was taken from {path.name} instead.")
+        notes.append(f"{cause} {run_folder.ADAPTER_FOLDER}/ was copied from {path.name} instead.")
         return run_folder.step_of(path), path
     return wanted, whole
 
 
 def _publish(run: Run, step: int, source: Path, notes: list[str]) -> Path:
-    """Publish the adapter, without the base's own tokenizer if the disk has no room for it."""
+    """Publish the adapter; leave out the base's own tokenizer if it does not fit on the disk."""
     try:
         return publish_adapter(run, step, source)
     except DiskError as cause:
-        if run.spec.forecast.new_tokens is not None:  # the base's own tokenizer does not contain them
+        if run.spec.forecast.new_tokens is not None:  # the base's own tokenizer lacks the new tokens
             raise
         adapter = publish_adapter(run, step, source, with_tokenizer=False)
-        notes.append(f"{cause} {adapter} was saved without a tokenizer; it is the base's.")
+        notes.append(f"{cause} {adapter} was saved without a tokenizer; use the base's.")
         return adapter
 
 
 def publish_adapter(run: Run, step: int, source: Path, *, with_tokenizer: bool = True) -> Path:
-    """Copy a checkpoint's adapter into `adapter/`, completely or not at all, and add a model card.
+    """Publish a checkpoint's adapter with a model card in `adapter/`, completely or not at all.
 
     Args:
         run: The run.
         step: The step of the adapter.
-        source: A verified checkpoint, or an adapter saved without one; the files of the latter are linked instead of
-            copied, because the disk was full.
+        source: Directory of a verified checkpoint, or of an adapter saved without one; in the second case, files are
+            hard-linked instead of copied, because the disk was full.
         with_tokenizer: Whether to add the tokenizer.
 
     Returns:
@@ -242,14 +242,14 @@ def publish_adapter(run: Run, step: int, source: Path, *, with_tokenizer: bool =
 
 def _copy(path: Path, target: Path, *, linked: bool) -> None:
     if linked:
-        with contextlib.suppress(OSError):  # a file system without links
+        with contextlib.suppress(OSError):  # not all file systems support hard links
             os.link(path, target)
             return
     shutil.copyfile(path, target)
 
 
 def _plot_loss(folder: Path, title: str) -> str:
-    """Draw `loss.svg` if matplotlib is installed; return a message with its path, or why there is none."""
+    """Draw `loss.svg` if matplotlib is installed; return a message with its path or the reason for its absence."""
     path = folder / run_folder.PLOT_FILE
     try:
         loss_plot(read_metrics(folder), path, title)
@@ -266,7 +266,7 @@ def _evaluation_line(first: float | None, best: float | None) -> str:
 
 
 def model_card(run: Run, step: int) -> str:
-    """Return the README of an adapter: config, training, result and use, with the metadata that model hubs read.
+    """Return the README of an adapter: config, training, result and usage, with the metadata that model hubs read.
 
     Args:
         run: The run.

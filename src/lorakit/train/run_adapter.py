@@ -1,8 +1,8 @@
-"""The adapter of a run: new or resumed, its ranks and its init from the first training rows, and its files.
+"""The adapter of a run: attach or load it, compute its ranks and init from the first training rows, and save it.
 
-The criteria of ranks and inits are those of `lorakit.core.operations`; this module supplies the data, one row at a
-time, so that less memory is used than in a training step, in the order of the run's first epoch. No random numbers are
-drawn, and the run's own loader does not advance. A resumed run has its init in its checkpoint.
+`lorakit.core.operations` defines how ranks and inits follow from data. This module supplies the rows, in the order of
+the run's first epoch and one at a time, so that less memory is used than in a training step. It draws no random
+numbers, and it does not advance the run's own loader. For a resumed run, the initialized adapter is in the checkpoint.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ ROWS = 32
 def add_adapter(
     model: nn.Module, spec: RunSpec, loader: Loader, checkpoint: Path | None, progress: Progress
 ) -> tuple[str, ...]:
-    """Attach a new adapter, or load a checkpoint's; rows for new tokens are added to the base first.
+    """Add rows for new tokens to the base, then attach a new adapter or load that of a checkpoint.
 
     Args:
         model: The base, on the run's device; changed in place.
-        spec: Config, init, rank allocation and seed.
-        loader: The run's training batches; does not advance.
-        checkpoint: The checkpoint that the run continues, or None.
-        progress: Receives what is done and why.
+        spec: The run's specification, with config, init, rank allocation and seed.
+        loader: The run's loader, which does not advance.
+        checkpoint: The checkpoint to resume from, or None.
+        progress: Receives messages about what is done.
 
     Returns:
         Messages for the user.
@@ -59,7 +59,7 @@ def add_adapter(
         progress.say(f"Resuming from {checkpoint}.")
         return core.load_adapter(model, checkpoint, ADAPTER, trainable=True).warnings + unseen
     if settings.resume:
-        progress.say(f"{spec.folder}: no valid checkpoint; the run starts at its first step.")
+        progress.say(f"{spec.folder}: no valid checkpoint; the run starts from the beginning.")
     if settings.allocate_ranks != "none":
         config = allocate_ranks(model, spec, settings.allocate_ranks, loader, progress)
     if new is not None:
@@ -81,16 +81,16 @@ def allocate_ranks(
 
     Args:
         model: The base, on the run's device.
-        spec: Config and seed.
-        by: The criterion.
-        loader: The run's training batches; does not advance.
-        progress: Receives the result.
+        spec: The run's specification, with config and seed.
+        by: Criterion for the ranks.
+        loader: The run's loader, which does not advance.
+        progress: Receives a message about the ranks.
 
     Returns:
-        The config; its adapter has at most as many trained parameters as the run's config.
+        The config with the new ranks, which give at most as many trained parameters as the run's config.
 
     Raises:
-        LorakitError: As `lorakit.core.operations.rank_allocation.allocate`.
+        LorakitError: `lorakit.core.operations.rank_allocation.allocate` failed; class and message say why.
     """
     rows = first_rows(spec, loader)
     progress.busy(f"allocating ranks from {len(rows)} rows")
@@ -98,7 +98,7 @@ def allocate_ranks(
     ranks = sorted(found.ranks.values())
     progress.say(
         f"Ranks by {by} of {len(rows)} rows: {ranks[0]} to {ranks[-1]}, median {ranks[len(ranks) // 2]}; "
-        f"{found.parameters:,} parameters in A and B (budget {found.budget:,}: r {spec.settings.r} everywhere)."
+        f"{found.parameters:,} parameters in A and B (budget {found.budget:,}, as with r = {spec.settings.r})."
     )
     return found.config
 
@@ -106,21 +106,21 @@ def allocate_ranks(
 def init_from_data(
     model: nn.Module, config: LoraConfig, spec: RunSpec, loader: Loader, progress: Progress
 ) -> tuple[LoraConfig, core.Statistics | None]:
-    """Return the config to attach, and the statistics of the first training rows if its init needs them.
+    """Return the config to attach, and the statistics of the first training rows if the init needs them.
 
     Args:
         model: The base, on the run's device.
         config: The adapter's config.
-        spec: Seed, device and quantization.
-        loader: The run's training batches; does not advance.
-        progress: Receives the result.
+        spec: The run's specification, with seed, device and quantization.
+        loader: The run's loader, which does not advance.
+        progress: Receives a message about the init.
 
     Returns:
-        The config (for EVA with its ranks), and the statistics or None.
+        The config, which for EVA includes the ranks found, and the statistics or None.
 
     Raises:
         UsageError: The init would change a quantized base.
-        LorakitError: As `lorakit.core.collect_for`.
+        LorakitError: `lorakit.core.collect_for` failed; class and message say why.
     """
     init = init_named(config.init_lora_weights)
     if init.changes_base and spec.quantization is not None:
@@ -146,15 +146,15 @@ def first_rows(spec: RunSpec, loader: Loader) -> list[Batch]:
     """Return the first training rows with loss, one per batch, in the order of the run's first epoch.
 
     Args:
-        spec: The seed.
-        loader: The run's training batches; does not advance.
+        spec: The run's specification, with the seed.
+        loader: The run's loader, which does not advance.
     """
     own = Loader(loader.sequences, 1, spec.settings.seed, epochs=1, pad_id=loader.pad_id)
     return [batch for batch in islice(own, ROWS) if batch.trained_tokens]
 
 
 def row_loss(device: torch.device) -> Callable[[nn.Module, Batch], Tensor]:
-    """Return a function from model and batch to the mean loss over the tokens with loss, a scalar.
+    """Return a function that computes the mean loss of a model over a batch's tokens with loss, as a scalar.
 
     Args:
         device: The model's device.
@@ -169,7 +169,7 @@ def row_loss(device: torch.device) -> Callable[[nn.Module, Batch], Tensor]:
 
 
 def _positions_with_loss(batch: Batch) -> Tensor:
-    """Return the positions whose label has loss, (rows, length), as for EVA's `use_label_mask`."""
+    """Return a mask (rows, length) of the positions with a label that has loss, as with EVA's `use_label_mask`."""
     return (batch.labels != -100) & batch.attention_mask.bool()
 
 
@@ -178,7 +178,7 @@ def _allow(spec: RunSpec) -> tuple[str, ...]:
 
 
 def saved_sizes(model: nn.Module) -> list[int]:
-    """Return the bytes of each tensor in the adapter's file.
+    """Return the size of each tensor in the adapter's file, in bytes.
 
     Args:
         model: The adapted model.
@@ -188,7 +188,7 @@ def saved_sizes(model: nn.Module) -> list[int]:
 
 
 def save_adapter(run: Run, folder: Path) -> None:
-    """Write the run's adapter, with its tokenizer if the run added tokens to it.
+    """Write the run's adapter, and the tokenizer if the run added tokens to it.
 
     Args:
         run: The run, at the step to save.
@@ -199,7 +199,7 @@ def save_adapter(run: Run, folder: Path) -> None:
     """
     base = run.spec.source.recorded_name
     core.save_adapter(run.model, folder, ADAPTER, base_model_name_or_path=base, facts=adapter_metadata(run))
-    if run.spec.forecast.new_tokens is not None:  # the base's own tokenizer does not contain them
+    if run.spec.forecast.new_tokens is not None:  # the base's own tokenizer lacks the new tokens
         write_tokenizer(run.spec.tokenizer, folder)
 
 
@@ -215,12 +215,12 @@ def write_tokenizer(tokenizer: SavedTokenizer, folder: Path) -> None:
     """
     try:
         tokenizer.save_pretrained(folder)
-    except Exception as cause:  # tokenizers raises a plain Exception on a full disk
+    except Exception as cause:  # the tokenizers library raises a plain Exception if the disk is full
         raise DiskError(f"The tokenizer cannot be written ({' '.join(str(cause).split())}).", where=folder) from cause
 
 
 def adapter_metadata(run: Run) -> dict[str, Any]:
-    """Return what `lorakit.json` stores besides core's entries: base, tokenizer and training, as plain JSON values.
+    """Return the run's entries for `lorakit.json`, as plain JSON values: base, tokenizer and training.
 
     Args:
         run: The run, at the step to save.

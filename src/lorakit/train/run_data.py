@@ -1,6 +1,6 @@
-"""Inputs of a run, read and checked before weights are loaded: device, data, new tokens, the shape of the base.
+"""The inputs of a run that are read and checked before weights are loaded: device, data, new tokens, shape of the base.
 
-Each check takes far less than a second and names the problem.
+A failed check raises an error that names the problem.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added
 
 
 class SavedTokenizer(data.Tokenizer, Protocol):
-    """A transformers tokenizer, as far as a run or a command uses it."""
+    """The part of a transformers tokenizer that runs and commands use."""
 
     def get_vocab(self) -> dict[str, int]:
         """Return all tokens with their ids."""
@@ -40,12 +40,12 @@ class SavedTokenizer(data.Tokenizer, Protocol):
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Return the files of a tokenizer in a directory, by their usual names."""
+    """Return the tokenizer files in a directory, recognized by their usual names."""
     return sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
 
 
 def adapter_tokenizer(folder: Path) -> SavedTokenizer | None:
-    """Return the tokenizer that is saved with an adapter, or None.
+    """Return the tokenizer that was saved with an adapter, or None.
 
     Args:
         folder: The adapter's directory.
@@ -60,13 +60,13 @@ def adapter_tokenizer(folder: Path) -> SavedTokenizer | None:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Properties of a run that follow from the shape of its base, before data is tokenized.
+    """Properties of a run that are known from the settings and the base's shape, before data is tokenized.
 
     Attributes:
         shape: The base's shape.
         config: The adapter's config.
         max_length: Maximum sequence length: the setting, or the model's limit if the setting is the default.
-        notes: Lines to print.
+        notes: Messages to print.
         new_tokens: Tokens added to the vocabulary, or None.
     """
 
@@ -78,12 +78,12 @@ class Forecast:
 
 
 def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: data.Tokenizer) -> Forecast:
-    """Read the model's shape and check targets and length against it; no weights are loaded.
+    """Read the model's shape, and check targets and maximum length against it; no weights are loaded.
 
     Args:
-        settings: Adapter and length.
+        settings: Settings with the adapter and the maximum length.
         source: The model.
-        tokenizer: Its tokenizer, to which new tokens are added.
+        tokenizer: The model's tokenizer; new tokens are added to it in place.
 
     Returns:
         The forecast.
@@ -92,19 +92,19 @@ def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: data.T
         ModelError: The model's config cannot be read, or model or tokenizer do not support new tokens.
         TargetError: A target matches nothing.
         ConfigError: A key of `learning_rate_pattern` matches no adapted module, or a new token already exists.
-        UsageError: `max_length` was given and exceeds the model's limit.
+        UsageError: `max_length` is not the default and exceeds the model's limit.
     """
     shape = hub.shape_of(source)
     config, new, notes = settings.lora_config(), None, []
     length = max_length_for(shape, settings.max_length)
     if length != settings.max_length:
-        notes.append(f"maximum sequence length: {length:,} tokens, the limit of the model.")
+        notes.append(f"maximum sequence length: {length:,} tokens (the model's limit)")
     if settings.new_tokens:
         base = hub.skeleton(source)
         new = add_new_tokens(tokenizer, settings.new_tokens, base)
         config = with_trained_rows(config, base, new.rows)
         words = ", ".join(f"{token} ({number})" for token, number in new.added.ids.items())
-        notes.append(f"New tokens: {words}; embedding and head are trained in their rows only.")
+        notes.append(f"New tokens: {words}; only their rows in the embedding and the head are trained.")
     counted = plan.count(shape, config, allow_partial=settings.allow_partial_targets)
     wrong = unfitting_keys(
         "learning_rate_pattern", settings.learning_rate_pattern, [*(site.path for site in counted.sites), *counted.rows]
@@ -142,10 +142,10 @@ def max_length_for(shape: plan.ModelShape, wanted: int) -> int:
 
 @dataclass(frozen=True)
 class RunBatches:
-    """Data of a run as batches.
+    """The data of a run in batches.
 
     Attributes:
-        loader: Training batches, endless, in a seeded order.
+        loader: Endless iterator over the training batches, in a seeded order.
         held_out: Function that returns the evaluation batches, or None if nothing is held out.
         train_report: Counts of the training data.
         held_out_report: Counts of the evaluation data, or None.
@@ -158,7 +158,7 @@ class RunBatches:
 
 
 def check_single_process() -> None:
-    """Check that this is not one of several processes, as torchrun starts them.
+    """Check that this process is not one of several that were started together, for example by torchrun.
 
     Raises:
         NotYetSupported: WORLD_SIZE is above 1.
@@ -166,7 +166,7 @@ def check_single_process() -> None:
     size = os.environ.get("WORLD_SIZE", "1")
     if size.strip() not in ("", "0", "1"):
         raise NotYetSupported(
-            f"WORLD_SIZE is {size}: training in several processes is not supported yet; start one, without torchrun.",
+            f"WORLD_SIZE is {size}: training in several processes is not supported yet; start a single process.",
             what=size,
             field="WORLD_SIZE",
         )
@@ -179,7 +179,7 @@ def pick_device(word: str) -> torch.device:
         word: "auto", "cpu", "cuda", "cuda:N" or "mps".
 
     Returns:
-        The device; for "auto" an accelerator if available.
+        The device; for "auto", an accelerator if one is available.
 
     Raises:
         UsageError: This machine has no such device.
@@ -202,21 +202,21 @@ def pick_device(word: str) -> torch.device:
 
 
 def read_data(settings: TrainSettings) -> data.Split:
-    """Read training and evaluation files; hold out a fraction if no evaluation files are given.
+    """Read the training and evaluation files; if there are no evaluation files, hold out a fraction for evaluation.
 
     Args:
-        settings: `data`, `eval_data`, `eval_fraction` and `seed` are read.
+        settings: Settings with `data`, `eval_data`, `eval_fraction` and `seed`.
 
     Returns:
-        The records.
+        The training and evaluation records.
 
     Raises:
-        DataError: A file cannot be read, or a record is invalid; the message has file and line.
+        DataError: A file cannot be read, or a record is invalid; the message names file and line.
     """
     records = data.read_records(settings.data)
     if settings.eval_data is not None:
         return data.Split(
-            records, data.read_records(settings.eval_data), f"Evaluation on {', '.join(settings.eval_data)}."
+            records, data.read_records(settings.eval_data), f"Evaluation data: {', '.join(settings.eval_data)}."
         )
     return data.split(records, settings.eval_fraction, settings.seed)
 
@@ -227,14 +227,14 @@ def make_batches(
     """Tokenize the records and create the loaders.
 
     Args:
-        settings: Batch size and seed are read.
+        settings: Settings with the batch size and the seed.
         records: The records.
         tokenizer: The model's tokenizer.
         max_length: Maximum sequence length in tokens.
-        progress: Receives the progress of tokenizing.
+        progress: Receives the progress of tokenization.
 
     Returns:
-        Loader, evaluation batches and reports.
+        The training loader, the evaluation batches, and the reports on both.
 
     Raises:
         DataError: The training or evaluation data has no token with loss.
@@ -264,9 +264,9 @@ class NewTokens:
     """Tokens that a run adds to the tokenizer and to the base.
 
     Attributes:
-        added: Their ids, and how the tokenizer encoded their texts before.
-        vocabulary: Required rows of the base's embedding.
-        rows: Embedding rows to train: theirs, and those missing in the base for older tokens.
+        added: Ids of the new tokens, and how the tokenizer encoded their texts before.
+        vocabulary: Number of rows that the base's embedding needs.
+        rows: Embedding rows to train: those of the new tokens, and any that the base lacks for older tokens.
     """
 
     added: hub.AddedTokens
@@ -274,22 +274,24 @@ class NewTokens:
     rows: tuple[int, ...]
 
     def unseen(self, loader: data.Loader) -> tuple[str, ...]:
-        """Return a warning if tokens do not occur in the training data; their rows keep their initial values.
+        """Return a warning about new tokens that do not occur in the training data, if any; their rows are not trained.
 
         Args:
-            loader: The training batches.
+            loader: The loader of the training data.
         """
         seen = Counter(number for sequence in loader.sequences for number in sequence.input_ids)
         never = ", ".join(token for token, number in self.added.ids.items() if not seen[number])
-        return (f"New tokens not in the training data, whose rows are not trained: {never}.",) if never else ()
+        return (
+            (f"New tokens that are not in the training data, so their rows stay untrained: {never}.",) if never else ()
+        )
 
 
 def add_new_tokens(tokenizer: data.Tokenizer, tokens: list[str], base: nn.Module) -> NewTokens:
-    """Add tokens to a run's tokenizer.
+    """Add tokens to the tokenizer of a run.
 
     Args:
         tokenizer: The base's tokenizer; changed in place.
-        tokens: The setting.
+        tokens: The tokens to add.
         base: The base's modules; their weights are not read.
 
     Returns:

@@ -1,9 +1,9 @@
-"""The run directory: its record `run.json`, its log `metrics.jsonl`, its lock, its creation and removal.
+"""The run directory: its record `run.json`, its log `metrics.jsonl`, its lock, its creation and its removal.
 
-The record says what was requested, what that resolved to, on which machine, and how the run ended; its values come from
-the modules that compute them. The log has one row per optimizer step and per evaluation; `lorakit.report` reads it. The
-lock lets one process train into a directory at a time. It is on the directory itself (flock), so that no file is left
-and the system releases it however the process ends.
+The record states the requested settings, the values that they resolved to, the environment, and how the run ended; its
+values come from the modules that compute them. The log has one row per optimizer step and one per evaluation;
+`lorakit.report` reads it. The lock prevents two processes from training into the same directory. It is on the directory
+itself (flock), so that no lock file is left behind and the system releases the lock however the process ends.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _MAX_RECORD_BYTES = 4 << 20
 
 @contextlib.contextmanager
 def as_disk_error(path: Path, failure: str) -> Iterator[None]:
-    """Turn an error of the file system within a block into one that names the path and what failed.
+    """Convert an `OSError` within a block to a `DiskError` that names the path and states what failed.
 
     Args:
         path: The file or directory.
-        failure: A clause about it, such as "cannot be written".
+        failure: Clause that states what failed, such as "cannot be written".
 
     Raises:
         DiskError: The block raised an `OSError`.
@@ -69,20 +69,23 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     try:
         record = durable.read_json(path, _MAX_RECORD_BYTES)
     except AdapterFileError as cause:
-        raise RunError(f"{cause} The run cannot be resumed without it; use another --output-dir.", where=path) from None
+        raise RunError(
+            f"{cause} The run cannot be resumed without this file; use another --output-dir.", where=path
+        ) from None
     if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("settings"), dict):
         raise RunError(
-            f"{path}: not a run record of format {FORMAT}, the only one that this version of lorakit reads.", where=path
+            f"{path}: not a run record of format {FORMAT}, the only format that this version of lorakit reads.",
+            where=path,
         )
     return record
 
 
 def raise_run_exists(folder: Path) -> NoReturn:
-    """Raise because a directory already has a run.
+    """Raise the error for a directory that already has a run.
 
     Raises:
-        RunError: That run is active.
-        UsageError: It is not; the message gives the options.
+        RunError: The run is still active.
+        UsageError: The run is not active; the message lists the options.
     """
     check_unlocked(folder)
     raise UsageError(
@@ -120,11 +123,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
     """Writer of `metrics.jsonl`; a crash can only truncate the last line, which readers skip.
 
-    On a full disk, rows are kept in memory and written with the next one that fits.
+    If the disk is full, rows are kept in memory until a later write succeeds.
 
     Attributes:
         path: The file.
-        waiting: Lines that have not been written.
+        waiting: Lines that have not been written yet.
 
     Raises:
         DiskError: The file cannot be opened or written.
@@ -148,7 +151,7 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
         """Add a row.
 
         Args:
-            row: Fields of a training step or an evaluation, all finite.
+            row: Fields of a training step or an evaluation; all numbers must be finite.
 
         Raises:
             DiskError: The file cannot be written, for a reason other than a full disk.
@@ -165,13 +168,13 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
                 if written == len(lines):
                     self.waiting.clear()
                 else:
-                    self._file.truncate(whole)  # another row must not follow a part of one
+                    self._file.truncate(whole)  # no row may follow a partially written one
             except OSError as cause:
                 if cause.errno not in _FULL:
                     raise
 
     def sync(self) -> None:
-        """Flush to the disk, so that a power loss never removes a row that a checkpoint counts.
+        """Flush the log to the disk, so that a power failure cannot lose rows from before a checkpoint.
 
         Raises:
             DiskError: The file cannot be written.
@@ -181,12 +184,12 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
 
 
 def cut_metrics(folder: Path, step: int, evaluated_step: int) -> None:
-    """Remove the rows after a checkpoint, and a truncated last line; the resumed run writes them again.
+    """Remove the rows written after a checkpoint, and a truncated last line; the resumed run rewrites these rows.
 
     Args:
         folder: The run directory.
         step: Step of the checkpoint; -1 removes all rows.
-        evaluated_step: Its last evaluated step; -1 for none.
+        evaluated_step: Last evaluated step in the checkpoint; -1 for none.
 
     Raises:
         DiskError: The file cannot be written; the old one is unchanged.
@@ -207,7 +210,7 @@ def lock(folder: Path) -> int:
         folder: An existing directory.
 
     Returns:
-        A descriptor that holds the lock until it is closed; -1 if the system or file system has no such locks.
+        A descriptor that holds the lock until it is closed; -1 if the system or file system does not support locks.
 
     Raises:
         RunError: Another process holds the lock.
@@ -216,7 +219,7 @@ def lock(folder: Path) -> int:
         descriptor = _try_lock(folder)
         if descriptor is not None:
             return descriptor
-        if attempt + 1 < _ATTEMPTS:  # `check_unlocked` of another process holds it for a moment
+        if attempt + 1 < _ATTEMPTS:  # `check_unlocked` in another process holds the lock for a moment
             time.sleep(_PAUSE_SECONDS)
     process = _owner(folder)
     who = "another process" if process is None else f"process {process}"
@@ -240,10 +243,10 @@ def unlock(descriptor: int) -> None:
 
 
 def check_unlocked(folder: Path) -> None:
-    """Check that no process is training into a directory, which may not exist.
+    """Check that no process is training into a directory.
 
     Args:
-        folder: The directory.
+        folder: The directory; it need not exist.
 
     Raises:
         RunError: Another process holds the lock.
@@ -253,7 +256,7 @@ def check_unlocked(folder: Path) -> None:
 
 
 def _try_lock(folder: Path) -> int | None:
-    """Return the descriptor of a locked directory, -1 without locks, None if another process holds the lock."""
+    """Lock a directory; return its descriptor, -1 if locks are not supported, or None if another process has it."""
     try:
         import fcntl
     except ImportError:
@@ -268,7 +271,10 @@ def _try_lock(folder: Path) -> int | None:
 
 
 def _owner(folder: Path) -> int | None:
-    """Return the process that holds the lock, from Linux's table: number, type, kind, mode, pid, inode, range."""
+    """Return the id of the process that holds the lock, or None.
+
+    Linux lists locks in `/proc/locks`, with the columns number, type, kind, mode, pid, inode, start and end.
+    """
     try:
         inode, rows = folder.stat().st_ino, _LOCKS.read_text(encoding="ascii").splitlines()
     except (OSError, UnicodeDecodeError):
@@ -290,17 +296,19 @@ def check_output_dir(settings: TrainSettings) -> None:
     """Check that a run can use its directory; nothing is written.
 
     Args:
-        settings: `output_dir`, `resume` and `overwrite` are read.
+        settings: Settings with `output_dir`, `resume` and `overwrite`.
 
     Raises:
-        UsageError: The directory has a run, and neither resume nor overwrite is set.
-        RunError: The path is not a directory, another process is training into it, or resume is set and there is
-            nothing to resume.
+        UsageError: The directory has a run, and neither `resume` nor `overwrite` is set.
+        RunError: The path is not a directory, another process is training into it, or `resume` is set but the
+            directory does not exist.
     """
     folder = Path(settings.output_dir)
     if folder.exists() and not folder.is_dir():
         raise RunError(
-            f"{folder}: not a directory; --output-dir must be one, or not exist yet.", where=folder, field="output_dir"
+            f"{folder}: not a directory; pass a directory, or a path that does not exist yet, as --output-dir.",
+            where=folder,
+            field="output_dir",
         )
     check_unlocked(folder)
     if settings.resume and not folder.exists():
@@ -316,7 +324,7 @@ def lock_output_dir(folder: Path) -> int:
         folder: The run directory.
 
     Returns:
-        A descriptor that holds the lock until it is closed; -1 if the system has no such locks.
+        A descriptor that holds the lock until it is closed; -1 if the system does not support locks.
 
     Raises:
         RunError: Another process holds the lock.
@@ -335,12 +343,12 @@ def lock_output_dir(folder: Path) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the directories named as checkpoints, oldest step first, valid or not."""
+    """Return the directories named like checkpoints, valid or not, in the order of their steps."""
     return _by_step(folder.glob("checkpoint-*"))
 
 
 def adapters_only(folder: Path) -> list[Path]:
-    """Return the adapters saved without a checkpoint, oldest step first."""
+    """Return the directories of adapters saved without a checkpoint, in the order of their steps."""
     return _by_step(folder.glob("adapter-only-*"))
 
 
@@ -349,7 +357,7 @@ def _by_step(paths: Iterable[Path]) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """Return the step in the name of a checkpoint or of an adapter saved without one, or -1 for any other name."""
+    """Return the step in the name of a checkpoint or of an adapter saved without one, or -1 if the name has none."""
     match = _STEP_IN_NAME.fullmatch(path.name)
     return int(match[1]) if match else -1
 
@@ -366,13 +374,13 @@ def holds_run(folder: Path) -> bool:
 
 
 def run_files(folder: Path) -> list[Path]:
-    """Return the files and directories that a run writes, the record last; some may not exist."""
+    """Return the files and directories that a run writes, with the record last; some may not exist."""
     found = [*checkpoints(folder), *adapters_only(folder), *sorted(folder.glob("damaged-checkpoint-*"))]
     return found + [folder / name for name in (ADAPTER_FOLDER, PLOT_FILE, METRICS_FILE, RUN_FILE)]
 
 
 def remove_run(folder: Path) -> None:
-    """Remove what a run has written into its directory, and nothing else; the record last.
+    """Remove only what a run has written into its directory, and the record last.
 
     Args:
         folder: The run directory.

@@ -1,8 +1,9 @@
-"""Estimates and choices of a run before its first step: time and memory, disk space, autotuned kernels.
+"""Estimates and choices that precede a run's first step: time and memory, disk space, autotuned kernels.
 
-`lorakit.plan` computes the costs, `lorakit.hub` measures the speed of the machine, `lorakit.speed` tunes. Autotuned
-choices apply from the first step to the last and are saved in every checkpoint. A resumed run uses the checkpoint's if
-nothing else has changed, so its bits are the same even if another measurement would choose differently.
+`lorakit.plan` computes the costs, `lorakit.hub` measures the speed of the machine, and `lorakit.speed` tunes kernels.
+Autotuned choices apply from the first step to the last and are saved in every checkpoint. A resumed run reuses those of
+the checkpoint if the environment is the same, so its results are bit-identical even if new measurements would lead to
+other choices.
 """
 
 from __future__ import annotations
@@ -29,22 +30,22 @@ from lorakit.train.run_folder import checkpoints, run_files
 from lorakit.train.run_spec import DiskSpace, RunLimits, RunPlan, RunSpec
 
 WORTH_MEASURING_FLOPS = 2e12
-"""A run of fewer FLOPs ends before the machine is measured; it is measured only to choose the precision."""
+"""Minimum FLOPs of a run for which the machine is measured; shorter runs need it only to choose the precision."""
 
 _MOMENT_BYTES = 2 * 4
-_FOLDER_BYTES = 64 << 10  # configs, manifests, random generators, the model card
-_HEADER_BYTES = 512  # of a tensor in safetensors, and its line in JSON
-_ROW_BYTES = 400  # of metrics.jsonl
+_FOLDER_BYTES = 64 << 10  # configs, manifests, states of random generators, model card
+_HEADER_BYTES = 512  # per tensor: its entry in the safetensors header and in JSON files
+_ROW_BYTES = 400  # per row of metrics.jsonl
 
 
 def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], progress: Progress) -> RunPlan:
-    """Plan a run: its precision ("auto" measures the machine), then its memory and time.
+    """Choose the precision of a run ("auto" measures the machine), and estimate its memory and time.
 
     Args:
-        spec: The specification; a resumed run keeps its precision.
-        limits: The steps.
-        lengths: Tokens of each sequence.
-        progress: Receives the plan.
+        spec: The run's specification; a resumed run keeps its precision.
+        limits: Length of the run.
+        lengths: Number of tokens in each sequence.
+        progress: Receives the plan as text.
 
     Returns:
         The plan.
@@ -107,14 +108,14 @@ def disk_space(spec: RunSpec, limits: RunLimits, step: int, model: nn.Module, na
     """Compute the disk space that a run needs from a step to its end; nothing is written.
 
     Args:
-        spec: The specification.
-        limits: Length and intervals.
-        step: Steps already taken.
+        spec: The run's specification.
+        limits: Length and intervals of the run.
+        step: Number of steps already taken.
         model: The adapted model.
-        named: Its trainable tensors (any shape) by name.
+        named: The trainable tensors (any shape) by name.
 
     Returns:
-        The bytes, by purpose.
+        The required space by purpose.
     """
     settings = spec.settings
     adapter = sum(size + _HEADER_BYTES for size in saved_sizes(model))
@@ -135,7 +136,7 @@ def check_space(spec: RunSpec, space: DiskSpace, progress: Progress) -> None:
     """Compare the disk space that a run needs with the free space.
 
     Args:
-        spec: The specification.
+        spec: The run's specification.
         space: Result of `disk_space`.
         progress: Receives a warning if not all checkpoints fit.
 
@@ -148,15 +149,15 @@ def check_space(spec: RunSpec, space: DiskSpace, progress: Progress) -> None:
         free += _bytes_of(run_files(folder))
     if free < space.least:
         raise DiskError(
-            f"{folder}: not enough disk space for this run: the adapter alone needs {format_bytes(space.least)}, "
-            f"{format_bytes(free)} are free. Free space, or pass an --output-dir on another disk.",
+            f"{folder}: not enough disk space for this run: the adapter alone needs {format_bytes(space.least)}, but "
+            f"only {format_bytes(free)} is free. Free up space, or pass an --output-dir on another disk.",
             where=folder,
         )
     if free < space.whole:
         progress.say(
-            f"warning: {folder}: not all checkpoints may fit: {format_bytes(space.whole)} needed "
-            f"({format_bytes(space.checkpoint)} each), {format_bytes(free)} free. If one does not fit, the adapter "
-            "alone is saved."
+            f"warning: {folder}: the disk may be too small for all checkpoints: {format_bytes(space.whole)} needed "
+            f"({format_bytes(space.checkpoint)} each), {format_bytes(free)} free. If a checkpoint does not fit, only "
+            "the adapter is saved."
         )
 
 
@@ -168,25 +169,25 @@ def check_checkpoint_space(folder: Path, space: DiskSpace) -> None:
         space: Result of `disk_space`.
 
     Raises:
-        DiskError: It does not.
+        DiskError: The checkpoint would leave too little space.
     """
     free = shutil.disk_usage(folder).free
     if free < space.checkpoint + space.least:
         raise DiskError(
             f"{folder}: a checkpoint of {format_bytes(space.checkpoint)} would leave no room for the final adapter "
-            f"({format_bytes(space.least)}): {format_bytes(free)} are free.",
+            f"({format_bytes(space.least)}): only {format_bytes(free)} is free.",
             where=folder,
         )
 
 
 def _bytes_of(paths: Iterable[Path]) -> int:
-    """Return the bytes of files, and of those in directories."""
+    """Return the total size of files, including those in directories, in bytes."""
     files = (inner for path in paths for inner in (path, *path.rglob("*")) if inner.is_file())
     return sum(file.stat().st_size for file in files)
 
 
 def _tokenizer_bytes(spec: RunSpec) -> int:
-    """Return the size of the tokenizer's files in the model directory, or else of its serialized text."""
+    """Return the size in bytes of the tokenizer's files in the model directory, or else of the serialized tokenizer."""
     source = Path(spec.source.path_or_id)
     if source.is_dir():
         return _bytes_of(tokenizer_files(source))
@@ -203,16 +204,16 @@ def autotuned_choices(
     before: Mapping[str, Any] | None,
     progress: Progress,
 ) -> dict[str, int]:
-    """Return the autotuned choices of a run, for `lorakit.ops.choices.activate`; report what was measured.
+    """Return the autotuned choices of a run, for `lorakit.ops.choices.activate`; report any measurements.
 
     Args:
-        spec: The specification; without its setting `tuning` nothing is chosen.
+        spec: The run's specification; if the setting `tuning` is off, the result is empty.
         dtype: Precision of the base.
         model: The adapted model.
-        acceleration: Its fused forwards; without them no code reads the choices.
-        loader: The training batches.
-        before: The environment of the checkpoint that is resumed, or None.
-        progress: Receives the result of the measurement.
+        acceleration: The model's fused forwards, without which no code uses the choices; None if there are none.
+        loader: The loader of the training data.
+        before: Environment stored in the checkpoint to resume from, or None.
+        progress: Receives the results of measurements.
     """
     if not spec.settings.tuning or acceleration is None or spec.device.type != "cpu":
         return {}
@@ -226,10 +227,10 @@ def autotuned_choices(
 
 
 def most_tokens(loader: Loader, packs: bool) -> int:
-    """Return the tokens of the largest possible batch of a loader.
+    """Return the number of tokens in the largest batch that a loader can yield.
 
     Args:
-        loader: The batches.
+        loader: The loader.
         packs: Whether sequences are packed without padding.
     """
     longest = sorted(lengths(loader.sequences), reverse=True)[: loader.batch_rows]

@@ -1,7 +1,7 @@
-"""The two contexts of a run: `RunSpec`, known before a weight is loaded, and `Run`, used from then to the end.
+"""The two contexts of a run: `RunSpec`, created before any weights are loaded, and `Run`, used from then to the end.
 
-`RunSpec.of` rejects everything that can be rejected without weights. `run_plan.py` computes `RunPlan` and `DiskSpace`,
-`trainer.prepare` the rest of `Run`.
+`RunSpec.of` raises every error that can be found without weights. `run_plan.py` computes `RunPlan` and `DiskSpace`, and
+`trainer.prepare` computes the rest of `Run`.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ _EVALUATIONS = 10
 
 @dataclass(frozen=True)
 class RunSpec:
-    """Everything known about a run before a weight is loaded.
+    """The specification of a run: everything that is known before weights are loaded.
 
     Attributes:
-        settings: The settings; those of a resumed run are complete.
-        folder: The run directory; it exists and is writable.
-        lock: Descriptor that locks the directory for this process, or -1.
+        settings: All settings, including those that a resumed run supplies.
+        folder: The run directory, which exists and is writable.
+        lock: Descriptor that holds the lock on the run directory, or -1.
         device: The run's device.
         source: The base model.
         data: Records for training and evaluation.
-        hashes: SHA-256 of the data files by path.
+        hashes: SHA-256 of each data file by path.
         record: `run.json` of the resumed run, or None.
         tokenizer: The base's tokenizer, with the run's new tokens.
         forecast: Shape of the base, adapter config and maximum sequence length.
-        quantization: How the base is quantized, by the settings or in its files; None if it is not.
+        quantization: Quantization of the base, from the settings or the base's files; None if there is none.
     """
 
     settings: TrainSettings
@@ -71,11 +71,11 @@ class RunSpec:
         """Check settings, machine, data, model and run directory; lock the directory last.
 
         Args:
-            settings: The settings as given; what is not given is taken from the run if it is resumed.
-            progress: Receives a line before slow work.
+            settings: The given settings; a resumed run supplies those that are not given.
+            progress: Receives messages about slow work.
 
         Returns:
-            The specification; nothing has been written but an empty directory.
+            The specification; at this point, at most an empty run directory has been created.
 
         Raises:
             UsageError: The settings do not fit the data, this machine or the run directory.
@@ -92,7 +92,7 @@ class RunSpec:
         folder, data = Path(settings.output_dir), run_data.read_data(settings)
         if settings.early_stopping_patience is not None and not data.held_out:
             raise UsageError(
-                f"early_stopping_patience needs evaluation data. {data.note}", field="early_stopping_patience"
+                f"early_stopping_patience requires evaluation data. {data.note}", field="early_stopping_patience"
             )
         hashes = {path: sha256_file(path) for path in (*settings.data, *(settings.eval_data or ()))}
         record = run_folder.read_record(folder) if settings.resume else None
@@ -126,7 +126,7 @@ def _check_same_data(folder: Path, record: Mapping[str, Any], hashes: Mapping[st
 
 
 def _check_steps_left(folder: Path, max_steps: int | None) -> None:
-    """Raise if the newest valid checkpoint is past the last step; verify only if the name of one is."""
+    """Raise if the newest valid checkpoint is past `max_steps`; verify checkpoints only if a name suggests that."""
     if max_steps is None or all(run_folder.step_of(path) <= max_steps for path in run_folder.checkpoints(folder)):
         return
     found = checkpoint.newest_valid(folder)
@@ -145,11 +145,11 @@ class RunLimits:
     """Length and intervals of a run.
 
     Attributes:
-        total_steps: Optimizer steps of the run.
-        accumulation: Batches per step; fewer at the end of an epoch.
+        total_steps: Optimizer steps in the run.
+        accumulation: Batches per step; the last step of an epoch may have fewer.
         eval_steps: Steps between evaluations.
         save_steps: Steps between checkpoints.
-        patience: Evaluations without improvement after which the run stops, or None.
+        patience: Number of successive evaluations without improvement after which the run stops, or None.
     """
 
     total_steps: int
@@ -160,11 +160,11 @@ class RunLimits:
 
     @classmethod
     def of(cls, settings: TrainSettings, loader: Loader) -> RunLimits:
-        """Compute the limits; intervals that are not set are a tenth of the run.
+        """Compute the limits; by default, evaluations and checkpoints are a tenth of the run apart.
 
         Args:
-            settings: Length and intervals.
-            loader: The training batches.
+            settings: Settings with length and intervals.
+            loader: The loader of the training data.
         """
         accumulation = settings.gradient_accumulation_steps
         epoch = math.ceil(loader.batches_per_epoch / accumulation)  # the last step takes the remaining batches
@@ -179,7 +179,7 @@ class RunPlan:
 
     Attributes:
         dtype: Precision of the base: "bfloat16" or "float32".
-        recompute: What the backward pass recomputes, from `lorakit.plan.job.RECOMPUTED`.
+        recompute: What the backward pass recomputes, one of `lorakit.plan.job.RECOMPUTED`.
         values: The plan as plain JSON values.
     """
 
@@ -190,12 +190,12 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class DiskSpace:
-    """Bytes on disk that a run needs.
+    """Disk space that a run needs, in bytes.
 
     Attributes:
-        checkpoint: One checkpoint.
-        least: The result alone: the published adapter with its tokenizer, `metrics.jsonl` and `run.json`.
-        whole: The maximum at any time.
+        checkpoint: Size of one checkpoint.
+        least: Size of the result alone: the published adapter with its tokenizer, `metrics.jsonl` and `run.json`.
+        whole: Maximum size of all files at any time.
     """
 
     checkpoint: int
@@ -205,26 +205,26 @@ class DiskSpace:
 
 @dataclass
 class Run:
-    """The context of a run from its first weight to its end.
+    """The context of a run, from the loading of its weights to its end.
 
     Attributes:
-        spec: Everything known before a weight is loaded.
+        spec: Everything that is known before weights are loaded.
         plan: Precision, recomputation and estimated cost.
-        batches: The data.
+        batches: Training and evaluation data.
         limits: Length and intervals.
         schedule: Learning rate by step.
         model: The adapted model.
-        named: Its trainable tensors (any shape) by name.
-        optimizer: The optimizer over them.
+        named: The model's trainable tensors (any shape) by name.
+        optimizer: The optimizer of the trainable tensors.
         acceleration: The model's fused forwards, or None.
-        state: Progress; the loop changes it.
+        state: Training state, which the loop updates.
         choices: Autotuned choices, for `lorakit.ops.choices.activate`.
         space: Disk space that the run needs.
         base_bytes: Size of the base's weights in memory.
-        progress: Receiver of everything that is reported.
+        progress: Receiver of progress reports and messages.
         started: `time.perf_counter()` at the call of `run`.
-        resumed_from: The checkpoint that the run continues, or None.
-        damaged: Newer checkpoints that do not verify.
+        resumed_from: The checkpoint from which the run was resumed, or None.
+        damaged: Damaged checkpoints newer than `resumed_from`.
         status: "running", "failed", "interrupted", "stopped early" or "finished".
         notes: Messages for the user, repeated in the result.
     """
@@ -256,12 +256,12 @@ class Run:
 
     @property
     def total_parameters(self) -> int:
-        """Number of parameters of the base."""
+        """Number of parameters in the base."""
         return self.spec.forecast.shape.parameters
 
     @property
     def step_options(self) -> StepOptions:
-        """Settings of the arithmetic of a step."""
+        """Options for `train_step`."""
         settings, device = self.spec.settings, self.spec.device
         return StepOptions(
             device=device,

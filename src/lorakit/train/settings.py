@@ -1,8 +1,8 @@
-"""`TrainSettings`: everything that defines a run, checked strictly and by name.
+"""`TrainSettings`: all settings of a run, with strict checks of names, types and ranges.
 
-`defaults.py` has the defaults and their reasons, `settings_sources.py` reads flags and files. This module knows neither
-models nor data; what needs one of them (does a target match, does a file exist) is checked later. `lorakit.config` and
-`lorakit.plan` are imported on use, because most errors of `lorakit train` are found without them.
+`defaults.py` has the defaults and their reasons; `settings_sources.py` reads flags and files. This module accesses
+neither models nor data: checks that need them (such as whether a target matches or a file exists) come later.
+`lorakit.config` and `lorakit.plan` are imported on use, because most errors in settings are found without them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lorakit.plan.quantized import Quantization
 
 Given: TypeAlias = "JsonValue | Path | Sequence[str | Path] | Mapping[str, float]"
-"""A value before it is checked, from a flag, a file or a program."""
+"""An unchecked value from a flag, a file or a program."""
 
 Value = TypeVar("Value")
 Dtype = Literal["auto", "bfloat16", "float32"]
@@ -33,13 +33,13 @@ Optimizer = Literal["adamw", "lorafa"]
 Allocation = Literal["none", "gradients", "inputs"]
 Recompute = Literal["none", "feed-forward", "layers"]
 INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "eva", "corda", "lora_ga", "mica")
-"""Values of `init_lora_weights`. LoftQ is missing: it needs both the original and the quantized base."""
+"""Values of `init_lora_weights`, besides `pissa_niter_N`. LoftQ would need both the original and the quantized base."""
 
 _DTYPE_WORDS = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 
 
 def _one_or_many(value: Value) -> Value | list[Any]:
-    """Turn a single path into a list, and paths into text."""
+    """Wrap a single path in a list, and convert paths to strings."""
     if isinstance(value, (str, Path)):
         return [str(value)]
     return [_path_text(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -50,7 +50,7 @@ def _path_text(value: Value) -> Value | str:
 
 
 def _targets(value: Value) -> Value | str | list[Any]:
-    """Turn a list of one string into the string if that is "all-linear" or a pattern, because flags give lists."""
+    """Unwrap a list of one string if the string is "all-linear" or a pattern, because flags always pass lists."""
     if not isinstance(value, (list, tuple, set)):
         return value
     names = list(value)
@@ -59,7 +59,7 @@ def _targets(value: Value) -> Value | str | list[Any]:
 
 
 def _rates(value: Given) -> dict[str, float]:
-    """Return rates by pattern from a mapping, or from strings PATTERN=RATE as flags give them."""
+    """Convert a mapping, or a list of PATTERN=RATE strings from flags, to learning rates by pattern."""
     words = value if isinstance(value, Mapping) else _one_or_many(value)
     if not isinstance(words, (Mapping, list)):
         raise ValueError("it must map patterns to rates")
@@ -77,7 +77,7 @@ def _rates(value: Given) -> dict[str, float]:
 
 
 def _tokens(value: Given) -> list[str]:
-    """Return a list of tokens; a single string, as flags give it, is split at commas."""
+    """Convert a list of tokens, or a comma-separated string from a flag, to a checked list of tokens."""
     if isinstance(value, str):
         value = [token.strip() for token in value.split(",")]
     if not isinstance(value, (list, tuple)) or not all(isinstance(token, str) for token in value):
@@ -137,9 +137,9 @@ Paths = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_on
 
 
 class TrainSettings(BaseModel):
-    """Settings of a run; the fields are the flags of `lorakit train`.
+    """Settings of a run; each field is a flag of `lorakit train`.
 
-    The description of each field states its meaning, its default and the reason, from `defaults.DEFAULTS`.
+    The description of a field comes from `defaults.DEFAULTS`: its meaning, its default and the reason for the default.
 
     Raises:
         ConfigError: Fields are unknown, missing, of a wrong type or out of range; the message names all of them.
@@ -199,24 +199,24 @@ class TrainSettings(BaseModel):
         except ValidationError as cause:
             raise _error(cause) from None
         if self.resume and self.overwrite:
-            raise ConfigError("resume and overwrite exclude each other: resume the run, or replace it.", field="resume")
+            raise ConfigError("resume and overwrite cannot be combined: resume the run or replace it.", field="resume")
         if self.init_lora_weights == "eva" and self.allocate_ranks != "none":
             raise ConfigError(
-                "allocate_ranks and the init eva exclude each other: eva allocates ranks itself; omit one of them.",
+                "allocate_ranks and the init eva cannot be combined: eva allocates ranks itself; omit one of them.",
                 field="allocate_ranks",
             )
         if self.recompute != "none" or self.gradient_checkpointing:
-            _ = self.recomputed  # raises if they exclude each other or the budget
+            _ = self.recomputed  # raises if the two conflict with each other or with the memory budget
         if self.optimizer == "lorafa" and self.loraplus_lr_ratio is not None:
             raise ConfigError(
-                "loraplus_lr_ratio and the optimizer lorafa exclude each other: lorafa freezes A, so A has no learning "
+                "loraplus_lr_ratio and the optimizer lorafa cannot be combined: lorafa freezes A, so A has no learning "
                 "rate; omit one of them.",
                 field="loraplus_lr_ratio",
             )
 
     @property
     def recomputed(self) -> str:
-        """Recomputation in the backward pass, as far as set; with a memory budget the plan decides."""
+        """Recomputation in the backward pass according to the settings; with a memory budget, the plan decides."""
         from lorakit.plan.job import recomputed
 
         return recomputed(self.recompute, self.gradient_checkpointing, self.memory_budget, self.accelerate)
@@ -228,13 +228,13 @@ class TrainSettings(BaseModel):
         return stored_as(self.quantization, self.double_quantization)
 
     def lora_config(self) -> LoraConfig:
-        """Build the adapter's config; fields without a setting keep the defaults of `LoraConfig`.
+        """Build the adapter's config; fields that are not settings keep the defaults of `LoraConfig`.
 
         Returns:
             A new config for a causal language model.
 
         Raises:
-            ConfigError: As `LoraConfig`.
+            ConfigError: `LoraConfig` rejects a value.
         """
         from lorakit.config import CordaConfig, EvaConfig, LoraConfig, LoraGAConfig, TaskType
 
@@ -258,14 +258,14 @@ class TrainSettings(BaseModel):
 
 
 def check_names(values: dict[str, Any], where: str = "") -> None:
-    """Check that names are settings.
+    """Check that all names are names of settings.
 
     Args:
         values: Settings by name.
-        where: Their source, such as a file's path; a prefix of each message.
+        where: Prefix of each message, such as the path of the settings file.
 
     Raises:
-        ConfigError: A name is not a setting; the message gives the nearest one.
+        ConfigError: A name is not a setting; the message suggests the nearest one.
     """
     unknown = [name for name in values if name not in TrainSettings.model_fields]
     if unknown:
@@ -282,9 +282,9 @@ def _unknown(name: str) -> str:
 
 
 def _error(cause: ValidationError) -> ConfigError:
-    """Return an error with one message per setting; if several types are allowed, it names the first mismatch.
+    """Return an error that describes each invalid setting; its fields are those of the first one.
 
-    The error's fields are those of the first setting.
+    For a setting that allows several types, only the first mismatch is described.
     """
     errors: dict[str, Mapping[str, Any]] = {}
     for error in cause.errors(include_url=False):
@@ -300,9 +300,9 @@ def _error(cause: ValidationError) -> ConfigError:
 
 
 def _choices(name: str) -> tuple[str, ...]:
-    """Return the allowed values of a setting; empty if it is not a choice."""
+    """Return the allowed values of a setting, or an empty tuple if the setting has no fixed set of values."""
     parts = [field.annotation for known, field in TrainSettings.model_fields.items() if known == name]
-    while parts:  # a choice can be inside a union
+    while parts:  # a `Literal` can be inside a union
         part = parts.pop()
         if get_origin(part) is Literal:
             return get_args(part)
@@ -311,7 +311,7 @@ def _choices(name: str) -> tuple[str, ...]:
 
 
 _EXPECTED = {
-    "int": "a whole number",
+    "int": "an integer",
     "float": "a number",
     "finite": "a finite number",
     "bool": "true or false",

@@ -1,6 +1,7 @@
 """Sources of settings: flags, a YAML file, and the record of a resumed run.
 
-Flags override the file; a resumed run supplies what is not given. Knows the names of the settings, not their effect.
+Flags override the file, and a resumed run supplies what is not given. This module uses only the names of settings, not
+their meaning.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ def read_settings_file(path: str | Path) -> dict[str, Any]:
         path: The file; paths in it are relative to the working directory.
 
     Returns:
-        The given settings by field name; values are not checked yet.
+        The settings in the file by field name, with unchecked values.
 
     Raises:
-        ConfigError: The file is missing, too large, not a YAML mapping, or has an unknown setting.
+        ConfigError: The file is missing, too large or not a YAML mapping, or it has an unknown or repeated setting.
     """
     import yaml
 
@@ -57,7 +58,7 @@ def read_settings_file(path: str | Path) -> dict[str, Any]:
 
 
 def _loader() -> type[yaml.SafeLoader]:
-    """Return a safe loader that reads `1e-4` as a number, as YAML 1.2 does, and rejects duplicate keys."""
+    """Return a safe loader that parses `1e-4` as a number, as YAML 1.2 does, and rejects duplicate keys."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -83,12 +84,12 @@ def gather(given: Mapping[str, Any], file: str | Path | None = None) -> TrainSet
         file: A YAML file of settings, or None.
 
     Returns:
-        Checked settings.
+        The checked settings.
 
     Raises:
-        ConfigError: As `TrainSettings` and `read_settings_file`.
-        UsageError: Model or data are missing, and the directory has a run.
-        RunError: As `resumed`.
+        ConfigError: The file cannot be read, or a setting is missing, unknown or not allowed.
+        UsageError: `model` or `data` is missing, and the directory already has a run.
+        RunError: The run cannot be resumed with these settings; see `resumed`.
     """
     values = dict(read_settings_file(file)) if file is not None else {}
     values.update({name: value for name, value in given.items() if value is not None})
@@ -97,23 +98,23 @@ def gather(given: Mapping[str, Any], file: str | Path | None = None) -> TrainSet
     missing = values.get("model") is None or values.get("data") is None
     if missing and not values.get("overwrite") and isinstance(values.get("output_dir"), (str, Path)):
         folder = Path(values["output_dir"])
-        if (folder / RUN_FILE).exists():  # --resume is missing, not --model
+        if (folder / RUN_FILE).exists():  # the user probably forgot --resume, not --model
             raise_run_exists(folder)
     return TrainSettings(**values)
 
 
 def complete(settings: TrainSettings) -> TrainSettings:
-    """Return complete settings: a resumed run supplies what was not given; completing them again changes nothing.
+    """Fill in settings that were not given with those of the run to resume, if any; a second call has no effect.
 
     Args:
         settings: Settings from `gather` or a program.
 
     Returns:
-        The same settings, or those of `resumed`.
+        The given settings, or the result of `resumed` if `resume` is set.
 
     Raises:
-        ConfigError: As `resumed`.
-        RunError: As `resumed`.
+        ConfigError: A given value is not allowed.
+        RunError: The run cannot be resumed with these settings; see `resumed`.
     """
     if not settings.resume:
         return settings
@@ -121,18 +122,18 @@ def complete(settings: TrainSettings) -> TrainSettings:
 
 
 def resumed(values: Mapping[str, Any]) -> TrainSettings:
-    """Return the settings of the run in `output_dir`, with given values in place of those that may change.
+    """Return the settings of the run in `output_dir`, overridden by the given values where a change is allowed.
 
     Args:
         values: The given settings, including `output_dir`.
 
     Returns:
-        The settings to resume with; only the given ones if the directory has no run yet.
+        The settings to resume with; if the directory has no run yet, the given settings and the defaults.
 
     Raises:
         ConfigError: A given value is not allowed.
-        RunError: The run's record cannot be read, or a given value differs from the run's and must not change; the
-            message names each with both values.
+        RunError: The run's record cannot be read, or a given value differs from the run's although the setting must not
+            change; the message names each such setting with both values.
     """
     record = read_record(Path(values["output_dir"]))
     if record is None:
@@ -146,7 +147,7 @@ def resumed(values: Mapping[str, Any]) -> TrainSettings:
     if changed:
         listed = "; ".join(f"{name} is {now[name]!r} and was {before[name]!r}" for name in changed)
         raise RunError(
-            f"cannot resume {values['output_dir']} with other settings: {listed}; omit them, or use another "
+            f"cannot resume {values['output_dir']} with different settings: {listed}; omit them, or use another "
             "--output-dir.",
             what=changed[0],
             where=values["output_dir"],

@@ -1,7 +1,7 @@
-"""One optimizer step: the learning rate, forward and backward over the step's batches, clipping, the update.
+"""One optimizer step: learning rate, forward and backward passes over the step's batches, clipping, and the update.
 
-The loss of a batch is a sum over its tokens with loss, so any split of a step into batches gives the same gradient.
-Knows nothing about files, intervals or progress.
+The loss of a batch is a sum over its tokens with loss, so the gradient does not depend on how a step is split into
+batches. This module does not handle files, intervals or progress.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from lorakit.train.settings import Scheduler
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate by step: warm-up, then cosine, linear or constant. Its only state is the step number.
+    """Stateless learning rate schedule: a warm-up, then cosine decay, linear decay or a constant rate.
 
     Attributes:
         peak: Learning rate at the end of the warm-up.
-        total_steps: Optimizer steps of the run.
-        warmup_steps: Steps over which the rate rises linearly; the first one already updates.
-        kind: Course after the warm-up: "cosine" or "linear" (toward zero at `total_steps`), or "constant".
+        total_steps: Optimizer steps in the run.
+        warmup_steps: Steps over which the rate rises linearly; it is above 0 from the first step on.
+        kind: Shape after the warm-up: "cosine" or "linear" (toward zero at `total_steps`), or "constant".
     """
 
     peak: float
@@ -55,7 +55,7 @@ class Schedule:
             return self.peak * (step + 1) / self.warmup_steps
         if self.kind == "constant":
             return self.peak
-        # the first step after the warm-up has the peak rate, the step after the last would have zero
+        # the first step after the warm-up has the peak rate; a step after the last one would have a rate of zero
         left = max(0.0, 1 - (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
         return self.peak * (left if self.kind == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
@@ -65,9 +65,9 @@ def schedule(peak: float, total_steps: int, warmup_ratio: float, kind: Scheduler
 
     Args:
         peak: The maximum rate.
-        total_steps: Optimizer steps of the run, at least 1.
-        warmup_ratio: Fraction of them in [0, 1], rounded up to whole steps.
-        kind: As in `Schedule.kind`.
+        total_steps: Optimizer steps in the run, at least 1.
+        warmup_ratio: Fraction of the steps for the warm-up, in [0, 1]; the number of steps is rounded up.
+        kind: Shape after the warm-up, as in `Schedule`.
 
     Returns:
         The schedule.
@@ -77,12 +77,12 @@ def schedule(peak: float, total_steps: int, warmup_ratio: float, kind: Scheduler
 
 @contextlib.contextmanager
 def oom_as_run_error(batch: Batch, where: str, advice: Callable[[int], str]) -> Iterator[None]:
-    """Turn running out of memory within a block into an error that names the batch and what to change.
+    """Convert an out-of-memory error within a block to a `RunError` that names the batch and what to change.
 
     Args:
-        batch: The batch that is computed in the block.
-        where: Where it happens: "" or " while evaluating".
-        advice: Function from the number of rows to advice.
+        batch: The batch that the block processes.
+        where: Phrase that the message adds after "out of memory": "" or " while evaluating".
+        advice: Function that returns advice for a batch with the given number of rows.
 
     Raises:
         RunError: Memory ran out.
@@ -97,7 +97,7 @@ def oom_as_run_error(batch: Batch, where: str, advice: Callable[[int], str]) -> 
 
 
 def oom_advice_for_evaluation(rows: int) -> str:
-    """Return what reduces the memory of an evaluation.
+    """Return advice for reducing the memory of an evaluation.
 
     Args:
         rows: Rows of the batch that did not fit.
@@ -109,8 +109,8 @@ def oom_advice_for_evaluation(rows: int) -> str:
 def _is_out_of_memory(cause: BaseException) -> bool:
     """Return whether an error means that memory ran out.
 
-    The only function that reads torch's messages: its CPU allocator and some libraries raise a plain RuntimeError
-    without attributes; only CUDA's error has its own class.
+    No other function parses torch's messages. Here it is necessary, because torch's CPU allocator and some libraries
+    raise a plain RuntimeError without attributes; only CUDA's error has its own class.
     """
     if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
         return True
@@ -121,7 +121,7 @@ def _is_out_of_memory(cause: BaseException) -> bool:
 def loss_sum(
     model: nn.Module, batch: Batch, device: str | torch.device, acceleration: Acceleration | None = None
 ) -> torch.Tensor:
-    """Sum the next-token cross entropy over the tokens with loss of a batch.
+    """Return the next-token cross entropy, summed over a batch's tokens with loss.
 
     Args:
         model: A causal language model; its output has `logits` (rows, length, vocabulary).
@@ -130,7 +130,7 @@ def loss_sum(
         acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
 
     Returns:
-        A float32 scalar (float64 for a float64 model); divided by the step's tokens with loss it is the mean.
+        A float32 scalar (float64 for a float64 model); divide the sum by the step's tokens with loss to get the mean.
     """
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     labels = batch.labels
@@ -146,7 +146,7 @@ def loss_sum(
     targets = labels[:, 1:].reshape(-1)
     logits = output.logits[:, :-1].reshape(targets.numel(), -1)  # (rows * (length - 1), vocabulary)
     kept = targets != IGNORED
-    if not bool(kept.all()):  # each position without loss would cost a float32 copy of its logits, the largest tensor
+    if not bool(kept.all()):  # skip positions without loss: the float32 copy of the logits is the largest tensor
         logits, targets = logits[kept], targets[kept]
     if logits.dtype != torch.float64:
         logits = logits.float()
@@ -155,16 +155,16 @@ def loss_sum(
 
 @dataclass(frozen=True)
 class StepOptions:
-    """Settings of the arithmetic of a step.
+    """Options for `train_step`.
 
     Attributes:
         device: The model's device.
         max_grad_norm: Maximum gradient norm; 0 disables clipping.
-        autocast: Dtype of an accelerator's matmuls over float32 tensors, or None.
+        autocast: Dtype in which an accelerator multiplies float32 tensors (`torch.autocast`), or None.
         acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
-        recompute: What the backward pass recomputes, from `lorakit.plan.job.RECOMPUTED`; for the advice when out of
-            memory.
-        has_budget: Whether `recompute` was chosen for a memory budget; for the same advice.
+        recompute: What the backward pass recomputes, one of `lorakit.plan.job.RECOMPUTED`; used only for out-of-memory
+            advice.
+        has_budget: Whether `recompute` was chosen for a memory budget; used only for out-of-memory advice.
     """
 
     device: torch.device
@@ -175,13 +175,13 @@ class StepOptions:
     has_budget: bool = False
 
     def computing(self) -> contextlib.AbstractContextManager[object]:
-        """Return the context in which the model is called."""
+        """Return the autocast context in which the model must be called."""
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast)
 
     def oom_advice(self, rows: int) -> str:
-        """Return what reduces the memory of a step, in the order to try, without what is already enabled.
+        """Return advice for reducing the memory of a step, in the order to try; enabled options are left out.
 
         Args:
             rows: Rows of the batch that did not fit.
@@ -191,7 +191,7 @@ class StepOptions:
             name for name in RECOMPUTED[RECOMPUTED.index(self.recompute) + 1 :] if is_fused or name != "feed-forward"
         ]
         options = [] if is_fused else ["fused forwards (omit --no-accelerate)"]
-        if self.has_budget:  # the two flags exclude each other
+        if self.has_budget:  # --memory-budget and --recompute cannot be combined
             options += ["a smaller --memory-budget"] if more else []
         else:
             options += [f"--recompute {name}" for name in more if name != "layers"]
@@ -209,10 +209,10 @@ class StepResult:
     """Result of a step.
 
     Attributes:
-        loss: Mean over the tokens with loss of all its batches, before the update.
+        loss: Mean loss over all tokens with loss in the step, before the update.
         grad_norm: Norm of the gradient before clipping.
-        tokens: Tokens without padding.
-        trained_tokens: Tokens with loss.
+        tokens: Number of tokens, excluding padding.
+        trained_tokens: Number of tokens with loss.
     """
 
     loss: float
@@ -229,15 +229,15 @@ def train_step(
     learning_rate: float,
     options: StepOptions,
 ) -> StepResult:
-    """Take one optimizer step on the mean loss over the tokens with loss of all batches.   [docs/math.md (14)]
+    """Take one optimizer step on the mean loss over the tokens with loss in all batches.   [docs/math.md (14)]
 
-    The tokens are counted before the first forward, so each batch's sum is divided by the count of the whole step, and
-    the gradient does not depend on how the rows are split into batches. Penalties of variants are added once.
+    Tokens are counted before the first forward pass, and each batch's sum is divided by the count of the whole step, so
+    the gradient does not depend on how the rows are split into batches. Penalties of variants are added once per step.
 
     Args:
         model: The adapted model, in training mode.
-        named: Its trainable tensors (any shape) by name; `.grad` holds the step's gradients afterwards, clipped or not.
-        optimizer: An optimizer over them, from `lorakit.train.optimizer`.
+        named: The trainable tensors (any shape) by name; the step leaves its gradients, possibly clipped, in `.grad`.
+        optimizer: An optimizer of these tensors, from `lorakit.train.optimizer`.
         batches: The step's batches, on the CPU.
         learning_rate: The rate of this step.
         options: Device, clipping, precision and acceleration.
@@ -246,7 +246,7 @@ def train_step(
         Loss, gradient norm and token counts.
 
     Raises:
-        NonFiniteError: The loss or the gradient is NaN or infinite; no tensor has been changed.
+        NonFiniteError: The loss or the gradient is NaN or infinite; no trainable tensor was changed.
         DataError: No batch has a token with loss.
         RunError: Memory ran out, the loss does not depend on the adapter, or a trained tensor was replaced.
     """
@@ -264,7 +264,7 @@ def train_step(
             (loss / trained).backward()
             total = total + loss.detach()
     penalty = penalties(model)
-    if penalty is not None:  # of the adapter's variant: once per step, whatever the number of batches
+    if penalty is not None:  # penalties of variants are added once per step, not once per batch
         penalty.backward()
     _check_not_replaced(model, named)
     parameters = [parameter for _, parameter in named]
@@ -282,12 +282,12 @@ def train_step(
 
 
 def without_gradient(named: Named) -> list[str]:
-    """Return the names of trainable tensors that got no gradient in the last step."""
+    """Return the names of trainable tensors that received no gradient in the last step."""
     return [name for name, parameter in named if parameter.grad is None]
 
 
 def _check_not_replaced(model: nn.Module, named: Named) -> None:
-    """Raise if the model no longer holds a trained tensor: its replacement would never be updated."""
+    """Raise if a trained tensor was replaced in the model, because its replacement would never be updated."""
     without = {id(parameter): name for name, parameter in named if parameter.grad is None}
     held = {id(parameter) for parameter in model.parameters()} if without else set()
     for number, name in without.items():

@@ -1,8 +1,8 @@
-"""`run`: train an adapter from settings to its published files.
+"""`run`: train an adapter, from the settings to the published files.
 
-Everything that can be rejected is rejected before a weight is loaded (`RunSpec.of`), and files of an older run are
-changed only after the new run is completely prepared (`prepare`). `loop.py` has the sequence of steps, `step.py` the
-arithmetic.
+Every error that can be found without weights is raised before any are loaded (`RunSpec.of`), and files of an older run
+are changed only after the new run is completely prepared (`prepare`). `loop.py` has the training loop, and `step.py`
+the computation of a step.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
     The random generators of torch, Python and numpy are seeded for the run and restored afterwards.
 
     Args:
-        settings: What to train. With `resume`, settings that are not given are taken from the run.
-        progress: Receiver of progress; None reports nothing.
+        settings: The settings; if `resume` is set, those that are not given are taken from the existing run.
+        progress: Receiver of progress reports; None for no reports.
 
     Returns:
         The result.
 
     Raises:
-        LorakitError: The run is not possible as specified, or failed; class and message say why. An older run is
-            unchanged unless training had started; then its last valid checkpoint is kept.
+        LorakitError: The run is not possible as specified, or failed; class and message say why. If the error occurs
+            before training starts, an existing run is unchanged; after that, the last valid checkpoint is kept.
         KeyboardInterrupt: A signal arrived before the first step (the run directory is unchanged), or a second one
             during training.
     """
@@ -78,13 +78,13 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
 
 
 def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
-    """Load data, model and checkpoint; files of the run directory are only read.
+    """Load data, model and checkpoint without changing any files in the run directory.
 
     The random generators are seeded, or restored from the checkpoint.
 
     Args:
-        spec: The specification.
-        progress: Receives what the data is, the plan, and the checkpoint that is resumed.
+        spec: The run's specification.
+        progress: Receives messages about the data, the plan, and the checkpoint to resume from.
         started: `time.perf_counter()` at the call of `run`.
 
     Returns:
@@ -155,7 +155,10 @@ def _report_data(spec: RunSpec, batches: RunBatches, progress: Progress) -> None
 
 
 def _base_bytes(model: nn.Module, spec: RunSpec) -> int:
-    """Return the size of the base in memory; that of a quantized one by formula, as its scales are not parameters."""
+    """Return the size of the base in memory, in bytes.
+
+    For a quantized base, a formula gives the size, because its scales are not parameters.
+    """
     quantization = spec.quantization
     if quantization is None:
         return sum(p.numel() * p.element_size() for p in model.parameters())
@@ -165,19 +168,19 @@ def _base_bytes(model: nn.Module, spec: RunSpec) -> int:
 
 
 def _newest_checkpoint(spec: RunSpec, progress: Progress) -> tuple[Path | None, tuple[Path, ...]]:
-    """Return the checkpoint to resume from, or None, and the newer ones that do not verify."""
+    """Return the checkpoint to resume from, or None, and the damaged checkpoints that are newer."""
     damaged: list[Path] = []
     for path, fault in checkpoint.verified(spec.folder) if spec.settings.resume else ():
         if fault is None:
             return path, tuple(damaged)
-        progress.say(f"{path}: skipped, {fault}.")
+        progress.say(f"{path}: skipped, because {fault}.")
         damaged.append(path)
     return None, tuple(damaged)
 
 
 def _enable_checkpointing(model: nn.Module) -> None:
-    """Enable non-reentrant gradient checkpointing that keeps the adapter route of the first forward."""
-    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # of transformers; the second is old
+    """Enable non-reentrant gradient checkpointing that recomputes with the adapter route of the first forward pass."""
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # in transformers: new name, old name
     enable = next(getattr(model, name) for name in names if hasattr(model, name))
     try:
         enable({"use_reentrant": False, "context_fn": core.checkpoint_contexts(model)})
@@ -205,7 +208,7 @@ def acceleration_lines(acceleration: Acceleration) -> list[str]:
         acceleration: Result of `accelerate`.
 
     Returns:
-        A line about the step, one about the CPU kernels, and one about modules that are not accelerated, if any.
+        A line about the step and, if applicable, lines about the CPU kernels and about modules not accelerated.
     """
     left = Counter((part.kind, part.why) for part in acceleration.skipped)
     if not (acceleration.swaps or acceleration.head or acceleration.packs):
@@ -224,7 +227,7 @@ def acceleration_lines(acceleration: Acceleration) -> list[str]:
 
 
 def _restore(snapshot: checkpoint.Snapshot, here: dict[str, Any], progress: Progress) -> checkpoint.TrainState:
-    """Restore the random generators of a checkpoint and return its state; warn if the environment differs."""
+    """Restore the random generators from a checkpoint and return its state; warn if the environment differs."""
     changed = checkpoint.differences(snapshot.environment, here)
     if changed:
         progress.say(
@@ -238,14 +241,14 @@ def _restore(snapshot: checkpoint.Snapshot, here: dict[str, Any], progress: Prog
 def _seed_everything(seed: int) -> None:
     """Seed every global random generator that training can use."""
     random.seed(seed)
-    torch.manual_seed(seed)  # the accelerators' too
+    torch.manual_seed(seed)  # also seeds accelerators
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed(seed % 2**32)
 
 
 def _start(current: Run) -> None:
-    """Change the files of the run directory for the first time."""
+    """Make the first changes in the run directory: remove outdated files, and write the record."""
     folder, settings = current.spec.folder, current.spec.settings
     if settings.overwrite:
         remove_run(folder)
@@ -258,13 +261,13 @@ def _start(current: Run) -> None:
 
 @contextlib.contextmanager
 def _unchanged_on_failure(folder: Path) -> Iterator[None]:
-    """Remove a directory that the block created, if the block fails."""
+    """Remove the run directory if the block created it and then failed."""
     existed = folder.exists()
     try:
         yield
     except BaseException as cause:
         if not existed:
-            with contextlib.suppress(OSError):  # it does not exist, or is not empty
+            with contextlib.suppress(OSError):  # the directory does not exist, or is not empty
                 folder.rmdir()
         if isinstance(cause, KeyboardInterrupt):
             raise KeyboardInterrupt(f"interrupted before the first step; {folder} is unchanged") from None
@@ -273,7 +276,7 @@ def _unchanged_on_failure(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _failure_recorded(current: Run) -> Iterator[None]:
-    """Write a failure of the block into the record; the message of a full disk also lists what is saved."""
+    """Record a `LorakitError` of the block in `run.json`; the message of a `DiskError` also lists what was saved."""
     folder = current.spec.folder
     try:
         yield
