@@ -105,8 +105,8 @@ def test_what_is_not_exact_is_refused_where_it_is_asked_for(
     assert "model.layers.0.self_attn.q_proj is aLoRA, which cannot be merged" in said
     alone = "--merged needs exactly one adapter and no other answer"
     assert f"{alone}, but there is no adapter" in refusal(capsys, 2, *common)
-    assert f"{alone}; there are several answers." in refusal(capsys, 2, *common, "--adapter", one, two)
-    assert f"{alone}; there are several answers." in refusal(capsys, 2, *common, "--adapter", one, "--base")
+    assert f"{alone}, but there are several answers" in refusal(capsys, 2, *common, "--adapter", one, two)
+    assert f"{alone}, but there are several answers" in refusal(capsys, 2, *common, "--adapter", one, "--base")
 
 
 def test_an_adapter_that_waits_stays_beside_the_base(

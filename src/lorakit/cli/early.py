@@ -148,13 +148,13 @@ def check_sampling(temperature: float, top_p: float, top_k: int, seed: int) -> N
         ConfigError: A value is out of range.
     """
     if not (math.isfinite(temperature) and temperature >= 0):
-        raise ConfigError.of("temperature", temperature, "0 (greedy) or a positive number, such as 0.7")
+        raise ConfigError.of("temperature", temperature, "0 (greedy) or a number above 0, such as 0.7")
     if not 0 < top_p <= 1:
         raise ConfigError.of("top_p", top_p, "above 0 and at most 1 (all tokens)")
     if top_k < 0:
-        raise ConfigError.of("top_k", top_k, "0 (all tokens) or a positive integer")
+        raise ConfigError.of("top_k", top_k, "0 (all tokens) or a whole number above 0")
     if not 0 <= seed < 2**63:
-        raise ConfigError.of("seed", seed, "an integer from 0 to 2**63 - 1")
+        raise ConfigError.of("seed", seed, "a whole number from 0 to 2**63 - 1")
 
 
 def _similar(path: Path) -> str:
