@@ -114,7 +114,7 @@ def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     answer("config.json", "model.safetensors")
     assert resolve("some/model").kind == "hub"
     answer("config.json", "pytorch_model.bin")
-    assert "the Hub has no safetensors weights of this model" in refused("some/model")
+    assert "the Hub has no safetensors weights" in refused("some/model")
     answer("README.md")
     assert "not a transformers model on the Hub (no config.json)" in refused("some/model")
 
@@ -122,7 +122,7 @@ def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("RepositoryNotFoundError", "and the Hub has no model of that name"),
+        ("RepositoryNotFoundError", "and the Hub has no model"),
         ("GatedRepoError", "restricted; request it on the model's page"),
     ],
 )
