@@ -203,7 +203,7 @@ def test_lorafa_trains_one_factor_of_two(capsys: pytest.CaptureFixture[str]) -> 
     assert half["adapter"] == whole["adapter"]
     assert half["optimizer"] == 8 * plans[1]["adapter"]["trainable"] < whole["optimizer"]
     assert half["activations"] < whole["activations"]
-    assert any("LoRA-FA freezes one factor of each site" in r for r in plans[1]["adapter"]["reasons"])
+    assert any("One factor of each site is frozen" in r for r in plans[1]["adapter"]["reasons"])
     assert main(["plan", "gpt2", "--optimizer", "sgd"]) == 2
     assert "optimizer is 'sgd'; it must be adamw or lorafa." in capsys.readouterr().err
 
