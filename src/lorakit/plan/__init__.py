@@ -1,4 +1,4 @@
-"""Estimate the cost of a run before it starts, from the shapes of a model alone.
+"""Estimate the cost of a run before it starts, from the model's shape alone.
 
 A plan has exact trainable counts and their derivation, memory by cause, FLOPs, time and sizes on disk, compared with
 full fine-tuning. Shapes come from `catalogue` or from `lorakit.hub`. This package does not import torch, read models or

@@ -81,7 +81,7 @@ def sublayer_bytes(shape: ModelShape, sites: Sequence[SiteCount], name: str, dro
         sites: The adapter's sites in this sublayer of one block.
         name: "attention" or "feed-forward".
         dropout: `lora_dropout`.
-        job: Batch, length, dtype.
+        job: The job; determines batch, length and dtype.
     """
     itemsize, tokens = job.dtype_bytes, job.batch_tokens
     if name == "attention":
@@ -108,21 +108,21 @@ def separate_input(shape: ModelShape, sites: Sequence[SiteCount], job: Job) -> i
     Args:
         shape: The model.
         sites: The adapter's sites in the feed-forward of one block.
-        job: Batch, length, dtype.
+        job: The job; determines batch, length and dtype.
     """
     needed = job.recompute == "feed-forward" or any(_reads_norm(site) and not site.frozen for site in sites)
     return job.dtype_bytes * job.batch_tokens * shape.hidden if needed else 0
 
 
 def transient(shape: ModelShape, job: Job) -> int:
-    """Return the bytes of gradients that exist at once in the backward of a fused layer. [docs/math.md (29)]
+    """Return the bytes of gradients that exist at once in a fused layer's backward pass. [docs/math.md (29)]
 
     They are the gradients of the residual stream before and after, of the norm's output, and of either gate and up or
     q, k, v and the attention output.
 
     Args:
         shape: The model.
-        job: Batch, length, dtype.
+        job: The job; determines batch, length and dtype.
     """
     inner = _inner(shape)
     heads = 2 * shape.query_width + 2 * shape.kv_width
@@ -130,19 +130,19 @@ def transient(shape: ModelShape, job: Job) -> int:
 
 
 def recomputed_bytes(shape: ModelShape, fused: frozenset[tuple[str, str]], job: Job) -> int:
-    """Return the bytes of gate and up while the backward of a layer recomputes them. [docs/math.md (85)]
+    """Return the bytes of gate and up while the backward pass of a layer recomputes them. [docs/math.md (85)]
 
     Args:
         shape: The model.
         fused: Every fused (block, sublayer).
-        job: Batch, length, dtype, and what is recomputed.
+        job: The job; determines batch, length, dtype and recomputation.
     """
     any_is = job.recompute == "feed-forward" and any(sublayer == "feed-forward" for _, sublayer in fused)
     return job.dtype_bytes * job.batch_tokens * _inner(shape) if any_is else 0
 
 
 def recomputed_flops(shape: ModelShape, counted: Count, fused: frozenset[tuple[str, str]], job: Job) -> float:
-    """Return the FLOPs per token of recomputing gate and up in the backward. [docs/math.md (85)]
+    """Return the FLOPs per token of recomputing gate and up in the backward pass. [docs/math.md (85)]
 
     The results of matmuls with A are saved; matmuls with B are recomputed.
 
@@ -178,7 +178,7 @@ def skips_logits(shape: ModelShape, counted: Count) -> bool:
 
 
 def chunk_rows(shape: ModelShape, job: Job) -> int:
-    """Return the rows of logits that exist at once: a multiple of 16 up to 256, within 48 MiB. [docs/math.md (35)]
+    """Return how many rows of logits exist at once: a multiple of 16 up to 256, within 48 MiB. [docs/math.md (35)]
 
     Args:
         shape: The model.

@@ -1,6 +1,6 @@
-"""Activation memory: the tensors that the forward saves for backward, derived block by block.
+"""Activation memory: the tensors that the forward pass saves for backward, derived block by block.
 
-Three families are known exactly (the tests count their saved tensors with `torch.autograd.graph.saved_tensors_hooks`).
+The values of three families are exact: the tests count saved tensors with `torch.autograd.graph.saved_tensors_hooks`.
 Any other architecture is estimated as the most similar family, which a note in the plan states. A frozen linear layer
 does not save its input; a factor A does. `memory` handles tensors over the whole vocabulary.
 """
@@ -55,7 +55,7 @@ class Family:
 
         Args:
             shape: The model.
-            job: Batch, length, dtype.
+            job: The job; determines batch, length and dtype.
         """
         norms = 2 * job.batch_tokens * self.norm(shape.hidden, job.dtype_bytes)
         return norms + sum(kept(shape, job) for kept in self.sublayers.values())
@@ -69,11 +69,11 @@ class Activations:
         family: The family used for the estimate.
         is_known: Whether the architecture belongs to the family; if not, the values are an estimate.
         blocks: Bytes of all blocks.
-        largest_block: Bytes of the block that saves most.
+        largest_block: Bytes of the block that saves the most.
         outside: Bytes saved before the first and after the last block.
         boundary: Bytes of one block's input.
         blocks_kept: Number of blocks that save anything: the first adapted block and all later ones.
-        transient: Bytes of gradients that exist at once during the backward of one block.
+        transient: Bytes of gradients that exist at once during the backward pass of one block.
         fused: Number of fused sublayers, out of `of_blocks`.
         of_blocks: Number of sublayers that save anything, or 0 if none can be fused.
     """
@@ -220,8 +220,8 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: S
         shape: The base.
         counted: The adapter's sites.
         dropout: `lora_dropout`; if above 0, each site saves its own dropped-out input and the mask.
-        job: Batch, length, dtype.
-        base: How the base is quantized, or None.
+        job: The job; determines batch, length and dtype.
+        base: The quantized base, or None if the base is not quantized.
     """
     family, _ = family_of(shape)
     inner = _inner(shape, counted)
@@ -274,7 +274,7 @@ def of_full(shape: ModelShape, job: Job) -> Activations:
 
     Args:
         shape: The model.
-        job: Batch, length, dtype.
+        job: The job; determines batch, length and dtype.
     """
     family, _ = family_of(shape)
     itemsize, tokens = job.dtype_bytes, job.batch_tokens
@@ -306,7 +306,7 @@ def _of_sites(
     """Yield (block, bytes) for the inputs of A, then for each site's activation between A and B and casts of A and B.
 
     A factor A frozen by LoRA-FA saves only the dropout mask, not its input. An expert's A sees the tokens routed to the
-    expert. A bare matrix is materialized as W₀ + s·B·A in each forward and saved, as is its input.
+    expert. A bare matrix is materialized as W₀ + s·B·A in each forward pass and saved, as is its input.
     """
     tokens, itemsize = job.batch_tokens, job.dtype_bytes
     dense = [site for site in sites if site.kind != EMBEDDING]

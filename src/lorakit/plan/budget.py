@@ -30,7 +30,7 @@ def bytes_of(text: str) -> int:
         text: The number and its unit, in any case.
 
     Raises:
-        ConfigError: The text is not a size above 0.
+        ConfigError: `text` is not a size above 0.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     size = UNITS.get(found[2].lower()) if found else None

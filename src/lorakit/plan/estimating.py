@@ -170,7 +170,7 @@ def estimate(
     Args:
         shape: The base: `catalogue.published(name)`, or `lorakit.hub.shape_of(model)`.
         config: The adapter; `target_modules` must be set.
-        job: Batch, length, steps, dtype; 4 rows of 256 tokens by default.
+        job: The job; by default, batches of 4 rows of 256 tokens.
         speed: Speed of the machine; without one the plan has no times.
         ranks: Columns of the rank table; none by default.
         allow_partial: Whether targets that match nothing become notes instead of an error.
@@ -255,7 +255,7 @@ def _notes(
         yield (
             f"Memory and time of experts assume that each token passes {through} per layer and that A and B run "
             "alongside, as with transformers' own modules; a module that does not expose its tokens copies the whole "
-            "weight in each forward."
+            "weight in each forward pass."
         )
 
 

@@ -24,9 +24,9 @@ class Flops:
     """FLOPs per token of one training method.
 
     Attributes:
-        forward: FLOPs of the forward.
-        backward: FLOPs of the backward.
-        recomputed: FLOPs of recomputing blocks, or parts of them, in the backward; 0 without.
+        forward: FLOPs of the forward pass.
+        backward: FLOPs of the backward pass, without recomputation.
+        recomputed: FLOPs of recomputing blocks, or parts of blocks, in the backward pass.
     """
 
     forward: float
@@ -40,7 +40,7 @@ class Flops:
 
 
 def matmuls(shape: ModelShape) -> int:
-    """Return the FLOPs per token of the base's dense matmuls in one forward, including the head. [docs/math.md (30)]
+    """Return the FLOPs per token of the base's dense matmuls in a forward pass, with the head. [docs/math.md (30)]
 
     Each Linear and Conv1D, and each expert that a token passes, adds 2 × out × in; an embedding lookup is free.
 
@@ -52,7 +52,7 @@ def matmuls(shape: ModelShape) -> int:
 
 
 def attention(shape: ModelShape, length_tokens: int) -> float:
-    """Return the FLOPs per token of the matmuls within attention in one forward. [docs/math.md (31)]
+    """Return the FLOPs per token of the matmuls within attention in a forward pass. [docs/math.md (31)]
 
     Each query attends to T̄ keys and values: 4 × blocks × heads × head_dim × T̄, with T̄ = (T + 1) / 2 in a causal
     model (the mean over positions, which is what sdpa computes) and T otherwise.
@@ -68,15 +68,15 @@ def attention(shape: ModelShape, length_tokens: int) -> float:
 def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
     """Return the FLOPs per token of LoRA training. [docs/math.md (32)]
 
-    Frozen weights need no gradient, so the backward of a matmul is one matmul (dX), not two. The factors add 2r(in +
-    out) forward and twice that backward, per expert that a token passes; n token rows of a head add 2n·in in the same
+    Frozen weights need no gradient, so the backward pass of a matmul is one matmul (dX), not two. The factors add 2r(in
+    + out) forward and twice that backward, per expert that a token passes; n token rows of a head add 2n·in in the same
     way. For a bare matrix, B·A is added to it once per batch, and its gradient is computed. The result is slightly too
     high, because no dX is computed below the first adapted site.
 
     Args:
         shape: The base.
         counted: The adapter.
-        job: Length of rows, checkpointing.
+        job: The job; determines row length and checkpointing.
     """
     bare = [site for site in counted.sites if site.is_bare_matrix]
     parallel = [(site, shape.passed(site.experts)) for site in counted.sites if not site.is_bare_matrix]
@@ -101,11 +101,11 @@ def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
 
 
 def full(shape: ModelShape, job: Job) -> Flops:
-    """Return the FLOPs per token of full fine-tuning: dX and dW, twice the forward. [docs/math.md (33)]
+    """Return the FLOPs per token of full fine-tuning: dX and dW cost twice the forward pass. [docs/math.md (33)]
 
     Args:
         shape: The model.
-        job: Length of rows, checkpointing.
+        job: The job; determines row length and checkpointing.
     """
     forward = matmuls(shape) + attention(shape, job.length_tokens)
     return Flops(forward, 2 * forward, _recomputation(shape, forward, job))
@@ -142,7 +142,7 @@ def elements(shape: ModelShape, job: Job) -> float:
 
     Args:
         shape: The model.
-        job: Length of rows, checkpointing.
+        job: The job; determines row length and checkpointing.
     """
     seen = (job.length_tokens + 1) / 2 if shape.causal else float(job.length_tokens)
     scores, keys = shape.heads * seen, shape.query_width + shape.kv_width
@@ -158,7 +158,7 @@ def token_seconds(shape: ModelShape, costs: Flops, job: Job, speed: Speed) -> fl
     Args:
         shape: The model.
         costs: FLOPs per token.
-        job: Length of rows, checkpointing.
+        job: The job; determines row length and checkpointing.
         speed: Speed of the machine; its matmul rate and threads are used.
     """
     if speed.flops_per_second is None or speed.threads is None or speed.tokens_per_second is not None:

@@ -24,8 +24,8 @@ OPTIMIZERS = ("adamw", "lorafa")
 """
 
 RECOMPUTED = ("none", "feed-forward", "layers")
-"""Choices of recomputation in the backward, cheapest first: only elementwise results; also the outputs of the first
-matmuls in each fused feed-forward; everything except the input in each layer."""
+"""Choices of recomputation in the backward pass, cheapest first: only elementwise results; also the outputs of the
+first matmuls in each fused feed-forward; everything except the input of each layer."""
 
 UTILIZATION = 0.4
 """Fraction of the measured matmul speed that a training step of an unmodified transformers model reaches on a CPU.
@@ -47,7 +47,7 @@ class Job:
         dtype: Dtype of the base and of the computation.
         optimizer: "adamw" or "lorafa"; both keep two fp32 moments per trained parameter, but lorafa trains only one of
             the two factors.
-        recompute: What the backward recomputes, one of `RECOMPUTED`.
+        recompute: What the backward pass recomputes, one of `RECOMPUTED`.
         quantization: A name of `plan.quantized.STORAGES`, or None for a base in `dtype`.
         double_quantization: Whether to quantize the scales too, if that storage supports it.
         accelerated: Whether layers run the fused forwards of `lorakit.speed.accelerate` and the loss without logits, as
@@ -91,7 +91,7 @@ class Job:
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Return whether only the input of each layer is saved, so that the backward recomputes the rest."""
+        """Return whether only the input of each layer is saved, so that the backward pass recomputes the rest."""
         return self.recompute == "layers"
 
     @property
@@ -153,7 +153,7 @@ class Speed:
 
 
 def recomputed(recompute: str, gradient_checkpointing: bool, memory_budget: str | None, accelerated: bool) -> str:
-    """Return what the backward recomputes according to the settings that determine it.
+    """Return what the backward pass recomputes according to the settings that determine it.
 
     Args:
         recompute: One of `RECOMPUTED`.

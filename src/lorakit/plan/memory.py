@@ -23,8 +23,8 @@ code that runs for the first time (15 to 19 MB), kernels and scratch space of on
 """
 
 LOSS_COPIES = 3
-"""Number of fp32 tensors of tokens × vocabulary that exist at once when the backward begins: the log-probabilities
-saved by cross entropy, their gradient, and the gradient of the input of log-softmax.
+"""Number of fp32 tensors of tokens × vocabulary that exist at once when the backward pass begins: the
+log-probabilities saved by cross entropy, their gradient, and the gradient of the input of log-softmax.
 """
 
 ALLOCATOR_NOTE = (
@@ -36,7 +36,7 @@ ALLOCATOR_NOTE = (
 
 @dataclass(frozen=True)
 class Line:
-    """Bytes of one cause.
+    """Memory of one cause.
 
     Attributes:
         cause: weights, adapter, optimizer, gradients, activations, logits or runtime.
@@ -58,7 +58,7 @@ class Memory:
     """Memory of a step.
 
     Attributes:
-        lines: One per cause.
+        lines: One line per cause.
         peak_bytes: Largest sum of all causes at any moment of a step.
         peak_moment: The moment of the peak.
         notes: Assumptions of the estimate.
@@ -73,7 +73,7 @@ class Memory:
         """Return the largest size of a cause, in bytes.
 
         Args:
-            cause: As in `Line.cause`.
+            cause: A cause, as in `Line.cause`.
         """
         return sum(line.size_bytes for line in self.lines if line.cause == cause)
 
@@ -94,7 +94,7 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memo
         shape: The base.
         counted: The adapter.
         dropout: `lora_dropout`.
-        job: Batch, length, dtype, accumulation, checkpointing, and whether it is accelerated.
+        job: The job; determines batch, length, dtype, accumulation, checkpointing and acceleration.
     """
     itemsize, factors = job.dtype_bytes, counted.factors + counted.own_numbers + counted.row_parameters
     trained = factors - counted.frozen  # frozen factors have neither gradients nor moments
@@ -129,7 +129,7 @@ def of_full(shape: ModelShape, job: Job) -> Memory:
 
     Args:
         shape: The model.
-        job: Batch, length, dtype, accumulation, checkpointing.
+        job: The job; determines batch, length, dtype, accumulation and checkpointing.
 
     Source:
         Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1.
@@ -148,7 +148,7 @@ def of_full(shape: ModelShape, job: Job) -> Memory:
 
 
 def logits_bytes(shape: ModelShape, job: Job) -> int:
-    """Return the bytes of tensors over the vocabulary when the backward begins. [docs/math.md (25)]
+    """Return the bytes of tensors over the vocabulary when the backward pass begins. [docs/math.md (25)]
 
     They are 3 × 4 × tokens × vocabulary. The logits in the base's dtype are freed by then, because nothing references
     them once they are upcast. A model without a language model head has no such tensors.

@@ -114,11 +114,11 @@ class SiteCount:
         in_features: Columns of the canonical weight, or of each expert's weight.
         rank: Rank at this site.
         scale: Factor of B·A at this site.
-        entry: The target entry that matched it.
+        entry: The target entry that matched the site.
         factors: Elements of A and B: experts × rank × (in + out).
         own_numbers: Number of values that the variant trains in addition to A and B; negative if the variant's A and B
             are smaller than LoRA's.
-        reads_weight: Whether the variant trains one value per output and reads the weight in each forward (DoRA).
+        reads_weight: Whether the variant trains one value per output and reads the weight in each forward pass (DoRA).
         frozen: Elements of frozen factors: experts × rank × in with LoRA-FA (rank × out for an embedding), experts ×
             rank × out with the init "mica", else 0.
         experts: Number of matrices in the parameter, each with its own factors.
@@ -144,7 +144,7 @@ class SiteCount:
 
     @property
     def magnitudes(self) -> int:
-        """Return the elements of DoRA's magnitude: out, or 0 without DoRA."""
+        """Return the number of elements in DoRA's magnitude: out_features, or 0 without DoRA."""
         return self.own_numbers if self.reads_weight else 0
 
     @property

@@ -26,7 +26,7 @@ class Storage:
 
     Attributes:
         name: Value of `--quantization`.
-        package: Package that implements it.
+        package: Package that implements the format.
         meaning: Short description.
         bits: Bits per element, without scales.
         kinds: Kinds of modules that the format supports.

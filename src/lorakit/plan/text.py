@@ -21,7 +21,7 @@ from lorakit.tables import (
 )
 
 WIDTH = 80
-"""Columns at which lines are wrapped."""
+"""Width in columns at which lines are wrapped."""
 
 
 def render(plan: Plan, *, verbose: bool = False, notes: tuple[str, ...] = ()) -> str:
