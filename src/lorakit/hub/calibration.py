@@ -124,7 +124,7 @@ def calibrate(device: str | torch.device = "cpu") -> Calibration:
 
 
 def choose_dtype(requested: str, calibration: Calibration | None = None) -> DtypeChoice:
-    """Choose the dtype in which the base is stored and multiplied.
+    """Choose the dtype of the base's weights and computation.
 
     Args:
         requested: "auto", "bfloat16" or "float32".

@@ -61,7 +61,7 @@ def load_model(
             and the dtype of weights that are not quantized.
         device: Device of the weights.
         task: A key of `TASKS`. For "classification", a head that is missing from the files is initialized.
-        quantization: Quantize the linear layers: a `Quantization`, or its name.
+        quantization: Quantization of the linear layers: a `Quantization`, its name, or None.
 
     Returns:
         The model, in eval mode.
@@ -101,7 +101,7 @@ def load_model(
 def stored_as_files(
     model: str | os.PathLike[str] | ModelSource, wanted: Quantization | None = None
 ) -> Quantization | None:
-    """Return the quantization of a model once loaded: the requested one or that of its files. Loads no weights.
+    """Return the quantization that a loaded model will have, as requested or as in its files; no weights are loaded.
 
     Args:
         model: Argument or result of `resolve`.
@@ -123,7 +123,7 @@ def stored_as_files(
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    """Return the torch dtype with a name, or "auto" unchanged."""
+    """Convert a dtype's name to a torch dtype; "auto" is returned unchanged."""
     import torch
 
     if isinstance(dtype, torch.dtype) or dtype == "auto":

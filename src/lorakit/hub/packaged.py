@@ -191,7 +191,7 @@ class Packaged:
         title: Title in the model card.
         package: Name on PyPI.
         module: Name of the installed package directory.
-        file: Name of its GGUF file.
+        file: Name of the GGUF file.
         folder: Name of the converted directory in the cache.
         positions: Maximum input length in tokens.
         needed_bytes: Disk space that the conversion needs.
@@ -263,7 +263,7 @@ def packaged_directory(
 
 
 def _find(model: Packaged) -> Path:
-    """Return the GGUF file of an installed package without importing the package, which loads a native library."""
+    """Return the GGUF file of an installed package without importing it, since that would load a native library."""
     spec = importlib.util.find_spec(model.module)
     folders = list(spec.submodule_search_locations or ()) if spec else []
     if not folders:
@@ -304,7 +304,7 @@ def check_space(folder: Path, needed_bytes: int, advice: str = "free some space"
     Args:
         folder: A directory on the disk.
         needed_bytes: The needed space.
-        advice: What to do if the space does not suffice, for the message.
+        advice: What to do if there is too little space, for the message.
 
     Raises:
         DiskError: The disk has too little free space.

@@ -60,7 +60,7 @@ class ModelSource:
 def resolve(model: str | os.PathLike[str] | ModelSource, say: Callable[[str], None] | None = None) -> ModelSource:
     """Resolve a model name: an existing path, else a packaged name, else a Hub id.
 
-    A packaged model is converted into the user's cache if necessary (about 20 seconds, once).
+    A packaged model is converted into the user's cache on first use, which takes about 20 seconds.
 
     Args:
         model: A directory, a `config.json`, a packaged name such as "smollm2", or a Hub id. A source is returned
@@ -91,7 +91,7 @@ def resolve(model: str | os.PathLike[str] | ModelSource, say: Callable[[str], No
 
 
 def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = False) -> None:
-    """Check the file names of a model for everything that loading requires, without network access.
+    """Check by file names, without network access, that a model has everything needed to load it.
 
     Args:
         source: Result of `resolve`.
@@ -99,7 +99,7 @@ def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = Fals
         tokenizer: Whether a tokenizer is required.
 
     Raises:
-        ModelError: A file is missing; the message names the directory and what is accepted.
+        ModelError: A file is missing; the message names the directory and the accepted files.
     """
     if source.kind == "hub":
         return
@@ -121,7 +121,7 @@ def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = Fals
 
 
 def call_loader(source: ModelSource, load: Callable[..., Loaded]) -> Loaded:
-    """Call a loader of transformers; a model's own code is never run.
+    """Call a transformers loader without running a model's own code.
 
     Args:
         source: The model.
@@ -214,7 +214,7 @@ def _neighbors(given: str, path: Path) -> str:
 
 
 def _ask_hub(source: ModelSource, path: Path) -> None:
-    """Raise an error unless the Hub's cache or the Hub has a model with this id."""
+    """Check that the Hub's cache or the Hub has a model with this id."""
     import huggingface_hub
 
     # the cache first: a cached model needs no network
