@@ -124,7 +124,7 @@ def run(
 
 
 def examine(*, quick: bool) -> Findings:
-    """Examine the machine.
+    """Examine the machine, its packages and its kernels.
 
     Args:
         quick: Whether to skip the speed measurement.

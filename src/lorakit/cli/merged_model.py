@@ -198,7 +198,7 @@ def record(request: MergeRequest, done: Merged, probe: Probe) -> dict[str, Any]:
 
     Args:
         request: Specification of the merge.
-        done: Its result.
+        done: Result of the merge.
         probe: The comparison.
     """
     sites = done.report.sites
@@ -305,7 +305,7 @@ class EmbeddingModel(Protocol):
 
 
 def _untie_config(model: EmbeddingModel) -> bool:
-    """Record in the config that a merge untied the embeddings, so that loading does not tie them; return if it did."""
+    """Record in the config that a merge untied the embeddings, so that loading keeps them so; return whether it did."""
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
     tied = getattr(model.config, "tie_word_embeddings", False)
     if not tied or inner is None or outer is None or inner.weight is outer.weight:

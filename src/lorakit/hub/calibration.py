@@ -150,7 +150,7 @@ def _product_rate(device: str | torch.device, dtype: torch.dtype) -> float:
     import torch
 
     rows, inner, outer = SHAPE
-    generator = torch.Generator().manual_seed(0)  # a separate one, to leave the caller's random state unchanged
+    generator = torch.Generator().manual_seed(0)  # a separate generator leaves the caller's random state unchanged
     x = torch.randn(rows, inner, generator=generator).to(device, dtype)
     weight = torch.randn(outer, inner, generator=generator).to(device, dtype)
     with torch.no_grad():

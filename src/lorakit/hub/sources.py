@@ -217,7 +217,7 @@ def _ask_hub(source: ModelSource, path: Path) -> None:
     """Check that the Hub's cache or the Hub has a model with this id."""
     import huggingface_hub
 
-    # the cache first: a cached model needs no network
+    # check the cache first: a cached model needs no network
     if isinstance(huggingface_hub.try_to_load_from_cache(source.given, "config.json"), str):
         return
     missing = f"not a directory or a packaged model ({', '.join(PACKAGED)})"

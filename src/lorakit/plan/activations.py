@@ -324,7 +324,7 @@ def _of_sites(
         if itemsize != _FP32:
             kept += itemsize * site.factors  # A and B are fp32; the matmul uses a copy in the base's dtype
         if site.magnitudes:
-            kept += 2 * itemsize * tokens * site.out_features  # y₀ − b and z, both multiplied by the magnitude scale
+            kept += 2 * itemsize * tokens * site.out_features  # y₀ − b and z, which DoRA multiplies by its scale
         yield block_of(site.path), kept
 
 

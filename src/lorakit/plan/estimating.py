@@ -183,7 +183,7 @@ def estimate(
         ConfigError: The config has no targets, or an invalid pattern.
     """
     job = job or Job()
-    job = job if activations.packs(shape) else dataclasses.replace(job, mean_tokens=None)  # padding is computed
+    job = job if activations.packs(shape) else dataclasses.replace(job, mean_tokens=None)  # unpacked: padding counts
     shape = replicated(shape, config.layer_replication)
     config = dataclasses.replace(config, layer_replication=None)
     counted = params.count(shape, config, allow_partial=allow_partial, optimizer=job.optimizer)
