@@ -305,7 +305,7 @@ class EmbeddingModel(Protocol):
 
 
 def _untie_config(model: EmbeddingModel) -> bool:
-    """Record in the config that a merge untied the embeddings, so that loading keeps them so; return whether it did."""
+    """Return whether a merge untied the embeddings; if so, record it in the config, or loading would tie them again."""
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
     tied = getattr(model.config, "tie_word_embeddings", False)
     if not tied or inner is None or outer is None or inner.weight is outer.weight:
