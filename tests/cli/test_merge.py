@@ -115,8 +115,8 @@ def test_what_does_not_survive_is_said(
     one = save_adapter("one", model=hub.load_model(tmp_path / "low"), spread=1e-5)
     merged("--model", tmp_path / "low", "--adapter", one, "--output-dir", tmp_path / "out", "--verbose")
     captured = capsys.readouterr()
-    assert "of the adapter's update fits into bfloat16 weights" in captured.err
-    assert "--dtype float32 keeps it." in captured.err
+    assert "of the adapter's update is retained in bfloat16 weights" in captured.err
+    assert "--dtype float32 to keep it." in captured.err
     assert "neither the model nor the adapters have a tokenizer" in captured.err
     assert "sites that retain least" in captured.out
 
