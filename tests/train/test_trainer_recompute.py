@@ -60,7 +60,10 @@ def test_what_cannot_be_meant_is_refused_with_the_settings(settings: dict[str, A
     for words, said in (
         ({"recompute": "feedforward"}, "recompute is 'feedforward'; it must be .*Did you mean feed-forward"),
         ({"memory_budget": "much"}, "memory_budget is 'much'; write a number and a unit, such as 4GiB or 800MB"),
-        ({"memory_budget": "1GB", "gradient_checkpointing": True}, "memory_budget and recompute layers exclude"),
+        (
+            {"memory_budget": "1GB", "gradient_checkpointing": True},
+            "memory_budget and recompute layers are mutually exclusive",
+        ),
         ({"recompute": "feed-forward", "accelerate": False}, "recompute feed-forward needs accelerated forwards"),
     ):
         with pytest.raises(ConfigError, match=said):
