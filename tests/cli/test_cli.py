@@ -135,7 +135,7 @@ def test_an_unexpected_error_is_one_line_and_says_how_to_see_more(
     verb(fails(KeyError("a\nb")))
     assert main(["plan"]) == 1
     said = capsys.readouterr().err
-    assert said == "error: unexpected KeyError: 'a\\nb' (run again with --traceback to see where)\n"
+    assert said == "error: unexpected KeyError: 'a\\nb' (rerun with --traceback to see where)\n"
     assert main(["plan", "--traceback"]) == 1
     assert "Traceback (most recent call last)" in capsys.readouterr().err
     monkeypatch.setenv("LORAKIT_TRACEBACK", "1")

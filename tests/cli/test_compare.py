@@ -36,7 +36,7 @@ def test_adapters_without_a_site_in_common(save_adapter: Save, capsys: pytest.Ca
     one, two = (save_adapter(name, target_modules=[name]) for name in ("q_proj", "k_proj"))
     assert main(["compare", str(one), str(two)]) == 0
     out = capsys.readouterr().out
-    assert "no site in common" in out and "cosine 0.0000" in out
+    assert "no sites in common" in out and "cosine 0.0000" in out
 
 
 def test_what_is_refused(

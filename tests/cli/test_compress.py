@@ -21,9 +21,9 @@ def test_to_a_rank(
     one = save_adapter("one")
     assert main(["compress", "--adapter", str(one), "--output-dir", str(tmp_path / "small"), "--rank", "2"]) == 0
     out = capsys.readouterr().out
-    assert f"{tmp_path / 'small'}: {one} at 14 sites, ranks 56 in total before, 28 after" in out
+    assert f"{tmp_path / 'small'}: {one} at 14 sites, total rank 56 before, 28 after" in out
     assert "of the energy ‖ΔW‖² of the whole adapter" in out
-    assert "site with most loss" in out
+    assert "sites that lose most" in out
     loaded = core.load_adapter(hub.load_model(tiny_model_directory), tmp_path / "small")
     assert loaded.base == "same" and loaded.config.r == 2
 

@@ -269,10 +269,10 @@ def test_adapters_that_cannot_be_used(
 ) -> None:
     common = ["--model", tiny_model_directory, "--prompt", "x", "--max-new-tokens", 2, "--adapter"]
     one = save_adapter("one")
-    assert f"--adapter names {one}/ twice; pass it once." in refusal(capsys, 2, *common, one, f"{one}/")
+    assert f"--adapter lists {one}/ twice; pass it once." in refusal(capsys, 2, *common, one, f"{one}/")
     shutil.copytree(one, tmp_path / "run" / "adapter")
     said = refusal(capsys, 1, *common, tmp_path / "run")
-    assert f"is a run directory; its adapter is {tmp_path / 'run' / 'adapter'}." in said
+    assert f"is a run directory; pass its adapter, {tmp_path / 'run' / 'adapter'}." in said
     (one / "adapter_model.safetensors").rename(one / "adapter_model.bin")
     said = refusal(capsys, 1, *common, one)
     assert "pickle (adapter_model.bin)" in said and "never loaded" in said
@@ -290,7 +290,7 @@ def test_an_adapter_of_another_base_needs_a_word(
     common = ["--model", tiny_model_directory, "--prompt", "x", "--max-new-tokens", 2, "--adapter", one]
     said = refusal(capsys, 1, *common)
     assert "made on another base" in said
-    assert "give --allow-base-mismatch." in said
+    assert "pass --allow-base-mismatch." in said
     assert main(["generate", *map(str, common), "--allow-base-mismatch"]) == 0
     assert f"warning: {one}: loaded on another base as allowed" in capsys.readouterr().err
 
@@ -300,4 +300,4 @@ def test_damaged_numbers_are_named(
 ) -> None:
     one = save_adapter("one", spread=float("nan"))
     common = ["--model", tiny_model_directory, "--prompt", "x", "--adapter", one]
-    assert "give --allow-nonfinite." in refusal(capsys, 1, *common)
+    assert "pass --allow-nonfinite." in refusal(capsys, 1, *common)

@@ -115,8 +115,8 @@ def test_what_does_not_survive_is_said(
     one = save_adapter("one", model=hub.load_model(tmp_path / "low"), spread=1e-5)
     merged("--model", tmp_path / "low", "--adapter", one, "--output-dir", tmp_path / "out", "--verbose")
     captured = capsys.readouterr()
-    assert "of the adapter's update fits into bfloat16 weights" in captured.err
-    assert "--dtype float32 keeps it." in captured.err
+    assert "of the adapter's update is retained in bfloat16 weights" in captured.err
+    assert "--dtype float32 to keep it." in captured.err
     assert "neither the model nor the adapters have a tokenizer" in captured.err
     assert "sites that retain least" in captured.out
 
@@ -149,7 +149,7 @@ def test_an_adapter_is_not_applied_twice(
     capsys.readouterr()
     said = error(capsys, 1, "--model", tmp_path / "out", "--adapter", renamed, "--output-dir", tmp_path / "again")
     assert f"this adapter was merged into the model already (as {one}), and would be applied twice" in said
-    assert "give --allow-base-mismatch." in said
+    assert "pass --allow-base-mismatch." in said
     with pytest.raises(BaseMismatchError, match="and would be applied twice"):
         core.load_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), renamed)
     (two / "lorakit.json").unlink()
@@ -205,7 +205,7 @@ def test_a_directory_with_content_is_left_alone(
     words = ["--model", tiny_model_directory, "--adapter", save_adapter("one"), "--output-dir"]
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("x")
-    assert "is not empty; nothing is overwritten" in error(capsys, 2, *words, tmp_path / "full")
+    assert "is not empty" in error(capsys, 2, *words, tmp_path / "full")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine"]
     assert "is a file; pass a new directory as --output-dir" in error(capsys, 2, *words, tmp_path / "full" / "mine")
     (tmp_path / "empty").mkdir()
@@ -218,7 +218,7 @@ def test_bad_input(
     one, out = save_adapter("one"), tmp_path / "out"
     words = ["--model", tiny_model_directory, "--output-dir", out, "--adapter"]
     assert "adapter directory not found" in error(capsys, 1, *words, tmp_path / "no")
-    assert f"--adapter names {one} twice" in error(capsys, 2, *words, one, one)
+    assert f"--adapter lists {one} twice" in error(capsys, 2, *words, one, one)
     assert "dtype is 'int8'; it must be one of auto, float32" in error(capsys, 2, *words, one, "--dtype", "int8")
     assert "parameter --adapter requires an argument" in error(capsys, 2, *words[:-1])
     other = hub.load_model(tiny_model_directory)
@@ -227,7 +227,7 @@ def test_bad_input(
         other.model.embed_tokens.weight.mul_(2)
     assert "made on another base" in error(capsys, 1, *words, save_adapter("other", model=other))
     nan = save_adapter("nan", spread=float("nan"))
-    assert "give --allow-nonfinite." in error(capsys, 1, *words, nan)
+    assert "pass --allow-nonfinite." in error(capsys, 1, *words, nan)
     words[1] = tmp_path / "no-model"
     assert "model directory not found" in error(capsys, 1, *words, one)
     assert not out.exists()
@@ -274,6 +274,5 @@ def test_doubts_are_put_into_words() -> None:
     probe = merged_model.Probe(0.4, 1.0, "float32", 0.5, 0.9)
     done = merged_model.Merged(Path("out"), "bfloat16", 1, 2, False, True, core.MergeReport((), (), 0))
     (sentence,) = merge.merge_warnings(done, probe)
-    assert sentence.endswith(
-        "the adapters change the base's by up to 0.5: most of their effect is lost. --dtype float32 may keep it."
-    )
+    assert "by up to 0.4" in sentence and "by up to 0.5" in sentence
+    assert sentence.endswith("--dtype float32 may keep it.")

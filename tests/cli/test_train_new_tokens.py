@@ -223,8 +223,8 @@ def test_a_file_lists_them_as_they_are(tmp_path: Path) -> None:
         ("", (), "new_tokens is ''; a token must not be empty."),
         ("<a>,,<b>", (), "new_tokens is '<a>,,<b>'; a token must not be empty."),
         ("<a>,<b>,<a>", (), "new_tokens is '<a>,<b>,<a>'; '<a>' occurs twice."),
-        ("<a>,<|im_end|>", (), "new_tokens contains '<|im_end|>', which the tokenizer has already (id 2)"),
-        ("a", (), "new_tokens contains 'a', which the tokenizer has already"),
+        ("<a>,<|im_end|>", (), "new_tokens contains '<|im_end|>', which the tokenizer already has (id 2)"),
+        ("a", (), "new_tokens contains 'a', which the tokenizer already has"),
         (
             "<a>",
             ("--target-modules", "q_proj", "embed_tokens"),

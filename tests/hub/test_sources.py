@@ -59,7 +59,7 @@ def test_what_is_no_model_directory(tmp_path: Path) -> None:
     assert refused("models/llama-smal").endswith("Similar: models/llama-small.")
     assert refused("models").endswith("no config.json, so this is not a model directory. Models below it: llama-small.")
     (tmp_path / "file.txt").write_text("x")
-    assert "file.txt: is a file; a model is a directory with a config.json" in refused("file.txt")
+    assert "file.txt: is a file; pass a directory with a config.json" in refused("file.txt")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "gpt2"}))
@@ -114,7 +114,7 @@ def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     answer("config.json", "model.safetensors")
     assert resolve("some/model").kind == "hub"
     answer("config.json", "pytorch_model.bin")
-    assert "the Hub has no safetensors weights of this model" in refused("some/model")
+    assert "the Hub has no safetensors weights" in refused("some/model")
     answer("README.md")
     assert "not a transformers model on the Hub (no config.json)" in refused("some/model")
 
@@ -122,7 +122,7 @@ def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("RepositoryNotFoundError", "and the Hub has no model of that name"),
+        ("RepositoryNotFoundError", "and the Hub has no model"),
         ("GatedRepoError", "restricted; request it on the model's page"),
     ],
 )

@@ -198,7 +198,7 @@ def test_an_architecture_that_was_not_derived_is_planned_unaccelerated() -> None
     counted = count(shape, LoraConfig(target_modules="all-linear"))
     needs, plain = (memory.of_lora(shape, counted, 0.0, Job(accelerated=fast)) for fast in (True, False))
     assert needs.peak_bytes == plain.peak_bytes
-    assert needs.notes[1].startswith("The activations of accelerated forwards were not derived")
+    assert needs.notes[1].startswith("The activations of accelerated forwards are not known")
 
 
 @pytest.mark.parametrize(

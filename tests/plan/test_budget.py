@@ -43,7 +43,7 @@ def test_the_cheapest_way_that_fits() -> None:
             assert found == planned(recompute=way)
             assert f"--recompute {way} is the cheapest that fits" in reason
     assert within(planned(), peaks[1])[1] == (
-        "memory budget 579 MB: --recompute feed-forward is the cheapest that fits, 579 MB; --recompute none needs 767 MB"
+        "memory budget 579 MB: --recompute feed-forward is the cheapest that fits (579 MB); --recompute none needs 767 MB"
     )
 
 
@@ -83,9 +83,12 @@ def test_settings_that_exclude_each_other() -> None:
     assert recomputed("layers", True, None, False) == recomputed("none", True, None, True) == "layers"
     assert recomputed("none", False, "1GB", True) == "none"
     for words, message in (
-        (("feed-forward", True, None, True), "gradient_checkpointing and recompute feed-forward exclude each other"),
-        (("layers", False, "1GB", True), "memory_budget and recompute layers exclude each other"),
-        (("none", True, "1GB", True), "memory_budget and recompute layers exclude each other"),
+        (
+            ("feed-forward", True, None, True),
+            "gradient_checkpointing and recompute feed-forward are mutually exclusive",
+        ),
+        (("layers", False, "1GB", True), "memory_budget and recompute layers are mutually exclusive"),
+        (("none", True, "1GB", True), "memory_budget and recompute layers are mutually exclusive"),
         (("feed-forward", False, None, False), "recompute feed-forward needs accelerated forwards"),
     ):
         with pytest.raises(ConfigError, match=message):

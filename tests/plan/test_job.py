@@ -21,8 +21,8 @@ def test_short_words_for_dtypes() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"batch_rows": 0}, "batch_rows is 0; it must be a whole number of at least 1."),
-        ({"steps": 0}, "steps is 0; it must be a whole number of at least 1."),
+        ({"batch_rows": 0}, "batch_rows is 0; it must be an integer >= 1."),
+        ({"steps": 0}, "steps is 0; it must be an integer >= 1."),
         ({"dtype": "bfloat61"}, "dtype is 'bfloat61'.*Did you mean bfloat16?"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'; it must be adamw or lorafa."),
     ],

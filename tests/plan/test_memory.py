@@ -73,8 +73,8 @@ def test_full_fine_tuning_takes_sixteen_bytes_a_number() -> None:
 def test_an_unknown_architecture_is_said_to_be_an_estimate() -> None:
     shape = dataclasses.replace(_shape("SmolLM2-135M"), architecture="StrangeForCausalLM")
     needs = memory.of_lora(shape, count(shape, LoraConfig(target_modules="all-linear")), 0.0, Job())
-    assert "activations of StrangeForCausalLM were not derived" in needs.notes[0]
-    assert "they are estimated" in needs.notes[0]
+    assert "activations of StrangeForCausalLM are not known" in needs.notes[0]
+    assert "the estimate assumes" in needs.notes[0]
 
 
 def test_above_the_weights() -> None:

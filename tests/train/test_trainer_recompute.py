@@ -50,7 +50,7 @@ def test_a_budget_chooses_and_says_so(
     _, job = losses(settings, tmp_path / "wide", memory_budget="4GiB")
     assert job["recompute"] == "none"
     said = capsys.readouterr().out
-    assert "memory budget 4.29 GB: --recompute none is the cheapest that fits, " in said
+    assert "memory budget 4.29 GB: --recompute none is the cheapest that fits " in said
     with pytest.raises(ConfigError, match=r"does not fit a memory budget of 1.0 MB: .* A batch of 1 needs"):
         losses(settings, tmp_path / "narrow", memory_budget="1MB")
     assert not (tmp_path / "narrow" / "run.json").exists()
@@ -60,7 +60,10 @@ def test_what_cannot_be_meant_is_refused_with_the_settings(settings: dict[str, A
     for words, said in (
         ({"recompute": "feedforward"}, "recompute is 'feedforward'; it must be .*Did you mean feed-forward"),
         ({"memory_budget": "much"}, "memory_budget is 'much'; write a number and a unit, such as 4GiB or 800MB"),
-        ({"memory_budget": "1GB", "gradient_checkpointing": True}, "memory_budget and recompute layers exclude"),
+        (
+            {"memory_budget": "1GB", "gradient_checkpointing": True},
+            "memory_budget and recompute layers are mutually exclusive",
+        ),
         ({"recompute": "feed-forward", "accelerate": False}, "recompute feed-forward needs accelerated forwards"),
     ):
         with pytest.raises(ConfigError, match=said):

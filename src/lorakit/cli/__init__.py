@@ -1,11 +1,11 @@
-"""The command line: `lorakit COMMAND`, one module per command, loaded when it is called.
+"""The command line: `lorakit COMMAND`, with one module per command, imported when the command runs.
 
-A command is a function `run` in `lorakit/cli/<command>.py`; its parameters are the flags, its docstring is the help,
-and it returns the exit code (None is 0). A command imports torch inside its functions, after the checks of
-`lorakit.cli.early`, so that `--help` and wrong usage are answered at once. This module knows the names of the
-commands, and how an exception becomes a message and an exit code.
+A command is a function `run` in `lorakit/cli/<command>.py`. Its parameters are the flags, its docstring is the help
+text, and it returns the exit code (None means 0). Commands import torch inside functions, after the checks in
+`lorakit.cli.early`, so that `--help` and usage errors respond immediately. This module lists the commands and turns
+exceptions into messages and exit codes.
 
-Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted, 141 the reader of a pipe closed it.
+Exit codes: 0 success, 1 failure, 2 usage error, 130 interrupted, 141 broken pipe.
 """
 
 from __future__ import annotations
@@ -35,31 +35,31 @@ COMMANDS = {
     "combine": "Combine adapters with one of PEFT's eleven methods.",
     "compress": "Reduce the rank of an adapter and report what is lost.",
     "extract": "Extract an adapter from a fully fine-tuned model and its base.",
-    "compare": "Compare two adapters: direction, norms and subspaces by site.",
+    "compare": "Compare two adapters: direction, norms and subspaces at each site.",
     "inspect": "Show an adapter's config, sites, norms and problems.",
     "doctor": "Check this machine and its packages; suggest fixes.",
 }
 
 _ABOUT = "Plan, train, evaluate, merge and combine LoRA adapters."
 _EPILOGUE = (
-    "Run `lorakit COMMAND --help` for the flags of a command. --traceback (or LORAKIT_TRACEBACK=1) prints the "
-    "traceback of an error."
+    "Run `lorakit COMMAND --help` to list a command's flags. Pass --traceback (or set LORAKIT_TRACEBACK=1) to print "
+    "the traceback of an error."
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit code.
+    """Run a command line and return its exit code.
 
     Args:
-        argv: The arguments after the program's name; those of this process if None.
+        argv: Arguments after the program name; None for those of this process.
 
     Returns:
-        The exit code, as in the module's docstring.
+        One of the exit codes in the module docstring.
     """
     tokens, as_traceback = _without_traceback_flag(list(sys.argv[1:] if argv is None else argv))
     as_traceback = as_traceback or os.environ.get("LORAKIT_TRACEBACK", "") not in ("", "0")
     as_json = "--json" in tokens
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its int8 layers log a line at every forward
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its int8 layers log a line in every forward pass
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: console.warning(str(message))
         try:
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:
             _discard_stdout()
             return 141
-        except Exception as error:  # noqa: BLE001 - the last place where an error can become a message
+        except Exception as error:  # noqa: BLE001 - the last chance to turn an error into a message
             if as_traceback:
                 console.traceback(error)
             return _explain(error, tokens, as_json)
@@ -78,10 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def application() -> App:
-    """Return the commands as one cyclopts application; no command's module is loaded by this.
+    """Return a cyclopts application with all commands, without importing their modules.
 
     Returns:
-        An application whose call returns what the command returned and which raises its errors.
+        An application that returns the command's result and raises its errors when called.
     """
     from cyclopts import App, Parameter
 
@@ -93,7 +93,7 @@ def application() -> App:
         help_format="plaintext",
         help_formatter=_help_formatter(),
         result_action="return_value",
-        error_console=cast("Console", sys.stderr),  # never used: errors are printed here; without it rich is imported
+        error_console=cast("Console", sys.stderr),  # unused, since this module prints errors; avoids importing rich
         suppress_keyboard_interrupt=False,
         default_parameter=Parameter(consume_multiple=True, negative_iterable=(), negative_none=()),
     )
@@ -103,7 +103,7 @@ def application() -> App:
 
 
 def _help_formatter() -> DefaultFormatter:
-    """Return a formatter whose first column fits the longest flag, so that no flag is broken."""
+    """Return a help formatter whose option column fits the longest flag, so that no flag wraps."""
     from cyclopts.help import DefaultFormatter, NameRenderer
     from cyclopts.help.specs import get_default_parameter_columns
 
@@ -147,21 +147,21 @@ def _explain(error: Exception, tokens: list[str], as_json: bool) -> int:
         message = f"{error} See `lorakit{command} --help`."
         return console.failure(message, 2, code="LORA-E011", as_json=as_json)
     what = f"unexpected {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
-    return console.failure(f"{what} (run again with --traceback to see where)", 1, as_json=as_json)
+    return console.failure(f"{what} (rerun with --traceback to see where)", 1, as_json=as_json)
 
 
 def _without_traceback_flag(tokens: list[str]) -> tuple[list[str], bool]:
-    """Remove `--traceback` from the arguments before a bare `--`."""
+    """Remove `--traceback` from the arguments before a bare `--`, and return whether it was among them."""
     end = tokens.index("--") if "--" in tokens else len(tokens)
     kept = [token for token in tokens[:end] if token != "--traceback"]
     return kept + tokens[end:], len(kept) < end
 
 
 def _discard_stdout() -> None:
-    """Redirect stdout to the null device, so that the interpreter's last flush does not fail on the closed pipe."""
+    """Redirect stdout to the null device, so that the interpreter's final flush does not fail on the closed pipe."""
     try:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
         os.close(null)
-    except (OSError, ValueError):  # a stdout without a descriptor (test, notebook) has nothing to flush
+    except (OSError, ValueError):  # in a test or notebook, stdout may lack a file descriptor
         return

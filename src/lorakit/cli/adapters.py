@@ -1,4 +1,4 @@
-"""Shared parts of commands that take adapters: flags that override checks, loading, tokenizers, reports.
+"""Shared code for commands that take adapters: flags that override checks, loading, tokenizers, reports.
 
 This module does not depend on what a command does with the adapters.
 """
@@ -28,29 +28,33 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 WORST_SITES = 5
-"""Number of sites in a table of the worst ones."""
+"""Number of rows in a table of the worst sites."""
 
 
 @dataclass(frozen=True)
 class Allowances:
-    """Checks that the user overrides, one flag each."""
+    """Flags that override checks, one per check."""
 
-    allow_base_mismatch: Annotated[bool, Parameter(negative=(), help="Accept an adapter of another base.")] = False
+    allow_base_mismatch: Annotated[bool, Parameter(negative=(), help="Accept an adapter trained on another base.")] = (
+        False
+    )
     allow_key_mismatch: Annotated[
-        bool, Parameter(negative=(), help="Load the tensors that fit, and skip the others.")
+        bool, Parameter(negative=(), help="Load the tensors that fit and skip the others.")
     ] = False
-    allow_nonfinite: Annotated[bool, Parameter(negative=(), help="Accept an adapter with NaN or infinity.")] = False
+    allow_nonfinite: Annotated[
+        bool, Parameter(negative=(), help="Accept an adapter that has NaN or infinite values.")
+    ] = False
     allow_odd_scale: Annotated[
         bool, Parameter(negative=(), help="Accept an adapter whose scale is 0, negative or above 1000.")
     ] = False
 
 
 NONE_ALLOWED = Allowances()
-"""The default of a command's `allow` parameter."""
+"""Default value of a command's `allow` parameter."""
 
 
 def overridden(flags: Mapping[str, Any]) -> list[str]:
-    """Return the checks that the `allow_` flags among flags override, by their names in `lorakit.core`."""
+    """Return the names (as in `lorakit.core`) of the checks that the `allow_` flags override."""
     return [name.removeprefix("allow_") for name, given in flags.items() if given and name.startswith("allow_")]
 
 
@@ -58,10 +62,10 @@ def read_adapters(folders: Sequence[str]) -> list[AdapterFiles]:
     """Read adapters before a base is loaded, so that errors in their files are reported immediately.
 
     Args:
-        folders: Folders as given by the user.
+        folders: Adapter directories as given by the user.
 
     Returns:
-        One per folder.
+        The files of each adapter, in the order of `folders`.
 
     Raises:
         AdapterFileError: A folder is missing or damaged.
@@ -72,18 +76,18 @@ def read_adapters(folders: Sequence[str]) -> list[AdapterFiles]:
 
 
 def load_adapters(model: nn.Module, adapters: Sequence[AdapterFiles], allow: Collection[str]) -> list[str]:
-    """Load adapters into a model; those with new tokens come first, because only a base without adapters can grow.
+    """Load adapters into a model, those with the largest vocabulary first: only a base without adapters can be resized.
 
     Args:
         model: The base.
         adapters: The adapters' files.
-        allow: Result of `overridden`.
+        allow: Checks to override, from `overridden`.
 
     Returns:
-        The adapters' names on the model, in order.
+        Names of the loaded adapters, in the order of `adapters`.
 
     Raises:
-        LorakitError: As in `core.load_adapter`; a check that can be overridden is named by its flag.
+        LorakitError: Raised by `core.load_adapter`; the message names the flag that overrides the failed check, if any.
     """
     from lorakit import core
 
@@ -100,10 +104,10 @@ def _vocabulary(files: AdapterFiles) -> int:
 
 @contextlib.contextmanager
 def naming_flags() -> Iterator[None]:
-    """Enter a block whose errors name the flag that overrides the check.
+    """Name the flag that overrides a failed check in errors raised within the context.
 
     Raises:
-        LorakitError: An error of the class raised inside.
+        LorakitError: The error raised within the context, with the flag in its message.
     """
     try:
         yield
@@ -111,18 +115,18 @@ def naming_flags() -> Iterator[None]:
         name = f"allow_{error.override}"
         if error.advice is None or name not in {field.name for field in fields(Allowances)}:
             raise
-        raise type(error)(error.text(f"give --{name.replace('_', '-')}"), **error.fields) from error
+        raise type(error)(error.text(f"pass --{name.replace('_', '-')}"), **error.fields) from error
 
 
 LARGEST_TOKENIZER_BYTES = 256 << 20
 
 
 def copy_tokenizer(adapters: Sequence[AdapterFiles], folder: Path) -> None:
-    """Copy the tokenizer of the adapters to the adapter made from them, if all have the same one.
+    """Copy the adapters' tokenizer to the adapter made from them, if all adapters have the same one.
 
     Args:
         adapters: The adapters' files.
-        folder: The new adapter.
+        folder: Directory of the new adapter.
     """
     from lorakit.durable import read_bytes, write_bytes
     from lorakit.train.run_data import tokenizer_files
@@ -137,18 +141,18 @@ def copy_tokenizer(adapters: Sequence[AdapterFiles], folder: Path) -> None:
 
 
 def tokenizer_for(source: ModelSource, adapters: Sequence[AdapterFiles]) -> SavedTokenizer:
-    """Return the tokenizer to use: preferably the one saved with the adapters, which they were trained with.
+    """Return the tokenizer to use, preferably the one that the adapters were trained and saved with.
 
     Args:
         source: The base.
         adapters: The adapters.
 
     Returns:
-        A transformers tokenizer: that of the adapters if all adapters with a tokenizer agree, or if one tokenizer has
-            all tokens of the others; else the model's own.
+        A transformers tokenizer: the adapters' if all saved tokenizers agree or one of them has all tokens of the
+            others and the same chat template, else the model's own.
 
     Raises:
-        ModelError: Neither has a tokenizer, or it cannot be read.
+        ModelError: Neither the model nor the adapters have a tokenizer, or the tokenizer cannot be read.
     """
     from lorakit import hub
     from lorakit.train.run_data import adapter_tokenizer
@@ -159,12 +163,12 @@ def tokenizer_for(source: ModelSource, adapters: Sequence[AdapterFiles]) -> Save
     if largest is not None:
         return largest
     if found:
-        console.warning("the adapters come with different tokenizers or chat templates; the model's own is used.")
+        console.warning("the adapters have different tokenizers or chat templates; using the model's own tokenizer.")
     return hub.load_tokenizer(source)
 
 
 def _largest(tokenizers: Sequence[SavedTokenizer]) -> SavedTokenizer | None:
-    """Return the tokenizer with all tokens of the others under the same ids and the same chat template, or None."""
+    """Return the tokenizer that has all tokens of the others, with the same ids and chat template, or None."""
     tokens = [set(tokenizer.get_vocab().items()) for tokenizer in tokenizers]
     for tokenizer, own in zip(tokenizers, tokens, strict=True):
         if all(own >= other for other in tokens) and all(
@@ -175,11 +179,11 @@ def _largest(tokenizers: Sequence[SavedTokenizer]) -> SavedTokenizer | None:
 
 
 def report_training_quantization(adapters: Sequence[AdapterFiles], wanted: Quantization | None) -> None:
-    """Print a line for each adapter whose base was quantized differently; it works here, a little less exactly.
+    """Print a note for each adapter trained on a differently quantized base; such an adapter works, less exactly.
 
     Args:
         adapters: The adapters.
-        wanted: Quantization of the base now, or None.
+        wanted: Quantization of the base in this command, or None.
     """
     now = "not quantized" if wanted is None else f"quantized as {wanted.name}"
     for files in adapters:
@@ -188,8 +192,8 @@ def report_training_quantization(adapters: Sequence[AdapterFiles], wanted: Quant
         method = stored.get("method") if isinstance(stored, dict) else None
         if method is not None and (wanted is None or method != wanted.name):
             console.note(
-                f"{files.folder}: trained on a base quantized as {method}, which is {now} here; "
-                f"--quantization {method} gives the weights of training."
+                f"{files.folder}: trained on a base quantized as {method}, but here the base is {now}; "
+                f"pass --quantization {method} to use the weights from training."
             )
 
 
@@ -197,8 +201,8 @@ def by_name(items: Iterable[Item], name: Callable[[Item], str]) -> dict[str, lis
     """Group items by name, in order.
 
     Args:
-        items: Such as the sites of an adapter.
-        name: Function from an item to the name of its group.
+        items: The items, such as the sites of an adapter.
+        name: Function that returns the name of an item's group.
     """
     groups: dict[str, list[Item]] = {}
     for item in items:
@@ -207,12 +211,12 @@ def by_name(items: Iterable[Item], name: Callable[[Item], str]) -> dict[str, lis
 
 
 def print_report(report: OperationReport, lines: Sequence[str], output_dir: Path, as_json: bool) -> None:
-    """Print what an operation on adapters made.
+    """Print the report of an operation on adapters.
 
     Args:
         report: The report.
         lines: The report as text.
-        output_dir: The new adapter.
+        output_dir: Directory of the new adapter.
         as_json: Whether to print JSON instead of text.
     """
     if as_json:

@@ -1,4 +1,4 @@
-"""Print answers while they are generated: one as a stream, several in columns or below each other.
+"""Print answers while they are generated: a single answer as a stream, several in columns or one below the other.
 
 This module handles tokens and text; it does not depend on models or adapters.
 """
@@ -28,12 +28,12 @@ _ENDINGS = {
 
 
 class Answer:
-    """A growing answer.
+    """An answer that is being generated.
 
     Args:
         label: Display name of the model or adapter.
-        tokenizer: Decoder of the tokens.
-        prompt_ids: Tokens of the prompt.
+        tokenizer: Tokenizer that decodes the tokens.
+        prompt_ids: Token ids of the prompt.
     """
 
     def __init__(self, label: str, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
@@ -53,7 +53,7 @@ class Answer:
             new: The token.
 
         Returns:
-            The text it adds.
+            The text that the token adds.
         """
         self.tokens += 1
         self.ended = new.ended
@@ -75,13 +75,13 @@ class Answer:
 
 
 def show(answers: Sequence[Answer], stream: Iterable[NewToken], *, quiet: bool = False, verbose: bool = False) -> None:
-    """Extend answers by a stream of tokens, and print them unless `quiet`.
+    """Append a stream of tokens to the answers and print them unless `quiet`.
 
     Args:
-        answers: One per row of the stream.
+        answers: One answer per row of the stream.
         stream: The tokens.
         quiet: Whether to print nothing.
-        verbose: Whether to print tokens and speed of each answer.
+        verbose: Whether to print the token count and speed of each answer.
     """
     started = time.perf_counter()
     columns = max(1, shutil.get_terminal_size().columns // max(1, len(answers)))
@@ -101,10 +101,10 @@ def show(answers: Sequence[Answer], stream: Iterable[NewToken], *, quiet: bool =
 
 
 class _Lines:
-    """Text that arrives in pieces, broken between words.
+    """Word wrapping of text that arrives in pieces.
 
     Args:
-        width: Columns of the terminal.
+        width: Width of the terminal in columns.
     """
 
     def __init__(self, width: int) -> None:
@@ -113,7 +113,7 @@ class _Lines:
         self._space = self._word = ""
 
     def add(self, piece: str) -> str:
-        """Add a piece and return what can be printed: everything but the last word, which may continue."""
+        """Add a piece and return the text that can be printed: everything but the last word, which may continue."""
         out = ""
         for character in piece:
             if character == "\n":
@@ -126,7 +126,7 @@ class _Lines:
                 self._word += character
                 is_hangul = "\uac00" <= character <= "\ud7a3"
                 if display_width(self._word) >= self._width or (display_width(character) > 1 and not is_hangul):
-                    out += self.end()  # such as Chinese, which has no spaces and is broken anywhere
+                    out += self.end()  # such as Chinese, which has no spaces and may break anywhere
         return out
 
     def end(self) -> str:
@@ -203,5 +203,5 @@ def _sum_up(answers: Sequence[Answer], verbose: bool) -> None:
 
 
 def _printable(text: str) -> str:
-    """Return what a model wrote as a terminal may show it; a file or pipe gets the text itself."""
+    """Return model output, with control characters made visible if stdout is a terminal."""
     return printable(text) if sys.stdout.isatty() else text

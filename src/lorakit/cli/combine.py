@@ -24,24 +24,30 @@ if TYPE_CHECKING:
 class Flags:
     """The flags of the command."""
 
-    adapter: Annotated[list[str], Parameter(help="Adapter directories, of lorakit or PEFT, of one base.")]
+    adapter: Annotated[list[str], Parameter(help="Adapter directories (lorakit or PEFT), all for the same base.")]
     output_dir: Annotated[Path, Parameter(help="Adapter directory to create; must be new or empty.")]
     weights: Annotated[
-        list[float] | None, Parameter(help="Weights of the adapters, one each; negative ones subtract. Default 1 each.")
+        list[float] | None, Parameter(help="One weight per adapter; negative weights subtract. Default: all 1.")
     ] = None
     way: Annotated[
         str,
         Parameter(
-            help="Method: cat (exact; ranks add up), svd (nearest of a given rank), linear (approximate); ties, "
-            "dare_ties, dare_linear and magnitude_prune prune A and B separately, or with the suffix _svd the whole "
-            "update."
+            help="Method: cat (exact; ranks add up), svd (best approximation of a given rank), linear (approximate); "
+            "ties, dare_ties, dare_linear and magnitude_prune prune A and B separately, or the whole update with the "
+            "suffix _svd."
         ),
     ] = "svd"
-    rank: Annotated[int | None, Parameter(help="Rank of the result for svd; default: the largest of each site.")] = None
+    rank: Annotated[
+        int | None, Parameter(help="Rank of the result for svd methods. Default: the largest rank at each site.")
+    ] = None
     density: Annotated[float | None, Parameter(help="Fraction of values that pruning keeps, in (0, 1].")] = None
-    majority_sign: Annotated[str, Parameter(help="Sign of ties: total (of the sum) or frequency (of most).")] = "total"
-    clamp: Annotated[float | None, Parameter(help="Clamp values beyond this quantile for svd, in (0.5, 1].")] = None
-    seed: Annotated[int | None, Parameter(help="Seed of dare's random pruning.")] = None
+    majority_sign: Annotated[
+        str, Parameter(help="Sign that ties keeps: total (the sum's) or frequency (the most common).")
+    ] = "total"
+    clamp: Annotated[
+        float | None, Parameter(help="Quantile in (0.5, 1] beyond which svd methods clamp A and B. Default: none.")
+    ] = None
+    seed: Annotated[int | None, Parameter(help="Seed for the random pruning of dare methods.")] = None
     model: Annotated[
         str | None, Parameter(help="Base model; required only for DoRA, which depends on the base's weights.")
     ] = None
@@ -49,14 +55,16 @@ class Flags:
         bool, Parameter(negative=(), help="Combine adapters of different bases or tasks.")
     ] = False
     allow_key_mismatch: Annotated[bool, Parameter(negative=(), help="Combine adapters without a common site.")] = False
-    allow_nonfinite: Annotated[bool, Parameter(negative=(), help="Keep a result with NaN or infinity.")] = False
+    allow_nonfinite: Annotated[bool, Parameter(negative=(), help="Keep a result that has NaN or infinite values.")] = (
+        False
+    )
 
 
 def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag = False) -> None:
     """Combine adapters into one; the base is not loaded, except for DoRA.
 
-    The updates scale · B·A are combined, whatever the adapters' ranks, alphas and rsLoRA. The result has scale 1. Its
-    deviation from the plain weighted sum is printed for each site.
+    The updates scale · B·A are combined, so ranks, alphas and rsLoRA may differ. The result has scale 1. Its deviation
+    from the plain weighted sum is printed, with the sites at which it is largest.
     """
     check_adapters(flags.adapter)
     check_new_directory(flags.output_dir)
@@ -82,7 +90,7 @@ def _weights(flags: Flags) -> list[float]:
     adapters = len(flags.adapter)
     weights = flags.weights or [1.0] * adapters
     if len(weights) != adapters:
-        text = f"--weights has {len(weights)} numbers, but --adapter names {adapters}; pass one each."
+        text = f"--weights has length {len(weights)}, but --adapter has length {adapters}; pass one weight per adapter."
         raise UsageError(text, what=weights, field="weights")
     return weights
 
@@ -94,10 +102,10 @@ def _text(report: OperationReport, flags: Flags, weights: Sequence[float]) -> li
     lines = [
         f"{flags.output_dir}: {len(report.sites)} sites, {rank}, scale 1",
         f"combined   {total} by {flags.way}",
-        f"deviation  from the plain sum: at most {format_percent(report.deviation)}",
+        f"deviation  at most {format_percent(report.deviation)} from the plain sum",
     ]
     if report.deviation > 0 and len(report.sites) > 1:
         worst = sorted(report.sites, key=lambda site: -site.deviation)[:WORST_SITES]
         rows = [[site.path, str(site.r), format_percent(site.deviation)] for site in worst]
-        lines += ["", console.table(["site with most deviation", "r", "deviation"], rows)]
+        lines += ["", console.table(["sites that deviate most", "r", "deviation"], rows)]
     return lines

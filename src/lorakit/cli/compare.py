@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def run(
-    first: Annotated[str, Parameter(help="First adapter directory, of lorakit or PEFT.")],
+    first: Annotated[str, Parameter(help="First adapter directory (lorakit or PEFT).")],
     second: Annotated[str, Parameter(help="Second adapter directory.")],
     *,
     json: console.JsonFlag = False,
 ) -> None:
-    """Compare two adapters: direction and strength of their updates, and their subspaces.
+    """Compare two adapters: the direction, norm and subspaces of their updates.
 
     Cosine is 1 for the same direction, -1 for the opposite, 0 for unrelated updates. Overlap is the mean squared cosine
     of the principal angles between the output (writes) or input (reads) subspaces: 1 if equal, near 0 if unrelated.
@@ -40,7 +40,7 @@ def run(
 
 
 def _groups(found: Comparison) -> Iterator[dict[str, Any]]:
-    """Yield statistics of the sites by the last name of their path; norms and overlaps are medians."""
+    """Yield statistics of the sites, grouped by the last component of the path; norms and overlaps are medians."""
     for name, members in by_name(found.sites, lambda site: site.path.rpartition(".")[2]).items():
         cosines = [site.cosine for site in members]
         yield {
@@ -68,7 +68,7 @@ def _text(found: Comparison) -> str:
     lines = list(map(console.inline, lines))
     header = ["module", "sites", "cosine min", "median", "max", "‖ΔW‖", "‖ΔW‖ second", "writes", "reads"]
     rows = [_row(group) for group in _groups(found)]
-    lines += ["", console.table(header, rows) if rows else "no site in common"]
+    lines += ["", console.table(header, rows) if rows else "no sites in common"]
     if rows:
         lines.append("writes, reads: overlap of the output and input subspaces; medians over the sites")
     return "\n".join(lines)

@@ -22,20 +22,22 @@ if TYPE_CHECKING:
 class Flags:
     """The flags of the command."""
 
-    adapter: Annotated[str, Parameter(help="Adapter directory, of lorakit or PEFT.")]
+    adapter: Annotated[str, Parameter(help="Adapter directory (lorakit or PEFT).")]
     output_dir: Annotated[Path, Parameter(help="Adapter directory to create; must be new or empty.")]
-    rank: Annotated[int | None, Parameter(help="Maximum rank of a site.")] = None
+    rank: Annotated[int | None, Parameter(help="Maximum rank of each site.")] = None
     energy: Annotated[
         float | None,
         Parameter(help="Fraction of each site's energy ‖ΔW‖² to keep, in (0, 1]; 1 drops only zero directions."),
     ] = None
-    allow_nonfinite: Annotated[bool, Parameter(negative=(), help="Keep a result with NaN or infinity.")] = False
+    allow_nonfinite: Annotated[bool, Parameter(negative=(), help="Keep a result that has NaN or infinite values.")] = (
+        False
+    )
 
 
 def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag = False) -> None:
-    """Compress an adapter to the best approximation of a lower rank at each site, from its factors alone.
+    """Compress an adapter to the best lower-rank approximation at each site.
 
-    The base is not loaded. The exact loss is printed. Pass --rank or --energy.
+    Only the adapter's factors are needed; the base is not loaded. The exact loss is printed. Pass --rank or --energy.
     """
     check_adapters([flags.adapter])
     check_new_directory(flags.output_dir)
@@ -52,12 +54,12 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
 def _text(report: OperationReport, flags: Flags) -> list[str]:
     before, after = (sum(getattr(site, name) for site in report.sites) for name in ("r_before", "r"))
     lines = [
-        f"{flags.output_dir}: {flags.adapter} at {len(report.sites)} sites, ranks {before:,} in total before, "
+        f"{flags.output_dir}: {flags.adapter} at {len(report.sites)} sites, total rank {before:,} before, "
         f"{after:,} after",
         f"lost       {format_percent(report.energy_lost)} of the energy ‖ΔW‖² of the whole adapter",
     ]
     worst = sorted(report.sites, key=lambda site: -site.energy_lost)[:WORST_SITES]
     rows = [[s.path, str(s.r_before), str(s.r), format_percent(s.energy_lost)] for s in worst if s.energy_lost > 0]
     if rows:
-        lines += ["", console.table(["site with most loss", "r before", "r", "lost"], rows)]
+        lines += ["", console.table(["sites that lose most", "r before", "r", "lost"], rows)]
     return lines

@@ -1,9 +1,9 @@
 """Output of the command line: results, errors, warnings, tables and JSON.
 
-Results go to stdout; errors, warnings and notes go to stderr. With `--json` stdout holds one JSON document and nothing
-else; a failure is then `{"error": {"message", "code", "exit_code"}}`. Details are printed with `--verbose` only. Color
-is used on a terminal only, and never if NO_COLOR is set. Names and values from files are printed with `printable`, so
-that no file can control the terminal. This module does not depend on models or commands.
+Results go to stdout; errors, warnings and notes go to stderr. With `--json`, stdout holds a single JSON document, which
+is `{"error": {"message", "code", "exit_code"}}` after a failure. Details are printed only with `--verbose`. Color is
+used only on a terminal, and never if NO_COLOR is set. Names and values from files pass through `printable`, so that no
+file can control the terminal. This module does not depend on models or commands.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ def colored(stream: TextIO) -> bool:
 
 
 def say(text: str = "") -> None:
-    """Print lines of a result on stdout, as its encoding and width allow."""
+    """Print result lines on stdout, fitted to its encoding and width."""
     print(fit(printable(text), sys.stdout))
 
 
 def inline(text: str) -> str:
-    """Return a name or value from a file for printing inside a line: line feeds and tabs are escaped too."""
+    """Return a name or value from a file as printable text within a line: line feeds and tabs are escaped too."""
     return printable(text, one_line=True)
 
 
 def note(text: str) -> None:
-    """Print a line about progress on stderr."""
+    """Print a progress line on stderr."""
     print(fit(printable(text), sys.stderr), file=sys.stderr)
 
 
 def quiet(text: str) -> None:
-    """Print nothing: used instead of `note` for details without `--verbose`."""
+    """Print nothing; replaces `note` for details if `--verbose` is not given."""
 
 
 def warning(text: str) -> None:
@@ -67,13 +67,13 @@ def error(text: str) -> None:
 
 
 def failure(message: str, exit_code: int, *, code: str | None = None, as_json: bool = False) -> int:
-    """Print the reason of a failure on stderr and, with `as_json`, as a JSON document on stdout.
+    """Print the reason for a failure on stderr and, with `as_json`, as a JSON document on stdout.
 
     Args:
         message: The message.
         exit_code: The exit code of the process.
         code: The stable code of the error's class, such as "LORA-E060".
-        as_json: Whether a program reads stdout.
+        as_json: Whether to print the JSON document.
 
     Returns:
         `exit_code`.
@@ -95,11 +95,11 @@ def emit_json(document: JsonValue) -> None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return text in aligned columns, numbers to the right, under a header and a rule.
+    """Return a table of aligned columns under a header and a rule; columns of numbers are right-aligned.
 
     Args:
-        header: A title per column.
-        rows: Cells as text, as many per row as there are titles; control characters are escaped.
+        header: One title per column.
+        rows: Rows of cells, one cell per title; control characters are escaped.
 
     Returns:
         The lines of the table, joined by newlines.

@@ -1,6 +1,6 @@
 """`lorakit doctor`: check this machine and its packages, and suggest fixes.
 
-It reads and measures only; it installs nothing and does not use the network.
+The command only reads and measures: it does not install anything or use the network.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ OPTIONAL = {  # package -> purpose and install command
 TUNABLES = "GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296"
 PRODUCTS = " ".join(f"{name}={entries}" for name, entries in CACHES.items())
 LONGEST_REASON = 200
-"""Maximum length of the reason why there are no kernels; compiler messages can be long."""
+"""Maximum length, in characters, of the reason for missing kernels; compiler messages can be long."""
 LITTLE_DISK_BYTES = 2 * 10**9
 LITTLE_MEMORY_BYTES = 2 * 10**9
 
 
 @dataclass(frozen=True)
 class Torch:
-    """Properties of the installed torch; None is used if it is not installed.
+    """Properties of the installed torch.
 
     Attributes:
-        devices: Names of the devices it can use, including the CPU.
+        devices: Names of the devices that torch can use, including the CPU.
         threads: Number of CPU threads per operation.
         cuda: CUDA version of the build; None for a build without CUDA.
     """
@@ -68,19 +68,19 @@ class Torch:
 
 @dataclass(frozen=True)
 class Findings:
-    """All findings.
+    """Everything that `examine` finds.
 
     Attributes:
         machine: The machine.
-        packages: Package -> version; None if it is not installed.
-        torch: Properties of torch.
+        packages: Package -> version, or None if the package is not installed.
+        torch: Properties of torch, or None if torch is not installed.
         offline: Whether the Hub client is set to offline mode.
         cache: Directory of downloaded models.
-        cache_free_bytes: Free space on its disk.
+        cache_free_bytes: Free space on the disk of the cache.
         speed: Measured matmul speed, or None if not measured.
-        kernels: Kernels between the matmuls of an accelerated model on a CPU.
-        cuda_kernels: The same on CUDA, by device; one device of each kind.
-        kernels_lack: Missing requirements of faster kernels: "compiler" (C), "triton".
+        kernels: Description of the CPU kernels that an accelerated model runs between matmuls.
+        cuda_kernels: Device -> description of its CUDA kernels, for one device of each GPU model.
+        kernels_lack: Missing requirements of faster kernels: "compiler" (a C compiler) or "triton".
     """
 
     machine: Machine
@@ -104,12 +104,12 @@ def run(
     """Check this machine and its packages; suggest fixes.
 
     Args:
-        quick: Skip the measurement of speed, which takes about two seconds.
+        quick: Skip the speed measurement, which takes about two seconds.
         json: Print one JSON document instead of text.
-        verbose: Print all packages, the allocator, the cache and hints for your own scripts as well.
+        verbose: Also print all packages, the allocator, the cache and hints for your own scripts.
 
     Returns:
-        0, or 1 if a package is missing that lorakit requires.
+        0, or 1 if a required package is missing.
     """
     found = examine(quick=quick)
     hints = advice(found)
@@ -124,7 +124,7 @@ def run(
 
 
 def examine(*, quick: bool) -> Findings:
-    """Examine the machine.
+    """Examine the machine, its packages and its kernels.
 
     Args:
         quick: Whether to skip the speed measurement.
@@ -152,13 +152,13 @@ def examine(*, quick: bool) -> Findings:
 
 
 def advice(found: Findings) -> list[str]:
-    """Return what to change, most important first; empty if all is well.
+    """Return suggested fixes, most important first; empty if nothing needs fixing.
 
     Args:
-        found: What `examine` returned.
+        found: Result of `examine`.
 
     Returns:
-        One message per change, with the command if there is one.
+        One message per fix, including the command if there is one.
     """
     return [
         *_about_packages(found),
@@ -171,7 +171,7 @@ def advice(found: Findings) -> list[str]:
 
 def _about_packages(found: Findings) -> list[str]:
     missing = [name for name in REQUIRED if found.packages[name] is None]
-    lines = [f"{', '.join(missing)} missing; lorakit requires it: pip install {' '.join(missing)}"] if missing else []
+    lines = [f"required packages missing: {', '.join(missing)}; run pip install {' '.join(missing)}"] if missing else []
     for name, (purpose, command) in OPTIONAL.items():
         if found.packages[name] is None:
             lines.append(f"{name} is not installed ({purpose}): {command}")
@@ -187,7 +187,7 @@ def _about_device(found: Findings) -> list[str]:
     if has_gpu and found.torch.cuda is None:
         return ["an NVIDIA GPU was found, but this torch is built without CUDA: see pytorch.org/get-started"]
     if has_gpu and not any("cuda" in name for name in found.torch.devices):
-        return [f"torch (CUDA {found.torch.cuda}) cannot use the NVIDIA GPU: its driver may be too old"]
+        return [f"torch (CUDA {found.torch.cuda}) cannot use the NVIDIA GPU: the driver may be too old"]
     return []
 
 
@@ -201,12 +201,12 @@ def _about_cpu(found: Findings) -> list[str]:
         )
     if threads == 1 and cores > 1:
         lines.append(
-            f"torch uses one thread of {cores} cores: unset OMP_NUM_THREADS, or export OMP_NUM_THREADS={cores}"
+            f"torch uses one thread on {cores} cores: unset OMP_NUM_THREADS, or export OMP_NUM_THREADS={cores}"
         )
     if "compiler" in found.kernels_lack:
         lines.append(
-            "a C compiler makes a training step on this CPU about 10% faster: apt install gcc, or the equivalent for "
-            "your system"
+            "a C compiler makes training steps on this CPU about 10% faster: apt install gcc, or your system's "
+            "equivalent"
         )
     if found.machine.load is not None and found.machine.load > cores:
         lines.append(
@@ -226,7 +226,7 @@ def _about_room(found: Findings) -> list[str]:
 
 
 def _about_scripts(found: Findings) -> list[str]:
-    """Return hints for other programs than the command line, which applies these settings itself."""
+    """Return hints for the user's own scripts; the command line applies these settings automatically."""
     if found.torch is None or found.machine.allocator != "glibc" or any("cuda" in name for name in found.torch.devices):
         return []
     return [
@@ -272,7 +272,7 @@ def _speed_text(speed: Mapping[str, Any] | None) -> str:
 
 
 def _kernels() -> tuple[str, Mapping[str, str], tuple[str, ...]]:
-    """Return the kernels on the CPU, those by CUDA device, and what faster ones lack."""
+    """Return the CPU kernels, the CUDA kernels by device, and the missing requirements of faster kernels."""
     import torch
 
     from lorakit.ops.kernels import compiled, triton

@@ -1,6 +1,6 @@
-"""Checks of arguments that need neither torch nor a model, so that wrong usage is reported before anything is loaded.
+"""Argument checks that need neither torch nor a model, so that usage errors are reported before anything is loaded.
 
-The same conditions are checked again on use; a check here never accepts a value that is rejected later.
+The same conditions are checked again on use, together with those that need torch, a model or the network.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def check_data(paths: Iterable[str]) -> None:
     """Check that data files exist.
 
     Args:
-        paths: The files.
+        paths: Paths of the files.
 
     Raises:
-        DataError: One does not exist, or is a directory.
+        DataError: A file does not exist, or is a directory.
     """
     for path in map(Path, paths):
         if path.is_dir():
@@ -63,13 +63,13 @@ def check_adapters(folders: Sequence[str]) -> None:
     for given in folders:
         folder = Path(given)
         if folder.resolve() in seen:
-            raise UsageError(f"--adapter names {given} twice; pass it once.", what=given, field="adapter")
+            raise UsageError(f"--adapter lists {given} twice; pass it once.", what=given, field="adapter")
         seen.add(folder.resolve())
         inside = folder / "adapter"
         if (folder / "adapter_config.json").exists():
             continue
         if (inside / "adapter_config.json").is_file():
-            raise AdapterFileError(f"{given}: is a run directory; its adapter is {inside}.", where=given)
+            raise AdapterFileError(f"{given}: is a run directory; pass its adapter, {inside}.", where=given)
         if not folder.is_dir():
             raise AdapterFileError(
                 f"{given}: adapter directory not found; it must hold adapter_config.json.{_similar(folder)}",
@@ -89,19 +89,19 @@ def check_new_directory(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target}: is a file; pass a new directory as --output-dir.", where=target)
     if target.is_dir() and any(target.iterdir()):
-        raise UsageError(f"{target}: is not empty; nothing is overwritten. Pass a new --output-dir.", where=target)
+        raise UsageError(f"{target}: is not empty, and nothing is overwritten; pass a new --output-dir.", where=target)
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     """Check a setting with a fixed set of values.
 
     Args:
-        name: The setting.
-        value: Its value.
+        name: Name of the setting.
+        value: Value of the setting.
         allowed: The allowed values.
 
     Raises:
-        ConfigError: The value is not one of them.
+        ConfigError: The value is not in `allowed`.
     """
     if value not in allowed:
         raise ConfigError.of(name, value, allowed=allowed)
@@ -121,11 +121,11 @@ def check_device(word: str) -> None:
 
 
 def check_at_least(name: str, value: int, least: int) -> None:
-    """Check a minimum.
+    """Check that a setting is not below its minimum.
 
     Args:
-        name: The setting.
-        value: Its value.
+        name: Name of the setting.
+        value: Value of the setting.
         least: The minimum.
 
     Raises:
@@ -139,10 +139,10 @@ def check_sampling(temperature: float, top_p: float, top_k: int, seed: int) -> N
     """Check sampling settings.
 
     Args:
-        temperature: 0 or above.
-        top_p: In (0, 1].
-        top_k: 0 or above.
-        seed: In [0, 2**63).
+        temperature: Must be >= 0.
+        top_p: Must be in (0, 1].
+        top_k: Must be >= 0.
+        seed: Must be in [0, 2**63).
 
     Raises:
         ConfigError: A value is out of range.
@@ -158,7 +158,7 @@ def check_sampling(temperature: float, top_p: float, top_k: int, seed: int) -> N
 
 
 def _similar(path: Path) -> str:
-    """Return a message that names similar entries of the same directory, or an empty string."""
+    """Return text that suggests similar names in the same directory, or an empty string."""
     try:
         found = nearest(path.name, [other.name for other in path.parent.iterdir()])
     except OSError:

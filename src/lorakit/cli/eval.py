@@ -28,7 +28,9 @@ class Flags:
     device: Annotated[str, Parameter(help="cpu, cuda, cuda:N, mps or auto.")] = "auto"
     quantization: Annotated[str | None, Parameter(help=DEFAULTS["quantization"].help())] = None
     double_quantization: Annotated[bool, Parameter(help=DEFAULTS["double_quantization"].help())] = True
-    allow_base_mismatch: Annotated[bool, Parameter(negative=(), help="Accept an adapter of another base.")] = False
+    allow_base_mismatch: Annotated[bool, Parameter(negative=(), help="Accept an adapter trained on another base.")] = (
+        False
+    )
 
 
 def run(
@@ -37,9 +39,9 @@ def run(
     json: console.JsonFlag = False,
     verbose: console.VerboseFlag = False,
 ) -> None:
-    """Measure loss and perplexity over all tokens with loss, of the base and of each adapter.
+    """Measure loss and perplexity of the base and of each adapter, over all tokens with loss.
 
-    --verbose adds counts of the data and the reason for the precision.
+    --verbose adds data counts and the reason for the chosen precision.
     """
     quantization = stored_as(flags.quantization, flags.double_quantization)
     early.check_choice("dtype", flags.dtype, early.RUN_DTYPES)

@@ -27,12 +27,12 @@ OUTSIDE_SHOWN = 8
 class Flags:
     """The flags of the command."""
 
-    base: Annotated[str, Parameter(help="Base of the fine-tuning: model directory, Hub id, or smollm2.")]
+    base: Annotated[str, Parameter(help="Base of the fine-tuned model: model directory, Hub id, or smollm2.")]
     tuned: Annotated[str, Parameter(help="Fine-tuned model: model directory or Hub id.")]
     output_dir: Annotated[Path, Parameter(help="Adapter directory to create; must be new or empty.")]
-    rank: Annotated[int | None, Parameter(help="Maximum rank of a site.")] = None
+    rank: Annotated[int | None, Parameter(help="Maximum rank of each site.")] = None
     energy: Annotated[
-        float | None, Parameter(help="Fraction of each site's energy to capture, in (0, 1]; ranks then differ.")
+        float | None, Parameter(help="Fraction of each site's energy to capture, in (0, 1]; ranks may then differ.")
     ] = None
     target_modules: Annotated[
         list[str] | None, Parameter(help="Module names, or all-linear (the default without --target-parameters).")
@@ -44,14 +44,16 @@ class Flags:
     modules_to_save: Annotated[
         list[str] | None, Parameter(help="Modules to save in full, such as resized embeddings.")
     ] = None
-    allow_nonfinite: Annotated[bool, Parameter(negative=(), help="Keep a result with NaN or infinity.")] = False
+    allow_nonfinite: Annotated[bool, Parameter(negative=(), help="Keep a result that has NaN or infinite values.")] = (
+        False
+    )
 
 
 def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag = False) -> None:
     """Extract an adapter from a fully fine-tuned model: the best low-rank approximation of each site's change.
 
     Directories with safetensors are read one weight at a time. The output lists what the adapter does not capture: the
-    energy that the rank leaves out at each site, and every change outside the sites. Pass --rank or --energy.
+    energy left out at the sites, and changes outside the sites. Pass --rank or --energy.
     """
     check_new_directory(flags.output_dir)
     check_model(flags.base)
@@ -84,7 +86,7 @@ def _config(flags: Flags, model: nn.Module, base_name: str | None) -> LoraConfig
 
 
 def _read(base: ModelSource, tuned: ModelSource) -> tuple[nn.Module, TensorSource, TensorSource]:
-    """Return the base's modules and both models' tensors: read from safetensors files if possible, else loaded."""
+    """Return the base's modules and both models' tensors, read from safetensors files if possible."""
     from lorakit import core, hub
 
     if _has_files(base) and _has_files(tuned):
@@ -108,10 +110,10 @@ def _text(report: ExtractReport) -> list[str]:
         f"captured   {format_percent(report.captured)} of the energy of all changes",
     ]
     if report.copied:
-        lines.append(f"whole      {', '.join(report.copied)}")
+        lines.append(f"in full    {', '.join(report.copied)}")
     worst = sorted(report.sites, key=lambda site: -site.energy_lost)[:WORST_SITES]
     rows = [[s.path, str(s.r), f"{s.norm:.3g}", format_percent(s.energy_lost)] for s in worst]
-    lines += ["", console.table(["site captured least", "r", "‖ΔW‖", "left out"], rows)]
+    lines += ["", console.table(["sites captured least", "r", "‖ΔW‖", "left out"], rows)]
     if report.outside:
         lines += ["", f"not in the adapter: {len(report.outside)} other tensors"]
         for change in report.outside[:OUTSIDE_SHOWN]:

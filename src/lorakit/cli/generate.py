@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 MAX_PROMPT_BYTES = 64 << 20
 
 WORTHWHILE_TOKENS = 128
-"""Minimum number of tokens for an automatic merge: a merge takes as long as the adapter adds to about a hundred tokens
-of SmolLM2-135M with rank 16 on all linear layers (rough; longer for larger models, in which an adapter adds less)."""
+"""Minimum number of tokens for an automatic merge. A merge takes about as long as an unmerged adapter adds to a hundred
+tokens (measured with SmolLM2-135M and rank 16 on all linear layers). Larger models need more tokens to break even,
+because an adapter adds less to them."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Flags:
     ] = None
     base: Annotated[bool, Parameter(negative=(), help="Show the base's answer next to a single adapter's.")] = False
     prompt: Annotated[
-        list[str] | None, Parameter(help="Prompts, answered one by one. Default: standard input is one prompt.")
+        list[str] | None, Parameter(help="Prompts, answered one by one. Default: read one prompt from standard input.")
     ] = None
     prompt_file: Annotated[list[Path] | None, Parameter(help="Files with one prompt each.")] = None
     chat: Annotated[
@@ -56,16 +57,19 @@ class Flags:
     system: Annotated[str | None, Parameter(help="System message before the user's turn.")] = None
     max_new_tokens: Annotated[int, Parameter(help="Maximum length of an answer in tokens.")] = 256
     temperature: Annotated[
-        float, Parameter(help="Sampling temperature; 0 takes the most likely token, so answers are reproducible.")
+        float,
+        Parameter(help="Sampling temperature; 0 selects the most likely token, so answers are reproducible."),
     ] = 0.0
-    top_p: Annotated[float, Parameter(help="Sample from the most likely tokens that reach this probability.")] = 1.0
-    top_k: Annotated[int, Parameter(help="Sample from this many most likely tokens; 0 is all.")] = 0
-    seed: Annotated[int, Parameter(help="Seed of the samples, the same for every answer.")] = 0
+    top_p: Annotated[
+        float, Parameter(help="Sample from the most likely tokens that together reach this probability.")
+    ] = 1.0
+    top_k: Annotated[int, Parameter(help="Sample from this number of most likely tokens; 0 means all.")] = 0
+    seed: Annotated[int, Parameter(help="Sampling seed, the same for every answer.")] = 0
     merged: Annotated[
         bool | None,
         Parameter(
-            help="Merge a single adapter into the base in memory first: faster, equal except for rounding. Default: "
-            "merge if it is exact (float32), the base does not answer too, and at least "
+            help="Merge a single adapter into the base in memory first, which is faster and equal except for rounding. "
+            "Default: merge if that is exact (float32), the base does not answer too, and at least "
             f"{WORTHWHILE_TOKENS} tokens may be generated.",
             show_default=False,
         ),
@@ -87,7 +91,7 @@ def run(
 ) -> None:
     """Generate text; the answer streams to standard output, everything else goes to standard error.
 
-    --verbose adds tokens and speed of each answer, and whether the adapter was merged first.
+    --verbose adds the token count and speed of each answer, and whether the adapter was merged first.
     """
     _check(flags)
     quantization = stored_as(flags.quantization, flags.double_quantization)
@@ -116,7 +120,7 @@ def run(
     labels = dict(zip((name for name in names if name), folders, strict=True))
     tokens = len(prompts) * flags.max_new_tokens
     merged = write_into_base(model, names, labels, flags.merged, tokens, console.note if verbose else console.quiet)
-    routed = names if core.adapters(model) else None  # no adapter is left if the only one is merged
+    routed = names if core.adapters(model) else None  # a merge leaves no adapter
     ends, length = end_ids(model, tokenizer), flags.max_new_tokens
     stream = partial(generate_batch, model, max_new_tokens=length, sampling=sampling, eos_ids=ends, adapters=routed)
     results = []
@@ -140,7 +144,7 @@ def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[str]:
         files: Files with one prompt each; "-" is standard input.
 
     Returns:
-        At least one prompt; a final line break of a file is removed.
+        At least one prompt; a file's final line break is removed.
 
     Raises:
         UsageError: There is no prompt, or one is empty.
@@ -167,24 +171,24 @@ def encode_prompts(prompts: list[str], tokenizer: Tokenizer, chat: bool | None, 
     Args:
         prompts: The texts.
         tokenizer: A transformers tokenizer.
-        chat: Whether to use the chat template; None: if there is one.
+        chat: Whether to use the chat template; None to use it if there is one.
         system: System message, or None.
 
     Returns:
-        Ids per prompt.
+        Token ids of each prompt.
 
     Raises:
-        UsageError: The template is requested and missing, or it rejects the conversation.
+        UsageError: A required chat template is missing, or the template rejects the conversation.
     """
     from lorakit.data.tokens import beginning, token_ids
 
     if not _wants_chat(tokenizer, chat):
         if system is not None:
-            text = "--system needs a chat template, but the model's tokenizer has none; leave it out."
+            text = "--system needs a chat template, but the model's tokenizer has none; omit --system."
             raise UsageError(text, field="system")
         return [beginning(tokenizer) + token_ids(tokenizer, prompt) for prompt in prompts]
     if not tokenizer.chat_template:
-        text = "--chat needs a chat template, but the model's tokenizer has none; leave it out."
+        text = "--chat needs a chat template, but the model's tokenizer has none; omit --chat."
         raise UsageError(text, field="chat")
     before = [] if system is None else [{"role": "system", "content": system}]
     encoded = []
@@ -223,21 +227,21 @@ def write_into_base(
     tokens: int,
     detail: Callable[[str], None],
 ) -> bool:
-    """Merge the only answering adapter into the base permanently, or leave it unmerged.
+    """Merge an adapter into the base permanently if it is the only one to answer and `wanted` allows the merge.
 
     Args:
-        model: The base with its adapters, not used elsewhere; after a merge it is a plain model.
-        names: Adapters that answer, or None for the base.
-        labels: Adapter -> its folder as given by the user.
-        wanted: True to merge, False not to, None if the merge is exact and saves time.
+        model: The base with its adapters, not used elsewhere; a merge turns it into a plain model.
+        names: Names of the adapters that answer; None stands for the base.
+        labels: Adapter name -> its directory as given by the user.
+        wanted: True to merge, False not to merge, None to merge if the merge is exact and saves time.
         tokens: Maximum number of new tokens in total.
-        detail: Called with a line if the adapter is merged.
+        detail: Called with a message if the adapter is merged.
 
     Returns:
-        Whether the adapter is merged.
+        Whether the adapter was merged.
 
     Raises:
-        MergeError: A merge was requested that is not exact or not possible. The model is unchanged.
+        MergeError: The requested merge is not exact or not possible. The model is unchanged.
     """
     from lorakit import core
 
@@ -253,10 +257,11 @@ def write_into_base(
             reason = str(refusal)
     if reason is None:
         dtype = str(model.dtype).removeprefix("torch.")
-        detail(f"{folder}: merged into the base in memory, which is exact in {dtype} (--no-merged: not merged)")
+        detail(f"{folder}: merged into the base in memory, which is exact in {dtype} (disable with --no-merged)")
     elif wanted:
         raise MergeError(
-            f"{folder}: --merged is for exact merges, and this one is not. {reason} Leave out --merged.", where=folder
+            f"{folder}: --merged requires an exact merge, and this one is not exact. {reason} Omit --merged.",
+            where=folder,
         )
     return reason is None
 
@@ -273,7 +278,7 @@ def _check(flags: Flags) -> None:
         raise UsageError(text, field="system")
     if flags.merged and (flags.base or len(flags.adapter or ()) != 1):
         found = "there are several answers" if flags.adapter else "there is no adapter"
-        text = f"--merged needs exactly one adapter and no other answer; {found}. Leave it out."
+        text = f"--merged needs exactly one adapter and no other answer, but {found}; omit --merged."
         raise UsageError(text, field="merged")
 
 
@@ -291,7 +296,7 @@ def _read(path: Path, where: str) -> str:
         if str(path) == "-":
             return sys.stdin.read().removesuffix("\n")
         if path.stat().st_size > MAX_PROMPT_BYTES:
-            raise DataError(f"{where}: larger than {format_bytes(MAX_PROMPT_BYTES)}, so not a prompt.", where=where)
+            raise DataError(f"{where}: a prompt must not exceed {format_bytes(MAX_PROMPT_BYTES)}.", where=where)
         return path.read_text(encoding="utf-8").removesuffix("\n")
     except OSError as cause:
         raise DataError(f"{where}: the prompt file cannot be read ({cause.strerror}).", where=where) from None

@@ -33,15 +33,15 @@ _CONFIG_IF_SET = (
 
 
 def run(
-    adapter: Annotated[str, Parameter(help="Directory of an adapter, of lorakit or PEFT.")],
+    adapter: Annotated[str, Parameter(help="Adapter directory (lorakit or PEFT).")],
     *,
     json: console.JsonFlag = False,
     verbose: console.VerboseFlag = False,
 ) -> int:
     """Show an adapter's health, config, sites and norms; the base is not loaded.
 
-    Exit code: 0 if it is healthy, 1 if it has problems or cannot be read. --verbose adds files, hashes and the base's
-    fingerprint.
+    The exit code is 0 if the adapter is healthy, and 1 if it has problems or cannot be read. --verbose adds files,
+    hashes and the base's fingerprint.
     """
     check_adapters([adapter])
     from lorakit.core import inspect_adapter
@@ -78,7 +78,7 @@ def as_dict(summary: AdapterSummary, sizes: dict[str, int]) -> dict[str, Any]:
 
 
 def groups(summary: AdapterSummary) -> Iterator[dict[str, Any]]:
-    """Group sites by the last name of their path, in order, with statistics of each group.
+    """Yield statistics of the sites, grouped by the last component of their path, in order.
 
     Args:
         summary: The adapter's summary.
@@ -100,7 +100,7 @@ def groups(summary: AdapterSummary) -> Iterator[dict[str, Any]]:
 
 
 def _module(path: str) -> str:
-    """Return the last name of a site's path; that of a parameter keeps its `.base_layer`."""
+    """Return the last component of a site's path; a parameter's path keeps everything from `.base_layer` on."""
     module, inside, deeper = path.partition(".base_layer")
     return module.rpartition(".")[2] + inside + deeper
 
@@ -161,7 +161,7 @@ def _span(values: Sequence[float]) -> str:
 def _base(summary: AdapterSummary) -> str:
     named = summary.config.base_model_name_or_path or summary.facts.get("base_name") or "no name"
     if summary.base is None:
-        return f"{named}; no fingerprint, so another base of the same shapes is not detected"
+        return f"{named}; no fingerprint, so another base with the same shapes is not detected"
     known = summary.base
     return f"{named} ({known.architecture}, {known.parameters:,} parameters, {known.dtype})"
 

@@ -27,7 +27,7 @@ class Flags:
     """The flags of the command."""
 
     model: Annotated[str, Parameter(help="Model directory, Hub id, or smollm2 (the packaged model).")]
-    adapter: Annotated[list[str], Parameter(help="Adapter directories; several are added up.")]
+    adapter: Annotated[list[str], Parameter(help="Adapter directories; the updates of several are added.")]
     output_dir: Annotated[Path, Parameter(help="Model directory to create; must be new or empty.")]
     dtype: Annotated[
         str,
@@ -39,8 +39,8 @@ class Flags:
     quantization: Annotated[
         str | None,
         Parameter(
-            help="Merge into the base as quantized in training (nf4, ...): the directory has the dequantized "
-            "weights with the adapter merged. Default: the base as published."
+            help="Merge into the base as quantized in training (nf4, ...): the output has the dequantized weights "
+            "with the adapter merged. Default: the base as published."
         ),
     ] = None
     double_quantization: Annotated[bool, Parameter(help=DEFAULTS["double_quantization"].help())] = True
@@ -48,7 +48,7 @@ class Flags:
         bool,
         Parameter(
             negative=(),
-            help="Untie an adapted weight that is shared with another module (tied embeddings); the config records it.",
+            help="Untie an adapted weight that another module shares (tied embeddings), and record that in the config.",
         ),
     ] = False
 
@@ -62,8 +62,8 @@ def run(
 ) -> None:
     """Merge adapters into a model directory that any program can load.
 
-    The result is loaded again and compared with base and adapters; it is kept only if they agree. The merged adapters
-    are recorded, so that lorakit does not apply them twice. --verbose adds the steps and the sites with the largest
+    The result is reloaded and compared with base and adapters, and kept only if they agree. The output records the
+    merged adapters, so that lorakit does not apply them twice. --verbose adds the steps and the sites with the largest
     rounding loss.
     """
     check_choice("dtype", flags.dtype, MODEL_DTYPES)
@@ -96,23 +96,23 @@ def run(
 
 
 def merge_warnings(done: Merged, probe: Probe) -> list[str]:
-    """Return warnings about a merge that worked.
+    """Return warnings about a completed merge.
 
     Args:
-        done: The result.
+        done: The result of the merge.
         probe: The comparison with base and adapters.
     """
     found = []
     if done.report.retained < LITTLE_RETAINED:
         found.append(
-            f"only {format_percent(done.report.retained, 0)} of the adapter's update fits into {done.dtype} weights; "
-            "the rest is smaller than that precision can represent. --dtype float32 keeps it."
+            f"only {format_percent(done.report.retained, 0)} of the adapter's update is retained in {done.dtype} "
+            "weights; the rest is too small for that precision. Pass --dtype float32 to keep it."
         )
     if probe.max_difference > LARGE_DIFFERENCE * probe.effect:
         found.append(
-            f"the logits of the merged model differ from those of base and adapters by up to "
-            f"{probe.max_difference:.2g}, and the adapters change the base's by up to {probe.effect:.2g}: "
-            "most of their effect is lost. --dtype float32 may keep it."
+            f"the merged model's logits differ from those of base and adapters by up to {probe.max_difference:.2g}, "
+            f"while the adapters change the base's logits by up to {probe.effect:.2g}, so most of their effect is "
+            "lost. --dtype float32 may keep it."
         )
     if not done.has_tokenizer:
         found.append("neither the model nor the adapters have a tokenizer, so none was written.")
@@ -122,8 +122,8 @@ def merge_warnings(done: Merged, probe: Probe) -> list[str]:
 def _reject_quantized_files(model: str, stored: Quantization | None, wanted: Quantization | None) -> None:
     if stored is not None and wanted is None:
         raise MergeError(
-            f"{model}: the files are quantized ({stored.name}); a merge needs the unquantized base. Pass that as "
-            f"--model, with --quantization {stored.name} for the weights that the adapter was trained on.",
+            f"{model}: the files are quantized ({stored.name}), but a merge needs the unquantized base. Pass that base "
+            f"as --model, with --quantization {stored.name} to merge into the weights that the adapter was trained on.",
             where=model,
         )
 

@@ -1,6 +1,6 @@
 """Merge a base and adapters into a plain model directory, which is verified by loading it before it is published.
 
-Weights are merged site by site in fp32 or wider (`lorakit.core`). The directory is loaded again, and its logits must
+Weights are merged site by site in fp32 or wider (`lorakit.core`). The directory is then loaded, and the logits must
 match those of base and adapters. This module does not depend on flags or the terminal.
 """
 
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 RECORD_FILE = "lorakit_merged.json"
 PROBE_TOKENS = 48
 ROUNDING = {"float32": 0.0, "float16": 0.05, "bfloat16": 0.3}
-"""Dtype of the merged weights -> allowed change of a logit by rounding, in standard deviations of the logits."""
+"""Dtype of the merged weights -> allowed change of a logit due to rounding, in standard deviations of the logits."""
 
 NOISE = {"float32": 0.001, "float16": 0.1, "bfloat16": 0.6}
-"""Dtype of the comparison -> allowed numerical difference of a logit, in the same unit. In bf16 it exceeds the effect
-of most adapters, so the comparison uses fp32 if that fits into memory."""
+"""Dtype of the comparison -> allowed numerical difference of a logit, in the same unit. The bf16 limit exceeds the
+effect of most adapters, so the comparison uses fp32 if that fits into memory."""
 
 ROUNDED_ACTIVATIONS = 0.3
-"""Allowed change of a logit by bitsandbytes' int8 in evaluation, which rounds activations; in the same unit."""
+"""Allowed change of a logit, in the same unit, due to the rounding of activations in bitsandbytes' int8 matmuls."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ class MergeRequest:
     Attributes:
         source: The base.
         adapters: The adapters' files, in order.
-        folders: Their folders as given by the user.
+        folders: Adapter directories as given by the user.
         target: The directory to create.
         dtype: "auto" (the base's) or a name of `hub.models.DTYPES`.
-        untie: Whether to give sites that share a weight their own.
+        untie: Whether to give a site that shares its weight a separate copy.
         allow: Checks of `core.load_adapter` to override.
         quantization: Quantization of the base in training, or None.
     """
@@ -78,7 +78,7 @@ class Probe:
         max_difference: Largest difference of a logit.
         tolerance: Largest allowed difference.
         dtype: Dtype of the computation.
-        effect: Largest change of a logit that the adapters make to the base, for comparison.
+        effect: Largest change that the adapters make to a logit of the base, for comparison.
         same_top: Fraction of positions with the same most likely token.
     """
 
@@ -94,7 +94,7 @@ class Merged:
     """Result of a merge.
 
     Attributes:
-        folder: The directory.
+        folder: The merged model's directory.
         dtype: Dtype of the weights.
         parameters: Number of parameters; shared ones count once.
         weights_bytes: Size of the safetensors files.
@@ -113,11 +113,11 @@ class Merged:
 
 
 def write_merged(request: MergeRequest, say: Callable[[str], None]) -> tuple[Merged, Probe]:
-    """Merge and write; the directory is published complete and verified, or not at all.
+    """Merge and write a model directory, which is published complete and verified, or not at all.
 
     Args:
         request: Specification of the merge.
-        say: Called with a message before anything that takes long.
+        say: Called with a message before each slow step.
 
     Returns:
         The result and the comparison.
@@ -125,16 +125,16 @@ def write_merged(request: MergeRequest, say: Callable[[str], None]) -> tuple[Mer
     Raises:
         MergeError: An adapter cannot be merged, or the logits of the directory differ from base and adapters.
         DiskError: Writing failed.
-        LorakitError: Model or adapters cannot be used.
+        LorakitError: The model or an adapter cannot be used.
     """
-    with publish_directory(request.target) as folder:  # first, to detect a disk that cannot be written
+    with publish_directory(request.target) as folder:  # first, to detect an unwritable disk early
         tokenizer = _tokenizer(request)
         computing = probe_dtype(request.source)
         say(f"Computing logits of base and adapters in {computing}.")
         expected = _expected_logits(request, computing)
         say("Merging.")
         done = _merge_into(request, folder, tokenizer)
-        gc.collect()  # the merged and the reloaded model need not be in memory together
+        gc.collect()  # avoids holding the merged and the reloaded model in memory at once
         say("Loading the merged model and comparing.")
         again = hub.load_model(hub.ModelSource("directory", str(request.target), str(folder), None, ""), computing)
         probe = compare(expected, _logits(again, _probe_ids(again), []), done.dtype)
@@ -143,7 +143,7 @@ def write_merged(request: MergeRequest, say: Callable[[str], None]) -> tuple[Mer
 
 
 def probe_dtype(source: hub.ModelSource) -> str:
-    """Return the dtype of the comparison: "float32" if the model fits into memory in it, else "auto" (its own)."""
+    """Return the dtype of the comparison: "float32" if the model fits into memory in fp32, else "auto" (its own)."""
     free_bytes = this_machine().available_bytes
     return "float32" if free_bytes is None or 4.4 * hub.shape_of(source).parameters < free_bytes else "auto"
 
@@ -177,7 +177,7 @@ def compare(expected: Expected, merged: Tensor, dtype: str) -> Probe:
         The comparison.
 
     Raises:
-        MergeError: The logits differ by more than the dtypes explain.
+        MergeError: The logits differ by more than the dtypes can explain.
     """
     adapted = expected.adapted
     difference = float((merged - adapted).abs().max())
@@ -185,7 +185,7 @@ def compare(expected: Expected, merged: Tensor, dtype: str) -> Probe:
     if not difference <= tolerance:  # also true for NaN
         raise MergeError(
             f"The merged model differs from base and adapters: on {len(adapted)} tokens logits differ by up to "
-            f"{difference:.3g}; rounding to {dtype} explains {tolerance:.3g}. Nothing was written; try "
+            f"{difference:.3g}; rounding to {dtype} explains at most {tolerance:.3g}. Nothing was written; try "
             "--dtype float32.",
             field="dtype",
         )
@@ -198,7 +198,7 @@ def record(request: MergeRequest, done: Merged, probe: Probe) -> dict[str, Any]:
 
     Args:
         request: Specification of the merge.
-        done: Its result.
+        done: Result of the merge.
         probe: The comparison.
     """
     sites = done.report.sites
@@ -222,7 +222,7 @@ def record(request: MergeRequest, done: Merged, probe: Probe) -> dict[str, Any]:
 
 
 def _tokenizer(request: MergeRequest) -> SavedTokenizer | None:
-    """Return the tokenizer to write, or None if there is none: the weights can be merged without it."""
+    """Return the tokenizer to write, or None if there is none, since the weights can be merged without one."""
     try:
         return tokenizer_for(request.source, request.adapters)
     except ModelError:
@@ -234,7 +234,7 @@ def _tokenizer(request: MergeRequest) -> SavedTokenizer | None:
 def _expected_logits(request: MergeRequest, computing: str) -> Expected:
     model = hub.load_model(request.source, computing, quantization=request.quantization)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they are issued again when the adapters are loaded for the merge
+        warnings.simplefilter("ignore")  # loading the adapters for the merge issues the same warnings
         names = load_adapters(model, request.adapters, request.allow)
     if not request.untie:
         _reject_tied(model, names)
@@ -247,7 +247,7 @@ def _merge_into(request: MergeRequest, folder: Path, tokenizer: SavedTokenizer |
     """Merge and save, without the comparison."""
     model = hub.load_model(request.source)
     if request.dtype != "auto" and getattr(torch, request.dtype) != model.dtype:
-        model.to(torch.float32)  # merged there and rounded once, to the requested dtype
+        model.to(torch.float32)  # merge in fp32, then round once, to the requested dtype
     stored = model
     if request.quantization is not None:  # merge into the quantized base, and copy its values into the plain model
         stored = hub.load_model(request.source, model.dtype, quantization=request.quantization)
@@ -255,7 +255,7 @@ def _merge_into(request: MergeRequest, folder: Path, tokenizer: SavedTokenizer |
     report = core.merge_and_unload(stored, *names, untie=request.untie, dense=True)
     if stored is not model:
         dequantize(stored)
-        grow_vocabulary(model, vocabulary_of(stored))  # as for the adapters
+        grow_vocabulary(model, vocabulary_of(stored))  # `load_adapters` may have resized `stored`
         model.load_state_dict(stored.state_dict(), strict=True)
     untied = _untie_config(model)
     if request.dtype != "auto":
@@ -279,7 +279,7 @@ def _reject_tied(model: torch.nn.Module, names: Sequence[str]) -> None:
         path, other = tied[0]
         raise MergeError(
             f"{path} is adapted and shares its weight with {other}, so a merge would change both. Pass --untie to "
-            "make them separate weights; the model grows by one of them.",
+            "give each module its own weight, which makes the model larger.",
             what=other,
             where=path,
             override="untie",
@@ -287,13 +287,13 @@ def _reject_tied(model: torch.nn.Module, names: Sequence[str]) -> None:
 
 
 class TiedConfig(Protocol):
-    """The config of a transformers model, as far as its tied embeddings are concerned."""
+    """Interface of a transformers config with tied embeddings."""
 
     tie_word_embeddings: bool
 
 
 class EmbeddingModel(Protocol):
-    """A transformers model, as far as its tied embeddings are concerned."""
+    """Interface of a transformers model with tied embeddings."""
 
     config: TiedConfig
 
@@ -301,11 +301,11 @@ class EmbeddingModel(Protocol):
         """Return the input embedding, or None."""
 
     def get_output_embeddings(self) -> torch.nn.Module | None:
-        """Return the head, or None."""
+        """Return the output head, or None."""
 
 
 def _untie_config(model: EmbeddingModel) -> bool:
-    """Record separate embeddings in the config if a merge untied them; otherwise loading would tie them again."""
+    """Return whether a merge untied the embeddings; if so, record it in the config, or loading would tie them again."""
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
     tied = getattr(model.config, "tie_word_embeddings", False)
     if not tied or inner is None or outer is None or inner.weight is outer.weight:
@@ -315,13 +315,16 @@ def _untie_config(model: EmbeddingModel) -> bool:
 
 
 def _probe_ids(model: torch.nn.Module) -> Tensor:
-    """Return the token ids of the comparison, (1, tokens): the same for every model with this vocabulary."""
+    """Return the token ids of the comparison, (1, tokens): the same for every model with this vocabulary size."""
     length = min(PROBE_TOKENS, context_tokens(model) or PROBE_TOKENS)
     return torch.randint(vocabulary_of(model), (1, length), generator=torch.Generator().manual_seed(0))
 
 
 def _logits(model: torch.nn.Module, ids: Tensor, names: Sequence[str]) -> Tensor:
-    """Return logits with adapters or, without names, of the base: (tokens, vocabulary), fp32."""
+    """Return the logits of the model with the named adapters, or of the base if `names` is empty.
+
+    The result is fp32, (tokens, vocabulary).
+    """
     with torch.no_grad():
         if not core.adapters(model):
             return model(input_ids=ids, use_cache=False).logits[0].float()

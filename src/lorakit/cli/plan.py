@@ -1,7 +1,7 @@
 """`lorakit plan`: estimate the parameters, memory and time of a run.
 
-`lorakit.plan` makes the estimate; this module converts flags to its arguments. Torch is loaded only to measure a
-speed or to read a model directory.
+`lorakit.plan` makes the estimate; this module converts flags to its arguments. Torch is loaded only to measure speed or
+to read a model directory.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class AdapterFlags:
         list[str] | None,
         Parameter(help="Names of parameters such as mlp.experts.down_proj; without --target-modules, only these."),
     ] = None
-    exclude_modules: Annotated[list[str] | None, Parameter(help="Names of modules to leave out. Default none.")] = None
+    exclude_modules: Annotated[list[str] | None, Parameter(help="Names of modules to leave out. Default: none.")] = None
     modules_to_save: Annotated[
-        list[str] | None, Parameter(help="Names of modules to train and save in full. Default none.")
+        list[str] | None, Parameter(help="Names of modules to train and save in full. Default: none.")
     ] = None
-    bias: Annotated[str, Parameter(help="Biases of the base to train: none, all or lora_only. Default none.")] = "none"
+    bias: Annotated[str, Parameter(help="Biases of the base to train: none, all or lora_only. Default: none.")] = "none"
     new_tokens: Annotated[list[str] | None, _flag("new_tokens")] = None
     use_dora: Annotated[bool, _flag("use_dora")] = False
     use_rslora: Annotated[bool, _flag("use_rslora")] = False
@@ -97,16 +97,16 @@ class JobFlags:
     dtype: Annotated[
         str,
         Parameter(
-            help="Precision of the base: auto, bfloat16 or float32. Default auto: chosen by a measurement of this "
-            "machine (as in `lorakit train`), or without one the precision of the published model."
+            help="Precision of the base: auto, bfloat16 or float32. Default auto: chosen by measuring this machine (as "
+            "in `lorakit train`), or the published model's precision if nothing is measured."
         ),
     ] = "auto"
     max_steps: Annotated[int | None, Parameter(help="Optimizer steps of the run. Default: no time estimate.")] = None
     tokens: Annotated[
-        int | None, Parameter(help="Tokens of the run, instead of --max-steps; rounded up to whole steps.")
+        int | None, Parameter(help="Tokens to train on, instead of --max-steps; rounded up to whole steps.")
     ] = None
     tokens_per_second: Annotated[
-        float | None, Parameter(help="Training speed, as a run prints it, instead of a measurement.")
+        float | None, Parameter(help="Training speed as printed by a run, instead of a measurement.")
     ] = None
     calibrate: Annotated[
         bool | None,
@@ -122,13 +122,12 @@ _ADAPTER, _JOB = AdapterFlags(), JobFlags()
 
 
 def run(
-    model: Annotated[
-        str, Parameter(help="A model directory or config.json, smollm2, the name of a known model, or a Hub id.")
-    ],
+    model: Annotated[str, Parameter(help="Model directory, config.json, smollm2, name of a known model, or Hub id.")],
     /,
     *,
     ranks: Annotated[
-        list[str] | None, Parameter(help="Ranks for a table of parameters, such as 4,8,16,32. Default no table.")
+        list[str] | None,
+        Parameter(help="Ranks for a table of parameter counts, such as 4,8,16,32. Default: no table."),
     ] = None,
     json: console.JsonFlag = False,
     verbose: console.VerboseFlag = False,
@@ -137,8 +136,8 @@ def run(
 ) -> None:
     """Estimate parameters, memory and time of a run; no weights are loaded.
 
-    MODEL is an existing path, else smollm2, else a name of the catalog (gpt2, meta-llama/Llama-3.2-1B, ...), else a
-    Hub id. --max-steps or --tokens adds a time estimate: from --tokens-per-second, or from a measurement of about two
+    MODEL is looked up as a path, then as smollm2, a name in the catalog (gpt2, meta-llama/Llama-3.2-1B, ...) and a Hub
+    id. --max-steps or --tokens adds a time estimate, based on --tokens-per-second or on a measurement of about two
     seconds. --verbose adds the derivation of the counts, formulas, FLOPs and notes.
     """
     config, columns = adapter.config(), _ranks(ranks)
@@ -180,12 +179,12 @@ def run(
 
 
 def _machine(job: JobFlags, dtype: str, steps: int | None) -> tuple[str, Speed | None, list[str]]:
-    """Return precision, speed and notes about them; measures only if requested, or if a time needs it."""
+    """Return precision, speed and notes about them; measure only if requested or if a time estimate needs it."""
     if job.tokens_per_second is not None:
         if job.calibrate:
-            text = "--calibrate and --tokens-per-second exclude each other; pass one of them."
+            text = "--calibrate and --tokens-per-second are mutually exclusive; pass one of them."
             raise UsageError(text, field="calibrate")
-        return dtype, Speed(tokens_per_second=job.tokens_per_second, source="as given, of LoRA training"), []
+        return dtype, Speed(tokens_per_second=job.tokens_per_second, source="given for LoRA training"), []
     measures = steps is not None if job.calibrate is None else job.calibrate
     if not measures:
         return dtype, None, []
@@ -210,7 +209,7 @@ def _steps(job: JobFlags, wanted: Job) -> int | None:
     if job.tokens is None:
         return job.max_steps
     if job.max_steps is not None:
-        raise UsageError("--max-steps and --tokens exclude each other; pass one of them.", field="max_steps")
+        raise UsageError("--max-steps and --tokens are mutually exclusive; pass one of them.", field="max_steps")
     return -(-job.tokens // wanted.step_tokens)
 
 
@@ -218,7 +217,7 @@ def _ranks(words: Sequence[str] | None) -> list[int]:
     ranks = []
     for word in (part for given in words or () for part in given.split(",") if part):
         if not word.strip().isdigit() or int(word) < 1:
-            text = f"--ranks contains {word!r}; pass whole numbers of at least 1, such as 4,8,16,32."
+            text = f"--ranks contains {word!r}; pass positive integers, such as 4,8,16,32."
             raise UsageError(text, what=word, field="ranks")
         ranks.append(int(word))
     return ranks

@@ -1,7 +1,7 @@
 """`lorakit train`: train an adapter.
 
-The flags are generated from the table of settings; `lorakit.train` defines their effect. What is wrong with a path on
-the command line is reported before the settings are checked, which loads pydantic.
+The flags are generated from the table of settings; `lorakit.train` defines their effect. Paths on the command line are
+checked before the other settings, because checking those loads pydantic.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorakit.train.defaults import DEFAULTS
 
 
 def _flags() -> type:
-    """One optional flag per setting; None means not given, so that a file or the defaults decide."""
+    """Return a dataclass with one flag per setting; None means not given, so the config file or the default applies."""
     fields = [
         (name, Annotated[(row.flag or type(row.value)) | None, Parameter(help=row.help())], field(default=None))
         for name, row in DEFAULTS.items()
@@ -35,28 +35,30 @@ _NONE_GIVEN = Flags()
 
 def run(
     *,
-    config: Annotated[Path | None, Parameter(help="YAML file of settings by flag name; flags override it.")] = None,
+    config: Annotated[
+        Path | None, Parameter(help="YAML file of settings, named like flags; flags override it.")
+    ] = None,
     json: console.JsonFlag = False,
     verbose: console.VerboseFlag = False,
     flags: Annotated[Flags, Parameter(name="*", show_default=False)] = _NONE_GIVEN,  # type: ignore[valid-type]
 ) -> int:
     """Train an adapter into a run directory.
 
-    Only --model, --data and --output-dir are required. Ctrl-C once finishes the step and saves a checkpoint for
+    Only --model, --data and --output-dir are required. Press Ctrl-C once to finish the step and save a checkpoint for
     --resume.
     """
     given: dict[str, Any] = asdict(flags)
-    if given["new_tokens"] is not None:  # "a,b" and "a b" alike; a token with a comma in it needs a file
+    if given["new_tokens"] is not None:  # accept "a,b" and "a b"; a token that contains a comma needs a config file
         given["new_tokens"] = ",".join(given["new_tokens"])
     if config is None:
         _check(given)
-    from lorakit.train.settings_sources import gather  # and pydantic
+    from lorakit.train.settings_sources import gather  # imports pydantic
 
     settings = gather(given, config)
     _check(settings.as_dict())
     notes = allocator.set_up()  # before torch allocates any memory
 
-    from lorakit.train import run as train  # torch and transformers
+    from lorakit.train import run as train  # imports torch and transformers
     from lorakit.train.progress import progress_for
 
     progress = progress_for(sys.stderr if json else sys.stdout, verbose=verbose)
@@ -72,7 +74,7 @@ def run(
 
 
 def _check(settings: Mapping[str, Any]) -> None:
-    """Check the given paths of run directory, data and model; needs neither pydantic nor torch."""
+    """Check the paths of run directory, data and model that are set, without importing pydantic or torch."""
     folder = Path(settings["output_dir"] or "")
     if settings["output_dir"] is not None and folder.is_dir() and not settings["resume"] and not settings["overwrite"]:
         from lorakit.report import RUN_FILE

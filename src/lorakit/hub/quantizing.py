@@ -1,7 +1,7 @@
-"""Quantize a base on loading: through transformers if it can, else afterwards with the package's own interface.
+"""Quantize a base while transformers loads it or, if transformers cannot, afterwards with the package's own API.
 
-`lorakit.plan.quantized` defines the names and the modules they apply to; `lorakit.core.quantization` handles quantized
-weights once they are loaded.
+`lorakit.plan.quantized` defines the names of the formats and the modules that they apply to;
+`lorakit.core.quantization` handles quantized weights once they are loaded.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _NEEDS = {
     "torchao": ("quant", "torchao", "accelerate"),
     "hqq": ("hqq", "hqq"),
 }
-"""Package of a storage -> the extra of lorakit that installs it, and the required packages."""
+"""Quantization package -> the extra of lorakit that installs it, followed by all required packages."""
 
 
 def quantization_metadata(wanted: Quantization) -> dict[str, Any]:
-    """Return JSON values that identify a quantized base: equal metadata and files give equal bits.
+    """Return JSON values that identify a quantized base: equal files and metadata give bitwise equal weights.
 
     Args:
         wanted: The quantization.
 
     Returns:
-        "method", "double_quantization", and "package" with its version.
+        "method", "double_quantization", and "package" (name and version).
     """
     package = wanted.storage.package
     version = metadata.version(package) if importlib.util.find_spec(package) else "not installed"
@@ -56,7 +56,7 @@ def require_quantizer(wanted: Quantization) -> None:
 
 
 def loading_options(wanted: Quantization, dtype: torch.dtype, device: str | torch.device) -> dict[str, Any]:
-    """Return options of `from_pretrained` that quantize the weights one by one while they are read.
+    """Return options for `from_pretrained` that quantize each weight on reading.
 
     Args:
         wanted: The quantization.
@@ -64,7 +64,7 @@ def loading_options(wanted: Quantization, dtype: torch.dtype, device: str | torc
         device: Device of the weights.
 
     Returns:
-        Keyword arguments; empty if transformers does not support it; `finish_loading` then quantizes the model.
+        Keyword arguments; empty if transformers does not support the format and `finish_loading` must quantize.
     """
     import transformers
 
@@ -93,7 +93,7 @@ def finish_loading(model: nn.Module, wanted: Quantization | None, source: ModelS
     Args:
         model: The loaded model, changed in place.
         wanted: The quantization, or None to keep that of the files.
-        source: For messages.
+        source: Source of the model, for messages.
 
     Raises:
         ModelError: A module cannot be quantized, or its package dequantizes it wrongly on this device.
@@ -108,7 +108,7 @@ def finish_loading(model: nn.Module, wanted: Quantization | None, source: ModelS
         raise source.error(
             f"the quantization package dequantizes {wrong[0]} wrongly on this device, by up to "
             f"{format_percent(wrong[1], 0)} of its largest value (bitsandbytes does so on a CPU for widths that are a "
-            "multiple of 16 but not of 64). Use another quantization, or another device."
+            "multiple of 16 but not of 64). Use another quantization or another device."
         )
 
 
@@ -117,8 +117,8 @@ def check_quantized_once(config: PreTrainedConfig, wanted: Quantization | None, 
 
     Args:
         config: The model's config.
-        wanted: The requested quantization.
-        source: For messages.
+        wanted: The requested quantization, or None.
+        source: Source of the model, for messages.
 
     Returns:
         Whether the files are quantized.
@@ -130,7 +130,7 @@ def check_quantized_once(config: PreTrainedConfig, wanted: Quantization | None, 
     if stored is not None and wanted is not None:
         method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", "unknown")
         raise ConfigError(
-            f"{source.given}: the files are quantized already ({getattr(method, 'value', method)}); leave out "
+            f"{source.given}: the files are already quantized ({getattr(method, 'value', method)}); omit "
             f"quantization {wanted.name!r}.",
             where=source.given,
         )
@@ -138,13 +138,13 @@ def check_quantized_once(config: PreTrainedConfig, wanted: Quantization | None, 
 
 
 def quantization_of_files(config: PreTrainedConfig) -> Quantization | None:
-    """Return the quantization of a model's files, by its name in `--quantization`.
+    """Return the quantization of a model's files.
 
     Args:
         config: The model's config.
 
     Returns:
-        The quantization, or None if the files are not quantized or their quantization has no name here.
+        The quantization, or None if the files are not quantized or `Quantization` does not support their format.
     """
     facts = getattr(config, "quantization_config", None)
     facts = facts if isinstance(facts, dict) else facts.to_dict() if facts is not None else {}
@@ -163,7 +163,7 @@ def _quantize_with_hqq(model: nn.Module, wanted: Quantization, source: ModelSour
 
     storage = wanted.storage
     for site in quantized_sites(shape_of_module(model, source.given, source.given), storage):
-        whole = BLOCK * 8 // storage.bits  # values of groups half a weight apart share packed bytes
+        whole = BLOCK * 8 // storage.bits  # hqq packs 4-bit groups half a weight apart into the same bytes
         if site.weight_parameters % whole:
             raise source.error(
                 f"{site.path} has {site.weight_parameters:,} values, not a multiple of {whole}, so hqq cannot quantize "

@@ -7,12 +7,12 @@ import logging
 from collections.abc import Iterator
 
 _CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes")
-"""Loggers that write when a quantization package is imported, as transformers does if one is installed."""
+"""Loggers that write messages when transformers imports an installed quantization package."""
 
 
 @contextlib.contextmanager
 def quiet_transformers(*, bars: bool = False) -> Iterator[None]:
-    """Limit transformers to errors and hide progress bars within a block; restore the settings afterwards.
+    """Limit transformers to errors and hide its progress bars within a context, then restore the settings.
 
     Args:
         bars: Whether to keep progress bars (for a long download).

@@ -1,6 +1,6 @@
-"""The shape of any transformers model for `lorakit.plan`, read on the meta device: names and sizes, no weights.
+"""Read the shape of any transformers model for `lorakit.plan` on the meta device: names and sizes, no weights.
 
-Known models are answered from the catalogue, without torch.
+Shapes of known models come from the catalog, without torch.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ _DROPOUTS = {
 
 
 def shape_of(model: str | os.PathLike[str] | ModelSource) -> ModelShape:
-    """Return the shape of a model: from a path, else from the catalogue, else from the Hub's config.
+    """Return the shape of a model: from a path, else from the catalog, else from the Hub's config.
 
     Args:
-        model: A directory, a `config.json`, a packaged or catalogue name, a Hub id, or a result of `resolve`.
+        model: A directory, a `config.json`, a packaged or catalog name, a Hub id, or a result of `resolve`.
 
     Returns:
-        Names and sizes of all its parts.
+        Names and sizes of all modules.
 
     Raises:
         ModelError: The model was not found, or its config is not usable.
@@ -81,7 +81,7 @@ def shape_of_module(module: PreTrainedModel, name: str, source: str) -> ModelSha
         source: Origin of the model.
 
     Returns:
-        Names and sizes of all its parts.
+        Names and sizes of all modules.
     """
     config = module.config
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
@@ -118,7 +118,7 @@ def shape_of_module(module: PreTrainedModel, name: str, source: str) -> ModelSha
 
 
 def skeleton(source: ModelSource) -> PreTrainedModel:
-    """Build a model's modules on the meta device from its config: names without values.
+    """Build a model's modules on the meta device from its config, without weights.
 
     Args:
         source: Result of `resolve`.
@@ -154,14 +154,14 @@ def _model_class(config: PreTrainedConfig) -> Callable[[PreTrainedConfig], PreTr
 
 
 def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[str]]:
-    """Return all modules: possible sites, other modules with parameters, and mere containers.
+    """Return possible sites, other modules with parameters, and paths of modules that only contain other modules.
 
-    transformers marks fused experts by attributes for their number and layout.
+    Attributes set by transformers give the number and layout of fused experts.
     """
     sites: list[SiteShape] = []
     others: list[PlainShape] = []
     containers: list[str] = []
-    head = getattr(module, "get_output_embeddings", lambda: None)()  # "all-linear" leaves it out
+    head = getattr(module, "get_output_embeddings", lambda: None)()  # "all-linear" excludes the head
     owners: dict[int, str] = {}
     for path, part in module.named_modules():
         own = dict(part.named_parameters(recurse=False))
@@ -191,7 +191,7 @@ def _site(path: str, part: nn.Module, owners: dict[int, str], head: nn.Module | 
         return None
     kind = LINEAR if isinstance(part, nn.Linear) else EMBEDDING if isinstance(part, nn.Embedding) else CONV1D
     first, second = (int(size) for size in part.weight.shape)
-    # nn.Linear stores (out, in), Conv1D (in, out), an Embedding (rows, width), whose output width is the second
+    # nn.Linear stores (out, in), Conv1D (in, out), and Embedding (rows, width), where width is the output size
     out_features, in_features = (first, second) if kind == LINEAR else (second, first)
     dense, biased = kind != EMBEDDING and part is not head, getattr(part, "bias", None) is not None
     owner = owners.setdefault(id(part.weight), path)
@@ -199,7 +199,7 @@ def _site(path: str, part: nn.Module, owners: dict[int, str], head: nn.Module | 
 
 
 def _numbers(config: PreTrainedConfig, fields: Iterable[str]) -> list[int | float]:
-    """Return the values of some fields of a config that are numbers, in the order of the fields."""
+    """Return the config's numeric values among the given fields, in the order of the fields."""
     values = (getattr(config, field, None) for field in fields)
     return [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
 

@@ -1,7 +1,7 @@
-"""Resolve a model name: a path, a packaged model, or a Hub model; errors come early. Uploads to the Hub.
+"""Resolve a model name to a path, a packaged model or a Hub model, with early errors; upload folders to the Hub.
 
-`resolve` reads files, the Hub's cache and, for a Hub id only, the network; it loads no weights and needs no torch.
-Folders are pushed only on explicit request.
+`resolve` reads files, the Hub's cache and, only for a Hub id, the network. Except to convert a packaged model, it loads
+neither weights nor torch. Folders are uploaded only on explicit request.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorakit.hub_cache import offline
 Loaded = TypeVar("Loaded")
 
 HUB_TIMEOUT_SECONDS = 10.0
-"""Timeout for asking the Hub whether it has a model."""
+"""Timeout of the request that checks whether the Hub has a model."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -35,11 +35,11 @@ class ModelSource:
 
     Attributes:
         kind: "directory", "config" (only a config.json: shapes, no weights), "packaged" or "hub".
-        given: The user's text.
+        given: The model as given by the user.
         path_or_id: Argument for transformers: a directory, a file for "config", or a Hub id.
-        recorded_name: The adapter's `base_model_name_or_path`: as given, but None for a packaged model, which is not
-            the Hub model of that name.
-        base_name: Display name, also in `lorakit.json`.
+        recorded_name: Value of `base_model_name_or_path` in adapters: the model as given, or None for a packaged model,
+            which differs from the Hub model with that name.
+        base_name: Display name, which is also written to `lorakit.json`.
     """
 
     kind: Literal["directory", "config", "packaged", "hub"]
@@ -60,18 +60,18 @@ class ModelSource:
 def resolve(model: str | os.PathLike[str] | ModelSource, say: Callable[[str], None] | None = None) -> ModelSource:
     """Resolve a model name: an existing path, else a packaged name, else a Hub id.
 
-    A packaged model is converted into the user's cache if necessary (about 20 seconds, once).
+    A packaged model is converted into the user's cache on first use, which takes about 20 seconds.
 
     Args:
         model: A directory, a `config.json`, a packaged name such as "smollm2", or a Hub id. A source is returned
             unchanged.
-        say: Called with a message before anything that takes long.
+        say: Called with a message before a conversion.
 
     Returns:
-        The source; its path exists, or the Hub has it.
+        The source, whose path exists, or whose id is in the Hub or its cache.
 
     Raises:
-        ModelError: The name was not found, is not a model, or the Hub cannot be reached.
+        ModelError: The model was not found, the path is not a model, or the Hub cannot be reached.
         MissingExtra: A packaged model needs a package that is not installed.
         DiskError: The cache cannot be written.
     """
@@ -91,7 +91,7 @@ def resolve(model: str | os.PathLike[str] | ModelSource, say: Callable[[str], No
 
 
 def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = False) -> None:
-    """Check by file names that a model can be loaded, without network access.
+    """Check by file names, without network access, that a model has everything needed to load it.
 
     Args:
         source: Result of `resolve`.
@@ -99,7 +99,7 @@ def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = Fals
         tokenizer: Whether a tokenizer is required.
 
     Raises:
-        ModelError: A file is missing; the message names the directory and what is accepted.
+        ModelError: A file is missing; the message names the directory and the accepted files.
     """
     if source.kind == "hub":
         return
@@ -108,8 +108,8 @@ def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = Fals
     folder = Path(source.path_or_id)
     if weights and (folder / "adapter_config.json").is_file():
         raise source.error(
-            "the directory has a model and an adapter (adapter_config.json), and transformers would load one on top of "
-            "the other; move the adapter to its own directory."
+            "the directory has a model and an adapter (adapter_config.json), and transformers would load both; move "
+            "the adapter to its own directory."
         )
     if weights and not any((folder / name).is_file() for name in _WEIGHTS):
         raise source.error(_no_weights(folder))
@@ -121,14 +121,14 @@ def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = Fals
 
 
 def call_loader(source: ModelSource, load: Callable[..., Loaded]) -> Loaded:
-    """Call a loader of transformers; a model's own code is never run.
+    """Call a transformers loader without running a model's own code.
 
     Args:
         source: The model.
         load: The loader, such as `AutoTokenizer.from_pretrained`.
 
     Raises:
-        ModelError: The loader raised an exception; the message has one line.
+        ModelError: The loader raised an exception; the message is a single line.
     """
     try:
         return load(source.path_or_id, trust_remote_code=False, local_files_only=source.kind != "hub")
@@ -143,17 +143,17 @@ def call_loader(source: ModelSource, load: Callable[..., Loaded]) -> Loaded:
 def _brings_own_code(cause: Exception) -> bool:
     """Return whether transformers rejected a model because its code would have to be run.
 
-    This is the only function that reads transformers' text: it raises a plain ValueError without attributes, and
-    the config does not tell, because a model with its own code may also load without it.
+    Only this function parses a message of transformers, because transformers raises a plain ValueError without
+    attributes. The config is not sufficient: a model with its own code may also load without that code.
     """
     return isinstance(cause, ValueError) and "trust_remote_code" in str(cause)
 
 
 def downloaded(model_id: str) -> Path | None:
-    """Return the folder of the Hub's cache that has a model, or None; without network access.
+    """Return a model's directory in the Hub's cache, or None if it is not cached, without network access.
 
     Args:
-        model_id: Its id, "owner/name".
+        model_id: Hub id of the model, "owner/name".
     """
     import huggingface_hub
 
@@ -168,7 +168,7 @@ def downloaded(model_id: str) -> Path | None:
 def _local(given: str, path: Path) -> ModelSource:
     source = ModelSource("config" if path.is_file() else "directory", given, str(path), given, given)
     if path.is_file() and path.suffix != ".json":
-        raise source.error("is a file; a model is a directory with a config.json (which alone is enough to plan).")
+        raise source.error("is a file; pass a directory with a config.json, or (for planning) that file.")
     if not path.is_file() and not (path / "config.json").is_file():
         raise source.error(f"no config.json, so this is not a model directory.{_what_else(path)}")
     return source
@@ -180,7 +180,7 @@ def _what_else(path: Path) -> str:
         try:
             base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
         except (OSError, ValueError, AttributeError):
-            base = None  # a damaged adapter does not matter here
+            base = None  # the base's name only improves the message
         shown = f" Its base is {base!r}." if isinstance(base, str) else ""
         return f" It is an adapter: pass it as --adapter, and its base as --model.{shown}"
     below = sorted(entry.name for entry in path.iterdir() if (entry / "config.json").is_file())
@@ -201,7 +201,7 @@ def _no_weights(folder: Path) -> str:
 
 
 def _neighbors(given: str, path: Path) -> str:
-    """List similar names, from the path's directory and from all known names."""
+    """Return text that suggests similar names from the path's directory and from all known models."""
     from lorakit.plan import catalogue
 
     names = [*PACKAGED, *catalogue.aliases()]
@@ -214,10 +214,10 @@ def _neighbors(given: str, path: Path) -> str:
 
 
 def _ask_hub(source: ModelSource, path: Path) -> None:
-    """Raise an error unless the Hub's cache or the Hub has a model of this id."""
+    """Check that the Hub's cache or the Hub has a model with this id."""
     import huggingface_hub
 
-    # the cache first: a cached model needs no network
+    # check the cache first: a cached model needs no network
     if isinstance(huggingface_hub.try_to_load_from_cache(source.given, "config.json"), str):
         return
     missing = f"not a directory or a packaged model ({', '.join(PACKAGED)})"
@@ -235,7 +235,7 @@ def _ask_hub(source: ModelSource, path: Path) -> None:
         ) from None
     except huggingface_hub.errors.RepositoryNotFoundError:
         near = _neighbors(source.given, path)
-        raise source.error(f"{missing}, and the Hub has no model of that name that you can access.{near}") from None
+        raise source.error(f"{missing}, and the Hub has no model with that name that you can access.{near}") from None
     except Exception as cause:  # the Hub client's exceptions depend on its transport
         reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:120]}"
         raise source.error(
@@ -246,7 +246,7 @@ def _ask_hub(source: ModelSource, path: Path) -> None:
     if "config.json" not in files:
         raise source.error("not a transformers model on the Hub (no config.json).")
     if not files.intersection(_WEIGHTS):
-        raise source.error("the Hub has no safetensors weights of this model; other formats are not loaded.")
+        raise source.error("the Hub has no safetensors weights for this model; other formats are not loaded.")
 
 
 def push_folder(
@@ -259,11 +259,11 @@ def push_folder(
     revision: str | None = None,
     as_pull_request: bool = False,
 ) -> str:
-    """Upload a folder's files; the repository is created if it is missing.
+    """Upload a folder to a Hub repository, which is created if it does not exist.
 
     Args:
         folder: Folder to upload.
-        repository: Its id, "owner/name".
+        repository: Id of the repository, "owner/name".
         message: Commit message.
         private: Whether a new repository is private.
         token: Hub token; None uses the stored one.
@@ -286,7 +286,7 @@ def push_folder(
         )
     except Exception as cause:  # the Hub client's exceptions depend on its transport
         raise ModelError(
-            f"{repository!r} could not be written on the Hub ({type(cause).__name__}: {cause}). Check the name, the "
+            f"uploading to {repository!r} on the Hub failed ({type(cause).__name__}: {cause}). Check the name, the "
             "token and the network connection.",
             where=repository,
         ) from cause

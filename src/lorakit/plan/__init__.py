@@ -1,8 +1,8 @@
-"""Estimate what a run will cost before it starts, from the shapes of a model alone.
+"""Estimate the cost of a run before it starts, from the model's shape alone.
 
-Exact trainable counts and their reasons, memory by cause, FLOPs, time and sizes on disk, compared with full
-fine-tuning. Shapes come from `catalogue` or from `lorakit.hub`. Nothing here imports torch, reads a model or measures a
-machine.
+A plan has exact trainable counts and their derivation, memory by cause, FLOPs, time and sizes on disk, compared with
+full fine-tuning. Shapes come from `catalogue` or from `lorakit.hub`. This package does not import torch, read models or
+measure machines.
 """
 
 from lorakit.architectures.shapes import ModelShape, PlainShape, SiteShape

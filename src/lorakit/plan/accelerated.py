@@ -1,8 +1,8 @@
 """Activation memory of layers accelerated by `lorakit.speed.accelerate`.
 
-A decoder layer has two sublayers: norm, attention, residual; norm, feed-forward, residual. A sublayer is one autograd
-function if everything in it is plain; otherwise it runs the model's own forward and saves what `activations` computes.
-This module knows no family by name and, except for the loss, nothing that depends on more than one block.
+A decoder layer has two sublayers: norm, attention, residual; and norm, feed-forward, residual. If everything in a
+sublayer is plain, it runs as one autograd function; otherwise it runs the model's own forward and saves what
+`activations` computes. This module does not depend on model families.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from lorakit.targets.layer_types import EMBEDDING
 _FP32, _INDEX, _SEED = 4, 8, 8
 
 SUBLAYERS = {"self_attn": "attention", "attn": "attention", "mlp": "feed-forward"}
-"""Child of a decoder layer -> its sublayer."""
+"""Name of a decoder layer's child module -> the sublayer that contains it."""
 
 FLASH_FROM = 2048
-"""Row length in tokens from which attention on a CPU saves its output and one value per head and row."""
+"""Minimum row length in tokens at which attention on a CPU saves its output and one value per head and token."""
 
 CHUNK_ROWS, CHUNK_BYTES = 256, 48 << 20
-"""Maximum rows and bytes of logits that exist at a time on a CPU."""
+"""Maximum rows and bytes of logits that exist at once on a CPU."""
 
 INNER = ("gate_proj", "up_proj", "c_fc")
-"""Sites of a feed-forward whose input is the output of its norm."""
+"""Names of the feed-forward sites that read the norm's output."""
 
 
 def sublayer_of(path: str) -> str | None:
@@ -47,7 +47,7 @@ def fused(shape: ModelShape, counted: Count, quantized: bool) -> frozenset[tuple
     module, no trained bias and no quantized weight.
 
     Args:
-        shape: The base, of a family whose layers are known.
+        shape: The base, from a known family.
         counted: The adapter.
         quantized: Whether the base is quantized.
     """
@@ -64,12 +64,11 @@ def fused(shape: ModelShape, counted: Count, quantized: bool) -> frozenset[tuple
 
 
 def norm(shape: ModelShape, job: Job) -> int:
-    """Return the bytes that a norm saves per token: its input, and one value (RMS) or two (mean and std). [docs/math.md
-    (29)]
+    """Return the bytes that a norm saves per token: input, and one value (RMS) or two (mean, std). [docs/math.md (29)]
 
     Args:
         shape: The model.
-        job: Its dtype.
+        job: The job; determines the dtype.
     """
     return job.dtype_bytes * shape.hidden + (_FP32 if shape.gated else 2 * _FP32)
 
@@ -82,7 +81,7 @@ def sublayer_bytes(shape: ModelShape, sites: Sequence[SiteCount], name: str, dro
         sites: The adapter's sites in this sublayer of one block.
         name: "attention" or "feed-forward".
         dropout: `lora_dropout`.
-        job: Batch, length, dtype.
+        job: The job; determines batch, length and dtype.
     """
     itemsize, tokens = job.dtype_bytes, job.batch_tokens
     if name == "attention":
@@ -103,27 +102,27 @@ def sublayer_bytes(shape: ModelShape, sites: Sequence[SiteCount], name: str, dro
 
 
 def separate_input(shape: ModelShape, sites: Sequence[SiteCount], job: Job) -> int:
-    """Return the bytes of a feed-forward's input, if it is saved separately: its norm is not fused, and an A or matmul
-    needs it.
+    """Return the bytes of the input that a feed-forward saves if its norm is not fused and an A or a recomputed matmul
+    needs that input.
 
     Args:
         shape: The model.
         sites: The adapter's sites in the feed-forward of one block.
-        job: Batch, length, dtype.
+        job: The job; determines batch, length and dtype.
     """
     needed = job.recompute == "feed-forward" or any(_reads_norm(site) and not site.frozen for site in sites)
     return job.dtype_bytes * job.batch_tokens * shape.hidden if needed else 0
 
 
 def transient(shape: ModelShape, job: Job) -> int:
-    """Return the bytes of gradients that exist at once in the backward of a fused layer. [docs/math.md (29)]
+    """Return the bytes of gradients that exist at once in a fused layer's backward pass. [docs/math.md (29)]
 
-    Those of the residual stream before and after, of the norm's output, and of gate and up or of q, k, v and the
-    attention output.
+    They are the gradients of the residual stream before and after, of the norm's output, and of either gate and up or
+    q, k, v and the attention output.
 
     Args:
         shape: The model.
-        job: Batch, length, dtype.
+        job: The job; determines batch, length and dtype.
     """
     inner = _inner(shape)
     heads = 2 * shape.query_width + 2 * shape.kv_width
@@ -131,27 +130,27 @@ def transient(shape: ModelShape, job: Job) -> int:
 
 
 def recomputed_bytes(shape: ModelShape, fused: frozenset[tuple[str, str]], job: Job) -> int:
-    """Return the bytes of gate and up while the backward of a layer recomputes them. [docs/math.md (85)]
+    """Return the bytes of gate and up while the backward pass of a layer recomputes them. [docs/math.md (85)]
 
     Args:
         shape: The model.
         fused: Every fused (block, sublayer).
-        job: Batch, length, dtype, and what is recomputed.
+        job: The job; determines batch, length, dtype and recomputation.
     """
     any_is = job.recompute == "feed-forward" and any(sublayer == "feed-forward" for _, sublayer in fused)
     return job.dtype_bytes * job.batch_tokens * _inner(shape) if any_is else 0
 
 
 def recomputed_flops(shape: ModelShape, counted: Count, fused: frozenset[tuple[str, str]], job: Job) -> float:
-    """Return the FLOPs per token of recomputing gate and up in the backward. [docs/math.md (85)]
+    """Return the FLOPs per token of recomputing gate and up in the backward pass. [docs/math.md (85)]
 
-    The matmuls with A are saved, those with B are recomputed.
+    The results of matmuls with A are saved; matmuls with B are recomputed.
 
     Args:
         shape: The model.
         counted: The adapter.
         fused: Every fused (block, sublayer).
-        job: What is recomputed.
+        job: The job; determines what is recomputed.
     """
     if job.recompute != "feed-forward":
         return 0.0
@@ -164,8 +163,8 @@ def recomputed_flops(shape: ModelShape, counted: Count, fused: frozenset[tuple[s
 
 
 def skips_logits(shape: ModelShape, counted: Count) -> bool:
-    """Return whether the loss is computed without logits: the head is frozen and plain, and neither it nor a tied
-    weight is adapted.
+    """Return whether the loss is computed without logits: the head is neither trained nor adapted, and not tied to a
+    trained table.
 
     Args:
         shape: The model.
@@ -179,32 +178,32 @@ def skips_logits(shape: ModelShape, counted: Count) -> bool:
 
 
 def chunk_rows(shape: ModelShape, job: Job) -> int:
-    """Return the rows of logits that exist at a time: a multiple of 16 up to 256, within 48 MiB. [docs/math.md (35)]
+    """Return how many rows of logits exist at once: a multiple of 16 up to 256, within 48 MiB. [docs/math.md (35)]
 
     Args:
         shape: The model.
-        job: Its dtype and batch.
+        job: The job; determines dtype and batch.
     """
     fitting = CHUNK_BYTES // (shape.vocab * job.dtype_bytes) // 16 * 16
     return min(max(fitting, 16), CHUNK_ROWS, job.batch_tokens)
 
 
 def loss_bytes(shape: ModelShape, job: Job) -> int:
-    """Return the bytes that the loss saves: the gradient of the hidden states, and the indices of rows with loss.
+    """Return the bytes that the loss saves: the gradient of the hidden states, and indices of rows with loss.
     [docs/math.md (35)]
 
     Args:
         shape: The model.
-        job: Tokens of a batch; all are assumed to have a loss.
+        job: The job; every token of a batch is assumed to have a loss.
     """
     return job.batch_tokens * (job.dtype_bytes * shape.hidden + _INDEX)
 
 
 def _inner(shape: ModelShape) -> int:
-    """Return the elements per token in the outputs of a feed-forward's first matmuls."""
+    """Return the elements per token in the outputs of the first matmuls of a feed-forward."""
     return shape.intermediate * (2 if shape.gated else 1)
 
 
 def _reads_norm(site: SiteCount) -> bool:
-    """Return whether a site's input is the norm's output, not that of attention or the activation."""
+    """Return whether a site reads the output of the norm rather than that of attention or the activation."""
     return site.path.rpartition(".")[2] in (*INNER, "q_proj", "k_proj", "v_proj", "c_attn")

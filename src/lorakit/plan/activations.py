@@ -1,8 +1,8 @@
-"""Activation memory: what the forward saves for backward, derived block by block from what autograd saves.
+"""Activation memory: the tensors that the forward pass saves for backward, derived block by block.
 
-Three families are known exactly (the tests count their saved tensors with `torch.autograd.graph.saved_tensors_hooks`);
-any other architecture is estimated as the most similar of them, and the plan notes it. A frozen linear layer does not
-save its input; a factor A does. Tensors over the whole vocabulary are in `memory`.
+The values of three families are exact: the tests count saved tensors with `torch.autograd.graph.saved_tensors_hooks`.
+Any other architecture is estimated as the most similar family, which a note in the plan states. A frozen linear layer
+does not save its input; a factor A does. `memory` handles tensors over the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lorakit.targets.layer_types import EMBEDDING
 _FP32, _INDEX = 4, 8
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
-"""Sites of a block that read the same tensor, which is then saved once."""
+"""Sites of a block that read the same tensor, which is saved only once."""
 
 ATTENTION_OUTPUTS = ("o_proj", "attn.c_proj", "attention.output.dense")
 """Sites whose input the fused attention saves anyway."""
@@ -33,12 +33,13 @@ class Family:
     Attributes:
         name: Name in the plan.
         architectures: Transformers classes that compute this way, checked by the tests.
-        norm: Bytes that one of a block's two norms saves per token, for a width and bytes per element.
-        sublayers: Sublayer ("attention", "feed-forward") -> bytes that it saves for a job besides its norm, whatever is
-            adapted.
-        last_norm: Bytes that the norm before the head saves per token, for a width and bytes per element.
-        trained_norms: Additional bytes per token that the norms of a block save if their weights are trained.
-        is_fast: Whether `lorakit.speed.accelerate` has fused forwards for its sublayers.
+        norm: (width, bytes per element) -> bytes per token that one of a block's two norms saves.
+        sublayers: Sublayer ("attention", "feed-forward") -> function (shape, job) -> bytes that the sublayer saves,
+            without its norm and regardless of the adapter.
+        last_norm: (width, bytes per element) -> bytes per token that the norm before the head saves.
+        trained_norms: (width, bytes per element) -> additional bytes per token that the norms of a block save if their
+            weights are trained.
+        is_fast: Whether `lorakit.speed.accelerate` has fused forwards for the sublayers.
     """
 
     name: str
@@ -50,11 +51,11 @@ class Family:
     is_fast: bool
 
     def block(self, shape: ModelShape, job: Job) -> int:
-        """Return the bytes that one block saves, whatever is adapted in it.
+        """Return the bytes that one block saves regardless of the adapter.
 
         Args:
             shape: The model.
-            job: Batch, length, dtype.
+            job: The job; determines batch, length and dtype.
         """
         norms = 2 * job.batch_tokens * self.norm(shape.hidden, job.dtype_bytes)
         return norms + sum(kept(shape, job) for kept in self.sublayers.values())
@@ -68,12 +69,12 @@ class Activations:
         family: The family used for the estimate.
         is_known: Whether the architecture belongs to the family; if not, the values are an estimate.
         blocks: Bytes of all blocks.
-        largest_block: Bytes of the block that saves most.
+        largest_block: Bytes of the block that saves the most.
         outside: Bytes saved before the first and after the last block.
-        boundary: Bytes of the input of one block.
-        blocks_kept: Blocks that save anything: those from the first adapted one on.
-        transient: Bytes of gradients that exist at once during the backward of one block.
-        fused: Number of fused sublayers, of `of_blocks` in all.
+        boundary: Bytes of one block's input.
+        blocks_kept: Number of blocks that save anything: the first adapted block and all later ones.
+        transient: Bytes of gradients that exist at once during the backward pass of one block.
+        fused: Number of fused sublayers, out of `of_blocks`.
         of_blocks: Number of sublayers that save anything, or 0 if none can be fused.
     """
 
@@ -102,8 +103,9 @@ def _layer_norm(width: int, itemsize: int) -> int:
 def _attention(shape: ModelShape, job: Job) -> int:
     """Return the bytes that scaled dot-product attention saves on a CPU.
 
-    Fused kernel: q, k, v, the output, and a log-sum-exp in fp32. With attention dropout the math path: scaled q and k,
-    and v, all fp32; and three maps of rows × heads × T² in fp32: probabilities, dropout mask, and their product.
+    The fused kernel saves q, k, v, the output, and a log-sum-exp in fp32. With attention dropout, the math path saves
+    scaled q, scaled k, v, and three maps of rows × heads × T² (probabilities, dropout mask and their product), all in
+    fp32.
     """
     tokens, itemsize = job.batch_tokens, job.dtype_bytes
     if shape.dropouts.get("attention"):
@@ -113,7 +115,7 @@ def _attention(shape: ModelShape, job: Job) -> int:
 
 
 def _llama_attention(shape: ModelShape, job: Job) -> int:
-    """Return the bytes of attention and, in Qwen3, a norm per head; rotary embeddings save nothing per block."""
+    """Return the bytes of attention and, in Qwen3, of the norm per head; rotary embeddings save nothing per block."""
     normed = any(o.path.endswith("q_norm") for o in shape.others)
     per_token = _FP32 * (shape.query_width + shape.kv_width + shape.heads + shape.kv_heads) if normed else 0
     return job.batch_tokens * per_token + _attention(shape, job)
@@ -125,17 +127,17 @@ def _swiglu(shape: ModelShape, job: Job) -> int:
 
 
 def _dropping_attention(shape: ModelShape, job: Job) -> int:
-    """Return the bytes of attention and of the dropout mask after it."""
+    """Return the bytes of attention and of the dropout mask that follows."""
     return _attention(shape, job) + _noise(shape, job)
 
 
 def _tanh_gelu(shape: ModelShape, job: Job) -> int:
-    """Return the bytes of x, x/2, tanh and 1 + tanh, and of the dropout mask after it."""
+    """Return the bytes of x, x/2, tanh and 1 + tanh, and of the dropout mask that follows."""
     return 4 * job.batch_tokens * job.dtype_bytes * shape.intermediate + _noise(shape, job)
 
 
 def _gelu(shape: ModelShape, job: Job) -> int:
-    """Return the bytes of the input of one fused GELU, and of the dropout mask after it."""
+    """Return the bytes of the input of a fused GELU, and of the dropout mask that follows."""
     return job.batch_tokens * job.dtype_bytes * shape.intermediate + _noise(shape, job)
 
 
@@ -204,7 +206,7 @@ def fused_sublayers(shape: ModelShape, counted: Count, job: Job) -> frozenset[tu
     Args:
         shape: The base.
         counted: The adapter's sites.
-        job: Whether it is accelerated, and how the base is stored.
+        job: The job; determines acceleration and quantization.
     """
     if not (job.accelerated and packs(shape)):
         return frozenset()
@@ -212,14 +214,14 @@ def fused_sublayers(shape: ModelShape, counted: Count, job: Job) -> frozenset[tu
 
 
 def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: StoredBase | None = None) -> Activations:
-    """Return the activations of LoRA training on a frozen base. [docs/math.md (24)], accelerated [docs/math.md (29)]
+    """Return the activations of LoRA training on a frozen base. [docs/math.md (24)]; accelerated: [docs/math.md (29)]
 
     Args:
         shape: The base.
         counted: The adapter's sites.
-        dropout: `lora_dropout`: above 0 each site saves its own dropped-out input and the mask.
-        job: Batch, length, dtype.
-        base: How the base is quantized, or None.
+        dropout: `lora_dropout`; if above 0, each site saves its own dropped-out input and the mask.
+        job: The job; determines batch, length and dtype.
+        base: The quantized base, or None if the base is not quantized.
     """
     family, _ = family_of(shape)
     inner = _inner(shape, counted)
@@ -268,11 +270,11 @@ def _of_sublayers(
 
 
 def of_full(shape: ModelShape, job: Job) -> Activations:
-    """Return the activations of full fine-tuning: the input of every matmul, and the normalized activations.
+    """Return the activations of full fine-tuning, which also saves the inputs of matmuls and normalized activations.
 
     Args:
         shape: The model.
-        job: Batch, length, dtype.
+        job: The job; determines batch, length and dtype.
     """
     family, _ = family_of(shape)
     itemsize, tokens = job.dtype_bytes, job.batch_tokens
@@ -287,7 +289,7 @@ def of_full(shape: ModelShape, job: Job) -> Activations:
 
 
 def _inner(shape: ModelShape, counted: Count) -> tuple[str, ...]:
-    """Return the blocks that save anything: none below the first trained parameter."""
+    """Return the blocks that save anything: those from the first trained parameter on."""
     paths = [*(site.path for site in counted.sites), *counted.saved, *counted.rows]
     blocks = shape.blocks
     below = any(s.path in paths for s in shape.sites if s.kind == EMBEDDING)
@@ -301,10 +303,10 @@ def _inner(shape: ModelShape, counted: Count) -> tuple[str, ...]:
 def _of_sites(
     shape: ModelShape, sites: Sequence[SiteCount], dropout: float, job: Job
 ) -> Iterable[tuple[str | None, int]]:
-    """Yield (block, bytes): inputs of A, then for each site the activation between A and B, and casts of both.
+    """Yield (block, bytes) for the inputs of A, then for each site's activation between A and B and casts of A and B.
 
-    A factor A frozen by LoRA-FA needs no input, only the dropout mask. An expert's A sees the tokens routed to the
-    expert. A bare matrix is materialized as W₀ + s·B·A for one forward, and saved with its input.
+    A factor A frozen by LoRA-FA saves only the dropout mask, not its input. An expert's A sees the tokens routed to the
+    expert. A bare matrix is materialized as W₀ + s·B·A in each forward pass and saved, as is its input.
     """
     tokens, itemsize = job.batch_tokens, job.dtype_bytes
     dense = [site for site in sites if site.kind != EMBEDDING]
@@ -322,16 +324,16 @@ def _of_sites(
         if itemsize != _FP32:
             kept += itemsize * site.factors  # A and B are fp32; the matmul uses a copy in the base's dtype
         if site.magnitudes:
-            kept += 2 * itemsize * tokens * site.out_features  # y₀ − b and z, both multiplied by the magnitude scale
+            kept += 2 * itemsize * tokens * site.out_features  # y₀ − b and z, which DoRA multiplies by its scale
         yield block_of(site.path), kept
 
 
 def _of_base(
     shape: ModelShape, counted: Count, dropout: float, job: Job, base: StoredBase | None
 ) -> Iterable[tuple[str | None, int]]:
-    """Yield (block, bytes) that matmuls with a quantized base save: the dequantized weight, or their inputs.
+    """Yield (block, bytes) that the matmuls of a quantized base save: dequantized weights or inputs.
 
-    An input that a factor A saves anyway is the same tensor, unless A sees it after dropout.
+    An input that a factor A also saves is counted once, unless A sees it after dropout.
     """
     if base is None or base.storage.keeps == "nothing":
         return
@@ -348,7 +350,7 @@ def _of_base(
 
 
 def _dequantized(counted: Count, job: Job, base: StoredBase) -> int:
-    """Return the bytes of the largest weight while it is dequantized for its matmul; for DoRA's norm in fp32."""
+    """Return the bytes of the largest weight, dequantized for its matmul or, in fp32, for DoRA's norm."""
     if counted.magnitudes:
         return _FP32 * base.largest
     return 0 if base.storage.keeps == "weight" else job.dtype_bytes * base.largest
@@ -368,13 +370,16 @@ def _distinct_inputs(
 
 
 def _input_of(path: str) -> tuple[str, str]:
-    """Return a key for a site's input: its parent, and the first of the sites that share it; bare weights included."""
+    """Return a key for the input of a site or bare weight: its parent, and the first name that shares the input."""
     parent, _, name = path.removesuffix(".weight").rpartition(".")
     return parent, next((group[0] for group in SHARED_INPUTS if name in group), name)
 
 
 def _transient(shape: ModelShape, job: Job) -> int:
-    """Return the bytes of gradients: of the residual stream and its branch; of an inner matmul and its operands."""
+    """Return the bytes of the gradients of the residual stream and its branch, and of an inner matmul and its operands.
+
+    Attention dropout adds the gradients of two attention maps.
+    """
     gradients = job.dtype_bytes * job.batch_tokens * (2 * shape.hidden + 3 * shape.inner_width)
     if shape.dropouts.get("attention"):
         gradients += 2 * _FP32 * job.batch_rows * shape.heads * job.length_tokens**2

@@ -1,7 +1,7 @@
 """Memory budgets: parse sizes, and find the cheapest recomputation that fits.
 
-Recomputation is chosen in the order of its cost; batch, length and everything that changes the result stay fixed. This
-module knows nothing about machines.
+Recomputations are tried from the cheapest to the most expensive; batch, length and everything that changes the result
+stay fixed. This module does not depend on the machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)}
 """Unit in lower case -> bytes."""
 
 SIZE_FORM = "write a number and a unit, such as 4GiB or 800MB"
-"""Notation of a size, for messages."""
+"""Hint about the notation of a size, for messages."""
 
 
 def bytes_of(text: str) -> int:
@@ -30,7 +30,7 @@ def bytes_of(text: str) -> int:
         text: The number and its unit, in any case.
 
     Raises:
-        ConfigError: The text is not a size above 0.
+        ConfigError: `text` is not a size above 0.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     size = UNITS.get(found[2].lower()) if found else None
@@ -44,13 +44,13 @@ def within(plan: Plan, budget_bytes: int) -> tuple[Plan, str]:
 
     Args:
         plan: The plan of a job with any recomputation.
-        budget_bytes: Limit of a step, weights included.
+        budget_bytes: Memory limit of a step, including weights.
 
     Returns:
-        The plan of the same job with that recomputation, and a message with the choice and its reason.
+        The plan of the same job with that recomputation, and a message with the choice and the reason for it.
 
     Raises:
-        ConfigError: Nothing fits; the message says what would.
+        ConfigError: No recomputation fits; the message suggests changes.
     """
     tried: list[tuple[str, int]] = []
     for recompute in RECOMPUTED:
@@ -58,7 +58,7 @@ def within(plan: Plan, budget_bytes: int) -> tuple[Plan, str]:
         peak = made.lora.memory.peak_bytes
         if peak <= budget_bytes:
             without = "".join(f"; --recompute {other} needs {format_bytes(size)}" for other, size in reversed(tried))
-            reason = f"--recompute {recompute} is the cheapest that fits, {format_bytes(peak)}{without}"
+            reason = f"--recompute {recompute} is the cheapest that fits ({format_bytes(peak)}){without}"
             return made, f"memory budget {format_bytes(budget_bytes)}: {reason}"
         tried.append((recompute, peak))
     recompute, least = min(tried, key=lambda pair: pair[1])
@@ -77,7 +77,7 @@ def _with(plan: Plan, recompute: str, batch_rows: int | None = None) -> Plan:
 
 
 def _what_would(plan: Plan, budget: int) -> str:
-    """Return the largest batch that would fit, or that none does."""
+    """Return advice for the message: a smaller batch that fits or, if none does, other changes."""
     rows, most = plan.job.batch_rows, RECOMPUTED[-1]
     while rows > 1:
         rows //= 2
@@ -85,7 +85,7 @@ def _what_would(plan: Plan, budget: int) -> str:
         if peak <= budget:
             return (
                 f"A batch of {rows} would fit with --recompute {most} ({format_bytes(peak)}); raise "
-                "--gradient-accumulation-steps to keep the result."
+                "--gradient-accumulation-steps to keep the effective batch size."
             )
     needs = _with(plan, batch_rows=1, recompute=most).lora.memory
     return (

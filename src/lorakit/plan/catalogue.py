@@ -1,8 +1,8 @@
-"""Catalogue of published models: sizes, exact parameter counts, and their sources.
+"""Catalog of published models: sizes, exact parameter counts, and their sources.
 
-Sizes are from each model's config.json; counts are of its weights by distinct storage (tied weights once). The tests
-build every entry with transformers on the meta device and compare counts and sites. This module knows nothing about
-cost, adapters or files.
+Sizes are from each model's config.json; parameters are counted by distinct storage (tied weights once). The tests build
+every entry with transformers on the meta device and compare counts and sites. This module does not handle cost,
+adapters or files.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class Entry:
     """A published model.
 
     Attributes:
-        names: Accepted names; the first is printed. Case does not matter.
-        family: The function of `lorakit.architectures.shapes` that builds its shape.
+        names: Accepted names, in any case; the first is the display name.
+        family: Function in `lorakit.architectures.shapes` that builds the shape.
         parameters: Exact count by distinct storage.
-        sizes: Sizes in its config.json.
-        paper: Publication of the sizes, besides the config.json of the first hub id.
+        sizes: Sizes in the model's config.json.
+        paper: Publication of the sizes, in addition to the config.json of the first Hub id.
         dtype: Published dtype of the weights.
     """
 
@@ -52,7 +52,7 @@ _CODE_VOCAB, _QWEN_BIG = 151_936, 152_064
 
 
 def _ids(owner: str, *names: str) -> tuple[str, ...]:
-    """Return each name and its hub id: ("x",) of "o" -> ("x", "o/x")."""
+    """Return each name followed by its Hub id: the name "x" of the owner "o" gives ("x", "o/x")."""
     return tuple(form for name in names for form in (name, f"{owner}/{name}"))
 
 
@@ -117,12 +117,12 @@ _ENTRIES: tuple[Entry, ...] = (
 
 
 def names() -> list[str]:
-    """Return the first name of every entry, in the order of the catalogue."""
+    """Return the first name of every entry, in the order of the catalog."""
     return [entry.names[0] for entry in _ENTRIES]
 
 
 def aliases() -> list[str]:
-    """Return every name and hub id that `published` accepts."""
+    """Return every name and Hub id that `published` accepts."""
     return [name for entry in _ENTRIES for name in entry.names]
 
 
@@ -130,10 +130,10 @@ def published(name: str) -> ModelShape | None:
     """Return the shape of a published model.
 
     Args:
-        name: A common name or a hub id, such as "gpt2" or "meta-llama/Llama-3.2-1B"; case does not matter.
+        name: A common name or a Hub id, such as "gpt2" or "meta-llama/Llama-3.2-1B", in any case.
 
     Returns:
-        Its shape, or None if it is not in the catalogue.
+        The model's shape, or None if the model is not in the catalog.
     """
     wanted = name.casefold()
     for entry in _ENTRIES:

@@ -1,7 +1,7 @@
-"""`estimate`: plan a run from a model's shape, a config, a job and, optionally, a speed.
+"""Plan a run from a model's shape, a config, a job and, optionally, a speed.
 
-Combines counts, bytes, FLOPs, time and files, each computed in its own module. Knows nothing about how a plan is
-printed, where a shape comes from, or how a speed is measured.
+`estimate` combines parameter counts, memory, FLOPs and time, which other modules compute, with file sizes. This module
+does not print plans, build shapes or measure speed.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class FileSize:
     """Size of one file.
 
     Attributes:
-        what: Its name.
-        formula: How the size is computed.
-        size_bytes: The size.
+        what: Description of the file.
+        formula: How the size is computed, with values.
+        size_bytes: Size in bytes.
     """
 
     what: str
@@ -45,7 +45,8 @@ def sizes(shape: ModelShape, counted: Count) -> list[FileSize]:
         counted: The adapter.
 
     Returns:
-        Adapter; adapter with Adam's two moments; model; checkpoint of full fine-tuning in fp32 with two moments.
+        Sizes of the adapter, the adapter with Adam's two moments, the model, and a checkpoint of full fine-tuning (fp32
+            with two moments).
     """
     trained, held, base = counted.trainable, counted.saved_parameters, shape.parameters
     whole = f"3 × 4 × {trained:,}" if held == trained else f"4 × {held:,} + 2 × 4 × {trained:,}"
@@ -82,12 +83,12 @@ class Method:
 
     @property
     def step_seconds(self) -> float | None:
-        """Return the expected duration of an optimizer step, or None if no speed is known."""
+        """Return the expected duration of an optimizer step in seconds, or None if no speed is known."""
         return None if self.tokens_per_second is None else self.job.step_tokens / self.tokens_per_second
 
     @property
     def run_seconds(self) -> float | None:
-        """Return the expected duration of the run, or None if speed or steps are unknown."""
+        """Return the expected duration of the run in seconds, or None if speed or steps are unknown."""
         step = self.step_seconds
         return None if step is None or self.job.steps is None else step * self.job.steps
 
@@ -108,9 +109,9 @@ class Plan:
         job: The job.
         speed: The machine's speed, or None.
         counted: Trainable parameters.
-        reasons: Where the count comes from, as messages.
+        reasons: Messages that explain the counts.
         lora: Cost of the run.
-        full: Cost of full fine-tuning of the same model on the same job.
+        full: Cost of full fine-tuning of the same model in the same job.
         files: Sizes on disk.
         ranks: The rank table, or None if no ranks were given.
         notes: Further remarks for the user.
@@ -129,7 +130,7 @@ class Plan:
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the whole plan as JSON values: the same content as the text."""
+        """Return the whole plan as JSON values, with the same content as the text."""
         shape, counted = self.shape, self.counted
         return {
             "model": {name: getattr(shape, name) for name in _MODEL_FIELDS},
@@ -164,15 +165,15 @@ def estimate(
     ranks: Sequence[int] = (),
     allow_partial: bool = False,
 ) -> Plan:
-    """Estimate parameters, memory, FLOPs and time of training an adapter; loads no weights and measures nothing.
+    """Estimate parameters, memory, FLOPs and time of training an adapter, without loading weights or measuring.
 
     Args:
         shape: The base: `catalogue.published(name)`, or `lorakit.hub.shape_of(model)`.
         config: The adapter; `target_modules` must be set.
-        job: Batch, length, steps, dtype; 4 rows of 256 tokens by default.
+        job: The job; by default, batches of 4 rows of 256 tokens.
         speed: Speed of the machine; without one the plan has no times.
         ranks: Columns of the rank table; none by default.
-        allow_partial: Targets that match nothing become notes instead of an error.
+        allow_partial: Whether targets that match nothing become notes instead of an error.
 
     Returns:
         The plan.
@@ -182,7 +183,7 @@ def estimate(
         ConfigError: The config has no targets, or an invalid pattern.
     """
     job = job or Job()
-    job = job if activations.packs(shape) else dataclasses.replace(job, mean_tokens=None)  # padding is then computed
+    job = job if activations.packs(shape) else dataclasses.replace(job, mean_tokens=None)  # unpacked: padding counts
     shape = replicated(shape, config.layer_replication)
     config = dataclasses.replace(config, layer_replication=None)
     counted = params.count(shape, config, allow_partial=allow_partial, optimizer=job.optimizer)
@@ -208,7 +209,7 @@ def estimate(
 
 
 def _token_seconds(shape: ModelShape, counted: Count, costs: Flops, job: Job, speed: Speed | None) -> float | None:
-    """Return the seconds per token if every sublayer is fused and the speed has the data for it, else None."""
+    """Return the seconds per token if every sublayer is fused and the speed has the required data, else None."""
     fused = activations.fused_sublayers(shape, counted, job)
     if speed is None or not 0 < 2 * len(shape.blocks) == len(fused):
         return None
@@ -218,7 +219,7 @@ def _token_seconds(shape: ModelShape, counted: Count, costs: Flops, job: Job, sp
 def _rates(speed: Speed | None, lora: Flops, full: Flops, seconds: float | None) -> tuple[float | None, float | None]:
     """Return the tokens per second of LoRA and of full fine-tuning, which is never accelerated.
 
-    A given rate is LoRA's; that of full fine-tuning is scaled by FLOPs.
+    A given rate in tokens per second is LoRA's; the rate of full fine-tuning is scaled from it by FLOPs.
     """
     if speed is None:
         return None, None
@@ -234,27 +235,27 @@ def _notes(
         yield f"{shape.name} supports at most {shape.positions:,} tokens; the job has {job.length_tokens:,}."
     if job.quantization is not None:
         yield (
-            f"{job.quantization}: every matmul dequantizes its weight first, which the times do not include; full "
-            "fine-tuning is that of the unquantized base."
+            f"{job.quantization}: every matmul dequantizes its weight first, which the times do not include; the "
+            "estimates of full fine-tuning are for the unquantized base."
         )
     if speed is None:
         yield ("No time estimate; pass --tokens-per-second of an earlier run, or --calibrate to measure this machine.")
     elif token_seconds is not None:
         yield (
             f"Times assume {format_percent(flops.MATMUL_UTILIZATION, 0)} of the measured matmul speed, plus the time "
-            "of norms, activations and softmax; the first steps of the run are more accurate."
+            "of norms, activations and softmax; the first steps of the run give a more accurate estimate."
         )
     elif speed.tokens_per_second is None:
         yield (
             f"Times assume {format_percent(speed.utilisation, 0)} of the measured matmul speed, which small models "
-            "reach on a CPU; the first steps of the run are more accurate."
+            "reach on a CPU; the first steps of the run give a more accurate estimate."
         )
     if shape.fused or any(site.experts > 1 for site in counted.sites):
         through = f"{shape.experts_per_token} experts" if shape.experts_per_token else "all experts"
         yield (
-            f"Memory and time of experts: each token is assumed to pass {through} per layer, with A and B next to "
-            "them, as in transformers' own; a module that does not expose its tokens copies the whole weight in each "
-            "forward."
+            f"Memory and time of experts assume that each token passes {through} per layer and that A and B run "
+            "alongside, as with transformers' own modules; a module that does not expose its tokens copies the whole "
+            "weight in each forward pass."
         )
 
 
@@ -276,14 +277,14 @@ _MANY_GROUPS = 8
 
 
 def reasons(counted: Count, config: LoraConfig) -> list[str]:
-    """Return why each target matched what it did, and how the total is formed.
+    """Explain which modules each target matches and how the total is computed.
 
     Args:
         counted: The counts.
         config: The config that was counted.
 
     Returns:
-        Messages, each self-contained.
+        Self-contained messages.
     """
     by_entry: dict[str, list[Group]] = {}
     for group in counted.groups():
@@ -293,14 +294,14 @@ def reasons(counted: Count, config: LoraConfig) -> list[str]:
     idle = dropout + (', and bias "none" adds none.' if config.bias == "none" else ".")
     messages += [_sum(counted), idle, *config.notes_on_own_numbers(counted.own_numbers)]
     if counted.frozen:
-        messages.append(f"LoRA-FA freezes one factor of each site: {counted.frozen:,} parameters, not included.")
+        messages.append(f"One factor of each site is frozen: {counted.frozen:,} parameters, not included.")
     for path, count in counted.saved.items():
         messages.append(f"{path} is a saved module with {count:,} parameters.")
     for path, count in counted.rows.items():
         messages.append(f"{path} has trainable token rows with {count:,} parameters.")
     if config.bias != "none":
         messages.append(f"bias={config.bias!r} trains {counted.biases:,} biases of the base.")
-    # `_entry` already reports which modules a name matches, with counts
+    # `_entry` already reports the modules that a name matches, with counts
     messages += [note.text for note in counted.notes if note.kind != SEVERAL_MODULES]
     messages += [unmatched.text for unmatched in counted.missing]
     return messages

@@ -1,11 +1,11 @@
 """FLOPs and time per token, forward and backward, for LoRA and for full fine-tuning.
 
-One multiply-add counts as two FLOPs. Matmuls and attention are counted; norms, softmax and activations are not: they
-take time, but hardly any FLOPs.
+One multiply-add counts as two FLOPs. Matmuls and attention are counted; norms, softmax and activations are not, because
+they take time but hardly any FLOPs.
 
-Time of an accelerated step: matmuls run at nearly the measured matmul rate; norms, activations, rotary embeddings and
-the softmaxes of attention and loss take a time per element that they read or write, which does not shrink where matmuls
-are fast. This module knows nothing about machines: rate and threads are given.
+In an accelerated step, matmuls run at nearly the measured matmul rate. Norms, activations, rotary embeddings and the
+softmaxes of attention and loss take a fixed time per element read or written, which faster matmuls do not reduce. This
+module does not measure machines; the matmul rate and the number of threads are inputs.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Flops:
     """FLOPs per token of one training method.
 
     Attributes:
-        forward: FLOPs of the forward.
-        backward: FLOPs of the backward.
-        recomputed: FLOPs of recomputing blocks, or parts of them, in the backward; 0 without.
+        forward: FLOPs of the forward pass.
+        backward: FLOPs of the backward pass, without recomputation.
+        recomputed: FLOPs of recomputing blocks, or parts of blocks, in the backward pass.
     """
 
     forward: float
@@ -40,10 +40,9 @@ class Flops:
 
 
 def matmuls(shape: ModelShape) -> int:
-    """Return the FLOPs per token of one pass through every dense matmul of the base, including the head. [docs/math.md
-    (30)]
+    """Return the FLOPs per token of the base's dense matmuls in a forward pass, with the head. [docs/math.md (30)]
 
-    2 × out × in for each Linear and Conv1D, and for each expert that a token passes; an embedding lookup is free.
+    Each Linear and Conv1D, and each expert that a token passes, adds 2 × out × in; an embedding lookup is free.
 
     Args:
         shape: The model.
@@ -53,7 +52,7 @@ def matmuls(shape: ModelShape) -> int:
 
 
 def attention(shape: ModelShape, length_tokens: int) -> float:
-    """Return the FLOPs per token of the matmuls within attention, forward. [docs/math.md (31)]
+    """Return the FLOPs per token of the matmuls within attention in a forward pass. [docs/math.md (31)]
 
     Each query attends to T̄ keys and values: 4 × blocks × heads × head_dim × T̄, with T̄ = (T + 1) / 2 in a causal
     model (the mean over positions, which is what sdpa computes) and T otherwise.
@@ -69,15 +68,15 @@ def attention(shape: ModelShape, length_tokens: int) -> float:
 def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
     """Return the FLOPs per token of LoRA training. [docs/math.md (32)]
 
-    Frozen weights need no gradient, so the backward of a matmul is one matmul (dX), not two. The factors add 2r(in +
-    out) forward and twice that backward, per expert that a token passes, and n token rows of a head add 2n·in
-    likewise. For a bare matrix, B·A is added to it once per batch, and its gradient is computed. Slightly high: below
-    the first adapted site there is no dX.
+    Frozen weights need no gradient, so the backward pass of a matmul is one matmul (dX), not two. The factors add 2r(in
+    + out) forward and twice that backward, per expert that a token passes; n token rows of a head add 2n·in in the same
+    way. For a bare matrix, B·A is added to it once per batch, and its gradient is computed. The result is slightly too
+    high, because no dX is computed below the first adapted site.
 
     Args:
         shape: The base.
         counted: The adapter.
-        job: Length of rows, checkpointing.
+        job: The job; determines row length and checkpointing.
     """
     bare = [site for site in counted.sites if site.is_bare_matrix]
     parallel = [(site, shape.passed(site.experts)) for site in counted.sites if not site.is_bare_matrix]
@@ -90,10 +89,8 @@ def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
     base, within = matmuls(shape), attention(shape, job.length_tokens)
     copied = sum(2 * count for count in counted.saved.values())  # dW of saved modules
     copied += sum(2 * site.out_features * site.in_features for site in bare)
-    frozen = sum(
-        2 * s.frozen * n / s.experts for s, n in parallel
-    )  # the gradient of frozen factors, which is not computed
-    per_batch = norms / job.batch_tokens  # DoRA's norm of W + ΔW is computed once per forward
+    frozen = sum(2 * s.frozen * n / s.experts for s, n in parallel)  # frozen factors get no gradient
+    per_batch = norms / job.batch_tokens  # DoRA's norm of W + ΔW is computed once per forward pass
     forward = base + within + added + per_batch + dense
     backward = base + 2 * within + 2 * added - frozen + copied + 2 * dense
     again = _recomputation(shape, forward, job)
@@ -102,18 +99,18 @@ def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
 
 
 def full(shape: ModelShape, job: Job) -> Flops:
-    """Return the FLOPs per token of full fine-tuning: dX and dW, twice the forward. [docs/math.md (33)]
+    """Return the FLOPs per token of full fine-tuning: dX and dW cost twice the forward pass. [docs/math.md (33)]
 
     Args:
         shape: The model.
-        job: Length of rows, checkpointing.
+        job: The job; determines row length and checkpointing.
     """
     forward = matmuls(shape) + attention(shape, job.length_tokens)
     return Flops(forward, 2 * forward, _recomputation(shape, forward, job))
 
 
 def _recomputation(shape: ModelShape, forward: float, job: Job) -> float:
-    """Return the FLOPs that checkpointing computes twice: the blocks, not the head."""
+    """Return the FLOPs that checkpointing recomputes: those of the blocks, not of the head."""
     if not job.gradient_checkpointing:
         return 0.0
     heads = sum(2 * s.weight_parameters for s in shape.sites if s.kind != EMBEDDING and not s.dense)
@@ -121,29 +118,29 @@ def _recomputation(shape: ModelShape, forward: float, job: Job) -> float:
 
 
 MATMUL_UTILIZATION = 0.88
-"""Fraction of the calibrated rate that the matmuls of a whole step reach: "GEMM baseline" of
+"""Fraction of the calibrated rate that the matmuls of a whole step reach, from the row "GEMM baseline" of
 `benchmarks/bench_step.py`.
 """
 
 SECONDS_PER_ELEMENT = 0.9e-9
-"""Seconds of one thread per element read or written outside matmuls, including Python and allocation.
+"""Thread seconds per element read or written outside matmuls, including Python and allocation.
 
 From the row "lorakit" of `benchmarks/bench_step.py` (SmolLM2-135M, bf16, 4 × 256 tokens, 2 threads of a CPU without
 matrix units, dropout 0.05) minus the matmuls.
 """
 
 LOGITS = 6
-"""Reads and writes per element of the logits: by the matmul, on the way to fp32 and back, by softmax."""
+"""Reads and writes per element of the logits: by the matmul, the casts to fp32 and back, and softmax."""
 
 
 def elements(shape: ModelShape, job: Job) -> float:
     """Return the elements per token that an accelerated step reads or writes outside matmuls. [docs/math.md (37)]
 
-    Slightly high for a model without rotary embeddings, and if not every token has a loss.
+    The result is slightly too high for a model without rotary embeddings, and if not every token has a loss.
 
     Args:
         shape: The model.
-        job: Length of rows, checkpointing.
+        job: The job; determines row length and checkpointing.
     """
     seen = (job.length_tokens + 1) / 2 if shape.causal else float(job.length_tokens)
     scores, keys = shape.heads * seen, shape.query_width + shape.kv_width
@@ -159,7 +156,7 @@ def token_seconds(shape: ModelShape, costs: Flops, job: Job, speed: Speed) -> fl
     Args:
         shape: The model.
         costs: FLOPs per token.
-        job: Length of rows, checkpointing.
+        job: The job; determines row length and checkpointing.
         speed: Speed of the machine; its matmul rate and threads are used.
     """
     if speed.flops_per_second is None or speed.threads is None or speed.tokens_per_second is not None:

@@ -1,6 +1,6 @@
-"""Inputs of a plan besides model and adapter: the training job, and the speed of a machine.
+"""Inputs of a plan besides model and adapter: the training job and the speed of a machine.
 
-Knows nothing about models, and measures nothing.
+This module does not depend on models and does not measure anything.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 """Bytes per element by dtype."""
 
 MASTER_BYTES = 4
-"""Bytes of a trained parameter: adapters are held and saved in fp32."""
+"""Bytes of a trained parameter: adapters are stored in fp32, in memory and on disk."""
 
 DTYPE_NAMES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
-"""Short names of the dtypes."""
+"""Short name of a dtype -> full name."""
 
 OPTIMIZERS = ("adamw", "lorafa")
 """AdamW over all trained parameters; LoRA-FA freezes the factor not initialized to zero, and uses AdamW for the rest.
 """
 
 RECOMPUTED = ("none", "feed-forward", "layers")
-"""Choices of recomputation in the backward, by cost: nothing but elementwise results; in each
-fused feed-forward also the outputs of its first matmuls; in each layer everything but its input."""
+"""Choices of recomputation in the backward pass, cheapest first: only elementwise results; also the outputs of the
+first matmuls in each fused feed-forward; everything except the input of each layer."""
 
 UTILIZATION = 0.4
 """Fraction of the measured matmul speed that a training step of an unmodified transformers model reaches on a CPU.
 
 Measured over one step of SmolLM2-135M's geometry: 0.45 where bf16 matmuls are slow (AVX-512), 0.27 where they are fast
-(AMX), since norms, softmax, activations and the allocator take their time as well.
+(AMX), since norms, softmax, activations and the allocator take time as well.
 """
 
 
@@ -40,19 +40,20 @@ class Job:
     """A training job.
 
     Attributes:
-        batch_rows: Rows of a batch.
-        length_tokens: Tokens of a row.
+        batch_rows: Rows per batch.
+        length_tokens: Tokens per row.
         accumulation: Batches per optimizer step.
         steps: Optimizer steps, or None if unknown.
         dtype: Dtype of the base and of the computation.
-        optimizer: "adamw" or "lorafa": two fp32 moments per trained parameter; lorafa trains one factor of two.
-        recompute: What the backward recomputes, one of `RECOMPUTED`.
+        optimizer: "adamw" or "lorafa"; both keep two fp32 moments per trained parameter, but lorafa trains only one of
+            the two factors.
+        recompute: What the backward pass recomputes, one of `RECOMPUTED`.
         quantization: A name of `plan.quantized.STORAGES`, or None for a base in `dtype`.
         double_quantization: Whether to quantize the scales too, if that storage supports it.
         accelerated: Whether layers run the fused forwards of `lorakit.speed.accelerate` and the loss without logits, as
-            `lorakit train` does by default; else transformers' own.
-        mean_tokens: Mean tokens of a row without padding, or None if unknown. Accelerated rows are packed, so padding
-            takes no time; otherwise padded tokens count as any other.
+            `lorakit train` does by default, instead of transformers' own forwards.
+        mean_tokens: Mean tokens per row without padding, or None if unknown. Accelerated rows are packed, so padding
+            takes no time; otherwise padded tokens count like any other.
 
     Raises:
         ConfigError: A value is below 1, mean_tokens is above length_tokens, or dtype, optimizer, recompute or
@@ -76,7 +77,7 @@ class Job:
         for name in ("batch_rows", "length_tokens", "accumulation", "steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError.of(name, value, "a whole number of at least 1")
+                raise ConfigError.of(name, value, "an integer >= 1")
         if self.mean_tokens is not None and not 0 < self.mean_tokens <= self.length_tokens:
             raise ConfigError.of(
                 "mean_tokens", self.mean_tokens, f"above 0, at most {self.length_tokens} (length_tokens)"
@@ -90,17 +91,17 @@ class Job:
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Return whether only the input of each layer is saved and the rest is recomputed in the backward."""
+        """Return whether only the input of each layer is saved, so that the backward pass recomputes the rest."""
         return self.recompute == "layers"
 
     @property
     def batch_tokens(self) -> int:
-        """Return the tokens of one batch, which are in memory at once."""
+        """Return the number of tokens in a batch, which is in memory as a whole."""
         return self.batch_rows * self.length_tokens
 
     @property
     def step_tokens(self) -> int:
-        """Return the tokens of one optimizer step, including padding if it is computed. [docs/math.md (36)]"""
+        """Return the number of tokens in an optimizer step, including padding if it is computed. [docs/math.md (36)]"""
         each = self.mean_tokens if self.accelerated and self.mean_tokens is not None else self.length_tokens
         return round(self.batch_rows * each) * self.accumulation
 
@@ -116,14 +117,14 @@ class Speed:
 
     Attributes:
         flops_per_second: Matmul FLOPs per second in the job's dtype, one multiply-add counted as two.
-        tokens_per_second: Tokens per second of training steps, as a run prints it.
+        tokens_per_second: Tokens per second of training steps, as printed by a run.
         source: Where the rate comes from.
         utilisation: Fraction of `flops_per_second` that a step of transformers' own forwards reaches.
-        threads: CPU threads of the `flops_per_second` measurement, or None for another device or if unknown. With
-            threads, the time of an accelerated step is computed by `flops.token_seconds`.
+        threads: CPU threads of the `flops_per_second` measurement, or None for another device or if unknown.
+            `flops.token_seconds` needs it to compute the time of an accelerated step.
 
     Raises:
-        ConfigError: There is no rate, or a value is not above 0.
+        ConfigError: No rate is given, or a value is not positive.
     """
 
     flops_per_second: float | None = None
@@ -152,38 +153,38 @@ class Speed:
 
 
 def recomputed(recompute: str, gradient_checkpointing: bool, memory_budget: str | None, accelerated: bool) -> str:
-    """Return what the backward recomputes, from the settings that determine it.
+    """Return what the backward pass recomputes according to the settings that determine it.
 
     Args:
         recompute: One of `RECOMPUTED`.
-        gradient_checkpointing: The same as "layers".
-        memory_budget: Limit of a step; it chooses automatically.
+        gradient_checkpointing: Whether to recompute layers, which is the same as `recompute` "layers".
+        memory_budget: Memory limit of a step, or None; a limit makes `budget.within` choose what is recomputed.
         accelerated: Whether layers run the fused forwards of `lorakit.speed.accelerate`.
 
     Returns:
         One of `RECOMPUTED`.
 
     Raises:
-        ConfigError: Two settings exclude each other.
+        ConfigError: Two settings are incompatible.
     """
     if gradient_checkpointing and recompute == "feed-forward":
         raise ConfigError(
-            "gradient_checkpointing and recompute feed-forward exclude each other: the first is recompute layers. "
-            "Remove one.",
+            "gradient_checkpointing and recompute feed-forward are mutually exclusive: the first means recompute "
+            "layers. Remove one.",
             what=recompute,
             field="recompute",
         )
     chosen = "layers" if gradient_checkpointing else recompute
     if memory_budget is not None and chosen != "none":
         raise ConfigError(
-            f"memory_budget and recompute {chosen} exclude each other: the budget chooses what is recomputed. "
+            f"memory_budget and recompute {chosen} are mutually exclusive: the budget chooses what is recomputed. "
             "Remove one.",
             what=chosen,
             field="memory_budget",
         )
     if chosen == "feed-forward" and not accelerated:
         raise ConfigError(
-            "recompute feed-forward needs accelerated forwards; a model's own can only recompute whole layers. "
+            "recompute feed-forward needs accelerated forwards; a model's own forwards recompute only whole layers. "
             "Use recompute layers, or remove --no-accelerate.",
             what=chosen,
             field="recompute",
@@ -196,10 +197,10 @@ def dtype_name(word: str) -> str:
     """Return the full name of a dtype.
 
     Args:
-        word: For example "bf16" or "bfloat16".
+        word: A name such as "bf16" or "bfloat16".
 
     Returns:
-        For example "bfloat16".
+        The full name, such as "bfloat16".
 
     Raises:
         ConfigError: The dtype is unknown.

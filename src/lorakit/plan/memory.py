@@ -1,8 +1,8 @@
-"""Memory of a training step by cause, each with its formula, and the moment of the peak.
+"""Estimate the memory of a training step by cause, with formulas, and the moment of the peak.
 
-The estimate covers what the program holds: tensors, exact to the byte if the formula is exact. An allocator may hold
-more: as the command line configures glibc, every freed block, and gaps that no later block fits (`ALLOCATOR_NOTE`).
-This module knows nothing about time or files.
+The estimate covers the tensors that the program holds, exact to the byte if the formula is exact. The allocator may
+hold more: glibc, as the command line configures it, keeps freed blocks and gaps that no later block fits
+(`ALLOCATOR_NOTE`). This module does not handle time or files.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from lorakit.targets.layer_types import EMBEDDING
 
 RUNTIME_BYTES = 50_000_000
 """Resident memory that the first training step adds besides tensors, on Linux with torch 2.13 for CPU: pages of library
-code run for the first time (15 to 19 MB), kernels and scratch space of oneDNN, and thread heaps.
+code that runs for the first time (15 to 19 MB), kernels and scratch space of oneDNN, and thread heaps.
 """
 
 LOSS_COPIES = 3
-"""Tensors of tokens × vocabulary in fp32 that exist at once when the backward begins: the log-probabilities saved by
-cross entropy, the gradient that reaches them, and the gradient that leaves log-softmax.
+"""Number of fp32 tensors of tokens × vocabulary that exist at once when the backward pass begins: the
+log-probabilities saved by cross entropy, their gradient, and the gradient of the input of log-softmax.
 """
 
 ALLOCATOR_NOTE = (
-    "Memory counts tensors. `lorakit train` lets malloc keep freed blocks, so a process often holds 10% more, "
-    "and more than that with rows of many lengths. LORAKIT_ALLOCATOR=stock and MALLOC_MMAP_THRESHOLD_=131072 in the "
-    "environment return each large tensor to the OS at once, at some cost in speed."
+    "Memory estimates count only tensors. `lorakit train` lets malloc keep freed blocks, so a process often holds 10% "
+    "more, or even more if row lengths vary. Set LORAKIT_ALLOCATOR=stock and MALLOC_MMAP_THRESHOLD_=131072 in the "
+    "environment to return each large tensor to the OS immediately, at some cost in speed."
 )
 
 
 @dataclass(frozen=True)
 class Line:
-    """Bytes of one cause.
+    """Memory of one cause.
 
     Attributes:
         cause: weights, adapter, optimizer, gradients, activations, logits or runtime.
         formula: How the bytes are computed, with values.
         equation: Number of the formula in docs/math.md.
-        size_bytes: Largest size during a step.
-        at_peak_bytes: Size at the moment of the peak.
+        size_bytes: Largest size during a step, in bytes.
+        at_peak_bytes: Size at the moment of the peak, in bytes.
     """
 
     cause: str
@@ -58,8 +58,8 @@ class Memory:
     """Memory of a step.
 
     Attributes:
-        lines: One per cause.
-        peak_bytes: The largest sum over the moments of a step.
+        lines: One line per cause.
+        peak_bytes: Largest sum of all causes at any moment of a step.
         peak_moment: The moment of the peak.
         notes: Assumptions of the estimate.
     """
@@ -73,13 +73,13 @@ class Memory:
         """Return the largest size of a cause, in bytes.
 
         Args:
-            cause: As in `Line.cause`.
+            cause: A cause, as in `Line.cause`.
         """
         return sum(line.size_bytes for line in self.lines if line.cause == cause)
 
     @property
     def above_weights_bytes(self) -> int:
-        """Return the peak without base and adapter weights: how much a process grows after loading all weights."""
+        """Return the peak without base and adapter weights: the growth of a process after loading all weights."""
         return self.peak_bytes - self.bytes_of("weights") - self.bytes_of("adapter")
 
 
@@ -94,11 +94,11 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memo
         shape: The base.
         counted: The adapter.
         dropout: `lora_dropout`.
-        job: Batch, length, dtype, accumulation, checkpointing, and whether it is accelerated.
+        job: The job; determines batch, length, dtype, accumulation, checkpointing and acceleration.
     """
     itemsize, factors = job.dtype_bytes, counted.factors + counted.own_numbers + counted.row_parameters
-    trained = factors - counted.frozen  # LoRA-FA's frozen factors have neither gradient nor moments
-    plain = counted.copied + counted.biases  # copies and biases have the base's dtype
+    trained = factors - counted.frozen  # frozen factors have neither gradients nor moments
+    plain = counted.copied + counted.biases  # saved modules and biases have the base's dtype
     added = f" + {itemsize} × {plain:,}" if plain else ""
     base = stored(shape, job.quantization, itemsize, job.double_quantization) if job.quantization else None
     kept = activations.of_lora(shape, counted, dropout, job, base)
@@ -122,14 +122,14 @@ def _weights(shape: ModelShape, itemsize: int, base: StoredBase | None) -> Line:
 
 
 def of_full(shape: ModelShape, job: Job) -> Memory:
-    """Return the memory of full fine-tuning of the same model: 16 bytes per parameter, and its activations.
+    """Return the memory of full fine-tuning of the same model: 16 bytes per parameter, and activations.
 
-    fp32: weight, gradient, two moments of 4 bytes. bf16 or fp16: weight and gradient of 2 bytes, and an fp32 master
-    copy and two moments, as in mixed precision.
+    In fp32, weight, gradient and two moments take 4 bytes each. In bf16 or fp16, weight and gradient take 2 bytes each,
+    and the fp32 master copy and two moments of mixed-precision training 4 bytes each.
 
     Args:
         shape: The model.
-        job: Batch, length, dtype, accumulation, checkpointing.
+        job: The job; determines batch, length, dtype, accumulation and checkpointing.
 
     Source:
         Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1.
@@ -148,22 +148,21 @@ def of_full(shape: ModelShape, job: Job) -> Memory:
 
 
 def logits_bytes(shape: ModelShape, job: Job) -> int:
-    """Return the bytes over the vocabulary at the start of the backward: 3 × 4 × tokens × vocabulary. [docs/math.md
-    (25)]
+    """Return the bytes of tensors over the vocabulary when the backward pass begins. [docs/math.md (25)]
 
-    The logits themselves, in the base's dtype, are freed by then, since nothing references them once they are upcast. A
-    model without a language model head has none.
+    They are 3 × 4 × tokens × vocabulary. The logits in the base's dtype are freed by then, because nothing references
+    them once they are upcast. A model without a language model head has no such tensors.
 
     Args:
         shape: The model.
-        job: Tokens of a batch; all are assumed to have a loss.
+        job: The job; every token of a batch is assumed to have a loss.
     """
     has_head = any(s.kind != EMBEDDING and not s.dense and s.out_features == shape.vocab for s in shape.sites)
     return LOSS_COPIES * 4 * job.batch_tokens * shape.vocab if has_head else 0
 
 
 def _logits(shape: ModelShape, job: Job, without: bool) -> Line:
-    """Return the largest memory of the loss: tensors over the vocabulary, or a chunk of them without logits."""
+    """Return the largest memory of the loss: tensors over the vocabulary or, without logits, a chunk of them."""
     size, tokens = logits_bytes(shape, job), job.batch_tokens
     if without:
         rows = accelerated.chunk_rows(shape, job)
@@ -203,8 +202,8 @@ def _activations(kept: Activations, job: Job) -> Line:
 
 
 def _peak(gradients: int, logits: int, kept: Activations, job: Job) -> tuple[str, dict[str, int]]:
-    """Return the moment of the peak, and the bytes then of the causes that vary during a step. [docs/math.md (27)]"""
-    earlier = gradients if job.accumulation > 1 else 0  # of earlier batches of the step
+    """Return the moment of the peak, and the size at that moment of causes that vary in a step. [docs/math.md (27)]"""
+    earlier = gradients if job.accumulation > 1 else 0  # accumulated by earlier batches of the step
     if job.gradient_checkpointing:
         inputs, block = kept.blocks_kept * kept.boundary, kept.largest_block + kept.transient
         moments = {
@@ -227,20 +226,18 @@ def _peak(gradients: int, logits: int, kept: Activations, job: Job) -> tuple[str
 def _notes(shape: ModelShape, kept: Activations, job: Job) -> tuple[str, ...]:
     family = f"Activations: {kept.family}."
     if not kept.is_known:
-        family = (
-            f"The activations of {shape.architecture} were not derived; they are estimated as those of a {kept.family}."
-        )
+        family = f"The activations of {shape.architecture} are not known; the estimate assumes a {kept.family}."
     return family, _how(shape, kept, job), ALLOCATOR_NOTE
 
 
 def _how(shape: ModelShape, kept: Activations, job: Job) -> str:
-    """Return which forwards the estimate assumes, and where they differ from those of the run."""
+    """Return which forwards the estimate assumes, and how they may differ from those of the run."""
     if not job.accelerated:
         return "Assumes transformers' own forwards (train --no-accelerate): padded tokens take memory and time."
     if not kept.of_blocks:
         return (
-            "The activations of accelerated forwards were not derived for this architecture; "
-            "its own forwards are assumed, and a run may need less."
+            "The activations of accelerated forwards are not known for this architecture; "
+            "the estimate assumes its own forwards, and a run may need less."
         )
     reason = "Assumes accelerated forwards (disable with train --no-accelerate)"
     own = kept.of_blocks - kept.fused
@@ -251,7 +248,7 @@ def _how(shape: ModelShape, kept: Activations, job: Job) -> str:
         )
     if activations.packs(shape):
         reason += (
-            f". Rows are packed, so padded tokens take no memory and no time; these are rows of "
+            f". Rows are packed, so padded tokens take neither memory nor time; the estimate is for rows of "
             f"{job.length_tokens:,} tokens each"
         )
     return reason + "."

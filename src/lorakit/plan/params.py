@@ -1,8 +1,8 @@
-"""Exact trainable parameter counts: by site, by shape, by kind, and by rank.
+"""Count trainable parameters exactly: by site, shape, kind and rank.
 
-Which sites a config names is determined by `lorakit.targets`, as for attaching; this module only counts. Trainable
-token rows (`trainable_token_indices`) are included; modules that share a table's weight share its rows, which count
-once. This module knows nothing about bytes, time or files.
+`lorakit.targets` selects the sites that a config names, as it does when an adapter is attached; this module only
+counts. Trainable token rows (`trainable_token_indices`) are included; modules that share a table's weight also share
+its rows, which count once. This module does not handle bytes, time or files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lorakit.targets.layer_types import EMBEDDING, LINEAR, PARAMETER
 
 
 def trained_rows(shape: ModelShape, config: LoraConfig, adapted: Collection[str]) -> dict[str, int]:
-    """Return the parameters in the token rows that a config trains, by table.
+    """Return the number of parameters in the token rows that a config trains, by table.
 
     Args:
         shape: The model.
@@ -70,8 +70,8 @@ def with_new_tokens(shape: ModelShape, config: LoraConfig, tokens: int) -> LoraC
 
 
 def read_out(shape: ModelShape, rows: Mapping[str, int]) -> int:
-    """Return the parameters in token rows of heads, and of embeddings tied to a head, which multiply every hidden
-    state.
+    """Return the parameters in token rows that multiply every hidden state: those of heads and of embeddings tied to a
+    head.
 
     Args:
         shape: The model.
@@ -110,18 +110,18 @@ class SiteCount:
     Attributes:
         path: Dotted path of the site.
         kind: "Linear", "Conv1D", "Embedding", or "Parameter" for a match of `target_parameters`.
-        out_features: Rows of the canonical weight; of each expert, if there are experts.
-        in_features: Columns of it.
+        out_features: Rows of the canonical weight, or of each expert's weight.
+        in_features: Columns of the canonical weight, or of each expert's weight.
         rank: Rank at this site.
         scale: Factor of B·A at this site.
-        entry: The target entry that matched it.
+        entry: The target entry that matched the site.
         factors: Elements of A and B: experts × rank × (in + out).
-        own_numbers: Values that the variant trains in addition to A and B; negative if its A and B are smaller than
-            LoRA's.
-        reads_weight: Whether they are one per output, and each forward reads the weight for them (DoRA).
-        frozen: Elements of frozen factors: with LoRA-FA rank × in, of an embedding rank × out; with the init mica rank
-            × out; else 0.
-        experts: Number of matrices in one parameter, each with its own factors.
+        own_numbers: Number of values that the variant trains in addition to A and B; negative if the variant's A and B
+            are smaller than LoRA's.
+        reads_weight: Whether the variant trains one value per output and reads the weight in each forward pass (DoRA).
+        frozen: Elements of frozen factors: experts × rank × in with LoRA-FA (rank × out for an embedding), experts ×
+            rank × out with the init "mica", else 0.
+        experts: Number of matrices in the parameter, each with its own factors.
         is_plain: Whether the site's forward is that of LoRA without a variant or bias.
     """
 
@@ -141,22 +141,22 @@ class SiteCount:
 
     @property
     def is_bare_matrix(self) -> bool:
-        """Return whether it is a matrix of `target_parameters`, to which B·A is added in place."""
+        """Return whether the site is a single matrix that `target_parameters` names and to which B·A is added."""
         return self.kind == PARAMETER and self.experts == 1
 
     @property
     def magnitudes(self) -> int:
-        """Return the elements of DoRA's magnitude: out, or 0 without DoRA."""
+        """Return the number of elements in DoRA's magnitude: out_features, or 0 without DoRA."""
         return self.own_numbers if self.reads_weight else 0
 
     @property
     def trainable(self) -> int:
-        """Return the parameters that this site trains."""
+        """Return the number of trainable parameters at this site."""
         return self.factors + self.own_numbers - self.frozen
 
 
 _SHARED = ("kind", "out_features", "in_features", "rank", "scale", "entry", "experts")
-"""Attributes that the sites of a `Group` have in common."""
+"""Attributes that are equal for all sites of a `Group`."""
 
 
 @dataclass(frozen=True)
@@ -166,14 +166,14 @@ class Group:
     Attributes:
         label: Shortest unambiguous suffix of the path, such as "attn.c_attn".
         kind: Kind of the sites.
-        out_features: Rows of their weights.
-        in_features: Columns of their weights.
-        rank: Their rank.
-        scale: Their scale.
-        entry: The target entry that matched them.
+        out_features: Rows of the weights.
+        in_features: Columns of the weights.
+        rank: Rank at the sites.
+        scale: Factor of B·A at the sites.
+        entry: The target entry that matched the sites.
         sites: Number of sites.
-        each: Parameters that each of them trains.
-        experts: Number of matrices in each.
+        each: Trainable parameters per site.
+        experts: Number of matrices per site.
     """
 
     label: str
@@ -189,13 +189,13 @@ class Group:
 
     @classmethod
     def of(cls, label: str, members: Sequence[SiteCount]) -> Group:
-        """Return the group of some sites, which differ only in their layer."""
+        """Return the group of sites that differ only in their layer."""
         shared = {name: getattr(members[0], name) for name in _SHARED}
         return cls(label=label, sites=len(members), each=members[0].trainable, **shared)
 
     @property
     def trainable(self) -> int:
-        """Return the parameters that all of them train."""
+        """Return the number of trainable parameters at all sites of the group."""
         return self.sites * self.each
 
 
@@ -208,8 +208,9 @@ class Count:
         sites: The sites, in the model's order.
         saved: Path -> parameters of each saved module (`modules_to_save`).
         biases: Parameters in trained biases of the base.
-        rows: Path -> parameters in the token rows of each table (`trainable_token_indices`), tied ones once.
-        missing: Entries that match nothing, if that was allowed.
+        rows: Path -> parameters in the trainable token rows of each table (`trainable_token_indices`); tied rows count
+            once.
+        missing: Target entries that match nothing, if `count` was called with `allow_partial`.
         notes: Remarks of `lorakit.targets` for the user.
     """
 
@@ -223,51 +224,51 @@ class Count:
 
     @property
     def factors(self) -> int:
-        """Return the elements of all A and B."""
+        """Return the number of elements in all A and B."""
         return sum(site.factors for site in self.sites)
 
     @property
     def frozen(self) -> int:
-        """Return the elements of factors that LoRA-FA freezes."""
+        """Return the number of elements in frozen factors."""
         return sum(site.frozen for site in self.sites)
 
     @property
     def magnitudes(self) -> int:
-        """Return the elements of all DoRA magnitudes."""
+        """Return the number of elements in all DoRA magnitudes."""
         return sum(site.magnitudes for site in self.sites)
 
     @property
     def own_numbers(self) -> int:
-        """Return the values that the variant trains in addition to A and B."""
+        """Return the number of values that the variant trains in addition to A and B."""
         return sum(site.own_numbers for site in self.sites)
 
     @property
     def copied(self) -> int:
-        """Return the parameters in saved modules."""
+        """Return the number of parameters in saved modules."""
         return sum(self.saved.values())
 
     @property
     def trainable(self) -> int:
-        """Return all trainable parameters: factors, the variant's, saved modules, biases, rows. [docs/math.md (10)]"""
+        """Return all trainable parameters: factors, variant, saved modules, biases, rows. [docs/math.md (10)]"""
         return self.factors - self.frozen + self.own_numbers + self.copied + self.biases + self.row_parameters
 
     @property
     def row_parameters(self) -> int:
-        """Return the parameters in trainable token rows."""
+        """Return the number of parameters in trainable token rows."""
         return sum(self.rows.values())
 
     @property
     def saved_parameters(self) -> int:
-        """Return the parameters in an adapter file: trained ones, and frozen factors."""
+        """Return the number of parameters in an adapter file: trained parameters and frozen factors."""
         return self.trainable + self.frozen
 
     @property
     def share(self) -> float:
-        """Return the trainable fraction of the base's parameters."""
+        """Return the number of trainable parameters as a fraction of the base's parameters."""
         return self.trainable / self.base if self.base else 0.0
 
     def groups(self) -> list[Group]:
-        """Return the sites grouped by module of a block and rank, in the model's order."""
+        """Return the sites grouped by everything except their layer, in the model's order."""
         labels = short_roles(site.path for site in self.sites)
         gathered: dict[tuple[object, ...], list[SiteCount]] = {}
         for site in self.sites:
@@ -277,7 +278,7 @@ class Count:
 
 
 def factor_parameters(rank: int, in_features: int, out_features: int) -> int:
-    """Return the parameters in A (rank, in) and B (out, rank): rank × (in + out). [docs/math.md (10)]
+    """Return the number of parameters in A (rank, in) and B (out, rank): rank × (in + out). [docs/math.md (10)]
 
     Args:
         rank: Rank of the factor.
@@ -291,13 +292,13 @@ def factor_parameters(rank: int, in_features: int, out_features: int) -> int:
 
 
 def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False, optimizer: str = "adamw") -> Count:
-    """Count what an adapter trains in a model, exactly.
+    """Count exactly what an adapter trains in a model.
 
     Args:
         shape: The model.
         config: The adapter.
-        allow_partial: Entries that match nothing become notes instead of an error.
-        optimizer: As in `Job`: "lorafa" freezes one factor of each site.
+        allow_partial: Whether entries that match nothing become notes instead of an error.
+        optimizer: Optimizer of `Job`; "lorafa" freezes one factor of each site.
 
     Returns:
         The counts.
@@ -319,8 +320,7 @@ def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False,
 
 
 def candidates(shape: ModelShape) -> list[Candidate]:
-    """Return what targets may name in a model: its sites, and all other modules, so that errors can explain a wrong
-    name.
+    """Return everything that targets may name in a model; modules other than sites are for explanations in errors.
 
     Args:
         shape: The model.
@@ -335,7 +335,7 @@ def candidates(shape: ModelShape) -> list[Candidate]:
 
 
 def _site_count(match: Match, size: tuple[int, int, int], config: LoraConfig, optimizer: str) -> SiteCount:
-    """Count a site of (experts, out, in): a module, or a bare parameter of a matrix or several experts."""
+    """Count a site of size (experts, out, in): a module, or a bare parameter with one matrix or several experts."""
     experts, out_features, in_features = size
     kept = out_features if match.kind == EMBEDDING else in_features
     lorafa = match.rank * kept if optimizer == "lorafa" else 0
@@ -374,18 +374,18 @@ def _canonical(size: tuple[int, ...], in_first: bool) -> tuple[int, int, int]:
 
 
 def _inside(path: str, modules: Collection[str]) -> bool:
-    """Return whether a module is one of these or inside one."""
+    """Return whether a module is one of the given modules or inside one of them."""
     return any(path == module or path.startswith(module + ".") for module in modules)
 
 
 def _whole(shape: ModelShape, path: str) -> int:
-    """Return the parameters of a module and everything inside; a tied weight counts, since the copy has its own."""
+    """Return the parameters of a saved module and everything inside; a tied weight counts, since it is copied too."""
     own = sum(s.weight_parameters + s.bias_parameters for s in shape.sites if _inside(s.path, [path]))
     return own + sum(o.parameters for o in shape.others if _inside(o.path, [path]))
 
 
 def _biases(shape: ModelShape, choice: str, adapted: Collection[str], saved: Collection[str]) -> int:
-    """Return the parameters in trained biases of the base; those inside saved modules are not counted twice."""
+    """Return the parameters in trained biases of the base, without those that saved modules already count."""
     if choice == "none":
         return 0
     trained = [s for s in shape.sites if (choice == "all" or s.path in adapted) and not _inside(s.path, saved)]
@@ -395,15 +395,15 @@ def _biases(shape: ModelShape, choice: str, adapted: Collection[str], saved: Col
 
 @dataclass(frozen=True)
 class RankRow:
-    """One distinct shape of site in a rank table.
+    """Row of a rank table: all sites of one shape.
 
     Attributes:
-        labels: The modules with this shape.
-        kind: Their kind.
+        labels: Names of the modules with this shape.
+        kind: Kind of the modules.
         out_features: Rows of the weight.
-        in_features: Columns of it.
-        sites: Number of sites with it.
-        each: Parameters that one such site trains, by column.
+        in_features: Columns of the weight.
+        sites: Number of sites with this shape.
+        each: Trainable parameters of one such site, for each rank.
     """
 
     labels: tuple[str, ...]
@@ -419,10 +419,10 @@ class RankTable:
     """Trainable parameters by rank.
 
     Attributes:
-        ranks: The columns.
-        rows: One per distinct shape of site.
-        totals: Trainable parameters at each rank, over all sites, with copies and biases.
-        shares: The same as a fraction of the base.
+        ranks: Ranks of the columns.
+        rows: One row per distinct shape of site.
+        totals: All trainable parameters at each rank, including saved modules, token rows and biases.
+        shares: The totals as fractions of the base's parameters.
     """
 
     ranks: tuple[int, ...]
@@ -436,19 +436,19 @@ def rank_table(shape: ModelShape, config: LoraConfig, ranks: Sequence[int], opti
 
     Args:
         shape: The model.
-        config: The adapter; the column's rank overrides its rank and `rank_pattern`.
-        ranks: The columns.
-        optimizer: As in `Job`.
+        config: The adapter; each column's rank overrides `r` and `rank_pattern`.
+        ranks: Ranks of the columns.
+        optimizer: Optimizer of `Job`.
 
     Returns:
         The table.
 
     Raises:
-        UsageError: A rank is below 1, or there is none.
-        TargetError: As for `count`.
+        UsageError: A rank is below 1, or `ranks` is empty.
+        TargetError: A target matches nothing, or a module that does not support LoRA.
     """
     if not ranks or any(rank < 1 for rank in ranks):
-        text = f"ranks must be one or more integers of at least 1, such as 4,8,16,32; got {list(ranks)}."
+        text = f"ranks must be one or more positive integers, such as 4,8,16,32; got {list(ranks)}."
         raise UsageError(text, what=list(ranks), field="ranks")
     configs = [dataclasses.replace(config, r=rank, rank_pattern={}) for rank in ranks]
     columns = [count(shape, each, optimizer=optimizer) for each in configs]

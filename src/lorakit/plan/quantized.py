@@ -1,7 +1,7 @@
-"""Storage formats of a quantized base and the exact size of each weight.
+"""Storage formats of a quantized base, and the exact size of each weight.
 
-The values of `--quantization` are the names of this table. Knows nothing of the packages that implement them, except
-their names.
+`STORAGES` defines the values of `--quantization`. This module does not depend on the packages that implement the
+formats; it only names them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lorakit.errors import ConfigError
 from lorakit.targets.layer_types import DENSE, LINEAR
 
 BLOCK, DOUBLE_BLOCK = 64, 256
-"""Elements that share one scale in 4-bit and HQQ weights; scales that share one in double quantization."""
+"""Elements per scale in 4-bit and HQQ weights; scales per second-level scale in double quantization."""
 
 _FP32, _CODE, _DOUBLE_CODE = 4, 16, 256
 
@@ -26,13 +26,13 @@ class Storage:
 
     Attributes:
         name: Value of `--quantization`.
-        package: Package that implements it.
+        package: Package that implements the format.
         meaning: Short description.
         bits: Bits per element, without scales.
-        kinds: Kinds of modules that it supports.
+        kinds: Kinds of modules that the format supports.
         doubles: Whether the scales can be quantized too (double quantization).
-        keeps: What its matmul saves for backward: "nothing" more, its "input", or the "weight" in the compute dtype.
-        size: (rows, columns, bytes per compute element, double quantization) -> bytes.
+        keeps: What the matmul saves for backward: "nothing", its "input", or the "weight" in the compute dtype.
+        size: (rows, columns, bytes per element in the compute dtype, double quantization) -> bytes.
     """
 
     name: str
@@ -46,8 +46,9 @@ class Storage:
 
 
 def _four_bit(rows: int, columns: int, _: int, double: bool) -> int:
-    """Return the bytes of two elements per byte, 16 code values, and a scale per 64 elements: fp32, or 8-bit with an
-    fp32 scale per 256.
+    """Return the bytes of packed elements (two per byte), 16 code values, and one scale per 64 elements.
+
+    Scales are fp32 or, with double quantization, 8-bit with one fp32 scale per 256 scales.
 
     Source:
         Dettmers et al. 2023, arXiv:2305.14314, section 3.
@@ -61,8 +62,10 @@ def _four_bit(rows: int, columns: int, _: int, double: bool) -> int:
 
 
 def _rows_of_int8(rows: int, columns: int, _: int, __: bool) -> int:
-    """Return the bytes of int8 elements and an fp32 scale per row. Source: Dettmers et al. 2022, arXiv:2208.07339,
-    section 2.1.
+    """Return the bytes of int8 elements and one fp32 scale per row.
+
+    Source:
+        Dettmers et al. 2022, arXiv:2208.07339, section 2.1.
     """
     return rows * columns + _FP32 * rows
 
@@ -72,7 +75,7 @@ def _torchao_int8(rows: int, columns: int, _: int, __: bool) -> int:
 
 
 def _hqq(bits: int) -> Callable[[int, int, int, bool], int]:
-    """Return a size function: packed elements, and per 64 of them a scale and a zero point in the compute dtype.
+    """Return a size function for packed elements with a scale and a zero point (compute dtype) per 64 elements.
 
     Source:
         Badri and Shaji 2023, Half-Quadratic Quantization of Large Machine Learning Models.
@@ -111,11 +114,11 @@ def storage_named(name: str) -> Storage:
 
 @dataclass(frozen=True)
 class Quantization:
-    """Storage of a base.
+    """Quantization of a base.
 
     Attributes:
-        name: A name of `STORAGES`.
-        double: Whether to quantize the scales too; false if the storage does not support it.
+        name: A name in `STORAGES`.
+        double: Whether to quantize the scales too; always False if the format does not support that.
 
     Raises:
         ConfigError: The name is unknown.
@@ -129,7 +132,7 @@ class Quantization:
 
     @property
     def storage(self) -> Storage:
-        """Return the entry of `STORAGES`."""
+        """Return the storage format with this name."""
         return storage_named(self.name)
 
     def description(self) -> str:
@@ -138,11 +141,11 @@ class Quantization:
 
 
 def stored_as(name: str | None, double: bool = True) -> Quantization | None:
-    """Return how to store a base, from two settings.
+    """Return the quantization that two settings specify, or None for an unquantized base.
 
     Args:
-        name: A name of `STORAGES`, or None for unquantized.
-        double: Whether to quantize the scales too, if the storage supports it.
+        name: A name in `STORAGES`, or None for an unquantized base.
+        double: Whether to quantize the scales too, if the format supports it.
 
     Raises:
         ConfigError: The name is unknown.
@@ -151,7 +154,7 @@ def stored_as(name: str | None, double: bool = True) -> Quantization | None:
 
 
 def quantized_sites(shape: ModelShape, storage: Storage) -> tuple[SiteShape, ...]:
-    """Return the modules of a model that are quantized: those of "all-linear", which excludes the output head.
+    """Return the modules of a model that are quantized: those that "all-linear" selects, without the output head.
 
     Args:
         shape: The model.
@@ -167,9 +170,9 @@ class StoredBase:
     Attributes:
         storage: The storage format.
         sites: Quantized weights.
-        elements: Elements in them.
-        size_bytes: Their size.
-        rest: Unquantized parameters of the base.
+        elements: Number of elements in the quantized weights.
+        size_bytes: Size of the quantized weights in bytes.
+        rest: Number of unquantized parameters of the base.
     """
 
     storage: Storage
@@ -180,7 +183,7 @@ class StoredBase:
 
     @property
     def largest(self) -> int:
-        """Return the elements of the largest of these weights, which is dequantized at once."""
+        """Return the number of elements in the largest quantized weight."""
         return max(site.weight_parameters for site in self.sites)
 
 
@@ -189,9 +192,9 @@ def stored(shape: ModelShape, name: str, itemsize: int, double: bool) -> StoredB
 
     Args:
         shape: The base.
-        name: A name of `STORAGES`.
+        name: A name in `STORAGES`.
         itemsize: Bytes per element of unquantized weights and of the computation.
-        double: Whether to quantize the scales too, if the storage supports it.
+        double: Whether to quantize the scales too, if the format supports it.
 
     Raises:
         ConfigError: The name is unknown, or no module of this model can be stored this way.

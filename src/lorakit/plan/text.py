@@ -1,6 +1,6 @@
-"""A plan as plain text: the answer first, then tables; nothing is wider than 80 columns.
+"""Format a plan as plain text: the summary first, then tables, at most 80 columns wide.
 
-Knows nothing about terminals; values are those of `Plan`, rounded for reading.
+Values are those of `Plan`, rounded for readability. This module does not depend on terminals.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorakit.tables import (
 )
 
 WIDTH = 80
-"""Columns at which lines are wrapped."""
+"""Width in columns at which lines are wrapped."""
 
 
 def render(plan: Plan, *, verbose: bool = False, notes: tuple[str, ...] = ()) -> str:
@@ -29,11 +29,11 @@ def render(plan: Plan, *, verbose: bool = False, notes: tuple[str, ...] = ()) ->
 
     Args:
         plan: The plan.
-        verbose: Add the reasons of the counts, formulas, FLOPs and notes.
-        notes: Further lines for the summary, such as what a memory budget decided.
+        verbose: Whether to add the derivation of the counts, formulas, FLOPs and notes.
+        notes: Additional lines for the summary, such as the choice made for a memory budget.
 
     Returns:
-        Lines joined by newlines, without one at the end.
+        Lines joined by newlines, without a trailing newline.
     """
     warnings = [f"warning: {message}" for message in (*_warnings(plan), *plan.counted.missing)]
     parts = [_paragraph(_head(plan)), _paragraph([*_summary(plan), *notes]), _paragraph(warnings), _sites(plan)]
@@ -53,7 +53,7 @@ def summary(plan: Plan) -> list[str]:
         plan: The plan.
 
     Returns:
-        Lines: trainable parameters, memory, and time if a speed is known.
+        Lines with trainable parameters, memory and, if a speed is known, time.
     """
     needs = plan.lora.memory
     lines = [
@@ -66,13 +66,13 @@ def summary(plan: Plan) -> list[str]:
 
 
 def details(plan: Plan) -> list[str]:
-    """Return what `summary` leaves out and a run prints with `--verbose`.
+    """Return the lines that a run prints with `--verbose` in addition to `summary`.
 
     Args:
         plan: The plan.
 
     Returns:
-        Lines: full fine-tuning's memory, sizes on disk.
+        Lines with the memory of full fine-tuning and sizes on disk.
     """
     return [
         f"full fine-tuning: estimated peak memory {format_bytes(plan.full.memory.peak_bytes)}",
