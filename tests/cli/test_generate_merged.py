@@ -99,7 +99,7 @@ def test_what_is_not_exact_is_refused_where_it_is_asked_for(
     common = ["--model", loud_model_directory, "--merged"]
     said = refusal(capsys, 1, *common, "--adapter", one, "--dtype", "bfloat16")
     assert (
-        f"{one}: --merged is for exact merges, and this one is not. model.layers.0.self_attn.q_proj is bfloat16, and a "
+        f"{one}: --merged is for exact merges, and this one is not. model.layers.0.self_attn.q_proj is bfloat16, so a "
         "merged weight is rounded to that precision. In float32 a merge is exact. Leave out --merged."
     ) in said
     waiting = save_adapter("waiting", 3, alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM")
