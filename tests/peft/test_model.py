@@ -244,7 +244,7 @@ class TestRows:
                 logits(two, adapter_names=names)
 
     def test_none_at_all(self, two: Any) -> None:
-        with pytest.raises(RouteError, match="Give a list with one adapter"):
+        with pytest.raises(RouteError, match="a list with one adapter"):
             logits(two, adapter_names=[])
 
     def test_not_while_training(self, two: Any) -> None:

@@ -81,7 +81,7 @@ def test_a_convolution_of_several_groups() -> None:
     model = nn.Sequential(nn.Conv1d(4, 4, 3, groups=2))
     attach(model, LoraConfig(r=2, target_modules=["0"]), "a")
     reason = str(explain_inexact_merge(model, "a"))
-    assert reason.startswith("0 is a convolution of 2 groups") and "cannot hold the delta" in reason
+    assert reason.startswith("0 is a convolution with 2 groups") and "cannot hold the delta" in reason
 
 
 @pytest.mark.parametrize("storage", storages())

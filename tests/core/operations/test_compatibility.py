@@ -79,7 +79,7 @@ def test_fingerprints_that_agree_outweigh_names(tmp_path: Path) -> None:
         values = json.loads((folder / CONFIG_FILE).read_text())
         (folder / CONFIG_FILE).write_text(json.dumps({**values, "base_model_name_or_path": name}))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*edited since")
+        warnings.filterwarnings("ignore", message=".*edited after")
         combine_folders(folders, [1.0, 1.0], tmp_path / "sum", way="cat")
 
 

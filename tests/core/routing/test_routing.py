@@ -303,7 +303,7 @@ def test_rows_that_come_as_beams() -> None:
 def test_no_row_at_all() -> None:
     model, _ = answers()
     for rows in ([], "abcd"):
-        with pytest.raises(RouteError, match="Give a list with one adapter"):
+        with pytest.raises(RouteError, match="a list with one adapter"):
             route(model, rows)
 
 
