@@ -154,7 +154,7 @@ def test_a_card_that_nobody_wrote_says_how_to_use_the_adapter_and_what_is_missin
     model = get_peft_model(plain(), LoraConfig(target_modules=["0"]))
     model.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
-    assert "PeftModel.from_pretrained" in card and "**Data**" in card and "library_name: peft" in card
+    assert "PeftModel.from_pretrained" in card and "**Training data**" in card and "library_name: peft" in card
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == card
 

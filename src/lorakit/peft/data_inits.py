@@ -309,7 +309,7 @@ def _check_gradients_exist(modules: Mapping[str, nn.Module]) -> None:
         if not weight_format_of(module).written:
             raise ConfigError(NOT_WRITTEN.format(parameter=f"{path}.weight", type=type(module).__name__), where=path)
         if weight_format_of(module).quantized or hasattr(module, "quant_state"):
-            text = f"LoRA-GA does not support quantized models. Found quantized module: {path!r}. Quantize the model later."
+            text = f"LoRA-GA does not support quantized models. Found quantized module: {path!r}. Quantize it later."
             raise ConfigError(text, where=path)
 
 
