@@ -328,7 +328,7 @@ class LossWithoutLogits:
         if capture is not None and capture.owner is None:
             return None  # within `Head.passing`
         if not wanted:
-            self.head.open.pop(thread, None)  # left behind by an interrupt
+            self.head.open.pop(thread, None)  # an interrupted forward may have left it
             return None
         if capture is None or capture.owner is module:
             self.head.open[thread] = HiddenStateCapture(module)
