@@ -382,7 +382,7 @@ def test_shapes_that_are_refused() -> None:
         ((q[:, :, :5], k, v), "batch, tokens"),
         ((q[..., :2], k, v), "width of q and k must match"),
         ((q[:, :3], k, v), "3 heads of q must be a multiple of the 2 heads of k"),
-        ((q, k.float(), v), "must have one dtype"),
+        ((q, k.float(), v), "must have the same dtype"),
     ]
     for given, said in cases:
         with pytest.raises(ValueError, match=said):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-REPLACEMENT = "\ufffd"  # decoders output it for invalid or incomplete bytes
+REPLACEMENT = "\ufffd"  # character that decoders output for invalid or incomplete bytes
 PENDING_CHARACTERS = 3  # an incomplete UTF-8 character has at most three of four bytes, one replacement each
 PENDING_TOKENS = 4  # a character can take this many tokens, one per byte
 CONTEXT_TOKENS = 8  # prompt tokens that are decoded together with the first new token

@@ -155,12 +155,12 @@ class _Form(NamedTuple):
 class _Intermediates(NamedTuple):
     """Intermediates of a forward that its backward may need."""
 
-    stats: Sequence[Tensor]  # of the norm
+    stats: Sequence[Tensor]  # row statistics of the norm
     heads: tuple[Tensor, Tensor, Tensor]  # q, k, v (B, T, heads, D); q and k before their norms, if they have any
     own: tuple[Sequence[Tensor], Sequence[Tensor]]  # statistics of the q and k norms
     out: Tensor  # (N, H·D)
-    saved: Sequence[Tensor | None]  # by attention, besides its output
-    record: Tensor | None  # of the output dropout
+    saved: Sequence[Tensor | None]  # what the attention saved besides its output
+    record: Tensor | None  # dropout record of the output
     groups: tuple[Group, Group]
 
 

@@ -95,7 +95,7 @@ class Pattern:
         if heads == 0 or q.shape[1] % heads:
             raise ValueError(f"the {q.shape[1]} heads of q must be a multiple of the {heads} heads of k and v")
         if not q.dtype == k.dtype == v.dtype:
-            raise ValueError(f"q, k and v must have one dtype; got {q.dtype}, {k.dtype} and {v.dtype}")
+            raise ValueError(f"q, k and v must have the same dtype; got {q.dtype}, {k.dtype} and {v.dtype}")
         if self.segments is not None and (sum(self.segments) != q.shape[2] or min(self.segments, default=0) < 1):
             found = f"{len(self.segments)} lengths with {sum(self.segments)} tokens in total"
             raise ValueError(f"segments must be positive and sum to {q.shape[2]} tokens; got {found}")

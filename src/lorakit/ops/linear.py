@@ -242,7 +242,7 @@ class Group:
 
     def _record(self, j: int) -> Tensor:
         record = self.records[j]
-        assert record is not None  # drawn in the forward
+        assert record is not None  # the forward draws it
         return record
 
     def _grad_b(self, j: int, dy: Tensor | None) -> Tensor | None:

@@ -119,10 +119,10 @@ def _under_autocast(x: Tensor, form: Form) -> Tensor:
 class _Intermediates(NamedTuple):
     """Intermediates of a forward that its backward may need."""
 
-    stats: Sequence[Tensor]  # of the norm
+    stats: Sequence[Tensor]  # row statistics of the norm
     hidden: list[Tensor]  # outputs of gate and up, (N, f)
-    record: Tensor | None  # of the output dropout
-    within: Tensor | None  # of the dropout before down
+    record: Tensor | None  # dropout record of the output
+    within: Tensor | None  # dropout record of the input of down
     groups: tuple[Group, Group]
 
 

@@ -120,7 +120,7 @@ def check(x: Tensor, rotary: Rotary) -> None:
             )
     if rotary.cos.shape != rotary.sin.shape:
         raise ValueError(
-            f"rotary tables must have one shape; got cos {tuple(rotary.cos.shape)} and sin {tuple(rotary.sin.shape)}"
+            f"rotary tables must be of equal shape; got cos {tuple(rotary.cos.shape)} and sin {tuple(rotary.sin.shape)}"
         )
 
 

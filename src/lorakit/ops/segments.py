@@ -144,7 +144,9 @@ def segmented(
     method, x = method or method_for(x, rows), autocast(x)
     if needs_gradient(x, A, B, into):
         if method == "compiled":
-            raise ValueError('method="compiled" records no gradient; omit the method, or call it under torch.no_grad()')
+            raise ValueError(
+                'method="compiled" records no gradient; omit the method, or disable gradients with torch.no_grad()'
+            )
         return _Segmented.apply(into, x, A, B, scales, (rows, method, x.dtype))
     with without_autocast(x):
         if method != "compiled":

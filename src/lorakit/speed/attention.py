@@ -129,7 +129,7 @@ FIELDS = frozenset({"sliding_window", "num_attention_heads", "num_key_value_head
 READ = frozenset(
     {"attention_mask", "position_embeddings", "hidden_states", "use_cache", "position_ids"}
     | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "output_router_logits"}
-    | {"shift_labels", "ignore_index", KEYWORD}  # of the loss
+    | {"shift_labels", "ignore_index", KEYWORD}  # read by the loss
 )
 """Call arguments that are read or have no effect here; any other argument makes the module's own forward run."""
 

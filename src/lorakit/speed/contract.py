@@ -111,7 +111,7 @@ def is_own_forward(kind: type[nn.Module]) -> bool:
     owner = next(base for base in kind.__mro__ if "forward" in vars(base))
     forward = vars(owner)["forward"]
     if owner is nn.Module:
-        return True  # it is never called
+        return True  # a module without a forward is never called
     package = package_of(forward)
     return any(
         package == base.__module__.partition(".")[0] and forward.__qualname__ == f"{base.__qualname__}.forward"
@@ -150,7 +150,7 @@ def names_read(kind: type[nn.Module]) -> set[str]:
 def _of_module(module: nn.Module) -> Iterator[Fact]:
     kind, own = original_class(module), vars(module)
     yield from _of_class(kind)
-    if _is_around_base(module):  # its settings change when adapters are attached or removed
+    if _is_around_base(module):  # settings of such layers change when adapters are attached or removed
         yield from _of_class(_base_class(module))
         return
     for name, value in own.items():

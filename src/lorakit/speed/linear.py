@@ -172,7 +172,7 @@ def active_operands(modules: Sequence[nn.Module], forwards: Forwards, x: Tensor)
     for module in modules:
         one = peft_operand(module) if is_peft_linear(module) else operand(module, route)
         if one is None or not _is_here(one, x):
-            if route is not None and not torch.is_grad_enabled():  # a reentrant checkpoint may need it
+            if route is not None and not torch.is_grad_enabled():  # a reentrant checkpoint may need the route
                 forwards.note(None, route, is_recomputed)
             return None
         operands.append(one)

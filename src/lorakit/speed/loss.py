@@ -328,7 +328,7 @@ class LossWithoutLogits:
         if capture is not None and capture.owner is None:
             return None  # within `Head.passing`
         if not wanted:
-            self.head.open.pop(thread, None)  # left behind by an interrupt
+            self.head.open.pop(thread, None)  # an interrupted forward may have left it
             return None
         if capture is None or capture.owner is module:
             self.head.open[thread] = HiddenStateCapture(module)
@@ -403,7 +403,7 @@ def loss_for(model: nn.Module, head: Head) -> LossWithoutLogits | str:
     finally:
         _set_own_loss(model, own)
     if isinstance(ran, Exception):
-        return f"a probe of it raised {type(ran).__name__}"
+        return f"a probe of the loss raised {type(ran).__name__}"
     output, of_rows = ran[0], ran[1].loss if options else None
     if asked[:1] != [(tuple(output.logits.shape), output.logits.shape[-1])] or len(asked) != 1 + bool(options):
         return "it does not compute its loss from its logits with its loss function"

@@ -63,7 +63,7 @@ def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
     if norm is None or options or (norm.weight is not None and norm.weight.dtype != x.dtype):
         return None  # with another dtype, the output dtype depends on the model
     if norm.kind == "layer" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float32:
-        return None  # autocast returns float32
+        return None  # a layer norm returns float32 under autocast
     return normalize(x, norm)
 
 

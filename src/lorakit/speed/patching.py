@@ -130,7 +130,7 @@ def may_run(module: nn.Module) -> bool:
     Args:
         module: Any module.
     """
-    contract = getattr(module, CONTRACT, None)  # replicas that torch makes have none
+    contract = getattr(module, CONTRACT, None)  # replicas made by torch have none
     return contract is not None and contract.holds()
 
 

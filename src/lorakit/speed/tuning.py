@@ -98,7 +98,7 @@ def _machines(path: Path) -> dict[str, Any]:
 def _of_machine(machines: Mapping[str, Any]) -> dict[str, int]:
     results = machines.get(machine())
     known = results.items() if isinstance(results, dict) else ()
-    return {name: method for name, method in known if type(method) is int}  # excludes bool
+    return {name: method for name, method in known if type(method) is int}  # `type` excludes bool
 
 
 GAIN = 0.1
