@@ -29,7 +29,7 @@ PICTURES = ROOT / "docs" / "terminal"
 COLUMNS = 80
 COMMANDS = {
     "plan": "lorakit plan gpt2 --r 8 --lora-alpha 16 --target-modules c_attn c_proj",
-    "train": "lorakit train --model smollm2 --data notes.md --output-dir runs/notes --max-steps 20",
+    "train": "lorakit train --model smollm2 --data notes.md --output-dir runs/notes --max-steps 10",
     "eval": "lorakit eval --model smollm2 --data notes.md --adapter runs/notes/adapter",
     "generate": "lorakit generate --model smollm2 --adapter runs/notes/adapter --base --max-new-tokens 40 "
     '--prompt "What is an adapter?"',
@@ -39,6 +39,8 @@ COMMANDS = {
 }
 """Name of the picture -> command; later ones read the adapter that "train" writes."""
 NEEDS_ADAPTER = ("eval", "generate", "inspect", "merge")
+ANIMATED = ("train", "generate")
+"""Commands that redraw lines on a terminal that can; they run with TERM=dumb, which prints each line once."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as directory:
         shutil.copy(ROOT / "docs" / "format.md", Path(directory, "notes.md"))
         for name in names:
-            status, output = run_in_terminal(COMMANDS[name], directory)
+            status, output = run_in_terminal(
+                COMMANDS[name], directory, "dumb" if name in ANIMATED else "xterm-256color"
+            )
             if status:
                 print(f"{COMMANDS[name]} exited with {status}:\n{output}", file=sys.stderr)
                 return 1
@@ -61,15 +65,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_in_terminal(command: str, directory: str) -> tuple[int, str]:
+def run_in_terminal(command: str, directory: str, kind: str = "xterm-256color") -> tuple[int, str]:
     """Run a command of lorakit in a pseudo-terminal of 80 columns.
+
+    Args:
+        command: The command.
+        directory: Working directory.
+        kind: Type of the terminal (TERM).
 
     Returns:
         Exit status and output with its escape sequences.
     """
     controller, terminal = pty.openpty()
     words = [sys.executable, "-m", *shlex.split(command)]
-    environment = {**os.environ, "COLUMNS": str(COLUMNS), "TERM": "xterm-256color"}
+    environment = {**os.environ, "COLUMNS": str(COLUMNS), "TERM": kind}
     null = subprocess.DEVNULL
     with subprocess.Popen(words, cwd=directory, env=environment, stdin=null, stdout=terminal, stderr=terminal) as run:
         os.close(terminal)

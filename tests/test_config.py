@@ -266,11 +266,11 @@ def test_every_field_is_in_the_table_of_wrong_types() -> None:
     [
         (
             {"layer_replication": [[0]]},
-            r"layer_replication is \[\[0\]\]; it must be a list of lists of 2 whole numbers, or None",
+            r"layer_replication is \[\[0\]\]; it must be a list of lists of 2 integers, or None",
         ),
         ({"use_rslora": "no"}, "use_rslora is 'no'; it must be true or false"),
-        ({"layers_to_transform": "1"}, "is '1'; it must be a list of whole numbers, or a whole number, or None"),
-        ({"trainable_token_indices": 3}, "a list of whole numbers, or a dict of lists of whole numbers, or None"),
+        ({"layers_to_transform": "1"}, "is '1'; it must be a list of integers, or an integer, or None"),
+        ({"trainable_token_indices": 3}, "a list of integers, or a dict of lists of integers, or None"),
         ({"eva_config": {"rho": "2"}}, "eva_config: rho is '2'; it must be a number"),
         ({"velora_config": 3}, "`velora_config` must be a `VeloraConfig`, a dict, or None; 3 was given"),
     ],

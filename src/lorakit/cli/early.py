@@ -152,9 +152,9 @@ def check_sampling(temperature: float, top_p: float, top_k: int, seed: int) -> N
     if not 0 < top_p <= 1:
         raise ConfigError.of("top_p", top_p, "above 0 and at most 1 (all tokens)")
     if top_k < 0:
-        raise ConfigError.of("top_k", top_k, "0 (all tokens) or a whole number above 0")
+        raise ConfigError.of("top_k", top_k, "0 (all tokens) or an integer above 0")
     if not 0 <= seed < 2**63:
-        raise ConfigError.of("seed", seed, "a whole number from 0 to 2**63 - 1")
+        raise ConfigError.of("seed", seed, "an integer from 0 to 2**63 - 1")
 
 
 def _similar(path: Path) -> str:

@@ -127,7 +127,7 @@ def scale(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
 
 _PLAIN: Mapping[Hint, tuple[type | tuple[type, ...], str]] = {
     bool: (bool, "true or false"),
-    int: (numbers.Integral, "a whole number"),
+    int: (numbers.Integral, "an integer"),
     float: (numbers.Real, "a number"),
     str: ((str, os.PathLike), "a string"),
     type(None): (type(None), "None"),
@@ -198,13 +198,13 @@ def _fits(value: Value, hint: Hint) -> bool:
 
 
 def _words(hint: Hint, many: bool = False) -> str:
-    """Describe an annotation, such as "a list of whole numbers, or None"."""
+    """Describe an annotation, such as "a list of integers, or None"."""
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return ", or ".join(dict.fromkeys(_words(option) for option in inside))
     if hint in _PLAIN:
         said = _PLAIN[hint][1]
-        return f"{said.removeprefix('a ')}s" if many else said
+        return f"{said.partition(' ')[2]}s" if many else said
     if origin is dict:
         return "a dict of " + ("anything" if inside[1] is Any else _words(inside[1], many=True))
     if origin is tuple:
