@@ -65,7 +65,7 @@ def test_a_copy_and_an_adapter_without_one_go_together() -> None:
 def test_only_one_adapter_trains_the_biases() -> None:
     model = BERT.model()
     attach(model, BERT.config(bias="lora_only"), "a")
-    with pytest.raises(ConfigError, match="bias is 'all', and adapter 'a' already trains the base's biases"):
+    with pytest.raises(ConfigError, match="adapter 'a' already trains the base's biases"):
         attach(model, BERT.config(bias="all"), "b")
     detach(model, "a")
     attach(model, BERT.config(bias="all"), "b")

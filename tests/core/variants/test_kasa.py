@@ -143,7 +143,7 @@ def test_it_stands_beside_its_like_alone(tmp_path: Path) -> None:
     core.save_adapter(model, tmp_path / "a", "a")
     other = LINEARS.model()
     core.attach(other, LINEARS.config(use_dora=True), "dora")
-    with pytest.raises(ConfigError, match="and adapter 'dora' is there"):
+    with pytest.raises(ConfigError, match="has adapter 'dora'"):
         core.load_adapter(other, tmp_path / "a", "a")
 
 
