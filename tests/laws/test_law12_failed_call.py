@@ -98,7 +98,7 @@ ATTACH: dict[str, tuple[LoraConfig, str, type[LorakitError], str]] = {
     "keys": (config(), "keys", AdapterError, "'keys'"),
     "train": (config(), "train", AdapterError, "'train'"),
     "type": (config(), "type", AdapterError, "'type'"),
-    "eva without data": (BERT.config(init_lora_weights="eva", eva_config=EvaConfig()), "new", ConfigError, "needs data, and"),
+    "eva without data": (BERT.config(init_lora_weights="eva", eva_config=EvaConfig()), "new", ConfigError, "needs data"),
     "init": (config(init_lora_weights="gausian"), "new", ConfigError, "'gausian'.*gaussian"),
     "second-bias": (config(bias="all"), "new", ConfigError, "bias"),
 }  # fmt: skip
