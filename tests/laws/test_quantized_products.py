@@ -172,7 +172,11 @@ def test_sites_that_act_on_their_weight_are_refused_by_name_and_nothing_changes(
     before, given = packed_bits(model), kind.given()
     output = run(model, given)
     hqq = storage.package == "hqq"  # its packed parameter has another name
-    text = "target_parameters entry 'up.weight' matches no parameter" if hqq else r"up is stored as .* adapted through its weight"
+    text = (
+        "target_parameters entry 'up.weight' matches no parameter"
+        if hqq
+        else r"up is stored as .* adapted through its weight"
+    )
     config = LoraConfig(r=2, target_modules=[], target_parameters=["up.weight"])
     with pytest.raises(LorakitError, match=text):
         core.attach(model, config)
