@@ -67,7 +67,8 @@ from lorakit.peft import placeholders
 wait = time.sleep
 time.sleep = lambda seconds: wait(min(seconds, 0.01))  # retries of a hub's client that no hub will answer
 
-placeholders._refuse = lambda name: None  # cases hold configs of other methods: count them, do not raise
+# Cases contain configs of other methods: count them instead of raising an error.
+placeholders._refusing = lambda name: lambda *_, **__: None
 REFUSED = {"velora_config", "use_qalora", "monteclora_config", "arrow_config"}
 LEFT_OUT = collections.Counter()
 
