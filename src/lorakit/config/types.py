@@ -125,13 +125,14 @@ def scale(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
     return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 
 
-_PLAIN: Mapping[Hint, tuple[type | tuple[type, ...], str]] = {
-    bool: (bool, "true or false"),
-    int: (numbers.Integral, "an integer"),
-    float: (numbers.Real, "a number"),
-    str: ((str, os.PathLike), "a string"),
-    type(None): (type(None), "None"),
+_PLAIN: Mapping[Hint, tuple[type | tuple[type, ...], str, str]] = {
+    bool: (bool, "true or false", "booleans"),
+    int: (numbers.Integral, "an integer", "integers"),
+    float: (numbers.Real, "a number", "numbers"),
+    str: ((str, os.PathLike), "a string", "strings"),
+    type(None): (type(None), "None", "None"),
 }
+"""Annotation -> accepted types, and the words for one value and for several."""
 
 
 def check_types(config: Dataclass, leave: Collection[str] = ()) -> None:
@@ -203,8 +204,7 @@ def _words(hint: Hint, many: bool = False) -> str:
     if origin in (typing.Union, types.UnionType):
         return ", or ".join(dict.fromkeys(_words(option) for option in inside))
     if hint in _PLAIN:
-        said = _PLAIN[hint][1]
-        return f"{said.partition(' ')[2]}s" if many else said
+        return _PLAIN[hint][2 if many else 1]
     if origin is dict:
         return "a dict of " + ("anything" if inside[1] is Any else _words(inside[1], many=True))
     if origin is tuple:
