@@ -204,7 +204,8 @@ def _words(hint: Hint, many: bool = False) -> str:
     if origin in (typing.Union, types.UnionType):
         return ", or ".join(dict.fromkeys(_words(option) for option in inside))
     if hint in _PLAIN:
-        return _PLAIN[hint][2 if many else 1]
+        _, one, several = _PLAIN[hint]
+        return several if many else one
     if origin is dict:
         return "a dict of " + ("anything" if inside[1] is Any else _words(inside[1], many=True))
     if origin is tuple:
