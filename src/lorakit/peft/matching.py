@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig, TaskType
 from lorakit.core.attachment.attaching import AttachReport, model_type_of, with_targets
 from lorakit.core.layers.adapter_component import AdapterModule
+from lorakit.core.layers.lora_layer import not_yet_merged
 from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.merging.merging import tied_sites
 from lorakit.core.model.index import AdapterIndex, layers, walk
 from lorakit.core.model.target_weights import bare_parameters
-from lorakit.errors import ConfigError, ConfigTypeError, NoTargetError, RouteError, TargetError, warn_caller
+from lorakit.errors import ConfigError, NoTargetError, RouteError, TargetError, warn_caller
 from lorakit.targets import ALL_LINEAR, Candidate, key_fits, match_path, names_path, resolve, targeted_parameters
 
 if TYPE_CHECKING:
@@ -373,30 +374,6 @@ def check_adapters_to_merge(module: AdapterModule, adapter_names: list[str] | No
     """
     asked = module.active_adapters if adapter_names is None else adapter_names
     return not_yet_merged(asked, module.merged_adapters)
-
-
-def not_yet_merged(names: Sequence[str], merged: Sequence[str], quiet: bool = False) -> list[str]:
-    """Return the adapters that are not merged yet, and warn about merged ones as PEFT does.
-
-    Args:
-        names: The adapters to merge.
-        merged: The adapters that are already merged.
-        quiet: Whether to omit the warning.
-
-    Raises:
-        ConfigTypeError: `names` is a string.
-    """
-    if isinstance(names, str):
-        raise ConfigTypeError(f"adapter_names should be a list of strings, got {names!r}.", field="adapter_names")
-    new = [name for name in names if name not in merged]
-    if merged and not quiet:
-        warn_caller(
-            f"Already following adapters were merged {','.join(merged)}. You are now additionally merging "
-            f"{','.join(new)}."
-            if new
-            else "All adapters are already merged, nothing to do."
-        )
-    return new
 
 
 def filter_state_dict(state_dict: Mapping[str, Tensor], prefixes: Collection[str]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from lorakit import core
 from lorakit.architectures.default_targets import DEFAULT_TARGETS
 from lorakit.config import LoraConfig
 from lorakit.core.kinds import Kind, kind_named, kind_of
-from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.layers.lora_layer import LoraLayer, not_yet_merged
 from lorakit.core.layers.named_layers import LAYERS
 from lorakit.core.model.activation import parameters_by_adapter
 from lorakit.core.model.checks import ALLOWANCES
@@ -472,7 +472,7 @@ class BaseTuner(OverModel):
     def _unmerged(self, adapter_names: Sequence[str] | None, quiet: bool = False) -> list[str]:
         """Return the adapters to merge that are not merged yet, and warn about merged ones as PEFT does."""
         asked = self.active_adapters if adapter_names is None else adapter_names
-        return matching.not_yet_merged(asked, AdapterIndex.of(self.model).merged_adapters(), quiet)
+        return not_yet_merged(asked, AdapterIndex.of(self.model).merged_adapters(), quiet)
 
 
 class LoraModel(BaseTuner):

@@ -27,7 +27,7 @@ from lorakit.core.merging.merging import unmerge
 from lorakit.core.model import checks
 from lorakit.core.model.index import AdapterIndex, check_known, trainable_block
 from lorakit.core.model.replication import stacked_for
-from lorakit.core.model.target_weights import bare_parameters
+from lorakit.core.model.target_weights import matched
 from lorakit.core.model.ties import with_ties
 from lorakit.core.model.vocabulary import chosen_rows
 from lorakit.core.quantization import allow_repacking, weight_format_of
@@ -37,7 +37,7 @@ from lorakit.core.routing.state import AdapterState
 from lorakit.core.statistics.moments import Statistics
 from lorakit.errors import ConfigError
 from lorakit.tables import format_bytes
-from lorakit.targets import Match, Note, Resolution, Unmatched, match_path, resolve
+from lorakit.targets import Match, Note, Resolution, Unmatched, match_path
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,7 @@ def attach(
 
 def _resolved(index: AdapterIndex, config: LoraConfig, allow: Collection[str]) -> tuple[Resolution, dict[str, str]]:
     """Return what a config names in a model, with tied modules added; and tied path -> path of its embedding."""
-    bare = bare_parameters(index) if config.target_parameters else None
-    found = resolve(index.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
-    found, leaders = with_ties(index, config, found)
+    found, leaders = with_ties(index, config, matched(index, config, "partial_targets" in allow))
     checks.check_called(index.model, [match.path for match in found.matches])
     checks.check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
     return found, leaders

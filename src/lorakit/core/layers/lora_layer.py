@@ -449,21 +449,7 @@ class LoraLayer(BaseWeight):
 
     def _to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
         """Return the adapters to merge: those with a factor here that are not merged yet."""
-        if isinstance(adapter_names, str):
-            raise ConfigTypeError(
-                f"adapter_names should be a list of strings, got {adapter_names!r}.",
-                what=adapter_names,
-                field="adapter_names",
-            )
-        asked = self.active_adapters if adapter_names is None else list(adapter_names)
-        new = [name for name in asked if name not in self.merged_adapters]
-        if self.merged_adapters:
-            warn_caller(
-                f"Already following adapters were merged {','.join(self.merged_adapters)}. You are now additionally "
-                f"merging {','.join(new)}."
-                if new
-                else "All adapters are already merged, nothing to do."
-            )
+        new = not_yet_merged(self.active_adapters if adapter_names is None else adapter_names, self.merged_adapters)
         self.state.check(new, AdapterError)
         return [name for name in new if name in self.r]
 
@@ -531,3 +517,29 @@ def _commit(
         one.commit()
     for layer, leader in led.items():
         layer.follow(leader)
+
+
+def not_yet_merged(names: Sequence[str], merged: Sequence[str], quiet: bool = False) -> list[str]:
+    """Return the adapters that are not merged yet, and warn about merged ones as PEFT does.
+
+    Args:
+        names: The adapters to merge.
+        merged: The adapters that are already merged.
+        quiet: Whether to omit the warning.
+
+    Raises:
+        ConfigTypeError: `names` is a string.
+    """
+    if isinstance(names, str):
+        raise ConfigTypeError(
+            f"adapter_names should be a list of strings, got {names!r}.", what=names, field="adapter_names"
+        )
+    new = [name for name in names if name not in merged]
+    if merged and not quiet:
+        warn_caller(
+            f"Already following adapters were merged {','.join(merged)}. You are now additionally merging "
+            f"{','.join(new)}."
+            if new
+            else "All adapters are already merged, nothing to do."
+        )
+    return new

@@ -20,7 +20,7 @@ from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.weight_layer import shows_tokens
 from lorakit.core.model.index import INSIDE, AdapterIndex, TargetWeight, defined_parameters
 from lorakit.errors import ConfigError, TargetError
-from lorakit.targets import BareParameter, Match, targeted_parameters
+from lorakit.targets import BareParameter, Match, Resolution, resolve, targeted_parameters
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,21 @@ def bare_parameters(index: AdapterIndex) -> list[BareParameter]:
         for path, owner in owners
         for name in defined_parameters(owner)
     ]
+
+
+def matched(index: AdapterIndex, config: LoraConfig, allow_partial: bool = False) -> Resolution:
+    """Return what a config names in a model; see `lorakit.targets.resolve`.
+
+    Args:
+        index: The model's index.
+        config: The config.
+        allow_partial: Whether target entries may match nothing.
+
+    Raises:
+        TargetError: A target entry matches nothing, or matches a module that cannot be adapted.
+    """
+    bare = bare_parameters(index) if config.target_parameters else None
+    return resolve(index.candidates, config, allow_partial=allow_partial, parameters=bare)
 
 
 def named_targets(index: AdapterIndex, config: LoraConfig) -> dict[str, TargetWeight]:

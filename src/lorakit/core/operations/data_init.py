@@ -24,13 +24,13 @@ from lorakit.core.kinds import kind_named
 from lorakit.core.model.activation import disable
 from lorakit.core.model.fingerprint import fingerprint
 from lorakit.core.model.index import AdapterIndex, find_state
-from lorakit.core.model.target_weights import bare_parameters
+from lorakit.core.model.target_weights import matched
 from lorakit.core.operations.rank_allocation import by_explained_variance, in_groups, with_ranks
 from lorakit.core.operations.tensor_sources import PLAIN_TARGETS
 from lorakit.core.statistics.collecting import Forward, TakeRows, collect_gradients, collect_inputs
 from lorakit.core.statistics.moments import GradientStatistics, InputStatistics, Statistics
 from lorakit.errors import ConfigError, DataError
-from lorakit.targets import Match, match_path, resolve
+from lorakit.targets import Match, match_path
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,7 @@ class DataSites:
                 field="layer_replication",
             )
         config, index = with_targets(config, model), AdapterIndex.of(model)
-        bare = bare_parameters(index) if config.target_parameters else None
-        found = resolve(index.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
-        matches = [match for match in found.matches if only(match)]
+        matches = [match for match in matched(index, config, "partial_targets" in allow).matches if only(match)]
         for match in matches:
             init_for(config.init_lora_weights, index.kind(match.kind or ""), match_path(match))
         return cls(init, config, index, matches)

@@ -21,14 +21,13 @@ from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.checks import check_allowances
 from lorakit.core.model.fingerprint import fingerprint
 from lorakit.core.model.index import AdapterIndex, TargetWeight, find_state
-from lorakit.core.model.target_weights import bare_parameters, targets_of
+from lorakit.core.model.target_weights import matched, targets_of
 from lorakit.core.operations.tensor_sources import AdapterWeights, BareSite, SiteFactors, TensorSource, source_of_model
 from lorakit.core.operations.writing import OperationReport, SiteOperation, described, put, write
 from lorakit.core.quantization import weight_format_of
 from lorakit.core.variants import PLAIN, variants_of
 from lorakit.durable import JsonObject
 from lorakit.errors import ConfigError, ModelError, NotYetSupported
-from lorakit.targets import resolve
 
 
 @dataclass(frozen=True)
@@ -168,8 +167,7 @@ def extract_weights(
     _check_plain(config, model)
     config = with_targets(config, model)
     site_map = AdapterIndex.of(model)
-    bare = bare_parameters(site_map) if config.target_parameters else None
-    resolved = resolve(site_map.candidates, config, parameters=bare)
+    resolved = matched(site_map, config)
     factors: dict[str, SiteFactors] = {}
     sites = []
     aliases, taken = _aliases(model), set[str]()

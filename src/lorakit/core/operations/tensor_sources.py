@@ -27,10 +27,10 @@ from lorakit.core.linalg import Product, factors_of, product_of
 from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.fingerprint import UNVERIFIABLE, BaseVerdict, Fingerprint, compare
 from lorakit.core.model.index import INSIDE, AdapterIndex, defined_parameters
-from lorakit.core.model.target_weights import bare_parameters, paths_on_disk
+from lorakit.core.model.target_weights import matched, paths_on_disk
 from lorakit.core.variants import NO_SETTING, NO_TENSORS, PLAIN, Factor, Variant, variant_at, variants_of, without
 from lorakit.errors import AdapterFileError, ModelError, warn_caller
-from lorakit.targets import match_path, resolve
+from lorakit.targets import match_path
 
 
 @dataclass(frozen=True)
@@ -274,8 +274,7 @@ def weights_of_model(model: nn.Module, name: str) -> AdapterWeights:
     config, known = found.config, _sites_in(index, name)
     tensors = {key: tensor.detach() for key, tensor in found.tensors.items()}
     factors, others = _by_site(tensors, config, lambda path, A: known[path])
-    bare = bare_parameters(index) if config.target_parameters else None
-    matches = resolve(index.candidates, config, allow_partial=True, parameters=bare).matches
+    matches = matched(index, config, allow_partial=True).matches
     outer, parameters = outer_modules(factors), {name for factor in factors.values() for name in factor.names}
     if {match.path for match in matches if not match.parameter} != outer:
         config = dataclasses.replace(config, target_modules=outer, **PLAIN_TARGETS)  # loaded in part, as allowed
