@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lorakit.config import CONFIG_FILE
-from lorakit.core import attach, inspect_adapter, load_adapter, save_adapter, use
+from lorakit.config import CONFIG_FILE, LoraConfig
+from lorakit.core import attach, detach, inspect_adapter, load_adapter, save_adapter, use
 from lorakit.core.files.adapter_folder import METADATA_KEY, SIDECAR_FILE, WEIGHTS_FILE
 from lorakit.core.files.tensor_file import MAX_TENSORS
 from lorakit.durable import sealed as resealed
@@ -593,3 +593,22 @@ def test_a_file_of_ours_keeps_its_key(folder: Path) -> None:
     size = int.from_bytes(data[:8], "little")
     assert METADATA_KEY in json.loads(data[8 : 8 + size])["__metadata__"]
     assert sha256_bytes(data) == json.loads((folder / SIDECAR_FILE).read_text())["weights"]["sha256"]
+
+
+def test_a_site_that_is_not_loaded_keeps_its_bias(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    biases = [model[i].bias.detach().clone() for i in (0, 1)]
+    attach(model, LoraConfig(r=2, target_modules=["0", "1"], bias="lora_only", init_lora_weights=False))
+    with torch.no_grad():
+        for layer in model:
+            layer.base_layer.bias.add_(1)
+    save_adapter(model, tmp_path, "default")
+    detach(model)
+    edit_tensors(without("base_model.model.1.lora_B.weight"))(tmp_path)
+    with pytest.warns(UserWarning):
+        load_adapter(model, tmp_path, allow=["key_mismatch"])
+    assert torch.equal(model[0].base_layer.bias, biases[0] + 1)
+    assert torch.equal(model[1].bias, biases[1])
+    detach(model)
+    assert all(torch.equal(model[i].bias, biases[i]) for i in (0, 1))

@@ -23,6 +23,7 @@ from lorakit.core.attachment.residual_base import InitRecord, init_context_for, 
 from lorakit.core.files.adapter_folder import KINDS_KEY, AdapterFiles, alpha_at, read_adapter
 from lorakit.core.files.inspecting import Site, implausible, judge, largest_values, nonfinite, not_finite
 from lorakit.core.inits import known_init
+from lorakit.core.inits.init import BOTH
 from lorakit.core.kinds import Kind
 from lorakit.core.model import checks
 from lorakit.core.model.fingerprint import DIFFERENT, check_not_merged_in, compare
@@ -179,6 +180,8 @@ def place_adapter(
         given = {chosen.path: tensors[key] for chosen, key in fitted.rows}
         rows = build.new_rows(index, [chosen for chosen, _ in fitted.rows], given)
         auxiliary = build.new_extras(index, config, factors, fitted.saved, fitted.tied, rows)
+        trained = {(id(module), leaf) for module, originals in auxiliary.biases for leaf in originals}
+        fitted.biases = [bias for bias in fitted.biases if (id(bias[0]), bias[1]) in trained]  # not of dropped sites
         beyond = out_of_range(tensors, largest, fitted, index, factors, auxiliary)
         said += implausible(files.folder, judge(config, scales, largest), trainable or files.made)
         said += _checked_range(files.folder, beyond, allow)
@@ -272,7 +275,7 @@ def _restored_factors(
     files: AdapterFiles, fitted: Fit, index: AdapterIndex, record: InitRecord
 ) -> list[build.NewFactor]:
     config, init, factors = record.config, known_init(record.config), []
-    trains = frozenset("AB") if init is None else init.trains
+    trains = BOTH if init is None else init.trains
     for path, (target, names) in fitted.sites.items():
         build.check_site(index, config, target)
         tensors = {part: files.file.tensors[name] for part, name in names.items()}
