@@ -61,3 +61,8 @@ def test_what_matched_and_what_did_not() -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), LoraConfig(target_modules=["0"]))
     found = inspect_matched_modules(model.base_model)
     assert found["matched"] == ["0"] and "1" in found["unmatched"]
+
+
+def test_without_target_modules_no_module_is_named() -> None:
+    for config in (LoraConfig(), LoraConfig(target_parameters=["a.weight"])):
+        assert check_target_module_exists(config, "a") is False

@@ -23,6 +23,7 @@ from lorakit.peft import (
     prepare_model_for_kbit_training,
     shift_tokens_right,
 )
+from lorakit.peft.utilities import take_gradients_at_the_input
 
 
 def test_several_active_adapters(tmp_path: Path) -> None:
@@ -112,3 +113,34 @@ def test_gradient_checkpointing_gets_inputs_that_need_gradients(tiny_llama: Any)
     tiny_llama.activation_checkpointing_enable()
     model = get_peft_model(tiny_llama, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     assert model.get_input_embeddings()(torch.tensor([[1]])).requires_grad
+
+
+def test_the_subfolder_is_the_adapters_and_not_the_bases(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved.rename(tmp_path / "inside")
+    given: list[dict[str, Any]] = []
+
+    def load_base(*_: Any, options: dict[str, Any], **__: Any) -> nn.Module:
+        given.append(options)
+        raise NotYetSupported("the base is not needed here")
+
+    monkeypatch.setattr("lorakit.hub.models.load_base", load_base)
+    with pytest.raises(NotYetSupported):
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path, subfolder="inside", torch_dtype="float32")
+    assert given == [{"revision": None, "torch_dtype": "float32"}]
+
+
+def test_a_model_that_cannot_find_its_embedding_enables_gradients_itself() -> None:
+    class Model(nn.Module):
+        enabled = False
+
+        def get_input_embeddings(self) -> nn.Module:
+            raise NotImplementedError
+
+        def enable_input_require_grads(self) -> None:
+            self.enabled = True
+
+    model = Model()
+    take_gradients_at_the_input(model)
+    assert model.enabled

@@ -75,3 +75,17 @@ def test_a_bare_model_and_one_without_adapters() -> None:
     assert (status.base_model_type, status.adapter_model_type, status.peft_types) == ("other", "None", {})
     with pytest.raises(AdapterError, match="No adapter layers found in the model"):
         get_layer_status(nn.Linear(2, 2))
+
+
+def test_of_a_tied_layer_and_of_a_copy_without_parameters(tiny_llama: Any) -> None:
+    tied = get_peft_model(
+        tiny_llama, LoraConfig(target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True, r=2)
+    )
+    assert {status.name.rpartition(".")[2]: status.requires_grad for status in get_layer_status(tied)} == {
+        "embed_tokens": {"default": True},
+        "lm_head": {},
+    }
+    assert get_model_status(tied).requires_grad == {"default": True}
+    plain = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 3))
+    saved = get_peft_model(plain, LoraConfig(target_modules=["0"], modules_to_save=["1"]))
+    assert [status.requires_grad for status in get_layer_status(saved)] == [{"default": True}, {}]

@@ -82,7 +82,8 @@ def prepare_layer_inputs_fn_language_modeling(layer_input: LayerInput, model_inp
 
 
 def _plain(layer_input: LayerInput, _: Batch, layer_name: str) -> Tensor:
-    return _tensor(layer_input, layer_name).flatten(0, -2)
+    x = _tensor(layer_input, layer_name)
+    return x.reshape(-1, x.shape[-1])
 
 
 def _tensor(layer_input: LayerInput, layer_name: str) -> Tensor:

@@ -107,6 +107,9 @@ PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, type[BaseTuner]] = {PeftType.LORA: Lo
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[PeftType, type[BaseTuner]] = {PeftType.LORA: LoraModel}
 """Method -> its tuner class in a `PeftMixedModel`."""
 
+PEFT_TYPE_TO_PREFIX_MAPPING: dict[PeftType, str] = {PeftType.LORA: LoraModel.prefix}
+"""Method -> prefix of its parameters' names."""
+
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfigMixin:
     """Create a config from a dictionary that names its method.

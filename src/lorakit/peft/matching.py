@@ -53,6 +53,8 @@ def check_target_module_exists(config: LoraConfig, key: str) -> bool | ExcludedM
     """
     if _excluded(config, key):
         return ExcludedModule()
+    if config.target_modules is None:
+        return False
     plain = config.with_fields(exclude_modules=None, modules_to_save=None, target_parameters=None)
     try:
         return bool(resolve([Candidate(key, "Linear", dense=True)], plain, allow_partial=True).matches)
@@ -293,12 +295,14 @@ def check_parameters(model: nn.Module, configs: Mapping[str, LoraConfig], config
         ConfigError: The targeted parameters of a module differ; the message lists the parameters of both adapters.
     """
     mine = set(config.target_parameters or ())
-    for name, other in configs.items() if mine else ():
-        theirs = set(other.target_parameters or ())
-        if not theirs or theirs == mine:
-            continue
-        bare = bare_parameters(AdapterIndex.of(model))
-        found, there = ({(one.path, one.parameter) for one in targeted_parameters(bare, c)} for c in (config, other))
+    others = {name: set(other.target_parameters or ()) for name, other in configs.items()}
+    others = {name: theirs for name, theirs in others.items() if mine and theirs and theirs != mine}
+    if not others:
+        return
+    bare = bare_parameters(AdapterIndex.of(model))
+    found = {(one.path, one.parameter) for one in targeted_parameters(bare, config)}
+    for name, theirs in others.items():
+        there = {(one.path, one.parameter) for one in targeted_parameters(bare, configs[name])}
         shared = {path for path, _ in found} & {path for path, _ in there}
         if any(path in shared for path, _ in found ^ there):
             raise ConfigError(

@@ -70,7 +70,8 @@ class _BaseAutoPeftModel:
             ConfigError: The class does not fit the adapter's task, or the base's package is not allowed.
             AdapterFileError: The config does not name its base.
         """
-        folder = adapter_folder(pretrained_model_name_or_path, {"revision": revision} | kwargs)
+        options = {"revision": revision, **kwargs}
+        folder = adapter_folder(pretrained_model_name_or_path, options)  # removes the adapter's options
         found = read_config(folder)[0]
         if not found.base_model_name_or_path:
             raise AdapterFileError(
@@ -90,7 +91,7 @@ class _BaseAutoPeftModel:
             task=found.task_type.value if isinstance(found.task_type, TaskType) else None,
             written_class=(str(mapping.get("parent_library")), str(mapping.get("base_model_class"))),
             tokenizer_folder=folder,
-            options={"revision": found.revision, **kwargs},
+            options={"revision": found.revision, **options},
         )
         return PeftModel.from_pretrained(model, folder, adapter_name, is_trainable, config)
 

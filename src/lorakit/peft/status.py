@@ -122,7 +122,7 @@ def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
         module_type=MODULE_TYPES.get(type(module).__name__) or repr(module).partition("(")[0],
         enabled=not module.disable_adapters,
         active_adapters=module.active_adapters,
-        merged_adapters=list(getattr(module, "merged_adapters", ())),
+        merged_adapters=list(module.merged_adapters),
         requires_grad=flags,
         available_adapters=sorted(set(module.available_adapters())),
         devices=devices,
@@ -136,7 +136,9 @@ def _flags_and_devices(modules: Iterable[AdapterModule]) -> tuple[dict[str, bool
     for module in modules:
         table = module.token_adapter if isinstance(module, TrainableTokens) else None  # a tied module has no rows
         for adapter in module.available_adapters():
-            held[adapter] += module.parameters_of(adapter) if table is None else [table.trainable_tokens_delta[adapter]]
+            found = module.parameters_of(adapter) if table is None else [table.trainable_tokens_delta[adapter]]
+            for parameter in found:  # none in a tied layer, or in a copy without parameters
+                held[adapter].append(parameter)
     flags = {adapter: _common(parameter.requires_grad for parameter in found) for adapter, found in held.items()}
     return flags, {adapter: sorted({one.device.type for one in found}) for adapter, found in held.items()}
 

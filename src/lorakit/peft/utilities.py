@@ -355,10 +355,10 @@ def take_gradients_at_the_input(model: nn.Module) -> None:
 
 
 def _require_input_gradients(model: nn.Module) -> None:
-    enable, embedding = getattr(model, "enable_input_require_grads", None), _input_embedding(model)
-    if enable is not None:
-        enable()
-    elif embedding is not None:
+    if hasattr(model, "enable_input_require_grads"):
+        attrgetter("enable_input_require_grads")(model)()
+    else:
+        embedding = attrgetter("get_input_embeddings")(model)()
         embedding.register_forward_hook(lambda _, __, output: output.requires_grad_(True))
 
 
