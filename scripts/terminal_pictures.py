@@ -38,7 +38,6 @@ COMMANDS = {
     "doctor": "lorakit doctor",
 }
 """Name of the picture -> command; later ones read the adapter that "train" writes."""
-NEEDS_ADAPTER = ("eval", "generate", "inspect", "merge")
 ANIMATED = ("train", "generate")
 """Commands that redraw lines on a terminal that can; they run with TERM=dumb, which prints each line once."""
 
@@ -48,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Draw the output of the command line.")
     parser.add_argument("--only", choices=tuple(COMMANDS), help="draw this command alone")
     only = parser.parse_args(arguments).only
-    names = [name for name in COMMANDS if only in (None, name) or (name == "train" and only in NEEDS_ADAPTER)]
+    needs_adapter = only is not None and "runs/notes/adapter" in COMMANDS[only]
+    names = [name for name in COMMANDS if only in (None, name) or (name == "train" and needs_adapter)]
     PICTURES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         shutil.copy(ROOT / "docs" / "format.md", Path(directory, "notes.md"))

@@ -37,7 +37,7 @@ from lorakit.core.routing.state import AdapterState
 from lorakit.core.statistics.moments import Statistics
 from lorakit.errors import ConfigError
 from lorakit.tables import format_bytes
-from lorakit.targets import Match, Note, Resolution, Unmatched, match_path
+from lorakit.targets import ALL_LINEAR, Match, Note, Resolution, Unmatched, match_path
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
             f"{type(model).__name__}. Name the modules to adapt, or use 'all-linear'.",
             what=model_type,
             field="target_modules",
-            allowed=("all-linear",),
+            allowed=(ALL_LINEAR,),
         )
     default = DEFAULT_TARGETS[model_type]
     return dataclasses.replace(config, target_modules=default if isinstance(default, str) else set(default))

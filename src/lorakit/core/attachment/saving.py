@@ -94,8 +94,8 @@ def saved_form(
     if form == "as_lora":
         return _as_lora(found, moved, first)
     initial = encode(first, {"format": "pt"})
-    began |= {"file": adapter_folder.INITIAL_FILE, "sha256": sha256_bytes(initial)}
-    return dataclasses.replace(found, initial=initial)
+    began = {**began, "file": adapter_folder.INITIAL_FILE, "sha256": sha256_bytes(initial)}
+    return dataclasses.replace(found, about={adapter_folder.BEGAN: began}, initial=initial)
 
 
 def converted_form(

@@ -18,7 +18,7 @@ from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.vocabulary import input_embedding, shared_weights, sharers, table_at
 from lorakit.core.variants import variants_of
 from lorakit.errors import ConfigError
-from lorakit.targets import Match, Note, Resolution
+from lorakit.targets import ALL_LINEAR, Match, Note, Resolution
 
 TIED = "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter"
 """Start of the note about tied modules that are not adapted as one; programs search PEFT's warnings for this text."""
@@ -64,7 +64,7 @@ def with_ties(index: AdapterIndex, config: LoraConfig, found: Resolution) -> tup
         ConfigError: The tied modules cannot be trained as one.
     """
     # "all-linear" selects layers by type and excludes embeddings, so it treats a tied head as a linear layer
-    is_all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    is_all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
     named = {*found.saved, *(() if is_all_linear else (match.path for match in found.matches))}
     groups = tied_groups(index, named)
     if not config.ensure_weight_tying:
