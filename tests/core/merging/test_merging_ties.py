@@ -274,3 +274,15 @@ def test_tied_factors_of_which_one_is_never_trained(tmp_path: Path) -> None:
     load_adapter(model, tmp_path, "a", trainable=True)
     trained = [name for name, p in trainable_parameters(model, "a") if p.requires_grad]
     assert len(trained) == 1
+
+
+@pytest.mark.parametrize("order", [("emb", "head"), ("head", "emb")])
+def test_tied_layers_unmerged_one_by_one_in_either_order(order: tuple[str, str]) -> None:
+    model = shared({"x": config("emb", "head", ensure_weight_tying=True)})
+    expected, before = model(IDS), bits(model.emb.weight)
+    merge(model, "x")
+    for name in order:
+        model.get_submodule(name).unmerge()
+    assert [model.get_submodule(name).merged_adapters for name in order] == [[], []]
+    assert bits(model.emb.weight) == before == bits(model.head.weight)
+    assert torch.equal(model(IDS), expected)

@@ -11,7 +11,7 @@ norm could be outdated without an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from lorakit.config import scale
 from lorakit.core.clones import bare, with_forward
 from lorakit.core.factor import HOLDERS, OwnWeight, parameter, weight_holder
 from lorakit.core.kinds.kind import Kind, WeightSpec, spread
-from lorakit.core.layers.adapter_component import MergeOptions, StagedMerge, trainable_tensors
+from lorakit.core.layers.adapter_component import MergeOptions, trainable_tensors
 from lorakit.core.layers.base_weight import BaseWeight
 from lorakit.core.layers.batched import add_kept, add_stacked
 from lorakit.core.routing.recompute import Forwards
@@ -443,7 +443,12 @@ class LoraLayer(BaseWeight):
         layers = self._around_module("") if here else {}
         for path, layer in layers.items():
             layer.check_merge(path, here, options)
-        _commit(layers, here, lambda path, layer: layer.stage_merge(path, here, options))
+        led = {layer: leader for layer in layers.values() if (leader := layer.leader_of(here)) is not None}
+        staged = [layer.stage_merge(path, here, options) for path, layer in layers.items() if layer not in led]
+        for one in filter(None, staged):
+            one.commit()
+        for layer, leader in led.items():
+            layer.follow(leader)
         if set(here) - set(active):  # only this layer's route includes the newly merged adapters
             self.own_route = Route((*active, *(name for name in here if name not in active)))
 
@@ -466,8 +471,12 @@ class LoraLayer(BaseWeight):
         layers = self._around_module("")
         for path, layer in layers.items():
             layer.check_unmerge(path, layer.merged_adapters)
-        merged = list(dict.fromkeys(name for layer in layers.values() for name in layer.merged_adapters))
-        _commit(layers, merged, lambda path, layer: layer.stage_unmerge(merged))
+        led = {layer for layer in layers.values() if layer.leader_of(layer.merged_adapters) is not None}
+        staged = [layer.stage_unmerge(list(layer.merged_adapters)) for layer in layers.values() if layer not in led]
+        for one in filter(None, staged):
+            one.commit()
+        for layer in led:  # the tied layer, which may still be merged, restores the weight that they share
+            layer.merged_adapters, layer.kept = [], layer.kept if layer.moved_by else None
 
     def leader_of(self, adapters: Sequence[str]) -> LoraLayer | None:
         """Return the layer whose weight this one shares and whose factors, transposed, it uses; None if there is none.
@@ -505,18 +514,6 @@ class LoraLayer(BaseWeight):
             if isinstance(inside, LoraLayer):
                 found |= inside._around_module(f"{path}.{child}")
         return found
-
-
-def _commit(
-    layers: Mapping[str, LoraLayer], adapters: Sequence[str], stage: Callable[[str, LoraLayer], StagedMerge | None]
-) -> None:
-    """Stage a change of some adapters in all layers, commit it, and let tied layers adopt it."""
-    led = {layer: leader for layer in layers.values() if (leader := layer.leader_of(adapters)) is not None}
-    staged = [stage(path, layer) for path, layer in layers.items() if layer not in led]
-    for one in filter(None, staged):
-        one.commit()
-    for layer, leader in led.items():
-        layer.follow(leader)
 
 
 def not_yet_merged(names: Sequence[str], merged: Sequence[str], quiet: bool = False) -> list[str]:
