@@ -165,14 +165,14 @@ class LoraFA(torch.optim.Optimizer):
         Raises:
             ConfigError: A value is out of range.
         """
-        for name, value, limit in (
-            ("lr", lr, math.inf),
-            ("betas[0]", betas[0], 1.0),
-            ("betas[1]", betas[1], 1.0),
-            ("eps", eps, math.inf),
+        for name, value, fits, rule in (
+            ("lr", lr, lr >= 0, "at least 0"),
+            ("betas[0]", betas[0], 0 <= betas[0] < 1, "at least 0 and below 1"),
+            ("betas[1]", betas[1], 0 <= betas[1] < 1, "at least 0 and below 1"),
+            ("eps", eps, eps >= 0, "at least 0"),
         ):
-            if not 0 <= value < limit:
-                raise ConfigError.of(name, value, f"at least 0 and below {limit:g}")
+            if not fits:
+                raise ConfigError.of(name, value, rule)
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": True}
         )

@@ -87,10 +87,10 @@ def test_a_written_weight_is_on_the_clone_and_not_on_the_module(way: Quantizatio
     assert 0 < error < (0.15 if way.storage.bits == 4 else 0.01)
     bias: Any = module.bias
     assert torch.allclose(after, x @ row.read(clone, written).T + bias, atol=6e-2 if way.name == "int8" else 1e-5)
-    row.target(module, "weight", written)
+    row.put_stored(module, "weight", written)
     with torch.no_grad():
         assert torch.equal(module(x), after)
-    row.target(module, "weight", stored)
+    row.put_stored(module, "weight", stored)
     with torch.no_grad():
         assert torch.equal(module(x), before)
 

@@ -32,7 +32,7 @@ def test_placed_is_stored_and_a_clone_leaves_the_module_alone(name: str) -> None
     other = base.write(module, before, base.read(module, before) + 1)
     clone = base.clone(module, "weight", other)
     assert torch.equal(module.weight, before) and torch.equal(clone.weight, other)
-    base.target(module, "weight", other)
+    base.put_stored(module, "weight", other)
     assert module.weight is parameter and torch.equal(base.stored(module, "weight"), other)
     assert base.device(module, "weight") == other.device
 

@@ -242,7 +242,7 @@ def give_base_back(layer: LoraLayer, adapter: str) -> None:
     if layer.moved_by:
         return
     layer.moved = layer.initial = None
-    layer.target(layer.stored_with(layer.merged_adapters))
+    layer.put_stored(layer.stored_with(layer.merged_adapters))
     if not layer.merged_adapters:
         layer.kept = None
 

@@ -22,7 +22,7 @@ Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
 
 
-def _slots(module: Convolution) -> tuple[WeightSpec, ...]:
+def _specs(module: Convolution) -> tuple[WeightSpec, ...]:
     spec = WeightSpec(
         "weight", module.out_channels, module.in_channels, kernel=module.kernel_size, groups=module.groups
     )
@@ -96,7 +96,7 @@ CONV1 = replace(
     LINEAR,
     name="Conv1d",
     types=(nn.Conv1d,),
-    specs=_slots,
+    specs=_specs,
     shapes=_shapes,
     vector=_vector,
     down=_down,

@@ -364,13 +364,13 @@ class ReplacingModule(AdapterModule):
     """A module that active adapters replace, either as a whole or in some rows of its weight.
 
     Attributes:
-        what: Name of such modules in messages.
-        field: Config field that selects such modules.
+        _what: Name of such modules in messages.
+        _field: Config field that selects such modules.
         forwards: Record of past forwards, for recomputation.
     """
 
-    what: ClassVar[str]
-    field: ClassVar[str]
+    _what: ClassVar[str]  # underscored, so that they do not hide attributes of the module
+    _field: ClassVar[str]
     forwards: Forwards
 
     def __init__(self, training: bool, state: AdapterState) -> None:
@@ -430,9 +430,9 @@ class ReplacingModule(AdapterModule):
         rows = None if x is None else route.rows_of(x.shape[0])
         if x is None or rows is None:
             raise RowCountError(
-                f"The route names {len(route.rows or ())} rows, but {self.what} received "
+                f"The route names {len(route.rows or ())} rows, but {self._what} received "
                 f"{'no tensor' if x is None else tuple(x.shape)}. Give one adapter per row of the batch.",
-                field=self.field,
+                field=self._field,
             )
         outputs: list[Tensor] = []
         indices = []
@@ -446,10 +446,10 @@ class ReplacingModule(AdapterModule):
             if not isinstance(output, Tensor):
                 name = type(output).__name__
                 raise MixedRowsError(
-                    f"The output of {self.what} is a {name}, whose rows cannot be concatenated. Run the rows of each "
+                    f"The output of {self._what} is a {name}, whose rows cannot be concatenated. Run the rows of each "
                     "adapter separately with `use`.",
                     what=name,
-                    field=self.field,
+                    field=self._field,
                 )
             outputs.append(output)
             indices.append(index)

@@ -210,7 +210,7 @@ class BaseWeight(StoredWeight):
         """Return the base's module with the merged adapters; a residual base that none of them uses is undone."""
         if self.moved_by and not set(self.moved_by).intersection(self.merged_adapters):
             self.moved_by = ()
-            self.target(self.stored_with(self.merged_adapters))
+            self.put_stored(self.stored_with(self.merged_adapters))
         return self.owner
 
     def follow(self, tied: BaseWeight) -> None:
@@ -263,7 +263,7 @@ class BaseWeight(StoredWeight):
                 self.tied_weight = shared
             self.owner._parameters[parameter] = nn.Parameter(stored, requires_grad=shared.requires_grad)
         else:
-            self.target(stored)
+            self.put_stored(stored)
             if not keeps:
                 self.replaced = ()
         self._put_bias(bias)
@@ -274,7 +274,7 @@ class BaseWeight(StoredWeight):
             give_back(self.owner, self.spec.parameter, self.tied_weight, stored)
             self.tied_weight = None
         else:
-            self.target(stored)
+            self.put_stored(stored)
         self._put_bias(bias)
         self.merged_adapters = left
         if not left:

@@ -38,7 +38,7 @@ class ModulesToSave(ReplacingModule):
         merged_adapters: The adapter whose copy replaces the original, as a list; empty if there is none.
     """
 
-    what, field = "a saved module", "modules_to_save"
+    _what, _field = "a saved module", "modules_to_save"
     adapter_layer_names: tuple[str, ...] = ("modules_to_save",)
     other_param_names: tuple[str, ...] = ()
 

@@ -182,7 +182,7 @@ class StoredWeight(AdapterModule):
         self.kept = self.original()
         self.moved_by, self.moved = (adapter,), stored
         self.initial = initial and (initial[0].detach().to("cpu", copy=True), initial[1].detach().to("cpu", copy=True))
-        self.base.target(self.owner, self.spec.parameter, stored)
+        self.base.put_stored(self.owner, self.spec.parameter, stored)
 
     def check_kept(self) -> None:
         """Check that the base without merged adapters can be computed.
@@ -201,14 +201,14 @@ class StoredWeight(AdapterModule):
         kept = self.kept if self.kept is not None else base.stored(self.source, self.spec.parameter)
         return sum(tensor.numel() * tensor.element_size() for tensor in base.tensors(kept))
 
-    def target(self, stored: Replacement) -> None:
+    def put_stored(self, stored: Replacement) -> None:
         """Store the result of merging or unmerging: a module that replaces the owner, or a weight."""
         if isinstance(stored, nn.Module):
             self.replaced = self.replaced or (self.owner,)
             self.base_layer = stored
             return
         base, source = self.storage
-        base.target(source, self.spec.parameter, stored)
+        base.put_stored(source, self.spec.parameter, stored)
         if self.replaced:
             self.base_layer, self.replaced = self.replaced[0], ()
 

@@ -177,7 +177,7 @@ class TrainableTokens(ReplacingModule):
         follows: Whether its rows belong to the embedding that it is tied to.
     """
 
-    what, field = "a table with trainable tokens", "trainable_token_indices"
+    _what, _field = "a table with trainable tokens", "trainable_token_indices"
     adapter_layer_names: tuple[str, ...] = ("token_adapter.trainable_tokens_delta",)
     other_param_names: tuple[str, ...] = ("token_adapter.token_indices", "token_adapter.trainable_tokens_original")
 
@@ -408,15 +408,15 @@ def looked_up(table: nn.Embedding, x: Tensor, y: Tensor, index: Tensor, rows: Te
         (…, d). Cost: a binary search among n indices per element of x; the table itself is not copied.
     """
     numbers, order = index.sort()
-    target = torch.searchsorted(numbers, x.contiguous()).clamp_max(len(numbers) - 1)
-    hit = numbers[target] == x
+    position = torch.searchsorted(numbers, x.contiguous()).clamp_max(len(numbers) - 1)
+    hit = numbers[position] == x
     if table.max_norm is not None:  # torch scales long rows down in place when it looks them up
         norms = rows.norm(p=table.norm_type, dim=1, keepdim=True)
         rows = torch.where(norms > table.max_norm, rows * (table.max_norm / (norms + 1e-7)), rows)
     padding = table.padding_idx
     if padding is not None:  # the padding row has no gradient
         rows = torch.where((index == padding)[:, None], rows.detach(), rows)
-    new = F.embedding(order[target], rows.to(y.dtype))
+    new = F.embedding(order[position], rows.to(y.dtype))
     scale = getattr(table, "embed_scale", None)  # scaled embeddings multiply what they look up
     if scale is not None:
         new = new * torch.as_tensor(scale, dtype=new.dtype, device=new.device)

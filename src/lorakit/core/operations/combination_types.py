@@ -142,10 +142,10 @@ def added_up(
 def clamped(A: Tensor, B: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
     """Clamp A (g, r, in) and B (g, out, r) to a quantile of all their values, each taken with both signs."""
     sizes = torch.cat([A.abs().flatten(), B.abs().flatten()]).sort().values
-    target = (2 * quantile - 1) * (sizes.numel() - 1)  # quantile q of ±x is quantile 2q − 1 of |x|
-    below = int(target)
+    position = (2 * quantile - 1) * (sizes.numel() - 1)  # quantile q of ±x is quantile 2q − 1 of |x|
+    below = int(position)
     above = min(below + 1, sizes.numel() - 1)
-    limit = float(sizes[below] + (target - below) * (sizes[above] - sizes[below]))
+    limit = float(sizes[below] + (position - below) * (sizes[above] - sizes[below]))
     return A.clamp(-limit, limit), B.clamp(-limit, limit)
 
 

@@ -10,7 +10,7 @@ import itertools
 from collections import Counter
 from collections.abc import Collection, Sequence
 
-from lorakit.config import HEADS_BY_TASK, LoraConfig, TaskType
+from lorakit.config import HEADS_BY_TASK, LoraConfig
 from lorakit.core.files.tensor_names import PREFIX, ROWS
 from lorakit.core.kinds import PARAMETER
 from lorakit.core.model.fingerprint import DIFFERENT, UNVERIFIABLE, BaseVerdict
@@ -175,7 +175,12 @@ def joined_config(configs: Sequence[LoraConfig]) -> LoraConfig:
         configs: Configs of one or more adapters; ranks, scales and targets are ignored.
     """
     task = next((config.task_type for config in configs if config.task_type), None)
-    saved = [name for config in configs for name in (*(config.modules_to_save or []), *_heads(config.task_type))]
+    saved = [
+        name
+        for config in configs
+        for name in (*(config.modules_to_save or []), *HEADS_BY_TASK.get(config.task_type, ()))
+    ]
+    heads = HEADS_BY_TASK.get(task, ())
     parameters = {entry for config in configs for entry in config.target_parameters or ()}
     kept = {variant: config for config in reversed(configs) for variant in variants_of(config) if is_kept(variant)}
     return dataclasses.replace(
@@ -183,16 +188,11 @@ def joined_config(configs: Sequence[LoraConfig]) -> LoraConfig:
         task_type=task,
         lora_bias=any(config.lora_bias for config in configs),
         target_parameters=sorted(parameters) or None,
-        modules_to_save=[name for name in dict.fromkeys(saved) if name not in _heads(task)] or None,
+        modules_to_save=[name for name in dict.fromkeys(saved) if name not in heads] or None,
         fan_in_fan_out=any(config.fan_in_fan_out for config in configs),
         trainable_token_indices=next((c.trainable_token_indices for c in configs if c.trainable_token_indices), None),
         **{variant.field: getattr(config, variant.field) for variant, config in kept.items()},
     )
-
-
-def _heads(task: TaskType | str | None) -> tuple[str, ...]:
-    """Return the names of heads that are trained in full for a task."""
-    return HEADS_BY_TASK.get(task, ()) if isinstance(task, TaskType) else ()
 
 
 def shared_facts(adapters: Sequence[AdapterWeights]) -> JsonObject:

@@ -67,7 +67,7 @@ def four_bit_linear(linear: nn.Linear, quant_type: str, double: bool) -> nn.Modu
     settings: dict[str, str | bool] = {"compress_statistics": double, "quant_type": quant_type}
     made = package.nn.Linear4bit(columns, rows, False, weight.dtype, **settings, device="meta")
     parameter = package.nn.Params4bit(weight, requires_grad=False, **settings, module=made)
-    FOUR_BIT.target(made, "weight", parameter.to(weight.device))
+    FOUR_BIT.put_stored(made, "weight", parameter.to(weight.device))
     FOUR_BIT.disable_repacking(made)
     return _like(linear, made)
 
@@ -150,7 +150,7 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
         made.dtype = state.dtype
         return _parameter(like, packed, made)
 
-    def target(self, module: Linear4bit, parameter: str, stored: Params4bit) -> None:
+    def put_stored(self, module: Linear4bit, parameter: str, stored: Params4bit) -> None:
         """Make a stored weight the parameter of a layer."""
         module._parameters["weight"] = stored
         module.quant_state = stored.quant_state
@@ -202,7 +202,7 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
             return False
         setattr(module, _REPACKS, False)
         if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
-            self.target(module, "weight", _unpacked(module.weight))
+            self.put_stored(module, "weight", _unpacked(module.weight))
         return True
 
     def allow_repacking(self, module: Linear4bit) -> None:
@@ -241,7 +241,7 @@ class EightBitFormat(_Format["Linear8bitLt", EightBit]):
         parameter = package.nn.Int8Params(values, requires_grad=False, has_fp16_weights=False)
         return EightBit(parameter, values, scales)
 
-    def target(self, module: Linear8bitLt, parameter: str, stored: EightBit) -> None:
+    def put_stored(self, module: Linear8bitLt, parameter: str, stored: EightBit) -> None:
         """Put a weight into the parameter and the state of a layer."""
         module._parameters["weight"] = stored.parameter
         state = copy.copy(module.state)

@@ -74,7 +74,7 @@ class HQQFormat(WeightFormat["HQQLinear", HQQWeight]):
         other.quantize(canonical.to(device=module.W_q.device), **settings)
         return HQQWeight(other.W_q, other.meta)
 
-    def target(self, module: HQQLinear, parameter: str, stored: HQQWeight) -> None:
+    def put_stored(self, module: HQQLinear, parameter: str, stored: HQQWeight) -> None:
         """Put a packed weight into a layer."""
         module._parameters[PARAMETER], module.meta = stored.packed, stored.meta
 

@@ -82,7 +82,7 @@ class TorchaoFormat(PlainFormat):
             )
         return _quantized(canonical.to(device=like.device, dtype=like.dtype))
 
-    def target(self, module: nn.Module, parameter: str, stored: TorchAOBaseTensor) -> None:
+    def put_stored(self, module: nn.Module, parameter: str, stored: TorchAOBaseTensor) -> None:
         """Make a stored weight (out, in) the parameter."""
         module._parameters[parameter] = stored
 

@@ -94,7 +94,7 @@ class WeightFormat(Generic[M, S]):
         """Return a canonical weight (out, in) in stored form, with the settings of another stored weight."""
 
     @abstractmethod
-    def target(self, module: M, parameter: str, stored: S) -> None:
+    def put_stored(self, module: M, parameter: str, stored: S) -> None:
         """Put a stored weight into a module; a plain parameter stays the same object."""
 
     @abstractmethod
@@ -117,7 +117,7 @@ class WeightFormat(Generic[M, S]):
     def clone(self, module: M, parameter: str, stored: S) -> nn.Module:
         """Return a shallow clone of a module, with another stored weight."""
         clone: M = clone_with(module, {})  # type: ignore[assignment]
-        self.target(clone, parameter, stored)
+        self.put_stored(clone, parameter, stored)
         return clone
 
     def dense(self, module: M, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
@@ -156,7 +156,7 @@ class PlainFormat(WeightFormat[nn.Module, Tensor]):
         """Return the canonical weight (out, …) in the dtype and layout of another tensor."""
         return (canonical.T if self.transposed else canonical).to(like.dtype).contiguous()
 
-    def target(self, module: nn.Module, parameter: str, stored: Tensor) -> None:
+    def put_stored(self, module: nn.Module, parameter: str, stored: Tensor) -> None:
         """Give the parameter the memory of a tensor of any shape.
 
         Raises:

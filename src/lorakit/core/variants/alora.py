@@ -52,11 +52,7 @@ def _span(config: LoraConfig) -> int:
 def _tokens(config: LoraConfig) -> Sequence[int]:
     tokens = config.alora_invocation_tokens
     if not tokens:
-        raise ConfigError(
-            f"alora_invocation_tokens is {tokens!r}; it must be a list of token ids.",
-            what=tokens,
-            field="alora_invocation_tokens",
-        )
+        raise ConfigError.of("alora_invocation_tokens", tokens, "a list of token ids")
     return tokens
 
 

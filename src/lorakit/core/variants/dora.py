@@ -130,6 +130,8 @@ def combined(path: str, addends: Sequence[Addend], reading: Reading) -> Sum:
 def _gain_over(factor: Factor, reading: Reading) -> Tensor:
     """Return the DoRA scale of each output, (out,), in the precision of the base; ones if the factor is not DoRA."""
     dtype = reading.W.dtype
+    if MAGNITUDE not in factor.own:
+        return reading.W.new_ones(reading.W.shape[0])
     own = {name: tensor.detach().to(dtype) for name, tensor in factor.own.items()}
     wide = replace(factor, A=factor.A.detach().to(dtype), B=factor.B.detach().to(dtype), own=own)
     return _gain(reading.kind, reading.spec, reading.W, wide)
