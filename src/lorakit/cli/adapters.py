@@ -129,7 +129,7 @@ def copy_tokenizer(adapters: Sequence[AdapterFiles], folder: Path) -> None:
         folder: Directory of the new adapter.
     """
     from lorakit.durable import read_bytes, write_bytes
-    from lorakit.train.run_data import tokenizer_files
+    from lorakit.hub import tokenizer_files
 
     found = []
     for files in adapters:
@@ -155,9 +155,8 @@ def tokenizer_for(source: ModelSource, adapters: Sequence[AdapterFiles]) -> Save
         ModelError: Neither the model nor the adapters have a tokenizer, or the tokenizer cannot be read.
     """
     from lorakit import hub
-    from lorakit.train.run_data import adapter_tokenizer
 
-    found = [own for files in adapters if (own := adapter_tokenizer(files.folder)) is not None]
+    found = [own for files in adapters if (own := hub.adapter_tokenizer(files.folder)) is not None]
     distinct = {(hub.tokenizer_hash(own), hub.chat_template_hash(own)): own for own in found}
     largest = _largest(list(distinct.values()))
     if largest is not None:

@@ -110,7 +110,7 @@ class Batch:
     trained_tokens: int
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Loader(Iterator[Batch]):
     """Iterator over the batches of successive epochs; each epoch has its own order, and its last batch may be smaller.
 

@@ -183,6 +183,8 @@ class StoredRecords(Sequence[Record]):
     @property
     def total_bytes(self) -> int:
         """The total size of these records on disk, in bytes."""
+        if self._chosen is None:
+            return sum(file.size for file in self._files)
         return sum(self._files[number].bytes_of(index) for number, index in map(self._place, self._all()))
 
     def _place(self, position: int) -> tuple[int, int]:

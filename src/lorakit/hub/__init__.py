@@ -8,12 +8,14 @@ from __future__ import annotations
 from lorakit.hub.calibration import Calibration, DtypeChoice, calibrate, choose_dtype
 from lorakit.hub.models import (
     AddedTokens,
+    adapter_tokenizer,
     add_tokens,
     chat_template_hash,
     load_model,
     load_tokenizer,
     save_model,
     stored_as_files,
+    tokenizer_files,
     tokenizer_hash,
 )
 from lorakit.hub.packaged import PACKAGED, packaged_directory
@@ -27,6 +29,7 @@ __all__ = [
     "Calibration",
     "DtypeChoice",
     "ModelSource",
+    "adapter_tokenizer",
     "add_tokens",
     "calibrate",
     "chat_template_hash",
@@ -43,5 +46,6 @@ __all__ = [
     "shape_of_module",
     "skeleton",
     "stored_as_files",
+    "tokenizer_files",
     "tokenizer_hash",
 ]

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model")
+"""Patterns of the names of tokenizer files."""
 TASKS = {
     "causal": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
@@ -213,6 +215,25 @@ def load_base(
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(len(tokenizer))
     return model
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return the tokenizer files in a directory, recognized by their usual names."""
+    return sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
+
+
+def adapter_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer that was saved with an adapter, or None.
+
+    Args:
+        folder: The adapter's directory.
+
+    Raises:
+        ModelError: The tokenizer cannot be read.
+    """
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    return load_tokenizer(ModelSource("directory", str(folder), str(folder), None, str(folder)))
 
 
 def load_tokenizer(model: str | os.PathLike[str] | ModelSource) -> PreTrainedTokenizerBase:

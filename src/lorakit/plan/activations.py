@@ -243,10 +243,10 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: S
             outside += kept
     here = sum(block in by_block for block, _ in fused)
     whole = is_fast and here == 2 * len(inner)
-    transient = accelerated.transient(shape, job) if whole else _transient(shape, job)
+    found = _gathered(shape, job, by_block, outside)
+    transient = accelerated.transient(shape, job) if whole else found.transient
     transient += accelerated.recomputed_bytes(shape, fused, job)
     transient += 0 if base is None else _dequantized(counted, job, base)
-    found = _gathered(shape, job, by_block, outside)
     return replace(found, transient=transient, fused=here, of_blocks=2 * len(inner) if is_fast else 0)
 
 

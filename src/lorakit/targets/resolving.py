@@ -329,11 +329,12 @@ def _unmatched(
 ) -> list[Unmatched]:
     targeted = [candidate.path for candidate, _ in found]
     everything = [candidate.path for candidate in candidates]
+    used = {entry for _, entry in found}  # most entries of a long list, so only the others are compared with paths
     unmatched = []
     for field, paths in (("target_modules", targeted), ("exclude_modules", everything)):
         entries = getattr(config, field)
         for entry in () if isinstance(entries, str) else sorted(entries or ()):
-            if not any(names_path(entry, path) for path in paths):
+            if entry not in used and not any(names_path(entry, path) for path in paths):
                 is_elsewhere = any(names_path(entry, path) for path in everything)
                 what = "only modules that are excluded or in other layers" if is_elsewhere else None
                 unmatched.append(_matches_none(field, entry, what or f"no module{_hint(entry, candidates)}"))

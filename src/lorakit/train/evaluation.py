@@ -20,7 +20,7 @@ from lorakit.data import Batch, Tokenizer, by_length, encode, padding_id, read_r
 from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import Acceleration, accelerate
-from lorakit.train.run_data import adapter_tokenizer, max_length_for, pick_device
+from lorakit.train.run_data import max_length_for, pick_device
 from lorakit.train.step import loss_sum, oom_advice_for_evaluation, oom_as_run_error
 
 
@@ -162,12 +162,13 @@ def compare(
     batches = partial(by_length, encoded.sequences, settings.batch_rows, padding_id(tokenizer))
     given = []
     for folder in settings.adapters:
-        given.append(batches)
         own = own_tokenizer(folder, tokenizer)
-        if own is not None:
-            say(f"{folder}: the adapter has its own tokenizer, so its loss is measured over different tokens.")
-            sequences = encode(records, own, length).sequences
-            given[-1] = partial(by_length, sequences, settings.batch_rows, padding_id(own))
+        if own is None:
+            given.append(batches)
+            continue
+        say(f"{folder}: the adapter has its own tokenizer, so its loss is measured over different tokens.")
+        sequences = encode(records, own, length).sequences
+        given.append(partial(by_length, sequences, settings.batch_rows, padding_id(own)))
     choice = hub.choose_dtype(settings.dtype, hub.calibrate(where) if settings.dtype == "auto" else None)
     detail(f"precision: {choice.reason}")
     loaded = hub.load_model(source, choice.dtype, where, quantization=settings.quantization)
@@ -203,7 +204,7 @@ def own_tokenizer(folder: str, tokenizer: Tokenizer) -> Tokenizer | None:
     Raises:
         ModelError: The tokenizer cannot be read.
     """
-    found = adapter_tokenizer(Path(folder))
+    found = hub.adapter_tokenizer(Path(folder))
     if found is None:
         return None
     same = hub.tokenizer_hash(found) == hub.tokenizer_hash(tokenizer)

@@ -26,8 +26,6 @@ from lorakit.train.defaults import DEFAULTS
 from lorakit.train.progress import Progress
 from lorakit.train.settings import TrainSettings
 
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model")
-
 
 class SavedTokenizer(data.Tokenizer, Protocol):
     """The part of a transformers tokenizer that runs and commands use."""
@@ -37,25 +35,6 @@ class SavedTokenizer(data.Tokenizer, Protocol):
 
     def save_pretrained(self, save_directory: Path) -> tuple[str, ...]:
         """Write the tokenizer's files into a directory and return their names."""
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """Return the tokenizer files in a directory, recognized by their usual names."""
-    return sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
-
-
-def adapter_tokenizer(folder: Path) -> SavedTokenizer | None:
-    """Return the tokenizer that was saved with an adapter, or None.
-
-    Args:
-        folder: The adapter's directory.
-
-    Raises:
-        ModelError: The tokenizer cannot be read.
-    """
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    return hub.load_tokenizer(hub.ModelSource("directory", str(folder), str(folder), None, str(folder)))
 
 
 @dataclass(frozen=True)

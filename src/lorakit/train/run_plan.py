@@ -25,7 +25,6 @@ from lorakit.train.checkpoint import differences, environment
 from lorakit.train.optimizer import Named
 from lorakit.train.progress import Progress
 from lorakit.train.run_adapter import saved_sizes
-from lorakit.train.run_data import tokenizer_files
 from lorakit.train.run_folder import checkpoints, run_files
 from lorakit.train.run_spec import DiskSpace, RunLimits, RunPlan, RunSpec
 
@@ -190,7 +189,7 @@ def _tokenizer_bytes(spec: RunSpec) -> int:
     """Return the size in bytes of the tokenizer's files in the model directory, or else of the serialized tokenizer."""
     source = Path(spec.source.path_or_id)
     if source.is_dir():
-        return _bytes_of(tokenizer_files(source))
+        return _bytes_of(hub.tokenizer_files(source))
     backend = getattr(spec.tokenizer, "backend_tokenizer", None)
     return 0 if backend is None else len(backend.to_str(pretty=True).encode())
 
