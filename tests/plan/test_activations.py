@@ -114,6 +114,24 @@ def test_a_frozen_factor_keeps_no_input(name: str, targets: Any, dtype: str, lor
     assert both[0].blocks < both[1].blocks
 
 
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.1])
+@pytest.mark.parametrize(("name", "targets"), [("llama", "all-linear"), ("gpt2", ["c_attn", "c_proj"])], ids=str)
+def test_a_frozen_b_still_keeps_the_input_of_a(name: str, targets: Any, lora_dropout: float) -> None:
+    import torch
+
+    from lorakit import core, hub
+
+    model = _model(name, 0.0)
+    shape = hub.shape_of_module(model, "small", "here")
+    config = LoraConfig(r=4, target_modules=targets, lora_dropout=lora_dropout, init_lora_weights="mica")
+    core.attach(model, config)
+    model.train()
+    saved = _saved_bytes(model, torch.randint(0, 300, (ROWS, LENGTH)))
+    job = Job(ROWS, LENGTH, dtype="float32")
+    planned = activations.of_lora(shape, count(shape, config), lora_dropout, job)
+    assert planned.blocks + planned.outside + logits_bytes(shape, job) // 3 == pytest.approx(saved, rel=0.03)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("lora_dropout", [0.0, 0.1])
 @pytest.mark.parametrize(

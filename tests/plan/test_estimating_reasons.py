@@ -46,3 +46,14 @@ def test_a_rank_above_the_module_is_noted() -> None:
     assert shape is not None
     config = LoraConfig(r=1000, target_modules=["h.0.attn.c_proj"])
     assert "rank 1000 is larger" in "\n".join(estimating.reasons(count(shape, config), config))
+
+
+def test_the_sum_names_the_trained_factor() -> None:
+    """LoRA-FA trains B (out), and A of an embedding; MiCA trains A (in)."""
+    assert "each site trains r × (in + out)" in _reasons(target_modules=["c_attn"])
+    told = _reasons(target_modules=["c_attn"], init_lora_weights="mica")
+    assert "12 × 6,144 = 73,728; each site trains r × in." in told
+    shape, config = catalogue.published("gpt2"), LoraConfig(r=8, target_modules=["c_attn"])
+    assert shape is not None
+    told = "\n".join(estimating.reasons(count(shape, config, optimizer="lorafa"), config))
+    assert "12 × 18,432 = 221,184; each site trains r × out" in told

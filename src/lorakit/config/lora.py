@@ -389,6 +389,11 @@ class LoraConfig(PeftConfig):
         variants = (self.use_dora, self.alora_invocation_tokens, self.use_bdlora, self.kasa_config)
         return not self.lora_bias and not any(variants)
 
+    @property
+    def trains_only_a(self) -> bool:
+        """Return whether B keeps the values that the init gives it, so that only A is trained (MiCA)."""
+        return str(self.init_lora_weights).lower() == "mica"
+
     def notes_on_own_numbers(self, total: int) -> list[str]:
         """Return messages for a plan about the values that the variant trains in addition to A and B.
 

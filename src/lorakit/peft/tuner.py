@@ -341,14 +341,15 @@ class BaseTuner(OverModel):
 
     def is_partly_disabled(self) -> bool:
         """Return whether adapters are disabled at some layers and enabled at others."""
-        return len({bool(module.aside) for module in model_adapters.adapted(self.model)}) > 1
+        state = find_state(self.model)
+        return state is not None and len({bool(module.aside) for module in state.members()}) > 1
 
     def enable_adapter_layers(self) -> None:
         """Undo `disable_adapter_layers`."""
         state = find_state(self.model)
         if state is not None:
             state.restore_default()
-            for module in model_adapters.adapted(self.model):
+            for module in state.members():
                 module.enable_adapters(True)
             for parameter in self.__dict__.pop("_paused", ()):
                 parameter.requires_grad_(True)

@@ -337,7 +337,8 @@ def _sum(counted: Count) -> str:
     for count, members in by_sites.items():
         inner = " + ".join(f"{group.each:,}" for group in members)
         terms.append(f"{count} × ({inner})" if len(members) > 1 else f"{count} × {inner}")
-    each = "out (for an embedding in)" if counted.frozen else "(in + out)"
+    frozen = {site.frozen_factor for site in counted.sites}
+    each = "out (for an embedding in)" if "A" in frozen else "in" if "B" in frozen else "(in + out)"
     each += ", and each expert the same" if any(group.experts > 1 for group in groups) else ""
     if counted.own_numbers:
         each += " + out" if counted.magnitudes else ", plus or minus what its variant changes"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from lorakit.architectures.shapes import ModelShape, SiteShape, replicated, role, short_roles
 from lorakit.config import LoraConfig, scale
@@ -119,8 +120,8 @@ class SiteCount:
         own_numbers: Number of values that the variant trains in addition to A and B; negative if the variant's A and B
             are smaller than LoRA's.
         reads_weight: Whether the variant trains one value per output and reads the weight in each forward pass (DoRA).
-        frozen: Elements of frozen factors: experts × rank × in with LoRA-FA (rank × out for an embedding), experts ×
-            rank × out with the init "mica", else 0.
+        frozen_factor: The factor that is not trained: "A" with LoRA-FA ("B" for an embedding), "B" if the init fixes it
+            (MiCA), else "".
         experts: Number of matrices in the parameter, each with its own factors.
         is_plain: Whether the site's forward is that of LoRA without a variant or bias.
     """
@@ -135,7 +136,7 @@ class SiteCount:
     factors: int
     own_numbers: int = 0
     reads_weight: bool = False
-    frozen: int = 0
+    frozen_factor: Literal["", "A", "B"] = ""
     experts: int = 1
     is_plain: bool = True
 
@@ -148,6 +149,12 @@ class SiteCount:
     def magnitudes(self) -> int:
         """Return the number of elements in DoRA's magnitude: out_features, or 0 without DoRA."""
         return self.own_numbers if self.reads_weight else 0
+
+    @property
+    def frozen(self) -> int:
+        """Return the number of elements in the frozen factor, over all experts."""
+        columns = {"": 0, "A": self.in_features, "B": self.out_features}[self.frozen_factor]
+        return self.experts * self.rank * columns
 
     @property
     def trainable(self) -> int:
@@ -337,8 +344,6 @@ def candidates(shape: ModelShape) -> list[Candidate]:
 def _site_count(match: Match, size: tuple[int, int, int], config: LoraConfig, optimizer: str) -> SiteCount:
     """Count a site of size (experts, out, in): a module, or a bare parameter with one matrix or several experts."""
     experts, out_features, in_features = size
-    kept = out_features if match.kind == EMBEDDING else in_features
-    lorafa = match.rank * kept if optimizer == "lorafa" else 0
     own = 0 if match.parameter else config.own_numbers(match_path(match), match.rank, out_features, in_features)
     return SiteCount(
         path=match_path(match),
@@ -351,10 +356,18 @@ def _site_count(match: Match, size: tuple[int, int, int], config: LoraConfig, op
         factors=experts * factor_parameters(match.rank, in_features, out_features),
         own_numbers=own,
         reads_weight=config.reads_weight and not match.parameter,
-        frozen=experts * (match.rank * out_features if config.init_lora_weights == "mica" else lorafa),
+        frozen_factor=_frozen_factor(match.kind, config, optimizer),
         experts=experts,
         is_plain=config.is_plain_lora,
     )
+
+
+def _frozen_factor(kind: str, config: LoraConfig, optimizer: str) -> Literal["", "A", "B"]:
+    if config.trains_only_a:
+        return "B"
+    if optimizer != "lorafa":
+        return ""
+    return "B" if kind == EMBEDDING else "A"
 
 
 def _bare_parameters(shape: ModelShape) -> list[BareParameter]:

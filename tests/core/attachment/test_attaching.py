@@ -8,7 +8,7 @@ from torch import nn
 
 from lorakit.config import LoraConfig
 from lorakit.core import adapters, attach, detach, sites, trainable_parameters
-from lorakit.errors import AdapterError, TargetError
+from lorakit.errors import AdapterError, ConfigError, TargetError
 from lorakit.targets import SEVERAL_MODULES
 
 from ...laws.zoo import BERT, EVERY_KIND, GPT2, LINEARS, LLAMA, T5, TIED, with_adapters
@@ -35,6 +35,14 @@ def test_default_targets_are_the_fields(specimen: object, ends: set[str]) -> Non
     attach(model, config)
     assert {site.path.rpartition(".")[2] for site in sites(model)} == ends
     assert config.target_modules is None and adapters(model)["default"].target_modules == ends
+
+
+def test_a_rank_that_does_not_fit_is_refused_with_its_site() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 6, 3, groups=2))
+    with pytest.raises(ConfigError, match="^1: The rank is 3") as caught:
+        attach(model, LoraConfig(r=3, target_modules=["0", "1"]))
+    assert (caught.value.where, caught.value.field) == ("1", "r")
+    assert not adapters(model)
 
 
 def test_a_partial_match_with_a_word() -> None:

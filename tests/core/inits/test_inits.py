@@ -12,7 +12,7 @@ from torch import nn
 
 from lorakit.config import LoraConfig
 from lorakit.core import attach, collect_for
-from lorakit.core.inits import INITS, init_named
+from lorakit.core.inits import INITS, Init, init_named
 from lorakit.errors import ConfigError
 
 from ...laws.snapshots import same_bits
@@ -162,3 +162,11 @@ def test_gradient_directions_of_an_odd_number_fit_no_rank() -> None:
         attach(model, config, statistics=replace(found, sites={"0": odd}))
     assert torch.equal(model[0].weight, before)
     attach(model, config, statistics=found)
+
+
+@pytest.mark.filterwarnings("ignore:.*is not specified")
+@pytest.mark.parametrize("init", INITS, ids=lambda init: str(init.name))
+def test_a_config_knows_which_factors_an_init_trains(init: Init) -> None:
+    """`lorakit.plan` counts without torch, so it asks the config instead of the table."""
+    fields: dict[str, object] = {"loftq_config": {"loftq_bits": 4}} if init.name == "loftq" else {}
+    assert LoraConfig(init_lora_weights=init.name, **fields).trains_only_a is (init.trains == {"A"})

@@ -25,6 +25,15 @@ def test_written_is_what_was_read(name: str, dtype: torch.dtype) -> None:
     assert written.dtype == dtype and written.is_contiguous() and torch.equal(written, stored)
 
 
+def test_only_the_first_two_axes_of_a_transposed_weight_are_exchanged() -> None:
+    """A weight stored as (in, out, k), such as that of a transposed convolution in a user-defined kind."""
+    module = MODULES["transposed"]
+    stored = torch.randn(5, 3, 4)
+    base = weight_format_of(module)
+    read = base.read(module, stored)
+    assert torch.equal(read, stored.permute(1, 0, 2)) and torch.equal(base.write(module, stored, read), stored)
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_placed_is_stored_and_a_clone_leaves_the_module_alone(name: str) -> None:
     module = copy.deepcopy(MODULES[name])

@@ -220,8 +220,10 @@ def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) ->
             where=target.path,
             field="lora_bias",
         )
+    if target.kind.acts_on != "weight":
+        return
     base = weight_format_of(index.holder(target), target.spec.parameter)
-    if target.kind.acts_on == "weight" and base.quantized:
+    if base.quantized:
         raise ConfigError(
             f"{target.path} is stored as {base.name}, but a {target.kind.name} is adapted through its weight, which "
             "would be rounded together with the update in each forward. Leave the module out, or target dense layers, "

@@ -257,7 +257,7 @@ def _check_parts(tensors: Mapping[str, Tensor], config: LoraConfig, path: str, r
         del result.sites[path]
         return
     rank = _rank(config, target, kind.rank(spec, tuple(tensors[parts["A"]].shape)))
-    shapes = dict(zip(("A", "B"), variant.shapes_of(kind, spec, rank, setting), strict=True))
+    shapes = dict(zip(("A", "B"), variant.shapes_of(kind, spec, rank, setting, path), strict=True))
     shapes |= {"bias": (spec.out_features,)}
     shapes |= {tensor.held_as: tensor.shape(kind, spec, rank, setting) for tensor in variant.tensors}
     for part in sorted(wanted):

@@ -136,7 +136,7 @@ def init_context_for(
     """
     module, parameter = index.holder(target), target.spec.parameter
     variant, setting = variant_at(config, target.path)
-    A_shape, B_shape = variant.shapes_of(target.kind, target.spec, match.rank, setting)
+    A_shape, B_shape = variant.shapes_of(target.kind, target.spec, match.rank, setting, target.path)
     device = weight_format_of(module, parameter).device(module, parameter)
     return InitContext(
         kind=target.kind,

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import ModuleDict, ParameterDict
 
 from lorakit.config import scale
 from lorakit.core.clones import bare, with_forward
@@ -34,13 +35,13 @@ Weights = dict["str | None", Tensor]
 """Weights read in one forward of a site; key: None for the original, or the first adapter that uses a residual base."""
 
 
-def _holder_type(name: str) -> type[nn.ModuleDict | nn.ParameterDict] | None:
+def _holder_type(name: str) -> type[ModuleDict | ParameterDict] | None:
     """Return the container type of an attribute with an entry per adapter; None for names of other attributes."""
     if not name.startswith("lora_"):
         return None
     own = next((tensor for tensor in own_tensors() if tensor.held_as == name), None)
     if own is not None:
-        return nn.ModuleDict if own.carried == "module" else nn.ParameterDict
+        return ModuleDict if own.carried == "module" else ParameterDict
     return HOLDERS.get(name)
 
 
@@ -107,12 +108,15 @@ class LoraLayer(BaseWeight):
             trained: Whether its parameters require gradients.
         """
         super().set_trained(name, trained)
-        for own in variant_named(self.variant[name]).tensors if name in self.r else ():
+        if not trained or name not in self.r:
+            return
+        for own in variant_named(self.variant[name]).tensors:
             if not own.trained:
                 self._own(name, own.held_as).requires_grad_(False)
-        for part in () if len(self.trains.get(name, "AB")) == 2 else {"A", "B"} - self.trains[name]:
-            if (tensor := getattr(self.factor(name), part)).is_leaf:  # otherwise another layer owns and freezes it
-                tensor.requires_grad_(False)
+        if len(self.trains[name]) < 2:
+            for part in {"A", "B"} - self.trains[name]:
+                if (tensor := getattr(self.factor(name), part)).is_leaf:  # otherwise another layer owns and freezes it
+                    tensor.requires_grad_(False)
 
     def put(self, name: str, factor: Factor, r: int, lora_alpha: float, trains: frozenset[str]) -> None:
         """Add an adapter's factor.
@@ -145,7 +149,7 @@ class LoraLayer(BaseWeight):
         """Remove an adapter's factor, if any, and return the module to put here afterwards."""
         for attribute in (*HOLDERS, *(own.held_as for own in own_tensors())):
             holder = self._modules.get(attribute)
-            if isinstance(holder, (nn.ModuleDict, nn.ParameterDict)) and adapter in holder:
+            if isinstance(holder, (ModuleDict, ParameterDict)) and adapter in holder:
                 del holder[adapter]
         for table in (self.r, self.lora_alpha, self.scaling, self.variant, self.settings, self.trains):
             table.pop(adapter, None)
@@ -154,7 +158,8 @@ class LoraLayer(BaseWeight):
 
     def bias_of(self, adapter: str) -> Tensor | None:
         """Return the bias of an adapter's B, (out,), or None."""
-        return self.factor(adapter).bias if adapter in self.r else None
+        kind = self.kind
+        return self._holder(kind.names[1])[adapter].bias if kind.on_disk and adapter in self.r else None
 
     def factor(self, name: str) -> Factor:
         """Return an adapter's factor; A and B are accessed only through this method.
@@ -165,8 +170,9 @@ class LoraLayer(BaseWeight):
         Returns:
             The factor, with A (r, in) and B (out, r).
         """
-        first, second = (getattr(self, attribute)[name] for attribute in self.kind.names)
-        A, B, bias = (first.weight, second.weight, second.bias) if self.kind.on_disk else (first, second, None)
+        kind = self.kind
+        first, second = (self._holder(attribute)[name] for attribute in kind.names)
+        A, B, bias = (first.weight, second.weight, second.bias) if kind.on_disk else (first, second, None)
         variant, own, setting = variant_named(self.variant[name]), NO_TENSORS, NO_SETTING
         if not variant.is_lora:
             own = {tensor.held_as: self._own(name, tensor.held_as) for tensor in variant.tensors}
@@ -175,8 +181,13 @@ class LoraLayer(BaseWeight):
 
     def _own(self, name: str, held_as: str) -> nn.Parameter:
         """Return one of the variant's own tensors for an adapter, (…), in its shape in memory."""
-        held: nn.Parameter | OwnWeight = self._modules[held_as][name]  # type: ignore[index]
+        held: nn.Parameter | OwnWeight = self._holder(held_as)[name]
         return held.weight if isinstance(held, OwnWeight) else held
+
+    def _holder(self, attribute: str) -> Mapping[str, Any]:
+        """Return the adapters' entries in a container, without torch's attribute access, which is slow for modules."""
+        holder: Any = self._modules[attribute]
+        return holder._modules if isinstance(holder, ModuleDict) else holder
 
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
         """Return the tensors to save for an adapter: key relative to this layer's path -> tensor (…); empty if none."""
@@ -194,11 +205,17 @@ class LoraLayer(BaseWeight):
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
         """Return an adapter's parameters here, (…), A and B first; an empty list if it has no factor."""
-        if adapter not in self.r:
-            return []
-        factor = self.factor(adapter)
-        tensors = (factor.A, factor.B, factor.bias, *factor.own.values())
-        return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]  # not those of a tied layer
+        found = []
+        for holder in self._modules.values():
+            if isinstance(holder, ModuleDict):
+                entry = holder._modules.get(adapter)
+                if entry is not None:
+                    for tensor in entry._parameters.values():  # none if another layer holds a tied A or B
+                        if tensor is not None:
+                            found.append(tensor)
+            elif isinstance(holder, ParameterDict) and adapter in holder:
+                found.append(holder[adapter])
+        return found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the base's output plus the additions of the active adapters.

@@ -7,13 +7,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.layers.adapter_component import AdapterComponent, AdapterModule
+from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.index import AdapterIndex, check_known, find_state, state_of
 from lorakit.core.routing.positions import prompt_offsets
@@ -152,18 +152,15 @@ def parameters_by_adapter(model: nn.Module, names: Collection[str]) -> dict[str,
     """
     state = state_of(model)
     found: dict[str, list[nn.Parameter]] = {name: [] for name in names}
-    for component in _components(model, state):
+    for component in (*state.members(), *_bias_patches(model, state)):
         for name in found.keys() & set(component.available_adapters()):
             found[name] += component.parameters_of(name)  # tied tables share them
     return {name: list({id(p): p for p in parameters}.values()) for name, parameters in found.items()}
 
 
-def _components(model: nn.Module, state: AdapterState) -> Iterator[AdapterComponent]:
-    """Yield every component with adapters; walk the model only if an adapter trains biases."""
-    yield from state.members()
-    if state.biased:
-        for patches in AdapterIndex.of(model).patches.values():
-            yield from patches
+def _bias_patches(model: nn.Module, state: AdapterState) -> list[BiasPatch]:
+    """Return the hooks through which adapters train biases; walk the model only if there are any."""
+    return [patch for patches in AdapterIndex.of(model).patches.values() for patch in patches] if state.biased else []
 
 
 def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | None = None) -> None:
@@ -177,16 +174,15 @@ def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | Non
     state = find_state(model)
     if state is None:
         return
-    for component in _components(model, state):
-        for name in component.available_adapters():
-            flag = wanted.get(name, others)
-            if flag is None:
-                continue
-            if isinstance(component, AdapterModule):
-                component.set_trained(name, flag)
-            else:
-                for parameter in component.parameters_of(name):
-                    parameter.requires_grad_(flag)
+    flags = {name: flag for name in state.configs if (flag := wanted.get(name, others)) is not None}
+    for module in state.members():
+        for name in module.available_adapters():
+            if name in flags:
+                module.set_trained(name, flags[name])
+    for patch in _bias_patches(model, state):
+        for name in flags.keys() & set(patch.available_adapters()):
+            for parameter in patch.parameters_of(name):
+                parameter.requires_grad_(flags[name])
 
 
 def penalties(model: nn.Module) -> Tensor | None:

@@ -369,25 +369,24 @@ def _visits(model: nn.Module) -> Iterator[tuple[str, nn.Module, Children, bool, 
         seen.add(key)
         if is_outside:
             outside.add(key)
-        children = _children_of(module)
+        children = _children_of(module) if module._modules else ()
         yield path, module, children, is_new, is_outside
         if children:
             prefix, inside = f"{path}." if path else "", is_outside and not isinstance(module, AdapterModule)
-            waiting.extend((prefix + name, child, inside) for name, child in reversed(children))
+            for name, child in reversed(children):
+                waiting.append((prefix + name, child, inside))
 
 
 def _children_of(module: nn.Module) -> Children:
-    children = module._modules
-    if not children:
-        return ()
-    if isinstance(module, LoraLayer):
-        return [("base_layer", module.base_layer)]
-    return [(name, child) for name, child in children.items() if child is not None]
+    names = ("base_layer",) if isinstance(module, LoraLayer) else module._modules
+    return [(name, child) for name in names if (child := module._modules[name]) is not None]
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield every module except holders of factors once, with the names and order of `named_modules`."""
-    yield from ((path, module) for path, module, _, is_new, _ in _visits(model) if is_new)
+    for path, module, _, is_new, _ in _visits(model):
+        if is_new:
+            yield path, module
 
 
 def find_state(model: nn.Module) -> AdapterState | None:

@@ -150,11 +150,11 @@ class PlainFormat(WeightFormat[nn.Module, Tensor]):
     def read(self, module: nn.Module, stored: Tensor) -> Tensor:
         """Return the tensor with the output as its leading axis, (out, …), in fp32 or wider."""
         weight = at_least_fp32(stored.detach())
-        return weight.T if self.transposed else weight
+        return weight.transpose(0, 1) if self.transposed else weight
 
     def write(self, module: nn.Module, like: Tensor, canonical: Tensor) -> Tensor:
         """Return the canonical weight (out, …) in the dtype and layout of another tensor."""
-        return (canonical.T if self.transposed else canonical).to(like.dtype).contiguous()
+        return (canonical.transpose(0, 1) if self.transposed else canonical).to(like.dtype).contiguous()
 
     def put_stored(self, module: nn.Module, parameter: str, stored: Tensor) -> None:
         """Give the parameter the memory of a tensor of any shape.

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.core.kinds import kind_of
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.quantization import at_least_fp32
@@ -140,7 +141,7 @@ class _Inputs:
             return
         self._busy = True
         try:
-            rows = patches(module, x) if isinstance(module, Convolution) else self._rows(path, x)
+            rows = patches(module, x) if _is_convolution(module) else self._rows(path, x)
         finally:
             self._busy = False
         if self.even:
@@ -235,7 +236,7 @@ def weight_gradient(module: nn.Module, x: Tensor, G: Tensor) -> Tensor:
     if isinstance(module, nn.Embedding):
         rows = torch.zeros(module.num_embeddings, G.shape[-1], dtype=G.dtype, device=G.device)
         return rows.index_add_(0, x.reshape(-1), G.reshape(-1, G.shape[-1])).T
-    if isinstance(module, Convolution):
+    if _is_convolution(module):
         weight = at_least_fp32(module.weight.detach()).requires_grad_()
         bias = {} if module.bias is None else {"bias": at_least_fp32(module.bias.detach())}
         with torch.enable_grad():
@@ -279,12 +280,18 @@ def _modules_at(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
     return found
 
 
+def _is_convolution(module: nn.Module) -> TypeGuard[Convolution]:
+    """Return whether the module's weight has a kernel, according to its kind."""
+    kind = kind_of(type(module))
+    return kind is not None and bool(kind.specs(module)[0].kernel)
+
+
 def _check_inputs(path: str, module: nn.Module) -> None:
     if isinstance(module, nn.Embedding):
         raise TargetError(
             f"{path} is an embedding: its inputs are indices, which have no moments. Omit it.", where=path
         )
-    if isinstance(module, Convolution) and module.groups > 1:
+    if _is_convolution(module) and module.groups > 1:
         text = f"{path} is a convolution with {module.groups} groups, each with its own inputs. Omit it."
         raise TargetError(text, where=path)
 

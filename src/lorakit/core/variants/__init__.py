@@ -77,7 +77,7 @@ def own_tensors() -> Iterator[OwnTensor]:
 
 def variants_of(config: LoraConfig) -> list[Variant]:
     """Return the variants that a config selects at any site, except LoRA itself."""
-    return [variant for variant in asked_for() if getattr(config, variant.field) not in (None, False)]
+    return [v for v in VARIANTS if v.field and getattr(config, v.field) not in (None, False)]
 
 
 def moving_variant(config: LoraConfig) -> Variant | None:
@@ -106,7 +106,10 @@ def variant_at(config: LoraConfig, path: str) -> tuple[Variant, Setting]:
     Raises:
         ConfigError: The config selects two variants at the site.
     """
-    settings = [(v, v.setting(config, path) if v.setting else NO_SETTING) for v in variants_of(config)]
+    selected = variants_of(config)
+    if not selected:
+        return PLAIN, NO_SETTING
+    settings = [(v, v.setting(config, path) if v.setting else NO_SETTING) for v in selected]
     chosen = [(variant, setting) for variant, setting in settings if setting is not None]
     if len(chosen) > 1:
         fields = " and ".join(variant.field for variant, _ in chosen)

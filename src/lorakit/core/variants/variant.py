@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core.kinds.kind import Kind, Shape, WeightSpec
 from lorakit.core.linalg import Product, Reading
+from lorakit.errors import ConfigError
 
 Setting = Mapping[str, "str | int | float | bool"]
 """The settings of a variant at one site."""
@@ -274,7 +275,7 @@ class Variant:
         """True if the update is B·A wherever the adapter is active."""
         return self.update is None or self.update is added
 
-    def shapes_of(self, kind: Kind, spec: WeightSpec, r: int, setting: Setting = NO_SETTING) -> tuple[Shape, Shape]:
+    def shapes_of(self, kind: Kind, spec: WeightSpec, r: int, setting: Setting, path: str) -> tuple[Shape, Shape]:
         """Return the shapes of A and B at a site, (r, in) and (out, r) on a dense one.
 
         For a kind that the variant does not support, they are LoRA's; `variant_for` rejects such a site.
@@ -284,12 +285,16 @@ class Variant:
             spec: The site's weight spec.
             r: The rank.
             setting: The variant's settings at the site.
+            path: The site, for messages.
 
         Raises:
             ConfigError: The rank does not fit.
         """
         if self.shapes is None or not self.fits(kind):
-            return kind.shapes(spec, r)
+            try:
+                return kind.shapes(spec, r)
+            except ConfigError as error:
+                raise ConfigError(f"{path}: {error}", **{**error.fields, "where": path}) from error
         return self.shapes(kind, spec, r, setting)
 
     def starts(self, start: Start) -> dict[str, Tensor]:
