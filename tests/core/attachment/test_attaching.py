@@ -39,7 +39,7 @@ def test_default_targets_are_the_fields(specimen: object, ends: set[str]) -> Non
 
 def test_a_rank_that_does_not_fit_is_refused_with_its_site() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 6, 3, groups=2))
-    with pytest.raises(ConfigError, match="^1: The rank is 3") as caught:
+    with pytest.raises(ConfigError, match=r"^1: The rank is 3") as caught:
         attach(model, LoraConfig(r=3, target_modules=["0", "1"]))
     assert (caught.value.where, caught.value.field) == ("1", "r")
     assert not adapters(model)
