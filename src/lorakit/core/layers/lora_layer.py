@@ -20,7 +20,7 @@ from torch.nn import ModuleDict, ParameterDict
 
 from lorakit.config import scale
 from lorakit.core.clones import bare, with_forward
-from lorakit.core.factor import HOLDERS, OwnWeight, parameter, weight_holder
+from lorakit.core.factor import HOLDERS, TRAINED, OwnWeight, parameter, weight_holder
 from lorakit.core.kinds.kind import Kind, WeightSpec, spread
 from lorakit.core.layers.adapter_component import MergeOptions, trainable_tensors
 from lorakit.core.layers.base_weight import BaseWeight
@@ -33,6 +33,10 @@ from lorakit.errors import AdapterError, ConfigTypeError, MergeError, RowCountEr
 
 Weights = dict["str | None", Tensor]
 """Weights read in one forward of a site; key: None for the original, or the first adapter that uses a residual base."""
+
+
+_HOLDERS_OF_PARAMETERS = tuple(dict.fromkeys([*TRAINED, *(own.held_as for own in own_tensors())]))
+"""Names of the containers whose entries are an adapter's parameters, A and B first."""
 
 
 def _holder_type(name: str) -> type[ModuleDict | ParameterDict] | None:
@@ -206,7 +210,7 @@ class LoraLayer(BaseWeight):
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
         """Return an adapter's parameters here, (…), A and B first; an empty list if it has no factor."""
         found = []
-        for holder in self._modules.values():
+        for holder in map(self._modules.get, _HOLDERS_OF_PARAMETERS):
             if isinstance(holder, ModuleDict):
                 entry = holder._modules.get(adapter)
                 if entry is not None:

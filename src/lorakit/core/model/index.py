@@ -378,8 +378,10 @@ def _visits(model: nn.Module) -> Iterator[tuple[str, nn.Module, Children, bool, 
 
 
 def _children_of(module: nn.Module) -> Children:
-    names = ("base_layer",) if isinstance(module, LoraLayer) else module._modules
-    return [(name, child) for name in names if (child := module._modules[name]) is not None]
+    children = module._modules
+    if isinstance(module, LoraLayer):
+        children = {"base_layer": children["base_layer"]}
+    return [(name, child) for name, child in children.items() if child is not None]
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
