@@ -193,6 +193,27 @@ def test_the_adapter_is_the_best_not_the_last(
     assert "not better than the base" not in capsys.readouterr().out
 
 
+def test_a_lost_best_checkpoint_does_not_lend_its_loss(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The result and the model card show the loss at the step whose adapter was published."""
+    course = iter((2.0, 1.9, 1.5, 1.7, 1.6, 1.8))
+
+    def evaluate(*_: object, **__: object) -> Evaluation:
+        loss = next(course)
+        if loss == 1.8:
+            (tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors").unlink()
+        return Evaluation(loss, 10)
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    assert train(max_steps=5, save_total_limit=1) == 0
+    result = _record(tmp_path / "run")["result"]
+    assert (result["adapter_step"], result["best_loss"], result["adapter_loss"]) == (5, 1.5, 1.8)
+    out, card = capsys.readouterr().out, (tmp_path / "run" / "adapter" / "README.md").read_text()
+    for text in (out, card):
+        assert "Evaluation perplexity: 7.39 → 6.05" in text  # e**2.0 and e**1.8
+
+
 def test_an_adapter_that_is_worse_than_the_base_is_not_praised(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,6 +38,15 @@ def _save(folder: Path, step: int, **state: int) -> Path:
     return checkpoint.save(folder, snapshot, _write_adapter)
 
 
+def test_a_loss_is_known_at_the_best_and_the_latest_evaluation() -> None:
+    state = TrainState()
+    for step, loss in ((0, 2.0), (2, 1.5), (3, 1.6), (4, 1.7)):
+        state.step = step
+        state.note_evaluation(loss)
+    state.step = 5
+    assert [state.loss_at(step) for step in range(6)] == [None, None, 1.5, None, 1.7, None]
+
+
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     path = _save(tmp_path, 3, best_step=2)

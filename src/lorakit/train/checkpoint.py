@@ -85,6 +85,12 @@ class TrainState:
         self.stale_evaluations += 1
         return False
 
+    def loss_at(self, step: int) -> float | None:
+        """Return the evaluation loss at a step, or None if it is not known: only the best and the latest are kept."""
+        if step == self.best_step:
+            return self.best_loss
+        return self.last_loss if step == self.evaluated_step else None
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
         """Create a state from its fields, as stored in `state.json`.

@@ -46,6 +46,8 @@ class RunResult:
         adapter_step: The step at which `adapter` was saved; None after an interruption.
         first_loss: Evaluation loss of the base, or None without evaluation data.
         best_loss: Lowest evaluation loss after the first step, or None.
+        adapter_loss: Evaluation loss at `adapter_step`, or None. It differs from `best_loss` if the best checkpoint was
+            lost.
         trainable_parameters: Number of trained parameters.
         total_parameters: Number of parameters of the base.
         adapter_bytes: Size of the adapter's weights file; 0 after an interruption.
@@ -67,6 +69,7 @@ class RunResult:
     adapter_step: int | None
     first_loss: float | None
     best_loss: float | None
+    adapter_loss: float | None
     trainable_parameters: int
     total_parameters: int
     adapter_bytes: int
@@ -92,7 +95,7 @@ class RunResult:
         if verbose and rate:
             planned = f" (estimated {format_rate(rate, 'tokens/s')})"
         lines = [
-            _evaluation_line(self.first_loss, self.best_loss),
+            _evaluation_line(self.first_loss, self.best_loss, self.adapter_loss),
             f"Adapter: {self.adapter} (step {self.adapter_step}, {format_bytes(self.adapter_bytes)})",
             f"{'Stopped early' if self.ending == 'stopped early' else 'Finished'} at step {self.steps} of "
             f"{self.total_steps} in {format_seconds(self.seconds)}, {speed}{planned}, peak memory "
@@ -149,7 +152,8 @@ def finish(run: Run) -> RunResult:
         if source == run_folder.adapter_only_path(folder, step):
             shutil.rmtree(source, ignore_errors=True)
         notes.append(_plot_loss(folder, f"{run.spec.source.base_name}: loss by step"))
-        if state.best_loss is not None and state.first_loss is not None and state.best_loss >= state.first_loss:
+        loss = state.loss_at(step)
+        if loss is not None and state.first_loss is not None and loss >= state.first_loss:
             notes.append("The adapter is not better than the base on the evaluation data; do not use it.")
     result = RunResult(
         folder=folder,
@@ -160,6 +164,7 @@ def finish(run: Run) -> RunResult:
         adapter_step=step,
         first_loss=state.first_loss,
         best_loss=state.best_loss,
+        adapter_loss=None if step is None else state.loss_at(step),
         trainable_parameters=run.trainable_parameters,
         total_parameters=run.total_parameters,
         adapter_bytes=(adapter / _WEIGHTS).stat().st_size if adapter else 0,
@@ -258,11 +263,12 @@ def _plot_loss(folder: Path, title: str) -> str:
     return f"Loss by step: {path}"
 
 
-def _evaluation_line(first: float | None, best: float | None) -> str:
+def _evaluation_line(first: float | None, best: float | None, adapter: float | None) -> str:
     if best is None:
         return "Evaluation: not measured (no evaluation data)"
     before = f"{math.exp(min(first, 700)):.2f} → " if first is not None else ""
-    return f"Evaluation perplexity: {before}{math.exp(min(best, 700)):.2f}"
+    after = "not measured at the step of this adapter" if adapter is None else f"{math.exp(min(adapter, 700)):.2f}"
+    return f"Evaluation perplexity: {before}{after}"
 
 
 def model_card(run: Run, step: int) -> str:
@@ -294,7 +300,7 @@ alpha {settings.lora_alpha:g}, target modules: {targets if isinstance(targets, s
 |---|---|
 {row}| data | {", ".join(Path(path).name for path in settings.data)} |
 | training | {step} of {run.limits.total_steps} steps, learning rate {settings.learning_rate:g}, seed {settings.seed} |
-| result | {_evaluation_line(state.first_loss, state.best_loss)} |
+| result | {_evaluation_line(state.first_loss, state.best_loss, state.loss_at(step))} |
 | precision | base {run.plan.dtype}, adapter float32 |
 | versions | {", ".join(f"{name} {version}" for name, version in run_folder.versions().items())} |
 

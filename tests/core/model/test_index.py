@@ -6,7 +6,7 @@ from torch import nn
 
 from lorakit import LoraConfig, core
 from lorakit.core.merging.merging import tied_sites
-from lorakit.core.model.base_view import base_tensors
+from lorakit.core.model.base_view import base_tensors, float_dtype
 from lorakit.core.model.index import AdapterIndex, find_state, state_of
 from lorakit.errors import AdapterError
 
@@ -71,3 +71,9 @@ def test_a_model_without_adapters_has_no_state() -> None:
     assert find_state(Shared()) is None
     with pytest.raises(AdapterError, match="This Shared has no adapters"):
         state_of(Shared())
+
+
+def test_a_buffer_does_not_decide_the_dtype() -> None:
+    """A model of bf16 weights whose first float tensor is a buffer in fp32, such as a table of positions."""
+    model = nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.Linear(4, 4).to(torch.bfloat16))
+    assert float_dtype(model) == torch.bfloat16

@@ -138,9 +138,7 @@ def _span(path: str | os.PathLike[str], name: str, value: JsonValue) -> tuple[in
         raise file_error(path, f"tensor {name!r} has a shape or offset with a value that is not an integer >= 0.")
     sizes = ITEM_BYTES if ".lora_" in name else {**ITEM_BYTES, **WHOLE_BYTES}
     if dtype not in sizes:
-        raise file_error(
-            path, f"tensor {name!r} has dtype {dtype}; supported dtypes of adapters are {', '.join(ITEM_BYTES)}."
-        )
+        raise file_error(path, f"tensor {name!r} has dtype {dtype}; supported dtypes are {', '.join(sizes)}.")
     if last - first != sizes[dtype] * math.prod(shape):
         raise file_error(path, f"tensor {name!r} has {last - first} bytes, which do not match its shape {shape}.")
     return first, last, name

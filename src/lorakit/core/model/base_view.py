@@ -201,7 +201,7 @@ def quantized_weights(model: nn.Module | AdapterIndex, *, stacked: bool = True) 
 
 
 def float_dtype(model: nn.Module | AdapterIndex) -> torch.dtype:
-    """Return the dtype in which a base computes: that of the first floating-point tensor in an unquantized module.
+    """Return the dtype in which a base computes: that of the first floating-point parameter in an unquantized module.
 
     If there is none, return the dtype of the first bias in a quantized module, or fp32 without such a bias.
 
@@ -210,10 +210,11 @@ def float_dtype(model: nn.Module | AdapterIndex) -> torch.dtype:
     """
     of_bias: torch.dtype | None = None
     for name, tensor, module in base_tensors(model):
-        if not tensor.is_floating_point():
+        attribute = name.rpartition(".")[2]
+        if not tensor.is_floating_point() or attribute in module._buffers:  # buffers often stay in fp32
             continue
         if not weight_format_of(module).quantized:
             return tensor.dtype
-        if of_bias is None and name.rpartition(".")[2] == "bias":
+        if of_bias is None and attribute == "bias":
             of_bias = tensor.dtype
     return of_bias or torch.float32
