@@ -87,3 +87,8 @@ def test_without_a_home_the_doctor_reports(capsys: pytest.CaptureFixture[str]) -
 
     assert main(["doctor", "--quick"]) == 0
     assert "kernels    " in capsys.readouterr().out
+
+
+def test_names_of_devices() -> None:
+    assert all(map(machine.is_device_name, ("auto", "cpu", "cpu:0", "cuda", "cuda:3", "mps", "mps:0")))
+    assert not any(map(machine.is_device_name, ("", "tpu", "auto:0", "cuda:", "cuda:x", "cuda:-1", "cuda:0 ")))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,3 +182,12 @@ def peak_rss_bytes() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+DEVICE_FORM = "auto, cpu, cuda, cuda:N or mps"
+"""The values of `--device`, for messages."""
+
+
+def is_device_name(word: str) -> bool:
+    """Return whether a word is a value of `--device`; the device may be missing on this machine."""
+    return re.fullmatch(r"auto|(cpu|cuda|mps)(:\d+)?", word) is not None

@@ -71,6 +71,7 @@ def test_rates_by_pattern_come_as_words_or_as_a_table() -> None:
         ({"target_modules": []}, ("target_modules is []", "not be empty")),
         ({"dtype": "bf15"}, ("dtype is 'bf15'", "'auto', 'bfloat16' or 'float32'", "Did you mean bfloat16?")),
         ({"device": "tpu"}, ("device is 'tpu'", "auto, cpu, cuda, cuda:N or mps")),
+        ({"device": "auto:0"}, ("device is 'auto:0'", "auto, cpu, cuda, cuda:N or mps")),
         ({"memory_budget": "much"}, ("memory_budget is 'much'", "such as 4GiB or 800MB")),
         ({"learning_rat": 1.0}, ("learning_rat is not a setting", "Did you mean learning_rate?")),
         ({"zzz": 1}, ("zzz is not a setting", "lorakit train --help")),

@@ -6,11 +6,11 @@ The same conditions are checked again on use, together with those that need torc
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lorakit.errors import AdapterFileError, ConfigError, DataError, ModelError, UsageError, nearest
+from lorakit.machine import DEVICE_FORM, is_device_name
 
 RUN_DTYPES = ("auto", "bfloat16", "float32")
 """Values of `--dtype` for training and evaluation."""
@@ -116,8 +116,8 @@ def check_device(word: str) -> None:
     Raises:
         ConfigError: The value is not the name of a device.
     """
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", word):
-        raise ConfigError.of("device", word, "auto, cpu, cuda, cuda:N or mps")
+    if not is_device_name(word):
+        raise ConfigError.of("device", word, DEVICE_FORM)
 
 
 def check_at_least(name: str, value: int, least: int) -> None:

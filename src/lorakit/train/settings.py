@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, g
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from lorakit.errors import ConfigError, did_you_mean, nearest
+from lorakit.machine import DEVICE_FORM, is_device_name
 from lorakit.train.defaults import DEFAULTS, Stored
 
 if TYPE_CHECKING:
@@ -103,9 +104,8 @@ def _dtype_word(value: Value) -> Value | str:
 
 
 def _device_word(value: str) -> str:
-    kind, _, index = value.partition(":")
-    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not index.isdigit()):
-        raise ValueError("it must be auto, cpu, cuda, cuda:N or mps")
+    if not is_device_name(value):
+        raise ValueError(f"it must be {DEVICE_FORM}")
     return value
 
 
