@@ -609,7 +609,7 @@ def test_free_space_is_looked_at_before_the_first_step(
         ("--recompute feed-forward", "--recompute layers"),
         ("--gradient-checkpointing", "half the --per-device-train-batch-size"),
         ("--memory-budget 4GiB", "a smaller --memory-budget; half"),
-        ("--no-accelerate", "fused forwards"),
+        ("--no-accelerate", "fused forward passes"),
     ],
 )
 def test_memory_that_runs_out(
@@ -642,7 +642,7 @@ def test_help_gives_every_flag_with_its_reason(capsys: pytest.CaptureFixture[str
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for flag in ("--learning-rate", "--early-stopping-patience", "--gradient-checkpointing", "--config", "--resume"):
         assert flag in text
-    assert "Default 16: enough for a new task" in text
+    assert "Default 16: enough to learn a new task" in text
 
 
 def test_lorafa_and_rates_by_pattern_reach_the_run(train: Train, tmp_path: Path) -> None:
