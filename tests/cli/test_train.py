@@ -329,7 +329,7 @@ def test_resume_goes_further_with_more_steps_and_refuses_the_rest(
     assert "cannot resume" in said and "r is 8 and was 4; learning_rate is 0.1 and was 0.01" in said
     Path(texts[0]).write_text("something else", encoding="utf-8")
     assert cli.main(again) == 1
-    assert f"data changed: {texts[0]}" in capsys.readouterr().err
+    assert f"the data changed: {texts[0]}" in capsys.readouterr().err
 
 
 def test_resume_to_fewer_steps_than_are_done(
@@ -675,7 +675,7 @@ def test_allocated_ranks_are_in_the_adapter_and_within_the_budget(
 ) -> None:
     assert train(allocate_ranks=by) == 0
     said = capsys.readouterr().out
-    assert f"Ranks by {by} of " in said
+    assert f"Ranks allocated by {by} over " in said
     ranks = adapter_config(tmp_path / "run")["rank_pattern"]
     assert len(set(ranks.values())) > 1
     record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))

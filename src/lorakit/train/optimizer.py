@@ -218,9 +218,9 @@ class FlatAdamW(torch.optim.Optimizer):
     """torch's fused AdamW, called once per run of adjacent tensors instead of once per tensor.
 
     Results are bit-identical to torch's, with one exception: if a tensor's size is not a multiple of 16, torch rounds
-    the last elements of its second moment differently. For each tensor, `state` has the same entries as in torch ("step", "exp_avg",
-    "exp_avg_sq"), as views of the buffers. A tensor without a gradient is skipped: its values, its moments and its step
-    count do not change.
+    the last elements of its second moment differently. For each tensor, `state` has the same entries as in torch
+    ("step", "exp_avg", "exp_avg_sq"), as views of the buffers. A tensor without a gradient is skipped: its values, its
+    moments and its step count do not change.
     """
 
     def __init__(self, params: Iterable[dict[str, Any]], *, lr: float) -> None:
