@@ -56,12 +56,12 @@ def generate(
 
     Args:
         model: A causal language model in eval mode.
-        input_ids: The prompt, (length,) or (1, length).
+        input_ids: The prompt, of shape (length,) or (1, length).
         max_new_tokens: Maximum number of new tokens.
         temperature: 0 for greedy decoding; see `Sampling`.
         top_p: See `Sampling`.
         seed: See `Sampling`.
-        eos_ids: Ids of the tokens that end the answer; the one that ends it is yielded last.
+        eos_ids: Ids of the tokens that end the answer; the ending token is still yielded.
 
     Returns:
         An iterator over the new token ids.
@@ -105,7 +105,7 @@ def generate_batch(
         prompts: Token ids of each row; the rows may differ in length.
         max_new_tokens: Maximum number of new tokens per row.
         sampling: One `Sampling` for all rows, or one per row.
-        eos_ids: Ids of the tokens that end a row; the one that ends it is the last token of the row.
+        eos_ids: Ids of the tokens that end a row; the ending token is still yielded, as the row's last.
         adapters: For each row, the name of its adapter, or None for the base model; if omitted, every row uses the
             active adapters. If the rows use different adapters, the stacked factors of these adapters are kept across
             steps (see `keep` in `lorakit.core.route`).

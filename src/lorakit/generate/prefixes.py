@@ -118,5 +118,5 @@ def check_prefix(
 
 
 def _begin(model: nn.Module, prompt: Sequence[int], name: str) -> int:
-    """Return the first position at which an adapter is active in a prompt; the prompt's length if there is none."""
+    """Return the first position at which an adapter is active in a prompt, or the prompt's length if there is none."""
     return len(prompt) - prompt_offset(model, torch.tensor(list(prompt)), name)

@@ -378,7 +378,7 @@ def set_aside(path: Path) -> Path:
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint; after a crash, it is either complete or has a temporary name, and the next run removes it.
+    """Remove a checkpoint; a crash leaves it either complete or under a temporary name, for the next run to remove.
 
     Args:
         path: The directory.

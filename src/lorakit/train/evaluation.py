@@ -1,4 +1,4 @@
-"""Evaluation: the loss and perplexity of a model, or of a base without and with adapters (`lorakit eval`).
+"""Evaluation: the loss and perplexity of a model, or of a base with and without adapters (`lorakit eval`).
 
 The loss is averaged over all tokens that contribute to it. This module does not depend on the training loop.
 """
@@ -30,7 +30,7 @@ class Evaluation:
 
     Attributes:
         loss: Cross entropy in nats, averaged over the tokens that contribute to it.
-        tokens: Number of these tokens.
+        tokens: Number of tokens that contribute to the loss.
     """
 
     loss: float

@@ -100,7 +100,7 @@ class PlainProgress(Progress):
         self._first, self._total, self._started = step, total_steps, time.monotonic()
 
     def train_row(self, row: Mapping[str, Any]) -> None:
-        """Print the first and last steps, and the steps between at most once every `PLAIN_SECONDS`."""
+        """Print the metrics of the first and last steps, and of others at most once every `PLAIN_SECONDS`."""
         now = time.monotonic()
         if row["step"] not in (self._first + 1, self._total) and now - self._shown < PLAIN_SECONDS:
             return
@@ -185,7 +185,7 @@ class LiveProgress(Progress):
         self._bar.update(self._task, description="training", completed=row["step"], facts=_facts(row, "tok/s"))
 
     def busy(self, what: str) -> None:
-        """Show the current operation in front of the bar."""
+        """Show the current operation to the left of the bar."""
         if self._task is not None:
             self._bar.update(self._task, description=what)
 

@@ -47,7 +47,7 @@ class RunResult:
         first_loss: Evaluation loss of the base, or None without evaluation data.
         best_loss: Lowest evaluation loss after the first step, or None.
         trainable_parameters: Number of trained parameters.
-        total_parameters: Number of parameters of the base.
+        total_parameters: Number of parameters in the base.
         adapter_bytes: Size of the adapter's weights file; 0 after an interruption.
         base_bytes: Size of the base's weights in memory.
         tokens_per_second: Average speed over all steps, excluding evaluation and saving.

@@ -1,8 +1,9 @@
-"""The adapter of a run: attach or load it, compute its ranks and init from the first training rows, and save it.
+"""The adapter of a run: attach or load it, compute ranks and initial weights from the first training rows, and save it.
 
-`lorakit.core.operations` defines how ranks and inits are computed from data. This module supplies the rows, in the
-order of the run's first epoch and one at a time, so that less memory is used than in a training step. It draws no
-random numbers and does not advance the run's own loader. A resumed run loads its adapter from the checkpoint instead.
+`lorakit.core.operations` defines how ranks and initial weights are computed from data. This module supplies the
+rows, in the order of the run's first epoch and one at a time, so that less memory is used than in a training step. It
+draws no random numbers and does not advance the run's own loader. A resumed run instead loads its adapter from the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from lorakit.train.run_spec import ADAPTER, Run, RunSpec
 from lorakit.train.step import loss_sum
 
 ROWS = 32
-"""Number of training rows used for ranks and inits."""
+"""Number of training rows from which ranks and initial weights are computed."""
 
 
 def add_adapter(
@@ -87,7 +88,7 @@ def allocate_ranks(
         progress: Receives a message about the ranks.
 
     Returns:
-        The config with the new ranks; it has at most as many trained parameters as the run's config.
+        The config with the new ranks; it gives at most as many trained parameters as the run's config.
 
     Raises:
         LorakitError: `lorakit.core.operations.rank_allocation.allocate` failed; the error class and message say why.
@@ -116,7 +117,7 @@ def init_from_data(
         progress: Receives a message about the init.
 
     Returns:
-        The config (for EVA, with the ranks that it computed), and the statistics or None.
+        The config (for EVA, with the computed ranks), and the statistics or None.
 
     Raises:
         UsageError: The init would change a quantized base.
@@ -154,7 +155,7 @@ def first_rows(spec: RunSpec, loader: Loader) -> list[Batch]:
 
 
 def row_loss(device: torch.device) -> Callable[[nn.Module, Batch], Tensor]:
-    """Return a function that computes a model's loss on a batch, averaged over the tokens that contribute to it.
+    """Return a function that computes a model's loss on a batch, a scalar averaged over the tokens that contribute.
 
     Args:
         device: The model's device.

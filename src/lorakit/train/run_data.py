@@ -39,7 +39,7 @@ class SavedTokenizer(data.Tokenizer, Protocol):
 
 @dataclass(frozen=True)
 class Forecast:
-    """Properties of a run that are known from the settings and the base's shape, before data is tokenized.
+    """Properties of a run that are known from the settings and the base's shape, before the data is tokenized.
 
     Attributes:
         shape: The base's shape.
@@ -60,7 +60,7 @@ def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: data.T
     """Read the model's shape and check the targets and the maximum length against it; no weights are loaded.
 
     Args:
-        settings: Settings with the adapter and the maximum length.
+        settings: Settings for the adapter and the maximum length.
         source: The model.
         tokenizer: The model's tokenizer; new tokens are added to it in place.
 
@@ -126,8 +126,8 @@ class RunBatches:
     Attributes:
         loader: Endless iterator over the training batches, in a seeded order.
         held_out: Function that returns the evaluation batches, or None if there is no evaluation data.
-        train_report: Counts of the training data.
-        held_out_report: Counts of the evaluation data, or None.
+        train_report: Counts for the training data.
+        held_out_report: Counts for the evaluation data, or None.
     """
 
     loader: data.Loader
@@ -184,7 +184,7 @@ def read_data(settings: TrainSettings) -> data.Split:
     """Read the training and evaluation files; if there are no evaluation files, hold out a fraction for evaluation.
 
     Args:
-        settings: Settings with `data`, `eval_data`, `eval_fraction` and `seed`.
+        settings: Settings; `data`, `eval_data`, `eval_fraction` and `seed` are used.
 
     Returns:
         The training and evaluation records.
@@ -206,7 +206,7 @@ def make_batches(
     """Tokenize the records and create the loaders.
 
     Args:
-        settings: Settings with the batch size and the seed.
+        settings: Settings, used for the batch size and the seed.
         records: The records.
         tokenizer: The model's tokenizer.
         max_length: Maximum sequence length in tokens.

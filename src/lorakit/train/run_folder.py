@@ -184,7 +184,7 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
 
 
 def cut_metrics(folder: Path, step: int, evaluated_step: int) -> None:
-    """Remove the rows written after a checkpoint, and a truncated last line; the resumed run rewrites these rows.
+    """Remove the rows written after a checkpoint, and a truncated last line; the resumed run writes these rows again.
 
     Args:
         folder: The run directory.
@@ -296,7 +296,7 @@ def check_output_dir(settings: TrainSettings) -> None:
     """Check that a run can use its directory; nothing is written.
 
     Args:
-        settings: Settings with `output_dir`, `resume` and `overwrite`.
+        settings: Settings; `output_dir`, `resume` and `overwrite` are used.
 
     Raises:
         UsageError: The directory has a run, and neither `resume` nor `overwrite` is set.

@@ -29,7 +29,7 @@ from lorakit.train.run_folder import checkpoints, run_files
 from lorakit.train.run_spec import DiskSpace, RunLimits, RunPlan, RunSpec
 
 WORTH_MEASURING_FLOPS = 2e12
-"""Minimum FLOPs of a run for which the machine is measured; shorter runs measure it only to choose the precision."""
+"""Minimum FLOPs of a run for which the machine is benchmarked; shorter runs do so only to choose the precision."""
 
 _MOMENT_BYTES = 2 * 4
 _FOLDER_BYTES = 64 << 10  # configs, manifests, states of random generators, model card
@@ -114,7 +114,7 @@ def disk_space(spec: RunSpec, limits: RunLimits, step: int, model: nn.Module, na
         named: The trainable tensors (any shape) by name.
 
     Returns:
-        The required space by purpose.
+        The required space, by purpose.
     """
     settings = spec.settings
     adapter = sum(size + _HEADER_BYTES for size in saved_sizes(model))

@@ -43,7 +43,7 @@ class RunSpec:
     Attributes:
         settings: All settings, including those that a resumed run supplies.
         folder: The run directory, which exists and is writable.
-        lock: Descriptor that holds the lock on the run directory, or -1.
+        lock: File descriptor that holds the lock on the run directory; -1 if locks are not supported.
         device: The run's device.
         source: The base model.
         data: Records for training and evaluation.

@@ -34,7 +34,7 @@ Optimizer = Literal["adamw", "lorafa"]
 Allocation = Literal["none", "gradients", "inputs"]
 Recompute = Literal["none", "feed-forward", "layers"]
 INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "eva", "corda", "lora_ga", "mica")
-"""Values of `init_lora_weights`, besides `pissa_niter_N`. LoftQ would also need the unquantized base."""
+"""Allowed values of `init_lora_weights`, besides `pissa_niter_N`; not LoftQ, which also needs the unquantized base."""
 
 _DTYPE_WORDS = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 

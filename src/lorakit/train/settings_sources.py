@@ -87,7 +87,7 @@ def gather(given: Mapping[str, Any], file: str | Path | None = None) -> TrainSet
         The checked settings.
 
     Raises:
-        ConfigError: The file cannot be read, or a setting is missing, unknown or not allowed.
+        ConfigError: The file cannot be read, or a setting is missing, unknown or invalid.
         UsageError: `model` or `data` is missing, and the directory already has a run.
         RunError: The run cannot be resumed with these settings; see `resumed`.
     """
@@ -104,7 +104,7 @@ def gather(given: Mapping[str, Any], file: str | Path | None = None) -> TrainSet
 
 
 def complete(settings: TrainSettings) -> TrainSettings:
-    """Fill in the settings that were not given from the run to resume, if any; a second call has no effect.
+    """Fill in missing settings from the run to resume, if any; a second call has no effect.
 
     Args:
         settings: Settings from `gather` or calling code.

@@ -66,7 +66,7 @@ def schedule(peak: float, total_steps: int, warmup_ratio: float, kind: Scheduler
     Args:
         peak: The maximum rate.
         total_steps: Optimizer steps in the run, at least 1.
-        warmup_ratio: Fraction of the steps for the warm-up, in [0, 1]; the number of steps is rounded up.
+        warmup_ratio: Fraction of the steps used for the warm-up, in [0, 1]; the number of steps is rounded up.
         kind: Shape after the warm-up, as in `Schedule`.
 
     Returns:
@@ -100,7 +100,7 @@ def oom_advice_for_evaluation(rows: int) -> str:
     """Return advice on reducing the memory use of an evaluation.
 
     Args:
-        rows: Rows of the batch that did not fit.
+        rows: Number of rows in the batch that did not fit.
     """
     fewer = "fewer rows per batch (train: --per-device-train-batch-size, eval: --batch-size) or " if rows > 1 else ""
     return f"Try {fewer}a smaller --max-length."
@@ -125,7 +125,8 @@ def loss_sum(
 
     Args:
         model: A causal language model; its output has `logits` (rows, length, vocabulary).
-        batch: Tensors (rows, length) on the CPU; each label other than -100 is predicted from the previous position.
+        batch: Batch of (rows, length) tensors on the CPU; labels other than -100 are predicted from the previous
+            position.
         device: The model's device.
         acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
 
@@ -185,7 +186,7 @@ class StepOptions:
         """Return advice on reducing the memory use of a step, in the order to try; options already in use are left out.
 
         Args:
-            rows: Rows of the batch that did not fit.
+            rows: Number of rows in the batch that did not fit.
         """
         is_fused = self.acceleration is not None
         more = [

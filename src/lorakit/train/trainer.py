@@ -1,4 +1,4 @@
-"""`run`: train an adapter, from the settings to the published files.
+"""Train an adapter with `run`, from the settings to the published files.
 
 Every error that can be detected without weights is raised before any weights are loaded (`RunSpec.of`), and the files
 of an earlier run are changed only once the new run is fully prepared (`prepare`). The training loop is in `loop.py`,
@@ -169,7 +169,7 @@ def _base_bytes(model: nn.Module, spec: RunSpec) -> int:
 
 
 def _newest_checkpoint(spec: RunSpec, progress: Progress) -> tuple[Path | None, tuple[Path, ...]]:
-    """Return the checkpoint to resume from, or None, and any newer checkpoints, which are damaged."""
+    """Return the checkpoint to resume from, or None, and the newer checkpoints, which are all damaged."""
     damaged: list[Path] = []
     for path, fault in checkpoint.verified(spec.folder) if spec.settings.resume else ():
         if fault is None:
