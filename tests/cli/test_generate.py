@@ -210,7 +210,7 @@ def test_an_adapters_own_tokenizer_is_used(
             1,
             "nowhere.txt: the prompt file cannot be read (No such file or directory)",
         ),
-        (["--prompt", "word " * 200], 2, "tokens, but the model takes at most 128"),
+        (["--prompt", "word " * 200], 2, "tokens, but the model supports at most 128"),
         (["--promt", "x"], 2, "Did you mean"),
     ],
 )

@@ -350,7 +350,7 @@ def test_resume_goes_further_with_more_steps_and_refuses_the_rest(
     assert "cannot resume" in said and "r is 8 and was 4; learning_rate is 0.1 and was 0.01" in said
     Path(texts[0]).write_text("something else", encoding="utf-8")
     assert cli.main(again) == 1
-    assert f"data changed: {texts[0]}" in capsys.readouterr().err
+    assert f"the data changed: {texts[0]}" in capsys.readouterr().err
 
 
 def test_resume_to_fewer_steps_than_are_done(
@@ -630,7 +630,7 @@ def test_free_space_is_looked_at_before_the_first_step(
         ("--recompute feed-forward", "--recompute layers"),
         ("--gradient-checkpointing", "half the --per-device-train-batch-size"),
         ("--memory-budget 4GiB", "a smaller --memory-budget; half"),
-        ("--no-accelerate", "fused forwards"),
+        ("--no-accelerate", "fused forward passes"),
     ],
 )
 def test_memory_that_runs_out(
@@ -663,7 +663,7 @@ def test_help_gives_every_flag_with_its_reason(capsys: pytest.CaptureFixture[str
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for flag in ("--learning-rate", "--early-stopping-patience", "--gradient-checkpointing", "--config", "--resume"):
         assert flag in text
-    assert "Default 16: enough for a new task" in text
+    assert "Default 16: enough to learn a new task" in text
 
 
 def test_lorafa_and_rates_by_pattern_reach_the_run(train: Train, tmp_path: Path) -> None:
@@ -696,7 +696,7 @@ def test_allocated_ranks_are_in_the_adapter_and_within_the_budget(
 ) -> None:
     assert train(allocate_ranks=by) == 0
     said = capsys.readouterr().out
-    assert f"Ranks by {by} of " in said
+    assert f"Ranks allocated by {by} over " in said
     ranks = adapter_config(tmp_path / "run")["rank_pattern"]
     assert len(set(ranks.values())) > 1
     record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))

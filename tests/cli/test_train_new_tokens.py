@@ -206,7 +206,10 @@ def test_tokens_that_the_data_does_not_have(
     base: Any, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _train(base(), texts, tmp_path / "run", tokens="<think> <never>") == 0
-    assert "not in the training data, so their rows stay untrained: <never>" in capsys.readouterr().out
+    assert (
+        "These new tokens are not in the training data, so their rows stay untrained: <never>"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_file_lists_them_as_they_are(tmp_path: Path) -> None:

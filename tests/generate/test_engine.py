@@ -244,9 +244,9 @@ def test_nothing_runs_and_all_is_checked_before_the_first_token_is_asked_for(tin
         ([], "no prompt to continue"),
         ([[]], "the prompt is empty"),
         ([[1], []], "prompt 2 of 2 is empty"),
-        ([[1, 512]], "the prompt has the token id 512; the model's ids are 0 to 511"),
+        ([[1, 512]], "the prompt has the token id 512, but the model's ids are 0 to 511"),
         ([[-1]], "the prompt has the token id -1"),
-        ([[1] * 128], "the prompt has 128 tokens, but the model takes at most 128"),
+        ([[1] * 128], "the prompt has 128 tokens, but the model supports at most 128"),
     ],
 )
 def test_bad_prompts_are_refused_by_name(tiny_gpt2: Any, prompts: list[list[int]], said: str) -> None:
@@ -258,13 +258,13 @@ def test_bad_prompts_are_refused_by_name(tiny_gpt2: Any, prompts: list[list[int]
 def test_bad_settings_are_refused_by_name(tiny_gpt2: Any) -> None:
     with pytest.raises(ConfigError, match="max_new_tokens is 0; it must be at least 1"):
         generate(tiny_gpt2, [1], max_new_tokens=0)
-    with pytest.raises(UsageError, match="1 prompts and 2 samplings"):
+    with pytest.raises(UsageError, match="1 prompts and 2 sampling settings"):
         generate_batch(tiny_gpt2, [[1]], max_new_tokens=1, sampling=[Sampling(), Sampling()])
     with pytest.raises(UsageError, match="1 prompts and 2 adapters"):
         generate_batch(tiny_gpt2, [[1]], max_new_tokens=1, adapters=[None, None])
-    with pytest.raises(UsageError, match=r"generate continues one prompt, .* got shape"):
+    with pytest.raises(UsageError, match=r"generate continues one prompt, of shape .* got \("):
         generate(tiny_gpt2, torch.tensor([[1], [2]]), max_new_tokens=1)
-    with pytest.raises(ModelError, match="in train mode, so dropout would affect the answers"):
+    with pytest.raises(ModelError, match="in training mode, so dropout would affect the answers"):
         generate(tiny_gpt2.train(), [1], max_new_tokens=1)
 
 
@@ -274,7 +274,7 @@ def test_an_unknown_adapter_is_refused(adapted: Any) -> None:
 
 
 def test_a_model_without_a_cache_is_refused() -> None:
-    with pytest.raises(ModelError, match="Linear takes no key-value cache"):
+    with pytest.raises(ModelError, match="Linear does not accept a key-value cache"):
         generate(torch.nn.Linear(2, 2).eval(), [1], max_new_tokens=1)
 
 

@@ -149,7 +149,9 @@ def test_files_that_people_add_do_no_harm(tmp_path: Path) -> None:
 
 
 def test_state_of_another_version_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"does not match the fields of this version of lorakit \(step\)"):
+    with pytest.raises(
+        RunError, match=r"fields of the checkpoint's state do not match this version of lorakit \(step\)"
+    ):
         TrainState.from_dict({key: value for key, value in dataclasses.asdict(TrainState()).items() if key != "step"})
 
 

@@ -77,7 +77,7 @@ def test_it_can_be_abandoned() -> None:
 
 
 def test_nothing_to_evaluate() -> None:
-    with pytest.raises(DataError, match="no token with loss"):
+    with pytest.raises(DataError, match="No token in the evaluation data contributes to the loss"):
         evaluate(Noisy(), [_batch([[1, 2]], trained=0)], "cpu")
 
 

@@ -93,7 +93,7 @@ def test_two_processes_do_not_train_into_one_folder(settings: dict[str, Any], tm
     descriptor = os.open(folder, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
-        with pytest.raises(RunError, match=r"a run is active: .* is training into this directory"):
+        with pytest.raises(RunError, match=r"a run is active: .* is training in this directory"):
             _run(settings)
     finally:
         os.close(descriptor)

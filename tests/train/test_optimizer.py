@@ -75,7 +75,7 @@ def test_lorafa_has_the_groups_of_adamw_and_goes_on_bit_for_bit() -> None:
 
 
 def test_nothing_to_train() -> None:
-    with pytest.raises(RunError, match="no trainable tensor"):
+    with pytest.raises(RunError, match="no trainable tensors"):
         build_adamw([], 0.1, 0.0)
 
 

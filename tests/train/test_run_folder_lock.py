@@ -54,7 +54,7 @@ def test_flags_that_are_missing_are_not_the_point(live: Path, capsys: pytest.Cap
 
 def test_an_owner_that_is_not_known(live: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(run_folder, "_LOCKS", tmp_path / "none")
-    with pytest.raises(RunError, match="another process is training into this directory"):
+    with pytest.raises(RunError, match="another process is training in this directory"):
         run_folder.lock(live)
 
 

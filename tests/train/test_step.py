@@ -87,7 +87,7 @@ def test_nothing_moves_when_a_number_is_not_finite(where: str) -> None:
 
 
 def test_a_step_without_a_trained_token() -> None:
-    with pytest.raises(DataError, match="no token with loss"):
+    with pytest.raises(DataError, match="No token in the batches of this step contributes to the loss"):
         Stepper(Bigram()).step(batch([[1, 2]], [[-100, -100]]))
 
 

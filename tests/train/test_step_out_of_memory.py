@@ -41,7 +41,7 @@ def test_what_is_not_on_yet_is_named_in_order(recompute: str, has_budget: bool, 
 
 def test_a_model_that_runs_as_it_is_computes_whole_layers_again_alone() -> None:
     said = advice(4, "none", None)
-    fast = "fused forwards (omit --no-accelerate)"
+    fast = "fused forward passes (omit --no-accelerate)"
     assert said == f"Try, in this order: {'; '.join([fast, LAYERS, ROWS, LENGTH])}."
 
 

@@ -1,7 +1,8 @@
 """Generation: sampling, an engine that works on token ids, and streaming detokenization.
 
 The engine does not handle text, and the detokenizer does not depend on the model. This package does not import
-transformers, but calls a model like one of its causal language models, with the model's own key-value cache.
+transformers; it calls a model through the interface of transformers' causal language models and uses the model's own
+key-value cache.
 """
 
 from lorakit.generate.detokenizing import TextStream, Tokenizer

@@ -1,8 +1,8 @@
-"""Streaming detokenization: the pieces add up to the text of all tokens decoded at once.
+"""Streaming detokenization: the pieces add up to the text that decoding all tokens at once would give.
 
-A token cannot always be decoded alone: it can be part of a character, and its start can depend on the token before it
-(a leading space, "##ing"). So each token is decoded together with the tokens before it, and incomplete characters are
-held back. This module does not depend on a model.
+A token cannot always be decoded alone: it can be only part of a character, and the start of its text can depend on the
+previous token (a leading space, "##ing"). So each token is decoded together with the tokens before it, and incomplete
+characters are held back. This module does not depend on a model.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 REPLACEMENT = "\ufffd"  # character that decoders output for invalid or incomplete bytes
-PENDING_CHARACTERS = 3  # an incomplete UTF-8 character has at most three of four bytes, one replacement each
-PENDING_TOKENS = 4  # a character can take this many tokens, one per byte
+PENDING_CHARACTERS = 3  # an incomplete UTF-8 character has up to 3 of its 4 bytes, each shown as one replacement
+PENDING_TOKENS = 4  # a character can span this many tokens, one per byte
 CONTEXT_TOKENS = 8  # prompt tokens that are decoded together with the first new token
 
 
@@ -20,40 +20,40 @@ class Tokenizer(Protocol):
     """The part of a transformers tokenizer that detokenization uses."""
 
     def decode(self, token_ids: list[int], **options: bool) -> str:
-        """Return the text of token ids."""
+        """Return the text that the token ids encode."""
 
 
 class TextStream:
-    """Convert a growing list of tokens to text, piece by piece.
+    """Incremental conversion of a growing list of tokens to text.
 
     Args:
-        tokenizer: Decoder of token ids.
-        after: Tokens before the first new one (the prompt); their text is not returned.
-        skip_special_tokens: Whether to omit special tokens such as the end of text.
+        tokenizer: The tokenizer that decodes the token ids.
+        after: Tokens that precede the first new one (the prompt); their text is not returned.
+        skip_special_tokens: Whether to omit special tokens such as the end-of-text token.
     """
 
     def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._window = list(after)[-CONTEXT_TOKENS:]
-        self._settled = len(self._window)  # number of tokens in the window whose text was returned in full
-        self._given = self._text(self._window)  # text of the window that was returned, or belongs to the prompt
+        self._settled = len(self._window)  # number of leading tokens whose text was returned in full
+        self._given = self._text(self._window)  # the window's text that was returned or belongs to the prompt
 
     def push(self, token: int) -> str:
-        """Add a token and return the text that became final, which may be empty.
+        """Add a token and return the text that has become final; it may be empty.
 
         Args:
-            token: Token id.
+            token: The token id.
         """
         self._window.append(token)
         text = self._text(self._window)
         if not text.startswith(self._given) and len(self._window) - self._settled <= PENDING_TOKENS:
-            return ""  # an incomplete character can change the decoding of earlier bytes, which were returned already
+            return ""  # an incomplete character can change how earlier bytes, already returned, are decoded
         certain = _certain(text)
         piece = text[len(self._given) : certain]
         self._given = text[: max(certain, len(self._given))]
         if certain == len(text) and piece:
-            # the settled tokens were the context of these tokens, which are now the context of the next token
+            # the tokens just returned replace the settled ones as context for the next token
             self._window = self._window[self._settled :]
             self._settled = len(self._window)
             self._given = self._text(self._window)
@@ -73,6 +73,6 @@ class TextStream:
 
 
 def _certain(text: str) -> int:
-    """Return the number of characters of a text that later bytes cannot change."""
+    """Return how many leading characters of a text cannot be changed by later bytes."""
     whole = len(text.rstrip(REPLACEMENT))
     return max(whole, len(text) - PENDING_CHARACTERS)

@@ -1,8 +1,8 @@
-"""Generate tokens: one pass over the prompts, then one token per row and step, with the model's own cache.
+"""Token generation: one forward pass over the prompts, then one token per row and step, with the model's own cache.
 
-Prompts of different lengths form one batch, padded on the left and masked, so each row gets the same result as if run
-alone; each row can have its own adapter. The engine works on token ids only and does not use a tokenizer. Beam search
-and most logits processors of transformers' `generate` are not supported.
+Prompts of different lengths are left-padded and masked to form one batch, so each row gets the same result as if it
+were run alone; each row can have its own adapter. The engine works only with token ids and does not use a tokenizer.
+Beam search and most logits processors of transformers' `generate` are not supported.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from lorakit.generate.prefixes import CACHE_NAMES, Cache, Prefix, check_prefix, 
 from lorakit.generate.sampling import Sampler, Sampling
 
 Ending = Literal["eos", "length", "context"]
-"""Reason why a row ended: a token in `eos_ids`, `max_new_tokens` reached, or the model's context is full."""
+"""The reason a row ended: it produced a token in `eos_ids`, reached `max_new_tokens`, or filled the model's context."""
 
 
 @dataclass(frozen=True)
 class NewToken:
-    """Generated token of one row.
+    """A token generated for one row.
 
     Attributes:
         row: Index of the prompt that the token continues.
-        token: Token id.
+        token: The token id.
         ended: Why the row ends with this token, or None if it continues.
     """
 
@@ -52,31 +52,31 @@ def generate(
     seed: int = 0,
     eos_ids: Collection[int] = (),
 ) -> Iterator[int]:
-    """Continue one prompt with the currently active adapters; yields each token when generated.
+    """Continue one prompt with the currently active adapters, yielding each token as it is generated.
 
     Args:
         model: A causal language model in eval mode.
-        input_ids: The prompt, (length,) or (1, length).
+        input_ids: The prompt, of shape (length,) or (1, length).
         max_new_tokens: Maximum number of new tokens.
-        temperature: 0 for greedy; see `Sampling`.
+        temperature: 0 for greedy decoding; see `Sampling`.
         top_p: See `Sampling`.
         seed: See `Sampling`.
-        eos_ids: Tokens that end the answer; the ending token is the last one yielded.
+        eos_ids: Ids of the tokens that end the answer; the ending token is still yielded.
 
     Returns:
-        Iterator over the new token ids.
+        An iterator over the new token ids.
 
     Raises:
-        UsageError: The prompt is empty, has ids outside the vocabulary, or leaves no room in the context.
+        UsageError: The prompt is empty, contains ids outside the vocabulary, or leaves no room for an answer.
         ConfigError: A value is out of range.
-        ModelError: The model is in train mode or has no cache.
+        ModelError: The model is in training mode or has no cache.
         NonFiniteError: The model's logits are NaN or infinite.
     """
     if isinstance(input_ids, Tensor):
         rows = input_ids.shape[0] if input_ids.ndim == 2 else 1
         if rows != 1 or input_ids.ndim not in (1, 2):
             raise UsageError(
-                f"generate continues one prompt, (length,) or (1, length); got shape {tuple(input_ids.shape)}. Use "
+                f"generate continues one prompt, of shape (length,) or (1, length); got {tuple(input_ids.shape)}. Use "
                 "generate_batch for several prompts.",
                 field="input_ids",
             )
@@ -96,44 +96,47 @@ def generate_batch(
     adapters: Sequence[str | None] | None = None,
     prefix: Prefix | None = None,
 ) -> Iterator[NewToken]:
-    """Continue several prompts together, each optionally with its own adapter; yields each token when generated.
+    """Continue several prompts together, each optionally with its own adapter, yielding tokens as they are generated.
 
-    This call checks all arguments and fixes the route; the model runs when tokens are requested.
+    The call itself checks the arguments and fixes the adapter routing; the model runs only as tokens are requested.
 
     Args:
         model: A causal language model in eval mode.
-        prompts: Token ids per row; the rows may differ in length.
+        prompts: Token ids of each row; the rows may differ in length.
         max_new_tokens: Maximum number of new tokens per row.
-        sampling: Settings for all rows, or one per row.
-        eos_ids: Tokens that end a row; the ending token is the row's last.
-        adapters: One adapter name per row, or None for the base model; if omitted, every row uses the active adapters.
-            If adapters differ, their stacked factors are kept for all steps (`keep` of `lorakit.core.route`).
-        prefix: Common start of all prompts, already processed by the base (`read_prefix`), for rows that use the base,
-            or an aLoRA adapter that is invoked later. If omitted, a prefix that such rows share is detected and
-            processed once.
+        sampling: One `Sampling` for all rows, or one per row.
+        eos_ids: Ids of the tokens that end a row; the ending token is still yielded, as the row's last.
+        adapters: For each row, the name of its adapter, or None for the base model; if omitted, every row uses the
+            active adapters. If the rows use different adapters, the stacked factors of these adapters are kept across
+            steps (see `keep` in `lorakit.core.route`).
+        prefix: Common prefix of all prompts, already processed by the base (see `read_prefix`). Every row must use the
+            base, or an aLoRA adapter that is invoked after the prefix. If omitted, a prefix that all rows can share is
+            detected automatically and processed once.
 
     Returns:
-        Iterator over the new tokens, ordered by step, then by row.
+        An iterator over the new tokens, ordered by step, then by row.
 
     Raises:
-        UsageError: A prompt is empty, has ids outside the vocabulary, leaves no room in the context, or cannot start
-            from `prefix`; or `sampling` or `adapters` does not have one entry per row.
+        UsageError: A prompt is empty, contains ids outside the vocabulary, leaves no room for an answer, or cannot use
+            `prefix`; or `sampling` or `adapters` does not have one entry per row.
         ConfigError: `max_new_tokens` is below 1.
         RouteError: An adapter was not found.
-        ModelError: The model is in train mode or has no cache.
+        ModelError: The model is in training mode or has no cache.
         NonFiniteError: The model's logits are NaN or infinite.
     """
     if max_new_tokens < 1:
         raise ConfigError.of("max_new_tokens", max_new_tokens, "at least 1")
     if model.training:
-        raise ModelError("The model is in train mode, so dropout would affect the answers; call model.eval() first.")
+        raise ModelError("The model is in training mode, so dropout would affect the answers; call model.eval() first.")
     rows = [[int(token) for token in prompt] for prompt in prompts]
     limit = context_tokens(model)
     weight = _embedding_weight(model)
     _check_prompts(rows, None if weight is None else weight.shape[0], limit)
     samplings = [sampling] * len(rows) if isinstance(sampling, Sampling) else list(sampling)
     if len(samplings) != len(rows):
-        message = f"Got {len(rows)} prompts and {len(samplings)} samplings; pass one sampling, or one per prompt."
+        message = (
+            f"Got {len(rows)} prompts and {len(samplings)} sampling settings; pass one for all, or one per prompt."
+        )
         raise UsageError(message, field="sampling")
     scope, names = _scope(model, adapters, len(rows)), _names(model, adapters, len(rows))
     if prefix is not None:
@@ -144,7 +147,7 @@ def generate_batch(
 
 
 def context_tokens(model: nn.Module) -> int | None:
-    """Return the model's maximum number of tokens, prompt and answer together; None if its config has no limit.
+    """Return the model's context length in tokens, for prompt and answer together; None if its config sets no limit.
 
     Args:
         model: A model with a transformers config.
@@ -164,7 +167,7 @@ def _steps(forward: _Forward, rows: _Rows) -> Iterator[NewToken]:
 
 
 class _Rows:
-    """State of the rows: which are open (still running), the sampler of each, and when each must end."""
+    """State of the rows: which ones are open (still generating), each row's sampler, and when each row must end."""
 
     def __init__(
         self,
@@ -180,7 +183,7 @@ class _Rows:
         self.open = list(range(len(prompts)))
 
     def pick(self, logits: Tensor) -> list[int]:
-        """Return one token per row from logits (rows, vocabulary); the token of a finished row is arbitrary."""
+        """Pick one token per row from logits (rows, vocabulary); the token picked for a finished row is arbitrary."""
         picked, finite = logits.argmax(-1).tolist(), logits.amax(-1).isfinite().tolist()
         for row in self.open:
             if not finite[row]:
@@ -209,7 +212,7 @@ class _Rows:
 
 
 class _Forward:
-    """Run a model with its cache on a batch: first on the prompts, then on one token per row and step."""
+    """Forward passes of a model with its cache over one batch: first the prompts, then one token per row and step."""
 
     def __init__(
         self,
@@ -224,14 +227,14 @@ class _Forward:
         takes = inspect.signature(model.forward).parameters
         cache_name = next((name for name in CACHE_NAMES if name in takes), None)
         if cache_name is None:
-            raise ModelError(f"{type(model).__name__} takes no key-value cache, which generation requires.")
+            raise ModelError(f"{type(model).__name__} does not accept a key-value cache, which generation requires.")
         self._cache_name = cache_name
         self._last_alone = "logits_to_keep" in takes
         self._positioned = "position_ids" in takes
         weight = _embedding_weight(model)
         device = next(model.parameters()).device if weight is None else weight.device
         longest = max(len(ids) for ids in prompts)
-        # masked positions are never read: any valid id works as padding
+        # masked positions are never read, so any valid id works as padding
         mask = [[1] * read + [0] * (longest - len(ids)) + [1] * (len(ids) - read) for ids in prompts]
         padded = [ids[:read] + [0] * (longest - len(ids)) + ids[read:] for ids in prompts]
         self._ids, self._mask = torch.tensor(padded, device=device), torch.tensor(mask, device=device)
@@ -240,14 +243,14 @@ class _Forward:
         self._starts = invoked(model, self._ids, self._mask) if waits_for_tokens(model) else contextlib.nullcontext()
 
     def prefill(self) -> Tensor:
-        """Return the logits after the prompts, (rows, vocabulary)."""
+        """Process the prompts and return the logits for the first new token, (rows, vocabulary)."""
         if self._read:
             prefix = self._prefix or read_prefix(self._model, self._ids[0, : self._read].tolist())
             self._cache = prefix.of_rows(self._ids.shape[0])
         return self._run(self._ids[:, self._read :], (self._mask.cumsum(-1) - 1).clamp_min(0)[:, self._read :])
 
     def step(self, tokens: list[int]) -> Tensor:
-        """Return the logits after one more token per row, (rows, vocabulary)."""
+        """Process one more token per row and return the logits for the next one, (rows, vocabulary)."""
         ids = torch.tensor(tokens, device=self._mask.device)[:, None]
         self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
         # finished rows keep running with the others, so their positions must stay within the context
@@ -256,16 +259,18 @@ class _Forward:
     def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": self._mask, "use_cache": True}
         if self._last_alone:
-            # Indexing with a tensor makes the rows contiguous. The slice that an int selects does not, and a bf16
-            # matmul on a CPU then takes about 300 times as long. aLoRA needs an int, the number of positions.
+            # Given a tensor, the model indexes, which makes the selected rows contiguous. Given an int, it slices; the
+            # rows are then not contiguous, and a bf16 matmul on a CPU takes about 300 times as long. aLoRA needs an
+            # int: the number of positions to keep.
             one = 1 in ids.shape or not isinstance(self._starts, contextlib.nullcontext)
             inputs["logits_to_keep"] = 1 if one else torch.tensor([-1], device=ids.device)
         if self._positioned:
             inputs["position_ids"] = positions
         if self._cache is not None:
             inputs[self._cache_name] = self._cache
-        # All contexts are closed before a token is yielded, because an open one would affect the caller. no_grad
-        # instead of inference_mode: buffers that a model creates here must remain usable for training.
+        # All context managers exit before a token is yielded, because an open one would affect the caller's code.
+        # no_grad is used instead of inference_mode, because any buffers that the model creates during this call must
+        # remain usable for training.
         with torch.no_grad(), self._scope, self._starts:
             output = self._model(**inputs)
         self._cache = getattr(output, self._cache_name, None)
@@ -285,11 +290,11 @@ def _check_prompts(rows: list[list[int]], vocabulary: int | None, limit: int | N
         odd = [token for token in ids if token < 0 or (vocabulary is not None and token >= vocabulary)]
         if odd:
             size = f"0 to {vocabulary - 1:,}" if vocabulary is not None else "0 and up"
-            message = f"{which} has the token id {odd[0]}; the model's ids are {size}. Check the tokenizer."
+            message = f"{which} has the token id {odd[0]}, but the model's ids are {size}. Check the tokenizer."
             raise UsageError(message, what=odd[0], field="prompts", where=which)
         if limit is not None and len(ids) >= limit:
             raise UsageError(
-                f"{which} has {len(ids):,} tokens, but the model takes at most {limit:,} including the answer. "
+                f"{which} has {len(ids):,} tokens, but the model supports at most {limit:,}, including the answer. "
                 "Shorten the prompt.",
                 field="prompts",
                 where=which,
@@ -299,7 +304,7 @@ def _check_prompts(rows: list[list[int]], vocabulary: int | None, limit: int | N
 def _scope(
     model: nn.Module, adapters: Sequence[str | None] | None, rows: int
 ) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager that activates the requested adapters; it is entered in each step."""
+    """Return a context manager that activates the requested adapters; it is entered at each step."""
     state = find_state(model)
     if adapters is None:
         # The currently active adapters stay active even if tokens are requested outside the caller's context.
@@ -319,7 +324,7 @@ def _scope(
 
 
 def _names(model: nn.Module, adapters: Sequence[str | None] | None, rows: int) -> list[tuple[str, ...]]:
-    """Return the active adapters of each row."""
+    """Return the names of the adapters that are active in each row."""
     if adapters is None:
         state = find_state(model)
         active = None if state is None else state.active()

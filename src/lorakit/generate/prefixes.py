@@ -1,7 +1,7 @@
-"""Common prefix of several prompts, processed once by the base and shared by all rows that use the base in it.
+"""A prefix that several prompts have in common: the base processes it once, and all rows share the result.
 
-These are rows without an adapter, and rows with an Activated LoRA adapter that is invoked after the prefix. Other
-adapters change keys and values from the first token on, so their rows cannot share a prefix.
+A row can share the result if it uses only the base within the prefix: it has no adapter, or an Activated LoRA (aLoRA)
+adapter that is invoked after the prefix. Other adapters change the keys and values from the first token on.
 """
 
 from __future__ import annotations
@@ -19,48 +19,48 @@ from lorakit.core import disable, prompt_offset, waits_for_tokens
 from lorakit.core.model.index import find_state
 from lorakit.errors import ModelError, UsageError
 
-CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # names in transformers, newest first
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # names used by transformers, newest first
 
 WORTHWHILE_TOKENS = 16
-"""Minimum number of shared tokens; for fewer, a separate forward costs more than it saves."""
+"""Minimum number of tokens worth sharing; below it, the extra forward pass costs more than it saves."""
 
 
 class Cache(Protocol):
     """The part of a transformers key-value cache that generation uses."""
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat the cache of each row."""
+        """Repeat each row of the cache `repeats` times."""
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """First tokens of several prompts, already processed by the base.
+    """The first tokens of several prompts, already processed by the base.
 
     Attributes:
-        tokens: Token ids.
-        cache: Key-value cache of the model for one row; it is copied, never written to.
+        tokens: The token ids.
+        cache: The model's key-value cache for one row; it is only copied, never modified.
     """
 
     tokens: tuple[int, ...]
     cache: Cache
 
     def of_rows(self, rows: int) -> Cache:
-        """Return a copy of the cache for several rows."""
+        """Return a copy of the cache, expanded to the given number of rows."""
         cache = copy.deepcopy(self.cache)
         cache.batch_repeat_interleave(rows)
         return cache
 
 
 def read_prefix(model: nn.Module, tokens: Sequence[int], device: torch.device | None = None) -> Prefix:
-    """Process a prefix with the base, regardless of active adapters.
+    """Process a prefix with the base alone, even if adapters are active.
 
     Args:
         model: A causal language model in eval mode.
         tokens: Token ids of the prefix, at least one.
-        device: Device of the ids; None means that of the model's first parameter.
+        device: Device for the ids; None selects the device of the model's first parameter.
 
     Raises:
-        ModelError: The model returns no cache that can be copied to several rows.
+        ModelError: The model does not return a cache that can be expanded to several rows.
     """
     ids = torch.tensor([list(tokens)], device=device or next(model.parameters()).device)
     base = contextlib.nullcontext() if find_state(model) is None else disable(model)
@@ -68,22 +68,22 @@ def read_prefix(model: nn.Module, tokens: Sequence[int], device: torch.device | 
         output = model(input_ids=ids, use_cache=True)
     cache = next((output[name] for name in CACHE_NAMES if name in output), None)
     if cache is None or not hasattr(cache, "batch_repeat_interleave"):
-        raise ModelError(f"{type(model).__name__} has no cache that several rows can share.")
+        raise ModelError(f"{type(model).__name__} does not return a cache that several rows can share.")
     return Prefix(tuple(int(token) for token in tokens), cache)
 
 
 def shared_tokens(model: nn.Module, prompts: Sequence[Sequence[int]], adapters: Sequence[Sequence[str]]) -> int:
-    """Return the length of the common prefix in which every row uses the base.
+    """Return the length of the longest common prefix within which every row uses only the base.
 
-    Each prompt keeps at least one token after the prefix.
+    At least one token of each prompt follows the prefix.
 
     Args:
         model: A model with or without adapters.
         prompts: Token ids of each row.
-        adapters: Names of the active adapters of each row; empty for the base.
+        adapters: Names of the adapters active in each row; empty for a row that uses only the base.
 
     Returns:
-        Number of tokens; 0 if the model has no aLoRA adapter, no row uses an adapter, or sharing would gain nothing.
+        Number of tokens; 0 if the model has no aLoRA adapter, no row uses an adapter, or sharing would save nothing.
     """
     if len(prompts) < 2 or not waits_for_tokens(model) or not any(adapters):
         return 0
@@ -97,10 +97,10 @@ def shared_tokens(model: nn.Module, prompts: Sequence[Sequence[int]], adapters: 
 def check_prefix(
     model: nn.Module, prefix: Prefix, prompts: Sequence[Sequence[int]], adapters: Sequence[Sequence[str]]
 ) -> None:
-    """Check that every row can start from a prefix.
+    """Check that every row can use a prefix.
 
     Raises:
-        UsageError: A prompt does not start with the prefix, or an adapter is active within the prefix.
+        UsageError: A prompt does not start with the prefix, or an adapter is active within it.
     """
     size = len(prefix.tokens)
     for row, (prompt, names) in enumerate(zip(prompts, adapters, strict=True)):
@@ -109,13 +109,14 @@ def check_prefix(
         for name in names:
             if _begin(model, prompt, name) < size:
                 raise UsageError(
-                    f"Adapter {name!r} is active within the prefix of {size} tokens in row {row + 1}, which the base "
-                    "has processed. Only base rows and adapters that start later can share it.",
+                    f"Adapter {name!r} is active within the prefix of {size} tokens in row {row + 1}, but the prefix "
+                    "was processed by the base alone. Only rows that use no adapter, or an aLoRA adapter that is "
+                    "invoked after the prefix, can share it.",
                     what=name,
                     field="prefix",
                 )
 
 
 def _begin(model: nn.Module, prompt: Sequence[int], name: str) -> int:
-    """Return the first position at which an adapter is active in a prompt; the prompt's length if it is not."""
+    """Return the first position at which an adapter is active in a prompt, or the prompt's length if there is none."""
     return len(prompt) - prompt_offset(model, torch.tensor(list(prompt)), name)

@@ -1,7 +1,7 @@
-"""Sample tokens from logits: greedy, temperature, top-k and top-p.
+"""Choosing tokens from logits: greedy decoding, or sampling with temperature, top-k and top-p.
 
-Each row has its own generator on the CPU, so the same seed gives the same tokens, whatever the rest of the batch, the
-device, and torch's global generator.
+Each row has its own generator on the CPU, so the same seed gives the same tokens, regardless of the other rows in the
+batch, the device, and the state of torch's global generator.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ class Sampling:
     """Settings for choosing the next token.
 
     Attributes:
-        temperature: 0 takes the most likely token (greedy); otherwise, the logits are divided by the temperature and a
-            token is sampled.
-        top_k: Sample only from this many most likely tokens; 0 means all.
-        top_p: Sample only from the most likely tokens that together reach this probability; 1 means all.
-        seed: Seed of the row's generator; has no effect if greedy.
+        temperature: 0 always picks the most likely token (greedy); otherwise, the logits are divided by the temperature
+            and a token is sampled.
+        top_k: Sample only from the `top_k` most likely tokens; 0 means all tokens.
+        top_p: Sample only from the smallest set of most likely tokens whose total probability reaches this value; 1
+            means all tokens.
+        seed: Seed of the row's generator; it has no effect on greedy decoding.
     """
 
     temperature: float = 0.0
@@ -44,7 +45,7 @@ class Sampling:
 
 
 class Sampler:
-    """Sampler for one row, with settings and a random generator."""
+    """A sampler for one row, with its own settings and random generator."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
@@ -52,14 +53,14 @@ class Sampler:
 
     @property
     def is_greedy(self) -> bool:
-        """Return whether the most likely token is always taken."""
+        """Return whether the most likely token is always picked."""
         return self.sampling.temperature == 0
 
     def pick(self, logits: Tensor) -> int:
         """Choose a token and return its id.
 
         Args:
-            logits: Logits of the next position, (vocabulary,), on any device.
+            logits: Logits for the next position, (vocabulary,), on any device.
         """
         if self.is_greedy:
             return int(logits.argmax())
@@ -71,9 +72,9 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """Return the distribution from which a token is sampled.
 
     With z the logits and T the temperature, p_i = exp(z_i / T) / Σ_j exp(z_j / T). top-k sets every p below the k-th
-    largest to 0. top-p sorts the rest, p_(1) ≥ p_(2) ≥ …, renormalized, and keeps i if p_(1) + … + p_(i-1) < top_p: the
-    fewest tokens that together reach top_p, always including the first. The others become 0, and the result is
-    normalized.
+    largest to 0. top-p renormalizes the rest, sorts it, p_(1) ≥ p_(2) ≥ …, and keeps p_(i) if p_(1) + … + p_(i-1) <
+    top_p: the smallest set of tokens whose probabilities sum to at least top_p, always including the first. All others
+    become 0, and the result is normalized.
 
     Args:
         logits: (vocabulary,).
@@ -86,7 +87,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         top-p: Holtzman et al. 2019, "The Curious Case of Neural Text Degeneration", arXiv:1904.09751, eq. (2), (3).
     """
     z = logits.float()
-    z = (z - z.max()) / sampling.temperature  # the largest is 0: no temperature can make exp() overflow
+    z = (z - z.max()) / sampling.temperature  # the largest is now 0, so exp() cannot overflow at any temperature
     if 0 < sampling.top_k < z.numel():
         z = z.masked_fill(z < z.topk(sampling.top_k).values[-1], -torch.inf)
     p = torch.softmax(z, dim=-1)

@@ -1,7 +1,7 @@
-"""Training: settings, the training loop, checkpoints that resume bit for bit, metrics and evaluation.
+"""Training: settings, the training loop, checkpoints for bit-exact resumption, metrics and evaluation.
 
 Public names are imported lazily (PEP 562), so that reading the settings for `--help` does not import torch. This
-package accesses models, data and adapters through `lorakit.hub`, `lorakit.data` and `lorakit.core`.
+package accesses models, data and adapters only through `lorakit.hub`, `lorakit.data` and `lorakit.core`.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Checkpoints of a run: the saved state, its files, and their verification.
 
 A checkpoint is a directory `checkpoint-<step>` with the adapter in PEFT's format, `optimizer.safetensors`,
-`random.safetensors`, `state.json`, and `manifest.json`, which has the size and SHA-256 of each other file. The
-checkpoint is valid only if all of them match. It is written to a temporary directory that is then renamed, so it is
-either complete or absent. All values are plain JSON or named tensors, so no file needs pickle. If a checkpoint does not
+`random.safetensors`, `state.json`, and `manifest.json`, which lists the size and SHA-256 of every other file.
+The checkpoint is valid only if all of them match. It is written to a temporary directory that is then renamed, so it is
+either complete or absent. All values are plain JSON or named tensors, so pickle is not needed. If a checkpoint does not
 fit on the disk, only the adapter is saved, as `adapter-only-<step>`; it loads like any adapter, but no run can resume
 from it.
 
-This module does not depend on models or the loop; callers pass the tensors and a function that writes the adapter.
+This module depends on neither models nor the loop; callers pass the tensors and a function that writes the adapter.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class TrainState:
         step: Number of optimizer steps taken.
         data: Position in the data, from `Loader.state`.
         evaluated_step: The last evaluated step, or -1.
-        best_step: The step with the lowest evaluation loss, or None; step 0, which evaluates the base, does not count.
+        best_step: The step with the lowest evaluation loss, or None; step 0 does not count, as it evaluates the base.
         best_loss: Evaluation loss at `best_step`, or None.
         first_loss: Evaluation loss before the first step, or None.
         last_loss: The latest evaluation loss, or None.
         stale_evaluations: Number of evaluations since the best one.
-        trained_tokens: Tokens with loss in all steps so far.
-        tokens: Tokens in all steps so far.
+        trained_tokens: Number of tokens that contributed to the loss in all steps so far.
+        tokens: Number of tokens in all steps so far.
         seconds: Time spent in optimizer steps, excluding evaluation and saving.
     """
 
@@ -73,7 +73,7 @@ class TrainState:
             loss: The evaluation loss.
 
         Returns:
-            Whether the loss is the lowest so far; always False at step 0, which evaluates the base.
+            Whether the loss is the lowest so far; always False at step 0, where the base is evaluated.
         """
         self.evaluated_step, self.last_loss = self.step, loss
         if self.step == 0:
@@ -102,7 +102,7 @@ class TrainState:
         if set(values) != names:
             odd = ", ".join(sorted(set(values) ^ names))
             raise RunError(
-                f"The checkpoint's state does not match the fields of this version of lorakit ({odd}).", what=odd
+                f"The fields of the checkpoint's state do not match this version of lorakit ({odd}).", what=odd
             )
         return cls(**values)
 
@@ -128,7 +128,7 @@ def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def restore_random_state(tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> None:
-    """Restore the random generators from the result of `random_state`; those of absent devices are skipped.
+    """Restore the random generators from the result of `random_state`; states of absent devices are skipped.
 
     Args:
         tensors: Tensors by name (uint8, 1-D).
@@ -152,7 +152,7 @@ def restore_random_state(tensors: Mapping[str, torch.Tensor], plain: Mapping[str
 def environment(
     device: torch.device, dtype: str, quantization: Mapping[str, Any] | None = None, kernels: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return everything, apart from the inputs, that affects the bits of a result.
+    """Return everything, apart from the inputs, that affects the exact bits of a result.
 
     Args:
         device: The run's device.
@@ -161,7 +161,7 @@ def environment(
         kernels: Autotuned choices that differ from the default.
 
     Returns:
-        Plain values by name; two equal environments produce the same bits.
+        Plain values by name; with equal inputs, equal environments produce bit-identical results.
     """
     return {
         "lorakit": __version__,
@@ -205,7 +205,7 @@ _MAX_STATE_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Content of a checkpoint except the adapter.
+    """The content of a checkpoint, except for the adapter.
 
     Attributes:
         state: Progress of the run, including the position in the data.
@@ -236,7 +236,7 @@ def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], objec
         The checkpoint's directory.
 
     Raises:
-        DiskError: The checkpoint cannot be written; older ones are unchanged, and no part of the new one is left.
+        DiskError: The checkpoint cannot be written; older ones are unchanged, and nothing is left of the new one.
     """
     final = folder / f"checkpoint-{snapshot.state.step}"
     plain = {
@@ -259,7 +259,7 @@ def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], objec
 
 
 def load(path: Path) -> Snapshot:
-    """Verify a checkpoint, and read everything in it except the adapter.
+    """Verify a checkpoint and read everything in it except the adapter.
 
     Args:
         path: The checkpoint's directory.
@@ -289,7 +289,7 @@ def load(path: Path) -> Snapshot:
 
 
 def verify(path: Path) -> None:
-    """Check every file of a checkpoint against the manifest, and the manifest against the seal in it.
+    """Check every file of a checkpoint against the manifest, and the manifest against the seal that it contains.
 
     Args:
         path: The checkpoint's directory.
@@ -334,13 +334,13 @@ def newest_valid(folder: Path) -> Path | None:
 
 
 def verified(folder: Path) -> Iterator[tuple[Path, str | None]]:
-    """Verify the checkpoints of a run one by one, newest first.
+    """Verify the checkpoints of a run one at a time, newest first.
 
     Args:
         folder: The run directory, which is not modified.
 
     Yields:
-        The directory of a checkpoint, and a clause that describes its first problem, or None if it is valid.
+        For each checkpoint, its directory and a clause that describes its first problem, or None if it is valid.
     """
     for path in reversed(checkpoints(folder)):
         try:
@@ -351,7 +351,7 @@ def verified(folder: Path) -> Iterator[tuple[Path, str | None]]:
 
 
 def prune(folder: Path, limit: int, best_step: int | None) -> None:
-    """Remove the oldest checkpoints in excess of a limit; the newest and the best are always kept.
+    """Remove the oldest checkpoints beyond a limit; the newest and the best are always kept.
 
     Args:
         folder: The run directory.
@@ -384,7 +384,7 @@ def set_aside(path: Path) -> Path:
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint; a crash leaves it either complete or under a temporary name that the next run removes.
+    """Remove a checkpoint; a crash leaves it either complete or under a temporary name, for the next run to remove.
 
     Args:
         path: The directory.
@@ -399,7 +399,7 @@ def discard(path: Path) -> None:
 
 
 def save_adapter_only(folder: Path, step: int, best_step: int | None, write_adapter: Callable[[Path], object]) -> Path:
-    """Save an adapter without a checkpoint, completely or not at all; then remove older ones except the best.
+    """Save an adapter without a checkpoint, completely or not at all; then remove all earlier ones except the best.
 
     Args:
         folder: The run directory.
@@ -471,6 +471,6 @@ def _manifest(folder: Path, step: int) -> bytes:
 
 
 def _canonical(step: int, files: Mapping[str, Any]) -> bytes:
-    """Serialize a manifest in the only form that is accepted, so that any changed bit is detected."""
+    """Serialize a manifest in the only form that verification accepts, so that any changed bit is detected."""
     values = durable.sealed({"files": files, "format": FORMAT, "step": step})
     return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()

@@ -1,4 +1,4 @@
-"""Training defaults: one table with the meaning and the default of each setting, and the reason for the default.
+"""Training defaults: one table with the meaning of each setting, its default, and the reason for the default.
 
 `--help` prints this table, and `settings.py` takes its defaults from it; no other module defines training defaults.
 `LoraConfig` keeps PEFT's defaults, which suit code written for PEFT. This module neither checks nor reads settings.
@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 Stored = Literal["nf4", "fp4", "int8", "int8-torchao", "hqq4", "hqq8"]
-"""Names in `lorakit.plan.quantized.STORAGES`, repeated here because reading settings must not load that module."""
+"""Names in `lorakit.plan.quantized.STORAGES`, repeated here because reading settings must not import that module."""
 
 
 @dataclass(frozen=True)
 class Default:
-    """One entry of the table.
+    """One entry in the table.
 
     Attributes:
         meaning: What the setting does, as shown in `--help`.
         value: The default; `...` if the setting is required, None if it is off or depends on other settings.
         reason: Reason for the default, as shown in `--help`; empty if the setting is required.
-        shown: Text that `--help` shows for the default, if it is neither "off" for False nor `str(value)`.
-        flag: Type of the flag, if it is not the type of `value`.
+        shown: Text that `--help` shows for the default; None shows `str(value)`, or "off" for False.
+        flag: Type of the flag, if it differs from the type of `value`.
     """
 
     meaning: str
@@ -54,22 +54,22 @@ DEFAULTS: dict[str, Default] = {
         "Fraction of documents to hold out if --eval-data is not given", 0.05, "enough to detect overfitting"
     ),
     # adapter
-    "r": Default("Rank of the adapter", 16, "enough for a new task in a file of a few MB; more than 32 seldom helps"),
+    "r": Default("Rank of the adapter", 16, "enough to learn a new task from a few MB of data; above 32 rarely helps"),
     "lora_alpha": Default(
-        "Numerator of the scale: the delta is alpha / r times B A",
+        "Numerator of the scale: the delta is (alpha / r) B A",
         32,
         "twice the default r, for the usual scale of 2",
         flag=float,
     ),
     "lora_dropout": Default(
-        "Dropout rate of the adapter's input",
+        "Dropout rate applied to the adapter's input",
         0.0,
         "dropout costs time and memory; try 0.05 for many epochs on little data",
     ),
     "target_modules": Default(
         "Select modules to adapt: names, a regular expression, or all-linear",
         "all-linear",
-        "adapting attention and MLP learns more than attention alone with the same number of parameters",
+        "adapting attention and MLP works better than adapting attention alone with the same number of parameters",
         flag=list[str],
     ),
     "new_tokens": Default(
@@ -80,7 +80,7 @@ DEFAULTS: dict[str, Default] = {
         "none",
         list[str],
     ),
-    "use_dora": Default("Also train a magnitude per output (DoRA)", False, "slower, and rarely better at r = 16"),
+    "use_dora": Default("Also train one magnitude per output (DoRA)", False, "slower, and rarely better at r = 16"),
     "use_rslora": Default("Scale by alpha / sqrt(r) (rsLoRA)", False, "matters only for ranks above 64"),
     "allow_partial_targets": Default(
         "Continue if a name in --target-modules matches nothing", False, "such a name is usually a typo"
@@ -89,12 +89,12 @@ DEFAULTS: dict[str, Default] = {
         "Select how A and B are initialized: default, gaussian, pissa, olora, orthogonal or mica; or from the first "
         "training rows: eva, corda or lora_ga",
         "default",
-        "A random and B zero, as in PEFT; pissa, olora, corda and lora_ga keep a second copy of each adapted weight in "
-        "memory and are saved as LoRA of twice the rank",
+        "A is random and B is zero, as in PEFT; pissa, olora, corda and lora_ga keep a second copy of each adapted "
+        "weight in memory, and their adapters are saved as LoRA with twice the rank",
     ),
     "allocate_ranks": Default(
-        "Allocate ranks per module from the first training rows, by gradients (GoRA) or inputs (EVA), within the "
-        "parameter budget of --r: none, gradients or inputs",
+        "Allocate ranks per module by the gradients (GoRA) or inputs (EVA) of the first training rows, within the "
+        "parameter budget set by --r: none, gradients or inputs",
         "none",
         "with the same rank everywhere, the size of the adapter is predictable",
     ),
@@ -105,13 +105,16 @@ DEFAULTS: dict[str, Default] = {
         "lorafa saves memory, because only A's gradient needs the layer's input, but learns slightly less",
     ),
     "learning_rate": Default(
-        "Peak learning rate", 3e-4, "ten times that of full fine-tuning, as is usual for LoRA with alpha = 2r", "3e-4"
+        "Peak learning rate",
+        3e-4,
+        "ten times that of full fine-tuning, as is typical for LoRA with alpha = 2r",
+        "3e-4",
     ),
     "loraplus_lr_ratio": Default(
         "Ratio of B's learning rate to A's (LoRA+)", None, "A and B share one rate; LoRA+ uses 4 to 16", "1", float
     ),
     "loraplus_lr_embedding": Default(
-        "Learning rate of embedding factors", None, "same as for other modules; PEFT's LoRA+ uses 1e-6", "none", float
+        "Learning rate for embedding factors", None, "same as for other modules; PEFT's LoRA+ uses 1e-6", "none", float
     ),
     "learning_rate_pattern": Default(
         "Learning rates for individual modules as PATTERN=RATE, such as down_proj=1e-4; patterns work as in "
@@ -125,11 +128,11 @@ DEFAULTS: dict[str, Default] = {
         "Learning rate schedule after the warm-up: cosine, linear or constant", "cosine", "the rate ends near zero"
     ),
     "warmup_ratio": Default(
-        "Fraction of the steps over which the learning rate rises", 0.05, "Adam's first estimates are inaccurate"
+        "Fraction of the steps over which the learning rate rises", 0.05, "Adam's early moment estimates are inaccurate"
     ),
-    "weight_decay": Default("AdamW weight decay of A and B", 0.0, "the low rank already limits the delta"),
+    "weight_decay": Default("AdamW weight decay for A and B", 0.0, "the low rank already limits the delta"),
     "max_grad_norm": Default(
-        "Clip the gradient to this norm; 0 disables clipping", 1.0, "a single unusual batch cannot ruin a run"
+        "Clip the gradient to this norm; 0 disables clipping", 1.0, "keeps a single unusual batch from ruining a run"
     ),
     # length
     "max_steps": Default("Stop after N optimizer steps", None, "--num-train-epochs sets the length", "none", int),
@@ -138,7 +141,7 @@ DEFAULTS: dict[str, Default] = {
         3.0,
         "the step with the lowest evaluation loss is kept, so an extra pass costs only time",
     ),
-    "per_device_train_batch_size": Default("Rows per batch", 4, "fits a small machine at 512 tokens per row"),
+    "per_device_train_batch_size": Default("Rows per batch", 4, "fits on a small machine at 512 tokens per row"),
     "gradient_accumulation_steps": Default(
         "Batches per optimizer step", 1, "with little data, many small steps learn faster than a few large ones"
     ),
@@ -161,43 +164,45 @@ DEFAULTS: dict[str, Default] = {
         str,
     ),
     "double_quantization": Default(
-        "Also quantize the scales of nf4 and fp4", True, "saves 0.37 bits per parameter with almost no error", "on"
+        "Also quantize the scales of nf4 and fp4", True, "saves 0.37 bits per parameter and adds almost no error", "on"
     ),
-    "seed": Default("Seed for everything random: A, dropout, data order and split", 0, "makes runs reproducible"),
+    "seed": Default("Seed for all randomness: initial A, dropout, data order and split", 0, "makes runs reproducible"),
     "device": Default("Select the device: cpu, cuda, cuda:N, mps or auto", "auto", "an accelerator if available"),
     "recompute": Default(
-        "Recompute in the backward pass: none, feed-forward (outputs of gate and up) or layers (everything but their "
-        "inputs)",
+        "Recompute activations in the backward pass: none, feed-forward (the outputs of the gate and up projections) "
+        "or layers (everything except the layers' inputs)",
         "none",
         "a step is fastest without it; feed-forward saves about half of the activation memory, and layers nearly all "
-        "of it for about a third more time",
+        "of it, but a step then takes about a third longer",
     ),
-    "gradient_checkpointing": Default("Same as --recompute layers", False, "saves memory for about a third more time"),
+    "gradient_checkpointing": Default(
+        "Same as --recompute layers", False, "saves memory but takes about a third longer"
+    ),
     "memory_budget": Default(
-        "Limit step memory including weights, e.g. 4GiB; picks the cheapest --recompute estimated to fit",
+        "Memory limit for a step, including weights, such as 4GiB; selects the fastest --recompute that should fit",
         None,
         "a step is fastest without recomputation",
         "none",
         str,
     ),
     "accelerate": Default(
-        "Use fused forwards for supported layers, and pack sequences",
+        "Use fused forward passes for supported layers, and pack sequences",
         True,
         "same results in less time and memory",
         "on",
     ),
     "tuning": Default(
-        "Measure, once per machine, which kernels are faster for the shapes of this run, and use those",
+        "Measure, once per machine, which kernels are fastest for the shapes in this run, and use those",
         True,
-        "on some processors, matmuls of some shapes are twice as fast if split; results agree within rounding",
+        "on some processors, splitting some matmuls doubles their speed; results agree within rounding error",
         "on",
     ),
     # evaluation and checkpoints
     "eval_steps": Default(
-        "Evaluate every N steps", None, "ten evaluations show the course of the loss", "a tenth of the run", int
+        "Evaluate every N steps", None, "ten evaluations show how the loss develops", "a tenth of the run", int
     ),
     "save_steps": Default(
-        "Save a checkpoint every N steps", None, "limits the work lost in a crash", "same as --eval-steps", int
+        "Save a checkpoint every N steps", None, "limits how much work a crash can lose", "same as --eval-steps", int
     ),
     "save_total_limit": Default(
         "Keep at most N checkpoints; the best and the newest are always kept", 2, "these two are enough"
@@ -216,4 +221,4 @@ DEFAULTS: dict[str, Default] = {
 CHANGEABLE_ON_RESUME = frozenset(
     {"eval_steps", "save_steps", "save_total_limit", "early_stopping_patience", "max_steps", "resume", "overwrite"}
 )
-"""Settings that may change when a run is resumed; a change to any other setting raises an error that names it."""
+"""Settings that may change when a run is resumed; changing any other setting raises an error that names it."""

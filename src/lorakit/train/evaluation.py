@@ -1,6 +1,6 @@
-"""Evaluation over all tokens with loss: loss and perplexity of a model, or of a base and adapters (`lorakit eval`).
+"""Evaluation: the loss and perplexity of a model, or of a base with and without adapters (`lorakit eval`).
 
-This module does not depend on the training loop.
+The loss is averaged over all tokens that contribute to it. This module does not depend on the training loop.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Evaluation:
     """Result of an evaluation.
 
     Attributes:
-        loss: Mean cross entropy per token with loss, in nats.
-        tokens: Number of tokens with loss.
+        loss: Cross entropy in nats, averaged over the tokens that contribute to it.
+        tokens: Number of tokens that contribute to the loss.
     """
 
     loss: float
@@ -49,7 +49,7 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
     acceleration: Acceleration | None = None,
 ) -> Evaluation | None:
-    """Measure the mean loss over all tokens with loss, without gradients or dropout.
+    """Measure the loss, averaged over all tokens that contribute to it, without gradients or dropout.
 
     Args:
         model: A causal language model; the training mode of each of its modules is restored afterwards.
@@ -62,9 +62,9 @@ def evaluate(
         The evaluation, or None if it was stopped.
 
     Raises:
-        DataError: No batch has a token with loss.
+        DataError: No token in the batches contributes to the loss.
         NonFiniteError: The loss is NaN or infinite.
-        RunError: Memory ran out; the message names the batch and what to change.
+        RunError: Memory ran out; the message describes the batch and suggests what to change.
     """
     total, tokens = 0.0, 0
     with evaluating(model), torch.inference_mode():
@@ -75,7 +75,7 @@ def evaluate(
                 total += loss_sum(model, batch, device, acceleration).item()
             tokens += batch.trained_tokens
     if tokens == 0:
-        text = "The evaluation data has no token with loss; pass more text with --eval-data."
+        text = "No token in the evaluation data contributes to the loss; pass more text with --eval-data."
         raise DataError(text, field="eval_data")
     if not math.isfinite(total):
         text = f"the evaluation loss is {total}; the base or the adapter produces non-finite values."
@@ -100,7 +100,7 @@ class EvalSettings:
     """Settings of `compare`.
 
     Attributes:
-        model: Model directory, hub id, or packaged model.
+        model: Model directory, Hub id, or packaged model.
         data: Files to evaluate on.
         adapters: Adapter directories.
         max_length: Maximum sequence length in tokens; the default is reduced to the model's limit.
@@ -130,20 +130,20 @@ def compare(
     """Measure the loss of a base, alone and with each adapter, over the same tokens.
 
     If an adapter was saved with its own tokenizer, for example one with new tokens, its loss is measured on the same
-    data with that tokenizer.
+    data, tokenized with that tokenizer.
 
     Args:
         settings: Model, data and adapters.
-        say: Function that receives messages, such as about truncated data and adapters with their own tokenizer.
-        detail: Function that receives details: the counts of the data, and the precision with its reason.
+        say: Function that receives messages, for example about truncated data or an adapter with its own tokenizer.
+        detail: Function that receives details: the data counts, and the precision with the reason for it.
 
     Returns:
         Pairs of a name and an evaluation: "base" first, then the directory of each adapter in the given order.
 
     Raises:
         ConfigError: The batch size is below 1, or the maximum length is below 2.
-        AdapterFileError: An adapter directory does not exist, or its adapter does not fit this base.
-        LorakitError: Data or model cannot be used; class and message say why.
+        AdapterFileError: An adapter directory does not exist, or its adapter does not match this base.
+        LorakitError: The data or the model cannot be used; the error class and message say why.
     """
     if settings.quantization is not None:
         hub.require_quantizer(settings.quantization)
@@ -151,7 +151,7 @@ def compare(
     records = read_records(settings.data)
     source = hub.resolve(settings.model, say)
     hub.require(source, tokenizer=True)
-    bases = [core.inspect_adapter(folder).base for folder in settings.adapters]  # errors come before loading the base
+    bases = [core.inspect_adapter(folder).base for folder in settings.adapters]  # fails before the base is loaded
     length = max_length_for(hub.shape_of(source), settings.max_length)
     tokenizer = hub.load_tokenizer(source)
     encoded = encode(records, tokenizer, length)
@@ -173,7 +173,7 @@ def compare(
     detail(f"precision: {choice.reason}")
     loaded = hub.load_model(source, choice.dtype, where, quantization=settings.quantization)
     found = {-1: ("base", _measured(loaded, batches, where))}
-    # rows that an adapter adds for new tokens stay in the base and change later losses: smaller vocabularies go first
+    # rows added for an adapter's new tokens stay in the base and change later losses, so smaller vocabularies go first
     for number in sorted(range(len(bases)), key=lambda n: 0 if (base := bases[n]) is None else base.vocabulary):
         folder, name = settings.adapters[number], f"adapter{number}"
         core.load_adapter(loaded, folder, name, allow=settings.allow)

@@ -1,4 +1,4 @@
-"""Handling of signals during a run: the first lets the current step finish, the second stops the run at once."""
+"""Signal handling during a run: the first signal lets the current step finish; the second stops the run at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _Action: TypeAlias = "ctypes.Array[ctypes.c_char]"
 
 
 class Interrupts:
-    """Record of the signals that arrive within a block of `recording`.
+    """Record of the signals that arrive within a `recording` block.
 
     Attributes:
         requested: Whether a signal has arrived.
@@ -33,7 +33,7 @@ class Interrupts:
         """Record the first signal.
 
         Raises:
-            KeyboardInterrupt: The signal is the second one.
+            KeyboardInterrupt: This is the second signal.
         """
         if self.requested:
             raise KeyboardInterrupt
@@ -47,8 +47,8 @@ def recording() -> Iterator[Interrupts]:
     """Record the first signal within a block and raise `KeyboardInterrupt` at the second.
 
     Python delivers signals only to the main thread; in other threads, nothing is recorded. On exit, the previous
-    handlers are restored, including those set from C. If the system has no `sigaction`, handlers set from C are not
-    replaced.
+    handlers are restored, including those set from C. If the system has no `sigaction`, handlers set from C are left
+    in place.
 
     Yields:
         The record of the signals.
@@ -83,7 +83,7 @@ def _handled(numbers: Iterable[int], receive: Callable[[int, FrameType | None], 
         yield
     finally:
         for number, (handler, action) in before.items():
-            # Python cannot represent a handler set from C: it reports SIG_DFL, although the C action is restored
+            # Python cannot represent a handler set from C: it will report SIG_DFL, although the C action is restored
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
             if action is not None:
                 _sigaction(number, action, None)

@@ -1,7 +1,7 @@
 """The training loop: it decides when to step, evaluate, save and stop; other modules do the work.
 
-Between two steps, a run is completely described by its trainable tensors, the optimizer's state, the random generators
-and `TrainState`, so a checkpoint of these is enough to resume.
+Between two steps, a run is completely described by its trainable tensors, the states of the optimizer and the random
+generators, and `TrainState`, so a checkpoint with these contents is enough to resume.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from lorakit.train.step import StepResult, train_step, without_gradient
 
 
 class Loop:
-    """The training loop of a run, from its current state to its end.
+    """The training loop of a run, from the run's current state to its end.
 
     Args:
-        run: The run, whose loader is at the position that its state records; the loop updates its state and status.
+        run: The run; its loader must be at the position recorded in its state. The loop updates the run's state and
+            status.
     """
 
     def __init__(self, run: Run) -> None:
@@ -43,7 +44,7 @@ class Loop:
     def steps(self) -> None:
         """Train to the end and set the run's status to "finished", "stopped early" or "interrupted".
 
-        In each case, a checkpoint of the last step is saved or, if the disk is full, only its adapter.
+        In each case, a checkpoint is saved at the last step; if the disk is full, only the adapter is saved.
 
         Raises:
             NonFiniteError: A loss or gradient became NaN or infinite; the message names the last valid checkpoint.
@@ -112,7 +113,7 @@ class Loop:
             )
 
     def _save(self, log: MetricsLog, always: bool) -> None:
-        """Save a checkpoint at the interval, at a new best step, or if `always` is set."""
+        """Save a checkpoint if the interval has passed, the step is the new best, or `always` is set."""
         state = self._run.state
         due = state.step > 0 and (state.step % self._run.limits.save_steps == 0 or state.best_step == state.step)
         now = (state.step, state.evaluated_step)
@@ -142,11 +143,11 @@ class Loop:
         run.progress.train_row(row)
 
     def _batches(self) -> list[Batch]:
-        """Return the batches of the next step; a step never includes batches of two epochs."""
+        """Return the batches of the next step; a step never mixes batches from two epochs."""
         loader, batches = self._run.batches.loader, list[Batch]()
         while len(batches) < self._run.limits.accumulation:
             batches.append(next(loader))
-            if loader.epoch.is_integer():  # the batch was the last of its epoch
+            if loader.epoch.is_integer():  # that was the last batch of the epoch
                 break
         return batches
 
@@ -174,7 +175,7 @@ class Loop:
             )
 
     def _located(self, cause: RunError, step: int, advice: str = "") -> RunError:
-        """Return the error with the run directory, the step, advice and the last valid checkpoint in its message."""
+        """Return the error with the run directory, step, advice and last valid checkpoint added to its message."""
         saved = self._saved[0]
         last = f"Last valid checkpoint: checkpoint-{saved}." if saved >= 0 else "No checkpoint was saved."
         text = f"{self._folder}: step {step}: {cause}{advice} {last}"
@@ -185,7 +186,7 @@ def save_checkpoint(run: Run) -> Path | None:
     """Save a checkpoint and remove old ones; if the checkpoint does not fit on the disk, save only the adapter.
 
     Args:
-        run: The run, whose state includes the position in the data.
+        run: The run; the loader's position must be stored in its state.
 
     Returns:
         The checkpoint's directory, or None if only the adapter was saved.

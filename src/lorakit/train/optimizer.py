@@ -1,10 +1,10 @@
 """AdamW and LoRA-FA for the trainable tensors: parameter groups, clipping, named state, and AdamW on packed buffers.
 
-`FlatAdamW` packs the tensors of a group into one buffer, and each of their moments into another, so that a step takes
-only a few calls. Each tensor starts at a multiple of 64 bytes, as in a separate allocation, so kernels see the same
-alignment. Gradients are not packed in advance: autograd allocates them, and the step concatenates those of a run of
-neighboring tensors. So no gradient buffer exists during the forward pass, tensors without a gradient can be detected,
-and the gradients of at most one run are in memory twice.
+`FlatAdamW` packs the tensors of a group into one buffer, and their first and second moments into two others, so that a
+step takes only a few kernel calls. Each tensor starts at a multiple of 64 bytes, as it would in a separate allocation,
+so kernels see the same alignment. Gradients are not packed in advance: autograd allocates them, and the step
+concatenates them for one run of adjacent tensors at a time. As a result, no gradient buffer exists during the forward
+pass, tensors without a gradient can be detected, and at most one run's gradients are in memory twice.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from lorakit.errors import RunError
 from lorakit.train.settings import TrainSettings
 
 Named = Sequence[tuple[str, nn.Parameter]]
-"""Trainable tensors with their names in the model."""
+"""Trainable tensors, each with its name in the model."""
 
 _FUSED_DEVICES = ("cpu", "cuda", "mps")
-_EPSILON = 1e-6  # the value in torch's `clip_grads_with_norm_`
+_EPSILON = 1e-6  # the value that torch's `clip_grads_with_norm_` uses
 
 
 def build_optimizer(model: nn.Module, adapter: str, settings: TrainSettings) -> tuple[Named, torch.optim.Optimizer]:
-    """Build the optimizer of a run; for LoRA-FA, first freeze one factor of each site.
+    """Build the optimizer for a run; for LoRA-FA, first freeze one factor at each site.
 
     Args:
         model: The adapted model.
@@ -42,7 +42,7 @@ def build_optimizer(model: nn.Module, adapter: str, settings: TrainSettings) -> 
         The trainable tensors (any shape) by name, and the optimizer over them.
 
     Raises:
-        RunError: No tensor is trainable.
+        RunError: The model has no trainable tensors.
         ConfigError: LoRA-FA would freeze the only trained factor of a site.
     """
     pairs = freeze_factors(model, adapter) if settings.optimizer == "lorafa" else None
@@ -60,20 +60,20 @@ def build_adamw(
 ) -> torch.optim.Optimizer:
     """Build AdamW, fused if the device supports it; weight decay applies only to matrices.   [docs/math.md (16)]
 
-    Tensors that can share a buffer are packed (see `FlatAdamW`); their values do not change. Build the optimizer after
-    the model is moved, cast and loaded.
+    Tensors that can share a buffer are packed (see `FlatAdamW`); their values do not change. Build the optimizer
+    only after the model has been moved, cast and loaded.
 
     Args:
         named: The trainable tensors (any shape) by name.
         learning_rate: The initial learning rate; the loop sets the rate before each step.
-        weight_decay: Decay coefficient; each step subtracts this times the learning rate times the matrix.
+        weight_decay: Decay coefficient; each step subtracts the coefficient times the learning rate times the matrix.
         rates: Peak learning rates by tensor name, for tensors whose rate differs from `learning_rate`.
 
     Returns:
-        The optimizer, without state.
+        The optimizer, without any state.
 
     Raises:
-        RunError: No tensor is trainable.
+        RunError: The model has no trainable tensors.
 
     Source:
         Loshchilov and Hutter 2019, arXiv:1711.05101; betas 0.9 and 0.999, eps 1e-8.
@@ -88,7 +88,7 @@ def build_adamw(
 def parameter_groups(
     named: Named, learning_rate: float, weight_decay: float, rates: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Group tensors by learning rate and decay; `share` is the ratio of a group's peak rate to the run's.
+    """Group tensors by learning rate and decay; a group's `share` is the ratio of its peak rate to the run's.
 
     Args:
         named: The trainable tensors (any shape) by name.
@@ -97,10 +97,10 @@ def parameter_groups(
         rates: Peak learning rates by tensor name, for tensors whose rate differs from `learning_rate`.
 
     Raises:
-        RunError: No tensor is trainable.
+        RunError: The model has no trainable tensors.
     """
     if not named:
-        raise RunError("The model has no trainable tensor.")
+        raise RunError("The model has no trainable tensors.")
     gathered: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named:
         key = (rates.get(name, learning_rate) / learning_rate, weight_decay if parameter.ndim > 1 else 0.0)
@@ -118,7 +118,7 @@ def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
-    """Return the global 2-norm of all gradients, a scalar; 0 if there are none.
+    """Return the global 2-norm of all gradients as a scalar tensor; 0 if there are none.
 
     Args:
         parameters: Tensors of any shape; those without a gradient are skipped.
@@ -130,7 +130,7 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
 def clipped_step(
     optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], norm: torch.Tensor, max_norm: float
 ) -> None:
-    """Clip the gradients to a global 2-norm and take a step.
+    """Clip the gradients to a maximum global 2-norm and take an optimizer step.
 
     Args:
         optimizer: Result of `build_optimizer` or `build_adamw`; `FlatAdamW` scales the gradients within its step.
@@ -158,8 +158,8 @@ def state_tensors(optimizer: torch.optim.Optimizer, named: Named) -> dict[str, t
         named: The trained tensors (any shape) by name.
 
     Returns:
-        Tensors on the CPU: "exp_avg/<name>" and "exp_avg_sq/<name>" (shape of the trained tensor) and "step/<name>"
-        (scalar). A trained tensor that never had a gradient has no state and no entry.
+        Tensors on the CPU: "exp_avg/<name>" and "exp_avg_sq/<name>" (with the trained tensor's shape) and
+        "step/<name>" (scalar). A trained tensor that never received a gradient has no state and no entry.
     """
     tensors = {}
     for name, parameter in named:
@@ -172,7 +172,7 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, named: Named, tensors: 
     """Restore the optimizer's state from the result of `state_tensors`.
 
     Args:
-        optimizer: A new optimizer over the same tensors.
+        optimizer: A newly built optimizer for the same tensors.
         named: The trained tensors (any shape) by name.
         tensors: State by name.
 
@@ -184,7 +184,7 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, named: Named, tensors: 
         kind, _, name = key.partition("/")
         wanted = shapes.get(name)
         if wanted is None or kind not in (*MOMENTS, "step") or (kind in MOMENTS and value.shape != wanted):
-            text = f"The optimizer state {key} {tuple(value.shape)} does not match this model's adapter."
+            text = f"The optimizer state {key} of shape {tuple(value.shape)} does not match this model's adapter."
             raise RunError(text, what=key)
     for name, parameter in named:
         state = {kind: tensors[f"{kind}/{name}"] for kind in ("step", *MOMENTS) if f"{kind}/{name}" in tensors}
@@ -193,16 +193,16 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, named: Named, tensors: 
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Entries of a tensor's state that have its shape; the remaining entry, "step", counts the updates of the tensor."""
+"""Entries of a tensor's state that have the tensor's shape; the remaining entry, "step", counts its updates."""
 
 _ALIGNED = 16
-_RUN = {"cpu": 1 << 20, "cuda": 1 << 24}  # elements per run; on a CPU, 4 MB stay in the cache until AdamW reads them
+_RUN = {"cpu": 1 << 20, "cuda": 1 << 24}  # elements per run; on a CPU, 4 MB stays in the cache until AdamW reads it
 
 
 def is_packable(parameters: Sequence[nn.Parameter]) -> bool:
-    """Return whether tensors can share one buffer: contiguous fp32, on one CPU or CUDA device, without shared memory.
+    """Return whether tensors can be packed: contiguous fp32, all on one CPU or CUDA device, and not sharing memory.
 
-    Other tensors (FSDP2's DTensors, other precisions, several devices, MPS) use torch's AdamW.
+    All others (FSDP2's DTensors, other precisions, several devices, MPS) are updated by torch's AdamW.
 
     Args:
         parameters: Tensors of any shape.
@@ -215,20 +215,20 @@ def is_packable(parameters: Sequence[nn.Parameter]) -> bool:
 
 
 class FlatAdamW(torch.optim.Optimizer):
-    """torch's fused AdamW, called once per run of neighboring tensors instead of once per tensor.
+    """torch's fused AdamW, called once per run of adjacent tensors instead of once per tensor.
 
-    Results are bit-identical to torch's, except for the last elements of v in tensors whose size is not a multiple of
-    16, which torch rounds differently. For each tensor, `state` has the same entries as in torch ("step", "exp_avg",
-    "exp_avg_sq"), as views of the buffers. A tensor without a gradient is skipped: its values, its moments and its step
-    count do not change.
+    Results are bit-identical to torch's, with one exception: if a tensor's size is not a multiple of 16, torch rounds
+    the last elements of its second moment differently. For each tensor, `state` has the same entries as in torch
+    ("step", "exp_avg", "exp_avg_sq"), as views of the buffers. A tensor without a gradient is skipped: its values, its
+    moments and its step count do not change.
     """
 
     def __init__(self, params: Iterable[dict[str, Any]], *, lr: float) -> None:
         """Pack the tensors into one buffer per group; their values do not change.
 
         Args:
-            params: Groups from `parameter_groups`; `is_packable` must hold for all their tensors together.
-            lr: Learning rate of groups without one.
+            params: Groups from `parameter_groups`; `is_packable` must be true of all their tensors together.
+            lr: Learning rate for groups that do not set their own.
         """
         super().__init__(params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "fused": True})
         self._flats = [_Flat(group["params"]) for group in self.param_groups]
@@ -257,7 +257,7 @@ class FlatAdamW(torch.optim.Optimizer):
 
 
 class _Lane:
-    """One buffer, with one view for each member of a group, in the order of the members."""
+    """One buffer, with a view for each member of a group, in member order."""
 
     def __init__(self, shapes: Sequence[torch.Size], starts: Sequence[int], device: torch.device) -> None:
         self.buffer = torch.zeros(starts[-1], dtype=torch.float32, device=device)
@@ -289,7 +289,7 @@ class _Flat:
                     "moved, cast or loaded."
                 )
         if self._replaced() and not _is_disjoint(self.members):
-            raise RunError("trained tensors share memory; build the optimizer after they are replaced.")
+            raise RunError("trained tensors share memory; build the optimizer after replacing tensors.")
 
     def gather(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
         """Copy replaced values and state (`p.data = …`, `load_state_dict`) into the buffers; create missing state."""
@@ -306,7 +306,7 @@ class _Flat:
                     own[key] = lane.views[i].copy_(own[key])
 
     def step(self, group: Mapping[str, Any], factor: float) -> None:
-        """Apply AdamW with the settings of the group to each run of neighboring members."""
+        """Apply AdamW, with the group's settings, to each run of adjacent members."""
         beta1, beta2 = group["betas"]
         for first, last, count in self._runs():
             gradient = self._gradients(first, last)
@@ -348,7 +348,7 @@ class _Flat:
         return self.state
 
     def _runs(self) -> Iterator[tuple[int, int, float]]:
-        """Yield (first, last + 1, step count) for each run of neighbors with gradients and equal step counts."""
+        """Yield (first, last + 1, step count) for each run of adjacent members with gradients and equal step counts."""
         counts = self.state["step"].buffer.tolist() if self.state else []
         first, limit = 0, _RUN[self.device.type]
         for i in range(len(counts)):

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from rich.progress import ProgressColumn, TaskID
 
 PLAIN_SECONDS = 10.0
-"""Minimum time between two plain lines, in seconds; evaluations and the first and last step are always printed."""
+"""Minimum time between two plain lines, in seconds; evaluations and the first and last steps are always printed."""
 
 LIVE_BYTES = 1_000_000
-"""Minimum size of the data, in bytes, for which a bar is shown."""
+"""Minimum size of the data, in bytes, for which a tokenization bar is shown."""
 
 
 class Progress(contextlib.AbstractContextManager["Progress"]):
-    """Base class of the objects to which a run reports; this class, the default of `run`, prints nothing.
+    """Base class for objects that receive a run's progress; the class itself, the default for `run`, prints nothing.
 
     Args:
         verbose: Whether to print details.
@@ -42,7 +42,7 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
         return None
 
     def reading(self, what: str, done: int, total: int) -> None:
-        """Report how many bytes of the data have been tokenized, out of the total; called often."""
+        """Report how many of the data's bytes, out of the total, have been tokenized; called often."""
 
     def begin(self, step: int, total_steps: int) -> None:
         """Report the start of the loop, with the number of steps already taken and the total."""
@@ -85,7 +85,7 @@ class PlainProgress(Progress):
         self._read: float | None = None
 
     def reading(self, what: str, done: int, total: int) -> None:
-        """Print the tokenized fraction, at most once every `PLAIN_SECONDS`."""
+        """Print the fraction tokenized so far, at most once every `PLAIN_SECONDS`."""
         now = time.monotonic()
         if self._read is None or done == total:
             self._read = None if done == total else now
@@ -96,11 +96,11 @@ class PlainProgress(Progress):
             )
 
     def begin(self, step: int, total_steps: int) -> None:
-        """Store the first step and the current time, for the estimate of the time left."""
+        """Store the first step and the current time, to estimate the time left."""
         self._first, self._total, self._started = step, total_steps, time.monotonic()
 
     def train_row(self, row: Mapping[str, Any]) -> None:
-        """Print the first step, the last step, and others at most once every `PLAIN_SECONDS`."""
+        """Print the metrics of the first and last steps, and of others at most once every `PLAIN_SECONDS`."""
         now = time.monotonic()
         if row["step"] not in (self._first + 1, self._total) and now - self._shown < PLAIN_SECONDS:
             return
@@ -109,13 +109,13 @@ class PlainProgress(Progress):
         self.say(f"step {row['step']}/{self._total}  {_facts(row)}  {format_seconds(max(0, round(left)))} left")
 
     def say(self, text: str) -> None:
-        """Print a line and flush the stream, so that the line passes through a pipe at once."""
+        """Print a line and flush the stream, so that the line passes through a pipe immediately."""
         stream = self._stream or sys.stdout
         print(fit(printable(text), stream), file=stream, flush=True)
 
 
 class LiveProgress(Progress):
-    """A progress bar in the last line of a terminal, with loss, tokens per second, memory and time left.
+    """A progress bar on the last line of a terminal, with loss, tokens per second, memory and time left.
 
     Args:
         stream: The terminal; None is stdout.
@@ -155,7 +155,7 @@ class LiveProgress(Progress):
             self._bar.stop()
 
     def reading(self, what: str, done: int, total: int) -> None:
-        """Show the tokenized bytes in a bar, unless the data is smaller than `LIVE_BYTES`."""
+        """Show a bar of the bytes tokenized so far, unless the data is smaller than `LIVE_BYTES`."""
         if self._reading is None and LIVE_BYTES <= total != done:
             from rich.progress import BarColumn, DownloadColumn, TextColumn
 
@@ -185,7 +185,7 @@ class LiveProgress(Progress):
         self._bar.update(self._task, description="training", completed=row["step"], facts=_facts(row, "tok/s"))
 
     def busy(self, what: str) -> None:
-        """Show the current operation in front of the bar."""
+        """Show the current operation to the left of the bar."""
         if self._task is not None:
             self._bar.update(self._task, description=what)
 

@@ -1,4 +1,4 @@
-"""The end of a run: publish the adapter with tokenizer and model card, plot the loss, write the record and the result.
+"""The end of a run: publish the adapter with its tokenizer and model card, plot the loss, and write the record.
 
 The adapter's files are copied byte for byte from the chosen checkpoint.
 """
@@ -49,12 +49,12 @@ class RunResult:
         adapter_loss: Evaluation loss at `adapter_step`, or None. It differs from `best_loss` if the best checkpoint was
             lost.
         trainable_parameters: Number of trained parameters.
-        total_parameters: Number of parameters of the base.
+        total_parameters: Number of parameters in the base.
         adapter_bytes: Size of the adapter's weights file; 0 after an interruption.
         base_bytes: Size of the base's weights in memory.
         tokens_per_second: Average speed over all steps, excluding evaluation and saving.
         peak_rss_bytes: Peak resident memory of the process.
-        seconds: Time from the call of `run` to its return.
+        seconds: Time from the call to `run` until its return.
         dtype: Precision of the base.
         plan: The plan, from `Plan.as_dict()`.
         notes: Messages for the user.
@@ -83,10 +83,10 @@ class RunResult:
     checkpoint_step: int | None = None
 
     def lines(self, verbose: bool = False) -> list[str]:
-        """Return the result as lines of text, the most important first.
+        """Return the result as lines of text, most important first.
 
         Args:
-            verbose: Add sizes, the estimated speed and the plot.
+            verbose: Whether to include the estimated speed, the parameter counts and the size of the base.
         """
         if self.ending == "interrupted":
             return self._interrupted()
@@ -185,7 +185,7 @@ def finish(run: Run) -> RunResult:
 
 
 def _chosen(run: Run, notes: list[str]) -> tuple[int, Path]:
-    """Return the step to publish (the best by evaluation loss, else the last) and the directory of its adapter."""
+    """Return the step to publish (the best by evaluation loss, or else the last) and the directory of its adapter."""
     folder, state = run.spec.folder, run.state
     wanted = state.best_step or state.step
     whole = folder / f"checkpoint-{wanted}"
@@ -223,7 +223,7 @@ def publish_adapter(run: Run, step: int, source: Path, *, with_tokenizer: bool =
     Args:
         run: The run.
         step: The step of the adapter.
-        source: Directory of a verified checkpoint, or of an adapter saved without one; in the second case, files are
+        source: Directory of a verified checkpoint, or of an adapter saved without one; in the latter case, files are
             hard-linked instead of copied, because the disk was full.
         with_tokenizer: Whether to add the tokenizer.
 
@@ -254,7 +254,7 @@ def _copy(path: Path, target: Path, *, linked: bool) -> None:
 
 
 def _plot_loss(folder: Path, title: str) -> str:
-    """Draw `loss.svg` if matplotlib is installed; return a message with its path or the reason for its absence."""
+    """Draw `loss.svg` if matplotlib is installed; return a message with its path, or the reason it is missing."""
     path = folder / run_folder.PLOT_FILE
     try:
         loss_plot(read_metrics(folder), path, title)
@@ -272,7 +272,7 @@ def _evaluation_line(first: float | None, best: float | None, adapter: float | N
 
 
 def model_card(run: Run, step: int) -> str:
-    """Return the README of an adapter: config, training, result and usage, with the metadata that model hubs read.
+    """Return an adapter's README: config, training, result and usage, with the metadata that model hubs read.
 
     Args:
         run: The run.
@@ -313,5 +313,5 @@ base = AutoModelForCausalLM.from_pretrained({base or "PATH_OF_THE_BASE"!r})
 tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
 ```
 
-Limits: evaluated only on the data above. The license and limits of the base apply.
+Limitations: evaluated only on the data above. The base's license and limitations also apply.
 """

@@ -1,8 +1,9 @@
-"""The adapter of a run: attach or load it, compute its ranks and init from the first training rows, and save it.
+"""The adapter of a run: attach or load it, compute ranks and initial weights from the first training rows, and save it.
 
-`lorakit.core.operations` defines how ranks and inits follow from data. This module supplies the rows, in the order of
-the run's first epoch and one at a time, so that less memory is used than in a training step. It draws no random
-numbers, and it does not advance the run's own loader. For a resumed run, the initialized adapter is in the checkpoint.
+`lorakit.core.operations` defines how ranks and initial weights are computed from data. This module supplies the
+rows, in the order of the run's first epoch and one at a time, so that less memory is used than in a training step. It
+draws no random numbers and does not advance the run's own loader. A resumed run instead loads its adapter from the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -30,26 +31,26 @@ from lorakit.train.run_spec import ADAPTER, Run, RunSpec
 from lorakit.train.step import loss_sum
 
 ROWS = 32
-"""Number of training rows used for ranks and inits."""
+"""Number of training rows from which ranks and initial weights are computed."""
 
 
 def add_adapter(
     model: nn.Module, spec: RunSpec, loader: Loader, checkpoint: Path | None, progress: Progress
 ) -> tuple[str, ...]:
-    """Add rows for new tokens to the base, then attach a new adapter or load that of a checkpoint.
+    """Add rows for new tokens to the base, then attach a new adapter or load the one in a checkpoint.
 
     Args:
         model: The base, on the run's device; changed in place.
         spec: The run's specification, with config, init, rank allocation and seed.
         loader: The run's loader, which does not advance.
         checkpoint: The checkpoint to resume from, or None.
-        progress: Receives messages about what is done.
+        progress: Receives messages about the work done.
 
     Returns:
         Messages for the user.
 
     Raises:
-        LorakitError: The adapter cannot be attached or loaded; class and message say why.
+        LorakitError: The adapter cannot be attached or loaded; the error class and message say why.
     """
     settings, config, new = spec.settings, spec.forecast.config, spec.forecast.new_tokens
     unseen = () if new is None else new.unseen(loader)
@@ -87,17 +88,17 @@ def allocate_ranks(
         progress: Receives a message about the ranks.
 
     Returns:
-        The config with the new ranks, which give at most as many trained parameters as the run's config.
+        The config with the new ranks; it gives at most as many trained parameters as the run's config.
 
     Raises:
-        LorakitError: `lorakit.core.operations.rank_allocation.allocate` failed; class and message say why.
+        LorakitError: `lorakit.core.operations.rank_allocation.allocate` failed; the error class and message say why.
     """
     rows = first_rows(spec, loader)
     progress.busy(f"allocating ranks from {len(rows)} rows")
     found = allocate(model, spec.forecast.config, rows, row_loss(spec.device), by=by, allow=_allow(spec))
     ranks = sorted(found.ranks.values())
     progress.say(
-        f"Ranks by {by} of {len(rows)} rows: {ranks[0]} to {ranks[-1]}, median {ranks[len(ranks) // 2]}; "
+        f"Ranks allocated by {by} over {len(rows)} rows: {ranks[0]} to {ranks[-1]}, median {ranks[len(ranks) // 2]}; "
         f"{found.parameters:,} parameters in A and B (budget {found.budget:,}, as with r = {spec.settings.r})."
     )
     return found.config
@@ -116,11 +117,11 @@ def init_from_data(
         progress: Receives a message about the init.
 
     Returns:
-        The config, which for EVA includes the ranks found, and the statistics or None.
+        The config (for EVA, with the computed ranks), and the statistics or None.
 
     Raises:
         UsageError: The init would change a quantized base.
-        LorakitError: `lorakit.core.collect_for` failed; class and message say why.
+        LorakitError: `lorakit.core.collect_for` failed; the error class and message say why.
     """
     init = init_named(config.init_lora_weights)
     if init.changes_base and spec.quantization is not None:
@@ -133,7 +134,7 @@ def init_from_data(
     if not init.needs:
         return config, None
     rows = first_rows(spec, loader)
-    progress.busy(f"collecting statistics of {len(rows)} rows for {init.name}")
+    progress.busy(f"collecting statistics from {len(rows)} rows for {init.name}")
     keep = _positions_with_loss if init.name == "eva" else None
     found = core.collect_for(model, config, rows, row_loss(spec.device), keep=keep, allow=_allow(spec))
     ranks = sorted(set(found.config.rank_pattern.values()) | {found.config.r})
@@ -143,7 +144,7 @@ def init_from_data(
 
 
 def first_rows(spec: RunSpec, loader: Loader) -> list[Batch]:
-    """Return the first training rows with loss, one per batch, in the order of the run's first epoch.
+    """Return the first training rows that contribute to the loss, one per batch, in the order of the run's first epoch.
 
     Args:
         spec: The run's specification, with the seed.
@@ -154,7 +155,7 @@ def first_rows(spec: RunSpec, loader: Loader) -> list[Batch]:
 
 
 def row_loss(device: torch.device) -> Callable[[nn.Module, Batch], Tensor]:
-    """Return a function that computes the mean loss of a model over a batch's tokens with loss, as a scalar.
+    """Return a function that computes a model's loss on a batch, a scalar averaged over the tokens that contribute.
 
     Args:
         device: The model's device.
@@ -169,7 +170,7 @@ def row_loss(device: torch.device) -> Callable[[nn.Module, Batch], Tensor]:
 
 
 def _positions_with_loss(batch: Batch) -> Tensor:
-    """Return a mask (rows, length) of the positions with a label that has loss, as with EVA's `use_label_mask`."""
+    """Return a mask (rows, length) of positions whose label contributes to the loss, as EVA's `use_label_mask` does."""
     return (batch.labels != -100) & batch.attention_mask.bool()
 
 

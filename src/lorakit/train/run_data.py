@@ -1,4 +1,4 @@
-"""The inputs of a run that are read and checked before weights are loaded: device, data, new tokens, shape of the base.
+"""Inputs of a run that are read and checked before weights are loaded: device, data, new tokens, and the base's shape.
 
 A failed check raises an error that names the problem.
 """
@@ -28,18 +28,18 @@ from lorakit.train.settings import TrainSettings
 
 
 class SavedTokenizer(data.Tokenizer, Protocol):
-    """The part of a transformers tokenizer that runs and commands use."""
+    """The part of a transformers tokenizer that training runs and commands use."""
 
     def get_vocab(self) -> dict[str, int]:
         """Return all tokens with their ids."""
 
     def save_pretrained(self, save_directory: Path) -> tuple[str, ...]:
-        """Write the tokenizer's files into a directory and return their names."""
+        """Write the tokenizer's files to a directory and return their names."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Properties of a run that are known from the settings and the base's shape, before data is tokenized.
+    """Properties of a run that are known from the settings and the base's shape, before the data is tokenized.
 
     Attributes:
         shape: The base's shape.
@@ -57,10 +57,10 @@ class Forecast:
 
 
 def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: data.Tokenizer) -> Forecast:
-    """Read the model's shape, and check targets and maximum length against it; no weights are loaded.
+    """Read the model's shape and check the targets and the maximum length against it; no weights are loaded.
 
     Args:
-        settings: Settings with the adapter and the maximum length.
+        settings: Settings for the adapter and the maximum length.
         source: The model.
         tokenizer: The model's tokenizer; new tokens are added to it in place.
 
@@ -68,7 +68,7 @@ def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: data.T
         The forecast.
 
     Raises:
-        ModelError: The model's config cannot be read, or model or tokenizer do not support new tokens.
+        ModelError: The model's config cannot be read, or the model or the tokenizer does not support new tokens.
         TargetError: A target matches nothing.
         ConfigError: A key of `learning_rate_pattern` matches no adapted module, or a new token already exists.
         UsageError: `max_length` is not the default and exceeds the model's limit.
@@ -83,7 +83,7 @@ def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: data.T
         new = add_new_tokens(tokenizer, settings.new_tokens, base)
         config = with_trained_rows(config, base, new.rows)
         words = ", ".join(f"{token} ({number})" for token, number in new.added.ids.items())
-        notes.append(f"New tokens: {words}; only their rows in the embedding and the head are trained.")
+        notes.append(f"New tokens: {words}; in the embedding and the head, only the rows of these tokens are trained.")
     counted = plan.count(shape, config, allow_partial=settings.allow_partial_targets)
     wrong = unfitting_keys(
         "learning_rate_pattern", settings.learning_rate_pattern, [*(site.path for site in counted.sites), *counted.rows]
@@ -97,8 +97,8 @@ def max_length_for(shape: plan.ModelShape, wanted: int) -> int:
     """Return the maximum sequence length.
 
     Args:
-        shape: The model.
-        wanted: The setting; its default is reduced to the model's limit.
+        shape: The model's shape.
+        wanted: The setting; if it is the default, it is reduced to the model's limit.
 
     Returns:
         `wanted`, or the model's limit.
@@ -121,13 +121,13 @@ def max_length_for(shape: plan.ModelShape, wanted: int) -> int:
 
 @dataclass(frozen=True)
 class RunBatches:
-    """The data of a run in batches.
+    """The data of a run, in batches.
 
     Attributes:
         loader: Endless iterator over the training batches, in a seeded order.
-        held_out: Function that returns the evaluation batches, or None if nothing is held out.
-        train_report: Counts of the training data.
-        held_out_report: Counts of the evaluation data, or None.
+        held_out: Function that returns the evaluation batches, or None if there is no evaluation data.
+        train_report: Counts for the training data.
+        held_out_report: Counts for the evaluation data, or None.
     """
 
     loader: data.Loader
@@ -152,7 +152,7 @@ def check_single_process() -> None:
 
 
 def pick_device(word: str) -> torch.device:
-    """Return the device for a setting.
+    """Return the device that a setting selects.
 
     Args:
         word: "auto", "cpu", "cuda", "cuda:N" or "mps".
@@ -184,13 +184,13 @@ def read_data(settings: TrainSettings) -> data.Split:
     """Read the training and evaluation files; if there are no evaluation files, hold out a fraction for evaluation.
 
     Args:
-        settings: Settings with `data`, `eval_data`, `eval_fraction` and `seed`.
+        settings: Settings; `data`, `eval_data`, `eval_fraction` and `seed` are used.
 
     Returns:
         The training and evaluation records.
 
     Raises:
-        DataError: A file cannot be read, or a record is invalid; the message names file and line.
+        DataError: A file cannot be read, or a record is invalid; the message names the file and the line.
     """
     records = data.read_records(settings.data)
     if settings.eval_data is not None:
@@ -206,7 +206,7 @@ def make_batches(
     """Tokenize the records and create the loaders.
 
     Args:
-        settings: Settings with the batch size and the seed.
+        settings: Settings, used for the batch size and the seed.
         records: The records.
         tokenizer: The model's tokenizer.
         max_length: Maximum sequence length in tokens.
@@ -216,7 +216,7 @@ def make_batches(
         The training loader, the evaluation batches, and the reports on both.
 
     Raises:
-        DataError: The training or evaluation data has no token with loss.
+        DataError: No token in the training data, or none in the evaluation data, contributes to the loss.
     """
     rows, pad = settings.per_device_train_batch_size, data.padding_id(tokenizer)
     train = data.encode(records.train, tokenizer, max_length, _listener(progress, "training data", records.train))
@@ -240,12 +240,12 @@ def _listener(progress: Progress, what: str, records: data.AnyRecords) -> Callab
 
 @dataclass(frozen=True)
 class NewTokens:
-    """Tokens that a run adds to the tokenizer and to the base.
+    """The tokens that a run adds to the tokenizer and the base.
 
     Attributes:
-        added: Ids of the new tokens, and how the tokenizer encoded their texts before.
+        added: Ids of the new tokens, and how the tokenizer encoded their text before they were added.
         vocabulary: Number of rows that the base's embedding needs.
-        rows: Embedding rows to train: those of the new tokens, and any that the base lacks for older tokens.
+        rows: Embedding rows to train: those of the new tokens, and any that the base lacks for existing tokens.
     """
 
     added: hub.AddedTokens
@@ -261,7 +261,7 @@ class NewTokens:
         seen = Counter(number for sequence in loader.sequences for number in sequence.input_ids)
         never = ", ".join(token for token, number in self.added.ids.items() if not seen[number])
         return (
-            (f"New tokens that are not in the training data, so their rows stay untrained: {never}.",) if never else ()
+            (f"These new tokens are not in the training data, so their rows stay untrained: {never}.",) if never else ()
         )
 
 
@@ -278,7 +278,7 @@ def add_new_tokens(tokenizer: data.Tokenizer, tokens: list[str], base: nn.Module
 
     Raises:
         ConfigError: A token is already in the vocabulary.
-        ModelError: Tokenizer or base do not support new tokens.
+        ModelError: The tokenizer or the base does not support new tokens.
     """
     added = hub.add_tokens(tokenizer, tokens)
     present = vocabulary_of(base)

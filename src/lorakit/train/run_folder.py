@@ -1,9 +1,9 @@
-"""The run directory: its record `run.json`, its log `metrics.jsonl`, its lock, its creation and its removal.
+"""The run directory: its record `run.json`, its log `metrics.jsonl`, its lock, and its creation and removal.
 
 The record states the requested settings, the values that they resolved to, the environment, and how the run ended; its
 values come from the modules that compute them. The log has one row per optimizer step and one per evaluation;
-`lorakit.report` reads it. The lock prevents two processes from training into the same directory. It is on the directory
-itself (flock), so that no lock file is left behind and the system releases the lock however the process ends.
+`lorakit.report` reads it. The lock prevents two processes from training in the same directory. The directory itself is
+locked (flock), so no lock file is left behind, and the system releases the lock no matter how the process ends.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MAX_RECORD_BYTES = 4 << 20
 
 @contextlib.contextmanager
 def as_disk_error(path: Path, failure: str) -> Iterator[None]:
-    """Convert an `OSError` within a block to a `DiskError` that names the path and states what failed.
+    """Convert an `OSError` in a block to a `DiskError` that names the path and states what failed.
 
     Args:
         path: The file or directory.
@@ -121,7 +121,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
-    """Writer of `metrics.jsonl`; a crash can only truncate the last line, which readers skip.
+    """Writer of `metrics.jsonl`; a crash can at most truncate the last line, and readers skip a truncated line.
 
     If the disk is full, rows are kept in memory until a later write succeeds.
 
@@ -174,7 +174,7 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
                     raise
 
     def sync(self) -> None:
-        """Flush the log to the disk, so that a power failure cannot lose rows from before a checkpoint.
+        """Flush the log to the disk, so that a power failure cannot lose rows that precede a checkpoint.
 
         Raises:
             DiskError: The file cannot be written.
@@ -184,7 +184,7 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
 
 
 def cut_metrics(folder: Path, step: int, evaluated_step: int) -> None:
-    """Remove the rows written after a checkpoint, and a truncated last line; the resumed run rewrites these rows.
+    """Remove the rows written after a checkpoint, and a truncated last line; the resumed run writes these rows again.
 
     Args:
         folder: The run directory.
@@ -219,12 +219,12 @@ def lock(folder: Path) -> int:
         descriptor = _try_lock(folder)
         if descriptor is not None:
             return descriptor
-        if attempt + 1 < _ATTEMPTS:  # `check_unlocked` in another process holds the lock for a moment
+        if attempt + 1 < _ATTEMPTS:  # `check_unlocked` in another process may hold the lock for a moment
             time.sleep(_PAUSE_SECONDS)
     process = _owner(folder)
     who = "another process" if process is None else f"process {process}"
     raise RunError(
-        f"{folder}: a run is active: {who} is training into this directory; wait until it ends, or use another "
+        f"{folder}: a run is active: {who} is training in this directory; wait until it ends, or use another "
         "--output-dir.",
         what=who,
         where=folder,
@@ -243,7 +243,7 @@ def unlock(descriptor: int) -> None:
 
 
 def check_unlocked(folder: Path) -> None:
-    """Check that no process is training into a directory.
+    """Check that no other process is training in a directory.
 
     Args:
         folder: The directory; it need not exist.
@@ -256,7 +256,7 @@ def check_unlocked(folder: Path) -> None:
 
 
 def _try_lock(folder: Path) -> int | None:
-    """Lock a directory; return its descriptor, -1 if locks are not supported, or None if another process has it."""
+    """Lock a directory; return its descriptor, -1 if locks are not supported, or None if another process holds it."""
     try:
         import fcntl
     except ImportError:
@@ -271,7 +271,7 @@ def _try_lock(folder: Path) -> int | None:
 
 
 def _owner(folder: Path) -> int | None:
-    """Return the id of the process that holds the lock, or None.
+    """Return the id of the process that holds the lock, or None if it is unknown.
 
     Linux lists locks in `/proc/locks`, with the columns number, type, kind, mode, pid, inode, start and end.
     """
@@ -296,12 +296,12 @@ def check_output_dir(settings: TrainSettings) -> None:
     """Check that a run can use its directory; nothing is written.
 
     Args:
-        settings: Settings with `output_dir`, `resume` and `overwrite`.
+        settings: Settings; `output_dir`, `resume` and `overwrite` are used.
 
     Raises:
         UsageError: The directory has a run, and neither `resume` nor `overwrite` is set.
-        RunError: The path is not a directory, another process is training into it, or `resume` is set but the
-            directory does not exist.
+        RunError: The path is not a directory, another process is training in it, or `resume` is set but the directory
+            does not exist.
     """
     folder = Path(settings.output_dir)
     if folder.exists() and not folder.is_dir():
@@ -328,7 +328,7 @@ def lock_output_dir(folder: Path) -> int:
 
     Raises:
         RunError: Another process holds the lock.
-        DiskError: The directory cannot be created or written.
+        DiskError: The directory cannot be created or written to.
     """
     with as_disk_error(folder, "cannot be created"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -343,12 +343,12 @@ def lock_output_dir(folder: Path) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the directories named like checkpoints, valid or not, in the order of their steps."""
+    """Return the directories named like checkpoints, valid or not, in order of their steps."""
     return _by_step(folder.glob("checkpoint-*"))
 
 
 def adapters_only(folder: Path) -> list[Path]:
-    """Return the directories of adapters saved without a checkpoint, in the order of their steps."""
+    """Return the directories of adapters saved without a checkpoint, in order of their steps."""
     return _by_step(folder.glob("adapter-only-*"))
 
 
@@ -357,30 +357,30 @@ def _by_step(paths: Iterable[Path]) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """Return the step in the name of a checkpoint or of an adapter saved without one, or -1 if the name has none."""
+    """Return the step number in the name of a checkpoint, or of an adapter saved without one; -1 if there is none."""
     match = _STEP_IN_NAME.fullmatch(path.name)
     return int(match[1]) if match else -1
 
 
 def adapter_only_path(folder: Path, step: int) -> Path:
-    """Return the directory of an adapter saved without a checkpoint; it may not exist."""
+    """Return the directory for a step's adapter saved without a checkpoint; it need not exist."""
     return folder / f"adapter-only-{step}"
 
 
 def holds_run(folder: Path) -> bool:
-    """Return whether a directory has a run, or parts of one."""
+    """Return whether a directory contains a run or parts of one."""
     names = (RUN_FILE, METRICS_FILE, ADAPTER_FOLDER)
     return any((folder / name).exists() for name in names) or bool(checkpoints(folder) or adapters_only(folder))
 
 
 def run_files(folder: Path) -> list[Path]:
-    """Return the files and directories that a run writes, with the record last; some may not exist."""
+    """Return the files and directories that a run writes, ending with the record; some may not exist."""
     found = [*checkpoints(folder), *adapters_only(folder), *sorted(folder.glob("damaged-checkpoint-*"))]
     return found + [folder / name for name in (ADAPTER_FOLDER, PLOT_FILE, METRICS_FILE, RUN_FILE)]
 
 
 def remove_run(folder: Path) -> None:
-    """Remove only what a run has written into its directory, and the record last.
+    """Remove only what a run has written to its directory; the record is removed last.
 
     Args:
         folder: The run directory.

@@ -1,9 +1,9 @@
-"""Estimates and choices that precede a run's first step: time and memory, disk space, autotuned kernels.
+"""Estimates and choices made before a run's first step: time and memory, disk space, and autotuned kernels.
 
 `lorakit.plan` computes the costs, `lorakit.hub` measures the speed of the machine, and `lorakit.speed` tunes kernels.
-Autotuned choices apply from the first step to the last and are saved in every checkpoint. A resumed run reuses those of
-the checkpoint if the environment is the same, so its results are bit-identical even if new measurements would lead to
-other choices.
+Autotuned choices apply from the first step to the last and are saved in every checkpoint. A resumed run reuses the
+choices in its checkpoint if the environment is the same, so its results are bit-identical even if new measurements
+would lead to other choices.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lorakit.train.run_folder import checkpoints, run_files
 from lorakit.train.run_spec import DiskSpace, RunLimits, RunPlan, RunSpec
 
 WORTH_MEASURING_FLOPS = 2e12
-"""Minimum FLOPs of a run for which the machine is measured; shorter runs need it only to choose the precision."""
+"""Minimum FLOPs of a run for which the machine is benchmarked; shorter runs do so only to choose the precision."""
 
 _MOMENT_BYTES = 2 * 4
 _FOLDER_BYTES = 64 << 10  # configs, manifests, states of random generators, model card
@@ -38,7 +38,7 @@ _ROW_BYTES = 400  # per row of metrics.jsonl
 
 
 def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], progress: Progress) -> RunPlan:
-    """Choose the precision of a run ("auto" measures the machine), and estimate its memory and time.
+    """Choose the precision of a run ("auto" measures the machine), and estimate the run's memory use and time.
 
     Args:
         spec: The run's specification; a resumed run keeps its precision.
@@ -104,7 +104,7 @@ def _flops(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], dtype: str)
 
 
 def disk_space(spec: RunSpec, limits: RunLimits, step: int, model: nn.Module, named: Named) -> DiskSpace:
-    """Compute the disk space that a run needs from a step to its end; nothing is written.
+    """Compute the disk space that a run needs from a given step to its end; nothing is written.
 
     Args:
         spec: The run's specification.
@@ -114,7 +114,7 @@ def disk_space(spec: RunSpec, limits: RunLimits, step: int, model: nn.Module, na
         named: The trainable tensors (any shape) by name.
 
     Returns:
-        The required space by purpose.
+        The required space, by purpose.
     """
     settings = spec.settings
     adapter = sum(size + _HEADER_BYTES for size in saved_sizes(model))
@@ -132,7 +132,7 @@ def disk_space(spec: RunSpec, limits: RunLimits, step: int, model: nn.Module, na
 
 
 def check_space(spec: RunSpec, space: DiskSpace, progress: Progress) -> None:
-    """Compare the disk space that a run needs with the free space.
+    """Check that the disk has enough free space for a run.
 
     Args:
         spec: The run's specification.
@@ -209,7 +209,7 @@ def autotuned_choices(
         spec: The run's specification; if the setting `tuning` is off, the result is empty.
         dtype: Precision of the base.
         model: The adapted model.
-        acceleration: The model's fused forwards, without which no code uses the choices; None if there are none.
+        acceleration: Result of `lorakit.speed.accelerate` on the model, or None; without it, nothing uses the choices.
         loader: The loader of the training data.
         before: Environment stored in the checkpoint to resume from, or None.
         progress: Receives the results of measurements.
@@ -229,7 +229,7 @@ def most_tokens(loader: Loader, packs: bool) -> int:
     """Return the number of tokens in the largest batch that a loader can yield.
 
     Args:
-        loader: The loader.
+        loader: The loader of the training data.
         packs: Whether sequences are packed without padding.
     """
     longest = sorted(lengths(loader.sequences), reverse=True)[: loader.batch_rows]

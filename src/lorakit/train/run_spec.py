@@ -1,7 +1,7 @@
-"""The two contexts of a run: `RunSpec`, created before any weights are loaded, and `Run`, used from then to the end.
+"""The two contexts of a run: `RunSpec`, created before any weights are loaded, and `Run`, used from then on.
 
-`RunSpec.of` raises every error that can be found without weights. `run_plan.py` computes `RunPlan` and `DiskSpace`, and
-`trainer.prepare` computes the rest of `Run`.
+`RunSpec.of` raises every error that can be detected without weights. `run_plan.py` computes `RunPlan` and
+`DiskSpace`, and `trainer.prepare` computes the rest of `Run`.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class RunSpec:
     Attributes:
         settings: All settings, including those that a resumed run supplies.
         folder: The run directory, which exists and is writable.
-        lock: Descriptor that holds the lock on the run directory, or -1.
+        lock: File descriptor that holds the lock on the run directory; -1 if locks are not supported.
         device: The run's device.
         source: The base model.
         data: Records for training and evaluation.
-        hashes: SHA-256 of each data file by path.
-        record: `run.json` of the resumed run, or None.
+        hashes: SHA-256 of each data file, by path.
+        record: Content of `run.json` if the run is resumed, or None.
         tokenizer: The base's tokenizer, with the run's new tokens.
         forecast: Shape of the base, adapter config and maximum sequence length.
         quantization: Quantization of the base, from the settings or the base's files; None if there is none.
@@ -68,18 +68,18 @@ class RunSpec:
 
     @classmethod
     def of(cls, settings: TrainSettings, progress: Progress) -> RunSpec:
-        """Check settings, machine, data, model and run directory; lock the directory last.
+        """Check the settings, machine, data, model and run directory, and finally lock the directory.
 
         Args:
             settings: The given settings; a resumed run supplies those that are not given.
-            progress: Receives messages about slow work.
+            progress: Receives messages about slow operations.
 
         Returns:
             The specification; at this point, at most an empty run directory has been created.
 
         Raises:
-            UsageError: The settings do not fit the data, this machine or the run directory.
-            LorakitError: Data, model or run directory cannot be used; class and message say why.
+            UsageError: The settings are incompatible with the data, this machine or the run directory.
+            LorakitError: The data, the model or the run directory cannot be used; the error class and message say why.
         """
         run_data.check_single_process()
         settings = complete(settings)
@@ -118,7 +118,7 @@ def _check_same_data(folder: Path, record: Mapping[str, Any], hashes: Mapping[st
     changed = [path for path in hashes if hashes[path] != before.get(path)]
     if changed:
         raise RunError(
-            f"cannot resume {folder}: data changed: {', '.join(changed)}; restore it or use another --output-dir.",
+            f"cannot resume {folder}: the data changed: {', '.join(changed)}; restore it, or use another --output-dir.",
             what=changed[0],
             where=folder,
             field="data",
@@ -126,7 +126,7 @@ def _check_same_data(folder: Path, record: Mapping[str, Any], hashes: Mapping[st
 
 
 def _check_steps_left(folder: Path, max_steps: int | None) -> None:
-    """Raise if the newest valid checkpoint is past `max_steps`; verify checkpoints only if a name suggests that."""
+    """Raise if the newest valid checkpoint is past `max_steps`; verify checkpoints only if a name suggests it is."""
     if max_steps is None or all(run_folder.step_of(path) <= max_steps for path in run_folder.checkpoints(folder)):
         return
     found = checkpoint.newest_valid(folder)
@@ -142,14 +142,14 @@ def _check_steps_left(folder: Path, max_steps: int | None) -> None:
 
 @dataclass(frozen=True)
 class RunLimits:
-    """Length and intervals of a run.
+    """The length of a run and the intervals of its evaluations and checkpoints.
 
     Attributes:
         total_steps: Optimizer steps in the run.
         accumulation: Batches per step; the last step of an epoch may have fewer.
         eval_steps: Steps between evaluations.
         save_steps: Steps between checkpoints.
-        patience: Number of successive evaluations without improvement after which the run stops, or None.
+        patience: Number of consecutive evaluations without improvement after which the run stops, or None.
     """
 
     total_steps: int
@@ -163,7 +163,7 @@ class RunLimits:
         """Compute the limits; by default, evaluations and checkpoints are a tenth of the run apart.
 
         Args:
-            settings: Settings with length and intervals.
+            settings: Settings for the length and the intervals.
             loader: The loader of the training data.
         """
         accumulation = settings.gradient_accumulation_steps
@@ -195,7 +195,7 @@ class DiskSpace:
     Attributes:
         checkpoint: Size of one checkpoint.
         least: Size of the result alone: the published adapter with its tokenizer, `metrics.jsonl` and `run.json`.
-        whole: Maximum size of all files at any time.
+        whole: Maximum total size of all files at any point in the run.
     """
 
     checkpoint: int
@@ -205,7 +205,7 @@ class DiskSpace:
 
 @dataclass
 class Run:
-    """The context of a run, from the loading of its weights to its end.
+    """The context of a run, from the time its weights are loaded to its end.
 
     Attributes:
         spec: Everything that is known before weights are loaded.
@@ -215,14 +215,14 @@ class Run:
         schedule: Learning rate by step.
         model: The adapted model.
         named: The model's trainable tensors (any shape) by name.
-        optimizer: The optimizer of the trainable tensors.
-        acceleration: The model's fused forwards, or None.
+        optimizer: The optimizer for the trainable tensors.
+        acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
         state: Training state, which the loop updates.
         choices: Autotuned choices, for `lorakit.ops.choices.activate`.
         space: Disk space that the run needs.
         base_bytes: Size of the base's weights in memory.
         progress: Receiver of progress reports and messages.
-        started: `time.perf_counter()` at the call of `run`.
+        started: Value of `time.perf_counter()` when `run` was called.
         resumed_from: The checkpoint from which the run was resumed, or None.
         damaged: Damaged checkpoints newer than `resumed_from`.
         status: "running", "failed", "interrupted", "stopped early" or "finished".

@@ -1,8 +1,9 @@
 """`TrainSettings`: all settings of a run, with strict checks of names, types and ranges.
 
-`defaults.py` has the defaults and their reasons; `settings_sources.py` reads flags and files. This module accesses
-neither models nor data: checks that need them (such as whether a target matches or a file exists) come later.
-`lorakit.config` and `lorakit.plan` are imported on use, because most errors in settings are found without them.
+`defaults.py` defines the defaults and gives the reasons for them; `settings_sources.py` reads flags and files. This
+module accesses neither models nor data: checks that need them (such as whether a target matches or a file exists) run
+later. `lorakit.config` and `lorakit.plan` are imported only when needed, because most errors in settings are found
+without them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from lorakit.plan.quantized import Quantization
 
 Given: TypeAlias = "JsonValue | Path | Sequence[str | Path] | Mapping[str, float]"
-"""An unchecked value from a flag, a file or a program."""
+"""An unchecked value from a flag, a file or calling code."""
 
 Value = TypeVar("Value")
 Dtype = Literal["auto", "bfloat16", "float32"]
@@ -34,7 +35,7 @@ Optimizer = Literal["adamw", "lorafa"]
 Allocation = Literal["none", "gradients", "inputs"]
 Recompute = Literal["none", "feed-forward", "layers"]
 INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "eva", "corda", "lora_ga", "mica")
-"""Values of `init_lora_weights`, besides `pissa_niter_N`. LoftQ would need both the original and the quantized base."""
+"""Allowed values of `init_lora_weights`, besides `pissa_niter_N`; not LoftQ, which also needs the unquantized base."""
 
 _DTYPE_WORDS = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 
@@ -51,7 +52,7 @@ def _path_text(value: Value) -> Value | str:
 
 
 def _targets(value: Value) -> Value | str | list[Any]:
-    """Unwrap a list of one string if the string is "all-linear" or a pattern, because flags always pass lists."""
+    """Unwrap a one-element list if its string is "all-linear" or a pattern, because flags always pass lists."""
     if not isinstance(value, (list, tuple, set)):
         return value
     names = list(value)
@@ -137,12 +138,12 @@ Paths = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_on
 
 
 class TrainSettings(BaseModel):
-    """Settings of a run; each field is a flag of `lorakit train`.
+    """Settings of a run; each field is also a flag of `lorakit train`.
 
-    The description of a field comes from `defaults.DEFAULTS`: its meaning, its default and the reason for the default.
+    The field descriptions come from `defaults.DEFAULTS`; each gives the meaning, the default and the reason for it.
 
     Raises:
-        ConfigError: Fields are unknown, missing, of a wrong type or out of range; the message names all of them.
+        ConfigError: Fields are unknown, missing, of the wrong type or out of range; the message names all of them.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
@@ -216,7 +217,7 @@ class TrainSettings(BaseModel):
 
     @property
     def recomputed(self) -> str:
-        """Recomputation in the backward pass according to the settings; with a memory budget, the plan decides."""
+        """The recomputation option that the settings select; with a memory budget, the plan chooses one later."""
         from lorakit.plan.job import recomputed
 
         return recomputed(self.recompute, self.gradient_checkpointing, self.memory_budget, self.accelerate)
@@ -228,7 +229,7 @@ class TrainSettings(BaseModel):
         return stored_as(self.quantization, self.double_quantization)
 
     def lora_config(self) -> LoraConfig:
-        """Build the adapter's config; fields that are not settings keep the defaults of `LoraConfig`.
+        """Build the adapter's config; fields without a corresponding setting keep their `LoraConfig` defaults.
 
         Returns:
             A new config for a causal language model.
@@ -258,11 +259,11 @@ class TrainSettings(BaseModel):
 
 
 def check_names(values: dict[str, Any], where: str = "") -> None:
-    """Check that all names are names of settings.
+    """Check that every key is the name of a setting.
 
     Args:
         values: Settings by name.
-        where: Prefix of each message, such as the path of the settings file.
+        where: Prefix for each message, such as the path of the settings file.
 
     Raises:
         ConfigError: A name is not a setting; the message suggests the nearest one.
@@ -282,9 +283,9 @@ def _unknown(name: str) -> str:
 
 
 def _error(cause: ValidationError) -> ConfigError:
-    """Return an error that describes each invalid setting; its fields are those of the first one.
+    """Return an error that describes every invalid setting; the error's fields refer to the first one.
 
-    For a setting that allows several types, only the first mismatch is described.
+    For a setting that accepts several types, only the first mismatch is described.
     """
     errors: dict[str, Mapping[str, Any]] = {}
     for error in cause.errors(include_url=False):

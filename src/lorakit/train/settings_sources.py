@@ -1,7 +1,7 @@
 """Sources of settings: flags, a YAML file, and the record of a resumed run.
 
-Flags override the file, and a resumed run supplies what is not given. This module uses only the names of settings, not
-their meaning.
+Flags override the file, and a resumed run supplies the settings that are not given. This module uses only the
+names of settings, not their meaning.
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ def gather(given: Mapping[str, Any], file: str | Path | None = None) -> TrainSet
     """Combine settings: flags override a file, which overrides the defaults or the settings of the resumed run.
 
     Args:
-        given: Settings from flags or a program, by field name; None counts as not given.
+        given: Settings from flags or calling code, by field name; None counts as not given.
         file: A YAML file of settings, or None.
 
     Returns:
         The checked settings.
 
     Raises:
-        ConfigError: The file cannot be read, or a setting is missing, unknown or not allowed.
+        ConfigError: The file cannot be read, or a setting is missing, unknown or invalid.
         UsageError: `model` or `data` is missing, and the directory already has a run.
         RunError: The run cannot be resumed with these settings; see `resumed`.
     """
@@ -104,10 +104,10 @@ def gather(given: Mapping[str, Any], file: str | Path | None = None) -> TrainSet
 
 
 def complete(settings: TrainSettings) -> TrainSettings:
-    """Fill in settings that were not given with those of the run to resume, if any; a second call has no effect.
+    """Fill in missing settings from the run to resume, if any; a second call has no effect.
 
     Args:
-        settings: Settings from `gather` or a program.
+        settings: Settings from `gather` or calling code.
 
     Returns:
         The given settings, or the result of `resumed` if `resume` is set.
@@ -132,7 +132,7 @@ def resumed(values: Mapping[str, Any]) -> TrainSettings:
 
     Raises:
         ConfigError: A given value is not allowed.
-        RunError: The run's record cannot be read, or a given value differs from the run's although the setting must not
+        RunError: The run's record cannot be read, or a given value differs from the run's for a setting that must not
             change; the message names each such setting with both values.
     """
     record = read_record(Path(values["output_dir"]))

@@ -1,7 +1,7 @@
 """One optimizer step: learning rate, forward and backward passes over the step's batches, clipping, and the update.
 
-The loss of a batch is a sum over its tokens with loss, so the gradient does not depend on how a step is split into
-batches. This module does not handle files, intervals or progress.
+The loss of a batch is a sum, not a mean, over the tokens that contribute to it, so the gradient does not depend on how
+a step is split into batches. This module does not handle files, intervals or progress.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Schedule:
     Attributes:
         peak: Learning rate at the end of the warm-up.
         total_steps: Optimizer steps in the run.
-        warmup_steps: Steps over which the rate rises linearly; it is above 0 from the first step on.
+        warmup_steps: Number of steps over which the rate rises linearly; the first step already has a rate above 0.
         kind: Shape after the warm-up: "cosine" or "linear" (toward zero at `total_steps`), or "constant".
     """
 
@@ -43,7 +43,7 @@ class Schedule:
     kind: Scheduler
 
     def rate(self, step: int) -> float:
-        """Return the learning rate of a step.
+        """Return the learning rate for a step.
 
         Args:
             step: Step number, from 0.
@@ -66,7 +66,7 @@ def schedule(peak: float, total_steps: int, warmup_ratio: float, kind: Scheduler
     Args:
         peak: The maximum rate.
         total_steps: Optimizer steps in the run, at least 1.
-        warmup_ratio: Fraction of the steps for the warm-up, in [0, 1]; the number of steps is rounded up.
+        warmup_ratio: Fraction of the steps used for the warm-up, in [0, 1]; the number of steps is rounded up.
         kind: Shape after the warm-up, as in `Schedule`.
 
     Returns:
@@ -77,11 +77,11 @@ def schedule(peak: float, total_steps: int, warmup_ratio: float, kind: Scheduler
 
 @contextlib.contextmanager
 def oom_as_run_error(batch: Batch, where: str, advice: Callable[[int], str]) -> Iterator[None]:
-    """Convert an out-of-memory error within a block to a `RunError` that names the batch and what to change.
+    """Convert an out-of-memory error in a block to a `RunError` that describes the batch and suggests what to change.
 
     Args:
         batch: The batch that the block processes.
-        where: Phrase that the message adds after "out of memory": "" or " while evaluating".
+        where: Text to insert after "out of memory" in the message: "" or " while evaluating".
         advice: Function that returns advice for a batch with the given number of rows.
 
     Raises:
@@ -97,10 +97,10 @@ def oom_as_run_error(batch: Batch, where: str, advice: Callable[[int], str]) -> 
 
 
 def oom_advice_for_evaluation(rows: int) -> str:
-    """Return advice for reducing the memory of an evaluation.
+    """Return advice on reducing the memory use of an evaluation.
 
     Args:
-        rows: Rows of the batch that did not fit.
+        rows: Number of rows in the batch that did not fit.
     """
     fewer = "fewer rows per batch (train: --per-device-train-batch-size, eval: --batch-size) or " if rows > 1 else ""
     return f"Try {fewer}a smaller --max-length."
@@ -109,8 +109,8 @@ def oom_advice_for_evaluation(rows: int) -> str:
 def _is_out_of_memory(cause: BaseException) -> bool:
     """Return whether an error means that memory ran out.
 
-    No other function parses torch's messages. Here it is necessary, because torch's CPU allocator and some libraries
-    raise a plain RuntimeError without attributes; only CUDA's error has its own class.
+    This is the only function that parses torch's error messages. It has to, because torch's CPU allocator and some
+    libraries raise a plain RuntimeError without attributes; only the CUDA error has its own class.
     """
     if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
         return True
@@ -121,22 +121,24 @@ def _is_out_of_memory(cause: BaseException) -> bool:
 def loss_sum(
     model: nn.Module, batch: Batch, device: str | torch.device, acceleration: Acceleration | None = None
 ) -> torch.Tensor:
-    """Return the next-token cross entropy, summed over a batch's tokens with loss.
+    """Return the next-token cross entropy, summed over the tokens of a batch that contribute to the loss.
 
     Args:
         model: A causal language model; its output has `logits` (rows, length, vocabulary).
-        batch: Tensors (rows, length) on the CPU; a label other than -100 is predicted from the position before it.
+        batch: Batch of (rows, length) tensors on the CPU; labels other than -100 are predicted from the previous
+            position.
         device: The model's device.
         acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
 
     Returns:
-        A float32 scalar (float64 for a float64 model); divide the sum by the step's tokens with loss to get the mean.
+        A float32 scalar (float64 for a float64 model). To get the mean loss of a step, divide it by the number of
+        tokens in the step that contribute to the loss.
     """
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     labels = batch.labels
     if acceleration is not None and acceleration.packs and batch.tokens < batch.input_ids.numel():
         inputs, labels = pack_rows(batch.input_ids, batch.attention_mask, labels)
-    for name, value in inputs.items():  # sequence boundaries are read on the CPU, so that nothing waits for the device
+    for name, value in inputs.items():  # sequence boundaries stay on the CPU: reading them must not stall the device
         if isinstance(value, torch.Tensor) and not name.startswith("cu_seq_lens"):
             inputs[name] = value.to(device)
     if acceleration is not None and acceleration.head is not None and acceleration.head.applies():
@@ -146,7 +148,7 @@ def loss_sum(
     targets = labels[:, 1:].reshape(-1)
     logits = output.logits[:, :-1].reshape(targets.numel(), -1)  # (rows * (length - 1), vocabulary)
     kept = targets != IGNORED
-    if not bool(kept.all()):  # skip positions without loss: the float32 copy of the logits is the largest tensor
+    if not bool(kept.all()):  # skip ignored positions, because the float32 copy of the logits is the largest tensor
         logits, targets = logits[kept], targets[kept]
     if logits.dtype != torch.float64:
         logits = logits.float()
@@ -160,7 +162,7 @@ class StepOptions:
     Attributes:
         device: The model's device.
         max_grad_norm: Maximum gradient norm; 0 disables clipping.
-        autocast: Dtype in which an accelerator multiplies float32 tensors (`torch.autocast`), or None.
+        autocast: Dtype for `torch.autocast`, in which an accelerator multiplies float32 tensors, or None.
         acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
         recompute: What the backward pass recomputes, one of `lorakit.plan.job.RECOMPUTED`; used only for out-of-memory
             advice.
@@ -181,16 +183,16 @@ class StepOptions:
         return torch.autocast(self.device.type, dtype=self.autocast)
 
     def oom_advice(self, rows: int) -> str:
-        """Return advice for reducing the memory of a step, in the order to try; enabled options are left out.
+        """Return advice on reducing the memory use of a step, in the order to try; options already in use are left out.
 
         Args:
-            rows: Rows of the batch that did not fit.
+            rows: Number of rows in the batch that did not fit.
         """
         is_fused = self.acceleration is not None
         more = [
             name for name in RECOMPUTED[RECOMPUTED.index(self.recompute) + 1 :] if is_fused or name != "feed-forward"
         ]
-        options = [] if is_fused else ["fused forwards (omit --no-accelerate)"]
+        options = [] if is_fused else ["fused forward passes (omit --no-accelerate)"]
         if self.has_budget:  # --memory-budget and --recompute cannot be combined
             options += ["a smaller --memory-budget"] if more else []
         else:
@@ -209,10 +211,10 @@ class StepResult:
     """Result of a step.
 
     Attributes:
-        loss: Mean loss over all tokens with loss in the step, before the update.
+        loss: Loss before the update, averaged over all tokens in the step that contribute to it.
         grad_norm: Norm of the gradient before clipping.
         tokens: Number of tokens, excluding padding.
-        trained_tokens: Number of tokens with loss.
+        trained_tokens: Number of tokens that contribute to the loss.
     """
 
     loss: float
@@ -229,17 +231,18 @@ def train_step(
     learning_rate: float,
     options: StepOptions,
 ) -> StepResult:
-    """Take one optimizer step on the mean loss over the tokens with loss in all batches.   [docs/math.md (14)]
+    """Take one optimizer step on the loss, averaged over the contributing tokens of all batches.   [docs/math.md (14)]
 
-    Tokens are counted before the first forward pass, and each batch's sum is divided by the count of the whole step, so
-    the gradient does not depend on how the rows are split into batches. Penalties of variants are added once per step.
+    The tokens that contribute to the loss are counted before the first forward pass, and the loss sum of each batch is
+    divided by the count for the whole step, so the gradient does not depend on how the rows are split into batches.
+    Penalties of variants are added once per step.
 
     Args:
         model: The adapted model, in training mode.
         named: The trainable tensors (any shape) by name; the step leaves its gradients, possibly clipped, in `.grad`.
-        optimizer: An optimizer of these tensors, from `lorakit.train.optimizer`.
+        optimizer: An optimizer for these tensors, from `lorakit.train.optimizer`.
         batches: The step's batches, on the CPU.
-        learning_rate: The rate of this step.
+        learning_rate: The rate for this step.
         options: Device, clipping, precision and acceleration.
 
     Returns:
@@ -247,12 +250,14 @@ def train_step(
 
     Raises:
         NonFiniteError: The loss or the gradient is NaN or infinite; no trainable tensor was changed.
-        DataError: No batch has a token with loss.
+        DataError: No token in the batches contributes to the loss.
         RunError: Memory ran out, the loss does not depend on the adapter, or a trained tensor was replaced.
     """
     trained = sum(batch.trained_tokens for batch in batches)
     if trained == 0:
-        raise DataError("The batches of this step have no token with loss, so there is nothing to train on.")
+        raise DataError(
+            "No token in the batches of this step contributes to the loss, so there is nothing to train on."
+        )
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=options.device)
     for batch in batches:
@@ -277,7 +282,7 @@ def train_step(
     set_rate(optimizer, learning_rate)
     clipped_step(optimizer, parameters, norm, options.max_grad_norm)
     if options.device.type == "cuda":
-        torch.cuda.synchronize(options.device)  # so that the measured time covers the step
+        torch.cuda.synchronize(options.device)  # so that the measured time covers the whole step
     return StepResult(mean, grad_norm, sum(batch.tokens for batch in batches), trained)
 
 
@@ -294,6 +299,6 @@ def _check_not_replaced(model: nn.Module, named: Named) -> None:
         if number not in held:
             raise RunError(
                 f"{name} is not the tensor that the optimizer was created for; it was replaced, for example by "
-                "`load_state_dict(assign=True)`. Create the optimizer after that.",
+                "`load_state_dict(assign=True)`. Create the optimizer after replacing tensors.",
                 what=name,
             )

@@ -1,8 +1,8 @@
-"""`run`: train an adapter, from the settings to the published files.
+"""Train an adapter with `run`, from the settings to the published files.
 
-Every error that can be found without weights is raised before any are loaded (`RunSpec.of`), and files of an older run
-are changed only after the new run is completely prepared (`prepare`). `loop.py` has the training loop, and `step.py`
-the computation of a step.
+Every error that can be detected without weights is raised before any weights are loaded (`RunSpec.of`), and the files
+of an earlier run are changed only once the new run is fully prepared (`prepare`). The training loop is in `loop.py`,
+and the computation of a step is in `step.py`.
 """
 
 from __future__ import annotations
@@ -45,22 +45,23 @@ __all__ = ["RunResult", "run"]
 
 
 def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
-    """Train an adapter and return a `RunResult`; the run is saved as a directory.
+    """Train an adapter and return a `RunResult`; the run's files are saved in `output_dir`.
 
     The random generators of torch, Python and numpy are seeded for the run and restored afterwards.
 
     Args:
         settings: The settings; if `resume` is set, those that are not given are taken from the existing run.
-        progress: Receiver of progress reports; None for no reports.
+        progress: Object that receives progress reports; None disables them.
 
     Returns:
         The result.
 
     Raises:
-        LorakitError: The run is not possible as specified, or failed; class and message say why. If the error occurs
-            before training starts, an existing run is unchanged; after that, the last valid checkpoint is kept.
-        KeyboardInterrupt: A signal arrived before the first step (the run directory is unchanged), or a second one
-            during training.
+        LorakitError: The run is not possible as specified, or it failed; the error class and message say why. If the
+            error occurs before training starts, an existing run is left unchanged; if it occurs later, the last valid
+            checkpoint is kept.
+        KeyboardInterrupt: A signal arrived before the first step (the run directory is left unchanged), or a second
+            signal arrived during training.
     """
     started = time.perf_counter()
     progress = progress or Progress()
@@ -78,20 +79,20 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
 
 
 def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
-    """Load data, model and checkpoint without changing any files in the run directory.
+    """Load the data, the model and the checkpoint without changing any files in the run directory.
 
     The random generators are seeded, or restored from the checkpoint.
 
     Args:
         spec: The run's specification.
         progress: Receives messages about the data, the plan, and the checkpoint to resume from.
-        started: `time.perf_counter()` at the call of `run`.
+        started: Value of `time.perf_counter()` when `run` was called.
 
     Returns:
         The run, ready for its next step.
 
     Raises:
-        LorakitError: Data, model or checkpoint cannot be used; class and message say why.
+        LorakitError: The data, the model or the checkpoint cannot be used; the error class and message say why.
     """
     settings = spec.settings
     batches = make_batches(settings, spec.data, spec.tokenizer, spec.forecast.max_length, progress)
@@ -157,7 +158,7 @@ def _report_data(spec: RunSpec, batches: RunBatches, progress: Progress) -> None
 def _base_bytes(model: nn.Module, spec: RunSpec) -> int:
     """Return the size of the base in memory, in bytes.
 
-    For a quantized base, a formula gives the size, because its scales are not parameters.
+    The size of a quantized base is computed with a formula, because its quantization scales are not parameters.
     """
     quantization = spec.quantization
     if quantization is None:
@@ -168,7 +169,7 @@ def _base_bytes(model: nn.Module, spec: RunSpec) -> int:
 
 
 def _newest_checkpoint(spec: RunSpec, progress: Progress) -> tuple[Path | None, tuple[Path, ...]]:
-    """Return the checkpoint to resume from, or None, and the damaged checkpoints that are newer."""
+    """Return the checkpoint to resume from, or None, and the newer checkpoints, which are all damaged."""
     damaged: list[Path] = []
     for path, fault in checkpoint.verified(spec.folder) if spec.settings.resume else ():
         if fault is None:
@@ -202,13 +203,13 @@ def _accelerated(model: nn.Module, plan: RunPlan, progress: Progress) -> Acceler
 
 
 def acceleration_lines(acceleration: Acceleration) -> list[str]:
-    """Describe an acceleration in a few lines; `str(acceleration)` lists every fused forward.
+    """Describe an acceleration in a few lines; `str(acceleration)` lists every fused module.
 
     Args:
         acceleration: Result of `accelerate`.
 
     Returns:
-        A line about the step and, if applicable, lines about the CPU kernels and about modules not accelerated.
+        A line about the step and, if applicable, lines about the CPU kernels and the modules that are not accelerated.
     """
     left = Counter((part.kind, part.why) for part in acceleration.skipped)
     if not (acceleration.swaps or acceleration.head or acceleration.packs):
@@ -227,12 +228,12 @@ def acceleration_lines(acceleration: Acceleration) -> list[str]:
 
 
 def _restore(snapshot: checkpoint.Snapshot, here: dict[str, Any], progress: Progress) -> checkpoint.TrainState:
-    """Restore the random generators from a checkpoint and return its state; warn if the environment differs."""
+    """Restore the random generators from a checkpoint and return its state; warn if the environment has changed."""
     changed = checkpoint.differences(snapshot.environment, here)
     if changed:
         progress.say(
-            f"This environment differs from the checkpoint's ({'; '.join(changed)}): results agree within rounding, "
-            "not bit for bit."
+            f"This environment differs from the checkpoint's ({'; '.join(changed)}): the results will agree within "
+            "rounding error, but not bit for bit."
         )
     checkpoint.restore_random_state(snapshot.random, snapshot.random_plain)
     return snapshot.state
@@ -248,7 +249,7 @@ def _seed_everything(seed: int) -> None:
 
 
 def _start(current: Run) -> None:
-    """Make the first changes in the run directory: remove outdated files, and write the record."""
+    """Make the first changes to the run directory: remove outdated files and write the record."""
     folder, settings = current.spec.folder, current.spec.settings
     if settings.overwrite:
         remove_run(folder)
@@ -276,7 +277,7 @@ def _unchanged_on_failure(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _failure_recorded(current: Run) -> Iterator[None]:
-    """Record a `LorakitError` of the block in `run.json`; the message of a `DiskError` also lists what was saved."""
+    """If the block raises a `LorakitError`, record it in `run.json`; for a `DiskError`, also list what was saved."""
     folder = current.spec.folder
     try:
         yield
