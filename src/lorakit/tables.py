@@ -181,7 +181,7 @@ def wrap(text: str, width: int, *, hanging: str | None = None) -> str:
 
 
 def display_width(text: str) -> int:
-    """Return the number of screen columns that text takes up: 2 per wide East Asian character, 0 per combining one.
+    """Return the number of screen columns that text occupies: 2 per wide East Asian character, 0 per combining one.
 
     Args:
         text: One line.

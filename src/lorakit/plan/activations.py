@@ -2,7 +2,7 @@
 
 The values are exact for three model families: the tests count saved tensors with
 `torch.autograd.graph.saved_tensors_hooks`. Any other architecture is estimated as if it belonged to the most similar
-family, and a note in the plan says so. A frozen linear layer does not save its input; a trainable factor A does.
+family, and the plan notes this. A frozen linear layer does not save its input; a trainable factor A does.
 `memory` handles vocabulary-sized tensors.
 """
 

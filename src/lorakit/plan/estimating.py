@@ -88,8 +88,7 @@ class Method:
 
     @property
     def run_seconds(self) -> float | None:
-        """Return the expected duration of the run in seconds, or None if the speed or the number of steps is
-        unknown."""
+        """Return the expected duration of the run in seconds, or None if its speed or steps are unknown."""
         step = self.step_seconds
         return None if step is None or self.job.steps is None else step * self.job.steps
 

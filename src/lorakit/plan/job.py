@@ -25,7 +25,7 @@ AdamW for the rest.
 """
 
 RECOMPUTED = ("none", "feed-forward", "layers")
-"""What the backward pass can recompute, cheapest choice first: only elementwise results; also the outputs of the first
+"""Choices of what the backward pass recomputes, cheapest first: only elementwise results; also the outputs of the first
 matmuls in each fused feed-forward block; everything except the input of each layer."""
 
 UTILIZATION = 0.4
@@ -97,7 +97,7 @@ class Job:
 
     @property
     def batch_tokens(self) -> int:
-        """Return the number of tokens in a batch, all of which are in memory at once."""
+        """Return the number of tokens in a batch; all of them are in memory at once."""
         return self.batch_rows * self.length_tokens
 
     @property

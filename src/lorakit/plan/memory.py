@@ -30,7 +30,7 @@ log-probabilities saved by cross entropy, their gradient, and the gradient of th
 ALLOCATOR_NOTE = (
     "Memory estimates count only tensors. `lorakit train` lets malloc keep freed blocks, so a process often holds 10% "
     "more, or even more if row lengths vary. Set LORAKIT_ALLOCATOR=stock and MALLOC_MMAP_THRESHOLD_=131072 in the "
-    "environment to return each large block to the OS as soon as it is freed, at some cost in speed."
+    "environment to return each large block to the OS when it is freed, at some cost in speed."
 )
 
 
