@@ -148,8 +148,8 @@ def cache_directory() -> Path:
     """Return lorakit's cache directory: `LORAKIT_CACHE`, else `lorakit` in `XDG_CACHE_HOME` or ~/.cache.
 
     Raises:
-        DiskError: Neither variable is set and the user has no home directory, or the one in `LORAKIT_CACHE` is
-            unknown.
+        DiskError: Neither variable is set and the user has no home directory, or `LORAKIT_CACHE` contains an
+            unknown home directory.
     """
     own, shared = os.environ.get("LORAKIT_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if own:

@@ -102,8 +102,8 @@ def format_seconds(seconds: float) -> str:
 def format_percent(fraction: float, digits: int = 2) -> str:
     """Format a fraction as a percentage, such as "1.82%".
 
-    Values close to 0 and 1 become "<0.01%" and ">99.99%" instead of "0.00%" and "100.00%", unless they differ
-    from 0 or 1 by less than a millionth, which may be a float32 rounding error.
+    Values close to 0 and 1 become "<0.01%" and ">99.99%" instead of "0.00%" and "100.00%", unless they differ from 0
+    or 1 by less than a millionth, which may be a float32 rounding error.
 
     Args:
         fraction: The fraction, usually in [0, 1].

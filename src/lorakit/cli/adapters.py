@@ -1,4 +1,4 @@
-"""Shared code for commands that take adapters: flags that override checks, loading, tokenizers, reports.
+"""Shared code for commands that take adapters: override flags, adapter loading, tokenizers and reports.
 
 This module does not depend on what a command does with the adapters.
 """
@@ -191,7 +191,7 @@ def report_training_quantization(adapters: Sequence[AdapterFiles], wanted: Quant
         method = stored.get("method") if isinstance(stored, dict) else None
         if method is not None and (wanted is None or method != wanted.name):
             console.note(
-                f"{files.folder}: trained on a base quantized as {method}, but here the base is {now}; "
+                f"{files.folder}: trained on a base quantized as {method}, but this base is {now}; "
                 f"pass --quantization {method} to use the same weights as in training."
             )
 

@@ -1,4 +1,4 @@
-"""Print answers while they are generated: a single answer as a stream, several in columns or one below the other.
+"""Print answers as they are generated: a single answer as a stream, several in columns or one below another.
 
 This module handles tokens and text; it does not depend on models or adapters.
 """

@@ -120,7 +120,7 @@ def run(
     labels = dict(zip((name for name in names if name), folders, strict=True))
     tokens = len(prompts) * flags.max_new_tokens
     merged = write_into_base(model, names, labels, flags.merged, tokens, console.note if verbose else console.quiet)
-    routed = names if core.adapters(model) else None  # a merge leaves no adapter
+    routed = names if core.adapters(model) else None  # after a merge, no adapters are left
     ends, length = end_ids(model, tokenizer), flags.max_new_tokens
     stream = partial(generate_batch, model, max_new_tokens=length, sampling=sampling, eos_ids=ends, adapters=routed)
     results = []

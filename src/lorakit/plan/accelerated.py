@@ -1,8 +1,8 @@
 """Activation memory of layers accelerated by `lorakit.speed.accelerate`.
 
-A decoder layer has two sublayers: norm, attention, residual; and norm, feed-forward, residual. If everything in a
-sublayer is plain, the sublayer runs as one autograd function; otherwise, it runs the model's own forward pass and saves
-what `activations` computes. This module does not depend on model families.
+A decoder layer has two sublayers: norm, attention, residual; and norm, feed-forward, residual. If all its
+matmuls are plain (see `fused`), a sublayer runs as one autograd function; otherwise, it runs the model's own forward
+pass, and `activations` computes what it saves. This module does not depend on model families.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def sublayer_of(path: str) -> str | None:
 def fused(shape: ModelShape, counted: Count, quantized: bool) -> frozenset[tuple[str, str]]:
     """Return all (block, sublayer) pairs that are fused.
 
-    A sublayer is fused if its matmuls are plain: no variant such as DoRA, no bias on B, no bare parameter, no saved
-    module, no trained bias and no quantized weight.
+    A sublayer is fused if its matmuls are plain: no variants such as DoRA, no bias on B, no bare parameters, no saved
+    modules, no trained biases and no quantized weights.
 
     Args:
         shape: Shape of the base, from a known family.
@@ -68,7 +68,7 @@ def norm(shape: ModelShape, job: Job) -> int:
 
     Args:
         shape: Shape of the model.
-        job: The job; its dtype is used.
+        job: The job, which sets the dtype.
     """
     return job.dtype_bytes * shape.hidden + (_FP32 if shape.gated else 2 * _FP32)
 
@@ -81,7 +81,7 @@ def sublayer_bytes(shape: ModelShape, sites: Sequence[SiteCount], name: str, dro
         sites: The adapter's sites in this sublayer of one block.
         name: "attention" or "feed-forward".
         dropout: Value of `lora_dropout`.
-        job: The job; its batch size, row length and dtype are used.
+        job: The job, which sets the batch size, row length and dtype.
     """
     itemsize, tokens = job.dtype_bytes, job.batch_tokens
     if name == "attention":
@@ -109,7 +109,7 @@ def separate_input(shape: ModelShape, sites: Sequence[SiteCount], job: Job) -> i
     Args:
         shape: Shape of the model.
         sites: The adapter's sites in the feed-forward of one block.
-        job: The job; its batch size, row length and dtype are used.
+        job: The job, which sets the batch size, row length and dtype.
     """
     needed = job.recompute == "feed-forward" or any(_reads_norm(site) and site.frozen_factor != "A" for site in sites)
     return job.dtype_bytes * job.batch_tokens * shape.hidden if needed else 0
@@ -123,7 +123,7 @@ def transient(shape: ModelShape, job: Job) -> int:
 
     Args:
         shape: Shape of the model.
-        job: The job; its batch size, row length and dtype are used.
+        job: The job, which sets the batch size, row length and dtype.
     """
     inner = _inner(shape)
     heads = 2 * shape.query_width + 2 * shape.kv_width
@@ -136,7 +136,7 @@ def recomputed_bytes(shape: ModelShape, fused: frozenset[tuple[str, str]], job: 
     Args:
         shape: Shape of the model.
         fused: All fused (block, sublayer) pairs.
-        job: The job; its batch size, row length, dtype and recomputation are used.
+        job: The job, which sets the batch size, row length, dtype and recomputation.
     """
     any_is = job.recompute == "feed-forward" and any(sublayer == "feed-forward" for _, sublayer in fused)
     return job.dtype_bytes * job.batch_tokens * _inner(shape) if any_is else 0
@@ -151,7 +151,7 @@ def recomputed_flops(shape: ModelShape, counted: Count, fused: frozenset[tuple[s
         shape: Shape of the model.
         counted: The adapter's parameter counts.
         fused: All fused (block, sublayer) pairs.
-        job: The job; its recomputation setting is used.
+        job: The job, which sets what is recomputed.
     """
     if job.recompute != "feed-forward":
         return 0.0
@@ -184,7 +184,7 @@ def chunk_rows(shape: ModelShape, job: Job) -> int:
 
     Args:
         shape: Shape of the model.
-        job: The job; its dtype and batch size are used.
+        job: The job, which sets the dtype and batch size.
     """
     fitting = CHUNK_BYTES // (shape.vocab * job.dtype_bytes) // 16 * 16
     return min(max(fitting, 16), CHUNK_ROWS, job.batch_tokens)

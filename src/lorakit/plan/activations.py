@@ -2,7 +2,7 @@
 
 The values are exact for three model families: the tests count saved tensors with
 `torch.autograd.graph.saved_tensors_hooks`. Any other architecture is estimated as if it belonged to the most similar
-family, and the plan notes this. A frozen linear layer does not save its input; a trainable factor A does.
+family, and a note in the plan mentions this. A frozen linear layer does not save its input; a trainable factor A does.
 `memory` handles vocabulary-sized tensors.
 """
 
@@ -56,7 +56,7 @@ class Family:
 
         Args:
             shape: Shape of the model.
-            job: The job; its batch size, row length and dtype are used.
+            job: The job, which sets the batch size, row length and dtype.
         """
         norms = 2 * job.batch_tokens * self.norm(shape.hidden, job.dtype_bytes)
         return norms + sum(kept(shape, job) for kept in self.sublayers.values())
@@ -207,7 +207,7 @@ def fused_sublayers(shape: ModelShape, counted: Count, job: Job) -> frozenset[tu
     Args:
         shape: Shape of the base.
         counted: The adapter's parameter counts.
-        job: The job; its acceleration and quantization settings are used.
+        job: The job, which sets acceleration and quantization.
     """
     if not (job.accelerated and packs(shape)):
         return frozenset()
@@ -215,13 +215,15 @@ def fused_sublayers(shape: ModelShape, counted: Count, job: Job) -> frozenset[tu
 
 
 def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: StoredBase | None = None) -> Activations:
-    """Return the activation memory of LoRA on a frozen base. [docs/math.md (24)]; accelerated: [docs/math.md (29)]
+    """Return the activation memory of LoRA training on a frozen base. [docs/math.md (24)]
+
+    For accelerated layers, see [docs/math.md (29)].
 
     Args:
         shape: Shape of the base.
         counted: The adapter's parameter counts.
         dropout: Value of `lora_dropout`; if above 0, each site saves its own dropped-out input and the mask.
-        job: The job; its batch size, row length and dtype are used.
+        job: The job, which sets the batch size, row length and dtype.
         base: The quantized base, or None if the base is not quantized.
     """
     family, _ = family_of(shape)
@@ -275,7 +277,7 @@ def of_full(shape: ModelShape, job: Job) -> Activations:
 
     Args:
         shape: Shape of the model.
-        job: The job; its batch size, row length and dtype are used.
+        job: The job, which sets the batch size, row length and dtype.
     """
     family, _ = family_of(shape)
     itemsize, tokens = job.dtype_bytes, job.batch_tokens
@@ -351,7 +353,7 @@ def _of_base(
 
 
 def _dequantized(counted: Count, job: Job, base: StoredBase) -> int:
-    """Return the size in bytes of the largest dequantized weight, for its matmul or, in fp32, for DoRA's norm."""
+    """Return the size in bytes of the largest weight, dequantized for its matmul or, in fp32, for DoRA's norm."""
     if counted.magnitudes:
         return _FP32 * base.largest
     return 0 if base.storage.keeps == "weight" else job.dtype_bytes * base.largest
@@ -371,13 +373,13 @@ def _distinct_inputs(
 
 
 def _input_of(path: str) -> tuple[str, str]:
-    """Return a key for the input of a site or bare weight: its parent and the first name that shares the input."""
+    """Return a key for the input of a site or bare weight: its parent and the first name of those sharing it."""
     parent, _, name = path.removesuffix(".weight").rpartition(".")
     return parent, next((group[0] for group in SHARED_INPUTS if name in group), name)
 
 
 def _transient(shape: ModelShape, job: Job) -> int:
-    """Return the size in bytes of gradients: of the residual stream and its branch, an inner matmul and its operands.
+    """Return the size in bytes of the gradients of the residual stream, its branch, an inner matmul and its operands.
 
     Attention dropout adds the gradients of two attention maps.
     """

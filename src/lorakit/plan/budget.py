@@ -24,13 +24,13 @@ SIZE_FORM = "write a number and a unit, such as 4GiB or 800MB"
 
 
 def bytes_of(text: str) -> int:
-    """Parse a number with a unit, such as "4GiB", "1.5 GB" or "800MB", into bytes; without a unit, it is in bytes.
+    """Parse a size such as "4GiB", "1.5 GB" or "800MB" into bytes; a number without a unit is in bytes.
 
     Args:
         text: The number and its unit, in any case.
 
     Raises:
-        ConfigError: `text` is not a size, or is below one byte.
+        ConfigError: `text` is not a size of at least one byte.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     size = UNITS.get(found[2].lower()) if found else None

@@ -1,8 +1,8 @@
 """Catalog of published models: sizes, exact parameter counts, and their sources.
 
 Sizes come from each model's config.json; tied weights are counted once. The tests build every entry with transformers
-on the meta device and compare the counts and sites. This module does not handle cost,
-adapters or files.
+on the meta device and compare the counts and sites. This module does not handle cost, adapters or
+files.
 """
 
 from __future__ import annotations

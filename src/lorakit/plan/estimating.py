@@ -88,7 +88,7 @@ class Method:
 
     @property
     def run_seconds(self) -> float | None:
-        """Return the expected duration of the run in seconds, or None if its speed or steps are unknown."""
+        """Return the expected duration of the run in seconds, or None if the speed or step count is unknown."""
         step = self.step_seconds
         return None if step is None or self.job.steps is None else step * self.job.steps
 
@@ -168,7 +168,7 @@ def estimate(
     """Estimate the parameters, memory, FLOPs and time of training an adapter, without loading weights.
 
     Args:
-        shape: Shape of the base: `catalogue.published(name)`, or `lorakit.hub.shape_of(model)`.
+        shape: Shape of the base, from `catalogue.published(name)` or `lorakit.hub.shape_of(model)`.
         config: The adapter's config; `target_modules` must be set.
         job: The job; by default, batches of 4 rows of 256 tokens.
         speed: Speed of the machine; without it, the plan contains no times.
@@ -209,7 +209,7 @@ def estimate(
 
 
 def _token_seconds(shape: ModelShape, counted: Count, costs: Flops, job: Job, speed: Speed | None) -> float | None:
-    """Return the seconds per token, or None unless every sublayer is fused and `speed` has the required data."""
+    """Return the seconds per token, or None if a sublayer is not fused or `speed` lacks data."""
     fused = activations.fused_sublayers(shape, counted, job)
     if speed is None or not 0 < 2 * len(shape.blocks) == len(fused):
         return None
@@ -282,7 +282,7 @@ def reasons(counted: Count, config: LoraConfig) -> list[str]:
 
     Args:
         counted: The counts.
-        config: The config for which they were counted.
+        config: The adapter's config.
 
     Returns:
         Self-contained messages.

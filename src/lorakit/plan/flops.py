@@ -77,7 +77,7 @@ def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
     Args:
         shape: Shape of the base.
         counted: The adapter's parameter counts.
-        job: The job; its row length and checkpointing are used.
+        job: The job, which sets the row length and checkpointing.
     """
     bare = [site for site in counted.sites if site.is_bare_matrix]
     parallel = [(site, shape.passed(site.experts)) for site in counted.sites if not site.is_bare_matrix]
@@ -104,7 +104,7 @@ def full(shape: ModelShape, job: Job) -> Flops:
 
     Args:
         shape: Shape of the model.
-        job: The job; its row length and checkpointing are used.
+        job: The job, which sets the row length and checkpointing.
     """
     forward = matmuls(shape) + attention(shape, job.length_tokens)
     return Flops(forward, 2 * forward, _recomputation(shape, forward, job))
@@ -142,7 +142,7 @@ def elements(shape: ModelShape, job: Job) -> float:
 
     Args:
         shape: Shape of the model.
-        job: The job; its row length and checkpointing are used.
+        job: The job, which sets the row length and checkpointing.
     """
     seen = (job.length_tokens + 1) / 2 if shape.causal else float(job.length_tokens)
     scores, keys = shape.heads * seen, shape.query_width + shape.kv_width
@@ -158,7 +158,7 @@ def token_seconds(shape: ModelShape, costs: Flops, job: Job, speed: Speed) -> fl
     Args:
         shape: Shape of the model.
         costs: FLOPs per token.
-        job: The job; its row length and checkpointing are used.
+        job: The job, which sets the row length and checkpointing.
         speed: Speed of the machine; its matmul rate and number of threads are used.
     """
     if speed.flops_per_second is None or speed.threads is None or speed.tokens_per_second is not None:

@@ -121,7 +121,7 @@ class Speed:
         tokens_per_second: Tokens per second of training steps, as printed by a run.
         source: Where the rate comes from.
         utilisation: Fraction of `flops_per_second` that a step with transformers' own forward passes reaches.
-        threads: Number of CPU threads used to measure `flops_per_second`, or None if unknown or for another device.
+        threads: Number of CPU threads used to measure `flops_per_second`, or None if unknown or not on a CPU.
             `flops.token_seconds` needs it to compute the time of an accelerated step.
 
     Raises:
@@ -158,7 +158,7 @@ def recomputed(recompute: str, gradient_checkpointing: bool, memory_budget: str 
 
     Args:
         recompute: One of `RECOMPUTED`.
-        gradient_checkpointing: Whether to recompute whole layers, equivalent to `recompute` "layers".
+        gradient_checkpointing: Whether to recompute whole layers; equivalent to `recompute="layers"`.
         memory_budget: Memory limit of a step, or None; with a limit, `budget.within` chooses what is recomputed.
         accelerated: Whether to use the fused forward passes of `lorakit.speed.accelerate`.
 

@@ -36,7 +36,7 @@ ALLOCATOR_NOTE = (
 
 @dataclass(frozen=True)
 class Line:
-    """Memory of one cause.
+    """Memory use attributed to one cause.
 
     Attributes:
         cause: "weights", "adapter", "optimizer", "gradients", "activations", "logits" or "runtime".
@@ -55,11 +55,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of a step.
+    """Memory use of a training step.
 
     Attributes:
         lines: One line per cause.
-        peak_bytes: Largest sum of all causes at any moment of a step.
+        peak_bytes: Largest total over all causes at any moment of a step.
         peak_moment: The moment of the peak.
         notes: Assumptions of the estimate.
     """
@@ -94,7 +94,7 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memo
         shape: Shape of the base.
         counted: The adapter's parameter counts.
         dropout: Value of `lora_dropout`.
-        job: The job; its batch size, row length, dtype, accumulation, checkpointing and acceleration are used.
+        job: The job, which sets the batch size, row length, dtype, accumulation, checkpointing and acceleration.
     """
     itemsize, factors = job.dtype_bytes, counted.factors + counted.own_numbers + counted.row_parameters
     trained = factors - counted.frozen  # frozen factors have neither gradients nor moments
@@ -129,7 +129,7 @@ def of_full(shape: ModelShape, job: Job) -> Memory:
 
     Args:
         shape: Shape of the model.
-        job: The job; its batch size, row length, dtype, accumulation and checkpointing are used.
+        job: The job, which sets the batch size, row length, dtype, accumulation and checkpointing.
 
     Source:
         Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1.
@@ -202,7 +202,7 @@ def _activations(kept: Activations, job: Job) -> Line:
 
 
 def _peak(gradients: int, logits: int, kept: Activations, job: Job) -> tuple[str, dict[str, int]]:
-    """Return the moment of the peak and the sizes, at that moment, of causes that vary. [docs/math.md (27)]"""
+    """Return the moment of the peak, and the size of each varying cause at that moment. [docs/math.md (27)]"""
     earlier = gradients if job.accumulation > 1 else 0  # accumulated by earlier batches of the step
     if job.gradient_checkpointing:
         inputs, block = kept.blocks_kept * kept.boundary, kept.largest_block + kept.transient

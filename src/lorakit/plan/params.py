@@ -212,7 +212,7 @@ class Count:
     """Trainable parameters of an adapter in a model.
 
     Attributes:
-        base: Number of parameters in the base; shared ones count once.
+        base: Number of parameters in the base; shared parameters count once.
         sites: The sites, in the model's order.
         saved: Path -> number of parameters, for each saved module (`modules_to_save`).
         biases: Number of parameters in trained biases of the base.
@@ -328,7 +328,7 @@ def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False,
 
 
 def candidates(shape: ModelShape) -> list[Candidate]:
-    """Return everything in a model that targets may name; modules other than sites are for error messages.
+    """Return everything in a model that targets may name; modules other than sites are used in errors.
 
     Args:
         shape: Shape of the model.

@@ -206,8 +206,9 @@ def stored(shape: ModelShape, name: str, itemsize: int, double: bool) -> StoredB
     if not sites:
         raise ConfigError(
             f"{shape.name}: quantization {name!r} supports {' and '.join(storage.kinds)} modules, and this "
-            f"{shape.architecture} has none apart from its output head. Omit it; this model supports "
-            f"{', '.join(s.name for s in STORAGES if quantized_sites(shape, s)) or 'no other format'}.",
+            f"{shape.architecture} has none apart from its output head. Omit quantization, or use a format "
+            "that this model supports "
+            f"({', '.join(s.name for s in STORAGES if quantized_sites(shape, s)) or 'there is none'}).",
             what=name,
             where=shape.name,
             field="quantization",
