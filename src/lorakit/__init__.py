@@ -1,7 +1,7 @@
 """lorakit: Low-Rank Adaptation for PyTorch and Transformers models.
 
-The public names are imported lazily (PEP 562): `import lorakit` does not load torch, and using a name loads only the
-module that defines it.
+The public names are imported lazily (PEP 562): `import lorakit` does not load torch, and accessing a name imports
+only the module that defines it.
 """
 
 from __future__ import annotations

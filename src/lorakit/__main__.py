@@ -1,4 +1,4 @@
-"""`python -m lorakit` is the same program as `lorakit`."""
+"""Entry point for `python -m lorakit`, which is the same program as `lorakit`."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Tune two memory settings of a process: freed blocks that malloc keeps, and compiled matmuls that oneDNN caches.
+"""Tune two memory settings of this process: whether malloc keeps freed blocks and how many matmuls oneDNN caches.
 
-A training step frees and allocates tensors of the same sizes repeatedly. If malloc returns each freed block to the
-kernel, which must then clear its pages again, this can take a third of the step time. On a CPU, a bfloat16 matmul is
-compiled for each new shape and cached (about 0.6 MB); each of two caches holds up to 1024 entries. With rows of varying
-lengths, the caches grow larger than the step's own memory. Only the command line changes these settings: it does so at
-startup and reports the change. Importing lorakit does not affect the process.
+A training step repeatedly frees and reallocates tensors of the same sizes. If malloc returns each freed block to the
+kernel, the kernel must clear the pages before they are used again, which can take a third of the step time. On a CPU, a
+bfloat16 matmul is compiled for each new shape and kept (about 0.6 MB) in two caches of up to 1024 entries each. If row
+lengths vary, the caches can grow larger than the memory of the step itself. Only the command line changes these
+settings: it does so at startup and reports the change. Importing lorakit does not affect the process.
 """
 
 from __future__ import annotations
@@ -14,26 +14,27 @@ import os
 import platform
 
 SWITCH = "LORAKIT_ALLOCATOR"
-"""Environment variable; "stock" leaves malloc unchanged."""
+"""Environment variable; the value "stock" leaves malloc unchanged."""
 
 MALLOC_MESSAGE = (
     f"malloc keeps freed memory in this process so that the next step can reuse it (disable with {SWITCH}=stock)."
 )
-"""Message of `set_up` if `keep_large_blocks` took effect."""
+"""Message that `set_up` returns if `keep_large_blocks` took effect."""
 
 CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 128, "LRU_CACHE_CAPACITY": 1}
-"""Environment variable -> maximum number of entries in a cache; read at the first matmul, default 1024.
+"""Environment variable -> maximum number of cache entries; read at the first matmul, 1024 by default.
 
-oneDNN's own cache (developer guide, "Primitive Cache") must hold all matmuls of a step; otherwise every layer compiles
-its matmuls again. A step with 4 rows of equal length had 57 matmuls; one with 4 rows of new lengths adds about 45.
-PyTorch's second cache, in ideep, stores another copy of each and avoids no compilation; it crashes at a capacity of 0.
+oneDNN's own cache (developer guide, "Primitive Cache") must have room for all matmuls of a step; otherwise every layer
+recompiles its matmuls. A step with 4 rows of equal length used 57 distinct matmuls; a step with 4 rows of new lengths
+added about 45. The second cache, in PyTorch's ideep, stores another copy of each matmul without saving any compilation;
+a capacity of 0 makes it crash.
 """
 
 MATMUL_MESSAGE = (
     f"oneDNN keeps the last {CACHES['ONEDNN_PRIMITIVE_CACHE_CAPACITY']} compiled bfloat16 matmuls "
     f"(set {' and '.join(CACHES)} to change this)."
 )
-"""Message of `set_up` if `limit_compiled_matmuls` took effect."""
+"""Message that `set_up` returns if `limit_compiled_matmuls` took effect."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST = 2**31 - 1  # mallopt takes an int: blocks below 2 GiB stay on the heap, and the heap is not trimmed
@@ -43,7 +44,8 @@ def keep_large_blocks() -> bool:
     """Configure this process's malloc to keep freed memory.
 
     Returns:
-        Whether the setting took effect; false with another allocator or C library, or if `LORAKIT_ALLOCATOR=stock`.
+        Whether the setting took effect; False with an allocator or C library other than glibc, or if
+            `LORAKIT_ALLOCATOR=stock` is set.
     """
     if os.environ.get(SWITCH, "").lower() == "stock" or platform.libc_ver()[0] != "glibc":
         return False
@@ -62,10 +64,10 @@ def limit_compiled_matmuls() -> bool:
     Results do not change: an evicted matmul is recompiled in about 0.3 ms.
 
     Returns:
-        Whether a limit was set; values that the user set are kept.
+        Whether any limit was set; values that the user has already set are kept.
     """
     theirs = set(os.environ)
-    if "DNNL_PRIMITIVE_CACHE_CAPACITY" in theirs:  # oneDNN's former name, still read
+    if "DNNL_PRIMITIVE_CACHE_CAPACITY" in theirs:  # the variable's former name, which oneDNN still reads
         theirs.add("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
     ours = {name: str(entries) for name, entries in CACHES.items() if name not in theirs}
     os.environ.update(ours)

@@ -1,4 +1,4 @@
-"""Crash-safe writing and verified reading; the only module that opens files for writing.
+"""Crash-safe writing and validated reading of files; no other module opens files for writing.
 
 After a crash, a file has either its old or its new content, never part of it.
 
@@ -37,7 +37,7 @@ JsonValue: TypeAlias = bool | int | float | str | list[Any] | JsonObject | None
 """Any JSON value."""
 
 TEMPORARY = ".lorakit-tmp-"
-"""Prefix of the names of all unfinished files and directories, so that `sweep` can find them."""
+"""Name prefix of all unfinished files and directories, by which `sweep` finds them."""
 
 SEAL = "seal"
 """Key under which a dictionary stores the SHA-256 of all its other entries."""
@@ -47,7 +47,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
     """Write a file atomically: a crash leaves either the old or the new content.
 
     Args:
-        path: The file; a missing directory is created.
+        path: The file; missing parent directories are created.
         data: The content.
 
     Raises:
@@ -67,7 +67,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write UTF-8 text with `write_bytes`.
+    """Write text as UTF-8 with `write_bytes`.
 
     Raises:
         DiskError: As for `write_bytes`.
@@ -76,7 +76,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: JsonValue) -> None:
-    """Write a value as JSON with sorted keys and an indent of two.
+    """Write a value as JSON with sorted keys and an indentation of two spaces.
 
     Raises:
         DiskError: As for `write_bytes`.
@@ -117,12 +117,12 @@ def _seal(values: Mapping[str, Any]) -> str:
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:
-    """Return the hexadecimal SHA-256 of bytes."""
+    """Return the hexadecimal SHA-256 digest of `data`."""
     return hashlib.sha256(data).hexdigest()
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
-    """Return the hexadecimal SHA-256 of a file, which is read in 1 MiB blocks."""
+    """Return the hexadecimal SHA-256 digest of a file, reading it in blocks of 1 MiB."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while piece := file.read(1 << 20):
@@ -135,7 +135,7 @@ def read_bytes(path: str | os.PathLike[str], max_bytes: int) -> bytes:
 
     Args:
         path: The file; a symbolic link is followed, and its target must be a regular file.
-        max_bytes: Maximum size.
+        max_bytes: Maximum size in bytes.
 
     Returns:
         The whole content.
@@ -164,13 +164,13 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = 1 << 20) -> Any:
 
     Args:
         path: The file.
-        max_bytes: Maximum size.
+        max_bytes: Maximum size in bytes.
 
     Returns:
-        The value.
+        The parsed value.
 
     Raises:
-        AdapterFileError: The file is missing, too large, or not valid JSON; the message says where.
+        AdapterFileError: The file is missing, too large, or not valid JSON; the message gives the path and the reason.
     """
     data = read_bytes(path, max_bytes)
     try:
@@ -181,10 +181,10 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = 1 << 20) -> Any:
 
 
 def parse_json(data: bytes | str) -> Any:
-    """Parse JSON and reject what the standard forbids but Python accepts.
+    """Parse JSON and reject duplicate keys, NaN and infinity, which Python's own parser accepts.
 
     Raises:
-        ValueError: `data` is not JSON, is not UTF-8, or contains a duplicate key, NaN or infinity.
+        ValueError: `data` is not valid JSON, is not UTF-8, or contains a duplicate key, NaN or infinity.
     """
     text = data if isinstance(data, str) else data.decode("utf-8")
     return json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
@@ -204,17 +204,18 @@ def _no_constant(constant: str) -> NoReturn:
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a temporary path in the same directory, which `sweep` recognizes."""
+    """Return a temporary path next to `path`, with a name that `sweep` recognizes."""
     return path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{path.name}")
 
 
 def _write_new(path: Path, data: bytes | memoryview, replaced: Path) -> None:
-    """Write and flush a new file, and copy the owner and mode of the regular file that it will replace.
+    """Write and flush a new file, and give it the owner and mode of the regular file that it will replace.
 
     Args:
         path: The new file; its directory exists.
         data: The content.
-        replaced: The file that `path` will replace, if it exists. Owner and mode of a symbolic link are not copied.
+        replaced: The file that `path` will replace, if it exists. The owner and mode of a symbolic
+            link are not copied.
 
     Raises:
         OSError: Writing or flushing fails.
@@ -238,7 +239,7 @@ def _write_new(path: Path, data: bytes | memoryview, replaced: Path) -> None:
 
 
 def _sync_name(path: Path) -> None:
-    """Flush the directory of a newly written path.
+    """Flush the directory that contains a newly written path.
 
     Raises:
         DiskError: The directory cannot be flushed; a power failure may then lose the new content.
@@ -294,7 +295,7 @@ _CANNOT = frozenset(
         *("ENAMETOOLONG", "EEXIST", "ENOTEMPTY"),
     )
 )
-"""Errors of systems that cannot exchange two directories; any other error, such as a full disk, aborts the write."""
+"""Error numbers that mean that directories cannot be exchanged; other errors, such as a full disk, abort the write."""
 
 
 @contextlib.contextmanager
@@ -365,7 +366,7 @@ def replace_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes |
             _build(temporary, final, contents)
             if old and any(final.iterdir()):
                 _exchange(temporary, final)
-                old = temporary.stat().st_ino  # another process may have exchanged it meanwhile
+                old = temporary.stat().st_ino  # another process may have exchanged it in the meantime
             else:
                 temporary.rename(final)
         except OSError as cause:
@@ -424,14 +425,14 @@ def replace_in_order(folder: str | os.PathLike[str], steps: Sequence[Mapping[str
 def sweep(folder: str | os.PathLike[str]) -> list[str]:
     """Remove temporary files and directories that interrupted writers left in a directory.
 
-    A directory that was set aside but not replaced gets its name back. Entries of a replaced directory that the new
-    directory lacks are moved there first.
+    A directory that was set aside but not replaced gets its original name back. Before a replaced directory is removed,
+    its entries that the new directory lacks are moved to the new one.
 
     Args:
         folder: The directory; its subdirectories are not searched.
 
     Returns:
-        The temporary names removed.
+        The temporary names that were found; none of them exists anymore.
     """
     removed = []
     for path in sorted(Path(folder).glob(f"{TEMPORARY}*")):
@@ -478,7 +479,7 @@ def _build(new: Path, old: Path, contents: Mapping[str, bytes | None]) -> None:
 
 
 def _carry(old: Path, new: Path, left_out: Collection[str] = ()) -> None:
-    """Copy a directory's entries to another directory: hard-link files and links, and recreate subdirectories."""
+    """Copy a directory's entries to another one: hard-link files and symbolic links, and recreate subdirectories."""
     with os.scandir(old) as entries:
         for entry in entries:
             source, target = old / entry.name, new / entry.name
@@ -499,7 +500,7 @@ def _take_owner_and_mode(source: Path, target: Path) -> None:
 
 
 def _clear(temporary: Path, final: Path, old: int, replaced: Collection[str] | None = None) -> None:
-    """Remove a temporary directory; if it was exchanged, first move entries added in the meantime to the new one."""
+    """Remove a temporary directory; if it is the replaced one, first move entries added meanwhile to the new one."""
     with contextlib.suppress(OSError):
         if old and temporary.stat().st_ino == old and final.is_dir():
             _retire(temporary, final, replaced)
@@ -508,12 +509,12 @@ def _clear(temporary: Path, final: Path, old: int, replaced: Collection[str] | N
 
 
 def _retire(old: Path, new: Path, replaced: Collection[str] | None) -> None:
-    """Remove a replaced directory after moving entries that the new one lacks, or has in an older version, to it.
+    """Move entries that the new directory lacks or has in an older version into it, then remove the old directory.
 
     Args:
         old: The directory to remove.
         new: The directory that replaced it.
-        replaced: Names that were replaced on purpose; None if unknown, and existing entries of `new` are then kept.
+        replaced: Names that were replaced on purpose, or None if unknown; if None, existing entries of `new` are kept.
     """
     with os.scandir(old) as entries:
         for entry in list(entries):

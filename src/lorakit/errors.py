@@ -4,28 +4,28 @@
     ├─ ConfigError (ValueError)      LORA-E010   a config field or setting has a value that is not allowed
     │  ├─ UsageError                 LORA-E011   the command line or call is not valid
     │  └─ ConfigTypeError (TypeError) LORA-E012  a config field or setting has the wrong type
-    ├─ TargetError (ValueError)      LORA-E020   a target list matches nothing, or only in part
+    ├─ TargetError (ValueError)      LORA-E020   a target list matches nothing, or some of its entries match nothing
     │  └─ NoTargetError              LORA-E021   no target of a config was found in the model
     ├─ AdapterError (ValueError)     LORA-E030   an adapter name is unknown, invalid or in use
-    ├─ RouteError (RuntimeError)     LORA-E040   the adapter of a row is unknown or not available here
+    ├─ RouteError (RuntimeError)     LORA-E040   the adapter of a row is unknown or not available at a site
     │  ├─ RowCountError              LORA-E041   a route and a batch have different numbers of rows
     │  └─ MixedRowsError             LORA-E042   a module cannot run rows of different adapters in one batch
     ├─ MergeError (RuntimeError)     LORA-E050   a merge or unmerge is not possible
-    ├─ AdapterFileError (ValueError) LORA-E060   files of an adapter are missing, damaged or do not fit
+    ├─ AdapterFileError (ValueError) LORA-E060   an adapter's files are missing, damaged or do not match the model
     │  ├─ BaseMismatchError          LORA-E061   the adapter was trained on another base
-    │  ├─ PatternError               LORA-E062   a name pattern from a file is a regular expression, which is not run
-    │  └─ ShapeMismatchError         LORA-E063   tensors of an adapter do not have the shapes that the model needs
+    │  ├─ PatternError               LORA-E062   a file contains a regular expression as a name pattern; it is not run
+    │  └─ ShapeMismatchError         LORA-E063   an adapter's tensors do not have the shapes that the model requires
     ├─ ModelError (ValueError)       LORA-E070   a model or tokenizer cannot be found or used
     ├─ DataError (ValueError)        LORA-E080   training data cannot be read or used
     ├─ RunError (RuntimeError)       LORA-E090   a run directory or checkpoint cannot be used, or a run cannot continue
     │  └─ NonFiniteError             LORA-E091   a loss, gradient or logit became NaN or infinite
     ├─ DiskError (OSError)           LORA-E100   a file could not be written
     ├─ MissingExtra (ImportError)    LORA-E110   an optional package is not installed
-    └─ NotYetSupported (NotImplementedError) LORA-E120   a known feature that is not implemented
+    └─ NotYetSupported (NotImplementedError) LORA-E120   a known feature is not implemented
 
-A message says what is wrong, where (path, tensor, field, expected, actual) and what to do. The text is for users and
-may change; programs read the class and its fields: `what`, `where`, `field`, `allowed` and `override`.
-This module does not import other modules of lorakit.
+Each message says what is wrong, where (path, tensor, field, expected and actual value) and what to do about it. The
+text is for users and may change; programs should read the class and its fields: `what`, `where`, `field`, `allowed` and
+`override`. This module does not import any other lorakit module.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from os import PathLike
 from typing import Any, ClassVar
 
 OVERRIDE = "{override}"
-"""Placeholder in an error's `advice` for how to override the check."""
+"""Placeholder in an error's `advice`, replaced with how to override the check."""
 
 
 class LorakitError(Exception):
@@ -45,14 +45,15 @@ class LorakitError(Exception):
     preserve the fields.
 
     Attributes:
-        code: Stable name of the exception class, for programs and logs.
-        exit_code: Exit status of the command line: 1 for a failure, 2 for wrong usage.
+        code: Stable identifier of the exception class, for programs and logs.
+        exit_code: Exit code of the command line: 1 for a failure, 2 for a usage error.
         message: The text without `advice`.
-        advice: What to do; ends the text and may contain `OVERRIDE`. None if `message` includes the advice.
-        what: The wrong name or value, such as an unknown adapter, target or setting, or a short statement; a value that
-            is not a str is stored as its repr, so that every error can be pickled.
+        advice: What to do about the error, appended to the message; may contain `OVERRIDE`. None if `message` already
+            includes the advice.
+        what: The invalid name or value, such as an unknown adapter, target or setting, or a short description of the
+            problem. A value that is not a str is stored as its repr, so that every error can be pickled.
         where: Path of a file or directory, dotted path of a module, or name of a tensor.
-        field: The wrong config field or setting.
+        field: The invalid config field or setting.
         allowed: Allowed or available values.
         override: The allowance (an entry of `allow`), setting or flag that overrides the check.
     """
@@ -89,7 +90,7 @@ class LorakitError(Exception):
         """Return the message and the advice.
 
         Args:
-            how: How to override the check, such as "give --allow-nonfinite"; None describes how to do so in Python.
+            how: How to override the check, such as "pass --allow-nonfinite"; by default, how to do so in Python.
         """
         if self.advice is None:
             return self.message
@@ -104,13 +105,13 @@ class ConfigError(LorakitError, ValueError):
 
     @classmethod
     def of(cls, field: str, value: object, rule: str = "", *, allowed: Iterable[str] = ()) -> ConfigError:
-        """Return the error for a field with a wrong value, such as "r is 0; it must be an integer >= 1.".
+        """Return the error for a field with an invalid value, such as "r is 0; it must be an integer >= 1.".
 
         Args:
             field: The config field or setting.
-            value: The wrong value.
+            value: The invalid value.
             rule: What the value must be; by default, one of `allowed`.
-            allowed: The allowed values, for the message's suggestion.
+            allowed: The allowed values; the message suggests one that is spelled similarly.
         """
         names = tuple(allowed)
         message = f"{field} is {value!r}; it must be {rule or 'one of ' + ', '.join(names)}."
@@ -130,7 +131,7 @@ class ConfigTypeError(ConfigError, TypeError):
 
 
 class TargetError(LorakitError, ValueError):
-    """A target list matches nothing, or only in part."""
+    """A target list matches nothing, or some of its entries match nothing."""
 
     code = "LORA-E020"
 
@@ -170,13 +171,13 @@ class MixedRowsError(RouteError):
 
 
 class MergeError(LorakitError, RuntimeError, ValueError):
-    """A merge or unmerge is not possible; derives from both built-in exceptions that callers of PEFT catch."""
+    """A merge or unmerge is not possible; derives from both built-in exceptions that code written for PEFT catches."""
 
     code = "LORA-E050"
 
 
 class AdapterFileError(LorakitError, ValueError):
-    """The files of an adapter are missing, damaged, or do not fit the model."""
+    """An adapter's files are missing or damaged, or do not match the model."""
 
     code = "LORA-E060"
 
@@ -188,13 +189,13 @@ class BaseMismatchError(AdapterFileError):
 
 
 class PatternError(AdapterFileError):
-    """A name pattern from a file is a regular expression, which is not run."""
+    """A file contains a regular expression as a name pattern; lorakit does not run regular expressions from files."""
 
     code = "LORA-E062"
 
 
 class ShapeMismatchError(AdapterFileError):
-    """Tensors of an adapter do not have the shapes that the model needs."""
+    """An adapter's tensors do not have the shapes that the model requires."""
 
     code = "LORA-E063"
 
@@ -236,7 +237,7 @@ class MissingExtra(LorakitError, ImportError):
 
 
 class NotYetSupported(LorakitError, NotImplementedError):
-    """A known feature that is not implemented; the message names the field."""
+    """A known feature is not implemented; the message names the field."""
 
     code = "LORA-E120"
 
@@ -268,7 +269,7 @@ _SHOWN_IN_TEXT = {code: shown for code, shown in _SHOWN.items() if chr(code) not
 
 
 def printable(text: str, one_line: bool = False) -> str:
-    """Return text with terminal control characters made visible: escape becomes "\u241b".
+    """Return text with terminal control characters made visible, for example escape as "\u241b".
 
     Names and values from files can contain any character. All output of the command line passes through this function.
 
@@ -281,7 +282,7 @@ def printable(text: str, one_line: bool = False) -> str:
 
 
 def nearest(word: str, candidates: list[str], count: int = 3) -> list[str]:
-    """Return the candidates closest in spelling to a name, best first, for messages.
+    """Return the candidates closest in spelling to a word, best match first, to suggest in a message.
 
     Args:
         word: The user's text.

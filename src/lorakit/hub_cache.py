@@ -26,10 +26,10 @@ def offline() -> str | None:
 
 
 def adapter_from_hub(repository: str, *, revision: str | None = None, subfolder: str | None = None) -> Path:
-    """Return the local folder of an adapter on the Hub; downloads missing files.
+    """Return the local folder of an adapter from the Hub; missing files are downloaded.
 
     Args:
-        repository: Hub id of the repository, "owner/name".
+        repository: Hub id of the repository, such as "owner/name".
         revision: Branch, tag or commit.
         subfolder: The adapter's folder in the repository.
 

@@ -1,7 +1,7 @@
 """Properties of this machine: processor, usable cores, memory, allocator, and the cache directory.
 
 This module uses only the standard library and lorakit's errors. Outside Linux, most properties are unknown and reported
-as such. Speed is not among them, since it is measured elsewhere.
+as such. This module does not measure speed.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "amx_fp16"
 
 @dataclass(frozen=True)
 class Machine:
-    """Resources of a machine that this process may use.
+    """Resources of the machine that are available to this process.
 
     Attributes:
         system: Operating system and architecture.
         cpu: Name of the processor.
-        cores: Number of cores that this process may use; its container's quota counts.
+        cores: Number of cores that this process may use, limited by the quota of its container.
         features: Entries of `FEATURES` that the processor supports.
-        memory_bytes: Memory of the machine or, if smaller, of its container; None if unknown.
+        memory_bytes: Memory of the machine, or the limit of its container if that is lower; None if unknown.
         available_bytes: Memory that can be used without swapping; None if unknown.
         allocator: The malloc implementation of this process, and whether it was tuned.
         load: Load average over the last minute; None if unknown.
@@ -67,12 +67,12 @@ def this_machine() -> Machine:
 
 
 def cpu_name(cpuinfo: str) -> str:
-    """Return the processor's name from the text of /proc/cpuinfo, or an empty string if the text lacks it."""
+    """Return the processor's name from the contents of /proc/cpuinfo, or an empty string if it is missing."""
     return _value(cpuinfo, "model name")
 
 
 def cpu_features(cpuinfo: str) -> tuple[str, ...]:
-    """Return the entries of `FEATURES` that the text of /proc/cpuinfo lists."""
+    """Return the entries of `FEATURES` that are listed in the contents of /proc/cpuinfo."""
     flags = set((_value(cpuinfo, "flags") or _value(cpuinfo, "Features")).split())
     return tuple(feature for feature in FEATURES if feature in flags)
 
@@ -81,7 +81,7 @@ def usable_cores(cpu_max: str = "") -> int:
     """Return the number of cores that this process may use.
 
     Args:
-        cpu_max: Text of the control group's cpu.max, "<quota> <period>"; "max" or an empty text means no quota.
+        cpu_max: Contents of the control group's cpu.max, "<quota> <period>"; "max" or an empty string means no quota.
 
     Returns:
         At least 1.
@@ -93,11 +93,11 @@ def usable_cores(cpu_max: str = "") -> int:
 
 
 def allocator(maps: str, environment: os._Environ[str] | dict[str, str]) -> str:
-    """Return the malloc implementation.
+    """Return the name of the malloc implementation that the process uses.
 
     Args:
-        maps: Text of /proc/self/maps, which names the libraries of the process.
-        environment: The process's environment.
+        maps: Contents of /proc/self/maps, which lists the libraries of the process.
+        environment: The process's environment variables.
 
     Returns:
         "jemalloc", "tcmalloc", "mimalloc", "glibc", "glibc, tuned" or "unknown".
@@ -138,7 +138,7 @@ def _number(text: str) -> int | None:
 
 
 def home_directory() -> Path | None:
-    """Return the user's home directory; None without HOME or a passwd entry, as in many containers."""
+    """Return the user's home directory, or None if neither HOME nor a passwd entry exists, as in many containers."""
     try:
         return Path.home()
     except RuntimeError:
@@ -149,7 +149,8 @@ def cache_directory() -> Path:
     """Return lorakit's cache directory: `LORAKIT_CACHE`, else `lorakit` in `XDG_CACHE_HOME` or ~/.cache.
 
     Raises:
-        DiskError: Neither variable is set and the user has no home directory, or `LORAKIT_CACHE` has an unknown one.
+        DiskError: Neither variable is set and the user has no home directory, or `LORAKIT_CACHE` contains an
+            unknown home directory.
     """
     own, shared = os.environ.get("LORAKIT_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if own:
@@ -168,9 +169,9 @@ def cache_directory() -> Path:
 
 
 def peak_rss_bytes() -> int:
-    """Return the peak resident size of this process so far in bytes; 0 if the system does not report it.
+    """Return this process's peak resident set size so far, in bytes, or 0 if the system does not report it.
 
-    On Linux, this reads the kernel's high-water mark of the current program, since `getrusage` also counts memory that
+    On Linux, this is the kernel's high-water mark for the current program, since `getrusage` also counts memory that
     the process used before `exec`.
     """
     peak = _bytes_of(_read("/proc/self/status"), "VmHWM")

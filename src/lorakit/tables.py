@@ -1,6 +1,6 @@
 """Format sizes, durations, percentages, counts and tables as plain text, consistently across lorakit.
 
-Bytes and rates use decimal units (1 MB is 10⁶ bytes). NaN and infinite values are shown as "unknown". `fit` adapts text
+Sizes and rates use decimal units (1 MB is 10⁶ bytes). NaN and infinite values are shown as "unknown". `fit` adapts text
 to a stream's encoding and, for a terminal, to its width.
 """
 
@@ -16,7 +16,7 @@ from typing import TextIO
 UNKNOWN = "unknown"
 
 NARROW = 80
-"""Assumed width in columns of a terminal that does not report its width; tables fit into it."""
+"""Assumed width, in columns, of a terminal that does not report its own; tables fit within this width."""
 
 _ROUNDING = 1e-6
 _C_LOCALES = ("C", "POSIX")
@@ -33,10 +33,10 @@ _UNITS = ("", "k", "M", "G", "T", "P")
 
 
 def format_bytes(count: float) -> str:
-    """Return a number of bytes in decimal units, such as "999 B", "3.2 MB", "735 MB" or "1.49 GB".
+    """Format a size in decimal units, such as "999 B", "3.2 MB", "735 MB" or "1.49 GB".
 
     Args:
-        count: Number of bytes.
+        count: Size in bytes.
     """
     if not math.isfinite(count):
         return UNKNOWN
@@ -48,7 +48,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_quantity(value: float, unit: str) -> str:
-    """Return a quantity with three significant digits and a decimal prefix, such as "409 GFLOP/s".
+    """Format a quantity with three significant digits and a decimal prefix, such as "409 GFLOP/s".
 
     Args:
         value: The quantity.
@@ -63,7 +63,7 @@ def format_quantity(value: float, unit: str) -> str:
 
 
 def format_rate(value: float, unit: str) -> str:
-    """Return a rate, such as "3,100 tokens/s" or "4.2 tokens/s"; rates below 10 have one decimal.
+    """Format a rate, such as "3,100 tokens/s" or "4.2 tokens/s"; rates below 10 have one decimal place.
 
     Args:
         value: The rate.
@@ -75,10 +75,10 @@ def format_rate(value: float, unit: str) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a duration, such as "40 ms", "0.4 s", "42 s", "3 min 20 s", "2 h 5 min" or "11 d 14 h".
+    """Format a duration, such as "40 ms", "0.4 s", "42 s", "3 min 20 s", "2 h 5 min" or "11 d 14 h".
 
     Args:
-        seconds: The duration.
+        seconds: The duration in seconds.
     """
     if not math.isfinite(seconds):
         return UNKNOWN
@@ -100,14 +100,14 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_percent(fraction: float, digits: int = 2) -> str:
-    """Return a fraction as a percentage, such as "1.82%".
+    """Format a fraction as a percentage, such as "1.82%".
 
-    Values close to 0 and 1 become "<0.01%" and ">99.99%" instead of "0.00%" and "100.00%", unless the difference is
-    below a millionth, which may be a float32 rounding error.
+    Values close to 0 and 1 become "<0.01%" and ">99.99%" instead of "0.00%" and "100.00%", unless they differ from 0
+    or 1 by less than a millionth, which may be a float32 rounding error.
 
     Args:
         fraction: The fraction, usually in [0, 1].
-        digits: Number of decimals.
+        digits: Number of decimal places.
     """
     if not math.isfinite(fraction):
         return UNKNOWN
@@ -121,7 +121,7 @@ def format_percent(fraction: float, digits: int = 2) -> str:
 
 
 def format_count(number: int, singular: str, plural: str | None = None) -> str:
-    """Return a number with its noun, such as "1 row", "3,000 rows" or "2 entries".
+    """Format a count with its noun, such as "1 row", "3,000 rows" or "2 entries".
 
     Args:
         number: The count.
@@ -169,7 +169,7 @@ def wrap(text: str, width: int, *, hanging: str | None = None) -> str:
     """Wrap long lines between words; a word longer than a line, such as a path, is not broken.
 
     Args:
-        text: One or several lines of text.
+        text: One or more lines of text.
         width: Screen width in columns.
         hanging: Prefix of continuation lines. By default, they are indented to align with the text of a list item or of
             a `label  text` line, and by two columns otherwise.
@@ -181,7 +181,7 @@ def wrap(text: str, width: int, *, hanging: str | None = None) -> str:
 
 
 def display_width(text: str) -> int:
-    """Return the number of screen columns that text takes: two per wide East Asian character, none per combining one.
+    """Return the number of screen columns that text occupies: 2 per wide East Asian character, 0 per combining one.
 
     Args:
         text: One line.
@@ -192,7 +192,7 @@ def display_width(text: str) -> int:
 
 
 def encodable(text: str, encoding: str, *, ascii_signs: bool = False) -> str:
-    """Return text that an encoding can represent: symbols such as "→" become "->", other characters are escaped.
+    """Convert text to what an encoding can represent: symbols such as "→" become "->", other characters are escaped.
 
     Args:
         text: Any text.
@@ -268,7 +268,7 @@ def _scaled(value: float) -> tuple[float, str]:
 
 
 def _decimals(value: float) -> int:
-    """Return the number of decimals that gives three significant digits."""
+    """Return the number of decimal places that gives three significant digits."""
     return 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
 
 

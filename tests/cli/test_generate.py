@@ -204,7 +204,7 @@ def test_an_adapters_own_tokenizer_is_used(
             2,
             "dtype is 'int8'; it must be one of auto, float32, bfloat16, float16.",
         ),
-        (["--prompt", "x", "--adapter", "nowhere"], 1, "nowhere: adapter directory not found; it must hold"),
+        (["--prompt", "x", "--adapter", "nowhere"], 1, "nowhere: adapter directory not found; it must contain"),
         (
             ["--prompt-file", "nowhere.txt"],
             1,

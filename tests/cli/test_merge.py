@@ -58,7 +58,7 @@ def test_a_plain_directory_that_says_the_same(
     assert f"{tmp_path / 'new' / 'out'}: " in out
     assert "at 14 sites" in out
     assert "retained   100.00% of the update" in out
-    assert "same top token as base and adapters at 100% of positions" in out
+    assert "same top token as the unmerged model at 100% of positions" in out
     folder = tmp_path / "new" / "out"
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.allclose(logits(loaded), unmerged(tiny_model_directory, one), atol=1e-5)
@@ -181,7 +181,7 @@ def test_a_directory_that_says_something_else_is_not_kept(
 
     monkeypatch.setattr(hub, "save_model", damage)
     said = error(capsys, 1, "--model", tiny_model_directory, "--adapter", one, "--output-dir", tmp_path / "out")
-    assert "The merged model differs from base and adapters: on 48 tokens" in said
+    assert "The merged model differs from the unmerged one: on 48 tokens" in said
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(f"{durable.TEMPORARY}*"))
 
@@ -275,4 +275,4 @@ def test_doubts_are_put_into_words() -> None:
     done = merged_model.Merged(Path("out"), "bfloat16", 1, 2, False, True, core.MergeReport((), (), 0))
     (sentence,) = merge.merge_warnings(done, probe)
     assert "by up to 0.4" in sentence and "by up to 0.5" in sentence
-    assert sentence.endswith("--dtype float32 may keep it.")
+    assert sentence.endswith("--dtype float32 may preserve it.")

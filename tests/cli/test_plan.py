@@ -49,7 +49,7 @@ def test_nothing_is_wider_than_80_columns(capsys: pytest.CaptureFixture[str]) ->
 
 def test_rows_longer_than_the_model_takes_are_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "gpt2", "--max-length", "2000"]) == 0
-    assert "warning: gpt2 supports at most 1,024 tokens; the job has 2,000." in capsys.readouterr().out
+    assert "warning: gpt2 supports at most 1,024 tokens; the job's rows have 2,000." in capsys.readouterr().out
 
 
 def test_json_is_the_same_content(capsys: pytest.CaptureFixture[str]) -> None:

@@ -246,7 +246,7 @@ def test_experts_cost_what_a_token_passes() -> None:
     assert matmuls(shape) == 2 * experts + heads
     added = 2 * 2 * 2 * 4 * ((48 + 16) + (16 + 24))  # layers × experts × FLOPs × rank
     assert plan.lora.flops.forward - bare.lora.flops.forward == added - 2 * 2 * 4 * (16 + 16)
-    assert any("each token passes 2 experts" in note for note in plan.notes)
+    assert any("each token passes through 2 experts" in note for note in plan.notes)
     assert "2 × 3 experts in one parameter" in " ".join(plan.reasons)
 
 

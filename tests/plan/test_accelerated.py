@@ -182,8 +182,8 @@ def test_smollm2_needs_a_third_above_its_weights() -> None:
     needs, plain = _memory("SmolLM2-135M"), _memory("SmolLM2-135M", accelerated=False)
     assert [line.equation for line in needs.lines] == [20, 21, 23, 22, 29, 35, 26]
     assert needs.above_weights_bytes < 0.36 * plain.above_weights_bytes
-    assert "accelerated forwards (disable with train --no-accelerate). Rows are packed" in needs.notes[1]
-    assert plain.notes[1].startswith("Assumes transformers' own forwards (train --no-accelerate)")
+    assert "accelerated forward passes (disable with train --no-accelerate). Rows are packed" in needs.notes[1]
+    assert plain.notes[1].startswith("Assumes transformers' own forward passes (train --no-accelerate)")
 
 
 def test_a_base_that_drops_runs_accelerated() -> None:
@@ -198,7 +198,7 @@ def test_an_architecture_that_was_not_derived_is_planned_unaccelerated() -> None
     counted = count(shape, LoraConfig(target_modules="all-linear"))
     needs, plain = (memory.of_lora(shape, counted, 0.0, Job(accelerated=fast)) for fast in (True, False))
     assert needs.peak_bytes == plain.peak_bytes
-    assert needs.notes[1].startswith("The activations of accelerated forwards are not known")
+    assert needs.notes[1].startswith("The activations of accelerated forward passes are not known")
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_settings_that_exclude_each_other() -> None:
         ),
         (("layers", False, "1GB", True), "memory_budget and recompute layers are mutually exclusive"),
         (("none", True, "1GB", True), "memory_budget and recompute layers are mutually exclusive"),
-        (("feed-forward", False, None, False), "recompute feed-forward needs accelerated forwards"),
+        (("feed-forward", False, None, False), "recompute feed-forward needs accelerated forward passes"),
     ):
         with pytest.raises(ConfigError, match=message):
             recomputed(*words)  # type: ignore[arg-type]

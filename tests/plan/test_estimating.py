@@ -48,7 +48,7 @@ def test_an_accelerated_run_is_reckoned_by_its_products_and_what_passes_beside_t
     products = plan.lora.flops.total / (1e11 * flops.MATMUL_UTILIZATION)
     assert plan.lora.step_seconds == pytest.approx(1024 * (products + beside))
     assert plan.full.step_seconds == pytest.approx(1024 * plan.full.flops.total / 4e10)  # never accelerated
-    assert any("plus the time of norms" in note for note in plan.notes)
+    assert any("plus the time for norms" in note for note in plan.notes)
     faster = _plan(job, Speed(flops_per_second=1e13, threads=2)).lora.step_seconds
     assert faster == pytest.approx(1024 * (products / 100 + beside))  # not reduced by fast matmuls
 
@@ -76,7 +76,7 @@ def test_a_rate_that_an_earlier_run_printed_wins() -> None:
 
 
 def test_rows_longer_than_the_model_takes_are_noted() -> None:
-    assert any("at most 1,024 tokens; the job has 2,048" in note for note in _plan(Job(1, 2048)).notes)
+    assert any("at most 1,024 tokens; the job's rows have 2,048" in note for note in _plan(Job(1, 2048)).notes)
 
 
 def test_the_dictionary_is_json_and_complete() -> None:

@@ -30,7 +30,7 @@ def test_smollm2_by_cause() -> None:
     assert needs.bytes_of("logits") == 12 * 1024 * 49_152
     assert 690 * MB < needs.bytes_of("activations") < 710 * MB
     assert needs.peak_bytes == sum(line.at_peak_bytes for line in needs.lines)
-    assert needs.peak_moment == "the backward begins at the loss"
+    assert needs.peak_moment == "the backward pass begins at the loss"
 
 
 def test_every_line_has_a_formula_and_an_equation() -> None:
@@ -50,7 +50,7 @@ def test_checkpointing_keeps_the_inputs_of_the_blocks() -> None:
 def test_without_a_head_the_peak_is_where_the_backward_enters_the_last_block() -> None:
     needs = _lora("bert-base", Job(4, 128, dtype="float32"))
     assert needs.bytes_of("logits") == 0
-    assert needs.peak_moment == "the backward enters the last block"
+    assert needs.peak_moment == "the backward pass enters the last block"
 
 
 def test_checkpointing_without_a_head_peaks_where_gradients_are_whole() -> None:

@@ -2,7 +2,7 @@
 
 A command is a function `run` in `lorakit/cli/<command>.py`. Its parameters are the flags, its docstring is the help
 text, and it returns the exit code (None means 0). Commands import torch inside functions, after the checks in
-`lorakit.cli.early`, so that `--help` and usage errors respond immediately. This module lists the commands and turns
+`lorakit.cli.early`, so that `--help` and usage errors appear immediately. This module lists the commands and turns
 exceptions into messages and exit codes.
 
 Exit codes: 0 success, 1 failure, 2 usage error, 130 interrupted, 141 broken pipe.
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
 
 COMMANDS = {
-    "plan": "Estimate parameters, memory and time of a run.",
+    "plan": "Estimate the parameters, memory and time of a run.",
     "train": "Train an adapter into a run directory.",
-    "eval": "Measure loss and perplexity of a model, with and without adapters.",
+    "eval": "Measure the loss and perplexity of a model, with and without adapters.",
     "generate": "Generate text with a model and its adapters, side by side.",
     "merge": "Merge adapters into a model directory.",
     "combine": "Combine adapters with one of PEFT's eleven methods.",
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code.
 
     Args:
-        argv: Arguments after the program name; None for those of this process.
+        argv: Arguments after the program name; by default, those of this process.
 
     Returns:
         One of the exit codes in the module docstring.

@@ -1,4 +1,4 @@
-"""Shared code for commands that take adapters: flags that override checks, loading, tokenizers, reports.
+"""Shared code for commands that take adapters: override flags, adapter loading, tokenizers and reports.
 
 This module does not depend on what a command does with the adapters.
 """
@@ -39,7 +39,7 @@ class Allowances:
         False
     )
     allow_key_mismatch: Annotated[
-        bool, Parameter(negative=(), help="Load the tensors that fit and skip the others.")
+        bool, Parameter(negative=(), help="Load the tensors that match and skip the others.")
     ] = False
     allow_nonfinite: Annotated[
         bool, Parameter(negative=(), help="Accept an adapter that has NaN or infinite values.")
@@ -76,7 +76,7 @@ def read_adapters(folders: Sequence[str]) -> list[AdapterFiles]:
 
 
 def load_adapters(model: nn.Module, adapters: Sequence[AdapterFiles], allow: Collection[str]) -> list[str]:
-    """Load adapters into a model, those with the largest vocabulary first: only a base without adapters can be resized.
+    """Load adapters into a model, largest vocabulary first, because only a base without adapters can be resized.
 
     Args:
         model: The base.
@@ -104,7 +104,7 @@ def _vocabulary(files: AdapterFiles) -> int:
 
 @contextlib.contextmanager
 def naming_flags() -> Iterator[None]:
-    """Name the flag that overrides a failed check in errors raised within the context.
+    """Add the flag that overrides a failed check to the message of each error raised within the context.
 
     Raises:
         LorakitError: The error raised within the context, with the flag in its message.
@@ -122,7 +122,7 @@ LARGEST_TOKENIZER_BYTES = 256 << 20
 
 
 def copy_tokenizer(adapters: Sequence[AdapterFiles], folder: Path) -> None:
-    """Copy the adapters' tokenizer to the adapter made from them, if all adapters have the same one.
+    """Copy the adapters' tokenizer to the new adapter made from them, if they all have the same one.
 
     Args:
         adapters: The adapters' files.
@@ -148,8 +148,8 @@ def tokenizer_for(source: ModelSource, adapters: Sequence[AdapterFiles]) -> Save
         adapters: The adapters.
 
     Returns:
-        A transformers tokenizer: the adapters' if all saved tokenizers agree or one of them has all tokens of the
-            others and the same chat template, else the model's own.
+        A transformers tokenizer: the adapters' if their saved tokenizers are the same, or if one of them has all tokens
+            of the others and the same chat template; otherwise the model's own.
 
     Raises:
         ModelError: Neither the model nor the adapters have a tokenizer, or the tokenizer cannot be read.
@@ -178,7 +178,7 @@ def _largest(tokenizers: Sequence[SavedTokenizer]) -> SavedTokenizer | None:
 
 
 def report_training_quantization(adapters: Sequence[AdapterFiles], wanted: Quantization | None) -> None:
-    """Print a note for each adapter trained on a differently quantized base; such an adapter works, less exactly.
+    """Print a note for each adapter trained on a differently quantized base, which makes it less accurate.
 
     Args:
         adapters: The adapters.
@@ -191,8 +191,8 @@ def report_training_quantization(adapters: Sequence[AdapterFiles], wanted: Quant
         method = stored.get("method") if isinstance(stored, dict) else None
         if method is not None and (wanted is None or method != wanted.name):
             console.note(
-                f"{files.folder}: trained on a base quantized as {method}, but here the base is {now}; "
-                f"pass --quantization {method} to use the weights from training."
+                f"{files.folder}: trained on a base quantized as {method}, but this base is {now}; "
+                f"pass --quantization {method} to use the same weights as in training."
             )
 
 

@@ -1,4 +1,4 @@
-"""Print answers while they are generated: a single answer as a stream, several in columns or one below the other.
+"""Print answers as they are generated: a single answer as a stream, several in columns or one below another.
 
 This module handles tokens and text; it does not depend on models or adapters.
 """
@@ -101,7 +101,7 @@ def show(answers: Sequence[Answer], stream: Iterable[NewToken], *, quiet: bool =
 
 
 class _Lines:
-    """Word wrapping of text that arrives in pieces.
+    """Word wrapper for text that arrives in pieces.
 
     Args:
         width: Width of the terminal in columns.
@@ -126,11 +126,11 @@ class _Lines:
                 self._word += character
                 is_hangul = "\uac00" <= character <= "\ud7a3"
                 if display_width(self._word) >= self._width or (display_width(character) > 1 and not is_hangul):
-                    out += self.end()  # such as Chinese, which has no spaces and may break anywhere
+                    out += self.end()  # for example, Chinese has no spaces and may break anywhere
         return out
 
     def end(self) -> str:
-        """Return the last word, on a new line if it does not fit."""
+        """Return the last word, on a new line if it does not fit on the current line."""
         if not self._word:
             return ""
         out, taken = self._space + self._word, display_width(self._space + self._word)

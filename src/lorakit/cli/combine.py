@@ -32,7 +32,7 @@ class Flags:
     way: Annotated[
         str,
         Parameter(
-            help="Method: cat (exact; ranks add up), svd (best approximation of a given rank), linear (approximate); "
+            help="Method: cat (exact; ranks add up), svd (best approximation at a given rank), linear (approximate); "
             "ties, dare_ties, dare_linear and magnitude_prune prune A and B separately, or the whole update with the "
             "suffix _svd."
         ),
@@ -42,7 +42,7 @@ class Flags:
     ] = None
     density: Annotated[float | None, Parameter(help="Fraction of values that pruning keeps, in (0, 1].")] = None
     majority_sign: Annotated[
-        str, Parameter(help="Sign that ties keeps: total (the sum's) or frequency (the most common).")
+        str, Parameter(help="Sign that ties methods keep: total (that of the sum) or frequency (the most common).")
     ] = "total"
     clamp: Annotated[
         float | None, Parameter(help="Quantile in (0.5, 1] beyond which svd methods clamp A and B. Default: none.")
@@ -90,7 +90,7 @@ def _weights(flags: Flags) -> list[float]:
     adapters = len(flags.adapter)
     weights = flags.weights or [1.0] * adapters
     if len(weights) != adapters:
-        text = f"--weights has length {len(weights)}, but --adapter has length {adapters}; pass one weight per adapter."
+        text = f"--weights has {len(weights)} values, but --adapter has {adapters}; pass one weight per adapter."
         raise UsageError(text, what=weights, field="weights")
     return weights
 

@@ -25,8 +25,9 @@ def run(
 ) -> None:
     """Compare two adapters: the direction, norm and subspaces of their updates.
 
-    Cosine is 1 for the same direction, -1 for the opposite, 0 for unrelated updates. Overlap is the mean squared cosine
-    of the principal angles between the output (writes) or input (reads) subspaces: 1 if equal, near 0 if unrelated.
+    The cosine is 1 for updates in the same direction, -1 in opposite directions, and 0 if unrelated. The overlap is the
+    mean squared cosine of the principal angles between the output (writes) or input (reads) subspaces: 1 if they are
+    equal, near 0 if unrelated.
     """
     for folder in (first, second):
         check_adapters([folder])
@@ -40,7 +41,7 @@ def run(
 
 
 def _groups(found: Comparison) -> Iterator[dict[str, Any]]:
-    """Yield statistics of the sites, grouped by the last component of the path; norms and overlaps are medians."""
+    """Yield statistics of the sites, grouped by the last component of their path; norms and overlaps are medians."""
     for name, members in by_name(found.sites, lambda site: site.path.rpartition(".")[2]).items():
         cosines = [site.cosine for site in members]
         yield {

@@ -24,7 +24,7 @@ class Flags:
 
     adapter: Annotated[str, Parameter(help="Adapter directory (lorakit or PEFT).")]
     output_dir: Annotated[Path, Parameter(help="Adapter directory to create; must be new or empty.")]
-    rank: Annotated[int | None, Parameter(help="Maximum rank of each site.")] = None
+    rank: Annotated[int | None, Parameter(help="Maximum rank at each site.")] = None
     energy: Annotated[
         float | None,
         Parameter(help="Fraction of each site's energy ‖ΔW‖² to keep, in (0, 1]; 1 drops only zero directions."),

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 JsonFlag = Annotated[bool, Parameter(negative=(), help="Print one JSON document instead of text.")]
 """The type of a command's `json` parameter."""
 
-VerboseFlag = Annotated[bool, Parameter(negative=(), help="Print details as well.")]
+VerboseFlag = Annotated[bool, Parameter(negative=(), help="Print more details.")]
 """The type of a command's `verbose` parameter."""
 
 _RED, _YELLOW, _PLAIN = "\033[31m", "\033[33m", "\033[0m"
@@ -43,7 +43,7 @@ def say(text: str = "") -> None:
 
 
 def inline(text: str) -> str:
-    """Return a name or value from a file as printable text within a line: line feeds and tabs are escaped too."""
+    """Return a name or value from a file as text to print within a line; line feeds and tabs are escaped too."""
     return printable(text, one_line=True)
 
 
@@ -90,12 +90,12 @@ def traceback(exception: Exception) -> None:
 
 
 def emit_json(document: JsonValue) -> None:
-    """Print one JSON document on stdout; NaN and infinity become null, since JSON has neither."""
+    """Print one JSON document on stdout; NaN and infinity become null, since JSON supports neither."""
     print(json.dumps(_finite(document), indent=2, ensure_ascii=True, allow_nan=False))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table of aligned columns under a header and a rule; columns of numbers are right-aligned.
+    """Return a table of aligned columns under a header and a rule; numeric columns are right-aligned.
 
     Args:
         header: One title per column.

@@ -80,7 +80,7 @@ class Findings:
         speed: Measured matmul speed, or None if not measured.
         kernels: Description of the CPU kernels that an accelerated model runs between matmuls.
         cuda_kernels: Device -> description of its CUDA kernels, for one device of each GPU model.
-        kernels_lack: Missing requirements of faster kernels: "compiler" (a C compiler) or "triton".
+        kernels_lack: Missing requirements for faster kernels: "compiler" (a C compiler) or "triton".
     """
 
     machine: Machine
@@ -272,7 +272,7 @@ def _speed_text(speed: Mapping[str, Any] | None) -> str:
 
 
 def _kernels() -> tuple[str, Mapping[str, str], tuple[str, ...]]:
-    """Return the CPU kernels, the CUDA kernels by device, and the missing requirements of faster kernels."""
+    """Return the CPU kernels, the CUDA kernels by device, and the missing requirements for faster kernels."""
     import torch
 
     from lorakit.ops.kernels import compiled, triton

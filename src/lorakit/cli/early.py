@@ -1,6 +1,6 @@
 """Argument checks that need neither torch nor a model, so that usage errors are reported before anything is loaded.
 
-The same conditions are checked again on use, together with those that need torch, a model or the network.
+The same conditions are checked again when the values are used, as are those that need torch, a model or the network.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def check_adapters(folders: Sequence[str]) -> None:
             raise AdapterFileError(f"{given}: is a run directory; pass its adapter, {inside}.", where=given)
         if not folder.is_dir():
             raise AdapterFileError(
-                f"{given}: adapter directory not found; it must hold adapter_config.json.{_similar(folder)}",
+                f"{given}: adapter directory not found; it must contain adapter_config.json.{_similar(folder)}",
                 where=given,
             )
 
@@ -89,7 +89,7 @@ def check_new_directory(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target}: is a file; pass a new directory as --output-dir.", where=target)
     if target.is_dir() and any(target.iterdir()):
-        raise UsageError(f"{target}: is not empty, and nothing is overwritten; pass a new --output-dir.", where=target)
+        raise UsageError(f"{target}: is not empty and will not be overwritten; pass a new --output-dir.", where=target)
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""`lorakit eval`: measure loss and perplexity of a model on data, with and without adapters."""
+"""`lorakit eval`: measure the loss and perplexity of a model on data, with and without adapters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Flags:
     data: Annotated[list[str], Parameter(help="Data files: .txt, .md (documents) or .jsonl.")]
     adapter: Annotated[list[str] | None, Parameter(help="Adapter directories to compare with the base.")] = None
     max_length: Annotated[int, Parameter(help="Maximum sequence length in tokens.")] = DEFAULTS["max_length"].value
-    batch_size: Annotated[int, Parameter(help="Sequences per batch at --max-length; more if they are shorter.")] = (
+    batch_size: Annotated[int, Parameter(help="Sequences of --max-length per batch; more if they are shorter.")] = (
         DEFAULTS["per_device_train_batch_size"].value
     )
     dtype: Annotated[str, Parameter(help="Precision of the base: auto, bfloat16 or float32.")] = "auto"
@@ -39,9 +39,9 @@ def run(
     json: console.JsonFlag = False,
     verbose: console.VerboseFlag = False,
 ) -> None:
-    """Measure loss and perplexity of the base and of each adapter, over all tokens with loss.
+    """Measure the loss and perplexity of the base and of each adapter, over all tokens that contribute to the loss.
 
-    --verbose adds data counts and the reason for the chosen precision.
+    --verbose adds data statistics and the reason for the chosen precision.
     """
     quantization = stored_as(flags.quantization, flags.double_quantization)
     early.check_choice("dtype", flags.dtype, early.RUN_DTYPES)

@@ -30,7 +30,7 @@ class Flags:
     base: Annotated[str, Parameter(help="Base of the fine-tuned model: model directory, Hub id, or smollm2.")]
     tuned: Annotated[str, Parameter(help="Fine-tuned model: model directory or Hub id.")]
     output_dir: Annotated[Path, Parameter(help="Adapter directory to create; must be new or empty.")]
-    rank: Annotated[int | None, Parameter(help="Maximum rank of each site.")] = None
+    rank: Annotated[int | None, Parameter(help="Maximum rank at each site.")] = None
     energy: Annotated[
         float | None, Parameter(help="Fraction of each site's energy to capture, in (0, 1]; ranks may then differ.")
     ] = None
@@ -39,7 +39,9 @@ class Flags:
     ] = None
     target_parameters: Annotated[
         list[str] | None,
-        Parameter(help="Names of parameters such as mlp.experts.down_proj; without --target-modules, only these."),
+        Parameter(
+            help="Names of parameters such as mlp.experts.down_proj; without --target-modules, only these are used."
+        ),
     ] = None
     modules_to_save: Annotated[
         list[str] | None, Parameter(help="Modules to save in full, such as resized embeddings.")
@@ -52,8 +54,8 @@ class Flags:
 def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag = False) -> None:
     """Extract an adapter from a fully fine-tuned model: the best low-rank approximation of each site's change.
 
-    Directories with safetensors are read one weight at a time. The output lists what the adapter does not capture: the
-    energy left out at the sites, and changes outside the sites. Pass --rank or --energy.
+    Directories with safetensors files are read one weight at a time. The output lists what the adapter does not
+    capture: the energy left out at the sites, and changes outside the sites. Pass --rank or --energy.
     """
     check_new_directory(flags.output_dir)
     check_model(flags.base)
@@ -94,7 +96,7 @@ def _read(base: ModelSource, tuned: ModelSource) -> tuple[nn.Module, TensorSourc
         files = core.source_of_folder(base.path_or_id), core.source_of_folder(tuned.path_or_id)
         fused = [name for name, parameter in skeleton.named_parameters() if parameter.ndim > 2]
         if all(source.under([name]) is not None for source in files for name in fused):
-            return skeleton, *files  # else the files store experts separately, and loading fuses them
+            return skeleton, *files  # otherwise, the files store experts separately, and loading fuses them
     models = hub.load_model(base), hub.load_model(tuned)
     return models[0], core.source_of_model(models[0], base.given), core.source_of_model(models[1], tuned.given)
 

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 MAX_PROMPT_BYTES = 64 << 20
 
 WORTHWHILE_TOKENS = 128
-"""Minimum number of tokens for an automatic merge. A merge takes about as long as an unmerged adapter adds to a hundred
-tokens (measured with SmolLM2-135M and rank 16 on all linear layers). Larger models need more tokens to break even,
-because an adapter adds less to them."""
+"""Minimum number of tokens for an automatic merge. A merge takes about as much time as an unmerged adapter adds over a
+hundred tokens (measured with SmolLM2-135M and rank 16 on all linear layers). With larger models, it takes more tokens
+to break even, because an adapter adds relatively less time."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Flags:
     model: Annotated[str, Parameter(help="Model directory, Hub id, or smollm2 (the packaged model).")]
     adapter: Annotated[
         list[str] | None,
-        Parameter(help="Adapter directories. With several, base and adapters answer side by side, in one batch."),
+        Parameter(help="Adapter directories. With several, the base and adapters answer side by side, in one batch."),
     ] = None
     base: Annotated[bool, Parameter(negative=(), help="Show the base's answer next to a single adapter's.")] = False
     prompt: Annotated[
@@ -61,15 +61,15 @@ class Flags:
         Parameter(help="Sampling temperature; 0 selects the most likely token, so answers are reproducible."),
     ] = 0.0
     top_p: Annotated[
-        float, Parameter(help="Sample from the most likely tokens that together reach this probability.")
+        float, Parameter(help="Sample from the smallest set of tokens that reaches this total probability.")
     ] = 1.0
-    top_k: Annotated[int, Parameter(help="Sample from this number of most likely tokens; 0 means all.")] = 0
+    top_k: Annotated[int, Parameter(help="Sample only from this many of the most likely tokens; 0 means all.")] = 0
     seed: Annotated[int, Parameter(help="Sampling seed, the same for every answer.")] = 0
     merged: Annotated[
         bool | None,
         Parameter(
-            help="Merge a single adapter into the base in memory first, which is faster and equal except for rounding. "
-            "Default: merge if that is exact (float32), the base does not answer too, and at least "
+            help="Merge a single adapter into the base in memory first, which is faster and gives the same results up "
+            "to rounding. Default: merge if that is exact (float32), the base does not answer as well, and at least "
             f"{WORTHWHILE_TOKENS} tokens may be generated.",
             show_default=False,
         ),
@@ -89,7 +89,7 @@ def run(
     json: console.JsonFlag = False,
     verbose: console.VerboseFlag = False,
 ) -> None:
-    """Generate text; the answer streams to standard output, everything else goes to standard error.
+    """Generate text; the answer is streamed to standard output, and everything else goes to standard error.
 
     --verbose adds the token count and speed of each answer, and whether the adapter was merged first.
     """
@@ -120,7 +120,7 @@ def run(
     labels = dict(zip((name for name in names if name), folders, strict=True))
     tokens = len(prompts) * flags.max_new_tokens
     merged = write_into_base(model, names, labels, flags.merged, tokens, console.note if verbose else console.quiet)
-    routed = names if core.adapters(model) else None  # a merge leaves no adapter
+    routed = names if core.adapters(model) else None  # after a merge, no adapters are left
     ends, length = end_ids(model, tokenizer), flags.max_new_tokens
     stream = partial(generate_batch, model, max_new_tokens=length, sampling=sampling, eos_ids=ends, adapters=routed)
     results = []
@@ -137,7 +137,7 @@ def run(
 
 
 def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[str]:
-    """Return the prompts of a call: texts, then files, or standard input if there are neither.
+    """Return the prompts: first the texts, then the files, or standard input if there are neither.
 
     Args:
         texts: Prompts.
@@ -206,7 +206,7 @@ def encode_prompts(prompts: list[str], tokenizer: Tokenizer, chat: bool | None, 
 
 
 def end_ids(model: nn.Module, tokenizer: Tokenizer) -> set[int]:
-    """Return the tokens that end an answer, from model, generation config and tokenizer.
+    """Return the ids of tokens that end an answer, from the generation config, the model's config and the tokenizer.
 
     Args:
         model: A transformers model.
@@ -230,7 +230,7 @@ def write_into_base(
     """Merge an adapter into the base permanently if it is the only one to answer and `wanted` allows the merge.
 
     Args:
-        model: The base with its adapters, not used elsewhere; a merge turns it into a plain model.
+        model: The base with its adapters; must not be used elsewhere, since a merge turns it into a plain model.
         names: Names of the adapters that answer; None stands for the base.
         labels: Adapter name -> its directory as given by the user.
         wanted: True to merge, False not to merge, None to merge if the merge is exact and saves time.

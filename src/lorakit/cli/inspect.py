@@ -161,7 +161,7 @@ def _span(values: Sequence[float]) -> str:
 def _base(summary: AdapterSummary) -> str:
     named = summary.config.base_model_name_or_path or summary.facts.get("base_name") or "no name"
     if summary.base is None:
-        return f"{named}; no fingerprint, so another base with the same shapes is not detected"
+        return f"{named}; no fingerprint, so another base with the same shapes would not be detected"
     known = summary.base
     return f"{named} ({known.architecture}, {known.parameters:,} parameters, {known.dtype})"
 

@@ -27,13 +27,13 @@ class Flags:
     """The flags of the command."""
 
     model: Annotated[str, Parameter(help="Model directory, Hub id, or smollm2 (the packaged model).")]
-    adapter: Annotated[list[str], Parameter(help="Adapter directories; the updates of several are added.")]
+    adapter: Annotated[list[str], Parameter(help="Adapter directories; the updates of several adapters are summed.")]
     output_dir: Annotated[Path, Parameter(help="Model directory to create; must be new or empty.")]
     dtype: Annotated[
         str,
         Parameter(
             help="Precision of the written weights: auto (the base's), bfloat16, float16 or float32. The merge is "
-            "computed in float32; float32 keeps small updates exactly, at twice the size."
+            "computed in float32; writing float32 keeps small updates exactly, at twice the size."
         ),
     ] = "auto"
     quantization: Annotated[
@@ -62,9 +62,9 @@ def run(
 ) -> None:
     """Merge adapters into a model directory that any program can load.
 
-    The result is reloaded and compared with base and adapters, and kept only if they agree. The output records the
-    merged adapters, so that lorakit does not apply them twice. --verbose adds the steps and the sites with the largest
-    rounding loss.
+    The result is reloaded and compared with the unmerged base and adapters, and is kept only if their outputs agree.
+    The output directory records the merged adapters, so that lorakit does not apply them twice. --verbose adds the
+    steps and the sites with the largest rounding loss.
     """
     check_choice("dtype", flags.dtype, MODEL_DTYPES)
     check_new_directory(flags.output_dir)
@@ -100,7 +100,7 @@ def merge_warnings(done: Merged, probe: Probe) -> list[str]:
 
     Args:
         done: The result of the merge.
-        probe: The comparison with base and adapters.
+        probe: The comparison with the unmerged base and adapters.
     """
     found = []
     if done.report.retained < LITTLE_RETAINED:
@@ -110,9 +110,9 @@ def merge_warnings(done: Merged, probe: Probe) -> list[str]:
         )
     if probe.max_difference > LARGE_DIFFERENCE * probe.effect:
         found.append(
-            f"the merged model's logits differ from those of base and adapters by up to {probe.max_difference:.2g}, "
+            f"the merged model's logits differ from those of the unmerged model by up to {probe.max_difference:.2g}, "
             f"while the adapters change the base's logits by up to {probe.effect:.2g}, so most of their effect is "
-            "lost. --dtype float32 may keep it."
+            "lost. --dtype float32 may preserve it."
         )
     if not done.has_tokenizer:
         found.append("neither the model nor the adapters have a tokenizer, so none was written.")
@@ -133,7 +133,7 @@ def _text(request: MergeRequest, done: Merged, probe: Probe, verbose: bool) -> s
     lines = [
         f"{done.folder}: {done.parameters:,} parameters, {format_bytes(done.weights_bytes)} in {done.dtype}",
         f"merged     {' + '.join(request.folders)} at {format_count(len(done.report.sites), 'site')}",
-        f"checked    same top token as base and adapters at {format_percent(probe.same_top, 0)} of positions; "
+        f"checked    same top token as the unmerged model at {format_percent(probe.same_top, 0)} of positions; "
         f"logits differ by up to {probe.max_difference:.2g} (allowed {probe.tolerance:.2g}), adapters change them "
         f"by up to {probe.effect:.2g}",
         f"retained   {retained} of the update on average, after rounding to {done.dtype}",

@@ -1,7 +1,7 @@
-"""Merge a base and adapters into a plain model directory, which is verified by loading it before it is published.
+"""Merge adapters into a base and write a plain model directory, which is verified before it is published.
 
-Weights are merged site by site in fp32 or wider (`lorakit.core`). The directory is then loaded, and the logits must
-match those of base and adapters. This module does not depend on flags or the terminal.
+Weights are merged site by site in fp32 or wider (`lorakit.core`). The directory is then loaded, and its logits must
+match those of the unmerged base and adapters. This module does not depend on flags or the terminal.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class MergeRequest:
         adapters: The adapters' files, in order.
         folders: Adapter directories as given by the user.
         target: The directory to create.
-        dtype: "auto" (the base's) or a name of `hub.models.DTYPES`.
+        dtype: "auto" (the base's) or a name in `hub.models.DTYPES`.
         untie: Whether to give a site that shares its weight a separate copy.
         allow: Checks of `core.load_adapter` to override.
-        quantization: Quantization of the base in training, or None.
+        quantization: Quantization of the base during training, or None.
     """
 
     source: hub.ModelSource
@@ -72,10 +72,10 @@ class MergeRequest:
 
 @dataclass(frozen=True)
 class Probe:
-    """Comparison of the merged directory with base and adapters on a few tokens.
+    """Comparison of the merged model with the unmerged base and adapters on a few tokens.
 
     Attributes:
-        max_difference: Largest difference of a logit.
+        max_difference: Largest difference in a logit.
         tolerance: Largest allowed difference.
         dtype: Dtype of the computation.
         effect: Largest change that the adapters make to a logit of the base, for comparison.
@@ -97,7 +97,7 @@ class Merged:
         folder: The merged model's directory.
         dtype: Dtype of the weights.
         parameters: Number of parameters; shared ones count once.
-        weights_bytes: Size of the safetensors files.
+        weights_bytes: Size of the safetensors files in bytes.
         untied: Whether input and output embeddings were untied.
         has_tokenizer: Whether a tokenizer was written.
         report: Merge statistics of each site.
@@ -113,7 +113,7 @@ class Merged:
 
 
 def write_merged(request: MergeRequest, say: Callable[[str], None]) -> tuple[Merged, Probe]:
-    """Merge and write a model directory, which is published complete and verified, or not at all.
+    """Merge and write a model directory, which is published only if it is complete and verified.
 
     Args:
         request: Specification of the merge.
@@ -123,19 +123,19 @@ def write_merged(request: MergeRequest, say: Callable[[str], None]) -> tuple[Mer
         The result and the comparison.
 
     Raises:
-        MergeError: An adapter cannot be merged, or the logits of the directory differ from base and adapters.
+        MergeError: An adapter cannot be merged, or the merged model's logits differ too much from the original ones.
         DiskError: Writing failed.
         LorakitError: The model or an adapter cannot be used.
     """
     with publish_directory(request.target) as folder:  # first, to detect an unwritable disk early
         tokenizer = _tokenizer(request)
         computing = probe_dtype(request.source)
-        say(f"Computing logits of base and adapters in {computing}.")
+        say(f"Computing the logits of the base and adapters in {computing}.")
         expected = _expected_logits(request, computing)
         say("Merging.")
         done = _merge_into(request, folder, tokenizer)
         gc.collect()  # avoids holding the merged and the reloaded model in memory at once
-        say("Loading the merged model and comparing.")
+        say("Loading the merged model and comparing its logits.")
         again = hub.load_model(hub.ModelSource("directory", str(request.target), str(folder), None, ""), computing)
         probe = compare(expected, _logits(again, _probe_ids(again), []), done.dtype)
         write_json(folder / RECORD_FILE, record(request, done, probe))
@@ -150,11 +150,11 @@ def probe_dtype(source: hub.ModelSource) -> str:
 
 @dataclass(frozen=True)
 class Expected:
-    """Logits of base and adapters on the probe.
+    """Logits of the unmerged base and adapters on the probe tokens.
 
     Attributes:
-        base: Logits of the base alone, (tokens, vocabulary).
-        adapted: Logits of base and adapters, (tokens, vocabulary).
+        base: Logits of the base alone, shape (tokens, vocabulary).
+        adapted: Logits of the base with its adapters, shape (tokens, vocabulary).
         dtype: Dtype of the computation.
         noise: Numerical error of a quantized base's matmuls, in standard deviations of the logits.
     """
@@ -166,11 +166,11 @@ class Expected:
 
 
 def compare(expected: Expected, merged: Tensor, dtype: str) -> Probe:
-    """Compare a merged model with base and adapters.
+    """Compare a merged model with the unmerged base and adapters.
 
     Args:
-        expected: Logits of base and adapters.
-        merged: Logits of the merged model, (tokens, vocabulary), computed in the same dtype.
+        expected: Logits of the unmerged base and adapters.
+        merged: Logits of the merged model, shape (tokens, vocabulary), computed in the same dtype.
         dtype: Dtype of the merged weights.
 
     Returns:
@@ -184,7 +184,7 @@ def compare(expected: Expected, merged: Tensor, dtype: str) -> Probe:
     tolerance = (ROUNDING.get(dtype, 0.0) + NOISE.get(expected.dtype, 0.001) + expected.noise) * float(adapted.std())
     if not difference <= tolerance:  # also true for NaN
         raise MergeError(
-            f"The merged model differs from base and adapters: on {len(adapted)} tokens logits differ by up to "
+            f"The merged model differs from the unmerged one: on {len(adapted)} tokens, its logits differ by up to "
             f"{difference:.3g}; rounding to {dtype} explains at most {tolerance:.3g}. Nothing was written; try "
             "--dtype float32.",
             field="dtype",
@@ -305,7 +305,7 @@ class EmbeddingModel(Protocol):
 
 
 def _untie_config(model: EmbeddingModel) -> bool:
-    """Return whether a merge untied the embeddings; if so, record it in the config, or loading would tie them again."""
+    """Return whether a merge untied the embeddings; if so, record it in the config, so they stay untied."""
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
     tied = getattr(model.config, "tie_word_embeddings", False)
     if not tied or inner is None or outer is None or inner.weight is outer.weight:
@@ -315,7 +315,7 @@ def _untie_config(model: EmbeddingModel) -> bool:
 
 
 def _probe_ids(model: torch.nn.Module) -> Tensor:
-    """Return the token ids of the comparison, (1, tokens): the same for every model with this vocabulary size."""
+    """Return the token ids for the comparison, shape (1, tokens); the same for equal vocabulary sizes."""
     length = min(PROBE_TOKENS, context_tokens(model) or PROBE_TOKENS)
     return torch.randint(vocabulary_of(model), (1, length), generator=torch.Generator().manual_seed(0))
 
@@ -323,7 +323,7 @@ def _probe_ids(model: torch.nn.Module) -> Tensor:
 def _logits(model: torch.nn.Module, ids: Tensor, names: Sequence[str]) -> Tensor:
     """Return the logits of the model with the named adapters, or of the base if `names` is empty.
 
-    The result is fp32, (tokens, vocabulary).
+    The result has dtype float32 and shape (tokens, vocabulary).
     """
     with torch.no_grad():
         if not core.adapters(model):

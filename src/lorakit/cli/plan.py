@@ -1,7 +1,7 @@
 """`lorakit plan`: estimate the parameters, memory and time of a run.
 
-`lorakit.plan` makes the estimate; this module converts flags to its arguments. Torch is loaded only to measure speed or
-to read a model directory.
+`lorakit.plan` makes the estimate; this module converts flags into its arguments. Torch is loaded only to measure speed
+or to read a model directory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class AdapterFlags:
     target_modules: Annotated[list[str] | None, _flag("target_modules")] = None
     target_parameters: Annotated[
         list[str] | None,
-        Parameter(help="Names of parameters such as mlp.experts.down_proj; without --target-modules, only these."),
+        Parameter(
+            help="Names of parameters such as mlp.experts.down_proj; without --target-modules, only these are adapted."
+        ),
     ] = None
     exclude_modules: Annotated[list[str] | None, Parameter(help="Names of modules to leave out. Default: none.")] = None
     modules_to_save: Annotated[
@@ -97,13 +99,13 @@ class JobFlags:
     dtype: Annotated[
         str,
         Parameter(
-            help="Precision of the base: auto, bfloat16 or float32. Default auto: chosen by measuring this machine (as "
-            "in `lorakit train`), or the published model's precision if nothing is measured."
+            help="Precision of the base: auto, bfloat16 or float32. Default: auto, which measures this machine (as in "
+            "`lorakit train`), or uses the published model's precision if nothing is measured."
         ),
     ] = "auto"
-    max_steps: Annotated[int | None, Parameter(help="Optimizer steps of the run. Default: no time estimate.")] = None
+    max_steps: Annotated[int | None, Parameter(help="Number of optimizer steps. Default: no time estimate.")] = None
     tokens: Annotated[
-        int | None, Parameter(help="Tokens to train on, instead of --max-steps; rounded up to whole steps.")
+        int | None, Parameter(help="Number of tokens to train on, instead of --max-steps; rounded up to whole steps.")
     ] = None
     tokens_per_second: Annotated[
         float | None, Parameter(help="Training speed as printed by a run, instead of a measurement.")
@@ -112,8 +114,8 @@ class JobFlags:
         bool | None,
         Parameter(
             negative="--no-calibrate",
-            help="Measure this machine (two seconds; loads torch). Default: only if --max-steps or --tokens requests "
-            "a time and --tokens-per-second is not given.",
+            help="Measure this machine (takes two seconds; loads torch). Default: only if --max-steps or --tokens "
+            "requests a time estimate and --tokens-per-second is not given.",
         ),
     ] = None
 
@@ -134,11 +136,11 @@ def run(
     adapter: Annotated[AdapterFlags, Parameter(name="*", show_default=False)] = _ADAPTER,
     job: Annotated[JobFlags, Parameter(name="*", show_default=False)] = _JOB,
 ) -> None:
-    """Estimate parameters, memory and time of a run; no weights are loaded.
+    """Estimate the parameters, memory and time of a run; no weights are loaded.
 
-    MODEL is looked up as a path, then as smollm2, a name in the catalog (gpt2, meta-llama/Llama-3.2-1B, ...) and a Hub
-    id. --max-steps or --tokens adds a time estimate, based on --tokens-per-second or on a measurement of about two
-    seconds. --verbose adds the derivation of the counts, formulas, FLOPs and notes.
+    MODEL is looked up as a path, then as smollm2, then as a name in the catalog (gpt2, meta-llama/Llama-3.2-1B, ...),
+    and finally as a Hub id. --max-steps or --tokens adds a time estimate, based on --tokens-per-second or on a
+    measurement that takes about two seconds. --verbose adds the derivation of the counts, formulas, FLOPs and notes.
     """
     config, columns = adapter.config(), _ranks(ranks)
     check_model(model)
@@ -202,7 +204,7 @@ def _machine(job: JobFlags, dtype: str, steps: int | None) -> tuple[str, Speed |
 
 
 def _steps(job: JobFlags, wanted: Job) -> int | None:
-    """Return the optimizer steps of the run, from either flag."""
+    """Return the number of optimizer steps of the run, from --max-steps or --tokens."""
     for name, value in (("max_steps", job.max_steps), ("tokens", job.tokens)):
         if value is not None:
             check_at_least(name, value, 1)
@@ -224,5 +226,5 @@ def _ranks(words: Sequence[str] | None) -> list[int]:
 
 
 def _words(names: list[str] | None) -> list[str] | str | None:
-    """Convert a list with the single entry all-linear to that string."""
+    """Convert a list whose only entry is all-linear to that string."""
     return "all-linear" if names is not None and [name.lower() for name in names] == ["all-linear"] else names

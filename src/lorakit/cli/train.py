@@ -1,7 +1,7 @@
 """`lorakit train`: train an adapter.
 
 The flags are generated from the table of settings; `lorakit.train` defines their effect. Paths on the command line are
-checked before the other settings, because checking those loads pydantic.
+checked before the other settings, because checking the other settings loads pydantic.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorakit.train.defaults import DEFAULTS
 
 
 def _flags() -> type:
-    """Return a dataclass with one flag per setting; None means not given, so the config file or the default applies."""
+    """Return a dataclass with one flag per setting; a flag is None if not given, so the file or default applies."""
     fields = [
         (name, Annotated[(row.flag or type(row.value)) | None, Parameter(help=row.help())], field(default=None))
         for name, row in DEFAULTS.items()
@@ -36,7 +36,7 @@ _NONE_GIVEN = Flags()
 def run(
     *,
     config: Annotated[
-        Path | None, Parameter(help="YAML file of settings, named like flags; flags override it.")
+        Path | None, Parameter(help="YAML file of settings with the same names as the flags; flags override it.")
     ] = None,
     json: console.JsonFlag = False,
     verbose: console.VerboseFlag = False,
@@ -74,7 +74,7 @@ def run(
 
 
 def _check(settings: Mapping[str, Any]) -> None:
-    """Check the paths of run directory, data and model that are set, without importing pydantic or torch."""
+    """Check the given run directory, data and model paths without importing pydantic or torch."""
     folder = Path(settings["output_dir"] or "")
     if settings["output_dir"] is not None and folder.is_dir() and not settings["resume"] and not settings["overwrite"]:
         from lorakit.report import RUN_FILE

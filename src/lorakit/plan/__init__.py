@@ -1,8 +1,8 @@
 """Estimate the cost of a run before it starts, from the model's shape alone.
 
-A plan has exact trainable counts and their derivation, memory by cause, FLOPs, time and sizes on disk, compared with
-full fine-tuning. Shapes come from `catalogue` or from `lorakit.hub`. This package does not import torch, read models or
-measure machines.
+A plan gives the exact number of trainable parameters and how it is derived, memory by cause, FLOPs, time and sizes on
+disk, compared with full fine-tuning. Shapes come from `catalogue` or from `lorakit.hub`. This package does not import
+torch, load models or measure speed.
 """
 
 from lorakit.architectures.shapes import ModelShape, PlainShape, SiteShape

@@ -1,8 +1,8 @@
 """Activation memory of layers accelerated by `lorakit.speed.accelerate`.
 
-A decoder layer has two sublayers: norm, attention, residual; and norm, feed-forward, residual. If everything in a
-sublayer is plain, it runs as one autograd function; otherwise it runs the model's own forward and saves what
-`activations` computes. This module does not depend on model families.
+A decoder layer has two sublayers: norm, attention, residual; and norm, feed-forward, residual. If all its
+matmuls are plain (see `fused`), a sublayer runs as one autograd function; otherwise, it runs the model's own forward
+pass, and `activations` computes what it saves. This module does not depend on model families.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ SUBLAYERS = {"self_attn": "attention", "attn": "attention", "mlp": "feed-forward
 """Name of a decoder layer's child module -> the sublayer that contains it."""
 
 FLASH_FROM = 2048
-"""Minimum row length in tokens at which attention on a CPU saves its output and one value per head and token."""
+"""Minimum row length, in tokens, for attention on a CPU to save its output and one value per head and token."""
 
 CHUNK_ROWS, CHUNK_BYTES = 256, 48 << 20
-"""Maximum rows and bytes of logits that exist at once on a CPU."""
+"""Maximum number of rows, and of bytes, of logits that exist at once on a CPU."""
 
 INNER = ("gate_proj", "up_proj", "c_fc")
 """Names of the feed-forward sites that read the norm's output."""
@@ -41,14 +41,14 @@ def sublayer_of(path: str) -> str | None:
 
 
 def fused(shape: ModelShape, counted: Count, quantized: bool) -> frozenset[tuple[str, str]]:
-    """Return every (block, sublayer) that is fused.
+    """Return all (block, sublayer) pairs that are fused.
 
-    A sublayer is fused if its matmuls are plain: no variant such as DoRA, no bias of B, no bare parameter, no saved
-    module, no trained bias and no quantized weight.
+    A sublayer is fused if its matmuls are plain: no variants such as DoRA, no bias on B, no bare parameters, no saved
+    modules, no trained biases and no quantized weights.
 
     Args:
-        shape: The base, from a known family.
-        counted: The adapter.
+        shape: Shape of the base, from a known family.
+        counted: The adapter's parameter counts.
         quantized: Whether the base is quantized.
     """
     if quantized or counted.biases:
@@ -64,24 +64,24 @@ def fused(shape: ModelShape, counted: Count, quantized: bool) -> frozenset[tuple
 
 
 def norm(shape: ModelShape, job: Job) -> int:
-    """Return the bytes that a norm saves per token: input, and one value (RMS) or two (mean, std). [docs/math.md (29)]
+    """Return the bytes that a norm saves per token: its input and either rms, or mean and std. [docs/math.md (29)]
 
     Args:
-        shape: The model.
-        job: The job; determines the dtype.
+        shape: Shape of the model.
+        job: The job, which sets the dtype.
     """
     return job.dtype_bytes * shape.hidden + (_FP32 if shape.gated else 2 * _FP32)
 
 
 def sublayer_bytes(shape: ModelShape, sites: Sequence[SiteCount], name: str, dropout: float, job: Job) -> int:
-    """Return the bytes that a fused sublayer saves, without its norm. [docs/math.md (29)]
+    """Return the number of bytes that a fused sublayer saves, excluding its norm. [docs/math.md (29)]
 
     Args:
-        shape: The model.
+        shape: Shape of the model.
         sites: The adapter's sites in this sublayer of one block.
         name: "attention" or "feed-forward".
-        dropout: `lora_dropout`.
-        job: The job; determines batch, length and dtype.
+        dropout: Value of `lora_dropout`.
+        job: The job, which sets the batch size, row length and dtype.
     """
     itemsize, tokens = job.dtype_bytes, job.batch_tokens
     if name == "attention":
@@ -102,27 +102,28 @@ def sublayer_bytes(shape: ModelShape, sites: Sequence[SiteCount], name: str, dro
 
 
 def separate_input(shape: ModelShape, sites: Sequence[SiteCount], job: Job) -> int:
-    """Return the bytes of the input that a feed-forward saves if its norm is not fused and an A or a recomputed matmul
-    needs that input.
+    """Return the size in bytes of the input that a fused feed-forward saves if its norm is not fused.
+
+    The size is 0 if neither a factor A nor a recomputed matmul needs the input.
 
     Args:
-        shape: The model.
+        shape: Shape of the model.
         sites: The adapter's sites in the feed-forward of one block.
-        job: The job; determines batch, length and dtype.
+        job: The job, which sets the batch size, row length and dtype.
     """
     needed = job.recompute == "feed-forward" or any(_reads_norm(site) and site.frozen_factor != "A" for site in sites)
     return job.dtype_bytes * job.batch_tokens * shape.hidden if needed else 0
 
 
 def transient(shape: ModelShape, job: Job) -> int:
-    """Return the bytes of gradients that exist at once in a fused layer's backward pass. [docs/math.md (29)]
+    """Return the size in bytes of gradients that exist at once in a fused layer's backward pass. [docs/math.md (29)]
 
-    They are the gradients of the residual stream before and after, of the norm's output, and of either gate and up or
-    q, k, v and the attention output.
+    They are the gradients of the residual stream before and after the sublayer, of the norm's output, and of either
+    gate and up or q, k, v and the attention output.
 
     Args:
-        shape: The model.
-        job: The job; determines batch, length and dtype.
+        shape: Shape of the model.
+        job: The job, which sets the batch size, row length and dtype.
     """
     inner = _inner(shape)
     heads = 2 * shape.query_width + 2 * shape.kv_width
@@ -130,12 +131,12 @@ def transient(shape: ModelShape, job: Job) -> int:
 
 
 def recomputed_bytes(shape: ModelShape, fused: frozenset[tuple[str, str]], job: Job) -> int:
-    """Return the bytes of gate and up while the backward pass of a layer recomputes them. [docs/math.md (85)]
+    """Return the size in bytes of gate and up while the backward pass of a layer recomputes them. [docs/math.md (85)]
 
     Args:
-        shape: The model.
-        fused: Every fused (block, sublayer).
-        job: The job; determines batch, length, dtype and recomputation.
+        shape: Shape of the model.
+        fused: All fused (block, sublayer) pairs.
+        job: The job, which sets the batch size, row length, dtype and recomputation.
     """
     any_is = job.recompute == "feed-forward" and any(sublayer == "feed-forward" for _, sublayer in fused)
     return job.dtype_bytes * job.batch_tokens * _inner(shape) if any_is else 0
@@ -147,10 +148,10 @@ def recomputed_flops(shape: ModelShape, counted: Count, fused: frozenset[tuple[s
     The results of matmuls with A are saved; matmuls with B are recomputed.
 
     Args:
-        shape: The model.
-        counted: The adapter.
-        fused: Every fused (block, sublayer).
-        job: The job; determines what is recomputed.
+        shape: Shape of the model.
+        counted: The adapter's parameter counts.
+        fused: All fused (block, sublayer) pairs.
+        job: The job, which sets what is recomputed.
     """
     if job.recompute != "feed-forward":
         return 0.0
@@ -163,12 +164,13 @@ def recomputed_flops(shape: ModelShape, counted: Count, fused: frozenset[tuple[s
 
 
 def skips_logits(shape: ModelShape, counted: Count) -> bool:
-    """Return whether the loss is computed without logits: the head is neither trained nor adapted, and not tied to a
-    trained table.
+    """Return whether the loss is computed without storing all logits.
+
+    This requires a head that is neither trained nor adapted, and not tied to a trained table.
 
     Args:
-        shape: The model.
-        counted: The adapter.
+        shape: Shape of the model.
+        counted: The adapter's parameter counts.
     """
     head = next((s for s in shape.sites if not s.dense and s.kind != EMBEDDING and s.out_features == shape.vocab), None)
     if head is None:
@@ -178,32 +180,32 @@ def skips_logits(shape: ModelShape, counted: Count) -> bool:
 
 
 def chunk_rows(shape: ModelShape, job: Job) -> int:
-    """Return how many rows of logits exist at once: a multiple of 16 up to 256, within 48 MiB. [docs/math.md (35)]
+    """Return how many rows of logits exist at once: a multiple of 16, at most 256 or 48 MiB. [docs/math.md (35)]
 
     Args:
-        shape: The model.
-        job: The job; determines dtype and batch.
+        shape: Shape of the model.
+        job: The job, which sets the dtype and batch size.
     """
     fitting = CHUNK_BYTES // (shape.vocab * job.dtype_bytes) // 16 * 16
     return min(max(fitting, 16), CHUNK_ROWS, job.batch_tokens)
 
 
 def loss_bytes(shape: ModelShape, job: Job) -> int:
-    """Return the bytes that the loss saves: the gradient of the hidden states, and indices of rows with loss.
-    [docs/math.md (35)]
+    """Return the number of bytes that the loss saves: the gradient of the hidden states, and the indices of rows that
+    contribute to the loss. [docs/math.md (35)]
 
     Args:
-        shape: The model.
-        job: The job; every token of a batch is assumed to have a loss.
+        shape: Shape of the model.
+        job: The job; every token in a batch is assumed to contribute to the loss.
     """
     return job.batch_tokens * (job.dtype_bytes * shape.hidden + _INDEX)
 
 
 def _inner(shape: ModelShape) -> int:
-    """Return the elements per token in the outputs of the first matmuls of a feed-forward."""
+    """Return the number of elements per token in the outputs of a feed-forward's first matmuls."""
     return shape.intermediate * (2 if shape.gated else 1)
 
 
 def _reads_norm(site: SiteCount) -> bool:
-    """Return whether a site reads the output of the norm rather than that of attention or the activation."""
+    """Return whether a site reads the output of the norm, rather than of attention or the activation function."""
     return site.path.rpartition(".")[2] in (*INNER, "q_proj", "k_proj", "v_proj", "c_attn")

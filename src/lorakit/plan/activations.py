@@ -1,8 +1,9 @@
-"""Activation memory: the tensors that the forward pass saves for backward, derived block by block.
+"""Activation memory: the tensors that the forward pass saves for the backward pass, derived block by block.
 
-The values of three families are exact: the tests count saved tensors with `torch.autograd.graph.saved_tensors_hooks`.
-Any other architecture is estimated as the most similar family, which a note in the plan states. A frozen linear layer
-does not save its input; a factor A does. `memory` handles tensors over the whole vocabulary.
+The values are exact for three model families: the tests count saved tensors with
+`torch.autograd.graph.saved_tensors_hooks`. Any other architecture is estimated as if it belonged to the most similar
+family, and a note in the plan mentions this. A frozen linear layer does not save its input; a trainable factor A does.
+`memory` handles vocabulary-sized tensors.
 """
 
 from __future__ import annotations
@@ -23,23 +24,23 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("ga
 """Sites of a block that read the same tensor, which is saved only once."""
 
 ATTENTION_OUTPUTS = ("o_proj", "attn.c_proj", "attention.output.dense")
-"""Sites whose input the fused attention saves anyway."""
+"""Sites whose input is saved by fused attention anyway."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Activation memory of the blocks of some architectures.
+    """Activation memory of the blocks in a family of architectures.
 
     Attributes:
-        name: Name in the plan.
-        architectures: Transformers classes that compute this way, checked by the tests.
-        norm: (width, bytes per element) -> bytes per token that one of a block's two norms saves.
-        sublayers: Sublayer ("attention", "feed-forward") -> function (shape, job) -> bytes that the sublayer saves,
-            without its norm and regardless of the adapter.
+        name: Name shown in the plan.
+        architectures: Transformers classes that save these tensors, as verified by the tests.
+        norm: (width, bytes per element) -> bytes per token that each of a block's two norms saves.
+        sublayers: Name ("attention" or "feed-forward") -> function (shape, job) -> bytes that the sublayer saves,
+            excluding its norm and anything that the adapter adds.
         last_norm: (width, bytes per element) -> bytes per token that the norm before the head saves.
         trained_norms: (width, bytes per element) -> additional bytes per token that the norms of a block save if their
             weights are trained.
-        is_fast: Whether `lorakit.speed.accelerate` has fused forwards for the sublayers.
+        is_fast: Whether `lorakit.speed.accelerate` has fused forward passes for the sublayers.
     """
 
     name: str
@@ -51,11 +52,11 @@ class Family:
     is_fast: bool
 
     def block(self, shape: ModelShape, job: Job) -> int:
-        """Return the bytes that one block saves regardless of the adapter.
+        """Return the number of bytes that one block saves, excluding anything that the adapter adds.
 
         Args:
-            shape: The model.
-            job: The job; determines batch, length and dtype.
+            shape: Shape of the model.
+            job: The job, which sets the batch size, row length and dtype.
         """
         norms = 2 * job.batch_tokens * self.norm(shape.hidden, job.dtype_bytes)
         return norms + sum(kept(shape, job) for kept in self.sublayers.values())
@@ -63,17 +64,17 @@ class Family:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes saved for backward by one batch.
+    """Memory that one batch saves for the backward pass.
 
     Attributes:
         family: The family used for the estimate.
         is_known: Whether the architecture belongs to the family; if not, the values are an estimate.
-        blocks: Bytes of all blocks.
-        largest_block: Bytes of the block that saves the most.
+        blocks: Bytes saved by all blocks.
+        largest_block: Bytes saved by the block that saves the most.
         outside: Bytes saved before the first and after the last block.
-        boundary: Bytes of one block's input.
+        boundary: Size of one block's input in bytes.
         blocks_kept: Number of blocks that save anything: the first adapted block and all later ones.
-        transient: Bytes of gradients that exist at once during the backward pass of one block.
+        transient: Size in bytes of the gradients that exist at once during one block's backward pass.
         fused: Number of fused sublayers, out of `of_blocks`.
         of_blocks: Number of sublayers that save anything, or 0 if none can be fused.
     """
@@ -91,21 +92,21 @@ class Activations:
 
 
 def _rms_norm(width: int, _: int) -> int:
-    """Return the bytes of the input in fp32 (a copy if the model is bf16) and one rstd per token."""
+    """Return the bytes saved per token: the input in fp32 (a copy if the model is in bf16) and one rstd value."""
     return _FP32 * width + _FP32
 
 
 def _layer_norm(width: int, itemsize: int) -> int:
-    """Return the bytes of input, mean and rstd, in the model's dtype."""
+    """Return the bytes saved per token: the input, mean and rstd, all in the model's dtype."""
     return itemsize * (width + 2)
 
 
 def _attention(shape: ModelShape, job: Job) -> int:
-    """Return the bytes that scaled dot-product attention saves on a CPU.
+    """Return the number of bytes that scaled dot-product attention saves on a CPU.
 
-    The fused kernel saves q, k, v, the output, and a log-sum-exp in fp32. With attention dropout, the math path saves
-    scaled q, scaled k, v, and three maps of rows × heads × T² (probabilities, dropout mask and their product), all in
-    fp32.
+    The fused kernel saves q, k, v, the output, and the log-sum-exp in fp32. With attention dropout, the math path saves
+    scaled q, scaled k, v, and three maps of size rows × heads × T² (probabilities, dropout mask and their product), all
+    in fp32.
     """
     tokens, itemsize = job.batch_tokens, job.dtype_bytes
     if shape.dropouts.get("attention"):
@@ -115,29 +116,29 @@ def _attention(shape: ModelShape, job: Job) -> int:
 
 
 def _llama_attention(shape: ModelShape, job: Job) -> int:
-    """Return the bytes of attention and, in Qwen3, of the norm per head; rotary embeddings save nothing per block."""
+    """Return the bytes saved by attention and, in Qwen3, the per-head norms; rotary embeddings add none per block."""
     normed = any(o.path.endswith("q_norm") for o in shape.others)
     per_token = _FP32 * (shape.query_width + shape.kv_width + shape.heads + shape.kv_heads) if normed else 0
     return job.batch_tokens * per_token + _attention(shape, job)
 
 
 def _swiglu(shape: ModelShape, job: Job) -> int:
-    """Return the bytes of gate, silu(gate) and up."""
+    """Return the number of bytes saved for gate, silu(gate) and up."""
     return job.batch_tokens * 3 * job.dtype_bytes * shape.inner_width
 
 
 def _dropping_attention(shape: ModelShape, job: Job) -> int:
-    """Return the bytes of attention and of the dropout mask that follows."""
+    """Return the number of bytes saved by attention and by the dropout that follows it."""
     return _attention(shape, job) + _noise(shape, job)
 
 
 def _tanh_gelu(shape: ModelShape, job: Job) -> int:
-    """Return the bytes of x, x/2, tanh and 1 + tanh, and of the dropout mask that follows."""
+    """Return the number of bytes saved for x, x/2, tanh and 1 + tanh, and by the dropout at the end."""
     return 4 * job.batch_tokens * job.dtype_bytes * shape.intermediate + _noise(shape, job)
 
 
 def _gelu(shape: ModelShape, job: Job) -> int:
-    """Return the bytes of the input of a fused GELU, and of the dropout mask that follows."""
+    """Return the number of bytes saved for the input of a fused GELU, and by the dropout at the end."""
     return job.batch_tokens * job.dtype_bytes * shape.intermediate + _noise(shape, job)
 
 
@@ -179,8 +180,8 @@ def family_of(shape: ModelShape) -> tuple[Family, bool]:
     """Return the family of an architecture, and whether the architecture belongs to it.
 
     Args:
-        shape: The model. An unknown one counts as Llama-like if its MLP is gated, else as GPT-2-like if it is causal,
-            else as BERT-like.
+        shape: Shape of the model. An unknown architecture counts as Llama-like if its MLP is gated, otherwise as
+            GPT-2-like if it is causal, and otherwise as BERT-like.
     """
     for family in FAMILIES:
         if shape.architecture in family.architectures:
@@ -194,19 +195,19 @@ def packs(shape: ModelShape) -> bool:
     """Return whether accelerated batches of this model can be packed. [docs/math.md (36)]
 
     Args:
-        shape: The model.
+        shape: Shape of the model.
     """
     family, is_known = family_of(shape)
     return is_known and family.is_fast
 
 
 def fused_sublayers(shape: ModelShape, counted: Count, job: Job) -> frozenset[tuple[str, str]]:
-    """Return every (block, sublayer) that is fused in a job.
+    """Return all (block, sublayer) pairs that are fused in a job.
 
     Args:
-        shape: The base.
-        counted: The adapter's sites.
-        job: The job; determines acceleration and quantization.
+        shape: Shape of the base.
+        counted: The adapter's parameter counts.
+        job: The job, which sets acceleration and quantization.
     """
     if not (job.accelerated and packs(shape)):
         return frozenset()
@@ -214,13 +215,15 @@ def fused_sublayers(shape: ModelShape, counted: Count, job: Job) -> frozenset[tu
 
 
 def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: StoredBase | None = None) -> Activations:
-    """Return the activations of LoRA training on a frozen base. [docs/math.md (24)]; accelerated: [docs/math.md (29)]
+    """Return the activation memory of LoRA training on a frozen base. [docs/math.md (24)]
+
+    For accelerated layers, see [docs/math.md (29)].
 
     Args:
-        shape: The base.
-        counted: The adapter's sites.
-        dropout: `lora_dropout`; if above 0, each site saves its own dropped-out input and the mask.
-        job: The job; determines batch, length and dtype.
+        shape: Shape of the base.
+        counted: The adapter's parameter counts.
+        dropout: Value of `lora_dropout`; if above 0, each site saves its own dropped-out input and the mask.
+        job: The job, which sets the batch size, row length and dtype.
         base: The quantized base, or None if the base is not quantized.
     """
     family, _ = family_of(shape)
@@ -253,7 +256,7 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: S
 def _of_sublayers(
     shape: ModelShape, counted: Count, dropout: float, job: Job, fused: frozenset[tuple[str, str]]
 ) -> Iterable[tuple[str, int]]:
-    """Yield (block, bytes) for each sublayer of each block, including its sites if it is fused."""
+    """Yield (block, bytes) for each sublayer of each block; a fused sublayer includes its sites."""
     family, _ = family_of(shape)
     within: dict[tuple[str | None, str | None], list[SiteCount]] = {}
     for site in counted.sites:
@@ -270,11 +273,11 @@ def _of_sublayers(
 
 
 def of_full(shape: ModelShape, job: Job) -> Activations:
-    """Return the activations of full fine-tuning, which also saves the inputs of matmuls and normalized activations.
+    """Return the activation memory of full fine-tuning, which also saves inputs of matmuls and normalized activations.
 
     Args:
-        shape: The model.
-        job: The job; determines batch, length and dtype.
+        shape: Shape of the model.
+        job: The job, which sets the batch size, row length and dtype.
     """
     family, _ = family_of(shape)
     itemsize, tokens = job.dtype_bytes, job.batch_tokens
@@ -289,7 +292,7 @@ def of_full(shape: ModelShape, job: Job) -> Activations:
 
 
 def _inner(shape: ModelShape, counted: Count) -> tuple[str, ...]:
-    """Return the blocks that save anything: those from the first trained parameter on."""
+    """Return the blocks that save anything: the first one with trained parameters, and all later ones."""
     paths = [*(site.path for site in counted.sites), *counted.saved, *counted.rows]
     blocks = shape.blocks
     below = any(s.path in paths for s in shape.sites if s.kind == EMBEDDING)
@@ -306,7 +309,7 @@ def _of_sites(
     """Yield (block, bytes) for the inputs of A, then for each site's activation between A and B and casts of A and B.
 
     A factor A frozen by LoRA-FA saves only the dropout mask, not its input. An expert's A sees the tokens routed to the
-    expert. A bare matrix is materialized as W₀ + s·B·A in each forward pass and saved, as is its input.
+    expert. For a bare matrix, each forward pass materializes and saves W₀ + s·B·A, and also saves the input.
     """
     tokens, itemsize = job.batch_tokens, job.dtype_bytes
     dense = [site for site in sites if site.kind != EMBEDDING]
@@ -331,7 +334,7 @@ def _of_sites(
 def _of_base(
     shape: ModelShape, counted: Count, dropout: float, job: Job, base: StoredBase | None
 ) -> Iterable[tuple[str | None, int]]:
-    """Yield (block, bytes) that the matmuls of a quantized base save: dequantized weights or inputs.
+    """Yield (block, bytes) for what the matmuls of a quantized base save: dequantized weights or inputs.
 
     An input that a factor A also saves is counted once, unless A sees it after dropout.
     """
@@ -350,7 +353,7 @@ def _of_base(
 
 
 def _dequantized(counted: Count, job: Job, base: StoredBase) -> int:
-    """Return the bytes of the largest weight, dequantized for its matmul or, in fp32, for DoRA's norm."""
+    """Return the size in bytes of the largest weight, dequantized for its matmul or, in fp32, for DoRA's norm."""
     if counted.magnitudes:
         return _FP32 * base.largest
     return 0 if base.storage.keeps == "weight" else job.dtype_bytes * base.largest
@@ -370,13 +373,13 @@ def _distinct_inputs(
 
 
 def _input_of(path: str) -> tuple[str, str]:
-    """Return a key for the input of a site or bare weight: its parent, and the first name that shares the input."""
+    """Return a key for the input of a site or bare weight: its parent and the first name of those sharing it."""
     parent, _, name = path.removesuffix(".weight").rpartition(".")
     return parent, next((group[0] for group in SHARED_INPUTS if name in group), name)
 
 
 def _transient(shape: ModelShape, job: Job) -> int:
-    """Return the bytes of the gradients of the residual stream and its branch, and of an inner matmul and its operands.
+    """Return the size in bytes of the gradients of the residual stream, its branch, an inner matmul and its operands.
 
     Attention dropout adds the gradients of two attention maps.
     """

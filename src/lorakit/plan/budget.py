@@ -1,7 +1,7 @@
-"""Memory budgets: parse sizes, and find the cheapest recomputation that fits.
+"""Memory budgets: parse sizes, and find the cheapest recomputation setting that fits.
 
-Recomputations are tried from the cheapest to the most expensive; batch, length and everything that changes the result
-stay fixed. This module does not depend on the machine.
+Settings are tried from the cheapest to the most expensive; the batch size, the row length and everything else that
+affects the result stay fixed. This module does not depend on the machine.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)}
 """Unit in lower case -> bytes."""
 
 SIZE_FORM = "write a number and a unit, such as 4GiB or 800MB"
-"""Hint about the notation of a size, for messages."""
+"""Hint on how to write a size, for messages."""
 
 
 def bytes_of(text: str) -> int:
-    """Parse a number with a unit, such as "4GiB", "1.5 GB" or "800MB", into bytes; a bare number is bytes.
+    """Parse a size such as "4GiB", "1.5 GB" or "800MB" into bytes; a number without a unit is in bytes.
 
     Args:
         text: The number and its unit, in any case.
 
     Raises:
-        ConfigError: `text` is not a size above 0.
+        ConfigError: `text` is not a size of at least one byte.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     size = UNITS.get(found[2].lower()) if found else None
@@ -40,17 +40,17 @@ def bytes_of(text: str) -> int:
 
 
 def within(plan: Plan, budget_bytes: int) -> tuple[Plan, str]:
-    """Return the plan with the cheapest recomputation that fits a budget.
+    """Return the plan with the cheapest recomputation setting that fits within a budget.
 
     Args:
-        plan: The plan of a job with any recomputation.
+        plan: The plan of a job; its recomputation setting is replaced.
         budget_bytes: Memory limit of a step, including weights.
 
     Returns:
-        The plan of the same job with that recomputation, and a message with the choice and the reason for it.
+        The plan of the same job with that setting, and a message that states the choice and the reason for it.
 
     Raises:
-        ConfigError: No recomputation fits; the message suggests changes.
+        ConfigError: No setting fits; the message suggests changes.
     """
     tried: list[tuple[str, int]] = []
     for recompute in RECOMPUTED:

@@ -1,8 +1,8 @@
 """Catalog of published models: sizes, exact parameter counts, and their sources.
 
-Sizes are from each model's config.json; parameters are counted by distinct storage (tied weights once). The tests build
-every entry with transformers on the meta device and compare counts and sites. This module does not handle cost,
-adapters or files.
+Sizes come from each model's config.json; tied weights are counted once. The tests build every entry with transformers
+on the meta device and compare the counts and sites. This module does not handle cost, adapters or
+files.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ class Entry:
     """A published model.
 
     Attributes:
-        names: Accepted names, in any case; the first is the display name.
+        names: Accepted names, not case-sensitive; the first is the display name.
         family: Function in `lorakit.architectures.shapes` that builds the shape.
-        parameters: Exact count by distinct storage.
+        parameters: Exact number of parameters; tied weights count once.
         sizes: Sizes in the model's config.json.
-        paper: Publication of the sizes, in addition to the config.json of the first Hub id.
-        dtype: Published dtype of the weights.
+        paper: Publication that gives the sizes, cited along with the config.json of the first Hub id.
+        dtype: Dtype of the published weights.
     """
 
     names: tuple[str, ...]
@@ -52,7 +52,7 @@ _CODE_VOCAB, _QWEN_BIG = 151_936, 152_064
 
 
 def _ids(owner: str, *names: str) -> tuple[str, ...]:
-    """Return each name followed by its Hub id: the name "x" of the owner "o" gives ("x", "o/x")."""
+    """Return each name followed by its Hub id: for example, ("x", "o/x") for the name "x" and the owner "o"."""
     return tuple(form for name in names for form in (name, f"{owner}/{name}"))
 
 
@@ -117,7 +117,7 @@ _ENTRIES: tuple[Entry, ...] = (
 
 
 def names() -> list[str]:
-    """Return the first name of every entry, in the order of the catalog."""
+    """Return the first name of every entry, in catalog order."""
     return [entry.names[0] for entry in _ENTRIES]
 
 
@@ -130,7 +130,7 @@ def published(name: str) -> ModelShape | None:
     """Return the shape of a published model.
 
     Args:
-        name: A common name or a Hub id, such as "gpt2" or "meta-llama/Llama-3.2-1B", in any case.
+        name: A common name or a Hub id, such as "gpt2" or "meta-llama/Llama-3.2-1B"; not case-sensitive.
 
     Returns:
         The model's shape, or None if the model is not in the catalog.

@@ -28,7 +28,7 @@ class FileSize:
 
     Attributes:
         what: Description of the file.
-        formula: How the size is computed, with values.
+        formula: How the size is computed, with the numbers filled in.
         size_bytes: Size in bytes.
     """
 
@@ -38,14 +38,14 @@ class FileSize:
 
 
 def sizes(shape: ModelShape, counted: Count) -> list[FileSize]:
-    """Return the sizes on disk of LoRA and of full fine-tuning. [docs/math.md (40)-(43)]
+    """Return the sizes on disk for LoRA and for full fine-tuning. [docs/math.md (40)-(43)]
 
     Args:
-        shape: The base.
-        counted: The adapter.
+        shape: Shape of the base.
+        counted: The adapter's parameter counts.
 
     Returns:
-        Sizes of the adapter, the adapter with Adam's two moments, the model, and a checkpoint of full fine-tuning (fp32
+        Sizes of the adapter, the adapter with Adam's two moments, the model, and a full fine-tuning checkpoint (fp32
             with two moments).
     """
     trained, held, base = counted.trainable, counted.saved_parameters, shape.parameters
@@ -65,12 +65,12 @@ class Method:
 
     Attributes:
         job: The job.
-        trainable: Trainable parameters.
-        memory: Bytes of a step.
+        trainable: Number of trainable parameters.
+        memory: Memory of a training step.
         flops: FLOPs per token.
-        tokens_per_second: Expected speed, or None if no speed is known.
-        saved_bytes: Size on disk of a saved result.
-        resumable_bytes: Size on disk of a checkpoint with optimizer state.
+        tokens_per_second: Expected training speed, or None if no speed is known.
+        saved_bytes: Size on disk of the trained adapter or model, in bytes.
+        resumable_bytes: Size on disk of a checkpoint with optimizer state, in bytes.
     """
 
     job: Job
@@ -88,7 +88,7 @@ class Method:
 
     @property
     def run_seconds(self) -> float | None:
-        """Return the expected duration of the run in seconds, or None if speed or steps are unknown."""
+        """Return the expected duration of the run in seconds, or None if the speed or step count is unknown."""
         step = self.step_seconds
         return None if step is None or self.job.steps is None else step * self.job.steps
 
@@ -104,14 +104,14 @@ class Plan:
     """Estimated cost of a run.
 
     Attributes:
-        shape: The base.
-        config: The adapter.
+        shape: Shape of the base.
+        config: The adapter's config.
         job: The job.
         speed: The machine's speed, or None.
-        counted: Trainable parameters.
+        counted: Counts of trainable parameters.
         reasons: Messages that explain the counts.
         lora: Cost of the run.
-        full: Cost of full fine-tuning of the same model in the same job.
+        full: Cost of fully fine-tuning the same model in the same job.
         files: Sizes on disk.
         ranks: The rank table, or None if no ranks were given.
         notes: Further remarks for the user.
@@ -130,7 +130,7 @@ class Plan:
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the whole plan as JSON values, with the same content as the text."""
+        """Return the whole plan as JSON values, with the same content as the plan's text."""
         shape, counted = self.shape, self.counted
         return {
             "model": {name: getattr(shape, name) for name in _MODEL_FIELDS},
@@ -165,25 +165,25 @@ def estimate(
     ranks: Sequence[int] = (),
     allow_partial: bool = False,
 ) -> Plan:
-    """Estimate parameters, memory, FLOPs and time of training an adapter, without loading weights or measuring.
+    """Estimate the parameters, memory, FLOPs and time of training an adapter, without loading weights.
 
     Args:
-        shape: The base: `catalogue.published(name)`, or `lorakit.hub.shape_of(model)`.
-        config: The adapter; `target_modules` must be set.
+        shape: Shape of the base, from `catalogue.published(name)` or `lorakit.hub.shape_of(model)`.
+        config: The adapter's config; `target_modules` must be set.
         job: The job; by default, batches of 4 rows of 256 tokens.
-        speed: Speed of the machine; without one the plan has no times.
-        ranks: Columns of the rank table; none by default.
+        speed: Speed of the machine; without it, the plan contains no times.
+        ranks: Ranks for the columns of the rank table; without ranks, the plan has no rank table.
         allow_partial: Whether targets that match nothing become notes instead of an error.
 
     Returns:
         The plan.
 
     Raises:
-        TargetError: A target matches nothing, or a module that does not support LoRA.
-        ConfigError: The config has no targets, or an invalid pattern.
+        TargetError: A target matches nothing, or matches a module that does not support LoRA.
+        ConfigError: The config has no targets or contains an invalid pattern.
     """
     job = job or Job()
-    job = job if activations.packs(shape) else dataclasses.replace(job, mean_tokens=None)  # unpacked: padding counts
+    job = job if activations.packs(shape) else dataclasses.replace(job, mean_tokens=None)  # if unpacked, padding counts
     shape = replicated(shape, config.layer_replication)
     config = dataclasses.replace(config, layer_replication=None)
     counted = params.count(shape, config, allow_partial=allow_partial, optimizer=job.optimizer)
@@ -209,7 +209,7 @@ def estimate(
 
 
 def _token_seconds(shape: ModelShape, counted: Count, costs: Flops, job: Job, speed: Speed | None) -> float | None:
-    """Return the seconds per token if every sublayer is fused and the speed has the required data, else None."""
+    """Return the seconds per token, or None if a sublayer is not fused or `speed` lacks data."""
     fused = activations.fused_sublayers(shape, counted, job)
     if speed is None or not 0 < 2 * len(shape.blocks) == len(fused):
         return None
@@ -219,7 +219,8 @@ def _token_seconds(shape: ModelShape, counted: Count, costs: Flops, job: Job, sp
 def _rates(speed: Speed | None, lora: Flops, full: Flops, seconds: float | None) -> tuple[float | None, float | None]:
     """Return the tokens per second of LoRA and of full fine-tuning, which is never accelerated.
 
-    A given rate in tokens per second is LoRA's; the rate of full fine-tuning is scaled from it by FLOPs.
+    If the speed is given in tokens per second, it is the rate of LoRA; the rate of full fine-tuning is derived from it
+    in proportion to the FLOPs.
     """
     if speed is None:
         return None, None
@@ -232,18 +233,18 @@ def _notes(
     shape: ModelShape, counted: Count, job: Job, speed: Speed | None, token_seconds: float | None
 ) -> Iterator[str]:
     if 0 < shape.positions < job.length_tokens:
-        yield f"{shape.name} supports at most {shape.positions:,} tokens; the job has {job.length_tokens:,}."
+        yield f"{shape.name} supports at most {shape.positions:,} tokens; the job's rows have {job.length_tokens:,}."
     if job.quantization is not None:
         yield (
             f"{job.quantization}: every matmul dequantizes its weight first, which the times do not include; the "
             "estimates of full fine-tuning are for the unquantized base."
         )
     if speed is None:
-        yield ("No time estimate; pass --tokens-per-second of an earlier run, or --calibrate to measure this machine.")
+        yield ("No time estimate; pass the --tokens-per-second of an earlier run, or --calibrate to measure the speed.")
     elif token_seconds is not None:
         yield (
             f"Times assume {format_percent(flops.MATMUL_UTILIZATION, 0)} of the measured matmul speed, plus the time "
-            "of norms, activations and softmax; the first steps of the run give a more accurate estimate."
+            "for norms, activations and softmax; the first steps of the run give a more accurate estimate."
         )
     elif speed.tokens_per_second is None:
         yield (
@@ -253,9 +254,9 @@ def _notes(
     if shape.fused or any(site.experts > 1 for site in counted.sites):
         through = f"{shape.experts_per_token} experts" if shape.experts_per_token else "all experts"
         yield (
-            f"Memory and time of experts assume that each token passes {through} per layer and that A and B run "
-            "alongside, as with transformers' own modules; a module that does not expose its tokens copies the whole "
-            "weight in each forward pass."
+            f"Memory and time of experts assume that each token passes through {through} per layer and that A and B "
+            "run alongside the experts, as with transformers' own modules; a module that does not expose the tokens of "
+            "each expert copies the whole weight in each forward pass."
         )
 
 
@@ -281,7 +282,7 @@ def reasons(counted: Count, config: LoraConfig) -> list[str]:
 
     Args:
         counted: The counts.
-        config: The config that was counted.
+        config: The adapter's config.
 
     Returns:
         Self-contained messages.
@@ -294,7 +295,7 @@ def reasons(counted: Count, config: LoraConfig) -> list[str]:
     idle = dropout + (', and bias "none" adds none.' if config.bias == "none" else ".")
     messages += [_sum(counted), idle, *config.notes_on_own_numbers(counted.own_numbers)]
     if counted.frozen:
-        messages.append(f"One factor of each site is frozen: {counted.frozen:,} parameters, not included.")
+        messages.append(f"One factor of each site is frozen; these {counted.frozen:,} parameters are not included.")
     for path, count in counted.saved.items():
         messages.append(f"{path} is a saved module with {count:,} parameters.")
     for path, count in counted.rows.items():
@@ -332,14 +333,14 @@ def _sum(counted: Count) -> str:
         by_sites.setdefault(group.sites, []).append(group)
     total = sum(group.trainable for group in groups)
     if len(groups) > _MANY_GROUPS:
-        return f"In total {len(counted.sites):,} sites with {total:,} parameters."
+        return f"{len(counted.sites):,} sites with {total:,} parameters in total."
     terms = []
     for count, members in by_sites.items():
         inner = " + ".join(f"{group.each:,}" for group in members)
         terms.append(f"{count} × ({inner})" if len(members) > 1 else f"{count} × {inner}")
     frozen = {site.frozen_factor for site in counted.sites}
-    each = "out (for an embedding in)" if "A" in frozen else "in" if "B" in frozen else "(in + out)"
-    each += ", and each expert the same" if any(group.experts > 1 for group in groups) else ""
+    each = "out (in for an embedding)" if "A" in frozen else "in" if "B" in frozen else "(in + out)"
+    each += " for each expert" if any(group.experts > 1 for group in groups) else ""
     if counted.own_numbers:
-        each += " + out" if counted.magnitudes else ", plus or minus what its variant changes"
+        each += " + out" if counted.magnitudes else ", plus or minus the difference made by its variant"
     return f"{' + '.join(terms)} = {total:,}; each site trains r × {each}."

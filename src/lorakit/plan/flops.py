@@ -5,7 +5,7 @@ they take time but hardly any FLOPs.
 
 In an accelerated step, matmuls run at nearly the measured matmul rate. Norms, activations, rotary embeddings and the
 softmaxes of attention and loss take a fixed time per element read or written, which faster matmuls do not reduce. This
-module does not measure machines; the matmul rate and the number of threads are inputs.
+module does not measure speed; the matmul rate and the number of threads are inputs.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class Flops:
 
 
 def matmuls(shape: ModelShape) -> int:
-    """Return the FLOPs per token of the base's dense matmuls in a forward pass, with the head. [docs/math.md (30)]
+    """Return the FLOPs per token of the base's dense matmuls in a forward pass, including the head. [docs/math.md (30)]
 
-    Each Linear and Conv1D, and each expert that a token passes, adds 2 × out × in; an embedding lookup is free.
+    Each Linear and Conv1D, and each expert that a token passes through, adds 2 × out × in; an embedding lookup is free.
 
     Args:
-        shape: The model.
+        shape: Shape of the model.
     """
     dense = sum(2 * site.weight_parameters for site in shape.sites if site.kind != EMBEDDING)
     return dense + sum(2 * shape.passed(experts) * elements for experts, elements in shape.fused)
@@ -58,8 +58,8 @@ def attention(shape: ModelShape, length_tokens: int) -> float:
     model (the mean over positions, which is what sdpa computes) and T otherwise.
 
     Args:
-        shape: The model.
-        length_tokens: T, tokens of a row.
+        shape: Shape of the model.
+        length_tokens: T, the number of tokens in a row.
     """
     mean_length = (length_tokens + 1) / 2 if shape.causal else float(length_tokens)
     return 4.0 * len(shape.blocks) * shape.query_width * mean_length
@@ -68,15 +68,16 @@ def attention(shape: ModelShape, length_tokens: int) -> float:
 def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
     """Return the FLOPs per token of LoRA training. [docs/math.md (32)]
 
-    Frozen weights need no gradient, so the backward pass of a matmul is one matmul (dX), not two. The factors add 2r(in
-    + out) forward and twice that backward, per expert that a token passes; n token rows of a head add 2n·in in the same
-    way. For a bare matrix, B·A is added to it once per batch, and its gradient is computed. The result is slightly too
-    high, because no dX is computed below the first adapted site.
+    Frozen weights need no gradient, so the backward pass of a matmul is one matmul (dX), not two. The factors add
+    2r(in + out) in the forward pass and twice that in the backward pass, for each expert that a token passes through; n
+    token rows of a head add 2n·in in the same way. B·A is added to a bare matrix once per batch, and the gradient of
+    the whole matrix is computed. The result is slightly too high, because no dX is computed below the first adapted
+    site.
 
     Args:
-        shape: The base.
-        counted: The adapter.
-        job: The job; determines row length and checkpointing.
+        shape: Shape of the base.
+        counted: The adapter's parameter counts.
+        job: The job, which sets the row length and checkpointing.
     """
     bare = [site for site in counted.sites if site.is_bare_matrix]
     parallel = [(site, shape.passed(site.experts)) for site in counted.sites if not site.is_bare_matrix]
@@ -99,11 +100,11 @@ def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
 
 
 def full(shape: ModelShape, job: Job) -> Flops:
-    """Return the FLOPs per token of full fine-tuning: dX and dW cost twice the forward pass. [docs/math.md (33)]
+    """Return the FLOPs per token of full fine-tuning: dX and dW cost as much as two forward passes. [docs/math.md (33)]
 
     Args:
-        shape: The model.
-        job: The job; determines row length and checkpointing.
+        shape: Shape of the model.
+        job: The job, which sets the row length and checkpointing.
     """
     forward = matmuls(shape) + attention(shape, job.length_tokens)
     return Flops(forward, 2 * forward, _recomputation(shape, forward, job))
@@ -118,7 +119,7 @@ def _recomputation(shape: ModelShape, forward: float, job: Job) -> float:
 
 
 MATMUL_UTILIZATION = 0.88
-"""Fraction of the calibrated rate that the matmuls of a whole step reach, from the row "GEMM baseline" of
+"""Fraction of the calibrated rate that the matmuls of a whole step reach, taken from the row "GEMM baseline" of
 `benchmarks/bench_step.py`.
 """
 
@@ -126,7 +127,7 @@ SECONDS_PER_ELEMENT = 0.9e-9
 """Thread seconds per element read or written outside matmuls, including Python and allocation.
 
 From the row "lorakit" of `benchmarks/bench_step.py` (SmolLM2-135M, bf16, 4 × 256 tokens, 2 threads of a CPU without
-matrix units, dropout 0.05) minus the matmuls.
+matrix units, dropout 0.05), minus the time of the matmuls.
 """
 
 LOGITS = 6
@@ -134,13 +135,14 @@ LOGITS = 6
 
 
 def elements(shape: ModelShape, job: Job) -> float:
-    """Return the elements per token that an accelerated step reads or writes outside matmuls. [docs/math.md (37)]
+    """Return how many elements per token an accelerated step reads or writes outside matmuls. [docs/math.md (37)]
 
-    The result is slightly too high for a model without rotary embeddings, and if not every token has a loss.
+    The result is slightly too high for a model without rotary embeddings, or if some tokens do not contribute to the
+    loss.
 
     Args:
-        shape: The model.
-        job: The job; determines row length and checkpointing.
+        shape: Shape of the model.
+        job: The job, which sets the row length and checkpointing.
     """
     seen = (job.length_tokens + 1) / 2 if shape.causal else float(job.length_tokens)
     scores, keys = shape.heads * seen, shape.query_width + shape.kv_width
@@ -151,13 +153,13 @@ def elements(shape: ModelShape, job: Job) -> float:
 
 
 def token_seconds(shape: ModelShape, costs: Flops, job: Job, speed: Speed) -> float | None:
-    """Return the seconds per token of an accelerated step, or None if the speed lacks data. [docs/math.md (37)]
+    """Return the seconds per token of an accelerated step, or None if `speed` lacks data. [docs/math.md (37)]
 
     Args:
-        shape: The model.
+        shape: Shape of the model.
         costs: FLOPs per token.
-        job: The job; determines row length and checkpointing.
-        speed: Speed of the machine; its matmul rate and threads are used.
+        job: The job, which sets the row length and checkpointing.
+        speed: Speed of the machine; its matmul rate and number of threads are used.
     """
     if speed.flops_per_second is None or speed.threads is None or speed.tokens_per_second is not None:
         return None

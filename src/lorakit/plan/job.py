@@ -1,4 +1,4 @@
-"""Inputs of a plan besides model and adapter: the training job and the speed of a machine.
+"""Inputs of a plan other than the model and the adapter: the training job and the machine's speed.
 
 This module does not depend on models and does not measure anything.
 """
@@ -14,24 +14,25 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 """Bytes per element by dtype."""
 
 MASTER_BYTES = 4
-"""Bytes of a trained parameter: adapters are stored in fp32, in memory and on disk."""
+"""Bytes per trained parameter: adapters are stored in fp32, both in memory and on disk."""
 
 DTYPE_NAMES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 """Short name of a dtype -> full name."""
 
 OPTIMIZERS = ("adamw", "lorafa")
-"""AdamW over all trained parameters; LoRA-FA freezes the factor not initialized to zero, and uses AdamW for the rest.
+"""AdamW for all trained parameters, or LoRA-FA, which freezes the factor that is not initialized to zero and uses
+AdamW for the rest.
 """
 
 RECOMPUTED = ("none", "feed-forward", "layers")
-"""Choices of recomputation in the backward pass, cheapest first: only elementwise results; also the outputs of the
-first matmuls in each fused feed-forward; everything except the input of each layer."""
+"""Choices of what the backward pass recomputes, cheapest first: only elementwise results; also the outputs of the first
+matmuls in each fused feed-forward block; everything except the input of each layer."""
 
 UTILIZATION = 0.4
 """Fraction of the measured matmul speed that a training step of an unmodified transformers model reaches on a CPU.
 
-Measured over one step of SmolLM2-135M's geometry: 0.45 where bf16 matmuls are slow (AVX-512), 0.27 where they are fast
-(AMX), since norms, softmax, activations and the allocator take time as well.
+Measured for one step with the dimensions of SmolLM2-135M: 0.45 where bf16 matmuls are slow (AVX-512), 0.27 where they
+are fast (AMX), since norms, softmax, activations and the allocator take time as well.
 """
 
 
@@ -48,12 +49,12 @@ class Job:
         optimizer: "adamw" or "lorafa"; both keep two fp32 moments per trained parameter, but lorafa trains only one of
             the two factors.
         recompute: What the backward pass recomputes, one of `RECOMPUTED`.
-        quantization: A name of `plan.quantized.STORAGES`, or None for a base in `dtype`.
+        quantization: A name in `plan.quantized.STORAGES`, or None for a base in `dtype`.
         double_quantization: Whether to quantize the scales too, if that storage supports it.
-        accelerated: Whether layers run the fused forwards of `lorakit.speed.accelerate` and the loss without logits, as
-            `lorakit train` does by default, instead of transformers' own forwards.
-        mean_tokens: Mean tokens per row without padding, or None if unknown. Accelerated rows are packed, so padding
-            takes no time; otherwise padded tokens count like any other.
+        accelerated: Whether to use the fused forward passes of `lorakit.speed.accelerate` and compute the loss without
+            storing all logits, as `lorakit train` does by default, instead of transformers' own forward passes.
+        mean_tokens: Mean number of tokens per row, excluding padding, or None if unknown. Accelerated rows are packed,
+            so padding takes no time; otherwise, padding tokens count like any others.
 
     Raises:
         ConfigError: A value is below 1, mean_tokens is above length_tokens, or dtype, optimizer, recompute or
@@ -96,12 +97,12 @@ class Job:
 
     @property
     def batch_tokens(self) -> int:
-        """Return the number of tokens in a batch, which is in memory as a whole."""
+        """Return the number of tokens in a batch; all of them are in memory at once."""
         return self.batch_rows * self.length_tokens
 
     @property
     def step_tokens(self) -> int:
-        """Return the number of tokens in an optimizer step, including padding if it is computed. [docs/math.md (36)]"""
+        """Return the number of tokens in an optimizer step, including any padding processed. [docs/math.md (36)]"""
         each = self.mean_tokens if self.accelerated and self.mean_tokens is not None else self.length_tokens
         return round(self.batch_rows * each) * self.accumulation
 
@@ -119,8 +120,8 @@ class Speed:
         flops_per_second: Matmul FLOPs per second in the job's dtype, one multiply-add counted as two.
         tokens_per_second: Tokens per second of training steps, as printed by a run.
         source: Where the rate comes from.
-        utilisation: Fraction of `flops_per_second` that a step of transformers' own forwards reaches.
-        threads: CPU threads of the `flops_per_second` measurement, or None for another device or if unknown.
+        utilisation: Fraction of `flops_per_second` that a step with transformers' own forward passes reaches.
+        threads: Number of CPU threads used to measure `flops_per_second`, or None if unknown or not on a CPU.
             `flops.token_seconds` needs it to compute the time of an accelerated step.
 
     Raises:
@@ -142,10 +143,10 @@ class Speed:
             )
 
     def tokens_at(self, flops_per_token: float) -> float:
-        """Return the tokens per second of training at this cost. [docs/math.md (34)]
+        """Return the training speed, in tokens per second, at a given cost per token. [docs/math.md (34)]
 
         Args:
-            flops_per_token: Forward, backward and recomputation.
+            flops_per_token: FLOPs per token of the forward pass, the backward pass and recomputation.
         """
         if self.tokens_per_second is not None:
             return self.tokens_per_second
@@ -153,13 +154,13 @@ class Speed:
 
 
 def recomputed(recompute: str, gradient_checkpointing: bool, memory_budget: str | None, accelerated: bool) -> str:
-    """Return what the backward pass recomputes according to the settings that determine it.
+    """Return what the backward pass recomputes, given all settings that affect it.
 
     Args:
         recompute: One of `RECOMPUTED`.
-        gradient_checkpointing: Whether to recompute layers, which is the same as `recompute` "layers".
-        memory_budget: Memory limit of a step, or None; a limit makes `budget.within` choose what is recomputed.
-        accelerated: Whether layers run the fused forwards of `lorakit.speed.accelerate`.
+        gradient_checkpointing: Whether to recompute whole layers; equivalent to `recompute="layers"`.
+        memory_budget: Memory limit of a step, or None; with a limit, `budget.within` chooses what is recomputed.
+        accelerated: Whether to use the fused forward passes of `lorakit.speed.accelerate`.
 
     Returns:
         One of `RECOMPUTED`.
@@ -169,8 +170,8 @@ def recomputed(recompute: str, gradient_checkpointing: bool, memory_budget: str 
     """
     if gradient_checkpointing and recompute == "feed-forward":
         raise ConfigError(
-            "gradient_checkpointing and recompute feed-forward are mutually exclusive: the first means recompute "
-            "layers. Remove one.",
+            "gradient_checkpointing and recompute feed-forward are mutually exclusive: the former is the same "
+            "as recompute layers. Remove one.",
             what=recompute,
             field="recompute",
         )
@@ -184,8 +185,8 @@ def recomputed(recompute: str, gradient_checkpointing: bool, memory_budget: str 
         )
     if chosen == "feed-forward" and not accelerated:
         raise ConfigError(
-            "recompute feed-forward needs accelerated forwards; a model's own forwards recompute only whole layers. "
-            "Use recompute layers, or remove --no-accelerate.",
+            "recompute feed-forward needs accelerated forward passes; a model's own forward pass can recompute only "
+            "whole layers. Use recompute layers, or remove --no-accelerate.",
             what=chosen,
             field="recompute",
             allowed=("none", "layers"),

@@ -1,8 +1,8 @@
-"""Estimate the memory of a training step by cause, with formulas, and the moment of the peak.
+"""Estimate the memory of a training step by cause, with formulas, and find the moment of the peak.
 
-The estimate covers the tensors that the program holds, exact to the byte if the formula is exact. The allocator may
-hold more: glibc, as the command line configures it, keeps freed blocks and gaps that no later block fits
-(`ALLOCATOR_NOTE`). This module does not handle time or files.
+The estimate covers the tensors that the program holds and is exact to the byte where the formula is exact. The
+allocator may hold more: glibc, as configured by the command line, keeps freed blocks, including gaps that are too small
+for later blocks (`ALLOCATOR_NOTE`). This module does not handle time or files.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from lorakit.plan.quantized import StoredBase, stored
 from lorakit.targets.layer_types import EMBEDDING
 
 RUNTIME_BYTES = 50_000_000
-"""Resident memory that the first training step adds besides tensors, on Linux with torch 2.13 for CPU: pages of library
-code that runs for the first time (15 to 19 MB), kernels and scratch space of oneDNN, and thread heaps.
+"""Resident memory that the first training step adds on top of tensors, on Linux with torch 2.13 for CPU: pages of
+library code that runs for the first time (15 to 19 MB), oneDNN's kernels and scratch space, and thread heaps.
 """
 
 LOSS_COPIES = 3
-"""Number of fp32 tensors of tokens × vocabulary that exist at once when the backward pass begins: the
+"""Number of fp32 tensors of size tokens × vocabulary that exist at once when the backward pass begins: the
 log-probabilities saved by cross entropy, their gradient, and the gradient of the input of log-softmax.
 """
 
 ALLOCATOR_NOTE = (
     "Memory estimates count only tensors. `lorakit train` lets malloc keep freed blocks, so a process often holds 10% "
     "more, or even more if row lengths vary. Set LORAKIT_ALLOCATOR=stock and MALLOC_MMAP_THRESHOLD_=131072 in the "
-    "environment to return each large tensor to the OS immediately, at some cost in speed."
+    "environment to return each large block to the OS when it is freed, at some cost in speed."
 )
 
 
 @dataclass(frozen=True)
 class Line:
-    """Memory of one cause.
+    """Memory use attributed to one cause.
 
     Attributes:
-        cause: weights, adapter, optimizer, gradients, activations, logits or runtime.
-        formula: How the bytes are computed, with values.
+        cause: "weights", "adapter", "optimizer", "gradients", "activations", "logits" or "runtime".
+        formula: How the size is computed, with the numbers filled in.
         equation: Number of the formula in docs/math.md.
         size_bytes: Largest size during a step, in bytes.
         at_peak_bytes: Size at the moment of the peak, in bytes.
@@ -55,11 +55,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of a step.
+    """Memory use of a training step.
 
     Attributes:
         lines: One line per cause.
-        peak_bytes: Largest sum of all causes at any moment of a step.
+        peak_bytes: Largest total over all causes at any moment of a step.
         peak_moment: The moment of the peak.
         notes: Assumptions of the estimate.
     """
@@ -79,7 +79,7 @@ class Memory:
 
     @property
     def above_weights_bytes(self) -> int:
-        """Return the peak without base and adapter weights: the growth of a process after loading all weights."""
+        """Return the peak in bytes, excluding all weights: how much a process grows after it has loaded them."""
         return self.peak_bytes - self.bytes_of("weights") - self.bytes_of("adapter")
 
 
@@ -91,10 +91,10 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memo
     """Return the memory of a LoRA step: frozen weights, fp32 factors, AdamW or LoRA-FA. [docs/math.md (20)-(29)]
 
     Args:
-        shape: The base.
-        counted: The adapter.
-        dropout: `lora_dropout`.
-        job: The job; determines batch, length, dtype, accumulation, checkpointing and acceleration.
+        shape: Shape of the base.
+        counted: The adapter's parameter counts.
+        dropout: Value of `lora_dropout`.
+        job: The job, which sets the batch size, row length, dtype, accumulation, checkpointing and acceleration.
     """
     itemsize, factors = job.dtype_bytes, counted.factors + counted.own_numbers + counted.row_parameters
     trained = factors - counted.frozen  # frozen factors have neither gradients nor moments
@@ -122,14 +122,14 @@ def _weights(shape: ModelShape, itemsize: int, base: StoredBase | None) -> Line:
 
 
 def of_full(shape: ModelShape, job: Job) -> Memory:
-    """Return the memory of full fine-tuning of the same model: 16 bytes per parameter, and activations.
+    """Return the memory of fully fine-tuning the same model: 16 bytes per parameter, plus activations.
 
-    In fp32, weight, gradient and two moments take 4 bytes each. In bf16 or fp16, weight and gradient take 2 bytes each,
-    and the fp32 master copy and two moments of mixed-precision training 4 bytes each.
+    In fp32, a weight, its gradient and two moments take 4 bytes each. In bf16 or fp16, the weight and its gradient take
+    2 bytes each, and the fp32 master copy and two moments of mixed-precision training take 4 bytes each.
 
     Args:
-        shape: The model.
-        job: The job; determines batch, length, dtype, accumulation and checkpointing.
+        shape: Shape of the model.
+        job: The job, which sets the batch size, row length, dtype, accumulation and checkpointing.
 
     Source:
         Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1.
@@ -148,21 +148,21 @@ def of_full(shape: ModelShape, job: Job) -> Memory:
 
 
 def logits_bytes(shape: ModelShape, job: Job) -> int:
-    """Return the bytes of tensors over the vocabulary when the backward pass begins. [docs/math.md (25)]
+    """Return the size in bytes of the vocabulary-sized tensors when the backward pass begins. [docs/math.md (25)]
 
-    They are 3 × 4 × tokens × vocabulary. The logits in the base's dtype are freed by then, because nothing references
-    them once they are upcast. A model without a language model head has no such tensors.
+    The size is 3 × 4 × tokens × vocabulary. The logits in the base's dtype have been freed by then, because nothing
+    references them after the upcast. A model without a language modeling head has no such tensors.
 
     Args:
-        shape: The model.
-        job: The job; every token of a batch is assumed to have a loss.
+        shape: Shape of the model.
+        job: The job; every token in a batch is assumed to contribute to the loss.
     """
     has_head = any(s.kind != EMBEDDING and not s.dense and s.out_features == shape.vocab for s in shape.sites)
     return LOSS_COPIES * 4 * job.batch_tokens * shape.vocab if has_head else 0
 
 
 def _logits(shape: ModelShape, job: Job, without: bool) -> Line:
-    """Return the largest memory of the loss: tensors over the vocabulary or, without logits, a chunk of them."""
+    """Return the peak memory of the loss: vocabulary-sized tensors or, if computed in chunks, one chunk of logits."""
     size, tokens = logits_bytes(shape, job), job.batch_tokens
     if without:
         rows = accelerated.chunk_rows(shape, job)
@@ -202,20 +202,20 @@ def _activations(kept: Activations, job: Job) -> Line:
 
 
 def _peak(gradients: int, logits: int, kept: Activations, job: Job) -> tuple[str, dict[str, int]]:
-    """Return the moment of the peak, and the size at that moment of causes that vary in a step. [docs/math.md (27)]"""
+    """Return the moment of the peak, and the size of each varying cause at that moment. [docs/math.md (27)]"""
     earlier = gradients if job.accumulation > 1 else 0  # accumulated by earlier batches of the step
     if job.gradient_checkpointing:
         inputs, block = kept.blocks_kept * kept.boundary, kept.largest_block + kept.transient
         moments = {
-            "the backward begins at the loss": (inputs + kept.outside, logits, earlier),
+            "the backward pass begins at the loss": (inputs + kept.outside, logits, earlier),
             "the last block is recomputed": (inputs + block, 0, earlier),
             "the first block is recomputed": (kept.boundary + block, 0, gradients),
         }
     else:
         moments = {
-            "the backward begins at the loss": (kept.blocks + kept.outside, logits, earlier),
-            "the backward enters the last block": (kept.blocks + kept.transient, 0, earlier),
-            "the backward leaves the first block": (kept.largest_block + kept.transient, 0, gradients),
+            "the backward pass begins at the loss": (kept.blocks + kept.outside, logits, earlier),
+            "the backward pass enters the last block": (kept.blocks + kept.transient, 0, earlier),
+            "the backward pass leaves the first block": (kept.largest_block + kept.transient, 0, gradients),
         }
     moments["the optimizer steps"] = (0, 0, gradients)
     moment = max(moments, key=lambda name: sum(moments[name]))
@@ -231,24 +231,24 @@ def _notes(shape: ModelShape, kept: Activations, job: Job) -> tuple[str, ...]:
 
 
 def _how(shape: ModelShape, kept: Activations, job: Job) -> str:
-    """Return which forwards the estimate assumes, and how they may differ from those of the run."""
+    """Describe which forward passes the estimate assumes, and how those of the run may differ."""
     if not job.accelerated:
-        return "Assumes transformers' own forwards (train --no-accelerate): padded tokens take memory and time."
+        return "Assumes transformers' own forward passes (train --no-accelerate): padding takes memory and time."
     if not kept.of_blocks:
         return (
-            "The activations of accelerated forwards are not known for this architecture; "
-            "the estimate assumes its own forwards, and a run may need less."
+            "The activations of accelerated forward passes are not known for this architecture; "
+            "the estimate assumes the model's own forward passes, and a run may need less memory."
         )
-    reason = "Assumes accelerated forwards (disable with train --no-accelerate)"
+    reason = "Assumes accelerated forward passes (disable with train --no-accelerate)"
     own = kept.of_blocks - kept.fused
     if own:
         reason += (
             f"; {own} of {kept.of_blocks} sublayers run unfused, because a variant of LoRA, a saved module, a "
-            "trained bias or a quantized weight has no accelerated form"
+            "trained bias or a quantized weight has no accelerated version"
         )
     if activations.packs(shape):
         reason += (
-            f". Rows are packed, so padded tokens take neither memory nor time; the estimate is for rows of "
+            f". Rows are packed, so padding takes neither memory nor time; the estimate is for rows of "
             f"{job.length_tokens:,} tokens each"
         )
     return reason + "."

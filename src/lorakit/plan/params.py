@@ -2,7 +2,7 @@
 
 `lorakit.targets` selects the sites that a config names, as it does when an adapter is attached; this module only
 counts. Trainable token rows (`trainable_token_indices`) are included; modules that share a table's weight also share
-its rows, which count once. This module does not handle bytes, time or files.
+its rows, which are counted once. This module does not handle bytes, time or files.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from lorakit.targets.layer_types import EMBEDDING, LINEAR, PARAMETER
 
 
 def trained_rows(shape: ModelShape, config: LoraConfig, adapted: Collection[str]) -> dict[str, int]:
-    """Return the number of parameters in the token rows that a config trains, by table.
+    """Return the number of parameters in the token rows that a config trains, for each table.
 
     Args:
-        shape: The model.
-        config: The adapter.
+        shape: Shape of the model.
+        config: The adapter's config.
         adapted: Paths of the sites with factors.
 
     Returns:
         Path of a table -> rows × width.
 
     Raises:
-        TargetError: A name matches no table, or the table has factors too.
+        TargetError: A name matches no table, or a table also has LoRA factors.
     """
     named = _named(shape, config.trainable_token_indices)
     found: dict[str, int] = {}
@@ -55,8 +55,8 @@ def with_new_tokens(shape: ModelShape, config: LoraConfig, tokens: int) -> LoraC
     """Return a copy of a config that trains the rows of added tokens as well, as `lorakit train --new-tokens` does.
 
     Args:
-        shape: The model before the tokens are added.
-        config: The adapter.
+        shape: Shape of the model before the tokens are added.
+        config: The adapter's config.
         tokens: Number of added tokens.
 
     Raises:
@@ -71,11 +71,12 @@ def with_new_tokens(shape: ModelShape, config: LoraConfig, tokens: int) -> LoraC
 
 
 def read_out(shape: ModelShape, rows: Mapping[str, int]) -> int:
-    """Return the parameters in token rows that multiply every hidden state: those of heads and of embeddings tied to a
-    head.
+    """Return the number of parameters in token rows that are multiplied with every hidden state.
+
+    These are the trainable rows of heads and of embeddings tied to a head.
 
     Args:
-        shape: The model.
+        shape: Shape of the model.
         rows: Path of a table -> parameters in its trainable token rows.
     """
     heads = {path for s in shape.sites if s.kind != EMBEDDING for path in (s.path, s.tied_to)}
@@ -114,16 +115,16 @@ class SiteCount:
         out_features: Rows of the canonical weight, or of each expert's weight.
         in_features: Columns of the canonical weight, or of each expert's weight.
         rank: Rank at this site.
-        scale: Factor of B·A at this site.
+        scale: Scale of B·A at this site.
         entry: The target entry that matched the site.
-        factors: Elements of A and B: experts × rank × (in + out).
+        factors: Number of elements in A and B: experts × rank × (in + out).
         own_numbers: Number of values that the variant trains in addition to A and B; negative if the variant's A and B
             are smaller than LoRA's.
         reads_weight: Whether the variant trains one value per output and reads the weight in each forward pass (DoRA).
         frozen_factor: The factor that is not trained: "A" with LoRA-FA ("B" for an embedding), "B" if the init fixes it
             (MiCA), else "".
         experts: Number of matrices in the parameter, each with its own factors.
-        is_plain: Whether the site's forward is that of LoRA without a variant or bias.
+        is_plain: Whether the site's forward pass is plain LoRA, without a variant or bias.
     """
 
     path: str
@@ -142,12 +143,12 @@ class SiteCount:
 
     @property
     def is_bare_matrix(self) -> bool:
-        """Return whether the site is a single matrix that `target_parameters` names and to which B·A is added."""
+        """Return whether the site is a single matrix named by `target_parameters`, to which B·A is added."""
         return self.kind == PARAMETER and self.experts == 1
 
     @property
     def magnitudes(self) -> int:
-        """Return the number of elements in DoRA's magnitude: out_features, or 0 without DoRA."""
+        """Return the number of elements in DoRA's magnitude vector: out_features, or 0 without DoRA."""
         return self.own_numbers if self.reads_weight else 0
 
     @property
@@ -163,12 +164,12 @@ class SiteCount:
 
 
 _SHARED = ("kind", "out_features", "in_features", "rank", "scale", "entry", "experts")
-"""Attributes that are equal for all sites of a `Group`."""
+"""Attributes that are the same for all sites of a `Group`."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Sites that differ only in their layer.
+    """Sites that differ only in the layer they belong to.
 
     Attributes:
         label: Shortest unambiguous suffix of the path, such as "attn.c_attn".
@@ -176,10 +177,10 @@ class Group:
         out_features: Rows of the weights.
         in_features: Columns of the weights.
         rank: Rank at the sites.
-        scale: Factor of B·A at the sites.
+        scale: Scale of B·A at the sites.
         entry: The target entry that matched the sites.
         sites: Number of sites.
-        each: Trainable parameters per site.
+        each: Number of trainable parameters per site.
         experts: Number of matrices per site.
     """
 
@@ -196,7 +197,7 @@ class Group:
 
     @classmethod
     def of(cls, label: str, members: Sequence[SiteCount]) -> Group:
-        """Return the group of sites that differ only in their layer."""
+        """Return a group of the given sites, which must differ only in their layer."""
         shared = {name: getattr(members[0], name) for name in _SHARED}
         return cls(label=label, sites=len(members), each=members[0].trainable, **shared)
 
@@ -211,14 +212,14 @@ class Count:
     """Trainable parameters of an adapter in a model.
 
     Attributes:
-        base: Parameters of the base, by distinct storage.
+        base: Number of parameters in the base; shared parameters count once.
         sites: The sites, in the model's order.
-        saved: Path -> parameters of each saved module (`modules_to_save`).
-        biases: Parameters in trained biases of the base.
-        rows: Path -> parameters in the trainable token rows of each table (`trainable_token_indices`); tied rows count
-            once.
+        saved: Path -> number of parameters, for each saved module (`modules_to_save`).
+        biases: Number of parameters in trained biases of the base.
+        rows: Path -> number of parameters in trainable token rows (`trainable_token_indices`), for each table; tied
+            rows count once.
         missing: Target entries that match nothing, if `count` was called with `allow_partial`.
-        notes: Remarks of `lorakit.targets` for the user.
+        notes: Notes from `lorakit.targets` for the user.
     """
 
     base: int
@@ -231,7 +232,7 @@ class Count:
 
     @property
     def factors(self) -> int:
-        """Return the number of elements in all A and B."""
+        """Return the total number of elements in A and B."""
         return sum(site.factors for site in self.sites)
 
     @property
@@ -256,7 +257,7 @@ class Count:
 
     @property
     def trainable(self) -> int:
-        """Return all trainable parameters: factors, variant, saved modules, biases, rows. [docs/math.md (10)]"""
+        """Return the number of trainable parameters, with saved modules, biases and token rows. [docs/math.md (10)]"""
         return self.factors - self.frozen + self.own_numbers + self.copied + self.biases + self.row_parameters
 
     @property
@@ -266,7 +267,7 @@ class Count:
 
     @property
     def saved_parameters(self) -> int:
-        """Return the number of parameters in an adapter file: trained parameters and frozen factors."""
+        """Return the number of parameters in the adapter's file: trained parameters and frozen factors."""
         return self.trainable + self.frozen
 
     @property
@@ -288,7 +289,7 @@ def factor_parameters(rank: int, in_features: int, out_features: int) -> int:
     """Return the number of parameters in A (rank, in) and B (out, rank): rank × (in + out). [docs/math.md (10)]
 
     Args:
-        rank: Rank of the factor.
+        rank: Rank of the factors.
         in_features: Columns of the weight.
         out_features: Rows of the weight.
 
@@ -299,19 +300,19 @@ def factor_parameters(rank: int, in_features: int, out_features: int) -> int:
 
 
 def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False, optimizer: str = "adamw") -> Count:
-    """Count exactly what an adapter trains in a model.
+    """Count the exact number of parameters that an adapter trains in a model.
 
     Args:
-        shape: The model.
-        config: The adapter.
+        shape: Shape of the model.
+        config: The adapter's config.
         allow_partial: Whether entries that match nothing become notes instead of an error.
-        optimizer: Optimizer of `Job`; "lorafa" freezes one factor of each site.
+        optimizer: Value of `Job.optimizer`; "lorafa" freezes one factor of each site.
 
     Returns:
         The counts.
 
     Raises:
-        TargetError: A target matches nothing, or a module that does not support LoRA.
+        TargetError: A target matches nothing, or matches a module that does not support LoRA.
         ConfigError: A pattern is invalid, or there are no targets.
     """
     shape = replicated(shape, config.layer_replication)
@@ -327,10 +328,10 @@ def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False,
 
 
 def candidates(shape: ModelShape) -> list[Candidate]:
-    """Return everything that targets may name in a model; modules other than sites are for explanations in errors.
+    """Return everything in a model that targets may name; modules other than sites are used in errors.
 
     Args:
-        shape: The model.
+        shape: Shape of the model.
 
     Returns:
         Sites first, in the model's order, then modules that do not support LoRA.
@@ -342,7 +343,7 @@ def candidates(shape: ModelShape) -> list[Candidate]:
 
 
 def _site_count(match: Match, size: tuple[int, int, int], config: LoraConfig, optimizer: str) -> SiteCount:
-    """Count a site of size (experts, out, in): a module, or a bare parameter with one matrix or several experts."""
+    """Count a site of size (experts, out, in): a module, or a bare parameter with one or more matrices."""
     experts, out_features, in_features = size
     own = 0 if match.parameter else config.own_numbers(match_path(match), match.rank, out_features, in_features)
     return SiteCount(
@@ -371,7 +372,7 @@ def _frozen_factor(kind: str, config: LoraConfig, optimizer: str) -> Literal["",
 
 
 def _bare_parameters(shape: ModelShape) -> list[BareParameter]:
-    """Return what `target_parameters` may name: weights of sites as stored, and other matrices."""
+    """Return what `target_parameters` may name: weights of sites, with their stored shapes, and other matrices."""
     found = []
     for site in shape.sites:
         rows = (site.out_features, site.in_features)
@@ -381,7 +382,7 @@ def _bare_parameters(shape: ModelShape) -> list[BareParameter]:
 
 
 def _canonical(size: tuple[int, ...], in_first: bool) -> tuple[int, int, int]:
-    """Return (experts, out, in) of a bare parameter; a plain matrix is one expert, stored as (out, in)."""
+    """Return a bare parameter's shape as (experts, out, in); a plain matrix is one expert, stored as (out, in)."""
     experts, first, second = size if len(size) == 3 else (1, *size)
     return (experts, second, first) if in_first and len(size) == 3 else (experts, first, second)
 
@@ -392,13 +393,13 @@ def _inside(path: str, modules: Collection[str]) -> bool:
 
 
 def _whole(shape: ModelShape, path: str) -> int:
-    """Return the parameters of a saved module and everything inside; a tied weight counts, since it is copied too."""
+    """Count the parameters of a saved module and its submodules; a tied weight counts too, since it is also copied."""
     own = sum(s.weight_parameters + s.bias_parameters for s in shape.sites if _inside(s.path, [path]))
     return own + sum(o.parameters for o in shape.others if _inside(o.path, [path]))
 
 
 def _biases(shape: ModelShape, choice: str, adapted: Collection[str], saved: Collection[str]) -> int:
-    """Return the parameters in trained biases of the base, without those that saved modules already count."""
+    """Return the number of parameters in trained biases of the base, excluding those in saved modules."""
     if choice == "none":
         return 0
     trained = [s for s in shape.sites if (choice == "all" or s.path in adapted) and not _inside(s.path, saved)]
@@ -408,7 +409,7 @@ def _biases(shape: ModelShape, choice: str, adapted: Collection[str], saved: Col
 
 @dataclass(frozen=True)
 class RankRow:
-    """Row of a rank table: all sites of one shape.
+    """Row of a rank table: all sites with the same shape.
 
     Attributes:
         labels: Names of the modules with this shape.
@@ -416,7 +417,7 @@ class RankRow:
         out_features: Rows of the weight.
         in_features: Columns of the weight.
         sites: Number of sites with this shape.
-        each: Trainable parameters of one such site, for each rank.
+        each: Number of trainable parameters of one such site, for each rank.
     """
 
     labels: tuple[str, ...]
@@ -429,12 +430,12 @@ class RankRow:
 
 @dataclass(frozen=True)
 class RankTable:
-    """Trainable parameters by rank.
+    """Number of trainable parameters by rank.
 
     Attributes:
         ranks: Ranks of the columns.
-        rows: One row per distinct shape of site.
-        totals: All trainable parameters at each rank, including saved modules, token rows and biases.
+        rows: One row per distinct site shape.
+        totals: Total number of trainable parameters at each rank, including saved modules, token rows and biases.
         shares: The totals as fractions of the base's parameters.
     """
 
@@ -445,20 +446,20 @@ class RankTable:
 
 
 def rank_table(shape: ModelShape, config: LoraConfig, ranks: Sequence[int], optimizer: str = "adamw") -> RankTable:
-    """Return the trainable parameters by rank: one row per distinct shape of site and a total, one column per rank.
+    """Return the trainable parameters by rank, with a row per distinct site shape, a total, and a column per rank.
 
     Args:
-        shape: The model.
-        config: The adapter; each column's rank overrides `r` and `rank_pattern`.
+        shape: Shape of the model.
+        config: The adapter's config; each column's rank overrides `r` and `rank_pattern`.
         ranks: Ranks of the columns.
-        optimizer: Optimizer of `Job`.
+        optimizer: Value of `Job.optimizer`.
 
     Returns:
         The table.
 
     Raises:
         UsageError: A rank is below 1, or `ranks` is empty.
-        TargetError: A target matches nothing, or a module that does not support LoRA.
+        TargetError: A target matches nothing, or matches a module that does not support LoRA.
     """
     if not ranks or any(rank < 1 for rank in ranks):
         text = f"ranks must be one or more positive integers, such as 4,8,16,32; got {list(ranks)}."

@@ -15,7 +15,7 @@ from lorakit.errors import ConfigError
 from lorakit.targets.layer_types import DENSE, LINEAR
 
 BLOCK, DOUBLE_BLOCK = 64, 256
-"""Elements per scale in 4-bit and HQQ weights; scales per second-level scale in double quantization."""
+"""Elements per scale in 4-bit and HQQ weights, and scales per second-level scale in double quantization."""
 
 _FP32, _CODE, _DOUBLE_CODE = 4, 16, 256
 
@@ -32,7 +32,7 @@ class Storage:
         kinds: Kinds of modules that the format supports.
         doubles: Whether the scales can be quantized too (double quantization).
         keeps: What the matmul saves for backward: "nothing", its "input", or the "weight" in the compute dtype.
-        size: (rows, columns, bytes per element in the compute dtype, double quantization) -> bytes.
+        size: (rows, columns, bytes per element in the compute dtype, double quantization) -> size in bytes.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Storage:
 
 
 def _four_bit(rows: int, columns: int, _: int, double: bool) -> int:
-    """Return the bytes of packed elements (two per byte), 16 code values, and one scale per 64 elements.
+    """Return the size in bytes of packed elements (two per byte), 16 code values, and one scale per 64 elements.
 
     Scales are fp32 or, with double quantization, 8-bit with one fp32 scale per 256 scales.
 
@@ -62,7 +62,7 @@ def _four_bit(rows: int, columns: int, _: int, double: bool) -> int:
 
 
 def _rows_of_int8(rows: int, columns: int, _: int, __: bool) -> int:
-    """Return the bytes of int8 elements and one fp32 scale per row.
+    """Return the size in bytes of int8 elements and one fp32 scale per row.
 
     Source:
         Dettmers et al. 2022, arXiv:2208.07339, section 2.1.
@@ -75,7 +75,9 @@ def _torchao_int8(rows: int, columns: int, _: int, __: bool) -> int:
 
 
 def _hqq(bits: int) -> Callable[[int, int, int, bool], int]:
-    """Return a size function for packed elements with a scale and a zero point (compute dtype) per 64 elements.
+    """Return a function that computes the size of packed elements, with a scale and a zero point per 64 elements.
+
+    Scales and zero points are stored in the compute dtype.
 
     Source:
         Badri and Shaji 2023, Half-Quadratic Quantization of Large Machine Learning Models.
@@ -90,12 +92,12 @@ def _hqq(bits: int) -> Callable[[int, int, int, bool], int]:
 _LINEAR = (LINEAR,)
 
 STORAGES: tuple[Storage, ...] = (
-    Storage("nf4", "bitsandbytes", "4 bits, values of a normal distribution", 4, DENSE, True, "nothing", _four_bit),
+    Storage("nf4", "bitsandbytes", "4 bits, quantiles of a normal distribution", 4, DENSE, True, "nothing", _four_bit),
     Storage("fp4", "bitsandbytes", "4 bits, floating point", 4, DENSE, True, "nothing", _four_bit),
-    Storage("int8", "bitsandbytes", "8 bits, a scale per row", 8, DENSE, False, "input", _rows_of_int8),
-    Storage("int8-torchao", "torchao", "8 bits, a scale per row", 8, _LINEAR, False, "weight", _torchao_int8),
-    Storage("hqq4", "hqq", "4 bits, scale and zero point per 64", 4, _LINEAR, False, "input", _hqq(4)),
-    Storage("hqq8", "hqq", "8 bits, scale and zero point per 64", 8, _LINEAR, False, "input", _hqq(8)),
+    Storage("int8", "bitsandbytes", "8 bits, one scale per row", 8, DENSE, False, "input", _rows_of_int8),
+    Storage("int8-torchao", "torchao", "8 bits, one scale per row", 8, _LINEAR, False, "weight", _torchao_int8),
+    Storage("hqq4", "hqq", "4 bits, scale and zero point per 64 values", 4, _LINEAR, False, "input", _hqq(4)),
+    Storage("hqq8", "hqq", "8 bits, scale and zero point per 64 values", 8, _LINEAR, False, "input", _hqq(8)),
 )
 
 _NAMED = {storage.name: storage for storage in STORAGES}
@@ -141,7 +143,7 @@ class Quantization:
 
 
 def stored_as(name: str | None, double: bool = True) -> Quantization | None:
-    """Return the quantization that two settings specify, or None for an unquantized base.
+    """Return the quantization specified by two settings, or None for an unquantized base.
 
     Args:
         name: A name in `STORAGES`, or None for an unquantized base.
@@ -154,10 +156,10 @@ def stored_as(name: str | None, double: bool = True) -> Quantization | None:
 
 
 def quantized_sites(shape: ModelShape, storage: Storage) -> tuple[SiteShape, ...]:
-    """Return the modules of a model that are quantized: those that "all-linear" selects, without the output head.
+    """Return the modules of a model that are quantized: those that "all-linear" selects, excluding the output head.
 
     Args:
-        shape: The model.
+        shape: Shape of the model.
         storage: The storage format.
     """
     return tuple(s for s in shape.sites if s.dense and s.kind in storage.kinds and s.tied_to is None)
@@ -191,7 +193,7 @@ def stored(shape: ModelShape, name: str, itemsize: int, double: bool) -> StoredB
     """Return the size of a quantized base. [docs/math.md (28)]
 
     Args:
-        shape: The base.
+        shape: Shape of the base.
         name: A name in `STORAGES`.
         itemsize: Bytes per element of unquantized weights and of the computation.
         double: Whether to quantize the scales too, if the format supports it.
@@ -204,8 +206,9 @@ def stored(shape: ModelShape, name: str, itemsize: int, double: bool) -> StoredB
     if not sites:
         raise ConfigError(
             f"{shape.name}: quantization {name!r} supports {' and '.join(storage.kinds)} modules, and this "
-            f"{shape.architecture} has none besides its output head. Omit it, or use one of "
-            f"{', '.join(s.name for s in STORAGES if quantized_sites(shape, s)) or 'no other'}.",
+            f"{shape.architecture} has none apart from its output head. Omit quantization, or use a format "
+            "that this model supports "
+            f"({', '.join(s.name for s in STORAGES if quantized_sites(shape, s)) or 'there is none'}).",
             what=name,
             where=shape.name,
             field="quantization",

@@ -47,13 +47,13 @@ def render(plan: Plan, *, verbose: bool = False, notes: tuple[str, ...] = ()) ->
 
 
 def summary(plan: Plan) -> list[str]:
-    """Return a plan in a few lines, for the start of a run.
+    """Summarize a plan in a few lines, to be printed at the start of a run.
 
     Args:
         plan: The plan.
 
     Returns:
-        Lines with trainable parameters, memory and, if a speed is known, time.
+        Lines with the trainable parameters, the memory and, if a speed is known, the time.
     """
     needs = plan.lora.memory
     lines = [
@@ -72,7 +72,7 @@ def details(plan: Plan) -> list[str]:
         plan: The plan.
 
     Returns:
-        Lines with the memory of full fine-tuning and sizes on disk.
+        Lines with the memory of full fine-tuning and the sizes on disk.
     """
     return [
         f"full fine-tuning: estimated peak memory {format_bytes(plan.full.memory.peak_bytes)}",
@@ -113,7 +113,7 @@ def _summary(plan: Plan) -> list[str]:
 def _warnings(plan: Plan) -> list[str]:
     shape, job = plan.shape, plan.job
     if 0 < shape.positions < job.length_tokens:
-        return [f"{shape.name} supports at most {shape.positions:,} tokens; the job has {job.length_tokens:,}."]
+        return [f"{shape.name} supports at most {shape.positions:,} tokens; the job's rows have {job.length_tokens:,}."]
     return []
 
 
