@@ -95,7 +95,7 @@ CAPTURING = "transformers.utils.output_capturing"
 
 
 def is_watched(module: nn.Module, *, captures: bool = True) -> bool:
-    """Return whether using a module's weight without calling the module would skip a hook or a custom forward.
+    """Return whether using a module's weight without calling the module would skip a hook or a custom `forward`.
 
     Device maps, for example, replace `forward` on the instance.
 

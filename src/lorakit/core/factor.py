@@ -20,10 +20,10 @@ HOLDERS: Mapping[str, type[nn.ModuleDict | nn.ParameterDict]] = {
     "lora_embedding_A": nn.ParameterDict,
     "lora_embedding_B": nn.ParameterDict,
 }
-"""Layer attribute -> type of the container with one entry per adapter, except for variants' extra tensors.
+"""Layer attribute with one entry per adapter -> type of its container.
 
-Those have their own containers (`OwnTensor.held_as`). A container is created on first access, since most layers need
-only three of them.
+Variants' extra tensors have their own containers (`OwnTensor.held_as`). A container is created on first access, since
+most layers need only three of them.
 """
 
 TRAINED = tuple(name for name in HOLDERS if name != "lora_dropout")
@@ -31,7 +31,10 @@ TRAINED = tuple(name for name in HOLDERS if name != "lora_dropout")
 
 
 class FactorWeight(nn.Linear):
-    """Holds A or B as `.weight`; an nn.Linear, which some programs look for, but without random initialization."""
+    """An nn.Linear that holds A or B as its `.weight`, without the random initialization.
+
+    It is an nn.Linear because some programs look for modules of that type.
+    """
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         nn.Module.__init__(self)
@@ -42,7 +45,7 @@ class FactorWeight(nn.Linear):
 
 
 class OwnWeight(nn.Module):
-    """Holds a variant's extra tensor, or a convolution's A or B, as a `.weight` of any shape (…)."""
+    """A module that holds a variant's extra tensor, or a convolution's A or B, as its `.weight`, of any shape (…)."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         super().__init__()

@@ -1,8 +1,9 @@
 """`AdapterComponent`, the protocol of everything that carries adapters, and base classes for modules that implement it.
 
-Operations on a whole model (merge, unmerge, detach, save) call these methods on each component. In a merge or unmerge,
-every component first stages its change; only when all have done so are the changes committed. `AdapterModule` also has
-PEFT's methods, for programs that switch adapters module by module. This file does not depend on factors or weights.
+Operations on a whole model (merge, unmerge, detach, save) call the protocol's methods on each component. In a merge or
+unmerge, every component first stages its change; only when all have done so are the changes committed. `AdapterModule`
+also has PEFT's methods, for programs that switch adapters module by module. This file does not depend on factors or
+weights.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def trainable(model: nn.Module, first: nn.Parameter | None) -> AbstractContextMa
     if not inside:
         raise ModelError(
             f"This {type(model).__name__} was created in torch.inference_mode(), so torch cannot train it or record "
-            "gradients for it outside of inference mode. Create or load it outside of that mode, or use it only there.",
+            "gradients for it. Create or load it outside of inference mode, or use it only in inference mode.",
             what=type(model).__name__,
         )
     return torch.inference_mode(False)
@@ -135,11 +136,11 @@ class AdapterComponent:
 
     @abstractmethod
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
-        """Return an adapter's parameters in this component, (…), with A and B first; an empty list if it has none."""
+        """Return an adapter's parameters in this component, with A and B first; an empty list if it has none."""
 
     @abstractmethod
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
-        """Return the tensors to save for an adapter: key relative to this component's path -> tensor (…)."""
+        """Return the tensors to save for an adapter: key relative to this component's path -> tensor."""
 
     @abstractmethod
     def remove(self, adapter: str) -> nn.Module:
@@ -165,7 +166,7 @@ class AdapterComponent:
 
     @abstractmethod
     def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
-        """Return this component's base tensors with adapters merged: name in the plain module -> tensor (…)."""
+        """Return this component's base tensors with adapters merged: name in the plain module -> tensor."""
 
     @abstractmethod
     def unload(self) -> nn.Module:
@@ -196,8 +197,8 @@ class AdapterModule(nn.Module, AdapterComponent):
         state: The state shared by all adapted modules of the model.
         merged_adapters: The adapters that are currently merged here.
         own_route: This module's override of the model's default route, or None.
-        aside: A one-element tuple with the override from before this module's adapters were disabled; empty while they
-            are enabled.
+        aside: A one-element tuple with the override that applied before this module's adapters were disabled; empty
+            while they are enabled.
     """
 
     state: AdapterState
@@ -346,7 +347,7 @@ class AdapterModule(nn.Module, AdapterComponent):
 
         Args:
             adapter_name: The adapter; ignored if it has no parameters here.
-            new_active_adapters: Ignored, present only for PEFT compatibility: other active adapters stay active.
+            new_active_adapters: Ignored; present only for PEFT compatibility. Other active adapters stay active.
         """
         active = self.active_adapters
         self.remove(adapter_name)

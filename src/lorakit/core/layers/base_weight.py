@@ -179,7 +179,7 @@ class BaseWeight(StoredWeight):
             options: Options of the merge; with `dense`, quantized weights become plain ones.
 
         Returns:
-            Name of the parameter -> tensor (…); empty if no adapter has factors in this layer.
+            Name of the parameter -> tensor; empty if no adapter has factors in this layer.
 
         Raises:
             MergeError: An adapter cannot be merged into the weight, or the merged bias is not finite.
@@ -207,7 +207,7 @@ class BaseWeight(StoredWeight):
         return None if staged is None else staged[0]
 
     def unload(self) -> nn.Module:
-        """Return the base's module with the merged adapters; if none of them uses the residual base, undo it first."""
+        """Return the base's module with the merged adapters; first undo the residual base if none of them uses it."""
         if self.moved_by and not set(self.moved_by).intersection(self.merged_adapters):
             self.moved_by = ()
             self.put_stored(self.stored_with(self.merged_adapters))

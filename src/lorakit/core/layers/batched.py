@@ -99,7 +99,7 @@ def _picker(names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
 OfRows = Sequence[tuple[str, Tensor]]
 
 WORTH_A_STACK = 4
-"""Minimum number of adapters for which a stack pays off in a single forward, measured at width 576 and rank 16."""
+"""Minimum number of adapters for which a stack pays off in one forward pass, measured at width 576 and rank 16."""
 
 
 @dataclass(eq=False)

@@ -32,7 +32,7 @@ class BiasPatch(AdapterComponent):
     Attributes:
         module: The base's module, whose parameters are the trained biases.
         adapter: The adapter that trains the biases.
-        originals: Name of each bias -> its value before training, (…).
+        originals: Name of each bias -> its value before training.
         state: The state shared by all adapted modules of the model.
     """
 
@@ -77,7 +77,7 @@ class BiasPatch(AdapterComponent):
         return torch.where(ours.view(-1, *[1] * (output.ndim - 1)), output, old)
 
     def old(self, module: nn.Module) -> dict[str, Tensor]:
-        """Return the original biases (…) by name, on a module's current device and in its current dtype.
+        """Return the original biases by name, on a module's current device and in its current dtype.
 
         Args:
             module: The base's module, or a clone of it.
@@ -100,11 +100,11 @@ class BiasPatch(AdapterComponent):
         return [self.adapter]
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
-        """Return the biases, (…), if this adapter trains them, else an empty list."""
+        """Return the biases if this adapter trains them, else an empty list."""
         return [self.module.get_parameter(name) for name in self.originals] if adapter == self.adapter else []
 
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
-        """Return the biases by name, (…), if this adapter trains them, else an empty dict."""
+        """Return the biases by name if this adapter trains them, else an empty dict."""
         return dict(zip(self.originals, self.parameters_of(adapter), strict=False))
 
     def remove(self, adapter: str) -> nn.Module:
@@ -127,7 +127,7 @@ class BiasPatch(AdapterComponent):
         return None
 
     def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
-        """Return the biases by name, (…), if one of these adapters trains them."""
+        """Return the biases by name if one of these adapters trains them, else an empty dict."""
         return {name: held.detach() for adapter in adapters for name, held in self.saved_tensors(adapter).items()}
 
     def unload(self) -> nn.Module:
@@ -144,7 +144,7 @@ class BiasPatch(AdapterComponent):
 
     @staticmethod
     def install(adapter: str, originals: dict[str, Tensor], module: nn.Module, state: AdapterState) -> None:
-        """Make a module's biases trainable, and register the hook that gives other routes the original ones, (…)."""
+        """Make a module's biases trainable, and register the hook that gives other routes the original ones."""
         state.biased = True
         patch = BiasPatch(module, adapter, originals, state)
         module.register_forward_hook(patch, with_kwargs=True, prepend=True)
@@ -160,6 +160,9 @@ class BiasPatch(AdapterComponent):
 
 
 def out_projection(attention: nn.MultiheadAttention) -> nn.Module:
-    """Return the base's output projection in an attention module, which reads its parameters but never calls it."""
+    """Return the base's output projection in an attention module.
+
+    The attention module reads the projection's weight and bias but never calls the projection.
+    """
     inside = attention.get_submodule("out_proj")
     return inside.owner if isinstance(inside, LoraLayer) else inside

@@ -198,7 +198,7 @@ class LoraLayer(BaseWeight):
         return holder._modules if isinstance(holder, ModuleDict) else holder
 
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
-        """Return the tensors to save for an adapter: key relative to this layer's path -> tensor (…)."""
+        """Return the tensors to save for an adapter: key relative to this layer's path -> tensor."""
         if adapter not in self.r:
             return {}
         factor, kind = self.factor(adapter), self.kind
@@ -212,7 +212,7 @@ class LoraLayer(BaseWeight):
         return found
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
-        """Return an adapter's parameters in this layer, (…), with A and B first; empty if it has no factors here."""
+        """Return an adapter's parameters in this layer, with A and B first; empty if it has no factors here."""
         found = []
         for holder in map(self._modules.get, _HOLDERS_OF_PARAMETERS):
             if isinstance(holder, ModuleDict):
@@ -276,7 +276,7 @@ class LoraLayer(BaseWeight):
         return y
 
     def _mixed(self, route: Route, skip: frozenset[str], x: Tensor, y0: Tensor) -> Tensor:
-        """Apply its own adapter to each row; x is (rows, …), y0 is (rows, …, out).   [docs/math.md (13)]"""
+        """Apply each row's adapter to that row; x is (rows, …), y0 is (rows, …, out).   [docs/math.md (13)]"""
         axis, weights = self._row_axis(route, x), Weights()
         here = [s for s in route.segments(x.device, x.shape[axis]) if s[0] in self.r and s[0] not in skip]
         y, left = add_stacked(self, here, route, x, y0)
@@ -286,7 +286,7 @@ class LoraLayer(BaseWeight):
         return y
 
     def _row_axis(self, route: Route, x: Tensor) -> int:
-        """Return the axis of x (rows, …) that holds the rows; raise an error if the route has another row count."""
+        """Return the axis of x (rows, …) that holds the rows, after checking that the route matches their number."""
         axis = self.kind.row_axis(self.owner)
         if axis is None or route.rows_of(x.shape[axis]) is None:
             size = "no batch axis" if axis is None else f"{x.shape[axis]} rows"
@@ -373,7 +373,7 @@ class LoraLayer(BaseWeight):
 
     @property
     def in_features(self) -> int:
-        """The number of columns of the base weight, of embeddings, or of input channels of a convolution."""
+        """The number of columns of the base weight, embeddings in a table, or input channels of a convolution."""
         return self.spec.in_features
 
     @property
@@ -396,7 +396,7 @@ class LoraLayer(BaseWeight):
         return self.owner
 
     def get_base_weight(self) -> Tensor:
-        """Return the current base weight: dequantized, (out, in), if it is quantized, else as stored, (…)."""
+        """Return the current base weight: dequantized, (out, in), if it is quantized, else in its stored shape."""
         base, owner = self.base, self.owner
         stored = base.stored(owner, self.spec.parameter)
         return base.read(owner, stored) if base.quantized else stored
@@ -406,7 +406,7 @@ class LoraLayer(BaseWeight):
 
         Args:
             adapter: The adapter; ignored if it has no factors in this layer.
-            scale: The multiple.
+            scale: The multiplier.
         """
         if adapter in self.scaling:
             self.scaling[adapter] = scale * self._own_scale(adapter)
@@ -457,7 +457,7 @@ class LoraLayer(BaseWeight):
         """Merge adapters into the weight of this layer alone; the original is kept.
 
         Args:
-            safe_merge: Ignored, present only for PEFT compatibility: a non-finite result always raises an error.
+            safe_merge: Ignored; present only for PEFT compatibility. A non-finite result always raises an error.
             adapter_names: The adapters; None means the active ones.
 
         Raises:

@@ -62,11 +62,11 @@ class ModulesToSave(ReplacingModule):
         return list(self.modules_to_save)
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
-        """Return the parameters of an adapter's copy, (…), or an empty list if it has no copy here."""
+        """Return the parameters of an adapter's copy, or an empty list if it has no copy here."""
         return list(self.modules_to_save[adapter].parameters()) if adapter in self.modules_to_save else []
 
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
-        """Return the state dict of an adapter's copy: name -> tensor (…); empty if it has no copy here."""
+        """Return the state dict of an adapter's copy: name -> tensor; empty if it has no copy here."""
         return dict(self.modules_to_save[adapter].state_dict()) if adapter in self.modules_to_save else {}
 
     def remove(self, adapter: str) -> nn.Module:
@@ -112,7 +112,7 @@ class ModulesToSave(ReplacingModule):
         return StagedMerge(None, partial(setattr, self, "merged_adapters", [])) if merged else None
 
     def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
-        """Return the state dict of the copy that replaces the original: name -> tensor (…); empty if there is none."""
+        """Return the state dict of the copy that replaces the original: name -> tensor; empty if there is none."""
         found: dict[str, Tensor] = {}
         for name in adapters:
             found |= self.saved_tensors(name)
@@ -154,7 +154,7 @@ class Extras:
 
     Attributes:
         copies: Path -> trainable copy of the module at that path.
-        biases: Modules of the base, each with its current biases, (…), by name. An attention module has no entries if
+        biases: Modules of the base, each with its current biases by name. An attention module has no entries if
             only its output projection has trained biases.
         rows: Trainable token embeddings: their indices in a table, and their values, (n, d).
         leaders: Path of a module -> path of the module that it is tied to.
@@ -261,7 +261,7 @@ def _read_by(modules: Mapping[str, nn.Module], sites: Collection[str]) -> Iterat
 
 
 def _base_modules(current: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the base's modules here by relative path: one, or all those inside another adapter's saved module."""
+    """Yield the base's modules at one path, by relative path: one, or all those in another adapter's saved module."""
     if isinstance(current, ModulesToSave):
         yield from current.original_module.named_modules()
     else:

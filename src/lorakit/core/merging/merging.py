@@ -4,7 +4,8 @@ A merge computes W₀ + Σ update in fp32 or wider from the original base, and w
 original weight is kept (on its device or in main memory) unless the caller opts out, so several merges can be undone in
 any order. The error of storing the sum in low precision is measured and reported.
 
-Every component stages its change before any change is committed, so a call that raises leaves the model unchanged.
+Every component stages its change before any change is committed, so a call that raises an error leaves the model as it
+was.
 """
 
 from __future__ import annotations
@@ -320,7 +321,7 @@ def untied_copies(index: AdapterIndex, names: Collection[str]) -> list[tuple[str
 
 
 def _leading_tables(index: AdapterIndex) -> dict[TrainableTokens, list[TrainableTokens]]:
-    """Return leading table -> the tables that follow it, for the tables with trainable tokens."""
+    """Return, for each leading table with trainable tokens, the tables that follow it."""
     tables = [table for _, table in index.every(TrainableTokens)]
     return {table: [other for other in tables if table.leads(other)] for table in tables if not table.follows}
 
@@ -409,9 +410,9 @@ def merged_state_dict(model: nn.Module, *names: str) -> dict[str, Tensor]:
         names: Adapters to merge; if none are given, those in the default route.
 
     Returns:
-        Name -> tensor (…) in the base's dtype. Tensors that no adapter changes are the model's own, not copies. A
+        Name -> tensor in the base's dtype. Tensors that no adapter changes are the model's own, not copies. A
         weight that is tied in the model but adapted in only one module appears under both names, with different values.
-        Quantized weights are dequantized to the dtype of their matmuls, so the state dict is that of the plain base.
+        Quantized weights are dequantized to the dtype of their matmuls, so the state dict matches a plain base's.
 
     Raises:
         MergeError: An adapter cannot be merged.
@@ -463,7 +464,7 @@ class _Merged:
         return self._tensors[name] if name in self._tensors else self._biases.get(target, tensor.detach())
 
     def dequantized(self, weight: QuantizedWeight, options: MergeOptions) -> Iterator[tuple[str, Tensor]]:
-        """Yield a quantized weight and its bias, each as name and tensor (…), merged and dequantized as in the base."""
+        """Yield name and tensor of a quantized weight, dequantized and with adapters merged, and then of its bias."""
         of_bias, bias = weight.name.removesuffix("weight") + "bias", weight.plain_bias
         merged = {} if weight.layer is None else weight.layer.merged_tensors(self._names, options)
         if weight.name in self._tensors:  # an adapter's copy of the whole module replaces it

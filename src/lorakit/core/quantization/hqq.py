@@ -40,7 +40,7 @@ def hqq_linear(linear: nn.Linear, bits: int, group_size: int) -> nn.Module:
     Args:
         linear: The dense layer, which this call freezes; the dtype of its weight becomes the compute dtype.
         bits: 8 or 4.
-        group_size: Number of values that share a scale; it must divide the number of elements.
+        group_size: Number of values that share a scale; it must evenly divide the number of elements.
 
     Returns:
         An `HQQLinear` in the same mode as the dense layer.

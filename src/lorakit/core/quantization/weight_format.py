@@ -83,7 +83,7 @@ class WeightFormat(Generic[M, S]):
 
     @abstractmethod
     def stored(self, module: M, parameter: str) -> S:
-        """Return what a module stores for a parameter now; the result shares memory with the module."""
+        """Return what a module currently stores for a parameter; the result shares memory with the module."""
 
     @abstractmethod
     def read(self, module: M, stored: S) -> Tensor:
@@ -139,7 +139,7 @@ class PlainFormat(WeightFormat[nn.Module, Tensor]):
 
     def stored(self, module: nn.Module, parameter: str) -> Tensor:
         """Return the tensor, of any shape."""
-        tensor: Tensor = getattr(module, parameter)  # FSDP has plain tensors in _parameters in a forward pass
+        tensor: Tensor = getattr(module, parameter)  # FSDP has plain tensors in _parameters during a forward pass
         return tensor.detach()
 
     def device(self, module: nn.Module, parameter: str) -> torch.device:

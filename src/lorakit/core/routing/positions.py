@@ -1,8 +1,8 @@
 """Find where adapters triggered by invocation tokens become active (`Variant.positions`), once per forward pass.
 
-While a model has such an adapter, two hooks put the offsets of each forward pass into the context and remove them
-afterwards, even if the forward pass fails. The key-value cache stores where the adapters started in each row, so that
-generation steps, which see one token each, continue from there.
+While a model has such an adapter, two hooks put the offsets of each forward pass into a context variable and remove
+them afterwards, even if the forward pass fails. The key-value cache stores where the adapters started in each row, so
+that generation steps, which see one token each, continue from there.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ NOT_IN_A_GRAPH = (
 class InvocationHooks:
     """Two hooks on a model: one finds the offsets before a forward pass, the other stores them in the cache afterwards.
 
-    The state of a forward pass is kept in the context, not in the hooks, so threads do not interfere.
+    The state of a forward pass is kept in a context variable, not in the hooks, so threads do not interfere.
     """
 
     def __init__(self, state: AdapterState) -> None:
         self.state = state
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Put the offsets of this forward pass into the context."""
+        """Put the offsets of this forward pass into the context variable."""
         if not torch.compiler.is_compiling():
             self._open(module, args, kwargs)
         elif not self.state.fits_a_graph(self.state.default):
@@ -60,7 +60,7 @@ class InvocationHooks:
             torch._dynamo.disable(self._close)(kwargs, output)
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _HookScope.drop(self)  # left open by an interrupt; otherwise, the second hook always closes it
+        _HookScope.drop(self)  # in case an interrupt left it open; otherwise, the second hook closes it
         offsets = self._offsets(module, args, kwargs)
         if offsets is not None:
             _HookScope(self, offsets).__enter__()
@@ -114,7 +114,7 @@ class InvocationHooks:
 def prompt_offsets(
     state: AdapterState, input_ids: Tensor, visible: Tensor | None = None, names: Iterable[str] | None = None
 ) -> Offsets:
-    """Find at how many positions at the end of each prompt the adapters triggered by invocation tokens are active.
+    """Find the number of active positions at the end of each prompt, for adapters triggered by invocation tokens.
 
     Args:
         state: The model's state.
@@ -144,7 +144,7 @@ def _span(state: AdapterState, name: str) -> int:
 
 
 class _HookScope(Override):
-    """An override that the first hook opens; the second hook finds it through the context and closes it."""
+    """An override that the first hook opens; the second hook finds it through the context variable and closes it."""
 
     def __init__(self, hooks: InvocationHooks, offsets: Offsets) -> None:
         super().__init__(hooks.state, None, offsets)

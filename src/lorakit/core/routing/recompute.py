@@ -62,7 +62,7 @@ class Forwards:
 
     A forward pass whose output has a graph is remembered for as long as the graph is alive. Forward passes with
     gradients disabled are remembered in order, which distinguishes the first run of a reentrant checkpoint from an
-    evaluation. If gradients are enabled but the output has no graph, only the route is kept (two, if they differ).
+    evaluation. If gradients are enabled but the output has no graph, only the route is kept, or two if they differ.
     Copies and pickles are empty, since graphs are not copied.
     """
 

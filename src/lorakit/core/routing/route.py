@@ -28,7 +28,7 @@ class Offsets:
         back: Number of active positions at the end of each row, (adapters, rows) int64; 0 if the adapter is not active.
         length: Number of positions per row in this forward pass, or None if it is unknown.
         seen: Number of positions per row up to the end of this forward pass, including cached ones, or None.
-        whole: Whether a site must see all `length` positions, because a subset may not be the last ones.
+        whole: Whether a site must see all `length` positions, because fewer might not be the last ones.
     """
 
     adapters: tuple[str, ...]
@@ -61,7 +61,7 @@ class Offsets:
         return all(one.shape == two.shape and bool((one == two).all()) for one, two in pairs)
 
     def later(self, length: int, seen: int, rows: int, whole: bool = False) -> Offsets:
-        """Return the offsets for another forward pass over the same text, which may end earlier or later.
+        """Return the offsets for another forward pass over the same text that ends at a different position.
 
         Args:
             length: Number of positions per row in that forward pass.

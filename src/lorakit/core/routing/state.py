@@ -197,7 +197,7 @@ class AdapterState:
         return offsets if offsets is not None or route is None else route.offsets
 
     def awaited(self) -> tuple[str, ...]:
-        """Return, sorted, the adapters triggered by invocation tokens that the active routes of the model include."""
+        """Return the sorted names of the active adapters that are triggered by invocation tokens."""
         if not self.waiting:
             return ()
         acting = set(self.active().mentions)
