@@ -240,7 +240,7 @@ class TestRows:
 
     def test_too_few_and_too_many(self, two: Any) -> None:
         for names in (["a"], ["a"] * 4):
-            with pytest.raises(RouteError, match="Give one adapter per row of the batch"):
+            with pytest.raises(RouteError, match="Pass one adapter per row of the batch"):
                 logits(two, adapter_names=names)
 
     def test_none_at_all(self, two: Any) -> None:

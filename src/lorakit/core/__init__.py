@@ -1,7 +1,7 @@
-"""LoRA on the user's own model: attach, use, merge, save and load adapters.
+"""LoRA adapters for any PyTorch model: attach, use, merge, save and load them.
 
-The functions operate directly on a model, which is not wrapped, and return reports. This package depends on torch and
-safetensors, but not on transformers, training or the command line.
+The functions work on the model itself instead of wrapping it, and report what they did. This package depends on torch
+and safetensors, but not on transformers or on lorakit's training and command-line code.
 """
 
 from lorakit.core.attachment.attaching import AttachReport, attach, detach

@@ -1,7 +1,7 @@
 """Shallow clones of modules, and checks for hooks.
 
-A clone shares everything with its module except some tensors or children, and is used for one forward pass. The module
-itself does not change, so other threads can run it at the same time.
+A clone shares everything with the original module except for certain tensors or child modules, and is used for a single
+forward pass. The original is not changed, so other threads can run it at the same time.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ HOOKS = (
 
 
 def clone_with(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Return a shallow clone of a module in which other tensors replace some parameters.
+    """Return a shallow clone of a module with some of its parameters replaced.
 
     Args:
         module: Any module.
-        tensors: Name of a direct parameter -> its replacement of the same shape (…); it may require gradients.
+        tensors: Name of a direct parameter -> its replacement, of the same shape (…), which may require gradients.
     """
     parametrised = module._modules.get(PARAMETRISED)
     if parametrised is None or tensors.keys().isdisjoint(parametrised._modules):
         return _shallow(module, type(module), tensors, dict(module._modules))
-    # parametrize made the module's class a subclass with properties; the clone has the original class and plain tensors
+    # parametrize changed the module's class to a subclass with properties; the clone gets the original class and plain
+    # tensors
     others = {name: getattr(module, name) for name in parametrised._modules}
     children = dict(module._modules)
     del children[PARAMETRISED]
@@ -59,11 +60,11 @@ def bare(module: nn.Module) -> nn.Module:
 
 
 def with_forward(module: nn.Module, forward: Callable[..., Tensor]) -> nn.Module:
-    """Return a shallow clone of a module that runs the user's hooks once, around a different forward.
+    """Return a shallow clone of a module with a different forward, around which the user's hooks run once.
 
     Args:
         module: Any module.
-        forward: The clone's forward; it calls several `bare` modules and returns a tensor (…).
+        forward: The clone's forward function, which calls several `bare` clones and returns a tensor (…).
     """
     clone = clone_with(module, {})
     _keep_hooks(clone, module, parts=False)
@@ -72,7 +73,7 @@ def with_forward(module: nn.Module, forward: Callable[..., Tensor]) -> nn.Module
 
 
 def _keep_hooks(clone: nn.Module, module: nn.Module, *, parts: bool) -> None:
-    """Copy forward hooks to a clone: those that are part of the module's computation if `parts`, else the others."""
+    """Copy forward hooks to a clone: if `parts`, those that are part of the module's computation, else the rest."""
     kept = {key for key, hook in module._forward_hooks.items() if getattr(hook, "part_of_module", False) is parts}
     for table in ("_forward_hooks", "_forward_hooks_with_kwargs"):
         clone.__dict__[table] = OrderedDict((key, hook) for key, hook in getattr(module, table).items() if key in kept)
@@ -83,23 +84,24 @@ def _shallow(
 ) -> nn.Module:
     clone = made_of.__new__(made_of)
     parameters = {**module._parameters, **tensors}
-    own = {name: value for name, value in module.__dict__.items() if name not in tensors}  # FSDP stores some here
+    # FSDP stores some parameters directly in __dict__
+    own = {name: value for name, value in module.__dict__.items() if name not in tensors}
     clone.__dict__ = {**own, "_parameters": parameters, "_modules": children}
     return clone
 
 
 CAPTURING = "transformers.utils.output_capturing"
-"""Python module with transformers' hooks that collect outputs; they stay installed after the forward pass."""
+"""Module of transformers that defines output-collecting hooks, which stay installed after the forward pass."""
 
 
 def is_watched(module: nn.Module, *, captures: bool = True) -> bool:
-    """Return whether using a module's weight without calling the module would skip a hook or a custom forward.
+    """Return whether using a module's weight without calling the module would skip a hook or a custom `forward`.
 
-    Device maps, for example, set a forward on the instance.
+    Device maps, for example, replace `forward` on the instance.
 
     Args:
         module: Any module.
-        captures: Whether hooks that collect outputs count; pass False if the call is known not to collect any.
+        captures: Whether to count output-collecting hooks; pass False if the call is known not to collect outputs.
     """
     after = module._forward_hooks.values()
     return bool(
@@ -112,12 +114,12 @@ def is_watched(module: nn.Module, *, captures: bool = True) -> bool:
 
 
 def share_dropped(dropout: nn.Module) -> float | None:
-    """Return the fraction of values that a dropout zeroes in its current mode, or None if it is not a plain dropout.
+    """Return the fraction of values that a dropout module zeroes in its current mode, or None if it is not plain.
 
-    A plain dropout is an nn.Identity, or an nn.Dropout without hooks; in training, its p must be below 1.
+    A plain dropout module is an nn.Identity, or an nn.Dropout without hooks whose p is below 1 in training mode.
 
     Args:
-        dropout: The module before A.
+        dropout: The dropout module applied before A.
     """
     if isinstance(dropout, nn.Identity):
         return 0.0

@@ -1,7 +1,7 @@
-"""Modules that hold one adapter's tensors at one site: A, B, dropout, and a variant's own tensors.
+"""Modules that hold an adapter's A, B and dropout at one site, and its variant's extra tensors.
 
-A (r, in) and B (out, r) are oriented as in nn.Linear, whatever the layout of the base weight. The modules only hold
-parameters under PEFT's names; their `forward` is not used.
+A (r, in) and B (out, r) have the orientation of nn.Linear weights, regardless of the layout of the base weight. The
+modules only store parameters under the names that PEFT uses; their `forward` is never called.
 """
 
 from __future__ import annotations
@@ -20,28 +20,32 @@ HOLDERS: Mapping[str, type[nn.ModuleDict | nn.ParameterDict]] = {
     "lora_embedding_A": nn.ParameterDict,
     "lora_embedding_B": nn.ParameterDict,
 }
-"""Layer attributes with one entry per adapter, except those of variants (`OwnTensor.held_as`).
+"""Layer attribute with one entry per adapter -> type of its container.
 
-Each is created on first access, since most layers need only three of them.
+Variants' extra tensors have their own containers (`OwnTensor.held_as`). A container is created on first access, since
+most layers need only three of them.
 """
 
 TRAINED = tuple(name for name in HOLDERS if name != "lora_dropout")
-"""The entries of HOLDERS that hold parameters, A and B first."""
+"""The attributes in HOLDERS that hold A and B, with each A before its B."""
 
 
 class FactorWeight(nn.Linear):
-    """A or B as `.weight`: an nn.Linear, which some programs look for, but without the random initialization."""
+    """An nn.Linear that holds A or B as its `.weight`, without the random initialization.
+
+    It is an nn.Linear because some programs look for modules of that type.
+    """
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         nn.Module.__init__(self)
         out_features, in_features = weight.shape
-        # hundreds are created at once, and setting attributes of a module is slow
+        # hundreds of these are created at once, and setting attributes on a module is slow
         self.__dict__.update(out_features=out_features, in_features=in_features)
         self._parameters.update(weight=weight, bias=bias)
 
 
 class OwnWeight(nn.Module):
-    """A variant's own tensor, or A or B of a convolution, as `.weight` of any shape (…)."""
+    """A module that holds a variant's extra tensor, or a convolution's A or B, as its `.weight`, of any shape (…)."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         super().__init__()
@@ -50,7 +54,7 @@ class OwnWeight(nn.Module):
 
 
 def parameter(tensor: Tensor) -> nn.Parameter:
-    """Return a tensor, such as A (r, in), as a parameter; a parameter is returned unchanged."""
+    """Return a tensor, such as A (r, in), as an nn.Parameter; an existing parameter is returned unchanged."""
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
 
 
@@ -58,7 +62,7 @@ def weight_holder(weight: nn.Parameter, bias: Tensor | None = None) -> nn.Module
     """Return a module that holds A or B.
 
     Args:
-        weight: A or B, (…) with at least two axes.
+        weight: A or B, (…), with at least two dimensions.
         bias: Bias of B, (out,), or None.
     """
     own = None if bias is None else parameter(bias)
@@ -66,16 +70,16 @@ def weight_holder(weight: nn.Parameter, bias: Tensor | None = None) -> nn.Module
 
 
 def make_dropout(p: float) -> nn.Module:
-    """Return the dropout before A: an nn.Identity if p is 0."""
+    """Return the dropout module to apply before A, or an nn.Identity if p is 0."""
     return nn.Dropout(p) if p > 0 else nn.Identity()
 
 
 def factor_dtype(module: nn.Module, parameter: str) -> torch.dtype:
-    """Return the dtype of A and B for a base weight: fp32, or the dtype of the weight if that is wider.
+    """Return the dtype of A and B for a base weight: fp32, or the weight's dtype if that is wider.
 
     Args:
         module: The module that holds the weight.
-        parameter: Name of the weight in the module.
+        parameter: The weight's name in the module.
     """
     weight = getattr(module, parameter) if is_computed(module, parameter) else module._parameters.get(parameter)
     floats = weight is not None and weight.is_floating_point()

@@ -1,8 +1,8 @@
 """Linear algebra on low-rank products B·A without forming them: singular values, inner products, angles.
 
-Factors are batched over groups, A (g, r, in) and B (g, out, r). A group is one expert of a parameter, or one group of a
-convolution, whose output channels use only their part of A; all other sites have a single group. Computations are in
-float64. This module does not depend on adapters, scales or files.
+Factors are batched over groups: A is (g, r, in) and B is (g, out, r). A group is one expert of a fused parameter, or
+one group of a convolution, whose output channels use only that group's part of A; all other sites have a single group.
+Computations use float64. This module does not depend on adapters, scales or files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from lorakit.core.kinds.parameter import per_expert, side_by_side
 from lorakit.errors import ConfigError
 
 SPARE, SKETCH = 16, 8
-"""A sketch has SPARE more columns than the rank; it is used only if SKETCH times its width is below the matrix size."""
+"""A sketch has SPARE more columns than the requested rank.
+
+It is used only if SKETCH times its width is less than the smaller dimension of the matrix.
+"""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Product:
 
     @property
     def rank(self) -> int:
-        """Rank of each group."""
+        """The rank of each group."""
         return self.A.shape[1]
 
 
@@ -59,8 +62,8 @@ class Principal:
     """Principal directions of a set of rows.
 
     Attributes:
-        vectors: Orthonormal directions, largest variance first, (k, in); in each, the component of largest
-            magnitude is positive.
+        vectors: Orthonormal directions, largest variance first, (k, in); the component of largest magnitude in each
+            direction is positive.
         values: Singular values of the centered rows, one per direction, (k,).
         ratios: Fraction of the total variance that each direction explains, (k,).
     """
@@ -72,7 +75,7 @@ class Principal:
 
 @dataclass(frozen=True)
 class Reading:
-    """A base weight at a site, and its geometry.
+    """The base weight of a site, and its geometry.
 
     Attributes:
         W: Canonical weight in float64, (out, in, …); for experts, the tensor as the base stores it, (experts, …, …).
@@ -85,7 +88,7 @@ class Reading:
     spec: WeightSpec
 
     def matrix(self, expert: int = 0) -> Tensor:
-        """Return the weight as a float64 matrix, (out, n); of several experts, convert only one, to save memory.
+        """Return the weight as a float64 matrix, (out, n); with experts, only one is converted, to save memory.
 
         Args:
             expert: The index of the expert.
@@ -100,8 +103,8 @@ def product_of(A: Tensor, B: Tensor, experts: int = 1) -> Product:
     """Return the factors of one site as a `Product`.
 
     Args:
-        A: A of the site, (r, in, …); (experts·r, in) for experts.
-        B: B of the site, (out, r / g, …), with g > 1 for a grouped convolution; (out, r·experts) for experts.
+        A: The site's A, (r, in, …), or (experts·r, in) for experts.
+        B: The site's B, (out, r / g, …), with g > 1 for a grouped convolution, or (out, r·experts) for experts.
         experts: The number of experts, each with its own part of A and B.
 
     Returns:
@@ -116,12 +119,12 @@ def product_of(A: Tensor, B: Tensor, experts: int = 1) -> Product:
 
 
 def factors_of(product: Product, A_like: Tensor, B_like: Tensor, experts: int = 1) -> tuple[Tensor, Tensor]:
-    """Convert a product to a site's A (r, in, …) and B (out, r / g, …), in fp32 or wider; inverts `product_of`.
+    """Convert a product back to a site's A (r, in, …) and B (out, r / g, …), in fp32 or wider; inverts `product_of`.
 
     Args:
         product: The factors, of any rank.
-        A_like: Any A of this site, (r, in, …).
-        B_like: Any B of this site, (out, r / g, …).
+        A_like: An A for the same site, of any rank, (r, in, …).
+        B_like: A B for the same site, of any rank, (out, r / g, …).
         experts: As in `product_of`.
     """
     A, B = side_by_side(product.A, product.B) if experts > 1 else (product.A, product.B)
@@ -134,7 +137,7 @@ def stacked(products: Sequence[Product], weights: Sequence[float]) -> Product:
     """Return Σ w·B·A as one product whose rank is the sum of the ranks.   [docs/math.md (50)]
 
     Args:
-        products: Products of one site.
+        products: Products for the same site.
         weights: One weight per product; it multiplies B.
     """
     A = torch.cat([product.A for product in products], dim=1)
@@ -145,7 +148,7 @@ def stacked(products: Sequence[Product], weights: Sequence[float]) -> Product:
 def spectrum(product: Product) -> Spectrum:
     """Return the exact singular value decomposition of B·A, computed from the factors.   [docs/math.md (51)]
 
-    B = Q·R and Aᵀ = P·T give B·A = Q·(R·Tᵀ)·Pᵀ, so only the small R·Tᵀ is decomposed. Cost: O((in + out)·r²).
+    B = Q·R and Aᵀ = P·T give B·A = Q·(R·Tᵀ)·Pᵀ, so only the small matrix R·Tᵀ is decomposed. Cost: O((in + out)·r²).
 
     Args:
         product: The factors.
@@ -157,7 +160,7 @@ def spectrum(product: Product) -> Spectrum:
 
 
 def truncated(found: Spectrum, rank: int) -> Product:
-    """Return the nearest product of a smaller rank, B = U·S and A = Vᵀ, largest values first.   [docs/math.md (52)]
+    """Return the closest product of lower rank, B = U·S and A = Vᵀ, largest values first.   [docs/math.md (52)]
 
     Args:
         found: The decomposition.
@@ -170,7 +173,7 @@ def truncated(found: Spectrum, rank: int) -> Product:
 
 
 def padded(product: Product, rank: int) -> Product:
-    """Return a product padded with zeros to a rank.
+    """Return a product zero-padded to a rank; a product of at least that rank is returned unchanged.
 
     Args:
         product: The factors, of any rank.
@@ -183,7 +186,7 @@ def padded(product: Product, rank: int) -> Product:
 
 
 def rank_for(S: Tensor, energy: float) -> int:
-    """Return the smallest rank whose singular values hold a fraction of the energy ΣS².   [docs/math.md (52)]
+    """Return the smallest rank whose singular values contain a given fraction of the energy ΣS².   [docs/math.md (52)]
 
     Args:
         S: Singular values, largest first, (g, k); every group keeps the same number of values.
@@ -196,7 +199,7 @@ def rank_for(S: Tensor, energy: float) -> int:
     total = float(held[-1])
     if total == 0:
         return 1
-    slack = 8 * torch.finfo(held.dtype).eps * total  # so that a fraction of 1 leaves out mere rounding errors
+    slack = 8 * torch.finfo(held.dtype).eps * total  # so that even a fraction of 1 drops mere rounding errors
     return min(int((held < energy * total - slack).sum()) + 1, S.shape[1])
 
 
@@ -205,7 +208,7 @@ def inner(one: Product, other: Product) -> float:
 
     Args:
         one: A product.
-        other: A product of the same site; its rank may differ.
+        other: A product for the same site; its rank may differ.
     """
     return float(((one.B.mT @ other.B) * (one.A @ other.A.mT)).sum())
 
@@ -227,7 +230,7 @@ def cosines(one: Tensor, other: Tensor) -> Tensor:
 
 
 def significant(found: Spectrum) -> tuple[int, ...]:
-    """Return how many singular values of each group exceed rounding errors: the group's numerical rank."""
+    """Return the numerical rank of each group: the number of singular values that exceed the rounding error."""
     S = found.S
     if S.numel() == 0:
         return (0,) * S.shape[0]
@@ -237,7 +240,7 @@ def significant(found: Spectrum) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class RankLimit:
-    """Limit for truncating a product: a rank or a fraction of its energy.
+    """The limit to which a product is truncated: a rank, or a fraction of its energy.
 
     Attributes:
         rank: The maximum rank.
@@ -259,7 +262,7 @@ class RankLimit:
             raise ConfigError.of("energy", self.energy, "a fraction in (0, 1]")
 
     def of(self, S: Tensor, shared: int = 1) -> int:
-        """Return the rank of each group; at least 1.
+        """Return the rank of each group, at least 1.
 
         Args:
             S: Singular values, largest first, (g, k).
@@ -292,7 +295,7 @@ def sketched_spectrum(W: Tensor, probe: Tensor, iterations: int) -> Spectrum:
 
     Args:
         W: (g, out, in).
-        probe: Normal random values, (g, in, k).
+        probe: Random values from a normal distribution, (g, in, k).
         iterations: Number of power iterations; each improves the accuracy.
 
     Source:
@@ -309,7 +312,7 @@ def dense_spectrum(delta: Tensor, rank: int | None = None) -> tuple[Spectrum, fl
     """Return the singular value decomposition of a dense update, or its leading part if a small rank is enough.
 
     If `rank` is far below the size of the matrix, `sketched_spectrum` with four power iterations replaces the full
-    decomposition; the returned total shows how much energy that leaves out.
+    decomposition; the returned total energy shows how much the sketch leaves out.
 
     Args:
         delta: (out, in), in fp32 or wider.

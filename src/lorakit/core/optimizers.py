@@ -1,10 +1,11 @@
-"""Learning rates for an adapter's tensors (LoRA+ and rates by pattern), and the LoRA-FA optimizer.
+"""Learning rates for an adapter's tensors (LoRA+ and per-pattern rates), and the LoRA-FA optimizer.
 
-At each site, LoRA-FA freezes the factor that does not start at zero (A, but B on embeddings and with MiCA) and corrects
-the gradient of the other. `freeze_factors` freezes these factors and returns the pairs; `LoraFA` is the optimizer.
+At each site, LoRA-FA freezes the factor that is not initialized to zero (usually A, but B for embeddings and MiCA) and
+corrects the gradient of the other factor. `freeze_factors` freezes one factor of each pair and returns the pairs;
+`LoraFA` is the optimizer.
 
-A tensor's role (`Role`) depends on the layer that holds the tensor, not on the tensor's name. This module does not
-depend on schedules or files.
+A tensor's role (`Role`) is determined by the layer that holds it, not by its name. This module does not depend on
+schedules or files.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ class Pair:
     """The trained and the frozen factor of one site.
 
     Attributes:
-        trained: B (out, r), or A (r, in) if B is frozen; a convolution's factor also has the axes of the kernel.
+        trained: B (out, r), or A (r, in) if B is frozen; a convolution's factor also has kernel axes.
         frozen: The site's other factor.
-        scale: Scale of B·A.
+        scale: The scale of B·A.
         trained_is_A: Whether `trained` is A.
         experts: Number of experts in B (out, r·experts), where the expert index varies fastest; 0 for a single matrix.
     """
@@ -48,21 +49,21 @@ class Pair:
 
     @property
     def blocks(self) -> int:
-        """The number of matrices A·Aᵀ: one per expert, or per group of a convolution."""
+        """The number of A·Aᵀ matrices: one per expert, or one per group of a convolution."""
         if self.trained_is_A:
             return 1
         return self.experts or len(self.frozen) // self.trained.shape[1]
 
 
 def freeze_factors(model: nn.Module, name: str | None = None) -> list[Pair]:
-    """Freeze, at each site, the factor that does not start at zero.
+    """Freeze one factor at each site: the one that is not initialized to zero.
 
     Args:
         model: An adapted model; only `requires_grad` of the frozen factors changes.
         name: One adapter, or None for all.
 
     Returns:
-        Pairs for the sites whose other factor is trained, in the model's order.
+        One pair for each site whose other factor is trained, in model order.
 
     Raises:
         AdapterError: The model does not have the adapter.
@@ -76,7 +77,7 @@ def freeze_factors(model: nn.Module, name: str | None = None) -> list[Pair]:
             trains_a = layer.kind.zero_side == "A" or layer.trains[adapter] == {"A"}
             own = layer.parameters_of(adapter)[:2]
             if not own or id(own[0]) in seen:
-                continue  # it shares the factors of the layer it is tied to
+                continue  # the layer uses the factors of the layer that it is tied to
             seen.add(id(own[0]))
             A, B = own
             learns, stays = (A, B) if trains_a else (B, A)
@@ -96,9 +97,9 @@ def corrected_gradient(gradient: Tensor, pair: Pair, inverse: Tensor) -> Tensor:
     """Return B's gradient, corrected to approximate full fine-tuning: g_B·(A·Aᵀ)⁻¹/s².   [docs/math.md (18)]
 
     Args:
-        gradient: The gradient of the pair's trained factor: (out, r), (r, in), or with the axes of a kernel.
-        pair: Layout of the factors, and s.
-        inverse: Result of `inverse_gram`, (blocks, r / blocks, r / blocks); multiplies A's gradient from the left.
+        gradient: The gradient of the pair's trained factor, (out, r) or (r, in), possibly with kernel axes.
+        pair: The pair, which gives the layout of the factors and the scale s.
+        inverse: Result of `inverse_gram`, (blocks, r / blocks, r / blocks); A's gradient is multiplied from the left.
 
     Returns:
         A tensor with the shape and dtype of `gradient`.
@@ -125,7 +126,7 @@ def inverse_gram(pair: Pair) -> Tensor:
         pair: The pair.
 
     Returns:
-        (blocks, r / blocks, r / blocks), fp32 or wider.
+        A tensor of shape (blocks, r / blocks, r / blocks), in fp32 or wider.
     """
     rows = at_least_fp32(pair.frozen.detach())
     rows = rows.T if pair.trained_is_A else rows
@@ -135,11 +136,11 @@ def inverse_gram(pair: Pair) -> Tensor:
 
 
 class LoraFA(torch.optim.Optimizer):
-    """AdamW with a corrected gradient for each pair's trained factor; other tensors get a plain AdamW step.
+    """AdamW with a corrected gradient for each pair's trained factor; all other tensors get a plain AdamW step.
 
-    Operations are in PEFT's order: ε is added to √v before the bias corrections, and weight decay is applied after the
-    step. Tensors without a gradient do not change. The r × r inverse of a pair is cached until the pair's frozen factor
-    changes.
+    The order of operations matches PEFT's: ε is added to √v before bias correction, and weight decay is applied after
+    the step. Tensors without a gradient do not change. The r × r inverse of a pair is cached until the pair's frozen
+    factor changes.
     """
 
     def __init__(
@@ -160,7 +161,7 @@ class LoraFA(torch.optim.Optimizer):
             lr: Learning rate.
             betas: Decay rates of the running means of the gradient and of its square.
             eps: Added to the square root of the second running mean.
-            weight_decay: Each step subtracts this fraction of a tensor, multiplied by the learning rate.
+            weight_decay: The fraction of each tensor, multiplied by the learning rate, that a step subtracts.
 
         Raises:
             ConfigError: A value is out of range.
@@ -181,13 +182,13 @@ class LoraFA(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step.
+        """Perform one optimization step.
 
         Args:
-            closure: Recomputes the loss, or None.
+            closure: A function that recomputes the loss, or None.
 
         Returns:
-            The return value of the closure.
+            The closure's return value, or None without a closure.
         """
         loss = None
         if closure is not None:
@@ -227,7 +228,7 @@ class LoraFA(torch.optim.Optimizer):
 
 
 Role = Literal["A", "B", "embedding", "vector", "whole"]
-"""A or B of a site; a factor of an embedding; a magnitude, bias or other vector; a matrix of a saved module."""
+"""A site's A or B; a factor of an embedding; a magnitude, bias or other vector; or a matrix in a saved module."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ class TrainedPart:
     Attributes:
         name: Name of the tensor in the model.
         parameter: The tensor.
-        role: Role of the tensor.
+        role: The tensor's role.
         site: Path of the site, or of the module that holds the tensor.
     """
 
@@ -252,9 +253,9 @@ class Rates:
     """Learning rates of one adapter.
 
     Attributes:
-        learning_rate: Rate of A, and of all tensors to which no other field applies.
-        b_ratio: LoRA+'s λ, the rate of B divided by that of A; also for vectors, since they scale the output as B does.
-        embedding: Rate of both factors of an embedding; None for `learning_rate`.
+        learning_rate: Rate for A, and for all tensors to which no other field applies.
+        b_ratio: LoRA+'s λ: B's rate divided by A's. It also applies to vectors, since they scale the output as B does.
+        embedding: Rate for both factors of an embedding; None means `learning_rate`.
         patterns: Pattern -> rate that replaces `learning_rate` and `embedding` at matching sites; `b_ratio` still
             applies. Patterns are matched as in `rank_pattern`, and the first match wins.
     """
@@ -266,7 +267,7 @@ class Rates:
 
 
 def roles(model: nn.Module) -> dict[int, tuple[Role, str]]:
-    """Return the role of each factor and magnitude in a model: id of the tensor -> role and path of its site.
+    """Return the role of each factor and magnitude in a model: id of the tensor -> its role and the path of its site.
 
     Args:
         model: Any model.
@@ -276,14 +277,14 @@ def roles(model: nn.Module) -> dict[int, tuple[Role, str]]:
         site = path.replace(".base_layer", "")  # layers can be nested
         factors: tuple[Role, Role] = ("embedding", "embedding") if layer.kind.zero_side == "A" else ("A", "B")
         for adapter in layer.r:
-            own = layer.parameters_of(adapter)  # empty if it shares the factors of the layer it is tied to
+            own = layer.parameters_of(adapter)  # empty if the layer uses the factors of a tied layer
             found.update((id(vector), ("vector", site)) for vector in own[2:])
             found.update((id(factor), (role, site)) for factor, role in zip(own, factors, strict=False))
     return found
 
 
 def trained_parts(model: nn.Module, name: str | None = None) -> list[TrainedPart]:
-    """Return the trained tensors of an adapter with their roles, in the model's order.
+    """Return the trained tensors of an adapter with their roles, in model order.
 
     Args:
         model: An adapted model.
@@ -334,6 +335,6 @@ def _rate(part: TrainedPart, rates: Rates) -> float:
 
 
 def _owner(name: str) -> str:
-    """Return the base path of the module that holds a tensor that is not a factor."""
+    """Return the path, in the base model, of the module that holds a tensor other than a factor."""
     path = name.rpartition(".")[0]
     return path.partition(".modules_to_save.")[0].partition(".token_adapter.")[0].replace(".base_layer", "")

@@ -1,8 +1,9 @@
-"""The protocol `AdapterComponent` for everything that carries adapters, and base classes of modules that implement it.
+"""`AdapterComponent`, the protocol of everything that carries adapters, and base classes for modules that implement it.
 
-Calls on a whole model (merge, unmerge, detach, save) go through the protocol component by component. In a merge or an
-unmerge, a component stages its change and commits it after all others have staged theirs. `AdapterModule` also has
-PEFT's methods, for programs that switch adapters module by module. This file does not depend on factors or weights.
+Operations on a whole model (merge, unmerge, detach, save) call the protocol's methods on each component. In a merge or
+unmerge, every component first stages its change; only when all have done so are the changes committed. `AdapterModule`
+also has PEFT's methods, for programs that switch adapters module by module. This file does not depend on factors or
+weights.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def trainable_tensors(function: Callable[Concatenate[Model, P], R]) -> Callable[Concatenate[Model, P], R]:
-    """Wrap a function of a model so that the tensors it creates are trainable even if it is called in inference mode.
+    """Wrap a function so that the tensors it creates are trainable even if it is called in inference mode.
 
     Args:
-        function: Function whose first argument is the model or a layer.
+        function: A function whose first argument is the model or a layer.
     """
 
     @wraps(function)
@@ -54,7 +55,7 @@ def trainable(model: nn.Module, first: nn.Parameter | None) -> AbstractContextMa
         first: A parameter (any shape) of the model, or None if the model has none.
 
     Raises:
-        ModelError: The model was created in inference mode, which is off now.
+        ModelError: The model was created in inference mode, but inference mode is now off.
     """
     inside = torch.is_inference_mode_enabled()
     if (first is not None and first.is_inference()) == inside:
@@ -62,7 +63,7 @@ def trainable(model: nn.Module, first: nn.Parameter | None) -> AbstractContextMa
     if not inside:
         raise ModelError(
             f"This {type(model).__name__} was created in torch.inference_mode(), so torch cannot train it or record "
-            "gradients for it outside of inference mode. Create or load it outside, or use it only inside.",
+            "gradients for it. Create or load it outside of inference mode, or use it only in inference mode.",
             what=type(model).__name__,
         )
     return torch.inference_mode(False)
@@ -76,12 +77,12 @@ class MergeOptions:
     """Options of a merge.
 
     Attributes:
-        keep_base: Keep each original weight on its device (True), in main memory ("cpu"), or not at all (False).
-        in_place: Whether the adapters stay on the model, so that each merged weight must also be right for an adapter
+        keep_base: Keep each original weight on its device (True) or in main memory ("cpu"), or discard it (False).
+        in_place: Whether the adapters stay on the model; if so, each merged weight must also be correct for adapters
             with a residual base.
-        dense: If not None, plain modules replace quantized modules and grouped convolutions; a quantized module that
-            does not record a dtype gets this one.
-        apart: Ids of components that get a separate parameter, because other modules share theirs.
+        dense: If not None, quantized modules and grouped convolutions are replaced with plain modules, and this is the
+            dtype for quantized modules that do not record one.
+        apart: Ids of the components that get a separate parameter, because they share theirs with other modules.
     """
 
     keep_base: KeepBase = True
@@ -109,11 +110,11 @@ class SiteMerge:
 
 @dataclass(frozen=True)
 class StagedMerge:
-    """A change of one component that is ready to be committed.
+    """A change to one component that is ready to be committed.
 
     Attributes:
         report: Effect of the merge on the weight; None for an unmerge, and for components other than layers.
-        commit: Makes the change. All checks were made during staging.
+        commit: Applies the change. All checks were already done during staging.
     """
 
     report: SiteMerge | None
@@ -124,30 +125,30 @@ class AdapterComponent:
     """Protocol for everything that carries adapters: layers, saved modules, trainable tokens and trained biases.
 
     Attributes:
-        state: The state shared by the adapted modules of the model.
+        state: The state shared by all adapted modules of the model.
     """
 
     state: AdapterState
 
     @abstractmethod
     def available_adapters(self) -> list[str]:
-        """Return the adapters that have parameters here."""
+        """Return the adapters that have parameters in this component."""
 
     @abstractmethod
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
-        """Return an adapter's parameters here, (…), A and B first; an empty list if it has none."""
+        """Return an adapter's parameters in this component, with A and B first; an empty list if it has none."""
 
     @abstractmethod
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
-        """Return the tensors to save for an adapter: key relative to this component's path -> tensor (…)."""
+        """Return the tensors to save for an adapter: key relative to this component's path -> tensor."""
 
     @abstractmethod
     def remove(self, adapter: str) -> nn.Module:
-        """Remove an adapter's parameters, if any, and return the module to put here afterwards."""
+        """Remove an adapter's parameters, if any; return this module, or the plain one if no adapters are left."""
 
     @abstractmethod
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
-        """Prepare to merge adapters without changing anything; return None if there is nothing to merge here.
+        """Prepare to merge adapters, without changing anything; return None if there is nothing to merge here.
 
         Raises:
             MergeError: The result is not finite, or these adapters cannot be merged here.
@@ -155,7 +156,9 @@ class AdapterComponent:
 
     @abstractmethod
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
-        """Prepare to unmerge adapters; the commit restores the original bits. Return None if none is merged here.
+        """Prepare to unmerge adapters; return None if none of them is merged here.
+
+        The commit restores the original values bit for bit.
 
         Raises:
             MergeError: The base's values were not kept.
@@ -163,15 +166,15 @@ class AdapterComponent:
 
     @abstractmethod
     def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
-        """Return the base's tensors here with adapters merged: name in the plain module -> tensor (…)."""
+        """Return this component's base tensors with adapters merged: name in the plain module -> tensor."""
 
     @abstractmethod
     def unload(self) -> nn.Module:
-        """Return the plain module, with the merged adapters in its weights and no others."""
+        """Return the plain module; merged adapters remain in its weights, all others are dropped."""
 
 
 def base_not_kept(merged: Sequence[str], path: str | None = None) -> MergeError:
-    """Return the error for a call that needs base values that a merge did not keep.
+    """Return the error to raise if a call needs the base's values but a merge did not keep them.
 
     Args:
         merged: The adapters that are merged.
@@ -191,11 +194,11 @@ class AdapterModule(nn.Module, AdapterComponent):
     """A module in which adapters can be active.
 
     Attributes:
-        state: The state shared by the adapted modules of the model.
-        merged_adapters: The adapters that are merged here now.
+        state: The state shared by all adapted modules of the model.
+        merged_adapters: The adapters that are currently merged here.
         own_route: This module's override of the model's default route, or None.
-        aside: The override from before this module's adapters were disabled, as a one-element tuple; empty while they
-            are enabled.
+        aside: A one-element tuple with the override that applied before this module's adapters were disabled; empty
+            while they are enabled.
     """
 
     state: AdapterState
@@ -222,11 +225,11 @@ class AdapterModule(nn.Module, AdapterComponent):
             raise MergeError(f"Adapter {twice!r} is already merged. Unmerge it first.", what=twice, where=path)
 
     def kept_bytes(self) -> int:
-        """Return the size, in bytes, of the originals that merges kept."""
+        """Return the size, in bytes, of the original tensors that merges kept."""
         return 0
 
     def check_mergeable(self, path: str, adapters: Sequence[str]) -> None:
-        """Reject adapters that can never be merged here, regardless of what is merged now; nothing is computed.
+        """Reject adapters that can never be merged here, whatever is merged at the moment; nothing is computed.
 
         Args:
             path: This module's path, for messages.
@@ -271,7 +274,7 @@ class AdapterModule(nn.Module, AdapterComponent):
         """Train or freeze an adapter's parameters here.
 
         Args:
-            name: The adapter; one without parameters here is ignored.
+            name: The adapter; ignored if it has no parameters here.
             trained: Whether its parameters require gradients.
         """
         for parameter in self.parameters_of(name):
@@ -290,7 +293,7 @@ class AdapterModule(nn.Module, AdapterComponent):
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The adapter that is active here; a list if there is not exactly one."""
+        """The adapter that is active here; a list unless exactly one is active."""
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
@@ -313,14 +316,15 @@ class AdapterModule(nn.Module, AdapterComponent):
             self.own_route, self.aside = self.aside[0], ()
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Override the model's default route in this module; `activate` on the model ends the override.
+        """Override the model's default route in this module; calling `activate` on the model ends the override.
 
         Args:
-            adapter_names: One adapter or several; an empty list selects the base alone. All others are frozen here.
-            inference_mode: Freeze the named adapters too.
+            adapter_names: One or more adapters; an empty list selects the base alone. All other adapters are frozen
+                here.
+            inference_mode: Whether to freeze the named adapters too.
 
         Raises:
-            RouteError: The model does not have one of these adapters.
+            RouteError: One of the adapters is not on the model.
         """
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         self.state.check(names)
@@ -332,18 +336,18 @@ class AdapterModule(nn.Module, AdapterComponent):
         """Train or freeze adapters here, whether they are active or not.
 
         Args:
-            adapter_names: One adapter or several.
+            adapter_names: One or more adapters.
             requires_grad: Whether to train the adapters.
         """
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
             self.set_trained(name, requires_grad)
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: Sequence[str] | None = None) -> None:
-        """Remove an adapter's parameters here; if no other adapter was active, activate the first one left.
+        """Remove an adapter's parameters here; if it was the only active adapter, activate the first remaining one.
 
         Args:
-            adapter_name: The adapter; one without parameters here is ignored.
-            new_active_adapters: Ignored (an argument of PEFT's method): other active adapters stay active.
+            adapter_name: The adapter; ignored if it has no parameters here.
+            new_active_adapters: Ignored; present only for PEFT compatibility. Other active adapters stay active.
         """
         active = self.active_adapters
         self.remove(adapter_name)
@@ -366,10 +370,10 @@ class ReplacingModule(AdapterModule):
     Attributes:
         _what: Name of such modules in messages.
         _field: Config field that selects such modules.
-        forwards: Record of past forwards, for recomputation.
+        forwards: The module's forward history, for recomputation.
     """
 
-    _what: ClassVar[str]  # underscored, so that they do not hide attributes of the module
+    _what: ClassVar[str]  # underscored, so that they do not hide the module's attributes
     _field: ClassVar[str]
     forwards: Forwards
 
@@ -393,7 +397,7 @@ class ReplacingModule(AdapterModule):
 
     @abstractmethod
     def run_alike(self, route: Route, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object:
-        """Return the module's output under a route that is the same for all rows.
+        """Return the module's output for a route that is the same for all rows.
 
         Args:
             route: The route.
@@ -412,7 +416,7 @@ class ReplacingModule(AdapterModule):
             kwargs: Passed to the base's module, like `args`.
 
         Raises:
-            RouteError: The route is unknown or does not fit the batch, or active adapters cannot be combined.
+            RouteError: The route is unknown or does not match the batch, or active adapters cannot be combined.
         """
         route, again = resolve(self.state, self.own_route, self.forwards)
         output = self.run_alike(route, args, kwargs) if route.rows is None else self._mixed(route, args, kwargs)
@@ -423,15 +427,15 @@ class ReplacingModule(AdapterModule):
         """Run each adapter's rows of a mixed batch separately and return the outputs in row order, (rows, …).
 
         Raises:
-            RowCountError: The route does not fit the batch.
+            RowCountError: The route does not match the batch.
             MixedRowsError: An output is not a tensor.
         """
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         rows = None if x is None else route.rows_of(x.shape[0])
         if x is None or rows is None:
             raise RowCountError(
-                f"The route names {len(route.rows or ())} rows, but {self._what} received "
-                f"{'no tensor' if x is None else tuple(x.shape)}. Give one adapter per row of the batch.",
+                f"The route has {len(route.rows or ())} rows, but {self._what} received "
+                f"{'no tensor' if x is None else tuple(x.shape)}. Pass one adapter per row of the batch.",
                 field=self._field,
             )
         outputs: list[Tensor] = []
@@ -441,7 +445,7 @@ class ReplacingModule(AdapterModule):
             alone = BASE if row is None else Route((row,))
             some = [_rows_of(value, index, len(rows)) for value in args]
             named = {key: _rows_of(value, index, len(rows)) for key, value in kwargs.items()}
-            with self.state.override(alone):  # adapted modules inside see these rows only
+            with self.state.override(alone):  # nested adapted modules see only these rows
                 output = self.run_alike(alone, some, named)
             if not isinstance(output, Tensor):
                 name = type(output).__name__
@@ -457,7 +461,7 @@ class ReplacingModule(AdapterModule):
 
 
 def _rows_of(value: Value, index: Tensor, rows: int) -> Value | Tensor:
-    """Return the rows of a tensor (rows, …) with these indices (n,); return other values unchanged."""
+    """Return the rows of a tensor (rows, …) at these indices (n,); return other values unchanged."""
     if isinstance(value, Tensor) and value.ndim and value.shape[0] == rows:
         return value.index_select(0, index)
     return value

@@ -3,12 +3,12 @@
 A merge is first staged (computed and checked) and then committed. A layer handles only its own weight; `merging`
 decides which layers change, and in which order.
 
-`sum_of_updates` computes the merged weight from the original, in the form in which the base stores it, and does not
-change the layer. `merged_weight` also measures the error of storing it: the rounding error of a plain weight, or the
-far larger error of a quantized one.
+`sum_of_updates` computes the merged weight from the original, in the base's storage format, without changing the layer.
+`merged_weight` also measures the error of storing it: the rounding error of a plain weight, or the far larger error of
+a quantized one.
 
-The weight of a grouped convolution cannot hold an update, because an adapter reads all input channels. The update is
-merged into a convolution with one group instead, whose weight is `groups` times as large.
+The weight of a grouped convolution cannot hold an update, because an adapter reads all input channels. Instead, the
+update is merged into a convolution with one group, whose weight is `groups` times as large.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from lorakit.core.variants import variant_named
 from lorakit.errors import MergeError
 
 StagedBias = tuple[Tensor, Tensor | None]
-"""The bias (out,) to store in the base, and the original bias (out,) to keep, or None if the first is the original."""
+"""The bias to store in the base, (out,), and the original bias to keep, (out,), or None if they are the same."""
 
 Merged = tuple[Replacement, Tensor, Tensor]
-"""The weight to store, or a plain module to replace the base's; W₀ (out, in); the exact sum of updates (out, in)."""
+"""The weight to store, or a plain module that replaces the base's; W₀ (out, in); the exact sum of updates (out, in)."""
 
 
 class BaseWeight(StoredWeight):
-    """A module around a base module; adapters are merged into one of its weights."""
+    """A module around a base module that can merge adapters into one of the base's weights."""
 
     def check_mergeable(self, path: str, adapters: Sequence[str]) -> None:
         """Reject adapters that can never be merged here, or whose bias cannot be stored; nothing is computed.
 
         Args:
             path: This layer's path, for messages.
-            adapters: Adapters; those without a factor here are ignored.
+            adapters: Adapters; those without factors in this layer are ignored.
 
         Raises:
             MergeError: An adapter cannot be merged; the message names it and the path.
@@ -60,7 +60,7 @@ class BaseWeight(StoredWeight):
         self._check_place_of_bias(path, adapters)
 
     def _check_place_of_bias(self, path: str, adapters: Sequence[str]) -> None:
-        """Reject a bias of B if the base has no bias, or if another adapter trains the base's bias."""
+        """Reject adapters with a bias of B if the base has no bias, or if another adapter trains the base's bias."""
         bringing = [name for name in adapters if self.bias_of(name) is not None]
         trainer = None if self.old_bias is None else self.old_bias[0]
         other = next((name for name in bringing if trainer not in (None, name)), None)
@@ -75,7 +75,7 @@ class BaseWeight(StoredWeight):
         if bringing and self.original_bias() is None:
             raise MergeError(
                 "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias: "
-                f"{path} cannot store the adapter's.",
+                f"{path} cannot store the adapter's bias.",
                 what=bringing[0],
                 where=path,
                 field="lora_bias",
@@ -86,7 +86,7 @@ class BaseWeight(StoredWeight):
 
         Args:
             path: This layer's path, for messages.
-            adapters: Adapters; those without a factor here are ignored.
+            adapters: Adapters; those without factors in this layer are ignored.
             options: Options of the merge.
 
         Raises:
@@ -108,7 +108,7 @@ class BaseWeight(StoredWeight):
         if replaces and self.old_bias is not None and (options.in_place or self.old_bias[0] not in adapters):
             trainer = self.old_bias[0]
             raise MergeError(
-                f"dense=True replaces the module at {path}, whose bias adapter {trainer!r} trains in place. Detach "
+                f"dense=True replaces the module at {path}, but adapter {trainer!r} trains its bias in place. Detach "
                 f"{trainer!r} first, or merge with dense=False.",
                 what=trainer,
                 where=path,
@@ -129,14 +129,14 @@ class BaseWeight(StoredWeight):
             raise base_not_kept(lost, path)
 
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
-        """Compute and measure the weight with more adapters merged; nothing is changed.
+        """Compute the weight with additional adapters merged, and measure its error; nothing is changed.
 
-        With `keep_base=False`, the weight is discarded after it is measured, and the commit recomputes it: a second
-        pass instead of a second copy of the model.
+        With `keep_base=False`, the weight is discarded after it is measured, and the commit recomputes it, so that no
+        second copy of the model is needed.
 
         Args:
             path: This layer's path, for the report and for messages.
-            adapters: Adapters; those without a factor here are ignored.
+            adapters: Adapters; those without factors in this layer are ignored.
             options: Options of the merge.
 
         Raises:
@@ -157,7 +157,7 @@ class BaseWeight(StoredWeight):
         return StagedMerge(report, functools.partial(self._put_merged, stored, kept, bias, new, options))
 
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
-        """Compute the weight without these adapters; if no others are merged, it has the original bits.
+        """Compute the weight without these adapters; if no others are merged, it equals the original bit for bit.
 
         Args:
             adapters: Adapters; those that are not merged here are ignored.
@@ -175,14 +175,14 @@ class BaseWeight(StoredWeight):
         """Return the weight, and the bias if an adapter has one, with adapters merged; the layer is not changed.
 
         Args:
-            adapters: Adapters; those without a factor here are ignored.
+            adapters: Adapters; those without factors in this layer are ignored.
             options: Options of the merge; with `dense`, quantized weights become plain ones.
 
         Returns:
-            Name of the parameter -> tensor (…); empty if no adapter has a factor here.
+            Name of the parameter -> tensor; empty if no adapter has factors in this layer.
 
         Raises:
-            MergeError: An adapter cannot be added to the weight, or the merged bias is not finite.
+            MergeError: An adapter cannot be merged into the weight, or the merged bias is not finite.
         """
         here = [name for name in adapters if name in self.r]
         if not here:
@@ -195,10 +195,10 @@ class BaseWeight(StoredWeight):
         return found if bias is None else {**found, "bias": bias}
 
     def merged_bias(self, adapters: Sequence[str]) -> Tensor | None:
-        """Return the sum of the base's bias and the adapters' biases, (out,); None if no merge changed or changes it.
+        """Return the sum of the base's bias and the adapters' biases, (out,), or None if no merge affects the bias.
 
         Args:
-            adapters: Adapters; those without a factor here are ignored.
+            adapters: Adapters; those without factors in this layer are ignored.
 
         Raises:
             MergeError: The sum is not finite.
@@ -207,14 +207,14 @@ class BaseWeight(StoredWeight):
         return None if staged is None else staged[0]
 
     def unload(self) -> nn.Module:
-        """Return the base's module with the merged adapters; a residual base that none of them uses is undone."""
+        """Return the base's module with the merged adapters; first undo the residual base if none of them uses it."""
         if self.moved_by and not set(self.moved_by).intersection(self.merged_adapters):
             self.moved_by = ()
             self.put_stored(self.stored_with(self.merged_adapters))
         return self.owner
 
     def follow(self, tied: BaseWeight) -> None:
-        """Adopt what was merged or unmerged at the tied layer, whose weight this layer shares.
+        """Update this layer's records after a merge or unmerge at the tied layer, whose weight it shares.
 
         Args:
             tied: The tied layer, whose factors this layer uses.
@@ -224,13 +224,13 @@ class BaseWeight(StoredWeight):
             self.kept = tied.kept if self.merged_adapters else None
 
     def stored_with(self, merged: Sequence[str]) -> Replacement:
-        """Return what the base's module stores with these adapters merged; the unmerged weight if there are none."""
+        """Return what the base's module should store with these adapters merged; with none, the unmerged weight."""
         if merged:
             return self.with_updates(merged, MergeOptions())[0]
         return self.original(moved=bool(self.moved_by))
 
     def with_updates(self, names: Sequence[str], options: MergeOptions) -> Merged:
-        """Return `sum_of_updates`, as a plain module if an earlier merge replaced the base's module with one.
+        """Return the result of `sum_of_updates`, as a plain module if an earlier merge installed a plain module.
 
         Args:
             names: The adapters, including those already merged.
@@ -258,7 +258,7 @@ class BaseWeight(StoredWeight):
         self.kept = kept
         untied = id(self) in options.apart and not self.base.quantized
         shared = self.owner._parameters.get(parameter) if untied else None
-        if shared is not None and isinstance(stored, Tensor):  # the other modules keep the shared one
+        if shared is not None and isinstance(stored, Tensor):  # the other modules keep the shared parameter
             if keeps and self.tied_weight is None:
                 self.tied_weight = shared
             self.owner._parameters[parameter] = nn.Parameter(stored, requires_grad=shared.requires_grad)
@@ -281,7 +281,7 @@ class BaseWeight(StoredWeight):
             self.kept = self.kept if self.moved_by else None
 
     def _staged_bias(self, adapters: Sequence[str]) -> StagedBias | None:
-        """Return the sum of the base's bias and the adapters' biases; None if no merge changed or changes it.
+        """Return the sum of the base's bias and the adapters' biases, or None if no merge affects the bias.
 
         Raises:
             MergeError: The sum is not finite.
@@ -311,19 +311,20 @@ class BaseWeight(StoredWeight):
             held = self.owner._parameters.get("bias")
             if held is not None:
                 held.data = bias
-            else:  # HQQ holds it as a plain attribute
+            else:  # HQQ stores the bias as a plain attribute
                 self.owner.__dict__["bias"] = bias
 
 
 def in_one_group(layer: StoredWeight, names: Sequence[str]) -> Merged:
-    """Return a convolution with one group that is equivalent to a site with adapters merged.
+    """Return a convolution with one group that is equivalent to a grouped convolution with adapters merged.
 
     Args:
-        layer: Layer of a grouped convolution.
+        layer: The layer of the grouped convolution.
         names: The adapters.
 
     Returns:
-        The module, the base's weight and the exact sum of updates, both expanded to one group, (out, in, k…).
+        The module, the base's weight, and the exact sum of updates; both tensors are expanded to one group,
+        (out, in, k…).
     """
     kind = layer.kind
     spec = dataclasses.replace(layer.spec, groups=1)
@@ -355,10 +356,10 @@ def _convolution(source: Convolution, W: Tensor) -> nn.Module:
 
 
 def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOptions) -> Merged:
-    """Return what to store for W₀ + Σ update, with W₀ (out, in) and the exact sum (out, in).   [docs/math.md (11)]
+    """Return W₀ + Σ update as stored, W₀ (out, in), and the exact sum of updates (out, in).   [docs/math.md (11)]
 
-    If the adapters stay on the model, the weight must also be right for an unmerged adapter with a residual base. The
-    sum then starts at the residual base, so that it is rounded only once. With `options.dense`, the result is a plain
+    If the adapters stay on the model, the weight must also be correct for an unmerged adapter with a residual base. The
+    sum then starts from the residual base, so that it is rounded only once. With `options.dense`, the result is a plain
     module that replaces a quantized module or a grouped convolution.
 
     Args:
@@ -384,7 +385,7 @@ def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOpti
 def merged_weight(
     path: str, layer: BaseWeight, new: Sequence[str], options: MergeOptions
 ) -> tuple[Replacement, SiteMerge]:
-    """Return what to store at a site with more adapters merged, and the effect of the merge.
+    """Return what to store at a site with additional adapters merged, and the effect of the merge.
 
     Args:
         path: The site.

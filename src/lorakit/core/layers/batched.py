@@ -1,11 +1,11 @@
-"""Mixed batches: the factors of several adapters are stacked, so that few matmuls serve all rows.
+"""Mixed batches: the factors of several adapters are stacked, so that a few matmuls cover all rows.
 
-Plain adapters at dense sites are stacked if no gradient is recorded; the layer applies the others one by one. A stack
-holds adapters whose ranks differ by less than a factor of two; lower ranks are padded with zeros. If the route has a
-cache, a single adapter on all rows is stacked too: its stack is a copy in the base's dtype.
+Plain LoRA adapters on dense layers are stacked if gradients are not recorded; the layer applies all others one by one.
+A stack holds adapters whose ranks differ by less than a factor of two; lower ranks are padded with zeros. If the route
+has a cache, a single adapter that all rows use is stacked too: its stack is a copy in the base's dtype.
 
-`FactorVersions` checks in each forward whether the cached stacks are still valid. A write through `.data` into the same
-memory cannot be detected.
+`FactorVersions` checks in each forward pass whether the cached stacks are still valid. Writes through `.data` to the
+same memory cannot be detected.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _ADDRESS = Tensor.__base__.data_ptr  # type: ignore[union-attr]  # the C method 
 
 
 class FactorVersions:
-    """The current versions of some adapters' factors at a layer. Holds references, so that ids cannot be reused.
+    """The versions of some adapters' factors in a layer, with references to the tensors so that ids are not reused.
 
     Args:
         layer: The site's `LoraLayer`.
-        names: The adapters, each with a factor at the site.
+        names: The adapters, which must all have factors at the site.
 
     Raises:
         KeyError: A factor belongs to another layer.
@@ -73,7 +73,7 @@ class FactorVersions:
             return False
 
     def _look(self) -> list[Any]:
-        """Return the A of each adapter, then each B, then each bias of B (None if there is none)."""
+        """Return every adapter's A, then every B, then every bias of B (None for an adapter without one)."""
         return [*map(_WEIGHT, self._down), *map(_WEIGHT, self._up), *map(_BIAS, self._up)]
 
     def _count(self, layer: StoredWeight, tensors: list[Any]) -> list[Any]:
@@ -99,7 +99,7 @@ def _picker(names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
 OfRows = Sequence[tuple[str, Tensor]]
 
 WORTH_A_STACK = 4
-"""Minimum number of adapters for which a stack pays off in a single forward, measured at width 576 and rank 16."""
+"""Minimum number of adapters for which a stack pays off in one forward pass, measured at width 576 and rank 16."""
 
 
 @dataclass(eq=False)
@@ -108,9 +108,9 @@ class Stack:
 
     Attributes:
         names: The adapters, in the stack's order.
-        A: The adapters' A, each times its scale, (K, r, in).
-        B: The adapters' B, (K, out, r), a transposed view of a (K, r, out) tensor.
-        ready: Input shape -> the prepared matmuls; a stack serves only one route.
+        A: The adapters' A factors, each multiplied by its scale, (K, r, in).
+        B: The adapters' B factors, (K, out, r), as a transposed view of a (K, r, out) tensor.
+        ready: Input shape -> the prepared matmuls; a stack is used by only one route.
     """
 
     names: tuple[str, ...]
@@ -119,7 +119,7 @@ class Stack:
     ready: dict[torch.Size, Segments | PerRowLora] = field(default_factory=dict)
 
     def made_ready(self, route: Route, x: Tensor) -> Segments | PerRowLora:
-        """Prepare the matmuls for inputs in the shape of x (rows, …, in), cache them and return them."""
+        """Prepare the matmuls for inputs of the same shape as x (rows, …, in), cache them and return them."""
         rows = route.routed(self.names, x.device, len(x))
         own = compiled_method(self.A, self.B, None, rows, x) if are_few(x, rows) else None
         made = self.ready[x.shape] = own or Segments(self.A, self.B, None, rows, self._method(x, rows), x.dtype)
@@ -141,10 +141,10 @@ class Stacks:
     """The stacks of some adapters at one site.
 
     Attributes:
-        stacks: Stacks of the adapters that can be stacked.
+        stacks: The stacks of all adapters that can be stacked.
         rest: Adapters that cannot be stacked.
         names: All of the adapters.
-        absent: Adapters that some rows use but that have no factor at the site.
+        absent: Adapters that some rows use but that have no factors at the site.
         seen: Versions of the adapters' factors; None if the stacks are not cached.
     """
 
@@ -155,21 +155,21 @@ class Stacks:
     seen: FactorVersions | None = None
 
     def still(self, layer: StoredWeight) -> bool:
-        """Return whether the stacks are still valid for the same names."""
+        """Return whether the stacks are still valid for the same adapters."""
         return self.seen is not None and self.seen.still(layer) and self.absent.isdisjoint(layer.r)
 
 
 def add_kept(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor | None:
-    """Add all adapters of a route that has a cache: from cached stacks, or as one adapter on all rows.
+    """Add all adapters of a route that has a cache, either from cached stacks or as a single adapter for all rows.
 
     Args:
-        layer: The site's `LoraLayer`; nothing is merged there.
+        layer: The site's `LoraLayer`, which has no merged adapters.
         route: The adapter of each row.
         x: The input, (rows, …, in).
         y0: The base's output, (rows, …, out).
 
     Returns:
-        y₀ with the additions; None if nothing was added and y₀ is unchanged.
+        y₀ with the additions, or None if nothing was added and y₀ is unchanged.
     """
     y = _again(layer, route, x, y0)
     if y is not None or route.rows is not None:
@@ -182,7 +182,7 @@ def add_kept(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor
 
 
 def _again(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor | None:
-    """Return the output from cached stacks; None if they are outdated or do not cover this input."""
+    """Return the output computed from cached stacks; None if they are outdated or do not cover this input."""
     found: Stacks | None = (route.kept or {}).get((layer, y0.dtype))
     if found is None or found.rest or type(x) is not Tensor or type(y0) is not Tensor or x.dtype != y0.dtype:
         return None
@@ -198,17 +198,17 @@ def _again(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor |
 
 
 def add_stacked(layer: StoredWeight, segments: OfRows, route: Route, x: Tensor, y0: Tensor) -> tuple[Tensor, OfRows]:
-    """Add adapters to their rows of a mixed batch, as far as they can be stacked.
+    """Add those adapters that can be stacked to their rows of a mixed batch.
 
     Args:
         layer: The site's `LoraLayer`.
-        segments: The adapters, each with a factor at the site, and the indices of their rows, (n,).
+        segments: The adapters, which must all have factors at the site, and the indices of their rows, (n,).
         route: The adapter of each row; if the route has a cache, the stacks are built once.
         x: The input, (rows, …, in).
-        y0: The base's output, (rows, …, out), which is changed in place if nothing else can refer to it.
+        y0: The base's output, (rows, …, out), which is modified in place if nothing else can refer to it.
 
     Returns:
-        y₀ with the additions, and the segments of adapters that are still to be added.
+        y₀ with the additions, and the segments of the adapters that have yet to be added.
     """
     kind = layer.kind
     if torch.is_grad_enabled() or kind.down is not linear_down or kind.up is not linear_up or is_traced():
@@ -229,7 +229,7 @@ def add_stacked(layer: StoredWeight, segments: OfRows, route: Route, x: Tensor, 
 
 
 def _own(layer: StoredWeight, y0: Tensor) -> Tensor:
-    """Return y0 (rows, …, out), or a copy if something else may refer to it, because the result is written to."""
+    """Return y0 (rows, …, out) for modification in place, or a copy if something else may refer to it."""
     base = layer._modules["base_layer"]
     fresh = (
         type(base).forward is nn.Linear.forward
@@ -252,8 +252,8 @@ def _stacks(layer: StoredWeight, names: tuple[str, ...], route: Route, dtype: to
     if found is not None and found.names == names and found.still(layer):
         return found
     try:
-        seen = FactorVersions(layer, names)  # before the stacks, so that changes by other threads are detected
-    except (KeyError, RuntimeError, AttributeError):  # a factor of another layer; tensors without versions
+        seen = FactorVersions(layer, names)  # before stacking, to detect changes by other threads
+    except (KeyError, RuntimeError, AttributeError):  # another layer's factor, or tensors without versions
         return _made(layer, names, dtype)
     made = kept[layer, dtype] = _made(layer, names, dtype)
     made.seen, made.absent = seen, route.mentions.difference(names)
@@ -274,7 +274,7 @@ def _can_be_stacked(factor: Factor) -> bool:
 
 
 def _of_like_rank(ranks: dict[str, int]) -> Iterator[list[str]]:
-    """Yield groups of adapters, each with more than half of the highest rank in its group."""
+    """Yield groups of adapters in which every rank is more than half of the highest rank."""
     left = set(ranks)
     while left:
         highest = max(ranks[name] for name in left)
@@ -292,7 +292,7 @@ def _stack(names: Sequence[str], factors: dict[str, Factor], dtype: torch.dtype)
 
 
 def _filled(matrices: Iterable[Tensor]) -> Tensor:
-    """Stack matrices (r, n) of different ranks into one tensor (K, highest rank, n), padded with zeros."""
+    """Stack matrices (r, n) of different ranks into one zero-padded tensor (K, highest rank, n)."""
     found = list(matrices)
     highest = max(map(len, found))
     return torch.stack([F.pad(one, (0, 0, 0, highest - len(one))) if len(one) < highest else one for one in found])

@@ -1,6 +1,6 @@
-"""Trained biases (`bias="all"`, `"lora_only"`): biases of the base that an adapter trains in place.
+"""Trained biases (`bias="all"` or `"lora_only"`): biases of the base that an adapter trains in place.
 
-A hook on the module gives the old biases to routes without that adapter.
+For routes without that adapter, a hook on the module applies the original biases.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ R = TypeVar("R")
 
 
 class BiasPatch(AdapterComponent):
-    """A forward hook on a module whose biases an adapter trains in place; gives other routes the old biases.
+    """A forward hook for a module whose biases an adapter trains in place; other routes get the original biases.
 
-    If the adapter is not active, a shallow clone of the module reruns the forward with the old biases. The result is
-    bitwise equal to the base's, and no other thread sees a change. The hook runs before the module's other hooks, so
-    they see its output.
+    If the adapter is not active, a shallow clone of the module repeats the forward pass with the original biases. The
+    result is bitwise equal to the base's, and other threads are not affected. The hook runs before the module's other
+    hooks, so they see its output.
 
     Attributes:
         module: The base's module, whose parameters are the trained biases.
         adapter: The adapter that trains the biases.
-        originals: Name of each bias -> its value before training, (…).
-        state: The state shared by the adapted modules of the model.
+        originals: Name of each bias -> its value before training.
+        state: The state shared by all adapted modules of the model.
     """
 
-    part_of_module = True  # clones that drop other hooks keep it
+    part_of_module = True  # clones that drop other hooks keep this one
 
     def __init__(self, module: nn.Module, adapter: str, originals: dict[str, Tensor], state: AdapterState) -> None:
         self.module, self.adapter, self.originals, self.state = module, adapter, originals, state
         self.forwards = Forwards()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: R) -> R | Tensor:
-        """Return the output, recomputed with the old bias for the rows that do not use the adapter."""
+        """Return the output, recomputed with the original biases for the rows that do not use the adapter."""
         route, again = resolve(self.state, None, self.forwards)
         result = self._under(route, module, args, kwargs, output)
         self.forwards.note(result, route, again)
@@ -54,13 +54,13 @@ class BiasPatch(AdapterComponent):
     ) -> R | Tensor:
         if route.common_to_all(frozenset({self.adapter})):
             return output
-        old: R = self._before(module).forward(*args, **kwargs)  # its other hooks run for the module itself
+        old: R = self._before(module).forward(*args, **kwargs)  # the other hooks run on the module itself
         if route.rows is None or self.adapter not in route.mentions:
             return old
         if not (isinstance(output, Tensor) and isinstance(old, Tensor)):
             raise MixedRowsError(
-                f"The rows of this batch have different adapters, but a {type(module).__name__} whose biases "
-                f"{self.adapter!r} trains returns a {type(output).__name__}, whose rows cannot be combined. Run "
+                f"The rows of this batch use different adapters, but a {type(module).__name__} with biases trained by "
+                f"{self.adapter!r} returns a {type(output).__name__}, whose rows cannot be combined. Run "
                 "the rows of each adapter separately with `use`.",
                 what=type(output).__name__,
                 field="bias",
@@ -68,8 +68,8 @@ class BiasPatch(AdapterComponent):
         rows = route.rows_of(output.shape[0])
         if rows is None:
             raise RowCountError(
-                f"The route names {len(route.rows)} rows, but a module with a trained bias returned "
-                f"{tuple(output.shape)}. Give one adapter per row of the batch.",
+                f"The route has {len(route.rows)} rows, but a module with a trained bias returned an output of shape "
+                f"{tuple(output.shape)}. Pass one adapter per row of the batch.",
                 what=self.adapter,
                 field="bias",
             )
@@ -77,7 +77,7 @@ class BiasPatch(AdapterComponent):
         return torch.where(ours.view(-1, *[1] * (output.ndim - 1)), output, old)
 
     def old(self, module: nn.Module) -> dict[str, Tensor]:
-        """Return the old biases (…) by name, on a module's current device and in its current dtype.
+        """Return the original biases by name, on a module's current device and in its current dtype.
 
         Args:
             module: The base's module, or a clone of it.
@@ -86,7 +86,7 @@ class BiasPatch(AdapterComponent):
         return {name: old.to(now[name].device, now[name].dtype) for name, old in self.originals.items()}
 
     def _before(self, module: nn.Module) -> nn.Module:
-        """Return a clone of a module with the biases from before this adapter trained them."""
+        """Return a clone of a module with the biases that it had before this adapter trained them."""
         clone = clone_with(module, self.old(module))
         if isinstance(module, nn.MultiheadAttention):
             inside = out_projection(module)
@@ -100,15 +100,15 @@ class BiasPatch(AdapterComponent):
         return [self.adapter]
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
-        """Return the biases, (…), if this adapter trains them."""
+        """Return the biases if this adapter trains them, else an empty list."""
         return [self.module.get_parameter(name) for name in self.originals] if adapter == self.adapter else []
 
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
-        """Return the biases by name, (…), if this adapter trains them."""
+        """Return the biases by name if this adapter trains them, else an empty dict."""
         return dict(zip(self.originals, self.parameters_of(adapter), strict=False))
 
     def remove(self, adapter: str) -> nn.Module:
-        """Restore the old biases bit for bit, if this adapter trains them, and return the module."""
+        """Restore the original biases bit for bit if this adapter trains them; return the module."""
         if adapter == self.adapter:
             self.unload()
             for name, old in self.originals.items():
@@ -119,7 +119,7 @@ class BiasPatch(AdapterComponent):
         return self.module
 
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
-        """Return None: the biases are trained in the base's own parameters."""
+        """Return None: the biases are trained in place, so there is nothing to merge."""
         return None
 
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
@@ -127,7 +127,7 @@ class BiasPatch(AdapterComponent):
         return None
 
     def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
-        """Return the biases by name, (…), if one of these adapters trains them."""
+        """Return the biases by name if one of these adapters trains them, else an empty dict."""
         return {name: held.detach() for adapter in adapters for name, held in self.saved_tensors(adapter).items()}
 
     def unload(self) -> nn.Module:
@@ -139,12 +139,12 @@ class BiasPatch(AdapterComponent):
 
     @staticmethod
     def on(module: nn.Module) -> list[BiasPatch]:
-        """Return the patches of a module's biases."""
+        """Return the patches installed on a module."""
         return [hook for hook in module._forward_hooks.values() if isinstance(hook, BiasPatch)]
 
     @staticmethod
     def install(adapter: str, originals: dict[str, Tensor], module: nn.Module, state: AdapterState) -> None:
-        """Make biases of a module trainable, and register the hook that gives other routes the old ones, (…)."""
+        """Make a module's biases trainable, and register the hook that gives other routes the original ones."""
         state.biased = True
         patch = BiasPatch(module, adapter, originals, state)
         module.register_forward_hook(patch, with_kwargs=True, prepend=True)
@@ -153,13 +153,16 @@ class BiasPatch(AdapterComponent):
 
     @staticmethod
     def uninstall(module: nn.Module, adapters: Collection[str]) -> None:
-        """Restore, bit for bit, the biases of a module that these adapters train."""
+        """Restore, bit for bit, those biases of a module that these adapters train."""
         for patch in BiasPatch.on(module):
             if patch.adapter in adapters:
                 patch.remove(patch.adapter)
 
 
 def out_projection(attention: nn.MultiheadAttention) -> nn.Module:
-    """Return the base's output projection of an attention, which reads its weight and bias but never calls it."""
+    """Return the base's output projection in an attention module.
+
+    The attention module reads the projection's weight and bias but never calls the projection.
+    """
     inside = attention.get_submodule("out_proj")
     return inside.owner if isinstance(inside, LoraLayer) else inside

@@ -2,11 +2,11 @@
 
 This file implements the arithmetic of LoRA for every kind and variant: y = y₀ + Σ addition. The state determines which
 adapters are active, the kind applies A and B, the variant computes the addition, and the weight format reads W. A
-forward never writes to the base; only `BaseWeight` does, when adapters are merged.
+forward pass never writes to the base; only `BaseWeight` does, when adapters are merged.
 
-A forward reads the weight only once, even if several adapters need it, because reading a quantized weight dequantizes
-all of it. Nothing is cached beyond the forward: a write to a weight through `.data` cannot be detected, so a cached
-norm could be outdated without an error.
+A forward pass reads the weight only once, even if several adapters need it, because reading a quantized weight
+dequantizes all of it. Nothing is cached across forward passes: writes to a weight through `.data` cannot be detected,
+so a cached norm could silently become outdated.
 """
 
 from __future__ import annotations
@@ -32,15 +32,18 @@ from lorakit.core.variants import NO_SETTING, NO_TENSORS, At, Factor, Setting, o
 from lorakit.errors import AdapterError, ConfigTypeError, MergeError, RowCountError, warn_caller
 
 Weights = dict["str | None", Tensor]
-"""Weights read in one forward of a site; key: None for the original, or the first adapter that uses a residual base."""
+"""The weights read in one forward pass at a site.
+
+The key is None for the original weight, or the first adapter that uses the residual base.
+"""
 
 
 _HOLDERS_OF_PARAMETERS = tuple(dict.fromkeys([*TRAINED, *(own.held_as for own in own_tensors())]))
-"""Names of the containers whose entries are an adapter's parameters, A and B first."""
+"""Names of the containers that hold adapters' parameters, with A and B first."""
 
 
 def _holder_type(name: str) -> type[ModuleDict | ParameterDict] | None:
-    """Return the container type of an attribute with an entry per adapter; None for names of other attributes."""
+    """Return the container type of an attribute that has one entry per adapter, or None for any other attribute."""
     if not name.startswith("lora_"):
         return None
     own = next((tensor for tensor in own_tensors() if tensor.held_as == name), None)
@@ -59,11 +62,12 @@ class LoraLayer(BaseWeight):
         lora_embedding_B: Adapter -> B of an embedding, (d, r).
         lora_dropout: Adapter -> dropout before A.
         lora_alpha: Adapter -> alpha.
-        variant: Adapter -> name of its entry in VARIANTS, whose own tensors are attributes too (`OwnTensor.held_as`).
+        variant: Adapter -> name of its entry in VARIANTS. A variant's extra tensors are also stored in attributes
+            (`OwnTensor.held_as`).
         settings: Adapter -> the variant's settings for this layer; adapters without settings have no entry.
         trains: Adapter -> which of "A" and "B" it trains.
         own_route: This layer's override of the model's default route, or None.
-        forwards: Record of past forwards, for recomputation.
+        forwards: The layer's forward history, for recomputation.
     """
 
     lora_alpha: dict[str, float]
@@ -75,7 +79,7 @@ class LoraLayer(BaseWeight):
     def __init__(self, base_layer: nn.Module, kind: Kind, spec: WeightSpec, state: AdapterState) -> None:
         super().__init__()
         self.base_layer = base_layer
-        # hundreds of layers are created at once, and setting attributes of a module is slow
+        # hundreds of layers are created at once, and setting attributes on a module is slow
         tables: dict[str, Any] = {name: {} for name in ("r", "lora_alpha", "scaling", "variant", "settings", "trains")}
         self.__dict__.update(tables, training=base_layer.training, state=state, kind_name=kind.name, spec=spec)
         self.__dict__.update(merged_adapters=[], tied_weight=None, forwards=Forwards())
@@ -83,7 +87,7 @@ class LoraLayer(BaseWeight):
 
     def _get_name(self) -> str:
         merged = f"[merged: {', '.join(self.merged_adapters)}]" if self.merged_adapters else ""
-        return f"lora.{type(self).__name__}{merged}"  # for `repr`, which shows the base's type too
+        return f"lora.{type(self).__name__}{merged}"  # for `repr`, which also shows the base's type
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -101,14 +105,14 @@ class LoraLayer(BaseWeight):
             return getattr(super().__getattr__("base_layer"), name)
 
     def available_adapters(self) -> list[str]:
-        """Return the adapters that have a factor here."""
+        """Return the adapters that have factors in this layer."""
         return list(self.r)
 
     def set_trained(self, name: str, trained: bool) -> None:
-        """Train or freeze an adapter's factor; tensors that its init or variant never trains stay frozen.
+        """Train or freeze an adapter's factors; tensors that its init or variant never trains stay frozen.
 
         Args:
-            name: The adapter; one without a factor here is ignored.
+            name: The adapter; ignored if it has no factors in this layer.
             trained: Whether its parameters require gradients.
         """
         super().set_trained(name, trained)
@@ -123,13 +127,13 @@ class LoraLayer(BaseWeight):
                     tensor.requires_grad_(False)
 
     def put(self, name: str, factor: Factor, r: int, lora_alpha: float, trains: frozenset[str]) -> None:
-        """Add an adapter's factor.
+        """Add an adapter's factors to this layer.
 
         Args:
             name: The adapter.
-            factor: The factor, with A (r, in) and B (out, r); A, B and the variant's own tensors become parameters.
-            r: Rank of the factor.
-            lora_alpha: Alpha of the factor.
+            factor: A (r, in), B (out, r) and the variant's extra tensors, which all become parameters.
+            r: Rank of the factors.
+            lora_alpha: Alpha of the adapter in this layer.
             trains: Which of "A" and "B" are trained.
         """
         kind = self.kind
@@ -142,7 +146,7 @@ class LoraLayer(BaseWeight):
             getattr(self, own.held_as)[name] = OwnWeight(tensor) if own.carried == "module" else tensor
         for held in map(self._modules.get, (*HOLDERS, *factor.own)):
             for new in () if held is None else (held, held._modules.get(name)):
-                if new is not None and new.training is not self.training:  # new modules take the mode of the layer
+                if new is not None and new.training is not self.training:  # new modules get the layer's mode
                     new.train(self.training)
         self.r[name], self.lora_alpha[name] = r, lora_alpha
         self.scaling[name], self.variant[name], self.trains[name] = factor.scale, factor.variant.name, trains
@@ -150,7 +154,7 @@ class LoraLayer(BaseWeight):
             self.settings[name] = factor.setting
 
     def remove(self, adapter: str) -> nn.Module:
-        """Remove an adapter's factor, if any, and return the module to put here afterwards."""
+        """Remove an adapter's factors, if any; return this layer, or the base module if no adapters are left."""
         for attribute in (*HOLDERS, *(own.held_as for own in own_tensors())):
             holder = self._modules.get(attribute)
             if isinstance(holder, (ModuleDict, ParameterDict)) and adapter in holder:
@@ -161,18 +165,18 @@ class LoraLayer(BaseWeight):
         return self if self.r else self.base_layer
 
     def bias_of(self, adapter: str) -> Tensor | None:
-        """Return the bias of an adapter's B, (out,), or None."""
+        """Return the bias of an adapter's B, (out,), or None if it has none."""
         kind = self.kind
         return self._holder(kind.names[1])[adapter].bias if kind.on_disk and adapter in self.r else None
 
     def factor(self, name: str) -> Factor:
-        """Return an adapter's factor; A and B are accessed only through this method.
+        """Return an adapter's factors; all reads of A and B go through this method.
 
         Args:
-            name: An adapter that has a factor here.
+            name: An adapter that has factors in this layer.
 
         Returns:
-            The factor, with A (r, in) and B (out, r).
+            A `Factor` with A (r, in) and B (out, r).
         """
         kind = self.kind
         first, second = (self._holder(attribute)[name] for attribute in kind.names)
@@ -184,17 +188,17 @@ class LoraLayer(BaseWeight):
         return Factor(A, B, self.scaling[name], self.lora_dropout[name], variant, own, bias, setting)
 
     def _own(self, name: str, held_as: str) -> nn.Parameter:
-        """Return one of the variant's own tensors for an adapter, (…), in its shape in memory."""
+        """Return one of the variant's extra tensors for an adapter, in its in-memory shape (…)."""
         held: nn.Parameter | OwnWeight = self._holder(held_as)[name]
         return held.weight if isinstance(held, OwnWeight) else held
 
     def _holder(self, attribute: str) -> Mapping[str, Any]:
-        """Return the adapters' entries in a container, without torch's attribute access, which is slow for modules."""
+        """Return a container's entries by adapter, bypassing torch's attribute access, which is slow for modules."""
         holder: Any = self._modules[attribute]
         return holder._modules if isinstance(holder, ModuleDict) else holder
 
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
-        """Return the tensors to save for an adapter: key relative to this layer's path -> tensor (…); empty if none."""
+        """Return the tensors to save for an adapter: key relative to this layer's path -> tensor."""
         if adapter not in self.r:
             return {}
         factor, kind = self.factor(adapter), self.kind
@@ -208,13 +212,13 @@ class LoraLayer(BaseWeight):
         return found
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
-        """Return an adapter's parameters here, (…), A and B first; an empty list if it has no factor."""
+        """Return an adapter's parameters in this layer, with A and B first; empty if it has no factors here."""
         found = []
         for holder in map(self._modules.get, _HOLDERS_OF_PARAMETERS):
             if isinstance(holder, ModuleDict):
                 entry = holder._modules.get(adapter)
                 if entry is not None:
-                    for tensor in entry._parameters.values():  # none if another layer holds a tied A or B
+                    for tensor in entry._parameters.values():  # empty if another layer holds a tied A or B
                         if tensor is not None:
                             found.append(tensor)
             elif isinstance(holder, ParameterDict) and adapter in holder:
@@ -229,10 +233,10 @@ class LoraLayer(BaseWeight):
             kwargs: Passed to the base module.
 
         Returns:
-            The output of the base module, (…, out), in its dtype.
+            The output, (…, out), in the dtype of the base module's output.
 
         Raises:
-            RouteError: The active route is unknown or does not fit this batch.
+            RouteError: The active route is unknown or does not match this batch.
             MergeError: The route does not use a merged adapter, and the base's values were not kept.
         """
         route, again = resolve(self.state, self.own_route, self.forwards)
@@ -248,11 +252,11 @@ class LoraLayer(BaseWeight):
 
         Args:
             route: The active adapters.
-            args: Passed to the base module, x (…, in) first.
+            args: Passed to the base module; the first is x (…, in).
             kwargs: Passed to the base module.
 
         Raises:
-            RouteError: The route does not fit this batch.
+            RouteError: The route does not match this batch.
         """
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         stays = route.common_to_all(inside := self.inside())
@@ -272,7 +276,7 @@ class LoraLayer(BaseWeight):
         return y
 
     def _mixed(self, route: Route, skip: frozenset[str], x: Tensor, y0: Tensor) -> Tensor:
-        """Apply each row's own adapter; x (rows, …), y0 (rows, …, out).   [docs/math.md (13)]"""
+        """Apply each row's adapter to that row; x is (rows, …), y0 is (rows, …, out).   [docs/math.md (13)]"""
         axis, weights = self._row_axis(route, x), Weights()
         here = [s for s in route.segments(x.device, x.shape[axis]) if s[0] in self.r and s[0] not in skip]
         y, left = add_stacked(self, here, route, x, y0)
@@ -282,13 +286,14 @@ class LoraLayer(BaseWeight):
         return y
 
     def _row_axis(self, route: Route, x: Tensor) -> int:
-        """Return the axis of x (rows, …) that holds the rows; raise an error if the route does not fit."""
+        """Return the axis of x (rows, …) that holds the rows, after checking that the route matches their number."""
         axis = self.kind.row_axis(self.owner)
         if axis is None or route.rows_of(x.shape[axis]) is None:
             size = "no batch axis" if axis is None else f"{x.shape[axis]} rows"
             raise RowCountError(
-                f"The route names {len(route.rows or ())} rows, but a {self.kind_name} received {tuple(x.shape)} with "
-                f"{size}. Give one adapter per row of the batch (if rows are repeated, e.g. as beams: pass `copies`).",
+                f"The route has {len(route.rows or ())} rows, but a {self.kind_name} received an input of shape "
+                f"{tuple(x.shape)} with {size}. Pass one adapter per row of the batch; if rows are repeated, for "
+                "example as beams, set `copies`.",
                 what=self.kind_name,
             )
         return axis
@@ -328,14 +333,14 @@ class LoraLayer(BaseWeight):
         return bias
 
     def _base_of_rows(self, route: Route, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """Return the base's output (rows, …, out) when its current module is not right for all rows."""
+        """Return the base's output (rows, …, out) if its current module is not correct for all rows."""
         moved = route.mentions.intersection(self.moved_by)
         if not moved or route.rows is None:
             return self._base_for(bool(moved))(*args, **kwargs)
         axis = self._row_axis(route, x)
         index = torch.cat([rows for name, rows in route.segments(x.device, x.shape[axis]) if name in moved])
 
-        def forward(*inputs: Tensor, **named: Tensor) -> Tensor:  # both run on all rows: hooks need the whole batch
+        def forward(*inputs: Tensor, **named: Tensor) -> Tensor:  # both run on all rows, as hooks need the whole batch
             before, moved = (bare(self._base_for(one))(*inputs, **named) for one in (False, True))
             return before.index_copy(axis, index, moved.index_select(axis, index))
 
@@ -343,15 +348,15 @@ class LoraLayer(BaseWeight):
         return y
 
     def addition(self, name: str, W: Tensor, training: bool = False) -> Tensor:
-        """Return what merging an adapter adds to the weight.   [docs/math.md (11)]
+        """Return the tensor that merging an adapter adds to the weight.   [docs/math.md (11)]
 
         Args:
-            name: An adapter that has a factor here.
+            name: An adapter that has factors in this layer.
             W: The base weight from `read`, (out, in); an adapter with a residual base uses the residual base instead.
             training: Whether the variant may perturb A and B, as in training.
 
         Returns:
-            The addition, in the shape of W, with a graph if gradients are enabled.
+            The addition, in the shape of W, with an autograd graph if gradients are enabled.
 
         Raises:
             MergeError: The variant cannot be merged, or the weight cannot hold the delta.
@@ -368,12 +373,12 @@ class LoraLayer(BaseWeight):
 
     @property
     def in_features(self) -> int:
-        """Columns of the base weight; number of embeddings; input channels of a convolution."""
+        """The number of columns of the base weight, embeddings in a table, or input channels of a convolution."""
         return self.spec.in_features
 
     @property
     def out_features(self) -> int:
-        """Rows of the base weight: width of the output."""
+        """The number of rows of the base weight, which is the width of the output."""
         return self.spec.out_features
 
     @property
@@ -400,8 +405,8 @@ class LoraLayer(BaseWeight):
         """Set an adapter's scale to a multiple of the scale in its config.
 
         Args:
-            adapter: The adapter; one without a factor here is ignored.
-            scale: The multiple.
+            adapter: The adapter; ignored if it has no factors in this layer.
+            scale: The multiplier.
         """
         if adapter in self.scaling:
             self.scaling[adapter] = scale * self._own_scale(adapter)
@@ -410,7 +415,7 @@ class LoraLayer(BaseWeight):
         """Multiply the scales of the active adapters.
 
         Args:
-            scale: Multiplier of the scales.
+            scale: The multiplier.
         """
         for name in self.active_adapters if scale != 1 else ():
             if name in self.scaling:
@@ -431,13 +436,14 @@ class LoraLayer(BaseWeight):
         return scale(self.r[adapter], self.lora_alpha[adapter], config is not None and config.use_rslora)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return s·B·A for an adapter, in the layout in which the base stores its weight.
+        """Return s·B·A for an adapter, in the layout of the stored base weight.
 
         Args:
-            adapter: An adapter that has a factor here.
+            adapter: An adapter that has factors in this layer.
 
         Returns:
-            (out, in), or (in, out) if the weight is stored transposed; with a graph if gradients are enabled.
+            A tensor of shape (out, in), or (in, out) if the weight is stored transposed, with an autograd graph if
+            gradients are enabled.
 
         Raises:
             MergeError: The weight cannot hold the delta.
@@ -451,13 +457,13 @@ class LoraLayer(BaseWeight):
         """Merge adapters into the weight of this layer alone; the original is kept.
 
         Args:
-            safe_merge: Ignored (an argument of PEFT's method): a merge with a non-finite result always raises an error.
+            safe_merge: Ignored; present only for PEFT compatibility. A non-finite result always raises an error.
             adapter_names: The adapters; None means the active ones.
 
         Raises:
             ConfigTypeError: `adapter_names` is a string.
             MergeError: An adapter cannot be merged.
-            AdapterError: The model does not have one of these adapters.
+            AdapterError: One of the adapters is not on the model.
         """
         active, here = self.active_adapters, self._to_merge(adapter_names)
         options = MergeOptions()
@@ -474,14 +480,14 @@ class LoraLayer(BaseWeight):
             self.own_route = Route((*active, *(name for name in here if name not in active)))
 
     def _to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
-        """Return the adapters to merge: those with a factor here that are not merged yet."""
+        """Return the adapters to merge: those with factors in this layer that are not merged yet."""
         new = not_yet_merged(self.active_adapters if adapter_names is None else adapter_names, self.merged_adapters)
         self.state.check(new, AdapterError)
         return [name for name in new if name in self.r]
 
     @trainable_tensors
     def unmerge(self) -> None:
-        """Unmerge all adapters from this layer's weight, bit for bit.
+        """Unmerge all adapters and restore this layer's weight bit for bit.
 
         Raises:
             MergeError: The base's values were not kept.
@@ -500,10 +506,10 @@ class LoraLayer(BaseWeight):
             layer.merged_adapters, layer.kept = [], layer.kept if layer.moved_by else None
 
     def leader_of(self, adapters: Sequence[str]) -> LoraLayer | None:
-        """Return the layer whose weight this one shares and whose factors, transposed, it uses; None if there is none.
+        """Return the tied layer, whose weight this layer shares and whose transposed factors it uses, or None.
 
         Args:
-            adapters: Adapters; those without a factor here are ignored.
+            adapters: Adapters; those without factors in this layer are ignored.
         """
         here = [name for name in adapters if name in self.r]
         held = getattr(self, self.kind.names[0])
@@ -512,7 +518,7 @@ class LoraLayer(BaseWeight):
         return leader if leader is not None and self.is_one_with(leader, adapters) else None
 
     def is_one_with(self, tied: LoraLayer, adapters: Collection[str]) -> bool:
-        """Return whether another layer shares this layer's weight and has factors for the same adapters.
+        """Return whether another layer shares this layer's weight and has factors of the same adapters.
 
         Args:
             tied: The other layer.
@@ -524,7 +530,7 @@ class LoraLayer(BaseWeight):
         return mine is its and mine is not None
 
     def _around_module(self, path: str) -> dict[str, LoraLayer]:
-        """Return path -> layer: this layer, those nested in it around its module, and those of `inner` children."""
+        """Return, by path, this layer, those nested in it around the same module, and those of `inner` children."""
         found: dict[str, LoraLayer] = {}
         layer: nn.Module = self
         while isinstance(layer, LoraLayer):

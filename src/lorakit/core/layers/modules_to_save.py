@@ -1,8 +1,8 @@
-"""Saved modules (`modules_to_save`), and `Extras`: everything that an adapter trains in addition to factors.
+"""Saved modules (`modules_to_save`), and `Extras`: everything that an adapter trains in addition to its factors.
 
-These are saved modules, trainable tokens and trained biases; they are active whenever the adapter's factors are. All
-keep the original: a saved module is a copy alongside it, and a trained bias keeps its old value, so that `disable` and
-other adapters use the base.
+This includes saved modules, trainable tokens and trained biases, which are active whenever the adapter's factors are.
+The originals are kept, so that `disable` and other adapters can use the base: a saved module is a copy alongside the
+original, and the original value of a trained bias is stored.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 class ModulesToSave(ReplacingModule):
-    """A module with a trained copy per adapter that names it in `modules_to_save`.
+    """A module with a trained copy for each adapter that lists it in `modules_to_save`.
 
     Attributes:
         original_module: The original module, frozen.
@@ -62,22 +62,22 @@ class ModulesToSave(ReplacingModule):
         return list(self.modules_to_save)
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
-        """Return the parameters of an adapter's copy, (…); an empty list if it has none."""
+        """Return the parameters of an adapter's copy, or an empty list if it has no copy here."""
         return list(self.modules_to_save[adapter].parameters()) if adapter in self.modules_to_save else []
 
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
-        """Return the state dict of an adapter's copy: name -> tensor (…); empty if it has none."""
+        """Return the state dict of an adapter's copy: name -> tensor; empty if it has no copy here."""
         return dict(self.modules_to_save[adapter].state_dict()) if adapter in self.modules_to_save else {}
 
     def remove(self, adapter: str) -> nn.Module:
-        """Remove an adapter's copy, if any, and return the module to put here afterwards."""
+        """Remove an adapter's copy, if any; return this module, or the original if no copies are left."""
         if adapter in self.modules_to_save:
             del self.modules_to_save[adapter]
         self.drop_override(adapter)
         return self if len(self.modules_to_save) else self.original_module
 
     def check_mergeable(self, path: str, adapters: Sequence[str]) -> None:
-        """Reject adapters that each have a copy here, because only one can replace the original.
+        """Reject the merge if several adapters have a copy here, because only one copy can replace the original.
 
         Raises:
             MergeError: Several adapters have a copy; the message names two of them and the path.
@@ -93,7 +93,7 @@ class ModulesToSave(ReplacingModule):
             )
 
     def check_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> None:
-        """Reject a copy if another one already replaces the original.
+        """Reject the merge if another copy already replaces the original.
 
         Raises:
             MergeError: A copy is already merged; the message names its adapter.
@@ -112,7 +112,7 @@ class ModulesToSave(ReplacingModule):
         return StagedMerge(None, partial(setattr, self, "merged_adapters", [])) if merged else None
 
     def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
-        """Return the state dict of the copy that replaces the original: name -> tensor (…); empty if there is none."""
+        """Return the state dict of the copy that replaces the original: name -> tensor; empty if there is none."""
         found: dict[str, Tensor] = {}
         for name in adapters:
             found |= self.saved_tensors(name)
@@ -140,7 +140,7 @@ class ModulesToSave(ReplacingModule):
         if len(copies) > 1:
             raise RouteError(
                 f"{' and '.join(copies)} are active together, but each has its own copy of this module "
-                "(modules_to_save). Activate only one of them, or route rows to them.",
+                "(modules_to_save). Activate only one of them, or route each row to one of them.",
                 what=copies[1],
                 field="modules_to_save",
             )
@@ -153,9 +153,9 @@ class Extras:
     """Everything that an adapter trains in addition to its factors, before it is attached.
 
     Attributes:
-        copies: Path -> trainable copy of the module there.
-        biases: Modules of the base, each with its current biases, (…), by name. There are no names for an attention
-            module if only its output projection has trained biases.
+        copies: Path -> trainable copy of the module at that path.
+        biases: Modules of the base, each with its current biases by name. An attention module has no entries if
+            only its output projection has trained biases.
         rows: Trainable token embeddings: their indices in a table, and their values, (n, d).
         leaders: Path of a module -> path of the module that it is tied to.
     """
@@ -170,13 +170,13 @@ def build_extras(modules: Mapping[str, nn.Module], sites: Collection[str], saved
     """Build everything that an adapter trains in addition to its factors, without changing the model.
 
     Args:
-        modules: Path -> module: the base's, or the adapted or saved module that replaces it.
+        modules: Path -> the base's module, or the adapted or saved module that replaces it.
         sites: Paths of the adapter's sites.
-        saved: Paths of its saved modules.
-        bias: The config's `bias`: "none", "all", or "lora_only" (only those of the sites).
+        saved: Paths of the adapter's saved modules.
+        bias: The config's `bias`: "none", "all", or "lora_only" (only the biases of the sites).
 
     Returns:
-        The saved modules and biases. A bias in a saved module is trained only in its copy.
+        The saved modules and biases. A bias in a saved module is trained only in the module's copy.
 
     Raises:
         TargetError: A module to save contains sites or saved modules of another adapter.
@@ -204,7 +204,7 @@ def build_extras(modules: Mapping[str, nn.Module], sites: Collection[str], saved
 def _check_untouched(path: str, layer: LoraLayer | None) -> None:
     """Reject a bias that merged adapters changed, because its original value is needed later."""
     if layer is not None and (layer.kept_bias is not None or layer.replaced):
-        how = "with their biases (lora_bias)" if layer.kept_bias is not None else "with dense=True"
+        how = "with a bias of B (lora_bias)" if layer.kept_bias is not None else "with dense=True"
         raise ConfigError(
             f"The bias at {path} cannot be trained while {', '.join(layer.merged_adapters)} is merged there {how}. "
             "Unmerge first, or set bias='none'.",
@@ -220,13 +220,13 @@ def biased_modules(
     """Yield the modules of the base whose biases an adapter trains, except those in saved modules.
 
     Args:
-        modules: Path -> module, as for `build_extras`.
+        modules: Path -> module, as in `build_extras`.
         sites: Paths of the adapter's sites.
-        saved: Paths of its saved modules.
+        saved: Paths of the adapter's saved modules.
         bias: The config's `bias`.
 
     Yields:
-        Path in the plain base, module, and the names of its bias parameters.
+        The module's path in the plain base, the module, and the names of its bias parameters.
 
     Raises:
         ConfigError: A bias is not a parameter of its module.
@@ -238,7 +238,7 @@ def biased_modules(
             continue
         for inner, module in _base_modules(current):
             held = [leaf for leaf, p in module._parameters.items() if p is not None and "bias" in leaf]
-            # in an adapted module, PEFT trains only the parameter named `bias`, so not an attention's `in_proj_bias`
+            # in an adapted module, PEFT trains only the parameter named `bias`, so not `in_proj_bias` in attention
             leaves = tuple(leaf for leaf in held if bias == "all" or leaf == "bias")
             if isinstance(vars(module).get("bias"), Tensor) and weight_format_of(module).quantized:
                 raise ConfigError(
@@ -253,7 +253,7 @@ def biased_modules(
 
 
 def _read_by(modules: Mapping[str, nn.Module], sites: Collection[str]) -> Iterator[str]:
-    """Yield paths of children that become sites along with the modules that read their weights."""
+    """Yield the paths of child modules that become sites together with the parent that reads their weights."""
     for path in sites:
         module = modules[path]
         kind = kind_of(type(module.owner if isinstance(module, LoraLayer) else module))
@@ -261,7 +261,7 @@ def _read_by(modules: Mapping[str, nn.Module], sites: Collection[str]) -> Iterat
 
 
 def _base_modules(current: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the base's modules here by relative path: one, or all in a module that another adapter saves."""
+    """Yield the base's modules at one path, by relative path: one, or all those in another adapter's saved module."""
     if isinstance(current, ModulesToSave):
         yield from current.original_module.named_modules()
     else:
@@ -321,7 +321,7 @@ def _plain(module: nn.Module) -> nn.Module:
 
 
 def plain_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of the tensors in a trainable copy of a module, where quantized weights are plain."""
+    """Return name -> shape for the tensors in a trainable copy of a module, in which quantized weights are plain."""
     parts = dict(module.named_modules())
     if not any(weight_format_of(part).quantized for part in parts.values()):
         return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Subclasses of `LoraLayer`, one per kind, so that `isinstance` and `repr` show the names that PEFT users expect."""
+"""Subclasses of `LoraLayer`, one per kind, so that `isinstance` and `repr` use the class names PEFT users expect."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from lorakit.targets.layer_types import ATTENTION, CONVOLUTIONS, DENSE, EMBEDDIN
 
 
 class Linear(LoraLayer):
-    """A `LoraLayer` on a dense layer (nn.Linear or transformers' Conv1D)."""
+    """A `LoraLayer` for a dense layer (nn.Linear or transformers' Conv1D)."""
 
 
 class Embedding(LoraLayer):
-    """A `LoraLayer` on an nn.Embedding."""
+    """A `LoraLayer` for an nn.Embedding."""
 
 
 class Conv1d(LoraLayer):
-    """A `LoraLayer` on an nn.Conv1d."""
+    """A `LoraLayer` for an nn.Conv1d."""
 
 
 class Conv2d(LoraLayer):
-    """A `LoraLayer` on an nn.Conv2d."""
+    """A `LoraLayer` for an nn.Conv2d."""
 
 
 class Conv3d(LoraLayer):
-    """A `LoraLayer` on an nn.Conv3d."""
+    """A `LoraLayer` for an nn.Conv3d."""
 
 
 class MultiheadAttention(WeightLayer):
-    """A `LoraLayer` on the in-projection of an nn.MultiheadAttention."""
+    """A `LoraLayer` for the input projection of an nn.MultiheadAttention."""
 
     def _restore_weights(self) -> None:
-        """Do nothing: PEFT restores weights that its forward merged, but no forward here writes to the base."""
+        """Do nothing: PEFT restores weights that its forward pass merged, but lorakit's never writes to the base."""
 
 
 class InnerLinear(WeightLayer):
-    """A `LoraLayer` on a dense layer whose weight the parent module reads directly."""
+    """A `LoraLayer` for a dense layer whose weight is read directly by its parent module."""
 
     def _get_name(self) -> str:
         return super()._get_name().replace("InnerLinear", "Linear")
 
 
 class ParamWrapper(WeightLayer):
-    """A `LoraLayer` on a bare parameter of a module."""
+    """A `LoraLayer` for a bare parameter of a module."""
 
     @property
     def parameter_name(self) -> str:
@@ -66,11 +66,11 @@ LAYERS: Mapping[str, type[LoraLayer]] = {
     PARAMETER: ParamWrapper,
     INNER_LINEAR: InnerLinear,
 }
-"""Name of a kind -> its layer class."""
+"""Name of a kind -> layer class."""
 
 
 def layer_class(kind: Kind) -> type[LoraLayer]:
-    """Return the layer class of a kind: its own, the one in LAYERS, or a generic one for custom kinds.
+    """Return the layer class for a kind: its own, the one in LAYERS, or a generic one for custom kinds.
 
     Args:
         kind: The kind.

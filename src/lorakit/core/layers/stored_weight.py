@@ -1,6 +1,6 @@
 """`StoredWeight`: reads, keeps, replaces and restores the stored weight of a site.
 
-This file puts weights into the base's module; `base_weight` decides what is stored, and when.
+This file writes weights to the base's module; `base_weight` decides what to store, and when.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ STORED = frozenset({"kept", "moved", "tied_weight"})
 """Attributes that hold stored weights of the base, in any form."""
 
 OF_THE_BASE = frozenset({"weight", "bias"})
-"""Attributes that, if set on the layer, are set on the base module, because other code ties weights by setting them."""
+"""Attributes that the layer sets on the base module instead, because other code ties weights by setting them."""
 
 
 Replacement = Stored | nn.Module
-"""A stored weight, or a plain module that replaces the base's."""
+"""A stored weight, or a plain module that replaces the base's module."""
 
 
 class StoredWeight(AdapterModule):
@@ -36,14 +36,14 @@ class StoredWeight(AdapterModule):
         r: Adapter -> rank.
         scaling: Adapter -> scale.
         variant: Adapter -> the name of its variant.
-        merged_adapters: Adapters that are merged into the base weight now.
+        merged_adapters: Adapters that are currently merged into the base weight.
         kept: The base's stored weight from before anything was written to it, or None.
-        moved_by: The adapters that use a residual base: the one whose init created it (such as PiSSA), or all whose
-            variant creates the same one. Empty if the base is unchanged.
+        moved_by: The adapters that use a residual base: the one whose init (such as PiSSA) created it, or all those
+            whose variant creates the same one. Empty if the base is unchanged.
         moved: The stored residual base, or None.
-        initial: A and B, before training, of the adapter whose init created the residual base, in main memory; or None.
-        replaced: The base's module if a merge replaced it with a plain one, in a tuple, so that it is not registered as
-            a submodule; otherwise empty.
+        initial: The initial A and B of the adapter whose init created the residual base, in main memory; or None.
+        replaced: A tuple with the base's module if a merge replaced it with a plain one, otherwise empty. A tuple keeps
+            the module from being registered as a submodule.
         kept_bias: The base's bias, (out,), from before a merge wrote to it (`lora_bias`), or None.
         tied_weight: The parameter that the base shared with other modules before a merge untied it, or None.
         old_bias: The adapter that trains the base's bias, and the bias before training, (out,); or None.
@@ -79,15 +79,15 @@ class StoredWeight(AdapterModule):
 
     @abstractmethod
     def bias_of(self, adapter: str) -> Tensor | None:
-        """Return the bias of an adapter's B, (out,), or None."""
+        """Return the bias of an adapter's B, (out,), or None if it has none."""
 
     @abstractmethod
     def addition(self, name: str, W: Tensor) -> Tensor:
-        """Return the addition of an adapter to the base weight W, (out, in)."""
+        """Return the tensor that an adapter adds to the base weight W, (out, in)."""
 
     @property
     def kind(self) -> Kind:
-        """The kind, an entry of KINDS or user-defined."""
+        """The kind: an entry in KINDS, or a user-defined one."""
         return kind_named(self.kind_name, self.state.kinds)
 
     @property
@@ -100,12 +100,12 @@ class StoredWeight(AdapterModule):
 
     @property
     def source(self) -> nn.Module:
-        """The module that holds the base's weight: the owner, or the module that a plain one has replaced."""
+        """The module that holds the base's weight: the owner, or the original module if a plain one replaced it."""
         return self.replaced[0] if self.replaced else self.owner
 
     @property
     def base(self) -> WeightFormat[Any, Any]:
-        """The weight's format, an entry of WEIGHT_FORMATS."""
+        """The weight's format, an entry in WEIGHT_FORMATS."""
         return self.storage[0]
 
     @property
@@ -120,7 +120,7 @@ class StoredWeight(AdapterModule):
         return self.kept is not None or bool(self.replaced)
 
     def read(self, adapter: str | None = None) -> Tensor:
-        """Return the base weight without anything merged, canonical (out, in), fp32 or wider.
+        """Return the canonical base weight (out, in) without merged adapters, in fp32 or wider.
 
         Args:
             adapter: The adapter that uses the weight, which matters if there is a residual base; None for the original.
@@ -130,35 +130,35 @@ class StoredWeight(AdapterModule):
         return base.read(source, _as_now(base, source, self.spec.parameter, kept))
 
     def original(self, moved: bool = False) -> Stored:
-        """Return the stored weight without anything merged, on the base's device and in its dtype.
+        """Return the stored weight without merged adapters, on the base's device and in its dtype.
 
         Args:
-            moved: Return the residual base instead of the original weight.
+            moved: Whether to return the residual base instead of the original weight.
         """
         return _as_now(*self.storage, self.spec.parameter, self._kept_for(moved))
 
     def _kept_for(self, moved: bool) -> Stored | None:
-        """Return the kept original, or the residual base if `moved`; None if the module holds that weight."""
+        """Return the kept original, or the residual base if `moved`; None if the module itself holds that weight."""
         if moved:
             return self.moved if self.merged_adapters else None
         return self.kept
 
     def original_bias(self) -> Tensor | None:
-        """Return the base's bias, (out,), without anything merged, or None."""
+        """Return the base's bias without merged adapters, (out,), or None if it has no bias."""
         now = getattr(self.owner, "bias", None)
         bias = now if self.kept_bias is None or now is None else self.kept_bias.to(now.device, now.dtype)
         return bias if isinstance(bias, Tensor) else None
 
     def inside(self) -> frozenset[str]:
-        """Return the adapters that the base's module accounts for: merged ones, and those that use the residual base.
+        """Return the adapters that the base's module already accounts for: merged ones and users of the residual base.
 
-        If an adapter that uses the residual base is merged, the module is not right for others that use it.
+        If an adapter that uses the residual base is merged, the module is not correct for other adapters that use it.
         """
         merged = frozenset(self.merged_adapters)
         return merged if merged.intersection(self.moved_by) else merged.union(self.moved_by)
 
     def _base_for(self, moved: bool) -> nn.Module:
-        """Return the base's module without merged adapters, with the residual base if `moved`, else the original."""
+        """Return the base's module without merged adapters, holding the residual base if `moved`, else the original."""
         if not self.merged_adapters and (moved or not self.moved_by):
             return self.base_layer
         self.check_kept()
@@ -173,8 +173,8 @@ class StoredWeight(AdapterModule):
 
         Args:
             adapter: The adapter.
-            stored: The stored residual base; not used if another adapter has the same one.
-            initial: The adapter's A (r, in) and B (out, r) before training if the base became W − s·B·A; else None.
+            stored: The residual base in stored form; ignored if another adapter already uses the same one.
+            initial: The adapter's initial A (r, in) and B (out, r) if the base became W − s·B·A, else None.
         """
         if self.moved_by:
             self.moved_by = (*self.moved_by, adapter)
@@ -194,7 +194,7 @@ class StoredWeight(AdapterModule):
             raise base_not_kept(self.merged_adapters)
 
     def kept_bytes(self) -> int:
-        """Return the size, in bytes, of the original if a merge kept it, else 0."""
+        """Return the size, in bytes, of the original weight if a merge kept it, else 0."""
         if not self.keeps_base:
             return 0
         base = self.base

@@ -1,7 +1,7 @@
-"""Trainable token embeddings, also in a head that is tied to an embedding.
+"""Trainable token embeddings, including those in a head that is tied to an embedding.
 
-A trained row replaces the base's row W[i] instead of being added to it. A forward usually does not copy the table; it
-corrects the base's output at the positions that use a trained row.
+A trained row replaces the base's row W[i] instead of being added to it. A forward pass usually does not copy the table;
+it corrects the base's output at the positions that use a trained row.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ChosenRows:
 
 
 class TokenAdapter(nn.Module):
-    """A table (embedding or head) with each adapter's trainable token embeddings; attributes have PEFT's names.
+    """A table (embedding or head) with each adapter's trainable token embeddings; its attributes use PEFT's names.
 
     Attributes:
         base_layer: The embedding, or the head.
@@ -60,11 +60,11 @@ class TokenAdapter(nn.Module):
         self.token_indices: dict[str, list[int]] = {} if leader is None else leader.token_indices
         self.within: tuple[TrainableTokens, ...] = ()  # in a tuple, so that it is not registered as a submodule
         self.kept: dict[str, Tensor | None] = {} if leader is None else leader.kept
-        self.tied_weight: tuple[nn.Parameter, ...] = ()  # shared until a merge untied it; not registered
+        self.tied_weight: tuple[nn.Parameter, ...] = ()  # the one shared before a merge untied it; unregistered
 
     @property
     def merged_adapters(self) -> list[str]:
-        """The adapters whose rows are written into the table now."""
+        """The adapters whose rows are currently written into the table."""
         return list(self.kept)
 
     @property
@@ -114,7 +114,7 @@ class TokenAdapter(nn.Module):
         return table
 
     def with_rows(self, names: Sequence[str]) -> Tensor:
-        """Return the table, (V, d), with the rows of some adapters in it and a graph to these rows."""
+        """Return the table, (V, d), with the rows of some adapters in it; gradients flow to these rows."""
         table = self.original()
         for name in names:
             if name in self.token_indices:
@@ -123,7 +123,7 @@ class TokenAdapter(nn.Module):
         return table
 
     def replacements(self, names: Sequence[str]) -> list[Replacement]:
-        """Return the rows that active adapters replace in the base's output, in the order of the adapters.
+        """Return the active adapters' rows that have yet to replace the base's rows, in the order of the adapters.
 
         Args:
             names: The active adapters; those without rows here, or whose rows are already in the table, are skipped.
@@ -137,14 +137,14 @@ class TokenAdapter(nn.Module):
             one, other, index = shared
             raise RouteError(
                 f"{one} and {other} are active together, and both train row {index} of this table "
-                "(trainable_token_indices). Activate only one of them, or route rows of the batch to them.",
+                "(trainable_token_indices). Activate only one of them, or route each row of the batch to one of them.",
                 what=other,
                 field="trainable_token_indices",
             )
         return [self.rows(name) for name in here if name not in self.kept or self.is_stale(names)]
 
     def shared_row(self, names: Sequence[str]) -> tuple[str, str, int] | None:
-        """Return two adapters that train the same row, and the row's index; None if no two do."""
+        """Return two adapters that train the same row, and the row's index; None if there are no such adapters."""
         taken: dict[int, str] = {}
         for name in names:
             for index in self.token_indices[name]:
@@ -158,7 +158,7 @@ class TokenAdapter(nn.Module):
         return any(name not in names for name in self.kept)
 
     def given_back(self, name: str) -> Replacement:
-        """Return the indices of a merged adapter's rows, (n,), and the base's rows, (n, d).
+        """Return the indices of a merged adapter's rows, (n,), and the base's original rows, (n, d).
 
         Raises:
             MergeError: The base's rows were not kept.
@@ -174,7 +174,7 @@ class TrainableTokens(ReplacingModule):
 
     Attributes:
         token_adapter: The table and the rows of each adapter.
-        follows: Whether its rows belong to the embedding that it is tied to.
+        follows: Whether this table's rows belong to the embedding that it is tied to.
     """
 
     _what, _field = "a table with trainable tokens", "trainable_token_indices"
@@ -228,7 +228,7 @@ class TrainableTokens(ReplacingModule):
         self.token_adapter.trainable_tokens_delta[name] = rows
 
     def remove(self, adapter: str) -> nn.Module:
-        """Remove an adapter's rows, which must not be merged, and return the module to put here afterwards."""
+        """Remove an adapter's unmerged rows, if any; return this module, or the base's if no rows are left."""
         if adapter in self.token_adapter.token_indices:
             del self.token_adapter.token_indices[adapter], self.token_adapter.trainable_tokens_delta[adapter]
         self.drop_override(adapter)
@@ -239,16 +239,16 @@ class TrainableTokens(ReplacingModule):
         return list(self.token_adapter.token_indices)
 
     def kept_bytes(self) -> int:
-        """Return the size, in bytes, of the base's rows that merges kept; rows of tied tables count once."""
+        """Return the size, in bytes, of the base's rows that merges kept; tied tables are counted once."""
         kept = () if self.follows else self.token_adapter.kept.values()
         return sum(rows.numel() * rows.element_size() for rows in kept if rows is not None)
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
-        """Return the rows of an adapter, (n, d); an empty list if it has none or they belong to another module."""
+        """Return an adapter's rows, (n, d), or an empty list if it has none or they belong to another module."""
         return [self.token_adapter.trainable_tokens_delta[adapter]] if adapter in self and not self.follows else []
 
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
-        """Return the rows of an adapter, (n, d), by key; empty if it has none or they belong to another module."""
+        """Return an adapter's rows, (n, d), by key; empty if it has none or they belong to another module."""
         return dict(zip(["token_adapter.trainable_tokens_delta"], self.parameters_of(adapter), strict=False))
 
     def check_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> None:
@@ -277,18 +277,18 @@ class TrainableTokens(ReplacingModule):
                 )
 
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
-        """Build a table with the rows of adapters; return None if none has rows here or this table follows another.
+        """Build a table with the adapters' rows; return None if none has rows here or this table follows another one.
 
         Args:
             path: Not used.
-            adapters: Adapters.
+            adapters: The adapters.
             options: Whether the base's rows are kept, and whether the table is untied from modules that share it.
         """
         here = [name for name in adapters if name in self]
         if not here or self.follows:
             return None
         table, held = self.token_adapter, self.token_adapter.weight_here
-        weight, kept = held.detach().clone(), dict[str, Tensor | None]()  # other code may refer to its memory
+        weight, kept = held.detach().clone(), dict[str, Tensor | None]()  # other code may refer to held's memory
         for name in here:
             index, rows = table.rows(name)
             index = index.to(weight.device)
@@ -308,7 +308,7 @@ class TrainableTokens(ReplacingModule):
         return StagedMerge(None, partial(self._put_unmerged, old)) if old else None
 
     def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
-        """Return the table, (V, d), with the rows of adapters in it, even if it follows another table."""
+        """Return the table, (V, d), with the adapters' rows in it, even if it follows another table."""
         here = any(name in self for name in adapters)
         return {"weight": self.token_adapter.with_rows(adapters).detach()} if here else {}
 
@@ -317,11 +317,11 @@ class TrainableTokens(ReplacingModule):
         return self.original_module
 
     def follow(self, tied: TrainableTokens, apart: bool) -> None:
-        """Adopt what was merged or unmerged at the tied table that this one follows.
+        """Update this table's records after a merge or unmerge at the tied table that it follows.
 
         Args:
             tied: The tied table, whose rows this one uses.
-            apart: Whether the tied table got a separate parameter in this merge, so that this one gets it too.
+            apart: Whether the tied table got a separate parameter in this merge, which this table then uses too.
         """
         mine, its = self.token_adapter, tied.token_adapter
         if not mine.kept:
@@ -335,7 +335,7 @@ class TrainableTokens(ReplacingModule):
         table = self.token_adapter
         if own is None:
             table.weight_here.data = weight
-        else:  # other modules keep the old one
+        else:  # other modules keep the old parameter
             self._part(own, keeps=any(rows is not None for rows in kept.values()))
         table.kept.update(kept)
 
@@ -364,7 +364,7 @@ class TrainableTokens(ReplacingModule):
 
     @property
     def merged_adapters(self) -> list[str]:  # type: ignore[override]  # tied tables share it
-        """The adapters whose rows are written into the table now."""
+        """The adapters whose rows are currently written into the table."""
         return self.token_adapter.merged_adapters
 
     def run_alike(self, route: Route, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
@@ -380,7 +380,7 @@ class TrainableTokens(ReplacingModule):
             RouteError: Two active adapters train the same row.
         """
         names, adapter, table = route.names, self.token_adapter, self.original_module
-        if adapter.is_stale(names):  # a clone with the original table, so that the base's output is bitwise equal
+        if adapter.is_stale(names):  # use a clone with the original table, so that outputs equal the base's bitwise
             table = clone_with(table, {"weight": adapter.original()})
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         y: Tensor = table(*args, **kwargs)
@@ -417,7 +417,7 @@ def looked_up(table: nn.Embedding, x: Tensor, y: Tensor, index: Tensor, rows: Te
     if padding is not None:  # the padding row has no gradient
         rows = torch.where((index == padding)[:, None], rows.detach(), rows)
     new = F.embedding(order[position], rows.to(y.dtype))
-    scale = getattr(table, "embed_scale", None)  # scaled embeddings multiply what they look up
+    scale = getattr(table, "embed_scale", None)  # scaled embeddings multiply the rows that they look up
     if scale is not None:
         new = new * torch.as_tensor(scale, dtype=new.dtype, device=new.device)
     return torch.where(hit[..., None], new, y)

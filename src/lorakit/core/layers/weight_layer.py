@@ -1,11 +1,12 @@
-"""`WeightLayer`: a layer whose factors change a weight for the duration of one forward.
+"""`WeightLayer`: a layer whose factors change a weight for the duration of one forward pass.
 
-It is used for modules that do not expose their weight's input: bare parameters, fused experts, nn.MultiheadAttention.
-Each forward computes W₀ + B·A as one dense weight per adapted weight; the module itself is not changed.
+It is used for modules that do not expose the input of their weight: bare parameters, fused experts and
+nn.MultiheadAttention. Each forward pass computes the dense sum W₀ + s·B·A for every adapted weight; the module itself
+is not changed.
 
 Fused experts in transformers do not need a dense weight. A decorator marks their class, and a few attributes of the
-instance determine its forward: the projections, their layout, biases, gate and norm. For a module with these
-attributes, `experts_forward` computes the forward and applies dropout, A and B to the tokens of each expert. This file
+instance determine its computation: the projections, their layout, biases, gate and norm. For a module with these
+attributes, `experts_forward` runs the forward pass and applies dropout, A and B to the tokens of each expert. This file
 reads the attributes and does not import transformers.
 """
 
@@ -27,13 +28,13 @@ from lorakit.core.variants import Factor
 from lorakit.errors import MixedRowsError
 
 MARKS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "num_experts")
-"""Attributes that determine the forward of an instance."""
+"""Attributes that determine what an instance computes in its forward pass."""
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 def shows_tokens(module: nn.Module, parameter: str = "down_proj") -> bool:
-    """Return whether a module's forward is known, so that factors can be applied to each expert's tokens.
+    """Return whether a module's forward computation is known, so that factors can be applied to each expert's tokens.
 
     Args:
         module: A module of the base.
@@ -58,17 +59,17 @@ def experts_forward(
     top_k_index: Tensor,
     top_k_weights: Tensor,
 ) -> Tensor:
-    """Compute the forward of marked experts, with the active adapters' factors at each projection. [docs/math.md (92)]
+    """Run a forward pass of fused experts with the active adapters' factors at each projection.   [docs/math.md (92)]
 
     Args:
-        module: The experts, with the weights to use.
+        module: The experts module, with the weights to use.
         factors: Name of a parameter -> its factors, with A (experts, r, in) and B (experts, out, r).
         hidden_states: (tokens, d).
-        top_k_index: Experts of each token, (tokens, k).
+        top_k_index: Indices of each token's experts, (tokens, k).
         top_k_weights: Routing weights of these experts, (tokens, k).
 
     Returns:
-        (tokens, d). Extra cost: 2·r·(in + out) FLOPs per token, expert and projection; no dense weight.
+        (tokens, d). Extra cost: 2·r·(in + out) FLOPs per token, expert and projection; no dense weight is formed.
     """
     first, name = ("gate_up_proj", "_apply_gate") if module.has_gate else ("up_proj", "act_fn")
     activation: Callable[[Tensor], Tensor] = getattr(module, name)
@@ -110,13 +111,13 @@ class WeightLayer(LoraLayer):
             kwargs: Passed to the owner.
 
         Raises:
-            MixedRowsError: Rows of the batch have different adapters.
-            RouteError: The route does not fit the batch.
+            MixedRowsError: Rows of the batch use different adapters.
+            RouteError: The route does not match the batch.
         """
         if route.rows is not None:
             if len(set(route.rows)) > 1:
                 raise MixedRowsError(
-                    f"The rows of this batch have different adapters, but a {self.kind_name} has one weight for all "
+                    f"The rows of this batch use different adapters, but a {self.kind_name} has one weight for all "
                     "rows. Run the rows of each adapter separately with `use`, or do not adapt the module.",
                     what=self.kind_name,
                 )
@@ -139,7 +140,7 @@ class WeightLayer(LoraLayer):
         return clone(*args, **kwargs)
 
     def _check_rows(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Reject a route that does not fit the batch, if the batch axis is known; unbatched input is one row."""
+        """Reject a route that does not match the batch, if the batch axis is known; unbatched input is a single row."""
         x, axis = args[0] if args else next(iter(kwargs.values()), None), self.kind.row_axis(self.owner)
         if isinstance(x, Tensor) and axis is not None:
             self._row_axis(route, x if x.ndim > 2 else x.unsqueeze(axis))
@@ -152,13 +153,13 @@ class WeightLayer(LoraLayer):
             layer = layer.base_layer
 
     def effective(self, route: Route) -> Tensor | None:
-        """Return the weight with a route's adapters, in the base's layout; None if the module already holds it.
+        """Return the weight with a route's adapters applied, in the base's layout; None if the module already holds it.
 
         Args:
             route: The adapters that are active on all rows.
 
         Returns:
-            The weight as the base stores it, such as (out, in), with a graph to A and B.
+            The weight as the base stores it, such as (out, in); gradients flow to A and B.
         """
         names = [name for name in route.names if name in self.r]
         if frozenset(names) == self.inside() == frozenset(self.merged_adapters):
@@ -174,7 +175,7 @@ class WeightLayer(LoraLayer):
         return stored
 
     def beside_tokens(self, route: Route) -> tuple[Tensor | None, list[Factor]]:
-        """Return the weight and the factors to apply to experts' tokens; no factors if the weight includes the updates.
+        """Return the weight, and the factors to apply to experts' tokens if the weight does not include the updates.
 
         Args:
             route: The adapters that are active on all rows.

@@ -2,9 +2,10 @@
 
 A merge computes W₀ + Σ update in fp32 or wider from the original base, and writes the sum once in the base's dtype. The
 original weight is kept (on its device or in main memory) unless the caller opts out, so several merges can be undone in
-any order. The loss from writing in low precision is measured and reported.
+any order. The error of storing the sum in low precision is measured and reported.
 
-Every component stages its change before the first one commits, so that a call that raises leaves the model unchanged.
+Every component stages its change before any change is committed, so a call that raises an error leaves the model as it
+was.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from lorakit.core.routing.positions import uninstall
 from lorakit.errors import MergeError
 
 Flags = list[tuple[LoraLayer | TrainableTokens, set[str]]]
-"""Layers and tables, each with the names of those base parameters that were trained before adapters were attached."""
+"""Layers and tables, each with the names of its base parameters that were trained before adapters were attached."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class MergeReport:
     Attributes:
         names: The adapters merged by this call.
         sites: The retained fraction of the delta and the error at each site.
-        kept_bytes: Memory of the kept original weights, in bytes.
+        kept_bytes: Size of the original weights that were kept, in bytes.
     """
 
     names: tuple[str, ...]
@@ -51,7 +52,7 @@ class MergeReport:
 
     @property
     def error(self) -> float:
-        """The mean relative error of the stored weights: one rounding for a plain base, far more if quantized."""
+        """The mean relative error of the stored weights: one rounding error for a plain base, far more if quantized."""
         return sum(site.error for site in self.sites) / len(self.sites) if self.sites else 0.0
 
 
@@ -62,19 +63,19 @@ def merge(
 
     Args:
         model: An adapted model, changed in place.
-        names: Adapters; none means those of the default route.
-        keep_base: Keep each original weight on its device (True), in main memory ("cpu"), or not at all (False, which
-            cannot be undone).
-        untie: Give a site that shares its weight with another module (tied embeddings) a separate weight.
-        dense: Replace grouped convolutions, whose weight cannot hold the delta, and quantized modules with plain ones.
-            Otherwise the merged weight is quantized again, which loses most of a small delta. A module that replaces a
-            quantized one has the dtype of its matmuls.
+        names: Adapters to merge; if none are given, those in the default route.
+        keep_base: Keep each original weight on its device (True) or in main memory ("cpu"), or discard it (False), in
+            which case the merge cannot be undone.
+        untie: Whether to give a separate weight to a site that shares its weight with another module (tied embeddings).
+        dense: Whether to replace quantized modules with plain ones, and also grouped convolutions, whose weight cannot
+            hold the delta. Otherwise, merged weights are quantized again, which loses most of a small delta. The
+            replacement of a quantized module has the dtype of that module's matmuls.
 
     Returns:
-        The fraction of the delta that each site retains, the error, and the memory of the kept original weights.
+        The fraction of the delta that each site retains, the error, and the size of the kept original weights.
 
     Raises:
-        MergeError: An adapter is merged already or cannot be merged, a weight is shared, or the result is not finite.
+        MergeError: An adapter is already merged or cannot be merged, a weight is shared, or the result is not finite.
         AdapterError: An adapter is not on the model.
     """
     index = AdapterIndex.of(model)
@@ -117,7 +118,7 @@ def unmerge(model: nn.Module | AdapterIndex, *names: str) -> None:
 
     Args:
         model: An adapted model, changed in place, or its index.
-        names: Adapters; none means all that are merged.
+        names: Adapters to unmerge; if none are given, all that are merged.
 
     Raises:
         MergeError: An adapter is not merged, or the original weights were not kept.
@@ -141,13 +142,13 @@ def unmerge(model: nn.Module | AdapterIndex, *names: str) -> None:
 
 
 def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: bool = False) -> MergeReport:
-    """Merge adapters permanently and remove all layers, hooks and copies; original weights are not kept.
+    """Merge adapters permanently and remove all adapter layers, hooks and copies; original weights are not kept.
 
     Args:
-        model: An adapted model, changed in place into a plain one.
-        names: Adapters to merge; none means those of the default route. All other adapters are dropped.
+        model: An adapted model, which becomes a plain one in place.
+        names: Adapters to merge; if none are given, those in the default route. All other adapters are dropped.
         untie: As in `merge`.
-        dense: As in `merge`; quantized modules without an adapter stay quantized.
+        dense: As in `merge`; quantized modules without adapters stay quantized.
 
     Returns:
         The fraction of the delta that each site retains, and the error.
@@ -189,7 +190,7 @@ def _unload(index: AdapterIndex, merged: Sequence[str], flags: Flags) -> None:
 
 
 def _trained_before(index: AdapterIndex) -> Flags:
-    """Return layers and tables with the names of base parameters that were trained before adapters were attached."""
+    """Return layers and tables, each with the names of its base parameters that were trained before attachment."""
     trained = {id(parameter) for parameter, flag in index.known_state().frozen if flag}
     flags: Flags = []
     for _, layer in index.layers():
@@ -206,7 +207,7 @@ def _trained_before(index: AdapterIndex) -> Flags:
 
 
 def names_to_merge(index: AdapterIndex, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the adapters that a call selects: those that it names, or those of the default route.
+    """Return the adapters to merge: those given by name, or those in the default route if none are given.
 
     Raises:
         AdapterError: An adapter is not on the model, or the model has no adapters.
@@ -227,10 +228,10 @@ def _check_mergeable(index: AdapterIndex, names: Sequence[str], untie: bool, opt
         options: Options of the merge.
 
     Raises:
-        MergeError: An adapter is merged already or cannot be merged, or a weight is shared.
+        MergeError: An adapter is already merged or cannot be merged, or a weight is shared.
     """
     if not names:
-        raise MergeError("No adapter is active, so there is nothing to merge. Name the adapters.")
+        raise MergeError("No adapter is active, so there is nothing to merge. Name the adapters to merge.")
     for path, module in index.components.items():
         module.check_merge(path, names, options)
     if untie:
@@ -242,7 +243,7 @@ def _check_mergeable(index: AdapterIndex, names: Sequence[str], untie: bool, opt
         here = table in leading and any(name in table for name in names)
         sharing = _shared_table(index, table, leading[table]) if here else None
         if sharing is not None:
-            raise _is_shared(path, sharing, ", whose rows are not the same", "")
+            raise _is_shared(path, sharing, ", which does not use its trainable tokens", "")
 
 
 def _is_shared(path: str, other: str, how: str, otherwise: str) -> MergeError:
@@ -256,7 +257,7 @@ def _is_shared(path: str, other: str, how: str, otherwise: str) -> MergeError:
 
 
 def tied_sites(model: nn.Module | AdapterIndex, names: Sequence[str]) -> list[tuple[str, str]]:
-    """Return each site of the given adapters that shares its weight, with the weight's name in another module.
+    """Return each of the adapters' sites that shares its weight, with the weight's name in another module.
 
     Args:
         model: An adapted model, or its index.
@@ -276,11 +277,11 @@ def tied_sites(model: nn.Module | AdapterIndex, names: Sequence[str]) -> list[tu
 
 
 def leaders_of(index: AdapterIndex, names: Sequence[str]) -> dict[LoraLayer, LoraLayer]:
-    """Return layer -> the layer that it follows: both have the same weight and the same factors of all given adapters.
+    """Return layer -> the layer that it follows, which has the same weight and the same factors of the given adapters.
 
     Args:
         index: The model's index.
-        names: Adapters; if only one of two layers has a factor of one of these, neither layer follows the other.
+        names: Adapters. If one of them has factors in only one of two layers, neither layer follows the other.
     """
     owners: dict[int, LoraLayer] = {}  # id of a factor -> the first layer that has it
     found = {}
@@ -303,7 +304,7 @@ def untied_copies(index: AdapterIndex, names: Collection[str]) -> list[tuple[str
         names: Adapters.
 
     Returns:
-        Path of the saved module, and name of the weight in another module.
+        For each of them, the path of the saved module and the weight's name in another module.
     """
     found = []
     copies = dict(index.every(ModulesToSave))
@@ -320,7 +321,7 @@ def untied_copies(index: AdapterIndex, names: Collection[str]) -> list[tuple[str
 
 
 def _leading_tables(index: AdapterIndex) -> dict[TrainableTokens, list[TrainableTokens]]:
-    """Return each leading table of trainable tokens -> the tables that follow it."""
+    """Return, for each leading table with trainable tokens, the tables that follow it."""
     tables = [table for _, table in index.every(TrainableTokens)]
     return {table: [other for other in tables if table.leads(other)] for table in tables if not table.follows}
 
@@ -341,7 +342,7 @@ def _components_apart(index: AdapterIndex, names: Sequence[str], untie: bool) ->
     Args:
         index: The model's index.
         names: The adapters.
-        untie: As in `merge`; a table of trainable tokens with a shared weight is separated in any case.
+        untie: As in `merge`; a table with trainable tokens whose weight is shared is always separated.
     """
     apart = set()
     tables = [table.token_adapter for _, table in index.every(TrainableTokens)]
@@ -367,15 +368,15 @@ WIDE = (torch.float32, torch.float64)
 def explain_inexact_merge(model: nn.Module, *names: str) -> str | None:
     """Explain why merging adapters would change the model's outputs; None if the merge is exact.   [docs/math.md (12)]
 
-    A merge is exact if outputs in eval mode are equal up to rounding in the dtype in which the base computes:
-    (W + ΔW)·x and W·x + ΔW·x are then the same sum in another order. This is the case if every weight with a factor of
-    these adapters is unquantized and in fp32 or wider, so that the sum of (11), computed in that dtype, is stored
-    without rounding. A bf16 or fp16 weight loses whatever is below its precision, and a quantized one far more. A merge
-    is not exact for matmuls that round the weight again, as under autocast or with TF32.
+    A merge is exact if outputs in eval mode are equal up to rounding in the base's compute dtype: (W + ΔW)·x and
+    W·x + ΔW·x are then the same sum in a different order. This is the case if every weight that these adapters change
+    is unquantized and in fp32 or wider, so that the sum in (11), computed in that dtype, is stored without rounding. A
+    bf16 or fp16 weight loses whatever is below its precision, and a quantized one far more. A merge is not exact if
+    matmuls round the weight again, as they do under autocast or with TF32.
 
     Args:
         model: An adapted model; it is not changed.
-        names: Adapters; none means those of the default route.
+        names: Adapters to merge; if none are given, those in the default route.
 
     Returns:
         A message that names the site and the dtype, or says why a merge is not possible; None if the merge is exact.
@@ -406,12 +407,12 @@ def merged_state_dict(model: nn.Module, *names: str) -> dict[str, Tensor]:
 
     Args:
         model: An adapted model.
-        names: Adapters; none means those of the default route.
+        names: Adapters to merge; if none are given, those in the default route.
 
     Returns:
-        Name -> tensor (…) in the base's dtype. Tensors without an adapter are the model's own, not copies. A weight
-        that is tied in the model and adapted in one module appears under both names, with different values. Quantized
-        weights are dequantized to the dtype of their matmuls: the state dict is that of the plain base.
+        Name -> tensor in the base's dtype. Tensors that no adapter changes are the model's own, not copies. A
+        weight that is tied in the model but adapted in only one module appears under both names, with different values.
+        Quantized weights are dequantized to the dtype of their matmuls, so the state dict matches a plain base's.
 
     Raises:
         MergeError: An adapter cannot be merged.
@@ -439,7 +440,7 @@ class _Merged:
     def __init__(self, index: AdapterIndex, names: Sequence[str]) -> None:
         self._names, self._options = names, MergeOptions(in_place=False)
         led = leaders_of(index, names)
-        self._sites = {  # module id and parameter name -> the layer that computes it; tied layers share one
+        self._sites = {  # module id and parameter name -> the layer that computes the weight; tied layers share one
             (id(layer.source), layer.spec.parameter): led.get(layer, layer) for _, layer in index.layers_of(names)
         }
         self._layers = {(id(layer.source), "bias"): layer for _, layer in index.layers_of(names)}
@@ -453,7 +454,7 @@ class _Merged:
             self._biases |= {(id(patch.module), leaf): tensor for leaf, tensor in tensors.items()}
 
     def tensor(self, name: str, module: nn.Module, tensor: Tensor) -> Tensor:
-        """Return a tensor (…) of the base with adapters merged; if no adapter changes it, the base's own, detached."""
+        """Return a base tensor (…) with adapters merged; if no adapter changes it, return the base's own, detached."""
         target = (id(module), name.rpartition(".")[2])
         if target in self._sites:
             return self._sites[target].merged_tensors(self._names, self._options)[target[1]]
@@ -463,7 +464,7 @@ class _Merged:
         return self._tensors[name] if name in self._tensors else self._biases.get(target, tensor.detach())
 
     def dequantized(self, weight: QuantizedWeight, options: MergeOptions) -> Iterator[tuple[str, Tensor]]:
-        """Yield name and tensor (…) of a quantized weight and of its bias, dequantized as in the plain base."""
+        """Yield name and tensor of a quantized weight, dequantized and with adapters merged, and then of its bias."""
         of_bias, bias = weight.name.removesuffix("weight") + "bias", weight.plain_bias
         merged = {} if weight.layer is None else weight.layer.merged_tensors(self._names, options)
         if weight.name in self._tensors:  # an adapter's copy of the whole module replaces it

@@ -1,4 +1,4 @@
-"""The registry WEIGHT_FORMATS: how base weights are read and written in each storage format."""
+"""WEIGHT_FORMATS, the registry that defines how base weights are read and written in each storage format."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def weight_format_of(module: nn.Module, parameter: str = "weight", as_stored: bo
     Args:
         module: A module of the base.
         parameter: Name of the parameter.
-        as_stored: Do not transpose the weight, even if the module stores it as (in, out).
+        as_stored: Whether to leave the weight untransposed even if the module stores it as (in, out).
     """
     found = _registered(module, parameter)
     found = DENSE if as_stored and found.transposed else found
@@ -82,7 +82,7 @@ def _registered(module: nn.Module, parameter: str) -> WeightFormat[Any, Any]:
 
 
 def disable_repacking(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Keep modules from rewriting their own weights in a forward, as some quantized modules do in eval mode.
+    """Keep modules from rewriting their own weights in a forward pass, as some quantized modules do in eval mode.
 
     Args:
         modules: All modules of a model; their weights keep their values.

@@ -1,7 +1,8 @@
-"""The only importer of bitsandbytes: 4-bit weights (nf4, fp4) and 8-bit weights (one scale per row).
+"""Weights quantized by bitsandbytes, to 4 bits (nf4, fp4) or 8 bits (one scale per row).
 
-A stored 4-bit weight is the parameter itself, which carries its `quant_state`; a stored 8-bit weight is the parameter
-with its values and scales, which the module moves between parameter and state.
+This is the only module that imports bitsandbytes. A stored 4-bit weight is the parameter itself, which carries its
+`quant_state`; a stored 8-bit weight is the parameter together with its values and scales, which the module moves
+between the parameter and its `state`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
 _ROWS = 32
-"""Rows that bitsandbytes interleaves when it repacks a 4-bit weight for a CPU."""
+"""Number of rows that bitsandbytes interleaves when it repacks a 4-bit weight for a CPU."""
 
 _REPACKS = "support_avx512bf16_for_cpu"
 """The flag that lets a `Linear4bit` repack its weight; the layer sets it according to the processor."""
@@ -40,7 +41,7 @@ class EightBit(Packed):
 
     Attributes:
         parameter: The module's `Int8Params`.
-        values: (out, in), int8; floating point before quantization.
+        values: The values, (out, in), int8; floating point before quantization.
         scales: The largest magnitude in each row, (out,), fp32; None before quantization.
     """
 
@@ -50,7 +51,7 @@ class EightBit(Packed):
 
 
 def four_bit_linear(linear: nn.Linear, quant_type: str, double: bool) -> nn.Module:
-    """Return a 4-bit version of a dense layer that does not repack its weight and computes in the weight's dtype.
+    """Return a 4-bit version of a dense layer, which does not repack its weight and computes in the weight's dtype.
 
     Args:
         linear: The dense layer, which keeps its own weight.
@@ -58,7 +59,7 @@ def four_bit_linear(linear: nn.Linear, quant_type: str, double: bool) -> nn.Modu
         double: Whether to quantize the scales too.
 
     Returns:
-        A `Linear4bit` in the same mode.
+        A `Linear4bit` in the same mode as the dense layer.
     """
     import bitsandbytes as package
 
@@ -79,7 +80,7 @@ def eight_bit_linear(linear: nn.Linear) -> nn.Module:
         linear: The dense layer, which keeps its own weight.
 
     Returns:
-        A `Linear8bitLt` in the same mode.
+        A `Linear8bitLt` in the same mode as the dense layer.
     """
     import bitsandbytes as package
 
@@ -164,7 +165,7 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
         return (stored.data, state.absmax, state.code, *inner)
 
     def values(self, stored: Params4bit, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return elements (n,), each the decoded value times its block's scale, and bounds of their errors, (n,).
+        """Return elements (n,), each a decoded value times its block's scale, and bounds on their errors, (n,).
 
         A byte holds two codes, the earlier one in its upper half.
         """
@@ -194,9 +195,10 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
     def disable_repacking(self, module: Linear4bit) -> bool:
         """Keep a 4-bit layer from repacking its weight, and unpack the weight if it was already repacked.
 
-        On processors with AVX512-BF16, `Linear4bit` repacks its weight at the first forward in eval mode. This rounds
-        scales to bf16, blocks gradients from then on, even in training mode, and fails for widths that are not a
-        multiple of the block size. Without repacking, the bits are the same in every mode and on every processor.
+        On processors with AVX512-BF16, `Linear4bit` repacks its weight in the first forward pass in eval mode. This
+        rounds the scales to bf16, blocks gradients from then on, even in training mode, and fails for widths that are
+        not a multiple of the block size. Without repacking, the weight is bitwise the same in every mode and on every
+        processor.
         """
         if not getattr(module, _REPACKS, False):
             return False
@@ -211,11 +213,11 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
 
 
 class EightBitFormat(_Format["Linear8bitLt", EightBit]):
-    """A parameter of int8 values with a scale per row."""
+    """A parameter of int8 values with one scale per row."""
 
     def stored(self, module: Linear8bitLt, parameter: str) -> EightBit:
         """Return the parameter with its values and scales."""
-        if module.weight.CB is not None:  # scales move from the parameter to the state, as at the first forward
+        if module.weight.CB is not None:  # moves the scales to the state, as the first forward pass does
             module.init_8bit_state()
         return EightBit(module.weight, module.weight.data, module.state.SCB)
 
@@ -253,7 +255,7 @@ class EightBitFormat(_Format["Linear8bitLt", EightBit]):
         return (stored.values,) if stored.scales is None else (stored.values, stored.scales)
 
     def values(self, stored: EightBit, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return elements (n,), and one quantization step as the bound of each error, (n,)."""
+        """Return elements (n,), and one quantization step as the bound on each error, (n,)."""
         if stored.scales is None:
             return exact_values(stored.values, positions)
         columns = stored.values.shape[1]
@@ -285,8 +287,8 @@ def _plain(weight: Params4bit) -> Params4bit:
 def _unpacked(weight: Params4bit) -> Params4bit:
     """Return the plain form of a weight that was repacked for a CPU, with the same values bit for bit.
 
-    The repacked form interleaves 32 rows and stores the scales as (in/block, out) in bf16. The package's own inverse
-    quantizes the scales again, which changes them; here they become fp32, without double quantization.
+    The repacked form interleaves 32 rows and stores the scales as (in/block, out) in bf16. The inverse in bitsandbytes
+    quantizes the scales again, which changes them; this function converts them to fp32, without double quantization.
     """
     state = weight.quant_state
     rows, columns = state.shape

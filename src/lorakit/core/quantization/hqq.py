@@ -1,4 +1,7 @@
-"""The only importer of HQQ: half-quadratic quantization with a scale and a zero point per group of values."""
+"""Weights quantized by HQQ (half-quadratic quantization), with a scale and a zero point per group of values.
+
+This is the only module that imports HQQ.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ PARAMETER = "W_q"
 
 @dataclass(frozen=True)
 class HQQWeight(Packed):
-    """A weight that HQQ quantized.
+    """A weight quantized by HQQ.
 
     Attributes:
         packed: The packed values.
@@ -32,15 +35,15 @@ class HQQWeight(Packed):
 
 
 def hqq_linear(linear: nn.Linear, bits: int, group_size: int) -> nn.Module:
-    """Return an HQQ version of a dense layer; the dense layer loses its weight.
+    """Return an HQQ version of a dense layer, and remove the weight from the dense layer.
 
     Args:
         linear: The dense layer, which this call freezes; the dtype of its weight becomes the compute dtype.
         bits: 8 or 4.
-        group_size: Number of values that share a scale; it must divide the number of elements.
+        group_size: Number of values that share a scale; it must evenly divide the number of elements.
 
     Returns:
-        An `HQQLinear` in the same mode.
+        An `HQQLinear` in the same mode as the dense layer.
     """
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
@@ -52,7 +55,7 @@ def hqq_linear(linear: nn.Linear, bits: int, group_size: int) -> nn.Module:
 
 
 class HQQFormat(WeightFormat["HQQLinear", HQQWeight]):
-    """The packed parameter of an `HQQLinear` with its scales."""
+    """The packed parameter of an `HQQLinear`, with its scales."""
 
     def stored(self, module: HQQLinear, parameter: str) -> HQQWeight:
         """Return the packed weight of a layer."""
@@ -87,7 +90,7 @@ class HQQFormat(WeightFormat["HQQLinear", HQQWeight]):
         return (stored.packed, *(entry for entry in stored.meta.values() if isinstance(entry, Tensor)))
 
     def values(self, stored: HQQWeight, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return elements (n,) as (code − zero) · scale, and one quantization step as the bound of each error, (n,).
+        """Return elements (n,) as (code − zero) · scale, and one quantization step as the bound on each error, (n,).
 
         With 4 bits, the upper nibbles hold the codes of the first half of the groups. HQQ does not minimize
         the largest error, but each value is still within one step.

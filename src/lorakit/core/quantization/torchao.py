@@ -1,7 +1,7 @@
-"""The only importer of torchao, whose weights are instances of tensor subclasses that dequantize themselves.
+"""Weights quantized by torchao, which are tensor subclasses that dequantize themselves.
 
-lorakit reads every format that torchao can dequantize. It writes int8 with one scale per row, the only format that
-torchao can train with.
+This is the only module that imports torchao. lorakit reads every format that torchao can dequantize. It writes only
+int8 with one scale per row, the only format that can be trained with torchao.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def int8_linear(linear: nn.Linear) -> nn.Module:
         linear: The dense layer, which keeps its own weight.
 
     Returns:
-        An `nn.Linear` in the same mode.
+        An `nn.Linear` in the same mode as the given layer.
     """
     made = linear_with(linear, linear.weight.detach(), linear.weight.dtype)
     made.weight = _quantized(made.weight.detach())
@@ -43,7 +43,7 @@ def int8_linear(linear: nn.Linear) -> nn.Module:
 
 
 def _quantized(weight: Tensor) -> nn.Parameter:
-    """Return a weight (out, in) as torchao's int8 tensor."""
+    """Return a weight (out, in) as a torchao int8 tensor."""
     from torchao.quantization import quantize_
 
     holder = nn.Linear(1, 1, bias=False, device="meta")
@@ -83,7 +83,7 @@ class TorchaoFormat(PlainFormat):
         return _quantized(canonical.to(device=like.device, dtype=like.dtype))
 
     def put_stored(self, module: nn.Module, parameter: str, stored: TorchAOBaseTensor) -> None:
-        """Make a stored weight (out, in) the parameter."""
+        """Make a stored weight (out, in) the module's parameter."""
         module._parameters[parameter] = stored
 
     def dense(self, module: nn.Module, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
@@ -97,7 +97,7 @@ class TorchaoFormat(PlainFormat):
         return tuple(getattr(stored, name) for name in names)
 
     def values(self, stored: TorchAOBaseTensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return elements (n,) and bounds of their errors, (n,): one quantization step for int8, otherwise infinite."""
+        """Return elements (n,) and bounds on their errors, (n,): one quantization step for int8, otherwise infinite."""
         positions = positions.to(stored.device)
         if type(stored).__name__ != _INT8:
             values = _dequantized(stored).reshape(-1)[positions]

@@ -1,8 +1,8 @@
-"""`WeightFormat`: conversion between the stored form of a weight and the canonical weight.
+"""`WeightFormat`: conversion between a weight's stored form and its canonical form.
 
-The leading axis of the canonical weight is the output; its dtype is fp32 or wider. Only the format handles what a
-module stores (a tensor, or several packed ones): it gets, reads, creates and replaces stored weights. A format does not
-depend on A, B or adapters.
+The leading axis of a canonical weight is the output axis; its dtype is fp32 or wider. Only the format handles what a
+module stores (one tensor, or several packed ones): it gets, reads, creates and replaces stored weights. A format does
+not depend on A, B or adapters.
 
 The formats in this file store weights as plain floating-point tensors, transposed or not.
 """
@@ -53,7 +53,7 @@ def exact_values(stored: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_with(module: nn.Module, canonical: Tensor, dtype: torch.dtype) -> nn.Linear:
-    """Return a plain nn.Linear with a weight (out, in) in the given dtype and a quantized layer's bias and mode."""
+    """Return a plain nn.Linear with a weight (out, in) in the given dtype, and with a layer's bias and mode."""
     made = nn.Linear(1, 1, bias=False, device="meta")
     made.out_features, made.in_features = canonical.shape
     made.weight = nn.Parameter(canonical.to(dtype), requires_grad=False)
@@ -65,7 +65,7 @@ def linear_with(module: nn.Module, canonical: Tensor, dtype: torch.dtype) -> nn.
 
 @dataclass(frozen=True)
 class WeightFormat(Generic[M, S]):
-    """One way to store a weight: M is the module that holds it, S the stored weight.
+    """One way to store a weight. M is the type of the module that holds it, S the type of the stored weight.
 
     Attributes:
         name: Name of the format in messages.
@@ -83,7 +83,7 @@ class WeightFormat(Generic[M, S]):
 
     @abstractmethod
     def stored(self, module: M, parameter: str) -> S:
-        """Return what a module stores for a parameter now; the result shares memory with the module."""
+        """Return what a module currently stores for a parameter; the result shares memory with the module."""
 
     @abstractmethod
     def read(self, module: M, stored: S) -> Tensor:
@@ -103,7 +103,7 @@ class WeightFormat(Generic[M, S]):
 
     @abstractmethod
     def values(self, stored: S, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return some elements of a stored weight and bounds of their quantization errors, both (n,).
+        """Return some elements of a stored weight and bounds on their quantization errors, both (n,).
 
         Args:
             stored: The stored weight; only the requested elements are dequantized.
@@ -125,7 +125,7 @@ class WeightFormat(Generic[M, S]):
         return linear_with(module, canonical, dtype)
 
     def disable_repacking(self, module: M) -> bool:
-        """Keep a module from rewriting its own weight in a forward; return whether it would have."""
+        """Keep a module from rewriting its own weight in a forward pass; return whether it would have done so."""
         return False
 
     def allow_repacking(self, module: M) -> None:
@@ -139,7 +139,7 @@ class PlainFormat(WeightFormat[nn.Module, Tensor]):
 
     def stored(self, module: nn.Module, parameter: str) -> Tensor:
         """Return the tensor, of any shape."""
-        tensor: Tensor = getattr(module, parameter)  # FSDP has plain tensors in _parameters during a forward
+        tensor: Tensor = getattr(module, parameter)  # FSDP has plain tensors in _parameters during a forward pass
         return tensor.detach()
 
     def device(self, module: nn.Module, parameter: str) -> torch.device:
@@ -157,7 +157,7 @@ class PlainFormat(WeightFormat[nn.Module, Tensor]):
         return (canonical.transpose(0, 1) if self.transposed else canonical).to(like.dtype).contiguous()
 
     def put_stored(self, module: nn.Module, parameter: str, stored: Tensor) -> None:
-        """Give the parameter the memory of a tensor of any shape.
+        """Make the parameter use the memory of a tensor of any shape.
 
         Raises:
             MergeError: A parametrization computes the parameter.
@@ -190,4 +190,4 @@ COMPUTED = PlainFormat("computed", written=False)
 """A parameter that torch.nn.utils.parametrize computes: it can be read, but there is no storage to write it to."""
 
 COMPUTED_TRANSPOSED = PlainFormat("computed transposed", transposed=True, written=False)
-"""The same for a module that stores its weight as (in, out)."""
+"""Like COMPUTED, but for a module that stores its weight as (in, out)."""

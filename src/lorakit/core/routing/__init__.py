@@ -1,1 +1,1 @@
-"""Routes: which adapter is active in a forward, and on which rows."""
+"""Routes: which adapters are active in a forward pass, and on which rows."""

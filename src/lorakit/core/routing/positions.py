@@ -1,8 +1,8 @@
-"""Find the positions from which adapters that wait for tokens are active (`Variant.positions`), once per forward.
+"""Find where adapters triggered by invocation tokens become active (`Variant.positions`), once per forward pass.
 
-While a model has such an adapter, two hooks put the offsets of each forward into the context and remove them
-afterwards, even if the forward fails. The key-value cache stores where the adapters started in its rows, so that
-generation steps, which see one token each, continue from there.
+While a model has such an adapter, two hooks put the offsets of each forward pass into a context variable and remove
+them afterwards, even if the forward pass fails. The key-value cache stores where the adapters started in each row, so
+that generation steps, which see one token each, continue from there.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from lorakit.core.variants import variants_of
 from lorakit.errors import RouteError
 
 CACHES = ("cache", "past_key_values", "cache_params")
-"""Names of the cache in the arguments and outputs of transformers' models."""
+"""Names of the cache in the arguments and outputs of transformers models."""
 
 MEMORY = "lorakit_starts"
-"""Attribute of a cache: adapter -> the first position in each row at which it is active, (rows,); -1 if none."""
+"""Name of the cache attribute that maps an adapter to its first active position in each row, (rows,); -1 for none."""
 
 
 Output = Tensor | Sequence[Any] | Mapping[str, Any] | None
-"""The output of a model's forward; None after a failed one."""
+"""The output of a model's forward pass, or None if it failed."""
 
 NOT_IN_A_GRAPH = (
-    "The start position of an adapter that waits for tokens must be found outside of a compiled graph. Compile with "
-    "fullgraph=False (the adapted layers then run uncompiled), or make another adapter the default."
+    "The start position of an adapter triggered by invocation tokens must be found outside of a compiled graph. "
+    "Compile with fullgraph=False (the adapted layers then run uncompiled), or make another adapter the default."
 )
 
 
 class InvocationHooks:
-    """Two hooks on a model: one finds the offsets before a forward, the other stores them in the cache after it.
+    """Two hooks on a model: one finds the offsets before a forward pass, the other stores them in the cache afterwards.
 
-    The state of a forward is in the context, not in the hooks, so threads do not interfere.
+    The state of a forward pass is kept in a context variable, not in the hooks, so threads do not interfere.
     """
 
     def __init__(self, state: AdapterState) -> None:
         self.state = state
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Put the offsets of this forward into the context."""
+        """Put the offsets of this forward pass into the context variable."""
         if not torch.compiler.is_compiling():
             self._open(module, args, kwargs)
         elif not self.state.fits_a_graph(self.state.default):
@@ -53,14 +53,14 @@ class InvocationHooks:
             torch._dynamo.disable(self._open)(module, args, kwargs)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output) -> None:
-        """Remove the offsets and store start positions in the cache; after a failed forward, `output` is None."""
+        """Remove the offsets, and store start positions in the cache; `output` is None if the forward pass failed."""
         if not torch.compiler.is_compiling():
             self._close(kwargs, output)
         elif not self.state.fits_a_graph(self.state.default):
             torch._dynamo.disable(self._close)(kwargs, output)
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _HookScope.drop(self)  # one that an interrupt left open: otherwise the second hook always closes it
+        _HookScope.drop(self)  # in case an interrupt left it open; otherwise, the second hook closes it
         offsets = self._offsets(module, args, kwargs)
         if offsets is not None:
             _HookScope(self, offsets).__enter__()
@@ -85,7 +85,7 @@ class InvocationHooks:
         given = ids if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point() else None
         inputs = inputs if given is None else given
         if not isinstance(inputs, Tensor) or inputs.ndim < 2:
-            return None  # fixed offsets apply unchanged; without any, the first site that needs them raises
+            return None  # fixed offsets apply unchanged; without offsets, the first site that needs them raises
         cache = _cache(kwargs)
         rows, length = inputs.shape[:2]
         past = int(cache.get_seq_length()) if cache is not None else 0
@@ -105,7 +105,7 @@ class InvocationHooks:
             back = nowhere if given is None else _positions(self.state, name, given, visible)
             if name in memory:
                 begin = of_rows(memory[name], rows)
-                holds = (begin >= 0) & (begin + _span(self.state, name) <= past)  # the cache may have been cut since
+                holds = (begin >= 0) & (begin + _span(self.state, name) <= past)  # the cache may have been cropped
                 back = torch.where((back == 0) & holds, past + length - begin, back)
             found.append(back)
         return Offsets(names, torch.stack(found), length, past + length, whole) if names else None
@@ -114,16 +114,16 @@ class InvocationHooks:
 def prompt_offsets(
     state: AdapterState, input_ids: Tensor, visible: Tensor | None = None, names: Iterable[str] | None = None
 ) -> Offsets:
-    """Find, for each prompt, how many of its last positions each waiting adapter is active on.
+    """Find the number of active positions at the end of each prompt, for adapters triggered by invocation tokens.
 
     Args:
         state: The model's state.
         input_ids: The prompts, (rows, length).
-        visible: Mask of the tokens that count, (rows, length); None if all do.
-        names: The adapters; None means all that wait for tokens.
+        visible: Mask of the tokens that are not padding, (rows, length); None if there is no padding.
+        names: The adapters; None means all that are triggered by invocation tokens.
 
     Raises:
-        ConfigError: An adapter's config does not specify the tokens that it waits for.
+        ConfigError: An adapter's config does not specify its invocation tokens.
     """
     waiting = tuple(sorted(state.waiting if names is None else state.waiting & set(names)))
     rows, length = input_ids.shape
@@ -144,7 +144,7 @@ def _span(state: AdapterState, name: str) -> int:
 
 
 class _HookScope(Override):
-    """An override that the first hook opens; the second hook finds it through the context and closes it."""
+    """An override that the first hook opens; the second hook finds it through the context variable and closes it."""
 
     def __init__(self, hooks: InvocationHooks, offsets: Offsets) -> None:
         super().__init__(hooks.state, None, offsets)
@@ -152,7 +152,7 @@ class _HookScope(Override):
 
     @staticmethod
     def drop(hooks: InvocationHooks) -> Offsets | None:
-        """Close the scope that these hooks opened in this context and backward; return its offsets, or None."""
+        """Close the scope that these hooks opened in this context and backward pass; return its offsets, or None."""
         for block in hooks.state.blocks():
             if isinstance(block, _HookScope) and block.hooks is hooks:
                 block.__exit__()
@@ -169,7 +169,7 @@ def install(model: nn.Module, state: AdapterState) -> None:
 
 
 def uninstall(model: nn.Module) -> None:
-    """Remove the hooks from a model and all its modules."""
+    """Remove the hooks from a model and from all its modules."""
     for module in model.modules():
         for key in _hooks_of(module):
             for table in HOOKS:
@@ -182,27 +182,27 @@ def _hooks_of(module: nn.Module) -> list[int]:
 
 
 class KeyValueCache(Protocol):
-    """A cache of keys and values, as transformers' models return it."""
+    """A cache of keys and values, as returned by transformers models."""
 
     def get_seq_length(self) -> int:
         """Return the number of cached positions."""
 
 
 def _cache(values: Mapping[str, Any]) -> KeyValueCache | None:
-    """Return the cache in the arguments or the output of a forward, or None."""
+    """Return the cache in the arguments or the output of a forward pass, or None."""
     found = (values.get(name) for name in CACHES)
     return next((cache for cache in found if hasattr(cache, "get_seq_length")), None)
 
 
 def _visible(mask: Tensor | Mapping[str, Tensor] | None, rows: int, length: int) -> Tensor | None:
-    """Return the mask of this forward's tokens that are not padding, (rows, length); `mask` may include cached ones."""
+    """Return a mask of the input's non-padding tokens, (rows, length); `mask` may also cover cached tokens."""
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != rows or mask.shape[1] < length:
         return None
     return mask[:, -length:] != 0
 
 
 def _check_not_packed(positions: Tensor | None, visible: Tensor | None) -> None:
-    """Reject rows that contain several texts: only the invocation in the last text would be found."""
+    """Reject packed rows, which contain several texts: only the invocation in the last text would be found."""
     if not isinstance(positions, Tensor) or positions.ndim != 2:
         return
     back = positions[:, 1:] <= positions[:, :-1]
@@ -210,7 +210,7 @@ def _check_not_packed(positions: Tensor | None, visible: Tensor | None) -> None:
         back = back & visible[:, 1:] & visible[:, :-1]
     if bool(back.any()):
         raise RouteError(
-            "An adapter that waits for tokens starts at their last occurrence in a row, but rows of this batch contain "
-            "several texts (their position_ids restart). Train without packing.",
+            "An adapter triggered by invocation tokens starts at their last occurrence in a row, but rows of this "
+            "batch contain several texts (their position_ids restart). Train without packing.",
             field="position_ids",
         )

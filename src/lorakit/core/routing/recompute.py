@@ -1,4 +1,4 @@
-"""Records of forwards for a backward that recomputes them.
+"""Forward history, for backward passes that recompute forward passes (gradient checkpointing).
 
 This file does not determine which adapter is active; it only stores the routes that it is given.
 """
@@ -27,7 +27,7 @@ What = TypeVar("What")
 
 
 class Traces(Generic[What]):
-    """Values that autograd graphs keep alive, each as long as its graph.
+    """Values that autograd graphs keep alive, each for as long as its graph exists.
 
     Copies and pickles are empty, since graphs are not copied.
     """
@@ -39,11 +39,11 @@ class Traces(Generic[What]):
         return type(self), ()
 
     def note(self, outputs: Iterable[Tensor], what: What) -> None:
-        """Remember a value for a forward.
+        """Remember a value for a forward pass.
 
         Args:
-            outputs: Outputs of the forward, (…); those without a graph keep nothing alive.
-            what: Value to remember as long as the graph of an output is alive.
+            outputs: Outputs of the forward pass, (…); those without a graph keep nothing alive.
+            what: Value to remember for as long as the graph of an output is alive.
         """
         mark, alive = _Mark(what), self._alive
         key = id(mark)
@@ -58,11 +58,11 @@ class Traces(Generic[What]):
 
 
 class Forwards:
-    """The forwards of one layer that a backward may recompute.
+    """The forward history of one layer: forward passes that a backward pass may recompute.
 
-    A forward whose output has a graph is remembered as long as the graph is alive. Forwards with gradients off are
-    remembered in order, which distinguishes the first run of a reentrant checkpoint from an evaluation. For forwards
-    with gradients on whose output has no graph, only the route is kept, or two if they differed.
+    A forward pass whose output has a graph is remembered for as long as the graph is alive. Forward passes with
+    gradients disabled are remembered in order, which distinguishes the first run of a reentrant checkpoint from an
+    evaluation. If gradients are enabled but the output has no graph, only the route is kept, or two if they differ.
     Copies and pickles are empty, since graphs are not copied.
     """
 
@@ -75,16 +75,16 @@ class Forwards:
         return Forwards, ()
 
     def note(self, output: object, route: Route, again: bool = False) -> None:
-        """Record a forward.
+        """Record a forward pass.
 
         Args:
-            output: Output of the forward: a tensor of any shape (…), or another object.
-            route: Route of the forward.
-            again: Whether this is a recomputation, which is recorded only with gradients off (for a reentrant
-                checkpoint inside another).
+            output: Output of the forward pass: a tensor of any shape (…), or another object.
+            route: Route of the forward pass.
+            again: Whether this is a recomputation, which is recorded only if gradients are disabled (for a reentrant
+                checkpoint inside another one).
         """
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-            return  # in inference mode there is no backward
+            return  # in inference mode there is no backward pass
         if not torch.is_grad_enabled():
             self._switched_off.add(route.named())
             return
@@ -98,7 +98,7 @@ class Forwards:
             self._with_graph.note((output,), route.named())
 
     def of_recomputation(self) -> Route:
-        """Return the route of the forward that autograd is recomputing.
+        """Return the route of the forward pass that autograd is recomputing.
 
         Raises:
             RouteError: The candidates used different routes, or none was recorded.
@@ -106,7 +106,7 @@ class Forwards:
         node = None if _is_non_reentrant() else _reentrant_node()
         if torch.is_grad_enabled() and node is None:
             possible: list[Sequence[Route]] = [self._with_graph.alive(), self._without_graph]
-            if not _is_non_reentrant():  # another library may run the first forward with gradients off
+            if not _is_non_reentrant():  # another library may run the first pass without gradients
                 possible.append(self._switched_off.first_after(None))
         else:  # gradients were off in the first run: reentrant checkpointing or the model turned them off
             possible = [self._switched_off.first_after(node)]
@@ -115,9 +115,9 @@ class Forwards:
             return routes.pop()
         found = " and ".join(sorted(route.describe() for route in routes)) or "none"
         raise RouteError(
-            "A backward is recomputing a checkpointed forward, but the adapter that it used cannot be determined; "
-            f"candidates: {found}. Enable checkpointing with gradient_checkpointing_kwargs={{'use_reentrant': "
-            "False, 'context_fn': lorakit.core.checkpoint_contexts(model)}.",
+            "A backward pass is recomputing a checkpointed forward pass, but the adapter that it used cannot be "
+            f"determined; candidates: {found}. Enable checkpointing with gradient_checkpointing_kwargs={{"
+            "'use_reentrant': False, 'context_fn': lorakit.core.checkpoint_contexts(model)}.",
             what=found,
         )
 
@@ -128,12 +128,12 @@ def _with(some: tuple[Route, ...], route: Route) -> tuple[Route, ...]:
 
 
 LONGEST_HISTORY = 64
-"""Maximum number of route changes that a layer remembers for its forwards with gradients off."""
+"""Maximum number of route changes that a layer remembers for its forward passes with gradients disabled."""
 
 
 @dataclass
 class _Run:
-    """Successive forwards in one thread with one route, and autograd's sequence number after the last one."""
+    """Consecutive forward passes in one thread with the same route, and autograd's sequence number after the last."""
 
     thread: threading.Thread
     route: Route
@@ -141,7 +141,7 @@ class _Run:
 
 
 class _Runs:
-    """Forwards with gradients off, oldest first.
+    """Forward passes with gradients disabled, oldest first.
 
     Autograd numbers its nodes per thread in order of creation. A reentrant checkpoint creates its node
     before its first run, so that run is the first one recorded with a number above the node's.
@@ -182,7 +182,7 @@ class _Runs:
 
 
 def _reentrant_node() -> int | None:
-    """Return the sequence number of the reentrant checkpoint whose backward runs this forward, or None."""
+    """Return the sequence number of the reentrant checkpoint whose backward runs this forward pass, or None."""
     node: Node | None = getattr(torch._C, "_current_autograd_node", lambda: None)()
     if node is None or getattr(type(node), "_forward_cls", None) is not CheckpointFunction:
         return None
@@ -190,9 +190,10 @@ def _reentrant_node() -> int | None:
 
 
 def _is_non_reentrant() -> bool:
-    """Return whether non-reentrant checkpointing is recomputing this forward: its saved-tensors hook is then on top.
+    """Return whether non-reentrant checkpointing is recomputing this forward pass.
 
-    Torch has no public API for this. If it renames the hook, the answer is False and more recomputations are rejected.
+    In that case, its saved-tensors hook is the topmost one. Torch has no public API for this check. If torch renames
+    the hook, the result is False and more recomputations are rejected.
     """
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)(True)
     return top is not None and getattr(top[0], "__qualname__", "").startswith("_recomputation_hook.")

@@ -1,4 +1,4 @@
-"""`Route`: which adapter each row of a batch uses, and on which positions, computed once for all layers of a forward.
+"""`Route`: which adapter each row of a batch uses, and at which positions, computed once per forward pass.
 
 Positions are counted from the end of a row, so that they also work at a site that sees only the last positions.
 Everything is computed on the tokens' device; layers do not read tokens. This file does not depend on the active route,
@@ -21,14 +21,14 @@ from lorakit.ops.segments import Routed
 
 @dataclass(frozen=True, eq=False)
 class Offsets:
-    """The number of last positions of each row on which adapters are active, if they are not active on all.
+    """For adapters that are active at only some positions, the number of active positions at the end of each row.
 
     Attributes:
         adapters: The adapters with offsets.
-        back: Number of last positions per adapter and row, (adapters, rows) int64; 0 if the adapter is not active.
-        length: Number of positions per row in this forward, or None if it is unknown.
-        seen: Number of positions per row up to the end of this forward, including cached ones, or None.
-        whole: Whether a site must see all `length` positions, because fewer need not be the last ones.
+        back: Number of active positions at the end of each row, (adapters, rows) int64; 0 if the adapter is not active.
+        length: Number of positions per row in this forward pass, or None if it is unknown.
+        seen: Number of positions per row up to the end of this forward pass, including cached ones, or None.
+        whole: Whether a site must see all `length` positions, because fewer might not be the last ones.
     """
 
     adapters: tuple[str, ...]
@@ -49,10 +49,10 @@ class Offsets:
         return self.back[self.adapters.index(adapter)]
 
     def agrees(self, other: Offsets, names: Sequence[str]) -> bool:
-        """Return whether adapters are active on the same positions in another forward.
+        """Return whether adapters are active at the same positions in another forward pass.
 
         Args:
-            other: Offsets of the other forward.
+            other: Offsets of the other forward pass.
             names: Adapters to compare.
         """
         if not set(names) <= set(self.adapters) & set(other.adapters):
@@ -61,16 +61,16 @@ class Offsets:
         return all(one.shape == two.shape and bool((one == two).all()) for one, two in pairs)
 
     def later(self, length: int, seen: int, rows: int, whole: bool = False) -> Offsets:
-        """Return the offsets for another forward over the same text that ends earlier or later.
+        """Return the offsets for another forward pass over the same text that ends at a different position.
 
         Args:
-            length: Number of positions per row in that forward.
-            seen: Number of positions per row up to the end of that forward, including cached ones.
-            rows: Number of rows in that forward, which may repeat each row in succession (beams).
-            whole: Value of the attribute `whole`.
+            length: Number of positions per row in that forward pass.
+            seen: Number of positions per row up to the end of that forward pass, including cached ones.
+            rows: Number of rows in that forward pass, which may repeat each row in succession (beams).
+            whole: The new value of `whole`.
 
         Raises:
-            RouteError: The number of rows does not fit.
+            RouteError: The number of rows does not match.
         """
         back = of_rows(self.back, rows)
         if self.seen is not None:
@@ -90,14 +90,15 @@ class Offsets:
         return known[1]
 
     def mask(self, adapter: str, z: Tensor) -> Tensor:
-        """Return a boolean mask of the positions on which an adapter is active, cached per forward and shape.
+        """Return a boolean mask of the positions at which an adapter is active, cached per forward pass and shape.
 
         Args:
             adapter: One of `adapters`.
-            z: The output of the adapter, (rows, positions, out), (rows · positions, out), or (rows, out) for the last.
+            z: The output of the adapter, (rows, positions, out) or (rows · positions, out), or (rows, out) for the last
+                position only.
 
         Returns:
-            (rows, positions, 1), (rows · positions, 1) or (rows, 1).
+            A mask of shape (rows, positions, 1), (rows · positions, 1) or (rows, 1).
 
         Raises:
             RouteError: z has another shape, so its positions are unknown.
@@ -108,9 +109,9 @@ class Offsets:
         positions = self.length if flat else z.shape[1] if z.ndim == 3 else 1
         if not fits or positions is None or (self.whole and positions != self.length):
             raise RouteError(
-                f"Adapter {adapter!r} is active from its invocation tokens onward, but a site received "
-                f"{tuple(z.shape)} for a batch of {rows} rows with {self.length or 'unknown'} positions, so its "
-                "positions are unknown. Leave the module out of target_modules."
+                f"Adapter {adapter!r} is active from its invocation tokens onward, but a site received a tensor of "
+                f"shape {tuple(z.shape)} for a batch of {rows} rows with {self.length or 'unknown'} positions, so the "
+                "tensor's positions are unknown. Leave the module out of target_modules."
             )
         key = (adapter, positions, flat, z.device)
         if key not in self._masks:
@@ -119,7 +120,7 @@ class Offsets:
         return self._masks[key]
 
     def on(self, route: Route) -> Route:
-        """Return a route with these offsets, cached per route and forward."""
+        """Return a route with these offsets, cached per route and forward pass."""
         known = self._routes.get(id(route))
         if known is None:  # keep the route, so that its id is not reused
             known = self._routes[id(route)] = (route, route.like(self, route.kept))
@@ -127,7 +128,7 @@ class Offsets:
 
 
 def of_rows(numbers: Tensor, rows: int) -> Tensor:
-    """Expand values per row to a batch that repeats each row in succession, (…, rows).
+    """Expand per-row values to a batch that repeats each row in succession, (…, rows).
 
     Args:
         numbers: One value per row, (…, n).
@@ -140,28 +141,28 @@ def of_rows(numbers: Tensor, rows: int) -> Tensor:
         return numbers
     if rows % numbers.shape[-1]:
         raise RouteError(
-            f"The start positions of adapters are known for {numbers.shape[-1]} rows, but the batch has {rows}. Give a "
-            "batch, or a cache, with the same rows."
+            f"Start positions of adapters are known for {numbers.shape[-1]} rows, but the batch has {rows}. Pass a "
+            "batch or a cache with the same rows."
         )
     return numbers.repeat_interleave(rows // numbers.shape[-1], dim=-1)
 
 
 At = tuple[torch.device, int]
-"""A device, and the number of rows of a batch."""
+"""A device, and the number of rows in a batch."""
 
 
 @dataclass(frozen=True)
 class Route:
-    """The adapters that a forward uses.
+    """The adapters that a forward pass uses.
 
     Attributes:
         names: Adapters that are active on every row, in order; an empty tuple means the base alone.
         rows: One adapter per row of the batch (None: the base alone), or None if all rows use the same adapters.
         copies: How many times a batch may repeat each row in succession, as for beams. A batch without repetition
-            fits too, since an encoder does not see beams.
-        offsets: Offsets of adapters that are not active on all positions, or None if they are unknown.
-        kept: What layers cache from one forward with this route to the next, by layer; it lives as long as the route.
-            None if layers must not cache anything.
+            is valid too, since an encoder does not see beams.
+        offsets: Offsets of adapters that are active at only some positions, or None if they are unknown.
+        kept: What layers cache between forward passes with this route, by layer; it lives as long as the route. None
+            if layers must not cache anything.
         mentions: Every adapter that at least one row uses.
     """
 
@@ -182,11 +183,11 @@ class Route:
         object.__setattr__(self, "mentions", frozenset(some))
 
     def at(self, offsets: Offsets | None) -> Route:
-        """Return the same route with offsets, if any are given; a route that already has offsets keeps them."""
+        """Return the same route with the given offsets, if any; a route that already has offsets keeps them."""
         return self if offsets is None or self.offsets is not None else offsets.on(self)
 
     def named(self) -> Route:
-        """Return the route without offsets and caches, to store it beyond the forward."""
+        """Return the route without offsets or a cache, so that it can be stored beyond the forward pass."""
         if self.offsets is None and self.kept is None:
             return self
         if not self._named:  # cached, since every layer needs it
@@ -214,7 +215,7 @@ class Route:
         return Route((name,), offsets=None if self.offsets is None else self.offsets.of_rows(index))
 
     def acting(self, name: str) -> Callable[[Tensor], Tensor] | None:
-        """Return a function that computes the mask for an output z (rows, positions, out); None without offsets."""
+        """Return a function that computes the mask for an output z (rows, positions, out), or None without offsets."""
         offsets = self.offsets
         return None if offsets is None or name not in offsets.adapters else partial(offsets.mask, name)
 
@@ -227,7 +228,7 @@ class Route:
         return all(names <= {row} for row in self.rows)
 
     def rows_of(self, size: int) -> tuple[str | None, ...] | None:
-        """Return the adapter of each row of a batch, or None if the route does not fit it.
+        """Return the adapter of each row of a batch, or None if the route does not match the batch.
 
         Args:
             size: Number of rows in the batch.
@@ -242,7 +243,7 @@ class Route:
 
         Args:
             device: Device of the indices.
-            size: Number of rows in the batch, which fits the route.
+            size: Number of rows in the batch, which must match the route.
 
         Returns:
             Pairs of an adapter and the indices of its rows, (n,) int64; rows without an adapter are left out.
@@ -259,13 +260,13 @@ class Route:
         """Return which of these adapters each row uses, cached per device and size.
 
         Args:
-            names: The adapters, in the order of a stack of their factors.
+            names: The adapters, in the order in which their factors are stacked.
             device: Device of the result.
-            size: Number of rows in the batch, which fits the route.
+            size: Number of rows in the batch, which must match the route.
 
         Returns:
             The index in `names` of each row's adapter, (size,); −1 for the base and for other adapters. All are 0 if
-            the route has no rows.
+            the route is the same for all rows.
         """
         key = (names, (device, size))
         if key not in self._routed:

@@ -2,7 +2,7 @@
 
 Every layer of a model refers to the model's `AdapterState`. The state's default route applies in every thread and is
 replaced as a whole. `use`, `route` and `disable` override it in a context variable: the override ends with its block,
-even if the block raises, and no other thread or task sees it. A forward that autograd recomputes (gradient
+even if the block raises, and no other thread or task sees it. A forward pass that autograd recomputes (gradient
 checkpointing) must not use the adapters that are active *now*: it uses the route of its first run, or raises an error.
 """
 
@@ -32,8 +32,8 @@ class Scope:
 
     Attributes:
         block: The `Override` object.
-        backward: Id of the backward in which it was opened, -1 for none.
-        thread: Id of the thread in which it was opened.
+        backward: Id of the backward pass in which the override was opened, or -1 if there was none.
+        thread: Id of the thread in which the override was opened.
     """
 
     block: Override
@@ -58,18 +58,18 @@ OF_THIS_PROCESS = frozenset({"_open", "_told", "_members", "whole"})  # members 
 
 
 class AdapterState:
-    """The state that all adapted modules of one model share: the configs of the adapters, and which are active.
+    """The state that all adapted modules of one model share: the adapters' configs, and which adapters are active.
 
     Attributes:
         configs: Adapter name -> its config.
         default: The route that applies without a scoped override.
         aside: The default that `suspend_default` removed, or None.
         frozen: The base's parameters, each with its `requires_grad` from before the first adapter was attached.
-        held: Modules of the base that must not repack their weights while there are adapters.
+        held: Modules of the base that must not repack their weights while adapters are attached.
         replication: How the layers of the base were replicated for the adapters, or None.
         kinds: User-defined kinds, by name (`lorakit.core.Kind`).
-        whole: Models that, since the last copy, were searched for adapted modules of another state and have none.
-        waiting: Adapters that are not active on all positions of a row, so that a forward needs offsets.
+        whole: Models that were searched since the last copy and have no adapted modules of another state.
+        waiting: Adapters that are active at only some positions of a row, so that a forward pass needs offsets.
         peft_methods: Provides layer attributes that only PEFT has; None until `lorakit.peft` is used on the model.
         biased: Whether an adapter has trained biases in place, so that modules must be searched for them.
     """
@@ -84,7 +84,7 @@ class AdapterState:
         self.aside: Route | None = None
         self._joined: tuple[str, ...] = ()  # adapters that merging added to the default
         self.frozen: list[tuple[torch.nn.Parameter, bool]] = []
-        self.invocations: Traces[Offsets] = Traces()  # of forwards with offsets
+        self.invocations: Traces[Offsets] = Traces()  # of forward passes with offsets
         self.held: list[torch.nn.Module] = []
         self.replication: Any = None
         self.kinds: dict[str, Kind] = {}
@@ -101,7 +101,7 @@ class AdapterState:
         self.__dict__.update(known, _open={}, _told=weakref.WeakSet(), whole=weakref.WeakSet())
 
     def join(self, module: torch.nn.Module) -> None:
-        """Register an adapted module of this state, through a weak reference."""
+        """Register an adapted module with this state, through a weak reference."""
         self.__dict__.setdefault("_members", {})[id(module)] = weakref.ref(module)
 
     def leave(self, module: torch.nn.Module) -> None:
@@ -141,7 +141,7 @@ class AdapterState:
         return self.default if self.aside is None else self.aside
 
     def suspend_default(self) -> None:
-        """Make the base alone the default, until `restore_default`."""
+        """Make the base alone the default until `restore_default` is called."""
         if self.aside is None:
             self.default, self.aside = BASE, self.default
 
@@ -162,21 +162,21 @@ class AdapterState:
         self.default = Route(tuple(name for name in self.default.names if name not in left))
 
     def override(self, route: Route | None, offsets: Offsets | None = None) -> Override:
-        """Return a context manager that activates a route, in this context only.
+        """Return a context manager that activates a route in the current context only.
 
         Args:
-            route: Route for forwards in the block; None changes only the offsets.
-            offsets: Offsets of adapters that are not active on all positions, or None.
+            route: Route for forward passes in the block; None changes only the offsets.
+            offsets: Offsets of adapters that are active at only some positions, or None.
         """
         return Override(self, route, offsets)
 
     def active(self) -> Route:
-        """Return the active route of this model in this context (for recomputed forwards see `resolve`)."""
+        """Return the active route of this model in this context (for recomputed forward passes, see `resolve`)."""
         route, offsets = self._scoped(None)
         return (self.default if route is None else route).at(offsets)
 
     def _scoped(self, backward: int | None) -> tuple[Route | None, Offsets | None]:
-        """Return the route and offsets of the innermost overrides, of those opened in this backward (None: in any)."""
+        """Return the route and offsets of the innermost overrides opened in this backward pass (None: in any)."""
         offsets = None
         for scope in reversed(_SCOPES.get()):
             block = scope.block
@@ -187,17 +187,17 @@ class AdapterState:
         return None, offsets
 
     def blocks(self) -> list[Override]:
-        """Return the overrides of this model that were opened in this context and backward, the innermost first."""
+        """Return the overrides of this model that were opened in this context and backward pass, innermost first."""
         backward = torch._C._current_graph_task_id()
         return [s.block for s in reversed(_SCOPES.get()) if s.block.state is self and s.backward == backward]
 
     def offsets(self) -> Offsets | None:
-        """Return the offsets that overrides set in this context and backward, or None."""
+        """Return the offsets that overrides set in this context and backward pass, or None."""
         route, offsets = self._scoped(torch._C._current_graph_task_id())
         return offsets if offsets is not None or route is None else route.offsets
 
     def awaited(self) -> tuple[str, ...]:
-        """Return the waiting adapters that are active somewhere in the model, sorted."""
+        """Return the sorted names of the active adapters that are triggered by invocation tokens."""
         if not self.waiting:
             return ()
         acting = set(self.active().mentions)
@@ -207,17 +207,18 @@ class AdapterState:
         return tuple(sorted(self.waiting & acting))
 
     def awaits(self, route: Route) -> bool:
-        """Return whether a route has an adapter that is not active on all positions."""
+        """Return whether a route has an adapter that is active at only some positions."""
         return not self.waiting.isdisjoint(route.mentions)
 
     def fits_a_graph(self, default: Route) -> bool:
         """Return whether a compiled graph, which cannot read a context variable, can use a default.
 
-        Dynamo guards on the values read here: while a block is open in any thread, or the default waits for tokens, it
-        tries to retrace the layer, fails, and runs it uncompiled with the route and offsets of the block.
+        Dynamo guards on the values read here. While a block is open in any thread, or if the default has an adapter
+        triggered by invocation tokens, dynamo tries to retrace the layer, fails, and runs it uncompiled with the route
+        and offsets of the block.
 
         Args:
-            default: The default of the layer or of the model.
+            default: The default route of the layer or of the model.
         """
         if self._open:  # a branch, because dynamo does not guard on a returned `not`
             return False
@@ -230,19 +231,19 @@ class AdapterState:
         self._told.add(thread)
         warnings.warn(
             "A `use`, `route` or `disable` block is open on this model in another thread; this thread does not see it "
-            f"and runs with {self.default.describe()}. Open the block in the thread that runs the forward.",
+            f"and runs with {self.default.describe()}. Open the block in the thread that runs the forward pass.",
             RuntimeWarning,
             stacklevel=2,
         )
 
 
 class Override(contextlib.AbstractContextManager[None]):
-    """A scoped override. Entering does not modify it, so several threads and tasks can enter it at the same time.
+    """A scoped override. Entering it does not modify it, so several threads and tasks can enter it at the same time.
 
     Attributes:
         state: The state of the model.
-        route: Route for forwards in the block; None if only offsets are given.
-        offsets: Offsets for forwards in the block, or None if they are not given.
+        route: Route for forward passes in the block; None if only offsets are given.
+        offsets: Offsets for forward passes in the block, or None if they are not given.
     """
 
     def __init__(self, state: AdapterState, route: Route | None, offsets: Offsets | None = None) -> None:
@@ -267,15 +268,15 @@ class Override(contextlib.AbstractContextManager[None]):
 
 
 def resolve(state: AdapterState, own: Route | None, forwards: Forwards) -> tuple[Route, bool]:
-    """Return the route of a forward of one layer.
+    """Return the route for a forward pass of one layer.
 
     Args:
         state: The model's state.
         own: The layer's override of the default, or None.
-        forwards: Record of the layer's past forwards.
+        forwards: The layer's forward history.
 
     Returns:
-        The route, and whether autograd is recomputing this forward.
+        The route, and whether autograd is recomputing this forward pass.
 
     Raises:
         RouteError: This is a recomputation, and the route of the first run cannot be determined.
@@ -298,25 +299,26 @@ def resolve(state: AdapterState, own: Route | None, forwards: Forwards) -> tuple
 
 
 def _first_offsets(state: AdapterState, route: Route) -> Offsets:
-    """Return the offsets of the forward that autograd is recomputing."""
+    """Return the offsets of the forward pass that autograd is recomputing."""
     alive = state.invocations.alive()
     names = sorted(state.waiting & route.mentions)
     first = alive[0] if alive else None
     if first is None or not all(first.agrees(other, names) for other in alive[1:]):
         raise RouteError(
-            f"A backward is recomputing a checkpointed forward, but where {', '.join(names)} started in its rows "
-            f"cannot be determined: {len(alive)} candidates. Enable checkpointing with gradient_checkpointing_kwargs="
-            "{'use_reentrant': False, 'context_fn': lorakit.core.checkpoint_contexts(model)}."
+            f"A backward pass is recomputing a checkpointed forward pass, but where {', '.join(names)} started in its "
+            f"rows cannot be determined: {len(alive)} candidates. Enable checkpointing with "
+            "gradient_checkpointing_kwargs={'use_reentrant': False, "
+            "'context_fn': lorakit.core.checkpoint_contexts(model)}."
         )
     return first
 
 
 class CheckpointContexts:
-    """A `context_fn` for non-reentrant checkpointing that gives the recomputation the route of the forward."""
+    """A `context_fn` for non-reentrant checkpointing that recomputes a forward pass with its original route."""
 
     def __init__(self, state: AdapterState) -> None:
         self.state = state
 
     def __call__(self) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-        """Return a no-op context for the forward, and a context for its recomputation."""
+        """Return a no-op context for the forward pass, and a context for its recomputation."""
         return contextlib.nullcontext(), self.state.override(self.state.active())
