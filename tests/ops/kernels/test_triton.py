@@ -294,7 +294,7 @@ def test_a_device_without_triton_has_none(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(triton, "launching", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert triton.failure_on.__wrapped__(torch.device("cpu")) == "the package triton is not installed"
+    assert triton.failure_on.__wrapped__(torch.device("cpu")) == "the triton package is not installed"
     assert triton.lacks_package()
     monkeypatch.setenv("LORAKIT_KERNELS", "off")
     assert not triton.lacks_package()  # kernels are disabled
