@@ -241,7 +241,7 @@ class Segments:
         self.call = _Call(rows, adapter, own)
 
     def forward(self, x: Tensor, into: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the result (rows, …, out) for x (rows, …, in), and the low-rank activation that the backward needs.
+        """Return the result (rows, …, out) for x (rows, …, in), and the low-rank activation for the backward pass.
 
         Must run without autocast (`without_autocast`).
         """

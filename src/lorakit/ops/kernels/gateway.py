@@ -74,7 +74,7 @@ class Gateway:
             within: Smallest and largest allowed value of an integer tensor, or None.
 
         Raises:
-            ValueError: The tensor has the wrong dtype, shape, layout or device, or no storage, or integers out of range.
+            ValueError: The tensor has a wrong dtype, shape, layout or device, no storage, or integers out of range.
         """
         is_laid_out = tensor.is_contiguous() if strides is None else tensor.stride() == strides
         if not is_laid_out or tensor.dtype is not dtype or tensor.shape != shape or not tensor.is_cpu:
