@@ -1,4 +1,4 @@
-"""Attention with grouped heads, packing, windows and soft caps: forward pass, backward pass, autograd function."""
+"""Attention with grouped heads, packing, windows and soft caps: forward, backward, and an autograd function."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -
     Rabe and Staats 2021, arXiv:2112.05682, for recomputing the weights in the backward pass.
 
     Raises:
-        ValueError: Shapes do not match, a value in the pattern is out of range, or the pattern requires flash, but
+        ValueError: Shapes do not match, a value in the pattern is out of range, or the pattern requests flash, but
             flash does not support it.
     """
     pattern = Pattern() if pattern is None else pattern
@@ -45,9 +45,9 @@ def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
     possible = attention_flash.takes(q, v, pattern)
     if pattern.method == "flash" and not possible:
         raise ValueError(
-            "method='flash' does not support this pattern. It never supports a softcap, dropout, or values of a "
-            "different width than q; on a CPU, it does not support a window either; on CUDA, it does not support a "
-            "bias, and requires fp16 or bf16. Use method='auto' or 'matmul'"
+            "method='flash' does not support this pattern: flash kernels do not support a softcap, dropout, or a "
+            "width of v that differs from that of q; on a CPU, they do not support a window either; on CUDA, they do "
+            "not support a bias, and require fp16 or bf16. Use method='auto' or 'matmul'"
         )
     if pattern.method != "auto":
         return pattern.method
@@ -60,7 +60,7 @@ def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute `attention` without autograd; returns the output (B, H, T, E), stored as (B, T, H, E), and what the
+    """Compute `attention` without autograd; return the output (B, H, T, E), stored as (B, T, H, E), and what the
     backward pass needs.
 
     Shapes: q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E). The second result is None, except with flash, where it is

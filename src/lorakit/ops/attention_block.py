@@ -204,7 +204,7 @@ def _forward(x: Tensor, form: _Form) -> tuple[Tensor, _Intermediates]:
 
 
 def _normalize(part: Tensor, own: Norm | None, block: SelfAttention) -> tuple[Tensor, Sequence[Tensor]]:
-    """Apply a q or k norm to `part` (B, T, heads, D), per head or per row; returns the result and its statistics."""
+    """Apply a q or k norm to `part` (B, T, heads, D), per head or per row; return the result and its statistics."""
     if own is None:
         return part, ()
     n, stats = own.forward(_rows(part, own, block))

@@ -68,7 +68,7 @@ def activate(choices: Mapping[str, int]) -> Iterator[None]:
 
 
 def _chosen() -> Mapping[str, int]:
-    """Return the active choices, or none under a compiler, because it would treat them as constants."""
+    """Return the active choices, or none under a compiler, which would treat them as constants."""
     return {} if torch.compiler.is_compiling() else _ACTIVE.get()
 
 

@@ -21,7 +21,7 @@ FEW = 1e-3  # below this probability, the gaps are computed in float64: fp32 is 
 def draw_positions(count: int, p: float, device: torch.device | str) -> Tensor:
     """Draw the positions to drop among `count` elements, each independently with probability p.
 
-    They are sorted, int64 (dropped,). The seed is drawn from torch's default generator. p is exact to within 2⁻²⁴.
+    The positions are sorted, int64 (dropped,). The seed is drawn from torch's default generator. p is exact to 2⁻²⁴.
 
     Raises:
         ValueError: p is not in [0, 1].
@@ -95,9 +95,9 @@ def positions(record: Tensor, count: int, p: float, device: torch.device | str =
 
 
 def dropout_add(owned: Tensor, x: Tensor | None, p: float) -> tuple[Tensor, Tensor | None]:
-    """Compute x + dropout(owned), written over `owned`; return the result and the dropout record.
+    """Write x + dropout(owned) over `owned`; return the result and the dropout record.
 
-    owned and x are (N, d), contiguous; x may be None. The record is None if p = 0.
+    owned and x are (N, d) and contiguous; x may be None. The record is None if p = 0.
     """
     if p == 0:
         return owned if x is None else owned.add_(x), None

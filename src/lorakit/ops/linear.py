@@ -44,7 +44,7 @@ class Form(NamedTuple):
 
     dtype: torch.dtype
     inside: torch.dtype
-    sites: tuple[tuple[bool, float | None, float], ...]  # transposed, scale or None, dropout
+    sites: tuple[tuple[bool, float | None, float], ...]  # (transposed, scale or None if no adapter, dropout)
     trains: tuple[tuple[bool, bool], ...]  # whether A and B require gradients
 
     @property

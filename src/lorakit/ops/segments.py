@@ -5,8 +5,7 @@ With B transposed, the forward and backward passes consist of the same three mat
 which give the same results:
 
 - `masked` multiplies each row by all adapters and masks out the results of the others: fastest with few adapters.
-- `rows` runs one matmul per row with a copy of that row's factors: for rows with many tokens, and many
-  adapters.
+- `rows` runs one matmul per row with a copy of the row's factors: for rows with many tokens, and for many adapters.
 - `sorted` groups the rows by adapter and runs one matmul per adapter: for many short rows, and for a single adapter.
 - `compiled` reads each row's factors in place, in one kernel for shrink and expand (as BGMV does): for a few short rows
   without gradients, if a kernel is available. In a decoding step with many rows and many adapters, the factors are then
@@ -41,7 +40,7 @@ class PerRowLora:
         self.A, self.Bt, self.index, self.products = A, Bt, index.long().contiguous(), products
 
     def forward(self, x: Tensor, into: Tensor | None) -> tuple[Tensor, None]:
-        """Return the result (rows, …, out) for x (rows, …, in), added to `into` in place if given.
+        """Compute the result (rows, …, out) for x (rows, …, in), added to `into` in place if given.
 
         Returns:
             The result, and None, because nothing is saved for the backward pass.
@@ -57,13 +56,13 @@ class PerRowLora:
 
 Method = Literal["masked", "rows", "sorted", "compiled"]
 LONG_ROW = 4  # minimum tokens per row for per-row matmuls to be efficient
-LONG_RUN, FULL_RUN = 32, 8  # minimum rows per adapter for one matmul each to be efficient, or to beat one per row
+LONG_RUN, FULL_RUN = 32, 8  # minimum rows per adapter for a matmul per adapter to be efficient; to beat one per row
 FEW_ADAPTERS = 16  # up to this many, one matmul with all adapters costs no more than copying each row's factors
 
 
 @dataclass(frozen=True, eq=False)
 class Routed:
-    """Adapter of each row, as index (rows,) with −1 for none; built once per forward pass and used by every layer.
+    """Adapter of each row, as an index (rows,), −1 for none; built once per forward pass and used by every layer.
 
     Raises:
         ValueError: The index is not an integer tensor or is out of range.
@@ -74,7 +73,7 @@ class Routed:
 
     def __post_init__(self) -> None:
         if self.index.is_floating_point() or self.index.is_complex() or self.index.dtype == torch.bool:
-            raise ValueError(f"the adapter index of rows must be an integer tensor; got {self.index.dtype}")
+            raise ValueError(f"the adapter index must be an integer tensor; got {self.index.dtype}")
         strange = sorted({k for k in self.index.tolist() if not -1 <= k < self.adapters})
         if strange:
             raise ValueError(
@@ -270,7 +269,7 @@ class Segments:
         return x.contiguous() if self.taken is None else x.index_select(0, self.taken)
 
     def _put(self, h: Tensor, stack: Tensor, like: Tensor, into: Tensor | None) -> Tensor:
-        """Expand a low-rank activation to (rows, …, n), at the original row positions."""
+        """Expand a low-rank activation to (rows, …, n), with the rows at their original positions."""
         shape = (*like.shape[:-1], stack.shape[-1])
         flat = (len(like), math.prod(shape[1:-1]), shape[-1])
         if self.taken is None and into is not None and into.is_contiguous():

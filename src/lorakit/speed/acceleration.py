@@ -33,13 +33,14 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tupl
     """Pack all non-padding tokens of a batch into one row.
 
     Args:
-        input_ids: (rows, length), padded on one side.
-        attention_mask: (rows, length); 1 for a token, 0 for padding.
-        labels: (rows, length).
+        input_ids: Token ids (rows, length), padded on one side.
+        attention_mask: Mask (rows, length), 1 for a token and 0 for padding.
+        labels: Labels (rows, length).
 
     Returns:
-        The model's arguments (`input_ids` (1, tokens), positions and sequence boundaries), and labels (1, tokens). The
-        first token of a sequence does not contribute to the loss, because its predecessor belongs to another sequence.
+        The model's arguments (`input_ids` (1, tokens), positions and sequence boundaries), and the labels (1, tokens).
+        The first token of a sequence does not contribute to the loss, because its predecessor belongs to another
+        sequence.
     """
     kept = attention_mask.bool()
     lengths = kept.sum(1)
@@ -56,7 +57,7 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tupl
 def keeps_sequences_apart(model: nn.Module, logits: Tensor | None) -> bool:
     """Return whether a model computes the same logits for two packed sequences as for each one alone.
 
-    Call it in `eval_mode`.
+    Must be called inside `eval_mode`.
 
     Args:
         model: An accelerated causal model from transformers.

@@ -216,7 +216,7 @@ class FusedForward:
         name: Name in the report.
         fits: Module -> None if the structure matches, else a short reason.
         run: Module, hidden states and other arguments of a call -> the output, or None if its own `forward` must run.
-        concerns: Whether a module that does not match is reported as skipped.
+        concerns: Module -> whether the module is reported as skipped if its structure does not match.
         whole: Whether the fused implementation computes everything inside the module; then its children are not
             reported.
         residual: Whether the output is the input plus a branch.
@@ -312,7 +312,7 @@ def modules_to_record(parts: Parts) -> dict[str, nn.Module]:
 
 
 def admit(model: nn.Module, wanted: Parts, found: Calls) -> tuple[Parts, list[Skipped]]:
-    """Probe the candidates; call it in `eval_mode`.
+    """Probe the candidates; must be called inside `eval_mode`.
 
     Args:
         model: The model.

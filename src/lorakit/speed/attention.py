@@ -26,7 +26,7 @@ from lorakit.speed.patching import modules_at
 from lorakit.speed.submodules import Options, knows_all, unknown_attributes, unknown_fields, unknown_implementation
 
 HIDDEN = -1e4
-"""Mask values at or below this hide a position; models add the lowest value of a dtype."""
+"""Mask values at or below this hide a position; models use the lowest value of a dtype for this purpose."""
 
 MASK_FIELDS = "_lorakit_read"
 """Attribute of a mask that caches what was read from it; all layers of a forward pass share the mask."""
@@ -60,8 +60,8 @@ def under(mask: Tensor | None, x: Tensor, pattern: Pattern) -> Pattern | None:
 
     Returns:
         The pattern, with a bias if the mask hides more than the pattern does. None if the mask shows more than the
-        pattern does, hides everything from a token, or has another form; or if a bias is needed on a device that has no
-        kernel for it.
+        pattern does, hides everything from a token, or has an unsupported form; or if a bias is needed on a device that
+        has no kernel for it.
     """
     made = pattern if mask is None else _under(mask, x, pattern)
     return None if made is None or (made.bias is not None and x.device.type != "cpu") else made
@@ -157,7 +157,7 @@ class Shape:
 
 
 def fits(module: nn.Module) -> str | None:
-    """Return why a module is not a supported attention module, or None if it is."""
+    """Return why a module is not a supported attention module, or None if it is one."""
     shape = shape_of(module)
     if shape is None:
         return "unknown children for an attention module"

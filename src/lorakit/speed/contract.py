@@ -52,7 +52,7 @@ class Contract:
     facts: tuple[Fact, ...]
 
     def holds(self) -> bool:
-        """Return whether all facts are unchanged and no global module hook is set."""
+        """Return whether all facts still hold and no global module hook is registered."""
         for table, name, value in self.facts:
             found = table.get(name, MISSING)
             if found is not value and not _is_equal_setting(found, value):

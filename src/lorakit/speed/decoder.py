@@ -83,7 +83,7 @@ class _Around(NamedTuple):
 
 
 def fits(module: nn.Module) -> str | None:
-    """Return why a module is not a supported decoder layer, or None if it is."""
+    """Return why a module is not a supported decoder layer, or None if it is one."""
     sublayers = _sublayers(module)
     if sublayers is None:
         return "unknown children for a decoder layer"

@@ -116,7 +116,7 @@ def layout_of(module: nn.Module) -> Layout | None:
 
 
 def fits(module: nn.Module) -> str | None:
-    """Return why a module is not a supported encoder layer, or None if it is."""
+    """Return why a module is not a supported encoder layer, or None if it is one."""
     found = layout_of(module)
     if found is None:
         return "unknown children for an encoder layer"
@@ -247,7 +247,7 @@ NEEDED = {"key_value_proj_dim", "n_heads", "scaling", "is_causal", "dropout"}
 
 
 def fits_sublayer(module: nn.Module) -> str | None:
-    """Return why a module is not a supported sublayer, or None if it is."""
+    """Return why a module is not a supported sublayer, or None if it is one."""
     inner = _inner(module)
     if inner is None:
         return "unknown children for a sublayer"

@@ -28,7 +28,7 @@ ATTRIBUTES = frozenset({"config", "hidden_size", "intermediate_size", "mlp_bias"
 
 
 def fits(module: nn.Module) -> str | None:
-    """Return why a module is not a supported feed-forward block, or None if it is."""
+    """Return why a module is not a supported feed-forward block, or None if it is one."""
     names = _names(module)
     if names is None:
         return "unknown children for a feed-forward block"

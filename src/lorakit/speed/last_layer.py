@@ -19,7 +19,7 @@ from lorakit.speed.patching import is_watched, may_run
 from lorakit.speed.probe import TOLERANCES
 
 KEYWORD = "trained_rows"
-"""Name of the keyword argument."""
+"""Name of the keyword argument that passes the rows to the layers."""
 
 SHARE = 0.9
 """Fraction of labeled tokens at and above which all rows are computed, because selecting rows has a cost too."""
@@ -29,7 +29,7 @@ ASKED_FOR = ("output_hidden_states", "output_attentions", "output_router_logits"
 
 
 class Trained(NamedTuple):
-    """Value of the keyword argument.
+    """Value of the keyword argument that passes the rows.
 
     Attributes:
         layer: The layer that the rows are meant for.
@@ -121,7 +121,7 @@ def some(ids: Tensor, ignored: int) -> Tensor:
 
 
 def agree(ours: Tensor, theirs: Tensor) -> bool:
-    """Return whether a probe's `ours` (B, T, d) equals the plain model's `theirs` (B, T, d) up to rounding."""
+    """Return whether `ours`, from a probe, equals `theirs`, from the plain model, up to rounding; both (B, T, d)."""
     if ours.shape != theirs.shape or not bool(ours.isfinite().all()):
         return False
     error = torch.linalg.vector_norm(ours.double() - theirs.double())

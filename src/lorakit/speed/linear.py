@@ -82,7 +82,7 @@ def frozen_linear(module: nn.Module) -> Adapted | None:
 
 
 def _with_adapter(base: Adapted, pair: tuple[Tensor, Tensor], scale: float, dropout: nn.Module) -> Adapted | None:
-    """Return a frozen linear with the factors A (r, in) and B (out, r), or None if `dropout` is not plain."""
+    """Return a frozen linear module with the factors A (r, in) and B (out, r), or None if `dropout` is not plain."""
     p = share_dropped(dropout)
     return None if p is None else Adapted(base.W, base.bias, LowRank(*pair, scale, p), base.transposed)
 
@@ -202,7 +202,7 @@ def is_adapted(module: nn.Module) -> bool:
 
 
 def fits(module: nn.Module) -> str | None:
-    """Return why a module is not a supported adapted linear module, or None if it is."""
+    """Return why a module is not a supported adapted linear module, or None if it is one."""
     if not is_adapted(module):
         return "it has no adapter"
     base: nn.Module = getattr(module, "owner" if isinstance(module, LoraLayer) else "base_layer")

@@ -117,8 +117,8 @@ class Head:
 
         Args:
             model: The accelerated model.
-            labels: (rows, length); -100 excludes a token from the loss, other labels are predicted from the previous
-                position.
+            labels: Labels (rows, length); -100 excludes a token from the loss, and any other label is predicted from
+                the previous position.
             inputs: The model's other arguments.
 
         Returns:
@@ -163,7 +163,7 @@ def shifted(labels: Tensor, ignored: int) -> Tensor:
 def last_layer_for(head: Head, last: LastLayer, call: Call, output: ModelOutput | None) -> LastLayer | None:
     """Return the last layer if a probe shows that it can skip unlabeled rows, else None.
 
-    Call it in `eval_mode`.
+    Must be called inside `eval_mode`.
 
     Args:
         head: The head of a model with all replacements in place.
@@ -280,14 +280,14 @@ class LossWithoutLogits:
         """Compute the next-token loss, a scalar; the parameters are those of transformers' own loss.
 
         Args:
-            logits: (rows, length, V); or the hidden states, in a capturing forward pass.
-            labels: (rows, length).
-            vocab_size: V.
+            logits: Logits (rows, length, V), or the hidden states in a capturing forward pass.
+            labels: Labels (rows, length).
+            vocab_size: Vocabulary size V.
             num_items_in_batch: Divisor of the summed loss; None for the number of labeled tokens.
             ignore_index: Label of tokens that do not contribute to the loss.
             shift_labels: Labels already aligned with the positions that predict them, (rows, length), to use instead
                 of `labels`.
-            kwargs: Other arguments of the stock loss.
+            kwargs: Other arguments of transformers' own loss.
 
         Raises:
             RunError: The head was called more than once, or its output was changed in place.
@@ -379,7 +379,7 @@ class LossWithoutLogits:
 def loss_for(model: nn.Module, head: Head) -> LossWithoutLogits | str:
     """Return a model's loss without logits, not yet installed; or a short phrase that says why there is none.
 
-    Call it in `eval_mode`.
+    Must be called inside `eval_mode`.
 
     Args:
         model: The transformers model itself, without wrappers.
@@ -407,7 +407,7 @@ def loss_for(model: nn.Module, head: Head) -> LossWithoutLogits | str:
         return f"a probe of the loss raised {type(ran).__name__}"
     output, of_rows = ran[0], ran[1].loss if options else None
     if asked[:1] != [(tuple(output.logits.shape), output.logits.shape[-1])] or len(asked) != 1 + bool(options):
-        return "it does not compute its loss from its logits with its loss function"
+        return "its loss is not computed from its logits by its loss function"
     is_alone = of_rows is not None and agree(of_rows, output.loss)  # no other part of the loss reads the layer's output
     return LossWithoutLogits(head, model, head.last if is_alone else None)
 

@@ -53,7 +53,7 @@ def norms_at(module: nn.Module, first: str, second: str) -> tuple[Norm | None, N
 
 
 def fits(module: nn.Module) -> str | None:
-    """Return why a module is not a supported norm, or None if it is."""
+    """Return why a module is not a supported norm, or None if it is one."""
     return None if norm_of(module) is not None else "not a frozen LayerNorm or RMSNorm"
 
 
@@ -77,7 +77,7 @@ def dropout_p(module: nn.Module | None) -> float | None:
 
 
 def fits_dropout(module: nn.Module) -> str | None:
-    """Return why a module is not a supported dropout module, or None if it is."""
+    """Return why a module is not a supported dropout module, or None if it is one."""
     if type(module) is nn.Dropout and not module.inplace and 0 < module.p < 1:
         return None
     return "not a plain, active dropout"

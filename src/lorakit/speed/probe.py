@@ -125,7 +125,7 @@ class Call:
 
 
 Calls = Mapping[str, Call]
-"""Path -> call."""
+"""Path of a module -> its recorded call."""
 
 Pairs = list[tuple[Tensor | None, Tensor]]
 """Pairs of outputs, (…) each: that of a fused implementation, or None for unsupported calls; and the module's own."""
@@ -153,7 +153,7 @@ class _Enough(Exception):
 def calls(
     model: nn.Module, modules: Mapping[str, nn.Module], rows: int = ROWS, tokens: int = TOKENS, *, stop: bool = False
 ) -> tuple[dict[str, Call], ModelOutput | None]:
-    """Run a model once on random tokens and record the calls to some of its modules; call this function in `eval_mode`.
+    """Run a model once on random tokens and record the calls to some of its modules; must be called inside `eval_mode`.
 
     Args:
         model: A transformers model.
@@ -228,7 +228,7 @@ def inputs_of(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS) -> dict[
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Set a model to eval mode and disable gradients within a context, and restore the model afterwards.
+    """Put a model in eval mode and disable gradients within a context; restore the model afterwards.
 
     Inference mode would be wrong: tensors that a model creates and caches in it cannot be used later in training.
 

@@ -313,7 +313,7 @@ def test_a_device_where_nothing_compiles_has_none(triton_kernels: Any, device: s
 
     assert launching.failure(torch.device(device)) == ""
     monkeypatch.setattr(launching.TritonKernels, "drop", failing)
-    message = "Triton cannot compile and run here: RuntimeError: Failed to find C compiler."
+    message = "Triton cannot compile and run kernels: RuntimeError: Failed to find C compiler."
     assert launching.failure(torch.device(device)) == message
     monkeypatch.setattr(launching.TritonKernels, "drop", lambda *args: None)
     assert launching.failure(torch.device(device)) == "a Triton kernel returned a wrong result"

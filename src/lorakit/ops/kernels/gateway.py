@@ -99,7 +99,7 @@ class Gateway:
         shape: tuple[int, ...],
         within: tuple[int, int] | None = None,
     ) -> int | None:
-        """Return the `pointer` of a contiguous tensor (any shape), or None for None."""
+        """Return the `pointer` of a contiguous tensor (any shape); return None for None."""
         return None if tensor is None else self.pointer(name, tensor, dtype, shape, None, within)
 
     def call(self, name: str, dtype: torch.dtype, size: int, *args: float | None) -> None:

@@ -40,7 +40,7 @@ class Kernels(Protocol):
     def rms_backward(
         self, dn: Tensor, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, add: Tensor | None, dx: Tensor
     ) -> None:
-        """Write the gradient of x, plus `add`, to dx; dn is the gradient of n, dx may be dn, and all are (N, d)."""
+        """Write the gradient of x plus `add` to dx, given dn, the gradient of n. dx may be dn; all are (N, d)."""
 
     def gate(self, act: str, first: Tensor, up: Tensor | None, out: Tensor) -> None:
         """Write act(first)·up, or act(first) without up, to out, rounded once; all are (N, f), [docs/math.md (78)]."""
@@ -48,7 +48,7 @@ class Kernels(Protocol):
     def gate_backward(
         self, act: str, da: Tensor, first: Tensor, up: Tensor | None, dfirst: Tensor, dup: Tensor | None
     ) -> None:
-        """Write the gradients of `gate` for first to dfirst, which may be da, and for up to dup; all are (N, f)."""
+        """Write the gradients of `gate`, given da: dfirst, which may be da, and dup, if up is given; all are (N, f)."""
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
         """Write x (B, T, H, D), rotated by position or rotated back, to out, which may be x, [docs/math.md (80)].
@@ -67,7 +67,7 @@ class Kernels(Protocol):
     def softmax(self, scores: Tensor, low: Tensor | None, high: Tensor | None) -> None:
         """Compute the softmax of rows (Z, n, m) in place, limited to the positions that each row sees.
 
-        Row i sees the positions low[i % k] to high[i % k] − 1; low and high are int32 (k,), or None for no bound.
+        Row i sees the positions low[i % k] to high[i % k] − 1; low and high are int32 (k,); None means no bound.
         """
 
     def softmax_backward(self, weights: Tensor, ds: Tensor) -> None:
@@ -84,8 +84,9 @@ class Kernels(Protocol):
 
 
 class DropoutMatmuls(Protocol):
-    """Low-rank matmuls with a factor a (r, n), fused with dropout as in `Kernels.drop` with the same seed; n must be a
-    multiple of 4.
+    """Low-rank matmuls with a factor a (r, n), fused with the dropout that `Kernels.drop` applies for a seed.
+
+    n must be a multiple of 4.
     """
 
     def shrink(self, x: Tensor, a: Tensor, p: float, seed: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class TritonKernels:
     def rms_backward(
         self, dn: Tensor, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, add: Tensor | None, dx: Tensor
     ) -> None:
-        """Write the gradient of x, plus `add`, to dx; dn is the gradient of n, dx may be dn, and all are (N, d)."""
+        """Write the gradient of x plus `add` to dx, given dn, the gradient of n. dx may be dn; all are (N, d)."""
         grid, tile = _tiles(x)
         flags = {"HAS_W": w is not None, "HAS_ADD": add is not None}
         given = (dn, x, x if w is None else w, rstd, x if add is None else add)
@@ -76,7 +76,7 @@ class TritonKernels:
     def gate_backward(
         self, act: str, da: Tensor, first: Tensor, up: Tensor | None, dfirst: Tensor, dup: Tensor | None
     ) -> None:
-        """Write the gradients of `gate` for first to dfirst, which may be da, and for up to dup; all are (N, f)."""
+        """Write the gradients of `gate`, given da: dfirst, which may be da, and dup, if up is given; all are (N, f)."""
         flags = {"ACT": act, "HAS_UP": up is not None}
         pointers = (da, first, first if up is None else up, dfirst, dfirst if dup is None else dup)
         with _on(first):
@@ -134,7 +134,7 @@ class TritonKernels:
     def softmax(self, scores: Tensor, low: Tensor | None, high: Tensor | None) -> None:
         """Compute the softmax of rows (Z, n, m) in place, limited to the positions that each row sees.
 
-        Row i sees the positions low[i % k] to high[i % k] − 1; low and high are int32 (k,), or None for no bound.
+        Row i sees the positions low[i % k] to high[i % k] − 1; low and high are int32 (k,); None means no bound.
         """
         bounds = [bound for bound in (low, high) if bound is not None]
         kinds, m = len(bounds[0]) if bounds else 1, scores.shape[-1]
@@ -179,7 +179,7 @@ def failure(device: torch.device) -> str:
         TritonKernels().drop(x, 1.0, seed, 1.0, x)
         return "" if not x.any() else "a Triton kernel returned a wrong result"
     except (RuntimeError, OSError, subprocess.SubprocessError, TritonError) as failed:  # for example, no C compiler
-        return f"Triton cannot compile and run here: {type(failed).__name__}: {failed}"
+        return f"Triton cannot compile and run kernels: {type(failed).__name__}: {failed}"
 
 
 def _tiles(x: Tensor) -> tuple[tuple[int], dict[str, Any]]:

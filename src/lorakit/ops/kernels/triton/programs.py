@@ -8,7 +8,7 @@ attention scores and its gradient, [docs/math.md (81)] and (82), are computed in
 
 Whether dropout drops an element depends only on the seed and the element's position, so only the seed is saved. The
 positions are the counters of Philox with seven rounds, with four elements per counter; 24 bits of each word decide, so
-p is exact to within 2⁻²⁴. If dropout is fused with a low-rank matmul, the wide operand is read or written only once.
+p is exact to 2⁻²⁴. If dropout is fused with a low-rank matmul, the wide operand is read or written only once.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 5.1 for the rounds.
 """
@@ -69,7 +69,7 @@ def gate(first, up, out, count, ACT: tl.constexpr, HAS_UP: tl.constexpr, BLOCK: 
 
 @triton.jit
 def gate_backward(da, first, up, dfirst, dup, count, ACT: tl.constexpr, HAS_UP: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the gradients of `gate` for first to dfirst, which may be da, and for up to dup."""
+    """Write the gradients of `gate`, given da: dfirst, which may be da, and dup, if up is given."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     g = tl.load(da + at, mask=inside, other=0.0).to(tl.float32)
