@@ -91,7 +91,7 @@ def test_kernels_of_each_kind_of_device_are_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = ("A GPU", "An old GPU", "A GPU")
-    accounts = {0: "", 1: "Triton cannot compile and run here: RuntimeError: no\n" + "such instruction " * 99}
+    accounts = {0: "", 1: "Triton cannot compile and run kernels: RuntimeError: no\n" + "such instruction " * 99}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda index: SimpleNamespace(name=names[index], total_memory=8 * 10**9)
@@ -102,7 +102,7 @@ def test_kernels_of_each_kind_of_device_are_said(
     (kernels,) = (number for number, line in enumerate(lines) if line.startswith("kernels    "))
     assert lines[kernels + 1] == "           cuda:0: kernels compiled by Triton"
     assert lines[kernels + 2].startswith(
-        "           cuda:1: PyTorch's operations (Triton cannot compile and run here: "
+        "           cuda:1: PyTorch's operations (Triton cannot compile and run kernels: "
     )
     assert len(lines[kernels + 2]) < 260
     assert lines[kernels + 3].startswith("speed")

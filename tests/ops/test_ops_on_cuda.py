@@ -54,7 +54,7 @@ ON_DEVICE = [
 
 @pytest.fixture(params=[*ON_DEVICE, pytest.param(("cpu", torch.float32), id="interpreted")])
 def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    pytest.importorskip("triton", reason="the package triton is not installed: pip install 'lorakit[triton]'")
+    pytest.importorskip("triton", reason="the triton package is not installed: pip install 'lorakit[triton]'")
     from lorakit.ops.kernels import triton
 
     if os.environ.get(SWITCH, "").lower() == "off":

@@ -98,7 +98,7 @@ def test_back_in_place_undoes_a_turn_and_leaves_the_gradient_that_came_in() -> N
         (torch.ones(3, 5, 8), torch.ones(5, 8), r"cos must have shape .*; got \(3, 5, 8\)"),
         (torch.ones(5, 10), torch.ones(5, 10), "cos: rot must be even and at most the head width 8; got 10"),
         (torch.ones(5, 7), torch.ones(5, 7), "cos: rot must be even and at most the head width 8; got 7"),
-        (torch.ones(5, 8), torch.ones(5, 6), r"equal shape; got cos \(5, 8\) and sin \(5, 6\)"),
+        (torch.ones(5, 8), torch.ones(5, 6), r"equal shapes; got cos \(5, 8\) and sin \(5, 6\)"),
         (torch.ones(5, 8), torch.ones(5, 8, requires_grad=True), "sin requires a gradient"),
     ],
 )

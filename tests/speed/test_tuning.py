@@ -135,7 +135,7 @@ def test_the_time_it_takes_is_bounded(
     monkeypatch.setattr(tuning, "BUDGET_SECONDS", 0.0)
     found = choose(model, 1000, 0, folder=tmp_path, clock=slices_win)
     assert (found.measured, found.skipped) == (1, 3)
-    assert "Out of time; 3 shapes left to a later run" in str(found)
+    assert "Out of time; 3 shapes left for a later run" in str(found)
     assert choose(model, 1000, 0, folder=tmp_path, clock=slices_win).measured == 1  # and continues the next time
 
 

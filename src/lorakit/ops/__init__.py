@@ -1,1 +1,1 @@
-"""Fused tensor operations with their backward passes; `reference.py` implements each in plain PyTorch."""
+"""Fused tensor operations and their backward passes; `reference.py` implements each of them in plain PyTorch."""

@@ -1,6 +1,6 @@
 """MLP activations and their gradients, computed from the input alone and written to a preallocated tensor.
 
-All use torch's kernels, except tanh GELU, whose sigmoid form is faster on a CPU.
+All use torch's kernels, except GELU with the tanh approximation, whose sigmoid form is faster on a CPU.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ QUICK = 1.702
 
 @dataclass(frozen=True)
 class Activation:
-    """Activation with fused value and gradient functions; an entry of ACTIVATIONS.
+    """An activation function and its gradient; an entry in ACTIVATIONS.
 
     Attributes:
         name: Key in ACTIVATIONS.
-        value: `value(x, out)` writes f(x) of rows x (N, f) to out and returns it.
-        gradient: `gradient(dy, x, out)` writes dy·f'(x) to out, which may be dy, and returns it.
+        value: `value(x, out)` writes f(x) for rows x (N, f) to out and returns out.
+        gradient: `gradient(dy, x, out)` writes dy·f'(x) to out, which may be dy, and returns out.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Activation:
 def gelu_tanh(x: Tensor, out: Tensor) -> Tensor:
     """Write the tanh-approximated GELU of rows x (N, f) to out (N, f), as x times a sigmoid, [docs/math.md (78)].
 
-    torch's tanh is four times as slow as its sigmoid on a CPU. Computed in fp32 or wider, a slab of rows at a time.
+    On a CPU, torch's tanh is four times as slow as its sigmoid. Slabs of rows are computed in turn, in fp32 or wider.
     """
     if x.device.type != "cpu":
         return aten.gelu.out(x, approximate="tanh", out=out)
@@ -103,7 +103,7 @@ def activation(name: str) -> Activation:
 
 
 def activate(act: Activation, first: Tensor, up: Tensor | None, out: Tensor) -> Tensor:
-    """Write f(first)·up, or f(first) if up is None, to out and return it; all (N, f), contiguous."""
+    """Write f(first)·up, or f(first) if up is None, to out and return out; all are (N, f) and contiguous."""
     kernels = kernels_for(first, up)
     if kernels is None or act.name not in kernels.activations:
         act.value(first, out)
@@ -113,7 +113,7 @@ def activate(act: Activation, first: Tensor, up: Tensor | None, out: Tensor) -> 
 
 
 def activate_backward(act: Activation, da: Tensor, first: Tensor, up: Tensor | None) -> list[Tensor]:
-    """Return the gradient of first in `activate`, written over da, and that of up, if given; all (N, f)."""
+    """Return the gradients of `activate`: for first, written over da, and for up, if given; all are (N, f)."""
     kernels, dup = kernels_for(first, up, da), None if up is None else torch.empty_like(first)
     if kernels is not None and act.name in kernels.activations:
         kernels.gate_backward(act.name, da, first, up, da, dup)

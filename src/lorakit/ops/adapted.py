@@ -1,4 +1,4 @@
-"""Operands of fused operations (frozen linear modules with adapters), and fp32 buffers for low-precision tensors."""
+"""Operands of the fused operations (frozen linear modules with adapters), and fp32 buffers for narrower tensors."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Adapted:
 
 
 def check_frozen(group: Sequence[Adapted]) -> None:
-    """Check that all weights are frozen: the fused operations compute no gradient for them.
+    """Check that all weights are frozen, because the fused operations compute no gradients for them.
 
     Raises:
         ValueError: A weight or bias requires a gradient.
@@ -81,5 +81,5 @@ def check_frozen(group: Sequence[Adapted]) -> None:
 
 
 def factors(group: Sequence[Adapted]) -> list[Tensor | None]:
-    """Return A_0, B_0, A_1, B_1, … as trainable inputs of an autograd function; None for modules without an adapter."""
+    """Return A_0, B_0, A_1, B_1, … as trainable inputs to an autograd function; None for modules without an adapter."""
     return [t for module in group for t in ((module.low.A, module.low.B) if module.low else (None, None))]

@@ -1,4 +1,4 @@
-"""Attention with grouped heads, packing, windows and soft caps: forward, backward and an autograd function."""
+"""Attention with grouped heads, packing, windows and soft caps: forward, backward, and an autograd function."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ FLASH_FROM = 2048
 def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -> Tensor:
     """Compute softmax(scale·q·kᵀ)·v under a pattern, [docs/math.md (81)], with the gradients [docs/math.md (82)].
 
-    Shapes: q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E), KV a divisor of H, any strides -> (B, H, T, E), stored as
-    (B, T, H, E). Saved for backward: q, k and v; with flash also the output and one value per row. No (T, T) tensor is
-    saved.
+    Shapes: q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E), with any strides and with KV a divisor of H ->
+    (B, H, T, E), stored as (B, T, H, E). Saved for the backward pass: q, k and v; with flash, also the output and one
+    value per row. No (T, T) tensor is saved.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, eq. (1); Ainslie et al. 2023, arXiv:2305.13245, for shared heads;
-    Rabe and Staats 2021, arXiv:2112.05682, for recomputing the weights in the backward.
+    Rabe and Staats 2021, arXiv:2112.05682, for recomputing the weights in the backward pass.
 
     Raises:
-        ValueError: Shapes do not match, a value of the pattern is out of range, or flash does not support it.
+        ValueError: Shapes do not match, a value in the pattern is out of range, or the pattern requests flash, but
+            flash does not support it.
     """
     pattern = Pattern() if pattern is None else pattern
     q, k, v = (autocast(t) for t in (q, k, v))
@@ -36,7 +37,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -
 
 
 def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
-    """Select the method for a pattern, q (B, H, T, D) and v (B, KV, T, E): any `Pattern.method` except "auto".
+    """Return the method for a pattern, q (B, H, T, D) and v (B, KV, T, E): any `Pattern.method` but "auto".
 
     Raises:
         ValueError: The pattern requests flash, but flash does not support the pattern.
@@ -44,9 +45,9 @@ def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
     possible = attention_flash.takes(q, v, pattern)
     if pattern.method == "flash" and not possible:
         raise ValueError(
-            "method='flash' does not support this pattern. On a CPU, it supports no window, softcap, dropout or "
-            "separate value width; on CUDA, it supports windows, but no bias, and only fp16 or bf16. "
-            "Use method='auto' or 'matmul'"
+            "method='flash' does not support this pattern: flash kernels do not support a softcap, dropout, or a "
+            "width of v that differs from that of q; on a CPU, they do not support a window either; on CUDA, they do "
+            "not support a bias, and require fp16 or bf16. Use method='auto' or 'matmul'"
         )
     if pattern.method != "auto":
         return pattern.method
@@ -59,11 +60,12 @@ def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute `attention` without autograd; returns the output (B, H, T, E), stored as (B, T, H, E), and what its
-    backward needs.
+    """Compute `attention` without autograd; return the output (B, H, T, E), stored as (B, T, H, E), and what the
+    backward pass needs.
 
-    Shapes: q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E). With flash the second result is the log-sum-exp of each
-    row in fp32 or wider, in the kernel's layout, else None; the third is the dropout record of the weights, or None.
+    Shapes: q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E). The second result is None, except with flash, where it is
+    the log-sum-exp of each row, in fp32 or wider and in the kernel's layout. The third is the dropout record of the
+    attention weights, or None.
     """
     pattern.check(q, k, v)
     method = chosen(q, v, pattern)
@@ -89,7 +91,7 @@ def backward(
         dout: Gradient of the output, (B, H, T, E).
         operands: q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E).
         saved: Results of `forward`; the output may be None if the log-sum-exp is.
-        pattern: Pattern of the forward.
+        pattern: Pattern of the forward pass.
         into: Tensors for the gradients of q, k and v; None allocates them.
     """
     q, k, v = operands
@@ -105,7 +107,7 @@ def backward(
 
 
 def _by_products(dout: Tensor, operands: Operands, into: Operands, pattern: Pattern, record: Tensor | None) -> None:
-    """Run `backward` with matmuls, in fp32 if the forward upcast its operands."""
+    """Run `backward` with matmuls, in fp32 if the forward pass upcast its operands."""
     if chosen(*operands[::2], pattern) != "matmul_fp32":
         attention_products.backward(dout, operands, into, pattern, record)
         return
@@ -121,7 +123,7 @@ def _upcast(tensors: Operands) -> Operands:
 
 
 def _stored_by_token(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return an empty tensor of the shape of x (B, H, T, D), stored as (B, T, H, D)."""
+    """Return an empty tensor with the shape of x (B, H, T, D), stored as (B, T, H, D)."""
     batch, heads, tokens, width = x.shape
     return torch.empty(batch, tokens, heads, width, dtype=dtype or x.dtype, device=x.device).transpose(1, 2)
 

@@ -1,8 +1,9 @@
-"""Fused attention sublayer as one autograd function: norm, q/k/v projections, RoPE, attention, output, residual.
+"""Fused attention sublayer as one autograd function: norm, q/k/v projections, RoPE, attention, output projection,
+residual.
 
-Saved for backward: x and its norm statistics, q and k after rotation (before their own norms, if they have any), v, the
-attention output, a (tokens, r) activation per adapter, and dropout records. The normalized input and all elementwise
-results are recomputed.
+Saved for the backward pass: x and its norm statistics, q and k after rotation (or before their norms, if they have
+any), v, the attention output, a (tokens, r) activation per adapter, and dropout records. The normalized input and all
+elementwise results are recomputed.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ class SelfAttention:
     """Modules and options of an attention sublayer.
 
     Attributes:
-        inputs: The projections q (H·D, d), k and v (KV·D, d); or a fused one (H·D + 2·KV·D, d).
+        inputs: The projections to q (H·D, d), k and v (KV·D, d); or one fused projection (H·D + 2·KV·D, d).
         output: The output projection (d, H·D).
         head_dim: Head width D.
         kv_heads: Number of key and value heads KV, a divisor of H.
         norm: Norm of the input, or None.
         q_norm, k_norm: Norms of q and k before rotation: per head if the weight has D elements, else over the whole
             row.
-        dropout: Dropout probability of the output, before the residual.
+        dropout: Dropout probability for the output, before the residual is added.
         interleaved: Whether the fused projection outputs q, k and v of each head together, head by head; requires
             KV = H.
     """
@@ -61,7 +62,7 @@ class SelfAttention:
 
     @property
     def projections(self) -> tuple[Adapted, ...]:
-        """Return all projections, the output projection last."""
+        """Return all projections, with the output projection last."""
         return (*self.inputs, self.output)
 
     def heads(self, parts: Sequence[Tensor], batch: int, tokens: int) -> tuple[Tensor, ...]:
@@ -110,7 +111,7 @@ def attention_block(
 ) -> Tensor:
     """Compute a fused attention sublayer, [docs/math.md (83)]: x (B, T, d) -> (B, T, d), or (n, d) with `wanted`.
 
-    Gradients go to x and to the factors A and B.
+    Gradients flow to x and to the factors A and B.
 
     Args:
         x: Hidden states.
@@ -118,7 +119,8 @@ def attention_block(
         pattern: Attention pattern; None means causal.
         rope: Tables of rotary position embeddings, or None.
         residual: Whether to add x to the output.
-        wanted: Sorted indices (n,), among all B·T tokens, of those that go through the output projection; None for all.
+        wanted: Sorted indices (n,), among all B·T tokens, of the tokens that the output projection receives; None for
+            all tokens.
 
     Raises:
         ValueError: Shapes do not match, a base weight requires a gradient, or no method supports the pattern.
@@ -136,7 +138,7 @@ def attention_block(
     else:
         with without_autocast(x):
             y = _forward(x, form)[0]
-    # reshaped outside the autograd function: callers may change the result in place, so its outputs must not be views
+    # reshaped outside the autograd function: callers may modify the result in place, so the function returns no views
     return unflat(y, x) if wanted is None else y
 
 
@@ -153,7 +155,7 @@ class _Form(NamedTuple):
 
 
 class _Intermediates(NamedTuple):
-    """Intermediates of a forward that its backward may need."""
+    """Intermediate results of a forward pass that its backward pass may need."""
 
     stats: Sequence[Tensor]  # row statistics of the norm
     heads: tuple[Tensor, Tensor, Tensor]  # q, k, v (B, T, heads, D); q and k before their norms, if they have any
@@ -165,7 +167,7 @@ class _Intermediates(NamedTuple):
 
 
 def _under_autocast(x: Tensor, form: _Form) -> Tensor:
-    """Run under autocast: norm and residual in the dtype of x, everything between in autocast's dtype."""
+    """Run under autocast: norm and residual in the dtype of x, everything in between in autocast's dtype."""
     block, pattern, rope, residual, wanted = form
     dtype = torch.get_autocast_dtype(x.device.type)
     n = x if block.norm is None else norm.normalize(x, block.norm)
@@ -202,7 +204,7 @@ def _forward(x: Tensor, form: _Form) -> tuple[Tensor, _Intermediates]:
 
 
 def _normalize(part: Tensor, own: Norm | None, block: SelfAttention) -> tuple[Tensor, Sequence[Tensor]]:
-    """Apply a q or k norm to `part` (B, T, heads, D), per head or per row; returns the result and its statistics."""
+    """Apply a q or k norm to `part` (B, T, heads, D), per head or per row; return the result and its statistics."""
     if own is None:
         return part, ()
     n, stats = own.forward(_rows(part, own, block))
@@ -232,10 +234,10 @@ class _AttentionBlock(torch.autograd.Function):
             y, made = _forward(x, form)
         ins, outs = made.groups
         (ins_form, inputs), (outs_form, output) = ins.pack(), outs.pack()
-        # if neither x nor an input projection is trained, no gradient flows through the attention
+        # if neither x nor any input projection needs a gradient, no gradient flows through the attention
         deep = ctx.needs_input_grad[0] or ins_form.is_trained
         wants_x = ins.needs_x or (form.block.norm is not None and ctx.needs_input_grad[0])
-        whole = deep and made.saved[0] is not None  # needed by the attention backward
+        whole = deep and made.saved[0] is not None  # needed by the attention's backward pass
         out = made.out if whole else form.picked(made.out) if outs.needs_x else None
         through = [[x if wants_x else None, *made.saved], made.heads, made.stats, *made.own, inputs]
         parts = [[out, made.record], output, *(through if deep else ())]
@@ -294,7 +296,7 @@ def _back_to_projections(
     else:
         made = [given.new_empty(len(given), width) for width in block.widths]
     by_head = block.heads(made, *shape[:2])
-    # only the flash backward needs the full output; its forward also saved row statistics
+    # only the backward pass of flash needs the full output; its forward pass also saved row statistics
     out = None if saved[0] is None or saved[1] is None else saved[0].view(shape).transpose(1, 2)
     dq, dk, dv = (grad.transpose(1, 2) for grad in by_head)
     q, k, v = (operand.transpose(1, 2) for operand in operands)
@@ -309,7 +311,7 @@ def _back_to_projections(
 
 
 def _as_attended(part: Tensor, stats: Sequence[Tensor], own: Norm | None, form: _Form) -> Tensor:
-    """Return q, k or v (B, T, heads, D) as the attention used it; a part with a norm was saved before that norm."""
+    """Return q, k or v (B, T, heads, D) as the attention received it; parts with a norm were saved before the norm."""
     if own is None:
         return part
     n = own.recompute(_rows(part, own, form.block), stats).view(part.shape)

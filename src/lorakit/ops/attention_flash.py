@@ -1,8 +1,8 @@
 """Attention with PyTorch's flash kernels, forward and backward.
 
 On a CPU, the kernel is called once per packed sequence. On CUDA, one call computes a dense batch, or all sequences of a
-pack; the kernel reads heads in the layout of the projections and supports grouped heads and windows. Lengths and
-offsets come from Python integers, so no call synchronizes the device.
+pack; the kernel reads heads in the layout that the projections produce, and supports grouped heads and windows. Lengths
+and offsets come from Python integers, so no call synchronizes the device.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ WIDEST = 256
 def takes(q: Tensor, v: Tensor, pattern: Pattern) -> bool:
     """Return whether the device of q has a flash kernel that supports the pattern.
 
-    The pattern must have no softcap or dropout, and q and v must have the same width; on a CPU, no window is supported;
-    on CUDA, no bias, only fp16 and bf16, and only some widths. Shapes: q (B, H, T, D), v (B, KV, T, E).
+    The pattern must have no softcap and no dropout, and q and v must have the same width. On a CPU, windows are not
+    supported; on CUDA, a bias is not, and only fp16, bf16 and some widths are. Shapes: q (B, H, T, D), v (B, KV, T, E).
     """
     width = q.shape[3]
     if pattern.softcap is not None or pattern.dropout > 0 or width != v.shape[3]:
@@ -45,8 +45,8 @@ def takes(q: Tensor, v: Tensor, pattern: Pattern) -> bool:
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, T, D), stored as (B, T, H, D), and the log-sum-exp of each row (B, H, T), fp32 or wider.
 
-    Shapes: q (B, H, T, D), k and v (B, KV, T, D), any strides with a contiguous D; shared heads are expanded by
-    strides, not copied.
+    Shapes: q (B, H, T, D), k and v (B, KV, T, D), with any strides as long as D is contiguous; shared heads are
+    expanded through strides, not copied.
     """
     batch, heads, tokens, width = q.shape
     out = torch.empty(batch, tokens, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
@@ -81,7 +81,7 @@ def backward(dout: Tensor, operands: Operands, saved: tuple[Tensor, Tensor], int
 
 
 def _parts(q: Tensor, k: Tensor, pattern: Pattern) -> Iterator[_Part]:
-    """Yield parts with one sequence each: of all batch rows, or of one row if heads are shared."""
+    """Yield parts with one sequence each: from all batch rows, or from one row at a time if heads are shared."""
     for piece in pieces(q.shape[0], q.shape[2], pattern, rows_at_once=q.shape[0], join=0):
         if q.shape[1] == k.shape[1]:
             yield _Part(piece.batch, piece.tokens)
@@ -90,7 +90,7 @@ def _parts(q: Tensor, k: Tensor, pattern: Pattern) -> Iterator[_Part]:
 
 
 def _grouped(x: Tensor, k: Tensor, part: _Part) -> Tensor:
-    """Return a part of x (B, H, T, D) as (b, H, t, D), or (KV, G, t, D) if G heads share each head of k; a view."""
+    """Return a view of a part of x (B, H, T, D): (b, H, t, D), or (KV, G, t, D) if G heads share each head of k."""
     cut = x[part.batch, :, part.tokens]
     return cut.unflatten(0, (k.shape[1], -1)) if isinstance(part.batch, int) else cut
 
@@ -117,7 +117,7 @@ aten = torch.ops.aten
 
 
 def forward_on_cuda(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """Return the output (B, H, T, D), stored as (B, T, H, D), and the log-sum-exp of the rows in fp32.
+    """Return the output (B, H, T, D), stored as (B, T, H, D), and the log-sum-exp of each row in fp32.
 
     Shapes: q (B, H, T, D), k and v (B, KV, T, D) with a contiguous D. The log-sum-exp is (B, H, T), or (H, B·T) for a
     pack.

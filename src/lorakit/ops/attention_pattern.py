@@ -1,4 +1,4 @@
-"""Attention patterns (which token attends to which), and the pieces in which attention over a pattern is computed."""
+"""Attention patterns (which tokens attend to which), and the pieces into which an attention computation is split."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Operands = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Pattern:
-    """Mask, scaling and dropout of an attention.
+    """Mask, scaling and dropout of an attention computation.
 
     Attributes:
         causal: Whether a token sees only itself and earlier tokens.
         scale: Factor on q·kᵀ; None means 1/√D.
-        window: Sliding window, as in transformers: a token sees the last `window` tokens including itself if causal,
-            otherwise the tokens at a distance of at most `window`.
+        window: Sliding window, as in transformers: if causal, a token sees the last `window` tokens, including itself;
+            otherwise, it sees the tokens at a distance of at most `window`.
         softcap: c in c·tanh(score/c), applied to the scaled scores before the softmax.
-        segments: Lengths of packed sequences along T, the same in each batch row; sequences do not see each other.
+        segments: Lengths of packed sequences along T, the same in each batch row; tokens do not see other sequences.
         dropout: Probability that an attention weight is zeroed; the others are divided by 1 − dropout.
-        bias: Frozen tensor added to the capped scores, (B, H, T, T) or with 1 in any of the first three dimensions; −∞
-            masks padding. The caller must ensure that each token sees at least one.
+        bias: Frozen tensor added to the capped scores, (B, H, T, T), where any of the first three sizes may be 1; −∞
+            masks padding. The caller must ensure that each token sees at least one token.
         method: "flash" uses PyTorch's flash kernel, "matmul" batched matmuls over blocks of query rows, and
             "matmul_fp32" the same with operands upcast to fp32; "auto" chooses by length or by autotuning results.
     """
@@ -65,14 +65,14 @@ class Pattern:
         return low, high
 
     def bounds(self, lengths: tuple[int, ...], start: int, stop: int, low: int) -> Tensor:
-        """Return the range [low, high) that each row in [start, stop) of packed sequences sees, int32 (2, rows).
+        """Return the range [low, high) of positions that each row in [start, stop) of packed sequences sees.
 
-        Positions are relative to `low`. The tensor is cached and shared: do not write to it.
+        The result is int32 (2, rows), relative to `low`. The tensor is cached and shared: do not write to it.
         """
         return _bounds(lengths, start, stop, low, self.causal, self.window)
 
     def allowed(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Return a boolean mask (n, m): whether the positions `queries` (n,) see the positions `keys` (m,)."""
+        """Return a boolean mask (n, m): whether each position in `queries` (n,) sees each position in `keys` (m,)."""
         distance = queries.unsqueeze(1) - keys
         seen = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
         if self.window is not None:
@@ -83,7 +83,7 @@ class Pattern:
         """Check that q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E) are valid operands under this pattern.
 
         Raises:
-            ValueError: Shapes or dtypes do not match, segments do not fill T, or a value of the pattern is out of
+            ValueError: Shapes or dtypes do not match, segments do not fill T, or a value in the pattern is out of
                 range.
         """
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
@@ -143,7 +143,7 @@ def _bounds(lengths: tuple[int, ...], start: int, stop: int, low: int, causal: b
 
 
 class Piece(NamedTuple):
-    """Part of an attention that can be computed separately: batch rows × tokens, which hold sequences of `lengths`."""
+    """Part of an attention computation that can run separately: batch rows × tokens, in sequences of `lengths`."""
 
     batch: slice
     tokens: slice
@@ -151,7 +151,7 @@ class Piece(NamedTuple):
 
 
 def pieces(batch: int, tokens: int, pattern: Pattern, rows_at_once: int, join: int) -> Iterator[Piece]:
-    """Yield all pieces: one sequence each, or several adjacent short ones with at most `join` tokens in total."""
+    """Yield all pieces: one sequence each, or several short adjacent ones with at most `join` tokens in total."""
     start = 0
     gathered: list[int] = []
     for length in (*pattern.lengths(tokens), None):

@@ -1,10 +1,10 @@
-"""Attention by batched matmuls, one block of query rows at a time.
+"""Attention computed by batched matmuls, one block of query rows at a time.
 
-Formulas [docs/math.md (81)] and [docs/math.md (82)]. Heads of q that share a head of k become additional rows of one
-matmul, so k and v are not repeated. A block computes only the columns its pattern can see: a causal mask skips most of
-the upper triangle, a window computes only the band. All blocks share one score buffer. The backward recomputes the
-scores, so neither a T × T tensor nor softmax statistics are saved. Dropout is drawn once for the concatenated scores of
-all blocks, and only a seed is saved.
+Formulas: [docs/math.md (81)] and [docs/math.md (82)]. Heads of q that share a head of k become additional rows of one
+matmul, so k and v are not repeated. A block computes only the columns that its rows can see: a causal mask skips most
+of the upper triangle, and with a window only the band is computed. All blocks share one score buffer. The backward pass
+recomputes the scores, so neither a T × T tensor nor softmax statistics are saved. Dropout is drawn once for the
+concatenated scores of all blocks, and only a seed is saved.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from lorakit.ops.dropout import apply_dropout, draw_record, zero_
 from lorakit.ops.kernels import kernels_for
 
 BLOCK = 64  # query rows per block: enough for efficient matmuls, few enough to skip most of the triangle
-SCORES = 2**22  # maximum elements in the score buffer, unless a block would then have fewer than 8 rows
-TOGETHER = 2**20  # maximum scores of batch rows that are computed together, so that they fit in the cache
-# the same limits on other devices, where each piece costs kernel launches and cache size does not matter
+SCORES = 2**22  # maximum number of elements in the score buffer, unless a block would then have fewer than 8 rows
+TOGETHER = 2**20  # maximum number of scores in batch rows that are computed together, so that they fit in the cache
+# the same three limits for other devices, where each piece costs kernel launches and cache size does not matter
 ON_DEVICES = (512, 2**28, 2**28)
 
 
@@ -37,7 +37,7 @@ class _Block(NamedTuple):
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor | None]:
-    """Return softmax(scores)·v (B, H, T, E), stored as (B, T, H, E), and the dropout record of the weights, or None.
+    """Return softmax(scores)·v (B, H, T, E), stored as (B, T, H, E), and the dropout record of the weights or None.
 
     Shapes: q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E).
     """
@@ -142,7 +142,7 @@ class _Scores:
         ]
 
     def weights(self, rows: Tensor, keys: Tensor, piece: Piece, block: _Block) -> tuple[Tensor, Tensor | None]:
-        """Return the softmax of the block's scores (Z, G·n, m), and their tanh if softcapped; both in buffers."""
+        """Return the softmax of the block's scores (Z, G·n, m) and, with a softcap, their tanh, in reused buffers."""
         seen, cap = keys[:, block.low : block.high], self.pattern.softcap
         scores = self._buffer(0, rows, seen)
         scale = self.scale if cap is None else self.scale / cap
@@ -170,7 +170,7 @@ class _Scores:
     def backward(
         self, dy: Tensor, values: Tensor, weights: Tensor, capped: Tensor | None, zero: Tensor | None
     ) -> Tensor:
-        """Return the gradient of the scaled scores (Z, G·n, m); dy (Z, G·n, E) is that of the output rows."""
+        """Return the gradient of the scaled scores (Z, G·n, m); dy (Z, G·n, E) is the output rows' gradient."""
         ds = self._buffer(2, dy, values)
         torch.baddbmm(ds, dy, values.transpose(1, 2), beta=0, alpha=self.share, out=ds)
         if zero is not None:
@@ -192,13 +192,13 @@ class _Scores:
         return self.buffers[which][:count].view(shape)
 
     def _bounds(self, piece: Piece, block: _Block, begin: int) -> tuple[Tensor, Tensor]:
-        """Return low and high, int32 (n,) each: a row of a block sees the positions [begin + low, begin + high)."""
+        """Return low and high, both int32 (n,): a row of the block sees the positions [begin + low, begin + high)."""
         bounds = self.pattern.bounds(piece.lengths, block.start, block.stop, begin)
         low, high = bounds.to(self.device, non_blocking=True)
         return low, high
 
     def _bias(self, piece: Piece, block: _Block, begin: int, dtype: torch.dtype) -> Tensor:
-        """Return a bias (n, m) over the positions from `begin` to the block's last: 0 if a row sees one, else −∞.
+        """Return a bias (n, m) for the positions from `begin` to the block's last one: 0 where a row sees it, else −∞.
 
         All rows see the positions before `begin`.
         """
@@ -218,7 +218,7 @@ def _cut(x: Tensor, piece: Piece) -> Tensor:
 
 
 def _rows(x: Tensor, block: _Block, keys: Tensor) -> Tensor:
-    """Return the rows of a block with the heads that share a key head in one matrix: (b, H, T, D) -> (b·KV, G·n, D)."""
+    """Return a block's rows, merging heads that share a key head into one matrix: (b, H, T, D) -> (b·KV, G·n, D)."""
     return x[:, :, block.start : block.stop].reshape(len(keys), -1, x.shape[3])
 
 

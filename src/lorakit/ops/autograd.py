@@ -1,4 +1,4 @@
-"""Helpers for all fused operations: a typed autograd context, autocast queries, and reshaping to rows and back."""
+"""Helpers for the fused operations: a typed autograd context, autocast handling, and reshaping to rows and back."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ State = TypeVar("State")
 
 
 class Context(Protocol[State]):
-    """Type of the context that PyTorch passes to the forward and backward of an autograd function.
+    """Type of the context that PyTorch passes to the forward and backward methods of an autograd function.
 
     Attributes:
-        needs_input_grad: Whether each argument of the forward needs a gradient.
+        needs_input_grad: Whether each argument of the forward method needs a gradient.
         saved_tensors: Tensors that were passed to `save_for_backward`.
-        state: Other data that the forward passes to the backward.
+        state: Other data that the forward method stores for the backward method.
     """
 
     needs_input_grad: tuple[bool, ...]
@@ -25,13 +25,13 @@ class Context(Protocol[State]):
     state: State
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
-        """Save tensors of any shape (inputs, outputs or intermediates) for the backward."""
+        """Save tensors of any shape (inputs, outputs or intermediates) for the backward pass."""
 
     def mark_dirty(self, *tensors: Tensor) -> None:
-        """Mark inputs (any shape) as changed in place by the forward."""
+        """Mark inputs (any shape) as modified in place by the forward method."""
 
     def set_materialize_grads(self, value: bool) -> None:
-        """Set whether the backward gets zeros instead of None for outputs without a gradient."""
+        """Set whether the backward method receives zeros instead of None for outputs without a gradient."""
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -40,7 +40,7 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 
 
 def is_cast_by_autocast(x: Tensor) -> bool:
-    """Return whether autocast changes the dtype of x (any shape); it never casts float64."""
+    """Return whether autocast would cast x (any shape); it never casts float64."""
     device = x.device.type
     return torch.is_autocast_enabled(device) and x.dtype not in (torch.get_autocast_dtype(device), torch.float64)
 
@@ -51,16 +51,16 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Return a context without autocast on the device of x (any shape), for operations that cast explicitly."""
+    """Return a context manager that disables autocast on the device of x (any shape) for code that casts explicitly."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def rows(x: Tensor) -> Tensor:
-    """Return x (…, in) as contiguous rows (N, in), as a view if possible."""
+    """Return x (…, in) as contiguous rows (N, in); a view if possible."""
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def unflat(y: Tensor, like: Tensor) -> Tensor:
-    """Reshape rows y (N, out) to the leading dimensions of `like` (…, in)."""
+    """Reshape rows y (N, out) to have the leading dimensions of `like` (…, in)."""
     return y.view(*like.shape[:-1], y.shape[-1])

@@ -1,13 +1,13 @@
-"""Autotuned kernel choices: the method that computes an operation, by shape.
+"""Autotuned kernel choices: which method computes an operation of a given shape.
 
 Choices map the name of a shape to a method that `lorakit.speed.tuning` measured to be faster than the default on this
-machine. All other shapes, and all shapes while no choices are active, use the default method. Methods agree up to
-rounding.
+machine. All other shapes, and all shapes while no choices are active, use the default method. All methods give the same
+results up to rounding.
 
-The default can be slow for two reasons. Some libraries run some matmul shapes at half speed on all rows at once, but at
-full speed on slices of rows (oneDNN with bf16 on processors with matrix units). And processors with bf16 dot products
-but no matrix units run bf16 matmuls more slowly than fp32 ones; there, operands are upcast block by block, and the sum
-is rounded once, as in a bf16 matmul.
+The default can be slow for two reasons. First, some libraries compute certain matmul shapes at half speed if given all
+rows at once, but at full speed if given slices of rows (oneDNN with bf16 on processors with matrix units). Second,
+processors with bf16 dot products but no matrix units run bf16 matmuls more slowly than fp32 ones; on these processors,
+the operands are upcast block by block, and the sum is rounded only once, as in a bf16 matmul.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 ROWS = (768, 1024, 1280, 1536, 2048, 3072, 4096)
-"""Row counts for which matmuls are measured; other counts use the next larger one. Up to `SLICES[0]` rows, and above
-the largest count, all rows are computed at once.
+"""Row counts for which matmuls are measured; any other count uses the result for the next larger one. With at most
+`SLICES[0]` rows, or more than the largest count, all rows are computed at once.
 """
 
 SLICES = (512, 256)
-"""Slice sizes in rows that may be chosen instead of computing all rows at once."""
+"""Slice sizes, in rows, that autotuning may choose instead of computing all rows at once."""
 
 FEWEST_IN_FP32 = 128
-"""Minimum rows for a matmul in fp32: with fewer, upcasting the weight costs more than it saves."""
+"""Minimum number of rows for a matmul in fp32; with fewer, upcasting the weight costs more than it saves."""
 
 NARROW = (torch.bfloat16, torch.float16)
 """Dtypes whose matmuls may be slower than fp32 matmuls."""
@@ -38,19 +38,23 @@ IN_FP32 = " through fp32"  # prose-check: ok
 """Suffix of the names of fp32 choices; checkpoints and the cache store these names."""
 
 BLOCK = 2048
-"""Rows and columns of the weight blocks that are upcast at a time, so that the head is never copied to fp32 in full."""
+"""Height and width of the weight blocks that are upcast one at a time, so that the output head is never copied to fp32
+in full.
+"""
 
 LENGTHS = (256, 512, 1024, 2048)
-"""Sequence lengths in tokens for which attention is measured; the longest sequence uses the next smaller one."""
+"""Sequence lengths, in tokens, for which attention is measured; the longest sequence of a batch uses the result for the
+next smaller length.
+"""
 
-# Per thread and context, not per process: the choices of one run must not affect the next run, or another thread in the
-# middle of a step. A CPU backward runs in the thread that calls it.
+# Per thread and context, not per process: the choices of one run must not affect the next run, or another thread that
+# is in the middle of a step. On a CPU, a backward pass runs in the thread that calls it.
 _ACTIVE: ContextVar[Mapping[str, int]] = ContextVar("lorakit_choices", default=MappingProxyType({}))
 
 
 @contextlib.contextmanager
 def activate(choices: Mapping[str, int]) -> Iterator[None]:
-    """Activate choices for this thread within a context, which must span whole steps.
+    """Activate choices in this thread for the duration of a context, which must span whole steps.
 
     Args:
         choices: Shape name -> value: for a matmul, the slice size in rows; for an fp32 choice, 1; for attention, 1 for
@@ -72,7 +76,7 @@ def to_strings(choices: Mapping[str, int]) -> list[str]:
     """Format choices as a sorted list of strings, for checkpoints and logs.
 
     Args:
-        choices: As for `activate`.
+        choices: Shape name -> value, as for `activate`.
     """
     return [f"{name}: {value}" for name, value in sorted(choices.items())]
 
@@ -88,11 +92,11 @@ def from_strings(stored: object) -> dict[str, int]:
 
 
 def matmul(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-    """Compute x·right, or plus + x·right, as (N, out) with the active method, without autograd.
+    """Compute x·right, or plus + x·right, (N, out), with the active method and without autograd.
 
     Args:
         x: Rows (N, in).
-        right: Weight (in, out), any strides, in the dtype of x, or narrower if x is fp32.
+        right: Weight (in, out) with any strides, in the dtype of x, or in a narrower one if x is fp32.
         out: Output tensor (N, out); None allocates it.
         plus: Tensor to add, (out,) or (N, out); may be `out`.
     """
@@ -110,11 +114,12 @@ def matmul(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | N
 
 
 def matmul_dtype(rows: int, weights: Sequence[Tensor], dtype: torch.dtype) -> torch.dtype:
-    """Return fp32 if matmuls of `rows` rows with all these weights run in fp32, else `dtype`.
+    """Return fp32 if matmuls of `rows` rows with all of these weights run in fp32, else `dtype`.
 
     Args:
-        rows: Rows of the input.
-        weights: Weights in either orientation; forward and backward use both, so both are looked up.
+        rows: Number of input rows.
+        weights: Weights in either orientation. Both orientations are looked up, because the forward pass uses one and
+            the backward pass the other.
         dtype: Dtype of the rows.
     """
     chosen = _chosen()
@@ -140,7 +145,7 @@ def matmul_in_slices(
 def matmul_in_fp32(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
     """Compute `matmul` with upcast operands, rounding the sum once: x (N, in), right (in, out) -> (N, out).
 
-    If x is fp32, `plus` and the result are too.
+    If x is fp32, so are `plus` and the result.
     """
     if out is None:
         out = x.new_empty(len(x), right.shape[1])
@@ -168,13 +173,14 @@ def _at_once(x: Tensor, right: Tensor, out: Tensor | None, plus: Tensor | None) 
 
 
 def slices(rows: int, size: int) -> Iterator[slice]:
-    """Yield slices of about equal size, at most `size` rows each.
+    """Yield slices of about equal size, with at most `size` rows each.
 
-    Equal sizes avoid a short last slice, which would take as long as a full one. All but the last are multiples of 16.
+    Equal sizes avoid a short last slice, which would take as long as a full one. All sizes but the last are multiples
+    of 16.
 
     Args:
-        rows: Total rows.
-        size: A multiple of 16.
+        rows: Total number of rows.
+        size: Maximum number of rows in a slice, a multiple of 16.
     """
     count = max(-(-rows // size), 1)
     step = max(min(-(-rows // (16 * count)) * 16, size), 1)
@@ -182,13 +188,13 @@ def slices(rows: int, size: int) -> Iterator[slice]:
 
 
 def attention_method(q: Tensor, v: Tensor, causal: bool, longest: int, default: str) -> str:
-    """Return the attention method for these tensors: a `Pattern.method` except "auto".
+    """Return the attention method for these tensors: any value of `Pattern.method` except "auto".
 
     Args:
         q: Queries (B, H, T, D).
         v: Values (B, KV, T, D).
         causal: Whether a token sees only itself and earlier tokens.
-        longest: Tokens of the longest sequence.
+        longest: Length of the longest sequence in tokens.
         default: Method to return if there is no active choice.
     """
     chosen = _chosen()
@@ -209,7 +215,7 @@ def matmul_name(rows: int, right: Tensor) -> str:
 
 
 def fp32_name(right: Tensor) -> str:
-    """Return the name of the fp32 choice for matmuls with right (in, out), whatever the number of rows."""
+    """Return the name of the fp32 choice for matmuls with right (in, out) and any number of rows."""
     inner, outer = (min(size, BLOCK) for size in right.shape)
     return fp32_choice(f"product {inner}x{outer} {_stored(right)}")
 
@@ -224,7 +230,7 @@ def _stored(right: Tensor) -> str:
 
 
 def attention_name(heads: tuple[int, int, int], dtype: torch.dtype, causal: bool, longest: int) -> str:
-    """Return the shape name of attention with (heads of q, heads of k, width), or "" if the length is not tuned."""
+    """Return the shape name of attention with (heads of q, heads of k, width), or "" if that length is not tuned."""
     counted = [length for length in LENGTHS if length <= longest < 2 * length]
     if not counted:
         return ""

@@ -1,8 +1,8 @@
-"""Fused output head and cross-entropy: full logits are never stored, and rows without a label are skipped.
+"""Fused output head and cross-entropy: the full logits are never stored, and rows without a label are skipped.
 
 The labeled rows are processed in chunks; while a chunk's logits exist, the gradient of h is computed from them too, so
-that the backward only scales it. Head and loss cost two matmuls of the labeled rows with W, and the memory of one chunk
-of logits.
+that the backward pass only has to scale it. The head and the loss cost two matmuls of the labeled rows with W, and the
+memory for one chunk of logits.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ IGNORED = -100
 """Label of rows that are excluded from the loss, as in PyTorch."""
 
 CPU_CHUNK, OTHER_CHUNK = (256, 48 << 20), (4096, 256 << 20)
-"""Maximum rows per chunk, and maximum bytes of its logits. W is read twice per chunk: on a CPU, reading it takes longer
-than the matmuls if a chunk has fewer than about 100 rows; more than 256 rows gain little. Accelerators need more rows.
+"""Maximum number of rows per chunk, and maximum size of its logits in bytes. W is read twice per chunk: on a CPU, this
+takes longer than the matmuls if a chunk has fewer than about 100 rows, and more than 256 rows gain little. Accelerators
+need more rows.
 """
 ROWS_PER_THREAD = 4
-"""Rows that a thread converts to gradients at a time, so that their fp32 copy stays in its cache."""
+"""Number of rows that a thread converts to gradients at a time, so that their fp32 copy stays in the thread's cache."""
 SMALLEST = {torch.float32: 1e-30, torch.float64: 1e-290}
-"""Smallest probability whose logarithm is taken directly; smaller ones have theirs computed from the logits."""
+"""Smallest probability whose logarithm is taken directly; for smaller ones, it is computed from the logits."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Head:
     Attributes:
         W: (V, d), in the dtype of the hidden states.
         bias: (V,), frozen, or None.
-        scale: Factor of the logits (Cohere's `logit_scale`, 1/`logits_scaling` of Granite).
-        softcap: Bound of the logits (Gemma-2's `final_logit_softcapping`), or None.
+        scale: Factor on the logits (`logit_scale` in Cohere, 1/`logits_scaling` in Granite).
+        softcap: Bound on the logits (`final_logit_softcapping` in Gemma 2), or None.
     """
 
     W: Tensor
@@ -60,16 +61,16 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Compute the cross-entropy of the labels under the softmax of the head's logits, [docs/math.md (75)].
 
-    Matmuls run in the dtype of h, or autocast's. Saved for backward: the gradient of the labeled rows and their
-    indices.
+    Matmuls run in the dtype of h, or in autocast's. Saved for the backward pass: the gradient of the labeled rows and
+    their indices.
 
     Args:
         h: Hidden states (..., d), already shifted: row i predicts labels[i].
-        head: Head that computes logits (V). W gets a gradient only if it requires one.
-        labels: (...) integers below V, on the device of h or on the CPU; rows with `ignore_index` are excluded.
+        head: Head that computes the logits (..., V). W receives a gradient only if it requires one.
+        labels: Integers (...) below V, on the device of h or on the CPU; rows with `ignore_index` are excluded.
         total: Divisor of the summed losses; None for the number of labeled rows, which gives NaN if there are none.
         ignore_index: Label of excluded rows.
-        chunk: Maximum rows whose logits exist at a time; None chooses by vocabulary size.
+        chunk: Maximum number of rows whose logits exist at the same time; None chooses it by vocabulary size.
 
     Returns:
         The loss, a scalar in fp32, or in float64 if h is.
@@ -77,8 +78,8 @@ def linear_cross_entropy(
     Raises:
         ValueError: Shapes, dtypes, labels or options are invalid, or the bias of the head requires a gradient.
 
-    Source: chunking, and gradients in the forward, follow Liger's fused linear cross-entropy, Hsu et al. 2024,
-    arXiv:2410.10989, section 3.2, here for a frozen W.
+    Source: chunking, and computing gradients in the forward pass, follow Liger's fused linear cross-entropy, Hsu et al.
+    2024, arXiv:2410.10989, section 3.2; W is usually frozen here.
     """
     if torch.is_autocast_enabled(h.device.type):
         bias = None if head.bias is None else autocast(head.bias)
@@ -115,7 +116,7 @@ class Trained(NamedTuple):
         head: Head that computes the logits.
         labels: Labels of the labeled rows, (n,).
         rows: Indices of the labeled rows in h, (n,); None if all rows are labeled.
-        chunk: Maximum rows per chunk.
+        chunk: Maximum number of rows per chunk.
     """
 
     h: Tensor
@@ -125,9 +126,9 @@ class Trained(NamedTuple):
     chunk: int
 
     def run(self, need_dh: bool, need_dW: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the sum of the losses (scalar) and its gradients: for the labeled rows of h (n, d), and for W (V, d).
+        """Return the sum of the losses (scalar) and its gradients for the labeled rows of h (n, d) and for W (V, d).
 
-        Both gradients lack the factor `head.scale`; that of W is in fp32 or wider.
+        Both gradients lack the factor `head.scale`; the one for W is in fp32 or wider.
         """
         h, (W, bias), n = self.h.detach(), (self.head.W.detach(), self.head.bias), len(self.labels)
         losses = h.new_empty(n, dtype=upcast_dtype(h.dtype))
@@ -151,8 +152,8 @@ class Trained(NamedTuple):
 class _Softmax:
     """Compute losses from rows of logits, and replace the logits with the gradient of the summed losses.
 
-    A few rows at a time are processed in a buffer that stays in the cache: upcast, softmax, subtract 1 at the label,
-    round.
+    A few rows at a time are processed in a buffer that stays in the cache: they are upcast, softmax is applied, 1 is
+    subtracted at the label, and the result is rounded.
     """
 
     def __init__(self, head: Head, logits: Tensor, *, gradients: bool) -> None:
@@ -168,7 +169,7 @@ class _Softmax:
         self.widened = None if logits.dtype == dtype else torch.empty_like(self.probabilities)
 
     def to_gradient(self, z: Tensor, labels: Tensor, losses: Tensor) -> None:
-        """Write the losses (c,) for logits z (c, V), and replace z with its gradient."""
+        """Write the losses for logits z (c, V) to `losses` (c,), and replace z with its gradient."""
         if self.kernels is not None:
             self.kernels.cross_entropy(z, labels, self.scale, self.gradients, losses, self.cap)
             return
@@ -197,7 +198,7 @@ class _Softmax:
 
 
 _State = tuple[float, int, torch.dtype]
-"""Scale of the head, rows of h, dtype of W."""
+"""Scale of the head, number of rows of h, and dtype of W."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """Dropout that draws the dropped positions instead of one random number per element.
 
-Only a seed is saved, from which the backward regenerates the positions.
+Only a seed is saved, from which the backward pass regenerates the positions.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ FEW = 1e-3  # below this probability, the gaps are computed in float64: fp32 is 
 
 
 def draw_positions(count: int, p: float, device: torch.device | str) -> Tensor:
-    """Draw the sorted positions below `count` to drop, each independently with probability p, int64 (dropped,).
+    """Draw the positions to drop among `count` elements, each independently with probability p.
 
-    The seed is drawn from torch's default generator. p is exact to 2⁻²⁴.
+    The positions are sorted, int64 (dropped,). The seed is drawn from torch's default generator. p is exact to 2⁻²⁴.
 
     Raises:
         ValueError: p is not in [0, 1].
@@ -30,7 +30,7 @@ def draw_positions(count: int, p: float, device: torch.device | str) -> Tensor:
 
 
 def draw(like: Tensor, p: float) -> Tensor:
-    """Draw a dropout record, to be saved for backward, for a tensor with the size and device of `like` (any shape).
+    """Draw a dropout record to save for the backward pass, for a tensor with the size and device of `like` (any shape).
 
     The record is a seed, uint64 (1,), on a CPU and on devices with kernels. On other devices, and under a compiler,
     which does not support data-dependent sizes, it is a boolean mask (elements,), true for dropped elements.
@@ -46,12 +46,12 @@ def draw_record(count: int, p: float, device: torch.device) -> Tensor:
 
 
 def zero_(owned: Tensor, record: Tensor, p: float) -> Tensor:
-    """Zero the dropped elements of a contiguous tensor (any shape), in place."""
+    """Zero the elements of a contiguous tensor (any shape) that a record drops, in place."""
     return apply_dropout(owned, record, p, out=owned)
 
 
 def apply_dropout(x: Tensor, record: Tensor, p: float, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
-    """Write scale·x (any shape, contiguous), with the dropped elements zeroed, to `out`, which may be x; return it.
+    """Write scale·x (any shape, contiguous), with the dropped elements zeroed, to `out`, which may be x; return `out`.
 
     If `out` is None, it is allocated, and x may have any strides.
     """
@@ -76,7 +76,7 @@ def positions(record: Tensor, count: int, p: float, device: torch.device | str =
     """Return the sorted positions that a record drops among `count` elements, int64 (dropped,), [docs/math.md (70)].
 
     The gaps between dropped positions are geometrically distributed, so about p·count draws suffice instead of count.
-    From the same seed, kernels and PyTorch draw different positions.
+    Given the same seed, kernels and PyTorch draw different positions.
 
     Raises:
         ValueError: p is not in [0, 1].
@@ -95,9 +95,9 @@ def positions(record: Tensor, count: int, p: float, device: torch.device | str =
 
 
 def dropout_add(owned: Tensor, x: Tensor | None, p: float) -> tuple[Tensor, Tensor | None]:
-    """Compute x + dropout(owned), written over `owned`; returns the result and the dropout record.
+    """Write x + dropout(owned) over `owned`; return the result and the dropout record.
 
-    owned and x are (N, d), contiguous; x may be None. The record is None if p = 0.
+    owned and x are (N, d) and contiguous; x may be None. The record is None if p = 0.
     """
     if p == 0:
         return owned if x is None else owned.add_(x), None
@@ -107,15 +107,16 @@ def dropout_add(owned: Tensor, x: Tensor | None, p: float) -> tuple[Tensor, Tens
 
 
 def dropout_add_backward(dy: Tensor, record: Tensor | None, p: float) -> Tensor:
-    """Return the gradient of `owned` in `dropout_add` from dy (N, d), that of the output; dy itself if p was 0."""
+    """Return the gradient of `owned` in `dropout_add` for an output gradient dy (N, d); if p was 0, it is dy itself."""
     return dy if record is None else apply_dropout(dy, record, p, 1 / (1 - p))
 
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
-    """Apply dropout to x (any shape): zero each element with probability p, divide the others by 1 − p.
+    """Apply dropout to x (any shape): zero each element with probability p, and divide the others by 1 − p.
 
-    The distribution is that of `torch.nn.functional.dropout`, [docs/math.md (70)], which is called under a compiler, if
-    p = 1, and on other devices than a CPU without kernels. Otherwise, a record from `draw` is saved for backward.
+    The distribution is that of `torch.nn.functional.dropout`, [docs/math.md (70)]. That function is called under a
+    compiler, if p = 1, and on accelerators without kernels. Otherwise, a record from `draw` is saved for the backward
+    pass.
 
     Raises:
         ValueError: p is not in [0, 1].
@@ -145,14 +146,14 @@ class _Dropout(torch.autograd.Function):
 
 
 def _seed(device: torch.device | str) -> Tensor:
-    """Draw a seed, uint64 (1,), on a device from torch's default generator for it."""
+    """Draw a seed, uint64 (1,), on a device, from torch's default generator for that device."""
     return torch.empty(1, dtype=torch.int64, device=device).random_(-(2**63), None).view(torch.uint64)
 
 
 def _gaps(count: int, p: float, generator: torch.Generator) -> Tensor:
     """Return the dropped positions; the gaps between them are drawn from the generator."""
     expected = count * p
-    # enough to reach the end, except about once in thousands of calls
+    # enough to reach the end in all but about one in several thousand calls
     draws = int(expected + 4 * math.sqrt(expected)) + 8
     exact, whole = (torch.float32, torch.int32) if p >= FEW else (torch.float64, torch.int64)
     steps = torch.empty(0, dtype=whole, device=generator.device)

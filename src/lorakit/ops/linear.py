@@ -1,4 +1,4 @@
-"""Frozen linear modules with LoRA that share one input, as one autograd function."""
+"""One autograd function for frozen linear modules with LoRA that share an input."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lorakit.ops.kernels.protocol import DropoutMatmuls
 
 
 def linears(x: Tensor, group: Sequence[Adapted]) -> tuple[Tensor, ...]:
-    """Return the outputs (…, out) of linear modules with adapters that share the input x (…, in), [docs/math.md (71)].
+    """Return the outputs (…, out) of adapted linear modules that share the input x (…, in), [docs/math.md (71)].
 
-    Gradients go to x and to each A and B, in their dtypes; matmuls run in the dtype of x, or autocast's. Saved for
-    backward: x, a (tokens, r) activation per adapter, and dropout records.
+    Gradients flow to x and to each A and B, each in its own dtype; matmuls run in the dtype of x, or in autocast's.
+    Saved for the backward pass: x, a (tokens, r) activation per adapter, and dropout records.
 
     Raises:
         ValueError: A frozen weight or bias requires a gradient.
@@ -35,7 +35,7 @@ def linears(x: Tensor, group: Sequence[Adapted]) -> tuple[Tensor, ...]:
     else:
         with without_autocast(x):
             ys = Group.of(group, x).forward(rows(x))
-    # reshaped outside the autograd function: callers may change the result in place, so its outputs must not be views
+    # reshaped outside the autograd function: callers may modify the result in place, so the function returns no views
     return tuple(unflat(y, x) for y in ys)
 
 
@@ -44,23 +44,23 @@ class Form(NamedTuple):
 
     dtype: torch.dtype
     inside: torch.dtype
-    sites: tuple[tuple[bool, float | None, float], ...]  # (transposed, scale or None without adapter, dropout)
+    sites: tuple[tuple[bool, float | None, float], ...]  # (transposed, scale or None if no adapter, dropout)
     trains: tuple[tuple[bool, bool], ...]  # whether A and B require gradients
 
     @property
     def is_trained(self) -> bool:
-        """Return whether an A or a B requires a gradient."""
+        """Return whether any A or B requires a gradient."""
         return any(A or B for A, B in self.trains)
 
 
 class Group:
-    """Forward and backward of linear modules that share one input, without autograd.
+    """Forward and backward computations of linear modules that share an input, without autograd.
 
-    For use in autograd functions: call `forward`, then `pack` to get what must be saved besides x; in the backward,
-    call `unpack`, then `backward`. Gradient recording must be off. A tensor passed as owned may be overwritten.
+    For use in autograd functions: call `forward`, then `pack` to get what must be saved besides x; in the backward
+    pass, call `unpack`, then `backward`. Gradient recording must be disabled. With `owned`, x may be overwritten.
 
-    Inputs and outputs have the same dtype, but matmuls may run in a wider one; then each input is upcast once for all
-    its matmuls, and each result is rounded once.
+    Inputs and outputs have the same dtype, but matmuls may run in a wider one, in which case each input is upcast once
+    for all of its matmuls, and each result is rounded once.
     """
 
     def __init__(self, group: Sequence[Adapted], dtype: torch.dtype, inside: torch.dtype | None = None) -> None:
@@ -81,13 +81,13 @@ class Group:
 
     @classmethod
     def of(cls, group: Sequence[Adapted], x: Tensor) -> Group:
-        """Create the group for an input x (…, in), with the matmul dtype that was tuned for its number of rows."""
+        """Create the group for an input x (…, in), with the matmul dtype that autotuning chose for this many rows."""
         inside = matmul_dtype(x.numel() // x.shape[-1], [site.W for site in group], x.dtype)
         return cls(group, x.dtype, inside)
 
     @property
     def needs_x(self) -> bool:
-        """Return whether the backward needs x: only gradients of A depend on it."""
+        """Return whether the backward pass needs x, on which only the gradients of A depend."""
         return any(A for A, _ in self.trains)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -100,7 +100,7 @@ class Group:
         return [self._output(x, site, hs.get(j), self.B.get(j)) for j, site in enumerate(self.sites)]
 
     def recompute(self, x: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
-        """Recompute the outputs of `forward` for x (N, in), bit for bit, from saved state and the biases (out,)."""
+        """Recompute the outputs of `forward` for x (N, in), bit for bit, from the saved state and the biases (out,)."""
         x = x.to(self.inside)
         hs = {j: h for j, h in enumerate(self.h) if h is not None}
         hs |= self._low_rank(x, [j for j in self.low if j not in hs])
@@ -110,7 +110,7 @@ class Group:
     def _output(self, x: Tensor, site: Adapted, h: Tensor | None, B: Tensor | None) -> Tensor:
         """Return x·Wᵀ + b, plus s·h·Bᵀ if there is an adapter.
 
-        The low-rank matmul runs first, and the large one accumulates into its result; the reverse order takes as long.
+        The low-rank matmul runs first, and the large one accumulates into its result; the other order takes as long.
         """
         W, plus, out = site.W.to(self.dtype), None if site.bias is None else site.bias.to(x.dtype), None
         if h is not None and B is not None:
@@ -118,7 +118,7 @@ class Group:
         return matmul(x, W if site.transposed else W.t(), out, plus).to(self.dtype)
 
     def _low_rank(self, x: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
-        """Return s·h (N, r) for the modules in `wanted` that have an adapter."""
+        """Return the scaled low-rank activation (N, r) of each module in `wanted` that has an adapter."""
         hs: dict[int, Tensor] = {}
         if self.stacked is not None and any(j in wanted for j in self.plain):
             ranks = [len(self.low[j].A) for j in self.plain]
@@ -136,15 +136,15 @@ class Group:
     ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
         """Return the gradients of x (N, in), if `need_dx`, and of each A and B.
 
-        `dys` holds the gradients of the outputs, (N, out) each, or None for outputs without one. x may be None if
-        `needs_x` is false; if x is owned, the gradient of x may reuse the storage of x.
+        `dys` holds the gradients of the outputs, (N, out) each, with None for outputs without a gradient. x may be None
+        if `needs_x` is false; with `owned`, the gradient of x may reuse the storage of x.
         """
         if self.inside != self.dtype:
             x, owned = None if x is None else x.to(self.inside), True
         live = {j: dy.to(self.inside) for j, dy in enumerate(dys) if dy is not None}
         dh = {j: torch.mm(live[j], self.B[j]) for j in self.low if j in live and (need_dx or self.trains[j][0])}
         stacked_dh = self._stacked_grads(dh)
-        spare: list[Tensor] = []  # reusable buffers, shaped like x: new pages cost as much as a low-rank matmul
+        spare: list[Tensor] = []  # reusable buffers, shaped like x: allocating pages costs as much as a low-rank matmul
         grads_a = {} if x is None else self._grads_a(x, dh, stacked_dh, owned, spare)
         spare += [x] if owned and x is not None else []
         dx = self._grad_x(live, dh, stacked_dh, spare) if need_dx else None
@@ -152,7 +152,7 @@ class Group:
         return dx, [(grads_a.get(j), self._grad_b(j, live.get(j))) for j in range(len(dys))]
 
     def pack(self) -> tuple[Form, list[Tensor | None]]:
-        """Return what the backward needs besides x: non-tensor state, and tensors for `save_for_backward`."""
+        """Return what the backward pass needs besides x: non-tensor state, and tensors for `save_for_backward`."""
         form = [(m.transposed, m.low.scale, m.low.p) if m.low else (m.transposed, None, 0.0) for m in self.sites]
         tensors: list[Tensor | None] = []
         for j, module in enumerate(self.sites):
@@ -161,7 +161,7 @@ class Group:
 
     @classmethod
     def unpack(cls, form: Form, tensors: Sequence[Tensor]) -> Group:
-        """Restore a group, in its state after the forward, from the results of `pack`."""
+        """Restore a group to its state after the forward pass, from the results of `pack`."""
         sites = []
         for j, (transposed, scale, p) in enumerate(form.sites):
             W, A, B = tensors[5 * j : 5 * j + 3]
@@ -185,7 +185,7 @@ class Group:
         part: Tensor | None = None
         dropping = [j for j in self.dropping if j in dh]
         fused = self._fused(dh[dropping[0]]) if dropping else None
-        # these come first, because dropped elements must be zeroed before anything else is added
+        # adapters with dropout come first, because dropped elements must be zeroed before anything else is added
         for j in dropping if fused is None else ():
             room = part if part is not None else _taken(spare)
             made = zero_(torch.mm(dh[j], self.A[j], out=room), self._record(j), self.low[j].p)
@@ -221,9 +221,9 @@ class Group:
     def _inputs(
         self, x: Tensor, dropping: Sequence[int], owned: bool, spare: list[Tensor]
     ) -> Iterator[tuple[int, Tensor]]:
-        """Yield the index of each module in `dropping` with its input after dropout.
+        """Yield the index of each module in `dropping` and its input after dropout.
 
-        All inputs use one buffer, which remains in `spare`; if x is owned, the last input is written over x.
+        All inputs use one buffer, which remains in `spare`; with `owned`, the last input is written over x.
         """
         for j in dropping:
             if owned and j == dropping[-1]:
@@ -234,7 +234,7 @@ class Group:
             yield j, apply_dropout(x, self._record(j), self.low[j].p, out=spare[0])
 
     def _fused(self, like: Tensor) -> DropoutMatmuls | None:
-        """Return kernels for low-rank matmuls with dropout of rows like `like` (N, n), or None if there are none."""
+        """Return kernels for low-rank matmuls with dropout on rows like `like` (N, n), or None if there are none."""
         wide = [self.A[j] for j in self.dropping]
         kernels = kernels_for(like, *wide) if wide and wide[0].shape[1] % 4 == 0 else None
         seeds = all(self._record(j).dtype == torch.uint64 for j in self.dropping)
@@ -242,7 +242,7 @@ class Group:
 
     def _record(self, j: int) -> Tensor:
         record = self.records[j]
-        assert record is not None  # the forward draws it
+        assert record is not None  # drawn in the forward pass
         return record
 
     def _grad_b(self, j: int, dy: Tensor | None) -> Tensor | None:
@@ -288,5 +288,5 @@ def _scale(low: LowRank) -> float:
 
 
 def _scaled(low: LowRank) -> Tensor:
-    """Return s·A (r, in), in the dtype of A."""
+    """Return A (r, in) times s / (1 − p), in the dtype of A."""
     return low.A * _scale(low)

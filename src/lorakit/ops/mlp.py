@@ -1,8 +1,8 @@
 """Fused MLP sublayer as one autograd function: norm, gate and up projections, activation, down projection, residual.
 
-Saved for backward: x and its norm statistics, the outputs of gate and up (unless they are recomputed), a (tokens, r)
-activation per adapter, and dropout records. The normalized input and the activation are recomputed, in buffers that
-are then reused for gradients.
+Saved for the backward pass: x and its norm statistics, the outputs of gate and up (unless they are recomputed), a
+(tokens, r) activation per adapter, and dropout records. The normalized input and the activation are recomputed in
+buffers that are then reused for gradients.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ class Form(NamedTuple):
     Attributes:
         inner: (gate, up); or (up,) without a gate; or, if fused, one module (2·f, d) that computes both.
         down: The down projection, after the activation.
-        act: Activation of gate, or of up without a gate.
+        act: Activation applied to the output of gate, or of up if there is no gate.
         norm: Norm of the input, or None.
         residual: Whether x is added to the output.
-        dropout: Dropout probability for the output of down, before the residual.
+        dropout: Dropout probability for the output of down, before the residual is added.
         within: Dropout probability for the input of down.
         fused: Whether gate and up are one module.
-        keep: Whether the outputs of gate and up are saved for backward; else they are recomputed, [docs/math.md (85)].
+        keep: Whether the outputs of gate and up are saved for the backward pass; otherwise, they are recomputed,
+            [docs/math.md (85)].
     """
 
     inner: tuple[Adapted, ...]
@@ -54,7 +55,7 @@ def gated(
 ) -> Tensor:
     """Compute down(act(gate(n))·up(n)) with n = norm(x), plus x if residual, [docs/math.md (79)].
 
-    x (..., d) -> (..., d). Gradients go to x and to the factors A and B.
+    x (..., d) -> (..., d). Gradients flow to x and to the factors A and B.
 
     Raises:
         ValueError: The activation has no fused form, or a base weight requires a gradient.
@@ -69,7 +70,7 @@ def plain(
 ) -> Tensor:
     """Compute down(act(up(n))) with n = norm(x), plus x if residual, [docs/math.md (79)]: x (..., d) -> (..., d).
 
-    Gradients go to x and to the factors A and B. Dropout is applied to the output of down, before x is added.
+    Gradients flow to x and to the factors A and B. Dropout is applied to the output of down, before x is added.
 
     Raises:
         ValueError: The activation has no fused form, a base weight requires a gradient, or `dropout` is not in
@@ -81,11 +82,11 @@ def plain(
 def mlp(x: Tensor, form: Form) -> Tensor:
     """Compute an MLP sublayer of any form, [docs/math.md (79)]: x (..., d) -> (..., d).
 
-    Gradients go to x and to the factors A and B.
+    Gradients flow to x and to the factors A and B.
 
     Raises:
-        ValueError: A base weight requires a gradient, a dropout is not in [0, 1), or `fused` is set with more than one
-            inner module.
+        ValueError: A base weight requires a gradient, a dropout probability is not in [0, 1), or `fused` is set with
+            more than one inner module.
     """
     modules = (*form.inner, form.down)
     for name, share in (("output", form.dropout), ("inner activation", form.within)):
@@ -104,12 +105,12 @@ def mlp(x: Tensor, form: Form) -> Tensor:
     else:
         with without_autocast(x):
             y = _forward(x, form)[0]
-    # reshaped outside the autograd function: callers may change the result in place, so its outputs must not be views
+    # reshaped outside the autograd function: callers may modify the result in place, so the function returns no views
     return unflat(y, x)
 
 
 def _under_autocast(x: Tensor, form: Form) -> Tensor:
-    """Run under autocast: norm and residual in the dtype of x, everything between in autocast's dtype."""
+    """Run under autocast: norm and residual in the dtype of x, everything in between in autocast's dtype."""
     n = autocast(x if form.norm is None else normalize(x, form.norm))
     with without_autocast(x):
         y = mlp(n, form._replace(norm=None, residual=False))
@@ -117,7 +118,7 @@ def _under_autocast(x: Tensor, form: Form) -> Tensor:
 
 
 class _Intermediates(NamedTuple):
-    """Intermediates of a forward that its backward may need."""
+    """Intermediate results of a forward pass that its backward pass may need."""
 
     stats: Sequence[Tensor]  # row statistics of the norm
     hidden: list[Tensor]  # outputs of gate and up, (N, f)
@@ -155,7 +156,7 @@ class _Mlp(torch.autograd.Function):
         y, made = _forward(x, form)
         inner, outer = made.groups
         (inner_form, inside), (outer_form, outside) = inner.pack(), outer.pack()
-        # if neither x nor gate or up is trained, no gradient flows through the activation
+        # if neither x nor any factor of gate or up needs a gradient, no gradient flows through the activation
         deep = ctx.needs_input_grad[0] or inner_form.is_trained
         hidden = deep or outer.needs_x  # whether the outputs of gate and up are needed
         recompute = hidden and not form.keep

@@ -1,6 +1,6 @@
 """RMS norm and layer norm with frozen weights: building blocks for other fused operations, and autograd functions.
 
-Only the input and one or two statistics per row are saved; a backward that needs the output recomputes it.
+Only the input and one or two statistics per row are saved; a backward pass that needs the output recomputes it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Norm:
         return rms_recompute(x, stats[0], self.weight, self.offset)
 
     def backward(self, dn: Tensor, x: Tensor, stats: Sequence[Tensor], add: Tensor | None = None) -> Tensor:
-        """Return the gradient of x (N, d), plus `add` (N, d), in a new tensor; dn is that of the norm's output."""
+        """Return the gradient of x (N, d), plus `add` (N, d), in a new tensor; dn is the output's gradient."""
         if self.kind == "layer":
             backward = torch.ops.aten.native_layer_norm_backward
             given = dn.to(x.dtype), x, x.shape[-1:], *stats, _weight(self.weight, x), None
@@ -62,7 +62,9 @@ class Norm:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
-    """Compute the RMS norm of x (..., d) with a frozen weight (d,), [docs/math.md (76)]; saves x and one value per row.
+    """Compute the RMS norm of x (..., d) with a frozen weight (d,), [docs/math.md (76)].
+
+    Only x and one value per row are saved for the backward pass.
 
     Raises:
         ValueError: The weight requires a gradient.
@@ -73,8 +75,9 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) 
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Compute the layer norm of x (..., d) with frozen weight and bias (d,), [docs/math.md (77)]; saves x and two
-    values per row.
+    """Compute the layer norm of x (..., d) with a frozen weight and bias (d,), [docs/math.md (77)].
+
+    Only x and two values per row are saved for the backward pass.
 
     Raises:
         ValueError: The weight or the bias requires a gradient.
@@ -97,13 +100,13 @@ def normalize(x: Tensor, norm: Norm) -> Tensor:
     else:
         with without_autocast(x):
             n = norm.forward(rows_of(x))[0]
-    # reshaped outside the autograd function: callers may change the result in place, so its outputs must not be views
+    # reshaped outside the autograd function: callers may modify the result in place, so the function returns no views
     return unflat(n, x)
 
 
 def norm_recompute(norm: Norm | None, x: Tensor | None, stats: Sequence[Tensor]) -> Tensor:
     """Run `Norm.recompute` on x (N, d); without a norm, return x."""
-    assert x is not None  # the forward saves x if the backward needs the normalized x
+    assert x is not None  # the forward pass saves x if the backward pass needs the normalized x
     return x if norm is None else norm.recompute(x, stats)
 
 
@@ -112,13 +115,13 @@ def norm_backward(
 ) -> Tensor:
     """Run `Norm.backward` on dn, x and add (N, d); without a norm, add `add` to dn in place."""
     if norm is not None:
-        assert x is not None  # with a norm, the forward saves x
+        assert x is not None  # with a norm, the forward pass saves x
         return norm.backward(dn, x, stats, add)
     return dn if add is None else dn.add_(add)
 
 
 def check_frozen_norm(norm: Norm | None) -> None:
-    """Check that a norm is frozen: the fused operations compute no gradient for its parameters.
+    """Check that a norm is frozen, because the fused operations compute no gradients for its parameters.
 
     Raises:
         ValueError: The weight or bias requires a gradient.
@@ -136,7 +139,7 @@ def check_frozen_norm(norm: Norm | None) -> None:
 
 
 def rms_forward(x: Tensor, w: Tensor | None, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Return the RMS norm of x (N, d) and 1/rms of its rows (N, 1) in fp32 or wider, [docs/math.md (76)]."""
+    """Return the RMS norm of x (N, d), and 1/RMS of each row, (N, 1) in fp32 or wider, [docs/math.md (76)]."""
     rstd = x.new_empty(len(x), 1, dtype=upcast_dtype(x.dtype))
     kernels = kernels_for(x, w)
     if kernels is None:
@@ -147,7 +150,7 @@ def rms_forward(x: Tensor, w: Tensor | None, eps: float, offset: float = 0.0) ->
 
 
 def rms_recompute(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float) -> Tensor:
-    """Recompute the RMS norm of x (N, d) from the rstd (N, 1) of `rms_forward`."""
+    """Recompute the RMS norm of x (N, d) from the rstd (N, 1) that `rms_forward` returned."""
     kernels = kernels_for(x, w)
     if kernels is None:
         return _rms(x, rstd, w, offset, None)
@@ -159,7 +162,7 @@ def rms_recompute(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float) -> T
 def rms_backward(dn: Tensor, x: Tensor, rstd: Tensor, w: Tensor | None, offset: float, add: Tensor | None) -> Tensor:
     """Return the gradient of x (N, d), plus `add` (N, d), in a new tensor.
 
-    dn (N, d) is the gradient of the normalized x, rstd (N, 1) comes from the forward, and w (d,) is the weight.
+    dn (N, d) is the gradient of the normalized x, rstd (N, 1) comes from `rms_forward`, and w (d,) is the weight.
     """
     kernels, dx = kernels_for(x, w, dn, add), torch.empty_like(x)
     if kernels is not None:
@@ -183,7 +186,7 @@ def rms_backward(dn: Tensor, x: Tensor, rstd: Tensor, w: Tensor | None, offset: 
 
 
 def layer_forward(x: Tensor, w: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the layer norm of x (N, d), and the mean and 1/std of its rows, (N, 1) each, [docs/math.md (77)]."""
+    """Return the layer norm of x (N, d), and the mean and 1/std of each row, both (N, 1), [docs/math.md (77)]."""
     bias = None if bias is None else bias.to(_dtype_of_parameters(x))
     n, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], _weight(w, x), bias, eps)
     return n, mean, rstd
@@ -221,7 +224,7 @@ def _weight(w: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _dtype_of_parameters(x: Tensor) -> torch.dtype:
-    """Return the dtype for weight and bias: on a CPU at least fp32, because torch rounds mean and std to this dtype."""
+    """Return the dtype for weight and bias: on a CPU, at least fp32, because torch rounds the mean and std to it."""
     return upcast_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
 
 

@@ -1,4 +1,4 @@
-"""Reference implementations of the fused operations in plain PyTorch, for tests of values and gradients.
+"""Reference implementations of the fused operations in plain PyTorch, used to test values and gradients.
 
 Each one follows its formula directly: for example, `linear` computes what `lorakit.ops.linear.linears` computes.
 """
@@ -35,7 +35,7 @@ def dropout(x: Tensor, p: float, keep: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, group: Sequence[Adapted], masks: Sequence[Tensor | None] | None = None) -> list[Tensor]:
-    """Compute `linears` for x (…, in); `masks` holds each module's dropout mask (…, in), or None."""
+    """Compute `linears` for x (…, in); `masks` holds a dropout mask (…, in) or None for each module."""
     outputs = []
     for module, mask in zip(group, masks or [None] * len(group), strict=True):
         y = F.linear(x, module.W.t() if module.transposed else module.W, module.bias)
@@ -70,7 +70,7 @@ def cross_entropy(
 
 
 def norm(x: Tensor, norm: Norm) -> Tensor:
-    """Apply a norm to x (..., d), rounding at the same points as transformers."""
+    """Apply a norm to x (..., d), rounding at the same points as transformers does."""
     if norm.kind == "layer":
         return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
     n = x.to(upcast_dtype(x.dtype))

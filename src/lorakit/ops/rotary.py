@@ -1,10 +1,10 @@
 """Rotary position embeddings (RoPE): rotate pairs of elements of q and k by angles that grow with the position.
 
-The tables `cos` and `sin` come from the model (transformers computes them once per forward and includes its scaling for
-long contexts), so no base or frequency is needed here. They are (…, T, rot) with rot ≤ D even: the first rot elements
-of a head are rotated, the others are copied. Two pairings are in use: `half` pairs i with i + rot/2 (Llama, Qwen,
-Gemma, GPT-NeoX), `interleaved` pairs 2i with 2i + 1 (GPT-J, Cohere, GLM). The rotation is linear, so the backward is
-its transpose and needs only the tables.
+The tables `cos` and `sin` come from the model (transformers computes them once per forward pass, including its scaling
+for long contexts), so no base or frequency is needed here. Their shape is (…, T, rot), where rot is even and at most D:
+the first rot elements of a head are rotated, and the others are copied. Two pairings are in use: `half` pairs i with
+i + rot/2 (Llama, Qwen, Gemma, GPT-NeoX), and `interleaved` pairs 2i with 2i + 1 (GPT-J, Cohere, GLM). The rotation is
+linear, so the backward pass applies its transpose and needs only the tables.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Pairs = Literal["half", "interleaved"]
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary tables of one forward, shared by all layers.
+    """Rotary tables for one forward pass, shared by all layers.
 
     Attributes:
         cos, sin: Tables (T, rot), (1, T, rot) or (B, T, rot); they receive no gradient.
@@ -37,9 +37,9 @@ class Rotary:
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate the pairs of x by their positions, [docs/math.md (80)]; differentiable in x.
+    """Rotate the pairs of elements of x according to their position, [docs/math.md (80)]; differentiable in x.
 
-    x (B, H, T, D), any strides -> (B, H, T, D), stored as (B, T, H, D).
+    x (B, H, T, D) with any strides -> (B, H, T, D), stored as (B, T, H, D).
 
     Source: Su et al. 2021, arXiv:2104.09864, eq. (34).
 
@@ -51,7 +51,7 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 def rotated(x: Tensor, rotary: Rotary) -> Tensor:
-    """Run `rotate` without autograd and without checks: x (B, T, H, D) -> a new contiguous (B, T, H, D)."""
+    """Run `rotate` without autograd and without checks: x (B, T, H, D) -> a new contiguous tensor (B, T, H, D)."""
     cos, sin = (_with_head_axis(table).to(x.dtype) for table in (rotary.cos, rotary.sin))
     rot = cos.shape[-1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -69,8 +69,8 @@ def rotated(x: Tensor, rotary: Rotary) -> Tensor:
 def rotate_back_(grad: Tensor, rotary: Rotary) -> Tensor:
     """Apply the transposed rotation to a gradient in place, [docs/math.md (80)].
 
-    grad (B, T, H, D), any strides, is the gradient of the output of `rotated`; it is overwritten with the gradient of
-    the input and returned.
+    grad (B, T, H, D), with any strides, is the gradient of the output of `rotated`; it is overwritten with the gradient
+    of the input and returned.
     """
     cos, sin = (_with_head_axis(table).to(grad.dtype) for table in (rotary.cos, rotary.sin))
     if _by_kernel(grad, cos, sin, rotary.pairs, True, grad):
@@ -83,7 +83,7 @@ def rotate_back_(grad: Tensor, rotary: Rotary) -> Tensor:
 
 
 def _by_kernel(x: Tensor, cos: Tensor, sin: Tensor, pairs: Pairs, back: bool, out: Tensor) -> bool:
-    """Rotate x (B, T, H, D) into out if a compiled kernel supports it; returns whether it did."""
+    """Write the rotated x (B, T, H, D) to out if a compiled kernel supports this call; return whether one does."""
     kernels = kernels_for(x, cos, sin, strided=True)
     if kernels is None or not all(_has_contiguous_heads(t) for t in (x, out)) or len(cos) not in (1, len(x)):
         return False
@@ -120,12 +120,12 @@ def check(x: Tensor, rotary: Rotary) -> None:
             )
     if rotary.cos.shape != rotary.sin.shape:
         raise ValueError(
-            f"rotary tables must be of equal shape; got cos {tuple(rotary.cos.shape)} and sin {tuple(rotary.sin.shape)}"
+            f"rotary tables must have equal shapes; got cos {tuple(rotary.cos.shape)} and sin {tuple(rotary.sin.shape)}"
         )
 
 
 class _Rotate(torch.autograd.Function):
-    """`rotated` and `rotate_back_` as an autograd function; it saves the tables only."""
+    """`rotated` and `rotate_back_` as an autograd function, which saves only the tables."""
 
     @staticmethod
     def forward(ctx: Context[Rotary], x: Tensor, rotary: Rotary) -> Tensor:

@@ -1,13 +1,14 @@
-"""Batched LoRA with one adapter per row (multi-adapter batches), from stacks of all adapters' factors.
+"""Batched LoRA with one adapter per row (multi-adapter batches), computed from stacks of all adapters' factors.
 
-With B transposed, forward and backward consist of the same three matmuls: `shrink` from width to rank, `expand` from
-rank to width, and `outer` of a low-rank and a wide activation. There are four methods with the same results:
+With B transposed, the forward and backward passes consist of the same three matmuls: `shrink` from width to rank,
+`expand` from rank to width, and `outer`, which multiplies a low-rank activation by a wide one. There are four methods,
+which give the same results:
 
 - `masked` multiplies each row by all adapters and masks out the results of the others: fastest with few adapters.
-- `rows` runs one matmul per row with a copy of its factors: for rows with many tokens, and for many adapters.
+- `rows` runs one matmul per row with a copy of the row's factors: for rows with many tokens, and for many adapters.
 - `sorted` groups the rows by adapter and runs one matmul per adapter: for many short rows, and for a single adapter.
-- `compiled` reads each row's factors in place, in one kernel for shrink and expand (as BGMV does): for few short rows
-  without gradients, if a kernel is available. In a decoding step of many rows with many adapters, the factors are then
+- `compiled` reads each row's factors in place, in one kernel for shrink and expand (as BGMV does): for a few short rows
+  without gradients, if a kernel is available. In a decoding step with many rows and many adapters, the factors are then
   read only once.
 """
 
@@ -31,7 +32,7 @@ from lorakit.ops.kernels.protocol import PerRowMatmuls
 class PerRowLora:
     """Compute s_k·B_k·(A_k·x_i) for each row i and its adapter k with a compiled kernel, [docs/math.md (72)].
 
-    A (K, r, in) includes the scales, Bt (K, r, out) is B transposed, and index (rows,) is the adapter of each row, −1
+    A (K, r, in) includes the scales, Bt (K, r, out) is B transposed, and index (rows,) holds each row's adapter, or −1
     for none. An instance can be called any number of times.
     """
 
@@ -39,10 +40,10 @@ class PerRowLora:
         self.A, self.Bt, self.index, self.products = A, Bt, index.long().contiguous(), products
 
     def forward(self, x: Tensor, into: Tensor | None) -> tuple[Tensor, None]:
-        """Return the result (rows, …, out) for x (rows, …, in), added to `into` in place if given.
+        """Compute the result (rows, …, out) for x (rows, …, in), added to `into` in place if given.
 
         Returns:
-            The result, and None: nothing is saved for backward.
+            The result, and None, because nothing is saved for the backward pass.
         """
         if into is not None and into.dtype == x.dtype and into.is_contiguous():
             room = into
@@ -54,14 +55,14 @@ class PerRowLora:
 
 
 Method = Literal["masked", "rows", "sorted", "compiled"]
-LONG_ROW = 4  # tokens per row from which per-row matmuls are efficient
-LONG_RUN, FULL_RUN = 32, 8  # rows per adapter from which a matmul per adapter is efficient, or beats one per row
+LONG_ROW = 4  # minimum tokens per row for per-row matmuls to be efficient
+LONG_RUN, FULL_RUN = 32, 8  # minimum rows per adapter for a matmul per adapter to be efficient; to beat one per row
 FEW_ADAPTERS = 16  # up to this many, one matmul with all adapters costs no more than copying each row's factors
 
 
 @dataclass(frozen=True, eq=False)
 class Routed:
-    """Adapter of each row, as index (rows,) with −1 for none; built once per forward and used by every layer.
+    """Adapter of each row, as an index (rows,), −1 for none; built once per forward pass and used by every layer.
 
     Raises:
         ValueError: The index is not an integer tensor or is out of range.
@@ -72,21 +73,21 @@ class Routed:
 
     def __post_init__(self) -> None:
         if self.index.is_floating_point() or self.index.is_complex() or self.index.dtype == torch.bool:
-            raise ValueError(f"the adapter index of rows must be an integer tensor; got {self.index.dtype}")
+            raise ValueError(f"the adapter index must be an integer tensor; got {self.index.dtype}")
         strange = sorted({k for k in self.index.tolist() if not -1 <= k < self.adapters})
         if strange:
             raise ValueError(
-                f"adapter indices {strange} are out of range; valid are 0 to {self.adapters - 1}, or -1 for none"
+                f"adapter indices {strange} are out of range; they must be 0 to {self.adapters - 1}, or -1 for none"
             )
 
     @cached_property
     def own(self) -> Tensor:
-        """Return a mask (rows, adapters) in fp32: 1 at the adapter of each row."""
+        """Return a mask (rows, adapters) in fp32 that is 1 at the adapter of each row and 0 elsewhere."""
         return (self.index[:, None] == torch.arange(self.adapters, device=self.index.device)).float()
 
     @cached_property
     def in_place(self) -> bool:
-        """Return whether each adapter has exactly one row, in order, ignoring rows without adapter."""
+        """Return whether each adapter has exactly one row, in order, ignoring rows without an adapter."""
         return [k for k in self.index.tolist() if k >= 0] == list(range(self.adapters))
 
     @cached_property
@@ -96,7 +97,7 @@ class Routed:
 
     @cached_property
     def order(self) -> Tensor | None:
-        """Return the rows with an adapter, grouped by adapter (served,); None if all rows are already in this order."""
+        """Return the indices (served,) of the rows with an adapter, grouped by adapter; None if all are in order."""
         if self.served is None and bool((self.index.diff() >= 0).all()):
             return None
         return self.index.argsort(stable=True)[len(self.index) - int((self.index >= 0).sum()) :]
@@ -122,8 +123,8 @@ def segmented(
 ) -> Tensor:
     """Compute s_k·B_k·(A_k·x_i) for each row i of x (rows, …, in) and its adapter k = index[i], [docs/math.md (72)].
 
-    Gradients go to x, A, B and into. If A and B have the dtype of x, and B is the transposed view of a (K, r, out), the
-    factors are not copied, except for each row with the method "rows".
+    Gradients flow to x, A, B and `into`. If A and B have the dtype of x, and B is a transposed view of a tensor
+    (K, r, out), the factors are not copied, except by the method "rows", which copies them for each row.
 
     Args:
         x: Input rows, (rows, …, in).
@@ -132,12 +133,12 @@ def segmented(
         scales: Scales (K,), or None if A includes them.
         index: Adapter of each row, (rows,) with −1 for none, or a `Routed`.
         into: Tensor (rows, …, out) to which the result is added in place, or None.
-        method: Method to use; None chooses one other than "compiled". "masked" multiplies by every adapter, so all
-            factors must be finite.
+        method: Method to use; None chooses one other than "compiled". "masked" multiplies each row by every
+            adapter, so all factors must be finite.
 
     Raises:
-        ValueError: Shapes do not match, an index is out of range, or the method is "compiled" while gradients are
-            recorded or without a kernel.
+        ValueError: Shapes do not match, an index is out of range, or the method is "compiled" although gradients are
+            recorded or there is no kernel.
     """
     rows = index if isinstance(index, Routed) else Routed(index, len(A))
     _check(x, A, B, scales, rows, into)
@@ -158,7 +159,7 @@ def segmented(
 
 
 def compiled_method(A: Tensor, B: Tensor, scales: Tensor | None, rows: Routed, x: Tensor) -> PerRowLora | None:
-    """Prepare the method "compiled" for rows like x (rows, …, in); returns None if no kernel supports them.
+    """Prepare the method "compiled" for rows like x (rows, …, in); return None if no kernel supports them.
 
     A (K, r, in), B (K, out, r) and scales (K,) are as in `segmented`.
     """
@@ -183,10 +184,10 @@ def _check(x: Tensor, A: Tensor, B: Tensor, scales: Tensor | None, rows: Routed,
 
 
 def method_for(x: Tensor, rows: Routed, only_finite: bool = True) -> Method:
-    """Choose the method for rows x (rows, …, in); thresholds were measured at widths 576 and 2048 and rank 16.
+    """Choose the method for rows x (rows, …, in); the thresholds were measured at widths 576 and 2048 with rank 16.
 
     "masked" requires that all stacked factors are finite, and is not used in fp16, where a row can overflow with an
-    adapter that it does not use: a mask does not remove Inf or NaN.
+    adapter that it does not use: masking does not remove Inf or NaN.
     """
     run = len(x) / rows.adapters
     if rows.adapters == 1:
@@ -199,7 +200,7 @@ def method_for(x: Tensor, rows: Routed, only_finite: bool = True) -> Method:
 
 
 def are_few(x: Tensor, rows: Routed) -> bool:
-    """Return whether the rows x (rows, …, in) are short and few, so that a kernel per row is fastest."""
+    """Return whether the rows x (rows, …, in) are short and few enough that a kernel per row is fastest."""
     tokens = x.numel() // x.shape[-1]
     return tokens < LONG_ROW * len(x) and tokens <= LONG_RUN * rows.adapters
 
@@ -208,13 +209,13 @@ class _Call(NamedTuple):
     """Routing of the rows that the matmuls receive."""
 
     rows: Routed
-    adapter: Tensor  # (served,), adapter of each row
+    adapter: Tensor  # adapter of each row, (served,)
     scales: Tensor | None  # (served,) fp32
 
 
 class _Products(NamedTuple):
-    """Matmuls of a method. Wide rows are (served, T, in or out), stacks (K, r, in or out); the layout of low-rank
-    activations depends on the method.
+    """The matmuls of a method. Wide rows are (served, T, in or out), and stacks are (K, r, in or out); the layout of
+    low-rank activations depends on the method.
     """
 
     shrink: Callable[[Tensor, Tensor, _Call], Tensor]  # wide, stack -> low rank, scaled
@@ -223,9 +224,9 @@ class _Products(NamedTuple):
 
 
 class Segments:
-    """Forward and backward of one method, for any number of calls without gradient recording.
+    """Forward and backward computations of one method, for any number of calls with gradient recording disabled.
 
-    A (K, r, in), B (K, out, r) and scales (K,) are as in `segmented`; dtype is that of the rows.
+    A (K, r, in), B (K, out, r) and scales (K,) are as in `segmented`; `dtype` is the dtype of the rows.
     """
 
     def __init__(
@@ -239,7 +240,7 @@ class Segments:
         self.call = _Call(rows, adapter, own)
 
     def forward(self, x: Tensor, into: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the result (rows, …, out) for x (rows, …, in), and the low-rank activation that the backward needs.
+        """Return the result (rows, …, out) for x (rows, …, in), and the low-rank activation for the backward pass.
 
         Must run without autocast (`without_autocast`).
         """
@@ -249,8 +250,8 @@ class Segments:
     def backward(
         self, x: Tensor | None, h: Tensor | None, dy: Tensor, need_dx: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients of x (rows, …, in) if `need_dx`, A (K, r, in) if x is given, and B (K, out, r) if h is
-        given; None for the others.
+        """Return the gradients of x (rows, …, in) if `need_dx`, of A (K, r, in) if x is given, and of B (K, out, r) if
+        h is given; the others are None.
         """
         dx = dA = dB = None
         wide = self._take(dy)
@@ -263,12 +264,12 @@ class Segments:
         return dx, dA, dB
 
     def _take(self, x: Tensor) -> Tensor:
-        """Return the rows of x (rows, …, n) that the method multiplies, in the order it needs, (served, T, n)."""
+        """Return the rows of x (rows, …, n) that the method multiplies, in the order it needs, as (served, T, n)."""
         x = x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])
         return x.contiguous() if self.taken is None else x.index_select(0, self.taken)
 
     def _put(self, h: Tensor, stack: Tensor, like: Tensor, into: Tensor | None) -> Tensor:
-        """Expand a low-rank activation to (rows, …, n), at the original row positions."""
+        """Expand a low-rank activation to (rows, …, n), with the rows at their original positions."""
         shape = (*like.shape[:-1], stack.shape[-1])
         flat = (len(like), math.prod(shape[1:-1]), shape[-1])
         if self.taken is None and into is not None and into.is_contiguous():

@@ -1,4 +1,4 @@
-"""Acceleration of models: `accelerate` reversibly replaces forwards of supported modules with equivalent fused ones.
+"""Acceleration of models: `accelerate` replaces supported modules with equivalent fused implementations, reversibly.
 
 `choose` measures which kernels are fastest on this machine.
 """

@@ -1,8 +1,8 @@
-"""`accelerate`: reversibly replace the forwards of supported modules with fused ones that give the same results.
+"""`accelerate`: reversibly replace supported modules with fused implementations that give the same results.
 
-Each module is recognized by structure and confirmed by a probe; all others keep their forward, and the report lists
-them with the reason. Batches can be packed into one row without padding if a probe shows that packed sequences do not
-see each other.
+Each of these modules is recognized by its structure and confirmed by a probe; all others keep their own `forward`, and
+the report lists them with the reason. Batches can be packed into one row without padding if a probe shows that the
+tokens of a packed sequence do not see other sequences.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tupl
     """Pack all non-padding tokens of a batch into one row.
 
     Args:
-        input_ids: (rows, length), padded on one side.
-        attention_mask: 1 for a token, 0 for padding, (rows, length).
-        labels: (rows, length).
+        input_ids: Token ids (rows, length), padded on one side.
+        attention_mask: Mask (rows, length), 1 for a token and 0 for padding.
+        labels: Labels (rows, length).
 
     Returns:
-        The model's arguments (`input_ids` (1, tokens), positions and sequence boundaries), and labels (1, tokens). The
-        first token of a sequence has no loss, because its predecessor belongs to another sequence.
+        The model's arguments (`input_ids` (1, tokens), positions and sequence boundaries), and the labels (1, tokens).
+        The first token of a sequence does not contribute to the loss, because its predecessor belongs to another
+        sequence.
     """
     kept = attention_mask.bool()
     lengths = kept.sum(1)
@@ -54,13 +55,13 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tupl
 
 
 def keeps_sequences_apart(model: nn.Module, logits: Tensor | None) -> bool:
-    """Return whether a model computes the same logits for two packed sequences as for each alone.
+    """Return whether a model computes the same logits for two packed sequences as for each one alone.
 
-    Call it in `eval_mode`.
+    Must be called inside `eval_mode`.
 
     Args:
-        model: A causal transformers model, accelerated.
-        logits: The plain model's logits of `token_ids`, (rows, tokens, V).
+        model: An accelerated causal model from transformers.
+        logits: The plain model's logits for `token_ids`, (rows, tokens, V).
     """
     ids = token_ids(model)
     if not isinstance(logits, Tensor) or logits.shape[:2] != ids.shape:
@@ -113,12 +114,12 @@ class Acceleration:
     """Changes that `accelerate` made to one model.
 
     Attributes:
-        swaps: The replaced modules, with the fused forward of each.
-        skipped: Modules of similar kinds that keep their own forward.
-        head: The output head, for a loss without logits, or None.
-        head_skipped: Why the loss needs logits, or "".
+        swaps: The replaced modules, each with the name of its fused implementation.
+        skipped: Modules of similar kinds that keep their own `forward`.
+        head: The output head for computing the loss without logits, or None.
+        head_skipped: Why computing the loss requires logits, or "".
         packs: Whether batches may be packed.
-        loss: Replacement of the model's loss function that needs no logits, or None.
+        loss: Replacement for the model's loss function that needs no logits, or None.
         model: The accelerated model; None if nothing was changed.
     """
 
@@ -131,7 +132,7 @@ class Acceleration:
     model: nn.Module | None = None
 
     def undo(self) -> None:
-        """Restore every module, including inside adapter layers added later, and the loss function."""
+        """Restore every module, including those inside adapter layers added later, and the loss function."""
         if self.loss is not None:
             self.loss.undo()
         if self.model is not None:
@@ -144,7 +145,7 @@ class Acceleration:
         lines += [f"{count} × {kind}: unchanged ({why})" for (kind, why), count in rest.items()]
         if self.head is not None and self.head.last is not None:
             kind = type(self.head.last.layer).__name__
-            lines.append(f"1 × {kind} (last layer): after attention, only rows with loss are computed")
+            lines.append(f"1 × {kind} (last layer): after attention, only labeled rows are computed")
         if self.head_skipped:
             lines.append(f"loss: from logits ({self.head_skipped})")
         if self.swaps:
@@ -153,22 +154,23 @@ class Acceleration:
 
 
 def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool = True) -> Acceleration:
-    """Replace the forwards of supported modules with fused ones, reversibly.
+    """Replace supported modules with fused implementations, reversibly.
 
-    State dict names, saving and `isinstance` are unchanged. Outputs agree up to rounding, checked by probes of 1, 9 and
-    33 tokens. Adapters may be attached before or after. The module's own forward runs if a fused forward does not
-    support a call, or if anything that it relies on has changed. If this function raises, the model is unchanged.
+    State dict names, saving and `isinstance` are unaffected. Outputs agree up to rounding, which probes of 1, 9 and 33
+    tokens check. Adapters may be attached before or after acceleration. A module's own `forward` runs if its fused
+    implementation does not support a call, or if anything that the implementation relies on has changed. If this
+    function raises, the model is unchanged.
 
     Args:
-        model: A transformers model, with or without adapters of lorakit or peft; changed in place, and restored by
-            `undo()` of the result.
-        logits: If False, a model in training mode that gets labels computes its own loss without logits; the output's
-            `logits` are then None, and it has no key-value cache unless the call requests one.
-        keep_feed_forward: If False, the backward recomputes the outputs of gate and up, which are most of what a layer
-            saves. Their matmuls then run twice, with bit-identical results.
+        model: A transformers model, with or without adapters from lorakit or peft. It is changed in place; `undo()` on
+            the result restores it.
+        logits: If False, a model in training mode that receives labels computes its own loss without logits; the
+            output's `logits` are then None, and it has no key-value cache unless the call requests one.
+        keep_feed_forward: If False, the backward pass recomputes the outputs of the gate and up projections, which make
+            up most of what a layer saves. Their matmuls then run twice, with bit-identical results.
 
     Returns:
-        The replaced modules, and the skipped ones with the reasons; can be printed and undone.
+        The replaced modules, and the skipped ones with the reasons. The result can be printed and undone.
 
     Raises:
         ModelError: The model, or a part of it, is already accelerated.
@@ -179,7 +181,7 @@ def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool
     if any(is_replacement(module) for module in modules.values()):
         raise ModelError(f"{kind} is already accelerated; call undo() on the earlier result first", what=kind)
     is_adapted = any(linear.is_adapted(module) for module in modules.values())
-    # without adapters, the model is frozen for the probes, as adapters will freeze it; each call checks this again
+    # a model without adapters is frozen for the probes, as adapters will freeze it; each call checks this again
     with contextlib.nullcontext() if is_adapted else frozen(model), contextlib.ExitStack() as back:
         with eval_mode(model):
             probed = _probed(model, modules)
@@ -203,13 +205,14 @@ class _Probed(NamedTuple):
     """Result of probing the plain model.
 
     Attributes:
-        fast: Modules that may run a fused forward.
-        skipped: Modules of similar kinds that keep their own forward.
-        head: The head, for a loss without logits, or None.
-        head_skipped: Why the loss needs logits, or "".
+        fast: Modules that may run a fused implementation.
+        skipped: Modules of similar kinds that keep their own `forward`.
+        head: The head for computing the loss without logits, or None.
+        head_skipped: Why computing the loss requires logits, or "".
         calls: Path -> recorded call, in the order in which the calls ended; "" is the head.
         output: The model's output.
-        packs: Whether the plain model keeps packed sequences apart; a fused attention may fall back to it in any call.
+        packs: Whether the plain model keeps packed sequences apart; in any call, fused attention may fall back to the
+            module's own.
     """
 
     fast: Parts
@@ -222,7 +225,7 @@ class _Probed(NamedTuple):
 
 
 def _probed(model: nn.Module, modules: Mapping[str, nn.Module]) -> _Probed | Exception:
-    """Probe the plain model, or return the exception of its forward."""
+    """Probe the plain model, or return the exception that its forward pass raised."""
     head = output_head(model)
     wanted, skipped = candidates({path: module for path, module in modules.items() if path}, FUSED_FORWARDS)
     ran = attempt(lambda: calls(model, modules_to_record(wanted) | ({} if head is None else {"": head})))
@@ -243,7 +246,7 @@ def _probed_in_place(model: nn.Module, probed: _Probed, logits: bool) -> tuple[b
     """Probe the model with all replacements in place.
 
     Returns:
-        Whether batches may be packed; and the loss without logits (not yet installed), or the reason why the loss needs
+        Whether batches may be packed; and the loss without logits (not yet installed), the reason why the loss requires
         logits, or None if `logits` is true or the model has no suitable head.
     """
     last = None if probed.head is None else _last(model, probed.head, probed.fast, tuple(probed.calls))
@@ -259,7 +262,7 @@ def _inner(model: nn.Module) -> nn.Module:
 
 
 def _last(model: nn.Module, head: Head, fast: Parts, order: tuple[str, ...]) -> LastLayer | None:
-    """Return the last decoder layer of a forward and the modules that may read its output.
+    """Return the last decoder layer that a forward pass runs, and the modules that may read its output.
 
     Returns None if no decoder layer is replaced.
 
@@ -284,7 +287,7 @@ def _nothing(model: nn.Module, reason: str) -> Acceleration:
 
 
 def _may_pack(model: nn.Module, fast: Parts) -> bool:
-    """Return whether the attention of every layer is fused, so that packed sequences cannot see each other."""
+    """Return whether attention is fused in every layer, so that tokens cannot see other packed sequences."""
     layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     ours = sum(attention.fits(module) is None for module, _ in fast.values())
     return isinstance(layers, int) and ours == layers
@@ -296,7 +299,7 @@ def _installed(modules: Mapping[str, nn.Module], probed: _Probed, back: contextl
     Args:
         modules: All modules of the model.
         probed: The modules to replace.
-        back: Collects the callbacks that restore each module.
+        back: Stack that collects the callbacks that restore each module.
     """
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in modules.values():

@@ -1,10 +1,10 @@
-"""Decide which modules of a model may run a fused forward: by structure, by class, and by probes.
+"""Decide which modules of a model may run a fused implementation: by structure, by class, and by probes.
 
-A module keeps its own forward if its class, or a class inside the module, overrides a method of a known class; if a
-probe at one of several lengths differs or raises; or if either is true of a module that the fused forward would bypass.
-Outputs are compared row by row and without the residual.
+A module keeps its own `forward` if its class, or a class inside the module, overrides a method of a known class; if a
+probe at one of several lengths differs or raises; or if either is true of a module that the fused implementation would
+bypass. Outputs are compared row by row and without the residual.
 
-This module also detects in-place changes of tensors. Values cached for a tensor are stored in its own `__dict__`, so
+This module also detects in-place changes to tensors. Values cached for a tensor are stored in its own `__dict__`, so
 they live as long as the tensor and cannot be mistaken for those of a later tensor with the same `id`.
 """
 
@@ -24,8 +24,8 @@ from lorakit.speed.probe import TOLERANCES, Call, Calls, Pairs, attempt, calls
 from lorakit.speed.submodules import Options, is_supported, split_call
 
 SMALLEST_ROW = 0.1
-"""Rows below this fraction of the RMS of all rows are compared relative to this fraction, because their rounding
-errors are as large as those of other rows.
+"""Rows whose norm is below this fraction of the RMS norm of all rows are compared relative to this fraction, because
+their rounding errors are as large as those of other rows.
 """
 
 NARROW = (torch.float16, torch.bfloat16)
@@ -36,11 +36,12 @@ NOISE = 2.0
 
 
 class Verdict(NamedTuple):
-    """Result of comparing a fused forward with a module.
+    """Result of comparing a fused implementation with a module.
 
     Attributes:
-        why: Short phrase that says why the module keeps its own forward, or "".
-        differs: Whether a probe contradicts the fused forward; then no fused forward may bypass the module.
+        why: Short phrase that says why the module keeps its own `forward`, or "".
+        differs: Whether a probe contradicts the fused implementation; then no fused implementation may bypass the
+            module.
     """
 
     why: str = ""
@@ -48,19 +49,19 @@ class Verdict(NamedTuple):
 
 
 Output = Tensor | tuple[Tensor | None, ...]
-"""Output of a fused forward; the first item of a tuple is the hidden states."""
+"""Output of a fused implementation; the first item of a tuple is the hidden states."""
 
 Branches = Callable[[nn.Module, Tensor, Options, Calls], Pairs]
-"""Module, hidden states, other arguments, and calls of modules below by path -> pairs of branches: fused and own."""
+"""Module, hidden states, other arguments, and calls to its submodules by path -> pairs of branches: fused and own."""
 
 
 def compare(module: nn.Module, run: Callable[..., Output | None], call: Call, *, residual: bool = False) -> Verdict:
-    """Compare the output of a fused forward with the recorded one.
+    """Compare the output of a fused implementation with the recorded one.
 
     Args:
         module: The module.
-        run: The fused forward, called with the module and the arguments of the call.
-        call: The recorded call of the module.
+        run: The fused implementation, called with the module and the arguments of the call.
+        call: The recorded call to the module.
         residual: Whether the output is the input plus a branch; if so, only the branches are compared.
     """
     made = attempt(lambda: run(module, *call.args, **call.kwargs))
@@ -86,9 +87,9 @@ def compare(module: nn.Module, run: Callable[..., Output | None], call: Call, *,
 
 
 def _noise(module: nn.Module, call: Call, residual: bool) -> Tensor | None:
-    """Measure how much each row of a module's branch changes if its input is rounded once more; None if unknown.
+    """Measure how much each row of a module's branch changes if its input is rounded once more; return None if unknown.
 
-    In low precision, sharp attention amplifies rounding errors beyond any bound, even in the module's own forward.
+    In low precision, sharp attention amplifies rounding errors beyond any bound, even in the module's own `forward`.
     """
     x = call.hidden
     if not isinstance(x, Tensor):
@@ -107,13 +108,13 @@ def _noise(module: nn.Module, call: Call, residual: bool) -> Tensor | None:
 
 
 def compare_branches(branches: Branches, module: nn.Module, call: Call, inside: Calls) -> Verdict:
-    """Compare the branches of a fused forward, before the residual, with the recorded ones.
+    """Compare the branches of a fused implementation, before the residual, with the recorded ones.
 
     Args:
         branches: Function that pairs the branches.
         module: The module.
-        call: The recorded call of the module.
-        inside: Recorded calls of modules below the module, by path.
+        call: The recorded call to the module.
+        inside: Recorded calls to submodules of the module, by path.
     """
     x, options = split_call(module, call.args, call.kwargs)
     pairs = attempt(lambda: branches(module, x, options, inside))
@@ -138,13 +139,13 @@ def _parts(output: Output) -> tuple[Tensor | None, ...]:
 
 
 def _difference(ours: Tensor, theirs: Tensor, carried: Tensor | None, noise: Tensor | None = None) -> Verdict:
-    """Compare the rows of two tensors (…, d), relative to their size without the part that both contain.
+    """Compare the rows of two tensors (…, d), relative to their norm without the part that both contain.
 
     Args:
-        ours: Output of the fused forward.
-        theirs: Output of the module's own forward.
+        ours: Output of the fused implementation.
+        theirs: Output of the module's own `forward`.
         carried: Part that both contain, such as a residual, (…, d), or None.
-        noise: Change of each row of the module's own output by rounding, (rows,), or None.
+        noise: How much rounding changes each row of the module's own output, (rows,), or None.
     """
     dtype = theirs.dtype
     tolerance = TOLERANCES.get(dtype, 0.0)
@@ -183,11 +184,11 @@ def version_of(x: Tensor) -> int | Tensor:
 
 
 def is_version(x: Tensor, version: int | Tensor) -> bool:
-    """Return whether a tensor is unchanged since `version_of` was called.
+    """Return whether a tensor has not changed since `version_of` was called.
 
     Args:
         x: The tensor, of any shape (…).
-        version: Result of `version_of` for this tensor.
+        version: The result of `version_of` for this tensor.
     """
     if isinstance(version, Tensor):
         return torch.equal(x, version)
@@ -195,7 +196,7 @@ def is_version(x: Tensor, version: int | Tensor) -> bool:
 
 
 LENGTHS = (1, 33)
-"""Tokens per row in the additional probes, which run on one module of each kind."""
+"""Numbers of tokens per row in the additional probes, which run on one module of each kind."""
 
 KNOWN = frozenset({"torch", "transformers", "peft", "lorakit"})
 """Packages whose classes the structure checks were written for."""
@@ -209,18 +210,20 @@ CALLED = frozenset({"__call__", "__getattr__", "__getattribute__"})
 
 @dataclass(frozen=True)
 class FusedForward:
-    """A fused forward, and the checks of modules that may run it.
+    """A fused implementation of `forward`, and the checks for modules that may run it.
 
     Attributes:
         name: Name in the report.
         fits: Module -> None if the structure matches, else a short reason.
-        run: Module, hidden states and other arguments of a call -> the output, or None if its own forward must run.
-        concerns: Whether a module that does not match is reported as skipped.
-        whole: Whether the fused forward computes everything inside the module, whose children are then not reported.
+        run: Module, hidden states and other arguments of a call -> the output, or None if its own `forward` must run.
+        concerns: Module -> whether the module is reported as skipped if its structure does not match.
+        whole: Whether the fused implementation computes everything inside the module; then its children are not
+            reported.
         residual: Whether the output is the input plus a branch.
-        calls: Module -> names of the children that the fused forward calls as modules.
-        traced: Module -> relative paths of the modules below it whose calls `branches` needs.
-        branches: Function that pairs branches whose errors a residual, or a norm after it, would hide; or None.
+        calls: Module -> names of the children that the fused implementation calls as modules.
+        traced: Module -> relative paths of the submodules whose calls `branches` needs.
+        branches: Function that pairs the branches whose errors would be hidden by a residual or by a norm after it, or
+            None.
     """
 
     name: str
@@ -234,17 +237,17 @@ class FusedForward:
     branches: Branches | None = None
 
     def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Output | None:
-        """Return the output of a call, or None if the module's own forward must run."""
+        """Return the output of a call, or None if the module's own `forward` must run."""
         x, options = split_call(module, args, kwargs)
         return self.run(module, x, options) if isinstance(x, Tensor) and is_supported(x) else None
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A module that keeps its own forward.
+    """A module that keeps its own `forward`.
 
     Attributes:
-        path: Path in the model.
+        path: The module's path in the model.
         kind: Class name.
         why: Reason, as a short phrase.
     """
@@ -255,17 +258,17 @@ class Skipped:
 
 
 Parts = dict[str, tuple[nn.Module, FusedForward]]
-"""Path -> module and its fused forward."""
+"""Path -> module and its fused implementation."""
 
 
 def candidates(
     modules: Mapping[str, nn.Module], fused_forwards: tuple[FusedForward, ...]
 ) -> tuple[Parts, list[Skipped]]:
-    """Find the modules whose structure and classes match a fused forward.
+    """Find the modules whose structure and classes match a fused implementation.
 
     Args:
         modules: Path -> module.
-        fused_forwards: Fused forwards in order of preference.
+        fused_forwards: Fused implementations in order of preference.
 
     Returns:
         The candidates, and the modules of similar kinds that do not match.
@@ -294,7 +297,7 @@ def candidates(
 
 
 def modules_to_record(parts: Parts) -> dict[str, nn.Module]:
-    """Collect the modules whose calls the probes need.
+    """Collect the modules whose calls the probes must record.
 
     Args:
         parts: The candidates.
@@ -309,15 +312,15 @@ def modules_to_record(parts: Parts) -> dict[str, nn.Module]:
 
 
 def admit(model: nn.Module, wanted: Parts, found: Calls) -> tuple[Parts, list[Skipped]]:
-    """Probe the candidates; call it in `eval_mode`.
+    """Probe the candidates; must be called inside `eval_mode`.
 
     Args:
         model: The model.
         wanted: The candidates, parents before children.
-        found: Recorded calls of the candidates in a first forward, and of the modules that their branches need.
+        found: Calls recorded in a first forward pass: to the candidates, and to the modules that their branches need.
 
     Returns:
-        The candidates that may run their fused forward, and the ones that are reported as skipped.
+        The candidates that may run their fused implementation, and the ones that are reported as skipped.
     """
     firsts, first_of = _one_of_each(wanted, found)
     at_lengths = _at_lengths(model, firsts)
@@ -349,12 +352,12 @@ def _of_adapters(layer: nn.Module) -> list[nn.Module]:
 
 
 def _stranger(module: nn.Module, fused_forward: FusedForward, foreign: set[type[nn.Module]]) -> str | None:
-    """Return the name of an unknown class that a fused forward would bypass, or None.
+    """Return the name of an unknown class that a fused implementation would bypass, or None.
 
     Args:
         module: The candidate.
-        fused_forward: Its fused forward.
-        foreign: The unknown classes of the model.
+        fused_forward: Its fused implementation.
+        foreign: The unknown classes in the model.
     """
     called = fused_forward.calls(module)
     inside = [child for name, child in module.named_children() if name not in called]
@@ -365,7 +368,7 @@ def _stranger(module: nn.Module, fused_forward: FusedForward, foreign: set[type[
 def _is_foreign(kind: type[nn.Module]) -> bool:
     """Return whether a class may compute something that the structure checks were not written for.
 
-    This is the case if its forward comes from another package, even if assigned to a known class, or if a class from
+    This is the case if its `forward` comes from another package, even if assigned to a known class, or if a class from
     another package overrides any method of a known class.
     """
     if not _is_known(getattr(kind, "forward", None)) or not is_own_forward(kind):
@@ -383,7 +386,7 @@ def _is_foreign(kind: type[nn.Module]) -> bool:
 def _is_known(method: Callable[..., Any] | None) -> bool:
     """Return whether a method, and every function that it wraps, was written in a known package.
 
-    The globals of a function are checked, because decorators copy the other names from the function that they wrap.
+    A function's globals are checked, because decorators copy all other names from the function that they wrap.
     """
     while method is not None:
         if package_of(method) not in KNOWN:
@@ -395,7 +398,7 @@ def _is_known(method: Callable[..., Any] | None) -> bool:
 def _one_of_each(wanted: Parts, found: Calls) -> tuple[Parts, dict[str, str]]:
     """Group called modules that differ only in their weights.
 
-    Returns the first module of each group, and for each path the path of the first module in its group.
+    Returns the first module of each group, and a map from each path to the path of the first module in the same group.
     """
     first: dict[Any, str] = {}
     first_of = {}
@@ -408,12 +411,12 @@ def _one_of_each(wanted: Parts, found: Calls) -> tuple[Parts, dict[str, str]]:
 
 
 def _simple(module: nn.Module) -> list[str]:
-    """Return the plain settings of a module as text, without its position in the model."""
+    """Return a module's plain settings as text, except its position in the model."""
     return [f"{k}={v!r}" for k, v in vars(module).items() if isinstance(v, SETTINGS) and k != "layer_idx"]
 
 
 def _at_lengths(model: nn.Module, firsts: Parts) -> dict[str, Verdict]:
-    """Return path -> verdict of the modules whose fused forward differs at another length."""
+    """Return path -> verdict for the modules whose fused implementation differs at another length."""
     differing = {}
     for tokens in LENGTHS if firsts else ():
         ran = attempt(partial(calls, model, modules_to_record(firsts), 1, tokens, stop=True))
@@ -428,7 +431,7 @@ def _at_lengths(model: nn.Module, firsts: Parts) -> dict[str, Verdict]:
 
 
 def _verdict(path: str, module: nn.Module, fused_forward: FusedForward, found: Calls) -> Verdict:
-    """Compare the fused forward of a module with the recorded calls."""
+    """Compare a module's fused implementation with the recorded calls."""
     call = found.get(path)
     if call is None:
         return Verdict("not called")
@@ -440,7 +443,7 @@ def _verdict(path: str, module: nn.Module, fused_forward: FusedForward, found: C
 
 
 def _fused_among(differing: list[str], path: str, module: nn.Module, fused_forward: FusedForward) -> str | None:
-    """Return the path of a module in `differing` that a fused forward would bypass, or None."""
+    """Return the path of a module in `differing` that a fused implementation would bypass, or None."""
     below = [one for one in differing if one.startswith(f"{path}.")]
     called = tuple(f"{path}.{name}." for name in fused_forward.calls(module)) if below else ()
     return next((one for one in below if not f"{one}.".startswith(called or ("\0",))), None)

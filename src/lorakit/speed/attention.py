@@ -1,7 +1,7 @@
-"""Fused causal self-attention with or without rotary positions: projections, attention and output as one function.
+"""Fused causal self-attention, with or without rotary positions: projections, attention and output as one function.
 
-A mask is read once for all layers of a forward, and classified by what it hides in addition to the pattern: nothing,
-padding, or more.
+A mask is read once for all layers of a forward pass, and classified by what it hides in addition to the pattern:
+nothing, padding, or more.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from lorakit.speed.patching import modules_at
 from lorakit.speed.submodules import Options, knows_all, unknown_attributes, unknown_fields, unknown_implementation
 
 HIDDEN = -1e4
-"""Mask values at or below this hide a position; models add the smallest value of a dtype."""
+"""Mask values at or below this hide a position; models use the lowest value of a dtype for this purpose."""
 
 MASK_FIELDS = "_lorakit_read"
-"""Attribute of a mask, which all layers of a forward share, that caches what was read from it."""
+"""Attribute of a mask that caches what was read from it; all layers of a forward pass share the mask."""
 
 
 Known = TypeVar("Known")
 
 
 def cached_on(x: Tensor, name: str, make: Callable[[], Known]) -> Known:
-    """Return a value computed from a tensor, recomputing it if the tensor was changed in place since.
+    """Return a value computed from a tensor, recomputing it if the tensor has been changed in place since.
 
     Args:
-        x: A tensor of any shape (…), on which the value is cached.
-        name: Attribute of the tensor that holds the value and the tensor version from which it was computed.
+        x: The tensor, of any shape (…), on which the value is cached.
+        name: Attribute of the tensor that holds the value and the version of the tensor it was computed from.
         make: Function that computes the value.
     """
     version, value = x.__dict__.get(name, (None, None))
@@ -54,13 +54,14 @@ def under(mask: Tensor | None, x: Tensor, pattern: Pattern) -> Pattern | None:
     """Add what a mask hides to a pattern.
 
     Args:
-        mask: (rows or 1, heads or 1, T, T), true or 0 where a token is seen; or None.
+        mask: Mask (rows or 1, heads or 1, T, T), true or 0 where a token is seen; or None.
         x: Hidden states, (rows, T, d).
         pattern: The pattern without the mask; it may have a bias.
 
     Returns:
-        The pattern, with a bias if the mask hides more than the pattern. None if the mask shows more than the pattern,
-        hides everything from a token, or has another form; or if a bias is needed on a device without a kernel for it.
+        The pattern, with a bias if the mask hides more than the pattern does. None if the mask shows more than the
+        pattern does, hides everything from a token, or has an unsupported form; or if a bias is needed on a device that
+        has no kernel for it.
     """
     made = pattern if mask is None else _under(mask, x, pattern)
     return None if made is None or (made.bias is not None and x.device.type != "cpu") else made
@@ -90,7 +91,7 @@ def _under(mask: Tensor, x: Tensor, pattern: Pattern) -> Pattern | None:
 
 
 def _read(mask: Tensor, pattern: Pattern, dtype: torch.dtype) -> Tensor | bool:
-    """Return the bias that a mask adds to the scores; True if it equals the pattern, False if it is not supported."""
+    """Return the bias that a mask adds to the scores; True if it equals the pattern, False if it is unsupported."""
     hidden = ~mask if mask.dtype == torch.bool else mask <= HIDDEN
     if mask.dtype != torch.bool and not bool((hidden | (mask == 0)).all()):
         return False
@@ -107,12 +108,12 @@ def _read(mask: Tensor, pattern: Pattern, dtype: torch.dtype) -> Tensor | bool:
 
 INPUTS = (("q_proj", "k_proj", "v_proj"), ("c_attn",), ("qkv_proj",), ("query_key_value",))
 INTERLEAVED = ("query_key_value",)
-"""Names of fused projections that output q, k and v of each head together, head by head."""
+"""Names of fused projections that output the q, k and v of each head together, head by head."""
 
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense")
 NORMS = ("q_norm", "k_norm")
 DROPOUTS = ("attn_dropout", "resid_dropout")
-"""Dropout modules for the weights (only the probability is read) and for the output."""
+"""Dropout modules for the attention weights (only the probability is read) and for the output."""
 
 ATTRIBUTES = frozenset(
     {"config", "layer_idx", "layer_type", "head_dim", "head_size", "rotary_ndims", "num_heads", "num_key_value_heads"}
@@ -131,20 +132,20 @@ READ = frozenset(
     | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "output_router_logits"}
     | {"shift_labels", "ignore_index", KEYWORD}  # read by the loss
 )
-"""Call arguments that are read or have no effect here; any other argument makes the module's own forward run."""
+"""Call arguments that are read or have no effect here; any other argument makes the module's own `forward` run."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Structure of an attention module, from its attributes.
+    """Structure of an attention module, as read from its attributes.
 
     Attributes:
-        inputs: Names of the input projections: three, or one fused.
+        inputs: Names of the input projections: three, or one if they are fused.
         output: Name of the output projection.
         head_dim: Width of a head.
         scale: Factor on q·kᵀ.
         window: Sliding window in tokens, or None.
-        softcap: Bound of the scores by tanh, or None.
+        softcap: Bound that tanh puts on the scores, or None.
     """
 
     inputs: tuple[str, ...]
@@ -156,10 +157,10 @@ class Shape:
 
 
 def fits(module: nn.Module) -> str | None:
-    """Return why a module is not a supported attention, or None if it is."""
+    """Return why a module is not a supported attention module, or None if it is one."""
     shape = shape_of(module)
     if shape is None:
-        return "unknown children for an attention"
+        return "unknown children for an attention module"
     if getattr(module, "is_cross_attention", False) or getattr(module, "is_causal", None) is not True:
         return "not causal self-attention"
     if reason := unknown_implementation(module, "sdpa" if shape.softcap is None else "eager"):
@@ -189,7 +190,7 @@ def shape_of(module: nn.Module) -> Shape | None:
 
 
 def run(module: nn.Module, x: Tensor, options: Options) -> tuple[Tensor, None] | None:
-    """Return the output (B, T, d) for x (B, T, d) and no weights, or None if the module's own forward must run."""
+    """Return the output (B, T, d) for x (B, T, d), without weights, or None if the module's own `forward` must run."""
     y = attention(module, x, None, options, residual=False)
     return None if y is None else (y, None)
 
@@ -216,7 +217,7 @@ def attention(
         wanted: Flat indices (n,) of the tokens that go through the output projection, or None for all.
 
     Returns:
-        (B, T, d), or (n, d) with `wanted`; None if the module's own forward must run.
+        (B, T, d), or (n, d) with `wanted`; None if the module's own `forward` must run.
     """
     shape = shape_of(module)
     if shape is None or x.ndim != 3 or not knows_all(module, options, READ):
@@ -242,7 +243,7 @@ def attention(
 def lengths_of(boundaries: Tensor | None) -> tuple[int, ...] | None:
     """Return the lengths of packed sequences from their boundaries (sequences + 1,); None without boundaries.
 
-    The result is cached on the boundaries, which all layers of a forward share, so a device is synchronized once.
+    The result is cached on the boundaries, which all layers of a forward pass share, so a device is synchronized once.
     """
     if not isinstance(boundaries, Tensor):
         return None
@@ -250,7 +251,7 @@ def lengths_of(boundaries: Tensor | None) -> tuple[int, ...] | None:
 
 
 LENGTHS = "_lorakit_lengths"
-"""Attribute of boundaries that caches the lengths."""
+"""Attribute of the boundaries that caches the lengths."""
 
 
 def _kv_heads(module: nn.Module, shape: Shape, operands: Sequence[Adapted]) -> int:
@@ -266,14 +267,14 @@ def _pattern(shape: Shape, x: Tensor, dropped: float, options: Options) -> Patte
     segments = lengths_of(options.get("cu_seq_lens_q"))
     mask = None if segments else options.get("attention_mask")  # segments make a mask redundant
     if mask is None and segments is None and shape.softcap is not None:
-        return None  # in eager attention without a mask, each token sees all tokens
+        return None  # without a mask, eager attention lets each token see all tokens
     # without a mask, the window is longer than the rows, or the model does not use it
     window = None if segments is None and mask is None else shape.window
     return under(mask, x, Pattern(True, shape.scale, window, shape.softcap, segments, dropped))
 
 
 def _probabilities(module: nn.Module) -> tuple[float, float] | None:
-    """Return the current dropout probabilities of the weights and of the output, or None if unknown."""
+    """Return the current dropout probabilities of the attention weights and of the output, or None if unknown."""
     weights, output = (module._modules.get(name) for name in DROPOUTS)
     sources = (getattr(weights, "p", None), *(getattr(module, name, None) for name in ("attention_dropout", "dropout")))
     p = next((one for one in sources if one is not None), 0.0) if module.training else 0.0

@@ -1,7 +1,7 @@
-"""Contract of a fused forward: facts about the modules that it bypasses, checked at every call.
+"""Contract of a fused implementation: facts about the modules that it bypasses, checked at every call.
 
-A fused forward is valid only while these modules, their forwards, settings and functions are the ones that a probe
-compared it with. This module does not depend on particular fused forwards.
+A fused implementation is valid only as long as these modules, their `forward` methods, settings and functions are the
+ones that a probe compared it with. This module does not depend on any particular fused implementation.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ SETTINGS = (bool, int, float, str, type(None))
 """Types of the attributes that are compared."""
 
 ASKED = frozenset({"training", "gradient_checkpointing", "p", "dropout", "attention_dropout"})
-"""Attributes that are not compared, because fused forwards read them at each call, or no forward reads them."""
+"""Attributes that are not compared: fused implementations read them at each call, or no `forward` reads them."""
 
 IN_CONFIG = ("_attn_implementation_internal", "is_causal")
-"""Config fields that a forward depends on through functions that it calls."""
+"""Config fields that a `forward` depends on through functions that it calls."""
 
 INTERFACES = "ALL_ATTENTION_FUNCTIONS"
 """Global variable in modeling files that maps the name of an attention implementation to its function."""
 
 
 Fact = tuple[Mapping[str, Any], str, object]
-"""An entry of a table that a fused forward relies on: the table, the key, and its value or MISSING.
+"""An entry in a table that a fused implementation relies on: the table, the key, and the key's value or MISSING.
 
-The table is the `__dict__` of a module, class, config or file, or a module's table of children.
+The table is the `__dict__` of a module, class, config or Python file, or a module's table of children.
 """
 
 
 @dataclass(frozen=True, eq=False)
 class Contract:
-    """Facts that a fused forward relies on.
+    """Facts that a fused implementation relies on.
 
     Attributes:
-        facts: The facts. Values are compared by identity, but settings only by type and value.
+        facts: The facts. Values are compared by identity, except for settings, which are compared by type and value.
     """
 
     facts: tuple[Fact, ...]
 
     def holds(self) -> bool:
-        """Return whether all facts are unchanged and no global module hook is set."""
+        """Return whether all facts still hold and no global module hook is registered."""
         for table, name, value in self.facts:
             found = table.get(name, MISSING)
             if found is not value and not _is_equal_setting(found, value):
@@ -61,11 +61,11 @@ class Contract:
 
 
 def contract_for(module: nn.Module, fused: Collection[int] | None) -> Contract:
-    """Collect the facts that a fused forward of a module currently relies on.
+    """Collect the facts that a module's fused implementation currently relies on.
 
     Args:
         module: A replacement; it and the replacements of its children must be installed.
-        fused: Identities of the fused modules; None if the fused forward bypasses everything inside the module.
+        fused: The `id`s of the fused modules; None if the fused implementation bypasses everything inside the module.
     """
     facts: list[Fact] = [*_of_module(module)]
     for holder, name, child in bypassed_modules(module, fused):
@@ -77,7 +77,9 @@ def contract_for(module: nn.Module, fused: Collection[int] | None) -> Contract:
 
 
 def is_operand(module: nn.Module) -> bool:
-    """Return whether a module is linear, with or without adapters; fused forwards look up such modules at each call.
+    """Return whether a module is linear, with or without adapters.
+
+    Fused implementations look up such modules at each call.
 
     Args:
         module: Any module.
@@ -86,11 +88,11 @@ def is_operand(module: nn.Module) -> bool:
 
 
 def bypassed_modules(module: nn.Module, fused: Collection[int] | None) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Yield (parent, name, child) of the modules that a fused forward of a module bypasses.
+    """Yield (parent, name, child) for each module that the fused implementation of a module bypasses.
 
     Args:
         module: The module.
-        fused: Identities of the fused modules, whose children are bypassed too; None for all modules.
+        fused: The `id`s of the fused modules, whose children are bypassed too; None for all modules.
     """
     if _is_around_base(module):
         return
@@ -101,9 +103,9 @@ def bypassed_modules(module: nn.Module, fused: Collection[int] | None) -> Iterat
 
 
 def is_own_forward(kind: type[nn.Module]) -> bool:
-    """Return whether the forward of a class was written for the class or a parent, instead of assigned from elsewhere.
+    """Return whether the `forward` of a class was written for it or for a parent, rather than assigned from elsewhere.
 
-    A parent may assign a forward of its own to each subclass, as gradient checkpointing in transformers does.
+    A parent may assign its own `forward` to each subclass, as gradient checkpointing in transformers does.
 
     Args:
         kind: A module class.
@@ -111,7 +113,7 @@ def is_own_forward(kind: type[nn.Module]) -> bool:
     owner = next(base for base in kind.__mro__ if "forward" in vars(base))
     forward = vars(owner)["forward"]
     if owner is nn.Module:
-        return True  # a module without a forward is never called
+        return True  # a module without a `forward` is never called
     package = package_of(forward)
     return any(
         package == base.__module__.partition(".")[0] and forward.__qualname__ == f"{base.__qualname__}.forward"
@@ -129,7 +131,7 @@ def package_of(function: Callable[..., Any]) -> str:
 
 
 def forward_code(kind: type[nn.Module]) -> CodeType | None:
-    """Return the code of a class's forward without decorators, or None if it is not a Python function.
+    """Return the code of a class's `forward` without decorators, or None if it is not a Python function.
 
     Args:
         kind: A module class.
@@ -138,7 +140,7 @@ def forward_code(kind: type[nn.Module]) -> CodeType | None:
 
 
 def names_read(kind: type[nn.Module]) -> set[str]:
-    """Return all names and strings in the code of a class's forward.
+    """Return all names and strings in the code of a class's `forward`.
 
     Args:
         kind: A module class.
@@ -150,7 +152,7 @@ def names_read(kind: type[nn.Module]) -> set[str]:
 def _of_module(module: nn.Module) -> Iterator[Fact]:
     kind, own = original_class(module), vars(module)
     yield from _of_class(kind)
-    if _is_around_base(module):  # settings of such layers change when adapters are attached or removed
+    if _is_around_base(module):  # the settings of such layers change when adapters are attached or removed
         yield from _of_class(_base_class(module))
         return
     for name, value in own.items():
@@ -189,7 +191,7 @@ def _of_class(kind: type[nn.Module]) -> Iterator[Fact]:
 
 
 def _globals(kind: type[nn.Module]) -> dict[str, Any]:
-    """Return the globals that a class's forward reads."""
+    """Return the globals that a class's `forward` reads."""
     return getattr(inspect.unwrap(kind.forward), "__globals__", {})
 
 

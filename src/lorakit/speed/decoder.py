@@ -1,4 +1,4 @@
-"""Fused decoder layer with one function per sublayer: norm, attention, residual; norm, feed-forward, residual."""
+"""Fused decoder layers with one function per sublayer: norm, attention, residual; norm, feed-forward, residual."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Sublayer(NamedTuple):
 
     Attributes:
         before: Norm of the input, or "".
-        inner: Attention or feed-forward; "" for a feed-forward whose modules are children of the layer itself.
+        inner: Attention or feed-forward block; "" for a feed-forward block whose modules are children of the layer.
         after: Norm of the output of `inner`, or "".
         dropout: Dropout module before the residual, or "".
-        share: Attribute with the probability of a functional dropout before the residual, or "".
+        share: Attribute that holds the probability of a functional dropout before the residual, or "".
     """
 
     before: str
@@ -60,7 +60,7 @@ LAYERS: tuple[tuple[Sublayer, Sublayer], ...] = (
         Sublayer("final_layer_norm", "", share="dropout"),
     ),
 )
-"""Supported layers, which must have exactly these children."""
+"""Supported structures; a layer must have exactly these children."""
 
 PARALLEL, FIRST = "use_parallel_residual", "do_layer_norm_before"
 ATTRIBUTES = frozenset(
@@ -78,17 +78,17 @@ class _Around(NamedTuple):
 
     @property
     def inside(self) -> float:
-        """Return the dropout probability directly after the inner module."""
+        """Return the probability of dropout directly after the inner module."""
         return self.p if self.after is None else 0.0
 
 
 def fits(module: nn.Module) -> str | None:
-    """Return why a module is not a supported decoder layer, or None if it is."""
+    """Return why a module is not a supported decoder layer, or None if it is one."""
     sublayers = _sublayers(module)
     if sublayers is None:
         return "unknown children for a decoder layer"
     if any(_around(module, sublayer) is None for sublayer in sublayers):
-        return "unknown norms"
+        return "its norms are unknown"
     if getattr(module, FIRST, True) is not True:
         return "its norms come after the residuals"
     if not sublayers[1].inner and (reason := unknown_activation(module._modules[LOOSE[1]])):
@@ -98,14 +98,14 @@ def fits(module: nn.Module) -> str | None:
 
 
 def called(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of the children of a supported layer that its fused forward calls as modules."""
+    """Return the names of a supported layer's children that its fused implementation calls as modules."""
     sublayers = _sublayers(module)
     inner = "" if sublayers is None else sublayers[1].inner
     return (inner,) if inner and feed_forward.fits(getattr(module, inner)) is not None else ()
 
 
 def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
-    """Return the layer's output (B, T, d) for x (B, T, d), or None if its own forward must run."""
+    """Return the layer's output (B, T, d) for x (B, T, d), or None if its own `forward` must run."""
     sublayers = _sublayers(module)
     if sublayers is None:
         return None
@@ -114,13 +114,13 @@ def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
     if first is None or second is None or attn is None or is_watched(attn, captures=False):
         return None
     rows = rows_to_compute(module, options.get(KEYWORD), x)
-    is_bare = first.after is None  # without a norm before the residual, the attention function adds the residual
+    is_bare = first.after is None  # if no norm precedes the residual, the attention function adds the residual
     attended = attention.attention(attn, x, first.before, options, residual=is_bare, dropout=first.inside, wanted=rows)
     if attended is None:
         return None
     if not is_bare:
         attended = _with_residual(select_rows(x, rows), attended, first)
-    parallel = getattr(module, PARALLEL, False)  # the feed-forward then has the same input as the attention
+    parallel = getattr(module, PARALLEL, False)  # if true, the feed-forward block has the same input as the attention
     given = select_rows(x, rows) if parallel else attended
     made = _fed(module, sublayers[1], second, given, residual=second.after is None and not parallel)
     if made is None:
@@ -135,18 +135,18 @@ def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
 
 
 def _fed(module: nn.Module, sublayer: Sublayer, around: _Around, x: Tensor, *, residual: bool) -> Tensor | None:
-    """Return the output of the feed-forward sublayer for x (…, d) as one function, or None if that is not possible."""
+    """Compute the feed-forward sublayer for x (…, d) as one function; return None if that is not possible."""
     mlp = module._modules[sublayer.inner] if sublayer.inner else module
     if mlp is None or (sublayer.inner and is_watched(mlp)):
         return None
-    # a replacement has been checked before
+    # a replacement has already been checked
     if sublayer.inner and not is_replacement(mlp) and feed_forward.fits(mlp) is not None:
         return None
     return feed_forward.feed_forward(mlp, x, around.before, residual=residual, dropout=around.inside)
 
 
 def _fed_by_modules(module: nn.Module, sublayer: Sublayer, around: _Around, x: Tensor) -> Tensor:
-    """Return the output of the layer's own feed-forward modules for x (B, T, d), without what follows them."""
+    """Return the output of the layer's own feed-forward modules for x (B, T, d), before the dropout and residual."""
     made = x if around.before is None else normalize(x, around.before)
     for child in modules_at(module, (sublayer.inner,) if sublayer.inner else LOOSE):
         made = child(made)
@@ -154,7 +154,7 @@ def _fed_by_modules(module: nn.Module, sublayer: Sublayer, around: _Around, x: T
 
 
 def _with_residual(x: Tensor, y: Tensor, around: _Around) -> Tensor:
-    """Return the output of a sublayer: x plus the inner module's output y after norm and dropout."""
+    """Return the output of a sublayer: x plus the inner module's output y, after its norm and dropout."""
     return x + dropout(y if around.after is None else normalize(y, around.after), around.p)
 
 

@@ -1,12 +1,12 @@
-"""Fused encoder layers, and T5 sublayers.
+"""Fused encoder layers, and fused T5 sublayers.
 
-A layer of BERT and its descendants has norms after its residuals: norm(x + attention(x)), norm(x + mlp(x)), as in
-Devlin et al. 2018, arXiv:1810.04805. It runs as two autograd functions and two norms; padding is masked by a bias on
-the scores.
+A layer of BERT and its descendants has its norms after the residuals: norm(x + attention(x)), norm(x + mlp(x)), as in
+Devlin et al. 2018, arXiv:1810.04805. It is computed by two autograd functions and two norms; padding is masked by a
+bias on the scores.
 
-A T5 sublayer is x + dropout(inner(norm(x))), with a feed-forward block or self-attention inside. The attention adds to
-its scores a frozen relative position bias, which the first layer computes for all layers (Raffel et al. 2019,
-arXiv:1910.10683, section 2.1). Cross-attention runs the model's own forward.
+A T5 sublayer is x + dropout(inner(norm(x))), where `inner` is a feed-forward block or self-attention. The attention
+scores include a frozen relative position bias, which the first layer computes for all layers (Raffel et al. 2019,
+arXiv:1910.10683, section 2.1). Cross-attention runs the model's own `forward`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lorakit.speed.submodules import (
 )
 
 READ = frozenset({"attention_mask", "position_ids", "num_items_in_batch"})
-"""Call arguments that are read or have no effect here; any other argument makes the module's own forward run."""
+"""Call arguments that are read or have no effect here; any other argument makes the module's own `forward` run."""
 
 ATTRIBUTES = frozenset(
     {"config", "num_attention_heads", "attention_head_size", "all_head_size", "scaling", "n_heads", "dim", "layer_idx"}
@@ -49,14 +49,14 @@ ATTRIBUTES = frozenset(
 
 
 class Layout(NamedTuple):
-    """Paths of the modules of an encoder layer; "" for a missing dropout.
+    """Paths of the modules in an encoder layer; "" for a missing dropout module.
 
     Attributes:
-        attention: Module with the attention settings; its child `dropout` is that of the attention weights.
-        inputs: Projections to q, k and v.
-        output: Output projection, the dropout after it, and the norm after the residual.
-        up, act: First linear module and activation of the feed-forward.
-        down: Last linear module of the feed-forward, the dropout after it, and the norm after the residual.
+        attention: Module with the attention settings; its child `dropout` is applied to the attention weights.
+        inputs: The projections to q, k and v.
+        output: The output projection, the dropout after it, and the norm after the residual.
+        up, act: The first linear module and the activation of the feed-forward block.
+        down: The last linear module of the feed-forward block, the dropout after it, and the norm after the residual.
     """
 
     attention: str
@@ -73,11 +73,11 @@ class Layout(NamedTuple):
 
     @property
     def leaves(self) -> tuple[str, ...]:
-        """Return the paths of all modules that are read, without those that only contain other modules."""
+        """Return the paths of all modules that are read, except those that only contain other modules."""
         return (*self.inputs, *self.output, self.up, self.act, *self.down, f"{self.attention}.dropout")
 
     def children(self) -> dict[str, set[str]]:
-        """Return path -> names of the children of each module that only contains other modules."""
+        """Return path -> names of the children, for each module that only contains other modules."""
         held: dict[str, set[str]] = {}
         for path in self.leaves:
             names = path.split(".") if path else []
@@ -104,7 +104,7 @@ LAYOUTS = (
         down=("ffn.lin2", "ffn.dropout", "output_layer_norm"),
     ),
 )
-"""Layouts of BERT, RoBERTa, ELECTRA and similar models, and of DistilBERT."""
+"""Layouts of BERT and similar models (RoBERTa, ELECTRA), and of DistilBERT."""
 
 
 def layout_of(module: nn.Module) -> Layout | None:
@@ -116,26 +116,26 @@ def layout_of(module: nn.Module) -> Layout | None:
 
 
 def fits(module: nn.Module) -> str | None:
-    """Return why a module is not a supported encoder layer, or None if it is."""
+    """Return why a module is not a supported encoder layer, or None if it is one."""
     found = layout_of(module)
     if found is None:
         return "unknown children for an encoder layer"
     attention = _at(module, found.attention)
     if not vars(attention).keys() >= {"attention_head_size", "scaling"} or dropout_p(attention.dropout) is None:
-        return "unknown attributes for an attention"
+        return "unknown attributes for an attention module"
     if getattr(attention, "is_causal", None) is not False:
         return "its attention is causal"
     if reason := unknown_implementation(attention) or unknown_activation(_at(module, found.act)):
         return reason
     holders = {path: _at(module, path) for path in found.children()}
     if any(getattr(holder, "chunk_size_feed_forward", 0) for holder in holders.values()):
-        return "its feed-forward runs in chunks"
+        return "its feed-forward block runs in chunks"
     reasons = (unknown_attributes(holders[path], ATTRIBUTES, tuple(names)) for path, names in found.children().items())
     return next((reason for reason in reasons if reason is not None), None)
 
 
 def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
-    """Return the layer's output (B, T, d) for x (B, T, d), or None if its own forward must run."""
+    """Return the layer's output (B, T, d) for x (B, T, d), or None if its own `forward` must run."""
     ready = _ready(module, x, options)
     if ready is None:
         return None
@@ -146,13 +146,13 @@ def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
 
 
 def traced(module: nn.Module) -> tuple[str, ...]:
-    """Return the paths below a supported layer of the modules whose calls `branches` needs."""
+    """Return the paths, relative to a supported layer, of the modules whose calls `branches` needs."""
     found = layout_of(module)
     return () if found is None else (found.output[0], found.up, found.down[0])
 
 
 def branches(module: nn.Module, x: Tensor, options: Options, inside: Calls) -> Pairs:
-    """Pair what the fused forward adds to the residuals with the outputs of the projections, (B, T, d) each."""
+    """Pair what the fused implementation adds to the residuals with the projections' outputs, (B, T, d) each."""
     attended, up, down = (inside[path] for path in traced(module))
     ready = _ready(module, x, options)
     if ready is None:
@@ -164,7 +164,7 @@ def branches(module: nn.Module, x: Tensor, options: Options, inside: Calls) -> P
 
 
 class _Ready(NamedTuple):
-    """Operands of a layer for one call; `norms` are the norms after attention and feed-forward."""
+    """Operands of a layer for one call; `norms` are those after the attention and after the feed-forward block."""
 
     block: SelfAttention
     pattern: Pattern
@@ -174,7 +174,7 @@ class _Ready(NamedTuple):
 
 
 def _ready(module: nn.Module, x: Tensor, options: Options) -> _Ready | None:
-    """Return the operands for hidden states x (B, T, d), or None if they are unknown."""
+    """Return the operands for hidden states x (B, T, d), or None if any are unknown."""
     found = layout_of(module)
     if found is None or x.ndim != 3 or not _is_plain(module, found, x, options):
         return None
@@ -197,7 +197,7 @@ def _ready(module: nn.Module, x: Tensor, options: Options) -> _Ready | None:
 
 
 def _dropouts(module: nn.Module, found: Layout) -> tuple[float, float, float] | None:
-    """Return the current dropout probabilities of attention weights and both outputs, or None if one is unknown."""
+    """Return the current dropout probabilities of the attention weights and both outputs, or None if one is unknown."""
     attention = _at(module, found.attention)
     # the model reads only p and never calls the module
     of_weights: float = attention.dropout.p if attention.training else 0.0
@@ -208,13 +208,13 @@ def _dropouts(module: nn.Module, found: Layout) -> tuple[float, float, float] | 
 
 
 def _norms(module: nn.Module, found: Layout, x: Tensor) -> list[Norm]:
-    """Return the two norms, leaving out any that is unknown or has another dtype than x (B, T, d)."""
+    """Return the two norms, leaving out any that is unknown or differs in dtype from x (B, T, d)."""
     norms = (norm_of(_at(module, path)) for path in (found.output[2], found.down[2]))
     return [norm for norm in norms if norm is not None and norm.weight is not None and norm.weight.dtype == x.dtype]
 
 
 def _is_plain(module: nn.Module, found: Layout, x: Tensor, options: Options) -> bool:
-    """Return whether a call is plain self-attention over its own tokens, with modules that have no hooks."""
+    """Return whether a call is plain self-attention over its own tokens, through modules without hooks."""
     if x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
         return False  # a layer norm returns float32 under autocast
     holders = [_at(module, path) for path in found.children() if path]
@@ -223,7 +223,7 @@ def _is_plain(module: nn.Module, found: Layout, x: Tensor, options: Options) -> 
 
 
 def _at(module: nn.Module, path: str) -> Any:
-    """Return the module or activation function at a path below a module ("" is the module itself), or None."""
+    """Return the module or activation function at a path relative to a module ("" is the module itself), or None."""
     found: nn.Module | None = module
     for name in path.split(".") if path else ():
         found = getattr(found, name, None)
@@ -240,31 +240,31 @@ SUBLAYER_ATTRIBUTES = frozenset(
     | {"is_decoder", "is_causal", "gradient_checkpointing", "has_relative_attention_bias"}
     | {"relative_attention_num_buckets", "relative_attention_max_distance"}
 )
-"""Known attributes of a T5 attention: they are read here, or a probe shows their effect."""
+"""Known attributes of T5 attention modules: they are read here, or a probe shows their effect."""
 
 SUBLAYER_READ = READ | {"position_bias"}
 NEEDED = {"key_value_proj_dim", "n_heads", "scaling", "is_causal", "dropout"}
 
 
 def fits_sublayer(module: nn.Module) -> str | None:
-    """Return why a module is not a supported sublayer, or None if it is."""
+    """Return why a module is not a supported sublayer, or None if it is one."""
     inner = _inner(module)
     if inner is None:
         return "unknown children for a sublayer"
     if norm_of(module._modules[NORM]) is None:
-        return "unknown norm"
+        return "its norm is unknown"
     if reason := unknown_attributes(module, (), (NORM, DROPOUT, FED, ATTENDED)):
         return reason
     if FED in module._modules:
         return feed_forward.fits(inner)
     if len(modules_at(inner, PROJECTIONS)) < len(PROJECTIONS) or not vars(inner).keys() >= NEEDED:
-        return "unknown children for an attention"
+        return "unknown children for an attention module"
     known = (*PROJECTIONS, DISTANCES)
     return unknown_implementation(inner) or unknown_attributes(inner, SUBLAYER_ATTRIBUTES, known)
 
 
 def run_sublayer(module: nn.Module, x: Tensor, options: Options) -> Tensor | tuple[Tensor, Tensor, None] | None:
-    """Return the sublayer's output for x (B, T, d), or None if its own forward must run."""
+    """Return the sublayer's output for x (B, T, d), or None if its own `forward` must run."""
     inner, norm, p = _inner(module), norm_of(module._modules[NORM]), dropout_p(module._modules[DROPOUT])
     if inner is None or norm is None or p is None or is_watched(inner):
         return None
@@ -281,12 +281,12 @@ def run_sublayer(module: nn.Module, x: Tensor, options: Options) -> Tensor | tup
 
 
 def traced_in_sublayer(module: nn.Module) -> tuple[str, ...]:
-    """Return the paths below a sublayer of the modules whose calls `branches_of_sublayer` needs."""
+    """Return the paths, relative to a sublayer, of the modules whose calls `branches_of_sublayer` needs."""
     return (f"{FED}.wo",) if FED in module._modules else (f"{ATTENDED}.o",)
 
 
 def branches_of_sublayer(module: nn.Module, x: Tensor, options: Options, inside: Calls) -> Pairs:
-    """Pair what the fused forward and what the inner module add to the residual, (B, T, d) each."""
+    """Pair what the fused implementation adds to the residual with what the inner module adds, (B, T, d) each."""
     (own,) = (inside[path].output for path in traced_in_sublayer(module))
     inner, norm = _inner(module), norm_of(module._modules[NORM])
     made = None
@@ -298,7 +298,7 @@ def branches_of_sublayer(module: nn.Module, x: Tensor, options: Options, inside:
 
 
 class _ReadySublayer(NamedTuple):
-    """Operands of the attention in a sublayer for one call."""
+    """Operands of the attention in a sublayer, for one call."""
 
     block: SelfAttention
     pattern: Pattern

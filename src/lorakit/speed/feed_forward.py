@@ -1,4 +1,4 @@
-"""Fused feed-forward blocks: gated (SwiGLU, GeGLU) and plain, with adapters, dropout and norm."""
+"""Fused feed-forward blocks: gated (SwiGLU, GeGLU) or plain, with adapters, dropout and a norm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorakit.speed.submodules import Options, activation_of, unknown_activation,
 
 GATED = (("gate_proj", "up_proj", "down_proj"), ("wi_0", "wi_1", "wo"))
 FUSED = (("gate_up_proj", "down_proj"),)
-"""The first module computes gate and up together."""
+"""Blocks whose first module computes gate and up together."""
 
 PLAIN = (("fc1", "fc2"), ("c_fc", "c_proj"), ("dense_h_to_4h", "dense_4h_to_h"), ("wi", "wo"))
 LAST, WITHIN = ("c_fc",), ("wi", "wi_0")
@@ -28,7 +28,7 @@ ATTRIBUTES = frozenset({"config", "hidden_size", "intermediate_size", "mlp_bias"
 
 
 def fits(module: nn.Module) -> str | None:
-    """Return why a module is not a supported feed-forward block, or None if it is."""
+    """Return why a module is not a supported feed-forward block, or None if it is one."""
     names = _names(module)
     if names is None:
         return "unknown children for a feed-forward block"
@@ -37,7 +37,7 @@ def fits(module: nn.Module) -> str | None:
 
 
 def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
-    """Return the block's output for x (…, d), or None if the module's own forward must run."""
+    """Return the block's output for x (…, d), or None if its own `forward` must run."""
     return None if options else feed_forward(module, x, None, residual=False)
 
 
@@ -54,7 +54,7 @@ def feed_forward(
         dropout: Dropout probability after the block.
 
     Returns:
-        (…, d), or None if the module's own forward must run.
+        The output (…, d), or None if the module's own `forward` must run.
     """
     names, act = _names(module), activation_of(_activation(module))
     dropouts = None if names is None else _probabilities(module, names, dropout)

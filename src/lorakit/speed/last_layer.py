@@ -1,8 +1,9 @@
-"""Skip rows without loss in the last decoder layer: after its attention, only rows with a label are computed.
+"""Skip unlabeled rows in the last decoder layer: after its attention, only rows with a label are computed.
 
-The rows are passed with the call, as a keyword argument that the model forwards to its layers. So a recomputed
-checkpointed layer gets the same rows, and no other call or thread sees them. The output of the other rows is
-meaningless, so rows are skipped only if nothing but the loss of a forward is read. A probe shows which models allow it.
+The indices of these rows are passed with the call, as a keyword argument that the model forwards to its layers, so a
+checkpointed layer that is recomputed receives the same indices, and no other call or thread sees them. The output for
+the other rows is meaningless, so rows are skipped only if nothing but the loss of a forward pass is read. A probe shows
+which models allow this.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from lorakit.speed.patching import is_watched, may_run
 from lorakit.speed.probe import TOLERANCES
 
 KEYWORD = "trained_rows"
-"""Name of the keyword argument."""
+"""Name of the keyword argument that passes the rows to the layers."""
 
 SHARE = 0.9
-"""Fraction of tokens with loss from which all rows are computed, because selecting rows has a cost too."""
+"""Fraction of labeled tokens at and above which all rows are computed, because selecting rows has a cost too."""
 
 ASKED_FOR = ("output_hidden_states", "output_attentions", "output_router_logits")
-"""Arguments of a call, or config fields, that request the outputs of layers."""
+"""Call arguments or config fields that request the outputs of layers."""
 
 
 class Trained(NamedTuple):
-    """Value of the keyword argument.
+    """Value of the keyword argument that passes the rows.
 
     Attributes:
         layer: The layer that the rows are meant for.
-        rows: Sorted flat indices of the tokens with loss, (n,).
+        rows: Sorted flat indices of the labeled tokens, (n,).
         tokens: Total number of tokens.
     """
 
@@ -43,7 +44,7 @@ class Trained(NamedTuple):
 
 @dataclass(frozen=True)
 class LastLayer:
-    """The last layer of a model whose head reads nothing else.
+    """The last layer of a model whose head reads only this layer's output.
 
     Attributes:
         layer: The replacement of the layer.
@@ -58,11 +59,11 @@ class LastLayer:
     readers: tuple[nn.Module, ...]
 
     def keyword(self, targets: Tensor, ignored: int, call: Mapping[str, Any]) -> dict[str, Trained]:
-        """Return additional arguments for a call of the model: the keyword argument, or nothing, [docs/math.md (84)].
+        """Return additional arguments for a call to the model: the keyword argument, or none, [docs/math.md (84)].
 
         Args:
             targets: Shifted labels, aligned with the positions that predict them, of any shape (…).
-            ignored: Label of tokens without loss.
+            ignored: Label of tokens that do not contribute to the loss.
             call: The call's arguments by name.
         """
         config, kept = getattr(self.model, "config", None), call.get("logits_to_keep")
@@ -77,7 +78,7 @@ class LastLayer:
         return {KEYWORD: Trained(self.layer, rows, len(flat))} if 0 < len(rows) < SHARE * len(flat) else {}
 
     def _is_compiled(self) -> bool:
-        """Return whether the layer or a module that contains it is compiled: each number of rows would need a graph."""
+        """Return whether the layer or a module that contains it is compiled; each row count would need a graph."""
         module = self.model
         for name in self.path.split("."):
             module = getattr(module, name)
@@ -87,7 +88,7 @@ class LastLayer:
 
 
 def rows_to_compute(layer: nn.Module, value: Trained | None, x: Tensor) -> Tensor | None:
-    """Return the rows (n,) that a layer must compute after its attention, or None for all.
+    """Return the indices (n,) of the rows that a layer must compute after its attention, or None for all.
 
     Args:
         layer: The layer.
@@ -102,25 +103,25 @@ def rows_to_compute(layer: nn.Module, value: Trained | None, x: Tensor) -> Tenso
 
 
 def select_rows(x: Tensor, rows: Tensor | None) -> Tensor:
-    """Return the rows (n, d) of x (B, T, d); x itself for None."""
+    """Return the given rows (n, d) of x (B, T, d); if `rows` is None, return x itself."""
     return x if rows is None else x.flatten(0, 1).index_select(0, rows)
 
 
 def scatter_rows(y: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
-    """Scatter rows y (n, d) into zeros of the shape of `like` (B, T, d); y itself for None."""
+    """Scatter rows y (n, d) into zeros with the shape of `like` (B, T, d); if `rows` is None, return y itself."""
     if rows is None:
         return y
     return y.new_zeros(like.shape[:2].numel(), y.shape[-1]).index_copy(0, rows, y).view(like.shape)
 
 
 def some(ids: Tensor, ignored: int) -> Tensor:
-    """Return labels (rows, tokens) for a probe with these ids, in which every third token in flat order has a loss."""
+    """Return labels (rows, tokens) for a probe with these ids, in which every third token in flat order is labeled."""
     targets = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
     return ids.masked_fill(targets % 3 != 1, ignored)
 
 
 def agree(ours: Tensor, theirs: Tensor) -> bool:
-    """Return whether `ours` (B, T, d), from a probe, equals the plain model's `theirs` (B, T, d) up to rounding."""
+    """Return whether `ours`, from a probe, equals `theirs`, from the plain model, up to rounding; both (B, T, d)."""
     if ours.shape != theirs.shape or not bool(ours.isfinite().all()):
         return False
     error = torch.linalg.vector_norm(ours.double() - theirs.double())

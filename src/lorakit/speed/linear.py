@@ -1,10 +1,10 @@
-"""Operands of linear modules (plain, or adapted by lorakit or `peft`) for one call, and the fused adapted linear.
+"""Operands of linear modules (plain, or adapted by lorakit or peft) for one call, and fused adapted linear modules.
 
-A module has operands only if it is plain under the current route, with at most one LoRA adapter. With several adapters,
-mixed rows, DoRA, a quantized or merged base, or hooks, the result is None, and the layer is called as a module. All
-state is read at every call: which adapter is active, disabled or merged, and its scale.
+A module has operands only if it is plain under the current route and has at most one LoRA adapter. With several
+adapters, mixed rows, DoRA, a quantized or merged base, or hooks, the result is None, and the layer is called as a
+module. All state is read at every call: which adapter is active, disabled or merged, and its scale.
 
-Layers of peft are recognized by their attributes; peft is not imported.
+peft's layers are recognized by their attributes; peft is not imported.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def operand(module: nn.Module, route: Route | None) -> Adapted | None:
     """Return the operands of a linear module under a route.
 
     Args:
-        module: A layer of lorakit, or a module of the base.
-        route: The route of this forward, or None if the model has no adapters.
+        module: A lorakit layer, or a module of the base model.
+        route: The route of this forward pass, or None if the model has no adapters.
 
     Returns:
         W (out, in) or (in, out), bias (out,) and, with an adapter, A (r, in) and B (out, r); None if the module is not
@@ -61,7 +61,9 @@ def operand(module: nn.Module, route: Route | None) -> Adapted | None:
 
 
 def frozen_linear(module: nn.Module) -> Adapted | None:
-    """Return W (out, in), or (in, out) of a Conv1D, and bias (out,); None if the module is not a plain, frozen linear.
+    """Return the operands of a plain, frozen linear module: W (out, in), or (in, out) for Conv1D, and bias (out,).
+
+    Returns None for any other module.
 
     Args:
         module: Any module; the caller checks its hooks.
@@ -80,23 +82,23 @@ def frozen_linear(module: nn.Module) -> Adapted | None:
 
 
 def _with_adapter(base: Adapted, pair: tuple[Tensor, Tensor], scale: float, dropout: nn.Module) -> Adapted | None:
-    """Return a frozen linear with the factors A (r, in) and B (out, r), or None if `dropout` is not a plain dropout."""
+    """Return a frozen linear module with the factors A (r, in) and B (out, r), or None if `dropout` is not plain."""
     p = share_dropped(dropout)
     return None if p is None else Adapted(base.W, base.bias, LowRank(*pair, scale, p), base.transposed)
 
 
 FORWARD = ("peft.tuners.lora.layer", "Linear.forward")
-"""Module and qualified name of the peft forward that is reproduced here; a replacement keeps both."""
+"""Module and qualified name of peft's `forward` that is reproduced here; a replacement keeps both."""
 
 READ = ("active_adapters", "lora_A", "lora_B", "lora_dropout", "scaling")
-"""Attributes that are read from such a layer: the names of its active adapters, and tables by adapter."""
+"""Attributes that are read from a peft layer: the names of its active adapters, and tables keyed by adapter."""
 
 ODD_TABLES = ("lora_variant", "lora_bias", *PEFT_TABLES_OF_VARIANTS)
-"""Tables of current or older peft versions in which a true entry means that the adapter is not plain LoRA."""
+"""Tables in current or older peft versions in which a true entry means that the adapter is not plain LoRA."""
 
 
 def is_peft_linear(module: nn.Module) -> bool:
-    """Return whether a module is peft's LoRA layer around a linear module."""
+    """Return whether a module is a peft LoRA layer around a linear module."""
     forward = type(module).forward
     return (getattr(forward, "__module__", ""), getattr(forward, "__qualname__", "")) == FORWARD
 
@@ -135,13 +137,13 @@ def _entry(table: Mapping[str, Any] | bool | None, name: str) -> bool:
 
 @dataclass(frozen=True)
 class ActiveOperands:
-    """Operands for one call of modules that run as one function.
+    """Operands for one call of several modules that run as one function.
 
     Attributes:
         operands: Operands of each module.
         forwards: Forward history of the modules as a whole.
         route: The route of this call, or None if the model has no lorakit adapters.
-        is_recomputed: Whether autograd is recomputing the call.
+        is_recomputed: Whether the call is being recomputed by autograd.
     """
 
     operands: list[Adapted]
@@ -150,7 +152,7 @@ class ActiveOperands:
     is_recomputed: bool
 
     def note(self, y: Tensor) -> None:
-        """Record the output y (…, d) of the call, in case the backward recomputes the call."""
+        """Record the output y (…, d) of the call, in case the backward pass recomputes the call."""
         if self.route is not None:
             self.forwards.note(y, self.route, self.is_recomputed)
 
@@ -161,7 +163,7 @@ def active_operands(modules: Sequence[nn.Module], forwards: Forwards, x: Tensor)
     Args:
         modules: Linear modules of one model, with or without adapters.
         forwards: Forward history of the modules as a whole, used instead of each layer's own.
-        x: Input of the call, (…, in).
+        x: Input to the call, (…, in).
 
     Raises:
         RouteError: Autograd is recomputing the call, and the route of the original call cannot be determined.
@@ -185,7 +187,7 @@ def forwards_of(module: nn.Module) -> Forwards:
 
 
 def _is_here(one: Adapted, x: Tensor) -> bool:
-    """Return whether all tensors are unsharded, on the device of x (…, in), and in a dtype that the module accepts."""
+    """Return whether all tensors are unsharded, on the device of x (…, in), and of a dtype the module accepts."""
     is_cast = torch.is_autocast_enabled(x.device.type)
     if not is_cast and any(base is not None and base.dtype != x.dtype for base in (one.W, one.bias)):
         return False
@@ -195,12 +197,12 @@ def _is_here(one: Adapted, x: Tensor) -> bool:
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Return whether a module is a layer with adapters around a base."""
+    """Return whether a module is a layer with adapters around a base layer."""
     return isinstance(module, LoraLayer) or is_peft_linear(module)
 
 
 def fits(module: nn.Module) -> str | None:
-    """Return why a module is not a supported adapted linear, or None if it is."""
+    """Return why a module is not a supported adapted linear module, or None if it is one."""
     if not is_adapted(module):
         return "it has no adapter"
     base: nn.Module = getattr(module, "owner" if isinstance(module, LoraLayer) else "base_layer")
@@ -208,12 +210,12 @@ def fits(module: nn.Module) -> str | None:
 
 
 def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
-    """Return the layer's output (…, out) for x (…, in), or None if its own forward must run."""
+    """Return the layer's output (…, out) for x (…, in), or None if its own `forward` must run."""
     if options:
         return None
     forwards = module.forwards if isinstance(module, LoraLayer) else Forwards()
     acting = active_operands([module], forwards, x)
-    if acting is None or acting.operands[0].low is None:  # without an adapter, a fused forward gains nothing
+    if acting is None or acting.operands[0].low is None:  # without an adapter, a fused implementation gains nothing
         return None
     (y,) = linears(x, acting.operands)
     acting.note(y)

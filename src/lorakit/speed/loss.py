@@ -1,9 +1,9 @@
-"""Loss without logits: the head returns its input, the hidden states, and the loss computes logits in chunks.
+"""Loss without full logits: the head returns its input, the hidden states, and the loss computes logits in chunks.
 
-This requires that the model's logits are the head's output, possibly scaled or soft-capped, which a probe checks;
-otherwise the loss is unchanged. For existing training loops, the model's `loss_function` is replaced on the instance,
-and two hooks are added: in a forward with labels in training mode, the output's logits are then None, and so is the
-key-value cache unless requested. All other forwards are unchanged.
+This requires that the model's logits are the output of its head, possibly scaled or soft-capped, which a probe checks;
+otherwise, the loss is left unchanged. For existing training loops, the model's `loss_function` is replaced on the
+instance, and two hooks are added: in a forward pass with labels in training mode, the output's logits are then None,
+and so is the key-value cache unless it is requested. All other forward passes are unchanged.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ def output_head(model: nn.Module) -> nn.Module | None:
     getter = getattr(model, "get_output_embeddings", None)
     try:
         head = getter() if callable(getter) else None
-    except (AttributeError, NotImplementedError):  # models without one raise different errors
+    except (AttributeError, NotImplementedError):  # models without output embeddings raise various errors
         return None
     return head if isinstance(head, nn.Module) else None
 
 
 @dataclass
 class HiddenStateCapture:
-    """State of a forward in which the head returns its input, the hidden states.
+    """State of a forward pass in which the head returns its input, the hidden states.
 
     Attributes:
-        owner: The module whose forward this is, or None within `Head.passing`.
-        given: Inputs of the head, (rows, length, d) each.
+        owner: The module that runs the forward pass, or None within `Head.passing`.
+        given: Inputs to the head, (rows, length, d) each.
         version: In-place change counter of the last input when it was captured.
-        used: Whether a loss was computed from the input.
+        used: Whether a loss was computed from the captured input.
     """
 
     owner: nn.Module | None
@@ -59,15 +59,15 @@ class HiddenStateCapture:
 
 @dataclass(eq=False)
 class Head:
-    """Output head of a model, for a loss without logits.
+    """Output head of a model, for computing the loss without logits.
 
     Attributes:
         scale: Factor between the head's output and the logits.
-        softcap: Bound of the logits by tanh, or None.
-        module: The head's module, or its replacement once the model is accelerated.
+        softcap: Bound that tanh puts on the logits, or None.
+        module: The head's module, or that module's replacement once the model is accelerated.
         holders: Every (parent, attribute) that held the module when the model was accelerated.
-        open: Thread -> state of its current capturing forward.
-        last: The last layer if it can skip rows without loss, or None.
+        open: Thread -> state of its current capturing forward pass.
+        last: The last layer if it can skip unlabeled rows, or None.
     """
 
     scale: float
@@ -78,9 +78,9 @@ class Head:
     last: LastLayer | None = None
 
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
-        """Capture and return the hidden states (…, d) in a capturing forward; else return None.
+        """Capture and return the hidden states (…, d) in a capturing forward pass; otherwise, return None.
 
-        This is the fused forward of the head's replacement.
+        This is the fused implementation that the head's replacement runs.
         """
         capture = self.open.get(threading.get_ident()) if self.open else None
         if capture is None or not args or kwargs:
@@ -92,10 +92,10 @@ class Head:
 
     @contextlib.contextmanager
     def passing(self) -> Iterator[list[Tensor]]:
-        """Capture hidden states within a context, for this thread; the logits that forwards return are meaningless.
+        """Capture this thread's hidden states within a context, in which the logits that models return are meaningless.
 
         Yields:
-            Inputs of the head: hidden states, (rows, length, d).
+            Inputs to the head: hidden states, (rows, length, d).
         """
         thread = threading.get_ident()
         self.open[thread] = capture = HiddenStateCapture(None)
@@ -105,7 +105,7 @@ class Head:
             del self.open[thread]
 
     def applies(self) -> bool:
-        """Return whether the head is unchanged since it was accelerated: in place, frozen, plain and without hooks."""
+        """Return whether the head is unchanged since acceleration: still in place, frozen, plain and without hooks."""
         if any(parent._modules.get(name) is not self.module for parent, name in self.holders):
             return False  # it has an adapter now, or the model has another head
         weight, bias = self.module._parameters.get("weight"), self.module._parameters.get("bias")
@@ -113,11 +113,12 @@ class Head:
         return frozen and not is_watched(self.module) and may_run(self.module)
 
     def loss_sum(self, model: nn.Module, labels: Tensor, **inputs: Tensor | int | None) -> Tensor:
-        """Compute the next-token cross-entropy, summed over the tokens with loss.
+        """Compute the next-token cross-entropy, summed over all labeled tokens.
 
         Args:
             model: The accelerated model.
-            labels: (rows, length); -100 means no loss, other labels are predicted from the previous position.
+            labels: Labels (rows, length); -100 excludes a token from the loss, and any other label is predicted from
+                the previous position.
             inputs: The model's other arguments.
 
         Returns:
@@ -134,10 +135,10 @@ class Head:
         """Compute the cross-entropy of shifted targets.
 
         Args:
-            hidden: Input of the head, (…, d).
+            hidden: Input to the head, (…, d).
             targets: One label per hidden state, of any shape (…).
-            total: Divisor of the summed loss; None for the number of targets with loss.
-            ignore_index: Label of tokens without loss.
+            total: Divisor of the summed loss; None for the number of targets that are not ignored.
+            ignore_index: Label of tokens that do not contribute to the loss.
 
         Returns:
             A scalar in fp32 or wider.
@@ -149,7 +150,7 @@ class Head:
         return linear_cross_entropy(rows, operands, flat, total=total, ignore_index=ignore_index)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the model's logits (…, V) for hidden states (…, d); calls the head as a module."""
+        """Return the model's logits (…, V) for hidden states (…, d), calling the head as a module."""
         logits: Tensor = self.module(hidden) * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
@@ -160,14 +161,14 @@ def shifted(labels: Tensor, ignored: int) -> Tensor:
 
 
 def last_layer_for(head: Head, last: LastLayer, call: Call, output: ModelOutput | None) -> LastLayer | None:
-    """Return the last layer if a probe shows that it can skip rows without loss, else None.
+    """Return the last layer if a probe shows that it can skip unlabeled rows, else None.
 
-    Call it in `eval_mode`.
+    Must be called inside `eval_mode`.
 
     Args:
         head: The head of a model with all replacements in place.
         last: The last layer to check.
-        call: The head's call in a probe of the plain model.
+        call: The call to the head in a probe of the plain model.
         output: The plain model's output in that probe.
     """
     if not isinstance(output, Mapping):
@@ -191,7 +192,7 @@ def last_layer_for(head: Head, last: LastLayer, call: Call, output: ModelOutput 
 
 
 def head_for(head: nn.Module | None, given: Tensor | None, logits: Tensor | None, model: nn.Module) -> Head | str:
-    """Determine how the logits of a model depend on its head.
+    """Determine how a model's logits depend on its head's output.
 
     Args:
         head: The model's output embeddings.
@@ -200,7 +201,7 @@ def head_for(head: nn.Module | None, given: Tensor | None, logits: Tensor | None
         model: The model.
 
     Returns:
-        The head, or a short phrase that says why the loss needs logits.
+        The head, or a short phrase that says why computing the loss requires logits.
     """
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
@@ -229,7 +230,7 @@ STOCK = ("transformers.loss.loss_utils", "ForCausalLMLoss")
 """Module and qualified name of the loss function that is reproduced here."""
 
 LOSS, OWN_LOSS = "loss_function", "_loss_function"
-"""Attributes of a transformers model: its loss function, and the one that was set on the model itself, if any."""
+"""Attributes of a transformers model: its loss function, and the one set on the model itself, if any."""
 
 Loss = Callable[..., Tensor]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -241,7 +242,7 @@ class LossWithoutLogits:
     Args:
         head: The model's head.
         model: The transformers model whose loss function is replaced.
-        last: The model's last layer if it can skip rows without loss, or None.
+        last: The model's last layer if it can skip unlabeled rows, or None.
     """
 
     def __init__(self, head: Head, model: nn.Module, last: LastLayer | None) -> None:
@@ -279,17 +280,17 @@ class LossWithoutLogits:
         """Compute the next-token loss, a scalar; the parameters are those of transformers' own loss.
 
         Args:
-            logits: (rows, length, V), or the hidden states in a capturing forward.
-            labels: (rows, length).
-            vocab_size: V.
-            num_items_in_batch: Divisor of the summed loss; None for the number of tokens with loss.
-            ignore_index: Label of tokens without loss.
+            logits: Logits (rows, length, V), or the hidden states in a capturing forward pass.
+            labels: Labels (rows, length).
+            vocab_size: Vocabulary size V.
+            num_items_in_batch: Divisor of the summed loss; None for the number of labeled tokens.
+            ignore_index: Label of tokens that do not contribute to the loss.
             shift_labels: Labels already aligned with the positions that predict them, (rows, length), to use instead
                 of `labels`.
-            kwargs: Other arguments of the stock loss.
+            kwargs: Other arguments of transformers' own loss.
 
         Raises:
-            RunError: The head was called several times, or its output was changed in place.
+            RunError: The head was called more than once, or its output was changed in place.
         """
         options = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index, "shift_labels": shift_labels}
         is_traced = torch.compiler.is_compiling()  # a compiler cannot trace thread ids, so it gets logits
@@ -301,13 +302,13 @@ class LossWithoutLogits:
         if len(capture.given) != 1 or is_changed:
             raise RunError(
                 f"{type(self.model).__name__} called its head {len(capture.given)} times or changed its output "
-                "in place, so the loss cannot be computed without logits; use accelerate(model) without logits=False",
+                "in place, so the loss cannot be computed without logits; call accelerate(model) without logits=False",
                 what=type(self.model).__name__,
             )
         capture.used = True
         weight = self.head.module._parameters["weight"]
         if type(weight) is not nn.Parameter or vocab_size != len(weight) or 0 <= ignore_index < vocab_size:
-            del self.head.open[threading.get_ident()]  # a sharded head gathers its weight when called
+            del self.head.open[threading.get_ident()]  # a sharded head gathers its weight when it is called
             try:
                 made = self.head.logits(hidden)
             finally:
@@ -328,7 +329,7 @@ class LossWithoutLogits:
         if capture is not None and capture.owner is None:
             return None  # within `Head.passing`
         if not wanted:
-            self.head.open.pop(thread, None)  # an interrupted forward may have left it
+            self.head.open.pop(thread, None)  # an interrupted forward pass may have left one behind
             return None
         if capture is None or capture.owner is module:
             self.head.open[thread] = HiddenStateCapture(module)
@@ -337,13 +338,13 @@ class LossWithoutLogits:
         return args, kwargs | self._without_cache(args, kwargs) | self._trained_rows(kwargs)
 
     def _without_cache(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, bool]:
-        """Return the argument that disables the cache, unless a call passes or requests a cache; then nothing."""
+        """Return the argument that disables the cache, or nothing if a call passes or requests a cache."""
         asked = any(kwargs.get(name) is not None for name in ("use_cache", "cache", "past_key_values"))
         by_name = len(args) < 2  # a second positional argument may be a cache
         return {"use_cache": False} if by_name and not asked and hasattr(self.model.config, "use_cache") else {}
 
     def _trained_rows(self, kwargs: Mapping[str, Any]) -> dict[str, Trained]:
-        """Return the keyword argument for the last layer in a call of the model, or nothing."""
+        """Return the keyword argument for the last layer in a call to the model, or nothing."""
         ignored, targets = kwargs.get("ignore_index", IGNORED), kwargs.get("shift_labels")
         if self.last is None or type(ignored) is not int:
             return {}
@@ -366,7 +367,7 @@ class LossWithoutLogits:
         if capture is None or capture.owner is not module:
             return None
         del self.head.open[thread]
-        if not capture.given or not isinstance(output, Mapping):  # a failed forward has no output
+        if not capture.given or not isinstance(output, Mapping):  # a failed forward pass has no output
             return None
         if not capture.used:
             kind = type(self.model).__name__
@@ -376,9 +377,9 @@ class LossWithoutLogits:
 
 
 def loss_for(model: nn.Module, head: Head) -> LossWithoutLogits | str:
-    """Return the loss without logits for a model, not yet installed; or a short phrase that says why there is none.
+    """Return a model's loss without logits, not yet installed; or a short phrase that says why there is none.
 
-    Call it in `eval_mode`.
+    Must be called inside `eval_mode`.
 
     Args:
         model: The transformers model itself, without wrappers.
@@ -406,7 +407,7 @@ def loss_for(model: nn.Module, head: Head) -> LossWithoutLogits | str:
         return f"a probe of the loss raised {type(ran).__name__}"
     output, of_rows = ran[0], ran[1].loss if options else None
     if asked[:1] != [(tuple(output.logits.shape), output.logits.shape[-1])] or len(asked) != 1 + bool(options):
-        return "it does not compute its loss from its logits with its loss function"
+        return "its loss is not computed from its logits by its loss function"
     is_alone = of_rows is not None and agree(of_rows, output.loss)  # no other part of the loss reads the layer's output
     return LossWithoutLogits(head, model, head.last if is_alone else None)
 

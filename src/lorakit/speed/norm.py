@@ -1,4 +1,4 @@
-"""Fused forwards of norms and dropouts, and their current operands for other fused functions.
+"""Fused norms and dropouts, and their current operands for other fused implementations.
 
 A fused norm saves its input and one or two values per row instead of several fp32 copies. On a CPU, a fused dropout
 draws the dropped positions instead of one random number per element.
@@ -15,13 +15,13 @@ from lorakit.speed.patching import is_watched
 from lorakit.speed.submodules import Options
 
 RMS = ("RMSNorm", "T5LayerNorm")
-"""Suffixes of class names of RMS norms."""
+"""Suffixes of the class names of RMS norms."""
 
 EPSILONS = ("variance_epsilon", "eps")
 
 
 def norm_of(module: nn.Module | None) -> Norm | None:
-    """Return the operands of a norm over the last axis, or None if the norm is unknown or not frozen."""
+    """Return the operands of a norm over the last dimension, or None if the norm is unknown or not frozen."""
     if module is None or is_watched(module):
         return None
     weight = module._parameters.get("weight")
@@ -39,7 +39,7 @@ def norm_of(module: nn.Module | None) -> Norm | None:
 
 
 def norms_at(module: nn.Module, first: str, second: str) -> tuple[Norm | None, Norm | None] | None:
-    """Return two children of a module as norms, with None for a missing child; None instead if a child is unknown.
+    """Return two children of a module as norms, with None for a missing child; return None if a child is unknown.
 
     Args:
         module: The module.
@@ -53,15 +53,15 @@ def norms_at(module: nn.Module, first: str, second: str) -> tuple[Norm | None, N
 
 
 def fits(module: nn.Module) -> str | None:
-    """Return why a module is not a supported norm, or None if it is."""
+    """Return why a module is not a supported norm, or None if it is one."""
     return None if norm_of(module) is not None else "not a frozen LayerNorm or RMSNorm"
 
 
 def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
-    """Return the normalized x (…, d), or None if the module's own forward must run."""
+    """Return the normalized x (…, d), or None if the module's own `forward` must run."""
     norm = norm_of(module)
     if norm is None or options or (norm.weight is not None and norm.weight.dtype != x.dtype):
-        return None  # with another dtype, the output dtype depends on the model
+        return None  # if the dtypes differ, the output dtype depends on the model
     if norm.kind == "layer" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float32:
         return None  # a layer norm returns float32 under autocast
     return normalize(x, norm)
@@ -77,12 +77,12 @@ def dropout_p(module: nn.Module | None) -> float | None:
 
 
 def fits_dropout(module: nn.Module) -> str | None:
-    """Return why a module is not a supported dropout, or None if it is."""
+    """Return why a module is not a supported dropout module, or None if it is one."""
     if type(module) is nn.Dropout and not module.inplace and 0 < module.p < 1:
         return None
-    return "not a plain active dropout"
+    return "not a plain, active dropout"
 
 
 def run_dropout(module: nn.Dropout, x: Tensor, options: Options) -> Tensor | None:
-    """Return x (any shape) after dropout, or None if the module's own forward must run."""
+    """Return x (any shape) after dropout, or None if the module's own `forward` must run."""
     return None if options or x.device.type != "cpu" else dropout(x, module.p, module.training)

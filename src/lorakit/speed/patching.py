@@ -1,6 +1,6 @@
-"""Replace a module of a model with an instance of a subclass, created at runtime, that shares the module's state.
+"""Replace a module in a model with an instance of a subclass, created at runtime, that shares the module's state.
 
-State dict names, hooks, `isinstance` and `repr` are unchanged; no class and no attribute of the original module is
+State dict names, hooks, `isinstance` and `repr` are unaffected, and no class or attribute of the original module is
 modified. A replacement can be undone.
 """
 
@@ -22,23 +22,23 @@ FORWARDS = "_forward_history"
 """Attribute of a replaced module that holds its forward history, as on lorakit layers."""
 
 RECOMPUTES = "_recomputes_matmuls"
-"""Attribute of a replaced feed-forward block that recomputes its matmuls in the backward instead of saving results."""
+"""Attribute of a replaced feed-forward block that recomputes matmuls in the backward pass instead of saving results."""
 
 OWN = (FORWARDS, RECOMPUTES)
 """Attributes that a replacement adds to the shared state."""
 
 MARK = "_replaced_class"
-"""Class attribute that only replacement classes have; it holds the class of the original."""
+"""Class attribute that only replacement classes have, which holds the class of the original."""
 
 CONTRACT = "_contract"
 """`__slots__` entry of a replacement for its `Contract`, which is not part of the shared state."""
 
 Forward = Callable[..., Any]
-"""The forward that a replacement tries first: module, arguments -> output, or None if it does not support the call."""
+"""Fused implementation that a replacement tries first: module, arguments -> output, or None for unsupported calls."""
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the children of a module by name; a child with two names is returned under both.
+    """Return a module's children by name; a child with two names is returned under both.
 
     Args:
         module: Any module.
@@ -58,7 +58,7 @@ def modules_at(module: nn.Module, names: Iterable[str]) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class Swap:
-    """A replaced module of a model.
+    """A replaced module in a model.
 
     Attributes:
         original: The original module.
@@ -90,11 +90,11 @@ class Swap:
 
 
 def undo(model: nn.Module, swaps: Sequence[Swap]) -> None:
-    """Restore all originals, including inside adapter layers that have wrapped a replacement since.
+    """Restore all originals, including those inside adapter layers that have wrapped a replacement since.
 
     Args:
         model: The model with the replacements.
-        swaps: All swaps of one acceleration.
+        swaps: All swaps made by one acceleration.
     """
     originals = {id(swap.replacement): swap.original for swap in swaps}
     for swap in swaps:
@@ -108,13 +108,13 @@ def undo(model: nn.Module, swaps: Sequence[Swap]) -> None:
 def make_replacement(
     module: nn.Module, fast: Forward, classes: dict[tuple[type, str], type[nn.Module]], name: str
 ) -> nn.Module:
-    """Create a replacement that shares a module's state and tries a fused forward first.
+    """Create a replacement that shares a module's state and tries a fused implementation first.
 
     Args:
         module: The original; both share one `__dict__`.
-        fast: Fused forward, called with the module and the arguments of the call.
+        fast: Fused implementation, called with the module and the arguments of the call.
         classes: Cache for one model, (original class, `name`) -> replacement class.
-        name: Name of the fused forward; modules with the same class and name share a replacement class.
+        name: Name of the fused implementation; modules with the same class and name share a replacement class.
     """
     key = (type(module), name)
     if key not in classes:
@@ -125,12 +125,12 @@ def make_replacement(
 
 
 def may_run(module: nn.Module) -> bool:
-    """Return whether a module is a replacement whose fused forward may run now.
+    """Return whether a module is a replacement whose fused implementation may run now.
 
     Args:
         module: Any module.
     """
-    contract = getattr(module, CONTRACT, None)  # replicas made by torch have none
+    contract = getattr(module, CONTRACT, None)  # replicas made by torch have no contract
     return contract is not None and contract.holds()
 
 
@@ -163,7 +163,7 @@ def _subclass(
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Output:
         made = None
-        if not torch.compiler.is_compiling() and may_run(self):  # a compiler fuses the plain forward itself
+        if not torch.compiler.is_compiling() and may_run(self):  # a compiler fuses the plain `forward` itself
             made = fast(self, *args, **kwargs)
         return original.forward(self, *args, **kwargs) if made is None else made
 
@@ -176,5 +176,5 @@ def _subclass(
 
 
 def _blank(kind: type[nn.Module]) -> nn.Module:
-    """Create an instance without state and without calling `__init__`."""
+    """Create an instance without any state, without calling `__init__`."""
     return object.__new__(kind)

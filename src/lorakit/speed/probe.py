@@ -1,8 +1,9 @@
-"""Run small probe forwards of a model on random tokens, record the calls of its modules, and restore the model.
+"""Run a model on a few random tokens as a probe, record the calls to its modules, and restore the model.
 
-Probes run in eval mode without gradients. A forward may have side effects: some models build rotary caches or masks on
-their first call, or switch their attention for short inputs. So flags, attributes, children, hooks, buffers, forward
-records and random state are restored; afterwards, the modules hold the same objects as before.
+Probes run in eval mode without gradients. A forward pass may have side effects: some models build rotary caches or
+masks on their first call, or switch their attention implementation for short inputs. Therefore flags, attributes,
+children, hooks, buffers, forward histories and random state are restored; afterwards, the modules hold the same objects
+as before.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from torch import Tensor, nn
 from lorakit.speed.patching import Forwards
 
 COPIED = 1 << 20
-"""Largest buffer, in elements, that is copied beforehand so that in-place writes can be undone."""
+"""Size, in elements, of the largest buffer that is copied beforehand so that in-place writes to it can be undone."""
 
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Restore a model and torch's random generators when a context ends.
 
-    Within the context, modules have empty forward records, so a later backward does not see the context's forwards.
+    Within the context, modules have an empty forward history, so a later backward pass does not see forward passes that
+    ran in the context.
 
     Args:
         model: Any model; its parameters are not copied.
@@ -70,7 +72,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 class _Held:
-    """Attributes of one module, and the contents of its parameter, buffer, child and hook tables."""
+    """Saved attributes of one module, and saved contents of its tables of parameters, buffers, children and hooks."""
 
     def __init__(self, module: nn.Module) -> None:
         self.now: dict[str, Any] = module.__dict__
@@ -82,7 +84,7 @@ class _Held:
                 self.now[name] = Forwards()
 
     def restore(self) -> None:
-        """Restore everything, including the contents of tables."""
+        """Restore all attributes, including the contents of tables."""
         for name in self.now.keys() - self.attributes.keys():
             del self.now[name]
         self.now.update(self.attributes)
@@ -95,7 +97,7 @@ class _Held:
 Result = TypeVar("Result")
 
 ModelOutput = Mapping[str, Any] | tuple[Any, ...]
-"""Output of a transformers model."""
+"""Output of a model from transformers."""
 
 ROWS, TOKENS = 2, 9
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -104,7 +106,7 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, tor
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a module.
+    """A call to a module.
 
     Attributes:
         args: Positional arguments.
@@ -123,10 +125,10 @@ class Call:
 
 
 Calls = Mapping[str, Call]
-"""Path -> call."""
+"""Path of a module -> its recorded call."""
 
 Pairs = list[tuple[Tensor | None, Tensor]]
-"""Pairs of outputs, (…) each: of a fused forward, or None if it does not support the call; and the module's own."""
+"""Pairs of outputs, (…) each: that of a fused implementation, or None for unsupported calls; and the module's own."""
 
 
 def attempt(run: Callable[[], Result]) -> Result | Exception:
@@ -145,26 +147,27 @@ def attempt(run: Callable[[], Result]) -> Result | Exception:
 
 
 class _Enough(Exception):
-    """Ends a forward whose remaining modules are not needed."""
+    """Ends a forward pass whose remaining modules are not needed."""
 
 
 def calls(
     model: nn.Module, modules: Mapping[str, nn.Module], rows: int = ROWS, tokens: int = TOKENS, *, stop: bool = False
 ) -> tuple[dict[str, Call], ModelOutput | None]:
-    """Run a model once on random tokens and record the calls of some modules; call it in `eval_mode`.
+    """Run a model once on random tokens and record the calls to some of its modules; must be called inside `eval_mode`.
 
     Args:
         model: A transformers model.
-        modules: Path -> module to record.
-        rows: Rows of the batch.
-        tokens: Tokens per row.
-        stop: Whether to end the forward when all modules were called.
+        modules: Path -> module whose calls are recorded.
+        rows: Number of rows in the batch.
+        tokens: Number of tokens per row.
+        stop: Whether to end the forward pass once all of the modules have been called.
 
     Returns:
-        Path -> last call, for the modules that were called; and the model's output, or None if the forward was stopped.
+        Path -> last call, for each module that was called; and the model's output, or None if the forward pass was
+        ended early.
 
     Raises:
-        Exception: The model does not run on these token ids alone; it may raise any exception.
+        Exception: The model does not run on token ids alone; it may raise any exception.
     """
     found: dict[str, Call] = {}
 
@@ -188,16 +191,16 @@ def calls(
 
 
 EMBEDDINGS = "get_input_embeddings"
-"""Method of transformers models."""
+"""Name of a method of transformers models."""
 
 
 def token_ids(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS) -> Tensor:
-    """Return a few random token ids, (rows, tokens), drawn without torch's global generator.
+    """Return a few random token ids, (rows, tokens), drawn without using torch's global generator.
 
     Args:
         model: A model with input embeddings.
-        rows: Rows of the batch.
-        tokens: Tokens per row.
+        rows: Number of rows in the batch.
+        tokens: Number of tokens per row.
     """
     embeddings: nn.Embedding = getattr(model, EMBEDDINGS)()
     generator = torch.Generator().manual_seed(0)
@@ -206,12 +209,12 @@ def token_ids(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS) -> Tenso
 
 
 def inputs_of(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS) -> dict[str, Any]:
-    """Return the arguments of a small call, without a cache.
+    """Return the arguments for a small call without a cache.
 
     Args:
         model: A model with input embeddings.
-        rows: Rows of the batch.
-        tokens: Tokens per row.
+        rows: Number of rows in the batch.
+        tokens: Number of tokens per row.
     """
     ids = token_ids(model, rows, tokens)
     inputs: dict[str, Any] = {"input_ids": ids}
@@ -225,9 +228,9 @@ def inputs_of(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS) -> dict[
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Set a model to eval mode and disable gradients within a context, and restore the model afterwards.
+    """Put a model in eval mode and disable gradients within a context; restore the model afterwards.
 
-    Inference mode would be wrong here: tensors that a model creates and caches in it cannot be used in training later.
+    Inference mode would be wrong: tensors that a model creates and caches in it cannot be used later in training.
 
     Args:
         model: Any model.

@@ -1,6 +1,6 @@
-"""Checks of modules and calls for fused forwards: activations, attributes, config fields, arguments.
+"""Checks of modules and calls for fused implementations: activations, attributes, config fields, arguments.
 
-Modules are recognized by structure. Whatever is unknown counts as not supported.
+Modules are recognized by structure; anything unknown counts as unsupported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lorakit.speed.contract import names_read
 from lorakit.speed.patching import children_of, is_watched, original_class
 
 Options = dict[str, Any]
-"""Arguments of a call other than the hidden states, by name."""
+"""The arguments of a call other than the hidden states, by name."""
 
 ACTIVATIONS: dict[str, str] = {
     "SiLU": "silu",
@@ -37,7 +37,7 @@ def activation_of(function: Callable[..., Any] | None) -> str | None:
     """Return the name of an activation, or None if it is unknown.
 
     Args:
-        function: A module or a function of tensors (…).
+        function: A module, or a function of tensors (…).
     """
     if isinstance(function, nn.GELU):
         return "gelu_tanh" if function.approximate == "tanh" else "gelu"
@@ -49,12 +49,12 @@ def activation_of(function: Callable[..., Any] | None) -> str | None:
 
 
 def unknown_activation(function: Callable[..., Any] | None) -> str | None:
-    """Return a short phrase that says why an activation is not supported, or None if it is."""
+    """Return a short phrase that says why an activation is not supported, or None if it is supported."""
     return f"unknown activation {type(function).__name__}" if activation_of(function) is None else None
 
 
 def unknown_implementation(attention: nn.Module, supported: str = "sdpa") -> str | None:
-    """Return why the attention implementation of a module's config is not supported, or None if it is."""
+    """Return why the attention implementation in a module's config is not supported, or None if it is supported."""
     implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
     return None if implementation == supported else f"attention implementation {implementation!r} is not supported"
 
@@ -76,9 +76,9 @@ def unknown_attributes(module: nn.Module, names: Collection[str], children: Coll
 
 
 def unknown_fields(module: nn.Module, known: Collection[str]) -> str | None:
-    """Return a phrase that lists the unknown config fields a module's forward reads, or None if there are none.
+    """Return a phrase that lists the unknown config fields that a module's `forward` reads, or None if there are none.
 
-    A field that is None or False counts as off; the contract of a replacement detects changes of its value.
+    A field that is None or False counts as off; the replacement's contract detects changes to its value.
 
     Args:
         module: A module with a config.
@@ -91,12 +91,12 @@ def unknown_fields(module: nn.Module, known: Collection[str]) -> str | None:
 
 
 def knows_all(attention: nn.Module, options: Options, read: Collection[str]) -> bool:
-    """Return whether a call requests only the output of an attention, without unknown arguments.
+    """Return whether a call requests only the output of an attention module and has no unknown arguments.
 
     Args:
         attention: The attention module, with or without a transformers config.
-        options: Arguments of the call.
-        read: Names of arguments that the fused forward reads, or that have no effect.
+        options: The arguments of the call.
+        read: Names of the arguments that the fused implementation reads, or that have no effect.
     """
     wants_weights = options.get("output_attentions")
     if wants_weights is None:
@@ -109,13 +109,13 @@ OPTIONAL = frozenset(
     {"cache", "past_key_values", "layer_past", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
     | {"encoder_hidden_states", "encoder_attention_mask", "key_value_states", "mask", "head_mask", "cache_position"}
 )
-"""Arguments that have no effect if they are None or False; other arguments have none only if omitted."""
+"""Arguments that have no effect if they are None or False; all other arguments have no effect only if omitted."""
 
 
 def split_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Options]:
-    """Split the arguments of a call into the hidden states and the others, named as in the module's own forward.
+    """Split the arguments of a call into the hidden states and the others, named as in the module's own `forward`.
 
-    The hidden states are None if the call has none, or has more positional arguments than the forward has parameters.
+    The hidden states are None if the call has none, or has more positional arguments than `forward` has parameters.
 
     Args:
         module: The module that is called.
@@ -134,9 +134,9 @@ def split_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def is_supported(x: Tensor) -> bool:
-    """Return whether fused forwards support a call with x (…, d): floating-point, at least one row, no tracing.
+    """Return whether fused implementations support a call with x (…, d): floating-point, at least one row, no tracing.
 
-    Under autocast, fused forwards compute in its dtype; float64, which autocast does not cast, is not supported there.
+    Under autocast, they compute in its dtype; float64, which autocast does not cast, is not supported there.
     """
     if torch.compiler.is_compiling() or not x.is_floating_point() or not x.numel():
         return False

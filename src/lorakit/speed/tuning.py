@@ -1,8 +1,8 @@
-"""Autotuning: measure which kernels are fastest for the shapes of a model on this machine, and cache the results on
-disk.
+"""Autotuning: measure which kernels are fastest for a model's shapes on this machine, and cache the results on disk.
 
-`choose` measures; `lorakit.ops.choices.activate` activates the results. Only attention and matmuls with frozen base
-weights are measured, on a CPU, from a size at which it can matter. Nothing here runs unless called.
+`choose` takes the measurements; `lorakit.ops.choices.activate` activates the results. Only attention and matmuls with
+frozen base weights are measured, only on a CPU, and only if they are large enough for the choice to matter. Nothing in
+this module runs unless it is called.
 
 All machines that share a cache directory share one file. If the file is missing, damaged or not writable, shapes are
 measured again. If two processes write at the same time, one may lose its results, but the file remains valid.
@@ -44,7 +44,7 @@ def read(folder: Path | None = None) -> dict[str, int]:
         folder: Directory of the file; None for lorakit's cache.
 
     Returns:
-        Shape name -> fastest method; empty without a file.
+        Shape name -> fastest method; empty if there is no file.
     """
     try:
         return _of_machine(_machines(_path(folder)))
@@ -73,7 +73,7 @@ def save(results: Mapping[str, int], folder: Path | None = None) -> str:
 
 
 def machine() -> str:
-    """Return a key for all that determines speed: processor, instruction sets, threads, torch, lorakit and kernels."""
+    """Return a key for all that affects speed: processor, instruction sets, threads, torch, lorakit and kernels."""
     here, limit = this_machine(), os.environ.get("ONEDNN_MAX_CPU_ISA", "")
     instructions = " ".join((*here.features, *([f"at most {limit}"] if limit else [])))
     kernels = "compiled kernels" if compiled.kernels() is not None else "no kernels"
@@ -102,39 +102,39 @@ def _of_machine(machines: Mapping[str, Any]) -> dict[str, int]:
 
 
 GAIN = 0.1
-"""Fraction of the best time so far that another method must save; less may be noise."""
+"""Fraction of the best time so far that another method must save; a smaller difference may be noise."""
 
 ROUNDS = 3
-"""Trials that another method must win before the best one so far wins as many; a single disturbance does not decide."""
+"""Trials that another method must win before the best one so far wins as many, so no single disturbance decides."""
 
 FEWEST_FLOPS, MOST_FLOPS = 1 << 27, 1 << 33
-"""Range of FLOPs that is measured. Smaller operations hardly take time; larger ones run at full speed with any method
-and take long to measure.
+"""Range of operation sizes, in FLOPs, that are measured. Smaller operations hardly take any time; larger ones run at
+full speed with any method and take long to measure.
 """
 
 AT_ONCE = 1024
-"""Minimum total tokens of a measured attention."""
+"""Minimum total number of tokens for which attention is measured."""
 
 BUSY = 1.5
-"""Running processes per core, averaged over the last minute, above which a machine counts as busy."""
+"""Number of running processes per core, averaged over the last minute, above which a machine counts as busy."""
 
 IN_FP32_ROWS = 512
-"""Rows of the measured matmul that decides whether the matmuls of a weight run in fp32."""
+"""Number of rows in the matmul that is measured to decide whether a weight's matmuls run in fp32."""
 
 BUDGET_SECONDS = 3.0
-"""Seconds after which the remaining shapes are left to a later run."""
+"""Number of seconds after which the remaining shapes are left for a later run."""
 
 
 @dataclass(frozen=True)
 class TuningTask:
-    """A shape with several methods.
+    """A shape for which several methods are available.
 
     Attributes:
         name: Name of the shape in `lorakit.ops.choices`.
         default: The default method.
-        others: Methods to try, each only if the one before was faster.
-        prepare: Function that creates data and returns a function that runs a given method on it.
-        unless: Name of a shape that is measured before; if its method is not 0, this task is skipped.
+        others: Methods to try in order, each only if the previous one was faster than its predecessor.
+        prepare: Function that creates data and returns a function that runs a given method on the data.
+        unless: Name of a shape that is measured first; if the method chosen for it is not 0, this task is skipped.
     """
 
     name: str
@@ -149,11 +149,11 @@ class TuningResult:
     """Result of `choose`.
 
     Attributes:
-        choices: Shape name -> method faster than the default; empty if the defaults are fastest.
-        measured: Number of shapes measured now; the others were cached.
-        seconds: Duration of the measurement.
+        choices: Shape name -> method that is faster than the default; empty if the defaults are fastest.
+        measured: Number of shapes that were measured in this call; results for the others were cached.
+        seconds: Duration of the measurements.
         save_error: Why the results could not be saved, or "".
-        skipped: Number of shapes not measured, because the machine is busy or time ran out.
+        skipped: Number of shapes that were not measured because the machine was busy or time ran out.
     """
 
     choices: Mapping[str, int]
@@ -163,7 +163,7 @@ class TuningResult:
     skipped: int = 0
 
     def __str__(self) -> str:
-        later = f"{format_count(self.skipped, 'shape')} left to a later run." if self.skipped else ""
+        later = f"{format_count(self.skipped, 'shape')} left for a later run." if self.skipped else ""
         if not self.measured:
             return f"Autotuning: the machine is busy; {later}" if later else ""
         measured = f"{format_count(self.measured, 'shape')} in {format_seconds(self.seconds)}"
@@ -180,17 +180,17 @@ def choose(
     folder: Path | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> TuningResult:
-    """Find the fastest methods for the shapes of a model, from saved results or by measuring for about three seconds.
+    """Find the fastest methods for a model's shapes, from saved results or by measuring for about three seconds.
 
-    Global random generators are unchanged. The result is empty on devices other than a CPU, for weights without data,
-    and under a compiler; on a busy machine, nothing is measured.
+    Global random generators are not affected. The result is empty on devices other than a CPU, for weights without
+    data, and under a compiler; on a busy machine, nothing is measured.
 
     Args:
         model: A model, with or without adapters; it is not called.
-        tokens: Tokens of the largest batch.
-        longest: Tokens of the longest sequence.
-        folder: Directory of the results; None for lorakit's cache.
-        clock: Clock in seconds, which tests replace.
+        tokens: Number of tokens in the largest batch.
+        longest: Number of tokens in the longest sequence.
+        folder: Directory of the saved results; None for lorakit's cache.
+        clock: Function that returns the time in seconds; tests replace it.
     """
     is_fake = torch.compiler.is_compiling() or type(torch.empty(0, device="cpu")) is not Tensor
     asked = [] if is_fake else [*matmul_tasks(model, tokens), *attention_tasks(model, longest)]
@@ -218,7 +218,7 @@ def is_busy(machine: Machine) -> bool:
 
 
 def fastest(task: TuningTask, clock: Callable[[], float]) -> int:
-    """Return the last method of a task that beats its predecessor by `GAIN` in `ROUNDS` trials, or the default."""
+    """Return the last of a task's methods to beat its predecessor by `GAIN` in `ROUNDS` trials, or the default."""
     with torch.no_grad():
         run, best = task.prepare(), task.default
         for other in task.others:
@@ -244,9 +244,9 @@ def _wins(run: Callable[[int], Tensor | None], other: int, best: int, clock: Cal
 
 
 def matmul_tasks(model: nn.Module, tokens: int) -> Iterator[TuningTask]:
-    """Yield tasks for the matmuls, in forward and backward, of up to `tokens` tokens with a model's frozen weights.
+    """Yield tasks for matmuls of up to `tokens` tokens with a model's frozen weights, in forward and backward passes.
 
-    Tasks that decide whether the matmuls of a weight run in fp32 come first; they use only a part of a large weight.
+    Tasks that decide whether a weight's matmuls run in fp32 come first; they use only part of a large weight.
     """
     counts = [rows for fewer, rows in itertools.pairwise((choices.SLICES[0], *choices.ROWS)) if fewer < tokens]
     sides = [right for W in _weights(model) for right in (W, W.t())]
@@ -263,7 +263,7 @@ def matmul_tasks(model: nn.Module, tokens: int) -> Iterator[TuningTask]:
 
 
 def attention_tasks(model: nn.Module, longest: int) -> Iterator[TuningTask]:
-    """Yield tasks for the causal attention of a model over sequences of up to `longest` tokens."""
+    """Yield tasks for a model's causal attention over sequences of up to `longest` tokens."""
     config = getattr(model, "config", None)
     heads = getattr(config, "num_attention_heads", None)
     dtype = next((W.dtype for W in _weights(model)), None)
@@ -285,7 +285,7 @@ def attention_tasks(model: nn.Module, longest: int) -> Iterator[TuningTask]:
 
 
 def _weights(model: nn.Module) -> Iterator[Tensor]:
-    """Yield the frozen weights (out, in) or (in, out) of a model's linear modules that are in CPU memory."""
+    """Yield the frozen weights, (out, in) or (in, out), of those linear modules of a model that are in CPU memory."""
     for module in model.modules():
         base = frozen_linear(module)
         if base is not None and base.W.device.type == "cpu":
@@ -315,7 +315,7 @@ def _rows_of(rows: int, right: Tensor) -> tuple[Tensor, Tensor]:
 def _attention(
     sizes: tuple[int, int, int, int], shared: int, dtype: torch.dtype, methods: tuple[Method, Method]
 ) -> Callable[[int], None]:
-    """Return a function that runs forward and backward for q of sizes (B, H, T, D), and k and v of `shared` heads."""
+    """Return a function that runs a forward and a backward pass for q (B, H, T, D) and k and v with `shared` heads."""
     batch, heads, length, width = sizes
     q = torch.ones(batch, length, heads, width, dtype=dtype, device="cpu").transpose(1, 2)
     k, v = (torch.ones(batch, length, shared, width, dtype=dtype, device="cpu").transpose(1, 2) for _ in range(2))

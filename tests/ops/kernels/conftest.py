@@ -11,7 +11,7 @@ import torch
 @pytest.fixture(scope="session")
 def triton_kernels(device: str) -> Any:
     """Return the kernels of `lorakit.ops.kernels.triton`; tests/conftest.py decides whether they are interpreted."""
-    pytest.importorskip("triton", reason="the package triton is not installed: pip install 'lorakit[triton]'")
+    pytest.importorskip("triton", reason="the triton package is not installed: pip install 'lorakit[triton]'")
     from lorakit.ops.kernels.triton.launching import TritonKernels
 
     return TritonKernels()

@@ -294,7 +294,7 @@ def test_a_device_without_triton_has_none(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(triton, "launching", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert triton.failure_on.__wrapped__(torch.device("cpu")) == "the package triton is not installed"
+    assert triton.failure_on.__wrapped__(torch.device("cpu")) == "the triton package is not installed"
     assert triton.lacks_package()
     monkeypatch.setenv("LORAKIT_KERNELS", "off")
     assert not triton.lacks_package()  # kernels are disabled
@@ -313,7 +313,7 @@ def test_a_device_where_nothing_compiles_has_none(triton_kernels: Any, device: s
 
     assert launching.failure(torch.device(device)) == ""
     monkeypatch.setattr(launching.TritonKernels, "drop", failing)
-    message = "Triton cannot compile and run here: RuntimeError: Failed to find C compiler."
+    message = "Triton cannot compile and run kernels: RuntimeError: Failed to find C compiler."
     assert launching.failure(torch.device(device)) == message
     monkeypatch.setattr(launching.TritonKernels, "drop", lambda *args: None)
     assert launching.failure(torch.device(device)) == "a Triton kernel returned a wrong result"

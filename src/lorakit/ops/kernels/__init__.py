@@ -1,4 +1,4 @@
-"""Compiled kernels for fused operations, in C for CPUs and in Triton for CUDA; `kernels_for` selects those to use."""
+"""Compiled kernels for the fused operations: in C for CPUs, in Triton for CUDA. `kernels_for` selects which to use."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lorakit.ops.kernels.protocol import Kernels
 def kernels_for(x: Tensor, *others: Tensor | None, strided: bool = False) -> Kernels | None:
     """Return the compiled kernels for x (any shape), or None if PyTorch's operations must be used.
 
-    Kernels are not used for unsupported dtypes, if another tensor differs in dtype or device, for non-contiguous
-    tensors (except x if `strided`), for tensors without storage (fake tensors, shards), or under a compiler or tracer.
+    Kernels are not used if the dtype is not supported, if another tensor differs in dtype or device, if a tensor is not
+    contiguous (except x if `strided`) or has no storage (fake tensors, shards), or under a compiler or tracer.
     """
     if type(x) not in _PLAIN or x.dtype not in _DTYPES.get(x.device.type, ()):
         return None

@@ -8,8 +8,8 @@ next to its final path and then moved to that path, so that concurrent builds do
 A directory is private if it belongs to the user and has mode 0700, and if each of its parents belongs to the user or
 root and cannot be written by others. A parent with the sticky bit, such as /tmp, may be world-writable: its entries can
 be renamed or removed only by their owner, and the owner of each entry is checked too. After the check no other user can
-replace any part of the path, so the path may be used by name. Not detected: access control lists beyond the mode bits
-(a POSIX list shows in the group's bits, an NFSv4 list does not), mounts over a path, and actions of root.
+replace any part of the path, so the path may be used by name. The check does not detect access control lists beyond the
+mode bits (a POSIX list shows in the group bits, an NFSv4 list does not), mounts over a path, or actions by root.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import torch  # also loads torch's thread library, which must be present before a kernel uses it
+import torch  # also loads torch's thread library, which must be loaded before a kernel uses it
 
 from lorakit.machine import cache_directory
 
@@ -42,7 +42,7 @@ FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC
 WIDEST = "-mprefer-vector-width=512"
 """Flag for compilers that support it: by default, GCC uses only half the vector width of processors with AVX-512."""
 SECONDS = 120
-"""Timeout of a compiler run."""
+"""Timeout for one run of the compiler."""
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -115,7 +115,7 @@ def _library(compiler: list[str], define: str, folder: Path) -> ctypes.CDLL:
 
 
 def _key(compiler: list[str], define: str) -> str:
-    """Return a hash of everything a library depends on: source, flags, compiler and processor."""
+    """Return a hash of everything that a library depends on: source, flags, compiler and processor."""
     told = subprocess.run(
         [*compiler, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False
     ).stdout
@@ -127,7 +127,7 @@ def _key(compiler: list[str], define: str) -> str:
 
 
 def _instructions() -> str:
-    """Return the processor's instruction sets, or the host name if unknown."""
+    """Return the processor's instruction sets, or the host name if they are unknown."""
     try:
         text = Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:
@@ -185,7 +185,7 @@ def _short(cause: BaseException) -> str:
 
 
 def private_directory(path: Path) -> Path:
-    """Return the real path of a directory that only the user can write to; create missing parts.
+    """Return the real path of a directory that only the user can write to, creating missing parts.
 
     Raises:
         PermissionError: The directory or a parent belongs to another user, or other users may write to one of them.
@@ -218,7 +218,7 @@ def is_private_file(path: Path) -> bool:
 
 
 def _directory(path: Path) -> os.stat_result:
-    """Return the status of a directory owned by the user or root; create it if missing."""
+    """Return the status of a directory owned by the user or root, creating the directory if it is missing."""
     if not os.path.lexists(path):
         path.mkdir(mode=stat.S_IRWXU, exist_ok=True)
     info = path.lstat()

@@ -1,4 +1,4 @@
-"""Call the CPU kernels of rows.c and its headers, passing tensors as pointers.
+"""Call the CPU kernels in rows.c and its headers, passing tensors as pointers.
 
 `lorakit.ops.kernels.protocol` documents what each kernel computes.
 """
@@ -16,7 +16,7 @@ from lorakit.ops.kernels.gateway import Gateway
 from lorakit.ops.kernels.protocol import DropoutMatmuls, PerRowMatmuls
 
 DTYPES = {torch.float32: "", torch.bfloat16: "BF16"}
-"""Dtype with kernels -> preprocessor name with which their source is compiled."""
+"""Dtype with kernels -> preprocessor name that is defined when their source is compiled."""
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "quick_gelu": 2, "relu": 3}
 """Name in `lorakit.ops.activation` -> enum value in the C source."""
@@ -69,7 +69,7 @@ class CompiledKernels:
         self._pointer, self._optional, self._call = gateway.pointer, gateway.optional, gateway.call
 
     def rms_forward(self, x: Tensor, w: Tensor | None, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
-        """Implement `Kernels.rms_forward`; x, n (N, d)."""
+        """Implement `Kernels.rms_forward`; x and n are (N, d)."""
         dtype, shape = x.dtype, x.shape
         rows, d = shape
         given = self._pointer("x", x, dtype, shape), self._optional("w", w, dtype, (d,))
@@ -77,7 +77,7 @@ class CompiledKernels:
         self._call("rms_forward", dtype, rows * d, *given, eps, offset, rows, d, *made)
 
     def rms_recompute(self, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, n: Tensor) -> None:
-        """Implement `Kernels.rms_recompute`; x, n (N, d)."""
+        """Implement `Kernels.rms_recompute`; x and n are (N, d)."""
         dtype, shape = x.dtype, x.shape
         rows, d = shape
         given = self._pointer("x", x, dtype, shape), self._optional("w", w, dtype, (d,))
@@ -87,7 +87,7 @@ class CompiledKernels:
     def rms_backward(
         self, dn: Tensor, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, add: Tensor | None, dx: Tensor
     ) -> None:
-        """Implement `Kernels.rms_backward`; dn, x, dx (N, d)."""
+        """Implement `Kernels.rms_backward`; dn, x and dx are (N, d)."""
         dtype, shape = x.dtype, x.shape
         rows, d = shape
         given = self._pointer("dn", dn, dtype, shape), self._pointer("x", x, dtype, shape)
@@ -96,7 +96,7 @@ class CompiledKernels:
         self._call("rms_backward", dtype, rows * d, *given, weight, offset, stats, added, rows, d, made)
 
     def gate(self, act: str, first: Tensor, up: Tensor | None, out: Tensor) -> None:
-        """Implement `Kernels.gate`; first, up, out (N, f)."""
+        """Implement `Kernels.gate`; first, up and out are (N, f)."""
         dtype, shape, count = first.dtype, first.shape, first.numel()
         given = self._pointer("first", first, dtype, shape), self._optional("up", up, dtype, shape)
         self._call("gate", dtype, count, ACTIVATIONS[act], *given, count, self._pointer("out", out, dtype, shape))
@@ -104,7 +104,7 @@ class CompiledKernels:
     def gate_backward(
         self, act: str, da: Tensor, first: Tensor, up: Tensor | None, dfirst: Tensor, dup: Tensor | None
     ) -> None:
-        """Implement `Kernels.gate_backward`; da, first, up (N, f).
+        """Implement `Kernels.gate_backward`; da, first and up are (N, f).
 
         Raises:
             ValueError: A tensor is invalid, or only one of up and dup is given.
@@ -118,7 +118,7 @@ class CompiledKernels:
         self._call("gate_backward", dtype, count, ACTIVATIONS[act], *given, gate, count, *made)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
-        """Implement `Kernels.rotate`; x, out (B, T, H, D).
+        """Implement `Kernels.rotate`; x and out are (B, T, H, D).
 
         Raises:
             ValueError: A tensor is invalid.
@@ -136,7 +136,7 @@ class CompiledKernels:
         self._call("rotate", dtype, x.numel(), *given, *angles, *sizes, *made)
 
     def drop(self, x: Tensor, p: float, seed: Tensor, scale: float, out: Tensor) -> None:
-        """Implement `Kernels.drop`; x, out (any shape).
+        """Implement `Kernels.drop`; x and out have the same shape (any shape).
 
         Raises:
             ValueError: A tensor is invalid, or p is not in (0, 1].
@@ -148,7 +148,7 @@ class CompiledKernels:
         self._call("drop", dtype, count, given, count, p, seed.item(), scale, made)
 
     def softmax(self, scores: Tensor, low: Tensor | None, high: Tensor | None) -> None:
-        """Implement `Kernels.softmax`; scores (Z, n, m).
+        """Implement `Kernels.softmax`; scores is (Z, n, m).
 
         Raises:
             ValueError: A tensor is invalid or empty.
@@ -162,7 +162,7 @@ class CompiledKernels:
         self._call("softmax", dtype, count, given, *bounds, kinds, count // m, m)
 
     def softmax_backward(self, weights: Tensor, ds: Tensor) -> None:
-        """Implement `Kernels.softmax_backward`; weights, ds (Z, n, m)."""
+        """Implement `Kernels.softmax_backward`; weights and ds are (Z, n, m)."""
         dtype, shape, count, m = ds.dtype, ds.shape, ds.numel(), ds.shape[-1]
         given, made = self._pointer("weights", weights, dtype, shape), self._pointer("ds", ds, dtype, shape)
         self._call("softmax_backward", dtype, count, given, count // max(m, 1), m, made)
@@ -170,7 +170,7 @@ class CompiledKernels:
     def cross_entropy(
         self, logits: Tensor, labels: Tensor, scale: float, gradients: bool, losses: Tensor, cap: float | None = None
     ) -> None:
-        """Implement `Kernels.cross_entropy`; logits (c, V)."""
+        """Implement `Kernels.cross_entropy`; logits is (c, V)."""
         assert cap is None  # callers check `caps_logits`
         rows, v = logits.shape
         scores = self._pointer("logits", logits, logits.dtype, (rows, v))
@@ -179,7 +179,10 @@ class CompiledKernels:
         self._call("cross_entropy", logits.dtype, rows * v, scores, targets, scale, gradients, rows, v, made)
 
     def add_per_row(self, x: Tensor, A: Tensor, Bt: Tensor, index: Tensor, y: Tensor) -> None:
-        """Implement the protocol; x (rows, …, in), A (K, r, in), Bt (K, r, out), index (rows,), y (rows, …, out)."""
+        """Implement `PerRowMatmuls.add_per_row`.
+
+        x is (rows, …, in), A (K, r, in), Bt (K, r, out), index (rows,), and y (rows, …, out).
+        """
         dtype, shape, (adapters, r, out) = x.dtype, x.shape, Bt.shape
         width, asked = shape[-1], shape[0]
         rows = x.numel() // max(width, 1)

@@ -1,5 +1,5 @@
 /* Dropout. The gap between dropped elements is geometrically distributed. Each block of elements has a separate random
- * stream, so that threads are independent; the distribution is memoryless, so block boundaries do not change it. */
+ * stream, so that threads are independent. The distribution is memoryless, so block boundaries do not change it. */
 
 #define LANES 16
 

@@ -1,6 +1,6 @@
-"""Pass tensors to C, after checking every property that a kernel assumes. No other module passes tensors to C.
+"""Pass tensors to C after checking every property that a kernel assumes. No other module passes tensors to C.
 
-C does not check shapes: with a wrong dtype, stride or index, a kernel would silently access other memory. This module
+C checks nothing: given a wrong dtype, stride or index, a kernel would silently access unrelated memory. This module
 does not depend on what the kernels compute.
 """
 
@@ -17,7 +17,7 @@ STATUSES: dict[int, tuple[type[Exception], str]] = {
     1: (MemoryError, "out of memory for a scratch buffer"),
     2: (ValueError, "the first visible position of a row is after its last"),
 }
-"""Error status of a function in rows.c, defined in numbers.h -> exception and message; 0 is success."""
+"""Error status returned by a function in rows.c, as defined in numbers.h -> exception and message; 0 means success."""
 
 FEW = 1 << 14
 """Element count below which a second thread costs more than it saves."""
@@ -41,7 +41,7 @@ _ALL_WITHIN = {torch.int32: "all_within_32", torch.int64: "all_within_64"}
 
 
 class Gateway:
-    """Functions of rows.c for each dtype, with checks of their arguments.
+    """The functions in rows.c for each dtype, with checks of their arguments.
 
     Invalid tensors raise ValueError before anything is written.
     """
@@ -74,7 +74,7 @@ class Gateway:
             within: Smallest and largest allowed value of an integer tensor, or None.
 
         Raises:
-            ValueError: The tensor has another dtype, shape, layout or device, no storage, or integers out of range.
+            ValueError: The tensor has a wrong dtype, shape, layout or device, no storage, or integers out of range.
         """
         is_laid_out = tensor.is_contiguous() if strides is None else tensor.stride() == strides
         if not is_laid_out or tensor.dtype is not dtype or tensor.shape != shape or not tensor.is_cpu:
@@ -99,7 +99,7 @@ class Gateway:
         shape: tuple[int, ...],
         within: tuple[int, int] | None = None,
     ) -> int | None:
-        """Return the `pointer` of a contiguous tensor (any shape), or None for None."""
+        """Return the `pointer` of a contiguous tensor (any shape); return None for None."""
         return None if tensor is None else self.pointer(name, tensor, dtype, shape, None, within)
 
     def call(self, name: str, dtype: torch.dtype, size: int, *args: float | None) -> None:

@@ -1,7 +1,7 @@
-"""Interface of compiled kernels. PyTorch computes the same if no kernels are available.
+"""Interface of the compiled kernels. If no kernels are available, PyTorch operations compute the same results.
 
 All tensors are on one device and contiguous (`rotate` also accepts strided tokens); rows are (N, d). Inputs and outputs
-have the compute dtype of the call (fp32 or bf16, on CUDA also fp16), row statistics are fp32, and intermediates are
+have the compute dtype of the call (fp32 or bf16; on CUDA, also fp16), row statistics are fp32, and intermediates are
 fp32, rounded where stated. Outputs are preallocated; an output may alias an input only where stated.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Kernels(Protocol):
-    """Kernels of a device type: `lorakit.ops.kernels.compiled` for CPUs, `lorakit.ops.kernels.triton` for CUDA.
+    """Kernels for a device type: `lorakit.ops.kernels.compiled` for CPUs, `lorakit.ops.kernels.triton` for CUDA.
 
     Attributes:
         activations: Names of the activations that `gate` supports.
@@ -28,10 +28,10 @@ class Kernels(Protocol):
     own: PerRowMatmuls | None
 
     def rms_forward(self, x: Tensor, w: Tensor | None, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
-        """Write the RMS norm of x (N, d) to n (N, d), and 1/rms of its rows to rstd (N, 1), [docs/math.md (76)].
+        """Write the RMS norm of x (N, d) to n (N, d), and 1/RMS of each row to rstd (N, 1), [docs/math.md (76)].
 
         With offset 0, values are rounded to the dtype of x before and after the multiplication by the weight w (d,);
-        otherwise only once, after the multiplication by offset + w.
+        otherwise, they are rounded once, after the multiplication by offset + w.
         """
 
     def rms_recompute(self, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, n: Tensor) -> None:
@@ -40,21 +40,21 @@ class Kernels(Protocol):
     def rms_backward(
         self, dn: Tensor, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, add: Tensor | None, dx: Tensor
     ) -> None:
-        """Write the gradient of x, plus `add`, to dx, which may be dn, the gradient of n; all (N, d)."""
+        """Write the gradient of x plus `add` to dx, given dn, the gradient of n. dx may be dn; all are (N, d)."""
 
     def gate(self, act: str, first: Tensor, up: Tensor | None, out: Tensor) -> None:
-        """Write act(first)·up, or act(first) without up, to out, rounded once; all (N, f), [docs/math.md (78)]."""
+        """Write act(first)·up, or act(first) without up, to out, rounded once; all are (N, f), [docs/math.md (78)]."""
 
     def gate_backward(
         self, act: str, da: Tensor, first: Tensor, up: Tensor | None, dfirst: Tensor, dup: Tensor | None
     ) -> None:
-        """Write the gradients of `gate` to dfirst (for first; may be da) and dup (for up); all (N, f)."""
+        """Write the gradients of `gate`, given da: dfirst, which may be da, and dup, if up is given; all are (N, f)."""
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
-        """Rotate x (B, T, H, D) by position into out, which may be x, or rotate it back, [docs/math.md (80)].
+        """Write x (B, T, H, D), rotated by position or rotated back, to out, which may be x, [docs/math.md (80)].
 
-        cos and sin are (B or 1, T, rot): the first rot elements of a head are rotated, the others are copied. In x and
-        out, the heads of each token are contiguous, and tokens are evenly spaced.
+        cos and sin are (B or 1, T, rot): the first rot elements of a head are rotated, and the others are copied. In x
+        and out, the heads of each token are contiguous, and tokens are evenly spaced.
         """
 
     def drop(self, x: Tensor, p: float, seed: Tensor, scale: float, out: Tensor) -> None:
@@ -67,7 +67,7 @@ class Kernels(Protocol):
     def softmax(self, scores: Tensor, low: Tensor | None, high: Tensor | None) -> None:
         """Compute the softmax of rows (Z, n, m) in place, limited to the positions that each row sees.
 
-        Row i sees the positions low[i % k] to high[i % k] − 1; low and high are int32 (k,), or None without a bound.
+        Row i sees the positions low[i % k] to high[i % k] − 1; low and high are int32 (k,); None means no bound.
         """
 
     def softmax_backward(self, weights: Tensor, ds: Tensor) -> None:
@@ -84,26 +84,27 @@ class Kernels(Protocol):
 
 
 class DropoutMatmuls(Protocol):
-    """Low-rank matmuls with a factor a (r, n), fused with dropout as in `Kernels.drop` with the same seed; n must be a
-    multiple of 4.
+    """Low-rank matmuls with a factor a (r, n), fused with the dropout that `Kernels.drop` applies for a seed.
+
+    n must be a multiple of 4.
     """
 
     def shrink(self, x: Tensor, a: Tensor, p: float, seed: Tensor) -> Tensor:
-        """Return dropout(x)·aᵀ for x (N, n): a new (N, r)."""
+        """Return dropout(x)·aᵀ for x (N, n): a new tensor (N, r)."""
 
     def add_low_rank(self, h: Tensor, a: Tensor, p: float, seed: Tensor, y: Tensor) -> None:
         """Add dropout(h·a) to y (N, n), for h (N, r)."""
 
     def outer(self, dh: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
-        """Return dhᵀ·dropout(x) for dh (N, r) and x (N, n): a new (r, n) in fp32."""
+        """Return dhᵀ·dropout(x) for dh (N, r) and x (N, n): a new tensor (r, n) in fp32."""
 
 
 class PerRowMatmuls(Protocol):
     """Matmuls of rows with per-row low-rank factors, which are read in place."""
 
     def add_per_row(self, x: Tensor, A: Tensor, Bt: Tensor, index: Tensor, y: Tensor) -> None:
-        """Add (x_i·A_kᵀ)·Bt_k to y_i, k = index[i], for x (rows, …, in) and y (rows, …, out), [docs/math.md (72)].
+        """Add (x_i·A_kᵀ)·Bt_k, with k = index[i], to y_i for x (rows, …, in) and y (rows, …, out), [docs/math.md (72)].
 
-        A is (K, r, in), Bt (K, r, out), index (rows,) int64 with −1 for none. The low-rank activation is rounded to the
-        dtype of x, and so is the sum with y.
+        A is (K, r, in), Bt is (K, r, out), and index is int64 (rows,), with −1 for none. Both the low-rank activation
+        and the sum with y are rounded to the dtype of x.
         """

@@ -1,9 +1,9 @@
 /* Row-wise and elementwise operations between matmuls, each in one pass.
  *
- * building.py compiles this file once per dtype: with -DBF16 for bfloat16, without it for fp32. PyTorch is not used:
+ * building.py compiles this file once per dtype: with -DBF16 for bfloat16, without it for fp32. It does not use PyTorch:
  * arguments are pointers and sizes. All intermediates are fp32; a value is rounded when it is stored. The library is
  * built from this file and the headers that it includes. protocol.py documents each function; if there is no compiler,
- * PyTorch computes the same.
+ * PyTorch operations compute the same results.
  */
 #include "numbers.h"
 

@@ -1,4 +1,4 @@
-"""CUDA kernels in Triton; the package triton is imported when kernels for a device are first requested."""
+"""CUDA kernels in Triton; the `triton` package is imported when kernels for a device are first requested."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def failure_on(device: torch.device) -> str:
     if _is_off():
         return f"{SWITCH}=off"
     launching = _launching()
-    return "the package triton is not installed" if launching is None else launching.failure(device)
+    return "the triton package is not installed" if launching is None else launching.failure(device)
 
 
 def lacks_package() -> bool:
-    """Return whether kernels are enabled but the package triton is not installed."""
+    """Return whether kernels are enabled but the `triton` package is not installed."""
     return not _is_off() and _launching() is None
 
 

@@ -1,4 +1,4 @@
-"""Launch the Triton kernels, which implement `Kernels` on CUDA; in Triton's interpreter they run on CPU tensors."""
+"""Launch the Triton kernels, which implement `Kernels` on CUDA; in Triton's interpreter, they run on CPU tensors."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from lorakit.ops.kernels.triton import programs
 OPTIONS = {"enable_fp_fusion": True}
 """Compiler options; set explicitly, because Triton behaves differently if `enable_fp_fusion` is unset."""
 TILE = 2048
-"""Elements per program if rows are short; a longer row is a separate tile."""
+"""Number of elements per program for short rows; a longer row gets a tile to itself."""
 ELEMENTWISE = 1024
 THIN = {"ROWS": 32, "COLUMNS": 128}
 """Tile size for the wide operand of a low-rank matmul."""
 PROGRAMS = 512
 """Number of programs that keeps a large device busy."""
 HEADS = 8
-"""Maximum heads of a token that one program rotates."""
+"""Maximum number of a token's heads that one program rotates."""
 LOGITS = 8192
-"""Maximum logits of a row that are processed at a time."""
+"""Maximum number of a row's logits that are processed at a time."""
 
 
 class TritonKernels:
-    """`lorakit.ops.kernels.protocol.Kernels` in Triton."""
+    """Implementation of `lorakit.ops.kernels.protocol.Kernels` in Triton."""
 
     activations = frozenset({"silu", "gelu", "gelu_tanh", "quick_gelu", "relu"})
     caps_logits = True
@@ -40,11 +40,11 @@ class TritonKernels:
         self.dropping: DropoutMatmuls | None = self
 
     def rms_forward(self, x: Tensor, w: Tensor | None, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
-        """Write the RMS norm of x (N, d) to n (N, d), and 1/rms of its rows to rstd (N, 1)."""
+        """Write the RMS norm of x (N, d) to n (N, d), and 1/RMS of each row to rstd (N, 1)."""
         self._rms(x, w, (eps, offset), n, rstd, again=False)
 
     def rms_recompute(self, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, n: Tensor) -> None:
-        """Recompute n (N, d) as in `rms_forward` from rstd (N, 1)."""
+        """Recompute n (N, d), as in `rms_forward`, from rstd (N, 1)."""
         self._rms(x, w, (0.0, offset), n, rstd, again=True)
 
     def _rms(
@@ -58,7 +58,7 @@ class TritonKernels:
     def rms_backward(
         self, dn: Tensor, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, add: Tensor | None, dx: Tensor
     ) -> None:
-        """Write the gradient of x, plus `add`, to dx, which may be dn, the gradient of n; all (N, d)."""
+        """Write the gradient of x plus `add` to dx, given dn, the gradient of n. dx may be dn; all are (N, d)."""
         grid, tile = _tiles(x)
         flags = {"HAS_W": w is not None, "HAS_ADD": add is not None}
         given = (dn, x, x if w is None else w, rstd, x if add is None else add)
@@ -66,7 +66,7 @@ class TritonKernels:
             programs.rms_backward[grid](*given, dx, *x.shape, offset, **flags, **tile)
 
     def gate(self, act: str, first: Tensor, up: Tensor | None, out: Tensor) -> None:
-        """Write act(first)·up, or act(first) without up, to out; all (N, f)."""
+        """Write act(first)·up, or act(first) without up, to out; all are (N, f)."""
         flags = {"ACT": act, "HAS_UP": up is not None}
         with _on(first):
             programs.gate[_blocks(first)](
@@ -76,16 +76,16 @@ class TritonKernels:
     def gate_backward(
         self, act: str, da: Tensor, first: Tensor, up: Tensor | None, dfirst: Tensor, dup: Tensor | None
     ) -> None:
-        """Write the gradients of `gate` to dfirst (for first; may be da) and dup (for up); all (N, f)."""
+        """Write the gradients of `gate`, given da: dfirst, which may be da, and dup, if up is given; all are (N, f)."""
         flags = {"ACT": act, "HAS_UP": up is not None}
         pointers = (da, first, first if up is None else up, dfirst, dfirst if dup is None else dup)
         with _on(first):
             programs.gate_backward[_blocks(first)](*pointers, first.numel(), **flags, BLOCK=ELEMENTWISE, **OPTIONS)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
-        """Rotate x (B, T, H, D) by position into out, which may be x, or rotate it back; cos, sin (…, T, rot).
+        """Write x (B, T, H, D), rotated by position or rotated back, to out, which may be x.
 
-        In x and out, the heads of each token are contiguous, and tokens are evenly spaced.
+        cos and sin are (…, T, rot). In x and out, the heads of each token are contiguous, and tokens are evenly spaced.
         """
         batch, tokens, heads, width = x.shape
         rot = cos.shape[-1]
@@ -108,7 +108,7 @@ class TritonKernels:
             )
 
     def shrink(self, x: Tensor, a: Tensor, p: float, seed: Tensor) -> Tensor:
-        """Return dropout(x)·aᵀ for x (N, n) and a (r, n): a new (N, r). n is a multiple of 4."""
+        """Return dropout(x)·aᵀ for x (N, n) and a (r, n): a new tensor (N, r). n is a multiple of 4."""
         h = x.new_empty(len(x), len(a))
         with _on(x):
             programs.shrink[(triton.cdiv(len(x), THIN["ROWS"]),)](x, a, h, seed, *_low_rank(x, a, p), **_sizes(a))
@@ -121,7 +121,7 @@ class TritonKernels:
             programs.add_low_rank[grid](h, a, y, seed, *_low_rank(y, a, p), **_sizes(a))
 
     def outer(self, dh: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
-        """Return dhᵀ·dropout(x) for dh (N, r) and x (N, n): a new (r, n) in fp32. n is a multiple of 4."""
+        """Return dhᵀ·dropout(x) for dh (N, r) and x (N, n): a new tensor (r, n) in fp32. n is a multiple of 4."""
         a, blocks = dh.t(), triton.cdiv(x.shape[1], THIN["COLUMNS"])
         steps = triton.cdiv(len(x), THIN["ROWS"])
         each = triton.cdiv(steps, max(min(PROGRAMS // blocks, steps), 1))
@@ -134,7 +134,7 @@ class TritonKernels:
     def softmax(self, scores: Tensor, low: Tensor | None, high: Tensor | None) -> None:
         """Compute the softmax of rows (Z, n, m) in place, limited to the positions that each row sees.
 
-        Row i sees the positions low[i % k] to high[i % k] − 1; low and high are int32 (k,), or None without a bound.
+        Row i sees the positions low[i % k] to high[i % k] − 1; low and high are int32 (k,); None means no bound.
         """
         bounds = [bound for bound in (low, high) if bound is not None]
         kinds, m = len(bounds[0]) if bounds else 1, scores.shape[-1]
@@ -179,7 +179,7 @@ def failure(device: torch.device) -> str:
         TritonKernels().drop(x, 1.0, seed, 1.0, x)
         return "" if not x.any() else "a Triton kernel returned a wrong result"
     except (RuntimeError, OSError, subprocess.SubprocessError, TritonError) as failed:  # for example, no C compiler
-        return f"Triton cannot compile and run here: {type(failed).__name__}: {failed}"
+        return f"Triton cannot compile and run kernels: {type(failed).__name__}: {failed}"
 
 
 def _tiles(x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
@@ -208,5 +208,5 @@ def _blocks(x: Tensor) -> tuple[int]:
 
 
 def _on(x: Tensor) -> AbstractContextManager[object]:
-    """Return a context in which the device of x (any shape) is current, so that kernels are launched there."""
+    """Return a context manager that makes the device of x (any shape) current, so that kernels are launched on it."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -1,14 +1,14 @@
 """Triton programs: elementwise and row-wise kernels, and dropout from a seed.
 
-Activations and their gradients, [docs/math.md (78)] and (79): one pass, rounded once. Cross-entropy of rows of logits,
-replaced by their gradient, [docs/math.md (75)]: two passes over a row. RMS norm of rows, [docs/math.md (76)]: a tile of
-whole rows per program, intermediates in fp32. Rotary positions, [docs/math.md (80)]: the heads of one token per
-program, read before they are written. Softmax of attention scores and its gradient, [docs/math.md (81)] and (82): one
-row per program, in place.
+Activations and their gradients, [docs/math.md (78)] and (79), are computed in one pass and rounded once. Cross-entropy,
+[docs/math.md (75)], takes two passes over a row of logits, which is replaced by its gradient. RMS norm,
+[docs/math.md (76)], processes a tile of whole rows per program, with intermediates in fp32. Rotary positions,
+[docs/math.md (80)], process the heads of one token per program, which are read before they are written. The softmax of
+attention scores and its gradient, [docs/math.md (81)] and (82), are computed in place, one row per program.
 
-Whether dropout drops an element is a function of seed and position, so only the seed is saved. Positions are the
-counters of Philox with seven rounds, four elements per counter; 24 bits of each word decide, so p is exact to 2⁻²⁴.
-If dropout is fused with a low-rank matmul, the wide operand is read or written only once.
+Whether dropout drops an element depends only on the seed and the element's position, so only the seed is saved. The
+positions are the counters of Philox with seven rounds, with four elements per counter; 24 bits of each word decide, so
+p is exact to 2⁻²⁴. If dropout is fused with a low-rank matmul, the wide operand is read or written only once.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 5.1 for the rounds.
 """
@@ -21,7 +21,7 @@ import triton.language as tl
 
 @triton.jit
 def value(x, ACT: tl.constexpr):
-    """Return f(x) for fp32 x, with the activation f named ACT."""
+    """Return f(x) for fp32 x, where f is the activation named ACT."""
     if ACT == "silu":
         y = x * tl.sigmoid(x)
     elif ACT == "gelu":
@@ -38,7 +38,7 @@ def value(x, ACT: tl.constexpr):
 
 @triton.jit
 def slope(x, ACT: tl.constexpr):
-    """Return f'(x) for fp32 x, with the activation f named ACT."""
+    """Return f'(x) for fp32 x, where f is the activation named ACT."""
     if ACT == "silu":
         s = tl.sigmoid(x)
         y = s * (1.0 + x * (1.0 - s))
@@ -69,7 +69,7 @@ def gate(first, up, out, count, ACT: tl.constexpr, HAS_UP: tl.constexpr, BLOCK: 
 
 @triton.jit
 def gate_backward(da, first, up, dfirst, dup, count, ACT: tl.constexpr, HAS_UP: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the gradients of `gate` to dfirst (for first; may be da) and dup (for up)."""
+    """Write the gradients of `gate`, given da: dfirst, which may be da, and dup, if up is given."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     g = tl.load(da + at, mask=inside, other=0.0).to(tl.float32)
@@ -125,7 +125,7 @@ def rms(
     x, w, n, rstd, count, d, eps, offset,
     HAS_W: tl.constexpr, FROM_ZERO: tl.constexpr, RECOMPUTE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Write the norm n (count, d) of x (count, d), and rstd (count, 1); if RECOMPUTE, rstd is read instead."""
+    """Write the norm n (count, d) of x (count, d), and rstd (count, 1); if RECOMPUTE, read rstd instead."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     inside, at = (row < count) & (column < d), row * d + column
@@ -150,7 +150,7 @@ def rms_backward(
     dn, x, w, rstd, add, dx, count, d, offset,
     HAS_W: tl.constexpr, HAS_ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient dx (count, d), which may be dn, from dn, x and `add` (count, d), and rstd (count, 1)."""
+    """Write the gradient dx (count, d), given dn, x and `add` (count, d) and rstd (count, 1); dx may be dn."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     inside, at = (row < count) & (column < d), row * d + column
@@ -172,7 +172,7 @@ def rotate(
     INTERLEAVED: tl.constexpr, BACK: tl.constexpr, PER_ROW: tl.constexpr, IN_PLACE: tl.constexpr,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Rotate x (B, T, H, D), or rotate it back, into out; cos and sin are (B, T, rot) if PER_ROW, else (1, T, rot)."""
+    """Write x (B, T, H, D), rotated or rotated back, to out; cos and sin are (B or 1, T, rot), with B if PER_ROW."""
     target = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     pair = tl.arange(0, PAIRS)[None, :]
@@ -227,7 +227,7 @@ def softmax(scores, low, high, kinds, m, HAS_LOW: tl.constexpr, HAS_HIGH: tl.con
 
 @triton.jit
 def softmax_backward(weights, ds, m, WIDTH: tl.constexpr):
-    """Replace ds, the gradient of the softmax weights of a row (m,), with that of its scores."""
+    """Replace ds, the gradient of a row's softmax weights (m,), with the gradient of its scores."""
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     inside, at = column < m, row * m + column
     w = tl.load(weights + at, mask=inside, other=0.0).to(tl.float32)
@@ -237,8 +237,8 @@ def softmax_backward(weights, ds, m, WIDTH: tl.constexpr):
 
 @triton.jit
 def kept(seed, counter, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return a mask (ROWS, COLUMNS) of the elements that dropout keeps; counter (ROWS, COLUMNS / 4) is position / 4 of
-    every fourth element.
+    """Return a mask (ROWS, COLUMNS) of the elements that dropout keeps; counter (ROWS, COLUMNS / 4) holds
+    position / 4 for every fourth element.
     """
     low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
     first, second, third, fourth = tl.philox(seed, low, high, low * 0, low * 0, n_rounds=7)
