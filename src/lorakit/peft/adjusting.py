@@ -55,7 +55,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
 
 class DoraCaching(contextlib.AbstractContextManager["DoraCaching"]):
-    """PEFT's switch for caching DoRA's norms; it has no effect, since lorakit computes no dense update for the norms.
+    """PEFT's switch for caching DoRA's norms; it has no effect, since lorakit computes them without a dense update.
 
     Attributes:
         enabled: The value that was set.

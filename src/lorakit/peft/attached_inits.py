@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
 
 CONDENSED_FROM = 20
-"""Minimum number of targets that are condensed, as in PEFT, to the fewest suffixes that match them."""
+"""Minimum number of targets for condensing them, as in PEFT, to the fewest suffixes that match them."""
 
 PrepareLayer = Callable[[Any, Any, str], Tensor]
 PrepareLayers = PrepareLayer | Mapping[str, PrepareLayer] | None
@@ -200,8 +200,9 @@ def initialize_lora_eva_weights(
         show_progress_bar: Ignored.
 
     Raises:
-        ConfigError: The model is not a `PeftModel`, several adapters are active, the adapter has another init, neither
-            data nor a state dict is given, or the state dict belongs to another model. The model is left unchanged.
+        ConfigError: The model is not a `PeftModel`, several adapters are active, the adapter has a different init,
+            neither data nor a state dict is given, or the state dict belongs to another model. The model is left
+            unchanged.
         AdapterError: The adapter does not exist.
     """
     if not model_adapters.is_wrapper(model):
@@ -249,7 +250,10 @@ def _check(here: Mapping[str, LoraLayer], found: Mapping[str, Tensor], name: str
         A, width = found[path], here[path].spec.in_features
         variant = here[path].factor(name).variant
         if variant.shapes is not None:
-            text = f"{path}: EVA needs A and B in their usual shapes, and {variant.title} has others. Use another init."
+            text = (
+                f"{path}: EVA needs A and B in their standard shapes, and {variant.title} uses other shapes. "
+                "Use another init."
+            )
             raise ConfigError(text, what="eva", where=path, field=variant.field)
         if A.ndim != 2 or A.shape[1] != width:
             text = f"eva_state_dict: {path} has shape {tuple(A.shape)}; expected (rank, {width})."
@@ -319,14 +323,14 @@ def replace_lora_weights_loftq(
         callback: Called after each site with the wrapper and the path; if it returns False, the site is restored.
 
     Raises:
-        ConfigError: The weights are not found, a weight is missing or has another shape, the scale is 0, or r is
+        ConfigError: The weights are not found, a weight is missing or has the wrong shape, the scale is 0, or r is
             larger than a dimension of a weight.
         ConfigTypeError: `peft_model` is not a wrapper.
         AdapterError: No site of the adapter is a 4-bit layer, or the adapter is merged.
         ModelError: The directory contains no safetensors files.
 
     Source:
-        Li et al. 2023, arXiv:2310.08659, one step of algorithm 1 for a given quantized weight.
+        Li et al. 2023, arXiv:2310.08659, one step of Algorithm 1 for a given quantized weight.
     """
     if not isinstance(peft_model, nn.Module) or not model_adapters.is_wrapper(peft_model):
         raise ConfigTypeError(

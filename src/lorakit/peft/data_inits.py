@@ -73,14 +73,14 @@ class Cache:
         return cls(str(path), file.tensors, file.metadata)
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """Return a tensor, (…), from the cache.
+        """Return a tensor from the cache, for example the left singular vectors, (out, r).
 
         Args:
             name: Name of the tensor.
             shape: Required shape, or None for any.
 
         Raises:
-            ConfigError: The tensor is missing, has another shape, or is not finite.
+            ConfigError: The tensor is missing, has the wrong shape, or is not finite.
         """
         found = self.tensors.get(name)
         if found is None:
@@ -114,7 +114,7 @@ class CordaEigens:
 def for_attaching(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, core.Statistics | None]:
     """Return what `core.attach` needs for a config, and remove the results that PEFT's functions stored on the model.
 
-    "eva" is first attached as if the init were True; `initialize_lora_eva_weights` later initializes the adapter.
+    With "eva", the adapter is attached as if the init were True; `initialize_lora_eva_weights` initializes it later.
 
     Args:
         model: The base.

@@ -1,9 +1,9 @@
 """`install_as_peft`: a function that makes `import peft` import `lorakit.peft` in this process.
 
 A finder at the start of `sys.meta_path` returns the modules of `lorakit.peft` for `peft` and all of its submodules, so
-no class exists twice. It also provides the distribution `peft`, whose version programs read. It writes no files and
-does not change any other package, including an installed `peft`. A process started with `spawn` must also call
-`install_as_peft`.
+no class exists twice. It also provides a distribution named `peft`, because programs read its version. It writes no
+files and does not change any other package, including an installed `peft`. A process started with `spawn` must also
+call `install_as_peft`.
 """
 
 from __future__ import annotations

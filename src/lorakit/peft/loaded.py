@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 
 def adapter_folder(model_id: str | os.PathLike[str], options: MutableMapping[str, Any]) -> Path:
-    """Return the local directory of an adapter; an adapter on the Hub is downloaded into the Hub's cache.
+    """Return the local directory of an adapter; an adapter on the Hub is downloaded into the Hub cache.
 
     Args:
         model_id: A directory or a Hub id.
-        options: Options of the call; `subfolder` and `revision` (used only for the Hub) are removed from it.
+        options: Options of the call, from which `subfolder` and `revision` (used only for the Hub) are removed.
 
     Raises:
         ModelError: The Hub id was not found, or the Hub cannot be reached.
@@ -67,7 +67,7 @@ def load_whole(
     Raises:
         AdapterFileError: Files are missing or damaged.
         StateDictError: Shapes do not match.
-        AdapterError: `name` cannot be used.
+        AdapterError: `name` is not a valid adapter name.
     """
     try:
         warnings = _load(model, folder, name, trainable, config)
@@ -118,7 +118,7 @@ def load_by_names(
 
     Raises:
         AdapterFileError: Files are missing or damaged, or shapes do not match.
-        AdapterError: `name` cannot be used.
+        AdapterError: `name` is not a valid adapter name.
     """
     files = read_adapter(folder)
     warn_of_problems(model, files, LENIENT, may_be_zero=trainable)
@@ -134,7 +134,7 @@ def load_by_names(
 def warn_of_problems(
     model: PeftModel, files: AdapterFiles, allow: Collection[str], *, may_be_zero: bool = False
 ) -> None:
-    """Warn if an adapter was trained on another base or has implausible values.
+    """Warn if an adapter was trained on a different base or has implausible values.
 
     Args:
         model: The wrapper.
@@ -143,7 +143,7 @@ def warn_of_problems(
         may_be_zero: Whether to accept an adapter that has no effect, since it is yet to be trained.
 
     Raises:
-        BaseMismatchError: The adapter was trained on another base, and `allow` does not contain "base_mismatch".
+        BaseMismatchError: The adapter was trained on a different base, and `allow` does not contain "base_mismatch".
         AdapterFileError: A tensor contains NaN or infinite values.
     """
     of_base = check_base(model.get_base_model(), files, allow)[1]

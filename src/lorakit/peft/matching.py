@@ -145,7 +145,7 @@ NOTHING_MATCHED = {
     "target_parameters": "target_parameters={value} were set but no parameter was matched.",
     "exclude_modules": "You have passed exclude_modules={value} but no modules were excluded.",
 }
-"""Field -> PEFT's message for the case that none of its entries match."""
+"""Field -> PEFT's message for when none of its entries match."""
 
 ALL_EXCLUDED = (
     "All modules were excluded. This is likely unintended. Check `target_modules`, `exclude_modules` and "

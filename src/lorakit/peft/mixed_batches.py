@@ -74,7 +74,7 @@ def calculate_alora_offsets(
     input_ids: Tensor | None,
     adapter_names: Sequence[str] | None = None,
 ) -> list[int | None]:
-    """Return the number of tokens from each row's last invocation to its end, or None for a row without an invocation.
+    """Return, for each row, the number of tokens from the last invocation to the row's end; None if there is none.
 
     Args:
         peft_config: Adapter -> config.

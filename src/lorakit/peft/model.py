@@ -48,7 +48,7 @@ def check_options(call: str, options: Mapping[str, Any]) -> None:
         options: The call's options other than its named arguments.
 
     Raises:
-        NotYetSupported: An option would change the result and is not supported.
+        NotYetSupported: An unsupported option would change the result.
     """
     for name, value in options.items():
         if name == NOT_BUILT and value:
@@ -294,7 +294,7 @@ class PeftModel(OverModel):
             save_directory: The directory.
             safe_serialization: Must be true, since lorakit does not write pickle files.
             selected_adapters: Adapters to save; None means all.
-            save_embedding_layers: If True, also save the base's embedding matrices, which a resized vocabulary needs.
+            save_embedding_layers: If True, also save the base's embedding matrices, as a resized vocabulary requires.
             is_main_process: Whether this is the main process; all other processes write nothing.
             path_initial_model_for_weight_conversion: Directory of the adapter as it was saved before training. If its
                 init changed the base, as PiSSA does, the adapter is converted to plain LoRA with twice the rank.

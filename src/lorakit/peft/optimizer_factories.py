@@ -68,7 +68,7 @@ def create_loraplus_optimizer(
 
 
 class LoraFAOptimizer(LoraFA):
-    """AdamW with a corrected gradient for B; it accepts PEFT's groups: `params`, `names` and `scaling_factors`.
+    """AdamW with a corrected gradient for B; accepts PEFT's groups with `params`, `names` and `scaling_factors`.
 
     Unlike PEFT's optimizer, it pairs A and B by adapter and site, so that several adapters, magnitudes and biases are
     updated correctly; it computes in fp32; and it keys its state by tensor, so that the state can be saved and loaded.

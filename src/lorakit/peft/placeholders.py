@@ -38,7 +38,7 @@ class PeftWarning(UserWarning):
 
 
 class PartialTargetsWarning(PeftWarning, RuntimeWarning):
-    """A config entry matches nothing. PEFT uses either class for such warnings, so this class derives from both."""
+    """A config entry matches nothing. PEFT uses one base class or the other for such warnings; this class has both."""
 
 
 def _refusing(name: str) -> Callable[..., NoReturn]:

@@ -52,7 +52,7 @@ model = model.merge_and_unload()  # optional: merge it into the base permanently
 - **Evaluation**: benchmarks and results.
 - **Limitations**: known problems and risks, in addition to those of the base model.
 """
-"""Text of a new card; it stays valid if the adapter is trained further."""
+"""Text of a new card; it remains valid if the adapter is trained further."""
 
 
 def write_card(model: PeftModel, output_dir: str | PathLike[str]) -> None:

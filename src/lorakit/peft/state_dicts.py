@@ -56,7 +56,7 @@ def get_peft_model_state_dict(
         state_dict: Tensors (…) to use instead of the model's own, such as those gathered from several devices.
         adapter_name: The adapter.
         unwrap_compiled: Whether to unwrap a compiled model.
-        save_embedding_layers: If True, add the base's embedding matrices, which a resized vocabulary needs.
+        save_embedding_layers: If True, add the base's embedding matrices, as a resized vocabulary requires.
 
     Raises:
         AdapterError: The adapter does not exist.

@@ -35,7 +35,7 @@ class TunerLayerStatus:
         requires_grad: Adapter -> whether its parameters in the module are trainable.
         available_adapters: Adapters that have parameters in the module, sorted.
         devices: Adapter -> device types of its parameters.
-        quantization_backend: Backend of the base weight's quantization, or None.
+        quantization_backend: Quantization backend of the base weight, or None.
     """
 
     name: str
@@ -66,7 +66,7 @@ class TunerModelStatus:
         requires_grad: Adapter -> whether its parameters are trainable.
         available_adapters: Adapters of the model, sorted.
         devices: Adapter -> device types of its parameters.
-        quantization_backend: Backend of the base weights' quantization, or None.
+        quantization_backend: Quantization backend of the base weights, or None.
     """
 
     base_model_type: str

@@ -42,7 +42,7 @@ class State(Protocol):
 
 
 class Processor(Protocol):
-    """A tokenizer or another input processor."""
+    """A tokenizer or other input processor."""
 
     save_pretrained: Callable[[Path], Any]
 
@@ -59,7 +59,7 @@ class LoraTrainerMixin:
         kwargs: The parent's keyword arguments.
 
     Attributes:
-        lora_model: The `PeftModel` that wraps the trained model; `model` is the user's model inside it.
+        lora_model: The `PeftModel` that wraps the trained model; `model` is the user's model inside the wrapper.
 
     Raises:
         ConfigError: The model has no adapter, or `peft_config` is not a LoraConfig or is given without a loaded model.
@@ -179,7 +179,9 @@ class LoraTrainerMixin:
             result = self.lora_model.load_adapter(folder, name, is_trainable=True)
             unfit = [*result.missing_keys, *result.unexpected_keys]
             if unfit:
-                text = f"{folder}: not a checkpoint of this adapter: {len(unfit)} keys do not match; first: {unfit[0]}."
+                text = (
+                    f"{folder}: not a checkpoint of this adapter: {len(unfit)} key(s) do not match, such as {unfit[0]}."
+                )
                 raise RunError(text, what=unfit[0], where=folder)
 
     def _load_best_model(self) -> None:

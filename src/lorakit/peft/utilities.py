@@ -319,7 +319,7 @@ def is_valid_match(key: str, target_key: str) -> bool:
 
 
 def get_model_conversion_mapping(model: nn.Module) -> list[Any]:
-    """Return an empty list: no weight conversions of transformers apply, since adapters are loaded unchanged."""
+    """Return an empty list: no transformers weight conversions apply, since adapters are loaded unchanged."""
     return []
 
 
@@ -379,7 +379,7 @@ def prepare_model_for_kbit_training(
         auto_clear_cache: Whether to release cached GPU memory.
 
     Returns:
-        The same model.
+        The given model.
     """
     method = getattr(model, "quantization_method", None)
     method = getattr(method, "value", method)
@@ -482,7 +482,7 @@ GptqBackend = ForwardOnlyQuantizationBackend
 
 
 def get_quantization_kwargs(model: nn.Module) -> dict[str, Any]:
-    """Return an empty dictionary, since layers of a quantized model need no extra arguments here."""
+    """Return an empty dictionary, since layers of a quantized model need no extra arguments in lorakit."""
     return {}
 
 

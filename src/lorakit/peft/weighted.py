@@ -133,7 +133,7 @@ def convert_to_lora(
     progressbar: bool = False,
     compile_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Convert an adapter of any variant to LoRA with scale 1 and the given rank; the model is only read.
+    """Convert an adapter of any variant to LoRA with scale 1 and the given rank; the model is not modified.
 
     Args:
         model: A `PeftModel`, or an unwrapped model with adapters.
