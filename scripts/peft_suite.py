@@ -51,8 +51,8 @@ IRRELEVANT = {
         r"OfflineModeIsEnabled|not fully cached locally"
     ),
     "other methods": re.compile(
-        r"a lorakit LoraConfig is needed|Cannot combine adapters with different peft types|only LORA is supported|"
-        r"not (built|supported) yet|belongs to another method|'(?!Lora)\w+Config' object has no attribute"
+        r"it must be a lorakit LoraConfig|Cannot combine adapters with different peft types|only LORA is supported|"
+        r"not (built|supported) yet|belongs to another (PEFT )?method|'(?!Lora)\w+Config' object has no attribute"
     ),
     "ask for a pickle": re.compile(r"asks for a pickle"),
 }

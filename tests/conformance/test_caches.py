@@ -122,7 +122,7 @@ def test_one_covariance_serves_every_rank_and_method_and_one_cache_a_single_one(
             preprocess_corda(asked, config, never)
         assert not any(hasattr(module, "eigens") for module in asked.modules())
 
-    refused("corda_method is 'ipm' here and 'kpm' in the config", corda(ours, "kpm", cache_file=cache))
+    refused("corda_method is 'ipm', but the config has 'kpm'", corda(ours, "kpm", cache_file=cache))
     narrow = nn.Sequential()
     narrow.up, narrow.conv, narrow.down = nn.Linear(5, 20), nn.Linear(20, 20), nn.Linear(20, 16)
     refused(r"up has shape \(12, 12\); expected \(5, 5\)", corda(ours, covariance_file=spread), narrow)
@@ -135,7 +135,7 @@ def test_one_covariance_serves_every_rank_and_method_and_one_cache_a_single_one(
         ),
         (
             {**whole, "conv.eigens.U_WC": whole["conv.eigens.U_WC"] * torch.inf},
-            "conv.eigens.U_WC has NaN or infinite",
+            "conv.eigens.U_WC contains NaN or infinite",
         ),
     ):
         save_file(change, tmp_path / "changed.safetensors")
@@ -253,7 +253,7 @@ def test_what_lora_ga_refuses_and_leaves(tmp_path: Path) -> None:
     assert bool((model.up.weight.grad == 1).all()) and model.down.weight.grad is None and not model.up._backward_hooks
     for again in (model, small()):  # the second knows from the file which modules had none
         preprocess_loraga(again, ga(ours), never, cache)
-        with pytest.warns(UserWarning, match="LoRA-GA has no gradient for conv, down; they use init_lora"):
+        with pytest.warns(UserWarning, match="LoRA-GA has no gradient for conv, down; these modules use init_lora"):
             found = ours.get_peft_model(again, ga(ours))
         assert not found.base_model.model.down.lora_B["default"].weight.any()
     narrow = nn.Sequential()
@@ -344,10 +344,10 @@ def test_what_eva_refuses_by_text_and_nothing_changes() -> None:
     wide = {**good, up: torch.ones(2, IN + 1)}
     refused(ConfigError, rf"up has shape \(2, {IN + 1}\); expected \(rank, {IN}\)", eva_state_dict=wide)
     sick = {**good, up: good[up] * torch.nan}
-    refused(ConfigError, "eva_state_dict: up has NaN or infinite values", eva_state_dict=sick)
+    refused(ConfigError, "eva_state_dict: up contains NaN or infinite values", eva_state_dict=sick)
     none = {name: A[:0] for name, A in good.items()}
-    refused(ConfigError, "leaves no rank to any module of adapter 'default'", eva_state_dict=none)
-    refused(ConfigError, "no entry for adapter 'default'.* elsewhere", eva_state_dict={"elsewhere": good[up]})
+    refused(ConfigError, "assigns rank 0 to every module of adapter 'default'", eva_state_dict=none)
+    refused(ConfigError, "no entries for adapter 'default'.* elsewhere", eva_state_dict={"elsewhere": good[up]})
     plain = ours.get_peft_model(small(), ours.LoraConfig(target_modules=["up"]))
     refused(ConfigError, "can only be used with `init_lora_weights='eva'`", model=plain, eva_state_dict=good)
     with pytest.raises(ConfigError, match="peft_config is required if model is not a PeftModel"):

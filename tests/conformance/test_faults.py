@@ -68,7 +68,7 @@ def test_merging_replicas_is_no_sum_in_a_weight_that_they_share(tiny_llama: nn.M
 def test_merging_while_training_is_said() -> None:
     """Fault 14: a merged layer runs its base alone, so a loss over it reaches no factor."""
     model = ours.get_peft_model(nn.Sequential(nn.Linear(4, 4)), ours.LoraConfig(r=2, target_modules=["0"])).train()
-    with pytest.warns(UserWarning, match="default is merged while the model trains"):
+    with pytest.warns(UserWarning, match="Merging in training mode: default will not be trained"):
         model.merge_adapter()
     model.unmerge_adapter()
     model.eval().merge_adapter()

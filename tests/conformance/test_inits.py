@@ -182,7 +182,7 @@ def moved(model: Any) -> Any:
     return model
 
 
-@pytest.mark.filterwarnings("ignore:Adapter 'default' acts on a base")
+@pytest.mark.filterwarnings("ignore:Adapter 'default' applies to a base")
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_files_both_ways(init: str, rslora: bool, tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def _save_what_it_began_with(model: Any, folder: Path) -> None:
 
 def _save(peft_model: Any, our_model: Any, folder: Path, **more: str) -> None:
     with quiet_peft():
-        warnings.filterwarnings("ignore", "Adapter 'default' acts on a base")
+        warnings.filterwarnings("ignore", "Adapter 'default' applies to a base")
         warnings.filterwarnings("ignore", ".*specified but will be ignored when `init_lora_weights` is not")
         peft_model.save_pretrained(folder / "peft", **more)
         our_model.save_pretrained(folder / "lorakit", **more)

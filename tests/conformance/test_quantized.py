@@ -89,7 +89,7 @@ def test_an_adapter_of_the_quantized_base_loads_on_the_plain_one_in_both(
         near(logits(mine), logits(other))
 
 
-@pytest.mark.filterwarnings("ignore:Adapter 'default' acts on a base")
+@pytest.mark.filterwarnings("ignore:Adapter 'default' applies to a base")
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_olora_rounds_the_same_base_to_the_same_numbers(

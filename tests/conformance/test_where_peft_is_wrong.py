@@ -218,7 +218,7 @@ def test_merged_and_dora_rows_mix() -> None:
             assert_close({"y": model(x, adapter_names=names)}, {"y": expected})
 
 
-@pytest.mark.filterwarnings("ignore:Adapter 'default' acts on a base")
+@pytest.mark.filterwarnings("ignore:Adapter 'default' applies to a base")
 def test_a_converted_dora_keeps_its_magnitude(tmp_path: Path) -> None:
     row = Row("moved", "sequential", {"target_modules": ["up"], "use_dora": True, "init_lora_weights": "pissa"})
     models = {library: row.wrapped(library).eval() for library in (theirs, ours)}

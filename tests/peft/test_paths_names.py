@@ -106,7 +106,7 @@ def test_other_methods_can_be_imported_and_asked_for_and_not_made() -> None:
     assert not isinstance(config, (IA3Config, PromptLearningConfig, LoHaModel, LoKrLayer))
     assert issubclass(PrefixTuningConfig, PromptLearningConfig) and issubclass(IA3Config, PeftConfig)
     for made in (IA3Config, LoHaModel, PrefixTuningConfig, factorization, lorakit.peft.create_arrow_model):
-        with pytest.raises(NotYetSupported, match="belongs to another method of PEFT"):
+        with pytest.raises(NotYetSupported, match="belongs to another PEFT method"):
             made()
     assert placeholders.placeholder("IA3Config") is IA3Config
     with pytest.raises(LorakitError, match="The method 'mine' cannot be added"):

@@ -71,7 +71,9 @@ def test_a_list_of_which_nothing_matches(fields: dict[str, Any], text: str) -> N
 
 
 def test_a_bias_of_b_without_one_in_the_base() -> None:
-    with pytest.warns(PeftWarning, match="the targeted layer of type Linear has no bias: 'default' acts at 0, 1, but"):
+    with pytest.warns(
+        PeftWarning, match="the targeted layer of type Linear has no bias: 'default' is applied to 0, 1, but"
+    ):
         model = get_peft_model(plain(bias=False), LoraConfig(target_modules=["0", "1"], lora_bias=True))
     with pytest.raises(RuntimeError, match="Impossible to merge LoRA with `lora_bias=True` because the base layer has"):
         model.eval().merge_adapter()

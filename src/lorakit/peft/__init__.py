@@ -1,7 +1,7 @@
-"""PEFT-compatible API over the core: code written for `peft` runs after changing the import.
+"""PEFT-compatible API on top of the core: code written for `peft` only needs its imports changed.
 
-Methods contain no arithmetic and delegate to `lorakit.core`. For a mismatch that PEFT ignores, this package issues a
-warning that names it, whereas the core and the command line raise an error. Each name is imported from its defining
+The methods contain no arithmetic; they delegate to `lorakit.core`. If PEFT ignores a mismatch, this package issues a
+warning that describes it, whereas the core and the command line raise an error. Each name is imported from its defining
 module on first use. Module paths such as `lorakit.peft.tuners.lora` come from the table in `paths.py`.
 """
 

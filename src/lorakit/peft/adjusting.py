@@ -30,8 +30,8 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     """Multiply the scales of all adapters within a context, and restore them afterward.
 
     Args:
-        model: A model with adapters in it.
-        multiplier: Number by which every scale is multiplied.
+        model: A model with adapters.
+        multiplier: Number by which to multiply every scale.
 
     Yields:
         Nothing.
@@ -55,7 +55,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
 
 class DoraCaching(contextlib.AbstractContextManager["DoraCaching"]):
-    """PEFT's switch for caching DoRA's norms; it has no effect, since lorakit computes no dense update for the norms.
+    """PEFT's switch for caching DoRA's norms; it has no effect, since lorakit computes them without a dense update.
 
     Attributes:
         enabled: The value that was set.
@@ -89,7 +89,7 @@ def update_forward_signature(model: PeftModel) -> None:
     """Give a wrapper's `forward` the inner model's signature if its own is generic.
 
     Args:
-        model: A wrapper, changed in place.
+        model: A wrapper, modified in place.
     """
     _show(model, "forward", ({"args", "kwargs"},))
 
@@ -98,7 +98,7 @@ def update_generate_signature(model: PeftModel) -> None:
     """Give a wrapper's `generate` the inner model's signature if its own is generic.
 
     Args:
-        model: A wrapper, changed in place.
+        model: A wrapper, modified in place.
     """
     if hasattr(model, "generate"):
         _show(model, "generate", ({"args", "kwargs"}, {"kwargs"}))
@@ -108,11 +108,11 @@ def update_signature(model: PeftModel, method: str = "all") -> None:
     """Call `update_forward_signature`, `update_generate_signature`, or both.
 
     Args:
-        model: A wrapper, changed in place.
+        model: A wrapper, modified in place.
         method: "forward", "generate" or "all".
 
     Raises:
-        ConfigError: `method` has another value.
+        ConfigError: `method` has any other value.
     """
     if method not in ("forward", "generate", "all"):
         text = f"method {method} is not supported please choose one of ['forward', 'generate', 'all']"
@@ -152,7 +152,7 @@ class KappaTuneSelector:
     """Selector of the targets with the lowest condition numbers, which are computed once per model.
 
     Attributes:
-        model: The model; only read.
+        model: The model; it is not modified.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class KappaTuneSelector:
 
     @cached_property
     def _of_modules(self) -> dict[str, float]:
-        """Path -> condition number of every dense layer."""
+        """Path of each dense layer -> its condition number."""
         found = {}
         for path, module in walk(self.model):
             if isinstance(module, nn.Linear) and max(module.out_features, module.in_features) <= self._largest:
@@ -178,7 +178,7 @@ class KappaTuneSelector:
 
     @cached_property
     def _of_parameters(self) -> dict[str, float]:
-        """Name -> mean condition number over the experts of every fused weight."""
+        """Name of each fused weight -> mean condition number over its experts."""
         return {
             name: sum(condition_number(expert) for expert in parameter) / len(parameter)
             for name, parameter in self.model.named_parameters()
@@ -226,12 +226,12 @@ def find_kappa_target_modules(
     moe_param_suffixes: Sequence[str] | None = None,
     show_progress: bool = True,
 ) -> dict[str, list[str] | None]:
-    """Return the modules and the fused parameters with the lowest condition numbers, as two fields of a config.
+    """Return the modules and fused parameters with the lowest condition numbers, as two config fields.
 
     Args:
-        model: The model; only read.
+        model: The model; it is not modified.
         top_p: Fraction of the modules, and of the parameters, to return.
-        max_dim_size_to_analyze: Skip weights with a larger dimension.
+        max_dim_size_to_analyze: Weights with a larger dimension are skipped.
         moe_param_suffixes: Name suffixes of fused expert weights.
         show_progress: Ignored; no progress is shown.
     """

@@ -1,4 +1,4 @@
-"""PEFT's functions that reinitialize an existing adapter: EVA from inputs, LoftQ from the original weights."""
+"""PEFT's functions that reinitialize an existing adapter: EVA from layer inputs, LoftQ from the original weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
 
 CONDENSED_FROM = 20
-"""Minimum number of targets that are condensed to the fewest suffixes that match the same modules, as in PEFT."""
+"""Minimum number of targets for condensing them, as in PEFT, to the fewest suffixes that match them."""
 
 PrepareLayer = Callable[[Any, Any, str], Tensor]
 PrepareLayers = PrepareLayer | Mapping[str, PrepareLayer] | None
@@ -46,14 +46,14 @@ def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: Mapping[str, Tensor], peft_config: LoraConfig) -> Tensor:
-    """Select the positions of a batch that are not padding and, if the config requires labels, have a label.
+    """Select the positions in a batch that are not padding and, if the config requires labels, have a label.
 
     Args:
-        model_input: Dictionary with `input_ids` (rows, length), optionally also `attention_mask` and `labels`.
+        model_input: Dictionary with `input_ids`, (rows, length), and optionally `attention_mask` and `labels`.
         peft_config: The config; its `eva_config` determines whether labels are required.
 
     Returns:
-        Row and column of each position, (positions, 2).
+        Row and column of each selected position, (positions, 2).
 
     Raises:
         ConfigTypeError: `model_input` is not a dictionary.
@@ -73,7 +73,7 @@ def prepare_layer_inputs_fn_language_modeling(layer_input: LayerInput, model_inp
     Args:
         layer_input: Input of the site, (rows, length, in), or a tuple that begins with it.
         model_input: Result of `prepare_model_inputs_fn_language_modeling`, (positions, 2).
-        layer_name: Name of the site for messages.
+        layer_name: Name of the site, for use in messages.
 
     Returns:
         The input at these positions, (positions, in).
@@ -121,10 +121,11 @@ def get_eva_state_dict(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> dict[str, Tensor]:
-    """Return the principal directions of the inputs to each targeted dense module; explained variance sets the ranks.
+    """Return the principal directions of each targeted dense module's inputs, with ranks set by explained variance.
 
-    PEFT repeats the data until an incremental SVD converges. Here the second moment of all rows is accumulated, so one
-    pass per group of modules that fits into memory gives the exact directions, and `tau` has no effect.
+    PEFT iterates over the data until an incremental SVD converges. This function accumulates the second moment of all
+    rows instead, so one pass for each group of modules that fits in memory yields the exact directions, and `tau` has
+    no effect.
 
     Args:
         model: A model, or a `PeftModel` with the adapter; adapters are inactive during collection.
@@ -136,11 +137,11 @@ def get_eva_state_dict(
         prepare_layer_inputs_fn: Maps a module's input, the result of `prepare_model_inputs_fn` and the module's name to
             rows; or a mapping from module names to such functions.
         adapter_name: The adapter.
-        gather_distributed_inputs: Ignored; a single process collects.
+        gather_distributed_inputs: Ignored; inputs are collected in a single process.
         show_progress_bar: Ignored; no progress is shown.
 
     Returns:
-        Module name -> directions, (rank, in); the rank is 0 for a module that gets none.
+        Module name -> directions, (rank, in); the rank is 0 for a module that is assigned none.
 
     Raises:
         ConfigError: The config is missing, a mapping names modules that do not exist, or a rank is too large.
@@ -182,7 +183,7 @@ def initialize_lora_eva_weights(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> None:
-    """Redistribute the ranks of an adapter with init_lora_weights="eva", and set A to principal directions.
+    """Redistribute the ranks of an adapter with init_lora_weights="eva", and set A to the principal directions.
 
     The adapter's parameters are recreated, so create the optimizer after this call. Modules whose rank becomes 0
     lose the adapter.
@@ -190,7 +191,7 @@ def initialize_lora_eva_weights(
     Args:
         model: A `PeftModel`.
         dataloader: Batches; required if `eva_state_dict` is not given.
-        eva_state_dict: Result of `get_eva_state_dict`, name -> (rank, in).
+        eva_state_dict: Result of `get_eva_state_dict`: module name -> directions, (rank, in).
         forward_fn: As for `get_eva_state_dict`.
         prepare_model_inputs_fn: As for `get_eva_state_dict`.
         prepare_layer_inputs_fn: As for `get_eva_state_dict`.
@@ -199,8 +200,9 @@ def initialize_lora_eva_weights(
         show_progress_bar: Ignored.
 
     Raises:
-        ConfigError: The model is not a `PeftModel`, several adapters are active, the adapter has another init, neither
-            data nor a state dict is given, or the state dict belongs to another model. The model is unchanged.
+        ConfigError: The model is not a `PeftModel`, several adapters are active, the adapter has a different init,
+            neither data nor a state dict is given, or the state dict belongs to another model. The model is left
+            unchanged.
         AdapterError: The adapter does not exist.
     """
     if not model_adapters.is_wrapper(model):
@@ -243,26 +245,29 @@ def _apply(model: PeftModel, found: Mapping[str, Tensor], name: str) -> None:
 
 
 def _check(here: Mapping[str, LoraLayer], found: Mapping[str, Tensor], name: str) -> None:
-    """Reject directions, (rank, in), that do not fit or all have rank 0; warn about missing and unknown modules."""
+    """Raise an error if directions, (rank, in), are unusable or all have rank 0; warn about other mismatches."""
     for path in here.keys() & found.keys():
         A, width = found[path], here[path].spec.in_features
         variant = here[path].factor(name).variant
         if variant.shapes is not None:
-            text = f"{path}: EVA needs A and B in their usual shapes, and {variant.title} has others. Use another init."
+            text = (
+                f"{path}: EVA needs A and B in their standard shapes, and {variant.title} uses other shapes. "
+                "Use another init."
+            )
             raise ConfigError(text, what="eva", where=path, field=variant.field)
         if A.ndim != 2 or A.shape[1] != width:
             text = f"eva_state_dict: {path} has shape {tuple(A.shape)}; expected (rank, {width})."
             raise ConfigError(text, where=path)
         if not bool(torch.isfinite(A).all()):
             raise ConfigError(
-                f"eva_state_dict: {path} has NaN or infinite values. Collect the directions again.", where=path
+                f"eva_state_dict: {path} contains NaN or infinite values. Collect the directions again.", where=path
             )
     if here and all(path in found and not len(found[path]) for path in here):
-        text = f"eva_state_dict leaves no rank to any module of adapter {name!r}. Collect the directions again."
+        text = f"eva_state_dict assigns rank 0 to every module of adapter {name!r}. Collect the directions again."
         raise ConfigError(text, what=name)
     unknown = sorted(found.keys() - here.keys())
     if unknown and here.keys().isdisjoint(found):
-        text = f"eva_state_dict has no entry for adapter {name!r}; it contains, for example, {unknown[0]}."
+        text = f"eva_state_dict has no entries for adapter {name!r}; it contains, for example, {unknown[0]}."
         raise ConfigError(text, what=name, where=unknown[0])
     if unknown:
         warn_caller(f"eva_state_dict names modules that adapter {name!r} does not have: {unknown}")
@@ -304,28 +309,28 @@ def replace_lora_weights_loftq(
 ) -> None:
     """Replace an adapter's factors on a 4-bit base with those that best compensate for the quantization error.
 
-    At each site, s·B·A becomes the best approximation of rank r to W − Q, where Q is the quantized weight, and W is
-    read from the model's safetensors, one weight at a time. A DoRA magnitude becomes the norm of the resulting weight.
-    PEFT ignores the scale and the magnitude, which is correct only for a scale of 1 without DoRA, and treats GPT-2's
-    Conv1D weights, which are stored transposed, like those of a linear layer. If an error is raised, even by
-    `callback`, every site is restored.
+    At each site, s·B·A becomes the best rank-r approximation of W − Q, where Q is the quantized weight and W is the
+    original weight. W is read from the model's safetensors files, one weight at a time. A DoRA magnitude becomes the
+    norm of the resulting weight. PEFT ignores the scale and the magnitude, which is correct only if the scale is 1 and
+    DoRA is not used. PEFT also treats GPT-2's Conv1D weights, which are stored transposed, like those of a linear
+    layer. If an error is raised, even by `callback`, every site is restored.
 
     Args:
         peft_model: The wrapper.
-        model_path: Directory with the base's safetensors, or one of the files; None uses the location from which the
-            model was loaded, which may be the Hub's cache.
+        model_path: Directory with the base's safetensors files, or one of these files; None uses the location from
+            which the model was loaded, which may be the Hub cache.
         adapter_name: The adapter whose A and B are replaced.
-        callback: Called with wrapper and path after each site; if it returns False, the site is restored.
+        callback: Called after each site with the wrapper and the path; if it returns False, the site is restored.
 
     Raises:
-        ConfigError: The weights are not found, a weight is missing or has another shape, the scale is 0, or r is
+        ConfigError: The weights are not found, a weight is missing or has the wrong shape, the scale is 0, or r is
             larger than a dimension of a weight.
         ConfigTypeError: `peft_model` is not a wrapper.
         AdapterError: No site of the adapter is a 4-bit layer, or the adapter is merged.
-        ModelError: The directory contains no safetensors.
+        ModelError: The directory contains no safetensors files.
 
     Source:
-        Li et al. 2023, arXiv:2310.08659, one step of algorithm 1 for a given quantized weight.
+        Li et al. 2023, arXiv:2310.08659, one step of Algorithm 1 for a given quantized weight.
     """
     if not isinstance(peft_model, nn.Module) or not model_adapters.is_wrapper(peft_model):
         raise ConfigTypeError(
@@ -378,11 +383,11 @@ def _name(source: TensorSource, path: str, layer: LoraLayer) -> str:
 
 
 def _write(layer: LoraLayer, name: str, path: str, W: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Replace a layer's factors with those for W (out, in), and return the changed tensors with their previous data."""
+    """Replace a layer's factors with those for W, (out, in); return the changed tensors with their previous data."""
     factor, kind = layer.factor(name), layer.kind
     if factor.variant.shapes is not None or factor.variant.move is not None:
         title, field = factor.variant.title, factor.variant.field
-        text = f"{path}: adapter {name!r} is {title}, whose A and B cannot represent a quantization error."
+        text = f"{path}: adapter {name!r} uses {title}, whose A and B cannot represent a quantization error."
         raise ConfigError(text, what=name, where=path, field=field)
     with torch.no_grad():
         now = layer.read(name)
@@ -425,10 +430,10 @@ def _where(model: nn.Module, given: str | PathLike[str] | None) -> Path:
         if found is None:
             raise ConfigError(
                 f"The model.safetensors file must be present on disk, but it could not be found: {name} is not "
-                "a directory and not in the hub's cache. Pass model_path.",
+                "a directory and is not in the Hub cache. Pass model_path.",
                 what=name,
                 field="model_path",
             )
         return found
     path = Path(given)
-    return path.parent if path.suffix == ".safetensors" and not path.is_file() else path  # a sharded checkpoint
+    return path.parent if path.suffix == ".safetensors" and not path.is_file() else path  # the checkpoint is sharded

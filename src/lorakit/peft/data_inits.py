@@ -1,7 +1,7 @@
-"""PEFT's data-driven inits, which take two steps: first collect statistics, then attach (EVA attaches first).
+"""PEFT's data-driven inits, which take two steps: collect statistics, then attach the adapter (EVA attaches it first).
 
-`preprocess_corda` and `preprocess_loraga` store their results in PEFT's attributes on the base's modules, from which
-`get_peft_model` removes them. `lorakit.core` collects and computes the statistics. Caches are safetensors, which are
+`preprocess_corda` and `preprocess_loraga` store their results in the attributes that PEFT uses on the base's modules,
+and `get_peft_model` removes them. `lorakit.core` computes the statistics. Caches are safetensors files, which are
 checked against the model before the model is changed; pickles are never read.
 """
 
@@ -34,19 +34,19 @@ from lorakit.targets import Match
 
 DENSE = ("Linear", "Conv1D")
 EIGENS, GRADIENT = "eigens", "_peft_loraga_grad"
-"""Attributes in which PEFT's functions store their results on a module."""
+"""Attributes of a module in which PEFT's functions store their results."""
 
 Given = str | PathLike[str] | None
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Content of a cache file.
+    """Contents of a cache file.
 
     Attributes:
         path: Path of the file.
         tensors: Name -> tensor (…).
-        metadata: Metadata in the file's header.
+        metadata: Metadata from the file's header.
     """
 
     path: str
@@ -55,13 +55,13 @@ class Cache:
 
     @classmethod
     def of(cls, path: Given) -> Cache | None:
-        """Read a cache; return None if the file is missing, or empty because it only reserves the name.
+        """Read a cache file; return None if it is missing, or if it is empty and only reserves the name.
 
         Args:
             path: The file.
 
         Raises:
-            AdapterFileError: The file is damaged, or is a pickle such as PEFT writes.
+            AdapterFileError: The file is damaged, or is a pickle, which is what PEFT writes.
         """
         if path is None or not Path(path).is_file() or not Path(path).stat().st_size:
             return None
@@ -73,14 +73,14 @@ class Cache:
         return cls(str(path), file.tensors, file.metadata)
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """Return a tensor from the cache, such as (out, r).
+        """Return a tensor from the cache, for example the left singular vectors, (out, r).
 
         Args:
             name: Name of the tensor.
             shape: Required shape, or None for any.
 
         Raises:
-            ConfigError: The tensor is missing, has another shape, or is not finite.
+            ConfigError: The tensor is missing, has the wrong shape, or is not finite.
         """
         found = self.tensors.get(name)
         if found is None:
@@ -88,11 +88,11 @@ class Cache:
         if shape is not None and found.shape != shape:
             raise self.error(f"{name} has shape {tuple(found.shape)}; expected {shape}", name)
         if not bool(torch.isfinite(found).all()):
-            raise self.error(f"{name} has NaN or infinite values", name)
+            raise self.error(f"{name} contains NaN or infinite values", name)
         return found
 
     def error(self, problem: str, what: str) -> ConfigError:
-        """Return an error about the cache file; `what` is the wrong tensor or value."""
+        """Return an error about the cache file; `what` is the tensor or value that is wrong."""
         return ConfigError(f"{self.path}: {problem}. Remove the file or choose another.", what=what, where=self.path)
 
 
@@ -114,7 +114,7 @@ class CordaEigens:
 def for_attaching(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, core.Statistics | None]:
     """Return what `core.attach` needs for a config, and remove the results that PEFT's functions stored on the model.
 
-    "eva" is first attached like True; `initialize_lora_eva_weights` initializes it later.
+    With "eva", the adapter is attached as if the init were True; `initialize_lora_eva_weights` initializes it later.
 
     Args:
         model: The base.
@@ -124,7 +124,7 @@ def for_attaching(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, cor
         The config to attach, and the statistics or None.
 
     Raises:
-        ConfigError: The first step was not run, or `lora_ga_config` is missing.
+        ConfigError: The preprocessing step was not run, or `lora_ga_config` is missing.
     """
     init = config.init_lora_weights
     if init == "eva":
@@ -147,7 +147,7 @@ def for_attaching(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, cor
     )
     without = [match.path for match in sites.matches if match.path not in statistics.sites]
     if without:
-        warn_caller(f"LoRA-GA has no gradient for {', '.join(without)}; they use init_lora_weights=True.")
+        warn_caller(f"LoRA-GA has no gradient for {', '.join(without)}; these modules use init_lora_weights=True.")
     return config, dataclasses.replace(statistics, others_usual=True)
 
 
@@ -168,13 +168,13 @@ def preprocess_corda(
 
     Args:
         model: The model that will be adapted; its targeted modules get an attribute `eigens`.
-        lora_config: Config with `corda_config`; its files are read if they exist and otherwise written as safetensors.
-        run_model: Runs the model over the data; not needed if a file contains the result.
+        lora_config: Config with `corda_config`, whose safetensors caches are read if they exist and otherwise written.
+        run_model: Runs the model on the data; not needed if a cache file contains the result.
         hooked_model: The model that `run_model` runs, if it is not `model`.
 
     Raises:
         ConfigError: corda_config or run_model is missing, the method is unknown, or no dense module is targeted.
-        AdapterFileError: A cache is damaged or is a pickle.
+        AdapterFileError: A cache file is damaged or is a pickle.
         DataError: No data reached a module, or its inputs are not finite.
     """
     settings = _corda(lora_config)
@@ -210,10 +210,10 @@ def preprocess_corda(
 def _eigens_from(
     cache: Cache, settings: CordaConfig, modules: Mapping[str, nn.Module], widths: Mapping[str, tuple[int, int]]
 ) -> None:
-    """Check all of a cache's tensors, then store them on the modules."""
+    """Check all tensors in a cache, and then store them on the modules."""
     found, method = {}, cache.metadata.get("corda_method", settings.corda_method)
     if method != settings.corda_method:
-        raise cache.error(f"corda_method is {method!r} here and {settings.corda_method!r} in the config", method)
+        raise cache.error(f"corda_method is {method!r}, but the config has {settings.corda_method!r}", method)
     for path, (m, n) in widths.items():
         r = len(cache.tensor(f"{path}.eigens.S_WC"))
         shapes = {"S_WC": (r,), "U_WC": (m, r), "V_WC": (n, r)}
@@ -234,7 +234,7 @@ def _corda(config: LoraConfig) -> CordaConfig:
 
 
 def _inputs(covariance: Tensor) -> InputStatistics:
-    """Return statistics of a single call from a covariance that is already averaged over calls."""
+    """Return a covariance that is already averaged over calls, as the statistics of a single call."""
     found = InputStatistics()
     found.rows = found.calls = 1
     found.gram, found.total = covariance, covariance[0]
@@ -244,7 +244,7 @@ def _inputs(covariance: Tensor) -> InputStatistics:
 def _covariances(
     sites: DataSites, settings: CordaConfig, run_model: Callable[[], Any] | None, model: nn.Module
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Return path -> Σ x·xᵀ over the rows of a call, averaged over calls, (in, in), and path -> number of calls."""
+    """Return each module's Σ x·xᵀ over a call's rows, (in, in), averaged over calls, and its number of calls."""
     if run_model is None:
         text = "run_model must be specified when covariance file and cache file aren't built."
         raise ConfigError(text, field="run_model")
@@ -270,7 +270,7 @@ def preprocess_loraga(
         model: The model that will be adapted; its targeted modules get an attribute `_peft_loraga_grad`.
         lora_config: Config with `lora_ga_config`.
         train_step: Runs one or more forward and backward passes, and nothing else.
-        cache_file: File that is read if it exists and otherwise written as safetensors.
+        cache_file: Safetensors file that is read if it exists and otherwise written.
 
     Raises:
         ConfigError: lora_ga_config is missing, no dense module is targeted, or a targeted weight is quantized.
@@ -314,7 +314,7 @@ def _check_gradients_exist(modules: Mapping[str, nn.Module]) -> None:
 
 
 def _gradients_from(cache: Cache, modules: Mapping[str, nn.Module]) -> None:
-    """Check all of a cache's tensors, then store them on the modules."""
+    """Check all tensors in a cache, and then store them on the modules."""
     without = set(cache.metadata.get("without", "").split("\n"))
     shapes = {path: module.get_parameter("weight").shape for path, module in modules.items() if path not in without}
     found = {path: cache.tensor(f"{path}.{GRADIENT}", tuple(shape)) for path, shape in shapes.items()}
@@ -324,7 +324,7 @@ def _gradients_from(cache: Cache, modules: Mapping[str, nn.Module]) -> None:
 
 @contextmanager
 def _only_trained(model: nn.Module, modules: Collection[nn.Module]) -> Iterator[Counter[nn.Module]]:
-    """Train only the weights of these modules within a context, and count the gradients that reach each.
+    """Make only these modules' weights trainable within a context, and count the gradients that reach each one.
 
     As in PEFT, gradients are read from `.grad`, which `train_step` may reset between steps.
     """
@@ -349,13 +349,13 @@ def _only_trained(model: nn.Module, modules: Collection[nn.Module]) -> Iterator[
 
 
 def dense_sites(model: nn.Module, config: LoraConfig, init: str, paths: Collection[str] | None = None) -> DataSites:
-    """Resolve the dense modules that a config targets; PEFT's data-driven inits skip all others.
+    """Find the dense modules that a config targets; PEFT's data-driven inits skip all other modules.
 
     Args:
         model: The user's model.
         config: Config with targets and ranks.
         init: Name of the init.
-        paths: Modules to keep; None keeps all.
+        paths: Paths of the modules to keep; None keeps all.
 
     Raises:
         ConfigError: The config targets bare parameters.
@@ -377,7 +377,7 @@ def _dense(model: nn.Module, config: LoraConfig, init: str, what: str) -> tuple[
 
 
 def _widths(sites: DataSites) -> dict[str, tuple[int, int]]:
-    """Return path -> output and input widths of the module."""
+    """Return the output and input widths of each module, by path."""
     specs = {match.path: kind_named(match.kind).specs(sites.index.base(match.path))[0] for match in sites.matches}
     return {path: (spec.out_features, spec.in_features) for path, spec in specs.items()}
 

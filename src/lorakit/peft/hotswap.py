@@ -1,4 +1,4 @@
-"""Hot swapping: replace the values of an adapter with those of another one without changing any module.
+"""Hot swapping: replace the values of an adapter with those of another adapter, without changing any module.
 
 A compiled model need not be recompiled: shapes stay the same if ranks are padded with zeros first, and scales can be
 tensors.
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
 
 COMPARED = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
-"""Config fields that must be equal in both adapters, since tensors do not contain them."""
+"""Config fields that must be the same for both adapters, since swapping tensors does not change them."""
 
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
-    """Check that two configs differ only in what a swap of tensors can change.
+    """Check that two configs differ only in fields whose effect can be changed by swapping tensors.
 
     Args:
         config0: Config of the existing adapter.
         config1: Config of the new adapter.
 
     Raises:
-        ConfigError: A field that must be equal differs.
+        ConfigError: A field that must be the same differs.
     """
     if config0.peft_type != config1.peft_type:
         text = f"Incompatible PEFT types found: {config0.peft_type} and {config1.peft_type}"
@@ -53,19 +53,19 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
 def hotswap_adapter(
     model: PeftModel, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Value
 ) -> None:
-    """Replace the values of an adapter with those of a saved one.
+    """Replace the values of an adapter with those of a saved adapter.
 
     Args:
         model: A wrapped model, possibly compiled.
         model_name_or_path: A directory or a Hub id.
         adapter_name: The adapter to replace; its name is kept.
-        torch_device: Ignored; values go to the device of the existing values.
-        kwargs: `subfolder`, `revision`; PEFT's other options have no effect here.
+        torch_device: Ignored; the new values are placed on the device of the existing ones.
+        kwargs: `subfolder`, `revision`; PEFT's other options have no effect.
 
     Raises:
         AdapterFileError: Files are missing or damaged, or contain NaN or infinite values.
         ConfigError: The configs are incompatible.
-        StateDictError: A tensor does not fit the model.
+        StateDictError: A tensor does not match the model.
         MergeError: The adapter is merged.
     """
     files = read_adapter(adapter_folder(model_name_or_path, kwargs))
@@ -90,14 +90,14 @@ def hotswap_adapter_from_state_dict(
     """Replace an adapter's tensors; those missing from `state_dict` become zero. An error leaves the model unchanged.
 
     Args:
-        model: A model with adapters in it, possibly compiled.
+        model: A model with adapters, possibly compiled.
         state_dict: Name in memory -> tensor (…).
         adapter_name: The adapter.
         config: Config of the new adapter; its ranks and alphas determine the scales.
-        parameter_prefix: Prefix of the names of the adapter's parameters.
+        parameter_prefix: Prefix of the adapter's parameter names.
 
     Raises:
-        StateDictError: A tensor does not fit the model.
+        StateDictError: A tensor does not match the model.
         MergeError: The adapter is merged.
     """
     if adapter_name in AdapterIndex.of(model).merged_adapters():
@@ -119,7 +119,7 @@ def hotswap_adapter_from_state_dict(
         if sites.get(key) not in adapted:
             raise StateDictError(
                 f"Hot swapping the adapter did not succeed: {key} is not a LoRA weight of adapter {adapter_name!r}, "
-                "and only these can be swapped.",
+                "and only LoRA weights can be swapped.",
                 what=key,
                 where=key,
             )
@@ -178,13 +178,13 @@ def prepare_model_for_compiled_hotswap(
     """Prepare a model for compilation and hot swapping: convert scales to tensors and pad ranks with zeros.
 
     Args:
-        model: A model with the first adapter in it.
+        model: A model that already has its first adapter.
         target_rank: Largest rank that will be swapped in; None keeps the ranks.
         config: Config or configs whose rank is set to `target_rank`.
-        check_compiled: Response to an already compiled model: "error", "warn" or "ignore".
+        check_compiled: What to do if the model is already compiled: "error", "warn" or "ignore".
 
     Raises:
-        ConfigError: The model is already compiled or has no adapters, or `target_rank` does not fit.
+        ConfigError: The model is already compiled or has no adapters, or a layer cannot be padded to `target_rank`.
     """
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", False):
         _check_compiled(check_compiled)

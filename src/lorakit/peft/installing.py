@@ -1,8 +1,9 @@
 """`install_as_peft`: a function that makes `import peft` import `lorakit.peft` in this process.
 
 A finder at the start of `sys.meta_path` returns the modules of `lorakit.peft` for `peft` and all of its submodules, so
-no class exists twice. It also provides the distribution `peft`, whose version programs read. It writes no files and
-does not change other packages or an installed `peft`. A process started with `spawn` must call the function itself.
+no class exists twice. It also provides a distribution named `peft`, because programs read its version. It writes no
+files and does not change any other package, including an installed `peft`. A process started with `spawn` must also
+call `install_as_peft`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def install_as_peft() -> None:
     does nothing.
 
     Raises:
-        UsageError: The real `peft`, or a package that has already looked for it, is imported.
+        UsageError: The real `peft`, or a package that looks for it at import, has already been imported.
     """
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
@@ -54,7 +55,7 @@ def install_as_peft() -> None:
 
 
 stand_in = install_as_peft
-"""Former name of `install_as_peft`; the next version removes it."""
+"""Former name of `install_as_peft`; it will be removed in the next version."""
 
 
 class _Finder(importlib.metadata.DistributionFinder, importlib.abc.MetaPathFinder):
@@ -82,7 +83,7 @@ class _Finder(importlib.metadata.DistributionFinder, importlib.abc.MetaPathFinde
 
 
 class _Loader(importlib.abc.Loader):
-    """Loader of one module of `lorakit.peft`; it returns the same object as an import by the module's own name."""
+    """Loader for a module of `lorakit.peft`; it returns the same object as importing the module by its own name."""
 
     def __init__(self, own: str) -> None:
         self._own = own

@@ -1,4 +1,4 @@
-"""PEFT-only attributes and methods of adapted layers, derived from the layer."""
+"""Attributes and methods that only PEFT's layers have, derived from the adapted layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorakit.core.variants import asked_for, own_tensors, variant_named
 
 
 def _of_variants(layer: LoraLayer, word: str) -> dict[str, object]:
-    """Return adapter -> value of a variant-specific attribute; False for adapters with another variant."""
+    """Return each adapter's value of a variant-specific attribute; False for adapters of other variants."""
     found: dict[str, object] = {}
     for name, variant in layer.variant.items():
         value = variant_named(variant).peft_names.get(word)
@@ -30,7 +30,7 @@ def _use_rslora(layer: LoraLayer) -> dict[str, bool]:
 
 
 def _frozen(layer: LoraLayer) -> dict[str, tuple[str, ...]]:
-    """Return adapter -> attributes that its init froze (MiCA); adapters without frozen attributes are omitted."""
+    """Return the attributes that each adapter's init froze (MiCA), omitting adapters without frozen attributes."""
     parts = list(zip("AB", layer.kind.names, strict=True))
     return {
         name: tuple(held for part, held in parts if part not in trains)
@@ -45,12 +45,12 @@ def supports_conversion(layer: LoraLayer, adapter_name: str = "default") -> bool
 
 
 def _cast_input(layer: LoraLayer, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Cast an input of any shape, as PEFT does before A; lorakit's own forward casts automatically."""
+    """Cast an input of any shape, as PEFT does before it applies A; lorakit's forward pass casts automatically."""
     return x if x is None or not layer.cast_input_dtype_enabled else x.to(dtype)
 
 
 def _adapter_layer_names(layer: LoraLayer) -> tuple[str, ...]:
-    """Return the names of the attributes that hold parameters by adapter."""
+    """Return the names of the attributes that store the adapters' parameters."""
     return tuple(name for name in (*TRAINED, *(own.held_as for own in own_tensors())) if name in layer._modules)
 
 
@@ -73,7 +73,7 @@ METHODS: Mapping[str, Callable[..., object]] = {
 
 
 NAMES_OF_VARIANTS = frozenset(word for variant in asked_for() for word in variant.peft_names)
-"""PEFT's names of the dictionaries that show which variant each adapter has."""
+"""PEFT's names for the dictionaries that show which variant each adapter uses."""
 
 
 class PeftLayerMethods:
@@ -95,7 +95,7 @@ class PeftLayerMethods:
 
 
 def answer_as_peft(model: nn.Module) -> None:
-    """Enable PEFT-only attributes on the layers of an adapted model; do nothing if it has no adapters."""
+    """Enable PEFT-only attributes on the layers of a model; do nothing if the model has no adapters."""
     state = find_state(model)
     if state is not None and state.peft_methods is None:
         state.peft_methods = PeftLayerMethods()

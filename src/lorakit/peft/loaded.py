@@ -1,4 +1,4 @@
-"""Load saved adapters into a wrapped model, with unchanged or renamed tensors."""
+"""Load saved adapters into a wrapped model, with the option of renaming their tensors."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 
 def adapter_folder(model_id: str | os.PathLike[str], options: MutableMapping[str, Any]) -> Path:
-    """Return the local directory of an adapter; an adapter on the Hub is downloaded into the Hub's cache.
+    """Return the local directory of an adapter; an adapter on the Hub is downloaded into the Hub cache.
 
     Args:
         model_id: A directory or a Hub id.
-        options: Options of the call; `subfolder` and, for the Hub, `revision` are removed from this dictionary.
+        options: Options of the call, from which `subfolder` and `revision` (used only for the Hub) are removed.
 
     Raises:
         ModelError: The Hub id was not found, or the Hub cannot be reached.
@@ -46,7 +46,7 @@ def adapter_folder(model_id: str | os.PathLike[str], options: MutableMapping[str
 
 
 LENIENT = tuple(word for word in ALLOWANCES if word != "nonfinite")
-"""Checks that PEFT does not perform and that only cause warnings here; NaN and infinite values remain an error."""
+"""Checks that PEFT does not perform and that only cause warnings in this package; NaN and infinity remain errors."""
 
 
 def load_whole(
@@ -59,15 +59,15 @@ def load_whole(
         folder: The adapter's directory.
         name: Name to give the adapter.
         trainable: Whether to train the adapter further.
-        config: Config that replaces the saved one; its `inference_mode` is set. None uses the saved one.
+        config: Config that replaces the saved one; its `inference_mode` is set to match `trainable`.
 
     Returns:
-        The adapter's names in the model for which the file has no tensor, and names in the file that the model lacks.
+        Names of the adapter's tensors that the file lacks, and names in the file that the model lacks.
 
     Raises:
         AdapterFileError: Files are missing or damaged.
-        StateDictError: Shapes do not fit.
-        AdapterError: `name` cannot be used.
+        StateDictError: Shapes do not match.
+        AdapterError: `name` is not a valid adapter name.
     """
     try:
         warnings = _load(model, folder, name, trainable, config)
@@ -81,7 +81,7 @@ def load_whole(
 
 
 def _load(model: PeftModel, folder: Path, name: str, trainable: bool, config: LoraConfig | None) -> Sequence[str]:
-    """Load an adapter and return the warnings."""
+    """Load an adapter and return any warnings."""
     user = model.get_base_model()
     if config is None:
         warnings = core.load_adapter(user, folder, name, trainable=trainable, allow=LENIENT).warnings
@@ -106,7 +106,7 @@ def load_by_names(
     key_mapping: Mapping[str, str] | None = None,
     ignore_sizes: bool = False,
 ) -> IncompatibleKeys:
-    """Load a saved adapter's tensors by their names, into an existing adapter or a new one.
+    """Load a saved adapter's tensors by name, into an existing adapter or a new one.
 
     Args:
         model: The wrapper.
@@ -114,11 +114,11 @@ def load_by_names(
         name: Name to give the adapter.
         trainable: Whether to train the adapter if it is new.
         key_mapping: Regular expression -> replacement; the first expression that matches a name is applied.
-        ignore_sizes: Whether to warn about tensors with another shape and skip them.
+        ignore_sizes: Whether to skip tensors with a different shape, with a warning.
 
     Raises:
-        AdapterFileError: Files are missing or damaged, or shapes do not fit.
-        AdapterError: `name` cannot be used.
+        AdapterFileError: Files are missing or damaged, or shapes do not match.
+        AdapterError: `name` is not a valid adapter name.
     """
     files = read_adapter(folder)
     warn_of_problems(model, files, LENIENT, may_be_zero=trainable)
@@ -134,16 +134,16 @@ def load_by_names(
 def warn_of_problems(
     model: PeftModel, files: AdapterFiles, allow: Collection[str], *, may_be_zero: bool = False
 ) -> None:
-    """Warn if an adapter was trained on another base or has implausible values.
+    """Warn if an adapter was trained on a different base or has implausible values.
 
     Args:
         model: The wrapper.
-        files: Content of the adapter's files.
+        files: Contents of the adapter's files.
         allow: Checks to override, such as "base_mismatch".
-        may_be_zero: Whether to accept an adapter without effect, because it will be trained.
+        may_be_zero: Whether to accept an adapter that has no effect, since it is yet to be trained.
 
     Raises:
-        BaseMismatchError: The adapter was trained on another base, and `allow` does not contain "base_mismatch".
+        BaseMismatchError: The adapter was trained on a different base, and `allow` does not contain "base_mismatch".
         AdapterFileError: A tensor contains NaN or infinite values.
     """
     of_base = check_base(model.get_base_model(), files, allow)[1]
@@ -152,7 +152,7 @@ def warn_of_problems(
 
 
 def renamed(key: str, key_mapping: Mapping[str, str]) -> str:
-    """Rename a tensor on disk by the first expression that matches its name without the wrapper's prefix."""
+    """Return a tensor's new name on disk, using the first expression that matches its name without the prefix."""
     bare = key.removeprefix(WRAPPED)
     for pattern, replacement in key_mapping.items():
         changed, count = re.subn(pattern, replacement, bare)
@@ -168,9 +168,9 @@ def load_peft_weights(
 
     Args:
         model_id: A directory or a Hub id.
-        device: Device of the tensors; None keeps them in main memory.
+        device: Device for the tensors; None keeps them on the CPU.
         key_mapping: As for `load_by_names`.
-        kwargs: `subfolder`, `revision`; PEFT's other options have no effect here.
+        kwargs: `subfolder`, `revision`; PEFT's other options have no effect.
 
     Returns:
         Name on disk -> tensor (…).

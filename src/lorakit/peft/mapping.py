@@ -1,4 +1,4 @@
-"""`get_peft_model`, PEFT's tables of classes by method, and functions for models without a wrapper."""
+"""`get_peft_model`, PEFT's tables of classes for each method, and functions for models without a wrapper."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
-    """Add a LoRA adapter in place and return a `PeftModel`.
+    """Add a LoRA adapter to a model in place, and return a `PeftModel`.
 
     Args:
-        model: The base; a wrapped model gets another adapter without a second wrapper.
-        peft_config: The adapter's config; only read.
+        model: The base; if it is already wrapped, it gets another adapter but no second wrapper.
+        peft_config: The adapter's config; it is not modified.
         adapter_name: Name of the new adapter.
         mixed: Whether to wrap the model in a `PeftMixedModel`, which can have several active adapters.
-        autocast_adapter_dtype: False casts the factors to the dtype of their base weight.
+        autocast_adapter_dtype: If false, the factors are cast to the dtype of their base weight.
         revision: Revision of the base to record in the adapter's config.
         low_cpu_mem_usage: Ignored; factors are created on their site's device.
 
@@ -44,13 +44,13 @@ def get_peft_model(
         The wrapper for the config's task.
 
     Raises:
-        ConfigError: `peft_config` is not a LoraConfig or does not fit the model.
+        ConfigError: `peft_config` is not a LoraConfig or is not valid for the model.
         TargetError: No target matches.
         AdapterError: `adapter_name` is invalid.
         NotYetSupported: The config or an option needs a feature that is not supported yet.
     """
     if not isinstance(peft_config, LoraConfig):
-        raise ConfigError(f"peft_config is a {type(peft_config).__name__}; a lorakit LoraConfig is needed.")
+        raise ConfigError(f"peft_config is a {type(peft_config).__name__}; it must be a lorakit LoraConfig.")
     _warn_of_the_base(model, peft_config, revision)
     if revision is not None:
         peft_config = peft_config.with_fields(revision=revision)
@@ -66,7 +66,7 @@ def get_peft_model(
 
 
 def _make_room(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
-    """Warn if a model has adapters, and remove one with the same name, for example when a notebook cell is rerun."""
+    """Warn if a model has adapters, and remove any with the same name, as when a notebook cell is rerun."""
     user = model_adapters.user_model(model)
     there = model_adapters.configs_of(user)
     if there:
@@ -77,7 +77,7 @@ def _make_room(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
         )
     if adapter_name in there:
         candidates = AdapterIndex.of(user).candidates
-        resolve(candidates, with_targets(config, user), allow_partial=True)  # may raise; nothing is removed yet
+        resolve(candidates, with_targets(config, user), allow_partial=True)  # may raise, so it precedes the removal
         core.detach(user, adapter_name)
 
 
@@ -108,7 +108,7 @@ PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[PeftType, type[BaseTuner]] = {PeftType.LO
 """Method -> its tuner class in a `PeftMixedModel`."""
 
 PEFT_TYPE_TO_PREFIX_MAPPING: dict[PeftType, str] = {PeftType.LORA: LoraModel.prefix}
-"""Method -> prefix of its parameters' names."""
+"""Method -> prefix of its parameter names."""
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfigMixin:
@@ -134,17 +134,17 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Add an adapter to a model without a wrapper, and return the model.
+    """Add an adapter to a model without wrapping it, and return the model.
 
     Args:
-        peft_config: The adapter's config; only read.
-        model: The base, changed in place.
+        peft_config: The adapter's config; it is not modified.
+        model: The base, modified in place.
         adapter_name: Name of the new adapter.
         low_cpu_mem_usage: Whether the factors stay on the meta device until `set_peft_model_state_dict` fills them.
-        state_dict: Tensors (…) whose names determine the targets instead of the config; values are not read.
+        state_dict: Tensors (…) whose names, instead of the config, determine the targets; values are not read.
 
     Raises:
-        ConfigError: `peft_config` is not a LoraConfig or does not fit the model.
+        ConfigError: `peft_config` is not a LoraConfig or is not valid for the model.
         TargetError: No target matches.
         AdapterError: `adapter_name` is taken or invalid.
         NotYetSupported: The config needs a feature that is not supported yet.

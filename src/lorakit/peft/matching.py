@@ -1,6 +1,6 @@
 """PEFT's functions and messages about target modules, based on `lorakit.targets`.
 
-The module also derives targets from the names in a state dict, applies PEFT's rules for several adapters, and warns
+The module also derives targets from the names in a state dict, applies PEFT's rules for combining adapters, and warns
 before a merge unties shared weights.
 """
 
@@ -32,7 +32,7 @@ SEQ_CLS_HEADS = ("score", "classifier")
 
 
 class ExcludedModule:
-    """Falsy result for a module that is explicitly excluded."""
+    """Falsy value that is returned for an explicitly excluded module."""
 
     def __bool__(self) -> bool:
         return False
@@ -109,7 +109,7 @@ def maybe_include_all_linear_layers(peft_config: LoraConfig, model: nn.Module) -
 
 
 def find_minimal_target_modules(target_modules: Collection[str], other_module_names: Collection[str]) -> set[str]:
-    """Return the fewest dotted suffixes that match these modules and none of the others.
+    """Return the smallest set of dotted suffixes that match the target modules and no other modules.
 
     Args:
         target_modules: Paths to match.
@@ -145,7 +145,7 @@ NOTHING_MATCHED = {
     "target_parameters": "target_parameters={value} were set but no parameter was matched.",
     "exclude_modules": "You have passed exclude_modules={value} but no modules were excluded.",
 }
-"""Field -> PEFT's message if none of its entries matches."""
+"""Field -> PEFT's message for when none of its entries match."""
 
 ALL_EXCLUDED = (
     "All modules were excluded. This is likely unintended. Check `target_modules`, `exclude_modules` and "
@@ -159,7 +159,7 @@ NONE_LEFT = (
 
 @contextlib.contextmanager
 def with_no_target_message(model: nn.Module, config: LoraConfig) -> Iterator[None]:
-    """Prepend PEFT's message to the error of a context that finds no target because modules are excluded.
+    """Prepend PEFT's message to a `NoTargetError` raised within a context if any modules are excluded.
 
     Args:
         model: The model.
@@ -169,7 +169,7 @@ def with_no_target_message(model: nn.Module, config: LoraConfig) -> Iterator[Non
         Nothing.
 
     Raises:
-        NoTargetError: The context's error, which names the entries and the nearest modules.
+        NoTargetError: No target matches; the message names the entries and the most similar modules.
     """
     try:
         yield
@@ -183,7 +183,7 @@ def with_no_target_message(model: nn.Module, config: LoraConfig) -> Iterator[Non
 
 
 def with_own_targets(model: nn.Module, config: LoraConfig, table: Mapping[str, str | Collection[str]]) -> LoraConfig:
-    """Fill in default targets from PEFT's table, which programs may extend, if a config names no targets.
+    """Fill in the default targets from PEFT's table (which programs may extend) if a config names no targets.
 
     Args:
         model: The model.
@@ -197,11 +197,11 @@ def with_own_targets(model: nn.Module, config: LoraConfig, table: Mapping[str, s
 
 
 def messages_of_missing(config: LoraConfig, report: AttachReport) -> list[str]:
-    """Return warnings about config entries that match nothing, preceded by PEFT's message if PEFT has one.
+    """Return warnings about config entries that match nothing, each preceded by PEFT's message if there is one.
 
     Args:
         config: The config.
-        report: Report from attaching the config.
+        report: Report from attaching the adapter.
     """
     entries = [unmatched for unmatched in report.missing if unmatched.field not in PATTERNS]
     messages = [unmatched.text for unmatched in entries]
@@ -222,10 +222,10 @@ def messages_of_missing(config: LoraConfig, report: AttachReport) -> list[str]:
 
 
 def messages_of_own_biases(model: nn.Module, adapter: str) -> list[str]:
-    """Return PEFT's warnings about layers where B has a bias but the base has none that a merge could change.
+    """Return PEFT's warnings about layers where B has a bias but the base has no bias to merge it into.
 
     Args:
-        model: A model with adapters in it.
+        model: A model with adapters.
         adapter: The adapter.
     """
     found: dict[str, list[str]] = {}
@@ -233,7 +233,7 @@ def messages_of_own_biases(model: nn.Module, adapter: str) -> list[str]:
         if layer.bias_of(adapter) is not None and layer.original_bias() is None:
             found.setdefault(type(layer.owner).__name__, []).append(path)
     return [
-        f"`lora_bias=True` was passed but the targeted layer of type {kind} has no bias: {adapter!r} acts at "
+        f"`lora_bias=True` was passed but the targeted layer of type {kind} has no bias: {adapter!r} is applied to "
         f"{', '.join(paths[:8])}{' and others' if len(paths) > 8 else ''}, but cannot be merged there."
         for kind, paths in found.items()
     ]
@@ -243,7 +243,7 @@ COMPILED = "_orig_mod."
 
 
 def config_for_keys(model: nn.Module, config: LoraConfig, keys: Iterable[str]) -> LoraConfig:
-    """Return a config that targets exactly the modules that occur in tensor names, and warn if its targets differ.
+    """Return a config that targets exactly the modules that tensor names refer to, and warn if the targets change.
 
     Args:
         model: The base.
@@ -281,10 +281,10 @@ def config_for_keys(model: nn.Module, config: LoraConfig, keys: Iterable[str]) -
 
 
 def check_parameters(model: nn.Module, configs: Mapping[str, LoraConfig], config: LoraConfig) -> None:
-    """Reject an adapter that targets other parameters of a module than an existing adapter does.
+    """Reject an adapter if it and an existing adapter target different parameters of the same module.
 
-    As in PEFT, tensor names identify modules but not parameters, both in memory and on disk. `lorakit.core.attach`
-    supports such adapters.
+    As in PEFT, tensor names identify modules but not parameters, both in memory and on disk. `lorakit.core.attach`, in
+    contrast, supports such adapters.
 
     Args:
         model: The user's model.
@@ -292,7 +292,7 @@ def check_parameters(model: nn.Module, configs: Mapping[str, LoraConfig], config
         config: Config of the new adapter.
 
     Raises:
-        ConfigError: The targeted parameters of a module differ; the message lists the parameters of both adapters.
+        ConfigError: The targeted parameters of a module differ; the message lists those of both adapters.
     """
     mine = set(config.target_parameters or ())
     others = {name: set(other.target_parameters or ()) for name, other in configs.items()}
@@ -347,7 +347,7 @@ def warn_of_ties(model: nn.Module, names: Sequence[str]) -> tuple[bool, bool]:
         names: The adapters to merge.
 
     Returns:
-        Whether any weight must be untied, and whether `tie_word_embeddings` thereby becomes False.
+        Whether any weight must be untied, and whether `tie_word_embeddings` must become False as a result.
     """
     found = tied_sites(model, names)
     stacked = [pair for pair in found if _without_numbers(pair[0]) == _without_numbers(pair[1].rpartition(".")[0])]
@@ -367,7 +367,7 @@ def _without_numbers(path: str) -> str:
 
 
 def check_adapters_to_merge(module: AdapterModule, adapter_names: list[str] | None = None) -> list[str]:
-    """Return which of the adapters to merge are not merged into a layer yet.
+    """Return the requested adapters that are not merged into a layer yet.
 
     Args:
         module: An adapted layer.
@@ -381,13 +381,13 @@ def check_adapters_to_merge(module: AdapterModule, adapter_names: list[str] | No
 
 
 def filter_state_dict(state_dict: Mapping[str, Tensor], prefixes: Collection[str]) -> dict[str, Tensor]:
-    """Return the entries whose name equals one of the prefixes or begins with one followed by a dot."""
+    """Return the entries whose names equal one of the prefixes or begin with one followed by a dot."""
     under = tuple(f"{prefix}." for prefix in prefixes)
     return {key: value for key, value in state_dict.items() if key in prefixes or key.startswith(under)}
 
 
 def adapter_prefixes(model: nn.Module, adapter_name: str | None = None) -> set[str]:
-    """Return the state-dict prefixes of the parameters of one adapter, or of all if `adapter_name` is None."""
+    """Return the state-dict prefixes of one adapter's parameters, or of all adapters' if `adapter_name` is None."""
     held = {
         f"{path}.{attribute}".lstrip("."): holder
         for path, layer in layers(model)

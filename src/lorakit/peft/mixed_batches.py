@@ -1,6 +1,6 @@
 """Batches whose rows use different adapters: PEFT's checks and messages, and the offsets of activated LoRA (aLoRA).
 
-`lorakit.core.routing.positions` implements the offsets and the functions that compute them.
+`lorakit.core.routing.positions` computes and applies the offsets.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class MixedBatchError(RouteError, TypeError):
 
 @contextlib.contextmanager
 def _with_peft_messages(names: Sequence[str] | None) -> Iterator[None]:
-    """Prepend PEFT's message to errors about mixed batches that a forward or generation raises within a context."""
+    """Prepend PEFT's message to errors about mixed batches that are raised within a context."""
     try:
         yield
     except RowCountError as refused:
@@ -74,13 +74,13 @@ def calculate_alora_offsets(
     input_ids: Tensor | None,
     adapter_names: Sequence[str] | None = None,
 ) -> list[int | None]:
-    """Return the number of tokens from each row's last invocation to the end of the row; None without an invocation.
+    """Return, for each row, the number of tokens from the last invocation to the row's end; None if there is none.
 
     Args:
         peft_config: Adapter -> config.
         active_adapter: The adapter for rows without an entry in `adapter_names`.
-        input_ids: Token ids, (rows, length), or None, which returns an empty list.
-        adapter_names: One adapter per row; "__base__" means the base alone.
+        input_ids: Token ids, (rows, length), or None, in which case the result is empty.
+        adapter_names: One adapter name per row; "__base__" selects the base without an adapter.
     """
     if input_ids is None:
         return []
@@ -101,7 +101,7 @@ def is_alora_relevant_in_batch(model: PeftModel, adapter_names: Sequence[str] | 
 
     Args:
         model: A `PeftModel`.
-        adapter_names: One adapter per row, or None.
+        adapter_names: One adapter name per row, or None.
     """
     configs = model_adapters.configs_of(model)
     names = {*model.active_adapters, *(adapter_names or ())}
@@ -111,19 +111,19 @@ def is_alora_relevant_in_batch(model: PeftModel, adapter_names: Sequence[str] | 
 def get_alora_offsets_for_forward(
     model: PeftModel, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any
 ) -> dict[str, Any]:
-    """Return the options of a forward; `alora_offsets` is added if an aLoRA adapter is used.
+    """Return the options of a forward pass, with `alora_offsets` added if an aLoRA adapter is used.
 
     Args:
         model: A `PeftModel`.
         input_ids: Token ids, (rows, length), or None.
         inputs_embeds: Embeddings, (rows, length, width), or None.
-        kwargs: Options of the forward.
+        kwargs: Options of the forward pass.
     """
     return _with_offsets(model, input_ids, kwargs, _ONLY_EMBEDDINGS if inputs_embeds is not None else "")
 
 
 def get_alora_offsets_for_generate(model: PeftModel, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Return the options of `generate`; `alora_offsets` is added if an aLoRA adapter is used.
+    """Return the options of `generate`, with `alora_offsets` added if an aLoRA adapter is used.
 
     Args:
         model: A `PeftModel`.
@@ -153,15 +153,15 @@ def options_of_call(
     *,
     generates: bool = False,
 ) -> Iterator[None]:
-    """Assign adapters to the rows of a forward or a generation within a context, and apply `alora_offsets`.
+    """Assign adapters to the rows of a forward pass or `generate` call within a context, and apply `alora_offsets`.
 
-    `alora_offsets` is removed from the options. If it is missing, a forward finds the invocation in its `input_ids`,
-    and a generation finds it in its prompts, with or without a cache. If only embeddings are given, aLoRA adapters stay
-    inactive, and a warning is issued.
+    `alora_offsets` is removed from the options. If it is missing, invocations are found in the `input_ids` of a forward
+    pass or in the prompts of a `generate` call, with or without a cache. If only embeddings are given, aLoRA adapters
+    stay inactive, and a warning is issued.
 
     Args:
         model: A `PeftModel`.
-        names: One adapter per row, or None.
+        names: One adapter name per row, or None.
         args: Positional arguments of the call.
         kwargs: Options of the call.
         generates: Whether the call is `generate`, whose rows may be copies of the prompts.
@@ -170,8 +170,8 @@ def options_of_call(
         Nothing.
 
     Raises:
-        RowCountError: The number of names differs from the batch size. The batch is the first tensor, (rows, …), of a
-            forward's arguments and options.
+        RowCountError: The number of names differs from the batch size. The batch is the first tensor, (rows, …), among
+            the arguments and options of a forward pass.
         MixedBatchError: A module cannot run a mixed batch.
     """
     user = model.get_base_model()
@@ -195,7 +195,7 @@ def options_of_call(
 
 
 def _rows_per_prompt(options: Mapping[str, Any], model: nn.Module) -> int:
-    """Return how many rows `generate` uses per prompt: the larger of its beams and returned sequences."""
+    """Return how many rows `generate` uses per prompt: the larger of its beam and returned-sequence counts."""
     config = options.get("generation_config") or getattr(model, "generation_config", None)
     found = [options.get(word) or getattr(config, word, None) or 1 for word in ("num_beams", "num_return_sequences")]
     return max(int(number) for number in found)

@@ -1,7 +1,7 @@
 """`PeftModel`: the wrapper that libraries built on PEFT use; it adapts the given model in place.
 
-Options that only affect PEFT's memory use or device placement have no effect here. An unsupported option that would
-change a result raises an error, and an unknown option causes a warning.
+Options that only affect PEFT's memory use or device placement have no effect in lorakit. An unsupported option raises
+an error if it would change the result; an unknown option causes a warning.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from lorakit.peft.tuner import LoraModel, OverModel
 from lorakit.peft.utilities import checkpoints, take_gradients_at_the_input
 
 WITHOUT_EFFECT = (
-    *("low_cpu_mem_usage", "ephemeral_gpu_offload"),  # factors are created once and not moved to compute an init
-    *("torch_device", "device_map", "max_memory", "offload_folder", "offload_dir"),  # factors go to their site's device
-    *("torch_dtype", "dtype"),  # factors are fp32 or wider on any base
-    *("token", "use_auth_token", "cache_dir", "proxies"),  # the hub's client reads HF_TOKEN, HF_HOME and HTTPS_PROXY
-    *("local_files_only", "force_download"),  # only a hub id needs the network, and HF_HUB_OFFLINE disables it
+    *("low_cpu_mem_usage", "ephemeral_gpu_offload"),  # factors are created only once; inits do not move them
+    *("torch_device", "device_map", "max_memory", "offload_folder", "offload_dir"),  # factors use their site's device
+    *("torch_dtype", "dtype"),  # factors are fp32 or wider, whatever the base's dtype
+    *("token", "use_auth_token", "cache_dir", "proxies"),  # the Hub client reads HF_TOKEN, HF_HOME and HTTPS_PROXY
+    *("local_files_only", "force_download"),  # only a Hub id needs the network, and HF_HUB_OFFLINE disables downloads
 )
-"""Options that are accepted without effect."""
+"""Options that are accepted but have no effect."""
 
 NOT_BUILT = "push_to_hub"
-"""Option that is not supported yet; false values are accepted without effect."""
+"""Option that is not supported yet; a false value is accepted but has no effect."""
 
 
 def check_options(call: str, options: Mapping[str, Any]) -> None:
     """Check the options that a call accepts but does not use.
 
     Args:
-        call: Name of the call for messages.
-        options: Options other than the named arguments of the call.
+        call: Name of the call, for use in messages.
+        options: The call's options other than its named arguments.
 
     Raises:
-        NotYetSupported: An option would change the result and is not supported.
+        NotYetSupported: An unsupported option would change the result.
     """
     for name, value in options.items():
         if name == NOT_BUILT and value:
@@ -63,7 +63,7 @@ class PeftModel(OverModel):
 
     Attributes:
         base_model: The `LoraModel` around the user's model.
-        task: Task of the wrapper class, or None.
+        task: Task that the wrapper class is for, or None.
     """
 
     task: ClassVar[TaskType | None] = None
@@ -96,7 +96,7 @@ class PeftModel(OverModel):
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        """True if adapters are enabled at any layer."""
+        """True if adapters are enabled in any layer."""
         return any(not layer.disable_adapters for layer in model_adapters.adapted(self))
 
     @property
@@ -128,15 +128,15 @@ class PeftModel(OverModel):
             adapter_name: Name to give the adapter.
             is_trainable: Whether to train the adapter; if false, it is frozen and the model is set to eval mode.
             config: Config that replaces the saved one; its `inference_mode` is set to match `is_trainable`.
-            autocast_adapter_dtype: False casts the factors to the dtype of their base weight.
-            kwargs: `subfolder`, `revision`, `key_mapping`; for others see `WITHOUT_EFFECT`.
+            autocast_adapter_dtype: If false, the factors are cast to the dtype of their base weight.
+            kwargs: `subfolder`, `revision`, `key_mapping`; for other options, see `WITHOUT_EFFECT`.
 
         Returns:
-            A wrapper of the class for the adapter's task.
+            A wrapper of the class that matches the adapter's task.
 
         Raises:
             ConfigError: `config` is not a PeftConfig.
-            AdapterFileError: Files are missing or damaged, or tensors do not fit.
+            AdapterFileError: Files are missing or damaged, or tensors do not match the model.
             NotYetSupported: The adapter or an option needs a feature that is not supported yet.
         """
         if config is not None and not isinstance(config, PeftConfig):
@@ -177,18 +177,18 @@ class PeftModel(OverModel):
             model_id: Directory or Hub id of the adapter.
             adapter_name: Name to give the adapter.
             is_trainable: Whether to train the adapter; if false, it is frozen and the model is set to eval mode.
-            torch_device: Ignored; factors go to their site's device.
-            autocast_adapter_dtype: False casts the factors to the dtype of their base weight.
+            torch_device: Ignored; factors are placed on their site's device.
+            autocast_adapter_dtype: If false, the factors are cast to the dtype of their base weight.
             ephemeral_gpu_offload: Ignored.
             low_cpu_mem_usage: Ignored; factors are created on their site's device.
-            key_mapping: Regular expression -> replacement, for tensor names from a base with another layout.
-            kwargs: `subfolder`, `revision`, `ignore_mismatched_sizes`; for others see `WITHOUT_EFFECT`.
+            key_mapping: Regular expression -> replacement, for tensor names from a base with a different layout.
+            kwargs: `subfolder`, `revision`, `ignore_mismatched_sizes`; for other options, see `WITHOUT_EFFECT`.
 
         Returns:
             Missing and unexpected names; mismatches that PEFT would ignore also cause warnings.
 
         Raises:
-            AdapterFileError: Files are missing or damaged, or shapes do not fit.
+            AdapterFileError: Files are missing or damaged, or shapes do not match the model.
             AdapterError: `adapter_name` is invalid.
             NotYetSupported: The adapter or an option needs a feature that is not supported yet.
         """
@@ -220,10 +220,10 @@ class PeftModel(OverModel):
             adapter_name: Name of the new adapter.
             peft_config: Config of the new adapter; a copy is stored, with the name of the base filled in.
             low_cpu_mem_usage: Ignored; factors are created on their site's device.
-            autocast_adapter_dtype: False casts the factors to the dtype of their base weight.
+            autocast_adapter_dtype: If false, the factors are cast to the dtype of their base weight.
 
         Raises:
-            ConfigError: `peft_config` is not a LoraConfig or does not fit the model.
+            ConfigError: `peft_config` is not a LoraConfig or is not valid for the model.
             AdapterError: `adapter_name` is taken or invalid.
             TargetError: No target matches.
             NotYetSupported: The config needs a feature that is not supported yet.
@@ -292,24 +292,26 @@ class PeftModel(OverModel):
 
         Args:
             save_directory: The directory.
-            safe_serialization: Must be true, since pickles are not written.
+            safe_serialization: Must be true, since lorakit does not write pickle files.
             selected_adapters: Adapters to save; None means all.
-            save_embedding_layers: True also saves the base's embedding matrices, which a resized vocabulary requires.
-            is_main_process: Whether to write anything; pass False in all other processes.
-            path_initial_model_for_weight_conversion: Directory of the adapter as saved before training. If its init
-                changed the base, as PiSSA does, the adapter is converted to LoRA with twice the rank.
-            state_dict: Name in the model -> tensor (…) to save instead of the model's own, such as gathered shards.
+            save_embedding_layers: If True, also save the base's embedding matrices, as a resized vocabulary requires.
+            is_main_process: Whether this is the main process; all other processes write nothing.
+            path_initial_model_for_weight_conversion: Directory of the adapter as it was saved before training. If its
+                init changed the base, as PiSSA does, the adapter is converted to plain LoRA with twice the rank.
+            state_dict: Name in the model -> tensor (…), saved in place of the model's own tensors; for example,
+                gathered shards.
             kwargs: See `WITHOUT_EFFECT`.
 
         Raises:
             ConfigError: `safe_serialization` is false, `save_directory` is a file, or an adapter does not exist.
             NotYetSupported: An option needs a feature that is not supported yet.
-            AdapterError: The values of an adapter are not finite, or the initial directory contains another adapter.
-            DiskError: Writing fails; existing files stay complete.
+            AdapterError: An adapter has non-finite values, or the initial directory contains a different adapter.
+            DiskError: Writing fails; existing files remain intact.
         """
         if not safe_serialization:
             raise ConfigError(
-                "safe_serialization=False is not supported: pickles are not written.", field="safe_serialization"
+                "safe_serialization=False is not supported: lorakit does not write pickle files.",
+                field="safe_serialization",
             )
         check_options("save_pretrained", kwargs)
         if Path(save_directory).is_file():
@@ -342,7 +344,7 @@ class PeftModel(OverModel):
 
         Args:
             args: Positional arguments of the model.
-            adapter_names: One adapter per row of the batch; "__base__" runs the base alone.
+            adapter_names: One adapter name per row of the batch; "__base__" selects the base without an adapter.
             kwargs: Keyword arguments of the model.
 
         Returns:
@@ -356,11 +358,11 @@ class PeftModel(OverModel):
             return self.get_base_model()(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Call the model's `generate`; since the route is an argument, the call may run in any thread.
+        """Call the model's `generate`; any thread may call it, since the adapters are passed as an argument.
 
         Args:
             args: Positional arguments of `generate`.
-            adapter_names: One adapter per row of the batch; "__base__" runs the base alone.
+            adapter_names: One adapter name per row of the batch; "__base__" selects the base without an adapter.
             kwargs: Keyword arguments of `generate`.
 
         Returns:
@@ -384,11 +386,11 @@ class PeftModel(OverModel):
         return next(self.parameters()).device
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return the number of trained parameters and the number of all parameters, including adapters."""
+        """Return the number of trainable parameters and the total number of parameters, both including adapters."""
         return model_adapters.count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
-        """Print PEFT's summary line; its percentage refers to all parameters, including adapters."""
+        """Print PEFT's summary line; the percentage is relative to all parameters, including those of adapters."""
         trainable, total = self.get_nb_trainable_parameters()
         percent = 100 * trainable / total if total else 0.0
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}")
@@ -404,10 +406,10 @@ class PeftModel(OverModel):
         create_pr: bool = False,
         **kwargs: Any,
     ) -> str:
-        """Save the adapters and upload them.
+        """Save the adapters and upload them to the Hub.
 
         Args:
-            repo_id: The repository, "owner/name"; created if it does not exist.
+            repo_id: The repository, "owner/name"; it is created if it does not exist.
             commit_message: Commit message.
             private: Whether to make a new repository private.
             token: Hub token; None uses the stored one.
@@ -419,7 +421,7 @@ class PeftModel(OverModel):
             URL of the commit.
 
         Raises:
-            ModelError: The hub rejects the upload or cannot be reached.
+            ModelError: The Hub rejects the upload or cannot be reached.
         """
         from lorakit.hub.sources import push_folder
 
@@ -440,9 +442,9 @@ _WANTED_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict", "
 
 
 def _forward_of(columns: str) -> Callable[..., Any]:
-    """Create a `forward` that takes ids, a mask, these columns and PEFT's options, by position or by name.
+    """Create a `forward` that takes token ids, a mask, the given columns and PEFT's options, by position or by name.
 
-    Arguments that are None are not passed to the model, since models accept different arguments.
+    Arguments that are None are not passed to the model, since not every model accepts all of them.
     """
     names = ("input_ids", "attention_mask", *columns.split(), *_WANTED_OUTPUTS)
 
@@ -452,7 +454,7 @@ def _forward_of(columns: str) -> Callable[..., Any]:
         if len(args) > len(named) or named.keys() & kwargs.keys():
             signature.bind(self, *args, **kwargs)  # raises Python's TypeError for too many or repeated arguments
         named.update(kwargs)
-        named.pop("task_ids", None)  # PEFT passes it only to models of other methods
+        named.pop("task_ids", None)  # PEFT passes it only to models that use other methods
         return PeftModel.forward(self, **{name: value for name, value in named.items() if value is not None})
 
     options = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in names]

@@ -1,4 +1,4 @@
-"""Helpers for the adapters on a model: queries, dtypes, and which adapters are trained."""
+"""Helpers for a model's adapters: queries, dtype casts, and making adapters trainable or frozen."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def user_model(model: nn.Module) -> nn.Module:
 
 
 def adapted(model: nn.Module) -> Iterator[AdapterModule]:
-    """Iterate over adapted layers, saved modules and trainable tokens."""
+    """Iterate over a model's adapted layers, saved modules and trainable tokens."""
     return (module for _, module in walk(model) if isinstance(module, AdapterModule))
 
 
 def configs_of(model: nn.Module) -> dict[str, LoraConfig]:
-    """Return the model's own dictionary of configs by adapter, or an empty one without adapters."""
+    """Return the model's own dictionary from adapter to config, or an empty one if it has no adapters."""
     state = find_state(model)
     return {} if state is None else state.configs
 
@@ -55,7 +55,7 @@ def check_exist(
     """Check that adapters exist.
 
     Args:
-        configs: Existing adapter -> config.
+        configs: Adapter -> config, for all existing adapters.
         adapter_names: Name of an adapter, or several names.
         problem: PEFT's phrase for a missing adapter.
 
@@ -69,7 +69,7 @@ def check_exist(
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return the number of trained parameters and the number of all parameters, including adapters."""
+    """Return the number of trainable parameters and the total number of parameters, both including adapters."""
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
 
@@ -81,7 +81,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     """Upcast an adapter's 16-bit and 8-bit factors to fp32.
 
     Args:
-        model: A model with adapters in it.
+        model: A model with adapters.
         adapter_name: The adapter.
         autocast_adapter_dtype: If false, nothing is done.
     """
@@ -95,7 +95,7 @@ def cast_to_base(model: nn.Module, adapter_name: str) -> None:
     """Cast an adapter's factors to the dtype of their base weight if that dtype is floating-point.
 
     Args:
-        model: A model with adapters in it.
+        model: A model with adapters.
         adapter_name: The adapter.
     """
     for layer, parameter in _factors(model, adapter_name):
@@ -108,7 +108,7 @@ def empty(model: nn.Module, adapter_name: str) -> None:
     """Move an adapter's factors to torch's meta device, which frees their memory.
 
     Args:
-        model: A model with adapters in it.
+        model: A model with adapters.
         adapter_name: The adapter.
     """
     for _, layer in AdapterIndex.of(model).layers(adapter_name):
@@ -124,8 +124,8 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Replace factors on the meta device with tensors on the device of their base weight.
 
     Args:
-        model: A model with adapters in it.
-        tensors: Name in the model of each factor -> tensor (…).
+        model: A model with adapters.
+        tensors: Each factor's name in the model -> tensor (…).
     """
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
@@ -146,7 +146,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
     """Train or freeze adapters, whether or not they are active.
 
     Args:
-        model: A model with adapters in it.
+        model: A model with adapters.
         adapter_names: Name of an adapter, or several names; missing adapters are ignored, as in PEFT.
         requires_grad: Whether to train these adapters.
     """
@@ -157,7 +157,7 @@ def pause(model: nn.Module) -> list[nn.Parameter]:
     """Freeze every adapter.
 
     Args:
-        model: A model with adapters in it.
+        model: A model with adapters.
 
     Returns:
         The parameters, (…), that required gradients.
@@ -179,11 +179,11 @@ def pause(model: nn.Module) -> list[nn.Parameter]:
 def paused(model: nn.Module) -> Iterator[None]:
     """Disable and freeze the adapters of a model within a context, as PEFT does.
 
-    `requires_grad` is shared by all threads, so it changes only if gradients are recorded; threads that run inference
-    thus do not affect a thread that trains. If an adapter is deactivated within the context, no flag is restored.
+    All threads share `requires_grad`, so it is changed only if gradients are recorded. Threads that run inference
+    therefore do not affect a training thread. If an adapter is deactivated within the context, no flags are restored.
 
     Args:
-        model: A model; nothing happens without adapters.
+        model: A model; if it has no adapters, nothing happens.
 
     Yields:
         Nothing.

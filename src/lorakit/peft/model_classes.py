@@ -1,8 +1,8 @@
-"""Table of wrappers by task, `AutoPeftModel` classes and `PeftMixedModel`.
+"""The table of wrappers by task, the `AutoPeftModel` classes, and `PeftMixedModel`.
 
-The wrapper for a task declares the signature of its `forward`, from which programs determine which dataset columns to
+The wrapper for each task declares the signature of its `forward`, from which programs determine the dataset columns to
 keep. An `AutoPeftModel` class loads an adapter and the base that its config names. A `PeftMixedModel` can have several
-active adapters; here, all of them are LoRA adapters.
+active adapters; in lorakit, all of them are LoRA adapters.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: Mapping[str, type[PeftModel]] = {
 """Task -> wrapper class; named as in PEFT."""
 
 ALLOWED_LIBRARIES = ("transformers", "diffusers", "lerobot", "megatron-core")
-"""Packages from which a saved config may import the class of its base."""
+"""Packages from which the base model's class, as named in a saved config, may be imported."""
 
 
 class _BaseAutoPeftModel:
-    """Loader of wrappers; the class cannot be instantiated."""
+    """Base class of the loaders for wrapped models; it cannot be instantiated."""
 
     task: ClassVar[TaskType | None] = None
 
@@ -52,7 +52,7 @@ class _BaseAutoPeftModel:
         import_allowlist: Collection[str] | None = None,
         **kwargs: Value,
     ) -> PeftModel:
-        """Load the base that an adapter's config names, then the adapter.
+        """Load the base that an adapter's config names, and then the adapter itself.
 
         Args:
             pretrained_model_name_or_path: Directory or Hub id of the adapter.
@@ -60,18 +60,18 @@ class _BaseAutoPeftModel:
             is_trainable: Whether to train the adapter further.
             config: As for `PeftModel.from_pretrained`.
             revision: Revision of the adapter.
-            import_allowlist: Packages from which the class of the base may be imported.
+            import_allowlist: Packages from which the base's class may be imported.
             kwargs: `subfolder` of the adapter, and options for loading the base.
 
         Returns:
             The wrapper for the adapter's task.
 
         Raises:
-            ConfigError: The class does not fit the adapter's task, or the base's package is not allowed.
+            ConfigError: The class does not match the adapter's task, or the base's package is not on the allowlist.
             AdapterFileError: The config does not name its base.
         """
         options = {"revision": revision, **kwargs}
-        folder = adapter_folder(pretrained_model_name_or_path, options)  # removes the adapter's options
+        folder = adapter_folder(pretrained_model_name_or_path, options)  # pops the adapter's own options
         found = read_config(folder)[0]
         if not found.base_model_name_or_path:
             raise AdapterFileError(
@@ -169,13 +169,13 @@ class AutoPeftModelForFeatureExtraction(_BaseAutoPeftModel):
 
 
 class PeftMixedModel(PeftModel):
-    """A wrapper with several active adapters; it cannot be saved, as in PEFT."""
+    """Wrapper that can have several active adapters; as in PEFT, it cannot be saved."""
 
     def __init__(self, model: nn.Module, peft_config: LoraConfig | None = None, adapter_name: str = "default") -> None:
         if peft_config is not None and not isinstance(peft_config, LoraConfig):
             raise ConfigError(
                 f"The provided `peft_type` '{getattr(peft_config, 'peft_type', None)}' is not compatible with the "
-                "`PeftMixedModel`: it holds LORA adapters."
+                "`PeftMixedModel`, which supports only LORA adapters."
             )
         super().__init__(model, peft_config, adapter_name)
 
@@ -204,7 +204,7 @@ class PeftMixedModel(PeftModel):
             raise AdapterError(text, what=missing[0], allowed=self.peft_config)
 
     def get_layer_status(self) -> NoReturn:
-        """Raise an error, since PEFT does not support this method for the class.
+        """Raise an error, since PEFT does not support this method for this class.
 
         Raises:
             ConfigTypeError: Always.
@@ -212,7 +212,7 @@ class PeftMixedModel(PeftModel):
         raise ConfigTypeError(f"get_layer_status is not supported for {type(self).__name__}.")
 
     def get_model_status(self) -> NoReturn:
-        """Raise an error, since PEFT does not support this method for the class.
+        """Raise an error, since PEFT does not support this method for this class.
 
         Raises:
             ConfigTypeError: Always.
@@ -220,7 +220,7 @@ class PeftMixedModel(PeftModel):
         raise ConfigTypeError(f"get_model_status is not supported for {type(self).__name__}.")
 
     def save_pretrained(self, *_: Value, **__: Value) -> NoReturn:
-        """Raise an error, since PEFT does not support saving this class; use a `PeftModel`.
+        """Raise an error, since PEFT does not support saving this class; save from a `PeftModel` instead.
 
         Raises:
             NotYetSupported: Always.
@@ -228,7 +228,7 @@ class PeftMixedModel(PeftModel):
         raise NotYetSupported(f"Saving is not supported for {type(self).__name__} (yet); save from a PeftModel.")
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> NoReturn:
-        """Raise an error, since PEFT does not support this method for the class.
+        """Raise an error, since PEFT does not support this method for this class.
 
         Raises:
             NotYetSupported: Always.

@@ -27,15 +27,15 @@ def create_loraplus_optimizer(
 ) -> Optimizer:
     """Create an optimizer with a larger learning rate for B than for A (Hayou et al. 2024, arXiv:2402.12354).
 
-    The groups are, in this order: A and saved matrices; both factors of embeddings; B and vectors; B and vectors
-    without weight decay (biases and parameters of a LayerNorm). Empty groups are kept, so that the order is fixed.
+    The parameter groups are, in this order: A and fully trained matrices; both factors of embeddings; B and vectors;
+    and, without weight decay, biases and LayerNorm parameters. Empty groups are kept, so that the order is fixed.
 
     Args:
-        model: A model; tensors with `requires_grad` are trained.
+        model: A model; parameters that require gradients are trained.
         optimizer_cls: Optimizer class, such as `torch.optim.AdamW`.
         lr: Learning rate of A.
         loraplus_lr_ratio: Ratio of B's learning rate to A's.
-        kwargs: `loraplus_weight_decay` (0.0), `loraplus_lr_embedding` (1e-6); others are passed to the optimizer.
+        kwargs: `loraplus_weight_decay` (default 0.0), `loraplus_lr_embedding` (default 1e-6), and optimizer options.
 
     Returns:
         The optimizer.
@@ -68,7 +68,7 @@ def create_loraplus_optimizer(
 
 
 class LoraFAOptimizer(LoraFA):
-    """AdamW on the corrected gradient of B; accepts PEFT's groups with `params`, `names` and `scaling_factors`.
+    """AdamW with a corrected gradient for B; accepts PEFT's groups with `params`, `names` and `scaling_factors`.
 
     Unlike PEFT's optimizer, it pairs A and B by adapter and site, so that several adapters, magnitudes and biases are
     updated correctly; it computes in fp32; and it keys its state by tensor, so that the state can be saved and loaded.
@@ -88,13 +88,13 @@ class LoraFAOptimizer(LoraFA):
         """Set up the optimizer.
 
         Args:
-            params: Groups with `params`, `names` and `scaling_factors`.
+            params: Parameter groups with `params`, `names` and `scaling_factors`.
             lr: Learning rate of groups that do not set one.
             betas: As for AdamW.
             eps: As for AdamW.
             weight_decay: As for AdamW.
-            correct_bias: Whether to correct the bias of the moments, which start at zero.
-            pairs: Pairs of a trained factor and its frozen counterpart; None pairs them by name within each group.
+            correct_bias: Whether to correct the moments for their bias toward zero.
+            pairs: Pairs of a trained factor and its frozen counterpart; None pairs factors by name within each group.
 
         Raises:
             ConfigError: A value is out of range.
@@ -114,7 +114,7 @@ class LoraFAOptimizer(LoraFA):
         """Take one step.
 
         Args:
-            closure: Recomputes the loss, or None.
+            closure: Function that recomputes the loss, or None.
 
         Returns:
             The closure's result.
@@ -134,16 +134,16 @@ def create_lorafa_optimizer(
 ) -> LoraFAOptimizer:
     """Create an optimizer that freezes A and corrects the gradient of B (Zhang et al. 2023, arXiv:2308.03303).
 
-    The factor that is not initialized to zero is frozen: A, or for an embedding, B. Each site's own scale is used; `r`
-    and `lora_alpha` are accepted for code written for PEFT.
+    The factor that is not initialized to zero is frozen: A or, for an embedding, B. Each site's own scale is used; `r`
+    and `lora_alpha` are accepted for compatibility with code written for PEFT.
 
     Args:
         model: A model with adapters.
-        r: Rank, used only for the group's deprecated entry `scaling_factor`.
-        lora_alpha: Alpha, used only for the same entry.
+        r: Rank, used only for the deprecated `scaling_factor` entry of the parameter group.
+        lora_alpha: Alpha, likewise used only for `scaling_factor`.
         lr: Learning rate.
         weight_decay: As for AdamW.
-        use_rslora: Deprecated; None, or the value in the active adapters' configs.
+        use_rslora: Deprecated; must be None or the value from the active adapters' configs.
 
     Returns:
         The optimizer.
@@ -172,7 +172,7 @@ def create_lorafa_optimizer(
 
 
 class _StateByName(defaultdict[Any, Any]):
-    """Optimizer state by tensor; PEFT's key of a pair, "<site>.lora", also works and returns the moments of B."""
+    """Optimizer state keyed by tensor; PEFT's key for a pair, "<site>.lora", also works and returns B's moments."""
 
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
         super().__init__(dict)
@@ -187,10 +187,10 @@ class _StateByName(defaultdict[Any, Any]):
 
 
 def named_b(named: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
-    """Return the entries whose tensor is a B.
+    """Return the entries whose tensor is a B factor.
 
     Args:
-        named: Names with their tensors.
+        named: Pairs of a name and a tensor.
     """
     return [(name, p) for name, p in named if ".lora_B." in name and p.ndim > 1]
 
@@ -226,7 +226,7 @@ def _check_rslora(given: bool, configured: dict[str, bool]) -> None:
 
 
 def _keep_embeddings_wide(model: nn.Module, optimizer_cls: type[Optimizer]) -> None:
-    """Make bitsandbytes, from which `optimizer_cls` comes, keep the moments of embeddings in fp32."""
+    """Make bitsandbytes, which provides `optimizer_cls`, keep the moments of embeddings in fp32."""
     package = sys.modules[optimizer_cls.__module__.partition(".")[0]]
     known = package.optim.GlobalOptimManager.get_instance()
     for _, module in walk(model):

@@ -1,8 +1,8 @@
 """PEFT's module paths, such as `peft.tuners.lora.layer`: a table, and a module object for each path.
 
-Importing `lorakit.peft` puts these modules into `sys.modules`. They contain only names; the object for a name is
+Importing `lorakit.peft` puts these modules into `sys.modules`. They contain only names; the object behind a name is
 imported from its defining module on first use (PEP 562). Importing a path first imports `lorakit.peft`, which registers
-the path. Since `lorakit.peft` always imports this file, the file imports nothing slow and no other lorakit module.
+the path. Since `lorakit.peft` always imports this file, this file imports nothing slow and no other lorakit module.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ PROMPTS = """
     MultitaskPromptTuningInit PrefixEncoder PrefixTuningConfig PromptEmbedding PromptEncoder PromptEncoderConfig
     PromptEncoderReparameterizationType PromptTuningConfig PromptTuningInit
 """
-"""Names that belong to prompt-learning methods, and one function."""
+"""Names that belong to prompt-learning methods, plus the function `create_arrow_model`."""
 
 OTHER_METHODS = " ".join([PROMPTS, *(f"{method}Config {method}Model" for method in _METHODS.split())])
-"""Names of other methods that PEFT exports from both `peft` and `peft.tuners`."""
+"""Names that belong to other methods and that PEFT exports from both `peft` and `peft.tuners`."""
 
 LORA_CONFIGS = """
     ArrowConfig BdLoraConfig CordaConfig EvaConfig KasaConfig LoftQConfig LoraConfig LoraGAConfig
     LoraRuntimeConfig MontecloraConfig VeloraConfig
 """
-"""Names of the config classes of LoRA and of its extensions."""
+"""Names of the config classes for LoRA and its extensions."""
 
 TARGET_TABLES = " ".join(
     f"TRANSFORMERS_MODELS_TO_{method.upper()}_MODULES_MAPPING"
     for method in ("IA3_FEEDFORWARD", *(f"{method}_TARGET" for method in _WITH_TARGET_TABLES.split()))
 )
-"""Names of the tables of default targets of other methods."""
+"""Names of the tables of default targets for other methods."""
 
 PENALTY_METHODS = frozenset({"_get_kasa_loss"})
 """Methods of PEFT's `LoraModel` that return the penalty that a variant adds to the training loss."""
@@ -257,10 +257,10 @@ PATHS: Mapping[str, str] = {
     """,
     "utils.warning": "PeftWarning",
 }
-"""Path below `peft` -> names that it exports; a package comes before its modules."""
+"""Path under `peft` -> names that it exports; each package precedes its modules."""
 
 _PACKAGES = {path.rpartition(".")[0] for path in PATHS}
-"""Paths of packages, which contain other modules in PEFT."""
+"""Paths that are packages, since they contain other modules in PEFT."""
 
 
 def lazy_names(module: str, names: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
@@ -268,7 +268,7 @@ def lazy_names(module: str, names: str) -> tuple[Callable[[str], Any], Callable[
 
     Args:
         module: The module's full name.
-        names: Names separated by spaces; `HOMES` lists the module that defines each.
+        names: Names separated by spaces; `HOMES` lists the module that defines each name.
 
     Returns:
         The two functions.
@@ -280,8 +280,8 @@ def lazy_names(module: str, names: str) -> tuple[Callable[[str], Any], Callable[
 def register() -> None:
     """Register a module for each path in `sys.modules` and as an attribute of its parent.
 
-    The loader is also registered as the finder for `__file__`, which packages have in their `__path__`. Through it the
-    import system finds the spec of a path, as `importlib.util.find_spec` in a new process and `importlib.reload` need.
+    The loader is also registered as the finder for `__file__`, which each package has in its `__path__`. This lets the
+    import system find a path's spec, which `importlib.reload` and, in a new process, `importlib.util.find_spec` need.
     """
     loader = _PathLoader()
     sys.path_importer_cache[__file__] = loader
@@ -296,7 +296,7 @@ def register() -> None:
 
 
 class _PathModule(ModuleType):
-    """A module with lazy names; a class, since two new functions per module would slow down `import lorakit.peft`."""
+    """A module with lazy names. Using a class avoids creating two functions per module, which would slow the import."""
 
     def __getattr__(self, name: str) -> Any:
         """Import and return the object for a name."""
@@ -308,7 +308,7 @@ class _PathModule(ModuleType):
 
 
 class _PathLoader(Loader):
-    """Finds and creates the modules of `PATHS`."""
+    """Finder and loader for the modules in `PATHS`."""
 
     def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
         """Return the spec of a path, or None for any other name."""
@@ -321,7 +321,7 @@ class _PathLoader(Loader):
         return spec
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """Create a module with all attributes that the import system would set."""
+        """Create a module with all the attributes that the import system would set."""
         path = spec.name.removeprefix(f"{PACKAGE}.")
         module = _PathModule(spec.name, f"Names of `peft.{path}`; `lorakit.peft.paths` lists where each is defined.")
         module.__spec__, module.__loader__, module.__package__ = spec, self, spec.parent
@@ -330,7 +330,7 @@ class _PathLoader(Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Do nothing: the module's class looks up its names."""
+        """Do nothing, since the module's class looks up names on access."""
 
 
 @cache
@@ -340,7 +340,7 @@ def _names(module: str) -> frozenset[str]:
 
 @cache
 def _homes() -> dict[str, tuple[str, str]]:
-    """Return name -> the module that defines it, and the name in that module."""
+    """Map each name to the module that defines it and to its name in that module."""
     entries = [(home, *entry.partition("=")) for home, names in HOMES.items() for entry in names.split()]
     return {name: (home, target or name) for home, name, _, target in entries}
 

@@ -2,7 +2,7 @@
 
 Other programs import these classes and pass them to `isinstance`. Creating an instance or calling a function raises
 `NotYetSupported`, since lorakit implements only LoRA. This module also defines PEFT's names for errors, which are
-lorakit's own classes, and for warnings.
+aliases of lorakit's own classes, and for warnings.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class PeftWarning(UserWarning):
 
 
 class PartialTargetsWarning(PeftWarning, RuntimeWarning):
-    """A config entry matches nothing. PEFT uses either class for such warnings, so this class derives from both."""
+    """A config entry matches nothing. PEFT uses one base class or the other for such warnings; this class has both."""
 
 
 def _refusing(name: str) -> Callable[..., NoReturn]:
     def refuse(*_: Any, **__: Any) -> NoReturn:
-        text = f"{name} belongs to another method of PEFT; lorakit implements only LoRA. Use LoraConfig."
+        text = f"{name} belongs to another PEFT method; lorakit implements only LoRA. Use LoraConfig."
         raise NotYetSupported(text, what=name)
 
     refuse.__name__ = name
@@ -57,7 +57,7 @@ class PromptLearningConfig(PeftConfig):
 
 
 def _text_enum(name: str, members: str) -> type[enum.Enum]:
-    """Create an enumeration of strings whose values are the names of its members."""
+    """Create a string enumeration in which each member's value is its name."""
     return enum.Enum(name, {member: member for member in members.split()}, type=str, module=__name__)  # type: ignore[return-value]
 
 
@@ -72,7 +72,7 @@ PromptEncoderReparameterizationType = _text_enum("PromptEncoderReparameterizatio
 
 
 def register_peft_method(*, name: str, **_: type | str | bool | None) -> NoReturn:
-    """Reject a method that a program adds to PEFT, since lorakit implements only LoRA.
+    """Reject a method that a program tries to add to PEFT, since lorakit implements only LoRA.
 
     Args:
         name: Name of the method.
@@ -80,7 +80,10 @@ def register_peft_method(*, name: str, **_: type | str | bool | None) -> NoRetur
     Raises:
         NotYetSupported: Always.
     """
-    text = f"The method {name!r} cannot be added; lorakit implements only LoRA, which lorakit.core's registries extend."
+    text = (
+        f"The method {name!r} cannot be added; lorakit implements only LoRA, which can be extended through the "
+        "registries in lorakit.core."
+    )
     raise NotYetSupported(text, what=name)
 
 
@@ -97,7 +100,7 @@ def create_riemannian_optimizer(
         kwargs: Ignored.
 
     Raises:
-        NotYetSupported: Always; the message names the optimizers that exist.
+        NotYetSupported: Always; the message names the optimizers that are supported.
     """
     raise NotYetSupported(
         "create_riemannian_optimizer is not supported yet. Use create_loraplus_optimizer or create_lorafa_optimizer."

@@ -1,6 +1,7 @@
-"""PEFT-style saving: an adapter's model card (`README.md`), and adapters whose init changed the base.
+"""PEFT-style saving, including model cards (`README.md`) and adapters whose init changed the base.
 
-Such an adapter is saved for the changed base or converted to LoRA. Text that a user added to a card is kept.
+An adapter whose init changed the base is saved for the changed base or converted to plain LoRA. Text that a user has
+added to a card is kept.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ modules; `adapter_model.safetensors` contains the matrices.
 from lorakit.peft import PeftModel  # or: from peft import PeftModel
 
 model = ...  # {base}, loaded as usual
-model = PeftModel.from_pretrained(model, "path/of/this/folder")
-model = model.merge_and_unload()  # to merge it into the base permanently
+model = PeftModel.from_pretrained(model, "path/to/this/folder")
+model = model.merge_and_unload()  # optional: merge it into the base permanently
 ```
 
 ## More information needed from the authors
@@ -51,7 +52,7 @@ model = model.merge_and_unload()  # to merge it into the base permanently
 - **Evaluation**: benchmarks and results.
 - **Limitations**: known problems and risks, in addition to those of the base model.
 """
-"""Text of a new card; it stays valid if the adapter is trained further."""
+"""Text of a new card; it remains valid if the adapter is trained further."""
 
 
 def write_card(model: PeftModel, output_dir: str | PathLike[str]) -> None:
@@ -75,7 +76,7 @@ def write_card(model: PeftModel, output_dir: str | PathLike[str]) -> None:
 
 
 def _metadata(model: PeftModel) -> Iterator[tuple[str, list[str]]]:
-    """Iterate over the header's fields and their lines."""
+    """Iterate over the header fields, with the lines of each."""
     base = model.get_base_model()
     name = getattr(base, "name_or_path", None)
     if name:
@@ -98,7 +99,7 @@ def _quoted(value: str) -> str:
 
 
 def _parts(text: str) -> tuple[list[str], str]:
-    """Return the header lines and the text of a card."""
+    """Return a card's header lines and its text."""
     lines = text.splitlines()
     if not lines or lines[0].strip() != FENCE or FENCE not in (line.strip() for line in lines[1:]):
         return [], text
@@ -122,16 +123,16 @@ def save(
         model: The wrapper.
         folder: The directory.
         name: The adapter.
-        tensors: Name on disk -> tensor (…) to save instead of the model's own.
-        initial_folder: Directory of the adapter as saved before training; if given, the adapter is converted to LoRA
-            with twice the rank for the original base.
+        tensors: Name on disk -> tensor (…), saved in place of the model's own tensors.
+        initial_folder: Directory of the adapter as it was saved before training; if given, the adapter is converted
+            to plain LoRA for the original base, with twice the rank.
 
     Returns:
         The saved adapter.
 
     Raises:
-        ConfigError: The conversion would not keep PEFT's scale.
-        AdapterError: `initial_folder` contains another adapter.
+        ConfigError: The conversion would not preserve the scale that PEFT uses.
+        AdapterError: `initial_folder` contains a different adapter.
     """
     user, config = model.get_base_model(), model.peft_config[name]
     flat = flat_factors(model, name, tensors)
@@ -160,11 +161,11 @@ def save(
         return save_form(user, folder, converted_form(user, name, initial, tensors))
     if not moved:
         return core.save_adapter(user, folder, name, tensors=tensors)
-    if config.init_lora_weights is True:  # PEFT saves the initial adapter like this
+    if config.init_lora_weights is True:  # this is how PEFT saves the initial adapter
         return save_form(user, folder, saved_form(user, name, "raw", tensors))
     warn_caller(
-        f"Adapter {name!r} acts on a base that {config.init_lora_weights!r} changed, and is saved for that base, as in "
-        "PEFT. To save it for the original base, pass `path_initial_model_for_weight_conversion` or use "
+        f"Adapter {name!r} applies to a base that {config.init_lora_weights!r} changed, and is saved for that base, as "
+        "in PEFT. To save it for the original base, pass `path_initial_model_for_weight_conversion` or use "
         "`lorakit.core.save_adapter`."
     )
     return core.save_as_trained(user, folder, name, tensors=tensors)

@@ -1,7 +1,7 @@
-"""State dicts of an adapter and of its base, which are read from a model or loaded into one.
+"""Functions that read the state dict of an adapter or its base from a model, or load it into one.
 
-A tensor's name contains the adapter's name in memory but not on disk. Names in a wrapped model begin with
-`base_model.model.`; names in a model without a wrapper do not.
+The name of an adapter's tensor contains the adapter's name in memory but not on disk. Names in a wrapped model begin
+with `base_model.model.`; names in a model without a wrapper do not.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class IncompatibleKeys(NamedTuple):
 
 
 class StateDictError(AdapterFileError, RuntimeError):
-    """Names or shapes of tensors do not fit the model; also a RuntimeError, as raised by torch's own loader."""
+    """Tensor names or shapes do not match the model; also a RuntimeError, as raised by torch's own loader."""
 
 
 def get_peft_model_state_dict(
@@ -52,11 +52,11 @@ def get_peft_model_state_dict(
     """Return one adapter's tensors, keyed by name on disk.
 
     Args:
-        model: A wrapped model, or a model with adapters in it.
-        state_dict: Values (…) to use instead of the model's, such as those gathered from several devices.
+        model: A wrapped model, or an unwrapped model with adapters.
+        state_dict: Tensors (…) to use instead of the model's own, such as those gathered from several devices.
         adapter_name: The adapter.
         unwrap_compiled: Whether to unwrap a compiled model.
-        save_embedding_layers: True adds the base's embedding matrices, which a resized vocabulary requires.
+        save_embedding_layers: If True, add the base's embedding matrices, as a resized vocabulary requires.
 
     Raises:
         AdapterError: The adapter does not exist.
@@ -96,7 +96,7 @@ def names_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str]]:
     """Iterate over the names of an adapter's tensors.
 
     Args:
-        model: A wrapped model, or a model with adapters in it.
+        model: A wrapped model, or an unwrapped model with adapters.
         adapter: The adapter.
 
     Yields:
@@ -109,7 +109,7 @@ def tensors_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, Tenso
     """Iterate over the tensors of an adapter.
 
     Args:
-        model: A wrapped model, or a model with adapters in it.
+        model: A wrapped model, or an unwrapped model with adapters.
         adapter: The adapter.
 
     Yields:
@@ -132,12 +132,12 @@ def tensors_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, Tenso
 
 
 def flat_factors(model: nn.Module, adapter: str, given: Mapping[str, Tensor] | None = None) -> list[str]:
-    """Return the names of an adapter's A and B that have fewer than two axes, such as ungathered shards.
+    """Return the names of an adapter's A and B tensors with fewer than two dimensions, such as ungathered shards.
 
     Args:
-        model: A wrapped model, or a model with adapters in it.
+        model: A wrapped model, or an unwrapped model with adapters.
         adapter: The adapter.
-        given: Name on disk -> tensor (…) that will be saved instead of the model's own.
+        given: Name on disk -> tensor (…), saved in place of the model's own tensors.
     """
     own = {on_disk: tensor for on_disk, _, tensor in tensors_of(model, adapter)} if given is None else given
     return [key for key, held in own.items() if key.endswith((".lora_A.weight", ".lora_B.weight")) and held.ndim < 2]
@@ -183,21 +183,21 @@ def set_peft_model_state_dict(
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
 ) -> IncompatibleKeys:
-    """Copy tensors into an adapter of a model, and warn about implausible values as `PeftModel.load_adapter` does.
+    """Copy tensors into a model's adapter, and warn about implausible values, as `PeftModel.load_adapter` does.
 
     Args:
-        model: A wrapped model, or a model with adapters in it.
+        model: A wrapped model, or an unwrapped model with adapters.
         peft_model_state_dict: Name on disk -> tensor (…), with or without the prefix of a wrapped model.
         adapter_name: The adapter.
-        ignore_mismatched_sizes: Whether to warn about tensors with another shape and skip them.
+        ignore_mismatched_sizes: Whether to skip tensors with a different shape, with a warning.
         low_cpu_mem_usage: Ignored; factors are already on their device.
 
     Returns:
-        Names in the model that got no tensor, and unexpected names, which also cause a warning.
+        Names in the model for which there is no tensor, and unexpected names, which also cause a warning.
 
     Raises:
         AdapterError: The adapter does not exist.
-        StateDictError: A shape does not fit.
+        StateDictError: A shape does not match.
     """
     model_adapters.check_exist(model_adapters.configs_of(model), adapter_name)
     _warn_of_values(model, peft_model_state_dict, adapter_name)
@@ -221,13 +221,13 @@ def put_tensors(
     """Copy tensors into an existing adapter without checking their values; see `set_peft_model_state_dict`.
 
     Args:
-        model: A wrapped model, or a model with adapters in it.
+        model: A wrapped model, or an unwrapped model with adapters.
         tensors: Name on disk -> tensor (…).
         adapter_name: The adapter.
-        ignore_mismatched_sizes: Whether to warn about tensors with another shape and skip them.
+        ignore_mismatched_sizes: Whether to skip tensors with a different shape, with a warning.
 
     Raises:
-        StateDictError: A shape does not fit.
+        StateDictError: A shape does not match.
     """
     targets = {_bare(on_disk): in_memory for on_disk, in_memory in names_of(model, adapter_name)}
     current = model.state_dict()
@@ -239,7 +239,7 @@ def put_tensors(
         if target is None:
             unexpected.append(key)
         elif current[target].shape != tensor.shape:
-            wrong.append(f"- {target}: found shape {tensor.shape} in the checkpoint and {current[target].shape} here")
+            wrong.append(f"- {target}: {tensor.shape} in the checkpoint, {current[target].shape} in the model")
         else:
             placed[target] = tensor
     if wrong and not ignore_mismatched_sizes:
@@ -263,10 +263,10 @@ def _bare(key: str) -> str:
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the unmerged base's tensors, (…), keyed by name in the model without adapters.
+    """Return the unmerged base's tensors, (…), keyed by their names in the model without adapters.
 
     Args:
-        model: A wrapped model, or a model with adapters in it.
+        model: A wrapped model, or an unwrapped model with adapters.
     """
     return {name: tensor.detach() for name, tensor, _ in base_tensors(model_adapters.user_model(model))}
 
@@ -274,10 +274,10 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def set_base_model_state_dict(
     model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
 ) -> IncompatibleKeys:
-    """Copy tensors into the base; names are those in the model without adapters.
+    """Copy tensors into the base; their names are those in the model without adapters.
 
     Args:
-        model: A wrapped model, or a model with adapters in it.
+        model: A wrapped model, or an unwrapped model with adapters.
         state_dict: Name in the plain base -> tensor (…).
         strict: Whether missing and unexpected names raise an error.
 
@@ -285,7 +285,7 @@ def set_base_model_state_dict(
         Missing and unexpected names.
 
     Raises:
-        StateDictError: A name does not fit and `strict` is true, or a shape does not fit.
+        StateDictError: `strict` is true and a name is missing or unexpected, or a shape does not match.
     """
     own = {name: tensor for name, tensor, _ in base_tensors(model_adapters.user_model(model))}
     missing = [name for name in own if name not in state_dict]

@@ -1,4 +1,4 @@
-"""PEFT's status functions for the layers of a model and for the whole model, and their result types."""
+"""PEFT's status functions for a model's layers and for the whole model, and their result types."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorakit.peft import model_adapters
 T = TypeVar("T")
 Irregular = Literal["irregular"]
 IRREGULAR: Irregular = "irregular"
-"""Value of a field on which layers differ."""
+"""Value of a field that differs between layers."""
 
 
 @dataclass
@@ -28,14 +28,14 @@ class TunerLayerStatus:
 
     Attributes:
         name: Path of the module.
-        module_type: Class of the module as shown by `repr`.
+        module_type: Class name of the module, as shown by `repr`.
         enabled: Whether the adapters of the module are enabled.
         active_adapters: Active adapters.
         merged_adapters: Merged adapters.
-        requires_grad: Adapter -> whether its parameters in the module are trained.
+        requires_grad: Adapter -> whether its parameters in the module are trainable.
         available_adapters: Adapters that have parameters in the module, sorted.
         devices: Adapter -> device types of its parameters.
-        quantization_backend: Backend of the base weight's quantization, or None.
+        quantization_backend: Quantization backend of the base weight, or None.
     """
 
     name: str
@@ -51,22 +51,22 @@ class TunerLayerStatus:
 
 @dataclass
 class TunerModelStatus:
-    """Status of a whole model; a field is "irregular" if the layers differ.
+    """Status of a whole model; a field is "irregular" if it differs between layers.
 
     Attributes:
         base_model_type: Class of the user's model.
         adapter_model_type: Class of the tuner, or "None" for a model without a wrapper.
         peft_types: Adapter -> method.
-        trainable_params: Number of trained parameters.
-        total_params: Number of parameters.
+        trainable_params: Number of trainable parameters.
+        total_params: Total number of parameters.
         num_adapter_layers: Number of adapted layers and saved modules.
         enabled: Whether adapters are enabled.
         active_adapters: Active adapters.
         merged_adapters: Merged adapters.
-        requires_grad: Adapter -> whether it is trained.
+        requires_grad: Adapter -> whether its parameters are trainable.
         available_adapters: Adapters of the model, sorted.
         devices: Adapter -> device types of its parameters.
-        quantization_backend: Backend of the base weights' quantization, or None.
+        quantization_backend: Quantization backend of the base weights, or None.
     """
 
     base_model_type: str
@@ -95,7 +95,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """Return the status of every adapted layer and saved module.
 
     Args:
-        model: A wrapped model, or a model with adapters in it.
+        model: A wrapped model, or an unwrapped model with adapters.
 
     Raises:
         AdapterError: The model has no adapters.
@@ -131,7 +131,7 @@ def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
 
 
 def _flags_and_devices(modules: Iterable[AdapterModule]) -> tuple[dict[str, bool | Irregular], dict[str, list[str]]]:
-    """Return adapter -> whether its parameters are trained, and adapter -> device types of its parameters."""
+    """Return whether each adapter's parameters are trainable, and the device types of each adapter's parameters."""
     held: dict[str, list[nn.Parameter]] = defaultdict(list)
     for module in modules:
         table = module.token_adapter if isinstance(module, TrainableTokens) else None  # a tied module has no rows
@@ -147,7 +147,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     """Return the status of a model.
 
     Args:
-        model: A wrapped model, or a model with adapters in it.
+        model: A wrapped model, or an unwrapped model with adapters.
 
     Raises:
         AdapterError: The model has no adapters.
@@ -176,7 +176,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 
 
 def _common(values: Iterable[T]) -> T | Irregular:
-    """Return the value if all values are equal, or "irregular"."""
+    """Return the common value if all values are equal, else "irregular"."""
     first, *others = values
     return first if all(value == first for value in others) else IRREGULAR
 

@@ -42,7 +42,7 @@ class State(Protocol):
 
 
 class Processor(Protocol):
-    """A tokenizer or another input processor."""
+    """A tokenizer or other input processor."""
 
     save_pretrained: Callable[[Path], Any]
 
@@ -50,19 +50,19 @@ class Processor(Protocol):
 class LoraTrainerMixin:
     """Make a trainer save adapters as checkpoints: small, resumable and loadable by PEFT.
 
-    The mixin must precede the trainer among the base classes.
+    The mixin must precede the trainer in the list of base classes.
 
     Args:
         model: A `lorakit.peft.PeftModel`, a model adapted by `lorakit.attach`, or any model if `peft_config` is given.
-        args: Positional arguments of the parent after the model.
-        peft_config: A `LoraConfig` for a model without an adapter.
-        kwargs: Keyword arguments of the parent.
+        args: The parent's positional arguments after the model.
+        peft_config: A `LoraConfig` with which to adapt a model that has no adapter.
+        kwargs: The parent's keyword arguments.
 
     Attributes:
-        lora_model: The `PeftModel` that wraps the trained model; `model` is the user's model inside it.
+        lora_model: The `PeftModel` that wraps the trained model; `model` is the user's model inside the wrapper.
 
     Raises:
-        ConfigError: The model has no adapter, or `peft_config` is not a LoraConfig or comes without a loaded model.
+        ConfigError: The model has no adapter, or `peft_config` is not a LoraConfig or is given without a loaded model.
         NotYetSupported: The parent shards the model (FSDP, DeepSpeed).
     """
 
@@ -89,11 +89,11 @@ class LoraTrainerMixin:
             model = get_peft_model(model, peft_config)
         elif peft_config is not None:
             raise ConfigError(
-                f"peft_config is a {type(peft_config).__name__} and the model a {type(model).__name__}; the mixin "
+                f"peft_config is a {type(peft_config).__name__} and model is a {type(model).__name__}; the mixin "
                 "needs lorakit's LoraConfig and a loaded model.",
                 field="peft_config",
             )
-        self._judged = True  # the parent checks the model in its constructor only
+        self._judged = True  # the parent checks the model only in its constructor
         self._marked: list[nn.Module] = []
         try:
             self._parent.__init__(None if model is None else self._adopt(model), *args, **kwargs)
@@ -108,14 +108,14 @@ class LoraTrainerMixin:
 
     @property
     def _parent(self) -> Any:
-        """The trainer class that follows the mixin, as `super()`; untyped, since the class is not known here."""
+        """`super()`, the trainer class that follows the mixin; untyped, since the mixin does not know the class."""
         return super()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Call the parent's `model_init`, wrap its model if necessary, and return the model to train.
+        """Call the parent's `model_init`, wrap the resulting model if necessary, and return the model to train.
 
         Args:
-            trial: Passed to the parent.
+            trial: Passed on to the parent.
 
         Returns:
             The model that the parent trains.
@@ -126,14 +126,14 @@ class LoraTrainerMixin:
         return self._adopt(self._parent.call_model_init(trial))
 
     def create_optimizer(self, *args: nn.Module | None, **kwargs: nn.Module | None) -> Optimizer:
-        """Create the parent's optimizer after checking that some parameter is trained.
+        """Create the parent's optimizer after checking that at least one parameter is trainable.
 
         Args:
-            args: Positional arguments of the parent.
-            kwargs: Keyword arguments of the parent.
+            args: The parent's positional arguments.
+            kwargs: The parent's keyword arguments.
 
         Raises:
-            ConfigError: No parameter is trained, for example because an adapter was loaded without `is_trainable`.
+            ConfigError: No parameters are trainable, for example because an adapter was loaded without `is_trainable`.
         """
         if not any(parameter.requires_grad for parameter in self.lora_model.parameters()):
             raise ConfigError(
@@ -156,7 +156,7 @@ class LoraTrainerMixin:
         self.lora_model = model
         base = model.get_base_model()
         if self._judged and getattr(base, "is_quantized", False) and not base._hf_peft_config_loaded:
-            # The parent rejects a quantized model without this flag. While it is set, the base's own save needs peft.
+            # The parent rejects a quantized model without this flag. While it is set, saving the base requires peft.
             vars(base)["_hf_peft_config_loaded"] = True
             self._marked.append(base)
         return base
@@ -174,20 +174,22 @@ class LoraTrainerMixin:
         torch.save(self.args, folder / ARGUMENTS_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load each adapter of a checkpoint into the model's adapter of the same name."""
+        """Load each adapter in a checkpoint into the model's adapter of the same name."""
         for name, folder in self._folders(resume_from_checkpoint).items():
             result = self.lora_model.load_adapter(folder, name, is_trainable=True)
             unfit = [*result.missing_keys, *result.unexpected_keys]
             if unfit:
-                text = f"{folder}: not a checkpoint of this adapter: {len(unfit)} keys do not match; first: {unfit[0]}."
+                text = (
+                    f"{folder}: not a checkpoint of this adapter: {len(unfit)} key(s) do not match, such as {unfit[0]}."
+                )
                 raise RunError(text, what=unfit[0], where=folder)
 
     def _load_best_model(self) -> None:
-        """Load the adapters of the best checkpoint into the model."""
+        """Load the adapters in the best checkpoint into the model."""
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _folders(self, checkpoint: str | os.PathLike[str]) -> dict[str, Path]:
-        """Return adapter -> its directory: the checkpoint itself for "default", a subdirectory for others."""
+        """Map each adapter to its directory: the checkpoint itself for "default", a subdirectory for any other."""
         root = Path(checkpoint)
         folders = {name: root if name == "default" else root / name for name in self.lora_model.peft_config}
         gone = [name for name, folder in folders.items() if not (folder / CONFIG_FILE).exists()]

@@ -1,6 +1,6 @@
 """`LoraModel`, the `base_model` of a `PeftModel`: operations on the adapters in the user's model.
 
-`set_adapter` and `delete_adapter` do the same for a model without a wrapper.
+The functions `set_adapter` and `delete_adapter` work on a model without a wrapper.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def set_adapter(
     """Activate adapters, make them trainable, and freeze all others.
 
     Args:
-        model: A model with adapters in it.
+        model: A model with adapters.
         adapter_name: Name of an adapter, or several names.
         inference_mode: Whether to freeze the activated adapters too.
-        layer_cls: Ignored; all adapted layers have the same class here.
+        layer_cls: Ignored; in lorakit, all adapted layers have the same class.
 
     Raises:
         RouteError: An adapter does not exist.
@@ -79,13 +79,13 @@ def set_adapter(
 def delete_adapter(
     model: nn.Module, adapter_name: str, prefix: str = "lora_", layer_cls: type[nn.Module] | None = None
 ) -> list[str] | None:
-    """Remove an adapter; if it was active, the first of the others becomes active.
+    """Remove an adapter; if it was active, the first remaining adapter becomes active.
 
     Args:
-        model: A model with adapters in it.
-        adapter_name: The adapter; a missing one is ignored, as in PEFT.
-        prefix: Ignored; LoRA is the only method here.
-        layer_cls: Ignored; all adapted layers have the same class here.
+        model: A model with adapters.
+        adapter_name: The adapter; if it does not exist, nothing happens, as in PEFT.
+        prefix: Ignored, since LoRA is lorakit's only method.
+        layer_cls: Ignored; in lorakit, all adapted layers have the same class.
 
     Returns:
         The adapters that are now active, or None if there are none.
@@ -97,16 +97,16 @@ def delete_adapter(
     if adapter_name in model_adapters.configs_of(model):
         tuner.delete_adapter(adapter_name)
         if not model_adapters.configs_of(model):
-            setattr(model, CONFIGS, {})  # empty as in PEFT: transformers reads it and removes it
+            setattr(model, CONFIGS, {})  # kept but empty, as in PEFT: transformers reads and then removes it
     return tuner.active_adapters or None
 
 
 CONFIGS = "peft_config"
-"""Attribute of the user's model in which other programs find the configs of its adapters."""
+"""Attribute of the user's model in which other programs look for the configs of its adapters."""
 
 
 class OverModel(nn.Module):
-    """Base class of the tuner and its wrapper, with queries about a model's adapters.
+    """Base class of the tuner and the wrapper, with methods that query and select a model's adapters.
 
     Attributes:
         model: The user's own model, adapted in place.
@@ -131,13 +131,13 @@ class OverModel(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters that are active by default, even if adapters are currently disabled."""
+        """The adapters that are active by default, even while adapters are disabled."""
         state = find_state(self.model)
         return [] if state is None else list(state.chosen.names)
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """Name of the active adapter, or a list of names unless there is exactly one."""
+        """Name of the active adapter if there is exactly one; otherwise, a list of names."""
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
@@ -151,7 +151,7 @@ class OverModel(nn.Module):
         model_adapters.set_requires_grad(self.model, adapter_names, requires_grad)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether an adapter's update can be written as plain LoRA; false if it depends on token positions.
+        """Return whether an adapter's update can be written as plain LoRA, that is, does not depend on token positions.
 
         Args:
             adapter_name: The adapter.
@@ -183,7 +183,7 @@ class OverModel(nn.Module):
         core.set_trained(self.model, {} if inference_mode else dict.fromkeys(names, True), others=False)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; if it was active, the first of the others becomes active.
+        """Remove an adapter; if it was active, the first remaining adapter becomes active.
 
         Args:
             adapter_name: Name of the adapter.
@@ -208,10 +208,10 @@ class OverModel(nn.Module):
 
 
 class BaseTuner(OverModel):
-    """Container of the user's model with operations on its adapters.
+    """Container for the user's model, with operations on its adapters.
 
     Attributes:
-        prefix: Prefix of the names of an adapter's parameters.
+        prefix: Prefix of an adapter's parameter names.
         tuner_layer_cls: Class of the adapted layers.
         target_module_mapping: The base's `model_type` -> default targets.
         uses_shared_state: Whether the tuner itself stores parameters; false for LoRA.
@@ -246,7 +246,7 @@ class BaseTuner(OverModel):
         return self._penalty if name in PENALTY_METHODS else super().__getattr__(name)
 
     def _penalty(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
-        """Return the sum of the penalties of adapters (by default the active ones): a scalar, or 0.0 without any."""
+        """Return the sum of the adapters' penalties (default: active adapters): a scalar, or 0.0 if there are none."""
         with contextlib.ExitStack() as stack:
             if adapter_names is not None:
                 stack.enter_context(core.use(self.model, *model_adapters.as_names(adapter_names)))
@@ -292,14 +292,14 @@ class BaseTuner(OverModel):
         Args:
             name: Name of the new adapter.
             config: Config of the new adapter; a copy is stored.
-            autocast_adapter_dtype: False casts the factors to the dtype of their base weight.
+            autocast_adapter_dtype: If false, the factors are cast to the dtype of their base weight.
             on_meta: Whether the factors stay on the meta device until `set_peft_model_state_dict` fills them.
-            state_dict: Tensors (…) whose names determine the targets instead of the config.
+            state_dict: Tensors (…) whose names, instead of the config, determine the targets.
 
         Raises:
             AdapterError: `name` is taken or invalid.
             TargetError: No target matches.
-            ConfigError: The config does not fit the model or its other adapters.
+            ConfigError: The config is not valid for the model or conflicts with its other adapters.
         """
         self._check_new_adapter_config(config)
         active, config = self.active_adapters, matching.with_own_targets(self.model, config, self.target_module_mapping)
@@ -336,11 +336,11 @@ class BaseTuner(OverModel):
         matching.check_parameters(self.model, self.peft_config, config)
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
-        """Return `names_tied_with_embedding` of the user's model; the name of this method is PEFT's."""
+        """Return `names_tied_with_embedding` for the user's model; PEFT gives the method this name."""
         return names_tied_with_embedding(self.model)
 
     def is_partly_disabled(self) -> bool:
-        """Return whether adapters are disabled at some layers and enabled at others."""
+        """Return whether adapters are disabled in some layers and enabled in others."""
         state = find_state(self.model)
         return state is not None and len({bool(module.aside) for module in state.members()}) > 1
 
@@ -365,21 +365,21 @@ class BaseTuner(OverModel):
     def _enable_peft_forward_hooks(
         self, *_: Any, adapter_names: Sequence[str] | None = None, alora_offsets: Offsets | None = None, **__: Any
     ) -> Iterator[None]:
-        """Assign one adapter per row within a context, for programs that use a tuner without a wrapper."""
+        """Assign one adapter to each row within a context, for programs that use a tuner without a wrapper."""
         starts = contextlib.nullcontext() if alora_offsets is None else core.invoked(self.model, offsets=alora_offsets)
         with self.rows(adapter_names), starts:
             yield
 
     def rows(self, adapter_names: Sequence[str] | None, copies: int = 0) -> contextlib.AbstractContextManager[None]:
-        """Return a context that assigns one adapter per row; it does nothing if `adapter_names` is None.
+        """Return a context that assigns one adapter to each row; it does nothing if `adapter_names` is None.
 
         Args:
-            adapter_names: One adapter per row of the batch; "__base__" runs the base alone.
-            copies: Maximum number of consecutive copies of each row (beams) in a batch of `generate`; 0 for a forward.
+            adapter_names: One adapter name per row of the batch; "__base__" selects the base without an adapter.
+            copies: Maximum number of consecutive copies of each row (beams) in `generate`; 0 for a single forward pass.
 
         Raises:
-            ConfigError: An adapter does not exist, or the model is in training mode, in which PEFT also rejects mixed
-                batches.
+            ConfigError: An adapter does not exist, or the model is in training mode, where PEFT rejects mixed batches
+                as well.
         """
         if adapter_names is None:
             return contextlib.nullcontext()
@@ -391,12 +391,12 @@ class BaseTuner(OverModel):
             raise ConfigError(text, what=unknown[0], field="adapter_names", allowed=self.peft_config)
         state = find_state(self.model)
         if state is not None and state.chosen.names and not state.active().mentions:
-            return contextlib.nullcontext()  # disabled, which takes precedence in PEFT
+            return contextlib.nullcontext()  # adapters are disabled, which takes precedence in PEFT
         rows = [None if name == BASE_NAME else name for name in adapter_names]
         return core.route(self.model, rows, copies=copies or 1, keep=copies > 0)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the base weights; the originals are kept, so `unmerge_adapter` restores them bit for bit.
+        """Merge adapters into the base weights; originals are kept so that `unmerge_adapter` can restore them exactly.
 
         Args:
             adapter_names: Adapters to merge; None means the active ones.
@@ -412,26 +412,24 @@ class BaseTuner(OverModel):
             try:
                 core.merge(self.model, *fresh)
                 return
-            except MergeError as refusal:  # nothing has changed
+            except MergeError as refusal:  # nothing has been changed yet
                 if refusal.override != "untie":
                     raise
                 untie = matching.warn_of_ties(self.model, fresh)[0]
             core.merge(self.model, *fresh, untie=untie)
 
     def _warn_of_training(self, names: Sequence[str]) -> None:
-        """Warn that merged adapters are not trained, since merged layers run only the base; PEFT does not warn."""
+        """Warn that merged adapters do not learn, since merged layers run only the base; PEFT issues no warning."""
         if not (self.training and torch.is_grad_enabled()):
             return
         owned = parameters_by_adapter(self.model, names)
         trained = [name for name in names if any(parameter.requires_grad for parameter in owned[name])]
         if trained:
             listed = ", ".join(trained)
-            warn_caller(
-                f"{listed} is merged while the model trains, and will not learn until unmerge_adapter() is called."
-            )
+            warn_caller(f"Merging in training mode: {listed} will not be trained until unmerge_adapter() is called.")
 
     def unmerge_adapter(self) -> None:
-        """Unmerge every merged adapter; restores the base weights bit for bit."""
+        """Unmerge all merged adapters and restore the base weights bit for bit."""
         if not AdapterIndex.of(self.model).merged_adapters():
             warn_caller("Already unmerged. Nothing to do.")
             return
@@ -471,13 +469,13 @@ class BaseTuner(OverModel):
         return self.merge_and_unload(adapter_names=())
 
     def _unmerged(self, adapter_names: Sequence[str] | None, quiet: bool = False) -> list[str]:
-        """Return the adapters to merge that are not merged yet, and warn about merged ones as PEFT does."""
+        """Return the requested adapters that are not merged yet, and warn about those that are, as PEFT does."""
         asked = self.active_adapters if adapter_names is None else adapter_names
         return not_yet_merged(asked, AdapterIndex.of(self.model).merged_adapters(), quiet)
 
 
 class LoraModel(BaseTuner):
-    """Container of the user's model with operations on its LoRA adapters."""
+    """Container for the user's model, with operations on its LoRA adapters."""
 
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 

@@ -1,6 +1,6 @@
 """PEFT's utilities: constants, queries about a base model, preparation for training, and checks for optional packages.
 
-Queries use only the model. Functions for launchers that are not supported, such as DeepSpeed, are absent or do nothing.
+Queries depend only on the model. Functions for unsupported launchers, such as DeepSpeed, are absent or do nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["CONFIG_NAME", "INCLUDE_LINEAR_LAYERS_SHORTHAND"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Ignored: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | str | int | None
-"""Type of the arguments of PEFT functions that do nothing here: models, parameters and options."""
+"""Type of the arguments to PEFT functions that do nothing in lorakit: models, parameters and options."""
 
 
 WEIGHTS_NAME = "adapter_model.bin"
@@ -50,7 +50,7 @@ TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = dict(DEFAULT_TARGETS)
 
 
 class BufferDict(nn.Module, MutableMapping[str, Tensor]):
-    """Dictionary of buffers that move with the parent module; PEFT's other methods use it.
+    """Dictionary of buffers that move with the parent module; used by PEFT's other methods.
 
     Attributes:
         persistent: Whether the buffers are part of the state dict.
@@ -89,7 +89,7 @@ class BufferDict(nn.Module, MutableMapping[str, Tensor]):
 
 
 def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
-    """Return a module's parent, the module, and its name in the parent.
+    """Return a module's parent, the module itself, and its name in the parent.
 
     Args:
         model: The model.
@@ -100,7 +100,7 @@ def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, st
 
 
 def get_batch_size(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
-    """Return the number of rows of a batch.
+    """Return the number of rows in a batch.
 
     Args:
         input_ids: Token ids, (rows, tokens), or None.
@@ -116,7 +116,7 @@ def get_batch_size(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> in
 
 
 def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
-    """Return the first pattern that matches the end of a path, or the path itself."""
+    """Return the first pattern that matches the end of a path, or the path itself if none does."""
     return next((key for key in pattern_keys if re.match(rf".*\.?({key})$", key_to_match)), key_to_match)
 
 
@@ -137,7 +137,7 @@ def _input_embedding(model: nn.Module) -> nn.Module | None:
 
 
 def names_tied_with_embedding(model: nn.Module) -> list[str]:
-    """Return the sorted paths of modules that share the input embedding's weight; none if the config unties weights."""
+    """Return the sorted paths of modules that share the input embedding's weight; none if the config disables tying."""
     user = user_model(model)
     embedding = _input_embedding(user)
     weight = getattr(embedding, "weight", None)
@@ -147,18 +147,18 @@ def names_tied_with_embedding(model: nn.Module) -> list[str]:
 
 
 def no_split_modules(model: nn.Module) -> set[str]:
-    """Return the class names of modules that must stay on one device."""
+    """Return the class names of modules that must not be split across devices."""
     return {name for _, module in walk(model) for name in getattr(module, "_no_split_modules", None) or ()}
 
 
 def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
-    """Return FSDP's wrapping policy for an adapted model: transformer blocks, and each trained leaf separately.
+    """Return an FSDP policy that wraps transformer blocks and, separately, each trainable leaf module.
 
     Args:
         model: The model. The environment variable FSDP_TRANSFORMER_CLS_TO_WRAP may name the classes of its blocks.
 
     Raises:
-        ConfigTypeError: The model has no module of a named class.
+        ConfigTypeError: The model has no module of one of these classes.
     """
     from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
@@ -189,7 +189,7 @@ def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
 
 
 def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
-    """Return a weight (a, b), transposed to (b, a) if `fan_in_fan_out`."""
+    """Return a weight, (a, b), transposed to (b, a) if `fan_in_fan_out` is true."""
     if not fan_in_fan_out:
         return weight
     return nn.Parameter(weight.T) if isinstance(weight, nn.Parameter) else weight.T
@@ -199,7 +199,7 @@ def str_to_bool(value: str) -> int:
     """Return 1 for a string such as "yes" and 0 for a string such as "no".
 
     Raises:
-        ConfigError: `value` is not a known truth value.
+        ConfigError: `value` is not a recognized truth value.
     """
     yes, no = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0")
     if value.lower() not in (*yes, *no):
@@ -208,7 +208,7 @@ def str_to_bool(value: str) -> int:
 
 
 def get_quantization_config(model: nn.Module, method: str) -> Any:
-    """Return a model's quantization config if the model is quantized with this method, or None."""
+    """Return a model's quantization config if the model is quantized with the given method, else None."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     return config if getattr(model, "quantization_method", None) == method else None
 
@@ -219,13 +219,13 @@ def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module)
 
 
 def get_device_map(model: nn.Module) -> dict[str, Any]:
-    """Return module path -> device."""
+    """Return the device map of a model: module path -> device."""
     return getattr(model, "hf_device_map", None) or {"": next(model.parameters()).device}
 
 
 @contextlib.contextmanager
 def empty_context(*_: Ignored, **__: Ignored) -> Iterator[None]:
-    """Do nothing; replaces PEFT's contexts that move, gather or cast tensors, which is unnecessary here."""
+    """Do nothing, in place of PEFT's contexts that move, gather or cast tensors, which lorakit does not need."""
     yield
 
 
@@ -241,7 +241,7 @@ def check_deepspeed_zero3_enabled() -> bool:
 
 
 def init_empty_weights(include_buffers: bool | None = None) -> torch.device:
-    """Return a context in which modules are created on torch's meta device and so take no memory.
+    """Return a context in which modules are created on torch's meta device and therefore use no memory.
 
     Args:
         include_buffers: Ignored; buffers are also created on the meta device.
@@ -250,12 +250,12 @@ def init_empty_weights(include_buffers: bool | None = None) -> torch.device:
 
 
 def skip_init_on_device(func: Function) -> Function:
-    """Return the function unchanged; PEFT exempts it from `init_empty_weights`, which is unnecessary here."""
+    """Return the function unchanged; lorakit, unlike PEFT, need not exempt it from `init_empty_weights`."""
     return func
 
 
 class WeightConversion(Protocol):
-    """A step in which transformers' loader renames or fuses tensors of a base.
+    """A step in which the transformers loader renames or fuses the tensors of a base.
 
     Attributes:
         source_patterns: Patterns that match tensor names in the file.
@@ -267,7 +267,7 @@ class WeightConversion(Protocol):
 def build_peft_weight_mapping(
     weight_conversions: Iterable[WeightConversion] | None, adapter_name: str, peft_config: LoraConfig | None = None
 ) -> list[WeightConversion]:
-    """Return the renamings of an adapter's tensors that match transformers' conversions of the base's tensors.
+    """Return the renamings of an adapter's tensors that mirror transformers' conversions of the base's tensors.
 
     Args:
         weight_conversions: Conversions of the base's tensors.
@@ -275,7 +275,7 @@ def build_peft_weight_mapping(
         peft_config: The adapter's config.
 
     Raises:
-        NotYetSupported: The adapter targets weights (experts) that transformers now fuses instead of only renaming.
+        NotYetSupported: The adapter targets weights (of experts) that transformers now fuses rather than just renames.
     """
     if not weight_conversions:
         return []
@@ -290,19 +290,19 @@ def build_peft_weight_mapping(
         elif _concerns(conversion, peft_config):
             raise NotYetSupported(
                 f"The adapter targets {', '.join(sorted(_joined_names(conversion)))}, which this version of "
-                "transformers fuses into one tensor; fusing factors is not supported yet. Use the version with which "
-                "the adapter was trained."
+                "transformers fuses into one tensor; fusing factors is not supported yet. Use the transformers version "
+                "with which the adapter was trained."
             )
     return found
 
 
 def _joined_names(conversion: WeightConversion) -> set[str]:
-    """Return the last components of the paths of modules whose tensors transformers fuses."""
+    """Return the last path component of each module whose tensors transformers fuses."""
     return {pattern.removesuffix(".weight").rpartition(".")[2] for pattern in conversion.source_patterns}
 
 
 def _concerns(conversion: WeightConversion, config: LoraConfig | None) -> bool:
-    """Return whether an adapter may have factors at fused modules; a regular expression may match any module."""
+    """Return whether an adapter may target fused modules; a regular expression is assumed to match any module."""
     if config is None or isinstance(config.target_modules, str):
         return True
     targets = config.target_modules or ()
@@ -310,16 +310,16 @@ def _concerns(conversion: WeightConversion, config: LoraConfig | None) -> bool:
 
 
 def unused(*_: Ignored, **__: Ignored) -> None:
-    """Do nothing; replaces internal steps of PEFT that have no counterpart here."""
+    """Do nothing, in place of internal steps of PEFT that have no counterpart in lorakit."""
 
 
 def is_valid_match(key: str, target_key: str) -> bool:
-    """Return whether a path equals `target_key` or ends with a dot and `target_key`."""
+    """Return whether a path equals `target_key` or ends with a dot followed by `target_key`."""
     return key == target_key or key.endswith(f".{target_key}")
 
 
 def get_model_conversion_mapping(model: nn.Module) -> list[Any]:
-    """Return an empty list of transformers' weight conversions, since adapters are loaded unchanged."""
+    """Return an empty list: no transformers weight conversions apply, since adapters are loaded unchanged."""
     return []
 
 
@@ -334,11 +334,11 @@ def get_bnb_param_type(parameter: Tensor) -> str | bool:
 
 HALF = (torch.float16, torch.bfloat16)
 DENSE_METHODS = ("gptq", "aqlm", "eetq", "torchao", "hqq")
-"""Quantization methods whose unquantized tensors keep their half precision."""
+"""Quantization methods for which the unquantized tensors stay in half precision."""
 
 
 def checkpoints(model: nn.Module) -> bool:
-    """Return whether a transformers model uses gradient checkpointing; the attribute depends on the version."""
+    """Return whether a transformers model uses gradient checkpointing; the attribute name depends on the version."""
     newer = getattr(model, "is_activation_checkpointing", None)
     return bool(newer if newer is not None else getattr(model, "is_gradient_checkpointing", False))
 
@@ -347,7 +347,7 @@ def take_gradients_at_the_input(model: nn.Module) -> None:
     """Make the output of the input embedding require gradients, which reentrant gradient checkpointing needs.
 
     Args:
-        model: A model; a quantized one is skipped, since it does this automatically.
+        model: A model; quantized models are skipped, since they do this automatically.
     """
     quantized = any(getattr(model, f"is_{name}", False) for name in ("loaded_in_8bit", "loaded_in_4bit", "quantized"))
     if not quantized:
@@ -370,16 +370,16 @@ def prepare_model_for_kbit_training(
 ) -> nn.Module:
     """Freeze a quantized base, upcast its unquantized tensors to fp32, and enable gradient checkpointing.
 
-    Tensors of a base that is quantized with one of `DENSE_METHODS` are not upcast.
+    If the base is quantized with one of `DENSE_METHODS`, its tensors are not upcast.
 
     Args:
-        model: The base, changed in place.
+        model: The base, modified in place.
         use_gradient_checkpointing: Whether to enable gradient checkpointing if the base is quantized.
         gradient_checkpointing_kwargs: Options for gradient checkpointing.
         auto_clear_cache: Whether to release cached GPU memory.
 
     Returns:
-        The same model.
+        The given model.
     """
     method = getattr(model, "quantization_method", None)
     method = getattr(method, "value", method)
@@ -400,18 +400,18 @@ def prepare_model_for_kbit_training(
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast frozen parameters to a half-precision dtype, and trained ones to fp32.
+    """Cast frozen parameters to a half-precision dtype, and trainable ones to fp32.
 
     Args:
-        model: The model, changed in place.
-        dtype: Dtype of frozen parameters.
+        model: The model, modified in place.
+        dtype: Dtype for frozen parameters.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
 
 def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
-    """Shift labels one position to the right and prepend the start token, which makes them inputs of a decoder.
+    """Shift labels one position to the right and prepend the start token, which turns them into decoder inputs.
 
     Args:
         input_ids: The labels, (rows, tokens).
@@ -419,7 +419,7 @@ def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int, decoder_start
         decoder_start_token_id: The first token.
 
     Returns:
-        The inputs, (rows, tokens).
+        The decoder inputs, (rows, tokens).
 
     Raises:
         ValueError: `pad_token_id` is None.
@@ -482,7 +482,7 @@ GptqBackend = ForwardOnlyQuantizationBackend
 
 
 def get_quantization_kwargs(model: nn.Module) -> dict[str, Any]:
-    """Return an empty dictionary, since layers of a quantized model need no extra arguments here."""
+    """Return an empty dictionary, since layers of a quantized model need no extra arguments in lorakit."""
     return {}
 
 
@@ -492,7 +492,7 @@ def quantization_extra_repr(module: nn.Module) -> str:
 
 
 def resolve_quantization_backend(module: nn.Module, **_: Ignored) -> QuantizationBackend | None:
-    """Return the backend of a module's weight, or None if it is not quantized."""
+    """Return the quantization backend of a module, or None if its weight is not quantized."""
     kinds = {"Linear4bit": Bnb4bitBackend, "Linear8bitLt": Bnb8bitBackend, "HQQLinear": HqqBackend}
     kind = kinds.get(type(module).__name__)
     return kind() if kind else None

@@ -1,7 +1,7 @@
 """Functions that combine and convert adapters, with PEFT's names and signatures.
 
-`lorakit.core` keeps combinations exact with rsLoRA, patterns and DoRA, whereas PEFT's results are too strong, cannot be
-loaded again, or lack the magnitudes.
+With rsLoRA, rank or alpha patterns, or DoRA, `lorakit.core` still combines adapters exactly, whereas PEFT's results are
+too strong, cannot be loaded again, or lack the magnitudes.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def add_weighted_adapter(
     density: float | None = None,
     majority_sign_method: str = "total",
 ) -> None:
-    """Combine adapters into a new one, which is frozen and not active.
+    """Combine adapters into a new adapter, which is frozen and inactive.
 
     As in PEFT, a single adapter is scaled by its weight for every combination type, and options that a type does not
-    use are ignored. If the new name exists, this function issues a warning, whereas PEFT returns silently.
+    use are ignored. If the new name already exists, nothing is combined; PEFT returns silently, but lorakit warns.
 
     Args:
         model: The `LoraModel` around the adapted model, or the model itself.
@@ -54,13 +54,13 @@ def add_weighted_adapter(
         svd_rank: Rank of the result for "svd" types.
         svd_clamp: Quantile beyond which values are clamped for "svd" types.
         svd_full_matrices: Ignored; it does not affect the result.
-        svd_driver: Driver for torch's SVD on CUDA.
+        svd_driver: Driver for torch's SVD on CUDA devices.
         density: Fraction of the values that pruning keeps.
         majority_sign_method: "total" or "frequency".
 
     Raises:
         AdapterError: An adapter does not exist, or the adapters cannot be combined.
-        ConfigError: The combination type does not exist or lacks an option, or the ranks do not fit it.
+        ConfigError: The combination type does not exist, lacks an option, or cannot combine these ranks.
     """
     model = user_model(model)
     configs = configs_of(model)
@@ -94,15 +94,15 @@ def reduce_intruder_dimension(
     mitigation_lambda: float = 0.75,
     logging_sink: Callable[[str], Any] | None = print,
 ) -> None:
-    """Add and activate a copy of an adapter that has the same dtype but weaker intruder dimensions.
+    """Add and activate a copy of an adapter with the same dtype but weaker intruder dimensions.
 
     Args:
         peft_model: A `PeftModel`.
         old_adapter_name: The original adapter, which is kept.
         new_adapter_name: Name of the new adapter.
-        top_k: Number of the strongest directions to compare.
+        top_k: Number of strongest directions to compare.
         threshold_epsilon: Upper bound on an intruder's cosine similarity to every direction of the base.
-        mitigation_lambda: Fraction of each intruder that is kept.
+        mitigation_lambda: Fraction of each intruder to keep.
         logging_sink: Called with one line per site; None logs nothing.
 
     Raises:
@@ -133,18 +133,18 @@ def convert_to_lora(
     progressbar: bool = False,
     compile_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Convert an adapter of any variant to LoRA with scale 1 and the given rank; the model is only read.
+    """Convert an adapter of any variant to LoRA with scale 1 and the given rank; the model is not modified.
 
     Args:
-        model: A `PeftModel`, or a model with adapters in it.
-        rank: Rank (int), or the fraction in (0, 1] of each site's energy to keep (float).
+        model: A `PeftModel`, or an unwrapped model with adapters.
+        rank: Rank (int), or fraction of each site's energy to keep, in (0, 1] (float).
         adapter_name: The adapter.
         progressbar: Ignored; no progress is shown.
         compile_kwargs: Ignored; nothing is compiled.
 
     Returns:
-        The config, and the tensors, each (r, in) or (out, r), by name on disk (without PEFT's prefix unless the model
-        is a `PeftModel`).
+        The config, and the tensors: name on disk -> (r, in) or (out, r). Names have PEFT's prefix only if the model is
+        a `PeftModel`.
 
     Raises:
         TypeError: The model has no adapters.
@@ -167,7 +167,7 @@ def save_as_lora(
     """Convert an adapter with `convert_to_lora` and save it.
 
     Args:
-        path: The directory; an adapter in it is replaced.
+        path: The directory; an existing adapter in it is replaced.
         model: As for `convert_to_lora`.
         rank: As for `convert_to_lora`.
         adapter_name: As for `convert_to_lora`.
