@@ -1,4 +1,4 @@
-"""Acceleration of models: `accelerate` replaces supported modules with equivalent fused implementations, reversibly.
+"""Acceleration of models: `accelerate` replaces supported modules with equivalent fused forwards, reversibly.
 
 `choose` measures which kernels are fastest on this machine.
 """

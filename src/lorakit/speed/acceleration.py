@@ -1,4 +1,4 @@
-"""`accelerate`: reversibly replace supported modules with fused implementations that give the same results.
+"""`accelerate`: reversibly replace supported modules with fused forwards that give the same results.
 
 Each of these modules is recognized by its structure and confirmed by a probe; all others keep their own `forward`, and
 the report lists them with the reason. Batches can be packed into one row without padding if a probe shows that the
@@ -114,7 +114,7 @@ class Acceleration:
     """Changes that `accelerate` made to one model.
 
     Attributes:
-        swaps: The replaced modules, each with the name of its fused implementation.
+        swaps: The replaced modules, each with the name of its fused forward.
         skipped: Modules of similar kinds that keep their own `forward`.
         head: The output head for computing the loss without logits, or None.
         head_skipped: Why computing the loss requires logits, or "".
@@ -154,7 +154,7 @@ class Acceleration:
 
 
 def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool = True) -> Acceleration:
-    """Replace supported modules with fused implementations, reversibly.
+    """Replace supported modules with fused forwards, reversibly.
 
     State dict names, saving and `isinstance` are unaffected. Outputs agree up to rounding, which probes of 1, 9 and 33
     tokens check. Adapters may be attached before or after acceleration. A module's own `forward` runs if its fused
@@ -205,7 +205,7 @@ class _Probed(NamedTuple):
     """Result of probing the plain model.
 
     Attributes:
-        fast: Modules that may run a fused implementation.
+        fast: Modules that may run a fused forward.
         skipped: Modules of similar kinds that keep their own `forward`.
         head: The head for computing the loss without logits, or None.
         head_skipped: Why computing the loss requires logits, or "".

@@ -1,7 +1,7 @@
-"""Decide which modules of a model may run a fused implementation: by structure, by class, and by probes.
+"""Decide which modules of a model may run a fused forward: by structure, by class, and by probes.
 
 A module keeps its own `forward` if its class, or a class inside the module, overrides a method of a known class; if a
-probe at one of several lengths differs or raises; or if either is true of a module that the fused implementation would
+probe at one of several lengths differs or raises; or if either is true of a module that the fused forward would
 bypass. Outputs are compared row by row and without the residual.
 
 This module also detects in-place changes to tensors. Values cached for a tensor are stored in its own `__dict__`, so
@@ -36,11 +36,11 @@ NOISE = 2.0
 
 
 class Verdict(NamedTuple):
-    """Result of comparing a fused implementation with a module.
+    """Result of comparing a fused forward with a module.
 
     Attributes:
         why: Short phrase that says why the module keeps its own `forward`, or "".
-        differs: Whether a probe contradicts the fused implementation; then no fused implementation may bypass the
+        differs: Whether a probe contradicts the fused forward; then no fused forward may bypass the
             module.
     """
 
@@ -49,18 +49,18 @@ class Verdict(NamedTuple):
 
 
 Output = Tensor | tuple[Tensor | None, ...]
-"""Output of a fused implementation; the first item of a tuple is the hidden states."""
+"""Output of a fused forward; the first item of a tuple is the hidden states."""
 
 Branches = Callable[[nn.Module, Tensor, Options, Calls], Pairs]
 """Module, hidden states, other arguments, and calls to its submodules by path -> pairs of branches: fused and own."""
 
 
 def compare(module: nn.Module, run: Callable[..., Output | None], call: Call, *, residual: bool = False) -> Verdict:
-    """Compare the output of a fused implementation with the recorded one.
+    """Compare the output of a fused forward with the recorded one.
 
     Args:
         module: The module.
-        run: The fused implementation, called with the module and the arguments of the call.
+        run: The fused forward, called with the module and the arguments of the call.
         call: The recorded call to the module.
         residual: Whether the output is the input plus a branch; if so, only the branches are compared.
     """
@@ -108,7 +108,7 @@ def _noise(module: nn.Module, call: Call, residual: bool) -> Tensor | None:
 
 
 def compare_branches(branches: Branches, module: nn.Module, call: Call, inside: Calls) -> Verdict:
-    """Compare the branches of a fused implementation, before the residual, with the recorded ones.
+    """Compare the branches of a fused forward, before the residual, with the recorded ones.
 
     Args:
         branches: Function that pairs the branches.
@@ -142,7 +142,7 @@ def _difference(ours: Tensor, theirs: Tensor, carried: Tensor | None, noise: Ten
     """Compare the rows of two tensors (…, d), relative to their norm without the part that both contain.
 
     Args:
-        ours: Output of the fused implementation.
+        ours: Output of the fused forward.
         theirs: Output of the module's own `forward`.
         carried: Part that both contain, such as a residual, (…, d), or None.
         noise: How much rounding changes each row of the module's own output, (rows,), or None.
@@ -210,17 +210,17 @@ CALLED = frozenset({"__call__", "__getattr__", "__getattribute__"})
 
 @dataclass(frozen=True)
 class FusedForward:
-    """A fused implementation of `forward`, and the checks for modules that may run it.
+    """A fused forward of `forward`, and the checks for modules that may run it.
 
     Attributes:
         name: Name in the report.
         fits: Module -> None if the structure matches, else a short reason.
         run: Module, hidden states and other arguments of a call -> the output, or None if its own `forward` must run.
         concerns: Module -> whether the module is reported as skipped if its structure does not match.
-        whole: Whether the fused implementation computes everything inside the module; then its children are not
+        whole: Whether the fused forward computes everything inside the module; then its children are not
             reported.
         residual: Whether the output is the input plus a branch.
-        calls: Module -> names of the children that the fused implementation calls as modules.
+        calls: Module -> names of the children that the fused forward calls as modules.
         traced: Module -> relative paths of the submodules whose calls `branches` needs.
         branches: Function that pairs the branches whose errors would be hidden by a residual or by a norm after it, or
             None.
@@ -258,17 +258,17 @@ class Skipped:
 
 
 Parts = dict[str, tuple[nn.Module, FusedForward]]
-"""Path -> module and its fused implementation."""
+"""Path -> module and its fused forward."""
 
 
 def candidates(
     modules: Mapping[str, nn.Module], fused_forwards: tuple[FusedForward, ...]
 ) -> tuple[Parts, list[Skipped]]:
-    """Find the modules whose structure and classes match a fused implementation.
+    """Find the modules whose structure and classes match a fused forward.
 
     Args:
         modules: Path -> module.
-        fused_forwards: Fused implementations in order of preference.
+        fused_forwards: Fused forwards in order of preference.
 
     Returns:
         The candidates, and the modules of similar kinds that do not match.
@@ -320,7 +320,7 @@ def admit(model: nn.Module, wanted: Parts, found: Calls) -> tuple[Parts, list[Sk
         found: Calls recorded in a first forward pass: to the candidates, and to the modules that their branches need.
 
     Returns:
-        The candidates that may run their fused implementation, and the ones that are reported as skipped.
+        The candidates that may run their fused forward, and the ones that are reported as skipped.
     """
     firsts, first_of = _one_of_each(wanted, found)
     at_lengths = _at_lengths(model, firsts)
@@ -352,11 +352,11 @@ def _of_adapters(layer: nn.Module) -> list[nn.Module]:
 
 
 def _stranger(module: nn.Module, fused_forward: FusedForward, foreign: set[type[nn.Module]]) -> str | None:
-    """Return the name of an unknown class that a fused implementation would bypass, or None.
+    """Return the name of an unknown class that a fused forward would bypass, or None.
 
     Args:
         module: The candidate.
-        fused_forward: Its fused implementation.
+        fused_forward: Its fused forward.
         foreign: The unknown classes in the model.
     """
     called = fused_forward.calls(module)
@@ -416,7 +416,7 @@ def _simple(module: nn.Module) -> list[str]:
 
 
 def _at_lengths(model: nn.Module, firsts: Parts) -> dict[str, Verdict]:
-    """Return path -> verdict for the modules whose fused implementation differs at another length."""
+    """Return path -> verdict for the modules whose fused forward differs at another length."""
     differing = {}
     for tokens in LENGTHS if firsts else ():
         ran = attempt(partial(calls, model, modules_to_record(firsts), 1, tokens, stop=True))
@@ -431,7 +431,7 @@ def _at_lengths(model: nn.Module, firsts: Parts) -> dict[str, Verdict]:
 
 
 def _verdict(path: str, module: nn.Module, fused_forward: FusedForward, found: Calls) -> Verdict:
-    """Compare a module's fused implementation with the recorded calls."""
+    """Compare a module's fused forward with the recorded calls."""
     call = found.get(path)
     if call is None:
         return Verdict("not called")
@@ -443,7 +443,7 @@ def _verdict(path: str, module: nn.Module, fused_forward: FusedForward, found: C
 
 
 def _fused_among(differing: list[str], path: str, module: nn.Module, fused_forward: FusedForward) -> str | None:
-    """Return the path of a module in `differing` that a fused implementation would bypass, or None."""
+    """Return the path of a module in `differing` that a fused forward would bypass, or None."""
     below = [one for one in differing if one.startswith(f"{path}.")]
     called = tuple(f"{path}.{name}." for name in fused_forward.calls(module)) if below else ()
     return next((one for one in below if not f"{one}.".startswith(called or ("\0",))), None)

@@ -1,7 +1,7 @@
-"""Contract of a fused implementation: facts about the modules that it bypasses, checked at every call.
+"""Contract of a fused forward: facts about the modules that it bypasses, checked at every call.
 
-A fused implementation is valid only as long as these modules, their `forward` methods, settings and functions are the
-ones that a probe compared it with. This module does not depend on any particular fused implementation.
+A fused forward is valid only as long as these modules, their `forward` methods, settings and functions are the
+ones that a probe compared it with. This module does not depend on any particular fused forward.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SETTINGS = (bool, int, float, str, type(None))
 """Types of the attributes that are compared."""
 
 ASKED = frozenset({"training", "gradient_checkpointing", "p", "dropout", "attention_dropout"})
-"""Attributes that are not compared: fused implementations read them at each call, or no `forward` reads them."""
+"""Attributes that are not compared: fused forwards read them at each call, or no `forward` reads them."""
 
 IN_CONFIG = ("_attn_implementation_internal", "is_causal")
 """Config fields that a `forward` depends on through functions that it calls."""
@@ -35,7 +35,7 @@ INTERFACES = "ALL_ATTENTION_FUNCTIONS"
 
 
 Fact = tuple[Mapping[str, Any], str, object]
-"""An entry in a table that a fused implementation relies on: the table, the key, and the key's value or MISSING.
+"""An entry in a table that a fused forward relies on: the table, the key, and the key's value or MISSING.
 
 The table is the `__dict__` of a module, class, config or Python file, or a module's table of children.
 """
@@ -43,7 +43,7 @@ The table is the `__dict__` of a module, class, config or Python file, or a modu
 
 @dataclass(frozen=True, eq=False)
 class Contract:
-    """Facts that a fused implementation relies on.
+    """Facts that a fused forward relies on.
 
     Attributes:
         facts: The facts. Values are compared by identity, except for settings, which are compared by type and value.
@@ -61,11 +61,11 @@ class Contract:
 
 
 def contract_for(module: nn.Module, fused: Collection[int] | None) -> Contract:
-    """Collect the facts that a module's fused implementation currently relies on.
+    """Collect the facts that a module's fused forward currently relies on.
 
     Args:
         module: A replacement; it and the replacements of its children must be installed.
-        fused: The `id`s of the fused modules; None if the fused implementation bypasses everything inside the module.
+        fused: The `id`s of the fused modules; None if the fused forward bypasses everything inside the module.
     """
     facts: list[Fact] = [*_of_module(module)]
     for holder, name, child in bypassed_modules(module, fused):
@@ -79,7 +79,7 @@ def contract_for(module: nn.Module, fused: Collection[int] | None) -> Contract:
 def is_operand(module: nn.Module) -> bool:
     """Return whether a module is linear, with or without adapters.
 
-    Fused implementations look up such modules at each call.
+    Fused forwards look up such modules at each call.
 
     Args:
         module: Any module.
@@ -88,7 +88,7 @@ def is_operand(module: nn.Module) -> bool:
 
 
 def bypassed_modules(module: nn.Module, fused: Collection[int] | None) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Yield (parent, name, child) for each module that the fused implementation of a module bypasses.
+    """Yield (parent, name, child) for each module that the fused forward of a module bypasses.
 
     Args:
         module: The module.

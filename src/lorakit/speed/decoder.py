@@ -98,7 +98,7 @@ def fits(module: nn.Module) -> str | None:
 
 
 def called(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of a supported layer's children that its fused implementation calls as modules."""
+    """Return the names of a supported layer's children that its fused forward calls as modules."""
     sublayers = _sublayers(module)
     inner = "" if sublayers is None else sublayers[1].inner
     return (inner,) if inner and feed_forward.fits(getattr(module, inner)) is not None else ()

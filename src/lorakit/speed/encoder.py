@@ -152,7 +152,7 @@ def traced(module: nn.Module) -> tuple[str, ...]:
 
 
 def branches(module: nn.Module, x: Tensor, options: Options, inside: Calls) -> Pairs:
-    """Pair what the fused implementation adds to the residuals with the projections' outputs, (B, T, d) each."""
+    """Pair what the fused forward adds to the residuals with the projections' outputs, (B, T, d) each."""
     attended, up, down = (inside[path] for path in traced(module))
     ready = _ready(module, x, options)
     if ready is None:
@@ -286,7 +286,7 @@ def traced_in_sublayer(module: nn.Module) -> tuple[str, ...]:
 
 
 def branches_of_sublayer(module: nn.Module, x: Tensor, options: Options, inside: Calls) -> Pairs:
-    """Pair what the fused implementation adds to the residual with what the inner module adds, (B, T, d) each."""
+    """Pair what the fused forward adds to the residual with what the inner module adds, (B, T, d) each."""
     (own,) = (inside[path].output for path in traced_in_sublayer(module))
     inner, norm = _inner(module), norm_of(module._modules[NORM])
     made = None

@@ -215,7 +215,7 @@ def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
         return None
     forwards = module.forwards if isinstance(module, LoraLayer) else Forwards()
     acting = active_operands([module], forwards, x)
-    if acting is None or acting.operands[0].low is None:  # without an adapter, a fused implementation gains nothing
+    if acting is None or acting.operands[0].low is None:  # without an adapter, a fused forward gains nothing
         return None
     (y,) = linears(x, acting.operands)
     acting.note(y)

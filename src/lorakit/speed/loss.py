@@ -80,7 +80,7 @@ class Head:
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
         """Capture and return the hidden states (…, d) in a capturing forward pass; otherwise, return None.
 
-        This is the fused implementation that the head's replacement runs.
+        This is the fused forward that the head's replacement runs.
         """
         capture = self.open.get(threading.get_ident()) if self.open else None
         if capture is None or not args or kwargs:

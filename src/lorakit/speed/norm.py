@@ -1,4 +1,4 @@
-"""Fused norms and dropouts, and their current operands for other fused implementations.
+"""Fused norms and dropouts, and their current operands for other fused forwards.
 
 A fused norm saves its input and one or two values per row instead of several fp32 copies. On a CPU, a fused dropout
 draws the dropped positions instead of one random number per element.

@@ -34,7 +34,7 @@ CONTRACT = "_contract"
 """`__slots__` entry of a replacement for its `Contract`, which is not part of the shared state."""
 
 Forward = Callable[..., Any]
-"""Fused implementation that a replacement tries first: module, arguments -> output, or None for unsupported calls."""
+"""Fused forward that a replacement tries first: module, arguments -> output, or None for unsupported calls."""
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module]:
@@ -108,13 +108,13 @@ def undo(model: nn.Module, swaps: Sequence[Swap]) -> None:
 def make_replacement(
     module: nn.Module, fast: Forward, classes: dict[tuple[type, str], type[nn.Module]], name: str
 ) -> nn.Module:
-    """Create a replacement that shares a module's state and tries a fused implementation first.
+    """Create a replacement that shares a module's state and tries a fused forward first.
 
     Args:
         module: The original; both share one `__dict__`.
-        fast: Fused implementation, called with the module and the arguments of the call.
+        fast: Fused forward, called with the module and the arguments of the call.
         classes: Cache for one model, (original class, `name`) -> replacement class.
-        name: Name of the fused implementation; modules with the same class and name share a replacement class.
+        name: Name of the fused forward; modules with the same class and name share a replacement class.
     """
     key = (type(module), name)
     if key not in classes:
@@ -125,7 +125,7 @@ def make_replacement(
 
 
 def may_run(module: nn.Module) -> bool:
-    """Return whether a module is a replacement whose fused implementation may run now.
+    """Return whether a module is a replacement whose fused forward may run now.
 
     Args:
         module: Any module.

@@ -128,7 +128,7 @@ Calls = Mapping[str, Call]
 """Path of a module -> its recorded call."""
 
 Pairs = list[tuple[Tensor | None, Tensor]]
-"""Pairs of outputs, (…) each: that of a fused implementation, or None for unsupported calls; and the module's own."""
+"""Pairs of outputs, (…) each: that of a fused forward, or None for unsupported calls; and the module's own."""
 
 
 def attempt(run: Callable[[], Result]) -> Result | Exception:

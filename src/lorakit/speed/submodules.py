@@ -1,4 +1,4 @@
-"""Checks of modules and calls for fused implementations: activations, attributes, config fields, arguments.
+"""Checks of modules and calls for fused forwards: activations, attributes, config fields, arguments.
 
 Modules are recognized by structure; anything unknown counts as unsupported.
 """
@@ -96,7 +96,7 @@ def knows_all(attention: nn.Module, options: Options, read: Collection[str]) -> 
     Args:
         attention: The attention module, with or without a transformers config.
         options: The arguments of the call.
-        read: Names of the arguments that the fused implementation reads, or that have no effect.
+        read: Names of the arguments that the fused forward reads, or that have no effect.
     """
     wants_weights = options.get("output_attentions")
     if wants_weights is None:
@@ -134,7 +134,7 @@ def split_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def is_supported(x: Tensor) -> bool:
-    """Return whether fused implementations support a call with x (…, d): floating-point, at least one row, no tracing.
+    """Return whether fused forwards support a call with x (…, d): floating-point, at least one row, no tracing.
 
     Under autocast, they compute in its dtype; float64, which autocast does not cast, is not supported there.
     """
