@@ -95,7 +95,11 @@ def test_sites_in_neither_list_are_lora_where_that_is_allowed(tmp_path: Path) ->
             "square: out_features is 20, which is not divisible by 3, the number of blocks of B",
             "square",
         ),
-        ({"use_bdlora": BLOCKS, "lora_bias": True}, "lora_bias at square: a block-diagonal B cannot have a bias", "square"),
+        (
+            {"use_bdlora": BLOCKS, "lora_bias": True},
+            "lora_bias at square: a block-diagonal B cannot have a bias",
+            "square",
+        ),
         ({"use_bdlora": BLOCKS, "use_dora": True}, "exclude each other", "up"),
         ({"use_bdlora": BLOCKS, "init_lora_weights": "orthogonal"}, "needs A and B in their usual shapes", "up"),
     ],
