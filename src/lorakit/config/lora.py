@@ -84,7 +84,7 @@ def _values(path: Path) -> JsonObject:
     values = read_json(path)
     if not isinstance(values, dict):
         raise AdapterFileError(
-            f"{path}: contains a {type(values).__name__}; expected an object with the config's fields.", where=path
+            f"{path}: contains a {type(values).__name__}; expected a JSON object with the config's fields.", where=path
         )
     return values
 
@@ -185,7 +185,7 @@ class PeftConfigMixin:
 
         Raises:
             AdapterFileError: The file is missing or damaged.
-            ConfigError: A value is not allowed, or the method is not LORA.
+            ConfigError: A value is not allowed, or `peft_type` is not LORA.
             ConfigTypeError: The file has unknown keys but no `peft_type`, so it is not a config.
         """
         revision = kwargs.get("revision")
@@ -218,7 +218,7 @@ class PeftConfigMixin:
             kwargs: Field name -> value.
 
         Raises:
-            ConfigError: A value is not allowed, or the method is not LORA.
+            ConfigError: A value is not allowed, or `peft_type` is not LORA.
             ConfigTypeError: Some names are unknown, and `peft_type` is missing.
         """
         checks.lora(kwargs.get("peft_type"))
@@ -252,7 +252,7 @@ class PeftConfig(PeftConfigMixin):
     Attributes:
         base_model_name_or_path: Name or path of the base model, as given by the user.
         revision: Revision of the base model on the Hub.
-        inference_mode: Whether the adapter is loaded frozen.
+        inference_mode: Whether to load the adapter frozen.
     """
 
     base_model_name_or_path: str | None = None
@@ -261,7 +261,7 @@ class PeftConfig(PeftConfigMixin):
 
 
 PEFT_TABLES_OF_VARIANTS = ("use_dora",)
-"""Attributes of PEFT's layers, in some PEFT versions, that record for each adapter whether it uses a variant."""
+"""Attributes of the layers in some PEFT versions that record, for each adapter, whether it uses a variant."""
 
 
 @dataclass
@@ -409,7 +409,7 @@ class LoraConfig(PeftConfig):
             return [f"BD-LoRA's block-diagonal factors hold {-total:,} fewer values than LoRA's."]
         if self.kasa_config is not None:
             return [f"KaSA adds r singular values per site: {total:,} in total."]
-        return [f"DoRA adds a magnitude per output of a site: {total:,} in total."] if self.use_dora else []
+        return [f"DoRA adds a magnitude per output of each site: {total:,} in total."] if self.use_dora else []
 
     def _register_custom_module(self, mapping: Mapping[type, type]) -> None:
         """Register custom layer classes for module types; `core` uses them. PEFT has the same private method.

@@ -163,7 +163,7 @@ def plain(value: Value) -> Value:
     """Convert a value for storage in files: numbers to Python's own types; ranges, arrays and generators to lists.
 
     Args:
-        value: Value of a field; lists, tuples, sets and dicts are copied, keep their type, and get plain entries.
+        value: Value of a field; lists, tuples, sets and dicts keep their type and are copied, with plain entries.
     """
     if value is None or isinstance(value, (bool, str, bytes)):
         return value

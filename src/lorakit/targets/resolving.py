@@ -161,7 +161,7 @@ def resolve(
         The resolution; `matches` is never empty.
 
     Raises:
-        NoTargetError: No target module was found in the model.
+        NoTargetError: No target modules were found in the model.
         TargetError: An entry matches nothing, or LoRA does not support a targeted module.
         ConfigError: A pattern is not a valid regular expression, or no targets are given.
         NotYetSupported: The config uses an unsupported feature.
@@ -330,7 +330,7 @@ def _unmatched(
 ) -> list[Unmatched]:
     targeted = [candidate.path for candidate, _ in found]
     everything = [candidate.path for candidate in candidates]
-    used = {entry for _, entry in found}  # most entries of a long list, so only the others are compared with paths
+    used = {entry for _, entry in found}  # spares most entries of a long list from being compared with every path
     unmatched = []
     for field, paths in (("target_modules", targeted), ("exclude_modules", everything)):
         entries = getattr(config, field)

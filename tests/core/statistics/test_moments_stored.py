@@ -99,7 +99,9 @@ def test_what_is_no_whole_file_of_statistics_is_refused(tmp_path: Path) -> None:
 
     refused("truncated or damaged", whole[:-4])
     refused("too few for a safetensors file", b"")
-    refused("the file is damaged: its tensors do not match their checksum", whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
+    refused(
+        "the file is damaged: its tensors do not match their checksum", whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:]
+    )
     refused("not a safetensors file .*a pickle, which is never loaded", pickle.dumps({"up/U": 1}))
     torch.save(tensors, path)
     refused("not a safetensors file .*a pickle, which is never loaded")

@@ -1,4 +1,7 @@
-"""CorDA: decompose W·C, where C is the covariance of the inputs; some of its directions become the adapter."""
+"""CorDA: decompose W·C, where C is the covariance of the inputs.
+
+The largest or smallest directions of the product become the adapter.
+"""
 
 from __future__ import annotations
 

@@ -216,12 +216,12 @@ def zeros(context: InitContext, shape: Shape) -> Tensor:
 
 
 def normal(context: InitContext, shape: Shape, std: float) -> Tensor:
-    """Return a tensor of the given shape, such as (r, in) or (out, r), with normally distributed values of mean 0."""
+    """Return a tensor of the given shape, such as (r, in) or (out, r), with normally distributed values (mean 0)."""
     return torch.empty(shape, device=context.device, dtype=context.dtype).normal_(0.0, std, generator=context.generator)
 
 
 def uniform(context: InitContext, shape: Shape) -> Tensor:
-    """Return a tensor of the given shape, (r, in) or (out, r), with values uniformly distributed in ±1/√fan_in."""
+    """Return a tensor of the given shape, (r, in) or (out, r), with values drawn uniformly within ±1/√fan_in."""
     bound = 1.0 / math.sqrt(math.prod(shape[1:]))
     values = torch.empty(shape, device=context.device, dtype=context.dtype)
     return values.uniform_(-bound, bound, generator=context.generator)
@@ -243,7 +243,7 @@ def balanced(context: InitContext, U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Te
         ConfigError: The scale is zero.
     """
     if context.scale == 0:
-        raise context.error("the scale is 0, so B·A cannot represent a part of the base. Set a nonzero lora_alpha.")
+        raise context.error("the scale is 0, so B·A cannot represent part of the base. Set a nonzero lora_alpha.")
     U, S, Vh = U[..., : context.r], S[:, : context.r], Vh[:, : context.r]
     root = (S / abs(context.scale)).sqrt()
     return root[..., None] * Vh, U * (root if context.scale > 0 else -root)[..., None, :]

@@ -114,7 +114,7 @@ def _settings(context: InitContext) -> tuple[int, int]:
     bits, steps = given.get("loftq_bits", 4), given.get("loftq_iter", 1)
     if bits not in ROUNDED:
         raise ConfigError(
-            f"loftq_config: loftq_bits is {bits!r}; Only nf4 and int8 quantization is supported: 4 or 8.",
+            f"loftq_config: loftq_bits is {bits!r}. Only nf4 and int8 quantization is supported: use 4 or 8.",
             what=bits,
             field="loftq_config.loftq_bits",
             allowed=("4", "8"),

@@ -1,4 +1,4 @@
-"""LoRA-GA: A and B start along the gradient of W, so that the first step approximates that of full fine-tuning."""
+"""LoRA-GA: A and B start along the weight's gradient, so that the first step approximates that of full fine-tuning."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class GradientMoments(Protocol):
     """Gradients of a site's weight, collected by `lorakit.core.statistics`."""
 
     def mean(self) -> Tensor:
-        """Return the mean gradient over the batches, shaped like the canonical weight, (out, in) on a dense site."""
+        """Return the mean gradient over the batches, shaped like the canonical weight, (out, in) at a dense site."""
 
 
 def settings_of(context: InitContext) -> LoraGAConfig:

@@ -2,7 +2,7 @@
 
 PiSSA: the adapter starts as the largest singular directions of W, and the base becomes the residual.
 
-OLoRA: the adapter starts as a part of the QR decomposition of W, and the base becomes the residual.
+OLoRA: the adapter starts as part of the QR decomposition of W, and the base becomes the residual.
 
 MiCA: B is frozen at the smallest left singular directions of W, and only A is trained.
 """

@@ -14,7 +14,7 @@ from lorakit.core.kinds.kind import every_kind
 
 
 def _kaiming(context: InitContext) -> InitResult:
-    """Fill one factor uniformly in ±1/√fan_in (for an embedding, from a standard normal); the other is zero.
+    """Fill one factor with uniform values within ±1/√fan_in (for an embedding, standard normal); the other is zero.
 
     [docs/math.md (5), (6)]
 
@@ -26,7 +26,7 @@ def _kaiming(context: InitContext) -> InitResult:
 
 
 def _gaussian(context: InitContext) -> InitResult:
-    """Fill one factor from a normal distribution with standard deviation 1/r; the other is zero. [docs/math.md (5)]."""
+    """Fill one factor with normal values of standard deviation 1/r; the other is zero.   [docs/math.md (5)]."""
     std = 1.0 / context.r
     if context.kind.zero_side == "A":
         return InitResult(zeros(context, context.A_shape), normal(context, context.B_shape, std))

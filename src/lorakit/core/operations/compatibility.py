@@ -169,7 +169,7 @@ def check_no_base_biases(adapter: AdapterWeights) -> None:
 
 
 def joined_config(configs: Sequence[LoraConfig]) -> LoraConfig:
-    """Return the first config, extended by what any of the adapters needs: a variant, a bias on B, saved modules.
+    """Return the first config, extended with whatever any adapter needs: a variant, a bias on B, or saved modules.
 
     Args:
         configs: Configs of one or more adapters; ranks, scales and targets are ignored.

@@ -1,7 +1,7 @@
 """Extract an adapter from a fully fine-tuned model and its base: the nearest low-rank update at each site.
 
-Weights are read one pair at a time, and several experts in one parameter one by one. Whatever the adapter does not
-contain is reported: the energy beyond each site's rank, and every change outside the sites.
+Weights are read one pair at a time; if a parameter holds several experts, one expert at a time. Whatever the adapter
+does not contain is reported: the energy beyond each site's rank, and every change outside the sites.
 """
 
 from __future__ import annotations
@@ -287,7 +287,7 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
 def _outside(
     aliases: Mapping[str, list[str]], base: TensorSource, tuned: TensorSource, taken: Collection[str]
 ) -> tuple[OutsideChange, ...]:
-    """Return the changes in tensors that are not in `taken`, each once, and the tensors that only one model has."""
+    """Return the changes in tensors outside `taken`, each listed once, and the tensors that only one model has."""
     found: list[OutsideChange] = []
     seen = {name for taken_name in taken for name in aliases[taken_name]}
     for name, names in aliases.items():

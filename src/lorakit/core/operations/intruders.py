@@ -31,7 +31,7 @@ class SiteIntruders:
         path: Path of the site.
         indices: Indices of the singular vectors of W + ΔW that are intruders, strongest first.
         cosines: For each intruder, the largest absolute cosine with a singular vector of W.
-        energy_lost: Fraction of the weakened update's energy that does not fit into the adapter's rank.
+        energy_lost: Fraction of the weakened update's energy that is lost by truncating it to the adapter's rank.
         expert: Index of the expert, or None if the site has only one weight matrix.
     """
 
@@ -51,7 +51,7 @@ def reduce_intruders(
     threshold: float = 0.5,
     keep: float = 0.75,
 ) -> tuple[SiteIntruders, ...]:
-    """Add a version of an adapter with weakened intruder dimensions to its model, frozen and not active.
+    """Add a copy of an adapter to its model, frozen and not active, in which intruder dimensions are weakened.
 
     Args:
         model: The adapted model.

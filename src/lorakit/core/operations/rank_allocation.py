@@ -150,7 +150,7 @@ def by_sensitivity(
     Args:
         sensitivities: Path -> sensitivity I of the site's weight.
         costs: Path -> in + out, the number of parameters per rank.
-        ranks: Path -> rank in the config; ranks are clipped to `LEAST` and `MOST` times this value.
+        ranks: Path -> rank in the config; the result is clipped to between `LEAST` and `MOST` times this rank.
         limits: Path -> the smaller dimension of the weight, an upper bound on the rank.
 
     Returns:

@@ -116,7 +116,7 @@ PLAIN_TARGETS: Mapping[str, Any] = {"exclude_modules": None, "layers_to_transfor
 
 @dataclass(frozen=True)
 class BareSite:
-    """The bare parameter that a factor adapts, as far as known.
+    """The bare parameter that a factor adapts, or the candidates for it.
 
     Attributes:
         names: Path of the parameter; several candidates if the files do not show which one it is.

@@ -39,7 +39,7 @@ class SiteOperation:
         path: Path of the site.
         r: Rank of the site; for experts in one parameter, the rank of each expert.
         r_before: Rank of the update that the site approximates: the sum of the combined ranks, the rank of the original
-            adapter, or that of the whole change.
+            adapter, or the rank of the whole change.
         norm: Frobenius norm of that update, scale included: Σ weight·Δ, Δ, or the change in the weight.
         deviation: Relative distance from that update: ‖result − Δ‖ / ‖Δ‖; 0 if the norm is 0.
     """
@@ -143,7 +143,7 @@ def _check_shapes(path: str, factors: Sequence[SiteFactors]) -> None:
     if len(shapes) > 1:
         sizes = " and ".join(sorted({factor.size_text() for factor in factors}))
         raise AdapterError(
-            f"The adapters do not match the same base: at {path}, they change weights of {sizes}.", where=path
+            f"The adapters cannot have the same base: at {path}, they change weights of {sizes}.", where=path
         )
 
 
@@ -240,7 +240,7 @@ def _anchored(path: str, paths: Mapping[str, int]) -> str:
 
 
 def put(model: nn.Module, adapter: AdapterWeights, name: str) -> None:
-    """Add a frozen adapter to a model; it becomes active only if the model has no other adapter.
+    """Add a frozen adapter to a model; it becomes active only if the model has no other adapters.
 
     Args:
         model: The base model, or a model that already has adapters.

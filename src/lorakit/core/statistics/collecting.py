@@ -60,7 +60,8 @@ def collect_inputs(
         Path -> statistics; a site that no batch reached has 0 rows.
 
     Raises:
-        TargetError: A path is not a module, or its inputs have no moments (an embedding, a grouped convolution).
+        TargetError: A path does not name a module, or the module's inputs have no moments (an embedding, a grouped
+            convolution).
         DataError: There are no batches, or a mask does not match a site's input.
     """
     modules = _modules_at(model, paths)
@@ -81,8 +82,8 @@ def collect_gradients(
     """Collect the gradient of the loss with respect to each site's weight, in evaluation mode, averaged over batches.
 
     The weight does not need `requires_grad` and may be quantized: the gradient is computed from the module's input and
-    the gradient of its output, (out, in) = Gᵀ·X, and `.grad` is not used. Each site takes the memory of one dense fp32
-    tensor. A weight that two sites share has a separate gradient for each site.
+    the gradient of its output, (out, in) = Gᵀ·X, and `.grad` is not used. One dense fp32 tensor per site is kept in
+    memory. A weight that two sites share has a separate gradient for each site.
 
     Args:
         model: Any model; unchanged afterwards.
@@ -94,7 +95,7 @@ def collect_gradients(
         Path -> statistics; a site that no loss depends on has 0 calls.
 
     Raises:
-        TargetError: A path is not a module.
+        TargetError: A path does not name a module.
         DataError: There are no batches.
         RunError: A loss depends on none of the sites.
     """
@@ -273,7 +274,7 @@ def patches(module: Convolution, x: Tensor) -> Tensor:
 
 
 def _modules_at(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
-    """Return path -> the base's module there, without adapters around it."""
+    """Return a dict from each path to the base's module there, without adapters around it."""
     index = AdapterIndex.of(model)
     found = {}
     for path in paths:

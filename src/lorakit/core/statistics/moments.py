@@ -32,7 +32,7 @@ class InputStatistics:
     Attributes:
         components: None keeps the whole second moment; a number keeps that many principal directions.
         rows: Number of rows.
-        calls: Number of calls of `add`.
+        calls: Number of calls to `add`.
         total: Σ x, (in,); None before the first row.
         gram: Σ x·xᵀ, (in, in); None before the first row, or if `components` is set.
     """
@@ -71,7 +71,7 @@ class InputStatistics:
         """Add the rows of other statistics; both must keep whole second moments.
 
         Args:
-            other: Statistics of rows of the same width; they are not changed.
+            other: Statistics for rows of the same width; not changed.
         """
         if other.total is None or other.gram is None:
             return
@@ -156,7 +156,7 @@ class GradientStatistics:
         self.total = gradient if self.total is None else self.total.add_(gradient)
 
     def mean(self) -> Tensor:
-        """Return the gradient of the mean of the batches' losses, canonical (out, in) or (out, in / groups, k…).
+        """Return the gradient of the mean loss over the batches, canonical (out, in) or (out, in / groups, k…).
 
         Raises:
             DataError: No loss depended on this site.
@@ -192,7 +192,7 @@ class Statistics:
 
         Args:
             config: The config to attach.
-            model: The model to attach it to, or the model's index; not changed.
+            model: The model to which the adapter is attached, or the model's index; not changed.
 
         Raises:
             ConfigError: The statistics are for another init.

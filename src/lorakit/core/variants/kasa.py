@@ -93,6 +93,6 @@ KASA = Variant(
     tensors=(OwnTensor(held_as=DIAGONAL, carried="parameter", keys=(f".{DIAGONAL}",), shape=_shape, start=_start),),
     factors=_factors,
     move=_move,
-    excludes_others="KaSA adapters need a base without its smallest singular values, others need the original base",
+    excludes_others="KaSA adapters need a base without its smallest singular values, but others need the original one",
     penalty=penalty,
 )

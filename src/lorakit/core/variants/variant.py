@@ -163,7 +163,7 @@ class Addend:
         factor: The adapter's factor at the site.
         weight: The weight of the update in the sum.
         product: A and B from the variant's `factors`, as matrices (g, r, in) and (g, out, r), without the scale.
-        experts: The number of experts that share A and B; 1 for a single matrix.
+        experts: The number of experts, each with its own part of A and B; 1 for a single matrix.
     """
 
     factor: Factor
@@ -283,7 +283,7 @@ class Variant:
     def shapes_of(self, kind: Kind, spec: WeightSpec, r: int, setting: Setting, path: str) -> tuple[Shape, Shape]:
         """Return the shapes of A and B at a site: (r, in) and (out, r) at a dense site.
 
-        For a kind that the variant does not support, the result is LoRA's shapes; `variant_for` rejects such a site.
+        For a kind that the variant does not support, LoRA's shapes are returned; `variant_for` rejects such a site.
 
         Args:
             kind: The kind of the site.
