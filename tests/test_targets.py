@@ -70,7 +70,7 @@ def test_a_string_is_a_regular_expression_for_the_whole_path() -> None:
     ]
     with pytest.raises(TargetError, match="q_proj"):
         paths(target_modules="q_proj")
-    with pytest.raises(ConfigError, match=r"target_modules: '\(q' is not a regular expression"):
+    with pytest.raises(ConfigError, match=r"target_modules: '\(q' is not a valid regular expression"):
         paths(target_modules="(q")
 
 
@@ -123,7 +123,7 @@ def test_a_key_fits_the_end_of_a_path_after_a_dot() -> None:
     assert not key_fits("q", "a.xq") and not key_fits("a", "a.q") and not key_fits("^q", "a.q")
     assert first_match({"x": 1, "q": 2, "a.q": 3}, "a.q", 9) == 2
     assert first_match({"x": 1}, "a.q", 9) == 9
-    with pytest.raises(ConfigError, match=r"rank_pattern or alpha_pattern: '\(' is not a regular expression"):
+    with pytest.raises(ConfigError, match=r"rank_pattern or alpha_pattern: '\(' is not a valid regular expression"):
         first_match({"(": 1}, "a", 0)
 
 

@@ -74,7 +74,7 @@ def test_dora_takes_its_base(
     one, two = (save_adapter(name, seed, use_dora=True) for name, seed in (("one", 1), ("two", 2)))
     words = ("--adapter", one, two, "--output-dir", tmp_path / "sum", "--way", "cat")
     combined(*words, code=1)
-    assert "is DoRA, whose effect depends on the base's weights" in capsys.readouterr().err
+    assert "uses DoRA, whose effect depends on the base's weights" in capsys.readouterr().err
     combined(*words, "--model", tiny_model_directory)
     model = hub.load_model(tiny_model_directory, "float32")
     for name, folder in (("a", one), ("b", two), ("sum", tmp_path / "sum")):
@@ -125,6 +125,6 @@ def test_other_bases_are_refused_by_flag(
     other = save_adapter("other", model=tiny_gpt2)
     combined("--adapter", one, other, "--output-dir", tmp_path / "sum", code=1)
     assert "different bases" in (said := capsys.readouterr().err)
-    assert "If they fit nevertheless, pass --allow-base-mismatch" in said
+    assert "To combine them anyway, pass --allow-base-mismatch" in said
     combined("--adapter", one, "--output-dir", one, code=2)
     assert "is not empty" in capsys.readouterr().err

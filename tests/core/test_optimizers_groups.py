@@ -63,7 +63,7 @@ def test_patterns_that_fit_nothing_are_named(parts: Any) -> None:
     assert str(caught.value) == (
         "learning_rate_pattern key 'q_pro' matches none of the 8 adapted modules; nearest: q_proj, o_proj, up_proj."
     )
-    with pytest.raises(ConfigError, match="is not a regular expression"):
+    with pytest.raises(ConfigError, match="is not a valid regular expression"):
         rates(parts, patterns={"(": 1.0})
 
 

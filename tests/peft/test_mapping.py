@@ -110,7 +110,7 @@ def test_other_lists_that_match_nothing_are_warned_about(tiny_llama: Any, fields
     [
         (LoraConfig(target_modules=["q_prj"]), TargetError, r"Target modules \['q_prj'\] not found in the base model; nearest: q_proj"),
         (LoraConfig(target_modules=["self_attn"]), TargetError, r"model.layers.0.self_attn \(and 1 more\), named by 'self_attn', is a LlamaAttention, which LoRA does not support"),
-        (LoraConfig(target_modules=r"(\1"), ConfigError, r"target_modules: '\(\\\\1' is not a regular expression"),
+        (LoraConfig(target_modules=r"(\1"), ConfigError, r"target_modules: '\(\\\\1' is not a valid regular expression"),
         (LoraConfig(target_modules=["q_proj"], init_lora_weights="gausian"), ConfigError, "Did you mean gaussian"),
         ({"r": 8}, ConfigError, "peft_config is a dict; it must be a lorakit LoraConfig"),
     ],

@@ -24,11 +24,12 @@ class SiteShape:
     Attributes:
         path: Dotted path of the module, as in `named_modules()`.
         kind: "Linear", "Conv1D" or "Embedding".
-        out_features: Rows of the weight in nn.Linear's orientation; for an Embedding, the width of an embedding.
-        in_features: Columns of that weight; for an Embedding, the number of embeddings.
+        out_features: Number of rows of the weight in nn.Linear's orientation; for an Embedding, the width of an
+            embedding.
+        in_features: Number of columns of that weight; for an Embedding, the number of embeddings.
         dense: Whether "all-linear" includes the module: a Linear or Conv1D that is not the output head.
         bias: Whether the module has a bias of `out_features` elements.
-        tied_to: Path of the module whose weight this one shares (it is then counted only there), or None.
+        tied_to: Path of the module whose weight this module shares (the weight is then counted only there), or None.
     """
 
     path: str
@@ -41,12 +42,12 @@ class SiteShape:
 
     @property
     def weight_parameters(self) -> int:
-        """Return the number of elements of the weight, whether or not it is shared."""
+        """Return the number of elements in the weight, whether or not it is shared."""
         return self.out_features * self.in_features
 
     @property
     def bias_parameters(self) -> int:
-        """Return the number of elements of the bias; 0 without one."""
+        """Return the number of elements in the bias; 0 if there is none."""
         return self.out_features if self.bias else 0
 
     @property
@@ -99,10 +100,12 @@ class ModelShape:
         others: Every other module that owns parameters, in the same order.
         dtype: Published dtype of the weights, such as "float32".
         causal: Whether a token sees only itself and earlier tokens.
-        dropouts: Dropout of the base in training: {"embedding": p, "residual": p, "attention": p}; missing keys mean 0.
+        dropouts: Dropout rates of the base in training: {"embedding": p, "residual": p, "attention": p}; missing keys
+            mean 0.
         published: Whether `source` names a published model; False for a model read from disk.
         containers: Paths of modules without parameters of their own; a target list may name one by mistake.
-        experts_per_token: Number of fused experts that process each token; 0 if there are none or it is unknown.
+        experts_per_token: Number of fused experts that process each token; 0 if there are none or if the number is
+            unknown.
     """
 
     name: str
@@ -130,13 +133,13 @@ class ModelShape:
 
     @property
     def fused(self) -> tuple[tuple[int, int], ...]:
-        """Return the number of experts and the elements per expert of each parameter that contains experts."""
+        """Return (number of experts, elements per expert) for each parameter that contains experts."""
         held = (other.matrices for other in self.others if other.experts)
         sizes = (size for matrices in held for _, size in matrices if len(size) == 3)
         return tuple((size[0], size[1] * size[2]) for size in sizes)
 
     def passed(self, experts: int) -> int:
-        """Return how many of the given number of experts process each token; all of them if unknown."""
+        """Return how many of the given number of experts process each token; if unknown, all of them."""
         return min(self.experts_per_token or experts, experts)
 
     @property
@@ -156,7 +159,7 @@ class ModelShape:
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """Return the paths of all blocks (of an encoder and a decoder, too) in order, such as "model.layers.0"."""
+        """Return the paths of all blocks, including those of an encoder, in order, such as "model.layers.0"."""
         return tuple(dict.fromkeys(block for site in self.sites if (block := block_of(site.path)) is not None))
 
 
@@ -218,7 +221,7 @@ class Sizes:
         intermediate: Inner width of the MLP; 0 means 4 × hidden.
         kv_heads: Number of key and value heads; 0 means as many as query heads.
         head_dim: Width of a head; 0 means hidden / heads.
-        tied: Whether the output head shares the input embedding.
+        tied: Whether the output head shares its weight with the input embedding.
     """
 
     hidden: int
@@ -238,7 +241,7 @@ class Sizes:
 
 
 def gpt2(sizes: Sizes) -> ModelShape:
-    """Return the shape of a `GPT2LMHeadModel` (Radford et al. 2019; Conv1D sites, a tied head).
+    """Return the shape of a `GPT2LMHeadModel` (Radford et al. 2019): Conv1D sites and a tied head.
 
     Args:
         sizes: Sizes from the model's config.json.
@@ -259,7 +262,7 @@ def gpt2(sizes: Sizes) -> ModelShape:
 
 
 def bert(sizes: Sizes) -> ModelShape:
-    """Return the shape of a `BertModel`, encoder and pooler (Devlin et al. 2019), without task heads.
+    """Return the shape of a `BertModel` (Devlin et al. 2019): encoder and pooler, without task heads.
 
     Args:
         sizes: Sizes from the model's config.json.
@@ -283,7 +286,7 @@ def bert(sizes: Sizes) -> ModelShape:
 
 
 def llama(sizes: Sizes) -> ModelShape:
-    """Return the shape of a `LlamaForCausalLM` (Llama 3.x, SmolLM2): RMSNorm, rotary embeddings, SwiGLU, no biases.
+    """Return the shape of a `LlamaForCausalLM` (Llama 3.x, SmolLM2): RMSNorm, rotary embeddings, SwiGLU, and no biases.
 
     Args:
         sizes: Sizes from the model's config.json.
@@ -295,7 +298,7 @@ def llama(sizes: Sizes) -> ModelShape:
 
 
 def qwen2(sizes: Sizes) -> ModelShape:
-    """Return the shape of a `Qwen2ForCausalLM` (Qwen2.5): like Llama, with biases on query, key and value.
+    """Return the shape of a `Qwen2ForCausalLM` (Qwen2.5): like Llama, with biases in the query, key and value layers.
 
     Args:
         sizes: Sizes from the model's config.json.
@@ -387,7 +390,7 @@ def _shape(
 
 
 LISTS = ("layers", "layer", "h")
-"""Names of the lists of layers that `replicated` supports, as in Llama, BERT and Falcon."""
+"""Names of the layer lists that `replicated` supports, as in Llama, BERT and Falcon."""
 
 
 def replicated(shape: ModelShape, ranges: Sequence[tuple[int, int]] | None) -> ModelShape:
@@ -395,13 +398,14 @@ def replicated(shape: ModelShape, ranges: Sequence[tuple[int, int]] | None) -> M
 
     Args:
         shape: The model.
-        ranges: Half-open ranges of original layers that form the new list; None or empty returns the shape itself.
+        ranges: Half-open ranges of original layers that form the new list; if None or empty, the shape is returned
+            unchanged.
 
     Returns:
         The shape with the resulting layers; repeated layers share their weights.
 
     Raises:
-        ConfigError: The shape has no list of layers, or a range is out of bounds.
+        ConfigError: The shape has no supported layer list, or a range is out of bounds.
     """
     if not ranges:
         return shape
@@ -429,14 +433,14 @@ def replicated(shape: ModelShape, ranges: Sequence[tuple[int, int]] | None) -> M
 
 
 def _list_and_order(shape: ModelShape, ranges: Sequence[tuple[int, int]]) -> tuple[str, list[int]]:
-    """Return the path of the list of layers, and the original index of each resulting layer."""
+    """Return the path of the layer list, and the original index of each resulting layer."""
     lists: dict[str, set[int]] = {}
     for block in shape.blocks:
         path, _, number = block.rpartition(".")
         lists.setdefault(path, set()).add(int(number))
     name = next((path for path in lists if path.rpartition(".")[2] in LISTS), None)
     if name is None:
-        text = f"layer_replication: {shape.name} has no list of layers as in Llama, Bert or Falcon."
+        text = f"layer_replication: {shape.name} has no layer list like that of Llama, BERT or Falcon."
         raise ConfigError(text, what=shape.name, field="layer_replication")
     count = len(lists[name])
     order: list[int] = []

@@ -1,4 +1,4 @@
-"""Checks of `LoraConfig`'s fields; each error names the field, its value and the allowed values.
+"""Checks for the fields of `LoraConfig`; each error gives the field, its value and the allowed values.
 
 Some messages start with PEFT's wording, because programs match on it.
 """
@@ -39,7 +39,7 @@ def task(value: TaskType | str | None) -> TaskType | None:
 
 
 def lora(value: Value) -> PeftType:
-    """Return LORA for any value, as PEFT does, unless it names another method.
+    """Return LORA for any value that does not name another method, as PEFT does.
 
     Raises:
         ConfigError: The value names another method.
@@ -121,7 +121,7 @@ def check_values(config: LoraConfig) -> None:
     """Check fields one by one: ranks, alphas and dropout, and fields with a fixed set of values.
 
     Raises:
-        ConfigError: A value is not a number, out of range, or not one of the allowed values.
+        ConfigError: A value is not a number, is out of range, or is not one of the allowed values.
     """
     for field, rank in {"r": config.r, **_by_key("rank_pattern", config.rank_pattern)}.items():
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -143,7 +143,7 @@ def _by_key(field: str, pattern: Mapping[str, float]) -> dict[str, float]:
 
 
 def check_inits(config: LoraConfig) -> None:
-    """Check that the init has its settings; warn about settings of other inits, which are ignored.
+    """Check that the init has the settings it needs; warn about settings for other inits, which are ignored.
 
     Raises:
         ConfigError: The init is "loftq", but `loftq_config` is not set.
@@ -174,16 +174,16 @@ def check_inits(config: LoraConfig) -> None:
     if moves and config.use_rslora and (config.rank_pattern or config.alpha_pattern):
         warn_caller(
             "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion of modified base "
-            "weights: PEFT's `path_initial_model_for_weight_conversion` cannot be used with it. "
+            "weights: PEFT's `path_initial_model_for_weight_conversion` cannot be used with this combination. "
             "`lorakit.core.save_adapter` still writes plain LoRA."
         )
 
 
 def check_together(config: LoraConfig) -> None:
-    """Check fields that need or exclude each other.
+    """Check for fields that require or exclude each other.
 
     Raises:
-        ConfigError: A field is set without one that it needs, or with one that excludes it.
+        ConfigError: A field is set without another that it requires, or together with one that it excludes.
     """
     of_layers = [name for name in ("layers_to_transform", "layers_pattern") if getattr(config, name) is not None]
     if isinstance(config.target_modules, str) and of_layers:

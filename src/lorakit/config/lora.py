@@ -1,7 +1,8 @@
-"""`LoraConfig` and its base `PeftConfig`, with PEFT's fields and methods; field defaults are only defined here.
+"""`LoraConfig` and its base class `PeftConfig`, with PEFT's fields and methods; defaults are defined only here.
 
-The constructor is strict; `read_config` reads files of any PEFT version tolerantly. Known but unimplemented options are
-accepted here and rejected on use (`check_built`). This module does not depend on models, matching or tensors.
+The constructor is strict; `read_config` is lenient and reads files from any PEFT version. Known but unimplemented
+options are accepted here and rejected on use (`check_built`). This module does not depend on models, target matching
+or tensors.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ PARTS: Mapping[str, type] = {
     "arrow_config": nested.ArrowConfig,
     "kasa_config": nested.KasaConfig,
 }
-"""Field that holds a nested config -> class of the nested config."""
+"""Field that holds a nested config -> class of that config."""
 
 CHECKED_BY_VALUE = frozenset(
     {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights", "loftq_config"}
@@ -43,7 +44,7 @@ CHECKED_BY_VALUE = frozenset(
 
 
 def looks_like_a_hub_id(name: str | os.PathLike[str]) -> bool:
-    """Return whether a name that is not an existing directory may be a Hub id, "owner/name"."""
+    """Return whether a name could be a Hub id, "owner/name", assuming that no directory has that name."""
     word = str(name)
     return word.count("/") == 1 and not word.startswith((".", "/", "~")) and CONFIG_FILE not in word
 
@@ -54,7 +55,7 @@ def config_file(name: str | os.PathLike[str], subfolder: str | None = None, revi
     Args:
         name: A directory or a Hub id.
         subfolder: A subdirectory of `name`.
-        revision: Revision on the Hub.
+        revision: Revision of the Hub repository.
 
     Raises:
         AdapterFileError: The config file was not found.
@@ -78,12 +79,12 @@ def _values(path: Path) -> JsonObject:
     """Return the contents of a config file.
 
     Raises:
-        AdapterFileError: The file is missing or not a JSON object.
+        AdapterFileError: The file is missing or does not contain a JSON object.
     """
     values = read_json(path)
     if not isinstance(values, dict):
         raise AdapterFileError(
-            f"{path}: contains a {type(values).__name__}; expected an object with the config's fields.", where=path
+            f"{path}: contains a {type(values).__name__}; expected a JSON object with the config's fields.", where=path
         )
     return values
 
@@ -93,11 +94,11 @@ class PeftConfigMixin:
     """Conversion between configs, dicts and files.
 
     Attributes:
-        task_type: Task of the model; selects heads that are trained in full (`HEADS_BY_TASK`).
+        task_type: Task of the model; selects the heads that are trained in full (`HEADS_BY_TASK`).
         peft_type: The method.
-        auto_mapping: Class and library of the base, in PEFT's format; stored, never imported.
-        peft_version: PEFT version whose file format is followed.
-        unknown: Unknown keys of a file with their values; they are written back on save.
+        auto_mapping: Class and library of the base model, in PEFT's format; stored but never imported.
+        peft_version: PEFT version whose file format the config follows.
+        unknown: Unknown keys from a file, with their values; they are written back on save.
     """
 
     task_type: TaskType | str | None = None
@@ -112,12 +113,12 @@ class PeftConfigMixin:
 
     @property
     def is_prompt_learning(self) -> bool:
-        """Return False; for programs that support adapters of several methods."""
+        """Return False; provided for programs that support several PEFT methods."""
         return False
 
     @property
     def is_adaption_prompt(self) -> bool:
-        """Return False, like `is_prompt_learning`."""
+        """Return False, for the same reason as `is_prompt_learning`."""
         return False
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,7 +128,7 @@ class PeftConfigMixin:
         return values
 
     def as_json(self) -> dict[str, Any]:
-        """Return the contents of `adapter_config.json`: plain values, with sets as sorted lists, and unknown keys."""
+        """Return the contents of `adapter_config.json`: plain values (sets become sorted lists) and unknown keys."""
         values = dict(self.unknown)
         for name, value in self.to_dict().items():
             stored = value.value if isinstance(value, enum.Enum) else value
@@ -184,8 +185,8 @@ class PeftConfigMixin:
 
         Raises:
             AdapterFileError: The file is missing or damaged.
-            ConfigError: A value is not allowed, or the method is not LORA.
-            ConfigTypeError: The file has unknown keys and no `peft_type`, so it is not a config.
+            ConfigError: A value is not allowed, or `peft_type` is not LORA.
+            ConfigTypeError: The file has unknown keys but no `peft_type`, so it is not a config.
         """
         revision = kwargs.get("revision")
         path = config_file(pretrained_model_name_or_path, subfolder, None if revision is None else str(revision))
@@ -197,26 +198,28 @@ class PeftConfigMixin:
 
         Args:
             path_json_file: The file.
-            kwargs: Accepted for compatibility with PEFT; no effect.
+            kwargs: Accepted for compatibility with PEFT, without effect.
 
         Raises:
-            AdapterFileError: The file is missing or not a JSON object.
+            AdapterFileError: The file is missing or does not contain a JSON object.
         """
         values = _values(Path(path_json_file))
         if values.pop("runtime_config", None) is not None:
-            warn_caller(f"{path_json_file} contains a `runtime_config` key. This is ignored: it is process-local.")
+            warn_caller(
+                f"{path_json_file} contains a `runtime_config` key. This is ignored, because it is process-local."
+            )
         return values
 
     @classmethod
     def from_peft_type(cls, **kwargs: Value) -> PeftConfigMixin:
-        """Create a config of the class for its `peft_type`; unknown fields are kept, with a warning.
+        """Create a config of the class that `peft_type` selects; unknown fields are kept, with a warning.
 
         Args:
             kwargs: Field name -> value.
 
         Raises:
-            ConfigError: A value is not allowed, or the method is not LORA.
-            ConfigTypeError: There are unknown names but no `peft_type`.
+            ConfigError: A value is not allowed, or `peft_type` is not LORA.
+            ConfigTypeError: Some names are unknown, and `peft_type` is missing.
         """
         checks.lora(kwargs.get("peft_type"))
         kind: type[PeftConfigMixin] = LoraConfig if "peft_type" in kwargs else cls
@@ -232,7 +235,7 @@ class PeftConfigMixin:
             config.unknown = unknown
             warn_caller(
                 f"Unexpected keyword arguments {sorted(unknown)} for class {kind.__name__}, these are ignored. They "
-                "come from another version of PEFT, and are written back when the config is saved."
+                "come from another version of PEFT and are written back when the config is saved."
             )
         return config
 
@@ -244,12 +247,12 @@ class PeftConfigMixin:
 
 @dataclass
 class PeftConfig(PeftConfigMixin):
-    """Fields that are common to the configs of all methods.
+    """Fields common to the configs of all methods.
 
     Attributes:
-        base_model_name_or_path: Name of the base, as given by the user.
-        revision: Revision of the base on the Hub.
-        inference_mode: Whether the adapter is loaded frozen.
+        base_model_name_or_path: Name or path of the base model, as given by the user.
+        revision: Revision of the base model on the Hub.
+        inference_mode: Whether to load the adapter frozen.
     """
 
     base_model_name_or_path: str | None = None
@@ -258,7 +261,7 @@ class PeftConfig(PeftConfigMixin):
 
 
 PEFT_TABLES_OF_VARIANTS = ("use_dora",)
-"""Per-adapter tables on layers of this or older versions of PEFT that mark adapters of a variant."""
+"""Attributes of the layers in some PEFT versions that record, for each adapter, whether it uses a variant."""
 
 
 @dataclass
@@ -267,44 +270,46 @@ class LoraConfig(PeftConfig):
 
     Attributes:
         r: Rank, at least 1.
-        target_modules: Names or dotted suffixes, one regular expression, or "all-linear".
+        target_modules: Module names or dotted suffixes, a single regular expression, or "all-linear".
         exclude_modules: Modules to leave out, in the same forms; takes precedence over `target_modules`.
-        lora_alpha: Numerator of the scale (`scale`).
-        lora_dropout: Probability in [0, 1) with which training drops an element of A's input.
-        fan_in_fan_out: Written for other readers; lorakit derives it from the base module.
-        bias: Which biases of the base are also trained: "none", "all" or "lora_only".
-        use_rslora: Whether to scale by 1/√r instead of 1/r.
+        lora_alpha: Numerator of the scale; see `scale`.
+        lora_dropout: Probability, in [0, 1), that an element of A's input is dropped in training.
+        fan_in_fan_out: Written for other programs; lorakit derives it from the base module.
+        bias: Which biases of the base model are also trained: "none", "all" or "lora_only".
+        use_rslora: Whether to divide alpha by √r instead of r.
         modules_to_save: Names of modules to train and save in full.
         init_lora_weights: True (A Kaiming, B zero), False (both random), or the name of an init.
         layers_to_transform: Indices of the layers to adapt.
-        layers_pattern: Name of the list of layers to which `layers_to_transform` refers.
+        layers_pattern: Name of the layer list that `layers_to_transform` refers to.
         rank_pattern: Name pattern -> rank that overrides `r`.
         alpha_pattern: Name pattern -> alpha that overrides `lora_alpha`.
-        megatron_config: Megatron's parallel layers; not supported.
-        megatron_core: Module path of Megatron; never imported.
-        trainable_token_indices: Token ids whose embeddings are trained, or a dict from embedding to token ids.
+        megatron_config: Settings of Megatron's parallel layers; not supported.
+        megatron_core: Import path of Megatron Core; never imported.
+        trainable_token_indices: Ids of the tokens whose embeddings are trained, or a dict from the name of an embedding
+            to token ids.
         loftq_config: Settings of the init "loftq".
         eva_config: Settings of the init "eva".
         corda_config: Settings of the init "corda".
         lora_ga_config: Settings of the init "lora_ga".
         use_dora: Whether to use the weight-decomposed variant DoRA (arXiv:2402.09353).
-        velora_config: VeLoRA; not supported.
-        alora_invocation_tokens: Token sequence from which the adapter is active (aLoRA, arXiv:2504.12397).
-        use_qalora: QALoRA; not supported.
+        velora_config: Settings of VeLoRA; not supported.
+        alora_invocation_tokens: Token sequence that activates the adapter from its last occurrence on (aLoRA,
+            arXiv:2504.12397).
+        use_qalora: Whether to use QALoRA; not supported.
         qalora_group_size: Group size of QALoRA.
-        monteclora_config: MonteCLoRA; not supported.
-        layer_replication: Ranges of layers to stack; replicas share the weights of their layer.
+        monteclora_config: Settings of MonteCLoRA; not supported.
+        layer_replication: Ranges of layers to stack; replicas share the weights of the original layer.
         runtime_config: Process-local settings; never written.
         lora_bias: Whether B has a bias.
-        target_parameters: Names of parameters to adapt, such as fused experts.
+        target_parameters: Names of parameters to adapt, such as fused expert weights.
         use_bdlora: Settings of the variant BD-LoRA, in which A or B is block-diagonal; None turns it off.
-        arrow_config: Arrow routing; not supported.
-        kasa_config: Settings of the variant KaSA (arXiv:2412.06071), which truncates the base; None turns it off.
+        arrow_config: Settings of Arrow routing; not supported.
+        kasa_config: Settings of the variant KaSA (arXiv:2412.06071), which truncates base weights; None turns it off.
         ensure_weight_tying: Whether an adapter on one of two tied weights applies to both.
 
     Raises:
         ConfigError: A value is not allowed; the message names the field, the value and what is allowed.
-        ConfigTypeError: A field has a wrong type.
+        ConfigTypeError: A field has the wrong type.
     """
 
     r: int = 8
@@ -371,8 +376,8 @@ class LoraConfig(PeftConfig):
         Args:
             path: Path of the site.
             rank: Rank at the site.
-            out_features: Rows of the weight.
-            in_features: Columns of the weight.
+            out_features: Number of rows of the weight.
+            in_features: Number of columns of the weight.
         """
         if self.use_bdlora is not None:
             return self.use_bdlora.numbers_saved(path, rank, out_features, in_features)
@@ -385,29 +390,29 @@ class LoraConfig(PeftConfig):
 
     @property
     def is_plain_lora(self) -> bool:
-        """Return whether the forward is that of LoRA without a variant or bias, which fused forwards support."""
+        """Return whether the adapter is LoRA without a variant or bias, as fused forward passes require."""
         variants = (self.use_dora, self.alora_invocation_tokens, self.use_bdlora, self.kasa_config)
         return not self.lora_bias and not any(variants)
 
     @property
     def trains_only_a(self) -> bool:
-        """Return whether B keeps the values that the init gives it, so that only A is trained (MiCA)."""
+        """Return whether B stays as initialized, so that only A is trained (MiCA)."""
         return str(self.init_lora_weights).lower() == "mica"
 
     def notes_on_own_numbers(self, total: int) -> list[str]:
         """Return messages for a plan about the values that the variant trains in addition to A and B.
 
         Args:
-            total: Number of these values over all sites.
+            total: Number of these values, summed over all sites.
         """
         if self.use_bdlora is not None:
             return [f"BD-LoRA's block-diagonal factors hold {-total:,} fewer values than LoRA's."]
         if self.kasa_config is not None:
             return [f"KaSA adds r singular values per site: {total:,} in total."]
-        return [f"DoRA adds a magnitude per output of a site: {total:,} in total."] if self.use_dora else []
+        return [f"DoRA adds a magnitude per output of each site: {total:,} in total."] if self.use_dora else []
 
     def _register_custom_module(self, mapping: Mapping[type, type]) -> None:
-        """Register custom layer classes for module types, which `core` uses; PEFT has this private method too.
+        """Register custom layer classes for module types; `core` uses them. PEFT has the same private method.
 
         Args:
             mapping: Module type -> class of the layer.
@@ -422,21 +427,21 @@ NOT_BUILT: Mapping[str, Any] = {
     "monteclora_config": None,
     "arrow_config": None,
 }
-"""Field that is not supported -> the value that turns it off."""
+"""Unsupported field -> the value that turns it off."""
 
 ARITHMETIC = ("use_", "init_", "lora_", "target_", "rank_", "alpha_", "scal")
-"""Prefixes of field names that suggest a change of the computation."""
+"""Prefixes of field names that suggest a change in the computation."""
 
 
 def check_built(config: LoraConfig) -> None:
     """Reject a config with unsupported features, or with unknown fields that seem to change the computation.
 
-    An unknown field is harmless if its value is null, false, zero or empty. With another value it is rejected if its
-    name suggests arithmetic: it ends in "_config" or starts with a prefix in `ARITHMETIC`. Other unknown fields are
-    ignored, and `read_config` reports them.
+    An unknown field is harmless if its value is null, false, zero or empty. With any other value, it is rejected if its
+    name suggests a change in the computation: if it ends in "_config" or starts with a prefix in `ARITHMETIC`. Other
+    unknown fields are ignored, and `read_config` reports them.
 
     Args:
-        config: A config about to be used.
+        config: A config that is about to be used.
 
     Raises:
         NotYetSupported: The config uses an unsupported feature; the message names the field.
@@ -444,11 +449,11 @@ def check_built(config: LoraConfig) -> None:
     for name, neutral in NOT_BUILT.items():
         value = getattr(config, name)
         if value is not None and value != neutral:
-            raise NotYetSupported(f"{name} is {value!r}: not supported yet; use {neutral!r}.", field=name)
+            raise NotYetSupported(f"{name} is {value!r}, which is not supported yet; use {neutral!r}.", field=name)
     for name, value in config.unknown.items():
         if value and (name.endswith("_config") or name.startswith(ARITHMETIC)):
             raise NotYetSupported(
-                f"{name} is {value!r}: an unknown field of another PEFT version that seems to change the computation. "
+                f"{name} is {value!r}: this unknown field, from another PEFT version, seems to change the computation. "
                 "Remove it from the config if it does not.",
                 field=name,
             )
@@ -458,13 +463,13 @@ _WITHOUT_MEANING = frozenset({"megatron_core", "qalora_group_size", "runtime_con
 
 
 def read_config(folder: str | os.PathLike[str]) -> tuple[LoraConfig, list[str]]:
-    """Read a config that lorakit or any version of PEFT wrote.
+    """Read a config written by lorakit or by any version of PEFT.
 
     Args:
-        folder: A directory with `adapter_config.json`, or that file.
+        folder: A directory with `adapter_config.json`, or the file itself.
 
     Returns:
-        The config, and the unknown keys of the file; they are kept in `config.unknown`.
+        The config, and the unknown keys in the file, which are kept with their values in `config.unknown`.
 
     Raises:
         AdapterFileError: The file is missing, is not JSON, is for another method, or has a value that is not allowed.

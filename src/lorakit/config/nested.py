@@ -1,6 +1,6 @@
 """Nested configs of `LoraConfig`: settings of inits and variants, with PEFT's names, defaults and checks.
 
-They only hold settings; `lorakit.core` acts on them. Unsupported configs raise an error on use (`check_built`).
+The classes only hold settings; `lorakit.core` acts on them. Unsupported configs raise an error on use (`check_built`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ VELORA_STARTS = ("batch_average", "batch_average_once", "random")
 
 
 def restored(field: str, value: Part | Value, part: type[Part]) -> Part | None:
-    """Return a nested config as an instance of its class; unknown keys of a dict from JSON are dropped.
+    """Return a nested config as an instance of its class; unknown keys in a dict are dropped.
 
     Args:
         field: The field that holds the nested config.
@@ -27,7 +27,7 @@ def restored(field: str, value: Part | Value, part: type[Part]) -> Part | None:
         part: The class.
 
     Raises:
-        ConfigTypeError: The value has another type.
+        ConfigTypeError: The value has the wrong type.
         ConfigError: A field of the nested config has a value that is not allowed.
     """
     if value is None or isinstance(value, part):
@@ -51,7 +51,7 @@ def _at_least(name: str, value: float, least: float, said: str, *, strict: bool 
 
 @dataclass
 class _Typed:
-    """A config that checks its fields against their annotations."""
+    """A config that checks the types of its fields against their annotations."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -62,7 +62,7 @@ class LoraRuntimeConfig(_Typed):
     """Process-local settings, never written to a file.
 
     Attributes:
-        ephemeral_gpu_offload: Accepted but ignored; inits run on the device of their site.
+        ephemeral_gpu_offload: Accepted but ignored; inits always run on the site's device.
     """
 
     ephemeral_gpu_offload: bool = False
@@ -73,8 +73,8 @@ class LoftQConfig(_Typed):
     """Settings of the init "loftq" (Li et al. 2023, arXiv:2310.08659).
 
     Attributes:
-        loftq_bits: Number of bits of the quantized base.
-        loftq_iter: Number of alternating steps of quantization and fitting.
+        loftq_bits: Number of bits per weight in the quantized base.
+        loftq_iter: Number of times to alternate between quantization and fitting.
     """
 
     loftq_bits: int = 4
@@ -86,15 +86,15 @@ class EvaConfig(_Typed):
     """Settings of the init "eva" (Paischer et al. 2024, arXiv:2410.07170).
 
     Attributes:
-        rho: Maximum rank of a site as a multiple of r; 1 keeps every rank.
+        rho: Maximum rank of a site, as a multiple of r; with 1, all ranks stay the same.
         tau: Cosine similarity at which a site's components count as converged.
-        use_label_mask: Whether to leave out positions with a masked label.
-        label_mask_value: Value of a masked label.
-        whiten: Whether to divide components by their singular values.
-        adjust_scaling_factors: Whether to keep the scale if a rank changes.
+        use_label_mask: Whether to skip positions whose label is masked.
+        label_mask_value: Label that marks a position as masked.
+        whiten: Whether to divide components by the square roots of their singular values.
+        adjust_scaling_factors: Whether to adjust alpha when a rank changes, so that the scale stays the same.
 
     Raises:
-        ConfigError: rho is below 1 or tau outside [0, 1].
+        ConfigError: rho is below 1, or tau is outside [0, 1].
     """
 
     rho: float = 2.0
@@ -116,8 +116,8 @@ class CordaConfig(_Typed):
     """Settings of the init "corda" (Yang et al. 2024, arXiv:2406.05223).
 
     Attributes:
-        cache_file: Cache of decompositions.
-        covariance_file: Cache of covariances.
+        cache_file: Path of a file that caches decompositions.
+        covariance_file: Path of a file that caches covariances.
         corda_method: "ipm" (adapt to the data) or "kpm" (preserve the knowledge in the data).
         verbose: Whether to log progress.
         use_float16_for_covariance: Whether to store covariances in half precision.
@@ -137,9 +137,9 @@ class LoraGAConfig(_Typed):
     """Settings of the init "lora_ga" (Wang et al. 2024, arXiv:2407.05000).
 
     Attributes:
-        direction: Singular vectors of the gradient for A and B: "ArBr", "A2rBr", "ArB2r" or "random".
-        scale: Scaling of A and B: "stable", "weight_svd", "gd_scale" or "unit".
-        stable_gamma: Gamma of the stable scale.
+        direction: Which singular vectors of the gradient A and B get: "ArBr", "A2rBr", "ArB2r" or "random".
+        scale: How A and B are scaled: "stable", "weight_svd", "gd_scale" or "unit".
+        stable_gamma: Gamma in the "stable" scaling.
     """
 
     direction: str = "ArB2r"
@@ -152,8 +152,8 @@ class VeloraConfig(_Typed):
     """Settings of VeLoRA (arXiv:2405.17991); not supported.
 
     Attributes:
-        num_groups: Groups per activation vector.
-        scale: Factor on the activations that the backward pass reconstructs.
+        num_groups: Number of groups per activation vector.
+        scale: Factor that multiplies the activations reconstructed in the backward pass.
         init_type: "batch_average", "batch_average_once" or "random".
 
     Raises:
@@ -170,7 +170,7 @@ class VeloraConfig(_Typed):
         _at_least("scale", self.scale, 0, "should be positive", strict=True)
         if self.init_type not in VELORA_STARTS:
             raise ConfigError(
-                f"Unsupported `init_type` {self.init_type!r}; it is one of {', '.join(VELORA_STARTS)}.",
+                f"Unsupported `init_type` {self.init_type!r}; it must be one of {', '.join(VELORA_STARTS)}.",
                 what=self.init_type,
                 field="init_type",
                 allowed=VELORA_STARTS,
@@ -182,12 +182,12 @@ class MontecloraConfig(_Typed):
     """Settings of MonteCLoRA; not supported.
 
     Attributes:
-        num_samples: Samples per forward.
-        use_entropy: Whether to keep the samples' weights apart.
-        dirichlet_prior: Concentration of the prior.
+        num_samples: Number of samples per forward pass.
+        use_entropy: Whether to use an entropy term that keeps the samples' weights apart.
+        dirichlet_prior: Concentration of the Dirichlet prior.
         sample_scaler: Scale of the noise.
-        kl_loss_weight: Weight of the divergence in the loss.
-        buffer_size: Length of the sampler's buffer.
+        kl_loss_weight: Weight of the KL divergence in the loss.
+        buffer_size: Size of the sampler's buffer.
 
     Raises:
         ConfigError: A number is not positive.
@@ -208,13 +208,13 @@ class MontecloraConfig(_Typed):
 
 @dataclass
 class BdLoraConfig(_Typed):
-    """Settings of BD-LoRA: A or B of a site is block-diagonal.
+    """Settings of BD-LoRA, which makes A or B block-diagonal.
 
     Attributes:
         target_modules_bd_a: Substrings, as in PEFT, of the paths of sites where A is block-diagonal.
         target_modules_bd_b: Substrings of the paths of sites where B is block-diagonal.
         nblocks: Number of blocks per factor.
-        match_strict: Whether every site must match one of the lists; if not, all other sites are plain LoRA.
+        match_strict: Whether every site must match one of the lists; if False, sites that match neither use plain LoRA.
 
     Raises:
         ConfigError: A name is in both lists, or `nblocks` is below 1.
@@ -237,21 +237,21 @@ class BdLoraConfig(_Typed):
         _at_least("nblocks", self.nblocks, 1, "must be at least 1")
 
     def side_of(self, path: str) -> str:
-        """Return which of "A" and "B" is block-diagonal at a site, "" for neither.
+        """Return which factor is block-diagonal at a site: "A", "B", or "" for neither.
 
         Args:
             path: Path of the site.
 
         Raises:
-            ConfigError: The site matches both lists, or neither although `match_strict` is set.
+            ConfigError: The site matches both lists, or it matches neither and `match_strict` is set.
         """
         lists = {"A": self.target_modules_bd_a, "B": self.target_modules_bd_b}
         sides = [side for side, names in lists.items() if any(name in path for name in names or ())]
         if len(sides) == 2 or (self.match_strict and not sides):
             many = "both target_modules_bd_a and target_modules_bd_b" if sides else "neither list of use_bdlora"
             raise ConfigError(
-                f"use_bdlora: {path} matches {many}. Name each module in one list"
-                + ("." if sides else ", or set match_strict=False for LoRA there."),
+                f"use_bdlora: {path} matches {many}. Name each module in exactly one list"
+                + ("." if sides else ", or set match_strict=False to use plain LoRA there."),
                 what=path,
                 where=path,
                 field="use_bdlora",
@@ -259,13 +259,13 @@ class BdLoraConfig(_Typed):
         return "".join(sides)
 
     def numbers_saved(self, path: str, rank: int, out_features: int, in_features: int) -> int:
-        """Return the number of values in A and B at a site minus the number that LoRA needs; never positive.
+        """Return the number of values in A and B at a site minus the number in LoRA's A and B; never positive.
 
         Args:
             path: Path of the site.
             rank: Rank at the site.
-            out_features: Rows of the weight.
-            in_features: Columns of the weight.
+            out_features: Number of rows of the weight.
+            in_features: Number of columns of the weight.
         """
         side = self.side_of(path)
         whole, cut = {"A": (rank, in_features), "B": (out_features, rank)}.get(side, (0, 0))
@@ -277,11 +277,11 @@ class ArrowConfig(_Typed):
     """Settings of Arrow routing (arXiv:2405.11157); not supported.
 
     Attributes:
-        top_k: Adapters per token.
+        top_k: Number of adapters per token.
         router_temperature: Temperature of the router's softmax.
-        use_gks: Whether to subtract general knowledge first.
-        task_adapter_names: Set when the router is created.
-        gks_adapter_names: Set when the router is created.
+        use_gks: Whether to subtract general knowledge from the task adapters first.
+        task_adapter_names: Names of the task adapters; set when the router is created.
+        gks_adapter_names: Names of the general-knowledge adapters; set when the router is created.
         rng_seed: Seed of the router's sampling.
 
     Raises:
@@ -306,7 +306,7 @@ class KasaConfig(_Typed):
     """Settings of KaSA (Wang et al. 2024, arXiv:2412.06071).
 
     Attributes:
-        beta: Weight of the penalty on singular values.
+        beta: Weight of the penalty on the singular values.
         gamma: Weight of the orthogonality penalty.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Names and types used by configs: task types, file name, PEFT version, scale rule, and type checks of fields.
+"""Names and types that configs use: task types, file name, PEFT version, scale rule, and type checks for fields.
 
 Type checks tolerate differences between programs and files: tuples, sets and lists are interchangeable, integers are
 accepted as numbers, and null is accepted as false. Booleans are not accepted as numbers.
@@ -20,10 +20,10 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 from lorakit.errors import ConfigTypeError
 
 Value: TypeAlias = "str | bytes | float | os.PathLike[str] | Mapping[str, Value] | Iterable[Value] | None"
-"""A field's value as users and files provide it: JSON values, and any iterable as a list."""
+"""A field's value as users and files provide it: a JSON value, or any iterable in place of a list."""
 
 Hint: TypeAlias = "type | types.UnionType | types.GenericAlias"
-"""A field's annotation."""
+"""A field's type annotation."""
 
 
 class Dataclass(Protocol):
@@ -51,7 +51,7 @@ class TaskType(str, enum.Enum):
 
 
 class PeftType(str, enum.Enum):
-    """Names of PEFT's methods, for programs that compare them; lorakit supports LORA only."""
+    """Names of PEFT's methods, for programs that compare them; lorakit supports only LORA."""
 
     PROMPT_TUNING = "PROMPT_TUNING"
     MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
@@ -105,14 +105,14 @@ HEADS_BY_TASK: Mapping[TaskType | str | None, tuple[str, ...]] = {
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
-"""Names of heads that start untrained and are trained and saved in full; a model has at least one of them."""
+"""Task type -> names of heads that start untrained, so they are trained and saved in full; a model has at least one."""
 
 
 def scale(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
-    """Return the factor of B·A: alpha / r, or alpha / √r for rsLoRA.   [docs/math.md (3), (4)]
+    """Return the factor that multiplies B·A: alpha / r, or alpha / √r for rsLoRA.   [docs/math.md (3), (4)]
 
     Args:
-        r: Rank of the factor, at least 1.
+        r: Rank, at least 1.
         lora_alpha: The config's alpha at this site.
         use_rslora: Whether to divide by the square root of the rank.
 
@@ -132,7 +132,7 @@ _PLAIN: Mapping[Hint, tuple[type | tuple[type, ...], str, str]] = {
     str: ((str, os.PathLike), "a string", "strings"),
     type(None): (type(None), "None", "None"),
 }
-"""Annotation -> accepted types, and the words for one value and for several."""
+"""Annotation -> accepted types, and how messages describe one value and several."""
 
 
 def check_types(config: Dataclass, leave: Collection[str] = ()) -> None:
@@ -143,7 +143,8 @@ def check_types(config: Dataclass, leave: Collection[str] = ()) -> None:
         leave: Names of fields to skip.
 
     Raises:
-        ConfigTypeError: A field has a wrong type; the message shows the first one's name, value and expected type.
+        ConfigTypeError: A field has the wrong type; the message gives the first such field, its value and the expected
+            type.
     """
     for name, hint in _hints(config.__class__).items():
         value = getattr(config, name)
@@ -153,16 +154,16 @@ def check_types(config: Dataclass, leave: Collection[str] = ()) -> None:
 
 @cache
 def _hints(kind: type) -> dict[str, Any]:
-    """Return field -> annotation for the fields that lorakit defines, not those that a user's subclass adds."""
+    """Return the annotations, by field name, of the fields that lorakit defines, not those that a subclass adds."""
     ours = next(part for part in kind.__mro__ if part.__module__.partition(".")[0] == "lorakit")
     return typing.get_type_hints(ours)
 
 
 def plain(value: Value) -> Value:
-    """Convert a value for storage in files: foreign numbers to Python's; ranges, arrays and generators to lists.
+    """Convert a value for storage in files: numbers to Python's own types; ranges, arrays and generators to lists.
 
     Args:
-        value: Value of a field; lists, tuples, sets and dicts keep their type and are copied with plain entries.
+        value: Value of a field; lists, tuples, sets and dicts keep their type and are copied, with plain entries.
     """
     if value is None or isinstance(value, (bool, str, bytes)):
         return value
@@ -199,7 +200,7 @@ def _fits(value: Value, hint: Hint) -> bool:
 
 
 def _words(hint: Hint, many: bool = False) -> str:
-    """Describe an annotation, such as "a list of integers, or None"."""
+    """Describe an annotation in English, such as "a list of integers, or None"."""
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return ", or ".join(dict.fromkeys(_words(option) for option in inside))

@@ -1,4 +1,4 @@
-"""Resolve which modules and parameters a config targets: pure matching over paths, for live models and plans."""
+"""Determine which modules and parameters a config targets, by matching paths; used for live models and plans."""
 
 from lorakit.targets.resolving import (
     ALL_LINEAR,

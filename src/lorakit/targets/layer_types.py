@@ -1,6 +1,6 @@
 """Names of the layer types that LoRA supports, for code that handles shapes without torch.
 
-The names are those of the entries of `lorakit.core.kinds.KINDS`; code that has a `Kind` uses its attributes instead.
+The names are those of the entries in `lorakit.core.kinds.KINDS`; code that has a `Kind` uses its attributes instead.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ PARAMETER = "Parameter"
 """A bare parameter, named by `target_parameters`."""
 
 DENSE = (LINEAR, CONV1D)
-"""Types whose modules multiply their input by a matrix; "all-linear" selects these."""
+"""Types whose modules multiply their input by a matrix; "all-linear" selects them."""
 
 PLANNED = (*DENSE, EMBEDDING)
-"""Types that plans support, and that messages suggest."""
+"""Types that plans support and that messages suggest as targets."""

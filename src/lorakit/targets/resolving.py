@@ -1,12 +1,13 @@
-"""Resolve which modules and parameters a config targets, by matching paths; for live models and plans.
+"""Determine which modules and parameters a config targets, by matching paths; used for live models and plans.
 
 The rules are PEFT's. A list entry is a path or a dotted suffix of one; a string is a regular expression for the whole
-path; "all-linear" is every dense layer except the output head. `exclude_modules` takes precedence. `target_parameters`
-takes paths or dotted suffixes, never a pattern. This module does not use torch: it works on names, kinds and sizes.
+path; "all-linear" selects every dense layer except the output head. `exclude_modules` takes precedence.
+`target_parameters` takes paths or dotted suffixes, never a pattern. This module does not use torch: it works with
+names, kinds and sizes.
 
-`rank_pattern` and `alpha_pattern` are regular expressions in PEFT's files. Since a pattern from an untrusted file could
-run for hours, such patterns are never run; only plain names are supported (a path, a dotted suffix, or a whole path
-after `^`).
+The keys of `rank_pattern` and `alpha_pattern` are regular expressions in PEFT's files. A pattern from an untrusted file
+could run for hours, so such patterns are never run; only plain names are supported (a path, a dotted suffix, or a whole
+path after `^`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SEVERAL_MODULES, LARGE_RANK = "several_modules", "large_rank"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A module that a target may name.
+    """A module that a target entry may name.
 
     Attributes:
         path: Dotted path in the model.
@@ -38,7 +39,7 @@ class Candidate:
         type_name: Class name of the module, for messages.
         dense: Whether "all-linear" selects the module (a dense layer that is not the output head).
         out_features: Output width, or 0 if the module has none.
-        in_features: Input width (number of embeddings), or 0 if the module has none.
+        in_features: Input width (for an embedding, the number of embeddings), or 0 if the module has none.
     """
 
     path: str
@@ -51,10 +52,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class BareParameter:
-    """A parameter that `target_parameters` may name, such as a tensor with all experts of a layer.
+    """A parameter that `target_parameters` may name, such as a tensor that holds all experts of a layer.
 
     Attributes:
-        module: Path of the module that holds it, "" for the model itself.
+        module: Path of the module that holds the parameter; "" for the model itself.
         name: Name of the parameter in that module.
         shape: Shape of the parameter.
     """
@@ -79,7 +80,7 @@ class Match:
         rank: Rank at this site, after `rank_pattern`.
         alpha: Alpha at this site, after `alpha_pattern`.
         entry: The config entry that matches the module or parameter.
-        parameter: Name of the targeted parameter of the module, or "" if the kind determines it.
+        parameter: Name of the targeted parameter within the module, or "" if the kind determines it.
     """
 
     path: str
@@ -97,7 +98,7 @@ class Unmatched:
     Attributes:
         field: The config's field, such as "target_modules".
         entry: The entry.
-        text: Message with the nearest names.
+        text: Message that suggests the nearest names.
     """
 
     field: str
@@ -132,7 +133,7 @@ class Resolution:
         matches: The sites, in the model's order.
         saved: Paths of modules that `modules_to_save` or the task type selects.
         missing: Entries that match nothing; empty unless partial matches are allowed.
-        notes: Remarks for the user, such as a name that matches different modules.
+        notes: Remarks for the user, for example about a name that matches different modules.
     """
 
     matches: tuple[Match, ...]
@@ -153,16 +154,16 @@ def resolve(
     Args:
         candidates: Every named module of the model, in order, including containers.
         config: The config; it is only read.
-        allow_partial: Whether unmatched entries go to `missing` instead of raising an error.
+        allow_partial: Whether unmatched entries are returned in `missing` instead of raising an error.
         parameters: Every named parameter, in order; None skips `target_parameters`.
 
     Returns:
         The resolution; `matches` is never empty.
 
     Raises:
-        NoTargetError: No target module was found in the model.
-        TargetError: An entry matches nothing, or a named module does not support LoRA.
-        ConfigError: A pattern is not a regular expression, or no targets are given.
+        NoTargetError: No target modules were found in the model.
+        TargetError: An entry matches nothing, or LoRA does not support a targeted module.
+        ConfigError: A pattern is not a valid regular expression, or no targets are given.
         NotYetSupported: The config uses an unsupported feature.
     """
     check_built(config)
@@ -275,7 +276,7 @@ def match_path(match: Match) -> str:
 def _unmatched_parameters(
     parameters: Sequence[BareParameter], config: LoraConfig, found: Sequence[Match]
 ) -> list[Unmatched]:
-    """Return the entries of `target_parameters` that match nothing, with the nearest names."""
+    """Return the entries of `target_parameters` that match nothing, with the nearest names as suggestions."""
     unmatched = []
     for entry in sorted(config.target_parameters or ()):
         if not any(names_path(entry, match_path(match)) for match in found):
@@ -329,7 +330,7 @@ def _unmatched(
 ) -> list[Unmatched]:
     targeted = [candidate.path for candidate, _ in found]
     everything = [candidate.path for candidate in candidates]
-    used = {entry for _, entry in found}  # most entries of a long list, so only the others are compared with paths
+    used = {entry for _, entry in found}  # spares most entries of a long list from being compared with every path
     unmatched = []
     for field, paths in (("target_modules", targeted), ("exclude_modules", everything)):
         entries = getattr(config, field)
@@ -345,7 +346,7 @@ def _unmatched(
 
 
 def unfitting_keys(field: str, keys: Collection[str], paths: Sequence[str]) -> list[Unmatched]:
-    """Return the patterns that match none of the adapted modules, with the nearest names.
+    """Return the patterns that match none of the adapted modules, with the nearest names as suggestions.
 
     Args:
         field: Field that holds the patterns, such as "rank_pattern".
@@ -353,7 +354,7 @@ def unfitting_keys(field: str, keys: Collection[str], paths: Sequence[str]) -> l
         paths: Dotted paths of the adapted modules.
 
     Raises:
-        ConfigError: A key is not a regular expression.
+        ConfigError: A key is not a valid regular expression.
     """
     unmatched = []
     for key in keys:
@@ -416,7 +417,7 @@ def _check_kinds(found: Sequence[tuple[Candidate, str]]) -> None:
 
 
 def _notes_on_names(found: Sequence[tuple[Candidate, str]]) -> list[Note]:
-    """Return notes about names that match different modules."""
+    """Return notes about names that match several different modules."""
     templates: dict[str, dict[str, list[Candidate]]] = {}
     for candidate, entry in found:
         if entry != ALL_LINEAR and not any(char in entry for char in r"*+?|()[]\^$"):
@@ -437,14 +438,14 @@ def _notes_on_names(found: Sequence[tuple[Candidate, str]]) -> list[Note]:
 def _notes_on_ranks(
     found: Sequence[tuple[Candidate, str]], parameters: Sequence[BareParameter], matches: Sequence[Match]
 ) -> list[Note]:
-    """Return notes about ranks that are larger than the smaller side of their weight."""
+    """Return notes about ranks that are larger than the smaller dimension of their weight."""
     sides = {c.path: min(c.out_features, c.in_features) for c, _ in found}
     sides |= {parameter.path: min(parameter.shape[-2:], default=0) for parameter in parameters}
     notes = []
     for match in matches:
         path = match_path(match)
         if 0 < sides[path] < match.rank:
-            text = f"{path}: rank {match.rank} is larger than the smaller side of its weight, {sides[path]}."
+            text = f"{path}: rank {match.rank} is larger than the smaller dimension of its weight, {sides[path]}."
             notes.append(Note(LARGE_RANK, text))
     return notes
 
@@ -458,12 +459,12 @@ def first_match(pattern: Mapping[str, T], path: str, default: T) -> T:
     """Return the value of the first pattern that matches a dotted suffix of a path or the whole path.
 
     Args:
-        pattern: Regular expression -> value, in the order they are tried.
+        pattern: Regular expression -> value, in the order in which they are tried.
         path: Dotted path of a site.
-        default: The value if no pattern matches.
+        default: The value to return if no pattern matches.
 
     Raises:
-        ConfigError: A key is not a regular expression.
+        ConfigError: A key is not a valid regular expression.
     """
     return next((value for key, value in pattern.items() if key_fits(key, path)), default)
 
@@ -472,7 +473,7 @@ def key_fits(key: str, path: str) -> bool:
     """Return whether a key of `rank_pattern` or `alpha_pattern` matches a path.
 
     Raises:
-        ConfigError: The key is not a regular expression.
+        ConfigError: The key is not a valid regular expression.
     """
     return compiled(rf"(.*\.)?({key})", "rank_pattern or alpha_pattern", key).fullmatch(path) is not None
 
@@ -482,17 +483,19 @@ def compiled(pattern: str, where: str, given: str | None = None) -> re.Pattern[s
 
     Args:
         pattern: A regular expression.
-        where: The field that holds it.
-        given: The pattern as the user wrote it, if it differs.
+        where: The field that holds the pattern.
+        given: The pattern as the user wrote it, if it differs from `pattern`.
 
     Raises:
-        ConfigError: The pattern is not a regular expression.
+        ConfigError: The pattern is not a valid regular expression.
     """
     try:
         return re.compile(pattern)
     except re.error as cause:
         raise ConfigError(
-            f"{where}: {given or pattern!r} is not a regular expression ({cause}).", what=given or pattern, field=where
+            f"{where}: {given or pattern!r} is not a valid regular expression ({cause}).",
+            what=given or pattern,
+            field=where,
         ) from None
 
 
@@ -503,9 +506,9 @@ def literal_value(patterns: Mapping[str, float], path: str, default: float) -> f
     """Return the value of the first pattern that names a path.
 
     Args:
-        patterns: Pattern -> value, in the order they are tried.
+        patterns: Pattern -> value, in the order in which they are tried.
         path: Path of a site.
-        default: The value if no pattern names it.
+        default: The value to return if no pattern names the path.
 
     Raises:
         PatternError: A pattern is not a plain name.
@@ -521,7 +524,7 @@ def names(pattern: str, path: str) -> bool:
     """
     if not _PLAIN.fullmatch(pattern):
         raise PatternError(
-            f"{pattern!r} is a regular expression; patterns from files are not run. Use names or dotted suffixes."
+            f"{pattern!r} is a regular expression, and patterns from files are not run. Use names or dotted suffixes."
         )
     word = pattern.removesuffix("$").replace("\\.", ".")
     return path == word[1:] if word.startswith("^") else names_path(word, path)

@@ -88,7 +88,7 @@ def test_clamping_cuts_at_a_quantile_whatever_the_signs() -> None:
         ({"name": "ties", "density": 0.0}, "density", "density is 0.0"),
         ({"name": "dare_linear", "density": 1.5}, "density", "density is 1.5"),
         ({"name": "svd", "density": 0.5}, "density", "'svd' does not prune"),
-        ({"name": "cat", "rank": 4}, "rank", "'cat' has no svd"),
+        ({"name": "cat", "rank": 4}, "rank", "'cat' does not use an SVD"),
         ({"name": "linear", "clamp": 0.9}, "clamp", "clamp is 0.9"),
         ({"name": "svd", "rank": 0}, "rank", "integer >= 1"),
         ({"name": "svd", "clamp": 0.3}, "clamp", r"\(0.5, 1\]"),

@@ -244,7 +244,7 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]] = {
     "taken": (lambda m: combine(m, ["a", "b"], [1, 1], "b"), AdapterError, "already has an adapter 'b'"),
     "name": (lambda m: combine(m, ["a"], [1], "x.y"), AdapterError, "cannot be an adapter's name"),
     "count": (lambda m: combine(m, ["a", "b"], [1], "x"), AdapterError, "2 adapters and 1 weights"),
-    "none": (lambda m: combine(m, [], [], "x"), AdapterError, "No adapter was given"),
+    "none": (lambda m: combine(m, [], [], "x"), AdapterError, "No adapters were given"),
     "nan": (lambda m: combine(m, ["a"], [float("nan")], "x"), AdapterError, "A weight is nan"),
     "way": (lambda m: combine(m, ["a"], [1], "x", way="lin"), ConfigError, "combination_type is 'lin'"),
     "ranks": (

@@ -90,7 +90,7 @@ def test_ranks_of_the_result_are_read_by_any_reader(tmp_path: Path) -> None:
 def test_dora_folders_need_the_base(tmp_path: Path) -> None:
     model = saved(tmp_path, "a", "c", specimen=LINEARS, use_dora=True)
     folders = [tmp_path / "a", tmp_path / "c"]
-    with pytest.raises(AdapterError, match=r"a is DoRA, whose effect depends on the base's weights"):
+    with pytest.raises(AdapterError, match=r"a uses DoRA, whose effect depends on the base's weights"):
         combine_folders(folders, [1.0, 1.0], tmp_path / "sum", way="cat")
     assert not (tmp_path / "sum").exists()
     combine_folders(folders, [1.0, 1.0], tmp_path / "sum", way="cat", model=LINEARS.model())
@@ -123,7 +123,7 @@ def test_shapes_that_do_not_fit_are_named(tmp_path: Path) -> None:
 
     attach(other, LoraConfig(target_modules=["up"]), "x")
     save_adapter(other, tmp_path / "x", "x")
-    with pytest.raises(AdapterError, match=r"at up they change weights of 20 × 12 and 20 × "):
+    with pytest.raises(AdapterError, match=r"at up, they change weights of 20 × 12 and 20 × "):
         combine_folders([tmp_path / "a", tmp_path / "x"], [1, 1], tmp_path / "sum", allow=("base_mismatch",))
 
 

@@ -77,12 +77,12 @@ def test_dora_cut_to_a_rank_keeps_its_gains() -> None:
 
 def test_what_dora_cannot_do() -> None:
     model = made(LINEARS, "a", "c", use_dora=True)
-    with pytest.raises(AdapterError, match="a is DoRA, which can only be combined with 'cat' or 'svd'"):
+    with pytest.raises(AdapterError, match="a uses DoRA, which can only be combined with 'cat' or 'svd'"):
         combine(model, ["a", "c"], [1.0, 1.0], "x", way="linear")
     twin = made(LINEARS, "a", use_dora=True)
     with torch.no_grad():
         twin.up.lora_magnitude_vector["a"].weight.mul_(0)
-    with pytest.raises(AdapterError, match="At up the scales of these DoRA adapters cancel for 20 outputs"):
+    with pytest.raises(AdapterError, match="At up, the scales of these DoRA adapters cancel out for 20 outputs"):
         combine(twin, ["a"], [1.0], "x", way="cat")
 
 
@@ -153,7 +153,7 @@ def test_adapters_that_wait_for_different_tokens_are_refused() -> None:
     model = WAITING_LINEARS.model()
     attach(model, WAITING_LINEARS.config(alora_invocation_tokens=[3, 4], task_type="CAUSAL_LM"), "a")
     attach(model, WAITING_LINEARS.config(), "b")
-    with pytest.raises(AdapterError, match="act after different invocation tokens"):
+    with pytest.raises(AdapterError, match="have different invocation tokens"):
         combine(model, ["a", "b"], [1.0, 1.0], "x")
 
 

@@ -99,7 +99,7 @@ def test_adapters_without_a_common_site(tmp_path: Path) -> None:
         by_peft(saved(tmp_path, name, target_modules=[target]), base_model_name_or_path="org/llama")
         for name, target in (("a", "q_proj"), ("b", "v_proj"))
     ]
-    with pytest.raises(AdapterError, match="no site in common") as caught:
+    with pytest.raises(AdapterError, match="no sites in common") as caught:
         combine_folders(folders, [1.0, 1.0], tmp_path / "sum", way="cat")
     assert caught.value.override == "key_mismatch" and "q_proj" in str(caught.value.where)
     assert not (tmp_path / "sum").exists()
@@ -119,7 +119,7 @@ def test_one_stranger_among_several_is_named(tmp_path: Path) -> None:
     folders.append(saved(tmp_path, "a", target_modules=["q_proj"]))
     for folder in folders:
         by_peft(folder, base_model_name_or_path="org/llama")
-    with pytest.raises(AdapterError, match=r"/a has no site in common"):
+    with pytest.raises(AdapterError, match=r"/a has no sites in common"):
         combine_folders(folders, [1.0] * 3, tmp_path / "sum", way="cat")
 
 

@@ -70,7 +70,7 @@ def test_keeping_all_changes_nothing() -> None:
 def test_a_refused_call_changes_nothing() -> None:
     model = with_adapters(LINEARS, "a", use_dora=True)
     before = snapshot(model)
-    with pytest.raises(AdapterError, match="a is DoRA; intruder dimensions are only defined"):
+    with pytest.raises(AdapterError, match="a uses DoRA; intruder dimensions are only defined"):
         reduce_intruders(model, "a")
     with pytest.raises(AdapterError, match="Adapter 'typo' not found"):
         reduce_intruders(model, "typo")

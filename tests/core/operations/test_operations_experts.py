@@ -217,7 +217,7 @@ def test_adapters_on_different_parameters_are_combined_on_their_model(tmp_path: 
     for name in chosen:
         save_adapter(model, tmp_path / name, name)
     for pair in (["square", "both"], ["square", "up"]):
-        said = r"different parameters of experts \(experts\.square, experts\.up\), and files do not show"
+        said = r"different parameters of experts \(experts\.square, experts\.up\), and the files do not show"
         with pytest.raises(AdapterError, match=said):
             combine_folders([tmp_path / name for name in pair], [1.0, 1.0], tmp_path / "x")
         with pytest.raises(AdapterError, match=said):
@@ -257,7 +257,7 @@ def test_what_cannot_be_combined() -> None:
     attach(mixed, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), "dora")
     attach(mixed, MIXTRAL.config(target_modules=[]), "bare")
     attach(mixed, LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True), "biased")
-    with pytest.raises(AdapterError, match=r"dora is DoRA, and bare adapts bare parameters .* do not support"):
+    with pytest.raises(AdapterError, match=r"dora uses DoRA, and bare adapts bare parameters .* do not support"):
         combine(mixed, ["bare", "dora"], [1.0, 1.0], "x", way="cat")
     with pytest.raises(AdapterError, match=r"biased has a bias on B \(lora_bias\), and bare adapts bare parameters"):
         combine(mixed, ["biased", "bare"], [1.0, 1.0], "x", way="cat")
@@ -269,7 +269,7 @@ def test_a_module_and_its_parameter_are_not_one_site(tmp_path: Path) -> None:
     attach(other, LoraConfig(r=2, target_modules=[], target_parameters=["up.weight"]), "a")
     save_adapter(one, tmp_path / "whole", "a")
     save_adapter(other, tmp_path / "bare", "a")
-    with pytest.raises(AdapterError, match="One adapter adapts up, and another adapts a parameter of it"):
+    with pytest.raises(AdapterError, match="One adapter adapts up, and another adapts a parameter of that module"):
         combine_folders([tmp_path / "whole", tmp_path / "bare"], [1.0, 1.0], tmp_path / "x")
 
 
@@ -296,7 +296,7 @@ def test_a_file_whose_experts_do_not_fit_is_refused(tmp_path: Path) -> None:
     tensors["base_model.model.experts.base_layer.lora_B.weight"] = torch.zeros(20, 4)
     save_file(tensors, path)
     (tmp_path / "a" / "lorakit.json").unlink()
-    with pytest.raises(AdapterFileError, match=r"A and B of experts\.base_layer do not fit together: \(12, 12\)"):
+    with pytest.raises(AdapterFileError, match=r"A and B of experts\.base_layer have incompatible shapes: \(12, 12\)"):
         weights_of_folder(tmp_path / "a")
 
 

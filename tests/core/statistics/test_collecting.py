@@ -162,7 +162,7 @@ def test_positions_that_do_not_count() -> None:
     rows = x[keep.bool()]
     assert found.rows == 4
     torch.testing.assert_close(found.second_moment(), rows.T @ rows / 4)
-    with pytest.raises(DataError, match=r"The mask of shape \(1, 5\) does not fit the input of 0, \(2, 5, 4\)"):
+    with pytest.raises(DataError, match=r"The mask of shape \(1, 5\) does not match the input of 0, \(2, 5, 4\)"):
         collect_inputs(model, ["0"], [x], loss, keep=lambda _: keep[:1])
 
 
@@ -191,7 +191,7 @@ def test_what_cannot_be_collected_is_refused_by_name() -> None:
     with pytest.raises(TargetError, match="0 is a convolution with 2 groups"):
         collect_inputs(nn.Sequential(nn.Conv1d(4, 4, 1, groups=2)), ["0"], batches(), loss)
     for collect in (collect_inputs, collect_gradients):
-        with pytest.raises(DataError, match="No batch to collect from"):
+        with pytest.raises(DataError, match="`batches` is empty; pass at least one batch"):
             collect(model, ["first"], [], loss)  # type: ignore[operator]
     with pytest.raises(RunError, match="The loss depends on none of the sites"):
         collect_gradients(model, ["idle"], batches(), lambda m, b: torch.zeros(()))

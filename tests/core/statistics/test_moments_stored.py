@@ -99,7 +99,9 @@ def test_what_is_no_whole_file_of_statistics_is_refused(tmp_path: Path) -> None:
 
     refused("truncated or damaged", whole[:-4])
     refused("too few for a safetensors file", b"")
-    refused("damaged: its tensors do not match their checksum", whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
+    refused(
+        "the file is damaged: its tensors do not match their checksum", whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:]
+    )
     refused("not a safetensors file .*a pickle, which is never loaded", pickle.dumps({"up/U": 1}))
     torch.save(tensors, path)
     refused("not a safetensors file .*a pickle, which is never loaded")
@@ -189,10 +191,10 @@ def test_what_cannot_be_collected_is_said() -> None:
     refused(ConfigError, "layer_replication adds layers", config_for("eva", layer_replication=[(0, 1)]))
     refused(TargetError, "nowhere", config_for("eva", target_modules=["nowhere"]))
     refused(TargetError, "nowhere", config_for("eva", target_modules=["up", "nowhere"]))
-    refused(DataError, "No batch", config_for("eva"), [])
+    refused(DataError, "`batches` is empty", config_for("eva"), [])
     refused(
         DataError,
-        r"mask of shape \(3, 5\) does not fit the input of up",
+        r"mask of shape \(3, 5\) does not match the input of up",
         config_for("eva"),
         keep=lambda batch: torch.ones(3, 5),
     )

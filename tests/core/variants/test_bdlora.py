@@ -87,15 +87,19 @@ def test_sites_in_neither_list_are_lora_where_that_is_allowed(tmp_path: Path) ->
         ),
         (
             {"use_bdlora": {"target_modules_bd_a": ["up", "sq"], "nblocks": 3}},
-            "up: r is 4, which is not divisible into 3 blocks of A",
+            "up: r is 4, which is not divisible by 3, the number of blocks of A",
             "up",
         ),
         (
             {"use_bdlora": {"target_modules_bd_a": ["up"], "target_modules_bd_b": ["sq"], "nblocks": 3}, "r": 3},
-            "square: out_features is 20, which is not divisible into 3 blocks of B",
+            "square: out_features is 20, which is not divisible by 3, the number of blocks of B",
             "square",
         ),
-        ({"use_bdlora": BLOCKS, "lora_bias": True}, "lora_bias at square: a block-diagonal B has no bias", "square"),
+        (
+            {"use_bdlora": BLOCKS, "lora_bias": True},
+            "lora_bias at square: a block-diagonal B cannot have a bias",
+            "square",
+        ),
         ({"use_bdlora": BLOCKS, "use_dora": True}, "exclude each other", "up"),
         ({"use_bdlora": BLOCKS, "init_lora_weights": "orthogonal"}, "needs A and B in their usual shapes", "up"),
     ],

@@ -1,9 +1,9 @@
 """The table INITS: initializations of a new adapter's factors.
 
-Each entry has a function from an `InitContext` to A and B. Most entries fill one side and leave the kind's zero side at
-zero, so that a new adapter does not change the output. Others move a part of the base weight into A and B and leave the
-residual in the base; the layer then keeps the original weight. Factors are created on the device of their site, in fp32
-or wider.
+Each entry has a function that computes A and B from an `InitContext`. Most entries fill one factor and leave the other
+(the kind's `zero_side`) at zero, so that a new adapter does not change the output. Others move part of the base weight
+into A and B and leave the residual in the base; the layer then keeps the original weight, too. Factors are created on
+the device of their site, in fp32 or wider.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def init_named(name: bool | str) -> Init:
     """Return the entry for a value of `init_lora_weights`.
 
     Raises:
-        ConfigError: No init has this name; the message suggests the most similar one.
+        ConfigError: No init has this name; the message suggests the most similar name.
     """
     for init in INITS:
         if init.name is name or (isinstance(name, str) and init.name == name.lower()):
@@ -73,7 +73,7 @@ def init_for(name: bool | str, kind: Kind, path: str) -> Init:
     Args:
         name: The value.
         kind: The kind of the site.
-        path: Path of the site, for the message.
+        path: Path of the site, for error messages.
 
     Raises:
         ConfigError: No init has this name, or the init does not support this kind.

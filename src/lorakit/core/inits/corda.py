@@ -1,4 +1,7 @@
-"""CorDA: decompose W·C, with C from the inputs; its largest or smallest directions become the adapter."""
+"""CorDA: decompose W·C, where C is the covariance of the inputs.
+
+The largest or smallest directions of the product become the adapter.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,13 @@ from lorakit.core.inits.init import Init, InitContext, InitResult, balanced
 from lorakit.errors import ConfigError
 
 DAMP, LARGEST_ERROR = 0.01, 0.05
-"""Initial damping of C as a fraction of its mean diagonal; it is doubled until ‖C·C⁻¹ − I‖ < LARGEST_ERROR."""
+"""Initial damping of C, as a fraction of its mean diagonal element; doubled until ‖C·C⁻¹ − I‖ < LARGEST_ERROR."""
 
 METHODS = ("ipm", "kpm")
 
 
 def _digest(context: InitContext, statistics: InputMoments) -> dict[str, Tensor]:
-    """Return the r directions that the config's method selects: U (out, r), S (r,) and Vh (r, n), which is Vᵀ·C⁻¹.
+    """Return the r directions that the config's method selects: U (out, r), S (r,) and Vh = Vᵀ·C⁻¹ (r, n).
 
     C (n, n) is Σ x·xᵀ over the inputs of one call, averaged over calls.
 
@@ -47,7 +50,7 @@ def decomposed(W: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         C: (n, n), symmetric, positive semidefinite.
 
     Returns:
-        U (out, k), S (k,), Vᵀ·C⁻¹ (k, n), largest first.
+        U (out, k), S (k,) and Vᵀ·C⁻¹ (k, n), sorted by singular value, largest first.
     """
     wide = torch.float64 if C.device.type != "mps" else torch.float32  # MPS has no float64
     C = C.to(wide)
@@ -64,7 +67,9 @@ def decomposed(W: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _corda(context: InitContext) -> InitResult:
-    """W·C = U·S·Vᵀ: A = √(S_r/s)·V_rᵀ·C⁻¹, B = U_r·√(S_r/s); the base becomes W − s·B·A.   [docs/math.md (65)]
+    """With W·C = U·S·Vᵀ, set A = √(S_r/s)·V_rᵀ·C⁻¹ and B = U_r·√(S_r/s).   [docs/math.md (65)]
+
+    The base becomes W − s·B·A.
 
     Source:
         Yang et al. 2024, arXiv:2406.05223, eq. (3) to (6): "ipm" takes the largest directions, "kpm" the smallest.

@@ -1,4 +1,7 @@
-"""EVA: A starts as principal directions of a site's inputs; ranks go where these explain the most variance."""
+"""EVA: A starts as principal directions of the site's inputs.
+
+Ranks are redistributed to the sites whose directions explain the most variance.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ class InputMoments(Protocol):
 
     Attributes:
         rows: Number of rows.
-        calls: Number of forward calls that supplied the rows.
+        calls: Number of module calls that supplied the rows.
     """
 
     rows: int
@@ -32,7 +35,7 @@ class InputMoments(Protocol):
 
 
 def sees_inputs(kind: Kind) -> bool:
-    """Support kinds whose modules take values, not indices."""
+    """Return whether the modules of a kind take values as input, not indices."""
     return kind.acts_on == "input" and kind.drops
 
 
@@ -48,7 +51,7 @@ def _digest(context: InitContext, statistics: InputMoments) -> dict[str, Tensor]
 
 
 def _eva(context: InitContext) -> InitResult:
-    """A = the first r principal directions of the inputs, B = 0.   [docs/math.md (64)]
+    """Set A to the first r principal directions of the inputs and B to zero.   [docs/math.md (64)]
 
     Source:
         Paischer et al. 2024, arXiv:2410.07170, section 3.2.

@@ -1,4 +1,4 @@
-"""Types of the table INITS: an entry, and the argument and result of its function."""
+"""Types for the table INITS: an entry, and the argument and result of its function."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ BOTH = frozenset({"A", "B"})
 
 @dataclass(frozen=True)
 class InitContext:
-    """The site that an init fills, and the data that it may use.
+    """The site whose factors an init creates, and the data that the init may use.
 
     Attributes:
         kind: The kind of the site.
         spec: Shape and layout of the site's weight.
         r: Rank.
         scale: alpha / r, or alpha / √r.
-        A_shape: Shape of A, (r, in) on a dense site.
-        B_shape: Shape of B, (out, r) on a dense site.
+        A_shape: Shape of A, (r, in) at a dense site.
+        B_shape: Shape of B, (out, r) at a dense site.
         device: Device of A and B.
         dtype: dtype of A and B.
         path: Path of the site, for messages.
@@ -52,7 +52,7 @@ class InitContext:
     statistics: Mapping[str, Tensor] | None = None
 
     def matrices(self, requirement: str = "") -> Tensor:
-        """Return the base weight as matrices, (g, out, n): one, or one per expert; kernels are flattened into n.
+        """Return the base weight as matrices, (g, out, n): a single one, or one per expert; n includes the kernel.
 
         Args:
             requirement: As in `check_rank`.
@@ -97,8 +97,8 @@ class InitContext:
         if self.r > most:
             needs = requirement or f"init_lora_weights={self.config.init_lora_weights!r} needs as many directions as r"
             raise self.error(
-                f"{needs}; r is {self.r}, and at most {most} is possible here. Lower r (rank_pattern for this module "
-                "alone).",
+                f"{needs}; r is {self.r}, and at most {most} is possible here. Lower r (use rank_pattern to change "
+                "only this module).",
                 what=self.r,
                 field="r",
             )
@@ -107,7 +107,7 @@ class InitContext:
         """Reject statistics that were collected for another rank.
 
         Args:
-            rank: The rank they were collected for.
+            rank: The rank for which they were collected.
 
         Raises:
             ConfigError: r differs from `rank`.
@@ -121,14 +121,14 @@ class InitContext:
             )
 
     def in_layout(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Convert factors of the matrices to the site's layout and to the dtype of its factors.
+        """Convert factors of matrices to the layout and dtype of the site's factors.
 
         Args:
             A: (g, r, n).
             B: (g, out, r).
 
         Returns:
-            A (r, in) and B (out, r) of a dense site; for kernels and experts, in the layout of their kind.
+            A (r, in) and B (out, r) at a dense site; for kernels and experts, the layout of their kind.
         """
         if self.spec.experts:
             B = B.permute(1, 2, 0)
@@ -156,7 +156,7 @@ class InitContext:
 
         Args:
             message: The problem; the site's path is prepended.
-            what: The wrong value.
+            what: The invalid value.
             field: The config field.
         """
         return ConfigError(f"{self.path}: {message}", what=what, where=self.path, field=field)
@@ -167,8 +167,8 @@ class InitResult:
     """The initial factors, and a new base weight if the init computes one.
 
     Attributes:
-        A: (r, in) on a dense site.
-        B: (out, r) on a dense site.
+        A: (r, in) at a dense site.
+        B: (out, r) at a dense site.
         W: The canonical weight that replaces the base weight. If None, an init that changes the base uses W − s·B·A.
     """
 
@@ -184,14 +184,14 @@ class Init:
     Attributes:
         name: The value of `init_lora_weights` that selects the init.
         fill: Creates A and B.
-        fits: Kind -> whether the init supports it. Only `every_kind` supports the kinds that users define.
+        fits: Kind -> whether the init supports it. Only `every_kind` supports user-defined kinds.
         changes_base: Whether the init replaces the base weight, by W − s·B·A unless `fill` returns a weight.
         is_identity: Whether a new adapter leaves the output unchanged, except for rounding (see `is_exact`).
         is_exact: Whether the output then stays the same bit for bit.
         needs: Data to collect beforehand: "" for none, "inputs" or "gradients".
         digest: Reduces a site's statistics to the few tensors that `fill` needs.
         trains: Which of "A" and "B" are trained.
-        family: Regular expression for other values that select the init.
+        family: Regular expression for other values that also select the init.
         requantizes: Whether the init may replace a quantized base weight, which rounds the weight a second time.
         takes_any_shape: Whether the init can fill A and B of any shape, as variants with their own shapes require.
     """
@@ -216,12 +216,12 @@ def zeros(context: InitContext, shape: Shape) -> Tensor:
 
 
 def normal(context: InitContext, shape: Shape, std: float) -> Tensor:
-    """Return normally distributed values with mean 0 in a given shape, such as (r, in) or (out, r)."""
+    """Return a tensor of the given shape, such as (r, in) or (out, r), with normally distributed values (mean 0)."""
     return torch.empty(shape, device=context.device, dtype=context.dtype).normal_(0.0, std, generator=context.generator)
 
 
 def uniform(context: InitContext, shape: Shape) -> Tensor:
-    """Return values uniform in ±1/√fan_in in a given shape, (r, in) or (out, r)."""
+    """Return a tensor of the given shape, (r, in) or (out, r), with values drawn uniformly within ±1/√fan_in."""
     bound = 1.0 / math.sqrt(math.prod(shape[1:]))
     values = torch.empty(shape, device=context.device, dtype=context.dtype)
     return values.uniform_(-bound, bound, generator=context.generator)
@@ -243,14 +243,14 @@ def balanced(context: InitContext, U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Te
         ConfigError: The scale is zero.
     """
     if context.scale == 0:
-        raise context.error("the scale is 0, so B·A cannot represent a part of the base. Set a nonzero lora_alpha.")
+        raise context.error("the scale is 0, so B·A cannot represent part of the base. Set a nonzero lora_alpha.")
     U, S, Vh = U[..., : context.r], S[:, : context.r], Vh[:, : context.r]
     root = (S / abs(context.scale)).sqrt()
     return root[..., None] * Vh, U * (root if context.scale > 0 else -root)[..., None, :]
 
 
 def fresh_bias(context: InitContext, random: bool) -> Tensor:
-    """Return the initial bias of B, (out,): zeros, or random like that of a dense layer with r inputs.
+    """Return the initial bias of B, (out,): zeros, or random values as in a dense layer with r inputs.
 
     Args:
         context: The site.

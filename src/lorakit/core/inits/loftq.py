@@ -1,4 +1,4 @@
-"""LoftQ: the base is rounded to a quantization grid, and the adapter starts as the quantization error.
+"""LoftQ: the base is rounded to a quantization grid, and the adapter starts as an approximation of the rounding error.
 
 The grids are computed from formulas: QLoRA's NF4 grid, and int8 with one scale per row. Rounded weights stay dense, so
 no quantization package is needed.
@@ -18,7 +18,7 @@ BLOCK = 64
 """Number of values that share one scale on the NF4 grid."""
 
 OFFSET = 0.9677083
-"""The largest quantile of the grid: the mean of 1 − 1/32 and 1 − 1/30, the outermost ones of 16 and of 15 levels."""
+"""The largest quantile of the grid: the mean of 1 − 1/32 and 1 − 1/30, the outermost quantiles for 16 and 15 levels."""
 
 
 def normal_float(device: torch.device | None = None) -> Tensor:
@@ -40,7 +40,7 @@ def normal_float(device: torch.device | None = None) -> Tensor:
 
 
 def on_normal_float(W: Tensor) -> Tensor:
-    """Round to the NF4 grid; each block of 64 values, in row order, is scaled by its largest magnitude.
+    """Round to the NF4 grid; each block of 64 values, in row-major order, is scaled by its largest magnitude.
 
     Args:
         W: (…, n), fp32 or wider.
@@ -72,7 +72,7 @@ def on_int8(W: Tensor) -> Tensor:
 
 
 ROUNDED: Mapping[int, Callable[[Tensor], Tensor]] = {4: on_normal_float, 8: on_int8}
-"""Number of bits -> function that rounds a weight to the grid of that many bits."""
+"""Number of bits -> function that rounds a weight to the grid with that many bits."""
 
 
 def _loftq(context: InitContext) -> InitResult:
@@ -94,7 +94,7 @@ def _loftq(context: InitContext) -> InitResult:
 
 
 def residual_factors(context: InitContext, lost: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A (g, r, n) and B (g, out, r) whose s·B·A is the best approximation of a quantization error.
+    """Return A (g, r, n) and B (g, out, r) such that s·B·A best approximates a quantization error.
 
     Args:
         context: The site.
@@ -104,7 +104,7 @@ def residual_factors(context: InitContext, lost: Tensor) -> tuple[Tensor, Tensor
 
 
 def _settings(context: InitContext) -> tuple[int, int]:
-    """Return bits and steps.
+    """Return the number of bits and the number of steps.
 
     Raises:
         ConfigError: `loftq_bits` is neither 4 nor 8, or `loftq_iter` is not an integer >= 1.
@@ -114,7 +114,7 @@ def _settings(context: InitContext) -> tuple[int, int]:
     bits, steps = given.get("loftq_bits", 4), given.get("loftq_iter", 1)
     if bits not in ROUNDED:
         raise ConfigError(
-            f"loftq_config: loftq_bits is {bits!r}; Only nf4 and int8 quantization is supported: 4 or 8.",
+            f"loftq_config: loftq_bits is {bits!r}. Only nf4 and int8 quantization is supported: use 4 or 8.",
             what=bits,
             field="loftq_config.loftq_bits",
             allowed=("4", "8"),

@@ -1,4 +1,4 @@
-"""LoRA-GA: A and B start along the gradient for W; the first step then approximates full fine-tuning's."""
+"""LoRA-GA: A and B start along the weight's gradient, so that the first step approximates that of full fine-tuning."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class GradientMoments(Protocol):
     """Gradients of a site's weight, collected by `lorakit.core.statistics`."""
 
     def mean(self) -> Tensor:
-        """Return the mean gradient over the batches, shaped like the canonical weight, (out, in) on a dense site."""
+        """Return the mean gradient over the batches, shaped like the canonical weight, (out, in) at a dense site."""
 
 
 def settings_of(context: InitContext) -> LoraGAConfig:
-    """Return the config's settings, or PEFT's defaults if it has none.
+    """Return the config's LoRA-GA settings, or PEFT's defaults if it has none.
 
     Raises:
         ConfigError: A value is not allowed.
@@ -53,7 +53,7 @@ def _digest(context: InitContext, statistics: GradientMoments) -> dict[str, Tens
 
 
 def _lora_ga(context: InitContext) -> InitResult:
-    """From the gradient G = U·S·Vᵀ: A = rows of Vᵀ, B = columns of U·S; the base becomes W − s·B·A.
+    """From the gradient G = U·S·Vᵀ, take rows of Vᵀ as A and columns of U·S as B; the base becomes W − s·B·A.
 
     [docs/math.md (67)]
 
@@ -62,7 +62,7 @@ def _lora_ga(context: InitContext) -> InitResult:
     """
     settings, found = settings_of(context), context.collected()
     U, S, Vh = found["U"], found["S"], found["Vh"]
-    context.check_collected(len(S) / 2)  # an odd number of directions fits no rank
+    context.check_collected(len(S) / 2)  # an odd number of directions matches no rank
     to_A, to_B = _chosen(context, settings.direction)
     A, B, strength = Vh[to_A], U[:, to_B] * S[to_B], float(S[to_B][0])
     if settings.scale == "stable":

@@ -1,8 +1,8 @@
-"""Inits from a decomposition of W: PiSSA, OLoRA, MiCA.
+"""Inits that use a decomposition of W: PiSSA, OLoRA, and MiCA.
 
 PiSSA: the adapter starts as the largest singular directions of W, and the base becomes the residual.
 
-OLoRA: the adapter starts as a part of the QR decomposition of W, and the base becomes the residual.
+OLoRA: the adapter starts as part of the QR decomposition of W, and the base becomes the residual.
 
 MiCA: B is frozen at the smallest left singular directions of W, and only A is trained.
 """
@@ -19,7 +19,7 @@ FAST = "pissa_niter_"
 
 
 def _pissa(context: InitContext) -> InitResult:
-    """W = U·S·Vᵀ: A = √(S_r/s)·V_rᵀ, B = U_r·√(S_r/s), and the base becomes W − s·B·A.   [docs/math.md (60)]
+    """With W = U·S·Vᵀ, set A = √(S_r/s)·V_rᵀ and B = U_r·√(S_r/s); the base becomes W − s·B·A.   [docs/math.md (60)]
 
     Source:
         Meng et al. 2024, arXiv:2404.02948, eq. (2) to (4); "pissa_niter_N" uses its fast SVD (Halko et al. 2011).
@@ -35,7 +35,7 @@ def sketched(context: InitContext, W: Tensor, iterations: int) -> tuple[Tensor, 
     """Compute the leading singular directions with a random sketch and power iterations.
 
     Args:
-        context: The site; supplies the rank and the random generator.
+        context: The site, which supplies the rank and the random generator.
         W: (g, out, n).
         iterations: Number of power iterations; each improves the accuracy.
 
@@ -55,7 +55,9 @@ PISSA = Init("pissa", _pissa, changes_base=True, is_exact=False, family=r"pissa_
 
 
 def _olora(context: InitContext) -> InitResult:
-    """W = Q·R: B = first r columns of Q, A = first r rows of R; the base becomes W − s·B·A.   [docs/math.md (61)]
+    """With W = Q·R, set A to the first r rows of R and B to the first r columns of Q.   [docs/math.md (61)]
+
+    The base becomes W − s·B·A.
 
     Source:
         Büyükakyüz 2024, arXiv:2406.01775, algorithm 1.
@@ -69,7 +71,7 @@ OLORA = Init("olora", _olora, changes_base=True, is_exact=False, requantizes=Tru
 
 
 def _mica(context: InitContext) -> InitResult:
-    """W = U·S·Vᵀ: B is the last r columns of U, A = 0.   [docs/math.md (68)]
+    """With W = U·S·Vᵀ, set B to the last r columns of U and A to zero.   [docs/math.md (68)]
 
     Source:
         arXiv:2604.01694 (MiCA), as in PEFT: the adapter writes only to the directions in which the base writes least.

@@ -1,4 +1,4 @@
-"""Inits that use neither data nor the base: Kaiming, Gaussian, both sides random, orthogonal.
+"""Inits that use neither data nor the base weight: Kaiming, Gaussian, both factors random, and orthogonal.
 
 In the orthogonal init, both factors are random, but their product is zero.
 """
@@ -14,7 +14,9 @@ from lorakit.core.kinds.kind import every_kind
 
 
 def _kaiming(context: InitContext) -> InitResult:
-    """Fill one side, uniform in ±1/√fan_in (embedding: standard normal); the other is zero. [docs/math.md (5), (6)]
+    """Fill one factor with uniform values within ±1/√fan_in (for an embedding, standard normal); the other is zero.
+
+    [docs/math.md (5), (6)]
 
     Source: He et al. 2015 with a = √5, the default of nn.Linear; Hu et al. 2021, section 4.1.
     """
@@ -24,7 +26,7 @@ def _kaiming(context: InitContext) -> InitResult:
 
 
 def _gaussian(context: InitContext) -> InitResult:
-    """Fill one side, normal with standard deviation 1/r; the other is zero.   [docs/math.md (5)]."""
+    """Fill one factor with normal values of standard deviation 1/r; the other is zero.   [docs/math.md (5)]."""
     std = 1.0 / context.r
     if context.kind.zero_side == "A":
         return InitResult(zeros(context, context.A_shape), normal(context, context.B_shape, std))
@@ -32,7 +34,7 @@ def _gaussian(context: InitContext) -> InitResult:
 
 
 def _random(context: InitContext) -> InitResult:
-    """Fill both sides randomly, so that a new adapter changes the output; for tests and experiments."""
+    """Fill both factors randomly, so that a new adapter changes the output; meant for tests and experiments."""
     if context.kind.zero_side == "A":
         return InitResult(normal(context, context.A_shape, 1.0), normal(context, context.B_shape, 1.0))
     return InitResult(uniform(context, context.A_shape), uniform(context, context.B_shape))
@@ -47,10 +49,12 @@ SIZE = 0.1
 
 
 def _orthogonal(context: InitContext) -> InitResult:
-    """A = Q₁ᵀ·X/10 and B = Y·Q₂/10, with Q₁ and Q₂ the odd and even rows of an orthogonal Q.   [docs/math.md (63)]
+    """Set A = Q₁ᵀ·X/10 and B = Y·Q₂/10, with Q₁ and Q₂ the odd and even rows of an orthogonal Q.   [docs/math.md (63)]
+
+    Both factors get a gradient from the first step.
 
     Source:
-        datta0.github.io/posts/rethink-lora-init, as in PEFT: both factors get a gradient from the first step.
+        datta0.github.io/posts/rethink-lora-init, as in PEFT.
     """
     if context.r % 2:
         raise context.error(f"Orthogonal initialization requires the LoRA rank to be even, got {context.r} instead.")

@@ -38,16 +38,16 @@ _NAMED = {kind.name: kind for kind in KINDS}
 
 
 def kind_of(module_type: type[nn.Module], own: Mapping[str, Kind] = NONE) -> Kind | None:
-    """Return the kind of a module type, or None; the nearest ancestor listed in an entry decides.
+    """Return the kind of a module type, or None. The nearest ancestor class that an entry lists decides.
 
     Args:
         module_type: Class of a module of the base.
-        own: User-defined kinds, by name; for the same ancestor, they take precedence over the entries of KINDS.
+        own: User-defined kinds, by name; for the same ancestor, they take precedence over the entries in KINDS.
     """
     for ancestor in module_type.__mro__:
         dotted = f"{ancestor.__module__}.{ancestor.__qualname__}"
         if any(dotted in kind.types for kind in KINDS if kind.read_by_owner):
-            return None  # its forward is never called; it becomes a site along with its owner
+            return None  # its forward method is never called; it becomes a site along with its owner
         for kind in (*own.values(), *KINDS):
             if ancestor in kind.types or dotted in kind.types:
                 return kind
@@ -55,7 +55,7 @@ def kind_of(module_type: type[nn.Module], own: Mapping[str, Kind] = NONE) -> Kin
 
 
 def kind_named(name: str, own: Mapping[str, Kind] = NONE) -> Kind:
-    """Return the kind with this name, user-defined or from KINDS; an unknown name is a bug in lorakit.
+    """Return the kind with this name, whether user-defined or from KINDS; an unknown name is a bug in lorakit.
 
     Args:
         name: Name of the kind.
@@ -65,10 +65,10 @@ def kind_named(name: str, own: Mapping[str, Kind] = NONE) -> Kind:
 
 
 def checked(kinds: Iterable[Kind]) -> dict[str, Kind]:
-    """Return user-defined kinds by name, with the flags cleared that only apply to the module types in KINDS.
+    """Return user-defined kinds by name, after clearing the flags that apply only to the module types in KINDS.
 
     Args:
-        kinds: The kinds; `dataclasses.replace` of an entry of KINDS is the simplest way to make one.
+        kinds: The kinds; the simplest way to make one is `dataclasses.replace` on an entry of KINDS.
 
     Raises:
         ConfigError: An element of `kinds` is not a `Kind`, has a name that is taken, or lists no module types.
@@ -87,7 +87,7 @@ def checked(kinds: Iterable[Kind]) -> dict[str, Kind]:
 
 
 def fits(check: Fits, kind: Kind) -> bool:
-    """Return whether an entry of INITS or VARIANTS supports a kind; only `every_kind` includes user-defined ones.
+    """Return whether an entry of INITS or VARIANTS supports a kind; only `every_kind` covers user-defined kinds.
 
     Args:
         check: The entry's `fits`.
@@ -102,10 +102,10 @@ def check_fits(check: Fits, kind: Kind, path: str, *, what: str, field: str, adv
     Args:
         check: The entry's `fits`.
         kind: The kind.
-        path: The site.
-        what: Description of the entry, for the message.
+        path: Path of the site.
+        what: Description of the entry, for the error message.
         field: Config field that selects the entry.
-        advice: Alternative to leaving the module out, for the message.
+        advice: Alternative to leaving the module out, for the error message.
 
     Raises:
         ConfigError: The entry does not support the kind.

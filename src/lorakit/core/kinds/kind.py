@@ -1,7 +1,7 @@
-"""`Kind`, an entry of KINDS, and `WeightSpec`, the geometry of one weight.
+"""`Kind`, an entry in KINDS, and `WeightSpec`, the geometry of one weight.
 
 A kind defines the geometry of LoRA on one type of module: which weights the module has, the shapes of A and B, how each
-is applied, and the delta in canonical orientation, whose leading axis is the output. It does not handle scales,
+factor is applied, and the delta in canonical orientation, whose leading axis is the output. It does not handle scales,
 dropout, adapters or the storage of the base weight.
 """
 
@@ -22,9 +22,9 @@ class WeightSpec:
 
     Attributes:
         parameter: Name of the parameter in the module.
-        out_features: Rows of the canonical weight.
-        in_features: Columns of the canonical weight; for a convolution, all input channels.
-        experts: Number of matrices in the parameter, (experts, …, …); 0 if it is one matrix.
+        out_features: Number of rows of the canonical weight.
+        in_features: Number of columns of the canonical weight; for a convolution, the number of all input channels.
+        experts: Number of matrices in the parameter, (experts, …, …); 0 if the parameter is a single matrix.
         in_first: Whether each expert's matrix is stored as (in, out).
         kernel: Kernel size of a convolution; () for other modules.
         groups: Number of groups of a convolution; 1 for other modules.
@@ -50,20 +50,21 @@ class Kind:
     Attributes:
         name: Unique name, which appears in messages and selects the layer class.
         types: Module types or their dotted names, which are matched along the MRO.
-        acts_on: "input": B·A is applied to the module's input; "weight": B·A is added to the weight for one forward.
+        acts_on: "input": B·A is applied to the module's input; "weight": B·A is added to the weight for one forward
+            pass.
         zero_side: "A" or "B": the factor that is zero in a new adapter, so that the adapter has no effect yet.
-        names: Layer attributes that hold A and B; also their names on disk.
+        names: Layer attributes that hold A and B; also the names of A and B on disk.
         on_disk: Suffix of these names on disk.
         drops: Whether dropout can be applied to the input; it cannot if the input holds indices.
         specs: Module -> specs of the weights to adapt; the first belongs to the outermost layer.
-        inner: Children that become sites along with the module, because the module reads their weights.
-        row_axis: Module -> the input axis that holds the batch rows, or None if it is unknown. Rows can have different
+        inner: Names of children that become sites along with the module, because the module reads their weights.
+        row_axis: Module -> the input axis that holds the batch rows, or None if it is unknown. Rows can use different
             adapters if the kind acts on the input.
-        shapes: Spec and rank -> shapes of A and B; raises ConfigError if the rank does not fit.
-        rank: Spec and shape of A -> rank of the factor.
-        vector: Spec -> shape of a vector over the outputs, such as (out,), in memory and on disk.
-        down: Apply A to the input.
-        up: Apply B to the result of `down`.
+        shapes: Spec and rank -> shapes of A and B; raises ConfigError if the rank is not possible.
+        rank: Spec and shape of A -> rank.
+        vector: Spec -> shape of a vector with one value per output, such as (out,), in memory and on disk.
+        down: Applies A to the input.
+        up: Applies B to the result of `down`.
         flat: Spec, A and B -> A and B as matrices, (r, n) and (out, r); B·A is the delta if the weight is one matrix.
         flat_weight: Spec and canonical weight -> the weight as a matrix, (out, n).
         delta: Spec, A and B -> the unscaled delta in the canonical weight's shape; raises MergeError if there is none.
@@ -112,7 +113,7 @@ def every_kind(kind: Kind) -> bool:
 
 
 def every_kind_of_the_table(kind: Kind) -> bool:
-    """Return True for every entry of KINDS: each of their weights consists of one or more matrices."""
+    """Return True for every entry of KINDS, because each of its weights consists of one or more matrices."""
     return True
 
 
@@ -132,7 +133,7 @@ def spread(vector: Tensor, spec: WeightSpec) -> Tensor:
 
 
 def first_axis(_: nn.Module) -> int | None:
-    """Return 0: the first axis of the input holds the rows."""
+    """Return 0, because the first axis of the input holds the batch rows."""
     return 0
 
 

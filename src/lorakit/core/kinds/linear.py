@@ -1,7 +1,7 @@
-"""Kinds of dense sites: nn.Linear, transformers' Conv1D, and nn.Embedding.
+"""Kinds for dense sites: nn.Linear, transformers' Conv1D, and nn.Embedding.
 
-Each has a single matrix as its weight. An embedding's weight is (V, d) in memory and (d, V) in canonical orientation:
-the input is equivalent to one-hot rows, so A (r, V) is looked up instead of multiplied.
+The weight of each is a single matrix. An embedding's weight is (V, d) in memory and (d, V) in canonical orientation:
+the input is equivalent to one-hot rows, so A (r, V) is applied by looking up its columns.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def factor_shapes(spec: WeightSpec, r: int) -> tuple[Shape, Shape]:
 
 
 def as_they_are(_: WeightSpec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A (r, in) and B (out, r) unchanged: they already are matrices."""
+    """Return A (r, in) and B (out, r) unchanged, because they are already matrices."""
     return A, B
 
 
 def matrix(_: WeightSpec, W: Tensor) -> Tensor:
-    """Return a canonical weight (out, in) unchanged: it already is a matrix."""
+    """Return a canonical weight (out, in) unchanged, because it is already a matrix."""
     return W
 
 
@@ -44,12 +44,12 @@ def product(_: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
 
 
 def linear_down(_: nn.Module, x: Tensor, A: Tensor) -> Tensor:
-    """Apply A (r, in) to x (…, in): (…, r)."""
+    """Return A (r, in) applied to x (…, in), a tensor (…, r)."""
     return F.linear(x, A)
 
 
 def linear_up(_: nn.Module, h: Tensor, B: Tensor) -> Tensor:
-    """Apply B (out, r) to h (…, r): (…, out)."""
+    """Return B (out, r) applied to h (…, r), a tensor (…, out)."""
     return F.linear(h, B)
 
 
@@ -64,7 +64,7 @@ def flat_vector(spec: WeightSpec) -> Shape:
 
 
 def _linear_specs(module: nn.Linear) -> tuple[WeightSpec, ...]:
-    return (WeightSpec("weight", module.out_features, module.in_features),)  # a quantized weight has another shape
+    return (WeightSpec("weight", module.out_features, module.in_features),)  # a quantized weight's own shape differs
 
 
 def _transposed_specs(module: HasWeight) -> tuple[WeightSpec, ...]:
@@ -110,8 +110,8 @@ def _table_delta(spec: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
     """
     if spec.bounded:
         raise MergeError(
-            "An embedding with max_norm rescales the rows that it looks up; with a merged adapter it would rescale "
-            "the sums of rows and updates. Keep the adapter unmerged, or remove max_norm.",
+            "An embedding with max_norm rescales the rows that it looks up; with a merged adapter, it would rescale "
+            "the sum of each row and its update. Keep the adapter unmerged, or remove max_norm.",
             field="max_norm",
         )
     return dense_delta(A, B)
@@ -123,7 +123,7 @@ def _embedding_down(module: nn.Embedding, indices: Tensor, A: Tensor) -> Tensor:
         A.T,  # (V, r)
         padding_idx=module.padding_idx,
         scale_grad_by_freq=module.scale_grad_by_freq,
-    )  # never sparse: torch cannot transpose a sparse gradient (peft's backward fails there), and A is small
+    )  # never sparse: torch cannot transpose a sparse gradient (PEFT's backward pass fails there), and A is small
 
 
 def _embedding_up(module: nn.Module, h: Tensor, B: Tensor) -> Tensor:

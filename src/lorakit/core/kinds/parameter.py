@@ -1,4 +1,4 @@
-"""Kinds whose factors are added to a weight for one forward: bare parameters and nn.MultiheadAttention.
+"""Kinds whose update is added to a weight for one forward pass: bare parameters and nn.MultiheadAttention.
 
 Such a module does not expose its weight's input, so B·A is added to the weight. If a parameter holds several experts,
 their factors are stored together in PEFT's layout: A (experts·r, in), grouped by expert, and B (out, r·experts), in
@@ -85,7 +85,7 @@ def _attention_axis(module: nn.Module) -> int | None:
 PARAMETER = replace(
     LINEAR,
     name="Parameter",
-    types=(),  # named by target_parameters, never found by its module's type
+    types=(),  # named by target_parameters, never found by module type
     acts_on="weight",
     drops=False,
     row_axis=_no_axis,
@@ -114,4 +114,4 @@ INNER = replace(
     names_parameter=False,
     read_by_owner=True,
 )
-"""The output projection of nn.MultiheadAttention: a dense layer whose weight the attention reads without calling it."""
+"""The output projection of nn.MultiheadAttention: a dense layer that is never called; only its weight is read."""

@@ -1,7 +1,8 @@
 """The eleven combination types, under PEFT's names, with their options and their arithmetic.
 
-A type consists of steps: prune each tensor, elect a sign, add up. Types without "svd" in their name apply the steps to
-A and B separately; types with "svd" apply them to the update B·A and decompose the result.
+A type consists of up to three steps: prune each tensor, elect signs, and add the tensors up. Types without "svd" in
+their names apply the steps to A and B separately; types with "svd" apply them to the update B·A and decompose the
+result.
 
 For trainable tokens, the adapters' changes to the base are combined. A trained row replaces the base's row, so its
 change is the difference between the two.
@@ -45,14 +46,15 @@ class CombinationType:
     """A combination type and its options.
 
     Attributes:
-        name: One of COMBINATION_TYPES. "cat" is exact and sums the ranks; "svd" is the nearest update of its rank;
-            "linear" adds A and B separately, which is inexact; the others prune first.
-        rank: Rank of the result, for types with "svd"; None for the largest rank of the adapters at each site.
+        name: One of COMBINATION_TYPES. "cat" is exact, but the ranks add up; "svd" gives the nearest update of the
+            chosen rank; "linear" adds A and B separately, which is inexact; the others prune first.
+        rank: For types with "svd": rank of the result; None uses the largest of the adapters' ranks at each site.
         density: Fraction of the values that pruning keeps, in (0, 1]; each expert is pruned separately.
-        majority_sign: For "ties": elect the sign of the sum ("total") or that of most values ("frequency").
+        majority_sign: For types with "ties": whether to elect the sign of the sum ("total") or the sign of most values
+            ("frequency").
         clamp: For types with "svd": quantile to which the values of A and B are clamped, in (0.5, 1].
-        driver: For types with "svd" on CUDA: the `driver` of `torch.linalg.svd`.
-        seed: For "dare": seed of the random pruning; None uses torch's default generator.
+        driver: For types with "svd" on CUDA: the `driver` argument of `torch.linalg.svd`.
+        seed: For types with "dare": seed of the random pruning; None uses torch's default generator.
 
     Raises:
         ConfigError: A field has a value that is not allowed, or that this type does not use.
@@ -72,13 +74,13 @@ class CombinationType:
         if self.majority_sign not in MAJORITIES:
             raise ConfigError.of("majority_sign", self.majority_sign, allowed=MAJORITIES)
         if self.prunes and (self.density is None or not 0 < self.density <= 1):
-            raise ConfigError.of("density", self.density, f"the fraction that {self.name!r} keeps, in (0, 1]")
+            raise ConfigError.of("density", self.density, f"the fraction of values that {self.name!r} keeps, in (0, 1]")
         if not self.prunes and self.density is not None:
             raise ConfigError.of("density", self.density, f"left out, because {self.name!r} does not prune")
         for field in ("rank", "clamp", "driver"):
             value = getattr(self, field)
             if value is not None and not self.decomposes:
-                raise ConfigError.of(field, value, f"left out, because {self.name!r} has no svd")
+                raise ConfigError.of(field, value, f"left out, because {self.name!r} does not use an SVD")
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
             raise ConfigError.of("rank", self.rank, "an integer >= 1")
         if self.clamp is not None and not 0.5 < self.clamp <= 1:
@@ -108,12 +110,12 @@ class CombinationType:
 def added_up(
     tensors: Sequence[Tensor], weights: Sequence[float], way: CombinationType, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Prune tensors of one shape, elect signs, and add the tensors up.   [docs/math.md (55), (56)]
+    """Prune tensors of the same shape, elect signs, and add the tensors up.   [docs/math.md (55), (56)]
 
     A negative weight negates its tensor before the election, so a subtracted tensor votes for the opposite sign.
 
     Args:
-        tensors: One per adapter, of any shape, the same for all.
+        tensors: One per adapter, of any shape, as long as all have the same shape.
         weights: One per adapter.
         way: The combination type.
         generator: Random generator for pruning, or None for torch's default one.
@@ -140,7 +142,7 @@ def added_up(
 
 
 def clamped(A: Tensor, B: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """Clamp A (g, r, in) and B (g, out, r) to a quantile of all their values, each taken with both signs."""
+    """Clamp A (g, r, in) and B (g, out, r) to a quantile of all their values, each counted with both signs."""
     sizes = torch.cat([A.abs().flatten(), B.abs().flatten()]).sort().values
     position = (2 * quantile - 1) * (sizes.numel() - 1)  # quantile q of ±x is quantile 2q − 1 of |x|
     below = int(position)
@@ -175,8 +177,8 @@ def check_same_rows(adapters: Sequence[AdapterWeights]) -> None:
     }
     if any(one != next(iter(rows.values())) for one in rows.values()):
         raise AdapterError(
-            f"{' and '.join(rows)} train different tokens (trainable_token_indices), which cannot be combined. "
-            "Train the same tokens, or keep both active.",
+            f"{' and '.join(rows)} train different tokens (trainable_token_indices), so they cannot be combined. "
+            "Train them on the same tokens, or keep both active.",
             what=list(rows),
             field="trainable_token_indices",
         )

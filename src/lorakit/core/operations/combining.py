@@ -2,9 +2,9 @@
 
 At each site, the adapters' effects, weight · scale · B·A, are combined. The result has scale 1 everywhere, so that its
 effect is exactly the combination, whatever the adapters' ranks, alphas and rsLoRA settings. Dense products are formed
-only if the factors do not suffice. A variant whose update is more than B·A defines how such updates are added
-(`Variant.combine`), which needs the base; other variants are reduced to A and B (`Variant.factors`), and their sum is
-plain LoRA. Experts in one parameter are combined separately, like sites of their own.
+only where the factors do not suffice. A variant whose update is more than B·A defines how such updates are added
+(`Variant.combine`), which requires the base model; other variants are reduced to A and B (`Variant.factors`), and their
+sum is plain LoRA. If one parameter holds several experts, each expert is combined as if it were a separate site.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def combine(
     Args:
         model: The adapted model.
         adapters: Names of the adapters.
-        weights: One per adapter; negative ones subtract, 0 leaves an adapter out.
+        weights: One per adapter; a negative weight subtracts the adapter, and 0 leaves it out.
         name: The new adapter's name.
         way: The combination type, or its name for the default options.
 
@@ -67,7 +67,7 @@ def combine(
 
     Raises:
         AdapterError: An adapter does not exist, the new name is taken, or the adapters cannot be combined.
-        ConfigError: The combination type is unknown or lacks an option, or the ranks do not fit the type.
+        ConfigError: The combination type is unknown or lacks an option, or it does not support the adapters' ranks.
     """
     way = CombinationType(way) if isinstance(way, str) else way
     sources = [weights_of_model(model, adapter) for adapter in adapters]
@@ -85,23 +85,23 @@ def combine_folders(
     model: nn.Module | None = None,
     allow: Collection[str] = (),
 ) -> OperationReport:
-    """Combine adapters on disk into a new directory; some variants and trainable tokens need the base.
+    """Combine adapters on disk into a new directory; some variants and trainable tokens need the base model.
 
     Args:
         folders: Directories of the adapters.
         weights: One per adapter.
         output: The directory to create; it must be new or empty.
         way: As in `combine`.
-        model: The base, for variants that read it and for trainable tokens.
-        allow: Checks to override: "base_mismatch", "key_mismatch" (no common site), "nonfinite".
+        model: The base model, for variants that read it and for trainable tokens.
+        allow: Checks to override: "base_mismatch", "key_mismatch" (no sites in common), "nonfinite".
 
     Returns:
         A report on the new adapter, with the deviation of each site from the plain sum.
 
     Raises:
         AdapterFileError: A directory is not an adapter, or is damaged.
-        BaseMismatchError: The adapters were trained on different bases, or for different tasks.
-        AdapterError: The adapters cannot be combined, or one has no site in common with any other.
+        BaseMismatchError: The adapters were trained on different base models or for different tasks.
+        AdapterError: The adapters cannot be combined, or one has no sites in common with any other.
         ConfigError: As in `combine`, or a name in `allow` is unknown.
         DiskError: The directory cannot be written.
     """
@@ -122,7 +122,7 @@ def average(
     """Average adapters: `combine` with equal weights that add up to 1.
 
     Raises:
-        AdapterError: As in `combine`, or no adapter is given.
+        AdapterError: As in `combine`, or no adapters are given.
     """
     return combine(model, adapters, [1 / max(1, len(adapters))] * len(adapters), name, way=way)
 
@@ -151,17 +151,17 @@ def combine_weights(
     """Combine adapters, from a model or from files.
 
     Args:
-        adapters: Adapters of one base.
+        adapters: Adapters of the same base model.
         weights: One per adapter.
         way: The combination type.
-        model: The base, or None; only read for variants whose sum depends on the base, and for trainable tokens.
+        model: The base model, or None; read only for variants whose sum depends on it, and for trainable tokens.
 
     Returns:
         The combined adapter, and the deviation of each site from the plain sum.
 
     Raises:
         AdapterError: The adapters cannot be combined, or the numbers of weights and adapters differ.
-        ConfigError: The ranks do not fit the type.
+        ConfigError: The combination type does not support the adapters' ranks.
     """
     check_joinable(adapters)
     check_same_rows(adapters)
@@ -254,7 +254,7 @@ def _rank(path: str, active: Weighted, way: CombinationType) -> int:
 def _decomposed(
     path: str, products: Sequence[Product], active: Weighted, way: CombinationType, generator: torch.Generator | None
 ) -> Product:
-    """Apply a type with "svd": to the sum, using only factors, or to the dense updates if it prunes."""
+    """Apply a type with "svd": to the sum, using only the factors, or to the dense updates if the type prunes."""
     rank = _rank(path, active, way)
     if not way.prunes:
         product = truncated(spectrum(stacked(products, [weight * factor.scale for factor, weight in active])), rank)
@@ -273,12 +273,12 @@ def _decomposed(
 def _separate(
     path: str, products: Sequence[Product], active: Weighted, way: CombinationType, generator: torch.Generator | None
 ) -> Product:
-    """Apply a type without "svd" to A and B separately; each gets the root of the weight, and A also the sign."""
+    """Apply a type without "svd" to A and B separately; √|weight| scales each, and A also gets the weight's sign."""
     ranks = sorted({factor.r for factor, _ in active})
     if len(ranks) > 1:
         raise ConfigError(
             f"{path} has ranks {' and '.join(map(str, ranks))}: all adapters must have the same r value at a site for "
-            f"{way.name!r}. Use 'cat', or a type with svd.",
+            f"{way.name!r}. Use 'cat' or a type with 'svd'.",
             what=way.name,
             where=path,
             field="combination_type",
@@ -291,7 +291,7 @@ def _separate(
 
 
 def _with_bias(made: SiteFactors, here: Weighted) -> SiteFactors:
-    """Return a combined factor whose bias is the sum of the biases, or zeros: lora_bias needs one at every site."""
+    """Return a combined factor with the sum of the biases, or zeros: `lora_bias` requires a bias at every site."""
     scaled = [f.bias * (weight * f.scale) for f, weight in here if weight != 0 and f.bias is not None]
     return dataclasses.replace(made, bias=torch.stack(scaled).sum(0) if scaled else made.B.new_zeros(made.B.shape[0]))
 
@@ -319,20 +319,20 @@ def _summed_variant(adapters: Sequence[AdapterWeights], way: CombinationType, ha
     if len(found) > 1:
         (one, other), (label, second, *_) = list(found)[:2], found.values()
         raise AdapterError(
-            f"{label} is {one.title} and {second} is {other.title}; these cannot be combined.",
+            f"{label} uses {one.title} and {second} uses {other.title}, which cannot be combined with each other.",
             what=second,
             field=other.field,
         )
     for variant, label in found.items():
         if not has_base:
             raise AdapterError(
-                f"{label} is {variant.title}, whose effect depends on the base's weights. Pass the base model too.",
+                f"{label} uses {variant.title}, whose effect depends on the base's weights. Pass the base model too.",
                 what=label,
                 field=variant.field,
             )
         if way.name not in SUMS:
             raise AdapterError(
-                f"{label} is {variant.title}, which can only be combined with {' or '.join(map(repr, SUMS))}, not "
+                f"{label} uses {variant.title}, which can only be combined with {' or '.join(map(repr, SUMS))}, not "
                 f"with {way.name!r}.",
                 what=way.name,
                 field="combination_type",

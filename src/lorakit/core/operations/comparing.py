@@ -21,14 +21,15 @@ from lorakit.core.variants import variants_of
 
 @dataclass(frozen=True)
 class SiteComparison:
-    """Comparison of two updates of one weight.
+    """Comparison of two updates to the same weight.
 
     Attributes:
         path: Path of the site.
         ranks: Numerical rank of each update; for experts, the largest rank of an expert.
         norms: Frobenius norm of each update, scale included.
-        cosine: Cosine of the two updates as vectors, in [−1, 1]; 0 if one is zero.
-        output_angles: Principal angles in degrees between the updates' output spaces, smallest first, over all experts.
+        cosine: Cosine similarity of the two updates, taken as vectors, in [−1, 1]; 0 if either is zero.
+        output_angles: Principal angles, in degrees, between the updates' output spaces, over all experts, in ascending
+            order.
         input_angles: Likewise for the input spaces.
         output_overlap: Mean squared cosine of the output angles, in [0, 1]: 1 if one space contains the other.
         input_overlap: Likewise for the input angles.
@@ -50,12 +51,13 @@ class Comparison:
 
     Attributes:
         names: Names or directories of the two adapters.
-        sites: Sites that both adapt.
+        sites: Sites that both adapters adapt.
         only_first: Sites that only the first adapts.
         only_second: Sites that only the second adapts.
         norms: Norm of each adapter over all its sites.
-        cosine: Cosine of the two adapters, each as one vector over all sites; a missing site counts as zero.
-        base: Comparison of their bases: "same", "same at other precision", "unverifiable" or "different".
+        cosine: Cosine similarity of the two adapters, each taken as one vector over all sites; a missing site counts as
+            zero.
+        base: Comparison of their base models: "same", "same at other precision", "unverifiable" or "different".
         in_part: Titles of variants that are compared only by their low-rank part.
     """
 
@@ -74,11 +76,11 @@ def compare_adapters(model: nn.Module, first: str, second: str) -> Comparison:
 
     Args:
         model: The adapted model; only read.
-        first: Name of an adapter.
-        second: Name of another.
+        first: Name of the first adapter.
+        second: Name of the second adapter.
 
     Raises:
-        AdapterError: The model does not have one of the adapters.
+        AdapterError: One of the adapters is not on the model.
     """
     return compare_weights(weights_of_model(model, first), weights_of_model(model, second))
 
@@ -87,8 +89,8 @@ def compare_folders(first: str | os.PathLike[str], second: str | os.PathLike[str
     """Compare two adapters on disk.
 
     Args:
-        first: Directory of an adapter.
-        second: Directory of another.
+        first: Directory of the first adapter.
+        second: Directory of the second adapter.
 
     Raises:
         AdapterFileError: A directory is not an adapter, or is damaged.
@@ -101,8 +103,8 @@ def compare_weights(first: AdapterWeights, second: AdapterWeights) -> Comparison
     """Compare two adapters, from a model or from files.
 
     Args:
-        first: An adapter.
-        second: Another.
+        first: The first adapter.
+        second: The second adapter.
 
     Raises:
         AdapterError: The adapters change weights of different shapes at a site, or the files do not show which bare

@@ -24,22 +24,22 @@ SHOWN = 4
 
 
 def check_one_base(adapters: Sequence[AdapterWeights], allow: Collection[str] = ()) -> None:
-    """Reject adapters if their files show that they do not share a base, a task or a site.
+    """Reject adapters whose files show that they differ in base model or task, or that they share no sites.
 
     Args:
         adapters: The adapters.
-        allow: Checks to override: "base_mismatch" for base and task, "key_mismatch" for sites.
+        allow: Checks to override: "base_mismatch" for base model and task, "key_mismatch" for sites.
 
     Raises:
-        BaseMismatchError: Two adapters were trained on different bases or for different tasks.
-        AdapterError: One adapter shares no site with any other, and fingerprints do not prove that all share a base.
+        BaseMismatchError: Two adapters were trained on different base models or for different tasks.
+        AdapterError: One adapter shares no sites with any other, and fingerprints do not prove that all share a base.
     """
     pairs = [(one, other, one.compare_base(other)) for one, other in itertools.combinations(adapters, 2)]
     if "base_mismatch" not in allow:
         differences = [message for pair in pairs for message in _differences(*pair)]
         if differences:
             raise BaseMismatchError(
-                " ".join(differences[:SHOWN]), advice=f"If they fit nevertheless, {OVERRIDE}.", override="base_mismatch"
+                " ".join(differences[:SHOWN]), advice=f"To combine them anyway, {OVERRIDE}.", override="base_mismatch"
             )
         for one, other, base in pairs:
             if base.verdict == UNVERIFIABLE and not (_base_name(one) and _base_name(other)):
@@ -50,8 +50,8 @@ def check_one_base(adapters: Sequence[AdapterWeights], allow: Collection[str] = 
     if alone is not None and unproven and "key_mismatch" not in allow:
         site = next(iter(alone.factors))
         raise AdapterError(
-            f"{alone.label} has no site in common with any other adapter; it adapts {site}, for example.",
-            advice=f"If they fit nevertheless, {OVERRIDE}.",
+            f"{alone.label} has no sites in common with any other adapter; it adapts {site}, for example.",
+            advice=f"To combine them anyway, {OVERRIDE}.",
             what=alone.label,
             where=site,
             override="key_mismatch",
@@ -92,11 +92,11 @@ def check_joinable(adapters: Sequence[AdapterWeights]) -> None:
     """Reject adapters for which no combination is defined.
 
     Raises:
-        AdapterError: No adapter is given, two adapters save the same module, or the adapters need different models.
+        AdapterError: No adapters are given, two adapters save the same module, or the adapters need different models.
         ConfigError: An adapter trains biases of the base.
     """
     if not adapters:
-        raise AdapterError("No adapter was given; pass at least one.", field="adapters")
+        raise AdapterError("No adapters were given; pass at least one.", field="adapters")
     for adapter in adapters:
         check_no_base_biases(adapter)
     must_agree = {variant.field: variant.must_agree for variant in asked_for() if variant.must_agree}
@@ -108,18 +108,18 @@ def check_joinable(adapters: Sequence[AdapterWeights]) -> None:
 
 
 def _check_bare_parameters(adapters: Sequence[AdapterWeights]) -> None:
-    """Reject a combination that needs a feature that its bare parameters do not support."""
+    """Reject adapters if one of them needs a feature that another's bare parameters do not support."""
     bare = next((adapter.label for adapter in adapters if adapter.config.target_parameters), None)
     if bare is None:
         return
     for adapter in adapters:
         config = adapter.config
-        needs = [f"is {v.title}" for v in variants_of(config) if not v.fits(PARAMETER) and is_kept(v)]
+        needs = [f"uses {v.title}" for v in variants_of(config) if not v.fits(PARAMETER) and is_kept(v)]
         needs += ["has a bias on B (lora_bias)"] if config.lora_bias else []
         if needs:
             raise AdapterError(
                 f"{adapter.label} {needs[0]}, and {bare} adapts bare parameters (target_parameters), which do not "
-                "support that, so they cannot be combined. Keep both active, or merge them into a model.",
+                "support this, so they cannot be combined. Keep both active, or merge them into a model.",
                 what=adapter.label,
                 field="target_parameters",
             )
@@ -169,7 +169,7 @@ def check_no_base_biases(adapter: AdapterWeights) -> None:
 
 
 def joined_config(configs: Sequence[LoraConfig]) -> LoraConfig:
-    """Return the first config, extended by what any of the adapters needs: a variant, a bias on B, saved modules.
+    """Return the first config, extended with whatever any adapter needs: a variant, a bias on B, or saved modules.
 
     Args:
         configs: Configs of one or more adapters; ranks, scales and targets are ignored.

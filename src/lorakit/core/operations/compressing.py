@@ -1,7 +1,7 @@
 """Compress an adapter to a lower rank, or convert any variant to plain LoRA, as closely as the rank allows.
 
-Compression uses only the factors, no dense weights. The loss at each site is computed exactly and reported. Experts in
-one parameter are truncated separately, but to a common rank, which is chosen for their total energy.
+Compression uses only the factors, not dense weights. The loss at each site is computed exactly and reported. Several
+experts in one parameter are truncated separately, but to a common rank, which is chosen by their total energy.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def compress_folder(
     energy: float | None = None,
     allow: Collection[str] = (),
 ) -> OperationReport:
-    """Compress an adapter on disk into a new directory; the base is not needed.
+    """Compress an adapter on disk into a new directory; the base model is not needed.
 
     Args:
         folder: The adapter's directory.
@@ -91,8 +91,8 @@ def plain_weights(
 
     Args:
         adapter: The adapter.
-        to: The rank or the fraction of energy, which also limits sites that are plain already.
-        reading: Path -> the base's weight there; only used if an update is more than a low-rank product.
+        to: Maximum rank, or fraction of the energy to keep; also applied to sites that are already plain LoRA.
+        reading: Path -> the base's weight there; used only if an update is more than a low-rank product.
 
     Returns:
         The plain adapter, and the loss at each site.
@@ -108,12 +108,12 @@ def plain_weights(
 def reduced_weights(
     adapter: AdapterWeights, to: RankLimit, reading: Callable[[str], Reading] | None = None
 ) -> tuple[AdapterWeights, tuple[SiteOperation, ...]]:
-    """Reduce the rank of an adapter. A variant's own tensors are kept if they do not depend on the rank.
+    """Reduce the rank of an adapter, keeping a variant's extra tensors if they do not depend on the rank.
 
     Args:
         adapter: The adapter.
-        to: The rank or the fraction of energy.
-        reading: Path -> the base's weight there, to convert every update to plain LoRA; None compresses A and B alone.
+        to: Maximum rank, or fraction of the energy to keep.
+        reading: Path -> the base's weight there, to convert every update to plain LoRA; None compresses only A and B.
 
     Returns:
         The new adapter, with scale 1, and the loss at each site.
@@ -128,7 +128,7 @@ def reduced_weights(
             dense = None if reading is None else _dense_update(path, factor, reading)
             product, norm, lost = _cut_factor(factor, to) if dense is None else _cut_dense(dense, to)
             made = (factor if dense is None else factor.of_variant(PLAIN, NO_TENSORS)).holding(product)
-            if made.bias is not None:  # the scale, now 1, also applied to the bias
+            if made.bias is not None:  # the old scale also applied to the bias; the new scale is 1
                 made.bias = made.bias * factor.scale
             found[path] = made
             sites.append(SiteOperation(path, found[path].r, factor.r, norm, lost**0.5))

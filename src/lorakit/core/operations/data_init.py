@@ -1,7 +1,7 @@
-"""Collect the data that inits need: inputs of sites for EVA and CorDA, gradients for LoRA-GA.
+"""Collect the data that inits need: the inputs of sites for EVA and CorDA, and gradients for LoRA-GA.
 
 Sites are processed in groups. The statistics of a group are immediately reduced to the small tensors that the init
-needs, so that memory is bounded whatever the model's size. All batches are run once for each group.
+needs, so that memory stays bounded regardless of the model's size. All batches are run once for each group.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class DataSites:
 
     Attributes:
         init: The config's init.
-        config: The config, with the architecture's default targets if it has none.
+        config: The config, with the architecture's default targets if it names none.
         index: Index of the base.
         matches: The sites with their ranks.
     """
@@ -108,7 +108,7 @@ class DataSites:
 
         Raises:
             ConfigError: The init cannot change the base, or a rank is too large.
-            DataError: There is no batch, a mask does not fit, or no data reached a site.
+            DataError: There are no batches, a mask has the wrong shape, or a site received no data.
         """
         contexts = self._contexts()
         sites: dict[str, dict[str, Tensor]] = {}
@@ -137,7 +137,7 @@ class DataSites:
 
         Raises:
             ConfigError: The init cannot change the base, or a rank is too large.
-            DataError: No data reached a site.
+            DataError: A site received no data.
         """
         contexts = self._contexts().items()
         found = {path: self._digest(context, collected[path]) for path, context in contexts if path in collected}
@@ -163,7 +163,7 @@ class DataSites:
         return contexts
 
     def _size_bytes(self, context: InitContext) -> int:
-        """Return how many bytes the data collected at a site take before they are reduced."""
+        """Return the size in bytes of the data collected at a site, before it is reduced."""
         n = math.prod(context.A_shape[1:])
         return 4 * n * (n if self.init.needs == "inputs" else context.spec.out_features)
 
@@ -177,10 +177,10 @@ def collect_for(
     keep: Callable[[Any], Tensor | None] | None = None,
     allow: Collection[str] = (),
 ) -> Statistics:
-    """Collect the statistics that the init of a config needs, for `attach(model, found.config, statistics=found)`.
+    """Collect the statistics that a config's init needs; use them with `attach(model, found.config, statistics=found)`.
 
-    Adapters on the model are inactive meanwhile. For "eva" with rho above 1, the ranks of the config are redistributed,
-    and sites that get rank 0 are left out.
+    Adapters on the model are inactive during collection. For "eva" with rho above 1, the config's ranks are
+    redistributed, and sites that get rank 0 are left out.
 
     Args:
         model: The base; it is not changed.
@@ -196,7 +196,7 @@ def collect_for(
     Raises:
         ConfigError: The init needs no data, or does not support a site.
         TargetError: A target matches nothing, or is a site whose inputs are not rows of values.
-        DataError: There is no batch, a mask does not fit, or no data reached a site.
+        DataError: There are no batches, a mask has the wrong shape, or a site received no data.
     """
     found = DataSites.of(model, config, allow)
     config, sites = found.config, found.collect(model, batches, forward, keep)
@@ -213,12 +213,13 @@ def collect_for(
 def ranks_by_variance(
     settings: EvaConfig, ranks: Mapping[str, int], ratios: Mapping[str, Sequence[float]]
 ) -> dict[str, int]:
-    """Return EVA's ranks: the largest fractions of variance each add a rank to their site, up to the config's total.
+    """Return EVA's ranks: each of the largest variance fractions adds one rank to its site, up to the config's total.
 
     Args:
         settings: If rho is 1, the ranks stay the same.
         ranks: Path -> rank in the config.
-        ratios: Path -> fraction of the variance of each direction, largest first, up to the largest possible rank.
+        ratios: Path -> fraction of the variance that each direction explains, largest first, up to the largest possible
+            rank.
 
     Returns:
         Path -> rank, which may be 0.

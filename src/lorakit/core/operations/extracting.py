@@ -1,7 +1,7 @@
 """Extract an adapter from a fully fine-tuned model and its base: the nearest low-rank update at each site.
 
-Weights are read one pair at a time, experts in one parameter one by one. What the adapter does not contain is reported:
-the energy beyond each site's rank, and every change outside the sites.
+Weights are read one pair at a time; if a parameter holds several experts, one expert at a time. Whatever the adapter
+does not contain is reported: the energy beyond each site's rank, and every change outside the sites.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class ExtractReport(OperationReport):
 
     @property
     def captured(self) -> float:
-        """Fraction of the energy of all changes, at sites and outside, that the adapter holds; 1 if nothing changed."""
+        """Fraction of the energy of all changes, at sites or not, that the adapter contains; 1 if nothing changed."""
         inside = sum(site.norm**2 for site in self.sites)
         held = sum(site.norm**2 * (1 - site.energy_lost) for site in self.sites)
         whole = inside + sum(change.norm**2 for change in self.outside if change.norm is not None)
@@ -83,7 +83,7 @@ def extract(
     """Extract the low-rank part of a fine-tuned model's changes, and add it to the base as a frozen adapter.
 
     Args:
-        model: The base, with or without adapters, to which the adapter is added.
+        model: The base model, with or without adapters, to which the new adapter is added.
         tuned: The fine-tuned model.
         config: Selects the sites (`target_modules`, `target_parameters`) and the modules to copy in full
             (`modules_to_save`).
@@ -215,7 +215,7 @@ def _site(
     cut: RankLimit,
     names: Sequence[str],
 ) -> tuple[SiteFactors, SiteOperation]:
-    """Approximate the change of a weight, or of each expert, at low rank; report the loss.   [docs/math.md (52)]"""
+    """Approximate the change in a weight, or in each expert, at low rank; report the loss.   [docs/math.md (52)]"""
     spec, kind = target.spec, target.kind
     if spec.groups > 1:
         raise NotYetSupported(
@@ -231,7 +231,7 @@ def _site(
             where=names[0],
         )
     rank = cut.rank
-    if rank is None and spec.experts:  # all experts get one rank: compute it in a first pass, one change at a time
+    if rank is None and spec.experts:  # all experts get the same rank, computed in a first pass, one change at a time
         S = torch.stack([torch.linalg.svdvals(delta) for delta in _changes(site_map, target, sources, under)])
         rank = cut.of(S)
     parts, whole, kept = [], 0.0, 0.0
@@ -253,7 +253,7 @@ def _site(
 def _changes(
     site_map: AdapterIndex, target: TargetWeight, sources: tuple[TensorSource, TensorSource], names: Sequence[str]
 ) -> Iterator[Tensor]:
-    """Yield the change of a weight, or of one expert at a time, as a matrix (out, n) in fp32 or wider."""
+    """Yield the change in a weight, or in one expert at a time, as a matrix (out, n) in fp32 or wider."""
     spec, holder = target.spec, site_map.holder(target)
     row, pairs = weight_format_of(holder, spec.parameter, spec.as_stored), list(zip(sources, names, strict=True))
     if not spec.experts:
@@ -276,7 +276,7 @@ def _weight(source: TensorSource, names: Sequence[str]) -> Tensor:
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
-    """Return each tensor name in a model -> all names of the tensor, the key first; files store only one of them."""
+    """Return a dict from each tensor name to all names of the same tensor, the key first; files store only one."""
     ids = {name: id(tensor) for name, tensor, _ in base_tensors(model)}
     names: dict[int, list[str]] = {}
     for name, tensor in ids.items():
@@ -287,7 +287,7 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
 def _outside(
     aliases: Mapping[str, list[str]], base: TensorSource, tuned: TensorSource, taken: Collection[str]
 ) -> tuple[OutsideChange, ...]:
-    """Return changes of tensors that are not in `taken`, each once, and tensors that only one of the models has."""
+    """Return the changes in tensors outside `taken`, each listed once, and the tensors that only one model has."""
     found: list[OutsideChange] = []
     seen = {name for taken_name in taken for name in aliases[taken_name]}
     for name, names in aliases.items():

@@ -1,7 +1,8 @@
 """Find and weaken intruder dimensions: strong directions of W + ΔW that resemble no direction of the base.
 
-Fine-tuning with LoRA adds singular vectors to the adapted weight that are nearly orthogonal to all of the base's; they
-are associated with forgetting. Weakening them restores part of what was forgotten, at some cost in the task.
+Fine-tuning with LoRA adds singular vectors to the adapted weight that are nearly orthogonal to all those of the base;
+they are associated with forgetting. Weakening them restores part of what was forgotten, at some cost in task
+performance.
 
 Source: Shuttleworth et al. 2024, arXiv:2410.21228.
 """
@@ -30,7 +31,7 @@ class SiteIntruders:
         path: Path of the site.
         indices: Indices of the singular vectors of W + ΔW that are intruders, strongest first.
         cosines: For each intruder, the largest absolute cosine with a singular vector of W.
-        energy_lost: Fraction of the weakened update's energy that does not fit into the adapter's rank.
+        energy_lost: Fraction of the weakened update's energy that is lost by truncating it to the adapter's rank.
         expert: Index of the expert, or None if the site has only one weight matrix.
     """
 
@@ -50,7 +51,7 @@ def reduce_intruders(
     threshold: float = 0.5,
     keep: float = 0.75,
 ) -> tuple[SiteIntruders, ...]:
-    """Add a version of an adapter with weakened intruder dimensions to its model, frozen and not active.
+    """Add a copy of an adapter to its model, frozen and not active, in which intruder dimensions are weakened.
 
     Args:
         model: The adapted model.
@@ -74,7 +75,7 @@ def reduce_intruders(
     variant = next((variant for variant in variants_of(weights.config) if not variant.is_low_rank), None)
     if variant is not None:
         raise AdapterError(
-            f"{adapter} is {variant.title}; intruder dimensions are only defined for low-rank updates.",
+            f"{adapter} uses {variant.title}; intruder dimensions are only defined for low-rank updates.",
             what=adapter,
             field=variant.field,
         )
@@ -93,9 +94,11 @@ def reduce_intruders(
 def _weakened(
     path: str, factor: SiteFactors, base: Reading, how: tuple[int, float, float]
 ) -> tuple[SiteFactors, list[SiteIntruders]]:
-    """Return the factor with weaker intruders, matrix by matrix; unchanged if it has none."""
+    """Return a factor with weakened intruders, matrix by matrix; a factor without intruders stays unchanged."""
     if factor.shared > 1:
-        raise AdapterError(f"{path} is a grouped convolution; its intruder dimensions are not defined.", where=path)
+        raise AdapterError(
+            f"{path} is a grouped convolution, for which intruder dimensions are not defined.", where=path
+        )
     product, wide = factor.product(), torch.promote_types(factor.A.dtype, torch.float32)
     parts, sites = [], []
     for expert in range(factor.experts):
@@ -114,7 +117,7 @@ def _of_matrix(
 ) -> tuple[Product, SiteIntruders]:
     """Return ΔW + (keep − 1)·Σ u·σ·vᵀ over the intruders, truncated to the adapter's rank.   [docs/math.md (58)]
 
-    The directions compared are output directions, in whatever format the base stores the weight.
+    Output directions are compared, regardless of how the base stores the weight.
     """
     top, threshold, keep = how
     delta = Product(product.A, product.B * scale)

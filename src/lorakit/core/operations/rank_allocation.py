@@ -1,7 +1,8 @@
-"""Allocate ranks to sites within a fixed number of trained parameters, by gradients or by inputs.
+"""Allocate ranks to sites within a fixed number of trained parameters, based on gradients or inputs.
 
-Implements two published criteria on data from `lorakit.core.statistics.collecting`, and stores the resulting ranks in a
-config's patterns, with alphas that keep every site's scale. Both criteria use only the untrained base and the batches.
+Applies two published criteria to data from `lorakit.core.statistics.collecting`, and stores the resulting ranks in a
+config's patterns, with alphas that keep every site's scale. Both criteria use only the base model and the batches, and
+nothing is trained.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ LEAST, MOST = 0.5, 4.0
 """Bounds of a site's rank relative to its rank in the config, as in GoRA (4 and 32 for a reference rank of 8)."""
 
 MAX_BYTES = 2 << 30
-"""Maximum memory for statistics at a time, which determines the number of passes over the batches."""
+"""Maximum size in bytes of the statistics held at one time; it determines the number of passes over the batches."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,12 @@ def allocate(
     keep: Callable[[Any], Tensor | None] | None = None,
     allow: Collection[str] = (),
 ) -> Allocation:
-    """Propose ranks for a config's sites that need at most as many parameters as the ranks in the config.
+    """Propose ranks for a config's sites, using no more parameters than the ranks in the config.
 
     Args:
         model: The base; it is not changed.
         config: Targets and original ranks; only read.
-        batches: Arguments of `forward`, run once for each `MAX_BYTES` of statistics.
+        batches: Arguments of `forward`; all of them are run once for each `MAX_BYTES` of statistics.
         forward: Runs the model on a batch and returns the loss, a scalar (not used for "inputs").
         by: "gradients": `by_sensitivity`, for dense sites and embeddings; "inputs": `by_explained_variance`, for dense
             sites; other sites keep their rank.
@@ -81,7 +82,7 @@ def allocate(
     Raises:
         TargetError: A target matches nothing.
         ConfigError: The config is not valid, or `by` is unknown.
-        DataError: There is no batch, or no gradient reached any site.
+        DataError: There are no batches, or no gradient reached any site.
     """
     if by not in RANKED:
         raise ConfigError.of("by", by, allowed=RANKED)
@@ -125,7 +126,7 @@ RANKED: Mapping[str, Fits] = {"inputs": lambda kind: kind.is_dense, "gradients":
 
 
 def sensitivity(module: nn.Module, gradient: Tensor) -> float:
-    """Return I = mean |W ∘ G|: the first-order change of the loss if an element of W is zeroed.   [docs/math.md (19)]
+    """Return I = mean |W ∘ G|: the first-order change in the loss if an element of W is zeroed.   [docs/math.md (19)]
 
     Args:
         module: A dense layer or an embedding of the base.
@@ -141,16 +142,16 @@ def sensitivity(module: nn.Module, gradient: Tensor) -> float:
 def by_sensitivity(
     sensitivities: Mapping[str, float], costs: Mapping[str, int], ranks: Mapping[str, int], limits: Mapping[str, int]
 ) -> dict[str, int]:
-    """Return clipped ranks in proportion to I/√(in + out), within the parameter budget of given ranks.
+    """Return ranks proportional to I/√(in + out), clipped, within the parameter budget of the given ranks.
 
     This is GoRA's rule with a strict budget: the common factor is the largest one for which the clipped ranks need no
     more parameters than the given ranks. Only the magnitude I of W ∘ G counts, not the number of its directions.
 
     Args:
         sensitivities: Path -> sensitivity I of the site's weight.
-        costs: Path -> in + out: parameters per rank.
-        ranks: Path -> rank in the config; the bounds are `LEAST` and `MOST` times it.
-        limits: Path -> the smaller side of the weight, an upper bound of the rank.
+        costs: Path -> in + out, the number of parameters per rank.
+        ranks: Path -> rank in the config; the result is clipped to between `LEAST` and `MOST` times this rank.
+        limits: Path -> the smaller dimension of the weight, an upper bound on the rank.
 
     Returns:
         Path -> rank.
@@ -164,7 +165,7 @@ def by_sensitivity(
     largest = max(sensitivities.values(), default=0.0)
     if not largest > 0:
         raise DataError(
-            "No gradient reached any site, so ranks cannot be allocated; check that the loss depends on them."
+            "No gradient reached any site, so ranks cannot be allocated; check that the loss depends on the sites."
         )
     weights = {path: value / largest / math.sqrt(costs[path]) for path, value in sensitivities.items()}
     least = {path: max(1, math.ceil(LEAST * ranks[path])) for path in weights}
@@ -193,7 +194,8 @@ def by_explained_variance(
     of 1 and `least` of 0 this is EVA's redistribution. The criterion does not depend on the loss.
 
     Args:
-        ratios: Path -> fraction of the variance of each principal direction, largest first, up to the largest rank.
+        ratios: Path -> fraction of the variance that each principal direction explains, largest first, up to the
+            largest possible rank.
         costs: Path -> cost of one more rank: in + out parameters, or 1.
         budget: Maximum total cost.
         least: Minimum rank of each site; its cost is subtracted from the budget first.
@@ -247,11 +249,11 @@ def _exact(path: str, paths: Sequence[str]) -> str:
 
 
 def in_groups(paths: Sequence[str], size_bytes: Callable[[str], int]) -> list[list[str]]:
-    """Divide paths into groups whose statistics fit into `MAX_BYTES`, with at least one path in each.
+    """Divide paths into groups whose statistics fit in `MAX_BYTES`, with at least one path in each group.
 
     Args:
         paths: Paths of sites.
-        size_bytes: Path -> memory of the site's statistics.
+        size_bytes: Path -> size in bytes of the site's statistics.
     """
     groups: list[list[str]] = []
     room = 0

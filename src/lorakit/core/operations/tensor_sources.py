@@ -38,7 +38,7 @@ class TensorSource:
     """Tensors by name, each read on demand.
 
     Attributes:
-        label: Name in messages.
+        label: Name used in messages.
         shapes: Name -> shape.
         read: Name -> tensor (…).
         read_one: Name and index -> the tensor (…) at that index of the first axis, such as one of several experts.
@@ -64,7 +64,7 @@ def source_of_model(model: nn.Module, label: str = "the model") -> TensorSource:
 
     Args:
         model: With or without adapters; only read.
-        label: Name in messages.
+        label: Name used in messages.
     """
     tensors = {name: tensor.detach() for name, tensor, _ in base_tensors(model)}
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
@@ -86,7 +86,9 @@ def source_of_folder(folder: str | os.PathLike[str]) -> TensorSource:
     whole = folder if folder.is_file() else folder / "model.safetensors"
     files = [whole] if whole.is_file() else sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if not files:
-        raise ModelError(f"{folder}: no safetensors files found; pass a directory or file that has them.", where=folder)
+        raise ModelError(
+            f"{folder}: no safetensors files found; pass such a file or a directory that contains some.", where=folder
+        )
     homes: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
@@ -114,12 +116,12 @@ PLAIN_TARGETS: Mapping[str, Any] = {"exclude_modules": None, "layers_to_transfor
 
 @dataclass(frozen=True)
 class BareSite:
-    """The bare parameter that a factor adapts, as far as known.
+    """The bare parameter that a factor adapts, or the candidates for it.
 
     Attributes:
         names: Path of the parameter; several candidates if the files do not show which one it is.
         order: Position of the parameter in its module's order of definition, which determines the path on disk.
-        experts: Number of matrices that share A and B, each with its own part of them.
+        experts: Number of matrices in the parameter, each with its own part of A and B.
     """
 
     names: tuple[str, ...]
@@ -141,7 +143,7 @@ class BareSite:
 
 @dataclass(eq=False, kw_only=True)
 class SiteFactors(Factor):
-    """One adapter's factors at a site: A (r, in, …), B (out, r, …); for experts (experts·r, in), (out, r·experts).
+    """One adapter's factors at a site: A (r, in, …), B (out, r, …); for experts, (experts·r, in), (out, r·experts).
 
     Attributes:
         endings: Suffixes of the names of A and B on disk.
@@ -153,7 +155,7 @@ class SiteFactors(Factor):
 
     @property
     def experts(self) -> int:
-        """Number of matrices that share A and B, each with its own part of them."""
+        """Number of matrices at the site, each with its own part of A and B."""
         return 1 if self.bare is None else self.bare.experts
 
     @property
@@ -190,7 +192,7 @@ class SiteFactors(Factor):
 
         Args:
             variant: The variant.
-            own: Its own tensors (…) by `OwnTensor.held_as`.
+            own: The variant's extra tensors (…), by `OwnTensor.held_as`.
         """
         return dataclasses.replace(self, variant=variant, own=own, setting=NO_SETTING)
 
@@ -209,7 +211,7 @@ class AdapterWeights:
     """A complete adapter.
 
     Attributes:
-        label: Name in messages: the adapter's name on the model, or its directory.
+        label: Name used in messages: the adapter's name on the model, or its directory.
         config: Config of the adapter.
         factors: Path on disk -> factor, sorted by path.
         others: Name on disk -> tensor (…) of everything else: saved modules, biases, trainable tokens.
@@ -245,7 +247,7 @@ class AdapterWeights:
         return dict(sorted(found.items()))
 
     def compare_base(self, other: AdapterWeights) -> BaseVerdict:
-        """Compare the base with that of another adapter, ignoring modules that either adapter saves."""
+        """Compare the adapter's base with that of another adapter, ignoring modules that either adapter saves."""
         if other.base is None:
             return BaseVerdict(UNVERIFIABLE, f"{other.label} has no fingerprint of its base")
         saved = {name.removeprefix(PREFIX) for name in (*self.others, *other.others)}
@@ -253,7 +255,7 @@ class AdapterWeights:
         return compare(base, other.base.without(saved), f"{self.label}'s")
 
     def origin(self) -> dict[str, str]:
-        """Return the adapter's name and hash, which a result records in its `lorakit.json`."""
+        """Return the adapter's name and hash, which the result of an operation records in `lorakit.json`."""
         name = Path(self.label).name
         return {"name": name, "sha256": self.sha256} if self.sha256 else {"name": name}
 
@@ -277,7 +279,7 @@ def weights_of_model(model: nn.Module, name: str) -> AdapterWeights:
     matches = matched(index, config, allow_partial=True).matches
     outer, parameters = outer_modules(factors), {name for factor in factors.values() for name in factor.names}
     if {match.path for match in matches if not match.parameter} != outer:
-        config = dataclasses.replace(config, target_modules=outer, **PLAIN_TARGETS)  # loaded in part, as allowed
+        config = dataclasses.replace(config, target_modules=outer, **PLAIN_TARGETS)  # only some targets were loaded
     if {match_path(match) for match in matches if match.parameter} != parameters:
         config = dataclasses.replace(config, target_parameters=sorted(parameters) or None)
     return AdapterWeights(name, _in_usual_shapes(config), factors, others)
@@ -287,11 +289,11 @@ def weights_of_folder(folder: str | os.PathLike[str], allow: Collection[str] = (
     """Read an adapter from disk; no model is needed.
 
     Args:
-        folder: A directory that PEFT or lorakit wrote.
+        folder: A directory written by PEFT or lorakit.
         allow: Checks to override: "nonfinite".
 
     Raises:
-        AdapterFileError: A file is missing or damaged, values are not finite, A and B do not fit together, a scale
+        AdapterFileError: A file is missing or damaged, values are not finite, A and B have incompatible shapes, a scale
             depends on a regular expression (which is not run), the rank and scale of a bare parameter cannot be known
             without a model, or an init changed the base and the files do not show how.
         NotYetSupported: The adapter needs a feature that is not implemented.
@@ -311,21 +313,21 @@ def weights_of_folder(folder: str | os.PathLike[str], allow: Collection[str] = (
         if not fits or (factor.names and factor.A.shape[0] != factor.B.shape[1]):
             shapes = f"{tuple(factor.A.shape)} and {tuple(factor.B.shape)}"
             raise AdapterFileError(
-                f"{folder}: A and B of {path} do not fit together: {shapes}.", what=path, where=folder
+                f"{folder}: A and B of {path} have incompatible shapes: {shapes}.", what=path, where=folder
             )
     if not factors:
-        raise AdapterFileError(f"{folder}: the file has no LoRA sites.", where=folder)
+        raise AdapterFileError(f"{folder}: the file contains no LoRA sites.", where=folder)
     side, config = files.sidecar, _in_usual_shapes(config)
     return AdapterWeights(str(folder), config, factors, others, side.base, side.facts, files.file.sha256, findings)
 
 
 def _in_usual_shapes(config: LoraConfig) -> LoraConfig:
-    """Return a config without variants that differ from LoRA only in how A and B are stored; see `_by_site`."""
+    """Return a config without the variants that differ from LoRA only in how A and B are stored; see `_by_site`."""
     return without(config, *(variant for variant in variants_of(config) if variant.is_lora_once_multiplied))
 
 
 def outer_modules(factors: Mapping[str, SiteFactors]) -> set[str]:
-    """Return the modules that a config must target to adapt these sites; a module includes the weights inside it.
+    """Return the modules that a config must target to adapt these sites; targeting a module covers all its weights.
 
     Args:
         factors: Path on disk -> factor; factors of bare parameters are ignored.
@@ -383,7 +385,7 @@ def _check_bare_known(files: AdapterFiles) -> None:
 def _by_site(
     tensors: Mapping[str, Tensor], config: LoraConfig, site: Callable[[str, Tensor], tuple[float, BareSite | None]]
 ) -> tuple[dict[str, SiteFactors], dict[str, Tensor]]:
-    """Return the factors by path on disk, sorted, and by name the tensors that belong to no site.
+    """Return two dicts: the factors by path on disk, sorted, and the tensors that belong to no site, by name.
 
     Tensors of variants that the config does not select, and PEFT's copies of base weights, are left out.
     """

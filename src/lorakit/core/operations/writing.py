@@ -1,4 +1,4 @@
-"""Results of operations: reports, configs, and adding a result to a model or writing it to a directory.
+"""Results of operations: make reports and configs, add a result to a model, or write it to a directory.
 
 On disk, a bare parameter has the path of its module; if a module has several, the one that is defined last has the
 outermost path. One path can therefore mean different parameters in two adapters; `aligned` matches such sites. A result
@@ -39,8 +39,8 @@ class SiteOperation:
         path: Path of the site.
         r: Rank of the site; for experts in one parameter, the rank of each expert.
         r_before: Rank of the update that the site approximates: the sum of the combined ranks, the rank of the original
-            adapter, or that of the whole change.
-        norm: Frobenius norm of that update, scale included: Σ weight·Δ, Δ, or the change of the weight.
+            adapter, or the rank of the whole change.
+        norm: Frobenius norm of that update, scale included: Σ weight·Δ, Δ, or the change in the weight.
         deviation: Relative distance from that update: ‖result − Δ‖ / ‖Δ‖; 0 if the norm is 0.
     """
 
@@ -79,7 +79,7 @@ class OperationReport:
 
     @property
     def energy_lost(self) -> float:
-        """Fraction of the energy of all sites together that is lost."""
+        """Fraction of the total energy, over all sites, that is lost."""
         whole = sum(site.norm**2 for site in self.sites)
         return sum(site.norm**2 * site.energy_lost for site in self.sites) / whole if whole else 0.0
 
@@ -99,14 +99,17 @@ _Parameter = tuple[int, tuple[str, ...]]
 
 
 def aligned(adapters: Sequence[AdapterWeights]) -> dict[str, list[SiteFactors | None]]:
-    """Align the sites of several adapters: path on disk in an adapter with all sites -> factor of each, or None.
+    """Align the sites of several adapters.
 
     Args:
-        adapters: Adapters of one base.
+        adapters: Adapters of the same base model.
+
+    Returns:
+        Path on disk, in an adapter that has all these sites -> each adapter's factor, or None.
 
     Raises:
         AdapterError: The adapters change weights of different shapes at a site; they adapt different parameters of a
-            module, in an unknown order of definition; or one adapts a module, and another a parameter of it.
+            module whose order of definition is unknown; or one adapts a module, and another a parameter of that module.
     """
     modules: dict[str, list[SiteFactors | None]] = {}
     bare: dict[str, dict[_Parameter, list[SiteFactors | None]]] = {}
@@ -122,8 +125,8 @@ def aligned(adapters: Sequence[AdapterWeights]) -> dict[str, list[SiteFactors | 
     for module, inside in bare.items():
         if module in whole:
             raise AdapterError(
-                f"One adapter adapts {module}, and another adapts a parameter of it (target_parameters): these exclude "
-                "each other.",
+                f"One adapter adapts {module}, and another adapts a parameter of that module (target_parameters), so "
+                "the two exclude each other.",
                 where=module,
                 field="target_parameters",
             )
@@ -140,7 +143,7 @@ def _check_shapes(path: str, factors: Sequence[SiteFactors]) -> None:
     if len(shapes) > 1:
         sizes = " and ".join(sorted({factor.size_text() for factor in factors}))
         raise AdapterError(
-            f"The adapters do not fit the same base: at {path} they change weights of {sizes}.", where=path
+            f"The adapters cannot have the same base: at {path}, they change weights of {sizes}.", where=path
         )
 
 
@@ -155,8 +158,8 @@ def described(
         targets: Value of `target_modules`, or None for the full paths.
 
     Returns:
-        A config without rsLoRA in which alpha equals the rank everywhere, so that every reader gets scale 1; and the
-        factors, where parameters of a module that files cannot tell apart have the same rank.
+        A config without rsLoRA in which alpha equals the rank everywhere, so that every program computes a scale of 1;
+        and the factors, padded so that parameters of a module that files cannot tell apart have the same rank.
     """
     factors = _evened(factors)
     ranks = {name: factor.r for path, factor in factors.items() for name in factor.names or (path,)}
@@ -177,10 +180,10 @@ def described(
 
 
 def common_targets(adapters: Sequence[AdapterWeights]) -> set[str] | str | None:
-    """Return targets that name exactly the modules of all adapters together, or None if that takes full paths.
+    """Return targets that name exactly the modules of all adapters together, or None if that requires full paths.
 
     Args:
-        adapters: Adapters of one base.
+        adapters: Adapters of the same base model.
     """
     first, *rest = (adapter.config for adapter in adapters)
     said = ("target_modules", *PLAIN_TARGETS)
@@ -196,7 +199,7 @@ def common_targets(adapters: Sequence[AdapterWeights]) -> set[str] | str | None:
 
 
 def _modules_named(config: LoraConfig) -> set[str] | str | None:
-    """Return the value of `target_modules`; with bare parameters, None means that no module is targeted."""
+    """Return the value of `target_modules`, or an empty set if the config targets only bare parameters."""
     named = config.target_modules
     if named is None or isinstance(named, str):
         return set() if named is None and config.target_parameters else named
@@ -209,7 +212,7 @@ def _check_told_apart(module: str, inside: Iterable[_Parameter]) -> None:
     if not known and len(names) > 1:
         raise AdapterError(
             f"The adapters adapt different parameters of {module} ({', '.join(sorted(set().union(*names)))}), and "
-            "files do not show which of them is defined first. Load the adapters into their model, and run the "
+            "the files do not show which of them is defined first. Load the adapters into their model, and run the "
             "operation there.",
             where=module,
             field="target_parameters",
@@ -217,7 +220,7 @@ def _check_told_apart(module: str, inside: Iterable[_Parameter]) -> None:
 
 
 def _evened(factors: Mapping[str, SiteFactors]) -> dict[str, SiteFactors]:
-    """Pad factors with zeros to equal ranks for parameters that no pattern can tell apart."""
+    """Pad factors with zeros to a common rank for parameters that no pattern can tell apart."""
     largest: dict[tuple[str, ...], int] = {}
     for factor in factors.values():
         if len(factor.names) > 1:
@@ -231,22 +234,22 @@ def _evened(factors: Mapping[str, SiteFactors]) -> dict[str, SiteFactors]:
 
 
 def _anchored(path: str, paths: Mapping[str, int]) -> str:
-    """Return a pattern that names only this path, even if another path ends with it."""
+    """Return a pattern that names only this path, even if other paths end with it."""
     ambiguous = any(other.endswith("." + path) for other in paths)
     return "^" + path.replace(".", r"\.") if ambiguous else path
 
 
 def put(model: nn.Module, adapter: AdapterWeights, name: str) -> None:
-    """Add a frozen adapter to a model; it becomes active only if the model has no other adapter.
+    """Add a frozen adapter to a model; it becomes active only if the model has no other adapters.
 
     Args:
-        model: The base, or a model that has adapters already.
+        model: The base model, or a model that already has adapters.
         adapter: The adapter.
         name: The adapter's name on the model.
 
     Raises:
         AdapterError: The name is taken or not valid, or the adapter's values are not finite.
-        AdapterFileError: The adapter does not fit the model.
+        AdapterFileError: The adapter does not match the model.
     """
     tensors = adapter.tensors()
     _check_finite(tensors)
@@ -258,11 +261,11 @@ def put(model: nn.Module, adapter: AdapterWeights, name: str) -> None:
 def write(
     adapter: AdapterWeights, folder: str | os.PathLike[str], *, replace: bool = False, allow: Collection[str] = ()
 ) -> None:
-    """Write an adapter to a directory, in PEFT's format with `lorakit.json`.
+    """Write an adapter to a directory, in PEFT's format plus `lorakit.json`.
 
     Args:
         adapter: The adapter.
-        folder: The directory; unless `replace` is set, it must be new or empty, and is removed on an error.
+        folder: The directory; unless `replace` is set, it must be new or empty, and it is removed if an error occurs.
         replace: Whether to replace an adapter in the directory, file by file.
         allow: Checks to override: "nonfinite".
 
@@ -273,7 +276,7 @@ def write(
     """
     folder = Path(folder)
     if not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder}: not an empty directory; pass a new one. Nothing is overwritten.", where=folder)
+        raise UsageError(f"{folder}: not an empty directory; pass a new one. Nothing was overwritten.", where=folder)
     tensors = adapter.tensors()
     if "nonfinite" not in allow:
         _check_finite(tensors)
@@ -292,8 +295,8 @@ def reader_of(model: nn.Module | AdapterIndex) -> Callable[[str], Reading]:
         model: The model, or its index; only read.
 
     Returns:
-        A function: path of a site or bare parameter -> its base weight, (out, in, …), without merged adapters. The
-        function raises AdapterError if the model has no such site.
+        A function from the path of a site or bare parameter to its base weight, (out, in, …), without merged adapters.
+        The function raises AdapterError if the model has no such site.
     """
     site_map = AdapterIndex.of(model)
     kinds = {candidate.path: candidate.kind for candidate in site_map.candidates if candidate.kind}
@@ -329,4 +332,6 @@ def _sites(adapter: AdapterWeights) -> dict[str, dict[str, float]]:
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
-        raise AdapterError(f"The result has NaN or infinite values, first in {bad[0]}; it was discarded.", where=bad[0])
+        raise AdapterError(
+            f"The result contains NaN or infinite values, first in {bad[0]}; it was discarded.", where=bad[0]
+        )

@@ -1,1 +1,1 @@
-"""Statistics of a base's inputs and gradients, for inits that need data."""
+"""Statistics of a base model's inputs and gradients, for data-dependent inits."""

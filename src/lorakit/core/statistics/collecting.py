@@ -1,8 +1,8 @@
 """Collect moments of the inputs of a model's sites, and gradients of their weights, over a few batches.
 
 Data-dependent inits and rank allocation use both. Hooks are registered on the base's module at each site's path,
-whether or not it has adapters, and are removed afterwards, even after an error. The model's weights, `requires_grad`,
-`.grad` and modes are unchanged afterwards. This file does not handle the arithmetic of adapters.
+whether or not the site has adapters, and are removed afterwards, even after an error. The model's weights,
+`requires_grad`, `.grad` and modes are left unchanged. This module does not handle adapter arithmetic.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lorakit.core.statistics.moments import GradientStatistics, InputStatistics
 from lorakit.errors import DataError, RunError, TargetError, nearest
 
 Forward = Callable[[nn.Module, Any], Any]
-"""Runs the model on one batch; for gradients it returns the scalar loss."""
+"""Runs the model on one batch; when gradients are collected, it returns the loss, a scalar."""
 
 TakeRows = Callable[[str, Tensor], Tensor]
 """Takes the path of a site and its input, (…), and returns the rows to use, (n, in)."""
@@ -50,8 +50,8 @@ def collect_inputs(
         paths: Dotted paths of the sites: dense layers (…, in), or convolutions without groups, whose rows are patches.
         batches: Arguments of `forward`; iterated once.
         forward: Runs the model on one batch; its result is ignored.
-        components: None keeps the whole second moment, 4·in² bytes per site; a number keeps that many principal
-            directions by incremental SVD, 4·components·in bytes, and discards the rest.
+        components: None keeps the whole second moment (4·in² bytes per site); a number keeps that many principal
+            directions by incremental SVD (4·components·in bytes per site) and discards the rest.
         keep: Function that returns, for a batch, a mask (rows, length) of the positions to use, such as those that are
             not padding, or a function that selects rows of a site's input; None uses all positions.
         even: Whether to divide a site's input in each call by its largest element, so that batches have equal weight.
@@ -60,8 +60,9 @@ def collect_inputs(
         Path -> statistics; a site that no batch reached has 0 rows.
 
     Raises:
-        TargetError: A path is not a module, or its inputs have no moments (an embedding, a grouped convolution).
-        DataError: There is no batch, or a mask does not fit a site's input.
+        TargetError: A path does not name a module, or the module's inputs have no moments (an embedding, a grouped
+            convolution).
+        DataError: There are no batches, or a mask does not match a site's input.
     """
     modules = _modules_at(model, paths)
     for path, module in modules.items():
@@ -81,8 +82,8 @@ def collect_gradients(
     """Collect the gradient of the loss with respect to each site's weight, in evaluation mode, averaged over batches.
 
     The weight does not need `requires_grad` and may be quantized: the gradient is computed from the module's input and
-    the gradient of its output, (out, in) = Gᵀ·X, and `.grad` is not used. Each site needs one dense fp32 tensor. A
-    weight that two sites share has a separate gradient for each site.
+    the gradient of its output, (out, in) = Gᵀ·X, and `.grad` is not used. One dense fp32 tensor per site is kept in
+    memory. A weight that two sites share has a separate gradient for each site.
 
     Args:
         model: Any model; unchanged afterwards.
@@ -94,8 +95,8 @@ def collect_gradients(
         Path -> statistics; a site that no loss depends on has 0 calls.
 
     Raises:
-        TargetError: A path is not a module.
-        DataError: There is no batch.
+        TargetError: A path does not name a module.
+        DataError: There are no batches.
         RunError: A loss depends on none of the sites.
     """
     modules = _modules_at(model, paths)
@@ -163,8 +164,8 @@ class _Inputs:
         mask = self.mask.to(x.device, torch.bool)
         if mask.shape != x.shape[:-1] and mask.numel() != x.shape[:-1].numel():
             raise DataError(
-                f"The mask of shape {tuple(mask.shape)} does not fit the input of {path}, {tuple(x.shape)}; "
-                "omit `keep`, or this site.",
+                f"The mask of shape {tuple(mask.shape)} does not match the input of {path}, {tuple(x.shape)}; "
+                "omit `keep`, or leave this site out.",
                 what=tuple(mask.shape),
                 where=path,
                 field="keep",
@@ -173,7 +174,7 @@ class _Inputs:
 
 
 class _Gradients:
-    """Hooks the outputs of modules to compute the gradients of their weights in the backward."""
+    """Hooks the outputs of modules to compute the gradients of their weights in the backward pass."""
 
     def __init__(self, found: dict[str, GradientStatistics], anchor: Tensor) -> None:
         self.found, self.anchor = found, anchor
@@ -198,7 +199,10 @@ class _Gradients:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity on a module's output; its backward also passes the gradient to `take`. The anchor forces a graph."""
+    """The identity on a module's output; the backward pass also hands the gradient to `take`.
+
+    The anchor makes autograd record a graph even if nothing else requires a gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, take: Callable[[Tensor, Tensor], None]) -> Tensor:
@@ -213,7 +217,10 @@ class _Tap(torch.autograd.Function):
 
 
 def evened(rows: Tensor) -> Tensor:
-    """Return rows (n, in) divided by their largest element (or magnitude, if none is positive), in fp32 or wider."""
+    """Return rows (n, in) divided by the magnitude of their largest element, in fp32 or wider.
+
+    If that element is zero, the rows are divided by their largest magnitude instead.
+    """
     rows = at_least_fp32(rows)
     if not rows.numel():
         return rows
@@ -246,7 +253,7 @@ def weight_gradient(module: nn.Module, x: Tensor, G: Tensor) -> Tensor:
 
 
 def patches(module: Convolution, x: Tensor) -> Tensor:
-    """Return the input patch of each output position of a convolution: the rows that its weight multiplies as a matrix.
+    """Return a convolution's input patch at each output position: the rows that its weight, as a matrix, multiplies.
 
     Args:
         module: A convolution without groups.
@@ -267,7 +274,7 @@ def patches(module: Convolution, x: Tensor) -> Tensor:
 
 
 def _modules_at(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
-    """Return path -> the base's module there, without adapters around it."""
+    """Return a dict from each path to the base's module there, without adapters around it."""
     index = AdapterIndex.of(model)
     found = {}
     for path in paths:
@@ -289,10 +296,10 @@ def _is_convolution(module: nn.Module) -> TypeGuard[Convolution]:
 def _check_inputs(path: str, module: nn.Module) -> None:
     if isinstance(module, nn.Embedding):
         raise TargetError(
-            f"{path} is an embedding: its inputs are indices, which have no moments. Omit it.", where=path
+            f"{path} is an embedding: its inputs are indices, which have no moments. Leave it out.", where=path
         )
     if _is_convolution(module) and module.groups > 1:
-        text = f"{path} is a convolution with {module.groups} groups, each with its own inputs. Omit it."
+        text = f"{path} is a convolution with {module.groups} groups, each with its own inputs. Leave it out."
         raise TargetError(text, where=path)
 
 
@@ -306,7 +313,7 @@ def _some(batches: Iterable[Any]) -> Iterator[Any]:
         empty = False
         yield batch
     if empty:
-        raise DataError("No batch to collect from; `batches` is empty.", field="batches")
+        raise DataError("`batches` is empty; pass at least one batch to collect from.", field="batches")
 
 
 @contextlib.contextmanager

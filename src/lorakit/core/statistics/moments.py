@@ -1,8 +1,8 @@
-"""Statistics for inits that need data: moments of a site's inputs (complete or a sketch), mean gradients, file format.
+"""Statistics for data-dependent inits: moments of a site's inputs (in full or as a sketch), mean gradients, and a file.
 
-Moments only accumulate rows and gradients; `collecting` supplies them. `Statistics` holds the result: a few small
-tensors per site, which `attach` accepts. The file is in safetensors format, with the config and the base's fingerprint
-in its header; pickles are never read.
+The classes for moments and gradients only accumulate what `collecting` supplies. `Statistics` holds the result: a few
+small tensors per site, which `attach` accepts. The file is in safetensors format, with the config and the base's
+fingerprint in its header; pickles are never read.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class InputStatistics:
     Attributes:
         components: None keeps the whole second moment; a number keeps that many principal directions.
         rows: Number of rows.
-        calls: Number of calls of `add`.
+        calls: Number of calls to `add`.
         total: Σ x, (in,); None before the first row.
         gram: Σ x·xᵀ, (in, in); None before the first row, or if `components` is set.
     """
@@ -71,7 +71,7 @@ class InputStatistics:
         """Add the rows of other statistics; both must keep whole second moments.
 
         Args:
-            other: Statistics of rows of the same width; they are not changed.
+            other: Statistics for rows of the same width; not changed.
         """
         if other.total is None or other.gram is None:
             return
@@ -107,7 +107,7 @@ class InputStatistics:
             DataError: There are no rows.
 
         Source:
-            Whole: eigenvectors of the centered second moment. Sketch: Ross et al. 2008, doi:10.1007/s11263-007-0075-7.
+            Full: eigenvectors of the centered second moment. Sketch: Ross et al. 2008, doi:10.1007/s11263-007-0075-7.
         """
         held = self._sketch if self.gram is None else self.gram
         if self.total is None or held is None:
@@ -136,8 +136,8 @@ class GradientStatistics:
 
     Attributes:
         batches: Number of batches.
-        calls: Number of gradients; a module that is called twice in a forward adds two.
-        total: Sum of the gradients, canonical (out, in) or (out, in / groups, k…); None before the first.
+        calls: Number of gradients; a module that is called twice in a forward pass adds two.
+        total: Sum of the gradients, canonical (out, in) or (out, in / groups, k…); None before the first gradient.
     """
 
     def __init__(self) -> None:
@@ -149,14 +149,14 @@ class GradientStatistics:
         """Add a gradient.
 
         Args:
-            gradient: Canonical, (out, in) or (out, in / groups, k…), fp32 or wider; it is kept without a copy and may
-                be modified.
+            gradient: Canonical, (out, in) or (out, in / groups, k…), fp32 or wider; it is kept without being copied and
+                may be modified.
         """
         self.calls += 1
         self.total = gradient if self.total is None else self.total.add_(gradient)
 
     def mean(self) -> Tensor:
-        """Return the gradient of the mean of the batches' losses, canonical (out, in) or (out, in / groups, k…).
+        """Return the gradient of the mean loss over the batches, canonical (out, in) or (out, in / groups, k…).
 
         Raises:
             DataError: No loss depended on this site.
@@ -167,7 +167,7 @@ class GradientStatistics:
 
 
 KEY, FORMAT = "lorakit_statistics", "1"
-"""Key of the file format in a file's header, and its value."""
+"""Header key that identifies the file format, and its value."""
 
 
 @dataclass(frozen=True)
@@ -188,11 +188,11 @@ class Statistics:
     base: Fingerprint | None = None
 
     def check(self, config: LoraConfig, model: nn.Module | AdapterIndex) -> None:
-        """Check that these statistics fit a config and a model.
+        """Check that these statistics match a config and a model.
 
         Args:
             config: The config to attach.
-            model: The model to attach it to, or the model's index; not changed.
+            model: The model to which the adapter is attached, or the model's index; not changed.
 
         Raises:
             ConfigError: The statistics are for another init.
@@ -244,7 +244,7 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
         path: The file.
 
     Raises:
-        AdapterFileError: The file is missing, damaged, in another format version, or not a statistics file.
+        AdapterFileError: The file is missing or damaged, has another format version, or is not a statistics file.
     """
     file = read_tensors(path)
     written = file.metadata.get(KEY)
@@ -268,7 +268,7 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     if given is not None and base is None:
         raise _unusable(path, "the base entry in its header is not a fingerprint")
     if _sha256(file.tensors) != sha256:
-        raise _unusable(path, "damaged: its tensors do not match their checksum")
+        raise _unusable(path, "the file is damaged: its tensors do not match their checksum")
     sites: dict[str, dict[str, Tensor]] = {}
     for key, tensor in file.tensors.items():
         site, _, name = key.rpartition("/")

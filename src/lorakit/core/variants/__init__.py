@@ -56,7 +56,7 @@ def variant_named(name: str) -> Variant:
     """Return the variant with that name.
 
     Raises:
-        KeyError: No variant has this name; this is a bug in lorakit, since users do not pass such names.
+        KeyError: No variant has this name. This is a bug in lorakit, because users never pass such names.
     """
     for variant in VARIANTS:
         if variant.name == name:
@@ -65,12 +65,12 @@ def variant_named(name: str) -> Variant:
 
 
 def asked_for() -> tuple[Variant, ...]:
-    """Return the variants that a config field selects: all except LoRA itself."""
+    """Return the variants that are selected by a config field: all except LoRA itself."""
     return tuple(variant for variant in VARIANTS if variant.field)
 
 
 def own_tensors() -> Iterator[OwnTensor]:
-    """Yield the description of every tensor, of any shape, that a variant has in addition to A and B."""
+    """Yield a description of each tensor, of any shape, that some variant has in addition to A and B."""
     for variant in VARIANTS:
         yield from variant.tensors
 
@@ -81,12 +81,12 @@ def variants_of(config: LoraConfig) -> list[Variant]:
 
 
 def moving_variant(config: LoraConfig) -> Variant | None:
-    """Return the variant in a config that replaces the base weight, or None."""
+    """Return the config's variant that replaces the base weight, or None."""
     return next((variant for variant in variants_of(config) if variant.move is not None), None)
 
 
 def is_kept(variant: Variant) -> bool:
-    """Return whether combined adapters of a variant keep the variant; otherwise the result is plain LoRA."""
+    """Return whether combining adapters of a variant keeps the variant; otherwise, the result is plain LoRA."""
     return variant.combine is not None or bool(variant.must_agree)
 
 
@@ -128,10 +128,10 @@ def variant_for(config: LoraConfig, kind: Kind, path: str) -> tuple[Variant, Set
     Args:
         config: The adapter's config.
         kind: The kind of the site.
-        path: Path of the site, for the message.
+        path: Path of the site, for error messages.
 
     Raises:
-        ConfigError: The config selects two variants, or the variant does not support this kind.
+        ConfigError: The config selects two variants at the site, or the variant does not support this kind.
     """
     variant, setting = variant_at(config, path)
     what = f"{variant.title} ({variant.field})"

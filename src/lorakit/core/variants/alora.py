@@ -1,6 +1,6 @@
 """Activated LoRA (aLoRA): the adapter is active from its invocation tokens on; only the base runs before them.
 
-Positions before the invocation have the base's keys and values, so a cache filled by the base can be reused.
+Positions before the invocation have the base's keys and values, so a KV cache filled by the base can be reused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def last_invocation(input_ids: Tensor, tokens: Sequence[int], visible: Tensor | 
         visible: (rows, length), true for tokens, false for padding; an occurrence that contains padding does not count.
 
     Returns:
-        (rows,) int64: number of positions from the occurrence's first token to the end of the row; 0 if there is none.
+        (rows,) int64: number of positions from the occurrence's first token to the end of the row; 0 if the row has no
+        occurrence.
     """
     rows, length = input_ids.shape
     size = len(tokens)
@@ -63,7 +64,7 @@ def _fits(kind: Kind) -> bool:
 def _output(at: At) -> Tensor:
     """Return z from the start of the last invocation on, and zero before it.   [docs/math.md (90)]
 
-    z and the result are (rows, positions, out).
+    Both z and the result have the shape (rows, positions, out).
 
     Source:
         Greenewald et al. 2025, arXiv:2504.12397, section 3.
@@ -75,7 +76,7 @@ def _output(at: At) -> Tensor:
             "`with lorakit.core.invoked(model, input_ids):`.",
             field="alora_invocation_tokens",
         )
-    return torch.where(at.mask(at.z), at.z, 0)  # not a multiplication, because z can be infinite before the start
+    return torch.where(at.mask(at.z), at.z, 0)  # not a multiplication, because z can be infinite before the invocation
 
 
 ALORA = Variant(
@@ -88,5 +89,5 @@ ALORA = Variant(
     unmergeable_reason="its update depends on token positions",
     positions=_positions,
     span=_span,
-    must_agree="act after different invocation tokens",
+    must_agree="have different invocation tokens",
 )

@@ -1,4 +1,4 @@
-"""BD-LoRA: A or B is block-diagonal, so that parallel devices multiply their own blocks without communication.
+"""BD-LoRA: A or B is block-diagonal, so that parallel devices can multiply their own blocks without communicating.
 
 Only the blocks are stored and saved, stacked along the first axis. Before a multiplication, they are placed on the
 diagonal of a matrix of LoRA's shape; everything else is as in LoRA.
@@ -16,7 +16,7 @@ from lorakit.errors import ConfigError
 
 
 def block_diagonal(blocks: Tensor, number: int) -> Tensor:
-    """Return the matrix (m, n·number) with blocks on its diagonal and zeros elsewhere.   [docs/math.md (97)]
+    """Return a matrix (m, n·number) with the blocks on its diagonal and zeros elsewhere.   [docs/math.md (97)]
 
     Args:
         blocks: The stacked blocks, (m, n).
@@ -35,8 +35,8 @@ def _setting(config: LoraConfig, path: str) -> Setting | None:
         return None
     if side == "B" and config.lora_bias:
         raise ConfigError(
-            f"lora_bias at {path}: a block-diagonal B has no bias. Remove the module from target_modules_bd_b, or turn "
-            "lora_bias off.",
+            f"lora_bias at {path}: a block-diagonal B cannot have a bias. Remove the module from target_modules_bd_b, "
+            "or turn lora_bias off.",
             where=path,
             field="lora_bias",
         )
@@ -44,13 +44,13 @@ def _setting(config: LoraConfig, path: str) -> Setting | None:
 
 
 def _shapes(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> tuple[Shape, Shape]:
-    """Return the shapes of A and B; the side with blocks is A (r, in / blocks) or B (out, r / blocks)."""
+    """Return the shapes of A and B; the factor with blocks is either A (r, in / blocks) or B (out, r / blocks)."""
     number, in_A = int(setting["blocks"]), setting["side"] == "A"
     sizes = {"r": r, **({"in_features": spec.in_features} if in_A else {"out_features": spec.out_features})}
     odd = next((name for name, size in sizes.items() if size % number), None)
     if odd is not None:
         raise ConfigError(
-            f"{setting['path']}: {odd} is {sizes[odd]}, which is not divisible into {number} blocks of "
+            f"{setting['path']}: {odd} is {sizes[odd]}, which is not divisible by {number}, the number of blocks of "
             f"{setting['side']}. Choose another use_bdlora.nblocks or r, or leave the module out.",
             what=sizes[odd],
             where=str(setting["path"]),

@@ -20,10 +20,10 @@ from lorakit.core.variants.variant import Addend, At, Factor, OwnTensor, Setting
 from lorakit.errors import AdapterError
 
 MAGNITUDE = "lora_magnitude_vector"
-"""PEFT's name for the learned lengths, on a layer and on disk."""
+"""PEFT's name for the learned row lengths, on a layer and on disk."""
 
 SMALLEST = 1e-6
-"""If a combined DoRA scale is smaller than this in magnitude, its row is zero, which no magnitude can represent."""
+"""A combined DoRA scale below this in absolute value is rejected: its row is zero, which no magnitude can represent."""
 
 
 def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -63,7 +63,8 @@ def _start(start: Start) -> Tensor:
 def _output(at: At) -> Tensor:
     """Return (g − 1)(y₀ − b) + g·z, with g = m / ‖W + s·B·A‖ per output.   [docs/math.md (7)]
 
-    To save memory, the backward pass treats the norm as a constant, as in the paper (section 4.3). Outputs: (…, out).
+    To save memory, the backward pass treats the norm as a constant, as in the paper (section 4.3). The result has the
+    shape (…, out).
 
     Source:
         Liu et al. 2024, arXiv:2402.09353, eq. (5) and (11).
@@ -90,7 +91,7 @@ def combined(path: str, addends: Sequence[Addend], reading: Reading) -> Sum:
     """Combine adapters into a DoRA adapter; some of them may be plain LoRA.   [docs/math.md (57)]
 
     Args:
-        path: Path of the site, for the message.
+        path: Path of the site, for error messages.
         addends: Factors with their weights.
         reading: The base weight.
 
@@ -99,14 +100,14 @@ def combined(path: str, addends: Sequence[Addend], reading: Reading) -> Sum:
         γ·‖W + B'·A'‖, (out,).
 
     Raises:
-        AdapterError: The DoRA scales cancel, so that an output would be zero.
+        AdapterError: The DoRA scales cancel out, so that an output would be zero.
     """
     gains = [_gain_over(addend.factor, reading) for addend in addends]
     total = 1 + torch.stack([one.weight * (gain - 1) for gain, one in zip(gains, addends, strict=True)]).sum(0)
     lost = int((total.abs() < SMALLEST).sum())
     if lost:
         raise AdapterError(
-            f"At {path} the scales of these DoRA adapters cancel for {lost} outputs, which no DoRA adapter can "
+            f"At {path}, the scales of these DoRA adapters cancel out for {lost} outputs, which no DoRA adapter can "
             "represent. Choose other weights.",
             what=str(lost),
             where=path,
@@ -146,7 +147,7 @@ DORA = Variant(
         OwnTensor(
             held_as=MAGNITUDE,
             carried="module",
-            keys=(f".{MAGNITUDE}", f".{MAGNITUDE}.weight"),  # older versions of PEFT wrote the second
+            keys=(f".{MAGNITUDE}", f".{MAGNITUDE}.weight"),  # older versions of PEFT wrote the second name
             shape=_shape,
             start=_start,
             depends_on_rank=False,

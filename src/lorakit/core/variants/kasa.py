@@ -1,4 +1,4 @@
-"""KaSA: the base without its smallest singular values, and an update with trained singular values.
+"""KaSA removes the smallest singular values of the base weight and trains the singular values of the update.
 
 While the adapter is attached, the base is W without its r smallest singular values, and the update is s·B·diag(d)·A,
 where d is trained. The layer keeps the original weight; disabling or detaching the adapter restores it bit for bit.
@@ -37,7 +37,7 @@ def penalty(factor: Factor) -> Tensor:
     """Return β·‖d‖² + γ·(‖Bᵀ·B − I‖ + ‖A·Aᵀ − I‖), a scalar in fp32 or wider.   [docs/math.md (96)]
 
     Args:
-        factor: Has A (r, in), B (out, r) and the diagonal (r,); its settings include β and γ.
+        factor: A factor with A (r, in), B (out, r) and the diagonal (r,); its settings include β and γ.
 
     Source:
         Wang et al. 2024, arXiv:2412.06071, eq. (9) to (11).
@@ -71,7 +71,7 @@ def _move(start: Start) -> Tensor:
     if start.rank >= least:
         raise ConfigError(
             f"{start.path}: r is {start.rank}, and KaSA removes r of the {least} singular values of the base weight; r "
-            f"must be below {least}. Lower r (rank_pattern for this module alone), or leave the module out.",
+            f"must be below {least}. Lower r (use rank_pattern to change only this module), or leave the module out.",
             what=start.rank,
             where=start.path,
             field="r",
@@ -93,6 +93,6 @@ KASA = Variant(
     tensors=(OwnTensor(held_as=DIAGONAL, carried="parameter", keys=(f".{DIAGONAL}",), shape=_shape, start=_start),),
     factors=_factors,
     move=_move,
-    excludes_others="KaSA adapters need a base without its smallest singular values, other adapters the original one",
+    excludes_others="KaSA adapters need a base without its smallest singular values, but others need the original one",
     penalty=penalty,
 )

@@ -1,6 +1,6 @@
 """LoRA, and rsLoRA, which differs only in the scale.
 
-h = W x + s·B(A x): the addition to the output is z = s·B(A x), that to the weight is s·B·A.   [docs/math.md (2)]
+The output is h = W x + s·B(A x): the variant adds z = s·B(A x) to the output, or s·B·A to W.   [docs/math.md (2)]
 
 Source: Hu et al. 2021, arXiv:2106.09685, eq. (3).
 """

@@ -1,8 +1,8 @@
-"""`Variant`, an entry of VARIANTS, and the types of its functions' arguments and results.
+"""`Variant`, an entry in VARIANTS, and the types of its functions' arguments and results.
 
 Every variant computes an *addition* to the base output and to the base weight, so that several adapters can be applied
-in any order, and rows of a batch can use different ones. An entry works with tensors and the geometry of a kind; it
-does not depend on adapter names, routes or files. A function that is None costs a forward pass only one check.
+in any order and the rows of a batch can use different adapters. An entry works with tensors and the geometry of a kind;
+it does not depend on adapter names, routes or files. A function that is None costs a forward pass only one check.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from lorakit.core.linalg import Product, Reading
 from lorakit.errors import ConfigError
 
 Setting = Mapping[str, "str | int | float | bool"]
-"""The settings of a variant at one site."""
+"""A variant's settings at one site."""
 
 NO_SETTING: Setting = MappingProxyType({})
 NO_TENSORS: Mapping[str, Tensor] = MappingProxyType({})
 
 
-@dataclass(eq=False)  # not frozen, because each forward creates one, and frozen dataclasses are slower to create
+@dataclass(eq=False)  # not frozen: each forward pass creates one, and frozen dataclasses are slower to create
 class Factor:
     """The tensors and settings of one adapter at one site.
 
@@ -36,9 +36,9 @@ class Factor:
         A: Down projection, (r, in).
         B: Up projection, (out, r).
         scale: alpha / r, or alpha / √r for rsLoRA.
-        dropout: The dropout before A.
-        variant: The entry of VARIANTS.
-        own: `OwnTensor.held_as` -> the variant's own tensor, in the shape that it has on the layer.
+        dropout: The dropout applied before A.
+        variant: The entry in VARIANTS.
+        own: `OwnTensor.held_as` -> the variant's extra tensor, in the shape that it has on the layer.
         bias: Bias of B, (out,), scaled like B·A (`lora_bias`), or None.
         setting: The variant's settings at this site.
     """
@@ -53,7 +53,7 @@ class Factor:
     setting: Setting = dataclasses.field(default_factory=lambda: NO_SETTING)
 
     def multiplied(self, training: bool = False) -> tuple[Tensor, Tensor]:
-        """Return A (r, in) and B (out, r) after the variant's `factors`, ready to be multiplied.
+        """Return A (r, in) and B (out, r) as the variant's `factors` computes them, ready to be multiplied.
 
         Args:
             training: Whether the variant may perturb A and B, as in training.
@@ -61,7 +61,7 @@ class Factor:
         return (self.A, self.B) if self.variant.factors is None else self.variant.factors(self, training)
 
     def plain(self, training: bool = False) -> Factor:
-        """Return the factor with A (r, in) and B (out, r) after the variant's `factors`.
+        """Return this factor with A (r, in) and B (out, r) as the variant's `factors` computes them.
 
         Args:
             training: Whether the variant may perturb A and B, as in training.
@@ -72,7 +72,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class Start:
-    """A new factor and its site, from which the variant's own tensors are initialized.
+    """A new factor and its site, from which the variant's extra tensors are initialized.
 
     Attributes:
         kind: The kind of the site.
@@ -80,7 +80,7 @@ class Start:
         A: Initial down projection, (r, in).
         B: Initial up projection, (out, r).
         scale: The factor's scale.
-        read: Reads the canonical base weight that the adapter uses, (out, in) or as its kind defines it.
+        read: Reads the canonical base weight that the adapter uses, (out, in) or the shape that the kind defines.
         path: Path of the site, for messages.
         setting: The variant's settings at this site.
         generator: Random generator, or None for torch's default one.
@@ -107,9 +107,9 @@ class OwnTensor:
     """A tensor that a variant has for each adapter and site, in addition to A and B.
 
     Attributes:
-        held_as: Layer attribute that holds the tensor of each adapter.
+        held_as: Layer attribute that holds each adapter's tensor.
         carried: "module" if the attribute holds modules with a `.weight`, "parameter" if it holds parameters.
-        keys: Suffixes of the tensor's name on disk: the first is written, all are read.
+        keys: Suffixes of the tensor's name on disk: the first is written, and all are accepted when reading.
         shape: Kind, weight spec, rank, setting -> the tensor's shape in memory and on disk.
         start: New factor -> the initial tensor, in any shape with the same number of elements.
         trained: Whether the tensor is trained.
@@ -127,7 +127,7 @@ class OwnTensor:
 
 @dataclass(eq=False)  # not frozen, for the same reason as `Factor`
 class At:
-    """One factor in one forward.
+    """One factor in one forward pass.
 
     Attributes:
         y0: The base's output, (…, out), or (N, out, …) for a convolution.
@@ -136,8 +136,8 @@ class At:
         factor: The factor.
         kind: The kind of the site.
         spec: The site's weight spec.
-        read: Reads the canonical base weight, (out, in) or as its kind defines it.
-        mask: For variants with `positions`: z -> boolean mask of the active positions, which broadcasts over z; None if
+        read: Reads the canonical base weight, (out, in) or the shape that the kind defines.
+        mask: For variants with `positions`: z -> boolean mask of the active positions, which broadcasts over z. None if
             the positions are unknown.
         x: The input of A, (…, in); None in tests that do not need it.
         siblings: Returns the factors of the site's other adapters, in the order in which they were added.
@@ -162,8 +162,8 @@ class Addend:
     Attributes:
         factor: The adapter's factor at the site.
         weight: The weight of the update in the sum.
-        product: A and B after the variant's `factors`, as matrices (g, r, in) and (g, out, r), without the scale.
-        experts: The number of experts that share A and B; 1 for a single matrix.
+        product: A and B from the variant's `factors`, as matrices (g, r, in) and (g, out, r), without the scale.
+        experts: The number of experts, each with its own part of A and B; 1 for a single matrix.
     """
 
     factor: Factor
@@ -177,9 +177,10 @@ class Sum:
     """A sum of updates; the caller computes its low-rank part.
 
     Attributes:
-        products: One product per addend, (g, r, in) and (g, out, r); the low-rank part is their sum, where each product
-            is multiplied by the addend's weight and scale.
-        finish: Low-rank part with scale 1 -> the product to store, and `OwnTensor.held_as` -> the variant's own tensor.
+        products: One product per addend, (g, r, in) and (g, out, r). The low-rank part is the sum of the products, each
+            multiplied by its addend's weight and scale.
+        finish: Function from the low-rank part, with scale 1, to the product to store and a dict from
+            `OwnTensor.held_as` to the variant's extra tensor.
     """
 
     products: tuple[Product, ...]
@@ -187,7 +188,7 @@ class Sum:
 
 
 def added(kind: Kind, spec: WeightSpec, W: Tensor, delta: Tensor, factor: Factor) -> Tensor:
-    """Return the delta, shaped like W (out, in), unchanged, as the whole addition to the weight."""
+    """Return the delta (out, in) unchanged, because it is the whole addition to the weight."""
     return delta
 
 
@@ -196,32 +197,36 @@ class Variant:
     """One way to combine A, B and the base.
 
     Attributes:
-        name: Name in layers and tests.
-        title: Name in messages.
-        field: Config field that selects the variant, "" for LoRA itself.
-        fits: Kind -> whether the variant supports it. Only `every_kind` supports the kinds that users define.
-        setting: Config, path of a site -> the settings there, or None if the site does not get the variant; None for a
-            variant without settings.
-        tensors: The variant's own tensors, in addition to A and B.
+        name: Name used in layers and tests.
+        title: Name used in messages.
+        field: Config field that selects the variant; "" for LoRA itself.
+        fits: Kind -> whether the variant supports it. Only `every_kind` supports user-defined kinds.
+        setting: Config, path of a site -> the settings there, or None if the variant is not used there. The attribute
+            is None for a variant without settings.
+        tensors: The variant's tensors in addition to A and B.
         shapes: Kind, weight spec, rank, setting -> shapes of A and B; None for the kind's shapes.
-        factors: Factor, training -> the A and B to multiply; None for A and B themselves.
+        factors: Factor, training -> the A and B to multiply; None to multiply A and B as stored.
         down: Kind, module, input, factor -> the input of B, unscaled; None for the kind's A·x.
-        output: State of a forward -> addition to y₀, shaped like y₀; None for z.
-        update: Kind, weight spec, canonical W, scaled delta like W, factor -> addition to W; None if not mergeable.
+        output: State of a forward pass -> addition to y₀, shaped like y₀; None if the addition is z.
+        update: Kind, weight spec, canonical W, scaled delta shaped like W, factor -> addition to W; None if the variant
+            is not mergeable.
         unmergeable_reason: Why the variant is not mergeable, as the end of a message.
         positions: Token ids (rows, length), config, visible tokens (rows, length) or None -> the number of
             active positions at the end of each row, (rows,) int64; None if the adapter is always active.
-        span: Config -> number of tokens that determine a position, for variants with `positions`.
+        span: For variants with `positions`: config -> the number of tokens that are compared to find a position.
         move: New factor -> the canonical weight that replaces the base weight while the adapter is attached. The
-            replacement depends only on the base and the rank, so that adapters of the same rank share it.
-        adds_product: The update of a new factor is s·B·A, so an init may subtract it from the base weight.
-        excludes_others: Why the model cannot have adapters of other variants, as the end of a message; "" if it can.
+            replacement depends only on the base and the rank, so adapters of the same rank share it.
+        adds_product: Whether the update of a new factor is s·B·A, so that an init may subtract it from the base weight.
+        excludes_others: Why the model cannot have adapters of other variants at the same time, as the end of a message;
+            "" if it can.
         penalty: Factor -> its term in the training loss, a scalar; None if there is no penalty.
         combine: Path, addends, base weight -> the sum, as one factor of this variant; None if the sum is plain LoRA.
         must_agree: How adapters with different values of `field` differ, as the end of a message. Only adapters with
             equal values can be combined, and the result keeps the value. "" if the value does not matter.
-        peft_names: Name of a per-adapter table on PEFT's layers -> value for a factor; False for other variants.
-        is_lora: Whether only the scale may differ from LoRA's, so that stacks and fused operations support the variant.
+        peft_names: Name of a per-adapter table on PEFT's layers -> function from a factor to its value in the table;
+            adapters of other variants have the value False.
+        is_lora: Whether the variant differs from LoRA at most in its scale, so that stacks and fused operations support
+            it.
         is_held_as_lora: Whether the variant stores only A and B, in the kind's shapes.
     """
 
@@ -262,7 +267,7 @@ class Variant:
 
     @property
     def is_lora_once_multiplied(self) -> bool:
-        """True if the stored factors have other shapes than LoRA's, but are plain LoRA after `factors`."""
+        """True if A and B are stored in shapes other than LoRA's, but are plain LoRA after `factors`."""
         return self.shapes is not None and self.factors is not None and self.down is None and self.is_low_rank
 
     @property
@@ -276,19 +281,19 @@ class Variant:
         return self.update is None or self.update is added
 
     def shapes_of(self, kind: Kind, spec: WeightSpec, r: int, setting: Setting, path: str) -> tuple[Shape, Shape]:
-        """Return the shapes of A and B at a site, (r, in) and (out, r) on a dense one.
+        """Return the shapes of A and B at a site: (r, in) and (out, r) at a dense site.
 
-        For a kind that the variant does not support, they are LoRA's; `variant_for` rejects such a site.
+        For a kind that the variant does not support, LoRA's shapes are returned; `variant_for` rejects such a site.
 
         Args:
             kind: The kind of the site.
             spec: The site's weight spec.
             r: The rank.
             setting: The variant's settings at the site.
-            path: The site, for messages.
+            path: Path of the site, for error messages.
 
         Raises:
-            ConfigError: The rank does not fit.
+            ConfigError: The rank is not possible at the site.
         """
         if self.shapes is None or not self.fits(kind):
             try:
@@ -298,6 +303,6 @@ class Variant:
         return self.shapes(kind, spec, r, setting)
 
     def starts(self, start: Start) -> dict[str, Tensor]:
-        """Return the own tensors of a new factor: `OwnTensor.held_as` -> tensor, in the shape of `OwnTensor.shape`."""
+        """Return a new factor's extra tensors: `OwnTensor.held_as` -> tensor, in the shape that the entry defines."""
         shaped = ((t, t.shape(start.kind, start.spec, start.rank, start.setting)) for t in self.tensors)
         return {tensor.held_as: tensor.start(start).reshape(shape) for tensor, shape in shaped}
