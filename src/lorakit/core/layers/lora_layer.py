@@ -38,10 +38,6 @@ The key is None for the original weight, or the first adapter that uses the resi
 """
 
 
-_HOLDERS_OF_PARAMETERS = tuple(dict.fromkeys([*TRAINED, *(own.held_as for own in own_tensors())]))
-"""Names of the containers that hold adapters' parameters, with A and B first."""
-
-
 def _holder_type(name: str) -> type[ModuleDict | ParameterDict] | None:
     """Return the container type of an attribute that has one entry per adapter, or None for any other attribute."""
     if not name.startswith("lora_"):
@@ -213,8 +209,10 @@ class LoraLayer(BaseWeight):
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
         """Return an adapter's parameters in this layer, with A and B first; empty if it has no factors here."""
-        found = []
-        for holder in map(self._modules.get, _HOLDERS_OF_PARAMETERS):
+        if adapter not in self.r:
+            return []
+        own, found = variant_named(self.variant[adapter]).tensors, []
+        for holder in map(self._modules.get, (*TRAINED, *[tensor.held_as for tensor in own]) if own else TRAINED):
             if isinstance(holder, ModuleDict):
                 entry = holder._modules.get(adapter)
                 if entry is not None:
