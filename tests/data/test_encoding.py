@@ -196,7 +196,7 @@ def test_long_completions_are_cut_and_counted(tiny_tokenizer: Any) -> None:
     rows = [Completion("hello world", " It is four."), Document("hello world")]
     report = encode(rows, tiny_tokenizer, total - 2).report
     assert (report.cut_rows, report.cut_tokens, report.cut_trained_tokens, report.dropped_rows) == (1, 2, 2, 0)
-    line = f"1 row truncated to {total - 2} tokens: 2 tokens removed, of which 2 would have contributed to the loss"
+    line = f"1 row truncated to {total - 2} tokens: 2 tokens removed (2 would have contributed to the loss);"
     assert line in "\n".join(report.lines())
     report = encode(rows, tiny_tokenizer, len(prompt)).report
     assert (report.cut_rows, report.cut_tokens, report.dropped_rows) == (1, len(answer) + 1, 1)
@@ -220,7 +220,7 @@ def test_nothing_is_left_out_without_a_count(tiny_tokenizer: Any) -> None:
     assert (report.empty_rows, report.duplicate_rows, report.sequences) == (3, 1, 2)
     assert report.lines() == [
         f"3 documents, 1 prompt with completion, 1 conversation: 2 sequences of at most 64 tokens; total: {report.tokens} "
-        f"tokens, of which {report.trained_tokens} contribute to the loss ({report.trained_fraction:.1%}).",
+        f"tokens; {report.trained_tokens} contribute to the loss ({report.trained_fraction:.1%}).",
         "3 rows left out: empty.",
         "1 duplicate row kept.",
         "a note of the reader.",

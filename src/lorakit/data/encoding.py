@@ -231,7 +231,7 @@ class _Work:
         held = array("q")
         for ids in self._tokens(record):
             held.extend(ids)
-            while len(held) > length:  # more than one window's tokens, so at least one more window follows
+            while len(held) > length:  # the tokens exceed one window, so at least one more window follows
                 self.sequences.add(held[:length], b"\1" * length)
                 del held[: length - 1]  # the last token of a window is the context of the next
                 made += 1

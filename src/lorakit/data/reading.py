@@ -139,7 +139,7 @@ def _check_text(path: Path, file: IO[bytes]) -> None:
 
 
 def _read_rows(path: Path, file: IO[bytes]) -> tuple[array[int], array[int], list[str]]:
-    """Check every row; return the byte offsets and line numbers of the rows, and notes about the file."""
+    """Check every row; return each row's byte offset and line number, and notes about the file."""
     starts, lines = array("q"), array("q")
     bad, reason = array("q"), ""
     unused: Counter[str] = Counter()

@@ -77,8 +77,8 @@ class DataReport:
         shown = [kind for kind in kinds if not kind.startswith("0 ")] or [kinds[0]]
         lines = [
             f"{', '.join(shown)}: {format_count(self.sequences, 'sequence')} of at most "
-            f"{self.max_length_tokens:,} tokens; total: {self.tokens:,} tokens, of which {self.trained_tokens:,} "
-            f"contribute to the loss ({format_percent(self.trained_fraction, 1)})."
+            f"{self.max_length_tokens:,} tokens; total: {self.tokens:,} tokens; {self.trained_tokens:,} contribute "
+            f"to the loss ({format_percent(self.trained_fraction, 1)})."
         ]
         return [*lines, *self._losses(), *self.notes]
 
@@ -93,8 +93,8 @@ class DataReport:
         if self.cut_rows:
             lines.append(
                 f"{format_count(self.cut_rows, 'row')} truncated to {self.max_length_tokens:,} tokens: "
-                f"{self.cut_tokens:,} tokens removed, of which {self.cut_trained_tokens:,} would have "
-                "contributed to the loss; a larger --max-length keeps them."
+                f"{self.cut_tokens:,} tokens removed ({self.cut_trained_tokens:,} would have contributed "
+                "to the loss); a larger --max-length keeps them."
             )
         if self.untrained_turns:
             lines.append(

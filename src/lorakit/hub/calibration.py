@@ -108,7 +108,7 @@ def calibrate(device: str | torch.device = "cpu") -> Calibration:
         device: Device to measure.
 
     Returns:
-        The rates; each is from the fastest of several runs, to limit the effect of other load on the machine.
+        The rates, each computed from the fastest of several runs to limit the effect of other load on the machine.
     """
     import torch
 

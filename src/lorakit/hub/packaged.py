@@ -145,7 +145,7 @@ def write_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Restore the splitting rule that the GGUF reader omits: SmolLM first splits off each digit.
+    """Restore the splitting rule that the GGUF reader omits: SmolLM splits off each digit first.
 
     Without the rule, "  1" becomes a space and " 1", whereas in pretraining it became two spaces and a digit.
     """
@@ -168,7 +168,7 @@ def _check(loaded: PreTrainedModel, target: Path) -> None:
         same = set(file.keys()) == set(wanted) and all(torch.equal(file.get_tensor(n), wanted[n]) for n in wanted)
     if not same:
         raise ModelError(
-            f"{target}: the written weights differ from those that were read and were discarded; try again.",
+            f"{target}: the written weights differ from the weights that were read, so they were discarded; try again.",
             where=target,
         )
 

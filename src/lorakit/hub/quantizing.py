@@ -56,7 +56,7 @@ def require_quantizer(wanted: Quantization) -> None:
 
 
 def loading_options(wanted: Quantization, dtype: torch.dtype, device: str | torch.device) -> dict[str, Any]:
-    """Return options for `from_pretrained` that quantize each weight as it is read.
+    """Return options for `from_pretrained` that quantize each weight while it is read.
 
     Args:
         wanted: The quantization.

@@ -78,7 +78,7 @@ def shape_of_module(module: PreTrainedModel, name: str, source: str) -> ModelSha
     Args:
         module: The model; it must have a `config`.
         name: Display name.
-        source: Where the model comes from, as a text to display.
+        source: Where the model comes from, for display.
 
     Returns:
         Names and sizes of all modules.

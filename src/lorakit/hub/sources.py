@@ -115,7 +115,7 @@ def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = Fals
         raise source.error(_no_weights(folder))
     if tokenizer and not any((folder / name).is_file() for name in _TOKENIZERS):
         raise source.error(
-            "the model directory has no tokenizer (such as tokenizer.json); copy the tokenizer files of the model into "
+            "the model directory has no tokenizer file (such as tokenizer.json); copy the model's tokenizer files into "
             "it, or save them there with tokenizer.save_pretrained(...)."
         )
 
@@ -197,7 +197,7 @@ def _no_weights(folder: Path) -> str:
     ggufs = sorted(entry.name for entry in folder.glob("*.gguf"))
     if ggufs:
         return f"GGUF weights are not loaded ({ggufs[0]}); a directory with model.safetensors is needed."
-    return "the model directory has no weights; add model.safetensors (or its index and parts)."
+    return "the model directory has no weights; add model.safetensors (or an index and its shards)."
 
 
 def _neighbors(given: str, path: Path) -> str:
@@ -214,7 +214,7 @@ def _neighbors(given: str, path: Path) -> str:
 
 
 def _ask_hub(source: ModelSource, path: Path) -> None:
-    """Check that the Hub's cache or the Hub itself has the model of a source."""
+    """Check that a model exists in the Hub's cache or on the Hub."""
     import huggingface_hub
 
     # check the cache first: a cached model needs no network
