@@ -1,9 +1,9 @@
 """Hold out records for evaluation, and group sequences into padded batches.
 
-Whether a record is held out depends on its content and a seed, and only slightly on the other records. Identical records
-always end up in the same split, so no training text is also used for evaluation. Batches come in a seeded order, and a
-loader can resume at any batch. There are no background workers: a batch depends only on the data, the seed, its epoch
-and its number.
+Whether a record is held out depends on its content and a seed, and only slightly on the other records. Identical
+records always end up in the same split, so no training text is also used for evaluation. Batches come in a seeded
+order, and a loader can resume at any batch. There are no background workers: a batch depends only on the data, the
+seed, its epoch and its number.
 """
 
 from __future__ import annotations
