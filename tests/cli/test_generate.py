@@ -244,7 +244,7 @@ def test_models_that_cannot_be_used(
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tiny_model_directory / name).unlink()
     said = refusal(capsys, 1, "--model", tiny_model_directory, "--prompt", "x")
-    assert "the model directory has no tokenizer (such as tokenizer.json)" in said
+    assert "the model directory has no tokenizer file (such as tokenizer.json)" in said
 
 
 def test_templates_that_are_missing_or_refuse(

@@ -83,7 +83,7 @@ def test_turns_that_the_template_rewrites_are_counted(tiny_tokenizer: Any) -> No
     assert encoded.report.untrained_turns == 1
     labels = [label for label in encoded.sequences[0].labels if label != -100]
     assert tiny_tokenizer.decode(labels) == "(thought)wörld 🎉 <|im_end|>"
-    assert "1 assistant turn without loss: the chat template changes them" in "\n".join(encoded.report.lines())
+    assert "1 assistant turn excluded from the loss: the chat template changes" in "\n".join(encoded.report.lines())
 
 
 def test_a_template_without_an_end_is_noticed(tiny_tokenizer: Any) -> None:
@@ -98,7 +98,7 @@ def test_long_conversations_are_cut_and_counted(tiny_tokenizer: Any) -> None:
     whole = len(conversation_tokens(TALK, tiny_tokenizer).ids)
     report = encode([TALK], tiny_tokenizer, whole - 4).report
     assert (report.cut_rows, report.cut_tokens, report.ended_rows) == (1, 4, 0)
-    assert report.cut_trained_tokens == 3  # the line feed after the end never has loss
+    assert report.cut_trained_tokens == 3  # the line feed after the end never contributes to the loss
 
 
 def test_a_token_that_hides_the_space_before_an_answer_is_found_out(tiny_tokenizer: Any) -> None:

@@ -196,10 +196,11 @@ def test_long_completions_are_cut_and_counted(tiny_tokenizer: Any) -> None:
     rows = [Completion("hello world", " It is four."), Document("hello world")]
     report = encode(rows, tiny_tokenizer, total - 2).report
     assert (report.cut_rows, report.cut_tokens, report.cut_trained_tokens, report.dropped_rows) == (1, 2, 2, 0)
-    assert f"1 row truncated to {total - 2} tokens: 2 tokens removed, 2 of them with loss" in "\n".join(report.lines())
+    line = f"1 row truncated to {total - 2} tokens: 2 tokens removed (2 would have contributed to the loss);"
+    assert line in "\n".join(report.lines())
     report = encode(rows, tiny_tokenizer, len(prompt)).report
     assert (report.cut_rows, report.cut_tokens, report.dropped_rows) == (1, len(answer) + 1, 1)
-    assert "1 row left out: no token with loss within the maximum length." in report.lines()
+    assert "1 row left out: nothing to train on within the maximum length." in report.lines()
     assert report.sequences == 2  # the document alone
 
 
@@ -219,7 +220,7 @@ def test_nothing_is_left_out_without_a_count(tiny_tokenizer: Any) -> None:
     assert (report.empty_rows, report.duplicate_rows, report.sequences) == (3, 1, 2)
     assert report.lines() == [
         f"3 documents, 1 prompt with completion, 1 conversation: 2 sequences of at most 64 tokens; total: {report.tokens} "
-        f"tokens, {report.trained_tokens} with loss ({report.trained_fraction:.1%}).",
+        f"tokens; {report.trained_tokens} contribute to the loss ({report.trained_fraction:.1%}).",
         "3 rows left out: empty.",
         "1 duplicate row kept.",
         "a note of the reader.",
@@ -237,7 +238,7 @@ def test_a_tokenizer_without_an_end_is_said(tiny_tokenizer: Any) -> None:
 def test_no_trained_token_at_all_is_an_error(tiny_tokenizer: Any) -> None:
     with pytest.raises(DataError) as error:
         encode([Completion("hello world " * 9, "x", "a.jsonl", 1), Document(" ", "a.jsonl", 2)], tiny_tokenizer, 4)
-    for part in ("2 rows", "a.jsonl:1", "1 empty", "1 without loss in the first 4 tokens", "--max-length"):
+    for part in ("2 rows", "a.jsonl:1", "1 empty", "1 with nothing to train on in the first 4 tokens", "--max-length"):
         assert part in str(error.value)
     with pytest.raises(DataError, match="The data has no rows"):
         encode([], tiny_tokenizer, 4)

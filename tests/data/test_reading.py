@@ -67,7 +67,7 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     assert refused(empty) == f"{empty}: the data file is empty."
     binary = tmp_path / "binary.txt"
     binary.write_bytes(b"ELF\0\1\2")
-    assert "looks binary (zero byte at offset 3)" in refused(binary)
+    assert "looks binary (null byte at offset 3)" in refused(binary)
     latin = tmp_path / "latin.txt"
     latin.write_bytes(b"first\ncaf\xe9 au lait")
     assert "byte 0xe9 at offset 9 (line 2)" in refused(latin)

@@ -82,7 +82,7 @@ def test_code_of_a_folder_is_never_run(tiny_model_directory: Path, tmp_path: Pat
 def test_a_model_without_a_tokenizer(tiny_model_directory: Path) -> None:
     (tiny_model_directory / "tokenizer.json").unlink()
     with pytest.raises(
-        ModelError, match=r"tiny-llama: the model directory has no tokenizer \(such as tokenizer.json\)"
+        ModelError, match=r"tiny-llama: the model directory has no tokenizer file \(such as tokenizer.json\)"
     ):
         load_tokenizer(tiny_model_directory)
 

@@ -101,7 +101,7 @@ def test_widths_that_the_package_multiplies_out_wrongly_are_refused(
         return values
 
     monkeypatch.setattr(functional, "dequantize_4bit", faulty)
-    with pytest.raises(ModelError, match=r"dequantizes .* wrongly"):
+    with pytest.raises(ModelError, match=r"does not dequantize .* correctly"):
         hub.load_model(tiny_model_directory, "float32", device="cpu", quantization="nf4")
 
 

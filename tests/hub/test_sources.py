@@ -71,7 +71,7 @@ def test_what_is_no_model_directory(tmp_path: Path) -> None:
 def test_what_a_model_directory_lacks(tmp_path: Path) -> None:
     bare = model_folder(tmp_path / "bare")
     assert refused(bare) == (
-        f"{bare}: the model directory has no weights; add model.safetensors (or its index and parts)."
+        f"{bare}: the model directory has no weights; add model.safetensors (or an index and its shards)."
     )
     pickled = model_folder(tmp_path / "pickled", "pytorch_model.bin")
     assert "pickle weights are not loaded (pytorch_model.bin)" in refused(pickled)
@@ -80,7 +80,9 @@ def test_what_a_model_directory_lacks(tmp_path: Path) -> None:
     both = model_folder(tmp_path / "both", "model.safetensors", "adapter_config.json")
     assert f"{both}: the directory has a model and an adapter (adapter_config.json)" in refused(both)
     dumb = model_folder(tmp_path / "dumb", "model.safetensors")
-    assert refused(dumb, tokenizer=True).startswith(f"{dumb}: the model directory has no tokenizer (such as tokenizer.")
+    assert refused(dumb, tokenizer=True).startswith(
+        f"{dumb}: the model directory has no tokenizer file (such as tokenizer."
+    )
 
 
 def test_a_hub_id_without_a_network() -> None:

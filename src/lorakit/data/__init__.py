@@ -1,8 +1,8 @@
-"""Training data, from files on disk to padded batches; everything left out or truncated is counted.
+"""Prepare training data, from files on disk to padded batches, and count everything that is left out or truncated.
 
     files --read_records--> records --split--> records --encode--> sequences --Loader--> batches
 
-Tokenizers are passed as arguments (see the protocol `tokens.Tokenizer`); this package does not import transformers.
+Callers pass tokenizers as arguments (see the `tokens.Tokenizer` protocol); this package does not import transformers.
 """
 
 from __future__ import annotations

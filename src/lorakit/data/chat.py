@@ -1,8 +1,8 @@
-"""Conversations rendered with a chat template, and the tokens in them that have loss: those of the assistant.
+"""Render conversations with a chat template, and find the tokens that contribute to the loss: the assistant's.
 
-If the template marks the assistant's text with `{% generation %}`, its marks are used. Otherwise, the conversation is
-rendered twice for each assistant turn, up to the turn and through it; the text that the second rendering adds is the
-text that the model would have to generate.
+If the template marks the assistant's text with `{% generation %}`, those marks are used. Otherwise, the conversation is
+rendered twice for each assistant turn: once up to the turn and once including it. The text that the second rendering
+adds is the text that the model would have to generate.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ class TokenizedRow:
 
     Attributes:
         ids: Token ids of the row.
-        trained: For each token, whether it has loss; True in assistant turns and in completions.
-        ended: Whether an end marker has loss: the template's end of a turn, or the end-of-text token.
-        untrained_turns: Number of assistant turns without loss, because they were not found in the rendered text.
+        trained: Whether each token contributes to the loss; True in assistant turns and in completions.
+        ended: Whether an end marker contributes to the loss: the template's end-of-turn marker, or the end-of-text
+            token.
+        untrained_turns: Number of assistant turns excluded from the loss because they were not found in the rendered
+            text.
     """
 
     ids: list[int]
@@ -45,14 +47,14 @@ class _Span:
 
 
 def conversation_tokens(record: Conversation, tokenizer: Tokenizer) -> TokenizedRow:
-    """Render and tokenize a conversation, and mark the tokens of the assistant's turns and of their end markers.
+    """Render and tokenize a conversation, and mark the tokens of the assistant's turns and their end markers.
 
     Args:
         record: The conversation.
         tokenizer: A tokenizer with a chat template.
 
     Returns:
-        Tokens and marks; the marked tokens decode to the text that the template renders for the assistant.
+        The tokens and their marks; the marked tokens decode to the text that the template renders for the assistant.
 
     Raises:
         DataError: The tokenizer has no chat template, the template rejects the conversation, or the tokens of a turn
@@ -81,7 +83,7 @@ def _by_marks(record: Conversation, tokenizer: Tokenizer) -> TokenizedRow | None
     for content in contents:
         at = said.find(content, at)
         if at < 0:
-            return None  # the marks do not cover the assistant's text; compare prefixes instead
+            return None  # the marks do not cover the assistant's text; the caller compares prefixes instead
         at += len(content)
     return TokenizedRow(ids, trained, ended=bool(said[at:].strip()))
 
@@ -108,7 +110,7 @@ def _span(record: Conversation, tokenizer: Tokenizer, index: int, text: str) -> 
         before = _apply(record, tokenizer, messages[:index], tokenize=False, add_generation_prompt=True)
         through = _apply(record, tokenizer, messages[: index + 1], tokenize=False)
     except DataError:
-        return None  # a template may accept a conversation but reject a prefix of it
+        return None  # a template may accept a whole conversation but reject a prefix of it
     content = messages[index]["content"]
     if not content.strip() or not through.startswith(before):
         return None
@@ -137,20 +139,20 @@ def _tokens_of_spans(
     raise _error(
         record,
         "the tokens of the assistant's turns do not decode to the text that the chat template renders, so the tokens "
-        "with loss cannot be determined. Use rows with 'prompt' and 'completion' for this model.",
+        "to train on cannot be determined. Use rows with 'prompt' and 'completion' for this model.",
     )
 
 
 _Tokens = list[tuple[int, int]]
-"""Pairs of a token id and the number of turn borders at or before the token; the number is odd inside a turn."""
+"""Pairs of a token id and the number of turn boundaries at or before the token, which is odd inside a turn."""
 
 
 def _whole(tokenizer: Tokenizer, text: str, borders: list[int]) -> _Tokens | None:
-    """Tokenize the text as a whole; return None if a token crosses a turn border or the tokenizer has no offsets."""
+    """Tokenize the text as a whole; return None if a token crosses a turn boundary or there are no offsets."""
     try:
         result = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     except NotImplementedError:
-        return None  # a slow tokenizer has no offsets
+        return None  # slow tokenizers do not return offsets
     tokens = []
     for token, (start, end) in zip(result["input_ids"], result["offset_mapping"], strict=True):
         part = bisect_right(borders, start)
@@ -161,7 +163,7 @@ def _whole(tokenizer: Tokenizer, text: str, borders: list[int]) -> _Tokens | Non
 
 
 def _piecewise(tokenizer: Tokenizer, text: str, borders: list[int]) -> _Tokens:
-    """Tokenize the assistant turns and the text between them separately, as prompts are in generation."""
+    """Tokenize the assistant turns and the text between them separately, as generation does with prompts."""
     parts = [text[start:end] for start, end in itertools.pairwise([0, *borders, len(text)])]
     return [(token, number) for number, part in enumerate(parts) if part for token in token_ids(tokenizer, part)]
 

@@ -1,7 +1,7 @@
 """Encode records as token sequences with labels, and count everything that is truncated or left out.
 
-A position without loss has the label -100; every other position has a causal loss. The first label of a sequence is
-always -100, because there is no earlier token from which the first token could be predicted.
+Positions that do not contribute to the loss have the label -100; all others contribute to the causal loss. The first
+label of a sequence is always -100, because there is no earlier token from which to predict the first one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lorakit.data.tokens import Tokenizer, beginning, token_ids, token_parts
 from lorakit.errors import ConfigError, DataError
 
 IGNORED = -100
-"""The label of a token without loss."""
+"""The label of a token that does not contribute to the loss."""
 
 _NARROW, _WIDE = "H", "i"
 _NARROW_IDS = 1 << 16
@@ -30,11 +30,12 @@ _NARROW_IDS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """Tokens and labels of one row of a batch.
+    """The tokens and labels of one row of a batch.
 
     Attributes:
         input_ids: Token ids, shape (length,), four bytes each.
-        labels: Token ids at positions with loss, -100 elsewhere, shape (length,); the first label is always -100.
+        labels: Token ids at positions that contribute to the loss, -100 elsewhere, shape (length,); the first label is
+            always -100.
     """
 
     input_ids: array[int]
@@ -45,14 +46,14 @@ class Sequence:
 
     @property
     def trained_tokens(self) -> int:
-        """The number of positions with a causal loss."""
+        """The number of positions that contribute to the loss."""
         return len(self.labels) - self.labels.count(IGNORED)
 
 
 class Sequences(collections.abc.Sequence[Sequence]):
     """Rows stored in flat arrays; a `Sequence` is created when a row is read.
 
-    Each token takes two or four bytes for its id and one byte for whether it has loss; each row takes eight more.
+    Each token takes two or four bytes for its id and one byte for its loss flag; each row takes eight more bytes.
     """
 
     def __init__(self) -> None:
@@ -61,11 +62,11 @@ class Sequences(collections.abc.Sequence[Sequence]):
         self._ends = array("q", [0])
 
     def add(self, ids: collections.abc.Sequence[int], trained: collections.abc.Sequence[bool] | bytes) -> None:
-        """Append a row; its first token never has loss, because no token precedes it.
+        """Append a row; its first token never contributes to the loss, because no token precedes it.
 
         Args:
             ids: Token ids, at least one.
-            trained: Whether each token has loss.
+            trained: Whether each token contributes to the loss.
         """
         if self._ids.typecode == _NARROW and max(ids) >= _NARROW_IDS:
             self._ids = array(_WIDE, self._ids)
@@ -98,7 +99,7 @@ class Sequences(collections.abc.Sequence[Sequence]):
 
     @property
     def trained_tokens(self) -> int:
-        """The total number of positions with a causal loss."""
+        """The total number of positions that contribute to the loss."""
         return self._trained.count(1)
 
     def lengths(self) -> array[int]:
@@ -134,24 +135,25 @@ def encode(
 
     - A document starts with the beginning-of-text token if the tokenizer adds one, and ends with the end-of-text token.
       It is split into consecutive windows. Each window after the first starts with the last token of the previous one
-      as context, so every token of the document except the first has loss exactly once.
-    - In a row with prompt and completion, the completion and the end-of-text token after it have loss.
-    - In a conversation, the assistant's turns and their end markers, as rendered by the chat template, have loss.
-    - Completions and conversations that are too long are truncated on the right, and rows in which no token has loss
-      are left out; both are counted.
+      as context, so every token of the document except the first contributes to the loss exactly once.
+    - In a row with a prompt and a completion, the completion and the end-of-text token after it contribute to the loss.
+    - In a conversation, the assistant's turns and their end markers, as rendered by the chat template, contribute to
+      the loss.
+    - Completions and conversations that are too long are truncated on the right, and rows in which no token contributes
+      to the loss are left out; both are counted.
 
     Args:
         records: Records from `read_records` or `split`.
         tokenizer: Any transformers tokenizer.
         max_length: Maximum sequence length in tokens, at least 2.
-        watch: Function that is called repeatedly with the number of bytes on disk processed so far, or None.
+        watch: Function that is called repeatedly with the number of bytes read from disk so far, or None.
 
     Returns:
         The sequences and the counts.
 
     Raises:
         ConfigError: `max_length` is below 2.
-        DataError: No token with loss is left, or a conversation cannot be rendered.
+        DataError: No remaining token contributes to the loss, or a conversation cannot be rendered.
     """
     if max_length < 2:
         raise ConfigError.of("max_length", max_length, "at least 2: one token to read and one to predict")
@@ -185,15 +187,16 @@ def _nothing_left(report: DataReport, first: Record | None) -> str:
     if first is None:
         return "The data has no rows."
     parts = [f"{report.empty_rows:,} empty"] if report.empty_rows else []
-    parts += [f"{report.dropped_rows:,} without loss in the first {report.max_length_tokens:,} tokens"]
+    parts += [f"{report.dropped_rows:,} with nothing to train on in the first {report.max_length_tokens:,} tokens"]
     return (
-        f"No token has loss in any of the {report.rows:,} rows, starting at {location(first)} ({', '.join(parts)}). "
+        f"No token contributes to the loss in any of the {report.rows:,} rows, starting at {location(first)} "
+        f"({', '.join(parts)}). "
         "Check the data, or increase --max-length."
     )
 
 
 class _Work:
-    """State of one encoding pass.
+    """The state of one encoding pass.
 
     Attributes:
         sequences: The sequences encoded so far.
@@ -207,7 +210,7 @@ class _Work:
         self._bytes = 0
 
     def done(self, size: int) -> None:
-        """Report that a record of the given size on disk, in bytes, has been processed."""
+        """Report that a record has been processed, given its size on disk in bytes."""
         self._bytes += size
         self._watch(self._bytes)
 
@@ -228,7 +231,7 @@ class _Work:
         held = array("q")
         for ids in self._tokens(record):
             held.extend(ids)
-            while len(held) > length:  # more than one window's tokens, so at least one more window follows
+            while len(held) > length:  # the tokens exceed one window, so at least one more window follows
                 self.sequences.add(held[:length], b"\1" * length)
                 del held[: length - 1]  # the last token of a window is the context of the next
                 made += 1
@@ -260,7 +263,7 @@ class _Work:
         """Append a record, truncated to the maximum length.
 
         Returns:
-            Whether the record was appended, and whether an end marker in it has loss.
+            Whether the record was appended, and whether an end marker in it contributes to the loss.
         """
         report, row = self._report, _row(record, self._tokenizer)
         report.untrained_turns += row.untrained_turns
@@ -280,7 +283,7 @@ def _row(record: Completion | Conversation, tokenizer: Tokenizer) -> TokenizedRo
         return conversation_tokens(record, tokenizer)
     prompt = token_ids(tokenizer, record.prompt) if record.prompt else []
     both = token_ids(tokenizer, record.prompt + record.completion)
-    # if a token spans prompt and completion, tokenize them separately: in generation, the prompt is tokenized alone
+    # if a token spans the boundary, tokenize prompt and completion separately: generation tokenizes the prompt alone
     said = both[len(prompt) :] if both[: len(prompt)] == prompt else token_ids(tokenizer, record.completion)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     said += end if said[-1:] != end else []

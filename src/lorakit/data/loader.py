@@ -1,8 +1,9 @@
-"""Hold out records for evaluation, and batch padded sequences.
+"""Hold out records for evaluation, and group sequences into padded batches.
 
-Whether a record is held out depends on its content and a seed, and hardly on the other records. Equal records are
-always on the same side, so no training text is also evaluated. Batches come in a seeded order, and a loader can resume
-at any of them. There are no background workers: a batch depends only on the data, the seed, its epoch and its number.
+Whether a record is held out depends on its content and a seed, and only slightly on the other records. Identical
+records always end up in the same split, so no training text is also used for evaluation. Batches come in a seeded
+order, and a loader can resume at any batch. There are no background workers: a batch depends only on the data, the
+seed, its epoch and its number.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_FRACTION = 0.05
-"""Default fraction of the documents to hold out."""
+"""Default fraction of the records to hold out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Split:
     Attributes:
         train: Training records in input order, with the notes of the input.
         held_out: Evaluation records in input order; may be empty.
-        note: Message that says how much was held out, or why nothing was.
+        note: Message that says how many records were held out, or why none were.
     """
 
     train: AnyRecords
@@ -50,10 +51,10 @@ class Split:
 
 
 def split(records: Iterable[Record], fraction: float = DEFAULT_FRACTION, seed: int = 0) -> Split:
-    """Hold out a fraction of the records for evaluation; at least one if there are two distinct records.
+    """Hold out a fraction of the records for evaluation, and at least one if there are two distinct records.
 
-    Documents are held out as a whole. The choice depends on the seed and on the content of the records, not on their
-    order; adding records leaves most of the choice unchanged.
+    Documents are never split. Which records are held out depends on the seed and on their content, not on their order;
+    when records are added, most of the others stay in the same split.
 
     Args:
         records: All records.
@@ -96,10 +97,10 @@ class Batch:
     Attributes:
         input_ids: Token ids, shape (rows, length), int64.
         attention_mask: 1 for a token, 0 for padding, shape (rows, length), int64.
-        labels: Token ids at positions with loss, -100 elsewhere, shape (rows, length), int64.
+        labels: Token ids at positions that contribute to the loss, -100 elsewhere, shape (rows, length), int64.
         epoch: Progress through the data after this batch, in epochs.
         tokens: Number of tokens, excluding padding.
-        trained_tokens: Number of positions with a causal loss, that is, with a label other than -100.
+        trained_tokens: Number of positions that contribute to the loss, that is, whose label is not -100.
     """
 
     input_ids: torch.Tensor
@@ -117,9 +118,9 @@ class Loader(Iterator[Batch]):
     Attributes:
         sequences: Sequences from `encode`; at least one.
         batch_rows: Rows per batch.
-        seed: Seed that, with the number of the epoch, determines the order of the sequences.
-        shuffle: Whether to shuffle; False keeps the order of `sequences`.
-        epochs: Number of epochs; None is unlimited.
+        seed: Seed that, together with the epoch number, determines the order of the sequences.
+        shuffle: Whether to shuffle the sequences; False keeps their order.
+        epochs: Number of epochs; None means unlimited.
         pad_id: Id of the padding token, which the attention mask hides; see `padding_id`.
 
     Raises:
@@ -174,10 +175,10 @@ class Loader(Iterator[Batch]):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Resume at the position of another loader; the following batches are the same as that loader's.
+        """Resume at another loader's position; the batches that follow are the same as that loader's.
 
         Args:
-            state: Result of `state` of the other loader.
+            state: Result of the other loader's `state`.
 
         Raises:
             DataError: The state is invalid, or is from a loader with other data, another seed, another batch size or
@@ -237,10 +238,10 @@ def padded(rows: list[Sequence], pad_id: int, epoch: float) -> Batch:
 
 
 def by_length(sequences: Many[Sequence], rows: int, pad_id: int = 0) -> Iterator[Batch]:
-    """Yield batches that contain each sequence once, shortest first; batches of shorter sequences have more rows.
+    """Yield batches that cover each sequence once, shortest first; batches of shorter sequences have more rows.
 
-    No batch has more positions, including padding, than `rows` rows of the longest sequence. This limits memory, and
-    short sequences take less time than in batches of `rows` rows.
+    No batch has more positions, including padding, than `rows` rows as long as the longest sequence. This limits
+    memory use, and short sequences take less time than they would in batches of `rows` rows.
 
     Args:
         sequences: The sequences, at least one.
@@ -264,7 +265,7 @@ def by_length(sequences: Many[Sequence], rows: int, pad_id: int = 0) -> Iterator
 
 
 def padding_id(tokenizer: Tokenizer) -> int:
-    """Return the id to pad with: the tokenizer's padding token, else its end-of-text token, else 0."""
+    """Return the id to pad with: that of the tokenizer's padding token, else of its end-of-text token, else 0."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None:
             return candidate

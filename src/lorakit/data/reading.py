@@ -1,9 +1,10 @@
-"""Read data files strictly: text and Markdown as one document each, JSON Lines as one record per row.
+"""Read data files with strict checks: text and Markdown as one document per file, JSON Lines as one record per line.
 
-Errors name the file, line and field, the value found, and what is allowed. This module does not depend on tokenizers.
+Error messages name the file, line and field, and state the value found and what is allowed. This module does not depend
+on tokenizers.
 
-Python's language reference is training text that needs no download: the standard library ships it for `help()`, as
-`pydoc_data.topics`, with about 80 topics and half a million characters of prose.
+Python's language reference serves as training text that needs no download: the standard library ships it for `help()`
+as `pydoc_data.topics`, with about 80 topics and half a million characters of prose.
 """
 
 from __future__ import annotations
@@ -26,30 +27,30 @@ from lorakit.durable import JsonValue, parse_json, write_text
 from lorakit.errors import DataError, did_you_mean, nearest
 
 TEXT_SUFFIXES = (".txt", ".md")
-"""Suffixes of files that are one document each."""
+"""Suffixes of files that are read as one document each."""
 
 ROWS_SUFFIX = ".jsonl"
 """Suffix of files with one JSON object per line."""
 
 SHAPES = (("text",), ("prompt", "completion"), ("messages",))
-"""The allowed sets of fields; each row must have exactly one of these sets."""
+"""The allowed sets of fields; each row must have exactly one of them."""
 
 _FIELDS = tuple(field for shape in SHAPES for field in shape)
 _ALLOWED = "'text', or 'prompt' and 'completion', or 'messages'"
 
 DEFAULT_HELD_OUT = 0.1
-"""Default fraction of the topics in Python's language reference to hold out."""
+"""Default fraction of the topics of Python's language reference to hold out."""
 
 
 class _BadRow(Exception):
-    """A row is invalid; the message describes the problem, but not where the row is."""
+    """An invalid row; the message describes the problem but not the row's location."""
 
 
 def read_records(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> StoredRecords:
     """Read data files in the given order; file types may be mixed.
 
     Args:
-        paths: One path or several, ending in `.txt`, `.md` or `.jsonl`.
+        paths: One or more paths, each ending in `.txt`, `.md` or `.jsonl`.
 
     Returns:
         The records in order, with notes about unused columns. Each record is reread from its file on access.
@@ -90,7 +91,7 @@ def _read_file(path: Path) -> tuple[DataFile, list[str]]:
 def _check_kind(path: Path) -> None:
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
-        raise file_error(path, "not a file but a directory; pass the data files in it individually.")
+        raise file_error(path, "this is a directory; pass the data files in it individually.")
     if not stat.S_ISREG(mode):
         raise file_error(path, "not a regular file; write the data to a regular file first.")
     if path.suffix.lower() not in (*TEXT_SUFFIXES, ROWS_SUFFIX):
@@ -119,9 +120,9 @@ def _check_text(path: Path, file: IO[bytes]) -> None:
         zero = piece.find(b"\0")
         if zero >= 0:
             raise file_error(
-                path, f"the data file looks binary (zero byte at offset {at + zero}); data files must be UTF-8 text."
+                path, f"the data file looks binary (null byte at offset {at + zero}); data files must be UTF-8 text."
             )
-        held = len(decoder.getstate()[0])  # bytes of a character that started in the previous piece
+        held = len(decoder.getstate()[0])  # number of bytes of a character that started in the previous piece
         try:
             decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as cause:
@@ -138,7 +139,7 @@ def _check_text(path: Path, file: IO[bytes]) -> None:
 
 
 def _read_rows(path: Path, file: IO[bytes]) -> tuple[array[int], array[int], list[str]]:
-    """Check every row; return the byte offset and the line number of each row, and notes about the file."""
+    """Check every row; return each row's byte offset and line number, and notes about the file."""
     starts, lines = array("q"), array("q")
     bad, reason = array("q"), ""
     unused: Counter[str] = Counter()
@@ -176,7 +177,7 @@ def _unused_note(path: Path, unused: Counter[str], rows: int) -> str:
 
 
 def _row(source: str, line: str, number: int, unused: Counter[str] | None = None) -> Record:
-    """Parse a line of a file; if `unused` is given, count the unused columns in it."""
+    """Parse a line of a file; if `unused` is given, add the line's unused columns to its counts."""
     try:
         row = parse_json(line)
     except RecursionError:
@@ -262,7 +263,7 @@ def python_reference() -> Records:
     """Return Python's language reference as one document per topic, sorted by topic name.
 
     Returns:
-        The documents; the `source` of each is `python-reference/<topic>`.
+        The documents; each has the source `python-reference/<topic>`.
 
     Raises:
         DataError: This Python installation does not include the language reference.
@@ -271,7 +272,7 @@ def python_reference() -> Records:
         from pydoc_data.topics import topics
     except ImportError as cause:
         raise DataError(
-            "This Python has no pydoc_data.topics, the language reference that help() shows; "
+            "This Python installation lacks pydoc_data.topics, the language reference that help() shows; "
             "install the full standard library.",
             what="pydoc_data.topics",
         ) from cause
@@ -281,10 +282,10 @@ def python_reference() -> Records:
 def write_python_reference(
     directory: str | os.PathLike[str], held_out_fraction: float = DEFAULT_HELD_OUT, seed: int = 0
 ) -> tuple[Path, Path]:
-    """Write Python's language reference to two JSON Lines files, one for training and one with the held-out topics.
+    """Write Python's language reference to two JSON Lines files: one for training, and one with the held-out topics.
 
     Args:
-        directory: Directory for `train.jsonl` and `eval.jsonl`; created if missing.
+        directory: Directory for `train.jsonl` and `eval.jsonl`; created if it does not exist.
         held_out_fraction: Fraction of the topics to write to `eval.jsonl`.
         seed: Seed that determines which topics are held out.
 

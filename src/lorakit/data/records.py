@@ -22,11 +22,11 @@ PIECE_CHARACTERS = 1 << 17
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text in which every token except the first has loss.
+    """A text in which every token except the first contributes to the loss.
 
     Attributes:
         text: The text.
-        source: Path of the text's file, or another name to show in messages.
+        source: Path of the file that contains the text, or another name to show in messages.
         line: Line number in the file, starting at 1; None if the document is the whole file.
     """
 
@@ -42,12 +42,12 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A prompt and its completion; only the completion has loss.
+    """A prompt and its completion; only the completion contributes to the loss.
 
     Attributes:
         prompt: The input.
         completion: The text that follows the prompt.
-        source: Path of the row's file, or another name to show in messages.
+        source: Path of the file that contains the row, or another name to show in messages.
         line: Line number in the file, starting at 1; None if the row is not from a file.
     """
 
@@ -72,11 +72,11 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A chat, in which only the assistant's turns have loss.
+    """A chat in which only the assistant's turns contribute to the loss.
 
     Attributes:
         messages: The turns in order.
-        source: Path of the row's file, or another name to show in messages.
+        source: Path of the file that contains the row, or another name to show in messages.
         line: Line number in the file, starting at 1; None if the row is not from a file.
     """
 
@@ -99,7 +99,7 @@ class Records(list[Record]):
     """A list of records with notes.
 
     Attributes:
-        notes: Messages for the user, such as unused columns.
+        notes: Messages for the user, for example about unused columns.
     """
 
     def __init__(self, records: Iterable[Record] = (), notes: Iterable[str] = ()) -> None:
@@ -117,7 +117,7 @@ class Records(list[Record]):
 
 
 def location(record: Record) -> str:
-    """Return the location of a record, as `file:line` or `file`."""
+    """Return a record's location as `file:line`, or as `file` if it has no line number."""
     return record.source if record.line is None else f"{record.source}:{record.line}"
 
 
@@ -129,7 +129,7 @@ def content_key(record: Record, salt: str = "") -> bytes:
         salt: Text that is hashed before the content, so that different salts order records differently.
 
     Returns:
-        The first `KEY_BYTES` bytes of a SHA-256 digest; the same for records of the same kind with the same content.
+        The first `KEY_BYTES` bytes of a SHA-256 digest, which is the same for records of the same kind and content.
     """
     if isinstance(record, Document):  # hashes the JSON `[salt, "document", text]` piece by piece
         digest = hashlib.sha256(json.dumps([salt, "document", ""])[:-2].encode())
@@ -145,7 +145,7 @@ def content_key(record: Record, salt: str = "") -> bytes:
 
 
 def keys_of(joined: bytes | bytearray) -> np.ndarray[Any, Any]:
-    """Split concatenated keys into an array of shape (keys,); its elements sort in the order of the digests."""
+    """Split concatenated keys into an array of shape (keys,) whose elements sort in the same order as the digests."""
     return np.frombuffer(joined, dtype=f"S{KEY_BYTES}")
 
 

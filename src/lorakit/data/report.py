@@ -17,22 +17,23 @@ class DataReport:
 
     Attributes:
         max_length_tokens: Maximum sequence length.
-        documents: Text files, and rows with a text.
+        documents: Text files, and rows with a `text` field.
         completions: Rows with a prompt and a completion.
         conversations: Rows with messages.
         sequences: Number of sequences.
         tokens: Tokens in all sequences, excluding padding.
-        trained_tokens: Tokens with loss.
-        empty_rows: Rows left out because they have nothing to train on.
+        trained_tokens: Tokens that contribute to the loss.
+        empty_rows: Rows left out because they contain nothing to train on.
         duplicate_rows: Rows with the same content as an earlier row; they are kept.
         cut_rows: Rows longer than `max_length_tokens`, which are truncated on the right.
         cut_tokens: Tokens removed by truncation.
-        cut_trained_tokens: Removed tokens that would have had loss.
-        dropped_rows: Rows left out because none of their tokens has loss.
-        untrained_turns: Assistant turns without loss, because the chat template omits them, or rewrites them if other
-            turns follow.
-        ended_rows: Rows in which an end marker has loss: the end-of-text token, or the template's end of a turn.
-        notes: Further messages for the user.
+        cut_trained_tokens: Removed tokens that would have contributed to the loss.
+        dropped_rows: Rows left out because none of their tokens contributes to the loss.
+        untrained_turns: Assistant turns excluded from the loss because the chat template omits them, or rewrites them
+            when other turns follow.
+        ended_rows: Rows in which an end marker contributes to the loss: the end-of-text token, or the template's
+            end-of-turn marker.
+        notes: Other messages for the user.
     """
 
     max_length_tokens: int
@@ -59,7 +60,7 @@ class DataReport:
 
     @property
     def trained_fraction(self) -> float:
-        """The fraction of tokens that have loss, in [0, 1]."""
+        """The fraction of tokens that contribute to the loss, in [0, 1]."""
         return self.trained_tokens / self.tokens if self.tokens else 0.0
 
     def as_dict(self) -> JsonObject:
@@ -67,7 +68,7 @@ class DataReport:
         return {"rows": self.rows, **asdict(self)}
 
     def lines(self) -> list[str]:
-        """Return the counts as lines of text: first the totals, then the rows left out or truncated, then the notes."""
+        """Return the counts as lines of text: the totals, then the rows left out or truncated, then the notes."""
         kinds = [
             format_count(self.documents, "document"),
             format_count(self.completions, "prompt with completion", "prompts with completions"),
@@ -76,8 +77,8 @@ class DataReport:
         shown = [kind for kind in kinds if not kind.startswith("0 ")] or [kinds[0]]
         lines = [
             f"{', '.join(shown)}: {format_count(self.sequences, 'sequence')} of at most "
-            f"{self.max_length_tokens:,} tokens; total: {self.tokens:,} tokens, {self.trained_tokens:,} with loss "
-            f"({format_percent(self.trained_fraction, 1)})."
+            f"{self.max_length_tokens:,} tokens; total: {self.tokens:,} tokens; {self.trained_tokens:,} contribute "
+            f"to the loss ({format_percent(self.trained_fraction, 1)})."
         ]
         return [*lines, *self._losses(), *self.notes]
 
@@ -87,21 +88,21 @@ class DataReport:
             lines.append(f"{format_count(self.empty_rows, 'row')} left out: empty.")
         if self.dropped_rows:
             lines.append(
-                f"{format_count(self.dropped_rows, 'row')} left out: no token with loss within the maximum length."
+                f"{format_count(self.dropped_rows, 'row')} left out: nothing to train on within the maximum length."
             )
         if self.cut_rows:
             lines.append(
                 f"{format_count(self.cut_rows, 'row')} truncated to {self.max_length_tokens:,} tokens: "
-                f"{self.cut_tokens:,} tokens removed, {self.cut_trained_tokens:,} of them with loss; a larger "
-                "--max-length keeps them."
+                f"{self.cut_tokens:,} tokens removed ({self.cut_trained_tokens:,} would have contributed "
+                "to the loss); a larger --max-length keeps them."
             )
         if self.untrained_turns:
             lines.append(
-                f"{format_count(self.untrained_turns, 'assistant turn')} without loss: the chat template changes them "
-                "if other turns follow; to train all of them, use one row per answer."
+                f"{format_count(self.untrained_turns, 'assistant turn')} excluded from the loss: the chat template "
+                "changes assistant turns when other turns follow; to train on every turn, use one row per answer."
             )
         if self.duplicate_rows:
             lines.append(f"{format_count(self.duplicate_rows, 'duplicate row')} kept.")
         if self.sequences and not self.ended_rows:
-            lines.append("No row has loss on an end marker, so the model will not learn where to stop.")
+            lines.append("No end marker contributes to the loss, so the model will not learn where to stop.")
         return lines

@@ -1,6 +1,6 @@
-"""Records that are read from their files on access; only the position of each record is in memory.
+"""Records that are read from their files on access; only each record's position is kept in memory.
 
-This module handles files and positions; the caller parses rows. The module does not depend on tokenizers.
+This module handles files and positions; callers parse the rows. It does not depend on tokenizers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def file_error(path: Path, problem: str) -> DataError:
 
     Args:
         path: The file.
-        problem: Clause that states what is wrong, and what to do.
+        problem: Text that says what is wrong and what to do about it.
     """
     return DataError(f"{path}: {problem}", where=path)
 
@@ -60,13 +60,13 @@ class LongDocument(Document):
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A data file that has been checked, with its size and modification time at the check.
+    """A data file that has been checked, with its size and modification time when it was checked.
 
     Attributes:
         path: The file.
         size: Size in bytes.
         changed_ns: Modification time in nanoseconds.
-        row: Function that parses a row, given its line and line number; None if the file is one document.
+        row: Function that parses a row, given the text of the line and its number; None if the file is one document.
         starts: Byte offset of each row.
         lines: Line number of each row.
     """
@@ -82,7 +82,7 @@ class DataFile:
         return 1 if self.row is None else len(self.starts)
 
     def bytes_of(self, index: int) -> int:
-        """Return the number of bytes from the start of a record to the start of the next one."""
+        """Return a record's size on disk in bytes, from its start to the start of the next record."""
         if self.row is None:
             return self.size
         following = self.starts[index + 1] if index + 1 < len(self.starts) else self.size
@@ -126,12 +126,12 @@ class DataFile:
 
 
 class StoredRecords(Sequence[Record]):
-    """Sequence of the records in files, or of a selection of them; each access rereads the record from its file.
+    """A sequence of all records in a list of files, or of a selection; each access rereads the record from its file.
 
     Args:
         files: The files, in order.
         notes: Messages for the user.
-        chosen: Ascending positions of the selected records among those of all files; None selects all.
+        chosen: Positions of the selected records among those of all files, in ascending order; None selects all.
 
     Attributes:
         notes: Messages for the user.
@@ -174,7 +174,7 @@ class StoredRecords(Sequence[Record]):
         """Return the records at the given positions.
 
         Args:
-            positions: Ascending positions in these records.
+            positions: Positions in this sequence, in ascending order.
             notes: Notes for the selection.
         """
         chosen = self._all()
@@ -188,7 +188,7 @@ class StoredRecords(Sequence[Record]):
         return sum(self._files[number].bytes_of(index) for number, index in map(self._place, self._all()))
 
     def _place(self, position: int) -> tuple[int, int]:
-        """Return the number of a record's file and the record's index in it, given its position among all records."""
+        """Return the index of a record's file and the record's index in that file, given its overall position."""
         number = bisect_right(self._begins, position) - 1
         return number, position - self._begins[number]
 
@@ -199,11 +199,11 @@ class StoredRecords(Sequence[Record]):
 
 
 def line_of(raw: bytes, *, first: bool) -> str:
-    """Decode a line of a file and remove the newline at its end.
+    """Decode a line of a file and remove its trailing newline.
 
     Args:
         raw: The bytes of the line.
-        first: Whether the line is the first of its file, which may start with a byte order mark.
+        first: Whether this is the first line of the file, which may start with a byte order mark.
 
     Raises:
         UnicodeDecodeError: The line is not UTF-8.
@@ -212,10 +212,10 @@ def line_of(raw: bytes, *, first: bool) -> str:
 
 
 def decoded(file: IO[bytes]) -> Iterator[str]:
-    """Decode a UTF-8 file, and yield its text in pieces without the byte order mark.
+    """Decode a UTF-8 file and yield its text in pieces, without the byte order mark.
 
     Raises:
-        UnicodeDecodeError: The bytes are not UTF-8.
+        UnicodeDecodeError: The file is not UTF-8.
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     while raw := file.read(READ_BYTES):
@@ -224,9 +224,9 @@ def decoded(file: IO[bytes]) -> Iterator[str]:
 
 
 def sized(records: Iterable[Record]) -> Iterator[tuple[Record, int]]:
-    """Yield records, each with its size on disk in bytes; the size is 0 for records in memory."""
+    """Yield records, each with its size on disk in bytes, which is 0 for records in memory."""
     return records.sized() if isinstance(records, StoredRecords) else ((record, 0) for record in records)
 
 
 AnyRecords = Records | StoredRecords
-"""Records in memory or in files; both have notes."""
+"""Records in memory or in files; both types carry notes."""

@@ -1,10 +1,10 @@
-"""The tokenizer protocol, and the tokenization of texts of any length.
+"""The tokenizer protocol, and tokenization of texts of any length.
 
 Any transformers tokenizer implements the protocol; this module does not import transformers.
 
-To limit memory, a long text is tokenized in overlapping parts; the resulting tokens are those of the whole text. If
-two parts have the same tokens over half of their overlap, the tokens that follow no longer depend on the text before
-the overlap, and the parts are joined there, between two words. If their tokens differ, the first part is extended, if
+To limit memory use, a long text is tokenized in overlapping parts; the result is the same as for the whole text. If
+two parts have the same tokens in half of their overlap, the tokens that follow no longer depend on the text before the
+overlap, and the parts are joined there, between two words. If the tokens differ, the first part is extended, if
 necessary to the whole text.
 """
 
@@ -33,23 +33,23 @@ class Tokenizer(Protocol):
     chat_template: str | dict[str, str] | None
 
     def __call__(self, text: str, **options: bool) -> Mapping[str, Any]:
-        """Return token ids as `input_ids`, and `offset_mapping` if requested."""
+        """Return the token ids as `input_ids`, and the offsets as `offset_mapping` if requested."""
 
     def apply_chat_template(self, conversation: list[dict[str, str]], **options: bool) -> Any:
-        """Render a conversation, and return its text or its token ids with masks."""
+        """Render a conversation and return its text, or its token ids with masks."""
 
     def decode(self, token_ids: list[int], **options: bool) -> str:
-        """Decode token ids to text."""
+        """Decode token ids into text."""
 
 
 def token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Tokenize a text without adding special tokens."""
-    # verbose=False: no warning about texts longer than the model's context; they are split or truncated later
+    # verbose=False suppresses the warning about texts longer than the context; they are split or truncated later
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """Decode tokens to text, including special tokens."""
+    """Decode tokens into text, including special tokens."""
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
@@ -61,14 +61,14 @@ def beginning(tokenizer: Tokenizer) -> list[int]:
 
 
 PART_CHARACTERS = 1 << 17
-"""Characters per part."""
+"""Number of characters per part."""
 
 SHARED_CHARACTERS = 1 << 12
-"""Characters of overlap between two parts."""
+"""Number of characters by which two parts overlap."""
 
 _LEAST_TOKENS = 16
-# between a letter and punctuation, or between a letter and a space followed by a letter: in common vocabularies, no
-# token crosses such a position
+# positions between a letter and punctuation, or between a letter and a space followed by a letter: in common
+# vocabularies, no token crosses them
 _BORDER = re.compile(r"(?<=[^\W\d_])(?=[^\w\s]|\s[^\W\d_])")
 
 
@@ -81,7 +81,7 @@ class _Part:
     spans: list[tuple[int, int]]
 
     def at(self, offset: int) -> int:
-        """Return the index of the first token that starts at an offset or later."""
+        """Return the index of the first token that starts at or after an offset."""
         return bisect_left(self.spans, (offset, 0))
 
 
@@ -142,7 +142,7 @@ def token_parts(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[list[in
 
 
 def _joined(tokenizer: Tokenizer, part: _Part, more: str) -> tuple[_Part, int, int] | None:
-    """Return the next part and the offset of the joint in the texts of both parts, or None if they cannot be joined."""
+    """Return the next part and the offset of the join in each part's text, or None if the parts cannot be joined."""
     size = len(part.text)
     border = _BORDER.search(part.text, size - SHARED_CHARACTERS, size - SHARED_CHARACTERS * 3 // 4)
     if border is None:

@@ -1,4 +1,4 @@
-"""Loading from transformers and the Hub: models, tokenizers, shapes, quantization, and this machine's speed.
+"""Load models and tokenizers through transformers and the Hub, read shapes, quantize bases, and measure the machine.
 
 Large packages are imported only when a function needs them. This package does not depend on training.
 """

@@ -1,7 +1,7 @@
-"""Measure in about two seconds how fast this machine multiplies matrices and copies memory.
+"""Measure, in about two seconds, how fast this machine multiplies matrices and copies memory.
 
-Depending on the processor, bf16 matmuls are six times as fast as fp32 matmuls, twice as fast, or slower. The training
-dtype and the time estimate of a plan therefore depend on measurements.
+Depending on the processor, bf16 matmuls may be six times as fast as fp32 matmuls, twice as fast, or slower. The choice
+of training dtype and the time estimates of plans are therefore based on measurements.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
     import torch
 
 SHAPE = (1024, 1024, 2048)
-"""Rows (tokens of a batch), input width and output width of the measured matmul, as in a small model's MLP."""
+"""Rows (tokens in a batch), input width and output width of the measured matmul, as in a small model's MLP."""
 
 COPIED_BYTES = 1 << 26
-"""Bytes copied per measurement, more than common processor caches hold."""
+"""Number of bytes copied per measurement, which is more than common processor caches hold."""
 
 NEEDED_FACTOR = 1.2
-"""Minimum speedup of bf16 matmuls over fp32 at which bf16 is chosen; a smaller one does not justify the rounding."""
+"""Minimum speedup of bf16 over fp32 matmuls for bf16 to be chosen; less does not justify the rounding error."""
 
 THROUGH_FP32 = 0.85
 """Fraction of the fp32 rate that a matmul reaches if its bf16 operands are upcast (`benchmarks/bench_products.py`)."""
 
 CHOICES = ("auto", "bfloat16", "float32")
-"""Allowed values of a training dtype."""
+"""Allowed values of the training dtype."""
 
 _BUDGET_SECONDS = 0.6
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Measured speed of a device.
+    """The measured speed of a device.
 
     Attributes:
         bf16_flops_per_second: Rate of a bf16 matmul; one multiply-add counts as two FLOPs.
@@ -57,21 +57,21 @@ class Calibration:
 
     @property
     def factor(self) -> float:
-        """Return the speed of bf16 matmuls relative to fp32."""
+        """The speed of bf16 matmuls relative to fp32 matmuls."""
         return self.bf16_flops_per_second / self.fp32_flops_per_second
 
     @property
     def dtype(self) -> str:
-        """Return the dtype that "auto" selects: bf16 if its matmuls are at least `NEEDED_FACTOR` times as fast."""
+        """The dtype that "auto" selects: bf16 if bf16 matmuls are at least `NEEDED_FACTOR` times as fast, else fp32."""
         return "bfloat16" if self.factor >= NEEDED_FACTOR else "float32"
 
     def flops_per_second(self, dtype: str, *, tuned: bool) -> float:
-        """Return the matmul rate of a run.
+        """Return the matmul rate to expect in a run.
 
         Args:
-            dtype: "float32"; any other name means bf16.
+            dtype: "float32" or "fp32"; any other name means bf16.
             tuned: Whether kernels are autotuned by shape (`lorakit.speed.choose`). If so, bf16 operands are upcast to
-                fp32 on a CPU if that is faster.
+                fp32 on a CPU when that is faster.
         """
         if dtype in ("float32", "fp32"):
             return self.fp32_flops_per_second
@@ -79,7 +79,7 @@ class Calibration:
         return max(self.bf16_flops_per_second, widened)
 
     def line(self) -> str:
-        """Return the result as a line to print."""
+        """Return the results as a line to print."""
         bf16, fp32 = (format_quantity(r, "FLOP/s") for r in (self.bf16_flops_per_second, self.fp32_flops_per_second))
         where = f"cpu ({format_count(self.threads, 'thread')})" if self.device == "cpu" else self.device
         return (
@@ -102,13 +102,13 @@ class DtypeChoice:
 
 
 def calibrate(device: str | torch.device = "cpu") -> Calibration:
-    """Measure bf16 and fp32 matmuls of a typical training shape, and memory copies, on a device.
+    """Measure the speed of bf16 and fp32 matmuls of a typical training shape, and of memory copies, on a device.
 
     Args:
         device: Device to measure.
 
     Returns:
-        The rates, each from the fastest of several runs, to limit the effect of other load.
+        The rates, each computed from the fastest of several runs to limit the effect of other load on the machine.
     """
     import torch
 
@@ -124,17 +124,17 @@ def calibrate(device: str | torch.device = "cpu") -> Calibration:
 
 
 def choose_dtype(requested: str, calibration: Calibration | None = None) -> DtypeChoice:
-    """Choose the dtype of the base's weights and computation.
+    """Choose the dtype for the base's weights and computation.
 
     Args:
         requested: "auto", "bfloat16" or "float32".
-        calibration: Result of `calibrate`, or None to measure the CPU if "auto" requires it.
+        calibration: Result of `calibrate`; if None, "auto" measures the CPU.
 
     Returns:
         The dtype and the reason for it.
 
     Raises:
-        ConfigError: `requested` has another value.
+        ConfigError: `requested` is not one of these values.
     """
     if requested not in CHOICES:
         raise ConfigError.of("dtype", requested, allowed=CHOICES)
@@ -146,7 +146,7 @@ def choose_dtype(requested: str, calibration: Calibration | None = None) -> Dtyp
 
 
 def _product_rate(device: str | torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOPs per second of x W^T, the matmul of a linear layer."""
+    """Return the rate, in FLOPs per second, of x W^T, the matmul of a linear layer."""
     import torch
 
     rows, inner, outer = SHAPE
@@ -167,7 +167,7 @@ def _copy_rate(device: str | torch.device) -> float:
 
 
 def _fastest(work: Callable[[], torch.Tensor], device: str | torch.device) -> float:
-    """Return the seconds of the fastest run within the time budget; the first of at least two runs is a warm-up."""
+    """Return the time, in seconds, of the fastest run within the time budget; the first run is a warm-up."""
     import torch
 
     wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(torch.device(device).type)

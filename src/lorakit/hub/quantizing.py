@@ -1,6 +1,6 @@
-"""Quantize a base while transformers loads it or, if transformers cannot, afterwards with the package's own API.
+"""Quantize a base while transformers loads it or, if transformers cannot, afterwards through the package's own API.
 
-`lorakit.plan.quantized` defines the names of the formats and the modules that they apply to;
+`lorakit.plan.quantized` defines the names of the formats and the modules to which they apply;
 `lorakit.core.quantization` handles quantized weights once they are loaded.
 """
 
@@ -28,7 +28,7 @@ _NEEDS = {
     "torchao": ("quant", "torchao", "accelerate"),
     "hqq": ("hqq", "hqq"),
 }
-"""Quantization package -> the extra of lorakit that installs it, followed by all required packages."""
+"""Quantization package -> the lorakit extra that installs it, followed by all required packages."""
 
 
 def quantization_metadata(wanted: Quantization) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def quantization_metadata(wanted: Quantization) -> dict[str, Any]:
         wanted: The quantization.
 
     Returns:
-        "method", "double_quantization", and "package" (name and version).
+        A dict with "method", "double_quantization" and "package" (name and version).
     """
     package = wanted.storage.package
     version = metadata.version(package) if importlib.util.find_spec(package) else "not installed"
@@ -46,25 +46,25 @@ def quantization_metadata(wanted: Quantization) -> dict[str, Any]:
 
 
 def require_quantizer(wanted: Quantization) -> None:
-    """Check that the packages of a quantization are installed.
+    """Check that the packages that a quantization needs are installed.
 
     Raises:
-        MissingExtra: A package is missing; the message has the pip command.
+        MissingExtra: A package is missing; the message gives the pip command.
     """
     extra, *needed = _NEEDS[wanted.storage.package]
     require_packages(f"quantization {wanted.name!r}", extra, needed)
 
 
 def loading_options(wanted: Quantization, dtype: torch.dtype, device: str | torch.device) -> dict[str, Any]:
-    """Return options for `from_pretrained` that quantize each weight on reading.
+    """Return options for `from_pretrained` that quantize each weight while it is read.
 
     Args:
         wanted: The quantization.
         dtype: The compute dtype.
-        device: Device of the weights.
+        device: Device for the weights.
 
     Returns:
-        Keyword arguments; empty if transformers does not support the format and `finish_loading` must quantize.
+        Keyword arguments; empty if transformers does not support the format, so that `finish_loading` must quantize.
     """
     import transformers
 
@@ -88,15 +88,15 @@ def loading_options(wanted: Quantization, dtype: torch.dtype, device: str | torc
 
 
 def finish_loading(model: nn.Module, wanted: Quantization | None, source: ModelSource) -> None:
-    """Finish a loaded model: quantize what transformers could not, disable repacking and check dequantization.
+    """Complete the loading of a model: quantize it if transformers could not, disable repacking, check dequantization.
 
     Args:
-        model: The loaded model, changed in place.
+        model: The loaded model, modified in place.
         wanted: The quantization, or None to keep that of the files.
         source: Source of the model, for messages.
 
     Raises:
-        ModelError: A module cannot be quantized, or its package dequantizes it wrongly on this device.
+        ModelError: A module cannot be quantized, or its package does not dequantize it correctly on this device.
     """
     if wanted is not None and wanted.storage.package == "hqq":
         _quantize_with_hqq(model, wanted, source)
@@ -106,14 +106,14 @@ def finish_loading(model: nn.Module, wanted: Quantization | None, source: ModelS
     wrong = wrong_dequantization(model)
     if wrong is not None:
         raise source.error(
-            f"the quantization package dequantizes {wrong[0]} wrongly on this device, by up to "
-            f"{format_percent(wrong[1], 0)} of its largest value (bitsandbytes does so on a CPU for widths that are a "
-            "multiple of 16 but not of 64). Use another quantization or another device."
+            f"the quantization package does not dequantize {wrong[0]} correctly on this device: the error is up to "
+            f"{format_percent(wrong[1], 0)} of the largest value (a known problem of bitsandbytes on CPUs for widths "
+            "that are a multiple of 16 but not of 64). Use another quantization or another device."
         )
 
 
 def check_quantized_once(config: PreTrainedConfig, wanted: Quantization | None, source: ModelSource) -> bool:
-    """Check that a model's quantized files are not quantized again.
+    """Check that no quantization is requested for a model whose files are already quantized.
 
     Args:
         config: The model's config.
@@ -138,7 +138,7 @@ def check_quantized_once(config: PreTrainedConfig, wanted: Quantization | None, 
 
 
 def quantization_of_files(config: PreTrainedConfig) -> Quantization | None:
-    """Return the quantization of a model's files.
+    """Return the quantization of a model's files, as recorded in its config.
 
     Args:
         config: The model's config.
@@ -163,7 +163,7 @@ def _quantize_with_hqq(model: nn.Module, wanted: Quantization, source: ModelSour
 
     storage = wanted.storage
     for site in quantized_sites(shape_of_module(model, source.given, source.given), storage):
-        whole = BLOCK * 8 // storage.bits  # hqq packs 4-bit groups half a weight apart into the same bytes
+        whole = BLOCK * 8 // storage.bits  # hqq packs two 4-bit groups, half a weight matrix apart, into the same bytes
         if site.weight_parameters % whole:
             raise source.error(
                 f"{site.path} has {site.weight_parameters:,} values, not a multiple of {whole}, so hqq cannot quantize "

@@ -1,4 +1,4 @@
-"""Silence the loggers of transformers, and of the quantization packages it imports, during loading."""
+"""Silence the loggers of transformers, and of the quantization packages that it imports, during loading."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import logging
 from collections.abc import Iterator
 
 _CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes")
-"""Loggers that write messages when transformers imports an installed quantization package."""
+"""Loggers that emit messages when transformers imports an installed quantization package."""
 
 
 @contextlib.contextmanager
 def quiet_transformers(*, bars: bool = False) -> Iterator[None]:
-    """Limit transformers to errors and hide its progress bars within a context, then restore the settings.
+    """Limit transformers' logging to errors and hide its progress bars within a context, then restore its settings.
 
     Args:
-        bars: Whether to keep progress bars (for a long download).
+        bars: Whether to keep the progress bars, for example for a long download.
 
     Yields:
         Nothing.

@@ -1,6 +1,6 @@
-"""Read the shape of any transformers model for `lorakit.plan` on the meta device: names and sizes, no weights.
+"""Read the shape of any transformers model for `lorakit.plan`: names and sizes, from a model on the meta device.
 
-Shapes of known models come from the catalog, without torch.
+The shapes of known models come from the catalog, without importing torch.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ _DROPOUTS = {
 
 
 def shape_of(model: str | os.PathLike[str] | ModelSource) -> ModelShape:
-    """Return the shape of a model: from a path, else from the catalog, else from the Hub's config.
+    """Return a model's shape: from a path, else from the catalog, else from the config on the Hub.
 
     Args:
-        model: A directory, a `config.json`, a packaged or catalog name, a Hub id, or a result of `resolve`.
+        model: A directory, a `config.json`, a packaged or catalog name, a Hub id, or the result of `resolve`.
 
     Returns:
         Names and sizes of all modules.
 
     Raises:
-        ModelError: The model was not found, or its config is not usable.
+        ModelError: The model was not found, or no model can be built from its config.
     """
     if not isinstance(model, ModelSource):
         given = os.fspath(model)
@@ -76,9 +76,9 @@ def shape_of_module(module: PreTrainedModel, name: str, source: str) -> ModelSha
     """Return the shape of an existing transformers model, on any device.
 
     Args:
-        module: The model; it needs a `config`.
+        module: The model; it must have a `config`.
         name: Display name.
-        source: Origin of the model.
+        source: Where the model comes from, for display.
 
     Returns:
         Names and sizes of all modules.
@@ -118,7 +118,7 @@ def shape_of_module(module: PreTrainedModel, name: str, source: str) -> ModelSha
 
 
 def skeleton(source: ModelSource) -> PreTrainedModel:
-    """Build a model's modules on the meta device from its config, without weights.
+    """Build a model on the meta device from its config, without weights.
 
     Args:
         source: Result of `resolve`.
@@ -154,9 +154,9 @@ def _model_class(config: PreTrainedConfig) -> Callable[[PreTrainedConfig], PreTr
 
 
 def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[str]]:
-    """Return possible sites, other modules with parameters, and paths of modules that only contain other modules.
+    """Return the possible sites, the other modules with parameters, and the paths of modules that only contain others.
 
-    Attributes set by transformers give the number and layout of fused experts.
+    The number and layout of fused experts are read from attributes that transformers sets.
     """
     sites: list[SiteShape] = []
     others: list[PlainShape] = []
@@ -183,7 +183,7 @@ def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[s
 
 
 def _site(path: str, part: nn.Module, owners: dict[int, str], head: nn.Module | None) -> SiteShape | None:
-    """Return the site of a dense layer or an embedding, or None for other modules."""
+    """Return the site for a dense layer or an embedding, or None for any other module."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -199,7 +199,7 @@ def _site(path: str, part: nn.Module, owners: dict[int, str], head: nn.Module | 
 
 
 def _numbers(config: PreTrainedConfig, fields: Iterable[str]) -> list[int | float]:
-    """Return the config's numeric values among the given fields, in the order of the fields."""
+    """Return the values of the given config fields that are numbers, in the order of the fields."""
     values = (getattr(config, field, None) for field in fields)
     return [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
 

@@ -1,7 +1,7 @@
-"""Resolve a model name to a path, a packaged model or a Hub model, with early errors; upload folders to the Hub.
+"""Resolve a model name to a path, a packaged model or a Hub model, reporting errors early; upload folders to the Hub.
 
-`resolve` reads files, the Hub's cache and, only for a Hub id, the network. Except to convert a packaged model, it loads
-neither weights nor torch. Folders are uploaded only on explicit request.
+`resolve` reads files and the Hub's cache, and contacts the Hub only for a Hub id. Except when it converts a packaged
+model, it loads neither weights nor torch. Folders are uploaded only on explicit request.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorakit.hub_cache import offline
 Loaded = TypeVar("Loaded")
 
 HUB_TIMEOUT_SECONDS = 10.0
-"""Timeout of the request that checks whether the Hub has a model."""
+"""Timeout, in seconds, of the request that checks whether the Hub has a model."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -34,11 +34,11 @@ class ModelSource:
     """The source of a model.
 
     Attributes:
-        kind: "directory", "config" (only a config.json: shapes, no weights), "packaged" or "hub".
+        kind: "directory", "config" (only a config.json, which gives shapes but no weights), "packaged" or "hub".
         given: The model as given by the user.
-        path_or_id: Argument for transformers: a directory, a file for "config", or a Hub id.
+        path_or_id: Argument for transformers: a directory, the file if `kind` is "config", or a Hub id.
         recorded_name: Value of `base_model_name_or_path` in adapters: the model as given, or None for a packaged model,
-            which differs from the Hub model with that name.
+            which differs from the Hub model with the same name.
         base_name: Display name, which is also written to `lorakit.json`.
     """
 
@@ -52,7 +52,7 @@ class ModelSource:
         """Return an error about this model.
 
         Args:
-            problem: What is wrong, and what to do.
+            problem: Text that says what is wrong and what to do about it.
         """
         return ModelError(f"{self.given}: {problem}", where=self.given)
 
@@ -63,15 +63,15 @@ def resolve(model: str | os.PathLike[str] | ModelSource, say: Callable[[str], No
     A packaged model is converted into the user's cache on first use, which takes about 20 seconds.
 
     Args:
-        model: A directory, a `config.json`, a packaged name such as "smollm2", or a Hub id. A source is returned
+        model: A directory, a `config.json`, a packaged name such as "smollm2", or a Hub id. A `ModelSource` is returned
             unchanged.
-        say: Called with a message before a conversion.
+        say: Function that is called with a message before a conversion, or None.
 
     Returns:
-        The source, whose path exists, or whose id is in the Hub or its cache.
+        The source of the model; its path exists, or its id was found in the Hub's cache or on the Hub.
 
     Raises:
-        ModelError: The model was not found, the path is not a model, or the Hub cannot be reached.
+        ModelError: The model was not found, the path does not contain a model, or the Hub cannot be reached.
         MissingExtra: A packaged model needs a package that is not installed.
         DiskError: The cache cannot be written.
     """
@@ -91,7 +91,7 @@ def resolve(model: str | os.PathLike[str] | ModelSource, say: Callable[[str], No
 
 
 def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = False) -> None:
-    """Check by file names, without network access, that a model has everything needed to load it.
+    """Check by file name, without network access, that a model has all the files needed to load it.
 
     Args:
         source: Result of `resolve`.
@@ -99,7 +99,7 @@ def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = Fals
         tokenizer: Whether a tokenizer is required.
 
     Raises:
-        ModelError: A file is missing; the message names the directory and the accepted files.
+        ModelError: A required file is missing; the message names the model and the files that are accepted.
     """
     if source.kind == "hub":
         return
@@ -115,7 +115,7 @@ def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = Fals
         raise source.error(_no_weights(folder))
     if tokenizer and not any((folder / name).is_file() for name in _TOKENIZERS):
         raise source.error(
-            "the model directory has no tokenizer (such as tokenizer.json); copy the tokenizer files of the model into "
+            "the model directory has no tokenizer file (such as tokenizer.json); copy the model's tokenizer files into "
             "it, or save them there with tokenizer.save_pretrained(...)."
         )
 
@@ -124,11 +124,11 @@ def call_loader(source: ModelSource, load: Callable[..., Loaded]) -> Loaded:
     """Call a transformers loader without running a model's own code.
 
     Args:
-        source: The model.
+        source: The source of the model.
         load: The loader, such as `AutoTokenizer.from_pretrained`.
 
     Raises:
-        ModelError: The loader raised an exception; the message is a single line.
+        ModelError: The loader raised an exception; the message gives it on a single line.
     """
     try:
         return load(source.path_or_id, trust_remote_code=False, local_files_only=source.kind != "hub")
@@ -141,16 +141,16 @@ def call_loader(source: ModelSource, load: Callable[..., Loaded]) -> Loaded:
 
 
 def _brings_own_code(cause: Exception) -> bool:
-    """Return whether transformers rejected a model because its code would have to be run.
+    """Return whether transformers rejected a model because it would have to run the model's own code.
 
-    Only this function parses a message of transformers, because transformers raises a plain ValueError without
-    attributes. The config is not sufficient: a model with its own code may also load without that code.
+    This function alone parses a message from transformers, because transformers raises a plain ValueError without
+    attributes. Checking the config is not enough: a model with its own code may also load without that code.
     """
     return isinstance(cause, ValueError) and "trust_remote_code" in str(cause)
 
 
 def downloaded(model_id: str) -> Path | None:
-    """Return a model's directory in the Hub's cache, or None if it is not cached, without network access.
+    """Return a model's directory in the Hub's cache, or None if it is not cached; the network is not used.
 
     Args:
         model_id: Hub id of the model, "owner/name".
@@ -168,7 +168,7 @@ def downloaded(model_id: str) -> Path | None:
 def _local(given: str, path: Path) -> ModelSource:
     source = ModelSource("config" if path.is_file() else "directory", given, str(path), given, given)
     if path.is_file() and path.suffix != ".json":
-        raise source.error("is a file; pass a directory with a config.json, or (for planning) that file.")
+        raise source.error("is a file; pass a directory with a config.json or, for planning, the config.json itself.")
     if not path.is_file() and not (path / "config.json").is_file():
         raise source.error(f"no config.json, so this is not a model directory.{_what_else(path)}")
     return source
@@ -197,7 +197,7 @@ def _no_weights(folder: Path) -> str:
     ggufs = sorted(entry.name for entry in folder.glob("*.gguf"))
     if ggufs:
         return f"GGUF weights are not loaded ({ggufs[0]}); a directory with model.safetensors is needed."
-    return "the model directory has no weights; add model.safetensors (or its index and parts)."
+    return "the model directory has no weights; add model.safetensors (or an index and its shards)."
 
 
 def _neighbors(given: str, path: Path) -> str:
@@ -214,7 +214,7 @@ def _neighbors(given: str, path: Path) -> str:
 
 
 def _ask_hub(source: ModelSource, path: Path) -> None:
-    """Check that the Hub's cache or the Hub has a model with this id."""
+    """Check that a model exists in the Hub's cache or on the Hub."""
     import huggingface_hub
 
     # check the cache first: a cached model needs no network
@@ -265,10 +265,10 @@ def push_folder(
         folder: Folder to upload.
         repository: Id of the repository, "owner/name".
         message: Commit message.
-        private: Whether a new repository is private.
-        token: Hub token; None uses the stored one.
-        revision: Branch to commit to.
-        as_pull_request: Whether to open a pull request instead.
+        private: Whether a newly created repository is private; None uses the Hub's default.
+        token: Hub token; None uses the stored token.
+        revision: Branch to commit to; None uses the default branch.
+        as_pull_request: Whether to open a pull request instead of committing directly.
 
     Returns:
         URL of the commit.
