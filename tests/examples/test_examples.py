@@ -130,7 +130,7 @@ def test_full_fine_tuning_beside_lora() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "## 5. Full fine-tuning and LoRA, measured" in done.stdout
-    assert "| trained numbers | 8,704 | 37,024 |" in done.stdout
+    assert "| trained parameters | 8,704 | 37,024 |" in done.stdout
 
 
 def test_dora(capsys: pytest.CaptureFixture[str]) -> None:

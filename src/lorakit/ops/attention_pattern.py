@@ -69,7 +69,8 @@ class Pattern:
 
         The result is int32 (2, rows), relative to `low`. The tensor is cached and shared: do not write to it.
         """
-        return _bounds(lengths, start, stop, low, self.causal, self.window)
+        compute = _bounds if torch.compiler.is_compiling() else _cached_bounds  # torch.compile cannot trace a cache
+        return compute(lengths, start, stop, low, self.causal, self.window)
 
     def allowed(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Return a boolean mask (n, m): whether each position in `queries` (n,) sees each position in `keys` (m,)."""
@@ -125,21 +126,23 @@ class Pattern:
             )
 
 
-@functools.lru_cache(maxsize=256)  # cached: all layers of a model request the same bounds
 def _bounds(lengths: tuple[int, ...], start: int, stop: int, low: int, causal: bool, window: int | None) -> Tensor:
     targets = torch.arange(start, stop, dtype=torch.int32)
     begins, ends = torch.zeros_like(targets), torch.full_like(targets, sum(lengths))
     if len(lengths) > 1:
-        sizes = torch.tensor(lengths, dtype=torch.int32)
+        sizes, total = torch.tensor(lengths, dtype=torch.int32), sum(lengths)
         after = sizes.cumsum(0, dtype=torch.int32)
-        ends = after.repeat_interleave(sizes)[start:stop]
-        begins = (after - sizes).repeat_interleave(sizes)[start:stop]
+        ends = after.repeat_interleave(sizes, output_size=total)[start:stop]
+        begins = (after - sizes).repeat_interleave(sizes, output_size=total)[start:stop]
     if causal:
         ends = targets + 1
     if window is not None:
         begins = torch.maximum(begins, targets - window + (1 if causal else 0))
         ends = torch.minimum(ends, targets + window + 1)
     return torch.stack((begins, ends)).sub_(low)
+
+
+_cached_bounds = functools.lru_cache(maxsize=256)(_bounds)  # all layers of a model request the same bounds
 
 
 class Piece(NamedTuple):
