@@ -138,7 +138,7 @@ def test_a_folder_that_does_not_say_how_the_base_was_moved_is_refused(init: str,
     save_adapter(model, tmp_path / "b", "plain")
     data = init in ("corda", "lora_ga")
     text = (
-        "by inspecting data, and the file does not contain it"
+        "based on data, and the file does not contain the changed base"
         if data
         else "changed, and the directory does not say how"
     )
