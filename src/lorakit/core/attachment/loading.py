@@ -246,7 +246,7 @@ def _checked_range(folder: Path, beyond: Sequence[str], allow: Collection[str]) 
     """Reject values that the base's dtype cannot represent, or return a message if they are allowed."""
     if not beyond:
         return []
-    message = f"{folder}: values would be infinite in this base: {_shown(beyond)}."
+    message = f"{folder}: values would become infinite in this base: {_shown(beyond)}."
     if "nonfinite" not in allow:
         raise AdapterFileError(
             message,
