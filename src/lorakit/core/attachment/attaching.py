@@ -147,7 +147,7 @@ def _notes_on_residuals(index: AdapterIndex, config: LoraConfig, factors: Sequen
     if lost:
         text = (
             f"The base is quantized, and the residual of {mover} was rounded a second time, with a relative error of "
-            f"up to {lost:.2g}: even a new adapter changes the output slightly and is not equivalent to plain LoRA."
+            f"up to {lost:.2g}: even a new adapter changes the output, and it is not equivalent to plain LoRA."
         )
         notes.append(Note("rounded_base", text))
     return notes

@@ -181,7 +181,7 @@ def place_adapter(
         rows = build.new_rows(index, [chosen for chosen, _ in fitted.rows], given)
         auxiliary = build.new_extras(index, config, factors, fitted.saved, fitted.tied, rows)
         trained = {(id(module), leaf) for module, originals in auxiliary.biases for leaf in originals}
-        fitted.biases = [bias for bias in fitted.biases if (id(bias[0]), bias[1]) in trained]  # no dropped sites
+        fitted.biases = [bias for bias in fitted.biases if (id(bias[0]), bias[1]) in trained]  # not at dropped sites
         beyond = out_of_range(tensors, largest, fitted, index, factors, auxiliary)
         said += implausible(files.folder, judge(config, scales, largest), trainable or files.made)
         said += _checked_range(files.folder, beyond, allow)

@@ -253,7 +253,7 @@ def write_files(
     """Write an adapter's files; a crash leaves the old adapter, the new one, or a directory that cannot be loaded.
 
     The directory is exchanged for a complete new one, so that old and new files never mix. If the system does not
-    support that, the files are replaced one by one, so that `lorakit.json` always says which files belong together.
+    support that, the files are replaced in such an order that `lorakit.json` always says which files belong together.
 
     Args:
         folder: The directory; created if missing. Other files in it are kept.

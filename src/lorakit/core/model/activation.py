@@ -46,7 +46,7 @@ def use(model: nn.Module, *names: str, keep: bool = False) -> Override:
 
     Args:
         model: An adapted model.
-        names: One or more adapters, all of which apply to every row.
+        names: One or more adapters, which all apply to every row.
         keep: As in `route`; a single adapter's factors are cached in the base's dtype.
 
     Raises:

@@ -230,8 +230,7 @@ class AdapterIndex:
         """Return the base's modules with their paths in the plain base; a module with two paths is listed twice.
 
         Args:
-            stacked: Whether to list replicated layers (`layer_replication`) as they are now, rather than the original
-                layers.
+            stacked: Whether to list the current, replicated layers (`layer_replication`) or the original ones.
         """
         if stacked not in self._plain:
             self._plain[stacked] = self._plain_modules(stacked)
@@ -290,7 +289,7 @@ class AdapterIndex:
         return inner_base(owner, target.child) if target.child else owner
 
     def weight(self, target: TargetWeight) -> Tensor:
-        """Return a base weight as it was before any merge, in canonical form (out, in) and in fp32 or wider."""
+        """Return a base weight from before any merge, in canonical form (out, in) and in fp32 or wider."""
         standing, module, parameter = self.layer(target), self.holder(target), target.spec.parameter
         if standing is not None:
             return standing.read()

@@ -78,7 +78,7 @@ def check_growth(model: nn.Module, rows: int) -> list[nn.Module]:
 
 
 def with_trained_rows(config: LoraConfig, model: nn.Module, rows: Sequence[int]) -> LoraConfig:
-    """Return a copy of a config that trains the given rows of the embedding, and of the head if it is not tied.
+    """Return a copy of a config that trains the embeddings of some tokens, and the head's rows if it is not tied.
 
     Args:
         config: The config.
