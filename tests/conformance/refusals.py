@@ -87,7 +87,7 @@ BY_LORAKIT: tuple[Refusal, ...] = (
     Refusal(
         "BD-LoRA's blocks have other shapes than A and B that are made of the base or the data",
         lambda cell: cell.variant == "bdlora" and not cell.rules.takes_any_shape,
-        "needs A and B in their standard shapes, and BD-LoRA uses other shapes",
+        "needs A and B in their (standard|usual) shapes, and BD-LoRA (uses other shapes|has others)",
     ),
     Refusal(
         "KaSA changes the base itself",

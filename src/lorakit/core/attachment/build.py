@@ -276,7 +276,7 @@ def new_extras(
 def new_rows(
     index: AdapterIndex, chosen: Sequence[ChosenRows], given: Mapping[str, Tensor] | None = None
 ) -> list[tuple[ChosenRows, nn.Parameter]]:
-    """Build an adapter's token embeddings from given values; a new adapter copies the base's rows, without any effect.
+    """Build an adapter's token embeddings from given values; a new adapter copies the base's, so it has no effect yet.
 
     Args:
         index: The model's index.

@@ -158,7 +158,7 @@ def init_context_for(
 def check_can_move(
     index: AdapterIndex, target: TargetWeight, init: Init | None = None, variant: Variant | None = None
 ) -> None:
-    """Check that a residual can replace a base weight, which must not be shared, changed already or merged into.
+    """Check that a residual can replace a base weight, which must not be shared, already changed, or merged into.
 
     Args:
         index: The model's index.

@@ -174,7 +174,7 @@ LEAST, BUDGET, MOST_TENSORS = 4, 1 << 18, 1 << 16
 `LEAST` for each; if there are more than `MOST_TENSORS`, only an evenly spaced selection of tensors is sampled."""
 
 MOST_SLICES = 512
-"""Maximum number of slices (experts) along the first axis of a three-axis tensor at which every slice is sampled."""
+"""Maximum number of slices (experts) along the first axis of a three-axis tensor for every slice to be sampled."""
 
 EXACT, ROUNDED, QUANTIZED, APART = "exact", "rounded", "quantized", "apart"
 """Degrees of agreement between two samples: bit for bit, up to rounding, within the quantization error, or none."""

@@ -106,7 +106,7 @@ def base_tensors(model: nn.Module | AdapterIndex, *, stacked: bool = True) -> It
 
     Args:
         model: A model with or without adapters.
-        stacked: Whether to include the current, replicated layers (`layer_replication`) or the original ones.
+        stacked: Whether to include replicated layers (`layer_replication`); if false, include the original layers.
 
     Yields:
         The name in the plain base, the tensor (…), and the module that holds the tensor. Shared parameters appear under

@@ -48,10 +48,10 @@ def check_new_name(state: AdapterState | None, name: str) -> None:
 
 
 def check_called(model: nn.Module, paths: Iterable[str]) -> None:
-    """Check that the model calls every module to adapt: if fused kernels read a weight directly, factors do nothing.
+    """Check that the model calls every module to adapt: if a kernel reads a weight directly, factors have no effect.
 
     Args:
-        model: The model; its config gives its type.
+        model: The model, whose config gives its type.
         paths: Paths of the modules to adapt.
 
     Raises:

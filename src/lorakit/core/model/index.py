@@ -202,12 +202,12 @@ class AdapterIndex:
 
     @property
     def is_tied(self) -> bool:
-        """False only if the config sets `tie_word_embeddings=False`, even if modules do share a weight."""
+        """False only if the config sets `tie_word_embeddings=False`; shared weights then do not count as tied."""
         return getattr(getattr(self.model, "config", None), "tie_word_embeddings", True) is not False
 
     @cached_property
     def shared(self) -> dict[int, list[str]]:
-        """Id of a parameter -> paths of the base modules that share it, for parameters with more than one."""
+        """Id of each parameter that several base modules share -> paths of those modules."""
         held: dict[int, list[str]] = {}
         for path in self.modules:
             for parameter in self.base(path)._parameters.values():
@@ -230,7 +230,7 @@ class AdapterIndex:
         """Return the base's modules with their paths in the plain base; a module with two paths is listed twice.
 
         Args:
-            stacked: Whether to list the current, replicated layers (`layer_replication`) or the original ones.
+            stacked: Whether to list replicated layers (`layer_replication`); if false, list the original layers.
         """
         if stacked not in self._plain:
             self._plain[stacked] = self._plain_modules(stacked)
@@ -416,7 +416,7 @@ def state_of(model: nn.Module) -> AdapterState:
 
 
 def identity(parameter: Tensor | None) -> int:
-    """Return a key that is the same for parameters that share memory: the address, or else the object's id."""
+    """Return a key that is equal for parameters of any shape that share memory: the address, or the object's id."""
     if parameter is None or type(parameter.data) is not Tensor:
         return id(parameter)
     return parameter.data_ptr() or id(parameter)
@@ -465,7 +465,7 @@ def embedding_of(model: nn.Module, which: Literal["input", "output"] = "input") 
     getter = getattr(model, f"get_{which}_embeddings", None)
     try:
         found = None if getter is None else getter()
-    except (AttributeError, NotImplementedError):  # a model without one raises either, depending on its class
+    except (AttributeError, NotImplementedError):  # which error is raised depends on the model's class
         return None
     return found if isinstance(found, nn.Module) else None
 

@@ -99,7 +99,7 @@ def tied_groups(index: AdapterIndex, paths: Collection[str]) -> dict[str, list[s
     for whole in shared_weights(index) if index.is_tied else ():
         if any(path in whole for path in paths):
             leader = next((p for p in whole if isinstance(table_at(index, p), nn.Embedding)), None)
-            if leader is not None:  # None if other modules than embeddings share the weight
+            if leader is not None:  # None if no embedding shares the weight
                 groups[leader] = [p for p in whole if p != leader]
     return groups
 

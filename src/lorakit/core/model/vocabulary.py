@@ -78,7 +78,7 @@ def check_growth(model: nn.Module, rows: int) -> list[nn.Module]:
 
 
 def with_trained_rows(config: LoraConfig, model: nn.Module, rows: Sequence[int]) -> LoraConfig:
-    """Return a copy of a config that trains the embeddings of some tokens, and the head's rows if it is not tied.
+    """Return a copy of a config that trains some token embeddings and, unless the head is tied, its rows as well.
 
     Args:
         config: The config.
@@ -144,7 +144,7 @@ def _has_other_tables(index: AdapterIndex, vocabulary: int) -> bool:
 
 
 def _append_rows(model: nn.Module, tables: Iterable[nn.Module], rows: int, undo: contextlib.ExitStack) -> None:
-    """Append rows, each the mean of the existing ones, to tables and update the config; `undo` restores the model."""
+    """Append copies of the mean row to tables, and update the config; `undo` restores the model."""
 
     def change(owner: nn.Module | ModelConfig, name: str, value: nn.Parameter | int) -> None:
         undo.callback(setattr, owner, name, getattr(owner, name))
@@ -309,7 +309,7 @@ def chosen_rows(
         saved: Paths of the adapter's saved modules.
 
     Returns:
-        One entry per table; tied tables with the same rows share one.
+        One entry per table; tied tables with the same rows share an entry.
 
     Raises:
         TargetError: A name matches no table, or the table is adapted in another way.
