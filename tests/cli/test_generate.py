@@ -289,7 +289,7 @@ def test_an_adapter_of_another_base_needs_a_word(
     one = save_adapter("one", model=other)
     common = ["--model", tiny_model_directory, "--prompt", "x", "--max-new-tokens", 2, "--adapter", one]
     said = refusal(capsys, 1, *common)
-    assert "made on another base" in said
+    assert "made for a different base" in said
     assert "pass --allow-base-mismatch." in said
     assert main(["generate", *map(str, common), "--allow-base-mismatch"]) == 0
     assert f"warning: {one}: loaded on another base as allowed" in capsys.readouterr().err

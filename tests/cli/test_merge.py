@@ -148,7 +148,7 @@ def test_an_adapter_is_not_applied_twice(
     (renamed / "lorakit.json").unlink()  # as saved by PEFT: without a fingerprint
     capsys.readouterr()
     said = error(capsys, 1, "--model", tmp_path / "out", "--adapter", renamed, "--output-dir", tmp_path / "again")
-    assert f"this adapter was merged into the model already (as {one}), and would be applied twice" in said
+    assert f"this adapter has already been merged into the model (as {one}) and would be applied twice" in said
     assert "pass --allow-base-mismatch." in said
     with pytest.raises(BaseMismatchError, match="and would be applied twice"):
         core.load_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), renamed)
@@ -225,7 +225,7 @@ def test_bad_input(
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight.mul_(2)
         other.model.embed_tokens.weight.mul_(2)
-    assert "made on another base" in error(capsys, 1, *words, save_adapter("other", model=other))
+    assert "made for a different base" in error(capsys, 1, *words, save_adapter("other", model=other))
     nan = save_adapter("nan", spread=float("nan"))
     assert "pass --allow-nonfinite." in error(capsys, 1, *words, nan)
     words[1] = tmp_path / "no-model"

@@ -82,12 +82,12 @@ BY_LORAKIT: tuple[Refusal, ...] = (
     Refusal(
         "before its invocation aLoRA is the base, which the init changed; peft uses the changed base there",
         lambda cell: cell.rules.changes_base and not variant_named(cell.variant).is_mergeable,
-        "changes the base weight, and aLoRA needs it unchanged before its start",
+        "changes the base weight, and aLoRA needs it unchanged before the adapter starts",
     ),
     Refusal(
         "BD-LoRA's blocks have other shapes than A and B that are made of the base or the data",
         lambda cell: cell.variant == "bdlora" and not cell.rules.takes_any_shape,
-        "needs A and B in their usual shapes, and BD-LoRA has others",
+        "needs A and B in their standard shapes, and BD-LoRA uses other shapes",
     ),
     Refusal(
         "KaSA changes the base itself",
@@ -97,12 +97,12 @@ BY_LORAKIT: tuple[Refusal, ...] = (
     Refusal(
         "a variant's residual of a quantized weight would be rounded a second time",
         lambda cell: variant_named(cell.variant).move is not None and cell.base in QUANTIZED,
-        "KaSA changes the base weight, and this one is quantized",
+        "KaSA changes the base weight, which is quantized",
     ),
     Refusal(
         "an init's residual of a quantized weight would be rounded a second time",
         lambda cell: cell.rules.changes_base and not cell.rules.requantizes and cell.base in QUANTIZED,
-        "and this one is quantized|does not support quantized models",
+        "which is quantized|does not support quantized models",
     ),
     Refusal(
         "a computed weight cannot be written; peft changes the tensors of its parametrization",

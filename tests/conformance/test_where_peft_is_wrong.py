@@ -288,6 +288,6 @@ def test_kasa_ranks_do_not_add_up() -> None:
     model = Row("kasa", "sequential", fields).pair("a")[1]
     with pytest.raises(ConfigError, match="KaSA changes the base weight, which adapter 'a' has changed"):
         model.add_adapter("b", ours.LoraConfig(r=2, **fields))
-    with pytest.raises(ConfigError, match="KaSA and other adapters exclude each other"):
+    with pytest.raises(ConfigError, match="KaSA and other adapters cannot share a model"):
         model.add_adapter("b", ours.LoraConfig(r=4, target_modules=["up"]))
     assert list(model.peft_config) == ["a"]

@@ -103,7 +103,7 @@ def test_an_old_name_of_the_magnitude(tmp_path: Path) -> None:
 
 def test_a_newer_config_says_what_was_left_out(tmp_path: Path) -> None:
     folder = _copy("plain", tmp_path, magic_word=True, peft_version="9.9.9")
-    with pytest.warns(UserWarning, match="unknown fields of adapter_config.json were ignored: magic_word"):
+    with pytest.warns(UserWarning, match="unknown fields in adapter_config.json were ignored: magic_word"):
         core.load_adapter(base_of("dense"), folder)
 
 

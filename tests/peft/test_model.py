@@ -121,7 +121,7 @@ class TestWhichActs:
         [
             ("a", "Adapter with name 'a' already exists"),
             ("x.y", "'x.y' cannot be an adapter's name"),
-            ("keys", "torch's module containers use it for an attribute"),
+            ("keys", "torch's module containers have an attribute of that name"),
             ("", "'' cannot be an adapter's name"),
             ("../up", "cannot be an adapter's name"),
         ],
@@ -396,7 +396,7 @@ class TestFiles:
         tensors = {n: t for n, t in load_file(path).items() if n != gone}
         (folder / "lorakit.json").unlink()
         save_file({**tensors, "base_model.model.extra.weight": torch.zeros(1)}, path, {"format": "pt"})
-        with pytest.raises(AdapterFileError, match=f"does not fit this model: missing {gone}"):
+        with pytest.raises(AdapterFileError, match=f"does not match this model: missing {gone}"):
             lorakit.load_adapter(again(), folder)
         with pytest.warns(UserWarning, match=r"loaded in part as allowed") as said:
             PeftModel.from_pretrained(again(), folder)
@@ -415,7 +415,7 @@ class TestFiles:
     def test_nothing_that_fits_is_refused_here_too(self, two: Any, tmp_path: Path) -> None:
         two.save_pretrained(tmp_path)
         other = bert()
-        with pytest.raises(AdapterFileError, match="does not fit this model: unexpected site model"):
+        with pytest.raises(AdapterFileError, match="does not match this model: unexpected site model"):
             PeftModel.from_pretrained(other, tmp_path / "a")
         assert all(parameter.requires_grad for parameter in other.parameters())
 

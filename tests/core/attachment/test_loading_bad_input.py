@@ -350,7 +350,7 @@ def test_every_mismatch_is_named_at_once(folder: Path) -> None:
     )(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        refused(LLAMA.model(), folder, AdapterFileError, "does not fit")
+        refused(LLAMA.model(), folder, AdapterFileError, "does not match this model")
         with pytest.raises(AdapterFileError) as caught:
             load_adapter(LLAMA.model(), folder)
     for text in ("missing " + A_KEY, "v_proj.lora_B.weight has shape (3, 3), expected (8, 4)", "unexpected extra"):
@@ -359,8 +359,8 @@ def test_every_mismatch_is_named_at_once(folder: Path) -> None:
 
 
 OTHER_BASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "other weights": (lambda: LLAMA.model(seed=1), "values of .* differ: same shapes, other weights"),
-    "one weight": (lambda: _with_one_changed(), "values of .* differ"),
+    "other weights": (lambda: LLAMA.model(seed=1), "values in .* differ: same shapes, different weights"),
+    "one weight": (lambda: _with_one_changed(), "values in .* differ"),
     "other depth": (lambda: _llama(num_hidden_layers=3), "names or shapes of the base's parameters differ"),
     "shallower": (lambda: _llama(num_hidden_layers=1), "names or shapes of the base's parameters differ"),
     "other width": (lambda: _llama(hidden_size=32), "names or shapes"),
@@ -391,7 +391,7 @@ def test_another_base(which: str, folder: Path) -> None:
     make, text = OTHER_BASES[which]
     model = make()
     before = snapshot(model)
-    with pytest.raises(BaseMismatchError, match=f"{folder}: .*made on another base: .*{text}") as caught:
+    with pytest.raises(BaseMismatchError, match=f"{folder}: .*made for a different base: .*{text}") as caught:
         load_adapter(model, folder)
     assert (caught.value.where, caught.value.override) == (str(folder), "base_mismatch")
     assert "allow 'base_mismatch'" in str(caught.value) and "give --x" in caught.value.text("give --x")
@@ -400,7 +400,7 @@ def test_another_base(which: str, folder: Path) -> None:
         with pytest.warns(UserWarning, match="loaded on another base as allowed"):
             assert load_adapter(model, folder, allow=["base_mismatch"]).base == "different"
     else:
-        with pytest.raises(AdapterFileError, match="does not fit this model"):
+        with pytest.raises(AdapterFileError, match="does not match this model"):
             load_adapter(model, folder, allow=["base_mismatch"])
         assert snapshot(model) == before
 

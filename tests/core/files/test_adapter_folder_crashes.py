@@ -220,7 +220,7 @@ def test_an_adapter_that_keeps_changing_is_rejected(tmp_path: Path, monkeypatch:
         return real(path)
 
     monkeypatch.setattr(adapter_folder, "read_tensors", late)
-    with pytest.raises(AdapterFileError, match="changed while they were read"):
+    with pytest.raises(AdapterFileError, match="changed while they were being read"):
         held(tmp_path)
 
 

@@ -59,7 +59,9 @@ def test_a_change_of_any_value_is_an_error(what: str, folder: Path) -> None:
     assert values != values_of(folder)
     (folder / SIDECAR_FILE).write_bytes(json_bytes(values))
     for read in (lambda: load_adapter(LINEARS.model(), folder), lambda: inspect_adapter(folder)):
-        with pytest.raises(AdapterFileError, match=f"{SIDECAR_FILE}: damaged or edited.*remove it to load unverified"):
+        with pytest.raises(
+            AdapterFileError, match=f"{SIDECAR_FILE}: damaged or edited.*remove it to load the adapter unverified"
+        ):
             read()
     (folder / SIDECAR_FILE).unlink()
     assert load_adapter(LINEARS.model(), folder).base == "unverifiable"
@@ -86,7 +88,7 @@ def test_an_older_version_beside_newer_weights_is_an_error(folder: Path) -> None
     values = {**values_of(folder), "format_version": 1}
     values["sites"]["up"]["lora_alpha"] = 64.0
     (folder / SIDECAR_FILE).write_bytes(json_bytes(values))
-    with pytest.raises(AdapterFileError, match=f"written in format {FORMAT_VERSION}.*{SIDECAR_FILE} is of format 1"):
+    with pytest.raises(AdapterFileError, match=f"written in format {FORMAT_VERSION}.*{SIDECAR_FILE} is in format 1"):
         load_adapter(LINEARS.model(), folder)
 
 

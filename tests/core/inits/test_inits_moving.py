@@ -272,7 +272,7 @@ def test_a_file_without_its_beginning_runs_an_init_by_name_alone(init: str, tmp_
     plain = LINEARS.model()
     before = snapshot(plain)
     with pytest.raises(
-        AdapterFileError, match=rf"'{init}': the factors act on a base that it changed.*'recompute_init'"
+        AdapterFileError, match=rf"'{init}': the factors apply to a base that this init changed.*'recompute_init'"
     ):
         load_adapter(plain, tmp_path)
     assert snapshot(plain) == before
@@ -285,7 +285,9 @@ def test_a_file_whose_beginning_was_made_from_data_is_refused(init: str, tmp_pat
     save_as_trained(both(init), tmp_path, "moved")
     for name in ("lorakit.json", INITIAL_FILE):
         (tmp_path / name).unlink()
-    with pytest.raises(AdapterFileError, match=r"by inspecting data, and the file does not contain it.*save_adapter"):
+    with pytest.raises(
+        AdapterFileError, match=r"based on data, and the file does not contain the changed base.*save_adapter"
+    ):
         load_adapter(LINEARS.model(), tmp_path, allow=["recompute_init"])
 
 

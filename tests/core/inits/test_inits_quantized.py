@@ -38,7 +38,7 @@ EVERY = pytest.mark.parametrize("storage", storages())
 FP32 = torch.float32
 STAYS = (True, "gaussian", "orthogonal", "eva", "mica")
 REFUSED = ("pissa", "pissa_niter_4", "corda", "loftq", "lora_ga")
-TWICE = r"up: init_lora_weights='{}' changes the base weight, and this one is quantized.*rounded a second time.*before it is quantized"
+TWICE = r"up: init_lora_weights='{}' changes the base weight, which is quantized.*rounded a second time.*before it is quantized"
 
 
 def fields_for(init: Any) -> dict[str, Any]:

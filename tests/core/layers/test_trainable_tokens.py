@@ -265,7 +265,7 @@ def test_t5_shares_one_table_three_times() -> None:
     [
         ({"trainable_token_indices": [50]}, "contains 50, but the table has rows 0 to 49.*resize_token_embeddings"),
         ({"trainable_token_indices": [-1]}, "contains -1"),
-        ({"trainable_token_indices": [1, 1]}, "expected one or more different integers"),
+        ({"trainable_token_indices": [1, 1]}, "expected one or more distinct integers"),
         ({"trainable_token_indices": []}, "one or more"),
         (
             {"trainable_token_indices": {"embed_token": [1]}},
@@ -273,7 +273,7 @@ def test_t5_shares_one_table_three_times() -> None:
         ),
         ({"trainable_token_indices": {"norm": [1]}}, "names 'model.norm', a LlamaRMSNorm"),
         ({"modules_to_save": ["embed_tokens"]}, "The embedding layer is already marked to be trained fully"),
-        ({"target_modules": ["embed_tokens"]}, "an adapter has factors or a copy there"),
+        ({"target_modules": ["embed_tokens"]}, "an adapter has factors or a saved copy there"),
     ],
     ids=str,
 )

@@ -35,6 +35,6 @@ def test_a_second_time_needs_a_word(tiny_llama: Any) -> None:
     add_merge_record(tiny_llama, {"ab": "one"})
     check_not_merged_in(tiny_llama, Path("two"), "cd", ())
     check_not_merged_in(tiny_llama, Path("one"), "ab", ("base_mismatch",))
-    with pytest.raises(BaseMismatchError, match=r"merged .* already \(as one\)") as caught:
+    with pytest.raises(BaseMismatchError, match=r"already been merged into the model \(as one\)") as caught:
         check_not_merged_in(tiny_llama, Path("folder"), "ab", ())
     assert (caught.value.where, caught.value.override) == ("folder", "base_mismatch")

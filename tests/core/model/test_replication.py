@@ -220,7 +220,7 @@ def test_saved_is_loaded_onto_the_plain_base_and_beside_another(tmp_path: Path) 
 def test_what_does_not_load_leaves_the_layers_as_they_were(tmp_path: Path) -> None:
     core.save_adapter(adapted("a"), tmp_path, "a")
     other = llama(4)
-    with pytest.raises(BaseMismatchError, match="made on another base"):
+    with pytest.raises(BaseMismatchError, match="made for a different base"):
         core.load_adapter(other, tmp_path)
     tampered = json.loads((tmp_path / "adapter_config.json").read_text())
     tampered["layer_replication"] = [[0, 3]]

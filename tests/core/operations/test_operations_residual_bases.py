@@ -111,7 +111,9 @@ def test_loftq_is_no_plain_lora_and_every_operation_says_so(merged: bool) -> Non
         merge(model, "plain")
     before = snapshot(model)
     for operation in OPERATIONS:
-        with pytest.raises(AdapterError, match=r"up: loftq changed the base by more than a product.*merged_state_dict"):
+        with pytest.raises(
+            AdapterError, match=r"up: loftq changed the base by more than a low-rank product.*merged_state_dict"
+        ):
             operation(model)
         assert snapshot(model) == before
     compress(model, "plain", "small", rank=2)  # the other one is
@@ -138,7 +140,7 @@ def test_a_folder_that_does_not_say_how_the_base_was_moved_is_refused(init: str,
     save_adapter(model, tmp_path / "b", "plain")
     data = init in ("corda", "lora_ga")
     text = (
-        "by inspecting data, and the file does not contain it"
+        "based on data, and the file does not contain the changed base"
         if data
         else "changed, and the directory does not say how"
     )

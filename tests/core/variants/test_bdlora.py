@@ -101,7 +101,7 @@ def test_sites_in_neither_list_are_lora_where_that_is_allowed(tmp_path: Path) ->
             "square",
         ),
         ({"use_bdlora": BLOCKS, "use_dora": True}, "exclude each other", "up"),
-        ({"use_bdlora": BLOCKS, "init_lora_weights": "orthogonal"}, "needs A and B in their usual shapes", "up"),
+        ({"use_bdlora": BLOCKS, "init_lora_weights": "orthogonal"}, "needs A and B in their standard shapes", "up"),
     ],
     ids=str,
 )

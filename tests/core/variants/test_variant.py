@@ -293,7 +293,7 @@ def test_it_may_move_the_base_while_it_is_attached(put: Callable[[Variant], None
     assert snapshot(model)["tensors"] == bits
     with pytest.raises(ConfigError, match="changes the base weight, and Toy changes it too"):
         core.attach(model, LINEARS.config(init_lora_weights="pissa", **{FIELD: True}), "b")
-    with pytest.raises(AdapterError, match="Toy changed the base by more than a product of low rank"):
+    with pytest.raises(AdapterError, match="Toy changed the base by more than a low-rank product"):
         core.compress(again, "a", rank=1)
 
 
@@ -337,7 +337,7 @@ def test_adapters_of_one_rank_share_the_base_that_they_moved(put: Callable[[Vari
 def test_one_that_moves_the_base_is_no_plain_lora_on_disk(put: Callable[[Variant], None], tmp_path: Path) -> None:
     put(dataclasses.replace(TOY, move=_without_the_last_direction))
     core.save_adapter(adapted("a"), tmp_path / "a", "a")
-    with pytest.raises(AdapterFileError, match="Toy changed the base by more than a product of low rank") as refused:
+    with pytest.raises(AdapterFileError, match="Toy changed the base by more than a low-rank product") as refused:
         core.compress_folder(tmp_path / "a", tmp_path / "small", rank=1)
     assert refused.value.field == FIELD
 
@@ -346,7 +346,7 @@ def test_an_init_subtracts_nothing_that_it_does_not_add(put: Callable[[Variant],
     put(dataclasses.replace(TOY, tensors=(), factors=None, penalty=None, adds_product=False))
     model = LINEARS.model()
     before = snapshot(model)
-    with pytest.raises(ConfigError, match="and Toy does not add to it what the init subtracts") as refused:
+    with pytest.raises(ConfigError, match="and Toy does not add back what the init subtracts from it") as refused:
         core.attach(model, LINEARS.config(init_lora_weights="pissa", **{FIELD: True}), "a")
     assert (refused.value.what, refused.value.where) == ("pissa", "up")
     assert snapshot(model) == before
@@ -361,14 +361,14 @@ def test_it_may_exclude_others_from_its_model(put: Callable[[Variant], None], tm
         core.attach(model, LINEARS.config(**others), "b")
         before = snapshot(model)
         with pytest.raises(
-            ConfigError, match=r"Toy and other adapters exclude each other .* it needs its own base"
+            ConfigError, match=r"Toy and other adapters cannot share a model, .* it needs its own base"
         ) as refused:
             core.attach(model, LINEARS.config(**fields), "c")
         assert (refused.value.what, refused.value.field) == ("a", FIELD)
         assert snapshot(model) == before
     model = LINEARS.model()
     core.attach(model, LINEARS.config(), "plain")
-    with pytest.raises(ConfigError, match="exclude each other"):
+    with pytest.raises(ConfigError, match="Toy and other adapters cannot share a model"):
         core.load_adapter(model, tmp_path / "a", "a")
 
 
@@ -385,7 +385,9 @@ def test_factors_in_other_shapes_are_combined_as_they_are_multiplied(
     put: Callable[[Variant], None], way: str, tmp_path: Path
 ) -> None:
     put(dataclasses.replace(TOY, tensors=(), factors=_repeated, shapes=_narrow_shapes, penalty=None))
-    with pytest.raises(ConfigError, match="needs A and B in their usual shapes, and Toy has others") as refused:
+    with pytest.raises(
+        ConfigError, match="needs A and B in their standard shapes, and Toy uses other shapes"
+    ) as refused:
         core.attach(LINEARS.model(), LINEARS.config(init_lora_weights="pissa", **{FIELD: True}), "a")
     assert refused.value.what == "pissa"
     model, given = adapted("a", "b"), LINEARS.given()

@@ -1,8 +1,8 @@
 """Attach adapters to a model and detach them.
 
-An adapter is checked and built outside the model first and attached in one step that cannot fail, so that a call that
-raises leaves the model unchanged. The base is frozen while it has adapters; detaching the last one restores its
-`requires_grad` flags.
+An adapter is first checked and built outside the model and then attached in one step that cannot fail, so a call that
+raises an error leaves the model unchanged. The base is frozen while it has adapters; detaching the last adapter
+restores the base's `requires_grad` flags.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class AttachReport:
 
     Attributes:
         name: The adapter.
-        matches: The sites, each with rank, alpha and the target entry that named it.
+        matches: The sites, each with its rank, its alpha and the target entry that matched it.
         trainable_parameters: Number of values that will be trained.
         notes: Notes for the user; `str` gives the message.
         missing: Target entries that match nothing (if "partial_targets" is allowed); `str` gives the message.
@@ -72,20 +72,20 @@ def attach(
     """Add a new adapter to a model. The first one becomes active; later ones need `activate` or `use`.
 
     Args:
-        model: The base, or a model that has adapters already. It is changed in place.
+        model: The base, or a model that already has adapters. It is changed in place.
         config: The adapter's config; it is copied.
         name: The adapter's name.
         allow: Checks to override: "partial_targets", "odd_scale".
         seed: Seed for the initialization; None uses torch's default generator.
         statistics: The result of `collect_for`, for an init that uses data.
-        kinds: Custom kinds of site; loading the adapter needs them again.
+        kinds: Custom kinds of site; they must be passed again when the adapter is loaded.
 
     Returns:
         A report of what was attached.
 
     Raises:
-        ConfigError: The config does not fit this model or the statistics, or a name in `allow` is unknown.
-        BaseMismatchError: The statistics were collected on another base.
+        ConfigError: The config does not match this model or the statistics, or a name in `allow` is unknown.
+        BaseMismatchError: The statistics were collected on a different base.
         TargetError: A target matches nothing, or matches a module that does not support factors.
         AdapterError: The name is taken or cannot be used.
         NotYetSupported: The config uses a feature that is not implemented.
@@ -109,7 +109,7 @@ def attach(
 
 
 def _resolved(index: AdapterIndex, config: LoraConfig, allow: Collection[str]) -> tuple[Resolution, dict[str, str]]:
-    """Return what a config names in a model, with tied modules added; and tied path -> path of its embedding."""
+    """Return the sites that a config names, with tied modules added, and a map from tied path to embedding path."""
     found, leaders = with_ties(index, config, matched(index, config, "partial_targets" in allow))
     checks.check_called(index.model, [match.path for match in found.matches])
     checks.check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
@@ -124,7 +124,7 @@ def _trained_values(name: str, state: AdapterState, auxiliary: Extras) -> int:
 
 
 def _notes_on_residuals(index: AdapterIndex, config: LoraConfig, factors: Sequence[build.NewFactor]) -> list[Note]:
-    """Return notes on the memory and the rounding of residual bases; none if the base is unchanged."""
+    """Return notes on the memory use and rounding of residual bases; empty if the base is unchanged."""
     kept_bytes, lost, count = 0, 0.0, 0
     for new in factors:
         if new.stored is None:
@@ -147,7 +147,7 @@ def _notes_on_residuals(index: AdapterIndex, config: LoraConfig, factors: Sequen
     if lost:
         text = (
             f"The base is quantized, and the residual of {mover} was rounded a second time, with a relative error of "
-            f"up to {lost:.2g}: a new adapter changes the output accordingly, and it is not equivalent to plain LoRA."
+            f"up to {lost:.2g}: even a new adapter changes the output, and it is not equivalent to plain LoRA."
         )
         notes.append(Note("rounded_base", text))
     return notes
@@ -166,7 +166,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         name: The adapter, or None for all.
 
     Raises:
-        AdapterError: The adapter was not found.
+        AdapterError: The adapter is not on the model.
         MergeError: The adapter is merged, and the original weights were not kept.
     """
     index = AdapterIndex.of(model)
@@ -237,7 +237,7 @@ def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
 
 
 def model_type_of(model: nn.Module) -> str:
-    """Return the model type from a model's config, an object or a mapping; "None" if there is none.
+    """Return the model type from a model's config, which may be an object or a mapping; "None" if there is none.
 
     Args:
         model: Any model.

@@ -44,15 +44,15 @@ from lorakit.targets import Match
 
 @dataclass(frozen=True)
 class NewFactor:
-    """One factor, built but not attached.
+    """The factor of one site, built but not yet attached.
 
     Attributes:
         target: The site.
-        factor: The factor, with tensors as parameters.
+        factor: The factor, whose tensors are parameters.
         match: Path, rank and alpha of the site.
         trains: Which of "A" and "B" are trained.
-        stored: The residual base in the storage format of the base's module, or None if the base is unchanged.
-        initial: A (r, in) and B (out, r) before training if the residual is W − s·B·A, else None.
+        stored: The residual base in the storage format of the base module, or None if the base is unchanged.
+        initial: A (r, in) and B (out, r) before training if the residual is W − s·B·A, otherwise None.
     """
 
     target: TargetWeight
@@ -65,13 +65,13 @@ class NewFactor:
 
 @dataclass(frozen=True)
 class NewAdapter:
-    """An adapter, built but not attached.
+    """An adapter, built but not yet attached.
 
     Attributes:
         name: The adapter's name.
         config: The adapter's config, which the model keeps.
         factors: One factor per site.
-        auxiliary: Saved modules, token embeddings and biases that are trained too.
+        auxiliary: Saved modules, token embeddings and biases that are also trained.
         bias_values: Trained biases of the base, each with its new values (out,).
         trainable: Whether the adapter is trained, except for parameters that its init freezes.
     """
@@ -87,7 +87,7 @@ class NewAdapter:
 def fresh_factors(
     index: AdapterIndex, config: LoraConfig, matches: Sequence[Match], seed: int | None, statistics: Statistics | None
 ) -> list[NewFactor]:
-    """Build initialized factors for every site that a config names; random numbers are drawn in the order of sites.
+    """Build initialized factors for every site that a config names, drawing random numbers in site order.
 
     Args:
         index: The model's index.
@@ -97,7 +97,7 @@ def fresh_factors(
         statistics: Statistics of the data, or None.
 
     Raises:
-        ConfigError: The init or the variant does not fit a site.
+        ConfigError: The init or the variant is not supported at a site.
     """
     generators = _generators(seed)
     factors = []
@@ -131,13 +131,13 @@ def new_factor(
         index: The model's index.
         target: The site.
         match: Path, rank and alpha of the site.
-        context: Input of the init, with the adapter's config, the scale and the random generator.
+        context: Input for the init, with the adapter's config, the scale and the random generator.
         start: The initial tensors.
         trains: Which of "A" and "B" are trained.
 
     Raises:
-        ConfigError: The variant or dropout does not fit the site; or the variant must replace the base weight, which
-            is quantized, merged into, or replaced by another adapter.
+        ConfigError: The variant or dropout is not supported at the site; or the variant has to replace a base weight
+            that is quantized, into which adapters are merged, or that another adapter has replaced already.
     """
     config, module, stored = context.config, index.holder(target), start.stored
 
@@ -167,16 +167,16 @@ def new_factor(
 
 
 def _check_together(init: Init, variant: Variant, target: TargetWeight) -> None:
-    """Reject an init that conflicts with a variant: both change the base, one needs it unchanged, or shapes differ."""
+    """Reject an init that conflicts with a variant in its changes to the base or in the shapes of A and B."""
     what = "changes the base weight"
     if init.changes_base and variant.move is not None:
         needs = "changes it too"
     elif init.changes_base and not variant.is_mergeable:
-        needs = "needs it unchanged before its start"
+        needs = "needs it unchanged before the adapter starts"
     elif init.changes_base and not variant.adds_product:
-        needs = "does not add to it what the init subtracts"
+        needs = "does not add back what the init subtracts from it"
     elif variant.shapes is not None and not init.takes_any_shape:
-        what, needs = "needs A and B in their usual shapes", "has others"
+        what, needs = "needs A and B in their standard shapes", "uses other shapes"
     else:
         return
     raise ConfigError(
@@ -188,10 +188,12 @@ def _check_together(init: Init, variant: Variant, target: TargetWeight) -> None:
 
 
 def _moved_by(variant: Variant, index: AdapterIndex, target: TargetWeight, start: Start) -> Stored | None:
-    """Return the base weight that a variant needs, or None for the original; adapters of one variant and rank share it.
+    """Return the base weight that a variant needs, or None for the original one.
+
+    Adapters with the same variant and rank share the weight.
 
     Raises:
-        ConfigError: The base weight is quantized, merged into, or replaced by another adapter.
+        ConfigError: The base weight is quantized, adapters are merged into it, or another adapter has replaced it.
     """
     if variant.move is None:
         return None
@@ -206,11 +208,11 @@ def _moved_by(variant: Variant, index: AdapterIndex, target: TargetWeight, start
 
 
 def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) -> None:
-    """Reject a site that does not support the settings of a config.
+    """Check that a site supports the settings of a config.
 
     Raises:
         ConfigError: `lora_bias` is set, but B has no separate output at the site; or the site is adapted through its
-            weight, which is quantized, so that each forward would round the sum and pass no gradient.
+            weight, which is quantized, so that each forward pass would round the sum and block the gradient.
     """
     if config.lora_bias and not target.kind.takes_bias:
         raise ConfigError(
@@ -226,8 +228,8 @@ def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) ->
     if base.quantized:
         raise ConfigError(
             f"{target.path} is stored as {base.name}, but a {target.kind.name} is adapted through its weight, which "
-            "would be rounded together with the update in each forward. Leave the module out, or target dense layers, "
-            "where the update is added to the output.",
+            "would be rounded together with the update in each forward pass. Leave the module out, or target dense "
+            "layers, where the update is added to the output.",
             what=base.name,
             where=target.path,
             field="target_modules",
@@ -235,7 +237,7 @@ def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) ->
 
 
 def _generators(seed: int | None) -> Callable[[torch.device], torch.Generator | None]:
-    """Return a function from device to its seeded generator, or to None without a seed."""
+    """Return a function that maps a device to its seeded generator, or to None if there is no seed."""
 
     @functools.cache
     def for_device(device: torch.device) -> torch.Generator | None:
@@ -274,7 +276,7 @@ def new_extras(
 def new_rows(
     index: AdapterIndex, chosen: Sequence[ChosenRows], given: Mapping[str, Tensor] | None = None
 ) -> list[tuple[ChosenRows, nn.Parameter]]:
-    """Build an adapter's token embeddings from given values; a new adapter copies the base's and so has no effect.
+    """Build an adapter's token embeddings from given values; a new adapter copies the base's, so it has no effect yet.
 
     Args:
         index: The model's index.
@@ -363,7 +365,7 @@ def _freeze(built: NewAdapter, state: AdapterState) -> None:
 
 
 def _new_state(index: AdapterIndex, name: str) -> AdapterState:
-    """Return the state for a model's first adapter, with the base frozen."""
+    """Create the state for a model's first adapter, and freeze the base."""
     state = AdapterState()
     state.held = disable_repacking(index.everything.values())
     held = (p for module in index.everything.values() for p in module._parameters.values() if p is not None)
@@ -386,7 +388,7 @@ def _table(
 
 
 def note_old_biases(index: AdapterIndex) -> None:
-    """Record in each adapted layer which adapter trains the bias of its base, and the original bias.
+    """Record in each adapted layer which adapter trains the bias of the base layer, and the original bias.
 
     Args:
         index: The model's index.
@@ -399,8 +401,8 @@ def note_old_biases(index: AdapterIndex) -> None:
 def _keep_off_fast_path(index: AdapterIndex) -> None:
     """Make every nn.TransformerEncoderLayer that holds adapted layers call them.
 
-    Torch's fast path reads weights without calling their modules, unless a child has a hook, so each adapted layer gets
-    one that does nothing.
+    PyTorch's fast path reads weights without calling their modules, unless a child has a hook, so each adapted layer
+    gets a hook that does nothing.
     """
     for encoder in (index.model, *index.modules.values()):
         if isinstance(encoder, nn.TransformerEncoderLayer):

@@ -1,6 +1,6 @@
-"""Match an adapter's tensors to a model: find the site of each tensor, and list everything that does not fit.
+"""Match an adapter's tensors to a model: find the site of each tensor, and list everything that does not match.
 
-The checks include that finite values in the files do not become infinite in the base's dtypes.
+This module also checks that finite values in the files do not become infinite in the base's dtypes.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Fit:
     Attributes:
         sites: Path on disk -> the site, and the names of its tensors by `Key.part`.
         saved: Paths of the saved modules; `copied_tensors` yields the names of their tensors.
-        biases: Trained biases: module, name of the parameter, name of the tensor.
-        rows: Trained token embeddings of each table, with the tensor's name.
+        biases: Trained biases as (module, parameter name, tensor name).
+        rows: Trained token embeddings of each table, with the name of their tensor.
         tied: Path of a tied module -> path of the module whose weight it shares.
         problems: The mismatches.
     """
@@ -67,14 +67,14 @@ class Fit:
     problems: list[Problem] = field(default_factory=list)
 
     def outer_paths(self) -> set[str]:
-        """Return the paths in the plain base of the modules that get factors."""
+        """Return the paths, in the plain base, of the modules that get factors."""
         return {target.outer for target, _ in self.sites.values()}
 
     def take(self, left: dict[str, Tensor], names: Sequence[str], shape: Sequence[int]) -> str | None:
-        """Remove a tensor from those left, and add a mismatch if it is missing or has another shape.
+        """Remove a tensor from those that are left, and record a mismatch if it is missing or has the wrong shape.
 
         Args:
-            left: Name -> tensor of any shape, for tensors not yet taken.
+            left: Name -> tensor of any shape, for tensors that have not been taken yet.
             names: Possible names; the first is the usual one.
             shape: The expected shape.
 
@@ -89,11 +89,11 @@ class Fit:
         return name
 
     def add(self, kind: str, name: str, text: str) -> None:
-        """Add a mismatch."""
+        """Record a mismatch."""
         self.problems.append(Problem(kind, name, text))
 
     def check_shape(self, name: str, given: Tensor, wanted: Sequence[int]) -> None:
-        """Add a mismatch if a tensor of any shape does not have the expected shape."""
+        """Record a mismatch if a tensor of any shape does not have the expected shape."""
         if tuple(given.shape) != tuple(wanted):
             self.add(SHAPE, name, f"{name} has shape {tuple(given.shape)}, expected {tuple(wanted)}")
 
@@ -140,7 +140,7 @@ def fit(
 
 
 def _possible_parts(config: LoraConfig, path: str) -> set[str]:
-    """Return every `Key.part` that a site can have: A, B, the bias of B, and the own tensors of its variant."""
+    """Return every `Key.part` that a site can have: A, B, the bias of B, and the extra tensors of its variant."""
     return {"A", "B", "bias"} | {tensor.held_as for tensor in variant_at(config, path)[0].tensors}
 
 
@@ -206,7 +206,7 @@ def _take_extras(left: dict[str, Tensor], config: LoraConfig, index: AdapterInde
 
 
 def _check_ties(tensors: Mapping[str, Tensor], config: LoraConfig, index: AdapterIndex, result: Fit) -> None:
-    """Find the modules that share a weight, and add a mismatch if the file has different values for them."""
+    """Find the modules that share a weight, and record a mismatch if the file has different values for them."""
     if not config.ensure_weight_tying:
         return
     groups = tied_groups(index, {*result.saved, *result.outer_paths()})
@@ -267,7 +267,7 @@ def _check_parts(tensors: Mapping[str, Tensor], config: LoraConfig, path: str, r
 def _rank(config: LoraConfig, target: TargetWeight, found: int) -> int:
     """Return the rank that a site must have; if a pattern is not a plain name, accept any rank in the config.
 
-    A pattern names a module or, in combined adapters, the path of one of its weights, which can differ in rank.
+    A pattern names a module or, in combined adapters, the path of one of the module's weights, whose ranks can differ.
     """
     try:
         of_module = literal_value(config.rank_pattern, target.pattern_path, config.r)
@@ -277,7 +277,7 @@ def _rank(config: LoraConfig, target: TargetWeight, found: int) -> int:
 
 
 def _known_extra(name: str, result: Fit) -> bool:
-    """Return whether PEFT adds this tensor: the base's matrix of an adapted embedding or head, or of a saved module."""
+    """Return whether PEFT adds this tensor: the base weight of an adapted embedding or head, or of a saved module."""
     if any(f"{path}.{word}." in name for path in result.saved for word in ("original_module", "modules_to_save")):
         return True
     path = name.removeprefix(PREFIX).removesuffix(".base_layer.weight").removesuffix(".token_adapter")
@@ -311,16 +311,16 @@ def out_of_range(
     for name, dtype in _uses(tensors, fitted, index, auxiliary):
         limit = torch.finfo(dtype).max
         if limit < largest[name] < math.inf:
-            found.append(f"{name} contains {largest[name]:g}, beyond {_named(dtype)} (at most {limit:g})")
+            found.append(f"{name} contains {largest[name]:g}, outside the range of {_named(dtype)} (up to {limit:g})")
     for new, (target, held) in zip([] if found else factors, fitted.sites.values(), strict=not found):
         dtype, sizes = _dtype_at(index, target), [largest[held[side]] for side in "AB"]
         if _product_overflows(new, sizes, torch.finfo(dtype).max):
-            found.append(f"scale·B·A at {target.path} is beyond the range of {_named(dtype)}")
+            found.append(f"scale·B·A at {target.path} is outside the range of {_named(dtype)}")
     return found
 
 
 def copied_tensors(auxiliary: Extras, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, str]]:
-    """Yield each tensor (…) of the saved modules with the name of the tensor in the file that fills it."""
+    """Yield each tensor (…) of the saved modules and the name of the tensor in the file that supplies its values."""
     for path, duplicate in auxiliary.copies.items():
         for leaf, own in duplicate.state_dict(keep_vars=True).items():
             name = f"{PREFIX}{path}.{leaf}"
@@ -331,7 +331,7 @@ def copied_tensors(auxiliary: Extras, tensors: Mapping[str, Tensor]) -> Iterator
 def _uses(
     tensors: Mapping[str, Tensor], fitted: Fit, index: AdapterIndex, auxiliary: Extras
 ) -> Iterator[tuple[str, torch.dtype]]:
-    """Yield the name of each tensor with the dtype in which its values are used."""
+    """Yield the name of each tensor and the dtype in which its values are used."""
     for target, held in fitted.sites.values():
         yield from ((name, _dtype_at(index, target)) for name in held.values())
     for own, name in copied_tensors(auxiliary, tensors):

@@ -1,7 +1,7 @@
 """Load an adapter strictly: read and check everything outside the model, and report all mismatches in one error.
 
-The sites of an adapter follow from its tensors' names, so no regular expression in a file is ever run. The model
-changes in one step, after every check has passed or was overridden.
+The sites of an adapter follow from the names of its tensors, so no regular expression in a file is ever run. The model
+changes in one step, after every check has passed or has been overridden.
 """
 
 from __future__ import annotations
@@ -77,20 +77,20 @@ def load_adapter(
     """Load a saved adapter into a model. The first adapter becomes active; later ones need `activate` or `use`.
 
     Args:
-        model: The base, or a model that has adapters already. It is changed in place.
+        model: The base, or a model that already has adapters. It is changed in place.
         folder: A directory that PEFT or lorakit wrote.
         name: Name for the adapter on this model.
         trainable: Whether training will continue; otherwise the adapter is frozen. If true, an adapter that had a
-            residual base and was saved as plain LoRA gets this base and its rank back.
+            residual base and was saved as plain LoRA gets its residual base and its original rank back.
         allow: Checks to override: "base_mismatch", "key_mismatch", "nonfinite", "odd_scale", "recompute_init".
-        kinds: Custom kinds of site that the adapter was made with.
+        kinds: Custom kinds of site that the adapter uses.
 
     Returns:
         A report of what was loaded.
 
     Raises:
-        AdapterFileError: Files are missing or damaged, or tensors do not fit; all mismatches are named.
-        BaseMismatchError: The adapter was made on another base, or was permanently merged into this one.
+        AdapterFileError: Files are missing or damaged, or tensors do not match the model; all mismatches are reported.
+        BaseMismatchError: The adapter was made for a different base, or was permanently merged into this one.
         AdapterError: The name is taken or cannot be used.
         ConfigError: A scale is implausible, or a name in `allow` is unknown.
         NotYetSupported: The adapter needs a feature that is not implemented.
@@ -111,24 +111,24 @@ def load_adapter(
 
 
 def check_base(model: nn.Module | AdapterIndex, files: AdapterFiles, allow: Collection[str]) -> tuple[str, list[str]]:
-    """Compare a model's base with the one that an adapter was made on.
+    """Compare a model's base with the one that an adapter was made for.
 
     Args:
-        model: The base, or a model that has adapters already, or its index; not changed.
+        model: The base or a model that already has adapters, or its index; not changed.
         files: The adapter's files.
         allow: Checks to override: "base_mismatch".
 
     Returns:
-        The result of the comparison, and the warnings.
+        The verdict, and any warnings.
 
     Raises:
-        BaseMismatchError: The model has another base.
+        BaseMismatchError: The model has a different base.
     """
     known, present = without_brought_rows(AdapterIndex.of(model), files.config, files.sidecar.base)
     verdict, reason, warning = compare(known, present)
     if verdict == DIFFERENT and "base_mismatch" not in allow:
         raise BaseMismatchError(
-            f"{files.folder}: the adapter was made on another base: {reason}.",
+            f"{files.folder}: the adapter was made for a different base: {reason}.",
             advice=base_mismatch_advice(known, present),
             where=files.folder,
             override="base_mismatch",
@@ -145,10 +145,10 @@ def place_adapter(
     allow: Collection[str],
     kinds: Iterable[Kind] = (),
 ) -> tuple[int, tuple[str, ...]]:
-    """Attach an adapter from its files to a model; everything is checked before the first change.
+    """Attach an adapter from its files to a model; everything is checked before the model is changed.
 
     Args:
-        model: The base, or a model that has adapters already, or its index.
+        model: The base or a model that already has adapters, or its index.
         files: The adapter's files, with the warnings to report.
         name: Name for the adapter on this model.
         trainable: Whether training will continue.
@@ -159,7 +159,7 @@ def place_adapter(
         The number of sites, and every warning that was reported.
 
     Raises:
-        AdapterFileError: Tensors do not fit; all mismatches are named.
+        AdapterFileError: Tensors do not match the model; all mismatches are reported.
         AdapterError: The name is taken or cannot be used.
         ConfigError: A scale is implausible, or the adapter is incompatible with those on the model.
     """
@@ -181,14 +181,14 @@ def place_adapter(
         rows = build.new_rows(index, [chosen for chosen, _ in fitted.rows], given)
         auxiliary = build.new_extras(index, config, factors, fitted.saved, fitted.tied, rows)
         trained = {(id(module), leaf) for module, originals in auxiliary.biases for leaf in originals}
-        fitted.biases = [bias for bias in fitted.biases if (id(bias[0]), bias[1]) in trained]  # not of dropped sites
+        fitted.biases = [bias for bias in fitted.biases if (id(bias[0]), bias[1]) in trained]  # not at dropped sites
         beyond = out_of_range(tensors, largest, fitted, index, factors, auxiliary)
         said += implausible(files.folder, judge(config, scales, largest), trainable or files.made)
         said += _checked_range(files.folder, beyond, allow)
         with torch.no_grad():
             for own, key in copied_tensors(auxiliary, tensors):
                 own.copy_(tensors[key])
-        for message in said:  # raises if warnings are errors, so it comes before any change
+        for message in said:  # raises if warnings are errors, so this must precede any change
             warn_caller(message)
         new_config = record.config.with_fields(inference_mode=not trainable)
         biases = _new_biases(fitted, tensors)
@@ -197,7 +197,7 @@ def place_adapter(
 
 
 def _check_kinds(files: AdapterFiles, index: AdapterIndex) -> None:
-    """Reject an adapter that was made with custom kinds of site if they were not passed."""
+    """Check that the caller passed all custom kinds of site that an adapter uses."""
     asked = files.sidecar.facts.get(KINDS_KEY)
     lacking = sorted({str(name) for name in asked if str(name) not in index.kinds} if isinstance(asked, list) else ())
     if lacking:
@@ -221,16 +221,16 @@ def _fitted(files: AdapterFiles, index: AdapterIndex) -> Fit:
 
 
 def _judge(files: AdapterFiles, fitted: Fit, largest: Mapping[str, float], allow: Collection[str]) -> list[str]:
-    """Reject all mismatches in one error; return messages about those that were allowed."""
+    """Report all mismatches in one error, or return messages about those that are allowed."""
     said = []
     if fitted.problems:
         shown = _shown(_some_of_each(fitted.problems))
-        has_shapes = any(problem.kind == SHAPE for problem in fitted.problems)  # no allowance overrides these
+        has_shapes = any(problem.kind == SHAPE for problem in fitted.problems)  # nothing in `allow` overrides these
         fits_in_part = bool(fitted.sites) and not has_shapes
         if not fits_in_part or "key_mismatch" not in allow:
             error = ShapeMismatchError if has_shapes else AdapterFileError
             raise error(
-                f"{files.folder}: the adapter does not fit this model: {shown}.",
+                f"{files.folder}: the adapter does not match this model: {shown}.",
                 what=fitted.problems[0].name,
                 where=files.folder,
                 override="key_mismatch" if fits_in_part else None,
@@ -243,10 +243,10 @@ def _judge(files: AdapterFiles, fitted: Fit, largest: Mapping[str, float], allow
 
 
 def _checked_range(folder: Path, beyond: Sequence[str], allow: Collection[str]) -> list[str]:
-    """Reject values that the base's dtype cannot hold; return a message if they were allowed."""
+    """Reject values that the base's dtype cannot represent, or return a message if they are allowed."""
     if not beyond:
         return []
-    message = f"{folder}: values would be infinite in this base: {_shown(beyond)}."
+    message = f"{folder}: values would become infinite in this base: {_shown(beyond)}."
     if "nonfinite" not in allow:
         raise AdapterFileError(
             message,
@@ -263,7 +263,7 @@ def _shown(messages: Sequence[str]) -> str:
 
 
 def _some_of_each(problems: Sequence[Problem]) -> list[str]:
-    """Return the mismatches with their kinds alternating, so that unexpected tensors explain missing ones."""
+    """Return the mismatches with alternating kinds, so that unexpected tensors appear next to missing ones."""
     kinds: dict[str, list[str]] = {}
     for problem in problems:
         kinds.setdefault(problem.kind, []).append(problem.text)
@@ -293,6 +293,6 @@ def _restored_factors(
 
 
 def _new_biases(fitted: Fit, tensors: Mapping[str, Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
-    """Return each trained bias with its new values (out,) from the file, on the device and in the dtype of the bias."""
+    """Return each trained bias with its new values (out,) from the file, on the bias's device and in its dtype."""
     biases = [(module.get_parameter(leaf), tensors[name]) for module, leaf, name in fitted.biases]
     return [(old, new.to(device=old.device, dtype=old.dtype, copy=True)) for old, new in biases]

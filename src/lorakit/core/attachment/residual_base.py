@@ -1,9 +1,9 @@
 """Handle adapters whose init subtracts from the base weight (residual bases), and convert them to plain LoRA.
 
-Such an adapter is trained on W − s·B₀·A₀, where B₀ and A₀ are its initial factors. On the original W, it equals plain
-LoRA of twice the rank exactly. Only one adapter per site can have a residual base; the layer keeps the original weight
-for `disable`, other adapters, `detach` and merges. Loading restores the residual without running an init, unless the
-caller allows "recompute_init" for a file from another program, which has no initial factors.
+Such an adapter is trained on W − s·B₀·A₀, where B₀ and A₀ are its initial factors. On the original W, it is exactly
+equivalent to plain LoRA with twice the rank. Only one adapter per site can have a residual base; the layer keeps the
+original weight for `disable`, other adapters, `detach` and merges. Loading restores the residual without running an
+init, unless the caller allows "recompute_init" for a file that another program wrote without the initial factors.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ INIT_FIELDS = (
 
 
 def residual(kind: Kind, spec: WeightSpec, W: Tensor, factors: tuple[Tensor, Tensor], scale: float) -> Tensor:
-    """Return W − s·B·A, canonical (out, in) or in the kind's own shape.   [docs/math.md (60)]
+    """Return W − s·B·A in canonical form (out, in) or in the kind's own shape.   [docs/math.md (60)]
 
     Args:
         kind: The kind of the site.
         spec: The shape and layout of the site's weight.
-        W: The weight, canonical, fp32 or wider.
+        W: The canonical weight, in fp32 or wider.
         factors: A (r, in) and B (out, r).
         scale: The scale s.
     """
@@ -70,7 +70,7 @@ def as_plain(spec: WeightSpec, A: Tensor, B: Tensor, initial: tuple[Tensor, Tens
         initial: A₀ and B₀, with the shapes of A and B.
 
     Returns:
-        (2r, in) and (out, 2r); kernels and experts are in the layout of their kind.
+        (2r, in) and (out, 2r); convolution kernels and experts keep the layout of their kind.
     """
     A0, B0 = (factor.to(like) for factor, like in zip(initial, (A, B), strict=True))
     E = max(spec.experts, 1)
@@ -88,7 +88,7 @@ def apart(spec: WeightSpec, A: Tensor, B: Tensor) -> tuple[tuple[Tensor, Tensor]
         B: (out, 2r).
 
     Returns:
-        A (r, in) and B (out, r); A₀ and B₀.
+        A (r, in) and B (out, r), and then A₀ and B₀.
     """
     E = max(spec.experts, 1)
     A, A0 = (part.flatten(0, 1).contiguous() for part in A.unflatten(0, (E, -1)).chunk(2, dim=1))
@@ -97,7 +97,7 @@ def apart(spec: WeightSpec, A: Tensor, B: Tensor) -> tuple[tuple[Tensor, Tensor]
 
 
 def plain_config(config: LoraConfig) -> LoraConfig:
-    """Return the config of an adapter with a residual base as plain LoRA: twice the rank at the same scale.
+    """Return the plain LoRA config for an adapter with a residual base: twice the rank at the same scale.
 
     Args:
         config: The adapter's config when it was attached; not changed.
@@ -129,7 +129,7 @@ def init_context_for(
     Args:
         index: The model's index.
         config: The adapter's config.
-        match: The target match that names the site.
+        match: The match through which the config names the site.
         target: The site.
         generators: Function from device to random generator, or to None for torch's default generator.
         statistics: Statistics of the data at this site, name -> tensor (…), or None.
@@ -158,7 +158,7 @@ def init_context_for(
 def check_can_move(
     index: AdapterIndex, target: TargetWeight, init: Init | None = None, variant: Variant | None = None
 ) -> None:
-    """Check that a residual can replace a base weight, which must not be replaced already, merged into or shared.
+    """Check that a residual can replace a base weight, which must not be shared, already changed, or merged into.
 
     Args:
         index: The model's index.
@@ -201,8 +201,8 @@ def check_can_move(
         raise ConfigError(NOT_WRITTEN.format(parameter=target.path, type=type(module).__name__), where=target.path)
     if weight_format.quantized and (variant is not None or (init is not None and not init.requantizes)):
         raise ConfigError(
-            f"{target.path}: {mover} changes the base weight, and this one is quantized, so the residual would be "
-            "rounded a second time. Attach to the base before it is quantized, leave the module out, or use another "
+            f"{target.path}: {mover} changes the base weight, which is quantized, so the residual would be rounded a "
+            "second time. Attach the adapter to the base before it is quantized, leave the module out, or use another "
             "init or variant.",
             what=weight_format.name,
             where=target.path,
@@ -211,7 +211,7 @@ def check_can_move(
 
 
 def residual_of(index: AdapterIndex, target: TargetWeight, factors: tuple[Tensor, Tensor], scale: float) -> Stored:
-    """Return the stored form of W − s·B·A at a site, with W the current base weight.
+    """Return the stored form of W − s·B·A at a site, where W is the current base weight.
 
     Args:
         index: The model's index.
@@ -223,7 +223,7 @@ def residual_of(index: AdapterIndex, target: TargetWeight, factors: tuple[Tensor
 
 
 def in_stored_form(index: AdapterIndex, target: TargetWeight, W: Tensor) -> Stored:
-    """Return a canonical weight (out, in) in the format in which a site's module stores it."""
+    """Return a canonical weight (out, in) in the storage format of a site's module."""
     module, parameter = index.holder(target), target.spec.parameter
     base = weight_format_of(module, parameter, target.spec.as_stored)
     with torch.no_grad():
@@ -236,7 +236,7 @@ def give_base_back(layer: LoraLayer, adapter: str) -> None:
 
     Args:
         layer: A layer with a residual base.
-        adapter: The adapter that no longer needs the residual base; the layer keeps it as long as others do.
+        adapter: The adapter that no longer needs the residual base; the layer keeps it while other adapters need it.
     """
     layer.moved_by = tuple(name for name in layer.moved_by if name != adapter)
     if layer.moved_by:
@@ -251,7 +251,7 @@ Factors = tuple[Tensor, Tensor, int]
 
 
 def check_plain(model: nn.Module | AdapterIndex, name: str) -> None:
-    """Reject an adapter on a model that cannot be converted to plain LoRA on the original base.
+    """Check that an adapter on a model can be converted to plain LoRA on the original base.
 
     Args:
         model: The adapted model; not changed.
@@ -265,7 +265,7 @@ def check_plain(model: nn.Module | AdapterIndex, name: str) -> None:
     for path, layer in index.layers(name):
         if name in layer.moved_by and layer.initial is None:
             raise AdapterError(
-                f"{path}: {mover_of(config)} changed the base by more than a product of low rank, so adapter {name!r} "
+                f"{path}: {mover_of(config)} changed the base by more than a low-rank product, so adapter {name!r} "
                 "is not plain LoRA on the original base. Merge it, or save the result of merged_state_dict.",
                 what=name,
                 where=path,
@@ -279,23 +279,23 @@ def mover_of(config: LoraConfig) -> str:
 
 
 def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict[str, tuple[Tensor, Tensor]] | None:
-    """Convert the factors of an adapter from disk to plain LoRA of twice the rank on the original base.
+    """Convert the factors of an adapter on disk to plain LoRA with twice the rank on the original base.
 
     Args:
         files: The adapter's files.
-        factors: Path on disk -> A (r, in), B (out, r) and the number of experts that they hold, 0 if none.
+        factors: Path on disk -> A (r, in), B (out, r) and the number of experts in them (0 if there are none).
 
     Returns:
         Path on disk -> A (2r, in) and B (out, 2r), or None if the factors are plain LoRA already.
 
     Raises:
-        AdapterFileError: A variant changed the base; or an init changed it, and the files do not say how, or the base
+        AdapterFileError: A variant changed the base; or an init changed it, but the files do not say how or the base
             was quantized.
     """
     variant = moving_variant(files.config)
     if variant is not None:
         raise AdapterFileError(
-            f"{files.folder}: {variant.title} changed the base by more than a product of low rank, so this is not "
+            f"{files.folder}: {variant.title} changed the base by more than a low-rank product, so this adapter is not "
             "plain LoRA on the original base. Load the adapter into its model, and merge it.",
             what=variant.title,
             where=files.folder,
@@ -304,12 +304,15 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
     past = init_record_of(files, False, (RECOMPUTE,))
     if not past.moves:
         return None
-    said = f"{files.folder}: init_lora_weights is {files.config.init_lora_weights!r}: the factors act on a base that it"
+    said = (
+        f"{files.folder}: init_lora_weights is {files.config.init_lora_weights!r}: the factors apply to a base that "
+        "this init"
+    )
     if past.first is None:
         raise AdapterFileError(
-            f"{said} changed, and the directory does not say how. Load it with allow=['recompute_init'] and save it "
-            "with save_adapter, or, in PEFT, with path_initial_model_for_weight_conversion. If the base at hand is the "
-            "changed one, set init_lora_weights to true in the adapter's config.",
+            f"{said} changed, and the directory does not say how. Load the adapter with allow=['recompute_init'] and "
+            "save it with save_adapter, or, in PEFT, with path_initial_model_for_weight_conversion. If your base "
+            "already contains the change, set init_lora_weights to true in the adapter's config.",
             what=files.config.init_lora_weights,
             where=files.folder,
             field="init_lora_weights",
@@ -334,15 +337,15 @@ RECOMPUTE = "recompute_init"
 
 @dataclass(frozen=True)
 class SiteStart:
-    """The tensors from which the factor of a site is built, from an init or a file.
+    """The tensors from which the factor of a site is built; they come from an init or a file.
 
     Attributes:
         A: (r, in).
         B: (out, r).
         bias: Bias of B, (out,), or None.
-        own: The variant's own tensors (…) by `OwnTensor.held_as`; other entries are ignored. None initializes them.
-        stored: The residual base in the storage format of the base's module, or None if the base is unchanged.
-        initial: A and B before training if the residual is W − s·B·A, else None.
+        own: The variant's extra tensors (…) by `OwnTensor.held_as`; other entries are ignored. None initializes them.
+        stored: The residual base in the storage format of the base module, or None if the base is unchanged.
+        initial: A and B before training if the residual is W − s·B·A, otherwise None.
     """
 
     A: Tensor
@@ -360,10 +363,10 @@ def initialized(index: AdapterIndex, target: TargetWeight, init: Init, context: 
         index: The model's index.
         target: The site.
         init: The init.
-        context: Input of the init.
+        context: Input for the init.
 
     Raises:
-        ConfigError: The init does not fit the site.
+        ConfigError: The init is not supported at the site.
     """
     with torch.no_grad():
         result = init.fill(context)
@@ -383,9 +386,9 @@ class InitRecord:
 
     Attributes:
         folder: The adapter's directory.
-        config: The config to use: the file's, or the one before conversion to plain LoRA.
-        sites: Path -> rank and alpha, if they differ from the file's.
-        is_doubled: Whether the factors in the file are plain LoRA of twice the rank and contain the initial factors.
+        config: The config to use: the file's, or the one from before the conversion to plain LoRA.
+        sites: Path -> rank and alpha, if they differ from those in the file.
+        is_doubled: Whether the factors in the file are plain LoRA with twice the rank and contain the initial factors.
         first: Path -> A and B before training, from a separate file; or None.
         init: The init to rerun, or None.
     """
@@ -410,9 +413,9 @@ class InitRecord:
         Args:
             index: The model's index.
             target: The site.
-            context: Input of the init, with the site's rank and scale in training.
-            tensors: A (r, in) and B (out, r), or (2r, in) and (out, 2r) in the form of plain LoRA; "bias" (out,) and
-                the variant's own tensors (…), if there are any.
+            context: Input for the init, with the rank and scale that the site has in training.
+            tensors: A (r, in) and B (out, r), or (2r, in) and (out, 2r) if saved as plain LoRA; also "bias" (out,) and
+                the variant's extra tensors (…), if there are any.
 
         Raises:
             ConfigError: A residual cannot replace the base weight (see `check_can_move`).
@@ -435,14 +438,14 @@ class InitRecord:
         return dataclasses.replace(given, A=A, B=B, stored=stored, initial=initial)
 
     def first_at(self, path: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A (r, in) and B (out, r) of a site before training, from the file of initial factors.
+        """Return a site's A (r, in) and B (out, r) from before training, read from the file of initial factors.
 
         Raises:
             AdapterFileError: The initial factors are missing, or their shapes differ from those of the trained ones.
         """
         found = (self.first or {}).get(path)
         if found is None or (found[0].shape, found[1].shape) != (A.shape, B.shape):
-            raise file_error(self.folder, f"the initial factors of {path} are missing or have another shape.")
+            raise file_error(self.folder, f"the initial factors of {path} are missing, or their shapes differ.")
         return found
 
 
@@ -455,7 +458,7 @@ def init_record_of(files: AdapterFiles, trainable: bool, allow: Collection[str])
         allow: "recompute_init" permits rerunning a deterministic init.
 
     Raises:
-        AdapterFileError: The residual base is not in the files and may not be recomputed, or a file is damaged.
+        AdapterFileError: The files do not contain the residual base and it may not be recomputed, or a file is damaged.
     """
     folder, config = files.folder, files.config
     began = files.sidecar.began if files.is_ours else {}
@@ -467,14 +470,18 @@ def init_record_of(files: AdapterFiles, trainable: bool, allow: Collection[str])
             return InitRecord(folder, _initial_config(folder, config, began), began["sites"], is_doubled=True)
         return InitRecord(folder, config)
     if init.needs or RECOMPUTE not in allow:
-        reason = " by inspecting data, and the file does not contain it" if init.needs else ", and loading runs no init"
+        reason = (
+            " based on data, and the file does not contain the changed base"
+            if init.needs
+            else ", and loading does not run inits"
+        )
         or_allow = "" if init.needs else f", or {OVERRIDE} to change this base in the same way"
         raise AdapterFileError(
-            f"{folder}: init_lora_weights is {config.init_lora_weights!r}: the factors act on a base that it changed"
-            f"{reason}.",
+            f"{folder}: init_lora_weights is {config.init_lora_weights!r}: the factors apply to a base that this init "
+            f"changed{reason}.",
             advice="Save the adapter as plain LoRA (in PEFT: save_pretrained with "
-            f"path_initial_model_for_weight_conversion; in lorakit: save_adapter){or_allow}. If the base at hand is "
-            "the changed one, set init_lora_weights to true in the adapter's config.",
+            f"path_initial_model_for_weight_conversion; in lorakit: save_adapter){or_allow}. If your base already "
+            "contains the change, set init_lora_weights to true in the adapter's config.",
             what=config.init_lora_weights,
             where=folder,
             field="init_lora_weights",
@@ -493,6 +500,6 @@ def _initial_config(folder: Path, config: LoraConfig, began: JsonObject) -> Lora
 def _first_factors(path: Path, sha256: str) -> dict[str, tuple[Tensor, Tensor]]:
     file = read_tensors(path)
     if file.sha256 != sha256:
-        raise file_error(path, "damaged, or from another adapter: its SHA-256 is not the one in lorakit.json.")
+        raise file_error(path, "damaged, or from another adapter: its SHA-256 does not match lorakit.json.")
     sites = by_site(file.tensors).items()
     return {path: (found["A"], found["B"]) for path, found in sites if {"A", "B"} <= set(found)}

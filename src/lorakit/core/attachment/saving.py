@@ -1,9 +1,9 @@
 """Save an adapter in PEFT's format plus `lorakit.json`; all files are replaced together.
 
-An adapter with a residual base can be saved as plain LoRA of twice the rank or as trained. Plain LoRA runs on the
-original base in any program; the second half of its factors holds the initial ones. Saved as trained, the adapter keeps
-its rank, and its initial factors go into a separate file, which no other program reads. For all other adapters, the two
-forms are the same.
+An adapter with a residual base can be saved as plain LoRA with twice the rank or as trained. Plain LoRA runs on the
+original base in any program; the second half of its factors holds the initial factors. If saved as trained, the adapter
+keeps its rank, and its initial factors go into a separate file, which no other program reads. For all other adapters,
+the two forms are the same.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def saved_form(
         model: The adapted model, or its index; not changed.
         name: The adapter.
         form: For an adapter with a residual base: "as_lora", "trained", or "raw", which omits its initial state.
-        tensors: Name on disk -> tensor (…), if they were gathered from several devices; None uses the model's.
+        tensors: Name on disk -> tensor (…), if gathered from several devices; None uses the model's tensors.
 
     Raises:
         AdapterError: The residual base is quantized, so plain LoRA cannot represent the adapter exactly.
@@ -88,7 +88,7 @@ def saved_form(
     found = dataclasses.replace(found, about={adapter_folder.BEGAN: began})
     first: dict[str, Tensor] = {}
     for path, layer in moved:
-        if layer.initial is None:  # LoftQ: it changed the base by more than a low-rank product
+        if layer.initial is None:  # LoftQ, which changes the base by more than a low-rank product
             return found
         first |= zip(_keys(path, layer), layer.initial, strict=True)
     if form == "as_lora":
@@ -104,7 +104,7 @@ def converted_form(
     initial: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor] | None = None,
 ) -> SavedForm:
-    """Return an adapter as plain LoRA of twice the rank, given its initial factors from a file.
+    """Return an adapter as plain LoRA with twice the rank, given its initial factors from a file.
 
     Args:
         model: The adapted model; not changed.
@@ -122,11 +122,11 @@ def converted_form(
 
 
 def _as_lora(found: SavedForm, layers: Sequence[tuple[str, LoraLayer]], initial: Mapping[str, Tensor]) -> SavedForm:
-    """Return an adapter as plain LoRA of twice the rank: its tensors, config, ranks and alphas.
+    """Return an adapter as plain LoRA with twice the rank: its tensors, config, ranks and alphas.
 
     Args:
         found: The adapter as trained.
-        layers: Path on disk and layer of the sites with a residual base.
+        layers: Path on disk and layer of each site with a residual base.
         initial: Name on disk -> tensor (…) before training.
     """
     tensors = dict(found.tensors)
@@ -136,7 +136,7 @@ def _as_lora(found: SavedForm, layers: Sequence[tuple[str, LoraLayer]], initial:
         first = [initial[key] for key in (down, up) if key in initial and initial[key].shape == tensors[key].shape]
         if len(first) != 2:
             raise AdapterError(
-                f"{down} is missing from the adapter that was saved before training, or has another shape.",
+                f"{down} is missing from the adapter that was saved before training, or its shape differs.",
                 what=found.name,
                 where=down,
             )
@@ -152,7 +152,7 @@ def _check_plain(path: str, layer: LoraLayer, name: str, config: LoraConfig) -> 
     if variant.move is not None:
         raise AdapterError(
             f"{path}: adapter {name!r} uses {variant.title}, which is not plain LoRA on the original base. Save the "
-            "adapter unconverted, or merge it.",
+            "adapter without converting it, or merge it.",
             what=name,
             where=path,
             field=variant.field,
@@ -183,20 +183,20 @@ def save_adapter(
 ) -> adapter_folder.SavedAdapter:
     """Save an adapter in PEFT's format plus `lorakit.json`.
 
-    An adapter with a residual base (PiSSA and similar) is written as plain LoRA of twice the rank, which any program
+    An adapter with a residual base (PiSSA and similar) is written as plain LoRA with twice the rank, which any program
     can load on the original base; `load_adapter` converts it back to continue training.
 
     Args:
-        model: The adapted model; not changed. A merge does not affect what is saved.
-        folder: The directory; created if missing. All files of an adapter in it are replaced; other files stay.
+        model: The adapted model; not changed. Merging does not affect what is saved.
+        folder: The directory; created if missing. Any adapter files in it are replaced; other files are kept.
         name: The adapter.
         base_model_name_or_path: Name or path of the base; None keeps the config's value.
-        facts: Metadata for `lorakit.json`, such as training details and tokenizer hashes; plain JSON values.
+        facts: Metadata for `lorakit.json`, such as training details and tokenizer hashes, as plain JSON values.
         allow: Checks to override: "nonfinite".
-        tensors: Name on disk -> tensor (…), if they were gathered from several devices; None writes the model's.
+        tensors: Name on disk -> tensor (…), if gathered from several devices; None writes the model's tensors.
 
     Returns:
-        The files written.
+        A description of the files written.
 
     Raises:
         AdapterError: The adapter is not on the model, has non-finite values, or cannot be converted to plain LoRA.
@@ -221,7 +221,7 @@ def save_as_trained(
     """Save an adapter as `save_adapter` does, but keep its rank if it has a residual base.
 
     The initial factors are written to a separate file. Other programs that support the init rerun it on the original
-    base; `load_adapter` does not need to run it.
+    base; `load_adapter` does not need to rerun it.
 
     Args:
         model: The adapted model; not changed.
@@ -233,7 +233,7 @@ def save_as_trained(
         tensors: Name on disk -> tensor (…), as in `save_adapter`.
 
     Returns:
-        The files written.
+        A description of the files written.
 
     Raises:
         AdapterError: The adapter is not on the model, or has non-finite values.
@@ -257,7 +257,7 @@ def save_form(
     """Write the result of `saved_form`; see `save_adapter`.
 
     Args:
-        model: The adapted model, or its index; the fingerprint of its base is written.
+        model: The adapted model, or its index; the fingerprint of the model's base is written.
         folder: The directory.
         found: The adapter, ready to be written.
         base_model_name_or_path: Name or path of the base.
@@ -285,13 +285,13 @@ def save_form(
 def _config_on_disk(index: AdapterIndex, config: LoraConfig, base: str | None) -> bytes:
     transposed = any(
         layer.base.transposed and layer.kind.drops for _, layer in index.layers() if layer.r
-    )  # embeddings are stored transposed too, but for readers the field refers to dense layers
+    )  # embeddings are stored transposed too, but programs that read the field apply it to dense layers
     heads = HEADS_BY_TASK.get(config.task_type, ())
     of_class = {"base_model_class": type(index.model).__name__, "parent_library": type(index.model).__module__}
     config = dataclasses.replace(
         config,
         target_modules=portable_targets(index, config),
-        auto_mapping=config.auto_mapping or (None if config.task_type else of_class),  # as in PEFT; never read
+        auto_mapping=config.auto_mapping or (None if config.task_type else of_class),  # as PEFT does; never read
         modules_to_save=list(dict.fromkeys([*(config.modules_to_save or []), *heads])) or None,
         fan_in_fan_out=transposed,
         inference_mode=True,
@@ -301,7 +301,7 @@ def _config_on_disk(index: AdapterIndex, config: LoraConfig, base: str | None) -
 
 
 def portable_targets(index: AdapterIndex, config: LoraConfig) -> set[str] | list[str] | str | None:
-    """Return the targets in a form that every reader supports: "all-linear" becomes the shortest names that fit.
+    """Return the targets in a form that every program supports: "all-linear" becomes the shortest suitable names.
 
     Args:
         index: The adapted model's index.

@@ -1,1 +1,1 @@
-"""An adapter on disk: tensors and their names, the directory with `lorakit.json`, findings about the content."""
+"""An adapter on disk: its tensors, their names, its directory with `lorakit.json`, and findings about its content."""

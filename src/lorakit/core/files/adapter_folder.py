@@ -1,9 +1,9 @@
 """Read, verify and write an adapter's directory: PEFT's files, and `lorakit.json`, which lorakit adds.
 
-`lorakit.json` contains the base's fingerprint, SHA-256 of weights and config, rank and alpha of each site, training
-metadata, and a seal: a checksum of the rest. An adapter without this file, or one that another program has rewritten,
-still loads but cannot be verified. While files are replaced one by one, `lorakit.json` also describes the old files, so
-that a mixture of old and new files is rejected.
+`lorakit.json` contains the base's fingerprint, the SHA-256 of the weights and of the config, the rank and alpha of each
+site, training metadata, and a seal, which is a checksum of everything else. An adapter without this file, or one that
+another program has rewritten, still loads but cannot be verified. While files are being replaced one by one,
+`lorakit.json` also describes the old files, so that a mixture of old and new files is rejected.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ SIDECAR_FILE = "lorakit.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FORMAT_VERSION = 2
 SEALED_SINCE = 2
-"""The first format in which a seal and the SHA-256 of weights and config are mandatory."""
+"""The first format in which a seal and the SHA-256 of the weights and the config are mandatory."""
 
 METADATA_KEY = "lorakit"
-"""Key in the header of the weights file, which is missing if another program has rewritten the file."""
+"""Key in the header of the weights file; it is missing if another program has rewritten the file."""
 
 KINDS_KEY = "kinds"
 """Key for the names of the custom kinds of site that the adapter uses."""
@@ -41,10 +41,10 @@ INITIAL_FILE = "lorakit_initial.safetensors"
 MAX_BYTES = 16 << 20
 
 REPLACES = "replaces"
-"""Key for the SHA-256 of the old files and the old content of `lorakit.json` while files are replaced one by one."""
+"""Key for the SHA-256 of each old file and the old content of `lorakit.json` while files are replaced one by one."""
 
 BEGAN = "began"
-"""Key for the initial state of an adapter with a residual base: config fields, and rank and alpha of each site."""
+"""Key for the initial state of an adapter with a residual base: config fields, and each site's rank and alpha."""
 
 ATTEMPTS = 3
 """Maximum number of attempts to read an adapter while another process replaces it."""
@@ -56,14 +56,14 @@ class Sidecar:
 
     Attributes:
         present: Whether the file exists.
-        weights_sha256: SHA-256 of the weights and, in format 1, also of the weights that they were replacing.
+        weights_sha256: SHA-256 of the weights and, in format 1, also of the weights that they replaced.
         config_sha256: SHA-256 of the config.
         base: Fingerprint of the base, or None.
-        sites: Site -> {"r", "lora_alpha"}.
+        sites: Path of a site -> {"r", "lora_alpha"}.
         facts: Everything else: training metadata, names, hashes.
         began: The initial state of an adapter with a residual base; empty for others.
         format_version: The file's format; 0 if there is no file.
-        interrupted: Whether a save was interrupted, so that the files are those from before it.
+        interrupted: Whether a save was interrupted, so that the files are those from before that save.
     """
 
     present: bool = False
@@ -118,7 +118,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
     """
     folder = Path(folder)
     if folder.is_file():
-        raise file_error(folder, f"this is a file, but an adapter is a directory with {CONFIG_FILE}.")
+        raise file_error(folder, f"this is a file, but an adapter is a directory that contains {CONFIG_FILE}.")
     for _ in range(ATTEMPTS):
         before = _identities(folder)
         try:
@@ -129,7 +129,9 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
         else:
             if _identities(folder) == before:
                 return files
-    raise file_error(folder, "the files changed while they were read. Retry when no other process writes there.")
+    raise file_error(
+        folder, "the files changed while they were being read. Retry when no other process is writing to the directory."
+    )
 
 
 def _read_once(folder: Path) -> AdapterFiles:
@@ -149,12 +151,12 @@ def _read_once(folder: Path) -> AdapterFiles:
         sidecar = _parsed(folder / SIDECAR_FILE, values, interrupted)
     said = []
     if unknown:
-        said.append(f"{folder}: unknown fields of {CONFIG_FILE} were ignored: {', '.join(unknown)}.")
+        said.append(f"{folder}: unknown fields in {CONFIG_FILE} were ignored: {', '.join(unknown)}.")
     doubt = _doubt(sidecar, file, weights)
     if doubt and sidecar.present:
         said.append(f"{folder}: {doubt}.")
     if sidecar.interrupted:
-        said.append(f"{folder}: a save was interrupted; this is the adapter from before it.")
+        said.append(f"{folder}: a save was interrupted; this is the adapter from before that save.")
     ours = sidecar.present and sidecar.config_sha256 == durable.sha256_file(folder / CONFIG_FILE)
     if sidecar.present and not ours:
         said.append(f"{folder}: {CONFIG_FILE} was edited after the adapter was saved; the edited config is used.")
@@ -162,12 +164,12 @@ def _read_once(folder: Path) -> AdapterFiles:
 
 
 def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) -> float:
-    """Return alpha at a site: from `lorakit.json` if the config is the one written with it, else from the config.
+    """Return a site's alpha: from `lorakit.json` if the config is the one written with it, else from the config.
 
     Args:
         files: The adapter's files.
         path: The site's path on disk.
-        pattern_path: The path to match against patterns, if it is not `path`.
+        pattern_path: The path to match against patterns, if different from `path`.
 
     Raises:
         AdapterFileError: Alpha depends on a regular expression, which is not run.
@@ -183,10 +185,10 @@ def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) ->
 
 
 def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
-    """Return the bare parameters that a site on disk may belong to, sorted; none if the module itself is a target.
+    """Return the bare parameters that a site on disk may belong to, sorted; empty if the module itself is a target.
 
-    The files name modules, not their bare parameters. The parameter that a tensor belongs to follows from the order in
-    which the module defines its parameters, and only the model has that order.
+    The files name modules, not their bare parameters. Which parameter a tensor belongs to follows from the order in
+    which the module defines its parameters, and only the model contains that order.
 
     Args:
         config: The adapter's config.
@@ -201,15 +203,15 @@ def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
 
 
 def rank_and_alpha(files: AdapterFiles, path: str, rows: int) -> tuple[int, float | None]:
-    """Return rank and alpha of a site; if they are unknown, the number of rows of A and None.
+    """Return a site's rank and alpha; if they are unknown, return the number of rows in A, and None.
 
-    In an adapter that PEFT wrote, rank and alpha of a bare parameter are known if the patterns give the same values to
-    all parameters that the site may belong to.
+    In an adapter that PEFT wrote, the rank and alpha of a bare parameter are known if the patterns give the same values
+    for all parameters that the site may belong to.
 
     Args:
         files: The adapter's files.
         path: The site's path on disk.
-        rows: Rows of A at the site: the rank, or the rank times the number of experts.
+        rows: Number of rows in the site's A: the rank, or the rank times the number of experts.
     """
     config = files.config
     known = files.sidecar.sites.get(path) if files.config_is_ours else None
@@ -248,20 +250,20 @@ class SavedAdapter:
 def write_files(
     folder: Path, config: bytes, weights: bytes, about: Mapping[str, JsonValue], initial: bytes | None = None
 ) -> SavedAdapter:
-    """Write the files of an adapter; a crash leaves the old adapter, the new one, or a directory that is rejected.
+    """Write an adapter's files; a crash leaves the old adapter, the new one, or a directory that cannot be loaded.
 
-    The directory is exchanged for a complete new one, so that old and new files never mix. If the system cannot do
-    that, the files are replaced in an order in which `lorakit.json` always says which ones belong together.
+    The directory is exchanged for a complete new one, so that old and new files never mix. If the system does not
+    support that, the files are replaced in such an order that `lorakit.json` always says which files belong together.
 
     Args:
-        folder: The directory; created if missing. Other files in it stay.
+        folder: The directory; created if missing. Other files in it are kept.
         config: Content of `adapter_config.json`.
         weights: Content of `adapter_model.safetensors`.
-        about: Other values of `lorakit.json`: base, sites, metadata.
+        about: Other values for `lorakit.json`: base, sites, metadata.
         initial: Content of `lorakit_initial.safetensors`; None removes the file.
 
     Returns:
-        The files written.
+        A description of the files written.
 
     Raises:
         DiskError: The disk is full or fails.
@@ -284,7 +286,7 @@ def sidecar_bytes(
         about: Other values: base, sites, metadata.
         config: Content of `adapter_config.json`.
         weights: Content of `adapter_model.safetensors`.
-        replaces: The result of `replaced_files` while config and weights replace older ones one by one, else None.
+        replaces: The result of `replaced_files` while config and weights are replaced one by one, otherwise None.
     """
     values: JsonObject = {
         **about,
@@ -311,7 +313,7 @@ def replaced_files(folder: Path) -> JsonObject:
 
 
 def _identities(folder: Path) -> list[tuple[int, int, int] | None]:
-    """Return inode, time and size of each adapter file (None if missing), to detect that a file was replaced."""
+    """Return inode, modification time and size of each adapter file (None if missing), to detect replaced files."""
     found: list[tuple[int, int, int] | None] = [None, None, None]
     for at, name in enumerate((CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE)):
         with contextlib.suppress(OSError):
@@ -359,13 +361,13 @@ def _mixed(
 
 
 def _first_factors(values: JsonObject) -> dict[str, str]:
-    """Return name -> SHA-256 of the file with an adapter's initial factors; empty if the adapter needs none."""
+    """Return name -> SHA-256 for the file of an adapter's initial factors; empty if the adapter needs no such file."""
     began = _table(values.get(BEGAN))
     return {str(began["file"]): str(began.get("sha256"))} if began.get("file") else {}
 
 
 def _checked(path: Path, value: JsonValue) -> JsonObject:
-    """Check that a value is a table in a known format, with a valid seal if the format has one, and return it.
+    """Check that a value is a JSON object in a known format, with a valid seal if the format has one, and return it.
 
     Raises:
         AdapterFileError: The value fails a check, or its format is newer than this version reads.
@@ -377,8 +379,8 @@ def _checked(path: Path, value: JsonValue) -> JsonObject:
     if version > FORMAT_VERSION:
         raise file_error(
             path,
-            f"format {version} is newer than format {FORMAT_VERSION}, the latest that this version reads. Update "
-            "lorakit, or remove the file to load unverified.",
+            f"format {version} is newer than format {FORMAT_VERSION}, the latest that this version can read. Update "
+            "lorakit, or remove the file to load the adapter unverified.",
         )
     hashes = [_table(values.get(key)).get("sha256") for key in ("weights", "config")]
     if version >= SEALED_SINCE and not (
@@ -387,13 +389,13 @@ def _checked(path: Path, value: JsonValue) -> JsonObject:
         raise file_error(
             path,
             f"damaged or edited: its {SEAL} does not match its content. Restore it from a copy, or remove it to "
-            f"load unverified, with the alphas in {CONFIG_FILE}.",
+            f"load the adapter unverified, with the alphas from {CONFIG_FILE}.",
         )
     return values
 
 
 def _not_valid(path: Path, problem: str) -> AdapterFileError:
-    return file_error(path, f"{problem}. Remove the file to load unverified.")
+    return file_error(path, f"{problem}. Remove the file to load the adapter unverified.")
 
 
 def _parsed(path: Path, values: JsonObject, interrupted: bool) -> Sidecar:
@@ -406,7 +408,7 @@ def _parsed(path: Path, values: JsonObject, interrupted: bool) -> Sidecar:
         raise _not_valid(path, "base is not a fingerprint")
     for site, entry in sites.items():
         if not _is_site(entry):
-            raise _not_valid(path, f"sites[{site!r}] is {str(entry)[:60]}; numbers r and lora_alpha were expected")
+            raise _not_valid(path, f"sites[{site!r}] is {str(entry)[:60]}; expected numbers r and lora_alpha")
     if began and not all(map(_is_site, _table(began.get("sites")).values())):
         raise _not_valid(path, f"{BEGAN} does not contain numbers r and lora_alpha for each site")
     version = values["format_version"]
@@ -414,7 +416,7 @@ def _parsed(path: Path, values: JsonObject, interrupted: bool) -> Sidecar:
 
 
 def _doubt(sidecar: Sidecar, file: TensorFile, path: Path) -> str | None:
-    """Return why weights cannot be verified; None if they are those that lorakit wrote.
+    """Return the reason why weights cannot be verified, or None if they are the ones that lorakit wrote.
 
     Raises:
         AdapterFileError: lorakit wrote the weights, but they have changed since or belong to another `lorakit.json`.
@@ -423,15 +425,15 @@ def _doubt(sidecar: Sidecar, file: TensorFile, path: Path) -> str | None:
     if sidecar.present and written.isdecimal() and int(written) > sidecar.format_version:
         raise file_error(
             path,
-            f"written in format {written}, but {SIDECAR_FILE} is of format {sidecar.format_version}: damaged, "
-            f"or from another adapter. Restore {SIDECAR_FILE} from a copy, or remove it to load unverified.",
+            f"written in format {written}, but {SIDECAR_FILE} is in format {sidecar.format_version}: damaged, or from "
+            f"another adapter. Restore {SIDECAR_FILE} from a copy, or remove it to load the adapter unverified.",
         )
     if file.sha256 in sidecar.weights_sha256:
         return None
     if sidecar.present and METADATA_KEY in file.metadata:
         raise file_error(
             path,
-            f"damaged: its SHA-256 is {file.sha256[:12]}…, but that of the file as written is "
+            f"damaged: its SHA-256 is {file.sha256[:12]}…, but when the file was written, it was "
             f"{''.join(sidecar.weights_sha256[:1])[:12] or 'none'}…. Restore it from a copy.",
         )
     if sidecar.present:

@@ -1,7 +1,7 @@
 """Inspect an adapter's files without a model: config, sites and their norms, and findings.
 
-A finding is a valid but implausible property, or a value that is not finite. Loading warns of findings or raises an
-error, and inspecting lists the same messages.
+A finding is a valid but implausible property, or a value that is not finite. Loading reports findings as warnings or
+errors, and inspecting lists the same messages.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ PATTERN, INIT = "steep_alpha_pattern", "unknown_init"
 """Kinds of findings."""
 
 LARGEST_USUAL_VALUE = 1e4
-"""Larger magnitudes are implausible: in practice trained factors are below 10 and base weights below 1,000; the maximum
-of fp16 is 65,504."""
+"""Larger magnitudes are implausible: in practice, trained factors are below 10 and base weights below 1,000. The
+maximum in fp16 is 65,504."""
 
 STEEPEST_USUAL_PATTERN = 100.0
-"""A larger ratio of a site's scale to the config's scale is implausible. In published patterns of ranks and alphas, the
+"""A larger ratio of a site's scale to the config's scale is implausible. In published rank and alpha patterns, the
 ratio stays below 64, and an alpha pattern that follows the rank pattern does not change the scale."""
 
 ADVICE: Mapping[str, str] = {
     ZERO: "the adapter has no effect there; it was never trained, or training did not change it",
     PARTLY_ZERO: "the adapter has no effect there",
-    VALUES: f"trained values are below {LARGEST_USUAL_VALUE:g}",
+    VALUES: f"trained values are normally below {LARGEST_USUAL_VALUE:g}",
     SCALE: "check lora_alpha, r and the patterns",
-    ALPHA: "at zero the adapter has no effect; below zero, it has the opposite of the trained effect",
+    ALPHA: "at zero, the adapter has no effect; below zero, it has the opposite of the trained effect",
 }
 """Kind of a finding -> explanation or advice."""
 
@@ -74,7 +74,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Site:
-    """A site's properties that are known without a model.
+    """The properties of a site that are known without a model.
 
     Attributes:
         path: The path on disk.
@@ -109,7 +109,7 @@ def judge(config: LoraConfig, sites: Sequence[Site], largest: Mapping[str, float
 
 
 def nonfinite(largest: Mapping[str, float]) -> Finding | None:
-    """Return the finding for NaN and infinite values, or None; `largest` is the same as in `judge`."""
+    """Return the finding for NaN and infinite values, or None if all are finite; `largest` is as in `judge`."""
     return _of_tensors(NONFINITE, "NaN or infinite numbers", largest, lambda value: not math.isfinite(value))
 
 
@@ -125,10 +125,10 @@ def not_finite(folder: Path, finding: Finding) -> AdapterFileError:
 
 
 def implausible(folder: str | Path, findings: Sequence[Finding], may_be_zero: bool = False) -> tuple[str, ...]:
-    """Return one message that names all findings, or nothing if there are none.
+    """Return a tuple with one message that names all findings, or an empty tuple if there are none.
 
     Zero updates at only some sites do not cause a warning: they are normal for experts that no token reached, and for
-    adapters extracted from a model that changed only in part. Inspecting lists them.
+    adapters extracted from a model that changed only in part. `inspect_adapter` still lists them.
 
     Args:
         folder: The adapter's directory.
@@ -141,12 +141,12 @@ def implausible(folder: str | Path, findings: Sequence[Finding], may_be_zero: bo
 
 
 def largest_values(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return name -> `largest_value` for tensors (…)."""
+    """Return the `largest_value` of each tensor (…), by name."""
     return {name: largest_value(tensor) for name, tensor in tensors.items()}
 
 
 def largest_value(tensor: Tensor) -> float:
-    """Return the largest magnitude in a tensor of any shape: NaN if it contains NaN, 0 if empty or of integers."""
+    """Return the largest magnitude in a tensor of any shape: NaN if it contains NaN, 0 if it is empty or integer."""
     if not tensor.numel() or not tensor.is_floating_point():
         return 0.0
     low, high = torch.aminmax(tensor)
@@ -193,13 +193,13 @@ def _init(config: LoraConfig) -> Finding | None:
     name = str(config.init_lora_weights)
     text = (
         f"init_lora_weights is {name!r}, which is unknown and ignored: if that init changes the base, the adapter does "
-        "not fit an unchanged base."
+        "not work on an unchanged base."
     )
     return Finding(INIT, (), name, text)
 
 
 def _finding(kind: str, what: str, found: Sequence[tuple[str, float]]) -> Finding:
-    """Return a finding that names the first few of `found`: pairs of a site or tensor and its value."""
+    """Return a finding that names the first few entries in `found`, the (site or tensor name, value) pairs."""
     shown = [name if kind in (ZERO, PARTLY_ZERO) else f"{name} ({value:g})" for name, value in found[:NAMED]]
     more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
     advice = f": {ADVICE[kind]}" if kind in ADVICE else ""
@@ -213,7 +213,7 @@ class SiteSummary:
 
     Attributes:
         path: The path on disk.
-        r: Rank; for experts in one parameter, the rank of each.
+        r: Rank; for several experts in one parameter, the rank of each expert.
         lora_alpha: Alpha, or None if it depends on a pattern that is not a plain name.
         scale: Effective scale, or None if alpha is None.
         in_features: Columns of A.
@@ -268,7 +268,7 @@ def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterSummary:
         folder: A directory that PEFT or lorakit wrote.
 
     Returns:
-        The summary; `findings` reports zero updates, NaN, implausible scales and changed files.
+        The summary; `findings` reports zero updates, NaN values, implausible scales and changed files.
 
     Raises:
         AdapterFileError: A file is missing or damaged.
@@ -328,7 +328,7 @@ def delta_norm(A: Tensor, B: Tensor) -> float:
 
 
 def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
-    """Return A (r, in, …) and B (out, r, …) of each site, and the sites where either is missing or the ranks differ."""
+    """Return each site's A (r, in, …) and B (out, r, …), and the sites where A or B is missing or the ranks differ."""
     pairs, odd_paths = {}, []
     for path, parts in sorted(by_site(tensors).items()):
         A, B = parts.get("A"), parts.get("B")
@@ -340,7 +340,7 @@ def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tenso
 
 
 def _known_site(files: AdapterFiles, path: str, A: Tensor) -> tuple[int, Site]:
-    """Return the rank of a site and what is known about the site, given its A (r, in, …)."""
+    """Return a site's rank and its other known properties, given its A (r, in, …)."""
     r, alpha = rank_and_alpha(files, path, int(A.shape[0]))
     return r, Site(path, alpha, None if alpha is None else scale(r, alpha, files.config.use_rslora))
 

@@ -1,7 +1,8 @@
 """Read and write safetensors files; a file is checked completely before tensors are created.
 
-The checks parse the header: its size and the number of tensors are limited, names are unique, dtypes are supported, and
-the tensors fill the file exactly. A file is read into memory, never mapped, so that later changes to it have no effect.
+The checks parse the header: its size and the number of tensors must be within limits, names must be unique, dtypes must
+be supported, and the tensors must fill the file exactly. A file is read into memory and never memory-mapped, so that
+later changes to the file have no effect.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ MAX_FILE_BYTES = 64 << 30
 MAX_HEADER_BYTES = 8 << 20
 MAX_TENSORS = 100_000
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""dtypes that factors may have on disk, with their size in bytes; converting from others would destroy the values."""
+"""dtypes that factors may have on disk, with sizes in bytes; converting from any other dtype would corrupt values."""
 
 WHOLE_BYTES = {"I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 """Additional dtypes for buffers of saved modules, such as a batch norm's batch counter."""
@@ -35,7 +36,7 @@ class TensorFile:
         tensors: Name -> tensor (…) on the CPU.
         metadata: The strings in the header's `__metadata__`.
         sha256: SHA-256 of the whole file.
-        size_bytes: Size of the whole file.
+        size_bytes: Size of the whole file in bytes.
     """
 
     tensors: dict[str, Tensor]
@@ -45,19 +46,19 @@ class TensorFile:
 
 
 def file_error(path: str | os.PathLike[str], problem: str) -> AdapterFileError:
-    """Return the error for a file or directory that cannot be used: its path, then the problem."""
+    """Return the error for a file or directory that cannot be used; the message gives the path and the problem."""
     return AdapterFileError(f"{path}: {problem}", where=path)
 
 
 def encode(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """Return the bytes of a safetensors file; the same content always gives the same bytes.
+    """Encode tensors as a safetensors file; the same content always gives the same bytes.
 
     Args:
         tensors: Name -> tensor (…) on any device.
         metadata: Strings for the header.
 
     Returns:
-        The whole file.
+        The content of the whole file.
     """
     own = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
     return _in_order(safetensors.torch.save(own, metadata))
@@ -70,16 +71,16 @@ def _in_order(data: bytes) -> bytes:
     if "__metadata__" in header:
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the data starts at a multiple of eight
+    text += b" " * (-len(text) % 8)  # the data must start at a multiple of eight bytes
     return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def read_tensors(path: str | os.PathLike[str], max_bytes: int = MAX_FILE_BYTES) -> TensorFile:
-    """Read a safetensors file of an adapter.
+    """Read an adapter's safetensors file.
 
     Args:
         path: The file.
-        max_bytes: Largest size to read.
+        max_bytes: Largest size to accept.
 
     Returns:
         The file's tensors (…), metadata and SHA-256.
@@ -116,7 +117,7 @@ def _header(path: str | os.PathLike[str], data: bytes) -> tuple[JsonObject, int]
         pickled = data[:2] == b"PK" or (data[0] == 0x80 and data[1] <= 5)  # torch's zip format, or any pickle protocol
         kind = "a pickle, which is never loaded" if pickled else "damaged"
         raise file_error(path, f"not a safetensors file (it claims a header of {size:,} bytes); it may be {kind}.")
-    if data.count(b":", 8, 8 + size) > 4 * MAX_TENSORS + 10_000:  # four per tensor; counted, as parsing is slow
+    if data.count(b":", 8, 8 + size) > 4 * MAX_TENSORS + 10_000:  # four per tensor; counting is fast, parsing is not
         raise file_error(path, f"the header names too many tensors; at most {MAX_TENSORS:,} are read.")
     try:
         header = parse_json(data[8 : 8 + size])
@@ -135,7 +136,7 @@ def _span(path: str | os.PathLike[str], name: str, value: JsonValue) -> tuple[in
     except (TypeError, KeyError, ValueError):
         raise file_error(path, f"the header's entry for {name!r} does not describe a tensor.") from None
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
-        raise file_error(path, f"tensor {name!r} has a shape or offset with a value that is not an integer >= 0.")
+        raise file_error(path, f"the shape or offsets of tensor {name!r} contain a value that is not an integer >= 0.")
     sizes = ITEM_BYTES if ".lora_" in name else {**ITEM_BYTES, **WHOLE_BYTES}
     if dtype not in sizes:
         raise file_error(path, f"tensor {name!r} has dtype {dtype}; supported dtypes are {', '.join(sizes)}.")

@@ -1,6 +1,6 @@
-"""Build and parse the names of an adapter's tensors on disk: `base_model.model.` + path of the site + ending.
+"""Build and parse the names of an adapter's tensors on disk: `base_model.model.` + site path + ending.
 
-The names are PEFT's. Only this module defines them: saving builds names here, and loading parses them here.
+The names are PEFT's. They are defined only in this module: saving builds names here, and loading parses them here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Key(NamedTuple):
 
     Attributes:
         path: Path of the site.
-        part: "A", "B", "bias", or the `held_as` of a variant's own tensor.
+        part: "A", "B", "bias", or the `held_as` of one of a variant's extra tensors.
     """
 
     path: str
@@ -57,7 +57,7 @@ def parse(name: str) -> Key | None:
 
 
 def by_site(named: Mapping[str, T]) -> dict[str, dict[str, T]]:
-    """Return path of a site -> part -> value, for all names that belong to a factor."""
+    """Group values by site path and then by part, for all names that belong to a factor."""
     found: dict[str, dict[str, T]] = {}
     for name, value in named.items():
         key = parse(name)
@@ -67,12 +67,12 @@ def by_site(named: Mapping[str, T]) -> dict[str, dict[str, T]]:
 
 
 def endings_of(kind: Kind) -> tuple[str, str]:
-    """Return the endings of the names of A and B at the sites of a kind."""
+    """Return the name endings of A and B at sites of a given kind."""
     return f".{kind.names[0]}{kind.on_disk}", f".{kind.names[1]}{kind.on_disk}"
 
 
 def part_names(kind: Kind, variant: Variant) -> dict[str, str]:
-    """Return `Key.part` -> name relative to the site's path, for each tensor that a factor can have."""
+    """Return the names, relative to the site's path, of all tensors that a factor can have, by `Key.part`."""
     A, B = kind.names
     own = {tensor.held_as: tensor.keys[0].removeprefix(".") for tensor in variant.tensors}
     return {"A": A + kind.on_disk, "B": B + kind.on_disk, "bias": f"{B}.bias", **own}
@@ -86,7 +86,7 @@ def adapter_tensors(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, 
         adapter: The adapter.
 
     Returns:
-        Name -> tensor (…) of the model, not a copy, sorted by name.
+        Name -> the model's tensor (…) itself, not a copy; sorted by name.
     """
     index = AdapterIndex.of(model)
     found: dict[str, Tensor] = {}
@@ -99,7 +99,7 @@ def adapter_tensors(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, 
 
 
 def inside(path: str, depths: Mapping[str, int]) -> str:
-    """Return a path of the plain base as PEFT writes it: with `.base_layer` for each layer around a module in the path.
+    """Return a path in the plain base as PEFT writes it, with `.base_layer` for each layer around a module in the path.
 
     Args:
         path: The path in the plain base.
@@ -112,5 +112,5 @@ def inside(path: str, depths: Mapping[str, int]) -> str:
 
 
 def plain_path(path: str) -> str:
-    """Return the path in the plain base for a path in an adapted model."""
+    """Convert a path in an adapted model to the corresponding path in the plain base."""
     return ".".join(word for word in path.split(".") if word not in {"base_layer", "original_module", "token_adapter"})

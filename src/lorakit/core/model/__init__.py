@@ -1,1 +1,1 @@
-"""Operations on a whole model: index, activation, checks, ties, vocabulary, fingerprint."""
+"""Operations on a whole model: indexing, activation, checks, weight tying, vocabulary and fingerprints."""

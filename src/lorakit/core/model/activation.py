@@ -1,7 +1,7 @@
-"""Select which adapters are active or trained, and the position where an aLoRA adapter starts.
+"""Select which adapters are active or trained, and the position at which an aLoRA adapter starts.
 
-`set_trained` is the only function that switches `requires_grad` of a whole adapter; parameters that an init freezes
-(MiCA's B) stay frozen.
+`set_trained` is the only function that switches `requires_grad` for a whole adapter; parameters that an init freezes
+(such as B in MiCA) stay frozen.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lorakit.errors import RouteError
 
 
 def activate(model: nn.Module, *names: str) -> None:
-    """Set the default adapters, for all threads without an override.
+    """Set the default adapters, which apply in every thread that has no override.
 
     Args:
         model: An adapted model.
@@ -42,12 +42,12 @@ def activate(model: nn.Module, *names: str) -> None:
 
 
 def use(model: nn.Module, *names: str, keep: bool = False) -> Override:
-    """Activate adapters within a context, for this thread or task.
+    """Activate adapters within a context, for the current thread or task.
 
     Args:
         model: An adapted model.
-        names: One or more adapters; together they apply to every row.
-        keep: As in `route`; for a single adapter, cache its factors in the base's dtype.
+        names: One or more adapters, which all apply to every row.
+        keep: As in `route`; a single adapter's factors are cached in the base's dtype.
 
     Raises:
         RouteError: An adapter is not on the model, or no adapter is named.
@@ -66,12 +66,12 @@ def route(model: nn.Module, rows: Sequence[str | None], *, copies: int = 1, keep
     Args:
         model: An adapted model.
         rows: One adapter name per row of the batch; None runs the row on the base alone.
-        copies: Also accept batches that repeat each row this many times in succession: in beam search, the decoder
-            receives each prompt several times and the encoder only once.
-        keep: Cache the stacked factors of the rows' adapters for all forwards in the context, which speeds up
-            generation. Factors are stacked only without gradients; the cache takes as much memory as these adapters in
-            the base's dtype. An adapter that changes is restacked, except after a write through `.data`, which cannot
-            be detected.
+        copies: Also accept batches that repeat each row this many times in succession: in beam search, for example,
+            the decoder receives each prompt several times but the encoder only once.
+        keep: Cache the stacked factors of the rows' adapters for all forward passes in the context, which speeds up
+            generation. Factors are stacked only when gradients are disabled, and the cache takes as much memory as
+            these adapters in the base's dtype. If an adapter changes, its factors are stacked again, except after a
+            write through `.data`, which cannot be detected.
 
     Raises:
         RouteError: An adapter is not on the model, `rows` is empty or a string, or `copies` is below 1.
@@ -99,7 +99,7 @@ def disable(model: nn.Module) -> Override:
 
 
 def checkpoint_contexts(model: nn.Module) -> CheckpointContexts:
-    """Return a `context_fn` for non-reentrant gradient checkpointing, so that recomputation uses the forward's route.
+    """Return a `context_fn` for non-reentrant checkpointing that makes recomputation use the forward pass's route.
 
     Args:
         model: An adapted model.
@@ -111,7 +111,7 @@ def checkpoint_contexts(model: nn.Module) -> CheckpointContexts:
 
 
 def adapters(model: nn.Module) -> dict[str, LoraConfig]:
-    """Return adapter configs by name, in the order in which they were attached; empty if there are none.
+    """Return the adapters' configs by name, in the order of attachment; empty if there are no adapters.
 
     Args:
         model: Any model.
@@ -128,7 +128,7 @@ def trainable_parameters(model: nn.Module, name: str | None = None) -> list[tupl
         name: One adapter, or None for all.
 
     Returns:
-        Pairs of a name in the model and a parameter (…) that requires gradients; each parameter once.
+        (name, parameter) pairs with the names in the model; each parameter (…) requires gradients and appears once.
 
     Raises:
         AdapterError: The adapter is not on the model, or the model has no adapters.
@@ -141,11 +141,11 @@ def trainable_parameters(model: nn.Module, name: str | None = None) -> list[tupl
 
 
 def parameters_by_adapter(model: nn.Module, names: Collection[str]) -> dict[str, list[nn.Parameter]]:
-    """Return every parameter of adapters: A, B, magnitudes, saved modules, trainable token rows and biases.
+    """Return every parameter of the given adapters: A, B, magnitudes, saved modules, trainable token rows and biases.
 
     Args:
         model: An adapted model.
-        names: Adapters.
+        names: The adapters.
 
     Returns:
         Adapter -> its parameters (…), each once, in the order in which their modules were adapted.
@@ -154,7 +154,7 @@ def parameters_by_adapter(model: nn.Module, names: Collection[str]) -> dict[str,
     found: dict[str, list[nn.Parameter]] = {name: [] for name in names}
     for component in (*state.members(), *_bias_patches(model, state)):
         for name in found.keys() & set(component.available_adapters()):
-            found[name] += component.parameters_of(name)  # tied tables share them
+            found[name] += component.parameters_of(name)  # tied tables share parameters
     return {name: list({id(p): p for p in parameters}.values()) for name, parameters in found.items()}
 
 
@@ -164,7 +164,7 @@ def _bias_patches(model: nn.Module, state: AdapterState) -> list[BiasPatch]:
 
 
 def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | None = None) -> None:
-    """Train adapters, or freeze them.
+    """Make adapters trainable, or freeze them.
 
     Args:
         model: An adapted model; only `requires_grad` flags change.
@@ -216,7 +216,7 @@ def penalties(model: nn.Module) -> Tensor | None:
 def invocation_offsets(
     input_ids: Tensor, tokens: Sequence[int], attention_mask: Tensor | None = None
 ) -> list[int | None]:
-    """Return where an adapter starts in each row: at the last occurrence of its invocation tokens.
+    """Return where an adapter starts in each row, which is at the last occurrence of its invocation tokens.
 
     Args:
         input_ids: (rows, length) or (length,).
@@ -224,7 +224,8 @@ def invocation_offsets(
         attention_mask: (rows, length), 0 for padding; occurrences in padding are ignored.
 
     Returns:
-        For each row, the number of positions from the first invocation token to the end, or None if they do not occur.
+        For each row, the number of positions from the first invocation token to the end of the row, or None if the
+        invocation tokens do not occur.
     """
     ids = input_ids if input_ids.ndim == 2 else input_ids[None]
     return [int(back) or None for back in last_invocation(ids, tokens, attention_mask)]
@@ -237,18 +238,18 @@ def invoked(
     *,
     offsets: Sequence[int | None] | None = None,
 ) -> Override:
-    """Within a context, start aLoRA adapters where these prompts invoke them, regardless of the tokens in forwards.
+    """Within a context, start aLoRA adapters where the given prompts invoke them, whatever tokens the model receives.
 
-    This is for forwards that receive embeddings instead of tokens, or only part of a text; later forwards continue
-    from these positions.
+    Use this for forward passes that receive embeddings instead of tokens, or only part of a text. Later forward passes
+    continue from the same start positions.
 
     Args:
         model: An adapted model.
         input_ids: The prompts, (rows, length).
         attention_mask: (rows, length), 0 for padding.
         offsets: Start positions to use instead of searching the prompts for invocation tokens: for each row, how many
-            positions before the end of its prompt every adapter starts, or None if the row invokes none. Without
-            `input_ids`, they count from the end of each forward's input.
+            positions before the end of the prompt every aLoRA adapter starts, or None if the row invokes no adapter.
+            Without `input_ids`, offsets are counted from the end of each forward pass's input.
 
     Raises:
         AdapterError: The model has no adapters.
@@ -269,7 +270,7 @@ def invoked(
 
 
 def prompt_offset(model: nn.Module, input_ids: Tensor, adapter: str) -> int:
-    """Return how many tokens at the end of a prompt an adapter acts on: all, unless it waits for invocation tokens.
+    """Return how many tokens at the end of a prompt an adapter acts on: all of them, unless it is an aLoRA adapter.
 
     Args:
         model: A model with or without adapters.
@@ -277,7 +278,7 @@ def prompt_offset(model: nn.Module, input_ids: Tensor, adapter: str) -> int:
         adapter: The adapter.
 
     Raises:
-        ConfigError: The config does not say which tokens the adapter waits for.
+        ConfigError: The config does not specify the adapter's invocation tokens.
     """
     state = find_state(model)
     if state is None or adapter not in state.waiting:
@@ -286,7 +287,7 @@ def prompt_offset(model: nn.Module, input_ids: Tensor, adapter: str) -> int:
 
 
 def waits_for_tokens(model: nn.Module) -> bool:
-    """Return whether a model has an adapter that waits for tokens, and so is inactive on part of a prompt (`invoked`).
+    """Return whether a model has an aLoRA adapter, which is inactive before its invocation tokens (see `invoked`).
 
     Args:
         model: A model with or without adapters.

@@ -5,9 +5,9 @@ positions depend only on a tensor's name and shape: the tensor is divided into e
 position in each, so that neither a block nor a regular pattern of changes can avoid all samples. Values are stored bit
 for bit in their dtype.
 
-Two samples can belong to the same base if rounding one of them, directly or via a third dtype, to a dtype in which
-models are loaded gives the other, or if both are roundings of the same values. It is not enough that a difference is as
-small as a rounding error.
+Two samples can belong to the same base if rounding one to a dtype in which models are loaded, directly or via a third
+dtype, gives the other, or if both are roundings of the same values. A difference that is merely as small as a rounding
+error is not enough.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def agree_after_rounding(one: Tensor, other: Tensor) -> bool:
 
     Args:
         one: Values in fp64, (n,).
-        other: The values to compare, in fp64, (n,).
+        other: The values to compare with, in fp64, (n,).
     """
     if one.shape != other.shape:
         return False
@@ -72,7 +72,7 @@ def _have_one_source(half: Tensor, brain: Tensor) -> bool:
 
 
 def _half_step(values: Tensor, digits: int, smallest: int) -> Tensor:
-    """Return half the spacing of numbers at each value, in a dtype with `digits` mantissa bits."""
+    """Return half the spacing between adjacent numbers at each value, for a dtype with `digits` mantissa bits."""
     exponent = torch.frexp(values.nan_to_num(0.0, 0.0, 0.0)).exponent.double() - 1
     return torch.exp2(exponent.clamp(min=smallest) - digits - 1)
 
@@ -87,7 +87,7 @@ class BaseTensor:
     Attributes:
         shape: Shape in the plain base.
         dtype: Name of the dtype, or of the weight format if the tensor is quantized.
-        key: Identifier of the tensor, which all names of a shared tensor have in common.
+        key: Identifier of the tensor, the same for all names of a shared tensor.
         source: The tensor (…), or the quantized weight.
         is_buffer: Whether the tensor is a buffer.
     """
@@ -99,7 +99,7 @@ class BaseTensor:
     is_buffer: bool = False
 
     def is_readable(self, elsewhere: bool) -> bool:
-        """Return whether values can be read; with `elsewhere`, those of plain meta tensors come from another source."""
+        """Return whether the values can be read; if `elsewhere`, those of plain meta tensors come from elsewhere."""
         if isinstance(self.source, Tensor):
             return self.source.is_floating_point() and (elsewhere or not self.source.is_meta)
         return not any(tensor.is_meta for tensor in self.source.base.tensors(self.source.stored))
@@ -110,13 +110,13 @@ class BaseTensor:
         return self.source.device if isinstance(self.source, Tensor) else torch.device("cpu")
 
     def bits(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Read values at positions of the flattened tensor.
+        """Read values at positions in the flattened tensor.
 
         Args:
             positions: Integers (n,), on `device`.
 
         Returns:
-            Bit patterns (n,) as integers of the dtype's width (fp32 for a quantized weight); and the largest possible
+            Bit patterns (n,) as integers of the dtype's width (fp32 for a quantized weight), and the largest possible
             quantization error of each value, (n,), or None if the tensor is not quantized.
         """
         if not isinstance(self.source, Tensor):
@@ -137,7 +137,7 @@ def plain_tensor(tensor: Tensor, cut: Mapping[int, int], is_buffer: bool = False
 
     Args:
         tensor: A tensor of any shape.
-        cut: Id of a tensor -> number of its leading rows to use.
+        cut: Id of a tensor -> number of leading rows to use.
         is_buffer: Whether the tensor is a buffer.
     """
     used = tensor[: cut[id(tensor)]] if id(tensor) in cut else tensor
@@ -145,7 +145,7 @@ def plain_tensor(tensor: Tensor, cut: Mapping[int, int], is_buffer: bool = False
 
 
 def tensors_of_base(index: AdapterIndex, cut: Mapping[int, int]) -> dict[str, BaseTensor]:
-    """Return a base's parameters and persistent buffers by name in the plain base.
+    """Return a base's parameters and persistent buffers by their names in the plain base.
 
     Args:
         index: The index of a model with or without adapters.
@@ -170,11 +170,11 @@ NUMBERS = 64
 """Number of values sampled per tensor; smaller tensors are sampled completely."""
 
 LEAST, BUDGET, MOST_TENSORS = 4, 1 << 18, 1 << 16
-"""Limits for large models: `BUDGET` samples are divided among more than 4,096 tensors, with at least `LEAST` for each;
-above `MOST_TENSORS`, only an evenly spaced selection of tensors is sampled."""
+"""Limits for large models: if there are more than 4,096 tensors, `BUDGET` samples are divided among them, with at least
+`LEAST` for each; if there are more than `MOST_TENSORS`, only an evenly spaced selection of tensors is sampled."""
 
 MOST_SLICES = 512
-"""Maximum number of slices (experts) along the first axis of a three-axis tensor for which every slice is sampled."""
+"""Maximum number of slices (experts) along the first axis of a three-axis tensor for every slice to be sampled."""
 
 EXACT, ROUNDED, QUANTIZED, APART = "exact", "rounded", "quantized", "apart"
 """Degrees of agreement between two samples: bit for bit, up to rounding, within the quantization error, or none."""
@@ -206,11 +206,11 @@ class Sample:
         return _decoded(self.bits, self.torch_dtype)
 
     def slack(self) -> Tensor:
-        """Return the largest quantization error of each value in fp64: (n,), or a scalar 0 if not quantized."""
+        """Return the largest quantization error of each value in fp64: (n,), or a scalar 0 for unquantized values."""
         return _decoded(self.bound, torch.bfloat16) if self.bound else torch.zeros((), dtype=torch.float64)
 
     def is_sound(self) -> bool:
-        """Return whether the lengths of `bits` and `bound` fit the dtype and each other."""
+        """Return whether the lengths of `bits` and `bound` match the dtype and each other."""
         width = self.torch_dtype.itemsize
         count = len(self.bits) // width
         return len(self.bits) == width * count and len(self.bound) in (0, 2 * count)
@@ -226,7 +226,7 @@ class Sample:
 
 
 def _within_bounds(one: Sample, other: Sample, tolerance: Tensor | float = 0.0) -> Tensor:
-    """Return a mask (n,) of the differences that the quantization errors and a tolerance explain."""
+    """Return a mask (n,) of the values whose difference is within the quantization errors plus a tolerance."""
     slack = (one.slack() + other.slack()) * (1 + 2**-6)  # the bounds are rounded too
     return (one.values() - other.values()).abs() <= slack + tolerance
 
@@ -236,7 +236,7 @@ def agreement(one: Sample, other: Sample) -> str:
 
     Args:
         one: A sample.
-        other: The sample to compare, possibly in another dtype.
+        other: The sample to compare with, possibly in another dtype.
     """
     if one == other:
         return EXACT
@@ -283,11 +283,11 @@ def sample_count(shape: tuple[int, ...], tensors: int) -> int:
 
 
 def take_samples(tensors: Mapping[str, BaseTensor], read: Callable[[str], Tensor] | None) -> dict[str, Sample]:
-    """Sample tensors, copying the values once per device and dtype width.
+    """Sample tensors, with one copy to the CPU per device and dtype width.
 
     Args:
         tensors: Name -> readable tensor.
-        read: Function from name to tensor (…), for tensors on the meta device; None if tensors hold their values.
+        read: Function from name to tensor (…), for tensors on the meta device; None if the tensors have values.
     """
     names = sorted(tensors)
     names = names[:: max(1, -(-len(names) // MOST_TENSORS))]
@@ -311,7 +311,7 @@ def take_samples(tensors: Mapping[str, BaseTensor], read: Callable[[str], Tensor
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """Return the bytes of small integer tensors (n,), copying them once per device and dtype."""
+    """Return the raw bytes of small integer tensors (n,), with one copy to the CPU per device and dtype."""
     groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, tensor in tensors.items():
         groups.setdefault((tensor.device, tensor.dtype), []).append(name)
@@ -332,7 +332,7 @@ def _decoded(data: bytes, dtype: torch.dtype) -> Tensor:
 
 
 FIRST_TENSORS, FIRST_NUMBERS = 16, 16
-"""Number of sampled tensors, and of values in each (rounded to bf16), in fingerprints of format 1.
+"""Number of sampled tensors, and of values in each (rounded to bf16), in fingerprints in format 1.
 
 These fingerprints are still compared, with the weaker guarantee of their format: changes to other tensors (including
 all norms and biases) and changes within one bf16 step are missed."""
@@ -353,7 +353,7 @@ def take_first_samples(tensors: Mapping[str, BaseTensor], read: Callable[[str], 
 
     Args:
         tensors: Name -> readable tensor.
-        read: Function from name to tensor (…), for tensors on the meta device; None if tensors hold their values.
+        read: Function from name to tensor (…), for tensors on the meta device; None if the tensors have values.
     """
     large = sorted(name for name, tensor in tensors.items() if len(tensor.shape) >= 2 and not tensor.is_buffer)
     found = {}
@@ -366,11 +366,11 @@ def take_first_samples(tensors: Mapping[str, BaseTensor], read: Callable[[str], 
 
 
 def first_agreement(one: Sample, other: Sample) -> str:
-    """Return how closely two samples of format 1 agree, up to one bf16 step: `EXACT`, `QUANTIZED` or `APART`.
+    """Return how closely two samples in format 1 agree, up to one bf16 step: `EXACT`, `QUANTIZED` or `APART`.
 
     Args:
         one: A sample.
-        other: The sample to compare.
+        other: The sample to compare with.
     """
     if len(one.bits) != len(other.bits) or not (one.is_sound() and other.is_sound()):
         return APART

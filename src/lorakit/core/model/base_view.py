@@ -1,7 +1,7 @@
-"""View the base under the adapters: its tensors before any merge, under the names of the plain model.
+"""View the base underneath its adapters: its tensors before any merge, with their names in the plain model.
 
-This module also quantizes single linear layers, for models and storage formats that transformers does not support, and
-replaces quantized modules with plain ones.
+This module also quantizes individual linear layers, for models and storage formats that transformers does not support,
+and replaces quantized modules with plain ones.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lorakit.core.quantization.torchao import int8_linear
 from lorakit.plan.quantized import BLOCK, Quantization
 
 SAMPLES, TOLERANCE = 4096, 1e-2
-"""Number of values checked per weight, and the largest relative error that is accepted."""
+"""Number of values checked per weight, and the largest acceptable relative error."""
 
 
 def dequantize(model: nn.Module) -> int:
@@ -47,7 +47,7 @@ def dequantize(model: nn.Module) -> int:
 
 
 def disable_base_repacking(model: nn.Module) -> None:
-    """Prevent a model's modules from rewriting their weights in a forward, as modules of some quantizers do.
+    """Prevent a model's modules from rewriting their weights in a forward pass, as modules of some quantizers do.
 
     Args:
         model: A model without adapters; weight values do not change.
@@ -89,7 +89,7 @@ def quantized_linear(linear: nn.Linear, wanted: Quantization) -> nn.Module:
         wanted: The storage format.
 
     Returns:
-        The frozen replacement, in the same train or eval mode.
+        The frozen replacement, in the same mode (train or eval) as the layer.
     """
     package, bits = wanted.storage.package, wanted.storage.bits
     if package == "hqq":
@@ -102,22 +102,22 @@ def quantized_linear(linear: nn.Linear, wanted: Quantization) -> nn.Module:
 
 
 def base_tensors(model: nn.Module | AdapterIndex, *, stacked: bool = True) -> Iterator[tuple[str, Tensor, nn.Module]]:
-    """Yield the base's parameters and buffers, with their values before any merge and their names in the plain base.
+    """Yield the base's parameters and buffers, with values from before any merge and names as in the plain base.
 
     Args:
         model: A model with or without adapters.
-        stacked: Whether replicated layers (`layer_replication`) appear as they are now, or as the original layers.
+        stacked: Whether to include replicated layers (`layer_replication`); if false, include the original layers.
 
     Yields:
-        Name in the plain base, tensor (…) of any shape, and the module that holds it. Shared parameters appear under
-        each name; buffers that are not saved are left out.
+        The name in the plain base, the tensor (…), and the module that holds the tensor. Shared parameters appear under
+        each of their names; non-persistent buffers are left out.
     """
     index = AdapterIndex.of(model)
     layers = {(id(layer.source), layer.spec.parameter): layer for _, layer in index.layers()}
     tables = [table for _, table in index.every(TrainableTokens) if not table.follows and table.merged_adapters]
     unmerged = {id(t.original_module.weight): t.token_adapter.original(strict=False) for t in tables}
     if not stacked and index.state is not None and index.state.replication is not None:
-        # a replicated layer has its original's weight in another module
+        # a replicated layer holds the weight of the original layer in another module
         held = [(layer.source._parameters.get(layer.spec.parameter), layer) for layer in layers.values()]
         layers |= {(id(parameter), ""): layer for parameter, layer in held if parameter is not None}
     for path, module in index.plain_modules(stacked):
@@ -166,19 +166,19 @@ class QuantizedWeight:
 
     @property
     def plain_bias(self) -> Tensor | None:
-        """The module's bias (out,) before any merge if it is a tensor but not a parameter; else None."""
+        """The module's bias (out,) before any merge, if it is a tensor but not a parameter; otherwise None."""
         bias = getattr(self.module, "bias", None)
         if not isinstance(bias, Tensor) or "bias" in self.module._parameters:
             return None
         return bias if self.layer is None else self.layer.original_bias()
 
     def dequantized(self, dtype: torch.dtype) -> nn.Module:
-        """Return the equivalent plain module, in the dtype of the quantized module's matmuls or else in `dtype`."""
+        """Return the equivalent plain module, in the quantized module's compute dtype if it has one, else `dtype`."""
         return self.base.dense(self.module, self.base.read(self.module, self.stored), dtype)
 
 
 def quantized_weights(model: nn.Module | AdapterIndex, *, stacked: bool = True) -> Iterator[QuantizedWeight]:
-    """Yield every quantized weight of a base.
+    """Yield every quantized weight of the base.
 
     Args:
         model: A model with or without adapters.
@@ -203,7 +203,7 @@ def quantized_weights(model: nn.Module | AdapterIndex, *, stacked: bool = True) 
 def float_dtype(model: nn.Module | AdapterIndex) -> torch.dtype:
     """Return the dtype in which a base computes: that of the first floating-point parameter in an unquantized module.
 
-    If there is none, return the dtype of the first bias in a quantized module, or fp32 without such a bias.
+    If there is no such tensor, return the dtype of the first bias in a quantized module, or fp32 if there is no bias.
 
     Args:
         model: A model with or without adapters.

@@ -1,4 +1,4 @@
-"""Check calls before they change a model: adapter names, allowances, scales, compatibility."""
+"""Checks that run before a call changes a model: adapter names, overrides in `allow`, scales and compatibility."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ ALLOWANCES = ("partial_targets", "base_mismatch", "key_mismatch", "nonfinite", "
 LARGEST_USUAL_SCALE = 1000.0
 
 WITH_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
-"""Model types in transformers whose mixers pass weights to a fused kernel without calling the modules."""
+"""Model types in transformers whose mixers pass weights to a fused kernel instead of calling the modules."""
 
 READ_PAST = frozenset({"conv1d", "out_proj"})
-"""Names of the modules that these mixers do not call."""
+"""Names of the modules that the mixers of these models do not call."""
 
 
 def check_new_name(state: AdapterState | None, name: str) -> None:
@@ -36,20 +36,22 @@ def check_new_name(state: AdapterState | None, name: str) -> None:
         )
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_\-]{0,99}", name):
         raise AdapterError(
-            f"{name!r} cannot be an adapter's name: use up to 100 letters, digits, '_' and '-', but no dot.",
+            f"{name!r} cannot be an adapter's name: use up to 100 letters, digits, underscores and hyphens, but no "
+            "dots.",
             what=name,
         )
-    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):  # attributes of each module included
+    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):  # including attributes of every module
         raise AdapterError(
-            f"{name!r} cannot be an adapter's name: torch's module containers use it for an attribute.", what=name
+            f"{name!r} cannot be an adapter's name: torch's module containers have an attribute of that name.",
+            what=name,
         )
 
 
 def check_called(model: nn.Module, paths: Iterable[str]) -> None:
-    """Check that the model calls all modules to adapt: if fused kernels read weights directly, factors have no effect.
+    """Check that the model calls every module to adapt: if a kernel reads a weight directly, factors have no effect.
 
     Args:
-        model: The model; its config says which type it is.
+        model: The model, whose config gives its type.
         paths: Paths of the modules to adapt.
 
     Raises:
@@ -93,7 +95,7 @@ def check_scales(scales: Sequence[tuple[str, float]], allow: Collection[str]) ->
     if odd and "odd_scale" not in allow:
         path, value = odd[0]
         raise ConfigError(
-            f"The scale at {path} is {value:g}; usual scales are above 0 and at most {LARGEST_USUAL_SCALE:g}.",
+            f"The scale at {path} is {value:g}; scales are normally above 0 and at most {LARGEST_USUAL_SCALE:g}.",
             advice=f"Check lora_alpha, r and the patterns, or {OVERRIDE}.",
             what=f"{value:g}",
             where=path,
@@ -112,7 +114,7 @@ def check_company(state: AdapterState | None, config: LoraConfig) -> None:
         if config.bias != "none" and other.bias != "none":
             raise ConfigError(
                 f"bias is {config.bias!r}, but adapter {name!r} already trains the base's biases, and only one adapter "
-                "can. Set bias='none'.",
+                "may do so. Set bias='none'.",
                 what=name,
                 field="bias",
                 allowed=("none",),
@@ -121,7 +123,7 @@ def check_company(state: AdapterState | None, config: LoraConfig) -> None:
         for variant in (*new, *present):
             if variant.excludes_others and (variant in new) != (variant in present):
                 raise ConfigError(
-                    f"{variant.title} and other adapters exclude each other on one model, and this one has adapter "
+                    f"{variant.title} and other adapters cannot share a model, and this model already has adapter "
                     f"{name!r}: {variant.excludes_others}. Detach {name!r} first, or load the base a second time.",
                     what=name,
                     field=variant.field,

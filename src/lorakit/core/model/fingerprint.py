@@ -1,19 +1,19 @@
 """The identity of a base: its architecture, its parameters' names and shapes, and samples of every tensor.
 
-A fingerprint takes milliseconds to compute, even for large models: it contains the values at fixed positions of every
-floating-point parameter and persistent buffer, bit for bit in their dtype. Adapters, merges and trained biases do not
-change it. It does not detect changes at positions that are not sampled (a change to a fraction f of a tensor's values
-is missed with probability (1 - f)^64), unless the weight files are known and differ; changes to a quantized weight
-below the quantization error; changes to buffers that are not saved, to the model's code and config, or to the
-tokenizer; and deliberate changes by someone who knows the positions.
+A fingerprint takes milliseconds to compute, even for large models: it contains the values at fixed positions in every
+floating-point parameter and persistent buffer, bit for bit in the tensor's dtype. Adapters, merges and trained biases
+do not change it. A fingerprint misses changes at positions that are not sampled, unless the weight files are known and
+differ: a change to a fraction f of a tensor's values is missed with probability (1 - f)^64. It also misses changes to a
+quantized weight that are smaller than the quantization error; changes to buffers that are not saved, to the model's
+code and config, or to the tokenizer; and deliberate changes by someone who knows the positions.
 
 Adapters that were merged permanently are recorded in the model's config, which is saved and loaded with the weights,
 so that no adapter is applied twice.
 
-`weight_file_hashes` returns the SHA-256 of the files that a base was loaded from, if they are known and small enough
-to hash. The hashes are evidence, not part of the identity: memory can change after loading, and the same base can be
-saved in other files. They are cached with the size, modification time and inode of each file. If a file cannot be found
-or read, no hashes are returned and no error is raised.
+`weight_file_hashes` returns the SHA-256 of each file that a base was loaded from, if the files are known and small
+enough to hash. The hashes are evidence, not part of the identity: values in memory can change after loading, and the
+same base can be saved to different files. The hashes are cached together with the size, modification time and inode of
+each file. If a file cannot be found or read, no hashes are returned and no error is raised.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ from lorakit.machine import cache_directory
 SAME, OTHER_PRECISION, UNVERIFIABLE, DIFFERENT = "same", "same at other precision", "unverifiable", "different"
 
 FIRST, VERSION = 1, 2
-"""The oldest format, which has no version field, and the format that is written."""
+"""The oldest format, which has no version field, and the format that is written now."""
 
 RUNNING = frozenset({"running_mean", "running_var"})
-"""Buffers that forwards in training mode change and that no adapter saves."""
+"""Buffers that forward passes in training mode change and that no adapter saves."""
 
 SHOWN = 3
 """Maximum number of tensors named in a reason."""
@@ -67,14 +67,14 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """A base's identity.
+    """The identity of a base.
 
     Attributes:
         architecture: Class name of the model.
         parameters: Number of parameters; a tensor with several names counts once.
-        names_sha256: SHA-256 of the sorted names and shapes.
+        names_sha256: SHA-256 of the sorted parameter names and their shapes.
         vocabulary: Number of rows in the input embedding; 0 if there is none.
-        dtype: dtype or weight format of most matrices.
+        dtype: The most common dtype or weight format among the matrices.
         samples: Parameter -> sample; empty if the values cannot be read.
         buffers: Persistent buffer -> sample.
         files: Name of a weight file -> its SHA-256; empty if the files are not known.
@@ -103,7 +103,7 @@ class Fingerprint:
         return replace(self, samples=samples, buffers=buffers)
 
     def as_dict(self) -> JsonObject:
-        """Return JSON values as written to `lorakit.json`; empty optional fields are omitted."""
+        """Return the fingerprint as JSON values for `lorakit.json`; empty optional fields are omitted."""
         names = ("architecture", "parameters", "names_sha256", "vocabulary", "dtype")
         values: JsonObject = {name: getattr(self, name) for name in names}
         first = self.version == FIRST
@@ -118,7 +118,7 @@ class Fingerprint:
 
     @classmethod
     def from_dict(cls, values: JsonValue) -> Fingerprint | None:
-        """Return the fingerprint that a result of `as_dict` describes; None if the values are malformed."""
+        """Return the fingerprint that the output of `as_dict` describes, or None if the values are malformed."""
         try:
             return _read(dict(values)) if isinstance(values, dict) else None
         except (KeyError, ValueError, TypeError, AttributeError):
@@ -130,8 +130,8 @@ class BaseVerdict(NamedTuple):
 
     Attributes:
         verdict: `SAME`, `OTHER_PRECISION`, `UNVERIFIABLE` or `DIFFERENT`.
-        reason: The reason, for messages.
-        warning: Warning for the user about an accepted base, or "".
+        reason: The reason for the verdict, for use in messages.
+        warning: A warning for the user about an accepted base, or "".
     """
 
     verdict: str
@@ -151,10 +151,10 @@ def fingerprint(
 
     Args:
         model: A model with or without adapters, or its index; not changed.
-        read: Function from name to tensor (…), for a model on the meta device; None if the model holds its values.
-        cut: Id of a tensor of the base -> number of its leading rows to use.
-        like: Fingerprint that the result will be compared with; the result gets its format.
-        with_files: Hash the weight files that the model was loaded from, if they are known.
+        read: Function from name to tensor (…), for a model on the meta device; None if the model has values.
+        cut: Id of a base tensor -> number of leading rows to use.
+        like: Fingerprint that the result will be compared with; the result uses the same format.
+        with_files: Whether to hash the weight files that the model was loaded from, if they are known.
 
     Returns:
         The fingerprint of the base without adapters.
@@ -190,7 +190,7 @@ def compare(known: Fingerprint | None, present: Fingerprint, whose: str = "the a
     Args:
         known: The fingerprint saved with the adapter, or None.
         present: The model's fingerprint.
-        whose: Owner of the base behind `known`, as a possessive for the reason.
+        whose: A possessive that says whose base `known` describes, for use in the reason.
 
     Returns:
         The verdict, its reason, and a warning if there is one.
@@ -204,12 +204,12 @@ def compare(known: Fingerprint | None, present: Fingerprint, whose: str = "the a
         reason = f"{whose} base has {known.vocabulary:,} tokens, but this model has {present.vocabulary:,}"
         return BaseVerdict(DIFFERENT, reason)
     if known.names_sha256 != present.names_sha256:
-        counts = f"{known.parameters:,} against {present.parameters:,} parameters"
+        counts = f"{known.parameters:,} versus {present.parameters:,} parameters"
         return BaseVerdict(DIFFERENT, f"names or shapes of the base's parameters differ ({counts})")
     if known.version != present.version:
         return BaseVerdict(UNVERIFIABLE, "the fingerprints have different formats, so their samples cannot be compared")
     if not known.samples or not present.samples:
-        return BaseVerdict(UNVERIFIABLE, "the values of one base cannot be read (quantized, or on the meta device)")
+        return BaseVerdict(UNVERIFIABLE, "the values of a base cannot be read (quantized, or on the meta device)")
     return _with_files(_compare_samples(known, present, whose), known, present)
 
 
@@ -222,27 +222,29 @@ def _compare_samples(known: Fingerprint, present: Fingerprint, whose: str) -> Ba
         else APART
         for name in sorted({*known.samples, *(() if first else present.samples)})
     }
-    shared = [name for name in sorted(known.buffers) if name in present.buffers]  # may be persistent in only one
+    shared = [name for name in sorted(known.buffers) if name in present.buffers]  # some may be persistent in only one
     found |= {name: agree(known.buffers[name], present.buffers[name]) for name in shared}
     apart = [name for name, degree in found.items() if degree == APART]
     moved = [name for name in apart if name in shared and name.rpartition(".")[2] in RUNNING]
     if len(apart) > len(moved):
         named = ", ".join([name for name in apart if name not in moved][:SHOWN])
         count = f"{len(apart) - len(moved)} of {len(found)}"
-        return BaseVerdict(DIFFERENT, f"values of {count} tensors differ: same shapes, other weights (first {named})")
+        return BaseVerdict(
+            DIFFERENT, f"values in {count} tensors differ: same shapes, different weights (first {named})"
+        )
     warning = ""
     if moved:
         warning = (
-            f"running statistics of the base in {len(moved)} buffers differ from those at the time of saving, first "
-            f"{moved[0]}: they change in training mode, and the adapter does not contain them. Save and restore them "
+            f"the base's running statistics in {len(moved)} buffers, such as {moved[0]}, differ from those at the time "
+            "of saving: they change in training mode, and the adapter does not contain them. Save and restore them "
             "with the base."
         )
-    weaker = f"; only {len(found)} matrices are sampled, since the fingerprint has format 1" if first else ""
+    weaker = f"; only {len(found)} matrices are sampled, because the fingerprint is in format 1" if first else ""
     inexact = [degree for degree in found.values() if degree not in (EXACT, APART)]
     if known.dtype != present.dtype:
         reason = f"{whose} base was {known.dtype}, but this model is {present.dtype}"
     elif QUANTIZED in inexact:
-        reason = "the values agree within the quantization errors of two formats"
+        reason = "the values agree within the quantization errors of the two formats"
     elif inexact:
         reason = f"{len(inexact)} of {len(found)} tensors agree after rounding to another dtype"
     else:
@@ -260,15 +262,15 @@ def _with_files(found: BaseVerdict, known: Fingerprint, present: Fingerprint) ->
     if found.verdict == SAME:
         doubt = (
             "the base's weight files differ from those at the time of saving, although all sampled values are the "
-            "same: the base was saved again in other files, or changed at positions that are not sampled. If it was "
-            "only saved again, ignore this warning."
+            "same: the base was saved again to different files, or it changed at positions that are not sampled. If it "
+            "was only saved again, ignore this warning."
         )
         warning = f"{warning} {doubt}" if warning else doubt
     return found._replace(reason=f"{found.reason}; the weight files differ", warning=warning)
 
 
 def sampled_positions(mark: Fingerprint, name: str, shape: tuple[int, ...]) -> list[int]:
-    """Return the positions in a flattened tensor that a fingerprint samples, in order.
+    """Return, in order, the positions that a fingerprint samples in a flattened tensor.
 
     Args:
         mark: The fingerprint.
@@ -337,13 +339,13 @@ def _from_text(text: str) -> bytes:
 
 
 def vocabulary_of(model: nn.Module) -> int:
-    """Return the number of rows of a model's input embedding; 0 if it has none."""
+    """Return the number of rows in a model's input embedding, or 0 if it has none."""
     weight = getattr(embedding_of(model), "weight", None)
     return int(weight.shape[0]) if isinstance(weight, Tensor) and weight.ndim else 0
 
 
 def _innermost(model: nn.Module) -> nn.Module:
-    """Return the model inside a `torch.compile` wrapper, or the model itself if it has none."""
+    """Return the model inside a `torch.compile` wrapper, or the model itself if it is not wrapped."""
     original = model._modules.get("_orig_mod")
     return original if original is not None else model
 
@@ -353,10 +355,10 @@ CONFIG_KEY = "lorakit_merged"
 
 
 def merge_record(model: nn.Module) -> dict[str, str]:
-    """Return SHA-256 of the weights -> name for each adapter that was permanently merged into a model.
+    """Return the adapters that were permanently merged into a model: SHA-256 of the weights -> adapter name.
 
     Args:
-        model: Any model; the result is empty if there is no config or no valid record in it.
+        model: Any model; the result is empty if there is no config or the config has no valid record.
     """
     recorded = getattr(getattr(model, "config", None), CONFIG_KEY, None)
     entries = recorded if isinstance(recorded, (list, tuple)) else []
@@ -375,7 +377,7 @@ def add_merge_record(model: nn.Module, adapters: Mapping[str, str]) -> None:
 
 
 def check_not_merged_in(model: nn.Module, folder: Path, weights_sha256: str, allow: Collection[str]) -> None:
-    """Check that an adapter was not merged into the weights already, unless "base_mismatch" is allowed.
+    """Check that an adapter has not already been merged into the weights, unless "base_mismatch" is allowed.
 
     Args:
         model: The base.
@@ -390,8 +392,8 @@ def check_not_merged_in(model: nn.Module, folder: Path, weights_sha256: str, all
     if weights_sha256 in known and "base_mismatch" not in allow:
         name = f" (as {known[weights_sha256]})" if known[weights_sha256] else ""
         raise BaseMismatchError(
-            f"{folder}: this adapter was merged into the model already{name}, and would be applied twice.",
-            advice=f"Use the model without it, load the adapter's base, or {OVERRIDE}.",
+            f"{folder}: this adapter has already been merged into the model{name} and would be applied twice.",
+            advice=f"Use the model without the adapter, load the adapter's base, or {OVERRIDE}.",
             what=known[weights_sha256] or None,
             where=folder,
             override="base_mismatch",
@@ -399,14 +401,14 @@ def check_not_merged_in(model: nn.Module, folder: Path, weights_sha256: str, all
 
 
 FILE, FORMAT, MOST_KEPT = "weight_files.json", 1, 512
-"""Name of the cache file, its format, and the maximum number of hashes in it."""
+"""Name of the cache file, its format version, and the maximum number of hashes in it."""
 
 LEAST_KEPT = 1 << 20
-"""Minimum size of files whose hashes are cached: hashing a smaller file takes about as long as reading the cache."""
+"""Minimum size in bytes of files whose hashes are cached: hashing a smaller file takes about as long as a lookup."""
 
 MOST_BYTES = 1 << 30
-"""Maximum total size of the files to hash (about a second). Files that the Hub's cache names by their hash and files
-with a cached hash do not count. Above this size, no hashes are returned."""
+"""Maximum total size in bytes of the files to hash, which takes about a second. Files that the Hub's cache names by
+their hash and files with a cached hash do not count. If the total is larger, no hashes are returned."""
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -414,19 +416,19 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def weight_file_hashes(model: nn.Module) -> dict[str, str]:
-    """Return name -> SHA-256 of the safetensors files that a model was loaded from; empty if any hash is unknown.
+    """Return the SHA-256 of each safetensors file that a model was loaded from, by name; empty if any is unknown.
 
     Args:
         model: A model; its config says where it was loaded from (`name_or_path`).
     """
     try:
         return _hashes(_files_of(model))
-    except (OSError, RuntimeError, ValueError):  # unreadable, no home directory, not a path
+    except (OSError, RuntimeError, ValueError):  # an unreadable file, no home directory, or not a path
         return {}
 
 
 def _files_of(model: nn.Module) -> list[Path]:
-    """Return a model's weight files in a directory, or in the Hub's cache if exactly one revision there has any."""
+    """Return a model's weight files from a directory, or from the Hub's cache if exactly one revision there has any."""
     name = getattr(getattr(model, "config", None), "name_or_path", None)
     if not isinstance(name, str) or not name:
         return []
@@ -476,7 +478,7 @@ def _hashes(files: list[Path]) -> dict[str, str]:
     for name, (real, status) in unknown.items():
         known[name] = sha256_file(real)
         if _file_status(real) != status:
-            return {}  # changed while it was read
+            return {}  # the file changed while it was being read
         if status["size"] >= LEAST_KEPT:
             fresh[str(real)] = {**status, "sha256": known[name]}
     if fresh:
@@ -486,7 +488,7 @@ def _hashes(files: list[Path]) -> dict[str, str]:
 
 
 def _file_status(file: Path) -> dict[str, int]:
-    """Return the properties that change with a file's content.
+    """Return properties of a file that change when its content changes.
 
     Raises:
         OSError: The path is not a regular file, or cannot be read.
@@ -500,7 +502,7 @@ def _file_status(file: Path) -> dict[str, int]:
 def _read_kept() -> JsonObject:
     try:
         content = read_json(cache_directory() / FILE, 16 << 20)
-    except (AdapterFileError, OSError, RuntimeError):  # none yet, damaged, or no cache directory
+    except (AdapterFileError, OSError, RuntimeError):  # no cache file yet, a damaged one, or no directory
         return {}
     known = isinstance(content, dict) and content.get("format") == FORMAT
     files = content.get("files") if known else None

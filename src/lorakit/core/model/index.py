@@ -1,8 +1,8 @@
-"""Index a model in one walk: its modules, its adapted layers and the parents of each.
+"""Index a model in one pass: its modules, their parents and its adapted layers.
 
-Each public call builds an index, passes it to other functions and drops it. No index is kept between calls, because
-other code ties, offloads and copies modules at any time. Most modules of an adapted model only hold factors; walks skip
-them. This module does not handle configs or arithmetic.
+Each public call builds an index, passes it to other functions and discards it. No index is kept between calls, because
+other code may tie, offload or copy modules at any time. Most modules of an adapted model do nothing but hold factors,
+and traversals skip them. This module does not handle configs or arithmetic.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lorakit.errors import AdapterError
 from lorakit.targets import Candidate
 
 INSIDE = ".base_layer"
-"""Suffix that each layer around a layer adds to its path."""
+"""Suffix that each enclosing layer adds to the path of the layer that it wraps."""
 
 Children = Sequence[tuple[str, nn.Module]]
 Component = TypeVar("Component", bound=AdapterModule)
@@ -44,14 +44,14 @@ class ModelConfig(Protocol):
 
 @dataclass(frozen=True)
 class TargetWeight:
-    """A weight that an adapter adapts, whether or not its layer is in the model yet.
+    """A weight that an adapter targets, whether or not the model already has a layer for it.
 
     Attributes:
         path: Path of the weight's layer, which is also the path on disk.
-        outer: Path of the module in the plain base.
-        kind: The kind of the site.
+        outer: Path of the weight's module in the plain base.
+        kind: The site's kind.
         spec: The weight's spec: shape, parameter and layout.
-        child: Name of the child of the module at `outer` that holds the weight; "" if that module itself does.
+        child: If a child of the module at `outer` holds the weight, the name of that child; otherwise "".
     """
 
     path: str
@@ -62,24 +62,24 @@ class TargetWeight:
 
     @property
     def pattern_path(self) -> str:
-        """Path that `rank_pattern` and `alpha_pattern` match: that of the module or the bare parameter."""
+        """Path to match against `rank_pattern` and `alpha_pattern`: the module's, or the bare parameter's."""
         return f"{self.outer}.{self.spec.parameter}" if self.kind.names_parameter else self.outer
 
 
 @dataclass
 class AdapterIndex:
-    """A model during one public call; only `put` and `replace` update it.
+    """A snapshot of a model during one public call; only `put` and `replace` update it.
 
     Attributes:
         model: The model.
-        state: The state that its adapted modules share, or None if there are none.
-        modules: Path -> module that is not inside an adapted one: modules of the base and the components that replace
-            them, but not the model itself.
-        everything: Path -> module, in the order of `named_modules`, including those inside adapted modules and the
-            model itself (""), but not the holders of factors.
-        parents: Id of a module -> all (parent, attribute) pairs that hold it; inside an adapted module, only of
-            adapted modules.
-        components: Path -> adapted module, in the model's order.
+        state: The state that the adapted modules share, or None if there are no adapted modules.
+        modules: Path -> module, for modules that are not inside an adapted one: base modules and the components that
+            replace them, but not the model itself.
+        everything: Path -> module, in `named_modules` order, including modules inside adapted ones and the model
+            itself (""), but excluding modules that only hold factors.
+        parents: Id of a module -> all (parent, attribute) pairs that refer to the module; below an adapted module,
+            only adapted modules are listed.
+        components: Path -> adapted module, in model order.
         patches: Path -> hooks through which adapters train the biases of the module at that path.
         kinds: Custom kinds by name.
     """
@@ -97,14 +97,14 @@ class AdapterIndex:
 
     @classmethod
     def of(cls, model: nn.Module | AdapterIndex, kinds: Iterable[Kind] = ()) -> AdapterIndex:
-        """Build the index of a model in one walk.
+        """Build the index of a model in one pass.
 
         Args:
             model: Any module, with or without adapters. An index is returned unchanged.
-            kinds: Custom kinds, in addition to those of adapters on the model.
+            kinds: Custom kinds, in addition to those that adapters on the model use.
 
         Raises:
-            AdapterError: Parts of the model were adapted separately and have no common state.
+            AdapterError: Parts of the model were adapted separately and do not share a state.
             ConfigError: One of `kinds` is not valid.
         """
         if isinstance(model, AdapterIndex):
@@ -131,10 +131,10 @@ class AdapterIndex:
             if isinstance(module, AdapterModule):
                 if self.state is not None and self.state is not module.state:
                     raise AdapterError(
-                        f"{next(iter(self.components)) or 'The model'} and {path} were adapted separately and have no "
-                        f"common state: adapters were put on parts of this {type(self.model).__name__}, or one of the "
-                        "two is a copy of an adapted layer. Call this on each part; or detach the adapters, and attach "
-                        "or load them on the whole model.",
+                        f"{next(iter(self.components)) or 'The model'} and {path} were adapted separately and do not "
+                        f"share a state: adapters were put on parts of this {type(self.model).__name__}, or one of the "
+                        "two is a copy of an adapted layer. Call this function on each part separately, or detach the "
+                        "adapters and then attach or load them on the whole model.",
                         where=path,
                     )
                 self.state = module.state
@@ -145,35 +145,35 @@ class AdapterIndex:
                 self.patches[path] = patches
 
     def again(self) -> AdapterIndex:
-        """Return a new index of the same model, after its modules have changed."""
+        """Return a fresh index of the same model, for use after its modules have changed."""
         return AdapterIndex.of(self.model, self.kinds.values())
 
     def layers(self, adapter: str | None = None) -> Iterator[tuple[str, LoraLayer]]:
-        """Yield every adapted layer with its path; if an adapter is given, only the layers where it has a factor."""
+        """Yield (path, layer) for every adapted layer, or only for those where the given adapter has factors."""
         for path, layer in self.components.items():
             if isinstance(layer, LoraLayer) and (adapter is None or adapter in layer.r):
                 yield path, layer
 
     def layers_of(self, adapters: Collection[str]) -> Iterator[tuple[str, LoraLayer]]:
-        """Yield the adapted layers with a factor of at least one of the given adapters, with their paths."""
+        """Yield (path, layer) for every layer where at least one of the given adapters has factors."""
         for path, layer in self.layers():
             if any(name in layer.r for name in adapters):
                 yield path, layer
 
     def with_biases(self) -> Iterator[tuple[str, AdapterComponent]]:
-        """Yield every component with its path: adapted modules in the model's order, then trained biases."""
+        """Yield (path, component) for every adapted module in model order, then for every trained bias."""
         yield from self.components.items()
         for path, patches in self.patches.items():
             yield from ((path, patch) for patch in patches)
 
     def every(self, kind: type[Component]) -> Iterator[tuple[str, Component]]:
-        """Yield every component of a class, such as `ModulesToSave`, with its path."""
+        """Yield (path, component) for every component of a class, such as `ModulesToSave`."""
         for path, component in self.components.items():
             if isinstance(component, kind):
                 yield path, component
 
     def merged_adapters(self) -> list[str]:
-        """Return the adapters that are merged into some weight."""
+        """Return the names of the adapters that are merged into at least one weight."""
         return sorted({name for component in self.components.values() for name in component.merged_adapters})
 
     def known_state(self) -> AdapterState:
@@ -189,7 +189,7 @@ class AdapterIndex:
 
     @cached_property
     def candidates(self) -> list[Candidate]:
-        """Modules that targets may name, in the model's order."""
+        """Modules that targets can refer to, in model order."""
         head = embedding_of(self.model, "output")
         known: dict[type[nn.Module], Kind | None] = {}
         found = []
@@ -202,12 +202,12 @@ class AdapterIndex:
 
     @property
     def is_tied(self) -> bool:
-        """False only if the config says that modules with a shared weight are not tied (`tie_word_embeddings`)."""
+        """False only if the config sets `tie_word_embeddings=False`; shared weights then do not count as tied."""
         return getattr(getattr(self.model, "config", None), "tie_word_embeddings", True) is not False
 
     @cached_property
     def shared(self) -> dict[int, list[str]]:
-        """Id of each parameter that several modules of the base share -> paths of these modules."""
+        """Id of each parameter that several base modules share -> paths of those modules."""
         held: dict[int, list[str]] = {}
         for path in self.modules:
             for parameter in self.base(path)._parameters.values():
@@ -217,7 +217,7 @@ class AdapterIndex:
 
     @cached_property
     def holders(self) -> dict[int, list[tuple[str, nn.Module]]]:
-        """`identity` of a base weight -> its names and the modules that hold it; several if it is tied."""
+        """`identity` of a base weight -> (name, module) pairs; a tied weight has one for each module that holds it."""
         found: dict[int, list[tuple[str, nn.Module]]] = {}
         for path, module in self.plain_modules():
             prefix = f"{path}." if path else ""
@@ -230,7 +230,7 @@ class AdapterIndex:
         """Return the base's modules with their paths in the plain base; a module with two paths is listed twice.
 
         Args:
-            stacked: Whether replicated layers (`layer_replication`) appear as they are now, or as the original layers.
+            stacked: Whether to list replicated layers (`layer_replication`); if false, list the original layers.
         """
         if stacked not in self._plain:
             self._plain[stacked] = self._plain_modules(stacked)
@@ -259,21 +259,21 @@ class AdapterIndex:
         return kind_named(name, self.kinds)
 
     def base(self, path: str) -> nn.Module:
-        """Return the base's module at a path, even if a layer or trainable token rows replace it."""
+        """Return the base module at a path, even if an adapted layer or trainable token rows have replaced it."""
         standing = self.modules[path]
         if isinstance(standing, TrainableTokens):
             return standing.original_module
         return standing.owner if isinstance(standing, LoraLayer) else standing
 
     def targets(self, path: str, kind: Kind) -> list[TargetWeight]:
-        """Return the weights that are adapted if a target names a module.
+        """Return the weights to adapt when a target names a module.
 
         Args:
             path: Path of the module.
             kind: Kind of the module.
 
         Returns:
-            The weights, in the order in which their layers can be put around the module: the innermost first.
+            The weights in the order in which their layers can be put around the module, innermost first.
         """
         owner = self.base(path)
         specs = kind.specs(owner)
@@ -284,12 +284,12 @@ class AdapterIndex:
         return found[::-1]
 
     def holder(self, target: TargetWeight) -> nn.Module:
-        """Return the base's module that holds a target weight."""
+        """Return the base module that holds a target weight."""
         owner = self.base(target.outer)
         return inner_base(owner, target.child) if target.child else owner
 
     def weight(self, target: TargetWeight) -> Tensor:
-        """Return a base weight before any merge, canonical (out, in), in fp32 or wider."""
+        """Return a base weight from before any merge, in canonical form (out, in) and in fp32 or wider."""
         standing, module, parameter = self.layer(target), self.holder(target), target.spec.parameter
         if standing is not None:
             return standing.read()
@@ -297,7 +297,7 @@ class AdapterIndex:
         return base.read(module, base.stored(module, parameter))
 
     def layer(self, target: TargetWeight) -> LoraLayer | None:
-        """Return the layer of a target weight, or None if it has none yet."""
+        """Return the adapted layer for a target weight, or None if there is none yet."""
         if target.child:
             inside = self.base(target.outer)._modules[target.child]
             return inside if isinstance(inside, LoraLayer) else None
@@ -307,11 +307,11 @@ class AdapterIndex:
         return standing if isinstance(standing, LoraLayer) else None
 
     def put(self, target: TargetWeight, make: Callable[[nn.Module], LoraLayer]) -> LoraLayer:
-        """Put a new layer around a target weight; layers of bare parameters keep the parameters' order of definition.
+        """Put a new layer around a target weight; layers for bare parameters are nested in definition order.
 
         Args:
             target: The target weight.
-            make: Builds the layer around a given module.
+            make: Function that builds the layer around a given module.
 
         Returns:
             The new layer.
@@ -338,10 +338,10 @@ class AdapterIndex:
         return layer
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:
-        """Replace a module with another in all its parents.
+        """Replace a module with another one in all of its parents.
 
         Args:
-            old: A module outside of adapted modules, or an adapted one.
+            old: An adapted module, or a module that is not inside an adapted one.
             new: The module that replaces it.
         """
         targets = self.parents.get(id(old), [])
@@ -351,11 +351,11 @@ class AdapterIndex:
 
 
 def _visits(model: nn.Module) -> Iterator[tuple[str, nn.Module, Children, bool, bool]]:
-    """Walk a model; all other walks use this one.
+    """Walk a model; all other traversals use this function.
 
     Yields:
-        Path, module, its children except holders of factors, whether this is the first visit to the module, and
-        whether it is the first visit outside adapted modules.
+        The path, the module, its children (without those that only hold factors), whether this is the first visit to
+        the module, and whether it is the first visit outside adapted modules.
     """
     seen: set[int] = set()
     outside: set[int] = set()
@@ -385,7 +385,7 @@ def _children_of(module: nn.Module) -> Children:
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module except holders of factors once, with the names and order of `named_modules`."""
+    """Yield every module once, with names and order as in `named_modules`, but skip modules that only hold factors."""
     for path, module, _, is_new, _ in _visits(model):
         if is_new:
             yield path, module
@@ -394,10 +394,10 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def find_state(model: nn.Module) -> AdapterState | None:
     """Return the state that the layers of a model share, or None if there are no adapters.
 
-    The walk stops at the first adapted module, unless the model was never indexed.
+    The search stops at the first adapted module, unless the model has never been indexed.
 
     Raises:
-        AdapterError: Parts of the model were adapted separately and have no common state.
+        AdapterError: Parts of the model were adapted separately and do not share a state.
     """
     for _, module in walk(model):
         if isinstance(module, AdapterModule):
@@ -416,27 +416,27 @@ def state_of(model: nn.Module) -> AdapterState:
 
 
 def identity(parameter: Tensor | None) -> int:
-    """Return a key that parameters of any shape share if they share memory: the address, or else the object's id."""
+    """Return a key that is equal for parameters of any shape that share memory: the address, or the object's id."""
     if parameter is None or type(parameter.data) is not Tensor:
         return id(parameter)
     return parameter.data_ptr() or id(parameter)
 
 
 def defined_parameters(module: nn.Module) -> list[str]:
-    """Return the names of a module's own parameters in the order of definition, with parametrized ones last."""
+    """Return the names of a module's own parameters in definition order, with parametrized ones last."""
     names = [name for name, parameter in module._parameters.items() if parameter is not None]
     parametrised = module._modules.get(PARAMETRISED)
     return names + ([] if parametrised is None else list(parametrised._modules))
 
 
 def inner_base(owner: nn.Module, child: str) -> nn.Module:
-    """Return the base's module for a child of a base module, even if a layer replaces it."""
+    """Return the original child of a base module, even if an adapted layer has replaced it."""
     inside = owner.get_submodule(child)
     return inside.owner if isinstance(inside, LoraLayer) else inside
 
 
 def _goes_around(layer: LoraLayer, target: TargetWeight) -> bool:
-    """Return whether a layer belongs around a new one: the parameter defined last gets the outermost layer."""
+    """Return whether a layer must enclose a new one: the parameter defined last gets the outermost layer."""
     if not target.kind.names_parameter:
         return False
     names = defined_parameters(layer.owner)
@@ -452,7 +452,7 @@ def _candidate(path: str, base: nn.Module, kind: Kind | None, head: nn.Module | 
 
 
 def _can_be_read(module: nn.Module, kind: Kind) -> bool:
-    """Return whether a module's weights can be read: as floats, in a format of WEIGHT_FORMATS, or by a custom kind."""
+    """Return whether a module's weights can be read: as floats, in one of WEIGHT_FORMATS, or by a custom kind."""
     weight = module._parameters.get("weight")
     if weight is not None and torch.is_floating_point(weight) and weight.ndim > 1:
         return True
@@ -461,25 +461,25 @@ def _can_be_read(module: nn.Module, kind: Kind) -> bool:
 
 
 def embedding_of(model: nn.Module, which: Literal["input", "output"] = "input") -> nn.Module | None:
-    """Return a model's input embedding or output head; None if the model does not name one."""
+    """Return a model's input embedding or output head, or None if the model does not expose one."""
     getter = getattr(model, f"get_{which}_embeddings", None)
     try:
         found = None if getter is None else getter()
-    except (AttributeError, NotImplementedError):  # which error a model without one raises depends on its class
+    except (AttributeError, NotImplementedError):  # which error is raised depends on the model's class
         return None
     return found if isinstance(found, nn.Module) else None
 
 
 def layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
-    """Return every adapted layer with its path."""
+    """Return a (path, layer) pair for every adapted layer."""
     return [(path, module) for path, module in walk(model) if isinstance(module, LoraLayer)]
 
 
 def check_known(state: AdapterState, names: Sequence[str]) -> None:
-    """Check that adapters are on the model.
+    """Check that all of the given adapters are on the model.
 
     Raises:
-        AdapterError: An adapter is not on the model; the message lists those that are.
+        AdapterError: An adapter is not on the model; the message lists the adapters that are.
     """
     for name in names:
         if name not in state.configs:
@@ -491,10 +491,10 @@ def check_known(state: AdapterState, names: Sequence[str]) -> None:
 
 
 def trainable_block(index: AdapterIndex) -> AbstractContextManager[object]:
-    """Return a context in which new tensors are created trainable, even inside `torch.inference_mode`.
+    """Return a context manager that makes new tensors trainable even inside `torch.inference_mode`.
 
     Raises:
-        ModelError: The model was created in inference mode, and the call is outside it.
+        ModelError: The model was created in inference mode, but the call is made outside it.
     """
     held = (p for module in index.everything.values() for p in module._parameters.values() if p is not None)
     return trainable(index.model, next(held, None))

@@ -1,8 +1,8 @@
-"""Repeat some layers of a model (`layer_replication`); the copies share the weights.
+"""Repeat some layers of a model (`layer_replication`); the copies share the weights of the original layers.
 
-Each copy is a separate module with the same parameters, so that each can have different adapters (Kim et al. 2023,
+Each copy is a separate module with the same parameters, so that each can have different factors (Kim et al. 2023,
 arXiv:2312.15166, stack layers in this way). Attaching the first adapter with this setting replaces the list of layers,
-and detaching the last one restores it; the state keeps both lists.
+and detaching the last one restores the original list; the state keeps both lists.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from lorakit.core.model.index import AdapterIndex, ModelConfig, find_state
 from lorakit.errors import ConfigError
 
 WRAPPERS = ("model", "bert", "transformer")
-"""Names that the submodule with the layers has in different architectures."""
+"""Names of the submodule that contains the layers in different architectures."""
 
 LISTS = (("", "layers"), ("encoder", "layer"), ("", "h"))
-"""Submodule and name of the list of layers in Llama, BERT and Falcon."""
+"""Submodule and attribute that hold the list of layers in Llama, BERT and Falcon."""
 
 PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type")
 """Config fields with one entry per layer."""
 
 NUMBER = "layer_idx"
-"""Attribute with a layer's position, which the cache of keys and values uses."""
+"""Attribute that holds a layer's position, which the key-value cache uses."""
 
 Settings = Mapping[str, int | list[str]]
 """Values of config fields that depend on the number of layers."""
@@ -39,7 +39,7 @@ class Replication:
     """A model's replicated layers.
 
     Attributes:
-        ranges: The replicated layers as ranges of original layers, with ends excluded.
+        ranges: The replicated layers as ranges of original layers, with exclusive ends.
         holder: The module that holds the list of layers.
         attribute: Name of the list in `holder`.
         original: The original list.
@@ -68,7 +68,7 @@ class Replication:
         """Restore the original list; the stacked one must have no adapters."""
         order = _order(self.ranges)
         for number, layer in enumerate(self.original):
-            if number in order:  # moved buffers and the train or eval mode are not shared
+            if number in order:  # buffers that were moved and the train or eval mode are not shared
                 for old, new in zip(layer.modules(), self.stacked[order.index(number)].modules(), strict=True):
                     old._buffers.update(new._buffers)
                     old.training = new.training
@@ -97,7 +97,7 @@ class Replication:
 
 @contextlib.contextmanager
 def stacked_for(index: AdapterIndex, config: LoraConfig) -> Iterator[AdapterIndex]:
-    """Replicate a model's layers for a block that adds an adapter with this setting, and undo that if the block fails.
+    """Replicate a model's layers for a block that adds an adapter, and undo the replication if the block fails.
 
     Args:
         index: The model's index.
@@ -107,7 +107,7 @@ def stacked_for(index: AdapterIndex, config: LoraConfig) -> Iterator[AdapterInde
         The model's index: the given one, or a new one if layers were replicated.
 
     Raises:
-        ConfigError: The ranges do not fit the model, or its adapters have other ranges.
+        ConfigError: The ranges do not match the model, or adapters on the model have different ranges.
     """
     model, state = index.model, index.state
     ranges = tuple((int(start), int(end)) for start, end in config.layer_replication or ())
@@ -115,8 +115,8 @@ def stacked_for(index: AdapterIndex, config: LoraConfig) -> Iterator[AdapterInde
         present = state.replication.ranges if state.replication is not None else ()
         if ranges != present:
             raise ConfigError(
-                f"layer_replication is {_shown(ranges)}, but the adapters on this model have {_shown(present)}; the "
-                "adapters of a model share its layers. Detach them first, or pass the same ranges.",
+                f"layer_replication is {_shown(ranges)}, but the adapters on this model have {_shown(present)}; all "
+                "adapters on a model share its layers. Detach those adapters first, or pass the same ranges.",
                 what=_shown(ranges),
                 field="layer_replication",
                 allowed=(_shown(present),),
@@ -193,11 +193,11 @@ def _settings(config: ModelConfig | None, count: int, order: Sequence[int]) -> t
 
 
 def _copy(module: nn.Module, index: int) -> nn.Module:
-    """Return a copy of a module with the same parameters and buffers but another layer position."""
+    """Return a copy of a module with the same parameters and buffers but a different layer position."""
     if "forward" in module.__dict__:
         raise ConfigError(
-            f"layer_replication: this {type(module).__name__} has an instance-level forward (of a dispatched or "
-            "compiled model), which would run the original layer. Replicate layers before dispatching or compiling.",
+            f"layer_replication: this {type(module).__name__} has an instance-level forward (from dispatching or "
+            "compiling the model), which would run the original layer. Replicate layers before doing either.",
             what=type(module).__name__,
             field="layer_replication",
         )

@@ -1,4 +1,4 @@
-"""Find the sites of a model and the weights that an adapter adapts: targets and bare parameters, with paths on disk.
+"""Find a model's sites and the weights that an adapter targets, including bare parameters, with their paths on disk.
 
 A module with several adapted parameters has one layer for each; the parameter defined last has the outermost layer.
 Paths on disk follow PEFT: they show this nesting instead of the parameters' names, and they count only the layers of
@@ -25,7 +25,7 @@ from lorakit.targets import BareParameter, Match, Resolution, resolve, targeted_
 
 @dataclass(frozen=True)
 class Site:
-    """A weight of a model for which adapters have factors.
+    """A weight in a model for which at least one adapter has factors.
 
     Attributes:
         path: Dotted path in the model.
@@ -69,7 +69,7 @@ def bare_parameters(index: AdapterIndex) -> list[BareParameter]:
 
 
 def matched(index: AdapterIndex, config: LoraConfig, allow_partial: bool = False) -> Resolution:
-    """Return what a config names in a model; see `lorakit.targets.resolve`.
+    """Return the modules and parameters that a config names in a model; see `lorakit.targets.resolve`.
 
     Args:
         index: The model's index.
@@ -84,7 +84,7 @@ def matched(index: AdapterIndex, config: LoraConfig, allow_partial: bool = False
 
 
 def named_targets(index: AdapterIndex, config: LoraConfig) -> dict[str, TargetWeight]:
-    """Return path on disk -> target weight for each bare parameter that a config names, ignoring its patterns.
+    """Return the bare parameters that a config names, as path on disk -> target weight; patterns are ignored.
 
     Args:
         index: The model's index.
@@ -108,10 +108,10 @@ def targets_of(index: AdapterIndex, matches: Sequence[Match]) -> list[tuple[Matc
         matches: All matches of the adapter's config.
 
     Returns:
-        Pairs; within one module, the weight with the innermost layer is first.
+        (match, weight) pairs; within a module, the weight with the innermost layer comes first.
 
     Raises:
-        TargetError: A module and one of its parameters are both targets, of one adapter or of two.
+        TargetError: A module and one of its parameters are both targets, whether of one adapter or of two.
     """
     found = []
     by_module: dict[str, list[Match]] = {}
@@ -159,7 +159,7 @@ def dropout_at(config: LoraConfig, target: TargetWeight, holder: nn.Module) -> f
 
 
 def paths_on_disk(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, str]:
-    """Return path in the model -> path on disk for an adapter's sites; paths on disk ignore layers of other adapters.
+    """Return path in the model -> path on disk for an adapter's sites, without the layers of other adapters.
 
     Args:
         model: The adapted model, or its index.
@@ -177,7 +177,7 @@ def paths_on_disk(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, st
 
 
 def check_overlap(index: AdapterIndex, targets: Sequence[TargetWeight]) -> None:
-    """Check that no module is adapted both as a whole and through a parameter, by this adapter or those on the model.
+    """Check that no module is adapted both as a whole and through a parameter, by this adapter or by existing ones.
 
     Args:
         index: The model's index.
@@ -192,8 +192,8 @@ def check_overlap(index: AdapterIndex, targets: Sequence[TargetWeight]) -> None:
         inside = next((path for path in taken if path.startswith(f"{outer}.")), None)
         if inside is not None:
             raise TargetError(
-                f"target_parameters names a parameter of {outer}, but {inside} inside it is adapted too; a layer "
-                "around one would hide the other. Remove one of the two targets.",
+                f"target_parameters names a parameter of {outer}, but {inside}, which is inside it, is adapted too; a "
+                "layer around one would hide the other. Remove one of the two targets.",
                 what=inside,
                 where=outer,
                 field="target_parameters",

@@ -1,7 +1,7 @@
-"""Adapt modules that share a weight in the base as one (`ensure_weight_tying`).
+"""Adapt modules that share a base weight as one module (`ensure_weight_tying`).
 
-Saved copies of tied modules share one parameter. A tied head uses the transposed factors of the embedding, and a second
-tied embedding uses the same factors. `vocabulary` ties trainable token rows.
+Saved copies of tied modules share one parameter. A tied head uses the embedding's factors in transposed form, and a
+second tied embedding uses them unchanged. Trainable token rows are tied in `vocabulary`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorakit.errors import ConfigError
 from lorakit.targets import ALL_LINEAR, Match, Note, Resolution
 
 TIED = "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter"
-"""Start of the note about tied modules that are not adapted as one; programs search PEFT's warnings for this text."""
+"""Start of the note about tied modules that are adapted separately; programs search PEFT's warnings for this text."""
 
 LEFT_ALONE, NOTHING_TIED = "left_alone", "nothing_tied"
 """Kinds of notes about ties."""
@@ -61,7 +61,7 @@ def with_ties(index: AdapterIndex, config: LoraConfig, found: Resolution) -> tup
         `ensure_weight_tying`, the mapping is empty, and notes name the ties that the adapter breaks.
 
     Raises:
-        ConfigError: The tied modules cannot be trained as one.
+        ConfigError: The tied modules cannot be adapted as one module.
     """
     # "all-linear" selects layers by type and excludes embeddings, so it treats a tied head as a linear layer
     is_all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
@@ -91,7 +91,7 @@ def with_ties(index: AdapterIndex, config: LoraConfig, found: Resolution) -> tup
 
 
 def tied_groups(index: AdapterIndex, paths: Collection[str]) -> dict[str, list[str]]:
-    """Return embedding -> all other modules with the same weight, for groups that include one of these modules.
+    """Return the groups of tied modules that include a given path: embedding -> all others with the same weight.
 
     The result is empty if the model's config says that embeddings are not tied.
     """
@@ -99,7 +99,7 @@ def tied_groups(index: AdapterIndex, paths: Collection[str]) -> dict[str, list[s
     for whole in shared_weights(index) if index.is_tied else ():
         if any(path in whole for path in paths):
             leader = next((p for p in whole if isinstance(table_at(index, p), nn.Embedding)), None)
-            if leader is not None:  # replicated layers share weights too
+            if leader is not None:  # None if no embedding shares the weight
                 groups[leader] = [p for p in whole if p != leader]
     return groups
 
@@ -139,13 +139,13 @@ def tie_factors(index: AdapterIndex, name: str, embeddings: Mapping[str, str]) -
 def _tied_matches(
     index: AdapterIndex, config: LoraConfig, matches: Sequence[Match], leader: str, partners: Sequence[str]
 ) -> list[Match]:
-    """Return the matches, with one for each module of a tied group; all have the embedding's rank and alpha."""
+    """Return the matches, with one for each module in a tied group, all with the embedding's rank and alpha."""
     own = next((variant for variant in variants_of(config) if variant.tensors), None)
     if own is not None:
         raise ConfigError(
             f"ensure_weight_tying ties the factors of {leader} and {partners[0]}, but {own.field} gives each module a "
-            f"separate tensor ({own.tensors[0].held_as}). Turn one of the two options off, or adapt only one module "
-            "without ensure_weight_tying.",
+            f"separate tensor ({own.tensors[0].held_as}). Turn off one of the two options, or adapt only one of the "
+            "modules, without ensure_weight_tying.",
             where=leader,
             field=own.field,
         )
@@ -172,8 +172,8 @@ def _left_alone(groups: Mapping[str, Sequence[str]], named: Collection[str]) -> 
         mine, others = [p for p in whole if p in named], [p for p in whole if p not in named]
         result = f"{others[0]} keeps the base's weight" if others else f"{' and '.join(mine)} are trained separately"
         text = (
-            f"{TIED}, but `ensure_weight_tying` is not set to True: {result}, so they are no longer tied once the "
-            "adapter is merged."
+            f"{TIED}, but `ensure_weight_tying` is not set to True: {result}, so the modules are no longer tied once "
+            "the adapter is merged."
         )
         notes.append(Note(LEFT_ALONE, text))
     return notes

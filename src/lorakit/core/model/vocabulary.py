@@ -1,8 +1,8 @@
 """Resize the embeddings of a model, and select individual rows to train (`trainable_token_indices`).
 
-An adapter that contains every new row (as trainable token rows, or in a saved copy of the whole embedding) does not
-need these rows in the base. The loader then appends rows for the adapter to fill, and compares the base without them.
-This module uses the content of an adapter's files but does not read files.
+If an adapter contains every new row (as trainable token rows, or in a saved copy of the whole embedding), the base does
+not need these rows. The loader then appends rows for the adapter to fill, and compares the base without them. This
+module works with the content of an adapter's files but does not read the files itself.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ from lorakit.targets import names_path
 
 
 def grow_vocabulary(model: nn.Module, rows: int) -> None:
-    """Append rows to the embedding and the head up to a given number; each new row is the mean of the existing rows.
+    """Extend the embedding and the head to a given number of rows; each new row is the mean of the existing rows.
 
     Args:
         model: A base without adapters, changed in place; unchanged if it has enough rows.
         rows: Number of rows after the call.
 
     Raises:
-        ModelError: The model does not name its input embedding, or has vocabulary-sized tensors besides plain tables.
+        ModelError: The model does not expose its input embedding, or has vocabulary-sized tensors other than plain
+            tables.
     """
     tables = check_growth(model, rows)
     if tables:
@@ -51,7 +52,7 @@ def grow_vocabulary(model: nn.Module, rows: int) -> None:
 
 
 def check_growth(model: nn.Module, rows: int) -> list[nn.Module]:
-    """Return the tables that `grow_vocabulary` would extend to a number of rows; the model is not changed.
+    """Return the tables that `grow_vocabulary` would extend to the given number of rows; the model is not changed.
 
     Args:
         model: A base without adapters; values are not read.
@@ -68,16 +69,16 @@ def check_growth(model: nn.Module, rows: int) -> list[nn.Module]:
     dense = all(isinstance(table, (nn.Embedding, nn.Linear)) and table.weight.is_floating_point() for table in tables)
     if not dense or _has_other_tables(index, present):
         raise ModelError(
-            f"Tokens cannot be added to this {type(model).__name__}: besides plain embeddings, it has other tensors of "
-            "the vocabulary's size, which only the model itself can resize. Call model.resize_token_embeddings, save "
-            "the model, and train with the saved one.",
+            f"Tokens cannot be added to this {type(model).__name__}: besides plain embeddings, it has tensors of the "
+            "vocabulary's size that only the model itself can resize. Call model.resize_token_embeddings, save the "
+            "model, and train on the saved model.",
             what=type(model).__name__,
         )
     return tables
 
 
 def with_trained_rows(config: LoraConfig, model: nn.Module, rows: Sequence[int]) -> LoraConfig:
-    """Return a copy of a config that trains some token embeddings, and the same rows of the head if it is not tied.
+    """Return a copy of a config that trains some token embeddings and, unless the head is tied, its rows as well.
 
     Args:
         config: The config.
@@ -85,7 +86,7 @@ def with_trained_rows(config: LoraConfig, model: nn.Module, rows: Sequence[int])
         rows: Indices of the rows.
 
     Raises:
-        ModelError: The model does not name its input embedding.
+        ModelError: The model does not expose its input embedding.
     """
     index = AdapterIndex.of(model)
     path = _named_embedding(index)
@@ -96,12 +97,12 @@ def with_trained_rows(config: LoraConfig, model: nn.Module, rows: Sequence[int])
 
 
 def initialize_rows(model: nn.Module, name: str, pieces: Mapping[int, Sequence[int]]) -> None:
-    """Set each new token's embedding to the mean over the tokens that encoded its text before. [docs/math.md (93)]
+    """Set each new token's embedding to the mean over the tokens that used to encode its text. [docs/math.md (93)]
 
     Args:
         model: An adapted model; the base does not change.
         name: The adapter.
-        pieces: Index of a trained row -> indices of the tokens that encoded its text before; other rows do not change.
+        pieces: Index of a trained row -> indices of the tokens that used to encode its text; other rows do not change.
     """
     for _, module in AdapterIndex.of(model).every(TrainableTokens):
         if module.follows or name not in module:
@@ -118,7 +119,7 @@ def _named_embedding(index: AdapterIndex) -> str:
     path = input_embedding(index)
     if path is None:
         model = type(index.model).__name__
-        raise ModelError(f"This {model} does not name its input embedding, so no token can be added.", what=model)
+        raise ModelError(f"This {model} does not expose its input embedding, so no tokens can be added.", what=model)
     return path
 
 
@@ -127,7 +128,7 @@ def token_tables(index: AdapterIndex, path: str | None) -> list[str]:
 
     Args:
         index: The model's index.
-        path: Path of the input embedding; None gives an empty list.
+        path: Path of the input embedding; if None, the result is empty.
     """
     if path is None:
         return []
@@ -137,13 +138,13 @@ def token_tables(index: AdapterIndex, path: str | None) -> list[str]:
 
 
 def _has_other_tables(index: AdapterIndex, vocabulary: int) -> bool:
-    """Return whether a buffer with two or more axes has an axis of the vocabulary's size; lorakit cannot resize it."""
+    """Return whether a buffer with two or more axes has one of the vocabulary's size, which lorakit cannot resize."""
     buffers = (buffer for module in index.everything.values() for buffer in module._buffers.values())
     return any(vocabulary in buffer.shape for buffer in buffers if buffer is not None and buffer.ndim > 1)
 
 
 def _append_rows(model: nn.Module, tables: Iterable[nn.Module], rows: int, undo: contextlib.ExitStack) -> None:
-    """Append rows to tables, each the mean of the existing ones, and update the config; `undo` restores the model."""
+    """Append copies of the mean row to tables, and update the config; `undo` restores the model."""
 
     def change(owner: nn.Module | ModelConfig, name: str, value: nn.Parameter | int) -> None:
         undo.callback(setattr, owner, name, getattr(owner, name))
@@ -180,7 +181,7 @@ def appended_rows(index: AdapterIndex, config: LoraConfig, known: Fingerprint | 
         known: The fingerprint of the base that the adapter was trained on, or None.
 
     Yields:
-        Messages about the appended rows; if there are any, the index is out of date.
+        Messages about the appended rows; unless the list is empty, the index is out of date.
     """
     present = vocabulary_of(index.model)
     path = input_embedding(index)
@@ -193,7 +194,7 @@ def appended_rows(index: AdapterIndex, config: LoraConfig, known: Fingerprint | 
         _append_rows(index.model, [table_at(index, table) for table in token_tables(index, path)], wanted, undo)
         yield [
             f"The base has {present:,} tokens, but the adapter was trained with {wanted:,}: {wanted - present:,} rows "
-            "were appended, which the adapter fills."
+            "were appended for the adapter to fill."
         ]
         undo.pop_all()
 
@@ -201,21 +202,21 @@ def appended_rows(index: AdapterIndex, config: LoraConfig, known: Fingerprint | 
 def base_mismatch_advice(known: Fingerprint | None, present: Fingerprint) -> str:
     """Return advice on loading an adapter that was trained on another base; the text contains `OVERRIDE`."""
     if known is None or known.vocabulary <= present.vocabulary or known.architecture != present.architecture:
-        return f"Load the base that it was trained on, or {OVERRIDE}."
+        return f"Load the base that the adapter was trained on, or {OVERRIDE}."
     return (
         f"New tokens were added before training, and the adapter does not contain all of their rows: call "
-        f"model.resize_token_embeddings({known.vocabulary}) as before training, and {OVERRIDE}; or train the adapter "
-        "with trainable_token_indices (or modules_to_save) for the new rows, so that it contains them."
+        f"model.resize_token_embeddings({known.vocabulary}), as was done before training, and {OVERRIDE}; or train the "
+        "adapter with trainable_token_indices (or modules_to_save) for the new rows, so that it contains them."
     )
 
 
 def without_brought_rows(
     index: AdapterIndex, config: LoraConfig, known: Fingerprint | None
 ) -> tuple[Fingerprint | None, Fingerprint]:
-    """Return two fingerprints to compare, without the values that the adapter replaces.
+    """Return the two fingerprints to compare, without the values that the adapter replaces.
 
-    A model with more tokens than the adapter's base is compared without the additional rows; if it differs even so, it
-    is compared at its current size.
+    A model with more tokens than the adapter's base is compared without the additional rows; if it still differs, it is
+    compared at its current size.
 
     Args:
         index: The base's index.
@@ -267,7 +268,7 @@ def _blanked(mark: Fingerprint, blank: Mapping[str, Collection[int]]) -> Fingerp
 
 
 def _rows_by_table(config: LoraConfig, path: str | None) -> dict[str, list[int]]:
-    """Return name of a table -> indices of the rows that an adapter contains."""
+    """Return the indices of the rows that an adapter contains, by table name."""
     asked = config.trainable_token_indices
     table = asked if isinstance(asked, Mapping) else {path or "": asked or []}
     return {name: [i for i in rows if isinstance(i, int)] for name, rows in table.items()}
@@ -278,7 +279,7 @@ def _saved(config: LoraConfig, index: AdapterIndex) -> list[str]:
 
 
 def _brings_all(index: AdapterIndex, config: LoraConfig, path: str | None, rows: range) -> bool:
-    """Return whether tables can be resized and an adapter has these rows of each, directly or through a tied one."""
+    """Return whether tables can be resized and an adapter has the given rows of each, directly or through a tie."""
     if path is None or index.state is not None or _has_other_tables(index, rows.start):
         return False
     named, saved = _rows_by_table(config, path), set(_saved(config, index))
@@ -293,7 +294,7 @@ def _brings_all(index: AdapterIndex, config: LoraConfig, path: str | None, rows:
 
 
 USUAL_NAME = "embed_tokens"
-"""Name of the table to which a list of indices refers if the model does not name its input embedding."""
+"""Name of the table that a plain list of indices refers to if the model does not expose its input embedding."""
 
 
 def chosen_rows(
@@ -304,11 +305,11 @@ def chosen_rows(
     Args:
         index: The model's index.
         config: The config.
-        sites: Paths of the modules that have factors of the same adapter.
+        sites: Paths of the modules for which the adapter has factors.
         saved: Paths of the adapter's saved modules.
 
     Returns:
-        One entry per table; tied tables with the same rows share one.
+        One entry per table; tied tables with the same rows share an entry.
 
     Raises:
         TargetError: A name matches no table, or the table is adapted in another way.
@@ -329,13 +330,13 @@ def chosen_rows(
 
 
 def sharers(index: AdapterIndex, path: str) -> list[str]:
-    """Return the paths of the other base modules that share the weight parameter of a module."""
+    """Return the paths of the other base modules that share a module's weight parameter."""
     whole = next((group for group in shared_weights(index) if path in group), [])
     return [other for other in whole if other != path]
 
 
 def shared_weights(index: AdapterIndex) -> list[list[str]]:
-    """Return groups of base modules that share a weight parameter, each as a list of paths in the model's order.
+    """Return groups of base modules that share a weight parameter, each as a list of paths in model order.
 
     Replicated layers (`layer_replication`) are left out: they share all parameters and are adapted separately.
     """
@@ -348,14 +349,14 @@ def shared_weights(index: AdapterIndex) -> list[list[str]]:
 
 
 def input_embedding(index: AdapterIndex) -> str | None:
-    """Return the path of the model's input embedding in the plain base; None if the model does not name one."""
+    """Return the path of the model's input embedding in the plain base, or None if the model does not expose one."""
     module = embedding_of(index.model)
     found = (path for path, here in index.modules.items() if module in (here, table_at(index, path)))
     return None if module is None else next(found, None)
 
 
 def table_at(index: AdapterIndex, path: str) -> nn.Module:
-    """Return the base's module at a path, without adapters."""
+    """Return the base module at a path, without adapters."""
     module = index.modules[path]
     return module.original_module if isinstance(module, ModulesToSave) else index.base(path)
 
@@ -397,7 +398,7 @@ def _checked(index: AdapterIndex, path: str, indices: Sequence[int]) -> tuple[in
     whole = all(isinstance(i, int) and not isinstance(i, bool) for i in numbers)
     if not numbers or not whole or len(set(numbers)) < len(numbers):
         raise ConfigError(
-            f"trainable_token_indices of {path} is {numbers[:8]!r}; expected one or more different integers.",
+            f"trainable_token_indices of {path} is {numbers[:8]!r}; expected one or more distinct integers.",
             what=numbers[:8],
             where=path,
             field="trainable_token_indices",
@@ -415,7 +416,7 @@ def _checked(index: AdapterIndex, path: str, indices: Sequence[int]) -> tuple[in
 
 
 def _groups(named: Mapping[str, tuple[int, ...]], index: AdapterIndex, config: LoraConfig) -> list[ChosenRows]:
-    """Return one entry per table; tied tables that are named with the same rows, or not named, share an entry."""
+    """Return one entry per table; tied tables share an entry if they are named with the same rows or not named."""
     groups: list[ChosenRows] = []
     followers: set[str] = set()
     embeddings_first = sorted(named, key=lambda path: not isinstance(table_at(index, path), nn.Embedding))
@@ -451,15 +452,15 @@ def _check_free(path: str, index: AdapterIndex, sites: Collection[str], saved: C
     module = index.modules[path]
     if path in sites or (module is not table_at(index, path) and not isinstance(module, TrainableTokens)):
         raise TargetError(
-            f"trainable_token_indices cannot be applied to {path}: an adapter has factors or a copy there. Remove it "
-            "from target_modules or modules_to_save, or load a separate model for each adapter.",
+            f"trainable_token_indices cannot be applied to {path}: an adapter has factors or a saved copy there. "
+            "Remove the module from target_modules or modules_to_save, or load a separate model for each adapter.",
             where=path,
             field="trainable_token_indices",
         )
 
 
 def _check_same_ties(group: ChosenRows, index: AdapterIndex) -> None:
-    """Check that tables are tied as in the adapters that are already on the model."""
+    """Check that tables are tied in the same way as in adapters that are already on the model."""
     leader = index.modules[group.path]
     wrong = [group.path] if isinstance(leader, TrainableTokens) and leader.follows else []
     for path in group.tied:
