@@ -3,7 +3,7 @@
     python benchmarks/bench_job.py [--steps 60] [--dropout 0.05] [--rounds 1]
 
 SmolLM2-135M, bf16, r 16 on all linear layers. Prompts and completions are cut from Python's language reference, with
-skewed lengths (log-normal), 30% of the tokens with loss. Both sides start a new process, import, load, encode the same
+skewed lengths (log-normal), 30% of the tokens labeled. Both sides start a new process, import, load, encode the same
 files, take the same number of steps of 4 rows at the same constant rate, evaluate before and after on the same rows and
 save the adapter: `lorakit train`, and transformers' Trainer with peft, padding each batch to its longest row, with
 fused AdamW (its default). The wall time of the whole process counts. Both sides run with the default allocator and with

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_longest.py [--gib 2] [--checkpointing] [--dropout 0]
 
-SmolLM2-135M's geometry with random weights, bf16, r 16 on all linear layers, one sequence, all tokens with loss. A
+SmolLM2-135M's geometry with random weights, bf16, r 16 on all linear layers, one sequence, all tokens labeled. A
 trial is a short step, which creates the optimizer state, and one of that length, in a new process; it fits if the peak
 resident size exceeds that with the weights by no more than the limit. Memory grows about linearly with the tokens, so
 each trial's length is predicted from earlier ones; the search ends when the longest that fits and the shortest that

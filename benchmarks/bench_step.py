@@ -4,7 +4,7 @@
     python benchmarks/bench_step.py --model "smollm2, q and v" --dtype float32
     python benchmarks/bench_step.py --ablate --trained 0.3     only the last tokens of each row have a loss
 
-SmolLM2-135M's geometry with random weights, bf16, r 16 on all linear layers, 4 rows of 256 tokens, all with loss. Each
+SmolLM2-135M's geometry with random weights, bf16, r 16 on all linear layers, 4 rows of 256 tokens, all labeled. Each
 side has a new process in every round, and the processes take one step each in turn, so that other load on the machine
 affects all sides alike. Both sides run with the C library's default allocator ("stock") and with one that keeps large
 freed blocks ("tuned"). Sides: the GEMM baseline (matmuls with the base's weights: forward, input gradient, head, in the
@@ -86,7 +86,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--trained", type=float, default=1.0, help="fraction of the tokens with loss")
+    parser.add_argument("--trained", type=float, default=1.0, help="fraction of the tokens labeled")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, for quick trials")
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.05])
     parser.add_argument("--base-dropout", type=float, default=0.0, help="dropout of GPT-2 itself; 0.1 as published")

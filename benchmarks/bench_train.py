@@ -2,7 +2,7 @@
 
     python benchmarks/bench_train.py [--steps 4] [--rounds 2] [--dropout 0 0.05]
 
-SmolLM2-135M, bf16 base, fp32 adapters and optimizer, r 16 on all linear layers, 4 rows of 256 tokens, all with loss.
+SmolLM2-135M, bf16 base, fp32 adapters and optimizer, r 16 on all linear layers, 4 rows of 256 tokens, all labeled.
 Three sides, interleaved in each round, each in a new process, on the same windows of the same text in the same order:
 `lorakit train` (the command's own run, seconds from its metrics.jsonl), peft with the model's own loss and fused AdamW,
 and lorakit.core in that same plain loop. The loops run with the C library's default allocator, the command with its

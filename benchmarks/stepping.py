@@ -80,7 +80,7 @@ class Job:
         checkpointing: Whether to recompute each layer in the backward.
         layers: Fewer layers than the model has, for quick trials.
         device: Device of weights and steps.
-        trained: Fraction of the tokens with loss, the last ones of each sequence.
+        trained: Fraction of the tokens labeled, the last ones of each sequence.
         rank: Rank of the adapters, if not the model's default.
         idle: Additional adapters on "lorakit"'s model that are not trained.
     """
@@ -173,7 +173,7 @@ def token_ids(model: Any, job: Job, number: int, length: int | None = None) -> A
 
 
 def labels_of(ids: Any, job: Job) -> Any:
-    """Return the ids (rows, length) with -100 for tokens without loss."""
+    """Return the ids (rows, length) with -100 for unlabeled tokens."""
     labels = ids.clone()
     labels[:, : ids.shape[1] - round(job.trained * ids.shape[1])] = -100
     return labels

@@ -144,7 +144,7 @@ class Trained:
 def train(
     model: Any, parameters: list[Any], sequences: list[Sequence], *, rows: int, epochs: int, rate: float, limit: int = 0
 ) -> Trained:
-    """Train with AdamW, a short warm-up and a cosine schedule; the loss is the mean over the tokens with loss."""
+    """Train with AdamW, a short warm-up and a cosine schedule; the loss is the mean over the labeled tokens."""
     loader = Loader(sequences, rows, seed=0, epochs=epochs)
     steps = limit or epochs * loader.batches_per_epoch
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
@@ -164,7 +164,7 @@ def train(
 
 
 def perplexity(model: Any, sequences: list[Sequence], tokenizer: Any) -> float:
-    """Return the exponential of the mean loss over all tokens with loss, without dropout."""
+    """Return the exponential of the mean loss over all labeled tokens, without dropout."""
     found = evaluate(model, Loader(sequences, 4, 0, shuffle=False, epochs=1, pad_id=padding_id(tokenizer)), "cpu")
     assert found is not None
     return found.perplexity
