@@ -5,7 +5,7 @@ memory.
     [--table-only]
 
 Geometries of Llama-3.2-1B and Llama-3.1-8B with random bf16 weights, r 16 on all linear layers, 4 rows of 2048 tokens,
-all with loss. Sides, each on a new model, interleaved in one process with nothing else on the device: the GEMM baseline
+all labeled. Sides, each on a new model, interleaved in one process with nothing else on the device: the GEMM baseline
 (matmuls with the base's weights: forward, input gradient, head); lorakit's and transformers' forward and backward
 without an adapter; `lorakit train`'s step; peft with the model's loss and fused AdamW: default, with adapters in the
 base's dtype, under bf16 autocast. With Llama-3.1-8B the step is also measured with gradient checkpointing on both
