@@ -34,6 +34,7 @@ CASES = [
     ("eval --model smollm2 --data notes.md --device gpu", "device is 'gpu'; it must be auto, cpu"),
     ("eval --model smollm2 --data notes.md --quantization q4", "quantization is 'q4'"),
     ("generate --model smollm2 --prompt x --adapter no", "no: adapter directory not found"),
+    ("generate --model smollm2 --prompt x --adapter empty", "empty: no adapter_config.json, so this is not an adapter"),
     ("generate --model smollm2 --prompt x --temperature -1", "temperature is -1.0"),
     ("generate --model smollm2 --prompt x --top-p 0", "top_p is 0.0"),
     ("generate --model smollm2 --prompt x --max-new-tokens 0", "max_new_tokens is 0"),
@@ -72,6 +73,7 @@ def test_wrong_arguments_load_no_torch_and_print_nothing_else(tmp_path: Path) ->
 
     (tmp_path / "notes.md").write_text("a note", encoding="utf-8")
     (tmp_path / "missin.md").write_text("a note", encoding="utf-8")
+    (tmp_path / "empty").mkdir()
     (tmp_path / "run" / "adapter").mkdir(parents=True)
     (tmp_path / "run" / "run.json").write_text("{}", encoding="utf-8")
     (tmp_path / "run" / "adapter" / "adapter_config.json").write_text("{}", encoding="utf-8")

@@ -100,12 +100,14 @@ def check_prefix(
     """Check that every row can use a prefix.
 
     Raises:
-        UsageError: A prompt does not start with the prefix, or an adapter is active within it.
+        UsageError: A prompt does not start with the prefix, has no token after it, or an adapter is active within it.
     """
     size = len(prefix.tokens)
     for row, (prompt, names) in enumerate(zip(prompts, adapters, strict=True)):
-        if tuple(prompt[:size]) != prefix.tokens or len(prompt) <= size:
+        if tuple(prompt[:size]) != prefix.tokens:
             raise UsageError(f"prompt {row + 1} of {len(prompts)} does not start with the prefix of {size} tokens.")
+        if len(prompt) == size:
+            raise UsageError(f"prompt {row + 1} of {len(prompts)} ends with the prefix; add at least one token to it.")
         for name in names:
             if _begin(model, prompt, name) < size:
                 raise UsageError(

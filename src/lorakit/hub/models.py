@@ -30,6 +30,7 @@ from lorakit.hub.quantizing import (
 from lorakit.hub.quiet import quiet_transformers
 from lorakit.hub.sources import ModelSource, call_loader, require, resolve
 from lorakit.plan.quantized import Quantization
+from lorakit.tables import format_count
 
 if TYPE_CHECKING:
     import torch
@@ -141,8 +142,8 @@ def _check_report(source: ModelSource, report: dict[str, Any], task: str) -> Non
     missing = sorted(str(name) for name in report.get("missing_keys", ()))
     if missing and task != "classification":
         raise source.error(
-            f"{len(missing)} weights of the model are missing from the files, such as {missing[0]}, and would be "
-            f"initialized randomly. Check that this is a model for the task '{task}'."
+            f"The files lack {format_count(len(missing), 'weight')} of the model, such as {missing[0]}; transformers "
+            f"would initialize them randomly. Check that this is a model for the task '{task}'."
         )
 
 

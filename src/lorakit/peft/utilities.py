@@ -494,6 +494,8 @@ def quantization_extra_repr(module: nn.Module) -> str:
 def resolve_quantization_backend(module: nn.Module, **_: Ignored) -> QuantizationBackend | None:
     """Return the quantization backend of a module, or None if its weight is not quantized."""
     kinds = {"Linear4bit": Bnb4bitBackend, "Linear8bitLt": Bnb8bitBackend, "HQQLinear": HqqBackend}
+    if type(module._parameters.get("weight")).__module__.startswith("torchao."):
+        return TorchaoBackend()
     kind = kinds.get(type(module).__name__)
     return kind() if kind else None
 

@@ -21,6 +21,7 @@ from lorakit.config import LoraConfig
 from lorakit.core.model.fingerprint import vocabulary_of
 from lorakit.core.model.vocabulary import check_growth, with_trained_rows
 from lorakit.errors import ConfigError, DataError, NotYetSupported, UsageError
+from lorakit.tables import format_count
 from lorakit.targets import unfitting_keys
 from lorakit.train.defaults import DEFAULTS
 from lorakit.train.progress import Progress
@@ -171,7 +172,7 @@ def pick_device(word: str) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        found = f"{count} CUDA devices" if device.index >= count else ""
+        found = format_count(count, "CUDA device") if device.index >= count else ""
     elif device.type == "mps" and not torch.backends.mps.is_available():
         found = "no MPS device"
     if found:

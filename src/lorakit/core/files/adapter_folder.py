@@ -349,7 +349,7 @@ def _valid_values(folder: Path) -> tuple[JsonObject | None, bool]:
 def _mixed(
     folder: Path, found: Mapping[str, str], after: Mapping[str, str], before: Mapping[str, str]
 ) -> AdapterFileError:
-    which = {name: "missing" if name not in found else "neither" for name in after}
+    which = {name: "missing" if name not in found else "another one" for name in after}
     which |= {name: "the old one" for name in before if found.get(name) == before[name]}
     which |= {name: "the new one" for name in after if found.get(name) == after[name]}
     shown = ", ".join(f"{name} is {one}" for name, one in sorted(which.items()))
