@@ -134,10 +134,10 @@ def _flags_and_devices(modules: Iterable[AdapterModule]) -> tuple[dict[str, bool
     """Return whether each adapter's parameters are trainable, and the device types of each adapter's parameters."""
     held: dict[str, list[nn.Parameter]] = defaultdict(list)
     for module in modules:
-        table = module.token_adapter if isinstance(module, TrainableTokens) else None  # a tied module has no rows
+        table = module.token_adapter if isinstance(module, TrainableTokens) else None  # no rows if tied
         for adapter in module.available_adapters():
             found = module.parameters_of(adapter) if table is None else [table.trainable_tokens_delta[adapter]]
-            for parameter in found:  # none in a tied layer, or in a copy without parameters
+            for parameter in found:  # a tied layer or a copy without parameters has none
                 held[adapter].append(parameter)
     flags = {adapter: _common(parameter.requires_grad for parameter in found) for adapter, found in held.items()}
     return flags, {adapter: sorted({one.device.type for one in found}) for adapter, found in held.items()}

@@ -1,7 +1,7 @@
 """Functions that combine and convert adapters, with PEFT's names and signatures.
 
-With rsLoRA, rank or alpha patterns, or DoRA, `lorakit.core` still combines adapters exactly, whereas PEFT's results are
-too strong, cannot be loaded again, or lack the magnitudes.
+`lorakit.core` combines adapters exactly even if they use rsLoRA, rank or alpha patterns, or DoRA. In these cases,
+PEFT's results are scaled too strongly, cannot be reloaded, or lack the magnitudes.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def add_weighted_adapter(
 ) -> None:
     """Combine adapters into a new adapter, which is frozen and inactive.
 
-    As in PEFT, a single adapter is scaled by its weight for every combination type, and options that a type does not
-    use are ignored. If the new name already exists, nothing is combined; PEFT returns silently, but lorakit warns.
+    As in PEFT, a single adapter is scaled by its weight whatever the combination type, and options that the type does
+    not use are ignored. If the new name already exists, nothing is combined; PEFT returns silently, but lorakit warns.
 
     Args:
         model: The `LoraModel` around the adapted model, or the model itself.
@@ -60,7 +60,7 @@ def add_weighted_adapter(
 
     Raises:
         AdapterError: An adapter does not exist, or the adapters cannot be combined.
-        ConfigError: The combination type does not exist, lacks an option, or cannot combine these ranks.
+        ConfigError: The combination type does not exist, lacks an option, or cannot combine adapters of these ranks.
     """
     model = user_model(model)
     configs = configs_of(model)
@@ -98,7 +98,7 @@ def reduce_intruder_dimension(
 
     Args:
         peft_model: A `PeftModel`.
-        old_adapter_name: The original adapter, which is kept.
+        old_adapter_name: Name of the original adapter, which is kept.
         new_adapter_name: Name of the new adapter.
         top_k: Number of strongest directions to compare.
         threshold_epsilon: Upper bound on an intruder's cosine similarity to every direction of the base.
@@ -138,7 +138,7 @@ def convert_to_lora(
     Args:
         model: A `PeftModel`, or an unwrapped model with adapters.
         rank: Rank (int), or fraction of each site's energy to keep, in (0, 1] (float).
-        adapter_name: The adapter.
+        adapter_name: Name of the adapter.
         progressbar: Ignored; no progress is shown.
         compile_kwargs: Ignored; nothing is compiled.
 
@@ -167,7 +167,7 @@ def save_as_lora(
     """Convert an adapter with `convert_to_lora` and save it.
 
     Args:
-        path: The directory; an existing adapter in it is replaced.
+        path: Directory to write to; an adapter that it already contains is replaced.
         model: As for `convert_to_lora`.
         rank: As for `convert_to_lora`.
         adapter_name: As for `convert_to_lora`.
