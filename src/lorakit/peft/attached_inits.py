@@ -71,7 +71,7 @@ def prepare_layer_inputs_fn_language_modeling(layer_input: LayerInput, model_inp
     """Return a site's input at the selected positions.
 
     Args:
-        layer_input: Input of the site, (rows, length, in), or a tuple that begins with it.
+        layer_input: Input of the site, (rows, length, in), or a tuple whose first element is this input.
         model_input: Result of `prepare_model_inputs_fn_language_modeling`, (positions, 2).
         layer_name: Name of the site, for use in messages.
 

@@ -114,10 +114,11 @@ class CordaEigens:
 def for_attaching(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, core.Statistics | None]:
     """Return the config and statistics for `core.attach`, and remove results that preprocessing stored on the model.
 
-    With "eva", the adapter is attached as if the init were True; `initialize_lora_eva_weights` initializes it later.
+    With "eva", the adapter is attached as if init_lora_weights were True; `initialize_lora_eva_weights` then
+    reinitializes the adapter.
 
     Args:
-        model: The base.
+        model: The base model.
         config: The user's config.
 
     Returns:
@@ -244,7 +245,7 @@ def _inputs(covariance: Tensor) -> InputStatistics:
 def _covariances(
     sites: DataSites, settings: CordaConfig, run_model: Callable[[], Any] | None, model: nn.Module
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Return each module's Σ x·xᵀ over the rows of a call, (in, in), averaged over calls, and the number of calls."""
+    """Return Σ x·xᵀ over a call's rows, (in, in), averaged over calls, and the number of calls, for each module."""
     if run_model is None:
         text = "run_model must be specified when covariance file and cache file aren't built."
         raise ConfigError(text, field="run_model")

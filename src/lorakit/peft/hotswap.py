@@ -39,7 +39,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
         config1: Config of the new adapter.
 
     Raises:
-        ConfigError: A field that must be the same differs.
+        ConfigError: The configs differ in a field that must be the same.
     """
     if config0.peft_type != config1.peft_type:
         text = f"Incompatible PEFT types found: {config0.peft_type} and {config1.peft_type}"
@@ -58,7 +58,7 @@ def hotswap_adapter(
     Args:
         model: A wrapped model, possibly compiled.
         model_name_or_path: A directory or a Hub id.
-        adapter_name: The adapter to replace; its name is kept.
+        adapter_name: Name of the adapter to replace, which is kept.
         torch_device: Ignored; the new values are placed on the device of the existing ones.
         kwargs: `subfolder`, `revision`; PEFT's other options have no effect.
 
@@ -87,7 +87,7 @@ def hotswap_adapter_from_state_dict(
     config: LoraConfig,
     parameter_prefix: str = "lora_",
 ) -> None:
-    """Replace an adapter's tensors; missing tensors are treated as zero. If an error occurs, the model is unchanged.
+    """Replace an adapter's tensors; missing tensors are treated as zero. An error leaves the model unchanged.
 
     Args:
         model: A model with adapters, possibly compiled.

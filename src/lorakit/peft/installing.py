@@ -83,7 +83,7 @@ class _Finder(importlib.metadata.DistributionFinder, importlib.abc.MetaPathFinde
 
 
 class _Loader(importlib.abc.Loader):
-    """Loader for a module of `lorakit.peft`; it returns the same object as importing the module by its own name."""
+    """Loader that returns an existing module of `lorakit.peft` instead of creating a new one."""
 
     def __init__(self, own: str) -> None:
         self._own = own
@@ -96,7 +96,7 @@ class _Loader(importlib.abc.Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Restore the module's own spec, which the import system has just replaced; its code has already run."""
+        """Restore the module's own spec, which the import system has just replaced, without rerunning the module."""
         module.__spec__ = self._spec
 
 

@@ -86,7 +86,7 @@ class PeftLayerMethods:
 
         Args:
             layer: An adapted layer.
-            word: One of `names`.
+            word: Name of the attribute or method; one of `names`.
         """
         assert isinstance(layer, LoraLayer)  # only adapted layers call this
         if word in VALUES:

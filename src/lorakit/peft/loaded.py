@@ -135,7 +135,7 @@ def load_by_names(
 def warn_of_problems(
     model: PeftModel, files: AdapterFiles, allow: Collection[str], *, may_be_zero: bool = False
 ) -> None:
-    """Warn if an adapter was trained on a different base or has implausible values.
+    """Warn if an adapter was trained on a different base model or has implausible values.
 
     Args:
         model: The wrapper.
@@ -144,7 +144,7 @@ def warn_of_problems(
         may_be_zero: Whether to accept an adapter that has no effect, such as one that has not been trained yet.
 
     Raises:
-        BaseMismatchError: The adapter was trained on a different base, and `allow` does not contain "base_mismatch".
+        BaseMismatchError: The adapter was trained on a different base, but `allow` does not contain "base_mismatch".
         AdapterFileError: A tensor contains NaN or infinite values.
     """
     of_base = check_base(model.get_base_model(), files, allow)[1]

@@ -37,7 +37,7 @@ def get_peft_model(
         adapter_name: Name of the new adapter.
         mixed: Whether to wrap the model in a `PeftMixedModel`, which can have several active adapters.
         autocast_adapter_dtype: If false, the factors are cast to the dtype of their base weight.
-        revision: Revision of the base to record in the adapter's config.
+        revision: Revision of the base model to record in the adapter's config.
         low_cpu_mem_usage: Ignored; factors are created on their site's device.
 
     Returns:
@@ -66,7 +66,7 @@ def get_peft_model(
 
 
 def _make_room(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
-    """Warn if a model already has adapters, and remove the one named `adapter_name`, left by a rerun notebook cell."""
+    """Warn if the model already has adapters, and remove an existing adapter of the same name."""
     user = model_adapters.user_model(model)
     there = model_adapters.configs_of(user)
     if there:
@@ -77,7 +77,7 @@ def _make_room(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
         )
     if adapter_name in there:
         candidates = AdapterIndex.of(user).candidates
-        resolve(candidates, with_targets(config, user), allow_partial=True)  # may raise, so check this first
+        resolve(candidates, with_targets(config, user), allow_partial=True)  # may raise, so check before removing
         core.detach(user, adapter_name)
 
 

@@ -222,7 +222,7 @@ def messages_of_missing(config: LoraConfig, report: AttachReport) -> list[str]:
 
 
 def messages_of_own_biases(model: nn.Module, adapter: str) -> list[str]:
-    """Return PEFT's warnings about layers where B has a bias but the base has no bias to merge it into.
+    """Return PEFT's warnings about layers where B's bias cannot be merged because the base layer has no bias.
 
     Args:
         model: A model with adapters.
@@ -246,7 +246,7 @@ def config_for_keys(model: nn.Module, config: LoraConfig, keys: Iterable[str]) -
     """Return a config that targets exactly the modules named in a state dict, and warn if the targets change.
 
     Args:
-        model: The base.
+        model: The base model.
         config: The config that came with the tensors.
         keys: Tensor names, such as "layers.0.q_proj.lora_A.weight".
 
@@ -321,7 +321,7 @@ def check_together(modules: Iterable[AdapterModule], names: Sequence[str]) -> No
 
     Args:
         modules: The adapted modules of a model.
-        names: The adapters to activate together.
+        names: Names of the adapters to activate together.
 
     Raises:
         ConfigError: Two of the adapters save the same module or train the same token.
@@ -344,7 +344,7 @@ def warn_of_ties(model: nn.Module, names: Sequence[str]) -> tuple[bool, bool]:
 
     Args:
         model: An adapted model.
-        names: The adapters to merge.
+        names: Names of the adapters to merge.
 
     Returns:
         Whether any weight must be untied, and whether `tie_word_embeddings` must become False as a result.

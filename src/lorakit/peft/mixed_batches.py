@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
 
 Offsets = Sequence[int | None]
-"""Distance from each row's invocation tokens to the end of the row; None if the row does not invoke its adapter."""
+"""Number of tokens from each row's invocation to the row's end; None if the row does not invoke its adapter."""
 
 BASE_NAME = "__base__"
 """Entry in `adapter_names` for a row that uses the base model alone."""
@@ -74,7 +74,7 @@ def calculate_alora_offsets(
     input_ids: Tensor | None,
     adapter_names: Sequence[str] | None = None,
 ) -> list[int | None]:
-    """Return the number of tokens from each row's last invocation to the row's end, or None without an invocation.
+    """Return the number of tokens from each row's last invocation to the row's end; None for rows without one.
 
     Args:
         peft_config: Adapter -> config.

@@ -1,4 +1,4 @@
-"""`PeftModel`, the wrapper class that libraries built on PEFT use; the given model is adapted in place.
+"""`PeftModel`, PEFT's wrapper class, which adapts the given model in place.
 
 Options that only affect PEFT's memory use or device placement have no effect in lorakit. An unsupported option raises
 an error if it would change the result; an unknown option causes a warning.
@@ -28,7 +28,7 @@ from lorakit.peft.tuner import LoraModel, OverModel
 from lorakit.peft.utilities import checkpoints, take_gradients_at_the_input
 
 WITHOUT_EFFECT = (
-    *("low_cpu_mem_usage", "ephemeral_gpu_offload"),  # factors are created only once; inits do not move them
+    *("low_cpu_mem_usage", "ephemeral_gpu_offload"),  # factors are created once, on their final device
     *("torch_device", "device_map", "max_memory", "offload_folder", "offload_dir"),  # factors use their site's device
     *("torch_dtype", "dtype"),  # factors are fp32 or wider, regardless of the base's dtype
     *("token", "use_auth_token", "cache_dir", "proxies"),  # the Hub client reads HF_TOKEN, HF_HOME and HTTPS_PROXY
@@ -352,7 +352,7 @@ class PeftModel(OverModel):
             The model's output.
 
         Raises:
-            ConfigError: `adapter_names` contains an unknown adapter or is given in training mode.
+            ConfigError: `adapter_names` contains an unknown adapter or is given while the model is in training mode.
             RouteError: The number of names differs from the batch size, or a module does not support mixed batches.
         """
         with options_of_call(self, adapter_names, args, kwargs):
@@ -370,7 +370,7 @@ class PeftModel(OverModel):
             The output of `generate`.
 
         Raises:
-            ConfigError: `adapter_names` contains an unknown adapter or is given in training mode.
+            ConfigError: `adapter_names` contains an unknown adapter or is given while the model is in training mode.
             RouteError: The number of names differs from the batch size, or a module does not support mixed batches.
         """
         with options_of_call(self, adapter_names, args, kwargs, generates=True):
@@ -387,7 +387,7 @@ class PeftModel(OverModel):
         return next(self.parameters()).device
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return the numbers of trainable parameters and of all parameters, both including those of adapters."""
+        """Return the number of trainable parameters and the total number of parameters; both include adapters."""
         return model_adapters.count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
@@ -443,8 +443,7 @@ _WANTED_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict", "
 
 
 def _forward_of(columns: str) -> Callable[..., Any]:
-    """Create a `forward` that takes token ids, a mask, the given columns and PEFT's options as positional or keyword
-    arguments.
+    """Create a `forward` whose parameters are token ids, a mask, the given columns and PEFT's options.
 
     Arguments that are None are not passed to the model, since not every model accepts all of them.
     """

@@ -69,7 +69,7 @@ def check_exist(
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return the numbers of trainable parameters and of all parameters, both including those of adapters."""
+    """Return the number of trainable parameters and the total number of parameters; both include adapters."""
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
 

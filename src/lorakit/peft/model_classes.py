@@ -1,8 +1,8 @@
 """The table of wrapper classes by task, the `AutoPeftModel` classes, and `PeftMixedModel`.
 
-The wrapper for each task declares the signature of its `forward`, from which programs determine the dataset columns to
-keep. An `AutoPeftModel` class loads an adapter and the base that its config names. A `PeftMixedModel` can have several
-active adapters; in lorakit, all of them are LoRA adapters.
+Each task's wrapper declares its own `forward` signature, which programs inspect to determine the dataset columns to
+keep. An `AutoPeftModel` class loads an adapter and the base model named in the adapter's config. A `PeftMixedModel` can
+have several active adapters; in lorakit, all of them are LoRA adapters.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _BaseAutoPeftModel:
         import_allowlist: Collection[str] | None = None,
         **kwargs: Value,
     ) -> PeftModel:
-        """Load the base that an adapter's config names, and then the adapter itself.
+        """Load the base model named in an adapter's config, and then the adapter itself.
 
         Args:
             pretrained_model_name_or_path: Directory or Hub id of the adapter.
@@ -61,7 +61,7 @@ class _BaseAutoPeftModel:
             config: As for `PeftModel.from_pretrained`.
             revision: Revision of the adapter.
             import_allowlist: Packages from which the base's class may be imported.
-            kwargs: `subfolder` of the adapter, and options for loading the base.
+            kwargs: `subfolder` of the adapter, and options for loading the base model.
 
         Returns:
             The wrapper for the adapter's task.
@@ -163,7 +163,7 @@ class AutoPeftModelForQuestionAnswering(_BaseAutoPeftModel):
 
 
 class AutoPeftModelForFeatureExtraction(_BaseAutoPeftModel):
-    """Loader for models that are used for their hidden states."""
+    """Loader for models whose hidden states are used as features."""
 
     task = TaskType.FEATURE_EXTRACTION
 

@@ -71,7 +71,7 @@ class LoraFAOptimizer(LoraFA):
     """AdamW with a corrected gradient for B; accepts PEFT's groups with `params`, `names` and `scaling_factors`.
 
     Unlike PEFT's optimizer, this class pairs A and B by adapter and site, so that several adapters, magnitudes and
-    biases are updated correctly. It computes in fp32 and keys its state by tensor, so that state can be saved and loaded.
+    biases are updated correctly. It computes in fp32. State is keyed by tensor, so it can be saved and loaded.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ def create_lorafa_optimizer(
         lora_alpha: Alpha, likewise used only for `scaling_factor`.
         lr: Learning rate.
         weight_decay: As for AdamW.
-        use_rslora: Deprecated; must be None or the value from the active adapters' configs.
+        use_rslora: Deprecated; must be None or equal the value in the active adapters' configs.
 
     Returns:
         The optimizer.

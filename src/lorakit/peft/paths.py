@@ -291,7 +291,7 @@ def register() -> None:
         sys.modules[PACKAGE].__path__.append(__file__)
     for path in PATHS:
         spec = loader.find_spec(f"{PACKAGE}.{path}")
-        if spec is not None and spec.name not in sys.modules:  # reloading `lorakit.peft` keeps the modules
+        if spec is not None and spec.name not in sys.modules:  # reloading `lorakit.peft` keeps them
             parent, _, child = spec.name.rpartition(".")
             sys.modules[spec.name] = loader.create_module(spec)
             setattr(sys.modules[parent], child, sys.modules[spec.name])

@@ -38,7 +38,7 @@ class PeftWarning(UserWarning):
 
 
 class PartialTargetsWarning(PeftWarning, RuntimeWarning):
-    """A config entry matches nothing. Such warnings in PEFT have one of the two base classes; this class has both."""
+    """Warning about a config entry that matches nothing; PEFT issues such warnings under either base class."""
 
 
 def _refusing(name: str) -> Callable[..., NoReturn]:

@@ -133,7 +133,7 @@ def tensors_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, Tenso
 
 
 def flat_factors(model: nn.Module, adapter: str, given: Mapping[str, Tensor] | None = None) -> list[str]:
-    """Return the names of those A and B tensors that have fewer than two dimensions, such as ungathered shards.
+    """Return the names of A and B tensors that have fewer than two dimensions, as ungathered shards do.
 
     Args:
         model: A wrapped model, or an unwrapped model with adapters.
@@ -188,7 +188,7 @@ def set_peft_model_state_dict(
 
     Args:
         model: A wrapped model, or an unwrapped model with adapters.
-        peft_model_state_dict: Name on disk, with or without the prefix of a wrapped model -> tensor (…).
+        peft_model_state_dict: Name on disk (with or without the prefix of a wrapped model) -> tensor (…).
         adapter_name: Name of the adapter.
         ignore_mismatched_sizes: Whether to warn about tensors of a different shape and skip them.
         low_cpu_mem_usage: Ignored; factors are already on their device.
@@ -275,7 +275,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def set_base_model_state_dict(
     model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
 ) -> IncompatibleKeys:
-    """Copy tensors into the base model; names are those in the model without adapters.
+    """Copy tensors, keyed by their names in the model without adapters, into the base model.
 
     Args:
         model: A wrapped model, or an unwrapped model with adapters.

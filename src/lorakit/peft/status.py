@@ -134,7 +134,7 @@ def _flags_and_devices(modules: Iterable[AdapterModule]) -> tuple[dict[str, bool
     """Return whether each adapter's parameters are trainable, and the device types of each adapter's parameters."""
     held: dict[str, list[nn.Parameter]] = defaultdict(list)
     for module in modules:
-        table = module.token_adapter if isinstance(module, TrainableTokens) else None  # no rows if tied
+        table = module.token_adapter if isinstance(module, TrainableTokens) else None  # a tied module has no rows
         for adapter in module.available_adapters():
             found = module.parameters_of(adapter) if table is None else [table.trainable_tokens_delta[adapter]]
             for parameter in found:  # a tied layer or a copy without parameters has none

@@ -83,7 +83,7 @@ def delete_adapter(
 
     Args:
         model: A model with adapters.
-        adapter_name: The adapter; if it does not exist, nothing happens, as in PEFT.
+        adapter_name: Name of the adapter; if the adapter does not exist, nothing happens, as in PEFT.
         prefix: Ignored, since LoRA is lorakit's only method.
         layer_cls: Ignored; in lorakit, all adapted layers have the same class.
 
@@ -97,7 +97,7 @@ def delete_adapter(
     if adapter_name in model_adapters.configs_of(model):
         tuner.delete_adapter(adapter_name)
         if not model_adapters.configs_of(model):
-            setattr(model, CONFIGS, {})  # kept but empty, as in PEFT: transformers reads and then removes it
+            setattr(model, CONFIGS, {})  # as in PEFT, since transformers reads this attribute and then removes it
     return tuner.active_adapters or None
 
 
@@ -270,7 +270,7 @@ class BaseTuner(OverModel):
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
-        """Return the model's config as a dictionary, or {"model_type": "custom"} if it has none."""
+        """Return the model's config as a dictionary, or {"model_type": "custom"} if the model has none."""
         config = getattr(model, "config", None)
         as_table = getattr(config, "to_dict", None)
         table = as_table() if callable(as_table) else config
@@ -336,7 +336,7 @@ class BaseTuner(OverModel):
         matching.check_parameters(self.model, self.peft_config, config)
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
-        """Return `names_tied_with_embedding` for the user's model; the method's name is PEFT's."""
+        """Return `names_tied_with_embedding` for the user's model; the method name comes from PEFT."""
         return names_tied_with_embedding(self.model)
 
     def is_partly_disabled(self) -> bool:

@@ -137,7 +137,7 @@ def _input_embedding(model: nn.Module) -> nn.Module | None:
 
 
 def names_tied_with_embedding(model: nn.Module) -> list[str]:
-    """Return the sorted paths of modules that share the input embedding's weight, or [] if the config disables tying."""
+    """Return the sorted paths of modules that share the input embedding's weight; [] if the config disables tying."""
     user = user_model(model)
     embedding = _input_embedding(user)
     weight = getattr(embedding, "weight", None)
@@ -155,10 +155,10 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     """Return an FSDP policy that wraps transformer blocks and, separately, each trainable leaf module.
 
     Args:
-        model: The model. The environment variable FSDP_TRANSFORMER_CLS_TO_WRAP may specify its block classes.
+        model: The model. The environment variable FSDP_TRANSFORMER_CLS_TO_WRAP may specify the model's block classes.
 
     Raises:
-        ConfigTypeError: The model does not contain one of the block classes.
+        ConfigTypeError: The model contains no module of one of the block classes.
     """
     from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
@@ -344,7 +344,7 @@ def checkpoints(model: nn.Module) -> bool:
 
 
 def take_gradients_at_the_input(model: nn.Module) -> None:
-    """Make the output of the input embedding require gradients, which reentrant gradient checkpointing needs.
+    """Make the input embedding's output require gradients, as is necessary for reentrant gradient checkpointing.
 
     Args:
         model: A model; quantized models are skipped, since `prepare_model_for_kbit_training` handles them.
@@ -370,7 +370,7 @@ def prepare_model_for_kbit_training(
 ) -> nn.Module:
     """Freeze a quantized base, upcast its unquantized tensors to fp32, and enable gradient checkpointing.
 
-    If the base is quantized with one of `DENSE_METHODS`, its tensors are not upcast.
+    If the base is quantized with one of `DENSE_METHODS`, no tensors are upcast.
 
     Args:
         model: The base model, modified in place.
@@ -411,7 +411,7 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
-    """Shift labels one position to the right and prepend the start token, which turns them into decoder inputs.
+    """Turn labels into decoder inputs by shifting them one position to the right and prepending the start token.
 
     Args:
         input_ids: The labels, (rows, tokens).

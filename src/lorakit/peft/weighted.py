@@ -42,8 +42,9 @@ def add_weighted_adapter(
 ) -> None:
     """Combine adapters into a new adapter, which is frozen and inactive.
 
-    As in PEFT, a single adapter is scaled by its weight whatever the combination type, and options that the type does
-    not use are ignored. If the new name already exists, nothing is combined; PEFT returns silently, but lorakit warns.
+    As in PEFT, a single adapter is scaled by its weight regardless of the combination type, and options that the type
+    does not use are ignored. If the new name already exists, nothing is combined. PEFT returns silently in this case,
+    whereas lorakit warns.
 
     Args:
         model: The `LoraModel` around the adapted model, or the model itself.
@@ -101,8 +102,8 @@ def reduce_intruder_dimension(
         old_adapter_name: Name of the original adapter, which is kept.
         new_adapter_name: Name of the new adapter.
         top_k: Number of strongest directions to compare.
-        threshold_epsilon: Upper bound on an intruder's cosine similarity to every direction of the base.
-        mitigation_lambda: Fraction of each intruder to keep.
+        threshold_epsilon: Maximum cosine similarity between an intruder dimension and any direction of the base weight.
+        mitigation_lambda: Fraction of each intruder dimension to keep.
         logging_sink: Called with one line per site; None logs nothing.
 
     Raises:
@@ -137,18 +138,18 @@ def convert_to_lora(
 
     Args:
         model: A `PeftModel`, or an unwrapped model with adapters.
-        rank: Rank (int), or fraction of each site's energy to keep, in (0, 1] (float).
+        rank: Rank if an int; if a float in (0, 1], the fraction of each site's squared Frobenius norm to keep.
         adapter_name: Name of the adapter.
         progressbar: Ignored; no progress is shown.
         compile_kwargs: Ignored; nothing is compiled.
 
     Returns:
-        The config, and the tensors: name on disk -> (r, in) or (out, r). Names have PEFT's prefix only if the model is
-        a `PeftModel`.
+        The config, and a dictionary: name on disk -> tensor, (r, in) or (out, r). Names have PEFT's prefix only if the
+        model is a `PeftModel`.
 
     Raises:
         TypeError: The model has no adapters.
-        ConfigError: The rank is out of range, or the adapter trains biases of the base.
+        ConfigError: The rank is out of range, or the adapter trains biases of the base model.
         AdapterError: The adapter does not exist.
     """
     found = _converted(model, rank, adapter_name)
