@@ -160,7 +160,7 @@ def test_a_frozen_adapter_is_not_trained_in_silence(tiny_llama: Any, tmp_path: P
     base = PeftModel.from_pretrained(fresh.unload(), tmp_path / "adapter")
     lora = trainer(base, tmp_path)
     assert lora.evaluate()["eval_loss"] > 0
-    with pytest.raises(ConfigError, match="default is frozen"):
+    with pytest.raises(ConfigError, match="frozen adapters: default"):
         lora.train()
     base.set_requires_grad("default")
     lora.train()

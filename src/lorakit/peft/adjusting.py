@@ -1,4 +1,4 @@
-"""PEFT's helpers: rescaling adapters, updating a wrapper's signatures, and selecting targets by condition number.
+"""PEFT's helpers for rescaling adapters, updating a wrapper's signatures, and selecting targets by condition number.
 
 A condition number is the ratio of a weight's largest to its smallest singular value; `find_kappa_target_modules`
 selects the modules with the lowest condition numbers.
@@ -55,17 +55,17 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
 
 class DoraCaching(contextlib.AbstractContextManager["DoraCaching"]):
-    """PEFT's switch for caching DoRA's norms; it has no effect, since lorakit computes them without a dense update.
+    """PEFT's switch for caching DoRA norms; it has no effect, since lorakit computes norms without a dense update.
 
     Attributes:
-        enabled: The value that was set.
+        enabled: Whether the program enabled caching.
     """
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
 
     def __call__(self, enabled: bool = True) -> None:
-        """Set `enabled` permanently, as PEFT does."""
+        """Set `enabled` permanently, as in PEFT."""
         self.enabled = enabled
 
     def __exit__(self, *_: object) -> None:
@@ -86,7 +86,7 @@ def check_if_peft_model(model_name_or_path: str) -> bool:
 
 
 def update_forward_signature(model: PeftModel) -> None:
-    """Give a wrapper's `forward` the inner model's signature if its own is generic.
+    """Give a wrapper's `forward` the inner model's signature if the wrapper's own signature is generic.
 
     Args:
         model: A wrapper, modified in place.
@@ -95,7 +95,7 @@ def update_forward_signature(model: PeftModel) -> None:
 
 
 def update_generate_signature(model: PeftModel) -> None:
-    """Give a wrapper's `generate` the inner model's signature if its own is generic.
+    """Give a wrapper's `generate` the inner model's signature if the wrapper's own signature is generic.
 
     Args:
         model: A wrapper, modified in place.
@@ -112,7 +112,7 @@ def update_signature(model: PeftModel, method: str = "all") -> None:
         method: "forward", "generate" or "all".
 
     Raises:
-        ConfigError: `method` has any other value.
+        ConfigError: `method` is not one of the allowed values.
     """
     if method not in ("forward", "generate", "all"):
         text = f"method {method} is not supported please choose one of ['forward', 'generate', 'all']"
@@ -149,7 +149,7 @@ def condition_number(weight: Tensor) -> float:
 
 
 class KappaTuneSelector:
-    """Selector of the targets with the lowest condition numbers, which are computed once per model.
+    """Selector for the targets with the lowest condition numbers; each condition number is computed only once.
 
     Attributes:
         model: The model; it is not modified.
@@ -226,7 +226,7 @@ def find_kappa_target_modules(
     moe_param_suffixes: Sequence[str] | None = None,
     show_progress: bool = True,
 ) -> dict[str, list[str] | None]:
-    """Return the modules and fused parameters with the lowest condition numbers, as two config fields.
+    """Return the modules and fused parameters with the lowest condition numbers, keyed by config field.
 
     Args:
         model: The model; it is not modified.

@@ -1,4 +1,4 @@
-"""PEFT's functions that reinitialize an existing adapter: EVA from layer inputs, LoftQ from the original weights."""
+"""PEFT's functions that reinitialize an existing adapter: EVA uses layer inputs, LoftQ the original weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
 
 CONDENSED_FROM = 20
-"""Minimum number of targets for condensing them, as in PEFT, to the fewest suffixes that match them."""
+"""Minimum number of targets at which, as in PEFT, paths are condensed to the fewest suffixes that match them."""
 
 PrepareLayer = Callable[[Any, Any, str], Tensor]
 PrepareLayers = PrepareLayer | Mapping[str, PrepareLayer] | None
@@ -46,7 +46,7 @@ def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: Mapping[str, Tensor], peft_config: LoraConfig) -> Tensor:
-    """Select the positions in a batch that are not padding and, if the config requires labels, have a label.
+    """Select the batch positions that are not padding and that, if the config requires labels, have a label.
 
     Args:
         model_input: Dictionary with `input_ids`, (rows, length), and optionally `attention_mask` and `labels`.
@@ -71,12 +71,12 @@ def prepare_layer_inputs_fn_language_modeling(layer_input: LayerInput, model_inp
     """Return a site's input at the selected positions.
 
     Args:
-        layer_input: Input of the site, (rows, length, in), or a tuple that begins with it.
+        layer_input: Input of the site, (rows, length, in), or a tuple whose first element is this input.
         model_input: Result of `prepare_model_inputs_fn_language_modeling`, (positions, 2).
         layer_name: Name of the site, for use in messages.
 
     Returns:
-        The input at these positions, (positions, in).
+        The input at the selected positions, (positions, in).
     """
     return _tensor(layer_input, layer_name)[model_input.T.unbind()]
 
@@ -122,30 +122,30 @@ def get_eva_state_dict(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> dict[str, Tensor]:
-    """Return the principal directions of each targeted dense module's inputs, with ranks set by explained variance.
+    """Return the principal directions of each targeted dense module's inputs; explained variance determines the ranks.
 
-    PEFT iterates over the data until an incremental SVD converges. This function accumulates the second moment of all
-    rows instead, so one pass for each group of modules that fits in memory yields the exact directions, and `tau` has
-    no effect.
+    PEFT iterates over the data until an incremental SVD converges. This function instead accumulates the second moment
+    of all input rows: one pass over the data per group of modules that fits in memory yields the exact directions, and
+    `tau` has no effect.
 
     Args:
         model: A model, or a `PeftModel` with the adapter; adapters are inactive during collection.
         dataloader: Batches; all of them are used.
         peft_config: The config; required for a model without adapters.
-        forward_fn: Runs the model on a batch.
-        prepare_model_inputs_fn: Maps a batch and the config to the second argument of `prepare_layer_inputs_fn`; None
-            passes the batch itself.
-        prepare_layer_inputs_fn: Maps a module's input, the result of `prepare_model_inputs_fn` and the module's name to
-            rows; or a mapping from module names to such functions.
-        adapter_name: The adapter.
+        forward_fn: Function that runs the model on a batch.
+        prepare_model_inputs_fn: Function that maps a batch and the config to the second argument of
+            `prepare_layer_inputs_fn`; None passes the batch itself.
+        prepare_layer_inputs_fn: Function that maps a module's input, the result of `prepare_model_inputs_fn` and the
+            module's name to rows, (rows, in); or a dictionary of such functions by module name.
+        adapter_name: Name of the adapter.
         gather_distributed_inputs: Ignored; inputs are collected in a single process.
         show_progress_bar: Ignored; no progress is shown.
 
     Returns:
-        Module name -> directions, (rank, in); the rank is 0 for a module that is assigned none.
+        Module name -> directions, (rank, in). The rank of a module may be 0.
 
     Raises:
-        ConfigError: The config is missing, a mapping names modules that do not exist, or a rank is too large.
+        ConfigError: The config is missing, a dictionary contains unknown module names, or a rank is too large.
         DataError: `dataloader` is empty, or no data reached a module.
     """
     if isinstance(dataloader, Sized) and not len(dataloader):
@@ -196,7 +196,7 @@ def initialize_lora_eva_weights(
         forward_fn: As for `get_eva_state_dict`.
         prepare_model_inputs_fn: As for `get_eva_state_dict`.
         prepare_layer_inputs_fn: As for `get_eva_state_dict`.
-        adapter_name: The adapter.
+        adapter_name: Name of the adapter.
         gather_distributed_inputs: Ignored.
         show_progress_bar: Ignored.
 
@@ -311,17 +311,18 @@ def replace_lora_weights_loftq(
     """Replace an adapter's factors on a 4-bit base with those that best compensate for the quantization error.
 
     At each site, s·B·A becomes the best rank-r approximation of W − Q, where Q is the quantized weight and W is the
-    original weight. W is read from the model's safetensors files, one weight at a time. A DoRA magnitude becomes the
-    norm of the resulting weight. PEFT ignores the scale and the magnitude, which is correct only if the scale is 1 and
-    DoRA is not used. PEFT also treats GPT-2's Conv1D weights, which are stored transposed, like those of a linear
-    layer. If an error is raised, even by `callback`, every site is restored.
+    original weight. The original weights are read from the model's safetensors files, one at a time. A DoRA magnitude
+    becomes the norm of the resulting weight. PEFT ignores the scale and the magnitude, so its result is correct only if
+    the scale is 1 and DoRA is not used. PEFT also fails to transpose GPT-2's Conv1D weights. If an error is raised,
+    including by `callback`, every site is restored.
 
     Args:
         peft_model: The wrapper.
         model_path: Directory with the base's safetensors files, or one of these files; None uses the location from
             which the model was loaded, which may be the Hub cache.
-        adapter_name: The adapter whose A and B are replaced.
-        callback: Called after each site with the wrapper and the path; if it returns False, the site is restored.
+        adapter_name: Name of the adapter whose factors are replaced.
+        callback: Function called after each site with the wrapper and the site's path; if the function returns False,
+            the site is restored.
 
     Raises:
         ConfigError: The weights are not found, a weight is missing or has the wrong shape, the scale is 0, or r is
@@ -331,7 +332,7 @@ def replace_lora_weights_loftq(
         ModelError: The directory contains no safetensors files.
 
     Source:
-        Li et al. 2023, arXiv:2310.08659, one step of Algorithm 1 for a given quantized weight.
+        Li et al. 2023 (arXiv:2310.08659), one step of Algorithm 1 with the quantized weight given.
     """
     if not isinstance(peft_model, nn.Module) or not model_adapters.is_wrapper(peft_model):
         raise ConfigTypeError(
@@ -384,7 +385,7 @@ def _name(source: TensorSource, path: str, layer: LoraLayer) -> str:
 
 
 def _write(layer: LoraLayer, name: str, path: str, W: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Replace a layer's factors with those for W, (out, in); return the changed tensors with their previous data."""
+    """Replace a layer's factors, given W, (out, in), and return each changed tensor with its previous data."""
     factor, kind = layer.factor(name), layer.kind
     if factor.variant.shapes is not None or factor.variant.move is not None:
         title, field = factor.variant.title, factor.variant.field

@@ -1,8 +1,8 @@
-"""PEFT's data-driven inits, which take two steps: collect statistics, then attach the adapter (EVA attaches it first).
+"""PEFT's data-driven inits, which take two steps: collect statistics, then attach the adapter (reversed for EVA).
 
-`preprocess_corda` and `preprocess_loraga` store their results in the attributes that PEFT uses on the base's modules,
-and `get_peft_model` removes them. `lorakit.core` computes the statistics. Caches are safetensors files, which are
-checked against the model before the model is changed; pickles are never read.
+As in PEFT, `preprocess_corda` and `preprocess_loraga` store their results in attributes of the base's modules, and
+`get_peft_model` removes those attributes. `lorakit.core` computes the statistics. Caches are safetensors files, which
+are checked against the model before the model is changed; pickles are never read.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class Cache:
 
     @classmethod
     def of(cls, path: Given) -> Cache | None:
-        """Read a cache file; return None if it is missing, or if it is empty and only reserves the name.
+        """Read a cache file; return None if the file is missing or is an empty placeholder.
 
         Args:
-            path: The file.
+            path: Path of the cache file, or None.
 
         Raises:
-            AdapterFileError: The file is damaged, or is a pickle, which is what PEFT writes.
+            AdapterFileError: The file is damaged or is a pickle, as written by PEFT.
         """
         if path is None or not Path(path).is_file() or not Path(path).stat().st_size:
             return None
@@ -92,13 +92,13 @@ class Cache:
         return found
 
     def error(self, problem: str, what: str) -> ConfigError:
-        """Return an error about the cache file; `what` is the tensor or value that is wrong."""
+        """Return an error about the cache file; `what` is the name of the invalid tensor or value."""
         return ConfigError(f"{self.path}: {problem}. Remove the file or choose another.", what=what, where=self.path)
 
 
 @dataclass
 class CordaEigens:
-    """CorDA's result for a module.
+    """Result of CorDA's decomposition of one module's weight.
 
     Attributes:
         S_WC: Singular values, (r,).
@@ -112,12 +112,13 @@ class CordaEigens:
 
 
 def for_attaching(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, core.Statistics | None]:
-    """Return what `core.attach` needs for a config, and remove the results that PEFT's functions stored on the model.
+    """Return the config and statistics for `core.attach`, and remove results that preprocessing stored on the model.
 
-    With "eva", the adapter is attached as if the init were True; `initialize_lora_eva_weights` initializes it later.
+    With "eva", the adapter is attached as if init_lora_weights were True; `initialize_lora_eva_weights` then
+    reinitializes the adapter.
 
     Args:
-        model: The base.
+        model: The base model.
         config: The user's config.
 
     Returns:
@@ -167,15 +168,15 @@ def preprocess_corda(
     """Decompose targeted weights using their inputs for init_lora_weights="corda"; call `get_peft_model` next.
 
     Args:
-        model: The model that will be adapted; its targeted modules get an attribute `eigens`.
+        model: The model that will be adapted; its targeted modules get an `eigens` attribute.
         lora_config: Config with `corda_config`, whose safetensors caches are read if they exist and otherwise written.
-        run_model: Runs the model on the data; not needed if a cache file contains the result.
+        run_model: Function that runs the model on the data; not needed if a cache file contains the result.
         hooked_model: The model that `run_model` runs, if it is not `model`.
 
     Raises:
         ConfigError: corda_config or run_model is missing, the method is unknown, or no dense module is targeted.
         AdapterFileError: A cache file is damaged or is a pickle.
-        DataError: No data reached a module, or its inputs are not finite.
+        DataError: No data reached a module, or a module's inputs are not finite.
     """
     settings = _corda(lora_config)
     sites, modules = _dense(model, lora_config, "corda", "CorDA initialization. It uses the inputs of")
@@ -234,7 +235,7 @@ def _corda(config: LoraConfig) -> CordaConfig:
 
 
 def _inputs(covariance: Tensor) -> InputStatistics:
-    """Return a covariance that is already averaged over calls, as the statistics of a single call."""
+    """Wrap a covariance, (in, in), which is already averaged over calls, as the statistics of a single call."""
     found = InputStatistics()
     found.rows = found.calls = 1
     found.gram, found.total = covariance, covariance[0]
@@ -244,7 +245,7 @@ def _inputs(covariance: Tensor) -> InputStatistics:
 def _covariances(
     sites: DataSites, settings: CordaConfig, run_model: Callable[[], Any] | None, model: nn.Module
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Return each module's Σ x·xᵀ over a call's rows, (in, in), averaged over calls, and its number of calls."""
+    """Return Σ x·xᵀ over a call's rows, (in, in), averaged over calls, and the number of calls, for each module."""
     if run_model is None:
         text = "run_model must be specified when covariance file and cache file aren't built."
         raise ConfigError(text, field="run_model")
@@ -267,14 +268,14 @@ def preprocess_loraga(
     """Collect the gradients of targeted weights for init_lora_weights="lora_ga"; call `get_peft_model` next.
 
     Args:
-        model: The model that will be adapted; its targeted modules get an attribute `_peft_loraga_grad`.
+        model: The model that will be adapted; its targeted modules get a `_peft_loraga_grad` attribute.
         lora_config: Config with `lora_ga_config`.
-        train_step: Runs one or more forward and backward passes, and nothing else.
+        train_step: Function that runs one or more forward and backward passes and does nothing else.
         cache_file: Safetensors file that is read if it exists and otherwise written.
 
     Raises:
         ConfigError: lora_ga_config is missing, no dense module is targeted, or a targeted weight is quantized.
-        TargetError: No target matches.
+        TargetError: Nothing in the model matches the targets.
         AdapterFileError: The cache is damaged or is a pickle.
     """
     if lora_config.lora_ga_config is None:
@@ -309,7 +310,10 @@ def _check_gradients_exist(modules: Mapping[str, nn.Module]) -> None:
         if not weight_format_of(module).written:
             raise ConfigError(NOT_WRITTEN.format(parameter=f"{path}.weight", type=type(module).__name__), where=path)
         if weight_format_of(module).quantized or hasattr(module, "quant_state"):
-            text = f"LoRA-GA does not support quantized models. Found quantized module: {path!r}. Quantize it later."
+            text = (
+                f"LoRA-GA does not support quantized models. Found quantized module: {path!r}. Preprocess the model "
+                "before quantizing it."
+            )
             raise ConfigError(text, where=path)
 
 
@@ -324,7 +328,7 @@ def _gradients_from(cache: Cache, modules: Mapping[str, nn.Module]) -> None:
 
 @contextmanager
 def _only_trained(model: nn.Module, modules: Collection[nn.Module]) -> Iterator[Counter[nn.Module]]:
-    """Make only these modules' weights trainable within a context, and count the gradients that reach each one.
+    """Make only the given modules' weights trainable within a context, and count the backward passes of each module.
 
     As in PEFT, gradients are read from `.grad`, which `train_step` may reset between steps.
     """
@@ -359,7 +363,7 @@ def dense_sites(model: nn.Module, config: LoraConfig, init: str, paths: Collecti
 
     Raises:
         ConfigError: The config targets bare parameters.
-        TargetError: No target matches.
+        TargetError: Nothing in the model matches the targets.
     """
 
     def only(match: Match) -> bool:
@@ -371,7 +375,7 @@ def dense_sites(model: nn.Module, config: LoraConfig, init: str, paths: Collecti
 def _dense(model: nn.Module, config: LoraConfig, init: str, what: str) -> tuple[DataSites, dict[str, nn.Module]]:
     sites = dense_sites(model, config, init)
     if not sites.matches:
-        text = f"No supported layers found for {what} nn.Linear and Conv1D, and target_modules names none of these."
+        text = f"No supported layers found for {what} nn.Linear and Conv1D, but target_modules matches neither."
         raise ConfigError(text, field="target_modules")
     return sites, {match.path: sites.index.base(match.path) for match in sites.matches}
 

@@ -1,7 +1,7 @@
-"""Hot swapping: replace the values of an adapter with those of another adapter, without changing any module.
+"""Hot swapping: replacing the values of one adapter with those of another without changing any modules.
 
-A compiled model need not be recompiled: shapes stay the same if ranks are padded with zeros first, and scales can be
-tensors.
+A compiled model need not be recompiled if its ranks were first padded with zeros, so that shapes stay the same, and its
+scales were converted to tensors.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
         config1: Config of the new adapter.
 
     Raises:
-        ConfigError: A field that must be the same differs.
+        ConfigError: The configs differ in a field that must be the same.
     """
     if config0.peft_type != config1.peft_type:
         text = f"Incompatible PEFT types found: {config0.peft_type} and {config1.peft_type}"
@@ -58,7 +58,7 @@ def hotswap_adapter(
     Args:
         model: A wrapped model, possibly compiled.
         model_name_or_path: A directory or a Hub id.
-        adapter_name: The adapter to replace; its name is kept.
+        adapter_name: Name of the adapter to replace, which is kept.
         torch_device: Ignored; the new values are placed on the device of the existing ones.
         kwargs: `subfolder`, `revision`; PEFT's other options have no effect.
 
@@ -76,7 +76,7 @@ def hotswap_adapter(
 
 
 def in_memory_name(key: str, adapter_name: str) -> str:
-    """Return a factor's name in memory, which contains the adapter's name, from its name on disk."""
+    """Convert a factor's name on disk to its name in memory, which contains the adapter's name."""
     return re.sub(r"(.*lora_[^.]*)", rf"\1.{adapter_name}", key, count=1)
 
 
@@ -87,12 +87,12 @@ def hotswap_adapter_from_state_dict(
     config: LoraConfig,
     parameter_prefix: str = "lora_",
 ) -> None:
-    """Replace an adapter's tensors; those missing from `state_dict` become zero. An error leaves the model unchanged.
+    """Replace an adapter's tensors; missing tensors are treated as zero. An error leaves the model unchanged.
 
     Args:
         model: A model with adapters, possibly compiled.
         state_dict: Name in memory -> tensor (…).
-        adapter_name: The adapter.
+        adapter_name: Name of the adapter.
         config: Config of the new adapter; its ranks and alphas determine the scales.
         parameter_prefix: Prefix of the adapter's parameter names.
 
@@ -246,7 +246,7 @@ def _pad(layer: LoraLayer, target_rank: int) -> None:
 
 
 def _fill(target: Tensor, tensor: Tensor, groups: int) -> None:
-    """Copy a tensor (…) to the start of a larger one (…); for a grouped convolution's A, to the start of each group."""
+    """Copy a tensor (…) into the start of a larger one (…) or, for a grouped convolution's A, of each group."""
     if groups > 1:
         target, tensor = (one.view(groups, one.shape[0] // groups, *one.shape[1:]) for one in (target, tensor))
     target[tuple(slice(size) for size in tensor.shape)].copy_(tensor)

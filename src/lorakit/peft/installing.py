@@ -1,9 +1,9 @@
 """`install_as_peft`: a function that makes `import peft` import `lorakit.peft` in this process.
 
 A finder at the start of `sys.meta_path` returns the modules of `lorakit.peft` for `peft` and all of its submodules, so
-no class exists twice. It also provides a distribution named `peft`, because programs read its version. It writes no
-files and does not change any other package, including an installed `peft`. A process started with `spawn` must also
-call `install_as_peft`.
+no class exists twice. The finder also provides a distribution named `peft`, because programs read the version of
+`peft`. Installing the finder writes no files and does not change any other package, including an installed `peft`. A
+process started with `spawn` must also call `install_as_peft`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def install_as_peft() -> None:
     does nothing.
 
     Raises:
-        UsageError: The real `peft`, or a package that looks for it at import, has already been imported.
+        UsageError: The real `peft`, or a package that looks for `peft` when imported, has already been imported.
     """
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
@@ -64,7 +64,7 @@ class _Finder(importlib.metadata.DistributionFinder, importlib.abc.MetaPathFinde
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return a spec whose loader returns the module of `lorakit.peft`, or None if that module does not exist."""
+        """Return a spec whose loader returns the corresponding module of `lorakit.peft`, or None if there is none."""
         if fullname.partition(".")[0] != NAME:
             return None
         own = importlib.util.find_spec(PACKAGE + fullname.removeprefix(NAME))
@@ -83,7 +83,7 @@ class _Finder(importlib.metadata.DistributionFinder, importlib.abc.MetaPathFinde
 
 
 class _Loader(importlib.abc.Loader):
-    """Loader for a module of `lorakit.peft`; it returns the same object as importing the module by its own name."""
+    """Loader that returns an existing module of `lorakit.peft` instead of creating a new one."""
 
     def __init__(self, own: str) -> None:
         self._own = own
@@ -96,7 +96,7 @@ class _Loader(importlib.abc.Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Restore the module's own spec, which the import system has just replaced; its code has already run."""
+        """Restore the module's own spec, which the import system has just replaced, without rerunning the module."""
         module.__spec__ = self._spec
 
 

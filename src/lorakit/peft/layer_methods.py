@@ -1,4 +1,4 @@
-"""Attributes and methods that only PEFT's layers have, derived from the adapted layer."""
+"""Layer attributes and methods that exist only in PEFT, derived from lorakit's adapted layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorakit.core.variants import asked_for, own_tensors, variant_named
 
 
 def _of_variants(layer: LoraLayer, word: str) -> dict[str, object]:
-    """Return each adapter's value of a variant-specific attribute; False for adapters of other variants."""
+    """Return the value of a variant-specific attribute for each adapter; False if the adapter uses another variant."""
     found: dict[str, object] = {}
     for name, variant in layer.variant.items():
         value = variant_named(variant).peft_names.get(word)
@@ -30,7 +30,7 @@ def _use_rslora(layer: LoraLayer) -> dict[str, bool]:
 
 
 def _frozen(layer: LoraLayer) -> dict[str, tuple[str, ...]]:
-    """Return the attributes that each adapter's init froze (MiCA), omitting adapters without frozen attributes."""
+    """Return the names of the factors that each adapter's init froze (MiCA), omitting adapters without such factors."""
     parts = list(zip("AB", layer.kind.names, strict=True))
     return {
         name: tuple(held for part, held in parts if part not in trains)
@@ -40,12 +40,12 @@ def _frozen(layer: LoraLayer) -> dict[str, tuple[str, ...]]:
 
 
 def supports_conversion(layer: LoraLayer, adapter_name: str = "default") -> bool:
-    """Return whether an adapter's update at a layer can be written as plain LoRA."""
+    """Return whether an adapter on a layer can be converted to plain LoRA."""
     return adapter_name not in layer.r or variant_named(layer.variant[adapter_name]).update is not None
 
 
 def _cast_input(layer: LoraLayer, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Cast an input of any shape, as PEFT does before it applies A; lorakit's forward pass casts automatically."""
+    """Cast an input of any shape, as PEFT does before applying A; lorakit's forward pass casts inputs automatically."""
     return x if x is None or not layer.cast_input_dtype_enabled else x.to(dtype)
 
 
@@ -62,7 +62,7 @@ VALUES: Mapping[str, Callable[[LoraLayer], object]] = {
     "other_param_names": lambda _: ("r", "lora_alpha", "scaling", "lora_dropout"),
     "cast_input_dtype_enabled": lambda _: True,
 }
-"""Attribute -> function that derives its value. A value that is set on a layer takes precedence."""
+"""Attribute -> function that derives its value from a layer. A value set on the layer itself takes precedence."""
 
 METHODS: Mapping[str, Callable[..., object]] = {
     "supports_lora_conversion": supports_conversion,
@@ -86,7 +86,7 @@ class PeftLayerMethods:
 
         Args:
             layer: An adapted layer.
-            word: One of `names`.
+            word: Name of the attribute or method; one of `names`.
         """
         assert isinstance(layer, LoraLayer)  # only adapted layers call this
         if word in VALUES:

@@ -1,4 +1,4 @@
-"""Load saved adapters into a wrapped model, with the option of renaming their tensors."""
+"""Load saved adapters into a wrapped model, optionally renaming their tensors."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 
 def adapter_folder(model_id: str | os.PathLike[str], options: MutableMapping[str, Any]) -> Path:
-    """Return the local directory of an adapter; an adapter on the Hub is downloaded into the Hub cache.
+    """Return the local directory of an adapter; an adapter on the Hub is downloaded to the Hub cache.
 
     Args:
         model_id: A directory or a Hub id.
-        options: Options of the call, from which `subfolder` and `revision` (used only for the Hub) are removed.
+        options: The caller's options; `subfolder` and `revision` (used only for the Hub) are removed from the mapping.
 
     Raises:
         ModelError: The Hub id was not found, or the Hub cannot be reached.
@@ -46,23 +46,24 @@ def adapter_folder(model_id: str | os.PathLike[str], options: MutableMapping[str
 
 
 LENIENT = tuple(word for word in ALLOWANCES if word != "nonfinite")
-"""Checks that PEFT does not perform and that only cause warnings in this package; NaN and infinity remain errors."""
+"""Checks that only cause warnings in this package, since PEFT omits them; NaN and infinite values remain errors."""
 
 
 def load_whole(
     model: PeftModel, folder: Path, name: str, *, trainable: bool, config: LoraConfig | None = None
 ) -> IncompatibleKeys:
-    """Load a saved adapter into a model.
+    """Load a saved adapter into a model as a new adapter.
 
     Args:
         model: The wrapper.
         folder: The adapter's directory.
         name: Name to give the adapter.
-        trainable: Whether to train the adapter further.
+        trainable: Whether to make the adapter trainable.
         config: Config that replaces the saved one; its `inference_mode` is set to match `trainable`.
 
     Returns:
-        Names of the adapter's tensors that the file lacks, and names in the file that the model lacks.
+        Names of the adapter's tensors that are missing from the file, and names in the file that are missing from the
+        model.
 
     Raises:
         AdapterFileError: Files are missing or damaged.
@@ -112,9 +113,9 @@ def load_by_names(
         model: The wrapper.
         folder: The adapter's directory.
         name: Name to give the adapter.
-        trainable: Whether to train the adapter if it is new.
+        trainable: Whether to make the adapter trainable if it is new.
         key_mapping: Regular expression -> replacement; the first expression that matches a name is applied.
-        ignore_sizes: Whether to skip tensors with a different shape, with a warning.
+        ignore_sizes: Whether to warn about tensors of a different shape and skip them.
 
     Raises:
         AdapterFileError: Files are missing or damaged, or shapes do not match.
@@ -134,16 +135,16 @@ def load_by_names(
 def warn_of_problems(
     model: PeftModel, files: AdapterFiles, allow: Collection[str], *, may_be_zero: bool = False
 ) -> None:
-    """Warn if an adapter was trained on a different base or has implausible values.
+    """Warn if an adapter was trained on a different base model or has implausible values.
 
     Args:
         model: The wrapper.
         files: Contents of the adapter's files.
         allow: Checks to override, such as "base_mismatch".
-        may_be_zero: Whether to accept an adapter that has no effect, since it is yet to be trained.
+        may_be_zero: Whether to accept an adapter that has no effect, such as one that has not been trained yet.
 
     Raises:
-        BaseMismatchError: The adapter was trained on a different base, and `allow` does not contain "base_mismatch".
+        BaseMismatchError: The adapter was trained on a different base, but `allow` does not contain "base_mismatch".
         AdapterFileError: A tensor contains NaN or infinite values.
     """
     of_base = check_base(model.get_base_model(), files, allow)[1]
@@ -152,7 +153,7 @@ def warn_of_problems(
 
 
 def renamed(key: str, key_mapping: Mapping[str, str]) -> str:
-    """Return a tensor's new name on disk, using the first expression that matches its name without the prefix."""
+    """Return a tensor's name after applying the first expression that matches the name without its prefix."""
     bare = key.removeprefix(WRAPPED)
     for pattern, replacement in key_mapping.items():
         changed, count = re.subn(pattern, replacement, bare)

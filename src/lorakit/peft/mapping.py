@@ -1,4 +1,4 @@
-"""`get_peft_model`, PEFT's tables of classes for each method, and functions for models without a wrapper."""
+"""`get_peft_model`, PEFT's tables that map methods to classes, and functions for models without a wrapper."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
-    """Add a LoRA adapter to a model in place, and return a `PeftModel`.
+    """Add a LoRA adapter to a model in place, and return a `PeftModel` that wraps the model.
 
     Args:
-        model: The base; if it is already wrapped, it gets another adapter but no second wrapper.
+        model: The base model; a model that is already wrapped gets another adapter but no second wrapper.
         peft_config: The adapter's config; it is not modified.
         adapter_name: Name of the new adapter.
         mixed: Whether to wrap the model in a `PeftMixedModel`, which can have several active adapters.
         autocast_adapter_dtype: If false, the factors are cast to the dtype of their base weight.
-        revision: Revision of the base to record in the adapter's config.
+        revision: Revision of the base model to record in the adapter's config.
         low_cpu_mem_usage: Ignored; factors are created on their site's device.
 
     Returns:
@@ -45,7 +45,7 @@ def get_peft_model(
 
     Raises:
         ConfigError: `peft_config` is not a LoraConfig or is not valid for the model.
-        TargetError: No target matches.
+        TargetError: Nothing in the model matches the targets.
         AdapterError: `adapter_name` is invalid.
         NotYetSupported: The config or an option needs a feature that is not supported yet.
     """
@@ -66,7 +66,7 @@ def get_peft_model(
 
 
 def _make_room(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
-    """Warn if a model has adapters, and remove any with the same name, as when a notebook cell is rerun."""
+    """Warn if the model already has adapters, and remove an existing adapter of the same name."""
     user = model_adapters.user_model(model)
     there = model_adapters.configs_of(user)
     if there:
@@ -77,7 +77,7 @@ def _make_room(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
         )
     if adapter_name in there:
         candidates = AdapterIndex.of(user).candidates
-        resolve(candidates, with_targets(config, user), allow_partial=True)  # may raise, so it precedes the removal
+        resolve(candidates, with_targets(config, user), allow_partial=True)  # may raise, so check before removing
         core.detach(user, adapter_name)
 
 
@@ -112,13 +112,13 @@ PEFT_TYPE_TO_PREFIX_MAPPING: dict[PeftType, str] = {PeftType.LORA: LoraModel.pre
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfigMixin:
-    """Create a config from a dictionary that names its method.
+    """Create a config from a dictionary whose `peft_type` specifies the method.
 
     Args:
         config_dict: Field name -> value, including `peft_type`.
 
     Raises:
-        ConfigError: The method is missing or not LORA, or a value is not allowed.
+        ConfigError: `peft_type` is missing or not LORA, or a value is invalid.
     """
     if "peft_type" not in config_dict:
         raise ConfigError(
@@ -138,14 +138,15 @@ def inject_adapter_in_model(
 
     Args:
         peft_config: The adapter's config; it is not modified.
-        model: The base, modified in place.
+        model: The base model, modified in place.
         adapter_name: Name of the new adapter.
-        low_cpu_mem_usage: Whether the factors stay on the meta device until `set_peft_model_state_dict` fills them.
-        state_dict: Tensors (…) whose names, instead of the config, determine the targets; values are not read.
+        low_cpu_mem_usage: Whether to leave the factors on the meta device until `set_peft_model_state_dict` fills them.
+        state_dict: Tensor name -> tensor (…); the names, instead of the config, determine the targets, and values are
+            not read.
 
     Raises:
         ConfigError: `peft_config` is not a LoraConfig or is not valid for the model.
-        TargetError: No target matches.
+        TargetError: Nothing in the model matches the targets.
         AdapterError: `adapter_name` is taken or invalid.
         NotYetSupported: The config needs a feature that is not supported yet.
     """

@@ -79,7 +79,7 @@ def inspect_matched_modules(tuner: BaseTuner, adapter_name: str = "default") -> 
 
     Args:
         tuner: The `base_model` of a `PeftModel`.
-        adapter_name: The adapter.
+        adapter_name: Name of the adapter.
     """
     config = tuner.peft_config[adapter_name]
     found: dict[str, list[str]] = {"matched": [], "unmatched": []}
@@ -89,7 +89,7 @@ def inspect_matched_modules(tuner: BaseTuner, adapter_name: str = "default") -> 
 
 
 def maybe_include_all_linear_layers(peft_config: LoraConfig, model: nn.Module) -> LoraConfig:
-    """Replace "all-linear" in a config with the modules that it matches; like PEFT, change the config in place.
+    """Replace "all-linear" in a config with the matching modules; as in PEFT, the config is changed in place.
 
     Args:
         peft_config: The config; it is changed and returned.
@@ -169,7 +169,7 @@ def with_no_target_message(model: nn.Module, config: LoraConfig) -> Iterator[Non
         Nothing.
 
     Raises:
-        NoTargetError: No target matches; the message names the entries and the most similar modules.
+        NoTargetError: Nothing matches the targets; the message lists the config entries and the most similar modules.
     """
     try:
         yield
@@ -183,7 +183,7 @@ def with_no_target_message(model: nn.Module, config: LoraConfig) -> Iterator[Non
 
 
 def with_own_targets(model: nn.Module, config: LoraConfig, table: Mapping[str, str | Collection[str]]) -> LoraConfig:
-    """Fill in the default targets from PEFT's table (which programs may extend) if a config names no targets.
+    """Fill in the default targets from PEFT's table (which programs may extend) if a config specifies no targets.
 
     Args:
         model: The model.
@@ -222,11 +222,11 @@ def messages_of_missing(config: LoraConfig, report: AttachReport) -> list[str]:
 
 
 def messages_of_own_biases(model: nn.Module, adapter: str) -> list[str]:
-    """Return PEFT's warnings about layers where B has a bias but the base has no bias to merge it into.
+    """Return PEFT's warnings about layers where B's bias cannot be merged because the base layer has no bias.
 
     Args:
         model: A model with adapters.
-        adapter: The adapter.
+        adapter: Name of the adapter.
     """
     found: dict[str, list[str]] = {}
     for path, layer in layers(model):
@@ -243,10 +243,10 @@ COMPILED = "_orig_mod."
 
 
 def config_for_keys(model: nn.Module, config: LoraConfig, keys: Iterable[str]) -> LoraConfig:
-    """Return a config that targets exactly the modules that tensor names refer to, and warn if the targets change.
+    """Return a config that targets exactly the modules named in a state dict, and warn if the targets change.
 
     Args:
-        model: The base.
+        model: The base model.
         config: The config that came with the tensors.
         keys: Tensor names, such as "layers.0.q_proj.lora_A.weight".
 
@@ -281,10 +281,10 @@ def config_for_keys(model: nn.Module, config: LoraConfig, keys: Iterable[str]) -
 
 
 def check_parameters(model: nn.Module, configs: Mapping[str, LoraConfig], config: LoraConfig) -> None:
-    """Reject an adapter if it and an existing adapter target different parameters of the same module.
+    """Raise an error if a new adapter and an existing one target different parameters of the same module.
 
-    As in PEFT, tensor names identify modules but not parameters, both in memory and on disk. `lorakit.core.attach`, in
-    contrast, supports such adapters.
+    PEFT's tensor names, in memory and on disk, identify modules but not parameters. `lorakit.core.attach` does not have
+    this restriction.
 
     Args:
         model: The user's model.
@@ -292,7 +292,7 @@ def check_parameters(model: nn.Module, configs: Mapping[str, LoraConfig], config
         config: Config of the new adapter.
 
     Raises:
-        ConfigError: The targeted parameters of a module differ; the message lists those of both adapters.
+        ConfigError: The adapters target different parameters of a module; the message lists both sets of parameters.
     """
     mine = set(config.target_parameters or ())
     others = {name: set(other.target_parameters or ()) for name, other in configs.items()}
@@ -321,7 +321,7 @@ def check_together(modules: Iterable[AdapterModule], names: Sequence[str]) -> No
 
     Args:
         modules: The adapted modules of a model.
-        names: The adapters to activate together.
+        names: Names of the adapters to activate together.
 
     Raises:
         ConfigError: Two of the adapters save the same module or train the same token.
@@ -344,7 +344,7 @@ def warn_of_ties(model: nn.Module, names: Sequence[str]) -> tuple[bool, bool]:
 
     Args:
         model: An adapted model.
-        names: The adapters to merge.
+        names: Names of the adapters to merge.
 
     Returns:
         Whether any weight must be untied, and whether `tie_word_embeddings` must become False as a result.
@@ -353,7 +353,7 @@ def warn_of_ties(model: nn.Module, names: Sequence[str]) -> tuple[bool, bool]:
     stacked = [pair for pair in found if _without_numbers(pair[0]) == _without_numbers(pair[1].rpartition(".")[0])]
     tied = [pair for pair in found if pair not in stacked]
     for pairs, why in (
-        (tied, "so the model is no longer tied (tie_word_embeddings is False from now on)."),
+        (tied, "so these weights are no longer tied (tie_word_embeddings is now False)."),
         (stacked, "like every layer added by layer_replication, so the model will need memory for all its layers."),
     ):
         if pairs:
@@ -387,7 +387,7 @@ def filter_state_dict(state_dict: Mapping[str, Tensor], prefixes: Collection[str
 
 
 def adapter_prefixes(model: nn.Module, adapter_name: str | None = None) -> set[str]:
-    """Return the state-dict prefixes of one adapter's parameters, or of all adapters' if `adapter_name` is None."""
+    """Return the state-dict prefixes of an adapter's parameters, or those of all adapters if `adapter_name` is None."""
     held = {
         f"{path}.{attribute}".lstrip("."): holder
         for path, layer in layers(model)

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
 
 Offsets = Sequence[int | None]
-"""Distance from each row's invocation tokens to the end of the row; None if the row does not invoke its adapter."""
+"""Number of tokens from each row's invocation to the row's end; None if the row does not invoke its adapter."""
 
 BASE_NAME = "__base__"
-"""Entry of `adapter_names` for a row that runs on the base alone."""
+"""Entry in `adapter_names` for a row that uses the base model alone."""
 
 LENGTH = "Length of `adapter_names` should be the same as the number of inputs, but got {rows}."
 ONE_WEIGHT = "lora.{layer} does not support mixed adapter batches yet."
@@ -33,7 +33,7 @@ COPIES = "Mixed batching is only supported for the following modules: Linear, Em
 
 
 class MixedBatchError(RouteError, TypeError):
-    """A module cannot run a batch with several adapters; also a TypeError, which PEFT raises."""
+    """A module cannot run a batch with several adapters. Subclasses TypeError, because that is what PEFT raises."""
 
 
 @contextlib.contextmanager
@@ -74,13 +74,13 @@ def calculate_alora_offsets(
     input_ids: Tensor | None,
     adapter_names: Sequence[str] | None = None,
 ) -> list[int | None]:
-    """Return, for each row, the number of tokens from the last invocation to the row's end; None if there is none.
+    """Return the number of tokens from each row's last invocation to the row's end; None for rows without one.
 
     Args:
         peft_config: Adapter -> config.
         active_adapter: The adapter for rows without an entry in `adapter_names`.
         input_ids: Token ids, (rows, length), or None, in which case the result is empty.
-        adapter_names: One adapter name per row; "__base__" selects the base without an adapter.
+        adapter_names: One adapter name per row; "__base__" selects the base model alone.
     """
     if input_ids is None:
         return []
@@ -155,23 +155,23 @@ def options_of_call(
 ) -> Iterator[None]:
     """Assign adapters to the rows of a forward pass or `generate` call within a context, and apply `alora_offsets`.
 
-    `alora_offsets` is removed from the options. If it is missing, invocations are found in the `input_ids` of a forward
-    pass or in the prompts of a `generate` call, with or without a cache. If only embeddings are given, aLoRA adapters
-    stay inactive, and a warning is issued.
+    `alora_offsets` is removed from the options. If the option is missing, invocations are found in the `input_ids` of a
+    forward pass or in the prompts of a `generate` call, with or without a KV cache. If only embeddings are given, aLoRA
+    adapters stay inactive, and a warning is issued.
 
     Args:
         model: A `PeftModel`.
         names: One adapter name per row, or None.
         args: Positional arguments of the call.
         kwargs: Options of the call.
-        generates: Whether the call is `generate`, whose rows may be copies of the prompts.
+        generates: Whether `generate` is called, which may run several rows per prompt.
 
     Yields:
         Nothing.
 
     Raises:
-        RowCountError: The number of names differs from the batch size. The batch is the first tensor, (rows, …), among
-            the arguments and options of a forward pass.
+        RowCountError: The number of names differs from the batch size. For a forward pass, the batch size is that of
+            the first tensor, (rows, …), among the arguments and options.
         MixedBatchError: A module cannot run a mixed batch.
     """
     user = model.get_base_model()
@@ -180,7 +180,7 @@ def options_of_call(
     batch = next((tensor for tensor in given if isinstance(tensor, Tensor) and tensor.ndim), None)
     if names is not None and set(names) == {BASE_NAME} and batch is not None and len(batch) != len(names):
         text = f"{LENGTH.format(rows=len(names))} The batch has {len(batch)} rows."
-        raise RowCountError(text)  # no layer checks a batch that runs on the base alone
+        raise RowCountError(text)  # no layer checks the size of a batch that uses the base alone
     with _with_peft_messages(names), model.base_model.rows(names, copies), contextlib.ExitStack() as stack:
         offsets, embedded = kwargs.pop("alora_offsets", None), kwargs.get("inputs_embeds")
         if is_alora_relevant_in_batch(model, names):
@@ -195,7 +195,7 @@ def options_of_call(
 
 
 def _rows_per_prompt(options: Mapping[str, Any], model: nn.Module) -> int:
-    """Return how many rows `generate` uses per prompt: the larger of its beam and returned-sequence counts."""
+    """Return how many rows `generate` uses per prompt: the larger of the numbers of beams and returned sequences."""
     config = options.get("generation_config") or getattr(model, "generation_config", None)
     found = [options.get(word) or getattr(config, word, None) or 1 for word in ("num_beams", "num_return_sequences")]
     return max(int(number) for number in found)

@@ -1,4 +1,4 @@
-"""`PeftModel`: the wrapper that libraries built on PEFT use; it adapts the given model in place.
+"""`PeftModel`, PEFT's wrapper class, which adapts the given model in place.
 
 Options that only affect PEFT's memory use or device placement have no effect in lorakit. An unsupported option raises
 an error if it would change the result; an unknown option causes a warning.
@@ -28,24 +28,24 @@ from lorakit.peft.tuner import LoraModel, OverModel
 from lorakit.peft.utilities import checkpoints, take_gradients_at_the_input
 
 WITHOUT_EFFECT = (
-    *("low_cpu_mem_usage", "ephemeral_gpu_offload"),  # factors are created only once; inits do not move them
+    *("low_cpu_mem_usage", "ephemeral_gpu_offload"),  # factors are created once, on their final device
     *("torch_device", "device_map", "max_memory", "offload_folder", "offload_dir"),  # factors use their site's device
-    *("torch_dtype", "dtype"),  # factors are fp32 or wider, whatever the base's dtype
+    *("torch_dtype", "dtype"),  # factors are fp32 or wider, regardless of the base's dtype
     *("token", "use_auth_token", "cache_dir", "proxies"),  # the Hub client reads HF_TOKEN, HF_HOME and HTTPS_PROXY
     *("local_files_only", "force_download"),  # only a Hub id needs the network, and HF_HUB_OFFLINE disables downloads
 )
 """Options that are accepted but have no effect."""
 
 NOT_BUILT = "push_to_hub"
-"""Option that is not supported yet; a false value is accepted but has no effect."""
+"""Option that is not supported yet; a falsy value is accepted and ignored."""
 
 
 def check_options(call: str, options: Mapping[str, Any]) -> None:
     """Check the options that a call accepts but does not use.
 
     Args:
-        call: Name of the call, for use in messages.
-        options: The call's options other than its named arguments.
+        call: Name of the called method, for use in messages.
+        options: Options passed to the method through `**kwargs`.
 
     Raises:
         NotYetSupported: An unsupported option would change the result.
@@ -63,7 +63,7 @@ class PeftModel(OverModel):
 
     Attributes:
         base_model: The `LoraModel` around the user's model.
-        task: Task that the wrapper class is for, or None.
+        task: Task for which the wrapper class is used, or None.
     """
 
     task: ClassVar[TaskType | None] = None
@@ -78,7 +78,7 @@ class PeftModel(OverModel):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
-        checkpointing = checkpoints(model)  # before layers are added, since this walks the model
+        checkpointing = checkpoints(model)  # checked before layers are added, since the check walks the model
         self.base_model = LoraModel(model)
         self.training = model.training
         self.peft_type = PeftType.LORA
@@ -106,7 +106,7 @@ class PeftModel(OverModel):
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype | None:
-        """Dtype of the base, or None if it does not report one."""
+        """Dtype of the base model, or None if the model does not report one."""
         return getattr(self.base_model, "dtype", None)
 
     @classmethod
@@ -123,7 +123,7 @@ class PeftModel(OverModel):
         """Wrap a model and load a saved adapter.
 
         Args:
-            model: The base, adapted in place.
+            model: The base model, adapted in place.
             model_id: Directory or Hub id of the adapter.
             adapter_name: Name to give the adapter.
             is_trainable: Whether to train the adapter; if false, it is frozen and the model is set to eval mode.
@@ -154,7 +154,7 @@ class PeftModel(OverModel):
 
     @classmethod
     def for_task(cls, task: TaskType | str | None) -> type[PeftModel]:
-        """Return the wrapper class for a task: the matching subclass, or this class if there is none."""
+        """Return the wrapper class for a task: the matching subclass, or this class if no subclass matches."""
         return next((kind for kind in cls.__subclasses__() if task is not None and kind.task == task), cls)
 
     def load_adapter(
@@ -171,7 +171,7 @@ class PeftModel(OverModel):
     ) -> IncompatibleKeys:
         """Load a saved adapter as a new one, or load its values into an existing adapter of the same name.
 
-        A new adapter becomes active only if it is the model's first.
+        A new adapter becomes active only if it is the model's first adapter.
 
         Args:
             model_id: Directory or Hub id of the adapter.
@@ -181,11 +181,11 @@ class PeftModel(OverModel):
             autocast_adapter_dtype: If false, the factors are cast to the dtype of their base weight.
             ephemeral_gpu_offload: Ignored.
             low_cpu_mem_usage: Ignored; factors are created on their site's device.
-            key_mapping: Regular expression -> replacement, for tensor names from a base with a different layout.
+            key_mapping: Regular expression -> replacement, for tensor names saved from a base with a different layout.
             kwargs: `subfolder`, `revision`, `ignore_mismatched_sizes`; for other options, see `WITHOUT_EFFECT`.
 
         Returns:
-            Missing and unexpected names; mismatches that PEFT would ignore also cause warnings.
+            Names of missing and unexpected tensors; mismatches that PEFT would ignore also cause warnings.
 
         Raises:
             AdapterFileError: Files are missing or damaged, or shapes do not match the model.
@@ -214,18 +214,18 @@ class PeftModel(OverModel):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Attach a new adapter; the first one becomes active, and `set_adapter` activates later ones.
+        """Attach a new adapter. The model's first adapter becomes active; use `set_adapter` to activate later ones.
 
         Args:
             adapter_name: Name of the new adapter.
-            peft_config: Config of the new adapter; a copy is stored, with the name of the base filled in.
+            peft_config: Config of the new adapter; a copy is stored, with the base model's name filled in.
             low_cpu_mem_usage: Ignored; factors are created on their site's device.
             autocast_adapter_dtype: If false, the factors are cast to the dtype of their base weight.
 
         Raises:
             ConfigError: `peft_config` is not a LoraConfig or is not valid for the model.
             AdapterError: `adapter_name` is taken or invalid.
-            TargetError: No target matches.
+            TargetError: Nothing in the model matches the targets.
             NotYetSupported: The config needs a feature that is not supported yet.
         """
         if not isinstance(peft_config, LoraConfig):
@@ -244,7 +244,7 @@ class PeftModel(OverModel):
 
         Args:
             adapter_name: Name of an adapter, or several names.
-            inference_mode: Whether to freeze the activated adapters too.
+            inference_mode: Whether to freeze the activated adapters as well.
 
         Raises:
             AdapterError: An adapter does not exist.
@@ -257,7 +257,7 @@ class PeftModel(OverModel):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Disable the adapters within a context, for this thread only; see `model_adapters.paused`.
+        """Disable the adapters within a context, in the current thread only; see `model_adapters.paused`.
 
         Yields:
             Nothing.
@@ -291,22 +291,23 @@ class PeftModel(OverModel):
         """Save adapters in PEFT's layout: "default" in the directory itself, others in subdirectories named after them.
 
         Args:
-            save_directory: The directory.
+            save_directory: Directory to write to.
             safe_serialization: Must be true, since lorakit does not write pickle files.
             selected_adapters: Adapters to save; None means all.
-            save_embedding_layers: If True, also save the base's embedding matrices, as a resized vocabulary requires.
+            save_embedding_layers: If True, also save the base's embedding matrices, as needed for a resized vocabulary.
             is_main_process: Whether this is the main process; all other processes write nothing.
-            path_initial_model_for_weight_conversion: Directory of the adapter as it was saved before training. If its
-                init changed the base, as PiSSA does, the adapter is converted to plain LoRA with twice the rank.
-            state_dict: Name in the model -> tensor (…), saved in place of the model's own tensors; for example,
-                gathered shards.
+            path_initial_model_for_weight_conversion: Directory of the adapter as it was saved before training. If the
+                adapter's init changed the base, as PiSSA does, the adapter is converted to plain LoRA with twice the
+                rank.
+            state_dict: Name in the model -> tensor (…), saved instead of the model's own tensors, for example after
+                gathering shards.
             kwargs: See `WITHOUT_EFFECT`.
 
         Raises:
             ConfigError: `safe_serialization` is false, `save_directory` is a file, or an adapter does not exist.
             NotYetSupported: An option needs a feature that is not supported yet.
-            AdapterError: An adapter has non-finite values, or the initial directory contains a different adapter.
-            DiskError: Writing fails; existing files remain intact.
+            AdapterError: An adapter contains non-finite values, or the initial directory contains a different adapter.
+            DiskError: The files cannot be written; existing files remain intact.
         """
         if not safe_serialization:
             raise ConfigError(
@@ -344,32 +345,32 @@ class PeftModel(OverModel):
 
         Args:
             args: Positional arguments of the model.
-            adapter_names: One adapter name per row of the batch; "__base__" selects the base without an adapter.
+            adapter_names: One adapter name per row of the batch; "__base__" selects the base model alone.
             kwargs: Keyword arguments of the model.
 
         Returns:
             The model's output.
 
         Raises:
-            ConfigError: An adapter does not exist, or the model is in training mode.
+            ConfigError: `adapter_names` contains an unknown adapter or is given while the model is in training mode.
             RouteError: The number of names differs from the batch size, or a module does not support mixed batches.
         """
         with options_of_call(self, adapter_names, args, kwargs):
             return self.get_base_model()(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Call the model's `generate`; any thread may call it, since the adapters are passed as an argument.
+        """Call the model's `generate`; any thread may call this method, since the adapters are passed as an argument.
 
         Args:
             args: Positional arguments of `generate`.
-            adapter_names: One adapter name per row of the batch; "__base__" selects the base without an adapter.
+            adapter_names: One adapter name per row of the batch; "__base__" selects the base model alone.
             kwargs: Keyword arguments of `generate`.
 
         Returns:
             The output of `generate`.
 
         Raises:
-            ConfigError: An adapter does not exist, or the model is in training mode.
+            ConfigError: `adapter_names` contains an unknown adapter or is given while the model is in training mode.
             RouteError: The number of names differs from the batch size, or a module does not support mixed batches.
         """
         with options_of_call(self, adapter_names, args, kwargs, generates=True):
@@ -386,7 +387,7 @@ class PeftModel(OverModel):
         return next(self.parameters()).device
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return the number of trainable parameters and the total number of parameters, both including adapters."""
+        """Return the number of trainable parameters and the total number of parameters; both include adapters."""
         return model_adapters.count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
@@ -442,7 +443,7 @@ _WANTED_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict", "
 
 
 def _forward_of(columns: str) -> Callable[..., Any]:
-    """Create a `forward` that takes token ids, a mask, the given columns and PEFT's options, by position or by name.
+    """Create a `forward` whose parameters are token ids, a mask, the given columns and PEFT's options.
 
     Arguments that are None are not passed to the model, since not every model accepts all of them.
     """
@@ -454,7 +455,7 @@ def _forward_of(columns: str) -> Callable[..., Any]:
         if len(args) > len(named) or named.keys() & kwargs.keys():
             signature.bind(self, *args, **kwargs)  # raises Python's TypeError for too many or repeated arguments
         named.update(kwargs)
-        named.pop("task_ids", None)  # PEFT passes it only to models that use other methods
+        named.pop("task_ids", None)  # used only by other PEFT methods
         return PeftModel.forward(self, **{name: value for name, value in named.items() if value is not None})
 
     options = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in names]
@@ -500,7 +501,7 @@ class PeftModelForQuestionAnswering(PeftModel):
 
 
 class PeftModelForFeatureExtraction(PeftModel):
-    """Wrapper for models that are used for their hidden states."""
+    """Wrapper for models whose hidden states are used as features."""
 
     task = TaskType.FEATURE_EXTRACTION
     forward = _forward_of("inputs_embeds")

@@ -1,4 +1,4 @@
-"""Helpers for a model's adapters: queries, dtype casts, and making adapters trainable or frozen."""
+"""Helpers that query a model's adapters, cast their dtypes, and make them trainable or freeze them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def adapted(model: nn.Module) -> Iterator[AdapterModule]:
 
 
 def configs_of(model: nn.Module) -> dict[str, LoraConfig]:
-    """Return the model's own dictionary from adapter to config, or an empty one if it has no adapters."""
+    """Return the model's own dictionary of adapter names and configs, or an empty one if the model has no adapters."""
     state = find_state(model)
     return {} if state is None else state.configs
 
@@ -60,7 +60,7 @@ def check_exist(
         problem: PEFT's phrase for a missing adapter.
 
     Raises:
-        AdapterError: An adapter is missing; `what` is its name.
+        AdapterError: An adapter does not exist; the error's `what` field contains the adapter's name.
     """
     for name in as_names(adapter_names):
         if name not in configs:
@@ -69,7 +69,7 @@ def check_exist(
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return the number of trainable parameters and the total number of parameters, both including adapters."""
+    """Return the number of trainable parameters and the total number of parameters; both include adapters."""
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
 
@@ -82,8 +82,8 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
 
     Args:
         model: A model with adapters.
-        adapter_name: The adapter.
-        autocast_adapter_dtype: If false, nothing is done.
+        adapter_name: Name of the adapter.
+        autocast_adapter_dtype: If false, do nothing.
     """
     if autocast_adapter_dtype:
         for _, parameter in _factors(model, adapter_name):
@@ -96,7 +96,7 @@ def cast_to_base(model: nn.Module, adapter_name: str) -> None:
 
     Args:
         model: A model with adapters.
-        adapter_name: The adapter.
+        adapter_name: Name of the adapter.
     """
     for layer, parameter in _factors(model, adapter_name):
         weight = layer.owner._parameters.get(layer.spec.parameter)
@@ -109,7 +109,7 @@ def empty(model: nn.Module, adapter_name: str) -> None:
 
     Args:
         model: A model with adapters.
-        adapter_name: The adapter.
+        adapter_name: Name of the adapter.
     """
     for _, layer in AdapterIndex.of(model).layers(adapter_name):
         for holder in layer.children():
@@ -143,12 +143,12 @@ def _factors(model: nn.Module, adapter: str) -> Iterator[tuple[LoraLayer, nn.Par
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-    """Train or freeze adapters, whether or not they are active.
+    """Make adapters trainable or freeze them, whether or not they are active.
 
     Args:
         model: A model with adapters.
         adapter_names: Name of an adapter, or several names; missing adapters are ignored, as in PEFT.
-        requires_grad: Whether to train these adapters.
+        requires_grad: Whether to make the adapters trainable; if false, they are frozen.
     """
     core.set_trained(model, dict.fromkeys(as_names(adapter_names), requires_grad))
 
@@ -160,7 +160,7 @@ def pause(model: nn.Module) -> list[nn.Parameter]:
         model: A model with adapters.
 
     Returns:
-        The parameters, (…), that required gradients.
+        The parameters that were trainable before the call.
     """
     state = find_state(model)
     trained = [
@@ -179,8 +179,9 @@ def pause(model: nn.Module) -> list[nn.Parameter]:
 def paused(model: nn.Module) -> Iterator[None]:
     """Disable and freeze the adapters of a model within a context, as PEFT does.
 
-    All threads share `requires_grad`, so it is changed only if gradients are recorded. Threads that run inference
-    therefore do not affect a training thread. If an adapter is deactivated within the context, no flags are restored.
+    All threads share the `requires_grad` flags, so the flags are changed only if the calling thread records gradients.
+    Threads that run inference therefore do not affect a training thread. If an adapter is deactivated within the
+    context, the flags are not restored.
 
     Args:
         model: A model; if it has no adapters, nothing happens.

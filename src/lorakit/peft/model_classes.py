@@ -1,8 +1,8 @@
-"""The table of wrappers by task, the `AutoPeftModel` classes, and `PeftMixedModel`.
+"""The table of wrapper classes by task, the `AutoPeftModel` classes, and `PeftMixedModel`.
 
-The wrapper for each task declares the signature of its `forward`, from which programs determine the dataset columns to
-keep. An `AutoPeftModel` class loads an adapter and the base that its config names. A `PeftMixedModel` can have several
-active adapters; in lorakit, all of them are LoRA adapters.
+Each task's wrapper declares its own `forward` signature, which programs inspect to determine the dataset columns to
+keep. An `AutoPeftModel` class loads an adapter and the base model named in the adapter's config. A `PeftMixedModel` can
+have several active adapters; in lorakit, all of them are LoRA adapters.
 """
 
 from __future__ import annotations
@@ -52,30 +52,30 @@ class _BaseAutoPeftModel:
         import_allowlist: Collection[str] | None = None,
         **kwargs: Value,
     ) -> PeftModel:
-        """Load the base that an adapter's config names, and then the adapter itself.
+        """Load the base model named in an adapter's config, and then the adapter itself.
 
         Args:
             pretrained_model_name_or_path: Directory or Hub id of the adapter.
             adapter_name: Name to give the adapter.
-            is_trainable: Whether to train the adapter further.
+            is_trainable: Whether to make the adapter trainable.
             config: As for `PeftModel.from_pretrained`.
             revision: Revision of the adapter.
             import_allowlist: Packages from which the base's class may be imported.
-            kwargs: `subfolder` of the adapter, and options for loading the base.
+            kwargs: `subfolder` of the adapter, and options for loading the base model.
 
         Returns:
             The wrapper for the adapter's task.
 
         Raises:
             ConfigError: The class does not match the adapter's task, or the base's package is not on the allowlist.
-            AdapterFileError: The config does not name its base.
+            AdapterFileError: The config does not name the base model.
         """
         options = {"revision": revision, **kwargs}
         folder = adapter_folder(pretrained_model_name_or_path, options)  # pops the adapter's own options
         found = read_config(folder)[0]
         if not found.base_model_name_or_path:
             raise AdapterFileError(
-                f"{folder}: the config does not name its base (base_model_name_or_path is null).",
+                f"{folder}: the config does not name its base model (base_model_name_or_path is null).",
                 where=folder,
                 field="base_model_name_or_path",
             )
@@ -129,7 +129,7 @@ def _check_library(mapping: Mapping[str, Any], allowed: Collection[str]) -> None
 
 
 class AutoPeftModel(_BaseAutoPeftModel):
-    """Loader for adapters without a task; the config names the base's class."""
+    """Loader for adapters without a task; the adapter's config specifies the base model's class."""
 
 
 class AutoPeftModelForCausalLM(_BaseAutoPeftModel):
@@ -163,7 +163,7 @@ class AutoPeftModelForQuestionAnswering(_BaseAutoPeftModel):
 
 
 class AutoPeftModelForFeatureExtraction(_BaseAutoPeftModel):
-    """Loader for models that are used for their hidden states."""
+    """Loader for models whose hidden states are used as features."""
 
     task = TaskType.FEATURE_EXTRACTION
 

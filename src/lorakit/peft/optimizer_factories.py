@@ -31,7 +31,7 @@ def create_loraplus_optimizer(
     and, without weight decay, biases and LayerNorm parameters. Empty groups are kept, so that the order is fixed.
 
     Args:
-        model: A model; parameters that require gradients are trained.
+        model: The model whose trainable parameters are optimized.
         optimizer_cls: Optimizer class, such as `torch.optim.AdamW`.
         lr: Learning rate of A.
         loraplus_lr_ratio: Ratio of B's learning rate to A's.
@@ -70,8 +70,8 @@ def create_loraplus_optimizer(
 class LoraFAOptimizer(LoraFA):
     """AdamW with a corrected gradient for B; accepts PEFT's groups with `params`, `names` and `scaling_factors`.
 
-    Unlike PEFT's optimizer, it pairs A and B by adapter and site, so that several adapters, magnitudes and biases are
-    updated correctly; it computes in fp32; and it keys its state by tensor, so that the state can be saved and loaded.
+    Unlike PEFT's optimizer, this class pairs A and B by adapter and site, so that several adapters, magnitudes and
+    biases are updated correctly. It computes in fp32. State is keyed by tensor, so it can be saved and loaded.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class LoraFAOptimizer(LoraFA):
             eps: As for AdamW.
             weight_decay: As for AdamW.
             correct_bias: Whether to correct the moments for their bias toward zero.
-            pairs: Pairs of a trained factor and its frozen counterpart; None pairs factors by name within each group.
+            pairs: Pairs of a trainable factor and its frozen counterpart; None pairs factors by name within each group.
 
         Raises:
             ConfigError: A value is out of range.
@@ -111,7 +111,7 @@ class LoraFAOptimizer(LoraFA):
         self._warned = False
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step.
+        """Perform one optimization step.
 
         Args:
             closure: Function that recomputes the loss, or None.
@@ -122,7 +122,7 @@ class LoraFAOptimizer(LoraFA):
         if not self._warned and any("scaling_factors" not in g and "scaling_factor" in g for g in self.param_groups):
             self._warned = True
             warnings.warn(
-                "`scaling_factor` is deprecated; pass `scaling_factors`, one per tensor in the group.",
+                "`scaling_factor` is deprecated; pass `scaling_factors` with one value per tensor in the group.",
                 FutureWarning,
                 stacklevel=2,
             )
@@ -143,7 +143,7 @@ def create_lorafa_optimizer(
         lora_alpha: Alpha, likewise used only for `scaling_factor`.
         lr: Learning rate.
         weight_decay: As for AdamW.
-        use_rslora: Deprecated; must be None or the value from the active adapters' configs.
+        use_rslora: Deprecated; must be None or equal the value in the active adapters' configs.
 
     Returns:
         The optimizer.
@@ -216,10 +216,10 @@ def _check_rslora(given: bool, configured: dict[str, bool]) -> None:
     if other:
         raise ConfigError(
             f"`use_rslora={given}` was passed to create_lorafa_optimizer, but it is {not given} in the config of "
-            f"{', '.join(map(repr, other))}. Omit the argument; the config determines it."
+            f"{', '.join(map(repr, other))}. Omit the argument; the value in the config is used."
         )
     warnings.warn(
-        "`use_rslora` of create_lorafa_optimizer is deprecated; omit it, since the adapter's config determines it.",
+        "`use_rslora` of create_lorafa_optimizer is deprecated; omit it, since the adapter's config sets it.",
         FutureWarning,
         stacklevel=3,
     )

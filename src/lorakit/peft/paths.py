@@ -1,8 +1,9 @@
-"""PEFT's module paths, such as `peft.tuners.lora.layer`: a table, and a module object for each path.
+"""PEFT's module paths, such as `peft.tuners.lora.layer`: a table of paths, and a module object for each path.
 
-Importing `lorakit.peft` puts these modules into `sys.modules`. They contain only names; the object behind a name is
-imported from its defining module on first use (PEP 562). Importing a path first imports `lorakit.peft`, which registers
-the path. Since `lorakit.peft` always imports this file, this file imports nothing slow and no other lorakit module.
+Importing `lorakit.peft` adds these modules to `sys.modules`. The modules contain only names; the object behind a name
+is imported from its defining module on first use (PEP 562). Importing a path first imports `lorakit.peft`, which
+registers the path. Since `lorakit.peft` always imports this file, this file imports no slow modules and no other
+lorakit modules.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ HOMES: Mapping[str, str] = {
     """,
     "lorakit.peft.weighted": "convert_to_lora reduce_intruder_dimension save_as_lora",
 }
-"""Module -> names that it defines; `alias=name` means that its `name` is exported as `alias`.
+"""Module -> names that the module defines; `alias=name` means that the module's `name` is exported as `alias`.
 
 All other PEFT names are placeholders.
 """
@@ -268,7 +269,7 @@ def lazy_names(module: str, names: str) -> tuple[Callable[[str], Any], Callable[
 
     Args:
         module: The module's full name.
-        names: Names separated by spaces; `HOMES` lists the module that defines each name.
+        names: Names separated by spaces; `HOMES` specifies the module that defines each name.
 
     Returns:
         The two functions.
@@ -278,10 +279,11 @@ def lazy_names(module: str, names: str) -> tuple[Callable[[str], Any], Callable[
 
 
 def register() -> None:
-    """Register a module for each path in `sys.modules` and as an attribute of its parent.
+    """Add a module for each path to `sys.modules`, and set the module as an attribute of its parent.
 
-    The loader is also registered as the finder for `__file__`, which each package has in its `__path__`. This lets the
-    import system find a path's spec, which `importlib.reload` and, in a new process, `importlib.util.find_spec` need.
+    The loader is also registered as the finder for `__file__`, which every package's `__path__` contains. The import
+    system can therefore find the spec of a path, which is required by `importlib.reload` and, in a new process, by
+    `importlib.util.find_spec`.
     """
     loader = _PathLoader()
     sys.path_importer_cache[__file__] = loader
@@ -289,7 +291,7 @@ def register() -> None:
         sys.modules[PACKAGE].__path__.append(__file__)
     for path in PATHS:
         spec = loader.find_spec(f"{PACKAGE}.{path}")
-        if spec is not None and spec.name not in sys.modules:  # reloading `lorakit.peft` keeps the modules
+        if spec is not None and spec.name not in sys.modules:  # reloading `lorakit.peft` keeps them
             parent, _, child = spec.name.rpartition(".")
             sys.modules[spec.name] = loader.create_module(spec)
             setattr(sys.modules[parent], child, sys.modules[spec.name])

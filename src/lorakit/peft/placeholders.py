@@ -34,11 +34,11 @@ CONFIGS: Mapping[PeftType, str] = {
 
 
 class PeftWarning(UserWarning):
-    """Base class of PEFT's warnings; a filter for it also catches those of `lorakit.peft`."""
+    """Base class of PEFT's warnings; a filter for this class also catches the warnings of `lorakit.peft`."""
 
 
 class PartialTargetsWarning(PeftWarning, RuntimeWarning):
-    """A config entry matches nothing. PEFT uses one base class or the other for such warnings; this class has both."""
+    """Warning about a config entry that matches nothing; PEFT issues such warnings under either base class."""
 
 
 def _refusing(name: str) -> Callable[..., NoReturn]:

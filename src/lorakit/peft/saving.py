@@ -1,7 +1,7 @@
 """PEFT-style saving, including model cards (`README.md`) and adapters whose init changed the base.
 
-An adapter whose init changed the base is saved for the changed base or converted to plain LoRA. Text that a user has
-added to a card is kept.
+An adapter whose init changed the base is either saved for the changed base or converted to plain LoRA. Text that users
+have added to a card is kept.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def write_card(model: PeftModel, output_dir: str | PathLike[str]) -> None:
 
 
 def _metadata(model: PeftModel) -> Iterator[tuple[str, list[str]]]:
-    """Iterate over the header fields, with the lines of each."""
+    """Iterate over the card's header fields and the lines of each field."""
     base = model.get_base_model()
     name = getattr(base, "name_or_path", None)
     if name:
@@ -121,9 +121,9 @@ def save(
 
     Args:
         model: The wrapper.
-        folder: The directory.
-        name: The adapter.
-        tensors: Name on disk -> tensor (…), saved in place of the model's own tensors.
+        folder: Directory to write to.
+        name: Name of the adapter.
+        tensors: Name on disk -> tensor (…), saved instead of the model's own tensors.
         initial_folder: Directory of the adapter as it was saved before training; if given, the adapter is converted
             to plain LoRA for the original base, with twice the rank.
 
@@ -139,7 +139,7 @@ def save(
     if flat:
         warn_caller(
             f"{', '.join(flat[:8])} {'is' if len(flat) == 1 else 'are'} flat, like DeepSpeed ZeRO-3 or FSDP shards "
-            "that were not gathered; no program can load the file. Pass the gathered tensors as `state_dict`.",
+            "that were not gathered; no program can load the saved file. Pass the gathered tensors as `state_dict`.",
             PeftWarning,
         )
     moved = moving_variant(config) is None and any(name in layer.moved_by for _, layer in layers(user))

@@ -1,7 +1,7 @@
-"""Functions that read the state dict of an adapter or its base from a model, or load it into one.
+"""Functions that get or set the state dict of an adapter or of a base model.
 
-The name of an adapter's tensor contains the adapter's name in memory but not on disk. Names in a wrapped model begin
-with `base_model.model.`; names in a model without a wrapper do not.
+In memory, but not on disk, the name of an adapter's tensor contains the adapter's name. Names in a wrapped model begin
+with `base_model.model.`; names in an unwrapped model do not.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COMPILED = "_orig_mod"
 ROWS = "token_adapter.trainable_tokens_delta"
 FSDP = "_fsdp_wrapped_module."
 AROUND = (FSDP, f"{COMPILED}.", "_checkpoint_wrapped_module.")
-"""Prefixes that FSDP, torch.compile and checkpointing add to the names of modules that they wrap."""
+"""Prefixes that FSDP, torch.compile and activation checkpointing add to the names of the modules that they wrap."""
 DATA_PARALLEL = "module."
 
 
@@ -39,7 +39,7 @@ class IncompatibleKeys(NamedTuple):
 
 
 class StateDictError(AdapterFileError, RuntimeError):
-    """Tensor names or shapes do not match the model; also a RuntimeError, as raised by torch's own loader."""
+    """Tensor names or shapes do not match the model. Subclasses RuntimeError, because that is what torch raises."""
 
 
 def get_peft_model_state_dict(
@@ -49,14 +49,15 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: bool | str = "auto",
 ) -> dict[str, Tensor]:
-    """Return one adapter's tensors, keyed by name on disk.
+    """Return an adapter's tensors, keyed by their names on disk.
 
     Args:
         model: A wrapped model, or an unwrapped model with adapters.
-        state_dict: Tensors (…) to use instead of the model's own, such as those gathered from several devices.
-        adapter_name: The adapter.
+        state_dict: Name in the model -> tensor (…), used instead of the model's own state dict, for example after
+            gathering shards.
+        adapter_name: Name of the adapter.
         unwrap_compiled: Whether to unwrap a compiled model.
-        save_embedding_layers: If True, add the base's embedding matrices, as a resized vocabulary requires.
+        save_embedding_layers: If True, include the base's embedding matrices, as needed for a resized vocabulary.
 
     Raises:
         AdapterError: The adapter does not exist.
@@ -78,8 +79,8 @@ def get_peft_model_state_dict(
             found[on_disk.replace(FSDP, "")] = values[key]
     if missing and state_dict is not None:
         warn_caller(
-            f"`state_dict` lacks {len(missing)} of the {len(own)} tensors of adapter {adapter_name!r}, which are "
-            f"omitted: {', '.join(missing[:4])}. Pass the model's complete state dict with unchanged names."
+            f"`state_dict` lacks {len(missing)} of the {len(own)} tensors of adapter {adapter_name!r}; the missing "
+            f"tensors are omitted: {', '.join(missing[:4])}. Pass the model's complete state dict with unchanged names."
         )
     if save_embedding_layers is True:
         found |= _embeddings(model, values)
@@ -97,10 +98,10 @@ def names_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str]]:
 
     Args:
         model: A wrapped model, or an unwrapped model with adapters.
-        adapter: The adapter.
+        adapter: Name of the adapter.
 
     Yields:
-        Name on disk, and name in the model's state dict.
+        Each tensor's name on disk, and its name in the model's state dict.
     """
     yield from ((on_disk, in_memory) for on_disk, in_memory, _ in tensors_of(model, adapter))
 
@@ -110,10 +111,10 @@ def tensors_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, Tenso
 
     Args:
         model: A wrapped model, or an unwrapped model with adapters.
-        adapter: The adapter.
+        adapter: Name of the adapter.
 
     Yields:
-        Name on disk, name in the model's state dict, and the tensor (…).
+        Each tensor's name on disk, its name in the model's state dict, and the tensor itself, (…).
     """
     for path, module in walk(model):
         prefix = f"{path}." if path else ""
@@ -132,12 +133,12 @@ def tensors_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, Tenso
 
 
 def flat_factors(model: nn.Module, adapter: str, given: Mapping[str, Tensor] | None = None) -> list[str]:
-    """Return the names of an adapter's A and B tensors with fewer than two dimensions, such as ungathered shards.
+    """Return the names of A and B tensors that have fewer than two dimensions, as ungathered shards do.
 
     Args:
         model: A wrapped model, or an unwrapped model with adapters.
-        adapter: The adapter.
-        given: Name on disk -> tensor (…), saved in place of the model's own tensors.
+        adapter: Name of the adapter.
+        given: Name on disk -> tensor (…), checked instead of the model's own tensors.
     """
     own = {on_disk: tensor for on_disk, _, tensor in tensors_of(model, adapter)} if given is None else given
     return [key for key, held in own.items() if key.endswith((".lora_A.weight", ".lora_B.weight")) and held.ndim < 2]
@@ -187,17 +188,17 @@ def set_peft_model_state_dict(
 
     Args:
         model: A wrapped model, or an unwrapped model with adapters.
-        peft_model_state_dict: Name on disk -> tensor (…), with or without the prefix of a wrapped model.
-        adapter_name: The adapter.
-        ignore_mismatched_sizes: Whether to skip tensors with a different shape, with a warning.
+        peft_model_state_dict: Name on disk (with or without the prefix of a wrapped model) -> tensor (…).
+        adapter_name: Name of the adapter.
+        ignore_mismatched_sizes: Whether to warn about tensors of a different shape and skip them.
         low_cpu_mem_usage: Ignored; factors are already on their device.
 
     Returns:
-        Names in the model for which there is no tensor, and unexpected names, which also cause a warning.
+        Names in the model that have no tensor in the state dict, and unexpected names; the latter also cause a warning.
 
     Raises:
         AdapterError: The adapter does not exist.
-        StateDictError: A shape does not match.
+        StateDictError: A tensor's shape does not match the model.
     """
     model_adapters.check_exist(model_adapters.configs_of(model), adapter_name)
     _warn_of_values(model, peft_model_state_dict, adapter_name)
@@ -223,11 +224,11 @@ def put_tensors(
     Args:
         model: A wrapped model, or an unwrapped model with adapters.
         tensors: Name on disk -> tensor (…).
-        adapter_name: The adapter.
-        ignore_mismatched_sizes: Whether to skip tensors with a different shape, with a warning.
+        adapter_name: Name of the adapter.
+        ignore_mismatched_sizes: Whether to warn about tensors of a different shape and skip them.
 
     Raises:
-        StateDictError: A shape does not match.
+        StateDictError: A tensor's shape does not match the model.
     """
     targets = {_bare(on_disk): in_memory for on_disk, in_memory in names_of(model, adapter_name)}
     current = model.state_dict()
@@ -263,7 +264,7 @@ def _bare(key: str) -> str:
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the unmerged base's tensors, (…), keyed by their names in the model without adapters.
+    """Return the tensors of the unmerged base model, keyed by their names in the model without adapters.
 
     Args:
         model: A wrapped model, or an unwrapped model with adapters.
@@ -274,11 +275,11 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def set_base_model_state_dict(
     model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
 ) -> IncompatibleKeys:
-    """Copy tensors into the base; their names are those in the model without adapters.
+    """Copy tensors, keyed by their names in the model without adapters, into the base model.
 
     Args:
         model: A wrapped model, or an unwrapped model with adapters.
-        state_dict: Name in the plain base -> tensor (…).
+        state_dict: Name in the model without adapters -> tensor (…).
         strict: Whether missing and unexpected names raise an error.
 
     Returns:

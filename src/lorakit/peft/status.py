@@ -137,7 +137,7 @@ def _flags_and_devices(modules: Iterable[AdapterModule]) -> tuple[dict[str, bool
         table = module.token_adapter if isinstance(module, TrainableTokens) else None  # a tied module has no rows
         for adapter in module.available_adapters():
             found = module.parameters_of(adapter) if table is None else [table.trainable_tokens_delta[adapter]]
-            for parameter in found:  # none in a tied layer, or in a copy without parameters
+            for parameter in found:  # a tied layer or a copy without parameters has none
                 held[adapter].append(parameter)
     flags = {adapter: _common(parameter.requires_grad for parameter in found) for adapter, found in held.items()}
     return flags, {adapter: sorted({one.device.type for one in found}) for adapter, found in held.items()}

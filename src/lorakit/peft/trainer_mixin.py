@@ -3,8 +3,8 @@
     class LoraTrainer(LoraTrainerMixin, Trainer): ...
 
 The parent class trains the user's own model, which contains the factors; only the adapter is saved and loaded. The
-`peft` package is not needed and has no effect if it is installed. This module does not import transformers: the parent
-is whichever class follows the mixin.
+`peft` package is not needed and, if installed, is not used. This module does not import transformers: the parent is
+whichever trainer class follows the mixin.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lorakit.peft.mapping import get_peft_model
 from lorakit.peft.model import PeftModel
 
 ARGUMENTS_FILE = "training_args.bin"
-"""Name of the file with the parent's arguments, saved next to the adapter."""
+"""Name of the file that stores the parent's training arguments, next to the adapter."""
 
 
 class Arguments(Protocol):
@@ -48,14 +48,14 @@ class Processor(Protocol):
 
 
 class LoraTrainerMixin:
-    """Make a trainer save adapters as checkpoints: small, resumable and loadable by PEFT.
+    """Make a trainer save checkpoints that contain only adapters, can be resumed, and can be loaded by PEFT.
 
     The mixin must precede the trainer in the list of base classes.
 
     Args:
         model: A `lorakit.peft.PeftModel`, a model adapted by `lorakit.attach`, or any model if `peft_config` is given.
         args: The parent's positional arguments after the model.
-        peft_config: A `LoraConfig` with which to adapt a model that has no adapter.
+        peft_config: A `LoraConfig` for adapting a model that has no adapter.
         kwargs: The parent's keyword arguments.
 
     Attributes:
@@ -108,7 +108,7 @@ class LoraTrainerMixin:
 
     @property
     def _parent(self) -> Any:
-        """`super()`, the trainer class that follows the mixin; untyped, since the mixin does not know the class."""
+        """`super()`, the trainer class that follows the mixin; typed as `Any`, since the class is unknown."""
         return super()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -137,7 +137,7 @@ class LoraTrainerMixin:
         """
         if not any(parameter.requires_grad for parameter in self.lora_model.parameters()):
             raise ConfigError(
-                f"No parameter requires gradients: {', '.join(self.lora_model.peft_config)} is frozen. Load the "
+                f"No parameters are trainable (frozen adapters: {', '.join(self.lora_model.peft_config)}). Load the "
                 "adapter with is_trainable=True, or call set_requires_grad.",
                 what=next(iter(self.lora_model.peft_config), None),
             )
@@ -156,7 +156,7 @@ class LoraTrainerMixin:
         self.lora_model = model
         base = model.get_base_model()
         if self._judged and getattr(base, "is_quantized", False) and not base._hf_peft_config_loaded:
-            # The parent rejects a quantized model without this flag. While it is set, saving the base requires peft.
+            # The parent rejects a quantized model without this flag; while the flag is set, saving the base needs peft.
             vars(base)["_hf_peft_config_loaded"] = True
             self._marked.append(base)
         return base

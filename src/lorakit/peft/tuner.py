@@ -1,6 +1,6 @@
 """`LoraModel`, the `base_model` of a `PeftModel`: operations on the adapters in the user's model.
 
-The functions `set_adapter` and `delete_adapter` work on a model without a wrapper.
+The functions `set_adapter` and `delete_adapter` work on models without a wrapper.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lorakit.peft.utilities import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MA
 
 
 def kinds_of(config: LoraConfig | None) -> list[Kind]:
-    """Return the kinds for a config's custom modules, and warn about module types that no kind supports.
+    """Return a `Kind` for each of a config's custom modules, and warn about module types that are not supported.
 
     Args:
         config: The config, or None.
@@ -67,7 +67,7 @@ def set_adapter(
     Args:
         model: A model with adapters.
         adapter_name: Name of an adapter, or several names.
-        inference_mode: Whether to freeze the activated adapters too.
+        inference_mode: Whether to freeze the activated adapters as well.
         layer_cls: Ignored; in lorakit, all adapted layers have the same class.
 
     Raises:
@@ -83,7 +83,7 @@ def delete_adapter(
 
     Args:
         model: A model with adapters.
-        adapter_name: The adapter; if it does not exist, nothing happens, as in PEFT.
+        adapter_name: Name of the adapter; if the adapter does not exist, nothing happens, as in PEFT.
         prefix: Ignored, since LoRA is lorakit's only method.
         layer_cls: Ignored; in lorakit, all adapted layers have the same class.
 
@@ -97,19 +97,19 @@ def delete_adapter(
     if adapter_name in model_adapters.configs_of(model):
         tuner.delete_adapter(adapter_name)
         if not model_adapters.configs_of(model):
-            setattr(model, CONFIGS, {})  # kept but empty, as in PEFT: transformers reads and then removes it
+            setattr(model, CONFIGS, {})  # as in PEFT, since transformers reads this attribute and then removes it
     return tuner.active_adapters or None
 
 
 CONFIGS = "peft_config"
-"""Attribute of the user's model in which other programs look for the configs of its adapters."""
+"""Attribute of the user's model in which other programs look for the adapters' configs."""
 
 
 class OverModel(nn.Module):
     """Base class of the tuner and the wrapper, with methods that query and select a model's adapters.
 
     Attributes:
-        model: The user's own model, adapted in place.
+        model: The user's model, adapted in place.
         inner: Name of the inner module, to which lookups of unknown attributes are delegated.
     """
 
@@ -126,12 +126,12 @@ class OverModel(nn.Module):
 
     @property
     def peft_config(self) -> dict[str, LoraConfig]:
-        """Adapter -> config."""
+        """Adapter name -> config."""
         return model_adapters.configs_of(self.model)
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters that are active by default, even while adapters are disabled."""
+        """Names of the adapters that are active by default; the list does not change while adapters are disabled."""
         state = find_state(self.model)
         return [] if state is None else list(state.chosen.names)
 
@@ -142,19 +142,19 @@ class OverModel(nn.Module):
         return names[0] if len(names) == 1 else names
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Train or freeze adapters, whether or not they are active.
+        """Make adapters trainable or freeze them, whether or not they are active.
 
         Args:
             adapter_names: Name of an adapter, or several names; missing adapters are ignored.
-            requires_grad: Whether to train these adapters.
+            requires_grad: Whether to make the adapters trainable; if false, they are frozen.
         """
         model_adapters.set_requires_grad(self.model, adapter_names, requires_grad)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether an adapter's update can be written as plain LoRA, that is, does not depend on token positions.
+        """Return whether an adapter can be converted to plain LoRA, that is, does not depend on token positions.
 
         Args:
-            adapter_name: The adapter.
+            adapter_name: Name of the adapter.
         """
         config = self.peft_config.get(adapter_name)
         return config is not None and config.alora_invocation_tokens is None
@@ -164,7 +164,7 @@ class OverModel(nn.Module):
 
         Args:
             adapter_name: Name of an adapter, or several names.
-            inference_mode: Whether to freeze the activated adapters too.
+            inference_mode: Whether to freeze the activated adapters as well.
 
         Raises:
             RouteError: An adapter does not exist.
@@ -246,7 +246,7 @@ class BaseTuner(OverModel):
         return self._penalty if name in PENALTY_METHODS else super().__getattr__(name)
 
     def _penalty(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
-        """Return the sum of the adapters' penalties (default: active adapters): a scalar, or 0.0 if there are none."""
+        """Return the sum of the penalties of the given (default: active) adapters: a scalar, or 0.0 if none apply."""
         with contextlib.ExitStack() as stack:
             if adapter_names is not None:
                 stack.enter_context(core.use(self.model, *model_adapters.as_names(adapter_names)))
@@ -270,7 +270,7 @@ class BaseTuner(OverModel):
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
-        """Return the model's config as a dictionary, or {"model_type": "custom"} if it has none."""
+        """Return the model's config as a dictionary, or {"model_type": "custom"} if the model has none."""
         config = getattr(model, "config", None)
         as_table = getattr(config, "to_dict", None)
         table = as_table() if callable(as_table) else config
@@ -293,12 +293,12 @@ class BaseTuner(OverModel):
             name: Name of the new adapter.
             config: Config of the new adapter; a copy is stored.
             autocast_adapter_dtype: If false, the factors are cast to the dtype of their base weight.
-            on_meta: Whether the factors stay on the meta device until `set_peft_model_state_dict` fills them.
-            state_dict: Tensors (…) whose names, instead of the config, determine the targets.
+            on_meta: Whether to leave the factors on the meta device until `set_peft_model_state_dict` fills them.
+            state_dict: Tensor name -> tensor (…); the names determine the targets instead of the config.
 
         Raises:
             AdapterError: `name` is taken or invalid.
-            TargetError: No target matches.
+            TargetError: Nothing in the model matches the targets.
             ConfigError: The config is not valid for the model or conflicts with its other adapters.
         """
         self._check_new_adapter_config(config)
@@ -336,7 +336,7 @@ class BaseTuner(OverModel):
         matching.check_parameters(self.model, self.peft_config, config)
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
-        """Return `names_tied_with_embedding` for the user's model; PEFT gives the method this name."""
+        """Return `names_tied_with_embedding` for the user's model; the method name comes from PEFT."""
         return names_tied_with_embedding(self.model)
 
     def is_partly_disabled(self) -> bool:
@@ -355,7 +355,7 @@ class BaseTuner(OverModel):
                 parameter.requires_grad_(True)
 
     def disable_adapter_layers(self) -> None:
-        """Disable and freeze all adapters until `enable_adapter_layers` is called; `disable_adapter` is safer."""
+        """Disable and freeze all adapters until `enable_adapter_layers` is called; prefer `disable_adapter`."""
         state = find_state(self.model)
         if state is not None and state.aside is None:
             self.__dict__["_paused"] = model_adapters.pause(self.model)
@@ -365,21 +365,21 @@ class BaseTuner(OverModel):
     def _enable_peft_forward_hooks(
         self, *_: Any, adapter_names: Sequence[str] | None = None, alora_offsets: Offsets | None = None, **__: Any
     ) -> Iterator[None]:
-        """Assign one adapter to each row within a context, for programs that use a tuner without a wrapper."""
+        """Assign an adapter to each batch row within a context, for programs that use a tuner without a wrapper."""
         starts = contextlib.nullcontext() if alora_offsets is None else core.invoked(self.model, offsets=alora_offsets)
         with self.rows(adapter_names), starts:
             yield
 
     def rows(self, adapter_names: Sequence[str] | None, copies: int = 0) -> contextlib.AbstractContextManager[None]:
-        """Return a context that assigns one adapter to each row; it does nothing if `adapter_names` is None.
+        """Return a context that assigns an adapter to each batch row, or does nothing if `adapter_names` is None.
 
         Args:
-            adapter_names: One adapter name per row of the batch; "__base__" selects the base without an adapter.
-            copies: Maximum number of consecutive copies of each row (beams) in `generate`; 0 for a single forward pass.
+            adapter_names: One adapter name per row of the batch; "__base__" selects the base model alone.
+            copies: Maximum number of consecutive copies of each row in `generate`, such as beams; 0 for a forward pass.
 
         Raises:
-            ConfigError: An adapter does not exist, or the model is in training mode, where PEFT rejects mixed batches
-                as well.
+            ConfigError: An adapter does not exist, or the model is in training mode, in which PEFT also rejects mixed
+                batches.
         """
         if adapter_names is None:
             return contextlib.nullcontext()
@@ -396,7 +396,7 @@ class BaseTuner(OverModel):
         return core.route(self.model, rows, copies=copies or 1, keep=copies > 0)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the base weights; originals are kept so that `unmerge_adapter` can restore them exactly.
+        """Merge adapters into the base weights; originals are kept, so `unmerge_adapter` can restore them exactly.
 
         Args:
             adapter_names: Adapters to merge; None means the active ones.
@@ -419,7 +419,7 @@ class BaseTuner(OverModel):
             core.merge(self.model, *fresh, untie=untie)
 
     def _warn_of_training(self, names: Sequence[str]) -> None:
-        """Warn that merged adapters do not learn, since merged layers run only the base; PEFT issues no warning."""
+        """Warn that merged adapters are not trained, since merged layers run only the base; PEFT does not warn."""
         if not (self.training and torch.is_grad_enabled()):
             return
         owned = parameters_by_adapter(self.model, names)
@@ -438,15 +438,15 @@ class BaseTuner(OverModel):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
-        """Merge adapters permanently and return the plain model.
+        """Merge adapters permanently, and return the model without adapter layers.
 
         Args:
             progressbar: Ignored; no progress is shown.
-            safe_merge: Ignored; the result is always checked.
+            safe_merge: Ignored; the result is always checked for non-finite values.
             adapter_names: Adapters to merge; None means the active ones.
 
         Returns:
-            The user's model without adapter layers.
+            The user's model.
 
         Raises:
             MergeError: An adapter cannot be merged.
@@ -465,7 +465,7 @@ class BaseTuner(OverModel):
         return self.model
 
     def unload(self) -> nn.Module:
-        """Remove all adapters and return the plain base."""
+        """Remove all adapters without merging them, and return the base model."""
         return self.merge_and_unload(adapter_names=())
 
     def _unmerged(self, adapter_names: Sequence[str] | None, quiet: bool = False) -> list[str]:

@@ -1,6 +1,6 @@
 """PEFT's utilities: constants, queries about a base model, preparation for training, and checks for optional packages.
 
-Queries depend only on the model. Functions for unsupported launchers, such as DeepSpeed, are absent or do nothing.
+Queries depend only on the model. Functions for unsupported backends, such as DeepSpeed, are absent or do nothing.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | N
 
 
 def input_embeddings_name(model: nn.Module, default: str | None = None) -> str | None:
-    """Return the path of a model's input embedding, or the default if it has none."""
+    """Return the path of a model's input embedding, or the default if the model has no input embedding."""
     embedding = _input_embedding(model)
     return default if embedding is None else next((name for name, m in walk(model) if m is embedding), default)
 
@@ -137,7 +137,7 @@ def _input_embedding(model: nn.Module) -> nn.Module | None:
 
 
 def names_tied_with_embedding(model: nn.Module) -> list[str]:
-    """Return the sorted paths of modules that share the input embedding's weight; none if the config disables tying."""
+    """Return the sorted paths of modules that share the input embedding's weight; [] if the config disables tying."""
     user = user_model(model)
     embedding = _input_embedding(user)
     weight = getattr(embedding, "weight", None)
@@ -155,10 +155,10 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     """Return an FSDP policy that wraps transformer blocks and, separately, each trainable leaf module.
 
     Args:
-        model: The model. The environment variable FSDP_TRANSFORMER_CLS_TO_WRAP may name the classes of its blocks.
+        model: The model. The environment variable FSDP_TRANSFORMER_CLS_TO_WRAP may specify the model's block classes.
 
     Raises:
-        ConfigTypeError: The model has no module of one of these classes.
+        ConfigTypeError: The model contains no module of one of the block classes.
     """
     from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
@@ -225,7 +225,7 @@ def get_device_map(model: nn.Module) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def empty_context(*_: Ignored, **__: Ignored) -> Iterator[None]:
-    """Do nothing, in place of PEFT's contexts that move, gather or cast tensors, which lorakit does not need."""
+    """Do nothing; this context replaces those in which PEFT moves, gathers or casts tensors."""
     yield
 
 
@@ -255,7 +255,7 @@ def skip_init_on_device(func: Function) -> Function:
 
 
 class WeightConversion(Protocol):
-    """A step in which the transformers loader renames or fuses the tensors of a base.
+    """A step in which the transformers loader renames or fuses the tensors of a base model.
 
     Attributes:
         source_patterns: Patterns that match tensor names in the file.
@@ -271,11 +271,11 @@ def build_peft_weight_mapping(
 
     Args:
         weight_conversions: Conversions of the base's tensors.
-        adapter_name: The adapter.
+        adapter_name: Name of the adapter.
         peft_config: The adapter's config.
 
     Raises:
-        NotYetSupported: The adapter targets weights (of experts) that transformers now fuses rather than just renames.
+        NotYetSupported: The adapter targets weights, such as those of experts, that transformers now fuses.
     """
     if not weight_conversions:
         return []
@@ -310,7 +310,7 @@ def _concerns(conversion: WeightConversion, config: LoraConfig | None) -> bool:
 
 
 def unused(*_: Ignored, **__: Ignored) -> None:
-    """Do nothing, in place of internal steps of PEFT that have no counterpart in lorakit."""
+    """Do nothing; this function replaces internal PEFT functions that have no counterpart in lorakit."""
 
 
 def is_valid_match(key: str, target_key: str) -> bool:
@@ -344,10 +344,10 @@ def checkpoints(model: nn.Module) -> bool:
 
 
 def take_gradients_at_the_input(model: nn.Module) -> None:
-    """Make the output of the input embedding require gradients, which reentrant gradient checkpointing needs.
+    """Make the input embedding's output require gradients, as is necessary for reentrant gradient checkpointing.
 
     Args:
-        model: A model; quantized models are skipped, since they do this automatically.
+        model: A model; quantized models are skipped, since `prepare_model_for_kbit_training` handles them.
     """
     quantized = any(getattr(model, f"is_{name}", False) for name in ("loaded_in_8bit", "loaded_in_4bit", "quantized"))
     if not quantized:
@@ -370,10 +370,10 @@ def prepare_model_for_kbit_training(
 ) -> nn.Module:
     """Freeze a quantized base, upcast its unquantized tensors to fp32, and enable gradient checkpointing.
 
-    If the base is quantized with one of `DENSE_METHODS`, its tensors are not upcast.
+    If the base is quantized with one of `DENSE_METHODS`, no tensors are upcast.
 
     Args:
-        model: The base, modified in place.
+        model: The base model, modified in place.
         use_gradient_checkpointing: Whether to enable gradient checkpointing if the base is quantized.
         gradient_checkpointing_kwargs: Options for gradient checkpointing.
         auto_clear_cache: Whether to release cached GPU memory.
@@ -411,7 +411,7 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
-    """Shift labels one position to the right and prepend the start token, which turns them into decoder inputs.
+    """Turn labels into decoder inputs by shifting them one position to the right and prepending the start token.
 
     Args:
         input_ids: The labels, (rows, tokens).

@@ -1,7 +1,7 @@
 """Functions that combine and convert adapters, with PEFT's names and signatures.
 
-With rsLoRA, rank or alpha patterns, or DoRA, `lorakit.core` still combines adapters exactly, whereas PEFT's results are
-too strong, cannot be loaded again, or lack the magnitudes.
+`lorakit.core` combines adapters exactly even if they use rsLoRA, rank or alpha patterns, or DoRA. In these cases,
+PEFT's results are scaled too strongly, cannot be reloaded, or lack the magnitudes.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ def add_weighted_adapter(
 ) -> None:
     """Combine adapters into a new adapter, which is frozen and inactive.
 
-    As in PEFT, a single adapter is scaled by its weight for every combination type, and options that a type does not
-    use are ignored. If the new name already exists, nothing is combined; PEFT returns silently, but lorakit warns.
+    As in PEFT, a single adapter is scaled by its weight regardless of the combination type, and options that the type
+    does not use are ignored. If the new name already exists, nothing is combined. PEFT returns silently in this case,
+    whereas lorakit warns.
 
     Args:
         model: The `LoraModel` around the adapted model, or the model itself.
@@ -60,7 +61,7 @@ def add_weighted_adapter(
 
     Raises:
         AdapterError: An adapter does not exist, or the adapters cannot be combined.
-        ConfigError: The combination type does not exist, lacks an option, or cannot combine these ranks.
+        ConfigError: The combination type does not exist, lacks an option, or cannot combine adapters of these ranks.
     """
     model = user_model(model)
     configs = configs_of(model)
@@ -98,11 +99,11 @@ def reduce_intruder_dimension(
 
     Args:
         peft_model: A `PeftModel`.
-        old_adapter_name: The original adapter, which is kept.
+        old_adapter_name: Name of the original adapter, which is kept.
         new_adapter_name: Name of the new adapter.
         top_k: Number of strongest directions to compare.
-        threshold_epsilon: Upper bound on an intruder's cosine similarity to every direction of the base.
-        mitigation_lambda: Fraction of each intruder to keep.
+        threshold_epsilon: Maximum cosine similarity between an intruder dimension and any direction of the base weight.
+        mitigation_lambda: Fraction of each intruder dimension to keep.
         logging_sink: Called with one line per site; None logs nothing.
 
     Raises:
@@ -137,18 +138,18 @@ def convert_to_lora(
 
     Args:
         model: A `PeftModel`, or an unwrapped model with adapters.
-        rank: Rank (int), or fraction of each site's energy to keep, in (0, 1] (float).
-        adapter_name: The adapter.
+        rank: Rank if an int; if a float in (0, 1], the fraction of each site's squared Frobenius norm to keep.
+        adapter_name: Name of the adapter.
         progressbar: Ignored; no progress is shown.
         compile_kwargs: Ignored; nothing is compiled.
 
     Returns:
-        The config, and the tensors: name on disk -> (r, in) or (out, r). Names have PEFT's prefix only if the model is
-        a `PeftModel`.
+        The config, and a dictionary: name on disk -> tensor, (r, in) or (out, r). Names have PEFT's prefix only if the
+        model is a `PeftModel`.
 
     Raises:
         TypeError: The model has no adapters.
-        ConfigError: The rank is out of range, or the adapter trains biases of the base.
+        ConfigError: The rank is out of range, or the adapter trains biases of the base model.
         AdapterError: The adapter does not exist.
     """
     found = _converted(model, rank, adapter_name)
@@ -167,7 +168,7 @@ def save_as_lora(
     """Convert an adapter with `convert_to_lora` and save it.
 
     Args:
-        path: The directory; an existing adapter in it is replaced.
+        path: Directory to write to; an adapter that it already contains is replaced.
         model: As for `convert_to_lora`.
         rank: As for `convert_to_lora`.
         adapter_name: As for `convert_to_lora`.
