@@ -132,7 +132,7 @@ _PLAIN: Mapping[Hint, tuple[type | tuple[type, ...], str, str]] = {
     str: ((str, os.PathLike), "a string", "strings"),
     type(None): (type(None), "None", "None"),
 }
-"""Annotation -> accepted types, and the words that messages use for one value and for several."""
+"""Annotation -> accepted types, and the descriptions of one and of several values in messages."""
 
 
 def check_types(config: Dataclass, leave: Collection[str] = ()) -> None:

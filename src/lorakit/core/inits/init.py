@@ -97,8 +97,8 @@ class InitContext:
         if self.r > most:
             needs = requirement or f"init_lora_weights={self.config.init_lora_weights!r} needs at least r directions"
             raise self.error(
-                f"{needs}; r is {self.r}, but the maximum at this site is {most}. Lower r (use rank_pattern to change only "
-                "this module).",
+                f"{needs}; r is {self.r}, but the maximum at this site is {most}. Lower r (use rank_pattern to change "
+                "only this module).",
                 what=self.r,
                 field="r",
             )

@@ -1,8 +1,9 @@
 """DoRA: LoRA adapts the direction of each row of W, while the length of each row is learned separately.
 
 DoRA replaces W with g ⊙ (W + s·B·A); in other words, it adds (g − 1) ⊙ W + g ⊙ s·B·A to W. The sum of W and several
-such additions, with weights w, has the same form: γ ⊙ (W + B'·A') with γ = 1 + Σ w(g − 1) and B'·A' = Σ (w·g/γ) ⊙ s·B·A.
-Combinations of DoRA adapters are therefore exact, even together with plain LoRA adapters, for which g = 1.
+such additions, with weights w, has the same form: γ ⊙ (W + B'·A'), with γ = 1 + Σ w(g − 1) and
+B'·A' = Σ (w·g/γ) ⊙ s·B·A. Combinations of DoRA adapters are therefore exact, even together with plain LoRA adapters,
+for which g = 1.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ MAGNITUDE = "lora_magnitude_vector"
 """PEFT's name for the learned row lengths, on a layer and on disk."""
 
 SMALLEST = 1e-6
-"""Smallest absolute value allowed for a combined DoRA scale γ: B' is divided by γ, so γ must not be zero."""
+"""Smallest allowed absolute value of a combined DoRA scale γ; γ must not be zero, because B' is divided by it."""
 
 
 def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -96,8 +97,8 @@ def combined(path: str, addends: Sequence[Addend], reading: Reading) -> Sum:
         reading: The base weight.
 
     Returns:
-        The products g ⊙ B·A, (g, r, in) and (g, out, r), and a function from their sum to B'·A' and the magnitude
-        γ·‖W + B'·A'‖, (out,).
+        The products g ⊙ B·A, (g, r, in) and (g, out, r), and a function that takes their sum and returns B'·A' and
+        the magnitude γ·‖W + B'·A'‖, (out,).
 
     Raises:
         AdapterError: The DoRA scales of an output cancel out (γ = 0), so that no DoRA adapter can represent the sum.

@@ -163,7 +163,7 @@ class Addend:
     Attributes:
         factor: The adapter's factor at the site.
         weight: The weight of the update in the sum.
-        product: A and B after the variant's `factors` function, as matrices (g, r, in) and (g, out, r), without the scale.
+        product: A and B after the variant's `factors` function, as matrices (g, r, in) and (g, out, r), not scaled.
         experts: The number of experts, each with its own part of A and B; 1 for a single matrix.
     """
 
@@ -180,8 +180,8 @@ class Sum:
     Attributes:
         products: One product per addend, (g, r, in) and (g, out, r). The low-rank part is the sum of the products, each
             multiplied by its addend's weight and scale.
-        finish: Takes the low-rank part, with scale 1, and returns the product to store and the variant's extra tensors, by
-            `OwnTensor.held_as`.
+        finish: Takes the low-rank part, with scale 1, and returns the product to store and the variant's extra
+            tensors, by `OwnTensor.held_as`.
     """
 
     products: tuple[Product, ...]
@@ -222,8 +222,8 @@ class Variant:
             "" if other variants are allowed.
         penalty: Factor -> the factor's penalty term in the training loss, a scalar; None if there is no penalty.
         combine: Path, addends, base weight -> the sum, as one factor of this variant; None if the sum is plain LoRA.
-        must_agree: Description of adapters with different values of `field`, as the end of a message. Such adapters cannot
-            be combined; if the values are equal, the result has the same value. "" if the value does not matter.
+        must_agree: Description of adapters with different values of `field`, as the end of a message. Such adapters
+            cannot be combined; if the values are equal, the result has the same value. "" if the value does not matter.
         peft_names: Name of a per-adapter table on PEFT's layers -> function from a factor to its value in the table;
             adapters of other variants have the value False.
         is_lora: Whether the variant differs from LoRA at most in its scale, so that stacked adapters and fused
@@ -263,7 +263,7 @@ class Variant:
 
     @property
     def outlasts_a_cut(self) -> bool:
-        """True if A and B can be truncated to another rank without losing the variant; otherwise, the result is LoRA."""
+        """True if an adapter keeps the variant when A and B are truncated; otherwise, the result is plain LoRA."""
         return self.factors is None and not any(tensor.depends_on_rank for tensor in self.tensors)
 
     @property
