@@ -1,9 +1,10 @@
 """Model shapes: names and sizes of a model's modules, from which `plan` estimates costs.
 
 A `ModelShape` comes from `lorakit.plan.catalogue` (published models) or from `lorakit.hub` (any model directory, read
-on the meta device). For each family (GPT-2, BERT, Llama and SmolLM2, Qwen2, Qwen3), a function builds the full list
-of sites from a few published sizes, in the module order of the `transformers` class. The tests compare this list with a
-model of that class on the meta device. This module does not import torch and does not handle files, adapters or costs.
+on the meta device). For each family (GPT-2, BERT, Llama including SmolLM2, Qwen2 and Qwen3), a function builds the full
+list of sites from a few published sizes, in the module order of the `transformers` class. The tests compare this list
+with a model of that class on the meta device. This module does not import torch and does not handle files, adapters or
+costs.
 """
 
 from __future__ import annotations

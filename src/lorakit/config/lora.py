@@ -119,7 +119,7 @@ class PeftConfigMixin:
 
     @property
     def is_adaption_prompt(self) -> bool:
-        """Return False; provided for programs that support several PEFT methods, like `is_prompt_learning`."""
+        """Return False; like `is_prompt_learning`, provided for programs that support several PEFT methods."""
         return False
 
     def to_dict(self) -> dict[str, Any]:
@@ -272,7 +272,7 @@ class LoraConfig(PeftConfig):
     Attributes:
         r: Rank, at least 1.
         target_modules: Module names or dotted suffixes, a single regular expression, or "all-linear".
-        exclude_modules: Modules to leave out, specified like `target_modules`, over which this field takes precedence.
+        exclude_modules: Modules to leave out, in the same format as `target_modules`; exclusions take precedence.
         lora_alpha: Numerator of the scale; see `scale`.
         lora_dropout: Probability, in [0, 1), that an element of A's input is dropped in training.
         fan_in_fan_out: Whether base weights are stored as (in, out). lorakit determines this from the module and writes

@@ -517,7 +517,7 @@ def literal_value(patterns: Mapping[str, float], path: str, default: float) -> f
 
 
 def names(pattern: str, path: str) -> bool:
-    """Return whether a pattern that is a plain name names a path.
+    """Return whether a plain-name pattern matches a path.
 
     Raises:
         PatternError: The pattern is not a plain name.
