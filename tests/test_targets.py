@@ -136,7 +136,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "in other layers": ({"target_modules": ["q_proj", "head"], "layers_to_transform": [0]}, "'head' matches only .*other layers"),
     "no such layer": ({"target_modules": ["q_proj"], "layers_to_transform": [9]}, "q_proj"),
     "idle exclusion": ({"target_modules": ["q_proj"], "exclude_modules": ["nope"]}, "exclude_modules entry 'nope'"),
-    "idle rank": ({"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 2}}, "rank_pattern key 'v_proj' matches none of the 3"),
+    "idle rank": ({"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 2}}, r"rank_pattern key 'v_proj' matches none of the adapted modules \(3 in total\)"),
     "idle alpha": ({"target_modules": ["q_proj"], "alpha_pattern": {"nope": 2}}, "alpha_pattern key 'nope'"),
     "idle saved": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_hed"]}, "modules_to_save entry 'lm_hed'.*nearest: lm_head"),
     "container": ({"target_modules": ["attn"]}, r"model\.layers\.0\.attn \(and 2 more\), named by 'attn', is a Attention.*not support"),

@@ -686,7 +686,9 @@ def test_a_rate_for_no_module_is_refused_before_anything_is_loaded(
     monkeypatch.setattr(hub, "load_model", lambda *_, **__: pytest.fail("loaded"))
     assert train("--learning-rate-pattern", "q_pro=0.5") == 2
     said = capsys.readouterr().err
-    assert "learning_rate_pattern key 'q_pro' matches none of the 14 adapted modules; nearest: q_proj" in said
+    assert (
+        "learning_rate_pattern key 'q_pro' matches none of the adapted modules (14 in total); nearest: q_proj" in said
+    )
     assert not (tmp_path / "run" / "run.json").exists()
 
 

@@ -223,7 +223,7 @@ def test_what_is_refused_changes_nothing(wide_model_directory: Path, tmp_path: P
     merge(model.get_base_model(), "default")
     refused(AdapterError, "is merged at .*unmerge it before replacing its factors", wide_model_directory)
     odd = adapted(ours, wide_model_directory, r=70)
-    with pytest.raises(ConfigError, match="r is 70, and at most 64 is possible here"):
+    with pytest.raises(ConfigError, match="r is 70, but the maximum at this site is 64"):
         ours.replace_lora_weights_loftq(odd, wide_model_directory)
     plain = adapted(ours, wide_model_directory, "int8")
     with pytest.raises(AdapterError, match="No bnb LoRA module found"):

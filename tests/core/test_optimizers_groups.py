@@ -61,7 +61,8 @@ def test_patterns_that_fit_nothing_are_named(parts: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         rates(parts, patterns={"q_pro": 1.0})
     assert str(caught.value) == (
-        "learning_rate_pattern key 'q_pro' matches none of the 8 adapted modules; nearest: q_proj, o_proj, up_proj."
+        "learning_rate_pattern key 'q_pro' matches none of the adapted modules (8 in total); "
+        "nearest: q_proj, o_proj, up_proj."
     )
     with pytest.raises(ConfigError, match="is not a valid regular expression"):
         rates(parts, patterns={"(": 1.0})

@@ -96,8 +96,14 @@ def test_a_partial_list_is_warned_about_by_name_where_the_core_raises(tiny_llama
     [
         ({"modules_to_save": ["lm_haed"]}, "modules_to_save entry 'lm_haed' matches no module; nearest: lm_head"),
         ({"exclude_modules": ["k_prj"]}, "exclude_modules entry 'k_prj' matches no module; nearest: k_proj"),
-        ({"rank_pattern": {"k_proj": 4}}, "rank_pattern key 'k_proj' matches none of the 2 adapted modules"),
-        ({"alpha_pattern": {"k_proj": 4}}, "alpha_pattern key 'k_proj' matches none of the 2 adapted modules"),
+        (
+            {"rank_pattern": {"k_proj": 4}},
+            r"rank_pattern key 'k_proj' matches none of the adapted modules \(2 in total\)",
+        ),
+        (
+            {"alpha_pattern": {"k_proj": 4}},
+            r"alpha_pattern key 'k_proj' matches none of the adapted modules \(2 in total\)",
+        ),
     ],
 )
 def test_other_lists_that_match_nothing_are_warned_about(tiny_llama: Any, fields: dict[str, Any], text: str) -> None:

@@ -37,7 +37,7 @@ def test_parameters_besides_the_factors_are_listed() -> None:
     told = _reasons(target_modules=["c_attn"], bias="all", modules_to_save=["wpe"], use_dora=True)
     assert "transformer.wpe is a saved module with 786,432 parameters" in told
     assert "bias='all' trains 102,144 biases" in told
-    assert "DoRA adds a magnitude per output of each site: 27,648 in total." in told
+    assert "DoRA adds one magnitude per output of each site: 27,648 in total." in told
     assert "adds none" not in told
 
 

@@ -1,1 +1,1 @@
-"""Shapes and default targets of transformers models, without importing torch."""
+"""Shapes and default targets of `transformers` models. This package does not import torch."""

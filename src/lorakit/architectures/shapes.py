@@ -1,9 +1,10 @@
 """Model shapes: names and sizes of a model's modules, from which `plan` estimates costs.
 
 A `ModelShape` comes from `lorakit.plan.catalogue` (published models) or from `lorakit.hub` (any model directory, read
-on the meta device). One function per family (GPT-2, BERT, and Llama with Qwen2, Qwen3 and SmolLM2) builds the full list
-of sites from a few published sizes, in the module order of the transformers class. The tests compare each list with
-that class on the meta device. This module does not import torch and does not handle files, adapters or costs.
+on the meta device). For each family (GPT-2, BERT, Llama including SmolLM2, Qwen2 and Qwen3), a function builds the full
+list of sites from a few published sizes, in the module order of the `transformers` class. The tests compare this list
+with a model of that class on the meta device. This module does not import torch and does not handle files, adapters or
+costs.
 """
 
 from __future__ import annotations
@@ -58,12 +59,12 @@ class SiteShape:
 
 @dataclass(frozen=True)
 class PlainShape:
-    """A module with parameters that is not a Linear, Conv1D or Embedding, such as a norm.
+    """A module that has parameters but is not a Linear, Conv1D or Embedding; for example, a norm.
 
     Attributes:
         path: Dotted path of the module.
         parameters: Number of elements in the module's own parameters; shared storage counts once.
-        biases: Number of those elements in parameters whose name contains "bias".
+        biases: Number of those elements that are in parameters whose names contain "bias".
         matrices: Name and shape of each of the module's own parameters with two or three axes, such as fused experts.
         experts: Number of experts in each of the module's three-axis parameters; 0 if there are none.
         in_first: Whether the experts are stored as (experts, in, out).
@@ -79,7 +80,7 @@ class PlainShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Names and sizes of a model, from which plans are computed.
+    """Names and sizes of a model's modules, from which plans are computed.
 
     Attributes:
         name: Common name of the model.
@@ -139,7 +140,7 @@ class ModelShape:
         return tuple((size[0], size[1] * size[2]) for size in sizes)
 
     def passed(self, experts: int) -> int:
-        """Return how many of the given number of experts process each token; if unknown, all of them."""
+        """Return how many of `experts` experts process each token; if that is unknown, return `experts`."""
         return min(self.experts_per_token or experts, experts)
 
     @property
@@ -176,7 +177,7 @@ def role(path: str) -> str:
 
 
 def block_of(path: str) -> str | None:
-    """Return the block of a module: its path up to the first number, such as "transformer.h.11".
+    """Return the block that contains a module: the module's path up to the first number, such as "transformer.h.11".
 
     Args:
         path: Dotted path of a module.
@@ -394,7 +395,7 @@ LISTS = ("layers", "layer", "h")
 
 
 def replicated(shape: ModelShape, ranges: Sequence[tuple[int, int]] | None) -> ModelShape:
-    """Return a shape with replicated layers (`layer_replication`): more sites, no additional weights.
+    """Return a shape with replicated layers (`layer_replication`), which has more sites but no additional weights.
 
     Args:
         shape: The model.
@@ -456,7 +457,7 @@ def _list_and_order(shape: ModelShape, ranges: Sequence[tuple[int, int]]) -> tup
 
 
 def _layer(path: str, name: str) -> int | None:
-    """Return the index of the layer that a module belongs to, or None."""
+    """Return the index of the layer that contains a module, or None if the module is outside the list."""
     block = block_of(path)
     return int(block.rpartition(".")[2]) if block is not None and block.rpartition(".")[0] == name else None
 

@@ -1,8 +1,8 @@
 """`LoraConfig` and its helper types. Field defaults and the scale rule are defined only here.
 
-Field names, defaults and the format of `adapter_config.json` follow PEFT, so configs are interchangeable. The
-constructor is strict; reading a file is lenient and reports unknown keys. This package does not depend on models,
-target matching or tensors.
+Field names, defaults and the format of `adapter_config.json` follow PEFT, so configs are interchangeable with
+PEFT's. The constructor is strict; `read_config` is lenient and reports unknown keys. This package does not depend on
+models, target matching or tensors.
 """
 
 from lorakit.config.lora import (

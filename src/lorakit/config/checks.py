@@ -1,6 +1,6 @@
 """Checks for the fields of `LoraConfig`; each error gives the field, its value and the allowed values.
 
-Some messages start with PEFT's wording, because programs match on it.
+Some messages start with PEFT's wording, because programs match on that wording.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def task(value: TaskType | str | None) -> TaskType | None:
 
 
 def lora(value: Value) -> PeftType:
-    """Return LORA for any value that does not name another method, as PEFT does.
+    """Return LORA, as PEFT does, unless the value names another method.
 
     Raises:
         ConfigError: The value names another method.
@@ -180,15 +180,15 @@ def check_inits(config: LoraConfig) -> None:
 
 
 def check_together(config: LoraConfig) -> None:
-    """Check for fields that require or exclude each other.
+    """Check combinations of fields that require or exclude each other.
 
     Raises:
-        ConfigError: A field is set without another that it requires, or together with one that it excludes.
+        ConfigError: A field is set without another field that it requires, or together with a field that it excludes.
     """
     of_layers = [name for name in ("layers_to_transform", "layers_pattern") if getattr(config, name) is not None]
     if isinstance(config.target_modules, str) and of_layers:
         raise ConfigError(
-            f"`{of_layers[0]}` cannot be used when `target_modules` is a str. Give target_modules as a list.",
+            f"`{of_layers[0]}` cannot be used when `target_modules` is a str. Pass target_modules as a list.",
             field=of_layers[0],
         )
     if config.layers_pattern and config.layers_to_transform is None:

@@ -1,8 +1,8 @@
 """`LoraConfig` and its base class `PeftConfig`, with PEFT's fields and methods; defaults are defined only here.
 
-The constructor is strict; `read_config` is lenient and reads files from any PEFT version. Known but unimplemented
-options are accepted here and rejected on use (`check_built`). This module does not depend on models, target matching
-or tensors.
+The constructor is strict; `read_config` is lenient and reads files from any PEFT version. The constructor accepts
+options that are known but not supported; `check_built` rejects such options on use. This module does not depend on
+models, target matching or tensors.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def looks_like_a_hub_id(name: str | os.PathLike[str]) -> bool:
 
 
 def config_file(name: str | os.PathLike[str], subfolder: str | None = None, revision: str | None = None) -> Path:
-    """Return the path of an adapter's config.
+    """Return the path of an adapter's config file.
 
     Args:
         name: A directory or a Hub id.
@@ -66,7 +66,8 @@ def config_file(name: str | os.PathLike[str], subfolder: str | None = None, revi
         return path
     if Path(name).exists() or not looks_like_a_hub_id(name):
         raise AdapterFileError(
-            f"Can't find '{CONFIG_FILE}' at '{folder}': an adapter is a directory with that file.", where=folder
+            f"Can't find '{CONFIG_FILE}' at '{folder}': an adapter is a directory that contains this file.",
+            where=folder,
         )
     try:
         found = adapter_from_hub(str(name), revision=revision, subfolder=subfolder)
@@ -95,10 +96,10 @@ class PeftConfigMixin:
 
     Attributes:
         task_type: Task of the model; selects the heads that are trained in full (`HEADS_BY_TASK`).
-        peft_type: The method.
+        peft_type: The PEFT method.
         auto_mapping: Class and library of the base model, in PEFT's format; stored but never imported.
         peft_version: PEFT version whose file format the config follows.
-        unknown: Unknown keys from a file, with their values; they are written back on save.
+        unknown: Unknown keys from a file, with their values; written back when the config is saved.
     """
 
     task_type: TaskType | str | None = None
@@ -118,7 +119,7 @@ class PeftConfigMixin:
 
     @property
     def is_adaption_prompt(self) -> bool:
-        """Return False, for the same reason as `is_prompt_learning`."""
+        """Return False; like `is_prompt_learning`, provided for programs that support several PEFT methods."""
         return False
 
     def to_dict(self) -> dict[str, Any]:
@@ -147,7 +148,7 @@ class PeftConfigMixin:
         return twin
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Value) -> None:
-        """Write `adapter_config.json` into a directory.
+        """Write `adapter_config.json` to a directory.
 
         Args:
             save_directory: The directory; created if missing.
@@ -198,7 +199,7 @@ class PeftConfigMixin:
 
         Args:
             path_json_file: The file.
-            kwargs: Accepted for compatibility with PEFT, without effect.
+            kwargs: Accepted for compatibility with PEFT, but ignored.
 
         Raises:
             AdapterFileError: The file is missing or does not contain a JSON object.
@@ -261,7 +262,7 @@ class PeftConfig(PeftConfigMixin):
 
 
 PEFT_TABLES_OF_VARIANTS = ("use_dora",)
-"""Attributes of the layers in some PEFT versions that record, for each adapter, whether it uses a variant."""
+"""Layer attributes of some PEFT versions. Each is a table that shows which adapters use a certain variant."""
 
 
 @dataclass
@@ -271,40 +272,42 @@ class LoraConfig(PeftConfig):
     Attributes:
         r: Rank, at least 1.
         target_modules: Module names or dotted suffixes, a single regular expression, or "all-linear".
-        exclude_modules: Modules to leave out, in the same forms; takes precedence over `target_modules`.
+        exclude_modules: Modules to leave out, in the same format as `target_modules`; exclusions take precedence.
         lora_alpha: Numerator of the scale; see `scale`.
         lora_dropout: Probability, in [0, 1), that an element of A's input is dropped in training.
-        fan_in_fan_out: Written for other programs; lorakit derives it from the base module.
+        fan_in_fan_out: Whether base weights are stored as (in, out). lorakit determines this from the module and writes
+            the field only for other programs.
         bias: Which biases of the base model are also trained: "none", "all" or "lora_only".
         use_rslora: Whether to divide alpha by √r instead of r.
         modules_to_save: Names of modules to train and save in full.
         init_lora_weights: True (A Kaiming, B zero), False (both random), or the name of an init.
         layers_to_transform: Indices of the layers to adapt.
-        layers_pattern: Name of the layer list that `layers_to_transform` refers to.
+        layers_pattern: Name of the list of layers that `layers_to_transform` refers to.
         rank_pattern: Name pattern -> rank that overrides `r`.
         alpha_pattern: Name pattern -> alpha that overrides `lora_alpha`.
-        megatron_config: Settings of Megatron's parallel layers; not supported.
+        megatron_config: Settings for Megatron's parallel layers; not supported.
         megatron_core: Import path of Megatron Core; never imported.
-        trainable_token_indices: Ids of the tokens whose embeddings are trained, or a dict from the name of an embedding
-            to token ids.
-        loftq_config: Settings of the init "loftq".
-        eva_config: Settings of the init "eva".
-        corda_config: Settings of the init "corda".
-        lora_ga_config: Settings of the init "lora_ga".
+        trainable_token_indices: Ids of the tokens whose embeddings are trained, or a dict that maps the name of an
+            embedding module to token ids.
+        loftq_config: Settings for the "loftq" init.
+        eva_config: Settings for the "eva" init.
+        corda_config: Settings for the "corda" init.
+        lora_ga_config: Settings for the "lora_ga" init.
         use_dora: Whether to use the weight-decomposed variant DoRA (arXiv:2402.09353).
-        velora_config: Settings of VeLoRA; not supported.
-        alora_invocation_tokens: Token sequence that activates the adapter from its last occurrence on (aLoRA,
-            arXiv:2504.12397).
+        velora_config: Settings for VeLoRA; not supported.
+        alora_invocation_tokens: Invocation tokens of an aLoRA adapter (arXiv:2504.12397), which is active from the
+            last occurrence of this token sequence onward.
         use_qalora: Whether to use QALoRA; not supported.
         qalora_group_size: Group size of QALoRA.
-        monteclora_config: Settings of MonteCLoRA; not supported.
+        monteclora_config: Settings for MonteCLoRA; not supported.
         layer_replication: Ranges of layers to stack; replicas share the weights of the original layer.
-        runtime_config: Process-local settings; never written.
+        runtime_config: Process-local settings; never saved.
         lora_bias: Whether B has a bias.
         target_parameters: Names of parameters to adapt, such as fused expert weights.
-        use_bdlora: Settings of the variant BD-LoRA, in which A or B is block-diagonal; None turns it off.
-        arrow_config: Settings of Arrow routing; not supported.
-        kasa_config: Settings of the variant KaSA (arXiv:2412.06071), which truncates base weights; None turns it off.
+        use_bdlora: Settings for the BD-LoRA variant, in which A or B is block-diagonal; None turns the variant off.
+        arrow_config: Settings for Arrow routing; not supported.
+        kasa_config: Settings for the KaSA variant (arXiv:2412.06071), which truncates the base weights; None turns the
+            variant off.
         ensure_weight_tying: Whether an adapter on one of two tied weights applies to both.
 
     Raises:
@@ -385,7 +388,7 @@ class LoraConfig(PeftConfig):
 
     @property
     def reads_weight(self) -> bool:
-        """Return whether each forward pass reads the base weight, to compute one value per output."""
+        """Return whether every forward pass must read the base weight to compute one value per output."""
         return self.use_dora
 
     @property
@@ -403,19 +406,19 @@ class LoraConfig(PeftConfig):
         """Return messages for a plan about the values that the variant trains in addition to A and B.
 
         Args:
-            total: Number of these values, summed over all sites.
+            total: Number of additional values, summed over all sites.
         """
         if self.use_bdlora is not None:
             return [f"BD-LoRA's block-diagonal factors hold {-total:,} fewer values than LoRA's."]
         if self.kasa_config is not None:
             return [f"KaSA adds r singular values per site: {total:,} in total."]
-        return [f"DoRA adds a magnitude per output of each site: {total:,} in total."] if self.use_dora else []
+        return [f"DoRA adds one magnitude per output of each site: {total:,} in total."] if self.use_dora else []
 
     def _register_custom_module(self, mapping: Mapping[type, type]) -> None:
-        """Register custom layer classes for module types; `core` uses them. PEFT has the same private method.
+        """Register the layer classes that `core` uses for custom module types; PEFT has the same private method.
 
         Args:
-            mapping: Module type -> class of the layer.
+            mapping: Module type -> layer class.
         """
         self.custom_modules = {**(self.custom_modules or {}), **mapping}
 
@@ -430,15 +433,15 @@ NOT_BUILT: Mapping[str, Any] = {
 """Unsupported field -> the value that turns it off."""
 
 ARITHMETIC = ("use_", "init_", "lora_", "target_", "rank_", "alpha_", "scal")
-"""Prefixes of field names that suggest a change in the computation."""
+"""Field names with one of these prefixes probably change the computation."""
 
 
 def check_built(config: LoraConfig) -> None:
     """Reject a config with unsupported features, or with unknown fields that seem to change the computation.
 
-    An unknown field is harmless if its value is null, false, zero or empty. With any other value, it is rejected if its
-    name suggests a change in the computation: if it ends in "_config" or starts with a prefix in `ARITHMETIC`. Other
-    unknown fields are ignored, and `read_config` reports them.
+    An unknown field is harmless if its value is null, false, zero or empty. With any other value, the field is
+    rejected if its name ends in "_config" or starts with a prefix in `ARITHMETIC`, because the field then probably
+    changes the computation. Other unknown fields are ignored, and `read_config` reports them.
 
     Args:
         config: A config that is about to be used.
@@ -466,13 +469,14 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[LoraConfig, list[str]]:
     """Read a config written by lorakit or by any version of PEFT.
 
     Args:
-        folder: A directory with `adapter_config.json`, or the file itself.
+        folder: A directory that contains `adapter_config.json`, or the file itself.
 
     Returns:
         The config, and the unknown keys in the file, which are kept with their values in `config.unknown`.
 
     Raises:
-        AdapterFileError: The file is missing, is not JSON, is for another method, or has a value that is not allowed.
+        AdapterFileError: The file is missing, is not valid JSON, is for another method, or contains a value that is not
+            allowed.
         NotYetSupported: The file uses an unsupported feature, so its weights would be misread.
     """
     path = Path(folder)

@@ -1,6 +1,6 @@
-"""Nested configs of `LoraConfig`: settings of inits and variants, with PEFT's names, defaults and checks.
+"""Nested configs of `LoraConfig`: settings for inits and variants, with PEFT's names, defaults and checks.
 
-The classes only hold settings; `lorakit.core` acts on them. Unsupported configs raise an error on use (`check_built`).
+The classes only hold settings; `lorakit.core` acts on them. `check_built` rejects the unsupported ones on use.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class LoraRuntimeConfig(_Typed):
     """Process-local settings, never written to a file.
 
     Attributes:
-        ephemeral_gpu_offload: Accepted but ignored; inits always run on the site's device.
+        ephemeral_gpu_offload: Accepted but ignored; initialization always runs on the site's device.
     """
 
     ephemeral_gpu_offload: bool = False
@@ -70,7 +70,7 @@ class LoraRuntimeConfig(_Typed):
 
 @dataclass
 class LoftQConfig(_Typed):
-    """Settings of the init "loftq" (Li et al. 2023, arXiv:2310.08659).
+    """Settings for the "loftq" init (Li et al. 2023, arXiv:2310.08659).
 
     Attributes:
         loftq_bits: Number of bits per weight in the quantized base.
@@ -83,10 +83,10 @@ class LoftQConfig(_Typed):
 
 @dataclass
 class EvaConfig(_Typed):
-    """Settings of the init "eva" (Paischer et al. 2024, arXiv:2410.07170).
+    """Settings for the "eva" init (Paischer et al. 2024, arXiv:2410.07170).
 
     Attributes:
-        rho: Maximum rank of a site, as a multiple of r; with 1, all ranks stay the same.
+        rho: Maximum rank of a site, as a multiple of r; if rho is 1, all ranks stay the same.
         tau: Cosine similarity at which a site's components count as converged.
         use_label_mask: Whether to skip positions whose label is masked.
         label_mask_value: Label that marks a position as masked.
@@ -113,7 +113,7 @@ class EvaConfig(_Typed):
 
 @dataclass
 class CordaConfig(_Typed):
-    """Settings of the init "corda" (Yang et al. 2024, arXiv:2406.05223).
+    """Settings for the "corda" init (Yang et al. 2024, arXiv:2406.05223).
 
     Attributes:
         cache_file: Path of a file that caches decompositions.
@@ -134,12 +134,12 @@ class CordaConfig(_Typed):
 
 @dataclass
 class LoraGAConfig(_Typed):
-    """Settings of the init "lora_ga" (Wang et al. 2024, arXiv:2407.05000).
+    """Settings for the "lora_ga" init (Wang et al. 2024, arXiv:2407.05000).
 
     Attributes:
-        direction: Which singular vectors of the gradient A and B get: "ArBr", "A2rBr", "ArB2r" or "random".
+        direction: Which singular vectors of the gradient initialize A and B: "ArBr", "A2rBr", "ArB2r" or "random".
         scale: How A and B are scaled: "stable", "weight_svd", "gd_scale" or "unit".
-        stable_gamma: Gamma in the "stable" scaling.
+        stable_gamma: The constant gamma in the "stable" scaling.
     """
 
     direction: str = "ArB2r"
@@ -149,7 +149,7 @@ class LoraGAConfig(_Typed):
 
 @dataclass
 class VeloraConfig(_Typed):
-    """Settings of VeLoRA (arXiv:2405.17991); not supported.
+    """Settings for VeLoRA (arXiv:2405.17991); not supported.
 
     Attributes:
         num_groups: Number of groups per activation vector.
@@ -179,11 +179,11 @@ class VeloraConfig(_Typed):
 
 @dataclass
 class MontecloraConfig(_Typed):
-    """Settings of MonteCLoRA; not supported.
+    """Settings for MonteCLoRA; not supported.
 
     Attributes:
         num_samples: Number of samples per forward pass.
-        use_entropy: Whether to use an entropy term that keeps the samples' weights apart.
+        use_entropy: Whether to add an entropy term that keeps the samples' weights apart.
         dirichlet_prior: Concentration of the Dirichlet prior.
         sample_scaler: Scale of the noise.
         kl_loss_weight: Weight of the KL divergence in the loss.
@@ -208,11 +208,11 @@ class MontecloraConfig(_Typed):
 
 @dataclass
 class BdLoraConfig(_Typed):
-    """Settings of BD-LoRA, which makes A or B block-diagonal.
+    """Settings for BD-LoRA, which makes A or B block-diagonal.
 
     Attributes:
-        target_modules_bd_a: Substrings, as in PEFT, of the paths of sites where A is block-diagonal.
-        target_modules_bd_b: Substrings of the paths of sites where B is block-diagonal.
+        target_modules_bd_a: A is block-diagonal at sites whose paths contain one of these substrings, as in PEFT.
+        target_modules_bd_b: B is block-diagonal at sites whose paths contain one of these substrings.
         nblocks: Number of blocks per factor.
         match_strict: Whether every site must match one of the lists; if False, sites that match neither use plain LoRA.
 
@@ -250,7 +250,7 @@ class BdLoraConfig(_Typed):
         if len(sides) == 2 or (self.match_strict and not sides):
             many = "both target_modules_bd_a and target_modules_bd_b" if sides else "neither list of use_bdlora"
             raise ConfigError(
-                f"use_bdlora: {path} matches {many}. Name each module in exactly one list"
+                f"use_bdlora: {path} matches {many}. List each module in exactly one of the two"
                 + ("." if sides else ", or set match_strict=False to use plain LoRA there."),
                 what=path,
                 where=path,
@@ -259,7 +259,7 @@ class BdLoraConfig(_Typed):
         return "".join(sides)
 
     def numbers_saved(self, path: str, rank: int, out_features: int, in_features: int) -> int:
-        """Return the number of values in A and B at a site minus the number in LoRA's A and B; never positive.
+        """Return the number of values in A and B at a site minus that of plain LoRA; never positive.
 
         Args:
             path: Path of the site.
@@ -274,12 +274,12 @@ class BdLoraConfig(_Typed):
 
 @dataclass
 class ArrowConfig(_Typed):
-    """Settings of Arrow routing (arXiv:2405.11157); not supported.
+    """Settings for Arrow routing (arXiv:2405.11157); not supported.
 
     Attributes:
-        top_k: Number of adapters per token.
+        top_k: Number of adapters selected for each token.
         router_temperature: Temperature of the router's softmax.
-        use_gks: Whether to subtract general knowledge from the task adapters first.
+        use_gks: Whether to subtract general knowledge from the task adapters before routing.
         task_adapter_names: Names of the task adapters; set when the router is created.
         gks_adapter_names: Names of the general-knowledge adapters; set when the router is created.
         rng_seed: Seed of the router's sampling.
@@ -303,7 +303,7 @@ class ArrowConfig(_Typed):
 
 @dataclass
 class KasaConfig(_Typed):
-    """Settings of KaSA (Wang et al. 2024, arXiv:2412.06071).
+    """Settings for KaSA (Wang et al. 2024, arXiv:2412.06071).
 
     Attributes:
         beta: Weight of the penalty on the singular values.

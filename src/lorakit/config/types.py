@@ -1,7 +1,7 @@
 """Names and types that configs use: task types, file name, PEFT version, scale rule, and type checks for fields.
 
-Type checks tolerate differences between programs and files: tuples, sets and lists are interchangeable, integers are
-accepted as numbers, and null is accepted as false. Booleans are not accepted as numbers.
+The type checks tolerate the different forms that a value can take in Python and in JSON: tuples, sets and lists are
+interchangeable, integers are accepted as numbers, and None is accepted as False. Booleans are not accepted as numbers.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ HEADS_BY_TASK: Mapping[TaskType | str | None, tuple[str, ...]] = {
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
-"""Task type -> names of heads that start untrained, so they are trained and saved in full; a model has at least one."""
+"""Task type -> possible names of the task head. The head starts untrained, so it is trained and saved in full."""
 
 
 def scale(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
@@ -132,7 +132,7 @@ _PLAIN: Mapping[Hint, tuple[type | tuple[type, ...], str, str]] = {
     str: ((str, os.PathLike), "a string", "strings"),
     type(None): (type(None), "None", "None"),
 }
-"""Annotation -> accepted types, and how messages describe one value and several."""
+"""Annotation -> accepted types, and the descriptions of one and of several values in messages."""
 
 
 def check_types(config: Dataclass, leave: Collection[str] = ()) -> None:
@@ -154,16 +154,16 @@ def check_types(config: Dataclass, leave: Collection[str] = ()) -> None:
 
 @cache
 def _hints(kind: type) -> dict[str, Any]:
-    """Return the annotations, by field name, of the fields that lorakit defines, not those that a subclass adds."""
+    """Return the annotations of the fields that lorakit defines, by field name, without a subclass's own fields."""
     ours = next(part for part in kind.__mro__ if part.__module__.partition(".")[0] == "lorakit")
     return typing.get_type_hints(ours)
 
 
 def plain(value: Value) -> Value:
-    """Convert a value for storage in files: numbers to Python's own types; ranges, arrays and generators to lists.
+    """Convert a value for storage: numbers become Python numbers; ranges, arrays and generators become lists.
 
     Args:
-        value: Value of a field; lists, tuples, sets and dicts keep their type and are copied, with plain entries.
+        value: A field's value; lists, tuples, sets and dicts are copied, and their entries are converted.
     """
     if value is None or isinstance(value, (bool, str, bytes)):
         return value

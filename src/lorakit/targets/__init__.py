@@ -1,4 +1,4 @@
-"""Determine which modules and parameters a config targets, by matching paths; used for live models and plans."""
+"""Determine, by matching paths, which modules and parameters a config targets, in live models and in plans."""
 
 from lorakit.targets.resolving import (
     ALL_LINEAR,

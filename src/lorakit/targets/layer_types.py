@@ -1,6 +1,6 @@
 """Names of the layer types that LoRA supports, for code that handles shapes without torch.
 
-The names are those of the entries in `lorakit.core.kinds.KINDS`; code that has a `Kind` uses its attributes instead.
+The entries in `lorakit.core.kinds.KINDS` have the same names. Code that has a `Kind` uses its attributes instead.
 """
 
 from __future__ import annotations

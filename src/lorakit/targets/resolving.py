@@ -1,13 +1,13 @@
-"""Determine which modules and parameters a config targets, by matching paths; used for live models and plans.
+"""Determine, by matching paths, which modules and parameters a config targets, in live models and in plans.
 
-The rules are PEFT's. A list entry is a path or a dotted suffix of one; a string is a regular expression for the whole
-path; "all-linear" selects every dense layer except the output head. `exclude_modules` takes precedence.
-`target_parameters` takes paths or dotted suffixes, never a pattern. This module does not use torch: it works with
-names, kinds and sizes.
+The rules are PEFT's. A list entry is a path or a dotted suffix of one; a string is a regular expression that must match
+the whole path; "all-linear" selects every dense layer except the output head. `exclude_modules` takes precedence.
+`target_parameters` takes paths or dotted suffixes, never a pattern. This module works with names, kinds and
+sizes, without torch.
 
-The keys of `rank_pattern` and `alpha_pattern` are regular expressions in PEFT's files. A pattern from an untrusted file
-could run for hours, so such patterns are never run; only plain names are supported (a path, a dotted suffix, or a whole
-path after `^`).
+The keys of `rank_pattern` and `alpha_pattern` are regular expressions in PEFT's files. Matching a pattern from an
+untrusted file could take hours, so patterns from files are never run. Instead, only plain names are supported: a path,
+a dotted suffix, or a whole path after `^`.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Match:
         rank: Rank at this site, after `rank_pattern`.
         alpha: Alpha at this site, after `alpha_pattern`.
         entry: The config entry that matches the module or parameter.
-        parameter: Name of the targeted parameter within the module, or "" if the kind determines it.
+        parameter: Name of the targeted parameter within the module, or "" if the kind determines the parameter.
     """
 
     path: str
@@ -192,7 +192,7 @@ def _match(config: LoraConfig, module: str, kind: str, entry: str, parameter: st
 
 
 def _matcher(name: str, value: Collection[str] | str) -> Callable[[Candidate], str | None]:
-    """Return a function from a candidate to the entry that names it, or None."""
+    """Return a function that returns the entry that names a candidate, or None."""
     if isinstance(value, str):
         if value.lower() == ALL_LINEAR:
             return lambda candidate: ALL_LINEAR if candidate.dense else None
@@ -269,7 +269,7 @@ def targeted_parameters(
 
 
 def match_path(match: Match) -> str:
-    """Return the path that rank and alpha patterns are matched against: the module's, or the parameter's."""
+    """Return the path that rank and alpha patterns are matched against: the module's or the bare parameter's."""
     return f"{match.path}.{match.parameter}" if match.parameter else match.path
 
 
@@ -330,7 +330,7 @@ def _unmatched(
 ) -> list[Unmatched]:
     targeted = [candidate.path for candidate, _ in found]
     everything = [candidate.path for candidate in candidates]
-    used = {entry for _, entry in found}  # spares most entries of a long list from being compared with every path
+    used = {entry for _, entry in found}  # most entries of a long list then need no comparison with every path
     unmatched = []
     for field, paths in (("target_modules", targeted), ("exclude_modules", everything)):
         entries = getattr(config, field)
@@ -360,7 +360,7 @@ def unfitting_keys(field: str, keys: Collection[str], paths: Sequence[str]) -> l
     for key in keys:
         if not any(key_fits(key, path) for path in paths):
             hint = _nearest(key.rpartition(".")[2], {path.rpartition(".")[2] for path in paths})
-            text = f"{field} key {key!r} matches none of the {len(paths)} adapted modules{hint}."
+            text = f"{field} key {key!r} matches none of the adapted modules ({len(paths)} in total){hint}."
             unmatched.append(Unmatched(field, key, text))
     return unmatched
 
@@ -430,7 +430,7 @@ def _notes_on_names(found: Sequence[tuple[Candidate, str]]) -> list[Note]:
                 f"{template} ({members[0].in_features}→{members[0].out_features}, ×{len(members)})"
                 for template, members in groups.items()
             ]
-            text = f"{entry!r} names {len(groups)} different modules: {' and '.join(parts)}."
+            text = f"{entry!r} matches {len(groups)} different modules: {' and '.join(parts)}."
             notes.append(Note(SEVERAL_MODULES, text))
     return notes
 
@@ -451,15 +451,15 @@ def _notes_on_ranks(
 
 
 def names_path(entry: str, path: str) -> bool:
-    """Return whether a list entry names a path: the whole path, or a dotted suffix of it."""
+    """Return whether a list entry names a path, in full or by a dotted suffix."""
     return path == entry or path.endswith("." + entry)
 
 
 def first_match(pattern: Mapping[str, T], path: str, default: T) -> T:
-    """Return the value of the first pattern that matches a dotted suffix of a path or the whole path.
+    """Return the value of the first pattern that matches a path or a dotted suffix of the path.
 
     Args:
-        pattern: Regular expression -> value, in the order in which they are tried.
+        pattern: Regular expression -> value; the entries are tried in order.
         path: Dotted path of a site.
         default: The value to return if no pattern matches.
 
@@ -506,7 +506,7 @@ def literal_value(patterns: Mapping[str, float], path: str, default: float) -> f
     """Return the value of the first pattern that names a path.
 
     Args:
-        patterns: Pattern -> value, in the order in which they are tried.
+        patterns: Pattern -> value; the entries are tried in order.
         path: Path of a site.
         default: The value to return if no pattern names the path.
 
@@ -517,7 +517,7 @@ def literal_value(patterns: Mapping[str, float], path: str, default: float) -> f
 
 
 def names(pattern: str, path: str) -> bool:
-    """Return whether a plain pattern names a path.
+    """Return whether a plain-name pattern matches a path.
 
     Raises:
         PatternError: The pattern is not a plain name.

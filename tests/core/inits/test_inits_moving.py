@@ -337,7 +337,7 @@ def test_a_rank_that_is_too_large_a_scale_of_zero_and_numbers_that_are_none() ->
 
     for init in ("pissa", "olora", "loftq"):
         more = {"loftq_config": {"loftq_bits": 4}} if init == "loftq" else {}
-        refused("r is 6, and at most 5 is possible here", r=6, init_lora_weights=init, **more)
+        refused("r is 6, but the maximum at this site is 5", r=6, init_lora_weights=init, **more)
     refused("MiCA requires `r` <= min", r=6, init_lora_weights="mica")
     refused("requires the LoRA rank to be even, got 3", r=3, init_lora_weights="orthogonal")
     refused("the scale is 0", init_lora_weights="pissa", lora_alpha=0)

@@ -123,7 +123,7 @@ def test_shapes_that_do_not_fit_are_named(tmp_path: Path) -> None:
 
     attach(other, LoraConfig(target_modules=["up"]), "x")
     save_adapter(other, tmp_path / "x", "x")
-    with pytest.raises(AdapterError, match=r"at up, they change weights of 20 × 12 and 20 × "):
+    with pytest.raises(AdapterError, match=r"at up, they change weights of different shapes: 20 × 12 and 20 × "):
         combine_folders([tmp_path / "a", tmp_path / "x"], [1, 1], tmp_path / "sum", allow=("base_mismatch",))
 
 

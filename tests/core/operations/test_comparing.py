@@ -117,5 +117,5 @@ def test_other_shapes_are_refused_by_name() -> None:
     wide, narrow = nn.Sequential(nn.Linear(5, 4)), nn.Sequential(nn.Linear(6, 4))
     for model in (wide, narrow):
         attach(model, LoraConfig(target_modules=["0"]), "a")
-    with pytest.raises(AdapterError, match="at 0, they change weights of 4 × 5 and 4 × 6"):
+    with pytest.raises(AdapterError, match="at 0, they change weights of different shapes: 4 × 5 and 4 × 6"):
         compare_weights(weights_of_model(wide, "a"), weights_of_model(narrow, "a"))

@@ -157,7 +157,7 @@ def test_another_base_other_sites_and_another_config_are_refused_and_nothing_cha
         ipm = found.config.with_fields(corda_config=CordaConfig(corda_method="ipm"))
         refused(ConfigError, "for corda_method='kpm', but the config has 'ipm'", LINEARS.model(), ipm)
     larger = found.config.with_fields(r=9, rank_pattern={})
-    refused(ConfigError, "collected for rank .*but r is 9|at most .* is possible here", LINEARS.model(), larger)
+    refused(ConfigError, "collected for rank .*but r is 9|the maximum at this site is ", LINEARS.model(), larger)
     fewer = found.config.with_fields(target_modules=["up"], rank_pattern={}, alpha_pattern={})
     model = LINEARS.model()
     assert [m.path for m in attach(model, fewer, statistics=found).matches] == ["up"]

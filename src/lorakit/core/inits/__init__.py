@@ -1,9 +1,9 @@
-"""The table INITS: initializations of a new adapter's factors.
+"""`INITS`, the table of initializations for a new adapter's factors.
 
 Each entry has a function that computes A and B from an `InitContext`. Most entries fill one factor and leave the other
 (the kind's `zero_side`) at zero, so that a new adapter does not change the output. Others move part of the base weight
-into A and B and leave the residual in the base; the layer then keeps the original weight, too. Factors are created on
-the device of their site, in fp32 or wider.
+into A and B and leave the residual in the base; in that case, the layer also keeps the original weight. Factors are
+created on the device of their site, in fp32 or wider.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def init_named(name: bool | str) -> Init:
 
 
 def known_init(config: LoraConfig) -> Init | None:
-    """Return the init that a config from a file names, or None if lorakit does not have it."""
+    """Return the init that a config specifies, or None if lorakit has no such init."""
     try:
         return init_named(config.init_lora_weights)
     except ConfigError:

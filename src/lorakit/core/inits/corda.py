@@ -1,6 +1,6 @@
-"""CorDA: decompose W·C, where C is the covariance of the inputs.
+"""CorDA: initialize A and B from the decomposition of W·C, where C is the covariance of the inputs.
 
-The largest or smallest directions of the product become the adapter.
+The adapter starts as the largest or the smallest singular directions of the product.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lorakit.core.inits.init import Init, InitContext, InitResult, balanced
 from lorakit.errors import ConfigError
 
 DAMP, LARGEST_ERROR = 0.01, 0.05
-"""Initial damping of C, as a fraction of its mean diagonal element; doubled until ‖C·C⁻¹ − I‖ < LARGEST_ERROR."""
+"""Initial damping of C, as a fraction of C's mean diagonal element; doubled until ‖C·C⁻¹ − I‖ < LARGEST_ERROR."""
 
 METHODS = ("ipm", "kpm")
 
@@ -22,7 +22,7 @@ METHODS = ("ipm", "kpm")
 def _digest(context: InitContext, statistics: InputMoments) -> dict[str, Tensor]:
     """Return the r directions that the config's method selects: U (out, r), S (r,) and Vh = Vᵀ·C⁻¹ (r, n).
 
-    C (n, n) is Σ x·xᵀ over the inputs of one call, averaged over calls.
+    C (n, n) is Σ x·xᵀ over the inputs of one call, averaged over all calls.
 
     Raises:
         ConfigError: `corda_method` is unknown.

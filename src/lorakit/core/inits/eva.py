@@ -1,4 +1,4 @@
-"""EVA: A starts as principal directions of the site's inputs.
+"""EVA initializes A with principal directions of the site's inputs.
 
 Ranks are redistributed to the sites whose directions explain the most variance.
 """
@@ -20,7 +20,7 @@ class InputMoments(Protocol):
     """Moments of a site's inputs, collected by `lorakit.core.statistics`.
 
     Attributes:
-        rows: Number of rows.
+        rows: Number of input rows.
         calls: Number of module calls that supplied the rows.
     """
 
@@ -35,7 +35,7 @@ class InputMoments(Protocol):
 
 
 def sees_inputs(kind: Kind) -> bool:
-    """Return whether the modules of a kind take values as input, not indices."""
+    """Return whether modules of a kind take values, not indices, as input."""
     return kind.acts_on == "input" and kind.drops
 
 
@@ -44,7 +44,7 @@ def _settings(context: InitContext) -> EvaConfig:
 
 
 def _digest(context: InitContext, statistics: InputMoments) -> dict[str, Tensor]:
-    """Return the first `rho`·r principal directions (k, in), their singular values and variance ratios, (k,)."""
+    """Return the first `rho`·r principal directions (k, in), and their singular values and variance ratios, (k,)."""
     context.check_rank(math.prod(context.A_shape[1:]))
     principal = statistics.principal(round(_settings(context).rho * context.r))
     return {"directions": principal.vectors, "values": principal.values, "ratios": principal.ratios}

@@ -1,4 +1,4 @@
-"""Types for the table INITS: an entry, and the argument and result of its function."""
+"""Types for the table INITS: an entry, and the argument and result of the entry's function."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class InitContext:
         read: Reads the canonical base weight.
         config: The adapter's config, for the settings of an init.
         generator: Random generator, or None for torch's default one.
-        statistics: Name -> tensor (…) that `Init.digest` computed from data for this site, or None.
+        statistics: Name -> tensor (…) that `Init.digest` computed from data for this site; None without data.
     """
 
     kind: Kind
@@ -52,7 +52,7 @@ class InitContext:
     statistics: Mapping[str, Tensor] | None = None
 
     def matrices(self, requirement: str = "") -> Tensor:
-        """Return the base weight as matrices, (g, out, n): a single one, or one per expert; n includes the kernel.
+        """Return the base weight as matrices, (g, out, n): one, or one per expert; n includes the kernel size.
 
         Args:
             requirement: As in `check_rank`.
@@ -65,7 +65,7 @@ class InitContext:
         W = self.read()
         if W.device.type != "meta" and not bool(torch.isfinite(W).all()):
             raise self.error("the base weight contains NaN or infinite values and cannot be decomposed.")
-        W = W.mT if self.spec.in_first else W  # only experts can be stored as (in, out) here
+        W = W.mT if self.spec.in_first else W  # at this point, only experts can be stored as (in, out)
         W = W if self.spec.experts else self.kind.flat_weight(self.spec, W)[None]
         self.check_rank(min(W.shape[1:]), requirement)
         return W
@@ -89,15 +89,15 @@ class InitContext:
 
         Args:
             most: The largest possible rank.
-            requirement: What the init needs, as the start of the message; by default, as many directions as r.
+            requirement: The init's requirement, as the start of the message; by default, at least r directions.
 
         Raises:
             ConfigError: r is larger than `most`.
         """
         if self.r > most:
-            needs = requirement or f"init_lora_weights={self.config.init_lora_weights!r} needs as many directions as r"
+            needs = requirement or f"init_lora_weights={self.config.init_lora_weights!r} needs at least r directions"
             raise self.error(
-                f"{needs}; r is {self.r}, and at most {most} is possible here. Lower r (use rank_pattern to change "
+                f"{needs}; r is {self.r}, but the maximum at this site is {most}. Lower r (use rank_pattern to change "
                 "only this module).",
                 what=self.r,
                 field="r",
@@ -107,28 +107,28 @@ class InitContext:
         """Reject statistics that were collected for another rank.
 
         Args:
-            rank: The rank for which they were collected.
+            rank: The rank for which the statistics were collected.
 
         Raises:
             ConfigError: r differs from `rank`.
         """
         if rank != self.r:
             raise self.error(
-                f"the statistics were collected for rank {rank:g}, but r is {self.r}. Collect them with the config "
-                "that you attach.",
+                f"the statistics were collected for rank {rank:g}, but r is {self.r}. Collect the statistics "
+                "with the config that you attach.",
                 what=self.r,
                 field="r",
             )
 
     def in_layout(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Convert factors of matrices to the layout and dtype of the site's factors.
+        """Convert factors computed for matrices to the layout and dtype of the site's factors.
 
         Args:
             A: (g, r, n).
             B: (g, out, r).
 
         Returns:
-            A (r, in) and B (out, r) at a dense site; for kernels and experts, the layout of their kind.
+            A (r, in) and B (out, r) at a dense site; convolutions and experts use the layout of their kind.
         """
         if self.spec.experts:
             B = B.permute(1, 2, 0)
@@ -169,7 +169,8 @@ class InitResult:
     Attributes:
         A: (r, in) at a dense site.
         B: (out, r) at a dense site.
-        W: The canonical weight that replaces the base weight. If None, an init that changes the base uses W − s·B·A.
+        W: The canonical weight that replaces the base weight. If None, and if the init changes the base, the
+            new weight is W − s·B·A.
     """
 
     A: Tensor
@@ -184,15 +185,15 @@ class Init:
     Attributes:
         name: The value of `init_lora_weights` that selects the init.
         fill: Creates A and B.
-        fits: Kind -> whether the init supports it. Only `every_kind` supports user-defined kinds.
-        changes_base: Whether the init replaces the base weight, by W − s·B·A unless `fill` returns a weight.
+        fits: Kind -> whether the init supports that kind. Only the function `every_kind` accepts user-defined kinds.
+        changes_base: Whether the init replaces the base weight: with W − s·B·A, unless `fill` returns a weight.
         is_identity: Whether a new adapter leaves the output unchanged, except for rounding (see `is_exact`).
-        is_exact: Whether the output then stays the same bit for bit.
+        is_exact: Whether a new adapter leaves the output bitwise identical.
         needs: Data to collect beforehand: "" for none, "inputs" or "gradients".
         digest: Reduces a site's statistics to the few tensors that `fill` needs.
         trains: Which of "A" and "B" are trained.
         family: Regular expression for other values that also select the init.
-        requantizes: Whether the init may replace a quantized base weight, which rounds the weight a second time.
+        requantizes: Whether the init may replace a quantized base weight; doing so rounds the weight a second time.
         takes_any_shape: Whether the init can fill A and B of any shape, as variants with their own shapes require.
     """
 

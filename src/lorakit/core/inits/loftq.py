@@ -40,7 +40,7 @@ def normal_float(device: torch.device | None = None) -> Tensor:
 
 
 def on_normal_float(W: Tensor) -> Tensor:
-    """Round to the NF4 grid; each block of 64 values, in row-major order, is scaled by its largest magnitude.
+    """Round W to the NF4 grid; each block of 64 values, in row-major order, is scaled by its largest magnitude.
 
     Args:
         W: (…, n), fp32 or wider.
@@ -59,7 +59,7 @@ def on_normal_float(W: Tensor) -> Tensor:
 
 
 def on_int8(W: Tensor) -> Tensor:
-    """Round to int8; each row is scaled by its largest magnitude and rounded to 255 evenly spaced levels.
+    """Round W to int8; each row is scaled by its largest magnitude and rounded to 255 evenly spaced levels.
 
     Args:
         W: (…, n), fp32 or wider.
@@ -78,7 +78,7 @@ ROUNDED: Mapping[int, Callable[[Tensor], Tensor]] = {4: on_normal_float, 8: on_i
 def _loftq(context: InitContext) -> InitResult:
     """Repeat Q ← q(W − s·B·A), then s·B·A ← the r largest singular directions of W − Q.   [docs/math.md (66)]
 
-    The base becomes Q, stored dense; a quantizer with the same grid can store it without further loss.
+    The base becomes Q, stored dense; a quantizer with the same grid can store Q without further loss.
 
     Source:
         Li et al. 2023, arXiv:2310.08659, algorithm 1.

@@ -1,4 +1,4 @@
-"""LoRA-GA: A and B start along the weight's gradient, so that the first step approximates that of full fine-tuning."""
+"""LoRA-GA aligns A and B with the weight's gradient, so that the first step approximates one of full fine-tuning."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from lorakit.core.kinds.kind import every_kind
 
 
 def _kaiming(context: InitContext) -> InitResult:
-    """Fill one factor with uniform values within ±1/√fan_in (for an embedding, standard normal); the other is zero.
+    """Fill one factor uniformly within ±1/√fan_in (for an embedding, standard normal), and set the other to zero.
 
     [docs/math.md (5), (6)]
 
@@ -26,7 +26,7 @@ def _kaiming(context: InitContext) -> InitResult:
 
 
 def _gaussian(context: InitContext) -> InitResult:
-    """Fill one factor with normal values of standard deviation 1/r; the other is zero.   [docs/math.md (5)]."""
+    """Fill one factor with normal values (standard deviation 1/r), and set the other to zero.   [docs/math.md (5)]."""
     std = 1.0 / context.r
     if context.kind.zero_side == "A":
         return InitResult(zeros(context, context.A_shape), normal(context, context.B_shape, std))
@@ -49,9 +49,9 @@ SIZE = 0.1
 
 
 def _orthogonal(context: InitContext) -> InitResult:
-    """Set A = Q₁ᵀ·X/10 and B = Y·Q₂/10, with Q₁ and Q₂ the odd and even rows of an orthogonal Q.   [docs/math.md (63)]
+    """Set A = Q₁ᵀ·X/10 and B = Y·Q₂/10; Q₁ and Q₂ are the odd and even rows of an orthogonal Q.   [docs/math.md (63)]
 
-    Both factors get a gradient from the first step.
+    Both factors receive gradients from the first step onward.
 
     Source:
         datta0.github.io/posts/rethink-lora-init, as in PEFT.

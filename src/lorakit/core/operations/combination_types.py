@@ -4,8 +4,8 @@ A type consists of up to three steps: prune each tensor, elect signs, and add th
 their names apply the steps to A and B separately; types with "svd" apply them to the update B·A and decompose the
 result.
 
-For trainable tokens, the adapters' changes to the base are combined. A trained row replaces the base's row, so its
-change is the difference between the two.
+For trainable tokens, the changes to the base's embedding rows are combined. A trained row replaces the base's row, so
+the change is the difference between the two rows.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class CombinationType:
 
     Attributes:
         name: One of COMBINATION_TYPES. "cat" is exact, but the ranks add up; "svd" gives the nearest update of the
-            chosen rank; "linear" adds A and B separately, which is inexact; the others prune first.
+            chosen rank; "linear" adds A and B separately, which is inexact; the other types prune first.
         rank: For types with "svd": rank of the result; None uses the largest of the adapters' ranks at each site.
         density: Fraction of the values that pruning keeps, in (0, 1]; each expert is pruned separately.
         majority_sign: For types with "ties": whether to elect the sign of the sum ("total") or the sign of most values
@@ -93,7 +93,7 @@ class CombinationType:
 
     @property
     def prunes(self) -> bool:
-        """True if values are set to zero first."""
+        """True if some values are set to zero before the tensors are added up."""
         return self.name not in ("svd", "linear", "cat")
 
     @property
@@ -115,8 +115,8 @@ def added_up(
     A negative weight negates its tensor before the election, so a subtracted tensor votes for the opposite sign.
 
     Args:
-        tensors: One per adapter, of any shape, as long as all have the same shape.
-        weights: One per adapter.
+        tensors: One tensor per adapter, of any shape, but all of the same shape.
+        weights: One weight per adapter.
         way: The combination type.
         generator: Random generator for pruning, or None for torch's default one.
 
@@ -142,7 +142,7 @@ def added_up(
 
 
 def clamped(A: Tensor, B: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """Clamp A (g, r, in) and B (g, out, r) to a quantile of all their values, each counted with both signs."""
+    """Clamp A (g, r, in) and B (g, out, r) to a quantile of all their values, each counted once with each sign."""
     sizes = torch.cat([A.abs().flatten(), B.abs().flatten()]).sort().values
     position = (2 * quantile - 1) * (sizes.numel() - 1)  # quantile q of ±x is quantile 2q − 1 of |x|
     below = int(position)
@@ -210,12 +210,12 @@ def row_reader(model: nn.Module | AdapterIndex) -> RowReading:
 def combined_rows(
     adapters: Sequence[AdapterWeights], weights: Sequence[float], reading: RowReading | None
 ) -> dict[str, Tensor]:
-    """Combine the rows of adapters that train the same tokens.   [docs/math.md (59)]
+    """Combine the embedding rows of adapters that train the same tokens.   [docs/math.md (59)]
 
     Args:
         adapters: Adapters that `check_same_rows` accepts; some may train no tokens.
-        weights: One per adapter.
-        reading: Reads the base's rows; only used if the weights at a table do not add up to 1.
+        weights: One weight per adapter.
+        reading: Reads the base's rows; only used if the weights of the adapters that train a table do not add up to 1.
 
     Returns:
         Name on disk -> combined rows, (n, d), for each table that several adapters train.

@@ -2,9 +2,10 @@
 
 At each site, the adapters' effects, weight · scale · B·A, are combined. The result has scale 1 everywhere, so that its
 effect is exactly the combination, whatever the adapters' ranks, alphas and rsLoRA settings. Dense products are formed
-only where the factors do not suffice. A variant whose update is more than B·A defines how such updates are added
-(`Variant.combine`), which requires the base model; other variants are reduced to A and B (`Variant.factors`), and their
-sum is plain LoRA. If one parameter holds several experts, each expert is combined as if it were a separate site.
+only if the factors do not suffice. If a variant's update is more than B·A, the variant defines how such updates are
+added (`Variant.combine`), which requires the base model. Other variants are first reduced to A and B
+(`Variant.factors`), and their sum is plain LoRA. If one parameter holds several experts, each expert is combined as if
+it were a separate site.
 """
 
 from __future__ import annotations
@@ -58,12 +59,12 @@ def combine(
     Args:
         model: The adapted model.
         adapters: Names of the adapters.
-        weights: One per adapter; a negative weight subtracts the adapter, and 0 leaves it out.
+        weights: One weight per adapter; a negative weight subtracts the adapter, and a weight of 0 leaves it out.
         name: The new adapter's name.
-        way: The combination type, or its name for the default options.
+        way: The combination type, or its name to use the default options.
 
     Returns:
-        A report on the new adapter, with the deviation of each site from the plain sum.
+        A report on the new adapter, with each site's deviation from the exact weighted sum.
 
     Raises:
         AdapterError: An adapter does not exist, the new name is taken, or the adapters cannot be combined.
@@ -85,18 +86,18 @@ def combine_folders(
     model: nn.Module | None = None,
     allow: Collection[str] = (),
 ) -> OperationReport:
-    """Combine adapters on disk into a new directory; some variants and trainable tokens need the base model.
+    """Combine adapters on disk into a new directory; some variants, and trainable tokens, require the base model.
 
     Args:
         folders: Directories of the adapters.
-        weights: One per adapter.
+        weights: One weight per adapter.
         output: The directory to create; it must be new or empty.
         way: As in `combine`.
         model: The base model, for variants that read it and for trainable tokens.
         allow: Checks to override: "base_mismatch", "key_mismatch" (no sites in common), "nonfinite".
 
     Returns:
-        A report on the new adapter, with the deviation of each site from the plain sum.
+        A report on the new adapter, with each site's deviation from the exact weighted sum.
 
     Raises:
         AdapterFileError: A directory is not an adapter, or is damaged.
@@ -119,7 +120,7 @@ def combine_folders(
 def average(
     model: nn.Module, adapters: Sequence[str], name: str = "average", *, way: CombinationType | str = "svd"
 ) -> OperationReport:
-    """Average adapters: `combine` with equal weights that add up to 1.
+    """Average adapters by calling `combine` with equal weights that add up to 1.
 
     Raises:
         AdapterError: As in `combine`, or no adapters are given.
@@ -152,12 +153,12 @@ def combine_weights(
 
     Args:
         adapters: Adapters of the same base model.
-        weights: One per adapter.
+        weights: One weight per adapter.
         way: The combination type.
-        model: The base model, or None; read only for variants whose sum depends on it, and for trainable tokens.
+        model: The base model, or None; needed only for trainable tokens and for variants whose sum depends on the base.
 
     Returns:
-        The combined adapter, and the deviation of each site from the plain sum.
+        The combined adapter, and each site's deviation from the exact weighted sum.
 
     Raises:
         AdapterError: The adapters cannot be combined, or the numbers of weights and adapters differ.
@@ -198,7 +199,7 @@ def _site(
     generator: torch.Generator | None,
     summed: tuple[Variant, Reading] | None,
 ) -> tuple[SiteFactors, SiteOperation]:
-    """Return the combined factor of one site, with scale 1 and without a bias, and its deviation from the plain sum."""
+    """Return a site's combined factor, with scale 1 and no bias, and its deviation from the exact weighted sum."""
     first = here[0][0]
     active = [(factor, weight) for factor, weight in here if weight != 0] or [(first, 0.0)]
     whole, products = None, [factor.product() for factor, _ in active]
@@ -231,14 +232,14 @@ def _site(
 
 
 def _by_expert(products: Sequence[Product], experts: int) -> Iterator[list[Product]]:
-    """Yield the products of one expert at a time; without experts, those of all groups at once."""
+    """Yield the products of one expert at a time; without experts, yield the products of all groups at once."""
     wide = products[0].A.shape[0] // experts
     for first in range(0, wide * experts, wide):
         yield [Product(p.A[first : first + wide], p.B[first : first + wide]) for p in products]
 
 
 def _rank(path: str, active: Weighted, way: CombinationType) -> int:
-    """Return the rank of each group in the result of a type with "svd"."""
+    """Return the rank of each group in the result, for a type with "svd" in its name."""
     groups = active[0][0].shared
     rank = way.rank if way.rank is not None else max(factor.r for factor, _ in active)
     if rank % groups:
@@ -254,7 +255,7 @@ def _rank(path: str, active: Weighted, way: CombinationType) -> int:
 def _decomposed(
     path: str, products: Sequence[Product], active: Weighted, way: CombinationType, generator: torch.Generator | None
 ) -> Product:
-    """Apply a type with "svd": to the sum, using only the factors, or to the dense updates if the type prunes."""
+    """Apply a type with "svd" to the sum, using only the factors, or, if the type prunes, to the dense updates."""
     rank = _rank(path, active, way)
     if not way.prunes:
         product = truncated(spectrum(stacked(products, [weight * factor.scale for factor, weight in active])), rank)
@@ -273,7 +274,7 @@ def _decomposed(
 def _separate(
     path: str, products: Sequence[Product], active: Weighted, way: CombinationType, generator: torch.Generator | None
 ) -> Product:
-    """Apply a type without "svd" to A and B separately; √|weight| scales each, and A also gets the weight's sign."""
+    """Apply a type without "svd" to A and B separately, each scaled by √|weight|; A also gets the weight's sign."""
     ranks = sorted({factor.r for factor, _ in active})
     if len(ranks) > 1:
         raise ConfigError(
@@ -291,14 +292,14 @@ def _separate(
 
 
 def _with_bias(made: SiteFactors, here: Weighted) -> SiteFactors:
-    """Return a combined factor with the sum of the biases, or zeros: `lora_bias` requires a bias at every site."""
+    """Return a combined factor with the summed biases, or zeros, because `lora_bias` requires a bias at every site."""
     scaled = [f.bias * (weight * f.scale) for f, weight in here if weight != 0 and f.bias is not None]
     return dataclasses.replace(made, bias=torch.stack(scaled).sum(0) if scaled else made.B.new_zeros(made.B.shape[0]))
 
 
 def _check_weights(adapters: Sequence[AdapterWeights], weights: Sequence[float]) -> None:
     if len(adapters) != len(weights):
-        message = f"Got {len(adapters)} adapters and {len(weights)} weights; pass one weight per adapter."
+        message = f"Pass one weight per adapter (adapters: {len(adapters)}, weights: {len(weights)})."
         raise AdapterError(message, field="weights")
     for weight in weights:
         if not isinstance(weight, (int, float)) or not math.isfinite(weight):
@@ -306,11 +307,11 @@ def _check_weights(adapters: Sequence[AdapterWeights], weights: Sequence[float])
 
 
 SUMS = ("cat", "svd")
-"""Types that only add up the updates and, with "svd", truncate the sum."""
+"""Types that only add up the updates; "svd" also truncates the sum."""
 
 
 def _summed_variant(adapters: Sequence[AdapterWeights], way: CombinationType, has_base: bool) -> Variant | None:
-    """Return the variant that defines the sum of the updates, or None; check that it allows this combination."""
+    """Return the variant that defines how the updates are added, or None, and check that it allows this combination."""
     found: dict[Variant, str] = {}
     for adapter in adapters:
         for variant in variants_of(adapter.config):

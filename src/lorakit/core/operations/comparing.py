@@ -1,7 +1,7 @@
 """Compare two adapters site by site: direction and strength of their updates, and their input and output spaces.
 
-Everything is computed from the factors, without dense products and without the base. A variant whose update is more
-than a low-rank product is compared by that product alone.
+Everything is computed from the factors, without dense products and without the base. If a variant's update is
+more than a low-rank product, only the low-rank product is compared.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class SiteComparison:
         path: Path of the site.
         ranks: Numerical rank of each update; for experts, the largest rank of an expert.
         norms: Frobenius norm of each update, scale included.
-        cosine: Cosine similarity of the two updates, taken as vectors, in [−1, 1]; 0 if either is zero.
+        cosine: Cosine similarity of the two updates, treated as vectors, in [−1, 1]; 0 if either is zero.
         output_angles: Principal angles, in degrees, between the updates' output spaces, over all experts, in ascending
             order.
         input_angles: Likewise for the input spaces.
@@ -55,8 +55,8 @@ class Comparison:
         only_first: Sites that only the first adapts.
         only_second: Sites that only the second adapts.
         norms: Norm of each adapter over all its sites.
-        cosine: Cosine similarity of the two adapters, each taken as one vector over all sites; a missing site counts as
-            zero.
+        cosine: Cosine similarity of the two adapters, each treated as one vector over all sites; a missing site counts
+            as zero.
         base: Comparison of their base models: "same", "same at other precision", "unverifiable" or "different".
         in_part: Titles of variants that are compared only by their low-rank part.
     """
@@ -108,7 +108,7 @@ def compare_weights(first: AdapterWeights, second: AdapterWeights) -> Comparison
 
     Raises:
         AdapterError: The adapters change weights of different shapes at a site, or the files do not show which bare
-            parameters are the same.
+            parameters correspond to each other.
     """
     with torch.no_grad():
         both = aligned([first, second])
@@ -154,7 +154,7 @@ def _site(path: str, one: Product, other: Product) -> SiteComparison:
 def _between(
     spectra: tuple[Spectrum, Spectrum], ranks: tuple[tuple[int, ...], tuple[int, ...]], *, output: bool
 ) -> Tensor:
-    """Return the cosines of the principal angles in each group, up to its numerical rank, as one vector."""
+    """Return the cosines of the principal angles in each group, up to the group's numerical rank, as one vector."""
     one, other = (found.U if output else found.Vh.mT for found in spectra)
     parts = zip(one, other, *ranks, strict=True)
     return torch.cat([cosines(a[None, :, :k], b[None, :, :m]).flatten() for a, b, k, m in parts])

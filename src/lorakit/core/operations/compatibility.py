@@ -24,15 +24,15 @@ SHOWN = 4
 
 
 def check_one_base(adapters: Sequence[AdapterWeights], allow: Collection[str] = ()) -> None:
-    """Reject adapters whose files show that they differ in base model or task, or that they share no sites.
+    """Reject adapters if their files show different base models or tasks, or if one shares no sites with any other.
 
     Args:
         adapters: The adapters.
-        allow: Checks to override: "base_mismatch" for base model and task, "key_mismatch" for sites.
+        allow: Checks to override: "base_mismatch" for the base model and the task, "key_mismatch" for the sites.
 
     Raises:
         BaseMismatchError: Two adapters were trained on different base models or for different tasks.
-        AdapterError: One adapter shares no sites with any other, and fingerprints do not prove that all share a base.
+        AdapterError: One adapter shares no sites with any other, and the fingerprints do not prove a common base.
     """
     pairs = [(one, other, one.compare_base(other)) for one, other in itertools.combinations(adapters, 2)]
     if "base_mismatch" not in allow:
@@ -126,7 +126,7 @@ def _check_bare_parameters(adapters: Sequence[AdapterWeights]) -> None:
 
 
 def _check_saved_modules(adapters: Sequence[AdapterWeights]) -> None:
-    """Reject a module that two adapters save, and sites inside a saved module."""
+    """Reject adapters if two of them save the same module, or if one adapts sites inside a saved module."""
     saved = Counter(
         path
         for adapter in adapters
@@ -162,7 +162,7 @@ def check_no_base_biases(adapter: AdapterWeights) -> None:
     if adapter.config.bias != "none":
         raise ConfigError(
             f"{adapter.label} trains biases of the base (bias={adapter.config.bias!r}), which cannot be transferred "
-            "to another adapter. Merge it into a model instead.",
+            "to another adapter. Merge the adapter into a model instead.",
             what=adapter.config.bias,
             field="bias",
         )
@@ -196,7 +196,7 @@ def joined_config(configs: Sequence[LoraConfig]) -> LoraConfig:
 
 
 def shared_facts(adapters: Sequence[AdapterWeights]) -> JsonObject:
-    """Return the metadata on which all adapters agree, and which the result inherits: base name, tokenizer."""
+    """Return the metadata that all adapters have in common, so that the result inherits it: base name and tokenizer."""
     first, *rest = (adapter.facts for adapter in adapters)
     names = ("base_name", "tokenizer_sha256", "chat_template_sha256")
     return {name: first[name] for name in names if name in first and all(f.get(name) == first[name] for f in rest)}

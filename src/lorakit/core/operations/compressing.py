@@ -1,7 +1,7 @@
 """Compress an adapter to a lower rank, or convert any variant to plain LoRA, as closely as the rank allows.
 
-Compression uses only the factors, not dense weights. The loss at each site is computed exactly and reported. Several
-experts in one parameter are truncated separately, but to a common rank, which is chosen by their total energy.
+Compression uses only the factors, not dense weights. The energy lost at each site is computed exactly and reported.
+Several experts in one parameter are truncated separately, but to a common rank, which their total energy determines.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def compress(
         adapter: Name of the adapter to compress; it stays on the model.
         name: The new adapter's name.
         rank: Maximum rank of a site.
-        energy: Instead of a rank, the fraction of each site's energy to keep, in (0, 1].
+        energy: Alternative to `rank`: the fraction of each site's energy to keep, in (0, 1].
 
     Returns:
-        A report with the loss at each site.
+        A report with the energy lost at each site.
 
     Raises:
         AdapterError: The adapter does not exist, or the new name is taken.
@@ -69,7 +69,7 @@ def compress_folder(
         allow: Checks to override: "nonfinite".
 
     Returns:
-        A report with the loss at each site.
+        A report with the energy lost at each site.
 
     Raises:
         AdapterFileError: The directory is not an adapter, or is damaged.
@@ -92,10 +92,10 @@ def plain_weights(
     Args:
         adapter: The adapter.
         to: Maximum rank, or fraction of the energy to keep; also applied to sites that are already plain LoRA.
-        reading: Path -> the base's weight there; used only if an update is more than a low-rank product.
+        reading: Path -> the base's weight at that path; used only if an update is more than a low-rank product.
 
     Returns:
-        The plain adapter, and the loss at each site.
+        The plain adapter, and the energy lost at each site.
 
     Raises:
         ConfigError: The adapter trains biases of the base.
@@ -113,10 +113,11 @@ def reduced_weights(
     Args:
         adapter: The adapter.
         to: Maximum rank, or fraction of the energy to keep.
-        reading: Path -> the base's weight there, to convert every update to plain LoRA; None compresses only A and B.
+        reading: Path -> the base's weight at that path, to convert every update to plain LoRA; if None, only A and B
+            are compressed.
 
     Returns:
-        The new adapter, with scale 1, and the loss at each site.
+        The new adapter, with scale 1, and the energy lost at each site.
 
     Raises:
         NotYetSupported: As in `plain_weights`.

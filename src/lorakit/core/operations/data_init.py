@@ -1,4 +1,4 @@
-"""Collect the data that inits need: the inputs of sites for EVA and CorDA, and gradients for LoRA-GA.
+"""Collect the data that inits need: the sites' inputs for EVA and CorDA, and gradients for LoRA-GA.
 
 Sites are processed in groups. The statistics of a group are immediately reduced to the small tensors that the init
 needs, so that memory stays bounded regardless of the model's size. All batches are run once for each group.
@@ -39,7 +39,7 @@ class DataSites:
 
     Attributes:
         init: The config's init.
-        config: The config, with the architecture's default targets if it names none.
+        config: The config, with the architecture's default targets if no targets were specified.
         index: Index of the base.
         matches: The sites with their ranks.
     """
@@ -63,7 +63,7 @@ class DataSites:
             model: The base; only read.
             config: Targets, ranks and init; only read.
             allow: "partial_targets" allows entries of the config that match nothing.
-            only: Selects matches; the others are left out.
+            only: Match -> whether to include the match.
 
         Raises:
             ConfigError: The init uses no data, or does not support a site.
@@ -187,7 +187,7 @@ def collect_for(
         config: Targets, ranks and init of the adapter; only read.
         batches: Arguments of `forward`; must be a list if the statistics of all sites exceed the memory limit.
         forward: Runs the model on a batch; for "lora_ga" it returns the loss, a scalar.
-        keep: Batch -> mask (rows, length) of the positions that count; ignored for "lora_ga".
+        keep: Batch -> mask (rows, length) of the positions to use; ignored for "lora_ga".
         allow: "partial_targets" allows entries of the config that match nothing.
 
     Returns:

@@ -59,7 +59,7 @@ class ExtractReport(OperationReport):
 
     @property
     def captured(self) -> float:
-        """Fraction of the energy of all changes, at sites or not, that the adapter contains; 1 if nothing changed."""
+        """Energy in the adapter as a fraction of the energy of all changes, at sites or not; 1 if nothing changed."""
         inside = sum(site.norm**2 for site in self.sites)
         held = sum(site.norm**2 * (1 - site.energy_lost) for site in self.sites)
         whole = inside + sum(change.norm**2 for change in self.outside if change.norm is not None)
@@ -83,13 +83,13 @@ def extract(
     """Extract the low-rank part of a fine-tuned model's changes, and add it to the base as a frozen adapter.
 
     Args:
-        model: The base model, with or without adapters, to which the new adapter is added.
+        model: The base model, with or without adapters; the new adapter is added to this model.
         tuned: The fine-tuned model.
         config: Selects the sites (`target_modules`, `target_parameters`) and the modules to copy in full
             (`modules_to_save`).
         name: The new adapter's name.
         rank: Maximum rank of a site.
-        energy: Instead of a rank, the fraction of the energy of each site's change to keep, in (0, 1].
+        energy: Alternative to `rank`: the fraction of each site's energy to keep, in (0, 1].
 
     Returns:
         A report on what the adapter contains and what it leaves out.
@@ -126,7 +126,7 @@ def extract_to_folder(
         tuned: Tensors of the fine-tuned model.
         config: As in `extract`.
         output: The directory to create; it must be new or empty.
-        cut: Rank, or fraction of the energy to keep, at each site.
+        cut: Maximum rank of each site, or the fraction of each site's energy to keep.
         allow: Checks to override: "nonfinite".
 
     Returns:
@@ -154,7 +154,7 @@ def extract_weights(
         base: Tensors of the base.
         tuned: Tensors of the fine-tuned model.
         config: As in `extract`.
-        cut: Rank, or fraction of the energy to keep, at each site.
+        cut: Maximum rank of each site, or the fraction of each site's energy to keep.
 
     Returns:
         The adapter with scale 1, and the report.
@@ -215,7 +215,7 @@ def _site(
     cut: RankLimit,
     names: Sequence[str],
 ) -> tuple[SiteFactors, SiteOperation]:
-    """Approximate the change in a weight, or in each expert, at low rank; report the loss.   [docs/math.md (52)]"""
+    """Approximate the change in a weight, or in each expert, at low rank.   [docs/math.md (52)]"""
     spec, kind = target.spec, target.kind
     if spec.groups > 1:
         raise NotYetSupported(
@@ -231,7 +231,7 @@ def _site(
             where=names[0],
         )
     rank = cut.rank
-    if rank is None and spec.experts:  # all experts get the same rank, computed in a first pass, one change at a time
+    if rank is None and spec.experts:  # all experts get one rank, which a first pass over their changes computes
         S = torch.stack([torch.linalg.svdvals(delta) for delta in _changes(site_map, target, sources, under)])
         rank = cut.of(S)
     parts, whole, kept = [], 0.0, 0.0
@@ -276,7 +276,7 @@ def _weight(source: TensorSource, names: Sequence[str]) -> Tensor:
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
-    """Return a dict from each tensor name to all names of the same tensor, the key first; files store only one."""
+    """Map each tensor name to all names of that tensor, starting with the key; files store only one of the names."""
     ids = {name: id(tensor) for name, tensor, _ in base_tensors(model)}
     names: dict[int, list[str]] = {}
     for name, tensor in ids.items():
@@ -287,7 +287,7 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
 def _outside(
     aliases: Mapping[str, list[str]], base: TensorSource, tuned: TensorSource, taken: Collection[str]
 ) -> tuple[OutsideChange, ...]:
-    """Return the changes in tensors outside `taken`, each listed once, and the tensors that only one model has."""
+    """Return the changes in tensors outside `taken`, each only once, and the tensors that only one model has."""
     found: list[OutsideChange] = []
     seen = {name for taken_name in taken for name in aliases[taken_name]}
     for name, names in aliases.items():

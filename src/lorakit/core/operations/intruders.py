@@ -1,8 +1,8 @@
 """Find and weaken intruder dimensions: strong directions of W + ΔW that resemble no direction of the base.
 
-Fine-tuning with LoRA adds singular vectors to the adapted weight that are nearly orthogonal to all those of the base;
-they are associated with forgetting. Weakening them restores part of what was forgotten, at some cost in task
-performance.
+After LoRA fine-tuning, the adapted weight has some singular vectors that are nearly orthogonal to every singular vector
+of the base. These intruder dimensions are associated with forgetting. Weakening the intruders restores part of what was
+forgotten, at some cost in task performance.
 
 Source: Shuttleworth et al. 2024, arXiv:2410.21228.
 """
@@ -51,14 +51,15 @@ def reduce_intruders(
     threshold: float = 0.5,
     keep: float = 0.75,
 ) -> tuple[SiteIntruders, ...]:
-    """Add a copy of an adapter to its model, frozen and not active, in which intruder dimensions are weakened.
+    """Copy an adapter and weaken the copy's intruder dimensions; the copy is added to the model, frozen and inactive.
 
     Args:
         model: The adapted model.
         adapter: Name of the adapter; it stays on the model.
         name: Name of the new adapter, which has the same ranks and scales.
         top: How many of the strongest directions to check.
-        threshold: A direction is an intruder if its absolute cosine with every direction of the base is below this.
+        threshold: A direction is an intruder if its absolute cosine with every direction of the base is below
+            this value.
         keep: Fraction of each intruder to keep: 1 changes nothing, 0 removes the intruder.
 
     Returns:
@@ -94,7 +95,7 @@ def reduce_intruders(
 def _weakened(
     path: str, factor: SiteFactors, base: Reading, how: tuple[int, float, float]
 ) -> tuple[SiteFactors, list[SiteIntruders]]:
-    """Return a factor with weakened intruders, matrix by matrix; a factor without intruders stays unchanged."""
+    """Weaken the intruders of a factor, one matrix at a time; a factor without intruders stays unchanged."""
     if factor.shared > 1:
         raise AdapterError(
             f"{path} is a grouped convolution, for which intruder dimensions are not defined.", where=path

@@ -1,8 +1,8 @@
-"""Allocate ranks to sites within a fixed number of trained parameters, based on gradients or inputs.
+"""Allocate ranks to sites within a fixed number of trainable parameters, based on gradients or inputs.
 
-Applies two published criteria to data from `lorakit.core.statistics.collecting`, and stores the resulting ranks in a
-config's patterns, with alphas that keep every site's scale. Both criteria use only the base model and the batches, and
-nothing is trained.
+This module applies two published criteria to data from `lorakit.core.statistics.collecting`. It stores the resulting
+ranks in a config's patterns, with alphas that keep every site's scale. Both criteria use only the base model and the
+batches, and nothing is trained.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lorakit.targets import Match, key_fits, resolve
 Criterion = Literal["gradients", "inputs"]
 
 LEAST, MOST = 0.5, 4.0
-"""Bounds of a site's rank relative to its rank in the config, as in GoRA (4 and 32 for a reference rank of 8)."""
+"""Bounds on a site's rank, relative to the rank in the config, as in GoRA (4 and 32 for a reference rank of 8)."""
 
 MAX_BYTES = 2 << 30
 """Maximum size in bytes of the statistics held at one time; it determines the number of passes over the batches."""
@@ -64,20 +64,20 @@ def allocate(
     keep: Callable[[Any], Tensor | None] | None = None,
     allow: Collection[str] = (),
 ) -> Allocation:
-    """Propose ranks for a config's sites, using no more parameters than the ranks in the config.
+    """Propose ranks for a config's sites that require no more parameters than the ranks in the config.
 
     Args:
         model: The base; it is not changed.
         config: Targets and original ranks; only read.
         batches: Arguments of `forward`; all of them are run once for each `MAX_BYTES` of statistics.
-        forward: Runs the model on a batch and returns the loss, a scalar (not used for "inputs").
+        forward: Runs the model on a batch and returns the loss, a scalar; for "inputs", the result is ignored.
         by: "gradients": `by_sensitivity`, for dense sites and embeddings; "inputs": `by_explained_variance`, for dense
             sites; other sites keep their rank.
         keep: As in `collect_inputs`; only used for "inputs".
         allow: "partial_targets" allows entries of the config that match nothing.
 
     Returns:
-        The ranks, and the config with them.
+        The ranks, and a config that contains them.
 
     Raises:
         TargetError: A target matches nothing.
@@ -99,7 +99,7 @@ def allocate(
             for path, statistics in collect_gradients(model, group, batches, forward).items():
                 evidence[path] = sensitivity(modules[path], statistics.mean()) if statistics.calls else 0.0
         ranks = by_sensitivity(evidence, costs, before, {path: min(sizes[path]) for path in before})
-    else:  # also if no site is supported, which yields no ranks
+    else:  # this also handles the case that no site is supported, without ranks
         ratios: dict[str, list[float]] = {}
         for group in in_groups(list(before), lambda path: 4 * sizes[path][1] ** 2):
             for path, inputs in collect_inputs(model, group, batches, forward, keep=keep).items():
@@ -190,8 +190,8 @@ def by_explained_variance(
 ) -> dict[str, int]:
     """Return ranks by explained variance: the strongest input directions of all sites, within a budget.
 
-    The fractions of all sites are pooled and sorted; each fraction that is taken adds one rank to its site. With costs
-    of 1 and `least` of 0 this is EVA's redistribution. The criterion does not depend on the loss.
+    The fractions of all sites are pooled and sorted; each selected fraction adds one rank to its site. If all
+    costs are 1 and `least` is 0, this is EVA's redistribution. The criterion does not depend on the loss.
 
     Args:
         ratios: Path -> fraction of the variance that each principal direction explains, largest first, up to the

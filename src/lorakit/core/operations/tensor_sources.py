@@ -41,7 +41,7 @@ class TensorSource:
         label: Name used in messages.
         shapes: Name -> shape.
         read: Name -> tensor (…).
-        read_one: Name and index -> the tensor (…) at that index of the first axis, such as one of several experts.
+        read_one: Name, index -> the tensor (…) at that index of the first axis, such as one of several experts.
     """
 
     label: str
@@ -63,7 +63,7 @@ def source_of_model(model: nn.Module, label: str = "the model") -> TensorSource:
     """Return a source for the parameters and buffers of a model's base, without merged adapters.
 
     Args:
-        model: With or without adapters; only read.
+        model: A model with or without adapters; only read.
         label: Name used in messages.
     """
     tensors = {name: tensor.detach() for name, tensor, _ in base_tensors(model)}
@@ -72,9 +72,9 @@ def source_of_model(model: nn.Module, label: str = "the model") -> TensorSource:
 
 
 def source_of_folder(folder: str | os.PathLike[str]) -> TensorSource:
-    """Return a source for the tensors in a model directory's safetensors files, which are read on demand.
+    """Return a source that reads tensors on demand from the safetensors files in a model directory.
 
-    If there is a `model.safetensors`, it holds the whole model, and other files in the directory are not read.
+    If the directory contains a `model.safetensors`, that file holds the whole model, and no other files are read.
 
     Args:
         folder: The directory, or a single safetensors file.
@@ -143,7 +143,7 @@ class BareSite:
 
 @dataclass(eq=False, kw_only=True)
 class SiteFactors(Factor):
-    """One adapter's factors at a site: A (r, in, …), B (out, r, …); for experts, (experts·r, in), (out, r·experts).
+    """One adapter's A (r, in, …) and B (out, r, …) at a site; for experts, (experts·r, in) and (out, r·experts).
 
     Attributes:
         endings: Suffixes of the names of A and B on disk.
@@ -160,17 +160,17 @@ class SiteFactors(Factor):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Path of the bare parameter, or of all candidates; empty for a module."""
+        """Path of the bare parameter, or the paths of all candidates; empty for a module."""
         return () if self.bare is None else self.bare.names
 
     @property
     def r(self) -> int:
-        """The rank; for experts, the rank of each."""
+        """The rank; for experts, the rank of each expert."""
         return int(self.A.shape[0]) // self.experts
 
     @property
     def shared(self) -> int:
-        """Number of groups that share the rank: those of a grouped convolution, otherwise 1."""
+        """Number of groups that share the rank: the groups of a grouped convolution, or 1 for any other site."""
         return 1 if self.experts > 1 else max(1, int(self.A.shape[0]) // int(self.B.shape[1]))
 
     def product(self) -> Product:
@@ -214,7 +214,7 @@ class AdapterWeights:
         label: Name used in messages: the adapter's name on the model, or its directory.
         config: Config of the adapter.
         factors: Path on disk -> factor, sorted by path.
-        others: Name on disk -> tensor (…) of everything else: saved modules, biases, trainable tokens.
+        others: Name on disk -> tensor (…), for everything else: saved modules, biases, and trainable tokens.
         base: Fingerprint of the base, or None.
         facts: Metadata from `lorakit.json`.
         sha256: SHA-256 of the weights file, or "".
@@ -236,7 +236,7 @@ class AdapterWeights:
             warn_caller(message)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors, each (…), by their names on disk, sorted."""
+        """Return all tensors (…) by their names on disk, sorted by name."""
         found = dict(self.others)
         for path, factor in self.factors.items():
             stem, (end_A, end_B) = PREFIX + path, factor.endings
@@ -261,14 +261,14 @@ class AdapterWeights:
 
 
 def weights_of_model(model: nn.Module, name: str) -> AdapterWeights:
-    """Return the weights of an adapter on a model; the adapter stays there.
+    """Return the weights of an adapter on a model; the adapter stays on the model.
 
     Args:
         model: The adapted model; only read.
         name: The adapter.
 
     Raises:
-        AdapterError: The adapter does not exist, or cannot be expressed on the original base (LoftQ).
+        AdapterError: The adapter does not exist, or cannot be expressed relative to the original base (LoftQ).
     """
     index = AdapterIndex.of(model)
     found = saved_form(index, name)
@@ -294,8 +294,8 @@ def weights_of_folder(folder: str | os.PathLike[str], allow: Collection[str] = (
 
     Raises:
         AdapterFileError: A file is missing or damaged, values are not finite, A and B have incompatible shapes, a scale
-            depends on a regular expression (which is not run), the rank and scale of a bare parameter cannot be known
-            without a model, or an init changed the base and the files do not show how.
+            depends on a regular expression (regular expressions from files are not run), the rank and scale of a bare
+            parameter cannot be known without a model, or the files do not show how an init changed the base.
         NotYetSupported: The adapter needs a feature that is not implemented.
     """
     files = read_adapter(folder)
@@ -358,8 +358,8 @@ def _site_on_disk(files: AdapterFiles, path: str, A: Tensor) -> tuple[float, Bar
     r, alpha = rank_and_alpha(files, path, rows)
     if alpha is None:
         raise AdapterFileError(
-            f"{files.folder}: rank and alpha at {path} depend on which parameter it is ({' or '.join(names)}), which "
-            "these files do not show. Load the adapter into its model, and run the operation there.",
+            f"{files.folder}: rank and alpha at {path} depend on which parameter is adapted ({' or '.join(names)}), "
+            "but these files do not show which. Load the adapter into its model, and run the operation there.",
             what=path,
             where=files.folder,
         )
@@ -385,7 +385,7 @@ def _check_bare_known(files: AdapterFiles) -> None:
 def _by_site(
     tensors: Mapping[str, Tensor], config: LoraConfig, site: Callable[[str, Tensor], tuple[float, BareSite | None]]
 ) -> tuple[dict[str, SiteFactors], dict[str, Tensor]]:
-    """Return two dicts: the factors by path on disk, sorted, and the tensors that belong to no site, by name.
+    """Return two dicts: the factors, sorted by their path on disk, and the tensors that belong to no site, by name.
 
     Tensors of variants that the config does not select, and PEFT's copies of base weights, are left out.
     """

@@ -1,8 +1,8 @@
-"""Results of operations: make reports and configs, add a result to a model, or write it to a directory.
+"""Results of operations: create reports and configs, add a result to a model, or write it to a directory.
 
 On disk, a bare parameter has the path of its module; if a module has several, the one that is defined last has the
-outermost path. One path can therefore mean different parameters in two adapters; `aligned` matches such sites. A result
-that is added to a model goes through the same checks and code as a loaded adapter.
+outermost path. The same path can therefore mean different parameters in two adapters; `aligned` matches sites by
+parameter instead. A result that is added to a model goes through the same checks and code as a loaded adapter.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class OperationReport:
 
     @property
     def energy_lost(self) -> float:
-        """Fraction of the total energy, over all sites, that is lost."""
+        """Lost fraction of the total energy of all sites."""
         whole = sum(site.norm**2 for site in self.sites)
         return sum(site.norm**2 * site.energy_lost for site in self.sites) / whole if whole else 0.0
 
@@ -105,11 +105,12 @@ def aligned(adapters: Sequence[AdapterWeights]) -> dict[str, list[SiteFactors | 
         adapters: Adapters of the same base model.
 
     Returns:
-        Path on disk, in an adapter that has all these sites -> each adapter's factor, or None.
+        Path that the site would have on disk in an adapter with all these sites -> each adapter's factor, or None.
 
     Raises:
         AdapterError: The adapters change weights of different shapes at a site; they adapt different parameters of a
-            module whose order of definition is unknown; or one adapts a module, and another a parameter of that module.
+            module, and it is unknown which parameter is defined first; or one adapts a module, and another adapts a
+            parameter of that module.
     """
     modules: dict[str, list[SiteFactors | None]] = {}
     bare: dict[str, dict[_Parameter, list[SiteFactors | None]]] = {}
@@ -143,7 +144,8 @@ def _check_shapes(path: str, factors: Sequence[SiteFactors]) -> None:
     if len(shapes) > 1:
         sizes = " and ".join(sorted({factor.size_text() for factor in factors}))
         raise AdapterError(
-            f"The adapters cannot have the same base: at {path}, they change weights of {sizes}.", where=path
+            f"The adapters cannot have the same base: at {path}, they change weights of different shapes: {sizes}.",
+            where=path,
         )
 
 
@@ -155,11 +157,11 @@ def described(
     Args:
         config: Source of all fields except ranks, scales and targets.
         factors: Path on disk -> factor.
-        targets: Value of `target_modules`, or None for the full paths.
+        targets: Value of `target_modules`, or None to use full paths.
 
     Returns:
         A config without rsLoRA in which alpha equals the rank everywhere, so that every program computes a scale of 1;
-        and the factors, padded so that parameters of a module that files cannot tell apart have the same rank.
+        and the factors. If files cannot tell some parameters of a module apart, their factors are padded to one rank.
     """
     factors = _evened(factors)
     ranks = {name: factor.r for path, factor in factors.items() for name in factor.names or (path,)}
@@ -266,11 +268,11 @@ def write(
     Args:
         adapter: The adapter.
         folder: The directory; unless `replace` is set, it must be new or empty, and it is removed if an error occurs.
-        replace: Whether to replace an adapter in the directory, file by file.
+        replace: Whether to replace an adapter that the directory already contains, file by file.
         allow: Checks to override: "nonfinite".
 
     Raises:
-        UsageError: The directory is not empty.
+        UsageError: The directory is not empty, and `replace` is not set.
         AdapterError: The values are not finite.
         DiskError: The directory cannot be written.
     """
@@ -289,7 +291,7 @@ def write(
 
 
 def reader_of(model: nn.Module | AdapterIndex) -> Callable[[str], Reading]:
-    """Return a function that reads the base weights of a model, with or without adapters.
+    """Return a function that reads base weights from a model with or without adapters.
 
     Args:
         model: The model, or its index; only read.

@@ -1,4 +1,4 @@
-"""Collect moments of the inputs of a model's sites, and gradients of their weights, over a few batches.
+"""Collect moments of the inputs to a model's sites, and gradients of the sites' weights, over a few batches.
 
 Data-dependent inits and rank allocation use both. Hooks are registered on the base's module at each site's path,
 whether or not the site has adapters, and are removed afterwards, even after an error. The model's weights,
@@ -47,14 +47,15 @@ def collect_inputs(
 
     Args:
         model: Any model; unchanged afterwards.
-        paths: Dotted paths of the sites: dense layers (…, in), or convolutions without groups, whose rows are patches.
+        paths: Dotted paths of the sites: dense layers, with inputs (…, in), or ungrouped convolutions; the rows of a
+            convolution are its input patches.
         batches: Arguments of `forward`; iterated once.
         forward: Runs the model on one batch; its result is ignored.
         components: None keeps the whole second moment (4·in² bytes per site); a number keeps that many principal
             directions by incremental SVD (4·components·in bytes per site) and discards the rest.
-        keep: Function that returns, for a batch, a mask (rows, length) of the positions to use, such as those that are
-            not padding, or a function that selects rows of a site's input; None uses all positions.
-        even: Whether to divide a site's input in each call by its largest element, so that batches have equal weight.
+        keep: Batch -> a mask (rows, length) of the positions to use, for example to exclude padding, or a function that
+            selects rows of a site's input; None uses all positions.
+        even: Whether to divide each input by the input's largest element, so that batches have equal weight.
 
     Returns:
         Path -> statistics; a site that no batch reached has 0 rows.
@@ -82,7 +83,7 @@ def collect_gradients(
     """Collect the gradient of the loss with respect to each site's weight, in evaluation mode, averaged over batches.
 
     The weight does not need `requires_grad` and may be quantized: the gradient is computed from the module's input and
-    the gradient of its output, (out, in) = Gᵀ·X, and `.grad` is not used. One dense fp32 tensor per site is kept in
+    the gradient of its output, (out, in) = Gᵀ·X, without using `.grad`. One dense fp32 tensor per site is kept in
     memory. A weight that two sites share has a separate gradient for each site.
 
     Args:
@@ -116,7 +117,7 @@ def collect_gradients(
 
 
 class _Inputs:
-    """Collects the inputs of modules; a tensor that several modules receive in succession is processed once."""
+    """Collects the inputs of modules; a tensor that several modules receive in succession is processed only once."""
 
     def __init__(self, found: dict[str, InputStatistics], even: bool) -> None:
         self.found, self.even = found, even
@@ -199,7 +200,7 @@ class _Gradients:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity on a module's output; the backward pass also hands the gradient to `take`.
+    """The identity on a module's output; the backward pass also gives the gradient to `take`.
 
     The anchor makes autograd record a graph even if nothing else requires a gradient.
     """
@@ -208,7 +209,7 @@ class _Tap(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, take: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.take = take
-        return y.clone()  # not a view, which could not be changed in place afterwards
+        return y.clone()  # a view could not be modified in place afterwards
 
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor, None, None, None]:
@@ -253,7 +254,7 @@ def weight_gradient(module: nn.Module, x: Tensor, G: Tensor) -> Tensor:
 
 
 def patches(module: Convolution, x: Tensor) -> Tensor:
-    """Return a convolution's input patch at each output position: the rows that its weight, as a matrix, multiplies.
+    """Return a convolution's input patch at each output position: the rows that the weight matrix multiplies.
 
     Args:
         module: A convolution without groups.
@@ -274,7 +275,7 @@ def patches(module: Convolution, x: Tensor) -> Tensor:
 
 
 def _modules_at(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
-    """Return a dict from each path to the base's module there, without adapters around it."""
+    """Map each path to the base's module at that path, without the adapters that wrap the module."""
     index = AdapterIndex.of(model)
     found = {}
     for path in paths:
@@ -322,7 +323,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
     Args:
         model: Any model.
-        training: Whether the model is in training mode in the context.
+        training: Whether the model is in training mode within the context.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)

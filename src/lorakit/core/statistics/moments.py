@@ -1,4 +1,4 @@
-"""Statistics for data-dependent inits: moments of a site's inputs (in full or as a sketch), mean gradients, and a file.
+"""Statistics for data-dependent inits: moments of inputs (in full or as a sketch), mean gradients, and a file format.
 
 The classes for moments and gradients only accumulate what `collecting` supplies. `Statistics` holds the result: a few
 small tensors per site, which `attach` accepts. The file is in safetensors format, with the config and the base's
@@ -175,10 +175,10 @@ class Statistics:
     """Tensors computed from data for an init.
 
     Attributes:
-        config: The config to attach; for "eva", its ranks come from the data.
+        config: The config to attach; for "eva", the config's ranks come from the data.
         sites: Path -> name -> tensor (…), as the init needs them.
-        others_usual: Whether sites without tensors are initialized as with `init_lora_weights=True`; otherwise they
-            raise an error.
+        others_usual: Whether sites without tensors are initialized as with `init_lora_weights=True`; otherwise, such
+            sites cause an error.
         base: Fingerprint of the base, or None if it is unknown.
     """
 
@@ -203,7 +203,7 @@ class Statistics:
             if asked.get(field) != held:
                 raise ConfigError(
                     f"The statistics are for {field}={held!r}, but the config has {asked.get(field)!r}. Attach the "
-                    "config of the statistics, or collect them again.",
+                    "config that the statistics were collected for, or collect them again.",
                     what=asked.get(field),
                     field=field,
                     allowed=(str(held),),

@@ -1,4 +1,4 @@
-"""The registry VARIANTS: ways to combine the base output with a low-rank update."""
+"""`VARIANTS`, the registry of ways to combine the base output with a low-rank update."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def variant_named(name: str) -> Variant:
     """Return the variant with that name.
 
     Raises:
-        KeyError: No variant has this name. This is a bug in lorakit, because users never pass such names.
+        KeyError: No variant has this name. That would be a bug in lorakit, because users never pass variant names.
     """
     for variant in VARIANTS:
         if variant.name == name:
@@ -65,12 +65,12 @@ def variant_named(name: str) -> Variant:
 
 
 def asked_for() -> tuple[Variant, ...]:
-    """Return the variants that are selected by a config field: all except LoRA itself."""
+    """Return the variants that have a config field: all except LoRA itself."""
     return tuple(variant for variant in VARIANTS if variant.field)
 
 
 def own_tensors() -> Iterator[OwnTensor]:
-    """Yield a description of each tensor, of any shape, that some variant has in addition to A and B."""
+    """Yield the description of each extra tensor, of any shape, that a variant has in addition to A and B."""
     for variant in VARIANTS:
         yield from variant.tensors
 
@@ -81,12 +81,12 @@ def variants_of(config: LoraConfig) -> list[Variant]:
 
 
 def moving_variant(config: LoraConfig) -> Variant | None:
-    """Return the config's variant that replaces the base weight, or None."""
+    """Return the selected variant that replaces the base weight, or None."""
     return next((variant for variant in variants_of(config) if variant.move is not None), None)
 
 
 def is_kept(variant: Variant) -> bool:
-    """Return whether combining adapters of a variant keeps the variant; otherwise, the result is plain LoRA."""
+    """Return whether a combination of adapters of a variant also uses the variant; otherwise, it is plain LoRA."""
     return variant.combine is not None or bool(variant.must_agree)
 
 
@@ -97,7 +97,7 @@ def without(config: LoraConfig, *variants: Variant) -> LoraConfig:
 
 
 def variant_at(config: LoraConfig, path: str) -> tuple[Variant, Setting]:
-    """Return the variant that a config selects at a site, and its settings there.
+    """Return the variant that a config selects at a site, and the variant's settings at that site.
 
     Args:
         config: The adapter's config.
@@ -123,7 +123,7 @@ def variant_at(config: LoraConfig, path: str) -> tuple[Variant, Setting]:
 
 
 def variant_for(config: LoraConfig, kind: Kind, path: str) -> tuple[Variant, Setting]:
-    """Return the variant that a config selects at a site of a given kind, and its settings there.
+    """Return the variant that a config selects at a site of a given kind, and the variant's settings at that site.
 
     Args:
         config: The adapter's config.

@@ -1,4 +1,4 @@
-"""Activated LoRA (aLoRA): the adapter is active from its invocation tokens on; only the base runs before them.
+"""Activated LoRA (aLoRA): the adapter is active from its invocation tokens onward; before them, only the base runs.
 
 Positions before the invocation have the base's keys and values, so a KV cache filled by the base can be reused.
 """
@@ -62,7 +62,7 @@ def _fits(kind: Kind) -> bool:
 
 
 def _output(at: At) -> Tensor:
-    """Return z from the start of the last invocation on, and zero before it.   [docs/math.md (90)]
+    """Return z from the start of the last invocation onward, and zero before the invocation.   [docs/math.md (90)]
 
     Both z and the result have the shape (rows, positions, out).
 

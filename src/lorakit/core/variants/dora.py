@@ -1,8 +1,9 @@
 """DoRA: LoRA adapts the direction of each row of W, while the length of each row is learned separately.
 
-DoRA replaces W by g ⊙ (W + s·B·A), which adds (g − 1) ⊙ W + g ⊙ s·B·A. W plus a weighted sum of such additions has the
-same form: γ ⊙ (W + B'·A') with γ = 1 + Σ w(g − 1) and B'·A' = Σ (w·g/γ) ⊙ s·B·A. Combinations of DoRA adapters are
-therefore exact; plain LoRA adapters among them have g = 1.
+DoRA replaces W with g ⊙ (W + s·B·A); in other words, it adds (g − 1) ⊙ W + g ⊙ s·B·A to W. The sum of W and several
+such additions, with weights w, has the same form: γ ⊙ (W + B'·A'), with γ = 1 + Σ w(g − 1) and
+B'·A' = Σ (w·g/γ) ⊙ s·B·A. Combinations of DoRA adapters are therefore exact, even together with plain LoRA adapters,
+for which g = 1.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ MAGNITUDE = "lora_magnitude_vector"
 """PEFT's name for the learned row lengths, on a layer and on disk."""
 
 SMALLEST = 1e-6
-"""A combined DoRA scale below this in absolute value is rejected: its row is zero, which no magnitude can represent."""
+"""Smallest allowed absolute value of a combined DoRA scale γ; γ must not be zero, because B' is divided by it."""
 
 
 def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """Return the Euclidean norm of each row of W + s·B·A, without computing the product.   [docs/math.md (8)]
 
-    ‖w + s·bA‖² = ‖w‖² + 2s·(w Aᵀ)·b + s²·b (A Aᵀ) bᵀ for each row w of W and b of B.
+    ‖w + s·bA‖² = ‖w‖² + 2s·(w Aᵀ)·b + s²·b (A Aᵀ) bᵀ for each row w of W and the corresponding row b of B.
 
     Args:
         W: Weight as a matrix, (out, in).
@@ -88,7 +89,7 @@ def _gain(kind: Kind, spec: WeightSpec, W: Tensor, factor: Factor) -> Tensor:
 
 
 def combined(path: str, addends: Sequence[Addend], reading: Reading) -> Sum:
-    """Combine adapters into a DoRA adapter; some of them may be plain LoRA.   [docs/math.md (57)]
+    """Combine DoRA adapters, and possibly plain LoRA adapters, into a DoRA adapter.   [docs/math.md (57)]
 
     Args:
         path: Path of the site, for error messages.
@@ -96,19 +97,19 @@ def combined(path: str, addends: Sequence[Addend], reading: Reading) -> Sum:
         reading: The base weight.
 
     Returns:
-        The products g ⊙ B·A, (g, r, in) and (g, out, r), and a function from their sum to B'·A' and the magnitude
-        γ·‖W + B'·A'‖, (out,).
+        The products g ⊙ B·A, (g, r, in) and (g, out, r), and a function that takes their sum and returns B'·A' and
+        the magnitude γ·‖W + B'·A'‖, (out,).
 
     Raises:
-        AdapterError: The DoRA scales cancel out, so that an output would be zero.
+        AdapterError: The DoRA scales of an output cancel out (γ = 0), so that no DoRA adapter can represent the sum.
     """
     gains = [_gain_over(addend.factor, reading) for addend in addends]
     total = 1 + torch.stack([one.weight * (gain - 1) for gain, one in zip(gains, addends, strict=True)]).sum(0)
     lost = int((total.abs() < SMALLEST).sum())
     if lost:
         raise AdapterError(
-            f"At {path}, the scales of these DoRA adapters cancel out for {lost} outputs, which no DoRA adapter can "
-            "represent. Choose other weights.",
+            f"At {path}, the scales of these DoRA adapters cancel out (affected outputs: {lost}), and no DoRA adapter "
+            "can represent the result. Choose other weights.",
             what=str(lost),
             where=path,
         )

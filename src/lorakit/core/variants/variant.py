@@ -1,8 +1,9 @@
-"""`Variant`, an entry in VARIANTS, and the types of its functions' arguments and results.
+"""`Variant`, the type of the entries in VARIANTS, and the argument and result types of a variant's functions.
 
 Every variant computes an *addition* to the base output and to the base weight, so that several adapters can be applied
-in any order and the rows of a batch can use different adapters. An entry works with tensors and the geometry of a kind;
-it does not depend on adapter names, routes or files. A function that is None costs a forward pass only one check.
+in any order and the rows of a batch can use different adapters. A variant works with tensors and the geometry of a
+kind; it does not depend on adapter names, routes or files. If a function is None, its only cost in a forward pass is
+one check.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Factor:
         scale: alpha / r, or alpha / √r for rsLoRA.
         dropout: The dropout applied before A.
         variant: The entry in VARIANTS.
-        own: `OwnTensor.held_as` -> the variant's extra tensor, in the shape that it has on the layer.
+        own: `OwnTensor.held_as` -> the variant's extra tensor, in its shape on the layer.
         bias: Bias of B, (out,), scaled like B·A (`lora_bias`), or None.
         setting: The variant's settings at this site.
     """
@@ -53,7 +54,7 @@ class Factor:
     setting: Setting = dataclasses.field(default_factory=lambda: NO_SETTING)
 
     def multiplied(self, training: bool = False) -> tuple[Tensor, Tensor]:
-        """Return A (r, in) and B (out, r) as the variant's `factors` computes them, ready to be multiplied.
+        """Return A (r, in) and B (out, r) after the variant's `factors` function, ready to be multiplied.
 
         Args:
             training: Whether the variant may perturb A and B, as in training.
@@ -61,7 +62,7 @@ class Factor:
         return (self.A, self.B) if self.variant.factors is None else self.variant.factors(self, training)
 
     def plain(self, training: bool = False) -> Factor:
-        """Return this factor with A (r, in) and B (out, r) as the variant's `factors` computes them.
+        """Return this factor with A (r, in) and B (out, r) after the variant's `factors` function.
 
         Args:
             training: Whether the variant may perturb A and B, as in training.
@@ -80,7 +81,7 @@ class Start:
         A: Initial down projection, (r, in).
         B: Initial up projection, (out, r).
         scale: The factor's scale.
-        read: Reads the canonical base weight that the adapter uses, (out, in) or the shape that the kind defines.
+        read: Reads the canonical base weight that the adapter uses: (out, in), or the shape that the kind defines.
         path: Path of the site, for messages.
         setting: The variant's settings at this site.
         generator: Random generator, or None for torch's default one.
@@ -104,14 +105,14 @@ class Start:
 
 @dataclass(frozen=True)
 class OwnTensor:
-    """A tensor that a variant has for each adapter and site, in addition to A and B.
+    """A tensor that a variant stores for each adapter and site, in addition to A and B.
 
     Attributes:
-        held_as: Layer attribute that holds each adapter's tensor.
+        held_as: Name of the layer attribute that holds the tensor of each adapter.
         carried: "module" if the attribute holds modules with a `.weight`, "parameter" if it holds parameters.
         keys: Suffixes of the tensor's name on disk: the first is written, and all are accepted when reading.
         shape: Kind, weight spec, rank, setting -> the tensor's shape in memory and on disk.
-        start: New factor -> the initial tensor, in any shape with the same number of elements.
+        start: New factor -> the initial tensor, in any shape with as many elements as `shape` specifies.
         trained: Whether the tensor is trained.
         depends_on_rank: Whether the tensor depends on the rank, so that a compressed adapter cannot keep it.
     """
@@ -136,9 +137,9 @@ class At:
         factor: The factor.
         kind: The kind of the site.
         spec: The site's weight spec.
-        read: Reads the canonical base weight, (out, in) or the shape that the kind defines.
-        mask: For variants with `positions`: z -> boolean mask of the active positions, which broadcasts over z. None if
-            the positions are unknown.
+        read: Reads the canonical base weight: (out, in), or the shape that the kind defines.
+        mask: For variants with `positions`: z -> boolean mask of the active positions, broadcastable to z; None if the
+            positions are unknown.
         x: The input of A, (…, in); None in tests that do not need it.
         siblings: Returns the factors of the site's other adapters, in the order in which they were added.
     """
@@ -162,7 +163,7 @@ class Addend:
     Attributes:
         factor: The adapter's factor at the site.
         weight: The weight of the update in the sum.
-        product: A and B from the variant's `factors`, as matrices (g, r, in) and (g, out, r), without the scale.
+        product: A and B after the variant's `factors` function, as matrices (g, r, in) and (g, out, r), not scaled.
         experts: The number of experts, each with its own part of A and B; 1 for a single matrix.
     """
 
@@ -179,8 +180,8 @@ class Sum:
     Attributes:
         products: One product per addend, (g, r, in) and (g, out, r). The low-rank part is the sum of the products, each
             multiplied by its addend's weight and scale.
-        finish: Function from the low-rank part, with scale 1, to the product to store and a dict from
-            `OwnTensor.held_as` to the variant's extra tensor.
+        finish: Takes the low-rank part, with scale 1, and returns the product to store and the variant's extra
+            tensors, by `OwnTensor.held_as`.
     """
 
     products: tuple[Product, ...]
@@ -200,10 +201,10 @@ class Variant:
         name: Name used in layers and tests.
         title: Name used in messages.
         field: Config field that selects the variant; "" for LoRA itself.
-        fits: Kind -> whether the variant supports it. Only `every_kind` supports user-defined kinds.
-        setting: Config, path of a site -> the settings there, or None if the variant is not used there. The attribute
-            is None for a variant without settings.
-        tensors: The variant's tensors in addition to A and B.
+        fits: Kind -> whether the variant supports that kind. Only the function `every_kind` accepts user-defined kinds.
+        setting: Config, path of a site -> the variant's settings at that site, or None if the site does not use the
+            variant. The attribute itself is None for a variant without settings.
+        tensors: The variant's extra tensors, in addition to A and B.
         shapes: Kind, weight spec, rank, setting -> shapes of A and B; None for the kind's shapes.
         factors: Factor, training -> the A and B to multiply; None to multiply A and B as stored.
         down: Kind, module, input, factor -> the input of B, unscaled; None for the kind's A·x.
@@ -218,15 +219,15 @@ class Variant:
             replacement depends only on the base and the rank, so adapters of the same rank share it.
         adds_product: Whether the update of a new factor is s·B·A, so that an init may subtract it from the base weight.
         excludes_others: Why the model cannot have adapters of other variants at the same time, as the end of a message;
-            "" if it can.
-        penalty: Factor -> its term in the training loss, a scalar; None if there is no penalty.
+            "" if other variants are allowed.
+        penalty: Factor -> the factor's penalty term in the training loss, a scalar; None if there is no penalty.
         combine: Path, addends, base weight -> the sum, as one factor of this variant; None if the sum is plain LoRA.
-        must_agree: How adapters with different values of `field` differ, as the end of a message. Only adapters with
-            equal values can be combined, and the result keeps the value. "" if the value does not matter.
+        must_agree: Description of adapters with different values of `field`, as the end of a message. Such adapters
+            cannot be combined; if the values are equal, the result has the same value. "" if the value does not matter.
         peft_names: Name of a per-adapter table on PEFT's layers -> function from a factor to its value in the table;
             adapters of other variants have the value False.
-        is_lora: Whether the variant differs from LoRA at most in its scale, so that stacks and fused operations support
-            it.
+        is_lora: Whether the variant differs from LoRA at most in its scale, so that stacked adapters and fused
+            operations support the variant.
         is_held_as_lora: Whether the variant stores only A and B, in the kind's shapes.
     """
 
@@ -262,12 +263,12 @@ class Variant:
 
     @property
     def outlasts_a_cut(self) -> bool:
-        """True if truncating A and B to another rank keeps the variant; otherwise the result is plain LoRA."""
+        """True if an adapter keeps the variant when A and B are truncated; otherwise, the result is plain LoRA."""
         return self.factors is None and not any(tensor.depends_on_rank for tensor in self.tensors)
 
     @property
     def is_lora_once_multiplied(self) -> bool:
-        """True if A and B are stored in shapes other than LoRA's, but are plain LoRA after `factors`."""
+        """True if A and B are stored in shapes other than LoRA's, but become plain LoRA after `factors`."""
         return self.shapes is not None and self.factors is not None and self.down is None and self.is_low_rank
 
     @property
