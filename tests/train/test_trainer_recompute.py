@@ -50,8 +50,8 @@ def test_a_budget_chooses_and_says_so(
     _, job = losses(settings, tmp_path / "wide", memory_budget="4GiB")
     assert job["recompute"] == "none"
     said = capsys.readouterr().out
-    assert "memory budget 4.29 GB: --recompute none is the cheapest that fits " in said
-    with pytest.raises(ConfigError, match=r"does not fit a memory budget of 1.0 MB: .* A batch of 1 needs"):
+    assert "memory budget 4.29 GB: --recompute none is the cheapest setting that fits " in said
+    with pytest.raises(ConfigError, match=r"does not fit in a memory budget of 1.0 MB: .* A batch of 1 needs"):
         losses(settings, tmp_path / "narrow", memory_budget="1MB")
     assert not (tmp_path / "narrow" / "run.json").exists()
 
