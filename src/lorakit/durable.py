@@ -1,6 +1,6 @@
 """Crash-safe writing and validated reading of files; no other module opens files for writing.
 
-A crash at any point leaves a file with either its old content or its new content, never a part of either.
+A crash at any point leaves a file with either its old content or its new content, never anything in between.
 
 - A file is written under a temporary name in the same directory, flushed to disk and renamed into place; then the
   directory is flushed too. A file that replaces another keeps the old file's mode; any other new file gets the default

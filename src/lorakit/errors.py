@@ -298,7 +298,7 @@ def nearest(word: str, candidates: list[str], count: int = 3) -> list[str]:
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    """Return " Did you mean x?" with the candidate closest in spelling, or "" if none is close; appended to messages.
+    """Return " Did you mean x?", where x is the candidate closest in spelling, or "" if none is close.
 
     Args:
         word: The user's text.

@@ -102,7 +102,7 @@ def test_what_is_computed_again_is_planned_or_chosen(capsys: pytest.CaptureFixtu
     assert main([*words, "--memory-budget", "100MB"]) == 2
     assert "does not fit in a memory budget of 100 MB" in capsys.readouterr().err
     assert main([*words, "--memory-budget", "1GB", "--gradient-checkpointing"]) == 2
-    assert "memory_budget and recompute layers are mutually exclusive" in capsys.readouterr().err
+    assert "memory_budget and recompute=layers are mutually exclusive" in capsys.readouterr().err
 
 
 def test_new_tokens_are_counted(capsys: pytest.CaptureFixture[str]) -> None:

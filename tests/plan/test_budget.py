@@ -86,11 +86,11 @@ def test_settings_that_exclude_each_other() -> None:
     for words, message in (
         (
             ("feed-forward", True, None, True),
-            "gradient_checkpointing and recompute feed-forward are mutually exclusive",
+            "gradient_checkpointing and recompute=feed-forward are mutually exclusive",
         ),
-        (("layers", False, "1GB", True), "memory_budget and recompute layers are mutually exclusive"),
-        (("none", True, "1GB", True), "memory_budget and recompute layers are mutually exclusive"),
-        (("feed-forward", False, None, False), "recompute feed-forward needs accelerated forward passes"),
+        (("layers", False, "1GB", True), "memory_budget and recompute=layers are mutually exclusive"),
+        (("none", True, "1GB", True), "memory_budget and recompute=layers are mutually exclusive"),
+        (("feed-forward", False, None, False), "recompute=feed-forward needs accelerated forward passes"),
     ):
         with pytest.raises(ConfigError, match=message):
             recomputed(*words)  # type: ignore[arg-type]

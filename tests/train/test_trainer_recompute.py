@@ -62,9 +62,9 @@ def test_what_cannot_be_meant_is_refused_with_the_settings(settings: dict[str, A
         ({"memory_budget": "much"}, "memory_budget is 'much'; write a number and a unit, such as 4GiB or 800MB"),
         (
             {"memory_budget": "1GB", "gradient_checkpointing": True},
-            "memory_budget and recompute layers are mutually exclusive",
+            "memory_budget and recompute=layers are mutually exclusive",
         ),
-        ({"recompute": "feed-forward", "accelerate": False}, "recompute feed-forward needs accelerated forward passes"),
+        ({"recompute": "feed-forward", "accelerate": False}, "recompute=feed-forward needs accelerated forward passes"),
     ):
         with pytest.raises(ConfigError, match=said):
             TrainSettings(**{**settings, "output_dir": "run", **words})

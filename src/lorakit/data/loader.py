@@ -175,7 +175,7 @@ class Loader(Iterator[Batch]):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Resume at a saved position; the batches that follow are the same as those of the loader that was saved.
+        """Resume at the saved position of another loader, and yield the same batches as that loader from there on.
 
         Args:
             state: The value that `state` returned for the other loader.

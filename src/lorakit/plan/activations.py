@@ -306,8 +306,9 @@ def _inner(shape: ModelShape, counted: Count) -> tuple[str, ...]:
 def _of_sites(
     shape: ModelShape, sites: Sequence[SiteCount], dropout: float, job: Job
 ) -> Iterable[tuple[str | None, int]]:
-    """Yield (block, bytes) for the inputs of all A, then for each site's activation between A and B and its casts.
+    """Yield (block, bytes) for everything that the given sites save.
 
+    The inputs of the A factors come first, followed by each site's activation between A and B and casts of A and B.
     A factor A that is frozen by LoRA-FA saves only the dropout mask, not its input. An expert's A receives only the
     tokens routed to that expert. For a bare matrix, each forward pass materializes W₀ + s·B·A and saves both it and the
     input.

@@ -111,7 +111,7 @@ class Plan:
         counted: Counts of trainable parameters.
         reasons: Messages that explain the counts.
         lora: Cost of the run.
-        full: Cost of full fine-tuning of the same model, with the same job.
+        full: Cost of fully fine-tuning the same model with the same job.
         files: Sizes on disk.
         ranks: The rank table, or None if no ranks were given.
         notes: Further remarks for the user.
@@ -130,7 +130,7 @@ class Plan:
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the whole plan as JSON values; the content is the same as in the text form."""
+        """Return the whole plan as JSON values, with everything that the text form contains."""
         shape, counted = self.shape, self.counted
         return {
             "model": {name: getattr(shape, name) for name in _MODEL_FIELDS},

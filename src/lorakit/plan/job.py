@@ -171,23 +171,23 @@ def recomputed(recompute: str, gradient_checkpointing: bool, memory_budget: str 
     """
     if gradient_checkpointing and recompute == "feed-forward":
         raise ConfigError(
-            "gradient_checkpointing and recompute feed-forward are mutually exclusive: the former is the same "
-            "as recompute layers. Remove one.",
+            "gradient_checkpointing and recompute=feed-forward are mutually exclusive: the former is the same "
+            "as recompute=layers. Remove one.",
             what=recompute,
             field="recompute",
         )
     chosen = "layers" if gradient_checkpointing else recompute
     if memory_budget is not None and chosen != "none":
         raise ConfigError(
-            f"memory_budget and recompute {chosen} are mutually exclusive: the budget chooses what is recomputed. "
+            f"memory_budget and recompute={chosen} are mutually exclusive: the budget chooses what is recomputed. "
             "Remove one.",
             what=chosen,
             field="memory_budget",
         )
     if chosen == "feed-forward" and not accelerated:
         raise ConfigError(
-            "recompute feed-forward needs accelerated forward passes; a model's own forward pass can recompute only "
-            "whole layers. Use recompute layers, or remove --no-accelerate.",
+            "recompute=feed-forward needs accelerated forward passes; a model's own forward pass can recompute only "
+            "whole layers. Use recompute=layers, or remove --no-accelerate.",
             what=chosen,
             field="recompute",
             allowed=("none", "layers"),

@@ -1,8 +1,8 @@
 """Count trainable parameters exactly: by site, shape, kind and rank.
 
 `lorakit.targets` selects the sites that a config names, just as when an adapter is attached; this module only counts
-parameters. Trainable token rows (`trainable_token_indices`) of embeddings and output heads are included; modules with a
-tied weight also share its rows, which are counted once. This module does not handle bytes, time or files.
+parameters. Trainable token rows (`trainable_token_indices`) of embeddings and output heads are included; the rows of
+tied weights are counted only once. This module does not handle bytes, time or files.
 """
 
 from __future__ import annotations
@@ -331,7 +331,7 @@ def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False,
 
 
 def candidates(shape: ModelShape) -> list[Candidate]:
-    """Return everything in a model that targets may name, including modules that only error messages mention.
+    """Return everything in a model that targets may name, including unsupported modules, which are needed for error messages.
 
     Args:
         shape: Shape of the model.
@@ -346,7 +346,7 @@ def candidates(shape: ModelShape) -> list[Candidate]:
 
 
 def _site_count(match: Match, size: tuple[int, int, int], config: LoraConfig, optimizer: str) -> SiteCount:
-    """Count a site's parameters, given its size (experts, out, in); a module or a single bare matrix is one expert."""
+    """Count a site's parameters, given its size (experts, out, in); a module or single bare matrix counts as one expert."""
     experts, out_features, in_features = size
     own = 0 if match.parameter else config.own_numbers(match_path(match), match.rank, out_features, in_features)
     return SiteCount(

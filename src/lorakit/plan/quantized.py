@@ -157,7 +157,7 @@ def stored_as(name: str | None, double: bool = True) -> Quantization | None:
 
 
 def quantized_sites(shape: ModelShape, storage: Storage) -> tuple[SiteShape, ...]:
-    """Return the modules that are quantized: those that "all-linear" selects and the format supports.
+    """Return the modules that are quantized: those that "all-linear" selects and that the format supports.
 
     Args:
         shape: Shape of the model.
