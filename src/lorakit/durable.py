@@ -433,7 +433,7 @@ def sweep(folder: str | os.PathLike[str]) -> list[str]:
         folder: The directory; its subdirectories are not searched.
 
     Returns:
-        The temporary names that were found, none of which is still in use.
+        The temporary names that were found; these names are no longer in use.
     """
     removed = []
     for path in sorted(Path(folder).glob(f"{TEMPORARY}*")):

@@ -149,8 +149,8 @@ def cache_directory() -> Path:
     """Return lorakit's cache directory: `LORAKIT_CACHE` if set, else `lorakit` in `XDG_CACHE_HOME` or in ~/.cache.
 
     Raises:
-        DiskError: Neither variable is set and the user has no home directory, or `LORAKIT_CACHE` starts with a home
-            directory that is unknown.
+        DiskError: Neither variable is set and the user has no home directory, or `LORAKIT_CACHE` refers to an
+            unknown home directory.
     """
     own, shared = os.environ.get("LORAKIT_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if own:

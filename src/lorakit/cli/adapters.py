@@ -148,8 +148,8 @@ def tokenizer_for(source: ModelSource, adapters: Sequence[AdapterFiles]) -> Save
         adapters: The adapters.
 
     Returns:
-        A transformers tokenizer: the adapters' own if they all saved the same one or if one adapter's tokenizer has all
-            tokens of the others and the same chat template; otherwise, the model's.
+        A transformers tokenizer: the adapters' saved tokenizer if it is the same for all; else one adapter's, if it has
+            all tokens of the others and the same chat template; otherwise, the model's own.
 
     Raises:
         ModelError: Neither the model nor the adapters have a tokenizer, or the tokenizer cannot be read.

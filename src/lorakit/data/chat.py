@@ -148,7 +148,7 @@ _Tokens = list[tuple[int, int]]
 
 
 def _whole(tokenizer: Tokenizer, text: str, borders: list[int]) -> _Tokens | None:
-    """Tokenize the text as a whole; return None if a token crosses a turn boundary or the tokenizer has no offsets."""
+    """Tokenize the text as a whole; return None if a token crosses a turn boundary or offsets are unavailable."""
     try:
         result = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     except NotImplementedError:

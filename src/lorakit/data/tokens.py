@@ -154,7 +154,7 @@ def _joined(tokenizer: Tokenizer, part: _Part, more: str) -> tuple[_Part, int, i
 
 
 def _joint(part: _Part, following: _Part, at: int) -> int | None:
-    """Return an offset in the first part's text at which the tokens of both parts can be joined, if any.
+    """Return an offset in the first part's text at which the tokens of both parts can be joined, or None.
 
     Args:
         part: The first part.

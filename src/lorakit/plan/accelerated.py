@@ -67,7 +67,7 @@ def fused(shape: ModelShape, counted: Count, quantized: bool) -> frozenset[tuple
 def norm(shape: ModelShape, job: Job) -> int:
     """Return the number of bytes that a norm saves per token. [docs/math.md (29)]
 
-    A norm saves its input, and either rms or mean and std.
+    A norm saves its input and its statistics: rms, or mean and std.
 
     Args:
         shape: Shape of the model.
@@ -119,7 +119,7 @@ def separate_input(shape: ModelShape, sites: Sequence[SiteCount], job: Job) -> i
 
 
 def transient(shape: ModelShape, job: Job) -> int:
-    """Return the size in bytes of the gradients that exist at once in a fused backward pass. [docs/math.md (29)]
+    """Return the size in bytes of the gradients that a fused layer's backward pass holds at once. [docs/math.md (29)]
 
     Gradients of the residual stream before and after the sublayer and of the norm's output are counted, plus the larger
     of two groups: the gradients of gate and up, or those of q, k, v and the attention output.

@@ -70,8 +70,8 @@ def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
 
     Frozen weights need no gradient, so the backward pass of a matmul is one matmul (dX), not two. The factors add
     2r(in + out) FLOPs in the forward pass and twice that in the backward pass, for each expert that a token passes
-    through. Each trainable token row of a head adds 2·in FLOPs in the forward pass and, likewise, twice that in the
-    backward pass. B·A is added to a bare matrix once per batch, and the gradient of the whole matrix is computed. The
+    through. Each trainable token row of a head adds 2·in FLOPs in the forward pass and twice that in the backward
+    pass. B·A is added to a bare matrix once per batch, and the gradient of the whole matrix is computed. The
     result is slightly too high, because it includes dX below the first adapted site, where none is computed.
 
     Args:

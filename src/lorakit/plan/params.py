@@ -331,7 +331,7 @@ def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False,
 
 
 def candidates(shape: ModelShape) -> list[Candidate]:
-    """Return everything in a model that targets may name, including unsupported modules, which are needed for error messages.
+    """Return everything in a model that targets may name, including unsupported modules (for error messages).
 
     Args:
         shape: Shape of the model.
@@ -346,7 +346,7 @@ def candidates(shape: ModelShape) -> list[Candidate]:
 
 
 def _site_count(match: Match, size: tuple[int, int, int], config: LoraConfig, optimizer: str) -> SiteCount:
-    """Count a site's parameters, given its size (experts, out, in); a module or single bare matrix counts as one expert."""
+    """Count a site's parameters, given its size (experts, out, in); a single matrix counts as one expert."""
     experts, out_features, in_features = size
     own = 0 if match.parameter else config.own_numbers(match_path(match), match.rank, out_features, in_features)
     return SiteCount(
