@@ -103,7 +103,7 @@ class Job:
 
     @property
     def step_tokens(self) -> int:
-        """Return the number of tokens in an optimizer step, including padding if it is processed. [docs/math.md (36)]"""
+        """Return the number of tokens in an optimizer step, including padding if processed. [docs/math.md (36)]"""
         each = self.mean_tokens if self.accelerated and self.mean_tokens is not None else self.length_tokens
         return round(self.batch_rows * each) * self.accumulation
 
