@@ -1,4 +1,4 @@
-"""Entry point for `python -m lorakit`, which is the same program as `lorakit`."""
+"""Entry point for `python -m lorakit`, which runs the same program as the `lorakit` command."""
 
 from __future__ import annotations
 

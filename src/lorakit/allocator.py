@@ -2,9 +2,9 @@
 
 A training step repeatedly frees and reallocates tensors of the same sizes. If malloc returns each freed block to the
 kernel, the kernel must clear the pages before they are used again, which can take a third of the step time. On a CPU, a
-bfloat16 matmul is compiled for each new shape and kept (about 0.6 MB) in two caches of up to 1024 entries each. If row
-lengths vary, the caches can grow larger than the memory of the step itself. Only the command line changes these
-settings: it does so at startup and reports the change. Importing lorakit does not affect the process.
+bfloat16 matmul is compiled for each new shape, and the compiled code (about 0.6 MB) is kept in two caches of up to 1024
+entries each. If row lengths vary, these caches can take more memory than the step itself. Only the command line changes
+the two settings; it does so at startup and reports the changes. Importing lorakit changes neither setting.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ MALLOC_MESSAGE = (
 """Message that `set_up` returns if `keep_large_blocks` took effect."""
 
 CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 128, "LRU_CACHE_CAPACITY": 1}
-"""Environment variable -> maximum number of cache entries; read at the first matmul, 1024 by default.
+"""Environment variable -> maximum number of cache entries. It is read at the first matmul; the default is 1024.
 
 oneDNN's own cache (developer guide, "Primitive Cache") must have room for all matmuls of a step; otherwise every layer
 recompiles its matmuls. A step with 4 rows of equal length used 57 distinct matmuls; a step with 4 rows of new lengths
-added about 45. The second cache, in PyTorch's ideep, stores another copy of each matmul without saving any compilation;
-a capacity of 0 makes it crash.
+added about 45 more. The second cache, in PyTorch's ideep, stores another copy of each matmul without saving any
+compilation; a capacity of 0 causes a crash.
 """
 
 MATMUL_MESSAGE = (
@@ -44,7 +44,7 @@ def keep_large_blocks() -> bool:
     """Configure this process's malloc to keep freed memory.
 
     Returns:
-        Whether the setting took effect; False with an allocator or C library other than glibc, or if
+        Whether the setting took effect; False if the allocator or the C library is not glibc's, or if
             `LORAKIT_ALLOCATOR=stock` is set.
     """
     if os.environ.get(SWITCH, "").lower() == "stock" or platform.libc_ver()[0] != "glibc":
@@ -64,7 +64,7 @@ def limit_compiled_matmuls() -> bool:
     Results do not change: an evicted matmul is recompiled in about 0.3 ms.
 
     Returns:
-        Whether any limit was set; values that the user has already set are kept.
+        Whether any limit was set; limits that the user has already set are kept.
     """
     theirs = set(os.environ)
     if "DNNL_PRIMITIVE_CACHE_CAPACITY" in theirs:  # the variable's former name, which oneDNN still reads

@@ -1,12 +1,13 @@
 """Crash-safe writing and validated reading of files; no other module opens files for writing.
 
-After a crash, a file has either its old or its new content, never part of it.
+A crash at any point leaves a file with either its old content or its new content, never anything in between.
 
 - A file is written under a temporary name in the same directory, flushed to disk and renamed into place; then the
-  directory is flushed too. A replaced file keeps its mode; a new one gets the default mode (umask). Only regular files
-  of bounded size are read, and JSON is validated strictly.
-- A directory is published as a whole, replaced as a whole, or replaced file by file in an order that readers can check.
-  To replace several files together, a complete new directory is built next to the old one, and the two are exchanged.
+  directory is flushed too. A file that replaces another keeps the old file's mode; any other new file gets the default
+  mode (umask). Only regular files of bounded size are read, and JSON is validated strictly.
+- A directory is published as a whole, replaced as a whole, or updated file by file in an order that lets readers detect
+  an incomplete update. To replace several files together, a complete new directory is built next to the old one, and
+  the two are exchanged.
 
 This module uses only the standard library and `lorakit.errors`.
 """
@@ -40,7 +41,7 @@ TEMPORARY = ".lorakit-tmp-"
 """Name prefix of all unfinished files and directories, by which `sweep` finds them."""
 
 SEAL = "seal"
-"""Key under which a dictionary stores the SHA-256 of all its other entries."""
+"""Key under which a dictionary stores the SHA-256 digest of all its other entries."""
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
@@ -67,19 +68,19 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write text as UTF-8 with `write_bytes`.
+    """Write text to a file atomically, encoded as UTF-8.
 
     Raises:
-        DiskError: As for `write_bytes`.
+        DiskError: Writing or flushing fails; see `write_bytes`.
     """
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: str | os.PathLike[str], value: JsonValue) -> None:
-    """Write a value as JSON with sorted keys and an indentation of two spaces.
+    """Write a value to a file atomically, as JSON with sorted keys and an indentation of two spaces.
 
     Raises:
-        DiskError: As for `write_bytes`.
+        DiskError: Writing or flushing fails; see `write_bytes`.
         ValueError: `value` contains NaN or infinity, which JSON does not support.
     """
     write_bytes(path, json_bytes(value))
@@ -95,7 +96,7 @@ def json_bytes(value: JsonValue) -> bytes:
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a dictionary with a SHA-256 seal over all other entries, so that later changes can be detected.
+    """Return a copy of a dictionary with a seal (the SHA-256 digest of its entries), so that changes can be detected.
 
     Args:
         values: JSON values by key; an existing seal is replaced.
@@ -214,8 +215,8 @@ def _write_new(path: Path, data: bytes | memoryview, replaced: Path) -> None:
     Args:
         path: The new file; its directory exists.
         data: The content.
-        replaced: The file that `path` will replace, if it exists. The owner and mode of a symbolic
-            link are not copied.
+        replaced: The file that `path` will replace; may be missing. The owner and mode of a symbolic link are not
+            copied.
 
     Raises:
         OSError: Writing or flushing fails.
@@ -280,13 +281,13 @@ def _raise_disk_error(path: Path, cause: OSError) -> NoReturn:
 
 
 _EXCHANGED = re.compile(re.escape(TEMPORARY) + r"[0-9a-f]+\+(\d+)-(.+)", re.DOTALL)
-"""Pattern for the name of a directory built for an exchange; its groups are the old directory's inode and name."""
+"""Pattern for the names of directories built for an exchange; its groups match the old directory's inode and name."""
 
 _SET_ASIDE = re.compile(re.escape(TEMPORARY) + r"[0-9a-f]+~(.+)", re.DOTALL)
-"""Pattern for the name of a directory that was set aside for a new one; its group is the original name."""
+"""Pattern for the names of directories that were set aside for new ones; its group matches the original name."""
 
 MOST_ENTRIES = 10_000
-"""Directories with more entries (counted recursively) are not rebuilt; their files are replaced in order instead."""
+"""Maximum number of entries, counted recursively, in a directory that is exchanged as a whole; see `replace_files`."""
 
 _CANNOT = frozenset(
     getattr(errno, name)
@@ -295,7 +296,7 @@ _CANNOT = frozenset(
         *("ENAMETOOLONG", "EEXIST", "ENOTEMPTY"),
     )
 )
-"""Error numbers that mean that directories cannot be exchanged; other errors, such as a full disk, abort the write."""
+"""Error numbers that show that directories cannot be exchanged; other errors, such as a full disk, abort the write."""
 
 
 @contextlib.contextmanager
@@ -307,11 +308,11 @@ def publish_directory(final: str | os.PathLike[str], *, replace: bool = False) -
         replace: Whether to replace and remove an existing directory; if false, an existing directory must be empty.
 
     Yields:
-        A new directory next to `final`, on the same disk, to write into.
+        A new directory to write to, next to `final` and on the same disk.
 
     Raises:
-        DiskError: Writing fails, or `final` is a nonempty directory and `replace` is false; the temporary directory is
-            removed.
+        DiskError: Writing fails, or `final` is a nonempty directory and `replace` is false. In both cases, the
+            temporary directory is removed.
     """
     final = Path(os.path.realpath(final))
     temporary = temporary_name(final)
@@ -347,7 +348,7 @@ def replace_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes |
 
     Args:
         folder: The directory; created if missing.
-        contents: Name -> content; None removes the file.
+        contents: Name -> content; None as the content removes the file.
 
     Returns:
         Whether the files were replaced; if false, nothing has changed.
@@ -366,7 +367,7 @@ def replace_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes |
             _build(temporary, final, contents)
             if old and any(final.iterdir()):
                 _exchange(temporary, final)
-                old = temporary.stat().st_ino  # another process may have exchanged it in the meantime
+                old = temporary.stat().st_ino  # another process may have replaced `final` meanwhile
             else:
                 temporary.rename(final)
         except OSError as cause:
@@ -382,12 +383,12 @@ def replace_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes |
 def replace_in_order(folder: str | os.PathLike[str], steps: Sequence[Mapping[str, bytes | None]]) -> None:
     """Replace files in a directory step by step; each step is flushed to disk before the next one begins.
 
-    All contents are written and flushed under temporary names before the first file is replaced, so that a full disk
-    leaves the directory unchanged.
+    All contents are written under temporary names and flushed before the first file is replaced, so a full disk leaves
+    the directory unchanged.
 
     Args:
         folder: The directory; created if missing.
-        steps: Each step as name -> content; None removes the file.
+        steps: The steps in order, each a mapping of names to contents; None as the content removes the file.
 
     Raises:
         DiskError: Writing or flushing fails; the message says whether files were replaced.
@@ -426,13 +427,13 @@ def sweep(folder: str | os.PathLike[str]) -> list[str]:
     """Remove temporary files and directories that interrupted writers left in a directory.
 
     A directory that was set aside but not replaced gets its original name back. Before a replaced directory is removed,
-    its entries that the new directory lacks are moved to the new one.
+    any entries that are missing from the new directory are moved there.
 
     Args:
         folder: The directory; its subdirectories are not searched.
 
     Returns:
-        The temporary names that were found; none of them exists anymore.
+        The temporary names that were found; these names are no longer in use.
     """
     removed = []
     for path in sorted(Path(folder).glob(f"{TEMPORARY}*")):
@@ -450,7 +451,7 @@ def sweep(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def _can_be_exchanged(final: Path) -> bool:
-    """Return whether a directory can be exchanged; `replace_files` lists the exceptions."""
+    """Return whether a directory can be exchanged; `replace_files` lists the conditions."""
     with contextlib.suppress(FileNotFoundError):  # the working directory may have been removed
         if Path.cwd().is_relative_to(final):
             return False
@@ -500,7 +501,7 @@ def _take_owner_and_mode(source: Path, target: Path) -> None:
 
 
 def _clear(temporary: Path, final: Path, old: int, replaced: Collection[str] | None = None) -> None:
-    """Remove a temporary directory; if it is the replaced one, first move entries added meanwhile to the new one."""
+    """Remove a temporary directory; if it is the old one, first move entries added meanwhile to the new directory."""
     with contextlib.suppress(OSError):
         if old and temporary.stat().st_ino == old and final.is_dir():
             _retire(temporary, final, replaced)
@@ -509,7 +510,7 @@ def _clear(temporary: Path, final: Path, old: int, replaced: Collection[str] | N
 
 
 def _retire(old: Path, new: Path, replaced: Collection[str] | None) -> None:
-    """Move entries that the new directory lacks or has in an older version into it, then remove the old directory.
+    """Move entries that are missing or older in the new directory to it, then remove the old directory.
 
     Args:
         old: The directory to remove.
@@ -533,7 +534,7 @@ def _retire(old: Path, new: Path, replaced: Collection[str] | None) -> None:
 
 
 def _put_in_place_of(new: Path, old: Path) -> None:
-    """Exchange two directories; if unsupported, set the old one aside under a name from which `sweep` restores it."""
+    """Exchange two directories or, if that is not supported, set the old one aside under a name that `sweep` finds."""
     try:
         _exchange(new, old)
     except OSError as cause:

@@ -5,7 +5,7 @@
     │  ├─ UsageError                 LORA-E011   the command line or call is not valid
     │  └─ ConfigTypeError (TypeError) LORA-E012  a config field or setting has the wrong type
     ├─ TargetError (ValueError)      LORA-E020   a target list matches nothing, or some of its entries match nothing
-    │  └─ NoTargetError              LORA-E021   no target of a config was found in the model
+    │  └─ NoTargetError              LORA-E021   none of a config's targets was found in the model
     ├─ AdapterError (ValueError)     LORA-E030   an adapter name is unknown, invalid or in use
     ├─ RouteError (RuntimeError)     LORA-E040   the adapter of a row is unknown or not available at a site
     │  ├─ RowCountError              LORA-E041   a route and a batch have different numbers of rows
@@ -24,7 +24,7 @@
     └─ NotYetSupported (NotImplementedError) LORA-E120   a known feature is not implemented
 
 Each message says what is wrong, where (path, tensor, field, expected and actual value) and what to do about it. The
-text is for users and may change; programs should read the class and its fields: `what`, `where`, `field`, `allowed` and
+text is for users and may change; programs should use the class and its fields: `what`, `where`, `field`, `allowed` and
 `override`. This module does not import any other lorakit module.
 """
 
@@ -35,7 +35,7 @@ from os import PathLike
 from typing import Any, ClassVar
 
 OVERRIDE = "{override}"
-"""Placeholder in an error's `advice`, replaced with how to override the check."""
+"""Placeholder in an error's `advice`, to be replaced with instructions for overriding the check."""
 
 
 class LorakitError(Exception):
@@ -90,7 +90,7 @@ class LorakitError(Exception):
         """Return the message and the advice.
 
         Args:
-            how: How to override the check, such as "pass --allow-nonfinite"; by default, how to do so in Python.
+            how: Instructions for overriding the check, such as "pass --allow-nonfinite"; by default, those for Python.
         """
         if self.advice is None:
             return self.message
@@ -137,7 +137,7 @@ class TargetError(LorakitError, ValueError):
 
 
 class NoTargetError(TargetError):
-    """No target of a config was found in the model; `what` is the target."""
+    """None of a config's targets was found in the model; `what` gives the targets."""
 
     code = "LORA-E021"
 
@@ -164,14 +164,14 @@ class MixedRowsError(RouteError):
     """A module cannot run rows of different adapters in one batch.
 
     `what` is the type of the module or its output; `field` is the responsible config field, "modules_to_save" or
-    "bias", or None for a layer with factors.
+    "bias", or None for a layer with LoRA factors.
     """
 
     code = "LORA-E042"
 
 
 class MergeError(LorakitError, RuntimeError, ValueError):
-    """A merge or unmerge is not possible; derives from both built-in exceptions that code written for PEFT catches."""
+    """A merge or unmerge is not possible. Subclasses both built-in exceptions that code written for PEFT may catch."""
 
     code = "LORA-E050"
 
@@ -269,7 +269,7 @@ _SHOWN_IN_TEXT = {code: shown for code, shown in _SHOWN.items() if chr(code) not
 
 
 def printable(text: str, one_line: bool = False) -> str:
-    """Return text with terminal control characters made visible, for example escape as "\u241b".
+    """Return text with terminal control characters made visible: for example, escape becomes "\u241b".
 
     Names and values from files can contain any character. All output of the command line passes through this function.
 
@@ -298,7 +298,7 @@ def nearest(word: str, candidates: list[str], count: int = 3) -> list[str]:
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    """Return " Did you mean x?" for the candidate closest in spelling, or "" if none is close, to append to a message.
+    """Return " Did you mean x?", where x is the candidate closest in spelling, or "" if none is close.
 
     Args:
         word: The user's text.

@@ -1,6 +1,6 @@
 """Download adapters from the Hugging Face Hub into its local cache, or find them there if network access is disabled.
 
-This module is separate from `lorakit.hub` so that `lorakit.config` can read a config by Hub id.
+This module is separate from `lorakit.hub` so that `lorakit.config` can use it to read a config by Hub id.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.js
 
 
 def offline() -> str | None:
-    """Return the name of the environment variable that forbids network access, or None if none does."""
+    """Return the name of the environment variable that forbids network access, or None if access is allowed."""
     for name in OFFLINE_VARIABLES:
         if os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on"):
             return name

@@ -26,11 +26,11 @@ class Machine:
     Attributes:
         system: Operating system and architecture.
         cpu: Name of the processor.
-        cores: Number of cores that this process may use, limited by the quota of its container.
+        cores: Number of cores that this process may use, limited by its container's quota.
         features: Entries of `FEATURES` that the processor supports.
-        memory_bytes: Memory of the machine, or the limit of its container if that is lower; None if unknown.
-        available_bytes: Memory that can be used without swapping; None if unknown.
-        allocator: The malloc implementation of this process, and whether it was tuned.
+        memory_bytes: Memory of the machine, or the container's limit if that is lower, in bytes; None if unknown.
+        available_bytes: Memory that can be used without swapping, in bytes; None if unknown.
+        allocator: Name of this process's malloc implementation, with ", tuned" appended if its settings were changed.
         load: Load average over the last minute; None if unknown.
     """
 
@@ -146,10 +146,10 @@ def home_directory() -> Path | None:
 
 
 def cache_directory() -> Path:
-    """Return lorakit's cache directory: `LORAKIT_CACHE`, else `lorakit` in `XDG_CACHE_HOME` or ~/.cache.
+    """Return lorakit's cache directory: `LORAKIT_CACHE` if set, else `lorakit` in `XDG_CACHE_HOME` or in ~/.cache.
 
     Raises:
-        DiskError: Neither variable is set and the user has no home directory, or `LORAKIT_CACHE` contains an
+        DiskError: Neither variable is set and the user has no home directory, or `LORAKIT_CACHE` refers to an
             unknown home directory.
     """
     own, shared = os.environ.get("LORAKIT_CACHE"), os.environ.get("XDG_CACHE_HOME")
@@ -186,9 +186,9 @@ def peak_rss_bytes() -> int:
 
 
 DEVICE_FORM = "auto, cpu, cuda, cuda:N or mps"
-"""The values of `--device`, for messages."""
+"""Allowed values of `--device`, as shown in messages."""
 
 
 def is_device_name(word: str) -> bool:
-    """Return whether a word is a value of `--device`; the device may be missing on this machine."""
+    """Return whether a word is a valid value of `--device`, even if this machine lacks the device."""
     return re.fullmatch(r"auto|(cpu|cuda|mps)(:\d+)?", word) is not None

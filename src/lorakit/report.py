@@ -1,8 +1,8 @@
-"""Read the metrics of a run directory (`metrics.jsonl`) and plot them as SVG.
+"""Read the metrics (`metrics.jsonl`) from a run directory and plot them as SVG.
 
 This module reads only the run's files and imports no training code. If a crash truncated the last line, that line is
-dropped; any other invalid line raises an error with its line number. Only this module imports matplotlib. It uses
-figure objects instead of pyplot, so that matplotlib's global state does not change.
+dropped; any other invalid line raises an error with its line number. Only this module imports matplotlib; figure
+objects are used instead of pyplot, so that matplotlib's global state does not change.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def read_metrics(folder: str | Path) -> Metrics:
         folder: The run directory.
 
     Returns:
-        The metrics; they have no rows if the file is missing.
+        The metrics, without rows if the file is missing.
 
     Raises:
         RunError: The file cannot be read, or a complete line is not a metrics row; the message gives the line number.

@@ -102,8 +102,8 @@ def format_seconds(seconds: float) -> str:
 def format_percent(fraction: float, digits: int = 2) -> str:
     """Format a fraction as a percentage, such as "1.82%".
 
-    Values close to 0 and 1 become "<0.01%" and ">99.99%" instead of "0.00%" and "100.00%", unless they differ from 0
-    or 1 by less than a millionth, which may be a float32 rounding error.
+    Values close to 0 and 1 become "<0.01%" and ">99.99%" instead of "0.00%" and "100.00%", unless the difference from
+    0 or 1 is less than a millionth and may therefore be a float32 rounding error.
 
     Args:
         fraction: The fraction, usually in [0, 1].
@@ -145,7 +145,7 @@ def columns(
         rows: Rows with one cell per column.
         left: Indices of left-aligned columns; the others are right-aligned. By default, a column is right-aligned if
             all of its cells are numbers or empty.
-        width: Screen width in columns; a left-aligned last column that would exceed it is wrapped between words.
+        width: Screen width in columns; a left-aligned last column that would exceed the width is wrapped between words.
 
     Returns:
         The lines, joined by newlines.
@@ -171,8 +171,8 @@ def wrap(text: str, width: int, *, hanging: str | None = None) -> str:
     Args:
         text: One or more lines of text.
         width: Screen width in columns.
-        hanging: Prefix of continuation lines. By default, they are indented to align with the text of a list item or of
-            a `label  text` line, and by two columns otherwise.
+        hanging: Prefix of continuation lines. By default, continuation lines are indented to align with the text of a
+            list item or of a `label  text` line, and by two columns otherwise.
 
     Returns:
         The wrapped text.
@@ -192,7 +192,7 @@ def display_width(text: str) -> int:
 
 
 def encodable(text: str, encoding: str, *, ascii_signs: bool = False) -> str:
-    """Convert text to what an encoding can represent: symbols such as "→" become "->", other characters are escaped.
+    """Replace characters that an encoding lacks: symbols such as "→" become "->", and other characters are escaped.
 
     Args:
         text: Any text.
@@ -239,7 +239,7 @@ def screen_width(stream: TextIO) -> int | None:
 
 
 def is_animated(stream: TextIO) -> bool:
-    """Return whether a stream is a terminal that can redraw lines and show the symbols of progress bars and frames.
+    """Return whether a stream is a terminal that can redraw lines and show the symbols of progress bars and boxes.
 
     Args:
         stream: Any stream.

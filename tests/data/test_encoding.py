@@ -238,7 +238,7 @@ def test_a_tokenizer_without_an_end_is_said(tiny_tokenizer: Any) -> None:
 def test_no_trained_token_at_all_is_an_error(tiny_tokenizer: Any) -> None:
     with pytest.raises(DataError) as error:
         encode([Completion("hello world " * 9, "x", "a.jsonl", 1), Document(" ", "a.jsonl", 2)], tiny_tokenizer, 4)
-    for part in ("2 rows", "a.jsonl:1", "1 empty", "1 with nothing to train on in the first 4 tokens", "--max-length"):
+    for part in ("rows: 2", "a.jsonl:1", "1 empty", "1 with nothing to train on in the first 4 tokens", "--max-length"):
         assert part in str(error.value)
     with pytest.raises(DataError, match="The data has no rows"):
         encode([], tiny_tokenizer, 4)

@@ -41,9 +41,10 @@ def test_the_cheapest_way_that_fits() -> None:
         for begin in RECOMPUTED:
             found, reason = within(planned(recompute=begin), peak)
             assert found == planned(recompute=way)
-            assert f"--recompute {way} is the cheapest that fits" in reason
+            assert f"--recompute {way} is the cheapest setting that fits" in reason
     assert within(planned(), peaks[1])[1] == (
-        "memory budget 579 MB: --recompute feed-forward is the cheapest that fits (579 MB); --recompute none needs 767 MB"
+        "memory budget 579 MB: --recompute feed-forward is the cheapest setting that fits (579 MB); "
+        "--recompute none needs 767 MB"
     )
 
 
@@ -64,7 +65,7 @@ def test_none_fits_and_what_would() -> None:
     with pytest.raises(ConfigError) as caught:
         within(planned(), least - 1)
     message = str(caught.value)
-    assert message.startswith("the job does not fit a memory budget of ")
+    assert message.startswith("the job does not fit in a memory budget of ")
     assert "with --recompute layers. A batch of 2 would fit with --recompute layers (" in message
     assert "--gradient-accumulation-steps" in message
     assert smaller < least
@@ -85,11 +86,11 @@ def test_settings_that_exclude_each_other() -> None:
     for words, message in (
         (
             ("feed-forward", True, None, True),
-            "gradient_checkpointing and recompute feed-forward are mutually exclusive",
+            "gradient_checkpointing and recompute=feed-forward are mutually exclusive",
         ),
-        (("layers", False, "1GB", True), "memory_budget and recompute layers are mutually exclusive"),
-        (("none", True, "1GB", True), "memory_budget and recompute layers are mutually exclusive"),
-        (("feed-forward", False, None, False), "recompute feed-forward needs accelerated forward passes"),
+        (("layers", False, "1GB", True), "memory_budget and recompute=layers are mutually exclusive"),
+        (("none", True, "1GB", True), "memory_budget and recompute=layers are mutually exclusive"),
+        (("feed-forward", False, None, False), "recompute=feed-forward needs accelerated forward passes"),
     ):
         with pytest.raises(ConfigError, match=message):
             recomputed(*words)  # type: ignore[arg-type]

@@ -50,8 +50,8 @@ def test_a_budget_chooses_and_says_so(
     _, job = losses(settings, tmp_path / "wide", memory_budget="4GiB")
     assert job["recompute"] == "none"
     said = capsys.readouterr().out
-    assert "memory budget 4.29 GB: --recompute none is the cheapest that fits " in said
-    with pytest.raises(ConfigError, match=r"does not fit a memory budget of 1.0 MB: .* A batch of 1 needs"):
+    assert "memory budget 4.29 GB: --recompute none is the cheapest setting that fits " in said
+    with pytest.raises(ConfigError, match=r"does not fit in a memory budget of 1.0 MB: .* A batch of 1 needs"):
         losses(settings, tmp_path / "narrow", memory_budget="1MB")
     assert not (tmp_path / "narrow" / "run.json").exists()
 
@@ -62,9 +62,9 @@ def test_what_cannot_be_meant_is_refused_with_the_settings(settings: dict[str, A
         ({"memory_budget": "much"}, "memory_budget is 'much'; write a number and a unit, such as 4GiB or 800MB"),
         (
             {"memory_budget": "1GB", "gradient_checkpointing": True},
-            "memory_budget and recompute layers are mutually exclusive",
+            "memory_budget and recompute=layers are mutually exclusive",
         ),
-        ({"recompute": "feed-forward", "accelerate": False}, "recompute feed-forward needs accelerated forward passes"),
+        ({"recompute": "feed-forward", "accelerate": False}, "recompute=feed-forward needs accelerated forward passes"),
     ):
         with pytest.raises(ConfigError, match=said):
             TrainSettings(**{**settings, "output_dir": "run", **words})

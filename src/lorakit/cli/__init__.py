@@ -93,7 +93,7 @@ def application() -> App:
         help_format="plaintext",
         help_formatter=_help_formatter(),
         result_action="return_value",
-        error_console=cast("Console", sys.stderr),  # unused, since this module prints errors; avoids importing rich
+        error_console=cast("Console", sys.stderr),  # unused, as this module prints errors; avoids importing rich
         suppress_keyboard_interrupt=False,
         default_parameter=Parameter(consume_multiple=True, negative_iterable=(), negative_none=()),
     )
@@ -151,7 +151,7 @@ def _explain(error: Exception, tokens: list[str], as_json: bool) -> int:
 
 
 def _without_traceback_flag(tokens: list[str]) -> tuple[list[str], bool]:
-    """Remove `--traceback` from the arguments before a bare `--`, and return whether it was among them."""
+    """Remove `--traceback` from the arguments before a bare `--`, and return whether the flag was given."""
     end = tokens.index("--") if "--" in tokens else len(tokens)
     kept = [token for token in tokens[:end] if token != "--traceback"]
     return kept + tokens[end:], len(kept) < end

@@ -104,7 +104,7 @@ def _vocabulary(files: AdapterFiles) -> int:
 
 @contextlib.contextmanager
 def naming_flags() -> Iterator[None]:
-    """Add the flag that overrides a failed check to the message of each error raised within the context.
+    """Make errors raised within the context name the flag that overrides the failed check.
 
     Raises:
         LorakitError: The error raised within the context, with the flag in its message.
@@ -122,7 +122,7 @@ LARGEST_TOKENIZER_BYTES = 256 << 20
 
 
 def copy_tokenizer(adapters: Sequence[AdapterFiles], folder: Path) -> None:
-    """Copy the adapters' tokenizer to the new adapter made from them, if they all have the same one.
+    """Copy the adapters' tokenizer, if they all have the same one, to the adapter made from them.
 
     Args:
         adapters: The adapters' files.
@@ -148,8 +148,8 @@ def tokenizer_for(source: ModelSource, adapters: Sequence[AdapterFiles]) -> Save
         adapters: The adapters.
 
     Returns:
-        A transformers tokenizer: the adapters' if their saved tokenizers are the same, or if one of them has all tokens
-            of the others and the same chat template; otherwise the model's own.
+        A transformers tokenizer: the adapters' saved tokenizer if it is the same for all; else one adapter's, if it has
+            all tokens of the others and the same chat template; otherwise, the model's own.
 
     Raises:
         ModelError: Neither the model nor the adapters have a tokenizer, or the tokenizer cannot be read.
@@ -178,7 +178,7 @@ def _largest(tokenizers: Sequence[SavedTokenizer]) -> SavedTokenizer | None:
 
 
 def report_training_quantization(adapters: Sequence[AdapterFiles], wanted: Quantization | None) -> None:
-    """Print a note for each adapter trained on a differently quantized base, which makes it less accurate.
+    """Print a note for each adapter that was trained on a differently quantized base and is less accurate on this one.
 
     Args:
         adapters: The adapters.

@@ -1,4 +1,4 @@
-"""Print answers as they are generated: a single answer as a stream, several in columns or one below another.
+"""Print answers as they are generated: a single answer as a stream, several answers in columns or one after another.
 
 This module handles tokens and text; it does not depend on models or adapters.
 """
@@ -75,7 +75,7 @@ class Answer:
 
 
 def show(answers: Sequence[Answer], stream: Iterable[NewToken], *, quiet: bool = False, verbose: bool = False) -> None:
-    """Append a stream of tokens to the answers and print them unless `quiet`.
+    """Append a stream of tokens to the answers, and print the answers unless `quiet` is set.
 
     Args:
         answers: One answer per row of the stream.
@@ -126,7 +126,7 @@ class _Lines:
                 self._word += character
                 is_hangul = "\uac00" <= character <= "\ud7a3"
                 if display_width(self._word) >= self._width or (display_width(character) > 1 and not is_hangul):
-                    out += self.end()  # for example, Chinese has no spaces and may break anywhere
+                    out += self.end()  # for example, Chinese has no spaces, so lines may break anywhere
         return out
 
     def end(self) -> str:
@@ -137,7 +137,7 @@ class _Lines:
         if self._space and self._column and self._column + taken > self._width:
             out, taken, self._column = "\n" + self._word, display_width(self._word), 0
         self._column += taken
-        while self._column > self._width:  # the terminal broke a long word
+        while self._column > self._width:  # the terminal has wrapped a long word
             self._column -= self._width
         self._space = self._word = ""
         return out

@@ -54,7 +54,7 @@ class Flags:
     allow_base_mismatch: Annotated[
         bool, Parameter(negative=(), help="Combine adapters of different bases or tasks.")
     ] = False
-    allow_key_mismatch: Annotated[bool, Parameter(negative=(), help="Combine adapters without a common site.")] = False
+    allow_key_mismatch: Annotated[bool, Parameter(negative=(), help="Combine adapters with no common sites.")] = False
     allow_nonfinite: Annotated[bool, Parameter(negative=(), help="Keep a result that has NaN or infinite values.")] = (
         False
     )
@@ -64,7 +64,7 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
     """Combine adapters into one; the base is not loaded, except for DoRA.
 
     The updates scale · B·A are combined, so ranks, alphas and rsLoRA may differ. The result has scale 1. Its deviation
-    from the plain weighted sum is printed, with the sites at which it is largest.
+    from the plain weighted sum is printed, as are the sites that deviate most.
     """
     check_adapters(flags.adapter)
     check_new_directory(flags.output_dir)
@@ -90,7 +90,7 @@ def _weights(flags: Flags) -> list[float]:
     adapters = len(flags.adapter)
     weights = flags.weights or [1.0] * adapters
     if len(weights) != adapters:
-        text = f"--weights has {len(weights)} values, but --adapter has {adapters}; pass one weight per adapter."
+        text = f"--weights ({len(weights)}) and --adapter ({adapters}) differ in length; pass one weight per adapter."
         raise UsageError(text, what=weights, field="weights")
     return weights
 

@@ -25,9 +25,9 @@ def run(
 ) -> None:
     """Compare two adapters: the direction, norm and subspaces of their updates.
 
-    The cosine is 1 for updates in the same direction, -1 in opposite directions, and 0 if unrelated. The overlap is the
-    mean squared cosine of the principal angles between the output (writes) or input (reads) subspaces: 1 if they are
-    equal, near 0 if unrelated.
+    The cosine is 1 for updates in the same direction, -1 for updates in opposite directions, and near 0 for unrelated
+    updates. The overlap is the mean squared cosine of the principal angles between the output (writes) or input (reads)
+    subspaces: 1 for equal subspaces, and near 0 for unrelated ones.
     """
     for folder in (first, second):
         check_adapters([folder])

@@ -27,7 +27,9 @@ class Flags:
     rank: Annotated[int | None, Parameter(help="Maximum rank at each site.")] = None
     energy: Annotated[
         float | None,
-        Parameter(help="Fraction of each site's energy ‖ΔW‖² to keep, in (0, 1]; 1 drops only zero directions."),
+        Parameter(
+            help="Fraction of each site's energy ‖ΔW‖² to keep, in (0, 1]; 1 drops only directions with no energy."
+        ),
     ] = None
     allow_nonfinite: Annotated[bool, Parameter(negative=(), help="Keep a result that has NaN or infinite values.")] = (
         False
@@ -37,7 +39,8 @@ class Flags:
 def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag = False) -> None:
     """Compress an adapter to the best lower-rank approximation at each site.
 
-    Only the adapter's factors are needed; the base is not loaded. The exact loss is printed. Pass --rank or --energy.
+    Only the adapter's factors are needed; the base is not loaded. The exact fraction of energy lost is printed. Pass
+    --rank or --energy.
     """
     check_adapters([flags.adapter])
     check_new_directory(flags.output_dir)

@@ -53,7 +53,7 @@ def note(text: str) -> None:
 
 
 def quiet(text: str) -> None:
-    """Print nothing; replaces `note` for details if `--verbose` is not given."""
+    """Print nothing; used in place of `note` for details if `--verbose` is not given."""
 
 
 def warning(text: str) -> None:

@@ -76,7 +76,7 @@ class Findings:
         torch: Properties of torch, or None if torch is not installed.
         offline: Whether the Hub client is set to offline mode.
         cache: Directory of downloaded models.
-        cache_free_bytes: Free space on the disk of the cache.
+        cache_free_bytes: Free space, in bytes, on the disk that holds the cache.
         speed: Measured matmul speed, or None if not measured.
         kernels: Description of the CPU kernels that an accelerated model runs between matmuls.
         cuda_kernels: Device -> description of its CUDA kernels, for one device of each GPU model.
@@ -231,7 +231,7 @@ def _about_scripts(found: Findings) -> list[str]:
         return []
     return [
         "glibc returns freed blocks to the OS, which slows training in your own scripts (`lorakit train` and `lorakit "
-        f"eval` prevent it): export {TUNABLES}; for varying sequence lengths also: export {PRODUCTS}"
+        f"eval` prevent it): export {TUNABLES}; for varying sequence lengths, also export {PRODUCTS}"
     ]
 
 

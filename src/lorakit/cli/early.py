@@ -1,6 +1,6 @@
 """Argument checks that need neither torch nor a model, so that usage errors are reported before anything is loaded.
 
-The same conditions are checked again when the values are used, as are those that need torch, a model or the network.
+These checks are repeated when the values are used; checks that need torch, a model or the network run only then.
 """
 
 from __future__ import annotations

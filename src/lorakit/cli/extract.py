@@ -40,7 +40,7 @@ class Flags:
     target_parameters: Annotated[
         list[str] | None,
         Parameter(
-            help="Names of parameters such as mlp.experts.down_proj; without --target-modules, only these are used."
+            help="Names of parameters, such as mlp.experts.down_proj; without --target-modules, only these are used."
         ),
     ] = None
     modules_to_save: Annotated[

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 MAX_PROMPT_BYTES = 64 << 20
 
 WORTHWHILE_TOKENS = 128
-"""Minimum number of tokens for an automatic merge. A merge takes about as much time as an unmerged adapter adds over a
-hundred tokens (measured with SmolLM2-135M and rank 16 on all linear layers). With larger models, it takes more tokens
-to break even, because an adapter adds relatively less time."""
+"""Minimum number of tokens for an automatic merge. A merge takes about as much time as an unmerged adapter adds to the
+generation of a hundred tokens (measured with SmolLM2-135M and rank 16 on all linear layers). With larger models, the
+merge pays off only after more tokens, because an adapter adds relatively less time."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Flags:
         bool | None,
         Parameter(
             help="Merge a single adapter into the base in memory first, which is faster and gives the same results up "
-            "to rounding. Default: merge if that is exact (float32), the base does not answer as well, and at least "
+            "to rounding. Default: merge if that is exact (float32), the base itself does not answer, and at least "
             f"{WORTHWHILE_TOKENS} tokens may be generated.",
             show_default=False,
         ),
@@ -166,12 +166,12 @@ def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[str]:
 
 
 def encode_prompts(prompts: list[str], tokenizer: Tokenizer, chat: bool | None, system: str | None) -> list[list[int]]:
-    """Return the token ids of prompts, in the chat template or as plain text.
+    """Return the token ids of prompts, formatted with the chat template or as plain text.
 
     Args:
         prompts: The texts.
         tokenizer: A transformers tokenizer.
-        chat: Whether to use the chat template; None to use it if there is one.
+        chat: Whether to use the chat template; None uses the template if there is one.
         system: System message, or None.
 
     Returns:
@@ -227,13 +227,13 @@ def write_into_base(
     tokens: int,
     detail: Callable[[str], None],
 ) -> bool:
-    """Merge an adapter into the base permanently if it is the only one to answer and `wanted` allows the merge.
+    """Merge an adapter into the base permanently if only that adapter answers and `wanted` allows the merge.
 
     Args:
         model: The base with its adapters; must not be used elsewhere, since a merge turns it into a plain model.
         names: Names of the adapters that answer; None stands for the base.
         labels: Adapter name -> its directory as given by the user.
-        wanted: True to merge, False not to merge, None to merge if the merge is exact and saves time.
+        wanted: True to merge, False not to merge, None to merge only if the merge is exact and saves time.
         tokens: Maximum number of new tokens in total.
         detail: Called with a message if the adapter is merged.
 

@@ -39,8 +39,8 @@ class Flags:
     quantization: Annotated[
         str | None,
         Parameter(
-            help="Merge into the base as quantized in training (nf4, ...): the output has the dequantized weights "
-            "with the adapter merged. Default: the base as published."
+            help="Merge into the base as quantized in training (nf4, ...); the output contains the dequantized weights "
+            "with the adapter merged in. Default: the base as published."
         ),
     ] = None
     double_quantization: Annotated[bool, Parameter(help=DEFAULTS["double_quantization"].help())] = True

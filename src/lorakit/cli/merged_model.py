@@ -1,6 +1,6 @@
 """Merge adapters into a base and write a plain model directory, which is verified before it is published.
 
-Weights are merged site by site in fp32 or wider (`lorakit.core`). The directory is then loaded, and its logits must
+Weights are merged site by site in fp32 or wider (`lorakit.core`). The written model is then loaded, and its logits must
 match those of the unmerged base and adapters. This module does not depend on flags or the terminal.
 """
 
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 RECORD_FILE = "lorakit_merged.json"
 PROBE_TOKENS = 48
 ROUNDING = {"float32": 0.0, "float16": 0.05, "bfloat16": 0.3}
-"""Dtype of the merged weights -> allowed change of a logit due to rounding, in standard deviations of the logits."""
+"""Dtype of the merged weights -> allowed change in a logit due to rounding, in standard deviations of the logits."""
 
 NOISE = {"float32": 0.001, "float16": 0.1, "bfloat16": 0.6}
-"""Dtype of the comparison -> allowed numerical difference of a logit, in the same unit. The bf16 limit exceeds the
-effect of most adapters, so the comparison uses fp32 if that fits into memory."""
+"""Dtype of the comparison -> allowed numerical error of a logit, in standard deviations of the logits. The bf16 limit
+exceeds the effect of most adapters, so the comparison uses fp32 if the fp32 model fits into memory."""
 
 ROUNDED_ACTIVATIONS = 0.3
-"""Allowed change of a logit, in the same unit, due to the rounding of activations in bitsandbytes' int8 matmuls."""
+"""Allowed change in a logit due to rounded activations in bitsandbytes' int8 matmuls, in standard deviations."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Merged:
 
 
 def write_merged(request: MergeRequest, say: Callable[[str], None]) -> tuple[Merged, Probe]:
-    """Merge and write a model directory, which is published only if it is complete and verified.
+    """Merge adapters and write a model directory, which is published only if it is complete and verified.
 
     Args:
         request: Specification of the merge.
@@ -124,7 +124,7 @@ def write_merged(request: MergeRequest, say: Callable[[str], None]) -> tuple[Mer
 
     Raises:
         MergeError: An adapter cannot be merged, or the merged model's logits differ too much from the original ones.
-        DiskError: Writing failed.
+        DiskError: Writing fails.
         LorakitError: The model or an adapter cannot be used.
     """
     with publish_directory(request.target) as folder:  # first, to detect an unwritable disk early
@@ -177,7 +177,7 @@ def compare(expected: Expected, merged: Tensor, dtype: str) -> Probe:
         The comparison.
 
     Raises:
-        MergeError: The logits differ by more than the dtypes can explain.
+        MergeError: The logits differ by more than rounding and numerical errors can explain.
     """
     adapted = expected.adapted
     difference = float((merged - adapted).abs().max())
@@ -244,7 +244,7 @@ def _expected_logits(request: MergeRequest, computing: str) -> Expected:
 
 
 def _merge_into(request: MergeRequest, folder: Path, tokenizer: SavedTokenizer | None) -> Merged:
-    """Merge and save, without the comparison."""
+    """Merge the adapters and save the model, without comparing its logits."""
     model = hub.load_model(request.source)
     if request.dtype != "auto" and getattr(torch, request.dtype) != model.dtype:
         model.to(torch.float32)  # merge in fp32, then round once, to the requested dtype
@@ -305,7 +305,7 @@ class EmbeddingModel(Protocol):
 
 
 def _untie_config(model: EmbeddingModel) -> bool:
-    """Return whether a merge untied the embeddings; if so, record it in the config, so they stay untied."""
+    """Return whether a merge untied the embeddings; if so, update the config, so that they stay untied when loaded."""
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
     tied = getattr(model.config, "tie_word_embeddings", False)
     if not tied or inner is None or outer is None or inner.weight is outer.weight:
@@ -315,7 +315,7 @@ def _untie_config(model: EmbeddingModel) -> bool:
 
 
 def _probe_ids(model: torch.nn.Module) -> Tensor:
-    """Return the token ids for the comparison, shape (1, tokens); the same for equal vocabulary sizes."""
+    """Return the token ids for the comparison, shape (1, tokens); they depend only on vocabulary and context size."""
     length = min(PROBE_TOKENS, context_tokens(model) or PROBE_TOKENS)
     return torch.randint(vocabulary_of(model), (1, length), generator=torch.Generator().manual_seed(0))
 

@@ -38,7 +38,7 @@ class AdapterFlags:
     target_parameters: Annotated[
         list[str] | None,
         Parameter(
-            help="Names of parameters such as mlp.experts.down_proj; without --target-modules, only these are adapted."
+            help="Names of parameters, such as mlp.experts.down_proj; without --target-modules, only these are adapted."
         ),
     ] = None
     exclude_modules: Annotated[list[str] | None, Parameter(help="Names of modules to leave out. Default: none.")] = None
@@ -84,7 +84,7 @@ class JobFlags:
     ] = DEFAULTS["per_device_train_batch_size"].value
     max_length: Annotated[
         int | None,
-        Parameter(help="Tokens per row. Default 512, as in `lorakit train`, or the model's maximum if that is less."),
+        Parameter(help="Tokens per row. Default: 512, as in `lorakit train`, or the model's maximum if that is less."),
     ] = None
     gradient_accumulation_steps: Annotated[int, _flag("gradient_accumulation_steps")] = DEFAULTS[
         "gradient_accumulation_steps"
@@ -181,7 +181,7 @@ def run(
 
 
 def _machine(job: JobFlags, dtype: str, steps: int | None) -> tuple[str, Speed | None, list[str]]:
-    """Return precision, speed and notes about them; measure only if requested or if a time estimate needs it."""
+    """Return dtype, speed and notes about both; measure only if requested or if a time estimate needs the speed."""
     if job.tokens_per_second is not None:
         if job.calibrate:
             text = "--calibrate and --tokens-per-second are mutually exclusive; pass one of them."
@@ -226,5 +226,5 @@ def _ranks(words: Sequence[str] | None) -> list[int]:
 
 
 def _words(names: list[str] | None) -> list[str] | str | None:
-    """Convert a list whose only entry is all-linear to that string."""
+    """Return "all-linear" for a list whose only entry is "all-linear", and any other value unchanged."""
     return "all-linear" if names is not None and [name.lower() for name in names] == ["all-linear"] else names

@@ -21,7 +21,7 @@ from lorakit.train.defaults import DEFAULTS
 
 
 def _flags() -> type:
-    """Return a dataclass with one flag per setting; a flag is None if not given, so the file or default applies."""
+    """Return a dataclass with one flag per setting; a flag that is not given is None and overrides nothing."""
     fields = [
         (name, Annotated[(row.flag or type(row.value)) | None, Parameter(help=row.help())], field(default=None))
         for name, row in DEFAULTS.items()

@@ -1,4 +1,4 @@
-"""Render conversations with a chat template, and find the tokens that contribute to the loss: the assistant's.
+"""Render conversations with a chat template, and find the assistant's tokens, which contribute to the loss.
 
 If the template marks the assistant's text with `{% generation %}`, those marks are used. Otherwise, the conversation is
 rendered twice for each assistant turn: once up to the turn and once including it. The text that the second rendering
@@ -144,11 +144,11 @@ def _tokens_of_spans(
 
 
 _Tokens = list[tuple[int, int]]
-"""Pairs of a token id and the number of turn boundaries at or before the token, which is odd inside a turn."""
+"""Pairs of a token id and the number of turn boundaries at or before the token (odd inside a turn)."""
 
 
 def _whole(tokenizer: Tokenizer, text: str, borders: list[int]) -> _Tokens | None:
-    """Tokenize the text as a whole; return None if a token crosses a turn boundary or there are no offsets."""
+    """Tokenize the text as a whole; return None if a token crosses a turn boundary or offsets are unavailable."""
     try:
         result = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     except NotImplementedError:
@@ -163,7 +163,7 @@ def _whole(tokenizer: Tokenizer, text: str, borders: list[int]) -> _Tokens | Non
 
 
 def _piecewise(tokenizer: Tokenizer, text: str, borders: list[int]) -> _Tokens:
-    """Tokenize the assistant turns and the text between them separately, as generation does with prompts."""
+    """Tokenize the assistant turns and the text between them separately, since generation tokenizes only prompts."""
     parts = [text[start:end] for start, end in itertools.pairwise([0, *borders, len(text)])]
     return [(token, number) for number, part in enumerate(parts) if part for token in token_ids(tokenizer, part)]
 

@@ -136,7 +136,8 @@ def encode(
     - A document starts with the beginning-of-text token if the tokenizer adds one, and ends with the end-of-text token.
       It is split into consecutive windows. Each window after the first starts with the last token of the previous one
       as context, so every token of the document except the first contributes to the loss exactly once.
-    - In a row with a prompt and a completion, the completion and the end-of-text token after it contribute to the loss.
+    - In a row with a prompt and a completion, the completion and the end-of-text token that follows contribute to the
+      loss.
     - In a conversation, the assistant's turns and their end markers, as rendered by the chat template, contribute to
       the loss.
     - Completions and conversations that are too long are truncated on the right, and rows in which no token contributes
@@ -153,7 +154,7 @@ def encode(
 
     Raises:
         ConfigError: `max_length` is below 2.
-        DataError: No remaining token contributes to the loss, or a conversation cannot be rendered.
+        DataError: No token contributes to the loss after truncation, or a conversation cannot be rendered.
     """
     if max_length < 2:
         raise ConfigError.of("max_length", max_length, "at least 2: one token to read and one to predict")
@@ -189,8 +190,8 @@ def _nothing_left(report: DataReport, first: Record | None) -> str:
     parts = [f"{report.empty_rows:,} empty"] if report.empty_rows else []
     parts += [f"{report.dropped_rows:,} with nothing to train on in the first {report.max_length_tokens:,} tokens"]
     return (
-        f"No token contributes to the loss in any of the {report.rows:,} rows, starting at {location(first)} "
-        f"({', '.join(parts)}). "
+        f"No token in the data contributes to the loss (rows: {report.rows:,}, starting at {location(first)}; "
+        f"{', '.join(parts)}). "
         "Check the data, or increase --max-length."
     )
 

@@ -1,9 +1,9 @@
 """Hold out records for evaluation, and group sequences into padded batches.
 
 Whether a record is held out depends on its content and a seed, and only slightly on the other records. Identical
-records always end up in the same split, so no training text is also used for evaluation. Batches come in a seeded
-order, and a loader can resume at any batch. There are no background workers: a batch depends only on the data, the
-seed, its epoch and its number.
+records always end up in the same split, so no training text is also used for evaluation. A seed determines the order of
+the sequences, and a loader can resume at any batch. There are no background workers. A batch depends only on the data,
+the loader's settings, the epoch and the number of the batch.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class Split:
 
 
 def split(records: Iterable[Record], fraction: float = DEFAULT_FRACTION, seed: int = 0) -> Split:
-    """Hold out a fraction of the records for evaluation, and at least one if there are two distinct records.
+    """Hold out a fraction of the records for evaluation, but at least one if there are two or more distinct records.
 
     Documents are never split. Which records are held out depends on the seed and on their content, not on their order;
-    when records are added, most of the others stay in the same split.
+    when records are added, most of the existing records stay in the same split.
 
     Args:
         records: All records.
@@ -78,7 +78,7 @@ def split(records: Iterable[Record], fraction: float = DEFAULT_FRACTION, seed: i
     if len(distinct) < 2:
         note = (
             f"No data is held out for evaluation: the data is a single {noun}. Pass --eval-data to evaluate on other "
-            "text."
+            "data."
         )
         return Split(everything, Records(), note)
     count = min(len(distinct) - 1, max(1, round(fraction * len(distinct))))
@@ -113,7 +113,7 @@ class Batch:
 
 @dataclass(eq=False, repr=False)
 class Loader(Iterator[Batch]):
-    """Iterator over the batches of successive epochs; each epoch has its own order, and its last batch may be smaller.
+    """Iterator over the batches of successive epochs; each epoch has its own order and may end with a smaller batch.
 
     Attributes:
         sequences: Sequences from `encode`; at least one.
@@ -145,7 +145,7 @@ class Loader(Iterator[Batch]):
 
     @property
     def batches_per_epoch(self) -> int:
-        """The number of batches per epoch, including the smaller last one."""
+        """The number of batches per epoch, including a smaller last batch."""
         return -(-len(self.sequences) // self.batch_rows)
 
     @property
@@ -175,10 +175,10 @@ class Loader(Iterator[Batch]):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Resume at another loader's position; the batches that follow are the same as that loader's.
+        """Resume at the saved position of another loader, and yield the same batches as that loader from there on.
 
         Args:
-            state: Result of the other loader's `state`.
+            state: The value that `state` returned for the other loader.
 
         Raises:
             DataError: The state is invalid, or is from a loader with other data, another seed, another batch size or
@@ -189,7 +189,7 @@ class Loader(Iterator[Batch]):
         if different:
             shown = ", ".join("the data" if key == "data_sha256" else key for key in different)
             raise DataError(
-                f"The position in the data cannot be restored: {shown} changed since it was saved.", what=shown
+                f"The position in the data cannot be restored: {shown} changed after it was saved.", what=shown
             )
         epoch, batch = state.get("epoch"), state.get("batch")
         if isinstance(epoch, int) and isinstance(batch, int) and epoch >= 0 and 0 <= batch <= self.batches_per_epoch:
@@ -228,7 +228,7 @@ def padded(rows: list[Sequence], pad_id: int, epoch: float) -> Batch:
     labels = [torch.frombuffer(row.labels, dtype=torch.int32).long() for row in rows]
     return Batch(
         input_ids=pad_sequence(ids, batch_first=True, padding_value=pad_id),
-        # from the lengths, not the ids: padding and end of text may share an id, and the end must not be masked
+        # based on lengths, not ids: padding and end of text may share an id, and the latter must not be masked
         attention_mask=pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         labels=pad_sequence(labels, batch_first=True, padding_value=IGNORED),
         epoch=epoch,
@@ -238,9 +238,9 @@ def padded(rows: list[Sequence], pad_id: int, epoch: float) -> Batch:
 
 
 def by_length(sequences: Many[Sequence], rows: int, pad_id: int = 0) -> Iterator[Batch]:
-    """Yield batches that cover each sequence once, shortest first; batches of shorter sequences have more rows.
+    """Yield batches that cover each sequence exactly once, shortest first; batches of short sequences have more rows.
 
-    No batch has more positions, including padding, than `rows` rows as long as the longest sequence. This limits
+    Including padding, no batch has more positions than `rows` rows of the longest sequence's length. This limit bounds
     memory use, and short sequences take less time than they would in batches of `rows` rows.
 
     Args:

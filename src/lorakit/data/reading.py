@@ -3,8 +3,8 @@
 Error messages name the file, line and field, and state the value found and what is allowed. This module does not depend
 on tokenizers.
 
-Python's language reference serves as training text that needs no download: the standard library ships it for `help()`
-as `pydoc_data.topics`, with about 80 topics and half a million characters of prose.
+Python's language reference serves as training text that needs no download. The standard library includes it for
+`help()` as `pydoc_data.topics`, with about 80 topics and half a million characters of prose.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _FIELDS = tuple(field for shape in SHAPES for field in shape)
 _ALLOWED = "'text', or 'prompt' and 'completion', or 'messages'"
 
 DEFAULT_HELD_OUT = 0.1
-"""Default fraction of the topics of Python's language reference to hold out."""
+"""Default fraction of the topics in Python's language reference to hold out."""
 
 
 class _BadRow(Exception):
@@ -122,7 +122,7 @@ def _check_text(path: Path, file: IO[bytes]) -> None:
             raise file_error(
                 path, f"the data file looks binary (null byte at offset {at + zero}); data files must be UTF-8 text."
             )
-        held = len(decoder.getstate()[0])  # number of bytes of a character that started in the previous piece
+        held = len(decoder.getstate()[0])  # bytes already read of a character that is split across pieces
         try:
             decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as cause:
@@ -144,7 +144,7 @@ def _read_rows(path: Path, file: IO[bytes]) -> tuple[array[int], array[int], lis
     bad, reason = array("q"), ""
     unused: Counter[str] = Counter()
     at = 0
-    # only \n ends a row; str.splitlines would also split JSON strings, at U+2028 and similar characters
+    # only \n ends a row; str.splitlines would also split JSON strings at characters such as U+2028
     for number, raw in enumerate(file, start=1):
         line = line_of(raw, first=at == 0)
         if line.strip():

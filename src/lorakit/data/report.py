@@ -25,7 +25,7 @@ class DataReport:
         trained_tokens: Tokens that contribute to the loss.
         empty_rows: Rows left out because they contain nothing to train on.
         duplicate_rows: Rows with the same content as an earlier row; they are kept.
-        cut_rows: Rows longer than `max_length_tokens`, which are truncated on the right.
+        cut_rows: Rows that are truncated on the right because they are longer than `max_length_tokens`.
         cut_tokens: Tokens removed by truncation.
         cut_trained_tokens: Removed tokens that would have contributed to the loss.
         dropped_rows: Rows left out because none of their tokens contributes to the loss.

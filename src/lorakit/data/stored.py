@@ -33,7 +33,7 @@ def file_error(path: Path, problem: str) -> DataError:
 
 
 class LongDocument(Document):
-    """A text file that is read in pieces; the property `text` reads the whole file."""
+    """A text file that is read in pieces; the `text` property reads the whole file."""
 
     __slots__ = ("_file",)
     _file: DataFile
@@ -60,7 +60,7 @@ class LongDocument(Document):
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A data file that has been checked, with its size and modification time when it was checked.
+    """A data file that has been checked, with its size and modification time at that moment.
 
     Attributes:
         path: The file.
@@ -126,7 +126,7 @@ class DataFile:
 
 
 class StoredRecords(Sequence[Record]):
-    """A sequence of all records in a list of files, or of a selection; each access rereads the record from its file.
+    """A sequence of all or some of the records in a list of files; each access rereads the record from its file.
 
     Args:
         files: The files, in order.
@@ -224,7 +224,7 @@ def decoded(file: IO[bytes]) -> Iterator[str]:
 
 
 def sized(records: Iterable[Record]) -> Iterator[tuple[Record, int]]:
-    """Yield records, each with its size on disk in bytes, which is 0 for records in memory."""
+    """Yield each record with its size on disk in bytes (0 for records in memory)."""
     return records.sized() if isinstance(records, StoredRecords) else ((record, 0) for record in records)
 
 

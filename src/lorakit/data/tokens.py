@@ -2,10 +2,10 @@
 
 Any transformers tokenizer implements the protocol; this module does not import transformers.
 
-To limit memory use, a long text is tokenized in overlapping parts; the result is the same as for the whole text. If
-two parts have the same tokens in half of their overlap, the tokens that follow no longer depend on the text before the
-overlap, and the parts are joined there, between two words. If the tokens differ, the first part is extended, if
-necessary to the whole text.
+To limit memory use, a long text is tokenized in overlapping parts; the result is the same as if the whole text were
+tokenized at once. If two parts have the same tokens in half of their overlap, the tokens that follow no longer depend
+on the text before the overlap, and the parts are joined within that half, between two words. If the tokens differ, the
+first part is extended, if necessary to the whole text.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Tokenizer(Protocol):
 
 def token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Tokenize a text without adding special tokens."""
-    # verbose=False suppresses the warning about texts longer than the context; they are split or truncated later
+    # verbose=False suppresses the warning about texts longer than the context; such texts are split or truncated later
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
@@ -101,7 +101,7 @@ class _Source:
         """Return the next `characters` characters, or fewer at the end of the text."""
         held = [self._held]
         have = len(self._held)
-        while self._more and have <= characters:  # reads one character more than requested, to detect the end
+        while self._more and have <= characters:  # reads one extra character to detect the end of the text
             piece = next(self._pieces, None)
             self._more = piece is not None
             held.append(piece or "")

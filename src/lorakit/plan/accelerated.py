@@ -1,8 +1,9 @@
 """Activation memory of layers accelerated by `lorakit.speed.accelerate`.
 
-A decoder layer has two sublayers: norm, attention, residual; and norm, feed-forward, residual. If all its
-matmuls are plain (see `fused`), a sublayer runs as one autograd function; otherwise, it runs the model's own forward
-pass, and `activations` computes what it saves. This module does not depend on model families.
+A decoder layer has two sublayers, attention and feed-forward, each with a norm before it and a residual connection. A
+sublayer whose matmuls are all plain (see `fused`) runs as one autograd function. Any other sublayer runs the model's
+own forward pass, and `activations` computes the memory that this pass saves. This module does not depend on model
+families.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ SUBLAYERS = {"self_attn": "attention", "attn": "attention", "mlp": "feed-forward
 """Name of a decoder layer's child module -> the sublayer that contains it."""
 
 FLASH_FROM = 2048
-"""Minimum row length, in tokens, for attention on a CPU to save its output and one value per head and token."""
+"""Minimum row length, in tokens, at which attention on a CPU saves its output and one value per head and token."""
 
 CHUNK_ROWS, CHUNK_BYTES = 256, 48 << 20
-"""Maximum number of rows, and of bytes, of logits that exist at once on a CPU."""
+"""Maximum size of the logits that exist at once on a CPU, in rows and in bytes."""
 
 INNER = ("gate_proj", "up_proj", "c_fc")
 """Names of the feed-forward sites that read the norm's output."""
@@ -64,7 +65,9 @@ def fused(shape: ModelShape, counted: Count, quantized: bool) -> frozenset[tuple
 
 
 def norm(shape: ModelShape, job: Job) -> int:
-    """Return the bytes that a norm saves per token: its input and either rms, or mean and std. [docs/math.md (29)]
+    """Return the number of bytes that a norm saves per token. [docs/math.md (29)]
+
+    A norm saves its input and its statistics: rms, or mean and std.
 
     Args:
         shape: Shape of the model.
@@ -102,13 +105,13 @@ def sublayer_bytes(shape: ModelShape, sites: Sequence[SiteCount], name: str, dro
 
 
 def separate_input(shape: ModelShape, sites: Sequence[SiteCount], job: Job) -> int:
-    """Return the size in bytes of the input that a fused feed-forward saves if its norm is not fused.
+    """Return the size in bytes of the input that a fused feed-forward sublayer saves if its norm is not fused.
 
     The size is 0 if neither a factor A nor a recomputed matmul needs the input.
 
     Args:
         shape: Shape of the model.
-        sites: The adapter's sites in the feed-forward of one block.
+        sites: The adapter's sites in the feed-forward sublayer of one block.
         job: The job, which sets the batch size, row length and dtype.
     """
     needed = job.recompute == "feed-forward" or any(_reads_norm(site) and site.frozen_factor != "A" for site in sites)
@@ -116,10 +119,10 @@ def separate_input(shape: ModelShape, sites: Sequence[SiteCount], job: Job) -> i
 
 
 def transient(shape: ModelShape, job: Job) -> int:
-    """Return the size in bytes of gradients that exist at once in a fused layer's backward pass. [docs/math.md (29)]
+    """Return the size in bytes of the gradients that a fused layer's backward pass holds at once. [docs/math.md (29)]
 
-    They are the gradients of the residual stream before and after the sublayer, of the norm's output, and of either
-    gate and up or q, k, v and the attention output.
+    Gradients of the residual stream before and after the sublayer and of the norm's output are counted, plus the larger
+    of two groups: the gradients of gate and up, or those of q, k, v and the attention output.
 
     Args:
         shape: Shape of the model.
@@ -131,7 +134,7 @@ def transient(shape: ModelShape, job: Job) -> int:
 
 
 def recomputed_bytes(shape: ModelShape, fused: frozenset[tuple[str, str]], job: Job) -> int:
-    """Return the size in bytes of gate and up while the backward pass of a layer recomputes them. [docs/math.md (85)]
+    """Return the size in bytes of the gate and up outputs that a layer's backward pass recomputes. [docs/math.md (85)]
 
     Args:
         shape: Shape of the model.
@@ -143,7 +146,7 @@ def recomputed_bytes(shape: ModelShape, fused: frozenset[tuple[str, str]], job: 
 
 
 def recomputed_flops(shape: ModelShape, counted: Count, fused: frozenset[tuple[str, str]], job: Job) -> float:
-    """Return the FLOPs per token of recomputing gate and up in the backward pass. [docs/math.md (85)]
+    """Return the FLOPs per token to recompute gate and up in the backward pass. [docs/math.md (85)]
 
     The results of matmuls with A are saved; matmuls with B are recomputed.
 
@@ -166,7 +169,7 @@ def recomputed_flops(shape: ModelShape, counted: Count, fused: frozenset[tuple[s
 def skips_logits(shape: ModelShape, counted: Count) -> bool:
     """Return whether the loss is computed without storing all logits.
 
-    This requires a head that is neither trained nor adapted, and not tied to a trained table.
+    This requires a head that is neither trained nor adapted, nor tied to a trained embedding.
 
     Args:
         shape: Shape of the model.
@@ -180,7 +183,7 @@ def skips_logits(shape: ModelShape, counted: Count) -> bool:
 
 
 def chunk_rows(shape: ModelShape, job: Job) -> int:
-    """Return how many rows of logits exist at once: a multiple of 16, at most 256 or 48 MiB. [docs/math.md (35)]
+    """Return how many rows of logits exist at once: a multiple of 16, at most 256 rows and 48 MiB. [docs/math.md (35)]
 
     Args:
         shape: Shape of the model.
@@ -191,8 +194,9 @@ def chunk_rows(shape: ModelShape, job: Job) -> int:
 
 
 def loss_bytes(shape: ModelShape, job: Job) -> int:
-    """Return the number of bytes that the loss saves: the gradient of the hidden states, and the indices of rows that
-    contribute to the loss. [docs/math.md (35)]
+    """Return the number of bytes that the loss saves. [docs/math.md (35)]
+
+    The loss saves the gradient of the hidden states, and the indices of the tokens that contribute to the loss.
 
     Args:
         shape: Shape of the model.
@@ -202,10 +206,10 @@ def loss_bytes(shape: ModelShape, job: Job) -> int:
 
 
 def _inner(shape: ModelShape) -> int:
-    """Return the number of elements per token in the outputs of a feed-forward's first matmuls."""
+    """Return the number of elements per token in the outputs of the feed-forward sublayer's first matmuls."""
     return shape.intermediate * (2 if shape.gated else 1)
 
 
 def _reads_norm(site: SiteCount) -> bool:
-    """Return whether a site reads the output of the norm, rather than of attention or the activation function."""
+    """Return whether a site reads the norm's output, rather than that of attention or the activation function."""
     return site.path.rpartition(".")[2] in (*INNER, "q_proj", "k_proj", "v_proj", "c_attn")

@@ -2,7 +2,7 @@
 
 The values are exact for three model families: the tests count saved tensors with
 `torch.autograd.graph.saved_tensors_hooks`. Any other architecture is estimated as if it belonged to the most similar
-family, and a note in the plan mentions this. A frozen linear layer does not save its input; a trainable factor A does.
+family, and a note in the plan says so. A frozen linear layer does not save its input; a trainable factor A does.
 `memory` handles vocabulary-sized tensors.
 """
 
@@ -24,7 +24,7 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("ga
 """Sites of a block that read the same tensor, which is saved only once."""
 
 ATTENTION_OUTPUTS = ("o_proj", "attn.c_proj", "attention.output.dense")
-"""Sites whose input is saved by fused attention anyway."""
+"""Sites whose input fused attention saves in any case."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Activations:
-    """Memory that one batch saves for the backward pass.
+    """Activation memory of one batch: everything that its forward pass saves for the backward pass.
 
     Attributes:
         family: The family used for the estimate.
@@ -92,12 +92,12 @@ class Activations:
 
 
 def _rms_norm(width: int, _: int) -> int:
-    """Return the bytes saved per token: the input in fp32 (a copy if the model is in bf16) and one rstd value."""
+    """Return the number of bytes saved per token for the input in fp32 (a copy if the model is in bf16) and rstd."""
     return _FP32 * width + _FP32
 
 
 def _layer_norm(width: int, itemsize: int) -> int:
-    """Return the bytes saved per token: the input, mean and rstd, all in the model's dtype."""
+    """Return the number of bytes saved per token for the input, mean and rstd, all in the model's dtype."""
     return itemsize * (width + 2)
 
 
@@ -116,7 +116,7 @@ def _attention(shape: ModelShape, job: Job) -> int:
 
 
 def _llama_attention(shape: ModelShape, job: Job) -> int:
-    """Return the bytes saved by attention and, in Qwen3, the per-head norms; rotary embeddings add none per block."""
+    """Return the number of bytes saved by attention and, in Qwen3, the per-head norms; rotary embeddings add none."""
     normed = any(o.path.endswith("q_norm") for o in shape.others)
     per_token = _FP32 * (shape.query_width + shape.kv_width + shape.heads + shape.kv_heads) if normed else 0
     return job.batch_tokens * per_token + _attention(shape, job)
@@ -133,12 +133,12 @@ def _dropping_attention(shape: ModelShape, job: Job) -> int:
 
 
 def _tanh_gelu(shape: ModelShape, job: Job) -> int:
-    """Return the number of bytes saved for x, x/2, tanh and 1 + tanh, and by the dropout at the end."""
+    """Return the number of bytes saved by tanh-GELU (x, x/2, tanh and 1 + tanh) and by the dropout that follows."""
     return 4 * job.batch_tokens * job.dtype_bytes * shape.intermediate + _noise(shape, job)
 
 
 def _gelu(shape: ModelShape, job: Job) -> int:
-    """Return the number of bytes saved for the input of a fused GELU, and by the dropout at the end."""
+    """Return the number of bytes saved by a fused GELU (its input) and by the dropout that follows."""
     return job.batch_tokens * job.dtype_bytes * shape.intermediate + _noise(shape, job)
 
 
@@ -177,7 +177,7 @@ FAMILIES: tuple[Family, ...] = (_LLAMA, _GPT2, _BERT)
 
 
 def family_of(shape: ModelShape) -> tuple[Family, bool]:
-    """Return the family of an architecture, and whether the architecture belongs to it.
+    """Return the family used for an architecture, and whether the architecture is known to belong to it.
 
     Args:
         shape: Shape of the model. An unknown architecture counts as Llama-like if its MLP is gated, otherwise as
@@ -222,7 +222,7 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: S
     Args:
         shape: Shape of the base.
         counted: The adapter's parameter counts.
-        dropout: Value of `lora_dropout`; if above 0, each site saves its own dropped-out input and the mask.
+        dropout: Value of `lora_dropout`. If it is above 0, each site saves its input after dropout, and the mask.
         job: The job, which sets the batch size, row length and dtype.
         base: The quantized base, or None if the base is not quantized.
     """
@@ -256,7 +256,7 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: S
 def _of_sublayers(
     shape: ModelShape, counted: Count, dropout: float, job: Job, fused: frozenset[tuple[str, str]]
 ) -> Iterable[tuple[str, int]]:
-    """Yield (block, bytes) for each sublayer of each block; a fused sublayer includes its sites."""
+    """Yield (block, bytes) for each sublayer of each block; the bytes of a fused sublayer include its sites'."""
     family, _ = family_of(shape)
     within: dict[tuple[str | None, str | None], list[SiteCount]] = {}
     for site in counted.sites:
@@ -273,7 +273,7 @@ def _of_sublayers(
 
 
 def of_full(shape: ModelShape, job: Job) -> Activations:
-    """Return the activation memory of full fine-tuning, which also saves inputs of matmuls and normalized activations.
+    """Return the activation memory of full fine-tuning, which also saves matmul inputs and normalized activations.
 
     Args:
         shape: Shape of the model.
@@ -306,10 +306,12 @@ def _inner(shape: ModelShape, counted: Count) -> tuple[str, ...]:
 def _of_sites(
     shape: ModelShape, sites: Sequence[SiteCount], dropout: float, job: Job
 ) -> Iterable[tuple[str | None, int]]:
-    """Yield (block, bytes) for the inputs of A, then for each site's activation between A and B and casts of A and B.
+    """Yield (block, bytes) for everything that the given sites save.
 
-    A factor A frozen by LoRA-FA saves only the dropout mask, not its input. An expert's A sees the tokens routed to the
-    expert. For a bare matrix, each forward pass materializes and saves W₀ + s·B·A, and also saves the input.
+    The inputs of the A factors come first, followed by each site's activation between A and B and casts of A and B.
+    A factor A that is frozen by LoRA-FA saves only the dropout mask, not its input. An expert's A receives only the
+    tokens routed to that expert. For a bare matrix, each forward pass materializes W₀ + s·B·A and saves both it and the
+    input.
     """
     tokens, itemsize = job.batch_tokens, job.dtype_bytes
     dense = [site for site in sites if site.kind != EMBEDDING]
@@ -334,9 +336,9 @@ def _of_sites(
 def _of_base(
     shape: ModelShape, counted: Count, dropout: float, job: Job, base: StoredBase | None
 ) -> Iterable[tuple[str | None, int]]:
-    """Yield (block, bytes) for what the matmuls of a quantized base save: dequantized weights or inputs.
+    """Yield (block, bytes) for what the matmuls of a quantized base save: their dequantized weights or their inputs.
 
-    An input that a factor A also saves is counted once, unless A sees it after dropout.
+    An input that a factor A also saves is counted only once, unless dropout is applied before A.
     """
     if base is None or base.storage.keeps == "nothing":
         return
@@ -353,7 +355,7 @@ def _of_base(
 
 
 def _dequantized(counted: Count, job: Job, base: StoredBase) -> int:
-    """Return the size in bytes of the largest weight, dequantized for its matmul or, in fp32, for DoRA's norm."""
+    """Return the size in bytes of the largest dequantized weight: for its matmul, or in fp32 for DoRA's norm."""
     if counted.magnitudes:
         return _FP32 * base.largest
     return 0 if base.storage.keeps == "weight" else job.dtype_bytes * base.largest
@@ -373,13 +375,15 @@ def _distinct_inputs(
 
 
 def _input_of(path: str) -> tuple[str, str]:
-    """Return a key for the input of a site or bare weight: its parent and the first name of those sharing it."""
+    """Return a key for a site's or bare weight's input: its parent, and the first name of modules with that input."""
     parent, _, name = path.removesuffix(".weight").rpartition(".")
     return parent, next((group[0] for group in SHARED_INPUTS if name in group), name)
 
 
 def _transient(shape: ModelShape, job: Job) -> int:
-    """Return the size in bytes of the gradients of the residual stream, its branch, an inner matmul and its operands.
+    """Return the size in bytes of the gradients that exist at once in the backward pass of one unfused block.
+
+    These are the gradients of the residual stream and its branch, and of an inner matmul's output and operands.
 
     Attention dropout adds the gradients of two attention maps.
     """

@@ -17,7 +17,7 @@ from lorakit.tables import format_bytes
 UNITS = {"": 1, "b": 1}
 UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", 1)}
 UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)}
-"""Unit in lower case -> bytes."""
+"""Lowercase unit -> size in bytes."""
 
 SIZE_FORM = "write a number and a unit, such as 4GiB or 800MB"
 """Hint on how to write a size, for messages."""
@@ -44,10 +44,10 @@ def within(plan: Plan, budget_bytes: int) -> tuple[Plan, str]:
 
     Args:
         plan: The plan of a job; its recomputation setting is replaced.
-        budget_bytes: Memory limit of a step, including weights.
+        budget_bytes: Memory limit of a step in bytes, including weights.
 
     Returns:
-        The plan of the same job with that setting, and a message that states the choice and the reason for it.
+        The plan of the same job with that setting, and a message that gives the setting and the reason for it.
 
     Raises:
         ConfigError: No setting fits; the message suggests changes.
@@ -58,12 +58,12 @@ def within(plan: Plan, budget_bytes: int) -> tuple[Plan, str]:
         peak = made.lora.memory.peak_bytes
         if peak <= budget_bytes:
             without = "".join(f"; --recompute {other} needs {format_bytes(size)}" for other, size in reversed(tried))
-            reason = f"--recompute {recompute} is the cheapest that fits ({format_bytes(peak)}){without}"
+            reason = f"--recompute {recompute} is the cheapest setting that fits ({format_bytes(peak)}){without}"
             return made, f"memory budget {format_bytes(budget_bytes)}: {reason}"
         tried.append((recompute, peak))
     recompute, least = min(tried, key=lambda pair: pair[1])
     raise ConfigError(
-        f"the job does not fit a memory budget of {format_bytes(budget_bytes)}: it needs at least "
+        f"the job does not fit in a memory budget of {format_bytes(budget_bytes)}: it needs at least "
         f"{format_bytes(least)}, with --recompute {recompute}. {_what_would(plan, budget_bytes)}",
         what=format_bytes(budget_bytes),
         field="memory_budget",

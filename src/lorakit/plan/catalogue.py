@@ -1,8 +1,7 @@
 """Catalog of published models: sizes, exact parameter counts, and their sources.
 
 Sizes come from each model's config.json; tied weights are counted once. The tests build every entry with transformers
-on the meta device and compare the counts and sites. This module does not handle cost, adapters or
-files.
+on the meta device and compare the counts and sites. This module does not handle costs, adapters or files.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ class Entry:
     """A published model.
 
     Attributes:
-        names: Accepted names, not case-sensitive; the first is the display name.
+        names: Accepted names, which are not case-sensitive; the first is the display name.
         family: Function in `lorakit.architectures.shapes` that builds the shape.
         parameters: Exact number of parameters; tied weights count once.
         sizes: Sizes in the model's config.json.

@@ -1,6 +1,6 @@
 """Plan a run from a model's shape, a config, a job and, optionally, a speed.
 
-`estimate` combines parameter counts, memory, FLOPs and time, which other modules compute, with file sizes. This module
+`estimate` combines file sizes with parameter counts, memory, FLOPs and time, which other modules compute. This module
 does not print plans, build shapes or measure speed.
 """
 
@@ -111,7 +111,7 @@ class Plan:
         counted: Counts of trainable parameters.
         reasons: Messages that explain the counts.
         lora: Cost of the run.
-        full: Cost of fully fine-tuning the same model in the same job.
+        full: Cost of fully fine-tuning the same model with the same job.
         files: Sizes on disk.
         ranks: The rank table, or None if no ranks were given.
         notes: Further remarks for the user.
@@ -130,7 +130,7 @@ class Plan:
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the whole plan as JSON values, with the same content as the plan's text."""
+        """Return the whole plan as JSON values, with everything that the text form contains."""
         shape, counted = self.shape, self.counted
         return {
             "model": {name: getattr(shape, name) for name in _MODEL_FIELDS},
@@ -183,7 +183,7 @@ def estimate(
         ConfigError: The config has no targets or contains an invalid pattern.
     """
     job = job or Job()
-    job = job if activations.packs(shape) else dataclasses.replace(job, mean_tokens=None)  # if unpacked, padding counts
+    job = job if activations.packs(shape) else dataclasses.replace(job, mean_tokens=None)  # unpacked: padding counts
     shape = replicated(shape, config.layer_replication)
     config = dataclasses.replace(config, layer_replication=None)
     counted = params.count(shape, config, allow_partial=allow_partial, optimizer=job.optimizer)
@@ -219,8 +219,8 @@ def _token_seconds(shape: ModelShape, counted: Count, costs: Flops, job: Job, sp
 def _rates(speed: Speed | None, lora: Flops, full: Flops, seconds: float | None) -> tuple[float | None, float | None]:
     """Return the tokens per second of LoRA and of full fine-tuning, which is never accelerated.
 
-    If the speed is given in tokens per second, it is the rate of LoRA; the rate of full fine-tuning is derived from it
-    in proportion to the FLOPs.
+    A speed given in tokens per second is treated as that of LoRA; the speed of full fine-tuning is derived from it by
+    the ratio of the FLOPs.
     """
     if speed is None:
         return None, None
@@ -248,14 +248,14 @@ def _notes(
         )
     elif speed.tokens_per_second is None:
         yield (
-            f"Times assume {format_percent(speed.utilisation, 0)} of the measured matmul speed, which small models "
-            "reach on a CPU; the first steps of the run give a more accurate estimate."
+            f"Times assume {format_percent(speed.utilisation, 0)} of the measured matmul speed, as is typical of "
+            "small models on a CPU; the first steps of the run give a more accurate estimate."
         )
     if shape.fused or any(site.experts > 1 for site in counted.sites):
         through = f"{shape.experts_per_token} experts" if shape.experts_per_token else "all experts"
         yield (
-            f"Memory and time of experts assume that each token passes through {through} per layer and that A and B "
-            "run alongside the experts, as with transformers' own modules; a module that does not expose the tokens of "
+            f"Memory and time estimates assume that each token passes through {through} per layer and that A and B "
+            "run alongside the experts, as in transformers' own modules; a module that does not expose the tokens of "
             "each expert copies the whole weight in each forward pass."
         )
 
@@ -295,7 +295,7 @@ def reasons(counted: Count, config: LoraConfig) -> list[str]:
     idle = dropout + (', and bias "none" adds none.' if config.bias == "none" else ".")
     messages += [_sum(counted), idle, *config.notes_on_own_numbers(counted.own_numbers)]
     if counted.frozen:
-        messages.append(f"One factor of each site is frozen; these {counted.frozen:,} parameters are not included.")
+        messages.append(f"One factor of each site is frozen; its {counted.frozen:,} parameters are not included.")
     for path, count in counted.saved.items():
         messages.append(f"{path} is a saved module with {count:,} parameters.")
     for path, count in counted.rows.items():
@@ -316,7 +316,7 @@ def _entry(entry: str, groups: list[Group]) -> str:
         return f"{entry!r} matches every dense layer except the output head: {'; '.join(parts)}."
     attention = [g.label for g in groups if "attn" in g.label or "attention" in g.label]
     mlp = [g.label for g in groups if "mlp" in g.label]
-    where = ", in the attention and in the MLP" if attention and mlp else ""
+    where = ", in the attention and MLP blocks" if attention and mlp else ""
     return f"{entry!r} matches {len(groups)} different modules{where}: {' and '.join(parts)}."
 
 

@@ -4,7 +4,7 @@ One multiply-add counts as two FLOPs. Matmuls and attention are counted; norms, 
 they take time but hardly any FLOPs.
 
 In an accelerated step, matmuls run at nearly the measured matmul rate. Norms, activations, rotary embeddings and the
-softmaxes of attention and loss take a fixed time per element read or written, which faster matmuls do not reduce. This
+softmaxes of attention and loss take a fixed time per element read or written, no matter how fast the matmuls are. This
 module does not measure speed; the matmul rate and the number of threads are inputs.
 """
 
@@ -69,10 +69,10 @@ def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
     """Return the FLOPs per token of LoRA training. [docs/math.md (32)]
 
     Frozen weights need no gradient, so the backward pass of a matmul is one matmul (dX), not two. The factors add
-    2r(in + out) in the forward pass and twice that in the backward pass, for each expert that a token passes through; n
-    token rows of a head add 2n·in in the same way. B·A is added to a bare matrix once per batch, and the gradient of
-    the whole matrix is computed. The result is slightly too high, because no dX is computed below the first adapted
-    site.
+    2r(in + out) FLOPs in the forward pass and twice that in the backward pass, for each expert that a token passes
+    through. Each trainable token row of a head adds 2·in FLOPs in the forward pass and twice that in the backward
+    pass. B·A is added to a bare matrix once per batch, and the gradient of the whole matrix is computed. The
+    result is slightly too high, because it includes dX below the first adapted site, where none is computed.
 
     Args:
         shape: Shape of the base.
@@ -119,25 +119,25 @@ def _recomputation(shape: ModelShape, forward: float, job: Job) -> float:
 
 
 MATMUL_UTILIZATION = 0.88
-"""Fraction of the calibrated rate that the matmuls of a whole step reach, taken from the row "GEMM baseline" of
+"""Fraction of the calibrated rate that the matmuls of a whole step reach, from the "GEMM baseline" row of
 `benchmarks/bench_step.py`.
 """
 
 SECONDS_PER_ELEMENT = 0.9e-9
-"""Thread seconds per element read or written outside matmuls, including Python and allocation.
+"""Thread-seconds per element read or written outside matmuls, including the time for Python and allocation.
 
-From the row "lorakit" of `benchmarks/bench_step.py` (SmolLM2-135M, bf16, 4 × 256 tokens, 2 threads of a CPU without
-matrix units, dropout 0.05), minus the time of the matmuls.
+The value is from the "lorakit" row of `benchmarks/bench_step.py` (SmolLM2-135M, bf16, 4 × 256 tokens, 2 threads of a
+CPU without matrix units, dropout 0.05), minus the time of the matmuls.
 """
 
 LOGITS = 6
-"""Reads and writes per element of the logits: by the matmul, the casts to fp32 and back, and softmax."""
+"""Number of reads and writes per logit: by the matmul, the casts to fp32 and back, and softmax."""
 
 
 def elements(shape: ModelShape, job: Job) -> float:
     """Return how many elements per token an accelerated step reads or writes outside matmuls. [docs/math.md (37)]
 
-    The result is slightly too high for a model without rotary embeddings, or if some tokens do not contribute to the
+    The result is slightly too high if the model has no rotary embeddings, or if some tokens do not contribute to the
     loss.
 
     Args:

@@ -1,4 +1,4 @@
-"""Inputs of a plan other than the model and the adapter: the training job and the machine's speed.
+"""Inputs to a plan other than the model and the adapter: the training job and the machine's speed.
 
 This module does not depend on models and does not measure anything.
 """
@@ -20,19 +20,20 @@ DTYPE_NAMES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16"
 """Short name of a dtype -> full name."""
 
 OPTIMIZERS = ("adamw", "lorafa")
-"""AdamW for all trained parameters, or LoRA-FA, which freezes the factor that is not initialized to zero and uses
+"""AdamW for all trainable parameters, or LoRA-FA, which freezes the factor that is not initialized to zero and uses
 AdamW for the rest.
 """
 
 RECOMPUTED = ("none", "feed-forward", "layers")
-"""Choices of what the backward pass recomputes, cheapest first: only elementwise results; also the outputs of the first
-matmuls in each fused feed-forward block; everything except the input of each layer."""
+"""What the backward pass can recompute, cheapest first: only elementwise results ("none"); also the outputs of the
+first matmuls in each fused feed-forward block ("feed-forward"); everything except the input of each layer ("layers").
+"""
 
 UTILIZATION = 0.4
 """Fraction of the measured matmul speed that a training step of an unmodified transformers model reaches on a CPU.
 
-Measured for one step with the dimensions of SmolLM2-135M: 0.45 where bf16 matmuls are slow (AVX-512), 0.27 where they
-are fast (AMX), since norms, softmax, activations and the allocator take time as well.
+Measured for one step with the dimensions of SmolLM2-135M: 0.45 on a CPU with slow bf16 matmuls (AVX-512), and 0.27 on
+one with fast matmuls (AMX), where norms, softmax, activations and the allocator take just as long.
 """
 
 
@@ -50,14 +51,14 @@ class Job:
             the two factors.
         recompute: What the backward pass recomputes, one of `RECOMPUTED`.
         quantization: A name in `plan.quantized.STORAGES`, or None for a base in `dtype`.
-        double_quantization: Whether to quantize the scales too, if that storage supports it.
+        double_quantization: Whether to quantize the scales too, if the storage format supports it.
         accelerated: Whether to use the fused forward passes of `lorakit.speed.accelerate` and compute the loss without
             storing all logits, as `lorakit train` does by default, instead of transformers' own forward passes.
         mean_tokens: Mean number of tokens per row, excluding padding, or None if unknown. Accelerated rows are packed,
-            so padding takes no time; otherwise, padding tokens count like any others.
+            so padding takes no time; in other jobs, padding tokens count like any others.
 
     Raises:
-        ConfigError: A value is below 1, mean_tokens is above length_tokens, or dtype, optimizer, recompute or
+        ConfigError: A value is below 1, `mean_tokens` is above `length_tokens`, or dtype, optimizer, recompute or
             quantization is unknown.
     """
 
@@ -102,7 +103,7 @@ class Job:
 
     @property
     def step_tokens(self) -> int:
-        """Return the number of tokens in an optimizer step, including any padding processed. [docs/math.md (36)]"""
+        """Return the number of tokens in an optimizer step, including padding if processed. [docs/math.md (36)]"""
         each = self.mean_tokens if self.accelerated and self.mean_tokens is not None else self.length_tokens
         return round(self.batch_rows * each) * self.accumulation
 
@@ -114,7 +115,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Speed:
-    """Speed of a machine; one of the two rates is enough, and tokens_per_second takes precedence.
+    """Speed of a machine; one of the two rates is enough, and `tokens_per_second` takes precedence.
 
     Attributes:
         flops_per_second: Matmul FLOPs per second in the job's dtype, one multiply-add counted as two.
@@ -170,23 +171,23 @@ def recomputed(recompute: str, gradient_checkpointing: bool, memory_budget: str 
     """
     if gradient_checkpointing and recompute == "feed-forward":
         raise ConfigError(
-            "gradient_checkpointing and recompute feed-forward are mutually exclusive: the former is the same "
-            "as recompute layers. Remove one.",
+            "gradient_checkpointing and recompute=feed-forward are mutually exclusive: the former is the same "
+            "as recompute=layers. Remove one.",
             what=recompute,
             field="recompute",
         )
     chosen = "layers" if gradient_checkpointing else recompute
     if memory_budget is not None and chosen != "none":
         raise ConfigError(
-            f"memory_budget and recompute {chosen} are mutually exclusive: the budget chooses what is recomputed. "
+            f"memory_budget and recompute={chosen} are mutually exclusive: the budget chooses what is recomputed. "
             "Remove one.",
             what=chosen,
             field="memory_budget",
         )
     if chosen == "feed-forward" and not accelerated:
         raise ConfigError(
-            "recompute feed-forward needs accelerated forward passes; a model's own forward pass can recompute only "
-            "whole layers. Use recompute layers, or remove --no-accelerate.",
+            "recompute=feed-forward needs accelerated forward passes; a model's own forward pass can recompute only "
+            "whole layers. Use recompute=layers, or remove --no-accelerate.",
             what=chosen,
             field="recompute",
             allowed=("none", "layers"),

@@ -1,8 +1,8 @@
 """Estimate the memory of a training step by cause, with formulas, and find the moment of the peak.
 
-The estimate covers the tensors that the program holds and is exact to the byte where the formula is exact. The
-allocator may hold more: glibc, as configured by the command line, keeps freed blocks, including gaps that are too small
-for later blocks (`ALLOCATOR_NOTE`). This module does not handle time or files.
+The estimate covers the tensors that the program holds. It is exact to the byte wherever the formula is exact. The
+allocator may hold more memory: glibc, as configured by the command line, keeps freed blocks, including gaps that are
+too small for later blocks (`ALLOCATOR_NOTE`). This module does not handle time or files.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Memory:
     notes: tuple[str, ...]
 
     def bytes_of(self, cause: str) -> int:
-        """Return the largest size of a cause, in bytes.
+        """Return the largest amount of memory attributed to a cause, in bytes.
 
         Args:
             cause: A cause, as in `Line.cause`.
@@ -79,7 +79,7 @@ class Memory:
 
     @property
     def above_weights_bytes(self) -> int:
-        """Return the peak in bytes, excluding all weights: how much a process grows after it has loaded them."""
+        """Return the peak in bytes, excluding all weights: how much a process grows after the weights are loaded."""
         return self.peak_bytes - self.bytes_of("weights") - self.bytes_of("adapter")
 
 
@@ -122,7 +122,7 @@ def _weights(shape: ModelShape, itemsize: int, base: StoredBase | None) -> Line:
 
 
 def of_full(shape: ModelShape, job: Job) -> Memory:
-    """Return the memory of fully fine-tuning the same model: 16 bytes per parameter, plus activations.
+    """Return the memory of full fine-tuning: 16 bytes per parameter, plus activations.
 
     In fp32, a weight, its gradient and two moments take 4 bytes each. In bf16 or fp16, the weight and its gradient take
     2 bytes each, and the fp32 master copy and two moments of mixed-precision training take 4 bytes each.
@@ -162,7 +162,7 @@ def logits_bytes(shape: ModelShape, job: Job) -> int:
 
 
 def _logits(shape: ModelShape, job: Job, without: bool) -> Line:
-    """Return the peak memory of the loss: vocabulary-sized tensors or, if computed in chunks, one chunk of logits."""
+    """Return the peak memory of the loss: vocabulary-sized tensors or, if the loss is chunked, one chunk of logits."""
     size, tokens = logits_bytes(shape, job), job.batch_tokens
     if without:
         rows = accelerated.chunk_rows(shape, job)

@@ -1,8 +1,8 @@
 """Count trainable parameters exactly: by site, shape, kind and rank.
 
-`lorakit.targets` selects the sites that a config names, as it does when an adapter is attached; this module only
-counts. Trainable token rows (`trainable_token_indices`) are included; modules that share a table's weight also share
-its rows, which are counted once. This module does not handle bytes, time or files.
+`lorakit.targets` selects the sites that a config names, just as when an adapter is attached; this module only counts
+parameters. Trainable token rows (`trainable_token_indices`) of embeddings and output heads are included; the rows of
+tied weights are counted only once. This module does not handle bytes, time or files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lorakit.targets.layer_types import EMBEDDING, LINEAR, PARAMETER
 
 
 def trained_rows(shape: ModelShape, config: LoraConfig, adapted: Collection[str]) -> dict[str, int]:
-    """Return the number of parameters in the token rows that a config trains, for each table.
+    """Return the number of parameters in the token rows that a config trains, for each embedding or output head.
 
     Args:
         shape: Shape of the model.
@@ -28,10 +28,10 @@ def trained_rows(shape: ModelShape, config: LoraConfig, adapted: Collection[str]
         adapted: Paths of the sites with factors.
 
     Returns:
-        Path of a table -> rows × width.
+        Path of the embedding or head -> rows × width.
 
     Raises:
-        TargetError: A name matches no table, or a table also has LoRA factors.
+        TargetError: A name matches no embedding or head, or a matching module also has LoRA factors.
     """
     named = _named(shape, config.trainable_token_indices)
     found: dict[str, int] = {}
@@ -71,13 +71,13 @@ def with_new_tokens(shape: ModelShape, config: LoraConfig, tokens: int) -> LoraC
 
 
 def read_out(shape: ModelShape, rows: Mapping[str, int]) -> int:
-    """Return the number of parameters in token rows that are multiplied with every hidden state.
+    """Return the number of parameters in token rows that are multiplied by every hidden state.
 
     These are the trainable rows of heads and of embeddings tied to a head.
 
     Args:
         shape: Shape of the model.
-        rows: Path of a table -> parameters in its trainable token rows.
+        rows: Path of an embedding or head -> number of parameters in its trainable token rows.
     """
     heads = {path for s in shape.sites if s.kind != EMBEDDING for path in (s.path, s.tied_to)}
     return sum(count for path, count in rows.items() if path in heads)
@@ -213,11 +213,11 @@ class Count:
 
     Attributes:
         base: Number of parameters in the base; shared parameters count once.
-        sites: The sites, in the model's order.
+        sites: The sites, in model order.
         saved: Path -> number of parameters, for each saved module (`modules_to_save`).
         biases: Number of parameters in trained biases of the base.
-        rows: Path -> number of parameters in trainable token rows (`trainable_token_indices`), for each table; tied
-            rows count once.
+        rows: Path -> number of parameters in trainable token rows (`trainable_token_indices`), for each embedding or
+            output head; tied rows count once.
         missing: Target entries that match nothing, if `count` was called with `allow_partial`.
         notes: Notes from `lorakit.targets` for the user.
     """
@@ -257,7 +257,10 @@ class Count:
 
     @property
     def trainable(self) -> int:
-        """Return the number of trainable parameters, with saved modules, biases and token rows. [docs/math.md (10)]"""
+        """Return the number of trainable parameters. [docs/math.md (10)]
+
+        Saved modules, biases and token rows are included.
+        """
         return self.factors - self.frozen + self.own_numbers + self.copied + self.biases + self.row_parameters
 
     @property
@@ -276,7 +279,7 @@ class Count:
         return self.trainable / self.base if self.base else 0.0
 
     def groups(self) -> list[Group]:
-        """Return the sites grouped by everything except their layer, in the model's order."""
+        """Return the sites grouped by everything except their layer, in model order."""
         labels = short_roles(site.path for site in self.sites)
         gathered: dict[tuple[object, ...], list[SiteCount]] = {}
         for site in self.sites:
@@ -328,13 +331,13 @@ def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False,
 
 
 def candidates(shape: ModelShape) -> list[Candidate]:
-    """Return everything in a model that targets may name; modules other than sites are used in errors.
+    """Return everything in a model that targets may name, including unsupported modules (for error messages).
 
     Args:
         shape: Shape of the model.
 
     Returns:
-        Sites first, in the model's order, then modules that do not support LoRA.
+        Sites first, in model order, then modules that do not support LoRA.
     """
     found = [Candidate(s.path, s.kind, s.kind, s.dense, s.out_features, s.in_features) for s in shape.sites]
     found += [Candidate(other.path, None, "module without a weight matrix") for other in shape.others]
@@ -343,7 +346,7 @@ def candidates(shape: ModelShape) -> list[Candidate]:
 
 
 def _site_count(match: Match, size: tuple[int, int, int], config: LoraConfig, optimizer: str) -> SiteCount:
-    """Count a site of size (experts, out, in): a module, or a bare parameter with one or more matrices."""
+    """Count a site's parameters, given its size (experts, out, in); a single matrix counts as one expert."""
     experts, out_features, in_features = size
     own = 0 if match.parameter else config.own_numbers(match_path(match), match.rank, out_features, in_features)
     return SiteCount(
@@ -417,7 +420,7 @@ class RankRow:
         out_features: Rows of the weight.
         in_features: Columns of the weight.
         sites: Number of sites with this shape.
-        each: Number of trainable parameters of one such site, for each rank.
+        each: Number of trainable parameters at one such site, for each rank.
     """
 
     labels: tuple[str, ...]

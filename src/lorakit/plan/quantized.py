@@ -31,7 +31,8 @@ class Storage:
         bits: Bits per element, without scales.
         kinds: Kinds of modules that the format supports.
         doubles: Whether the scales can be quantized too (double quantization).
-        keeps: What the matmul saves for backward: "nothing", its "input", or the "weight" in the compute dtype.
+        keeps: What the matmul saves for the backward pass: "nothing", its "input", or the "weight" in the compute
+            dtype.
         size: (rows, columns, bytes per element in the compute dtype, double quantization) -> size in bytes.
     """
 
@@ -156,7 +157,7 @@ def stored_as(name: str | None, double: bool = True) -> Quantization | None:
 
 
 def quantized_sites(shape: ModelShape, storage: Storage) -> tuple[SiteShape, ...]:
-    """Return the modules of a model that are quantized: those that "all-linear" selects, excluding the output head.
+    """Return the modules that are quantized: those that "all-linear" selects and that the format supports.
 
     Args:
         shape: Shape of the model.
@@ -195,11 +196,11 @@ def stored(shape: ModelShape, name: str, itemsize: int, double: bool) -> StoredB
     Args:
         shape: Shape of the base.
         name: A name in `STORAGES`.
-        itemsize: Bytes per element of unquantized weights and of the computation.
+        itemsize: Bytes per element of unquantized weights and in the computation.
         double: Whether to quantize the scales too, if the format supports it.
 
     Raises:
-        ConfigError: The name is unknown, or no module of this model can be stored this way.
+        ConfigError: The name is unknown, or no module of this model can be stored in this format.
     """
     storage = storage_named(name)
     sites = quantized_sites(shape, storage)
@@ -207,7 +208,7 @@ def stored(shape: ModelShape, name: str, itemsize: int, double: bool) -> StoredB
         raise ConfigError(
             f"{shape.name}: quantization {name!r} supports {' and '.join(storage.kinds)} modules, and this "
             f"{shape.architecture} has none apart from its output head. Omit quantization, or use a format "
-            "that this model supports "
+            "that supports this model "
             f"({', '.join(s.name for s in STORAGES if quantized_sites(shape, s)) or 'there is none'}).",
             what=name,
             where=shape.name,
