@@ -166,7 +166,7 @@ DEFAULTS: dict[str, Default] = {
     "double_quantization": Default(
         "Also quantize the scales of nf4 and fp4", True, "saves 0.37 bits per parameter and adds almost no error", "on"
     ),
-    "seed": Default("Seed for all randomness: initial A, dropout, data order and the held-out split", 0, "makes runs reproducible"),
+    "seed": Default("Seed for all randomness: initial A, dropout, data order and split", 0, "makes runs reproducible"),
     "device": Default("Select the device: cpu, cuda, cuda:N, mps or auto", "auto", "an accelerator if available"),
     "recompute": Default(
         "Recompute activations in the backward pass: none, feed-forward (the outputs of the gate and up projections) "
@@ -199,7 +199,7 @@ DEFAULTS: dict[str, Default] = {
     ),
     # evaluation and checkpoints
     "eval_steps": Default(
-        "Evaluate every N steps", None, "ten evaluations are enough to show the trend of the loss", "a tenth of the run", int
+        "Evaluate every N steps", None, "ten evaluations show how the loss changes", "a tenth of the run", int
     ),
     "save_steps": Default(
         "Save a checkpoint every N steps", None, "limits how much work a crash can lose", "same as --eval-steps", int

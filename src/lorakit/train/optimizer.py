@@ -193,7 +193,7 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, named: Named, tensors: 
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Entries of a tensor's state that have the tensor's shape; the remaining entry, "step", counts the tensor's updates."""
+"""Entries of a tensor's state that have the tensor's shape; the remaining entry, "step", counts updates."""
 
 _ALIGNED = 16
 _RUN = {"cpu": 1 << 20, "cuda": 1 << 24}  # elements per run; on a CPU, 4 MB stays in the cache until AdamW reads it
@@ -292,7 +292,7 @@ class _Flat:
             raise RunError("trainable tensors share memory; build the optimizer after replacing tensors.")
 
     def gather(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Copy values and state that were replaced (`p.data = …`, `load_state_dict`) to the buffers; create missing state."""
+        """Copy replaced values and state (`p.data = …`, `load_state_dict`) into the buffers, and create missing state."""
         if self._replaced():
             self._pack()
         for i, p in enumerate(self.members):

@@ -1,4 +1,4 @@
-"""Inputs of a run that are read and checked before weights are loaded: device, data, new tokens, and the base's shape.
+"""Read and check the inputs of a run before any weights are loaded: device, data, new tokens, and the base's shape.
 
 A failed check raises an error that names the problem.
 """
@@ -28,7 +28,7 @@ from lorakit.train.settings import TrainSettings
 
 
 class SavedTokenizer(data.Tokenizer, Protocol):
-    """The part of a transformers tokenizer that training runs and commands use."""
+    """The part of the transformers tokenizer interface that training runs and commands use."""
 
     def get_vocab(self) -> dict[str, int]:
         """Return all tokens with their ids."""
@@ -44,7 +44,7 @@ class Forecast:
     Attributes:
         shape: The base's shape.
         config: The adapter's config.
-        max_length: Maximum sequence length: the setting, or the model's limit if the setting is the default.
+        max_length: Maximum sequence length: the setting, or the model's limit if the default exceeds that limit.
         notes: Messages to print.
         new_tokens: Tokens added to the vocabulary, or None.
     """
@@ -98,7 +98,7 @@ def max_length_for(shape: plan.ModelShape, wanted: int) -> int:
 
     Args:
         shape: The model's shape.
-        wanted: The setting; if it is the default, it is reduced to the model's limit.
+        wanted: The setting; only the default is reduced to the model's limit.
 
     Returns:
         `wanted`, or the model's limit.
@@ -121,7 +121,7 @@ def max_length_for(shape: plan.ModelShape, wanted: int) -> int:
 
 @dataclass(frozen=True)
 class RunBatches:
-    """The data of a run, in batches.
+    """The data of a run, split into batches.
 
     Attributes:
         loader: Endless iterator over the training batches, in a seeded order.
@@ -171,7 +171,7 @@ def pick_device(word: str) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        found = f"{count} CUDA devices" if device.index >= count else ""
+        found = f"{count} CUDA device(s)" if device.index >= count else ""
     elif device.type == "mps" and not torch.backends.mps.is_available():
         found = "no MPS device"
     if found:
@@ -253,7 +253,7 @@ class NewTokens:
     rows: tuple[int, ...]
 
     def unseen(self, loader: data.Loader) -> tuple[str, ...]:
-        """Return a warning about new tokens that do not occur in the training data, if any; their rows are not trained.
+        """Return a warning about new tokens whose rows are not trained because the training data lacks them.
 
         Args:
             loader: The loader of the training data.
@@ -261,7 +261,7 @@ class NewTokens:
         seen = Counter(number for sequence in loader.sequences for number in sequence.input_ids)
         never = ", ".join(token for token, number in self.added.ids.items() if not seen[number])
         return (
-            (f"These new tokens are not in the training data, so their rows stay untrained: {never}.",) if never else ()
+            (f"These new tokens are not in the training data, so their rows remain untrained: {never}.",) if never else ()
         )
 
 

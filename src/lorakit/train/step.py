@@ -49,7 +49,7 @@ class Schedule:
             step: Step number, starting at 0.
 
         Returns:
-            The rate, which is at most `peak`, and above 0 for every step of the run.
+            The rate, which is at most `peak` and, for every step of the run, above 0.
         """
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps

@@ -181,7 +181,7 @@ def _newest_checkpoint(spec: RunSpec, progress: Progress) -> tuple[Path | None, 
 
 def _enable_checkpointing(model: nn.Module) -> None:
     """Enable non-reentrant gradient checkpointing; recomputation uses the original adapter routing."""
-    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # transformers' new name, then the old one
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # newest name first
     enable = next(getattr(model, name) for name in names if hasattr(model, name))
     try:
         enable({"use_reentrant": False, "context_fn": core.checkpoint_contexts(model)})
