@@ -207,7 +207,7 @@ def test_tokens_that_the_data_does_not_have(
 ) -> None:
     assert _train(base(), texts, tmp_path / "run", tokens="<think> <never>") == 0
     assert (
-        "These new tokens are not in the training data, so their rows remain untrained: <never>"
+        "These new tokens are not in the training data, so their rows stay untrained: <never>"
         in capsys.readouterr().out
     )
 

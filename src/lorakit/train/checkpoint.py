@@ -44,7 +44,7 @@ class TrainState:
         step: Number of optimizer steps taken.
         data: Position in the data, from `Loader.state`.
         evaluated_step: The last evaluated step, or -1.
-        best_step: The step with the lowest evaluation loss, or None; step 0 does not count, because the base has that loss.
+        best_step: The step with the lowest evaluation loss, not counting step 0 (the base), or None.
         best_loss: Evaluation loss at `best_step`, or None.
         first_loss: Evaluation loss before the first step, or None.
         last_loss: The latest evaluation loss, or None.

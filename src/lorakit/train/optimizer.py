@@ -292,7 +292,7 @@ class _Flat:
             raise RunError("trainable tensors share memory; build the optimizer after replacing tensors.")
 
     def gather(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Copy replaced values and state (`p.data = …`, `load_state_dict`) into the buffers, and create missing state."""
+        """Copy replaced values and state (`p.data = …`, `load_state_dict`) into the buffers; create missing state."""
         if self._replaced():
             self._pack()
         for i, p in enumerate(self.members):

@@ -253,7 +253,7 @@ class NewTokens:
     rows: tuple[int, ...]
 
     def unseen(self, loader: data.Loader) -> tuple[str, ...]:
-        """Return a warning about new tokens whose rows are not trained because the training data lacks them.
+        """Return a warning if the training data lacks any of the new tokens, so that their rows stay untrained.
 
         Args:
             loader: The loader of the training data.
@@ -261,7 +261,7 @@ class NewTokens:
         seen = Counter(number for sequence in loader.sequences for number in sequence.input_ids)
         never = ", ".join(token for token, number in self.added.ids.items() if not seen[number])
         return (
-            (f"These new tokens are not in the training data, so their rows remain untrained: {never}.",) if never else ()
+            (f"These new tokens are not in the training data, so their rows stay untrained: {never}.",) if never else ()
         )
 
 
