@@ -1,7 +1,7 @@
 """Sources of settings: flags, a YAML file, and the record of a resumed run.
 
-Flags override the file, and settings given in neither are taken from the run being resumed. This module uses only the
-names of settings, not their meanings.
+Flags override the file; if a run is resumed, settings given in neither are taken from that run. This module uses only
+the names of settings, not their meanings.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def read_settings_file(path: str | Path) -> dict[str, Any]:
         The settings in the file by field name, with unchecked values.
 
     Raises:
-        ConfigError: The file is missing, too large or not a YAML mapping, or it contains an unknown or repeated setting.
+        ConfigError: The file is missing, too large or not a YAML mapping, or contains an unknown or repeated setting.
     """
     import yaml
 
