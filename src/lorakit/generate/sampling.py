@@ -53,7 +53,7 @@ class Sampler:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most likely token is always picked."""
+        """Return whether the most likely token is always picked."""
         return self.sampling.temperature == 0
 
     def pick(self, logits: Tensor) -> int:

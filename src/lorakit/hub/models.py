@@ -70,8 +70,8 @@ def load_model(
         The model, in eval mode.
 
     Raises:
-        ConfigError: The dtype, task or quantization is unknown, or a quantization was requested but the files are already
-            quantized.
+        ConfigError: The dtype, task or quantization is unknown, or a quantization was requested although the files are
+            already quantized.
         ModelError: The model was not found, has no safetensors weights, is damaged or incomplete, or does not support
             the requested quantization.
         MissingExtra: The quantization package is not installed.

@@ -108,8 +108,8 @@ def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = Fals
     folder = Path(source.path_or_id)
     if weights and (folder / "adapter_config.json").is_file():
         raise source.error(
-            "the directory contains both a model and an adapter (adapter_config.json), and transformers would load both; "
-            "move the adapter to its own directory."
+            "the directory contains both a model and an adapter (adapter_config.json), and transformers would load "
+            "both; move the adapter to its own directory."
         )
     if weights and not any((folder / name).is_file() for name in _WEIGHTS):
         raise source.error(_no_weights(folder))
