@@ -1,9 +1,9 @@
-"""Token generation: one forward pass over the prompts, then one per step for one new token in each row.
+"""Token generation: one forward pass processes the prompts, and each further pass adds one token to every row.
 
-Generation uses the model's own cache. Prompts of different lengths are left-padded and masked to form one batch, in
+The passes use the model's own cache. Prompts of different lengths are left-padded and masked to form one batch, in
 which each row gets the same result as it would alone; each row can have its own adapter. The engine works only with
-token ids and does not use a tokenizer.
-Beam search and most logits processors of transformers' `generate` are not supported.
+token ids and does not use a tokenizer. Beam search and most logits processors of transformers' `generate` are not
+supported.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def load_model(
         dtype: "auto" (as in the files), another name in `DTYPES`, or a torch dtype; for a quantized model, the compute
             dtype and the dtype of the weights that are not quantized.
         device: Device for the weights.
-        task: A key of `TASKS`. For "classification", a head that is missing from the files is initialized.
+        task: A key of `TASKS`. For "classification", a head that is missing from the files is newly initialized.
         quantization: Quantization of the linear layers: a `Quantization`, its name, or None.
 
     Returns:
@@ -105,7 +105,7 @@ def load_model(
 def stored_as_files(
     model: str | os.PathLike[str] | ModelSource, wanted: Quantization | None = None
 ) -> Quantization | None:
-    """Return the quantization that a model will have once it is loaded; no weights are loaded here.
+    """Return the quantization that a model will have once it is loaded, without loading any weights.
 
     Args:
         model: A model name or path, or the result of `resolve`.

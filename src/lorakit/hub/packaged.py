@@ -191,7 +191,7 @@ class Packaged:
         name: Value of `--model` that selects the model.
         title: Title of the model card.
         package: Name of the package on PyPI.
-        module: Name of the package's directory when installed.
+        module: Name of the installed package's directory.
         file: Name of the GGUF file.
         folder: Name of the converted model's directory in the cache.
         positions: Maximum input length in tokens.

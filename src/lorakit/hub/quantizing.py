@@ -64,7 +64,7 @@ def loading_options(wanted: Quantization, dtype: torch.dtype, device: str | torc
         device: Device for the weights.
 
     Returns:
-        Keyword arguments; empty if transformers does not support the format, and `finish_loading` quantizes instead.
+        Keyword arguments; empty if transformers does not support the format, because `finish_loading` then quantizes.
     """
     import transformers
 

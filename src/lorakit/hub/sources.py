@@ -60,7 +60,7 @@ class ModelSource:
 def resolve(model: str | os.PathLike[str] | ModelSource, say: Callable[[str], None] | None = None) -> ModelSource:
     """Resolve a model name: an existing path, else a packaged name, else a Hub id.
 
-    A packaged model is converted into the user's cache on first use, which takes about 20 seconds.
+    On first use, a packaged model is converted into the user's cache; the conversion takes about 20 seconds.
 
     Args:
         model: A directory, a `config.json`, a packaged name such as "smollm2", or a Hub id. A `ModelSource` is returned

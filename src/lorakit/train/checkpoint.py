@@ -385,7 +385,7 @@ def set_aside(path: Path) -> Path:
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint; a crash leaves it either complete or under a temporary name, and the next run removes it.
+    """Remove a checkpoint; a crash leaves the complete checkpoint or a temporary directory, which the next run deletes.
 
     Args:
         path: The checkpoint's directory.

@@ -103,7 +103,7 @@ class EvalSettings:
         model: Model directory, Hub id, or packaged model.
         data: Files to evaluate on.
         adapters: Adapter directories.
-        max_length: Maximum sequence length in tokens; if this is the default, the model's limit is used when lower.
+        max_length: Maximum sequence length in tokens; the default is lowered to the model's limit if necessary.
         batch_rows: Number of rows in a batch of the longest sequences; batches of shorter sequences have more rows.
         dtype: "auto", "bfloat16" or "float32".
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".

@@ -158,8 +158,8 @@ def state_tensors(optimizer: torch.optim.Optimizer, named: Named) -> dict[str, t
         named: The trainable tensors (any shape) by name.
 
     Returns:
-        Tensors on the CPU: "exp_avg/<name>" and "exp_avg_sq/<name>" (with the trainable tensor's shape),
-        and "step/<name>" (scalar). A tensor that never received a gradient has no state and no entry.
+        Tensors on the CPU: "exp_avg/<name>" and "exp_avg_sq/<name>" (with the trainable tensor's shape), and
+        "step/<name>" (scalar). A tensor that never received a gradient has no state and no entry.
     """
     tensors = {}
     for name, parameter in named:

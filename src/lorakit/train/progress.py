@@ -1,6 +1,6 @@
 """Progress output of a run: a live bar on a terminal, plain lines elsewhere.
 
-This is the only module in `train` that imports rich. It depends on the fields of metrics rows, not on the loop.
+This is the only module in `train` that imports rich, and it depends on the fields of metrics rows, not on the loop.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LIVE_BYTES = 1_000_000
 
 
 class Progress(contextlib.AbstractContextManager["Progress"]):
-    """Base class for objects that report a run's progress; the base class itself prints nothing.
+    """Base class for objects that report a run's progress; it prints nothing and is the default for `run`.
 
     Args:
         verbose: Whether to print details.

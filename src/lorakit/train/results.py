@@ -46,7 +46,7 @@ class RunResult:
         adapter_step: The step at which `adapter` was saved; None after an interruption.
         first_loss: Evaluation loss of the base, or None without evaluation data.
         best_loss: Lowest evaluation loss after the first step, or None.
-        adapter_loss: Evaluation loss at `adapter_step`, or None; not `best_loss` if the best checkpoint was lost.
+        adapter_loss: Evaluation loss at `adapter_step`, or None; above `best_loss` if the best checkpoint was lost.
         trainable_parameters: Number of trainable parameters.
         total_parameters: Number of parameters in the base.
         adapter_bytes: Size of the adapter's weights file; 0 after an interruption.

@@ -253,7 +253,7 @@ class NewTokens:
     rows: tuple[int, ...]
 
     def unseen(self, loader: data.Loader) -> tuple[str, ...]:
-        """Return a warning if the training data lacks any of the new tokens, so that their rows stay untrained.
+        """Return a warning if any new tokens are missing from the training data, because their rows stay untrained.
 
         Args:
             loader: The loader of the training data.
@@ -266,7 +266,7 @@ class NewTokens:
 
 
 def add_new_tokens(tokenizer: data.Tokenizer, tokens: list[str], base: nn.Module) -> NewTokens:
-    """Add tokens to the tokenizer of a run.
+    """Add tokens to a run's tokenizer.
 
     Args:
         tokenizer: The base's tokenizer; changed in place.

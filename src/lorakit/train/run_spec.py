@@ -48,7 +48,7 @@ class RunSpec:
         source: The base model.
         data: Records for training and evaluation.
         hashes: SHA-256 of each data file, by path.
-        record: Content of `run.json` if the run is resumed, or None.
+        record: Contents of `run.json` if the run is resumed, or None.
         tokenizer: The base's tokenizer, with the run's new tokens.
         forecast: Shape of the base, adapter config and maximum sequence length.
         quantization: Quantization of the base, from the settings or the base's files, or None.
@@ -75,7 +75,7 @@ class RunSpec:
             progress: Receives messages about slow operations.
 
         Returns:
-            The specification; apart from creating an empty run directory, nothing has been written.
+            The specification; nothing has been written yet, except that the run directory may have been created.
 
         Raises:
             UsageError: The settings are incompatible with the data, this machine or the run directory.
@@ -126,7 +126,7 @@ def _check_same_data(folder: Path, record: Mapping[str, Any], hashes: Mapping[st
 
 
 def _check_steps_left(folder: Path, max_steps: int | None) -> None:
-    """Raise if the newest valid checkpoint is past `max_steps`; checkpoints are verified only if one is past it."""
+    """Raise if the newest valid checkpoint is past `max_steps`; skip verification if no checkpoint is."""
     if max_steps is None or all(run_folder.step_of(path) <= max_steps for path in run_folder.checkpoints(folder)):
         return
     found = checkpoint.newest_valid(folder)
@@ -163,7 +163,7 @@ class RunLimits:
         """Compute the limits; by default, evaluations and checkpoints are a tenth of the run apart.
 
         Args:
-            settings: Settings, including the length and the intervals.
+            settings: The run's settings.
             loader: The loader of the training data.
         """
         accumulation = settings.gradient_accumulation_steps
@@ -179,7 +179,7 @@ class RunPlan:
 
     Attributes:
         dtype: Precision of the base: "bfloat16" or "float32".
-        recompute: What the backward pass recomputes, one of `lorakit.plan.job.RECOMPUTED`.
+        recompute: What the backward pass recomputes: a value in `lorakit.plan.job.RECOMPUTED`.
         values: The plan as plain JSON values.
     """
 
@@ -273,7 +273,7 @@ class Run:
         )
 
     def record(self) -> dict[str, Any]:
-        """Return the content of `run.json` except the result, as plain JSON values."""
+        """Return the contents of `run.json`, except for the result, as plain JSON values."""
         spec, held_out = self.spec, self.batches.held_out_report
         return {
             "status": self.status,

@@ -49,7 +49,7 @@ class Schedule:
             step: Step number, starting at 0.
 
         Returns:
-            The rate, which is at most `peak` and, for every step of the run, above 0.
+            The rate: at most `peak`, and above 0 for every step of the run.
         """
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
@@ -164,8 +164,8 @@ class StepOptions:
         max_grad_norm: Maximum gradient norm; 0 disables clipping.
         autocast: Dtype in which `torch.autocast` multiplies float32 tensors on an accelerator; None disables autocast.
         acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
-        recompute: What the backward pass recomputes, one of `lorakit.plan.job.RECOMPUTED`; used only for out-of-memory
-            advice.
+        recompute: What the backward pass recomputes: a value in `lorakit.plan.job.RECOMPUTED`; used only for
+            out-of-memory advice.
         has_budget: Whether `recompute` was chosen for a memory budget; used only for out-of-memory advice.
     """
 

@@ -210,7 +210,7 @@ def acceleration_lines(acceleration: Acceleration) -> list[str]:
 
     Returns:
         A line about what is accelerated and, if applicable, lines about the CPU kernels and about what is not
-            accelerated.
+        accelerated.
     """
     left = Counter((part.kind, part.why) for part in acceleration.skipped)
     if not (acceleration.swaps or acceleration.head or acceleration.packs):
