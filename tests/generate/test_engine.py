@@ -244,8 +244,8 @@ def test_nothing_runs_and_all_is_checked_before_the_first_token_is_asked_for(tin
         ([], "no prompt to continue"),
         ([[]], "the prompt is empty"),
         ([[1], []], "prompt 2 of 2 is empty"),
-        ([[1, 512]], "the prompt has the token id 512, but the model's ids are 0 to 511"),
-        ([[-1]], "the prompt has the token id -1"),
+        ([[1, 512]], "the prompt contains the token id 512, but the model's ids are 0 to 511"),
+        ([[-1]], "the prompt contains the token id -1"),
         ([[1] * 128], "the prompt has 128 tokens, but the model supports at most 128"),
     ],
 )

@@ -201,7 +201,7 @@ def _is_the_packaged_model(folder: Path) -> None:
     assert chat.endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
     assert (tokenizer.eos_token, tokenizer.model_max_length) == ("<|im_end|>", 8192)
     card = (folder / "README.md").read_text()
-    assert "It is **not** the SmolLM2 of the Hugging Face Hub" in card
+    assert "It is **not** the SmolLM2 on the Hugging Face Hub" in card
     assert oct((folder / "model.safetensors").stat().st_mode) == oct((folder / "config.json").stat().st_mode)
     shape, known = shape_of_module(model, "smollm2", "cache"), shape_of("smollm2")
     assert shape.sites == known.sites

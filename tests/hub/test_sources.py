@@ -57,9 +57,10 @@ def test_what_is_no_model_directory(tmp_path: Path) -> None:
     assert "''" in refused("")
     model_folder(tmp_path / "models" / "llama-small")
     assert refused("models/llama-smal").endswith("Similar: models/llama-small.")
-    assert refused("models").endswith("no config.json, so this is not a model directory. Models below it: llama-small.")
+    words = "no config.json, so this is not a model directory. Subdirectories with models: llama-small."
+    assert refused("models").endswith(words)
     (tmp_path / "file.txt").write_text("x")
-    assert "file.txt: is a file; pass a directory with a config.json" in refused("file.txt")
+    assert "file.txt: this is a file; pass a directory with a config.json" in refused("file.txt")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "gpt2"}))
@@ -78,7 +79,7 @@ def test_what_a_model_directory_lacks(tmp_path: Path) -> None:
     gguf = model_folder(tmp_path / "gguf", "x.Q4_1.gguf")
     assert "GGUF weights are not loaded (x.Q4_1.gguf)" in refused(gguf)
     both = model_folder(tmp_path / "both", "model.safetensors", "adapter_config.json")
-    assert f"{both}: the directory has a model and an adapter (adapter_config.json)" in refused(both)
+    assert f"{both}: the directory contains both a model and an adapter (adapter_config.json)" in refused(both)
     dumb = model_folder(tmp_path / "dumb", "model.safetensors")
     assert refused(dumb, tokenizer=True).startswith(
         f"{dumb}: the model directory has no tokenizer file (such as tokenizer."

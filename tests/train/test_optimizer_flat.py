@@ -230,9 +230,9 @@ def test_whoever_holds_the_old_storage_keeps_its_numbers() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda p: p.double(), r"to \(16, 24\), float64 on cpu; build the optimizer after the model is moved"),
-        (lambda p: p.bfloat16(), r"to \(16, 24\), bfloat16 on cpu"),
-        (lambda p: p[:8], r"from \(16, 24\), float32 on cpu to \(8, 24\), float32"),
+        (lambda p: p.double(), r"to \(16, 24\) \(float64 on cpu\); build the optimizer after the model is moved"),
+        (lambda p: p.bfloat16(), r"to \(16, 24\) \(bfloat16 on cpu\)"),
+        (lambda p: p[:8], r"from \(16, 24\) \(float32 on cpu\) to \(8, 24\) \(float32 on cpu\)"),
     ],
     ids=["float64", "bfloat16", "shape"],
 )
@@ -257,7 +257,7 @@ def test_tensors_that_came_to_lie_in_each_others_memory_are_refused() -> None:
     memory = torch.randn(40, 16)
     named[0][1].data, named[2][1].data = memory.view(-1)[: 16 * 24].view(16, 24), memory
     _gradients(named, 0)
-    with pytest.raises(RunError, match=r"share memory; .* after they are replaced"):
+    with pytest.raises(RunError, match=r"share memory; .* after replacing tensors"):
         optimizer.step()
 
 

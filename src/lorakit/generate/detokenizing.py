@@ -1,6 +1,6 @@
 """Streaming detokenization: the pieces add up to the text that decoding all tokens at once would give.
 
-A token cannot always be decoded alone: it can be only part of a character, and the start of its text can depend on the
+A token cannot always be decoded alone: it may be only part of a character, and the start of its text may depend on the
 previous token (a leading space, "##ing"). So each token is decoded together with the tokens before it, and incomplete
 characters are held back. This module does not depend on a model.
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 REPLACEMENT = "\ufffd"  # character that decoders output for invalid or incomplete bytes
-PENDING_CHARACTERS = 3  # an incomplete UTF-8 character has up to 3 of its 4 bytes, each shown as one replacement
+PENDING_CHARACTERS = 3  # an incomplete UTF-8 character has up to 3 of its 4 bytes, each decoded as one replacement
 PENDING_TOKENS = 4  # a character can span this many tokens, one per byte
 CONTEXT_TOKENS = 8  # prompt tokens that are decoded together with the first new token
 
@@ -37,10 +37,10 @@ class TextStream:
         self._skip = skip_special_tokens
         self._window = list(after)[-CONTEXT_TOKENS:]
         self._settled = len(self._window)  # number of leading tokens whose text was returned in full
-        self._given = self._text(self._window)  # the window's text that was returned or belongs to the prompt
+        self._given = self._text(self._window)  # text in the window that was returned or belongs to the prompt
 
     def push(self, token: int) -> str:
-        """Add a token and return the text that has become final; it may be empty.
+        """Add a token and return the text that is now final, which may be empty.
 
         Args:
             token: The token id.

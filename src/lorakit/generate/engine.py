@@ -1,8 +1,9 @@
-"""Token generation: one forward pass over the prompts, then one token per row and step, with the model's own cache.
+"""Token generation: one forward pass processes the prompts, and each further pass adds one token to every row.
 
-Prompts of different lengths are left-padded and masked to form one batch, so each row gets the same result as if it
-were run alone; each row can have its own adapter. The engine works only with token ids and does not use a tokenizer.
-Beam search and most logits processors of transformers' `generate` are not supported.
+The passes use the model's own cache. Prompts of different lengths are left-padded and masked to form one batch, in
+which each row gets the same result as it would alone; each row can have its own adapter. The engine works only with
+token ids and does not use a tokenizer. Beam search and most logits processors of transformers' `generate` are not
+supported.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def generate_batch(
 
 
 def context_tokens(model: nn.Module) -> int | None:
-    """Return the model's context length in tokens, for prompt and answer together; None if its config sets no limit.
+    """Return the context length in tokens, for prompt plus answer; None if the model's config sets no limit.
 
     Args:
         model: A model with a transformers config.
@@ -183,7 +184,7 @@ class _Rows:
         self.open = list(range(len(prompts)))
 
     def pick(self, logits: Tensor) -> list[int]:
-        """Pick one token per row from logits (rows, vocabulary); the token picked for a finished row is arbitrary."""
+        """Pick one token per row from (rows, vocabulary) logits; the token picked for a finished row is arbitrary."""
         picked, finite = logits.argmax(-1).tolist(), logits.amax(-1).isfinite().tolist()
         for row in self.open:
             if not finite[row]:
@@ -212,7 +213,7 @@ class _Rows:
 
 
 class _Forward:
-    """Forward passes of a model with its cache over one batch: first the prompts, then one token per row and step."""
+    """Forward passes over one batch, with the model's cache: first the prompts, then one token per row at each step."""
 
     def __init__(
         self,
@@ -243,14 +244,14 @@ class _Forward:
         self._starts = invoked(model, self._ids, self._mask) if waits_for_tokens(model) else contextlib.nullcontext()
 
     def prefill(self) -> Tensor:
-        """Process the prompts and return the logits for the first new token, (rows, vocabulary)."""
+        """Process the prompts and return the (rows, vocabulary) logits for the first new token."""
         if self._read:
             prefix = self._prefix or read_prefix(self._model, self._ids[0, : self._read].tolist())
             self._cache = prefix.of_rows(self._ids.shape[0])
         return self._run(self._ids[:, self._read :], (self._mask.cumsum(-1) - 1).clamp_min(0)[:, self._read :])
 
     def step(self, tokens: list[int]) -> Tensor:
-        """Process one more token per row and return the logits for the next one, (rows, vocabulary)."""
+        """Process one more token per row and return the (rows, vocabulary) logits for the next one."""
         ids = torch.tensor(tokens, device=self._mask.device)[:, None]
         self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
         # finished rows keep running with the others, so their positions must stay within the context
@@ -259,9 +260,9 @@ class _Forward:
     def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": self._mask, "use_cache": True}
         if self._last_alone:
-            # Given a tensor, the model indexes, which makes the selected rows contiguous. Given an int, it slices; the
-            # rows are then not contiguous, and a bf16 matmul on a CPU takes about 300 times as long. aLoRA needs an
-            # int: the number of positions to keep.
+            # If `logits_to_keep` is a tensor, the model selects positions by indexing, and the result is contiguous. If
+            # it is an int, the model slices; the result is not contiguous, and a bf16 matmul on a CPU then takes about
+            # 300 times as long. aLoRA needs an int: the number of positions to keep.
             one = 1 in ids.shape or not isinstance(self._starts, contextlib.nullcontext)
             inputs["logits_to_keep"] = 1 if one else torch.tensor([-1], device=ids.device)
         if self._positioned:
@@ -290,7 +291,7 @@ def _check_prompts(rows: list[list[int]], vocabulary: int | None, limit: int | N
         odd = [token for token in ids if token < 0 or (vocabulary is not None and token >= vocabulary)]
         if odd:
             size = f"0 to {vocabulary - 1:,}" if vocabulary is not None else "0 and up"
-            message = f"{which} has the token id {odd[0]}, but the model's ids are {size}. Check the tokenizer."
+            message = f"{which} contains the token id {odd[0]}, but the model's ids are {size}. Check the tokenizer."
             raise UsageError(message, what=odd[0], field="prompts", where=which)
         if limit is not None and len(ids) >= limit:
             raise UsageError(
@@ -304,7 +305,7 @@ def _check_prompts(rows: list[list[int]], vocabulary: int | None, limit: int | N
 def _scope(
     model: nn.Module, adapters: Sequence[str | None] | None, rows: int
 ) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager that activates the requested adapters; it is entered at each step."""
+    """Return a context manager, to be entered at each step, that activates the requested adapters."""
     state = find_state(model)
     if adapters is None:
         # The currently active adapters stay active even if tokens are requested outside the caller's context.

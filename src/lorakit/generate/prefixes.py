@@ -75,7 +75,7 @@ def read_prefix(model: nn.Module, tokens: Sequence[int], device: torch.device | 
 def shared_tokens(model: nn.Module, prompts: Sequence[Sequence[int]], adapters: Sequence[Sequence[str]]) -> int:
     """Return the length of the longest common prefix within which every row uses only the base.
 
-    At least one token of each prompt follows the prefix.
+    The prefix leaves at least one token of each prompt to be processed.
 
     Args:
         model: A model with or without adapters.
@@ -120,5 +120,5 @@ def check_prefix(
 
 
 def _begin(model: nn.Module, prompt: Sequence[int], name: str) -> int:
-    """Return the first position at which an adapter is active in a prompt, or the prompt's length if there is none."""
+    """Return the first position at which an adapter is active in a prompt; the prompt's length if there is none."""
     return len(prompt) - prompt_offset(model, torch.tensor(list(prompt)), name)

@@ -1,7 +1,7 @@
-"""Choosing tokens from logits: greedy decoding, or sampling with temperature, top-k and top-p.
+"""Choose tokens from logits: greedy decoding, or sampling with temperature, top-k and top-p.
 
-Each row has its own generator on the CPU, so the same seed gives the same tokens, regardless of the other rows in the
-batch, the device, and the state of torch's global generator.
+Each row has its own random number generator on the CPU, so the same seed gives the same tokens regardless of the other
+rows in the batch, the device, and the state of torch's global generator.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Sampling:
         top_k: Sample only from the `top_k` most likely tokens; 0 means all tokens.
         top_p: Sample only from the smallest set of most likely tokens whose total probability reaches this value; 1
             means all tokens.
-        seed: Seed of the row's generator; it has no effect on greedy decoding.
+        seed: Seed for the row's random number generator; it has no effect on greedy decoding.
     """
 
     temperature: float = 0.0
@@ -45,7 +45,7 @@ class Sampling:
 
 
 class Sampler:
-    """A sampler for one row, with its own settings and random generator."""
+    """A sampler for one row, with its own settings and random number generator."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
@@ -60,7 +60,7 @@ class Sampler:
         """Choose a token and return its id.
 
         Args:
-            logits: Logits for the next position, (vocabulary,), on any device.
+            logits: Logits of shape (vocabulary,) for the next position, on any device.
         """
         if self.is_greedy:
             return int(logits.argmax())
@@ -71,17 +71,17 @@ class Sampler:
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """Return the distribution from which a token is sampled.
 
-    With z the logits and T the temperature, p_i = exp(z_i / T) / Σ_j exp(z_j / T). top-k sets every p below the k-th
-    largest to 0. top-p renormalizes the rest, sorts it, p_(1) ≥ p_(2) ≥ …, and keeps p_(i) if p_(1) + … + p_(i-1) <
-    top_p: the smallest set of tokens whose probabilities sum to at least top_p, always including the first. All others
-    become 0, and the result is normalized.
+    With z the logits and T the temperature, p_i = exp(z_i / T) / Σ_j exp(z_j / T). Top-k sets every p below the k-th
+    largest to 0. Top-p renormalizes the rest, sorts it so that p_(1) ≥ p_(2) ≥ …, and keeps p_(i) if p_(1) + … +
+    p_(i-1) < `top_p`. The tokens kept are the smallest set whose probabilities sum to at least `top_p`, and always
+    include the first. All other probabilities become 0, and the result is normalized.
 
     Args:
-        logits: (vocabulary,).
+        logits: Logits of shape (vocabulary,).
         sampling: Settings with a temperature above 0.
 
     Returns:
-        (vocabulary,), float32, on the logits' device.
+        Probabilities of shape (vocabulary,), in float32, on the device of `logits`.
 
     Source:
         top-p: Holtzman et al. 2019, "The Curious Case of Neural Text Degeneration", arXiv:1904.09751, eq. (2), (3).

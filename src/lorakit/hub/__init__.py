@@ -1,6 +1,6 @@
-"""Load models and tokenizers through transformers and the Hub, read shapes, quantize bases, and measure the machine.
+"""Load models and tokenizers with transformers, read their shapes, quantize bases, and benchmark the machine.
 
-Large packages are imported only when a function needs them. This package does not depend on training.
+Large packages are imported only when a function needs them. This package does not depend on `lorakit.train`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Measure, in about two seconds, how fast this machine multiplies matrices and copies memory.
 
 Depending on the processor, bf16 matmuls may be six times as fast as fp32 matmuls, twice as fast, or slower. The choice
-of training dtype and the time estimates of plans are therefore based on measurements.
+of training dtype and the time estimates in plans are therefore based on measurements.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ SHAPE = (1024, 1024, 2048)
 """Rows (tokens in a batch), input width and output width of the measured matmul, as in a small model's MLP."""
 
 COPIED_BYTES = 1 << 26
-"""Number of bytes copied per measurement, which is more than common processor caches hold."""
+"""Number of bytes copied per measurement, which is more than typical processor caches hold."""
 
 NEEDED_FACTOR = 1.2
-"""Minimum speedup of bf16 over fp32 matmuls for bf16 to be chosen; less does not justify the rounding error."""
+"""Minimum speedup of bf16 over fp32 matmuls for bf16 to be chosen; smaller ones do not justify the rounding error."""
 
 THROUGH_FP32 = 0.85
-"""Fraction of the fp32 rate that a matmul reaches if its bf16 operands are upcast (`benchmarks/bench_products.py`)."""
+"""Fraction of the fp32 rate reached if bf16 operands are upcast to fp32 (`benchmarks/bench_products.py`)."""
 
 CHOICES = ("auto", "bfloat16", "float32")
 """Allowed values of the training dtype."""
@@ -134,7 +134,7 @@ def choose_dtype(requested: str, calibration: Calibration | None = None) -> Dtyp
         The dtype and the reason for it.
 
     Raises:
-        ConfigError: `requested` is not one of these values.
+        ConfigError: `requested` is not in `CHOICES`.
     """
     if requested not in CHOICES:
         raise ConfigError.of("dtype", requested, allowed=CHOICES)
@@ -146,7 +146,7 @@ def choose_dtype(requested: str, calibration: Calibration | None = None) -> Dtyp
 
 
 def _product_rate(device: str | torch.device, dtype: torch.dtype) -> float:
-    """Return the rate, in FLOPs per second, of x W^T, the matmul of a linear layer."""
+    """Return the rate of `x W^T`, the matmul of a linear layer, in FLOPs per second."""
     import torch
 
     rows, inner, outer = SHAPE

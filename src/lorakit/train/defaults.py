@@ -21,7 +21,7 @@ class Default:
         meaning: What the setting does, as shown in `--help`.
         value: The default; `...` if the setting is required, None if it is off or depends on other settings.
         reason: Reason for the default, as shown in `--help`; empty if the setting is required.
-        shown: Text that `--help` shows for the default; None shows `str(value)`, or "off" for False.
+        shown: Text that `--help` shows for the default; None means `str(value)`, or "off" for False.
         flag: Type of the flag, if it differs from the type of `value`.
     """
 
@@ -172,11 +172,11 @@ DEFAULTS: dict[str, Default] = {
         "Recompute activations in the backward pass: none, feed-forward (the outputs of the gate and up projections) "
         "or layers (everything except the layers' inputs)",
         "none",
-        "a step is fastest without it; feed-forward saves about half of the activation memory, and layers nearly all "
-        "of it, but a step then takes about a third longer",
+        "a step is fastest without recomputation; feed-forward saves about half of the activation memory; layers saves "
+        "nearly all of it, but makes a step about a third longer",
     ),
     "gradient_checkpointing": Default(
-        "Same as --recompute layers", False, "saves memory but takes about a third longer"
+        "Same as --recompute layers", False, "saves memory, but makes a step about a third longer"
     ),
     "memory_budget": Default(
         "Memory limit for a step, including weights, such as 4GiB; selects the fastest --recompute that should fit",
@@ -199,7 +199,7 @@ DEFAULTS: dict[str, Default] = {
     ),
     # evaluation and checkpoints
     "eval_steps": Default(
-        "Evaluate every N steps", None, "ten evaluations show how the loss develops", "a tenth of the run", int
+        "Evaluate every N steps", None, "ten evaluations show how the loss changes", "a tenth of the run", int
     ),
     "save_steps": Default(
         "Save a checkpoint every N steps", None, "limits how much work a crash can lose", "same as --eval-steps", int

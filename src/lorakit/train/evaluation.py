@@ -53,9 +53,9 @@ def evaluate(
 
     Args:
         model: A causal language model; the training mode of each of its modules is restored afterwards.
-        batches: Batches with tensors (rows, length) on the CPU.
+        batches: Batches of (rows, length) tensors on the CPU.
         device: The model's device.
-        stop: Function that is called before each batch; the evaluation stops if it returns True.
+        stop: Function that is called before each batch; if it returns True, the evaluation stops.
         acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
 
     Returns:
@@ -97,17 +97,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """Settings of `compare`.
+    """Settings for `compare`.
 
     Attributes:
         model: Model directory, Hub id, or packaged model.
         data: Files to evaluate on.
         adapters: Adapter directories.
-        max_length: Maximum sequence length in tokens; the default is reduced to the model's limit.
-        batch_rows: Rows per batch of the longest sequences; batches of shorter sequences have more rows.
+        max_length: Maximum sequence length in tokens; the default is lowered to the model's limit if necessary.
+        batch_rows: Number of rows in a batch of the longest sequences; batches of shorter sequences have more rows.
         dtype: "auto", "bfloat16" or "float32".
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        allow: Checks of `core.load_adapter` to override.
+        allow: Names of the checks in `core.load_adapter` to override.
         quantization: How to quantize the base, or None.
     """
 
@@ -129,8 +129,8 @@ def compare(
 ) -> list[tuple[str, Evaluation]]:
     """Measure the loss of a base, alone and with each adapter, over the same tokens.
 
-    If an adapter was saved with its own tokenizer, for example one with new tokens, its loss is measured on the same
-    data, tokenized with that tokenizer.
+    The exception is an adapter saved with its own tokenizer, for example one with new tokens: for such an adapter, the
+    same data is tokenized with that tokenizer.
 
     Args:
         settings: Model, data and adapters.
@@ -138,7 +138,8 @@ def compare(
         detail: Function that receives details: the data counts, and the precision with the reason for it.
 
     Returns:
-        Pairs of a name and an evaluation: "base" first, then the directory of each adapter in the given order.
+        (name, evaluation) pairs: first the base, named "base", then each adapter, named by its directory, in the given
+        order.
 
     Raises:
         ConfigError: The batch size is below 1, or the maximum length is below 2.

@@ -33,7 +33,7 @@ class Interrupts:
         """Record the first signal.
 
         Raises:
-            KeyboardInterrupt: This is the second signal.
+            KeyboardInterrupt: A signal was already recorded.
         """
         if self.requested:
             raise KeyboardInterrupt
@@ -44,7 +44,7 @@ class Interrupts:
 
 @contextlib.contextmanager
 def recording() -> Iterator[Interrupts]:
-    """Record the first signal within a block and raise `KeyboardInterrupt` at the second.
+    """Record the first signal within a block and raise `KeyboardInterrupt` on the second.
 
     Python delivers signals only to the main thread; in other threads, nothing is recorded. On exit, the previous
     handlers are restored, including those set from C. If the system has no `sigaction`, handlers set from C are left
@@ -60,7 +60,7 @@ def recording() -> Iterator[Interrupts]:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Within a block, make SIGTERM raise `KeyboardInterrupt` like Ctrl-C, unless the signal already has a handler."""
+    """Within a block, make SIGTERM raise `KeyboardInterrupt`, as Ctrl-C does, unless it already has a handler."""
     numbers = [number for number in _SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
     with _handled(numbers, _stop):
         yield
@@ -72,7 +72,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def _handled(numbers: Iterable[int], receive: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle signals with a function within a block, and restore the previous handlers afterwards."""
+    """Make a function handle the given signals within a block, and restore the previous handlers afterwards."""
     before = {}
     try:
         for number in numbers if threading.current_thread() is threading.main_thread() else ():
@@ -90,13 +90,13 @@ def _handled(numbers: Iterable[int], receive: Callable[[int, FrameType | None], 
 
 
 def _action(number: int) -> _Action | None:
-    """Return the C library's action for a signal, or None if the action cannot be read."""
+    """Return the C-level action for a signal, or None if the action cannot be read."""
     action = ctypes.create_string_buffer(_ACTION_BYTES)
     return action if _sigaction(number, None, action) else None
 
 
 def _sigaction(number: int, new: _Action | None, old: _Action | None) -> bool:
-    """Set and read the action for a signal with the C library; return whether that succeeded."""
+    """Call the C library's `sigaction` to set or read a signal's action; return whether the call succeeded."""
     try:
         call = ctypes.CDLL(None).sigaction
     except (AttributeError, OSError, TypeError):  # Windows has no `sigaction`

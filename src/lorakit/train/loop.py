@@ -1,7 +1,7 @@
-"""The training loop: it decides when to step, evaluate, save and stop; other modules do the work.
+"""The training loop, which decides when to step, evaluate, save and stop; other modules do the work.
 
-Between two steps, a run is completely described by its trainable tensors, the states of the optimizer and the random
-generators, and `TrainState`, so a checkpoint with these contents is enough to resume.
+Between steps, a run is completely described by its trainable tensors, the optimizer state, the state of the random
+number generators, and `TrainState`. A checkpoint that contains all four is therefore enough to resume the run.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from lorakit.train.step import StepResult, train_step, without_gradient
 
 
 class Loop:
-    """The training loop of a run, from the run's current state to its end.
+    """The training loop, which takes a run from its current state to the end.
 
     Args:
-        run: The run; its loader must be at the position recorded in its state. The loop updates the run's state and
-            status.
+        run: The run, whose loader must be at the position recorded in the run's state. The loop updates the run's state
+            and status.
     """
 
     def __init__(self, run: Run) -> None:
@@ -109,11 +109,11 @@ class Loop:
         log.append(row)
         if len(log.waiting) == 1:
             self._run.progress.say(
-                f"warning: {log.path}: the disk is full; new rows are kept in memory until they fit."
+                f"warning: {log.path}: the disk is full; new rows are kept in memory until there is space."
             )
 
     def _save(self, log: MetricsLog, always: bool) -> None:
-        """Save a checkpoint if the interval has passed, the step is the new best, or `always` is set."""
+        """Save a checkpoint if one is due, if the current step is the best so far, or if `always` is set."""
         state = self._run.state
         due = state.step > 0 and (state.step % self._run.limits.save_steps == 0 or state.best_step == state.step)
         now = (state.step, state.evaluated_step)
@@ -143,7 +143,7 @@ class Loop:
         run.progress.train_row(row)
 
     def _batches(self) -> list[Batch]:
-        """Return the batches of the next step; a step never mixes batches from two epochs."""
+        """Return the batches for the next step; a step never mixes batches from two epochs."""
         loader, batches = self._run.batches.loader, list[Batch]()
         while len(batches) < self._run.limits.accumulation:
             batches.append(next(loader))

@@ -43,7 +43,7 @@ def build_optimizer(model: nn.Module, adapter: str, settings: TrainSettings) -> 
 
     Raises:
         RunError: The model has no trainable tensors.
-        ConfigError: LoRA-FA would freeze the only trained factor of a site.
+        ConfigError: LoRA-FA would freeze the only trainable factor at a site.
     """
     pairs = freeze_factors(model, adapter) if settings.optimizer == "lorafa" else None
     named = core.trainable_parameters(model, adapter)
@@ -93,7 +93,7 @@ def parameter_groups(
     Args:
         named: The trainable tensors (any shape) by name.
         learning_rate: The run's learning rate.
-        weight_decay: Decay coefficient of matrices.
+        weight_decay: Decay coefficient for matrices; other tensors are not decayed.
         rates: Peak learning rates by tensor name, for tensors whose rate differs from `learning_rate`.
 
     Raises:
@@ -134,7 +134,7 @@ def clipped_step(
 
     Args:
         optimizer: Result of `build_optimizer` or `build_adamw`; `FlatAdamW` scales the gradients within its step.
-        parameters: The trained tensors (any shape); their `.grad` may be scaled in place.
+        parameters: The trainable tensors (any shape); their `.grad` may be scaled in place.
         norm: Result of `gradient_norm`, a scalar.
         max_norm: The maximum norm; 0 disables clipping.
 
@@ -155,11 +155,11 @@ def state_tensors(optimizer: torch.optim.Optimizer, named: Named) -> dict[str, t
 
     Args:
         optimizer: Result of `build_optimizer` or `build_adamw`.
-        named: The trained tensors (any shape) by name.
+        named: The trainable tensors (any shape) by name.
 
     Returns:
-        Tensors on the CPU: "exp_avg/<name>" and "exp_avg_sq/<name>" (with the trained tensor's shape) and
-        "step/<name>" (scalar). A trained tensor that never received a gradient has no state and no entry.
+        Tensors on the CPU: "exp_avg/<name>" and "exp_avg_sq/<name>" (with the trainable tensor's shape), and
+        "step/<name>" (scalar). A tensor that never received a gradient has no state and no entry.
     """
     tensors = {}
     for name, parameter in named:
@@ -173,11 +173,11 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, named: Named, tensors: 
 
     Args:
         optimizer: A newly built optimizer for the same tensors.
-        named: The trained tensors (any shape) by name.
+        named: The trainable tensors (any shape) by name.
         tensors: State by name.
 
     Raises:
-        RunError: A name or shape does not match; nothing was restored.
+        RunError: A name or shape in `tensors` does not match `named`; nothing was restored.
     """
     shapes = {name: parameter.shape for name, parameter in named}
     for key, value in tensors.items():
@@ -193,16 +193,16 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, named: Named, tensors: 
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Entries of a tensor's state that have the tensor's shape; the remaining entry, "step", counts its updates."""
+"""Entries of a tensor's state that have the tensor's shape; the remaining entry, "step", counts updates."""
 
 _ALIGNED = 16
 _RUN = {"cpu": 1 << 20, "cuda": 1 << 24}  # elements per run; on a CPU, 4 MB stays in the cache until AdamW reads it
 
 
 def is_packable(parameters: Sequence[nn.Parameter]) -> bool:
-    """Return whether tensors can be packed: contiguous fp32, all on one CPU or CUDA device, and not sharing memory.
+    """Return whether tensors can be packed: all contiguous, fp32, on one CPU or CUDA device, and not sharing memory.
 
-    All others (FSDP2's DTensors, other precisions, several devices, MPS) are updated by torch's AdamW.
+    All other tensors (FSDP2's DTensors, other precisions, several devices, MPS) are updated by torch's AdamW.
 
     Args:
         parameters: Tensors of any shape.
@@ -219,15 +219,15 @@ class FlatAdamW(torch.optim.Optimizer):
 
     Results are bit-identical to torch's, with one exception: if a tensor's size is not a multiple of 16, torch rounds
     the last elements of its second moment differently. For each tensor, `state` has the same entries as in torch
-    ("step", "exp_avg", "exp_avg_sq"), as views of the buffers. A tensor without a gradient is skipped: its values, its
-    moments and its step count do not change.
+    ("step", "exp_avg", "exp_avg_sq"), which are views of the buffers. A tensor without a gradient is skipped: its
+    values, moments and step count do not change.
     """
 
     def __init__(self, params: Iterable[dict[str, Any]], *, lr: float) -> None:
         """Pack the tensors into one buffer per group; their values do not change.
 
         Args:
-            params: Groups from `parameter_groups`; `is_packable` must be true of all their tensors together.
+            params: Groups from `parameter_groups`; `is_packable` must return True for all of their tensors together.
             lr: Learning rate for groups that do not set their own.
         """
         super().__init__(params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "fused": True})
@@ -238,8 +238,8 @@ class FlatAdamW(torch.optim.Optimizer):
         """Take one optimizer step.
 
         Args:
-            closure: Function that recomputes the loss, or None; its result is returned.
-            factor: Factor by which gradients are multiplied first, possibly in place.
+            closure: Function that recomputes and returns the loss, or None; `step` returns the closure's result.
+            factor: Factor by which the gradients are multiplied before the update, possibly in place.
 
         Raises:
             RunError: The dtype, device or shape of a tensor changed after the optimizer was built; nothing was updated.
@@ -284,12 +284,12 @@ class _Flat:
         for p, shape in zip(self.members, self.shapes, strict=True):
             if p.dtype != torch.float32 or p.device != self.device or p.shape != shape:
                 raise RunError(
-                    f"a trained tensor changed from {tuple(shape)}, float32 on {self.device} to {tuple(p.shape)}, "
-                    f"{str(p.dtype).removeprefix('torch.')} on {p.device}; build the optimizer after the model is "
+                    f"a trainable tensor changed from {tuple(shape)} (float32 on {self.device}) to {tuple(p.shape)} "
+                    f"({str(p.dtype).removeprefix('torch.')} on {p.device}); build the optimizer after the model is "
                     "moved, cast or loaded."
                 )
         if self._replaced() and not _is_disjoint(self.members):
-            raise RunError("trained tensors share memory; build the optimizer after replacing tensors.")
+            raise RunError("trainable tensors share memory; build the optimizer after replacing tensors.")
 
     def gather(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
         """Copy replaced values and state (`p.data = …`, `load_state_dict`) into the buffers; create missing state."""
@@ -334,7 +334,7 @@ class _Flat:
         )
 
     def _pack(self) -> None:
-        """Copy the members' values into a new buffer; other code may still use tensors in the old one."""
+        """Copy the members' values into a new buffer, because other code may still use the old one."""
         self.values = _Lane(self.shapes, self.starts, self.device)
         with torch.no_grad():
             for p, view in zip(self.members, self.values.views, strict=True):
@@ -362,7 +362,7 @@ class _Flat:
                 first = after
 
     def _gradients(self, first: int, last: int) -> Tensor:
-        """Return the packed 1-D gradients of a run; for a single tensor, this may be a view of its `.grad`."""
+        """Return the packed 1-D gradients of a run; for a single tensor, the result may be a view of its `.grad`."""
         pieces = []
         for i in range(first, last):
             gradient: Tensor = self.members[i].grad  # type: ignore[assignment]

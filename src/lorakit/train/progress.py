@@ -1,6 +1,6 @@
 """Progress output of a run: a live bar on a terminal, plain lines elsewhere.
 
-This is the only module in `train` that imports rich. It depends on the fields of metrics rows, not on the loop.
+This is the only module in `train` that imports rich, and it depends on the fields of metrics rows, not on the loop.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ PLAIN_SECONDS = 10.0
 """Minimum time between two plain lines, in seconds; evaluations and the first and last steps are always printed."""
 
 LIVE_BYTES = 1_000_000
-"""Minimum size of the data, in bytes, for which a tokenization bar is shown."""
+"""Minimum data size, in bytes, for which a tokenization bar is shown."""
 
 
 class Progress(contextlib.AbstractContextManager["Progress"]):
-    """Base class for objects that receive a run's progress; the class itself, the default for `run`, prints nothing.
+    """Base class for objects that report a run's progress; it prints nothing and is the default for `run`.
 
     Args:
         verbose: Whether to print details.
@@ -42,7 +42,7 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
         return None
 
     def reading(self, what: str, done: int, total: int) -> None:
-        """Report how many of the data's bytes, out of the total, have been tokenized; called often."""
+        """Report how many bytes of the data have been tokenized, out of the total; called often."""
 
     def begin(self, step: int, total_steps: int) -> None:
         """Report the start of the loop, with the number of steps already taken and the total."""
@@ -73,7 +73,7 @@ class PlainProgress(Progress):
     """Progress as lines of text, for pipes, files and notebooks.
 
     Args:
-        stream: Stream to write to; None is stdout.
+        stream: Stream to write to; None means stdout.
         verbose: Whether to print details.
     """
 
@@ -100,7 +100,7 @@ class PlainProgress(Progress):
         self._first, self._total, self._started = step, total_steps, time.monotonic()
 
     def train_row(self, row: Mapping[str, Any]) -> None:
-        """Print the metrics of the first and last steps, and of others at most once every `PLAIN_SECONDS`."""
+        """Print the metrics of the first and last steps, and of other steps at most once every `PLAIN_SECONDS`."""
         now = time.monotonic()
         if row["step"] not in (self._first + 1, self._total) and now - self._shown < PLAIN_SECONDS:
             return
@@ -118,7 +118,7 @@ class LiveProgress(Progress):
     """A progress bar on the last line of a terminal, with loss, tokens per second, memory and time left.
 
     Args:
-        stream: The terminal; None is stdout.
+        stream: The terminal; None means stdout.
         verbose: Whether to print details above the bar.
     """
 
@@ -155,7 +155,7 @@ class LiveProgress(Progress):
             self._bar.stop()
 
     def reading(self, what: str, done: int, total: int) -> None:
-        """Show a bar of the bytes tokenized so far, unless the data is smaller than `LIVE_BYTES`."""
+        """Show the fraction tokenized so far as a bar, unless the data is smaller than `LIVE_BYTES`."""
         if self._reading is None and LIVE_BYTES <= total != done:
             from rich.progress import BarColumn, DownloadColumn, TextColumn
 

@@ -46,15 +46,14 @@ class RunResult:
         adapter_step: The step at which `adapter` was saved; None after an interruption.
         first_loss: Evaluation loss of the base, or None without evaluation data.
         best_loss: Lowest evaluation loss after the first step, or None.
-        adapter_loss: Evaluation loss at `adapter_step`, or None. It differs from `best_loss` if the best checkpoint was
-            lost.
-        trainable_parameters: Number of trained parameters.
+        adapter_loss: Evaluation loss at `adapter_step`, or None; above `best_loss` if the best checkpoint was lost.
+        trainable_parameters: Number of trainable parameters.
         total_parameters: Number of parameters in the base.
         adapter_bytes: Size of the adapter's weights file; 0 after an interruption.
         base_bytes: Size of the base's weights in memory.
         tokens_per_second: Average speed over all steps, excluding evaluation and saving.
         peak_rss_bytes: Peak resident memory of the process.
-        seconds: Time from the call to `run` until its return.
+        seconds: Duration of the call to `run`.
         dtype: Precision of the base.
         plan: The plan, from `Plan.as_dict()`.
         notes: Messages for the user.
@@ -116,7 +115,7 @@ class RunResult:
             return [f"{where}; a checkpoint was saved. Resume with: {command}"]
         start = "the beginning" if self.checkpoint_step is None else f"step {self.checkpoint_step}"
         return [
-            f"{where}; its checkpoint could not be saved. {checkpoint.describe_saved(self.folder)}",
+            f"{where}; the checkpoint could not be saved. {checkpoint.describe_saved(self.folder)}",
             f"Resume from {start} with: {command}",
         ]
 
@@ -129,7 +128,7 @@ class RunResult:
 
 
 def finish(run: Run) -> RunResult:
-    """Publish the adapter and write the record; after an interruption, only write the record.
+    """Publish the adapter and write the record; after an interruption, write only the record.
 
     Args:
         run: The run, after its last step, with its final status.
@@ -206,7 +205,7 @@ def _chosen(run: Run, notes: list[str]) -> tuple[int, Path]:
 
 
 def _publish(run: Run, step: int, source: Path, notes: list[str]) -> Path:
-    """Publish the adapter; leave out the base's own tokenizer if it does not fit on the disk."""
+    """Publish the adapter; omit the base's tokenizer if the disk has no room for it."""
     try:
         return publish_adapter(run, step, source)
     except DiskError as cause:
@@ -218,14 +217,14 @@ def _publish(run: Run, step: int, source: Path, notes: list[str]) -> Path:
 
 
 def publish_adapter(run: Run, step: int, source: Path, *, with_tokenizer: bool = True) -> Path:
-    """Publish a checkpoint's adapter with a model card in `adapter/`, completely or not at all.
+    """Atomically publish a checkpoint's adapter, together with a model card, in `adapter/`.
 
     Args:
         run: The run.
         step: The step of the adapter.
         source: Directory of a verified checkpoint, or of an adapter saved without one; in the latter case, files are
             hard-linked instead of copied, because the disk was full.
-        with_tokenizer: Whether to add the tokenizer.
+        with_tokenizer: Whether to include the tokenizer.
 
     Returns:
         The adapter's directory.
@@ -254,7 +253,7 @@ def _copy(path: Path, target: Path, *, linked: bool) -> None:
 
 
 def _plot_loss(folder: Path, title: str) -> str:
-    """Draw `loss.svg` if matplotlib is installed; return a message with its path, or the reason it is missing."""
+    """Draw `loss.svg` if matplotlib is installed; return a message with its path, or why it was not drawn."""
     path = folder / run_folder.PLOT_FILE
     try:
         loss_plot(read_metrics(folder), path, title)

@@ -1,9 +1,9 @@
 """The adapter of a run: attach or load it, compute ranks and initial weights from the first training rows, and save it.
 
-`lorakit.core.operations` defines how ranks and initial weights are computed from data. This module supplies the
-rows, in the order of the run's first epoch and one at a time, so that less memory is used than in a training step. It
-draws no random numbers and does not advance the run's own loader. A resumed run instead loads its adapter from the
-checkpoint.
+`lorakit.core.operations` defines how ranks and initial weights are computed from data. This module supplies the data:
+training rows in the order of the run's first epoch, one at a time, so that less memory is used than in a training step.
+Supplying these rows draws no random numbers and does not advance the run's own loader. A resumed run instead loads its
+adapter from the checkpoint.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def add_adapter(
 def allocate_ranks(
     model: nn.Module, spec: RunSpec, by: Literal["gradients", "inputs"], loader: Loader, progress: Progress
 ) -> LoraConfig:
-    """Return the run's config with ranks computed from the base and the first training rows.
+    """Return the run's adapter config with ranks computed from the base and the first training rows.
 
     Args:
         model: The base, on the run's device.
@@ -88,7 +88,7 @@ def allocate_ranks(
         progress: Receives a message about the ranks.
 
     Returns:
-        The config with the new ranks; it gives at most as many trained parameters as the run's config.
+        The config with the new ranks; the adapter has at most as many trainable parameters as with the run's config.
 
     Raises:
         LorakitError: `lorakit.core.operations.rank_allocation.allocate` failed; the error class and message say why.
@@ -107,7 +107,7 @@ def allocate_ranks(
 def init_from_data(
     model: nn.Module, config: LoraConfig, spec: RunSpec, loader: Loader, progress: Progress
 ) -> tuple[LoraConfig, core.Statistics | None]:
-    """Return the config to attach, and the statistics of the first training rows if the init needs them.
+    """Return the config to attach and, if the init needs them, statistics of the first training rows.
 
     Args:
         model: The base, on the run's device.
@@ -117,7 +117,7 @@ def init_from_data(
         progress: Receives a message about the init.
 
     Returns:
-        The config (for EVA, with the computed ranks), and the statistics or None.
+        The config (for EVA, with the computed ranks), and the statistics (or None).
 
     Raises:
         UsageError: The init would change a quantized base.
@@ -155,7 +155,7 @@ def first_rows(spec: RunSpec, loader: Loader) -> list[Batch]:
 
 
 def row_loss(device: torch.device) -> Callable[[nn.Module, Batch], Tensor]:
-    """Return a function that computes a model's loss on a batch, a scalar averaged over the tokens that contribute.
+    """Return a function that computes a model's mean loss (a scalar) over the tokens in a batch that contribute to it.
 
     Args:
         device: The model's device.
@@ -170,7 +170,7 @@ def row_loss(device: torch.device) -> Callable[[nn.Module, Batch], Tensor]:
 
 
 def _positions_with_loss(batch: Batch) -> Tensor:
-    """Return a mask (rows, length) of positions whose label contributes to the loss, as EVA's `use_label_mask` does."""
+    """Return a (rows, length) mask of the positions that contribute to the loss, as EVA's `use_label_mask` does."""
     return (batch.labels != -100) & batch.attention_mask.bool()
 
 

@@ -1,4 +1,4 @@
-"""Inputs of a run that are read and checked before weights are loaded: device, data, new tokens, and the base's shape.
+"""Read and check the inputs of a run before any weights are loaded: device, data, new tokens, and the base's shape.
 
 A failed check raises an error that names the problem.
 """
@@ -29,7 +29,7 @@ from lorakit.train.settings import TrainSettings
 
 
 class SavedTokenizer(data.Tokenizer, Protocol):
-    """The part of a transformers tokenizer that training runs and commands use."""
+    """The part of the transformers tokenizer interface that training runs and commands use."""
 
     def get_vocab(self) -> dict[str, int]:
         """Return all tokens with their ids."""
@@ -45,7 +45,7 @@ class Forecast:
     Attributes:
         shape: The base's shape.
         config: The adapter's config.
-        max_length: Maximum sequence length: the setting, or the model's limit if the setting is the default.
+        max_length: Maximum sequence length: the setting, or the model's limit if the default exceeds that limit.
         notes: Messages to print.
         new_tokens: Tokens added to the vocabulary, or None.
     """
@@ -99,7 +99,7 @@ def max_length_for(shape: plan.ModelShape, wanted: int) -> int:
 
     Args:
         shape: The model's shape.
-        wanted: The setting; if it is the default, it is reduced to the model's limit.
+        wanted: The setting; only the default is reduced to the model's limit.
 
     Returns:
         `wanted`, or the model's limit.
@@ -122,7 +122,7 @@ def max_length_for(shape: plan.ModelShape, wanted: int) -> int:
 
 @dataclass(frozen=True)
 class RunBatches:
-    """The data of a run, in batches.
+    """The data of a run, split into batches.
 
     Attributes:
         loader: Endless iterator over the training batches, in a seeded order.
@@ -254,7 +254,7 @@ class NewTokens:
     rows: tuple[int, ...]
 
     def unseen(self, loader: data.Loader) -> tuple[str, ...]:
-        """Return a warning about new tokens that do not occur in the training data, if any; their rows are not trained.
+        """Return a warning if any new tokens are missing from the training data, because their rows stay untrained.
 
         Args:
             loader: The loader of the training data.
@@ -267,7 +267,7 @@ class NewTokens:
 
 
 def add_new_tokens(tokenizer: data.Tokenizer, tokens: list[str], base: nn.Module) -> NewTokens:
-    """Add tokens to the tokenizer of a run.
+    """Add tokens to a run's tokenizer.
 
     Args:
         tokenizer: The base's tokenizer; changed in place.

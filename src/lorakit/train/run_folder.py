@@ -1,7 +1,7 @@
 """The run directory: its record `run.json`, its log `metrics.jsonl`, its lock, and its creation and removal.
 
-The record states the requested settings, the values that they resolved to, the environment, and how the run ended; its
-values come from the modules that compute them. The log has one row per optimizer step and one per evaluation;
+The record contains the requested settings, the values that they resolved to, the environment, and how the run ended,
+all of them computed by other modules. The log has one row per optimizer step and one per evaluation;
 `lorakit.report` reads it. The lock prevents two processes from training in the same directory. The directory itself is
 locked (flock), so no lock file is left behind, and the system releases the lock no matter how the process ends.
 """
@@ -36,7 +36,7 @@ _MAX_RECORD_BYTES = 4 << 20
 
 @contextlib.contextmanager
 def as_disk_error(path: Path, failure: str) -> Iterator[None]:
-    """Convert an `OSError` in a block to a `DiskError` that names the path and states what failed.
+    """Convert an `OSError` raised in a block to a `DiskError` that names the path and states what failed.
 
     Args:
         path: The file or directory.
@@ -58,7 +58,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         folder: The run directory.
 
     Returns:
-        The record, or None if the directory has no run.
+        The record, or None if the directory does not contain a run.
 
     Raises:
         RunError: The record cannot be read.
@@ -81,7 +81,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def raise_run_exists(folder: Path) -> NoReturn:
-    """Raise the error for a directory that already has a run.
+    """Raise the error for a directory that already contains a run.
 
     Raises:
         RunError: The run is still active.
@@ -98,7 +98,7 @@ def raise_run_exists(folder: Path) -> NoReturn:
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write the record, completely or not at all.
+    """Write the record atomically.
 
     Raises:
         DiskError: The file cannot be written.
@@ -121,7 +121,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
-    """Writer of `metrics.jsonl`; a crash can at most truncate the last line, and readers skip a truncated line.
+    """Writer for `metrics.jsonl`; a crash can at most truncate the last line, and readers skip a truncated line.
 
     If the disk is full, rows are kept in memory until a later write succeeds.
 
@@ -154,7 +154,7 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
             row: Fields of a training step or an evaluation; all numbers must be finite.
 
         Raises:
-            DiskError: The file cannot be written, for a reason other than a full disk.
+            DiskError: The file cannot be written for a reason other than a full disk.
             ValueError: A value is NaN or infinite.
         """
         self.waiting.append(json.dumps(row, allow_nan=False).encode() + b"\n")
@@ -184,7 +184,7 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
 
 
 def cut_metrics(folder: Path, step: int, evaluated_step: int) -> None:
-    """Remove the rows written after a checkpoint, and a truncated last line; the resumed run writes these rows again.
+    """Remove a truncated last line and the rows written after a checkpoint, which the resumed run writes again.
 
     Args:
         folder: The run directory.
@@ -256,7 +256,7 @@ def check_unlocked(folder: Path) -> None:
 
 
 def _try_lock(folder: Path) -> int | None:
-    """Lock a directory; return its descriptor, -1 if locks are not supported, or None if another process holds it."""
+    """Lock a directory; return a descriptor, -1 if locks are unsupported, or None if another process holds the lock."""
     try:
         import fcntl
     except ImportError:
@@ -299,7 +299,7 @@ def check_output_dir(settings: TrainSettings) -> None:
         settings: Settings; `output_dir`, `resume` and `overwrite` are used.
 
     Raises:
-        UsageError: The directory has a run, and neither `resume` nor `overwrite` is set.
+        UsageError: The directory contains a run, and neither `resume` nor `overwrite` is set.
         RunError: The path is not a directory, another process is training in it, or `resume` is set but the directory
             does not exist.
     """
@@ -343,12 +343,12 @@ def lock_output_dir(folder: Path) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the directories named like checkpoints, valid or not, in order of their steps."""
+    """Return the directories with checkpoint names, whether valid or not, in order of step."""
     return _by_step(folder.glob("checkpoint-*"))
 
 
 def adapters_only(folder: Path) -> list[Path]:
-    """Return the directories of adapters saved without a checkpoint, in order of their steps."""
+    """Return the directories of adapters saved without a checkpoint, in order of step."""
     return _by_step(folder.glob("adapter-only-*"))
 
 
@@ -363,7 +363,7 @@ def step_of(path: Path) -> int:
 
 
 def adapter_only_path(folder: Path, step: int) -> Path:
-    """Return the directory for a step's adapter saved without a checkpoint; it need not exist."""
+    """Return the path for an adapter saved without a checkpoint at a given step; the path need not exist."""
     return folder / f"adapter-only-{step}"
 
 

@@ -1,9 +1,9 @@
 """Estimates and choices made before a run's first step: time and memory, disk space, and autotuned kernels.
 
 `lorakit.plan` computes the costs, `lorakit.hub` measures the speed of the machine, and `lorakit.speed` tunes kernels.
-Autotuned choices apply from the first step to the last and are saved in every checkpoint. A resumed run reuses the
-choices in its checkpoint if the environment is the same, so its results are bit-identical even if new measurements
-would lead to other choices.
+Autotuned choices stay the same for the whole run and are saved in every checkpoint. A resumed run reuses the choices in
+its checkpoint if the environment has not changed, so that results are bit-identical even if new measurements would lead
+to different choices.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from lorakit.train.run_folder import checkpoints, run_files
 from lorakit.train.run_spec import DiskSpace, RunLimits, RunPlan, RunSpec
 
 WORTH_MEASURING_FLOPS = 2e12
-"""Minimum FLOPs of a run for which the machine is benchmarked; shorter runs do so only to choose the precision."""
+"""FLOPs above which a run benchmarks the machine; a shorter run benchmarks it only to choose the precision."""
 
 _MOMENT_BYTES = 2 * 4
-_FOLDER_BYTES = 64 << 10  # configs, manifests, states of random generators, model card
-_HEADER_BYTES = 512  # per tensor: its entry in the safetensors header and in JSON files
+_FOLDER_BYTES = 64 << 10  # configs, manifests, random number generator states, model card
+_HEADER_BYTES = 512  # per tensor: its entries in the safetensors header and in JSON files
 _ROW_BYTES = 400  # per row of metrics.jsonl
 
 
 def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], progress: Progress) -> RunPlan:
-    """Choose the precision of a run ("auto" measures the machine), and estimate the run's memory use and time.
+    """Choose the precision of a run (for "auto", from a benchmark), and estimate the run's memory use and time.
 
     Args:
         spec: The run's specification; a resumed run keeps its precision.
@@ -50,7 +50,7 @@ def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], progress:
         The plan.
 
     Raises:
-        ConfigError: No option for `recompute` fits the memory budget.
+        ConfigError: No `recompute` option fits within the memory budget.
     """
     recorded = ((spec.record or {}).get("resolved") or {}).get("dtype")
     wanted = recorded or spec.settings.dtype
@@ -127,7 +127,7 @@ def disk_space(spec: RunSpec, limits: RunLimits, step: int, model: nn.Module, na
     added = max(0, min(limit, saves + present) - present)
     checkpoint = adapter + moments + _FOLDER_BYTES + (tokenizer if spec.forecast.new_tokens else 0)
     published, log = adapter + tokenizer + _FOLDER_BYTES, _FOLDER_BYTES + 2 * _ROW_BYTES * steps
-    replacing = checkpoint if saves + present > limit else 0  # written before the oldest is removed
+    replacing = checkpoint if saves + present > limit else 0  # written before the oldest checkpoint is removed
     return DiskSpace(checkpoint, published + log, added * checkpoint + max(replacing, published) + log)
 
 
@@ -180,7 +180,7 @@ def check_checkpoint_space(folder: Path, space: DiskSpace) -> None:
 
 
 def _bytes_of(paths: Iterable[Path]) -> int:
-    """Return the total size of files, including those in directories, in bytes."""
+    """Return the total size of files and directories, in bytes."""
     files = (inner for path in paths for inner in (path, *path.rglob("*")) if inner.is_file())
     return sum(file.stat().st_size for file in files)
 
@@ -203,16 +203,16 @@ def autotuned_choices(
     before: Mapping[str, Any] | None,
     progress: Progress,
 ) -> dict[str, int]:
-    """Return the autotuned choices of a run, for `lorakit.ops.choices.activate`; report any measurements.
+    """Return a run's autotuned choices, to pass to `lorakit.ops.choices.activate`; report any measurements.
 
     Args:
         spec: The run's specification; if the setting `tuning` is off, the result is empty.
         dtype: Precision of the base.
         model: The adapted model.
-        acceleration: Result of `lorakit.speed.accelerate` on the model, or None; without it, nothing uses the choices.
+        acceleration: Result of `lorakit.speed.accelerate` on the model; if None, the result is empty.
         loader: The loader of the training data.
         before: Environment stored in the checkpoint to resume from, or None.
-        progress: Receives the results of measurements.
+        progress: Receives the results of any measurements.
     """
     if not spec.settings.tuning or acceleration is None or spec.device.type != "cpu":
         return {}

@@ -1,4 +1,4 @@
-"""The two contexts of a run: `RunSpec`, created before any weights are loaded, and `Run`, used from then on.
+"""The two contexts of a run: `RunSpec`, created before any weights are loaded, and `Run`, created afterwards.
 
 `RunSpec.of` raises every error that can be detected without weights. `run_plan.py` computes `RunPlan` and
 `DiskSpace`, and `trainer.prepare` computes the rest of `Run`.
@@ -41,17 +41,17 @@ class RunSpec:
     """The specification of a run: everything that is known before weights are loaded.
 
     Attributes:
-        settings: All settings, including those that a resumed run supplies.
+        settings: All settings, including those taken from the run being resumed.
         folder: The run directory, which exists and is writable.
         lock: File descriptor that holds the lock on the run directory; -1 if locks are not supported.
         device: The run's device.
         source: The base model.
         data: Records for training and evaluation.
         hashes: SHA-256 of each data file, by path.
-        record: Content of `run.json` if the run is resumed, or None.
+        record: Contents of `run.json` if the run is resumed, or None.
         tokenizer: The base's tokenizer, with the run's new tokens.
         forecast: Shape of the base, adapter config and maximum sequence length.
-        quantization: Quantization of the base, from the settings or the base's files; None if there is none.
+        quantization: Quantization of the base, from the settings or the base's files, or None.
     """
 
     settings: TrainSettings
@@ -71,11 +71,11 @@ class RunSpec:
         """Check the settings, machine, data, model and run directory, and finally lock the directory.
 
         Args:
-            settings: The given settings; a resumed run supplies those that are not given.
+            settings: The given settings; missing ones are taken from the run being resumed.
             progress: Receives messages about slow operations.
 
         Returns:
-            The specification; at this point, at most an empty run directory has been created.
+            The specification; nothing has been written yet, except that the run directory may have been created.
 
         Raises:
             UsageError: The settings are incompatible with the data, this machine or the run directory.
@@ -126,7 +126,7 @@ def _check_same_data(folder: Path, record: Mapping[str, Any], hashes: Mapping[st
 
 
 def _check_steps_left(folder: Path, max_steps: int | None) -> None:
-    """Raise if the newest valid checkpoint is past `max_steps`; verify checkpoints only if a name suggests it is."""
+    """Raise if the newest valid checkpoint is past `max_steps`; skip verification if no checkpoint is."""
     if max_steps is None or all(run_folder.step_of(path) <= max_steps for path in run_folder.checkpoints(folder)):
         return
     found = checkpoint.newest_valid(folder)
@@ -142,7 +142,7 @@ def _check_steps_left(folder: Path, max_steps: int | None) -> None:
 
 @dataclass(frozen=True)
 class RunLimits:
-    """The length of a run and the intervals of its evaluations and checkpoints.
+    """The length of a run and the intervals between evaluations and between checkpoints.
 
     Attributes:
         total_steps: Optimizer steps in the run.
@@ -163,7 +163,7 @@ class RunLimits:
         """Compute the limits; by default, evaluations and checkpoints are a tenth of the run apart.
 
         Args:
-            settings: Settings for the length and the intervals.
+            settings: The run's settings.
             loader: The loader of the training data.
         """
         accumulation = settings.gradient_accumulation_steps
@@ -179,7 +179,7 @@ class RunPlan:
 
     Attributes:
         dtype: Precision of the base: "bfloat16" or "float32".
-        recompute: What the backward pass recomputes, one of `lorakit.plan.job.RECOMPUTED`.
+        recompute: What the backward pass recomputes: a value in `lorakit.plan.job.RECOMPUTED`.
         values: The plan as plain JSON values.
     """
 
@@ -205,7 +205,7 @@ class DiskSpace:
 
 @dataclass
 class Run:
-    """The context of a run, from the time its weights are loaded to its end.
+    """The context of a run once the weights are loaded.
 
     Attributes:
         spec: Everything that is known before weights are loaded.
@@ -218,7 +218,7 @@ class Run:
         optimizer: The optimizer for the trainable tensors.
         acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
         state: Training state, which the loop updates.
-        choices: Autotuned choices, for `lorakit.ops.choices.activate`.
+        choices: Autotuned choices to pass to `lorakit.ops.choices.activate`.
         space: Disk space that the run needs.
         base_bytes: Size of the base's weights in memory.
         progress: Receiver of progress reports and messages.
@@ -251,7 +251,7 @@ class Run:
 
     @property
     def trainable_parameters(self) -> int:
-        """Number of trained parameters."""
+        """Number of trainable parameters."""
         return sum(parameter.numel() for _, parameter in self.named)
 
     @property
@@ -273,7 +273,7 @@ class Run:
         )
 
     def record(self) -> dict[str, Any]:
-        """Return the content of `run.json` except the result, as plain JSON values."""
+        """Return the contents of `run.json`, except for the result, as plain JSON values."""
         spec, held_out = self.spec, self.batches.held_out_report
         return {
             "status": self.status,

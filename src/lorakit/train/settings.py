@@ -35,7 +35,7 @@ Optimizer = Literal["adamw", "lorafa"]
 Allocation = Literal["none", "gradients", "inputs"]
 Recompute = Literal["none", "feed-forward", "layers"]
 INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "eva", "corda", "lora_ga", "mica")
-"""Allowed values of `init_lora_weights`, besides `pissa_niter_N`; not LoftQ, which also needs the unquantized base."""
+"""Allowed values of `init_lora_weights`, besides `pissa_niter_N`; LoftQ is excluded: it needs the unquantized base."""
 
 _DTYPE_WORDS = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 
@@ -61,7 +61,7 @@ def _targets(value: Value) -> Value | str | list[Any]:
 
 
 def _rates(value: Given) -> dict[str, float]:
-    """Convert a mapping, or a list of PATTERN=RATE strings from flags, to learning rates by pattern."""
+    """Convert a mapping, or a list of PATTERN=RATE strings from flags, to a dict of learning rates by pattern."""
     words = value if isinstance(value, Mapping) else _one_or_many(value)
     if not isinstance(words, (Mapping, list)):
         raise ValueError("it must map patterns to rates")
@@ -140,7 +140,8 @@ Paths = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_on
 class TrainSettings(BaseModel):
     """Settings of a run; each field is also a flag of `lorakit train`.
 
-    The field descriptions come from `defaults.DEFAULTS`; each gives the meaning, the default and the reason for it.
+    The field descriptions come from `defaults.DEFAULTS`; they give each setting's meaning and default, and the reason
+    for the default.
 
     Raises:
         ConfigError: Fields are unknown, missing, of the wrong type or out of range; the message names all of them.
@@ -200,7 +201,7 @@ class TrainSettings(BaseModel):
         except ValidationError as cause:
             raise _error(cause) from None
         if self.resume and self.overwrite:
-            raise ConfigError("resume and overwrite cannot be combined: resume the run or replace it.", field="resume")
+            raise ConfigError("resume and overwrite cannot be combined; omit one of them.", field="resume")
         if self.init_lora_weights == "eva" and self.allocate_ranks != "none":
             raise ConfigError(
                 "allocate_ranks and the init eva cannot be combined: eva allocates ranks itself; omit one of them.",

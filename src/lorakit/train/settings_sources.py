@@ -1,7 +1,7 @@
 """Sources of settings: flags, a YAML file, and the record of a resumed run.
 
-Flags override the file, and a resumed run supplies the settings that are not given. This module uses only the
-names of settings, not their meaning.
+Flags override the file; if a run is resumed, settings given in neither are taken from that run. This module uses only
+the names of settings, not their meanings.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def read_settings_file(path: str | Path) -> dict[str, Any]:
         The settings in the file by field name, with unchecked values.
 
     Raises:
-        ConfigError: The file is missing, too large or not a YAML mapping, or it has an unknown or repeated setting.
+        ConfigError: The file is missing, too large or not a YAML mapping, or contains an unknown or repeated setting.
     """
     import yaml
 
@@ -77,7 +77,7 @@ def _loader() -> type[yaml.SafeLoader]:
 
 
 def gather(given: Mapping[str, Any], file: str | Path | None = None) -> TrainSettings:
-    """Combine settings: flags override a file, which overrides the defaults or the settings of the resumed run.
+    """Combine settings: flags override a file, which overrides the defaults or the settings of the run being resumed.
 
     Args:
         given: Settings from flags or calling code, by field name; None counts as not given.
@@ -88,7 +88,7 @@ def gather(given: Mapping[str, Any], file: str | Path | None = None) -> TrainSet
 
     Raises:
         ConfigError: The file cannot be read, or a setting is missing, unknown or invalid.
-        UsageError: `model` or `data` is missing, and the directory already has a run.
+        UsageError: `model` or `data` is missing, and `output_dir` already contains a run.
         RunError: The run cannot be resumed with these settings; see `resumed`.
     """
     values = dict(read_settings_file(file)) if file is not None else {}
@@ -128,12 +128,12 @@ def resumed(values: Mapping[str, Any]) -> TrainSettings:
         values: The given settings, including `output_dir`.
 
     Returns:
-        The settings to resume with; if the directory has no run yet, the given settings and the defaults.
+        The settings to resume with; if the directory contains no run yet, the given settings plus the defaults.
 
     Raises:
         ConfigError: A given value is not allowed.
-        RunError: The run's record cannot be read, or a given value differs from the run's for a setting that must not
-            change; the message names each such setting with both values.
+        RunError: The run's record cannot be read, or a setting that must not change has a different value in the run;
+            the message names each such setting with both values.
     """
     record = read_record(Path(values["output_dir"]))
     if record is None:

@@ -46,10 +46,10 @@ class Schedule:
         """Return the learning rate for a step.
 
         Args:
-            step: Step number, from 0.
+            step: Step number, starting at 0.
 
         Returns:
-            The rate; at most `peak`, and above 0 for every step of the run.
+            The rate: at most `peak`, and above 0 for every step of the run.
         """
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
@@ -61,7 +61,7 @@ class Schedule:
 
 
 def schedule(peak: float, total_steps: int, warmup_ratio: float, kind: Scheduler) -> Schedule:
-    """Build a schedule whose warm-up is a fraction of its steps.
+    """Build a schedule whose warm-up takes a given fraction of the steps.
 
     Args:
         peak: The maximum rate.
@@ -77,7 +77,7 @@ def schedule(peak: float, total_steps: int, warmup_ratio: float, kind: Scheduler
 
 @contextlib.contextmanager
 def oom_as_run_error(batch: Batch, where: str, advice: Callable[[int], str]) -> Iterator[None]:
-    """Convert an out-of-memory error in a block to a `RunError` that describes the batch and suggests what to change.
+    """Convert an out-of-memory error to a `RunError` that describes the batch and suggests what to change.
 
     Args:
         batch: The batch that the block processes.
@@ -100,7 +100,7 @@ def oom_advice_for_evaluation(rows: int) -> str:
     """Return advice on reducing the memory use of an evaluation.
 
     Args:
-        rows: Number of rows in the batch that did not fit.
+        rows: Number of rows in the batch that did not fit in memory.
     """
     fewer = "fewer rows per batch (train: --per-device-train-batch-size, eval: --batch-size) or " if rows > 1 else ""
     return f"Try {fewer}a smaller --max-length."
@@ -109,8 +109,8 @@ def oom_advice_for_evaluation(rows: int) -> str:
 def _is_out_of_memory(cause: BaseException) -> bool:
     """Return whether an error means that memory ran out.
 
-    This is the only function that parses torch's error messages. It has to, because torch's CPU allocator and some
-    libraries raise a plain RuntimeError without attributes; only the CUDA error has its own class.
+    This is the only function that parses torch's error messages. Parsing is unavoidable, because torch's CPU allocator
+    and some libraries raise a plain RuntimeError without attributes; only the CUDA error has its own class.
     """
     if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
         return True
@@ -121,24 +121,24 @@ def _is_out_of_memory(cause: BaseException) -> bool:
 def loss_sum(
     model: nn.Module, batch: Batch, device: str | torch.device, acceleration: Acceleration | None = None
 ) -> torch.Tensor:
-    """Return the next-token cross entropy, summed over the tokens of a batch that contribute to the loss.
+    """Return the next-token cross entropy, summed over the tokens in a batch that contribute to the loss.
 
     Args:
-        model: A causal language model; its output has `logits` (rows, length, vocabulary).
-        batch: Batch of (rows, length) tensors on the CPU; labels other than -100 are predicted from the previous
+        model: A causal language model whose output has `logits` of shape (rows, length, vocabulary).
+        batch: Batch of (rows, length) tensors on the CPU; each label other than -100 is predicted from the previous
             position.
         device: The model's device.
         acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
 
     Returns:
-        A float32 scalar (float64 for a float64 model). To get the mean loss of a step, divide it by the number of
-        tokens in the step that contribute to the loss.
+        A float32 scalar (float64 for a float64 model). The mean loss of a step is the total of these scalars over the
+        step's batches, divided by the number of tokens in the step that contribute to the loss.
     """
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     labels = batch.labels
     if acceleration is not None and acceleration.packs and batch.tokens < batch.input_ids.numel():
         inputs, labels = pack_rows(batch.input_ids, batch.attention_mask, labels)
-    for name, value in inputs.items():  # sequence boundaries stay on the CPU: reading them must not stall the device
+    for name, value in inputs.items():  # sequence boundaries stay on the CPU, where reading them does not stall the GPU
         if isinstance(value, torch.Tensor) and not name.startswith("cu_seq_lens"):
             inputs[name] = value.to(device)
     if acceleration is not None and acceleration.head is not None and acceleration.head.applies():
@@ -162,10 +162,10 @@ class StepOptions:
     Attributes:
         device: The model's device.
         max_grad_norm: Maximum gradient norm; 0 disables clipping.
-        autocast: Dtype for `torch.autocast`, in which an accelerator multiplies float32 tensors, or None.
+        autocast: Dtype in which `torch.autocast` multiplies float32 tensors on an accelerator; None disables autocast.
         acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
-        recompute: What the backward pass recomputes, one of `lorakit.plan.job.RECOMPUTED`; used only for out-of-memory
-            advice.
+        recompute: What the backward pass recomputes: a value in `lorakit.plan.job.RECOMPUTED`; used only for
+            out-of-memory advice.
         has_budget: Whether `recompute` was chosen for a memory budget; used only for out-of-memory advice.
     """
 
@@ -183,10 +183,10 @@ class StepOptions:
         return torch.autocast(self.device.type, dtype=self.autocast)
 
     def oom_advice(self, rows: int) -> str:
-        """Return advice on reducing the memory use of a step, in the order to try; options already in use are left out.
+        """Return advice on reducing a step's memory use, best option first; options already in use are left out.
 
         Args:
-            rows: Number of rows in the batch that did not fit.
+            rows: Number of rows in the batch that did not fit in memory.
         """
         is_fused = self.acceleration is not None
         more = [
@@ -231,15 +231,15 @@ def train_step(
     learning_rate: float,
     options: StepOptions,
 ) -> StepResult:
-    """Take one optimizer step on the loss, averaged over the contributing tokens of all batches.   [docs/math.md (14)]
+    """Take one optimizer step on the mean loss over all tokens that contribute to it.   [docs/math.md (14)]
 
-    The tokens that contribute to the loss are counted before the first forward pass, and the loss sum of each batch is
-    divided by the count for the whole step, so the gradient does not depend on how the rows are split into batches.
-    Penalties of variants are added once per step.
+    The tokens that contribute to the loss are counted before the first forward pass. The summed loss of each batch is
+    divided by this count, so the gradient does not depend on how the rows are split into batches. Variants' penalties
+    are added once per step.
 
     Args:
         model: The adapted model, in training mode.
-        named: The trainable tensors (any shape) by name; the step leaves its gradients, possibly clipped, in `.grad`.
+        named: The trainable tensors (any shape) by name; their gradients, possibly clipped, are left in `.grad`.
         optimizer: An optimizer for these tensors, from `lorakit.train.optimizer`.
         batches: The step's batches, on the CPU.
         learning_rate: The rate for this step.
@@ -251,7 +251,7 @@ def train_step(
     Raises:
         NonFiniteError: The loss or the gradient is NaN or infinite; no trainable tensor was changed.
         DataError: No token in the batches contributes to the loss.
-        RunError: Memory ran out, the loss does not depend on the adapter, or a trained tensor was replaced.
+        RunError: Memory ran out, the loss does not depend on the adapter, or a trainable tensor was replaced.
     """
     trained = sum(batch.trained_tokens for batch in batches)
     if trained == 0:
@@ -269,7 +269,7 @@ def train_step(
             (loss / trained).backward()
             total = total + loss.detach()
     penalty = penalties(model)
-    if penalty is not None:  # penalties of variants are added once per step, not once per batch
+    if penalty is not None:  # added once per step, not once per batch
         penalty.backward()
     _check_not_replaced(model, named)
     parameters = [parameter for _, parameter in named]
@@ -292,7 +292,7 @@ def without_gradient(named: Named) -> list[str]:
 
 
 def _check_not_replaced(model: nn.Module, named: Named) -> None:
-    """Raise if a trained tensor was replaced in the model, because its replacement would never be updated."""
+    """Raise if a trainable tensor was replaced in the model, because the optimizer would never update the new one."""
     without = {id(parameter): name for name, parameter in named if parameter.grad is None}
     held = {id(parameter) for parameter in model.parameters()} if without else set()
     for number, name in without.items():

@@ -1,7 +1,7 @@
-"""Train an adapter with `run`, from the settings to the published files.
+"""Train an adapter with `run`, which takes the settings and publishes the trained adapter.
 
 Every error that can be detected without weights is raised before any weights are loaded (`RunSpec.of`), and the files
-of an earlier run are changed only once the new run is fully prepared (`prepare`). The training loop is in `loop.py`,
+of an earlier run are not modified until the new run is fully prepared (`prepare`). The training loop is in `loop.py`,
 and the computation of a step is in `step.py`.
 """
 
@@ -47,19 +47,19 @@ __all__ = ["RunResult", "run"]
 def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
     """Train an adapter and return a `RunResult`; the run's files are saved in `output_dir`.
 
-    The random generators of torch, Python and numpy are seeded for the run and restored afterwards.
+    The random number generators of torch, Python and numpy are seeded for the run and restored afterwards.
 
     Args:
-        settings: The settings; if `resume` is set, those that are not given are taken from the existing run.
+        settings: The run's settings. If `resume` is set, missing settings are taken from the existing run.
         progress: Object that receives progress reports; None disables them.
 
     Returns:
         The result.
 
     Raises:
-        LorakitError: The run is not possible as specified, or it failed; the error class and message say why. If the
-            error occurs before training starts, an existing run is left unchanged; if it occurs later, the last valid
-            checkpoint is kept.
+        LorakitError: The run is impossible as specified, or the run failed; the error class and message say why. If the
+            error occurs before training starts, an existing run is left unchanged. If the error occurs later, the last
+            valid checkpoint is kept.
         KeyboardInterrupt: A signal arrived before the first step (the run directory is left unchanged), or a second
             signal arrived during training.
     """
@@ -81,7 +81,7 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
 def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     """Load the data, the model and the checkpoint without changing any files in the run directory.
 
-    The random generators are seeded, or restored from the checkpoint.
+    The random number generators are seeded, or restored from the checkpoint.
 
     Args:
         spec: The run's specification.
@@ -156,9 +156,9 @@ def _report_data(spec: RunSpec, batches: RunBatches, progress: Progress) -> None
 
 
 def _base_bytes(model: nn.Module, spec: RunSpec) -> int:
-    """Return the size of the base in memory, in bytes.
+    """Return the amount of memory that the base takes, in bytes.
 
-    The size of a quantized base is computed with a formula, because its quantization scales are not parameters.
+    The size of a quantized base is computed with a formula, because quantization scales are not parameters.
     """
     quantization = spec.quantization
     if quantization is None:
@@ -169,7 +169,7 @@ def _base_bytes(model: nn.Module, spec: RunSpec) -> int:
 
 
 def _newest_checkpoint(spec: RunSpec, progress: Progress) -> tuple[Path | None, tuple[Path, ...]]:
-    """Return the checkpoint to resume from, or None, and the newer checkpoints, which are all damaged."""
+    """Return the checkpoint to resume from (or None) and any newer checkpoints, all of them damaged."""
     damaged: list[Path] = []
     for path, fault in checkpoint.verified(spec.folder) if spec.settings.resume else ():
         if fault is None:
@@ -180,8 +180,8 @@ def _newest_checkpoint(spec: RunSpec, progress: Progress) -> tuple[Path | None, 
 
 
 def _enable_checkpointing(model: nn.Module) -> None:
-    """Enable non-reentrant gradient checkpointing that recomputes with the adapter route of the first forward pass."""
-    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # in transformers: new name, old name
+    """Enable non-reentrant gradient checkpointing; recomputation uses the original adapter routing."""
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # newest name first
     enable = next(getattr(model, name) for name in names if hasattr(model, name))
     try:
         enable({"use_reentrant": False, "context_fn": core.checkpoint_contexts(model)})
@@ -203,13 +203,14 @@ def _accelerated(model: nn.Module, plan: RunPlan, progress: Progress) -> Acceler
 
 
 def acceleration_lines(acceleration: Acceleration) -> list[str]:
-    """Describe an acceleration in a few lines; `str(acceleration)` lists every fused module.
+    """Summarize an acceleration in a few lines; `str(acceleration)` lists every fused module.
 
     Args:
         acceleration: Result of `accelerate`.
 
     Returns:
-        A line about the step and, if applicable, lines about the CPU kernels and the modules that are not accelerated.
+        A line about what is accelerated and, if applicable, lines about the CPU kernels and about what is not
+        accelerated.
     """
     left = Counter((part.kind, part.why) for part in acceleration.skipped)
     if not (acceleration.swaps or acceleration.head or acceleration.packs):
@@ -228,7 +229,7 @@ def acceleration_lines(acceleration: Acceleration) -> list[str]:
 
 
 def _restore(snapshot: checkpoint.Snapshot, here: dict[str, Any], progress: Progress) -> checkpoint.TrainState:
-    """Restore the random generators from a checkpoint and return its state; warn if the environment has changed."""
+    """Restore the random number generators and return the checkpoint's state; warn if the environment has changed."""
     changed = checkpoint.differences(snapshot.environment, here)
     if changed:
         progress.say(
@@ -240,7 +241,7 @@ def _restore(snapshot: checkpoint.Snapshot, here: dict[str, Any], progress: Prog
 
 
 def _seed_everything(seed: int) -> None:
-    """Seed every global random generator that training can use."""
+    """Seed every global random number generator that training may use."""
     random.seed(seed)
     torch.manual_seed(seed)  # also seeds accelerators
     numpy = sys.modules.get("numpy")
@@ -268,7 +269,7 @@ def _unchanged_on_failure(folder: Path) -> Iterator[None]:
         yield
     except BaseException as cause:
         if not existed:
-            with contextlib.suppress(OSError):  # the directory does not exist, or is not empty
+            with contextlib.suppress(OSError):  # the directory does not exist or is not empty
                 folder.rmdir()
         if isinstance(cause, KeyboardInterrupt):
             raise KeyboardInterrupt(f"interrupted before the first step; {folder} is unchanged") from None
