@@ -109,7 +109,7 @@ def attach(
 
 
 def _resolved(index: AdapterIndex, config: LoraConfig, allow: Collection[str]) -> tuple[Resolution, dict[str, str]]:
-    """Return the sites that a config names (with tied modules added), and the embedding's path for each tied path."""
+    """Return the sites that a config names, including tied modules, and a map from tied paths to embedding paths."""
     found, leaders = with_ties(index, config, matched(index, config, "partial_targets" in allow))
     checks.check_called(index.model, [match.path for match in found.matches])
     checks.check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
@@ -206,7 +206,7 @@ def _take_off(index: AdapterIndex, state: AdapterState, names: Sequence[str]) ->
 
 
 def _without(component: AdapterModule, names: Sequence[str]) -> nn.Module:
-    """Remove adapters from a component, and return the module to use in its place: itself, or a plain module."""
+    """Remove adapters from a component; return the component, or a plain module if it has no adapters left."""
     left: nn.Module = component
     for name in names:
         if isinstance(component, LoraLayer) and name in component.moved_by:

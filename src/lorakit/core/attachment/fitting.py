@@ -75,7 +75,7 @@ class Fit:
 
         Args:
             left: Name -> tensor of any shape, for tensors that have not been taken yet.
-            names: Possible names of the tensor; if it is missing, the first one is reported.
+            names: Possible names of the tensor; the first is reported if the tensor is missing.
             shape: The expected shape.
 
         Returns:

@@ -54,8 +54,8 @@ class LoadReport:
         name: The adapter.
         config: The adapter's config, as read from the file.
         sites: Number of sites.
-        base: Verdict on the base: the same, the same at a different precision, unverifiable, or different. The strings
-            are those of `BaseVerdict.verdict`.
+        base: Verdict on the base, as in `BaseVerdict.verdict`: same, same at a different precision, unverifiable, or
+            different.
         warnings: Messages for the user.
     """
 
@@ -182,7 +182,7 @@ def place_adapter(
         rows = build.new_rows(index, [chosen for chosen, _ in fitted.rows], given)
         auxiliary = build.new_extras(index, config, factors, fitted.saved, fitted.tied, rows)
         trained = {(id(module), leaf) for module, originals in auxiliary.biases for leaf in originals}
-        fitted.biases = [bias for bias in fitted.biases if (id(bias[0]), bias[1]) in trained]  # none at dropped sites
+        fitted.biases = [bias for bias in fitted.biases if (id(bias[0]), bias[1]) in trained]  # skip dropped sites
         beyond = out_of_range(tensors, largest, fitted, index, factors, auxiliary)
         said += implausible(files.folder, judge(config, scales, largest), trainable or files.made)
         said += _checked_range(files.folder, beyond, allow)

@@ -65,7 +65,7 @@ def saved_form(
     Args:
         model: The adapted model, or its index; not changed.
         name: The adapter.
-        form: For an adapter with a residual base: "as_lora", "trained", or "raw", which omits its initial state.
+        form: For an adapter with a residual base: "as_lora", "trained", or "raw", which omits the initial state.
         tensors: Name on disk -> tensor (…), for tensors gathered from several devices; None uses the model's tensors.
 
     Raises:

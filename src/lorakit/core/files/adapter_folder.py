@@ -186,8 +186,8 @@ def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) ->
 def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
     """Return, sorted, the bare parameters that a site on disk may belong to; empty if the module itself is a target.
 
-    The files name modules, not their bare parameters. To find out which parameter a tensor belongs to, the model is
-    needed: the answer depends on the order in which the module defines its parameters.
+    The files name modules, not their bare parameters. Only the model shows which parameter a tensor belongs to, because
+    that depends on the order in which the module defines its parameters.
 
     Args:
         config: The adapter's config.

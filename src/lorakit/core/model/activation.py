@@ -46,7 +46,7 @@ def use(model: nn.Module, *names: str, keep: bool = False) -> Override:
 
     Args:
         model: An adapted model.
-        names: One or more adapters, all of which apply to every row.
+        names: One or more adapters; they all apply to every row.
         keep: As in `route`; a single adapter's factors are cached in the base's dtype.
 
     Raises:
@@ -274,7 +274,7 @@ def invoked(
 
 
 def prompt_offset(model: nn.Module, input_ids: Tensor, adapter: str) -> int:
-    """Return the number of tokens at the end of a prompt at which an adapter is active: all, unless it is aLoRA.
+    """Return the number of tokens at the end of a prompt at which an adapter is active: all, except for aLoRA adapters.
 
     Args:
         model: A model with or without adapters.

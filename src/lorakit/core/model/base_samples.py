@@ -256,7 +256,7 @@ def agreement(one: Sample, other: Sample) -> str:
 
 
 def positions(tensors: Sequence[tuple[str, tuple[int, ...]]], count: int) -> Tensor:
-    """Return the sampled positions in each flattened tensor: (tensors, count), in ascending order, with both ends.
+    """Return the sampled positions in each flattened tensor: (tensors, count), ascending and including both ends.
 
     Args:
         tensors: Name and shape of each tensor; each has at least `count` values.
@@ -282,7 +282,7 @@ def sample_count(shape: tuple[int, ...], tensors: int) -> int:
     """
     wanted = max(LEAST, min(NUMBERS, BUDGET // max(1, tensors)))
     if len(shape) == 3 and wanted == NUMBERS and 0 < shape[0] <= MOST_SLICES:
-        wanted = shape[0] * -(-NUMBERS // shape[0])  # a multiple of the slices, so that no range crosses two
+        wanted = shape[0] * -(-NUMBERS // shape[0])  # a multiple of shape[0]: no range spans two slices
     return min(math.prod(shape), wanted)
 
 
@@ -371,11 +371,14 @@ def take_first_samples(tensors: Mapping[str, BaseTensor], read: Callable[[str], 
 
 
 def first_agreement(one: Sample, other: Sample) -> str:
-    """Return how closely two samples in format 1 agree, ignoring one bf16 step: `EXACT`, `QUANTIZED` or `APART`.
+    """Return how closely two samples in format 1 agree; values that differ by at most one bf16 step count as equal.
 
     Args:
         one: A sample.
         other: The sample to compare with.
+
+    Returns:
+        `EXACT`, `QUANTIZED` or `APART`.
     """
     if len(one.bits) != len(other.bits) or not (one.is_sound() and other.is_sound()):
         return APART

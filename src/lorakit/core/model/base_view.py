@@ -31,7 +31,8 @@ def dequantize(model: nn.Module) -> int:
     """Replace every quantized module of a model without adapters with a plain one.
 
     Args:
-        model: The model, changed in place; each plain weight has the compute dtype of the quantized module.
+        model: The model, changed in place; each plain weight has the compute dtype of the quantized module that it
+            replaces.
 
     Returns:
         The number of replaced modules.

@@ -18,7 +18,7 @@ ALLOWANCES = ("partial_targets", "base_mismatch", "key_mismatch", "nonfinite", "
 LARGEST_USUAL_SCALE = 1000.0
 
 WITH_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
-"""Model types in transformers whose mixers pass weights to a fused kernel instead of calling the weights' modules."""
+"""Model types in transformers whose mixers pass weights to a fused kernel without calling their modules."""
 
 READ_PAST = frozenset({"conv1d", "out_proj"})
 """Names of the modules that Mamba mixers do not call."""
@@ -48,7 +48,7 @@ def check_new_name(state: AdapterState | None, name: str) -> None:
 
 
 def check_called(model: nn.Module, paths: Iterable[str]) -> None:
-    """Check that the model calls all modules to adapt: if a kernel reads a weight directly, factors have no effect.
+    """Check that the model calls the modules to adapt: if a kernel reads a weight directly, factors have no effect.
 
     Args:
         model: The model, whose config gives its type.

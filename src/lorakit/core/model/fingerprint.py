@@ -406,7 +406,7 @@ FILE, FORMAT, MOST_KEPT = "weight_files.json", 1, 512
 """Name of the cache file, its format version, and the maximum number of hashes in it."""
 
 LEAST_KEPT = 1 << 20
-"""Minimum size in bytes of files whose hashes are cached; for smaller files, a lookup is no faster than hashing."""
+"""Minimum size in bytes of files whose hashes are cached; for smaller files, a lookup takes just as long as hashing."""
 
 MOST_BYTES = 1 << 30
 """Maximum total size in bytes of the files to hash; hashing this much takes about a second. Files with a cached hash do

@@ -1,8 +1,8 @@
 """Index a model in one pass: its modules, their parents and its adapted layers.
 
 Each public call builds an index, passes it to other functions and discards it. No index is kept between calls, because
-other code may tie, offload or copy modules at any time. Traversals skip modules that only hold factors, which are the
-majority in an adapted model. This module does not handle configs or arithmetic.
+other code may tie, offload or copy modules at any time. In an adapted model, most modules only hold factors; traversals
+skip such modules. This module does not handle configs or arithmetic.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class TargetWeight:
     """A weight that an adapter targets, whether or not it already has an adapted layer.
 
     Attributes:
-        path: Path of the weight's adapted layer, and also the path on disk.
+        path: Path of the weight's adapted layer; also the path on disk.
         outer: Path of the targeted module in the plain base.
         kind: The site's kind.
         spec: The weight's spec: shape, parameter and layout.

@@ -91,7 +91,7 @@ def with_ties(index: AdapterIndex, config: LoraConfig, found: Resolution) -> tup
 
 
 def tied_groups(index: AdapterIndex, paths: Collection[str]) -> dict[str, list[str]]:
-    """Return the groups of tied modules that contain one of the paths: embedding -> other modules with its weight.
+    """Return the groups of tied modules that contain a given path, as embedding -> other modules with the same weight.
 
     The result is empty if the model's config says that the embeddings are not tied.
     """
@@ -139,7 +139,7 @@ def tie_factors(index: AdapterIndex, name: str, embeddings: Mapping[str, str]) -
 def _tied_matches(
     index: AdapterIndex, config: LoraConfig, matches: Sequence[Match], leader: str, partners: Sequence[str]
 ) -> list[Match]:
-    """Return the matches, extended to all modules of a tied group; these have the embedding's rank and alpha."""
+    """Return the matches, extended to all modules of a tied group, each with the embedding's rank and alpha."""
     own = next((variant for variant in variants_of(config) if variant.tensors), None)
     if own is not None:
         raise ConfigError(

@@ -79,7 +79,7 @@ def check_growth(model: nn.Module, rows: int) -> list[nn.Module]:
 
 
 def with_trained_rows(config: LoraConfig, model: nn.Module, rows: Sequence[int]) -> LoraConfig:
-    """Return a copy of a config that trains some rows of the token embedding and, unless it is tied, of the head.
+    """Return a copy of a config that trains some rows of the token embedding and, unless the head is tied, of the head.
 
     Args:
         config: The config.
@@ -140,7 +140,7 @@ def token_tables(index: AdapterIndex, path: str | None) -> list[str]:
 
 
 def _has_other_tables(index: AdapterIndex, vocabulary: int) -> bool:
-    """Return whether a buffer with two or more axes has an axis of the vocabulary's size; lorakit cannot resize it."""
+    """Return whether a buffer that cannot be resized (two or more axes) has an axis of the vocabulary's size."""
     buffers = (buffer for module in index.everything.values() for buffer in module._buffers.values())
     return any(vocabulary in buffer.shape for buffer in buffers if buffer is not None and buffer.ndim > 1)
 
@@ -281,7 +281,7 @@ def _saved(config: LoraConfig, index: AdapterIndex) -> list[str]:
 
 
 def _brings_all(index: AdapterIndex, config: LoraConfig, path: str | None, rows: range) -> bool:
-    """Return whether all tables can be resized and an adapter has the given rows of each, if only through a tie."""
+    """Return whether all tables can be resized and an adapter has the given rows of each, directly or through a tie."""
     if path is None or index.state is not None or _has_other_tables(index, rows.start):
         return False
     named, saved = _rows_by_table(config, path), set(_saved(config, index))
@@ -375,7 +375,7 @@ def _named(index: AdapterIndex, config: LoraConfig) -> dict[str, tuple[int, ...]
         if not paths:
             names = nearest(name, [p.rpartition(".")[2] for p in index.modules], 1)
             raise NoTargetError(
-                f"Target modules {{{name!r}}} not found in the base model. The name is in trainable_token_indices"
+                f"Target modules {{{name!r}}} not found in the base model. The name comes from trainable_token_indices"
                 + (f"; nearest: {names[0]}." if names else "."),
                 what=name,
                 field="trainable_token_indices",
