@@ -68,7 +68,7 @@ def test_norms_are_those_of_the_products(save_adapter: Save) -> None:
     ("fields", "said"),
     [
         ({"spread": 0.0}, "B·A is zero at all sites"),
-        ({"spread": float("nan")}, "NaN or infinite numbers in 14 tensors"),
+        ({"spread": float("nan")}, "NaN or infinite values (tensors: 14)"),
     ],
 )
 def test_findings_end_with_exit_code_1(

@@ -147,8 +147,8 @@ def test_values_that_are_not_there_are_said(given: dict[str, Tensor], tmp_path: 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda tensor: tensor * torch.nan, r"adapter 'default': implausible: NaN or infinite numbers in 2 tensors"),
-        (lambda tensor: tensor * 1e9, "adapter 'default': implausible: Implausibly large numbers in 2 tensors"),
+        (lambda tensor: tensor * torch.nan, r"adapter 'default': implausible: NaN or infinite values \(tensors: 2\)"),
+        (lambda tensor: tensor * 1e9, r"adapter 'default': implausible: Implausibly large values \(tensors: 2\)"),
         (lambda tensor: tensor * 0, r"adapter 'default': implausible: B·A is zero at all sites, first 0"),
     ],
     ids=["nan", "large", "zero"],

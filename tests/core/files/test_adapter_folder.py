@@ -66,11 +66,15 @@ def one_value(name: str, value: float) -> Edit:
 
 IMPLAUSIBLE: dict[str, tuple[Edit, str, list[str]]] = {
     "zero": (zero_b(), "zero_update", ["zero", "all sites", "layers.0"]),
-    "scale": (config(lora_alpha=4000), "large_scale", ["scale", "6 sites", "1000"]),
+    "scale": (config(lora_alpha=4000), "large_scale", ["scale", "sites: 6", "1000"]),
     "negative scale": (config(lora_alpha=-4000), "large_scale", ["scale", "-1000"]),
     "negative": (config(lora_alpha=-8), "alpha_not_positive", ["lora_alpha", "negative", "-8"]),
     "nothing": (config(lora_alpha=0), "alpha_not_positive", ["lora_alpha", "zero", "(0)"]),
-    "values": (one_value(STEM + "lora_A.weight", 1e30), "large_values", ["1 tensors", STEM + "lora_A.weight", "1e+30"]),
+    "values": (
+        one_value(STEM + "lora_A.weight", 1e30),
+        "large_values",
+        ["tensors: 1", STEM + "lora_A.weight", "1e+30"],
+    ),
     "pattern": (config(alpha_pattern={"down_proj": 8000 * 0.1}), "steep_alpha_pattern", ["alpha_pattern", "down_proj"]),
     "init": (config(init_lora_weights="fancy"), "unknown_init", ["init_lora_weights", "'fancy'", "ignored"]),
 }

@@ -79,7 +79,7 @@ def test_hashes_are_required_under_a_seal_too(key: str, folder: Path) -> None:
 @pytest.mark.parametrize("version", [0, -1, True, 1.0, "2", None])
 def test_a_version_that_never_was_is_an_error(version: Any, folder: Path) -> None:
     (folder / SIDECAR_FILE).write_bytes(json_bytes({**values_of(folder), "format_version": version}))
-    with pytest.raises(AdapterFileError, match=f"{SIDECAR_FILE}: not a table with a format_version"):
+    with pytest.raises(AdapterFileError, match=f"{SIDECAR_FILE}: not a JSON object with a format_version"):
         load_adapter(LINEARS.model(), folder)
 
 

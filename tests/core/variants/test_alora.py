@@ -181,7 +181,7 @@ def test_without_tokens_it_says_what_to_pass() -> None:
         assert_close(run(model, given), run(LLAMA.model(), given), FP32)
     with disable(model):
         run(model, embedded)
-    with pytest.raises(RouteError, match="1 prompts and 2 offsets"):
+    with pytest.raises(RouteError, match=r"prompts \(1\) differs from the number of offsets \(2\)"):
         invoked(model, given["input_ids"], offsets=[1, 2])
     with pytest.raises(RouteError, match="neither input_ids nor offsets"):
         invoked(model)

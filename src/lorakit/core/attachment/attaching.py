@@ -109,7 +109,7 @@ def attach(
 
 
 def _resolved(index: AdapterIndex, config: LoraConfig, allow: Collection[str]) -> tuple[Resolution, dict[str, str]]:
-    """Return the sites that a config names, with tied modules added, and a map from tied path to embedding path."""
+    """Return the sites that a config names, including tied modules, and a map from tied paths to embedding paths."""
     found, leaders = with_ties(index, config, matched(index, config, "partial_targets" in allow))
     checks.check_called(index.model, [match.path for match in found.matches])
     checks.check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
@@ -117,7 +117,7 @@ def _resolved(index: AdapterIndex, config: LoraConfig, allow: Collection[str]) -
 
 
 def _trained_values(name: str, state: AdapterState, auxiliary: Extras) -> int:
-    """Return the number of values that an attached adapter trains; tied parameters count once."""
+    """Return the number of values that an attached adapter trains; tied parameters are counted once."""
     found = [parameter for module in state.members() for parameter in module.parameters_of(name)]
     found += [module.get_parameter(leaf) for module, originals in auxiliary.biases for leaf in originals]
     return sum(p.numel() for p in {id(p): p for p in found}.values() if p.requires_grad)
@@ -147,7 +147,7 @@ def _notes_on_residuals(index: AdapterIndex, config: LoraConfig, factors: Sequen
     if lost:
         text = (
             f"The base is quantized, and the residual of {mover} was rounded a second time, with a relative error of "
-            f"up to {lost:.2g}: even a new adapter changes the output, and it is not equivalent to plain LoRA."
+            f"up to {lost:.2g}: even a new adapter changes the output, and the adapter is not equivalent to plain LoRA."
         )
         notes.append(Note("rounded_base", text))
     return notes
@@ -159,7 +159,7 @@ def _relative_error(found: Tensor, wanted: Tensor) -> float:
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
-    """Remove one or all adapters from a model and restore the base: weights bit for bit, and `requires_grad` flags.
+    """Remove one or all adapters from a model, and restore the base's weights (bit for bit) and `requires_grad` flags.
 
     Args:
         model: An adapted model, changed in place.
@@ -206,7 +206,7 @@ def _take_off(index: AdapterIndex, state: AdapterState, names: Sequence[str]) ->
 
 
 def _without(component: AdapterModule, names: Sequence[str]) -> nn.Module:
-    """Remove adapters from a component, and return the module to use instead: the component itself, or a plain one."""
+    """Remove adapters from a component; return the component, or a plain module if it has no adapters left."""
     left: nn.Module = component
     for name in names:
         if isinstance(component, LoraLayer) and name in component.moved_by:

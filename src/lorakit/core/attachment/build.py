@@ -1,4 +1,4 @@
-"""Build an adapter outside a model (factors, saved modules, token embeddings, biases), then commit it.
+"""Build an adapter outside a model (factors, saved modules, token embeddings, biases), then attach it.
 
 `attach` and `load_adapter` share this builder: the factors of a site come from an init or from a file. Only `commit`
 changes a model, and it cannot fail.
@@ -52,7 +52,7 @@ class NewFactor:
         match: Path, rank and alpha of the site.
         trains: Which of "A" and "B" are trained.
         stored: The residual base in the storage format of the base module, or None if the base is unchanged.
-        initial: A (r, in) and B (out, r) before training if the residual is W − s·B·A, otherwise None.
+        initial: A (r, in) and B (out, r) before training if the residual base is W − s·B·A, otherwise None.
     """
 
     target: TargetWeight
@@ -71,9 +71,9 @@ class NewAdapter:
         name: The adapter's name.
         config: The adapter's config, which the model keeps.
         factors: One factor per site.
-        auxiliary: Saved modules, token embeddings and biases that are also trained.
+        auxiliary: Saved modules, token embeddings and biases, which are trained along with the factors.
         bias_values: Trained biases of the base, each with its new values (out,).
-        trainable: Whether the adapter is trained, except for parameters that its init freezes.
+        trainable: Whether the adapter is trainable; parameters that its init freezes stay frozen in either case.
     """
 
     name: str
@@ -136,8 +136,8 @@ def new_factor(
         trains: Which of "A" and "B" are trained.
 
     Raises:
-        ConfigError: The variant or dropout is not supported at the site; or the variant has to replace a base weight
-            that is quantized, into which adapters are merged, or that another adapter has replaced already.
+        ConfigError: The variant or dropout is not supported at the site; or the variant must replace a base weight
+            that is quantized, has adapters merged into it, or has already been replaced for another adapter.
     """
     config, module, stored = context.config, index.holder(target), start.stored
 
@@ -167,7 +167,7 @@ def new_factor(
 
 
 def _check_together(init: Init, variant: Variant, target: TargetWeight) -> None:
-    """Reject an init that conflicts with a variant in its changes to the base or in the shapes of A and B."""
+    """Reject an init whose changes to the base or requirements for the shapes of A and B conflict with a variant."""
     what = "changes the base weight"
     if init.changes_base and variant.move is not None:
         needs = "changes it too"
@@ -211,7 +211,7 @@ def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) ->
     """Check that a site supports the settings of a config.
 
     Raises:
-        ConfigError: `lora_bias` is set, but B has no separate output at the site; or the site is adapted through its
+        ConfigError: `lora_bias` is set, but B has no separate output at the site; or the update is added to the site's
             weight, which is quantized, so that each forward pass would round the sum and block the gradient.
     """
     if config.lora_bias and not target.kind.takes_bias:
@@ -276,15 +276,15 @@ def new_extras(
 def new_rows(
     index: AdapterIndex, chosen: Sequence[ChosenRows], given: Mapping[str, Tensor] | None = None
 ) -> list[tuple[ChosenRows, nn.Parameter]]:
-    """Build an adapter's token embeddings from given values; a new adapter copies the base's, so it has no effect yet.
+    """Build an adapter's token embeddings from given values, or from the base's embeddings for a new adapter.
 
     Args:
         index: The model's index.
-        chosen: The tokens of each table.
-        given: Path of a table -> the adapter's embeddings (n, d); None for a new adapter.
+        chosen: The chosen tokens of each table.
+        given: Path of a table -> the adapter's embeddings (n, d); None for a new adapter, which then has no effect yet.
 
     Returns:
-        The embeddings, on their table's device, in fp32 or wider.
+        The chosen tokens of each table with their embeddings, on the table's device and in fp32 or wider.
     """
     made = []
     for part in chosen:
@@ -388,7 +388,7 @@ def _table(
 
 
 def note_old_biases(index: AdapterIndex) -> None:
-    """Record in each adapted layer which adapter trains the bias of the base layer, and the original bias.
+    """Record, in each adapted layer, the original bias of the base layer and the adapter that trains the bias.
 
     Args:
         index: The model's index.
@@ -399,10 +399,10 @@ def note_old_biases(index: AdapterIndex) -> None:
 
 
 def _keep_off_fast_path(index: AdapterIndex) -> None:
-    """Make every nn.TransformerEncoderLayer that holds adapted layers call them.
+    """Keep every nn.TransformerEncoderLayer that contains adapted layers off PyTorch's fast path.
 
-    PyTorch's fast path reads weights without calling their modules, unless a child has a hook, so each adapted layer
-    gets a hook that does nothing.
+    The fast path reads weights without calling their modules, unless a child has a hook, so each adapted layer gets a
+    hook that does nothing.
     """
     for encoder in (index.model, *index.modules.values()):
         if isinstance(encoder, nn.TransformerEncoderLayer):

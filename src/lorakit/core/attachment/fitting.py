@@ -48,13 +48,13 @@ class Problem:
 
 @dataclass
 class Fit:
-    """Assignment of an adapter's tensors to places in a model.
+    """Assignment of an adapter's tensors to the sites and other parts of a model.
 
     Attributes:
-        sites: Path on disk -> the site, and the names of its tensors by `Key.part`.
+        sites: Path on disk -> (site, names of the site's tensors by `Key.part`).
         saved: Paths of the saved modules; `copied_tensors` yields the names of their tensors.
         biases: Trained biases as (module, parameter name, tensor name).
-        rows: Trained token embeddings of each table, with the name of their tensor.
+        rows: Trained token embeddings of each table, with the tensor's name.
         tied: Path of a tied module -> path of the module whose weight it shares.
         problems: The mismatches.
     """
@@ -71,11 +71,11 @@ class Fit:
         return {target.outer for target, _ in self.sites.values()}
 
     def take(self, left: dict[str, Tensor], names: Sequence[str], shape: Sequence[int]) -> str | None:
-        """Remove a tensor from those that are left, and record a mismatch if it is missing or has the wrong shape.
+        """Take one of the remaining tensors, and record a mismatch if the tensor is missing or has the wrong shape.
 
         Args:
             left: Name -> tensor of any shape, for tensors that have not been taken yet.
-            names: Possible names; the first is the usual one.
+            names: Possible names of the tensor; the first is reported if the tensor is missing.
             shape: The expected shape.
 
         Returns:
@@ -190,7 +190,7 @@ def _take_extras(left: dict[str, Tensor], config: LoraConfig, index: AdapterInde
     outer = result.outer_paths()
     depths = Counter(f"{target.outer}.{target.child}".removesuffix(".") for target, _ in result.sites.values())
     for path, module, leaves in biased_modules(index.modules, outer, result.saved, config.bias):
-        # as PEFT writes the path, as PEFT writes it if another adapter has a layer there, and as in the plain base
+        # the path as PEFT writes it, as PEFT writes it if another adapter has a layer there, and as in the plain base
         paths = [inside(path, depths), path + INSIDE * max(1, depths[path]), path]
         for leaf in leaves:
             names = [f"{PREFIX}{way}.{leaf}" for way in paths]
@@ -223,7 +223,7 @@ def _check_ties(tensors: Mapping[str, Tensor], config: LoraConfig, index: Adapte
             ]
         for name, wanted in pairs:
             if name in tensors and wanted is not None and not _same_values(tensors[name], wanted):
-                text = f"untied {name}: its values differ from those of {leader}, whose weight it shares"
+                text = f"untied {name}: its values differ from those of {leader}, although the modules share a weight"
                 result.add(UNTIED, name, text)
 
 
@@ -267,7 +267,8 @@ def _check_parts(tensors: Mapping[str, Tensor], config: LoraConfig, path: str, r
 def _rank(config: LoraConfig, target: TargetWeight, found: int) -> int:
     """Return the rank that a site must have; if a pattern is not a plain name, accept any rank in the config.
 
-    A pattern names a module or, in combined adapters, the path of one of the module's weights, whose ranks can differ.
+    A pattern names a module or, in combined adapters, the path of a single weight, because the ranks of a module's
+    weights can then differ.
     """
     try:
         of_module = literal_value(config.rank_pattern, target.pattern_path, config.r)
@@ -277,7 +278,7 @@ def _rank(config: LoraConfig, target: TargetWeight, found: int) -> int:
 
 
 def _known_extra(name: str, result: Fit) -> bool:
-    """Return whether PEFT adds this tensor: the base weight of an adapted embedding or head, or of a saved module."""
+    """Return whether PEFT adds a tensor: the base weight of an adapted embedding or head, or of a saved module."""
     if any(f"{path}.{word}." in name for path in result.saved for word in ("original_module", "modules_to_save")):
         return True
     path = name.removeprefix(PREFIX).removesuffix(".base_layer.weight").removesuffix(".token_adapter")
@@ -286,7 +287,7 @@ def _known_extra(name: str, result: Fit) -> bool:
 
 
 WIDTHS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""dtypes in which a base computes; a weight stored in another dtype is used in fp32."""
+"""Possible compute dtypes of a base; weights stored in other dtypes are used in fp32."""
 
 
 def out_of_range(
@@ -311,7 +312,9 @@ def out_of_range(
     for name, dtype in _uses(tensors, fitted, index, auxiliary):
         limit = torch.finfo(dtype).max
         if limit < largest[name] < math.inf:
-            found.append(f"{name} contains {largest[name]:g}, outside the range of {_named(dtype)} (up to {limit:g})")
+            found.append(
+                f"{name} contains {largest[name]:g}, which is outside the range of {_named(dtype)} (up to {limit:g})"
+            )
     for new, (target, held) in zip([] if found else factors, fitted.sites.values(), strict=not found):
         dtype, sizes = _dtype_at(index, target), [largest[held[side]] for side in "AB"]
         if _product_overflows(new, sizes, torch.finfo(dtype).max):
@@ -352,7 +355,7 @@ def _computed(weight: Tensor | nn.Module | None) -> torch.dtype:
 
 
 def _product_overflows(new: NewFactor, sizes: Sequence[float], limit: float) -> bool:
-    """Return whether scale·B·A exceeds a limit; the product is computed only if A and B are large enough."""
+    """Return whether scale·B·A exceeds a limit; the product is computed only if the values in A and B allow that."""
     factor, by = new.factor, abs(new.factor.scale)
     most = by * factor.A.shape[0] * math.prod(sizes)
     if factor.A.is_meta or not all(map(math.isfinite, sizes)) or most <= limit:

@@ -1,6 +1,6 @@
 """Load an adapter strictly: read and check everything outside the model, and report all mismatches in one error.
 
-The sites of an adapter follow from the names of its tensors, so no regular expression in a file is ever run. The model
+An adapter's sites are derived from the names of its tensors, so regular expressions in files are never run. The model
 changes in one step, after every check has passed or has been overridden.
 """
 
@@ -54,7 +54,8 @@ class LoadReport:
         name: The adapter.
         config: The adapter's config, as read from the file.
         sites: Number of sites.
-        base: Verdict on the base: "same", "same at other precision", "unverifiable" or "different".
+        base: Verdict on the base, as in `BaseVerdict.verdict`: same, same at a different precision, unverifiable, or
+            different.
         warnings: Messages for the user.
     """
 
@@ -78,10 +79,10 @@ def load_adapter(
 
     Args:
         model: The base, or a model that already has adapters. It is changed in place.
-        folder: A directory that PEFT or lorakit wrote.
+        folder: A directory written by PEFT or lorakit.
         name: Name for the adapter on this model.
-        trainable: Whether training will continue; otherwise the adapter is frozen. If true, an adapter that had a
-            residual base and was saved as plain LoRA gets its residual base and its original rank back.
+        trainable: Whether training will continue; if false, the adapter is frozen. If true, and the adapter was
+            converted to plain LoRA when it was saved, its residual base and original rank are restored.
         allow: Checks to override: "base_mismatch", "key_mismatch", "nonfinite", "odd_scale", "recompute_init".
         kinds: Custom kinds of site that the adapter uses.
 
@@ -145,7 +146,7 @@ def place_adapter(
     allow: Collection[str],
     kinds: Iterable[Kind] = (),
 ) -> tuple[int, tuple[str, ...]]:
-    """Attach an adapter from its files to a model; everything is checked before the model is changed.
+    """Attach an adapter to a model, given the adapter's files; everything is checked before the model is changed.
 
     Args:
         model: The base or a model that already has adapters, or its index.
@@ -181,7 +182,7 @@ def place_adapter(
         rows = build.new_rows(index, [chosen for chosen, _ in fitted.rows], given)
         auxiliary = build.new_extras(index, config, factors, fitted.saved, fitted.tied, rows)
         trained = {(id(module), leaf) for module, originals in auxiliary.biases for leaf in originals}
-        fitted.biases = [bias for bias in fitted.biases if (id(bias[0]), bias[1]) in trained]  # not at dropped sites
+        fitted.biases = [bias for bias in fitted.biases if (id(bias[0]), bias[1]) in trained]  # skip dropped sites
         beyond = out_of_range(tensors, largest, fitted, index, factors, auxiliary)
         said += implausible(files.folder, judge(config, scales, largest), trainable or files.made)
         said += _checked_range(files.folder, beyond, allow)
@@ -221,7 +222,7 @@ def _fitted(files: AdapterFiles, index: AdapterIndex) -> Fit:
 
 
 def _judge(files: AdapterFiles, fitted: Fit, largest: Mapping[str, float], allow: Collection[str]) -> list[str]:
-    """Report all mismatches in one error, or return messages about those that are allowed."""
+    """Report all mismatches in one error, or return messages about the mismatches that are allowed."""
     said = []
     if fitted.problems:
         shown = _shown(_some_of_each(fitted.problems))
@@ -243,10 +244,10 @@ def _judge(files: AdapterFiles, fitted: Fit, largest: Mapping[str, float], allow
 
 
 def _checked_range(folder: Path, beyond: Sequence[str], allow: Collection[str]) -> list[str]:
-    """Reject values that the base's dtype cannot represent, or return a message if they are allowed."""
+    """Reject values that the base's dtype cannot represent, or return a message if such values are allowed."""
     if not beyond:
         return []
-    message = f"{folder}: values would become infinite in this base: {_shown(beyond)}."
+    message = f"{folder}: values would become infinite in this base's dtype: {_shown(beyond)}."
     if "nonfinite" not in allow:
         raise AdapterFileError(
             message,
@@ -263,7 +264,7 @@ def _shown(messages: Sequence[str]) -> str:
 
 
 def _some_of_each(problems: Sequence[Problem]) -> list[str]:
-    """Return the mismatches with alternating kinds, so that unexpected tensors appear next to missing ones."""
+    """Return the mismatches, alternating between kinds, so that unexpected tensors appear next to missing ones."""
     kinds: dict[str, list[str]] = {}
     for problem in problems:
         kinds.setdefault(problem.kind, []).append(problem.text)
@@ -293,6 +294,6 @@ def _restored_factors(
 
 
 def _new_biases(fitted: Fit, tensors: Mapping[str, Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
-    """Return each trained bias with its new values (out,) from the file, on the bias's device and in its dtype."""
+    """Return each trained bias and its new values (out,) from the file, converted to the bias's device and dtype."""
     biases = [(module.get_parameter(leaf), tensors[name]) for module, leaf, name in fitted.biases]
     return [(old, new.to(device=old.device, dtype=old.dtype, copy=True)) for old, new in biases]

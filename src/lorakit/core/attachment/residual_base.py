@@ -1,9 +1,10 @@
 """Handle adapters whose init subtracts from the base weight (residual bases), and convert them to plain LoRA.
 
-Such an adapter is trained on W − s·B₀·A₀, where B₀ and A₀ are its initial factors. On the original W, it is exactly
-equivalent to plain LoRA with twice the rank. Only one adapter per site can have a residual base; the layer keeps the
-original weight for `disable`, other adapters, `detach` and merges. Loading restores the residual without running an
-init, unless the caller allows "recompute_init" for a file that another program wrote without the initial factors.
+Such an adapter is trained on W − s·B₀·A₀, where B₀ and A₀ are its initial factors. On the original W, the adapter is
+exactly equivalent to plain LoRA with twice the rank. Only one adapter per site can have a residual base; the layer
+keeps the original weight for `disable`, other adapters, `detach` and merges. Loading restores the residual without
+running an init, unless the caller allows "recompute_init" for a file that another program wrote without the initial
+factors.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def plain_config(config: LoraConfig) -> LoraConfig:
     """Return the plain LoRA config for an adapter with a residual base: twice the rank at the same scale.
 
     Args:
-        config: The adapter's config when it was attached; not changed.
+        config: The config with which the adapter was attached; not changed.
     """
     more = math.sqrt(2) if config.use_rslora else 2
     return config.with_fields(
@@ -131,8 +132,8 @@ def init_context_for(
         config: The adapter's config.
         match: The match through which the config names the site.
         target: The site.
-        generators: Function from device to random generator, or to None for torch's default generator.
-        statistics: Statistics of the data at this site, name -> tensor (…), or None.
+        generators: Function that maps a device to its random generator, or to None for torch's default generator.
+        statistics: Statistics of the data at this site as name -> tensor (…), or None.
     """
     module, parameter = index.holder(target), target.spec.parameter
     variant, setting = variant_at(config, target.path)
@@ -158,7 +159,9 @@ def init_context_for(
 def check_can_move(
     index: AdapterIndex, target: TargetWeight, init: Init | None = None, variant: Variant | None = None
 ) -> None:
-    """Check that a residual can replace a base weight, which must not be shared, already changed, or merged into.
+    """Check that a residual can replace a base weight.
+
+    The weight must not be shared or already changed, and no adapters may be merged into it.
 
     Args:
         index: The model's index.
@@ -183,8 +186,9 @@ def check_can_move(
     if layer is not None and (layer.moved_by or layer.merged_adapters):
         other = (*layer.moved_by, *layer.merged_adapters)[0]
         raise ConfigError(
-            f"{target.path}: {mover} changes the base weight, which adapter {other!r} has changed or is merged into. "
-            "Detach or unmerge the adapter first, or use an init or variant that does not change the base.",
+            f"{target.path}: {mover} changes the base weight, but adapter {other!r} has already changed this weight or "
+            "is merged into it. Detach or unmerge that adapter first, or use an init or variant that does not change "
+            "the base.",
             what=other,
             where=target.path,
         )
@@ -236,7 +240,7 @@ def give_base_back(layer: LoraLayer, adapter: str) -> None:
 
     Args:
         layer: A layer with a residual base.
-        adapter: The adapter that no longer needs the residual base; the layer keeps it while other adapters need it.
+        adapter: The adapter that no longer needs the residual base; the base is kept while other adapters need it.
     """
     layer.moved_by = tuple(name for name in layer.moved_by if name != adapter)
     if layer.moved_by:
@@ -266,14 +270,14 @@ def check_plain(model: nn.Module | AdapterIndex, name: str) -> None:
         if name in layer.moved_by and layer.initial is None:
             raise AdapterError(
                 f"{path}: {mover_of(config)} changed the base by more than a low-rank product, so adapter {name!r} "
-                "is not plain LoRA on the original base. Merge it, or save the result of merged_state_dict.",
+                "is not plain LoRA on the original base. Merge the adapter, or save the result of merged_state_dict.",
                 what=name,
                 where=path,
             )
 
 
 def mover_of(config: LoraConfig) -> str:
-    """Return the name of the variant or init that changes the base weights of an adapter."""
+    """Return the name of the variant or init through which an adapter changes base weights."""
     variant = moving_variant(config)
     return str(config.init_lora_weights) if variant is None else variant.title
 
@@ -289,14 +293,14 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
         Path on disk -> A (2r, in) and B (out, 2r), or None if the factors are plain LoRA already.
 
     Raises:
-        AdapterFileError: A variant changed the base; or an init changed it, but the files do not say how or the base
-            was quantized.
+        AdapterFileError: A variant changed the base; or an init changed it, and either the files do not say how or the
+            base was quantized.
     """
     variant = moving_variant(files.config)
     if variant is not None:
         raise AdapterFileError(
             f"{files.folder}: {variant.title} changed the base by more than a low-rank product, so this adapter is not "
-            "plain LoRA on the original base. Load the adapter into its model, and merge it.",
+            "plain LoRA on the original base. Load the adapter into its model, and merge the adapter.",
             what=variant.title,
             where=files.folder,
             field=variant.field,
@@ -343,9 +347,10 @@ class SiteStart:
         A: (r, in).
         B: (out, r).
         bias: Bias of B, (out,), or None.
-        own: The variant's extra tensors (…) by `OwnTensor.held_as`; other entries are ignored. None initializes them.
+        own: The variant's extra tensors (…) by `OwnTensor.held_as`; other entries are ignored. If None, the tensors are
+            initialized.
         stored: The residual base in the storage format of the base module, or None if the base is unchanged.
-        initial: A and B before training if the residual is W − s·B·A, otherwise None.
+        initial: A and B before training if the residual base is W − s·B·A, otherwise None.
     """
 
     A: Tensor
@@ -408,7 +413,7 @@ class InitRecord:
     def start(
         self, index: AdapterIndex, target: TargetWeight, context: InitContext, tensors: Mapping[str, Tensor]
     ) -> SiteStart:
-        """Return the tensors from which to build a site's factor, given those in the file.
+        """Return the tensors from which to build a site's factor, given the tensors in the file.
 
         Args:
             index: The model's index.
@@ -441,7 +446,7 @@ class InitRecord:
         """Return a site's A (r, in) and B (out, r) from before training, read from the file of initial factors.
 
         Raises:
-            AdapterFileError: The initial factors are missing, or their shapes differ from those of the trained ones.
+            AdapterFileError: The initial factors are missing, or their shapes differ from those of the trained factors.
         """
         found = (self.first or {}).get(path)
         if found is None or (found[0].shape, found[1].shape) != (A.shape, B.shape):
@@ -454,11 +459,12 @@ def init_record_of(files: AdapterFiles, trainable: bool, allow: Collection[str])
 
     Args:
         files: The adapter's files; the initial state in `lorakit.json` is used only if it describes these files.
-        trainable: Whether training will continue; if so, plain LoRA is converted back.
+        trainable: Whether training will continue; if so, an adapter converted to plain LoRA is converted back.
         allow: "recompute_init" permits rerunning a deterministic init.
 
     Raises:
-        AdapterFileError: The files do not contain the residual base and it may not be recomputed, or a file is damaged.
+        AdapterFileError: The files do not contain the residual base and recomputing it is not allowed, or a file is
+            damaged.
     """
     folder, config = files.folder, files.config
     began = files.sidecar.began if files.is_ours else {}

@@ -1,9 +1,9 @@
 """Save an adapter in PEFT's format plus `lorakit.json`; all files are replaced together.
 
-An adapter with a residual base can be saved as plain LoRA with twice the rank or as trained. Plain LoRA runs on the
-original base in any program; the second half of its factors holds the initial factors. If saved as trained, the adapter
-keeps its rank, and its initial factors go into a separate file, which no other program reads. For all other adapters,
-the two forms are the same.
+An adapter with a residual base can be saved either as plain LoRA with twice the rank or in the form in which it was
+trained. Plain LoRA runs on the original base in any program; the second half of its factors holds the initial factors.
+In the form in which it was trained, the adapter keeps its rank, and its initial factors go into a separate file that
+only lorakit reads. For all other adapters, the two forms are the same.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def saved_form(
     Args:
         model: The adapted model, or its index; not changed.
         name: The adapter.
-        form: For an adapter with a residual base: "as_lora", "trained", or "raw", which omits its initial state.
-        tensors: Name on disk -> tensor (…), if gathered from several devices; None uses the model's tensors.
+        form: For an adapter with a residual base: "as_lora", "trained", or "raw", which omits the initial state.
+        tensors: Name on disk -> tensor (…), for tensors gathered from several devices; None uses the model's tensors.
 
     Raises:
         AdapterError: The residual base is quantized, so plain LoRA cannot represent the adapter exactly.
@@ -193,7 +193,7 @@ def save_adapter(
         base_model_name_or_path: Name or path of the base; None keeps the config's value.
         facts: Metadata for `lorakit.json`, such as training details and tokenizer hashes, as plain JSON values.
         allow: Checks to override: "nonfinite".
-        tensors: Name on disk -> tensor (…), if gathered from several devices; None writes the model's tensors.
+        tensors: Name on disk -> tensor (…), for tensors gathered from several devices; None writes the model's tensors.
 
     Returns:
         A description of the files written.
@@ -220,8 +220,8 @@ def save_as_trained(
 ) -> adapter_folder.SavedAdapter:
     """Save an adapter as `save_adapter` does, but keep its rank if it has a residual base.
 
-    The initial factors are written to a separate file. Other programs that support the init rerun it on the original
-    base; `load_adapter` does not need to rerun it.
+    The initial factors are written to a separate file, so that `load_adapter` does not need to rerun the init. Other
+    programs that support the init rerun it on the original base.
 
     Args:
         model: The adapted model; not changed.
@@ -285,13 +285,13 @@ def save_form(
 def _config_on_disk(index: AdapterIndex, config: LoraConfig, base: str | None) -> bytes:
     transposed = any(
         layer.base.transposed and layer.kind.drops for _, layer in index.layers() if layer.r
-    )  # embeddings are stored transposed too, but programs that read the field apply it to dense layers
+    )  # embeddings are stored transposed too, but programs that read `fan_in_fan_out` apply it to dense layers
     heads = HEADS_BY_TASK.get(config.task_type, ())
     of_class = {"base_model_class": type(index.model).__name__, "parent_library": type(index.model).__module__}
     config = dataclasses.replace(
         config,
         target_modules=portable_targets(index, config),
-        auto_mapping=config.auto_mapping or (None if config.task_type else of_class),  # as PEFT does; never read
+        auto_mapping=config.auto_mapping or (None if config.task_type else of_class),  # as in PEFT; lorakit ignores it
         modules_to_save=list(dict.fromkeys([*(config.modules_to_save or []), *heads])) or None,
         fan_in_fan_out=transposed,
         inference_mode=True,
@@ -301,7 +301,7 @@ def _config_on_disk(index: AdapterIndex, config: LoraConfig, base: str | None) -
 
 
 def portable_targets(index: AdapterIndex, config: LoraConfig) -> set[str] | list[str] | str | None:
-    """Return the targets in a form that every program supports: "all-linear" becomes the shortest suitable names.
+    """Return the targets in a form that every program supports: "all-linear" is replaced with equivalent short names.
 
     Args:
         index: The adapted model's index.

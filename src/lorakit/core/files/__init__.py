@@ -1,1 +1,1 @@
-"""An adapter on disk: its tensors, their names, its directory with `lorakit.json`, and findings about its content."""
+"""An adapter on disk: its tensors and their names, its directory with `lorakit.json`, and findings about the files."""

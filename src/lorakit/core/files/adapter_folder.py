@@ -88,8 +88,7 @@ class AdapterFiles:
         sidecar: The content of `lorakit.json`.
         config_is_ours: Whether the config is, byte for byte, the one that was written with the weights.
         warnings: Messages for the user.
-        made: Whether an operation built the adapter in memory instead of reading it from disk; an all-zero update is
-            then accepted.
+        made: Whether the adapter was built in memory rather than read from disk; if so, an all-zero update is accepted.
     """
 
     folder: Path
@@ -110,7 +109,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
     """Read and verify the files of an adapter; no model is needed.
 
     Args:
-        folder: A directory that PEFT or lorakit wrote.
+        folder: A directory written by PEFT or lorakit.
 
     Raises:
         AdapterFileError: A file is missing, damaged, or in a format that is never loaded, such as pickle.
@@ -135,7 +134,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
 
 
 def _read_once(folder: Path) -> AdapterFiles:
-    """Read and verify the files, which another process may replace at the same time."""
+    """Read and verify the files while another process may be replacing them."""
     config, unknown = read_config(folder)
     weights = folder / WEIGHTS_FILE
     if not weights.exists() and (folder / "adapter_model.bin").exists():
@@ -164,7 +163,7 @@ def _read_once(folder: Path) -> AdapterFiles:
 
 
 def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) -> float:
-    """Return a site's alpha: from `lorakit.json` if the config is the one written with it, else from the config.
+    """Return a site's alpha: from `lorakit.json` if that file describes this config, otherwise from the config.
 
     Args:
         files: The adapter's files.
@@ -185,10 +184,10 @@ def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) ->
 
 
 def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
-    """Return the bare parameters that a site on disk may belong to, sorted; empty if the module itself is a target.
+    """Return, sorted, the bare parameters that a site on disk may belong to; empty if the module itself is a target.
 
-    The files name modules, not their bare parameters. Which parameter a tensor belongs to follows from the order in
-    which the module defines its parameters, and only the model contains that order.
+    The files name modules, not their bare parameters. Only the model shows which parameter a tensor belongs to, because
+    that depends on the order in which the module defines its parameters.
 
     Args:
         config: The adapter's config.
@@ -203,7 +202,7 @@ def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
 
 
 def rank_and_alpha(files: AdapterFiles, path: str, rows: int) -> tuple[int, float | None]:
-    """Return a site's rank and alpha; if they are unknown, return the number of rows in A, and None.
+    """Return a site's rank and alpha, or the number of rows in A and None if the rank and alpha are unknown.
 
     In an adapter that PEFT wrote, the rank and alpha of a bare parameter are known if the patterns give the same values
     for all parameters that the site may belong to.
@@ -252,8 +251,9 @@ def write_files(
 ) -> SavedAdapter:
     """Write an adapter's files; a crash leaves the old adapter, the new one, or a directory that cannot be loaded.
 
-    The directory is exchanged for a complete new one, so that old and new files never mix. If the system does not
-    support that, the files are replaced in such an order that `lorakit.json` always says which files belong together.
+    The directory is exchanged for a complete new one, so that old and new files never mix. On systems that cannot
+    exchange directories, files are replaced in such an order that `lorakit.json` always says which of them belong
+    together.
 
     Args:
         folder: The directory; created if missing. Other files in it are kept.
@@ -299,10 +299,10 @@ def sidecar_bytes(
 
 
 def replaced_files(folder: Path) -> JsonObject:
-    """Return what `lorakit.json` records about the files to replace: their SHA-256, and its own old content.
+    """Return what `lorakit.json` records about the files to replace: their SHA-256, and the old `lorakit.json`.
 
     Args:
-        folder: The directory; `files` in the result is empty if the directory is not a complete adapter.
+        folder: The directory; `files` in the result is empty if the directory does not contain a complete adapter.
     """
     try:
         values, _ = _valid_values(folder)
@@ -375,7 +375,7 @@ def _checked(path: Path, value: JsonValue) -> JsonObject:
     values = _table(value)
     version = values.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise _not_valid(path, "not a table with a format_version")
+        raise _not_valid(path, "not a JSON object with a format_version")
     if version > FORMAT_VERSION:
         raise file_error(
             path,
@@ -419,7 +419,7 @@ def _doubt(sidecar: Sidecar, file: TensorFile, path: Path) -> str | None:
     """Return the reason why weights cannot be verified, or None if they are the ones that lorakit wrote.
 
     Raises:
-        AdapterFileError: lorakit wrote the weights, but they have changed since or belong to another `lorakit.json`.
+        AdapterFileError: lorakit wrote the weights, but they were changed later or belong to another `lorakit.json`.
     """
     written = file.metadata.get(METADATA_KEY, "")
     if sidecar.present and written.isdecimal() and int(written) > sidecar.format_version:
@@ -433,8 +433,9 @@ def _doubt(sidecar: Sidecar, file: TensorFile, path: Path) -> str | None:
     if sidecar.present and METADATA_KEY in file.metadata:
         raise file_error(
             path,
-            f"damaged: its SHA-256 is {file.sha256[:12]}…, but when the file was written, it was "
-            f"{''.join(sidecar.weights_sha256[:1])[:12] or 'none'}…. Restore it from a copy.",
+            f"damaged: its SHA-256 is {file.sha256[:12]}…, but was "
+            f"{''.join(sidecar.weights_sha256[:1])[:12] or 'none'}… when the file was written. Restore the file from a "
+            "copy.",
         )
     if sidecar.present:
         return "the weights were rewritten by another program, so they cannot be verified"

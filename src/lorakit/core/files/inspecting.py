@@ -1,7 +1,7 @@
 """Inspect an adapter's files without a model: config, sites and their norms, and findings.
 
-A finding is a valid but implausible property, or a value that is not finite. Loading reports findings as warnings or
-errors, and inspecting lists the same messages.
+A finding is a valid but implausible property, or a value that is not finite. Loading an adapter reports findings as
+warnings or errors; inspecting an adapter lists the same messages.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Finding:
     Attributes:
         kind: "zero_update", "partly_zero", "nonfinite", "large_values", "large_scale",
             "alpha_not_positive", "steep_alpha_pattern" or "unknown_init".
-        where: Sites, or names of tensors for "nonfinite" and "large_values"; empty for the whole adapter.
+        where: Sites, or names of tensors for "nonfinite" and "large_values"; empty if the whole adapter is affected.
         value: The value at the first entry of `where`, the name of an unknown init, or None.
         text: The message.
     """
@@ -101,7 +101,7 @@ def judge(config: LoraConfig, sites: Sequence[Site], largest: Mapping[str, float
     found = [
         _zero(sites, largest),
         nonfinite(largest),
-        _of_tensors(VALUES, "Implausibly large numbers", largest, lambda v: LARGEST_USUAL_VALUE <= v < math.inf),
+        _of_tensors(VALUES, "Implausibly large values", largest, lambda v: LARGEST_USUAL_VALUE <= v < math.inf),
         *_scales(config, sites),
         _init(config),
     ]
@@ -110,7 +110,7 @@ def judge(config: LoraConfig, sites: Sequence[Site], largest: Mapping[str, float
 
 def nonfinite(largest: Mapping[str, float]) -> Finding | None:
     """Return the finding for NaN and infinite values, or None if all are finite; `largest` is as in `judge`."""
-    return _of_tensors(NONFINITE, "NaN or infinite numbers", largest, lambda value: not math.isfinite(value))
+    return _of_tensors(NONFINITE, "NaN or infinite values", largest, lambda value: not math.isfinite(value))
 
 
 def not_finite(folder: Path, finding: Finding) -> AdapterFileError:
@@ -165,7 +165,7 @@ def _zero(sites: Sequence[Site], largest: Mapping[str, float]) -> Finding | None
 
 def _of_tensors(kind: str, what: str, largest: Mapping[str, float], bad: Callable[[float], bool]) -> Finding | None:
     found = [(name, value) for name, value in largest.items() if bad(value)]
-    return _finding(kind, f"{what} in {len(found)} tensors", found) if found else None
+    return _finding(kind, f"{what} (tensors: {len(found)})", found) if found else None
 
 
 def _scales(config: LoraConfig, sites: Sequence[Site]) -> list[Finding]:
@@ -184,7 +184,7 @@ def _scales(config: LoraConfig, sites: Sequence[Site]) -> list[Finding]:
         (SCALE, f"The scale is {LARGEST_USUAL_SCALE:g} or more", large),
         (PATTERN, steepness, steep),
     )
-    return [_finding(kind, f"{what} at {len(bad)} sites", bad) for kind, what, bad in sorts if bad]
+    return [_finding(kind, f"{what} (sites: {len(bad)})", bad) for kind, what, bad in sorts if bad]
 
 
 def _init(config: LoraConfig) -> Finding | None:
@@ -199,7 +199,7 @@ def _init(config: LoraConfig) -> Finding | None:
 
 
 def _finding(kind: str, what: str, found: Sequence[tuple[str, float]]) -> Finding:
-    """Return a finding that names the first few entries in `found`, the (site or tensor name, value) pairs."""
+    """Return a finding that names the first few entries in `found`, a list of (site or tensor name, value) pairs."""
     shown = [name if kind in (ZERO, PARTLY_ZERO) else f"{name} ({value:g})" for name, value in found[:NAMED]]
     more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
     advice = f": {ADVICE[kind]}" if kind in ADVICE else ""
@@ -218,7 +218,7 @@ class SiteSummary:
         scale: Effective scale, or None if alpha is None.
         in_features: Columns of A.
         out_features: Rows of B.
-        norm: Frobenius norm of scale·B·A (without the scale if it is unknown).
+        norm: Frobenius norm of scale·B·A (of B·A if the scale is unknown).
         experts: Number of experts whose factors are in A and B; 0 for a single matrix.
     """
 
@@ -239,7 +239,7 @@ class AdapterSummary:
     Attributes:
         folder: The adapter's directory.
         config: The adapter's config.
-        sites: The adapter's sites, sorted.
+        sites: The adapter's sites, sorted by path.
         parameters: Number of elements in all tensors.
         weights_bytes: Size of the weights file in bytes.
         weights_sha256: SHA-256 of the weights file.
@@ -262,10 +262,10 @@ class AdapterSummary:
 
 
 def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterSummary:
-    """Read an adapter's files and check its health.
+    """Read an adapter's files and check the adapter's health.
 
     Args:
-        folder: A directory that PEFT or lorakit wrote.
+        folder: A directory written by PEFT or lorakit.
 
     Returns:
         The summary; `findings` reports zero updates, NaN values, implausible scales and changed files.
@@ -302,7 +302,7 @@ def judge_files(files: AdapterFiles, allow: Collection[str] = ()) -> tuple[Findi
         allow: Checks to override: "nonfinite".
 
     Returns:
-        The findings, the same as those of `inspect_adapter`.
+        The same findings as in `AdapterSummary.judged`.
 
     Raises:
         AdapterFileError: The adapter contains NaN or infinite values, and "nonfinite" is not allowed.
@@ -361,9 +361,9 @@ def _unreadable(sites: Sequence[SiteSummary], odd_paths: Sequence[str]) -> list[
     found = []
     unknown = [s.path for s in sites if s.scale is None]
     if unknown:
-        found.append(f"The scale of {len(unknown)} sites depends on a regular expression, which is not run.")
+        found.append(f"Some scales depend on a regular expression, which is not run (sites: {len(unknown)}).")
     if odd_paths:
-        found.append(f"A or B is missing, or their ranks differ, at {len(odd_paths)} sites, first {odd_paths[0]}.")
+        found.append(f"A or B is missing, or their ranks differ (sites: {len(odd_paths)}), first {odd_paths[0]}.")
     if not sites:
         found.append("The file contains no LoRA sites.")
     return found

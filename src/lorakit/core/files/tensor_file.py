@@ -1,8 +1,8 @@
 """Read and write safetensors files; a file is checked completely before tensors are created.
 
-The checks parse the header: its size and the number of tensors must be within limits, names must be unique, dtypes must
-be supported, and the tensors must fill the file exactly. A file is read into memory and never memory-mapped, so that
-later changes to the file have no effect.
+The checks cover the header: its size and the number of tensors must be within limits, names must be unique, dtypes must
+be supported, and the tensors must fill the file exactly. Files are read into memory and never memory-mapped, so that
+later changes to a file have no effect.
 """
 
 from __future__ import annotations
@@ -93,18 +93,18 @@ def read_tensors(path: str | os.PathLike[str], max_bytes: int = MAX_FILE_BYTES) 
     header, start = _header(path, data)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise file_error(path, "the header's metadata is not a table of strings.")
+        raise file_error(path, "the header's metadata is not a JSON object of strings.")
     if len(header) > MAX_TENSORS:
-        raise file_error(path, f"the header names {len(header):,} tensors; at most {MAX_TENSORS:,} are read.")
+        raise file_error(path, f"the header names {len(header):,} tensors; at most {MAX_TENSORS:,} are allowed.")
     spans = sorted(_span(path, name, entry) for name, entry in header.items())
     end = 0
     for first, last, name in spans:
         if first != end:
-            raise file_error(path, f"tensor {name!r} begins at byte {first}, but {end} was expected.")
+            raise file_error(path, f"tensor {name!r} begins at byte {first}, but should begin at byte {end}.")
         end = last
     if start + end != len(data):
         raise file_error(
-            path, f"has {len(data):,} bytes, but its header describes {start + end:,}: truncated or damaged."
+            path, f"the file has {len(data):,} bytes, but its header describes {start + end:,}: truncated or damaged."
         )
     return TensorFile(safetensors.torch.load(data), metadata, sha256_bytes(data), len(data))
 
@@ -117,14 +117,14 @@ def _header(path: str | os.PathLike[str], data: bytes) -> tuple[JsonObject, int]
         pickled = data[:2] == b"PK" or (data[0] == 0x80 and data[1] <= 5)  # torch's zip format, or any pickle protocol
         kind = "a pickle, which is never loaded" if pickled else "damaged"
         raise file_error(path, f"not a safetensors file (it claims a header of {size:,} bytes); it may be {kind}.")
-    if data.count(b":", 8, 8 + size) > 4 * MAX_TENSORS + 10_000:  # four per tensor; counting is fast, parsing is not
-        raise file_error(path, f"the header names too many tensors; at most {MAX_TENSORS:,} are read.")
+    if data.count(b":", 8, 8 + size) > 4 * MAX_TENSORS + 10_000:  # four per tensor; counting colons is cheap
+        raise file_error(path, f"the header names too many tensors; at most {MAX_TENSORS:,} are allowed.")
     try:
         header = parse_json(data[8 : 8 + size])
     except (ValueError, RecursionError) as cause:
         raise file_error(path, f"the header is not valid JSON ({cause}).") from None
     if not isinstance(header, dict):
-        raise file_error(path, "the header is not a table of tensors.")
+        raise file_error(path, "the header is not a JSON object.")
     return header, 8 + size
 
 
@@ -141,5 +141,5 @@ def _span(path: str | os.PathLike[str], name: str, value: JsonValue) -> tuple[in
     if dtype not in sizes:
         raise file_error(path, f"tensor {name!r} has dtype {dtype}; supported dtypes are {', '.join(sizes)}.")
     if last - first != sizes[dtype] * math.prod(shape):
-        raise file_error(path, f"tensor {name!r} has {last - first} bytes, which do not match its shape {shape}.")
+        raise file_error(path, f"tensor {name!r} has {last - first} bytes, which does not match its shape {shape}.")
     return first, last, name

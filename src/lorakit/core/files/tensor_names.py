@@ -1,6 +1,6 @@
 """Build and parse the names of an adapter's tensors on disk: `base_model.model.` + site path + ending.
 
-The names are PEFT's. They are defined only in this module: saving builds names here, and loading parses them here.
+The names are those of PEFT. Only this module defines them: saving builds names here, and loading parses them here.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def part_names(kind: Kind, variant: Variant) -> dict[str, str]:
 
 
 def adapter_tensors(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, Tensor]:
-    """Return everything that one adapter trained, under its names on disk.
+    """Return all tensors that an adapter trains, by their names on disk.
 
     Args:
         model: The adapted model, or its index.
@@ -99,7 +99,7 @@ def adapter_tensors(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, 
 
 
 def inside(path: str, depths: Mapping[str, int]) -> str:
-    """Return a path in the plain base as PEFT writes it, with `.base_layer` for each layer around a module in the path.
+    """Convert a path in the plain base to PEFT's form: with `.base_layer` for each layer around a module in the path.
 
     Args:
         path: The path in the plain base.

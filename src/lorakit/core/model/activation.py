@@ -1,4 +1,4 @@
-"""Select which adapters are active or trained, and the position at which an aLoRA adapter starts.
+"""Select which adapters are active or trained, and where an aLoRA adapter starts.
 
 `set_trained` is the only function that switches `requires_grad` for a whole adapter; parameters that an init freezes
 (such as B in MiCA) stay frozen.
@@ -46,7 +46,7 @@ def use(model: nn.Module, *names: str, keep: bool = False) -> Override:
 
     Args:
         model: An adapted model.
-        names: One or more adapters, which all apply to every row.
+        names: One or more adapters; they all apply to every row.
         keep: As in `route`; a single adapter's factors are cached in the base's dtype.
 
     Raises:
@@ -68,13 +68,13 @@ def route(model: nn.Module, rows: Sequence[str | None], *, copies: int = 1, keep
         rows: One adapter name per row of the batch; None runs the row on the base alone.
         copies: Also accept batches that repeat each row this many times in succession: in beam search, for example,
             the decoder receives each prompt several times but the encoder only once.
-        keep: Cache the stacked factors of the rows' adapters for all forward passes in the context, which speeds up
-            generation. Factors are stacked only when gradients are disabled, and the cache takes as much memory as
-            these adapters in the base's dtype. If an adapter changes, its factors are stacked again, except after a
-            write through `.data`, which cannot be detected.
+        keep: To speed up generation, cache the stacked factors of the rows' adapters for all forward passes in the
+            context. Factors are stacked only when gradients are disabled, and the cache takes as much memory as the
+            adapters would in the base's dtype. If an adapter changes, its factors are stacked again; changes made
+            through `.data` cannot be detected.
 
     Raises:
-        RouteError: An adapter is not on the model, `rows` is empty or a string, or `copies` is below 1.
+        RouteError: An adapter is not on the model, `rows` is empty or a string, or `copies` is less than 1.
     """
     state = state_of(model)
     if isinstance(rows, str) or not rows:
@@ -87,7 +87,7 @@ def route(model: nn.Module, rows: Sequence[str | None], *, copies: int = 1, keep
 
 
 def disable(model: nn.Module) -> Override:
-    """Run the base model without adapters within a context, with its original weights and biases even after a merge.
+    """Within a context, run the base model alone, with its original weights and biases even if adapters are merged.
 
     Args:
         model: An adapted model.
@@ -99,7 +99,7 @@ def disable(model: nn.Module) -> Override:
 
 
 def checkpoint_contexts(model: nn.Module) -> CheckpointContexts:
-    """Return a `context_fn` for non-reentrant checkpointing that makes recomputation use the forward pass's route.
+    """Return a `context_fn` for non-reentrant checkpointing, so that recomputation uses the forward pass's route.
 
     Args:
         model: An adapted model.
@@ -111,7 +111,7 @@ def checkpoint_contexts(model: nn.Module) -> CheckpointContexts:
 
 
 def adapters(model: nn.Module) -> dict[str, LoraConfig]:
-    """Return the adapters' configs by name, in the order of attachment; empty if there are no adapters.
+    """Return the adapters' configs by name, in the order in which the adapters were attached; empty if there are none.
 
     Args:
         model: Any model.
@@ -121,14 +121,15 @@ def adapters(model: nn.Module) -> dict[str, LoraConfig]:
 
 
 def trainable_parameters(model: nn.Module, name: str | None = None) -> list[tuple[str, nn.Parameter]]:
-    """Return the parameters that adapters train, with their names.
+    """Return the trainable parameters of adapters, with their names.
 
     Args:
         model: An adapted model.
         name: One adapter, or None for all.
 
     Returns:
-        (name, parameter) pairs with the names in the model; each parameter (…) requires gradients and appears once.
+        (name, parameter) pairs, named as in `model.named_parameters()`; each parameter (…) requires gradients and
+        appears exactly once.
 
     Raises:
         AdapterError: The adapter is not on the model, or the model has no adapters.
@@ -148,7 +149,7 @@ def parameters_by_adapter(model: nn.Module, names: Collection[str]) -> dict[str,
         names: The adapters.
 
     Returns:
-        Adapter -> its parameters (…), each once, in the order in which their modules were adapted.
+        Adapter -> the adapter's parameters (…), each listed once, in the order in which their modules were adapted.
     """
     state = state_of(model)
     found: dict[str, list[nn.Parameter]] = {name: [] for name in names}
@@ -188,8 +189,8 @@ def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | Non
 def penalties(model: nn.Module) -> Tensor | None:
     """Sum the penalties that the variants of active adapters add to a training loss.
 
-    A custom training loop adds the result to the loss once per optimizer step, as `lorakit train` does. If no variant
-    has a penalty (plain LoRA has none), the result is None, and no layer is visited.
+    A custom training loop should add the result to the loss once per optimizer step, as `lorakit train` does. If no
+    variant has a penalty (plain LoRA has none), the result is None, and no layers are visited.
 
     Args:
         model: A model with or without adapters.
@@ -216,7 +217,7 @@ def penalties(model: nn.Module) -> Tensor | None:
 def invocation_offsets(
     input_ids: Tensor, tokens: Sequence[int], attention_mask: Tensor | None = None
 ) -> list[int | None]:
-    """Return where an adapter starts in each row, which is at the last occurrence of its invocation tokens.
+    """Return where an aLoRA adapter starts in each row: at the last occurrence of its invocation tokens.
 
     Args:
         input_ids: (rows, length) or (length,).
@@ -238,7 +239,7 @@ def invoked(
     *,
     offsets: Sequence[int | None] | None = None,
 ) -> Override:
-    """Within a context, start aLoRA adapters where the given prompts invoke them, whatever tokens the model receives.
+    """Within a context, start aLoRA adapters where the given prompts invoke them, regardless of the model's input.
 
     Use this for forward passes that receive embeddings instead of tokens, or only part of a text. Later forward passes
     continue from the same start positions.
@@ -247,30 +248,33 @@ def invoked(
         model: An adapted model.
         input_ids: The prompts, (rows, length).
         attention_mask: (rows, length), 0 for padding.
-        offsets: Start positions to use instead of searching the prompts for invocation tokens: for each row, how many
-            positions before the end of the prompt every aLoRA adapter starts, or None if the row invokes no adapter.
+        offsets: For each row, the number of positions at the end of the prompt at which every aLoRA adapter is active,
+            or None if the row invokes no adapters. If given, the prompts are not searched for invocation tokens.
             Without `input_ids`, offsets are counted from the end of each forward pass's input.
 
     Raises:
         AdapterError: The model has no adapters.
-        RouteError: Neither prompts nor offsets are given, or their numbers of rows differ.
+        RouteError: Neither prompts nor offsets are given, or the number of prompts differs from that of offsets.
     """
     state = state_of(model)
     length = None if input_ids is None else input_ids.shape[-1]
     if offsets is not None:
         backs = torch.tensor([offset or 0 for offset in offsets], dtype=torch.int64)
         if input_ids is not None and input_ids.shape[0] != len(offsets):
-            raise RouteError(f"Got {input_ids.shape[0]} prompts and {len(offsets)} offsets; pass one per prompt.")
+            raise RouteError(
+                f"The number of prompts ({input_ids.shape[0]}) differs from the number of offsets ({len(offsets)}). "
+                "Pass one offset per prompt."
+            )
         waiting = tuple(sorted(state.waiting))
         back = backs.expand(len(waiting), -1)
         return state.override(None, Offsets(waiting, back, length, length))
     if input_ids is None:
-        raise RouteError("`invoked` got neither input_ids nor offsets; pass the prompts, (rows, length).")
+        raise RouteError("`invoked` got neither input_ids nor offsets; pass the prompts as input_ids, (rows, length).")
     return state.override(None, prompt_offsets(state, input_ids, attention_mask))
 
 
 def prompt_offset(model: nn.Module, input_ids: Tensor, adapter: str) -> int:
-    """Return how many tokens at the end of a prompt an adapter acts on: all of them, unless it is an aLoRA adapter.
+    """Return the number of tokens at the end of a prompt at which an adapter is active: all, except for aLoRA adapters.
 
     Args:
         model: A model with or without adapters.

@@ -1,13 +1,13 @@
 """Sample a base's tensors for its fingerprint, and compare samples.
 
-Tensors have the names, shapes and values of the plain base, without adapters, merges or trained biases. The sampled
-positions depend only on a tensor's name and shape: the tensor is divided into equal ranges, and a hash chooses one
-position in each, so that neither a block nor a regular pattern of changes can avoid all samples. Values are stored bit
-for bit in their dtype.
+Tensors have the same names, shapes and values as in the plain base (without adapters, merges or trained biases). The
+sampled positions depend only on a tensor's name and shape: the tensor is divided into equal ranges, and a hash chooses
+one position in each, so that changes to a contiguous block or in a regular pattern cannot miss every sample. Values are
+stored bit for bit in their dtype.
 
-Two samples can belong to the same base if rounding one to a dtype in which models are loaded, directly or via a third
-dtype, gives the other, or if both are roundings of the same values. A difference that is merely as small as a rounding
-error is not enough.
+Two samples can belong to the same base if rounding one of them gives the other, or if both can be obtained by rounding
+the same values. Only rounding to dtypes in which models are loaded counts, either directly or via a third dtype. It is
+not enough for a difference to be as small as a rounding error.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ ROUNDINGS: tuple[tuple[torch.dtype, ...], ...] = ((_BF16,), (_FP16,), (torch.flo
 """Sequences of dtypes to which a base may have been rounded between two fingerprints."""
 
 _SMALLEST, _LARGEST = -14, 65520.0
-"""Exponent of the smallest normal fp16 number, and the smallest number that overflows fp16."""
+"""Exponent of the smallest normal fp16 number, and the smallest value that overflows when rounded to fp16."""
 
 
 def equal(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors (n,) have equal values; NaN equals NaN, and -0 equals 0."""
+    """Return whether two tensors (n,) have equal values, where NaN equals NaN and -0 equals 0."""
     return one.shape == other.shape and bool(_same(one, other).all())
 
 
@@ -63,7 +63,7 @@ def _rounded(values: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor:
 
 
 def _have_one_source(half: Tensor, brain: Tensor) -> bool:
-    """Return whether the same values can round to `half` in fp16 and to `brain` in bf16."""
+    """Return whether there are values that round to `half` in fp16 and to `brain` in bf16."""
     if not (equal(_rounded(half, (_FP16,)), half) and equal(_rounded(brain, (_BF16,)), brain)):
         return False
     reach = _half_step(half, 10, _SMALLEST) + _half_step(brain, 7, -126)
@@ -99,14 +99,18 @@ class BaseTensor:
     is_buffer: bool = False
 
     def is_readable(self, elsewhere: bool) -> bool:
-        """Return whether the values can be read; if `elsewhere`, those of plain meta tensors come from elsewhere."""
+        """Return whether the values can be read.
+
+        Args:
+            elsewhere: Whether another source supplies the values of unquantized tensors on the meta device.
+        """
         if isinstance(self.source, Tensor):
             return self.source.is_floating_point() and (elsewhere or not self.source.is_meta)
         return not any(tensor.is_meta for tensor in self.source.base.tensors(self.source.stored))
 
     @property
     def device(self) -> torch.device:
-        """Device on which `bits` expects positions."""
+        """Device on which `bits` expects its positions."""
         return self.source.device if isinstance(self.source, Tensor) else torch.device("cpu")
 
     def bits(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -116,12 +120,12 @@ class BaseTensor:
             positions: Integers (n,), on `device`.
 
         Returns:
-            Bit patterns (n,) as integers of the dtype's width (fp32 for a quantized weight), and the largest possible
-            quantization error of each value, (n,), or None if the tensor is not quantized.
+            Bit patterns (n,) as integers of the dtype's width (fp32 for a quantized weight); and the largest possible
+            quantization errors of the values (n,), or None if the tensor is not quantized.
         """
         if not isinstance(self.source, Tensor):
             rows, columns = self.source.shape
-            if self.shape != (rows, columns):  # the plain base stores it as (in, out)
+            if self.shape != (rows, columns):  # the plain base stores this weight as (in, out)
                 positions = positions % rows * columns + positions // rows
             values, bound = self.source.base.values(self.source.stored, positions)
             return values.float().view(torch.int32), bound
@@ -145,7 +149,7 @@ def plain_tensor(tensor: Tensor, cut: Mapping[int, int], is_buffer: bool = False
 
 
 def tensors_of_base(index: AdapterIndex, cut: Mapping[int, int]) -> dict[str, BaseTensor]:
-    """Return a base's parameters and persistent buffers by their names in the plain base.
+    """Return a base's parameters and persistent buffers, keyed by name in the plain base.
 
     Args:
         index: The index of a model with or without adapters.
@@ -167,17 +171,17 @@ def tensors_of_base(index: AdapterIndex, cut: Mapping[int, int]) -> dict[str, Ba
 
 
 NUMBERS = 64
-"""Number of values sampled per tensor; smaller tensors are sampled completely."""
+"""Number of values sampled per tensor; smaller tensors are sampled in full."""
 
 LEAST, BUDGET, MOST_TENSORS = 4, 1 << 18, 1 << 16
 """Limits for large models: if there are more than 4,096 tensors, `BUDGET` samples are divided among them, with at least
 `LEAST` for each; if there are more than `MOST_TENSORS`, only an evenly spaced selection of tensors is sampled."""
 
 MOST_SLICES = 512
-"""Maximum number of slices (experts) along the first axis of a three-axis tensor for every slice to be sampled."""
+"""Every slice (expert) along the first axis of a three-axis tensor is sampled if there are at most this many slices."""
 
 EXACT, ROUNDED, QUANTIZED, APART = "exact", "rounded", "quantized", "apart"
-"""Degrees of agreement between two samples: bit for bit, up to rounding, within the quantization error, or none."""
+"""Degrees of agreement between two samples: bit for bit, up to rounding, within the quantization errors, or none."""
 
 _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"})
 
@@ -226,7 +230,7 @@ class Sample:
 
 
 def _within_bounds(one: Sample, other: Sample, tolerance: Tensor | float = 0.0) -> Tensor:
-    """Return a mask (n,) of the values whose difference is within the quantization errors plus a tolerance."""
+    """Return a mask (n,) of the values that differ by no more than the quantization errors plus a tolerance."""
     slack = (one.slack() + other.slack()) * (1 + 2**-6)  # the bounds are rounded too
     return (one.values() - other.values()).abs() <= slack + tolerance
 
@@ -252,7 +256,7 @@ def agreement(one: Sample, other: Sample) -> str:
 
 
 def positions(tensors: Sequence[tuple[str, tuple[int, ...]]], count: int) -> Tensor:
-    """Return the sampled positions in each flattened tensor: (tensors, count), ascending, including both ends.
+    """Return the sampled positions in each flattened tensor: (tensors, count), ascending and including both ends.
 
     Args:
         tensors: Name and shape of each tensor; each has at least `count` values.
@@ -278,7 +282,7 @@ def sample_count(shape: tuple[int, ...], tensors: int) -> int:
     """
     wanted = max(LEAST, min(NUMBERS, BUDGET // max(1, tensors)))
     if len(shape) == 3 and wanted == NUMBERS and 0 < shape[0] <= MOST_SLICES:
-        wanted = shape[0] * -(-NUMBERS // shape[0])  # a multiple, so that every slice contains whole ranges
+        wanted = shape[0] * -(-NUMBERS // shape[0])  # a multiple of shape[0]: no range spans two slices
     return min(math.prod(shape), wanted)
 
 
@@ -287,7 +291,8 @@ def take_samples(tensors: Mapping[str, BaseTensor], read: Callable[[str], Tensor
 
     Args:
         tensors: Name -> readable tensor.
-        read: Function from name to tensor (…), for tensors on the meta device; None if the tensors have values.
+        read: Function that maps a name to a tensor (…), for tensors on the meta device; None if the tensors have
+            values.
     """
     names = sorted(tensors)
     names = names[:: max(1, -(-len(names) // MOST_TENSORS))]
@@ -332,10 +337,10 @@ def _decoded(data: bytes, dtype: torch.dtype) -> Tensor:
 
 
 FIRST_TENSORS, FIRST_NUMBERS = 16, 16
-"""Number of sampled tensors, and of values in each (rounded to bf16), in fingerprints in format 1.
+"""In fingerprints in format 1, the number of sampled tensors and the number of values (rounded to bf16) in each sample.
 
-These fingerprints are still compared, with the weaker guarantee of their format: changes to other tensors (including
-all norms and biases) and changes within one bf16 step are missed."""
+These fingerprints are still compared, but with a weaker guarantee: changes to tensors that are not sampled (including
+all norm weights and biases) and changes within one bf16 step are missed."""
 
 
 def first_positions(shape: tuple[int, ...]) -> Tensor:
@@ -353,7 +358,7 @@ def take_first_samples(tensors: Mapping[str, BaseTensor], read: Callable[[str], 
 
     Args:
         tensors: Name -> readable tensor.
-        read: Function from name to tensor (…), for tensors on the meta device; None if the tensors have values.
+        read: As in `take_samples`.
     """
     large = sorted(name for name, tensor in tensors.items() if len(tensor.shape) >= 2 and not tensor.is_buffer)
     found = {}
@@ -366,11 +371,14 @@ def take_first_samples(tensors: Mapping[str, BaseTensor], read: Callable[[str], 
 
 
 def first_agreement(one: Sample, other: Sample) -> str:
-    """Return how closely two samples in format 1 agree, up to one bf16 step: `EXACT`, `QUANTIZED` or `APART`.
+    """Return how closely two samples in format 1 agree; values that differ by at most one bf16 step count as equal.
 
     Args:
         one: A sample.
         other: The sample to compare with.
+
+    Returns:
+        `EXACT`, `QUANTIZED` or `APART`.
     """
     if len(one.bits) != len(other.bits) or not (one.is_sound() and other.is_sound()):
         return APART

@@ -1,4 +1,4 @@
-"""View the base underneath its adapters: its tensors before any merge, with their names in the plain model.
+"""Access the base underneath its adapters: the tensors from before any merge, under their names in the plain base.
 
 This module also quantizes individual linear layers, for models and storage formats that transformers does not support,
 and replaces quantized modules with plain ones.
@@ -24,14 +24,15 @@ from lorakit.core.quantization.torchao import int8_linear
 from lorakit.plan.quantized import BLOCK, Quantization
 
 SAMPLES, TOLERANCE = 4096, 1e-2
-"""Number of values checked per weight, and the largest acceptable relative error."""
+"""Number of values to check per weight, and the largest acceptable relative error."""
 
 
 def dequantize(model: nn.Module) -> int:
     """Replace every quantized module of a model without adapters with a plain one.
 
     Args:
-        model: The model, changed in place; each plain weight gets the dtype of the quantized module's matmuls.
+        model: The model, changed in place; each plain weight has the compute dtype of the quantized module that it
+            replaces.
 
     Returns:
         The number of replaced modules.
@@ -47,7 +48,7 @@ def dequantize(model: nn.Module) -> int:
 
 
 def disable_base_repacking(model: nn.Module) -> None:
-    """Prevent a model's modules from rewriting their weights in a forward pass, as modules of some quantizers do.
+    """Prevent modules from rewriting their weights during a forward pass, as those of some quantizers do.
 
     Args:
         model: A model without adapters; weight values do not change.
@@ -56,7 +57,7 @@ def disable_base_repacking(model: nn.Module) -> None:
 
 
 def wrong_dequantization(model: nn.Module) -> tuple[str, float] | None:
-    """Find a weight that its quantization package dequantizes incorrectly, as kernels may do for some shapes.
+    """Find a weight that its quantization package dequantizes incorrectly, as some kernels do for certain shapes.
 
     One weight per format and shape is checked, at a few thousand positions.
 
@@ -106,7 +107,8 @@ def base_tensors(model: nn.Module | AdapterIndex, *, stacked: bool = True) -> It
 
     Args:
         model: A model with or without adapters.
-        stacked: Whether to include replicated layers (`layer_replication`); if false, include the original layers.
+        stacked: Whether to include replicated layers (`layer_replication`); if false, the original layers are included
+            instead.
 
     Yields:
         The name in the plain base, the tensor (…), and the module that holds the tensor. Shared parameters appear under
@@ -117,7 +119,7 @@ def base_tensors(model: nn.Module | AdapterIndex, *, stacked: bool = True) -> It
     tables = [table for _, table in index.every(TrainableTokens) if not table.follows and table.merged_adapters]
     unmerged = {id(t.original_module.weight): t.token_adapter.original(strict=False) for t in tables}
     if not stacked and index.state is not None and index.state.replication is not None:
-        # a replicated layer holds the weight of the original layer in another module
+        # a replicated layer and the original hold the same weight in different modules
         held = [(layer.source._parameters.get(layer.spec.parameter), layer) for layer in layers.values()]
         layers |= {(id(parameter), ""): layer for parameter, layer in held if parameter is not None}
     for path, module in index.plain_modules(stacked):
@@ -140,7 +142,7 @@ def base_tensors(model: nn.Module | AdapterIndex, *, stacked: bool = True) -> It
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A quantized weight of the base, with its value before any merge.
+    """A quantized weight of the base, as it was before any merge.
 
     Attributes:
         name: Name in the plain base.
@@ -148,7 +150,7 @@ class QuantizedWeight:
         module: The module that holds the weight.
         base: The weight format.
         stored: The stored weight.
-        layer: The layer around the module, or None.
+        layer: The adapted layer around the module, or None.
     """
 
     name: str
@@ -173,7 +175,7 @@ class QuantizedWeight:
         return bias if self.layer is None else self.layer.original_bias()
 
     def dequantized(self, dtype: torch.dtype) -> nn.Module:
-        """Return the equivalent plain module, in the quantized module's compute dtype if it has one, else `dtype`."""
+        """Return the equivalent plain module in the quantized module's compute dtype, or in `dtype` if it has none."""
         return self.base.dense(self.module, self.base.read(self.module, self.stored), dtype)
 
 
@@ -201,9 +203,10 @@ def quantized_weights(model: nn.Module | AdapterIndex, *, stacked: bool = True) 
 
 
 def float_dtype(model: nn.Module | AdapterIndex) -> torch.dtype:
-    """Return the dtype in which a base computes: that of the first floating-point parameter in an unquantized module.
+    """Return a base's compute dtype: that of the first floating-point parameter in an unquantized module.
 
-    If there is no such tensor, return the dtype of the first bias in a quantized module, or fp32 if there is no bias.
+    If there is no such parameter, return the dtype of the first bias in a quantized module, or fp32 if there are no
+    biases.
 
     Args:
         model: A model with or without adapters.

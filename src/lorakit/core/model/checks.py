@@ -18,10 +18,10 @@ ALLOWANCES = ("partial_targets", "base_mismatch", "key_mismatch", "nonfinite", "
 LARGEST_USUAL_SCALE = 1000.0
 
 WITH_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
-"""Model types in transformers whose mixers pass weights to a fused kernel instead of calling the modules."""
+"""Model types in transformers whose mixers pass weights to a fused kernel without calling their modules."""
 
 READ_PAST = frozenset({"conv1d", "out_proj"})
-"""Names of the modules that the mixers of these models do not call."""
+"""Names of the modules that Mamba mixers do not call."""
 
 
 def check_new_name(state: AdapterState | None, name: str) -> None:
@@ -40,7 +40,7 @@ def check_new_name(state: AdapterState | None, name: str) -> None:
             "dots.",
             what=name,
         )
-    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):  # including attributes of every module
+    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):  # including the attributes of nn.Module
         raise AdapterError(
             f"{name!r} cannot be an adapter's name: torch's module containers have an attribute of that name.",
             what=name,
@@ -48,14 +48,14 @@ def check_new_name(state: AdapterState | None, name: str) -> None:
 
 
 def check_called(model: nn.Module, paths: Iterable[str]) -> None:
-    """Check that the model calls every module to adapt: if a kernel reads a weight directly, factors have no effect.
+    """Check that the model calls the modules to adapt: if a kernel reads a weight directly, factors have no effect.
 
     Args:
         model: The model, whose config gives its type.
         paths: Paths of the modules to adapt.
 
     Raises:
-        TargetError: Fused kernels read the weight of one of the modules directly.
+        TargetError: Fused kernels read the weight of at least one of the modules directly.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     bad = sorted({path for path in paths if path.rpartition(".")[2] in READ_PAST}) if kind in WITH_MAMBA else []
@@ -104,10 +104,10 @@ def check_scales(scales: Sequence[tuple[str, float]], allow: Collection[str]) ->
 
 
 def check_company(state: AdapterState | None, config: LoraConfig) -> None:
-    """Check that a new adapter is compatible with those on the model.
+    """Check that a new adapter is compatible with the adapters on the model.
 
     Raises:
-        ConfigError: Two adapters would train the base's biases, or the variant of one excludes other adapters.
+        ConfigError: Two adapters would train the base's biases, or one adapter's variant excludes other adapters.
     """
     new = variants_of(config)
     for name, other in () if state is None else state.configs.items():

@@ -1,11 +1,13 @@
-"""The identity of a base: its architecture, its parameters' names and shapes, and samples of every tensor.
+"""The identity of a base: its architecture, the names and shapes of its parameters, and samples of every tensor.
 
-A fingerprint takes milliseconds to compute, even for large models: it contains the values at fixed positions in every
-floating-point parameter and persistent buffer, bit for bit in the tensor's dtype. Adapters, merges and trained biases
-do not change it. A fingerprint misses changes at positions that are not sampled, unless the weight files are known and
-differ: a change to a fraction f of a tensor's values is missed with probability (1 - f)^64. It also misses changes to a
+A fingerprint takes milliseconds to compute, even for large models, because it contains only the values at fixed
+positions in every floating-point parameter and persistent buffer, bit for bit in the tensor's dtype. Adapters, merges
+and trained biases do not change the fingerprint.
+
+A fingerprint misses changes at positions that are not sampled, unless the weight files are known and differ: a change
+to a fraction f of a tensor's values is missed with probability (1 - f)^64. A fingerprint also misses changes to a
 quantized weight that are smaller than the quantization error; changes to buffers that are not saved, to the model's
-code and config, or to the tokenizer; and deliberate changes by someone who knows the positions.
+code and config, or to the tokenizer; and deliberate changes by someone who knows the sampled positions.
 
 Adapters that were merged permanently are recorded in the model's config, which is saved and loaded with the weights,
 so that no adapter is applied twice.
@@ -56,13 +58,13 @@ from lorakit.machine import cache_directory
 SAME, OTHER_PRECISION, UNVERIFIABLE, DIFFERENT = "same", "same at other precision", "unverifiable", "different"
 
 FIRST, VERSION = 1, 2
-"""The oldest format, which has no version field, and the format that is written now."""
+"""The first format, which has no version field, and the current one."""
 
 RUNNING = frozenset({"running_mean", "running_var"})
-"""Buffers that forward passes in training mode change and that no adapter saves."""
+"""Buffers that change during forward passes in training mode and are not saved with adapters."""
 
 SHOWN = 3
-"""Maximum number of tensors named in a reason."""
+"""Maximum number of tensors that a reason names."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,14 @@ class Fingerprint:
 
     Attributes:
         architecture: Class name of the model.
-        parameters: Number of parameters; a tensor with several names counts once.
+        parameters: Number of parameters; a tensor with several names is counted once.
         names_sha256: SHA-256 of the sorted parameter names and their shapes.
         vocabulary: Number of rows in the input embedding; 0 if there is none.
         dtype: The most common dtype or weight format among the matrices.
         samples: Parameter -> sample; empty if the values cannot be read.
         buffers: Persistent buffer -> sample.
         files: Name of a weight file -> its SHA-256; empty if the files are not known.
-        version: Format of the samples.
+        version: Format version of the samples.
     """
 
     architecture: str
@@ -118,7 +120,7 @@ class Fingerprint:
 
     @classmethod
     def from_dict(cls, values: JsonValue) -> Fingerprint | None:
-        """Return the fingerprint that the output of `as_dict` describes, or None if the values are malformed."""
+        """Return the fingerprint described by the output of `as_dict`, or None if the values are malformed."""
         try:
             return _read(dict(values)) if isinstance(values, dict) else None
         except (KeyError, ValueError, TypeError, AttributeError):
@@ -147,11 +149,11 @@ def fingerprint(
     like: Fingerprint | None = None,
     with_files: bool = False,
 ) -> Fingerprint:
-    """Take the fingerprint of a model's base.
+    """Compute the fingerprint of a model's base.
 
     Args:
         model: A model with or without adapters, or its index; not changed.
-        read: Function from name to tensor (…), for a model on the meta device; None if the model has values.
+        read: Function that maps a name to a tensor (…), for a model on the meta device; None if the model has values.
         cut: Id of a base tensor -> number of leading rows to use.
         like: Fingerprint that the result will be compared with; the result uses the same format.
         with_files: Whether to hash the weight files that the model was loaded from, if they are known.
@@ -185,12 +187,12 @@ def fingerprint(
 
 
 def compare(known: Fingerprint | None, present: Fingerprint, whose: str = "the adapter's") -> BaseVerdict:
-    """Compare an adapter's base with a model.
+    """Compare an adapter's base with the base of a model.
 
     Args:
         known: The fingerprint saved with the adapter, or None.
         present: The model's fingerprint.
-        whose: A possessive that says whose base `known` describes, for use in the reason.
+        whose: Possessive phrase for the owner of the base that `known` describes, for use in the reason.
 
     Returns:
         The verdict, its reason, and a warning if there is one.
@@ -209,7 +211,7 @@ def compare(known: Fingerprint | None, present: Fingerprint, whose: str = "the a
     if known.version != present.version:
         return BaseVerdict(UNVERIFIABLE, "the fingerprints have different formats, so their samples cannot be compared")
     if not known.samples or not present.samples:
-        return BaseVerdict(UNVERIFIABLE, "the values of a base cannot be read (quantized, or on the meta device)")
+        return BaseVerdict(UNVERIFIABLE, "the values of one base cannot be read (quantized, or on the meta device)")
     return _with_files(_compare_samples(known, present, whose), known, present)
 
 
@@ -222,7 +224,7 @@ def _compare_samples(known: Fingerprint, present: Fingerprint, whose: str) -> Ba
         else APART
         for name in sorted({*known.samples, *(() if first else present.samples)})
     }
-    shared = [name for name in sorted(known.buffers) if name in present.buffers]  # some may be persistent in only one
+    shared = [name for name in sorted(known.buffers) if name in present.buffers]  # may be persistent in only one model
     found |= {name: agree(known.buffers[name], present.buffers[name]) for name in shared}
     apart = [name for name, degree in found.items() if degree == APART]
     moved = [name for name in apart if name in shared and name.rpartition(".")[2] in RUNNING]
@@ -235,9 +237,9 @@ def _compare_samples(known: Fingerprint, present: Fingerprint, whose: str) -> Ba
     warning = ""
     if moved:
         warning = (
-            f"the base's running statistics in {len(moved)} buffers, such as {moved[0]}, differ from those at the time "
-            "of saving: they change in training mode, and the adapter does not contain them. Save and restore them "
-            "with the base."
+            f"the base's running statistics have changed since the adapter was saved (buffers: {len(moved)}, first "
+            f"{moved[0]}). Running statistics change in training mode, and the adapter does not contain them. Save and "
+            "restore them with the base."
         )
     weaker = f"; only {len(found)} matrices are sampled, because the fingerprint is in format 1" if first else ""
     inexact = [degree for degree in found.values() if degree not in (EXACT, APART)]
@@ -253,7 +255,7 @@ def _compare_samples(known: Fingerprint, present: Fingerprint, whose: str) -> Ba
 
 
 def _with_files(found: BaseVerdict, known: Fingerprint, present: Fingerprint) -> BaseVerdict:
-    """Compare the weight files: this can add a warning, but it never changes the verdict."""
+    """Compare the weight files; a difference can add a warning but never changes the verdict."""
     if found.verdict == DIFFERENT or not known.files or not present.files:
         return found
     if sorted(known.files.values()) == sorted(present.files.values()):
@@ -261,9 +263,9 @@ def _with_files(found: BaseVerdict, known: Fingerprint, present: Fingerprint) ->
     warning = found.warning
     if found.verdict == SAME:
         doubt = (
-            "the base's weight files differ from those at the time of saving, although all sampled values are the "
-            "same: the base was saved again to different files, or it changed at positions that are not sampled. If it "
-            "was only saved again, ignore this warning."
+            "the base's weight files differ from those used when the adapter was saved, although all sampled values "
+            "are the same: either the base was saved again to different files, or it changed at positions that are not "
+            "sampled. If the base was only saved again, ignore this warning."
         )
         warning = f"{warning} {doubt}" if warning else doubt
     return found._replace(reason=f"{found.reason}; the weight files differ", warning=warning)
@@ -404,11 +406,11 @@ FILE, FORMAT, MOST_KEPT = "weight_files.json", 1, 512
 """Name of the cache file, its format version, and the maximum number of hashes in it."""
 
 LEAST_KEPT = 1 << 20
-"""Minimum size in bytes of files whose hashes are cached: hashing a smaller file takes about as long as a lookup."""
+"""Minimum size in bytes of files whose hashes are cached; for smaller files, a lookup takes just as long as hashing."""
 
 MOST_BYTES = 1 << 30
-"""Maximum total size in bytes of the files to hash, which takes about a second. Files that the Hub's cache names by
-their hash and files with a cached hash do not count. If the total is larger, no hashes are returned."""
+"""Maximum total size in bytes of the files to hash; hashing this much takes about a second. Files with a cached hash do
+not count, nor do files that the Hub's cache names by their hash. If the total is larger, no hashes are returned."""
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -416,10 +418,10 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def weight_file_hashes(model: nn.Module) -> dict[str, str]:
-    """Return the SHA-256 of each safetensors file that a model was loaded from, by name; empty if any is unknown.
+    """Return file name -> SHA-256 for the safetensors files that a model was loaded from; empty if any is unknown.
 
     Args:
-        model: A model; its config says where it was loaded from (`name_or_path`).
+        model: A model whose config says where the model was loaded from (`name_or_path`).
     """
     try:
         return _hashes(_files_of(model))
@@ -428,7 +430,7 @@ def weight_file_hashes(model: nn.Module) -> dict[str, str]:
 
 
 def _files_of(model: nn.Module) -> list[Path]:
-    """Return a model's weight files from a directory, or from the Hub's cache if exactly one revision there has any."""
+    """Return a model's weight files from its directory, or from the Hub's cache if only one cached revision has any."""
     name = getattr(getattr(model, "config", None), "name_or_path", None)
     if not isinstance(name, str) or not name:
         return []
@@ -519,4 +521,4 @@ def _keep(kept: JsonObject) -> None:
     try:
         write_json(cache_directory() / FILE, {"format": FORMAT, "files": newest})
     except (DiskError, OSError, RuntimeError):
-        return  # hashed again next time
+        return  # the files will be hashed again next time

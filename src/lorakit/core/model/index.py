@@ -1,8 +1,8 @@
 """Index a model in one pass: its modules, their parents and its adapted layers.
 
 Each public call builds an index, passes it to other functions and discards it. No index is kept between calls, because
-other code may tie, offload or copy modules at any time. Most modules of an adapted model do nothing but hold factors,
-and traversals skip them. This module does not handle configs or arithmetic.
+other code may tie, offload or copy modules at any time. In an adapted model, most modules only hold factors; traversals
+skip such modules. This module does not handle configs or arithmetic.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class ModelConfig(Protocol):
 
 @dataclass(frozen=True)
 class TargetWeight:
-    """A weight that an adapter targets, whether or not the model already has a layer for it.
+    """A weight that an adapter targets, whether or not it already has an adapted layer.
 
     Attributes:
-        path: Path of the weight's layer, which is also the path on disk.
-        outer: Path of the weight's module in the plain base.
+        path: Path of the weight's adapted layer; also the path on disk.
+        outer: Path of the targeted module in the plain base.
         kind: The site's kind.
         spec: The weight's spec: shape, parameter and layout.
         child: If a child of the module at `outer` holds the weight, the name of that child; otherwise "".
@@ -62,13 +62,13 @@ class TargetWeight:
 
     @property
     def pattern_path(self) -> str:
-        """Path to match against `rank_pattern` and `alpha_pattern`: the module's, or the bare parameter's."""
+        """Path to match against `rank_pattern` and `alpha_pattern`: that of the module or of the bare parameter."""
         return f"{self.outer}.{self.spec.parameter}" if self.kind.names_parameter else self.outer
 
 
 @dataclass
 class AdapterIndex:
-    """A snapshot of a model during one public call; only `put` and `replace` update it.
+    """A snapshot of a model during one public call; only `put` and `replace` update the snapshot.
 
     Attributes:
         model: The model.
@@ -77,8 +77,8 @@ class AdapterIndex:
             replace them, but not the model itself.
         everything: Path -> module, in `named_modules` order, including modules inside adapted ones and the model
             itself (""), but excluding modules that only hold factors.
-        parents: Id of a module -> all (parent, attribute) pairs that refer to the module; below an adapted module,
-            only adapted modules are listed.
+        parents: Id of a module -> all (parent, attribute) pairs that refer to the module; children of an adapted module
+            are listed only if they are adapted modules themselves.
         components: Path -> adapted module, in model order.
         patches: Path -> hooks through which adapters train the biases of the module at that path.
         kinds: Custom kinds by name.
@@ -101,7 +101,7 @@ class AdapterIndex:
 
         Args:
             model: Any module, with or without adapters. An index is returned unchanged.
-            kinds: Custom kinds, in addition to those that adapters on the model use.
+            kinds: Custom kinds to add to those that the model's adapters already use.
 
         Raises:
             AdapterError: Parts of the model were adapted separately and do not share a state.
@@ -132,9 +132,9 @@ class AdapterIndex:
                 if self.state is not None and self.state is not module.state:
                     raise AdapterError(
                         f"{next(iter(self.components)) or 'The model'} and {path} were adapted separately and do not "
-                        f"share a state: adapters were put on parts of this {type(self.model).__name__}, or one of the "
-                        "two is a copy of an adapted layer. Call this function on each part separately, or detach the "
-                        "adapters and then attach or load them on the whole model.",
+                        f"share a state: adapters were attached to parts of this {type(self.model).__name__}, or one "
+                        "of the two is a copy of an adapted layer. Call this function on each part separately, or "
+                        "detach the adapters and then attach or load them on the whole model.",
                         where=path,
                     )
                 self.state = module.state
@@ -202,7 +202,7 @@ class AdapterIndex:
 
     @property
     def is_tied(self) -> bool:
-        """False only if the config sets `tie_word_embeddings=False`; shared weights then do not count as tied."""
+        """False only if the config sets `tie_word_embeddings=False`; shared weights are then not treated as tied."""
         return getattr(getattr(self.model, "config", None), "tie_word_embeddings", True) is not False
 
     @cached_property
@@ -217,7 +217,7 @@ class AdapterIndex:
 
     @cached_property
     def holders(self) -> dict[int, list[tuple[str, nn.Module]]]:
-        """`identity` of a base weight -> (name, module) pairs; a tied weight has one for each module that holds it."""
+        """`identity` of a base weight -> (name, module) pairs, one for each module that holds the weight."""
         found: dict[int, list[tuple[str, nn.Module]]] = {}
         for path, module in self.plain_modules():
             prefix = f"{path}." if path else ""
@@ -230,7 +230,8 @@ class AdapterIndex:
         """Return the base's modules with their paths in the plain base; a module with two paths is listed twice.
 
         Args:
-            stacked: Whether to list replicated layers (`layer_replication`); if false, list the original layers.
+            stacked: Whether to list replicated layers (`layer_replication`); if false, the original layers are listed
+                instead.
         """
         if stacked not in self._plain:
             self._plain[stacked] = self._plain_modules(stacked)
@@ -289,7 +290,7 @@ class AdapterIndex:
         return inner_base(owner, target.child) if target.child else owner
 
     def weight(self, target: TargetWeight) -> Tensor:
-        """Return a base weight from before any merge, in canonical form (out, in) and in fp32 or wider."""
+        """Return a base weight as it was before any merge, in canonical form (out, in) and in fp32 or wider."""
         standing, module, parameter = self.layer(target), self.holder(target), target.spec.parameter
         if standing is not None:
             return standing.read()
@@ -307,7 +308,7 @@ class AdapterIndex:
         return standing if isinstance(standing, LoraLayer) else None
 
     def put(self, target: TargetWeight, make: Callable[[nn.Module], LoraLayer]) -> LoraLayer:
-        """Put a new layer around a target weight; layers for bare parameters are nested in definition order.
+        """Wrap a target weight in a new layer; layers for bare parameters are nested in definition order.
 
         Args:
             target: The target weight.
@@ -416,7 +417,7 @@ def state_of(model: nn.Module) -> AdapterState:
 
 
 def identity(parameter: Tensor | None) -> int:
-    """Return a key that is equal for parameters of any shape that share memory: the address, or the object's id."""
+    """Return a key that is the same for parameters (…) that share memory: the address, or else the object's id."""
     if parameter is None or type(parameter.data) is not Tensor:
         return id(parameter)
     return parameter.data_ptr() or id(parameter)

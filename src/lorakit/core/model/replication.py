@@ -1,6 +1,6 @@
 """Repeat some layers of a model (`layer_replication`); the copies share the weights of the original layers.
 
-Each copy is a separate module with the same parameters, so that each can have different factors (Kim et al. 2023,
+Each copy is a separate module with the same parameters, so that each copy can have different factors (Kim et al. 2023,
 arXiv:2312.15166, stack layers in this way). Attaching the first adapter with this setting replaces the list of layers,
 and detaching the last one restores the original list; the state keeps both lists.
 """
@@ -19,7 +19,7 @@ from lorakit.core.model.index import AdapterIndex, ModelConfig, find_state
 from lorakit.errors import ConfigError
 
 WRAPPERS = ("model", "bert", "transformer")
-"""Names of the submodule that contains the layers in different architectures."""
+"""Names that different architectures use for the submodule that contains the layers."""
 
 LISTS = (("", "layers"), ("encoder", "layer"), ("", "h"))
 """Submodule and attribute that hold the list of layers in Llama, BERT and Falcon."""
@@ -28,7 +28,7 @@ PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type")
 """Config fields with one entry per layer."""
 
 NUMBER = "layer_idx"
-"""Attribute that holds a layer's position, which the key-value cache uses."""
+"""Attribute that holds a layer's position; the key-value cache uses this position."""
 
 Settings = Mapping[str, int | list[str]]
 """Values of config fields that depend on the number of layers."""
@@ -46,7 +46,7 @@ class Replication:
         stacked: The list with replicated layers.
         config: The model's config, or None.
         before: Original values of the config fields that depend on the number of layers.
-        after: Values of these fields with replicated layers.
+        after: Values of the same config fields with replicated layers.
         dtype: dtype of the first layer's first weight when `stacked` was built.
     """
 
@@ -65,14 +65,14 @@ class Replication:
         self._set(self.stacked, self.after)
 
     def undo(self) -> None:
-        """Restore the original list; the stacked one must have no adapters."""
+        """Restore the original list; the stacked layers must have no adapters."""
         order = _order(self.ranges)
         for number, layer in enumerate(self.original):
-            if number in order:  # buffers that were moved and the train or eval mode are not shared
+            if number in order:  # neither moved buffers nor the training flag is shared
                 for old, new in zip(layer.modules(), self.stacked[order.index(number)].modules(), strict=True):
                     old._buffers.update(new._buffers)
                     old.training = new.training
-            else:  # the layer was not in the model, so it was not moved or cast with it
+            else:  # the layer was not in the model, so it was not moved or cast with the rest
                 now = next(self.stacked.parameters())
                 layer.to(device=now.device, dtype=now.dtype if now.dtype != self.dtype else None)
         self._set(self.original, self.before)
@@ -97,7 +97,7 @@ class Replication:
 
 @contextlib.contextmanager
 def stacked_for(index: AdapterIndex, config: LoraConfig) -> Iterator[AdapterIndex]:
-    """Replicate a model's layers for a block that adds an adapter, and undo the replication if the block fails.
+    """Replicate a model's layers for a `with` block that adds an adapter; undo the replication if the block fails.
 
     Args:
         index: The model's index.
@@ -196,8 +196,9 @@ def _copy(module: nn.Module, index: int) -> nn.Module:
     """Return a copy of a module with the same parameters and buffers but a different layer position."""
     if "forward" in module.__dict__:
         raise ConfigError(
-            f"layer_replication: this {type(module).__name__} has an instance-level forward (from dispatching or "
-            "compiling the model), which would run the original layer. Replicate layers before doing either.",
+            f"layer_replication: this {type(module).__name__} has an instance-level forward method (from dispatching "
+            "or compiling the model), which would run the original layer. Replicate the layers before dispatching or "
+            "compiling the model.",
             what=type(module).__name__,
             field="layer_replication",
         )

@@ -1,8 +1,8 @@
 """Find a model's sites and the weights that an adapter targets, including bare parameters, with their paths on disk.
 
-A module with several adapted parameters has one layer for each; the parameter defined last has the outermost layer.
-Paths on disk follow PEFT: they show this nesting instead of the parameters' names, and they count only the layers of
-the saved adapter, even if other adapters have layers around the same module.
+A module with several adapted parameters has one layer per parameter; the parameter defined last has the outermost
+layer. Paths on disk follow PEFT: they show this nesting instead of the parameters' names, and they count only the
+layers of the saved adapter, even if other adapters have layers around the same module.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def sites(model: nn.Module) -> list[Site]:
 
 
 def bare_parameters(index: AdapterIndex) -> list[BareParameter]:
-    """Return every parameter of the base that `target_parameters` may name, in the order of definition.
+    """Return every parameter of the base that `target_parameters` may name, in definition order.
 
     Args:
         index: The model's index; parameters of the model itself are included, for error messages.
@@ -140,7 +140,7 @@ def dropout_at(config: LoraConfig, target: TargetWeight, holder: nn.Module) -> f
     Args:
         config: The adapter's config.
         target: The site.
-        holder: The base's module that holds the site's weight.
+        holder: The base module that holds the site's weight.
 
     Raises:
         ConfigError: The config has dropout, but the module does not expose the input of its parameter.
@@ -159,7 +159,7 @@ def dropout_at(config: LoraConfig, target: TargetWeight, holder: nn.Module) -> f
 
 
 def paths_on_disk(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, str]:
-    """Return path in the model -> path on disk for an adapter's sites, without the layers of other adapters.
+    """Return path in the model -> path on disk for an adapter's sites, ignoring the layers of other adapters.
 
     Args:
         model: The adapted model, or its index.

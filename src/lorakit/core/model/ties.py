@@ -1,4 +1,4 @@
-"""Adapt modules that share a base weight as one module (`ensure_weight_tying`).
+"""Treat modules that share a base weight as a single module when adapting them (`ensure_weight_tying`).
 
 Saved copies of tied modules share one parameter. A tied head uses the embedding's factors in transposed form, and a
 second tied embedding uses them unchanged. Trainable token rows are tied in `vocabulary`.
@@ -58,7 +58,7 @@ def with_ties(index: AdapterIndex, config: LoraConfig, found: Resolution) -> tup
 
     Returns:
         The modules, and a mapping from the path of each tied module to that of its embedding. Without
-        `ensure_weight_tying`, the mapping is empty, and notes name the ties that the adapter breaks.
+        `ensure_weight_tying`, the mapping is empty, and the result's notes list the ties that the adapter breaks.
 
     Raises:
         ConfigError: The tied modules cannot be adapted as one module.
@@ -91,9 +91,9 @@ def with_ties(index: AdapterIndex, config: LoraConfig, found: Resolution) -> tup
 
 
 def tied_groups(index: AdapterIndex, paths: Collection[str]) -> dict[str, list[str]]:
-    """Return the groups of tied modules that include a given path: embedding -> all others with the same weight.
+    """Return the groups of tied modules that contain a given path, as embedding -> other modules with the same weight.
 
-    The result is empty if the model's config says that embeddings are not tied.
+    The result is empty if the model's config says that the embeddings are not tied.
     """
     groups: dict[str, list[str]] = {}
     for whole in shared_weights(index) if index.is_tied else ():
@@ -117,7 +117,7 @@ def tie_copies(copies: Mapping[str, nn.Module], embeddings: Mapping[str, str]) -
 
 
 def tie_factors(index: AdapterIndex, name: str, embeddings: Mapping[str, str]) -> None:
-    """Replace the factors of tied modules with those of their embeddings; all layers must be in the model.
+    """Replace the factors of tied modules with those of their embeddings; all layers must already be in the model.
 
     Args:
         index: The model's index.
@@ -139,7 +139,7 @@ def tie_factors(index: AdapterIndex, name: str, embeddings: Mapping[str, str]) -
 def _tied_matches(
     index: AdapterIndex, config: LoraConfig, matches: Sequence[Match], leader: str, partners: Sequence[str]
 ) -> list[Match]:
-    """Return the matches, with one for each module in a tied group, all with the embedding's rank and alpha."""
+    """Return the matches, extended to all modules of a tied group, each with the embedding's rank and alpha."""
     own = next((variant for variant in variants_of(config) if variant.tensors), None)
     if own is not None:
         raise ConfigError(

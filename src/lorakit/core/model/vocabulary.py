@@ -1,8 +1,9 @@
-"""Resize the embeddings of a model, and select individual rows to train (`trainable_token_indices`).
+"""Resize a model's embeddings, and select individual rows to train (`trainable_token_indices`).
 
 If an adapter contains every new row (as trainable token rows, or in a saved copy of the whole embedding), the base does
-not need these rows. The loader then appends rows for the adapter to fill, and compares the base without them. This
-module works with the content of an adapter's files but does not read the files itself.
+not need these rows. The loader then appends rows to the base for the adapter to fill, and ignores the appended rows
+when it compares the base with the adapter's base. This module works with the content of an adapter's files but does not
+read the files itself.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def grow_vocabulary(model: nn.Module, rows: int) -> None:
 
     Raises:
         ModelError: The model does not expose its input embedding, or has vocabulary-sized tensors other than plain
-            tables.
+            embedding tables.
     """
     tables = check_growth(model, rows)
     if tables:
@@ -78,11 +79,11 @@ def check_growth(model: nn.Module, rows: int) -> list[nn.Module]:
 
 
 def with_trained_rows(config: LoraConfig, model: nn.Module, rows: Sequence[int]) -> LoraConfig:
-    """Return a copy of a config that trains some token embeddings and, unless the head is tied, its rows as well.
+    """Return a copy of a config that trains some rows of the token embedding and, unless the head is tied, of the head.
 
     Args:
         config: The config.
-        model: The base; not changed, and its values are not needed.
+        model: The base; not changed, and values are not needed.
         rows: Indices of the rows.
 
     Raises:
@@ -97,12 +98,13 @@ def with_trained_rows(config: LoraConfig, model: nn.Module, rows: Sequence[int])
 
 
 def initialize_rows(model: nn.Module, name: str, pieces: Mapping[int, Sequence[int]]) -> None:
-    """Set each new token's embedding to the mean over the tokens that used to encode its text. [docs/math.md (93)]
+    """Set new tokens' embeddings to the mean over the tokens that previously encoded their text. [docs/math.md (93)]
 
     Args:
         model: An adapted model; the base does not change.
         name: The adapter.
-        pieces: Index of a trained row -> indices of the tokens that used to encode its text; other rows do not change.
+        pieces: Index of a new token -> indices of the tokens that previously encoded its text; all other rows are left
+            unchanged.
     """
     for _, module in AdapterIndex.of(model).every(TrainableTokens):
         if module.follows or name not in module:
@@ -138,7 +140,7 @@ def token_tables(index: AdapterIndex, path: str | None) -> list[str]:
 
 
 def _has_other_tables(index: AdapterIndex, vocabulary: int) -> bool:
-    """Return whether a buffer with two or more axes has one of the vocabulary's size, which lorakit cannot resize."""
+    """Return whether a buffer that cannot be resized (two or more axes) has an axis of the vocabulary's size."""
     buffers = (buffer for module in index.everything.values() for buffer in module._buffers.values())
     return any(vocabulary in buffer.shape for buffer in buffers if buffer is not None and buffer.ndim > 1)
 
@@ -173,7 +175,7 @@ def _append_rows(model: nn.Module, tables: Iterable[nn.Module], rows: int, undo:
 
 @contextlib.contextmanager
 def appended_rows(index: AdapterIndex, config: LoraConfig, known: Fingerprint | None) -> Iterator[list[str]]:
-    """Append rows for the new tokens that an adapter contains, and remove them again if the block fails.
+    """Append rows for an adapter's new tokens, and remove the rows again if the `with` block fails.
 
     Args:
         index: The base's index.
@@ -181,7 +183,7 @@ def appended_rows(index: AdapterIndex, config: LoraConfig, known: Fingerprint | 
         known: The fingerprint of the base that the adapter was trained on, or None.
 
     Yields:
-        Messages about the appended rows; unless the list is empty, the index is out of date.
+        A list of messages about the appended rows; if the list is not empty, the index is out of date.
     """
     present = vocabulary_of(index.model)
     path = input_embedding(index)
@@ -193,8 +195,8 @@ def appended_rows(index: AdapterIndex, config: LoraConfig, known: Fingerprint | 
     with contextlib.ExitStack() as undo:
         _append_rows(index.model, [table_at(index, table) for table in token_tables(index, path)], wanted, undo)
         yield [
-            f"The base has {present:,} tokens, but the adapter was trained with {wanted:,}: {wanted - present:,} rows "
-            "were appended for the adapter to fill."
+            f"The base has {present:,} tokens, but the adapter was trained with {wanted:,}, so rows were appended for "
+            f"the adapter to fill (new rows: {wanted - present:,})."
         ]
         undo.pop_all()
 
@@ -206,7 +208,7 @@ def base_mismatch_advice(known: Fingerprint | None, present: Fingerprint) -> str
     return (
         f"New tokens were added before training, and the adapter does not contain all of their rows: call "
         f"model.resize_token_embeddings({known.vocabulary}), as was done before training, and {OVERRIDE}; or train the "
-        "adapter with trainable_token_indices (or modules_to_save) for the new rows, so that it contains them."
+        "adapter with trainable_token_indices (or modules_to_save), so that it contains the new rows."
     )
 
 
@@ -215,8 +217,8 @@ def without_brought_rows(
 ) -> tuple[Fingerprint | None, Fingerprint]:
     """Return the two fingerprints to compare, without the values that the adapter replaces.
 
-    A model with more tokens than the adapter's base is compared without the additional rows; if it still differs, it is
-    compared at its current size.
+    A model with more tokens than the adapter's base is first compared without the additional rows, and then at its
+    current size if the first comparison finds a difference.
 
     Args:
         index: The base's index.
@@ -224,7 +226,7 @@ def without_brought_rows(
         known: The fingerprint of the base that the adapter was trained on, or None.
 
     Returns:
-        The known fingerprint and the model's, both with these values set to zero or left out.
+        The known fingerprint and the model's, both with the replaced values set to zero or left out.
     """
     if known is not None and 0 < known.vocabulary < vocabulary_of(index.model):
         tables = [table_at(index, path) for path in token_tables(index, input_embedding(index))]
@@ -268,7 +270,7 @@ def _blanked(mark: Fingerprint, blank: Mapping[str, Collection[int]]) -> Fingerp
 
 
 def _rows_by_table(config: LoraConfig, path: str | None) -> dict[str, list[int]]:
-    """Return the indices of the rows that an adapter contains, by table name."""
+    """Return table name -> indices of the rows that an adapter contains for this table."""
     asked = config.trainable_token_indices
     table = asked if isinstance(asked, Mapping) else {path or "": asked or []}
     return {name: [i for i in rows if isinstance(i, int)] for name, rows in table.items()}
@@ -279,7 +281,7 @@ def _saved(config: LoraConfig, index: AdapterIndex) -> list[str]:
 
 
 def _brings_all(index: AdapterIndex, config: LoraConfig, path: str | None, rows: range) -> bool:
-    """Return whether tables can be resized and an adapter has the given rows of each, directly or through a tie."""
+    """Return whether all tables can be resized and an adapter has the given rows of each, directly or through a tie."""
     if path is None or index.state is not None or _has_other_tables(index, rows.start):
         return False
     named, saved = _rows_by_table(config, path), set(_saved(config, index))
@@ -312,7 +314,7 @@ def chosen_rows(
         One entry per table; tied tables with the same rows share an entry.
 
     Raises:
-        TargetError: A name matches no table, or the table is adapted in another way.
+        TargetError: A name matches no table, or a named table is already adapted in another way.
         ConfigError: Indices are not valid for their table, or conflict with the ties between tables.
     """
     named = _named(index, config)
@@ -373,7 +375,7 @@ def _named(index: AdapterIndex, config: LoraConfig) -> dict[str, tuple[int, ...]
         if not paths:
             names = nearest(name, [p.rpartition(".")[2] for p in index.modules], 1)
             raise NoTargetError(
-                f"Target modules {{{name!r}}} not found in the base model. trainable_token_indices names it"
+                f"Target modules {{{name!r}}} not found in the base model. The name comes from trainable_token_indices"
                 + (f"; nearest: {names[0]}." if names else "."),
                 what=name,
                 field="trainable_token_indices",
@@ -398,7 +400,7 @@ def _checked(index: AdapterIndex, path: str, indices: Sequence[int]) -> tuple[in
     whole = all(isinstance(i, int) and not isinstance(i, bool) for i in numbers)
     if not numbers or not whole or len(set(numbers)) < len(numbers):
         raise ConfigError(
-            f"trainable_token_indices of {path} is {numbers[:8]!r}; expected one or more distinct integers.",
+            f"trainable_token_indices for {path} is {numbers[:8]!r}; expected one or more distinct integers.",
             what=numbers[:8],
             where=path,
             field="trainable_token_indices",
@@ -406,7 +408,7 @@ def _checked(index: AdapterIndex, path: str, indices: Sequence[int]) -> tuple[in
     outside = next((i for i in numbers if not 0 <= i < weight.shape[0]), None)
     if outside is not None:
         raise ConfigError(
-            f"trainable_token_indices of {path} contains {outside}, but the table has rows 0 to "
+            f"trainable_token_indices for {path} contains {outside}, but the table has rows 0 to "
             f"{weight.shape[0] - 1:,}. For added tokens, call model.resize_token_embeddings first.",
             what=outside,
             where=path,
@@ -416,7 +418,7 @@ def _checked(index: AdapterIndex, path: str, indices: Sequence[int]) -> tuple[in
 
 
 def _groups(named: Mapping[str, tuple[int, ...]], index: AdapterIndex, config: LoraConfig) -> list[ChosenRows]:
-    """Return one entry per table; tied tables share an entry if they are named with the same rows or not named."""
+    """Return one entry per table; tied tables share an entry unless the config names them with different rows."""
     groups: list[ChosenRows] = []
     followers: set[str] = set()
     embeddings_first = sorted(named, key=lambda path: not isinstance(table_at(index, path), nn.Embedding))
@@ -430,7 +432,7 @@ def _groups(named: Mapping[str, tuple[int, ...]], index: AdapterIndex, config: L
             if apart and config.ensure_weight_tying:
                 raise ConfigError(
                     "Cannot ensure weight tying when different token indices are specified for tied layers: "
-                    f"{path}: {list(named[path])}, {apart[0]}: {list(named[apart[0]])}. Name the same rows, or "
+                    f"{path}: {list(named[path])}, {apart[0]}: {list(named[apart[0]])}. Specify the same indices, or "
                     "set ensure_weight_tying=False.",
                     where=path,
                     field="trainable_token_indices",
@@ -460,7 +462,7 @@ def _check_free(path: str, index: AdapterIndex, sites: Collection[str], saved: C
 
 
 def _check_same_ties(group: ChosenRows, index: AdapterIndex) -> None:
-    """Check that tables are tied in the same way as in adapters that are already on the model."""
+    """Check that a group's tables are tied in the same way as for the adapters that are already on the model."""
     leader = index.modules[group.path]
     wrong = [group.path] if isinstance(leader, TrainableTokens) and leader.follows else []
     for path in group.tied:
@@ -470,8 +472,8 @@ def _check_same_ties(group: ChosenRows, index: AdapterIndex) -> None:
         wrong += [] if together or unadapted else [path]
     if wrong:
         raise ConfigError(
-            f"trainable_token_indices: another adapter ties the rows at {wrong[0]} in a different way. Name the same "
-            "tables in both adapters, or load a separate model for each adapter.",
+            f"trainable_token_indices: another adapter ties the rows at {wrong[0]} in a different way. Specify the "
+            "same tables for both adapters, or load a separate model for each adapter.",
             where=wrong[0],
             field="trainable_token_indices",
         )
