@@ -244,7 +244,7 @@ def _own(layer: StoredWeight, y0: Tensor) -> Tensor:
 
 
 def _stacks(layer: StoredWeight, names: tuple[str, ...], route: Route, dtype: torch.dtype) -> Stacks:
-    """Return the stacks of these adapters, from the cache if they are still valid."""
+    """Return the stacks of these adapters, from the cache if the cached stacks are still valid."""
     kept = route.kept
     if kept is None:
         return _made(layer, names, dtype)

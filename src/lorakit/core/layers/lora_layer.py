@@ -34,7 +34,7 @@ from lorakit.errors import AdapterError, ConfigTypeError, MergeError, RowCountEr
 Weights = dict["str | None", Tensor]
 """The weights that a site reads in one forward pass.
 
-The original weight has the key None; a residual base has the name of the first adapter that uses it as its key.
+The key of the original weight is None; the key of a residual base is the first adapter that uses that base.
 """
 
 
@@ -504,7 +504,7 @@ class LoraLayer(BaseWeight):
             layer.merged_adapters, layer.kept = [], layer.kept if layer.moved_by else None
 
     def leader_of(self, adapters: Sequence[str]) -> LoraLayer | None:
-        """Return the tied layer with the same weight, whose factors this layer uses transposed; None if there is none.
+        """Return the tied layer that has the same weight and whose factors this layer uses transposed, or None.
 
         Args:
             adapters: The adapters; those without factors in this layer are ignored.

@@ -176,7 +176,7 @@ class WeightLayer(LoraLayer):
         return stored
 
     def beside_tokens(self, route: Route) -> tuple[Tensor | None, list[Factor]]:
-        """Return the weight to use, and the factors that it does not include, to be applied to the experts' tokens.
+        """Return the weight to use, and the factors that must be applied to the experts' tokens separately.
 
         Args:
             route: The adapters that are active on all rows.

@@ -281,7 +281,7 @@ def leaders_of(index: AdapterIndex, names: Sequence[str]) -> dict[LoraLayer, Lor
 
     Args:
         index: The model's index.
-        names: The adapters. Layers follow each other only if they have factors for the same ones of these adapters.
+        names: The adapters. A layer follows another one only if each adapter has factors in both layers or in neither.
     """
     owners: dict[int, LoraLayer] = {}  # id of a factor -> the first layer that has it
     found = {}
@@ -370,7 +370,7 @@ def explain_inexact_merge(model: nn.Module, *names: str) -> str | None:
 
     A merge is exact if it changes outputs in eval mode only by rounding errors in the base's compute dtype: (W + ΔW)·x
     and W·x + ΔW·x are then the same sum in a different order. For this, every weight that the adapters change must be
-    unquantized and in fp32 or wider, so that the merged weight (docs/math.md (11)) is stored in the dtype in which it
+    unquantized and in fp32 or wider; the merged weight (eq. 11 in docs/math.md) is then stored in the dtype in which it
     is computed. A bf16 or fp16 weight loses the part of the delta that is below its precision, and a quantized weight
     loses far more. A merge is also inexact if matmuls round the weight again, as they do under autocast or with TF32.
 
@@ -379,7 +379,7 @@ def explain_inexact_merge(model: nn.Module, *names: str) -> str | None:
         names: Adapters to merge; if none are given, those in the default route.
 
     Returns:
-        A message that names the site and the dtype, or says why a merge is not possible; None if the merge is exact.
+        A message that gives the site and its dtype, or says why a merge is not possible; None if the merge is exact.
 
     Raises:
         AdapterError: An adapter is not on the model.

@@ -51,7 +51,7 @@ class EightBit(Packed):
 
 
 def four_bit_linear(linear: nn.Linear, quant_type: str, double: bool) -> nn.Module:
-    """Return a 4-bit version of a dense layer that never repacks its weight and computes in the dense weight's dtype.
+    """Return a 4-bit copy of a dense layer. The copy never repacks its weight and computes in the dense weight's dtype.
 
     Args:
         linear: The dense layer, which keeps its own weight.

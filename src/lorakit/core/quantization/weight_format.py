@@ -115,7 +115,7 @@ class WeightFormat(Generic[M, S]):
         return self.tensors(self.stored(module, parameter))[0].device
 
     def clone(self, module: M, parameter: str, stored: S) -> nn.Module:
-        """Return a shallow clone of a module that holds another stored weight."""
+        """Return a shallow clone of a module, with its weight replaced by another stored weight."""
         clone: M = clone_with(module, {})  # type: ignore[assignment]
         self.put_stored(clone, parameter, stored)
         return clone

@@ -62,8 +62,8 @@ class Forwards:
 
     A forward pass whose output has a graph is remembered for as long as the graph is alive. Forward passes with
     gradients disabled are remembered in order, which distinguishes the first run of a reentrant checkpoint from an
-    evaluation. If gradients are enabled but the output has no graph, only its route is kept, and at most two different
-    routes. Copies and unpickled objects are empty, because graphs are not copied.
+    evaluation. If gradients are enabled but the output has no graph, only its route is kept, up to two different ones.
+    Copies and unpickled objects are empty, because graphs are not copied.
     """
 
     def __init__(self) -> None:
@@ -182,7 +182,7 @@ class _Runs:
 
 
 def _reentrant_node() -> int | None:
-    """Return the sequence number of the reentrant checkpoint whose backward pass runs this forward pass."""
+    """Return the sequence number of the reentrant checkpoint whose backward pass runs this forward pass, or None."""
     node: Node | None = getattr(torch._C, "_current_autograd_node", lambda: None)()
     if node is None or getattr(type(node), "_forward_cls", None) is not CheckpointFunction:
         return None
@@ -192,7 +192,7 @@ def _reentrant_node() -> int | None:
 def _is_non_reentrant() -> bool:
     """Return whether non-reentrant checkpointing is recomputing this forward pass.
 
-    In that case, the topmost saved-tensors hook is the one of the checkpoint. PyTorch has no public API for this check.
+    In that case, the topmost saved-tensors hook belongs to the checkpoint. PyTorch has no public API for this check.
     If PyTorch renames the hook, this function returns False, and more recomputations are rejected.
     """
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)(True)

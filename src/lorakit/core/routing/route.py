@@ -28,7 +28,7 @@ class Offsets:
         back: Number of active positions at the end of each row, (adapters, rows) int64; 0 if the adapter is not active.
         length: Number of positions per row in this forward pass, or None if it is unknown.
         seen: Number of positions per row up to the end of this forward pass, including cached ones, or None.
-        whole: Whether each site must see all `length` positions; if it saw fewer, they might not be the last ones.
+        whole: Whether each site must see all `length` positions; fewer positions might not be the last ones.
     """
 
     adapters: tuple[str, ...]
@@ -183,7 +183,7 @@ class Route:
         object.__setattr__(self, "mentions", frozenset(some))
 
     def at(self, offsets: Offsets | None) -> Route:
-        """Return the same route with the given offsets, if any; a route that already has offsets keeps them."""
+        """Return this route with the given offsets, if any; a route that already has offsets keeps its own."""
         return self if offsets is None or self.offsets is not None else offsets.on(self)
 
     def named(self) -> Route:
@@ -195,11 +195,11 @@ class Route:
         return self._named[0]
 
     def keeping(self) -> Route:
-        """Return the same route with a cache for layers."""
+        """Return this route with a cache for layers."""
         return self.like(self.offsets, {}) if self.mentions and self.kept is None else self
 
     def like(self, offsets: Offsets | None, kept: dict[Any, Any] | None) -> Route:
-        """Return the same route with other offsets and another cache, sharing values that depend only on its rows."""
+        """Return this route with other offsets and another cache, sharing values that depend only on the rows."""
         route = Route(self.names, self.rows, self.copies, offsets, kept)
         object.__setattr__(route, "_indices", self._indices)
         object.__setattr__(route, "_routed", self._routed)

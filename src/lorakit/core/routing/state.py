@@ -54,7 +54,7 @@ class PeftLayerMethodsLike(Protocol):
 _SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("lorakit_scopes", default=())
 
 
-OF_THIS_PROCESS = frozenset({"_open", "_told", "_members", "whole"})  # members of a copy join again
+OF_THIS_PROCESS = frozenset({"_open", "_told", "_members", "whole"})  # copied members join again
 
 
 class AdapterState:
