@@ -181,7 +181,7 @@ def test_several_outstanding_forwards_are_never_guessed() -> None:
         second = model(y).pow(2).sum()
     for loss in (second, first):
         with pytest.raises(
-            RouteError, match=r"the adapter that it used cannot be determined.*checkpoint_contexts\(model\)"
+            RouteError, match=r"the adapter of that forward pass cannot be determined.*checkpoint_contexts\(model\)"
         ):
             loss.backward()
 

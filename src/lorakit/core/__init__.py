@@ -1,7 +1,7 @@
 """LoRA adapters for any PyTorch model: attach, use, merge, save and load them.
 
-The functions work on the model itself instead of wrapping it, and report what they did. This package depends on torch
-and safetensors, but not on transformers or on lorakit's training and command-line code.
+The functions modify the model in place instead of wrapping it, and return reports of what they did. This package
+depends on torch and safetensors, but not on transformers or on lorakit's training and command-line code.
 """
 
 from lorakit.core.attachment.attaching import AttachReport, attach, detach

@@ -31,7 +31,8 @@ def clone_with(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
     Args:
         module: Any module.
-        tensors: Name of a direct parameter -> its replacement, of the same shape (…), which may require gradients.
+        tensors: Name of one of the module's own parameters -> its replacement, which must have the same shape (…) and
+            may require gradients.
     """
     parametrised = module._modules.get(PARAMETRISED)
     if parametrised is None or tensors.keys().isdisjoint(parametrised._modules):
@@ -60,7 +61,7 @@ def bare(module: nn.Module) -> nn.Module:
 
 
 def with_forward(module: nn.Module, forward: Callable[..., Tensor]) -> nn.Module:
-    """Return a shallow clone of a module with a different forward, around which the user's hooks run once.
+    """Return a shallow clone of a module with a new `forward`; the user's hooks run once, around that `forward`.
 
     Args:
         module: Any module.
@@ -73,7 +74,7 @@ def with_forward(module: nn.Module, forward: Callable[..., Tensor]) -> nn.Module
 
 
 def _keep_hooks(clone: nn.Module, module: nn.Module, *, parts: bool) -> None:
-    """Copy forward hooks to a clone: if `parts`, those that are part of the module's computation, else the rest."""
+    """Copy forward hooks to a clone: those that are part of the module's computation if `parts`, else all others."""
     kept = {key for key, hook in module._forward_hooks.items() if getattr(hook, "part_of_module", False) is parts}
     for table in ("_forward_hooks", "_forward_hooks_with_kwargs"):
         clone.__dict__[table] = OrderedDict((key, hook) for key, hook in getattr(module, table).items() if key in kept)
@@ -91,13 +92,13 @@ def _shallow(
 
 
 CAPTURING = "transformers.utils.output_capturing"
-"""Module of transformers that defines output-collecting hooks, which stay installed after the forward pass."""
+"""The transformers module that defines output-collecting hooks; they stay installed after the forward pass."""
 
 
 def is_watched(module: nn.Module, *, captures: bool = True) -> bool:
     """Return whether using a module's weight without calling the module would skip a hook or a custom `forward`.
 
-    Device maps, for example, replace `forward` on the instance.
+    For example, device maps replace `forward` on the instance.
 
     Args:
         module: Any module.
@@ -114,9 +115,9 @@ def is_watched(module: nn.Module, *, captures: bool = True) -> bool:
 
 
 def share_dropped(dropout: nn.Module) -> float | None:
-    """Return the fraction of values that a dropout module zeroes in its current mode, or None if it is not plain.
+    """Return the fraction of values that a dropout module zeroes in its current mode; None for unsupported modules.
 
-    A plain dropout module is an nn.Identity, or an nn.Dropout without hooks whose p is below 1 in training mode.
+    An nn.Identity is supported, as is an nn.Dropout without hooks, unless its p is 1 in training mode.
 
     Args:
         dropout: The dropout module applied before A.

@@ -1,7 +1,7 @@
-"""Modules that hold an adapter's A, B and dropout at one site, and its variant's extra tensors.
+"""Modules that hold what an adapter has at one site: A, B, dropout, and the variant's extra tensors.
 
-A (r, in) and B (out, r) have the orientation of nn.Linear weights, regardless of the layout of the base weight. The
-modules only store parameters under the names that PEFT uses; their `forward` is never called.
+A (r, in) and B (out, r) have the orientation of nn.Linear weights, regardless of the base weight's layout. Except for
+dropout, the modules only store parameters under the names that PEFT uses; their `forward` is never called.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ HOLDERS: Mapping[str, type[nn.ModuleDict | nn.ParameterDict]] = {
 }
 """Layer attribute with one entry per adapter -> type of its container.
 
-Variants' extra tensors have their own containers (`OwnTensor.held_as`). A container is created on first access, since
+Variants' extra tensors have their own containers (`OwnTensor.held_as`). Containers are created on first access, because
 most layers need only three of them.
 """
 
 TRAINED = tuple(name for name in HOLDERS if name != "lora_dropout")
-"""The attributes in HOLDERS that hold A and B, with each A before its B."""
+"""The attributes in HOLDERS that hold A or B; each A comes before its B."""
 
 
 class FactorWeight(nn.Linear):
-    """An nn.Linear that holds A or B as its `.weight`, without the random initialization.
+    """An nn.Linear that holds A or B as its `.weight` and skips the random initialization.
 
-    It is an nn.Linear because some programs look for modules of that type.
+    The class derives from nn.Linear because some programs look for modules of that type.
     """
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
@@ -45,7 +45,7 @@ class FactorWeight(nn.Linear):
 
 
 class OwnWeight(nn.Module):
-    """A module that holds a variant's extra tensor, or a convolution's A or B, as its `.weight`, of any shape (…)."""
+    """A module whose `.weight`, of any shape (…), is a variant's extra tensor or the A or B of a convolution."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         super().__init__()

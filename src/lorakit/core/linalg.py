@@ -1,7 +1,7 @@
 """Linear algebra on low-rank products B·A without forming them: singular values, inner products, angles.
 
-Factors are batched over groups: A is (g, r, in) and B is (g, out, r). A group is one expert of a fused parameter, or
-one group of a convolution, whose output channels use only that group's part of A; all other sites have a single group.
+Factors are batched over groups: A is (g, r, in) and B is (g, out, r). A group is one expert of a fused parameter or one
+group of a convolution (whose output channels use only that group's part of A); all other sites have a single group.
 Computations use float64. This module does not depend on adapters, scales or files.
 """
 
@@ -20,7 +20,7 @@ from lorakit.errors import ConfigError
 SPARE, SKETCH = 16, 8
 """A sketch has SPARE more columns than the requested rank.
 
-It is used only if SKETCH times its width is less than the smaller dimension of the matrix.
+A sketch is used only if SKETCH times its number of columns is less than the smaller dimension of the matrix.
 """
 
 
@@ -75,7 +75,7 @@ class Principal:
 
 @dataclass(frozen=True)
 class Reading:
-    """The base weight of a site, and its geometry.
+    """The base weight of a site, and the site's geometry.
 
     Attributes:
         W: Canonical weight in float64, (out, in, …); for experts, the tensor as the base stores it, (experts, …, …).
@@ -88,7 +88,7 @@ class Reading:
     spec: WeightSpec
 
     def matrix(self, expert: int = 0) -> Tensor:
-        """Return the weight as a float64 matrix, (out, n); with experts, only one is converted, to save memory.
+        """Return the weight as a float64 matrix, (out, n); to save memory, only one expert's matrix is converted.
 
         Args:
             expert: The index of the expert.
@@ -148,7 +148,8 @@ def stacked(products: Sequence[Product], weights: Sequence[float]) -> Product:
 def spectrum(product: Product) -> Spectrum:
     """Return the exact singular value decomposition of B·A, computed from the factors.   [docs/math.md (51)]
 
-    B = Q·R and Aᵀ = P·T give B·A = Q·(R·Tᵀ)·Pᵀ, so only the small matrix R·Tᵀ is decomposed. Cost: O((in + out)·r²).
+    With the QR decompositions B = Q·R and Aᵀ = P·T, the product is B·A = Q·(R·Tᵀ)·Pᵀ, so only the small matrix R·Tᵀ
+    needs a singular value decomposition. Cost: O((in + out)·r²).
 
     Args:
         product: The factors.
@@ -160,7 +161,7 @@ def spectrum(product: Product) -> Spectrum:
 
 
 def truncated(found: Spectrum, rank: int) -> Product:
-    """Return the closest product of lower rank, B = U·S and A = Vᵀ, largest values first.   [docs/math.md (52)]
+    """Return the closest product of lower rank: B = U·S, A = Vᵀ, largest values first.   [docs/math.md (52)]
 
     Args:
         found: The decomposition.
@@ -224,7 +225,7 @@ def cosines(one: Tensor, other: Tensor) -> Tensor:
         (g, min(k, l)), each in [0, 1].
 
     Source:
-        Björck and Golub 1973; the mean of their squares is φ of Hu et al. 2021, arXiv:2106.09685, eq. (4).
+        Björck and Golub 1973; the mean of the squared cosines is φ in Hu et al. 2021, arXiv:2106.09685, eq. (4).
     """
     return torch.linalg.svdvals(one.mT @ other).clamp(max=1.0)
 
@@ -244,7 +245,7 @@ class RankLimit:
 
     Attributes:
         rank: The maximum rank.
-        energy: The fraction of the energy ΣS² to keep, in (0, 1]; the smallest sufficient rank is used.
+        energy: The fraction of the energy ΣS² to keep, in (0, 1]; the smallest rank that suffices is used.
 
     Raises:
         ConfigError: Both fields are set, or neither is, or the value is out of range.
@@ -255,7 +256,7 @@ class RankLimit:
 
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.energy is None):
-            raise ConfigError("Pass either a rank or a fraction of the energy.", field="rank")
+            raise ConfigError("Pass either a rank or a fraction of the energy, but not both.", field="rank")
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
             raise ConfigError.of("rank", self.rank, "an integer >= 1")
         if self.energy is not None and not 0 < self.energy <= 1:

@@ -4,8 +4,8 @@ At each site, LoRA-FA freezes the factor that is not initialized to zero (usuall
 corrects the gradient of the other factor. `freeze_factors` freezes one factor of each pair and returns the pairs;
 `LoraFA` is the optimizer.
 
-A tensor's role (`Role`) is determined by the layer that holds it, not by its name. This module does not depend on
-schedules or files.
+A tensor's role (`Role`) is determined by the layer that holds the tensor, not by the tensor's name. This module does
+not depend on schedules or files.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def freeze_factors(model: nn.Module, name: str | None = None) -> list[Pair]:
                 pairs.append(Pair(learns, stays, layer.scaling[adapter], trains_a, layer.spec.experts))
             elif id(stays) in trained:
                 raise ConfigError(
-                    f"{path}: LoRA-FA freezes the only factor that this adapter trains; use AdamW.",
+                    f"{path}: LoRA-FA freezes the only factor that this adapter trains; use AdamW instead.",
                     what=adapter,
                     where=path,
                 )
@@ -99,14 +99,15 @@ def corrected_gradient(gradient: Tensor, pair: Pair, inverse: Tensor) -> Tensor:
     Args:
         gradient: The gradient of the pair's trained factor, (out, r) or (r, in), possibly with kernel axes.
         pair: The pair, which gives the layout of the factors and the scale s.
-        inverse: Result of `inverse_gram`, (blocks, r / blocks, r / blocks); A's gradient is multiplied from the left.
+        inverse: Result of `inverse_gram`, (blocks, r / blocks, r / blocks). B's gradient is multiplied by it from the
+            right, A's from the left.
 
     Returns:
         A tensor with the shape and dtype of `gradient`.
 
     Source:
-        Zhang et al. 2023, arXiv:2308.03303; the correction is the least-squares solution of ‖s·X·A − G‖ for X, which
-        Wang et al. 2024, arXiv:2407.18242, section 3, derive for both factors.
+        Zhang et al. 2023, arXiv:2308.03303. The corrected gradient is the X that minimizes ‖s·X·A − G‖; Wang et al.
+        2024, arXiv:2407.18242, section 3, derive the solution for both factors.
     """
     g = gradient.to(inverse.dtype)
     if pair.trained_is_A:
@@ -120,7 +121,7 @@ def corrected_gradient(gradient: Tensor, pair: Pair, inverse: Tensor) -> Tensor:
 
 
 def inverse_gram(pair: Pair) -> Tensor:
-    """Return (A·Aᵀ + δ·I)⁻¹ of a pair's frozen A, or (Bᵀ·B + δ·I)⁻¹ of its frozen B.
+    """Return (A·Aᵀ + δ·I)⁻¹ for a pair with a frozen A, or (Bᵀ·B + δ·I)⁻¹ for a pair with a frozen B.
 
     Args:
         pair: The pair.
@@ -161,7 +162,7 @@ class LoraFA(torch.optim.Optimizer):
             lr: Learning rate.
             betas: Decay rates of the running means of the gradient and of its square.
             eps: Added to the square root of the second running mean.
-            weight_decay: The fraction of each tensor, multiplied by the learning rate, that a step subtracts.
+            weight_decay: Weight decay coefficient; each step multiplies the tensors by 1 − lr · weight_decay.
 
         Raises:
             ConfigError: A value is out of range.
@@ -233,13 +234,13 @@ Role = Literal["A", "B", "embedding", "vector", "whole"]
 
 @dataclass(frozen=True)
 class TrainedPart:
-    """One trained tensor of an adapter.
+    """One trainable parameter of an adapter.
 
     Attributes:
-        name: Name of the tensor in the model.
-        parameter: The tensor.
-        role: The tensor's role.
-        site: Path of the site, or of the module that holds the tensor.
+        name: Name of the parameter in the model.
+        parameter: The parameter.
+        role: The parameter's role.
+        site: Path of the site, or of the module that holds the parameter.
     """
 
     name: str
@@ -284,7 +285,7 @@ def roles(model: nn.Module) -> dict[int, tuple[Role, str]]:
 
 
 def trained_parts(model: nn.Module, name: str | None = None) -> list[TrainedPart]:
-    """Return the trained tensors of an adapter with their roles, in model order.
+    """Return the trainable parameters of an adapter with their roles, in model order.
 
     Args:
         model: An adapted model.
@@ -303,17 +304,17 @@ def trained_parts(model: nn.Module, name: str | None = None) -> list[TrainedPart
 
 
 def rates_by_name(parts: Sequence[TrainedPart], rates: Rates) -> dict[str, float]:
-    """Return the learning rate of each tensor: η_B = λ·η_A at every site.   [docs/math.md (17)]
+    """Return the learning rate of each parameter: η_B = λ·η_A at every site.   [docs/math.md (17)]
 
     Args:
-        parts: The trained tensors.
+        parts: The trainable parameters.
         rates: The rates.
 
     Returns:
-        Name of the tensor -> its rate.
+        Name of the parameter -> its rate.
 
     Raises:
-        ConfigError: A pattern is invalid or matches no trained tensor; the message suggests similar names.
+        ConfigError: A pattern is invalid or matches no site; the message suggests similar names.
 
     Source:
         Hayou, Ghosh and Yu 2024, arXiv:2402.12354, section 4: B's rate has to exceed A's by a factor that grows

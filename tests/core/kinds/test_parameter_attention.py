@@ -150,14 +150,14 @@ def test_a_route_has_as_many_rows_as_the_batch(batch_first: bool) -> None:
         assert torch.equal(layer(x, x, x)[0], wanted)
         assert torch.equal(layer(**given)[0], wanted)
     for wrong in (8 - rows, 1):
-        text = f"The route has {wrong} rows, but a MultiheadAttention received .* with {rows} rows"
+        text = rf"rows in the route \({wrong}\) does not match the input of a MultiheadAttention \(.*, rows: {rows}\)"
         with route(model, ["a"] * wrong), pytest.raises(RouteError, match=text):
             layer(x, x, x)
         with route(model, ["a"] * wrong), pytest.raises(RouteError, match=text):
             layer(**given)
     with route(model, ["a"]):
         assert layer(x[0], x[0], x[0])[0].shape == (5, 8)  # without a batch it is one row
-    with route(model, ["a"] * 2), pytest.raises(RouteError, match="The route has 2 rows"):
+    with route(model, ["a"] * 2), pytest.raises(RouteError, match=r"number of rows in the route \(2\) does not match"):
         layer(x[0], x[0], x[0])
 
 

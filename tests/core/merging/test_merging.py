@@ -139,10 +139,10 @@ def test_without_kept_bits_only_the_merged_route_is_left() -> None:
     for block in (lambda: use(model, "b"), lambda: disable(model)):
         with (
             block(),
-            pytest.raises(MergeError, match=r"a is merged into the base, whose values were not kept.*keep_base=True"),
+            pytest.raises(MergeError, match=r"merge of a into the base did not keep the base's values.*keep_base=True"),
         ):
             run(model, LINEARS.given())
-    with pytest.raises(MergeError, match=r"a is merged into the base at .* whose values were not kept"):
+    with pytest.raises(MergeError, match=r"merge of a into the base at .* did not keep the base's values"):
         merge(model, "b")
 
 

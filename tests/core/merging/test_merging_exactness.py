@@ -54,7 +54,7 @@ def test_one_site_in_bf16_is_named() -> None:
     model = with_adapters(LINEARS, "a")
     model.square.base_layer.to(torch.bfloat16)
     reason = str(explain_inexact_merge(model, "a"))
-    assert reason.startswith("square is bfloat16") and "rounded" in reason and "In float32 a merge is exact." in reason
+    assert reason.startswith("square is bfloat16") and "rounded" in reason and "In float32, a merge is exact." in reason
 
 
 def test_sites_without_a_factor_of_the_adapter_are_no_matter() -> None:

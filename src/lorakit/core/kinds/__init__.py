@@ -38,16 +38,18 @@ _NAMED = {kind.name: kind for kind in KINDS}
 
 
 def kind_of(module_type: type[nn.Module], own: Mapping[str, Kind] = NONE) -> Kind | None:
-    """Return the kind of a module type, or None. The nearest ancestor class that an entry lists decides.
+    """Return the kind of a module type, or None if no kind lists the type or one of its ancestors.
+
+    If several ancestors are listed, the nearest one determines the kind.
 
     Args:
         module_type: Class of a module of the base.
-        own: User-defined kinds, by name; for the same ancestor, they take precedence over the entries in KINDS.
+        own: User-defined kinds, by name; they take precedence over entries of KINDS that list the same ancestor.
     """
     for ancestor in module_type.__mro__:
         dotted = f"{ancestor.__module__}.{ancestor.__qualname__}"
         if any(dotted in kind.types for kind in KINDS if kind.read_by_owner):
-            return None  # its forward method is never called; it becomes a site along with its owner
+            return None  # the module is never called; it becomes a site along with its owner
         for kind in (*own.values(), *KINDS):
             if ancestor in kind.types or dotted in kind.types:
                 return kind
@@ -71,7 +73,7 @@ def checked(kinds: Iterable[Kind]) -> dict[str, Kind]:
         kinds: The kinds; the simplest way to make one is `dataclasses.replace` on an entry of KINDS.
 
     Raises:
-        ConfigError: An element of `kinds` is not a `Kind`, has a name that is taken, or lists no module types.
+        ConfigError: An element of `kinds` is not a `Kind`, has a name that is already taken, or lists no module types.
     """
     found: dict[str, Kind] = {}
     for kind in kinds:

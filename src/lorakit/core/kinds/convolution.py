@@ -2,8 +2,8 @@
 
 A is a convolution from all input channels to r channels, with the base's stride, padding, padding mode and dilation; B
 is a pointwise convolution with the base's groups. Both have PEFT's layout: A (r, in, k…), B (out, r / groups, 1…). With
-more than one group, the delta also covers input channels that the base's weight leaves out, so its shape does not match
-the weight's unless the convolution is expanded to one group.
+more than one group, the delta also covers input channels that the base's weight leaves out, so the delta's shape
+matches the weight's only after the convolution has been expanded to one group.
 """
 
 from __future__ import annotations

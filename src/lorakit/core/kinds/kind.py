@@ -1,8 +1,8 @@
 """`Kind`, an entry in KINDS, and `WeightSpec`, the geometry of one weight.
 
 A kind defines the geometry of LoRA on one type of module: which weights the module has, the shapes of A and B, how each
-factor is applied, and the delta in canonical orientation, whose leading axis is the output. It does not handle scales,
-dropout, adapters or the storage of the base weight.
+factor is applied, and the delta in canonical orientation (output axis first). A kind does not handle scales, dropout,
+adapters or the storage of the base weight.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class WeightSpec:
     Attributes:
         parameter: Name of the parameter in the module.
         out_features: Number of rows of the canonical weight.
-        in_features: Number of columns of the canonical weight; for a convolution, the number of all input channels.
-        experts: Number of matrices in the parameter, (experts, …, …); 0 if the parameter is a single matrix.
+        in_features: Number of columns of the canonical weight; for a convolution, the total number of input channels.
+        experts: Number of matrices in a parameter of shape (experts, …, …); 0 if the parameter is a single matrix.
         in_first: Whether each expert's matrix is stored as (in, out).
         kernel: Kernel size of a convolution; () for other modules.
         groups: Number of groups of a convolution; 1 for other modules.
-        bounded: Whether a lookup scales rows down to a maximum norm (`max_norm`).
+        bounded: Whether an embedding limits the norm of the rows that it looks up (`max_norm`).
         as_stored: Whether the parameter itself is the canonical weight, even in a module that stores (in, out).
     """
 
@@ -49,7 +49,7 @@ class Kind:
 
     Attributes:
         name: Unique name, which appears in messages and selects the layer class.
-        types: Module types or their dotted names, which are matched along the MRO.
+        types: Module types, or their dotted names, to be matched along the MRO.
         acts_on: "input": B·A is applied to the module's input; "weight": B·A is added to the weight for one forward
             pass.
         zero_side: "A" or "B": the factor that is zero in a new adapter, so that the adapter has no effect yet.
@@ -57,20 +57,20 @@ class Kind:
         on_disk: Suffix of these names on disk.
         drops: Whether dropout can be applied to the input; it cannot if the input holds indices.
         specs: Module -> specs of the weights to adapt; the first belongs to the outermost layer.
-        inner: Names of children that become sites along with the module, because the module reads their weights.
-        row_axis: Module -> the input axis that holds the batch rows, or None if it is unknown. Rows can use different
-            adapters if the kind acts on the input.
-        shapes: Spec and rank -> shapes of A and B; raises ConfigError if the rank is not possible.
+        inner: Names of child modules that become sites along with the module, because the module reads their weights.
+        row_axis: Module -> the input axis that holds the batch rows, or None if unknown. Different rows can use
+            different adapters only if the kind acts on the input.
+        shapes: Spec and rank -> shapes of A and B; raises ConfigError for an invalid rank.
         rank: Spec and shape of A -> rank.
         vector: Spec -> shape of a vector with one value per output, such as (out,), in memory and on disk.
         down: Applies A to the input.
         up: Applies B to the result of `down`.
-        flat: Spec, A and B -> A and B as matrices, (r, n) and (out, r); B·A is the delta if the weight is one matrix.
+        flat: Spec, A and B -> A and B as matrices, (r, n) and (out, r); B·A is the delta if there is only one matrix.
         flat_weight: Spec and canonical weight -> the weight as a matrix, (out, n).
         delta: Spec, A and B -> the unscaled delta in the canonical weight's shape; raises MergeError if there is none.
         layer: Layer class of a user-defined kind; None for the entries of KINDS.
-        is_dense: Whether the module is a dense layer: "all-linear" includes it, and it multiplies its input once.
-        names_parameter: Whether the site is a bare parameter, named by the parameter's path (`target_parameters`).
+        is_dense: Whether the module is a dense layer: `"all-linear"` selects it, and it multiplies its input once.
+        names_parameter: Whether the site is a bare parameter, selected by its path (`target_parameters`).
         read_by_owner: Whether the parent module reads the module's weight instead of calling the module.
     """
 
@@ -104,7 +104,7 @@ class Kind:
 
 
 Fits = Callable[[Kind], bool]
-"""Returns whether an entry of INITS or VARIANTS supports a kind."""
+"""A function that returns whether an entry of INITS or VARIANTS supports a kind."""
 
 
 def every_kind(kind: Kind) -> bool:
@@ -113,7 +113,7 @@ def every_kind(kind: Kind) -> bool:
 
 
 def every_kind_of_the_table(kind: Kind) -> bool:
-    """Return True for every entry of KINDS, because each of its weights consists of one or more matrices."""
+    """Return True for every entry of KINDS; the weights of all these kinds consist of one or more matrices."""
     return True
 
 
@@ -142,7 +142,7 @@ def dense_delta(A: Tensor, B: Tensor) -> Tensor:
 
     Args:
         A: Down projection, (r, in).
-        B: Up projection, (out, r), same dtype and device as A.
+        B: Up projection, (out, r), with the same dtype and device as A.
 
     Returns:
         (out, in). Cost: 2·out·r·in FLOPs and out·in elements of memory.

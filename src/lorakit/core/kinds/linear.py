@@ -1,7 +1,7 @@
 """Kinds for dense sites: nn.Linear, transformers' Conv1D, and nn.Embedding.
 
-The weight of each is a single matrix. An embedding's weight is (V, d) in memory and (d, V) in canonical orientation:
-the input is equivalent to one-hot rows, so A (r, V) is applied by looking up its columns.
+Each of these modules has a single weight matrix. An embedding's weight is (V, d) in memory and (d, V) in canonical
+orientation: the input is equivalent to one-hot rows, so A (r, V) is applied by looking up columns of A.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def product(_: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
 
 
 def linear_down(_: nn.Module, x: Tensor, A: Tensor) -> Tensor:
-    """Return A (r, in) applied to x (…, in), a tensor (…, r)."""
+    """Apply A (r, in) to x (…, in); the result has shape (…, r)."""
     return F.linear(x, A)
 
 
 def linear_up(_: nn.Module, h: Tensor, B: Tensor) -> Tensor:
-    """Return B (out, r) applied to h (…, r), a tensor (…, out)."""
+    """Apply B (out, r) to h (…, r); the result has shape (…, out)."""
     return F.linear(h, B)
 
 
@@ -64,7 +64,7 @@ def flat_vector(spec: WeightSpec) -> Shape:
 
 
 def _linear_specs(module: nn.Linear) -> tuple[WeightSpec, ...]:
-    return (WeightSpec("weight", module.out_features, module.in_features),)  # a quantized weight's own shape differs
+    return (WeightSpec("weight", module.out_features, module.in_features),)  # a quantized weight can have another shape
 
 
 def _transposed_specs(module: HasWeight) -> tuple[WeightSpec, ...]:
@@ -123,12 +123,12 @@ def _embedding_down(module: nn.Embedding, indices: Tensor, A: Tensor) -> Tensor:
         A.T,  # (V, r)
         padding_idx=module.padding_idx,
         scale_grad_by_freq=module.scale_grad_by_freq,
-    )  # never sparse: torch cannot transpose a sparse gradient (PEFT's backward pass fails there), and A is small
+    )  # not `sparse`: torch cannot transpose a sparse gradient (PEFT's backward pass fails), and A is small
 
 
 def _embedding_up(module: nn.Module, h: Tensor, B: Tensor) -> Tensor:
     z = F.linear(h, B)  # (..., r) -> (..., d)
-    embed_scale = getattr(module, "embed_scale", None)  # scaled embeddings multiply their output
+    embed_scale = getattr(module, "embed_scale", None)  # some embeddings scale their output
     return z if embed_scale is None else z * torch.as_tensor(embed_scale, dtype=z.dtype, device=z.device)
 
 

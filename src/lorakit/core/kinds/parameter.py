@@ -1,8 +1,8 @@
 """Kinds whose update is added to a weight for one forward pass: bare parameters and nn.MultiheadAttention.
 
-Such a module does not expose its weight's input, so B·A is added to the weight. If a parameter holds several experts,
-their factors are stored together in PEFT's layout: A (experts·r, in), grouped by expert, and B (out, r·experts), in
-which the expert index varies fastest.
+The inputs of such weights are not accessible, so B·A is added to the weight itself. If a parameter holds several
+experts, the experts' factors are stored together in PEFT's layout: A (experts·r, in), grouped by expert, and
+B (out, r·experts), in which the expert index varies fastest.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _delta(spec: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
 
 
 def per_expert(spec: WeightSpec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Split A (experts·r, in) and B (out, r·experts) by expert: A (experts, r, in), B (experts, out, r)."""
+    """Split A (experts·r, in) and B (out, r·experts) by expert, into (experts, r, in) and (experts, out, r)."""
     A = A.view(spec.experts, -1, spec.in_features)
     B = B.view(spec.out_features, -1, spec.experts).permute(2, 0, 1)
     return A, B
@@ -73,7 +73,7 @@ def side_by_side(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _attention_specs(module: nn.MultiheadAttention) -> tuple[WeightSpec, ...]:
-    names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # either the first or the other three
+    names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # either the first or the rest exist
     return tuple(parameter_spec(module, name) for name in names if getattr(module, name) is not None)
 
 

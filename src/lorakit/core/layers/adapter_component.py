@@ -1,9 +1,9 @@
 """`AdapterComponent`, the protocol of everything that carries adapters, and base classes for modules that implement it.
 
 Operations on a whole model (merge, unmerge, detach, save) call the protocol's methods on each component. In a merge or
-unmerge, every component first stages its change; only when all have done so are the changes committed. `AdapterModule`
-also has PEFT's methods, for programs that switch adapters module by module. This file does not depend on factors or
-weights.
+unmerge, every component first stages its change; the changes are committed only after all components have staged
+theirs. `AdapterModule` also has PEFT's methods, for programs that switch adapters module by module. This file does not
+depend on factors or weights.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def trainable_tensors(function: Callable[Concatenate[Model, P], R]) -> Callable[
 
 
 def trainable(model: nn.Module, first: nn.Parameter | None) -> AbstractContextManager[object]:
-    """Return a context in which new tensors are trainable, even inside `torch.inference_mode`.
+    """Return a context in which new tensors are trainable, even within `torch.inference_mode`.
 
     If the base was created outside of inference mode, the context turns inference mode off. A base that was created in
     inference mode can only be used in inference mode.
@@ -79,10 +79,11 @@ class MergeOptions:
     Attributes:
         keep_base: Keep each original weight on its device (True) or in main memory ("cpu"), or discard it (False).
         in_place: Whether the adapters stay on the model; if so, each merged weight must also be correct for adapters
-            with a residual base.
-        dense: If not None, quantized modules and grouped convolutions are replaced with plain modules, and this is the
-            dtype for quantized modules that do not record one.
-        apart: Ids of the components that get a separate parameter, because they share theirs with other modules.
+            that use a residual base.
+        dense: If not None, quantized modules and grouped convolutions are replaced with plain modules, and this dtype
+            is used for quantized modules that do not record one.
+        apart: Ids of the components that get a separate parameter, because their current one is shared with other
+            modules.
     """
 
     keep_base: KeepBase = True
@@ -96,8 +97,8 @@ class SiteMerge:
     """The effect of a merge on the weight of one site.   [docs/math.md (12)]
 
     Attributes:
-        path: The site.
-        retained: Fraction of the delta that the stored weight W' retains, 1 − ‖W' − (W₀ + Δ)‖ / ‖Δ‖, at least 0.
+        path: Path of the site.
+        retained: Fraction of the delta that the stored weight W' retains: 1 − ‖W' − (W₀ + Δ)‖ / ‖Δ‖, but at least 0.
         changed: Fraction of the weight's elements that changed.
         error: Relative error of the stored weight: ‖W' − (W₀ + Δ)‖ / ‖W₀ + Δ‖.
     """
@@ -114,7 +115,7 @@ class StagedMerge:
 
     Attributes:
         report: Effect of the merge on the weight; None for an unmerge, and for components other than layers.
-        commit: Applies the change. All checks were already done during staging.
+        commit: Applies the change; all checks have already been done during staging.
     """
 
     report: SiteMerge | None
@@ -136,7 +137,7 @@ class AdapterComponent:
 
     @abstractmethod
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
-        """Return an adapter's parameters in this component, with A and B first; an empty list if it has none."""
+        """Return an adapter's parameters in this component, with A and B first; an empty list if there are none."""
 
     @abstractmethod
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
@@ -144,7 +145,7 @@ class AdapterComponent:
 
     @abstractmethod
     def remove(self, adapter: str) -> nn.Module:
-        """Remove an adapter's parameters, if any; return this module, or the plain one if no adapters are left."""
+        """Remove an adapter's parameters, if any; return this module, or the plain module if no adapters are left."""
 
     @abstractmethod
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
@@ -158,7 +159,7 @@ class AdapterComponent:
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
         """Prepare to unmerge adapters; return None if none of them is merged here.
 
-        The commit restores the original values bit for bit.
+        Committing the change restores the original values bit for bit.
 
         Raises:
             MergeError: The base's values were not kept.
@@ -170,7 +171,7 @@ class AdapterComponent:
 
     @abstractmethod
     def unload(self) -> nn.Module:
-        """Return the plain module; merged adapters remain in its weights, all others are dropped."""
+        """Return the plain module; merged adapters remain in its weights, and all others are dropped."""
 
 
 def base_not_kept(merged: Sequence[str], path: str | None = None) -> MergeError:
@@ -178,12 +179,12 @@ def base_not_kept(merged: Sequence[str], path: str | None = None) -> MergeError:
 
     Args:
         merged: The adapters that are merged.
-        path: Where they are merged, if known.
+        path: The path at which they are merged, if known.
     """
     names = ", ".join(merged)
     return MergeError(
-        f"{names} is merged into the base{f' at {path}' if path else ''}, whose values were not kept "
-        "(keep_base=False), so the base alone and other adapters are not available. Reload the base; to keep its "
+        f"The merge of {names} into the base{f' at {path}' if path else ''} did not keep the base's values "
+        "(keep_base=False), so neither the base alone nor other adapters can be used. Reload the base; to keep its "
         "values, merge with keep_base=True.",
         what=names,
         where=path,
@@ -198,7 +199,7 @@ class AdapterModule(nn.Module, AdapterComponent):
         merged_adapters: The adapters that are currently merged here.
         own_route: This module's override of the model's default route, or None.
         aside: A one-element tuple with the override that applied before this module's adapters were disabled; empty
-            while they are enabled.
+            while the adapters are enabled.
     """
 
     state: AdapterState
@@ -215,7 +216,7 @@ class AdapterModule(nn.Module, AdapterComponent):
 
         Args:
             path: This module's path, for messages.
-            adapters: Adapters to check.
+            adapters: The adapters to check.
 
         Raises:
             MergeError: An adapter is already merged.
@@ -229,11 +230,11 @@ class AdapterModule(nn.Module, AdapterComponent):
         return 0
 
     def check_mergeable(self, path: str, adapters: Sequence[str]) -> None:
-        """Reject adapters that can never be merged here, whatever is merged at the moment; nothing is computed.
+        """Reject adapters that can never be merged here, regardless of what is currently merged; nothing is computed.
 
         Args:
             path: This module's path, for messages.
-            adapters: Adapters; those without parameters here are ignored.
+            adapters: The adapters; those without parameters here are ignored.
 
         Raises:
             MergeError: An adapter cannot be merged here.
@@ -244,7 +245,7 @@ class AdapterModule(nn.Module, AdapterComponent):
 
         Args:
             path: This module's path, for messages.
-            adapters: Adapters; those without parameters here are ignored.
+            adapters: The adapters; those without parameters here are ignored.
             options: Options of the merge.
 
         Raises:
@@ -253,11 +254,11 @@ class AdapterModule(nn.Module, AdapterComponent):
         self.check_mergeable(path, adapters)
 
     def check_unmerge(self, path: str, adapters: Sequence[str]) -> None:
-        """Check that adapters can be unmerged, which requires that the base's values were kept.
+        """Reject adapters that cannot be unmerged because the base's values were not kept.
 
         Args:
             path: This module's path, for messages.
-            adapters: Adapters; those that are not merged here are ignored.
+            adapters: The adapters; those that are not merged here are ignored.
 
         Raises:
             MergeError: The values were not kept; the message names the adapter and the path.
@@ -275,7 +276,7 @@ class AdapterModule(nn.Module, AdapterComponent):
 
         Args:
             name: The adapter; ignored if it has no parameters here.
-            trained: Whether its parameters require gradients.
+            trained: Whether to train the parameters.
         """
         for parameter in self.parameters_of(name):
             if parameter.requires_grad is not trained:
@@ -360,20 +361,20 @@ class AdapterModule(nn.Module, AdapterComponent):
         self.set_adapter(rest or left[:1])
 
     def _get_available_adapters(self) -> set[str]:
-        """PEFT's name for `available_adapters`."""
+        """Return the adapters that have parameters here, under PEFT's name for this method."""
         return set(self.available_adapters())
 
 
 class ReplacingModule(AdapterModule):
-    """A module that active adapters replace, either as a whole or in some rows of its weight.
+    """A module that active adapters replace, either entirely or only in some rows of its weight.
 
     Attributes:
         _what: Name of such modules in messages.
         _field: Config field that selects such modules.
-        forwards: The module's forward history, for recomputation.
+        forwards: The module's forward history, for forward passes that autograd recomputes.
     """
 
-    _what: ClassVar[str]  # underscored, so that they do not hide the module's attributes
+    _what: ClassVar[str]  # underscored so as not to hide attributes of the module
     _field: ClassVar[str]
     forwards: Forwards
 
@@ -416,7 +417,8 @@ class ReplacingModule(AdapterModule):
             kwargs: Passed to the base's module, like `args`.
 
         Raises:
-            RouteError: The route is unknown or does not match the batch, or active adapters cannot be combined.
+            RouteError: The route cannot be determined or does not match the batch, or active adapters cannot be
+                combined.
         """
         route, again = resolve(self.state, self.own_route, self.forwards)
         output = self.run_alike(route, args, kwargs) if route.rows is None else self._mixed(route, args, kwargs)
@@ -434,8 +436,9 @@ class ReplacingModule(AdapterModule):
         rows = None if x is None else route.rows_of(x.shape[0])
         if x is None or rows is None:
             raise RowCountError(
-                f"The route has {len(route.rows or ())} rows, but {self._what} received "
-                f"{'no tensor' if x is None else tuple(x.shape)}. Pass one adapter per row of the batch.",
+                f"The number of rows in the route ({len(route.rows or ())}) does not match the input of {self._what}, "
+                f"whose shape is {'unknown (no tensor)' if x is None else tuple(x.shape)}. Pass one adapter per row of "
+                "the batch.",
                 field=self._field,
             )
         outputs: list[Tensor] = []

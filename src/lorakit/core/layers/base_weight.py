@@ -4,8 +4,8 @@ A merge is first staged (computed and checked) and then committed. A layer handl
 decides which layers change, and in which order.
 
 `sum_of_updates` computes the merged weight from the original, in the base's storage format, without changing the layer.
-`merged_weight` also measures the error of storing it: the rounding error of a plain weight, or the far larger error of
-a quantized one.
+`merged_weight` also measures how much the stored weight deviates from the exact sum: by a rounding error if it is
+plain, by far more if it is quantized.
 
 The weight of a grouped convolution cannot hold an update, because an adapter reads all input channels. Instead, the
 update is merged into a convolution with one group, whose weight is `groups` times as large.
@@ -32,21 +32,21 @@ StagedBias = tuple[Tensor, Tensor | None]
 """The bias to store in the base, (out,), and the original bias to keep, (out,), or None if they are the same."""
 
 Merged = tuple[Replacement, Tensor, Tensor]
-"""The weight to store, or a plain module that replaces the base's; W₀ (out, in); the exact sum of updates (out, in)."""
+"""The weight or the plain module to store; W₀, (out, in); and the exact sum of updates, (out, in)."""
 
 
 class BaseWeight(StoredWeight):
-    """A module around a base module that can merge adapters into one of the base's weights."""
+    """A wrapper around a base module; it can merge adapters into one of the base's weights."""
 
     def check_mergeable(self, path: str, adapters: Sequence[str]) -> None:
         """Reject adapters that can never be merged here, or whose bias cannot be stored; nothing is computed.
 
         Args:
             path: This layer's path, for messages.
-            adapters: Adapters; those without factors in this layer are ignored.
+            adapters: The adapters; those without factors in this layer are ignored.
 
         Raises:
-            MergeError: An adapter cannot be merged; the message names it and the path.
+            MergeError: An adapter cannot be merged; the message names the adapter and the path.
         """
         for name in adapters:
             variant = variant_named(self.variant[name]) if name in self.r else None
@@ -60,7 +60,7 @@ class BaseWeight(StoredWeight):
         self._check_place_of_bias(path, adapters)
 
     def _check_place_of_bias(self, path: str, adapters: Sequence[str]) -> None:
-        """Reject adapters with a bias of B if the base has no bias, or if another adapter trains the base's bias."""
+        """Reject adapters whose B has a bias if the base has no bias, or if another adapter trains the base's bias."""
         bringing = [name for name in adapters if self.bias_of(name) is not None]
         trainer = None if self.old_bias is None else self.old_bias[0]
         other = next((name for name in bringing if trainer not in (None, name)), None)
@@ -86,7 +86,7 @@ class BaseWeight(StoredWeight):
 
         Args:
             path: This layer's path, for messages.
-            adapters: Adapters; those without factors in this layer are ignored.
+            adapters: The adapters; those without factors in this layer are ignored.
             options: Options of the merge.
 
         Raises:
@@ -115,11 +115,11 @@ class BaseWeight(StoredWeight):
             )
 
     def check_unmerge(self, path: str, adapters: Sequence[str]) -> None:
-        """Check that adapters can be unmerged, which requires that the base's values were kept.
+        """Reject adapters that cannot be unmerged because the base's values were not kept.
 
         Args:
             path: This layer's path, for messages.
-            adapters: Adapters; those that are not merged here are ignored.
+            adapters: The adapters; those that are not merged here are ignored.
 
         Raises:
             MergeError: The values were not kept; the message names the adapter and the path.
@@ -131,12 +131,12 @@ class BaseWeight(StoredWeight):
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
         """Compute the weight with additional adapters merged, and measure its error; nothing is changed.
 
-        With `keep_base=False`, the weight is discarded after it is measured, and the commit recomputes it, so that no
-        second copy of the model is needed.
+        With `keep_base=False`, the weight is discarded after its error is measured and is recomputed on commit, so that
+        no second copy of the model is needed.
 
         Args:
             path: This layer's path, for the report and for messages.
-            adapters: Adapters; those without factors in this layer are ignored.
+            adapters: The adapters; those without factors in this layer are ignored.
             options: Options of the merge.
 
         Raises:
@@ -157,10 +157,10 @@ class BaseWeight(StoredWeight):
         return StagedMerge(report, functools.partial(self._put_merged, stored, kept, bias, new, options))
 
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
-        """Compute the weight without these adapters; if no others are merged, it equals the original bit for bit.
+        """Compute the weight without these adapters; if no others are merged, it is bitwise identical to the original.
 
         Args:
-            adapters: Adapters; those that are not merged here are ignored.
+            adapters: The adapters; those that are not merged here are ignored.
 
         Raises:
             MergeError: The base's values were not kept.
@@ -172,10 +172,10 @@ class BaseWeight(StoredWeight):
         return StagedMerge(None, functools.partial(self._put_unmerged, stored, bias, left))
 
     def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
-        """Return the weight, and the bias if an adapter has one, with adapters merged; the layer is not changed.
+        """Return the weight with adapters merged, and the bias if an adapter has one; the layer is not changed.
 
         Args:
-            adapters: Adapters; those without factors in this layer are ignored.
+            adapters: The adapters; those without factors in this layer are ignored.
             options: Options of the merge; with `dense`, quantized weights become plain ones.
 
         Returns:
@@ -198,7 +198,7 @@ class BaseWeight(StoredWeight):
         """Return the sum of the base's bias and the adapters' biases, (out,), or None if no merge affects the bias.
 
         Args:
-            adapters: Adapters; those without factors in this layer are ignored.
+            adapters: The adapters; those without factors in this layer are ignored.
 
         Raises:
             MergeError: The sum is not finite.
@@ -207,14 +207,14 @@ class BaseWeight(StoredWeight):
         return None if staged is None else staged[0]
 
     def unload(self) -> nn.Module:
-        """Return the base's module with the merged adapters; first undo the residual base if none of them uses it."""
+        """Return the base's module with the merged adapters; if none of them uses the residual base, undo it first."""
         if self.moved_by and not set(self.moved_by).intersection(self.merged_adapters):
             self.moved_by = ()
             self.put_stored(self.stored_with(self.merged_adapters))
         return self.owner
 
     def follow(self, tied: BaseWeight) -> None:
-        """Update this layer's records after a merge or unmerge at the tied layer, whose weight it shares.
+        """Update this layer's records after a merge or unmerge at the tied layer that shares its weight.
 
         Args:
             tied: The tied layer, whose factors this layer uses.
@@ -224,7 +224,7 @@ class BaseWeight(StoredWeight):
             self.kept = tied.kept if self.merged_adapters else None
 
     def stored_with(self, merged: Sequence[str]) -> Replacement:
-        """Return what the base's module should store with these adapters merged; with none, the unmerged weight."""
+        """Return the weight (or module) to store with these adapters merged; with no adapters, the unmerged weight."""
         if merged:
             return self.with_updates(merged, MergeOptions())[0]
         return self.original(moved=bool(self.moved_by))
@@ -281,7 +281,7 @@ class BaseWeight(StoredWeight):
             self.kept = self.kept if self.moved_by else None
 
     def _staged_bias(self, adapters: Sequence[str]) -> StagedBias | None:
-        """Return the sum of the base's bias and the adapters' biases, or None if no merge affects the bias.
+        """Return the bias to store and the original bias to keep, or None if no merge affects the bias.
 
         Raises:
             MergeError: The sum is not finite.
@@ -334,7 +334,7 @@ def in_one_group(layer: StoredWeight, names: Sequence[str]) -> Merged:
     for name in names:
         factor = layer.factor(name)
         if factor.variant.update is None:
-            continue  # rejected before anything is merged
+            continue  # already rejected before the merge
         A, B = (half.to(W.dtype) for half in factor.multiplied())
         A, B = kind.flat(layer.spec, A, B)
         wide = dataclasses.replace(factor, A=A.view(-1, *shape[1:]), B=B.view(*B.shape, *[1] * len(spec.kernel)))
@@ -358,13 +358,13 @@ def _convolution(source: Convolution, W: Tensor) -> nn.Module:
 def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOptions) -> Merged:
     """Return W₀ + Σ update as stored, W₀ (out, in), and the exact sum of updates (out, in).   [docs/math.md (11)]
 
-    If the adapters stay on the model, the weight must also be correct for an unmerged adapter with a residual base. The
-    sum then starts from the residual base, so that it is rounded only once. With `options.dense`, the result is a plain
-    module that replaces a quantized module or a grouped convolution.
+    If the adapters stay on the model, the weight must also be correct for an unmerged adapter with a residual base. In
+    that case, the sum starts from the residual base and is rounded only once. With `options.dense`, the result is a
+    plain module that replaces a quantized module or a grouped convolution.
 
     Args:
         layer: The site's layer.
-        names: The adapters, at least one.
+        names: One or more adapters.
         options: Options of the merge.
     """
     with torch.no_grad():
@@ -388,7 +388,7 @@ def merged_weight(
     """Return what to store at a site with additional adapters merged, and the effect of the merge.
 
     Args:
-        path: The site.
+        path: Path of the site.
         layer: The site's layer.
         new: Adapters to merge in addition to those already merged.
         options: Options of the merge.

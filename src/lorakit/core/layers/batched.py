@@ -1,6 +1,6 @@
 """Mixed batches: the factors of several adapters are stacked, so that a few matmuls cover all rows.
 
-Plain LoRA adapters on dense layers are stacked if gradients are not recorded; the layer applies all others one by one.
+Plain LoRA adapters on dense layers are stacked if gradients are not recorded; all others are applied one by one.
 A stack holds adapters whose ranks differ by less than a factor of two; lower ranks are padded with zeros. If the route
 has a cache, a single adapter that all rows use is stacked too: its stack is a copy in the base's dtype.
 
@@ -37,7 +37,7 @@ _ADDRESS = Tensor.__base__.data_ptr  # type: ignore[union-attr]  # the C method 
 
 
 class FactorVersions:
-    """The versions of some adapters' factors in a layer, with references to the tensors so that ids are not reused.
+    """The versions of some adapters' factors in a layer; references to the tensors keep their ids from being reused.
 
     Args:
         layer: The site's `LoraLayer`.
@@ -45,7 +45,7 @@ class FactorVersions:
 
     Raises:
         KeyError: A factor belongs to another layer.
-        RuntimeError: A factor's tensors were created in inference mode and have no versions.
+        RuntimeError: A factor's tensors were created in inference mode and therefore have no versions.
         AttributeError: A factor's module lacks an expected attribute.
     """
 
@@ -61,7 +61,7 @@ class FactorVersions:
         self._numbers = self._count(layer, self._tensors)
 
     def still(self, layer: StoredWeight) -> bool:
-        """Return whether modules, tensors, memory, versions, modes, scales and variants are unchanged."""
+        """Return whether the factors' modules, tensors, memory, versions, modes, scales and variants are unchanged."""
         pick, inside = self._pick, layer._modules
         try:
             for holder, modules in zip(self._holders, self._modules, strict=True):
@@ -108,9 +108,9 @@ class Stack:
 
     Attributes:
         names: The adapters, in the stack's order.
-        A: The adapters' A factors, each multiplied by its scale, (K, r, in).
+        A: The adapters' A factors, each multiplied by the adapter's scale, (K, r, in).
         B: The adapters' B factors, (K, out, r), as a transposed view of a (K, r, out) tensor.
-        ready: Input shape -> the prepared matmuls; a stack is used by only one route.
+        ready: Input shape -> the prepared matmuls. The route need not be part of the key: each stack has only one.
     """
 
     names: tuple[str, ...]
@@ -145,7 +145,7 @@ class Stacks:
         rest: Adapters that cannot be stacked.
         names: All of the adapters.
         absent: Adapters that some rows use but that have no factors at the site.
-        seen: Versions of the adapters' factors; None if the stacks are not cached.
+        seen: Versions of the adapters' factors, or None if the stacks are not cached.
     """
 
     stacks: list[Stack]
@@ -155,16 +155,16 @@ class Stacks:
     seen: FactorVersions | None = None
 
     def still(self, layer: StoredWeight) -> bool:
-        """Return whether the stacks are still valid for the same adapters."""
+        """Return whether the stacks still match the layer's factors."""
         return self.seen is not None and self.seen.still(layer) and self.absent.isdisjoint(layer.r)
 
 
 def add_kept(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor | None:
-    """Add all adapters of a route that has a cache, either from cached stacks or as a single adapter for all rows.
+    """Add the outputs of a route's adapters, using cached stacks or stacking the one adapter that all rows use.
 
     Args:
         layer: The site's `LoraLayer`, which has no merged adapters.
-        route: The adapter of each row.
+        route: The route, which must have a cache.
         x: The input, (rows, …, in).
         y0: The base's output, (rows, …, out).
 
@@ -198,7 +198,7 @@ def _again(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor |
 
 
 def add_stacked(layer: StoredWeight, segments: OfRows, route: Route, x: Tensor, y0: Tensor) -> tuple[Tensor, OfRows]:
-    """Add those adapters that can be stacked to their rows of a mixed batch.
+    """Apply the adapters that can be stacked, each to its own rows of a mixed batch.
 
     Args:
         layer: The site's `LoraLayer`.
@@ -208,7 +208,7 @@ def add_stacked(layer: StoredWeight, segments: OfRows, route: Route, x: Tensor, 
         y0: The base's output, (rows, …, out), which is modified in place if nothing else can refer to it.
 
     Returns:
-        y₀ with the additions, and the segments of the adapters that have yet to be added.
+        y₀ with the additions, and the segments of the adapters that still have to be applied.
     """
     kind = layer.kind
     if torch.is_grad_enabled() or kind.down is not linear_down or kind.up is not linear_up or is_traced():
@@ -244,7 +244,7 @@ def _own(layer: StoredWeight, y0: Tensor) -> Tensor:
 
 
 def _stacks(layer: StoredWeight, names: tuple[str, ...], route: Route, dtype: torch.dtype) -> Stacks:
-    """Return the stacks of these adapters, from the cache if they are still valid."""
+    """Return the stacks of these adapters, from the cache if the cached stacks are still valid."""
     kept = route.kept
     if kept is None:
         return _made(layer, names, dtype)

@@ -1,6 +1,6 @@
 """Trained biases (`bias="all"` or `"lora_only"`): biases of the base that an adapter trains in place.
 
-For routes without that adapter, a hook on the module applies the original biases.
+In routes without that adapter, a hook on the module applies the original biases instead.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class BiasPatch(AdapterComponent):
     """A forward hook for a module whose biases an adapter trains in place; other routes get the original biases.
 
     If the adapter is not active, a shallow clone of the module repeats the forward pass with the original biases. The
-    result is bitwise equal to the base's, and other threads are not affected. The hook runs before the module's other
-    hooks, so they see its output.
+    output is bitwise identical to the base's, and other threads are not affected. The hook runs before the module's
+    other hooks, so they see the corrected output.
 
     Attributes:
-        module: The base's module, whose parameters are the trained biases.
+        module: The base's module, which holds the trained biases as parameters.
         adapter: The adapter that trains the biases.
         originals: Name of each bias -> its value before training.
         state: The state shared by all adapted modules of the model.
@@ -68,8 +68,8 @@ class BiasPatch(AdapterComponent):
         rows = route.rows_of(output.shape[0])
         if rows is None:
             raise RowCountError(
-                f"The route has {len(route.rows)} rows, but a module with a trained bias returned an output of shape "
-                f"{tuple(output.shape)}. Pass one adapter per row of the batch.",
+                f"The number of rows in the route ({len(route.rows)}) does not match the output of a module with a "
+                f"trained bias, whose shape is {tuple(output.shape)}. Pass one adapter per row of the batch.",
                 what=self.adapter,
                 field="bias",
             )
@@ -82,7 +82,7 @@ class BiasPatch(AdapterComponent):
         Args:
             module: The base's module, or a clone of it.
         """
-        now = {name: getattr(module, name) for name in self.originals}  # FSDP can move them out of _parameters
+        now = {name: getattr(module, name) for name in self.originals}  # FSDP can move parameters out of _parameters
         return {name: old.to(now[name].device, now[name].dtype) for name, old in self.originals.items()}
 
     def _before(self, module: nn.Module) -> nn.Module:
@@ -153,7 +153,7 @@ class BiasPatch(AdapterComponent):
 
     @staticmethod
     def uninstall(module: nn.Module, adapters: Collection[str]) -> None:
-        """Restore, bit for bit, those biases of a module that these adapters train."""
+        """Restore, bit for bit, the biases of a module that these adapters train."""
         for patch in BiasPatch.on(module):
             if patch.adapter in adapters:
                 patch.remove(patch.adapter)

@@ -6,7 +6,7 @@ forward pass never writes to the base; only `BaseWeight` does, when adapters are
 
 A forward pass reads the weight only once, even if several adapters need it, because reading a quantized weight
 dequantizes all of it. Nothing is cached across forward passes: writes to a weight through `.data` cannot be detected,
-so a cached norm could silently become outdated.
+so a cached norm could silently become stale.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from lorakit.core.variants import NO_SETTING, NO_TENSORS, At, Factor, Setting, o
 from lorakit.errors import AdapterError, ConfigTypeError, MergeError, RowCountError, warn_caller
 
 Weights = dict["str | None", Tensor]
-"""The weights read in one forward pass at a site.
+"""The weights that a site reads in one forward pass.
 
-The key is None for the original weight, or the first adapter that uses the residual base.
+The key of the original weight is None; the key of a residual base is the first adapter that uses that base.
 """
 
 
@@ -58,12 +58,12 @@ class LoraLayer(BaseWeight):
         lora_embedding_B: Adapter -> B of an embedding, (d, r).
         lora_dropout: Adapter -> dropout before A.
         lora_alpha: Adapter -> alpha.
-        variant: Adapter -> name of its entry in VARIANTS. A variant's extra tensors are also stored in attributes
+        variant: Adapter -> name of its entry in VARIANTS. Further attributes hold the variants' extra tensors
             (`OwnTensor.held_as`).
         settings: Adapter -> the variant's settings for this layer; adapters without settings have no entry.
         trains: Adapter -> which of "A" and "B" it trains.
         own_route: This layer's override of the model's default route, or None.
-        forwards: The layer's forward history, for recomputation.
+        forwards: The layer's forward history, for forward passes that autograd recomputes.
     """
 
     lora_alpha: dict[str, float]
@@ -109,7 +109,7 @@ class LoraLayer(BaseWeight):
 
         Args:
             name: The adapter; ignored if it has no factors in this layer.
-            trained: Whether its parameters require gradients.
+            trained: Whether to train the factors.
         """
         super().set_trained(name, trained)
         if not trained or name not in self.r:
@@ -127,7 +127,7 @@ class LoraLayer(BaseWeight):
 
         Args:
             name: The adapter.
-            factor: A (r, in), B (out, r) and the variant's extra tensors, which all become parameters.
+            factor: A (r, in), B (out, r) and the variant's extra tensors, all of which become parameters.
             r: Rank of the factors.
             lora_alpha: Alpha of the adapter in this layer.
             trains: Which of "A" and "B" are trained.
@@ -161,7 +161,7 @@ class LoraLayer(BaseWeight):
         return self if self.r else self.base_layer
 
     def bias_of(self, adapter: str) -> Tensor | None:
-        """Return the bias of an adapter's B, (out,), or None if it has none."""
+        """Return the bias of an adapter's B, (out,), or None if B has no bias."""
         kind = self.kind
         return self._holder(kind.names[1])[adapter].bias if kind.on_disk and adapter in self.r else None
 
@@ -184,7 +184,7 @@ class LoraLayer(BaseWeight):
         return Factor(A, B, self.scaling[name], self.lora_dropout[name], variant, own, bias, setting)
 
     def _own(self, name: str, held_as: str) -> nn.Parameter:
-        """Return one of the variant's extra tensors for an adapter, in its in-memory shape (…)."""
+        """Return one of the extra tensors of an adapter's variant, in the shape that it has in memory (…)."""
         held: nn.Parameter | OwnWeight = self._holder(held_as)[name]
         return held.weight if isinstance(held, OwnWeight) else held
 
@@ -208,7 +208,7 @@ class LoraLayer(BaseWeight):
         return found
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
-        """Return an adapter's parameters in this layer, with A and B first; empty if it has no factors here."""
+        """Return an adapter's parameters in this layer, with A and B first; empty if it has no factors in the layer."""
         if adapter not in self.r:
             return []
         own, found = variant_named(self.variant[adapter]).tensors, []
@@ -234,8 +234,8 @@ class LoraLayer(BaseWeight):
             The output, (…, out), in the dtype of the base module's output.
 
         Raises:
-            RouteError: The active route is unknown or does not match this batch.
-            MergeError: The route does not use a merged adapter, and the base's values were not kept.
+            RouteError: The active route cannot be determined, or does not match this batch.
+            MergeError: The route leaves out a merged adapter, but the base's values were not kept.
         """
         route, again = resolve(self.state, self.own_route, self.forwards)
         if not self.merged_adapters and not self.moved_by and route.mentions.isdisjoint(self.r):
@@ -284,14 +284,14 @@ class LoraLayer(BaseWeight):
         return y
 
     def _row_axis(self, route: Route, x: Tensor) -> int:
-        """Return the axis of x (rows, …) that holds the rows, after checking that the route matches their number."""
+        """Return the axis of x (rows, …) that holds the rows, after checking their number against the route."""
         axis = self.kind.row_axis(self.owner)
         if axis is None or route.rows_of(x.shape[axis]) is None:
-            size = "no batch axis" if axis is None else f"{x.shape[axis]} rows"
+            size = "no batch axis" if axis is None else f"rows: {x.shape[axis]}"
             raise RowCountError(
-                f"The route has {len(route.rows or ())} rows, but a {self.kind_name} received an input of shape "
-                f"{tuple(x.shape)} with {size}. Pass one adapter per row of the batch; if rows are repeated, for "
-                "example as beams, set `copies`.",
+                f"The number of rows in the route ({len(route.rows or ())}) does not match the input of a "
+                f"{self.kind_name} (shape: {tuple(x.shape)}, {size}). Pass one adapter per row of the batch; if rows "
+                "are repeated, as in beam search, set `copies`.",
                 what=self.kind_name,
             )
         return axis
@@ -331,14 +331,14 @@ class LoraLayer(BaseWeight):
         return bias
 
     def _base_of_rows(self, route: Route, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """Return the base's output (rows, …, out) if its current module is not correct for all rows."""
+        """Return the base's output (rows, …, out) if the base's current module is not correct for all rows."""
         moved = route.mentions.intersection(self.moved_by)
         if not moved or route.rows is None:
             return self._base_for(bool(moved))(*args, **kwargs)
         axis = self._row_axis(route, x)
         index = torch.cat([rows for name, rows in route.segments(x.device, x.shape[axis]) if name in moved])
 
-        def forward(*inputs: Tensor, **named: Tensor) -> Tensor:  # both run on all rows, as hooks need the whole batch
+        def forward(*inputs: Tensor, **named: Tensor) -> Tensor:  # both run on all rows: hooks need the whole batch
             before, moved = (bare(self._base_for(one))(*inputs, **named) for one in (False, True))
             return before.index_copy(axis, index, moved.index_select(axis, index))
 
@@ -371,12 +371,12 @@ class LoraLayer(BaseWeight):
 
     @property
     def in_features(self) -> int:
-        """The number of columns of the base weight, embeddings in a table, or input channels of a convolution."""
+        """The number of columns of the base weight: input features or channels, or the rows of an embedding table."""
         return self.spec.in_features
 
     @property
     def out_features(self) -> int:
-        """The number of rows of the base weight, which is the width of the output."""
+        """The number of rows of the base weight, which equals the width of the output."""
         return self.spec.out_features
 
     @property
@@ -394,7 +394,7 @@ class LoraLayer(BaseWeight):
         return self.owner
 
     def get_base_weight(self) -> Tensor:
-        """Return the current base weight: dequantized, (out, in), if it is quantized, else in its stored shape."""
+        """Return the current base weight: dequantized, as (out, in), if it is quantized, else in its stored shape."""
         base, owner = self.base, self.owner
         stored = base.stored(owner, self.spec.parameter)
         return base.read(owner, stored) if base.quantized else stored
@@ -440,8 +440,8 @@ class LoraLayer(BaseWeight):
             adapter: An adapter that has factors in this layer.
 
         Returns:
-            A tensor of shape (out, in), or (in, out) if the weight is stored transposed, with an autograd graph if
-            gradients are enabled.
+            A tensor of shape (out, in), or (in, out) if the weight is stored transposed. The tensor has an autograd
+            graph if gradients are enabled.
 
         Raises:
             MergeError: The weight cannot hold the delta.
@@ -452,7 +452,7 @@ class LoraLayer(BaseWeight):
 
     @trainable_tensors
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Merge adapters into the weight of this layer alone; the original is kept.
+        """Merge adapters into the weight of this layer alone; the original weight is kept.
 
         Args:
             safe_merge: Ignored; present only for PEFT compatibility. A non-finite result always raises an error.
@@ -500,14 +500,14 @@ class LoraLayer(BaseWeight):
         staged = [layer.stage_unmerge(list(layer.merged_adapters)) for layer in layers.values() if layer not in led]
         for one in filter(None, staged):
             one.commit()
-        for layer in led:  # the tied layer, which may still be merged, restores the weight that they share
+        for layer in led:  # the tied layer, if it is still merged, restores the shared weight
             layer.merged_adapters, layer.kept = [], layer.kept if layer.moved_by else None
 
     def leader_of(self, adapters: Sequence[str]) -> LoraLayer | None:
-        """Return the tied layer, whose weight this layer shares and whose transposed factors it uses, or None.
+        """Return the tied layer that has the same weight and whose factors this layer uses transposed, or None.
 
         Args:
-            adapters: Adapters; those without factors in this layer are ignored.
+            adapters: The adapters; those without factors in this layer are ignored.
         """
         here = [name for name in adapters if name in self.r]
         held = getattr(self, self.kind.names[0])
@@ -516,11 +516,11 @@ class LoraLayer(BaseWeight):
         return leader if leader is not None and self.is_one_with(leader, adapters) else None
 
     def is_one_with(self, tied: LoraLayer, adapters: Collection[str]) -> bool:
-        """Return whether another layer shares this layer's weight and has factors of the same adapters.
+        """Return whether another layer shares this layer's weight and has factors for the same adapters.
 
         Args:
             tied: The other layer.
-            adapters: Adapters to compare.
+            adapters: The adapters to check; all others are ignored.
         """
         if any((name in self.r) != (name in tied.r) for name in adapters):
             return False
@@ -528,7 +528,7 @@ class LoraLayer(BaseWeight):
         return mine is its and mine is not None
 
     def _around_module(self, path: str) -> dict[str, LoraLayer]:
-        """Return, by path, this layer, those nested in it around the same module, and those of `inner` children."""
+        """Return this layer, the layers nested in it around the same module, and those of `inner` children, by path."""
         found: dict[str, LoraLayer] = {}
         layer: nn.Module = self
         while isinstance(layer, LoraLayer):

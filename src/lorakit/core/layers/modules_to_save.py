@@ -1,8 +1,8 @@
 """Saved modules (`modules_to_save`), and `Extras`: everything that an adapter trains in addition to its factors.
 
-This includes saved modules, trainable tokens and trained biases, which are active whenever the adapter's factors are.
-The originals are kept, so that `disable` and other adapters can use the base: a saved module is a copy alongside the
-original, and the original value of a trained bias is stored.
+Saved modules, trainable tokens and trained biases are active whenever the adapter's factors are. The originals are
+kept, so that `disable` and other adapters can use the base: a saved module is a copy alongside the original, and the
+original value of a trained bias is stored.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class ModulesToSave(ReplacingModule):
         here = [name for name in adapters if name in self.modules_to_save]
         if len(here) > 1:
             raise MergeError(
-                f"{here[0]} and {here[1]} each have their own copy of {path} (modules_to_save), and only one can "
-                "replace it. Merge only one of them.",
+                f"{here[0]} and {here[1]} each have their own copy of {path} (modules_to_save), and only one copy "
+                "can replace the original. Merge only one of these adapters.",
                 what=here[1],
                 where=path,
                 field="modules_to_save",
@@ -150,13 +150,13 @@ class ModulesToSave(ReplacingModule):
 
 @dataclass(frozen=True)
 class Extras:
-    """Everything that an adapter trains in addition to its factors, before it is attached.
+    """Everything that a new adapter trains in addition to its factors, before the adapter is attached.
 
     Attributes:
         copies: Path -> trainable copy of the module at that path.
-        biases: Modules of the base, each with its current biases by name. An attention module has no entries if
-            only its output projection has trained biases.
-        rows: Trainable token embeddings: their indices in a table, and their values, (n, d).
+        biases: Modules of the base, each with its current biases by name. The dict of an attention module is empty if
+            only the module's output projection has trained biases.
+        rows: Trainable token embeddings: the chosen rows of a table, and their values, (n, d).
         leaders: Path of a module -> path of the module that it is tied to.
     """
 
@@ -180,8 +180,8 @@ def build_extras(modules: Mapping[str, nn.Module], sites: Collection[str], saved
 
     Raises:
         TargetError: A module to save contains sites or saved modules of another adapter.
-        ConfigError: A bias to train has adapters merged into it, belongs to a plain module that replaced the base's
-            in a merge, or is not a parameter (HQQ).
+        ConfigError: A bias to train has adapters merged into it, belongs to a plain module that replaced the
+            base's module in a merge, or is not a parameter (HQQ).
     """
     copies = {path: trainable_copy(path, modules[path]) for path in saved}
     found = list(biased_modules(modules, sites, saved, bias))
@@ -202,7 +202,7 @@ def build_extras(modules: Mapping[str, nn.Module], sites: Collection[str], saved
 
 
 def _check_untouched(path: str, layer: LoraLayer | None) -> None:
-    """Reject a bias that merged adapters changed, because its original value is needed later."""
+    """Reject a bias that merged adapters changed, because the bias's original value is needed later."""
     if layer is not None and (layer.kept_bias is not None or layer.replaced):
         how = "with a bias of B (lora_bias)" if layer.kept_bias is not None else "with dense=True"
         raise ConfigError(
@@ -238,7 +238,7 @@ def biased_modules(
             continue
         for inner, module in _base_modules(current):
             held = [leaf for leaf, p in module._parameters.items() if p is not None and "bias" in leaf]
-            # in an adapted module, PEFT trains only the parameter named `bias`, so not `in_proj_bias` in attention
+            # in adapted modules, PEFT trains only parameters named `bias`, so not an attention module's `in_proj_bias`
             leaves = tuple(leaf for leaf in held if bias == "all" or leaf == "bias")
             if isinstance(vars(module).get("bias"), Tensor) and weight_format_of(module).quantized:
                 raise ConfigError(
@@ -261,7 +261,7 @@ def _read_by(modules: Mapping[str, nn.Module], sites: Collection[str]) -> Iterat
 
 
 def _base_modules(current: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the base's modules at one path, by relative path: one, or all those in another adapter's saved module."""
+    """Yield the base's modules at one path, with relative paths: one module, or all modules inside a saved module."""
     if isinstance(current, ModulesToSave):
         yield from current.original_module.named_modules()
     else:
@@ -286,7 +286,7 @@ def trainable_copy(path: str, current: nn.Module) -> nn.Module:
     if isinstance(original, CONTAINERS):
         raise ConfigTypeError(
             f"modules_to_save cannot be applied to modules of type {type(original).__name__}: {path} is never called "
-            "itself, so a copy of it would have no effect. Name the modules inside it.",
+            "itself, so a copy of it would have no effect. Specify the modules inside it instead.",
             what=type(original).__name__,
             where=path,
             field="modules_to_save",
@@ -321,7 +321,7 @@ def _plain(module: nn.Module) -> nn.Module:
 
 
 def plain_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape for the tensors in a trainable copy of a module, in which quantized weights are plain."""
+    """Return name -> shape for the tensors of a module's trainable copy, in which quantized weights are dequantized."""
     parts = dict(module.named_modules())
     if not any(weight_format_of(part).quantized for part in parts.values()):
         return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Subclasses of `LoraLayer`, one per kind, so that `isinstance` and `repr` use the class names PEFT users expect."""
+"""Subclasses of `LoraLayer`, one per kind, with the class names that PEFT users expect in `isinstance` and `repr`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class MultiheadAttention(WeightLayer):
     """A `LoraLayer` for the input projection of an nn.MultiheadAttention."""
 
     def _restore_weights(self) -> None:
-        """Do nothing: PEFT restores weights that its forward pass merged, but lorakit's never writes to the base."""
+        """Do nothing: unlike PEFT's, lorakit's forward pass does not merge weights, so there are none to restore."""
 
 
 class InnerLinear(WeightLayer):
@@ -70,7 +70,7 @@ LAYERS: Mapping[str, type[LoraLayer]] = {
 
 
 def layer_class(kind: Kind) -> type[LoraLayer]:
-    """Return the layer class for a kind: its own, the one in LAYERS, or a generic one for custom kinds.
+    """Return the layer class for a kind: its own, the one in LAYERS, or a generic one for user-defined kinds.
 
     Args:
         kind: The kind.

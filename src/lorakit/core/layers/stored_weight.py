@@ -20,7 +20,7 @@ STORED = frozenset({"kept", "moved", "tied_weight"})
 """Attributes that hold stored weights of the base, in any form."""
 
 OF_THE_BASE = frozenset({"weight", "bias"})
-"""Attributes that the layer sets on the base module instead, because other code ties weights by setting them."""
+"""Attributes that the layer sets on the base module, because other code ties weights by setting them on the layer."""
 
 
 Replacement = Stored | nn.Module
@@ -28,7 +28,7 @@ Replacement = Stored | nn.Module
 
 
 class StoredWeight(AdapterModule):
-    """A module around a base module that can write and restore one of the base's weights.
+    """A wrapper around a base module; it can write and restore one of the base's weights.
 
     Attributes:
         base_layer: The base's module, or another layer around it.
@@ -37,14 +37,14 @@ class StoredWeight(AdapterModule):
         scaling: Adapter -> scale.
         variant: Adapter -> the name of its variant.
         merged_adapters: Adapters that are currently merged into the base weight.
-        kept: The base's stored weight from before anything was written to it, or None.
+        kept: The base's stored weight as it was before the first write, or None.
         moved_by: The adapters that use a residual base: the one whose init (such as PiSSA) created it, or all those
-            whose variant creates the same one. Empty if the base is unchanged.
+            whose variants create it. Empty if the base is unchanged.
         moved: The stored residual base, or None.
         initial: The initial A and B of the adapter whose init created the residual base, in main memory; or None.
-        replaced: A tuple with the base's module if a merge replaced it with a plain one, otherwise empty. A tuple keeps
-            the module from being registered as a submodule.
-        kept_bias: The base's bias, (out,), from before a merge wrote to it (`lora_bias`), or None.
+        replaced: A tuple with the base's module if a merge replaced that module with a plain one, otherwise empty. The
+            tuple keeps the module from being registered as a submodule.
+        kept_bias: The base's bias, (out,), as it was before a merge changed it (`lora_bias`), or None.
         tied_weight: The parameter that the base shared with other modules before a merge untied it, or None.
         old_bias: The adapter that trains the base's bias, and the bias before training, (out,); or None.
     """
@@ -79,7 +79,7 @@ class StoredWeight(AdapterModule):
 
     @abstractmethod
     def bias_of(self, adapter: str) -> Tensor | None:
-        """Return the bias of an adapter's B, (out,), or None if it has none."""
+        """Return the bias of an adapter's B, (out,), or None if B has no bias."""
 
     @abstractmethod
     def addition(self, name: str, W: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class StoredWeight(AdapterModule):
         """Return the canonical base weight (out, in) without merged adapters, in fp32 or wider.
 
         Args:
-            adapter: The adapter that uses the weight, which matters if there is a residual base; None for the original.
+            adapter: The adapter that uses the weight, in case it uses a residual base; None for the original weight.
         """
         base, source = self.storage
         kept = self._kept_for(adapter in self.moved_by)
@@ -144,7 +144,7 @@ class StoredWeight(AdapterModule):
         return self.kept
 
     def original_bias(self) -> Tensor | None:
-        """Return the base's bias without merged adapters, (out,), or None if it has no bias."""
+        """Return the base's bias without merged adapters, (out,), or None if the base has no bias."""
         now = getattr(self.owner, "bias", None)
         bias = now if self.kept_bias is None or now is None else self.kept_bias.to(now.device, now.dtype)
         return bias if isinstance(bias, Tensor) else None
@@ -152,7 +152,7 @@ class StoredWeight(AdapterModule):
     def inside(self) -> frozenset[str]:
         """Return the adapters that the base's module already accounts for: merged ones and users of the residual base.
 
-        If an adapter that uses the residual base is merged, the module is not correct for other adapters that use it.
+        If an adapter that uses the residual base is merged, the module is not correct for the other users of that base.
         """
         merged = frozenset(self.merged_adapters)
         return merged if merged.intersection(self.moved_by) else merged.union(self.moved_by)
@@ -188,7 +188,7 @@ class StoredWeight(AdapterModule):
         """Check that the base without merged adapters can be computed.
 
         Raises:
-            MergeError: Adapters are merged and the original was not kept.
+            MergeError: Adapters are merged, but the original weight was not kept.
         """
         if self.merged_adapters and not self.keeps_base:
             raise base_not_kept(self.merged_adapters)
@@ -214,7 +214,7 @@ class StoredWeight(AdapterModule):
 
 
 def _as_now(base: WeightFormat[Any, Any], source: nn.Module, parameter: str, stored: Stored | None) -> Stored:
-    """Return a stored weight, or the current one if it is None, on the base's device and in its dtype."""
+    """Return a stored weight on the base's device and in its dtype; None stands for the current weight."""
     if stored is not None and (base.quantized or not isinstance(stored, Tensor)):
         return stored
     now = base.stored(source, parameter)

@@ -1,7 +1,7 @@
 """Trainable token embeddings, including those in a head that is tied to an embedding.
 
-A trained row replaces the base's row W[i] instead of being added to it. A forward pass usually does not copy the table;
-it corrects the base's output at the positions that use a trained row.
+A trained row replaces the base's row W[i] instead of being added to it. Instead of copying the table, a forward pass
+usually corrects the base's output at the positions that use a trained row.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ChosenRows:
 
 
 class TokenAdapter(nn.Module):
-    """A table (embedding or head) with each adapter's trainable token embeddings; its attributes use PEFT's names.
+    """A table (embedding or head) with each adapter's trainable token embeddings; the attributes have PEFT's names.
 
     Attributes:
         base_layer: The embedding, or the head.
@@ -60,7 +60,7 @@ class TokenAdapter(nn.Module):
         self.token_indices: dict[str, list[int]] = {} if leader is None else leader.token_indices
         self.within: tuple[TrainableTokens, ...] = ()  # in a tuple, so that it is not registered as a submodule
         self.kept: dict[str, Tensor | None] = {} if leader is None else leader.kept
-        self.tied_weight: tuple[nn.Parameter, ...] = ()  # the one shared before a merge untied it; unregistered
+        self.tied_weight: tuple[nn.Parameter, ...] = ()  # shared before a merge untied it; unregistered
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -79,7 +79,7 @@ class TokenAdapter(nn.Module):
 
     @property
     def trainable_tokens_original(self) -> dict[str, Tensor]:
-        """Adapter -> the base's rows that its rows replace, (n, d)."""
+        """Adapter -> the base's rows that the adapter's rows replace, (n, d)."""
         table = self.original(strict=False).detach()
         return {name: table[torch.tensor(at, device=table.device)] for name, at in self.token_indices.items()}
 
@@ -102,7 +102,7 @@ class TokenAdapter(nn.Module):
         """Return the base's table without merged rows, (V, d); the base's own parameter if nothing is merged.
 
         Args:
-            strict: Whether to raise an error if the base's rows were not kept; otherwise merged rows stay in the table.
+            strict: Whether to raise an error if the base's rows were not kept; if False, merged rows stay in the table.
 
         Raises:
             MergeError: An adapter is merged, and the base's rows were not kept.
@@ -114,7 +114,7 @@ class TokenAdapter(nn.Module):
         return table
 
     def with_rows(self, names: Sequence[str]) -> Tensor:
-        """Return the table, (V, d), with the rows of some adapters in it; gradients flow to these rows."""
+        """Return the table, (V, d), with the rows of some adapters inserted; gradients flow to these rows."""
         table = self.original()
         for name in names:
             if name in self.token_indices:
@@ -123,7 +123,7 @@ class TokenAdapter(nn.Module):
         return table
 
     def replacements(self, names: Sequence[str]) -> list[Replacement]:
-        """Return the active adapters' rows that have yet to replace the base's rows, in the order of the adapters.
+        """Return the active adapters' rows that do not replace the base's rows yet, in the order of the adapters.
 
         Args:
             names: The active adapters; those without rows here, or whose rows are already in the table, are skipped.
@@ -244,11 +244,11 @@ class TrainableTokens(ReplacingModule):
         return sum(rows.numel() * rows.element_size() for rows in kept if rows is not None)
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
-        """Return an adapter's rows, (n, d), or an empty list if it has none or they belong to another module."""
+        """Return an adapter's rows, (n, d), in a list; empty if the adapter has no rows or another module owns them."""
         return [self.token_adapter.trainable_tokens_delta[adapter]] if adapter in self and not self.follows else []
 
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
-        """Return an adapter's rows, (n, d), by key; empty if it has none or they belong to another module."""
+        """Return an adapter's rows, (n, d), by key; empty if the adapter has no rows or another module owns them."""
         return dict(zip(["token_adapter.trainable_tokens_delta"], self.parameters_of(adapter), strict=False))
 
     def check_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> None:
@@ -265,7 +265,7 @@ class TrainableTokens(ReplacingModule):
             one, other, index = shared
             raise MergeError(
                 f"Token indices of adapter {other} are already defined and would result in undefined merging "
-                f"behavior: {one} trains row {index} of {path} too. Merge only one of them.",
+                f"behavior: {one} also trains row {index} of {path}. Merge only one of these adapters.",
                 what=other,
                 where=path,
                 field="trainable_token_indices",
@@ -277,7 +277,7 @@ class TrainableTokens(ReplacingModule):
                 )
 
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
-        """Build a table with the adapters' rows; return None if none has rows here or this table follows another one.
+        """Build a table with the adapters' rows; return None if there are no such rows or this table follows another.
 
         Args:
             path: Not used.
@@ -308,7 +308,7 @@ class TrainableTokens(ReplacingModule):
         return StagedMerge(None, partial(self._put_unmerged, old)) if old else None
 
     def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
-        """Return the table, (V, d), with the adapters' rows in it, even if it follows another table."""
+        """Return the table, (V, d), with the adapters' rows inserted, even if this table follows another one."""
         here = any(name in self for name in adapters)
         return {"weight": self.token_adapter.with_rows(adapters).detach()} if here else {}
 
@@ -321,7 +321,7 @@ class TrainableTokens(ReplacingModule):
 
         Args:
             tied: The tied table, whose rows this one uses.
-            apart: Whether the tied table got a separate parameter in this merge, which this table then uses too.
+            apart: Whether this merge gave the tied table a separate parameter, which this table then uses too.
         """
         mine, its = self.token_adapter, tied.token_adapter
         if not mine.kept:
@@ -368,7 +368,7 @@ class TrainableTokens(ReplacingModule):
         return self.token_adapter.merged_adapters
 
     def run_alike(self, route: Route, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-        """Return the output of the table with the active adapters' rows in it.   [docs/math.md (91)]
+        """Return the output of the table with the active adapters' rows inserted.   [docs/math.md (91)]
 
         Args:
             route: The route, which is the same for all rows of the batch.
@@ -380,7 +380,7 @@ class TrainableTokens(ReplacingModule):
             RouteError: Two active adapters train the same row.
         """
         names, adapter, table = route.names, self.token_adapter, self.original_module
-        if adapter.is_stale(names):  # use a clone with the original table, so that outputs equal the base's bitwise
+        if adapter.is_stale(names):  # a clone with the original table makes the output bitwise identical to the base's
             table = clone_with(table, {"weight": adapter.original()})
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         y: Tensor = table(*args, **kwargs)
@@ -417,7 +417,7 @@ def looked_up(table: nn.Embedding, x: Tensor, y: Tensor, index: Tensor, rows: Te
     if padding is not None:  # the padding row has no gradient
         rows = torch.where((index == padding)[:, None], rows.detach(), rows)
     new = F.embedding(order[position], rows.to(y.dtype))
-    scale = getattr(table, "embed_scale", None)  # scaled embeddings multiply the rows that they look up
+    scale = getattr(table, "embed_scale", None)  # some embeddings scale the rows that they look up
     if scale is not None:
         new = new * torch.as_tensor(scale, dtype=new.dtype, device=new.device)
     return torch.where(hit[..., None], new, y)

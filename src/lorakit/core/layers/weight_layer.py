@@ -1,13 +1,13 @@
 """`WeightLayer`: a layer whose factors change a weight for the duration of one forward pass.
 
-It is used for modules that do not expose the input of their weight: bare parameters, fused experts and
+The layer is used where a weight's input is not accessible: for bare parameters, fused experts and
 nn.MultiheadAttention. Each forward pass computes the dense sum W₀ + s·B·A for every adapted weight; the module itself
 is not changed.
 
-Fused experts in transformers do not need a dense weight. A decorator marks their class, and a few attributes of the
-instance determine its computation: the projections, their layout, biases, gate and norm. For a module with these
+Fused experts in transformers do not need the dense sum. A decorator marks their class, and a few attributes of each
+instance determine what it computes: the projections, their layout, biases, gate and norm. For a module with these
 attributes, `experts_forward` runs the forward pass and applies dropout, A and B to the tokens of each expert. This file
-reads the attributes and does not import transformers.
+only reads the attributes; it does not import transformers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lorakit.core.variants import Factor
 from lorakit.errors import MixedRowsError
 
 MARKS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "num_experts")
-"""Attributes that determine what an instance computes in its forward pass."""
+"""Attributes that determine what a fused-experts module computes in its forward pass."""
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
@@ -86,7 +86,7 @@ def experts_forward(
 
 
 def _project(module: nn.Module, name: str, expert: int, x: Tensor, factors: Sequence[Factor]) -> Tensor:
-    """Return one expert's projection of its tokens x (tokens, in), with the factors applied: (tokens, out)."""
+    """Return the projection (tokens, out) of one expert's tokens x (tokens, in), with the factors applied."""
     W = getattr(module, name)[expert]
     y0 = F.linear(x, W.T if module.is_transposed else W)
     if module.has_bias:
@@ -100,10 +100,10 @@ def _project(module: nn.Module, name: str, expert: int, x: Tensor, factors: Sequ
 
 
 class WeightLayer(LoraLayer):
-    """A layer that adds low-rank factors to one weight of a base module, which other layers may already wrap."""
+    """A layer that adds low-rank updates to one weight of a base module; other layers may already wrap the module."""
 
     def adapted(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Return the output of a clone of the owner whose adapted weights include the updates.
+        """Run a clone of the owner, in which the adapted weights include the updates, and return its output.
 
         Args:
             route: The active adapters.
@@ -140,26 +140,27 @@ class WeightLayer(LoraLayer):
         return clone(*args, **kwargs)
 
     def _check_rows(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Reject a route that does not match the batch, if the batch axis is known; unbatched input is a single row."""
+        """Reject a route that does not match the batch, if the batch axis is known; unbatched input is one row."""
         x, axis = args[0] if args else next(iter(kwargs.values()), None), self.kind.row_axis(self.owner)
         if isinstance(x, Tensor) and axis is not None:
             self._row_axis(route, x if x.ndim > 2 else x.unsqueeze(axis))
 
     def chain(self) -> Iterator[WeightLayer]:
-        """Yield this layer and those nested in it around the same owner, the outermost first."""
+        """Yield this layer and the layers nested in it around the same owner, outermost first."""
         layer: nn.Module = self
         while isinstance(layer, WeightLayer):
             yield layer
             layer = layer.base_layer
 
     def effective(self, route: Route) -> Tensor | None:
-        """Return the weight with a route's adapters applied, in the base's layout; None if the module already holds it.
+        """Return the weight with a route's adapters applied, in the base's layout.
 
         Args:
             route: The adapters that are active on all rows.
 
         Returns:
-            The weight as the base stores it, such as (out, in); gradients flow to A and B.
+            The weight as the base stores it, such as (out, in); gradients flow to A and B. None if the module already
+            holds this weight.
         """
         names = [name for name in route.names if name in self.r]
         if frozenset(names) == self.inside() == frozenset(self.merged_adapters):
@@ -175,17 +176,17 @@ class WeightLayer(LoraLayer):
         return stored
 
     def beside_tokens(self, route: Route) -> tuple[Tensor | None, list[Factor]]:
-        """Return the weight, and the factors to apply to experts' tokens if the weight does not include the updates.
+        """Return the weight to use, and the factors that must be applied to the experts' tokens separately.
 
         Args:
             route: The adapters that are active on all rows.
 
         Returns:
-            The weight (experts, …, …), or None if the module already holds it; and the factors.
+            The weight, (experts, …, …), or None if the module already holds it; and the factors, which may be empty.
         """
         names = [name for name in route.names if name in self.r]
         drops = any(isinstance(self.lora_dropout[name], nn.Dropout) for name in names)
-        whole = torch.compiler.is_compiling() and not drops  # the number of tokens per expert varies
+        whole = torch.compiler.is_compiling() and not drops  # each expert's number of tokens varies
         if whole or self.moved_by or not shows_tokens(self.owner, self.spec.parameter):
             return self.effective(route), []
         merged = self.inside() <= set(names)

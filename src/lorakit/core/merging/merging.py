@@ -4,8 +4,8 @@ A merge computes W₀ + Σ update in fp32 or wider from the original base, and w
 original weight is kept (on its device or in main memory) unless the caller opts out, so several merges can be undone in
 any order. The error of storing the sum in low precision is measured and reported.
 
-Every component stages its change before any change is committed, so a call that raises an error leaves the model as it
-was.
+Every component stages its change before any change is committed, so a call that raises an error leaves the model
+unchanged.
 """
 
 from __future__ import annotations
@@ -47,29 +47,29 @@ class MergeReport:
 
     @property
     def retained(self) -> float:
-        """The mean fraction of the delta that the stored weights retain, 0 to 1; 1 if there was nothing to merge."""
+        """The mean fraction of the delta that the stored weights retain (0 to 1); 1 if there was nothing to merge."""
         return sum(site.retained for site in self.sites) / len(self.sites) if self.sites else 1.0
 
     @property
     def error(self) -> float:
-        """The mean relative error of the stored weights: one rounding error for a plain base, far more if quantized."""
+        """The mean relative error of the stored weights: a rounding error, or far more if the base is quantized."""
         return sum(site.error for site in self.sites) / len(self.sites) if self.sites else 0.0
 
 
 def merge(
     model: nn.Module, *names: str, keep_base: KeepBase = True, untie: bool = False, dense: bool = False
 ) -> MergeReport:
-    """Merge adapters into the base weights; until they are unmerged, they belong to the default route.
+    """Merge adapters into the base weights; merged adapters belong to the default route until they are unmerged.
 
     Args:
         model: An adapted model, changed in place.
         names: Adapters to merge; if none are given, those in the default route.
-        keep_base: Keep each original weight on its device (True) or in main memory ("cpu"), or discard it (False), in
-            which case the merge cannot be undone.
+        keep_base: Keep each original weight on its device (True) or in main memory ("cpu"), or discard it (False). If
+            the original weights are discarded, the merge cannot be undone.
         untie: Whether to give a separate weight to a site that shares its weight with another module (tied embeddings).
-        dense: Whether to replace quantized modules with plain ones, and also grouped convolutions, whose weight cannot
-            hold the delta. Otherwise, merged weights are quantized again, which loses most of a small delta. The
-            replacement of a quantized module has the dtype of that module's matmuls.
+        dense: Whether to replace quantized modules and grouped convolutions (whose weights cannot hold the delta) with
+            plain modules. Otherwise, merged weights are quantized again, which loses most of a small delta. A module
+            that replaces a quantized one has the dtype of that module's matmuls.
 
     Returns:
         The fraction of the delta that each site retains, the error, and the size of the kept original weights.
@@ -257,7 +257,7 @@ def _is_shared(path: str, other: str, how: str, otherwise: str) -> MergeError:
 
 
 def tied_sites(model: nn.Module | AdapterIndex, names: Sequence[str]) -> list[tuple[str, str]]:
-    """Return each of the adapters' sites that shares its weight, with the weight's name in another module.
+    """Return the adapters' sites whose weights are shared, each with the weight's name in another module.
 
     Args:
         model: An adapted model, or its index.
@@ -277,17 +277,17 @@ def tied_sites(model: nn.Module | AdapterIndex, names: Sequence[str]) -> list[tu
 
 
 def leaders_of(index: AdapterIndex, names: Sequence[str]) -> dict[LoraLayer, LoraLayer]:
-    """Return layer -> the layer that it follows, which has the same weight and the same factors of the given adapters.
+    """Return layer -> the layer that it follows: one with the same weight and, for these adapters, the same factors.
 
     Args:
         index: The model's index.
-        names: Adapters. If one of them has factors in only one of two layers, neither layer follows the other.
+        names: The adapters. A layer follows another one only if each adapter has factors in both layers or in neither.
     """
     owners: dict[int, LoraLayer] = {}  # id of a factor -> the first layer that has it
     found = {}
     for _, layer in index.layers_of(names):
         leader = layer.leader_of(names)
-        if not layer.kind.on_disk:  # factors without holder modules: the parameters are shared
+        if not layer.kind.on_disk:  # embedding factors are bare parameters, which tied layers share
             factors = getattr(layer, layer.kind.names[0])
             first = {owners.setdefault(id(factors[name]), layer) for name in names if name in layer.r}
             leader = first.pop() if len(first) == 1 else None
@@ -304,7 +304,7 @@ def untied_copies(index: AdapterIndex, names: Collection[str]) -> list[tuple[str
         names: Adapters.
 
     Returns:
-        For each of them, the path of the saved module and the weight's name in another module.
+        Pairs of a saved module's path and the weight's name in another module.
     """
     found = []
     copies = dict(index.every(ModulesToSave))
@@ -321,13 +321,13 @@ def untied_copies(index: AdapterIndex, names: Collection[str]) -> list[tuple[str
 
 
 def _leading_tables(index: AdapterIndex) -> dict[TrainableTokens, list[TrainableTokens]]:
-    """Return, for each leading table with trainable tokens, the tables that follow it."""
+    """Return leading table -> the tables that follow it, for all leading tables with trainable tokens."""
     tables = [table for _, table in index.every(TrainableTokens)]
     return {table: [other for other in tables if table.leads(other)] for table in tables if not table.follows}
 
 
 def _shared_table(index: AdapterIndex, table: TrainableTokens, followers: Sequence[TrainableTokens]) -> str | None:
-    """Return the name that a leading table's weight has in a module that does not follow the table, or None."""
+    """Return the name of a leading table's weight in a module that does not follow the table; None if there is none."""
     held = table.token_adapter.weight_here
     members = [module.token_adapter for module in (table, *followers)]
     tied = {id(member.base_layer) for member in members if member.weight_here is held}
@@ -337,7 +337,7 @@ def _shared_table(index: AdapterIndex, table: TrainableTokens, followers: Sequen
 def _components_apart(index: AdapterIndex, names: Sequence[str], untie: bool) -> frozenset[int]:
     """Return the ids of the components that get a separate parameter when some adapters are merged.
 
-    These components share a parameter with another module, or will share it again after a merge with `untie` is undone.
+    These components share a parameter with another module, or will share one again when a merge with `untie` is undone.
 
     Args:
         index: The model's index.
@@ -366,20 +366,20 @@ WIDE = (torch.float32, torch.float64)
 
 
 def explain_inexact_merge(model: nn.Module, *names: str) -> str | None:
-    """Explain why merging adapters would change the model's outputs; None if the merge is exact.   [docs/math.md (12)]
+    """Explain why merging adapters would change the outputs; return None if the merge is exact.   [docs/math.md (12)]
 
-    A merge is exact if outputs in eval mode are equal up to rounding in the base's compute dtype: (W + ΔW)·x and
-    W·x + ΔW·x are then the same sum in a different order. This is the case if every weight that these adapters change
-    is unquantized and in fp32 or wider, so that the sum in (11), computed in that dtype, is stored without rounding. A
-    bf16 or fp16 weight loses whatever is below its precision, and a quantized one far more. A merge is not exact if
-    matmuls round the weight again, as they do under autocast or with TF32.
+    A merge is exact if it changes outputs in eval mode only by rounding errors in the base's compute dtype: (W + ΔW)·x
+    and W·x + ΔW·x are then the same sum in a different order. For this, every weight that the adapters change must be
+    unquantized and in fp32 or wider; the merged weight (eq. 11 in docs/math.md) is then stored in the dtype in which it
+    is computed. A bf16 or fp16 weight loses the part of the delta that is below its precision, and a quantized weight
+    loses far more. A merge is also inexact if matmuls round the weight again, as they do under autocast or with TF32.
 
     Args:
         model: An adapted model; it is not changed.
         names: Adapters to merge; if none are given, those in the default route.
 
     Returns:
-        A message that names the site and the dtype, or says why a merge is not possible; None if the merge is exact.
+        A message that gives the site and its dtype, or says why a merge is not possible; None if the merge is exact.
 
     Raises:
         AdapterError: An adapter is not on the model.
@@ -396,7 +396,7 @@ def explain_inexact_merge(model: nn.Module, *names: str) -> str | None:
         dtype = layer.base.tensors(layer.original())[0].dtype
         if dtype not in WIDE:
             name = str(dtype).removeprefix("torch.")
-            return f"{path} is {name}, so a merged weight is rounded to that precision. In float32 a merge is exact."
+            return f"{path} is {name}, so a merged weight is rounded to that precision. In float32, a merge is exact."
         if layer.spec.groups > 1:
             return f"{path} is a convolution with {layer.spec.groups} groups, whose weight cannot hold the delta."
     return None
@@ -412,7 +412,8 @@ def merged_state_dict(model: nn.Module, *names: str) -> dict[str, Tensor]:
     Returns:
         Name -> tensor in the base's dtype. Tensors that no adapter changes are the model's own, not copies. A
         weight that is tied in the model but adapted in only one module appears under both names, with different values.
-        Quantized weights are dequantized to the dtype of their matmuls, so the state dict matches a plain base's.
+        Quantized weights are dequantized to the dtype of their matmuls, so the state dict matches
+        that of an unquantized base.
 
     Raises:
         MergeError: An adapter cannot be merged.
@@ -464,10 +465,10 @@ class _Merged:
         return self._tensors[name] if name in self._tensors else self._biases.get(target, tensor.detach())
 
     def dequantized(self, weight: QuantizedWeight, options: MergeOptions) -> Iterator[tuple[str, Tensor]]:
-        """Yield name and tensor of a quantized weight, dequantized and with adapters merged, and then of its bias."""
+        """Yield the name and value of a quantized weight, dequantized and with adapters merged, then of its bias."""
         of_bias, bias = weight.name.removesuffix("weight") + "bias", weight.plain_bias
         merged = {} if weight.layer is None else weight.layer.merged_tensors(self._names, options)
-        if weight.name in self._tensors:  # an adapter's copy of the whole module replaces it
+        if weight.name in self._tensors:  # an adapter's copy replaces the whole module
             yield weight.name, self._tensors[weight.name]
             bias = self._tensors.get(of_bias) if bias is not None else None
         elif merged:

@@ -1,4 +1,4 @@
-"""WEIGHT_FORMATS, the registry that defines how base weights are read and written in each storage format."""
+"""The registry WEIGHT_FORMATS: how base weights are read and written in each storage format."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def weight_format_of(module: nn.Module, parameter: str = "weight", as_stored: bo
     Args:
         module: A module of the base.
         parameter: Name of the parameter.
-        as_stored: Whether to leave the weight untransposed even if the module stores it as (in, out).
+        as_stored: Whether to use the stored weight without transposing it, even if the module stores it as (in, out).
     """
     found = _registered(module, parameter)
     found = DENSE if as_stored and found.transposed else found
@@ -62,7 +62,7 @@ def weight_format_of(module: nn.Module, parameter: str = "weight", as_stored: bo
 
 
 def is_computed(module: nn.Module, parameter: str = "weight") -> bool:
-    """Return whether torch.nn.utils.parametrize computes a parameter.
+    """Return whether a parameter is computed by torch.nn.utils.parametrize.
 
     Args:
         module: A module of the base.
@@ -85,10 +85,10 @@ def disable_repacking(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Keep modules from rewriting their own weights in a forward pass, as some quantized modules do in eval mode.
 
     Args:
-        modules: All modules of a model; their weights keep their values.
+        modules: All modules of a model; the values of the weights do not change.
 
     Returns:
-        The modules that would have repacked their weights, for `allow_repacking`.
+        The modules that would have repacked their weights, to be passed to `allow_repacking`.
     """
     formats: dict[type[nn.Module], WeightFormat[Any, Any]] = {}
     found = []

@@ -1,8 +1,8 @@
 """Weights quantized by bitsandbytes, to 4 bits (nf4, fp4) or 8 bits (one scale per row).
 
 This is the only module that imports bitsandbytes. A stored 4-bit weight is the parameter itself, which carries its
-`quant_state`; a stored 8-bit weight is the parameter together with its values and scales, which the module moves
-between the parameter and its `state`.
+`quant_state`. A stored 8-bit weight is the parameter together with the values and scales, because the module moves
+the values and scales between the parameter and its own `state`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _REPACKS = "support_avx512bf16_for_cpu"
 """The flag that lets a `Linear4bit` repack its weight; the layer sets it according to the processor."""
 
 _HALF_STEP = {"nf4": 0.153, "fp4": 0.18}
-"""Half of the widest gap between adjacent code values in [−1, 1], which bounds the rounding error. The bound for fp4 is
-larger, because fp4 does not round at the exact midpoints."""
+"""Bounds on the rounding error: half of the widest gap between adjacent code values in [−1, 1]. The bound for fp4 is
+slightly larger than that, because fp4 does not round at the exact midpoints."""
 
 _UNQUANTIZED = "This {bits}-bit layer has not been quantized yet. Move the model to its device first."
 
@@ -51,7 +51,7 @@ class EightBit(Packed):
 
 
 def four_bit_linear(linear: nn.Linear, quant_type: str, double: bool) -> nn.Module:
-    """Return a 4-bit version of a dense layer, which does not repack its weight and computes in the weight's dtype.
+    """Return a 4-bit copy of a dense layer. The copy never repacks its weight and computes in the dense weight's dtype.
 
     Args:
         linear: The dense layer, which keeps its own weight.
@@ -101,7 +101,7 @@ class _Format(WeightFormat[M, S]):
     """Base class of both formats, with the conversion to a plain module."""
 
     def dense(self, module: M, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
-        """Return a plain module with a weight (out, in): a Conv1D if it was one originally, else an nn.Linear."""
+        """Return a plain module with a weight (out, in): a Conv1D if it was originally one, else an nn.Linear."""
         before: type[nn.Module] = getattr(module, "source_cls", nn.Linear)
         if before.__name__ != CONV1D:
             return linear_with(module, canonical, dtype)
@@ -120,10 +120,10 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
         return module.weight
 
     def read(self, module: Linear4bit, stored: Params4bit) -> Tensor:
-        """Dequantize a weight: (out, in) in fp32, regardless of the compute dtype."""
+        """Return the dequantized weight, (out, in), in fp32, regardless of the compute dtype."""
         import bitsandbytes.functional as package
 
-        if stored.quant_state is None:  # not quantized until it is first moved to a device
+        if stored.quant_state is None:  # quantized when first moved to a device
             return stored.detach().float()
         plain = _plain(stored)
         state = copy.copy(plain.quant_state)
@@ -222,7 +222,7 @@ class EightBitFormat(_Format["Linear8bitLt", EightBit]):
         return EightBit(module.weight, module.weight.data, module.state.SCB)
 
     def read(self, module: Linear8bitLt, stored: EightBit) -> Tensor:
-        """Dequantize a weight: (out, in) in fp32."""
+        """Return the dequantized weight, (out, in), in fp32."""
         if stored.scales is None:
             return stored.values.detach().float()
         return stored.values.float() * (stored.scales.float() / 127).unsqueeze(1)

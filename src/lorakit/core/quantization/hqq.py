@@ -40,7 +40,7 @@ def hqq_linear(linear: nn.Linear, bits: int, group_size: int) -> nn.Module:
     Args:
         linear: The dense layer, which this call freezes; the dtype of its weight becomes the compute dtype.
         bits: 8 or 4.
-        group_size: Number of values that share a scale; it must evenly divide the number of elements.
+        group_size: Number of values that share a scale; it must divide the number of elements evenly.
 
     Returns:
         An `HQQLinear` in the same mode as the dense layer.
@@ -62,7 +62,7 @@ class HQQFormat(WeightFormat["HQQLinear", HQQWeight]):
         return HQQWeight(module.W_q, module.meta)
 
     def read(self, module: HQQLinear, stored: HQQWeight) -> Tensor:
-        """Dequantize a weight: (out, in) in fp32."""
+        """Return the dequantized weight, (out, in), in fp32."""
         if _has_packed_scales(stored.meta):
             return module.dequantize().float()  # an old format that only the module itself can read
         from hqq.core.quantize import Quantizer
@@ -92,8 +92,8 @@ class HQQFormat(WeightFormat["HQQLinear", HQQWeight]):
     def values(self, stored: HQQWeight, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return elements (n,) as (code − zero) · scale, and one quantization step as the bound on each error, (n,).
 
-        With 4 bits, the upper nibbles hold the codes of the first half of the groups. HQQ does not minimize
-        the largest error, but each value is still within one step.
+        With 4 bits, the upper nibbles hold the codes of the first half of the groups. HQQ does not minimize the
+        largest error, but no error exceeds one step.
         """
         meta = stored.meta
         bits, group = meta["nbits"], meta["group_size"]

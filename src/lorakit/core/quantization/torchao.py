@@ -1,7 +1,7 @@
 """Weights quantized by torchao, which are tensor subclasses that dequantize themselves.
 
-This is the only module that imports torchao. lorakit reads every format that torchao can dequantize. It writes only
-int8 with one scale per row, the only format that can be trained with torchao.
+This is the only module that imports torchao. lorakit reads every format that torchao can dequantize. The only
+format that it writes is int8 with one scale per row, the only torchao format that supports training.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class TorchaoFormat(PlainFormat):
         return module._parameters[parameter]
 
     def read(self, module: nn.Module, stored: TorchAOBaseTensor) -> Tensor:
-        """Dequantize a weight: (out, in) in fp32.
+        """Return the dequantized weight, (out, in), in fp32.
 
         Raises:
             MergeError: torchao cannot dequantize the weight.
@@ -78,7 +78,7 @@ class TorchaoFormat(PlainFormat):
         if type(like).__name__ != _INT8 or like.act_quant_kwargs is not None or like.block_size[0] != 1:
             raise MergeError(
                 f"torchao's {type(like).__name__} cannot be written with these settings; only int8 weights with one "
-                "scale per row can. Merge with dense=True."
+                "scale per row can be written. Merge with dense=True."
             )
         return _quantized(canonical.to(device=like.device, dtype=like.dtype))
 

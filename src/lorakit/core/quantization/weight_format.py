@@ -1,8 +1,8 @@
 """`WeightFormat`: conversion between a weight's stored form and its canonical form.
 
-The leading axis of a canonical weight is the output axis; its dtype is fp32 or wider. Only the format handles what a
-module stores (one tensor, or several packed ones): it gets, reads, creates and replaces stored weights. A format does
-not depend on A, B or adapters.
+A canonical weight is in fp32 or wider, and its leading axis is the output axis. Only the format handles what a module
+stores (one tensor, or several packed ones): it gets, reads, creates and replaces stored weights. A format does not
+depend on A, B or adapters.
 
 The formats in this file store weights as plain floating-point tensors, transposed or not.
 """
@@ -42,7 +42,7 @@ def at_least_fp32(tensor: Tensor) -> Tensor:
 
 
 def exact_values(stored: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return elements of a plain weight in fp32 or wider and their errors, which are zero; both (n,).
+    """Return elements of a plain weight in fp32 or wider, (n,), and their errors, which are zero, (n,).
 
     Args:
         stored: The weight, of any shape.
@@ -70,9 +70,9 @@ class WeightFormat(Generic[M, S]):
     Attributes:
         name: Name of the format in messages.
         types: Types of the weight, or of the module that holds it, as dotted names.
-        transposed: Whether the stored weight is (in, out); code that reads weight files needs this.
+        transposed: Whether the stored weight is (in, out), both in memory and in weight files.
         written: Whether a new weight can be stored.
-        quantized: Whether writing loses more than rounding to the weight's dtype does.
+        quantized: Whether writing a weight loses more precision than rounding it to a floating-point dtype.
     """
 
     name: str
@@ -99,7 +99,7 @@ class WeightFormat(Generic[M, S]):
 
     @abstractmethod
     def tensors(self, stored: S) -> tuple[Tensor, ...]:
-        """Return the tensors of a stored weight, of any shape, the values first."""
+        """Return the tensors of a stored weight, of any shape, starting with the values."""
 
     @abstractmethod
     def values(self, stored: S, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ class WeightFormat(Generic[M, S]):
         return self.tensors(self.stored(module, parameter))[0].device
 
     def clone(self, module: M, parameter: str, stored: S) -> nn.Module:
-        """Return a shallow clone of a module, with another stored weight."""
+        """Return a shallow clone of a module, with its weight replaced by another stored weight."""
         clone: M = clone_with(module, {})  # type: ignore[assignment]
         self.put_stored(clone, parameter, stored)
         return clone

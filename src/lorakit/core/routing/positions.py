@@ -1,8 +1,8 @@
 """Find where adapters triggered by invocation tokens become active (`Variant.positions`), once per forward pass.
 
 While a model has such an adapter, two hooks put the offsets of each forward pass into a context variable and remove
-them afterwards, even if the forward pass fails. The key-value cache stores where the adapters started in each row, so
-that generation steps, which see one token each, continue from there.
+them afterwards, even if the forward pass fails. The hooks also record in the key-value cache where the adapters started
+in each row. Generation steps, which see only one token each, continue from these positions.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NOT_IN_A_GRAPH = (
 
 
 class InvocationHooks:
-    """Two hooks on a model: one finds the offsets before a forward pass, the other stores them in the cache afterwards.
+    """Two hooks on a model: one finds the offsets before a forward pass; the other records start positions afterwards.
 
     The state of a forward pass is kept in a context variable, not in the hooks, so threads do not interfere.
     """
@@ -53,14 +53,14 @@ class InvocationHooks:
             torch._dynamo.disable(self._open)(module, args, kwargs)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output) -> None:
-        """Remove the offsets, and store start positions in the cache; `output` is None if the forward pass failed."""
+        """Remove the offsets and store start positions in the cache; `output` is None if the forward pass failed."""
         if not torch.compiler.is_compiling():
             self._close(kwargs, output)
         elif not self.state.fits_a_graph(self.state.default):
             torch._dynamo.disable(self._close)(kwargs, output)
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _HookScope.drop(self)  # in case an interrupt left it open; otherwise, the second hook closes it
+        _HookScope.drop(self)  # normally closed by the second hook, but an interrupt may have left it open
         offsets = self._offsets(module, args, kwargs)
         if offsets is not None:
             _HookScope(self, offsets).__enter__()
@@ -85,7 +85,7 @@ class InvocationHooks:
         given = ids if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point() else None
         inputs = inputs if given is None else given
         if not isinstance(inputs, Tensor) or inputs.ndim < 2:
-            return None  # fixed offsets apply unchanged; without offsets, the first site that needs them raises
+            return None  # fixed offsets apply unchanged; otherwise, a site that needs offsets raises an error
         cache = _cache(kwargs)
         rows, length = inputs.shape[:2]
         past = int(cache.get_seq_length()) if cache is not None else 0
@@ -210,7 +210,7 @@ def _check_not_packed(positions: Tensor | None, visible: Tensor | None) -> None:
         back = back & visible[:, 1:] & visible[:, :-1]
     if bool(back.any()):
         raise RouteError(
-            "An adapter triggered by invocation tokens starts at their last occurrence in a row, but rows of this "
-            "batch contain several texts (their position_ids restart). Train without packing.",
+            "An adapter triggered by invocation tokens starts at their last occurrence in a row, but some rows of "
+            "this batch contain several texts (the position_ids restart). Train without packing.",
             field="position_ids",
         )

@@ -29,7 +29,7 @@ What = TypeVar("What")
 class Traces(Generic[What]):
     """Values that autograd graphs keep alive, each for as long as its graph exists.
 
-    Copies and pickles are empty, since graphs are not copied.
+    Copies and unpickled objects are empty, because graphs are not copied.
     """
 
     def __init__(self) -> None:
@@ -62,8 +62,8 @@ class Forwards:
 
     A forward pass whose output has a graph is remembered for as long as the graph is alive. Forward passes with
     gradients disabled are remembered in order, which distinguishes the first run of a reentrant checkpoint from an
-    evaluation. If gradients are enabled but the output has no graph, only the route is kept, or two if they differ.
-    Copies and pickles are empty, since graphs are not copied.
+    evaluation. If gradients are enabled but the output has no graph, only its route is kept, up to two different ones.
+    Copies and unpickled objects are empty, because graphs are not copied.
     """
 
     def __init__(self) -> None:
@@ -80,8 +80,8 @@ class Forwards:
         Args:
             output: Output of the forward pass: a tensor of any shape (…), or another object.
             route: Route of the forward pass.
-            again: Whether this is a recomputation, which is recorded only if gradients are disabled (for a reentrant
-                checkpoint inside another one).
+            again: Whether this is a recomputation. Recomputations are recorded only if gradients are disabled, for
+                reentrant checkpoints nested in other ones.
         """
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return  # in inference mode there is no backward pass
@@ -91,7 +91,7 @@ class Forwards:
         if again:
             return
         if isinstance(output, tuple) and output:
-            output = output[0]  # attention also returns its weights
+            output = output[0]  # attention modules also return attention weights
         if not isinstance(output, Tensor) or output.grad_fn is None:
             self._without_graph = _with(self._without_graph, route.named())
         else:
@@ -101,7 +101,7 @@ class Forwards:
         """Return the route of the forward pass that autograd is recomputing.
 
         Raises:
-            RouteError: The candidates used different routes, or none was recorded.
+            RouteError: The recorded candidates have different routes, or there are no candidates.
         """
         node = None if _is_non_reentrant() else _reentrant_node()
         if torch.is_grad_enabled() and node is None:
@@ -115,8 +115,8 @@ class Forwards:
             return routes.pop()
         found = " and ".join(sorted(route.describe() for route in routes)) or "none"
         raise RouteError(
-            "A backward pass is recomputing a checkpointed forward pass, but the adapter that it used cannot be "
-            f"determined; candidates: {found}. Enable checkpointing with gradient_checkpointing_kwargs={{"
+            "A backward pass is recomputing a checkpointed forward pass, but the adapter of that forward pass "
+            f"cannot be determined; candidates: {found}. Enable checkpointing with gradient_checkpointing_kwargs={{"
             "'use_reentrant': False, 'context_fn': lorakit.core.checkpoint_contexts(model)}.",
             what=found,
         )
@@ -133,7 +133,7 @@ LONGEST_HISTORY = 64
 
 @dataclass
 class _Run:
-    """Consecutive forward passes in one thread with the same route, and autograd's sequence number after the last."""
+    """Consecutive forward passes in one thread with one route; `number` is autograd's sequence number afterward."""
 
     thread: threading.Thread
     route: Route
@@ -182,7 +182,7 @@ class _Runs:
 
 
 def _reentrant_node() -> int | None:
-    """Return the sequence number of the reentrant checkpoint whose backward runs this forward pass, or None."""
+    """Return the sequence number of the reentrant checkpoint whose backward pass runs this forward pass, or None."""
     node: Node | None = getattr(torch._C, "_current_autograd_node", lambda: None)()
     if node is None or getattr(type(node), "_forward_cls", None) is not CheckpointFunction:
         return None
@@ -192,8 +192,8 @@ def _reentrant_node() -> int | None:
 def _is_non_reentrant() -> bool:
     """Return whether non-reentrant checkpointing is recomputing this forward pass.
 
-    In that case, its saved-tensors hook is the topmost one. Torch has no public API for this check. If torch renames
-    the hook, the result is False and more recomputations are rejected.
+    In that case, the topmost saved-tensors hook belongs to the checkpoint. PyTorch has no public API for this check.
+    If PyTorch renames the hook, this function returns False, and more recomputations are rejected.
     """
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)(True)
     return top is not None and getattr(top[0], "__qualname__", "").startswith("_recomputation_hook.")

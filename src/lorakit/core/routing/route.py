@@ -1,8 +1,8 @@
 """`Route`: which adapter each row of a batch uses, and at which positions, computed once per forward pass.
 
-Positions are counted from the end of a row, so that they also work at a site that sees only the last positions.
-Everything is computed on the tokens' device; layers do not read tokens. This file does not depend on the active route,
-configs, layers or factors.
+Positions are counted from the end of a row, so that they are also valid at a site that sees only the last positions.
+Everything is computed on the device of the tokens, and layers do not read tokens. This file does not depend on the
+active route, configs, layers or factors.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from lorakit.ops.segments import Routed
 
 @dataclass(frozen=True, eq=False)
 class Offsets:
-    """For adapters that are active at only some positions, the number of active positions at the end of each row.
+    """The number of active positions at the end of each row, for adapters that are active at only some positions.
 
     Attributes:
         adapters: The adapters with offsets.
         back: Number of active positions at the end of each row, (adapters, rows) int64; 0 if the adapter is not active.
         length: Number of positions per row in this forward pass, or None if it is unknown.
         seen: Number of positions per row up to the end of this forward pass, including cached ones, or None.
-        whole: Whether a site must see all `length` positions, because fewer might not be the last ones.
+        whole: Whether each site must see all `length` positions; fewer positions might not be the last ones.
     """
 
     adapters: tuple[str, ...]
@@ -49,11 +49,11 @@ class Offsets:
         return self.back[self.adapters.index(adapter)]
 
     def agrees(self, other: Offsets, names: Sequence[str]) -> bool:
-        """Return whether adapters are active at the same positions in another forward pass.
+        """Return whether the given adapters are active at the same positions in another forward pass.
 
         Args:
             other: Offsets of the other forward pass.
-            names: Adapters to compare.
+            names: The adapters to compare.
         """
         if not set(names) <= set(self.adapters) & set(other.adapters):
             return False
@@ -61,7 +61,7 @@ class Offsets:
         return all(one.shape == two.shape and bool((one == two).all()) for one, two in pairs)
 
     def later(self, length: int, seen: int, rows: int, whole: bool = False) -> Offsets:
-        """Return the offsets for another forward pass over the same text that ends at a different position.
+        """Return the offsets for a forward pass that covers the same text but ends at a different position.
 
         Args:
             length: Number of positions per row in that forward pass.
@@ -109,9 +109,9 @@ class Offsets:
         positions = self.length if flat else z.shape[1] if z.ndim == 3 else 1
         if not fits or positions is None or (self.whole and positions != self.length):
             raise RouteError(
-                f"Adapter {adapter!r} is active from its invocation tokens onward, but a site received a tensor of "
-                f"shape {tuple(z.shape)} for a batch of {rows} rows with {self.length or 'unknown'} positions, so the "
-                "tensor's positions are unknown. Leave the module out of target_modules."
+                f"Adapter {adapter!r} is active from its invocation tokens onward, but the positions of a tensor of "
+                f"shape {tuple(z.shape)} at one of its sites are unknown (rows in the batch: {rows}; positions per "
+                f"row: {self.length or 'unknown'}). Leave the module out of target_modules."
             )
         key = (adapter, positions, flat, z.device)
         if key not in self._masks:
@@ -141,8 +141,8 @@ def of_rows(numbers: Tensor, rows: int) -> Tensor:
         return numbers
     if rows % numbers.shape[-1]:
         raise RouteError(
-            f"Start positions of adapters are known for {numbers.shape[-1]} rows, but the batch has {rows}. Pass a "
-            "batch or a cache with the same rows."
+            "The number of rows with known adapter start positions does not match the batch "
+            f"({numbers.shape[-1]} instead of {rows}). Pass a batch or a cache with the same number of rows."
         )
     return numbers.repeat_interleave(rows // numbers.shape[-1], dim=-1)
 
@@ -158,11 +158,11 @@ class Route:
     Attributes:
         names: Adapters that are active on every row, in order; an empty tuple means the base alone.
         rows: One adapter per row of the batch (None: the base alone), or None if all rows use the same adapters.
-        copies: How many times a batch may repeat each row in succession, as for beams. A batch without repetition
-            is valid too, since an encoder does not see beams.
+        copies: How many times a batch may repeat each row in succession, as beam search does. A batch without repeated
+            rows is also valid, because encoders run before rows are repeated.
         offsets: Offsets of adapters that are active at only some positions, or None if they are unknown.
-        kept: What layers cache between forward passes with this route, by layer; it lives as long as the route. None
-            if layers must not cache anything.
+        kept: What layers cache between forward passes with this route, by layer; the cache lives as long as the route.
+            None if layers must not cache anything.
         mentions: Every adapter that at least one row uses.
     """
 
@@ -183,7 +183,7 @@ class Route:
         object.__setattr__(self, "mentions", frozenset(some))
 
     def at(self, offsets: Offsets | None) -> Route:
-        """Return the same route with the given offsets, if any; a route that already has offsets keeps them."""
+        """Return this route with the given offsets, if any; a route that already has offsets keeps its own."""
         return self if offsets is None or self.offsets is not None else offsets.on(self)
 
     def named(self) -> Route:
@@ -195,11 +195,11 @@ class Route:
         return self._named[0]
 
     def keeping(self) -> Route:
-        """Return the same route with a cache for layers."""
+        """Return this route with a cache for layers."""
         return self.like(self.offsets, {}) if self.mentions and self.kept is None else self
 
     def like(self, offsets: Offsets | None, kept: dict[Any, Any] | None) -> Route:
-        """Return the same route with other offsets and another cache, sharing values that depend only on its rows."""
+        """Return this route with other offsets and another cache, sharing values that depend only on the rows."""
         route = Route(self.names, self.rows, self.copies, offsets, kept)
         object.__setattr__(route, "_indices", self._indices)
         object.__setattr__(route, "_routed", self._routed)
@@ -265,8 +265,8 @@ class Route:
             size: Number of rows in the batch, which must match the route.
 
         Returns:
-            The index in `names` of each row's adapter, (size,); −1 for the base and for other adapters. All are 0 if
-            the route is the same for all rows.
+            The index in `names` of each row's adapter, (size,); −1 for the base and for other adapters. All indices
+            are 0 if the route is the same for all rows.
         """
         key = (names, (device, size))
         if key not in self._routed:

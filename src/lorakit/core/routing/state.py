@@ -32,7 +32,7 @@ class Scope:
 
     Attributes:
         block: The `Override` object.
-        backward: Id of the backward pass in which the override was opened, or -1 if there was none.
+        backward: Id of the backward pass in which the override was opened, or -1 if none was running.
         thread: Id of the thread in which the override was opened.
     """
 
@@ -54,7 +54,7 @@ class PeftLayerMethodsLike(Protocol):
 _SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("lorakit_scopes", default=())
 
 
-OF_THIS_PROCESS = frozenset({"_open", "_told", "_members", "whole"})  # members join when they are copied
+OF_THIS_PROCESS = frozenset({"_open", "_told", "_members", "whole"})  # copied members join again
 
 
 class AdapterState:
@@ -68,10 +68,10 @@ class AdapterState:
         held: Modules of the base that must not repack their weights while adapters are attached.
         replication: How the layers of the base were replicated for the adapters, or None.
         kinds: User-defined kinds, by name (`lorakit.core.Kind`).
-        whole: Models that were searched since the last copy and have no adapted modules of another state.
+        whole: Models that have been searched since the last copy and do not contain adapted modules of other states.
         waiting: Adapters that are active at only some positions of a row, so that a forward pass needs offsets.
         peft_methods: Provides layer attributes that only PEFT has; None until `lorakit.peft` is used on the model.
-        biased: Whether an adapter has trained biases in place, so that modules must be searched for them.
+        biased: Whether an adapter trains biases in place; if so, modules must be searched for trained biases.
     """
 
     biased: bool = False
@@ -89,7 +89,7 @@ class AdapterState:
         self.replication: Any = None
         self.kinds: dict[str, Kind] = {}
         self._open: dict[int, int] = {}  # thread id -> number of open overrides
-        # Threads already warned about an override in another thread; not their ids, which are reused.
+        # Threads already warned about an override in another thread; thread objects, because ids are reused.
         self._told: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         self.whole: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
@@ -211,11 +211,11 @@ class AdapterState:
         return not self.waiting.isdisjoint(route.mentions)
 
     def fits_a_graph(self, default: Route) -> bool:
-        """Return whether a compiled graph, which cannot read a context variable, can use a default.
+        """Return whether a compiled graph, which cannot read context variables, can use a default route.
 
-        Dynamo guards on the values read here. While a block is open in any thread, or if the default has an adapter
-        triggered by invocation tokens, dynamo tries to retrace the layer, fails, and runs it uncompiled with the route
-        and offsets of the block.
+        Dynamo guards on the values that this method reads. While a block is open in any thread, or if the default has
+        an adapter triggered by invocation tokens, dynamo tries to retrace the layer, fails, and runs the layer
+        uncompiled, with the route and offsets of the block.
 
         Args:
             default: The default route of the layer or of the model.
@@ -238,7 +238,7 @@ class AdapterState:
 
 
 class Override(contextlib.AbstractContextManager[None]):
-    """A scoped override. Entering it does not modify it, so several threads and tasks can enter it at the same time.
+    """A scoped override. Entering it does not change the object, so several threads and tasks can enter it at once.
 
     Attributes:
         state: The state of the model.
@@ -305,9 +305,9 @@ def _first_offsets(state: AdapterState, route: Route) -> Offsets:
     first = alive[0] if alive else None
     if first is None or not all(first.agrees(other, names) for other in alive[1:]):
         raise RouteError(
-            f"A backward pass is recomputing a checkpointed forward pass, but where {', '.join(names)} started in its "
-            f"rows cannot be determined: {len(alive)} candidates. Enable checkpointing with "
-            "gradient_checkpointing_kwargs={'use_reentrant': False, "
+            "A backward pass is recomputing a checkpointed forward pass, but the start positions of "
+            f"{', '.join(names)} in that pass cannot be determined (candidates: {len(alive)}). Enable checkpointing "
+            "with gradient_checkpointing_kwargs={'use_reentrant': False, "
             "'context_fn': lorakit.core.checkpoint_contexts(model)}."
         )
     return first
