@@ -41,7 +41,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 """Every variant that has an update of the weight, and options that can be combined with one."""
 
-NOT_DENSE = {"biases": "replaces the module at up, whose bias adapter '.' trains in place"}
+NOT_DENSE = {"biases": "dense=True replaces the module at up, but adapter '.' trains its bias in place"}
 """Case -> message, for what cannot be merged into a plain module; the quantized module stays."""
 
 NOT_ON = {"biases": {"hqq": "is stored as HQQ, so its bias is not a parameter and cannot be trained"}}
@@ -65,8 +65,9 @@ NO_STORAGE_OF_ITS_OWN = {"dense", "transposed", "computed", "computed, transpose
 
 
 def test_nothing_is_left_out_unsaid() -> None:
-    merged = {next((v for v in ("dora", "bdlora") if v in name), "plain") for name in FIELDS}
-    assert merged | NOT_MERGED == {variant.name for variant in VARIANTS}
+    names = {variant.name for variant in VARIANTS}
+    merged = {next((variant for variant in names if variant in name), "plain") for name in FIELDS}
+    assert merged | NOT_MERGED == names
     assert {kind.name for kind in KINDS} == {"Linear", "Conv1D", *NEVER_QUANTIZED}
     rows = {"bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao", "HQQ"}
     assert {base.name for base in WEIGHT_FORMATS if base.quantized} == rows

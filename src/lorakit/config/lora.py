@@ -42,6 +42,9 @@ CHECKED_BY_VALUE = frozenset(
 )
 """Fields with their own value checks and messages."""
 
+NOT_IN_PEFT: frozenset[str] = frozenset()
+"""Fields that PEFT's config lacks. They are written only if set, because PEFT warns about fields that it does not know."""
+
 
 def looks_like_a_hub_id(name: str | os.PathLike[str]) -> bool:
     """Return whether a name could be a Hub id, "owner/name", assuming that no directory has that name."""
@@ -132,6 +135,8 @@ class PeftConfigMixin:
         """Return the contents of `adapter_config.json`: plain values (sets become sorted lists) and unknown keys."""
         values = dict(self.unknown)
         for name, value in self.to_dict().items():
+            if name in NOT_IN_PEFT and not value:
+                continue
             stored = value.value if isinstance(value, enum.Enum) else value
             values[name] = sorted(stored) if isinstance(stored, (set, frozenset)) else stored
         return values

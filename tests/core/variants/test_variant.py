@@ -352,6 +352,19 @@ def test_an_init_subtracts_nothing_that_it_does_not_add(put: Callable[[Variant],
     assert snapshot(model) == before
 
 
+def test_an_init_that_changes_the_base_needs_tensors_that_do_not_depend_on_the_rank(
+    put: Callable[[Variant], None],
+) -> None:
+    """The adapter would be saved as plain LoRA with twice the rank, which these tensors do not fit."""
+    put(TOY)
+    assert any(tensor.depends_on_rank for tensor in TOY.tensors)
+    model = LINEARS.model()
+    with pytest.raises(ConfigError, match="pissa.* Toy has tensors for one rank") as refused:
+        core.attach(model, LINEARS.config(init_lora_weights="pissa", **{FIELD: True}), "a")
+    assert (refused.value.what, refused.value.where) == ("pissa", "up")
+    assert not core.adapters(model)
+
+
 def test_it_may_exclude_others_from_its_model(put: Callable[[Variant], None], tmp_path: Path) -> None:
     put(dataclasses.replace(TOY, excludes_others="it needs its own base"))
     core.save_adapter(adapted("a"), tmp_path / "a", "a")

@@ -175,6 +175,8 @@ def _check_together(init: Init, variant: Variant, target: TargetWeight) -> None:
         needs = "needs it unchanged before the adapter starts"
     elif init.changes_base and not variant.adds_product:
         needs = "does not add back what the init subtracts from it"
+    elif init.changes_base and any(tensor.depends_on_rank for tensor in variant.tensors):
+        needs = "has tensors for one rank, but the adapter is saved with twice the rank"
     elif variant.shapes is not None and not init.takes_any_shape:
         what, needs = "needs A and B in their standard shapes", "uses other shapes"
     else:

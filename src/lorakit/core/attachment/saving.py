@@ -284,8 +284,8 @@ def save_form(
 
 def _config_on_disk(index: AdapterIndex, config: LoraConfig, base: str | None) -> bytes:
     transposed = any(
-        layer.base.transposed and layer.kind.drops for _, layer in index.layers() if layer.r
-    )  # embeddings are stored transposed too, but programs that read `fan_in_fan_out` apply it to dense layers
+        layer.base.transposed and layer.kind.is_dense for _, layer in index.layers() if layer.r
+    )  # other weights can be transposed too, but programs that read `fan_in_fan_out` apply it to dense layers
     heads = HEADS_BY_TASK.get(config.task_type, ())
     of_class = {"base_model_class": type(index.model).__name__, "parent_library": type(index.model).__module__}
     config = dataclasses.replace(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lorakit.core.kinds import kind_of
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.index import AdapterIndex
-from lorakit.core.quantization import at_least_fp32
+from lorakit.core.quantization import at_least_fp32, weight_format_of
 from lorakit.core.statistics.moments import GradientStatistics, InputStatistics
 from lorakit.errors import DataError, RunError, TargetError, nearest
 
@@ -249,7 +249,7 @@ def weight_gradient(module: nn.Module, x: Tensor, G: Tensor) -> Tensor:
         bias = {} if module.bias is None else {"bias": at_least_fp32(module.bias.detach())}
         with torch.enable_grad():
             y = torch.func.functional_call(module, {**bias, "weight": weight}, (at_least_fp32(x),))
-        return torch.autograd.grad(y, weight, G)[0]
+        return weight_format_of(module).read(module, torch.autograd.grad(y, weight, G)[0])
     return G.reshape(-1, G.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(G.dtype)
 
 
@@ -263,11 +263,11 @@ def patches(module: Convolution, x: Tensor) -> Tensor:
     Returns:
         (N · positions, C · k…), in the order of the weight's elements, in fp32 or wider.
     """
-    weight = module.weight
-    size = weight[0].numel()
-    x = at_least_fp32(x)
-    identity = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, *weight.shape[1:])
-    own = {"weight": identity}
+    stored, x = weight_format_of(module), at_least_fp32(x)
+    shape = stored.read(module, module.weight).shape[1:]
+    size = shape.numel()
+    identity = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, *shape)
+    own = {"weight": stored.write(module, identity, identity)}
     if module.bias is not None:
         own["bias"] = torch.zeros(size, dtype=x.dtype, device=x.device)
     seen: Tensor = torch.func.functional_call(module, own, (x,))  # keeps stride, dilation and padding
