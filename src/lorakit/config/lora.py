@@ -43,7 +43,7 @@ CHECKED_BY_VALUE = frozenset(
 """Fields with their own value checks and messages."""
 
 NOT_IN_PEFT: frozenset[str] = frozenset()
-"""Fields that PEFT's config lacks. They are written only if set, because PEFT warns about fields that it does not know."""
+"""Fields that PEFT's config lacks. They are written only if set, because PEFT warns about unknown fields."""
 
 
 def looks_like_a_hub_id(name: str | os.PathLike[str]) -> bool:
