@@ -1,8 +1,8 @@
 """Attention with PyTorch's flash kernels, forward and backward.
 
 On a CPU, the kernel is called once per packed sequence. On CUDA, a single call computes a dense batch, or all sequences
-of a packed batch. The CUDA kernel reads heads in the layout that the projections produce, and supports grouped heads and
-windows. Lengths and offsets are Python integers, so no call synchronizes the device.
+of a packed batch. The CUDA kernel reads heads in the layout that the projections produce, and supports grouped heads
+and windows. Lengths and offsets are Python integers, so no call synchronizes the device.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _parts(q: Tensor, k: Tensor, pattern: Pattern) -> Iterator[_Part]:
 
 
 def _grouped(x: Tensor, k: Tensor, part: _Part) -> Tensor:
-    """Return a part of x (B, H, T, D) as a view (b, H, t, D), or (KV, G, t, D) if each head of k is shared by G heads."""
+    """Return a part of x (B, H, T, D) as a view (b, H, t, D), or (KV, G, t, D) if G heads share each head of k."""
     cut = x[part.batch, :, part.tokens]
     return cut.unflatten(0, (k.shape[1], -1)) if isinstance(part.batch, int) else cut
 

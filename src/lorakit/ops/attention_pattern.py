@@ -77,7 +77,7 @@ class Pattern:
         return compute(lengths, start, stop, low, self.causal, self.window)
 
     def allowed(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Return a boolean mask (n, m) that is true where a position in `queries` (n,) sees a position in `keys` (m,)."""
+        """Return a boolean mask (n, m) of whether each position in `queries` (n,) sees each one in `keys` (m,)."""
         distance = queries.unsqueeze(1) - keys
         seen = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
         if self.window is not None:

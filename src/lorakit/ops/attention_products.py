@@ -142,7 +142,7 @@ class _Scores:
         ]
 
     def weights(self, rows: Tensor, keys: Tensor, piece: Piece, block: _Block) -> tuple[Tensor, Tensor | None]:
-        """Return the softmax of the block's scores (Z, G·n, m), and their tanh if there is a softcap, in reused buffers."""
+        """Return the softmax of the block's scores (Z, G·n, m), and their tanh if there is a softcap."""
         seen, cap = keys[:, block.low : block.high], self.pattern.softcap
         scores = self._buffer(0, rows, seen)
         scale = self.scale if cap is None else self.scale / cap
@@ -192,7 +192,7 @@ class _Scores:
         return self.buffers[which][:count].view(shape)
 
     def _bounds(self, piece: Piece, block: _Block, begin: int) -> tuple[Tensor, Tensor]:
-        """Return int32 tensors `low` and `high` (n,): row i of the block sees positions [begin + low[i], begin + high[i])."""
+        """Return int32 tensors `low` and `high` (n,); row i sees the positions [begin + low[i], begin + high[i])."""
         bounds = self.pattern.bounds(piece.lengths, block.start, block.stop, begin)
         low, high = bounds.to(self.device, non_blocking=True)
         return low, high
