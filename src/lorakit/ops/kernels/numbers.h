@@ -29,7 +29,7 @@ enum { DONE, NO_MEMORY, DISORDER }; /* status that a function returns; STATUSES 
 
 #define BLOCK 8192 /* number of elements that a thread processes at a time in elementwise functions */
 
-/* allocates a scratch buffer of `count` fp32 values for one thread; if the result is null, the thread must skip its rows */
+/* allocates a thread's scratch buffer of `count` fp32 values; if the result is null, the thread must skip its rows */
 static inline float *scratch(size_t count, int *status) {
     float *room = malloc(count ? count * sizeof(float) : 1);
     if (!room) {

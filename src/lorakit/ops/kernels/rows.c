@@ -117,7 +117,7 @@ static inline void gate_backward_row(int act, const number *da, const number *fi
     }
 }
 
-#define EACH_ACTIVATION(call) /* one loop per activation, so that no loop has a branch */       \
+#define EACH_ACTIVATION(call) /* one loop per activation, without a branch inside it */            \
     switch (act) {                                                                                 \
     case SILU: call(SILU); break;                                                                  \
     case GELU_TANH: call(GELU_TANH); break;                                                        \
@@ -158,7 +158,7 @@ static inline void rotate_head(const number *x, const number *c, const number *s
     for (int64_t j = 0; j < half; j++) {
         int64_t i = j * step, k = i + apart;
         float a = wide(x[i]), b = wide(x[k]);
-        /* The forward rotation takes each sine from the element's own index; the transpose takes it from the other index. */
+        /* each sine comes from the element's own index in the forward direction, and from the other index backward */
         float sa = direction > 0 ? wide(s[i]) : -wide(s[k]), sb = direction > 0 ? wide(s[k]) : -wide(s[i]);
         out[i] = narrow(a * wide(c[i]) - b * sa);
         out[k] = narrow(b * wide(c[k]) + a * sb);
