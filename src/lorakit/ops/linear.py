@@ -112,8 +112,8 @@ class Group:
     def _output(self, x: Tensor, site: Adapted, h: Tensor | None, B: Tensor | None) -> Tensor:
         """Return x·Wᵀ + b, plus s·h·Bᵀ if there is an adapter.
 
-        The low-rank matmul runs first, and the large matmul accumulates into its result. The reverse order is no
-        faster.
+        The low-rank matmul runs first, and the large matmul accumulates into its result. The reverse order takes just
+        as long.
         """
         W, plus, out = site.W.to(self.dtype), None if site.bias is None else site.bias.to(x.dtype), None
         if h is not None and B is not None:

@@ -2,7 +2,7 @@
 
 With B transposed, the forward and backward passes consist of the same three matmuls: `shrink` from width to rank,
 `expand` from rank to width, and `outer`, the product of a low-rank activation and a wide one. There are four methods,
-all of which give the same results:
+which all give the same results:
 
 - `masked` multiplies each row by the factors of all adapters, and masks out the results for the adapters that the row
   does not use. This method is the fastest with few adapters.
@@ -62,7 +62,7 @@ LONG_ROW = 4  # minimum number of tokens per row for which per-row matmuls are e
 # Minimum number of rows per adapter for which one matmul per adapter is efficient (LONG_RUN), and for which one matmul
 # per adapter is faster than one per row (FULL_RUN).
 LONG_RUN, FULL_RUN = 32, 8
-FEW_ADAPTERS = 16  # up to this number, one matmul with all adapters is no slower than copying each row's factors
+FEW_ADAPTERS = 16  # up to this number, one matmul with all adapters is at least as fast as copying each row's factors
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +208,7 @@ def method_for(x: Tensor, rows: Routed, only_finite: bool = True) -> Method:
 
 
 def are_few(x: Tensor, rows: Routed) -> bool:
-    """Return whether the rows x (rows, …, in) are so short and so few that the method "compiled" is the fastest."""
+    """Return whether the rows x (rows, …, in) are short enough, and few enough, for the method "compiled"."""
     tokens = x.numel() // x.shape[-1]
     return tokens < LONG_ROW * len(x) and tokens <= LONG_RUN * rows.adapters
 

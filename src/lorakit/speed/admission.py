@@ -373,7 +373,7 @@ def _is_foreign(kind: type[nn.Module]) -> bool:
     """Return whether a class may compute something for which the structure checks were not written.
 
     That is the case if its `forward` comes from an unknown package, even if it was assigned to a known class. It is
-    also the case if the class or one of its parent classes is from an unknown package and overrides an inherited method.
+    also the case if the class or a parent class is from an unknown package and overrides an inherited method.
     """
     if not _is_known(getattr(kind, "forward", None)) or not is_own_forward(kind):
         return True

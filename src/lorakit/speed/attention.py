@@ -113,7 +113,7 @@ INTERLEAVED = ("query_key_value",)
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense")
 NORMS = ("q_norm", "k_norm")
 DROPOUTS = ("attn_dropout", "resid_dropout")
-"""Names of the dropout modules for the attention weights (of which only p is read) and for the output."""
+"""Names of the dropout modules for the attention weights and for the output. Only p is read from the first."""
 
 ATTRIBUTES = frozenset(
     {"config", "layer_idx", "layer_type", "head_dim", "head_size", "rotary_ndims", "num_heads", "num_key_value_heads"}

@@ -1,8 +1,8 @@
 """Operands that linear modules pass to a fused operation in one call, and fused linear modules with adapters.
 
-A linear module may have an adapter from lorakit or peft. It has operands only if it is frozen, unquantized and unmerged,
-has no hooks, and applies at most one plain LoRA adapter, which must be the same for all rows. Otherwise, there are no
-operands, and the module is called normally. All state is read at every call: which adapters are active, disabled or
+A linear module may have an adapter from lorakit or peft. It has operands only if it is frozen, unquantized, unmerged
+and without hooks, and if it applies at most one adapter, which must be plain LoRA and the same for all rows. Otherwise,
+it has no operands and is called normally. All state is read at every call: which adapters are active, disabled or
 merged, and their scales.
 
 peft's layers are recognized by their `forward` method and attributes; peft is not imported.
@@ -62,9 +62,9 @@ def operand(module: nn.Module, route: Route | None) -> Adapted | None:
 
 
 def frozen_linear(module: nn.Module) -> Adapted | None:
-    """Return the operands of an unmodified, frozen linear module: W (out, in), or (in, out) for Conv1D, and bias (out,).
+    """Return the operands of a frozen nn.Linear or Conv1D, or None for any other module.
 
-    Returns None for all other modules.
+    The operands are W, (out, in) for nn.Linear or (in, out) for Conv1D, and bias (out,).
 
     Args:
         module: Any module; the caller checks its hooks.
@@ -153,7 +153,7 @@ class ActiveOperands:
     is_recomputed: bool
 
     def note(self, y: Tensor) -> None:
-        """Record the output y (…, d) of the call in the forward history, in case the backward pass recomputes the call."""
+        """Record the output y (…, d) in the forward history, in case the backward pass recomputes the call."""
         if self.route is not None:
             self.forwards.note(y, self.route, self.is_recomputed)
 

@@ -31,7 +31,7 @@ MARK = "_replaced_class"
 """Class attribute that contains the class of the original module; only replacement classes have it."""
 
 CONTRACT = "_contract"
-"""Name of the slot in which a replacement stores its `Contract`, outside the shared state."""
+"""Name of the `__slots__` entry in which a replacement stores its `Contract`, outside the shared state."""
 
 Forward = Callable[..., Any]
 """Fused forward that a replacement tries first: module, arguments -> output, or None if the call is not supported."""

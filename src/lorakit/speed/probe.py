@@ -26,8 +26,8 @@ COPIED = 1 << 20
 def preserved(model: nn.Module) -> Iterator[None]:
     """Restore a model and torch's random generators at the end of a context.
 
-    Within the context, modules have an empty forward history of their own. A later backward pass therefore does not see
-    any forward passes that ran in the context.
+    Within the context, modules have an empty forward history. Forward passes that run in the context are therefore not
+    visible to a later backward pass.
 
     Args:
         model: Any model; its parameters are not copied.

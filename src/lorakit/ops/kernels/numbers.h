@@ -14,7 +14,7 @@ static inline float wide(number v) {
 
 static inline number narrow(float v) { /* rounds to nearest, ties to even, like PyTorch */
     union { float value; uint32_t bits; } u = {v};
-    return (number)((u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16); /* a NaN stays NaN, because generated NaNs have no low bits set */
+    return (number)((u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16); /* NaN stays NaN: generated NaNs have no low bits set */
 }
 #else
 typedef float number;

@@ -186,7 +186,7 @@ int rotate(const number *x, int64_t x_stride, const number *cos, const number *s
 
 /* ---- softmax of rows; each row is limited to the positions [low, high) */
 
-static inline float powers_row(float *e, int64_t n, float most) { /* sets e[j] to exp(e[j] − most); returns the sum of all e[j] */
+static inline float powers_row(float *e, int64_t n, float most) { /* sets e[j] to exp(e[j] − most); returns the sum */
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < n; j++) {

@@ -17,7 +17,7 @@ from lorakit.ops.kernels.triton import programs
 OPTIONS = {"enable_fp_fusion": True}
 """Compiler options. `enable_fp_fusion` is set explicitly, because Triton behaves differently if it is unset."""
 TILE = 2048
-"""Number of elements per program if rows are short. A longer row gets a program of its own."""
+"""Number of elements per program if rows are short. A longer row gets its own program."""
 ELEMENTWISE = 1024
 THIN = {"ROWS": 32, "COLUMNS": 128}
 """Tile size for the wide operand of a low-rank matmul."""

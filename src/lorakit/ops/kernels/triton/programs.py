@@ -6,10 +6,10 @@
 - Each rotary program processes heads of one token, and reads them before it overwrites them. [docs/math.md (80)]
 - Each softmax program computes one row of attention scores, or its gradient, in place. [docs/math.md (81), (82)]
 
-Whether dropout drops an element depends only on the seed and the element's position, so only the seed is saved. Seven
-rounds of Philox generate the random words. Its counter is the position divided by 4, so each counter value yields the
-words for four elements. 24 bits of each word decide whether an element is dropped, so p is accurate to 2⁻²⁴. If dropout
-is fused with a low-rank matmul, the wide operand is read or written only once.
+Whether dropout drops an element depends only on the seed and the element's position, so only the seed is saved. Random
+bits come from Philox with seven rounds. Its counter is the position divided by 4, because each call yields four random
+integers. 24 bits of an integer decide whether its element is dropped, so p is accurate to 2⁻²⁴. If dropout is fused
+with a low-rank matmul, the wide operand is read or written only once.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; for the number of rounds, see section 5.1.
 """
