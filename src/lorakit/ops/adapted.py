@@ -1,4 +1,4 @@
-"""Operands of the fused operations: frozen linear modules with adapters. Also fp32 buffers for narrower tensors."""
+"""Operands of the fused operations (frozen linear modules with adapters), and fp32 buffers for upcasting tensors."""
 
 from __future__ import annotations
 

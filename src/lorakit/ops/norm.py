@@ -186,7 +186,7 @@ def rms_backward(dn: Tensor, x: Tensor, rstd: Tensor, w: Tensor | None, offset: 
 
 
 def layer_forward(x: Tensor, w: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the layer norm of x (N, d), and the mean and 1/std (both (N, 1)) of each row. [docs/math.md (77)]"""
+    """Return the layer norm of x (N, d), and the mean and 1/std of each row, (N, 1) each. [docs/math.md (77)]"""
     bias = None if bias is None else bias.to(_dtype_of_parameters(x))
     n, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], _weight(w, x), bias, eps)
     return n, mean, rstd

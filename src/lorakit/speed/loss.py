@@ -295,7 +295,7 @@ class LossWithoutLogits:
             RunError: The head was called more than once, or its output was modified in place.
         """
         options = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index, "shift_labels": shift_labels}
-        is_traced = torch.compiler.is_compiling()  # a compiler cannot trace thread ids and uses the stock loss
+        is_traced = torch.compiler.is_compiling()  # compilers cannot trace thread ids; use the stock loss
         capture = None if is_traced else self.head.open.get(threading.get_ident())
         if capture is None or capture.owner is None or not capture.given:
             return self.stock(logits, labels, vocab_size, **options, **kwargs)

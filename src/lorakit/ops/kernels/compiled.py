@@ -136,7 +136,7 @@ class CompiledKernels:
         self._call("rotate", dtype, x.numel(), *given, *angles, *sizes, *made)
 
     def drop(self, x: Tensor, p: float, seed: Tensor, scale: float, out: Tensor) -> None:
-        """Implement `Kernels.drop`; x and `out` may have any shape, but both must have the same one.
+        """Implement `Kernels.drop`; x may have any shape, and `out` has the same shape.
 
         Raises:
             ValueError: A tensor is invalid, or p is not in (0, 1].

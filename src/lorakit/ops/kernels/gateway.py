@@ -104,7 +104,7 @@ class Gateway:
         return None if tensor is None else self.pointer(name, tensor, dtype, shape, None, within)
 
     def call(self, name: str, dtype: torch.dtype, size: int, *args: float | None) -> None:
-        """Call a function, using more than one thread if it processes enough elements (`size`).
+        """Call a function, with more than one thread if it processes enough elements (`size`).
 
         Raises:
             ValueError: The dtype has no kernel, or the function rejects its arguments.
