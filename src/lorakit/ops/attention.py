@@ -20,8 +20,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -
     """Compute softmax(scale·q·kᵀ)·v under a pattern. [docs/math.md (81)] For the gradients, see [docs/math.md (82)].
 
     q is (B, H, T, D), k is (B, KV, T, D) and v is (B, KV, T, E), where KV divides H; all may have any strides. The
-    result is (B, H, T, E), stored as (B, T, H, E). For the backward pass, q, k and v are saved; with flash, the output and
-    one value per row are saved too. No (T, T) tensor is saved.
+    result is (B, H, T, E), stored as (B, T, H, E). For the backward pass, q, k and v are saved; with flash, the output
+    and one value per row are saved too. No (T, T) tensor is saved.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, eq. (1); for shared heads, Ainslie et al. 2023, arXiv:2305.13245; for
     recomputing the weights in the backward pass, Rabe and Staats 2021, arXiv:2112.05682.
@@ -63,9 +63,9 @@ def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Compute `attention` without autograd for q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E).
 
-    Returns three results. The first is the output (B, H, T, E), stored as (B, T, H, E). The second is the log-sum-exp of
-    each row, in fp32 or wider and in the kernel's layout; without flash, it is None. The third is the dropout record for
-    the attention weights, or None.
+    Returns three results. The first is the output (B, H, T, E), stored as (B, T, H, E). The second is the log-sum-exp
+    of each row, in fp32 or wider and in the kernel's layout; without flash, it is None. The third is the dropout record
+    for the attention weights, or None.
     """
     pattern.check(q, k, v)
     method = chosen(q, v, pattern)
