@@ -204,7 +204,7 @@ LENGTHS = (1, 33)
 """Numbers of tokens per row in the additional probes. These probes run on one module of each kind."""
 
 KNOWN = frozenset({"torch", "transformers", "peft", "lorakit"})
-"""Packages for whose classes the structure checks were written."""
+"""Known packages: those for whose classes the structure checks were written. Classes from them are known classes."""
 
 HARMLESS = frozenset({"extra_repr"})
 """Methods that a class may override without changing what a module computes."""
