@@ -1,1 +1,1 @@
-"""Fused tensor operations and their backward passes; `reference.py` implements each of them in plain PyTorch."""
+"""Fused tensor operations and their backward passes. `reference.py` implements each operation in plain PyTorch."""

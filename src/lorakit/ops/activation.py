@@ -1,6 +1,7 @@
 """MLP activations and their gradients, computed from the input alone and written to a preallocated tensor.
 
-All use torch's kernels, except GELU with the tanh approximation, whose sigmoid form is faster on a CPU.
+All activations use torch's kernels, except for GELU with the tanh approximation. On a CPU, computing that activation
+with a sigmoid is faster.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from lorakit.ops.kernels import kernels_for
 aten = torch.ops.aten
 
 SLOPE = 2 * math.sqrt(2 / math.pi)
-"""Slope at 0 of the sigmoid's argument in the tanh approximation of GELU."""
+"""The tanh approximation of GELU is x·σ(g(x)); this is the slope of g at 0."""
 QUICK = 1.702
-"""The same slope for "quick GELU", x·σ(1.702·x)."""
+"""Factor on x inside the sigmoid of "quick GELU", x·σ(1.702·x)."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Activation:
 
     Attributes:
         name: Key in ACTIVATIONS.
-        value: `value(x, out)` writes f(x) for rows x (N, f) to out and returns out.
-        gradient: `gradient(dy, x, out)` writes dy·f'(x) to out, which may be dy, and returns out.
+        value: Function of (x, out) that writes f(x) for rows x (N, f) to `out` and returns `out`.
+        gradient: Function of (dy, x, out) that writes dy·f'(x) to `out` and returns `out`; `out` may be dy.
     """
 
     name: str
@@ -39,9 +40,10 @@ class Activation:
 
 
 def gelu_tanh(x: Tensor, out: Tensor) -> Tensor:
-    """Write the tanh-approximated GELU of rows x (N, f) to out (N, f), as x times a sigmoid, [docs/math.md (78)].
+    """Write the tanh approximation of GELU for rows x (N, f) to `out` (N, f) and return `out`. [docs/math.md (78)]
 
-    On a CPU, torch's tanh is four times as slow as its sigmoid. Slabs of rows are computed in turn, in fp32 or wider.
+    On a CPU, the result is computed as x times a sigmoid, because torch's sigmoid is four times as fast as its tanh
+    there. The computation runs in fp32 or wider, on one slab of rows at a time.
     """
     if x.device.type != "cpu":
         return aten.gelu.out(x, approximate="tanh", out=out)
@@ -88,7 +90,7 @@ ACTIVATIONS: dict[str, Activation] = {
         lambda dy, x, out: aten.threshold_backward.grad_input(dy, x, 0, grad_input=out),
     ),
 }
-"""Activations by name. "gelu_tanh" is also known as "gelu_new" and "gelu_pytorch_tanh", "silu" as "swish"."""
+"""Activations by name. "gelu_tanh" is also known as "gelu_new" or "gelu_pytorch_tanh", and "silu" as "swish"."""
 
 
 def activation(name: str) -> Activation:
@@ -103,7 +105,7 @@ def activation(name: str) -> Activation:
 
 
 def activate(act: Activation, first: Tensor, up: Tensor | None, out: Tensor) -> Tensor:
-    """Write f(first)·up, or f(first) if up is None, to out and return out; all are (N, f) and contiguous."""
+    """Write f(first)·up, or f(first) if `up` is None, to `out` and return `out`; all are (N, f) and contiguous."""
     kernels = kernels_for(first, up)
     if kernels is None or act.name not in kernels.activations:
         act.value(first, out)
@@ -113,7 +115,7 @@ def activate(act: Activation, first: Tensor, up: Tensor | None, out: Tensor) -> 
 
 
 def activate_backward(act: Activation, da: Tensor, first: Tensor, up: Tensor | None) -> list[Tensor]:
-    """Return the gradients of `activate`: for first, written over da, and for up, if given; all are (N, f)."""
+    """Return the gradients (N, f) of `activate` for `first` and, if given, `up`; the former is written over da."""
     kernels, dup = kernels_for(first, up, da), None if up is None else torch.empty_like(first)
     if kernels is not None and act.name in kernels.activations:
         kernels.gate_backward(act.name, da, first, up, da, dup)

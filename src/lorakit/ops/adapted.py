@@ -1,4 +1,4 @@
-"""Operands of the fused operations (frozen linear modules with adapters), and fp32 buffers for narrower tensors."""
+"""Operands of the fused operations (frozen linear modules with adapters), and fp32 buffers for upcasting tensors."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 SLAB = 1 << 18
-"""Number of elements upcast to fp32 at a time: few enough that the copy fits in the cache and takes little memory."""
+"""Number of elements to upcast to fp32 at a time: small enough that the copy fits in the cache."""
 
 
 def upcast_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype for sums and other intermediates: fp32, or float64 for float64."""
+    """Return the dtype for sums and other intermediate results: float64 if `dtype` is float64, otherwise fp32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -29,7 +29,7 @@ def scratch_like(x: Tensor) -> Tensor:
 
 
 def upcast_scratch(x: Tensor) -> Tensor | None:
-    """Return a buffer (rows, d) from `scratch_like` for upcasting x (N, d), or None if x is already fp32 or wider."""
+    """Return a `scratch_like` buffer (rows, d) for upcasting x (N, d), or None if x is already fp32 or wider."""
     return None if x.dtype == upcast_dtype(x.dtype) else scratch_like(x)
 
 
@@ -39,7 +39,7 @@ def _many(x: Tensor) -> int:
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """LoRA factors of one adapter: A (r, in), B (out, r), the scale, and the current input dropout probability p.
+    """LoRA factors A (r, in) and B (out, r) of one adapter, its scale, and its current dropout probability p.
 
     Raises:
         ValueError: p is not in [0, 1).
@@ -57,7 +57,7 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Adapted:
-    """Frozen linear module with an optional adapter: W (out, in), or (in, out) if transposed; bias (out,)."""
+    """A frozen linear module with an optional adapter: W is (out, in), or (in, out) if transposed; bias is (out,)."""
 
     W: Tensor
     bias: Tensor | None = None
@@ -81,5 +81,5 @@ def check_frozen(group: Sequence[Adapted]) -> None:
 
 
 def factors(group: Sequence[Adapted]) -> list[Tensor | None]:
-    """Return A_0, B_0, A_1, B_1, … as trainable inputs to an autograd function; None for modules without an adapter."""
+    """Return A_0, B_0, A_1, B_1, … as inputs to an autograd function, with None for modules without an adapter."""
     return [t for module in group for t in ((module.low.A, module.low.B) if module.low else (None, None))]

@@ -1,4 +1,4 @@
-"""Attention with grouped heads, packing, windows and soft caps: forward, backward, and an autograd function."""
+"""Attention with grouped heads, packing, windows and soft caps, with and without autograd."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from lorakit.ops import attention_flash, attention_products, choices
 from lorakit.ops.attention_pattern import Operands, Pattern
 from lorakit.ops.autograd import Context, autocast, needs_gradient, without_autocast
 
-# On a CPU, PyTorch's flash kernel is used if the longest sequence has at least this many tokens. Without matrix units,
-# matmuls are faster even beyond 4096 tokens; with matrix units, the kernel's cache blocking pays off earlier.
+# On a CPU, PyTorch's flash kernel is used if the longest sequence has at least this many tokens. On processors without
+# matrix units, matmuls are faster even beyond 4096 tokens; with matrix units, the kernel's cache blocking pays off
+# earlier.
 FLASH_FROM = 2048
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -> Tensor:
-    """Compute softmax(scale·q·kᵀ)·v under a pattern, [docs/math.md (81)], with the gradients [docs/math.md (82)].
+    """Compute softmax(scale·q·kᵀ)·v under a pattern. [docs/math.md (81)] For the gradients, see [docs/math.md (82)].
 
-    Shapes: q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E), with any strides and with KV a divisor of H ->
-    (B, H, T, E), stored as (B, T, H, E). Saved for the backward pass: q, k and v; with flash, also the output and one
-    value per row. No (T, T) tensor is saved.
+    q is (B, H, T, D), k is (B, KV, T, D) and v is (B, KV, T, E), where KV divides H; all may have any strides. The
+    result is (B, H, T, E), stored as (B, T, H, E). For the backward pass, q, k and v are saved; with flash, the output
+    and one value per row are saved too. No (T, T) tensor is saved.
 
-    Source: Vaswani et al. 2017, arXiv:1706.03762, eq. (1); Ainslie et al. 2023, arXiv:2305.13245, for shared heads;
-    Rabe and Staats 2021, arXiv:2112.05682, for recomputing the weights in the backward pass.
+    Source: Vaswani et al. 2017, arXiv:1706.03762, eq. (1); for shared heads, Ainslie et al. 2023, arXiv:2305.13245; for
+    recomputing the weights in the backward pass, Rabe and Staats 2021, arXiv:2112.05682.
 
     Raises:
-        ValueError: Shapes do not match, a value in the pattern is out of range, or the pattern requests flash, but
-            flash does not support it.
+        ValueError: Shapes do not match, a value in the pattern is out of range, or the pattern requests flash but is
+            not supported by flash.
     """
     pattern = Pattern() if pattern is None else pattern
     q, k, v = (autocast(t) for t in (q, k, v))
@@ -37,7 +38,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -
 
 
 def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
-    """Return the method for a pattern, q (B, H, T, D) and v (B, KV, T, E): any `Pattern.method` but "auto".
+    """Return the method for a pattern, q (B, H, T, D) and v (B, KV, T, E): any `Pattern.method` except "auto".
 
     Raises:
         ValueError: The pattern requests flash, but flash does not support the pattern.
@@ -45,9 +46,9 @@ def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
     possible = attention_flash.takes(q, v, pattern)
     if pattern.method == "flash" and not possible:
         raise ValueError(
-            "method='flash' does not support this pattern: flash kernels do not support a softcap, dropout, or a "
-            "width of v that differs from that of q; on a CPU, they do not support a window either; on CUDA, they do "
-            "not support a bias, and require fp16 or bf16. Use method='auto' or 'matmul'"
+            "method='flash' does not support this pattern: flash kernels do not support a softcap or dropout, and v "
+            "must have the same width as q; on a CPU, they do not support a window either; on CUDA, they do not "
+            "support a bias, and they require fp16 or bf16. Use method='auto' or method='matmul'"
         )
     if pattern.method != "auto":
         return pattern.method
@@ -60,12 +61,11 @@ def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute `attention` without autograd; return the output (B, H, T, E), stored as (B, T, H, E), and what the
-    backward pass needs.
+    """Compute `attention` without autograd for q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E).
 
-    Shapes: q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E). The second result is None, except with flash, where it is
-    the log-sum-exp of each row, in fp32 or wider and in the kernel's layout. The third is the dropout record of the
-    attention weights, or None.
+    Returns three results. The first is the output (B, H, T, E), stored as (B, T, H, E). The second is the log-sum-exp
+    of each row, in fp32 or wider and in the kernel's layout; without flash, it is None. The third is the dropout record
+    for the attention weights, or None.
     """
     pattern.check(q, k, v)
     method = chosen(q, v, pattern)
@@ -85,13 +85,13 @@ def backward(
     pattern: Pattern,
     into: Operands | None = None,
 ) -> Operands:
-    """Return the gradients of q, k and v, in `into` or in new tensors stored as (B, T, heads, width).
+    """Return the gradients of q, k and v, in `into` or in new tensors that are stored as (B, T, heads, width).
 
     Args:
         dout: Gradient of the output, (B, H, T, E).
         operands: q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E).
-        saved: Results of `forward`; the output may be None if the log-sum-exp is.
-        pattern: Pattern of the forward pass.
+        saved: Results of `forward`. The output may be None if the log-sum-exp is None.
+        pattern: Pattern that was used in the forward pass.
         into: Tensors for the gradients of q, k and v; None allocates them.
     """
     q, k, v = operands
@@ -107,7 +107,7 @@ def backward(
 
 
 def _by_products(dout: Tensor, operands: Operands, into: Operands, pattern: Pattern, record: Tensor | None) -> None:
-    """Run `backward` with matmuls, in fp32 if the forward pass upcast its operands."""
+    """Compute `backward` with matmuls, in fp32 if the forward pass upcast its operands."""
     if chosen(*operands[::2], pattern) != "matmul_fp32":
         attention_products.backward(dout, operands, into, pattern, record)
         return

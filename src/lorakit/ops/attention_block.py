@@ -1,9 +1,9 @@
 """Fused attention sublayer as one autograd function: norm, q/k/v projections, RoPE, attention, output projection,
 residual.
 
-Saved for the backward pass: x and its norm statistics, q and k after rotation (or before their norms, if they have
-any), v, the attention output, a (tokens, r) activation per adapter, and dropout records. The normalized input and all
-elementwise results are recomputed.
+The following are saved for the backward pass: x and its norm statistics, q and k after rotation (or before their own
+norms, if they have any), v, the attention output, one (tokens, r) activation per adapter, and dropout records. The
+normalized input and all elementwise results are recomputed.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ class SelfAttention:
     """Modules and options of an attention sublayer.
 
     Attributes:
-        inputs: The projections to q (H·D, d), k and v (KV·D, d); or one fused projection (H·D + 2·KV·D, d).
+        inputs: The projections to q (H·D, d), k (KV·D, d) and v (KV·D, d); or one fused projection (H·D + 2·KV·D, d).
         output: The output projection (d, H·D).
         head_dim: Head width D.
         kv_heads: Number of key and value heads KV, a divisor of H.
-        norm: Norm of the input, or None.
-        q_norm, k_norm: Norms of q and k before rotation: per head if the weight has D elements, else over the whole
-            row.
+        norm: Norm applied to the input, or None.
+        q_norm, k_norm: Norms applied to q and k before rotation, or None: per head if the weight has D elements,
+            otherwise over the whole row.
         dropout: Dropout probability for the output, before the residual is added.
-        interleaved: Whether the fused projection outputs q, k and v of each head together, head by head; requires
-            KV = H.
+        interleaved: Whether the fused projection outputs the q, k and v of one head together, followed by those of the
+            next head; requires KV = H.
     """
 
     inputs: tuple[Adapted, ...]
@@ -56,7 +56,7 @@ class SelfAttention:
 
     @property
     def widths(self) -> tuple[int, int, int]:
-        """Return the widths of q, k and v per token: H·D, KV·D, KV·D."""
+        """Return the widths H·D, KV·D and KV·D of q, k and v for one token."""
         shared = self.kv_heads * self.head_dim
         return _out(self.inputs[0]) - (0 if len(self.inputs) == 3 else 2 * shared), shared, shared
 
@@ -66,14 +66,14 @@ class SelfAttention:
         return (*self.inputs, self.output)
 
     def heads(self, parts: Sequence[Tensor], batch: int, tokens: int) -> tuple[Tensor, ...]:
-        """Return q, k and v (B, T, heads, D) as views of the projections' outputs, (B·T, width) each."""
+        """Return q, k and v (B, T, heads, D) as views of the outputs (B·T, width) of the projections."""
         if self.interleaved:
             return parts[0].view(batch, tokens, self.kv_heads, 3, self.head_dim).unbind(3)
         split = parts[0].split(self.widths, -1) if len(parts) == 1 else parts
         return tuple(part.view(batch, tokens, -1, self.head_dim) for part in split)
 
     def check(self) -> None:
-        """Check that the modules fit together and are frozen.
+        """Check that the modules are frozen and that their shapes match.
 
         Raises:
             ValueError: Widths do not match, an option is out of range, or a base weight requires a gradient.
@@ -86,7 +86,7 @@ class SelfAttention:
                 "pass q, k and v, or one fused projection"
             )
         if self.interleaved and (len(widths) != 1 or q != shared):
-            raise ValueError(f"interleaved q, k and v need one fused projection with equal widths; got {widths}")
+            raise ValueError(f"interleaved q, k and v require one fused projection, with equal widths; got {widths}")
         for name, own, width in (("q_norm", self.q_norm, q), ("k_norm", self.k_norm, shared)):
             size = None if own is None or own.weight is None else tuple(own.weight.shape)
             if size not in (None, (self.head_dim,), (width,)):
@@ -109,18 +109,18 @@ def attention_block(
     residual: bool = False,
     wanted: Tensor | None = None,
 ) -> Tensor:
-    """Compute a fused attention sublayer, [docs/math.md (83)]: x (B, T, d) -> (B, T, d), or (n, d) with `wanted`.
+    """Compute a fused attention sublayer. [docs/math.md (83)]
 
-    Gradients flow to x and to the factors A and B.
+    The result is (B, T, d), or (n, d) if `wanted` is given. Gradients flow to x and to the factors A and B.
 
     Args:
-        x: Hidden states.
+        x: Hidden states (B, T, d).
         block: Projections with their adapters, and norms.
         pattern: Attention pattern; None means causal.
-        rope: Tables of rotary position embeddings, or None.
+        rope: Tables for rotary position embeddings, or None.
         residual: Whether to add x to the output.
-        wanted: Sorted indices (n,), among all B·T tokens, of the tokens that the output projection receives; None for
-            all tokens.
+        wanted: Sorted indices (n,) of the tokens that the output projection receives, counted over all B·T tokens; None
+            for all tokens.
 
     Raises:
         ValueError: Shapes do not match, a base weight requires a gradient, or no method supports the pattern.
@@ -150,7 +150,7 @@ class _Form(NamedTuple):
     wanted: Tensor | None
 
     def picked(self, t: Tensor) -> Tensor:
-        """Return the `wanted` rows of t (N, width)."""
+        """Return only the `wanted` rows of t (N, width)."""
         return t if self.wanted is None or len(t) == len(self.wanted) else t.index_select(0, self.wanted)
 
 
@@ -161,13 +161,13 @@ class _Intermediates(NamedTuple):
     heads: tuple[Tensor, Tensor, Tensor]  # q, k, v (B, T, heads, D); q and k before their norms, if they have any
     own: tuple[Sequence[Tensor], Sequence[Tensor]]  # statistics of the q and k norms
     out: Tensor  # (N, H·D)
-    saved: Sequence[Tensor | None]  # what the attention saved besides its output
-    record: Tensor | None  # dropout record of the output
+    saved: Sequence[Tensor | None]  # results of the attention other than its output
+    record: Tensor | None  # dropout record for the output
     groups: tuple[Group, Group]
 
 
 def _under_autocast(x: Tensor, form: _Form) -> Tensor:
-    """Run under autocast: norm and residual in the dtype of x, everything in between in autocast's dtype."""
+    """Run under autocast: norm and residual in the dtype of x, and everything in between in the autocast dtype."""
     block, pattern, rope, residual, wanted = form
     dtype = torch.get_autocast_dtype(x.device.type)
     n = x if block.norm is None else norm.normalize(x, block.norm)
@@ -179,7 +179,7 @@ def _under_autocast(x: Tensor, form: _Form) -> Tensor:
 
 
 def _forward(x: Tensor, form: _Form) -> tuple[Tensor, _Intermediates]:
-    """Return the output rows (N or n, d) and the intermediates."""
+    """Return the output rows (N or n, d) and the intermediate results."""
     block, pattern, rope, residual, _ = form
     flat, (batch, tokens, _) = rows(x), x.shape
     n, stats = (flat, ()) if block.norm is None else block.norm.forward(flat)
@@ -224,7 +224,7 @@ def _out(part: Adapted) -> int:
 
 
 _State = tuple[_Form, torch.Size, list[int], linear.Form, linear.Form]
-"""Form, shape of x, number of saved tensors in each part, and packed forms of the input and output projections."""
+"""Form, shape of x, number of saved tensors in each part, and packed forms of the input and output groups."""
 
 
 class _AttentionBlock(torch.autograd.Function):
@@ -234,10 +234,10 @@ class _AttentionBlock(torch.autograd.Function):
             y, made = _forward(x, form)
         ins, outs = made.groups
         (ins_form, inputs), (outs_form, output) = ins.pack(), outs.pack()
-        # if neither x nor any input projection needs a gradient, no gradient flows through the attention
+        # if neither x nor any input projection needs a gradient, no gradient flows through the attention computation
         deep = ctx.needs_input_grad[0] or ins_form.is_trained
         wants_x = ins.needs_x or (form.block.norm is not None and ctx.needs_input_grad[0])
-        whole = deep and made.saved[0] is not None  # needed by the attention's backward pass
+        whole = deep and made.saved[0] is not None  # the attention's backward pass needs the full output
         out = made.out if whole else form.picked(made.out) if outs.needs_x else None
         through = [[x if wants_x else None, *made.saved], made.heads, made.stats, *made.own, inputs]
         parts = [[out, made.record], output, *(through if deep else ())]
@@ -280,10 +280,10 @@ def _back_to_projections(
     given: Tensor,
     heads: Sequence[Tensor],
     stats: tuple[Sequence[Tensor], Sequence[Tensor]],
-    saved: tuple[Tensor | None, ...],  # attention output and what the attention saved besides it
+    saved: tuple[Tensor | None, ...],  # the attention's output and its other results
     form: _Form,
 ) -> list[Tensor]:
-    """Return the gradients of the input projections' outputs, (N, width) each.
+    """Return the gradients (N, width) of the input projections' outputs.
 
     `given` (N, H·D) is the gradient of the attention output.
     """
@@ -296,7 +296,7 @@ def _back_to_projections(
     else:
         made = [given.new_empty(len(given), width) for width in block.widths]
     by_head = block.heads(made, *shape[:2])
-    # only the backward pass of flash needs the full output; its forward pass also saved row statistics
+    # only the backward pass of flash needs the full output; if flash ran, row statistics were saved too
     out = None if saved[0] is None or saved[1] is None else saved[0].view(shape).transpose(1, 2)
     dq, dk, dv = (grad.transpose(1, 2) for grad in by_head)
     q, k, v = (operand.transpose(1, 2) for operand in operands)
@@ -311,7 +311,10 @@ def _back_to_projections(
 
 
 def _as_attended(part: Tensor, stats: Sequence[Tensor], own: Norm | None, form: _Form) -> Tensor:
-    """Return q, k or v (B, T, heads, D) as the attention received it; parts with a norm were saved before the norm."""
+    """Return q, k or v (B, T, heads, D) as passed to the attention computation.
+
+    If q or k has a norm, it was saved before the norm, so the norm and the rotation are recomputed.
+    """
     if own is None:
         return part
     n = own.recompute(_rows(part, own, form.block), stats).view(part.shape)

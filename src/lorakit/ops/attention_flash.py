@@ -1,8 +1,8 @@
 """Attention with PyTorch's flash kernels, forward and backward.
 
-On a CPU, the kernel is called once per packed sequence. On CUDA, one call computes a dense batch, or all sequences of a
-pack; the kernel reads heads in the layout that the projections produce, and supports grouped heads and windows. Lengths
-and offsets come from Python integers, so no call synchronizes the device.
+On a CPU, the kernel is called once per packed sequence. On CUDA, a single call computes a dense batch, or all sequences
+of a packed batch. The CUDA kernel reads heads in the layout that the projections produce, and supports grouped heads
+and windows. Lengths and offsets are Python integers, so no call synchronizes the device.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ WIDEST = 256
 
 
 def takes(q: Tensor, v: Tensor, pattern: Pattern) -> bool:
-    """Return whether the device of q has a flash kernel that supports the pattern.
+    """Return whether the device of q (B, H, T, D) has a flash kernel that supports the pattern; v is (B, KV, T, E).
 
-    The pattern must have no softcap and no dropout, and q and v must have the same width. On a CPU, windows are not
-    supported; on CUDA, a bias is not, and only fp16, bf16 and some widths are. Shapes: q (B, H, T, D), v (B, KV, T, E).
+    The pattern must have no softcap and no dropout, and q and v must have the same width. The CPU kernel does not
+    support windows. The CUDA kernel does not support a bias, and supports only fp16, bf16 and certain widths.
     """
     width = q.shape[3]
     if pattern.softcap is not None or pattern.dropout > 0 or width != v.shape[3]:
@@ -43,10 +43,10 @@ def takes(q: Tensor, v: Tensor, pattern: Pattern) -> bool:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """Return the output (B, H, T, D), stored as (B, T, H, D), and the log-sum-exp of each row (B, H, T), fp32 or wider.
+    """Return the output (B, H, T, D), stored as (B, T, H, D), and each row's log-sum-exp (B, H, T) in fp32 or wider.
 
-    Shapes: q (B, H, T, D), k and v (B, KV, T, D), with any strides as long as D is contiguous; shared heads are
-    expanded through strides, not copied.
+    q is (B, H, T, D), and k and v are (B, KV, T, D); only D must be contiguous. Shared heads are expanded through
+    strides rather than copied.
     """
     batch, heads, tokens, width = q.shape
     out = torch.empty(batch, tokens, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
@@ -62,9 +62,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, 
 
 
 def backward(dout: Tensor, operands: Operands, saved: tuple[Tensor, Tensor], into: Operands, pattern: Pattern) -> None:
-    """Write the gradients of q (B, H, T, D), k and v (B, KV, T, D) `into` tensors of these shapes.
+    """Write the gradients of q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, D) to the tensors in `into`.
 
-    dout is (B, H, T, D); `saved` comes from `forward`.
+    dout is (B, H, T, D), and `saved` comes from `forward`.
     """
     q, k, v = operands
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -81,7 +81,7 @@ def backward(dout: Tensor, operands: Operands, saved: tuple[Tensor, Tensor], int
 
 
 def _parts(q: Tensor, k: Tensor, pattern: Pattern) -> Iterator[_Part]:
-    """Yield parts with one sequence each: from all batch rows, or from one row at a time if heads are shared."""
+    """Yield parts that each cover one sequence, in all batch rows or, if heads are shared, in a single batch row."""
     for piece in pieces(q.shape[0], q.shape[2], pattern, rows_at_once=q.shape[0], join=0):
         if q.shape[1] == k.shape[1]:
             yield _Part(piece.batch, piece.tokens)
@@ -90,13 +90,13 @@ def _parts(q: Tensor, k: Tensor, pattern: Pattern) -> Iterator[_Part]:
 
 
 def _grouped(x: Tensor, k: Tensor, part: _Part) -> Tensor:
-    """Return a view of a part of x (B, H, T, D): (b, H, t, D), or (KV, G, t, D) if G heads share each head of k."""
+    """Return a part of x (B, H, T, D) as a view (b, H, t, D), or (KV, G, t, D) if G heads share each head of k."""
     cut = x[part.batch, :, part.tokens]
     return cut.unflatten(0, (k.shape[1], -1)) if isinstance(part.batch, int) else cut
 
 
 def _bias(q: Tensor, k: Tensor, pattern: Pattern, part: _Part) -> Tensor | None:
-    """Return the bias for a part's scores as a view (b, H, t, t) or (KV, G, t, t); None without a bias."""
+    """Return the bias for a part's scores as a view (b, H, t, t) or (KV, G, t, t), or None if there is no bias."""
     if pattern.bias is None:
         return None
     every = pattern.bias.to(q.dtype).expand(*q.shape[:3], q.shape[2])
@@ -119,8 +119,8 @@ aten = torch.ops.aten
 def forward_on_cuda(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, T, D), stored as (B, T, H, D), and the log-sum-exp of each row in fp32.
 
-    Shapes: q (B, H, T, D), k and v (B, KV, T, D) with a contiguous D. The log-sum-exp is (B, H, T), or (H, B·T) for a
-    pack.
+    q is (B, H, T, D), and k and v are (B, KV, T, D); D is contiguous. The log-sum-exp is (B, H, T), or (H, B·T) for a
+    packed batch.
     """
     call = _call(q, pattern)
     operands = (_by_token(t, call) for t in (q, k, v))
@@ -133,13 +133,13 @@ def forward_on_cuda(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[
 def backward_on_cuda(
     dout: Tensor, operands: Operands, saved: tuple[Tensor, Tensor], into: Operands, pattern: Pattern
 ) -> None:
-    """Write the gradients of q (B, H, T, D), k and v (B, KV, T, D) `into` tensors of these shapes.
+    """Write the gradients of q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, D) to the tensors in `into`.
 
-    dout is (B, H, T, D); `saved` comes from `forward_on_cuda`.
+    dout is (B, H, T, D), and `saved` comes from `forward_on_cuda`.
     """
     call = _call(operands[0], pattern)
     dy, q, k, v, out = (_by_token(t, call) for t in (dout, *operands, saved[0]))
-    never_read = torch.zeros(2, dtype=torch.uint64, device=q.device)  # dropout RNG state, unused
+    never_read = torch.zeros(2, dtype=torch.uint64, device=q.device)  # unused state of the dropout random generator
     grads = aten._flash_attention_backward(
         dy, q, k, v, out, saved[1], call.bounds, call.bounds, call.longest, call.longest, 0.0, pattern.causal,
         never_read, never_read.new_empty(()), **call.words,
@@ -150,7 +150,7 @@ def backward_on_cuda(
 
 
 class _Call(NamedTuple):
-    bounds: Tensor | None  # offsets of a pack's sequences, (sequences + 1,) int32
+    bounds: Tensor | None  # offsets of the packed sequences, (sequences + 1,) int32
     longest: int
     words: dict[str, float]
 
@@ -168,7 +168,7 @@ def _call(q: Tensor, pattern: Pattern) -> _Call:
 
 
 def _by_token(x: Tensor, call: _Call) -> Tensor:
-    """Return an operand x (B, H, T, D) as (B, T, H, D), or as (B·T, H, D) for a pack."""
+    """Return an operand x (B, H, T, D) as (B, T, H, D), or as (B·T, H, D) for a packed batch."""
     by_token = x.transpose(1, 2)
     by_token = by_token if by_token.stride(-1) == 1 else by_token.contiguous()
     return by_token if call.bounds is None else by_token.flatten(0, 1)
@@ -176,7 +176,7 @@ def _by_token(x: Tensor, call: _Call) -> Tensor:
 
 @functools.cache
 def _has_kernel(device: torch.device) -> bool:
-    """Return whether this PyTorch build has the kernel and the device supports it: NVIDIA Ampere or newer."""
+    """Return whether this PyTorch build has the kernel and the device (NVIDIA Ampere or newer) supports it."""
     if torch.version.hip is not None or not torch.backends.cuda.is_flash_attention_available():
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)

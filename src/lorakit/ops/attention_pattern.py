@@ -1,4 +1,4 @@
-"""Attention patterns (which tokens attend to which), and the pieces into which an attention computation is split."""
+"""Attention patterns, which define the tokens that each token sees, and the pieces of an attention computation."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ Operands = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Pattern:
-    """Mask, scaling and dropout of an attention computation.
+    """Mask, scaling and dropout for an attention computation.
 
     Attributes:
         causal: Whether a token sees only itself and earlier tokens.
         scale: Factor on q·kᵀ; None means 1/√D.
         window: Sliding window, as in transformers: if causal, a token sees the last `window` tokens, including itself;
-            otherwise, it sees the tokens at a distance of at most `window`.
-        softcap: c in c·tanh(score/c), applied to the scaled scores before the softmax.
-        segments: Lengths of packed sequences along T, the same in each batch row; tokens do not see other sequences.
+            otherwise, it sees the tokens at a distance of at most `window`. None means no window.
+        softcap: Bound c in c·tanh(score/c), which is applied to the scaled scores before the softmax; None means no
+            bound.
+        segments: Lengths of the sequences packed along T, the same in each batch row; a token sees only its own
+            sequence. None means one sequence per row.
         dropout: Probability that an attention weight is zeroed; the others are divided by 1 − dropout.
-        bias: Frozen tensor added to the capped scores, (B, H, T, T), where any of the first three sizes may be 1; −∞
-            masks padding. The caller must ensure that each token sees at least one token.
-        method: "flash" uses PyTorch's flash kernel, "matmul" batched matmuls over blocks of query rows, and
-            "matmul_fp32" the same with operands upcast to fp32; "auto" chooses by length or by autotuning results.
+        bias: Frozen tensor (B, H, T, T) that is added to the capped scores; any of the first three sizes may be 1, and
+            −∞ masks padding. The caller must ensure that each token sees at least one token.
+        method: "flash" uses PyTorch's flash kernel, "matmul" uses batched matmuls over blocks of query rows, and
+            "matmul_fp32" uses the same matmuls with operands upcast to fp32. "auto" chooses by length or by autotuning
+            results.
     """
 
     causal: bool = True
@@ -44,7 +47,7 @@ class Pattern:
     method: Method = "auto"
 
     def scale_for(self, width: int) -> float:
-        """Return the factor on q·k for heads of width `width`."""
+        """Return the factor on q·kᵀ for heads with the given width."""
         return width**-0.5 if self.scale is None else self.scale
 
     def lengths(self, tokens: int) -> tuple[int, ...]:
@@ -57,7 +60,7 @@ class Pattern:
         return self.window is not None and self.window < (longest if self.causal else longest - 1)
 
     def span(self, start: int, stop: int, length: int) -> tuple[int, int]:
-        """Return the range [low, high) of positions that the rows [start, stop) of a sequence can see."""
+        """Return the range [low, high) of positions that any of the rows [start, stop) of a sequence can see."""
         low, high = 0, stop if self.causal else length
         if self.window is not None:
             low = max(0, start - self.window + (1 if self.causal else 0))
@@ -65,15 +68,16 @@ class Pattern:
         return low, high
 
     def bounds(self, lengths: tuple[int, ...], start: int, stop: int, low: int) -> Tensor:
-        """Return the range [low, high) of positions that each row in [start, stop) of packed sequences sees.
+        """Return the range of positions that each of the rows [start, stop) of packed sequences sees.
 
-        The result is int32 (2, rows), relative to `low`. The tensor is cached and shared: do not write to it.
+        The result is an int32 tensor (2, rows): the first position that each row sees, and the end of its range, both
+        relative to `low`. The tensor is cached and shared: do not write to it.
         """
         compute = _bounds if torch.compiler.is_compiling() else _cached_bounds  # torch.compile cannot trace a cache
         return compute(lengths, start, stop, low, self.causal, self.window)
 
     def allowed(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Return a boolean mask (n, m): whether each position in `queries` (n,) sees each position in `keys` (m,)."""
+        """Return a boolean mask (n, m) of whether each position in `queries` (n,) sees each one in `keys` (m,)."""
         distance = queries.unsqueeze(1) - keys
         seen = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
         if self.window is not None:
@@ -146,7 +150,10 @@ _cached_bounds = functools.lru_cache(maxsize=256)(_bounds)  # all layers of a mo
 
 
 class Piece(NamedTuple):
-    """Part of an attention computation that can run separately: batch rows × tokens, in sequences of `lengths`."""
+    """Part of an attention computation that can run separately: a range of batch rows and a range of tokens.
+
+    `lengths` contains the lengths of the sequences in the range of tokens.
+    """
 
     batch: slice
     tokens: slice
@@ -154,7 +161,7 @@ class Piece(NamedTuple):
 
 
 def pieces(batch: int, tokens: int, pattern: Pattern, rows_at_once: int, join: int) -> Iterator[Piece]:
-    """Yield all pieces: one sequence each, or several short adjacent ones with at most `join` tokens in total."""
+    """Yield all pieces: one sequence each, or several short adjacent sequences with at most `join` tokens in total."""
     start = 0
     gathered: list[int] = []
     for length in (*pattern.lengths(tokens), None):

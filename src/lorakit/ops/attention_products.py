@@ -1,9 +1,9 @@
 """Attention computed by batched matmuls, one block of query rows at a time.
 
-Formulas: [docs/math.md (81)] and [docs/math.md (82)]. Heads of q that share a head of k become additional rows of one
-matmul, so k and v are not repeated. A block computes only the columns that its rows can see: a causal mask skips most
-of the upper triangle, and with a window only the band is computed. All blocks share one score buffer. The backward pass
-recomputes the scores, so neither a T × T tensor nor softmax statistics are saved. Dropout is drawn once for the
+For the formulas, see [docs/math.md (81), (82)]. Heads of q that share a head of k become additional rows of one matmul,
+so k and v are not repeated. A block computes only the columns that its rows can see: with a causal mask, most of the
+upper triangle is skipped, and with a window, only the band is computed. All blocks share one score buffer. The backward
+pass recomputes the scores, so neither a T × T tensor nor softmax statistics are saved. Dropout is drawn once for the
 concatenated scores of all blocks, and only a seed is saved.
 """
 
@@ -20,15 +20,15 @@ from lorakit.ops.attention_pattern import Operands, Pattern, Piece, pieces
 from lorakit.ops.dropout import apply_dropout, draw_record, zero_
 from lorakit.ops.kernels import kernels_for
 
-BLOCK = 64  # query rows per block: enough for efficient matmuls, few enough to skip most of the triangle
-SCORES = 2**22  # maximum number of elements in the score buffer, unless a block would then have fewer than 8 rows
-TOGETHER = 2**20  # maximum number of scores in batch rows that are computed together, so that they fit in the cache
-# the same three limits for other devices, where each piece costs kernel launches and cache size does not matter
+BLOCK = 64  # query rows per block: enough for efficient matmuls, but few enough to skip most of the triangle
+SCORES = 2**22  # maximum number of elements in the score buffer, unless even a block of 8 rows exceeds it
+TOGETHER = 2**20  # maximum number of scores that are computed together for several batch rows, to fit in the cache
+# the three limits above for other devices, on which each piece takes kernel launches and cache size does not matter
 ON_DEVICES = (512, 2**28, 2**28)
 
 
 class _Block(NamedTuple):
-    """Query rows [start, stop) of a piece, and the key positions [low, high) that they see."""
+    """A block of query rows [start, stop) in a piece, and the key positions [low, high) that these rows see."""
 
     start: int
     stop: int
@@ -37,7 +37,7 @@ class _Block(NamedTuple):
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor | None]:
-    """Return softmax(scores)·v (B, H, T, E), stored as (B, T, H, E), and the dropout record of the weights or None.
+    """Return softmax(scores)·v (B, H, T, E), stored as (B, T, H, E), and the dropout record for the weights, or None.
 
     Shapes: q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E).
     """
@@ -59,10 +59,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, 
 
 
 def backward(dout: Tensor, operands: Operands, into: Operands, pattern: Pattern, record: Tensor | None) -> None:
-    """Write the gradients of q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E) `into` tensors of these shapes.
+    """Write the gradients of q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E) to the tensors in `into`.
 
-    dout is (B, H, T, E); `record` comes from `forward`. The tensors in `into` must not share storage with the operands,
-    but may share storage with dout, whose rows are read before they are overwritten.
+    dout is (B, H, T, E), and `record` comes from `forward`. The tensors in `into` must not share storage with the
+    operands. They may share storage with dout, because each row of dout is read before it is overwritten.
     """
     q, k, v = operands
     scores = _Scores(q, k, pattern)
@@ -99,7 +99,7 @@ class _Scores:
         together = max(1, min(batch, at_once // (heads * self.rows * seen)))
         self.pieces = list(pieces(batch, tokens, pattern, together, join=self.rows))
         self.most = min(batch, together) * heads * self.rows * seen
-        self.added: Tensor | None = None  # as (B, KV, G, T, T), a view
+        self.added: Tensor | None = None  # view of the bias, (B, KV, G, T, T)
         if pattern.bias is not None:
             every = pattern.bias.to(q.dtype).expand(batch, heads, tokens, tokens)
             self.added = every.unflatten(1, (-1, self.group))
@@ -107,20 +107,20 @@ class _Scores:
         self.masks: dict[tuple[tuple[int, ...], int, int, int], Tensor] = {}
 
     def blocks(self, piece: Piece) -> Iterator[_Block]:
-        """Yield the blocks of query rows of a piece, with the key positions they see."""
+        """Yield the blocks of query rows in a piece, with the key positions that each block sees."""
         length = piece.tokens.stop - piece.tokens.start
         for start in range(0, length, self.rows):
             stop = min(length, start + self.rows)
             yield _Block(start, stop, *self.pattern.span(start, stop, length))
 
     def draw(self) -> Tensor | None:
-        """Draw a dropout record for the concatenated weights of all blocks; None without dropout."""
+        """Draw a dropout record for the concatenated weights of all blocks; return None if dropout is disabled."""
         if self.pattern.dropout == 0:
             return None
         return draw_record(sum(self._sizes()), self.pattern.dropout, self.device)
 
     def by_block(self, record: Tensor | None) -> Iterator[Tensor | None]:
-        """Yield the dropout record for each block: a slice of the mask, or a seed derived from the recorded one."""
+        """Yield the dropout record for each block: a slice of the mask, or a seed derived from the recorded seed."""
         if record is None:
             return itertools.repeat(None)
         if record.dtype == torch.bool:
@@ -142,7 +142,7 @@ class _Scores:
         ]
 
     def weights(self, rows: Tensor, keys: Tensor, piece: Piece, block: _Block) -> tuple[Tensor, Tensor | None]:
-        """Return the softmax of the block's scores (Z, G·n, m) and, with a softcap, their tanh, in reused buffers."""
+        """Return the softmax of the block's scores (Z, G·n, m), and their tanh if there is a softcap."""
         seen, cap = keys[:, block.low : block.high], self.pattern.softcap
         scores = self._buffer(0, rows, seen)
         scale = self.scale if cap is None else self.scale / cap
@@ -170,7 +170,7 @@ class _Scores:
     def backward(
         self, dy: Tensor, values: Tensor, weights: Tensor, capped: Tensor | None, zero: Tensor | None
     ) -> Tensor:
-        """Return the gradient of the scaled scores (Z, G·n, m); dy (Z, G·n, E) is the output rows' gradient."""
+        """Return the gradient of the scaled scores (Z, G·n, m); dy (Z, G·n, E) is the gradient of the output rows."""
         ds = self._buffer(2, dy, values)
         torch.baddbmm(ds, dy, values.transpose(1, 2), beta=0, alpha=self.share, out=ds)
         if zero is not None:
@@ -192,15 +192,15 @@ class _Scores:
         return self.buffers[which][:count].view(shape)
 
     def _bounds(self, piece: Piece, block: _Block, begin: int) -> tuple[Tensor, Tensor]:
-        """Return low and high, both int32 (n,): a row of the block sees the positions [begin + low, begin + high)."""
+        """Return int32 tensors `low` and `high` (n,); row i sees the positions [begin + low[i], begin + high[i])."""
         bounds = self.pattern.bounds(piece.lengths, block.start, block.stop, begin)
         low, high = bounds.to(self.device, non_blocking=True)
         return low, high
 
     def _bias(self, piece: Piece, block: _Block, begin: int, dtype: torch.dtype) -> Tensor:
-        """Return a bias (n, m) for the positions from `begin` to the block's last one: 0 where a row sees it, else −∞.
+        """Return a bias (n, m) for the positions from `begin` to the end of the block.
 
-        All rows see the positions before `begin`.
+        The bias is 0 for a position that a row sees, and −∞ otherwise. All rows see the positions before `begin`.
         """
         lengths = piece.lengths if len(piece.lengths) > 1 else ()
         key = (lengths, block.stop - block.start, block.start - begin, block.high - begin)
@@ -218,12 +218,12 @@ def _cut(x: Tensor, piece: Piece) -> Tensor:
 
 
 def _rows(x: Tensor, block: _Block, keys: Tensor) -> Tensor:
-    """Return a block's rows, merging heads that share a key head into one matrix: (b, H, T, D) -> (b·KV, G·n, D)."""
+    """Return the rows of a block of x (b, H, T, D) as (b·KV, G·n, D): heads that share a key head form one matrix."""
     return x[:, :, block.start : block.stop].reshape(len(keys), -1, x.shape[3])
 
 
 def _put(x: Tensor, block: _Block, rows: Tensor) -> None:
-    """Write rows (b·KV, G·n, D) back to x (b, H, T, D): the inverse of `_rows`."""
+    """Write the rows of a block, (b·KV, G·n, D), back to x (b, H, T, D). This is the inverse of `_rows`."""
     written = x[:, :, block.start : block.stop]
     written.copy_(rows.view(written.shape))
 

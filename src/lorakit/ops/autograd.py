@@ -1,4 +1,4 @@
-"""Helpers for the fused operations: a typed autograd context, autocast handling, and reshaping to rows and back."""
+"""Helpers for the fused operations: a typed autograd context, autocast handling, and reshaping to and from rows."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Context(Protocol[State]):
     state: State
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
-        """Save tensors of any shape (inputs, outputs or intermediates) for the backward pass."""
+        """Save inputs, outputs or intermediate results of any shape for the backward pass."""
 
     def mark_dirty(self, *tensors: Tensor) -> None:
         """Mark inputs (any shape) as modified in place by the forward method."""
 
     def set_materialize_grads(self, value: bool) -> None:
-        """Set whether the backward method receives zeros instead of None for outputs without a gradient."""
+        """Set whether the backward method receives zeros, rather than None, for outputs without a gradient."""
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -57,7 +57,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 
 def rows(x: Tensor) -> Tensor:
-    """Return x (…, in) as contiguous rows (N, in); a view if possible."""
+    """Return x (…, in) as contiguous rows (N, in), as a view if possible."""
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 

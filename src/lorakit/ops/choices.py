@@ -1,13 +1,13 @@
 """Autotuned kernel choices: which method computes an operation of a given shape.
 
-Choices map the name of a shape to a method that `lorakit.speed.tuning` measured to be faster than the default on this
-machine. All other shapes, and all shapes while no choices are active, use the default method. All methods give the same
-results up to rounding.
+Choices map the name of a shape to a method that was faster than the default when `lorakit.speed.tuning` measured both
+on this machine. All other shapes use the default method, as do all shapes while no choices are active. All methods give
+the same results up to rounding.
 
 The default can be slow for two reasons. First, some libraries compute certain matmul shapes at half speed if given all
-rows at once, but at full speed if given slices of rows (oneDNN with bf16 on processors with matrix units). Second,
-processors with bf16 dot products but no matrix units run bf16 matmuls more slowly than fp32 ones; on these processors,
-the operands are upcast block by block, and the sum is rounded only once, as in a bf16 matmul.
+rows at once, but at full speed if given slices of rows. oneDNN does so with bf16 on processors with matrix units.
+Second, processors with bf16 dot products but no matrix units run bf16 matmuls more slowly than fp32 matmuls. On these
+processors, the fp32 method upcasts the operands block by block and rounds the sum only once, as a bf16 matmul does.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 ROWS = (768, 1024, 1280, 1536, 2048, 3072, 4096)
-"""Row counts for which matmuls are measured; any other count uses the result for the next larger one. With at most
-`SLICES[0]` rows, or more than the largest count, all rows are computed at once.
+"""Row counts for which matmuls are measured. Any other count uses the result for the next larger count in this list,
+except that a matmul with at most `SLICES[0]` rows, or with more rows than the largest count, is computed all at once.
 """
 
 SLICES = (512, 256)
-"""Slice sizes, in rows, that autotuning may choose instead of computing all rows at once."""
+"""Slice sizes (in rows) that autotuning may choose; the default is to compute all rows at once."""
 
 FEWEST_IN_FP32 = 128
-"""Minimum number of rows for a matmul in fp32; with fewer, upcasting the weight costs more than it saves."""
+"""Minimum number of rows for a matmul in fp32; with fewer rows, upcasting the weight costs more than it saves."""
 
 NARROW = (torch.bfloat16, torch.float16)
 """Dtypes whose matmuls may be slower than fp32 matmuls."""
@@ -38,23 +38,23 @@ IN_FP32 = " through fp32"  # prose-check: ok
 """Suffix of the names of fp32 choices; checkpoints and the cache store these names."""
 
 BLOCK = 2048
-"""Height and width of the weight blocks that are upcast one at a time, so that the output head is never copied to fp32
-in full.
+"""Height and width of the weight blocks. They are upcast one at a time, so that the output head is never copied to
+fp32 in full.
 """
 
 LENGTHS = (256, 512, 1024, 2048)
-"""Sequence lengths, in tokens, for which attention is measured; the longest sequence of a batch uses the result for the
-next smaller length.
+"""Sequence lengths, in tokens, for which attention is measured. A batch uses the result for the largest of these
+lengths that does not exceed its longest sequence.
 """
 
-# Per thread and context, not per process: the choices of one run must not affect the next run, or another thread that
-# is in the middle of a step. On a CPU, a backward pass runs in the thread that calls it.
+# Choices are active per thread and context, not per process: those of one run must not affect the next run, or another
+# thread that is in the middle of a step. On a CPU, a backward pass runs in the thread that calls it.
 _ACTIVE: ContextVar[Mapping[str, int]] = ContextVar("lorakit_choices", default=MappingProxyType({}))
 
 
 @contextlib.contextmanager
 def activate(choices: Mapping[str, int]) -> Iterator[None]:
-    """Activate choices in this thread for the duration of a context, which must span whole steps.
+    """Activate choices in this thread within a context. The context must contain only complete training steps.
 
     Args:
         choices: Shape name -> value: for a matmul, the slice size in rows; for an fp32 choice, 1; for attention, 1 for
@@ -68,7 +68,7 @@ def activate(choices: Mapping[str, int]) -> Iterator[None]:
 
 
 def _chosen() -> Mapping[str, int]:
-    """Return the active choices, or none under a compiler, which would treat them as constants."""
+    """Return the active choices. Under a compiler, return none, because it would treat them as constants."""
     return {} if torch.compiler.is_compiling() else _ACTIVE.get()
 
 
@@ -82,21 +82,21 @@ def to_strings(choices: Mapping[str, int]) -> list[str]:
 
 
 def from_strings(stored: object) -> dict[str, int]:
-    """Parse choices that `to_strings` formatted, ignoring malformed entries.
+    """Parse choices formatted by `to_strings`. Malformed entries are ignored.
 
     Args:
-        stored: The value read from a checkpoint.
+        stored: Value read from a checkpoint.
     """
     pairs = [word.rpartition(": ") for word in stored if isinstance(word, str)] if isinstance(stored, list) else []
     return {name: int(value) for name, _, value in pairs if name and value.isascii() and value.isdigit()}
 
 
 def matmul(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-    """Compute x·right, or plus + x·right, (N, out), with the active method and without autograd.
+    """Compute x·right (N, out), or plus + x·right, with the active method and without autograd.
 
     Args:
         x: Rows (N, in).
-        right: Weight (in, out) with any strides, in the dtype of x, or in a narrower one if x is fp32.
+        right: Weight (in, out) with any strides. It has the dtype of x, or a narrower dtype if x is fp32.
         out: Output tensor (N, out); None allocates it.
         plus: Tensor to add, (out,) or (N, out); may be `out`.
     """
@@ -114,12 +114,12 @@ def matmul(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | N
 
 
 def matmul_dtype(rows: int, weights: Sequence[Tensor], dtype: torch.dtype) -> torch.dtype:
-    """Return fp32 if matmuls of `rows` rows with all of these weights run in fp32, else `dtype`.
+    """Return fp32 if matmuls of `rows` rows run in fp32 for all of these weights; otherwise, return `dtype`.
 
     Args:
         rows: Number of input rows.
-        weights: Weights in either orientation. Both orientations are looked up, because the forward pass uses one and
-            the backward pass the other.
+        weights: Weights in either orientation. Both orientations are looked up, because the forward pass uses one
+            orientation and the backward pass uses the other.
         dtype: Dtype of the rows.
     """
     chosen = _chosen()
@@ -132,7 +132,7 @@ def matmul_dtype(rows: int, weights: Sequence[Tensor], dtype: torch.dtype) -> to
 def matmul_in_slices(
     x: Tensor, right: Tensor, size: int, out: Tensor | None = None, plus: Tensor | None = None
 ) -> Tensor:
-    """Compute `matmul` about `size` rows at a time: x (N, in), right (in, out) -> (N, out)."""
+    """Compute `matmul` on slices of at most `size` rows: x (N, in), right (in, out) -> (N, out)."""
     if out is None:
         out = x.new_empty(len(x), right.shape[1])
     for part in slices(len(x), size):
@@ -143,9 +143,9 @@ def matmul_in_slices(
 
 
 def matmul_in_fp32(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-    """Compute `matmul` with upcast operands, rounding the sum once: x (N, in), right (in, out) -> (N, out).
+    """Compute `matmul` with upcast operands and round the sum once: x (N, in), right (in, out) -> (N, out).
 
-    If x is fp32, so are `plus` and the result.
+    If x is fp32, `plus` and the result are fp32 too.
     """
     if out is None:
         out = x.new_empty(len(x), right.shape[1])
@@ -175,8 +175,8 @@ def _at_once(x: Tensor, right: Tensor, out: Tensor | None, plus: Tensor | None) 
 def slices(rows: int, size: int) -> Iterator[slice]:
     """Yield slices of about equal size, with at most `size` rows each.
 
-    Equal sizes avoid a short last slice, which would take as long as a full one. All sizes but the last are multiples
-    of 16.
+    Equal sizes avoid a short last slice, which would take just as long as a full slice. The size of every slice except
+    the last is a multiple of 16.
 
     Args:
         rows: Total number of rows.
@@ -188,7 +188,7 @@ def slices(rows: int, size: int) -> Iterator[slice]:
 
 
 def attention_method(q: Tensor, v: Tensor, causal: bool, longest: int, default: str) -> str:
-    """Return the attention method for these tensors: any value of `Pattern.method` except "auto".
+    """Return the attention method to use for these tensors: any value of `Pattern.method` except "auto".
 
     Args:
         q: Queries (B, H, T, D).
@@ -230,7 +230,10 @@ def _stored(right: Tensor) -> str:
 
 
 def attention_name(heads: tuple[int, int, int], dtype: torch.dtype, causal: bool, longest: int) -> str:
-    """Return the shape name of attention with (heads of q, heads of k, width), or "" if that length is not tuned."""
+    """Return the shape name of an attention computation, or "" if its length is not tuned.
+
+    `heads` contains the number of q heads, the number of k heads, and the head width.
+    """
     counted = [length for length in LENGTHS if length <= longest < 2 * length]
     if not counted:
         return ""

@@ -1,8 +1,8 @@
-"""Fused output head and cross-entropy: the full logits are never stored, and rows without a label are skipped.
+"""Fused output head and cross-entropy: the full logits are never stored, and unlabeled rows are skipped.
 
-The labeled rows are processed in chunks; while a chunk's logits exist, the gradient of h is computed from them too, so
-that the backward pass only has to scale it. The head and the loss cost two matmuls of the labeled rows with W, and the
-memory for one chunk of logits.
+The labeled rows are processed in chunks. While a chunk's logits exist, the gradient of h is computed from them as well,
+so the backward pass only has to scale that gradient. In total, the head and the loss take two matmuls of the labeled
+rows with W, and enough memory for the logits of one chunk.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ IGNORED = -100
 """Label of rows that are excluded from the loss, as in PyTorch."""
 
 CPU_CHUNK, OTHER_CHUNK = (256, 48 << 20), (4096, 256 << 20)
-"""Maximum number of rows per chunk, and maximum size of its logits in bytes. W is read twice per chunk: on a CPU, this
-takes longer than the matmuls if a chunk has fewer than about 100 rows, and more than 256 rows gain little. Accelerators
-need more rows.
+"""Maximum number of rows per chunk, and maximum size of a chunk's logits in bytes.
+
+W is read twice for each chunk. On a CPU, reading W takes longer than the matmuls if a chunk has fewer than about 100
+rows, and chunks of more than 256 rows are hardly any faster. Accelerators need larger chunks.
 """
 ROWS_PER_THREAD = 4
-"""Number of rows that a thread converts to gradients at a time, so that their fp32 copy stays in the thread's cache."""
+"""Number of rows that a thread converts to gradients at a time, chosen so that their fp32 copy fits in its cache."""
 SMALLEST = {torch.float32: 1e-30, torch.float64: 1e-290}
-"""Smallest probability whose logarithm is taken directly; for smaller ones, it is computed from the logits."""
+"""Smallest probability whose logarithm is taken directly; smaller log-probabilities are computed from the logits."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """Map from hidden states to logits: z = W·h + bias, then scale·z, then softcap·tanh(z/softcap).
+    """Mapping from hidden states h to logits: z = scale·(W·h + bias), and then softcap·tanh(z/softcap).
 
     Attributes:
-        W: (V, d), in the dtype of the hidden states.
-        bias: (V,), frozen, or None.
+        W: Weight (V, d), in the dtype of the hidden states.
+        bias: Frozen bias (V,), or None.
         scale: Factor on the logits (`logit_scale` in Cohere, 1/`logits_scaling` in Granite).
         softcap: Bound on the logits (`final_logit_softcapping` in Gemma 2), or None.
     """
@@ -59,27 +60,28 @@ def linear_cross_entropy(
     ignore_index: int = IGNORED,
     chunk: int | None = None,
 ) -> Tensor:
-    """Compute the cross-entropy of the labels under the softmax of the head's logits, [docs/math.md (75)].
+    """Compute the cross-entropy of the labels under the softmax of the head's logits. [docs/math.md (75)]
 
-    Matmuls run in the dtype of h, or in autocast's. Saved for the backward pass: the gradient of the labeled rows and
-    their indices.
+    Matmuls run in the dtype of h, or in the autocast dtype. The gradient of the labeled rows and the indices of these
+    rows are saved for the backward pass.
 
     Args:
         h: Hidden states (..., d), already shifted: row i predicts labels[i].
         head: Head that computes the logits (..., V). W receives a gradient only if it requires one.
-        labels: Integers (...) below V, on the device of h or on the CPU; rows with `ignore_index` are excluded.
-        total: Divisor of the summed losses; None for the number of labeled rows, which gives NaN if there are none.
-        ignore_index: Label of excluded rows.
-        chunk: Maximum number of rows whose logits exist at the same time; None chooses it by vocabulary size.
+        labels: Integers (...) below V, on the device of h or on the CPU.
+        total: Divisor of the summed losses. None divides by the number of labeled rows; if there are none, the loss is
+            NaN.
+        ignore_index: Label of rows that are excluded from the loss.
+        chunk: Maximum number of rows whose logits exist at the same time; None chooses a number by vocabulary size.
 
     Returns:
-        The loss, a scalar in fp32, or in float64 if h is.
+        The loss, a scalar in fp32, or in float64 if h is float64.
 
     Raises:
         ValueError: Shapes, dtypes, labels or options are invalid, or the bias of the head requires a gradient.
 
-    Source: chunking, and computing gradients in the forward pass, follow Liger's fused linear cross-entropy, Hsu et al.
-    2024, arXiv:2410.10989, section 3.2; W is usually frozen here.
+    Source: Hsu et al. 2024, arXiv:2410.10989, section 3.2. As in Liger's fused linear cross-entropy, rows are processed
+    in chunks and gradients are computed in the forward pass; unlike there, W is usually frozen.
     """
     if torch.is_autocast_enabled(h.device.type):
         bias = None if head.bias is None else autocast(head.bias)
@@ -91,7 +93,7 @@ def linear_cross_entropy(
     targets = targets if every else targets[rows]
     least, most = torch.stack(targets.aminmax()).tolist() if count else (0, 0)
     if least < 0 or most >= len(head.W):
-        raise ValueError(f"labels must be in 0..{len(head.W) - 1} or {ignore_index}; mask the others")
+        raise ValueError(f"labels must be in 0..{len(head.W) - 1} or {ignore_index}; mask all other labels")
     targets, rows = (t.to(h.device, non_blocking=True) for t in (targets, rows))
     trained = Trained(flat, head, targets, None if every else rows, chunk or chunk_rows(head.W))
     if needs_gradient(h, head.W):
@@ -109,7 +111,7 @@ def chunk_rows(W: Tensor) -> int:
 
 
 class Trained(NamedTuple):
-    """The labeled rows and how they are chunked.
+    """The labeled rows, and the size of the chunks in which they are processed.
 
     Attributes:
         h: Hidden states of all rows, (N, d).
@@ -126,9 +128,9 @@ class Trained(NamedTuple):
     chunk: int
 
     def run(self, need_dh: bool, need_dW: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the sum of the losses (scalar) and its gradients for the labeled rows of h (n, d) and for W (V, d).
+        """Return the summed losses (scalar), and their gradients for the labeled rows of h (n, d) and for W (V, d).
 
-        Both gradients lack the factor `head.scale`; the one for W is in fp32 or wider.
+        Neither gradient includes the factor `head.scale`. The gradient for W is in fp32 or wider.
         """
         h, (W, bias), n = self.h.detach(), (self.head.W.detach(), self.head.bias), len(self.labels)
         losses = h.new_empty(n, dtype=upcast_dtype(h.dtype))
@@ -152,8 +154,8 @@ class Trained(NamedTuple):
 class _Softmax:
     """Compute losses from rows of logits, and replace the logits with the gradient of the summed losses.
 
-    A few rows at a time are processed in a buffer that stays in the cache: they are upcast, softmax is applied, 1 is
-    subtracted at the label, and the result is rounded.
+    A few rows at a time are processed in a buffer that fits in the cache. The rows are upcast, softmax is applied, 1 is
+    subtracted at each row's label, and the results are rounded.
     """
 
     def __init__(self, head: Head, logits: Tensor, *, gradients: bool) -> None:
@@ -187,12 +189,12 @@ class _Softmax:
         at_label = p.gather(1, labels)
         torch.log(at_label, out=losses).neg_()
         vanishing = at_label < SMALLEST[p.dtype]
-        if z.device.type != "cpu" or vanishing.any():  # on other devices the check itself would synchronize
+        if z.device.type != "cpu" or vanishing.any():  # on other devices, the check itself would synchronize
             losses.copy_(torch.where(vanishing, logits.logsumexp(1, keepdim=True) - logits.gather(1, labels), losses))
         if not self.gradients:
             return
         p.scatter_(1, labels, at_label - 1)
-        if self.cap is not None:  # the derivative of cap·tanh(t/cap), from its value
+        if self.cap is not None:  # the derivative of cap·tanh(t/cap), computed from the value of cap·tanh(t/cap)
             p.mul_(logits.square_().mul_(-1 / self.cap**2).add_(1))
         z.copy_(p)
 
@@ -202,7 +204,7 @@ _State = tuple[float, int, torch.dtype]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Summed losses as a function of h (N, d) and W (V, d); saves the gradients for the labeled rows of h."""
+    """Compute the summed losses from h (N, d) and W (V, d); save the gradients for W and for the labeled rows of h."""
 
     @staticmethod
     def forward(ctx: Context[_State], h: Tensor, W: Tensor, trained: Trained) -> Tensor:
@@ -233,7 +235,7 @@ def _check(h: Tensor, head: Head, labels: Tensor, ignore_index: int, chunk: int 
     if W.dim() != 2 or W.shape[1] != h.shape[-1] or (bias is not None and bias.shape != W.shape[:1]):
         raise ValueError(f"head must have W (V, {h.shape[-1]}) and bias (V,) for this h; W is {tuple(W.shape)}")
     if W.dtype != h.dtype or (bias is not None and bias.dtype != h.dtype):
-        raise ValueError(f"head: W is {W.dtype} and h is {h.dtype}; cast h to the dtype of W")
+        raise ValueError(f"head: W is {W.dtype}, but h is {h.dtype}; cast h to the dtype of W")
     if bias is not None and bias.requires_grad:
         raise ValueError("head: bias requires a gradient, which is not computed; freeze it")
     if head.softcap is not None and not head.softcap > 0:

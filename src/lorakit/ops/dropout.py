@@ -1,6 +1,6 @@
 """Dropout that draws the dropped positions instead of one random number per element.
 
-Only a seed is saved, from which the backward pass regenerates the positions.
+Only a seed is saved. The backward pass regenerates the positions from the seed.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from torch.nn import functional as F
 from lorakit.ops.autograd import Context
 from lorakit.ops.kernels import kernels_for
 
-FEW = 1e-3  # below this probability, the gaps are computed in float64: fp32 is too coarse, and there are few gaps
+FEW = 1e-3  # below this probability, gaps are computed in float64: fp32 is too coarse, and there are only a few gaps
 
 
 def draw_positions(count: int, p: float, device: torch.device | str) -> Tensor:
     """Draw the positions to drop among `count` elements, each independently with probability p.
 
-    The positions are sorted, int64 (dropped,). The seed is drawn from torch's default generator. p is exact to 2⁻²⁴.
+    Returns the sorted positions, int64 (dropped,). The seed comes from torch's default generator. The probability is
+    accurate to 2⁻²⁴.
 
     Raises:
         ValueError: p is not in [0, 1].
@@ -30,30 +31,31 @@ def draw_positions(count: int, p: float, device: torch.device | str) -> Tensor:
 
 
 def draw(like: Tensor, p: float) -> Tensor:
-    """Draw a dropout record to save for the backward pass, for a tensor with the size and device of `like` (any shape).
+    """Draw a dropout record for a tensor with the size and device of `like` (any shape).
 
-    The record is a seed, uint64 (1,), on a CPU and on devices with kernels. On other devices, and under a compiler,
-    which does not support data-dependent sizes, it is a boolean mask (elements,), true for dropped elements.
+    The record is saved for the backward pass. On a CPU and on devices with kernels, the record is a seed, uint64 (1,).
+    On other devices, and under a compiler, it is a boolean mask (elements,) that is true for dropped elements, because
+    compilers do not support data-dependent sizes.
     """
     return draw_record(like.numel(), p, like.device)
 
 
 def draw_record(count: int, p: float, device: torch.device) -> Tensor:
-    """Draw a dropout record for `count` elements, (1,) or (count,), like `draw`."""
+    """Draw a dropout record, (1,) or (count,), for `count` elements; see `draw`."""
     if torch.compiler.is_compiling() or (device.type != "cpu" and kernels_for(torch.empty(0, device=device)) is None):
         return torch.rand(count, device=device) < p
     return _seed(device)
 
 
 def zero_(owned: Tensor, record: Tensor, p: float) -> Tensor:
-    """Zero the elements of a contiguous tensor (any shape) that a record drops, in place."""
+    """Zero, in place, the elements that a record drops from a contiguous tensor (any shape)."""
     return apply_dropout(owned, record, p, out=owned)
 
 
 def apply_dropout(x: Tensor, record: Tensor, p: float, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
-    """Write scale·x (any shape, contiguous), with the dropped elements zeroed, to `out`, which may be x; return `out`.
+    """Multiply x (any shape) by `scale`, zero the dropped elements, write the result to `out`, and return `out`.
 
-    If `out` is None, it is allocated, and x may have any strides.
+    `out` may be x. If `out` is None, a new tensor is allocated. x must be contiguous unless `out` is None.
     """
     if out is None:
         x = x.contiguous()
@@ -73,10 +75,10 @@ def apply_dropout(x: Tensor, record: Tensor, p: float, scale: float = 1.0, out: 
 
 
 def positions(record: Tensor, count: int, p: float, device: torch.device | str = "cpu") -> Tensor:
-    """Return the sorted positions that a record drops among `count` elements, int64 (dropped,), [docs/math.md (70)].
+    """Return the sorted positions, int64 (dropped,), that a record drops among `count` elements. [docs/math.md (70)]
 
-    The gaps between dropped positions are geometrically distributed, so about p·count draws suffice instead of count.
-    Given the same seed, kernels and PyTorch draw different positions.
+    The gaps between dropped positions are geometrically distributed, so about p·count draws suffice instead of `count`.
+    Given the same seed, the kernels and PyTorch draw different positions.
 
     Raises:
         ValueError: p is not in [0, 1].
@@ -95,9 +97,9 @@ def positions(record: Tensor, count: int, p: float, device: torch.device | str =
 
 
 def dropout_add(owned: Tensor, x: Tensor | None, p: float) -> tuple[Tensor, Tensor | None]:
-    """Write x + dropout(owned) over `owned`; return the result and the dropout record.
+    """Overwrite `owned` with x + dropout(owned); return the result and the dropout record.
 
-    owned and x are (N, d) and contiguous; x may be None. The record is None if p = 0.
+    `owned` and x are (N, d) and contiguous; x may be None. The record is None if p = 0.
     """
     if p == 0:
         return owned if x is None else owned.add_(x), None
@@ -107,16 +109,16 @@ def dropout_add(owned: Tensor, x: Tensor | None, p: float) -> tuple[Tensor, Tens
 
 
 def dropout_add_backward(dy: Tensor, record: Tensor | None, p: float) -> Tensor:
-    """Return the gradient of `owned` in `dropout_add` for an output gradient dy (N, d); if p was 0, it is dy itself."""
+    """Return the gradient of `owned` in `dropout_add` for the output gradient dy (N, d): dy itself if p was 0."""
     return dy if record is None else apply_dropout(dy, record, p, 1 / (1 - p))
 
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     """Apply dropout to x (any shape): zero each element with probability p, and divide the others by 1 − p.
 
-    The distribution is that of `torch.nn.functional.dropout`, [docs/math.md (70)]. That function is called under a
-    compiler, if p = 1, and on accelerators without kernels. Otherwise, a record from `draw` is saved for the backward
-    pass.
+    The output has the same distribution as with `torch.nn.functional.dropout`. [docs/math.md (70)] PyTorch's function
+    is called under a compiler, if p = 1, and on accelerators without kernels. Otherwise, a record from `draw` is saved
+    for the backward pass.
 
     Raises:
         ValueError: p is not in [0, 1].
@@ -146,14 +148,14 @@ class _Dropout(torch.autograd.Function):
 
 
 def _seed(device: torch.device | str) -> Tensor:
-    """Draw a seed, uint64 (1,), on a device, from torch's default generator for that device."""
+    """Draw a seed, uint64 (1,), from torch's default generator for a device; the seed is on that device."""
     return torch.empty(1, dtype=torch.int64, device=device).random_(-(2**63), None).view(torch.uint64)
 
 
 def _gaps(count: int, p: float, generator: torch.Generator) -> Tensor:
-    """Return the dropped positions; the gaps between them are drawn from the generator."""
+    """Return the dropped positions, drawing the gaps between them from the generator."""
     expected = count * p
-    # enough to reach the end in all but about one in several thousand calls
+    # enough draws to reach the end in all but about one call in several thousand
     draws = int(expected + 4 * math.sqrt(expected)) + 8
     exact, whole = (torch.float32, torch.int32) if p >= FEW else (torch.float64, torch.int64)
     steps = torch.empty(0, dtype=whole, device=generator.device)

@@ -1,4 +1,4 @@
-"""One autograd function for frozen linear modules with LoRA that share an input."""
+"""A single autograd function for several frozen linear modules that share an input, each with or without LoRA."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from lorakit.ops.kernels.protocol import DropoutMatmuls
 
 
 def linears(x: Tensor, group: Sequence[Adapted]) -> tuple[Tensor, ...]:
-    """Return the outputs (…, out) of adapted linear modules that share the input x (…, in), [docs/math.md (71)].
+    """Return the outputs (…, out) of adapted linear modules that share the input x (…, in). [docs/math.md (71)]
 
-    Gradients flow to x and to each A and B, each in its own dtype; matmuls run in the dtype of x, or in autocast's.
-    Saved for the backward pass: x, a (tokens, r) activation per adapter, and dropout records.
+    Gradients flow to x and to each A and B, in the dtype of that tensor. Matmuls run in the dtype of x, or in the
+    autocast dtype. The following are saved for the backward pass: x, one (tokens, r) activation per adapter, and
+    dropout records.
 
     Raises:
         ValueError: A frozen weight or bias requires a gradient.
@@ -40,7 +41,7 @@ def linears(x: Tensor, group: Sequence[Adapted]) -> tuple[Tensor, ...]:
 
 
 class Form(NamedTuple):
-    """Non-tensor state of a packed `Group`."""
+    """Non-tensor state of a `Group` after `Group.pack`."""
 
     dtype: torch.dtype
     inside: torch.dtype
@@ -56,10 +57,11 @@ class Form(NamedTuple):
 class Group:
     """Forward and backward computations of linear modules that share an input, without autograd.
 
-    For use in autograd functions: call `forward`, then `pack` to get what must be saved besides x; in the backward
-    pass, call `unpack`, then `backward`. Gradient recording must be disabled. With `owned`, x may be overwritten.
+    An autograd function's forward method calls `forward`, and then `pack` to get what must be saved in addition to x.
+    Its backward method calls `unpack`, then `backward`. Gradient recording must be disabled. A method that is called
+    with `owned=True` may overwrite x.
 
-    Inputs and outputs have the same dtype, but matmuls may run in a wider one, in which case each input is upcast once
+    Inputs and outputs have the same dtype, but matmuls may run in a wider dtype. If they do, each input is upcast once
     for all of its matmuls, and each result is rounded once.
     """
 
@@ -74,20 +76,20 @@ class Group:
         self.plain = [j for j, low in self.low.items() if low.p == 0]
         self.dropping = [j for j, low in self.low.items() if low.p > 0]
         self.B = {j: low.B.to(inside) for j, low in self.low.items()}
-        # A, the smallest operand, absorbs the scale and the division by 1 − p: h is then already scaled, and neither
-        # s·B·(A·x) nor the gradient of B needs another multiplication
+        # A, the smallest operand, absorbs the scale and the division by 1 − p. As a result, h is already scaled, and
+        # neither s·B·(A·x) nor the gradient of B needs another multiplication.
         self.A = {j: _scaled(low).to(inside) for j, low in self.low.items() if low.p > 0}
         self.stacked = torch.cat([_scaled(self.low[j]) for j in self.plain]).to(inside) if self.plain else None
 
     @classmethod
     def of(cls, group: Sequence[Adapted], x: Tensor) -> Group:
-        """Create the group for an input x (…, in), with the matmul dtype that autotuning chose for this many rows."""
+        """Create the group for an input x (…, in), using the matmul dtype that autotuning chose for its row count."""
         inside = matmul_dtype(x.numel() // x.shape[-1], [site.W for site in group], x.dtype)
         return cls(group, x.dtype, inside)
 
     @property
     def needs_x(self) -> bool:
-        """Return whether the backward pass needs x, on which only the gradients of A depend."""
+        """Return whether the backward pass needs x. Only the gradients of A depend on x."""
         return any(A for A, _ in self.trains)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -100,7 +102,7 @@ class Group:
         return [self._output(x, site, hs.get(j), self.B.get(j)) for j, site in enumerate(self.sites)]
 
     def recompute(self, x: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
-        """Recompute the outputs of `forward` for x (N, in), bit for bit, from the saved state and the biases (out,)."""
+        """Recompute the outputs of `forward` bit for bit from x (N, in), the saved state, and the biases (out,)."""
         x = x.to(self.inside)
         hs = {j: h for j, h in enumerate(self.h) if h is not None}
         hs |= self._low_rank(x, [j for j in self.low if j not in hs])
@@ -110,7 +112,8 @@ class Group:
     def _output(self, x: Tensor, site: Adapted, h: Tensor | None, B: Tensor | None) -> Tensor:
         """Return x·Wᵀ + b, plus s·h·Bᵀ if there is an adapter.
 
-        The low-rank matmul runs first, and the large one accumulates into its result; the other order takes as long.
+        The low-rank matmul runs first, and the large matmul accumulates into its result. The reverse order takes just
+        as long.
         """
         W, plus, out = site.W.to(self.dtype), None if site.bias is None else site.bias.to(x.dtype), None
         if h is not None and B is not None:
@@ -134,17 +137,17 @@ class Group:
     def backward(
         self, x: Tensor | None, dys: Sequence[Tensor | None], need_dx: bool = True, owned: bool = False
     ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
-        """Return the gradients of x (N, in), if `need_dx`, and of each A and B.
+        """Return the gradient of x (N, in) if `need_dx` is true, and the gradients of each A and B.
 
-        `dys` holds the gradients of the outputs, (N, out) each, with None for outputs without a gradient. x may be None
-        if `needs_x` is false; with `owned`, the gradient of x may reuse the storage of x.
+        `dys` contains the gradient (N, out) of each output, or None if an output has no gradient. x may be None if
+        `needs_x` is false. If `owned` is true, the gradient of x may reuse the storage of x.
         """
         if self.inside != self.dtype:
             x, owned = None if x is None else x.to(self.inside), True
         live = {j: dy.to(self.inside) for j, dy in enumerate(dys) if dy is not None}
         dh = {j: torch.mm(live[j], self.B[j]) for j in self.low if j in live and (need_dx or self.trains[j][0])}
         stacked_dh = self._stacked_grads(dh)
-        spare: list[Tensor] = []  # reusable buffers, shaped like x: allocating pages costs as much as a low-rank matmul
+        spare: list[Tensor] = []  # reusable buffers, shaped like x: allocating one takes as long as a low-rank matmul
         grads_a = {} if x is None else self._grads_a(x, dh, stacked_dh, owned, spare)
         spare += [x] if owned and x is not None else []
         dx = self._grad_x(live, dh, stacked_dh, spare) if need_dx else None
@@ -152,7 +155,7 @@ class Group:
         return dx, [(grads_a.get(j), self._grad_b(j, live.get(j))) for j in range(len(dys))]
 
     def pack(self) -> tuple[Form, list[Tensor | None]]:
-        """Return what the backward pass needs besides x: non-tensor state, and tensors for `save_for_backward`."""
+        """Return what the backward pass needs in addition to x: non-tensor state, and tensors to save."""
         form = [(m.transposed, m.low.scale, m.low.p) if m.low else (m.transposed, None, 0.0) for m in self.sites]
         tensors: list[Tensor | None] = []
         for j, module in enumerate(self.sites):
@@ -161,7 +164,7 @@ class Group:
 
     @classmethod
     def unpack(cls, form: Form, tensors: Sequence[Tensor]) -> Group:
-        """Restore a group to its state after the forward pass, from the results of `pack`."""
+        """Recreate a group, in its state after the forward pass, from the results of `pack`."""
         sites = []
         for j, (transposed, scale, p) in enumerate(form.sites):
             W, A, B = tensors[5 * j : 5 * j + 3]
@@ -171,7 +174,7 @@ class Group:
         return group
 
     def _stacked_grads(self, dh: dict[int, Tensor]) -> Tensor | None:
-        """Concatenate the dh (N, r) of the modules without dropout, in the order of the stacked A."""
+        """Concatenate the dh (N, r) of all modules without dropout, in the order in which their A are stacked."""
         first = next((dh[j] for j in self.plain if j in dh), None)
         if first is None:
             return None
@@ -185,7 +188,7 @@ class Group:
         part: Tensor | None = None
         dropping = [j for j in self.dropping if j in dh]
         fused = self._fused(dh[dropping[0]]) if dropping else None
-        # adapters with dropout come first, because dropped elements must be zeroed before anything else is added
+        # Adapters with dropout come first, because dropped elements must be zeroed before anything else is added.
         for j in dropping if fused is None else ():
             room = part if part is not None else _taken(spare)
             made = zero_(torch.mm(dh[j], self.A[j], out=room), self._record(j), self.low[j].p)
@@ -221,9 +224,10 @@ class Group:
     def _inputs(
         self, x: Tensor, dropping: Sequence[int], owned: bool, spare: list[Tensor]
     ) -> Iterator[tuple[int, Tensor]]:
-        """Yield the index of each module in `dropping` and its input after dropout.
+        """Yield the index of each module in `dropping`, together with the module's input after dropout.
 
-        All inputs use one buffer, which remains in `spare`; with `owned`, the last input is written over x.
+        All of these inputs share one buffer, which remains in `spare`. If `owned` is true, the last input is written
+        over x instead.
         """
         for j in dropping:
             if owned and j == dropping[-1]:
@@ -234,7 +238,7 @@ class Group:
             yield j, apply_dropout(x, self._record(j), self.low[j].p, out=spare[0])
 
     def _fused(self, like: Tensor) -> DropoutMatmuls | None:
-        """Return kernels for low-rank matmuls with dropout on rows like `like` (N, n), or None if there are none."""
+        """Return the kernels for low-rank matmuls with dropout on rows such as `like` (N, n), or None."""
         wide = [self.A[j] for j in self.dropping]
         kernels = kernels_for(like, *wide) if wide and wide[0].shape[1] % 4 == 0 else None
         seeds = all(self._record(j).dtype == torch.uint64 for j in self.dropping)
@@ -246,7 +250,7 @@ class Group:
         return record
 
     def _grad_b(self, j: int, dy: Tensor | None) -> Tensor | None:
-        """Return dyᵀ·(s·h), computed as ((s·h)ᵀ·dy)ᵀ, which is faster for small r."""
+        """Return dyᵀ·(s·h). Computing it as ((s·h)ᵀ·dy)ᵀ is faster for small r."""
         h = self.h[j]
         if h is None or dy is None:
             return None

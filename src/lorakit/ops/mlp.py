@@ -1,8 +1,8 @@
 """Fused MLP sublayer as one autograd function: norm, gate and up projections, activation, down projection, residual.
 
-Saved for the backward pass: x and its norm statistics, the outputs of gate and up (unless they are recomputed), a
-(tokens, r) activation per adapter, and dropout records. The normalized input and the activation are recomputed in
-buffers that are then reused for gradients.
+The following are saved for the backward pass: x and its norm statistics, the outputs of gate and up (unless they are
+recomputed), one (tokens, r) activation per adapter, and dropout records. The normalized input and the activation are
+recomputed in buffers that are then reused for gradients.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ class Form(NamedTuple):
     """Modules and options of an MLP sublayer.
 
     Attributes:
-        inner: (gate, up); or (up,) without a gate; or, if fused, one module (2·f, d) that computes both.
-        down: The down projection, after the activation.
-        act: Activation applied to the output of gate, or of up if there is no gate.
-        norm: Norm of the input, or None.
+        inner: The modules (gate, up); (up,) if there is no gate; or one fused module (2·f, d) that computes both.
+        down: The down projection.
+        act: Activation applied to the output of gate, or to the output of up if there is no gate.
+        norm: Norm applied to the input, or None.
         residual: Whether x is added to the output.
         dropout: Dropout probability for the output of down, before the residual is added.
         within: Dropout probability for the input of down.
-        fused: Whether gate and up are one module.
-        keep: Whether the outputs of gate and up are saved for the backward pass; otherwise, they are recomputed,
-            [docs/math.md (85)].
+        fused: Whether a single module computes gate and up.
+        keep: Whether the outputs of gate and up are saved for the backward pass. If not, they are recomputed.
+            [docs/math.md (85)]
     """
 
     inner: tuple[Adapted, ...]
@@ -53,9 +53,9 @@ class Form(NamedTuple):
 def gated(
     x: Tensor, norm: Norm | None, gate: Adapted, up: Adapted, down: Adapted, act: str, residual: bool = False
 ) -> Tensor:
-    """Compute down(act(gate(n))·up(n)) with n = norm(x), plus x if residual, [docs/math.md (79)].
+    """Compute down(act(gate(n))·up(n)) with n = norm(x), plus x if `residual` is true. [docs/math.md (79)]
 
-    x (..., d) -> (..., d). Gradients flow to x and to the factors A and B.
+    x and the result are (..., d). Gradients flow to x and to the factors A and B.
 
     Raises:
         ValueError: The activation has no fused form, or a base weight requires a gradient.
@@ -68,9 +68,10 @@ def gated(
 def plain(
     x: Tensor, norm: Norm | None, up: Adapted, down: Adapted, act: str, residual: bool = False, dropout: float = 0.0
 ) -> Tensor:
-    """Compute down(act(up(n))) with n = norm(x), plus x if residual, [docs/math.md (79)]: x (..., d) -> (..., d).
+    """Compute down(act(up(n))) with n = norm(x), plus x if `residual` is true. [docs/math.md (79)]
 
-    Gradients flow to x and to the factors A and B. Dropout is applied to the output of down, before x is added.
+    x and the result are (..., d). Gradients flow to x and to the factors A and B. Dropout is applied to the output of
+    down, before x is added.
 
     Raises:
         ValueError: The activation has no fused form, a base weight requires a gradient, or `dropout` is not in
@@ -80,9 +81,9 @@ def plain(
 
 
 def mlp(x: Tensor, form: Form) -> Tensor:
-    """Compute an MLP sublayer of any form, [docs/math.md (79)]: x (..., d) -> (..., d).
+    """Compute an MLP sublayer of any form. [docs/math.md (79)]
 
-    Gradients flow to x and to the factors A and B.
+    x and the result are (..., d). Gradients flow to x and to the factors A and B.
 
     Raises:
         ValueError: A base weight requires a gradient, a dropout probability is not in [0, 1), or `fused` is set with
@@ -110,7 +111,7 @@ def mlp(x: Tensor, form: Form) -> Tensor:
 
 
 def _under_autocast(x: Tensor, form: Form) -> Tensor:
-    """Run under autocast: norm and residual in the dtype of x, everything in between in autocast's dtype."""
+    """Run under autocast: norm and residual in the dtype of x, and everything in between in the autocast dtype."""
     n = autocast(x if form.norm is None else normalize(x, form.norm))
     with without_autocast(x):
         y = mlp(n, form._replace(norm=None, residual=False))
@@ -122,13 +123,13 @@ class _Intermediates(NamedTuple):
 
     stats: Sequence[Tensor]  # row statistics of the norm
     hidden: list[Tensor]  # outputs of gate and up, (N, f)
-    record: Tensor | None  # dropout record of the output
-    within: Tensor | None  # dropout record of the input of down
+    record: Tensor | None  # dropout record for the output
+    within: Tensor | None  # dropout record for the input of down
     groups: tuple[Group, Group]
 
 
 def _forward(x: Tensor, form: Form) -> tuple[Tensor, _Intermediates]:
-    """Return the output rows (N, d) and the intermediates."""
+    """Return the output rows (N, d) and the intermediate results."""
     flat = rows(x)
     n, stats = (flat, ()) if form.norm is None else form.norm.forward(flat)
     inner, outer = Group.of(form.inner, n), Group.of([form.down], n)
@@ -142,12 +143,12 @@ def _forward(x: Tensor, form: Form) -> tuple[Tensor, _Intermediates]:
 
 
 def _halves(hidden: list[Tensor], form: Form) -> list[Tensor]:
-    """Return the outputs of gate and up, (N, f) each; a fused module's output is split."""
+    """Return the outputs (N, f) of gate and up, splitting the output of a fused module."""
     return [half.contiguous() for half in hidden[0].chunk(2, 1)] if form.fused else hidden
 
 
 _State = tuple[Form, torch.Size, list[int], linear.Form, linear.Form]
-"""Form, shape of x, number of saved tensors in each part, and packed forms of the inner modules and of down."""
+"""Form, shape of x, number of saved tensors in each part, and packed forms of the inner and outer groups."""
 
 
 class _Mlp(torch.autograd.Function):
@@ -202,9 +203,9 @@ class _Mlp(torch.autograd.Function):
 def _back_through_the_activation(
     dy: Tensor, saved: tuple[Sequence[Tensor], Tensor | None], outer: Group, form: Form, deep: bool
 ) -> tuple[list[Tensor], tuple[Tensor | None, Tensor | None]]:
-    """Return the gradients of the inner modules' outputs, if needed, and those of down's A and B.
+    """Return the gradients of the inner modules' outputs, if needed, and the gradients of down's A and B.
 
-    `saved` holds the outputs of gate and up, (N, f) each, and the record of the dropout before down.
+    `saved` contains the outputs (N, f) of gate and up, and the record of the dropout before down.
     """
     hidden, within = saved
     first, up = (hidden[0] if hidden else None), (hidden[1] if len(hidden) == 2 else None)

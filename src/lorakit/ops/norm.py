@@ -1,6 +1,6 @@
-"""RMS norm and layer norm with frozen weights: building blocks for other fused operations, and autograd functions.
+"""RMS norm and layer norm with frozen weights: autograd functions, and building blocks for other fused operations.
 
-Only the input and one or two statistics per row are saved; a backward pass that needs the output recomputes it.
+Only the input and one or two statistics per row are saved. A backward pass that needs the output recomputes it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Norm:
 
     Attributes:
         kind: "rms" (T5, Llama, Gemma) or "layer".
-        weight: (d,), or None for ones.
-        bias: (d,), only for layer norm, or None.
-        eps: Added to the mean square (RMS norm) or to the variance (layer norm).
-        offset: Added to the weight: 1 if the checkpoint stores weight − 1 (Gemma).
+        weight: Weight (d,), or None for all ones.
+        bias: Bias (d,) of a layer norm, or None.
+        eps: Number added to the mean square (RMS norm) or to the variance (layer norm).
+        offset: Number added to the weight: 1 if the checkpoint stores weight − 1, as Gemma's does; otherwise 0.
     """
 
     kind: Literal["rms", "layer"]
@@ -38,7 +38,7 @@ class Norm:
     offset: float = 0.0
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the normalized x (N, d) and its row statistics, (N, 1) each, for `recompute` and `backward`."""
+        """Return the normalized x (N, d), and the row statistics (N, 1) that `recompute` and `backward` need."""
         if self.kind == "layer":
             n, mean, rstd = layer_forward(x, self.weight, self.bias, self.eps)
             return n, (mean, rstd)
@@ -46,13 +46,13 @@ class Norm:
         return n, (rstd,)
 
     def recompute(self, x: Tensor, stats: Sequence[Tensor]) -> Tensor:
-        """Recompute the normalized x (N, d), bit for bit."""
+        """Recompute the normalized x (N, d) bit for bit."""
         if self.kind == "layer":
             return layer_forward(x, self.weight, self.bias, self.eps)[0]
         return rms_recompute(x, stats[0], self.weight, self.offset)
 
     def backward(self, dn: Tensor, x: Tensor, stats: Sequence[Tensor], add: Tensor | None = None) -> Tensor:
-        """Return the gradient of x (N, d), plus `add` (N, d), in a new tensor; dn is the output's gradient."""
+        """Return the gradient of x (N, d) plus `add` (N, d) as a new tensor; dn (N, d) is the output's gradient."""
         if self.kind == "layer":
             backward = torch.ops.aten.native_layer_norm_backward
             given = dn.to(x.dtype), x, x.shape[-1:], *stats, _weight(self.weight, x), None
@@ -62,7 +62,7 @@ class Norm:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
-    """Compute the RMS norm of x (..., d) with a frozen weight (d,), [docs/math.md (76)].
+    """Compute the RMS norm of x (..., d) with a frozen weight (d,). [docs/math.md (76)]
 
     Only x and one value per row are saved for the backward pass.
 
@@ -75,7 +75,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) 
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Compute the layer norm of x (..., d) with a frozen weight and bias (d,), [docs/math.md (77)].
+    """Compute the layer norm of x (..., d) with a frozen weight (d,) and bias (d,). [docs/math.md (77)]
 
     Only x and two values per row are saved for the backward pass.
 
@@ -88,7 +88,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 def normalize(x: Tensor, norm: Norm) -> Tensor:
-    """Apply a norm to x (..., d); the result has the dtype of x.
+    """Apply a norm to x (..., d). The result has the dtype of x.
 
     Raises:
         ValueError: The weight or bias of the norm requires a gradient.
@@ -105,7 +105,7 @@ def normalize(x: Tensor, norm: Norm) -> Tensor:
 
 
 def norm_recompute(norm: Norm | None, x: Tensor | None, stats: Sequence[Tensor]) -> Tensor:
-    """Run `Norm.recompute` on x (N, d); without a norm, return x."""
+    """Run `Norm.recompute` on x (N, d), or return x if `norm` is None."""
     assert x is not None  # the forward pass saves x if the backward pass needs the normalized x
     return x if norm is None else norm.recompute(x, stats)
 
@@ -113,7 +113,7 @@ def norm_recompute(norm: Norm | None, x: Tensor | None, stats: Sequence[Tensor])
 def norm_backward(
     norm: Norm | None, dn: Tensor, x: Tensor | None, stats: Sequence[Tensor], add: Tensor | None
 ) -> Tensor:
-    """Run `Norm.backward` on dn, x and add (N, d); without a norm, add `add` to dn in place."""
+    """Run `Norm.backward` on dn, x and `add` (N, d), or add `add` to dn in place if `norm` is None."""
     if norm is not None:
         assert x is not None  # with a norm, the forward pass saves x
         return norm.backward(dn, x, stats, add)
@@ -139,7 +139,7 @@ def check_frozen_norm(norm: Norm | None) -> None:
 
 
 def rms_forward(x: Tensor, w: Tensor | None, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Return the RMS norm of x (N, d), and 1/RMS of each row, (N, 1) in fp32 or wider, [docs/math.md (76)]."""
+    """Return the RMS norm of x (N, d), and 1/RMS (N, 1) of each row in fp32 or wider. [docs/math.md (76)]"""
     rstd = x.new_empty(len(x), 1, dtype=upcast_dtype(x.dtype))
     kernels = kernels_for(x, w)
     if kernels is None:
@@ -160,7 +160,7 @@ def rms_recompute(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float) -> T
 
 
 def rms_backward(dn: Tensor, x: Tensor, rstd: Tensor, w: Tensor | None, offset: float, add: Tensor | None) -> Tensor:
-    """Return the gradient of x (N, d), plus `add` (N, d), in a new tensor.
+    """Return the gradient of x (N, d) plus `add` (N, d) as a new tensor.
 
     dn (N, d) is the gradient of the normalized x, rstd (N, 1) comes from `rms_forward`, and w (d,) is the weight.
     """
@@ -186,14 +186,14 @@ def rms_backward(dn: Tensor, x: Tensor, rstd: Tensor, w: Tensor | None, offset: 
 
 
 def layer_forward(x: Tensor, w: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the layer norm of x (N, d), and the mean and 1/std of each row, both (N, 1), [docs/math.md (77)]."""
+    """Return the layer norm of x (N, d), and the mean and 1/std of each row, (N, 1) each. [docs/math.md (77)]"""
     bias = None if bias is None else bias.to(_dtype_of_parameters(x))
     n, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], _weight(w, x), bias, eps)
     return n, mean, rstd
 
 
 def _rms(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float, eps: float | None) -> Tensor:
-    """Compute the RMS norm of x with the given rstd; if eps is given, compute rstd first."""
+    """Compute the RMS norm of x with the given rstd. If eps is not None, compute rstd first."""
     n, scratch = torch.empty_like(x), upcast_scratch(x)
     gain = _gain(w, offset, rstd.dtype) if offset else w
     for rows in slabs(x):
@@ -224,7 +224,10 @@ def _weight(w: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _dtype_of_parameters(x: Tensor) -> torch.dtype:
-    """Return the dtype for weight and bias: on a CPU, at least fp32, because torch rounds the mean and std to it."""
+    """Return the dtype for the weight and bias.
+
+    On a CPU, it is at least fp32, because torch rounds the mean and std to the dtype of the weight.
+    """
     return upcast_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
 
 

@@ -1,6 +1,7 @@
 """Reference implementations of the fused operations in plain PyTorch, used to test values and gradients.
 
-Each one follows its formula directly: for example, `linear` computes what `lorakit.ops.linear.linears` computes.
+Each function follows its formula directly. For example, `linear` computes the same results as
+`lorakit.ops.linear.linears`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def dropout(x: Tensor, p: float, keep: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, group: Sequence[Adapted], masks: Sequence[Tensor | None] | None = None) -> list[Tensor]:
-    """Compute `linears` for x (…, in); `masks` holds a dropout mask (…, in) or None for each module."""
+    """Compute `linears` for x (…, in); `masks` contains a dropout mask (…, in) or None for each module."""
     outputs = []
     for module, mask in zip(group, masks or [None] * len(group), strict=True):
         y = F.linear(x, module.W.t() if module.transposed else module.W, module.bias)
@@ -61,7 +62,7 @@ def segments(x: Tensor, A: Tensor, B: Tensor, scales: Tensor, index: Tensor) -> 
 def cross_entropy(
     h: Tensor, head: Head, labels: Tensor, *, total: float | Tensor | None = None, ignore_index: int = IGNORED
 ) -> Tensor:
-    """Compute `linear_cross_entropy` for h (..., d) and labels (...); returns a scalar."""
+    """Compute `linear_cross_entropy` for h (..., d) and labels (...), and return the scalar loss."""
     z = F.linear(h, head.W, head.bias).to(upcast_dtype(h.dtype)) * head.scale
     if head.softcap is not None:
         z = head.softcap * torch.tanh(z / head.softcap)
@@ -70,7 +71,7 @@ def cross_entropy(
 
 
 def norm(x: Tensor, norm: Norm) -> Tensor:
-    """Apply a norm to x (..., d), rounding at the same points as transformers does."""
+    """Apply a norm to x (..., d), rounding at the same points as transformers."""
     if norm.kind == "layer":
         return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
     n = x.to(upcast_dtype(x.dtype))
@@ -119,7 +120,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, kept: Tensor | 
 
 
 def visible(pattern: Pattern, tokens: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return a boolean mask (T, T); entry (i, j) is true if token i of a row sees token j."""
+    """Return a boolean mask (T, T) whose entry (i, j) is true if token i of a row sees token j."""
     lengths = pattern.lengths(tokens)
     which = torch.tensor([i for i, length in enumerate(lengths) for _ in range(length)], device=device)
     targets = torch.arange(len(which), device=device)

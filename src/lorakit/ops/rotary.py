@@ -1,10 +1,11 @@
 """Rotary position embeddings (RoPE): rotate pairs of elements of q and k by angles that grow with the position.
 
-The tables `cos` and `sin` come from the model (transformers computes them once per forward pass, including its scaling
-for long contexts), so no base or frequency is needed here. Their shape is (…, T, rot), where rot is even and at most D:
-the first rot elements of a head are rotated, and the others are copied. Two pairings are in use: `half` pairs i with
-i + rot/2 (Llama, Qwen, Gemma, GPT-NeoX), and `interleaved` pairs 2i with 2i + 1 (GPT-J, Cohere, GLM). The rotation is
-linear, so the backward pass applies its transpose and needs only the tables.
+The tables `cos` and `sin` come from the model: transformers computes both tables once per forward pass, including any
+scaling for long contexts, so this module needs no base or frequencies. The tables have shape (…, T, rot), where rot is
+even and at most D. The first rot elements of a head are rotated, and the others are copied. Models use one of two
+pairings: `half` pairs element i with i + rot/2 (Llama, Qwen, Gemma, GPT-NeoX), and `interleaved` pairs element 2i with
+2i + 1 (GPT-J, Cohere, GLM). The rotation is linear, so the backward pass applies its transpose and needs only the
+tables.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class Rotary:
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate the pairs of elements of x according to their position, [docs/math.md (80)]; differentiable in x.
+    """Rotate the pairs of elements of x (B, H, T, D) according to the token positions. [docs/math.md (80)]
 
-    x (B, H, T, D) with any strides -> (B, H, T, D), stored as (B, T, H, D).
+    x may have any strides. The result is (B, H, T, D), stored as (B, T, H, D), and is differentiable with respect to x.
 
     Source: Su et al. 2021, arXiv:2104.09864, eq. (34).
 
@@ -67,10 +68,10 @@ def rotated(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 def rotate_back_(grad: Tensor, rotary: Rotary) -> Tensor:
-    """Apply the transposed rotation to a gradient in place, [docs/math.md (80)].
+    """Apply the transposed rotation to a gradient in place. [docs/math.md (80)]
 
-    grad (B, T, H, D), with any strides, is the gradient of the output of `rotated`; it is overwritten with the gradient
-    of the input and returned.
+    `grad` (B, T, H, D), with any strides, is the gradient of the output of `rotated`. It is overwritten with the
+    gradient of the input, and returned.
     """
     cos, sin = (_with_head_axis(table).to(grad.dtype) for table in (rotary.cos, rotary.sin))
     if _by_kernel(grad, cos, sin, rotary.pairs, True, grad):
@@ -83,7 +84,7 @@ def rotate_back_(grad: Tensor, rotary: Rotary) -> Tensor:
 
 
 def _by_kernel(x: Tensor, cos: Tensor, sin: Tensor, pairs: Pairs, back: bool, out: Tensor) -> bool:
-    """Write the rotated x (B, T, H, D) to out if a compiled kernel supports this call; return whether one does."""
+    """Write the rotated x (B, T, H, D) to `out` if a compiled kernel supports the call; return whether one does."""
     kernels = kernels_for(x, cos, sin, strided=True)
     if kernels is None or not all(_has_contiguous_heads(t) for t in (x, out)) or len(cos) not in (1, len(x)):
         return False
@@ -97,7 +98,7 @@ def _has_contiguous_heads(x: Tensor) -> bool:
     apart = x.stride(1)
     if x.stride()[2:] != (width, 1) or (batch > 1 and x.stride(0) != tokens * apart):
         return False
-    return apart >= heads * width or batch * tokens == 1  # otherwise x is expanded: tokens share memory
+    return apart >= heads * width or batch * tokens == 1  # otherwise, x is an expanded view whose tokens share memory
 
 
 def check(x: Tensor, rotary: Rotary) -> None:
@@ -141,12 +142,12 @@ class _Rotate(torch.autograd.Function):
 
 
 def _with_head_axis(table: Tensor) -> Tensor:
-    """Return a table (T, rot) or (B, T, rot) as (1 or B, T, 1, rot), for tensors (B, T, H, D)."""
+    """Reshape a table (T, rot) or (B, T, rot) to (1 or B, T, 1, rot), for use with tensors (B, T, H, D)."""
     return (table if table.dim() == 3 else table.unsqueeze(0)).unsqueeze(2)
 
 
 def _halves(x: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """Return views of the first and second elements of all pairs, each (…, rot/2)."""
+    """Return two views (…, rot/2): the first elements of all pairs, and the second elements of all pairs."""
     if pairs == "half":
         half = x.shape[-1] // 2
         return x[..., :half], x[..., half:]

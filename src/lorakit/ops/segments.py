@@ -1,15 +1,18 @@
-"""Batched LoRA with one adapter per row (multi-adapter batches), computed from stacks of all adapters' factors.
+"""Batched LoRA with one adapter per row (multi-adapter batches), computed from the stacked factors of all adapters.
 
 With B transposed, the forward and backward passes consist of the same three matmuls: `shrink` from width to rank,
-`expand` from rank to width, and `outer`, which multiplies a low-rank activation by a wide one. There are four methods,
-which give the same results:
+`expand` from rank to width, and `outer`, the product of a low-rank activation and a wide one. There are four methods,
+which all give the same results:
 
-- `masked` multiplies each row by all adapters and masks out the results of the others: fastest with few adapters.
-- `rows` runs one matmul per row with a copy of the row's factors: for rows with many tokens, and for many adapters.
-- `sorted` groups the rows by adapter and runs one matmul per adapter: for many short rows, and for a single adapter.
-- `compiled` reads each row's factors in place, in one kernel for shrink and expand (as BGMV does): for a few short rows
-  without gradients, if a kernel is available. In a decoding step with many rows and many adapters, the factors are then
-  read only once.
+- `masked` multiplies each row by the factors of all adapters, and masks out the results for the adapters that the row
+  does not use. This method is the fastest with few adapters.
+- `rows` copies each row's factors and runs one matmul per row. It is meant for rows with many tokens, and for many
+  adapters.
+- `sorted` groups the rows by adapter and runs one matmul per adapter. It is meant for many short rows, and for a single
+  adapter.
+- `compiled` reads each row's factors in place, with one kernel for shrink and expand, as BGMV does. It is meant for a
+  few short rows without gradients, and requires a kernel. In a decoding step with many rows and many adapters, it reads
+  the factors only once.
 """
 
 from __future__ import annotations
@@ -30,17 +33,17 @@ from lorakit.ops.kernels.protocol import PerRowMatmuls
 
 
 class PerRowLora:
-    """Compute s_k·B_k·(A_k·x_i) for each row i and its adapter k with a compiled kernel, [docs/math.md (72)].
+    """Compute s_k·B_k·(A_k·x_i) for each row i and its adapter k with a compiled kernel. [docs/math.md (72)]
 
-    A (K, r, in) includes the scales, Bt (K, r, out) is B transposed, and index (rows,) holds each row's adapter, or −1
-    for none. An instance can be called any number of times.
+    A (K, r, in) includes the scales, and Bt (K, r, out) is B transposed. `index` (rows,) contains each row's adapter,
+    or −1 for none. An instance can be used any number of times.
     """
 
     def __init__(self, A: Tensor, Bt: Tensor, index: Tensor, products: PerRowMatmuls) -> None:
         self.A, self.Bt, self.index, self.products = A, Bt, index.long().contiguous(), products
 
     def forward(self, x: Tensor, into: Tensor | None) -> tuple[Tensor, None]:
-        """Compute the result (rows, …, out) for x (rows, …, in), added to `into` in place if given.
+        """Compute the result (rows, …, out) for x (rows, …, in), and add it to `into` in place if `into` is given.
 
         Returns:
             The result, and None, because nothing is saved for the backward pass.
@@ -55,14 +58,16 @@ class PerRowLora:
 
 
 Method = Literal["masked", "rows", "sorted", "compiled"]
-LONG_ROW = 4  # minimum tokens per row for per-row matmuls to be efficient
-LONG_RUN, FULL_RUN = 32, 8  # minimum rows per adapter for a matmul per adapter to be efficient; to beat one per row
-FEW_ADAPTERS = 16  # up to this many, one matmul with all adapters costs no more than copying each row's factors
+LONG_ROW = 4  # minimum number of tokens per row for which per-row matmuls are efficient
+# Minimum number of rows per adapter for which one matmul per adapter is efficient (LONG_RUN), and for which one matmul
+# per adapter is faster than one per row (FULL_RUN).
+LONG_RUN, FULL_RUN = 32, 8
+FEW_ADAPTERS = 16  # up to this number, one matmul with all adapters is at least as fast as copying each row's factors
 
 
 @dataclass(frozen=True, eq=False)
 class Routed:
-    """Adapter of each row, as an index (rows,), −1 for none; built once per forward pass and used by every layer.
+    """Adapter index of each row, (rows,), with −1 for none. Created once per forward pass and used by every layer.
 
     Raises:
         ValueError: The index is not an integer tensor or is out of range.
@@ -82,7 +87,7 @@ class Routed:
 
     @cached_property
     def own(self) -> Tensor:
-        """Return a mask (rows, adapters) in fp32 that is 1 at the adapter of each row and 0 elsewhere."""
+        """Return an fp32 mask (rows, adapters): 1 for the adapter that a row uses, and 0 for all other adapters."""
         return (self.index[:, None] == torch.arange(self.adapters, device=self.index.device)).float()
 
     @cached_property
@@ -92,19 +97,22 @@ class Routed:
 
     @cached_property
     def served(self) -> Tensor | None:
-        """Return the indices of the rows with an adapter, (served,), or None if all rows have one."""
+        """Return the indices (served,) of the rows with an adapter, or None if all rows have one."""
         return None if bool((self.index >= 0).all()) else (self.index >= 0).nonzero().flatten()
 
     @cached_property
     def order(self) -> Tensor | None:
-        """Return the indices (served,) of the rows with an adapter, grouped by adapter; None if all are in order."""
+        """Return the indices (served,) of the rows with an adapter, grouped by adapter.
+
+        Returns None if every row has an adapter and the rows are already grouped.
+        """
         if self.served is None and bool((self.index.diff() >= 0).all()):
             return None
         return self.index.argsort(stable=True)[len(self.index) - int((self.index >= 0).sum()) :]
 
     @cached_property
     def runs(self) -> list[tuple[int, int, int]]:
-        """Return (adapter, first row, end row) for each adapter that has rows; rows are counted in `order`."""
+        """Return (adapter, start, end) for each adapter that has rows: its range of positions in `order`."""
         found, end = [], 0
         for k, n in enumerate(torch.bincount(self.index + 1, minlength=self.adapters + 1).tolist()[1:]):
             found += [(k, end, end + n)] if n else []
@@ -121,24 +129,24 @@ def segmented(
     into: Tensor | None = None,
     method: Method | None = None,
 ) -> Tensor:
-    """Compute s_k·B_k·(A_k·x_i) for each row i of x (rows, …, in) and its adapter k = index[i], [docs/math.md (72)].
+    """Compute s_k·B_k·(A_k·x_i) for each row i of x (rows, …, in) and its adapter k = index[i]. [docs/math.md (72)]
 
-    Gradients flow to x, A, B and `into`. If A and B have the dtype of x, and B is a transposed view of a tensor
-    (K, r, out), the factors are not copied, except by the method "rows", which copies them for each row.
+    Gradients flow to x, A, B and `into`. If A and B have the dtype of x, and B is a transposed view of a (K, r, out)
+    tensor, the factors are not copied. The method "rows" is an exception: it copies the factors for each row.
 
     Args:
         x: Input rows, (rows, …, in).
-        A: Factors A of all adapters, zero-padded to the largest rank, (K, r, in).
-        B: Factors B, padded likewise, (K, out, r).
-        scales: Scales (K,), or None if A includes them.
-        index: Adapter of each row, (rows,) with −1 for none, or a `Routed`.
+        A: The A factors of all adapters, zero-padded to the largest rank, (K, r, in).
+        B: The B factors of all adapters, also zero-padded, (K, out, r).
+        scales: Scales (K,), or None if A includes the scales.
+        index: Adapter of each row, (rows,), with −1 for none; or a `Routed`.
         into: Tensor (rows, …, out) to which the result is added in place, or None.
-        method: Method to use; None chooses one other than "compiled". "masked" multiplies each row by every
-            adapter, so all factors must be finite.
+        method: Method to use; None chooses any method except "compiled". With "masked", all factors must be finite,
+            because each row is multiplied by the factors of every adapter.
 
     Raises:
-        ValueError: Shapes do not match, an index is out of range, or the method is "compiled" although gradients are
-            recorded or there is no kernel.
+        ValueError: Shapes do not match, or an index is out of range; or the method is "compiled", but gradients are
+            recorded or no kernel is available.
     """
     rows = index if isinstance(index, Routed) else Routed(index, len(A))
     _check(x, A, B, scales, rows, into)
@@ -159,7 +167,7 @@ def segmented(
 
 
 def compiled_method(A: Tensor, B: Tensor, scales: Tensor | None, rows: Routed, x: Tensor) -> PerRowLora | None:
-    """Prepare the method "compiled" for rows like x (rows, …, in); return None if no kernel supports them.
+    """Prepare the method "compiled" for rows such as x (rows, …, in); return None if no kernel supports such rows.
 
     A (K, r, in), B (K, out, r) and scales (K,) are as in `segmented`.
     """
@@ -184,10 +192,10 @@ def _check(x: Tensor, A: Tensor, B: Tensor, scales: Tensor | None, rows: Routed,
 
 
 def method_for(x: Tensor, rows: Routed, only_finite: bool = True) -> Method:
-    """Choose the method for rows x (rows, …, in); the thresholds were measured at widths 576 and 2048 with rank 16.
+    """Choose the method for rows x (rows, …, in). The thresholds were measured at widths 576 and 2048 with rank 16.
 
-    "masked" requires that all stacked factors are finite, and is not used in fp16, where a row can overflow with an
-    adapter that it does not use: masking does not remove Inf or NaN.
+    "masked" requires that all stacked factors be finite, because masking does not remove Inf or NaN. It is not used in
+    fp16, where the result for an adapter that a row does not use can overflow.
     """
     run = len(x) / rows.adapters
     if rows.adapters == 1:
@@ -200,7 +208,7 @@ def method_for(x: Tensor, rows: Routed, only_finite: bool = True) -> Method:
 
 
 def are_few(x: Tensor, rows: Routed) -> bool:
-    """Return whether the rows x (rows, …, in) are short and few enough that a kernel per row is fastest."""
+    """Return whether the rows x (rows, …, in) are short enough, and few enough, for the method "compiled"."""
     tokens = x.numel() // x.shape[-1]
     return tokens < LONG_ROW * len(x) and tokens <= LONG_RUN * rows.adapters
 
@@ -214,17 +222,19 @@ class _Call(NamedTuple):
 
 
 class _Products(NamedTuple):
-    """The matmuls of a method. Wide rows are (served, T, in or out), and stacks are (K, r, in or out); the layout of
-    low-rank activations depends on the method.
+    """The three matmuls of a method.
+
+    Wide rows are (served, T, in or out), and stacks are (K, r, in or out). The shape of low-rank activations depends on
+    the method.
     """
 
-    shrink: Callable[[Tensor, Tensor, _Call], Tensor]  # wide, stack -> low rank, scaled
-    expand: Callable[[Tensor, Tensor, _Call, Tensor | None], Tensor]  # low rank, stack -> wide, added to the given wide
-    outer: Callable[[Tensor, Tensor, Tensor, _Call], Tensor]  # low rank, wide, stack -> gradient of the stack
+    shrink: Callable[[Tensor, Tensor, _Call], Tensor]  # wide rows, stack -> low-rank activation, scaled
+    expand: Callable[[Tensor, Tensor, _Call, Tensor | None], Tensor]  # activation, stack, rows to add to -> wide rows
+    outer: Callable[[Tensor, Tensor, Tensor, _Call], Tensor]  # activation, wide rows, stack -> gradient of the stack
 
 
 class Segments:
-    """Forward and backward computations of one method, for any number of calls with gradient recording disabled.
+    """Forward and backward computations of one method. Can be used repeatedly; gradient recording must be disabled.
 
     A (K, r, in), B (K, out, r) and scales (K,) are as in `segmented`; `dtype` is the dtype of the rows.
     """
@@ -242,7 +252,7 @@ class Segments:
     def forward(self, x: Tensor, into: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the result (rows, …, out) for x (rows, …, in), and the low-rank activation for the backward pass.
 
-        Must run without autocast (`without_autocast`).
+        The caller must disable autocast (see `without_autocast`).
         """
         h = self.do.shrink(self._take(x), self.A, self.call)
         return self._put(h, self.Bt, x, into), h
@@ -250,8 +260,10 @@ class Segments:
     def backward(
         self, x: Tensor | None, h: Tensor | None, dy: Tensor, need_dx: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients of x (rows, …, in) if `need_dx`, of A (K, r, in) if x is given, and of B (K, out, r) if
-        h is given; the others are None.
+        """Return the gradients of x (rows, …, in), A (K, r, in) and B (K, out, r).
+
+        The gradient of x is None unless `need_dx` is true, that of A is None if x is None, and that of B is None if h
+        is None.
         """
         dx = dA = dB = None
         wide = self._take(dy)
@@ -264,12 +276,12 @@ class Segments:
         return dx, dA, dB
 
     def _take(self, x: Tensor) -> Tensor:
-        """Return the rows of x (rows, …, n) that the method multiplies, in the order it needs, as (served, T, n)."""
+        """Return, as (served, T, n), the rows of x (rows, …, n) that the method needs, in the order that it needs."""
         x = x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])
         return x.contiguous() if self.taken is None else x.index_select(0, self.taken)
 
     def _put(self, h: Tensor, stack: Tensor, like: Tensor, into: Tensor | None) -> Tensor:
-        """Expand a low-rank activation to (rows, …, n), with the rows at their original positions."""
+        """Expand a low-rank activation to (rows, …, n), and return the rows to their original positions."""
         shape = (*like.shape[:-1], stack.shape[-1])
         flat = (len(like), math.prod(shape[1:-1]), shape[-1])
         if self.taken is None and into is not None and into.is_contiguous():
@@ -282,11 +294,11 @@ class Segments:
         if into is None:
             return wide.view(shape)
         into.add_(wide.view(shape))
-        return into  # not the result of `add_`: torch.compile must see that the input itself is returned
+        return into  # rather than the result of `add_`, so that torch.compile sees that the input itself is returned
 
 
 def _masked_shrink(wide: Tensor, stack: Tensor, call: _Call) -> Tensor:
-    """Shrink (rows, T, in) -> (rows·T, K·r), zero except in the r columns of each row's adapter."""
+    """Shrink (rows, T, in) to (rows·T, K·r), and zero all columns except the r columns of each row's adapter."""
     h = torch.mm(wide.flatten(0, 1), stack.flatten(0, 1).t())
     own = call.rows.own if call.scales is None else call.rows.own * call.scales[:, None]
     h.view(*wide.shape[:2], *stack.shape[:2]).mul_(own[:, None, :, None])
@@ -303,7 +315,7 @@ def _masked_outer(h: Tensor, wide: Tensor, stack: Tensor, call: _Call) -> Tensor
 
 
 def _rows_shrink(wide: Tensor, stack: Tensor, call: _Call) -> Tensor:
-    """Shrink (rows, T, in) -> (rows, T, r)."""
+    """Shrink (rows, T, in) to (rows, T, r)."""
     return _scaled(torch.bmm(wide, _of_rows(stack, call).transpose(1, 2)), call)
 
 
@@ -318,18 +330,18 @@ def _scaled(h: Tensor, call: _Call) -> Tensor:
 
 
 def _of_rows(stack: Tensor, call: _Call) -> Tensor:
-    """Return each row's factor (rows, r, in), copied unless each adapter has exactly one row, in order."""
+    """Return each row's factor (rows, r, in). It is a copy unless each adapter has exactly one row, in order."""
     return stack if call.rows.in_place else stack.index_select(0, call.adapter)
 
 
 def _rows_outer(h: Tensor, wide: Tensor, stack: Tensor, call: _Call) -> Tensor:
-    """Sum over the rows of each adapter, in fp32 or wider."""
+    """Sum the products over the rows of each adapter, in fp32 or wider."""
     grad = torch.zeros(stack.shape, dtype=torch.promote_types(wide.dtype, torch.float32), device=wide.device)
     return grad.index_add_(0, call.adapter, torch.bmm(h.transpose(1, 2), wide).to(grad.dtype))
 
 
 def _sorted_shrink(wide: Tensor, stack: Tensor, call: _Call) -> Tensor:
-    """Shrink (rows, T, in) -> (rows, T, r)."""
+    """Shrink (rows, T, in) to (rows, T, r)."""
     h = wide.new_empty(*wide.shape[:2], stack.shape[1])
     for k, start, end in call.rows.runs:
         torch.mm(wide[start:end].flatten(0, 1), stack[k].t(), out=h[start:end].flatten(0, 1))
@@ -366,8 +378,10 @@ _State = tuple[Routed, Method, torch.dtype]
 
 
 class _Segmented(torch.autograd.Function):
-    """Autograd function for `segmented`. `into` must be the first argument: if it is a view, autograd assumes that the
-    first argument is the one changed in place.
+    """Autograd function for `segmented`.
+
+    `into` must be the first argument: if `into` is a view, autograd assumes that the first argument is the one that was
+    modified in place.
     """
 
     @staticmethod

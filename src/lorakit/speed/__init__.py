@@ -1,6 +1,6 @@
-"""Acceleration of models: `accelerate` replaces supported modules with equivalent fused forwards, reversibly.
+"""Model acceleration: `accelerate` replaces the forward passes of supported modules with equivalent fused ones.
 
-`choose` measures which kernels are fastest on this machine.
+The replacement can be undone. `choose` measures which kernels are fastest on this machine.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""`accelerate`: reversibly replace supported modules with fused forwards that give the same results.
+"""`accelerate`: give supported modules a fused forward that computes the same results. The change can be undone.
 
-Each of these modules is recognized by its structure and confirmed by a probe; all others keep their own `forward`, and
-the report lists them with the reason. Batches can be packed into one row without padding if a probe shows that the
-tokens of a packed sequence do not see other sequences.
+A module is supported if its structure is known and a probe confirms that the results agree. All other modules keep
+their own `forward`; if such a module resembles a supported one, the report lists it with the reason. Batches can be
+packed into one row without padding if a probe shows that the tokens in a packed sequence do not see other sequences.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tupl
         labels: Labels (rows, length).
 
     Returns:
-        The model's arguments (`input_ids` (1, tokens), positions and sequence boundaries), and the labels (1, tokens).
-        The first token of a sequence does not contribute to the loss, because its predecessor belongs to another
-        sequence.
+        The arguments for the model (`input_ids` (1, tokens), positions and sequence boundaries), and the labels
+        (1, tokens). The first token of a sequence does not contribute to the loss, because the token before it belongs
+        to another sequence.
     """
     kept = attention_mask.bool()
     lengths = kept.sum(1)
@@ -55,13 +55,13 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tupl
 
 
 def keeps_sequences_apart(model: nn.Module, logits: Tensor | None) -> bool:
-    """Return whether a model computes the same logits for two packed sequences as for each one alone.
+    """Return whether a model computes the same logits for two packed sequences as for each sequence alone.
 
     Must be called inside `eval_mode`.
 
     Args:
         model: An accelerated causal model from transformers.
-        logits: The plain model's logits for `token_ids`, (rows, tokens, V).
+        logits: Logits (rows, tokens, V) of the unaccelerated model for `token_ids`.
     """
     ids = token_ids(model)
     if not isinstance(logits, Tensor) or logits.shape[:2] != ids.shape:
@@ -116,10 +116,10 @@ class Acceleration:
     Attributes:
         swaps: The replaced modules, each with the name of its fused forward.
         skipped: Modules of similar kinds that keep their own `forward`.
-        head: The output head for computing the loss without logits, or None.
-        head_skipped: Why computing the loss requires logits, or "".
+        head: Output head that can be used to compute the loss without logits, or None.
+        head_skipped: Reason why computing the loss requires logits, or "".
         packs: Whether batches may be packed.
-        loss: Replacement for the model's loss function that needs no logits, or None.
+        loss: Loss function that needs no logits and replaces the model's own, or None.
         model: The accelerated model; None if nothing was changed.
     """
 
@@ -132,7 +132,7 @@ class Acceleration:
     model: nn.Module | None = None
 
     def undo(self) -> None:
-        """Restore every module, including those inside adapter layers added later, and the loss function."""
+        """Restore the loss function and all modules, including modules inside adapter layers that were added later."""
         if self.loss is not None:
             self.loss.undo()
         if self.model is not None:
@@ -154,26 +154,28 @@ class Acceleration:
 
 
 def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool = True) -> Acceleration:
-    """Replace supported modules with fused forwards, reversibly.
+    """Give supported modules a fused forward. The change can be undone.
 
-    State dict names, saving and `isinstance` are unaffected. Outputs agree up to rounding, which probes of 1, 9 and 33
-    tokens check. Adapters may be attached before or after acceleration. A module's own `forward` runs if its fused
-    implementation does not support a call, or if anything that the implementation relies on has changed. If this
-    function raises, the model is unchanged.
+    State dict names, saving and `isinstance` are unaffected. Outputs agree up to rounding; probes with 1, 9 and 33
+    tokens check this. Adapters may be attached before or after acceleration. A module's own `forward` runs if its fused
+    forward does not support a call, or if anything that the fused forward relies on has changed. If this function
+    raises an exception, the model is unchanged.
 
     Args:
-        model: A transformers model, with or without adapters from lorakit or peft. It is changed in place; `undo()` on
-            the result restores it.
-        logits: If False, a model in training mode that receives labels computes its own loss without logits; the
-            output's `logits` are then None, and it has no key-value cache unless the call requests one.
-        keep_feed_forward: If False, the backward pass recomputes the outputs of the gate and up projections, which make
-            up most of what a layer saves. Their matmuls then run twice, with bit-identical results.
+        model: A transformers model, with or without adapters from lorakit or peft. It is changed in place; calling
+            `undo()` on the result restores the model.
+        logits: If False, a model in training mode that receives labels computes its loss without logits. The `logits`
+            in its output are then None, and the output has no key-value cache unless the call requests one.
+        keep_feed_forward: If False, the outputs of the gate and up projections, which make up most of what a layer
+            saves, are recomputed in the backward pass. The matmuls of these projections then run twice, with bitwise
+            identical results.
 
     Returns:
-        The replaced modules, and the skipped ones with the reasons. The result can be printed and undone.
+        The replaced modules, and the skipped modules with reasons. The result can be printed, and its `undo` method
+        undoes the changes.
 
     Raises:
-        ModelError: The model, or a part of it, is already accelerated.
+        ModelError: All or part of the model is already accelerated.
     """
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return _nothing(model, "its weights are sharded; call accelerate before sharding")
@@ -181,7 +183,8 @@ def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool
     if any(is_replacement(module) for module in modules.values()):
         raise ModelError(f"{kind} is already accelerated; call undo() on the earlier result first", what=kind)
     is_adapted = any(linear.is_adapted(module) for module in modules.values())
-    # a model without adapters is frozen for the probes, as adapters will freeze it; each call checks this again
+    # A model without adapters is frozen for the probes, as it will be once it has adapters. Each call checks again that
+    # the weights are frozen.
     with contextlib.nullcontext() if is_adapted else frozen(model), contextlib.ExitStack() as back:
         with eval_mode(model):
             probed = _probed(model, modules)
@@ -202,17 +205,17 @@ def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool
 
 
 class _Probed(NamedTuple):
-    """Result of probing the plain model.
+    """Result of probing the unaccelerated model.
 
     Attributes:
         fast: Modules that may run a fused forward.
         skipped: Modules of similar kinds that keep their own `forward`.
-        head: The head for computing the loss without logits, or None.
-        head_skipped: Why computing the loss requires logits, or "".
-        calls: Path -> recorded call, in the order in which the calls ended; "" is the head.
+        head: Output head that can be used to compute the loss without logits, or None.
+        head_skipped: Reason why computing the loss requires logits, or "".
+        calls: Path -> recorded call, in the order in which the calls ended; "" is the path of the head.
         output: The model's output.
-        packs: Whether the plain model keeps packed sequences apart; in any call, fused attention may fall back to the
-            module's own.
+        packs: Whether the unaccelerated model keeps packed sequences apart. It must, because any call may fall back to
+            the model's own attention.
     """
 
     fast: Parts
@@ -225,7 +228,7 @@ class _Probed(NamedTuple):
 
 
 def _probed(model: nn.Module, modules: Mapping[str, nn.Module]) -> _Probed | Exception:
-    """Probe the plain model, or return the exception that its forward pass raised."""
+    """Probe the unaccelerated model; return the result, or the exception that the forward pass raised."""
     head = output_head(model)
     wanted, skipped = candidates({path: module for path, module in modules.items() if path}, FUSED_FORWARDS)
     ran = attempt(lambda: calls(model, modules_to_record(wanted) | ({} if head is None else {"": head})))
@@ -246,8 +249,8 @@ def _probed_in_place(model: nn.Module, probed: _Probed, logits: bool) -> tuple[b
     """Probe the model with all replacements in place.
 
     Returns:
-        Whether batches may be packed; and the loss without logits (not yet installed), the reason why the loss requires
-        logits, or None if `logits` is true or the model has no suitable head.
+        Two values. The first is whether batches may be packed. The second is the loss without logits, which is not yet
+        installed; the reason why the loss requires logits; or None if `logits` is true or there is no suitable head.
     """
     last = None if probed.head is None else _last(model, probed.head, probed.fast, tuple(probed.calls))
     if probed.head is not None and last is not None:
@@ -257,20 +260,20 @@ def _probed_in_place(model: nn.Module, probed: _Probed, logits: bool) -> tuple[b
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    """Return the transformers model inside a `PeftModel`, if any."""
+    """Return the transformers model inside a `PeftModel`, or the model itself if it is not a `PeftModel`."""
     return getattr(model, "get_base_model", lambda: model)()
 
 
 def _last(model: nn.Module, head: Head, fast: Parts, order: tuple[str, ...]) -> LastLayer | None:
-    """Return the last decoder layer that a forward pass runs, and the modules that may read its output.
+    """Return the last decoder layer that a forward pass runs, together with the modules that may read its output.
 
-    Returns None if no decoder layer is replaced.
+    Returns None if no decoder layer has been replaced.
 
     Args:
         model: The model, with all replacements in place.
         head: The model's output head.
         fast: The replaced modules.
-        order: Paths of modules in the order in which their calls ended; "" is the head.
+        order: Paths of modules in the order in which their calls ended; "" is the path of the head.
     """
     layers = [path for path in order if path in fast and fast[path][1].run is decoder.run]
     if not layers:
@@ -287,7 +290,7 @@ def _nothing(model: nn.Module, reason: str) -> Acceleration:
 
 
 def _may_pack(model: nn.Module, fast: Parts) -> bool:
-    """Return whether attention is fused in every layer, so that tokens cannot see other packed sequences."""
+    """Return whether attention is fused in every layer, which keeps tokens from seeing other packed sequences."""
     layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     ours = sum(attention.fits(module) is None for module, _ in fast.values())
     return isinstance(layers, int) and ours == layers
@@ -299,7 +302,7 @@ def _installed(modules: Mapping[str, nn.Module], probed: _Probed, back: contextl
     Args:
         modules: All modules of the model.
         probed: The modules to replace.
-        back: Stack that collects the callbacks that restore each module.
+        back: Stack to which the callbacks that restore the modules are added.
     """
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in modules.values():

@@ -1,11 +1,13 @@
-"""Decide which modules of a model may run a fused forward: by structure, by class, and by probes.
+"""Decide which modules in a model may run a fused forward, based on their structure, their classes, and probes.
 
-A module keeps its own `forward` if its class, or a class inside the module, overrides a method of a known class; if a
-probe at one of several lengths differs or raises; or if either is true of a module that the fused forward would
-bypass. Outputs are compared row by row and without the residual.
+A module keeps its own `forward` if its class comes from an unknown package or overrides a method in one, or if a probe
+at one of several lengths finds a difference or raises an exception. A module also keeps its own `forward` if one of
+these conditions is true of a module that the fused forward would bypass. Outputs are compared row by row, without the
+residual.
 
-This module also detects in-place changes to tensors. Values cached for a tensor are stored in its own `__dict__`, so
-they live as long as the tensor and cannot be mistaken for those of a later tensor with the same `id`.
+This module also detects in-place changes to tensors. Values that are cached for a tensor are stored in the tensor's
+`__dict__`. They live exactly as long as the tensor, so they cannot be mistaken for those of a later tensor with the
+same `id`.
 """
 
 from __future__ import annotations
@@ -24,24 +26,24 @@ from lorakit.speed.probe import TOLERANCES, Call, Calls, Pairs, attempt, calls
 from lorakit.speed.submodules import Options, is_supported, split_call
 
 SMALLEST_ROW = 0.1
-"""Rows whose norm is below this fraction of the RMS norm of all rows are compared relative to this fraction, because
-their rounding errors are as large as those of other rows.
+"""Minimum size of a row for relative errors, as a fraction of the RMS size of all rows.
+
+The error of a smaller row is divided by this minimum, because rounding errors are as large in small rows as in others.
 """
 
 NARROW = (torch.float16, torch.bfloat16)
 """Dtypes in which a module may amplify rounding errors beyond the tolerance."""
 
 NOISE = 2.0
-"""Allowed error in these dtypes, as a multiple of how much the module's own output changes if its input is rounded."""
+"""Allowed error in narrow dtypes: a multiple of how much rounding the input changes the module's own output."""
 
 
 class Verdict(NamedTuple):
     """Result of comparing a fused forward with a module.
 
     Attributes:
-        why: Short phrase that says why the module keeps its own `forward`, or "".
-        differs: Whether a probe contradicts the fused forward; then no fused forward may bypass the
-            module.
+        why: Short reason why the module keeps its own `forward`, or "" if it may run the fused forward.
+        differs: Whether a probe contradicts the fused forward. If so, no fused forward may bypass the module.
     """
 
     why: str = ""
@@ -49,20 +51,23 @@ class Verdict(NamedTuple):
 
 
 Output = Tensor | tuple[Tensor | None, ...]
-"""Output of a fused forward; the first item of a tuple is the hidden states."""
+"""Output of a fused forward. If it is a tuple, the hidden states are the first item."""
 
 Branches = Callable[[nn.Module, Tensor, Options, Calls], Pairs]
-"""Module, hidden states, other arguments, and calls to its submodules by path -> pairs of branches: fused and own."""
+"""Function of a module, hidden states, other arguments, and calls to submodules by path.
+
+It returns pairs of branches: one from the fused forward, and one from the module's own `forward`.
+"""
 
 
 def compare(module: nn.Module, run: Callable[..., Output | None], call: Call, *, residual: bool = False) -> Verdict:
-    """Compare the output of a fused forward with the recorded one.
+    """Compare the output of a fused forward with the recorded output of the module.
 
     Args:
         module: The module.
-        run: The fused forward, called with the module and the arguments of the call.
+        run: Fused forward; it is called with the module and the arguments of the recorded call.
         call: The recorded call to the module.
-        residual: Whether the output is the input plus a branch; if so, only the branches are compared.
+        residual: Whether the output is the input plus a branch. If so, only the branches are compared.
     """
     made = attempt(lambda: run(module, *call.args, **call.kwargs))
     if isinstance(made, Exception):
@@ -74,7 +79,7 @@ def compare(module: nn.Module, run: Callable[..., Output | None], call: Call, *,
         return Verdict("its output has a different structure", differs=True)
     for target, (found, wanted) in enumerate(zip(ours, theirs, strict=True)):
         if found is None:
-            continue  # attention weights, which are computed only on request
+            continue  # attention weights; they are computed only on request
         if not isinstance(found, Tensor) or not isinstance(wanted, Tensor) or found.shape != wanted.shape:
             return Verdict("its output has a different structure", differs=True)
         carried = call.hidden if residual and target == 0 else None
@@ -87,9 +92,9 @@ def compare(module: nn.Module, run: Callable[..., Output | None], call: Call, *,
 
 
 def _noise(module: nn.Module, call: Call, residual: bool) -> Tensor | None:
-    """Measure how much each row of a module's branch changes if its input is rounded once more; return None if unknown.
+    """Measure how much each row of a module's branch changes if its input is rounded once more, or return None.
 
-    In low precision, sharp attention amplifies rounding errors beyond any bound, even in the module's own `forward`.
+    In low precision, sharp attention can amplify rounding errors without bound, even in the module's own `forward`.
     """
     x = call.hidden
     if not isinstance(x, Tensor):
@@ -108,7 +113,7 @@ def _noise(module: nn.Module, call: Call, residual: bool) -> Tensor | None:
 
 
 def compare_branches(branches: Branches, module: nn.Module, call: Call, inside: Calls) -> Verdict:
-    """Compare the branches of a fused forward, before the residual, with the recorded ones.
+    """Compare the branches that a fused forward adds to the residuals with the recorded branches.
 
     Args:
         branches: Function that pairs the branches.
@@ -134,18 +139,18 @@ def _raised(failed: Exception) -> Verdict:
 
 
 def _parts(output: Output) -> tuple[Tensor | None, ...]:
-    """Return a module's output as a tuple; the first item is the hidden states."""
+    """Return a module's output as a tuple whose first item is the hidden states."""
     return (output or (None,)) if isinstance(output, tuple) else (output,)
 
 
 def _difference(ours: Tensor, theirs: Tensor, carried: Tensor | None, noise: Tensor | None = None) -> Verdict:
-    """Compare the rows of two tensors (…, d), relative to their norm without the part that both contain.
+    """Compare the rows of two tensors (…, d), relative to their size without the part that both tensors contain.
 
     Args:
         ours: Output of the fused forward.
         theirs: Output of the module's own `forward`.
-        carried: Part that both contain, such as a residual, (…, d), or None.
-        noise: How much rounding changes each row of the module's own output, (rows,), or None.
+        carried: Part (…, d) that both outputs contain, such as a residual, or None.
+        noise: Amount (rows,) by which rounding changes each row of the module's own output, or None.
     """
     dtype = theirs.dtype
     tolerance = TOLERANCES.get(dtype, 0.0)
@@ -163,7 +168,7 @@ def _difference(ours: Tensor, theirs: Tensor, carried: Tensor | None, noise: Ten
     largest = float(error.max()) if len(error) else 0.0
     if largest <= tolerance:
         return Verdict()
-    return Verdict(f"a probe differs by {largest:.1e} of the output", differs=True)
+    return Verdict(f"the output of a probe differs by {largest:.1e} (relative)", differs=True)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -175,7 +180,7 @@ def _sizes(rows: Tensor) -> Tensor:
 
 
 def version_of(x: Tensor) -> int | Tensor:
-    """Return a version for `is_version`: the tensor's change counter, or a copy if it is an inference tensor.
+    """Return a version to pass to `is_version`: the tensor's change counter or, for an inference tensor, a copy.
 
     Args:
         x: A tensor of any shape (…).
@@ -184,7 +189,7 @@ def version_of(x: Tensor) -> int | Tensor:
 
 
 def is_version(x: Tensor, version: int | Tensor) -> bool:
-    """Return whether a tensor has not changed since `version_of` was called.
+    """Return whether a tensor is unchanged since `version_of` was called.
 
     Args:
         x: The tensor, of any shape (…).
@@ -196,34 +201,33 @@ def is_version(x: Tensor, version: int | Tensor) -> bool:
 
 
 LENGTHS = (1, 33)
-"""Numbers of tokens per row in the additional probes, which run on one module of each kind."""
+"""Numbers of tokens per row in the additional probes. These probes run on one module of each kind."""
 
 KNOWN = frozenset({"torch", "transformers", "peft", "lorakit"})
-"""Packages whose classes the structure checks were written for."""
+"""Known packages: those for whose classes the structure checks were written. Classes from them are known classes."""
 
 HARMLESS = frozenset({"extra_repr"})
 """Methods that a class may override without changing what a module computes."""
 
 CALLED = frozenset({"__call__", "__getattr__", "__getattribute__"})
-"""Special methods involved in calling a module."""
+"""Special methods that are involved in calling a module."""
 
 
 @dataclass(frozen=True)
 class FusedForward:
-    """A fused forward of `forward`, and the checks for modules that may run it.
+    """A fused forward, and the checks that decide which modules may run it.
 
     Attributes:
-        name: Name in the report.
-        fits: Module -> None if the structure matches, else a short reason.
-        run: Module, hidden states and other arguments of a call -> the output, or None if its own `forward` must run.
-        concerns: Module -> whether the module is reported as skipped if its structure does not match.
-        whole: Whether the fused forward computes everything inside the module; then its children are not
+        name: Name to use in the report.
+        fits: Module -> None if its structure matches, otherwise a short reason.
+        run: Module, hidden states, other arguments -> output, or None if the module's own `forward` must run.
+        concerns: Module -> whether to report the module as skipped if its structure does not match.
+        whole: Whether the fused forward computes everything inside the module. If so, the module's children are not
             reported.
         residual: Whether the output is the input plus a branch.
         calls: Module -> names of the children that the fused forward calls as modules.
         traced: Module -> relative paths of the submodules whose calls `branches` needs.
-        branches: Function that pairs the branches whose errors would be hidden by a residual or by a norm after it, or
-            None.
+        branches: Function that pairs the branches in which a residual, or a norm after it, would hide errors; or None.
     """
 
     name: str
@@ -249,7 +253,7 @@ class Skipped:
     Attributes:
         path: The module's path in the model.
         kind: Class name.
-        why: Reason, as a short phrase.
+        why: Short reason.
     """
 
     path: str
@@ -258,7 +262,7 @@ class Skipped:
 
 
 Parts = dict[str, tuple[nn.Module, FusedForward]]
-"""Path -> module and its fused forward."""
+"""Path -> the module at that path and its fused forward."""
 
 
 def candidates(
@@ -271,7 +275,7 @@ def candidates(
         fused_forwards: Fused forwards in order of preference.
 
     Returns:
-        The candidates, and the modules of similar kinds that do not match.
+        The candidates, and the modules that are of a similar kind but do not match.
     """
     wanted: Parts = {}
     skipped: list[Skipped] = []
@@ -285,7 +289,7 @@ def candidates(
             why = fused_forward.fits(module)
             stranger = None if why is not None else _stranger(module, fused_forward, foreign)
             if stranger is not None:
-                reasons.append(f"{stranger} overrides methods of a known class or is unknown")
+                reasons.append(f"{stranger} is unknown or overrides methods of a known class")
             elif why is None:
                 wanted[path] = (module, fused_forward)
                 break
@@ -303,7 +307,7 @@ def modules_to_record(parts: Parts) -> dict[str, nn.Module]:
         parts: The candidates.
 
     Returns:
-        Path -> module, including the modules that their branches need.
+        Path -> module, for the candidates and for the submodules whose calls are needed to compare branches.
     """
     found = {path: module for path, (module, _) in parts.items()}
     for path, (module, fused_forward) in parts.items():
@@ -317,10 +321,10 @@ def admit(model: nn.Module, wanted: Parts, found: Calls) -> tuple[Parts, list[Sk
     Args:
         model: The model.
         wanted: The candidates, parents before children.
-        found: Calls recorded in a first forward pass: to the candidates, and to the modules that their branches need.
+        found: Calls to the modules from `modules_to_record`, recorded in a first forward pass.
 
     Returns:
-        The candidates that may run their fused forward, and the ones that are reported as skipped.
+        The candidates that may run their fused forward, and the candidates to report as skipped.
     """
     firsts, first_of = _one_of_each(wanted, found)
     at_lengths = _at_lengths(model, firsts)
@@ -346,7 +350,7 @@ def admit(model: nn.Module, wanted: Parts, found: Calls) -> tuple[Parts, list[Sk
 
 
 def _of_adapters(layer: nn.Module) -> list[nn.Module]:
-    """Return the modules inside a layer that belong to adapters, not to the base."""
+    """Return the modules inside a layer that belong to its adapters rather than to its base layer."""
     base = {id(module) for module in layer.get_submodule("base_layer").modules()}
     return [module for module in layer.modules() if module is not layer and id(module) not in base]
 
@@ -357,7 +361,7 @@ def _stranger(module: nn.Module, fused_forward: FusedForward, foreign: set[type[
     Args:
         module: The candidate.
         fused_forward: Its fused forward.
-        foreign: The unknown classes in the model.
+        foreign: The unknown classes that occur in the model.
     """
     called = fused_forward.calls(module)
     inside = [child for name, child in module.named_children() if name not in called]
@@ -366,10 +370,10 @@ def _stranger(module: nn.Module, fused_forward: FusedForward, foreign: set[type[
 
 
 def _is_foreign(kind: type[nn.Module]) -> bool:
-    """Return whether a class may compute something that the structure checks were not written for.
+    """Return whether a class may compute something for which the structure checks were not written.
 
-    This is the case if its `forward` comes from another package, even if assigned to a known class, or if a class from
-    another package overrides any method of a known class.
+    That is the case if its `forward` comes from an unknown package, even if it was assigned to a known class. It is
+    also the case if the class or a parent class is from an unknown package and overrides an inherited method.
     """
     if not _is_known(getattr(kind, "forward", None)) or not is_own_forward(kind):
         return True
@@ -384,9 +388,9 @@ def _is_foreign(kind: type[nn.Module]) -> bool:
 
 
 def _is_known(method: Callable[..., Any] | None) -> bool:
-    """Return whether a method, and every function that it wraps, was written in a known package.
+    """Return whether a method, and every function that it wraps, was defined in a package in `KNOWN`.
 
-    A function's globals are checked, because decorators copy all other names from the function that they wrap.
+    The globals of each function are checked, because decorators copy all other names from the functions that they wrap.
     """
     while method is not None:
         if package_of(method) not in KNOWN:
@@ -396,9 +400,10 @@ def _is_known(method: Callable[..., Any] | None) -> bool:
 
 
 def _one_of_each(wanted: Parts, found: Calls) -> tuple[Parts, dict[str, str]]:
-    """Group called modules that differ only in their weights.
+    """Group the candidates that differ only in their weights.
 
-    Returns the first module of each group, and a map from each path to the path of the first module in the same group.
+    Returns the first module of each group that was called, and a map from each path to the path of the first module in
+    the same group.
     """
     first: dict[Any, str] = {}
     first_of = {}
@@ -411,12 +416,12 @@ def _one_of_each(wanted: Parts, found: Calls) -> tuple[Parts, dict[str, str]]:
 
 
 def _simple(module: nn.Module) -> list[str]:
-    """Return a module's plain settings as text, except its position in the model."""
+    """Return a module's plain settings as strings, without the index of its layer."""
     return [f"{k}={v!r}" for k, v in vars(module).items() if isinstance(v, SETTINGS) and k != "layer_idx"]
 
 
 def _at_lengths(model: nn.Module, firsts: Parts) -> dict[str, Verdict]:
-    """Return path -> verdict for the modules whose fused forward differs at another length."""
+    """Return path -> verdict for each module whose output differs at one of the additional lengths."""
     differing = {}
     for tokens in LENGTHS if firsts else ():
         ran = attempt(partial(calls, model, modules_to_record(firsts), 1, tokens, stop=True))
@@ -431,7 +436,7 @@ def _at_lengths(model: nn.Module, firsts: Parts) -> dict[str, Verdict]:
 
 
 def _verdict(path: str, module: nn.Module, fused_forward: FusedForward, found: Calls) -> Verdict:
-    """Compare a module's fused forward with the recorded calls."""
+    """Compare the results of a module's fused forward with the recorded calls."""
     call = found.get(path)
     if call is None:
         return Verdict("not called")

@@ -1,7 +1,7 @@
-"""Fused causal self-attention, with or without rotary positions: projections, attention and output as one function.
+"""Fused causal self-attention, with or without rotary position embeddings.
 
-A mask is read once for all layers of a forward pass, and classified by what it hides in addition to the pattern:
-nothing, padding, or more.
+The projections, the attention computation and the output projection run as one function. A mask is read only once for
+all layers of a forward pass, and classified by what it hides in addition to the pattern: nothing, padding, or more.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from lorakit.speed.patching import modules_at
 from lorakit.speed.submodules import Options, knows_all, unknown_attributes, unknown_fields, unknown_implementation
 
 HIDDEN = -1e4
-"""Mask values at or below this hide a position; models use the lowest value of a dtype for this purpose."""
+"""A mask value at or below this threshold hides a position. Models use the lowest value of a dtype for this purpose."""
 
 MASK_FIELDS = "_lorakit_read"
-"""Attribute of a mask that caches what was read from it; all layers of a forward pass share the mask."""
+"""Attribute of a mask in which results of reading it are cached; all layers of a forward pass share the mask."""
 
 
 Known = TypeVar("Known")
 
 
 def cached_on(x: Tensor, name: str, make: Callable[[], Known]) -> Known:
-    """Return a value computed from a tensor, recomputing it if the tensor has been changed in place since.
+    """Return a value that was computed from a tensor; recompute it if the tensor has been modified in place since then.
 
     Args:
-        x: The tensor, of any shape (…), on which the value is cached.
-        name: Attribute of the tensor that holds the value and the version of the tensor it was computed from.
+        x: Tensor of any shape (…), on which the value is cached.
+        name: Attribute of x in which the value is stored, together with the version of x from which it was computed.
         make: Function that computes the value.
     """
     version, value = x.__dict__.get(name, (None, None))
@@ -51,17 +51,17 @@ def cached_on(x: Tensor, name: str, make: Callable[[], Known]) -> Known:
 
 
 def under(mask: Tensor | None, x: Tensor, pattern: Pattern) -> Pattern | None:
-    """Add what a mask hides to a pattern.
+    """Combine an attention pattern with a mask.
 
     Args:
-        mask: Mask (rows or 1, heads or 1, T, T), true or 0 where a token is seen; or None.
-        x: Hidden states, (rows, T, d).
+        mask: Mask (rows or 1, heads or 1, T, T), with True or 0 where a token is seen; or None.
+        x: Hidden states (rows, T, d).
         pattern: The pattern without the mask; it may have a bias.
 
     Returns:
         The pattern, with a bias if the mask hides more than the pattern does. None if the mask shows more than the
-        pattern does, hides everything from a token, or has an unsupported form; or if a bias is needed on a device that
-        has no kernel for it.
+        pattern does, hides all tokens from some token, or has an unsupported form; also None if the pattern needs a
+        bias but the device has no kernel that supports one.
     """
     made = pattern if mask is None else _under(mask, x, pattern)
     return None if made is None or (made.bias is not None and x.device.type != "cpu") else made
@@ -91,7 +91,7 @@ def _under(mask: Tensor, x: Tensor, pattern: Pattern) -> Pattern | None:
 
 
 def _read(mask: Tensor, pattern: Pattern, dtype: torch.dtype) -> Tensor | bool:
-    """Return the bias that a mask adds to the scores; True if it equals the pattern, False if it is unsupported."""
+    """Return a bias equivalent to a mask, True if the mask equals the pattern, or False if it is not supported."""
     hidden = ~mask if mask.dtype == torch.bool else mask <= HIDDEN
     if mask.dtype != torch.bool and not bool((hidden | (mask == 0)).all()):
         return False
@@ -108,12 +108,12 @@ def _read(mask: Tensor, pattern: Pattern, dtype: torch.dtype) -> Tensor | bool:
 
 INPUTS = (("q_proj", "k_proj", "v_proj"), ("c_attn",), ("qkv_proj",), ("query_key_value",))
 INTERLEAVED = ("query_key_value",)
-"""Names of fused projections that output the q, k and v of each head together, head by head."""
+"""Names of fused projections whose output contains the q, k and v of one head, then those of the next, and so on."""
 
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense")
 NORMS = ("q_norm", "k_norm")
 DROPOUTS = ("attn_dropout", "resid_dropout")
-"""Dropout modules for the attention weights (only the probability is read) and for the output."""
+"""Names of the dropout modules for the attention weights and for the output. Only p is read from the first."""
 
 ATTRIBUTES = frozenset(
     {"config", "layer_idx", "layer_type", "head_dim", "head_size", "rotary_ndims", "num_heads", "num_key_value_heads"}
@@ -122,17 +122,17 @@ ATTRIBUTES = frozenset(
     | {"reorder_and_upcast_attn", "attention_dropout", "dropout", "enable_bias", "sliding_window", "is_sliding"}
     | {"attn_logit_softcapping", "use_rope", "rotary_fn", "rope_theta", "max_position_embeddings"}
 )
-"""Known attributes of attention modules: they are read here, or a probe shows their effect."""
+"""Known attributes of attention modules. Each is read in this module, or a probe shows its effect."""
 
 FIELDS = frozenset({"sliding_window", "num_attention_heads", "num_key_value_heads"})
-"""Known config fields: they are read here, or a probe shows their effect."""
+"""Known config fields. Each is read in this module, or a probe shows its effect."""
 
 READ = frozenset(
     {"attention_mask", "position_embeddings", "hidden_states", "use_cache", "position_ids"}
     | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "output_router_logits"}
     | {"shift_labels", "ignore_index", KEYWORD}  # read by the loss
 )
-"""Call arguments that are read or have no effect here; any other argument makes the module's own `forward` run."""
+"""Supported call arguments: they are read, or have no effect. With any others, the module's own `forward` runs."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Shape:
         head_dim: Width of a head.
         scale: Factor on q·kᵀ.
         window: Sliding window in tokens, or None.
-        softcap: Bound that tanh puts on the scores, or None.
+        softcap: Bound on the scores, imposed with tanh, or None.
     """
 
     inputs: tuple[str, ...]
@@ -190,7 +190,7 @@ def shape_of(module: nn.Module) -> Shape | None:
 
 
 def run(module: nn.Module, x: Tensor, options: Options) -> tuple[Tensor, None] | None:
-    """Return the output (B, T, d) for x (B, T, d), without weights, or None if the module's own `forward` must run."""
+    """Return the output (B, T, d) for x (B, T, d), without attention weights, or None if its own `forward` must run."""
     y = attention(module, x, None, options, residual=False)
     return None if y is None else (y, None)
 
@@ -205,7 +205,7 @@ def attention(
     dropout: float = 0.0,
     wanted: Tensor | None = None,
 ) -> Tensor | None:
-    """Compute attention with the norm before it and the residual after it.
+    """Compute attention, including the norm before it and the residual after it.
 
     Args:
         module: A module that `fits` accepts.
@@ -214,10 +214,10 @@ def attention(
         options: The other arguments of the call.
         residual: Whether to add x to the output.
         dropout: Dropout probability after the output projection.
-        wanted: Flat indices (n,) of the tokens that go through the output projection, or None for all.
+        wanted: Flat indices (n,) of the tokens that the output projection receives, or None for all tokens.
 
     Returns:
-        (B, T, d), or (n, d) with `wanted`; None if the module's own `forward` must run.
+        The output (B, T, d), or (n, d) if `wanted` is given; None if the module's own `forward` must run.
     """
     shape = shape_of(module)
     if shape is None or x.ndim != 3 or not knows_all(module, options, READ):
@@ -241,9 +241,10 @@ def attention(
 
 
 def lengths_of(boundaries: Tensor | None) -> tuple[int, ...] | None:
-    """Return the lengths of packed sequences from their boundaries (sequences + 1,); None without boundaries.
+    """Return the lengths of packed sequences from their boundaries (sequences + 1,), or None without boundaries.
 
-    The result is cached on the boundaries, which all layers of a forward pass share, so a device is synchronized once.
+    The result is cached on the `boundaries` tensor. All layers of a forward pass share this tensor, so the device is
+    synchronized only once.
     """
     if not isinstance(boundaries, Tensor):
         return None
@@ -251,7 +252,7 @@ def lengths_of(boundaries: Tensor | None) -> tuple[int, ...] | None:
 
 
 LENGTHS = "_lorakit_lengths"
-"""Attribute of the boundaries that caches the lengths."""
+"""Attribute of the boundaries in which the lengths are cached."""
 
 
 def _kv_heads(module: nn.Module, shape: Shape, operands: Sequence[Adapted]) -> int:
@@ -263,18 +264,18 @@ def _kv_heads(module: nn.Module, shape: Shape, operands: Sequence[Adapted]) -> i
 
 
 def _pattern(shape: Shape, x: Tensor, dropped: float, options: Options) -> Pattern | None:
-    """Return the attention pattern of a call, or None if its mask is unknown."""
+    """Return the attention pattern for a call, or None if its mask is not supported."""
     segments = lengths_of(options.get("cu_seq_lens_q"))
-    mask = None if segments else options.get("attention_mask")  # segments make a mask redundant
+    mask = None if segments else options.get("attention_mask")  # with segments, a mask is redundant
     if mask is None and segments is None and shape.softcap is not None:
         return None  # without a mask, eager attention lets each token see all tokens
-    # without a mask, the window is longer than the rows, or the model does not use it
+    # if there is no mask, the window is longer than the rows, or the model does not use a window
     window = None if segments is None and mask is None else shape.window
     return under(mask, x, Pattern(True, shape.scale, window, shape.softcap, segments, dropped))
 
 
 def _probabilities(module: nn.Module) -> tuple[float, float] | None:
-    """Return the current dropout probabilities of the attention weights and of the output, or None if unknown."""
+    """Return the current dropout probabilities for the attention weights and the output, or None if unknown."""
     weights, output = (module._modules.get(name) for name in DROPOUTS)
     sources = (getattr(weights, "p", None), *(getattr(module, name, None) for name in ("attention_dropout", "dropout")))
     p = next((one for one in sources if one is not None), 0.0) if module.training else 0.0

@@ -1,7 +1,7 @@
-"""Contract of a fused forward: facts about the modules that it bypasses, checked at every call.
+"""Contracts: what a fused forward assumes about the modules that it bypasses. Every call checks the contract.
 
-A fused forward is valid only as long as these modules, their `forward` methods, settings and functions are the
-ones that a probe compared it with. This module does not depend on any particular fused forward.
+A fused forward is valid only as long as the bypassed modules, and their `forward` methods, settings and functions, are
+the ones with which a probe compared it. This module does not depend on any particular fused forward.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from lorakit.speed.patching import children_of, original_class
 from lorakit.targets.layer_types import CONV1D
 
 MISSING = object()
-"""Placeholder for the value of a name that a table does not contain."""
+"""Placeholder for the value of a key that is missing in a table."""
 
 SETTINGS = (bool, int, float, str, type(None))
-"""Types of the attributes that are compared."""
+"""Types of the attributes whose values are compared."""
 
 ASKED = frozenset({"training", "gradient_checkpointing", "p", "dropout", "attention_dropout"})
-"""Attributes that are not compared: fused forwards read them at each call, or no `forward` reads them."""
+"""Attributes that are not compared: fused forwards read them at each call, or no `forward` uses them."""
 
 IN_CONFIG = ("_attn_implementation_internal", "is_causal")
-"""Config fields that a `forward` depends on through functions that it calls."""
+"""Config fields that a `forward` does not read itself, but that functions it calls depend on."""
 
 INTERFACES = "ALL_ATTENTION_FUNCTIONS"
-"""Global variable in modeling files that maps the name of an attention implementation to its function."""
+"""Global variable in modeling files that maps the names of attention implementations to functions."""
 
 
 Fact = tuple[Mapping[str, Any], str, object]
-"""An entry in a table that a fused forward relies on: the table, the key, and the key's value or MISSING.
+"""A table entry that a fused forward relies on: the table, the key, and the value (MISSING if there is no such key).
 
-The table is the `__dict__` of a module, class, config or Python file, or a module's table of children.
+The table is the `__dict__` of a module, class, config or Python file, or the dictionary of a module's children.
 """
 
 
@@ -46,7 +46,7 @@ class Contract:
     """Facts that a fused forward relies on.
 
     Attributes:
-        facts: The facts. Values are compared by identity, except for settings, which are compared by type and value.
+        facts: The facts. Settings are compared by type and value; all other values are compared by identity.
     """
 
     facts: tuple[Fact, ...]
@@ -65,7 +65,7 @@ def contract_for(module: nn.Module, fused: Collection[int] | None) -> Contract:
 
     Args:
         module: A replacement; it and the replacements of its children must be installed.
-        fused: The `id`s of the fused modules; None if the fused forward bypasses everything inside the module.
+        fused: The `id`s of the fused modules, or None if the fused forward bypasses everything inside the module.
     """
     facts: list[Fact] = [*_of_module(module)]
     for holder, name, child in bypassed_modules(module, fused):
@@ -92,7 +92,7 @@ def bypassed_modules(module: nn.Module, fused: Collection[int] | None) -> Iterat
 
     Args:
         module: The module.
-        fused: The `id`s of the fused modules, whose children are bypassed too; None for all modules.
+        fused: The `id`s of the modules whose children are bypassed too, or None for all modules.
     """
     if _is_around_base(module):
         return
@@ -103,9 +103,11 @@ def bypassed_modules(module: nn.Module, fused: Collection[int] | None) -> Iterat
 
 
 def is_own_forward(kind: type[nn.Module]) -> bool:
-    """Return whether the `forward` of a class was written for it or for a parent, rather than assigned from elsewhere.
+    """Return whether the `forward` of a class was written for that class or a parent class.
 
-    A parent may assign its own `forward` to each subclass, as gradient checkpointing in transformers does.
+    It was not if the `forward` of another class, or another function, has been assigned to it.
+
+    A parent class may assign its own `forward` to each subclass; gradient checkpointing in transformers does so.
 
     Args:
         kind: A module class.
@@ -122,7 +124,7 @@ def is_own_forward(kind: type[nn.Module]) -> bool:
 
 
 def package_of(function: Callable[..., Any]) -> str:
-    """Return the top-level package in which a function was written, according to its globals, or "".
+    """Return the top-level package in which a function was defined, according to its globals, or "" if unknown.
 
     Args:
         function: Any callable.
@@ -131,7 +133,7 @@ def package_of(function: Callable[..., Any]) -> str:
 
 
 def forward_code(kind: type[nn.Module]) -> CodeType | None:
-    """Return the code of a class's `forward` without decorators, or None if it is not a Python function.
+    """Return the code object of a class's `forward` without decorators, or None if `forward` has no Python code.
 
     Args:
         kind: A module class.
@@ -140,7 +142,7 @@ def forward_code(kind: type[nn.Module]) -> CodeType | None:
 
 
 def names_read(kind: type[nn.Module]) -> set[str]:
-    """Return all names and strings in the code of a class's `forward`.
+    """Return all names and string constants in the code of a class's `forward`.
 
     Args:
         kind: A module class.
@@ -168,12 +170,12 @@ def _of_module(module: nn.Module) -> Iterator[Fact]:
 
 
 def _is_around_base(module: nn.Module) -> bool:
-    """Return whether a module is a layer with adapters."""
+    """Return whether a module is an adapter layer around a base layer."""
     return "base_layer" in module._modules
 
 
 def _base_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class of a module, or of the base layer inside an adapter layer."""
+    """Return the class of a module or, for an adapter layer, the class of its innermost base layer."""
     while (base := module._modules.get("base_layer")) is not None:
         module = base
     return original_class(module)

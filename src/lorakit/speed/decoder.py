@@ -1,4 +1,4 @@
-"""Fused decoder layers with one function per sublayer: norm, attention, residual; norm, feed-forward, residual."""
+"""Fused decoder layers: one function computes norm, attention and residual, another norm, feed-forward and residual."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from lorakit.speed.submodules import Options, unknown_activation, unknown_attrib
 
 
 class Sublayer(NamedTuple):
-    """Names of the children that form a sublayer of a decoder layer, x + dropout(after(inner(before(x)))).
+    """Names of the children that form one sublayer of a decoder layer: x + dropout(after(inner(before(x)))).
 
     Attributes:
-        before: Norm of the input, or "".
-        inner: Attention or feed-forward block; "" for a feed-forward block whose modules are children of the layer.
-        after: Norm of the output of `inner`, or "".
+        before: Norm that is applied to the input, or "".
+        inner: Attention module or feed-forward block; "" if the modules of a feed-forward block are children of the
+            layer.
+        after: Norm that is applied to the output of `inner`, or "".
         dropout: Dropout module before the residual, or "".
-        share: Attribute that holds the probability of a functional dropout before the residual, or "".
+        share: Attribute that contains the probability of a functional dropout before the residual, or "".
     """
 
     before: str
@@ -34,7 +35,7 @@ class Sublayer(NamedTuple):
 
     @property
     def children(self) -> set[str]:
-        """Return the names of all children of the layer that belong to the sublayer."""
+        """Return the names of all the layer's children that belong to the sublayer."""
         return {self.before, self.after, self.dropout, *([self.inner] if self.inner else LOOSE)} - {""}
 
 
@@ -60,7 +61,7 @@ LAYERS: tuple[tuple[Sublayer, Sublayer], ...] = (
         Sublayer("final_layer_norm", "", share="dropout"),
     ),
 )
-"""Supported structures; a layer must have exactly these children."""
+"""Supported structures. The children of a layer must be exactly those named in one of the structures."""
 
 PARALLEL, FIRST = "use_parallel_residual", "do_layer_norm_before"
 ATTRIBUTES = frozenset(
@@ -78,7 +79,7 @@ class _Around(NamedTuple):
 
     @property
     def inside(self) -> float:
-        """Return the probability of dropout directly after the inner module."""
+        """Return the probability of the dropout that directly follows the inner module."""
         return self.p if self.after is None else 0.0
 
 
@@ -98,7 +99,7 @@ def fits(module: nn.Module) -> str | None:
 
 
 def called(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of a supported layer's children that its fused forward calls as modules."""
+    """Return the names of those children of a supported layer that its fused forward calls as modules."""
     sublayers = _sublayers(module)
     inner = "" if sublayers is None else sublayers[1].inner
     return (inner,) if inner and feed_forward.fits(getattr(module, inner)) is not None else ()
@@ -114,13 +115,13 @@ def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
     if first is None or second is None or attn is None or is_watched(attn, captures=False):
         return None
     rows = rows_to_compute(module, options.get(KEYWORD), x)
-    is_bare = first.after is None  # if no norm precedes the residual, the attention function adds the residual
+    is_bare = first.after is None  # if so, the attention function adds the residual
     attended = attention.attention(attn, x, first.before, options, residual=is_bare, dropout=first.inside, wanted=rows)
     if attended is None:
         return None
     if not is_bare:
         attended = _with_residual(select_rows(x, rows), attended, first)
-    parallel = getattr(module, PARALLEL, False)  # if true, the feed-forward block has the same input as the attention
+    parallel = getattr(module, PARALLEL, False)  # if true, both sublayers have the same input
     given = select_rows(x, rows) if parallel else attended
     made = _fed(module, sublayers[1], second, given, residual=second.after is None and not parallel)
     if made is None:
@@ -135,7 +136,7 @@ def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
 
 
 def _fed(module: nn.Module, sublayer: Sublayer, around: _Around, x: Tensor, *, residual: bool) -> Tensor | None:
-    """Compute the feed-forward sublayer for x (…, d) as one function; return None if that is not possible."""
+    """Compute the feed-forward sublayer for x (…, d) with one function, or return None if that is not possible."""
     mlp = module._modules[sublayer.inner] if sublayer.inner else module
     if mlp is None or (sublayer.inner and is_watched(mlp)):
         return None
@@ -154,7 +155,7 @@ def _fed_by_modules(module: nn.Module, sublayer: Sublayer, around: _Around, x: T
 
 
 def _with_residual(x: Tensor, y: Tensor, around: _Around) -> Tensor:
-    """Return the output of a sublayer: x plus the inner module's output y, after its norm and dropout."""
+    """Apply the norm and dropout to the inner module's output y, add x, and return the output of the sublayer."""
     return x + dropout(y if around.after is None else normalize(y, around.after), around.p)
 
 
@@ -164,7 +165,7 @@ def _sublayers(module: nn.Module) -> tuple[Sublayer, Sublayer] | None:
 
 
 def _around(module: nn.Module, sublayer: Sublayer) -> _Around | None:
-    """Return the current norms and dropout of a sublayer, or None if one is unknown."""
+    """Return the current norms and dropout of a sublayer, or None if any of them is unknown."""
     norms = norms_at(module, sublayer.before, sublayer.after)
     p = dropout_p(module._modules.get(sublayer.dropout))
     if sublayer.share and module.training:

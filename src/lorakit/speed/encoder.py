@@ -1,11 +1,11 @@
 """Fused encoder layers, and fused T5 sublayers.
 
-A layer of BERT and its descendants has its norms after the residuals: norm(x + attention(x)), norm(x + mlp(x)), as in
-Devlin et al. 2018, arXiv:1810.04805. It is computed by two autograd functions and two norms; padding is masked by a
-bias on the scores.
+A layer of BERT or a model derived from BERT has its norms after the residuals: norm(x + attention(x)), then
+norm(x + mlp(x)), as in Devlin et al. 2018, arXiv:1810.04805. Two autograd functions and two norms compute the layer.
+Padding is masked by adding a bias to the attention scores.
 
-A T5 sublayer is x + dropout(inner(norm(x))), where `inner` is a feed-forward block or self-attention. The attention
-scores include a frozen relative position bias, which the first layer computes for all layers (Raffel et al. 2019,
+A T5 sublayer is x + dropout(inner(norm(x))), where `inner` is a feed-forward block or self-attention. A frozen relative
+position bias is added to the attention scores. The first layer computes this bias for all layers (Raffel et al. 2019,
 arXiv:1910.10683, section 2.1). Cross-attention runs the model's own `forward`.
 """
 
@@ -38,25 +38,25 @@ from lorakit.speed.submodules import (
 )
 
 READ = frozenset({"attention_mask", "position_ids", "num_items_in_batch"})
-"""Call arguments that are read or have no effect here; any other argument makes the module's own `forward` run."""
+"""Supported call arguments: they are read, or have no effect. With any others, the module's own `forward` runs."""
 
 ATTRIBUTES = frozenset(
     {"config", "num_attention_heads", "attention_head_size", "all_head_size", "scaling", "n_heads", "dim", "layer_idx"}
     | {"is_decoder", "is_causal", "is_cross_attention", "add_cross_attention", "gradient_checkpointing"}
     | {"chunk_size_feed_forward", "seq_len_dim"}
 )
-"""Known attributes of encoder layers: they are read here, or a probe shows their effect."""
+"""Known attributes of encoder layers. Each is read in this module, or a probe shows its effect."""
 
 
 class Layout(NamedTuple):
-    """Paths of the modules in an encoder layer; "" for a missing dropout module.
+    """Paths of the modules in an encoder layer. The path is "" if there is no dropout module.
 
     Attributes:
-        attention: Module with the attention settings; its child `dropout` is applied to the attention weights.
-        inputs: The projections to q, k and v.
-        output: The output projection, the dropout after it, and the norm after the residual.
-        up, act: The first linear module and the activation of the feed-forward block.
-        down: The last linear module of the feed-forward block, the dropout after it, and the norm after the residual.
+        attention: Module that has the attention settings; its child `dropout` is applied to the attention weights.
+        inputs: Projections to q, k and v.
+        output: Output projection, the dropout after it, and the norm after the residual.
+        up, act: First linear module and activation of the feed-forward block.
+        down: Last linear module of the feed-forward block, the dropout after it, and the norm after the residual.
     """
 
     attention: str
@@ -73,11 +73,11 @@ class Layout(NamedTuple):
 
     @property
     def leaves(self) -> tuple[str, ...]:
-        """Return the paths of all modules that are read, except those that only contain other modules."""
+        """Return the paths of all modules that are read. Modules that only contain other modules are left out."""
         return (*self.inputs, *self.output, self.up, self.act, *self.down, f"{self.attention}.dropout")
 
     def children(self) -> dict[str, set[str]]:
-        """Return path -> names of the children, for each module that only contains other modules."""
+        """Return path -> names of children for each module that only contains other modules."""
         held: dict[str, set[str]] = {}
         for path in self.leaves:
             names = path.split(".") if path else []
@@ -104,7 +104,7 @@ LAYOUTS = (
         down=("ffn.lin2", "ffn.dropout", "output_layer_norm"),
     ),
 )
-"""Layouts of BERT and similar models (RoBERTa, ELECTRA), and of DistilBERT."""
+"""The layout of BERT and similar models (RoBERTa, ELECTRA), and the layout of DistilBERT."""
 
 
 def layout_of(module: nn.Module) -> Layout | None:
@@ -152,7 +152,7 @@ def traced(module: nn.Module) -> tuple[str, ...]:
 
 
 def branches(module: nn.Module, x: Tensor, options: Options, inside: Calls) -> Pairs:
-    """Pair what the fused forward adds to the residuals with the projections' outputs, (B, T, d) each."""
+    """Pair the branches (B, T, d) that the fused forward adds to the residuals with the outputs of the projections."""
     attended, up, down = (inside[path] for path in traced(module))
     ready = _ready(module, x, options)
     if ready is None:
@@ -164,7 +164,7 @@ def branches(module: nn.Module, x: Tensor, options: Options, inside: Calls) -> P
 
 
 class _Ready(NamedTuple):
-    """Operands of a layer for one call; `norms` are those after the attention and after the feed-forward block."""
+    """Operands of a layer for one call; `norms` contains the norms after attention and after the feed-forward block."""
 
     block: SelfAttention
     pattern: Pattern
@@ -174,7 +174,7 @@ class _Ready(NamedTuple):
 
 
 def _ready(module: nn.Module, x: Tensor, options: Options) -> _Ready | None:
-    """Return the operands for hidden states x (B, T, d), or None if any are unknown."""
+    """Return the operands for hidden states x (B, T, d), or None if any operand is unknown."""
     found = layout_of(module)
     if found is None or x.ndim != 3 or not _is_plain(module, found, x, options):
         return None
@@ -197,9 +197,9 @@ def _ready(module: nn.Module, x: Tensor, options: Options) -> _Ready | None:
 
 
 def _dropouts(module: nn.Module, found: Layout) -> tuple[float, float, float] | None:
-    """Return the current dropout probabilities of the attention weights and both outputs, or None if one is unknown."""
+    """Return the current dropout probabilities for the attention weights and both outputs, or None if unknown."""
     attention = _at(module, found.attention)
-    # the model reads only p and never calls the module
+    # the model reads only p from this module and never calls it
     of_weights: float = attention.dropout.p if attention.training else 0.0
     of_output, of_down = (dropout_p(_at(module, path) if path else None) for path in (found.output[1], found.down[1]))
     if of_output is None or of_down is None or not 0 <= of_weights < 1:
@@ -208,13 +208,13 @@ def _dropouts(module: nn.Module, found: Layout) -> tuple[float, float, float] | 
 
 
 def _norms(module: nn.Module, found: Layout, x: Tensor) -> list[Norm]:
-    """Return the two norms, leaving out any that is unknown or differs in dtype from x (B, T, d)."""
+    """Return those of the two norms that are known and have the dtype of x (B, T, d)."""
     norms = (norm_of(_at(module, path)) for path in (found.output[2], found.down[2]))
     return [norm for norm in norms if norm is not None and norm.weight is not None and norm.weight.dtype == x.dtype]
 
 
 def _is_plain(module: nn.Module, found: Layout, x: Tensor, options: Options) -> bool:
-    """Return whether a call is plain self-attention over its own tokens, through modules without hooks."""
+    """Return whether a call computes plain self-attention over its own tokens, and no module involved has hooks."""
     if x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
         return False  # a layer norm returns float32 under autocast
     holders = [_at(module, path) for path in found.children() if path]
@@ -223,7 +223,7 @@ def _is_plain(module: nn.Module, found: Layout, x: Tensor, options: Options) -> 
 
 
 def _at(module: nn.Module, path: str) -> Any:
-    """Return the module or activation function at a path relative to a module ("" is the module itself), or None."""
+    """Return the module or function at a path relative to `module`, or None; the path "" is `module` itself."""
     found: nn.Module | None = module
     for name in path.split(".") if path else ():
         found = getattr(found, name, None)
@@ -240,7 +240,7 @@ SUBLAYER_ATTRIBUTES = frozenset(
     | {"is_decoder", "is_causal", "gradient_checkpointing", "has_relative_attention_bias"}
     | {"relative_attention_num_buckets", "relative_attention_max_distance"}
 )
-"""Known attributes of T5 attention modules: they are read here, or a probe shows their effect."""
+"""Known attributes of T5 attention modules. Each is read in this module, or a probe shows its effect."""
 
 SUBLAYER_READ = READ | {"position_bias"}
 NEEDED = {"key_value_proj_dim", "n_heads", "scaling", "is_causal", "dropout"}
@@ -286,7 +286,7 @@ def traced_in_sublayer(module: nn.Module) -> tuple[str, ...]:
 
 
 def branches_of_sublayer(module: nn.Module, x: Tensor, options: Options, inside: Calls) -> Pairs:
-    """Pair what the fused forward adds to the residual with what the inner module adds, (B, T, d) each."""
+    """Pair the branch (B, T, d) that the fused forward adds to the residual with the branch of the inner module."""
     (own,) = (inside[path].output for path in traced_in_sublayer(module))
     inner, norm = _inner(module), norm_of(module._modules[NORM])
     made = None
@@ -298,7 +298,7 @@ def branches_of_sublayer(module: nn.Module, x: Tensor, options: Options, inside:
 
 
 class _ReadySublayer(NamedTuple):
-    """Operands of the attention in a sublayer, for one call."""
+    """Operands of an attention sublayer for one call."""
 
     block: SelfAttention
     pattern: Pattern
@@ -329,7 +329,10 @@ def _inner(module: nn.Module) -> nn.Module | None:
 
 
 def _distances(attention: nn.Module, x: Tensor, given: Tensor | None) -> Tensor | None:
-    """Return the relative position bias (1 or B, H, T, T), given or computed; None if it is missing or not frozen."""
+    """Return the relative position bias (1 or B, H, T, T): `given` if there is one, otherwise the one that is computed.
+
+    Returns None if the bias is missing, has an unexpected shape, or is trainable.
+    """
     tokens = x.shape[1]
     if given is None:
         if attention._modules.get(DISTANCES) is None:

@@ -1,4 +1,4 @@
-"""Fused feed-forward blocks: gated (SwiGLU, GeGLU) or plain, with adapters, dropout and a norm."""
+"""Fused feed-forward blocks, either gated (SwiGLU, GeGLU) or plain, with adapters, dropout and a norm."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lorakit.speed.submodules import Options, activation_of, unknown_activation,
 
 GATED = (("gate_proj", "up_proj", "down_proj"), ("wi_0", "wi_1", "wo"))
 FUSED = (("gate_up_proj", "down_proj"),)
-"""Blocks whose first module computes gate and up together."""
+"""Blocks in which the first module computes gate and up together."""
 
 PLAIN = (("fc1", "fc2"), ("c_fc", "c_proj"), ("dense_h_to_4h", "dense_4h_to_h"), ("wi", "wo"))
 LAST, WITHIN = ("c_fc",), ("wi", "wi_0")
-"""First modules of blocks in which the child `dropout` comes last (LAST), or before the last linear module (WITHIN)."""
+"""First modules of blocks in which the child `dropout` comes last (LAST) or before the last linear module (WITHIN)."""
 
 ACTIVATION = ("act_fn", "activation_fn", "act")
 ATTRIBUTES = frozenset({"config", "hidden_size", "intermediate_size", "mlp_bias", "layer_idx", "embed_dim"})
-"""Known attributes of feed-forward modules; a probe shows their effect, if any."""
+"""Known attributes of feed-forward modules. If an attribute has an effect, a probe shows it."""
 
 
 def fits(module: nn.Module) -> str | None:
@@ -44,10 +44,10 @@ def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
 def feed_forward(
     module: nn.Module, x: Tensor, norm: Norm | None, *, residual: bool, dropout: float = 0.0
 ) -> Tensor | None:
-    """Compute a feed-forward block with the norm before it and the residual after it.
+    """Compute a feed-forward block, including the norm before it and the residual after it.
 
     Args:
-        module: A module that `fits` accepts, or one whose children include those of such a block.
+        module: A module that `fits` accepts, or a module whose children include the children of such a block.
         x: Hidden states (…, d) that `is_supported` accepts.
         norm: Norm before the block, or None.
         residual: Whether to add x to the output.
@@ -71,7 +71,7 @@ def feed_forward(
 
 
 def _probabilities(module: nn.Module, names: tuple[str, ...], behind: float) -> tuple[float, float] | None:
-    """Return the current dropout probabilities of the output and of the inner activation, or None if unknown."""
+    """Return the current dropout probabilities for the output and the inner activation, or None if unknown."""
     own = dropout_p(module._modules.get("dropout"))
     if own is None or own == 0:
         return None if own is None else (behind, 0.0)

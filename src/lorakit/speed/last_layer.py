@@ -1,9 +1,9 @@
-"""Skip unlabeled rows in the last decoder layer: after its attention, only rows with a label are computed.
+"""Skip unlabeled rows in the last decoder layer: after its attention, only labeled rows are computed.
 
-The indices of these rows are passed with the call, as a keyword argument that the model forwards to its layers, so a
-checkpointed layer that is recomputed receives the same indices, and no other call or thread sees them. The output for
-the other rows is meaningless, so rows are skipped only if nothing but the loss of a forward pass is read. A probe shows
-which models allow this.
+The indices of the labeled rows are passed to the model as a keyword argument, which the model forwards to its layers. A
+checkpointed layer therefore receives the same indices when it is recomputed, and no other call or thread sees the
+indices. The output for unlabeled rows is meaningless, so rows are skipped only if nothing except the loss is read from
+a forward pass. A probe shows which models support skipping.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from lorakit.speed.patching import is_watched, may_run
 from lorakit.speed.probe import TOLERANCES
 
 KEYWORD = "trained_rows"
-"""Name of the keyword argument that passes the rows to the layers."""
+"""Name of the keyword argument that passes the indices of labeled rows to the layers."""
 
 SHARE = 0.9
-"""Fraction of labeled tokens at and above which all rows are computed, because selecting rows has a cost too."""
+"""If at least this fraction of the tokens is labeled, all rows are computed, because selecting rows takes time too."""
 
 ASKED_FOR = ("output_hidden_states", "output_attentions", "output_router_logits")
-"""Call arguments or config fields that request the outputs of layers."""
+"""Call arguments and config fields that request outputs of individual layers."""
 
 
 class Trained(NamedTuple):
-    """Value of the keyword argument that passes the rows.
+    """Value of the keyword argument that passes the labeled rows.
 
     Attributes:
-        layer: The layer that the rows are meant for.
-        rows: Sorted flat indices of the labeled tokens, (n,).
+        layer: The layer for which the rows are intended.
+        rows: Sorted flat indices (n,) of the labeled tokens.
         tokens: Total number of tokens.
     """
 
@@ -47,10 +47,11 @@ class LastLayer:
     """The last layer of a model whose head reads only this layer's output.
 
     Attributes:
-        layer: The replacement of the layer.
+        layer: The replacement for the layer.
         model: The model.
         path: Path of the layer in the model.
-        readers: Modules that contain the layer or run between it and the head; a hook on them would see its output.
+        readers: Modules that contain the layer, or that run between the layer and the head. A hook on any of them would
+            see the layer's output.
     """
 
     layer: nn.Module
@@ -59,12 +60,12 @@ class LastLayer:
     readers: tuple[nn.Module, ...]
 
     def keyword(self, targets: Tensor, ignored: int, call: Mapping[str, Any]) -> dict[str, Trained]:
-        """Return additional arguments for a call to the model: the keyword argument, or none, [docs/math.md (84)].
+        """Return the additional keyword argument for a call to the model, or nothing. [docs/math.md (84)]
 
         Args:
             targets: Shifted labels, aligned with the positions that predict them, of any shape (…).
             ignored: Label of tokens that do not contribute to the loss.
-            call: The call's arguments by name.
+            call: The other arguments of the call, by name.
         """
         config, kept = getattr(self.model, "config", None), call.get("logits_to_keep")
         if any(call.get(word, getattr(config, word, False)) for word in ASKED_FOR) or self._is_compiled():
@@ -78,7 +79,10 @@ class LastLayer:
         return {KEYWORD: Trained(self.layer, rows, len(flat))} if 0 < len(rows) < SHARE * len(flat) else {}
 
     def _is_compiled(self) -> bool:
-        """Return whether the layer or a module that contains it is compiled; each row count would need a graph."""
+        """Return whether the layer, or a module that contains it, is compiled.
+
+        If so, rows are not skipped, because each number of rows would need its own graph.
+        """
         module = self.model
         for name in self.path.split("."):
             module = getattr(module, name)
@@ -88,7 +92,7 @@ class LastLayer:
 
 
 def rows_to_compute(layer: nn.Module, value: Trained | None, x: Tensor) -> Tensor | None:
-    """Return the indices (n,) of the rows that a layer must compute after its attention, or None for all.
+    """Return the indices (n,) of the rows that a layer must compute after its attention, or None for all rows.
 
     Args:
         layer: The layer.
@@ -103,25 +107,25 @@ def rows_to_compute(layer: nn.Module, value: Trained | None, x: Tensor) -> Tenso
 
 
 def select_rows(x: Tensor, rows: Tensor | None) -> Tensor:
-    """Return the given rows (n, d) of x (B, T, d); if `rows` is None, return x itself."""
+    """Return the rows (n, d) of x (B, T, d) with the given indices, or x itself if `rows` is None."""
     return x if rows is None else x.flatten(0, 1).index_select(0, rows)
 
 
 def scatter_rows(y: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
-    """Scatter rows y (n, d) into zeros with the shape of `like` (B, T, d); if `rows` is None, return y itself."""
+    """Scatter the rows y (n, d) into zeros with the shape of `like` (B, T, d), or return y itself if `rows` is None."""
     if rows is None:
         return y
     return y.new_zeros(like.shape[:2].numel(), y.shape[-1]).index_copy(0, rows, y).view(like.shape)
 
 
 def some(ids: Tensor, ignored: int) -> Tensor:
-    """Return labels (rows, tokens) for a probe with these ids, in which every third token in flat order is labeled."""
+    """Return labels (rows, tokens) for a probe with the given ids; every third token, in flat order, is labeled."""
     targets = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
     return ids.masked_fill(targets % 3 != 1, ignored)
 
 
 def agree(ours: Tensor, theirs: Tensor) -> bool:
-    """Return whether `ours`, from a probe, equals `theirs`, from the plain model, up to rounding; both (B, T, d)."""
+    """Return whether two results (B, T, d), from a probe and from the unaccelerated model, are equal up to rounding."""
     if ours.shape != theirs.shape or not bool(ours.isfinite().all()):
         return False
     error = torch.linalg.vector_norm(ours.double() - theirs.double())

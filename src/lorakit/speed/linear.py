@@ -1,10 +1,11 @@
-"""Operands of linear modules (plain, or adapted by lorakit or peft) for one call, and fused adapted linear modules.
+"""Operands that linear modules pass to a fused operation in one call, and fused linear modules with adapters.
 
-A module has operands only if it is plain under the current route and has at most one LoRA adapter. With several
-adapters, mixed rows, DoRA, a quantized or merged base, or hooks, the result is None, and the layer is called as a
-module. All state is read at every call: which adapter is active, disabled or merged, and its scale.
+A linear module may have an adapter from lorakit or peft. It has operands only if it is frozen, unquantized, unmerged
+and without hooks, and if it applies at most one adapter, which must be plain LoRA and the same for all rows. Otherwise,
+it has no operands and is called normally. All state is read at every call: which adapters are active, disabled or
+merged, and their scales.
 
-peft's layers are recognized by their attributes; peft is not imported.
+peft's layers are recognized by their `forward` method and attributes; peft is not imported.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ def operand(module: nn.Module, route: Route | None) -> Adapted | None:
     """Return the operands of a linear module under a route.
 
     Args:
-        module: A lorakit layer, or a module of the base model.
+        module: A lorakit layer, or a module in the base model.
         route: The route of this forward pass, or None if the model has no adapters.
 
     Returns:
-        W (out, in) or (in, out), bias (out,) and, with an adapter, A (r, in) and B (out, r); None if the module is not
-        plain.
+        W (out, in) or (in, out), bias (out,) and, if an adapter is active, A (r, in) and B (out, r); None if the module
+        has no operands.
     """
     if is_watched(module):
         return None
@@ -61,9 +62,9 @@ def operand(module: nn.Module, route: Route | None) -> Adapted | None:
 
 
 def frozen_linear(module: nn.Module) -> Adapted | None:
-    """Return the operands of a plain, frozen linear module: W (out, in), or (in, out) for Conv1D, and bias (out,).
+    """Return the operands of a frozen nn.Linear or Conv1D, or None for any other module.
 
-    Returns None for any other module.
+    The operands are W, (out, in) for nn.Linear or (in, out) for Conv1D, and bias (out,).
 
     Args:
         module: Any module; the caller checks its hooks.
@@ -82,19 +83,19 @@ def frozen_linear(module: nn.Module) -> Adapted | None:
 
 
 def _with_adapter(base: Adapted, pair: tuple[Tensor, Tensor], scale: float, dropout: nn.Module) -> Adapted | None:
-    """Return a frozen linear module with the factors A (r, in) and B (out, r), or None if `dropout` is not plain."""
+    """Add the factors A (r, in) and B (out, r) to a frozen linear module; return None if `dropout` is not supported."""
     p = share_dropped(dropout)
     return None if p is None else Adapted(base.W, base.bias, LowRank(*pair, scale, p), base.transposed)
 
 
 FORWARD = ("peft.tuners.lora.layer", "Linear.forward")
-"""Module and qualified name of peft's `forward` that is reproduced here; a replacement keeps both."""
+"""Module and qualified name of the peft `forward` that this module reproduces; a replacement keeps both names."""
 
 READ = ("active_adapters", "lora_A", "lora_B", "lora_dropout", "scaling")
-"""Attributes that are read from a peft layer: the names of its active adapters, and tables keyed by adapter."""
+"""Attributes that are read from a peft layer: the names of its active adapters, and dictionaries keyed by adapter."""
 
 ODD_TABLES = ("lora_variant", "lora_bias", *PEFT_TABLES_OF_VARIANTS)
-"""Tables in current or older peft versions in which a true entry means that the adapter is not plain LoRA."""
+"""Dictionaries in current or older peft versions. A true entry means that an adapter is not plain LoRA."""
 
 
 def is_peft_linear(module: nn.Module) -> bool:
@@ -110,8 +111,8 @@ def peft_operand(module: nn.Module) -> Adapted | None:
         module: A module for which `is_peft_linear` is true.
 
     Returns:
-        W (out, in) or (in, out), bias (out,) and, with an adapter, A (r, in) and B (out, r); None if the module is not
-        plain.
+        W (out, in) or (in, out), bias (out,) and, if an adapter is active, A (r, in) and B (out, r); None if the module
+        has no operands.
     """
     if is_watched(module) or not all(hasattr(module, name) for name in READ) or module.merged:
         return None
@@ -137,13 +138,13 @@ def _entry(table: Mapping[str, Any] | bool | None, name: str) -> bool:
 
 @dataclass(frozen=True)
 class ActiveOperands:
-    """Operands for one call of several modules that run as one function.
+    """Operands for one call to several modules that run as a single function.
 
     Attributes:
         operands: Operands of each module.
         forwards: Forward history of the modules as a whole.
         route: The route of this call, or None if the model has no lorakit adapters.
-        is_recomputed: Whether the call is being recomputed by autograd.
+        is_recomputed: Whether autograd is recomputing the call.
     """
 
     operands: list[Adapted]
@@ -152,21 +153,21 @@ class ActiveOperands:
     is_recomputed: bool
 
     def note(self, y: Tensor) -> None:
-        """Record the output y (…, d) of the call, in case the backward pass recomputes the call."""
+        """Record the output y (…, d) in the forward history, in case the backward pass recomputes the call."""
         if self.route is not None:
             self.forwards.note(y, self.route, self.is_recomputed)
 
 
 def active_operands(modules: Sequence[nn.Module], forwards: Forwards, x: Tensor) -> ActiveOperands | None:
-    """Return the operands for one call of several modules, or None if a module is not plain.
+    """Return the operands for one call to several modules, or None if any module has no operands.
 
     Args:
         modules: Linear modules of one model, with or without adapters.
-        forwards: Forward history of the modules as a whole, used instead of each layer's own.
+        forwards: Forward history of the modules as a whole; it is used instead of the history of each layer.
         x: Input to the call, (…, in).
 
     Raises:
-        RouteError: Autograd is recomputing the call, and the route of the original call cannot be determined.
+        RouteError: Autograd is recomputing a call, but the route of the original call cannot be determined.
     """
     layer = next((module for module in modules if isinstance(module, LoraLayer)), None)
     route, is_recomputed = (None, False) if layer is None else resolve(layer.state, None, forwards)
@@ -182,22 +183,22 @@ def active_operands(modules: Sequence[nn.Module], forwards: Forwards, x: Tensor)
 
 
 def forwards_of(module: nn.Module) -> Forwards:
-    """Return the forward history of a replaced module, created on first use."""
+    """Return the forward history of a replaced module, creating it if it does not exist yet."""
     return module.__dict__.setdefault(FORWARDS, Forwards())
 
 
 def _is_here(one: Adapted, x: Tensor) -> bool:
-    """Return whether all tensors are unsharded, on the device of x (…, in), and of a dtype the module accepts."""
+    """Return whether all operands are unsharded, are on the device of x (…, in), and have a dtype that can be used."""
     is_cast = torch.is_autocast_enabled(x.device.type)
     if not is_cast and any(base is not None and base.dtype != x.dtype for base in (one.W, one.bias)):
         return False
     tensors = (one.W, one.bias, *factors([one]))
-    # a sharded tensor (DTensor) has another type
+    # a sharded tensor has a different type (DTensor)
     return all(t is None or (type(t) in (Tensor, nn.Parameter) and t.device == x.device) for t in tensors)
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Return whether a module is a layer with adapters around a base layer."""
+    """Return whether a module is an adapter layer from lorakit or peft."""
     return isinstance(module, LoraLayer) or is_peft_linear(module)
 
 

@@ -1,9 +1,9 @@
-"""Loss without full logits: the head returns its input, the hidden states, and the loss computes logits in chunks.
+"""Loss without full logits: the head returns its input (the hidden states), and the loss computes logits in chunks.
 
-This requires that the model's logits are the output of its head, possibly scaled or soft-capped, which a probe checks;
-otherwise, the loss is left unchanged. For existing training loops, the model's `loss_function` is replaced on the
-instance, and two hooks are added: in a forward pass with labels in training mode, the output's logits are then None,
-and so is the key-value cache unless it is requested. All other forward passes are unchanged.
+This requires that the model's logits be the output of its head, possibly scaled or soft-capped. A probe checks whether
+they are; if not, the loss is left unchanged. For existing training loops, the `loss_function` of the model instance is
+replaced, and two hooks are added. In training mode, the output of a forward pass with labels then has no logits, and
+has no key-value cache unless one was requested. All other forward passes are unchanged.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lorakit.speed.probe import Call, ModelOutput, attempt, inputs_of
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """Return the output embeddings of a transformers model, or None.
+    """Return the output embeddings of a transformers model, or None if it has none.
 
     Args:
         model: Any model.
@@ -42,12 +42,12 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 @dataclass
 class HiddenStateCapture:
-    """State of a forward pass in which the head returns its input, the hidden states.
+    """State of a capturing forward pass: one in which the head captures and returns its input, the hidden states.
 
     Attributes:
         owner: The module that runs the forward pass, or None within `Head.passing`.
-        given: Inputs to the head, (rows, length, d) each.
-        version: In-place change counter of the last input when it was captured.
+        given: The captured inputs to the head, (rows, length, d) each.
+        version: Counter of in-place changes to the last input, at the time when the input was captured.
         used: Whether a loss was computed from the captured input.
     """
 
@@ -63,11 +63,11 @@ class Head:
 
     Attributes:
         scale: Factor between the head's output and the logits.
-        softcap: Bound that tanh puts on the logits, or None.
-        module: The head's module, or that module's replacement once the model is accelerated.
-        holders: Every (parent, attribute) that held the module when the model was accelerated.
-        open: Thread -> state of its current capturing forward pass.
-        last: The last layer if it can skip unlabeled rows, or None.
+        softcap: Bound on the logits, imposed with tanh, or None.
+        module: The head's module; once the model is accelerated, the replacement for that module.
+        holders: Every (parent, attribute) pair at which the model contained the module when it was accelerated.
+        open: Thread id -> state of the thread's current capturing forward pass.
+        last: The last layer if it can skip unlabeled rows, otherwise None.
     """
 
     scale: float
@@ -78,9 +78,9 @@ class Head:
     last: LastLayer | None = None
 
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
-        """Capture and return the hidden states (…, d) in a capturing forward pass; otherwise, return None.
+        """Capture and return the hidden states (…, d) in a capturing forward pass; return None in any other.
 
-        This is the fused forward that the head's replacement runs.
+        This is the fused forward of the replaced head.
         """
         capture = self.open.get(threading.get_ident()) if self.open else None
         if capture is None or not args or kwargs:
@@ -92,10 +92,12 @@ class Head:
 
     @contextlib.contextmanager
     def passing(self) -> Iterator[list[Tensor]]:
-        """Capture this thread's hidden states within a context, in which the logits that models return are meaningless.
+        """Capture hidden states in this thread within a context.
+
+        Within the context, the logits in the model's output are meaningless.
 
         Yields:
-            Inputs to the head: hidden states, (rows, length, d).
+            List of the captured hidden states, (rows, length, d) each.
         """
         thread = threading.get_ident()
         self.open[thread] = capture = HiddenStateCapture(None)
@@ -105,9 +107,9 @@ class Head:
             del self.open[thread]
 
     def applies(self) -> bool:
-        """Return whether the head is unchanged since acceleration: still in place, frozen, plain and without hooks."""
+        """Return whether the head is still the one from acceleration, frozen, without adapters and without hooks."""
         if any(parent._modules.get(name) is not self.module for parent, name in self.holders):
-            return False  # it has an adapter now, or the model has another head
+            return False  # the head has an adapter now, or the model has a different head
         weight, bias = self.module._parameters.get("weight"), self.module._parameters.get("bias")
         frozen = weight is not None and not weight.requires_grad and (bias is None or not bias.requires_grad)
         return frozen and not is_watched(self.module) and may_run(self.module)
@@ -117,12 +119,12 @@ class Head:
 
         Args:
             model: The accelerated model.
-            labels: Labels (rows, length); -100 excludes a token from the loss, and any other label is predicted from
-                the previous position.
-            inputs: The model's other arguments.
+            labels: Labels (rows, length). A label of -100 excludes a token from the loss; any other label is predicted
+                from the previous position.
+            inputs: Other arguments for the model.
 
         Returns:
-            A scalar in fp32 or wider.
+            The summed loss, a scalar in fp32 or wider.
         """
         targets = shifted(labels, IGNORED)
         options = {} if self.last is None else self.last.keyword(targets, IGNORED, inputs)
@@ -132,16 +134,16 @@ class Head:
         return self.loss(hidden, targets, 1.0, IGNORED)
 
     def loss(self, hidden: Tensor, targets: Tensor, total: float | Tensor | None, ignore_index: int) -> Tensor:
-        """Compute the cross-entropy of shifted targets.
+        """Compute the cross-entropy loss for targets that have already been shifted.
 
         Args:
             hidden: Input to the head, (…, d).
-            targets: One label per hidden state, of any shape (…).
-            total: Divisor of the summed loss; None for the number of targets that are not ignored.
+            targets: One label per hidden state, in any shape (…).
+            total: Divisor of the summed loss; None divides by the number of targets that are not ignored.
             ignore_index: Label of tokens that do not contribute to the loss.
 
         Returns:
-            A scalar in fp32 or wider.
+            The loss, a scalar in fp32 or wider.
         """
         weight, bias = self.module.get_parameter("weight"), self.module._parameters.get("bias")
         operands = Operands(weight, bias, self.scale, self.softcap)
@@ -150,7 +152,7 @@ class Head:
         return linear_cross_entropy(rows, operands, flat, total=total, ignore_index=ignore_index)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the model's logits (…, V) for hidden states (…, d), calling the head as a module."""
+        """Return the model's logits (…, V) for hidden states (…, d). The head is called as a module."""
         logits: Tensor = self.module(hidden) * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
@@ -161,21 +163,21 @@ def shifted(labels: Tensor, ignored: int) -> Tensor:
 
 
 def last_layer_for(head: Head, last: LastLayer, call: Call, output: ModelOutput | None) -> LastLayer | None:
-    """Return the last layer if a probe shows that it can skip unlabeled rows, else None.
+    """Return the last layer if a probe shows that it can skip unlabeled rows; otherwise, return None.
 
     Must be called inside `eval_mode`.
 
     Args:
         head: The head of a model with all replacements in place.
         last: The last layer to check.
-        call: The call to the head in a probe of the plain model.
-        output: The plain model's output in that probe.
+        call: The call to the head in a probe of the unaccelerated model.
+        output: The output of the unaccelerated model in that probe.
     """
     if not isinstance(output, Mapping):
         return None
     made = {**vars(output), **output} if hasattr(output, "__dict__") else output
     if any(made[name] is not None for name in made if name != "logits"):
-        return None  # something else may read the layer's output
+        return None  # the model has other outputs, which may depend on the layer's output
     inputs = inputs_of(last.model)
     options = last.keyword(some(inputs["input_ids"], IGNORED), IGNORED, inputs)
     with head.passing() as given:
@@ -192,16 +194,16 @@ def last_layer_for(head: Head, last: LastLayer, call: Call, output: ModelOutput 
 
 
 def head_for(head: nn.Module | None, given: Tensor | None, logits: Tensor | None, model: nn.Module) -> Head | str:
-    """Determine how a model's logits depend on its head's output.
+    """Determine how a model's logits depend on the output of its head.
 
     Args:
         head: The model's output embeddings.
-        given: The head's output in a probe, (rows, tokens, V), or None if it was not called.
-        logits: The model's logits, (rows, tokens, V).
+        given: Output of the head in a probe, (rows, tokens, V), or None if the head was not called.
+        logits: The model's logits in that probe, (rows, tokens, V).
         model: The model.
 
     Returns:
-        The head, or a short phrase that says why computing the loss requires logits.
+        The head, or a short reason why computing the loss requires logits.
     """
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
@@ -209,7 +211,7 @@ def head_for(head: nn.Module | None, given: Tensor | None, logits: Tensor | None
     if head is None or type(head).forward is not nn.Linear.forward or is_watched(head):
         return "its head is not a plain linear module"
     if head.weight.requires_grad:
-        return "its head is trained"
+        return "its head is trainable"
     if given is None or not isinstance(logits, Tensor) or given.shape != logits.shape:
         return "its logits are not the output of its head"
     found, wanted = given.double(), logits.double()
@@ -227,10 +229,10 @@ def head_for(head: nn.Module | None, given: Tensor | None, logits: Tensor | None
 
 
 STOCK = ("transformers.loss.loss_utils", "ForCausalLMLoss")
-"""Module and qualified name of the loss function that is reproduced here."""
+"""Module and qualified name of the transformers loss function that this module reproduces."""
 
 LOSS, OWN_LOSS = "loss_function", "_loss_function"
-"""Attributes of a transformers model: its loss function, and the one set on the model itself, if any."""
+"""Two attributes of a transformers model: its loss function, and the one that was set on the instance, if any."""
 
 Loss = Callable[..., Tensor]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -242,7 +244,7 @@ class LossWithoutLogits:
     Args:
         head: The model's head.
         model: The transformers model whose loss function is replaced.
-        last: The model's last layer if it can skip unlabeled rows, or None.
+        last: The model's last layer if it can skip unlabeled rows, otherwise None.
     """
 
     def __init__(self, head: Head, model: nn.Module, last: LastLayer | None) -> None:
@@ -254,7 +256,7 @@ class LossWithoutLogits:
         self.handles: list[RemovableHandle] = []
 
     def install(self, wholes: Iterable[nn.Module]) -> None:
-        """Set the model's loss function, and add the hooks to the model and its wrappers, `wholes`."""
+        """Replace the model's loss function, and add the hooks to `wholes`, which are the model and its wrappers."""
         setattr(self.model, LOSS, self)
         for whole in wholes:
             self.handles.append(whole.register_forward_pre_hook(self._begin, with_kwargs=True))
@@ -277,23 +279,23 @@ class LossWithoutLogits:
         shift_labels: Tensor | None = None,
         **kwargs: object,
     ) -> Tensor:
-        """Compute the next-token loss, a scalar; the parameters are those of transformers' own loss.
+        """Compute the next-token loss, a scalar. The parameters are the same as those of transformers' loss function.
 
         Args:
             logits: Logits (rows, length, V), or the hidden states in a capturing forward pass.
             labels: Labels (rows, length).
             vocab_size: Vocabulary size V.
-            num_items_in_batch: Divisor of the summed loss; None for the number of labeled tokens.
+            num_items_in_batch: Divisor of the summed loss; None divides by the number of labeled tokens.
             ignore_index: Label of tokens that do not contribute to the loss.
-            shift_labels: Labels already aligned with the positions that predict them, (rows, length), to use instead
-                of `labels`.
-            kwargs: Other arguments of transformers' own loss.
+            shift_labels: Labels (rows, length) that are already aligned with the positions that predict them; they
+                replace `labels`.
+            kwargs: Other arguments of transformers' loss function.
 
         Raises:
-            RunError: The head was called more than once, or its output was changed in place.
+            RunError: The head was called more than once, or its output was modified in place.
         """
         options = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index, "shift_labels": shift_labels}
-        is_traced = torch.compiler.is_compiling()  # a compiler cannot trace thread ids, so it gets logits
+        is_traced = torch.compiler.is_compiling()  # compilers cannot trace thread ids; use the stock loss
         capture = None if is_traced else self.head.open.get(threading.get_ident())
         if capture is None or capture.owner is None or not capture.given:
             return self.stock(logits, labels, vocab_size, **options, **kwargs)
@@ -301,14 +303,15 @@ class LossWithoutLogits:
         is_changed = not hidden.is_inference() and hidden._version != capture.version
         if len(capture.given) != 1 or is_changed:
             raise RunError(
-                f"{type(self.model).__name__} called its head {len(capture.given)} times or changed its output "
-                "in place, so the loss cannot be computed without logits; call accelerate(model) without logits=False",
+                f"{type(self.model).__name__} called its head more than once or modified the head's output in place "
+                f"(calls: {len(capture.given)}), so the loss cannot be computed without logits; call accelerate(model) "
+                "without logits=False",
                 what=type(self.model).__name__,
             )
         capture.used = True
         weight = self.head.module._parameters["weight"]
         if type(weight) is not nn.Parameter or vocab_size != len(weight) or 0 <= ignore_index < vocab_size:
-            del self.head.open[threading.get_ident()]  # a sharded head gathers its weight when it is called
+            del self.head.open[threading.get_ident()]  # a sharded head gathers its weight only when it is called
             try:
                 made = self.head.logits(hidden)
             finally:
@@ -338,13 +341,13 @@ class LossWithoutLogits:
         return args, kwargs | self._without_cache(args, kwargs) | self._trained_rows(kwargs)
 
     def _without_cache(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, bool]:
-        """Return the argument that disables the cache, or nothing if a call passes or requests a cache."""
+        """Return the argument that disables the cache, or nothing if the call passes or requests a cache."""
         asked = any(kwargs.get(name) is not None for name in ("use_cache", "cache", "past_key_values"))
         by_name = len(args) < 2  # a second positional argument may be a cache
         return {"use_cache": False} if by_name and not asked and hasattr(self.model.config, "use_cache") else {}
 
     def _trained_rows(self, kwargs: Mapping[str, Any]) -> dict[str, Trained]:
-        """Return the keyword argument for the last layer in a call to the model, or nothing."""
+        """Return the keyword argument with which the last layer skips unlabeled rows, or nothing."""
         ignored, targets = kwargs.get("ignore_index", IGNORED), kwargs.get("shift_labels")
         if self.last is None or type(ignored) is not int:
             return {}
@@ -371,18 +374,18 @@ class LossWithoutLogits:
             return None
         if not capture.used:
             kind = type(self.model).__name__
-            raise RunError(f"{kind} passed labels to a loss other than its loss_function", what=kind)
+            raise RunError(f"{kind} computed its loss without calling its loss_function", what=kind)
         make: Callable[..., Mapping[str, Any]] = type(output)
         return make(**{name: value for name, value in output.items() if name != "logits"})
 
 
 def loss_for(model: nn.Module, head: Head) -> LossWithoutLogits | str:
-    """Return a model's loss without logits, not yet installed; or a short phrase that says why there is none.
+    """Return a loss without logits for a model, not yet installed, or a short reason why there is none.
 
     Must be called inside `eval_mode`.
 
     Args:
-        model: The transformers model itself, without wrappers.
+        model: The transformers model, without any wrappers.
         head: The model's head.
     """
     stock: Loss | None = getattr(model, LOSS, None)
@@ -408,12 +411,12 @@ def loss_for(model: nn.Module, head: Head) -> LossWithoutLogits | str:
     output, of_rows = ran[0], ran[1].loss if options else None
     if asked[:1] != [(tuple(output.logits.shape), output.logits.shape[-1])] or len(asked) != 1 + bool(options):
         return "its loss is not computed from its logits by its loss function"
-    is_alone = of_rows is not None and agree(of_rows, output.loss)  # no other part of the loss reads the layer's output
+    is_alone = of_rows is not None and agree(of_rows, output.loss)  # whether nothing else reads the layer's output
     return LossWithoutLogits(head, model, head.last if is_alone else None)
 
 
 def _set_own_loss(model: nn.Module, own: Loss | None) -> None:
-    """Set the loss function stored on a model itself, or remove it if there was none."""
+    """Set the loss function stored on a model instance, or remove it if `own` is None."""
     if own is None:
         delattr(model, OWN_LOSS)
     else:

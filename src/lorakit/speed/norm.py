@@ -1,7 +1,7 @@
-"""Fused norms and dropouts, and their current operands for other fused forwards.
+"""Fused norms and dropout modules, and their current operands for use in other fused forwards.
 
-A fused norm saves its input and one or two values per row instead of several fp32 copies. On a CPU, a fused dropout
-draws the dropped positions instead of one random number per element.
+A fused norm saves only its input and one or two values per row, instead of several fp32 copies. On a CPU, a fused
+dropout module draws the dropped positions instead of one random number per element.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lorakit.speed.patching import is_watched
 from lorakit.speed.submodules import Options
 
 RMS = ("RMSNorm", "T5LayerNorm")
-"""Suffixes of the class names of RMS norms."""
+"""Suffixes of RMS norm class names."""
 
 EPSILONS = ("variance_epsilon", "eps")
 
@@ -39,12 +39,12 @@ def norm_of(module: nn.Module | None) -> Norm | None:
 
 
 def norms_at(module: nn.Module, first: str, second: str) -> tuple[Norm | None, Norm | None] | None:
-    """Return two children of a module as norms, with None for a missing child; return None if a child is unknown.
+    """Return the operands of two norms; an item is None if that child is missing. Return None if a norm is unknown.
 
     Args:
-        module: The module.
-        first: Name of one child.
-        second: Name of the other child.
+        module: Module whose children are the norms.
+        first: Name of the first norm.
+        second: Name of the second norm.
     """
     children = module._modules.get(first), module._modules.get(second)
     norms = norm_of(children[0]), norm_of(children[1])
@@ -61,14 +61,14 @@ def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
     """Return the normalized x (…, d), or None if the module's own `forward` must run."""
     norm = norm_of(module)
     if norm is None or options or (norm.weight is not None and norm.weight.dtype != x.dtype):
-        return None  # if the dtypes differ, the output dtype depends on the model
+        return None  # if the dtypes differ, the dtype of the output depends on the model
     if norm.kind == "layer" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float32:
         return None  # a layer norm returns float32 under autocast
     return normalize(x, norm)
 
 
 def dropout_p(module: nn.Module | None) -> float | None:
-    """Return the current probability of a dropout module: 0 without a module, None if it is not a plain dropout."""
+    """Return the current probability of a dropout module: 0 if there is no module, or None if it is not supported."""
     if module is None or (isinstance(module, nn.Identity) and not is_watched(module)):
         return 0.0
     if not isinstance(module, nn.Dropout) or is_watched(module) or module.p >= 1:

@@ -1,7 +1,7 @@
-"""Replace a module in a model with an instance of a subclass, created at runtime, that shares the module's state.
+"""Replace a module in a model with an instance of a subclass that is created at runtime and shares the module's state.
 
-State dict names, hooks, `isinstance` and `repr` are unaffected, and no class or attribute of the original module is
-modified. A replacement can be undone.
+State dict names, hooks, `isinstance` and `repr` are unaffected, and neither the class nor any attribute of the original
+module is modified. A replacement can be undone.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.routing.recompute import Forwards as Forwards
 
 FORWARDS = "_forward_history"
-"""Attribute of a replaced module that holds its forward history, as on lorakit layers."""
+"""Attribute that contains the forward history of a replaced module. lorakit layers have a forward history too."""
 
 RECOMPUTES = "_recomputes_matmuls"
-"""Attribute of a replaced feed-forward block that recomputes matmuls in the backward pass instead of saving results."""
+"""Attribute of a replaced feed-forward block whose backward pass recomputes matmuls instead of using saved results."""
 
 OWN = (FORWARDS, RECOMPUTES)
 """Attributes that a replacement adds to the shared state."""
 
 MARK = "_replaced_class"
-"""Class attribute that only replacement classes have, which holds the class of the original."""
+"""Class attribute that contains the class of the original module; only replacement classes have it."""
 
 CONTRACT = "_contract"
-"""`__slots__` entry of a replacement for its `Contract`, which is not part of the shared state."""
+"""Name of the `__slots__` entry in which a replacement stores its `Contract`, outside the shared state."""
 
 Forward = Callable[..., Any]
-"""Fused forward that a replacement tries first: module, arguments -> output, or None for unsupported calls."""
+"""Fused forward that a replacement tries first: module, arguments -> output, or None if the call is not supported."""
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module]:
@@ -47,7 +47,7 @@ def children_of(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def modules_at(module: nn.Module, names: Iterable[str]) -> list[nn.Module]:
-    """Return the children of a module with the given names, skipping names that are missing.
+    """Return the children of a module that have the given names. Names without a child are skipped.
 
     Args:
         module: Any module.
@@ -63,7 +63,7 @@ class Swap:
     Attributes:
         original: The original module.
         replacement: The module that replaces it.
-        holders: Every (parent, attribute) that held the original.
+        holders: Every (parent, attribute) pair at which the model contained the original.
     """
 
     original: nn.Module
@@ -71,11 +71,11 @@ class Swap:
     holders: tuple[tuple[nn.Module, str], ...]
 
     def do(self) -> None:
-        """Install the replacement in every holder of the original."""
+        """Install the replacement at every position of the original."""
         self._replace(self.original, self.replacement)
 
     def undo(self) -> None:
-        """Restore the original in every holder of the replacement."""
+        """Restore the original at every position of the replacement."""
         for name in OWN:
             self.original.__dict__.pop(name, None)
         self._replace(self.replacement, self.original)
@@ -90,7 +90,7 @@ class Swap:
 
 
 def undo(model: nn.Module, swaps: Sequence[Swap]) -> None:
-    """Restore all originals, including those inside adapter layers that have wrapped a replacement since.
+    """Restore all originals, even if adapter layers have wrapped their replacements in the meantime.
 
     Args:
         model: The model with the replacements.
@@ -113,7 +113,7 @@ def make_replacement(
     Args:
         module: The original; both share one `__dict__`.
         fast: Fused forward, called with the module and the arguments of the call.
-        classes: Cache for one model, (original class, `name`) -> replacement class.
+        classes: Cache for one model: (original class, `name`) -> replacement class.
         name: Name of the fused forward; modules with the same class and name share a replacement class.
     """
     key = (type(module), name)
@@ -130,12 +130,12 @@ def may_run(module: nn.Module) -> bool:
     Args:
         module: Any module.
     """
-    contract = getattr(module, CONTRACT, None)  # replicas made by torch have no contract
+    contract = getattr(module, CONTRACT, None)  # replicas that torch creates have no contract
     return contract is not None and contract.holds()
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class of a module, or of the original if it is a replacement.
+    """Return the class of a module or, if the module is a replacement, the class of the original.
 
     Args:
         module: Any module.
@@ -176,5 +176,5 @@ def _subclass(
 
 
 def _blank(kind: type[nn.Module]) -> nn.Module:
-    """Create an instance without any state, without calling `__init__`."""
+    """Create an instance that has no state, without calling `__init__`."""
     return object.__new__(kind)

@@ -1,9 +1,9 @@
-"""Run a model on a few random tokens as a probe, record the calls to its modules, and restore the model.
+"""Probe a model: run it on a few random tokens, record the calls to its modules, and restore the model.
 
 Probes run in eval mode without gradients. A forward pass may have side effects: some models build rotary caches or
-masks on their first call, or switch their attention implementation for short inputs. Therefore flags, attributes,
-children, hooks, buffers, forward histories and random state are restored; afterwards, the modules hold the same objects
-as before.
+masks on their first call, or switch their attention implementation for short inputs. After a probe, flags, attributes,
+children, hooks, buffers, forward histories and random state are therefore restored, and the modules contain the same
+objects as before.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from lorakit.speed.patching import Forwards
 
 COPIED = 1 << 20
-"""Size, in elements, of the largest buffer that is copied beforehand so that in-place writes to it can be undone."""
+"""Maximum number of elements in a buffer that is copied before a probe so that in-place writes can be undone."""
 
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Restore a model and torch's random generators when a context ends.
+    """Restore a model and torch's random generators at the end of a context.
 
-    Within the context, modules have an empty forward history, so a later backward pass does not see forward passes that
-    ran in the context.
+    Within the context, modules have an empty forward history. Forward passes that run in the context are therefore not
+    visible to a later backward pass.
 
     Args:
         model: Any model; its parameters are not copied.
@@ -72,7 +72,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 class _Held:
-    """Saved attributes of one module, and saved contents of its tables of parameters, buffers, children and hooks."""
+    """Saved attributes of a module, and saved contents of its dictionaries (parameters, buffers, children, hooks)."""
 
     def __init__(self, module: nn.Module) -> None:
         self.now: dict[str, Any] = module.__dict__
@@ -84,7 +84,7 @@ class _Held:
                 self.now[name] = Forwards()
 
     def restore(self) -> None:
-        """Restore all attributes, including the contents of tables."""
+        """Restore all attributes, including the contents of dictionaries."""
         for name in self.now.keys() - self.attributes.keys():
             del self.now[name]
         self.now.update(self.attributes)
@@ -97,11 +97,11 @@ class _Held:
 Result = TypeVar("Result")
 
 ModelOutput = Mapping[str, Any] | tuple[Any, ...]
-"""Output of a model from transformers."""
+"""Output of a transformers model."""
 
 ROWS, TOKENS = 2, 9
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
-"""Largest allowed relative norm of a difference: a few rounding errors, far below the effect of other arithmetic."""
+"""Largest allowed relative difference: a few rounding errors, far less than the effect of a different computation."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Call:
 
     @property
     def hidden(self) -> Tensor | None:
-        """Return the hidden states that the module received, (…, d), or None."""
+        """Return the hidden states (…, d) that the module received, or None."""
         return self.args[0] if self.args else self.kwargs.get("hidden_states")
 
 
@@ -128,13 +128,13 @@ Calls = Mapping[str, Call]
 """Path of a module -> its recorded call."""
 
 Pairs = list[tuple[Tensor | None, Tensor]]
-"""Pairs of outputs, (…) each: that of a fused forward, or None for unsupported calls; and the module's own."""
+"""Pairs of outputs (…): the output of a fused forward, or None if the call is not supported; and the module's own."""
 
 
 def attempt(run: Callable[[], Result]) -> Result | Exception:
     """Run a probe and return its result, or the exception that it raised.
 
-    A probe runs third-party model code, which may raise any exception; the caller then skips the module.
+    A probe runs third-party model code, which may raise any exception. If it does, the caller skips the module.
     KeyboardInterrupt and SystemExit propagate.
 
     Args:
@@ -147,27 +147,27 @@ def attempt(run: Callable[[], Result]) -> Result | Exception:
 
 
 class _Enough(Exception):
-    """Ends a forward pass whose remaining modules are not needed."""
+    """Exception that ends a forward pass early because no further modules need to run."""
 
 
 def calls(
     model: nn.Module, modules: Mapping[str, nn.Module], rows: int = ROWS, tokens: int = TOKENS, *, stop: bool = False
 ) -> tuple[dict[str, Call], ModelOutput | None]:
-    """Run a model once on random tokens and record the calls to some of its modules; must be called inside `eval_mode`.
+    """Run a model once on random tokens and record calls to some of its modules. Must be called inside `eval_mode`.
 
     Args:
         model: A transformers model.
-        modules: Path -> module whose calls are recorded.
+        modules: Path -> module; the calls to these modules are recorded.
         rows: Number of rows in the batch.
         tokens: Number of tokens per row.
-        stop: Whether to end the forward pass once all of the modules have been called.
+        stop: Whether to end the forward pass as soon as all of these modules have been called.
 
     Returns:
-        Path -> last call, for each module that was called; and the model's output, or None if the forward pass was
-        ended early.
+        Path -> last call, for each module that was called; and the model's output, or None if the forward pass ended
+        early.
 
     Raises:
-        Exception: The model does not run on token ids alone; it may raise any exception.
+        Exception: Any exception that the model raises, for example because it does not run on token ids alone.
     """
     found: dict[str, Call] = {}
 
@@ -195,7 +195,7 @@ EMBEDDINGS = "get_input_embeddings"
 
 
 def token_ids(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS) -> Tensor:
-    """Return a few random token ids, (rows, tokens), drawn without using torch's global generator.
+    """Return a few random token ids (rows, tokens), without using torch's global generator.
 
     Args:
         model: A model with input embeddings.
@@ -209,7 +209,7 @@ def token_ids(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS) -> Tenso
 
 
 def inputs_of(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS) -> dict[str, Any]:
-    """Return the arguments for a small call without a cache.
+    """Return the arguments for a small call to a model, without a cache.
 
     Args:
         model: A model with input embeddings.
@@ -228,9 +228,10 @@ def inputs_of(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS) -> dict[
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode and disable gradients within a context; restore the model afterwards.
+    """Put a model in eval mode and disable gradients within a context, and restore the model afterwards.
 
-    Inference mode would be wrong: tensors that a model creates and caches in it cannot be used later in training.
+    Inference mode is not used: tensors that a model creates and caches in inference mode cannot be used in training
+    later.
 
     Args:
         model: Any model.

@@ -1,6 +1,6 @@
-"""Checks of modules and calls for fused forwards: activations, attributes, config fields, arguments.
+"""Checks that fused forwards apply to modules and calls: activations, attributes, config fields and arguments.
 
-Modules are recognized by structure; anything unknown counts as unsupported.
+Modules are recognized by their structure. Anything unknown is treated as unsupported.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ACTIVATIONS: dict[str, str] = {
     "QuickGELUActivation": "quick_gelu",
     "ReLU": "relu",
 }
-"""Activation class -> name in `lorakit.ops.activation`; a probe confirms each activation before it is used."""
+"""Activation class -> name in `lorakit.ops.activation`. A probe confirms each activation before it is used."""
 
 
 def activation_of(function: Callable[..., Any] | None) -> str | None:
@@ -49,7 +49,7 @@ def activation_of(function: Callable[..., Any] | None) -> str | None:
 
 
 def unknown_activation(function: Callable[..., Any] | None) -> str | None:
-    """Return a short phrase that says why an activation is not supported, or None if it is supported."""
+    """Return a short reason why an activation is not supported, or None if it is supported."""
     return f"unknown activation {type(function).__name__}" if activation_of(function) is None else None
 
 

@@ -1,11 +1,12 @@
 """Autotuning: measure which kernels are fastest for a model's shapes on this machine, and cache the results on disk.
 
-`choose` takes the measurements; `lorakit.ops.choices.activate` activates the results. Only attention and matmuls with
-frozen base weights are measured, only on a CPU, and only if they are large enough for the choice to matter. Nothing in
-this module runs unless it is called.
+`choose` takes the measurements, and `lorakit.ops.choices.activate` activates the results. Measurements are made only on
+a CPU, only for attention and for matmuls with frozen base weights, and only if these operations are large enough for
+the choice to matter. Nothing is measured unless `choose` is called.
 
 All machines that share a cache directory share one file. If the file is missing, damaged or not writable, shapes are
-measured again. If two processes write at the same time, one may lose its results, but the file remains valid.
+measured again. If two processes write to the file at the same time, the results of one of them may be lost, but the
+file remains valid.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ FORMAT = 1
 
 
 def read(folder: Path | None = None) -> dict[str, int]:
-    """Read the saved results for this machine, thread count and torch version.
+    """Read the results that were saved for this machine, thread count and torch version.
 
     Args:
-        folder: Directory of the file; None for lorakit's cache.
+        folder: Directory that contains the file; None uses lorakit's cache directory.
 
     Returns:
         Shape name -> fastest method; empty if there is no file.
@@ -57,10 +58,10 @@ def save(results: Mapping[str, int], folder: Path | None = None) -> str:
 
     Args:
         results: Shape name -> method.
-        folder: As for `read`.
+        folder: Directory that contains the file; None uses lorakit's cache directory.
 
     Returns:
-        Why the results could not be saved, or "".
+        Reason why the results could not be saved, or "".
     """
     try:
         path = _path(folder)
@@ -73,7 +74,7 @@ def save(results: Mapping[str, int], folder: Path | None = None) -> str:
 
 
 def machine() -> str:
-    """Return a key for all that affects speed: processor, instruction sets, threads, torch, lorakit and kernels."""
+    """Return a key for everything that affects speed: processor, instruction sets, threads, torch, lorakit, kernels."""
     here, limit = this_machine(), os.environ.get("ONEDNN_MAX_CPU_ISA", "")
     instructions = " ".join((*here.features, *([f"at most {limit}"] if limit else [])))
     kernels = "compiled kernels" if compiled.kernels() is not None else "no kernels"
@@ -102,39 +103,43 @@ def _of_machine(machines: Mapping[str, Any]) -> dict[str, int]:
 
 
 GAIN = 0.1
-"""Fraction of the best time so far that another method must save; a smaller difference may be noise."""
+"""Fraction by which a method must reduce the best time so far; a smaller difference may be noise."""
 
 ROUNDS = 3
-"""Trials that another method must win before the best one so far wins as many, so no single disturbance decides."""
+"""Number of trials that a method must win before the best method so far wins the same number.
+
+Several trials keep a single disturbance from deciding the result.
+"""
 
 FEWEST_FLOPS, MOST_FLOPS = 1 << 27, 1 << 33
-"""Range of operation sizes, in FLOPs, that are measured. Smaller operations hardly take any time; larger ones run at
-full speed with any method and take long to measure.
+"""Smallest and largest operation to measure, in FLOPs. Smaller operations take hardly any time. Larger operations run
+at full speed with any method, and measuring them would take too long.
 """
 
 AT_ONCE = 1024
-"""Minimum total number of tokens for which attention is measured."""
+"""Minimum total number of tokens in a batch for which attention is measured."""
 
 BUSY = 1.5
-"""Number of running processes per core, averaged over the last minute, above which a machine counts as busy."""
+"""Load (running processes per core, averaged over the last minute) above which a machine is considered busy."""
 
 IN_FP32_ROWS = 512
-"""Number of rows in the matmul that is measured to decide whether a weight's matmuls run in fp32."""
+"""Number of rows in the matmul that is measured to decide whether matmuls with a weight run in fp32."""
 
 BUDGET_SECONDS = 3.0
-"""Number of seconds after which the remaining shapes are left for a later run."""
+"""Time in seconds after which measuring stops. The remaining shapes are left for a later run."""
 
 
 @dataclass(frozen=True)
 class TuningTask:
-    """A shape for which several methods are available.
+    """A measurement: a shape, and the methods that are available for it.
 
     Attributes:
         name: Name of the shape in `lorakit.ops.choices`.
         default: The default method.
-        others: Methods to try in order, each only if the previous one was faster than its predecessor.
-        prepare: Function that creates data and returns a function that runs a given method on the data.
-        unless: Name of a shape that is measured first; if the method chosen for it is not 0, this task is skipped.
+        others: Other methods in the order in which they are tried; the first one that is not faster ends the search.
+        prepare: Function that creates data and returns a second function, which runs a given method on the data.
+        unless: Name of a shape that is measured earlier. If the method chosen for that shape is not 0, this task is
+            skipped.
     """
 
     name: str
@@ -149,10 +154,10 @@ class TuningResult:
     """Result of `choose`.
 
     Attributes:
-        choices: Shape name -> method that is faster than the default; empty if the defaults are fastest.
-        measured: Number of shapes that were measured in this call; results for the others were cached.
-        seconds: Duration of the measurements.
-        save_error: Why the results could not be saved, or "".
+        choices: Shape name -> method that is faster than the default; empty if all defaults are the fastest.
+        measured: Number of shapes that were measured in this call. For all others, cached results were used.
+        seconds: Duration of the measurements in seconds.
+        save_error: Reason why the results could not be saved, or "".
         skipped: Number of shapes that were not measured because the machine was busy or time ran out.
     """
 
@@ -182,15 +187,15 @@ def choose(
 ) -> TuningResult:
     """Find the fastest methods for a model's shapes, from saved results or by measuring for about three seconds.
 
-    Global random generators are not affected. The result is empty on devices other than a CPU, for weights without
-    data, and under a compiler; on a busy machine, nothing is measured.
+    Global random generators are not affected. The result is empty for models that are not in CPU memory, for weights
+    without data, and under a compiler. On a busy machine, nothing is measured.
 
     Args:
         model: A model, with or without adapters; it is not called.
         tokens: Number of tokens in the largest batch.
         longest: Number of tokens in the longest sequence.
-        folder: Directory of the saved results; None for lorakit's cache.
-        clock: Function that returns the time in seconds; tests replace it.
+        folder: Directory that contains the saved results; None uses lorakit's cache directory.
+        clock: Function that returns the time in seconds; tests pass their own.
     """
     is_fake = torch.compiler.is_compiling() or type(torch.empty(0, device="cpu")) is not Tensor
     asked = [] if is_fake else [*matmul_tasks(model, tokens), *attention_tasks(model, longest)]
@@ -218,7 +223,7 @@ def is_busy(machine: Machine) -> bool:
 
 
 def fastest(task: TuningTask, clock: Callable[[], float]) -> int:
-    """Return the last of a task's methods to beat its predecessor by `GAIN` in `ROUNDS` trials, or the default."""
+    """Try a task's methods in order until one fails to beat the best method so far, and return the best method."""
     with torch.no_grad():
         run, best = task.prepare(), task.default
         for other in task.others:
@@ -229,7 +234,7 @@ def fastest(task: TuningTask, clock: Callable[[], float]) -> int:
 
 
 def _wins(run: Callable[[int], Tensor | None], other: int, best: int, clock: Callable[[], float]) -> bool:
-    for method in (best, other):  # warm-up, because a library's first call may include setup
+    for method in (best, other):  # warm-up run, because the first call to a library may include setup
         run(method)
     won = lost = 0
     while won < ROUNDS and lost < ROUNDS:
@@ -238,15 +243,16 @@ def _wins(run: Callable[[int], Tensor | None], other: int, best: int, clock: Cal
             began = clock()
             run(method)
             taken[method] = clock() - began
-        gains = taken[other] < (1 - GAIN) * taken[best]  # with too coarse a clock, both are 0
+        gains = taken[other] < (1 - GAIN) * taken[best]  # if the clock is too coarse, both times are 0
         won, lost = won + gains, lost + (not gains)
     return won == ROUNDS
 
 
 def matmul_tasks(model: nn.Module, tokens: int) -> Iterator[TuningTask]:
-    """Yield tasks for matmuls of up to `tokens` tokens with a model's frozen weights, in forward and backward passes.
+    """Yield tasks for the matmuls of up to `tokens` tokens with a model's frozen weights, forward and backward.
 
-    Tasks that decide whether a weight's matmuls run in fp32 come first; they use only part of a large weight.
+    The tasks that decide whether matmuls with a weight run in fp32 come first; these tasks use only part of a large
+    weight.
     """
     counts = [rows for fewer, rows in itertools.pairwise((choices.SLICES[0], *choices.ROWS)) if fewer < tokens]
     sides = [right for W in _weights(model) for right in (W, W.t())]
@@ -285,12 +291,12 @@ def attention_tasks(model: nn.Module, longest: int) -> Iterator[TuningTask]:
 
 
 def _weights(model: nn.Module) -> Iterator[Tensor]:
-    """Yield the frozen weights, (out, in) or (in, out), of those linear modules of a model that are in CPU memory."""
+    """Yield the frozen weights (out, in) or (in, out) of a model's linear modules, if they are in CPU memory."""
     for module in model.modules():
         base = frozen_linear(module)
         if base is not None and base.W.device.type == "cpu":
             yield base.W.detach()
-    head = output_head(model)  # an accelerated head is not a plain linear module
+    head = output_head(model)  # `frozen_linear` does not recognize an accelerated head
     W = getattr(head, "weight", None)
     if type(W) is nn.Parameter and W.dim() == 2 and not W.requires_grad and W.device.type == "cpu":
         yield W.detach()
@@ -307,7 +313,7 @@ def _through_fp32(right: Tensor) -> Callable[[int], Tensor]:
 
 
 def _rows_of(rows: int, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an input (rows, in) for right (in, out), and an output buffer (rows, out)."""
+    """Return an input (rows, in) for a matmul with `right` (in, out), and an output buffer (rows, out)."""
     x = torch.ones(rows, right.shape[0], dtype=right.dtype, device="cpu")
     return x, torch.empty(rows, right.shape[1], dtype=right.dtype, device="cpu")
 
@@ -315,7 +321,7 @@ def _rows_of(rows: int, right: Tensor) -> tuple[Tensor, Tensor]:
 def _attention(
     sizes: tuple[int, int, int, int], shared: int, dtype: torch.dtype, methods: tuple[Method, Method]
 ) -> Callable[[int], None]:
-    """Return a function that runs a forward and a backward pass for q (B, H, T, D) and k and v with `shared` heads."""
+    """Return a function that runs attention forward and backward with q (B, H, T, D) and `shared` heads in k and v."""
     batch, heads, length, width = sizes
     q = torch.ones(batch, length, heads, width, dtype=dtype, device="cpu").transpose(1, 2)
     k, v = (torch.ones(batch, length, shared, width, dtype=dtype, device="cpu").transpose(1, 2) for _ in range(2))

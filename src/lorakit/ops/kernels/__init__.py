@@ -1,4 +1,4 @@
-"""Compiled kernels for the fused operations: in C for CPUs, in Triton for CUDA. `kernels_for` selects which to use."""
+"""Compiled kernels for the fused operations, written in C for CPUs and in Triton for CUDA; see `kernels_for`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from lorakit.ops.kernels.protocol import Kernels
 def kernels_for(x: Tensor, *others: Tensor | None, strided: bool = False) -> Kernels | None:
     """Return the compiled kernels for x (any shape), or None if PyTorch's operations must be used.
 
-    Kernels are not used if the dtype is not supported, if another tensor differs in dtype or device, if a tensor is not
-    contiguous (except x if `strided`) or has no storage (fake tensors, shards), or under a compiler or tracer.
+    Kernels are not used under a compiler or tracer, if the dtype of x is not supported, if another tensor has a
+    different dtype or device, if a tensor has no ordinary storage (fake tensors, shards), or if a tensor is not
+    contiguous. If `strided` is true, x need not be contiguous.
     """
     if type(x) not in _PLAIN or x.dtype not in _DTYPES.get(x.device.type, ()):
         return None
@@ -32,5 +33,5 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def is_traced() -> bool:
-    """Return whether tensors may be symbolic: under `torch.jit.trace`, export, or a `torch.func` transform."""
+    """Return whether tensors may be symbolic, as under `torch.jit.trace`, export, or a `torch.func` transform."""
     return torch._C._get_tracing_state() is not None or torch._C._functorch.maybe_current_level() is not None

@@ -1,15 +1,15 @@
-"""Compile rows.c and its headers into a shared library, once per machine, compiler and dtype, and cache it.
+"""Compile rows.c and its headers into a shared library, once per machine, compiler and dtype, and cache the library.
 
 Nothing is downloaded or installed: the C compiler on the system is used, if there is one. A library is code, so it is
-built and loaded only in a private directory, to which no other user can write. It is built in a temporary directory
-next to its final path and then moved to that path, so that concurrent builds do not interfere. Failures are reported in
-`Built`, never raised.
+built in, and loaded from, a private directory, to which no other user can write. To keep concurrent builds from
+interfering with each other, a library is built in a temporary directory next to its final path and then moved to that
+path. Failures are never raised; they are reported in `Built`.
 
-A directory is private if it belongs to the user and has mode 0700, and if each of its parents belongs to the user or
-root and cannot be written by others. A parent with the sticky bit, such as /tmp, may be world-writable: its entries can
-be renamed or removed only by their owner, and the owner of each entry is checked too. After the check no other user can
-replace any part of the path, so the path may be used by name. The check does not detect access control lists beyond the
-mode bits (a POSIX list shows in the group bits, an NFSv4 list does not), mounts over a path, or actions by root.
+A directory is private if it belongs to the user and has mode 0700, and if each of its parents belongs to the user or to
+root and is not writable by others. A parent with the sticky bit, such as /tmp, may be world-writable: only the owner of
+an entry can rename or remove it, and the owner of each entry is checked too. After the check, no other user can replace
+any part of the path, so it is safe to use the path by name. The check cannot detect mounts over a path, actions by
+root, or access control lists that the mode bits do not show. (POSIX lists show in the group bits; NFSv4 lists do not.)
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SOURCE = Path(__file__).with_name("rows.c")
 COMPILERS = ("gcc", "cc", "clang")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 WIDEST = "-mprefer-vector-width=512"
-"""Flag for compilers that support it: by default, GCC uses only half the vector width of processors with AVX-512."""
+"""Flag for compilers that support it. By default, GCC uses only half the vector width of processors with AVX-512."""
 SECONDS = 120
 """Timeout for one run of the compiler."""
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
@@ -51,7 +51,7 @@ class Built(NamedTuple):
 
     Attributes:
         functions: The loaded library, or None.
-        why: How the library was built, or why it could not be built, for logs.
+        why: Description for logs: how the library was built, or why it could not be built.
         lacks_compiler: Whether no C compiler was found.
     """
 
@@ -62,7 +62,7 @@ class Built(NamedTuple):
 
 @functools.cache
 def built(define: str) -> Built:
-    """Return the library compiled from rows.c, building it if missing, which takes about a second.
+    """Return the library compiled from rows.c. If the library is missing, build it, which takes about a second.
 
     Args:
         define: A preprocessor name to define, or "".
@@ -85,7 +85,7 @@ def built(define: str) -> Built:
 
 
 def _without(why: str) -> Built:
-    """Log a warning that kernels could not be built despite a compiler, and return a `Built` without a library."""
+    """Log a warning that the kernels could not be built, and return a `Built` without a library."""
     logging.getLogger(__name__).warning(
         "CPU kernels are not available, falling back to PyTorch: %s (set %s=off to silence this warning)",
         why,
@@ -95,7 +95,7 @@ def _without(why: str) -> Built:
 
 
 def _compiler() -> list[str]:
-    """Return the compiler command, from CC (with its options) if set; empty if no compiler is found."""
+    """Return the compiler command, taken from CC if it is set; it is empty if no compiler is found."""
     try:
         asked = shlex.split(os.environ.get("CC", ""))
     except ValueError:  # unbalanced quote
@@ -105,7 +105,7 @@ def _compiler() -> list[str]:
 
 
 def _library(compiler: list[str], define: str, folder: Path) -> ctypes.CDLL:
-    """Load the library from the private directory; build it if it is missing, damaged or writable by others."""
+    """Load the library from the private directory. If it is missing, damaged or writable by others, build it first."""
     path = folder / f"rows-{_key(compiler, define)}.so"
     if is_private_file(path):
         with contextlib.suppress(OSError):
@@ -115,7 +115,7 @@ def _library(compiler: list[str], define: str, folder: Path) -> ctypes.CDLL:
 
 
 def _key(compiler: list[str], define: str) -> str:
-    """Return a hash of everything that a library depends on: source, flags, compiler and processor."""
+    """Return a hash of everything that a library depends on: the source, flags, compiler and processor."""
     told = subprocess.run(
         [*compiler, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False
     ).stdout
@@ -139,9 +139,9 @@ def _instructions() -> str:
 def _build(compiler: list[str], define: str, path: Path) -> None:
     """Compile rows.c into `path`, with threads if PyTorch's thread library can be shared.
 
-    The library must not load a second thread library: two thread pools on the same cores wait for each other. So it is
-    linked without one and uses the one that PyTorch has loaded; if that lacks a needed symbol, it is built without
-    threads.
+    The compiled library must not load a second thread library, because two thread pools on the same cores wait for each
+    other. It is therefore linked without a thread library and uses the one that PyTorch has loaded. If PyTorch's thread
+    library lacks a required symbol, rows.c is compiled without threads.
     """
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made, whole = Path(scratch) / "rows.o", Path(scratch) / "rows.so"
@@ -166,7 +166,7 @@ def _runs(command: list[str]) -> bool:
 
 
 def _loads(path: Path) -> bool:
-    """Return whether a library can be loaded and exports its functions; an option in CC may hide them."""
+    """Return whether a library can be loaded and exports its functions, which compiler options in CC may hide."""
     try:
         return hasattr(ctypes.CDLL(str(path), mode=os.RTLD_NOW), "rms_forward")
     except OSError:
@@ -180,24 +180,24 @@ def _flush(path: Path) -> None:
 
 
 def _short(cause: BaseException) -> str:
-    """Return the first line of an operating system or subprocess error, for use in a message."""
+    """Return the first line of an operating system or subprocess error, to include in a message."""
     return str(cause).splitlines()[0].removesuffix(".") if str(cause) else type(cause).__name__
 
 
 def private_directory(path: Path) -> Path:
-    """Return the real path of a directory that only the user can write to, creating missing parts.
+    """Return the real path of a directory that only the user can write to, creating missing directories.
 
     Raises:
-        PermissionError: The directory or a parent belongs to another user, or other users may write to one of them.
+        PermissionError: The directory or a parent belongs to another user or is writable by others.
         OSError: The directory cannot be created.
     """
     if not hasattr(os, "geteuid"):
-        raise PermissionError(f"{path}: file owners cannot be checked on this system")
+        raise PermissionError(f"{path}: cannot check file owners on this system")
     real = Path(os.path.realpath(path))
     for parent in reversed(real.parents):
         info = _directory(parent)
         if _is_writable_by_others(info) and not info.st_mode & stat.S_ISVTX:
-            raise PermissionError(f"{parent}: other users may write to this directory")
+            raise PermissionError(f"{parent}: other users can write to this directory")
     info = _directory(real)
     if info.st_uid != os.geteuid():
         raise PermissionError(f"{real}: this directory belongs to another user")
@@ -209,7 +209,7 @@ def private_directory(path: Path) -> Path:
 
 
 def is_private_file(path: Path) -> bool:
-    """Return whether the path is a regular file, not a link, owned by the user or root and not writable by others."""
+    """Return whether a path is a regular file (not a link) owned by the user or root and not writable by others."""
     try:
         info = path.lstat()
     except FileNotFoundError:
@@ -218,7 +218,7 @@ def is_private_file(path: Path) -> bool:
 
 
 def _directory(path: Path) -> os.stat_result:
-    """Return the status of a directory owned by the user or root, creating the directory if it is missing."""
+    """Create a directory if it is missing, check that it belongs to the user or root, and return its status."""
     if not os.path.lexists(path):
         path.mkdir(mode=stat.S_IRWXU, exist_ok=True)
     info = path.lstat()
@@ -236,7 +236,7 @@ def _is_writable_by_others(info: os.stat_result) -> bool:
 
 
 def _is_group_of_one(gid: int) -> bool:
-    """Return whether a group is the user's private group; many systems use such groups with a umask of 002.
+    """Return whether a group is the user's private group. Many systems use private groups with a umask of 002.
 
     A private group is the user's primary group, has the user's name, and has no other members. Group 0 never qualifies.
     """

@@ -16,15 +16,15 @@ from lorakit.ops.kernels.gateway import Gateway
 from lorakit.ops.kernels.protocol import DropoutMatmuls, PerRowMatmuls
 
 DTYPES = {torch.float32: "", torch.bfloat16: "BF16"}
-"""Dtype with kernels -> preprocessor name that is defined when their source is compiled."""
+"""Dtype with kernels -> preprocessor name that is defined when the kernels for that dtype are compiled."""
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "quick_gelu": 2, "relu": 3}
-"""Name in `lorakit.ops.activation` -> enum value in the C source."""
+"""Name of an activation in `lorakit.ops.activation` -> enum value in the C source."""
 
 
 @functools.cache
 def kernels() -> CompiledKernels | None:
-    """Return the kernels, compiling them if necessary; None if they cannot be built."""
+    """Return the kernels, compiling them if necessary, or None if they cannot be built."""
     libraries = [each.functions for each in _built()]
     if libraries[-1] is None:
         return None
@@ -43,7 +43,7 @@ def lacks_compiler() -> bool:
 
 
 def _built() -> list[Built]:
-    """Build the library for each dtype, stopping after a failure, so that the reason is logged only once."""
+    """Build the library for each dtype. Stop after a failure, so that its reason is logged only once."""
     found: list[Built] = []
     for define in DTYPES.values():
         found.append(built(define))
@@ -53,10 +53,10 @@ def _built() -> list[Built]:
 
 
 class CompiledKernels:
-    """Kernels compiled from rows.c, for each dtype.
+    """Kernels for each dtype, compiled from rows.c.
 
-    Each method raises ValueError if a tensor is invalid, and MemoryError if a scratch buffer cannot be allocated; see
-    `lorakit.ops.kernels.gateway`.
+    Each method raises ValueError if a tensor is invalid, and MemoryError if a scratch buffer cannot be allocated. For
+    details, see `lorakit.ops.kernels.gateway`.
     """
 
     activations = frozenset(ACTIVATIONS)
@@ -136,7 +136,7 @@ class CompiledKernels:
         self._call("rotate", dtype, x.numel(), *given, *angles, *sizes, *made)
 
     def drop(self, x: Tensor, p: float, seed: Tensor, scale: float, out: Tensor) -> None:
-        """Implement `Kernels.drop`; x and out have the same shape (any shape).
+        """Implement `Kernels.drop`; x may have any shape, and `out` has the same shape.
 
         Raises:
             ValueError: A tensor is invalid, or p is not in (0, 1].
@@ -156,7 +156,7 @@ class CompiledKernels:
         dtype, shape, count, m = scores.dtype, scores.shape, scores.numel(), scores.shape[-1]
         kinds = len(low) if low is not None else len(high) if high is not None else 1
         if not kinds or not m:
-            raise ValueError(f"scores {tuple(shape)}, {kinds} bounds: neither may be empty")
+            raise ValueError(f"scores {tuple(shape)}, bounds ({kinds},): neither may be empty")
         given, bound = self._pointer("scores", scores, dtype, shape), (torch.int32, (kinds,), (0, m))
         bounds = self._optional("low", low, *bound), self._optional("high", high, *bound)
         self._call("softmax", dtype, count, given, *bounds, kinds, count // m, m)
@@ -199,7 +199,7 @@ class CompiledKernels:
 
 
 def _heads_together(x: Tensor) -> tuple[int, ...]:
-    """Return the strides that x (B, T, H, D) must have: contiguous heads in each token, and evenly spaced tokens."""
+    """Return the required strides of x (B, T, H, D): contiguous heads within a token, and evenly spaced tokens."""
     batch, tokens, heads, width = x.shape
     apart = x.stride(1) if batch * tokens == 1 else max(x.stride(1), heads * width)
     return (x.stride(0) if batch == 1 else tokens * apart, apart, width, 1)

@@ -1,5 +1,6 @@
-/* Dropout. The gap between dropped elements is geometrically distributed. Each block of elements has a separate random
- * stream, so that threads are independent. The distribution is memoryless, so block boundaries do not change it. */
+/* Dropout. The gaps between dropped elements are geometrically distributed. Each block of elements has its own random
+ * stream, so that threads are independent. The geometric distribution is memoryless, so splitting the elements into
+ * blocks does not change the result's distribution. */
 
 #define LANES 16
 
@@ -20,7 +21,7 @@ static inline int64_t gaps(uint64_t key, uint64_t from, float each, int32_t *gap
     return LANES;
 }
 
-static inline int64_t far_gaps(uint64_t key, uint64_t from, double each, int32_t *gap) { /* for small p, where fp32 is too coarse */
+static inline int64_t far_gaps(uint64_t key, uint64_t from, double each, int32_t *gap) { /* for small p, for which fp32 is too coarse */
     for (int j = 0; j < LANES; j++) {
         double u = ((double)(mixed(key + (from + (uint64_t)j) * 0x9e3779b97f4a7c15u) >> 12) + 0.5) * 0x1p-52;
         double distance = log(u) * each;

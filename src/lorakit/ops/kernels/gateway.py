@@ -1,7 +1,7 @@
 """Pass tensors to C after checking every property that a kernel assumes. No other module passes tensors to C.
 
-C checks nothing: given a wrong dtype, stride or index, a kernel would silently access unrelated memory. This module
-does not depend on what the kernels compute.
+The C code checks nothing: given a wrong dtype, stride or index, a kernel would silently access unrelated memory. This
+module does not depend on what the kernels compute.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ STATUSES: dict[int, tuple[type[Exception], str]] = {
     1: (MemoryError, "out of memory for a scratch buffer"),
     2: (ValueError, "the first visible position of a row is after its last"),
 }
-"""Error status returned by a function in rows.c, as defined in numbers.h -> exception and message; 0 means success."""
+"""Error status (defined in numbers.h) that a function in rows.c returns -> exception and message. 0 means success."""
 
 FEW = 1 << 14
-"""Element count below which a second thread costs more than it saves."""
+"""Number of elements up to which using more than one thread costs more time than it saves."""
 
 _P, _N = c_void_p, c_int64
-SIGNATURES: dict[str, tuple[type, ...]] = {  # as in rows.c, without the thread count, which comes last
+SIGNATURES: dict[str, tuple[type, ...]] = {  # as in rows.c, without the last parameter, the thread count
     "rms_forward": (_P, _P, c_float, c_float, _N, _N, _P, _P),
     "rms_recompute": (_P, _P, c_float, _P, _N, _N, _P),
     "rms_backward": (_P, _P, _P, c_float, _P, _P, _N, _N, _P),
@@ -41,7 +41,7 @@ _ALL_WITHIN = {torch.int32: "all_within_32", torch.int64: "all_within_64"}
 
 
 class Gateway:
-    """The functions in rows.c for each dtype, with checks of their arguments.
+    """The functions in rows.c for each dtype. Their arguments are checked.
 
     Invalid tensors raise ValueError before anything is written.
     """
@@ -63,18 +63,19 @@ class Gateway:
         strides: tuple[int, ...] | None = None,
         within: tuple[int, int] | None = None,
     ) -> int:
-        """Check a CPU tensor (any shape) and return its address.
+        """Check a CPU tensor (any shape) and return the address of its data.
 
         Args:
             name: Name of the tensor, for the error message.
             tensor: Tensor to check.
             dtype: Required dtype.
             shape: Required shape.
-            strides: Required strides; None for contiguous.
-            within: Smallest and largest allowed value of an integer tensor, or None.
+            strides: Required strides; None requires a contiguous tensor.
+            within: Smallest and largest allowed value in an integer tensor; None allows any value.
 
         Raises:
-            ValueError: The tensor has a wrong dtype, shape, layout or device, no storage, or integers out of range.
+            ValueError: The dtype, shape, layout or device is wrong, the tensor has no storage, or an integer is out of
+                range.
         """
         is_laid_out = tensor.is_contiguous() if strides is None else tensor.stride() == strides
         if not is_laid_out or tensor.dtype is not dtype or tensor.shape != shape or not tensor.is_cpu:
@@ -99,11 +100,11 @@ class Gateway:
         shape: tuple[int, ...],
         within: tuple[int, int] | None = None,
     ) -> int | None:
-        """Return the `pointer` of a contiguous tensor (any shape); return None for None."""
+        """Return the `pointer` of a contiguous tensor (any shape), or None if the tensor is None."""
         return None if tensor is None else self.pointer(name, tensor, dtype, shape, None, within)
 
     def call(self, name: str, dtype: torch.dtype, size: int, *args: float | None) -> None:
-        """Call a function, with more than one thread if `size` elements justify it.
+        """Call a function, with more than one thread if it processes enough elements (`size`).
 
         Raises:
             ValueError: The dtype has no kernel, or the function rejects its arguments.

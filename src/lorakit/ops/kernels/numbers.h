@@ -1,4 +1,4 @@
-/* Element type that the library is compiled for, and scalar functions. */
+/* The element type for which the library is compiled, and scalar functions. */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -14,7 +14,7 @@ static inline float wide(number v) {
 
 static inline number narrow(float v) { /* rounds to nearest, ties to even, like PyTorch */
     union { float value; uint32_t bits; } u = {v};
-    return (number)((u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16); /* NaN stays NaN: generated NaNs have no low bits */
+    return (number)((u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16); /* NaN stays NaN: generated NaNs have no low bits set */
 }
 #else
 typedef float number;
@@ -25,11 +25,11 @@ static inline number narrow(float v) { return v; }
 
 #define ROWS(i, n) _Pragma("omp parallel for num_threads(threads) schedule(static)") for (int64_t i = 0; i < (n); i++)
 
-enum { DONE, NO_MEMORY, DISORDER }; /* return status of a function; STATUSES in gateway.py maps it to an exception */
+enum { DONE, NO_MEMORY, DISORDER }; /* status that a function returns; STATUSES in gateway.py maps it to an exception */
 
-#define BLOCK 8192 /* elements per chunk of a thread in elementwise functions */
+#define BLOCK 8192 /* number of elements that a thread processes at a time in elementwise functions */
 
-/* allocates a thread's scratch buffer of `count` fp32 values; if this fails, the thread must skip its rows */
+/* allocates a thread's scratch buffer of `count` fp32 values; if the result is null, the thread must skip its rows */
 static inline float *scratch(size_t count, int *status) {
     float *room = malloc(count ? count * sizeof(float) : 1);
     if (!room) {
@@ -41,9 +41,9 @@ static inline float *scratch(size_t count, int *status) {
 
 static inline int64_t shorter(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* ---- scalar functions; polynomials as in Cephes (S. L. Moshier), within 2 ulp */
+/* ---- scalar functions; the polynomials are those of Cephes (S. L. Moshier) and accurate to 2 ulp */
 
-#define LEAST -87.0f /* smaller x are treated as this: e^LEAST = 1.6e-38 is negligible compared with 1 */
+#define LEAST -87.0f /* a smaller x is treated as LEAST, because e^LEAST = 1.6e-38 is negligible compared with 1 */
 
 static inline float power_of_e(float x) {
     x = x > 87.9f ? 87.9f : x;

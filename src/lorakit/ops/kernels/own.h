@@ -1,5 +1,5 @@
-/* Matmuls of rows with per-row low-rank factors. Each factor is read once, sequentially, and prefetched two pages
- * ahead, because hardware prefetching stops at the end of a page. */
+/* Matmuls of rows with per-row low-rank factors. Each factor is read once, from beginning to end. Memory is prefetched
+ * two pages ahead of the current position, because hardware prefetching stops at the end of a page. */
 
 #define AHEAD 8192 /* bytes */
 

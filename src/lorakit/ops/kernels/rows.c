@@ -1,15 +1,15 @@
 /* Row-wise and elementwise operations between matmuls, each in one pass.
  *
- * building.py compiles this file once per dtype: with -DBF16 for bfloat16, without it for fp32. It does not use PyTorch:
- * arguments are pointers and sizes. All intermediates are fp32; a value is rounded when it is stored. The library is
- * built from this file and the headers that it includes. protocol.py documents each function; if there is no compiler,
+ * building.py compiles this file, with the headers that it includes, once per dtype: with -DBF16 for bfloat16, and
+ * without it for fp32. The code does not depend on PyTorch: arguments are pointers and sizes. All intermediate results
+ * are fp32, and values are rounded when they are stored. protocol.py documents each function. If there is no compiler,
  * PyTorch operations compute the same results.
  */
 #include "numbers.h"
 
 #include "dropout.h"
 
-/* ---- check of integers before a kernel uses them as positions: returns whether all are in [low, high] */
+/* ---- check integers before a kernel uses them as positions: returns whether all are in [low, high] */
 
 #define ALL_WITHIN(name, integer)                                                    \
     int name(const integer *at, int64_t count, int64_t low, int64_t high) {          \
@@ -117,7 +117,7 @@ static inline void gate_backward_row(int act, const number *da, const number *fi
     }
 }
 
-#define EACH_ACTIVATION(call) /* one loop per activation, to keep the branch out of the loop */ \
+#define EACH_ACTIVATION(call) /* one loop per activation, without a branch inside it */            \
     switch (act) {                                                                                 \
     case SILU: call(SILU); break;                                                                  \
     case GELU_TANH: call(GELU_TANH); break;                                                        \
@@ -158,7 +158,7 @@ static inline void rotate_head(const number *x, const number *c, const number *s
     for (int64_t j = 0; j < half; j++) {
         int64_t i = j * step, k = i + apart;
         float a = wide(x[i]), b = wide(x[k]);
-        /* forward: each sine comes from the element's own index; backward: the transpose takes it from the other index */
+        /* each sine comes from the element's own index in the forward direction, and from the other index backward */
         float sa = direction > 0 ? wide(s[i]) : -wide(s[k]), sb = direction > 0 ? wide(s[k]) : -wide(s[i]);
         out[i] = narrow(a * wide(c[i]) - b * sa);
         out[k] = narrow(b * wide(c[k]) + a * sb);
@@ -184,9 +184,9 @@ int rotate(const number *x, int64_t x_stride, const number *cos, const number *s
     return DONE;
 }
 
-/* ---- softmax of rows, each limited to the positions [low, high) */
+/* ---- softmax of rows; each row is limited to the positions [low, high) */
 
-static inline float powers_row(float *e, int64_t n, float most) { /* e[j] = exp(e[j] − most); returns their sum */
+static inline float powers_row(float *e, int64_t n, float most) { /* sets e[j] to exp(e[j] − most); returns the sum */
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < n; j++) {
@@ -211,7 +211,7 @@ static inline void scale_row(const float *e, float share, int64_t n, number *row
     for (int64_t j = 0; j < n; j++) row[j] = narrow(e[j] * share);
 }
 
-#define WHOLE 16 /* group size for exponentials; rows are padded with values whose exponential is negligible */
+#define WHOLE 16 /* exponentials are computed in groups of this size; padding values have a negligible exponential */
 
 int softmax(number *scores, const int32_t *low, const int32_t *high, int64_t kinds, int64_t rows, int64_t m,
             int threads) {
@@ -252,7 +252,7 @@ int softmax_backward(const number *weights, int64_t rows, int64_t m, number *ds,
     return DONE;
 }
 
-/* ---- cross-entropy of rows of logits, which are replaced with the gradient of the summed losses */
+/* ---- cross-entropy of rows of logits; the gradient of the summed losses replaces the logits */
 
 int cross_entropy(number *logits, const int64_t *labels, float scale, int gradients, int64_t rows, int64_t v,
                   float *losses, int threads) {

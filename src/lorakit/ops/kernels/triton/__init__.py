@@ -1,4 +1,4 @@
-"""CUDA kernels in Triton; the `triton` package is imported when kernels for a device are first requested."""
+"""CUDA kernels in Triton. The `triton` package is imported when kernels for a device are first requested."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @functools.cache
 def kernels(device: torch.device) -> Kernels | None:
-    """Return the kernels for a device, compiled on first use; None if `failure_on` returns a reason."""
+    """Return the kernels for a device, or None if `failure_on` returns a reason. Kernels are compiled on first use."""
     if failure_on(device):
         return None
     from lorakit.ops.kernels.triton.launching import TritonKernels
@@ -27,7 +27,7 @@ def kernels(device: torch.device) -> Kernels | None:
 
 @functools.cache
 def failure_on(device: torch.device) -> str:
-    """Return why a device has no kernels, or ""; the first call compiles and runs a kernel on the device."""
+    """Return why a device has no kernels, or "". The first call compiles a kernel and runs it on the device."""
     if _is_off():
         return f"{SWITCH}=off"
     launching = _launching()
@@ -44,7 +44,7 @@ def _is_off() -> bool:
 
 
 def _launching() -> ModuleType | None:
-    """Return the module that launches the kernels, or None if triton is not installed."""
+    """Return the module that launches the kernels, or None if `triton` is not installed."""
     try:
         from lorakit.ops.kernels.triton import launching
     except ModuleNotFoundError as missing:

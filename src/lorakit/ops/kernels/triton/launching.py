@@ -1,4 +1,4 @@
-"""Launch the Triton kernels, which implement `Kernels` on CUDA; in Triton's interpreter, they run on CPU tensors."""
+"""Launch the Triton kernels, which implement `Kernels` on CUDA. Triton's interpreter can run them on CPU tensors."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from lorakit.ops.kernels.protocol import DropoutMatmuls, PerRowMatmuls
 from lorakit.ops.kernels.triton import programs
 
 OPTIONS = {"enable_fp_fusion": True}
-"""Compiler options; set explicitly, because Triton behaves differently if `enable_fp_fusion` is unset."""
+"""Compiler options. `enable_fp_fusion` is set explicitly, because Triton behaves differently if it is unset."""
 TILE = 2048
-"""Number of elements per program for short rows; a longer row gets a tile to itself."""
+"""Number of elements per program if rows are short. A longer row gets its own program."""
 ELEMENTWISE = 1024
 THIN = {"ROWS": 32, "COLUMNS": 128}
 """Tile size for the wide operand of a low-rank matmul."""
 PROGRAMS = 512
-"""Number of programs that keeps a large device busy."""
+"""Number of programs that is enough to keep a large device busy."""
 HEADS = 8
-"""Maximum number of a token's heads that one program rotates."""
+"""Maximum number of heads that one program rotates."""
 LOGITS = 8192
-"""Maximum number of a row's logits that are processed at a time."""
+"""Maximum number of logits in a row that are processed at a time."""
 
 
 class TritonKernels:
@@ -44,7 +44,7 @@ class TritonKernels:
         self._rms(x, w, (eps, offset), n, rstd, again=False)
 
     def rms_recompute(self, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, n: Tensor) -> None:
-        """Recompute n (N, d), as in `rms_forward`, from rstd (N, 1)."""
+        """Recompute the output n (N, d) of `rms_forward` from x and rstd (N, 1)."""
         self._rms(x, w, (0.0, offset), n, rstd, again=True)
 
     def _rms(
@@ -58,7 +58,7 @@ class TritonKernels:
     def rms_backward(
         self, dn: Tensor, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, add: Tensor | None, dx: Tensor
     ) -> None:
-        """Write the gradient of x plus `add` to dx, given dn, the gradient of n. dx may be dn; all are (N, d)."""
+        """Write the gradient of x plus `add` to dx, given the gradient dn of n. All are (N, d), and dx may be dn."""
         grid, tile = _tiles(x)
         flags = {"HAS_W": w is not None, "HAS_ADD": add is not None}
         given = (dn, x, x if w is None else w, rstd, x if add is None else add)
@@ -66,7 +66,7 @@ class TritonKernels:
             programs.rms_backward[grid](*given, dx, *x.shape, offset, **flags, **tile)
 
     def gate(self, act: str, first: Tensor, up: Tensor | None, out: Tensor) -> None:
-        """Write act(first)·up, or act(first) without up, to out; all are (N, f)."""
+        """Write act(first)·up to `out`, or act(first) if `up` is None. All are (N, f)."""
         flags = {"ACT": act, "HAS_UP": up is not None}
         with _on(first):
             programs.gate[_blocks(first)](
@@ -76,16 +76,17 @@ class TritonKernels:
     def gate_backward(
         self, act: str, da: Tensor, first: Tensor, up: Tensor | None, dfirst: Tensor, dup: Tensor | None
     ) -> None:
-        """Write the gradients of `gate`, given da: dfirst, which may be da, and dup, if up is given; all are (N, f)."""
+        """Write the gradients of `gate` to dfirst, which may be da, and dup, given da. All are (N, f)."""
         flags = {"ACT": act, "HAS_UP": up is not None}
         pointers = (da, first, first if up is None else up, dfirst, dfirst if dup is None else dup)
         with _on(first):
             programs.gate_backward[_blocks(first)](*pointers, first.numel(), **flags, BLOCK=ELEMENTWISE, **OPTIONS)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
-        """Write x (B, T, H, D), rotated by position or rotated back, to out, which may be x.
+        """Rotate x (B, T, H, D) by position, or rotate it back, and write the result to `out`, which may be x.
 
-        cos and sin are (…, T, rot). In x and out, the heads of each token are contiguous, and tokens are evenly spaced.
+        cos and sin are (…, T, rot). In x and `out`, the heads of each token are contiguous, and tokens are evenly
+        spaced.
         """
         batch, tokens, heads, width = x.shape
         rot = cos.shape[-1]
@@ -101,27 +102,27 @@ class TritonKernels:
             programs.rotate[grid](x, cos, sin, out, *numbers, **flags, **sizes, **rest, **OPTIONS)
 
     def drop(self, x: Tensor, p: float, seed: Tensor, scale: float, out: Tensor) -> None:
-        """Write scale·x (any shape) to out, which may be x, zeroing the elements that the seed (1,) drops."""
+        """Write scale·x (any shape) to `out`, which may be x, with zeros for the elements that the seed (1,) drops."""
         with _on(x):
             programs.drop[_blocks(x)](
                 x, out, seed, x.numel(), round(p * 2**24), float(scale), BLOCK=ELEMENTWISE, **OPTIONS
             )
 
     def shrink(self, x: Tensor, a: Tensor, p: float, seed: Tensor) -> Tensor:
-        """Return dropout(x)·aᵀ for x (N, n) and a (r, n): a new tensor (N, r). n is a multiple of 4."""
+        """Return dropout(x)·aᵀ as a new tensor (N, r), for x (N, n) and `a` (r, n); n is a multiple of 4."""
         h = x.new_empty(len(x), len(a))
         with _on(x):
             programs.shrink[(triton.cdiv(len(x), THIN["ROWS"]),)](x, a, h, seed, *_low_rank(x, a, p), **_sizes(a))
         return h
 
     def add_low_rank(self, h: Tensor, a: Tensor, p: float, seed: Tensor, y: Tensor) -> None:
-        """Add dropout(h·a) to y (N, n), for h (N, r) and a (r, n). n is a multiple of 4."""
+        """Add dropout(h·a) to y (N, n), for h (N, r) and `a` (r, n); n is a multiple of 4."""
         grid = (triton.cdiv(len(y), THIN["ROWS"]), triton.cdiv(y.shape[1], THIN["COLUMNS"]))
         with _on(y):
             programs.add_low_rank[grid](h, a, y, seed, *_low_rank(y, a, p), **_sizes(a))
 
     def outer(self, dh: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
-        """Return dhᵀ·dropout(x) for dh (N, r) and x (N, n): a new tensor (r, n) in fp32. n is a multiple of 4."""
+        """Return dhᵀ·dropout(x) as a new fp32 tensor (r, n), for dh (N, r) and x (N, n); n is a multiple of 4."""
         a, blocks = dh.t(), triton.cdiv(x.shape[1], THIN["COLUMNS"])
         steps = triton.cdiv(len(x), THIN["ROWS"])
         each = triton.cdiv(steps, max(min(PROGRAMS // blocks, steps), 1))
@@ -134,7 +135,7 @@ class TritonKernels:
     def softmax(self, scores: Tensor, low: Tensor | None, high: Tensor | None) -> None:
         """Compute the softmax of rows (Z, n, m) in place, limited to the positions that each row sees.
 
-        Row i sees the positions low[i % k] to high[i % k] − 1; low and high are int32 (k,); None means no bound.
+        Row i sees the positions low[i % k] to high[i % k] − 1. `low` and `high` are int32 (k,); None means no bound.
         """
         bounds = [bound for bound in (low, high) if bound is not None]
         kinds, m = len(bounds[0]) if bounds else 1, scores.shape[-1]
@@ -146,7 +147,7 @@ class TritonKernels:
             )
 
     def softmax_backward(self, weights_: Tensor, ds: Tensor) -> None:
-        """Replace ds, the gradient of softmax weights (Z, n, m), with the gradient of the scores."""
+        """Replace ds, the gradient of the softmax weights (Z, n, m), with the gradient of the scores."""
         m = ds.shape[-1]
         width = triton.next_power_of_2(m)
         with _on(ds):
@@ -157,10 +158,10 @@ class TritonKernels:
     def cross_entropy(
         self, logits: Tensor, labels: Tensor, scale: float, gradients: bool, losses_: Tensor, cap: float | None = None
     ) -> None:
-        """Write the fp32 losses (c,) for logits (c, V) times scale, [docs/math.md (75)].
+        """Write the fp32 losses (c,) for logits (c, V) that are multiplied by `scale`. [docs/math.md (75)]
 
-        If `gradients`, replace the logits with the gradient of the summed losses, divided by scale. With a cap, the
-        scaled logits go through cap·tanh(·/cap).
+        If `gradients` is true, replace the logits with the gradient of the summed losses, divided by `scale`. If a cap
+        is given, the scaled logits z are replaced with cap·tanh(z/cap) first.
         """
         rows, vocabulary = logits.shape
         flags = {"CAPPED": cap is not None, "GRADIENTS": gradients}
@@ -183,14 +184,14 @@ def failure(device: torch.device) -> str:
 
 
 def _tiles(x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
-    """Return the grid over the rows of x (N, d), and the tile sizes and options of a program."""
+    """Return the grid for the rows of x (N, d), and the tile sizes and options of each program."""
     width = triton.next_power_of_2(x.shape[1])
     rows = max(TILE // width, 1)
     return (triton.cdiv(len(x), rows),), {"ROWS": rows, "WIDTH": width, "num_warps": _warps(rows * width), **OPTIONS}
 
 
 def _low_rank(x: Tensor, a: Tensor, p: float) -> tuple[int, int, int, int]:
-    """Return rows, columns, rank and threshold of a matmul of x (N, n) with a low-rank factor (r, n)."""
+    """Return the rows, columns, rank and dropout threshold for a matmul of x (N, n) with a low-rank factor (r, n)."""
     return *x.shape, len(a), round(p * 2**24)
 
 
@@ -199,7 +200,7 @@ def _sizes(a: Tensor) -> dict[str, Any]:
 
 
 def _warps(numbers: int) -> int:
-    """Return the number of warps of a program: 16 elements per thread, within limits."""
+    """Return the number of warps per program: enough for 16 elements per thread, but at least 1 and at most 16."""
     return min(max(numbers // 512, 1), 16)
 
 
@@ -208,5 +209,5 @@ def _blocks(x: Tensor) -> tuple[int]:
 
 
 def _on(x: Tensor) -> AbstractContextManager[object]:
-    """Return a context manager that makes the device of x (any shape) current, so that kernels are launched on it."""
+    """Return a context manager within which the device of x (any shape) is current, so that kernels run on it."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

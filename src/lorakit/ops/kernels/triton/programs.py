@@ -1,16 +1,17 @@
 """Triton programs: elementwise and row-wise kernels, and dropout from a seed.
 
-Activations and their gradients, [docs/math.md (78)] and (79), are computed in one pass and rounded once. Cross-entropy,
-[docs/math.md (75)], takes two passes over a row of logits, which is replaced by its gradient. RMS norm,
-[docs/math.md (76)], processes a tile of whole rows per program, with intermediates in fp32. Rotary positions,
-[docs/math.md (80)], process the heads of one token per program, which are read before they are written. The softmax of
-attention scores and its gradient, [docs/math.md (81)] and (82), are computed in place, one row per program.
+- Activations and their gradients are computed in one pass and rounded once. [docs/math.md (78), (79)]
+- Cross-entropy takes two passes over a row of logits, and overwrites the row with its gradient. [docs/math.md (75)]
+- RMS norm processes several whole rows per program, with intermediate results in fp32. [docs/math.md (76)]
+- Each rotary program processes heads of one token, and reads them before it overwrites them. [docs/math.md (80)]
+- Each softmax program computes one row of attention scores, or its gradient, in place. [docs/math.md (81), (82)]
 
-Whether dropout drops an element depends only on the seed and the element's position, so only the seed is saved. The
-positions are the counters of Philox with seven rounds, with four elements per counter; 24 bits of each word decide, so
-p is exact to 2⁻²⁴. If dropout is fused with a low-rank matmul, the wide operand is read or written only once.
+Whether dropout drops an element depends only on the seed and the element's position, so only the seed is saved. Random
+bits come from Philox with seven rounds. Its counter is the position divided by 4, because each call yields four random
+integers. 24 bits of an integer decide whether its element is dropped, so p is accurate to 2⁻²⁴. If dropout is fused
+with a low-rank matmul, the wide operand is read or written only once.
 
-Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 5.1 for the rounds.
+Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; for the number of rounds, see section 5.1.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def slope(x, ACT: tl.constexpr):
 
 @triton.jit
 def gate(first, up, out, count, ACT: tl.constexpr, HAS_UP: tl.constexpr, BLOCK: tl.constexpr):
-    """Write f(first)·up, or f(first) without up, to out for `count` elements."""
+    """Write f(first)·up, or f(first) if HAS_UP is false, to `out`, for `count` elements."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     y = value(tl.load(first + at, mask=inside, other=0.0).to(tl.float32), ACT)
@@ -69,7 +70,7 @@ def gate(first, up, out, count, ACT: tl.constexpr, HAS_UP: tl.constexpr, BLOCK: 
 
 @triton.jit
 def gate_backward(da, first, up, dfirst, dup, count, ACT: tl.constexpr, HAS_UP: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the gradients of `gate`, given da: dfirst, which may be da, and dup, if up is given."""
+    """Write the gradients of `gate` to dfirst, which may be da, and, if HAS_UP, to dup, given da."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     g = tl.load(da + at, mask=inside, other=0.0).to(tl.float32)
@@ -86,7 +87,7 @@ def cross_entropy(
     z, labels, losses, vocabulary, scale, cap,
     CAPPED: tl.constexpr, GRADIENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the losses (rows,) for logits z (rows, V); if GRADIENTS, replace z with its gradient, divided by scale."""
+    """Write the losses (rows,) for logits z (rows, V). If GRADIENTS, replace z with its gradient divided by `scale`."""
     row = tl.program_id(0).to(tl.int64)
     z += row * vocabulary
     label = tl.load(labels + row)
@@ -100,7 +101,7 @@ def cross_entropy(
     own = _logits(z + label, label >= 0, scale, cap, CAPPED)
     tl.store(losses + row, tl.log(total) + (most - own))
     if GRADIENTS:
-        tl.debug_barrier()  # the label's logit must be read before anything is written
+        tl.debug_barrier()  # the label's logit must be read before any logit is overwritten
         for begin in range(0, vocabulary, BLOCK):
             column = begin + tl.arange(0, BLOCK)
             inside = column < vocabulary
@@ -125,7 +126,7 @@ def rms(
     x, w, n, rstd, count, d, eps, offset,
     HAS_W: tl.constexpr, FROM_ZERO: tl.constexpr, RECOMPUTE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Write the norm n (count, d) of x (count, d), and rstd (count, 1); if RECOMPUTE, read rstd instead."""
+    """Write the norm n (count, d) of x (count, d), and rstd (count, 1). If RECOMPUTE, rstd is only read."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     inside, at = (row < count) & (column < d), row * d + column
@@ -150,7 +151,7 @@ def rms_backward(
     dn, x, w, rstd, add, dx, count, d, offset,
     HAS_W: tl.constexpr, HAS_ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient dx (count, d), given dn, x and `add` (count, d) and rstd (count, 1); dx may be dn."""
+    """Write the gradient dx (count, d), given dn, x and `add`, all (count, d), and rstd (count, 1). dx may be dn."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     inside, at = (row < count) & (column < d), row * d + column
@@ -172,7 +173,10 @@ def rotate(
     INTERLEAVED: tl.constexpr, BACK: tl.constexpr, PER_ROW: tl.constexpr, IN_PLACE: tl.constexpr,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Write x (B, T, H, D), rotated or rotated back, to out; cos and sin are (B or 1, T, rot), with B if PER_ROW."""
+    """Rotate x (B, T, H, D), or rotate it back if BACK, and write it to `out`.
+
+    cos and sin are (B, T, rot) if PER_ROW, otherwise (1, T, rot).
+    """
     target = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     pair = tl.arange(0, PAIRS)[None, :]
@@ -203,14 +207,15 @@ def rotate(
 
 @triton.jit
 def _narrowed(pointer, mask, like):
-    """Load table values, rounded to the dtype of the heads."""
+    """Load values from a table and round them to the dtype of the heads."""
     return tl.load(pointer, mask=mask, other=0.0).to(like.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
 def softmax(scores, low, high, kinds, m, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, WIDTH: tl.constexpr):
-    """Compute the softmax of row i of scores (rows, m) over positions low[i % kinds] to high[i % kinds] − 1; the other
-    positions become 0.
+    """Compute the softmax of scores (rows, m) in place. Row i is limited to a range of positions.
+
+    The range is low[i % kinds] to high[i % kinds] − 1. The result is 0 at all other positions.
     """
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     kind = row % kinds
@@ -227,7 +232,7 @@ def softmax(scores, low, high, kinds, m, HAS_LOW: tl.constexpr, HAS_HIGH: tl.con
 
 @triton.jit
 def softmax_backward(weights, ds, m, WIDTH: tl.constexpr):
-    """Replace ds, the gradient of a row's softmax weights (m,), with the gradient of its scores."""
+    """Replace ds, the gradient of a row's softmax weights (m,), with the gradient of the row's scores."""
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     inside, at = column < m, row * m + column
     w = tl.load(weights + at, mask=inside, other=0.0).to(tl.float32)
@@ -237,8 +242,9 @@ def softmax_backward(weights, ds, m, WIDTH: tl.constexpr):
 
 @triton.jit
 def kept(seed, counter, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return a mask (ROWS, COLUMNS) of the elements that dropout keeps; counter (ROWS, COLUMNS / 4) holds
-    position / 4 for every fourth element.
+    """Return a mask (ROWS, COLUMNS) of the elements that dropout keeps.
+
+    `counter` (ROWS, COLUMNS / 4) contains position / 4 for every fourth element.
     """
     low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
     first, second, third, fourth = tl.philox(seed, low, high, low * 0, low * 0, n_rounds=7)
@@ -248,7 +254,7 @@ def kept(seed, counter, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def drop(x, out, seed, count, threshold, scale, BLOCK: tl.constexpr):
-    """Write scale·x for `count` elements, or 0 for an element whose 24 random bits are below the threshold."""
+    """Write scale·x, or 0 if an element's 24 random bits are below the threshold, to `out`, for `count` elements."""
     begin = tl.program_id(0).to(tl.int64) * BLOCK
     stays = kept(tl.load(seed), (begin // 4 + tl.arange(0, BLOCK // 4))[None, :], threshold, 1, BLOCK)
     at = (begin + tl.arange(0, BLOCK))[None, :]
@@ -261,7 +267,7 @@ def shrink(
     x, a, h, seed, rows, columns, rank, threshold,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """Write h (rows, rank) = dropout(x)·aᵀ for x (rows, columns) and a (rank, columns)."""
+    """Write dropout(x)·aᵀ to h (rows, rank), for x (rows, columns) and `a` (rank, columns)."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     thin, key = tl.arange(0, RANK)[None, :], tl.load(seed)
     total = tl.zeros((ROWS, RANK), tl.float32)
@@ -280,7 +286,7 @@ def add_low_rank(
     h, a, y, seed, rows, columns, rank, threshold,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """Add dropout(h·a) to y (rows, columns), for h (rows, rank) and a (rank, columns)."""
+    """Add dropout(h·a) to y (rows, columns), for h (rows, rank) and `a` (rank, columns)."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     begin = tl.program_id(1) * COLUMNS
     column, across, down = (
@@ -302,7 +308,10 @@ def outer(
     dh, x, parts, seed, rows, columns, rank, threshold, share,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """Write partial sums (splits, rank, columns) of dhᵀ·dropout(x), for dh (rows, rank) and x (rows, columns)."""
+    """Write partial sums of dhᵀ·dropout(x) to `parts` (splits, rank, columns).
+
+    dh is (rows, rank), and x is (rows, columns).
+    """
     begin, part = tl.program_id(0) * COLUMNS, tl.program_id(1).to(tl.int64)
     column, thin, key = (begin + tl.arange(0, COLUMNS))[None, :], tl.arange(0, RANK)[:, None], tl.load(seed)
     total = tl.zeros((RANK, COLUMNS), tl.float32)
