@@ -268,10 +268,12 @@ class PeftModel(OverModel):
                 "The model contains some adapter layers that are enabled and others that are disabled. This is most "
                 "likely unintentional. After exiting the disable_adapter context, all adapters will be enabled"
             )
-        with model_adapters.paused(self.get_base_model()):
-            yield
-        if irregular:
-            self.base_model.enable_adapter_layers()
+        try:
+            with model_adapters.paused(self.get_base_model()):
+                yield
+        finally:
+            if irregular:
+                self.base_model.enable_adapter_layers()
 
     def get_base_model(self) -> nn.Module:
         """Return the user's model, which contains the adapters."""
