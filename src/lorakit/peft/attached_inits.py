@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
 
 CONDENSED_FROM = 20
-"""Number of targets from which, as in PEFT, paths are condensed to the fewest suffixes that match them."""
+"""Minimum number of targets for which, as in PEFT, paths are condensed to the fewest suffixes that match them."""
 
 PrepareLayer = Callable[[Any, Any, str], Tensor]
 PrepareLayers = PrepareLayer | Mapping[str, PrepareLayer] | None
@@ -130,7 +130,7 @@ def get_eva_state_dict(
 
     Args:
         model: A model, or a `PeftModel` with the adapter; adapters are inactive during collection.
-        dataloader: Batches, all of which are used.
+        dataloader: Batches of data; every batch is used.
         peft_config: The config; required for a model without adapters.
         forward_fn: Function that runs the model on a batch.
         prepare_model_inputs_fn: Function that maps a batch and the config to the second argument of

@@ -1,4 +1,4 @@
-"""PEFT's data-driven inits, which take two steps: collect statistics, then attach the adapter (in reverse for EVA).
+"""PEFT's data-driven inits, which collect statistics and then attach the adapter (in reverse order for EVA).
 
 As in PEFT, `preprocess_corda` and `preprocess_loraga` store their results in attributes of the base modules, and
 `get_peft_model` removes those attributes. `lorakit.core` computes the statistics. Caches are safetensors files, which
@@ -245,7 +245,7 @@ def _inputs(covariance: Tensor) -> InputStatistics:
 def _covariances(
     sites: DataSites, settings: CordaConfig, run_model: Callable[[], Any] | None, model: nn.Module
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Return two dicts keyed by module: Σ x·xᵀ over a call's rows, (in, in), averaged over calls; number of calls."""
+    """Return Σ x·xᵀ over a call's rows, (in, in), averaged over calls, and the number of calls, both keyed by path."""
     if run_model is None:
         text = "run_model must be specified when covariance file and cache file aren't built."
         raise ConfigError(text, field="run_model")

@@ -246,7 +246,7 @@ def _pad(layer: LoraLayer, target_rank: int) -> None:
 
 
 def _fill(target: Tensor, tensor: Tensor, groups: int) -> None:
-    """Copy a tensor of any shape to the start of a larger one, or of each group for a grouped convolution's A."""
+    """Copy a tensor of any shape to the start of a larger one (of each group for a grouped convolution's A)."""
     if groups > 1:
         target, tensor = (one.view(groups, one.shape[0] // groups, *one.shape[1:]) for one in (target, tensor))
     target[tuple(slice(size) for size in tensor.shape)].copy_(tensor)

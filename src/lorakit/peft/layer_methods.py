@@ -62,7 +62,7 @@ VALUES: Mapping[str, Callable[[LoraLayer], object]] = {
     "other_param_names": lambda _: ("r", "lora_alpha", "scaling", "lora_dropout"),
     "cast_input_dtype_enabled": lambda _: True,
 }
-"""Functions from layer to value, keyed by attribute name; a value set on the layer itself takes precedence."""
+"""Functions that compute a layer's PEFT attributes, keyed by name; a value set on the layer itself takes precedence."""
 
 METHODS: Mapping[str, Callable[..., object]] = {
     "supports_lora_conversion": supports_conversion,

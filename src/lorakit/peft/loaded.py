@@ -114,7 +114,7 @@ def load_by_names(
         folder: The adapter's directory.
         name: Name of the existing adapter or, if there is none, of the new one.
         trainable: Whether to make the adapter trainable if it is new.
-        key_mapping: Dict from regular expression to replacement; only the first expression that matches a name is applied.
+        key_mapping: Dict from regular expression to replacement; the first expression that matches a name is applied.
         ignore_sizes: Whether to warn about tensors of a different shape and skip them.
 
     Raises:

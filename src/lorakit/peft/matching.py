@@ -145,7 +145,7 @@ NOTHING_MATCHED = {
     "target_parameters": "target_parameters={value} were set but no parameter was matched.",
     "exclude_modules": "You have passed exclude_modules={value} but no modules were excluded.",
 }
-"""PEFT's message for each config field, used if none of the field's entries match."""
+"""PEFT's messages, keyed by config field, for when none of the entries in that field match."""
 
 ALL_EXCLUDED = (
     "All modules were excluded. This is likely unintended. Check `target_modules`, `exclude_modules` and "
@@ -183,7 +183,7 @@ def with_no_target_message(model: nn.Module, config: LoraConfig) -> Iterator[Non
 
 
 def with_own_targets(model: nn.Module, config: LoraConfig, table: Mapping[str, str | Collection[str]]) -> LoraConfig:
-    """Fill in default targets if a config specifies none.
+    """Return the config, with default targets filled in if it specifies none.
 
     Args:
         model: The model.

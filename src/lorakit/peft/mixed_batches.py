@@ -74,7 +74,7 @@ def calculate_alora_offsets(
     input_ids: Tensor | None,
     adapter_names: Sequence[str] | None = None,
 ) -> list[int | None]:
-    """Return the number of tokens from each row's last invocation to the end of the row, or None without an invocation.
+    """Return, for each row, the number of tokens from its last invocation to its end, or None if it has no invocation.
 
     Args:
         peft_config: Dict from adapter name to config.
@@ -195,7 +195,7 @@ def options_of_call(
 
 
 def _rows_per_prompt(options: Mapping[str, Any], model: nn.Module) -> int:
-    """Return how many rows `generate` uses per prompt: the number of beams or returned sequences, whichever is larger."""
+    """Return the number of rows per prompt in `generate`: the larger of `num_beams` and `num_return_sequences`."""
     config = options.get("generation_config") or getattr(model, "generation_config", None)
     found = [options.get(word) or getattr(config, word, None) or 1 for word in ("num_beams", "num_return_sequences")]
     return max(int(number) for number in found)

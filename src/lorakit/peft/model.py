@@ -63,7 +63,7 @@ class PeftModel(OverModel):
 
     Attributes:
         base_model: The `LoraModel` that contains the user's model.
-        task: Task that this class is the wrapper for, or None.
+        task: Task for which this wrapper class is used, or None.
     """
 
     task: ClassVar[TaskType | None] = None

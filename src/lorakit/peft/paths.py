@@ -301,7 +301,7 @@ class _PathModule(ModuleType):
     """A module whose names are imported lazily. Creating two functions per module instead would slow the import."""
 
     def __getattr__(self, name: str) -> Any:
-        """Import and return the object for a name."""
+        """Import and return the object behind a name."""
         return dir(self) if name == "__all__" else _find(self.__name__, _names(self.__name__), name)
 
     def __dir__(self) -> list[str]:
@@ -348,7 +348,7 @@ def _homes() -> dict[str, tuple[str, str]]:
 
 
 def _find(module: str, names: Collection[str], name: str) -> Any:
-    """Import the object for a name: an exported name, or a submodule such as `lorakit.peft.mapping`."""
+    """Import the object behind a name: an exported object, or a submodule such as `lorakit.peft.mapping`."""
     if name in names:
         home, target = _homes().get(name, (PLACEHOLDERS, name))
         found = import_module(home)

@@ -79,7 +79,7 @@ def set_adapter(
 def delete_adapter(
     model: nn.Module, adapter_name: str, prefix: str = "lora_", layer_cls: type[nn.Module] | None = None
 ) -> list[str] | None:
-    """Remove an adapter; if no other adapter was active, the alphabetically first remaining one becomes active.
+    """Remove an adapter; if it was the only active one, the alphabetically first remaining adapter becomes active.
 
     Args:
         model: A model with adapters.
@@ -183,7 +183,7 @@ class OverModel(nn.Module):
         core.set_trained(self.model, {} if inference_mode else dict.fromkeys(names, True), others=False)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; if no other adapter was active, the alphabetically first remaining one becomes active.
+        """Remove an adapter; if it was the only active one, the alphabetically first remaining adapter becomes active.
 
         Args:
             adapter_name: Name of the adapter.
@@ -396,7 +396,7 @@ class BaseTuner(OverModel):
         return core.route(self.model, rows, copies=copies or 1, keep=copies > 0)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the base weights; `unmerge_adapter` can restore the original weights, which are kept.
+        """Merge adapters into the base weights; the originals are kept, and `unmerge_adapter` restores them exactly.
 
         Args:
             adapter_names: Adapters to merge; None means the active ones.

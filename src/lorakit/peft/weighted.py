@@ -105,7 +105,7 @@ def reduce_intruder_dimension(
         top_k: Number of strongest directions to compare.
         threshold_epsilon: Maximum cosine similarity between an intruder dimension and any direction of the base weight.
         mitigation_lambda: Fraction of each intruder dimension to keep.
-        logging_sink: Called with one line per site; None logs nothing.
+        logging_sink: Function called with each log line, such as one per site; None disables logging.
 
     Raises:
         AdapterError: The adapter does not exist or uses DoRA, or the new name is taken.
