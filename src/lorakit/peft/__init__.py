@@ -1,8 +1,8 @@
-"""PEFT-compatible API on top of the core: code written for `peft` only needs its imports changed.
+"""PEFT-compatible API built on the core: code written for `peft` only needs to change its imports.
 
-The methods contain no arithmetic; they delegate to `lorakit.core`. Mismatches that PEFT silently ignores cause a
-warning in this package, and an error in the core and on the command line. Each name is imported from its defining
-module on first use. Module paths such as `lorakit.peft.tuners.lora` are listed in `paths.py`.
+The methods contain no arithmetic; they delegate to `lorakit.core`. Mismatches that PEFT silently ignores cause
+warnings in this package but errors in the core and on the command line. Each name is imported from its defining module
+on first use. Module paths such as `lorakit.peft.tuners.lora` are listed in `paths.py`.
 """
 
 from lorakit.config import API_LEVEL as __version__

@@ -168,7 +168,7 @@ class KappaTuneSelector:
 
     @cached_property
     def _of_modules(self) -> dict[str, float]:
-        """Path of each dense layer -> its condition number."""
+        """Condition number of each dense layer, keyed by path."""
         found = {}
         for path, module in walk(self.model):
             if isinstance(module, nn.Linear) and max(module.out_features, module.in_features) <= self._largest:
@@ -178,7 +178,7 @@ class KappaTuneSelector:
 
     @cached_property
     def _of_parameters(self) -> dict[str, float]:
-        """Name of each fused weight -> mean condition number over its experts."""
+        """Mean condition number of each fused weight's experts, keyed by weight name."""
         return {
             name: sum(condition_number(expert) for expert in parameter) / len(parameter)
             for name, parameter in self.model.named_parameters()

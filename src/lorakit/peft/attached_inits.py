@@ -1,4 +1,4 @@
-"""PEFT's functions that reinitialize an existing adapter: EVA uses layer inputs, LoftQ the original weights."""
+"""PEFT's functions that reinitialize an existing adapter from layer inputs (EVA) or the original weights (LoftQ)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
 
 CONDENSED_FROM = 20
-"""Minimum number of targets at which, as in PEFT, paths are condensed to the fewest suffixes that match them."""
+"""Minimum number of targets for which, as in PEFT, paths are condensed to the fewest suffixes that match them."""
 
 PrepareLayer = Callable[[Any, Any, str], Tensor]
 PrepareLayers = PrepareLayer | Mapping[str, PrepareLayer] | None
@@ -46,7 +46,7 @@ def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: Mapping[str, Tensor], peft_config: LoraConfig) -> Tensor:
-    """Select the batch positions that are not padding and that, if the config requires labels, have a label.
+    """Select the positions of a batch that are not padding and, if the config requires labels, have a label.
 
     Args:
         model_input: Dictionary with `input_ids`, (rows, length), and optionally `attention_mask` and `labels`.
@@ -125,24 +125,24 @@ def get_eva_state_dict(
     """Return the principal directions of each targeted dense module's inputs; explained variance determines the ranks.
 
     PEFT iterates over the data until an incremental SVD converges. This function instead accumulates the second moment
-    of all input rows: one pass over the data per group of modules that fits in memory yields the exact directions, and
-    `tau` has no effect.
+    of all input rows, which yields the exact directions; `tau` therefore has no effect. The data is read once for each
+    group of modules that fits in memory.
 
     Args:
         model: A model, or a `PeftModel` with the adapter; adapters are inactive during collection.
-        dataloader: Batches; all of them are used.
+        dataloader: Batches of data; every batch is used.
         peft_config: The config; required for a model without adapters.
         forward_fn: Function that runs the model on a batch.
         prepare_model_inputs_fn: Function that maps a batch and the config to the second argument of
             `prepare_layer_inputs_fn`; None passes the batch itself.
         prepare_layer_inputs_fn: Function that maps a module's input, the result of `prepare_model_inputs_fn` and the
-            module's name to rows, (rows, in); or a dictionary of such functions by module name.
+            module's name to rows, (rows, in); or a dict from module name to such a function.
         adapter_name: Name of the adapter.
         gather_distributed_inputs: Ignored; inputs are collected in a single process.
         show_progress_bar: Ignored; no progress is shown.
 
     Returns:
-        Module name -> directions, (rank, in). The rank of a module may be 0.
+        A dict from module name to directions, (rank, in). The rank of a module may be 0.
 
     Raises:
         ConfigError: The config is missing, a dictionary contains unknown module names, or a rank is too large.
@@ -184,15 +184,15 @@ def initialize_lora_eva_weights(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> None:
-    """Redistribute the ranks of an adapter with init_lora_weights="eva", and set A to the principal directions.
+    """Redistribute the ranks of an EVA adapter among its modules, and set each A to the principal directions.
 
-    The adapter's parameters are recreated, so create the optimizer after this call. Modules whose rank becomes 0
-    lose the adapter.
+    The adapter's config must specify init_lora_weights="eva". The adapter's parameters are recreated, so create the
+    optimizer after this call. Modules whose rank becomes 0 lose the adapter.
 
     Args:
         model: A `PeftModel`.
         dataloader: Batches; required if `eva_state_dict` is not given.
-        eva_state_dict: Result of `get_eva_state_dict`: module name -> directions, (rank, in).
+        eva_state_dict: Result of `get_eva_state_dict`, a dict from module name to directions, (rank, in).
         forward_fn: As for `get_eva_state_dict`.
         prepare_model_inputs_fn: As for `get_eva_state_dict`.
         prepare_layer_inputs_fn: As for `get_eva_state_dict`.
@@ -314,7 +314,7 @@ def replace_lora_weights_loftq(
     original weight. The original weights are read from the model's safetensors files, one at a time. A DoRA magnitude
     becomes the norm of the resulting weight. PEFT ignores the scale and the magnitude, so its result is correct only if
     the scale is 1 and DoRA is not used. PEFT also fails to transpose GPT-2's Conv1D weights. If an error is raised,
-    including by `callback`, every site is restored.
+    even by `callback`, every site is restored.
 
     Args:
         peft_model: The wrapper.
@@ -332,7 +332,7 @@ def replace_lora_weights_loftq(
         ModelError: The directory contains no safetensors files.
 
     Source:
-        Li et al. 2023 (arXiv:2310.08659), one step of Algorithm 1 with the quantized weight given.
+        Li et al. 2023 (arXiv:2310.08659), one step of Algorithm 1 for a given quantized weight.
     """
     if not isinstance(peft_model, nn.Module) or not model_adapters.is_wrapper(peft_model):
         raise ConfigTypeError(
@@ -385,7 +385,7 @@ def _name(source: TensorSource, path: str, layer: LoraLayer) -> str:
 
 
 def _write(layer: LoraLayer, name: str, path: str, W: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Replace a layer's factors, given W, (out, in), and return each changed tensor with its previous data."""
+    """Replace a layer's factors, given the original W, (out, in); return each changed tensor with its previous data."""
     factor, kind = layer.factor(name), layer.kind
     if factor.variant.shapes is not None or factor.variant.move is not None:
         title, field = factor.variant.title, factor.variant.field

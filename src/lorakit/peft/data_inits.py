@@ -1,6 +1,6 @@
-"""PEFT's data-driven inits, which take two steps: collect statistics, then attach the adapter (reversed for EVA).
+"""PEFT's data-driven inits, which collect statistics and then attach the adapter (in reverse order for EVA).
 
-As in PEFT, `preprocess_corda` and `preprocess_loraga` store their results in attributes of the base's modules, and
+As in PEFT, `preprocess_corda` and `preprocess_loraga` store their results in attributes of the base modules, and
 `get_peft_model` removes those attributes. `lorakit.core` computes the statistics. Caches are safetensors files, which
 are checked against the model before the model is changed; pickles are never read.
 """
@@ -45,7 +45,7 @@ class Cache:
 
     Attributes:
         path: Path of the file.
-        tensors: Name -> tensor (…).
+        tensors: Tensors of any shape, keyed by name.
         metadata: Metadata from the file's header.
     """
 
@@ -165,7 +165,7 @@ def preprocess_corda(
     run_model: Callable[[], Any] | None = None,
     hooked_model: nn.Module | None = None,
 ) -> None:
-    """Decompose targeted weights using their inputs for init_lora_weights="corda"; call `get_peft_model` next.
+    """Decompose each targeted weight using its inputs, for init_lora_weights="corda"; call `get_peft_model` next.
 
     Args:
         model: The model that will be adapted; its targeted modules get an `eigens` attribute.
@@ -245,7 +245,7 @@ def _inputs(covariance: Tensor) -> InputStatistics:
 def _covariances(
     sites: DataSites, settings: CordaConfig, run_model: Callable[[], Any] | None, model: nn.Module
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Return Σ x·xᵀ over a call's rows, (in, in), averaged over calls, and the number of calls, for each module."""
+    """Return Σ x·xᵀ over a call's rows, (in, in), averaged over calls, and the number of calls, both keyed by path."""
     if run_model is None:
         text = "run_model must be specified when covariance file and cache file aren't built."
         raise ConfigError(text, field="run_model")
@@ -265,7 +265,7 @@ def _covariances(
 def preprocess_loraga(
     model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any], cache_file: Given = None
 ) -> None:
-    """Collect the gradients of targeted weights for init_lora_weights="lora_ga"; call `get_peft_model` next.
+    """Collect the gradients of targeted weights, for init_lora_weights="lora_ga"; call `get_peft_model` next.
 
     Args:
         model: The model that will be adapted; its targeted modules get a `_peft_loraga_grad` attribute.
@@ -381,7 +381,7 @@ def _dense(model: nn.Module, config: LoraConfig, init: str, what: str) -> tuple[
 
 
 def _widths(sites: DataSites) -> dict[str, tuple[int, int]]:
-    """Return the output and input widths of each module, by path."""
+    """Return a dict from module path to the module's output and input widths."""
     specs = {match.path: kind_named(match.kind).specs(sites.index.base(match.path))[0] for match in sites.matches}
     return {path: (spec.out_features, spec.in_features) for path, spec in specs.items()}
 

@@ -1,7 +1,7 @@
 """Hot swapping: replacing the values of one adapter with those of another without changing any modules.
 
-A compiled model need not be recompiled if its ranks were first padded with zeros, so that shapes stay the same, and its
-scales were converted to tensors.
+A compiled model need not be recompiled if its factors were first zero-padded to the largest rank, so that shapes stay
+the same, and its scales were converted to tensors.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def hotswap_adapter(
     Args:
         model: A wrapped model, possibly compiled.
         model_name_or_path: A directory or a Hub id.
-        adapter_name: Name of the adapter to replace, which is kept.
+        adapter_name: Name of the adapter whose values are replaced; the name is kept.
         torch_device: Ignored; the new values are placed on the device of the existing ones.
-        kwargs: `subfolder`, `revision`; PEFT's other options have no effect.
+        kwargs: `subfolder` and `revision`; PEFT's other options have no effect.
 
     Raises:
         AdapterFileError: Files are missing or damaged, or contain NaN or infinite values.
@@ -91,7 +91,7 @@ def hotswap_adapter_from_state_dict(
 
     Args:
         model: A model with adapters, possibly compiled.
-        state_dict: Name in memory -> tensor (…).
+        state_dict: Tensors of any shape, keyed by name in memory.
         adapter_name: Name of the adapter.
         config: Config of the new adapter; its ranks and alphas determine the scales.
         parameter_prefix: Prefix of the adapter's parameter names.
@@ -175,7 +175,7 @@ def prepare_model_for_compiled_hotswap(
     config: LoraConfig | Mapping[str, LoraConfig] | None = None,
     check_compiled: str = "error",
 ) -> None:
-    """Prepare a model for compilation and hot swapping: convert scales to tensors and pad ranks with zeros.
+    """Prepare a model for compilation and hot swapping: convert scales to tensors and zero-pad factors.
 
     Args:
         model: A model that already has its first adapter.
@@ -246,7 +246,7 @@ def _pad(layer: LoraLayer, target_rank: int) -> None:
 
 
 def _fill(target: Tensor, tensor: Tensor, groups: int) -> None:
-    """Copy a tensor (…) into the start of a larger one (…) or, for a grouped convolution's A, of each group."""
+    """Copy a tensor of any shape to the start of a larger one (of each group for a grouped convolution's A)."""
     if groups > 1:
         target, tensor = (one.view(groups, one.shape[0] // groups, *one.shape[1:]) for one in (target, tensor))
     target[tuple(slice(size) for size in tensor.shape)].copy_(tensor)

@@ -1,4 +1,4 @@
-"""Layer attributes and methods that exist only in PEFT, derived from lorakit's adapted layers."""
+"""Layer attributes and methods that exist only in PEFT, implemented for lorakit's adapted layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorakit.core.variants import asked_for, own_tensors, variant_named
 
 
 def _of_variants(layer: LoraLayer, word: str) -> dict[str, object]:
-    """Return the value of a variant-specific attribute for each adapter; False if the adapter uses another variant."""
+    """Return a dict from adapter to a variant-specific value, which is False if the adapter uses another variant."""
     found: dict[str, object] = {}
     for name, variant in layer.variant.items():
         value = variant_named(variant).peft_names.get(word)
@@ -30,7 +30,7 @@ def _use_rslora(layer: LoraLayer) -> dict[str, bool]:
 
 
 def _frozen(layer: LoraLayer) -> dict[str, tuple[str, ...]]:
-    """Return the names of the factors that each adapter's init froze (MiCA), omitting adapters without such factors."""
+    """Return a dict from adapter to the names of the factors that its init (MiCA) froze; empty entries are omitted."""
     parts = list(zip("AB", layer.kind.names, strict=True))
     return {
         name: tuple(held for part, held in parts if part not in trains)
@@ -62,14 +62,14 @@ VALUES: Mapping[str, Callable[[LoraLayer], object]] = {
     "other_param_names": lambda _: ("r", "lora_alpha", "scaling", "lora_dropout"),
     "cast_input_dtype_enabled": lambda _: True,
 }
-"""Attribute -> function that derives its value from a layer. A value set on the layer itself takes precedence."""
+"""Functions that compute a layer's PEFT attributes, keyed by name; a value set on the layer itself takes precedence."""
 
 METHODS: Mapping[str, Callable[..., object]] = {
     "supports_lora_conversion": supports_conversion,
     "_all_available_adapter_names": lambda layer: sorted(layer.available_adapters()),
     "_cast_input_dtype": _cast_input,
 }
-"""Method -> its implementation, which takes the layer as its first argument."""
+"""Implementations of PEFT's methods, keyed by name; each takes the layer as its first argument."""
 
 
 NAMES_OF_VARIANTS = frozenset(word for variant in asked_for() for word in variant.peft_names)

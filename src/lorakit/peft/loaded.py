@@ -59,7 +59,7 @@ def load_whole(
         folder: The adapter's directory.
         name: Name to give the adapter.
         trainable: Whether to make the adapter trainable.
-        config: Config that replaces the saved one; its `inference_mode` is set to match `trainable`.
+        config: Config to use instead of the saved one; `config.inference_mode` is set to match `trainable`.
 
     Returns:
         Names of the adapter's tensors that are missing from the file, and names in the file that are missing from the
@@ -112,9 +112,9 @@ def load_by_names(
     Args:
         model: The wrapper.
         folder: The adapter's directory.
-        name: Name to give the adapter.
+        name: Name of the existing adapter or, if there is none, of the new one.
         trainable: Whether to make the adapter trainable if it is new.
-        key_mapping: Regular expression -> replacement; the first expression that matches a name is applied.
+        key_mapping: Dict from regular expression to replacement; the first expression that matches a name is applied.
         ignore_sizes: Whether to warn about tensors of a different shape and skip them.
 
     Raises:
@@ -144,7 +144,7 @@ def warn_of_problems(
         may_be_zero: Whether to accept an adapter that has no effect, such as one that has not been trained yet.
 
     Raises:
-        BaseMismatchError: The adapter was trained on a different base, but `allow` does not contain "base_mismatch".
+        BaseMismatchError: The adapter was trained on a different base, and `allow` does not contain "base_mismatch".
         AdapterFileError: A tensor contains NaN or infinite values.
     """
     of_base = check_base(model.get_base_model(), files, allow)[1]
@@ -171,10 +171,10 @@ def load_peft_weights(
         model_id: A directory or a Hub id.
         device: Device for the tensors; None keeps them on the CPU.
         key_mapping: As for `load_by_names`.
-        kwargs: `subfolder`, `revision`; PEFT's other options have no effect.
+        kwargs: `subfolder` and `revision`; PEFT's other options have no effect.
 
     Returns:
-        Name on disk -> tensor (…).
+        A dict from name on disk to tensor, of any shape.
 
     Raises:
         AdapterFileError: Files are missing or damaged.

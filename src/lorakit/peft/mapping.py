@@ -47,7 +47,7 @@ def get_peft_model(
         ConfigError: `peft_config` is not a LoraConfig or is not valid for the model.
         TargetError: Nothing in the model matches the targets.
         AdapterError: `adapter_name` is invalid.
-        NotYetSupported: The config or an option needs a feature that is not supported yet.
+        NotYetSupported: The config or an option requires a feature that is not supported yet.
     """
     if not isinstance(peft_config, LoraConfig):
         raise ConfigError(f"peft_config is a {type(peft_config).__name__}; it must be a lorakit LoraConfig.")
@@ -99,23 +99,23 @@ PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {
     PeftType.LORA: LoraConfig,
     **{method: placeholder(name) for method, name in CONFIGS.items()},
 }
-"""Method -> its config class."""
+"""Config class of each method."""
 
 PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, type[BaseTuner]] = {PeftType.LORA: LoraModel}
-"""Method -> its tuner class; other methods are not supported."""
+"""Tuner class of each supported method."""
 
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[PeftType, type[BaseTuner]] = {PeftType.LORA: LoraModel}
-"""Method -> its tuner class in a `PeftMixedModel`."""
+"""Tuner class of each method that a `PeftMixedModel` supports."""
 
 PEFT_TYPE_TO_PREFIX_MAPPING: dict[PeftType, str] = {PeftType.LORA: LoraModel.prefix}
-"""Method -> prefix of its parameter names."""
+"""Prefix of the parameter names of each supported method."""
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfigMixin:
     """Create a config from a dictionary whose `peft_type` specifies the method.
 
     Args:
-        config_dict: Field name -> value, including `peft_type`.
+        config_dict: Dict from field name to value, including `peft_type`.
 
     Raises:
         ConfigError: `peft_type` is missing or not LORA, or a value is invalid.
@@ -134,21 +134,21 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Add an adapter to a model without wrapping it, and return the model.
+    """Add an adapter to a model, and return the model without wrapping it.
 
     Args:
         peft_config: The adapter's config; it is not modified.
         model: The base model, modified in place.
         adapter_name: Name of the new adapter.
         low_cpu_mem_usage: Whether to leave the factors on the meta device until `set_peft_model_state_dict` fills them.
-        state_dict: Tensor name -> tensor (…); the names, instead of the config, determine the targets, and values are
-            not read.
+        state_dict: Tensors of any shape, keyed by name. The names, not the config, determine the targets; the values
+            are not read.
 
     Raises:
         ConfigError: `peft_config` is not a LoraConfig or is not valid for the model.
         TargetError: Nothing in the model matches the targets.
-        AdapterError: `adapter_name` is taken or invalid.
-        NotYetSupported: The config needs a feature that is not supported yet.
+        AdapterError: `adapter_name` is invalid or already taken.
+        NotYetSupported: The config requires a feature that is not supported yet.
     """
     if not isinstance(peft_config, LoraConfig):
         raise ConfigError(

@@ -1,6 +1,6 @@
 """PEFT's functions and messages about target modules, based on `lorakit.targets`.
 
-The module also derives targets from the names in a state dict, applies PEFT's rules for combining adapters, and warns
+This module also derives targets from the names in a state dict, applies PEFT's rules for combining adapters, and warns
 before a merge unties shared weights.
 """
 
@@ -75,7 +75,7 @@ def _excluded(config: LoraConfig, key: str) -> bool:
 
 
 def inspect_matched_modules(tuner: BaseTuner, adapter_name: str = "default") -> dict[str, list[str]]:
-    """List the modules that an adapter's config targets, and those that it does not.
+    """Return a dict that lists the modules an adapter's config targets ("matched") and all others ("unmatched").
 
     Args:
         tuner: The `base_model` of a `PeftModel`.
@@ -145,7 +145,7 @@ NOTHING_MATCHED = {
     "target_parameters": "target_parameters={value} were set but no parameter was matched.",
     "exclude_modules": "You have passed exclude_modules={value} but no modules were excluded.",
 }
-"""Field -> PEFT's message for when none of its entries match."""
+"""PEFT's messages, keyed by config field, for when none of the entries in that field match."""
 
 ALL_EXCLUDED = (
     "All modules were excluded. This is likely unintended. Check `target_modules`, `exclude_modules` and "
@@ -183,12 +183,12 @@ def with_no_target_message(model: nn.Module, config: LoraConfig) -> Iterator[Non
 
 
 def with_own_targets(model: nn.Module, config: LoraConfig, table: Mapping[str, str | Collection[str]]) -> LoraConfig:
-    """Fill in the default targets from PEFT's table (which programs may extend) if a config specifies no targets.
+    """Return the config, with default targets filled in if it specifies none.
 
     Args:
         model: The model.
         config: The adapter's config.
-        table: Model type -> targets.
+        table: PEFT's table, a dict from model type to default targets, which programs may extend.
     """
     targets = table.get(model_type_of(model))
     if targets is None or config.target_modules is not None or config.target_parameters:
@@ -381,7 +381,7 @@ def check_adapters_to_merge(module: AdapterModule, adapter_names: list[str] | No
 
 
 def filter_state_dict(state_dict: Mapping[str, Tensor], prefixes: Collection[str]) -> dict[str, Tensor]:
-    """Return the entries whose names equal one of the prefixes or begin with one followed by a dot."""
+    """Return the entries whose names equal a prefix or begin with a prefix followed by a dot."""
     under = tuple(f"{prefix}." for prefix in prefixes)
     return {key: value for key, value in state_dict.items() if key in prefixes or key.startswith(under)}
 

@@ -1,4 +1,4 @@
-"""Batches whose rows use different adapters: PEFT's checks and messages, and the offsets of activated LoRA (aLoRA).
+"""Batches whose rows use different adapters: PEFT's checks and messages, and the offsets for activated LoRA (aLoRA).
 
 `lorakit.core.routing.positions` computes and applies the offsets.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
 
 Offsets = Sequence[int | None]
-"""Number of tokens from each row's invocation to the row's end; None if the row does not invoke its adapter."""
+"""Number of tokens from each row's invocation to the end of the row; None if the row does not invoke its adapter."""
 
 BASE_NAME = "__base__"
 """Entry in `adapter_names` for a row that uses the base model alone."""
@@ -74,10 +74,10 @@ def calculate_alora_offsets(
     input_ids: Tensor | None,
     adapter_names: Sequence[str] | None = None,
 ) -> list[int | None]:
-    """Return the number of tokens from each row's last invocation to the row's end; None for rows without one.
+    """Return, for each row, the number of tokens from its last invocation to its end, or None if it has no invocation.
 
     Args:
-        peft_config: Adapter -> config.
+        peft_config: Dict from adapter name to config.
         active_adapter: The adapter for rows without an entry in `adapter_names`.
         input_ids: Token ids, (rows, length), or None, in which case the result is empty.
         adapter_names: One adapter name per row; "__base__" selects the base model alone.
@@ -155,16 +155,16 @@ def options_of_call(
 ) -> Iterator[None]:
     """Assign adapters to the rows of a forward pass or `generate` call within a context, and apply `alora_offsets`.
 
-    `alora_offsets` is removed from the options. If the option is missing, invocations are found in the `input_ids` of a
-    forward pass or in the prompts of a `generate` call, with or without a KV cache. If only embeddings are given, aLoRA
-    adapters stay inactive, and a warning is issued.
+    `alora_offsets` is removed from the options. If the option is missing, invocations are located in the `input_ids` of
+    a forward pass or in the prompts of a `generate` call, whether or not a KV cache is used. If only embeddings are
+    given, aLoRA adapters stay inactive, and a warning is issued.
 
     Args:
         model: A `PeftModel`.
         names: One adapter name per row, or None.
         args: Positional arguments of the call.
         kwargs: Options of the call.
-        generates: Whether `generate` is called, which may run several rows per prompt.
+        generates: Whether the call is to `generate`, which may run several rows per prompt.
 
     Yields:
         Nothing.
@@ -195,7 +195,7 @@ def options_of_call(
 
 
 def _rows_per_prompt(options: Mapping[str, Any], model: nn.Module) -> int:
-    """Return how many rows `generate` uses per prompt: the larger of the numbers of beams and returned sequences."""
+    """Return the number of rows per prompt in `generate`: the larger of `num_beams` and `num_return_sequences`."""
     config = options.get("generation_config") or getattr(model, "generation_config", None)
     found = [options.get(word) or getattr(config, word, None) or 1 for word in ("num_beams", "num_return_sequences")]
     return max(int(number) for number in found)

@@ -30,7 +30,7 @@ from lorakit.peft.utilities import checkpoints, take_gradients_at_the_input
 WITHOUT_EFFECT = (
     *("low_cpu_mem_usage", "ephemeral_gpu_offload"),  # factors are created once, on their final device
     *("torch_device", "device_map", "max_memory", "offload_folder", "offload_dir"),  # factors use their site's device
-    *("torch_dtype", "dtype"),  # factors are fp32 or wider, regardless of the base's dtype
+    *("torch_dtype", "dtype"),  # factors are fp32 or wider, regardless of the base dtype
     *("token", "use_auth_token", "cache_dir", "proxies"),  # the Hub client reads HF_TOKEN, HF_HOME and HTTPS_PROXY
     *("local_files_only", "force_download"),  # only a Hub id needs the network, and HF_HUB_OFFLINE disables downloads
 )
@@ -59,11 +59,11 @@ def check_options(call: str, options: Mapping[str, Any]) -> None:
 
 
 class PeftModel(OverModel):
-    """Wrapper with PEFT's interface around a model with adapters.
+    """PEFT-compatible wrapper around a model with adapters.
 
     Attributes:
-        base_model: The `LoraModel` around the user's model.
-        task: Task for which the wrapper class is used, or None.
+        base_model: The `LoraModel` that contains the user's model.
+        task: Task for which this wrapper class is used, or None.
     """
 
     task: ClassVar[TaskType | None] = None
@@ -127,9 +127,9 @@ class PeftModel(OverModel):
             model_id: Directory or Hub id of the adapter.
             adapter_name: Name to give the adapter.
             is_trainable: Whether to train the adapter; if false, it is frozen and the model is set to eval mode.
-            config: Config that replaces the saved one; its `inference_mode` is set to match `is_trainable`.
+            config: Config to use instead of the saved one; `config.inference_mode` is set to match `is_trainable`.
             autocast_adapter_dtype: If false, the factors are cast to the dtype of their base weight.
-            kwargs: `subfolder`, `revision`, `key_mapping`; for other options, see `WITHOUT_EFFECT`.
+            kwargs: `subfolder`, `revision` and `key_mapping`; for other options, see `WITHOUT_EFFECT`.
 
         Returns:
             A wrapper of the class that matches the adapter's task.
@@ -137,7 +137,7 @@ class PeftModel(OverModel):
         Raises:
             ConfigError: `config` is not a PeftConfig.
             AdapterFileError: Files are missing or damaged, or tensors do not match the model.
-            NotYetSupported: The adapter or an option needs a feature that is not supported yet.
+            NotYetSupported: The adapter or an option requires a feature that is not supported yet.
         """
         if config is not None and not isinstance(config, PeftConfig):
             raise ConfigError(f"The input config must be a PeftConfig, got {type(config)}", field="config")
@@ -169,7 +169,7 @@ class PeftModel(OverModel):
         key_mapping: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> IncompatibleKeys:
-        """Load a saved adapter as a new one, or load its values into an existing adapter of the same name.
+        """Load a saved adapter as a new adapter, or load its values into the existing adapter of the same name.
 
         A new adapter becomes active only if it is the model's first adapter.
 
@@ -181,8 +181,9 @@ class PeftModel(OverModel):
             autocast_adapter_dtype: If false, the factors are cast to the dtype of their base weight.
             ephemeral_gpu_offload: Ignored.
             low_cpu_mem_usage: Ignored; factors are created on their site's device.
-            key_mapping: Regular expression -> replacement, for tensor names saved from a base with a different layout.
-            kwargs: `subfolder`, `revision`, `ignore_mismatched_sizes`; for other options, see `WITHOUT_EFFECT`.
+            key_mapping: Dict from regular expression to replacement, used to rename the tensors of an adapter that was
+                saved from a base with a different layout.
+            kwargs: `subfolder`, `revision` and `ignore_mismatched_sizes`; for other options, see `WITHOUT_EFFECT`.
 
         Returns:
             Names of missing and unexpected tensors; mismatches that PEFT would ignore also cause warnings.
@@ -190,7 +191,7 @@ class PeftModel(OverModel):
         Raises:
             AdapterFileError: Files are missing or damaged, or shapes do not match the model.
             AdapterError: `adapter_name` is invalid.
-            NotYetSupported: The adapter or an option needs a feature that is not supported yet.
+            NotYetSupported: The adapter or an option requires a feature that is not supported yet.
         """
         folder, config = adapter_folder(model_id, kwargs), kwargs.pop("config", None)
         ignore_sizes = bool(kwargs.pop("ignore_mismatched_sizes", False))
@@ -224,9 +225,9 @@ class PeftModel(OverModel):
 
         Raises:
             ConfigError: `peft_config` is not a LoraConfig or is not valid for the model.
-            AdapterError: `adapter_name` is taken or invalid.
+            AdapterError: `adapter_name` is invalid or already taken.
             TargetError: Nothing in the model matches the targets.
-            NotYetSupported: The config needs a feature that is not supported yet.
+            NotYetSupported: The config requires a feature that is not supported yet.
         """
         if not isinstance(peft_config, LoraConfig):
             raise ConfigError(
@@ -301,13 +302,13 @@ class PeftModel(OverModel):
             path_initial_model_for_weight_conversion: Directory of the adapter as it was saved before training. If the
                 adapter's init changed the base, as PiSSA does, the adapter is converted to plain LoRA with twice the
                 rank.
-            state_dict: Name in the model -> tensor (…), saved instead of the model's own tensors, for example after
-                gathering shards.
+            state_dict: Tensors of any shape to save instead of the model's own, keyed by name in the model; useful, for
+                example, after gathering shards.
             kwargs: See `WITHOUT_EFFECT`.
 
         Raises:
             ConfigError: `safe_serialization` is false, `save_directory` is a file, or an adapter does not exist.
-            NotYetSupported: An option needs a feature that is not supported yet.
+            NotYetSupported: An option requires a feature that is not supported yet.
             AdapterError: An adapter contains non-finite values, or the initial directory contains a different adapter.
             DiskError: The files cannot be written; existing files remain intact.
         """
@@ -346,9 +347,9 @@ class PeftModel(OverModel):
         """Call the model.
 
         Args:
-            args: Positional arguments of the model.
+            args: Positional arguments for the model.
             adapter_names: One adapter name per row of the batch; "__base__" selects the base model alone.
-            kwargs: Keyword arguments of the model.
+            kwargs: Keyword arguments for the model.
 
         Returns:
             The model's output.
@@ -361,12 +362,12 @@ class PeftModel(OverModel):
             return self.get_base_model()(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Call the model's `generate`; any thread may call this method, since the adapters are passed as an argument.
+        """Call the model's `generate` method; any thread may do so, since adapters are selected by an argument.
 
         Args:
-            args: Positional arguments of `generate`.
+            args: Positional arguments for `generate`.
             adapter_names: One adapter name per row of the batch; "__base__" selects the base model alone.
-            kwargs: Keyword arguments of `generate`.
+            kwargs: Keyword arguments for `generate`.
 
         Returns:
             The output of `generate`.
@@ -418,7 +419,7 @@ class PeftModel(OverModel):
             token: Hub token; None uses the stored one.
             revision: Branch to commit to.
             create_pr: Whether to open a pull request instead of committing directly.
-            kwargs: Options of `save_pretrained`.
+            kwargs: Options for `save_pretrained`.
 
         Returns:
             URL of the commit.

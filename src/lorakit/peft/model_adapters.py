@@ -1,4 +1,4 @@
-"""Helpers that query a model's adapters, cast their dtypes, and make them trainable or freeze them."""
+"""Helpers that query a model's adapters, cast their parameters, and make them trainable or freeze them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def adapted(model: nn.Module) -> Iterator[AdapterModule]:
 
 
 def configs_of(model: nn.Module) -> dict[str, LoraConfig]:
-    """Return the model's own dictionary of adapter names and configs, or an empty one if the model has no adapters."""
+    """Return the model's dict from adapter name to config (not a copy), or an empty dict if there are no adapters."""
     state = find_state(model)
     return {} if state is None else state.configs
 
@@ -55,7 +55,7 @@ def check_exist(
     """Check that adapters exist.
 
     Args:
-        configs: Adapter -> config, for all existing adapters.
+        configs: Configs of all existing adapters, keyed by name.
         adapter_names: Name of an adapter, or several names.
         problem: PEFT's phrase for a missing adapter.
 
@@ -121,11 +121,11 @@ def empty(model: nn.Module, adapter_name: str) -> None:
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Replace factors on the meta device with tensors on the device of their base weight.
+    """Replace factors on the meta device with copies of the given tensors on the device of the base weight.
 
     Args:
         model: A model with adapters.
-        tensors: Each factor's name in the model -> tensor (…).
+        tensors: Tensors of any shape, keyed by the factor's name in the model.
     """
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")

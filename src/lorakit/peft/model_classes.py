@@ -23,7 +23,7 @@ from lorakit.peft.model_adapters import as_names
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: Mapping[str, type[PeftModel]] = {
     kind.task.value: kind for kind in PeftModel.__subclasses__() if kind.task is not None
 }
-"""Task -> wrapper class; named as in PEFT."""
+"""Wrapper class for each task; the name of this dict is PEFT's."""
 
 ALLOWED_LIBRARIES = ("transformers", "diffusers", "lerobot", "megatron-core")
 """Packages from which the base model's class, as named in a saved config, may be imported."""
@@ -60,14 +60,15 @@ class _BaseAutoPeftModel:
             is_trainable: Whether to make the adapter trainable.
             config: As for `PeftModel.from_pretrained`.
             revision: Revision of the adapter.
-            import_allowlist: Packages from which the base's class may be imported.
+            import_allowlist: Packages from which the base model's class may be imported.
             kwargs: `subfolder` of the adapter, and options for loading the base model.
 
         Returns:
             The wrapper for the adapter's task.
 
         Raises:
-            ConfigError: The class does not match the adapter's task, or the base's package is not on the allowlist.
+            ConfigError: The class does not match the adapter's task, or the base model's package is not on the
+                allowlist.
             AdapterFileError: The config does not name the base model.
         """
         options = {"revision": revision, **kwargs}

@@ -68,10 +68,11 @@ def create_loraplus_optimizer(
 
 
 class LoraFAOptimizer(LoraFA):
-    """AdamW with a corrected gradient for B; accepts PEFT's groups with `params`, `names` and `scaling_factors`.
+    """AdamW with a corrected gradient for B; accepts PEFT groups with `params`, `names` and `scaling_factors`.
 
     Unlike PEFT's optimizer, this class pairs A and B by adapter and site, so that several adapters, magnitudes and
-    biases are updated correctly. It computes in fp32. State is keyed by tensor, so it can be saved and loaded.
+    biases are updated correctly. Updates are computed in fp32. The state is keyed by tensor, so it can be saved and
+    loaded.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class LoraFAOptimizer(LoraFA):
 
         Args:
             params: Parameter groups with `params`, `names` and `scaling_factors`.
-            lr: Learning rate of groups that do not set one.
+            lr: Learning rate for groups that do not set one.
             betas: As for AdamW.
             eps: As for AdamW.
             weight_decay: As for AdamW.
@@ -134,7 +135,7 @@ def create_lorafa_optimizer(
 ) -> LoraFAOptimizer:
     """Create an optimizer that freezes A and corrects the gradient of B (Zhang et al. 2023, arXiv:2308.03303).
 
-    The factor that is not initialized to zero is frozen: A or, for an embedding, B. Each site's own scale is used; `r`
+    The factor that is not initialized to zero is frozen: A or, for an embedding, B. Each site's scale is used; `r`
     and `lora_alpha` are accepted for compatibility with code written for PEFT.
 
     Args:

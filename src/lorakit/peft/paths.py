@@ -154,7 +154,7 @@ HOMES: Mapping[str, str] = {
     """,
     "lorakit.peft.weighted": "convert_to_lora reduce_intruder_dimension save_as_lora",
 }
-"""Module -> names that the module defines; `alias=name` means that the module's `name` is exported as `alias`.
+"""Names that each module defines; `alias=name` means that the module's `name` is exported as `alias`.
 
 All other PEFT names are placeholders.
 """
@@ -258,7 +258,7 @@ PATHS: Mapping[str, str] = {
     """,
     "utils.warning": "PeftWarning",
 }
-"""Path under `peft` -> names that it exports; each package precedes its modules."""
+"""Names that each path under `peft` exports; each package precedes its modules."""
 
 _PACKAGES = {path.rpartition(".")[0] for path in PATHS}
 """Paths that are packages, since they contain other modules in PEFT."""
@@ -291,17 +291,17 @@ def register() -> None:
         sys.modules[PACKAGE].__path__.append(__file__)
     for path in PATHS:
         spec = loader.find_spec(f"{PACKAGE}.{path}")
-        if spec is not None and spec.name not in sys.modules:  # reloading `lorakit.peft` keeps them
+        if spec is not None and spec.name not in sys.modules:  # reloading `lorakit.peft` keeps existing modules
             parent, _, child = spec.name.rpartition(".")
             sys.modules[spec.name] = loader.create_module(spec)
             setattr(sys.modules[parent], child, sys.modules[spec.name])
 
 
 class _PathModule(ModuleType):
-    """A module with lazy names. Using a class avoids creating two functions per module, which would slow the import."""
+    """A module whose names are imported lazily. Creating two functions per module instead would slow the import."""
 
     def __getattr__(self, name: str) -> Any:
-        """Import and return the object for a name."""
+        """Import and return the object behind a name."""
         return dir(self) if name == "__all__" else _find(self.__name__, _names(self.__name__), name)
 
     def __dir__(self) -> list[str]:
@@ -348,7 +348,7 @@ def _homes() -> dict[str, tuple[str, str]]:
 
 
 def _find(module: str, names: Collection[str], name: str) -> Any:
-    """Import the object for a name: an exported name, or a submodule such as `lorakit.peft.mapping`."""
+    """Import the object behind a name: an exported object, or a submodule such as `lorakit.peft.mapping`."""
     if name in names:
         home, target = _homes().get(name, (PLACEHOLDERS, name))
         found = import_module(home)

@@ -1,8 +1,8 @@
 """Placeholders for PEFT names that lorakit does not implement: classes of other methods and variants, and functions.
 
 Other programs import these classes and pass them to `isinstance`. Creating an instance or calling a function raises
-`NotYetSupported`, since lorakit implements only LoRA. This module also defines PEFT's names for errors, which are
-aliases of lorakit's own classes, and for warnings.
+`NotYetSupported`, since lorakit implements only LoRA. This module also defines PEFT's error names, as aliases of
+lorakit's error classes, and PEFT's warning classes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CONFIGS: Mapping[PeftType, str] = {
     PeftType.P_TUNING: "PromptEncoderConfig",
     **{method: _CONFIGS[key] for method in PeftType if (key := method.value.replace("_", "")) in _CONFIGS},
 }
-"""PEFT method other than LoRA -> name of its config class."""
+"""Name of the config class of each PEFT method other than LoRA."""
 
 
 class PeftWarning(UserWarning):
@@ -38,7 +38,7 @@ class PeftWarning(UserWarning):
 
 
 class PartialTargetsWarning(PeftWarning, RuntimeWarning):
-    """Warning about a config entry that matches nothing; PEFT issues such warnings under either base class."""
+    """Warning about a config entry that matches nothing; PEFT issues such warnings with either base class."""
 
 
 def _refusing(name: str) -> Callable[..., NoReturn]:
@@ -109,7 +109,7 @@ def create_riemannian_optimizer(
 
 @cache
 def placeholder(name: str) -> Any:
-    """Return this module's object for a PEFT name, or else a placeholder; repeated calls return the same object.
+    """Return this module's object with a PEFT name, or else a placeholder; repeated calls return the same object.
 
     Args:
         name: A name that exists in PEFT; the caller has checked it against the tables of names.

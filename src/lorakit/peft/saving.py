@@ -123,7 +123,7 @@ def save(
         model: The wrapper.
         folder: Directory to write to.
         name: Name of the adapter.
-        tensors: Name on disk -> tensor (…), saved instead of the model's own tensors.
+        tensors: Tensors of any shape to save instead of the model's own, keyed by name on disk.
         initial_folder: Directory of the adapter as it was saved before training; if given, the adapter is converted
             to plain LoRA for the original base, with twice the rank.
 

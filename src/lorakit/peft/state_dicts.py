@@ -1,7 +1,7 @@
 """Functions that get or set the state dict of an adapter or of a base model.
 
-In memory, but not on disk, the name of an adapter's tensor contains the adapter's name. Names in a wrapped model begin
-with `base_model.model.`; names in an unwrapped model do not.
+In memory, the names of an adapter's tensors contain the adapter's name; on disk, they do not. Names in a wrapped model
+begin with `base_model.model.`; names in an unwrapped model do not.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def get_peft_model_state_dict(
 
     Args:
         model: A wrapped model, or an unwrapped model with adapters.
-        state_dict: Name in the model -> tensor (…), used instead of the model's own state dict, for example after
-            gathering shards.
+        state_dict: Tensors of any shape, keyed by name in the model, used instead of the model's own state dict, for
+            example after gathering shards.
         adapter_name: Name of the adapter.
         unwrap_compiled: Whether to unwrap a compiled model.
         save_embedding_layers: If True, include the base's embedding matrices, as needed for a resized vocabulary.
@@ -114,7 +114,7 @@ def tensors_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, Tenso
         adapter: Name of the adapter.
 
     Yields:
-        Each tensor's name on disk, its name in the model's state dict, and the tensor itself, (…).
+        Each tensor's name on disk, its name in the model's state dict, and the tensor itself, of any shape.
     """
     for path, module in walk(model):
         prefix = f"{path}." if path else ""
@@ -138,7 +138,7 @@ def flat_factors(model: nn.Module, adapter: str, given: Mapping[str, Tensor] | N
     Args:
         model: A wrapped model, or an unwrapped model with adapters.
         adapter: Name of the adapter.
-        given: Name on disk -> tensor (…), checked instead of the model's own tensors.
+        given: Tensors of any shape to check instead of the model's own, keyed by name on disk.
     """
     own = {on_disk: tensor for on_disk, _, tensor in tensors_of(model, adapter)} if given is None else given
     return [key for key, held in own.items() if key.endswith((".lora_A.weight", ".lora_B.weight")) and held.ndim < 2]
@@ -188,7 +188,7 @@ def set_peft_model_state_dict(
 
     Args:
         model: A wrapped model, or an unwrapped model with adapters.
-        peft_model_state_dict: Name on disk (with or without the prefix of a wrapped model) -> tensor (…).
+        peft_model_state_dict: Tensors of any shape, keyed by name on disk, with or without a wrapped model's prefix.
         adapter_name: Name of the adapter.
         ignore_mismatched_sizes: Whether to warn about tensors of a different shape and skip them.
         low_cpu_mem_usage: Ignored; factors are already on their device.
@@ -223,7 +223,7 @@ def put_tensors(
 
     Args:
         model: A wrapped model, or an unwrapped model with adapters.
-        tensors: Name on disk -> tensor (…).
+        tensors: Tensors of any shape, keyed by name on disk.
         adapter_name: Name of the adapter.
         ignore_mismatched_sizes: Whether to warn about tensors of a different shape and skip them.
 
@@ -275,11 +275,11 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def set_base_model_state_dict(
     model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
 ) -> IncompatibleKeys:
-    """Copy tensors, keyed by their names in the model without adapters, into the base model.
+    """Copy tensors into the base model by their names in the model without adapters.
 
     Args:
         model: A wrapped model, or an unwrapped model with adapters.
-        state_dict: Name in the model without adapters -> tensor (…).
+        state_dict: Tensors of any shape, keyed by name in the model without adapters.
         strict: Whether missing and unexpected names raise an error.
 
     Returns:

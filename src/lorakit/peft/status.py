@@ -32,9 +32,9 @@ class TunerLayerStatus:
         enabled: Whether the adapters of the module are enabled.
         active_adapters: Active adapters.
         merged_adapters: Merged adapters.
-        requires_grad: Adapter -> whether its parameters in the module are trainable.
+        requires_grad: Dict from adapter to whether its parameters in the module are trainable.
         available_adapters: Adapters that have parameters in the module, sorted.
-        devices: Adapter -> device types of its parameters.
+        devices: Dict from adapter to the device types of its parameters.
         quantization_backend: Quantization backend of the base weight, or None.
     """
 
@@ -56,16 +56,16 @@ class TunerModelStatus:
     Attributes:
         base_model_type: Class of the user's model.
         adapter_model_type: Class of the tuner, or "None" for a model without a wrapper.
-        peft_types: Adapter -> method.
+        peft_types: Dict from adapter to method.
         trainable_params: Number of trainable parameters.
         total_params: Total number of parameters.
         num_adapter_layers: Number of adapted layers and saved modules.
         enabled: Whether adapters are enabled.
         active_adapters: Active adapters.
         merged_adapters: Merged adapters.
-        requires_grad: Adapter -> whether its parameters are trainable.
+        requires_grad: Dict from adapter to whether its parameters are trainable.
         available_adapters: Adapters of the model, sorted.
-        devices: Adapter -> device types of its parameters.
+        devices: Dict from adapter to the device types of its parameters.
         quantization_backend: Quantization backend of the base weights, or None.
     """
 
@@ -85,10 +85,10 @@ class TunerModelStatus:
 
 
 MODULE_TYPES = {"ModulesToSave": "ModulesToSaveWrapper", "TrainableTokens": "TrainableTokensLayer"}
-"""Class of an adapted module that is not a layer -> its name in PEFT."""
+"""PEFT's names for the classes of adapted modules that are not layers, keyed by lorakit's names."""
 
 BACKENDS = {"bnb-4bit": "bnb 4bit", "bnb-8bit": "bnb 8bit"}
-"""Name of a weight format -> its name in PEFT, for names that differ."""
+"""PEFT's names for weight formats, keyed by lorakit's names; formats with the same name in both are omitted."""
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
@@ -131,7 +131,7 @@ def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
 
 
 def _flags_and_devices(modules: Iterable[AdapterModule]) -> tuple[dict[str, bool | Irregular], dict[str, list[str]]]:
-    """Return whether each adapter's parameters are trainable, and the device types of each adapter's parameters."""
+    """Return two dicts keyed by adapter: whether its parameters are trainable, and their device types."""
     held: dict[str, list[nn.Parameter]] = defaultdict(list)
     for module in modules:
         table = module.token_adapter if isinstance(module, TrainableTokens) else None  # a tied module has no rows

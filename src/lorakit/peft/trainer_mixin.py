@@ -25,7 +25,7 @@ from lorakit.peft.mapping import get_peft_model
 from lorakit.peft.model import PeftModel
 
 ARGUMENTS_FILE = "training_args.bin"
-"""Name of the file that stores the parent's training arguments, next to the adapter."""
+"""Name of the file next to the adapter in which the parent's training arguments are stored."""
 
 
 class Arguments(Protocol):
@@ -48,7 +48,7 @@ class Processor(Protocol):
 
 
 class LoraTrainerMixin:
-    """Make a trainer save checkpoints that contain only adapters, can be resumed, and can be loaded by PEFT.
+    """Mixin that makes a trainer save adapter-only checkpoints, which training can resume from and PEFT can load.
 
     The mixin must precede the trainer in the list of base classes.
 
@@ -162,7 +162,7 @@ class LoraTrainerMixin:
         return base
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Save the adapters, the tokenizer and the arguments instead of the whole model."""
+        """Save the adapters, the tokenizer and the training arguments instead of the whole model."""
         if not self.args.should_save:
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
@@ -189,7 +189,7 @@ class LoraTrainerMixin:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _folders(self, checkpoint: str | os.PathLike[str]) -> dict[str, Path]:
-        """Map each adapter to its directory: the checkpoint itself for "default", a subdirectory for any other."""
+        """Return a dict from adapter to directory: the checkpoint for "default", a subdirectory for any other."""
         root = Path(checkpoint)
         folders = {name: root if name == "default" else root / name for name in self.lora_model.peft_config}
         gone = [name for name, folder in folders.items() if not (folder / CONFIG_FILE).exists()]

@@ -1,6 +1,6 @@
 """`LoraModel`, the `base_model` of a `PeftModel`: operations on the adapters in the user's model.
 
-The functions `set_adapter` and `delete_adapter` work on models without a wrapper.
+The functions `set_adapter` and `delete_adapter` work on unwrapped models.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def set_adapter(
 def delete_adapter(
     model: nn.Module, adapter_name: str, prefix: str = "lora_", layer_cls: type[nn.Module] | None = None
 ) -> list[str] | None:
-    """Remove an adapter; if it was active, the first remaining adapter becomes active.
+    """Remove an adapter; if it was the only active one, the alphabetically first remaining adapter becomes active.
 
     Args:
         model: A model with adapters.
@@ -126,7 +126,7 @@ class OverModel(nn.Module):
 
     @property
     def peft_config(self) -> dict[str, LoraConfig]:
-        """Adapter name -> config."""
+        """Dict from adapter name to config."""
         return model_adapters.configs_of(self.model)
 
     @property
@@ -183,7 +183,7 @@ class OverModel(nn.Module):
         core.set_trained(self.model, {} if inference_mode else dict.fromkeys(names, True), others=False)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; if it was active, the first remaining adapter becomes active.
+        """Remove an adapter; if it was the only active one, the alphabetically first remaining adapter becomes active.
 
         Args:
             adapter_name: Name of the adapter.
@@ -213,7 +213,7 @@ class BaseTuner(OverModel):
     Attributes:
         prefix: Prefix of an adapter's parameter names.
         tuner_layer_cls: Class of the adapted layers.
-        target_module_mapping: The base's `model_type` -> default targets.
+        target_module_mapping: Dict from the base model's `model_type` to default targets.
         uses_shared_state: Whether the tuner itself stores parameters; false for LoRA.
     """
 
@@ -246,7 +246,7 @@ class BaseTuner(OverModel):
         return self._penalty if name in PENALTY_METHODS else super().__getattr__(name)
 
     def _penalty(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
-        """Return the sum of the penalties of the given (default: active) adapters: a scalar, or 0.0 if none apply."""
+        """Return the summed penalties of the given (default: active) adapters, a scalar, or 0.0 if there are none."""
         with contextlib.ExitStack() as stack:
             if adapter_names is not None:
                 stack.enter_context(core.use(self.model, *model_adapters.as_names(adapter_names)))
@@ -294,12 +294,12 @@ class BaseTuner(OverModel):
             config: Config of the new adapter; a copy is stored.
             autocast_adapter_dtype: If false, the factors are cast to the dtype of their base weight.
             on_meta: Whether to leave the factors on the meta device until `set_peft_model_state_dict` fills them.
-            state_dict: Tensor name -> tensor (…); the names determine the targets instead of the config.
+            state_dict: Tensors of any shape, keyed by name; the names, not the config, determine the targets.
 
         Raises:
-            AdapterError: `name` is taken or invalid.
+            AdapterError: `name` is invalid or already taken.
             TargetError: Nothing in the model matches the targets.
-            ConfigError: The config is not valid for the model or conflicts with its other adapters.
+            ConfigError: The config is not valid for the model or conflicts with an existing adapter.
         """
         self._check_new_adapter_config(config)
         active, config = self.active_adapters, matching.with_own_targets(self.model, config, self.target_module_mapping)
@@ -396,7 +396,7 @@ class BaseTuner(OverModel):
         return core.route(self.model, rows, copies=copies or 1, keep=copies > 0)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the base weights; originals are kept, so `unmerge_adapter` can restore them exactly.
+        """Merge adapters into the base weights; the originals are kept, and `unmerge_adapter` restores them exactly.
 
         Args:
             adapter_names: Adapters to merge; None means the active ones.
@@ -419,7 +419,7 @@ class BaseTuner(OverModel):
             core.merge(self.model, *fresh, untie=untie)
 
     def _warn_of_training(self, names: Sequence[str]) -> None:
-        """Warn that merged adapters are not trained, since merged layers run only the base; PEFT does not warn."""
+        """Warn that merged adapters are not trained, since merged layers run only the base; PEFT issues no warning."""
         if not (self.training and torch.is_grad_enabled()):
             return
         owned = parameters_by_adapter(self.model, names)

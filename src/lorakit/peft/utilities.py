@@ -1,6 +1,7 @@
 """PEFT's utilities: constants, queries about a base model, preparation for training, and checks for optional packages.
 
-Queries depend only on the model. Functions for unsupported backends, such as DeepSpeed, are absent or do nothing.
+The result of a query depends only on the model. Functions for unsupported backends, such as DeepSpeed, are absent or
+do nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 UPCAST_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
 TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, object] = {}
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = dict(DEFAULT_TARGETS)
-"""Model type -> default targets; named as in PEFT. Programs may add entries."""
+"""Default targets of each model type. The name is PEFT's; programs may add entries."""
 
 
 class BufferDict(nn.Module, MutableMapping[str, Tensor]):
@@ -137,7 +138,7 @@ def _input_embedding(model: nn.Module) -> nn.Module | None:
 
 
 def names_tied_with_embedding(model: nn.Module) -> list[str]:
-    """Return the sorted paths of modules that share the input embedding's weight; [] if the config disables tying."""
+    """Return the sorted paths of modules that share the input embedding weight, or [] if the config disables tying."""
     user = user_model(model)
     embedding = _input_embedding(user)
     weight = getattr(embedding, "weight", None)
@@ -158,7 +159,7 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
         model: The model. The environment variable FSDP_TRANSFORMER_CLS_TO_WRAP may specify the model's block classes.
 
     Raises:
-        ConfigTypeError: The model contains no module of one of the block classes.
+        ConfigTypeError: One of the block classes does not occur in the model.
     """
     from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
@@ -219,13 +220,13 @@ def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module)
 
 
 def get_device_map(model: nn.Module) -> dict[str, Any]:
-    """Return the device map of a model: module path -> device."""
+    """Return a model's device map, a dict from module path to device."""
     return getattr(model, "hf_device_map", None) or {"": next(model.parameters()).device}
 
 
 @contextlib.contextmanager
 def empty_context(*_: Ignored, **__: Ignored) -> Iterator[None]:
-    """Do nothing; this context replaces those in which PEFT moves, gathers or casts tensors."""
+    """Do nothing; this context manager replaces those with which PEFT moves, gathers or casts tensors."""
     yield
 
 
@@ -241,7 +242,7 @@ def check_deepspeed_zero3_enabled() -> bool:
 
 
 def init_empty_weights(include_buffers: bool | None = None) -> torch.device:
-    """Return a context in which modules are created on torch's meta device and therefore use no memory.
+    """Return a context manager that creates modules on torch's meta device, where they use no memory.
 
     Args:
         include_buffers: Ignored; buffers are also created on the meta device.
@@ -267,10 +268,10 @@ class WeightConversion(Protocol):
 def build_peft_weight_mapping(
     weight_conversions: Iterable[WeightConversion] | None, adapter_name: str, peft_config: LoraConfig | None = None
 ) -> list[WeightConversion]:
-    """Return the renamings of an adapter's tensors that mirror transformers' conversions of the base's tensors.
+    """Return renaming rules for an adapter's tensors that mirror transformers' conversions of the base tensors.
 
     Args:
-        weight_conversions: Conversions of the base's tensors.
+        weight_conversions: Conversions of the base tensors.
         adapter_name: Name of the adapter.
         peft_config: The adapter's config.
 
@@ -338,13 +339,13 @@ DENSE_METHODS = ("gptq", "aqlm", "eetq", "torchao", "hqq")
 
 
 def checkpoints(model: nn.Module) -> bool:
-    """Return whether a transformers model uses gradient checkpointing; the attribute name depends on the version."""
+    """Return whether a model uses gradient checkpointing; the attribute to read depends on the transformers version."""
     newer = getattr(model, "is_activation_checkpointing", None)
     return bool(newer if newer is not None else getattr(model, "is_gradient_checkpointing", False))
 
 
 def take_gradients_at_the_input(model: nn.Module) -> None:
-    """Make the input embedding's output require gradients, as is necessary for reentrant gradient checkpointing.
+    """Make the input embedding's output require gradients, which reentrant gradient checkpointing needs.
 
     Args:
         model: A model; quantized models are skipped, since `prepare_model_for_kbit_training` handles them.

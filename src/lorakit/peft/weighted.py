@@ -1,6 +1,6 @@
 """Functions that combine and convert adapters, with PEFT's names and signatures.
 
-`lorakit.core` combines adapters exactly even if they use rsLoRA, rank or alpha patterns, or DoRA. In these cases,
+`lorakit.core` combines adapters exactly even if they use rsLoRA, rank or alpha patterns, or DoRA. For such adapters,
 PEFT's results are scaled too strongly, cannot be reloaded, or lack the magnitudes.
 """
 
@@ -52,16 +52,17 @@ def add_weighted_adapter(
         weights: One weight per adapter; negative weights subtract.
         adapter_name: Name of the new adapter.
         combination_type: One of `lorakit.core.COMBINATION_TYPES`.
-        svd_rank: Rank of the result for "svd" types.
-        svd_clamp: Quantile beyond which values are clamped for "svd" types.
+        svd_rank: Rank of the result, for combination types that end in "svd".
+        svd_clamp: Quantile beyond which values are clamped, for combination types that end in "svd".
         svd_full_matrices: Ignored; it does not affect the result.
         svd_driver: Driver for torch's SVD on CUDA devices.
         density: Fraction of the values that pruning keeps.
-        majority_sign_method: "total" or "frequency".
+        majority_sign_method: How the majority sign is determined: "total" or "frequency".
 
     Raises:
         AdapterError: An adapter does not exist, or the adapters cannot be combined.
-        ConfigError: The combination type does not exist, lacks an option, or cannot combine adapters of these ranks.
+        ConfigError: The combination type does not exist, requires a missing option, or cannot combine adapters of these
+            ranks.
     """
     model = user_model(model)
     configs = configs_of(model)
@@ -104,7 +105,7 @@ def reduce_intruder_dimension(
         top_k: Number of strongest directions to compare.
         threshold_epsilon: Maximum cosine similarity between an intruder dimension and any direction of the base weight.
         mitigation_lambda: Fraction of each intruder dimension to keep.
-        logging_sink: Called with one line per site; None logs nothing.
+        logging_sink: Function called with each log line, such as one per site; None disables logging.
 
     Raises:
         AdapterError: The adapter does not exist or uses DoRA, or the new name is taken.
@@ -138,14 +139,14 @@ def convert_to_lora(
 
     Args:
         model: A `PeftModel`, or an unwrapped model with adapters.
-        rank: Rank if an int; if a float in (0, 1], the fraction of each site's squared Frobenius norm to keep.
+        rank: An int is the rank; a float in (0, 1] is the fraction of each site's squared Frobenius norm to keep.
         adapter_name: Name of the adapter.
         progressbar: Ignored; no progress is shown.
         compile_kwargs: Ignored; nothing is compiled.
 
     Returns:
-        The config, and a dictionary: name on disk -> tensor, (r, in) or (out, r). Names have PEFT's prefix only if the
-        model is a `PeftModel`.
+        The config, and a dict from name on disk to tensor, (r, in) or (out, r). The names have PEFT's prefix only if
+        the model is a `PeftModel`.
 
     Raises:
         TypeError: The model has no adapters.
@@ -168,7 +169,7 @@ def save_as_lora(
     """Convert an adapter with `convert_to_lora` and save it.
 
     Args:
-        path: Directory to write to; an adapter that it already contains is replaced.
+        path: Directory to write to; an existing adapter in this directory is replaced.
         model: As for `convert_to_lora`.
         rank: As for `convert_to_lora`.
         adapter_name: As for `convert_to_lora`.
