@@ -726,4 +726,4 @@ def test_an_init_that_is_none(train: Train, capsys: pytest.CaptureFixture[str]) 
     assert train(init_lora_weights="pisa") == 2
     assert "init_lora_weights is 'pisa'; it must be one of default, gaussian, pissa" in capsys.readouterr().err
     assert train(init_lora_weights="eva", allocate_ranks="inputs") == 2
-    assert "allocate_ranks and the init eva cannot be combined" in capsys.readouterr().err
+    assert "allocate_ranks cannot be combined with init_lora_weights eva" in capsys.readouterr().err

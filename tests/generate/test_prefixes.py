@@ -85,7 +85,7 @@ def test_who_may_not_share() -> None:
         tokens_of(model, [[*SHARED, 3, 4, 20]], ["plain"], prefix=prefix)
     with pytest.raises(UsageError, match="prompt 2 of 2 does not start with the prefix of 8 tokens"):
         tokens_of(model, [[*SHARED, 3, 4, 20], [*SHARED, 20]], [None, None], prefix=prefix)
-    with pytest.raises(UsageError, match="prompt 1 of 1 ends with the prefix; add at least one token"):
+    with pytest.raises(UsageError, match="prompt 1 of 1 has no tokens after the prefix; add at least one"):
         tokens_of(model, [[*SHARED, 3, 4]], [None], prefix=prefix)
 
 

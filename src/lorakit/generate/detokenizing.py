@@ -1,4 +1,4 @@
-"""Streaming detokenization: the pieces add up to the text that decoding all tokens at once would give.
+"""Streaming detokenization: the concatenated pieces equal the text that decoding all tokens at once would give.
 
 A token cannot always be decoded alone: it may be only part of a character, and the start of its text may depend on the
 previous token (a leading space, "##ing"). So each token is decoded together with the tokens before it, and incomplete
@@ -28,7 +28,7 @@ class TextStream:
 
     Args:
         tokenizer: The tokenizer that decodes the token ids.
-        after: Tokens that precede the first new one (the prompt); their text is not returned.
+        after: Prompt tokens that precede the first new token; their text is not returned.
         skip_special_tokens: Whether to omit special tokens such as the end-of-text token.
     """
 

@@ -35,7 +35,7 @@ class NewToken:
     Attributes:
         row: Index of the prompt that the token continues.
         token: The token id.
-        ended: Why the row ends with this token, or None if it continues.
+        ended: Why the row ends with this token, or None if the row continues.
     """
 
     row: int
@@ -148,7 +148,7 @@ def generate_batch(
 
 
 def context_tokens(model: nn.Module) -> int | None:
-    """Return the context length in tokens, for prompt plus answer; None if the model's config sets no limit.
+    """Return the context length (prompt plus answer) in tokens; None if the model's config sets no limit.
 
     Args:
         model: A model with a transformers config.
@@ -235,7 +235,7 @@ class _Forward:
         weight = _embedding_weight(model)
         device = next(model.parameters()).device if weight is None else weight.device
         longest = max(len(ids) for ids in prompts)
-        # masked positions are never read, so any valid id works as padding
+        # masked positions are never attended to, so any valid id works as padding
         mask = [[1] * read + [0] * (longest - len(ids)) + [1] * (len(ids) - read) for ids in prompts]
         padded = [ids[:read] + [0] * (longest - len(ids)) + ids[read:] for ids in prompts]
         self._ids, self._mask = torch.tensor(padded, device=device), torch.tensor(mask, device=device)

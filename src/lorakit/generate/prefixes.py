@@ -52,7 +52,7 @@ class Prefix:
 
 
 def read_prefix(model: nn.Module, tokens: Sequence[int], device: torch.device | None = None) -> Prefix:
-    """Process a prefix with the base alone, even if adapters are active.
+    """Process a prefix with the base alone, even if adapters are active, and return it with the resulting cache.
 
     Args:
         model: A causal language model in eval mode.
@@ -75,7 +75,7 @@ def read_prefix(model: nn.Module, tokens: Sequence[int], device: torch.device | 
 def shared_tokens(model: nn.Module, prompts: Sequence[Sequence[int]], adapters: Sequence[Sequence[str]]) -> int:
     """Return the length of the longest common prefix within which every row uses only the base.
 
-    The prefix leaves at least one token of each prompt to be processed.
+    The prefix never covers a whole prompt, because at least one token must remain to be processed.
 
     Args:
         model: A model with or without adapters.
@@ -100,14 +100,15 @@ def check_prefix(
     """Check that every row can use a prefix.
 
     Raises:
-        UsageError: A prompt does not start with the prefix, has no token after it, or an adapter is active within it.
+        UsageError: A prompt does not start with the prefix or has no further tokens, or an adapter is active within the
+            prefix.
     """
     size = len(prefix.tokens)
     for row, (prompt, names) in enumerate(zip(prompts, adapters, strict=True)):
         if tuple(prompt[:size]) != prefix.tokens:
             raise UsageError(f"prompt {row + 1} of {len(prompts)} does not start with the prefix of {size} tokens.")
         if len(prompt) == size:
-            raise UsageError(f"prompt {row + 1} of {len(prompts)} ends with the prefix; add at least one token to it.")
+            raise UsageError(f"prompt {row + 1} of {len(prompts)} has no tokens after the prefix; add at least one.")
         for name in names:
             if _begin(model, prompt, name) < size:
                 raise UsageError(

@@ -1,11 +1,11 @@
-"""Checkpoints of a run: the saved state, its files, and their verification.
+"""Training checkpoints: what they contain, and how they are written and verified.
 
 A checkpoint is a directory `checkpoint-<step>` that contains the adapter in PEFT's format, `optimizer.safetensors`,
 `random.safetensors`, `state.json`, and `manifest.json`, which lists the size and SHA-256 of every other file. A
-checkpoint is valid only if every listed file matches. Each checkpoint is written to a temporary directory that is then
-renamed, so the checkpoint is either complete or absent. All values are plain JSON or named tensors, so pickle is not
-needed. If a checkpoint does not fit on the disk, only the adapter is saved, as `adapter-only-<step>`. Such an adapter
-loads like any other, but a run cannot be resumed from it.
+checkpoint is valid only if every file matches the manifest. Each checkpoint is written to a temporary directory that is
+then renamed, so the checkpoint is either complete or absent. All values are plain JSON or named tensors, so pickle is
+not needed. If a checkpoint does not fit on the disk, only the adapter is saved, as `adapter-only-<step>`. Such an
+adapter loads like any other, but a run cannot be resumed from it.
 
 This module depends on neither models nor the loop; callers pass the tensors and a function that writes the adapter.
 """
@@ -111,7 +111,8 @@ def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return the state of every global random number generator that training may use.
 
     Returns:
-        Tensors by name ("torch", "cuda/0", "mps"; uint8, 1-D), and plain values ("python", and "numpy" if imported).
+        A dict of 1-D uint8 tensors (with keys such as "torch", "cuda/0" and "mps"), and a dict of plain values (with
+        the keys "python" and, if numpy has been imported, "numpy").
     """
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -131,8 +132,8 @@ def restore_random_state(tensors: Mapping[str, torch.Tensor], plain: Mapping[str
     """Restore the random number generators from the result of `random_state`; absent devices are skipped.
 
     Args:
-        tensors: Tensors by name (uint8, 1-D).
-        plain: Plain values by name.
+        tensors: The dict of 1-D uint8 tensors.
+        plain: The dict of plain values.
     """
     torch.set_rng_state(tensors["torch"])
     if torch.cuda.is_available():
@@ -152,16 +153,16 @@ def restore_random_state(tensors: Mapping[str, torch.Tensor], plain: Mapping[str
 def environment(
     device: torch.device, dtype: str, quantization: Mapping[str, Any] | None = None, kernels: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return everything, apart from the inputs, that affects the exact bits of a result.
+    """Return a dict of everything, apart from the inputs, that affects the exact bits of a result.
 
     Args:
         device: The run's device.
         dtype: Precision of the base.
         quantization: How the base is quantized, or None.
-        kernels: Autotuned choices that differ from the defaults.
+        kernels: Autotuned kernel choices that differ from the defaults.
 
     Returns:
-        Plain values by name; with equal inputs, equal environments produce bit-identical results.
+        A dict of plain JSON values. Given equal inputs, equal environments produce bit-identical results.
     """
     return {
         "lorakit": __version__,
@@ -209,9 +210,9 @@ class Snapshot:
 
     Attributes:
         state: Progress of the run, including the position in the data.
-        optimizer: Optimizer state by name, from `optimizer.state_tensors`.
-        random: Tensors with the states of random number generators, by name (uint8, 1-D).
-        random_plain: Plain values with the states of the other random number generators, by name.
+        optimizer: Optimizer state, from `optimizer.state_tensors`.
+        random: Random number generator states stored as 1-D uint8 tensors, from `random_state`.
+        random_plain: Random number generator states stored as plain values, from `random_state`.
         environment: Machine and package versions, from `environment`.
         schedule: Fields of the learning rate schedule.
     """
@@ -225,7 +226,7 @@ class Snapshot:
 
 
 def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], object]) -> Path:
-    """Write `checkpoint-<step>`; a crash leaves the new checkpoint complete or absent, and older ones unchanged.
+    """Write `checkpoint-<step>` atomically: a crash leaves it complete or absent, and older checkpoints unchanged.
 
     Args:
         folder: The run directory.
@@ -289,7 +290,7 @@ def load(path: Path) -> Snapshot:
 
 
 def verify(path: Path) -> None:
-    """Check every file in a checkpoint against the manifest, and the manifest against the SHA-256 that it contains.
+    """Check every file in a checkpoint against the manifest, and the manifest against the SHA-256 stored in it.
 
     Args:
         path: The checkpoint's directory.
@@ -340,8 +341,8 @@ def verified(folder: Path) -> Iterator[tuple[Path, str | None]]:
         folder: The run directory, which is not modified.
 
     Yields:
-        The directory of each checkpoint, and a clause that describes the checkpoint's first problem, or None if there
-        is none.
+        (directory, fault) pairs; the fault is a clause that describes the checkpoint's first problem, or None if the
+        checkpoint is valid.
     """
     for path in reversed(checkpoints(folder)):
         try:
@@ -352,7 +353,7 @@ def verified(folder: Path) -> Iterator[tuple[Path, str | None]]:
 
 
 def prune(folder: Path, limit: int, best_step: int | None) -> None:
-    """Remove the oldest checkpoints if there are more than the limit; the newest and the best are always kept.
+    """Remove the oldest checkpoints if there are more than `limit`; the newest and the best are always kept.
 
     Args:
         folder: The run directory.
@@ -372,7 +373,7 @@ def set_aside(path: Path) -> Path:
         path: The checkpoint's directory.
 
     Returns:
-        The new path, `damaged-checkpoint-<step>`, with a random suffix if that path exists.
+        The new path, `damaged-checkpoint-<step>`, with a random suffix if that path already exists.
 
     Raises:
         DiskError: The directory cannot be renamed.
@@ -385,7 +386,7 @@ def set_aside(path: Path) -> Path:
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint; a crash leaves the complete checkpoint or a temporary directory, which the next run deletes.
+    """Remove a checkpoint; a crash leaves it complete, or leaves a temporary directory that the next run deletes.
 
     Args:
         path: The checkpoint's directory.
@@ -400,7 +401,7 @@ def discard(path: Path) -> None:
 
 
 def save_adapter_only(folder: Path, step: int, best_step: int | None, write_adapter: Callable[[Path], object]) -> Path:
-    """Atomically save an adapter without a checkpoint, then remove earlier such adapters except the best.
+    """Atomically save an adapter without a checkpoint, then remove older adapters saved this way, except the best one.
 
     Args:
         folder: The run directory.

@@ -86,14 +86,14 @@ DEFAULTS: dict[str, Default] = {
         "Continue if a name in --target-modules matches nothing", False, "such a name is usually a typo"
     ),
     "init_lora_weights": Default(
-        "Select how A and B are initialized: default, gaussian, pissa, olora, orthogonal or mica; or from the first "
-        "training rows: eva, corda or lora_ga",
+        "Select how A and B are initialized: default, gaussian, pissa, olora, orthogonal or mica; or eva, corda or "
+        "lora_ga, which use the first training rows",
         "default",
         "A is random and B is zero, as in PEFT; pissa, olora, corda and lora_ga keep a second copy of each adapted "
         "weight in memory, and their adapters are saved as LoRA with twice the rank",
     ),
     "allocate_ranks": Default(
-        "Allocate ranks per module by the gradients (GoRA) or inputs (EVA) of the first training rows, within the "
+        "Allocate ranks per module from the gradients (GoRA) or inputs (EVA) of the first training rows, within the "
         "parameter budget set by --r: none, gradients or inputs",
         "none",
         "with the same rank everywhere, the size of the adapter is predictable",
@@ -102,7 +102,7 @@ DEFAULTS: dict[str, Default] = {
     "optimizer": Default(
         "Select the optimizer: adamw, or lorafa, which freezes A and corrects B's gradient accordingly (LoRA-FA)",
         "adamw",
-        "lorafa saves memory, because only A's gradient needs the layer's input, but learns slightly less",
+        "lorafa saves memory, because only A's gradient needs the layer input, but learns slightly less",
     ),
     "learning_rate": Default(
         "Peak learning rate",
@@ -179,7 +179,7 @@ DEFAULTS: dict[str, Default] = {
         "Same as --recompute layers", False, "saves memory, but makes a step about a third longer"
     ),
     "memory_budget": Default(
-        "Memory limit for a step, including weights, such as 4GiB; selects the fastest --recompute that should fit",
+        "Memory limit for a step (weights included), such as 4GiB; selects the fastest --recompute that should fit",
         None,
         "a step is fastest without recomputation",
         "none",
@@ -199,10 +199,10 @@ DEFAULTS: dict[str, Default] = {
     ),
     # evaluation and checkpoints
     "eval_steps": Default(
-        "Evaluate every N steps", None, "ten evaluations show how the loss changes", "a tenth of the run", int
+        "Evaluate every N steps", None, "ten evaluations show how the loss changes", "10% of the run", int
     ),
     "save_steps": Default(
-        "Save a checkpoint every N steps", None, "limits how much work a crash can lose", "same as --eval-steps", int
+        "Save a checkpoint every N steps", None, "limits how much work is lost in a crash", "same as --eval-steps", int
     ),
     "save_total_limit": Default(
         "Keep at most N checkpoints; the best and the newest are always kept", 2, "these two are enough"

@@ -107,7 +107,7 @@ class EvalSettings:
         batch_rows: Number of rows in a batch of the longest sequences; batches of shorter sequences have more rows.
         dtype: "auto", "bfloat16" or "float32".
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        allow: Names of the checks in `core.load_adapter` to override.
+        allow: Names of the `core.load_adapter` checks to override.
         quantization: How to quantize the base, or None.
     """
 
@@ -129,13 +129,13 @@ def compare(
 ) -> list[tuple[str, Evaluation]]:
     """Measure the loss of a base, alone and with each adapter, over the same tokens.
 
-    The exception is an adapter saved with its own tokenizer, for example one with new tokens: for such an adapter, the
-    same data is tokenized with that tokenizer.
+    An adapter saved with its own tokenizer, for example because of new tokens, is an exception: the same data is then
+    tokenized with the adapter's tokenizer.
 
     Args:
         settings: Model, data and adapters.
         say: Function that receives messages, for example about truncated data or an adapter with its own tokenizer.
-        detail: Function that receives details: the data counts, and the precision with the reason for it.
+        detail: Function that receives details: the data counts, and the precision with the reason for choosing it.
 
     Returns:
         (name, evaluation) pairs: first the base, named "base", then each adapter, named by its directory, in the given
@@ -174,7 +174,8 @@ def compare(
     detail(f"precision: {choice.reason}")
     loaded = hub.load_model(source, choice.dtype, where, quantization=settings.quantization)
     found = {-1: ("base", _measured(loaded, batches, where))}
-    # rows added for an adapter's new tokens stay in the base and change later losses, so smaller vocabularies go first
+    # embedding rows added for new tokens stay in the base and would change the losses of later adapters, so adapters
+    # with smaller vocabularies go first
     for number in sorted(range(len(bases)), key=lambda n: 0 if (base := bases[n]) is None else base.vocabulary):
         folder, name = settings.adapters[number], f"adapter{number}"
         core.load_adapter(loaded, folder, name, allow=settings.allow)

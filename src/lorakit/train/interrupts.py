@@ -60,7 +60,7 @@ def recording() -> Iterator[Interrupts]:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Within a block, make SIGTERM raise `KeyboardInterrupt`, as Ctrl-C does, unless it already has a handler."""
+    """Within a block, make SIGTERM raise `KeyboardInterrupt`, as Ctrl-C does, unless SIGTERM already has a handler."""
     numbers = [number for number in _SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
     with _handled(numbers, _stop):
         yield

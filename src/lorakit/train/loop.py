@@ -31,8 +31,8 @@ class Loop:
     """The training loop, which takes a run from its current state to the end.
 
     Args:
-        run: The run, whose loader must be at the position recorded in the run's state. The loop updates the run's state
-            and status.
+        run: The run to train; its loader must be at the position recorded in the run's state. The loop updates the
+            state and the status.
     """
 
     def __init__(self, run: Run) -> None:
@@ -42,7 +42,7 @@ class Loop:
         self._saved = (run.state.step, run.state.evaluated_step) if run.resumed_from else (-1, -1)
 
     def steps(self) -> None:
-        """Train to the end and set the run's status to "finished", "stopped early" or "interrupted".
+        """Train until the run ends, and set its status to "finished", "stopped early" or "interrupted".
 
         In each case, a checkpoint is saved at the last step; if the disk is full, only the adapter is saved.
 
@@ -186,7 +186,7 @@ def save_checkpoint(run: Run) -> Path | None:
     """Save a checkpoint and remove old ones; if the checkpoint does not fit on the disk, save only the adapter.
 
     Args:
-        run: The run; the loader's position must be stored in its state.
+        run: The run; its state must contain the current position of the data loader.
 
     Returns:
         The checkpoint's directory, or None if only the adapter was saved.

@@ -4,7 +4,7 @@
 step takes only a few kernel calls. Each tensor starts at a multiple of 64 bytes, as it would in a separate allocation,
 so kernels see the same alignment. Gradients are not packed in advance: autograd allocates them, and the step
 concatenates them for one run of adjacent tensors at a time. As a result, no gradient buffer exists during the forward
-pass, tensors without a gradient can be detected, and at most one run's gradients are in memory twice.
+pass, tensors without a gradient can be detected, and only the gradients being concatenated are in memory twice.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _EPSILON = 1e-6  # the value that torch's `clip_grads_with_norm_` uses
 
 
 def build_optimizer(model: nn.Module, adapter: str, settings: TrainSettings) -> tuple[Named, torch.optim.Optimizer]:
-    """Build the optimizer for a run; for LoRA-FA, first freeze one factor at each site.
+    """Build the optimizer for a run; for LoRA-FA, first freeze one factor of each adapted module.
 
     Args:
         model: The adapted model.
@@ -39,11 +39,11 @@ def build_optimizer(model: nn.Module, adapter: str, settings: TrainSettings) -> 
         settings: Optimizer, learning rates and weight decay.
 
     Returns:
-        The trainable tensors (any shape) by name, and the optimizer over them.
+        (name, tensor) pairs for the trainable tensors (any shape), and the optimizer for these tensors.
 
     Raises:
         RunError: The model has no trainable tensors.
-        ConfigError: LoRA-FA would freeze the only trainable factor at a site.
+        ConfigError: LoRA-FA would freeze the only trainable factor of an adapted module.
     """
     pairs = freeze_factors(model, adapter) if settings.optimizer == "lorafa" else None
     named = core.trainable_parameters(model, adapter)
@@ -64,13 +64,13 @@ def build_adamw(
     only after the model has been moved, cast and loaded.
 
     Args:
-        named: The trainable tensors (any shape) by name.
+        named: (name, tensor) pairs for the trainable tensors (any shape).
         learning_rate: The initial learning rate; the loop sets the rate before each step.
-        weight_decay: Decay coefficient; each step subtracts the coefficient times the learning rate times the matrix.
-        rates: Peak learning rates by tensor name, for tensors whose rate differs from `learning_rate`.
+        weight_decay: Decay coefficient; each step multiplies every matrix by `1 - learning_rate * weight_decay`.
+        rates: Peak learning rates, keyed by tensor name, for tensors whose peak rate differs from `learning_rate`.
 
     Returns:
-        The optimizer, without any state.
+        The optimizer, with empty state.
 
     Raises:
         RunError: The model has no trainable tensors.
@@ -88,13 +88,13 @@ def build_adamw(
 def parameter_groups(
     named: Named, learning_rate: float, weight_decay: float, rates: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Group tensors by learning rate and decay; a group's `share` is the ratio of its peak rate to the run's.
+    """Group tensors by learning rate and weight decay; a group's `share` is its peak rate divided by the run's.
 
     Args:
-        named: The trainable tensors (any shape) by name.
+        named: (name, tensor) pairs for the trainable tensors (any shape).
         learning_rate: The run's learning rate.
         weight_decay: Decay coefficient for matrices; other tensors are not decayed.
-        rates: Peak learning rates by tensor name, for tensors whose rate differs from `learning_rate`.
+        rates: Peak learning rates, keyed by tensor name, for tensors whose peak rate differs from `learning_rate`.
 
     Raises:
         RunError: The model has no trainable tensors.
@@ -112,7 +112,7 @@ def parameter_groups(
 
 
 def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the learning rate of every group: the run's rate times the group's ratio."""
+    """Set the learning rate of each group to the run's current rate times the group's `share`."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["share"]
 
@@ -155,11 +155,11 @@ def state_tensors(optimizer: torch.optim.Optimizer, named: Named) -> dict[str, t
 
     Args:
         optimizer: Result of `build_optimizer` or `build_adamw`.
-        named: The trainable tensors (any shape) by name.
+        named: (name, tensor) pairs for the trainable tensors (any shape).
 
     Returns:
-        Tensors on the CPU: "exp_avg/<name>" and "exp_avg_sq/<name>" (with the trainable tensor's shape), and
-        "step/<name>" (scalar). A tensor that never received a gradient has no state and no entry.
+        A dict of CPU tensors, with the keys "exp_avg/<name>" and "exp_avg_sq/<name>" (same shape as the trainable
+        tensor) and "step/<name>" (a scalar). Trainable tensors that never received a gradient have no entries.
     """
     tensors = {}
     for name, parameter in named:
@@ -173,8 +173,8 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, named: Named, tensors: 
 
     Args:
         optimizer: A newly built optimizer for the same tensors.
-        named: The trainable tensors (any shape) by name.
-        tensors: State by name.
+        named: (name, tensor) pairs for the trainable tensors (any shape).
+        tensors: The saved state, keyed as in `state_tensors`.
 
     Raises:
         RunError: A name or shape in `tensors` does not match `named`; nothing was restored.
@@ -193,16 +193,16 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, named: Named, tensors: 
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Entries of a tensor's state that have the tensor's shape; the remaining entry, "step", counts updates."""
+"""Optimizer state entries with the same shape as the tensor; the remaining entry, "step", counts updates."""
 
 _ALIGNED = 16
-_RUN = {"cpu": 1 << 20, "cuda": 1 << 24}  # elements per run; on a CPU, 4 MB stays in the cache until AdamW reads it
+_RUN = {"cpu": 1 << 20, "cuda": 1 << 24}  # maximum elements per run; on a CPU, 4 MB stays in the cache for AdamW
 
 
 def is_packable(parameters: Sequence[nn.Parameter]) -> bool:
-    """Return whether tensors can be packed: all contiguous, fp32, on one CPU or CUDA device, and not sharing memory.
+    """Return whether tensors can be packed: contiguous, float32, on a single CPU or CUDA device, without shared memory.
 
-    All other tensors (FSDP2's DTensors, other precisions, several devices, MPS) are updated by torch's AdamW.
+    Otherwise (for example, with FSDP2's DTensors, other dtypes, several devices, or MPS), torch's AdamW is used.
 
     Args:
         parameters: Tensors of any shape.
@@ -215,10 +215,10 @@ def is_packable(parameters: Sequence[nn.Parameter]) -> bool:
 
 
 class FlatAdamW(torch.optim.Optimizer):
-    """torch's fused AdamW, called once per run of adjacent tensors instead of once per tensor.
+    """torch's fused AdamW, called on runs of adjacent packed tensors instead of on individual tensors.
 
-    Results are bit-identical to torch's, with one exception: if a tensor's size is not a multiple of 16, torch rounds
-    the last elements of its second moment differently. For each tensor, `state` has the same entries as in torch
+    Results are bit-identical to torch's, with one exception: if a tensor's element count is not a multiple of 16, torch
+    rounds the last elements of the second moment differently. For each tensor, `state` has the same entries as in torch
     ("step", "exp_avg", "exp_avg_sq"), which are views of the buffers. A tensor without a gradient is skipped: its
     values, moments and step count do not change.
     """
@@ -238,7 +238,7 @@ class FlatAdamW(torch.optim.Optimizer):
         """Take one optimizer step.
 
         Args:
-            closure: Function that recomputes and returns the loss, or None; `step` returns the closure's result.
+            closure: Optional function that recomputes and returns the loss; `step` returns the closure's result.
             factor: Factor by which the gradients are multiplied before the update, possibly in place.
 
         Raises:
@@ -362,7 +362,7 @@ class _Flat:
                 first = after
 
     def _gradients(self, first: int, last: int) -> Tensor:
-        """Return the packed 1-D gradients of a run; for a single tensor, the result may be a view of its `.grad`."""
+        """Return the gradients of a run of members as one packed 1-D tensor, which may be a view of a `.grad`."""
         pieces = []
         for i in range(first, last):
             gradient: Tensor = self.members[i].grad  # type: ignore[assignment]

@@ -42,10 +42,10 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
         return None
 
     def reading(self, what: str, done: int, total: int) -> None:
-        """Report how many bytes of the data have been tokenized, out of the total; called often."""
+        """Report the number of bytes tokenized so far and the total number of bytes; called often."""
 
     def begin(self, step: int, total_steps: int) -> None:
-        """Report the start of the loop, with the number of steps already taken and the total."""
+        """Report the start of the training loop, the number of steps already taken, and the total number of steps."""
 
     def train_row(self, row: Mapping[str, Any]) -> None:
         """Report the metrics of a step."""
@@ -96,7 +96,7 @@ class PlainProgress(Progress):
             )
 
     def begin(self, step: int, total_steps: int) -> None:
-        """Store the first step and the current time, to estimate the time left."""
+        """Store the first step and the current time, from which the time left is estimated."""
         self._first, self._total, self._started = step, total_steps, time.monotonic()
 
     def train_row(self, row: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The end of a run: publish the adapter with its tokenizer and model card, plot the loss, and write the record.
+"""The end of a run: publish the adapter with its tokenizer and model card, plot the loss, and write `run.json`.
 
 The adapter's files are copied byte for byte from the chosen checkpoint.
 """
@@ -85,7 +85,7 @@ class RunResult:
         """Return the result as lines of text, most important first.
 
         Args:
-            verbose: Whether to include the estimated speed, the parameter counts and the size of the base.
+            verbose: Whether to include the estimated speed, the parameter counts and the size of the base weights.
         """
         if self.ending == "interrupted":
             return self._interrupted()
@@ -128,7 +128,7 @@ class RunResult:
 
 
 def finish(run: Run) -> RunResult:
-    """Publish the adapter and write the record; after an interruption, write only the record.
+    """Publish the adapter and write `run.json`; after an interruption, write only `run.json`.
 
     Args:
         run: The run, after its last step, with its final status.
@@ -209,7 +209,7 @@ def _publish(run: Run, step: int, source: Path, notes: list[str]) -> Path:
     try:
         return publish_adapter(run, step, source)
     except DiskError as cause:
-        if run.spec.forecast.new_tokens is not None:  # the base's own tokenizer lacks the new tokens
+        if run.spec.forecast.new_tokens is not None:  # the base tokenizer lacks the new tokens
             raise
         adapter = publish_adapter(run, step, source, with_tokenizer=False)
         notes.append(f"{cause} {adapter} was saved without a tokenizer; use the base's.")
@@ -221,7 +221,7 @@ def publish_adapter(run: Run, step: int, source: Path, *, with_tokenizer: bool =
 
     Args:
         run: The run.
-        step: The step of the adapter.
+        step: The step at which the adapter was saved.
         source: Directory of a verified checkpoint, or of an adapter saved without one; in the latter case, files are
             hard-linked instead of copied, because the disk was full.
         with_tokenizer: Whether to include the tokenizer.
@@ -275,7 +275,7 @@ def model_card(run: Run, step: int) -> str:
 
     Args:
         run: The run.
-        step: The step of the adapter.
+        step: The step at which the adapter was saved.
     """
     spec, settings, state = run.spec, run.spec.settings, run.state
     base = spec.source.recorded_name

@@ -2,8 +2,8 @@
 
 `lorakit.core.operations` defines how ranks and initial weights are computed from data. This module supplies the data:
 training rows in the order of the run's first epoch, one at a time, so that less memory is used than in a training step.
-Supplying these rows draws no random numbers and does not advance the run's own loader. A resumed run instead loads its
-adapter from the checkpoint.
+Supplying these rows draws no random numbers and does not advance the run's data loader. A resumed run instead loads
+its adapter from the checkpoint.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def add_adapter(
 
     Args:
         model: The base, on the run's device; changed in place.
-        spec: The run's specification, with config, init, rank allocation and seed.
-        loader: The run's loader, which does not advance.
+        spec: The run's specification, including the adapter config, the rank allocation and the seed.
+        loader: The run's data loader, which is not advanced.
         checkpoint: The checkpoint to resume from, or None.
         progress: Receives messages about the work done.
 
@@ -82,13 +82,13 @@ def allocate_ranks(
 
     Args:
         model: The base, on the run's device.
-        spec: The run's specification, with config and seed.
-        by: Criterion for the ranks.
-        loader: The run's loader, which does not advance.
+        spec: The run's specification, including the adapter config and the seed.
+        by: Quantity from which the ranks are computed.
+        loader: The run's data loader, which is not advanced.
         progress: Receives a message about the ranks.
 
     Returns:
-        The config with the new ranks; the adapter has at most as many trainable parameters as with the run's config.
+        A config with the new ranks, which give the adapter no more trainable parameters than the run's config does.
 
     Raises:
         LorakitError: `lorakit.core.operations.rank_allocation.allocate` failed; the error class and message say why.
@@ -99,7 +99,7 @@ def allocate_ranks(
     ranks = sorted(found.ranks.values())
     progress.say(
         f"Ranks allocated by {by} over {len(rows)} rows: {ranks[0]} to {ranks[-1]}, median {ranks[len(ranks) // 2]}; "
-        f"{found.parameters:,} parameters in A and B (budget {found.budget:,}, as with r = {spec.settings.r})."
+        f"{found.parameters:,} parameters in A and B (budget {found.budget:,}, from r = {spec.settings.r})."
     )
     return found.config
 
@@ -107,13 +107,13 @@ def allocate_ranks(
 def init_from_data(
     model: nn.Module, config: LoraConfig, spec: RunSpec, loader: Loader, progress: Progress
 ) -> tuple[LoraConfig, core.Statistics | None]:
-    """Return the config to attach and, if the init needs them, statistics of the first training rows.
+    """Return the config to attach, and any statistics of the first training rows that the init needs.
 
     Args:
         model: The base, on the run's device.
         config: The adapter's config.
-        spec: The run's specification, with seed, device and quantization.
-        loader: The run's loader, which does not advance.
+        spec: The run's specification, including the seed, the device and the quantization.
+        loader: The run's data loader, which is not advanced.
         progress: Receives a message about the init.
 
     Returns:
@@ -126,8 +126,8 @@ def init_from_data(
     init = init_named(config.init_lora_weights)
     if init.changes_base and spec.quantization is not None:
         raise UsageError(
-            f"init_lora_weights={init.name!r} changes the base weights, but this base is quantized and its residual "
-            "would be rounded a second time; omit --quantization or use another init.",
+            f"init_lora_weights={init.name!r} changes the base weights, but this base is quantized, and the changed "
+            "weights would be rounded a second time; omit --quantization or use another initialization.",
             what=init.name,
             field="init_lora_weights",
         )
@@ -147,8 +147,8 @@ def first_rows(spec: RunSpec, loader: Loader) -> list[Batch]:
     """Return the first training rows that contribute to the loss, one per batch, in the order of the run's first epoch.
 
     Args:
-        spec: The run's specification, with the seed.
-        loader: The run's loader, which does not advance.
+        spec: The run's specification, including the seed.
+        loader: The run's data loader, which is not advanced.
     """
     own = Loader(loader.sequences, 1, spec.settings.seed, epochs=1, pad_id=loader.pad_id)
     return [batch for batch in islice(own, ROWS) if batch.trained_tokens]
@@ -200,7 +200,7 @@ def save_adapter(run: Run, folder: Path) -> None:
     """
     base = run.spec.source.recorded_name
     core.save_adapter(run.model, folder, ADAPTER, base_model_name_or_path=base, facts=adapter_metadata(run))
-    if run.spec.forecast.new_tokens is not None:  # the base's own tokenizer lacks the new tokens
+    if run.spec.forecast.new_tokens is not None:  # the base tokenizer lacks the new tokens
         write_tokenizer(run.spec.tokenizer, folder)
 
 

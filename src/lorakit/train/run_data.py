@@ -1,4 +1,4 @@
-"""Read and check the inputs of a run before any weights are loaded: device, data, new tokens, and the base's shape.
+"""Read and check the inputs of a run before any weights are loaded: device, data, new tokens, and model shape.
 
 A failed check raises an error that names the problem.
 """
@@ -32,7 +32,7 @@ class SavedTokenizer(data.Tokenizer, Protocol):
     """The part of the transformers tokenizer interface that training runs and commands use."""
 
     def get_vocab(self) -> dict[str, int]:
-        """Return all tokens with their ids."""
+        """Return a dict from token to id."""
 
     def save_pretrained(self, save_directory: Path) -> tuple[str, ...]:
         """Write the tokenizer's files to a directory and return their names."""
@@ -40,10 +40,10 @@ class SavedTokenizer(data.Tokenizer, Protocol):
 
 @dataclass(frozen=True)
 class Forecast:
-    """Properties of a run that are known from the settings and the base's shape, before the data is tokenized.
+    """Properties of a run that are known from the settings and the model config, before the data is tokenized.
 
     Attributes:
-        shape: The base's shape.
+        shape: Shape of the base model.
         config: The adapter's config.
         max_length: Maximum sequence length: the setting, or the model's limit if the default exceeds that limit.
         notes: Messages to print.
@@ -71,7 +71,7 @@ def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: data.T
     Raises:
         ModelError: The model's config cannot be read, or the model or the tokenizer does not support new tokens.
         TargetError: A target matches nothing.
-        ConfigError: A key of `learning_rate_pattern` matches no adapted module, or a new token already exists.
+        ConfigError: A key in `learning_rate_pattern` matches no adapted module, or a new token already exists.
         UsageError: `max_length` is not the default and exceeds the model's limit.
     """
     shape = hub.shape_of(source)
@@ -99,10 +99,10 @@ def max_length_for(shape: plan.ModelShape, wanted: int) -> int:
 
     Args:
         shape: The model's shape.
-        wanted: The setting; only the default is reduced to the model's limit.
+        wanted: The `max_length` setting; if it exceeds the model's limit, only the default is reduced.
 
     Returns:
-        `wanted`, or the model's limit.
+        `wanted`, or the model's limit if the default exceeds it.
 
     Raises:
         UsageError: `wanted` is not the default and exceeds the model's limit.
@@ -182,10 +182,10 @@ def pick_device(word: str) -> torch.device:
 
 
 def read_data(settings: TrainSettings) -> data.Split:
-    """Read the training and evaluation files; if there are no evaluation files, hold out a fraction for evaluation.
+    """Read the training and evaluation files; if no evaluation files are given, hold out some training data.
 
     Args:
-        settings: Settings; `data`, `eval_data`, `eval_fraction` and `seed` are used.
+        settings: The run's settings; only `data`, `eval_data`, `eval_fraction` and `seed` are used.
 
     Returns:
         The training and evaluation records.
@@ -207,11 +207,11 @@ def make_batches(
     """Tokenize the records and create the loaders.
 
     Args:
-        settings: Settings, used for the batch size and the seed.
+        settings: The run's settings; only the batch size and the seed are used.
         records: The records.
         tokenizer: The model's tokenizer.
         max_length: Maximum sequence length in tokens.
-        progress: Receives the progress of tokenization.
+        progress: Receives reports on the progress of tokenization.
 
     Returns:
         The training loader, the evaluation batches, and the reports on both.
@@ -254,7 +254,7 @@ class NewTokens:
     rows: tuple[int, ...]
 
     def unseen(self, loader: data.Loader) -> tuple[str, ...]:
-        """Return a warning if any new tokens are missing from the training data, because their rows stay untrained.
+        """Return a tuple with a warning if any new tokens do not occur in the training data, or else an empty tuple.
 
         Args:
             loader: The loader of the training data.
@@ -272,10 +272,10 @@ def add_new_tokens(tokenizer: data.Tokenizer, tokens: list[str], base: nn.Module
     Args:
         tokenizer: The base's tokenizer; changed in place.
         tokens: The tokens to add.
-        base: The base's modules; their weights are not read.
+        base: The base model; its weights are not read.
 
     Returns:
-        The tokens and the rows that the base needs.
+        The added tokens, and the embedding rows that the base needs for them.
 
     Raises:
         ConfigError: A token is already in the vocabulary.

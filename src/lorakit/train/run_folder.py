@@ -52,7 +52,7 @@ def as_disk_error(path: Path, failure: str) -> Iterator[None]:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Read the record of a run.
+    """Read the record of a run, `run.json`.
 
     Args:
         folder: The run directory.
@@ -98,7 +98,7 @@ def raise_run_exists(folder: Path) -> NoReturn:
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write the record atomically.
+    """Write the record of a run, `run.json`, atomically.
 
     Raises:
         DiskError: The file cannot be written.
@@ -184,12 +184,12 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
 
 
 def cut_metrics(folder: Path, step: int, evaluated_step: int) -> None:
-    """Remove a truncated last line and the rows written after a checkpoint, which the resumed run writes again.
+    """Remove a truncated last line and all rows logged after a checkpoint, because the resumed run logs them again.
 
     Args:
         folder: The run directory.
         step: Step of the checkpoint; -1 removes all rows.
-        evaluated_step: Last evaluated step in the checkpoint; -1 for none.
+        evaluated_step: Last evaluated step recorded in the checkpoint, or -1 if there is none.
 
     Raises:
         DiskError: The file cannot be written; the old one is unchanged.
@@ -210,7 +210,7 @@ def lock(folder: Path) -> int:
         folder: An existing directory.
 
     Returns:
-        A descriptor that holds the lock until it is closed; -1 if the system or file system does not support locks.
+        A file descriptor, which holds the lock until closed; -1 if the system or file system does not support locks.
 
     Raises:
         RunError: Another process holds the lock.
@@ -296,7 +296,7 @@ def check_output_dir(settings: TrainSettings) -> None:
     """Check that a run can use its directory; nothing is written.
 
     Args:
-        settings: Settings; `output_dir`, `resume` and `overwrite` are used.
+        settings: The run's settings; only `output_dir`, `resume` and `overwrite` are used.
 
     Raises:
         UsageError: The directory contains a run, and neither `resume` nor `overwrite` is set.
@@ -324,7 +324,7 @@ def lock_output_dir(folder: Path) -> int:
         folder: The run directory.
 
     Returns:
-        A descriptor that holds the lock until it is closed; -1 if the system does not support locks.
+        A file descriptor, which holds the lock until closed; -1 if the system or file system does not support locks.
 
     Raises:
         RunError: Another process holds the lock.
@@ -343,7 +343,7 @@ def lock_output_dir(folder: Path) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the directories with checkpoint names, whether valid or not, in order of step."""
+    """Return all checkpoint directories, valid or not, in order of step."""
     return _by_step(folder.glob("checkpoint-*"))
 
 
@@ -357,7 +357,7 @@ def _by_step(paths: Iterable[Path]) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """Return the step number in the name of a checkpoint, or of an adapter saved without one; -1 if there is none."""
+    """Return the step number in the name of a checkpoint or of an adapter saved without one; -1 for any other name."""
     match = _STEP_IN_NAME.fullmatch(path.name)
     return int(match[1]) if match else -1
 

@@ -38,7 +38,7 @@ _ROW_BYTES = 400  # per row of metrics.jsonl
 
 
 def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], progress: Progress) -> RunPlan:
-    """Choose the precision of a run (for "auto", from a benchmark), and estimate the run's memory use and time.
+    """Choose a run's precision (by benchmarking, if it is "auto"), and estimate the run's memory use and duration.
 
     Args:
         spec: The run's specification; a resumed run keeps its precision.
@@ -111,10 +111,10 @@ def disk_space(spec: RunSpec, limits: RunLimits, step: int, model: nn.Module, na
         limits: Length and intervals of the run.
         step: Number of steps already taken.
         model: The adapted model.
-        named: The trainable tensors (any shape) by name.
+        named: (name, tensor) pairs for the trainable tensors (any shape).
 
     Returns:
-        The required space, by purpose.
+        The required disk space.
     """
     settings = spec.settings
     adapter = sum(size + _HEADER_BYTES for size in saved_sizes(model))
@@ -161,7 +161,7 @@ def check_space(spec: RunSpec, space: DiskSpace, progress: Progress) -> None:
 
 
 def check_checkpoint_space(folder: Path, space: DiskSpace) -> None:
-    """Check that a checkpoint leaves enough disk space for the result of the run.
+    """Check that saving a checkpoint would leave enough disk space for the result of the run.
 
     Args:
         folder: The run directory.
@@ -186,7 +186,7 @@ def _bytes_of(paths: Iterable[Path]) -> int:
 
 
 def _tokenizer_bytes(spec: RunSpec) -> int:
-    """Return the size in bytes of the tokenizer's files in the model directory, or else of the serialized tokenizer."""
+    """Return the size in bytes of the model directory's tokenizer files, or else of the serialized tokenizer."""
     source = Path(spec.source.path_or_id)
     if source.is_dir():
         return _bytes_of(hub.tokenizer_files(source))
@@ -203,7 +203,7 @@ def autotuned_choices(
     before: Mapping[str, Any] | None,
     progress: Progress,
 ) -> dict[str, int]:
-    """Return a run's autotuned choices, to pass to `lorakit.ops.choices.activate`; report any measurements.
+    """Return a run's autotuned kernel choices for `lorakit.ops.choices.activate`, and report any measurements.
 
     Args:
         spec: The run's specification; if the setting `tuning` is off, the result is empty.

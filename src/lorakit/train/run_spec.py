@@ -1,4 +1,4 @@
-"""The two contexts of a run: `RunSpec`, created before any weights are loaded, and `Run`, created afterwards.
+"""The context of a run: `RunSpec` is created before any weights are loaded, and `Run` is created afterwards.
 
 `RunSpec.of` raises every error that can be detected without weights. `run_plan.py` computes `RunPlan` and
 `DiskSpace`, and `trainer.prepare` computes the rest of `Run`.
@@ -47,7 +47,7 @@ class RunSpec:
         device: The run's device.
         source: The base model.
         data: Records for training and evaluation.
-        hashes: SHA-256 of each data file, by path.
+        hashes: Dict from the path of each data file to the file's SHA-256.
         record: Contents of `run.json` if the run is resumed, or None.
         tokenizer: The base's tokenizer, with the run's new tokens.
         forecast: Shape of the base, adapter config and maximum sequence length.
@@ -126,7 +126,7 @@ def _check_same_data(folder: Path, record: Mapping[str, Any], hashes: Mapping[st
 
 
 def _check_steps_left(folder: Path, max_steps: int | None) -> None:
-    """Raise if the newest valid checkpoint is past `max_steps`; skip verification if no checkpoint is."""
+    """Raise if the newest valid checkpoint is past `max_steps`; verify checkpoints only if at least one is past it."""
     if max_steps is None or all(run_folder.step_of(path) <= max_steps for path in run_folder.checkpoints(folder)):
         return
     found = checkpoint.newest_valid(folder)
@@ -160,7 +160,7 @@ class RunLimits:
 
     @classmethod
     def of(cls, settings: TrainSettings, loader: Loader) -> RunLimits:
-        """Compute the limits; by default, evaluations and checkpoints are a tenth of the run apart.
+        """Compute the limits; by default, the adapter is evaluated and saved after every 10% of the steps.
 
         Args:
             settings: The run's settings.
@@ -195,7 +195,7 @@ class DiskSpace:
     Attributes:
         checkpoint: Size of one checkpoint.
         least: Size of the result alone: the published adapter with its tokenizer, `metrics.jsonl` and `run.json`.
-        whole: Maximum total size of all files at any point in the run.
+        whole: Peak total size of all files during the run.
     """
 
     checkpoint: int
@@ -211,10 +211,10 @@ class Run:
         spec: Everything that is known before weights are loaded.
         plan: Precision, recomputation and estimated cost.
         batches: Training and evaluation data.
-        limits: Length and intervals.
-        schedule: Learning rate by step.
+        limits: Length of the run, and evaluation and checkpoint intervals.
+        schedule: Learning rate schedule.
         model: The adapted model.
-        named: The model's trainable tensors (any shape) by name.
+        named: (name, tensor) pairs for the model's trainable tensors (any shape).
         optimizer: The optimizer for the trainable tensors.
         acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
         state: Training state, which the loop updates.

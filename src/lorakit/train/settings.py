@@ -35,7 +35,7 @@ Optimizer = Literal["adamw", "lorafa"]
 Allocation = Literal["none", "gradients", "inputs"]
 Recompute = Literal["none", "feed-forward", "layers"]
 INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "eva", "corda", "lora_ga", "mica")
-"""Allowed values of `init_lora_weights`, besides `pissa_niter_N`; LoftQ is excluded: it needs the unquantized base."""
+"""Values of `init_lora_weights`, besides `pissa_niter_N`; LoftQ is excluded because it needs the unquantized base."""
 
 _DTYPE_WORDS = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 
@@ -52,7 +52,7 @@ def _path_text(value: Value) -> Value | str:
 
 
 def _targets(value: Value) -> Value | str | list[Any]:
-    """Unwrap a one-element list if its string is "all-linear" or a pattern, because flags always pass lists."""
+    """Unwrap a list that contains only "all-linear" or only a pattern, because flags always pass lists."""
     if not isinstance(value, (list, tuple, set)):
         return value
     names = list(value)
@@ -61,7 +61,7 @@ def _targets(value: Value) -> Value | str | list[Any]:
 
 
 def _rates(value: Given) -> dict[str, float]:
-    """Convert a mapping, or a list of PATTERN=RATE strings from flags, to a dict of learning rates by pattern."""
+    """Convert a mapping, or a list of PATTERN=RATE strings from flags, to a dict from pattern to rate."""
     words = value if isinstance(value, Mapping) else _one_or_many(value)
     if not isinstance(words, (Mapping, list)):
         raise ValueError("it must map patterns to rates")
@@ -204,21 +204,22 @@ class TrainSettings(BaseModel):
             raise ConfigError("resume and overwrite cannot be combined; omit one of them.", field="resume")
         if self.init_lora_weights == "eva" and self.allocate_ranks != "none":
             raise ConfigError(
-                "allocate_ranks and the init eva cannot be combined: eva allocates ranks itself; omit one of them.",
+                "allocate_ranks cannot be combined with init_lora_weights eva, which allocates ranks itself; omit one "
+                "of them.",
                 field="allocate_ranks",
             )
         if self.recompute != "none" or self.gradient_checkpointing:
-            _ = self.recomputed  # raises if the two conflict with each other or with the memory budget
+            _ = self.recomputed  # raises if the options conflict with each other or with the memory budget
         if self.optimizer == "lorafa" and self.loraplus_lr_ratio is not None:
             raise ConfigError(
-                "loraplus_lr_ratio and the optimizer lorafa cannot be combined: lorafa freezes A, so A has no learning "
-                "rate; omit one of them.",
+                "loraplus_lr_ratio cannot be combined with optimizer lorafa, which freezes A, so there is no ratio of "
+                "learning rates; omit one of them.",
                 field="loraplus_lr_ratio",
             )
 
     @property
     def recomputed(self) -> str:
-        """The recomputation option that the settings select; with a memory budget, the plan chooses one later."""
+        """The selected recomputation option; with a memory budget, the plan makes the choice later."""
         from lorakit.plan.job import recomputed
 
         return recomputed(self.recompute, self.gradient_checkpointing, self.memory_budget, self.accelerate)
@@ -255,7 +256,7 @@ class TrainSettings(BaseModel):
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all settings as plain JSON values, by field name."""
+        """Return a dict from field name to value, with all settings as plain JSON values."""
         return self.model_dump(mode="json")
 
 
@@ -263,11 +264,11 @@ def check_names(values: dict[str, Any], where: str = "") -> None:
     """Check that every key is the name of a setting.
 
     Args:
-        values: Settings by name.
+        values: Settings, keyed by name.
         where: Prefix for each message, such as the path of the settings file.
 
     Raises:
-        ConfigError: A name is not a setting; the message suggests the nearest one.
+        ConfigError: A name is not a setting; the message suggests the nearest setting.
     """
     unknown = [name for name in values if name not in TrainSettings.model_fields]
     if unknown:

@@ -30,7 +30,7 @@ def read_settings_file(path: str | Path) -> dict[str, Any]:
         path: The file; paths in it are relative to the working directory.
 
     Returns:
-        The settings in the file by field name, with unchecked values.
+        A dict from field name to unchecked value.
 
     Raises:
         ConfigError: The file is missing, too large or not a YAML mapping, or contains an unknown or repeated setting.
@@ -77,10 +77,10 @@ def _loader() -> type[yaml.SafeLoader]:
 
 
 def gather(given: Mapping[str, Any], file: str | Path | None = None) -> TrainSettings:
-    """Combine settings: flags override a file, which overrides the defaults or the settings of the run being resumed.
+    """Combine settings: flags override the file, and both override the defaults or the settings of a resumed run.
 
     Args:
-        given: Settings from flags or calling code, by field name; None counts as not given.
+        given: Settings from flags or calling code, keyed by field name; settings with the value None are ignored.
         file: A YAML file of settings, or None.
 
     Returns:

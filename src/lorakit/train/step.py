@@ -1,7 +1,7 @@
 """One optimizer step: learning rate, forward and backward passes over the step's batches, clipping, and the update.
 
 The loss of a batch is a sum, not a mean, over the tokens that contribute to it, so the gradient does not depend on how
-a step is split into batches. This module does not handle files, intervals or progress.
+a step is split into batches. Files, evaluation intervals and progress output are handled elsewhere.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Schedule:
         peak: Learning rate at the end of the warm-up.
         total_steps: Optimizer steps in the run.
         warmup_steps: Number of steps over which the rate rises linearly; the first step already has a rate above 0.
-        kind: Shape after the warm-up: "cosine" or "linear" (toward zero at `total_steps`), or "constant".
+        kind: Shape after the warm-up: "cosine" or "linear" decay toward zero at `total_steps`, or "constant".
     """
 
     peak: float
@@ -125,8 +125,8 @@ def loss_sum(
 
     Args:
         model: A causal language model whose output has `logits` of shape (rows, length, vocabulary).
-        batch: Batch of (rows, length) tensors on the CPU; each label other than -100 is predicted from the previous
-            position.
+        batch: Batch of (rows, length) tensors on the CPU; each label other than -100 is compared with the logits at the
+            previous position.
         device: The model's device.
         acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
 
@@ -162,7 +162,7 @@ class StepOptions:
     Attributes:
         device: The model's device.
         max_grad_norm: Maximum gradient norm; 0 disables clipping.
-        autocast: Dtype in which `torch.autocast` multiplies float32 tensors on an accelerator; None disables autocast.
+        autocast: Dtype of matrix multiplications under `torch.autocast` on an accelerator; None disables autocast.
         acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
         recompute: What the backward pass recomputes: a value in `lorakit.plan.job.RECOMPUTED`; used only for
             out-of-memory advice.
@@ -177,7 +177,7 @@ class StepOptions:
     has_budget: bool = False
 
     def computing(self) -> contextlib.AbstractContextManager[object]:
-        """Return the autocast context in which the model must be called."""
+        """Return the autocast context for calls to the model; a null context if autocast is disabled."""
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast)
@@ -208,7 +208,7 @@ class StepOptions:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Result of a step.
+    """Result of an optimizer step.
 
     Attributes:
         loss: Loss before the update, averaged over all tokens in the step that contribute to it.
@@ -234,12 +234,13 @@ def train_step(
     """Take one optimizer step on the mean loss over all tokens that contribute to it.   [docs/math.md (14)]
 
     The tokens that contribute to the loss are counted before the first forward pass. The summed loss of each batch is
-    divided by this count, so the gradient does not depend on how the rows are split into batches. Variants' penalties
-    are added once per step.
+    divided by this count, so the gradient does not depend on how the rows are split into batches. The penalty terms of
+    adapter variants are added once per step.
 
     Args:
         model: The adapted model, in training mode.
-        named: The trainable tensors (any shape) by name; their gradients, possibly clipped, are left in `.grad`.
+        named: (name, tensor) pairs for the trainable tensors (any shape); `.grad` holds the gradients afterwards,
+            possibly clipped.
         optimizer: An optimizer for these tensors, from `lorakit.train.optimizer`.
         batches: The step's batches, on the CPU.
         learning_rate: The rate for this step.

@@ -1,4 +1,4 @@
-"""Train an adapter with `run`, which takes the settings and publishes the trained adapter.
+"""Train an adapter: `run` takes the settings, trains, and publishes the result.
 
 Every error that can be detected without weights is raised before any weights are loaded (`RunSpec.of`), and the files
 of an earlier run are not modified until the new run is fully prepared (`prepare`). The training loop is in `loop.py`,
@@ -54,7 +54,7 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
         progress: Object that receives progress reports; None disables them.
 
     Returns:
-        The result.
+        The result of the run; after an interruption, its `adapter` is None.
 
     Raises:
         LorakitError: The run is impossible as specified, or the run failed; the error class and message say why. If the
@@ -156,9 +156,9 @@ def _report_data(spec: RunSpec, batches: RunBatches, progress: Progress) -> None
 
 
 def _base_bytes(model: nn.Module, spec: RunSpec) -> int:
-    """Return the amount of memory that the base takes, in bytes.
+    """Return the size of the base model's weights in memory, in bytes.
 
-    The size of a quantized base is computed with a formula, because quantization scales are not parameters.
+    For a quantized base, a formula gives the size, because quantization scales are not parameters.
     """
     quantization = spec.quantization
     if quantization is None:
@@ -169,7 +169,7 @@ def _base_bytes(model: nn.Module, spec: RunSpec) -> int:
 
 
 def _newest_checkpoint(spec: RunSpec, progress: Progress) -> tuple[Path | None, tuple[Path, ...]]:
-    """Return the checkpoint to resume from (or None) and any newer checkpoints, all of them damaged."""
+    """Return the newest valid checkpoint, or None, and the damaged checkpoints that are newer."""
     damaged: list[Path] = []
     for path, fault in checkpoint.verified(spec.folder) if spec.settings.resume else ():
         if fault is None:
@@ -180,7 +180,7 @@ def _newest_checkpoint(spec: RunSpec, progress: Progress) -> tuple[Path | None, 
 
 
 def _enable_checkpointing(model: nn.Module) -> None:
-    """Enable non-reentrant gradient checkpointing; recomputation uses the original adapter routing."""
+    """Enable non-reentrant gradient checkpointing; recomputation restores the adapter routing of the forward pass."""
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # newest name first
     enable = next(getattr(model, name) for name in names if hasattr(model, name))
     try:
@@ -203,13 +203,13 @@ def _accelerated(model: nn.Module, plan: RunPlan, progress: Progress) -> Acceler
 
 
 def acceleration_lines(acceleration: Acceleration) -> list[str]:
-    """Summarize an acceleration in a few lines; `str(acceleration)` lists every fused module.
+    """Summarize in a few lines what was accelerated; `str(acceleration)` lists every fused module.
 
     Args:
         acceleration: Result of `accelerate`.
 
     Returns:
-        A line about what is accelerated and, if applicable, lines about the CPU kernels and about what is not
+        One line on what is accelerated, followed, where applicable, by one on the CPU kernels and one on what is not
         accelerated.
     """
     left = Counter((part.kind, part.why) for part in acceleration.skipped)
@@ -250,7 +250,7 @@ def _seed_everything(seed: int) -> None:
 
 
 def _start(current: Run) -> None:
-    """Make the first changes to the run directory: remove outdated files and write the record."""
+    """Make the first changes to the run directory: remove outdated files and write `run.json`."""
     folder, settings = current.spec.folder, current.spec.settings
     if settings.overwrite:
         remove_run(folder)
