@@ -23,7 +23,7 @@ MALLOC_MESSAGE = (
 """Message that `set_up` returns if `keep_large_blocks` took effect."""
 
 CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 128, "LRU_CACHE_CAPACITY": 1}
-"""Environment variable -> maximum number of cache entries (default: 1024), as read at the first matmul.
+"""Environment variable (read at the first matmul) -> maximum number of cache entries (default: 1024).
 
 The oneDNN cache (developer guide, "Primitive Cache") must have room for all matmuls of a step; otherwise every layer
 recompiles its matmuls. A step with 4 rows of equal length used 57 distinct matmuls; a step with 4 rows of new lengths

@@ -510,7 +510,7 @@ def _clear(temporary: Path, final: Path, old: int, replaced: Collection[str] | N
 
 
 def _retire(old: Path, new: Path, replaced: Collection[str] | None) -> None:
-    """Remove an old directory after moving each entry that the new directory lacks or has in an older version.
+    """Remove an old directory, but first move its entries to the new directory if they are missing or older there.
 
     Args:
         old: The directory to remove.

@@ -11,7 +11,7 @@
     │  ├─ RowCountError              LORA-E041   a route and a batch have different numbers of rows
     │  └─ MixedRowsError             LORA-E042   a module cannot process rows with different adapters in one batch
     ├─ MergeError (RuntimeError)     LORA-E050   a merge or unmerge is not possible
-    ├─ AdapterFileError (ValueError) LORA-E060   an adapter's files are missing, damaged or do not match the model
+    ├─ AdapterFileError (ValueError) LORA-E060   an adapter's files are missing or damaged, or do not match the model
     │  ├─ BaseMismatchError          LORA-E061   the adapter was trained on another base
     │  ├─ PatternError               LORA-E062   a file contains a regular expression as a name pattern; it is not run
     │  └─ ShapeMismatchError         LORA-E063   an adapter's tensors do not have the shapes that the model requires

@@ -162,7 +162,7 @@ def tokenizer_for(source: ModelSource, adapters: Sequence[AdapterFiles]) -> Save
     if largest is not None:
         return largest
     if found:
-        console.warning("the adapters have different tokenizers or chat templates; using the model's own tokenizer.")
+        console.warning("the adapters have different tokenizers or chat templates; using the model's tokenizer.")
     return hub.load_tokenizer(source)
 
 

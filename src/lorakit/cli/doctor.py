@@ -46,7 +46,7 @@ OPTIONAL = {  # package -> purpose and install command
 TUNABLES = "GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296"
 PRODUCTS = " ".join(f"{name}={entries}" for name, entries in CACHES.items())
 LONGEST_REASON = 200
-"""Maximum number of characters shown of the reason why kernels are missing; compiler messages can be long."""
+"""Maximum length, in characters, of the explanation for missing kernels; compiler messages can be long."""
 LITTLE_DISK_BYTES = 2 * 10**9
 LITTLE_MEMORY_BYTES = 2 * 10**9
 

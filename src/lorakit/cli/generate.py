@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 MAX_PROMPT_BYTES = 64 << 20
 
 WORTHWHILE_TOKENS = 128
-"""Minimum number of tokens for an automatic merge. For SmolLM2-135M with rank 16 on all linear layers, the merge pays
-off after about a hundred tokens: an unmerged adapter slows their generation by as much time as the merge takes. With
-larger models, the merge pays off only after more tokens, because an adapter adds relatively less time."""
+"""Minimum number of tokens for an automatic merge. For SmolLM2-135M with rank 16 on all linear layers, a merge
+takes about as much time as it saves in generating a hundred tokens. With larger models, the merge pays off only after
+more tokens, because an adapter adds relatively less time."""
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class DtypeChoice:
 
 
 def calibrate(device: str | torch.device = "cpu") -> Calibration:
-    """Measure the speed of bf16 and fp32 matmuls of a typical training shape, and of memory copies, on a device.
+    """Measure how fast a device runs bf16 and fp32 matmuls of a typical training shape, and how fast it copies memory.
 
     Args:
         device: Device to measure.

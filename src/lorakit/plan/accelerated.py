@@ -2,8 +2,8 @@
 
 A decoder layer has two sublayers, attention and feed-forward, each with a norm before it and a residual connection. A
 sublayer whose matmuls are all plain (see `fused`) runs as one autograd function. Any other sublayer runs the model's
-own forward pass, and `activations` computes the memory that this pass saves. This module does not depend on model
-families.
+own forward pass, and `activations` computes the size of the tensors that this pass saves. This module does not depend
+on model families.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def sublayer_of(path: str) -> str | None:
 def fused(shape: ModelShape, counted: Count, quantized: bool) -> frozenset[tuple[str, str]]:
     """Return all (block, sublayer) pairs that are fused.
 
-    A sublayer is fused if its matmuls are plain: no variants such as DoRA, no bias on B, no bare parameters, no saved
-    modules, no trained biases and no quantized weights.
+    A sublayer is fused if its matmuls are plain: no variants such as DoRA, no bias on B, no `target_parameters`, no
+    saved modules, no trained biases and no quantized weights.
 
     Args:
         shape: Shape of the base, from a known family.
@@ -119,7 +119,7 @@ def separate_input(shape: ModelShape, sites: Sequence[SiteCount], job: Job) -> i
 
 
 def transient(shape: ModelShape, job: Job) -> int:
-    """Return the size in bytes of the gradients that a fused layer's backward pass holds at once. [docs/math.md (29)]
+    """Return the peak size in bytes of the gradients in a fused layer's backward pass. [docs/math.md (29)]
 
     The size includes the gradients of the norm's output and of the residual stream before and after the sublayer. It
     also includes the larger of two groups: the gradients of gate and up, or those of q, k, v and the attention output.
@@ -183,7 +183,7 @@ def skips_logits(shape: ModelShape, counted: Count) -> bool:
 
 
 def chunk_rows(shape: ModelShape, job: Job) -> int:
-    """Return how many rows of logits exist at once: a multiple of 16, at most 256 rows and 48 MiB. [docs/math.md (35)]
+    """Return the number of rows per chunk of logits: a multiple of 16, at most 256 rows and 48 MiB. [docs/math.md (35)]
 
     Args:
         shape: Shape of the model.

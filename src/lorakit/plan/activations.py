@@ -310,8 +310,8 @@ def _of_sites(
 
     The inputs of the A factors come first, followed by each site's activation between A and B and the casts of A and
     B. If A is frozen by LoRA-FA, only the dropout mask is saved, not the input of A. An expert's A receives only the
-    tokens routed to that expert. For a bare matrix, each forward pass materializes W₀ + s·B·A and saves both this
-    matrix and the input.
+    tokens routed to that expert. For a single matrix in `target_parameters`, each forward pass materializes
+    W₀ + s·B·A and saves both this sum and the input.
     """
     tokens, itemsize = job.batch_tokens, job.dtype_bytes
     dense = [site for site in sites if site.kind != EMBEDDING]
@@ -381,7 +381,7 @@ def _input_of(path: str) -> tuple[str, str]:
 
 
 def _transient(shape: ModelShape, job: Job) -> int:
-    """Return the size in bytes of the gradients that exist at once in the backward pass of one unfused block.
+    """Return the size in bytes of the gradients that exist at the same time in the backward pass of an unfused block.
 
     These are the gradients of the residual stream and its branch, and of an inner matmul's output and operands.
 

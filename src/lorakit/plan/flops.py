@@ -71,8 +71,9 @@ def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
     Frozen weights need no gradient, so the backward pass of a matmul consists of one matmul (dX), not two. The factors
     add 2r(in + out) FLOPs in the forward pass and twice that in the backward pass, for each expert that a token passes
     through. Each trainable token row of a head adds 2·in FLOPs in the forward pass and twice that in the backward pass.
-    B·A is added to a bare matrix once per batch, and the gradient of the whole matrix is computed. The result is
-    slightly too high, because it includes dX below the first adapted site, where dX is not computed.
+    For a single matrix in `target_parameters`, B·A is added once per batch, and the gradient of the whole matrix is
+    computed. The result is slightly too high, because it includes dX below the first adapted site, where dX is not
+    computed.
 
     Args:
         shape: Shape of the base.
@@ -153,7 +154,7 @@ def elements(shape: ModelShape, job: Job) -> float:
 
 
 def token_seconds(shape: ModelShape, costs: Flops, job: Job, speed: Speed) -> float | None:
-    """Return the seconds per token of an accelerated step, or None without the needed rates. [docs/math.md (37)]
+    """Return the seconds per token of an accelerated step, or None if `speed` is incomplete. [docs/math.md (37)]
 
     Args:
         shape: Shape of the model.

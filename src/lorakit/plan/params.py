@@ -112,8 +112,8 @@ class SiteCount:
     Attributes:
         path: Dotted path of the site.
         kind: "Linear", "Conv1D", "Embedding", or "Parameter" for a match of `target_parameters`.
-        out_features: Rows of the canonical weight, or of each expert's weight.
-        in_features: Columns of the canonical weight, or of each expert's weight.
+        out_features: Number of rows of the (out, in) weight, or of each expert's weight.
+        in_features: Number of columns of the (out, in) weight, or of each expert's weight.
         rank: Rank at this site.
         scale: Scale of B·A at this site.
         entry: The target entry that matched the site.
