@@ -45,7 +45,7 @@ class AdapterFlags:
     modules_to_save: Annotated[
         list[str] | None, Parameter(help="Names of modules to train and save in full. Default: none.")
     ] = None
-    bias: Annotated[str, Parameter(help="Which base biases to train: none, all or lora_only. Default: none.")] = "none"
+    bias: Annotated[str, Parameter(help="Base biases to train: none, all or lora_only. Default: none.")] = "none"
     new_tokens: Annotated[list[str] | None, _flag("new_tokens")] = None
     use_dora: Annotated[bool, _flag("use_dora")] = False
     use_rslora: Annotated[bool, _flag("use_rslora")] = False

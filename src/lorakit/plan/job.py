@@ -33,7 +33,7 @@ UTILIZATION = 0.4
 """Fraction of the measured matmul speed that a training step of an unmodified transformers model reaches on a CPU.
 
 Measured for one step with the dimensions of SmolLM2-135M: 0.45 on a CPU with slow bf16 matmuls (AVX-512), and 0.27 on
-one with fast matmuls (AMX), where norms, softmax, activations and the allocator are no faster.
+one with fast matmuls (AMX), where norms, softmax, activations and the allocator take just as long as on the first CPU.
 """
 
 
