@@ -1,10 +1,11 @@
-"""Tune two memory settings of this process: whether malloc keeps freed blocks and how many matmuls oneDNN caches.
+"""Tune two memory settings of this process: how malloc treats freed blocks, and how many matmuls oneDNN caches.
 
 A training step repeatedly frees and reallocates tensors of the same sizes. If malloc returns each freed block to the
-kernel, the kernel must clear the pages before they are used again, which can take a third of the step time. On a CPU, a
-bfloat16 matmul is compiled for each new shape, and the compiled code (about 0.6 MB) is kept in two caches of up to 1024
-entries each. If row lengths vary, these caches can take more memory than the step itself. Only the command line changes
-the two settings; it does so at startup and reports the changes. Importing lorakit changes neither setting.
+kernel, the kernel must clear the pages before they are used again, and clearing them can take a third of the step time.
+On a CPU, a bfloat16 matmul is compiled for each new shape, and the compiled code (about 0.6 MB) is kept in two caches
+of up to 1024 entries each. If row lengths vary, these caches can take more memory than the step itself. Only the
+command line changes the two settings; it does so at startup and reports the changes. Importing lorakit changes neither
+setting.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ MALLOC_MESSAGE = (
 """Message that `set_up` returns if `keep_large_blocks` took effect."""
 
 CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 128, "LRU_CACHE_CAPACITY": 1}
-"""Environment variable -> maximum number of cache entries. It is read at the first matmul; the default is 1024.
+"""Environment variable (read at the first matmul) -> maximum number of cache entries (default: 1024).
 
-oneDNN's own cache (developer guide, "Primitive Cache") must have room for all matmuls of a step; otherwise every layer
+The oneDNN cache (developer guide, "Primitive Cache") must have room for all matmuls of a step; otherwise every layer
 recompiles its matmuls. A step with 4 rows of equal length used 57 distinct matmuls; a step with 4 rows of new lengths
 added about 45 more. The second cache, in PyTorch's ideep, stores another copy of each matmul without saving any
 compilation; a capacity of 0 causes a crash.
@@ -44,8 +45,7 @@ def keep_large_blocks() -> bool:
     """Configure this process's malloc to keep freed memory.
 
     Returns:
-        Whether the setting took effect; False if the allocator or the C library is not glibc's, or if
-            `LORAKIT_ALLOCATOR=stock` is set.
+        Whether the setting took effect; False if malloc is not glibc's or if `LORAKIT_ALLOCATOR=stock` is set.
     """
     if os.environ.get(SWITCH, "").lower() == "stock" or platform.libc_ver()[0] != "glibc":
         return False
@@ -59,9 +59,10 @@ def keep_large_blocks() -> bool:
 
 
 def limit_compiled_matmuls() -> bool:
-    """Limit the number of compiled matmuls that this process caches; call before the first matmul.
+    """Limit the number of compiled matmuls that this process caches.
 
-    Results do not change: an evicted matmul is recompiled in about 0.3 ms.
+    The limit takes effect only if it is set before the first matmul. Results do not change: an evicted matmul is
+    recompiled in about 0.3 ms.
 
     Returns:
         Whether any limit was set; limits that the user has already set are kept.

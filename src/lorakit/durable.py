@@ -240,7 +240,7 @@ def _write_new(path: Path, data: bytes | memoryview, replaced: Path) -> None:
 
 
 def _sync_name(path: Path) -> None:
-    """Flush the directory that contains a newly written path.
+    """Flush the directory that contains a newly written file or directory.
 
     Raises:
         DiskError: The directory cannot be flushed; a power failure may then lose the new content.
@@ -301,7 +301,7 @@ _CANNOT = frozenset(
 
 @contextlib.contextmanager
 def publish_directory(final: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
-    """Build a directory under a temporary name, then rename it into place if the block succeeds.
+    """Build a directory under a temporary name, then rename it into place if the `with` block succeeds.
 
     Args:
         final: The final name; a symbolic link to a directory is followed.
@@ -348,7 +348,7 @@ def replace_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes |
 
     Args:
         folder: The directory; created if missing.
-        contents: Name -> content; None as the content removes the file.
+        contents: File name -> new content, or None to remove the file.
 
     Returns:
         Whether the files were replaced; if false, nothing has changed.
@@ -367,7 +367,7 @@ def replace_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes |
             _build(temporary, final, contents)
             if old and any(final.iterdir()):
                 _exchange(temporary, final)
-                old = temporary.stat().st_ino  # another process may have replaced `final` meanwhile
+                old = temporary.stat().st_ino  # another process may have replaced `final` in the meantime
             else:
                 temporary.rename(final)
         except OSError as cause:
@@ -388,7 +388,7 @@ def replace_in_order(folder: str | os.PathLike[str], steps: Sequence[Mapping[str
 
     Args:
         folder: The directory; created if missing.
-        steps: The steps in order, each a mapping of names to contents; None as the content removes the file.
+        steps: The steps in order. Each step maps file names to new contents, or to None to remove a file.
 
     Raises:
         DiskError: Writing or flushing fails; the message says whether files were replaced.
@@ -433,7 +433,7 @@ def sweep(folder: str | os.PathLike[str]) -> list[str]:
         folder: The directory; its subdirectories are not searched.
 
     Returns:
-        The temporary names that were found; these names are no longer in use.
+        Names of the temporary files and directories that were found; none of these names is in use anymore.
     """
     removed = []
     for path in sorted(Path(folder).glob(f"{TEMPORARY}*")):
@@ -501,7 +501,7 @@ def _take_owner_and_mode(source: Path, target: Path) -> None:
 
 
 def _clear(temporary: Path, final: Path, old: int, replaced: Collection[str] | None = None) -> None:
-    """Remove a temporary directory; if it is the old one, first move entries added meanwhile to the new directory."""
+    """Remove a temporary directory; if it is the old one, first move newly added entries to the new directory."""
     with contextlib.suppress(OSError):
         if old and temporary.stat().st_ino == old and final.is_dir():
             _retire(temporary, final, replaced)
@@ -510,12 +510,13 @@ def _clear(temporary: Path, final: Path, old: int, replaced: Collection[str] | N
 
 
 def _retire(old: Path, new: Path, replaced: Collection[str] | None) -> None:
-    """Move entries that are missing or older in the new directory to it, then remove the old directory.
+    """Remove an old directory, but first move its entries to the new directory if they are missing or older there.
 
     Args:
         old: The directory to remove.
         new: The directory that replaced it.
-        replaced: Names that were replaced on purpose, or None if unknown; if None, existing entries of `new` are kept.
+        replaced: Names of the entries that were replaced on purpose. None if unknown; existing entries of `new` are
+            then kept.
     """
     with os.scandir(old) as entries:
         for entry in list(entries):

@@ -7,11 +7,11 @@
     ├─ TargetError (ValueError)      LORA-E020   a target list matches nothing, or some of its entries match nothing
     │  └─ NoTargetError              LORA-E021   none of a config's targets was found in the model
     ├─ AdapterError (ValueError)     LORA-E030   an adapter name is unknown, invalid or in use
-    ├─ RouteError (RuntimeError)     LORA-E040   the adapter of a row is unknown or not available at a site
+    ├─ RouteError (RuntimeError)     LORA-E040   a row's adapter is unknown or not available at a site
     │  ├─ RowCountError              LORA-E041   a route and a batch have different numbers of rows
-    │  └─ MixedRowsError             LORA-E042   a module cannot run rows of different adapters in one batch
+    │  └─ MixedRowsError             LORA-E042   a module cannot process rows with different adapters in one batch
     ├─ MergeError (RuntimeError)     LORA-E050   a merge or unmerge is not possible
-    ├─ AdapterFileError (ValueError) LORA-E060   an adapter's files are missing, damaged or do not match the model
+    ├─ AdapterFileError (ValueError) LORA-E060   an adapter's files are missing or damaged, or do not match the model
     │  ├─ BaseMismatchError          LORA-E061   the adapter was trained on another base
     │  ├─ PatternError               LORA-E062   a file contains a regular expression as a name pattern; it is not run
     │  └─ ShapeMismatchError         LORA-E063   an adapter's tensors do not have the shapes that the model requires
@@ -90,7 +90,8 @@ class LorakitError(Exception):
         """Return the message and the advice.
 
         Args:
-            how: Instructions for overriding the check, such as "pass --allow-nonfinite"; by default, those for Python.
+            how: Instructions for overriding the check, such as "pass --allow-nonfinite"; by default, instructions for
+                Python.
         """
         if self.advice is None:
             return self.message
@@ -105,7 +106,7 @@ class ConfigError(LorakitError, ValueError):
 
     @classmethod
     def of(cls, field: str, value: object, rule: str = "", *, allowed: Iterable[str] = ()) -> ConfigError:
-        """Return the error for a field with an invalid value, such as "r is 0; it must be an integer >= 1.".
+        """Return an error about an invalid value, with a message such as "r is 0; it must be an integer >= 1.".
 
         Args:
             field: The config field or setting.
@@ -161,7 +162,7 @@ class RowCountError(RouteError):
 
 
 class MixedRowsError(RouteError):
-    """A module cannot run rows of different adapters in one batch.
+    """A module cannot process rows with different adapters in one batch.
 
     `what` is the type of the module or its output; `field` is the responsible config field, "modules_to_save" or
     "bias", or None for a layer with LoRA factors.
@@ -269,7 +270,7 @@ _SHOWN_IN_TEXT = {code: shown for code, shown in _SHOWN.items() if chr(code) not
 
 
 def printable(text: str, one_line: bool = False) -> str:
-    """Return text with terminal control characters made visible: for example, escape becomes "\u241b".
+    """Return the text with terminal control characters made visible: for example, escape becomes "\u241b".
 
     Names and values from files can contain any character. All output of the command line passes through this function.
 

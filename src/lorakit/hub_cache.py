@@ -1,4 +1,4 @@
-"""Download adapters from the Hugging Face Hub into its local cache, or find them there if network access is disabled.
+"""Download adapters from the Hugging Face Hub to the local cache, or only look there if network access is disabled.
 
 This module is separate from `lorakit.hub` so that `lorakit.config` can use it to read a config by Hub id.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from lorakit.errors import ModelError
 
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-"""Environment variables of the Hugging Face libraries that forbid network access."""
+"""Environment variables that forbid network access in the Hugging Face libraries."""
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.json")
 """Names of the files to download; none of their formats can contain code."""
@@ -26,7 +26,7 @@ def offline() -> str | None:
 
 
 def adapter_from_hub(repository: str, *, revision: str | None = None, subfolder: str | None = None) -> Path:
-    """Return the local folder of an adapter from the Hub; missing files are downloaded.
+    """Return the local folder of an adapter's Hub repository, after downloading any files that are not cached.
 
     Args:
         repository: Hub id of the repository, such as "owner/name".

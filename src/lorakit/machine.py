@@ -81,10 +81,10 @@ def usable_cores(cpu_max: str = "") -> int:
     """Return the number of cores that this process may use.
 
     Args:
-        cpu_max: Contents of the control group's cpu.max, "<quota> <period>"; "max" or an empty string means no quota.
+        cpu_max: Contents of the control group's `cpu.max`, "<quota> <period>"; "max" or an empty string means no quota.
 
     Returns:
-        At least 1.
+        The number of cores, at least 1.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _number(cpu_max)

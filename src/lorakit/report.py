@@ -1,8 +1,8 @@
 """Read the metrics (`metrics.jsonl`) from a run directory and plot them as SVG.
 
 This module reads only the run's files and imports no training code. If a crash truncated the last line, that line is
-dropped; any other invalid line raises an error with its line number. Only this module imports matplotlib; figure
-objects are used instead of pyplot, so that matplotlib's global state does not change.
+dropped; any other invalid line raises an error with its line number. Only this module imports matplotlib; it
+uses figure objects instead of pyplot, so that matplotlib's global state does not change.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Metrics:
 
     @property
     def train(self) -> list[dict[str, Any]]:
-        """Return the training rows, one per optimizer step: step, epoch, loss, learning_rate, grad_norm, tokens, ..."""
+        """Return one row per optimizer step, with keys such as step, epoch, loss, learning_rate and grad_norm."""
         return [row for row in self.rows if "loss" in row]
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        """Return the evaluation rows, one per evaluation: step, eval_loss, eval_perplexity, eval_tokens."""
+        """Return one row per evaluation, with the keys step, eval_loss, eval_perplexity and eval_tokens."""
         return [row for row in self.rows if "eval_loss" in row]
 
 
@@ -51,7 +51,7 @@ def read_metrics(folder: str | Path) -> Metrics:
         folder: The run directory.
 
     Returns:
-        The metrics, without rows if the file is missing.
+        The metrics; they have no rows if the file is missing.
 
     Raises:
         RunError: The file cannot be read, or a complete line is not a metrics row; the message gives the line number.

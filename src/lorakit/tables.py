@@ -138,7 +138,7 @@ def columns(
     left: Sequence[int] | None = None,
     width: int | None = None,
 ) -> str:
-    """Format a table with aligned columns, a header and a rule.
+    """Format a table with aligned columns and a rule below the header.
 
     Args:
         header: Column titles.

@@ -68,7 +68,7 @@ def read_adapters(folders: Sequence[str]) -> list[AdapterFiles]:
         The files of each adapter, in the order of `folders`.
 
     Raises:
-        AdapterFileError: A folder is missing or damaged.
+        AdapterFileError: An adapter directory is missing, or its files are damaged.
     """
     from lorakit.core.files.adapter_folder import read_adapter
 
@@ -104,7 +104,7 @@ def _vocabulary(files: AdapterFiles) -> int:
 
 @contextlib.contextmanager
 def naming_flags() -> Iterator[None]:
-    """Make errors raised within the context name the flag that overrides the failed check.
+    """Add the name of the flag that overrides a failed check to any error raised within the context.
 
     Raises:
         LorakitError: The error raised within the context, with the flag in its message.
@@ -122,10 +122,10 @@ LARGEST_TOKENIZER_BYTES = 256 << 20
 
 
 def copy_tokenizer(adapters: Sequence[AdapterFiles], folder: Path) -> None:
-    """Copy the adapters' tokenizer, if they all have the same one, to the adapter made from them.
+    """Copy the tokenizer of the original adapters to the adapter made from them, unless their tokenizers differ.
 
     Args:
-        adapters: The adapters' files.
+        adapters: Files of the original adapters.
         folder: Directory of the new adapter.
     """
     from lorakit.durable import read_bytes, write_bytes
@@ -148,8 +148,8 @@ def tokenizer_for(source: ModelSource, adapters: Sequence[AdapterFiles]) -> Save
         adapters: The adapters.
 
     Returns:
-        A transformers tokenizer: the adapters' saved tokenizer if it is the same for all; else one adapter's, if it has
-            all tokens of the others and the same chat template; otherwise, the model's own.
+        A transformers tokenizer. If one adapter's saved tokenizer has all tokens of the others and the same chat
+            template, this tokenizer is returned; otherwise, the model's tokenizer.
 
     Raises:
         ModelError: Neither the model nor the adapters have a tokenizer, or the tokenizer cannot be read.
@@ -162,7 +162,7 @@ def tokenizer_for(source: ModelSource, adapters: Sequence[AdapterFiles]) -> Save
     if largest is not None:
         return largest
     if found:
-        console.warning("the adapters have different tokenizers or chat templates; using the model's own tokenizer.")
+        console.warning("the adapters have different tokenizers or chat templates; using the model's tokenizer.")
     return hub.load_tokenizer(source)
 
 
@@ -197,7 +197,7 @@ def report_training_quantization(adapters: Sequence[AdapterFiles], wanted: Quant
 
 
 def by_name(items: Iterable[Item], name: Callable[[Item], str]) -> dict[str, list[Item]]:
-    """Group items by name, in order.
+    """Group items by name, and return a dict from name to items, both in order of occurrence.
 
     Args:
         items: The items, such as the sites of an adapter.

@@ -38,12 +38,12 @@ def colored(stream: TextIO) -> bool:
 
 
 def say(text: str = "") -> None:
-    """Print result lines on stdout, fitted to its encoding and width."""
+    """Print result lines on stdout, adapted to its encoding and width."""
     print(fit(printable(text), sys.stdout))
 
 
 def inline(text: str) -> str:
-    """Return a name or value from a file as text to print within a line; line feeds and tabs are escaped too."""
+    """Return a name or value from a file, escaped so that it can be printed within a line of text."""
     return printable(text, one_line=True)
 
 
@@ -53,7 +53,7 @@ def note(text: str) -> None:
 
 
 def quiet(text: str) -> None:
-    """Print nothing; used in place of `note` for details if `--verbose` is not given."""
+    """Print nothing; used in place of `note` to suppress details if `--verbose` is not given."""
 
 
 def warning(text: str) -> None:

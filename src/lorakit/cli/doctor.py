@@ -46,14 +46,14 @@ OPTIONAL = {  # package -> purpose and install command
 TUNABLES = "GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296"
 PRODUCTS = " ".join(f"{name}={entries}" for name, entries in CACHES.items())
 LONGEST_REASON = 200
-"""Maximum length, in characters, of the reason for missing kernels; compiler messages can be long."""
+"""Maximum length, in characters, of the explanation for missing kernels; compiler messages can be long."""
 LITTLE_DISK_BYTES = 2 * 10**9
 LITTLE_MEMORY_BYTES = 2 * 10**9
 
 
 @dataclass(frozen=True)
 class Torch:
-    """Properties of the installed torch.
+    """Properties of the installed version of torch.
 
     Attributes:
         devices: Names of the devices that torch can use, including the CPU.
@@ -109,7 +109,7 @@ def run(
         verbose: Also print all packages, the allocator, the cache and hints for your own scripts.
 
     Returns:
-        0, or 1 if a required package is missing.
+        The exit code: 1 if a required package is missing, else 0.
     """
     found = examine(quick=quick)
     hints = advice(found)
@@ -272,7 +272,7 @@ def _speed_text(speed: Mapping[str, Any] | None) -> str:
 
 
 def _kernels() -> tuple[str, Mapping[str, str], tuple[str, ...]]:
-    """Return the CPU kernels, the CUDA kernels by device, and the missing requirements for faster kernels."""
+    """Return descriptions of the CPU and CUDA kernels, and the missing requirements for faster kernels."""
     import torch
 
     from lorakit.ops.kernels import compiled, triton

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 MAX_PROMPT_BYTES = 64 << 20
 
 WORTHWHILE_TOKENS = 128
-"""Minimum number of tokens for an automatic merge. A merge takes about as much time as an unmerged adapter adds to the
-generation of a hundred tokens (measured with SmolLM2-135M and rank 16 on all linear layers). With larger models, the
-merge pays off only after more tokens, because an adapter adds relatively less time."""
+"""Minimum number of tokens for an automatic merge. For SmolLM2-135M with rank 16 on all linear layers, a merge
+takes about as much time as it saves in generating a hundred tokens. With larger models, the merge pays off only after
+more tokens, because an adapter adds relatively less time."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Flags:
     chat: Annotated[
         bool | None,
         Parameter(
-            help="Use the chat template with the prompt as the user's turn, or continue the prompt as plain text. "
+            help="Format the prompt as the user's turn with the chat template, instead of continuing it as plain text. "
             "Default: chat if the tokenizer has a template.",
             show_default=False,
         ),
@@ -137,17 +137,17 @@ def run(
 
 
 def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[str]:
-    """Return the prompts: first the texts, then the files, or standard input if there are neither.
+    """Return all prompts: the texts, then the contents of the files, or standard input if neither is given.
 
     Args:
-        texts: Prompts.
+        texts: Prompts given as text.
         files: Files with one prompt each; "-" is standard input.
 
     Returns:
         At least one prompt; a file's final line break is removed.
 
     Raises:
-        UsageError: There is no prompt, or one is empty.
+        UsageError: There is no prompt, or a prompt is empty.
         DataError: A file is missing, too large, or not UTF-8.
     """
     prompts = [(text, "--prompt") for text in texts]
@@ -175,7 +175,7 @@ def encode_prompts(prompts: list[str], tokenizer: Tokenizer, chat: bool | None, 
         system: System message, or None.
 
     Returns:
-        Token ids of each prompt.
+        A list of token ids for each prompt.
 
     Raises:
         UsageError: A required chat template is missing, or the template rejects the conversation.

@@ -60,7 +60,7 @@ def as_dict(summary: AdapterSummary, sizes: dict[str, int]) -> dict[str, Any]:
 
     Args:
         summary: The adapter's summary.
-        sizes: Size in bytes of each file.
+        sizes: File name -> size in bytes.
     """
     return {
         "folder": summary.folder,
@@ -78,7 +78,7 @@ def as_dict(summary: AdapterSummary, sizes: dict[str, int]) -> dict[str, Any]:
 
 
 def groups(summary: AdapterSummary) -> Iterator[dict[str, Any]]:
-    """Yield statistics of the sites, grouped by the last component of their path, in order.
+    """Yield statistics of the sites, grouped by the last component of their path, in order of first occurrence.
 
     Args:
         summary: The adapter's summary.

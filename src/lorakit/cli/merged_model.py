@@ -54,8 +54,8 @@ class MergeRequest:
         adapters: The adapters' files, in order.
         folders: Adapter directories as given by the user.
         target: The directory to create.
-        dtype: "auto" (the base's) or a name in `hub.models.DTYPES`.
-        untie: Whether to give a site that shares its weight a separate copy.
+        dtype: A name in `hub.models.DTYPES`; "auto" keeps the dtype of the base.
+        untie: Whether to give a site its own copy of a weight that it shares with another module.
         allow: Checks of `core.load_adapter` to override.
         quantization: Quantization of the base during training, or None.
     """
@@ -123,7 +123,8 @@ def write_merged(request: MergeRequest, say: Callable[[str], None]) -> tuple[Mer
         The result and the comparison.
 
     Raises:
-        MergeError: An adapter cannot be merged, or the merged model's logits differ too much from the original ones.
+        MergeError: An adapter cannot be merged, or the merged model's logits differ too much from those of
+            the unmerged model.
         DiskError: Writing fails.
         LorakitError: The model or an adapter cannot be used.
     """
@@ -134,7 +135,7 @@ def write_merged(request: MergeRequest, say: Callable[[str], None]) -> tuple[Mer
         expected = _expected_logits(request, computing)
         say("Merging.")
         done = _merge_into(request, folder, tokenizer)
-        gc.collect()  # avoids holding the merged and the reloaded model in memory at once
+        gc.collect()  # avoids holding both the merged and the reloaded model in memory
         say("Loading the merged model and comparing its logits.")
         again = hub.load_model(hub.ModelSource("directory", str(request.target), str(folder), None, ""), computing)
         probe = compare(expected, _logits(again, _probe_ids(again), []), done.dtype)
@@ -143,7 +144,7 @@ def write_merged(request: MergeRequest, say: Callable[[str], None]) -> tuple[Mer
 
 
 def probe_dtype(source: hub.ModelSource) -> str:
-    """Return the dtype of the comparison: "float32" if the model fits into memory in fp32, else "auto" (its own)."""
+    """Return the dtype of the comparison: "float32" if the fp32 model fits into memory, else "auto" (its own dtype)."""
     free_bytes = this_machine().available_bytes
     return "float32" if free_bytes is None or 4.4 * hub.shape_of(source).parameters < free_bytes else "auto"
 
@@ -156,7 +157,7 @@ class Expected:
         base: Logits of the base alone, shape (tokens, vocabulary).
         adapted: Logits of the base with its adapters, shape (tokens, vocabulary).
         dtype: Dtype of the computation.
-        noise: Numerical error of a quantized base's matmuls, in standard deviations of the logits.
+        noise: Numerical error caused by the matmuls of a quantized base, in standard deviations of the logits.
     """
 
     base: Tensor
@@ -170,7 +171,7 @@ def compare(expected: Expected, merged: Tensor, dtype: str) -> Probe:
 
     Args:
         expected: Logits of the unmerged base and adapters.
-        merged: Logits of the merged model, shape (tokens, vocabulary), computed in the same dtype.
+        merged: Logits of the merged model, shape (tokens, vocabulary), computed in `expected.dtype`.
         dtype: Dtype of the merged weights.
 
     Returns:
@@ -222,7 +223,7 @@ def record(request: MergeRequest, done: Merged, probe: Probe) -> dict[str, Any]:
 
 
 def _tokenizer(request: MergeRequest) -> SavedTokenizer | None:
-    """Return the tokenizer to write, or None if there is none, since the weights can be merged without one."""
+    """Return the tokenizer to write, or None if there is none; the weights can be merged without a tokenizer."""
     try:
         return tokenizer_for(request.source, request.adapters)
     except ModelError:

@@ -1,7 +1,7 @@
 """`lorakit plan`: estimate the parameters, memory and time of a run.
 
-`lorakit.plan` makes the estimate; this module converts flags into its arguments. Torch is loaded only to measure speed
-or to read a model directory.
+This module converts flags into arguments for `lorakit.plan`, which makes the estimate. Torch is loaded only to measure
+speed or to read a model directory.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class AdapterFlags:
     modules_to_save: Annotated[
         list[str] | None, Parameter(help="Names of modules to train and save in full. Default: none.")
     ] = None
-    bias: Annotated[str, Parameter(help="Biases of the base to train: none, all or lora_only. Default: none.")] = "none"
+    bias: Annotated[str, Parameter(help="Base biases to train: none, all or lora_only. Default: none.")] = "none"
     new_tokens: Annotated[list[str] | None, _flag("new_tokens")] = None
     use_dora: Annotated[bool, _flag("use_dora")] = False
     use_rslora: Annotated[bool, _flag("use_rslora")] = False
@@ -181,7 +181,7 @@ def run(
 
 
 def _machine(job: JobFlags, dtype: str, steps: int | None) -> tuple[str, Speed | None, list[str]]:
-    """Return dtype, speed and notes about both; measure only if requested or if a time estimate needs the speed."""
+    """Return the dtype, the speed and notes; measure only if requested or if a time estimate needs the speed."""
     if job.tokens_per_second is not None:
         if job.calibrate:
             text = "--calibrate and --tokens-per-second are mutually exclusive; pass one of them."

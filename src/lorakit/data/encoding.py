@@ -1,7 +1,7 @@
 """Encode records as token sequences with labels, and count everything that is truncated or left out.
 
-Positions that do not contribute to the loss have the label -100; all others contribute to the causal loss. The first
-label of a sequence is always -100, because there is no earlier token from which to predict the first one.
+Positions that do not contribute to the causal language modeling loss have the label -100. The first label of a
+sequence is always -100, because there is no earlier token from which to predict the first one.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Sequences(collections.abc.Sequence[Sequence]):
         self._ends = array("q", [0])
 
     def add(self, ids: collections.abc.Sequence[int], trained: collections.abc.Sequence[bool] | bytes) -> None:
-        """Append a row; its first token never contributes to the loss, because no token precedes it.
+        """Append a row; the first token never contributes to the loss, because no token precedes it.
 
         Args:
             ids: Token ids, at least one.

@@ -3,7 +3,7 @@
 Whether a record is held out depends on its content and a seed, and only slightly on the other records. Identical
 records always end up in the same split, so no training text is also used for evaluation. A seed determines the order of
 the sequences, and a loader can resume at any batch. There are no background workers. A batch depends only on the data,
-the loader's settings, the epoch and the number of the batch.
+the loader's settings, the epoch and the batch number.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def split(records: Iterable[Record], fraction: float = DEFAULT_FRACTION, seed: i
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows padded on the right to the length of the longest one.
+    """Rows padded on the right to the length of the longest row.
 
     Attributes:
         input_ids: Token ids, shape (rows, length), int64.
@@ -189,7 +189,8 @@ class Loader(Iterator[Batch]):
         if different:
             shown = ", ".join("the data" if key == "data_sha256" else key for key in different)
             raise DataError(
-                f"The position in the data cannot be restored: {shown} changed after it was saved.", what=shown
+                f"The position in the data cannot be restored: {shown} changed after the position was saved.",
+                what=shown,
             )
         epoch, batch = state.get("epoch"), state.get("batch")
         if isinstance(epoch, int) and isinstance(batch, int) and epoch >= 0 and 0 <= batch <= self.batches_per_epoch:

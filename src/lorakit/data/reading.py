@@ -1,6 +1,6 @@
 """Read data files with strict checks: text and Markdown as one document per file, JSON Lines as one record per line.
 
-Error messages name the file, line and field, and state the value found and what is allowed. This module does not depend
+Error messages give the file, line and field, the invalid value, and the allowed values. This module does not depend
 on tokenizers.
 
 Python's language reference serves as training text that needs no download. The standard library includes it for

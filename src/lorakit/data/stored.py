@@ -60,7 +60,7 @@ class LongDocument(Document):
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A data file that has been checked, with its size and modification time at that moment.
+    """A data file, with the size and modification time that it had when it was checked.
 
     Attributes:
         path: The file.
@@ -131,7 +131,8 @@ class StoredRecords(Sequence[Record]):
     Args:
         files: The files, in order.
         notes: Messages for the user.
-        chosen: Positions of the selected records among those of all files, in ascending order; None selects all.
+        chosen: Positions of the selected records within the records of all files combined, in ascending order; None
+            selects all.
 
     Attributes:
         notes: Messages for the user.
@@ -159,7 +160,7 @@ class StoredRecords(Sequence[Record]):
         return (record for record, _ in self.sized())
 
     def _all(self) -> Sequence[int]:
-        """Return the positions of these records among those of all files."""
+        """Return the positions of these records within the records of all files combined."""
         return range(self._begins[-1]) if self._chosen is None else self._chosen
 
     def sized(self) -> Iterator[tuple[Record, int]]:

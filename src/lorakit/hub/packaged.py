@@ -332,7 +332,7 @@ def _unwritable(path: Path, cause: OSError) -> DiskError:
 
 
 def _publish(model: Packaged, source: Path, final: Path) -> None:
-    with publish_directory(final, replace=True) as folder:  # an existing one is damaged or has another format
+    with publish_directory(final, replace=True) as folder:  # any existing directory is damaged or has another format
         convert_gguf(model, source, folder)
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         files = {

@@ -1,4 +1,4 @@
-"""Quantize a base while transformers loads it or, if transformers cannot, afterwards with the quantization package.
+"""Quantize a base while transformers loads it or, for formats that transformers does not support, after loading.
 
 `lorakit.plan.quantized` defines the names of the formats and the modules to which they apply;
 `lorakit.core.quantization` handles quantized weights once they are loaded.
@@ -32,7 +32,7 @@ _NEEDS = {
 
 
 def quantization_metadata(wanted: Quantization) -> dict[str, Any]:
-    """Return JSON values that identify a quantized base: equal files and metadata give bitwise identical weights.
+    """Return JSON values that identify a quantized base: equal files and metadata mean bitwise identical weights.
 
     Args:
         wanted: The quantization.
@@ -64,7 +64,8 @@ def loading_options(wanted: Quantization, dtype: torch.dtype, device: str | torc
         device: Device for the weights.
 
     Returns:
-        Keyword arguments; empty if transformers does not support the format, because `finish_loading` then quantizes.
+        Keyword arguments; empty if transformers does not support the format, because `finish_loading` then
+            quantizes the model.
     """
     import transformers
 

@@ -1,4 +1,4 @@
-"""Read the module names and sizes of any transformers model, for `lorakit.plan`, from a model on the meta device.
+"""Read the module names and sizes of any transformers model for `lorakit.plan`, using the meta device.
 
 The shapes of known models come from the catalog, without importing torch.
 """
@@ -154,7 +154,7 @@ def _model_class(config: PreTrainedConfig) -> Callable[[PreTrainedConfig], PreTr
 
 
 def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[str]]:
-    """Return the possible sites, the other modules with parameters, and the paths of modules that contain only others.
+    """Return the possible sites, the other modules with parameters, and the paths of containers of such modules.
 
     The number and layout of fused experts are read from attributes that transformers sets.
     """

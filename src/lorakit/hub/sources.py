@@ -36,7 +36,7 @@ class ModelSource:
     Attributes:
         kind: "directory", "config" (only a config.json, which gives shapes but no weights), "packaged" or "hub".
         given: The model as given by the user.
-        path_or_id: Argument for transformers: a directory, the file if `kind` is "config", or a Hub id.
+        path_or_id: Argument for transformers: a directory, a config file (if `kind` is "config"), or a Hub id.
         recorded_name: Value of `base_model_name_or_path` in adapters: the model as given, or None for a packaged model,
             which differs from the Hub model with the same name.
         base_name: Display name, which is also written to `lorakit.json`.

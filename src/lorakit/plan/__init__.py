@@ -1,8 +1,8 @@
 """Estimate the cost of a run before it starts, from the model's shape alone.
 
-A plan gives the exact number of trainable parameters and its derivation, memory by cause, FLOPs, time and file sizes,
-and compares the costs with those of full fine-tuning. Shapes come from `catalogue` or from `lorakit.hub`. This package
-does not import torch, load models or measure speed.
+A plan gives the exact number of trainable parameters and its derivation, memory use by category, FLOPs, time and file
+sizes, and compares the costs with those of full fine-tuning. Shapes come from `catalogue` or from `lorakit.hub`. This
+package does not import torch, load models or measure speed.
 """
 
 from lorakit.architectures.shapes import ModelShape, PlainShape, SiteShape

@@ -2,8 +2,8 @@
 
 A decoder layer has two sublayers, attention and feed-forward, each with a norm before it and a residual connection. A
 sublayer whose matmuls are all plain (see `fused`) runs as one autograd function. Any other sublayer runs the model's
-own forward pass, and `activations` computes the memory that this pass saves. This module does not depend on model
-families.
+own forward pass, and `activations` computes the size of the tensors that this pass saves. This module does not depend
+on model families.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SUBLAYERS = {"self_attn": "attention", "attn": "attention", "mlp": "feed-forward
 """Name of a decoder layer's child module -> the sublayer that contains it."""
 
 FLASH_FROM = 2048
-"""Minimum row length, in tokens, at which attention on a CPU saves its output and one value per head and token."""
+"""Row length, in tokens, from which attention on a CPU also saves its output and one value per head and token."""
 
 CHUNK_ROWS, CHUNK_BYTES = 256, 48 << 20
 """Maximum size of the logits that exist at once on a CPU, in rows and in bytes."""
@@ -44,8 +44,8 @@ def sublayer_of(path: str) -> str | None:
 def fused(shape: ModelShape, counted: Count, quantized: bool) -> frozenset[tuple[str, str]]:
     """Return all (block, sublayer) pairs that are fused.
 
-    A sublayer is fused if its matmuls are plain: no variants such as DoRA, no bias on B, no bare parameters, no saved
-    modules, no trained biases and no quantized weights.
+    A sublayer is fused if its matmuls are plain: no variants such as DoRA, no bias on B, no `target_parameters`, no
+    saved modules, no trained biases and no quantized weights.
 
     Args:
         shape: Shape of the base, from a known family.
@@ -119,10 +119,10 @@ def separate_input(shape: ModelShape, sites: Sequence[SiteCount], job: Job) -> i
 
 
 def transient(shape: ModelShape, job: Job) -> int:
-    """Return the size in bytes of the gradients that a fused layer's backward pass holds at once. [docs/math.md (29)]
+    """Return the peak size in bytes of the gradients in a fused layer's backward pass. [docs/math.md (29)]
 
-    Gradients of the residual stream before and after the sublayer and of the norm's output are counted, plus the larger
-    of two groups: the gradients of gate and up, or those of q, k, v and the attention output.
+    The size includes the gradients of the norm's output and of the residual stream before and after the sublayer. It
+    also includes the larger of two groups: the gradients of gate and up, or those of q, k, v and the attention output.
 
     Args:
         shape: Shape of the model.
@@ -146,7 +146,7 @@ def recomputed_bytes(shape: ModelShape, fused: frozenset[tuple[str, str]], job: 
 
 
 def recomputed_flops(shape: ModelShape, counted: Count, fused: frozenset[tuple[str, str]], job: Job) -> float:
-    """Return the FLOPs per token to recompute gate and up in the backward pass. [docs/math.md (85)]
+    """Return the FLOPs per token needed to recompute gate and up in the backward pass. [docs/math.md (85)]
 
     The results of matmuls with A are saved; matmuls with B are recomputed.
 
@@ -169,7 +169,7 @@ def recomputed_flops(shape: ModelShape, counted: Count, fused: frozenset[tuple[s
 def skips_logits(shape: ModelShape, counted: Count) -> bool:
     """Return whether the loss is computed without storing all logits.
 
-    This requires a head that is neither trained nor adapted, nor tied to a trained embedding.
+    The head must not be trained, adapted, or tied to a trained embedding.
 
     Args:
         shape: Shape of the model.
@@ -183,7 +183,7 @@ def skips_logits(shape: ModelShape, counted: Count) -> bool:
 
 
 def chunk_rows(shape: ModelShape, job: Job) -> int:
-    """Return how many rows of logits exist at once: a multiple of 16, at most 256 rows and 48 MiB. [docs/math.md (35)]
+    """Return the number of rows per chunk of logits: a multiple of 16, at most 256 rows and 48 MiB. [docs/math.md (35)]
 
     Args:
         shape: Shape of the model.

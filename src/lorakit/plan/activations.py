@@ -24,7 +24,7 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("ga
 """Sites of a block that read the same tensor, which is saved only once."""
 
 ATTENTION_OUTPUTS = ("o_proj", "attn.c_proj", "attention.output.dense")
-"""Sites whose input fused attention saves in any case."""
+"""Sites whose input is always saved by fused attention."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ def _layer_norm(width: int, itemsize: int) -> int:
 def _attention(shape: ModelShape, job: Job) -> int:
     """Return the number of bytes that scaled dot-product attention saves on a CPU.
 
-    The fused kernel saves q, k, v, the output, and the log-sum-exp in fp32. With attention dropout, the math path saves
-    scaled q, scaled k, v, and three maps of size rows × heads × T² (probabilities, dropout mask and their product), all
-    in fp32.
+    The fused kernel saves q, k, v, the output, and the log-sum-exp in fp32. With attention dropout, the math backend
+    saves scaled q, scaled k, v, and three maps of size rows × heads × T² (probabilities, dropout mask and their
+    product), all in fp32.
     """
     tokens, itemsize = job.batch_tokens, job.dtype_bytes
     if shape.dropouts.get("attention"):
@@ -116,7 +116,7 @@ def _attention(shape: ModelShape, job: Job) -> int:
 
 
 def _llama_attention(shape: ModelShape, job: Job) -> int:
-    """Return the number of bytes saved by attention and, in Qwen3, the per-head norms; rotary embeddings add none."""
+    """Return the number of bytes saved by attention and the per-head norms of Qwen3; rotary embeddings save nothing."""
     normed = any(o.path.endswith("q_norm") for o in shape.others)
     per_token = _FP32 * (shape.query_width + shape.kv_width + shape.heads + shape.kv_heads) if normed else 0
     return job.batch_tokens * per_token + _attention(shape, job)
@@ -256,7 +256,7 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: S
 def _of_sublayers(
     shape: ModelShape, counted: Count, dropout: float, job: Job, fused: frozenset[tuple[str, str]]
 ) -> Iterable[tuple[str, int]]:
-    """Yield (block, bytes) for each sublayer of each block; the bytes of a fused sublayer include its sites'."""
+    """Yield (block, bytes) for each sublayer of each block; for a fused sublayer, its sites are included."""
     family, _ = family_of(shape)
     within: dict[tuple[str | None, str | None], list[SiteCount]] = {}
     for site in counted.sites:
@@ -308,10 +308,10 @@ def _of_sites(
 ) -> Iterable[tuple[str | None, int]]:
     """Yield (block, bytes) for everything that the given sites save.
 
-    The inputs of the A factors come first, followed by each site's activation between A and B and casts of A and B.
-    A factor A that is frozen by LoRA-FA saves only the dropout mask, not its input. An expert's A receives only the
-    tokens routed to that expert. For a bare matrix, each forward pass materializes W₀ + s·B·A and saves both it and the
-    input.
+    The inputs of the A factors come first, followed by each site's activation between A and B and the casts of A and
+    B. If A is frozen by LoRA-FA, only the dropout mask is saved, not the input of A. An expert's A receives only the
+    tokens routed to that expert. For a single matrix in `target_parameters`, each forward pass materializes
+    W₀ + s·B·A and saves both this sum and the input.
     """
     tokens, itemsize = job.batch_tokens, job.dtype_bytes
     dense = [site for site in sites if site.kind != EMBEDDING]
@@ -355,7 +355,7 @@ def _of_base(
 
 
 def _dequantized(counted: Count, job: Job, base: StoredBase) -> int:
-    """Return the size in bytes of the largest dequantized weight: for its matmul, or in fp32 for DoRA's norm."""
+    """Return the size in bytes of the largest dequantized weight, which is in fp32 if DoRA computes its norm."""
     if counted.magnitudes:
         return _FP32 * base.largest
     return 0 if base.storage.keeps == "weight" else job.dtype_bytes * base.largest
@@ -375,13 +375,13 @@ def _distinct_inputs(
 
 
 def _input_of(path: str) -> tuple[str, str]:
-    """Return a key for a site's or bare weight's input: its parent, and the first name of modules with that input."""
+    """Return a key for the input of a site or bare weight: its parent, and the first name that shares the input."""
     parent, _, name = path.removesuffix(".weight").rpartition(".")
     return parent, next((group[0] for group in SHARED_INPUTS if name in group), name)
 
 
 def _transient(shape: ModelShape, job: Job) -> int:
-    """Return the size in bytes of the gradients that exist at once in the backward pass of one unfused block.
+    """Return the size in bytes of the gradients that exist at the same time in the backward pass of an unfused block.
 
     These are the gradients of the residual stream and its branch, and of an inner matmul's output and operands.
 

@@ -20,14 +20,14 @@ UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)}
 """Lowercase unit -> size in bytes."""
 
 SIZE_FORM = "write a number and a unit, such as 4GiB or 800MB"
-"""Hint on how to write a size, for messages."""
+"""Hint for messages on how to write a size."""
 
 
 def bytes_of(text: str) -> int:
     """Parse a size such as "4GiB", "1.5 GB" or "800MB" into bytes; a number without a unit is in bytes.
 
     Args:
-        text: The number and its unit, in any case.
+        text: The number and its unit; the unit is not case-sensitive.
 
     Raises:
         ConfigError: `text` is not a size of at least one byte.

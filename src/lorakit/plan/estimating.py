@@ -130,7 +130,7 @@ class Plan:
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the whole plan as JSON values, with everything that the text form contains."""
+        """Return the whole plan as JSON values, including everything in the text output."""
         shape, counted = self.shape, self.counted
         return {
             "model": {name: getattr(shape, name) for name in _MODEL_FIELDS},
@@ -183,7 +183,8 @@ def estimate(
         ConfigError: The config has no targets or contains an invalid pattern.
     """
     job = job or Job()
-    job = job if activations.packs(shape) else dataclasses.replace(job, mean_tokens=None)  # unpacked: padding counts
+    # if rows are not packed, padding counts as well
+    job = job if activations.packs(shape) else dataclasses.replace(job, mean_tokens=None)
     shape = replicated(shape, config.layer_replication)
     config = dataclasses.replace(config, layer_replication=None)
     counted = params.count(shape, config, allow_partial=allow_partial, optimizer=job.optimizer)
@@ -209,7 +210,7 @@ def estimate(
 
 
 def _token_seconds(shape: ModelShape, counted: Count, costs: Flops, job: Job, speed: Speed | None) -> float | None:
-    """Return the seconds per token, or None if a sublayer is not fused or `speed` lacks data."""
+    """Return the seconds per token, or None if a sublayer is not fused or the machine's matmul rate is unknown."""
     fused = activations.fused_sublayers(shape, counted, job)
     if speed is None or not 0 < 2 * len(shape.blocks) == len(fused):
         return None
@@ -219,8 +220,8 @@ def _token_seconds(shape: ModelShape, counted: Count, costs: Flops, job: Job, sp
 def _rates(speed: Speed | None, lora: Flops, full: Flops, seconds: float | None) -> tuple[float | None, float | None]:
     """Return the tokens per second of LoRA and of full fine-tuning, which is never accelerated.
 
-    A speed given in tokens per second is treated as that of LoRA; the speed of full fine-tuning is derived from it by
-    the ratio of the FLOPs.
+    A speed given in tokens per second is treated as the speed of LoRA; the speed of full fine-tuning is derived from it
+    and from the ratio of the FLOPs.
     """
     if speed is None:
         return None, None
@@ -236,7 +237,7 @@ def _notes(
         yield f"{shape.name} supports at most {shape.positions:,} tokens; the job's rows have {job.length_tokens:,}."
     if job.quantization is not None:
         yield (
-            f"{job.quantization}: every matmul dequantizes its weight first, which the times do not include; the "
+            f"{job.quantization}: every matmul dequantizes its weight first, but the times do not include this; the "
             "estimates of full fine-tuning are for the unquantized base."
         )
     if speed is None:

@@ -4,8 +4,8 @@ One multiply-add counts as two FLOPs. Matmuls and attention are counted; norms, 
 they take time but hardly any FLOPs.
 
 In an accelerated step, matmuls run at nearly the measured matmul rate. Norms, activations, rotary embeddings and the
-softmaxes of attention and loss take a fixed time per element read or written, no matter how fast the matmuls are. This
-module does not measure speed; the matmul rate and the number of threads are inputs.
+softmax in attention and in the loss take a fixed time per element read or written, no matter how fast the matmuls are.
+This module does not measure speed; the matmul rate and the number of threads are inputs.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def matmuls(shape: ModelShape) -> int:
 
 
 def attention(shape: ModelShape, length_tokens: int) -> float:
-    """Return the FLOPs per token of the matmuls within attention in a forward pass. [docs/math.md (31)]
+    """Return the FLOPs per token of the attention matmuls in a forward pass. [docs/math.md (31)]
 
     Each query attends to T̄ keys and values: 4 × blocks × heads × head_dim × T̄, with T̄ = (T + 1) / 2 in a causal
-    model (the mean over positions, which is what sdpa computes) and T otherwise.
+    model (the mean over positions, because sdpa skips masked keys) and T̄ = T otherwise.
 
     Args:
         shape: Shape of the model.
@@ -68,11 +68,12 @@ def attention(shape: ModelShape, length_tokens: int) -> float:
 def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
     """Return the FLOPs per token of LoRA training. [docs/math.md (32)]
 
-    Frozen weights need no gradient, so the backward pass of a matmul is one matmul (dX), not two. The factors add
-    2r(in + out) FLOPs in the forward pass and twice that in the backward pass, for each expert that a token passes
-    through. Each trainable token row of a head adds 2·in FLOPs in the forward pass and twice that in the backward
-    pass. B·A is added to a bare matrix once per batch, and the gradient of the whole matrix is computed. The
-    result is slightly too high, because it includes dX below the first adapted site, where none is computed.
+    Frozen weights need no gradient, so the backward pass of a matmul consists of one matmul (dX), not two. The factors
+    add 2r(in + out) FLOPs in the forward pass and twice that in the backward pass, for each expert that a token passes
+    through. Each trainable token row of a head adds 2·in FLOPs in the forward pass and twice that in the backward pass.
+    For a single matrix in `target_parameters`, B·A is added once per batch, and the gradient of the whole matrix is
+    computed. The result is slightly too high, because it includes dX below the first adapted site, where dX is not
+    computed.
 
     Args:
         shape: Shape of the base.
@@ -124,7 +125,7 @@ MATMUL_UTILIZATION = 0.88
 """
 
 SECONDS_PER_ELEMENT = 0.9e-9
-"""Thread-seconds per element read or written outside matmuls, including the time for Python and allocation.
+"""Thread-seconds per element read or written outside matmuls, including Python overhead and memory allocation.
 
 The value is from the "lorakit" row of `benchmarks/bench_step.py` (SmolLM2-135M, bf16, 4 × 256 tokens, 2 threads of a
 CPU without matrix units, dropout 0.05), minus the time of the matmuls.
@@ -153,13 +154,13 @@ def elements(shape: ModelShape, job: Job) -> float:
 
 
 def token_seconds(shape: ModelShape, costs: Flops, job: Job, speed: Speed) -> float | None:
-    """Return the seconds per token of an accelerated step, or None if `speed` lacks data. [docs/math.md (37)]
+    """Return the seconds per token of an accelerated step, or None if `speed` is incomplete. [docs/math.md (37)]
 
     Args:
         shape: Shape of the model.
         costs: FLOPs per token.
         job: The job, which sets the row length and checkpointing.
-        speed: Speed of the machine; its matmul rate and number of threads are used.
+        speed: Speed of the machine; its matmul rate and its number of threads are needed.
     """
     if speed.flops_per_second is None or speed.threads is None or speed.tokens_per_second is not None:
         return None

@@ -33,7 +33,7 @@ UTILIZATION = 0.4
 """Fraction of the measured matmul speed that a training step of an unmodified transformers model reaches on a CPU.
 
 Measured for one step with the dimensions of SmolLM2-135M: 0.45 on a CPU with slow bf16 matmuls (AVX-512), and 0.27 on
-one with fast matmuls (AMX), where norms, softmax, activations and the allocator take just as long.
+one with fast matmuls (AMX), where norms, softmax, activations and the allocator take just as long as on the first CPU.
 """
 
 
@@ -103,13 +103,13 @@ class Job:
 
     @property
     def step_tokens(self) -> int:
-        """Return the number of tokens in an optimizer step, including padding if processed. [docs/math.md (36)]"""
+        """Return the number of tokens in an optimizer step, plus any padding that takes time. [docs/math.md (36)]"""
         each = self.mean_tokens if self.accelerated and self.mean_tokens is not None else self.length_tokens
         return round(self.batch_rows * each) * self.accumulation
 
     @property
     def dtype_bytes(self) -> int:
-        """Return the bytes per element of the base."""
+        """Return the number of bytes per element of the base."""
         return DTYPE_BYTES[self.dtype]
 
 
@@ -118,8 +118,8 @@ class Speed:
     """Speed of a machine; one of the two rates is enough, and `tokens_per_second` takes precedence.
 
     Attributes:
-        flops_per_second: Matmul FLOPs per second in the job's dtype, one multiply-add counted as two.
-        tokens_per_second: Tokens per second of training steps, as printed by a run.
+        flops_per_second: Matmul FLOPs per second in the job's dtype; one multiply-add counts as two FLOPs.
+        tokens_per_second: Training speed in tokens per second, as printed by a run.
         source: Where the rate comes from.
         utilisation: Fraction of `flops_per_second` that a step with transformers' own forward passes reaches.
         threads: Number of CPU threads used to measure `flops_per_second`, or None if unknown or not on a CPU.

@@ -1,4 +1,4 @@
-"""Estimate the memory of a training step by cause, with formulas, and find the moment of the peak.
+"""Estimate the memory use of a training step by category, with formulas, and find the moment of its peak.
 
 The estimate covers the tensors that the program holds. It is exact to the byte wherever the formula is exact. The
 allocator may hold more memory: glibc, as configured by the command line, keeps freed blocks, including gaps that are
@@ -36,10 +36,10 @@ ALLOCATOR_NOTE = (
 
 @dataclass(frozen=True)
 class Line:
-    """Memory use attributed to one cause.
+    """Memory use of one category.
 
     Attributes:
-        cause: "weights", "adapter", "optimizer", "gradients", "activations", "logits" or "runtime".
+        cause: The category: "weights", "adapter", "optimizer", "gradients", "activations", "logits" or "runtime".
         formula: How the size is computed, with the numbers filled in.
         equation: Number of the formula in docs/math.md.
         size_bytes: Largest size during a step, in bytes.
@@ -58,9 +58,9 @@ class Memory:
     """Memory use of a training step.
 
     Attributes:
-        lines: One line per cause.
-        peak_bytes: Largest total over all causes at any moment of a step.
-        peak_moment: The moment of the peak.
+        lines: One line per category.
+        peak_bytes: Largest total over all categories at any moment of a step, in bytes.
+        peak_moment: Description of the moment of the peak.
         notes: Assumptions of the estimate.
     """
 
@@ -70,16 +70,16 @@ class Memory:
     notes: tuple[str, ...]
 
     def bytes_of(self, cause: str) -> int:
-        """Return the largest amount of memory attributed to a cause, in bytes.
+        """Return the largest memory use of a category during a step, in bytes.
 
         Args:
-            cause: A cause, as in `Line.cause`.
+            cause: The category, as in `Line.cause`.
         """
         return sum(line.size_bytes for line in self.lines if line.cause == cause)
 
     @property
     def above_weights_bytes(self) -> int:
-        """Return the peak in bytes, excluding all weights: how much a process grows after the weights are loaded."""
+        """Return the peak in bytes, excluding all weights: the growth of a process after its weights are loaded."""
         return self.peak_bytes - self.bytes_of("weights") - self.bytes_of("adapter")
 
 
@@ -88,7 +88,9 @@ def _line(cause: str, equation: int, formula: str, size: int) -> Line:
 
 
 def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memory:
-    """Return the memory of a LoRA step: frozen weights, fp32 factors, AdamW or LoRA-FA. [docs/math.md (20)-(29)]
+    """Return the memory use of a training step with LoRA. [docs/math.md (20)-(29)]
+
+    The base is frozen, the factors are in fp32, and the optimizer is AdamW or LoRA-FA.
 
     Args:
         shape: Shape of the base.
@@ -122,7 +124,7 @@ def _weights(shape: ModelShape, itemsize: int, base: StoredBase | None) -> Line:
 
 
 def of_full(shape: ModelShape, job: Job) -> Memory:
-    """Return the memory of full fine-tuning: 16 bytes per parameter, plus activations.
+    """Return the memory use of full fine-tuning: 16 bytes per parameter, plus activations.
 
     In fp32, a weight, its gradient and two moments take 4 bytes each. In bf16 or fp16, the weight and its gradient take
     2 bytes each, and the fp32 master copy and two moments of mixed-precision training take 4 bytes each.
@@ -202,7 +204,7 @@ def _activations(kept: Activations, job: Job) -> Line:
 
 
 def _peak(gradients: int, logits: int, kept: Activations, job: Job) -> tuple[str, dict[str, int]]:
-    """Return the moment of the peak, and the size of each varying cause at that moment. [docs/math.md (27)]"""
+    """Return the moment of the peak, and the size of each category that varies. [docs/math.md (27)]"""
     earlier = gradients if job.accumulation > 1 else 0  # accumulated by earlier batches of the step
     if job.gradient_checkpointing:
         inputs, block = kept.blocks_kept * kept.boundary, kept.largest_block + kept.transient

@@ -28,7 +28,7 @@ def trained_rows(shape: ModelShape, config: LoraConfig, adapted: Collection[str]
         adapted: Paths of the sites with factors.
 
     Returns:
-        Path of the embedding or head -> rows × width.
+        A dict from the path of each embedding or head to rows × width.
 
     Raises:
         TargetError: A name matches no embedding or head, or a matching module also has LoRA factors.
@@ -52,7 +52,7 @@ def trained_rows(shape: ModelShape, config: LoraConfig, adapted: Collection[str]
 
 
 def with_new_tokens(shape: ModelShape, config: LoraConfig, tokens: int) -> LoraConfig:
-    """Return a copy of a config that trains the rows of added tokens as well, as `lorakit train --new-tokens` does.
+    """Return a copy of a config, extended to train the rows of added tokens, as with `lorakit train --new-tokens`.
 
     Args:
         shape: Shape of the model before the tokens are added.
@@ -112,14 +112,14 @@ class SiteCount:
     Attributes:
         path: Dotted path of the site.
         kind: "Linear", "Conv1D", "Embedding", or "Parameter" for a match of `target_parameters`.
-        out_features: Rows of the canonical weight, or of each expert's weight.
-        in_features: Columns of the canonical weight, or of each expert's weight.
+        out_features: Number of rows of the (out, in) weight, or of each expert's weight.
+        in_features: Number of columns of the (out, in) weight, or of each expert's weight.
         rank: Rank at this site.
         scale: Scale of B·A at this site.
         entry: The target entry that matched the site.
         factors: Number of elements in A and B: experts × rank × (in + out).
         own_numbers: Number of values that the variant trains in addition to A and B; negative if the variant's A and B
-            are smaller than LoRA's.
+            are smaller than those of plain LoRA.
         reads_weight: Whether the variant trains one value per output and reads the weight in each forward pass (DoRA).
         frozen_factor: The factor that is not trained: "A" with LoRA-FA ("B" for an embedding), "B" if the init fixes it
             (MiCA), else "".
@@ -143,7 +143,7 @@ class SiteCount:
 
     @property
     def is_bare_matrix(self) -> bool:
-        """Return whether the site is a single matrix named by `target_parameters`, to which B·A is added."""
+        """Return whether the site is a single matrix named in `target_parameters`; B·A is added to it directly."""
         return self.kind == PARAMETER and self.experts == 1
 
     @property
@@ -270,7 +270,7 @@ class Count:
 
     @property
     def saved_parameters(self) -> int:
-        """Return the number of parameters in the adapter's file: trained parameters and frozen factors."""
+        """Return the number of parameters in the adapter's file: trainable parameters and frozen factors."""
         return self.trainable + self.frozen
 
     @property
@@ -303,7 +303,7 @@ def factor_parameters(rank: int, in_features: int, out_features: int) -> int:
 
 
 def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False, optimizer: str = "adamw") -> Count:
-    """Count the exact number of parameters that an adapter trains in a model.
+    """Count exactly how many parameters an adapter trains in a model.
 
     Args:
         shape: Shape of the model.
@@ -331,7 +331,7 @@ def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False,
 
 
 def candidates(shape: ModelShape) -> list[Candidate]:
-    """Return everything in a model that targets may name, including unsupported modules (for error messages).
+    """Return everything in a model that a target entry may name, including unsupported modules (for error messages).
 
     Args:
         shape: Shape of the model.
@@ -385,7 +385,7 @@ def _bare_parameters(shape: ModelShape) -> list[BareParameter]:
 
 
 def _canonical(size: tuple[int, ...], in_first: bool) -> tuple[int, int, int]:
-    """Return a bare parameter's shape as (experts, out, in); a plain matrix is one expert, stored as (out, in)."""
+    """Return a bare parameter's shape as (experts, out, in); a plain matrix (out, in) counts as one expert."""
     experts, first, second = size if len(size) == 3 else (1, *size)
     return (experts, second, first) if in_first and len(size) == 3 else (experts, first, second)
 
@@ -449,7 +449,7 @@ class RankTable:
 
 
 def rank_table(shape: ModelShape, config: LoraConfig, ranks: Sequence[int], optimizer: str = "adamw") -> RankTable:
-    """Return the trainable parameters by rank, with a row per distinct site shape, a total, and a column per rank.
+    """Return the number of trainable parameters by rank: one row per distinct site shape, and one column per rank.
 
     Args:
         shape: Shape of the model.

@@ -1,7 +1,7 @@
 """Storage formats of a quantized base, and the exact size of each weight.
 
 `STORAGES` defines the values of `--quantization`. This module does not depend on the packages that implement the
-formats; it only names them.
+formats; it only lists their names.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ _NAMED = {storage.name: storage for storage in STORAGES}
 
 
 def storage_named(name: str) -> Storage:
-    """Return the storage format with this name.
+    """Return the storage format with the given name.
 
     Raises:
         ConfigError: The name is unknown; the message suggests the closest one.
@@ -135,7 +135,7 @@ class Quantization:
 
     @property
     def storage(self) -> Storage:
-        """Return the storage format with this name."""
+        """Return the storage format called `name`."""
         return storage_named(self.name)
 
     def description(self) -> str:
@@ -172,7 +172,7 @@ class StoredBase:
 
     Attributes:
         storage: The storage format.
-        sites: Quantized weights.
+        sites: Sites with quantized weights.
         elements: Number of elements in the quantized weights.
         size_bytes: Size of the quantized weights in bytes.
         rest: Number of unquantized parameters of the base.
@@ -196,7 +196,7 @@ def stored(shape: ModelShape, name: str, itemsize: int, double: bool) -> StoredB
     Args:
         shape: Shape of the base.
         name: A name in `STORAGES`.
-        itemsize: Bytes per element of unquantized weights and in the computation.
+        itemsize: Bytes per element in unquantized weights and in the computation.
         double: Whether to quantize the scales too, if the format supports it.
 
     Raises:

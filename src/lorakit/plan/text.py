@@ -25,7 +25,7 @@ WIDTH = 80
 
 
 def render(plan: Plan, *, verbose: bool = False, notes: tuple[str, ...] = ()) -> str:
-    """Return a plan as text: parameters, memory, sizes and time, then the sites, then memory by cause.
+    """Return a plan as text: parameters, memory, sizes and time, then the sites, then memory use by category.
 
     Args:
         plan: The plan.
