@@ -48,8 +48,8 @@ class AttachReport:
         name: The adapter.
         matches: The sites, each with its rank, its alpha and the target entry that matched it.
         trainable_parameters: Number of values that will be trained.
-        notes: Notes for the user; `str` gives the message.
-        missing: Target entries that matched nothing (if "partial_targets" is allowed); `str` gives the message.
+        notes: Notes for the user; `str(note)` gives the message.
+        missing: Target entries that matched nothing (if "partial_targets" is allowed); `str(entry)` gives the message.
     """
 
     name: str

@@ -1,8 +1,8 @@
 """Read, verify and write an adapter's directory: PEFT's files, and `lorakit.json`, which lorakit adds.
 
 `lorakit.json` contains the base's fingerprint, the SHA-256 of the weights and of the config, the rank and alpha of each
-site, training metadata, and a seal, which is a checksum of everything else. An adapter that lacks this file, or
-that another program has rewritten, still loads but cannot be verified. While files are being replaced one by one,
+site, training metadata, and a seal, which is a checksum of everything else. An adapter that lacks this file, or that
+another program has rewritten, still loads but cannot be verified. While files are being replaced one by one,
 `lorakit.json` also describes the old files, so that a mixture of old and new files is rejected.
 """
 
@@ -299,7 +299,7 @@ def sidecar_bytes(
 
 
 def replaced_files(folder: Path) -> JsonObject:
-    """Return what `lorakit.json` records about the files to replace: the SHA-256 of each, and the old `lorakit.json`.
+    """Return what `lorakit.json` records about replaced files: the SHA-256 of each, and the old `lorakit.json`.
 
     Args:
         folder: The directory; `files` in the result is empty if the directory does not contain a complete adapter.

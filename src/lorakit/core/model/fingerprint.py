@@ -193,7 +193,7 @@ def compare(known: Fingerprint | None, present: Fingerprint, whose: str = "the a
     Args:
         known: The fingerprint saved with the adapter, or None.
         present: The model's fingerprint.
-        whose: Possessive phrase for the owner of the base that `known` describes, for use in the reason.
+        whose: Possessive for the owner of the known base, for use in the reason.
 
     Returns:
         The verdict, its reason, and a warning if there is one.

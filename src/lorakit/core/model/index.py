@@ -417,9 +417,9 @@ def state_of(model: nn.Module) -> AdapterState:
 
 
 def identity(parameter: Tensor | None) -> int:
-    """Return the address of a parameter's memory, which is the same for all parameters (…) that share the memory.
+    """Return a key that is the same for all parameters (…) that share memory.
 
-    If there is no address, return the object's id.
+    The key is the memory address or, if there is no address, the object's id.
     """
     if parameter is None or type(parameter.data) is not Tensor:
         return id(parameter)

@@ -70,8 +70,8 @@ def check_growth(model: nn.Module, rows: int) -> list[nn.Module]:
     dense = all(isinstance(table, (nn.Embedding, nn.Linear)) and table.weight.is_floating_point() for table in tables)
     if not dense or _has_other_tables(index, present):
         raise ModelError(
-            f"Tokens cannot be added to this {type(model).__name__}: besides plain embeddings, it has other "
-            "vocabulary-sized tensors, which only the model itself can resize. Call model.resize_token_embeddings, "
+            f"Tokens cannot be added to this {type(model).__name__}: in addition to plain embeddings, it has "
+            "vocabulary-sized tensors that only the model itself can resize. Call model.resize_token_embeddings, "
             "save the model, and train on the saved model.",
             what=type(model).__name__,
         )
@@ -79,7 +79,7 @@ def check_growth(model: nn.Module, rows: int) -> list[nn.Module]:
 
 
 def with_trained_rows(config: LoraConfig, model: nn.Module, rows: Sequence[int]) -> LoraConfig:
-    """Return a copy of a config, extended to train the given rows of the token embedding and of any untied head.
+    """Return a copy of a config, set to train the given rows of the token embedding and of any untied head.
 
     Args:
         config: The config.
@@ -283,7 +283,7 @@ def _saved(config: LoraConfig, index: AdapterIndex) -> list[str]:
 
 
 def _brings_all(index: AdapterIndex, config: LoraConfig, path: str | None, rows: range) -> bool:
-    """Return whether all tables can be resized and an adapter has the given rows of each table, directly or by a tie."""
+    """Return whether all tables can be resized and an adapter has the given rows of each, directly or through a tie."""
     if path is None or index.state is not None or _has_other_tables(index, rows.start):
         return False
     named, saved = _rows_by_table(config, path), set(_saved(config, index))
