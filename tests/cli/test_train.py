@@ -714,7 +714,7 @@ def test_inits(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     said = capsys.readouterr().out
     assert ("Adapter initialized by" in said) is (init in ("eva", "corda", "lora_ga"))
     moves = init in ("pissa", "olora", "corda", "lora_ga")
-    assert (f"{init} changes the base weight at " in said) is moves
+    assert (f"{init} changes base weights (sites: " in said) is moves
     config = adapter_config(tmp_path / "run")
     assert config["init_lora_weights"] is True if moves else config["init_lora_weights"] == init
     if moves:  # any program can load it on the unchanged base

@@ -47,7 +47,7 @@ def test_activated_lora(capsys: pytest.CaptureFixture[str]) -> None:
 def test_pissa_to_plain_lora(capsys: pytest.CaptureFixture[str]) -> None:
     load("examples/pissa_to_plain_lora.py").main()
     told = capsys.readouterr().out
-    assert "pissa changes the base weight at 2 sites" in told
+    assert "pissa changes base weights (sites: 2)" in told
     assert "new adapter: the output changed by 0.0000" in told
     assert "on disk: r 8, alpha 16, init_lora_weights True" in told
     assert "plain LoRA on the original base: same output within 0.0000" in told

@@ -140,7 +140,7 @@ def test_olora_rounds_what_is_left_and_says_by_how_much(storage: Storage, dora: 
         lost.append(float((now - left).norm() / left.norm()))
     assert 0 < max(lost) < WRITTEN[storage.name]
     assert f"with a relative error of up to {max(lost):.2g}" in report.notes[-1].text
-    assert "olora changes the base weight at 2 sites" in report.notes[-2].text
+    assert "olora changes base weights (sites: 2)" in report.notes[-2].text
     fresh = run(model, given)
     assert float((fresh - output).norm() / output.norm()) < 3 * WRITTEN[storage.name] + EVALUATED.get(storage.name, 0)
     assert packed_bits(model) == before  # the original is kept

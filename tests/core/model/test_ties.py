@@ -156,7 +156,7 @@ def test_two_adapters_that_are_tied() -> None:
 
 def test_what_is_said_without_it() -> None:
     for fields, text in (
-        (COPIED, "lm_head keeps the base's weight"),
+        (COPIED, "lm_head keeps the base weight"),
         (TARGETED, "lm_head keeps"),
         ({"modules_to_save": ["lm_head", "embed_tokens"]}, "are trained separately"),
     ):

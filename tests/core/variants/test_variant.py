@@ -359,7 +359,7 @@ def test_an_init_that_changes_the_base_needs_tensors_that_do_not_depend_on_the_r
     put(TOY)
     assert any(tensor.depends_on_rank for tensor in TOY.tensors)
     model = LINEARS.model()
-    with pytest.raises(ConfigError, match=r"pissa.* Toy has tensors for one rank") as refused:
+    with pytest.raises(ConfigError, match=r"pissa.* Toy has tensors whose shape depends on the rank") as refused:
         core.attach(model, LINEARS.config(init_lora_weights="pissa", **{FIELD: True}), "a")
     assert (refused.value.what, refused.value.where) == ("pissa", "up")
     assert not core.adapters(model)

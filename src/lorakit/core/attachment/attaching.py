@@ -48,8 +48,8 @@ class AttachReport:
         name: The adapter.
         matches: The sites, each with its rank, its alpha and the target entry that matched it.
         trainable_parameters: Number of values that will be trained.
-        notes: Notes for the user; `str` gives the message.
-        missing: Target entries that match nothing (if "partial_targets" is allowed); `str` gives the message.
+        notes: Notes for the user; `str(note)` gives the message.
+        missing: Target entries that matched nothing (if "partial_targets" is allowed); `str(entry)` gives the message.
     """
 
     name: str
@@ -124,7 +124,7 @@ def _trained_values(name: str, state: AdapterState, auxiliary: Extras) -> int:
 
 
 def _notes_on_residuals(index: AdapterIndex, config: LoraConfig, factors: Sequence[build.NewFactor]) -> list[Note]:
-    """Return notes on the memory use and rounding of residual bases; empty if the base is unchanged."""
+    """Return notes on the memory use and rounding of residual bases; the list is empty if the base is unchanged."""
     kept_bytes, lost, count = 0, 0.0, 0
     for new in factors:
         if new.stored is None:
@@ -140,7 +140,7 @@ def _notes_on_residuals(index: AdapterIndex, config: LoraConfig, factors: Sequen
         return []
     mover = mover_of(config)
     text = (
-        f"{mover} changes the base weight at {count} sites; the original weights and initial factors are kept "
+        f"{mover} changes base weights (sites: {count}); the original weights and initial factors are kept "
         f"({format_bytes(kept_bytes)}), so that the base can be restored."
     )
     notes = [Note("residual_base", text)]

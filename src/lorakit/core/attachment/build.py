@@ -1,7 +1,7 @@
-"""Build an adapter outside a model (factors, saved modules, token embeddings, biases), then attach it.
+"""Build an adapter (factors, saved modules, token embeddings and biases) outside a model, and then attach it.
 
-`attach` and `load_adapter` share this builder: the factors of a site come from an init or from a file. Only `commit`
-changes a model, and it cannot fail.
+`attach` and `load_adapter` share this builder: `attach` takes the factors of each site from an init, and `load_adapter`
+takes them from a file. Only `commit` changes a model, and `commit` cannot fail.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def fresh_factors(
         config: The adapter's config.
         matches: The sites, with rank and alpha.
         seed: Seed, or None for torch's default generator.
-        statistics: Statistics of the data, or None.
+        statistics: Data statistics for the init, or None.
 
     Raises:
         ConfigError: The init or the variant is not supported at a site.
@@ -167,7 +167,7 @@ def new_factor(
 
 
 def _check_together(init: Init, variant: Variant, target: TargetWeight) -> None:
-    """Reject an init whose changes to the base or requirements for the shapes of A and B conflict with a variant."""
+    """Reject an init that cannot be combined with a variant because of the base weight or the shapes of A and B."""
     what = "changes the base weight"
     if init.changes_base and variant.move is not None:
         needs = "changes it too"
@@ -176,7 +176,7 @@ def _check_together(init: Init, variant: Variant, target: TargetWeight) -> None:
     elif init.changes_base and not variant.adds_product:
         needs = "does not add back what the init subtracts from it"
     elif init.changes_base and any(tensor.depends_on_rank for tensor in variant.tensors):
-        needs = "has tensors for one rank, but the adapter is saved with twice the rank"
+        needs = "has tensors whose shape depends on the rank, but the adapter is saved with twice the rank"
     elif variant.shapes is not None and not init.takes_any_shape:
         what, needs = "needs A and B in their standard shapes", "uses other shapes"
     else:
@@ -283,7 +283,7 @@ def new_rows(
     Args:
         index: The model's index.
         chosen: The chosen tokens of each table.
-        given: Path of a table -> the adapter's embeddings (n, d); None for a new adapter, which then has no effect yet.
+        given: Path of a table -> the adapter's embeddings (n, d); None for a new adapter, which has no effect at first.
 
     Returns:
         The chosen tokens of each table with their embeddings, on the table's device and in fp32 or wider.

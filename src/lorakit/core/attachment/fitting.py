@@ -1,6 +1,7 @@
 """Match an adapter's tensors to a model: find the site of each tensor, and list everything that does not match.
 
-This module also checks that finite values in the files do not become infinite in the base's dtypes.
+This module also checks that finite values in the files do not become infinite when they are converted to the base's
+dtypes.
 """
 
 from __future__ import annotations
@@ -51,10 +52,10 @@ class Fit:
     """Assignment of an adapter's tensors to the sites and other parts of a model.
 
     Attributes:
-        sites: Path on disk -> (site, names of the site's tensors by `Key.part`).
+        sites: Path on disk -> the site, and a dict from `Key.part` to tensor name.
         saved: Paths of the saved modules; `copied_tensors` yields the names of their tensors.
         biases: Trained biases as (module, parameter name, tensor name).
-        rows: Trained token embeddings of each table, with the tensor's name.
+        rows: The chosen tokens of each table, with the name of the tensor that holds their embeddings.
         tied: Path of a tied module -> path of the module whose weight it shares.
         problems: The mismatches.
     """
@@ -67,7 +68,7 @@ class Fit:
     problems: list[Problem] = field(default_factory=list)
 
     def outer_paths(self) -> set[str]:
-        """Return the paths, in the plain base, of the modules that get factors."""
+        """Return the plain-base paths of the modules that get factors."""
         return {target.outer for target, _ in self.sites.values()}
 
     def take(self, left: dict[str, Tensor], names: Sequence[str], shape: Sequence[int]) -> str | None:
@@ -167,7 +168,7 @@ def _find_sites(
 ) -> None:
     kinds = {candidate.path: candidate.kind for candidate in index.candidates}
     inside_first = sorted(present, key=lambda path: (path.partition(INSIDE)[0], -path.count(INSIDE), path))
-    for path in inside_first:  # the order in which layers are put around a module
+    for path in inside_first:  # layers are put around a module in this order
         outer = path.partition(INSIDE)[0]
         kind = kinds.get(outer)
         targets = index.targets(outer, index.kind(kind)) if kind else []
@@ -190,7 +191,7 @@ def _take_extras(left: dict[str, Tensor], config: LoraConfig, index: AdapterInde
     outer = result.outer_paths()
     depths = Counter(f"{target.outer}.{target.child}".removesuffix(".") for target, _ in result.sites.values())
     for path, module, leaves in biased_modules(index.modules, outer, result.saved, config.bias):
-        # the path as PEFT writes it, as PEFT writes it if another adapter has a layer there, and as in the plain base
+        # the path in PEFT's form, in PEFT's form with another adapter's layer there, and in the plain base
         paths = [inside(path, depths), path + INSIDE * max(1, depths[path]), path]
         for leaf in leaves:
             names = [f"{PREFIX}{way}.{leaf}" for way in paths]
@@ -267,8 +268,8 @@ def _check_parts(tensors: Mapping[str, Tensor], config: LoraConfig, path: str, r
 def _rank(config: LoraConfig, target: TargetWeight, found: int) -> int:
     """Return the rank that a site must have; if a pattern is not a plain name, accept any rank in the config.
 
-    A pattern names a module or, in combined adapters, the path of a single weight, because the ranks of a module's
-    weights can then differ.
+    A pattern names a module. In combined adapters, where the weights of one module can have different ranks, a pattern
+    can also name the path of a single weight.
     """
     try:
         of_module = literal_value(config.rank_pattern, target.pattern_path, config.r)
@@ -278,7 +279,7 @@ def _rank(config: LoraConfig, target: TargetWeight, found: int) -> int:
 
 
 def _known_extra(name: str, result: Fit) -> bool:
-    """Return whether PEFT adds a tensor: the base weight of an adapted embedding or head, or of a saved module."""
+    """Return whether a tensor is a base weight that PEFT saves for an adapted embedding or head or a saved module."""
     if any(f"{path}.{word}." in name for path in result.saved for word in ("original_module", "modules_to_save")):
         return True
     path = name.removeprefix(PREFIX).removesuffix(".base_layer.weight").removesuffix(".token_adapter")
@@ -298,7 +299,7 @@ def out_of_range(
     factors: Sequence[NewFactor],
     auxiliary: Extras,
 ) -> list[str]:
-    """Return messages about values that would be infinite in the base's dtype.
+    """Return messages about values that would become infinite in the base's dtype.
 
     Args:
         tensors: Name on disk -> tensor (…).
@@ -355,7 +356,7 @@ def _computed(weight: Tensor | nn.Module | None) -> torch.dtype:
 
 
 def _product_overflows(new: NewFactor, sizes: Sequence[float], limit: float) -> bool:
-    """Return whether scale·B·A exceeds a limit; the product is computed only if the values in A and B allow that."""
+    """Return whether scale·B·A exceeds a limit; the product is computed only if A and B contain large values."""
     factor, by = new.factor, abs(new.factor.scale)
     most = by * factor.A.shape[0] * math.prod(sizes)
     if factor.A.is_meta or not all(map(math.isfinite, sizes)) or most <= limit:

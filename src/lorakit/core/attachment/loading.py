@@ -226,7 +226,7 @@ def _judge(files: AdapterFiles, fitted: Fit, largest: Mapping[str, float], allow
     said = []
     if fitted.problems:
         shown = _shown(_some_of_each(fitted.problems))
-        has_shapes = any(problem.kind == SHAPE for problem in fitted.problems)  # nothing in `allow` overrides these
+        has_shapes = any(problem.kind == SHAPE for problem in fitted.problems)  # `allow` cannot override a wrong shape
         fits_in_part = bool(fitted.sites) and not has_shapes
         if not fits_in_part or "key_mismatch" not in allow:
             error = ShapeMismatchError if has_shapes else AdapterFileError

@@ -1,4 +1,4 @@
-"""Handle adapters whose init subtracts from the base weight (residual bases), and convert them to plain LoRA.
+"""Handle adapters with a residual base (the base weight minus the initial update), and convert them to plain LoRA.
 
 Such an adapter is trained on W − s·B₀·A₀, where B₀ and A₀ are its initial factors. On the original W, the adapter is
 exactly equivalent to plain LoRA with twice the rank. Only one adapter per site can have a residual base; the layer
@@ -48,7 +48,7 @@ INIT_FIELDS = (
 
 
 def residual(kind: Kind, spec: WeightSpec, W: Tensor, factors: tuple[Tensor, Tensor], scale: float) -> Tensor:
-    """Return W − s·B·A in canonical form (out, in) or in the kind's own shape.   [docs/math.md (60)]
+    """Return W − s·B·A in the canonical form of the kind, usually (out, in).   [docs/math.md (60)]
 
     Args:
         kind: The kind of the site.
@@ -81,7 +81,7 @@ def as_plain(spec: WeightSpec, A: Tensor, B: Tensor, initial: tuple[Tensor, Tens
 
 
 def apart(spec: WeightSpec, A: Tensor, B: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Undo `as_plain`.
+    """Separate the trained factors from the initial ones; the inverse of `as_plain`.
 
     Args:
         spec: The shape and layout of the weight.
@@ -125,7 +125,7 @@ def init_context_for(
     generators: Callable[[torch.device], torch.Generator | None] = lambda _: None,
     statistics: Mapping[str, Tensor] | None = None,
 ) -> InitContext:
-    """Return the input for an init at a site.
+    """Return the input that an init needs at a site.
 
     Args:
         index: The model's index.
@@ -133,7 +133,7 @@ def init_context_for(
         match: The match through which the config names the site.
         target: The site.
         generators: Function that maps a device to its random generator, or to None for torch's default generator.
-        statistics: Statistics of the data at this site as name -> tensor (…), or None.
+        statistics: Data statistics for this site as name -> tensor (…), or None.
     """
     module, parameter = index.holder(target), target.spec.parameter
     variant, setting = variant_at(config, target.path)
@@ -347,8 +347,8 @@ class SiteStart:
         A: (r, in).
         B: (out, r).
         bias: Bias of B, (out,), or None.
-        own: The variant's extra tensors (…) by `OwnTensor.held_as`; other entries are ignored. If None, the tensors are
-            initialized.
+        own: `OwnTensor.held_as` -> extra tensor (…) of the variant; other entries are ignored. If None, the extra
+            tensors are initialized.
         stored: The residual base in the storage format of the base module, or None if the base is unchanged.
         initial: A and B before training if the residual base is W − s·B·A, otherwise None.
     """
@@ -387,7 +387,7 @@ def initialized(index: AdapterIndex, target: TargetWeight, init: Init, context: 
 
 @dataclass(frozen=True)
 class InitRecord:
-    """The initial state of an adapter from a file.
+    """The initial state of an adapter that was read from files.
 
     Attributes:
         folder: The adapter's directory.
@@ -455,7 +455,7 @@ class InitRecord:
 
 
 def init_record_of(files: AdapterFiles, trainable: bool, allow: Collection[str]) -> InitRecord:
-    """Return the initial state of an adapter from a file.
+    """Return the initial state of an adapter that was read from files.
 
     Args:
         files: The adapter's files; the initial state in `lorakit.json` is used only if it describes these files.
@@ -463,8 +463,8 @@ def init_record_of(files: AdapterFiles, trainable: bool, allow: Collection[str])
         allow: "recompute_init" permits rerunning a deterministic init.
 
     Raises:
-        AdapterFileError: The files do not contain the residual base and recomputing it is not allowed, or a file is
-            damaged.
+        AdapterFileError: A file is damaged; or the files do not contain the residual base, and recomputing it is not
+            allowed.
     """
     folder, config = files.folder, files.config
     began = files.sidecar.began if files.is_ours else {}

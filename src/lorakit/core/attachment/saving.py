@@ -1,9 +1,9 @@
-"""Save an adapter in PEFT's format plus `lorakit.json`; all files are replaced together.
+"""Save an adapter in PEFT's format, with an additional `lorakit.json`; all files are replaced together.
 
-An adapter with a residual base can be saved either as plain LoRA with twice the rank or in the form in which it was
-trained. Plain LoRA runs on the original base in any program; the second half of its factors holds the initial factors.
-In the form in which it was trained, the adapter keeps its rank, and its initial factors go into a separate file that
-only lorakit reads. For all other adapters, the two forms are the same.
+An adapter with a residual base can be saved either as plain LoRA or as trained. The plain LoRA form has twice the rank,
+because it also contains the initial factors, and any program can run it on the original base. The trained form keeps
+the rank, and the initial factors go into a separate file that only lorakit reads. For all other adapters, the two forms
+are identical.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def converted_form(
     Args:
         model: The adapted model; not changed.
         name: The adapter.
-        initial: Name on disk -> tensor (…), saved before training.
+        initial: Name on disk -> initial factor (…), saved before training.
         tensors: As in `saved_form`.
 
     Raises:
@@ -127,7 +127,7 @@ def _as_lora(found: SavedForm, layers: Sequence[tuple[str, LoraLayer]], initial:
     Args:
         found: The adapter as trained.
         layers: Path on disk and layer of each site with a residual base.
-        initial: Name on disk -> tensor (…) before training.
+        initial: Name on disk -> initial factor (…).
     """
     tensors = dict(found.tensors)
     for path, layer in layers:
@@ -181,14 +181,14 @@ def save_adapter(
     allow: Collection[str] = (),
     tensors: Mapping[str, Tensor] | None = None,
 ) -> adapter_folder.SavedAdapter:
-    """Save an adapter in PEFT's format plus `lorakit.json`.
+    """Save an adapter in PEFT's format, with an additional `lorakit.json`.
 
     An adapter with a residual base (PiSSA and similar) is written as plain LoRA with twice the rank, which any program
     can load on the original base; `load_adapter` converts it back to continue training.
 
     Args:
         model: The adapted model; not changed. Merging does not affect what is saved.
-        folder: The directory; created if missing. Any adapter files in it are replaced; other files are kept.
+        folder: The directory; created if missing. Existing adapter files are replaced; other files are kept.
         name: The adapter.
         base_model_name_or_path: Name or path of the base; None keeps the config's value.
         facts: Metadata for `lorakit.json`, such as training details and tokenizer hashes, as plain JSON values.
@@ -225,7 +225,7 @@ def save_as_trained(
 
     Args:
         model: The adapted model; not changed.
-        folder: The directory.
+        folder: The directory; created if missing.
         name: The adapter.
         base_model_name_or_path: Name or path of the base; None keeps the config's value.
         facts: Metadata for `lorakit.json`.
@@ -285,7 +285,7 @@ def save_form(
 def _config_on_disk(index: AdapterIndex, config: LoraConfig, base: str | None) -> bytes:
     transposed = any(
         layer.base.transposed and layer.kind.is_dense for _, layer in index.layers() if layer.r
-    )  # other weights can be transposed too, but programs that read `fan_in_fan_out` apply it to dense layers
+    )  # other weights can be transposed too, but programs apply `fan_in_fan_out` only to dense layers
     heads = HEADS_BY_TASK.get(config.task_type, ())
     of_class = {"base_model_class": type(index.model).__name__, "parent_library": type(index.model).__module__}
     config = dataclasses.replace(

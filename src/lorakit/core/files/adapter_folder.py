@@ -1,7 +1,7 @@
 """Read, verify and write an adapter's directory: PEFT's files, and `lorakit.json`, which lorakit adds.
 
 `lorakit.json` contains the base's fingerprint, the SHA-256 of the weights and of the config, the rank and alpha of each
-site, training metadata, and a seal, which is a checksum of everything else. An adapter without this file, or one that
+site, training metadata, and a seal, which is a checksum of everything else. An adapter that lacks this file, or that
 another program has rewritten, still loads but cannot be verified. While files are being replaced one by one,
 `lorakit.json` also describes the old files, so that a mixture of old and new files is rejected.
 """
@@ -41,7 +41,7 @@ INITIAL_FILE = "lorakit_initial.safetensors"
 MAX_BYTES = 16 << 20
 
 REPLACES = "replaces"
-"""Key for the SHA-256 of each old file and the old content of `lorakit.json` while files are replaced one by one."""
+"""Key that holds the old `lorakit.json` and the SHA-256 of each old file while files are replaced one by one."""
 
 BEGAN = "began"
 """Key for the initial state of an adapter with a residual base: config fields, and each site's rank and alpha."""
@@ -62,7 +62,7 @@ class Sidecar:
         sites: Path of a site -> {"r", "lora_alpha"}.
         facts: Everything else: training metadata, names, hashes.
         began: The initial state of an adapter with a residual base; empty for others.
-        format_version: The file's format; 0 if there is no file.
+        format_version: Format version of the file; 0 if there is no file.
         interrupted: Whether a save was interrupted, so that the files are those from before that save.
     """
 
@@ -184,7 +184,7 @@ def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) ->
 
 
 def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
-    """Return, sorted, the bare parameters that a site on disk may belong to; empty if the module itself is a target.
+    """Return the bare parameters that a site on disk may belong to, sorted; empty if the module itself is a target.
 
     The files name modules, not their bare parameters. Only the model shows which parameter a tensor belongs to, because
     that depends on the order in which the module defines its parameters.
@@ -202,7 +202,7 @@ def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
 
 
 def rank_and_alpha(files: AdapterFiles, path: str, rows: int) -> tuple[int, float | None]:
-    """Return a site's rank and alpha, or the number of rows in A and None if the rank and alpha are unknown.
+    """Return a site's rank and alpha, or `rows` and None if the rank and alpha are unknown.
 
     In an adapter that PEFT wrote, the rank and alpha of a bare parameter are known if the patterns give the same values
     for all parameters that the site may belong to.
@@ -299,7 +299,7 @@ def sidecar_bytes(
 
 
 def replaced_files(folder: Path) -> JsonObject:
-    """Return what `lorakit.json` records about the files to replace: their SHA-256, and the old `lorakit.json`.
+    """Return what `lorakit.json` records about replaced files: the SHA-256 of each, and the old `lorakit.json`.
 
     Args:
         folder: The directory; `files` in the result is empty if the directory does not contain a complete adapter.
@@ -349,7 +349,7 @@ def _valid_values(folder: Path) -> tuple[JsonObject | None, bool]:
 def _mixed(
     folder: Path, found: Mapping[str, str], after: Mapping[str, str], before: Mapping[str, str]
 ) -> AdapterFileError:
-    which = {name: "missing" if name not in found else "another one" for name in after}
+    which = {name: "missing" if name not in found else "neither old nor new" for name in after}
     which |= {name: "the old one" for name in before if found.get(name) == before[name]}
     which |= {name: "the new one" for name in after if found.get(name) == after[name]}
     shown = ", ".join(f"{name} is {one}" for name, one in sorted(which.items()))
@@ -361,13 +361,13 @@ def _mixed(
 
 
 def _first_factors(values: JsonObject) -> dict[str, str]:
-    """Return name -> SHA-256 for the file of an adapter's initial factors; empty if the adapter needs no such file."""
+    """Return a dict from name to SHA-256 for the file with the initial factors; empty if no such file is needed."""
     began = _table(values.get(BEGAN))
     return {str(began["file"]): str(began.get("sha256"))} if began.get("file") else {}
 
 
 def _checked(path: Path, value: JsonValue) -> JsonObject:
-    """Check that a value is a JSON object in a known format, with a valid seal if the format has one, and return it.
+    """Check that a value is a JSON object in a known format, with a valid seal if the format has one.
 
     Raises:
         AdapterFileError: The value fails a check, or its format is newer than this version reads.
@@ -419,7 +419,8 @@ def _doubt(sidecar: Sidecar, file: TensorFile, path: Path) -> str | None:
     """Return the reason why weights cannot be verified, or None if they are the ones that lorakit wrote.
 
     Raises:
-        AdapterFileError: lorakit wrote the weights, but they were changed later or belong to another `lorakit.json`.
+        AdapterFileError: lorakit wrote the weights, but they were changed later or do not belong to this
+            `lorakit.json`.
     """
     written = file.metadata.get(METADATA_KEY, "")
     if sidecar.present and written.isdecimal() and int(written) > sidecar.format_version:

@@ -88,7 +88,7 @@ class Site:
 
 
 def judge(config: LoraConfig, sites: Sequence[Site], largest: Mapping[str, float]) -> tuple[Finding, ...]:
-    """Return what is implausible about an adapter.
+    """Return findings about the implausible properties of an adapter.
 
     Args:
         config: The adapter's config.
@@ -109,7 +109,7 @@ def judge(config: LoraConfig, sites: Sequence[Site], largest: Mapping[str, float
 
 
 def nonfinite(largest: Mapping[str, float]) -> Finding | None:
-    """Return the finding for NaN and infinite values, or None if all are finite; `largest` is as in `judge`."""
+    """Return the finding for NaN and infinite values, or None if all values are finite; `largest` is as in `judge`."""
     return _of_tensors(NONFINITE, "NaN or infinite values", largest, lambda value: not math.isfinite(value))
 
 
@@ -141,7 +141,7 @@ def implausible(folder: str | Path, findings: Sequence[Finding], may_be_zero: bo
 
 
 def largest_values(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the `largest_value` of each tensor (…), by name."""
+    """Return a dict from name to the `largest_value` of each tensor (…)."""
     return {name: largest_value(tensor) for name, tensor in tensors.items()}
 
 
@@ -180,7 +180,7 @@ def _scales(config: LoraConfig, sites: Sequence[Site]) -> list[Finding]:
     ]
     steepness = f"alpha_pattern makes the scale at least {STEEPEST_USUAL_PATTERN:g} times that of the config"
     sorts = (
-        (ALPHA, "lora_alpha, and so the scale, is zero or negative", alphas),
+        (ALPHA, "lora_alpha, and therefore the scale, is zero or negative", alphas),
         (SCALE, f"The scale is {LARGEST_USUAL_SCALE:g} or more", large),
         (PATTERN, steepness, steep),
     )
@@ -216,8 +216,8 @@ class SiteSummary:
         r: Rank; for several experts in one parameter, the rank of each expert.
         lora_alpha: Alpha, or None if it depends on a pattern that is not a plain name.
         scale: Effective scale, or None if alpha is None.
-        in_features: Columns of A.
-        out_features: Rows of B.
+        in_features: Number of columns in A.
+        out_features: Number of rows in B.
         norm: Frobenius norm of scale·B·A (of B·A if the scale is unknown).
         experts: Number of experts whose factors are in A and B; 0 for a single matrix.
     """
@@ -295,7 +295,7 @@ def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterSummary:
 
 
 def judge_files(files: AdapterFiles, allow: Collection[str] = ()) -> tuple[Finding, ...]:
-    """Return what is implausible about an adapter whose tensors are used without `load_adapter`.
+    """Return findings about an adapter whose tensors are used without `load_adapter`.
 
     Args:
         files: The adapter's files.
@@ -340,7 +340,7 @@ def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tenso
 
 
 def _known_site(files: AdapterFiles, path: str, A: Tensor) -> tuple[int, Site]:
-    """Return a site's rank and its other known properties, given its A (r, in, …)."""
+    """Return a site's rank and other known properties, given the site's A (r, in, …)."""
     r, alpha = rank_and_alpha(files, path, int(A.shape[0]))
     return r, Site(path, alpha, None if alpha is None else scale(r, alpha, files.config.use_rslora))
 

@@ -22,7 +22,7 @@ MAX_FILE_BYTES = 64 << 30
 MAX_HEADER_BYTES = 8 << 20
 MAX_TENSORS = 100_000
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""dtypes that factors may have on disk, with sizes in bytes; converting from any other dtype would corrupt values."""
+"""Dtypes that factors may have on disk, with sizes in bytes; converting from any other dtype would corrupt values."""
 
 WHOLE_BYTES = {"I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 """Additional dtypes for buffers of saved modules, such as a batch norm's batch counter."""
@@ -65,7 +65,7 @@ def encode(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 
 def _in_order(data: bytes) -> bytes:
-    """Return the same file with sorted metadata; the order in which safetensors writes it varies from call to call."""
+    """Return the file with its metadata sorted, because the order in which safetensors writes metadata can vary."""
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     if "__metadata__" in header:

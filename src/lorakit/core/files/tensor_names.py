@@ -1,6 +1,6 @@
 """Build and parse the names of an adapter's tensors on disk: `base_model.model.` + site path + ending.
 
-The names are those of PEFT. Only this module defines them: saving builds names here, and loading parses them here.
+The names are the same as PEFT's. Only this module builds names (for saving) and parses them (for loading).
 """
 
 from __future__ import annotations
@@ -72,21 +72,21 @@ def endings_of(kind: Kind) -> tuple[str, str]:
 
 
 def part_names(kind: Kind, variant: Variant) -> dict[str, str]:
-    """Return the names, relative to the site's path, of all tensors that a factor can have, by `Key.part`."""
+    """Return a dict from `Key.part` to the tensor's name relative to the site's path, for all tensors of a factor."""
     A, B = kind.names
     own = {tensor.held_as: tensor.keys[0].removeprefix(".") for tensor in variant.tensors}
     return {"A": A + kind.on_disk, "B": B + kind.on_disk, "bias": f"{B}.bias", **own}
 
 
 def adapter_tensors(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, Tensor]:
-    """Return all tensors that an adapter trains, by their names on disk.
+    """Return all tensors that an adapter trains, keyed by name on disk.
 
     Args:
         model: The adapted model, or its index.
         adapter: The adapter.
 
     Returns:
-        Name -> the model's tensor (…) itself, not a copy; sorted by name.
+        A dict from name to tensor (…), sorted by name. The tensors are the model's, not copies.
     """
     index = AdapterIndex.of(model)
     found: dict[str, Tensor] = {}
@@ -99,7 +99,7 @@ def adapter_tensors(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, 
 
 
 def inside(path: str, depths: Mapping[str, int]) -> str:
-    """Convert a path in the plain base to PEFT's form: with `.base_layer` for each layer around a module in the path.
+    """Convert a path in the plain base to PEFT's form, with `.base_layer` for each layer around a module in the path.
 
     Args:
         path: The path in the plain base.

@@ -1,4 +1,4 @@
-"""Select which adapters are active or trained, and where an aLoRA adapter starts.
+"""Select which adapters are active or trainable, and where in the input an aLoRA adapter becomes active.
 
 `set_trained` is the only function that switches `requires_grad` for a whole adapter; parameters that an init freezes
 (such as B in MiCA) stay frozen.
@@ -24,7 +24,7 @@ from lorakit.errors import RouteError
 
 
 def activate(model: nn.Module, *names: str) -> None:
-    """Set the default adapters, which apply in every thread that has no override.
+    """Set the default adapters, which are active in every thread without an override.
 
     Args:
         model: An adapted model.
@@ -47,7 +47,7 @@ def use(model: nn.Module, *names: str, keep: bool = False) -> Override:
     Args:
         model: An adapted model.
         names: One or more adapters; they all apply to every row.
-        keep: As in `route`; a single adapter's factors are cached in the base's dtype.
+        keep: As in `route`; with a single adapter, its factors are cached in the base's dtype.
 
     Raises:
         RouteError: An adapter is not on the model, or no adapter is named.
@@ -68,10 +68,10 @@ def route(model: nn.Module, rows: Sequence[str | None], *, copies: int = 1, keep
         rows: One adapter name per row of the batch; None runs the row on the base alone.
         copies: Also accept batches that repeat each row this many times in succession: in beam search, for example,
             the decoder receives each prompt several times but the encoder only once.
-        keep: To speed up generation, cache the stacked factors of the rows' adapters for all forward passes in the
-            context. Factors are stacked only when gradients are disabled, and the cache takes as much memory as the
-            adapters would in the base's dtype. If an adapter changes, its factors are stacked again; changes made
-            through `.data` cannot be detected.
+        keep: Whether to cache the stacked factors of the rows' adapters for all forward passes in the context, which
+            speeds up generation. Factors are stacked only when gradients are disabled. The cache takes as much memory
+            as the adapters would in the base's dtype. If an adapter changes, its factors are stacked again, but changes
+            made through `.data` cannot be detected.
 
     Raises:
         RouteError: An adapter is not on the model, `rows` is empty or a string, or `copies` is less than 1.
@@ -99,7 +99,7 @@ def disable(model: nn.Module) -> Override:
 
 
 def checkpoint_contexts(model: nn.Module) -> CheckpointContexts:
-    """Return a `context_fn` for non-reentrant checkpointing, so that recomputation uses the forward pass's route.
+    """Return a `context_fn` for non-reentrant checkpointing that makes recomputation use the route of the forward pass.
 
     Args:
         model: An adapted model.
@@ -111,7 +111,7 @@ def checkpoint_contexts(model: nn.Module) -> CheckpointContexts:
 
 
 def adapters(model: nn.Module) -> dict[str, LoraConfig]:
-    """Return the adapters' configs by name, in the order in which the adapters were attached; empty if there are none.
+    """Return a dict from adapter name to config, in the order of attachment; empty if the model has no adapters.
 
     Args:
         model: Any model.
@@ -121,15 +121,15 @@ def adapters(model: nn.Module) -> dict[str, LoraConfig]:
 
 
 def trainable_parameters(model: nn.Module, name: str | None = None) -> list[tuple[str, nn.Parameter]]:
-    """Return the trainable parameters of adapters, with their names.
+    """Return the trainable parameters of one adapter or of all adapters, with their names.
 
     Args:
         model: An adapted model.
         name: One adapter, or None for all.
 
     Returns:
-        (name, parameter) pairs, named as in `model.named_parameters()`; each parameter (…) requires gradients and
-        appears exactly once.
+        (name, parameter) pairs with the names that `model.named_parameters()` gives. Each parameter (…) requires
+        gradients and appears exactly once.
 
     Raises:
         AdapterError: The adapter is not on the model, or the model has no adapters.
@@ -142,14 +142,15 @@ def trainable_parameters(model: nn.Module, name: str | None = None) -> list[tupl
 
 
 def parameters_by_adapter(model: nn.Module, names: Collection[str]) -> dict[str, list[nn.Parameter]]:
-    """Return every parameter of the given adapters: A, B, magnitudes, saved modules, trainable token rows and biases.
+    """Return all parameters of the given adapters: A, B, magnitudes, saved modules, trainable token rows and biases.
 
     Args:
         model: An adapted model.
         names: The adapters.
 
     Returns:
-        Adapter -> the adapter's parameters (…), each listed once, in the order in which their modules were adapted.
+        A dict from adapter name to the adapter's parameters (…). Each parameter is listed once, in the order in which
+        the modules were adapted.
     """
     state = state_of(model)
     found: dict[str, list[nn.Parameter]] = {name: [] for name in names}
@@ -170,7 +171,7 @@ def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | Non
     Args:
         model: An adapted model; only `requires_grad` flags change.
         wanted: Adapter -> whether its parameters require gradients; unknown names are ignored.
-        others: Whether the parameters of all other adapters require gradients; None leaves them unchanged.
+        others: Whether the parameters of all other adapters require gradients; None leaves those parameters unchanged.
     """
     state = find_state(model)
     if state is None:
@@ -217,12 +218,12 @@ def penalties(model: nn.Module) -> Tensor | None:
 def invocation_offsets(
     input_ids: Tensor, tokens: Sequence[int], attention_mask: Tensor | None = None
 ) -> list[int | None]:
-    """Return where an aLoRA adapter starts in each row: at the last occurrence of its invocation tokens.
+    """Return where an aLoRA adapter becomes active in each row: at the last occurrence of its invocation tokens.
 
     Args:
-        input_ids: (rows, length) or (length,).
+        input_ids: Token ids, (rows, length) or (length,).
         tokens: The adapter's invocation tokens.
-        attention_mask: (rows, length), 0 for padding; occurrences in padding are ignored.
+        attention_mask: (rows, length), 0 for padding; invocation tokens in padding are ignored.
 
     Returns:
         For each row, the number of positions from the first invocation token to the end of the row, or None if the
@@ -239,7 +240,7 @@ def invoked(
     *,
     offsets: Sequence[int | None] | None = None,
 ) -> Override:
-    """Within a context, start aLoRA adapters where the given prompts invoke them, regardless of the model's input.
+    """Within a context, activate aLoRA adapters where the given prompts invoke them, regardless of the model input.
 
     Use this for forward passes that receive embeddings instead of tokens, or only part of a text. Later forward passes
     continue from the same start positions.
@@ -249,12 +250,12 @@ def invoked(
         input_ids: The prompts, (rows, length).
         attention_mask: (rows, length), 0 for padding.
         offsets: For each row, the number of positions at the end of the prompt at which every aLoRA adapter is active,
-            or None if the row invokes no adapters. If given, the prompts are not searched for invocation tokens.
-            Without `input_ids`, offsets are counted from the end of each forward pass's input.
+            or None if the row invokes no adapters. If offsets are given, the prompts are not searched for invocation
+            tokens. Without `input_ids`, offsets are counted from the end of each forward pass's input.
 
     Raises:
         AdapterError: The model has no adapters.
-        RouteError: Neither prompts nor offsets are given, or the number of prompts differs from that of offsets.
+        RouteError: Neither prompts nor offsets are given, or the number of offsets differs from the number of prompts.
     """
     state = state_of(model)
     length = None if input_ids is None else input_ids.shape[-1]
@@ -274,7 +275,9 @@ def invoked(
 
 
 def prompt_offset(model: nn.Module, input_ids: Tensor, adapter: str) -> int:
-    """Return the number of tokens at the end of a prompt at which an adapter is active: all, except for aLoRA adapters.
+    """Return the number of tokens at the end of a prompt for which an adapter is active.
+
+    An aLoRA adapter is active from its invocation tokens onward, and any other adapter for the whole prompt.
 
     Args:
         model: A model with or without adapters.
@@ -282,7 +285,7 @@ def prompt_offset(model: nn.Module, input_ids: Tensor, adapter: str) -> int:
         adapter: The adapter.
 
     Raises:
-        ConfigError: The config does not specify the adapter's invocation tokens.
+        ConfigError: The adapter's config does not specify the invocation tokens.
     """
     state = find_state(model)
     if state is None or adapter not in state.waiting:

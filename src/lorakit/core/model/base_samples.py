@@ -2,8 +2,8 @@
 
 Tensors have the same names, shapes and values as in the plain base (without adapters, merges or trained biases). The
 sampled positions depend only on a tensor's name and shape: the tensor is divided into equal ranges, and a hash chooses
-one position in each, so that changes to a contiguous block or in a regular pattern cannot miss every sample. Values are
-stored bit for bit in their dtype.
+one position in each, so that changes to a contiguous block or in a regular pattern cannot avoid every sample. Values
+are stored bit for bit in their dtype.
 
 Two samples can belong to the same base if rounding one of them gives the other, or if both can be obtained by rounding
 the same values. Only rounding to dtypes in which models are loaded counts, either directly or via a third dtype. It is
@@ -121,7 +121,7 @@ class BaseTensor:
 
         Returns:
             Bit patterns (n,) as integers of the dtype's width (fp32 for a quantized weight); and the largest possible
-            quantization errors of the values (n,), or None if the tensor is not quantized.
+            quantization error of each value (n,), or None if the tensor is not quantized.
         """
         if not isinstance(self.source, Tensor):
             rows, columns = self.source.shape
@@ -260,7 +260,7 @@ def positions(tensors: Sequence[tuple[str, tuple[int, ...]]], count: int) -> Ten
 
     Args:
         tensors: Name and shape of each tensor; each has at least `count` values.
-        count: Positions per tensor, at least 1.
+        count: Number of positions per tensor, at least 1.
     """
     seeds = [f"{name} {'x'.join(map(str, shape))}".encode() for name, shape in tensors]
     drawn = b"".join(hashlib.shake_128(seed).digest(4 * count) for seed in seeds)
@@ -337,10 +337,10 @@ def _decoded(data: bytes, dtype: torch.dtype) -> Tensor:
 
 
 FIRST_TENSORS, FIRST_NUMBERS = 16, 16
-"""In fingerprints in format 1, the number of sampled tensors and the number of values (rounded to bf16) in each sample.
+"""Number of sampled tensors, and number of values (rounded to bf16) in each sample, for fingerprints in format 1.
 
-These fingerprints are still compared, but with a weaker guarantee: changes to tensors that are not sampled (including
-all norm weights and biases) and changes within one bf16 step are missed."""
+Fingerprints in format 1 can still be compared, but with a weaker guarantee: changes to tensors that are not sampled
+(including all norm weights and biases) and changes within one bf16 step are missed."""
 
 
 def first_positions(shape: tuple[int, ...]) -> Tensor:
@@ -354,7 +354,7 @@ def first_positions(shape: tuple[int, ...]) -> Tensor:
 
 
 def take_first_samples(tensors: Mapping[str, BaseTensor], read: Callable[[str], Tensor] | None) -> dict[str, Sample]:
-    """Sample matrices as in format 1.
+    """Sample matrices in the way that format 1 prescribes.
 
     Args:
         tensors: Name -> readable tensor.

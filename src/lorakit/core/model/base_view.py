@@ -1,4 +1,4 @@
-"""Access the base underneath its adapters: the tensors from before any merge, under their names in the plain base.
+"""Read the base underneath its adapters: its tensors as they were before any merge, named as in the plain base.
 
 This module also quantizes individual linear layers, for models and storage formats that transformers does not support,
 and replaces quantized modules with plain ones.
@@ -28,14 +28,14 @@ SAMPLES, TOLERANCE = 4096, 1e-2
 
 
 def dequantize(model: nn.Module) -> int:
-    """Replace every quantized module of a model without adapters with a plain one.
+    """Replace every quantized module with an equivalent plain module; the model must have no adapters.
 
     Args:
-        model: The model, changed in place; each plain weight has the compute dtype of the quantized module that it
+        model: The model, changed in place; each plain module gets the compute dtype of the quantized module that it
             replaces.
 
     Returns:
-        The number of replaced modules.
+        The number of modules replaced.
 
     Raises:
         MergeError: A weight cannot be read.
@@ -48,7 +48,7 @@ def dequantize(model: nn.Module) -> int:
 
 
 def disable_base_repacking(model: nn.Module) -> None:
-    """Prevent modules from rewriting their weights during a forward pass, as those of some quantizers do.
+    """Prevent modules from rewriting their weights during a forward pass, as the modules of some quantizers do.
 
     Args:
         model: A model without adapters; weight values do not change.
@@ -103,7 +103,7 @@ def quantized_linear(linear: nn.Linear, wanted: Quantization) -> nn.Module:
 
 
 def base_tensors(model: nn.Module | AdapterIndex, *, stacked: bool = True) -> Iterator[tuple[str, Tensor, nn.Module]]:
-    """Yield the base's parameters and buffers, with values from before any merge and names as in the plain base.
+    """Yield the base's parameters and buffers as they were before any merge, under their names in the plain base.
 
     Args:
         model: A model with or without adapters.
@@ -119,7 +119,7 @@ def base_tensors(model: nn.Module | AdapterIndex, *, stacked: bool = True) -> It
     tables = [table for _, table in index.every(TrainableTokens) if not table.follows and table.merged_adapters]
     unmerged = {id(t.original_module.weight): t.token_adapter.original(strict=False) for t in tables}
     if not stacked and index.state is not None and index.state.replication is not None:
-        # a replicated layer and the original hold the same weight in different modules
+        # a replicated layer and the original layer hold the same weight in different modules
         held = [(layer.source._parameters.get(layer.spec.parameter), layer) for layer in layers.values()]
         layers |= {(id(parameter), ""): layer for parameter, layer in held if parameter is not None}
     for path, module in index.plain_modules(stacked):
@@ -175,7 +175,10 @@ class QuantizedWeight:
         return bias if self.layer is None else self.layer.original_bias()
 
     def dequantized(self, dtype: torch.dtype) -> nn.Module:
-        """Return the equivalent plain module in the quantized module's compute dtype, or in `dtype` if it has none."""
+        """Return the equivalent plain module in the quantized module's compute dtype.
+
+        If the quantized module has no compute dtype, `dtype` is used.
+        """
         return self.base.dense(self.module, self.base.read(self.module, self.stored), dtype)
 
 
@@ -203,10 +206,10 @@ def quantized_weights(model: nn.Module | AdapterIndex, *, stacked: bool = True) 
 
 
 def float_dtype(model: nn.Module | AdapterIndex) -> torch.dtype:
-    """Return a base's compute dtype: that of the first floating-point parameter in an unquantized module.
+    """Return the base's compute dtype: the dtype of the first floating-point parameter in an unquantized module.
 
-    If there is no such parameter, return the dtype of the first bias in a quantized module, or fp32 if there are no
-    biases.
+    If there is no such parameter, return the dtype of the first bias in a quantized module, or fp32 if no quantized
+    module has a bias.
 
     Args:
         model: A model with or without adapters.

@@ -1,13 +1,13 @@
 """The identity of a base: its architecture, the names and shapes of its parameters, and samples of every tensor.
 
-A fingerprint takes milliseconds to compute, even for large models, because it contains only the values at fixed
-positions in every floating-point parameter and persistent buffer, bit for bit in the tensor's dtype. Adapters, merges
-and trained biases do not change the fingerprint.
+A fingerprint takes milliseconds to compute, even for large models, because every floating-point parameter and
+persistent buffer is sampled only at fixed positions. The sampled values are stored bit for bit in the tensor's dtype.
+Adapters, merges and trained biases do not change the fingerprint.
 
 A fingerprint misses changes at positions that are not sampled, unless the weight files are known and differ: a change
-to a fraction f of a tensor's values is missed with probability (1 - f)^64. A fingerprint also misses changes to a
-quantized weight that are smaller than the quantization error; changes to buffers that are not saved, to the model's
-code and config, or to the tokenizer; and deliberate changes by someone who knows the sampled positions.
+to a fraction f of a tensor's values is missed with probability (1 - f)^64. A fingerprint also misses changes within the
+quantization error of a quantized weight; changes to buffers that are not saved, to the model's code and config, or to
+the tokenizer; and deliberate changes by someone who knows the sampled positions.
 
 Adapters that were merged permanently are recorded in the model's config, which is saved and loaded with the weights,
 so that no adapter is applied twice.
@@ -58,13 +58,13 @@ from lorakit.machine import cache_directory
 SAME, OTHER_PRECISION, UNVERIFIABLE, DIFFERENT = "same", "same at other precision", "unverifiable", "different"
 
 FIRST, VERSION = 1, 2
-"""The first format, which has no version field, and the current one."""
+"""The first format version, whose fingerprints have no version field, and the current format version."""
 
 RUNNING = frozenset({"running_mean", "running_var"})
 """Buffers that change during forward passes in training mode and are not saved with adapters."""
 
 SHOWN = 3
-"""Maximum number of tensors that a reason names."""
+"""Maximum number of tensors named in a reason."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Fingerprint:
     Attributes:
         architecture: Class name of the model.
         parameters: Number of parameters; a tensor with several names is counted once.
-        names_sha256: SHA-256 of the sorted parameter names and their shapes.
+        names_sha256: SHA-256 of the names and shapes of the parameters, sorted by name.
         vocabulary: Number of rows in the input embedding; 0 if there is none.
         dtype: The most common dtype or weight format among the matrices.
         samples: Parameter -> sample; empty if the values cannot be read.
@@ -95,11 +95,11 @@ class Fingerprint:
 
     @property
     def bounds(self) -> dict[str, bytes]:
-        """Quantized tensor -> largest quantization error of each sampled value, in bf16."""
+        """Dict from quantized tensor to the largest quantization error of each sampled value, in bf16."""
         return {name: sample.bound for name, sample in self.samples.items() if sample.bound}
 
     def without(self, names: Collection[str]) -> Fingerprint:
-        """Return the fingerprint without the samples of some parameters and buffers."""
+        """Return a copy of the fingerprint without the samples of the given parameters and buffers."""
         samples = {name: sample for name, sample in self.samples.items() if name not in names}
         buffers = {name: sample for name, sample in self.buffers.items() if name not in names}
         return replace(self, samples=samples, buffers=buffers)
@@ -153,7 +153,8 @@ def fingerprint(
 
     Args:
         model: A model with or without adapters, or its index; not changed.
-        read: Function that maps a name to a tensor (…), for a model on the meta device; None if the model has values.
+        read: Function that maps a name to a tensor (…), for a model on the meta device; None to read the model's
+            tensors.
         cut: Id of a base tensor -> number of leading rows to use.
         like: Fingerprint that the result will be compared with; the result uses the same format.
         with_files: Whether to hash the weight files that the model was loaded from, if they are known.
@@ -187,12 +188,12 @@ def fingerprint(
 
 
 def compare(known: Fingerprint | None, present: Fingerprint, whose: str = "the adapter's") -> BaseVerdict:
-    """Compare an adapter's base with the base of a model.
+    """Compare an adapter's base with a model's base.
 
     Args:
         known: The fingerprint saved with the adapter, or None.
         present: The model's fingerprint.
-        whose: Possessive phrase for the owner of the base that `known` describes, for use in the reason.
+        whose: Possessive for the owner of the known base, for use in the reason.
 
     Returns:
         The verdict, its reason, and a warning if there is one.
@@ -224,7 +225,7 @@ def _compare_samples(known: Fingerprint, present: Fingerprint, whose: str) -> Ba
         else APART
         for name in sorted({*known.samples, *(() if first else present.samples)})
     }
-    shared = [name for name in sorted(known.buffers) if name in present.buffers]  # may be persistent in only one model
+    shared = [name for name in sorted(known.buffers) if name in present.buffers]  # others are persistent in only one
     found |= {name: agree(known.buffers[name], present.buffers[name]) for name in shared}
     apart = [name for name, degree in found.items() if degree == APART]
     moved = [name for name in apart if name in shared and name.rpartition(".")[2] in RUNNING]
@@ -357,10 +358,10 @@ CONFIG_KEY = "lorakit_merged"
 
 
 def merge_record(model: nn.Module) -> dict[str, str]:
-    """Return the adapters that were permanently merged into a model: SHA-256 of the weights -> adapter name.
+    """Return the adapters that were permanently merged into a model, as a dict from weights SHA-256 to adapter name.
 
     Args:
-        model: Any model; the result is empty if there is no config or the config has no valid record.
+        model: Any model; the dict is empty if there is no config or the config has no valid record.
     """
     recorded = getattr(getattr(model, "config", None), CONFIG_KEY, None)
     entries = recorded if isinstance(recorded, (list, tuple)) else []
@@ -379,7 +380,7 @@ def add_merge_record(model: nn.Module, adapters: Mapping[str, str]) -> None:
 
 
 def check_not_merged_in(model: nn.Module, folder: Path, weights_sha256: str, allow: Collection[str]) -> None:
-    """Check that an adapter has not already been merged into the weights, unless "base_mismatch" is allowed.
+    """Check that an adapter has not already been merged into a model, unless "base_mismatch" is allowed.
 
     Args:
         model: The base.
@@ -410,7 +411,7 @@ LEAST_KEPT = 1 << 20
 
 MOST_BYTES = 1 << 30
 """Maximum total size in bytes of the files to hash; hashing this much takes about a second. Files with a cached hash do
-not count, nor do files that the Hub's cache names by their hash. If the total is larger, no hashes are returned."""
+not count, nor do files that the Hub cache names by their hash. If the total is larger, no hashes are returned."""
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -418,19 +419,21 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def weight_file_hashes(model: nn.Module) -> dict[str, str]:
-    """Return file name -> SHA-256 for the safetensors files that a model was loaded from; empty if any is unknown.
+    """Return a dict from file name to SHA-256 for the safetensors files that a model was loaded from.
+
+    The dict is empty if the files are not known or a hash cannot be computed.
 
     Args:
         model: A model whose config says where the model was loaded from (`name_or_path`).
     """
     try:
         return _hashes(_files_of(model))
-    except (OSError, RuntimeError, ValueError):  # an unreadable file, no home directory, or not a path
+    except (OSError, RuntimeError, ValueError):  # an unreadable file, no home directory, or an invalid path
         return {}
 
 
 def _files_of(model: nn.Module) -> list[Path]:
-    """Return a model's weight files from its directory, or from the Hub's cache if only one cached revision has any."""
+    """Return the weight files from a model's directory, or from the Hub cache if only one cached revision has any."""
     name = getattr(getattr(model, "config", None), "name_or_path", None)
     if not isinstance(name, str) or not name:
         return []
@@ -469,7 +472,7 @@ def _hashes(files: list[Path]) -> dict[str, str]:
         real = Path(os.path.realpath(file))
         status = _file_status(real)
         entry = kept.get(str(real), {})
-        if _SHA256.fullmatch(real.name) and real.parent.name == "blobs":  # the Hub's cache names blobs by their SHA-256
+        if _SHA256.fullmatch(real.name) and real.parent.name == "blobs":  # the Hub cache names blobs by their SHA-256
             known[file.name] = real.name
         elif entry and entry == {**status, "sha256": entry["sha256"]}:
             known[file.name] = entry["sha256"]
@@ -490,7 +493,7 @@ def _hashes(files: list[Path]) -> dict[str, str]:
 
 
 def _file_status(file: Path) -> dict[str, int]:
-    """Return properties of a file that change when its content changes.
+    """Return file properties that change when the file's content changes.
 
     Raises:
         OSError: The path is not a regular file, or cannot be read.

@@ -2,7 +2,7 @@
 
 Each public call builds an index, passes it to other functions and discards it. No index is kept between calls, because
 other code may tie, offload or copy modules at any time. In an adapted model, most modules only hold factors; traversals
-skip such modules. This module does not handle configs or arithmetic.
+skip those modules. This file does not handle configs or arithmetic.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class TargetWeight:
 
     @property
     def pattern_path(self) -> str:
-        """Path to match against `rank_pattern` and `alpha_pattern`: that of the module or of the bare parameter."""
+        """Path to match against `rank_pattern` and `alpha_pattern`: that of the module, or of a bare parameter."""
         return f"{self.outer}.{self.spec.parameter}" if self.kind.names_parameter else self.outer
 
 
@@ -81,7 +81,7 @@ class AdapterIndex:
             are listed only if they are adapted modules themselves.
         components: Path -> adapted module, in model order.
         patches: Path -> hooks through which adapters train the biases of the module at that path.
-        kinds: Custom kinds by name.
+        kinds: Name -> custom kind.
     """
 
     model: nn.Module
@@ -207,7 +207,7 @@ class AdapterIndex:
 
     @cached_property
     def shared(self) -> dict[int, list[str]]:
-        """Id of each parameter that several base modules share -> paths of those modules."""
+        """Dict from the id of each parameter that several base modules share to the paths of those modules."""
         held: dict[int, list[str]] = {}
         for path in self.modules:
             for parameter in self.base(path)._parameters.values():
@@ -217,7 +217,7 @@ class AdapterIndex:
 
     @cached_property
     def holders(self) -> dict[int, list[tuple[str, nn.Module]]]:
-        """`identity` of a base weight -> (name, module) pairs, one for each module that holds the weight."""
+        """Dict from the `identity` of each base weight to (name, module) pairs for the modules that hold the weight."""
         found: dict[int, list[tuple[str, nn.Module]]] = {}
         for path, module in self.plain_modules():
             prefix = f"{path}." if path else ""
@@ -267,7 +267,7 @@ class AdapterIndex:
         return standing.owner if isinstance(standing, LoraLayer) else standing
 
     def targets(self, path: str, kind: Kind) -> list[TargetWeight]:
-        """Return the weights to adapt when a target names a module.
+        """Return the weights to adapt if a target names the given module.
 
         Args:
             path: Path of the module.
@@ -343,7 +343,7 @@ class AdapterIndex:
 
         Args:
             old: An adapted module, or a module that is not inside an adapted one.
-            new: The module that replaces it.
+            new: The replacement.
         """
         targets = self.parents.get(id(old), [])
         for parent, attribute in targets:
@@ -393,7 +393,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def find_state(model: nn.Module) -> AdapterState | None:
-    """Return the state that the layers of a model share, or None if there are no adapters.
+    """Return the adapter state that a model's layers share, or None if the model has no adapters.
 
     The search stops at the first adapted module, unless the model has never been indexed.
 
@@ -407,7 +407,7 @@ def find_state(model: nn.Module) -> AdapterState | None:
 
 
 def state_of(model: nn.Module) -> AdapterState:
-    """Return the state that the layers of a model share.
+    """Return the adapter state that a model's layers share.
 
     Raises:
         AdapterError: The model has no adapters, or parts of it were adapted separately.
@@ -417,14 +417,17 @@ def state_of(model: nn.Module) -> AdapterState:
 
 
 def identity(parameter: Tensor | None) -> int:
-    """Return a key that is the same for parameters (…) that share memory: the address, or else the object's id."""
+    """Return a key that is the same for all parameters (…) that share memory.
+
+    The key is the memory address or, if there is no address, the object's id.
+    """
     if parameter is None or type(parameter.data) is not Tensor:
         return id(parameter)
     return parameter.data_ptr() or id(parameter)
 
 
 def defined_parameters(module: nn.Module) -> list[str]:
-    """Return the names of a module's own parameters in definition order, with parametrized ones last."""
+    """Return the names of a module's direct parameters in definition order, with parametrized parameters last."""
     names = [name for name, parameter in module._parameters.items() if parameter is not None]
     parametrised = module._modules.get(PARAMETRISED)
     return names + ([] if parametrised is None else list(parametrised._modules))
@@ -453,7 +456,7 @@ def _candidate(path: str, base: nn.Module, kind: Kind | None, head: nn.Module | 
 
 
 def _can_be_read(module: nn.Module, kind: Kind) -> bool:
-    """Return whether a module's weights can be read: as floats, in one of WEIGHT_FORMATS, or by a custom kind."""
+    """Return whether a module's weights can be read: as floats, in one of `WEIGHT_FORMATS`, or by a custom kind."""
     weight = module._parameters.get("weight")
     if weight is not None and torch.is_floating_point(weight) and weight.ndim > 1:
         return True
@@ -495,7 +498,7 @@ def trainable_block(index: AdapterIndex) -> AbstractContextManager[object]:
     """Return a context manager that makes new tensors trainable even inside `torch.inference_mode`.
 
     Raises:
-        ModelError: The model was created in inference mode, but the call is made outside it.
+        ModelError: The model was created in inference mode, but the call is made outside inference mode.
     """
     held = (p for module in index.everything.values() for p in module._parameters.values() if p is not None)
     return trainable(index.model, next(held, None))

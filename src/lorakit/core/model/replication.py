@@ -1,8 +1,8 @@
 """Repeat some layers of a model (`layer_replication`); the copies share the weights of the original layers.
 
 Each copy is a separate module with the same parameters, so that each copy can have different factors (Kim et al. 2023,
-arXiv:2312.15166, stack layers in this way). Attaching the first adapter with this setting replaces the list of layers,
-and detaching the last one restores the original list; the state keeps both lists.
+arXiv:2312.15166, stack layers this way). Attaching the first adapter with this setting replaces the list of layers, and
+detaching the last adapter restores the original list; the adapter state keeps both lists.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WRAPPERS = ("model", "bert", "transformer")
 """Names that different architectures use for the submodule that contains the layers."""
 
 LISTS = (("", "layers"), ("encoder", "layer"), ("", "h"))
-"""Submodule and attribute that hold the list of layers in Llama, BERT and Falcon."""
+"""Submodule and attribute under which Llama, BERT and Falcon models, in this order, hold their lists of layers."""
 
 PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type")
 """Config fields with one entry per layer."""
@@ -68,7 +68,7 @@ class Replication:
         """Restore the original list; the stacked layers must have no adapters."""
         order = _order(self.ranges)
         for number, layer in enumerate(self.original):
-            if number in order:  # neither moved buffers nor the training flag is shared
+            if number in order:  # layers do not share moved buffers or the training flag
                 for old, new in zip(layer.modules(), self.stacked[order.index(number)].modules(), strict=True):
                     old._buffers.update(new._buffers)
                     old.training = new.training

@@ -1,4 +1,4 @@
-"""Find a model's sites and the weights that an adapter targets, including bare parameters, with their paths on disk.
+"""Find a model's adapted sites and the weights that an adapter targets, and convert their paths to paths on disk.
 
 A module with several adapted parameters has one layer per parameter; the parameter defined last has the outermost
 layer. Paths on disk follow PEFT: they show this nesting instead of the parameters' names, and they count only the
@@ -29,9 +29,9 @@ class Site:
 
     Attributes:
         path: Dotted path in the model.
-        kind: Name of the kind.
-        out_features: Rows of the canonical weight.
-        in_features: Columns of the canonical weight.
+        kind: Name of the site's kind.
+        out_features: Number of rows in the canonical weight.
+        in_features: Number of columns in the canonical weight.
         layer: The layer at the site.
     """
 
@@ -46,7 +46,7 @@ def sites(model: nn.Module) -> list[Site]:
     """Return the adapted sites in model order.
 
     Args:
-        model: Any model; without adapters, the result is empty.
+        model: Any model; the result is empty if the model has no adapters.
     """
     return [
         Site(path, layer.kind_name, layer.spec.out_features, layer.spec.in_features, layer)
@@ -84,7 +84,9 @@ def matched(index: AdapterIndex, config: LoraConfig, allow_partial: bool = False
 
 
 def named_targets(index: AdapterIndex, config: LoraConfig) -> dict[str, TargetWeight]:
-    """Return the bare parameters that a config names, as path on disk -> target weight; patterns are ignored.
+    """Return a dict from path on disk to target weight, for the bare parameters that a config names.
+
+    Rank and alpha patterns are ignored.
 
     Args:
         index: The model's index.
@@ -111,7 +113,7 @@ def targets_of(index: AdapterIndex, matches: Sequence[Match]) -> list[tuple[Matc
         (match, weight) pairs; within a module, the weight with the innermost layer comes first.
 
     Raises:
-        TargetError: A module and one of its parameters are both targets, whether of one adapter or of two.
+        TargetError: A module and one of its parameters are both targets, whether of one adapter or of two adapters.
     """
     found = []
     by_module: dict[str, list[Match]] = {}
@@ -159,7 +161,7 @@ def dropout_at(config: LoraConfig, target: TargetWeight, holder: nn.Module) -> f
 
 
 def paths_on_disk(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, str]:
-    """Return path in the model -> path on disk for an adapter's sites, ignoring the layers of other adapters.
+    """Return a dict from path in the model to path on disk for an adapter's sites; other adapters' layers are ignored.
 
     Args:
         model: The adapted model, or its index.

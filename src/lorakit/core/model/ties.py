@@ -91,9 +91,10 @@ def with_ties(index: AdapterIndex, config: LoraConfig, found: Resolution) -> tup
 
 
 def tied_groups(index: AdapterIndex, paths: Collection[str]) -> dict[str, list[str]]:
-    """Return the groups of tied modules that contain a given path, as embedding -> other modules with the same weight.
+    """Return the groups of tied modules that contain at least one of the given paths.
 
-    The result is empty if the model's config says that the embeddings are not tied.
+    The result is a dict from the path of each embedding to the paths of the other modules with the same weight. The
+    dict is empty if the model's config says that the embeddings are not tied.
     """
     groups: dict[str, list[str]] = {}
     for whole in shared_weights(index) if index.is_tied else ():
@@ -108,7 +109,7 @@ def tie_copies(copies: Mapping[str, nn.Module], embeddings: Mapping[str, str]) -
     """Make saved copies of tied modules share one weight.
 
     Args:
-        copies: Path -> an adapter's copy, not yet in the model.
+        copies: Path -> an adapter's copy of the module at that path, not yet in the model.
         embeddings: Path of a tied module -> path of its embedding.
     """
     for path, embedding in embeddings.items():
@@ -139,7 +140,7 @@ def tie_factors(index: AdapterIndex, name: str, embeddings: Mapping[str, str]) -
 def _tied_matches(
     index: AdapterIndex, config: LoraConfig, matches: Sequence[Match], leader: str, partners: Sequence[str]
 ) -> list[Match]:
-    """Return the matches, extended to all modules of a tied group, each with the embedding's rank and alpha."""
+    """Return the matches, extended so that all modules of a tied group match with the embedding's rank and alpha."""
     own = next((variant for variant in variants_of(config) if variant.tensors), None)
     if own is not None:
         raise ConfigError(
@@ -170,7 +171,7 @@ def _left_alone(groups: Mapping[str, Sequence[str]], named: Collection[str]) -> 
     for leader, partners in groups.items():
         whole = (leader, *partners)
         mine, others = [p for p in whole if p in named], [p for p in whole if p not in named]
-        result = f"{others[0]} keeps the base's weight" if others else f"{' and '.join(mine)} are trained separately"
+        result = f"{others[0]} keeps the base weight" if others else f"{' and '.join(mine)} are trained separately"
         text = (
             f"{TIED}, but `ensure_weight_tying` is not set to True: {result}, so the modules are no longer tied once "
             "the adapter is merged."

@@ -1,9 +1,9 @@
 """Resize a model's embeddings, and select individual rows to train (`trainable_token_indices`).
 
-If an adapter contains every new row (as trainable token rows, or in a saved copy of the whole embedding), the base does
-not need these rows. The loader then appends rows to the base for the adapter to fill, and ignores the appended rows
-when it compares the base with the adapter's base. This module works with the content of an adapter's files but does not
-read the files itself.
+If an adapter contains the rows of all new tokens (as trainable token rows, or in a saved copy of the whole embedding),
+the base does not need to have those rows. The loader then appends rows to the base for the adapter to fill, and ignores
+the appended rows when it compares the base with the one that the adapter was trained on. This module works with the
+content of an adapter's files but does not read the files.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def grow_vocabulary(model: nn.Module, rows: int) -> None:
     """Extend the embedding and the head to a given number of rows; each new row is the mean of the existing rows.
 
     Args:
-        model: A base without adapters, changed in place; unchanged if it has enough rows.
+        model: A base without adapters; changed in place, unless it already has enough rows.
         rows: Number of rows after the call.
 
     Raises:
@@ -70,20 +70,20 @@ def check_growth(model: nn.Module, rows: int) -> list[nn.Module]:
     dense = all(isinstance(table, (nn.Embedding, nn.Linear)) and table.weight.is_floating_point() for table in tables)
     if not dense or _has_other_tables(index, present):
         raise ModelError(
-            f"Tokens cannot be added to this {type(model).__name__}: besides plain embeddings, it has tensors of the "
-            "vocabulary's size that only the model itself can resize. Call model.resize_token_embeddings, save the "
-            "model, and train on the saved model.",
+            f"Tokens cannot be added to this {type(model).__name__}: in addition to plain embeddings, it has "
+            "vocabulary-sized tensors that only the model itself can resize. Call model.resize_token_embeddings, "
+            "save the model, and train on the saved model.",
             what=type(model).__name__,
         )
     return tables
 
 
 def with_trained_rows(config: LoraConfig, model: nn.Module, rows: Sequence[int]) -> LoraConfig:
-    """Return a copy of a config that trains some rows of the token embedding and, unless the head is tied, of the head.
+    """Return a copy of a config, set to train the given rows of the token embedding and of any untied head.
 
     Args:
         config: The config.
-        model: The base; not changed, and values are not needed.
+        model: The base; it is not changed, and its values are not needed.
         rows: Indices of the rows.
 
     Raises:
@@ -98,12 +98,14 @@ def with_trained_rows(config: LoraConfig, model: nn.Module, rows: Sequence[int])
 
 
 def initialize_rows(model: nn.Module, name: str, pieces: Mapping[int, Sequence[int]]) -> None:
-    """Set new tokens' embeddings to the mean over the tokens that previously encoded their text. [docs/math.md (93)]
+    """Set each new token's embedding to a mean of existing embeddings. [docs/math.md (93)]
+
+    The mean is over the tokens that encoded the new token's text before the new token was added.
 
     Args:
         model: An adapted model; the base does not change.
         name: The adapter.
-        pieces: Index of a new token -> indices of the tokens that previously encoded its text; all other rows are left
+        pieces: Index of a new token -> indices of the tokens that previously encoded its text. All other rows are left
             unchanged.
     """
     for _, module in AdapterIndex.of(model).every(TrainableTokens):
@@ -140,7 +142,7 @@ def token_tables(index: AdapterIndex, path: str | None) -> list[str]:
 
 
 def _has_other_tables(index: AdapterIndex, vocabulary: int) -> bool:
-    """Return whether a buffer that cannot be resized (two or more axes) has an axis of the vocabulary's size."""
+    """Return whether any buffer with two or more axes, which cannot be resized, has a vocabulary-sized axis."""
     buffers = (buffer for module in index.everything.values() for buffer in module._buffers.values())
     return any(vocabulary in buffer.shape for buffer in buffers if buffer is not None and buffer.ndim > 1)
 
@@ -215,7 +217,7 @@ def base_mismatch_advice(known: Fingerprint | None, present: Fingerprint) -> str
 def without_brought_rows(
     index: AdapterIndex, config: LoraConfig, known: Fingerprint | None
 ) -> tuple[Fingerprint | None, Fingerprint]:
-    """Return the two fingerprints to compare, without the values that the adapter replaces.
+    """Return the fingerprints of an adapter's base and a model's base, without the values that the adapter replaces.
 
     A model with more tokens than the adapter's base is first compared without the additional rows, and then at its
     current size if the first comparison finds a difference.
@@ -270,7 +272,7 @@ def _blanked(mark: Fingerprint, blank: Mapping[str, Collection[int]]) -> Fingerp
 
 
 def _rows_by_table(config: LoraConfig, path: str | None) -> dict[str, list[int]]:
-    """Return table name -> indices of the rows that an adapter contains for this table."""
+    """Return a dict from table name to the indices of the rows that an adapter contains for that table."""
     asked = config.trainable_token_indices
     table = asked if isinstance(asked, Mapping) else {path or "": asked or []}
     return {name: [i for i in rows if isinstance(i, int)] for name, rows in table.items()}
@@ -302,7 +304,7 @@ USUAL_NAME = "embed_tokens"
 def chosen_rows(
     index: AdapterIndex, config: LoraConfig, sites: Collection[str], saved: Collection[str]
 ) -> list[ChosenRows]:
-    """Return the token rows that a config names.
+    """Return the token rows that a config selects for training.
 
     Args:
         index: The model's index.
@@ -462,7 +464,7 @@ def _check_free(path: str, index: AdapterIndex, sites: Collection[str], saved: C
 
 
 def _check_same_ties(group: ChosenRows, index: AdapterIndex) -> None:
-    """Check that a group's tables are tied in the same way as for the adapters that are already on the model."""
+    """Check that the adapters already on the model tie a group's tables in the same way."""
     leader = index.modules[group.path]
     wrong = [group.path] if isinstance(leader, TrainableTokens) and leader.follows else []
     for path in group.tied:
