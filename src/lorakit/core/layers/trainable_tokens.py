@@ -94,12 +94,12 @@ class TokenAdapter(nn.Module):
         return self.active_adapters
 
     def rows(self, name: str) -> Replacement:
-        """Return the indices of an adapter's rows, (n,), and the rows, (n, d)."""
+        """Return the indices of an adapter's rows, (n,), and their values, (n, d)."""
         rows = self.trainable_tokens_delta[name]
         return torch.tensor(self.token_indices[name], device=rows.device), rows
 
     def original(self, strict: bool = True) -> Tensor:
-        """Return the base's table without merged rows, (V, d); the base's own parameter if nothing is merged.
+        """Return the base table, (V, d), without merged rows; the base parameter itself if nothing is merged.
 
         Args:
             strict: Whether to raise an error if the base's rows were not kept; if False, merged rows stay in the table.
@@ -123,7 +123,7 @@ class TokenAdapter(nn.Module):
         return table
 
     def replacements(self, names: Sequence[str]) -> list[Replacement]:
-        """Return the active adapters' rows that do not replace the base's rows yet, in the order of the adapters.
+        """Return the active adapters' rows that are not in the table yet, in the order of the adapters.
 
         Args:
             names: The active adapters; those without rows here, or whose rows are already in the table, are skipped.
@@ -174,7 +174,7 @@ class TrainableTokens(ReplacingModule):
 
     Attributes:
         token_adapter: The table and the rows of each adapter.
-        follows: Whether this table's rows belong to the embedding that it is tied to.
+        follows: Whether this table's rows belong to the embedding to which the table is tied.
     """
 
     _what, _field = "a table with trainable tokens", "trainable_token_indices"
@@ -194,7 +194,7 @@ class TrainableTokens(ReplacingModule):
 
     @property
     def original_module(self) -> nn.Module:
-        """The base's module."""
+        """The base module."""
         return self.token_adapter.base_layer
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
@@ -228,7 +228,7 @@ class TrainableTokens(ReplacingModule):
         self.token_adapter.trainable_tokens_delta[name] = rows
 
     def remove(self, adapter: str) -> nn.Module:
-        """Remove an adapter's unmerged rows, if any; return this module, or the base's if no rows are left."""
+        """Remove an adapter's unmerged rows, if any; return this module, or the base module if no rows are left."""
         if adapter in self.token_adapter.token_indices:
             del self.token_adapter.token_indices[adapter], self.token_adapter.trainable_tokens_delta[adapter]
         self.drop_override(adapter)
@@ -244,11 +244,11 @@ class TrainableTokens(ReplacingModule):
         return sum(rows.numel() * rows.element_size() for rows in kept if rows is not None)
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
-        """Return an adapter's rows, (n, d), in a list; empty if the adapter has no rows or another module owns them."""
+        """Return a list with an adapter's rows, (n, d); empty if there are none or another module owns the rows."""
         return [self.token_adapter.trainable_tokens_delta[adapter]] if adapter in self and not self.follows else []
 
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
-        """Return an adapter's rows, (n, d), by key; empty if the adapter has no rows or another module owns them."""
+        """Return a dict with an adapter's rows, (n, d); empty if there are none or another module owns the rows."""
         return dict(zip(["token_adapter.trainable_tokens_delta"], self.parameters_of(adapter), strict=False))
 
     def check_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> None:
@@ -277,7 +277,7 @@ class TrainableTokens(ReplacingModule):
                 )
 
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
-        """Build a table with the adapters' rows; return None if there are no such rows or this table follows another.
+        """Build a table with the adapters' rows; return None if there are no rows or this table follows another.
 
         Args:
             path: Not used.
@@ -288,7 +288,7 @@ class TrainableTokens(ReplacingModule):
         if not here or self.follows:
             return None
         table, held = self.token_adapter, self.token_adapter.weight_here
-        weight, kept = held.detach().clone(), dict[str, Tensor | None]()  # other code may refer to held's memory
+        weight, kept = held.detach().clone(), dict[str, Tensor | None]()  # other code may share `held`'s memory
         for name in here:
             index, rows = table.rows(name)
             index = index.to(weight.device)
@@ -313,7 +313,7 @@ class TrainableTokens(ReplacingModule):
         return {"weight": self.token_adapter.with_rows(adapters).detach()} if here else {}
 
     def unload(self) -> nn.Module:
-        """Return the base's module, including merged rows."""
+        """Return the base module, including merged rows."""
         return self.original_module
 
     def follow(self, tied: TrainableTokens, apart: bool) -> None:
@@ -372,9 +372,9 @@ class TrainableTokens(ReplacingModule):
 
         Args:
             route: The route, which is the same for all rows of the batch.
-            args: Passed to the base's module; the first is indices (…) for an embedding, which returns (…, d), or
+            args: Passed to the base module; the first is indices (…) for an embedding, which returns (…, d), or
                 hidden states (…, d) for a head, which returns (…, V).
-            kwargs: Passed to the base's module.
+            kwargs: Passed to the base module.
 
         Raises:
             RouteError: Two active adapters train the same row.
@@ -405,7 +405,7 @@ def looked_up(table: nn.Embedding, x: Tensor, y: Tensor, index: Tensor, rows: Te
         rows: New values of these rows, (n, d).
 
     Returns:
-        (…, d). Cost: a binary search among n indices per element of x; the table itself is not copied.
+        The output, (…, d). Cost: a binary search among n indices for each element of x; the table is not copied.
     """
     numbers, order = index.sort()
     position = torch.searchsorted(numbers, x.contiguous()).clamp_max(len(numbers) - 1)
@@ -434,7 +434,7 @@ def read_out(W: Tensor, x: Tensor, y: Tensor, index: Tensor, rows: Tensor) -> Te
         rows: New values of these rows, (n, d).
 
     Returns:
-        (…, V). Cost: 2·n·d FLOPs for each position.
+        The output, (…, V). Cost: 2·n·d FLOPs for each position.
     """
     change = (rows - W[index].to(rows)).to(y.dtype)  # exactly zero if the rows equal the base's
     return y.index_add(-1, index, F.linear(x.to(y.dtype), change))
