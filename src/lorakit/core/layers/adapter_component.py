@@ -162,7 +162,7 @@ class AdapterComponent:
         Committing the change restores the original values bit for bit.
 
         Raises:
-            MergeError: The base's values were not kept.
+            MergeError: The base values were not kept.
         """
 
     @abstractmethod
@@ -175,7 +175,7 @@ class AdapterComponent:
 
 
 def base_not_kept(merged: Sequence[str], path: str | None = None) -> MergeError:
-    """Return the error to raise if a call needs the base's values but a merge did not keep them.
+    """Return the error to raise if a call needs the base values but a merge did not keep them.
 
     Args:
         merged: The adapters that are merged.
@@ -254,7 +254,7 @@ class AdapterModule(nn.Module, AdapterComponent):
         self.check_mergeable(path, adapters)
 
     def check_unmerge(self, path: str, adapters: Sequence[str]) -> None:
-        """Reject adapters that cannot be unmerged because the base's values were not kept.
+        """Reject adapters that cannot be unmerged because the base values were not kept.
 
         Args:
             path: This module's path, for messages.

@@ -3,7 +3,7 @@
 A merge is first staged (computed and checked) and then committed. A layer handles only its own weight; `merging`
 decides which layers change, and in which order.
 
-`sum_of_updates` computes the merged weight from the original, in the base's storage format, without changing the layer.
+`sum_of_updates` computes the merged weight from the original, in the same storage format, without changing the layer.
 `merged_weight` also measures how far the stored weight deviates from the exact sum. The deviation is a rounding error
 for a plain weight, and much larger for a quantized weight.
 
@@ -36,7 +36,7 @@ Merged = tuple[Replacement, Tensor, Tensor]
 
 
 class BaseWeight(StoredWeight):
-    """A wrapper around a base module; it can merge adapters into one of the base's weights."""
+    """A wrapper around a base module; it can merge adapters into one of the base weights."""
 
     def check_mergeable(self, path: str, adapters: Sequence[str]) -> None:
         """Reject adapters that can never be merged here, or whose bias cannot be stored; nothing is computed.
@@ -60,7 +60,7 @@ class BaseWeight(StoredWeight):
         self._check_place_of_bias(path, adapters)
 
     def _check_place_of_bias(self, path: str, adapters: Sequence[str]) -> None:
-        """Reject adapters whose B has a bias if the base has no bias, or if another adapter trains the base's bias."""
+        """Reject adapters whose B has a bias if the base has no bias, or if another adapter trains the base bias."""
         bringing = [name for name in adapters if self.bias_of(name) is not None]
         trainer = None if self.old_bias is None else self.old_bias[0]
         other = next((name for name in bringing if trainer not in (None, name)), None)
@@ -115,7 +115,7 @@ class BaseWeight(StoredWeight):
             )
 
     def check_unmerge(self, path: str, adapters: Sequence[str]) -> None:
-        """Reject adapters that cannot be unmerged because the base's values were not kept.
+        """Reject adapters that cannot be unmerged because the base values were not kept.
 
         Args:
             path: This layer's path, for messages.
@@ -165,7 +165,7 @@ class BaseWeight(StoredWeight):
             adapters: The adapters; those that are not merged here are ignored.
 
         Raises:
-            MergeError: The base's values were not kept.
+            MergeError: The base values were not kept.
         """
         left = [name for name in self.merged_adapters if name not in adapters]
         if left == self.merged_adapters:
@@ -197,7 +197,7 @@ class BaseWeight(StoredWeight):
         return found if bias is None else {**found, "bias": bias}
 
     def merged_bias(self, adapters: Sequence[str]) -> Tensor | None:
-        """Return the sum of the base's bias and the adapters' biases, (out,), or None if no merge affects the bias.
+        """Return the sum of the base bias and the adapters' biases, (out,), or None if no merge affects the bias.
 
         Args:
             adapters: The adapters; those without factors in this layer are ignored.
@@ -325,7 +325,7 @@ def in_one_group(layer: StoredWeight, names: Sequence[str]) -> Merged:
         names: The adapters.
 
     Returns:
-        The module, the base's weight, and the exact sum of updates; both tensors are expanded to one group,
+        The module, the base weight, and the exact sum of updates; both tensors are expanded to one group,
         (out, in, k…).
     """
     kind = layer.kind

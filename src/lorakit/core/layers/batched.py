@@ -2,7 +2,7 @@
 
 Plain LoRA adapters on dense layers are stacked if gradients are not recorded; all others are applied one by one.
 A stack holds adapters whose ranks differ by less than a factor of two; lower ranks are padded with zeros. If the route
-has a cache, a single adapter that all rows use is stacked too: its stack is a copy in the base's dtype.
+has a cache, a single adapter that all rows use is stacked too: its stack is a copy in the base dtype.
 
 `FactorVersions` checks in each forward pass whether the cached stacks are still valid. Writes through `.data` to the
 same memory cannot be detected.
@@ -166,7 +166,7 @@ def add_kept(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor
         layer: The site's `LoraLayer`, which has no merged adapters.
         route: The route, which must have a cache.
         x: The input, (rows, …, in).
-        y0: The base's output, (rows, …, out).
+        y0: The base output, (rows, …, out).
 
     Returns:
         y₀ with the additions, or None if nothing was added and y₀ is unchanged.
@@ -205,7 +205,7 @@ def add_stacked(layer: StoredWeight, segments: OfRows, route: Route, x: Tensor, 
         segments: Pairs of an adapter, which must have factors at the site, and the indices of the adapter's rows, (n,).
         route: The adapter of each row; if the route has a cache, the stacks are built once.
         x: The input, (rows, …, in).
-        y0: The base's output, (rows, …, out), which is modified in place if nothing else can refer to it.
+        y0: The base output, (rows, …, out), which is modified in place if nothing else can refer to it.
 
     Returns:
         y₀ with the additions, and the segments of the adapters that still have to be applied.

@@ -224,7 +224,7 @@ class LoraLayer(BaseWeight):
         return found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the base's output plus the additions of the active adapters.
+        """Return the base output plus the additions of the active adapters.
 
         Args:
             args: Passed to the base module; the first is x (…, in), or indices (…) for an embedding.
@@ -235,7 +235,7 @@ class LoraLayer(BaseWeight):
 
         Raises:
             RouteError: The active route cannot be determined, or does not match this batch.
-            MergeError: The route leaves out a merged adapter, but the base's values were not kept.
+            MergeError: The route leaves out a merged adapter, but the base values were not kept.
         """
         route, again = resolve(self.state, self.own_route, self.forwards)
         if not self.merged_adapters and not self.moved_by and route.mentions.isdisjoint(self.r):
@@ -246,7 +246,7 @@ class LoraLayer(BaseWeight):
         return y
 
     def adapted(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """Return the base's output y₀ (…, out) plus the additions of a route's adapters.
+        """Return the base output y₀ (…, out) plus the additions of a route's adapters.
 
         Args:
             route: The active adapters.
@@ -324,7 +324,7 @@ class LoraLayer(BaseWeight):
         return variant.output(At(y0, bias, z, factor, kind, self.spec, read, mask, x, siblings))
 
     def _bias_under(self, names: tuple[str, ...]) -> Tensor | None:
-        """Return the bias, (out,), that the base's output includes while these adapters are active, or None."""
+        """Return the bias, (out,), that the base output includes while these adapters are active, or None."""
         bias = self.original_bias()
         if bias is not None and self.old_bias is not None and self.old_bias[0] not in names:
             return self.old_bias[1].to(bias.device, bias.dtype)
@@ -488,7 +488,7 @@ class LoraLayer(BaseWeight):
         """Unmerge all adapters and restore this layer's weight bit for bit.
 
         Raises:
-            MergeError: The base's values were not kept.
+            MergeError: The base values were not kept.
         """
         if not self.merged_adapters:
             warn_caller("Already unmerged. Nothing to do.")

@@ -28,7 +28,7 @@ Replacement = Stored | nn.Module
 
 
 class StoredWeight(AdapterModule):
-    """A wrapper around a base module; it can write and restore one of the base's weights.
+    """A wrapper around a base module; it can write and restore one of the base weights.
 
     Attributes:
         base_layer: The base module, or another layer around it.
@@ -37,16 +37,16 @@ class StoredWeight(AdapterModule):
         scaling: Adapter -> scale.
         variant: Adapter -> the name of its variant.
         merged_adapters: Adapters that are currently merged into the base weight.
-        kept: The base's stored weight before the first write, or None.
+        kept: The stored base weight before the first write, or None.
         moved_by: The adapters that use a residual base: the one whose init (such as PiSSA) created it, or all those
             whose variants create it. Empty if the base is unchanged.
         moved: The stored residual base, or None.
         initial: The initial A and B of the adapter whose init created the residual base, in main memory; or None.
         replaced: A tuple with the base module if a merge replaced that module with a plain one, otherwise empty. The
             tuple keeps the module from being registered as a submodule.
-        kept_bias: The base's bias, (out,), before a merge changed it (`lora_bias`), or None.
+        kept_bias: The base bias, (out,), before a merge changed it (`lora_bias`), or None.
         tied_weight: The parameter that the base shared with other modules before a merge untied it, or None.
-        old_bias: The adapter that trains the base's bias, and the bias before training, (out,); or None.
+        old_bias: The adapter that trains the base bias, and the bias before training, (out,); or None.
     """
 
     _modules: dict[str, nn.Module]  # type: ignore[assignment]  # no child is None here
@@ -100,7 +100,7 @@ class StoredWeight(AdapterModule):
 
     @property
     def source(self) -> nn.Module:
-        """The module that holds the base's weight: the owner, or the original module if a plain one replaced it."""
+        """The module that holds the base weight: the owner, or the original module if a plain one replaced it."""
         return self.replaced[0] if self.replaced else self.owner
 
     @property
@@ -145,7 +145,7 @@ class StoredWeight(AdapterModule):
         return self.kept
 
     def original_bias(self) -> Tensor | None:
-        """Return the base's bias without merged adapters, (out,), or None if the base has no bias."""
+        """Return the base bias without merged adapters, (out,), or None if the base has no bias."""
         now = getattr(self.owner, "bias", None)
         bias = now if self.kept_bias is None or now is None else self.kept_bias.to(now.device, now.dtype)
         return bias if isinstance(bias, Tensor) else None

@@ -1,7 +1,7 @@
 """Trainable token embeddings, including those in a head that is tied to an embedding.
 
-A trained row replaces the base's row W[i] instead of being added to it. Instead of copying the table, a forward pass
-usually corrects the base's output at the positions that use a trained row.
+A trained row replaces the base row W[i] instead of being added to it. Instead of copying the table, a forward pass
+usually corrects the base output at the positions that use a trained row.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class TokenAdapter(nn.Module):
         base_layer: The embedding, or the head.
         trainable_tokens_delta: Adapter -> its rows, (n, d).
         token_indices: Adapter -> the indices of its rows in the table.
-        kept: Merged adapter -> the base's original rows, (n, d), or None if they were not kept.
+        kept: Merged adapter -> the original base rows, (n, d), or None if they were not kept.
     """
 
     def __init__(self, base_layer: nn.Module, leader: TokenAdapter | None = None) -> None:
@@ -79,7 +79,7 @@ class TokenAdapter(nn.Module):
 
     @property
     def trainable_tokens_original(self) -> dict[str, Tensor]:
-        """Adapter -> the base's rows that the adapter's rows replace, (n, d)."""
+        """Adapter -> the base rows that the adapter's rows replace, (n, d)."""
         table = self.original(strict=False).detach()
         return {name: table[torch.tensor(at, device=table.device)] for name, at in self.token_indices.items()}
 
@@ -102,10 +102,10 @@ class TokenAdapter(nn.Module):
         """Return the base table, (V, d), without merged rows; the base parameter itself if nothing is merged.
 
         Args:
-            strict: Whether to raise an error if the base's rows were not kept; if False, merged rows stay in the table.
+            strict: Whether to raise an error if the base rows were not kept; if False, merged rows stay in the table.
 
         Raises:
-            MergeError: An adapter is merged, and the base's rows were not kept.
+            MergeError: An adapter is merged, and the base rows were not kept.
         """
         table: Tensor = self.base_layer.weight  # type: ignore[assignment]
         for name in [name for name, rows in self.kept.items() if strict or rows is not None]:
@@ -158,10 +158,10 @@ class TokenAdapter(nn.Module):
         return any(name not in names for name in self.kept)
 
     def given_back(self, name: str) -> Replacement:
-        """Return the indices of a merged adapter's rows, (n,), and the base's original rows, (n, d).
+        """Return the indices of a merged adapter's rows, (n,), and the original base rows, (n, d).
 
         Raises:
-            MergeError: The base's rows were not kept.
+            MergeError: The base rows were not kept.
         """
         kept = self.kept[name]
         if kept is None:
@@ -239,7 +239,7 @@ class TrainableTokens(ReplacingModule):
         return list(self.token_adapter.token_indices)
 
     def kept_bytes(self) -> int:
-        """Return the size, in bytes, of the base's rows that merges kept; tied tables are counted once."""
+        """Return the size, in bytes, of the base rows that merges kept; tied tables are counted once."""
         kept = () if self.follows else self.token_adapter.kept.values()
         return sum(rows.numel() * rows.element_size() for rows in kept if rows is not None)
 
@@ -282,7 +282,7 @@ class TrainableTokens(ReplacingModule):
         Args:
             path: Not used.
             adapters: The adapters.
-            options: Whether the base's rows are kept, and whether the table is untied from modules that share it.
+            options: Whether the base rows are kept, and whether the table is untied from modules that share it.
         """
         here = [name for name in adapters if name in self]
         if not here or self.follows:
@@ -298,10 +298,10 @@ class TrainableTokens(ReplacingModule):
         return StagedMerge(None, partial(self._put_merged, weight, kept, own))
 
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
-        """Prepare to restore the base's rows; return None if none of these adapters is merged here.
+        """Prepare to restore the base rows; return None if none of these adapters is merged here.
 
         Raises:
-            MergeError: The base's rows were not kept.
+            MergeError: The base rows were not kept.
         """
         table = self.token_adapter
         old = {name: table.given_back(name) for name in table.kept if name in adapters and not self.follows}
@@ -380,7 +380,7 @@ class TrainableTokens(ReplacingModule):
             RouteError: Two active adapters train the same row.
         """
         names, adapter, table = route.names, self.token_adapter, self.original_module
-        if adapter.is_stale(names):  # a clone with the original table makes the output bitwise identical to the base's
+        if adapter.is_stale(names):  # a clone with the original table yields the exact base output
             table = clone_with(table, {"weight": adapter.original()})
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         y: Tensor = table(*args, **kwargs)
@@ -436,5 +436,5 @@ def read_out(W: Tensor, x: Tensor, y: Tensor, index: Tensor, rows: Tensor) -> Te
     Returns:
         The output, (…, V). Cost: 2·n·d FLOPs for each position.
     """
-    change = (rows - W[index].to(rows)).to(y.dtype)  # exactly zero if the rows equal the base's
+    change = (rows - W[index].to(rows)).to(y.dtype)  # exactly zero if the rows equal the base rows
     return y.index_add(-1, index, F.linear(x.to(y.dtype), change))

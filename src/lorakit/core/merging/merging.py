@@ -1,6 +1,6 @@
 """Merge adapters into the base weights, and unmerge them bit for bit.
 
-A merge computes W₀ + Σ update in fp32 or wider from the original base, and writes the sum once in the base's dtype. The
+A merge computes W₀ + Σ update in fp32 or wider from the original base, and writes the sum once in the base dtype. The
 original weight is kept (on its device or in main memory) unless the caller opts out, so several merges can be undone in
 any order. The error of storing the sum in low precision is measured and reported.
 
@@ -368,10 +368,10 @@ WIDE = (torch.float32, torch.float64)
 def explain_inexact_merge(model: nn.Module, *names: str) -> str | None:
     """Explain why merging adapters would change the outputs; return None if the merge is exact.   [docs/math.md (12)]
 
-    A merge is exact if it changes outputs in eval mode only by rounding errors in the base's compute dtype: (W + ΔW)·x
-    and W·x + ΔW·x are then the same sum in a different order. This requires every weight that the adapters change to be
-    unquantized and in fp32 or wider, so that the merged weight (eq. 11 in docs/math.md) is stored in the dtype in which
-    it is computed. A bf16 or fp16 weight loses the part of the delta that is below its precision, and a quantized
+    A merge is exact if it changes outputs in eval mode only by rounding errors in the compute dtype: (W + ΔW)·x and
+    W·x + ΔW·x are then the same sum in a different order. An exact merge requires every weight that the adapters change
+    to be unquantized and in fp32 or wider, so that the merged weight (eq. 11 in docs/math.md) is stored in the dtype in
+    which it is computed. A bf16 or fp16 weight loses the part of the delta that is below its precision, and a quantized
     weight loses far more. A merge is also inexact if matmuls round the weight again, as they do under autocast or with
     TF32.
 
@@ -411,7 +411,7 @@ def merged_state_dict(model: nn.Module, *names: str) -> dict[str, Tensor]:
         names: Adapters to merge; if none are given, those in the default route.
 
     Returns:
-        A dict from name to tensor, in the base's dtype. Tensors that no adapter changes are not copied. A weight that
+        A dict from name to tensor, in the base dtype. Tensors that no adapter changes are not copied. A weight that
         is tied in the model but adapted in only one module appears under both names, with different values. Quantized
         weights are dequantized to the dtype of their matmuls, so the state dict matches that of an unquantized base.
 
