@@ -26,8 +26,8 @@ class BiasPatch(AdapterComponent):
     """A forward hook for a module whose biases an adapter trains in place; other routes get the original biases.
 
     If the adapter is not active, a shallow clone of the module repeats the forward pass with the original biases. The
-    output is bitwise identical to the base output, and other threads are not affected. The hook runs before the module's
-    other hooks, so they see the corrected output.
+    output is bitwise identical to the base output, and other threads are not affected. The hook runs before all other
+    hooks of the module, so they see the corrected output.
 
     Attributes:
         module: The base module, which holds the trained biases as parameters.
