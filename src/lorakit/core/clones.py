@@ -31,8 +31,8 @@ def clone_with(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
     Args:
         module: Any module.
-        tensors: Name of one of the module's own parameters -> its replacement, which must have the same shape (…) and
-            may require gradients.
+        tensors: Replacement tensors, keyed by the name of a parameter that the module holds directly; each must have
+            that parameter's shape (…) and may require gradients.
     """
     parametrised = module._modules.get(PARAMETRISED)
     if parametrised is None or tensors.keys().isdisjoint(parametrised._modules):
@@ -92,13 +92,13 @@ def _shallow(
 
 
 CAPTURING = "transformers.utils.output_capturing"
-"""The transformers module that defines output-collecting hooks; they stay installed after the forward pass."""
+"""The transformers module that defines output-collecting hooks, which stay installed after the forward pass."""
 
 
 def is_watched(module: nn.Module, *, captures: bool = True) -> bool:
     """Return whether using a module's weight without calling the module would skip a hook or a custom `forward`.
 
-    For example, device maps replace `forward` on the instance.
+    Device maps, for example, replace `forward` on the module instance.
 
     Args:
         module: Any module.
@@ -117,7 +117,8 @@ def is_watched(module: nn.Module, *, captures: bool = True) -> bool:
 def share_dropped(dropout: nn.Module) -> float | None:
     """Return the fraction of values that a dropout module zeroes in its current mode; None for unsupported modules.
 
-    An nn.Identity is supported, as is an nn.Dropout without hooks, unless its p is 1 in training mode.
+    The supported modules are nn.Identity and nn.Dropout without hooks; a dropout with p = 1 is supported only in eval
+    mode.
 
     Args:
         dropout: The dropout module applied before A.

@@ -1,4 +1,4 @@
-"""Modules that hold what an adapter has at one site: A, B, dropout, and the variant's extra tensors.
+"""Modules that hold an adapter's dropout and tensors at one site: A, B, and the variant's extra tensors.
 
 A (r, in) and B (out, r) have the orientation of nn.Linear weights, regardless of the base weight's layout. Except for
 dropout, the modules only store parameters under the names that PEFT uses; their `forward` is never called.
@@ -20,7 +20,7 @@ HOLDERS: Mapping[str, type[nn.ModuleDict | nn.ParameterDict]] = {
     "lora_embedding_A": nn.ParameterDict,
     "lora_embedding_B": nn.ParameterDict,
 }
-"""Layer attribute with one entry per adapter -> type of its container.
+"""Name of a layer attribute that has one entry per adapter -> type of the attribute's container.
 
 Variants' extra tensors have their own containers (`OwnTensor.held_as`). Containers are created on first access, because
 most layers need only three of them.

@@ -174,11 +174,11 @@ def truncated(found: Spectrum, rank: int) -> Product:
 
 
 def padded(product: Product, rank: int) -> Product:
-    """Return a product zero-padded to a rank; a product of at least that rank is returned unchanged.
+    """Zero-pad a product to a given rank; a product that already has at least that rank is returned unchanged.
 
     Args:
         product: The factors, of any rank.
-        rank: The rank of each group.
+        rank: The rank of each group after padding.
     """
     lack = rank - product.A.shape[1]
     if lack <= 0:
@@ -194,7 +194,7 @@ def rank_for(S: Tensor, energy: float) -> int:
         energy: The fraction, in (0, 1].
 
     Returns:
-        At least 1, even if all values are zero.
+        The rank, which is at least 1 even if all values are zero.
     """
     held = S.double().square().sum(0).cumsum(0)
     total = float(held[-1])
@@ -295,7 +295,7 @@ def sketched_spectrum(W: Tensor, probe: Tensor, iterations: int) -> Spectrum:
     """Compute the leading part of a singular value decomposition with a random sketch and power iterations.
 
     Args:
-        W: (g, out, in).
+        W: The matrices, (g, out, in).
         probe: Random values from a normal distribution, (g, in, k).
         iterations: Number of power iterations; each improves the accuracy.
 
@@ -317,7 +317,7 @@ def dense_spectrum(delta: Tensor, rank: int | None = None) -> tuple[Spectrum, fl
 
     Args:
         delta: (out, in), in fp32 or wider.
-        rank: The number of singular values that are needed; None for all.
+        rank: The number of singular values needed; None for all.
 
     Returns:
         The decomposition, with a single group, and the total energy ‖delta‖².

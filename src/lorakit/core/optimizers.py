@@ -94,13 +94,15 @@ def freeze_factors(model: nn.Module, name: str | None = None) -> list[Pair]:
 
 
 def corrected_gradient(gradient: Tensor, pair: Pair, inverse: Tensor) -> Tensor:
-    """Return B's gradient, corrected to approximate full fine-tuning: g_B·(A·Aᵀ)⁻¹/s².   [docs/math.md (18)]
+    """Return the gradient of a trained factor, corrected to approximate full fine-tuning.   [docs/math.md (18)]
+
+    The corrected gradient of B is g_B·(A·Aᵀ)⁻¹/s²; that of A is (Bᵀ·B)⁻¹·g_A/s².
 
     Args:
         gradient: The gradient of the pair's trained factor, (out, r) or (r, in), possibly with kernel axes.
         pair: The pair, which gives the layout of the factors and the scale s.
-        inverse: Result of `inverse_gram`, (blocks, r / blocks, r / blocks). B's gradient is multiplied by it from the
-            right, A's from the left.
+        inverse: Result of `inverse_gram`, (blocks, r / blocks, r / blocks). It multiplies B's gradient on the right,
+            or A's gradient on the left.
 
     Returns:
         A tensor with the shape and dtype of `gradient`.
@@ -268,7 +270,7 @@ class Rates:
 
 
 def roles(model: nn.Module) -> dict[int, tuple[Role, str]]:
-    """Return the role of each factor and magnitude in a model: id of the tensor -> its role and the path of its site.
+    """Return a dict from tensor id to role and site path, for every factor and magnitude in a model.
 
     Args:
         model: Any model.
@@ -311,7 +313,7 @@ def rates_by_name(parts: Sequence[TrainedPart], rates: Rates) -> dict[str, float
         rates: The rates.
 
     Returns:
-        Name of the parameter -> its rate.
+        A dict from parameter name to learning rate.
 
     Raises:
         ConfigError: A pattern is invalid or matches no site; the message suggests similar names.
@@ -336,6 +338,6 @@ def _rate(part: TrainedPart, rates: Rates) -> float:
 
 
 def _owner(name: str) -> str:
-    """Return the path, in the base model, of the module that holds a tensor other than a factor."""
+    """Return the base-model path of the module that holds a tensor; the tensor must not be a factor."""
     path = name.rpartition(".")[0]
     return path.partition(".modules_to_save.")[0].partition(".token_adapter.")[0].replace(".base_layer", "")

@@ -44,7 +44,7 @@ def kind_of(module_type: type[nn.Module], own: Mapping[str, Kind] = NONE) -> Kin
 
     Args:
         module_type: Class of a module of the base.
-        own: User-defined kinds, by name; they take precedence over entries of KINDS that list the same ancestor.
+        own: User-defined kinds, keyed by name; they take precedence over entries of KINDS that list the same ancestor.
     """
     for ancestor in module_type.__mro__:
         dotted = f"{ancestor.__module__}.{ancestor.__qualname__}"
@@ -61,13 +61,13 @@ def kind_named(name: str, own: Mapping[str, Kind] = NONE) -> Kind:
 
     Args:
         name: Name of the kind.
-        own: User-defined kinds, by name.
+        own: User-defined kinds, keyed by name.
     """
     return own[name] if name in own else _NAMED[name]
 
 
 def checked(kinds: Iterable[Kind]) -> dict[str, Kind]:
-    """Return user-defined kinds by name, after clearing the flags that apply only to the module types in KINDS.
+    """Return user-defined kinds, keyed by name, with the flags cleared that apply only to entries of KINDS.
 
     Args:
         kinds: The kinds; the simplest way to make one is `dataclasses.replace` on an entry of KINDS.
@@ -89,7 +89,9 @@ def checked(kinds: Iterable[Kind]) -> dict[str, Kind]:
 
 
 def fits(check: Fits, kind: Kind) -> bool:
-    """Return whether an entry of INITS or VARIANTS supports a kind; only `every_kind` covers user-defined kinds.
+    """Return whether an entry of INITS or VARIANTS supports a kind.
+
+    User-defined kinds are supported only if the entry's `fits` is `every_kind`.
 
     Args:
         check: The entry's `fits`.

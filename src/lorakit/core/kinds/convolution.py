@@ -1,9 +1,9 @@
 """Kinds for convolutions: nn.Conv1d, nn.Conv2d, and nn.Conv3d.
 
 A is a convolution from all input channels to r channels, with the base's stride, padding, padding mode and dilation; B
-is a pointwise convolution with the base's groups. Both have PEFT's layout: A (r, in, k…), B (out, r / groups, 1…). With
-more than one group, the delta also covers input channels that the base's weight leaves out, so the delta's shape
-matches the weight's only after the convolution has been expanded to one group.
+is a pointwise convolution with as many groups as the base. Both have PEFT's layout: A (r, in, k…),
+B (out, r / groups, 1…). With more than one group, the delta also covers input channels that the base weight leaves out,
+so the delta has the weight's shape only after the convolution has been expanded to one group.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _shapes(spec: WeightSpec, r: int) -> tuple[Shape, Shape]:
     if r % spec.groups:
         raise ConfigError(
             f"The rank is {r}, but a convolution with {spec.groups} groups needs a rank divisible by {spec.groups}. "
-            "Choose another rank (use rank_pattern to change this module alone) or leave the module out.",
+            "Choose another rank (for this module alone, use rank_pattern) or leave the module out.",
             what=r,
             field="r",
         )

@@ -29,7 +29,8 @@ class WeightSpec:
         kernel: Kernel size of a convolution; () for other modules.
         groups: Number of groups of a convolution; 1 for other modules.
         bounded: Whether an embedding limits the norm of the rows that it looks up (`max_norm`).
-        as_stored: Whether the parameter itself is the canonical weight, even in a module that stores (in, out).
+        as_stored: Whether the parameter itself is the canonical weight, even if the module stores weights as
+            (in, out).
     """
 
     parameter: str
@@ -67,9 +68,11 @@ class Kind:
         up: Applies B to the result of `down`.
         flat: Spec, A and B -> A and B as matrices, (r, n) and (out, r); B·A is the delta if there is only one matrix.
         flat_weight: Spec and canonical weight -> the weight as a matrix, (out, n).
-        delta: Spec, A and B -> the unscaled delta in the canonical weight's shape; raises MergeError if there is none.
+        delta: Spec, A and B -> the unscaled delta in the canonical weight's shape; raises MergeError if the
+            weight cannot hold the delta.
         layer: Layer class of a user-defined kind; None for the entries of KINDS.
-        is_dense: Whether the module is a dense layer: `"all-linear"` selects it, and it multiplies its input once.
+        is_dense: Whether the module is a dense layer, which `"all-linear"` selects and which multiplies its input by
+            the weight exactly once.
         names_parameter: Whether the site is a bare parameter, selected by its path (`target_parameters`).
         read_by_owner: Whether the parent module reads the module's weight instead of calling the module.
     """
@@ -118,7 +121,7 @@ def every_kind_of_the_table(kind: Kind) -> bool:
 
 
 def only_linear(kind: Kind) -> bool:
-    """Return whether the kind is nn.Linear, quantized or not; Conv1D is not."""
+    """Return whether the kind is nn.Linear, quantized or not; transformers' Conv1D does not count."""
     return nn.Linear in kind.types
 
 

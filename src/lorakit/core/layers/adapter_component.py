@@ -1,4 +1,4 @@
-"""`AdapterComponent`, the protocol of everything that carries adapters, and base classes for modules that implement it.
+"""`AdapterComponent`, the protocol for everything that carries adapters, and base classes for adapted modules.
 
 Operations on a whole model (merge, unmerge, detach, save) call the protocol's methods on each component. In a merge or
 unmerge, every component first stages its change; the changes are committed only after all components have staged
@@ -74,7 +74,7 @@ KeepBase = Literal[True, False, "cpu"]
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """Options of a merge.
+    """Merge options.
 
     Attributes:
         keep_base: Keep each original weight on its device (True) or in main memory ("cpu"), or discard it (False).
@@ -137,11 +137,11 @@ class AdapterComponent:
 
     @abstractmethod
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
-        """Return an adapter's parameters in this component, with A and B first; an empty list if there are none."""
+        """Return a list of an adapter's parameters in this component, A and B first; empty if there are none."""
 
     @abstractmethod
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
-        """Return the tensors to save for an adapter: key relative to this component's path -> tensor."""
+        """Return the tensors to save for an adapter, keyed by their names relative to this component's path."""
 
     @abstractmethod
     def remove(self, adapter: str) -> nn.Module:
@@ -152,7 +152,7 @@ class AdapterComponent:
         """Prepare to merge adapters, without changing anything; return None if there is nothing to merge here.
 
         Raises:
-            MergeError: The result is not finite, or these adapters cannot be merged here.
+            MergeError: The result is not finite, or the adapters cannot be merged here.
         """
 
     @abstractmethod
@@ -162,12 +162,12 @@ class AdapterComponent:
         Committing the change restores the original values bit for bit.
 
         Raises:
-            MergeError: The base's values were not kept.
+            MergeError: The base values were not kept.
         """
 
     @abstractmethod
     def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
-        """Return this component's base tensors with adapters merged: name in the plain module -> tensor."""
+        """Return this component's base tensors with adapters merged, keyed by their names in the plain module."""
 
     @abstractmethod
     def unload(self) -> nn.Module:
@@ -175,7 +175,7 @@ class AdapterComponent:
 
 
 def base_not_kept(merged: Sequence[str], path: str | None = None) -> MergeError:
-    """Return the error to raise if a call needs the base's values but a merge did not keep them.
+    """Return the error to raise if a call needs the base values but a merge did not keep them.
 
     Args:
         merged: The adapters that are merged.
@@ -246,7 +246,7 @@ class AdapterModule(nn.Module, AdapterComponent):
         Args:
             path: This module's path, for messages.
             adapters: The adapters; those without parameters here are ignored.
-            options: Options of the merge.
+            options: Merge options.
 
         Raises:
             MergeError: An adapter cannot be merged here, or is already merged.
@@ -254,7 +254,7 @@ class AdapterModule(nn.Module, AdapterComponent):
         self.check_mergeable(path, adapters)
 
     def check_unmerge(self, path: str, adapters: Sequence[str]) -> None:
-        """Reject adapters that cannot be unmerged because the base's values were not kept.
+        """Reject adapters that cannot be unmerged because the base values were not kept.
 
         Args:
             path: This module's path, for messages.
@@ -361,7 +361,7 @@ class AdapterModule(nn.Module, AdapterComponent):
         self.set_adapter(rest or left[:1])
 
     def _get_available_adapters(self) -> set[str]:
-        """Return the adapters that have parameters here, under PEFT's name for this method."""
+        """Return `available_adapters()` as a set; this is PEFT's name for the method."""
         return set(self.available_adapters())
 
 
@@ -393,7 +393,7 @@ class ReplacingModule(AdapterModule):
 
     @property
     def _adapters(self) -> set[str]:
-        """PEFT's name for `available_adapters`."""
+        """The adapters that have parameters here, as a set; the property's name comes from PEFT."""
         return self._get_available_adapters()
 
     @abstractmethod
@@ -410,11 +410,11 @@ class ReplacingModule(AdapterModule):
         """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the module's output for the active adapters; in a mixed batch, each adapter gets its own rows.
+        """Return the module's output for the active adapters; in a mixed batch, each adapter processes its own rows.
 
         Args:
-            args: Passed to the base's module; in a mixed batch, the first axis of every tensor holds the rows.
-            kwargs: Passed to the base's module, like `args`.
+            args: Passed to the base module; in a mixed batch, the first axis of every tensor holds the rows.
+            kwargs: Passed to the base module; the rows are on the first axis, as in `args`.
 
         Raises:
             RouteError: The route cannot be determined or does not match the batch, or active adapters cannot be
@@ -436,9 +436,9 @@ class ReplacingModule(AdapterModule):
         rows = None if x is None else route.rows_of(x.shape[0])
         if x is None or rows is None:
             raise RowCountError(
-                f"The number of rows in the route ({len(route.rows or ())}) does not match the input of {self._what}, "
-                f"whose shape is {'unknown (no tensor)' if x is None else tuple(x.shape)}. Pass one adapter per row of "
-                "the batch.",
+                f"The number of rows in the route ({len(route.rows or ())}) does not match the input of {self._what} "
+                f"(shape: {'unknown, because there is no tensor' if x is None else tuple(x.shape)}). Pass one adapter "
+                "per row of the batch.",
                 field=self._field,
             )
         outputs: list[Tensor] = []
@@ -464,7 +464,7 @@ class ReplacingModule(AdapterModule):
 
 
 def _rows_of(value: Value, index: Tensor, rows: int) -> Value | Tensor:
-    """Return the rows of a tensor (rows, …) at these indices (n,); return other values unchanged."""
+    """Return the rows of a tensor (rows, …) at the given indices (n,); return other values unchanged."""
     if isinstance(value, Tensor) and value.ndim and value.shape[0] == rows:
         return value.index_select(0, index)
     return value

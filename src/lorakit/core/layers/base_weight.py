@@ -3,9 +3,9 @@
 A merge is first staged (computed and checked) and then committed. A layer handles only its own weight; `merging`
 decides which layers change, and in which order.
 
-`sum_of_updates` computes the merged weight from the original, in the base's storage format, without changing the layer.
-`merged_weight` also measures how much the stored weight deviates from the exact sum: by a rounding error if it is
-plain, by far more if it is quantized.
+`sum_of_updates` computes the merged weight from the original, in the same storage format, without changing the layer.
+`merged_weight` also measures how far the stored weight deviates from the exact sum. The deviation is a rounding error
+for a plain weight, and much larger for a quantized weight.
 
 The weight of a grouped convolution cannot hold an update, because an adapter reads all input channels. Instead, the
 update is merged into a convolution with one group, whose weight is `groups` times as large.
@@ -29,14 +29,14 @@ from lorakit.core.variants import variant_named
 from lorakit.errors import MergeError
 
 StagedBias = tuple[Tensor, Tensor | None]
-"""The bias to store in the base, (out,), and the original bias to keep, (out,), or None if they are the same."""
+"""The bias to store in the base, (out,), and the original bias to keep, (out,), or None if the original is stored."""
 
 Merged = tuple[Replacement, Tensor, Tensor]
 """The weight or the plain module to store; W₀, (out, in); and the exact sum of updates, (out, in)."""
 
 
 class BaseWeight(StoredWeight):
-    """A wrapper around a base module; it can merge adapters into one of the base's weights."""
+    """A wrapper around a base module; it can merge adapters into one of the base weights."""
 
     def check_mergeable(self, path: str, adapters: Sequence[str]) -> None:
         """Reject adapters that can never be merged here, or whose bias cannot be stored; nothing is computed.
@@ -60,7 +60,7 @@ class BaseWeight(StoredWeight):
         self._check_place_of_bias(path, adapters)
 
     def _check_place_of_bias(self, path: str, adapters: Sequence[str]) -> None:
-        """Reject adapters whose B has a bias if the base has no bias, or if another adapter trains the base's bias."""
+        """Reject adapters whose B has a bias if the base has no bias, or if another adapter trains the base bias."""
         bringing = [name for name in adapters if self.bias_of(name) is not None]
         trainer = None if self.old_bias is None else self.old_bias[0]
         other = next((name for name in bringing if trainer not in (None, name)), None)
@@ -87,7 +87,7 @@ class BaseWeight(StoredWeight):
         Args:
             path: This layer's path, for messages.
             adapters: The adapters; those without factors in this layer are ignored.
-            options: Options of the merge.
+            options: Merge options.
 
         Raises:
             MergeError: An adapter is already merged or cannot be merged, or the weight cannot be written.
@@ -115,7 +115,7 @@ class BaseWeight(StoredWeight):
             )
 
     def check_unmerge(self, path: str, adapters: Sequence[str]) -> None:
-        """Reject adapters that cannot be unmerged because the base's values were not kept.
+        """Reject adapters that cannot be unmerged because the base values were not kept.
 
         Args:
             path: This layer's path, for messages.
@@ -137,7 +137,7 @@ class BaseWeight(StoredWeight):
         Args:
             path: This layer's path, for the report and for messages.
             adapters: The adapters; those without factors in this layer are ignored.
-            options: Options of the merge.
+            options: Merge options.
 
         Raises:
             MergeError: The result is not finite.
@@ -157,13 +157,15 @@ class BaseWeight(StoredWeight):
         return StagedMerge(report, functools.partial(self._put_merged, stored, kept, bias, new, options))
 
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
-        """Compute the weight without these adapters; if no others are merged, it is bitwise identical to the original.
+        """Compute the weight without the given adapters.
+
+        If no other adapters are merged, the result is bitwise identical to the original weight.
 
         Args:
             adapters: The adapters; those that are not merged here are ignored.
 
         Raises:
-            MergeError: The base's values were not kept.
+            MergeError: The base values were not kept.
         """
         left = [name for name in self.merged_adapters if name not in adapters]
         if left == self.merged_adapters:
@@ -176,10 +178,10 @@ class BaseWeight(StoredWeight):
 
         Args:
             adapters: The adapters; those without factors in this layer are ignored.
-            options: Options of the merge; with `dense`, quantized weights become plain ones.
+            options: Merge options; with `dense`, quantized weights are returned dequantized.
 
         Returns:
-            Name of the parameter -> tensor; empty if no adapter has factors in this layer.
+            A dict from parameter name to tensor; empty if no adapter has factors in this layer.
 
         Raises:
             MergeError: An adapter cannot be merged into the weight, or the merged bias is not finite.
@@ -195,7 +197,7 @@ class BaseWeight(StoredWeight):
         return found if bias is None else {**found, "bias": bias}
 
     def merged_bias(self, adapters: Sequence[str]) -> Tensor | None:
-        """Return the sum of the base's bias and the adapters' biases, (out,), or None if no merge affects the bias.
+        """Return the sum of the base bias and the adapters' biases, (out,), or None if no merge affects the bias.
 
         Args:
             adapters: The adapters; those without factors in this layer are ignored.
@@ -207,14 +209,14 @@ class BaseWeight(StoredWeight):
         return None if staged is None else staged[0]
 
     def unload(self) -> nn.Module:
-        """Return the base's module with the merged adapters; if none of them uses the residual base, undo it first."""
+        """Return the base module with its merged adapters; a residual base that none of them uses is removed first."""
         if self.moved_by and not set(self.moved_by).intersection(self.merged_adapters):
             self.moved_by = ()
             self.put_stored(self.stored_with(self.merged_adapters))
         return self.owner
 
     def follow(self, tied: BaseWeight) -> None:
-        """Update this layer's records after a merge or unmerge at the tied layer that shares its weight.
+        """Update this layer's records after a merge or unmerge at the tied layer, which has the same weight.
 
         Args:
             tied: The tied layer, whose factors this layer uses.
@@ -234,7 +236,7 @@ class BaseWeight(StoredWeight):
 
         Args:
             names: The adapters, including those already merged.
-            options: Options of the merge.
+            options: Merge options.
         """
         if self.replaced:
             options = dataclasses.replace(options, dense=self.owner.get_parameter("weight").dtype)
@@ -323,7 +325,7 @@ def in_one_group(layer: StoredWeight, names: Sequence[str]) -> Merged:
         names: The adapters.
 
     Returns:
-        The module, the base's weight, and the exact sum of updates; both tensors are expanded to one group,
+        The module, the base weight, and the exact sum of updates; both tensors are expanded to one group,
         (out, in, k…).
     """
     kind = layer.kind
@@ -356,7 +358,7 @@ def _convolution(source: Convolution, W: Tensor) -> nn.Module:
 
 
 def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOptions) -> Merged:
-    """Return W₀ + Σ update as stored, W₀ (out, in), and the exact sum of updates (out, in).   [docs/math.md (11)]
+    """Return W₀ + Σ update in stored form, W₀ (out, in), and the exact sum of updates (out, in).   [docs/math.md (11)]
 
     If the adapters stay on the model, the weight must also be correct for an unmerged adapter with a residual base. In
     that case, the sum starts from the residual base and is rounded only once. With `options.dense`, the result is a
@@ -365,7 +367,7 @@ def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOpti
     Args:
         layer: The site's layer.
         names: One or more adapters.
-        options: Options of the merge.
+        options: Merge options.
     """
     with torch.no_grad():
         if options.dense is not None and layer.spec.groups > 1:
@@ -391,7 +393,7 @@ def merged_weight(
         path: Path of the site.
         layer: The site's layer.
         new: Adapters to merge in addition to those already merged.
-        options: Options of the merge.
+        options: Merge options.
 
     Raises:
         MergeError: The result is not finite.

@@ -2,7 +2,7 @@
 
 Plain LoRA adapters on dense layers are stacked if gradients are not recorded; all others are applied one by one.
 A stack holds adapters whose ranks differ by less than a factor of two; lower ranks are padded with zeros. If the route
-has a cache, a single adapter that all rows use is stacked too: its stack is a copy in the base's dtype.
+has a cache, a single adapter that all rows use is stacked too: its stack is a copy in the base dtype.
 
 `FactorVersions` checks in each forward pass whether the cached stacks are still valid. Writes through `.data` to the
 same memory cannot be detected.
@@ -37,7 +37,7 @@ _ADDRESS = Tensor.__base__.data_ptr  # type: ignore[union-attr]  # the C method 
 
 
 class FactorVersions:
-    """The versions of some adapters' factors in a layer; references to the tensors keep their ids from being reused.
+    """Versions of adapters' factors in a layer; the tensors are kept alive, so that their ids cannot be reused.
 
     Args:
         layer: The site's `LoraLayer`.
@@ -73,7 +73,7 @@ class FactorVersions:
             return False
 
     def _look(self) -> list[Any]:
-        """Return every adapter's A, then every B, then every bias of B (None for an adapter without one)."""
+        """Return every adapter's A, then every B, then every bias of B (None if B has no bias)."""
         return [*map(_WEIGHT, self._down), *map(_WEIGHT, self._up), *map(_BIAS, self._up)]
 
     def _count(self, layer: StoredWeight, tensors: list[Any]) -> list[Any]:
@@ -110,7 +110,7 @@ class Stack:
         names: The adapters, in the stack's order.
         A: The adapters' A factors, each multiplied by the adapter's scale, (K, r, in).
         B: The adapters' B factors, (K, out, r), as a transposed view of a (K, r, out) tensor.
-        ready: Input shape -> the prepared matmuls. The route need not be part of the key: each stack has only one.
+        ready: Input shape -> the prepared matmuls. Each stack belongs to one route, so the route is not in the key.
     """
 
     names: tuple[str, ...]
@@ -166,7 +166,7 @@ def add_kept(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor
         layer: The site's `LoraLayer`, which has no merged adapters.
         route: The route, which must have a cache.
         x: The input, (rows, …, in).
-        y0: The base's output, (rows, …, out).
+        y0: The base output, (rows, …, out).
 
     Returns:
         y₀ with the additions, or None if nothing was added and y₀ is unchanged.
@@ -202,10 +202,10 @@ def add_stacked(layer: StoredWeight, segments: OfRows, route: Route, x: Tensor, 
 
     Args:
         layer: The site's `LoraLayer`.
-        segments: The adapters, which must all have factors at the site, and the indices of their rows, (n,).
+        segments: Pairs of an adapter, which must have factors at the site, and the indices of the adapter's rows, (n,).
         route: The adapter of each row; if the route has a cache, the stacks are built once.
         x: The input, (rows, …, in).
-        y0: The base's output, (rows, …, out), which is modified in place if nothing else can refer to it.
+        y0: The base output, (rows, …, out), which is modified in place if nothing else can refer to it.
 
     Returns:
         y₀ with the additions, and the segments of the adapters that still have to be applied.

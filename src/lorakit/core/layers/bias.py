@@ -1,4 +1,4 @@
-"""Trained biases (`bias="all"` or `"lora_only"`): biases of the base that an adapter trains in place.
+"""Trained biases (`bias="all"` or `"lora_only"`): base biases that an adapter trains in place.
 
 In routes without that adapter, a hook on the module applies the original biases instead.
 """
@@ -26,11 +26,11 @@ class BiasPatch(AdapterComponent):
     """A forward hook for a module whose biases an adapter trains in place; other routes get the original biases.
 
     If the adapter is not active, a shallow clone of the module repeats the forward pass with the original biases. The
-    output is bitwise identical to the base's, and other threads are not affected. The hook runs before the module's
-    other hooks, so they see the corrected output.
+    output is bitwise identical to the base output, and other threads are not affected. The hook runs before all other
+    hooks of the module, so they see the corrected output.
 
     Attributes:
-        module: The base's module, which holds the trained biases as parameters.
+        module: The base module, which holds the trained biases as parameters.
         adapter: The adapter that trains the biases.
         originals: Name of each bias -> its value before training.
         state: The state shared by all adapted modules of the model.
@@ -69,7 +69,7 @@ class BiasPatch(AdapterComponent):
         if rows is None:
             raise RowCountError(
                 f"The number of rows in the route ({len(route.rows)}) does not match the output of a module with a "
-                f"trained bias, whose shape is {tuple(output.shape)}. Pass one adapter per row of the batch.",
+                f"trained bias (shape: {tuple(output.shape)}). Pass one adapter per row of the batch.",
                 what=self.adapter,
                 field="bias",
             )
@@ -77,10 +77,10 @@ class BiasPatch(AdapterComponent):
         return torch.where(ours.view(-1, *[1] * (output.ndim - 1)), output, old)
 
     def old(self, module: nn.Module) -> dict[str, Tensor]:
-        """Return the original biases by name, on a module's current device and in its current dtype.
+        """Return the original biases, keyed by name, on a module's current device and in its current dtype.
 
         Args:
-            module: The base's module, or a clone of it.
+            module: The base module, or a clone of it.
         """
         now = {name: getattr(module, name) for name in self.originals}  # FSDP can move parameters out of _parameters
         return {name: old.to(now[name].device, now[name].dtype) for name, old in self.originals.items()}
@@ -96,7 +96,7 @@ class BiasPatch(AdapterComponent):
         return clone
 
     def available_adapters(self) -> list[str]:
-        """Return the adapter that trains the biases, as a list."""
+        """Return a list with the adapter that trains the biases."""
         return [self.adapter]
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
@@ -104,7 +104,7 @@ class BiasPatch(AdapterComponent):
         return [self.module.get_parameter(name) for name in self.originals] if adapter == self.adapter else []
 
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
-        """Return the biases by name if this adapter trains them, else an empty dict."""
+        """Return the biases, keyed by name, if this adapter trains them, else an empty dict."""
         return dict(zip(self.originals, self.parameters_of(adapter), strict=False))
 
     def remove(self, adapter: str) -> nn.Module:
@@ -127,7 +127,7 @@ class BiasPatch(AdapterComponent):
         return None
 
     def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
-        """Return the biases by name if one of these adapters trains them, else an empty dict."""
+        """Return the biases, keyed by name, if one of these adapters trains them, else an empty dict."""
         return {name: held.detach() for adapter in adapters for name, held in self.saved_tensors(adapter).items()}
 
     def unload(self) -> nn.Module:
@@ -153,14 +153,14 @@ class BiasPatch(AdapterComponent):
 
     @staticmethod
     def uninstall(module: nn.Module, adapters: Collection[str]) -> None:
-        """Restore, bit for bit, the biases of a module that these adapters train."""
+        """Restore a module's original biases bit for bit if one of the given adapters trains them."""
         for patch in BiasPatch.on(module):
             if patch.adapter in adapters:
                 patch.remove(patch.adapter)
 
 
 def out_projection(attention: nn.MultiheadAttention) -> nn.Module:
-    """Return the base's output projection in an attention module.
+    """Return the output projection of an attention module, without the layer around it.
 
     The attention module reads the projection's weight and bias but never calls the projection.
     """

@@ -105,7 +105,7 @@ class LoraLayer(BaseWeight):
         return list(self.r)
 
     def set_trained(self, name: str, trained: bool) -> None:
-        """Train or freeze an adapter's factors; tensors that its init or variant never trains stay frozen.
+        """Train or freeze an adapter's factors; tensors that the adapter's init or variant never trains stay frozen.
 
         Args:
             name: The adapter; ignored if it has no factors in this layer.
@@ -127,7 +127,7 @@ class LoraLayer(BaseWeight):
 
         Args:
             name: The adapter.
-            factor: A (r, in), B (out, r) and the variant's extra tensors, all of which become parameters.
+            factor: A (r, in), B (out, r) and the variant's extra tensors; they all become parameters.
             r: Rank of the factors.
             lora_alpha: Alpha of the adapter in this layer.
             trains: Which of "A" and "B" are trained.
@@ -184,17 +184,17 @@ class LoraLayer(BaseWeight):
         return Factor(A, B, self.scaling[name], self.lora_dropout[name], variant, own, bias, setting)
 
     def _own(self, name: str, held_as: str) -> nn.Parameter:
-        """Return one of the extra tensors of an adapter's variant, in the shape that it has in memory (…)."""
+        """Return one of the extra tensors of an adapter's variant, in its in-memory shape (…)."""
         held: nn.Parameter | OwnWeight = self._holder(held_as)[name]
         return held.weight if isinstance(held, OwnWeight) else held
 
     def _holder(self, attribute: str) -> Mapping[str, Any]:
-        """Return a container's entries by adapter, bypassing torch's attribute access, which is slow for modules."""
+        """Return a container's entries, keyed by adapter, bypassing torch's slow attribute access."""
         holder: Any = self._modules[attribute]
         return holder._modules if isinstance(holder, ModuleDict) else holder
 
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
-        """Return the tensors to save for an adapter: key relative to this layer's path -> tensor."""
+        """Return the tensors to save for an adapter, keyed by their names relative to this layer's path."""
         if adapter not in self.r:
             return {}
         factor, kind = self.factor(adapter), self.kind
@@ -208,7 +208,7 @@ class LoraLayer(BaseWeight):
         return found
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
-        """Return an adapter's parameters in this layer, with A and B first; empty if it has no factors in the layer."""
+        """Return a list of an adapter's parameters in this layer, A and B first; empty if the adapter has none."""
         if adapter not in self.r:
             return []
         own, found = variant_named(self.variant[adapter]).tensors, []
@@ -224,7 +224,7 @@ class LoraLayer(BaseWeight):
         return found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the base's output plus the additions of the active adapters.
+        """Return the base output plus the additions of the active adapters.
 
         Args:
             args: Passed to the base module; the first is x (…, in), or indices (…) for an embedding.
@@ -235,7 +235,7 @@ class LoraLayer(BaseWeight):
 
         Raises:
             RouteError: The active route cannot be determined, or does not match this batch.
-            MergeError: The route leaves out a merged adapter, but the base's values were not kept.
+            MergeError: The route leaves out a merged adapter, but the base values were not kept.
         """
         route, again = resolve(self.state, self.own_route, self.forwards)
         if not self.merged_adapters and not self.moved_by and route.mentions.isdisjoint(self.r):
@@ -246,7 +246,7 @@ class LoraLayer(BaseWeight):
         return y
 
     def adapted(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """Return the base's output y₀ (…, out) plus the additions of a route's adapters.
+        """Return the base output y₀ (…, out) plus the additions of a route's adapters.
 
         Args:
             route: The active adapters.
@@ -284,7 +284,7 @@ class LoraLayer(BaseWeight):
         return y
 
     def _row_axis(self, route: Route, x: Tensor) -> int:
-        """Return the axis of x (rows, …) that holds the rows, after checking their number against the route."""
+        """Return the axis of x (rows, …) that holds the rows, after checking that their number matches the route."""
         axis = self.kind.row_axis(self.owner)
         if axis is None or route.rows_of(x.shape[axis]) is None:
             size = "no batch axis" if axis is None else f"rows: {x.shape[axis]}"
@@ -324,21 +324,21 @@ class LoraLayer(BaseWeight):
         return variant.output(At(y0, bias, z, factor, kind, self.spec, read, mask, x, siblings))
 
     def _bias_under(self, names: tuple[str, ...]) -> Tensor | None:
-        """Return the bias, (out,), that the base's output includes while these adapters are active, or None."""
+        """Return the bias, (out,), that the base output includes while these adapters are active, or None."""
         bias = self.original_bias()
         if bias is not None and self.old_bias is not None and self.old_bias[0] not in names:
             return self.old_bias[1].to(bias.device, bias.dtype)
         return bias
 
     def _base_of_rows(self, route: Route, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """Return the base's output (rows, …, out) if the base's current module is not correct for all rows."""
+        """Compute the base output (rows, …, out) when the current base module is not correct for all rows."""
         moved = route.mentions.intersection(self.moved_by)
         if not moved or route.rows is None:
             return self._base_for(bool(moved))(*args, **kwargs)
         axis = self._row_axis(route, x)
         index = torch.cat([rows for name, rows in route.segments(x.device, x.shape[axis]) if name in moved])
 
-        def forward(*inputs: Tensor, **named: Tensor) -> Tensor:  # both run on all rows: hooks need the whole batch
+        def forward(*inputs: Tensor, **named: Tensor) -> Tensor:  # both modules run on the whole batch, for the hooks
             before, moved = (bare(self._base_for(one))(*inputs, **named) for one in (False, True))
             return before.index_copy(axis, index, moved.index_select(axis, index))
 
@@ -371,7 +371,7 @@ class LoraLayer(BaseWeight):
 
     @property
     def in_features(self) -> int:
-        """The number of columns of the base weight: input features or channels, or the rows of an embedding table."""
+        """The number of columns of the base weight: input features, input channels, or the size of a vocabulary."""
         return self.spec.in_features
 
     @property
@@ -390,11 +390,11 @@ class LoraLayer(BaseWeight):
         return bool(self.merged_adapters)
 
     def get_base_layer(self) -> nn.Module:
-        """Return the base's own module."""
+        """Return the innermost base module."""
         return self.owner
 
     def get_base_weight(self) -> Tensor:
-        """Return the current base weight: dequantized, as (out, in), if it is quantized, else in its stored shape."""
+        """Return the current base weight in its stored shape; a quantized weight is dequantized to (out, in)."""
         base, owner = self.base, self.owner
         stored = base.stored(owner, self.spec.parameter)
         return base.read(owner, stored) if base.quantized else stored
@@ -488,7 +488,7 @@ class LoraLayer(BaseWeight):
         """Unmerge all adapters and restore this layer's weight bit for bit.
 
         Raises:
-            MergeError: The base's values were not kept.
+            MergeError: The base values were not kept.
         """
         if not self.merged_adapters:
             warn_caller("Already unmerged. Nothing to do.")
@@ -504,7 +504,7 @@ class LoraLayer(BaseWeight):
             layer.merged_adapters, layer.kept = [], layer.kept if layer.moved_by else None
 
     def leader_of(self, adapters: Sequence[str]) -> LoraLayer | None:
-        """Return the tied layer that has the same weight and whose factors this layer uses transposed, or None.
+        """Return the tied layer whose weight and (transposed) factors this layer uses, or None if there is none.
 
         Args:
             adapters: The adapters; those without factors in this layer are ignored.
@@ -528,7 +528,7 @@ class LoraLayer(BaseWeight):
         return mine is its and mine is not None
 
     def _around_module(self, path: str) -> dict[str, LoraLayer]:
-        """Return this layer, the layers nested in it around the same module, and those of `inner` children, by path."""
+        """Return a dict from path to layer: this layer, the layers it wraps, and the layers of `inner` children."""
         found: dict[str, LoraLayer] = {}
         layer: nn.Module = self
         while isinstance(layer, LoraLayer):

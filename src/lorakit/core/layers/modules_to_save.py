@@ -62,11 +62,11 @@ class ModulesToSave(ReplacingModule):
         return list(self.modules_to_save)
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
-        """Return the parameters of an adapter's copy, or an empty list if it has no copy here."""
+        """Return the parameters of an adapter's copy, or an empty list if the adapter has no copy here."""
         return list(self.modules_to_save[adapter].parameters()) if adapter in self.modules_to_save else []
 
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
-        """Return the state dict of an adapter's copy: name -> tensor; empty if it has no copy here."""
+        """Return the state dict of an adapter's copy, or an empty dict if the adapter has no copy here."""
         return dict(self.modules_to_save[adapter].state_dict()) if adapter in self.modules_to_save else {}
 
     def remove(self, adapter: str) -> nn.Module:
@@ -112,14 +112,14 @@ class ModulesToSave(ReplacingModule):
         return StagedMerge(None, partial(setattr, self, "merged_adapters", [])) if merged else None
 
     def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
-        """Return the state dict of the copy that replaces the original: name -> tensor; empty if there is none."""
+        """Return the state dict of the copy that replaces the original, or an empty dict if there is no copy."""
         found: dict[str, Tensor] = {}
         for name in adapters:
             found |= self.saved_tensors(name)
         return found
 
     def unload(self) -> nn.Module:
-        """Return the merged copy, or the original if none is merged."""
+        """Return the merged copy, or the original if no copy is merged."""
         return self.modules_to_save[self.merged_adapters[0]] if self.merged_adapters else self.original_module
 
     def run_alike(self, route: Route, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -150,13 +150,13 @@ class ModulesToSave(ReplacingModule):
 
 @dataclass(frozen=True)
 class Extras:
-    """Everything that a new adapter trains in addition to its factors, before the adapter is attached.
+    """Everything that a new adapter will train in addition to its factors; built before the adapter is attached.
 
     Attributes:
         copies: Path -> trainable copy of the module at that path.
-        biases: Modules of the base, each with its current biases by name. The dict of an attention module is empty if
-            only the module's output projection has trained biases.
-        rows: Trainable token embeddings: the chosen rows of a table, and their values, (n, d).
+        biases: Base modules, each with a dict of its current biases, keyed by name. The dict of an attention module is
+            empty if only the output projection has trained biases.
+        rows: Trainable token embeddings: the chosen rows of each table, and their values, (n, d).
         leaders: Path of a module -> path of the module that it is tied to.
     """
 
@@ -170,7 +170,7 @@ def build_extras(modules: Mapping[str, nn.Module], sites: Collection[str], saved
     """Build everything that an adapter trains in addition to its factors, without changing the model.
 
     Args:
-        modules: Path -> the base's module, or the adapted or saved module that replaces it.
+        modules: Path -> the base module, or the adapted or saved module that replaces it.
         sites: Paths of the adapter's sites.
         saved: Paths of the adapter's saved modules.
         bias: The config's `bias`: "none", "all", or "lora_only" (only the biases of the sites).
@@ -202,7 +202,7 @@ def build_extras(modules: Mapping[str, nn.Module], sites: Collection[str], saved
 
 
 def _check_untouched(path: str, layer: LoraLayer | None) -> None:
-    """Reject a bias that merged adapters changed, because the bias's original value is needed later."""
+    """Reject a bias that merged adapters have changed, because its original value is needed later."""
     if layer is not None and (layer.kept_bias is not None or layer.replaced):
         how = "with a bias of B (lora_bias)" if layer.kept_bias is not None else "with dense=True"
         raise ConfigError(
@@ -217,7 +217,7 @@ def _check_untouched(path: str, layer: LoraLayer | None) -> None:
 def biased_modules(
     modules: Mapping[str, nn.Module], sites: Collection[str], saved: Sequence[str], bias: str
 ) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
-    """Yield the modules of the base whose biases an adapter trains, except those in saved modules.
+    """Yield the base modules whose biases an adapter trains, except modules inside saved modules.
 
     Args:
         modules: Path -> module, as in `build_extras`.
@@ -261,7 +261,7 @@ def _read_by(modules: Mapping[str, nn.Module], sites: Collection[str]) -> Iterat
 
 
 def _base_modules(current: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the base's modules at one path, with relative paths: one module, or all modules inside a saved module."""
+    """Yield the base modules at one path, each with its relative path; a saved module yields all modules inside."""
     if isinstance(current, ModulesToSave):
         yield from current.original_module.named_modules()
     else:
@@ -321,7 +321,7 @@ def _plain(module: nn.Module) -> nn.Module:
 
 
 def plain_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape for the tensors of a module's trainable copy, in which quantized weights are dequantized."""
+    """Return a dict from name to shape for all tensors of a module's trainable copy, which is not quantized."""
     parts = dict(module.named_modules())
     if not any(weight_format_of(part).quantized for part in parts.values()):
         return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}

@@ -70,13 +70,13 @@ LAYERS: Mapping[str, type[LoraLayer]] = {
 
 
 def layer_class(kind: Kind) -> type[LoraLayer]:
-    """Return the layer class for a kind: its own, the one in LAYERS, or a generic one for user-defined kinds.
+    """Return the layer class for a kind: the kind's `layer`, its entry in LAYERS, or else a generic class.
 
     Args:
         kind: The kind.
 
     Raises:
-        ConfigError: The kind's own class is not a subclass of `LoraLayer`.
+        ConfigError: The kind's `layer` is not a subclass of `LoraLayer`.
     """
     own = kind.layer or LAYERS.get(kind.name)
     if own is None:

@@ -1,6 +1,6 @@
 """`StoredWeight`: reads, keeps, replaces and restores the stored weight of a site.
 
-This file writes weights to the base's module; `base_weight` decides what to store, and when.
+This file writes weights to the base module; `base_weight` decides what to store, and when.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ OF_THE_BASE = frozenset({"weight", "bias"})
 
 
 Replacement = Stored | nn.Module
-"""A stored weight, or a plain module that replaces the base's module."""
+"""A stored weight, or a plain module that replaces the base module."""
 
 
 class StoredWeight(AdapterModule):
-    """A wrapper around a base module; it can write and restore one of the base's weights.
+    """A wrapper around a base module; it can write and restore one of the base weights.
 
     Attributes:
-        base_layer: The base's module, or another layer around it.
+        base_layer: The base module, or another layer around it.
         spec: The weight's spec.
         r: Adapter -> rank.
         scaling: Adapter -> scale.
         variant: Adapter -> the name of its variant.
         merged_adapters: Adapters that are currently merged into the base weight.
-        kept: The base's stored weight as it was before the first write, or None.
+        kept: The stored base weight before the first write, or None.
         moved_by: The adapters that use a residual base: the one whose init (such as PiSSA) created it, or all those
             whose variants create it. Empty if the base is unchanged.
         moved: The stored residual base, or None.
         initial: The initial A and B of the adapter whose init created the residual base, in main memory; or None.
-        replaced: A tuple with the base's module if a merge replaced that module with a plain one, otherwise empty. The
+        replaced: A tuple with the base module if a merge replaced that module with a plain one, otherwise empty. The
             tuple keeps the module from being registered as a submodule.
-        kept_bias: The base's bias, (out,), as it was before a merge changed it (`lora_bias`), or None.
+        kept_bias: The base bias, (out,), before a merge changed it (`lora_bias`), or None.
         tied_weight: The parameter that the base shared with other modules before a merge untied it, or None.
-        old_bias: The adapter that trains the base's bias, and the bias before training, (out,); or None.
+        old_bias: The adapter that trains the base bias, and the bias before training, (out,); or None.
     """
 
     _modules: dict[str, nn.Module]  # type: ignore[assignment]  # no child is None here
@@ -92,7 +92,7 @@ class StoredWeight(AdapterModule):
 
     @property
     def owner(self) -> nn.Module:
-        """The base's own module; if several of its weights are adapted, their layers are nested around it."""
+        """The innermost base module; if several of its weights are adapted, the layers are nested around it."""
         module = self._modules["base_layer"]  # faster than torch's attribute access, which matters here
         while isinstance(module, StoredWeight):
             module = module._modules["base_layer"]
@@ -100,30 +100,31 @@ class StoredWeight(AdapterModule):
 
     @property
     def source(self) -> nn.Module:
-        """The module that holds the base's weight: the owner, or the original module if a plain one replaced it."""
+        """The module that holds the base weight: the owner, or the original module if a plain one replaced it."""
         return self.replaced[0] if self.replaced else self.owner
 
     @property
     def base(self) -> WeightFormat[Any, Any]:
-        """The weight's format, an entry in WEIGHT_FORMATS."""
+        """The weight format, an entry in WEIGHT_FORMATS."""
         return self.storage[0]
 
     @property
     def storage(self) -> tuple[WeightFormat[Any, Any], nn.Module]:
-        """The weight's format, and the module that holds the weight."""
+        """The weight format, and the module that holds the weight."""
         source = self.source
         return weight_format_of(source, self.spec.parameter, self.spec.as_stored), source
 
     @property
     def keeps_base(self) -> bool:
-        """True if the weight from before the first merge is kept."""
+        """True if the original weight, from before the first merge, is kept."""
         return self.kept is not None or bool(self.replaced)
 
     def read(self, adapter: str | None = None) -> Tensor:
         """Return the canonical base weight (out, in) without merged adapters, in fp32 or wider.
 
         Args:
-            adapter: The adapter that uses the weight, in case it uses a residual base; None for the original weight.
+            adapter: The adapter whose base weight to read: the residual base if the adapter uses one, else the original
+                weight. None reads the original weight.
         """
         base, source = self.storage
         kept = self._kept_for(adapter in self.moved_by)
@@ -144,21 +145,22 @@ class StoredWeight(AdapterModule):
         return self.kept
 
     def original_bias(self) -> Tensor | None:
-        """Return the base's bias without merged adapters, (out,), or None if the base has no bias."""
+        """Return the base bias without merged adapters, (out,), or None if the base has no bias."""
         now = getattr(self.owner, "bias", None)
         bias = now if self.kept_bias is None or now is None else self.kept_bias.to(now.device, now.dtype)
         return bias if isinstance(bias, Tensor) else None
 
     def inside(self) -> frozenset[str]:
-        """Return the adapters that the base's module already accounts for: merged ones and users of the residual base.
+        """Return the adapters that the base module already accounts for: those merged or using the residual base.
 
-        If an adapter that uses the residual base is merged, the module is not correct for the other users of that base.
+        If an adapter that uses the residual base is merged, the module is not correct for the other
+        adapters that use that base.
         """
         merged = frozenset(self.merged_adapters)
         return merged if merged.intersection(self.moved_by) else merged.union(self.moved_by)
 
     def _base_for(self, moved: bool) -> nn.Module:
-        """Return the base's module without merged adapters, holding the residual base if `moved`, else the original."""
+        """Return the base module without merged adapters, holding the residual base if `moved`, else the original."""
         if not self.merged_adapters and (moved or not self.moved_by):
             return self.base_layer
         self.check_kept()
@@ -173,7 +175,7 @@ class StoredWeight(AdapterModule):
 
         Args:
             adapter: The adapter.
-            stored: The residual base in stored form; ignored if another adapter already uses the same one.
+            stored: The residual base in stored form; ignored if another adapter already uses the same base.
             initial: The adapter's initial A (r, in) and B (out, r) if the base became W − s·B·A, else None.
         """
         if self.moved_by:

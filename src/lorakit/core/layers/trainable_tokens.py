@@ -1,7 +1,7 @@
 """Trainable token embeddings, including those in a head that is tied to an embedding.
 
-A trained row replaces the base's row W[i] instead of being added to it. Instead of copying the table, a forward pass
-usually corrects the base's output at the positions that use a trained row.
+A trained row replaces the base row W[i] instead of being added to it. Instead of copying the table, a forward pass
+usually corrects the base output at the positions that use a trained row.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class TokenAdapter(nn.Module):
         base_layer: The embedding, or the head.
         trainable_tokens_delta: Adapter -> its rows, (n, d).
         token_indices: Adapter -> the indices of its rows in the table.
-        kept: Merged adapter -> the base's original rows, (n, d), or None if they were not kept.
+        kept: Merged adapter -> the original base rows, (n, d), or None if they were not kept.
     """
 
     def __init__(self, base_layer: nn.Module, leader: TokenAdapter | None = None) -> None:
@@ -79,7 +79,7 @@ class TokenAdapter(nn.Module):
 
     @property
     def trainable_tokens_original(self) -> dict[str, Tensor]:
-        """Adapter -> the base's rows that the adapter's rows replace, (n, d)."""
+        """Adapter -> the base rows that the adapter's rows replace, (n, d)."""
         table = self.original(strict=False).detach()
         return {name: table[torch.tensor(at, device=table.device)] for name, at in self.token_indices.items()}
 
@@ -94,18 +94,18 @@ class TokenAdapter(nn.Module):
         return self.active_adapters
 
     def rows(self, name: str) -> Replacement:
-        """Return the indices of an adapter's rows, (n,), and the rows, (n, d)."""
+        """Return the indices of an adapter's rows, (n,), and their values, (n, d)."""
         rows = self.trainable_tokens_delta[name]
         return torch.tensor(self.token_indices[name], device=rows.device), rows
 
     def original(self, strict: bool = True) -> Tensor:
-        """Return the base's table without merged rows, (V, d); the base's own parameter if nothing is merged.
+        """Return the base table, (V, d), without merged rows; the base parameter itself if nothing is merged.
 
         Args:
-            strict: Whether to raise an error if the base's rows were not kept; if False, merged rows stay in the table.
+            strict: Whether to raise an error if the base rows were not kept; if False, merged rows stay in the table.
 
         Raises:
-            MergeError: An adapter is merged, and the base's rows were not kept.
+            MergeError: An adapter is merged, and the base rows were not kept.
         """
         table: Tensor = self.base_layer.weight  # type: ignore[assignment]
         for name in [name for name, rows in self.kept.items() if strict or rows is not None]:
@@ -123,7 +123,7 @@ class TokenAdapter(nn.Module):
         return table
 
     def replacements(self, names: Sequence[str]) -> list[Replacement]:
-        """Return the active adapters' rows that do not replace the base's rows yet, in the order of the adapters.
+        """Return the active adapters' rows that are not in the table yet, in the order of the adapters.
 
         Args:
             names: The active adapters; those without rows here, or whose rows are already in the table, are skipped.
@@ -158,10 +158,10 @@ class TokenAdapter(nn.Module):
         return any(name not in names for name in self.kept)
 
     def given_back(self, name: str) -> Replacement:
-        """Return the indices of a merged adapter's rows, (n,), and the base's original rows, (n, d).
+        """Return the indices of a merged adapter's rows, (n,), and the original base rows, (n, d).
 
         Raises:
-            MergeError: The base's rows were not kept.
+            MergeError: The base rows were not kept.
         """
         kept = self.kept[name]
         if kept is None:
@@ -174,7 +174,7 @@ class TrainableTokens(ReplacingModule):
 
     Attributes:
         token_adapter: The table and the rows of each adapter.
-        follows: Whether this table's rows belong to the embedding that it is tied to.
+        follows: Whether this table's rows belong to the embedding to which the table is tied.
     """
 
     _what, _field = "a table with trainable tokens", "trainable_token_indices"
@@ -194,7 +194,7 @@ class TrainableTokens(ReplacingModule):
 
     @property
     def original_module(self) -> nn.Module:
-        """The base's module."""
+        """The base module."""
         return self.token_adapter.base_layer
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
@@ -228,7 +228,7 @@ class TrainableTokens(ReplacingModule):
         self.token_adapter.trainable_tokens_delta[name] = rows
 
     def remove(self, adapter: str) -> nn.Module:
-        """Remove an adapter's unmerged rows, if any; return this module, or the base's if no rows are left."""
+        """Remove an adapter's unmerged rows, if any; return this module, or the base module if no rows are left."""
         if adapter in self.token_adapter.token_indices:
             del self.token_adapter.token_indices[adapter], self.token_adapter.trainable_tokens_delta[adapter]
         self.drop_override(adapter)
@@ -239,16 +239,16 @@ class TrainableTokens(ReplacingModule):
         return list(self.token_adapter.token_indices)
 
     def kept_bytes(self) -> int:
-        """Return the size, in bytes, of the base's rows that merges kept; tied tables are counted once."""
+        """Return the size, in bytes, of the base rows that merges kept; tied tables are counted once."""
         kept = () if self.follows else self.token_adapter.kept.values()
         return sum(rows.numel() * rows.element_size() for rows in kept if rows is not None)
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
-        """Return an adapter's rows, (n, d), in a list; empty if the adapter has no rows or another module owns them."""
+        """Return a list with an adapter's rows, (n, d); empty if there are none or another module owns the rows."""
         return [self.token_adapter.trainable_tokens_delta[adapter]] if adapter in self and not self.follows else []
 
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
-        """Return an adapter's rows, (n, d), by key; empty if the adapter has no rows or another module owns them."""
+        """Return a dict with an adapter's rows, (n, d); empty if there are none or another module owns the rows."""
         return dict(zip(["token_adapter.trainable_tokens_delta"], self.parameters_of(adapter), strict=False))
 
     def check_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> None:
@@ -277,18 +277,18 @@ class TrainableTokens(ReplacingModule):
                 )
 
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
-        """Build a table with the adapters' rows; return None if there are no such rows or this table follows another.
+        """Build a table with the adapters' rows; return None if there are no rows or this table follows another.
 
         Args:
             path: Not used.
             adapters: The adapters.
-            options: Whether the base's rows are kept, and whether the table is untied from modules that share it.
+            options: Whether the base rows are kept, and whether the table is untied from modules that share it.
         """
         here = [name for name in adapters if name in self]
         if not here or self.follows:
             return None
         table, held = self.token_adapter, self.token_adapter.weight_here
-        weight, kept = held.detach().clone(), dict[str, Tensor | None]()  # other code may refer to held's memory
+        weight, kept = held.detach().clone(), dict[str, Tensor | None]()  # other code may share `held`'s memory
         for name in here:
             index, rows = table.rows(name)
             index = index.to(weight.device)
@@ -298,10 +298,10 @@ class TrainableTokens(ReplacingModule):
         return StagedMerge(None, partial(self._put_merged, weight, kept, own))
 
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
-        """Prepare to restore the base's rows; return None if none of these adapters is merged here.
+        """Prepare to restore the base rows; return None if none of these adapters is merged here.
 
         Raises:
-            MergeError: The base's rows were not kept.
+            MergeError: The base rows were not kept.
         """
         table = self.token_adapter
         old = {name: table.given_back(name) for name in table.kept if name in adapters and not self.follows}
@@ -313,7 +313,7 @@ class TrainableTokens(ReplacingModule):
         return {"weight": self.token_adapter.with_rows(adapters).detach()} if here else {}
 
     def unload(self) -> nn.Module:
-        """Return the base's module, including merged rows."""
+        """Return the base module, including merged rows."""
         return self.original_module
 
     def follow(self, tied: TrainableTokens, apart: bool) -> None:
@@ -372,15 +372,15 @@ class TrainableTokens(ReplacingModule):
 
         Args:
             route: The route, which is the same for all rows of the batch.
-            args: Passed to the base's module; the first is indices (…) for an embedding, which returns (…, d), or
+            args: Passed to the base module; the first is indices (…) for an embedding, which returns (…, d), or
                 hidden states (…, d) for a head, which returns (…, V).
-            kwargs: Passed to the base's module.
+            kwargs: Passed to the base module.
 
         Raises:
             RouteError: Two active adapters train the same row.
         """
         names, adapter, table = route.names, self.token_adapter, self.original_module
-        if adapter.is_stale(names):  # a clone with the original table makes the output bitwise identical to the base's
+        if adapter.is_stale(names):  # a clone with the original table yields the exact base output
             table = clone_with(table, {"weight": adapter.original()})
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         y: Tensor = table(*args, **kwargs)
@@ -405,7 +405,7 @@ def looked_up(table: nn.Embedding, x: Tensor, y: Tensor, index: Tensor, rows: Te
         rows: New values of these rows, (n, d).
 
     Returns:
-        (…, d). Cost: a binary search among n indices per element of x; the table itself is not copied.
+        The output, (…, d). Cost: a binary search among n indices for each element of x; the table is not copied.
     """
     numbers, order = index.sort()
     position = torch.searchsorted(numbers, x.contiguous()).clamp_max(len(numbers) - 1)
@@ -434,7 +434,7 @@ def read_out(W: Tensor, x: Tensor, y: Tensor, index: Tensor, rows: Tensor) -> Te
         rows: New values of these rows, (n, d).
 
     Returns:
-        (…, V). Cost: 2·n·d FLOPs for each position.
+        The output, (…, V). Cost: 2·n·d FLOPs for each position.
     """
-    change = (rows - W[index].to(rows)).to(y.dtype)  # exactly zero if the rows equal the base's
+    change = (rows - W[index].to(rows)).to(y.dtype)  # exactly zero if the rows equal the base rows
     return y.index_add(-1, index, F.linear(x.to(y.dtype), change))

@@ -64,12 +64,13 @@ def experts_forward(
     Args:
         module: The experts module, with the weights to use.
         factors: Name of a parameter -> its factors, with A (experts, r, in) and B (experts, out, r).
-        hidden_states: (tokens, d).
+        hidden_states: Input of the experts module, (tokens, d).
         top_k_index: Indices of each token's experts, (tokens, k).
         top_k_weights: Routing weights of these experts, (tokens, k).
 
     Returns:
-        (tokens, d). Extra cost: 2·r·(in + out) FLOPs per token, expert and projection; no dense weight is formed.
+        The output, (tokens, d). Extra cost: 2·r·(in + out) FLOPs per token, expert and projection; no dense weight is
+        formed.
     """
     first, name = ("gate_up_proj", "_apply_gate") if module.has_gate else ("up_proj", "act_fn")
     activation: Callable[[Tensor], Tensor] = getattr(module, name)
@@ -146,21 +147,21 @@ class WeightLayer(LoraLayer):
             self._row_axis(route, x if x.ndim > 2 else x.unsqueeze(axis))
 
     def chain(self) -> Iterator[WeightLayer]:
-        """Yield this layer and the layers nested in it around the same owner, outermost first."""
+        """Yield this layer and all nested layers around the same owner, outermost first."""
         layer: nn.Module = self
         while isinstance(layer, WeightLayer):
             yield layer
             layer = layer.base_layer
 
     def effective(self, route: Route) -> Tensor | None:
-        """Return the weight with a route's adapters applied, in the base's layout.
+        """Return the weight with a route's adapters applied, in its stored layout.
 
         Args:
             route: The adapters that are active on all rows.
 
         Returns:
-            The weight as the base stores it, such as (out, in); gradients flow to A and B. None if the module already
-            holds this weight.
+            The weight in its stored layout, such as (out, in), or None if the module already holds it. Gradients flow
+            to A and B.
         """
         names = [name for name in route.names if name in self.r]
         if frozenset(names) == self.inside() == frozenset(self.merged_adapters):
@@ -182,7 +183,7 @@ class WeightLayer(LoraLayer):
             route: The adapters that are active on all rows.
 
         Returns:
-            The weight, (experts, …, …), or None if the module already holds it; and the factors, which may be empty.
+            The weight, (experts, …, …), or None if the module already holds it; and a possibly empty list of factors.
         """
         names = [name for name in route.names if name in self.r]
         drops = any(isinstance(self.lora_dropout[name], nn.Dropout) for name in names)

@@ -1,6 +1,6 @@
 """Merge adapters into the base weights, and unmerge them bit for bit.
 
-A merge computes W₀ + Σ update in fp32 or wider from the original base, and writes the sum once in the base's dtype. The
+A merge computes W₀ + Σ update in fp32 or wider from the original base, and writes the sum once in the base dtype. The
 original weight is kept (on its device or in main memory) unless the caller opts out, so several merges can be undone in
 any order. The error of storing the sum in low precision is measured and reported.
 
@@ -52,7 +52,7 @@ class MergeReport:
 
     @property
     def error(self) -> float:
-        """The mean relative error of the stored weights: a rounding error, or far more if the base is quantized."""
+        """The mean relative error of the stored weights; it is only a rounding error unless the base is quantized."""
         return sum(site.error for site in self.sites) / len(self.sites) if self.sites else 0.0
 
 
@@ -69,7 +69,7 @@ def merge(
         untie: Whether to give a separate weight to a site that shares its weight with another module (tied embeddings).
         dense: Whether to replace quantized modules and grouped convolutions (whose weights cannot hold the delta) with
             plain modules. Otherwise, merged weights are quantized again, which loses most of a small delta. A module
-            that replaces a quantized one has the dtype of that module's matmuls.
+            that replaces a quantized one gets the dtype that the quantized module used for its matmuls.
 
     Returns:
         The fraction of the delta that each site retains, the error, and the size of the kept original weights.
@@ -219,13 +219,13 @@ def names_to_merge(index: AdapterIndex, names: Sequence[str]) -> tuple[str, ...]
 
 
 def _check_mergeable(index: AdapterIndex, names: Sequence[str], untie: bool, options: MergeOptions) -> None:
-    """Reject a merge that is not possible, without computing anything.
+    """Reject an impossible merge without computing anything.
 
     Args:
         index: The model's index.
         names: Adapters to merge.
         untie: As in `merge`.
-        options: Options of the merge.
+        options: Merge options.
 
     Raises:
         MergeError: An adapter is already merged or cannot be merged, or a weight is shared.
@@ -277,7 +277,7 @@ def tied_sites(model: nn.Module | AdapterIndex, names: Sequence[str]) -> list[tu
 
 
 def leaders_of(index: AdapterIndex, names: Sequence[str]) -> dict[LoraLayer, LoraLayer]:
-    """Return layer -> the layer that it follows: one with the same weight and, for these adapters, the same factors.
+    """Return a dict from layer to the layer that it follows, which has the same weight and the same factors.
 
     Args:
         index: The model's index.
@@ -297,7 +297,7 @@ def leaders_of(index: AdapterIndex, names: Sequence[str]) -> dict[LoraLayer, Lor
 
 
 def untied_copies(index: AdapterIndex, names: Collection[str]) -> list[tuple[str, str]]:
-    """Return saved modules that would no longer share a weight with other modules if they replaced the originals.
+    """Return the saved modules whose copies would no longer share a weight with other modules after a merge.
 
     Args:
         index: The model's index.
@@ -321,13 +321,13 @@ def untied_copies(index: AdapterIndex, names: Collection[str]) -> list[tuple[str
 
 
 def _leading_tables(index: AdapterIndex) -> dict[TrainableTokens, list[TrainableTokens]]:
-    """Return leading table -> the tables that follow it, for all leading tables with trainable tokens."""
+    """Return a dict from each leading table with trainable tokens to the tables that follow it."""
     tables = [table for _, table in index.every(TrainableTokens)]
     return {table: [other for other in tables if table.leads(other)] for table in tables if not table.follows}
 
 
 def _shared_table(index: AdapterIndex, table: TrainableTokens, followers: Sequence[TrainableTokens]) -> str | None:
-    """Return the name of a leading table's weight in a module that does not follow the table; None if there is none."""
+    """Return the name of a leading table's weight in a module that does not follow the table, or None."""
     held = table.token_adapter.weight_here
     members = [module.token_adapter for module in (table, *followers)]
     tied = {id(member.base_layer) for member in members if member.weight_here is held}
@@ -368,11 +368,12 @@ WIDE = (torch.float32, torch.float64)
 def explain_inexact_merge(model: nn.Module, *names: str) -> str | None:
     """Explain why merging adapters would change the outputs; return None if the merge is exact.   [docs/math.md (12)]
 
-    A merge is exact if it changes outputs in eval mode only by rounding errors in the base's compute dtype: (W + ΔW)·x
-    and W·x + ΔW·x are then the same sum in a different order. For this, every weight that the adapters change must be
-    unquantized and in fp32 or wider; the merged weight (eq. 11 in docs/math.md) is then stored in the dtype in which it
-    is computed. A bf16 or fp16 weight loses the part of the delta that is below its precision, and a quantized weight
-    loses far more. A merge is also inexact if matmuls round the weight again, as they do under autocast or with TF32.
+    A merge is exact if it changes outputs in eval mode only by rounding errors in the compute dtype: (W + ΔW)·x and
+    W·x + ΔW·x are then the same sum in a different order. An exact merge requires every weight that the adapters change
+    to be unquantized and in fp32 or wider, so that the merged weight (eq. 11 in docs/math.md) is stored in the dtype in
+    which it is computed. A bf16 or fp16 weight loses the part of the delta that is below its precision, and a quantized
+    weight loses far more. A merge is also inexact if matmuls round the weight again, as they do under autocast or with
+    TF32.
 
     Args:
         model: An adapted model; it is not changed.
@@ -403,17 +404,16 @@ def explain_inexact_merge(model: nn.Module, *names: str) -> str | None:
 
 
 def merged_state_dict(model: nn.Module, *names: str) -> dict[str, Tensor]:
-    """Return the state dict of the base with adapters merged, under the base's own names; the model is not modified.
+    """Return the state dict of the base with adapters merged, under the original names; the model is not modified.
 
     Args:
         model: An adapted model.
         names: Adapters to merge; if none are given, those in the default route.
 
     Returns:
-        Name -> tensor in the base's dtype. Tensors that no adapter changes are the model's own, not copies. A
-        weight that is tied in the model but adapted in only one module appears under both names, with different values.
-        Quantized weights are dequantized to the dtype of their matmuls, so the state dict matches
-        that of an unquantized base.
+        A dict from name to tensor, in the base dtype. Tensors that no adapter changes are not copied. A weight that
+        is tied in the model but adapted in only one module appears under both names, with different values. Quantized
+        weights are dequantized to the dtype of their matmuls, so the state dict matches that of an unquantized base.
 
     Raises:
         MergeError: An adapter cannot be merged.
@@ -436,7 +436,7 @@ def merged_state_dict(model: nn.Module, *names: str) -> dict[str, Tensor]:
 
 
 class _Merged:
-    """The tensors of the base that adapters change, computed on demand."""
+    """The base tensors that adapters change, computed on demand."""
 
     def __init__(self, index: AdapterIndex, names: Sequence[str]) -> None:
         self._names, self._options = names, MergeOptions(in_place=False)
@@ -455,7 +455,7 @@ class _Merged:
             self._biases |= {(id(patch.module), leaf): tensor for leaf, tensor in tensors.items()}
 
     def tensor(self, name: str, module: nn.Module, tensor: Tensor) -> Tensor:
-        """Return a base tensor (…) with adapters merged; if no adapter changes it, return the base's own, detached."""
+        """Return a base tensor (…) with adapters merged; a tensor that no adapter changes is only detached."""
         target = (id(module), name.rpartition(".")[2])
         if target in self._sites:
             return self._sites[target].merged_tensors(self._names, self._options)[target[1]]
@@ -465,7 +465,7 @@ class _Merged:
         return self._tensors[name] if name in self._tensors else self._biases.get(target, tensor.detach())
 
     def dequantized(self, weight: QuantizedWeight, options: MergeOptions) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name and value of a quantized weight, dequantized and with adapters merged, then of its bias."""
+        """Yield the names and values of a quantized weight (dequantized, with adapters merged) and of its bias."""
         of_bias, bias = weight.name.removesuffix("weight") + "bias", weight.plain_bias
         merged = {} if weight.layer is None else weight.layer.merged_tensors(self._names, options)
         if weight.name in self._tensors:  # an adapter's copy replaces the whole module

@@ -30,7 +30,7 @@ _REPACKS = "support_avx512bf16_for_cpu"
 
 _HALF_STEP = {"nf4": 0.153, "fp4": 0.18}
 """Bounds on the rounding error: half of the widest gap between adjacent code values in [−1, 1]. The bound for fp4 is
-slightly larger than that, because fp4 does not round at the exact midpoints."""
+slightly larger, because fp4 does not round at the exact midpoints."""
 
 _UNQUANTIZED = "This {bits}-bit layer has not been quantized yet. Move the model to its device first."
 
@@ -98,7 +98,7 @@ def _like(linear: nn.Linear, made: nn.Module) -> nn.Module:
 
 
 class _Format(WeightFormat[M, S]):
-    """Base class of both formats, with the conversion to a plain module."""
+    """Base class of the 4-bit and 8-bit formats, with the conversion to a plain module."""
 
     def dense(self, module: M, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
         """Return a plain module with a weight (out, in): a Conv1D if it was originally one, else an nn.Linear."""
@@ -131,10 +131,10 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
         return package.dequantize_4bit(plain.data, state)
 
     def write(self, module: Linear4bit, like: Params4bit, canonical: Tensor) -> Params4bit:
-        """Quantize a weight (out, in) with the settings of another stored weight.
+        """Quantize a weight (out, in) with the settings of the stored weight `like`.
 
         Raises:
-            MergeError: The other weight has not been quantized yet.
+            MergeError: `like` has not been quantized yet.
         """
         import bitsandbytes.functional as package
 
@@ -197,7 +197,7 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
 
         On processors with AVX512-BF16, `Linear4bit` repacks its weight in the first forward pass in eval mode. This
         rounds the scales to bf16, blocks gradients from then on, even in training mode, and fails for widths that are
-        not a multiple of the block size. Without repacking, the weight is bitwise the same in every mode and on every
+        not a multiple of the block size. Without repacking, the weight is bitwise identical in every mode and on every
         processor.
         """
         if not getattr(module, _REPACKS, False):
@@ -231,7 +231,7 @@ class EightBitFormat(_Format["Linear8bitLt", EightBit]):
         """Quantize a weight (out, in).
 
         Raises:
-            MergeError: The other weight has not been quantized yet.
+            MergeError: The stored weight `like` has not been quantized yet.
         """
         import bitsandbytes as package
 
@@ -287,8 +287,9 @@ def _plain(weight: Params4bit) -> Params4bit:
 def _unpacked(weight: Params4bit) -> Params4bit:
     """Return the plain form of a weight that was repacked for a CPU, with the same values bit for bit.
 
-    The repacked form interleaves 32 rows and stores the scales as (in/block, out) in bf16. The inverse in bitsandbytes
-    quantizes the scales again, which changes them; this function converts them to fp32, without double quantization.
+    The repacked form interleaves 32 rows and stores the scales as (in/block, out) in bf16. The inverse conversion in
+    bitsandbytes quantizes the scales again, which changes their values; this function instead converts the scales to
+    fp32, without double quantization.
     """
     state = weight.quant_state
     rows, columns = state.shape

@@ -1,7 +1,7 @@
 """Weights quantized by torchao, which are tensor subclasses that dequantize themselves.
 
-This is the only module that imports torchao. lorakit reads every format that torchao can dequantize. The only
-format that it writes is int8 with one scale per row, the only torchao format that supports training.
+This is the only module that imports torchao. lorakit reads every format that torchao can dequantize. It writes only
+int8 with one scale per row, which is also the only torchao format that supports training.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class TorchaoFormat(PlainFormat):
         """Quantize a weight (out, in) to int8.
 
         Raises:
-            MergeError: The other weight is not int8 with one scale per row.
+            MergeError: The stored weight `like` is not int8 with one scale per row.
         """
         if type(like).__name__ != _INT8 or like.act_quant_kwargs is not None or like.block_size[0] != 1:
             raise MergeError(
@@ -113,8 +113,8 @@ def _dequantized(stored: TorchAOBaseTensor) -> Tensor:
         return stored.dequantize().float()
     except NotImplementedError as cause:
         raise MergeError(
-            f"torchao cannot dequantize a {type(stored).__name__}, which is required for merging and for "
-            "variants that read the weight. Plain LoRA works without it."
+            f"torchao cannot dequantize a {type(stored).__name__}, but merging and variants that read the weight "
+            "need the dequantized weight. Plain LoRA without merging works."
         ) from cause
 
 

@@ -42,7 +42,7 @@ def at_least_fp32(tensor: Tensor) -> Tensor:
 
 
 def exact_values(stored: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return elements of a plain weight in fp32 or wider, (n,), and their errors, which are zero, (n,).
+    """Return elements of a plain weight, (n,), in fp32 or wider, and their errors, (n,), which are zero.
 
     Args:
         stored: The weight, of any shape.
@@ -53,7 +53,7 @@ def exact_values(stored: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_with(module: nn.Module, canonical: Tensor, dtype: torch.dtype) -> nn.Linear:
-    """Return a plain nn.Linear with a weight (out, in) in the given dtype, and with a layer's bias and mode."""
+    """Return a plain nn.Linear with the given weight (out, in) and dtype, and with the bias and mode of `module`."""
     made = nn.Linear(1, 1, bias=False, device="meta")
     made.out_features, made.in_features = canonical.shape
     made.weight = nn.Parameter(canonical.to(dtype), requires_grad=False)
@@ -87,11 +87,11 @@ class WeightFormat(Generic[M, S]):
 
     @abstractmethod
     def read(self, module: M, stored: S) -> Tensor:
-        """Return the canonical weight, (out, in) or as its kind defines it, in fp32 or wider."""
+        """Return the canonical weight in fp32 or wider, (out, in) or in the shape that its kind defines."""
 
     @abstractmethod
     def write(self, module: M, like: S, canonical: Tensor) -> S:
-        """Return a canonical weight (out, in) in stored form, with the settings of another stored weight."""
+        """Return a canonical weight (out, in) in stored form, with the settings of the stored weight `like`."""
 
     @abstractmethod
     def put_stored(self, module: M, parameter: str, stored: S) -> None:
@@ -107,7 +107,8 @@ class WeightFormat(Generic[M, S]):
 
         Args:
             stored: The stored weight; only the requested elements are dequantized.
-            positions: Positions (n,) in the flattened canonical weight; for a plain weight, in the stored one.
+            positions: Positions (n,) in the flattened canonical weight; for a plain weight, in the
+                flattened stored weight.
         """
 
     def device(self, module: M, parameter: str) -> torch.device:
@@ -133,7 +134,7 @@ class WeightFormat(Generic[M, S]):
 
 
 class PlainFormat(WeightFormat[nn.Module, Tensor]):
-    """A floating-point tensor: a parameter, or one computed by torch.nn.utils.parametrize, which cannot be written."""
+    """A floating-point tensor: a parameter, or the result of torch.nn.utils.parametrize, which cannot be written."""
 
     quantized = False
 
@@ -148,12 +149,12 @@ class PlainFormat(WeightFormat[nn.Module, Tensor]):
         return tensor.device
 
     def read(self, module: nn.Module, stored: Tensor) -> Tensor:
-        """Return the tensor with the output as its leading axis, (out, …), in fp32 or wider."""
+        """Return the tensor in fp32 or wider, with the output axis first, (out, …)."""
         weight = at_least_fp32(stored.detach())
         return weight.transpose(0, 1) if self.transposed else weight
 
     def write(self, module: nn.Module, like: Tensor, canonical: Tensor) -> Tensor:
-        """Return the canonical weight (out, …) in the dtype and layout of another tensor."""
+        """Return the canonical weight (out, …) in the dtype and layout of the tensor `like`."""
         return (canonical.transpose(0, 1) if self.transposed else canonical).to(like.dtype).contiguous()
 
     def put_stored(self, module: nn.Module, parameter: str, stored: Tensor) -> None:
@@ -168,7 +169,7 @@ class PlainFormat(WeightFormat[nn.Module, Tensor]):
         held.data = stored.to(held.device)
 
     def clone(self, module: nn.Module, parameter: str, stored: Tensor) -> nn.Module:
-        """Return a shallow clone of a module with a tensor of any shape instead of the parameter."""
+        """Return a shallow clone of a module with the parameter replaced by a tensor of any shape."""
         return clone_with(module, {parameter: stored})
 
     def tensors(self, stored: Tensor) -> tuple[Tensor, ...]:

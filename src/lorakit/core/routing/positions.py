@@ -182,7 +182,7 @@ def _hooks_of(module: nn.Module) -> list[int]:
 
 
 class KeyValueCache(Protocol):
-    """A cache of keys and values, as returned by transformers models."""
+    """A key-value cache, as returned by transformers models."""
 
     def get_seq_length(self) -> int:
         """Return the number of cached positions."""

@@ -62,8 +62,8 @@ class Forwards:
 
     A forward pass whose output has a graph is remembered for as long as the graph is alive. Forward passes with
     gradients disabled are remembered in order, which distinguishes the first run of a reentrant checkpoint from an
-    evaluation. If gradients are enabled but the output has no graph, only its route is kept, up to two different ones.
-    Copies and unpickled objects are empty, because graphs are not copied.
+    evaluation. If gradients are enabled but the output has no graph, only the route is kept, and at most two different
+    routes. Copies and unpickled objects are empty, because graphs are not copied.
     """
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class Forwards:
             output: Output of the forward pass: a tensor of any shape (…), or another object.
             route: Route of the forward pass.
             again: Whether this is a recomputation. Recomputations are recorded only if gradients are disabled, for
-                reentrant checkpoints nested in other ones.
+                reentrant checkpoints nested inside other checkpoints.
         """
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return  # in inference mode there is no backward pass
@@ -133,7 +133,7 @@ LONGEST_HISTORY = 64
 
 @dataclass
 class _Run:
-    """Consecutive forward passes in one thread with one route; `number` is autograd's sequence number afterward."""
+    """Consecutive forward passes in one thread with one route; `number` is autograd's sequence number after them."""
 
     thread: threading.Thread
     route: Route
@@ -143,8 +143,8 @@ class _Run:
 class _Runs:
     """Forward passes with gradients disabled, oldest first.
 
-    Autograd numbers its nodes per thread in order of creation. A reentrant checkpoint creates its node
-    before its first run, so that run is the first one recorded with a number above the node's.
+    Autograd numbers the nodes of each thread in order of creation. A reentrant checkpoint creates its node before its
+    first run, so the first run recorded with a number above the node's belongs to that checkpoint.
     """
 
     def __init__(self) -> None:

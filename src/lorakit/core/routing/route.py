@@ -161,8 +161,8 @@ class Route:
         copies: How many times a batch may repeat each row in succession, as beam search does. A batch without repeated
             rows is also valid, because encoders run before rows are repeated.
         offsets: Offsets of adapters that are active at only some positions, or None if they are unknown.
-        kept: What layers cache between forward passes with this route, by layer; the cache lives as long as the route.
-            None if layers must not cache anything.
+        kept: A cache, keyed by layer, for values that layers reuse in later forward passes with this route. The cache
+            lives as long as the route. None if layers must not cache anything.
         mentions: Every adapter that at least one row uses.
     """
 

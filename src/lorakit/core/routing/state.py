@@ -67,7 +67,7 @@ class AdapterState:
         frozen: The base's parameters, each with its `requires_grad` from before the first adapter was attached.
         held: Modules of the base that must not repack their weights while adapters are attached.
         replication: How the layers of the base were replicated for the adapters, or None.
-        kinds: User-defined kinds, by name (`lorakit.core.Kind`).
+        kinds: User-defined kinds, keyed by name (`lorakit.core.Kind`).
         whole: Models that have been searched since the last copy and do not contain adapted modules of other states.
         waiting: Adapters that are active at only some positions of a row, so that a forward pass needs offsets.
         peft_methods: Provides layer attributes that only PEFT has; None until `lorakit.peft` is used on the model.
@@ -176,7 +176,11 @@ class AdapterState:
         return (self.default if route is None else route).at(offsets)
 
     def _scoped(self, backward: int | None) -> tuple[Route | None, Offsets | None]:
-        """Return the route and offsets of the innermost overrides opened in this backward pass (None: in any)."""
+        """Return the route and offsets that the innermost overrides set.
+
+        Args:
+            backward: Id of a backward pass, to consider only overrides opened in it; None considers all overrides.
+        """
         offsets = None
         for scope in reversed(_SCOPES.get()):
             block = scope.block
@@ -213,9 +217,9 @@ class AdapterState:
     def fits_a_graph(self, default: Route) -> bool:
         """Return whether a compiled graph, which cannot read context variables, can use a default route.
 
-        Dynamo guards on the values that this method reads. While a block is open in any thread, or if the default has
-        an adapter triggered by invocation tokens, dynamo tries to retrace the layer, fails, and runs the layer
-        uncompiled, with the route and offsets of the block.
+        Dynamo guards on the values that this method reads. While an override is open in any thread, or if the default
+        has an adapter triggered by invocation tokens, dynamo tries to retrace the layer, fails, and runs the layer
+        uncompiled, with the override's route and offsets.
 
         Args:
             default: The default route of the layer or of the model.
