@@ -69,5 +69,5 @@ def test_what_is_refused(
     assert "supports at most 128 tokens" in refused("--data", str(text), "--max-length", "999")
     tiny_llama.model.embed_tokens.weight.data.mul_(-1.5)
     other = _adapter(tiny_llama, tmp_path / "other", 1)
-    assert "another base" in refused("--data", str(text), "--adapter", str(other))
+    assert "a different base" in refused("--data", str(text), "--adapter", str(other))
     assert cli.main([*words, "--data", str(text), "--adapter", str(other), "--allow-base-mismatch"]) == 0

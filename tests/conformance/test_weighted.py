@@ -184,7 +184,11 @@ def test_a_name_that_exists_is_said() -> None:
             ConfigError,
             "Invalid combination_type: mean",
         ),
-        (lambda m: weighted.add_weighted_adapter(m, ["a", "b"], [1], "n"), AdapterError, "2 adapters and 1 weights"),
+        (
+            lambda m: weighted.add_weighted_adapter(m, ["a", "b"], [1], "n"),
+            AdapterError,
+            "one weight per adapter .adapters: 2, weights: 1",
+        ),
         (lambda m: weighted.add_weighted_adapter(m, ["a", "b"], [1, 1], "n", "ties"), ConfigError, "density is None"),
     ],
 )

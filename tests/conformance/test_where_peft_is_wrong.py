@@ -286,7 +286,7 @@ def test_without_kasa_the_base_is_whole() -> None:
 def test_kasa_ranks_do_not_add_up() -> None:
     fields = {"target_modules": ["up"], "kasa_config": {}}
     model = Row("kasa", "sequential", fields).pair("a")[1]
-    with pytest.raises(ConfigError, match="KaSA changes the base weight, which adapter 'a' has changed"):
+    with pytest.raises(ConfigError, match="KaSA changes the base weight, but adapter 'a' has already changed"):
         model.add_adapter("b", ours.LoraConfig(r=2, **fields))
     with pytest.raises(ConfigError, match="KaSA and other adapters cannot share a model"):
         model.add_adapter("b", ours.LoraConfig(r=4, target_modules=["up"]))

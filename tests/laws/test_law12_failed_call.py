@@ -190,7 +190,13 @@ def test_a_route_that_does_not_fit_the_batch(rows: list[str | None]) -> None:
         with route(model, rows):
             output(model, EVERY_KIND.given())
 
-    refused(with_adapters(EVERY_KIND, "a", "b"), EVERY_KIND, call, RouteError, f"{len(rows)} row.*4 rows")
+    refused(
+        with_adapters(EVERY_KIND, "a", "b"),
+        EVERY_KIND,
+        call,
+        RouteError,
+        rf"rows in the route \({len(rows)}\) .*rows: 4",
+    )
 
 
 def test_a_block_left_by_an_exception() -> None:

@@ -134,5 +134,5 @@ def test_what_the_kernel_does_not_know_goes_by_products() -> None:
     for dtype, width in ((torch.float32, 64), (torch.bfloat16, 20), (torch.bfloat16, 264)):
         q, _, v = heads_of(dtype, width)
         assert chosen(q, v, Pattern()) == "matmul"
-    with pytest.raises(ValueError, match="on CUDA, it supports windows, but no bias, and only fp16 or bf16"):
+    with pytest.raises(ValueError, match="on CUDA, they do not support a bias, and they require fp16 or bf16"):
         chosen(q, v, Pattern(method="flash"))

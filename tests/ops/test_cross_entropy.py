@@ -274,7 +274,7 @@ def test_chunks_are_of_about_equal_size() -> None:
         ({"labels": torch.full((20,), -1)}, "labels must be in 0..10 or -100"),
         ({"W": torch.zeros(11, 8, dtype=D)}, "head must have W (V, 7) and bias (V,) for this h; W is (11, 8)"),
         ({"bias": torch.zeros(7, dtype=D)}, "head must have W (V, 7) and bias (V,)"),
-        ({"W": torch.zeros(11, 7)}, "head: W is torch.float32 and h is torch.float64; cast h"),
+        ({"W": torch.zeros(11, 7)}, "head: W is torch.float32, but h is torch.float64; cast h"),
         ({"bias": torch.zeros(11, dtype=D, requires_grad=True)}, "bias requires a gradient"),
         ({"softcap": 0.0}, "softcap must be above 0, or None; got 0.0"),
         ({"ignore_index": 0}, "ignore_index 0 is also a valid label; use one outside 0..10"),

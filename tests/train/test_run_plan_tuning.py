@@ -157,5 +157,5 @@ def test_compiled_kernels_that_came_or_went_are_said(
     _run(settings, tuning=False, max_steps=1)
     monkeypatch.setattr(checkpoint, "compiled", SimpleNamespace(kernels=lambda: now))
     said = [line for line in _run(settings, tuning=False, resume=True, max_steps=2) if "differs from" in line]
-    words = f"(compiled_kernels was {before is not None} and is {now is not None}): results agree within rounding"
+    words = f"(compiled_kernels was {before is not None} and is {now is not None}): the results will agree within"
     assert [words in line for line in said] == ([] if before is now else [True])

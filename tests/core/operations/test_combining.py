@@ -243,7 +243,11 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]] = {
     "unknown": (lambda m: combine(m, ["a", "typo"], [1, 1], "x"), AdapterError, "Adapter 'typo' not found"),
     "taken": (lambda m: combine(m, ["a", "b"], [1, 1], "b"), AdapterError, "already has an adapter 'b'"),
     "name": (lambda m: combine(m, ["a"], [1], "x.y"), AdapterError, "cannot be an adapter's name"),
-    "count": (lambda m: combine(m, ["a", "b"], [1], "x"), AdapterError, "2 adapters and 1 weights"),
+    "count": (
+        lambda m: combine(m, ["a", "b"], [1], "x"),
+        AdapterError,
+        "one weight per adapter .adapters: 2, weights: 1",
+    ),
     "none": (lambda m: combine(m, [], [], "x"), AdapterError, "No adapters were given"),
     "nan": (lambda m: combine(m, ["a"], [float("nan")], "x"), AdapterError, "A weight is nan"),
     "way": (lambda m: combine(m, ["a"], [1], "x", way="lin"), ConfigError, "combination_type is 'lin'"),

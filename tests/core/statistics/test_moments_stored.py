@@ -210,7 +210,7 @@ def test_what_cannot_be_collected_is_said() -> None:
         "direction is 'x'; it must be one of",
         config_for("lora_ga", lora_ga_config=LoraGAConfig(direction="x")),
     )
-    refused(ConfigError, "r is 13, and at most 12 is possible", config_for("eva", r=13, rank_pattern={}))
+    refused(ConfigError, "r is 13, but the maximum at this site is 12", config_for("eva", r=13, rank_pattern={}))
     embed = nn.Sequential(OrderedDict(up=nn.Embedding(9, 12)))
     refused(
         ConfigError,

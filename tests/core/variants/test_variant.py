@@ -327,7 +327,9 @@ def test_adapters_of_one_rank_share_the_base_that_they_moved(put: Callable[[Vari
     core.detach(model, "a")
     core.activate(model, "b")
     assert_close(run(model, given), alone["b"])
-    with pytest.raises(ConfigError, match="Toy changes the base weight, which adapter 'b' has changed") as refused:
+    with pytest.raises(
+        ConfigError, match="Toy changes the base weight, but adapter 'b' has already changed"
+    ) as refused:
         core.attach(model, LINEARS.config(r=2, **{FIELD: True}), "c")
     assert (refused.value.what, refused.value.where) == ("b", "up")
     core.detach(model)

@@ -195,7 +195,7 @@ def test_what_only_makes_sense_together() -> None:
     with pytest.raises(ValueError, match="after its last"):
         call("softmax", low=integers(0, 5, 0, dtype=torch.int32), high=integers(8, 4, 8, dtype=torch.int32))
     nothing = integers(dtype=torch.int32)
-    with pytest.raises(ValueError, match="0 bounds"):
+    with pytest.raises(ValueError, match=r"bounds \(0,\): neither may be empty"):
         call("softmax", low=nothing, high=nothing)
     with pytest.raises(ValueError, match="both or neither"):
         call("gate_backward", dup=None)
