@@ -25,8 +25,8 @@ IGNORED = -100
 CPU_CHUNK, OTHER_CHUNK = (256, 48 << 20), (4096, 256 << 20)
 """Maximum number of rows per chunk, and maximum size of a chunk's logits in bytes.
 
-W is read twice for each chunk. On a CPU, reading W takes longer than the matmuls if a chunk has fewer than about 100
-rows, and chunks of more than 256 rows are hardly any faster. Accelerators need larger chunks.
+The head weight W is read twice for each chunk. On a CPU, reading W takes longer than the matmuls if a chunk has fewer
+than about 100 rows, and chunks of more than 256 rows are hardly any faster. Accelerators need larger chunks.
 """
 ROWS_PER_THREAD = 4
 """Number of rows that a thread converts to gradients at a time, chosen so that their fp32 copy fits in its cache."""
