@@ -62,7 +62,7 @@ def backward(dout: Tensor, operands: Operands, into: Operands, pattern: Pattern,
     """Write the gradients of q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E) to the tensors in `into`.
 
     dout is (B, H, T, E), and `record` comes from `forward`. The tensors in `into` must not share storage with the
-    operands. They may share storage with dout, because each row of dout is read before it is overwritten.
+    operands, but may share storage with dout, because each row of dout is read before it is overwritten.
     """
     q, k, v = operands
     scores = _Scores(q, k, pattern)

@@ -35,8 +35,8 @@ def draw(like: Tensor, p: float) -> Tensor:
     """Draw a dropout record for a tensor with the size and device of `like` (any shape).
 
     The record is saved for the backward pass. On a CPU and on devices with kernels, the record is a seed, uint64 (1,).
-    On other devices, it is a boolean mask (elements,) that is true for dropped elements. It is also a mask during
-    compilation, because compilers do not support data-dependent sizes.
+    On other devices, it is a boolean mask (elements,) that is true for dropped elements. During compilation, the record
+    is such a mask on all devices, because compilers do not support data-dependent sizes.
     """
     return draw_record(like.numel(), p, like.device)
 

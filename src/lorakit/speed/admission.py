@@ -6,8 +6,8 @@ these conditions is true of a module that the fused `forward` would bypass. Outp
 residual.
 
 This module also detects in-place changes to tensors. Values that are cached for a tensor are stored in the tensor's
-`__dict__`. They live exactly as long as the tensor, so they cannot be mistaken for those of a later tensor with the
-same `id`.
+`__dict__`, so these values live exactly as long as the tensor. They cannot be mistaken for the values of a later tensor
+with the same `id`.
 """
 
 from __future__ import annotations
@@ -377,8 +377,8 @@ def _stranger(module: nn.Module, fused_forward: FusedForward, foreign: set[type[
 def _is_foreign(kind: type[nn.Module]) -> bool:
     """Return whether a class may compute something for which the structure checks were not written.
 
-    That is the case if its `forward` comes from an unknown package, even if it was assigned to a known class. It is
-    also the case if the class or a parent class is from an unknown package and overrides an inherited method.
+    Such a class has a `forward` from an unknown package, even if that `forward` was assigned to a known class; or the
+    class or a parent class is from an unknown package and overrides an inherited method.
     """
     if not _is_known(getattr(kind, "forward", None)) or not is_own_forward(kind):
         return True

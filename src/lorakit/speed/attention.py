@@ -1,7 +1,7 @@
 """Fused causal self-attention, with or without rotary position embeddings.
 
 The projections, the attention computation and the output projection run as one function. A mask is read only once for
-all layers of a forward pass. It is classified by what it hides beyond the pattern: nothing, padding, or more.
+all layers of a forward pass. The mask is classified by what it hides beyond the pattern: nothing, padding, or more.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ INTERLEAVED = ("query_key_value",)
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense")
 NORMS = ("q_norm", "k_norm")
 DROPOUTS = ("attn_dropout", "resid_dropout")
-"""Dropout modules for the attention weights and for the output. The first is never called; only its p is read."""
+"""Dropout modules for the attention weights and for the output. For the weights, only p is read."""
 
 ATTRIBUTES = frozenset(
     {"config", "layer_idx", "layer_type", "head_dim", "head_size", "rotary_ndims", "num_heads", "num_key_value_heads"}
@@ -252,7 +252,7 @@ def lengths_of(boundaries: Tensor | None) -> tuple[int, ...] | None:
 
 
 LENGTHS = "_lorakit_lengths"
-"""Attribute of the boundaries in which the lengths are cached."""
+"""Attribute of the boundaries tensor in which the sequence lengths are cached."""
 
 
 def _kv_heads(module: nn.Module, shape: Shape, operands: Sequence[Adapted]) -> int:

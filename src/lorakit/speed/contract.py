@@ -19,7 +19,7 @@ from lorakit.speed.patching import children_of, original_class
 from lorakit.targets.layer_types import CONV1D
 
 MISSING = object()
-"""Placeholder for the value of a key that is missing in a table."""
+"""Placeholder for the value of a key that is missing from a table."""
 
 SETTINGS = (bool, int, float, str, type(None))
 """Types of the attributes whose values are compared."""
@@ -28,7 +28,7 @@ ASKED = frozenset({"training", "gradient_checkpointing", "p", "dropout", "attent
 """Attributes that are not compared: fused `forward` methods read them at each call, or no `forward` uses them."""
 
 IN_CONFIG = ("_attn_implementation_internal", "is_causal")
-"""Config fields that a `forward` does not read itself, but that functions it calls depend on."""
+"""Config fields that are read by functions that a `forward` calls, rather than by the `forward` itself."""
 
 INTERFACES = "ALL_ATTENTION_FUNCTIONS"
 """Global variable in modeling files that maps the names of attention implementations to functions."""

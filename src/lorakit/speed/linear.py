@@ -1,9 +1,9 @@
 """Operands that linear modules contribute to a fused operation, and fused linear modules with adapters.
 
-A linear module may have an adapter from lorakit or peft. It has operands only if it is frozen, unquantized, unmerged
-and without hooks, and if it applies at most one adapter, which must be plain LoRA and the same for all rows. Otherwise,
-it has no operands and is called normally. All state is read at every call: which adapters are active, disabled or
-merged, and their scales.
+A linear module may have an adapter from lorakit or peft. A module has operands only if it is frozen, unquantized,
+unmerged and without hooks, and if it applies at most one adapter, which must be plain LoRA and the same for all rows.
+Otherwise, it has no operands and is called normally. All state is read at every call: which adapters are active,
+disabled or merged, and their scales.
 
 peft's layers are recognized by their `forward` method and attributes; peft is not imported.
 """

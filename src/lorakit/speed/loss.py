@@ -279,7 +279,7 @@ class LossWithoutLogits:
         shift_labels: Tensor | None = None,
         **kwargs: object,
     ) -> Tensor:
-        """Compute the next-token loss, a scalar. The parameters are the same as those of transformers' loss function.
+        """Compute the next-token loss as a scalar. The parameters are the same as those of transformers' loss function.
 
         Args:
             logits: Logits (rows, length, V), or the hidden states in a capturing forward pass.
