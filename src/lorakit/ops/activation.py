@@ -1,7 +1,7 @@
 """MLP activations and their gradients, computed from the input alone and written to a preallocated tensor.
 
-All activations use torch's kernels, except for GELU with the tanh approximation. On a CPU, computing that activation
-with a sigmoid is faster.
+All activations use torch's kernels, with one exception: on a CPU, the tanh approximation of GELU is computed with a
+sigmoid, which is faster.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ aten = torch.ops.aten
 SLOPE = 2 * math.sqrt(2 / math.pi)
 """The tanh approximation of GELU is x·σ(g(x)); this is the slope of g at 0."""
 QUICK = 1.702
-"""Factor on x inside the sigmoid of "quick GELU", x·σ(1.702·x)."""
+"""Coefficient of x inside the sigmoid of "quick GELU", x·σ(1.702·x)."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def activation(name: str) -> Activation:
 
 
 def activate(act: Activation, first: Tensor, up: Tensor | None, out: Tensor) -> Tensor:
-    """Write f(first)·up, or f(first) if `up` is None, to `out` and return `out`; all are (N, f) and contiguous."""
+    """Write f(first)·up, or f(first) if `up` is None, to `out` and return `out`. All tensors are contiguous (N, f)."""
     kernels = kernels_for(first, up)
     if kernels is None or act.name not in kernels.activations:
         act.value(first, out)
@@ -115,7 +115,7 @@ def activate(act: Activation, first: Tensor, up: Tensor | None, out: Tensor) -> 
 
 
 def activate_backward(act: Activation, da: Tensor, first: Tensor, up: Tensor | None) -> list[Tensor]:
-    """Return the gradients (N, f) of `activate` for `first` and, if given, `up`; the former is written over da."""
+    """Return the gradients (N, f) of `activate` for `first` and, if given, `up`. The one for `first` overwrites da."""
     kernels, dup = kernels_for(first, up, da), None if up is None else torch.empty_like(first)
     if kernels is not None and act.name in kernels.activations:
         kernels.gate_backward(act.name, da, first, up, da, dup)

@@ -39,7 +39,7 @@ def _many(x: Tensor) -> int:
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """LoRA factors A (r, in) and B (out, r) of one adapter, its scale, and its current dropout probability p.
+    """One adapter: its LoRA factors A (r, in) and B (out, r), scale, and current dropout probability p.
 
     Raises:
         ValueError: p is not in [0, 1).

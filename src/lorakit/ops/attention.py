@@ -12,23 +12,25 @@ from lorakit.ops.autograd import Context, autocast, needs_gradient, without_auto
 
 # On a CPU, PyTorch's flash kernel is used if the longest sequence has at least this many tokens. On processors without
 # matrix units, matmuls are faster even beyond 4096 tokens; with matrix units, the kernel's cache blocking pays off
-# earlier.
+# at shorter lengths.
 FLASH_FROM = 2048
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -> Tensor:
-    """Compute softmax(scale·q·kᵀ)·v under a pattern. [docs/math.md (81)] For the gradients, see [docs/math.md (82)].
+    """Compute attention, softmax(scale·q·kᵀ)·v, with a given pattern. [docs/math.md (81)]
 
-    q is (B, H, T, D), k is (B, KV, T, D) and v is (B, KV, T, E), where KV divides H; all may have any strides. The
-    result is (B, H, T, E), stored as (B, T, H, E). For the backward pass, q, k and v are saved; with flash, the output
-    and one value per row are saved too. No (T, T) tensor is saved.
+    For the gradients, see [docs/math.md (82)].
+
+    q is (B, H, T, D), k is (B, KV, T, D) and v is (B, KV, T, E), where KV divides H. All three may have any strides.
+    The result is (B, H, T, E), stored as (B, T, H, E). For the backward pass, q, k and v are saved; with flash
+    attention, the output and one value per row are saved too. No (T, T) tensor is saved.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, eq. (1); for shared heads, Ainslie et al. 2023, arXiv:2305.13245; for
     recomputing the weights in the backward pass, Rabe and Staats 2021, arXiv:2112.05682.
 
     Raises:
-        ValueError: Shapes do not match, a value in the pattern is out of range, or the pattern requests flash but is
-            not supported by flash.
+        ValueError: Shapes do not match, a value in the pattern is out of range, or the pattern requests "flash" but the
+            flash kernels do not support the pattern.
     """
     pattern = Pattern() if pattern is None else pattern
     q, k, v = (autocast(t) for t in (q, k, v))
@@ -38,10 +40,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -
 
 
 def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
-    """Return the method for a pattern, q (B, H, T, D) and v (B, KV, T, E): any `Pattern.method` except "auto".
+    """Return the attention method to use for a pattern, q (B, H, T, D) and v (B, KV, T, E); the result is never "auto".
 
     Raises:
-        ValueError: The pattern requests flash, but flash does not support the pattern.
+        ValueError: The pattern requests "flash", but the flash kernels do not support the pattern.
     """
     possible = attention_flash.takes(q, v, pattern)
     if pattern.method == "flash" and not possible:
@@ -65,7 +67,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, 
 
     Returns three results. The first is the output (B, H, T, E), stored as (B, T, H, E). The second is the log-sum-exp
     of each row, in fp32 or wider and in the kernel's layout; without flash, it is None. The third is the dropout record
-    for the attention weights, or None.
+    (a seed or a mask) for the attention weights, or None.
     """
     pattern.check(q, k, v)
     method = chosen(q, v, pattern)
@@ -85,13 +87,13 @@ def backward(
     pattern: Pattern,
     into: Operands | None = None,
 ) -> Operands:
-    """Return the gradients of q, k and v, in `into` or in new tensors that are stored as (B, T, heads, width).
+    """Return the gradients of q, k and v, written to `into` or to new tensors stored as (B, T, heads, width).
 
     Args:
         dout: Gradient of the output, (B, H, T, E).
         operands: q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E).
         saved: Results of `forward`. The output may be None if the log-sum-exp is None.
-        pattern: Pattern that was used in the forward pass.
+        pattern: Pattern used in the forward pass.
         into: Tensors for the gradients of q, k and v; None allocates them.
     """
     q, k, v = operands
@@ -107,7 +109,7 @@ def backward(
 
 
 def _by_products(dout: Tensor, operands: Operands, into: Operands, pattern: Pattern, record: Tensor | None) -> None:
-    """Compute `backward` with matmuls, in fp32 if the forward pass upcast its operands."""
+    """Compute the gradients for `backward` with matmuls, in fp32 if the forward pass upcast its operands."""
     if chosen(*operands[::2], pattern) != "matmul_fp32":
         attention_products.backward(dout, operands, into, pattern, record)
         return

@@ -1,9 +1,9 @@
 """Fused attention sublayer as one autograd function: norm, q/k/v projections, RoPE, attention, output projection,
 residual.
 
-The following are saved for the backward pass: x and its norm statistics, q and k after rotation (or before their own
-norms, if they have any), v, the attention output, one (tokens, r) activation per adapter, and dropout records. The
-normalized input and all elementwise results are recomputed.
+The following are saved for the backward pass: x and its norm statistics, q and k after rotation (or, if they have their
+own norms, before those norms), v, the attention output, one (tokens, r) activation per adapter, and dropout records.
+The normalized input and all elementwise results are recomputed.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class SelfAttention:
         return (*self.inputs, self.output)
 
     def heads(self, parts: Sequence[Tensor], batch: int, tokens: int) -> tuple[Tensor, ...]:
-        """Return q, k and v (B, T, heads, D) as views of the outputs (B·T, width) of the projections."""
+        """Return q, k and v (B, T, heads, D) as views of the projection outputs (B·T, width)."""
         if self.interleaved:
             return parts[0].view(batch, tokens, self.kv_heads, 3, self.head_dim).unbind(3)
         split = parts[0].split(self.widths, -1) if len(parts) == 1 else parts
@@ -119,8 +119,8 @@ def attention_block(
         pattern: Attention pattern; None means causal.
         rope: Tables for rotary position embeddings, or None.
         residual: Whether to add x to the output.
-        wanted: Sorted indices (n,) of the tokens that the output projection receives, counted over all B·T tokens; None
-            for all tokens.
+        wanted: Sorted indices (n,), among all B·T tokens, of the tokens that the output projection receives; None
+            selects all tokens.
 
     Raises:
         ValueError: Shapes do not match, a base weight requires a gradient, or no method supports the pattern.
@@ -138,7 +138,7 @@ def attention_block(
     else:
         with without_autocast(x):
             y = _forward(x, form)[0]
-    # reshaped outside the autograd function: callers may modify the result in place, so the function returns no views
+    # reshaped outside the autograd function, which must not return views: callers may modify the result in place
     return unflat(y, x) if wanted is None else y
 
 
@@ -161,13 +161,13 @@ class _Intermediates(NamedTuple):
     heads: tuple[Tensor, Tensor, Tensor]  # q, k, v (B, T, heads, D); q and k before their norms, if they have any
     own: tuple[Sequence[Tensor], Sequence[Tensor]]  # statistics of the q and k norms
     out: Tensor  # (N, H·D)
-    saved: Sequence[Tensor | None]  # results of the attention other than its output
+    saved: Sequence[Tensor | None]  # results of `attention.forward` other than the output
     record: Tensor | None  # dropout record for the output
     groups: tuple[Group, Group]
 
 
 def _under_autocast(x: Tensor, form: _Form) -> Tensor:
-    """Run under autocast: norm and residual in the dtype of x, and everything in between in the autocast dtype."""
+    """Run the sublayer with norm and residual in the dtype of x and everything in between in the autocast dtype."""
     block, pattern, rope, residual, wanted = form
     dtype = torch.get_autocast_dtype(x.device.type)
     n = x if block.norm is None else norm.normalize(x, block.norm)
@@ -204,7 +204,7 @@ def _forward(x: Tensor, form: _Form) -> tuple[Tensor, _Intermediates]:
 
 
 def _normalize(part: Tensor, own: Norm | None, block: SelfAttention) -> tuple[Tensor, Sequence[Tensor]]:
-    """Apply a q or k norm to `part` (B, T, heads, D), per head or per row; return the result and its statistics."""
+    """Apply the q or k norm to `part` (B, T, heads, D), per head or per row; return the result and row statistics."""
     if own is None:
         return part, ()
     n, stats = own.forward(_rows(part, own, block))
@@ -237,7 +237,7 @@ class _AttentionBlock(torch.autograd.Function):
         # if neither x nor any input projection needs a gradient, no gradient flows through the attention computation
         deep = ctx.needs_input_grad[0] or ins_form.is_trained
         wants_x = ins.needs_x or (form.block.norm is not None and ctx.needs_input_grad[0])
-        whole = deep and made.saved[0] is not None  # the attention's backward pass needs the full output
+        whole = deep and made.saved[0] is not None  # the attention backward pass needs the full output
         out = made.out if whole else form.picked(made.out) if outs.needs_x else None
         through = [[x if wants_x else None, *made.saved], made.heads, made.stats, *made.own, inputs]
         parts = [[out, made.record], output, *(through if deep else ())]
@@ -280,10 +280,10 @@ def _back_to_projections(
     given: Tensor,
     heads: Sequence[Tensor],
     stats: tuple[Sequence[Tensor], Sequence[Tensor]],
-    saved: tuple[Tensor | None, ...],  # the attention's output and its other results
+    saved: tuple[Tensor | None, ...],  # the attention output and the other results
     form: _Form,
 ) -> list[Tensor]:
-    """Return the gradients (N, width) of the input projections' outputs.
+    """Return the gradients (N, width) of the outputs of the input projections.
 
     `given` (N, H·D) is the gradient of the attention output.
     """
@@ -296,7 +296,7 @@ def _back_to_projections(
     else:
         made = [given.new_empty(len(given), width) for width in block.widths]
     by_head = block.heads(made, *shape[:2])
-    # only the backward pass of flash needs the full output; if flash ran, row statistics were saved too
+    # only the flash backward pass needs the full output; if flash ran, row statistics were saved too
     out = None if saved[0] is None or saved[1] is None else saved[0].view(shape).transpose(1, 2)
     dq, dk, dv = (grad.transpose(1, 2) for grad in by_head)
     q, k, v = (operand.transpose(1, 2) for operand in operands)
@@ -313,7 +313,7 @@ def _back_to_projections(
 def _as_attended(part: Tensor, stats: Sequence[Tensor], own: Norm | None, form: _Form) -> Tensor:
     """Return q, k or v (B, T, heads, D) as passed to the attention computation.
 
-    If q or k has a norm, it was saved before the norm, so the norm and the rotation are recomputed.
+    If q or k has its own norm, its values before the norm were saved, so the norm and the rotation are recomputed.
     """
     if own is None:
         return part

@@ -1,7 +1,7 @@
 """Attention with PyTorch's flash kernels, forward and backward.
 
-On a CPU, the kernel is called once per packed sequence. On CUDA, a single call computes a dense batch, or all sequences
-of a packed batch. The CUDA kernel reads heads in the layout that the projections produce, and supports grouped heads
+On a CPU, the kernel is called once per packed sequence. On CUDA, a single call handles a dense batch, or all sequences
+in a packed batch. The CUDA kernel reads heads in the layout that the projections produce, and supports grouped heads
 and windows. Lengths and offsets are Python integers, so no call synchronizes the device.
 """
 
@@ -45,8 +45,8 @@ def takes(q: Tensor, v: Tensor, pattern: Pattern) -> bool:
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, T, D), stored as (B, T, H, D), and each row's log-sum-exp (B, H, T) in fp32 or wider.
 
-    q is (B, H, T, D), and k and v are (B, KV, T, D); only D must be contiguous. Shared heads are expanded through
-    strides rather than copied.
+    q is (B, H, T, D), and k and v are (B, KV, T, D); only the last dimension must be contiguous. Shared heads are
+    expanded through strides rather than copied.
     """
     batch, heads, tokens, width = q.shape
     out = torch.empty(batch, tokens, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
@@ -119,8 +119,7 @@ aten = torch.ops.aten
 def forward_on_cuda(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, T, D), stored as (B, T, H, D), and the log-sum-exp of each row in fp32.
 
-    q is (B, H, T, D), and k and v are (B, KV, T, D); D is contiguous. The log-sum-exp is (B, H, T), or (H, B·T) for a
-    packed batch.
+    q is (B, H, T, D), and k and v are (B, KV, T, D). The log-sum-exp is (B, H, T), or (H, B·T) for a packed batch.
     """
     call = _call(q, pattern)
     operands = (_by_token(t, call) for t in (q, k, v))
@@ -139,7 +138,7 @@ def backward_on_cuda(
     """
     call = _call(operands[0], pattern)
     dy, q, k, v, out = (_by_token(t, call) for t in (dout, *operands, saved[0]))
-    never_read = torch.zeros(2, dtype=torch.uint64, device=q.device)  # unused state of the dropout random generator
+    never_read = torch.zeros(2, dtype=torch.uint64, device=q.device)  # state of the dropout random number generator
     grads = aten._flash_attention_backward(
         dy, q, k, v, out, saved[1], call.bounds, call.bounds, call.longest, call.longest, 0.0, pattern.causal,
         never_read, never_read.new_empty(()), **call.words,

@@ -1,4 +1,4 @@
-"""Attention patterns, which define the tokens that each token sees, and the pieces of an attention computation."""
+"""Attention patterns (which tokens each token sees), and the pieces into which an attention computation is split."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Pattern:
 
     Attributes:
         causal: Whether a token sees only itself and earlier tokens.
-        scale: Factor on q·kᵀ; None means 1/√D.
+        scale: Scale factor for q·kᵀ; None means 1/√D.
         window: Sliding window, as in transformers: if causal, a token sees the last `window` tokens, including itself;
-            otherwise, it sees the tokens at a distance of at most `window`. None means no window.
+            otherwise, it sees the tokens that are at most `window` positions away. None means no window.
         softcap: Bound c in c·tanh(score/c), which is applied to the scaled scores before the softmax; None means no
             bound.
         segments: Lengths of the sequences packed along T, the same in each batch row; a token sees only its own
@@ -33,8 +33,8 @@ class Pattern:
         bias: Frozen tensor (B, H, T, T) that is added to the capped scores; any of the first three sizes may be 1, and
             −∞ masks padding. The caller must ensure that each token sees at least one token.
         method: "flash" uses PyTorch's flash kernel, "matmul" uses batched matmuls over blocks of query rows, and
-            "matmul_fp32" uses the same matmuls with operands upcast to fp32. "auto" chooses by length or by autotuning
-            results.
+            "matmul_fp32" uses the same matmuls with operands upcast to fp32. "auto" chooses one of these methods: on
+            CUDA, "flash" if possible; on a CPU, a method based on autotuning results or sequence length.
     """
 
     causal: bool = True
@@ -47,7 +47,7 @@ class Pattern:
     method: Method = "auto"
 
     def scale_for(self, width: int) -> float:
-        """Return the factor on q·kᵀ for heads with the given width."""
+        """Return the scale factor for q·kᵀ in heads of the given width."""
         return width**-0.5 if self.scale is None else self.scale
 
     def lengths(self, tokens: int) -> tuple[int, ...]:
@@ -55,12 +55,12 @@ class Pattern:
         return (tokens,) if self.segments is None else self.segments
 
     def windowed(self, tokens: int) -> bool:
-        """Return whether the window hides anything in a row of `tokens` tokens."""
+        """Return whether the window hides any position in a row of `tokens` tokens."""
         longest = max(self.lengths(tokens), default=0)
         return self.window is not None and self.window < (longest if self.causal else longest - 1)
 
     def span(self, start: int, stop: int, length: int) -> tuple[int, int]:
-        """Return the range [low, high) of positions that any of the rows [start, stop) of a sequence can see."""
+        """Return the range [low, high) that covers all positions visible to the rows [start, stop) of a sequence."""
         low, high = 0, stop if self.causal else length
         if self.window is not None:
             low = max(0, start - self.window + (1 if self.causal else 0))
@@ -77,7 +77,7 @@ class Pattern:
         return compute(lengths, start, stop, low, self.causal, self.window)
 
     def allowed(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Return a boolean mask (n, m) of whether each position in `queries` (n,) sees each one in `keys` (m,)."""
+        """Return a boolean mask (n, m), true where a position in `queries` (n,) sees a position in `keys` (m,)."""
         distance = queries.unsqueeze(1) - keys
         seen = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
         if self.window is not None:
@@ -161,7 +161,7 @@ class Piece(NamedTuple):
 
 
 def pieces(batch: int, tokens: int, pattern: Pattern, rows_at_once: int, join: int) -> Iterator[Piece]:
-    """Yield all pieces: one sequence each, or several short adjacent sequences with at most `join` tokens in total."""
+    """Yield all pieces. Each covers one sequence, or several adjacent sequences with at most `join` tokens in total."""
     start = 0
     gathered: list[int] = []
     for length in (*pattern.lengths(tokens), None):

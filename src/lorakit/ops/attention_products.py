@@ -23,7 +23,7 @@ from lorakit.ops.kernels import kernels_for
 BLOCK = 64  # query rows per block: enough for efficient matmuls, but few enough to skip most of the triangle
 SCORES = 2**22  # maximum number of elements in the score buffer, unless even a block of 8 rows exceeds it
 TOGETHER = 2**20  # maximum number of scores that are computed together for several batch rows, to fit in the cache
-# the three limits above for other devices, on which each piece takes kernel launches and cache size does not matter
+# the three limits above for other devices, where each piece costs kernel launches and cache size does not matter
 ON_DEVICES = (512, 2**28, 2**28)
 
 
@@ -62,7 +62,7 @@ def backward(dout: Tensor, operands: Operands, into: Operands, pattern: Pattern,
     """Write the gradients of q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E) to the tensors in `into`.
 
     dout is (B, H, T, E), and `record` comes from `forward`. The tensors in `into` must not share storage with the
-    operands. They may share storage with dout, because each row of dout is read before it is overwritten.
+    operands, but may share storage with dout, because each row of dout is read before it is overwritten.
     """
     q, k, v = operands
     scores = _Scores(q, k, pattern)
@@ -86,7 +86,7 @@ def backward(dout: Tensor, operands: Operands, into: Operands, pattern: Pattern,
 
 
 class _Scores:
-    """Compute the softmax weights of one block at a time, in reused buffers."""
+    """The softmax weights and their gradients, computed one block at a time in reused buffers."""
 
     def __init__(self, q: Tensor, k: Tensor, pattern: Pattern) -> None:
         batch, heads, tokens, width = q.shape
@@ -142,7 +142,7 @@ class _Scores:
         ]
 
     def weights(self, rows: Tensor, keys: Tensor, piece: Piece, block: _Block) -> tuple[Tensor, Tensor | None]:
-        """Return the softmax of the block's scores (Z, G·n, m), and their tanh if there is a softcap."""
+        """Return the softmax of a block's scores (Z, G·n, m) and, if there is a softcap, the tanh values before it."""
         seen, cap = keys[:, block.low : block.high], self.pattern.softcap
         scores = self._buffer(0, rows, seen)
         scale = self.scale if cap is None else self.scale / cap

@@ -57,7 +57,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 
 def rows(x: Tensor) -> Tensor:
-    """Return x (…, in) as contiguous rows (N, in), as a view if possible."""
+    """Return x (…, in) as contiguous rows (N, in), using a view if possible."""
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 

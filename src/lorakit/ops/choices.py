@@ -1,4 +1,4 @@
-"""Autotuned kernel choices: which method computes an operation of a given shape.
+"""Autotuned kernel choices: which method to use for an operation of a given shape.
 
 Choices map the name of a shape to a method that was faster than the default when `lorakit.speed.tuning` measured both
 on this machine. All other shapes use the default method, as do all shapes while no choices are active. All methods give
@@ -47,18 +47,18 @@ LENGTHS = (256, 512, 1024, 2048)
 lengths that does not exceed its longest sequence.
 """
 
-# Choices are active per thread and context, not per process: those of one run must not affect the next run, or another
-# thread that is in the middle of a step. On a CPU, a backward pass runs in the thread that calls it.
+# Choices are active per thread and context, not per process: the choices of one run must not affect the next run, or
+# another thread that is in the middle of a step. On a CPU, a backward pass runs in the thread that calls it.
 _ACTIVE: ContextVar[Mapping[str, int]] = ContextVar("lorakit_choices", default=MappingProxyType({}))
 
 
 @contextlib.contextmanager
 def activate(choices: Mapping[str, int]) -> Iterator[None]:
-    """Activate choices in this thread within a context. The context must contain only complete training steps.
+    """Activate choices in the current thread within a context. The context must contain only complete training steps.
 
     Args:
-        choices: Shape name -> value: for a matmul, the slice size in rows; for an fp32 choice, 1; for attention, 1 for
-            the flash kernel and 0 for matmuls.
+        choices: Dict from shape name to value. The value is the slice size in rows for a matmul, and 1 for an fp32
+            choice; for attention, it is 1 for the flash kernel and 0 for matmuls.
     """
     token = _ACTIVE.set(MappingProxyType(dict(choices)))
     try:
@@ -68,7 +68,7 @@ def activate(choices: Mapping[str, int]) -> Iterator[None]:
 
 
 def _chosen() -> Mapping[str, int]:
-    """Return the active choices. Under a compiler, return none, because it would treat them as constants."""
+    """Return the active choices, or an empty dict during compilation, which would turn the choices into constants."""
     return {} if torch.compiler.is_compiling() else _ACTIVE.get()
 
 
@@ -76,7 +76,7 @@ def to_strings(choices: Mapping[str, int]) -> list[str]:
     """Format choices as a sorted list of strings, for checkpoints and logs.
 
     Args:
-        choices: Shape name -> value, as for `activate`.
+        choices: Dict from shape name to value, as for `activate`.
     """
     return [f"{name}: {value}" for name, value in sorted(choices.items())]
 
@@ -92,7 +92,7 @@ def from_strings(stored: object) -> dict[str, int]:
 
 
 def matmul(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-    """Compute x·right (N, out), or plus + x·right, with the active method and without autograd.
+    """Compute `x·right` (N, out), or `plus + x·right`, with the active method and without autograd.
 
     Args:
         x: Rows (N, in).
@@ -114,7 +114,7 @@ def matmul(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | N
 
 
 def matmul_dtype(rows: int, weights: Sequence[Tensor], dtype: torch.dtype) -> torch.dtype:
-    """Return fp32 if matmuls of `rows` rows run in fp32 for all of these weights; otherwise, return `dtype`.
+    """Return fp32 if matmuls of `rows` rows run in fp32 for all of the given weights; otherwise, return `dtype`.
 
     Args:
         rows: Number of input rows.
@@ -132,7 +132,7 @@ def matmul_dtype(rows: int, weights: Sequence[Tensor], dtype: torch.dtype) -> to
 def matmul_in_slices(
     x: Tensor, right: Tensor, size: int, out: Tensor | None = None, plus: Tensor | None = None
 ) -> Tensor:
-    """Compute `matmul` on slices of at most `size` rows: x (N, in), right (in, out) -> (N, out)."""
+    """Compute `matmul` (N, out) for x (N, in) and `right` (in, out), in slices of at most `size` rows."""
     if out is None:
         out = x.new_empty(len(x), right.shape[1])
     for part in slices(len(x), size):
@@ -143,7 +143,7 @@ def matmul_in_slices(
 
 
 def matmul_in_fp32(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-    """Compute `matmul` with upcast operands and round the sum once: x (N, in), right (in, out) -> (N, out).
+    """Compute `matmul` (N, out) for x (N, in) and `right` (in, out) with upcast operands, rounding the sum only once.
 
     If x is fp32, `plus` and the result are fp32 too.
     """
@@ -207,7 +207,7 @@ def attention_method(q: Tensor, v: Tensor, causal: bool, longest: int, default: 
 
 
 def matmul_name(rows: int, right: Tensor) -> str:
-    """Return the shape name of a matmul of `rows` rows with right (in, out), or "" if such matmuls are not tuned."""
+    """Return the shape name of a matmul of `rows` rows with `right` (in, out), or "" if such matmuls are not tuned."""
     if not SLICES[0] < rows <= ROWS[-1]:
         return ""
     counted = next(count for count in ROWS if rows <= count)
@@ -215,7 +215,7 @@ def matmul_name(rows: int, right: Tensor) -> str:
 
 
 def fp32_name(right: Tensor) -> str:
-    """Return the name of the fp32 choice for matmuls with right (in, out) and any number of rows."""
+    """Return the name of the fp32 choice for matmuls with `right` (in, out) and any number of rows."""
     inner, outer = (min(size, BLOCK) for size in right.shape)
     return fp32_choice(f"product {inner}x{outer} {_stored(right)}")
 

@@ -1,8 +1,8 @@
 """Fused output head and cross-entropy: the full logits are never stored, and unlabeled rows are skipped.
 
-The labeled rows are processed in chunks. While a chunk's logits exist, the gradient of h is computed from them as well,
-so the backward pass only has to scale that gradient. In total, the head and the loss take two matmuls of the labeled
-rows with W, and enough memory for the logits of one chunk.
+The labeled rows are processed in chunks. While a chunk's logits exist, the gradient of the hidden states is computed
+from them as well, so the backward pass only has to scale that gradient. In total, the head and the loss take two
+matmuls of the labeled rows with the head weight, and enough memory for the logits of one chunk.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ IGNORED = -100
 CPU_CHUNK, OTHER_CHUNK = (256, 48 << 20), (4096, 256 << 20)
 """Maximum number of rows per chunk, and maximum size of a chunk's logits in bytes.
 
-W is read twice for each chunk. On a CPU, reading W takes longer than the matmuls if a chunk has fewer than about 100
-rows, and chunks of more than 256 rows are hardly any faster. Accelerators need larger chunks.
+The head weight W is read twice for each chunk. On a CPU, reading W takes longer than the matmuls if a chunk has fewer
+than about 100 rows, and chunks of more than 256 rows are hardly any faster. Accelerators need larger chunks.
 """
 ROWS_PER_THREAD = 4
 """Number of rows that a thread converts to gradients at a time, chosen so that their fp32 copy fits in its cache."""
@@ -36,12 +36,12 @@ SMALLEST = {torch.float32: 1e-30, torch.float64: 1e-290}
 
 @dataclass(frozen=True)
 class Head:
-    """Mapping from hidden states h to logits: z = scale·(W·h + bias), and then softcap·tanh(z/softcap).
+    """Mapping from hidden states h to logits z = scale·(W·h + bias), or softcap·tanh(z/softcap) if there is a softcap.
 
     Attributes:
         W: Weight (V, d), in the dtype of the hidden states.
         bias: Frozen bias (V,), or None.
-        scale: Factor on the logits (`logit_scale` in Cohere, 1/`logits_scaling` in Granite).
+        scale: Scale factor for the logits (`logit_scale` in Cohere, 1/`logits_scaling` in Granite).
         softcap: Bound on the logits (`final_logit_softcapping` in Gemma 2), or None.
     """
 
@@ -68,11 +68,12 @@ def linear_cross_entropy(
     Args:
         h: Hidden states (..., d), already shifted: row i predicts labels[i].
         head: Head that computes the logits (..., V). W receives a gradient only if it requires one.
-        labels: Integers (...) below V, on the device of h or on the CPU.
-        total: Divisor of the summed losses. None divides by the number of labeled rows; if there are none, the loss is
-            NaN.
+        labels: Integers (...) below V, or `ignore_index`; on the device of h or on the CPU.
+        total: Divisor of the summed losses. None divides by the number of labeled rows; if no rows are labeled, the
+            loss is NaN.
         ignore_index: Label of rows that are excluded from the loss.
-        chunk: Maximum number of rows whose logits exist at the same time; None chooses a number by vocabulary size.
+        chunk: Maximum number of rows whose logits exist at the same time; None chooses one based on the vocabulary
+            size.
 
     Returns:
         The loss, a scalar in fp32, or in float64 if h is float64.
@@ -81,7 +82,7 @@ def linear_cross_entropy(
         ValueError: Shapes, dtypes, labels or options are invalid, or the bias of the head requires a gradient.
 
     Source: Hsu et al. 2024, arXiv:2410.10989, section 3.2. As in Liger's fused linear cross-entropy, rows are processed
-    in chunks and gradients are computed in the forward pass; unlike there, W is usually frozen.
+    in chunks and gradients are computed in the forward pass; unlike in Liger, W is usually frozen.
     """
     if torch.is_autocast_enabled(h.device.type):
         bias = None if head.bias is None else autocast(head.bias)
@@ -128,7 +129,7 @@ class Trained(NamedTuple):
     chunk: int
 
     def run(self, need_dh: bool, need_dW: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the summed losses (scalar), and their gradients for the labeled rows of h (n, d) and for W (V, d).
+        """Return the summed loss (scalar), and its gradients for the labeled rows of h (n, d) and for W (V, d).
 
         Neither gradient includes the factor `head.scale`. The gradient for W is in fp32 or wider.
         """
@@ -152,7 +153,7 @@ class Trained(NamedTuple):
 
 
 class _Softmax:
-    """Compute losses from rows of logits, and replace the logits with the gradient of the summed losses.
+    """Computes losses from rows of logits, and replaces the logits with the gradient of the summed loss.
 
     A few rows at a time are processed in a buffer that fits in the cache. The rows are upcast, softmax is applied, 1 is
     subtracted at each row's label, and the results are rounded.
@@ -194,7 +195,7 @@ class _Softmax:
         if not self.gradients:
             return
         p.scatter_(1, labels, at_label - 1)
-        if self.cap is not None:  # the derivative of cap·tanh(t/cap), computed from the value of cap·tanh(t/cap)
+        if self.cap is not None:  # the derivative of cap·tanh(t/cap), computed from the value of that function
             p.mul_(logits.square_().mul_(-1 / self.cap**2).add_(1))
         z.copy_(p)
 
@@ -204,7 +205,7 @@ _State = tuple[float, int, torch.dtype]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Compute the summed losses from h (N, d) and W (V, d); save the gradients for W and for the labeled rows of h."""
+    """Computes the summed loss from h (N, d) and W (V, d); saves the gradients for W and for the labeled rows of h."""
 
     @staticmethod
     def forward(ctx: Context[_State], h: Tensor, W: Tensor, trained: Trained) -> Tensor:

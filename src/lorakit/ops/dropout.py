@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from lorakit.ops.autograd import Context
 from lorakit.ops.kernels import kernels_for
 
-FEW = 1e-3  # below this probability, gaps are computed in float64: fp32 is too coarse, and there are only a few gaps
+# Below this probability, gaps are computed in float64: fp32 is too coarse, and with few gaps, float64 costs little.
+FEW = 1e-3
 
 
 def draw_positions(count: int, p: float, device: torch.device | str) -> Tensor:
@@ -34,8 +35,8 @@ def draw(like: Tensor, p: float) -> Tensor:
     """Draw a dropout record for a tensor with the size and device of `like` (any shape).
 
     The record is saved for the backward pass. On a CPU and on devices with kernels, the record is a seed, uint64 (1,).
-    On other devices, and under a compiler, it is a boolean mask (elements,) that is true for dropped elements, because
-    compilers do not support data-dependent sizes.
+    On other devices, it is a boolean mask (elements,) that is true for dropped elements. During compilation, the record
+    is such a mask on all devices, because compilers do not support data-dependent sizes.
     """
     return draw_record(like.numel(), p, like.device)
 
@@ -48,7 +49,7 @@ def draw_record(count: int, p: float, device: torch.device) -> Tensor:
 
 
 def zero_(owned: Tensor, record: Tensor, p: float) -> Tensor:
-    """Zero, in place, the elements that a record drops from a contiguous tensor (any shape)."""
+    """Zero the dropped elements of a contiguous tensor (any shape) in place, according to a dropout record."""
     return apply_dropout(owned, record, p, out=owned)
 
 
@@ -109,7 +110,7 @@ def dropout_add(owned: Tensor, x: Tensor | None, p: float) -> tuple[Tensor, Tens
 
 
 def dropout_add_backward(dy: Tensor, record: Tensor | None, p: float) -> Tensor:
-    """Return the gradient of `owned` in `dropout_add` for the output gradient dy (N, d): dy itself if p was 0."""
+    """Return the gradient of `owned` in `dropout_add`, given the output gradient dy (N, d); if p was 0, return dy."""
     return dy if record is None else apply_dropout(dy, record, p, 1 / (1 - p))
 
 
@@ -117,8 +118,8 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     """Apply dropout to x (any shape): zero each element with probability p, and divide the others by 1 − p.
 
     The output has the same distribution as with `torch.nn.functional.dropout`. [docs/math.md (70)] PyTorch's function
-    is called under a compiler, if p = 1, and on accelerators without kernels. Otherwise, a record from `draw` is saved
-    for the backward pass.
+    is called during compilation, if p = 1, and on accelerators without kernels. Otherwise, a record from `draw` is
+    saved for the backward pass.
 
     Raises:
         ValueError: p is not in [0, 1].
@@ -155,7 +156,7 @@ def _seed(device: torch.device | str) -> Tensor:
 def _gaps(count: int, p: float, generator: torch.Generator) -> Tensor:
     """Return the dropped positions, drawing the gaps between them from the generator."""
     expected = count * p
-    # enough draws to reach the end in all but about one call in several thousand
+    # enough draws to reach the end in all but about one in several thousand calls
     draws = int(expected + 4 * math.sqrt(expected)) + 8
     exact, whole = (torch.float32, torch.int32) if p >= FEW else (torch.float64, torch.int64)
     steps = torch.empty(0, dtype=whole, device=generator.device)

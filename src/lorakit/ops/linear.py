@@ -21,9 +21,9 @@ from lorakit.ops.kernels.protocol import DropoutMatmuls
 def linears(x: Tensor, group: Sequence[Adapted]) -> tuple[Tensor, ...]:
     """Return the outputs (…, out) of adapted linear modules that share the input x (…, in). [docs/math.md (71)]
 
-    Gradients flow to x and to each A and B, in the dtype of that tensor. Matmuls run in the dtype of x, or in the
-    autocast dtype. The following are saved for the backward pass: x, one (tokens, r) activation per adapter, and
-    dropout records.
+    Gradients flow to x and to each A and B; each gradient has the dtype of its tensor. Matmuls run in the dtype of x,
+    or in the autocast dtype. The following are saved for the backward pass: x, one (tokens, r) activation per adapter,
+    and dropout records.
 
     Raises:
         ValueError: A frozen weight or bias requires a gradient.
@@ -36,12 +36,12 @@ def linears(x: Tensor, group: Sequence[Adapted]) -> tuple[Tensor, ...]:
     else:
         with without_autocast(x):
             ys = Group.of(group, x).forward(rows(x))
-    # reshaped outside the autograd function: callers may modify the result in place, so the function returns no views
+    # reshaped outside the autograd function, which must not return views: callers may modify the result in place
     return tuple(unflat(y, x) for y in ys)
 
 
 class Form(NamedTuple):
-    """Non-tensor state of a `Group` after `Group.pack`."""
+    """The non-tensor state of a `Group`, as returned by `Group.pack`."""
 
     dtype: torch.dtype
     inside: torch.dtype
@@ -174,7 +174,7 @@ class Group:
         return group
 
     def _stacked_grads(self, dh: dict[int, Tensor]) -> Tensor | None:
-        """Concatenate the dh (N, r) of all modules without dropout, in the order in which their A are stacked."""
+        """Concatenate the dh (N, r) of all modules without dropout, in the same order as the stacked A factors."""
         first = next((dh[j] for j in self.plain if j in dh), None)
         if first is None:
             return None
@@ -207,7 +207,7 @@ class Group:
     def _grads_a(
         self, x: Tensor, dh: dict[int, Tensor], stacked_dh: Tensor | None, owned: bool, spare: list[Tensor]
     ) -> dict[int, Tensor]:
-        """Return s·dhᵀ·(D∘x) for each A that requires a gradient."""
+        """Return a dict from module index to s·dhᵀ·(D∘x), for each A that requires a gradient."""
         grads: dict[int, Tensor] = {}
         if stacked_dh is not None and any(self.trains[j][0] for j in self.plain):
             ranks = [len(self.low[j].A) for j in self.plain]

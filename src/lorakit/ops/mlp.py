@@ -106,12 +106,12 @@ def mlp(x: Tensor, form: Form) -> Tensor:
     else:
         with without_autocast(x):
             y = _forward(x, form)[0]
-    # reshaped outside the autograd function: callers may modify the result in place, so the function returns no views
+    # reshaped outside the autograd function, which must not return views: callers may modify the result in place
     return unflat(y, x)
 
 
 def _under_autocast(x: Tensor, form: Form) -> Tensor:
-    """Run under autocast: norm and residual in the dtype of x, and everything in between in the autocast dtype."""
+    """Run the sublayer with norm and residual in the dtype of x and everything in between in the autocast dtype."""
     n = autocast(x if form.norm is None else normalize(x, form.norm))
     with without_autocast(x):
         y = mlp(n, form._replace(norm=None, residual=False))
@@ -203,9 +203,9 @@ class _Mlp(torch.autograd.Function):
 def _back_through_the_activation(
     dy: Tensor, saved: tuple[Sequence[Tensor], Tensor | None], outer: Group, form: Form, deep: bool
 ) -> tuple[list[Tensor], tuple[Tensor | None, Tensor | None]]:
-    """Return the gradients of the inner modules' outputs, if needed, and the gradients of down's A and B.
+    """Return the gradients of the inner modules' outputs, if needed, and those of the A and B of down.
 
-    `saved` contains the outputs (N, f) of gate and up, and the record of the dropout before down.
+    `saved` contains the outputs (N, f) of gate and up, and the record of the dropout applied before down.
     """
     hidden, within = saved
     first, up = (hidden[0] if hidden else None), (hidden[1] if len(hidden) == 2 else None)

@@ -52,7 +52,10 @@ class Norm:
         return rms_recompute(x, stats[0], self.weight, self.offset)
 
     def backward(self, dn: Tensor, x: Tensor, stats: Sequence[Tensor], add: Tensor | None = None) -> Tensor:
-        """Return the gradient of x (N, d) plus `add` (N, d) as a new tensor; dn (N, d) is the output's gradient."""
+        """Return the gradient of x (N, d), plus `add` (N, d) if given, as a new tensor.
+
+        dn (N, d) is the gradient of the output.
+        """
         if self.kind == "layer":
             backward = torch.ops.aten.native_layer_norm_backward
             given = dn.to(x.dtype), x, x.shape[-1:], *stats, _weight(self.weight, x), None
@@ -100,7 +103,7 @@ def normalize(x: Tensor, norm: Norm) -> Tensor:
     else:
         with without_autocast(x):
             n = norm.forward(rows_of(x))[0]
-    # reshaped outside the autograd function: callers may modify the result in place, so the function returns no views
+    # reshaped outside the autograd function, which must not return views: callers may modify the result in place
     return unflat(n, x)
 
 
@@ -160,7 +163,7 @@ def rms_recompute(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float) -> T
 
 
 def rms_backward(dn: Tensor, x: Tensor, rstd: Tensor, w: Tensor | None, offset: float, add: Tensor | None) -> Tensor:
-    """Return the gradient of x (N, d) plus `add` (N, d) as a new tensor.
+    """Return the gradient of x (N, d), plus `add` (N, d) if given, as a new tensor.
 
     dn (N, d) is the gradient of the normalized x, rstd (N, 1) comes from `rms_forward`, and w (d,) is the weight.
     """
@@ -226,7 +229,7 @@ def _weight(w: Tensor | None, x: Tensor) -> Tensor:
 def _dtype_of_parameters(x: Tensor) -> torch.dtype:
     """Return the dtype for the weight and bias.
 
-    On a CPU, it is at least fp32, because torch rounds the mean and std to the dtype of the weight.
+    On a CPU, this dtype is fp32 or wider, because torch rounds the mean and std to the dtype of the weight.
     """
     return upcast_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
 

@@ -141,7 +141,7 @@ def attention_block(
     residual: bool,
     wanted: Tensor | None = None,
 ) -> Tensor:
-    """Compute `attention_block` without dropout: x (B, T, d) -> (B, T, d), or (n, d) with `wanted`."""
+    """Compute the attention sublayer without dropout: x (B, T, d) -> (B, T, d), or (n, d) if `wanted` is given."""
     n = x if block.norm is None else norm(x, block.norm)
     parts = [part.flatten(0, 1) for part in linear(n, block.inputs)]
     heads = []

@@ -1,11 +1,11 @@
 """Rotary position embeddings (RoPE): rotate pairs of elements of q and k by angles that grow with the position.
 
 The tables `cos` and `sin` come from the model: transformers computes both tables once per forward pass, including any
-scaling for long contexts, so this module needs no base or frequencies. The tables have shape (…, T, rot), where rot is
-even and at most D. The first rot elements of a head are rotated, and the others are copied. Models use one of two
-pairings: `half` pairs element i with i + rot/2 (Llama, Qwen, Gemma, GPT-NeoX), and `interleaved` pairs element 2i with
-2i + 1 (GPT-J, Cohere, GLM). The rotation is linear, so the backward pass applies its transpose and needs only the
-tables.
+scaling for long contexts, so this module does not need the base or the frequencies. The tables have shape (…, T, rot),
+where rot is even and at most D. The first rot elements of a head are rotated, and the others are copied. Models use one
+of two pairings: `half` pairs element i with i + rot/2 (Llama, Qwen, Gemma, GPT-NeoX), and `interleaved` pairs element
+2i with 2i + 1 (GPT-J, Cohere, GLM). The rotation is linear, so the backward pass applies its transpose and needs only
+the tables.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 def rotated(x: Tensor, rotary: Rotary) -> Tensor:
-    """Run `rotate` without autograd and without checks: x (B, T, H, D) -> a new contiguous tensor (B, T, H, D)."""
+    """Run `rotate` on x (B, T, H, D) without autograd or checks; return a new contiguous tensor (B, T, H, D)."""
     cos, sin = (_with_head_axis(table).to(x.dtype) for table in (rotary.cos, rotary.sin))
     rot = cos.shape[-1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -10,9 +10,9 @@ which all give the same results:
   adapters.
 - `sorted` groups the rows by adapter and runs one matmul per adapter. It is meant for many short rows, and for a single
   adapter.
-- `compiled` reads each row's factors in place, with one kernel for shrink and expand, as BGMV does. It is meant for a
-  few short rows without gradients, and requires a kernel. In a decoding step with many rows and many adapters, it reads
-  the factors only once.
+- `compiled` reads each row's factors in place, with one kernel for both shrink and expand, as BGMV does. It is meant
+  for a few short rows without gradients, and requires a kernel. In a decoding step with many rows and many adapters, it
+  reads the factors only once.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ FEW_ADAPTERS = 16  # up to this number, one matmul with all adapters is at least
 
 @dataclass(frozen=True, eq=False)
 class Routed:
-    """Adapter index of each row, (rows,), with −1 for none. Created once per forward pass and used by every layer.
+    """Adapter index of each row, (rows,); −1 means no adapter. Created once per forward pass and used by every layer.
 
     Raises:
         ValueError: The index is not an integer tensor or is out of range.
@@ -112,7 +112,7 @@ class Routed:
 
     @cached_property
     def runs(self) -> list[tuple[int, int, int]]:
-        """Return (adapter, start, end) for each adapter that has rows: its range of positions in `order`."""
+        """Return (adapter, start, end) for each adapter that has rows; they are at [start, end) in `order`."""
         found, end = [], 0
         for k, n in enumerate(torch.bincount(self.index + 1, minlength=self.adapters + 1).tolist()[1:]):
             found += [(k, end, end + n)] if n else []
@@ -141,7 +141,7 @@ def segmented(
         scales: Scales (K,), or None if A includes the scales.
         index: Adapter of each row, (rows,), with −1 for none; or a `Routed`.
         into: Tensor (rows, …, out) to which the result is added in place, or None.
-        method: Method to use; None chooses any method except "compiled". With "masked", all factors must be finite,
+        method: Method to use; None chooses one other than "compiled". With "masked", all factors must be finite,
             because each row is multiplied by the factors of every adapter.
 
     Raises:
@@ -194,8 +194,8 @@ def _check(x: Tensor, A: Tensor, B: Tensor, scales: Tensor | None, rows: Routed,
 def method_for(x: Tensor, rows: Routed, only_finite: bool = True) -> Method:
     """Choose the method for rows x (rows, …, in). The thresholds were measured at widths 576 and 2048 with rank 16.
 
-    "masked" requires that all stacked factors be finite, because masking does not remove Inf or NaN. It is not used in
-    fp16, where the result for an adapter that a row does not use can overflow.
+    "masked" requires that all stacked factors be finite, because masking does not remove Inf or NaN. "masked" is not
+    used in fp16, where the result for an adapter that a row does not use can overflow.
     """
     run = len(x) / rows.adapters
     if rows.adapters == 1:
@@ -276,12 +276,12 @@ class Segments:
         return dx, dA, dB
 
     def _take(self, x: Tensor) -> Tensor:
-        """Return, as (served, T, n), the rows of x (rows, …, n) that the method needs, in the order that it needs."""
+        """Return the rows of x (rows, …, n) that the method needs, in the required order, as (served, T, n)."""
         x = x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])
         return x.contiguous() if self.taken is None else x.index_select(0, self.taken)
 
     def _put(self, h: Tensor, stack: Tensor, like: Tensor, into: Tensor | None) -> Tensor:
-        """Expand a low-rank activation to (rows, …, n), and return the rows to their original positions."""
+        """Expand a low-rank activation to (rows, …, n), with the rows in their original positions."""
         shape = (*like.shape[:-1], stack.shape[-1])
         flat = (len(like), math.prod(shape[1:-1]), shape[-1])
         if self.taken is None and into is not None and into.is_contiguous():
@@ -330,7 +330,7 @@ def _scaled(h: Tensor, call: _Call) -> Tensor:
 
 
 def _of_rows(stack: Tensor, call: _Call) -> Tensor:
-    """Return each row's factor (rows, r, in). It is a copy unless each adapter has exactly one row, in order."""
+    """Return each row's factor (rows, r, in); this makes a copy unless each adapter has exactly one row, in order."""
     return stack if call.rows.in_place else stack.index_select(0, call.adapter)
 
 

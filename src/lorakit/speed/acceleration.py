@@ -1,4 +1,4 @@
-"""`accelerate`: give supported modules a fused forward that computes the same results. The change can be undone.
+"""Accelerate a model: give supported modules a fused `forward` with the same results. The change can be undone.
 
 A module is supported if its structure is known and a probe confirms that the results agree. All other modules keep
 their own `forward`; if such a module resembles a supported one, the report lists it with the reason. Batches can be
@@ -39,8 +39,8 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tupl
 
     Returns:
         The arguments for the model (`input_ids` (1, tokens), positions and sequence boundaries), and the labels
-        (1, tokens). The first token of a sequence does not contribute to the loss, because the token before it belongs
-        to another sequence.
+        (1, tokens). The first token of each sequence does not contribute to the loss, because the token before it
+        belongs to another sequence.
     """
     kept = attention_mask.bool()
     lengths = kept.sum(1)
@@ -114,12 +114,12 @@ class Acceleration:
     """Changes that `accelerate` made to one model.
 
     Attributes:
-        swaps: The replaced modules, each with the name of its fused forward.
-        skipped: Modules of similar kinds that keep their own `forward`.
+        swaps: The replaced modules, each with the name of its fused `forward`.
+        skipped: Modules that resemble supported ones but keep their own `forward`.
         head: Output head that can be used to compute the loss without logits, or None.
         head_skipped: Reason why computing the loss requires logits, or "".
         packs: Whether batches may be packed.
-        loss: Loss function that needs no logits and replaces the model's own, or None.
+        loss: Loss function that needs no logits and replaces the model's loss function, or None.
         model: The accelerated model; None if nothing was changed.
     """
 
@@ -154,11 +154,11 @@ class Acceleration:
 
 
 def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool = True) -> Acceleration:
-    """Give supported modules a fused forward. The change can be undone.
+    """Give supported modules a fused `forward`. The change can be undone.
 
     State dict names, saving and `isinstance` are unaffected. Outputs agree up to rounding; probes with 1, 9 and 33
     tokens check this. Adapters may be attached before or after acceleration. A module's own `forward` runs if its fused
-    forward does not support a call, or if anything that the fused forward relies on has changed. If this function
+    `forward` does not support a call, or if anything that the fused `forward` relies on has changed. If this function
     raises an exception, the model is unchanged.
 
     Args:
@@ -208,14 +208,14 @@ class _Probed(NamedTuple):
     """Result of probing the unaccelerated model.
 
     Attributes:
-        fast: Modules that may run a fused forward.
-        skipped: Modules of similar kinds that keep their own `forward`.
+        fast: Modules that may run a fused `forward`.
+        skipped: Modules that resemble supported ones but keep their own `forward`.
         head: Output head that can be used to compute the loss without logits, or None.
         head_skipped: Reason why computing the loss requires logits, or "".
-        calls: Path -> recorded call, in the order in which the calls ended; "" is the path of the head.
+        calls: Dict from path to recorded call, in the order in which the calls ended; "" is the path of the head.
         output: The model's output.
-        packs: Whether the unaccelerated model keeps packed sequences apart. It must, because any call may fall back to
-            the model's own attention.
+        packs: Whether the unaccelerated model keeps packed sequences apart. Packing requires this, because any call may
+            fall back to the model's own attention.
     """
 
     fast: Parts
@@ -290,7 +290,7 @@ def _nothing(model: nn.Module, reason: str) -> Acceleration:
 
 
 def _may_pack(model: nn.Module, fast: Parts) -> bool:
-    """Return whether attention is fused in every layer, which keeps tokens from seeing other packed sequences."""
+    """Return whether every layer has fused attention, in which no token sees another packed sequence."""
     layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     ours = sum(attention.fits(module) is None for module, _ in fast.values())
     return isinstance(layers, int) and ours == layers

@@ -1,13 +1,13 @@
-"""Decide which modules in a model may run a fused forward, based on their structure, their classes, and probes.
+"""Decide which modules in a model may run a fused `forward`, based on their structure, their classes, and probes.
 
 A module keeps its own `forward` if its class comes from an unknown package or overrides a method in one, or if a probe
 at one of several lengths finds a difference or raises an exception. A module also keeps its own `forward` if one of
-these conditions is true of a module that the fused forward would bypass. Outputs are compared row by row, without the
+these conditions is true of a module that the fused `forward` would bypass. Outputs are compared row by row, without the
 residual.
 
 This module also detects in-place changes to tensors. Values that are cached for a tensor are stored in the tensor's
-`__dict__`. They live exactly as long as the tensor, so they cannot be mistaken for those of a later tensor with the
-same `id`.
+`__dict__`, so these values live exactly as long as the tensor. They cannot be mistaken for the values of a later tensor
+with the same `id`.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from lorakit.speed.submodules import Options, is_supported, split_call
 SMALLEST_ROW = 0.1
 """Minimum size of a row for relative errors, as a fraction of the RMS size of all rows.
 
-The error of a smaller row is divided by this minimum, because rounding errors are as large in small rows as in others.
+The error of a smaller row is divided by this minimum, because its rounding errors are as large as those of other rows.
 """
 
 NARROW = (torch.float16, torch.bfloat16)
 """Dtypes in which a module may amplify rounding errors beyond the tolerance."""
 
 NOISE = 2.0
-"""Allowed error in narrow dtypes: a multiple of how much rounding the input changes the module's own output."""
+"""Allowed error in narrow dtypes, as a multiple of the change in a module's output when its input is rounded."""
 
 
 class Verdict(NamedTuple):
-    """Result of comparing a fused forward with a module.
+    """Result of comparing a fused `forward` with a module.
 
     Attributes:
-        why: Short reason why the module keeps its own `forward`, or "" if it may run the fused forward.
-        differs: Whether a probe contradicts the fused forward. If so, no fused forward may bypass the module.
+        why: Short reason why the module keeps its own `forward`, or "" if it may run the fused `forward`.
+        differs: Whether a probe contradicts the fused `forward`. If so, no fused `forward` may bypass the module.
     """
 
     why: str = ""
@@ -51,21 +51,21 @@ class Verdict(NamedTuple):
 
 
 Output = Tensor | tuple[Tensor | None, ...]
-"""Output of a fused forward. If it is a tuple, the hidden states are the first item."""
+"""Output of a fused `forward`. If it is a tuple, the hidden states are the first item."""
 
 Branches = Callable[[nn.Module, Tensor, Options, Calls], Pairs]
-"""Function of a module, hidden states, other arguments, and calls to submodules by path.
+"""Function that takes a module, hidden states, the other arguments, and a dict from path to recorded submodule call.
 
-It returns pairs of branches: one from the fused forward, and one from the module's own `forward`.
+It returns pairs of branches. In each pair, one branch is from the fused `forward`, and one from the module's own.
 """
 
 
 def compare(module: nn.Module, run: Callable[..., Output | None], call: Call, *, residual: bool = False) -> Verdict:
-    """Compare the output of a fused forward with the recorded output of the module.
+    """Compare the output of a fused `forward` with the recorded output of the module.
 
     Args:
         module: The module.
-        run: Fused forward; it is called with the module and the arguments of the recorded call.
+        run: Fused `forward`; it is called with the module and the arguments of the recorded call.
         call: The recorded call to the module.
         residual: Whether the output is the input plus a branch. If so, only the branches are compared.
     """
@@ -92,9 +92,10 @@ def compare(module: nn.Module, run: Callable[..., Output | None], call: Call, *,
 
 
 def _noise(module: nn.Module, call: Call, residual: bool) -> Tensor | None:
-    """Measure how much each row of a module's branch changes if its input is rounded once more, or return None.
+    """Measure how much each row of a module's branch changes if the module's input is rounded once more.
 
-    In low precision, sharp attention can amplify rounding errors without bound, even in the module's own `forward`.
+    Returns None if the change cannot be measured. In low precision, sharp attention can amplify rounding errors without
+    bound, even in the module's own `forward`.
     """
     x = call.hidden
     if not isinstance(x, Tensor):
@@ -113,13 +114,13 @@ def _noise(module: nn.Module, call: Call, residual: bool) -> Tensor | None:
 
 
 def compare_branches(branches: Branches, module: nn.Module, call: Call, inside: Calls) -> Verdict:
-    """Compare the branches that a fused forward adds to the residuals with the recorded branches.
+    """Compare the branches that a fused `forward` adds to the residuals with the recorded branches.
 
     Args:
         branches: Function that pairs the branches.
         module: The module.
         call: The recorded call to the module.
-        inside: Recorded calls to submodules of the module, by path.
+        inside: Dict from path to recorded call, for submodules of the module.
     """
     x, options = split_call(module, call.args, call.kwargs)
     pairs = attempt(lambda: branches(module, x, options, inside))
@@ -144,10 +145,12 @@ def _parts(output: Output) -> tuple[Tensor | None, ...]:
 
 
 def _difference(ours: Tensor, theirs: Tensor, carried: Tensor | None, noise: Tensor | None = None) -> Verdict:
-    """Compare the rows of two tensors (…, d), relative to their size without the part that both tensors contain.
+    """Compare two tensors (…, d) row by row.
+
+    The error of a row is relative to the size of the row without the part that both tensors contain.
 
     Args:
-        ours: Output of the fused forward.
+        ours: Output of the fused `forward`.
         theirs: Output of the module's own `forward`.
         carried: Part (…, d) that both outputs contain, such as a residual, or None.
         noise: Amount (rows,) by which rounding changes each row of the module's own output, or None.
@@ -189,7 +192,7 @@ def version_of(x: Tensor) -> int | Tensor:
 
 
 def is_version(x: Tensor, version: int | Tensor) -> bool:
-    """Return whether a tensor is unchanged since `version_of` was called.
+    """Return whether a tensor has not changed since `version_of` was called.
 
     Args:
         x: The tensor, of any shape (…).
@@ -204,7 +207,7 @@ LENGTHS = (1, 33)
 """Numbers of tokens per row in the additional probes. These probes run on one module of each kind."""
 
 KNOWN = frozenset({"torch", "transformers", "peft", "lorakit"})
-"""Known packages: those for whose classes the structure checks were written. Classes from them are known classes."""
+"""Known packages. The structure checks were written for the classes in these packages ("known classes")."""
 
 HARMLESS = frozenset({"extra_repr"})
 """Methods that a class may override without changing what a module computes."""
@@ -215,18 +218,19 @@ CALLED = frozenset({"__call__", "__getattr__", "__getattribute__"})
 
 @dataclass(frozen=True)
 class FusedForward:
-    """A fused forward, and the checks that decide which modules may run it.
+    """A fused `forward`, and the checks that decide which modules may run it.
 
     Attributes:
         name: Name to use in the report.
-        fits: Module -> None if its structure matches, otherwise a short reason.
-        run: Module, hidden states, other arguments -> output, or None if the module's own `forward` must run.
-        concerns: Module -> whether to report the module as skipped if its structure does not match.
-        whole: Whether the fused forward computes everything inside the module. If so, the module's children are not
+        fits: Function that returns None if the structure of a module matches, otherwise a short reason.
+        run: Function that takes a module, hidden states and the other arguments. It returns the output, or None if the
+            module's own `forward` must run.
+        concerns: Function that returns whether to report a module as skipped if its structure does not match.
+        whole: Whether the fused `forward` computes everything inside the module. If so, the module's children are not
             reported.
         residual: Whether the output is the input plus a branch.
-        calls: Module -> names of the children that the fused forward calls as modules.
-        traced: Module -> relative paths of the submodules whose calls `branches` needs.
+        calls: Function that returns the names of those children of a module that the fused `forward` calls as modules.
+        traced: Function that returns the relative paths of those submodules of a module whose calls `branches` needs.
         branches: Function that pairs the branches in which a residual, or a norm after it, would hide errors; or None.
     """
 
@@ -262,20 +266,20 @@ class Skipped:
 
 
 Parts = dict[str, tuple[nn.Module, FusedForward]]
-"""Path -> the module at that path and its fused forward."""
+"""Dict from path to the module at that path and its fused `forward`."""
 
 
 def candidates(
     modules: Mapping[str, nn.Module], fused_forwards: tuple[FusedForward, ...]
 ) -> tuple[Parts, list[Skipped]]:
-    """Find the modules whose structure and classes match a fused forward.
+    """Find the modules whose structure and classes match a fused `forward`.
 
     Args:
-        modules: Path -> module.
-        fused_forwards: Fused forwards in order of preference.
+        modules: Dict from path to module.
+        fused_forwards: Fused `forward` methods in order of preference.
 
     Returns:
-        The candidates, and the modules that are of a similar kind but do not match.
+        The candidates, and the modules that resemble a supported module but do not match.
     """
     wanted: Parts = {}
     skipped: list[Skipped] = []
@@ -307,7 +311,8 @@ def modules_to_record(parts: Parts) -> dict[str, nn.Module]:
         parts: The candidates.
 
     Returns:
-        Path -> module, for the candidates and for the submodules whose calls are needed to compare branches.
+        A dict from path to module, for the candidates and for the submodules whose calls are needed to compare
+        branches.
     """
     found = {path: module for path, (module, _) in parts.items()}
     for path, (module, fused_forward) in parts.items():
@@ -324,7 +329,7 @@ def admit(model: nn.Module, wanted: Parts, found: Calls) -> tuple[Parts, list[Sk
         found: Calls to the modules from `modules_to_record`, recorded in a first forward pass.
 
     Returns:
-        The candidates that may run their fused forward, and the candidates to report as skipped.
+        The candidates that may run their fused `forward`, and the candidates to report as skipped.
     """
     firsts, first_of = _one_of_each(wanted, found)
     at_lengths = _at_lengths(model, firsts)
@@ -356,11 +361,11 @@ def _of_adapters(layer: nn.Module) -> list[nn.Module]:
 
 
 def _stranger(module: nn.Module, fused_forward: FusedForward, foreign: set[type[nn.Module]]) -> str | None:
-    """Return the name of an unknown class that a fused forward would bypass, or None.
+    """Return the name of an unknown class that a fused `forward` would bypass, or None.
 
     Args:
         module: The candidate.
-        fused_forward: Its fused forward.
+        fused_forward: Its fused `forward`.
         foreign: The unknown classes that occur in the model.
     """
     called = fused_forward.calls(module)
@@ -372,8 +377,8 @@ def _stranger(module: nn.Module, fused_forward: FusedForward, foreign: set[type[
 def _is_foreign(kind: type[nn.Module]) -> bool:
     """Return whether a class may compute something for which the structure checks were not written.
 
-    That is the case if its `forward` comes from an unknown package, even if it was assigned to a known class. It is
-    also the case if the class or a parent class is from an unknown package and overrides an inherited method.
+    Such a class has a `forward` from an unknown package, even if that `forward` was assigned to a known class; or the
+    class or a parent class is from an unknown package and overrides an inherited method.
     """
     if not _is_known(getattr(kind, "forward", None)) or not is_own_forward(kind):
         return True
@@ -402,8 +407,8 @@ def _is_known(method: Callable[..., Any] | None) -> bool:
 def _one_of_each(wanted: Parts, found: Calls) -> tuple[Parts, dict[str, str]]:
     """Group the candidates that differ only in their weights.
 
-    Returns the first module of each group that was called, and a map from each path to the path of the first module in
-    the same group.
+    Returns the first module of each group whose modules were called, and a dict from each path to the path of the first
+    module in the same group.
     """
     first: dict[Any, str] = {}
     first_of = {}
@@ -421,7 +426,7 @@ def _simple(module: nn.Module) -> list[str]:
 
 
 def _at_lengths(model: nn.Module, firsts: Parts) -> dict[str, Verdict]:
-    """Return path -> verdict for each module whose output differs at one of the additional lengths."""
+    """Return a dict from path to verdict, for each module whose output differs at one of the additional lengths."""
     differing = {}
     for tokens in LENGTHS if firsts else ():
         ran = attempt(partial(calls, model, modules_to_record(firsts), 1, tokens, stop=True))
@@ -436,7 +441,7 @@ def _at_lengths(model: nn.Module, firsts: Parts) -> dict[str, Verdict]:
 
 
 def _verdict(path: str, module: nn.Module, fused_forward: FusedForward, found: Calls) -> Verdict:
-    """Compare the results of a module's fused forward with the recorded calls."""
+    """Compare the results of a module's fused `forward` with the recorded calls."""
     call = found.get(path)
     if call is None:
         return Verdict("not called")
@@ -448,7 +453,7 @@ def _verdict(path: str, module: nn.Module, fused_forward: FusedForward, found: C
 
 
 def _fused_among(differing: list[str], path: str, module: nn.Module, fused_forward: FusedForward) -> str | None:
-    """Return the path of a module in `differing` that a fused forward would bypass, or None."""
+    """Return the path of a module in `differing` that a fused `forward` would bypass, or None."""
     below = [one for one in differing if one.startswith(f"{path}.")]
     called = tuple(f"{path}.{name}." for name in fused_forward.calls(module)) if below else ()
     return next((one for one in below if not f"{one}.".startswith(called or ("\0",))), None)

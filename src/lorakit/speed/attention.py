@@ -1,7 +1,7 @@
 """Fused causal self-attention, with or without rotary position embeddings.
 
 The projections, the attention computation and the output projection run as one function. A mask is read only once for
-all layers of a forward pass, and classified by what it hides in addition to the pattern: nothing, padding, or more.
+all layers of a forward pass. The mask is classified by what it hides beyond the pattern: nothing, padding, or more.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ HIDDEN = -1e4
 """A mask value at or below this threshold hides a position. Models use the lowest value of a dtype for this purpose."""
 
 MASK_FIELDS = "_lorakit_read"
-"""Attribute of a mask in which results of reading it are cached; all layers of a forward pass share the mask."""
+"""Attribute in which the results of reading a mask are cached; all layers of a forward pass share the mask."""
 
 
 Known = TypeVar("Known")
 
 
 def cached_on(x: Tensor, name: str, make: Callable[[], Known]) -> Known:
-    """Return a value that was computed from a tensor; recompute it if the tensor has been modified in place since then.
+    """Return a value that is cached on a tensor; recompute the value if the tensor has been modified in place.
 
     Args:
         x: Tensor of any shape (…), on which the value is cached.
@@ -60,7 +60,7 @@ def under(mask: Tensor | None, x: Tensor, pattern: Pattern) -> Pattern | None:
 
     Returns:
         The pattern, with a bias if the mask hides more than the pattern does. None if the mask shows more than the
-        pattern does, hides all tokens from some token, or has an unsupported form; also None if the pattern needs a
+        pattern does, hides every token from some token, or has an unsupported form; also None if the pattern needs a
         bias but the device has no kernel that supports one.
     """
     made = pattern if mask is None else _under(mask, x, pattern)
@@ -113,7 +113,7 @@ INTERLEAVED = ("query_key_value",)
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense")
 NORMS = ("q_norm", "k_norm")
 DROPOUTS = ("attn_dropout", "resid_dropout")
-"""Names of the dropout modules for the attention weights and for the output. Only p is read from the first."""
+"""Dropout modules for the attention weights and for the output. For the weights, only p is read."""
 
 ATTRIBUTES = frozenset(
     {"config", "layer_idx", "layer_type", "head_dim", "head_size", "rotary_ndims", "num_heads", "num_key_value_heads"}
@@ -132,7 +132,7 @@ READ = frozenset(
     | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "output_router_logits"}
     | {"shift_labels", "ignore_index", KEYWORD}  # read by the loss
 )
-"""Supported call arguments: they are read, or have no effect. With any others, the module's own `forward` runs."""
+"""Supported call arguments, which are read or have no effect. Other arguments make the module's own `forward` run."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Shape:
         inputs: Names of the input projections: three, or one if they are fused.
         output: Name of the output projection.
         head_dim: Width of a head.
-        scale: Factor on q·kᵀ.
+        scale: Scale factor for q·kᵀ.
         window: Sliding window in tokens, or None.
         softcap: Bound on the scores, imposed with tanh, or None.
     """
@@ -190,7 +190,7 @@ def shape_of(module: nn.Module) -> Shape | None:
 
 
 def run(module: nn.Module, x: Tensor, options: Options) -> tuple[Tensor, None] | None:
-    """Return the output (B, T, d) for x (B, T, d), without attention weights, or None if its own `forward` must run."""
+    """Return (output (B, T, d), None) for x (B, T, d), or None if the module's own `forward` must run."""
     y = attention(module, x, None, options, residual=False)
     return None if y is None else (y, None)
 
@@ -241,7 +241,7 @@ def attention(
 
 
 def lengths_of(boundaries: Tensor | None) -> tuple[int, ...] | None:
-    """Return the lengths of packed sequences from their boundaries (sequences + 1,), or None without boundaries.
+    """Return the lengths of packed sequences from their boundaries (sequences + 1,), or None if not given.
 
     The result is cached on the `boundaries` tensor. All layers of a forward pass share this tensor, so the device is
     synchronized only once.
@@ -252,7 +252,7 @@ def lengths_of(boundaries: Tensor | None) -> tuple[int, ...] | None:
 
 
 LENGTHS = "_lorakit_lengths"
-"""Attribute of the boundaries in which the lengths are cached."""
+"""Attribute of the boundaries tensor in which the sequence lengths are cached."""
 
 
 def _kv_heads(module: nn.Module, shape: Shape, operands: Sequence[Adapted]) -> int:

@@ -1,7 +1,7 @@
-"""Contracts: what a fused forward assumes about the modules that it bypasses. Every call checks the contract.
+"""Contracts: what a fused `forward` assumes about the modules that it bypasses. Every call checks the contract.
 
-A fused forward is valid only as long as the bypassed modules, and their `forward` methods, settings and functions, are
-the ones with which a probe compared it. This module does not depend on any particular fused forward.
+A fused `forward` is valid only as long as the modules that it bypasses are those that were probed, and their `forward`
+methods, settings and functions have not changed. This module does not depend on any particular fused `forward`.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from lorakit.speed.patching import children_of, original_class
 from lorakit.targets.layer_types import CONV1D
 
 MISSING = object()
-"""Placeholder for the value of a key that is missing in a table."""
+"""Placeholder for the value of a key that is missing from a table."""
 
 SETTINGS = (bool, int, float, str, type(None))
 """Types of the attributes whose values are compared."""
 
 ASKED = frozenset({"training", "gradient_checkpointing", "p", "dropout", "attention_dropout"})
-"""Attributes that are not compared: fused forwards read them at each call, or no `forward` uses them."""
+"""Attributes that are not compared: fused `forward` methods read them at each call, or no `forward` uses them."""
 
 IN_CONFIG = ("_attn_implementation_internal", "is_causal")
-"""Config fields that a `forward` does not read itself, but that functions it calls depend on."""
+"""Config fields that are read by functions that a `forward` calls, rather than by the `forward` itself."""
 
 INTERFACES = "ALL_ATTENTION_FUNCTIONS"
 """Global variable in modeling files that maps the names of attention implementations to functions."""
 
 
 Fact = tuple[Mapping[str, Any], str, object]
-"""A table entry that a fused forward relies on: the table, the key, and the value (MISSING if there is no such key).
+"""A table entry that a fused `forward` relies on: the table, the key, and the value (MISSING if there is no such key).
 
 The table is the `__dict__` of a module, class, config or Python file, or the dictionary of a module's children.
 """
@@ -43,7 +43,7 @@ The table is the `__dict__` of a module, class, config or Python file, or the di
 
 @dataclass(frozen=True, eq=False)
 class Contract:
-    """Facts that a fused forward relies on.
+    """Facts that a fused `forward` relies on.
 
     Attributes:
         facts: The facts. Settings are compared by type and value; all other values are compared by identity.
@@ -61,11 +61,11 @@ class Contract:
 
 
 def contract_for(module: nn.Module, fused: Collection[int] | None) -> Contract:
-    """Collect the facts that a module's fused forward currently relies on.
+    """Collect the facts that a module's fused `forward` currently relies on.
 
     Args:
         module: A replacement; it and the replacements of its children must be installed.
-        fused: The `id`s of the fused modules, or None if the fused forward bypasses everything inside the module.
+        fused: The `id`s of the fused modules, or None if the fused `forward` bypasses everything inside the module.
     """
     facts: list[Fact] = [*_of_module(module)]
     for holder, name, child in bypassed_modules(module, fused):
@@ -79,7 +79,7 @@ def contract_for(module: nn.Module, fused: Collection[int] | None) -> Contract:
 def is_operand(module: nn.Module) -> bool:
     """Return whether a module is linear, with or without adapters.
 
-    Fused forwards look up such modules at each call.
+    Fused `forward` methods look up such modules at each call.
 
     Args:
         module: Any module.
@@ -88,7 +88,7 @@ def is_operand(module: nn.Module) -> bool:
 
 
 def bypassed_modules(module: nn.Module, fused: Collection[int] | None) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Yield (parent, name, child) for each module that the fused forward of a module bypasses.
+    """Yield (parent, name, child) for each module that the fused `forward` of a module bypasses.
 
     Args:
         module: The module.
@@ -105,7 +105,7 @@ def bypassed_modules(module: nn.Module, fused: Collection[int] | None) -> Iterat
 def is_own_forward(kind: type[nn.Module]) -> bool:
     """Return whether the `forward` of a class was written for that class or a parent class.
 
-    It was not if the `forward` of another class, or another function, has been assigned to it.
+    The result is false if the `forward` of another class, or another function, was assigned to the class.
 
     A parent class may assign its own `forward` to each subclass; gradient checkpointing in transformers does so.
 

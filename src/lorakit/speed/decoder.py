@@ -1,4 +1,4 @@
-"""Fused decoder layers: one function computes norm, attention and residual, another norm, feed-forward and residual."""
+"""Fused decoder layers: one function for norm, attention and residual, and one for norm, feed-forward and residual."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def fits(module: nn.Module) -> str | None:
 
 
 def called(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of those children of a supported layer that its fused forward calls as modules."""
+    """Return the names of those children of a supported layer that its fused `forward` calls as modules."""
     sublayers = _sublayers(module)
     inner = "" if sublayers is None else sublayers[1].inner
     return (inner,) if inner and feed_forward.fits(getattr(module, inner)) is not None else ()

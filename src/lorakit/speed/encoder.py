@@ -38,7 +38,7 @@ from lorakit.speed.submodules import (
 )
 
 READ = frozenset({"attention_mask", "position_ids", "num_items_in_batch"})
-"""Supported call arguments: they are read, or have no effect. With any others, the module's own `forward` runs."""
+"""Supported call arguments, which are read or have no effect. Other arguments make the module's own `forward` run."""
 
 ATTRIBUTES = frozenset(
     {"config", "num_attention_heads", "attention_head_size", "all_head_size", "scaling", "n_heads", "dim", "layer_idx"}
@@ -49,7 +49,7 @@ ATTRIBUTES = frozenset(
 
 
 class Layout(NamedTuple):
-    """Paths of the modules in an encoder layer. The path is "" if there is no dropout module.
+    """Paths of the modules in an encoder layer. The path of a dropout module is "" if the layer does not have it.
 
     Attributes:
         attention: Module that has the attention settings; its child `dropout` is applied to the attention weights.
@@ -77,7 +77,7 @@ class Layout(NamedTuple):
         return (*self.inputs, *self.output, self.up, self.act, *self.down, f"{self.attention}.dropout")
 
     def children(self) -> dict[str, set[str]]:
-        """Return path -> names of children for each module that only contains other modules."""
+        """Return a dict from path to names of children, for each module that only contains other modules."""
         held: dict[str, set[str]] = {}
         for path in self.leaves:
             names = path.split(".") if path else []
@@ -152,7 +152,7 @@ def traced(module: nn.Module) -> tuple[str, ...]:
 
 
 def branches(module: nn.Module, x: Tensor, options: Options, inside: Calls) -> Pairs:
-    """Pair the branches (B, T, d) that the fused forward adds to the residuals with the outputs of the projections."""
+    """Pair the branches (B, T, d) that the fused `forward` adds to the residuals with the projection outputs."""
     attended, up, down = (inside[path] for path in traced(module))
     ready = _ready(module, x, options)
     if ready is None:
@@ -214,7 +214,7 @@ def _norms(module: nn.Module, found: Layout, x: Tensor) -> list[Norm]:
 
 
 def _is_plain(module: nn.Module, found: Layout, x: Tensor, options: Options) -> bool:
-    """Return whether a call computes plain self-attention over its own tokens, and no module involved has hooks."""
+    """Return whether a call computes plain self-attention over its own tokens and involves no modules with hooks."""
     if x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
         return False  # a layer norm returns float32 under autocast
     holders = [_at(module, path) for path in found.children() if path]
@@ -286,7 +286,7 @@ def traced_in_sublayer(module: nn.Module) -> tuple[str, ...]:
 
 
 def branches_of_sublayer(module: nn.Module, x: Tensor, options: Options, inside: Calls) -> Pairs:
-    """Pair the branch (B, T, d) that the fused forward adds to the residual with the branch of the inner module."""
+    """Pair the branch (B, T, d) that the fused `forward` adds to the residual with the branch of the inner module."""
     (own,) = (inside[path].output for path in traced_in_sublayer(module))
     inner, norm = _inner(module), norm_of(module._modules[NORM])
     made = None
@@ -329,7 +329,7 @@ def _inner(module: nn.Module) -> nn.Module | None:
 
 
 def _distances(attention: nn.Module, x: Tensor, given: Tensor | None) -> Tensor | None:
-    """Return the relative position bias (1 or B, H, T, T): `given` if there is one, otherwise the one that is computed.
+    """Return the relative position bias (1 or B, H, T, T): `given` if it is not None, otherwise a newly computed bias.
 
     Returns None if the bias is missing, has an unexpected shape, or is trainable.
     """

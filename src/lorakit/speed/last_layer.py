@@ -2,8 +2,8 @@
 
 The indices of the labeled rows are passed to the model as a keyword argument, which the model forwards to its layers. A
 checkpointed layer therefore receives the same indices when it is recomputed, and no other call or thread sees the
-indices. The output for unlabeled rows is meaningless, so rows are skipped only if nothing except the loss is read from
-a forward pass. A probe shows which models support skipping.
+indices. The output for unlabeled rows is meaningless, so rows are skipped only if nothing but the loss is read from the
+results of a forward pass. A probe shows which models support skipping.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class LastLayer:
     readers: tuple[nn.Module, ...]
 
     def keyword(self, targets: Tensor, ignored: int, call: Mapping[str, Any]) -> dict[str, Trained]:
-        """Return the additional keyword argument for a call to the model, or nothing. [docs/math.md (84)]
+        """Return a dict with an extra keyword argument for a call to the model, or an empty dict. [docs/math.md (84)]
 
         Args:
             targets: Shifted labels, aligned with the positions that predict them, of any shape (…).

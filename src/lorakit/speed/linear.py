@@ -1,9 +1,9 @@
-"""Operands that linear modules pass to a fused operation in one call, and fused linear modules with adapters.
+"""Operands that linear modules contribute to a fused operation, and fused linear modules with adapters.
 
-A linear module may have an adapter from lorakit or peft. It has operands only if it is frozen, unquantized, unmerged
-and without hooks, and if it applies at most one adapter, which must be plain LoRA and the same for all rows. Otherwise,
-it has no operands and is called normally. All state is read at every call: which adapters are active, disabled or
-merged, and their scales.
+A linear module may have an adapter from lorakit or peft. A module has operands only if it is frozen, unquantized,
+unmerged and without hooks, and if it applies at most one adapter, which must be plain LoRA and the same for all rows.
+Otherwise, it has no operands and is called normally. All state is read at every call: which adapters are active,
+disabled or merged, and their scales.
 
 peft's layers are recognized by their `forward` method and attributes; peft is not imported.
 """
@@ -30,7 +30,7 @@ from lorakit.targets.layer_types import CONV1D
 
 
 def operand(module: nn.Module, route: Route | None) -> Adapted | None:
-    """Return the operands of a linear module under a route.
+    """Return the operands of a linear module for a given route.
 
     Args:
         module: A lorakit layer, or a module in the base model.
@@ -95,7 +95,7 @@ READ = ("active_adapters", "lora_A", "lora_B", "lora_dropout", "scaling")
 """Attributes that are read from a peft layer: the names of its active adapters, and dictionaries keyed by adapter."""
 
 ODD_TABLES = ("lora_variant", "lora_bias", *PEFT_TABLES_OF_VARIANTS)
-"""Dictionaries in current or older peft versions. A true entry means that an adapter is not plain LoRA."""
+"""Dictionaries in current or older peft versions. A truthy entry means that an adapter is not plain LoRA."""
 
 
 def is_peft_linear(module: nn.Module) -> bool:
@@ -216,7 +216,7 @@ def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
         return None
     forwards = module.forwards if isinstance(module, LoraLayer) else Forwards()
     acting = active_operands([module], forwards, x)
-    if acting is None or acting.operands[0].low is None:  # without an adapter, a fused forward gains nothing
+    if acting is None or acting.operands[0].low is None:  # without an adapter, a fused `forward` gains nothing
         return None
     (y,) = linears(x, acting.operands)
     acting.note(y)

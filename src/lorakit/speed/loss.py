@@ -47,7 +47,7 @@ class HiddenStateCapture:
     Attributes:
         owner: The module that runs the forward pass, or None within `Head.passing`.
         given: The captured inputs to the head, (rows, length, d) each.
-        version: Counter of in-place changes to the last input, at the time when the input was captured.
+        version: Number of in-place changes to the last input up to the time when that input was captured.
         used: Whether a loss was computed from the captured input.
     """
 
@@ -62,11 +62,11 @@ class Head:
     """Output head of a model, for computing the loss without logits.
 
     Attributes:
-        scale: Factor between the head's output and the logits.
+        scale: Factor by which the head's output is multiplied to get the logits.
         softcap: Bound on the logits, imposed with tanh, or None.
         module: The head's module; once the model is accelerated, the replacement for that module.
-        holders: Every (parent, attribute) pair at which the model contained the module when it was accelerated.
-        open: Thread id -> state of the thread's current capturing forward pass.
+        holders: Every (parent, attribute) pair at which the model contained the module when the model was accelerated.
+        open: Dict from thread id to the state of the thread's current capturing forward pass.
         last: The last layer if it can skip unlabeled rows, otherwise None.
     """
 
@@ -80,7 +80,7 @@ class Head:
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
         """Capture and return the hidden states (…, d) in a capturing forward pass; return None in any other.
 
-        This is the fused forward of the replaced head.
+        This is the fused `forward` of the replaced head.
         """
         capture = self.open.get(threading.get_ident()) if self.open else None
         if capture is None or not args or kwargs:
@@ -279,7 +279,7 @@ class LossWithoutLogits:
         shift_labels: Tensor | None = None,
         **kwargs: object,
     ) -> Tensor:
-        """Compute the next-token loss, a scalar. The parameters are the same as those of transformers' loss function.
+        """Compute the next-token loss as a scalar. The parameters are the same as those of transformers' loss function.
 
         Args:
             logits: Logits (rows, length, V), or the hidden states in a capturing forward pass.
@@ -341,13 +341,13 @@ class LossWithoutLogits:
         return args, kwargs | self._without_cache(args, kwargs) | self._trained_rows(kwargs)
 
     def _without_cache(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, bool]:
-        """Return the argument that disables the cache, or nothing if the call passes or requests a cache."""
+        """Return a dict with the argument that disables the cache; empty if the call passes or requests a cache."""
         asked = any(kwargs.get(name) is not None for name in ("use_cache", "cache", "past_key_values"))
         by_name = len(args) < 2  # a second positional argument may be a cache
         return {"use_cache": False} if by_name and not asked and hasattr(self.model.config, "use_cache") else {}
 
     def _trained_rows(self, kwargs: Mapping[str, Any]) -> dict[str, Trained]:
-        """Return the keyword argument with which the last layer skips unlabeled rows, or nothing."""
+        """Return a dict with the keyword argument that lets the last layer skip unlabeled rows, or an empty dict."""
         ignored, targets = kwargs.get("ignore_index", IGNORED), kwargs.get("shift_labels")
         if self.last is None or type(ignored) is not int:
             return {}

@@ -1,4 +1,4 @@
-"""Fused norms and dropout modules, and their current operands for use in other fused forwards.
+"""Fused norms and dropout modules, and their current operands, which other fused `forward` methods use.
 
 A fused norm saves only its input and one or two values per row, instead of several fp32 copies. On a CPU, a fused
 dropout module draws the dropped positions instead of one random number per element.
@@ -39,7 +39,7 @@ def norm_of(module: nn.Module | None) -> Norm | None:
 
 
 def norms_at(module: nn.Module, first: str, second: str) -> tuple[Norm | None, Norm | None] | None:
-    """Return the operands of two norms; an item is None if that child is missing. Return None if a norm is unknown.
+    """Return the operands of two norms, with None for a missing child; return None if either norm is unknown.
 
     Args:
         module: Module whose children are the norms.

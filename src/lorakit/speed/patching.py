@@ -34,7 +34,10 @@ CONTRACT = "_contract"
 """Name of the `__slots__` entry in which a replacement stores its `Contract`, outside the shared state."""
 
 Forward = Callable[..., Any]
-"""Fused forward that a replacement tries first: module, arguments -> output, or None if the call is not supported."""
+"""Fused `forward` that a replacement tries first.
+
+It takes a module and the arguments of a call, and returns the output, or None if the call is not supported.
+"""
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module]:
@@ -71,11 +74,11 @@ class Swap:
     holders: tuple[tuple[nn.Module, str], ...]
 
     def do(self) -> None:
-        """Install the replacement at every position of the original."""
+        """Install the replacement everywhere that the model contained the original."""
         self._replace(self.original, self.replacement)
 
     def undo(self) -> None:
-        """Restore the original at every position of the replacement."""
+        """Restore the original everywhere that the model contains the replacement."""
         for name in OWN:
             self.original.__dict__.pop(name, None)
         self._replace(self.replacement, self.original)
@@ -108,13 +111,13 @@ def undo(model: nn.Module, swaps: Sequence[Swap]) -> None:
 def make_replacement(
     module: nn.Module, fast: Forward, classes: dict[tuple[type, str], type[nn.Module]], name: str
 ) -> nn.Module:
-    """Create a replacement that shares a module's state and tries a fused forward first.
+    """Create a replacement that shares a module's state and tries a fused `forward` first.
 
     Args:
         module: The original; both share one `__dict__`.
-        fast: Fused forward, called with the module and the arguments of the call.
-        classes: Cache for one model: (original class, `name`) -> replacement class.
-        name: Name of the fused forward; modules with the same class and name share a replacement class.
+        fast: Fused `forward`, called with the module and the arguments of the call.
+        classes: Cache for one model: a dict from (original class, `name`) to replacement class.
+        name: Name of the fused `forward`; modules with the same class and name share a replacement class.
     """
     key = (type(module), name)
     if key not in classes:
@@ -125,7 +128,7 @@ def make_replacement(
 
 
 def may_run(module: nn.Module) -> bool:
-    """Return whether a module is a replacement whose fused forward may run now.
+    """Return whether a module is a replacement whose fused `forward` may run now.
 
     Args:
         module: Any module.

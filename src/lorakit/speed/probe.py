@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lorakit.speed.patching import Forwards
 
 COPIED = 1 << 20
-"""Maximum number of elements in a buffer that is copied before a probe so that in-place writes can be undone."""
+"""Buffers of up to this many elements are copied before a probe, so that in-place writes can be undone."""
 
 
 @contextlib.contextmanager
@@ -125,10 +125,10 @@ class Call:
 
 
 Calls = Mapping[str, Call]
-"""Path of a module -> its recorded call."""
+"""Dict from the path of a module to its recorded call."""
 
 Pairs = list[tuple[Tensor | None, Tensor]]
-"""Pairs of outputs (…): the output of a fused forward, or None if the call is not supported; and the module's own."""
+"""Pairs of outputs (…): one from a fused `forward`, or None if it does not support the call; one from the module."""
 
 
 def attempt(run: Callable[[], Result]) -> Result | Exception:
@@ -157,14 +157,14 @@ def calls(
 
     Args:
         model: A transformers model.
-        modules: Path -> module; the calls to these modules are recorded.
+        modules: Dict from path to module; the calls to these modules are recorded.
         rows: Number of rows in the batch.
         tokens: Number of tokens per row.
         stop: Whether to end the forward pass as soon as all of these modules have been called.
 
     Returns:
-        Path -> last call, for each module that was called; and the model's output, or None if the forward pass ended
-        early.
+        A dict from path to last call, for each module that was called; and the model's output, or None if the forward
+        pass ended early.
 
     Raises:
         Exception: Any exception that the model raises, for example because it does not run on token ids alone.
@@ -191,7 +191,7 @@ def calls(
 
 
 EMBEDDINGS = "get_input_embeddings"
-"""Name of a method of transformers models."""
+"""Name of the method that returns the input embeddings of a transformers model."""
 
 
 def token_ids(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS) -> Tensor:

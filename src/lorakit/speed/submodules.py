@@ -1,4 +1,4 @@
-"""Checks that fused forwards apply to modules and calls: activations, attributes, config fields and arguments.
+"""Check whether fused `forward` methods support the activations, attributes, config fields and arguments of modules.
 
 Modules are recognized by their structure. Anything unknown is treated as unsupported.
 """
@@ -30,7 +30,7 @@ ACTIVATIONS: dict[str, str] = {
     "QuickGELUActivation": "quick_gelu",
     "ReLU": "relu",
 }
-"""Activation class -> name in `lorakit.ops.activation`. A probe confirms each activation before it is used."""
+"""Dict from class name to name in `lorakit.ops.activation`. A probe confirms each activation before it is used."""
 
 
 def activation_of(function: Callable[..., Any] | None) -> str | None:
@@ -96,7 +96,7 @@ def knows_all(attention: nn.Module, options: Options, read: Collection[str]) -> 
     Args:
         attention: The attention module, with or without a transformers config.
         options: The arguments of the call.
-        read: Names of the arguments that the fused forward reads, or that have no effect.
+        read: Names of the arguments that the fused `forward` reads, or that have no effect.
     """
     wants_weights = options.get("output_attentions")
     if wants_weights is None:
@@ -109,7 +109,7 @@ OPTIONAL = frozenset(
     {"cache", "past_key_values", "layer_past", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
     | {"encoder_hidden_states", "encoder_attention_mask", "key_value_states", "mask", "head_mask", "cache_position"}
 )
-"""Arguments that have no effect if they are None or False; all other arguments have no effect only if omitted."""
+"""Arguments that have no effect if they are None or False. Any other argument has no effect only if it is omitted."""
 
 
 def split_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Options]:
@@ -134,9 +134,10 @@ def split_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def is_supported(x: Tensor) -> bool:
-    """Return whether fused forwards support a call with x (…, d): floating-point, at least one row, no tracing.
+    """Return whether fused `forward` methods support x (…, d), which must be floating-point, nonempty and not traced.
 
-    Under autocast, they compute in its dtype; float64, which autocast does not cast, is not supported there.
+    Under autocast, fused `forward` methods compute in the autocast dtype, and do not support float64, which autocast
+    does not cast.
     """
     if torch.compiler.is_compiling() or not x.is_floating_point() or not x.numel():
         return False

@@ -45,7 +45,7 @@ def read(folder: Path | None = None) -> dict[str, int]:
         folder: Directory that contains the file; None uses lorakit's cache directory.
 
     Returns:
-        Shape name -> fastest method; empty if there is no file.
+        A dict from shape name to fastest method; empty if there is no file.
     """
     try:
         return _of_machine(_machines(_path(folder)))
@@ -57,7 +57,7 @@ def save(results: Mapping[str, int], folder: Path | None = None) -> str:
     """Add results to the file.
 
     Args:
-        results: Shape name -> method.
+        results: Dict from shape name to method.
         folder: Directory that contains the file; None uses lorakit's cache directory.
 
     Returns:
@@ -154,7 +154,7 @@ class TuningResult:
     """Result of `choose`.
 
     Attributes:
-        choices: Shape name -> method that is faster than the default; empty if all defaults are the fastest.
+        choices: Dict from shape name to a method that is faster than the default; empty if all defaults are fastest.
         measured: Number of shapes that were measured in this call. For all others, cached results were used.
         seconds: Duration of the measurements in seconds.
         save_error: Reason why the results could not be saved, or "".
@@ -185,10 +185,10 @@ def choose(
     folder: Path | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> TuningResult:
-    """Find the fastest methods for a model's shapes, from saved results or by measuring for about three seconds.
+    """Find the fastest methods for a model's shapes, from saved results or by measuring for up to about three seconds.
 
     Global random generators are not affected. The result is empty for models that are not in CPU memory, for weights
-    without data, and under a compiler. On a busy machine, nothing is measured.
+    without data, and during compilation. On a busy machine, nothing is measured.
 
     Args:
         model: A model, with or without adapters; it is not called.

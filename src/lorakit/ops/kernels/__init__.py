@@ -12,7 +12,7 @@ from lorakit.ops.kernels.protocol import Kernels
 def kernels_for(x: Tensor, *others: Tensor | None, strided: bool = False) -> Kernels | None:
     """Return the compiled kernels for x (any shape), or None if PyTorch's operations must be used.
 
-    Kernels are not used under a compiler or tracer, if the dtype of x is not supported, if another tensor has a
+    Kernels are not used during compilation or tracing, if the dtype of x is not supported, if another tensor has a
     different dtype or device, if a tensor has no ordinary storage (fake tensors, shards), or if a tensor is not
     contiguous. If `strided` is true, x need not be contiguous.
     """
@@ -33,5 +33,5 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def is_traced() -> bool:
-    """Return whether tensors may be symbolic, as under `torch.jit.trace`, export, or a `torch.func` transform."""
+    """Return whether tensors may be symbolic, as in `torch.jit.trace`, export, or a `torch.func` transform."""
     return torch._C._get_tracing_state() is not None or torch._C._functorch.maybe_current_level() is not None

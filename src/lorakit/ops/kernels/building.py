@@ -1,7 +1,7 @@
 """Compile rows.c and its headers into a shared library, once per machine, compiler and dtype, and cache the library.
 
-Nothing is downloaded or installed: the C compiler on the system is used, if there is one. A library is code, so it is
-built in, and loaded from, a private directory, to which no other user can write. To keep concurrent builds from
+Nothing is downloaded or installed: the C compiler on the system is used, if there is one. A library is executable, so
+it is built in and loaded from a private directory, to which no other user can write. To keep concurrent builds from
 interfering with each other, a library is built in a temporary directory next to its final path and then moved to that
 path. Failures are never raised; they are reported in `Built`.
 
@@ -40,9 +40,9 @@ SOURCE = Path(__file__).with_name("rows.c")
 COMPILERS = ("gcc", "cc", "clang")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 WIDEST = "-mprefer-vector-width=512"
-"""Flag for compilers that support it. By default, GCC uses only half the vector width of processors with AVX-512."""
+"""Flag for compilers that support it. By default, GCC uses only half the vector width on processors with AVX-512."""
 SECONDS = 120
-"""Timeout for one run of the compiler."""
+"""Timeout in seconds for one run of the compiler."""
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -65,7 +65,7 @@ def built(define: str) -> Built:
     """Return the library compiled from rows.c. If the library is missing, build it, which takes about a second.
 
     Args:
-        define: A preprocessor name to define, or "".
+        define: A preprocessor macro to define, or "".
     """
     if os.environ.get(SWITCH, "").lower() == "off":
         return Built(None, f"{SWITCH}=off")
@@ -95,7 +95,7 @@ def _without(why: str) -> Built:
 
 
 def _compiler() -> list[str]:
-    """Return the compiler command, taken from CC if it is set; it is empty if no compiler is found."""
+    """Return the compiler command, from CC if that variable is set; return an empty list if no compiler is found."""
     try:
         asked = shlex.split(os.environ.get("CC", ""))
     except ValueError:  # unbalanced quote

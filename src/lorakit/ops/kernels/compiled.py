@@ -16,10 +16,10 @@ from lorakit.ops.kernels.gateway import Gateway
 from lorakit.ops.kernels.protocol import DropoutMatmuls, PerRowMatmuls
 
 DTYPES = {torch.float32: "", torch.bfloat16: "BF16"}
-"""Dtype with kernels -> preprocessor name that is defined when the kernels for that dtype are compiled."""
+"""Dict from each dtype with kernels to the preprocessor macro that is defined when those kernels are compiled."""
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "quick_gelu": 2, "relu": 3}
-"""Name of an activation in `lorakit.ops.activation` -> enum value in the C source."""
+"""Dict from the name of an activation in `lorakit.ops.activation` to its enum value in the C source."""
 
 
 @functools.cache

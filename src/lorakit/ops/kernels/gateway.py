@@ -17,7 +17,7 @@ STATUSES: dict[int, tuple[type[Exception], str]] = {
     1: (MemoryError, "out of memory for a scratch buffer"),
     2: (ValueError, "the first visible position of a row is after its last"),
 }
-"""Error status (defined in numbers.h) that a function in rows.c returns -> exception and message. 0 means success."""
+"""Dict from error status (defined in numbers.h) to exception and message. Functions in rows.c return 0 on success."""
 
 FEW = 1 << 14
 """Number of elements up to which using more than one thread costs more time than it saves."""
@@ -41,7 +41,7 @@ _ALL_WITHIN = {torch.int32: "all_within_32", torch.int64: "all_within_64"}
 
 
 class Gateway:
-    """The functions in rows.c for each dtype. Their arguments are checked.
+    """The functions in rows.c for each dtype, with checks of their arguments.
 
     Invalid tensors raise ValueError before anything is written.
     """
@@ -100,11 +100,11 @@ class Gateway:
         shape: tuple[int, ...],
         within: tuple[int, int] | None = None,
     ) -> int | None:
-        """Return the `pointer` of a contiguous tensor (any shape), or None if the tensor is None."""
+        """Return the result of `pointer` for a contiguous tensor (any shape), or None if the tensor is None."""
         return None if tensor is None else self.pointer(name, tensor, dtype, shape, None, within)
 
     def call(self, name: str, dtype: torch.dtype, size: int, *args: float | None) -> None:
-        """Call a function, with more than one thread if it processes enough elements (`size`).
+        """Call a C function, with more than one thread if it processes more than `FEW` elements (`size`).
 
         Raises:
             ValueError: The dtype has no kernel, or the function rejects its arguments.

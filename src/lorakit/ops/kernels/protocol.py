@@ -43,7 +43,10 @@ class Kernels(Protocol):
     def rms_backward(
         self, dn: Tensor, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, add: Tensor | None, dx: Tensor
     ) -> None:
-        """Write the gradient of x plus `add` to dx, given the gradient dn of n. All are (N, d), and dx may be dn."""
+        """Write the gradient of x, plus `add` if given, to dx; dn is the gradient of n.
+
+        All of these tensors are (N, d), and dx may be dn.
+        """
 
     def gate(self, act: str, first: Tensor, up: Tensor | None, out: Tensor) -> None:
         """Write act(first)·up to `out`, or act(first) if `up` is None. [docs/math.md (78)]
@@ -85,10 +88,10 @@ class Kernels(Protocol):
     def cross_entropy(
         self, logits: Tensor, labels: Tensor, scale: float, gradients: bool, losses: Tensor, cap: float | None = None
     ) -> None:
-        """Write the fp32 losses (c,) for logits (c, V) that are multiplied by `scale`. [docs/math.md (75)]
+        """Write the fp32 losses (c,) for logits (c, V) after multiplying the logits by `scale`. [docs/math.md (75)]
 
-        If `gradients` is true, replace the logits with the gradient of the summed losses, divided by `scale`. If a cap
-        is given, the scaled logits z are replaced with cap·tanh(z/cap) first.
+        If `gradients` is true, replace the logits with the gradient of the summed loss, divided by `scale`. If a cap is
+        given, the scaled logits z are first replaced with cap·tanh(z/cap).
         """
 
 

@@ -22,11 +22,11 @@ ELEMENTWISE = 1024
 THIN = {"ROWS": 32, "COLUMNS": 128}
 """Tile size for the wide operand of a low-rank matmul."""
 PROGRAMS = 512
-"""Number of programs that is enough to keep a large device busy."""
+"""Number of programs that suffices to keep a large GPU busy."""
 HEADS = 8
 """Maximum number of heads that one program rotates."""
 LOGITS = 8192
-"""Maximum number of logits in a row that are processed at a time."""
+"""Maximum number of logits that are processed at a time."""
 
 
 class TritonKernels:
@@ -58,7 +58,10 @@ class TritonKernels:
     def rms_backward(
         self, dn: Tensor, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, add: Tensor | None, dx: Tensor
     ) -> None:
-        """Write the gradient of x plus `add` to dx, given the gradient dn of n. All are (N, d), and dx may be dn."""
+        """Write the gradient of x, plus `add` if given, to dx; dn is the gradient of n.
+
+        All of these tensors are (N, d), and dx may be dn.
+        """
         grid, tile = _tiles(x)
         flags = {"HAS_W": w is not None, "HAS_ADD": add is not None}
         given = (dn, x, x if w is None else w, rstd, x if add is None else add)
@@ -66,7 +69,7 @@ class TritonKernels:
             programs.rms_backward[grid](*given, dx, *x.shape, offset, **flags, **tile)
 
     def gate(self, act: str, first: Tensor, up: Tensor | None, out: Tensor) -> None:
-        """Write act(first)·up to `out`, or act(first) if `up` is None. All are (N, f)."""
+        """Write act(first)·up to `out`, or act(first) if `up` is None. All tensors are (N, f)."""
         flags = {"ACT": act, "HAS_UP": up is not None}
         with _on(first):
             programs.gate[_blocks(first)](
@@ -76,7 +79,7 @@ class TritonKernels:
     def gate_backward(
         self, act: str, da: Tensor, first: Tensor, up: Tensor | None, dfirst: Tensor, dup: Tensor | None
     ) -> None:
-        """Write the gradients of `gate` to dfirst, which may be da, and dup, given da. All are (N, f)."""
+        """Write the gradients of `gate` to dfirst and dup, given da. All tensors are (N, f), and dfirst may be da."""
         flags = {"ACT": act, "HAS_UP": up is not None}
         pointers = (da, first, first if up is None else up, dfirst, dfirst if dup is None else dup)
         with _on(first):
@@ -158,10 +161,10 @@ class TritonKernels:
     def cross_entropy(
         self, logits: Tensor, labels: Tensor, scale: float, gradients: bool, losses_: Tensor, cap: float | None = None
     ) -> None:
-        """Write the fp32 losses (c,) for logits (c, V) that are multiplied by `scale`. [docs/math.md (75)]
+        """Write the fp32 losses (c,) for logits (c, V) after multiplying the logits by `scale`. [docs/math.md (75)]
 
-        If `gradients` is true, replace the logits with the gradient of the summed losses, divided by `scale`. If a cap
-        is given, the scaled logits z are replaced with cap·tanh(z/cap) first.
+        If `gradients` is true, replace the logits with the gradient of the summed loss, divided by `scale`. If a cap is
+        given, the scaled logits z are first replaced with cap·tanh(z/cap).
         """
         rows, vocabulary = logits.shape
         flags = {"CAPPED": cap is not None, "GRADIENTS": gradients}
@@ -174,7 +177,7 @@ class TritonKernels:
 
 
 def failure(device: torch.device) -> str:
-    """Compile and run a kernel on a device; return the error message, or ""."""
+    """Compile and run a kernel on a device; return an error message, or "" on success."""
     x, seed = torch.ones(8, device=device), torch.zeros(1, dtype=torch.uint64, device=device)
     try:
         TritonKernels().drop(x, 1.0, seed, 1.0, x)

@@ -70,7 +70,7 @@ def gate(first, up, out, count, ACT: tl.constexpr, HAS_UP: tl.constexpr, BLOCK: 
 
 @triton.jit
 def gate_backward(da, first, up, dfirst, dup, count, ACT: tl.constexpr, HAS_UP: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the gradients of `gate` to dfirst, which may be da, and, if HAS_UP, to dup, given da."""
+    """Write the gradients of `gate`, given da, to dfirst and, if HAS_UP, to dup. dfirst may be da."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     g = tl.load(da + at, mask=inside, other=0.0).to(tl.float32)
@@ -254,7 +254,7 @@ def kept(seed, counter, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def drop(x, out, seed, count, threshold, scale, BLOCK: tl.constexpr):
-    """Write scale·x, or 0 if an element's 24 random bits are below the threshold, to `out`, for `count` elements."""
+    """Write scale·x to `out` for `count` elements; an element whose 24 random bits are below the threshold is 0."""
     begin = tl.program_id(0).to(tl.int64) * BLOCK
     stays = kept(tl.load(seed), (begin // 4 + tl.arange(0, BLOCK // 4))[None, :], threshold, 1, BLOCK)
     at = (begin + tl.arange(0, BLOCK))[None, :]
