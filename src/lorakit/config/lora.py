@@ -35,7 +35,7 @@ PARTS: Mapping[str, type] = {
     "arrow_config": nested.ArrowConfig,
     "kasa_config": nested.KasaConfig,
 }
-"""The class of each nested config, keyed by the name of the field that holds the config."""
+"""Dict from the names of fields that hold nested configs to the classes of those configs."""
 
 CHECKED_BY_VALUE = frozenset(
     {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights", "loftq_config"}

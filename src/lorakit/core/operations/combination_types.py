@@ -115,13 +115,13 @@ def added_up(
     A negative weight negates its tensor before the election, so a subtracted tensor votes for the opposite sign.
 
     Args:
-        tensors: One tensor (…) per adapter, all of the same shape.
+        tensors: One tensor per adapter, of any shape; all must have the same shape.
         weights: One weight per adapter.
         way: The combination type.
         generator: Random generator for pruning, or None for torch's default one.
 
     Returns:
-        The combined tensor, which may have any shape and has the shape of the inputs.
+        One tensor with the shape of the inputs.
 
     Source:
         Ilharco et al. 2022, arXiv:2212.04089 (task arithmetic); Yadav et al. 2023, arXiv:2306.01708 (TIES);
@@ -142,7 +142,7 @@ def added_up(
 
 
 def clamped(A: Tensor, B: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """Clamp A (g, r, in) and B (g, out, r) to a quantile of all their values, with every value counted under both signs."""
+    """Clamp A (g, r, in) and B (g, out, r) to a quantile of all their values, each counted with both signs."""
     sizes = torch.cat([A.abs().flatten(), B.abs().flatten()]).sort().values
     position = (2 * quantile - 1) * (sizes.numel() - 1)  # quantile q of ±x is quantile 2q − 1 of |x|
     below = int(position)

@@ -202,9 +202,9 @@ def _check_plain(config: LoraConfig, model: nn.Module) -> None:
     if config.layer_replication or (state is not None and state.replication is not None):
         raise ConfigError(
             "layer_replication: nothing can be extracted from replicated layers, because several of them share one "
-            "base weight, while the fine-tuned model has a separate weight for each layer. Use the replicated model as the base: attach a "
-            "new adapter with this layer_replication, call merge_and_unload(untie=True), and extract without "
-            "layer_replication.",
+            "base weight, while the fine-tuned model has a separate weight for each layer. Use the replicated model as "
+            "the base: attach a new adapter with this layer_replication, call merge_and_unload(untie=True), and "
+            "extract without layer_replication.",
             field="layer_replication",
         )
 
@@ -228,7 +228,8 @@ def _site(
     if shapes[0] != shapes[1]:
         raise ModelError(
             f"{names[0]} has shape {shapes[0]} in {sources[0].label} and {shapes[1]} in {sources[1].label}. Check that "
-            "the second model is a fine-tuned version of the first, add the module to modules_to_save, or do not target it.",
+            "the second model is a fine-tuned version of the first, add the module to modules_to_save, or do not "
+            "target it.",
             where=names[0],
         )
     rank = cut.rank

@@ -35,13 +35,13 @@ from lorakit.targets import match_path
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Named tensors, each of which is read on demand.
+    """Named tensors that are read on demand.
 
     Attributes:
         label: Name used in messages.
         shapes: Dict from name to shape.
         read: Function from a name to the tensor (…).
-        read_one: Function from a name and an index to the slice (…) at that index of the first axis, such as an expert.
+        read_one: Function from a name and an index to the slice (…) at that index along the first axis.
     """
 
     label: str
@@ -53,7 +53,7 @@ class TensorSource:
         """Return the first of a tensor's names that is in this source, or None.
 
         Args:
-            names: Names in the model; each is also tried without its first part (such as `transformer.`), as files omit it.
+            names: Names in the model; files often omit the first part, such as `transformer.`, so both forms are tried.
         """
         candidates = [*names, *(name.partition(".")[2] for name in names)]
         return next((candidate for candidate in candidates if candidate in self.shapes), None)
@@ -87,7 +87,7 @@ def source_of_folder(folder: str | os.PathLike[str]) -> TensorSource:
     files = [whole] if whole.is_file() else sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if not files:
         raise ModelError(
-            f"{folder}: no safetensors files found; pass a safetensors file or a directory that contains one.", where=folder
+            f"{folder}: no safetensors files found; pass a safetensors file or a directory with one.", where=folder
         )
     homes: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -199,7 +199,7 @@ class SiteFactors(Factor):
     def holding(self, product: Product, scale: float = 1.0) -> SiteFactors:
         """Return a factor for the same site with another product, (g, r, in) and (g, out, r), and another scale.
 
-        The rank may change. If the variant does not survive truncation (`outlasts_a_cut`), the result is plain LoRA.
+        The rank may change. If the variant does not allow that (`outlasts_a_cut` is False), the result is plain LoRA.
         """
         A, B = factors_of(product, self.A, self.B, self.experts)
         same = self if self.variant.outlasts_a_cut else self.of_variant(PLAIN, NO_TENSORS)
