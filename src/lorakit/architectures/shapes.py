@@ -177,13 +177,13 @@ def role(path: str) -> str:
 
 
 def block_of(path: str) -> str | None:
-    """Return the path of the block that contains a module, such as "transformer.h.11": it ends with the first number.
+    """Return the path of the block that contains a module: the module's path up to and including the first number.
 
     Args:
         path: Dotted path of a module.
 
     Returns:
-        The block's path, or None for a module outside any block.
+        The block's path, such as "transformer.h.11", or None for a module outside any block.
     """
     parts = path.split(".")
     end = next((index for index, part in enumerate(parts) if part.isdigit()), None)

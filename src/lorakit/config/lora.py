@@ -100,7 +100,7 @@ class PeftConfigMixin:
     Attributes:
         task_type: Task of the model; selects the heads that are trained in full (`HEADS_BY_TASK`).
         peft_type: The PEFT method.
-        auto_mapping: Class and library of the base model, in PEFT's format; stored, but never used for an import.
+        auto_mapping: Class and library of the base model, in PEFT's format; lorakit stores them but never imports them.
         peft_version: PEFT version whose file format the config follows.
         unknown: Unknown keys from a file, with their values; written back when the config is saved.
     """
@@ -408,7 +408,7 @@ class LoraConfig(PeftConfig):
         return str(self.init_lora_weights).lower() == "mica"
 
     def notes_on_own_numbers(self, total: int) -> list[str]:
-        """Return messages for a plan about how many more parameters the variant trains than plain LoRA.
+        """Return messages, for a plan, that compare the variant's number of parameters with that of plain LoRA.
 
         Args:
             total: Number of additional parameters, summed over all sites; negative if there are fewer.

@@ -14,7 +14,7 @@ from lorakit.core.inits.init import Init, InitContext, InitResult, balanced
 from lorakit.errors import ConfigError
 
 DAMP, LARGEST_ERROR = 0.01, 0.05
-"""`DAMP` is the initial damping, relative to the mean diagonal element of C; it doubles until C is invertible.
+"""`DAMP` is the initial damping, relative to the mean diagonal element of C; it is doubled until C is invertible.
 
 C counts as invertible if ‖C·C⁻¹ − I‖ is below `LARGEST_ERROR`.
 """

@@ -194,7 +194,7 @@ class Init:
         trains: Which of "A" and "B" are trained.
         family: Regular expression for other values of `init_lora_weights` that also select the init.
         requantizes: Whether the init may replace a quantized base weight; doing so rounds the weight a second time.
-        takes_any_shape: Whether the init can fill A and B of any shape, as required by variants that define the shapes.
+        takes_any_shape: Whether the init can fill A and B of any shape, which some variants require.
     """
 
     name: bool | str

@@ -255,7 +255,7 @@ def _rank(path: str, active: Weighted, way: CombinationType) -> int:
 def _decomposed(
     path: str, products: Sequence[Product], active: Weighted, way: CombinationType, generator: torch.Generator | None
 ) -> Product:
-    """Apply a type with "svd" in its name: to the dense updates if it prunes, and otherwise to the factors' sum."""
+    """Apply a type with "svd" in its name; only the types that prune need dense updates."""
     rank = _rank(path, active, way)
     if not way.prunes:
         product = truncated(spectrum(stacked(products, [weight * factor.scale for factor, weight in active])), rank)
@@ -314,7 +314,7 @@ SUMS = ("cat", "svd")
 
 
 def _summed_variant(adapters: Sequence[AdapterWeights], way: CombinationType, has_base: bool) -> Variant | None:
-    """Return the variant that defines how the updates are added, if any, and check that it supports the combination."""
+    """Return the variant that defines how the updates are added, or None; reject a type that the variant excludes."""
     found: dict[Variant, str] = {}
     for adapter in adapters:
         for variant in variants_of(adapter.config):

@@ -38,7 +38,7 @@ class OutsideChange:
     Attributes:
         name: Name of the tensor in the model.
         norm: Frobenius norm of the change, or None if the tensors cannot be compared.
-        why: "changed", or a message which says that the shapes differ or that only one of the models has the tensor.
+        why: "changed", or a message saying that the shapes differ or that only one of the models has the tensor.
     """
 
     name: str
@@ -278,7 +278,7 @@ def _weight(source: TensorSource, names: Sequence[str]) -> Tensor:
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
-    """Return a dict from each tensor name to all names of that tensor, itself first; files store only one of them."""
+    """Return a dict from each tensor name to all names of that tensor, the key first; files store only one name."""
     ids = {name: id(tensor) for name, tensor, _ in base_tensors(model)}
     names: dict[int, list[str]] = {}
     for name, tensor in ids.items():

@@ -31,7 +31,7 @@ LEAST, MOST = 0.5, 4.0
 """Bounds on a site's rank, relative to the rank in the config, as in GoRA (4 and 32 for a reference rank of 8)."""
 
 MAX_BYTES = 2 << 30
-"""Maximum size in bytes of the statistics held at one time, which determines how often all batches are run."""
+"""Limit in bytes on the statistics held at one time; this limit determines the number of passes over the batches."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def sensitivity(module: nn.Module, gradient: Tensor) -> float:
 def by_sensitivity(
     sensitivities: Mapping[str, float], costs: Mapping[str, int], ranks: Mapping[str, int], limits: Mapping[str, int]
 ) -> dict[str, int]:
-    """Return ranks proportional to I/√(in + out), clipped, that need no more parameters than the given ranks.
+    """Return clipped ranks proportional to I/√(in + out) that need no more parameters than the given ranks.
 
     This is GoRA's rule with a strict budget: the proportionality factor is the largest one for which the clipped ranks
     stay within the budget. Only the magnitude I of W ∘ G matters, not the number of its directions.

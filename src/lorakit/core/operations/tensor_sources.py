@@ -120,7 +120,7 @@ class BareSite:
 
     Attributes:
         names: Path of the parameter, or the paths of all candidates.
-        order: Position at which the module defines the parameter; this position determines the path on disk.
+        order: Position of the parameter in its module's order of definition, which determines the path on disk.
         experts: Number of matrices in the parameter, each with its own part of A and B.
     """
 
@@ -255,7 +255,7 @@ class AdapterWeights:
         return compare(base, other.base.without(saved), f"{self.label}'s")
 
     def origin(self) -> dict[str, str]:
-        """Return the name and, if known, the hash of the adapter, to be recorded in the `lorakit.json` of a result."""
+        """Return the adapter's name and, if known, its hash, for the `lorakit.json` of an adapter derived from this one."""
         name = Path(self.label).name
         return {"name": name, "sha256": self.sha256} if self.sha256 else {"name": name}
 
@@ -385,7 +385,7 @@ def _check_bare_known(files: AdapterFiles) -> None:
 def _by_site(
     tensors: Mapping[str, Tensor], config: LoraConfig, site: Callable[[str, Tensor], tuple[float, BareSite | None]]
 ) -> tuple[dict[str, SiteFactors], dict[str, Tensor]]:
-    """Return two dicts: factors, keyed and sorted by path on disk, and tensors of no site, keyed by name on disk.
+    """Return two dicts: factors, keyed and sorted by path on disk, and tensors that belong to no site, keyed by name.
 
     Tensors of variants that the config does not select, and PEFT's copies of base weights, are left out.
     """

@@ -166,8 +166,8 @@ class _Inputs:
         mask = self.mask.to(x.device, torch.bool)
         if mask.shape != x.shape[:-1] and mask.numel() != x.shape[:-1].numel():
             raise DataError(
-                f"The mask of shape {tuple(mask.shape)} does not match the input of {path}, {tuple(x.shape)}; "
-                "omit `keep`, or leave this site out.",
+                f"The mask of shape {tuple(mask.shape)} does not match the input of {path}, which has shape "
+                f"{tuple(x.shape)}; omit `keep`, or leave this site out.",
                 what=tuple(mask.shape),
                 where=path,
                 field="keep",

@@ -85,7 +85,7 @@ class InputStatistics:
         self.total = total.clone() if self.total is None else self.total.add_(total)
 
     def second_moment(self) -> Tensor:
-        """Return Σ x·xᵀ / rows, (in, in), not centered; CorDA calls it the covariance.
+        """Return the uncentered second moment Σ x·xᵀ / rows, (in, in), which CorDA calls the covariance.
 
         Raises:
             DataError: There are no rows, or only a sketch was kept.
@@ -150,8 +150,8 @@ class GradientStatistics:
         """Add a gradient.
 
         Args:
-            gradient: Canonical, (out, in) or (out, in / groups, k…), fp32 or wider; it is kept without being copied and
-                may be modified.
+            gradient: Canonical, (out, in) or (out, in / groups, k…), fp32 or wider; it is stored without a copy and may
+                be modified.
         """
         self.calls += 1
         self.total = gradient if self.total is None else self.total.add_(gradient)

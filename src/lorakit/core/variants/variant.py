@@ -108,7 +108,7 @@ class OwnTensor:
     """A tensor that a variant stores for each adapter and site, in addition to A and B.
 
     Attributes:
-        held_as: Name of the layer attribute that holds every adapter's tensor.
+        held_as: Name of the layer attribute that holds this tensor for every adapter.
         carried: "module" if the attribute holds modules with a `.weight`, "parameter" if it holds parameters.
         keys: Suffixes of the tensor's name on disk: the first is used for writing, and all are accepted when reading.
         shape: Function from kind, weight spec, rank and setting to the tensor's shape in memory and on disk.
