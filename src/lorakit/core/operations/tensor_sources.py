@@ -255,7 +255,7 @@ class AdapterWeights:
         return compare(base, other.base.without(saved), f"{self.label}'s")
 
     def origin(self) -> dict[str, str]:
-        """Return the adapter's name and, if known, its hash, for the `lorakit.json` of an adapter derived from this one."""
+        """Return the adapter's name and, if known, its hash, for the `lorakit.json` of a derived adapter."""
         name = Path(self.label).name
         return {"name": name, "sha256": self.sha256} if self.sha256 else {"name": name}
 
