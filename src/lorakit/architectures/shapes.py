@@ -1,10 +1,10 @@
 """Model shapes: names and sizes of a model's modules, from which `plan` estimates costs.
 
 A `ModelShape` comes from `lorakit.plan.catalogue` (published models) or from `lorakit.hub` (any model directory, read
-on the meta device). For each family (GPT-2, BERT, Llama including SmolLM2, Qwen2 and Qwen3), a function builds the full
-list of sites from a few published sizes, in the module order of the `transformers` class. The tests compare this list
-with a model of that class on the meta device. This module does not import torch and does not handle files, adapters or
-costs.
+on the meta device). For each model family (GPT-2, BERT, Llama, Qwen2 and Qwen3; SmolLM2 counts as Llama), one function
+builds the full list of sites from a few published sizes, in the same module order as the `transformers` class. The
+tests compare this list with a model of that class on the meta device. This module does not import torch and does not
+handle files, adapters or costs.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class SiteShape:
         kind: "Linear", "Conv1D" or "Embedding".
         out_features: Number of rows of the weight in nn.Linear's orientation; for an Embedding, the width of an
             embedding.
-        in_features: Number of columns of that weight; for an Embedding, the number of embeddings.
-        dense: Whether "all-linear" includes the module: a Linear or Conv1D that is not the output head.
+        in_features: Number of columns of the weight in that orientation; for an Embedding, the number of embeddings.
+        dense: Whether "all-linear" selects the module (a Linear or Conv1D that is not the output head).
         bias: Whether the module has a bias of `out_features` elements.
         tied_to: Path of the module whose weight this module shares (the weight is then counted only there), or None.
     """
@@ -59,14 +59,14 @@ class SiteShape:
 
 @dataclass(frozen=True)
 class PlainShape:
-    """A module that has parameters but is not a Linear, Conv1D or Embedding; for example, a norm.
+    """A module that has parameters but is not a Linear, Conv1D or Embedding, such as a norm.
 
     Attributes:
         path: Dotted path of the module.
-        parameters: Number of elements in the module's own parameters; shared storage counts once.
-        biases: Number of those elements that are in parameters whose names contain "bias".
-        matrices: Name and shape of each of the module's own parameters with two or three axes, such as fused experts.
-        experts: Number of experts in each of the module's three-axis parameters; 0 if there are none.
+        parameters: Number of elements in the module's parameters, excluding submodules; shared storage counts once.
+        biases: Number of these elements that belong to parameters with "bias" in their names.
+        matrices: Name and shape of each of these parameters that has two or three axes, such as fused experts.
+        experts: Number of experts in each three-axis parameter; 0 if there are no such parameters.
         in_first: Whether the experts are stored as (experts, in, out).
     """
 
@@ -100,11 +100,11 @@ class ModelShape:
         sites: Every Linear, Conv1D and Embedding in the order of `named_modules()`.
         others: Every other module that owns parameters, in the same order.
         dtype: Published dtype of the weights, such as "float32".
-        causal: Whether a token sees only itself and earlier tokens.
-        dropouts: Dropout rates of the base in training: {"embedding": p, "residual": p, "attention": p}; missing keys
-            mean 0.
+        causal: Whether each token attends only to itself and to earlier tokens.
+        dropouts: Dropout rates of the base during training: {"embedding": p, "residual": p, "attention": p}; a missing
+            key means 0.
         published: Whether `source` names a published model; False for a model read from disk.
-        containers: Paths of modules without parameters of their own; a target list may name one by mistake.
+        containers: Paths of modules without parameters of their own; a target list may name such a module by mistake.
         experts_per_token: Number of fused experts that process each token; 0 if there are none or if the number is
             unknown.
     """
@@ -145,7 +145,7 @@ class ModelShape:
 
     @property
     def inner_width(self) -> int:
-        """Return the MLP's inner width per token, summed over the experts that process the token."""
+        """Return the inner width of the MLP, summed over the experts that process a token."""
         return self.intermediate * (self.passed(self.fused[0][0]) if self.fused else 1)
 
     @property
@@ -177,13 +177,13 @@ def role(path: str) -> str:
 
 
 def block_of(path: str) -> str | None:
-    """Return the block that contains a module: the module's path up to the first number, such as "transformer.h.11".
+    """Return the path of the block that contains a module: the module's path up to and including the first number.
 
     Args:
         path: Dotted path of a module.
 
     Returns:
-        The block's path, or None for a module outside any block.
+        The block's path, such as "transformer.h.11", or None for a module outside any block.
     """
     parts = path.split(".")
     end = next((index for index, part in enumerate(parts) if part.isdigit()), None)
@@ -191,13 +191,13 @@ def block_of(path: str) -> str | None:
 
 
 def short_roles(paths: Iterable[str]) -> dict[str, str]:
-    """Return the shortest unambiguous suffix of each role for display in tables.
+    """Return a short name for each role, for display in tables.
 
     Args:
         paths: Dotted paths of modules.
 
     Returns:
-        Role -> its shortest unambiguous dotted suffix, such as "attn.c_proj"; layer numbers are omitted.
+        Dict from each role to its shortest unambiguous dotted suffix without layer numbers, such as "attn.c_proj".
     """
     roles = list(dict.fromkeys(role(path) for path in paths))
     parts = {r: [p for p in r.split(".") if p != "*"] for r in roles}
@@ -242,7 +242,7 @@ class Sizes:
 
 
 def gpt2(sizes: Sizes) -> ModelShape:
-    """Return the shape of a `GPT2LMHeadModel` (Radford et al. 2019): Conv1D sites and a tied head.
+    """Return the shape of a `GPT2LMHeadModel` (Radford et al. 2019), with Conv1D sites and a tied head.
 
     Args:
         sizes: Sizes from the model's config.json.
@@ -344,7 +344,7 @@ def _llama_like(
 
 
 def _embeddings(width: int, tables: Mapping[str, int]) -> list[SiteShape]:
-    """Return embeddings of this width; `tables` maps each path to its number of embeddings."""
+    """Return embedding sites of the given width; `tables` maps each path to the number of embeddings there."""
     return [SiteShape(path, "Embedding", width, rows, dense=False) for path, rows in tables.items()]
 
 
@@ -395,12 +395,12 @@ LISTS = ("layers", "layer", "h")
 
 
 def replicated(shape: ModelShape, ranges: Sequence[tuple[int, int]] | None) -> ModelShape:
-    """Return a shape with replicated layers (`layer_replication`), which has more sites but no additional weights.
+    """Return a model shape with replicated layers (`layer_replication`), which add sites but no weights.
 
     Args:
-        shape: The model.
-        ranges: Half-open ranges of original layers that form the new list; if None or empty, the shape is returned
-            unchanged.
+        shape: Shape of the model without replication.
+        ranges: Half-open ranges of original layers, which are concatenated to form the new layer list; if None or
+            empty, the shape is returned unchanged.
 
     Returns:
         The shape with the resulting layers; repeated layers share their weights.

@@ -20,7 +20,7 @@ Number = TypeVar("Number", int, float)
 
 
 def task(value: TaskType | str | None) -> TaskType | None:
-    """Return the task type with this name.
+    """Return the task type with the given name; None stays None.
 
     Raises:
         ConfigError: The task type is unknown.
@@ -39,7 +39,7 @@ def task(value: TaskType | str | None) -> TaskType | None:
 
 
 def lora(value: Value) -> PeftType:
-    """Return LORA, as PEFT does, unless the value names another method.
+    """Return `PeftType.LORA`, as PEFT does, but reject a value that names another method.
 
     Raises:
         ConfigError: The value names another method.
@@ -55,7 +55,7 @@ def lora(value: Value) -> PeftType:
 
 
 def names(field: str, value: Value) -> set[str] | str | None:
-    """Return a list of names as a set; return a pattern or None unchanged.
+    """Return a list of names as a set, or a pattern or None unchanged.
 
     Raises:
         ConfigError: The value is neither a list nor a pattern, or an entry is empty or not a string.
@@ -118,7 +118,7 @@ def table(field: str, value: Mapping[str, Number] | None) -> dict[str, Number]:
 
 
 def check_values(config: LoraConfig) -> None:
-    """Check fields one by one: ranks, alphas and dropout, and fields with a fixed set of values.
+    """Check each field on its own: ranks, alphas, dropout, and fields with a fixed set of values.
 
     Raises:
         ConfigError: A value is not a number, is out of range, or is not one of the allowed values.
@@ -143,7 +143,7 @@ def _by_key(field: str, pattern: Mapping[str, float]) -> dict[str, float]:
 
 
 def check_inits(config: LoraConfig) -> None:
-    """Check that the init has the settings it needs; warn about settings for other inits, which are ignored.
+    """Check that the init has the settings that it needs, and warn about settings for other inits, which are ignored.
 
     Raises:
         ConfigError: The init is "loftq", but `loftq_config` is not set.

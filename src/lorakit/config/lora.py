@@ -1,8 +1,8 @@
-"""`LoraConfig` and its base class `PeftConfig`, with PEFT's fields and methods; defaults are defined only here.
+"""`LoraConfig` and its base classes, with PEFT's fields and methods. Field defaults are defined only here.
 
-The constructor is strict; `read_config` is lenient and reads files from any PEFT version. The constructor accepts
-options that are known but not supported; `check_built` rejects such options on use. This module does not depend on
-models, target matching or tensors.
+The constructor rejects unknown fields; `read_config` keeps them, so it can read files from any PEFT version. The
+constructor accepts known options that lorakit does not support; `check_built` rejects such options when the config is
+used. This module does not depend on models, target matching or tensors.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ PARTS: Mapping[str, type] = {
     "arrow_config": nested.ArrowConfig,
     "kasa_config": nested.KasaConfig,
 }
-"""Field that holds a nested config -> class of that config."""
+"""Dict from the names of fields that hold nested configs to the classes of those configs."""
 
 CHECKED_BY_VALUE = frozenset(
     {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights", "loftq_config"}
 )
-"""Fields with their own value checks and messages."""
+"""Fields that `check_types` skips, because `lorakit.config.checks` has specific checks and messages for them."""
 
 NOT_IN_PEFT: frozenset[str] = frozenset()
-"""Fields that PEFT's config lacks. They are written only if set, because PEFT warns about unknown fields."""
+"""Fields that PEFT's config lacks. They are written only if they are set, because PEFT warns about unknown fields."""
 
 
 def looks_like_a_hub_id(name: str | os.PathLike[str]) -> bool:
-    """Return whether a name could be a Hub id, "owner/name", assuming that no directory has that name."""
+    """Return whether a name has the form of a Hub id ("owner/name"), without checking for a directory of that name."""
     word = str(name)
     return word.count("/") == 1 and not word.startswith((".", "/", "~")) and CONFIG_FILE not in word
 
@@ -95,12 +95,12 @@ def _values(path: Path) -> JsonObject:
 
 @dataclass
 class PeftConfigMixin:
-    """Conversion between configs, dicts and files.
+    """Base class that converts configs to and from dicts and files.
 
     Attributes:
         task_type: Task of the model; selects the heads that are trained in full (`HEADS_BY_TASK`).
         peft_type: The PEFT method.
-        auto_mapping: Class and library of the base model, in PEFT's format; stored but never imported.
+        auto_mapping: Class and library of the base model, in PEFT's format; lorakit stores them but never imports them.
         peft_version: PEFT version whose file format the config follows.
         unknown: Unknown keys from a file, with their values; written back when the config is saved.
     """
@@ -126,13 +126,13 @@ class PeftConfigMixin:
         return False
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a dict, with nested configs as dicts, but without process-local settings."""
+        """Return the fields as a dict, with nested configs as dicts and without process-local settings."""
         values = dataclasses.asdict(self)
         values.pop("runtime_config", None)
         return values
 
     def as_json(self) -> dict[str, Any]:
-        """Return the contents of `adapter_config.json`: plain values (sets become sorted lists) and unknown keys."""
+        """Return the contents of `adapter_config.json`: JSON values (sets become sorted lists) and unknown keys."""
         values = dict(self.unknown)
         for name, value in self.to_dict().items():
             if name in NOT_IN_PEFT and not value:
@@ -142,10 +142,10 @@ class PeftConfigMixin:
         return values
 
     def with_fields(self: Config, **fields: Value) -> Config:
-        """Return an independent copy with some fields changed, without repeating checks and warnings.
+        """Return an independent copy with some fields changed; checks and warnings are not repeated.
 
         Args:
-            fields: Field name -> value.
+            fields: The new values, as keyword arguments.
         """
         twin = copy.deepcopy(self)
         for name, value in fields.items():
@@ -160,7 +160,7 @@ class PeftConfigMixin:
             kwargs: `auto_mapping_dict` is written as `auto_mapping`; PEFT's other options have no effect.
 
         Raises:
-            ConfigError: The path is a file.
+            ConfigError: `save_directory` is an existing file.
             DiskError: The file cannot be written.
         """
         if Path(save_directory).is_file():
@@ -187,7 +187,7 @@ class PeftConfigMixin:
             kwargs: Only `revision` is used; other Hub options have no effect, and fields cannot be overridden.
 
         Returns:
-            The config, as an instance of the class for its `peft_type`.
+            The config, as an instance of the class that matches its `peft_type`.
 
         Raises:
             AdapterFileError: The file is missing or damaged.
@@ -200,7 +200,7 @@ class PeftConfigMixin:
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Value) -> JsonObject:
-        """Return the contents of a config file without process-local settings.
+        """Return the contents of a config file, except for process-local settings.
 
         Args:
             path_json_file: The file.
@@ -218,14 +218,14 @@ class PeftConfigMixin:
 
     @classmethod
     def from_peft_type(cls, **kwargs: Value) -> PeftConfigMixin:
-        """Create a config of the class that `peft_type` selects; unknown fields are kept, with a warning.
+        """Create a config of the class that `peft_type` selects; keep unknown fields, but warn about them.
 
         Args:
-            kwargs: Field name -> value.
+            kwargs: Values of the fields, both known and unknown.
 
         Raises:
             ConfigError: A value is not allowed, or `peft_type` is not LORA.
-            ConfigTypeError: Some names are unknown, and `peft_type` is missing.
+            ConfigTypeError: Some fields are unknown, and `peft_type` is missing.
         """
         checks.lora(kwargs.get("peft_type"))
         kind: type[PeftConfigMixin] = LoraConfig if "peft_type" in kwargs else cls
@@ -258,7 +258,7 @@ class PeftConfig(PeftConfigMixin):
     Attributes:
         base_model_name_or_path: Name or path of the base model, as given by the user.
         revision: Revision of the base model on the Hub.
-        inference_mode: Whether to load the adapter frozen.
+        inference_mode: Whether to load the adapter with frozen parameters.
     """
 
     base_model_name_or_path: str | None = None
@@ -267,7 +267,7 @@ class PeftConfig(PeftConfigMixin):
 
 
 PEFT_TABLES_OF_VARIANTS = ("use_dora",)
-"""Layer attributes of some PEFT versions. Each is a table that shows which adapters use a certain variant."""
+"""Layer attributes in some PEFT versions. Each attribute is a dict that shows which adapters use a given variant."""
 
 
 @dataclass
@@ -279,33 +279,33 @@ class LoraConfig(PeftConfig):
         target_modules: Module names or dotted suffixes, a single regular expression, or "all-linear".
         exclude_modules: Modules to leave out, in the same format as `target_modules`; exclusions take precedence.
         lora_alpha: Numerator of the scale; see `scale`.
-        lora_dropout: Probability, in [0, 1), that an element of A's input is dropped in training.
+        lora_dropout: Probability, in [0, 1), that an element of A's input is dropped during training.
         fan_in_fan_out: Whether base weights are stored as (in, out). lorakit determines this from the module and writes
             the field only for other programs.
         bias: Which biases of the base model are also trained: "none", "all" or "lora_only".
         use_rslora: Whether to divide alpha by √r instead of r.
         modules_to_save: Names of modules to train and save in full.
-        init_lora_weights: True (A Kaiming, B zero), False (both random), or the name of an init.
+        init_lora_weights: True (Kaiming-uniform A, zero B), False (random A and B), or the name of another init.
         layers_to_transform: Indices of the layers to adapt.
-        layers_pattern: Name of the list of layers that `layers_to_transform` refers to.
-        rank_pattern: Name pattern -> rank that overrides `r`.
-        alpha_pattern: Name pattern -> alpha that overrides `lora_alpha`.
+        layers_pattern: Name of the layer list that `layers_to_transform` indexes.
+        rank_pattern: Dict from name patterns to ranks that override `r`.
+        alpha_pattern: Dict from name patterns to alphas that override `lora_alpha`.
         megatron_config: Settings for Megatron's parallel layers; not supported.
         megatron_core: Import path of Megatron Core; never imported.
-        trainable_token_indices: Ids of the tokens whose embeddings are trained, or a dict that maps the name of an
-            embedding module to token ids.
+        trainable_token_indices: Ids of the tokens whose embeddings are trained, or a dict from the names of embedding
+            modules to token ids.
         loftq_config: Settings for the "loftq" init.
         eva_config: Settings for the "eva" init.
         corda_config: Settings for the "corda" init.
         lora_ga_config: Settings for the "lora_ga" init.
         use_dora: Whether to use the weight-decomposed variant DoRA (arXiv:2402.09353).
         velora_config: Settings for VeLoRA; not supported.
-        alora_invocation_tokens: Invocation tokens of an aLoRA adapter (arXiv:2504.12397), which is active from the
-            last occurrence of this token sequence onward.
+        alora_invocation_tokens: Ids of the tokens that invoke an aLoRA adapter (arXiv:2504.12397). The adapter is
+            active from the last occurrence of this token sequence onward.
         use_qalora: Whether to use QALoRA; not supported.
         qalora_group_size: Group size of QALoRA.
         monteclora_config: Settings for MonteCLoRA; not supported.
-        layer_replication: Ranges of layers to stack; replicas share the weights of the original layer.
+        layer_replication: Ranges of layers to stack; replicas share the weights of the original layers.
         runtime_config: Process-local settings; never saved.
         lora_bias: Whether B has a bias.
         target_parameters: Names of parameters to adapt, such as fused expert weights.
@@ -377,9 +377,9 @@ class LoraConfig(PeftConfig):
         self.custom_modules: dict[type, type] | None = None
 
     def own_numbers(self, path: str, rank: int, out_features: int, in_features: int) -> int:
-        """Return the number of values that the variant trains in addition to A and B at a dense site or embedding.
+        """Return how many more parameters the variant trains than plain LoRA at a dense site or embedding.
 
-        The number is negative if the variant's A and B are smaller than LoRA's.
+        The result is negative if the variant trains fewer parameters than plain LoRA.
 
         Args:
             path: Path of the site.
@@ -393,25 +393,25 @@ class LoraConfig(PeftConfig):
 
     @property
     def reads_weight(self) -> bool:
-        """Return whether every forward pass must read the base weight to compute one value per output."""
+        """Return whether every forward pass must read the base weight, as DoRA does to compute one norm per output."""
         return self.use_dora
 
     @property
     def is_plain_lora(self) -> bool:
-        """Return whether the adapter is LoRA without a variant or bias, as fused forward passes require."""
+        """Return whether the adapter is plain LoRA without a bias on B, as fused forward passes require."""
         variants = (self.use_dora, self.alora_invocation_tokens, self.use_bdlora, self.kasa_config)
         return not self.lora_bias and not any(variants)
 
     @property
     def trains_only_a(self) -> bool:
-        """Return whether B stays as initialized, so that only A is trained (MiCA)."""
+        """Return whether only A is trained while B keeps its initial value (MiCA)."""
         return str(self.init_lora_weights).lower() == "mica"
 
     def notes_on_own_numbers(self, total: int) -> list[str]:
-        """Return messages for a plan about the values that the variant trains in addition to A and B.
+        """Return messages, for a plan, that compare the variant's number of parameters with that of plain LoRA.
 
         Args:
-            total: Number of additional values, summed over all sites.
+            total: Number of additional parameters, summed over all sites; negative if there are fewer.
         """
         if self.use_bdlora is not None:
             return [f"BD-LoRA's block-diagonal factors hold {-total:,} fewer values than LoRA's."]
@@ -423,7 +423,7 @@ class LoraConfig(PeftConfig):
         """Register the layer classes that `core` uses for custom module types; PEFT has the same private method.
 
         Args:
-            mapping: Module type -> layer class.
+            mapping: Dict from module types to layer classes.
         """
         self.custom_modules = {**(self.custom_modules or {}), **mapping}
 
@@ -435,21 +435,21 @@ NOT_BUILT: Mapping[str, Any] = {
     "monteclora_config": None,
     "arrow_config": None,
 }
-"""Unsupported field -> the value that turns it off."""
+"""Dict from each unsupported field to the value that turns the field off."""
 
 ARITHMETIC = ("use_", "init_", "lora_", "target_", "rank_", "alpha_", "scal")
-"""Field names with one of these prefixes probably change the computation."""
+"""Prefixes of field names; a field with such a name probably changes the computation."""
 
 
 def check_built(config: LoraConfig) -> None:
     """Reject a config with unsupported features, or with unknown fields that seem to change the computation.
 
     An unknown field is harmless if its value is null, false, zero or empty. With any other value, the field is
-    rejected if its name ends in "_config" or starts with a prefix in `ARITHMETIC`, because the field then probably
+    rejected if its name ends in "_config" or starts with a prefix in `ARITHMETIC`, because such a field probably
     changes the computation. Other unknown fields are ignored, and `read_config` reports them.
 
     Args:
-        config: A config that is about to be used.
+        config: The config to check.
 
     Raises:
         NotYetSupported: The config uses an unsupported feature; the message names the field.
@@ -477,11 +477,11 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[LoraConfig, list[str]]:
         folder: A directory that contains `adapter_config.json`, or the file itself.
 
     Returns:
-        The config, and the unknown keys in the file, which are kept with their values in `config.unknown`.
+        The config, and the unknown keys in the file; `config.unknown` holds these keys with their values.
 
     Raises:
-        AdapterFileError: The file is missing, is not valid JSON, is for another method, or contains a value that is not
-            allowed.
+        AdapterFileError: The file is missing, is not valid JSON, is for a method other than LoRA, or contains a value
+            that is not allowed.
         NotYetSupported: The file uses an unsupported feature, so its weights would be misread.
     """
     path = Path(folder)

@@ -1,6 +1,7 @@
 """Nested configs of `LoraConfig`: settings for inits and variants, with PEFT's names, defaults and checks.
 
-The classes only hold settings; `lorakit.core` acts on them. `check_built` rejects the unsupported ones on use.
+The classes only hold settings; `lorakit.core` applies the settings. `check_built` rejects unsupported features when a
+config is used.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def restored(field: str, value: Part | Value, part: type[Part]) -> Part | None:
     Args:
         field: The field that holds the nested config.
         value: None, an instance, or a dict of its fields.
-        part: The class.
+        part: Class of the nested config.
 
     Raises:
         ConfigTypeError: The value has the wrong type.
@@ -51,7 +52,7 @@ def _at_least(name: str, value: float, least: float, said: str, *, strict: bool 
 
 @dataclass
 class _Typed:
-    """A config that checks the types of its fields against their annotations."""
+    """Base class for configs that check the types of their fields against the annotations."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -74,7 +75,7 @@ class LoftQConfig(_Typed):
 
     Attributes:
         loftq_bits: Number of bits per weight in the quantized base.
-        loftq_iter: Number of times to alternate between quantization and fitting.
+        loftq_iter: Number of times to alternate between quantizing the base and fitting A and B.
     """
 
     loftq_bits: int = 4
@@ -87,7 +88,7 @@ class EvaConfig(_Typed):
 
     Attributes:
         rho: Maximum rank of a site, as a multiple of r; if rho is 1, all ranks stay the same.
-        tau: Cosine similarity at which a site's components count as converged.
+        tau: Cosine similarity at which a site's components are considered converged.
         use_label_mask: Whether to skip positions whose label is masked.
         label_mask_value: Label that marks a position as masked.
         whiten: Whether to divide components by the square roots of their singular values.
@@ -154,10 +155,10 @@ class VeloraConfig(_Typed):
     Attributes:
         num_groups: Number of groups per activation vector.
         scale: Factor that multiplies the activations reconstructed in the backward pass.
-        init_type: "batch_average", "batch_average_once" or "random".
+        init_type: How projections are initialized: "batch_average", "batch_average_once" or "random".
 
     Raises:
-        ConfigError: A number is not positive, or the init type is unknown.
+        ConfigError: `num_groups` or `scale` is not positive, or `init_type` is unknown.
     """
 
     num_groups: int = 64
@@ -185,12 +186,12 @@ class MontecloraConfig(_Typed):
         num_samples: Number of samples per forward pass.
         use_entropy: Whether to add an entropy term that keeps the samples' weights apart.
         dirichlet_prior: Concentration of the Dirichlet prior.
-        sample_scaler: Scale of the noise.
+        sample_scaler: Scale of the sampling noise.
         kl_loss_weight: Weight of the KL divergence in the loss.
         buffer_size: Size of the sampler's buffer.
 
     Raises:
-        ConfigError: A number is not positive.
+        ConfigError: `num_samples`, `dirichlet_prior` or `buffer_size` is not positive.
     """
 
     num_samples: int = 8
@@ -211,8 +212,8 @@ class BdLoraConfig(_Typed):
     """Settings for BD-LoRA, which makes A or B block-diagonal.
 
     Attributes:
-        target_modules_bd_a: A is block-diagonal at sites whose paths contain one of these substrings, as in PEFT.
-        target_modules_bd_b: B is block-diagonal at sites whose paths contain one of these substrings.
+        target_modules_bd_a: Substrings; A is block-diagonal at sites whose paths contain one of them, as in PEFT.
+        target_modules_bd_b: Substrings; B is block-diagonal at sites whose paths contain one of them.
         nblocks: Number of blocks per factor.
         match_strict: Whether every site must match one of the lists; if False, sites that match neither use plain LoRA.
 
@@ -259,7 +260,7 @@ class BdLoraConfig(_Typed):
         return "".join(sides)
 
     def numbers_saved(self, path: str, rank: int, out_features: int, in_features: int) -> int:
-        """Return the number of values in A and B at a site minus that of plain LoRA; never positive.
+        """Return how many more elements A and B have at a site than in plain LoRA; the result is zero or negative.
 
         Args:
             path: Path of the site.
@@ -282,10 +283,10 @@ class ArrowConfig(_Typed):
         use_gks: Whether to subtract general knowledge from the task adapters before routing.
         task_adapter_names: Names of the task adapters; set when the router is created.
         gks_adapter_names: Names of the general-knowledge adapters; set when the router is created.
-        rng_seed: Seed of the router's sampling.
+        rng_seed: Random seed of the router.
 
     Raises:
-        ConfigError: A number is not positive.
+        ConfigError: `top_k` or `router_temperature` is not positive.
     """
 
     top_k: int = 3
@@ -310,7 +311,7 @@ class KasaConfig(_Typed):
         gamma: Weight of the orthogonality penalty.
 
     Raises:
-        ConfigError: A weight is negative.
+        ConfigError: `beta` or `gamma` is negative.
     """
 
     beta: float = 1e-4

@@ -1,7 +1,7 @@
-"""Names and types that configs use: task types, file name, PEFT version, scale rule, and type checks for fields.
+"""Constants, types and helpers for configs: task types, the scale rule, and type checks for fields.
 
 The type checks tolerate the different forms that a value can take in Python and in JSON: tuples, sets and lists are
-interchangeable, integers are accepted as numbers, and None is accepted as False. Booleans are not accepted as numbers.
+interchangeable, integers are accepted as floats, and None is accepted as False. Booleans are not accepted as numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 from lorakit.errors import ConfigTypeError
 
 Value: TypeAlias = "str | bytes | float | os.PathLike[str] | Mapping[str, Value] | Iterable[Value] | None"
-"""A field's value as users and files provide it: a JSON value, or any iterable in place of a list."""
+"""The value of a field, as a user or a file provides it: a JSON value, or any iterable in place of a list."""
 
 Hint: TypeAlias = "type | types.UnionType | types.GenericAlias"
 """A field's type annotation."""
@@ -105,7 +105,7 @@ HEADS_BY_TASK: Mapping[TaskType | str | None, tuple[str, ...]] = {
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
-"""Task type -> possible names of the task head. The head starts untrained, so it is trained and saved in full."""
+"""Dict from task types to possible names of the task head, which starts untrained and is trained and saved in full."""
 
 
 def scale(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
@@ -113,7 +113,7 @@ def scale(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
 
     Args:
         r: Rank, at least 1.
-        lora_alpha: The config's alpha at this site.
+        lora_alpha: Alpha at this site.
         use_rslora: Whether to divide by the square root of the rank.
 
     Returns:
@@ -132,7 +132,7 @@ _PLAIN: Mapping[Hint, tuple[type | tuple[type, ...], str, str]] = {
     str: ((str, os.PathLike), "a string", "strings"),
     type(None): (type(None), "None", "None"),
 }
-"""Annotation -> accepted types, and the descriptions of one and of several values in messages."""
+"""Dict from annotations to the accepted types, with the singular and plural forms used in messages."""
 
 
 def check_types(config: Dataclass, leave: Collection[str] = ()) -> None:
@@ -154,7 +154,7 @@ def check_types(config: Dataclass, leave: Collection[str] = ()) -> None:
 
 @cache
 def _hints(kind: type) -> dict[str, Any]:
-    """Return the annotations of the fields that lorakit defines, by field name, without a subclass's own fields."""
+    """Return a dict from field names to annotations, without fields that a class outside lorakit adds."""
     ours = next(part for part in kind.__mro__ if part.__module__.partition(".")[0] == "lorakit")
     return typing.get_type_hints(ours)
 

@@ -1,4 +1,4 @@
-"""Determine, by matching paths, which modules and parameters a config targets, in live models and in plans."""
+"""Match a config's targets against the module and parameter paths of a model or a plan."""
 
 from lorakit.targets.resolving import (
     ALL_LINEAR,

@@ -1,6 +1,7 @@
 """Names of the layer types that LoRA supports, for code that handles shapes without torch.
 
-The entries in `lorakit.core.kinds.KINDS` have the same names. Code that has a `Kind` uses its attributes instead.
+The entries in `lorakit.core.kinds.KINDS` have the same names. Code that has a `Kind` object uses the attributes of that
+object instead of these names.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ LINEAR, CONV1D, EMBEDDING = "Linear", "Conv1D", "Embedding"
 CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
 ATTENTION, INNER_LINEAR = "MultiheadAttention", "InnerLinear"
 PARAMETER = "Parameter"
-"""A bare parameter, named by `target_parameters`."""
+"""The layer type of a bare parameter, which `target_parameters` selects."""
 
 DENSE = (LINEAR, CONV1D)
-"""Types whose modules multiply their input by a matrix; "all-linear" selects them."""
+"""Types of modules that multiply their input by a matrix; "all-linear" selects such modules."""
 
 PLANNED = (*DENSE, EMBEDDING)
-"""Types that plans support and that messages suggest as targets."""
+"""Layer types that plans support and that error messages suggest as targets."""

@@ -1,13 +1,13 @@
-"""Determine, by matching paths, which modules and parameters a config targets, in live models and in plans.
+"""Match a config's targets against the module and parameter paths of a model or a plan.
 
 The rules are PEFT's. A list entry is a path or a dotted suffix of one; a string is a regular expression that must match
 the whole path; "all-linear" selects every dense layer except the output head. `exclude_modules` takes precedence.
-`target_parameters` takes paths or dotted suffixes, never a pattern. This module works with names, kinds and
-sizes, without torch.
+`target_parameters` takes paths or dotted suffixes, never a pattern. This module works only with names, kinds and sizes
+and does not import torch.
 
-The keys of `rank_pattern` and `alpha_pattern` are regular expressions in PEFT's files. Matching a pattern from an
-untrusted file could take hours, so patterns from files are never run. Instead, only plain names are supported: a path,
-a dotted suffix, or a whole path after `^`.
+In PEFT's files, the keys of `rank_pattern` and `alpha_pattern` are regular expressions. Evaluating a regular expression
+from an untrusted file could take hours, so lorakit never evaluates one. In files, only plain names are supported: a
+path, a dotted suffix of a path, or `^` followed by a full path.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ T = TypeVar("T")
 ALL_LINEAR = "all-linear"
 
 SEVERAL_MODULES, LARGE_RANK = "several_modules", "large_rank"
-"""Kinds of notes about targets."""
+"""Values of `Note.kind` for notes about targets."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class BareParameter:
 
     @property
     def path(self) -> str:
-        """Dotted path in the model."""
+        """Dotted path of the parameter in the model."""
         return f"{self.module}.{self.name}" if self.module else self.name
 
 
@@ -96,9 +96,9 @@ class Unmatched:
     """A config entry that matches nothing.
 
     Attributes:
-        field: The config's field, such as "target_modules".
+        field: The config field that contains the entry, such as "target_modules".
         entry: The entry.
-        text: Message that suggests the nearest names.
+        text: Message about the entry, which suggests similar names.
     """
 
     field: str
@@ -114,7 +114,7 @@ class Note:
     """A remark for the user.
 
     Attributes:
-        kind: Subject: "several_modules" or "large_rank"; other packages add their own.
+        kind: Subject of the remark: "several_modules", "large_rank", or a subject that another package defines.
         text: The message.
     """
 
@@ -130,9 +130,9 @@ class Resolution:
     """Result of matching a config against a model.
 
     Attributes:
-        matches: The sites, in the model's order.
-        saved: Paths of modules that `modules_to_save` or the task type selects.
-        missing: Entries that match nothing; empty unless partial matches are allowed.
+        matches: The targeted sites, in model order.
+        saved: Paths of the modules that `modules_to_save` or the task type selects.
+        missing: Config entries that match nothing; empty unless partial matches are allowed.
         notes: Remarks for the user, for example about a name that matches different modules.
     """
 
@@ -154,8 +154,8 @@ def resolve(
     Args:
         candidates: Every named module of the model, in order, including containers.
         config: The config; it is only read.
-        allow_partial: Whether unmatched entries are returned in `missing` instead of raising an error.
-        parameters: Every named parameter, in order; None skips `target_parameters`.
+        allow_partial: Whether to return unmatched entries in `missing` instead of raising an error.
+        parameters: Every named parameter of the model, in order; if None, `target_parameters` is ignored.
 
     Returns:
         The resolution; `matches` is never empty.
@@ -192,7 +192,7 @@ def _match(config: LoraConfig, module: str, kind: str, entry: str, parameter: st
 
 
 def _matcher(name: str, value: Collection[str] | str) -> Callable[[Candidate], str | None]:
-    """Return a function that returns the entry that names a candidate, or None."""
+    """Return a function that maps a candidate to the entry that selects it, or to None."""
     if isinstance(value, str):
         if value.lower() == ALL_LINEAR:
             return lambda candidate: ALL_LINEAR if candidate.dense else None
@@ -212,7 +212,7 @@ def _matcher(name: str, value: Collection[str] | str) -> Callable[[Candidate], s
 
 
 def saved_modules(candidates: Sequence[Candidate], config: LoraConfig) -> tuple[list[str], list[Unmatched]]:
-    """Return the paths that `modules_to_save` and the task type select, and the entries that match nothing.
+    """Return the paths that `modules_to_save` or the task type selects, and the unmatched entries of `modules_to_save`.
 
     Args:
         candidates: As in `resolve`.
@@ -236,12 +236,12 @@ def targeted_parameters(
     """Return the parameters that `target_parameters` names by a path or a dotted suffix.
 
     Args:
-        parameters: Every named parameter, in the order in which modules define them.
+        parameters: Every named parameter of the model, in the order of definition.
         config: The config; it is only read.
         saved: Paths of modules saved in full; parameters inside them are skipped.
 
     Raises:
-        TargetError: A parameter belongs to the top-level module, or does not have two or three axes.
+        TargetError: A targeted parameter belongs to the top-level module, or does not have two or three axes.
     """
     inside = tuple(path + "." for path in saved)
     matches = []
@@ -253,7 +253,7 @@ def targeted_parameters(
         if not parameter.module:
             raise TargetError(
                 f"Targeting an nn.Parameter on the top-level module is not supported (parameter {parameter.name!r}): "
-                "LoRA wraps the module that holds it. Wrap the model in another module.",
+                "LoRA wraps the module that holds the parameter. Wrap the model in another module.",
                 what=parameter.name,
                 field="target_parameters",
             )
@@ -269,7 +269,7 @@ def targeted_parameters(
 
 
 def match_path(match: Match) -> str:
-    """Return the path that rank and alpha patterns are matched against: the module's or the bare parameter's."""
+    """Return the path of a site for matching rank and alpha patterns: that of the module or of the bare parameter."""
     return f"{match.path}.{match.parameter}" if match.parameter else match.path
 
 
@@ -330,7 +330,7 @@ def _unmatched(
 ) -> list[Unmatched]:
     targeted = [candidate.path for candidate, _ in found]
     everything = [candidate.path for candidate in candidates]
-    used = {entry for _, entry in found}  # most entries of a long list then need no comparison with every path
+    used = {entry for _, entry in found}  # avoids comparing most entries of a long list with every path
     unmatched = []
     for field, paths in (("target_modules", targeted), ("exclude_modules", everything)):
         entries = getattr(config, field)
@@ -459,7 +459,7 @@ def first_match(pattern: Mapping[str, T], path: str, default: T) -> T:
     """Return the value of the first pattern that matches a path or a dotted suffix of the path.
 
     Args:
-        pattern: Regular expression -> value; the entries are tried in order.
+        pattern: Dict from regular expressions to values; the regular expressions are tried in order.
         path: Dotted path of a site.
         default: The value to return if no pattern matches.
 
@@ -506,7 +506,7 @@ def literal_value(patterns: Mapping[str, float], path: str, default: float) -> f
     """Return the value of the first pattern that names a path.
 
     Args:
-        patterns: Pattern -> value; the entries are tried in order.
+        patterns: Dict from patterns, which must be plain names, to values; the patterns are tried in order.
         path: Path of a site.
         default: The value to return if no pattern names the path.
 

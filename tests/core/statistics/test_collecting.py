@@ -162,7 +162,9 @@ def test_positions_that_do_not_count() -> None:
     rows = x[keep.bool()]
     assert found.rows == 4
     torch.testing.assert_close(found.second_moment(), rows.T @ rows / 4)
-    with pytest.raises(DataError, match=r"The mask of shape \(1, 5\) does not match the input of 0, \(2, 5, 4\)"):
+    with pytest.raises(
+        DataError, match=r"The mask of shape \(1, 5\) does not match the input of 0, which has shape \(2, 5, 4\)"
+    ):
         collect_inputs(model, ["0"], [x], loss, keep=lambda _: keep[:1])
 
 

@@ -226,7 +226,7 @@ def test_data_that_is_gone_through_once_is_refused_where_twice_is_needed(monkeyp
     import lorakit.core.operations.data_init as module
 
     monkeypatch.setattr(module, "in_groups", lambda paths, _: [[path] for path in paths])
-    with pytest.raises(DataError, match="2 times to bound memory; pass a list"):
+    with pytest.raises(DataError, match="2 times to limit memory use; pass a list"):
         collect_for(LINEARS.model(), config_for("eva"), iter(BATCHES), forward)
     assert same(collected("eva"), collect_for(LINEARS.model(), config_for("eva"), BATCHES, forward))
 

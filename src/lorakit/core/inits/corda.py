@@ -1,6 +1,6 @@
 """CorDA: initialize A and B from the decomposition of W·C, where C is the covariance of the inputs.
 
-The adapter starts as the largest or the smallest singular directions of the product.
+The adapter starts from the largest or the smallest singular directions of W·C.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from lorakit.core.inits.init import Init, InitContext, InitResult, balanced
 from lorakit.errors import ConfigError
 
 DAMP, LARGEST_ERROR = 0.01, 0.05
-"""Initial damping of C, as a fraction of C's mean diagonal element; doubled until ‖C·C⁻¹ − I‖ < LARGEST_ERROR."""
+"""`DAMP` is the initial damping, relative to the mean diagonal element of C; it is doubled until C is invertible.
+
+C counts as invertible if ‖C·C⁻¹ − I‖ is below `LARGEST_ERROR`.
+"""
 
 METHODS = ("ipm", "kpm")
 

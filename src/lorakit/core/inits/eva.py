@@ -1,6 +1,6 @@
 """EVA initializes A with principal directions of the site's inputs.
 
-Ranks are redistributed to the sites whose directions explain the most variance.
+Ranks are redistributed across sites, in favor of sites whose directions explain the most variance.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class InputMoments(Protocol):
 
 
 def sees_inputs(kind: Kind) -> bool:
-    """Return whether modules of a kind take values, not indices, as input."""
+    """Return whether modules of the given kind take values, not indices, as input."""
     return kind.acts_on == "input" and kind.drops
 
 

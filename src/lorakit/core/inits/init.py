@@ -1,4 +1,4 @@
-"""Types for the table INITS: an entry, and the argument and result of the entry's function."""
+"""Types for the table INITS: the type of its entries, and the argument and result types of their functions."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class InitContext:
         kind: The kind of the site.
         spec: Shape and layout of the site's weight.
         r: Rank.
-        scale: alpha / r, or alpha / √r.
+        scale: alpha / r, or alpha / √r for rsLoRA.
         A_shape: Shape of A, (r, in) at a dense site.
         B_shape: Shape of B, (out, r) at a dense site.
         device: Device of A and B.
         dtype: dtype of A and B.
         path: Path of the site, for messages.
         read: Reads the canonical base weight.
-        config: The adapter's config, for the settings of an init.
+        config: The adapter's config, which contains the settings of the init.
         generator: Random generator, or None for torch's default one.
-        statistics: Name -> tensor (…) that `Init.digest` computed from data for this site; None without data.
+        statistics: Dict from names to tensors (…) that `Init.digest` computed for this site; None if there is no data.
     """
 
     kind: Kind
@@ -52,7 +52,7 @@ class InitContext:
     statistics: Mapping[str, Tensor] | None = None
 
     def matrices(self, requirement: str = "") -> Tensor:
-        """Return the base weight as matrices, (g, out, n): one, or one per expert; n includes the kernel size.
+        """Return the base weight as g matrices, (g, out, n): one, or one per expert; n includes the kernel size.
 
         Args:
             requirement: As in `check_rank`.
@@ -85,7 +85,7 @@ class InitContext:
             )
 
     def check_rank(self, most: int, requirement: str = "") -> None:
-        """Reject a rank that is larger than the number of directions.
+        """Reject a rank that is larger than the number of available directions.
 
         Args:
             most: The largest possible rank.
@@ -138,7 +138,7 @@ class InitContext:
         )
 
     def collected(self) -> Mapping[str, Tensor]:
-        """Return the statistics of this site: name -> tensor (…), on the site's device.
+        """Return a dict from names to the statistics of this site, tensors (…) on the site's device.
 
         Raises:
             ConfigError: No statistics were collected for this site.
@@ -169,8 +169,8 @@ class InitResult:
     Attributes:
         A: (r, in) at a dense site.
         B: (out, r) at a dense site.
-        W: The canonical weight that replaces the base weight. If None, and if the init changes the base, the
-            new weight is W − s·B·A.
+        W: The canonical weight that replaces the base weight. If it is None and the init changes the base, s·B·A is
+            subtracted from the base weight instead.
     """
 
     A: Tensor
@@ -185,16 +185,16 @@ class Init:
     Attributes:
         name: The value of `init_lora_weights` that selects the init.
         fill: Creates A and B.
-        fits: Kind -> whether the init supports that kind. Only the function `every_kind` accepts user-defined kinds.
-        changes_base: Whether the init replaces the base weight: with W − s·B·A, unless `fill` returns a weight.
+        fits: Function that returns whether the init supports a kind. Only `every_kind` accepts user-defined kinds.
+        changes_base: Whether the init replaces the base weight W: with W − s·B·A, unless `fill` returns another weight.
         is_identity: Whether a new adapter leaves the output unchanged, except for rounding (see `is_exact`).
         is_exact: Whether a new adapter leaves the output bitwise identical.
         needs: Data to collect beforehand: "" for none, "inputs" or "gradients".
         digest: Reduces a site's statistics to the few tensors that `fill` needs.
         trains: Which of "A" and "B" are trained.
-        family: Regular expression for other values that also select the init.
+        family: Regular expression for other values of `init_lora_weights` that also select the init.
         requantizes: Whether the init may replace a quantized base weight; doing so rounds the weight a second time.
-        takes_any_shape: Whether the init can fill A and B of any shape, as variants with their own shapes require.
+        takes_any_shape: Whether the init can fill A and B of any shape, which some variants require.
     """
 
     name: bool | str

@@ -1,7 +1,7 @@
 """LoftQ: the base is rounded to a quantization grid, and the adapter starts as an approximation of the rounding error.
 
-The grids are computed from formulas: QLoRA's NF4 grid, and int8 with one scale per row. Rounded weights stay dense, so
-no quantization package is needed.
+Two grids are supported: QLoRA's NF4 grid, and int8 with one scale per row. Both are computed from formulas, and rounded
+weights stay dense, so no quantization package is needed.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ def on_int8(W: Tensor) -> Tensor:
 
 
 ROUNDED: Mapping[int, Callable[[Tensor], Tensor]] = {4: on_normal_float, 8: on_int8}
-"""Number of bits -> function that rounds a weight to the grid with that many bits."""
+"""Dict from numbers of bits to functions that round a weight to the grid with that many bits."""
 
 
 def _loftq(context: InitContext) -> InitResult:
     """Repeat Q ← q(W − s·B·A), then s·B·A ← the r largest singular directions of W − Q.   [docs/math.md (66)]
 
-    The base becomes Q, stored dense; a quantizer with the same grid can store Q without further loss.
+    The base becomes Q, stored as a dense weight; a quantizer with the same grid can store Q without further loss.
 
     Source:
         Li et al. 2023, arXiv:2310.08659, algorithm 1.

@@ -1,4 +1,4 @@
-"""LoRA-GA aligns A and B with the weight's gradient, so that the first step approximates one of full fine-tuning."""
+"""LoRA-GA aligns A and B with the weight's gradient, so that the first update approximates that of full fine-tuning."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def _digest(context: InitContext, statistics: GradientMoments) -> dict[str, Tens
     """Return U (out, 2r), S (2r,) and Vh (2r, n): the 2r largest singular directions of the mean gradient.
 
     Raises:
-        ConfigError: There are fewer than 2r directions, a setting is not allowed, or the convolution is grouped.
+        ConfigError: The gradient has fewer than 2r directions, a setting is not allowed, or the site is a grouped
+            convolution.
     """
     settings_of(context)
     context.check_ungrouped()
@@ -76,7 +77,7 @@ def _lora_ga(context: InitContext) -> InitResult:
 
 
 def _chosen(context: InitContext, direction: str) -> tuple[slice | Tensor, slice | Tensor]:
-    """Return which singular directions go to A and which to B."""
+    """Return the indices of the singular directions for A and for B."""
     r = context.r
     if direction == "random":
         picked = torch.randperm(2 * r, generator=context.generator, device=context.device)[:r]

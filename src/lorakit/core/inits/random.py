@@ -1,4 +1,4 @@
-"""Inits that use neither data nor the base weight: Kaiming, Gaussian, both factors random, and orthogonal.
+"""Inits that use neither data nor the base weight: Kaiming, Gaussian, fully random, and orthogonal.
 
 In the orthogonal init, both factors are random, but their product is zero.
 """
@@ -14,7 +14,7 @@ from lorakit.core.kinds.kind import every_kind
 
 
 def _kaiming(context: InitContext) -> InitResult:
-    """Fill one factor uniformly within ±1/√fan_in (for an embedding, standard normal), and set the other to zero.
+    """Fill one factor with values uniform in ±1/√fan_in (for an embedding, standard normal), and set the other to zero.
 
     [docs/math.md (5), (6)]
 

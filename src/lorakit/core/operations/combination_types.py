@@ -4,8 +4,8 @@ A type consists of up to three steps: prune each tensor, elect signs, and add th
 their names apply the steps to A and B separately; types with "svd" apply them to the update B·A and decompose the
 result.
 
-For trainable tokens, the changes to the base's embedding rows are combined. A trained row replaces the base's row, so
-the change is the difference between the two rows.
+For trainable tokens, the changes to the base embedding rows are combined. A trained row replaces the base row, so the
+change is the difference between the two rows.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class CombinationType:
         seed: For types with "dare": seed of the random pruning; None uses torch's default generator.
 
     Raises:
-        ConfigError: A field has a value that is not allowed, or that this type does not use.
+        ConfigError: A field has a value that is not allowed, or a field is set that this type does not use.
     """
 
     name: str = "svd"
@@ -103,7 +103,7 @@ class CombinationType:
 
     @property
     def elects(self) -> bool:
-        """True if the result is the mean of only those values that have the majority's sign."""
+        """True if the result is the mean of only those values that have the elected sign."""
         return "ties" in self.name
 
 
@@ -115,13 +115,13 @@ def added_up(
     A negative weight negates its tensor before the election, so a subtracted tensor votes for the opposite sign.
 
     Args:
-        tensors: One tensor per adapter, of any shape, but all of the same shape.
+        tensors: One tensor per adapter, of any shape; all must have the same shape.
         weights: One weight per adapter.
         way: The combination type.
         generator: Random generator for pruning, or None for torch's default one.
 
     Returns:
-        One tensor of that shape.
+        One tensor with the shape of the inputs.
 
     Source:
         Ilharco et al. 2022, arXiv:2212.04089 (task arithmetic); Yadav et al. 2023, arXiv:2306.01708 (TIES);
@@ -142,7 +142,7 @@ def added_up(
 
 
 def clamped(A: Tensor, B: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """Clamp A (g, r, in) and B (g, out, r) to a quantile of all their values, each counted once with each sign."""
+    """Clamp A (g, r, in) and B (g, out, r) to a quantile of all their values, each counted with both signs."""
     sizes = torch.cat([A.abs().flatten(), B.abs().flatten()]).sort().values
     position = (2 * quantile - 1) * (sizes.numel() - 1)  # quantile q of ±x is quantile 2q − 1 of |x|
     below = int(position)
@@ -163,7 +163,7 @@ def _pruned(tensor: Tensor, density: float, draws: bool, generator: torch.Genera
 
 
 RowReading = Callable[[str, Sequence[int]], Tensor]
-"""Path of an embedding table, row indices -> the base's rows, (n, d), without merged adapters."""
+"""Function from the path of an embedding table and row indices to the base rows, (n, d), without merged adapters."""
 
 
 def check_same_rows(adapters: Sequence[AdapterWeights]) -> None:
@@ -215,10 +215,10 @@ def combined_rows(
     Args:
         adapters: Adapters that `check_same_rows` accepts; some may train no tokens.
         weights: One weight per adapter.
-        reading: Reads the base's rows; only used if the weights of the adapters that train a table do not add up to 1.
+        reading: Reads rows of the base; used only if the weights of the adapters that train a table do not add up to 1.
 
     Returns:
-        Name on disk -> combined rows, (n, d), for each table that several adapters train.
+        Dict from name on disk to combined rows, (n, d), for each table that several adapters train.
 
     Raises:
         AdapterError: The base's rows are needed, but `reading` is None.

@@ -3,7 +3,7 @@
 At each site, the adapters' effects, weight · scale · B·A, are combined. The result has scale 1 everywhere, so that its
 effect is exactly the combination, whatever the adapters' ranks, alphas and rsLoRA settings. Dense products are formed
 only if the factors do not suffice. If a variant's update is more than B·A, the variant defines how such updates are
-added (`Variant.combine`), which requires the base model. Other variants are first reduced to A and B
+added (`Variant.combine`), and the base model is required. Adapters of other variants are first reduced to A and B
 (`Variant.factors`), and their sum is plain LoRA. If one parameter holds several experts, each expert is combined as if
 it were a separate site.
 """
@@ -54,21 +54,21 @@ def combine(
     *,
     way: CombinationType | str = "svd",
 ) -> OperationReport:
-    """Combine adapters of a model into a new adapter, which is frozen and not active.
+    """Combine adapters of a model into a new adapter, which is frozen and inactive.
 
     Args:
         model: The adapted model.
         adapters: Names of the adapters.
         weights: One weight per adapter; a negative weight subtracts the adapter, and a weight of 0 leaves it out.
         name: The new adapter's name.
-        way: The combination type, or its name to use the default options.
+        way: The combination type; a name selects the type with its default options.
 
     Returns:
         A report on the new adapter, with each site's deviation from the exact weighted sum.
 
     Raises:
         AdapterError: An adapter does not exist, the new name is taken, or the adapters cannot be combined.
-        ConfigError: The combination type is unknown or lacks an option, or it does not support the adapters' ranks.
+        ConfigError: The combination type is unknown, lacks a required option, or does not support the adapters' ranks.
     """
     way = CombinationType(way) if isinstance(way, str) else way
     sources = [weights_of_model(model, adapter) for adapter in adapters]
@@ -86,14 +86,14 @@ def combine_folders(
     model: nn.Module | None = None,
     allow: Collection[str] = (),
 ) -> OperationReport:
-    """Combine adapters on disk into a new directory; some variants, and trainable tokens, require the base model.
+    """Combine adapters on disk, and write the result to a new directory.
 
     Args:
         folders: Directories of the adapters.
         weights: One weight per adapter.
         output: The directory to create; it must be new or empty.
         way: As in `combine`.
-        model: The base model, for variants that read it and for trainable tokens.
+        model: The base model, or None; needed only for trainable tokens and for variants whose sum depends on the base.
         allow: Checks to override: "base_mismatch", "key_mismatch" (no sites in common), "nonfinite".
 
     Returns:
@@ -255,7 +255,7 @@ def _rank(path: str, active: Weighted, way: CombinationType) -> int:
 def _decomposed(
     path: str, products: Sequence[Product], active: Weighted, way: CombinationType, generator: torch.Generator | None
 ) -> Product:
-    """Apply a type with "svd" to the sum, using only the factors, or, if the type prunes, to the dense updates."""
+    """Apply a type with "svd" in its name; only the types that prune need dense updates."""
     rank = _rank(path, active, way)
     if not way.prunes:
         product = truncated(spectrum(stacked(products, [weight * factor.scale for factor, weight in active])), rank)
@@ -274,7 +274,10 @@ def _decomposed(
 def _separate(
     path: str, products: Sequence[Product], active: Weighted, way: CombinationType, generator: torch.Generator | None
 ) -> Product:
-    """Apply a type without "svd" to A and B separately, each scaled by √|weight|; A also gets the weight's sign."""
+    """Apply a type without "svd" in its name to A and B separately.
+
+    A and B are both scaled by √|weight|, and A is also multiplied by the sign of the weight.
+    """
     ranks = sorted({factor.r for factor, _ in active})
     if len(ranks) > 1:
         raise ConfigError(
@@ -311,7 +314,7 @@ SUMS = ("cat", "svd")
 
 
 def _summed_variant(adapters: Sequence[AdapterWeights], way: CombinationType, has_base: bool) -> Variant | None:
-    """Return the variant that defines how the updates are added, or None, and check that it allows this combination."""
+    """Return the variant that defines how the updates are added, or None; reject a type that the variant excludes."""
     found: dict[Variant, str] = {}
     for adapter in adapters:
         for variant in variants_of(adapter.config):

@@ -1,4 +1,4 @@
-"""Compare two adapters site by site: direction and strength of their updates, and their input and output spaces.
+"""Compare two adapters site by site: the direction, strength, input space and output space of their updates.
 
 Everything is computed from the factors, without dense products and without the base. If a variant's update is
 more than a low-rank product, only the low-rank product is compared.
@@ -25,14 +25,14 @@ class SiteComparison:
 
     Attributes:
         path: Path of the site.
-        ranks: Numerical rank of each update; for experts, the largest rank of an expert.
+        ranks: Numerical rank of each update; for experts, the largest rank over all experts.
         norms: Frobenius norm of each update, scale included.
-        cosine: Cosine similarity of the two updates, treated as vectors, in [−1, 1]; 0 if either is zero.
+        cosine: Cosine similarity of the two updates, treated as vectors, in [−1, 1]; 0 if either update is zero.
         output_angles: Principal angles, in degrees, between the updates' output spaces, over all experts, in ascending
             order.
-        input_angles: Likewise for the input spaces.
+        input_angles: The same angles for the input spaces.
         output_overlap: Mean squared cosine of the output angles, in [0, 1]: 1 if one space contains the other.
-        input_overlap: Likewise for the input angles.
+        input_overlap: The same mean for the input angles.
     """
 
     path: str
@@ -58,7 +58,7 @@ class Comparison:
         cosine: Cosine similarity of the two adapters, each treated as one vector over all sites; a missing site counts
             as zero.
         base: Comparison of their base models: "same", "same at other precision", "unverifiable" or "different".
-        in_part: Titles of variants that are compared only by their low-rank part.
+        in_part: Titles of the variants for which only the low-rank parts of the updates were compared.
     """
 
     names: tuple[str, str]

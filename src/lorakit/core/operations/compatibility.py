@@ -24,7 +24,7 @@ SHOWN = 4
 
 
 def check_one_base(adapters: Sequence[AdapterWeights], allow: Collection[str] = ()) -> None:
-    """Reject adapters if their files show different base models or tasks, or if one shares no sites with any other.
+    """Reject adapters with different base models or tasks, or an adapter that shares no sites with the others.
 
     Args:
         adapters: The adapters.
@@ -169,7 +169,7 @@ def check_no_base_biases(adapter: AdapterWeights) -> None:
 
 
 def joined_config(configs: Sequence[LoraConfig]) -> LoraConfig:
-    """Return the first config, extended with whatever any adapter needs: a variant, a bias on B, or saved modules.
+    """Return the first config, extended with what any of the adapters needs: a variant, a bias on B, or saved modules.
 
     Args:
         configs: Configs of one or more adapters; ranks, scales and targets are ignored.
@@ -196,7 +196,7 @@ def joined_config(configs: Sequence[LoraConfig]) -> LoraConfig:
 
 
 def shared_facts(adapters: Sequence[AdapterWeights]) -> JsonObject:
-    """Return the metadata that all adapters have in common, so that the result inherits it: base name and tokenizer."""
+    """Return the metadata that all adapters share and that the result inherits: base name and tokenizer hashes."""
     first, *rest = (adapter.facts for adapter in adapters)
     names = ("base_name", "tokenizer_sha256", "chat_template_sha256")
     return {name: first[name] for name in names if name in first and all(f.get(name) == first[name] for f in rest)}

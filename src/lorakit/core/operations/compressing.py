@@ -1,7 +1,7 @@
 """Compress an adapter to a lower rank, or convert any variant to plain LoRA, as closely as the rank allows.
 
 Compression uses only the factors, not dense weights. The energy lost at each site is computed exactly and reported.
-Several experts in one parameter are truncated separately, but to a common rank, which their total energy determines.
+Several experts in one parameter are truncated separately, but to a common rank that depends on their total energy.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def compress(
     rank: int | None = None,
     energy: float | None = None,
 ) -> OperationReport:
-    """Add a compressed version of an adapter to its model, frozen and not active.
+    """Compress an adapter, and add the result to the model as a frozen, inactive adapter.
 
     Args:
         model: The adapted model.
@@ -44,7 +44,7 @@ def compress(
 
     Raises:
         AdapterError: The adapter does not exist, or the new name is taken.
-        ConfigError: `rank` and `energy` are both given or both missing, or out of range.
+        ConfigError: `rank` and `energy` are both given or both missing, or the one given is out of range.
     """
     result, sites = reduced_weights(weights_of_model(model, adapter), RankLimit(rank, energy))
     put(model, result, name)
@@ -59,7 +59,7 @@ def compress_folder(
     energy: float | None = None,
     allow: Collection[str] = (),
 ) -> OperationReport:
-    """Compress an adapter on disk into a new directory; the base model is not needed.
+    """Compress an adapter on disk, and write the result to a new directory; the base model is not needed.
 
     Args:
         folder: The adapter's directory.
@@ -92,7 +92,7 @@ def plain_weights(
     Args:
         adapter: The adapter.
         to: Maximum rank, or fraction of the energy to keep; also applied to sites that are already plain LoRA.
-        reading: Path -> the base's weight at that path; used only if an update is more than a low-rank product.
+        reading: Function from a path to the base weight there; used only if an update is more than a low-rank product.
 
     Returns:
         The plain adapter, and the energy lost at each site.
@@ -113,8 +113,8 @@ def reduced_weights(
     Args:
         adapter: The adapter.
         to: Maximum rank, or fraction of the energy to keep.
-        reading: Path -> the base's weight at that path, to convert every update to plain LoRA; if None, only A and B
-            are compressed.
+        reading: Function from a path to the base weight there, used to convert every update to plain LoRA; if None,
+            only A and B are compressed.
 
     Returns:
         The new adapter, with scale 1, and the energy lost at each site.
@@ -169,7 +169,7 @@ def _cut_factor(factor: SiteFactors, to: RankLimit) -> tuple[Product, float, flo
 
 
 def _cut_dense(delta: Tensor, to: RankLimit) -> tuple[Product, float, float]:
-    """Return the product, the norm of the update (out, n), and the fraction of its energy that is lost."""
+    """Return the low-rank product, the norm of the update (out, n), and the fraction of its energy that is lost."""
     found, whole = dense_spectrum(delta, to.rank)
     product = truncated(found, to.of(found.S))
     kept = float(found.S[:, : product.A.shape[1]].double().square().sum())

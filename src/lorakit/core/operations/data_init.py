@@ -1,7 +1,7 @@
-"""Collect the data that inits need: the sites' inputs for EVA and CorDA, and gradients for LoRA-GA.
+"""Collect the data that inits need: site inputs for EVA and CorDA, and weight gradients for LoRA-GA.
 
 Sites are processed in groups. The statistics of a group are immediately reduced to the small tensors that the init
-needs, so that memory stays bounded regardless of the model's size. All batches are run once for each group.
+needs, so that memory use stays bounded regardless of the model size. All batches are run once for each group.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lorakit.targets import Match, match_path
 
 @dataclass(frozen=True)
 class DataSites:
-    """The sites of a config with a data-dependent init.
+    """The sites that a config with a data-dependent init targets.
 
     Attributes:
         init: The config's init.
@@ -63,7 +63,7 @@ class DataSites:
             model: The base; only read.
             config: Targets, ranks and init; only read.
             allow: "partial_targets" allows entries of the config that match nothing.
-            only: Match -> whether to include the match.
+            only: Function that returns whether to include a match.
 
         Raises:
             ConfigError: The init uses no data, or does not support a site.
@@ -99,12 +99,12 @@ class DataSites:
 
         Args:
             model: The base; it is not changed.
-            batches: Arguments of `forward`; must be a list, not an iterator, if there are several groups of sites.
+            batches: Batches for `forward`; must be a list, not an iterator, if there are several groups of sites.
             forward: Runs the model on a batch; for "lora_ga" it returns the loss, a scalar.
             keep: As in `collect_inputs`; ignored for "lora_ga".
 
         Returns:
-            Path -> name -> tensor (…), from `Init.digest`.
+            Dict from path to a dict from name to tensor (…), as returned by `Init.digest`.
 
         Raises:
             ConfigError: The init cannot change the base, or a rank is too large.
@@ -115,7 +115,7 @@ class DataSites:
         groups = in_groups(list(contexts), lambda path: self._size_bytes(contexts[path]))
         if len(groups) > 1 and isinstance(batches, Iterator):
             raise DataError(
-                f"The batches are run {len(groups)} times to bound memory; pass a list instead of an iterator."
+                f"The batches are run {len(groups)} times to limit memory use; pass a list instead of an iterator."
             )
         collected: dict[str, InputStatistics] | dict[str, GradientStatistics]
         with contextlib.nullcontext() if find_state(model) is None else disable(model):
@@ -133,7 +133,7 @@ class DataSites:
 
         Args:
             model: The base; only read.
-            collected: Path -> collected data; sites without data are left out.
+            collected: Dict from path to collected data; sites without data are left out.
 
         Raises:
             ConfigError: The init cannot change the base, or a rank is too large.
@@ -151,7 +151,7 @@ class DataSites:
             raise DataError(f"{context.path}: {cause}", **{**cause.fields, "where": context.path}) from None
 
     def _contexts(self) -> dict[str, InitContext]:
-        """Return a dict from the path of each site to the input of its init."""
+        """Return a dict from the path of each site to the `InitContext` of the site."""
         contexts: dict[str, InitContext] = {}
         for match in self.matches:
             targets = self.index.targets(match.path, kind_named(match.kind))
@@ -185,9 +185,9 @@ def collect_for(
     Args:
         model: The base; it is not changed.
         config: Targets, ranks and init of the adapter; only read.
-        batches: Arguments of `forward`; must be a list if the statistics of all sites exceed the memory limit.
+        batches: Batches to pass to `forward`; must be a list if the statistics of all sites exceed the memory limit.
         forward: Runs the model on a batch; for "lora_ga" it returns the loss, a scalar.
-        keep: Batch -> mask (rows, length) of the positions to use; ignored for "lora_ga".
+        keep: Function from a batch to a mask (rows, length) of the positions to use; ignored for "lora_ga".
         allow: "partial_targets" allows entries of the config that match nothing.
 
     Returns:
@@ -195,7 +195,7 @@ def collect_for(
 
     Raises:
         ConfigError: The init needs no data, or does not support a site.
-        TargetError: A target matches nothing, or is a site whose inputs are not rows of values.
+        TargetError: A target matches nothing, or the inputs of a targeted site are not rows of values.
         DataError: There are no batches, a mask has the wrong shape, or a site received no data.
     """
     found = DataSites.of(model, config, allow)
@@ -213,16 +213,16 @@ def collect_for(
 def ranks_by_variance(
     settings: EvaConfig, ranks: Mapping[str, int], ratios: Mapping[str, Sequence[float]]
 ) -> dict[str, int]:
-    """Return EVA's ranks: each of the largest variance fractions adds one rank to its site, up to the config's total.
+    """Return EVA's ranks: the largest variance fractions each add one rank to their site, up to the config's total.
 
     Args:
-        settings: If rho is 1, the ranks stay the same.
-        ranks: Path -> rank in the config.
-        ratios: Path -> fraction of the variance that each direction explains, largest first, up to the largest possible
-            rank.
+        settings: The EVA settings; if rho is 1, the ranks stay the same.
+        ranks: Dict from path to rank in the config.
+        ratios: Dict from path to the fraction of the variance that each direction explains, largest first, up to the
+            largest possible rank.
 
     Returns:
-        Path -> rank, which may be 0.
+        Dict from path to rank, which may be 0.
 
     Source:
         Paischer et al. 2024, arXiv:2410.07170, section 3.3.
@@ -238,7 +238,7 @@ def redistributed(config: LoraConfig, matches: Sequence[Match], ranks: Mapping[s
     Args:
         config: The original config; its `eva_config` determines whether the scales stay the same.
         matches: The sites with their ranks.
-        ranks: Path -> new rank.
+        ranks: Dict from path to new rank.
     """
     left = [match for match in matches if ranks[match.path]]
     found = with_ranks(config, left, ranks)

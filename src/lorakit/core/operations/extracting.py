@@ -1,7 +1,8 @@
 """Extract an adapter from a fully fine-tuned model and its base: the nearest low-rank update at each site.
 
-Weights are read one pair at a time; if a parameter holds several experts, one expert at a time. Whatever the adapter
-does not contain is reported: the energy beyond each site's rank, and every change outside the sites.
+Weights are read one pair at a time; if a parameter holds several experts, they are read one expert at a time. The
+report covers whatever the adapter does not contain: the energy beyond each site's rank, and every change outside the
+sites.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class OutsideChange:
     Attributes:
         name: Name of the tensor in the model.
         norm: Frobenius norm of the change, or None if the tensors cannot be compared.
-        why: "changed", or a message that the shapes differ or that only one of the models has the tensor.
+        why: "changed", or a message saying that the shapes differ or that only one of the models has the tensor.
     """
 
     name: str
@@ -59,7 +60,7 @@ class ExtractReport(OperationReport):
 
     @property
     def captured(self) -> float:
-        """Energy in the adapter as a fraction of the energy of all changes, at sites or not; 1 if nothing changed."""
+        """Energy in the adapter as a fraction of the energy of all changes to the model; 1 if nothing changed."""
         inside = sum(site.norm**2 for site in self.sites)
         held = sum(site.norm**2 * (1 - site.energy_lost) for site in self.sites)
         whole = inside + sum(change.norm**2 for change in self.outside if change.norm is not None)
@@ -97,7 +98,7 @@ def extract(
     Raises:
         ModelError: The two models have different architectures.
         ConfigError: `rank` and `energy` are both given or both missing, the config requests something that cannot be
-            extracted, or the base's layers are replicated (`layer_replication`).
+            extracted, or the base has replicated layers (`layer_replication`).
         TargetError: A target matches nothing.
         NotYetSupported: A site is a grouped convolution.
         AdapterError: The name is taken or not valid.
@@ -121,8 +122,8 @@ def extract_to_folder(
     """Extract the low-rank part of a fine-tuned model's changes, and write it to a directory as an adapter.
 
     Args:
-        model: The base's modules; their weights are not read, so they may be on the meta device.
-        base: The base's tensors.
+        model: The base model; only its structure is needed, so it may be on the meta device.
+        base: Tensors of the base.
         tuned: Tensors of the fine-tuned model.
         config: As in `extract`.
         output: The directory to create; it must be new or empty.
@@ -150,7 +151,7 @@ def extract_weights(
     """Extract an adapter from the tensors of two models.
 
     Args:
-        model: The base's modules.
+        model: The base model; only its structure is needed.
         base: Tensors of the base.
         tuned: Tensors of the fine-tuned model.
         config: As in `extract`.
@@ -201,9 +202,9 @@ def _check_plain(config: LoraConfig, model: nn.Module) -> None:
     if config.layer_replication or (state is not None and state.replication is not None):
         raise ConfigError(
             "layer_replication: nothing can be extracted from replicated layers, because several of them share one "
-            "base weight, while the fine-tuned model has one for each. Use the replicated model as the base: attach a "
-            "new adapter with this layer_replication, call merge_and_unload(untie=True), and extract without "
-            "layer_replication.",
+            "base weight, while the fine-tuned model has a separate weight for each layer. Use the replicated model as "
+            "the base: attach a new adapter with this layer_replication, call merge_and_unload(untie=True), and "
+            "extract without layer_replication.",
             field="layer_replication",
         )
 
@@ -227,11 +228,12 @@ def _site(
     if shapes[0] != shapes[1]:
         raise ModelError(
             f"{names[0]} has shape {shapes[0]} in {sources[0].label} and {shapes[1]} in {sources[1].label}. Check that "
-            "the second is a fine-tuned version of the first, add the module to modules_to_save, or do not target it.",
+            "the second model is a fine-tuned version of the first, add the module to modules_to_save, or do not "
+            "target it.",
             where=names[0],
         )
     rank = cut.rank
-    if rank is None and spec.experts:  # all experts get one rank, which a first pass over their changes computes
+    if rank is None and spec.experts:  # all experts get the same rank, computed in a first pass over their changes
         S = torch.stack([torch.linalg.svdvals(delta) for delta in _changes(site_map, target, sources, under)])
         rank = cut.of(S)
     parts, whole, kept = [], 0.0, 0.0
@@ -276,7 +278,7 @@ def _weight(source: TensorSource, names: Sequence[str]) -> Tensor:
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
-    """Map each tensor name to all names of that tensor, starting with the key; files store only one of the names."""
+    """Return a dict from each tensor name to all names of that tensor, the key first; files store only one name."""
     ids = {name: id(tensor) for name, tensor, _ in base_tensors(model)}
     names: dict[int, list[str]] = {}
     for name, tensor in ids.items():
@@ -287,7 +289,7 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
 def _outside(
     aliases: Mapping[str, list[str]], base: TensorSource, tuned: TensorSource, taken: Collection[str]
 ) -> tuple[OutsideChange, ...]:
-    """Return the changes in tensors outside `taken`, each only once, and the tensors that only one model has."""
+    """Return the changes in tensors outside `taken`, each exactly once, and the tensors that only one model has."""
     found: list[OutsideChange] = []
     seen = {name for taken_name in taken for name in aliases[taken_name]}
     for name, names in aliases.items():

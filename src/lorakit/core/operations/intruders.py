@@ -31,7 +31,7 @@ class SiteIntruders:
         path: Path of the site.
         indices: Indices of the singular vectors of W + ΔW that are intruders, strongest first.
         cosines: For each intruder, the largest absolute cosine with a singular vector of W.
-        energy_lost: Fraction of the weakened update's energy that is lost by truncating it to the adapter's rank.
+        energy_lost: Fraction of the weakened update's energy that truncation to the adapter's rank removes.
         expert: Index of the expert, or None if the site has only one weight matrix.
     """
 
@@ -51,7 +51,7 @@ def reduce_intruders(
     threshold: float = 0.5,
     keep: float = 0.75,
 ) -> tuple[SiteIntruders, ...]:
-    """Copy an adapter and weaken the copy's intruder dimensions; the copy is added to the model, frozen and inactive.
+    """Add a frozen, inactive copy of an adapter to the model, and weaken the intruder dimensions of the copy.
 
     Args:
         model: The adapted model.
@@ -118,7 +118,7 @@ def _of_matrix(
 ) -> tuple[Product, SiteIntruders]:
     """Return ΔW + (keep − 1)·Σ u·σ·vᵀ over the intruders, truncated to the adapter's rank.   [docs/math.md (58)]
 
-    Output directions are compared, regardless of how the base stores the weight.
+    The comparison uses output directions, regardless of how the base stores the weight.
     """
     top, threshold, keep = how
     delta = Product(product.A, product.B * scale)

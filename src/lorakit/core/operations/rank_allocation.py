@@ -1,8 +1,8 @@
 """Allocate ranks to sites within a fixed number of trainable parameters, based on gradients or inputs.
 
 This module applies two published criteria to data from `lorakit.core.statistics.collecting`. It stores the resulting
-ranks in a config's patterns, with alphas that keep every site's scale. Both criteria use only the base model and the
-batches, and nothing is trained.
+ranks in a config's patterns, with alphas that preserve the scale of every site. Both criteria use only the base model
+and the batches, and nothing is trained.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LEAST, MOST = 0.5, 4.0
 """Bounds on a site's rank, relative to the rank in the config, as in GoRA (4 and 32 for a reference rank of 8)."""
 
 MAX_BYTES = 2 << 30
-"""Maximum size in bytes of the statistics held at one time; it determines the number of passes over the batches."""
+"""Limit in bytes on the statistics held at one time; this limit determines the number of passes over the batches."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,13 @@ class Allocation:
     """Ranks by site.
 
     Attributes:
-        ranks: Path -> rank.
-        config: The config with these ranks in `rank_pattern` and `alpha_pattern`.
-        parameters: Number of elements in all A and B with these ranks.
-        budget: Number of elements in all A and B with the ranks of the original config.
-        evidence: Path -> value of the criterion: the sensitivity of the weight, or the fraction of the input's variance
-            that the site's rank explains. Sites that the criterion does not support keep their rank and have no entry.
+        ranks: Dict from path to rank.
+        config: The config with these ranks in `rank_pattern` and matching alphas in `alpha_pattern`.
+        parameters: Total number of elements in the factors of all sites with these ranks.
+        budget: Total number of elements in the factors of all sites with the ranks of the original config.
+        evidence: Dict from path to the value of the criterion: the sensitivity of the weight, or the fraction of the
+            input variance that the site's rank explains. Sites that the criterion does not support keep their rank and
+            have no entry.
     """
 
     ranks: Mapping[str, int]
@@ -64,15 +65,15 @@ def allocate(
     keep: Callable[[Any], Tensor | None] | None = None,
     allow: Collection[str] = (),
 ) -> Allocation:
-    """Propose ranks for a config's sites that require no more parameters than the ranks in the config.
+    """Propose new ranks for a config's sites without exceeding the number of parameters that the config requires.
 
     Args:
         model: The base; it is not changed.
         config: Targets and original ranks; only read.
-        batches: Arguments of `forward`; all of them are run once for each `MAX_BYTES` of statistics.
+        batches: Batches to pass to `forward`; all batches are run once for each `MAX_BYTES` of statistics.
         forward: Runs the model on a batch and returns the loss, a scalar; for "inputs", the result is ignored.
-        by: "gradients": `by_sensitivity`, for dense sites and embeddings; "inputs": `by_explained_variance`, for dense
-            sites; other sites keep their rank.
+        by: "gradients" uses `by_sensitivity` and supports dense sites and embeddings; "inputs" uses
+            `by_explained_variance` and supports dense sites. Other sites keep their rank.
         keep: As in `collect_inputs`; only used for "inputs".
         allow: "partial_targets" allows entries of the config that match nothing.
 
@@ -99,7 +100,7 @@ def allocate(
             for path, statistics in collect_gradients(model, group, batches, forward).items():
                 evidence[path] = sensitivity(modules[path], statistics.mean()) if statistics.calls else 0.0
         ranks = by_sensitivity(evidence, costs, before, {path: min(sizes[path]) for path in before})
-    else:  # this also handles the case that no site is supported, without ranks
+    else:  # also reached if no site is supported; then there are no ranks to allocate
         ratios: dict[str, list[float]] = {}
         for group in in_groups(list(before), lambda path: 4 * sizes[path][1] ** 2):
             for path, inputs in collect_inputs(model, group, batches, forward, keep=keep).items():
@@ -122,11 +123,11 @@ def _is_dense_or_table(kind: Kind) -> bool:
 
 
 RANKED: Mapping[str, Fits] = {"inputs": lambda kind: kind.is_dense, "gradients": _is_dense_or_table}
-"""Criterion -> the kinds whose ranks it allocates."""
+"""Dict from each criterion to a function that returns whether the criterion supports a kind."""
 
 
 def sensitivity(module: nn.Module, gradient: Tensor) -> float:
-    """Return I = mean |W ∘ G|: the first-order change in the loss if an element of W is zeroed.   [docs/math.md (19)]
+    """Return I = mean |W ∘ G|, the mean first-order change in the loss from zeroing an element.   [docs/math.md (19)]
 
     Args:
         module: A dense layer or an embedding of the base.
@@ -142,19 +143,19 @@ def sensitivity(module: nn.Module, gradient: Tensor) -> float:
 def by_sensitivity(
     sensitivities: Mapping[str, float], costs: Mapping[str, int], ranks: Mapping[str, int], limits: Mapping[str, int]
 ) -> dict[str, int]:
-    """Return ranks proportional to I/√(in + out), clipped, within the parameter budget of the given ranks.
+    """Return clipped ranks proportional to I/√(in + out) that need no more parameters than the given ranks.
 
-    This is GoRA's rule with a strict budget: the common factor is the largest one for which the clipped ranks need no
-    more parameters than the given ranks. Only the magnitude I of W ∘ G counts, not the number of its directions.
+    This is GoRA's rule with a strict budget: the proportionality factor is the largest one for which the clipped ranks
+    stay within the budget. Only the magnitude I of W ∘ G matters, not the number of its directions.
 
     Args:
-        sensitivities: Path -> sensitivity I of the site's weight.
-        costs: Path -> in + out, the number of parameters per rank.
-        ranks: Path -> rank in the config; the result is clipped to between `LEAST` and `MOST` times this rank.
-        limits: Path -> the smaller dimension of the weight, an upper bound on the rank.
+        sensitivities: Dict from path to the sensitivity I of the site's weight.
+        costs: Dict from path to in + out, the number of parameters per rank.
+        ranks: Dict from path to rank in the config; new ranks are between `LEAST` and `MOST` times these ranks.
+        limits: Dict from path to the smaller dimension of the weight, an upper bound on the rank.
 
     Returns:
-        Path -> rank.
+        Dict from path to rank.
 
     Raises:
         DataError: Every sensitivity is zero.
@@ -188,20 +189,20 @@ def by_sensitivity(
 def by_explained_variance(
     ratios: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int, least: int = 1
 ) -> dict[str, int]:
-    """Return ranks by explained variance: the strongest input directions of all sites, within a budget.
+    """Allocate ranks to the sites whose input directions explain the most variance, within a budget.
 
     The fractions of all sites are pooled and sorted; each selected fraction adds one rank to its site. If all
     costs are 1 and `least` is 0, this is EVA's redistribution. The criterion does not depend on the loss.
 
     Args:
-        ratios: Path -> fraction of the variance that each principal direction explains, largest first, up to the
-            largest possible rank.
-        costs: Path -> cost of one more rank: in + out parameters, or 1.
+        ratios: Dict from path to the fraction of the variance that each principal direction explains, largest first, up
+            to the largest possible rank.
+        costs: Dict from path to the cost of one more rank: in + out parameters, or 1.
         budget: Maximum total cost.
         least: Minimum rank of each site; its cost is subtracted from the budget first.
 
     Returns:
-        Path -> rank.
+        Dict from path to rank.
 
     Source:
         Paischer et al. 2024, arXiv:2410.07170 (EVA), section 3.3.
@@ -217,12 +218,12 @@ def by_explained_variance(
 
 
 def with_ranks(config: LoraConfig, matches: Sequence[Match], ranks: Mapping[str, int]) -> LoraConfig:
-    """Return a copy of a config with patterns for each site's new rank and for the alpha that keeps its scale.
+    """Return a copy of a config with patterns for the new rank of each site and for the alpha that preserves its scale.
 
     Args:
         config: The config that targets the sites.
         matches: The sites, with their rank and alpha in `config`.
-        ranks: Path -> new rank, at least 1.
+        ranks: Dict from path to new rank, at least 1.
 
     Returns:
         The copy; the keys of its patterns are full paths.
@@ -253,7 +254,7 @@ def in_groups(paths: Sequence[str], size_bytes: Callable[[str], int]) -> list[li
 
     Args:
         paths: Paths of sites.
-        size_bytes: Path -> size in bytes of the site's statistics.
+        size_bytes: Function from a path to the size of the site's statistics in bytes.
     """
     groups: list[list[str]] = []
     room = 0

@@ -1,7 +1,7 @@
 """Adapters and base weights as plain tensors, read from a model in memory or from safetensors files.
 
-`TensorSource` reads a base's tensors one at a time. `AdapterWeights` is the input and output of all operations on
-adapters: it holds the factors and scales by site, and all other trained tensors by their names on disk.
+`TensorSource` reads the tensors of a base one at a time. `AdapterWeights` is the input and output of all operations on
+adapters: it holds factors and scales, keyed by site, and all other trained tensors, keyed by their names on disk.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from lorakit.targets import match_path
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Tensors by name, each read on demand.
+    """Named tensors that are read on demand.
 
     Attributes:
         label: Name used in messages.
-        shapes: Name -> shape.
-        read: Name -> tensor (…).
-        read_one: Name, index -> the tensor (…) at that index of the first axis, such as one of several experts.
+        shapes: Dict from name to shape.
+        read: Function from a name to the tensor (…).
+        read_one: Function from a name and an index to the slice (…) at that index along the first axis.
     """
 
     label: str
@@ -50,17 +50,17 @@ class TensorSource:
     read_one: Callable[[str, int], Tensor]
 
     def under(self, names: Sequence[str]) -> str | None:
-        """Return the first of a tensor's names that this source has, or None.
+        """Return the first of a tensor's names that is in this source, or None.
 
         Args:
-            names: Names in the model; files often omit the first part, such as `transformer.`.
+            names: Names in the model; files often omit the first part, such as `transformer.`, so both forms are tried.
         """
         candidates = [*names, *(name.partition(".")[2] for name in names)]
         return next((candidate for candidate in candidates if candidate in self.shapes), None)
 
 
 def source_of_model(model: nn.Module, label: str = "the model") -> TensorSource:
-    """Return a source for the parameters and buffers of a model's base, without merged adapters.
+    """Return a source for the parameters and buffers of a base model, without merged adapters.
 
     Args:
         model: A model with or without adapters; only read.
@@ -87,7 +87,7 @@ def source_of_folder(folder: str | os.PathLike[str]) -> TensorSource:
     files = [whole] if whole.is_file() else sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if not files:
         raise ModelError(
-            f"{folder}: no safetensors files found; pass such a file or a directory that contains some.", where=folder
+            f"{folder}: no safetensors files found; pass a safetensors file or a directory with one.", where=folder
         )
     homes: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -116,10 +116,10 @@ PLAIN_TARGETS: Mapping[str, Any] = {"exclude_modules": None, "layers_to_transfor
 
 @dataclass(frozen=True)
 class BareSite:
-    """The bare parameter that a factor adapts, or the candidates for it.
+    """The bare parameter that a factor adapts, or several candidates if the parameter is not known.
 
     Attributes:
-        names: Path of the parameter; several candidates if the files do not show which one it is.
+        names: Path of the parameter, or the paths of all candidates.
         order: Position of the parameter in its module's order of definition, which determines the path on disk.
         experts: Number of matrices in the parameter, each with its own part of A and B.
     """
@@ -170,7 +170,7 @@ class SiteFactors(Factor):
 
     @property
     def shared(self) -> int:
-        """Number of groups that share the rank: the groups of a grouped convolution, or 1 for any other site."""
+        """Number of groups that share the rank; always 1, except for grouped convolutions."""
         return 1 if self.experts > 1 else max(1, int(self.A.shape[0]) // int(self.B.shape[1]))
 
     def product(self) -> Product:
@@ -192,14 +192,14 @@ class SiteFactors(Factor):
 
         Args:
             variant: The variant.
-            own: The variant's extra tensors (…), by `OwnTensor.held_as`.
+            own: The variant's extra tensors (…), keyed by `OwnTensor.held_as`.
         """
         return dataclasses.replace(self, variant=variant, own=own, setting=NO_SETTING)
 
     def holding(self, product: Product, scale: float = 1.0) -> SiteFactors:
-        """Return the same site with another product of any rank, (g, r, in) and (g, out, r), and another scale.
+        """Return a factor for the same site with another product, (g, r, in) and (g, out, r), and another scale.
 
-        The result is plain LoRA if truncation does not keep the variant (`outlasts_a_cut`).
+        The rank may change. If the variant does not allow that (`outlasts_a_cut` is False), the result is plain LoRA.
         """
         A, B = factors_of(product, self.A, self.B, self.experts)
         same = self if self.variant.outlasts_a_cut else self.of_variant(PLAIN, NO_TENSORS)
@@ -208,14 +208,14 @@ class SiteFactors(Factor):
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """A complete adapter.
+    """The config, all tensors and the metadata of an adapter.
 
     Attributes:
         label: Name used in messages: the adapter's name on the model, or its directory.
         config: Config of the adapter.
-        factors: Path on disk -> factor, sorted by path.
-        others: Name on disk -> tensor (…), for everything else: saved modules, biases, and trainable tokens.
-        base: Fingerprint of the base, or None.
+        factors: Dict from path on disk to factor, sorted by path.
+        others: Dict from name on disk to tensor (…) for everything else: saved modules, biases, and trainable tokens.
+        base: Fingerprint of the base, or None if it is unknown.
         facts: Metadata from `lorakit.json`.
         sha256: SHA-256 of the weights file, or "".
         findings: Implausible values in the files.
@@ -231,12 +231,12 @@ class AdapterWeights:
     findings: tuple[Finding, ...] = ()
 
     def report(self) -> None:
-        """Warn about implausible values in the adapter's files; an all-zero update is allowed."""
+        """Warn about implausible values in the adapter's files; an all-zero update is not considered implausible."""
         for message in implausible(self.label, self.findings, may_be_zero=True):
             warn_caller(message)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors (…) by their names on disk, sorted by name."""
+        """Return a dict from names on disk to all tensors (…), sorted by name."""
         found = dict(self.others)
         for path, factor in self.factors.items():
             stem, (end_A, end_B) = PREFIX + path, factor.endings
@@ -255,7 +255,7 @@ class AdapterWeights:
         return compare(base, other.base.without(saved), f"{self.label}'s")
 
     def origin(self) -> dict[str, str]:
-        """Return the adapter's name and hash, which the result of an operation records in `lorakit.json`."""
+        """Return the adapter's name and, if known, its hash, for the `lorakit.json` of a derived adapter."""
         name = Path(self.label).name
         return {"name": name, "sha256": self.sha256} if self.sha256 else {"name": name}
 
@@ -294,8 +294,8 @@ def weights_of_folder(folder: str | os.PathLike[str], allow: Collection[str] = (
 
     Raises:
         AdapterFileError: A file is missing or damaged, values are not finite, A and B have incompatible shapes, a scale
-            depends on a regular expression (regular expressions from files are not run), the rank and scale of a bare
-            parameter cannot be known without a model, or the files do not show how an init changed the base.
+            depends on a regular expression (regular expressions from files are not evaluated), the rank and scale of a
+            bare parameter cannot be known without a model, or the files do not show how an init changed the base.
         NotYetSupported: The adapter needs a feature that is not implemented.
     """
     files = read_adapter(folder)
@@ -322,7 +322,7 @@ def weights_of_folder(folder: str | os.PathLike[str], allow: Collection[str] = (
 
 
 def _in_usual_shapes(config: LoraConfig) -> LoraConfig:
-    """Return a config without the variants that differ from LoRA only in how A and B are stored; see `_by_site`."""
+    """Return a copy of a config without variants that differ from LoRA only in how A and B are stored (`_by_site`)."""
     return without(config, *(variant for variant in variants_of(config) if variant.is_lora_once_multiplied))
 
 
@@ -330,13 +330,13 @@ def outer_modules(factors: Mapping[str, SiteFactors]) -> set[str]:
     """Return the modules that a config must target to adapt these sites; targeting a module covers all its weights.
 
     Args:
-        factors: Path on disk -> factor; factors of bare parameters are ignored.
+        factors: Dict from path on disk to factor; factors of bare parameters are ignored.
     """
     return {path.partition(INSIDE)[0] for path, factor in factors.items() if not factor.names}
 
 
 def _sites_in(index: AdapterIndex, name: str) -> dict[str, tuple[float, BareSite | None]]:
-    """Return the sites of an adapter on a model: path on disk -> scale and bare parameter."""
+    """Return a dict from the path on disk of each of the adapter's sites to its scale and bare parameter."""
     on_disk = paths_on_disk(index, name)
     found = {}
     for path, layer in index.layers(name):
@@ -385,7 +385,7 @@ def _check_bare_known(files: AdapterFiles) -> None:
 def _by_site(
     tensors: Mapping[str, Tensor], config: LoraConfig, site: Callable[[str, Tensor], tuple[float, BareSite | None]]
 ) -> tuple[dict[str, SiteFactors], dict[str, Tensor]]:
-    """Return two dicts: the factors, sorted by their path on disk, and the tensors that belong to no site, by name.
+    """Return two dicts: factors, keyed and sorted by path on disk, and tensors that belong to no site, keyed by name.
 
     Tensors of variants that the config does not select, and PEFT's copies of base weights, are left out.
     """

@@ -1,8 +1,8 @@
-"""Results of operations: create reports and configs, add a result to a model, or write it to a directory.
+"""Turn results of operations into reports and configs, add results to a model, and write them to a directory.
 
-On disk, a bare parameter has the path of its module; if a module has several, the one that is defined last has the
-outermost path. The same path can therefore mean different parameters in two adapters; `aligned` matches sites by
-parameter instead. A result that is added to a model goes through the same checks and code as a loaded adapter.
+On disk, a bare parameter has the path of its module; if a module has several bare parameters, the last one defined has
+the outermost path. The same path can therefore refer to different parameters in two adapters; `aligned` matches sites
+by parameter instead. A result that is added to a model goes through the same checks and code as a loaded adapter.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ class SiteOperation:
     Attributes:
         path: Path of the site.
         r: Rank of the site; for experts in one parameter, the rank of each expert.
-        r_before: Rank of the update that the site approximates: the sum of the combined ranks, the rank of the original
-            adapter, or the rank of the whole change.
-        norm: Frobenius norm of that update, scale included: Σ weight·Δ, Δ, or the change in the weight.
-        deviation: Relative distance from that update: ‖result − Δ‖ / ‖Δ‖; 0 if the norm is 0.
+        r_before: Rank of the update Δ that the site approximates: the sum of the adapters' ranks, the rank of the
+            original adapter, or the rank of the whole change in the weight.
+        norm: Frobenius norm of Δ, which is a weighted sum of updates, a single update, or the change in the weight;
+            updates include their scales.
+        deviation: Relative distance from Δ: ‖result − Δ‖ / ‖Δ‖; 0 if the norm is 0.
     """
 
     path: str
@@ -52,7 +53,7 @@ class SiteOperation:
 
     @property
     def energy_lost(self) -> float:
-        """Square of the deviation; for the best approximation of a given rank, the fraction of ‖Δ‖² that is lost."""
+        """Square of the deviation; for the best approximation of a given rank, this is the lost fraction of ‖Δ‖²."""
         return self.deviation**2
 
 
@@ -64,7 +65,7 @@ class OperationReport:
         name: Name of the new adapter, or its directory.
         config: Config of the new adapter.
         sites: Sites of the new adapter.
-        facts: Origin of the new adapter, for `save_adapter(..., facts=...)`; directories store it in `lorakit.json`.
+        facts: Origin of the new adapter, as metadata to pass to `save_adapter`; `lorakit.json` stores this metadata.
     """
 
     name: str
@@ -79,7 +80,7 @@ class OperationReport:
 
     @property
     def energy_lost(self) -> float:
-        """Lost fraction of the total energy of all sites."""
+        """Fraction of the total energy over all sites that is lost."""
         whole = sum(site.norm**2 for site in self.sites)
         return sum(site.norm**2 * site.energy_lost for site in self.sites) / whole if whole else 0.0
 
@@ -99,13 +100,14 @@ _Parameter = tuple[int, tuple[str, ...]]
 
 
 def aligned(adapters: Sequence[AdapterWeights]) -> dict[str, list[SiteFactors | None]]:
-    """Align the sites of several adapters.
+    """Match the sites of several adapters to each other.
 
     Args:
         adapters: Adapters of the same base model.
 
     Returns:
-        Path that the site would have on disk in an adapter with all these sites -> each adapter's factor, or None.
+        Dict from the path of each site to a list with each adapter's factor there, or None. The paths are those that an
+        adapter with all these sites would have on disk.
 
     Raises:
         AdapterError: The adapters change weights of different shapes at a site; they adapt different parameters of a
@@ -156,12 +158,13 @@ def described(
 
     Args:
         config: Source of all fields except ranks, scales and targets.
-        factors: Path on disk -> factor.
+        factors: Dict from path on disk to factor.
         targets: Value of `target_modules`, or None to use full paths.
 
     Returns:
         A config without rsLoRA in which alpha equals the rank everywhere, so that every program computes a scale of 1;
-        and the factors. If files cannot tell some parameters of a module apart, their factors are padded to one rank.
+        and the factors. If files cannot distinguish some parameters of a module, the factors of those
+        parameters are padded to a common rank.
     """
     factors = _evened(factors)
     ranks = {name: factor.r for path, factor in factors.items() for name in factor.names or (path,)}
@@ -182,7 +185,7 @@ def described(
 
 
 def common_targets(adapters: Sequence[AdapterWeights]) -> set[str] | str | None:
-    """Return targets that name exactly the modules of all adapters together, or None if that requires full paths.
+    """Return targets that cover exactly the modules of all adapters together, or None if only full paths can do so.
 
     Args:
         adapters: Adapters of the same base model.

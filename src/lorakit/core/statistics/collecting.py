@@ -1,8 +1,9 @@
-"""Collect moments of the inputs to a model's sites, and gradients of the sites' weights, over a few batches.
+"""Collect moments of site inputs and gradients of site weights over a few batches.
 
-Data-dependent inits and rank allocation use both. Hooks are registered on the base's module at each site's path,
+Data-dependent inits and rank allocation use these statistics. Hooks are registered on the base module of each site,
 whether or not the site has adapters, and are removed afterwards, even after an error. The model's weights,
-`requires_grad`, `.grad` and modes are left unchanged. This module does not handle adapter arithmetic.
+`requires_grad` flags, `.grad` attributes and training modes are left unchanged. This module does not handle adapter
+arithmetic.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from lorakit.core.statistics.moments import GradientStatistics, InputStatistics
 from lorakit.errors import DataError, RunError, TargetError, nearest
 
 Forward = Callable[[nn.Module, Any], Any]
-"""Runs the model on one batch; when gradients are collected, it returns the loss, a scalar."""
+"""A function that runs the model on one batch; to collect gradients, it must return the loss, a scalar."""
 
 TakeRows = Callable[[str, Tensor], Tensor]
-"""Takes the path of a site and its input, (…), and returns the rows to use, (n, in)."""
+"""A function from the path and the input (…) of a site to the rows to use, (n, in)."""
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -43,22 +44,22 @@ def collect_inputs(
 ) -> dict[str, InputStatistics]:
     """Collect moments of each site's input, without gradients and in evaluation mode.
 
-    Active adapters change the inputs of later sites; use `lorakit.core.disable(model)` to exclude them.
+    Active adapters change the inputs of later sites; use `lorakit.core.disable(model)` to prevent this.
 
     Args:
         model: Any model; unchanged afterwards.
-        paths: Dotted paths of the sites: dense layers, with inputs (…, in), or ungrouped convolutions; the rows of a
-            convolution are its input patches.
-        batches: Arguments of `forward`; iterated once.
+        paths: Dotted paths of the sites: dense layers with inputs (…, in), or ungrouped convolutions, whose rows are
+            the input patches.
+        batches: Batches to pass to `forward`; iterated once.
         forward: Runs the model on one batch; its result is ignored.
-        components: None keeps the whole second moment (4·in² bytes per site); a number keeps that many principal
-            directions by incremental SVD (4·components·in bytes per site) and discards the rest.
-        keep: Batch -> a mask (rows, length) of the positions to use, for example to exclude padding, or a function that
-            selects rows of a site's input; None uses all positions.
-        even: Whether to divide each input by the input's largest element, so that batches have equal weight.
+        components: None keeps the full second-moment matrix (4·in² bytes per site); a number keeps that many principal
+            directions, computed by incremental SVD (4·components·in bytes per site), and discards the rest.
+        keep: Function from a batch to a mask (rows, length) of the positions to use, for example to exclude padding, or
+            to a function that selects rows of a site's input; None uses all positions.
+        even: Whether to divide each input by its largest element, so that all batches have equal weight.
 
     Returns:
-        Path -> statistics; a site that no batch reached has 0 rows.
+        Dict from path to statistics; a site that no batch reached has 0 rows.
 
     Raises:
         TargetError: A path does not name a module, or the module's inputs have no moments (an embedding, a grouped
@@ -80,7 +81,7 @@ def collect_inputs(
 def collect_gradients(
     model: nn.Module, paths: Sequence[str], batches: Iterable[Any], forward: Forward
 ) -> dict[str, GradientStatistics]:
-    """Collect the gradient of the loss with respect to each site's weight, in evaluation mode, averaged over batches.
+    """Collect gradients of the loss with respect to each site's weight, in evaluation mode and averaged over batches.
 
     The weight does not need `requires_grad` and may be quantized: the gradient is computed from the module's input and
     the gradient of its output, (out, in) = Gᵀ·X, without using `.grad`. One dense fp32 tensor per site is kept in
@@ -89,11 +90,11 @@ def collect_gradients(
     Args:
         model: Any model; unchanged afterwards.
         paths: Dotted paths of the sites: dense layers, embeddings, convolutions.
-        batches: Arguments of `forward`; iterated once.
+        batches: Batches to pass to `forward`; iterated once.
         forward: Runs the model on one batch and returns its loss, a scalar.
 
     Returns:
-        Path -> statistics; a site that no loss depends on has 0 calls.
+        Dict from path to statistics; a site that no loss depends on has 0 calls.
 
     Raises:
         TargetError: A path does not name a module.
@@ -157,7 +158,7 @@ class _Inputs:
             statistics.add(rows)
 
     def _rows(self, path: str, x: Tensor) -> Tensor:
-        """Return the rows of an input (…, in) to use, (n, in)."""
+        """Return the rows (n, in) to use from an input (…, in)."""
         if callable(self.mask):
             return self.mask(path, x)
         if self.mask is None:
@@ -165,8 +166,8 @@ class _Inputs:
         mask = self.mask.to(x.device, torch.bool)
         if mask.shape != x.shape[:-1] and mask.numel() != x.shape[:-1].numel():
             raise DataError(
-                f"The mask of shape {tuple(mask.shape)} does not match the input of {path}, {tuple(x.shape)}; "
-                "omit `keep`, or leave this site out.",
+                f"The mask of shape {tuple(mask.shape)} does not match the input of {path}, which has shape "
+                f"{tuple(x.shape)}; omit `keep`, or leave this site out.",
                 what=tuple(mask.shape),
                 where=path,
                 field="keep",
@@ -200,7 +201,7 @@ class _Gradients:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity on a module's output; the backward pass also gives the gradient to `take`.
+    """The identity on a module's output; in the backward pass, `take` also receives the gradient.
 
     The anchor makes autograd record a graph even if nothing else requires a gradient.
     """
@@ -230,7 +231,7 @@ def evened(rows: Tensor) -> Tensor:
 
 
 def weight_gradient(module: nn.Module, x: Tensor, G: Tensor) -> Tensor:
-    """Return the gradient with respect to a module's canonical weight, from one call of the module.
+    """Return the gradient with respect to a module's canonical weight, from one call to the module.
 
     Args:
         module: A dense layer, an embedding or a convolution.
@@ -275,7 +276,7 @@ def patches(module: Convolution, x: Tensor) -> Tensor:
 
 
 def _modules_at(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
-    """Map each path to the base's module at that path, without the adapters that wrap the module."""
+    """Return a dict from each path to the base module there, without the adapters that wrap the module."""
     index = AdapterIndex.of(model)
     found = {}
     for path in paths:
@@ -319,7 +320,7 @@ def _some(batches: Iterable[Any]) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Set the mode of a model within a context; each module's previous mode is restored afterwards.
+    """Set a model's training mode within a context, and restore each module's previous mode afterwards.
 
     Args:
         model: Any model.

@@ -1,8 +1,8 @@
 """Statistics for data-dependent inits: moments of inputs (in full or as a sketch), mean gradients, and a file format.
 
-The classes for moments and gradients only accumulate what `collecting` supplies. `Statistics` holds the result: a few
-small tensors per site, which `attach` accepts. The file is in safetensors format, with the config and the base's
-fingerprint in its header; pickles are never read.
+`InputStatistics` and `GradientStatistics` only accumulate what `collecting` supplies. `Statistics` holds the result, a
+few small tensors per site, and can be passed to `attach`. Its file is in safetensors format, with the config and the
+base fingerprint in the header; pickles are never read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class InputStatistics:
     """Moments of the rows x (in,) that a site received.
 
     Attributes:
-        components: None keeps the whole second moment; a number keeps that many principal directions.
+        components: None keeps the full second-moment matrix; a number keeps only that many principal directions.
         rows: Number of rows.
         calls: Number of calls to `add`.
         total: Σ x, (in,); None before the first row.
@@ -68,7 +68,7 @@ class InputStatistics:
         self._add(1, len(rows), rows.sum(0), float(rows.square().sum(dtype=torch.float64)))
 
     def merge(self, other: InputStatistics) -> None:
-        """Add the rows of other statistics; both must keep whole second moments.
+        """Add the rows of another `InputStatistics`; both objects must keep full second-moment matrices.
 
         Args:
             other: Statistics for rows of the same width; not changed.
@@ -85,7 +85,7 @@ class InputStatistics:
         self.total = total.clone() if self.total is None else self.total.add_(total)
 
     def second_moment(self) -> Tensor:
-        """Return Σ x·xᵀ / rows, (in, in), not centered; CorDA calls it the covariance.
+        """Return the uncentered second moment Σ x·xᵀ / rows, (in, in), which CorDA calls the covariance.
 
         Raises:
             DataError: There are no rows, or only a sketch was kept.
@@ -95,19 +95,20 @@ class InputStatistics:
         return self.gram / self.rows
 
     def principal(self, k: int) -> Principal:
-        """Return the principal directions around the mean, as in PCA.
+        """Return the principal directions of the centered rows, as in PCA.
 
         Args:
             k: Maximum number of directions.
 
         Returns:
-            Directions, singular values and explained fractions of the variance, in fp32.
+            Directions, singular values, and the fraction of the variance that each direction explains, in fp32.
 
         Raises:
             DataError: There are no rows.
 
         Source:
-            Full: eigenvectors of the centered second moment. Sketch: Ross et al. 2008, doi:10.1007/s11263-007-0075-7.
+            For a full matrix: eigenvectors of the centered second moment. For a sketch: Ross et al. 2008,
+            doi:10.1007/s11263-007-0075-7.
         """
         held = self._sketch if self.gram is None else self.gram
         if self.total is None or held is None:
@@ -149,8 +150,8 @@ class GradientStatistics:
         """Add a gradient.
 
         Args:
-            gradient: Canonical, (out, in) or (out, in / groups, k…), fp32 or wider; it is kept without being copied and
-                may be modified.
+            gradient: Canonical, (out, in) or (out, in / groups, k…), fp32 or wider; it is stored without a copy and may
+                be modified.
         """
         self.calls += 1
         self.total = gradient if self.total is None else self.total.add_(gradient)
@@ -172,11 +173,11 @@ KEY, FORMAT = "lorakit_statistics", "1"
 
 @dataclass(frozen=True)
 class Statistics:
-    """Tensors computed from data for an init.
+    """Tensors that an init needs, computed from data.
 
     Attributes:
         config: The config to attach; for "eva", the config's ranks come from the data.
-        sites: Path -> name -> tensor (…), as the init needs them.
+        sites: Dict from path to a dict from name to tensor (…), with the tensors that the init needs.
         others_usual: Whether sites without tensors are initialized as with `init_lora_weights=True`; otherwise, such
             sites cause an error.
         base: Fingerprint of the base, or None if it is unknown.
@@ -225,7 +226,7 @@ class Statistics:
         """Write the statistics to a safetensors file.
 
         Raises:
-            DiskError: The file cannot be written; an existing file is unchanged.
+            DiskError: The file cannot be written; an existing file is left unchanged.
         """
         tensors = {f"{site}/{name}": tensor for site, named in self.sites.items() for name, tensor in named.items()}
         facts = {
@@ -287,7 +288,7 @@ def _sha256(tensors: dict[str, Tensor]) -> str:
 
 
 def _init_settings(config: LoraConfig) -> dict[str, bool | str]:
-    """Return the settings of a config that determine which tensors are collected."""
+    """Return a dict of the config settings that determine which tensors are collected."""
     settings: dict[str, bool | str] = {"init_lora_weights": config.init_lora_weights}
     if config.init_lora_weights == "corda":
         settings["corda_method"] = (config.corda_config or CordaConfig()).corda_method

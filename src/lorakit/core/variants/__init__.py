@@ -53,10 +53,10 @@ VARIANTS: tuple[Variant, ...] = (PLAIN, DORA, ALORA, KASA, BDLORA)
 
 
 def variant_named(name: str) -> Variant:
-    """Return the variant with that name.
+    """Return the variant with the given name.
 
     Raises:
-        KeyError: No variant has this name. That would be a bug in lorakit, because users never pass variant names.
+        KeyError: No variant has this name. This indicates a bug in lorakit, because users never pass variant names.
     """
     for variant in VARIANTS:
         if variant.name == name:
@@ -65,28 +65,28 @@ def variant_named(name: str) -> Variant:
 
 
 def asked_for() -> tuple[Variant, ...]:
-    """Return the variants that have a config field: all except LoRA itself."""
+    """Return the variants that a config field can select: all except LoRA itself."""
     return tuple(variant for variant in VARIANTS if variant.field)
 
 
 def own_tensors() -> Iterator[OwnTensor]:
-    """Yield the description of each extra tensor, of any shape, that a variant has in addition to A and B."""
+    """Yield the description of each extra tensor that a variant stores in addition to A and B."""
     for variant in VARIANTS:
         yield from variant.tensors
 
 
 def variants_of(config: LoraConfig) -> list[Variant]:
-    """Return the variants that a config selects at any site, except LoRA itself."""
+    """Return the variants other than LoRA itself that a config selects at one or more sites."""
     return [v for v in VARIANTS if v.field and getattr(config, v.field) not in (None, False)]
 
 
 def moving_variant(config: LoraConfig) -> Variant | None:
-    """Return the selected variant that replaces the base weight, or None."""
+    """Return the selected variant that replaces the base weight, or None if there is no such variant."""
     return next((variant for variant in variants_of(config) if variant.move is not None), None)
 
 
 def is_kept(variant: Variant) -> bool:
-    """Return whether a combination of adapters of a variant also uses the variant; otherwise, it is plain LoRA."""
+    """Return whether combining adapters of a variant yields an adapter of the same variant instead of plain LoRA."""
     return variant.combine is not None or bool(variant.must_agree)
 
 

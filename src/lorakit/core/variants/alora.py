@@ -1,6 +1,6 @@
 """Activated LoRA (aLoRA): the adapter is active from its invocation tokens onward; before them, only the base runs.
 
-Positions before the invocation have the base's keys and values, so a KV cache filled by the base can be reused.
+Keys and values before the invocation tokens are those of the base, so a KV cache filled by the base can be reused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lorakit.errors import ConfigError, RouteError
 
 
 def last_invocation(input_ids: Tensor, tokens: Sequence[int], visible: Tensor | None = None) -> Tensor:
-    """Find where the last occurrence of the invocation tokens starts in each row.   [docs/math.md (90)]
+    """Locate the last occurrence of the invocation tokens in each row.   [docs/math.md (90)]
 
     Args:
         input_ids: (rows, length), integers.
@@ -25,8 +25,8 @@ def last_invocation(input_ids: Tensor, tokens: Sequence[int], visible: Tensor | 
         visible: (rows, length), true for tokens, false for padding; an occurrence that contains padding does not count.
 
     Returns:
-        (rows,) int64: number of positions from the occurrence's first token to the end of the row; 0 if the row has no
-        occurrence.
+        (rows,) int64: number of positions from the first token of that occurrence to the end of the row; 0 if the row
+        does not contain the invocation tokens.
     """
     rows, length = input_ids.shape
     size = len(tokens)
@@ -62,7 +62,7 @@ def _fits(kind: Kind) -> bool:
 
 
 def _output(at: At) -> Tensor:
-    """Return z from the start of the last invocation onward, and zero before the invocation.   [docs/math.md (90)]
+    """Return z from the start of the last invocation onward, and zeros before it.   [docs/math.md (90)]
 
     Both z and the result have the shape (rows, positions, out).
 

@@ -1,7 +1,7 @@
-"""BD-LoRA: A or B is block-diagonal, so that parallel devices can multiply their own blocks without communicating.
+"""BD-LoRA: A or B is block-diagonal, so that each device can multiply its blocks without communicating with others.
 
 Only the blocks are stored and saved, stacked along the first axis. Before a multiplication, the blocks are
-placed on the diagonal of a matrix that has the same shape as in LoRA; everything else works as in LoRA.
+placed on the diagonal of a matrix that has the shape of LoRA's A or B; everything else works as in LoRA.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _setting(config: LoraConfig, path: str) -> Setting | None:
 
 
 def _shapes(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> tuple[Shape, Shape]:
-    """Return the shapes of A and B; the stacked blocks are either A (r, in / blocks) or B (out, r / blocks)."""
+    """Return the shapes of A and B. Either A holds stacked blocks, (r, in / blocks), or B does, (out, r / blocks)."""
     number, in_A = int(setting["blocks"]), setting["side"] == "A"
     sizes = {"r": r, **({"in_features": spec.in_features} if in_A else {"out_features": spec.out_features})}
     odd = next((name for name, size in sizes.items() if size % number), None)

@@ -2,8 +2,8 @@
 
 DoRA replaces W with g ⊙ (W + s·B·A); in other words, it adds (g − 1) ⊙ W + g ⊙ s·B·A to W. The sum of W and several
 such additions, with weights w, has the same form: γ ⊙ (W + B'·A'), with γ = 1 + Σ w(g − 1) and
-B'·A' = Σ (w·g/γ) ⊙ s·B·A. Combinations of DoRA adapters are therefore exact, even together with plain LoRA adapters,
-for which g = 1.
+B'·A' = Σ (w·g/γ) ⊙ s·B·A. Combinations of DoRA adapters are therefore exact, even if they include plain LoRA
+adapters, for which g = 1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAGNITUDE = "lora_magnitude_vector"
 """PEFT's name for the learned row lengths, on a layer and on disk."""
 
 SMALLEST = 1e-6
-"""Smallest allowed absolute value of a combined DoRA scale γ; γ must not be zero, because B' is divided by it."""
+"""Smallest allowed absolute value of a combined DoRA scale γ; γ must not be zero, because B' is divided by γ."""
 
 
 def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -81,7 +81,7 @@ def _update(kind: Kind, spec: WeightSpec, W: Tensor, delta: Tensor, factor: Fact
 
 
 def _gain(kind: Kind, spec: WeightSpec, W: Tensor, factor: Factor) -> Tensor:
-    """Return g = m / ‖W + s·B·A‖, (out,); 1 for a row of zeros, and for every row if the factor is not DoRA."""
+    """Return g = m / ‖W + s·B·A‖, (out,); g is 1 for a row of zeros, and for every row if the factor is not DoRA."""
     with torch.no_grad():
         norms = _norms(kind, spec, W, factor.A, factor.B, factor.scale)
     magnitude = factor.own[MAGNITUDE].flatten() if MAGNITUDE in factor.own else norms

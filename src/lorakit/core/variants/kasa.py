@@ -1,7 +1,8 @@
 """KaSA removes the smallest singular values of the base weight and trains the singular values of the update.
 
 While the adapter is attached, the base is W without its r smallest singular values, and the update is s·B·diag(d)·A,
-where d is trained. The layer keeps the original weight; disabling or detaching the adapter restores it bit for bit.
+where d is trained. The layer keeps the original weight, which is restored bit for bit when the adapter is disabled or
+detached.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""`Variant`, the type of the entries in VARIANTS, and the argument and result types of a variant's functions.
+"""`Variant`, the type of the entries in VARIANTS, and the argument and result types of its functions.
 
 Every variant computes an *addition* to the base output and to the base weight, so that several adapters can be applied
-in any order and the rows of a batch can use different adapters. A variant works with tensors and the geometry of a
-kind; it does not depend on adapter names, routes or files. If a function is None, its only cost in a forward pass is
-one check.
+in any order and the rows of a batch can use different adapters. A variant works with tensors and with the
+shapes that a kind defines; it does not depend on adapter names, routes or files. A variant function that is None costs
+a forward pass only one check.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Factor:
         scale: alpha / r, or alpha / √r for rsLoRA.
         dropout: The dropout applied before A.
         variant: The entry in VARIANTS.
-        own: `OwnTensor.held_as` -> the variant's extra tensor, in its shape on the layer.
-        bias: Bias of B, (out,), scaled like B·A (`lora_bias`), or None.
+        own: The variant's extra tensors, shaped as on the layer and keyed by `OwnTensor.held_as`.
+        bias: Bias of B (`lora_bias`), (out,), which is scaled like B·A; None if B has no bias.
         setting: The variant's settings at this site.
     """
 
@@ -54,18 +54,18 @@ class Factor:
     setting: Setting = dataclasses.field(default_factory=lambda: NO_SETTING)
 
     def multiplied(self, training: bool = False) -> tuple[Tensor, Tensor]:
-        """Return A (r, in) and B (out, r) after the variant's `factors` function, ready to be multiplied.
+        """Return A (r, in) and B (out, r), transformed by the variant's `factors` function and ready to be multiplied.
 
         Args:
-            training: Whether the variant may perturb A and B, as in training.
+            training: Whether the variant may perturb A and B, as during training.
         """
         return (self.A, self.B) if self.variant.factors is None else self.variant.factors(self, training)
 
     def plain(self, training: bool = False) -> Factor:
-        """Return this factor with A (r, in) and B (out, r) after the variant's `factors` function.
+        """Return this factor with A (r, in) and B (out, r) transformed by the variant's `factors` function.
 
         Args:
-            training: Whether the variant may perturb A and B, as in training.
+            training: Whether the variant may perturb A and B, as during training.
         """
         A, B = self.multiplied(training)
         return self if self.variant.factors is None else dataclasses.replace(self, A=A, B=B)
@@ -99,7 +99,7 @@ class Start:
 
     @property
     def rank(self) -> int:
-        """The rank of A."""
+        """Rank of the new factor."""
         return self.kind.rank(self.spec, tuple(self.A.shape))
 
 
@@ -108,13 +108,13 @@ class OwnTensor:
     """A tensor that a variant stores for each adapter and site, in addition to A and B.
 
     Attributes:
-        held_as: Name of the layer attribute that holds the tensor of each adapter.
+        held_as: Name of the layer attribute that holds this tensor for every adapter.
         carried: "module" if the attribute holds modules with a `.weight`, "parameter" if it holds parameters.
-        keys: Suffixes of the tensor's name on disk: the first is written, and all are accepted when reading.
-        shape: Kind, weight spec, rank, setting -> the tensor's shape in memory and on disk.
-        start: New factor -> the initial tensor, in any shape with as many elements as `shape` specifies.
+        keys: Suffixes of the tensor's name on disk: the first is used for writing, and all are accepted when reading.
+        shape: Function from kind, weight spec, rank and setting to the tensor's shape in memory and on disk.
+        start: Function from a `Start` to the initial tensor, which is then reshaped to `shape`.
         trained: Whether the tensor is trained.
-        depends_on_rank: Whether the tensor depends on the rank, so that a compressed adapter cannot keep it.
+        depends_on_rank: Whether the tensor depends on the rank, so that a compressed adapter cannot keep the tensor.
     """
 
     held_as: str
@@ -128,18 +128,18 @@ class OwnTensor:
 
 @dataclass(eq=False)  # not frozen, for the same reason as `Factor`
 class At:
-    """One factor in one forward pass.
+    """The state of one factor during a forward pass.
 
     Attributes:
-        y0: The base's output, (…, out), or (N, out, …) for a convolution.
+        y0: The base output, (…, out), or (N, out, …) for a convolution.
         bias: The bias that `y0` includes, (out,), or None.
         z: The scaled low-rank output s·B(A x), shaped like `y0`.
         factor: The factor.
         kind: The kind of the site.
         spec: The site's weight spec.
         read: Reads the canonical base weight: (out, in), or the shape that the kind defines.
-        mask: For variants with `positions`: z -> boolean mask of the active positions, broadcastable to z; None if the
-            positions are unknown.
+        mask: For variants with `positions`, a function from z to a boolean mask of the active positions, broadcastable
+            to z; None if the positions are unknown.
         x: The input of A, (…, in); None in tests that do not need it.
         siblings: Returns the factors of the site's other adapters, in the order in which they were added.
     """
@@ -163,7 +163,7 @@ class Addend:
     Attributes:
         factor: The adapter's factor at the site.
         weight: The weight of the update in the sum.
-        product: A and B after the variant's `factors` function, as matrices (g, r, in) and (g, out, r), not scaled.
+        product: A and B transformed by the variant's `factors` function, as unscaled matrices (g, r, in), (g, out, r).
         experts: The number of experts, each with its own part of A and B; 1 for a single matrix.
     """
 
@@ -181,7 +181,7 @@ class Sum:
         products: One product per addend, (g, r, in) and (g, out, r). The low-rank part is the sum of the products, each
             multiplied by its addend's weight and scale.
         finish: Takes the low-rank part, with scale 1, and returns the product to store and the variant's extra
-            tensors, by `OwnTensor.held_as`.
+            tensors, keyed by `OwnTensor.held_as`.
     """
 
     products: tuple[Product, ...]
@@ -201,31 +201,36 @@ class Variant:
         name: Name used in layers and tests.
         title: Name used in messages.
         field: Config field that selects the variant; "" for LoRA itself.
-        fits: Kind -> whether the variant supports that kind. Only the function `every_kind` accepts user-defined kinds.
-        setting: Config, path of a site -> the variant's settings at that site, or None if the site does not use the
-            variant. The attribute itself is None for a variant without settings.
+        fits: Function that returns whether the variant supports a kind. Only the function `every_kind` accepts
+            user-defined kinds.
+        setting: Function from a config and a site's path to the variant's settings there, or to None if the site does
+            not use the variant. For a variant without settings, the attribute is None.
         tensors: The variant's extra tensors, in addition to A and B.
-        shapes: Kind, weight spec, rank, setting -> shapes of A and B; None for the kind's shapes.
-        factors: Factor, training -> the A and B to multiply; None to multiply A and B as stored.
-        down: Kind, module, input, factor -> the input of B, unscaled; None for the kind's A·x.
-        output: State of a forward pass -> addition to y₀, shaped like y₀; None if the addition is z.
-        update: Kind, weight spec, canonical W, scaled delta shaped like W, factor -> addition to W; None if the variant
-            is not mergeable.
-        unmergeable_reason: Why the variant is not mergeable, as the end of a message.
-        positions: Token ids (rows, length), config, visible tokens (rows, length) or None -> the number of
-            active positions at the end of each row, (rows,) int64; None if the adapter is always active.
-        span: For variants with `positions`: config -> the number of tokens that are compared to find a position.
-        move: New factor -> the canonical weight that replaces the base weight while the adapter is attached. The
-            replacement depends only on the base and the rank, so adapters of the same rank share it.
+        shapes: Function from kind, weight spec, rank and setting to the shapes of A and B; None for the kind's shapes.
+        factors: Function from a factor and a training flag to the A and B to multiply; None to multiply A and B as
+            stored.
+        down: Function from kind, module, input and factor to the unscaled input of B; None for the kind's A·x.
+        output: Function from an `At` to the addition to y₀, shaped like y₀; None if the addition is z.
+        update: Function from kind, weight spec, canonical W, scaled delta (shaped like W) and factor to the addition to
+            W; None if the variant is not mergeable.
+        unmergeable_reason: Why the variant is not mergeable, phrased as the end of a message.
+        positions: Function that returns the number of active positions at the end of each row, (rows,) int64. Its
+            arguments are the token ids (rows, length), the config, and a mask of visible tokens (rows, length) or None.
+            The attribute is None if the adapter is always active.
+        span: For variants with `positions`, a function from a config to the number of tokens that are compared to find
+            a position.
+        move: Function from a `Start` to the canonical weight that replaces the base weight while the adapter is
+            attached. The replacement depends only on the base and the rank, so adapters of the same rank share it.
         adds_product: Whether the update of a new factor is s·B·A, so that an init may subtract it from the base weight.
-        excludes_others: Why the model cannot have adapters of other variants at the same time, as the end of a message;
-            "" if other variants are allowed.
-        penalty: Factor -> the factor's penalty term in the training loss, a scalar; None if there is no penalty.
-        combine: Path, addends, base weight -> the sum, as one factor of this variant; None if the sum is plain LoRA.
-        must_agree: Description of adapters with different values of `field`, as the end of a message. Such adapters
-            cannot be combined; if the values are equal, the result has the same value. "" if the value does not matter.
-        peft_names: Name of a per-adapter table on PEFT's layers -> function from a factor to its value in the table;
-            adapters of other variants have the value False.
+        excludes_others: Why the model cannot have adapters of other variants at the same time, phrased as the end of a
+            message; "" if other variants are allowed.
+        penalty: Function from a factor to its penalty term in the training loss, a scalar; None if there is no penalty.
+        combine: Function from a site's path, addends and base weight to the sum as one factor of this variant; None if
+            the sum is plain LoRA.
+        must_agree: Why adapters with different values of `field` cannot be combined, such as "have different invocation
+            tokens"; if the values are equal, the result has the same value. "" if the value does not matter.
+        peft_names: Dict from the name of a per-adapter dict on PEFT's layers to a function that returns the entry for a
+            factor; the entry is False for adapters of other variants.
         is_lora: Whether the variant differs from LoRA at most in its scale, so that stacked adapters and fused
             operations support the variant.
         is_held_as_lora: Whether the variant stores only A and B, in the kind's shapes.
@@ -263,12 +268,12 @@ class Variant:
 
     @property
     def outlasts_a_cut(self) -> bool:
-        """True if an adapter keeps the variant when A and B are truncated; otherwise, the result is plain LoRA."""
+        """True if a truncated adapter keeps the variant; False if truncation turns it into plain LoRA."""
         return self.factors is None and not any(tensor.depends_on_rank for tensor in self.tensors)
 
     @property
     def is_lora_once_multiplied(self) -> bool:
-        """True if A and B are stored in shapes other than LoRA's, but become plain LoRA after `factors`."""
+        """True if A and B are stored in shapes other than LoRA's, but `factors` turns them into plain LoRA factors."""
         return self.shapes is not None and self.factors is not None and self.down is None and self.is_low_rank
 
     @property
@@ -284,7 +289,7 @@ class Variant:
     def shapes_of(self, kind: Kind, spec: WeightSpec, r: int, setting: Setting, path: str) -> tuple[Shape, Shape]:
         """Return the shapes of A and B at a site: (r, in) and (out, r) at a dense site.
 
-        For a kind that the variant does not support, LoRA's shapes are returned; `variant_for` rejects such a site.
+        If the variant does not support the kind, LoRA's shapes are returned; `variant_for` rejects such a site.
 
         Args:
             kind: The kind of the site.
@@ -294,7 +299,7 @@ class Variant:
             path: Path of the site, for error messages.
 
         Raises:
-            ConfigError: The rank is not possible at the site.
+            ConfigError: The site does not support this rank.
         """
         if self.shapes is None or not self.fits(kind):
             try:
@@ -304,6 +309,6 @@ class Variant:
         return self.shapes(kind, spec, r, setting)
 
     def starts(self, start: Start) -> dict[str, Tensor]:
-        """Return a new factor's extra tensors: `OwnTensor.held_as` -> tensor, in the shape that the entry defines."""
+        """Return a new factor's extra tensors, each in its `OwnTensor.shape`, keyed by `OwnTensor.held_as`."""
         shaped = ((t, t.shape(start.kind, start.spec, start.rank, start.setting)) for t in self.tensors)
         return {tensor.held_as: tensor.start(start).reshape(shape) for tensor, shape in shaped}
