@@ -290,8 +290,8 @@ class LoraLayer(BaseWeight):
             size = "no batch axis" if axis is None else f"rows: {x.shape[axis]}"
             raise RowCountError(
                 f"The number of rows in the route ({len(route.rows or ())}) does not match the input of a layer of "
-                f"kind {self.kind_name} (shape: {tuple(x.shape)}, {size}). Pass one adapter per row of the batch; if rows "
-                "are repeated, as in beam search, set `copies`.",
+                f"kind {self.kind_name} (shape: {tuple(x.shape)}, {size}). Pass one adapter per row of the batch; if "
+                "rows are repeated, as in beam search, set `copies`.",
                 what=self.kind_name,
             )
         return axis
