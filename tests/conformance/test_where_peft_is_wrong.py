@@ -138,7 +138,7 @@ def test_a_merge_unties_with_a_word(tmp_path: Path) -> None:
         adapted = outputs_of(model(**TIED.inputs))
         head = model.get_base_model().lm_head.weight.detach().clone()
         with pytest.warns(
-            UserWarning, match=r"shares its weight with lm_head\.weight; merging gives it a weight of its own"
+            UserWarning, match=r"shares its weight with lm_head\.weight; merging gives the former a separate weight"
         ):
             merged = model.merge_and_unload()
         assert torch.equal(merged.lm_head.weight, head)

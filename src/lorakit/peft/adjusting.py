@@ -1,6 +1,6 @@
 """PEFT's helpers for rescaling adapters, updating a wrapper's signatures, and selecting targets by condition number.
 
-A condition number is the ratio of a weight's largest to its smallest singular value; `find_kappa_target_modules`
+A condition number is the ratio of a weight's largest singular value to its smallest; `find_kappa_target_modules`
 selects the modules with the lowest condition numbers.
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """Multiply the scales of all adapters within a context, and restore them afterward.
+    """Return a context manager that multiplies the scales of all adapters and restores the scales on exit.
 
     Args:
         model: A model with adapters.

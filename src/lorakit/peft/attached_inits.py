@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
 
 CONDENSED_FROM = 20
-"""Minimum number of targets for which, as in PEFT, paths are condensed to the fewest suffixes that match them."""
+"""With at least this many targets, as in PEFT, their paths are condensed to the fewest suffixes that match them."""
 
 PrepareLayer = Callable[[Any, Any, str], Tensor]
 PrepareLayers = PrepareLayer | Mapping[str, PrepareLayer] | None
@@ -46,7 +46,7 @@ def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: Mapping[str, Tensor], peft_config: LoraConfig) -> Tensor:
-    """Select the positions of a batch that are not padding and, if the config requires labels, have a label.
+    """Select the positions in a batch that are not padding and, if the config requires labels, that have a label.
 
     Args:
         model_input: Dictionary with `input_ids`, (rows, length), and optionally `attention_mask` and `labels`.
@@ -125,8 +125,8 @@ def get_eva_state_dict(
     """Return the principal directions of each targeted dense module's inputs; explained variance determines the ranks.
 
     PEFT iterates over the data until an incremental SVD converges. This function instead accumulates the second moment
-    of all input rows, which yields the exact directions; `tau` therefore has no effect. The data is read once for each
-    group of modules that fits in memory.
+    of all input rows, which yields the exact directions; `tau` therefore has no effect. Modules are processed in groups
+    whose statistics fit in memory, and the data is read once per group.
 
     Args:
         model: A model, or a `PeftModel` with the adapter; adapters are inactive during collection.
@@ -135,8 +135,8 @@ def get_eva_state_dict(
         forward_fn: Function that runs the model on a batch.
         prepare_model_inputs_fn: Function that maps a batch and the config to the second argument of
             `prepare_layer_inputs_fn`; None passes the batch itself.
-        prepare_layer_inputs_fn: Function that maps a module's input, the result of `prepare_model_inputs_fn` and the
-            module's name to rows, (rows, in); or a dict from module name to such a function.
+        prepare_layer_inputs_fn: Function that takes a module's input, the result of `prepare_model_inputs_fn` and the
+            module's name, and returns the rows to use, (rows, in); or a dict from module name to such a function.
         adapter_name: Name of the adapter.
         gather_distributed_inputs: Ignored; inputs are collected in a single process.
         show_progress_bar: Ignored; no progress is shown.
@@ -308,7 +308,7 @@ def replace_lora_weights_loftq(
     adapter_name: str = "default",
     callback: Callable[[nn.Module, str], bool] | None = None,
 ) -> None:
-    """Replace an adapter's factors on a 4-bit base with those that best compensate for the quantization error.
+    """Recompute an adapter's factors on a 4-bit base so that they best compensate for the quantization error.
 
     At each site, s·B·A becomes the best rank-r approximation of W − Q, where Q is the quantized weight and W is the
     original weight. The original weights are read from the model's safetensors files, one at a time. A DoRA magnitude

@@ -165,7 +165,9 @@ def preprocess_corda(
     run_model: Callable[[], Any] | None = None,
     hooked_model: nn.Module | None = None,
 ) -> None:
-    """Decompose each targeted weight using its inputs, for init_lora_weights="corda"; call `get_peft_model` next.
+    """Prepare for init_lora_weights="corda" by decomposing each targeted weight based on its module's inputs.
+
+    Call `get_peft_model` next.
 
     Args:
         model: The model that will be adapted; its targeted modules get an `eigens` attribute.
@@ -174,7 +176,7 @@ def preprocess_corda(
         hooked_model: The model that `run_model` runs, if it is not `model`.
 
     Raises:
-        ConfigError: corda_config or run_model is missing, the method is unknown, or no dense module is targeted.
+        ConfigError: `corda_config` or `run_model` is missing, the method is unknown, or no dense modules are targeted.
         AdapterFileError: A cache file is damaged or is a pickle.
         DataError: No data reached a module, or a module's inputs are not finite.
     """
@@ -235,7 +237,7 @@ def _corda(config: LoraConfig) -> CordaConfig:
 
 
 def _inputs(covariance: Tensor) -> InputStatistics:
-    """Wrap a covariance, (in, in), which is already averaged over calls, as the statistics of a single call."""
+    """Treat a covariance, (in, in), that is already averaged over calls as the statistics of a single call."""
     found = InputStatistics()
     found.rows = found.calls = 1
     found.gram, found.total = covariance, covariance[0]
@@ -245,7 +247,10 @@ def _inputs(covariance: Tensor) -> InputStatistics:
 def _covariances(
     sites: DataSites, settings: CordaConfig, run_model: Callable[[], Any] | None, model: nn.Module
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Return Σ x·xᵀ over a call's rows, (in, in), averaged over calls, and the number of calls, both keyed by path."""
+    """Return each module's covariance, (in, in), and its number of calls, both keyed by path.
+
+    The covariance is the sum of x·xᵀ over the rows of a call, averaged over calls.
+    """
     if run_model is None:
         text = "run_model must be specified when covariance file and cache file aren't built."
         raise ConfigError(text, field="run_model")
@@ -265,7 +270,9 @@ def _covariances(
 def preprocess_loraga(
     model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any], cache_file: Given = None
 ) -> None:
-    """Collect the gradients of targeted weights, for init_lora_weights="lora_ga"; call `get_peft_model` next.
+    """Prepare for init_lora_weights="lora_ga" by collecting the gradients of the targeted weights.
+
+    Call `get_peft_model` next.
 
     Args:
         model: The model that will be adapted; its targeted modules get a `_peft_loraga_grad` attribute.
@@ -274,7 +281,7 @@ def preprocess_loraga(
         cache_file: Safetensors file that is read if it exists and otherwise written.
 
     Raises:
-        ConfigError: lora_ga_config is missing, no dense module is targeted, or a targeted weight is quantized.
+        ConfigError: `lora_ga_config` is missing, no dense modules are targeted, or a targeted weight is quantized.
         TargetError: Nothing in the model matches the targets.
         AdapterFileError: The cache is damaged or is a pickle.
     """
@@ -328,9 +335,10 @@ def _gradients_from(cache: Cache, modules: Mapping[str, nn.Module]) -> None:
 
 @contextmanager
 def _only_trained(model: nn.Module, modules: Collection[nn.Module]) -> Iterator[Counter[nn.Module]]:
-    """Make only the given modules' weights trainable within a context, and count the backward passes of each module.
+    """Return a context manager that makes only the given modules' weights trainable.
 
-    As in PEFT, gradients are read from `.grad`, which `train_step` may reset between steps.
+    The context manager yields the number of backward passes of each module. As in PEFT, gradients are read from
+    `.grad`, which `train_step` may reset between steps.
     """
     weights = [module.get_parameter("weight") for module in modules]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

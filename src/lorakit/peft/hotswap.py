@@ -1,7 +1,7 @@
 """Hot swapping: replacing the values of one adapter with those of another without changing any modules.
 
-A compiled model need not be recompiled if its factors were first zero-padded to the largest rank, so that shapes stay
-the same, and its scales were converted to tensors.
+A compiled model need not be recompiled if it was prepared first: its factors are zero-padded to the largest rank, so
+that shapes stay the same, and its scales are converted to tensors.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COMPARED = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
 
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
-    """Check that two configs differ only in fields whose effect can be changed by swapping tensors.
+    """Check that two configs differ only in ways that a hot swap can handle.
 
     Args:
         config0: Config of the existing adapter.
@@ -246,7 +246,7 @@ def _pad(layer: LoraLayer, target_rank: int) -> None:
 
 
 def _fill(target: Tensor, tensor: Tensor, groups: int) -> None:
-    """Copy a tensor of any shape to the start of a larger one (of each group for a grouped convolution's A)."""
+    """Copy a tensor of any shape to the start of a larger one or, for a grouped convolution's A, of each group."""
     if groups > 1:
         target, tensor = (one.view(groups, one.shape[0] // groups, *one.shape[1:]) for one in (target, tensor))
     target[tuple(slice(size) for size in tensor.shape)].copy_(tensor)

@@ -38,7 +38,7 @@ def install_as_peft() -> None:
     does nothing.
 
     Raises:
-        UsageError: The real `peft`, or a package that looks for `peft` when imported, has already been imported.
+        UsageError: The real `peft`, or a package that looks for `peft` at import time, has already been imported.
     """
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
@@ -47,7 +47,7 @@ def install_as_peft() -> None:
     if late:
         raise UsageError(
             f"install_as_peft() was called too late: {', '.join(late)} {'is' if len(late) == 1 else 'are'} already "
-            f"imported and would not use lorakit.peft. Call it before importing {', '.join(early)}."
+            f"imported and would not use lorakit.peft. Call install_as_peft() before importing {', '.join(early)}."
         )
     sys.meta_path.insert(0, _Finder())
     importlib.invalidate_caches()
@@ -64,7 +64,7 @@ class _Finder(importlib.metadata.DistributionFinder, importlib.abc.MetaPathFinde
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return a spec whose loader returns the corresponding module of `lorakit.peft`, or None if there is none."""
+        """Return a spec whose loader returns the corresponding module of `lorakit.peft`, or None if none exists."""
         if fullname.partition(".")[0] != NAME:
             return None
         own = importlib.util.find_spec(PACKAGE + fullname.removeprefix(NAME))

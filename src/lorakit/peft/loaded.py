@@ -46,7 +46,7 @@ def adapter_folder(model_id: str | os.PathLike[str], options: MutableMapping[str
 
 
 LENIENT = tuple(word for word in ALLOWANCES if word != "nonfinite")
-"""Checks that only cause warnings in this package, since PEFT omits them; NaN and infinite values remain errors."""
+"""Checks whose failure causes a warning, not an error, since PEFT omits them; NaN and infinity remain errors."""
 
 
 def load_whole(
@@ -153,7 +153,7 @@ def warn_of_problems(
 
 
 def renamed(key: str, key_mapping: Mapping[str, str]) -> str:
-    """Return a tensor's name after applying the first expression that matches the name without its prefix."""
+    """Return a tensor's name after applying the first matching expression; the name's prefix is not changed."""
     bare = key.removeprefix(WRAPPED)
     for pattern, replacement in key_mapping.items():
         changed, count = re.subn(pattern, replacement, bare)

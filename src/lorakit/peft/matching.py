@@ -46,7 +46,7 @@ def check_target_module_exists(config: LoraConfig, key: str) -> bool | ExcludedM
         key: Dotted path of the module.
 
     Returns:
-        Whether the module is targeted; an `ExcludedModule`, which is falsy, if the module is explicitly excluded.
+        Whether the module is targeted, or an `ExcludedModule` (which is falsy) if the module is explicitly excluded.
 
     Raises:
         ConfigError: A pattern is not a valid regular expression.
@@ -75,7 +75,7 @@ def _excluded(config: LoraConfig, key: str) -> bool:
 
 
 def inspect_matched_modules(tuner: BaseTuner, adapter_name: str = "default") -> dict[str, list[str]]:
-    """Return a dict that lists the modules an adapter's config targets ("matched") and all others ("unmatched").
+    """Return a dict that lists the modules targeted by an adapter's config ("matched") and all others ("unmatched").
 
     Args:
         tuner: The `base_model` of a `PeftModel`.
@@ -159,7 +159,7 @@ NONE_LEFT = (
 
 @contextlib.contextmanager
 def with_no_target_message(model: nn.Module, config: LoraConfig) -> Iterator[None]:
-    """Prepend PEFT's message to a `NoTargetError` raised within a context if any modules are excluded.
+    """Return a context manager that, if any modules are excluded, prepends PEFT's message to a `NoTargetError`.
 
     Args:
         model: The model.
@@ -188,7 +188,7 @@ def with_own_targets(model: nn.Module, config: LoraConfig, table: Mapping[str, s
     Args:
         model: The model.
         config: The adapter's config.
-        table: PEFT's table, a dict from model type to default targets, which programs may extend.
+        table: PEFT's table of default targets, keyed by model type; programs may extend the table.
     """
     targets = table.get(model_type_of(model))
     if targets is None or config.target_modules is not None or config.target_parameters:
@@ -197,7 +197,7 @@ def with_own_targets(model: nn.Module, config: LoraConfig, table: Mapping[str, s
 
 
 def messages_of_missing(config: LoraConfig, report: AttachReport) -> list[str]:
-    """Return warnings about config entries that match nothing, each preceded by PEFT's message if there is one.
+    """Return warnings about config entries that match nothing; a warning starts with PEFT's message if PEFT has one.
 
     Args:
         config: The config.
@@ -283,8 +283,8 @@ def config_for_keys(model: nn.Module, config: LoraConfig, keys: Iterable[str]) -
 def check_parameters(model: nn.Module, configs: Mapping[str, LoraConfig], config: LoraConfig) -> None:
     """Raise an error if a new adapter and an existing one target different parameters of the same module.
 
-    PEFT's tensor names, in memory and on disk, identify modules but not parameters. `lorakit.core.attach` does not have
-    this restriction.
+    Such adapters cannot coexist because PEFT's tensor names, in memory and on disk, identify modules but not
+    parameters. `lorakit.core.attach` does not have this restriction.
 
     Args:
         model: The user's model.
@@ -353,12 +353,12 @@ def warn_of_ties(model: nn.Module, names: Sequence[str]) -> tuple[bool, bool]:
     stacked = [pair for pair in found if _without_numbers(pair[0]) == _without_numbers(pair[1].rpartition(".")[0])]
     tied = [pair for pair in found if pair not in stacked]
     for pairs, why in (
-        (tied, "so these weights are no longer tied (tie_word_embeddings is now False)."),
-        (stacked, "like every layer added by layer_replication, so the model will need memory for all its layers."),
+        (tied, "so the two weights are no longer tied (tie_word_embeddings is now False)."),
+        (stacked, "as for every layer added by layer_replication, so the model will need memory for all its layers."),
     ):
         if pairs:
             path, other = pairs[0]
-            warn_caller(f"{path} shares its weight with {other}; merging gives it a weight of its own, {why}")
+            warn_caller(f"{path} shares its weight with {other}; merging gives the former a separate weight, {why}")
     return bool(found), bool(tied)
 
 

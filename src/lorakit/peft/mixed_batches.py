@@ -38,7 +38,7 @@ class MixedBatchError(RouteError, TypeError):
 
 @contextlib.contextmanager
 def _with_peft_messages(names: Sequence[str] | None) -> Iterator[None]:
-    """Prepend PEFT's message to errors about mixed batches that are raised within a context."""
+    """Return a context manager that prepends PEFT's message to errors about mixed batches."""
     try:
         yield
     except RowCountError as refused:
@@ -74,7 +74,7 @@ def calculate_alora_offsets(
     input_ids: Tensor | None,
     adapter_names: Sequence[str] | None = None,
 ) -> list[int | None]:
-    """Return, for each row, the number of tokens from its last invocation to its end, or None if it has no invocation.
+    """Return, for each row, the number of tokens from the last invocation to the end; None if not invoked.
 
     Args:
         peft_config: Dict from adapter name to config.
@@ -97,7 +97,7 @@ def calculate_alora_offsets(
 
 
 def is_alora_relevant_in_batch(model: PeftModel, adapter_names: Sequence[str] | None = None) -> bool:
-    """Return whether an active adapter or an adapter in `adapter_names` has invocation tokens.
+    """Return whether any active adapter or any adapter in `adapter_names` has invocation tokens.
 
     Args:
         model: A `PeftModel`.
@@ -153,11 +153,12 @@ def options_of_call(
     *,
     generates: bool = False,
 ) -> Iterator[None]:
-    """Assign adapters to the rows of a forward pass or `generate` call within a context, and apply `alora_offsets`.
+    """Return a context manager that assigns adapters to the rows of a call's batch and applies `alora_offsets`.
 
-    `alora_offsets` is removed from the options. If the option is missing, invocations are located in the `input_ids` of
-    a forward pass or in the prompts of a `generate` call, whether or not a KV cache is used. If only embeddings are
-    given, aLoRA adapters stay inactive, and a warning is issued.
+    The call is a forward pass or a `generate` call. `alora_offsets` is removed from its options. If the option is
+    missing, invocations are located in the `input_ids` of a forward pass or in the prompts of a `generate` call,
+    whether or not a KV cache is used. If only embeddings are given, aLoRA adapters stay inactive, and a warning is
+    issued.
 
     Args:
         model: A `PeftModel`.
@@ -170,8 +171,8 @@ def options_of_call(
         Nothing.
 
     Raises:
-        RowCountError: The number of names differs from the batch size. For a forward pass, the batch size is that of
-            the first tensor, (rows, …), among the arguments and options.
+        RowCountError: The number of names differs from the batch size. For a forward pass, the batch size is the
+            number of rows in the first tensor, (rows, …), among the arguments and options.
         MixedBatchError: A module cannot run a mixed batch.
     """
     user = model.get_base_model()

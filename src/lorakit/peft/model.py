@@ -258,7 +258,7 @@ class PeftModel(OverModel):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Disable the adapters within a context, in the current thread only; see `model_adapters.paused`.
+        """Return a context manager that disables the adapters in the current thread; see `model_adapters.paused`.
 
         Yields:
             Nothing.
@@ -302,8 +302,8 @@ class PeftModel(OverModel):
             path_initial_model_for_weight_conversion: Directory of the adapter as it was saved before training. If the
                 adapter's init changed the base, as PiSSA does, the adapter is converted to plain LoRA with twice the
                 rank.
-            state_dict: Tensors of any shape to save instead of the model's own, keyed by name in the model; useful, for
-                example, after gathering shards.
+            state_dict: Tensors of any shape, keyed by name in the model, to save instead of the model's own tensors;
+                useful, for example, after gathering shards.
             kwargs: See `WITHOUT_EFFECT`.
 
         Raises:
@@ -362,7 +362,9 @@ class PeftModel(OverModel):
             return self.get_base_model()(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Call the model's `generate` method; any thread may do so, since adapters are selected by an argument.
+        """Call the model's `generate` method.
+
+        This method can be called from any thread, since an argument selects the adapters for each call.
 
         Args:
             args: Positional arguments for `generate`.
@@ -446,9 +448,9 @@ _WANTED_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict", "
 
 
 def _forward_of(columns: str) -> Callable[..., Any]:
-    """Create a `forward` whose parameters are token ids, a mask, the given columns and PEFT's options.
+    """Create a `forward` method whose parameters are token ids, a mask, the given columns and PEFT's options.
 
-    Arguments that are None are not passed to the model, since not every model accepts all of them.
+    Arguments that are None are not passed to the model, since some models do not accept all of them.
     """
     names = ("input_ids", "attention_mask", *columns.split(), *_WANTED_OUTPUTS)
 

@@ -121,7 +121,7 @@ def empty(model: nn.Module, adapter_name: str) -> None:
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Replace factors on the meta device with copies of the given tensors on the device of the base weight.
+    """Replace factors on the meta device with copies of the given tensors, placed on the base weight's device.
 
     Args:
         model: A model with adapters.
@@ -177,7 +177,7 @@ def pause(model: nn.Module) -> list[nn.Parameter]:
 
 @contextlib.contextmanager
 def paused(model: nn.Module) -> Iterator[None]:
-    """Disable and freeze the adapters of a model within a context, as PEFT does.
+    """Return a context manager that disables and freezes a model's adapters, as in PEFT.
 
     All threads share the `requires_grad` flags, so the flags are changed only if the calling thread records gradients.
     Threads that run inference therefore do not affect a training thread. If an adapter is deactivated within the

@@ -1,8 +1,8 @@
 """The table of wrapper classes by task, the `AutoPeftModel` classes, and `PeftMixedModel`.
 
-Each task's wrapper declares its own `forward` signature, which programs inspect to determine the dataset columns to
-keep. An `AutoPeftModel` class loads an adapter and the base model named in the adapter's config. A `PeftMixedModel` can
-have several active adapters; in lorakit, all of them are LoRA adapters.
+Each task's wrapper declares its own `forward` signature, which programs inspect to determine which dataset columns
+to keep. An `AutoPeftModel` class loads an adapter and the base model named in the adapter's config. A `PeftMixedModel`
+can have several active adapters; in lorakit, all of them are LoRA adapters.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def create_loraplus_optimizer(
 
 
 class LoraFAOptimizer(LoraFA):
-    """AdamW with a corrected gradient for B; accepts PEFT groups with `params`, `names` and `scaling_factors`.
+    """AdamW with a corrected gradient for B; accepts PEFT's groups with `params`, `names` and `scaling_factors`.
 
     Unlike PEFT's optimizer, this class pairs A and B by adapter and site, so that several adapters, magnitudes and
     biases are updated correctly. Updates are computed in fp32. The state is keyed by tensor, so it can be saved and
@@ -220,7 +220,7 @@ def _check_rslora(given: bool, configured: dict[str, bool]) -> None:
             f"{', '.join(map(repr, other))}. Omit the argument; the value in the config is used."
         )
     warnings.warn(
-        "`use_rslora` of create_lorafa_optimizer is deprecated; omit it, since the adapter's config sets it.",
+        "`use_rslora` of create_lorafa_optimizer is deprecated; omit it. The value in the adapter's config is used.",
         FutureWarning,
         stacklevel=3,
     )

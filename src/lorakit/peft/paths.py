@@ -54,7 +54,7 @@ TARGET_TABLES = " ".join(
 """Names of the tables of default targets for other methods."""
 
 PENALTY_METHODS = frozenset({"_get_kasa_loss"})
-"""Methods of PEFT's `LoraModel` that return the penalty that a variant adds to the training loss."""
+"""Methods of PEFT's `LoraModel` that return the penalty a variant adds to the training loss."""
 
 _TASKS = (
     *("CausalLM", "FeatureExtraction", "QuestionAnswering", "Seq2SeqLM"),
@@ -279,11 +279,11 @@ def lazy_names(module: str, names: str) -> tuple[Callable[[str], Any], Callable[
 
 
 def register() -> None:
-    """Add a module for each path to `sys.modules`, and set the module as an attribute of its parent.
+    """Add a module to `sys.modules` for each path, and set the module as an attribute of its parent.
 
-    The loader is also registered as the finder for `__file__`, which every package's `__path__` contains. The import
-    system can therefore find the spec of a path, which is required by `importlib.reload` and, in a new process, by
-    `importlib.util.find_spec`.
+    The loader is also registered as the finder for `__file__`, an entry in every package's `__path__`. The import
+    system can therefore find the spec of a path, as both `importlib.reload` and, in a new process,
+    `importlib.util.find_spec` require.
     """
     loader = _PathLoader()
     sys.path_importer_cache[__file__] = loader

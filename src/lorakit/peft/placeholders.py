@@ -72,7 +72,7 @@ PromptEncoderReparameterizationType = _text_enum("PromptEncoderReparameterizatio
 
 
 def register_peft_method(*, name: str, **_: type | str | bool | None) -> NoReturn:
-    """Reject a method that a program tries to add to PEFT, since lorakit implements only LoRA.
+    """Raise an error, since lorakit implements only LoRA and does not accept additional methods.
 
     Args:
         name: Name of the method.
@@ -109,7 +109,9 @@ def create_riemannian_optimizer(
 
 @cache
 def placeholder(name: str) -> Any:
-    """Return this module's object with a PEFT name, or else a placeholder; repeated calls return the same object.
+    """Return the object that this module defines under a PEFT name or, if there is none, a placeholder.
+
+    Repeated calls return the same object.
 
     Args:
         name: A name that exists in PEFT; the caller has checked it against the tables of names.

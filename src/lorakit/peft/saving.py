@@ -123,7 +123,7 @@ def save(
         model: The wrapper.
         folder: Directory to write to.
         name: Name of the adapter.
-        tensors: Tensors of any shape to save instead of the model's own, keyed by name on disk.
+        tensors: Tensors of any shape, keyed by name on disk, to save instead of the model's own tensors.
         initial_folder: Directory of the adapter as it was saved before training; if given, the adapter is converted
             to plain LoRA for the original base, with twice the rank.
 
@@ -164,8 +164,8 @@ def save(
     if config.init_lora_weights is True:  # this is how PEFT saves the initial adapter
         return save_form(user, folder, saved_form(user, name, "raw", tensors))
     warn_caller(
-        f"Adapter {name!r} applies to a base that {config.init_lora_weights!r} changed, and is saved for that base, as "
-        "in PEFT. To save it for the original base, pass `path_initial_model_for_weight_conversion` or use "
-        "`lorakit.core.save_adapter`."
+        f"Adapter {name!r} applies to a base that init_lora_weights={config.init_lora_weights!r} changed. As in PEFT, "
+        "the adapter is saved for the changed base. To save it for the original base, pass "
+        "`path_initial_model_for_weight_conversion` or use `lorakit.core.save_adapter`."
     )
     return core.save_as_trained(user, folder, name, tensors=tensors)

@@ -138,7 +138,7 @@ def flat_factors(model: nn.Module, adapter: str, given: Mapping[str, Tensor] | N
     Args:
         model: A wrapped model, or an unwrapped model with adapters.
         adapter: Name of the adapter.
-        given: Tensors of any shape to check instead of the model's own, keyed by name on disk.
+        given: Tensors of any shape, keyed by name on disk, to check instead of the model's own tensors.
     """
     own = {on_disk: tensor for on_disk, _, tensor in tensors_of(model, adapter)} if given is None else given
     return [key for key, held in own.items() if key.endswith((".lora_A.weight", ".lora_B.weight")) and held.ndim < 2]
@@ -275,7 +275,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def set_base_model_state_dict(
     model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
 ) -> IncompatibleKeys:
-    """Copy tensors into the base model by their names in the model without adapters.
+    """Copy tensors into the base model, matching them by their names in the model without adapters.
 
     Args:
         model: A wrapped model, or an unwrapped model with adapters.

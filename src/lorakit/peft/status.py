@@ -32,7 +32,7 @@ class TunerLayerStatus:
         enabled: Whether the adapters of the module are enabled.
         active_adapters: Active adapters.
         merged_adapters: Merged adapters.
-        requires_grad: Dict from adapter to whether its parameters in the module are trainable.
+        requires_grad: Whether each adapter's parameters in the module are trainable, keyed by adapter.
         available_adapters: Adapters that have parameters in the module, sorted.
         devices: Dict from adapter to the device types of its parameters.
         quantization_backend: Quantization backend of the base weight, or None.
@@ -63,7 +63,7 @@ class TunerModelStatus:
         enabled: Whether adapters are enabled.
         active_adapters: Active adapters.
         merged_adapters: Merged adapters.
-        requires_grad: Dict from adapter to whether its parameters are trainable.
+        requires_grad: Whether each adapter's parameters are trainable, keyed by adapter.
         available_adapters: Adapters of the model, sorted.
         devices: Dict from adapter to the device types of its parameters.
         quantization_backend: Quantization backend of the base weights, or None.
@@ -137,7 +137,7 @@ def _flags_and_devices(modules: Iterable[AdapterModule]) -> tuple[dict[str, bool
         table = module.token_adapter if isinstance(module, TrainableTokens) else None  # a tied module has no rows
         for adapter in module.available_adapters():
             found = module.parameters_of(adapter) if table is None else [table.trainable_tokens_delta[adapter]]
-            for parameter in found:  # a tied layer or a copy without parameters has none
+            for parameter in found:  # empty for a tied layer or a copy without parameters
                 held[adapter].append(parameter)
     flags = {adapter: _common(parameter.requires_grad for parameter in found) for adapter, found in held.items()}
     return flags, {adapter: sorted({one.device.type for one in found}) for adapter, found in held.items()}

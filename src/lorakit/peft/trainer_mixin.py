@@ -25,7 +25,7 @@ from lorakit.peft.mapping import get_peft_model
 from lorakit.peft.model import PeftModel
 
 ARGUMENTS_FILE = "training_args.bin"
-"""Name of the file next to the adapter in which the parent's training arguments are stored."""
+"""Name of the file, saved next to the adapter, that contains the parent's training arguments."""
 
 
 class Arguments(Protocol):
@@ -48,7 +48,7 @@ class Processor(Protocol):
 
 
 class LoraTrainerMixin:
-    """Mixin that makes a trainer save adapter-only checkpoints, which training can resume from and PEFT can load.
+    """Mixin that makes a trainer save adapter-only checkpoints; training can resume from them, and PEFT can load them.
 
     The mixin must precede the trainer in the list of base classes.
 
@@ -189,7 +189,7 @@ class LoraTrainerMixin:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _folders(self, checkpoint: str | os.PathLike[str]) -> dict[str, Path]:
-        """Return a dict from adapter to directory: the checkpoint for "default", a subdirectory for any other."""
+        """Return a dict from adapter to directory: the checkpoint itself for "default", otherwise a subdirectory."""
         root = Path(checkpoint)
         folders = {name: root if name == "default" else root / name for name in self.lora_model.peft_config}
         gone = [name for name, folder in folders.items() if not (folder / CONFIG_FILE).exists()]

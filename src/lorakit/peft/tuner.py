@@ -50,7 +50,7 @@ def kinds_of(config: LoraConfig | None) -> list[Kind]:
         if like is None:
             raise NotYetSupported(
                 f"{layer.__name__} for {module_type.__name__}: a custom layer must be a subclass of a lorakit layer, "
-                "such as lora.Linear; for any other computation, pass a lorakit.core.Kind to attach (kinds=[...])."
+                "such as lora.Linear; for any other computation, call attach(kinds=[...]) with a lorakit.core.Kind."
             )
         if kind_of(module_type) is None:
             warn_caller(f"Unsupported layer type '{module_type}' encountered, proceed at your own risk.", UserWarning)
@@ -151,7 +151,7 @@ class OverModel(nn.Module):
         model_adapters.set_requires_grad(self.model, adapter_names, requires_grad)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether an adapter can be converted to plain LoRA, that is, does not depend on token positions.
+        """Return whether an adapter can be converted to plain LoRA; adapters that depend on token positions cannot.
 
         Args:
             adapter_name: Name of the adapter.
@@ -246,7 +246,7 @@ class BaseTuner(OverModel):
         return self._penalty if name in PENALTY_METHODS else super().__getattr__(name)
 
     def _penalty(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
-        """Return the summed penalties of the given (default: active) adapters, a scalar, or 0.0 if there are none."""
+        """Return the total penalty of the given adapters (default: the active ones), a scalar; 0.0 if there is none."""
         with contextlib.ExitStack() as stack:
             if adapter_names is not None:
                 stack.enter_context(core.use(self.model, *model_adapters.as_names(adapter_names)))
@@ -365,13 +365,16 @@ class BaseTuner(OverModel):
     def _enable_peft_forward_hooks(
         self, *_: Any, adapter_names: Sequence[str] | None = None, alora_offsets: Offsets | None = None, **__: Any
     ) -> Iterator[None]:
-        """Assign an adapter to each batch row within a context, for programs that use a tuner without a wrapper."""
+        """Return a context manager that assigns an adapter to each batch row.
+
+        Programs that use a tuner without a wrapper call this method.
+        """
         starts = contextlib.nullcontext() if alora_offsets is None else core.invoked(self.model, offsets=alora_offsets)
         with self.rows(adapter_names), starts:
             yield
 
     def rows(self, adapter_names: Sequence[str] | None, copies: int = 0) -> contextlib.AbstractContextManager[None]:
-        """Return a context that assigns an adapter to each batch row, or does nothing if `adapter_names` is None.
+        """Return a context manager that assigns an adapter to each batch row; it does nothing without `adapter_names`.
 
         Args:
             adapter_names: One adapter name per row of the batch; "__base__" selects the base model alone.
@@ -484,7 +487,7 @@ class LoraModel(BaseTuner):
 
 @contextlib.contextmanager
 def garbage_collector_paused() -> Iterator[None]:
-    """Pause Python's garbage collector within a context that creates thousands of long-lived objects.
+    """Return a context manager that pauses Python's garbage collector while thousands of objects are created.
 
     Yields:
         Nothing.

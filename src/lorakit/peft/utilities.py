@@ -226,7 +226,7 @@ def get_device_map(model: nn.Module) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def empty_context(*_: Ignored, **__: Ignored) -> Iterator[None]:
-    """Do nothing; this context manager replaces those with which PEFT moves, gathers or casts tensors."""
+    """Do nothing; this context manager replaces PEFT's context managers that move, gather or cast tensors."""
     yield
 
 
@@ -268,7 +268,7 @@ class WeightConversion(Protocol):
 def build_peft_weight_mapping(
     weight_conversions: Iterable[WeightConversion] | None, adapter_name: str, peft_config: LoraConfig | None = None
 ) -> list[WeightConversion]:
-    """Return renaming rules for an adapter's tensors that mirror transformers' conversions of the base tensors.
+    """Return rules that rename an adapter's tensors in line with transformers' conversions of the base tensors.
 
     Args:
         weight_conversions: Conversions of the base tensors.
@@ -276,7 +276,7 @@ def build_peft_weight_mapping(
         peft_config: The adapter's config.
 
     Raises:
-        NotYetSupported: The adapter targets weights, such as those of experts, that transformers now fuses.
+        NotYetSupported: The adapter targets weights that transformers now fuses, such as expert weights.
     """
     if not weight_conversions:
         return []
@@ -298,7 +298,7 @@ def build_peft_weight_mapping(
 
 
 def _joined_names(conversion: WeightConversion) -> set[str]:
-    """Return the last path component of each module whose tensors transformers fuses."""
+    """Return the last path component of each module whose tensors are fused by transformers."""
     return {pattern.removesuffix(".weight").rpartition(".")[2] for pattern in conversion.source_patterns}
 
 
@@ -345,7 +345,7 @@ def checkpoints(model: nn.Module) -> bool:
 
 
 def take_gradients_at_the_input(model: nn.Module) -> None:
-    """Make the input embedding's output require gradients, which reentrant gradient checkpointing needs.
+    """Make the input embedding's output require gradients, as reentrant gradient checkpointing requires.
 
     Args:
         model: A model; quantized models are skipped, since `prepare_model_for_kbit_training` handles them.

@@ -96,7 +96,7 @@ def reduce_intruder_dimension(
     mitigation_lambda: float = 0.75,
     logging_sink: Callable[[str], Any] | None = print,
 ) -> None:
-    """Add and activate a copy of an adapter with the same dtype but weaker intruder dimensions.
+    """Copy an adapter, weaken the copy's intruder dimensions, and activate the copy; the dtype is preserved.
 
     Args:
         peft_model: A `PeftModel`.
@@ -105,7 +105,7 @@ def reduce_intruder_dimension(
         top_k: Number of strongest directions to compare.
         threshold_epsilon: Maximum cosine similarity between an intruder dimension and any direction of the base weight.
         mitigation_lambda: Fraction of each intruder dimension to keep.
-        logging_sink: Function called with each log line, such as one per site; None disables logging.
+        logging_sink: Function called with each log line, including one line per site; None disables logging.
 
     Raises:
         AdapterError: The adapter does not exist or uses DoRA, or the new name is taken.

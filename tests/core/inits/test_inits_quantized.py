@@ -196,7 +196,7 @@ def test_the_face_writes_it_as_it_is_trained_with_a_word_and_converts_nothing(st
     model.peft_config["default"].init_lora_weights = True  # PEFT's way to keep what an adapter begins with
     model.save_pretrained(tmp_path / "began")
     model.peft_config["default"].init_lora_weights = "olora"
-    with pytest.warns(UserWarning, match="applies to a base that 'olora' changed"):
+    with pytest.warns(UserWarning, match="applies to a base that init_lora_weights='olora' changed"):
         model.save_pretrained(tmp_path / "trained")
     with pytest.raises(AdapterError, match="rounded a second time, so adapter 'default' is not plain LoRA"):
         model.save_pretrained(tmp_path / "new", path_initial_model_for_weight_conversion=str(tmp_path / "began"))
