@@ -244,7 +244,7 @@ def test_nothing_runs_and_all_is_checked_before_the_first_token_is_asked_for(tin
         ([], "no prompt to continue"),
         ([[]], "the prompt is empty"),
         ([[1], []], "prompt 2 of 2 is empty"),
-        ([[1, 512]], "the prompt contains the token id 512, but the model's ids are 0 to 511"),
+        ([[1, 512]], "the prompt contains the token id 512, but the valid ids are 0 to 511"),
         ([[-1]], "the prompt contains the token id -1"),
         ([[1] * 128], "the prompt has 128 tokens, but the model supports at most 128"),
     ],
@@ -258,9 +258,9 @@ def test_bad_prompts_are_refused_by_name(tiny_gpt2: Any, prompts: list[list[int]
 def test_bad_settings_are_refused_by_name(tiny_gpt2: Any) -> None:
     with pytest.raises(ConfigError, match="max_new_tokens is 0; it must be at least 1"):
         generate(tiny_gpt2, [1], max_new_tokens=0)
-    with pytest.raises(UsageError, match="1 prompts and 2 sampling settings"):
+    with pytest.raises(UsageError, match="prompts is 1, but the number of sampling settings is 2"):
         generate_batch(tiny_gpt2, [[1]], max_new_tokens=1, sampling=[Sampling(), Sampling()])
-    with pytest.raises(UsageError, match="1 prompts and 2 adapters"):
+    with pytest.raises(UsageError, match="prompts is 1, but the number of adapters is 2"):
         generate_batch(tiny_gpt2, [[1]], max_new_tokens=1, adapters=[None, None])
     with pytest.raises(UsageError, match=r"generate continues one prompt, of shape .* got \("):
         generate(tiny_gpt2, torch.tensor([[1], [2]]), max_new_tokens=1)

@@ -1,7 +1,7 @@
 """Generation: sampling, an engine that works on token ids, and streaming detokenization.
 
 The engine does not handle text, and the detokenizer does not depend on the model. This package does not import
-transformers; it calls a model through the interface of transformers' causal language models and uses the model's own
+transformers; it calls a model through the interface of transformers' causal language models and uses the model's
 key-value cache.
 """
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 REPLACEMENT = "\ufffd"  # character that decoders output for invalid or incomplete bytes
-PENDING_CHARACTERS = 3  # an incomplete UTF-8 character has up to 3 of its 4 bytes, each decoded as one replacement
+PENDING_CHARACTERS = 3  # an incomplete UTF-8 character has up to 3 bytes, each decoded to one replacement character
 PENDING_TOKENS = 4  # a character can span this many tokens, one per byte
 CONTEXT_TOKENS = 8  # prompt tokens that are decoded together with the first new token
 
@@ -48,7 +48,7 @@ class TextStream:
         self._window.append(token)
         text = self._text(self._window)
         if not text.startswith(self._given) and len(self._window) - self._settled <= PENDING_TOKENS:
-            return ""  # an incomplete character can change how earlier bytes, already returned, are decoded
+            return ""  # an incomplete character can change how bytes already returned are decoded
         certain = _certain(text)
         piece = text[len(self._given) : certain]
         self._given = text[: max(certain, len(self._given))]

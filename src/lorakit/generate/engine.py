@@ -1,7 +1,7 @@
 """Token generation: one forward pass processes the prompts, and each further pass adds one token to every row.
 
-The passes use the model's own cache. Prompts of different lengths are left-padded and masked to form one batch, in
-which each row gets the same result as it would alone; each row can have its own adapter. The engine works only with
+The passes use the model's key-value cache. Prompts of different lengths are left-padded and masked to form one batch.
+Each row of the batch gets the same result as it would alone, and can have its own adapter. The engine works only with
 token ids and does not use a tokenizer. Beam search and most logits processors of transformers' `generate` are not
 supported.
 """
@@ -99,14 +99,15 @@ def generate_batch(
 ) -> Iterator[NewToken]:
     """Continue several prompts together, each optionally with its own adapter, yielding tokens as they are generated.
 
-    The call itself checks the arguments and fixes the adapter routing; the model runs only as tokens are requested.
+    The arguments are checked, and the adapter routing is determined, at the time of the call. The model runs only when
+    a token is requested.
 
     Args:
         model: A causal language model in eval mode.
         prompts: Token ids of each row; the rows may differ in length.
         max_new_tokens: Maximum number of new tokens per row.
         sampling: One `Sampling` for all rows, or one per row.
-        eos_ids: Ids of the tokens that end a row; the ending token is still yielded, as the row's last.
+        eos_ids: Ids of the tokens that end a row; the ending token is still yielded, as the row's last token.
         adapters: For each row, the name of its adapter, or None for the base model; if omitted, every row uses the
             active adapters. If the rows use different adapters, the stacked factors of these adapters are kept across
             steps (see `keep` in `lorakit.core.route`).
@@ -136,7 +137,8 @@ def generate_batch(
     samplings = [sampling] * len(rows) if isinstance(sampling, Sampling) else list(sampling)
     if len(samplings) != len(rows):
         message = (
-            f"Got {len(rows)} prompts and {len(samplings)} sampling settings; pass one for all, or one per prompt."
+            f"The number of prompts is {len(rows)}, but the number of sampling settings is {len(samplings)}; pass "
+            "one per prompt, or a single `Sampling` for all prompts."
         )
         raise UsageError(message, field="sampling")
     scope, names = _scope(model, adapters, len(rows)), _names(model, adapters, len(rows))
@@ -261,8 +263,8 @@ class _Forward:
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": self._mask, "use_cache": True}
         if self._last_alone:
             # If `logits_to_keep` is a tensor, the model selects positions by indexing, and the result is contiguous. If
-            # it is an int, the model slices; the result is not contiguous, and a bf16 matmul on a CPU then takes about
-            # 300 times as long. aLoRA needs an int: the number of positions to keep.
+            # it is an int (the number of positions to keep), the model takes a slice. A slice is not contiguous, so the
+            # bf16 matmul takes about 300 times as long on a CPU. aLoRA requires the int.
             one = 1 in ids.shape or not isinstance(self._starts, contextlib.nullcontext)
             inputs["logits_to_keep"] = 1 if one else torch.tensor([-1], device=ids.device)
         if self._positioned:
@@ -291,7 +293,7 @@ def _check_prompts(rows: list[list[int]], vocabulary: int | None, limit: int | N
         odd = [token for token in ids if token < 0 or (vocabulary is not None and token >= vocabulary)]
         if odd:
             size = f"0 to {vocabulary - 1:,}" if vocabulary is not None else "0 and up"
-            message = f"{which} contains the token id {odd[0]}, but the model's ids are {size}. Check the tokenizer."
+            message = f"{which} contains the token id {odd[0]}, but the valid ids are {size}. Check the tokenizer."
             raise UsageError(message, what=odd[0], field="prompts", where=which)
         if limit is not None and len(ids) >= limit:
             raise UsageError(
@@ -314,7 +316,10 @@ def _scope(
             return contextlib.nullcontext()
         return state.override(state.active().keeping())
     if len(adapters) != rows:
-        message = f"Got {rows} prompts and {len(adapters)} adapters; pass one adapter, or None, per prompt."
+        message = (
+            f"The number of prompts is {rows}, but the number of adapters is {len(adapters)}; pass one adapter, or "
+            "None, per prompt."
+        )
         raise UsageError(message, field="adapters")
     if state is None and not any(adapters):
         return contextlib.nullcontext()

@@ -1,7 +1,8 @@
 """A prefix that several prompts have in common: the base processes it once, and all rows share the result.
 
-A row can share the result if it uses only the base within the prefix: it has no adapter, or an Activated LoRA (aLoRA)
-adapter that is invoked after the prefix. Other adapters change the keys and values from the first token on.
+A row can share the result if it uses only the base within the prefix, that is, if it has no adapter, or has an
+Activated LoRA (aLoRA) adapter that is invoked after the prefix. Other adapters change the keys and values from the
+first token on.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Choose tokens from logits: greedy decoding, or sampling with temperature, top-k and top-p.
 
 Each row has its own random number generator on the CPU, so the same seed gives the same tokens regardless of the other
-rows in the batch, the device, and the state of torch's global generator.
+rows in the batch, the device, or the state of torch's global generator.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """Return the distribution from which a token is sampled.
 
     With z the logits and T the temperature, p_i = exp(z_i / T) / Σ_j exp(z_j / T). Top-k sets every p below the k-th
-    largest to 0. Top-p renormalizes the rest, sorts it so that p_(1) ≥ p_(2) ≥ …, and keeps p_(i) if p_(1) + … +
-    p_(i-1) < `top_p`. The tokens kept are the smallest set whose probabilities sum to at least `top_p`, and always
-    include the first. All other probabilities become 0, and the result is normalized.
+    largest to 0. Top-p renormalizes the remaining probabilities, sorts them so that p_(1) ≥ p_(2) ≥ …, and keeps p_(i)
+    if p_(1) + … + p_(i-1) < `top_p`. The kept tokens, which always include the most likely one, are the smallest set
+    whose probabilities sum to at least `top_p`. All other probabilities become 0, and the result is normalized.
 
     Args:
         logits: Logits of shape (vocabulary,).

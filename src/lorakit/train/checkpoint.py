@@ -386,7 +386,7 @@ def set_aside(path: Path) -> Path:
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint; a crash leaves it complete, or leaves a temporary directory that the next run deletes.
+    """Remove a checkpoint; a crash leaves it intact or in a temporary directory that the next run deletes.
 
     Args:
         path: The checkpoint's directory.

@@ -93,8 +93,8 @@ DEFAULTS: dict[str, Default] = {
         "weight in memory, and their adapters are saved as LoRA with twice the rank",
     ),
     "allocate_ranks": Default(
-        "Allocate ranks per module from the gradients (GoRA) or inputs (EVA) of the first training rows, within the "
-        "parameter budget set by --r: none, gradients or inputs",
+        "Select how ranks are allocated to modules within the parameter budget set by --r: none, gradients (GoRA) or "
+        "inputs (EVA); the last two use the first training rows",
         "none",
         "with the same rank everywhere, the size of the adapter is predictable",
     ),

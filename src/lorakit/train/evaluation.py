@@ -129,8 +129,8 @@ def compare(
 ) -> list[tuple[str, Evaluation]]:
     """Measure the loss of a base, alone and with each adapter, over the same tokens.
 
-    An adapter saved with its own tokenizer, for example because of new tokens, is an exception: the same data is then
-    tokenized with the adapter's tokenizer.
+    An adapter that was saved with its own tokenizer (for example, because it adds tokens) is an exception: for this
+    adapter, the same data is tokenized with the adapter's tokenizer.
 
     Args:
         settings: Model, data and adapters.
@@ -167,7 +167,10 @@ def compare(
         if own is None:
             given.append(batches)
             continue
-        say(f"{folder}: the adapter has its own tokenizer, so its loss is measured over different tokens.")
+        say(
+            f"{folder}: the adapter has its own tokenizer, so its loss is measured over different tokens than the "
+            "base's."
+        )
         sequences = encode(records, own, length).sequences
         given.append(partial(by_length, sequences, settings.batch_rows, padding_id(own)))
     choice = hub.choose_dtype(settings.dtype, hub.calibrate(where) if settings.dtype == "auto" else None)

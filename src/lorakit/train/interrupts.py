@@ -44,7 +44,7 @@ class Interrupts:
 
 @contextlib.contextmanager
 def recording() -> Iterator[Interrupts]:
-    """Record the first signal within a block and raise `KeyboardInterrupt` on the second.
+    """Return a context manager that records the first signal and raises `KeyboardInterrupt` on the second.
 
     Python delivers signals only to the main thread; in other threads, nothing is recorded. On exit, the previous
     handlers are restored, including those set from C. If the system has no `sigaction`, handlers set from C are left
@@ -60,7 +60,10 @@ def recording() -> Iterator[Interrupts]:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Within a block, make SIGTERM raise `KeyboardInterrupt`, as Ctrl-C does, unless SIGTERM already has a handler."""
+    """Return a context manager that makes SIGTERM raise `KeyboardInterrupt`, as Ctrl-C does.
+
+    If SIGTERM already has a handler, that handler is kept.
+    """
     numbers = [number for number in _SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
     with _handled(numbers, _stop):
         yield
@@ -83,7 +86,7 @@ def _handled(numbers: Iterable[int], receive: Callable[[int, FrameType | None], 
         yield
     finally:
         for number, (handler, action) in before.items():
-            # Python cannot represent a handler set from C: it will report SIG_DFL, although the C action is restored
+            # Python cannot represent a handler set from C: it will report SIG_DFL even after the C action is restored
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
             if action is not None:
                 _sigaction(number, action, None)

@@ -196,7 +196,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """Optimizer state entries with the same shape as the tensor; the remaining entry, "step", counts updates."""
 
 _ALIGNED = 16
-_RUN = {"cpu": 1 << 20, "cuda": 1 << 24}  # maximum elements per run; on a CPU, 4 MB stays in the cache for AdamW
+_RUN = {"cpu": 1 << 20, "cuda": 1 << 24}  # maximum elements per run; on a CPU, a run of 4 MB fits in the cache
 
 
 def is_packable(parameters: Sequence[nn.Parameter]) -> bool:
@@ -292,7 +292,7 @@ class _Flat:
             raise RunError("trainable tensors share memory; build the optimizer after replacing tensors.")
 
     def gather(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Copy replaced values and state (`p.data = …`, `load_state_dict`) into the buffers; create missing state."""
+        """Copy into the buffers any values and state set by `p.data = …` or `load_state_dict`; create missing state."""
         if self._replaced():
             self._pack()
         for i, p in enumerate(self.members):

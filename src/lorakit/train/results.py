@@ -46,7 +46,7 @@ class RunResult:
         adapter_step: The step at which `adapter` was saved; None after an interruption.
         first_loss: Evaluation loss of the base, or None without evaluation data.
         best_loss: Lowest evaluation loss after the first step, or None.
-        adapter_loss: Evaluation loss at `adapter_step`, or None; above `best_loss` if the best checkpoint was lost.
+        adapter_loss: Evaluation loss at `adapter_step`, or None; exceeds `best_loss` if the best checkpoint was lost.
         trainable_parameters: Number of trainable parameters.
         total_parameters: Number of parameters in the base.
         adapter_bytes: Size of the adapter's weights file; 0 after an interruption.
@@ -253,7 +253,7 @@ def _copy(path: Path, target: Path, *, linked: bool) -> None:
 
 
 def _plot_loss(folder: Path, title: str) -> str:
-    """Draw `loss.svg` if matplotlib is installed; return a message with its path, or why it was not drawn."""
+    """Draw `loss.svg` if matplotlib is installed; return a message with its path or the reason it was not drawn."""
     path = folder / run_folder.PLOT_FILE
     try:
         loss_plot(read_metrics(folder), path, title)

@@ -107,27 +107,27 @@ def allocate_ranks(
 def init_from_data(
     model: nn.Module, config: LoraConfig, spec: RunSpec, loader: Loader, progress: Progress
 ) -> tuple[LoraConfig, core.Statistics | None]:
-    """Return the config to attach, and any statistics of the first training rows that the init needs.
+    """Return the config to attach and, if the initialization needs them, statistics of the first training rows.
 
     Args:
         model: The base, on the run's device.
         config: The adapter's config.
         spec: The run's specification, including the seed, the device and the quantization.
         loader: The run's data loader, which is not advanced.
-        progress: Receives a message about the init.
+        progress: Receives a message about the initialization.
 
     Returns:
         The config (for EVA, with the computed ranks), and the statistics (or None).
 
     Raises:
-        UsageError: The init would change a quantized base.
+        UsageError: The initialization would change a quantized base.
         LorakitError: `lorakit.core.collect_for` failed; the error class and message say why.
     """
     init = init_named(config.init_lora_weights)
     if init.changes_base and spec.quantization is not None:
         raise UsageError(
-            f"init_lora_weights={init.name!r} changes the base weights, but this base is quantized, and the changed "
-            "weights would be rounded a second time; omit --quantization or use another initialization.",
+            f"init_lora_weights={init.name!r} changes the base weights, but this base is quantized, so the changed "
+            "weights would have to be requantized; omit --quantization or use another initialization.",
             what=init.name,
             field="init_lora_weights",
         )

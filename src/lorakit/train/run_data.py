@@ -45,7 +45,8 @@ class Forecast:
     Attributes:
         shape: Shape of the base model.
         config: The adapter's config.
-        max_length: Maximum sequence length: the setting, or the model's limit if the default exceeds that limit.
+        max_length: Maximum sequence length: the setting, or the model's limit if the setting is the default and exceeds
+            the limit.
         notes: Messages to print.
         new_tokens: Tokens added to the vocabulary, or None.
     """
@@ -99,10 +100,10 @@ def max_length_for(shape: plan.ModelShape, wanted: int) -> int:
 
     Args:
         shape: The model's shape.
-        wanted: The `max_length` setting; if it exceeds the model's limit, only the default is reduced.
+        wanted: The `max_length` setting; a value above the model's limit is reduced only if it is the default.
 
     Returns:
-        `wanted`, or the model's limit if the default exceeds it.
+        `wanted`, or the model's limit if `wanted` is the default and exceeds the limit.
 
     Raises:
         UsageError: `wanted` is not the default and exceeds the model's limit.
@@ -246,7 +247,8 @@ class NewTokens:
     Attributes:
         added: Ids of the new tokens, and how the tokenizer encoded their text before they were added.
         vocabulary: Number of rows that the base's embedding needs.
-        rows: Embedding rows to train: those of the new tokens, and any that the base lacks for existing tokens.
+        rows: Embedding rows to train: those of the new tokens, and those of existing tokens that have no row in the
+            base.
     """
 
     added: hub.AddedTokens

@@ -1,9 +1,9 @@
 """The run directory: its record `run.json`, its log `metrics.jsonl`, its lock, and its creation and removal.
 
-The record contains the requested settings, the values that they resolved to, the environment, and how the run ended,
-all of them computed by other modules. The log has one row per optimizer step and one per evaluation;
-`lorakit.report` reads it. The lock prevents two processes from training in the same directory. The directory itself is
-locked (flock), so no lock file is left behind, and the system releases the lock no matter how the process ends.
+The record contains the requested settings, the values that they resolved to, the environment, and how the run ended;
+other modules compute these values. The log, which `lorakit.report` reads, has one row per optimizer step and one per
+evaluation. The lock prevents two processes from training in the same directory. The directory itself is locked (flock),
+so no lock file is left behind, and the system releases the lock no matter how the process ends.
 """
 
 from __future__ import annotations

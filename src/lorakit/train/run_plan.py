@@ -38,7 +38,7 @@ _ROW_BYTES = 400  # per row of metrics.jsonl
 
 
 def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], progress: Progress) -> RunPlan:
-    """Choose a run's precision (by benchmarking, if it is "auto"), and estimate the run's memory use and duration.
+    """Choose a run's precision (by benchmarking if it is "auto"), and estimate the run's memory use and duration.
 
     Args:
         spec: The run's specification; a resumed run keeps its precision.

@@ -50,7 +50,7 @@ class RunSpec:
         hashes: Dict from the path of each data file to the file's SHA-256.
         record: Contents of `run.json` if the run is resumed, or None.
         tokenizer: The base's tokenizer, with the run's new tokens.
-        forecast: Shape of the base, adapter config and maximum sequence length.
+        forecast: The base's shape, the adapter config, and the maximum sequence length.
         quantization: Quantization of the base, from the settings or the base's files, or None.
     """
 

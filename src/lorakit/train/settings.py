@@ -35,7 +35,7 @@ Optimizer = Literal["adamw", "lorafa"]
 Allocation = Literal["none", "gradients", "inputs"]
 Recompute = Literal["none", "feed-forward", "layers"]
 INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "eva", "corda", "lora_ga", "mica")
-"""Values of `init_lora_weights`, besides `pissa_niter_N`; LoftQ is excluded because it needs the unquantized base."""
+"""Values of `init_lora_weights`, except `pissa_niter_N`; LoftQ is excluded because it needs the unquantized base."""
 
 _DTYPE_WORDS = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 
@@ -219,7 +219,7 @@ class TrainSettings(BaseModel):
 
     @property
     def recomputed(self) -> str:
-        """The selected recomputation option; with a memory budget, the plan makes the choice later."""
+        """The selected recomputation option; with a memory budget, the plan chooses the option later."""
         from lorakit.plan.job import recomputed
 
         return recomputed(self.recompute, self.gradient_checkpointing, self.memory_budget, self.accelerate)

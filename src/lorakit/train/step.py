@@ -77,7 +77,7 @@ def schedule(peak: float, total_steps: int, warmup_ratio: float, kind: Scheduler
 
 @contextlib.contextmanager
 def oom_as_run_error(batch: Batch, where: str, advice: Callable[[int], str]) -> Iterator[None]:
-    """Convert an out-of-memory error to a `RunError` that describes the batch and suggests what to change.
+    """Convert an out-of-memory error raised in a block to a `RunError` that describes the batch and gives advice.
 
     Args:
         batch: The batch that the block processes.
@@ -148,7 +148,7 @@ def loss_sum(
     targets = labels[:, 1:].reshape(-1)
     logits = output.logits[:, :-1].reshape(targets.numel(), -1)  # (rows * (length - 1), vocabulary)
     kept = targets != IGNORED
-    if not bool(kept.all()):  # skip ignored positions, because the float32 copy of the logits is the largest tensor
+    if not bool(kept.all()):  # copy only the needed logits to float32, because the copy is the largest tensor
         logits, targets = logits[kept], targets[kept]
     if logits.dtype != torch.float64:
         logits = logits.float()

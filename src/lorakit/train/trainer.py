@@ -158,7 +158,7 @@ def _report_data(spec: RunSpec, batches: RunBatches, progress: Progress) -> None
 def _base_bytes(model: nn.Module, spec: RunSpec) -> int:
     """Return the size of the base model's weights in memory, in bytes.
 
-    For a quantized base, a formula gives the size, because quantization scales are not parameters.
+    For a quantized base, the size is computed by formula, because quantization scales are not parameters.
     """
     quantization = spec.quantization
     if quantization is None:
@@ -169,7 +169,7 @@ def _base_bytes(model: nn.Module, spec: RunSpec) -> int:
 
 
 def _newest_checkpoint(spec: RunSpec, progress: Progress) -> tuple[Path | None, tuple[Path, ...]]:
-    """Return the newest valid checkpoint, or None, and the damaged checkpoints that are newer."""
+    """Return the newest valid checkpoint (or None), and any damaged checkpoints that are newer than it."""
     damaged: list[Path] = []
     for path, fault in checkpoint.verified(spec.folder) if spec.settings.resume else ():
         if fault is None:
@@ -180,7 +180,7 @@ def _newest_checkpoint(spec: RunSpec, progress: Progress) -> tuple[Path | None, 
 
 
 def _enable_checkpointing(model: nn.Module) -> None:
-    """Enable non-reentrant gradient checkpointing; recomputation restores the adapter routing of the forward pass."""
+    """Enable non-reentrant gradient checkpointing; recomputation uses the same adapter routing as the forward pass."""
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # newest name first
     enable = next(getattr(model, name) for name in names if hasattr(model, name))
     try:
@@ -209,8 +209,7 @@ def acceleration_lines(acceleration: Acceleration) -> list[str]:
         acceleration: Result of `accelerate`.
 
     Returns:
-        One line on what is accelerated, followed, where applicable, by one on the CPU kernels and one on what is not
-        accelerated.
+        Up to three lines: what is accelerated, which CPU kernels are used, and what is not accelerated.
     """
     left = Counter((part.kind, part.why) for part in acceleration.skipped)
     if not (acceleration.swaps or acceleration.head or acceleration.packs):
