@@ -42,8 +42,8 @@ class Activation:
 def gelu_tanh(x: Tensor, out: Tensor) -> Tensor:
     """Write the tanh approximation of GELU for rows x (N, f) to `out` (N, f) and return `out`. [docs/math.md (78)]
 
-    On a CPU, the result is computed as x times a sigmoid, because torch's sigmoid is four times as fast as its tanh
-    there. The computation runs in fp32 or wider, on one slab of rows at a time.
+    On a CPU, torch's sigmoid is four times as fast as its tanh, so the result is computed as x times a sigmoid. The
+    computation runs in fp32 or wider, on one slab of rows at a time.
     """
     if x.device.type != "cpu":
         return aten.gelu.out(x, approximate="tanh", out=out)

@@ -37,8 +37,8 @@ class SelfAttention:
         head_dim: Head width D.
         kv_heads: Number of key and value heads KV, a divisor of H.
         norm: Norm applied to the input, or None.
-        q_norm, k_norm: Norms applied to q and k before rotation, or None: per head if the weight has D elements,
-            otherwise over the whole row.
+        q_norm, k_norm: Norms applied to q and k before rotation, or None. A norm applies per head if its weight has D
+            elements; otherwise, it applies over the whole row.
         dropout: Dropout probability for the output, before the residual is added.
         interleaved: Whether the fused projection outputs the q, k and v of one head together, followed by those of the
             next head; requires KV = H.
@@ -138,7 +138,7 @@ def attention_block(
     else:
         with without_autocast(x):
             y = _forward(x, form)[0]
-    # reshaped outside the autograd function, which must not return views: callers may modify the result in place
+    # reshaped outside the autograd function, because its outputs must not be views if callers modify them in place
     return unflat(y, x) if wanted is None else y
 
 
@@ -167,7 +167,7 @@ class _Intermediates(NamedTuple):
 
 
 def _under_autocast(x: Tensor, form: _Form) -> Tensor:
-    """Run the sublayer with norm and residual in the dtype of x and everything in between in the autocast dtype."""
+    """Run the sublayer in the autocast dtype, except for the norm and the residual, which use the dtype of x."""
     block, pattern, rope, residual, wanted = form
     dtype = torch.get_autocast_dtype(x.device.type)
     n = x if block.norm is None else norm.normalize(x, block.norm)

@@ -142,7 +142,7 @@ class _Scores:
         ]
 
     def weights(self, rows: Tensor, keys: Tensor, piece: Piece, block: _Block) -> tuple[Tensor, Tensor | None]:
-        """Return the softmax of a block's scores (Z, G·n, m) and, if there is a softcap, the tanh values before it."""
+        """Return the softmax of a block's scores (Z, G·n, m) and, if there is a softcap, tanh(scores / softcap)."""
         seen, cap = keys[:, block.low : block.high], self.pattern.softcap
         scores = self._buffer(0, rows, seen)
         scale = self.scale if cap is None else self.scale / cap

@@ -1,8 +1,8 @@
 """Autotuned kernel choices: which method to use for an operation of a given shape.
 
 Choices map the name of a shape to a method that was faster than the default when `lorakit.speed.tuning` measured both
-on this machine. All other shapes use the default method, as do all shapes while no choices are active. All methods give
-the same results up to rounding.
+on this machine. A shape without an active choice uses the default method. All methods give the same results up to
+rounding.
 
 The default can be slow for two reasons. First, some libraries compute certain matmul shapes at half speed if given all
 rows at once, but at full speed if given slices of rows. oneDNN does so with bf16 on processors with matrix units.
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 ROWS = (768, 1024, 1280, 1536, 2048, 3072, 4096)
-"""Row counts for which matmuls are measured. Any other count uses the result for the next larger count in this list,
-except that a matmul with at most `SLICES[0]` rows, or with more rows than the largest count, is computed all at once.
+"""Row counts for which matmuls are measured. Any other count uses the result for the next larger count in this list.
+There are two exceptions: a matmul with at most `SLICES[0]` rows, or with more rows than the largest count, is computed
+all at once.
 """
 
 SLICES = (512, 256)
@@ -38,8 +39,8 @@ IN_FP32 = " through fp32"  # prose-check: ok
 """Suffix of the names of fp32 choices; checkpoints and the cache store these names."""
 
 BLOCK = 2048
-"""Height and width of the weight blocks. They are upcast one at a time, so that the output head is never copied to
-fp32 in full.
+"""Height and width of the blocks in which a weight is upcast. Only one block is upcast at a time, so that the output
+head is never copied to fp32 in full.
 """
 
 LENGTHS = (256, 512, 1024, 2048)
@@ -54,7 +55,9 @@ _ACTIVE: ContextVar[Mapping[str, int]] = ContextVar("lorakit_choices", default=M
 
 @contextlib.contextmanager
 def activate(choices: Mapping[str, int]) -> Iterator[None]:
-    """Activate choices in the current thread within a context. The context must contain only complete training steps.
+    """Return a context manager that activates choices in the current thread.
+
+    The context must contain only complete training steps.
 
     Args:
         choices: Dict from shape name to value. The value is the slice size in rows for a matmul, and 1 for an fp32
@@ -68,7 +71,7 @@ def activate(choices: Mapping[str, int]) -> Iterator[None]:
 
 
 def _chosen() -> Mapping[str, int]:
-    """Return the active choices, or an empty dict during compilation, which would turn the choices into constants."""
+    """Return the active choices; during compilation, return an empty dict, because choices would become constants."""
     return {} if torch.compiler.is_compiling() else _ACTIVE.get()
 
 
@@ -114,7 +117,7 @@ def matmul(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | N
 
 
 def matmul_dtype(rows: int, weights: Sequence[Tensor], dtype: torch.dtype) -> torch.dtype:
-    """Return fp32 if matmuls of `rows` rows run in fp32 for all of the given weights; otherwise, return `dtype`.
+    """Return fp32 if all of the given weights use fp32 for matmuls with `rows` rows; otherwise, return `dtype`.
 
     Args:
         rows: Number of input rows.
@@ -207,7 +210,7 @@ def attention_method(q: Tensor, v: Tensor, causal: bool, longest: int, default: 
 
 
 def matmul_name(rows: int, right: Tensor) -> str:
-    """Return the shape name of a matmul of `rows` rows with `right` (in, out), or "" if such matmuls are not tuned."""
+    """Return the shape name of a matmul between `rows` rows and `right` (in, out), or "" if it is not tuned."""
     if not SLICES[0] < rows <= ROWS[-1]:
         return ""
     counted = next(count for count in ROWS if rows <= count)

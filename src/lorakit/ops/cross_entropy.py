@@ -2,7 +2,7 @@
 
 The labeled rows are processed in chunks. While a chunk's logits exist, the gradient of the hidden states is computed
 from them as well, so the backward pass only has to scale that gradient. In total, the head and the loss take two
-matmuls of the labeled rows with the head weight, and enough memory for the logits of one chunk.
+matmuls between the labeled rows and the head weight, and need memory for the logits of only one chunk.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def linears(x: Tensor, group: Sequence[Adapted]) -> tuple[Tensor, ...]:
     else:
         with without_autocast(x):
             ys = Group.of(group, x).forward(rows(x))
-    # reshaped outside the autograd function, which must not return views: callers may modify the result in place
+    # reshaped outside the autograd function, because its outputs must not be views if callers modify them in place
     return tuple(unflat(y, x) for y in ys)
 
 

@@ -106,12 +106,12 @@ def mlp(x: Tensor, form: Form) -> Tensor:
     else:
         with without_autocast(x):
             y = _forward(x, form)[0]
-    # reshaped outside the autograd function, which must not return views: callers may modify the result in place
+    # reshaped outside the autograd function, because its outputs must not be views if callers modify them in place
     return unflat(y, x)
 
 
 def _under_autocast(x: Tensor, form: Form) -> Tensor:
-    """Run the sublayer with norm and residual in the dtype of x and everything in between in the autocast dtype."""
+    """Run the sublayer in the autocast dtype, except for the norm and the residual, which use the dtype of x."""
     n = autocast(x if form.norm is None else normalize(x, form.norm))
     with without_autocast(x):
         y = mlp(n, form._replace(norm=None, residual=False))
@@ -203,7 +203,7 @@ class _Mlp(torch.autograd.Function):
 def _back_through_the_activation(
     dy: Tensor, saved: tuple[Sequence[Tensor], Tensor | None], outer: Group, form: Form, deep: bool
 ) -> tuple[list[Tensor], tuple[Tensor | None, Tensor | None]]:
-    """Return the gradients of the inner modules' outputs, if needed, and those of the A and B of down.
+    """Return the gradients of the inner modules' outputs, if needed, and those of the A and B factors of down.
 
     `saved` contains the outputs (N, f) of gate and up, and the record of the dropout applied before down.
     """

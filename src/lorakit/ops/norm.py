@@ -103,7 +103,7 @@ def normalize(x: Tensor, norm: Norm) -> Tensor:
     else:
         with without_autocast(x):
             n = norm.forward(rows_of(x))[0]
-    # reshaped outside the autograd function, which must not return views: callers may modify the result in place
+    # reshaped outside the autograd function, because its outputs must not be views if callers modify them in place
     return unflat(n, x)
 
 

@@ -112,7 +112,7 @@ class Routed:
 
     @cached_property
     def runs(self) -> list[tuple[int, int, int]]:
-        """Return (adapter, start, end) for each adapter that has rows; they are at [start, end) in `order`."""
+        """Return (adapter, start, end) for each adapter that has rows; its rows are at [start, end) in `order`."""
         found, end = [], 0
         for k, n in enumerate(torch.bincount(self.index + 1, minlength=self.adapters + 1).tolist()[1:]):
             found += [(k, end, end + n)] if n else []
@@ -234,7 +234,9 @@ class _Products(NamedTuple):
 
 
 class Segments:
-    """Forward and backward computations of one method. Can be used repeatedly; gradient recording must be disabled.
+    """Forward and backward computations of one method.
+
+    An instance can be used repeatedly, but only while gradient recording is disabled.
 
     A (K, r, in), B (K, out, r) and scales (K,) are as in `segmented`; `dtype` is the dtype of the rows.
     """

@@ -2,7 +2,7 @@
 
 A module is supported if its structure is known and a probe confirms that the results agree. All other modules keep
 their own `forward`; if such a module resembles a supported one, the report lists it with the reason. Batches can be
-packed into one row without padding if a probe shows that the tokens in a packed sequence do not see other sequences.
+packed into one row without padding if a probe shows that tokens in one packed sequence do not see tokens in another.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def keeps_sequences_apart(model: nn.Module, logits: Tensor | None) -> bool:
 
 
 def _named(*names: str) -> Callable[[nn.Module], bool]:
-    """Return a predicate for modules without adapters whose class name contains one of the names."""
+    """Return a predicate for modules that have no adapter and whose class name contains one of the names."""
     return lambda module: any(name in type(module).__name__.lower() for name in names) and not linear.is_adapted(module)
 
 
@@ -166,9 +166,9 @@ def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool
             `undo()` on the result restores the model.
         logits: If False, a model in training mode that receives labels computes its loss without logits. The `logits`
             in its output are then None, and the output has no key-value cache unless the call requests one.
-        keep_feed_forward: If False, the outputs of the gate and up projections, which make up most of what a layer
-            saves, are recomputed in the backward pass. The matmuls of these projections then run twice, with bitwise
-            identical results.
+        keep_feed_forward: If False, the outputs of the gate and up projections are recomputed in the backward pass
+            instead of being saved. These outputs make up most of what a layer saves. The matmuls of the two projections
+            then run twice, with bitwise identical results.
 
     Returns:
         The replaced modules, and the skipped modules with reasons. The result can be printed, and its `undo` method
@@ -249,8 +249,9 @@ def _probed_in_place(model: nn.Module, probed: _Probed, logits: bool) -> tuple[b
     """Probe the model with all replacements in place.
 
     Returns:
-        Two values. The first is whether batches may be packed. The second is the loss without logits, which is not yet
-        installed; the reason why the loss requires logits; or None if `logits` is true or there is no suitable head.
+        Two values. The first is whether batches may be packed. The second is one of the following: a loss function that
+        needs no logits and is not yet installed; the reason why the loss requires logits; or None, if `logits` is true
+        or there is no suitable head.
     """
     last = None if probed.head is None else _last(model, probed.head, probed.fast, tuple(probed.calls))
     if probed.head is not None and last is not None:
@@ -290,7 +291,7 @@ def _nothing(model: nn.Module, reason: str) -> Acceleration:
 
 
 def _may_pack(model: nn.Module, fast: Parts) -> bool:
-    """Return whether every layer has fused attention, in which no token sees another packed sequence."""
+    """Return whether every layer has fused attention, which keeps packed sequences apart."""
     layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     ours = sum(attention.fits(module) is None for module, _ in fast.values())
     return isinstance(layers, int) and ours == layers

@@ -1,8 +1,8 @@
 """Decide which modules in a model may run a fused `forward`, based on their structure, their classes, and probes.
 
-A module keeps its own `forward` if its class comes from an unknown package or overrides a method in one, or if a probe
-at one of several lengths finds a difference or raises an exception. A module also keeps its own `forward` if one of
-these conditions is true of a module that the fused `forward` would bypass. Outputs are compared row by row, without the
+A module keeps its own `forward` if that `forward`, or an override of another method, was defined in an unknown package.
+It also keeps its own `forward` if a probe at one of several sequence lengths raises an exception or finds a difference.
+The same rules apply to each module that the fused `forward` would bypass. Outputs are compared row by row, without the
 residual.
 
 This module also detects in-place changes to tensors. Values that are cached for a tensor are stored in the tensor's
@@ -114,7 +114,7 @@ def _noise(module: nn.Module, call: Call, residual: bool) -> Tensor | None:
 
 
 def compare_branches(branches: Branches, module: nn.Module, call: Call, inside: Calls) -> Verdict:
-    """Compare the branches that a fused `forward` adds to the residuals with the recorded branches.
+    """Compare the recorded branches with those that a fused `forward` adds to the residuals.
 
     Args:
         branches: Function that pairs the branches.
@@ -147,7 +147,7 @@ def _parts(output: Output) -> tuple[Tensor | None, ...]:
 def _difference(ours: Tensor, theirs: Tensor, carried: Tensor | None, noise: Tensor | None = None) -> Verdict:
     """Compare two tensors (…, d) row by row.
 
-    The error of a row is relative to the size of the row without the part that both tensors contain.
+    The error of a row is relative to the size of that row after the part that both tensors contain is subtracted.
 
     Args:
         ours: Output of the fused `forward`.
@@ -231,7 +231,8 @@ class FusedForward:
         residual: Whether the output is the input plus a branch.
         calls: Function that returns the names of those children of a module that the fused `forward` calls as modules.
         traced: Function that returns the relative paths of those submodules of a module whose calls `branches` needs.
-        branches: Function that pairs the branches in which a residual, or a norm after it, would hide errors; or None.
+        branches: Function that pairs branches for comparison. It is needed if a residual, or a norm after it, would
+            hide errors; otherwise, it is None.
     """
 
     name: str
@@ -377,8 +378,9 @@ def _stranger(module: nn.Module, fused_forward: FusedForward, foreign: set[type[
 def _is_foreign(kind: type[nn.Module]) -> bool:
     """Return whether a class may compute something for which the structure checks were not written.
 
-    Such a class has a `forward` from an unknown package, even if that `forward` was assigned to a known class; or the
-    class or a parent class is from an unknown package and overrides an inherited method.
+    This is the case if the `forward` of the class comes from an unknown package, even if it was assigned to a known
+    class. It is also the case if the class or a parent class comes from an unknown package and overrides an inherited
+    method.
     """
     if not _is_known(getattr(kind, "forward", None)) or not is_own_forward(kind):
         return True
@@ -395,7 +397,8 @@ def _is_foreign(kind: type[nn.Module]) -> bool:
 def _is_known(method: Callable[..., Any] | None) -> bool:
     """Return whether a method, and every function that it wraps, was defined in a package in `KNOWN`.
 
-    The globals of each function are checked, because decorators copy all other names from the functions that they wrap.
+    Each function's globals are checked instead of its `__module__`, because a decorator copies the `__module__` of the
+    function that it wraps.
     """
     while method is not None:
         if package_of(method) not in KNOWN:
@@ -407,8 +410,8 @@ def _is_known(method: Callable[..., Any] | None) -> bool:
 def _one_of_each(wanted: Parts, found: Calls) -> tuple[Parts, dict[str, str]]:
     """Group the candidates that differ only in their weights.
 
-    Returns the first module of each group whose modules were called, and a dict from each path to the path of the first
-    module in the same group.
+    Returns two values. The first contains the first module of each group whose modules were called. The second is a
+    dict from the path of each candidate to the path of the first module in its group.
     """
     first: dict[Any, str] = {}
     first_of = {}

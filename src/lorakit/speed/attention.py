@@ -60,8 +60,8 @@ def under(mask: Tensor | None, x: Tensor, pattern: Pattern) -> Pattern | None:
 
     Returns:
         The pattern, with a bias if the mask hides more than the pattern does. None if the mask shows more than the
-        pattern does, hides every token from some token, or has an unsupported form; also None if the pattern needs a
-        bias but the device has no kernel that supports one.
+        pattern does, leaves a token with nothing to attend to, or has an unsupported form. Also None if the result
+        needs a bias but the device has no kernel that supports one.
     """
     made = pattern if mask is None else _under(mask, x, pattern)
     return None if made is None or (made.bias is not None and x.device.type != "cpu") else made
@@ -269,7 +269,7 @@ def _pattern(shape: Shape, x: Tensor, dropped: float, options: Options) -> Patte
     mask = None if segments else options.get("attention_mask")  # with segments, a mask is redundant
     if mask is None and segments is None and shape.softcap is not None:
         return None  # without a mask, eager attention lets each token see all tokens
-    # if there is no mask, the window is longer than the rows, or the model does not use a window
+    # without a mask, either the rows are shorter than the window, or the model does not use a window
     window = None if segments is None and mask is None else shape.window
     return under(mask, x, Pattern(True, shape.scale, window, shape.softcap, segments, dropped))
 

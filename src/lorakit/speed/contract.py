@@ -1,7 +1,8 @@
 """Contracts: what a fused `forward` assumes about the modules that it bypasses. Every call checks the contract.
 
-A fused `forward` is valid only as long as the modules that it bypasses are those that were probed, and their `forward`
-methods, settings and functions have not changed. This module does not depend on any particular fused `forward`.
+A fused `forward` is valid only while two conditions hold. First, the modules that it bypasses are the ones that were
+probed. Second, nothing has changed in the settings of these modules, in their `forward` methods, or in the functions
+that these methods call. This Python module does not depend on any particular fused `forward`.
 """
 
 from __future__ import annotations
@@ -105,9 +106,9 @@ def bypassed_modules(module: nn.Module, fused: Collection[int] | None) -> Iterat
 def is_own_forward(kind: type[nn.Module]) -> bool:
     """Return whether the `forward` of a class was written for that class or a parent class.
 
-    The result is false if the `forward` of another class, or another function, was assigned to the class.
-
-    A parent class may assign its own `forward` to each subclass; gradient checkpointing in transformers does so.
+    The result is false if the `forward` of an unrelated class, or some other function, was assigned to the class. The
+    result is true if a parent class assigned its own `forward` to the class, as gradient checkpointing in transformers
+    does.
 
     Args:
         kind: A module class.

@@ -106,7 +106,7 @@ def called(module: nn.Module) -> tuple[str, ...]:
 
 
 def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
-    """Return the layer's output (B, T, d) for x (B, T, d), or None if its own `forward` must run."""
+    """Return the output (B, T, d) for x (B, T, d), or None if the layer's own `forward` must run."""
     sublayers = _sublayers(module)
     if sublayers is None:
         return None

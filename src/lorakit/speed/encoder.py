@@ -49,7 +49,7 @@ ATTRIBUTES = frozenset(
 
 
 class Layout(NamedTuple):
-    """Paths of the modules in an encoder layer. The path of a dropout module is "" if the layer does not have it.
+    """Paths of the modules in an encoder layer. The path of a dropout module is "" if the layer has no such module.
 
     Attributes:
         attention: Module that has the attention settings; its child `dropout` is applied to the attention weights.
@@ -135,7 +135,7 @@ def fits(module: nn.Module) -> str | None:
 
 
 def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
-    """Return the layer's output (B, T, d) for x (B, T, d), or None if its own `forward` must run."""
+    """Return the output (B, T, d) for x (B, T, d), or None if the layer's own `forward` must run."""
     ready = _ready(module, x, options)
     if ready is None:
         return None
@@ -152,7 +152,7 @@ def traced(module: nn.Module) -> tuple[str, ...]:
 
 
 def branches(module: nn.Module, x: Tensor, options: Options, inside: Calls) -> Pairs:
-    """Pair the branches (B, T, d) that the fused `forward` adds to the residuals with the projection outputs."""
+    """Pair each recorded branch (B, T, d) with the branch that the fused `forward` adds to a residual."""
     attended, up, down = (inside[path] for path in traced(module))
     ready = _ready(module, x, options)
     if ready is None:
@@ -264,7 +264,7 @@ def fits_sublayer(module: nn.Module) -> str | None:
 
 
 def run_sublayer(module: nn.Module, x: Tensor, options: Options) -> Tensor | tuple[Tensor, Tensor, None] | None:
-    """Return the sublayer's output for x (B, T, d), or None if its own `forward` must run."""
+    """Return the output for x (B, T, d), or None if the sublayer's own `forward` must run."""
     inner, norm, p = _inner(module), norm_of(module._modules[NORM]), dropout_p(module._modules[DROPOUT])
     if inner is None or norm is None or p is None or is_watched(inner):
         return None
@@ -286,7 +286,7 @@ def traced_in_sublayer(module: nn.Module) -> tuple[str, ...]:
 
 
 def branches_of_sublayer(module: nn.Module, x: Tensor, options: Options, inside: Calls) -> Pairs:
-    """Pair the branch (B, T, d) that the fused `forward` adds to the residual with the branch of the inner module."""
+    """Pair the recorded branch (B, T, d) with the branch that the fused `forward` adds to the residual."""
     (own,) = (inside[path].output for path in traced_in_sublayer(module))
     inner, norm = _inner(module), norm_of(module._modules[NORM])
     made = None

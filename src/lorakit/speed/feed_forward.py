@@ -37,7 +37,7 @@ def fits(module: nn.Module) -> str | None:
 
 
 def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
-    """Return the block's output for x (…, d), or None if its own `forward` must run."""
+    """Return the output for x (…, d), or None if the block's own `forward` must run."""
     return None if options else feed_forward(module, x, None, residual=False)
 
 

@@ -211,7 +211,7 @@ def fits(module: nn.Module) -> str | None:
 
 
 def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
-    """Return the layer's output (…, out) for x (…, in), or None if its own `forward` must run."""
+    """Return the output (…, out) for x (…, in), or None if the layer's own `forward` must run."""
     if options:
         return None
     forwards = module.forwards if isinstance(module, LoraLayer) else Forwards()

@@ -1,9 +1,10 @@
 """Loss without full logits: the head returns its input (the hidden states), and the loss computes logits in chunks.
 
-This requires that the model's logits be the output of its head, possibly scaled or soft-capped. A probe checks whether
-they are; if not, the loss is left unchanged. For existing training loops, the `loss_function` of the model instance is
-replaced, and two hooks are added. In training mode, the output of a forward pass with labels then has no logits, and
-has no key-value cache unless one was requested. All other forward passes are unchanged.
+This requires that the model's logits be the output of its head, possibly scaled or soft-capped. A probe checks this
+requirement; if it is not met, the loss is left unchanged. So that existing training loops work without changes, the
+`loss_function` of the model instance is replaced, and two hooks are added. In training mode, the output of a forward
+pass with labels then has no logits, and has no key-value cache unless one was requested. All other forward passes are
+unchanged.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class HiddenStateCapture:
     Attributes:
         owner: The module that runs the forward pass, or None within `Head.passing`.
         given: The captured inputs to the head, (rows, length, d) each.
-        version: Number of in-place changes to the last input up to the time when that input was captured.
+        version: Change counter of the last captured input at the time of capture; in-place changes increment it.
         used: Whether a loss was computed from the captured input.
     """
 
@@ -92,7 +93,7 @@ class Head:
 
     @contextlib.contextmanager
     def passing(self) -> Iterator[list[Tensor]]:
-        """Capture hidden states in this thread within a context.
+        """Return a context manager that captures hidden states in the current thread.
 
         Within the context, the logits in the model's output are meaningless.
 
@@ -107,7 +108,7 @@ class Head:
             del self.open[thread]
 
     def applies(self) -> bool:
-        """Return whether the head is still the one from acceleration, frozen, without adapters and without hooks."""
+        """Return whether the head has not been replaced since acceleration, is frozen, and has no adapters or hooks."""
         if any(parent._modules.get(name) is not self.module for parent, name in self.holders):
             return False  # the head has an adapter now, or the model has a different head
         weight, bias = self.module._parameters.get("weight"), self.module._parameters.get("bias")
@@ -232,7 +233,7 @@ STOCK = ("transformers.loss.loss_utils", "ForCausalLMLoss")
 """Module and qualified name of the transformers loss function that this module reproduces."""
 
 LOSS, OWN_LOSS = "loss_function", "_loss_function"
-"""Two attributes of a transformers model: its loss function, and the one that was set on the instance, if any."""
+"""Attributes of a transformers model: its loss function, and the loss function set on the instance, if there is one."""
 
 Loss = Callable[..., Tensor]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -332,7 +333,7 @@ class LossWithoutLogits:
         if capture is not None and capture.owner is None:
             return None  # within `Head.passing`
         if not wanted:
-            self.head.open.pop(thread, None)  # an interrupted forward pass may have left one behind
+            self.head.open.pop(thread, None)  # an interrupted forward pass may have left a capture behind
             return None
         if capture is None or capture.owner is module:
             self.head.open[thread] = HiddenStateCapture(module)
@@ -380,7 +381,7 @@ class LossWithoutLogits:
 
 
 def loss_for(model: nn.Module, head: Head) -> LossWithoutLogits | str:
-    """Return a loss without logits for a model, not yet installed, or a short reason why there is none.
+    """Return a `LossWithoutLogits` that is not yet installed, or a short reason why the loss requires logits.
 
     Must be called inside `eval_mode`.
 

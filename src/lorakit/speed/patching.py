@@ -14,7 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from lorakit.core.clones import is_watched as is_watched  # re-exported, like Forwards, for the rest of speed
+from lorakit.core.clones import is_watched as is_watched  # re-exported, like Forwards, for other modules in `speed`
 from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.routing.recompute import Forwards as Forwards
 
@@ -114,7 +114,7 @@ def make_replacement(
     """Create a replacement that shares a module's state and tries a fused `forward` first.
 
     Args:
-        module: The original; both share one `__dict__`.
+        module: The original; it and the replacement share one `__dict__`.
         fast: Fused `forward`, called with the module and the arguments of the call.
         classes: Cache for one model: a dict from (original class, `name`) to replacement class.
         name: Name of the fused `forward`; modules with the same class and name share a replacement class.

@@ -24,7 +24,7 @@ COPIED = 1 << 20
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Restore a model and torch's random generators at the end of a context.
+    """Return a context manager that restores a model and torch's random generators on exit.
 
     Within the context, modules have an empty forward history. Forward passes that run in the context are therefore not
     visible to a later backward pass.
@@ -53,7 +53,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Freeze all parameters of a model within a context.
+    """Return a context manager that temporarily freezes all parameters of a model.
 
     Args:
         model: Any model.
@@ -228,7 +228,7 @@ def inputs_of(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS) -> dict[
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode and disable gradients within a context, and restore the model afterwards.
+    """Return a context manager that puts a model in eval mode, disables gradients, and restores the model on exit.
 
     Inference mode is not used: tensors that a model creates and caches in inference mode cannot be used in training
     later.

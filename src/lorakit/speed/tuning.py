@@ -106,7 +106,7 @@ GAIN = 0.1
 """Fraction by which a method must reduce the best time so far; a smaller difference may be noise."""
 
 ROUNDS = 3
-"""Number of trials that a method must win before the best method so far wins the same number.
+"""Number of trials that a method must win to replace the best method so far; the same number of losses rejects it.
 
 Several trials keep a single disturbance from deciding the result.
 """
@@ -154,7 +154,7 @@ class TuningResult:
     """Result of `choose`.
 
     Attributes:
-        choices: Dict from shape name to a method that is faster than the default; empty if all defaults are fastest.
+        choices: Dict from shape name to a method that is faster than the default; empty if there is no such method.
         measured: Number of shapes that were measured in this call. For all others, cached results were used.
         seconds: Duration of the measurements in seconds.
         save_error: Reason why the results could not be saved, or "".
@@ -249,10 +249,9 @@ def _wins(run: Callable[[int], Tensor | None], other: int, best: int, clock: Cal
 
 
 def matmul_tasks(model: nn.Module, tokens: int) -> Iterator[TuningTask]:
-    """Yield tasks for the matmuls of up to `tokens` tokens with a model's frozen weights, forward and backward.
+    """Yield tasks for the forward and backward matmuls between frozen weights and inputs of up to `tokens` tokens.
 
-    The tasks that decide whether matmuls with a weight run in fp32 come first; these tasks use only part of a large
-    weight.
+    Tasks that decide whether the matmuls run in fp32 come first. If a weight is large, these tasks use only part of it.
     """
     counts = [rows for fewer, rows in itertools.pairwise((choices.SLICES[0], *choices.ROWS)) if fewer < tokens]
     sides = [right for W in _weights(model) for right in (W, W.t())]
@@ -321,7 +320,10 @@ def _rows_of(rows: int, right: Tensor) -> tuple[Tensor, Tensor]:
 def _attention(
     sizes: tuple[int, int, int, int], shared: int, dtype: torch.dtype, methods: tuple[Method, Method]
 ) -> Callable[[int], None]:
-    """Return a function that runs attention forward and backward with q (B, H, T, D) and `shared` heads in k and v."""
+    """Return a function that runs the forward and backward passes of attention.
+
+    `sizes` is the shape (B, H, T, D) of q, and `shared` is the number of heads in k and v.
+    """
     batch, heads, length, width = sizes
     q = torch.ones(batch, length, heads, width, dtype=dtype, device="cpu").transpose(1, 2)
     k, v = (torch.ones(batch, length, shared, width, dtype=dtype, device="cpu").transpose(1, 2) for _ in range(2))

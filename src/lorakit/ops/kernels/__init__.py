@@ -12,9 +12,9 @@ from lorakit.ops.kernels.protocol import Kernels
 def kernels_for(x: Tensor, *others: Tensor | None, strided: bool = False) -> Kernels | None:
     """Return the compiled kernels for x (any shape), or None if PyTorch's operations must be used.
 
-    Kernels are not used during compilation or tracing, if the dtype of x is not supported, if another tensor has a
-    different dtype or device, if a tensor has no ordinary storage (fake tensors, shards), or if a tensor is not
-    contiguous. If `strided` is true, x need not be contiguous.
+    Kernels are not used during compilation or tracing. They are also not used if the dtype of x is not supported, if
+    another tensor has a different dtype or device, or if any tensor is not contiguous or has no ordinary storage (fake
+    tensors, shards). If `strided` is true, x need not be contiguous.
     """
     if type(x) not in _PLAIN or x.dtype not in _DTYPES.get(x.device.type, ()):
         return None

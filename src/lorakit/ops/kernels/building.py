@@ -1,9 +1,9 @@
 """Compile rows.c and its headers into a shared library, once per machine, compiler and dtype, and cache the library.
 
-Nothing is downloaded or installed: the C compiler on the system is used, if there is one. A library is executable, so
-it is built in and loaded from a private directory, to which no other user can write. To keep concurrent builds from
-interfering with each other, a library is built in a temporary directory next to its final path and then moved to that
-path. Failures are never raised; they are reported in `Built`.
+Nothing is downloaded or installed: the C compiler on the system is used, if there is one. A library contains executable
+code, so it is built in, and loaded from, a private directory that no other user can write to. To keep concurrent builds
+from interfering with each other, a library is built in a temporary directory next to its final path and then moved to
+that path. Failures are never raised; they are reported in `Built`.
 
 A directory is private if it belongs to the user and has mode 0700, and if each of its parents belongs to the user or to
 root and is not writable by others. A parent with the sticky bit, such as /tmp, may be world-writable: only the owner of

@@ -104,7 +104,7 @@ class Gateway:
         return None if tensor is None else self.pointer(name, tensor, dtype, shape, None, within)
 
     def call(self, name: str, dtype: torch.dtype, size: int, *args: float | None) -> None:
-        """Call a C function, with more than one thread if it processes more than `FEW` elements (`size`).
+        """Call a C function, using more than one thread if `size`, the number of elements, exceeds `FEW`.
 
         Raises:
             ValueError: The dtype has no kernel, or the function rejects its arguments.

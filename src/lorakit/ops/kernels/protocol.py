@@ -57,7 +57,7 @@ class Kernels(Protocol):
     def gate_backward(
         self, act: str, da: Tensor, first: Tensor, up: Tensor | None, dfirst: Tensor, dup: Tensor | None
     ) -> None:
-        """Write the gradients of `gate` to dfirst and, if `up` is given, dup, given the gradient da of the output.
+        """Write the gradients of `gate` to dfirst and, if `up` is given, to dup; da is the gradient of the output.
 
         All tensors are (N, f), and dfirst may be da.
         """

@@ -8,8 +8,8 @@
 
 Whether dropout drops an element depends only on the seed and the element's position, so only the seed is saved. Random
 bits come from Philox with seven rounds. Its counter is the position divided by 4, because each call yields four random
-integers. 24 bits of an integer decide whether its element is dropped, so p is accurate to 2⁻²⁴. If dropout is fused
-with a low-rank matmul, the wide operand is read or written only once.
+integers, one per element. The upper 24 bits of an element's integer decide whether the element is dropped, so p is
+accurate to 2⁻²⁴. If dropout is fused with a low-rank matmul, the wide operand is read or written only once.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; for the number of rounds, see section 5.1.
 """
