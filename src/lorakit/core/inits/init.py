@@ -193,8 +193,8 @@ class Init:
         digest: Reduces a site's statistics to the few tensors that `fill` needs.
         trains: Which of "A" and "B" are trained.
         family: Regular expression for other values of `init_lora_weights` that also select the init.
-        requantizes: Whether the init may replace a quantized base weight; doing so rounds the weight a second time.
-        takes_any_shape: Whether the init can fill A and B of any shape, which some variants require.
+        requantizes: Whether the init may replace a quantized base weight; the new weight must then be requantized.
+        takes_any_shape: Whether the init can fill A and B of any shape; some variants require this.
     """
 
     name: bool | str
