@@ -52,7 +52,7 @@ class InitContext:
     statistics: Mapping[str, Tensor] | None = None
 
     def matrices(self, requirement: str = "") -> Tensor:
-        """Return the base weight as g matrices, (g, out, n): one, or one per expert; n includes the kernel size.
+        """Return the base weight as g matrices, (g, out, n): one matrix, or one per expert; n includes the kernel size.
 
         Args:
             requirement: As in `check_rank`.
@@ -89,7 +89,7 @@ class InitContext:
 
         Args:
             most: The largest possible rank.
-            requirement: The init's requirement, as the start of the message; by default, at least r directions.
+            requirement: Start of the message, which says what the init requires; by default, at least r directions.
 
         Raises:
             ConfigError: r is larger than `most`.

@@ -1,9 +1,9 @@
 """`Variant`, the type of the entries in VARIANTS, and the argument and result types of its functions.
 
 Every variant computes an *addition* to the base output and to the base weight, so that several adapters can be applied
-in any order and the rows of a batch can use different adapters. A variant works with tensors and with the
-shapes that a kind defines; it does not depend on adapter names, routes or files. If one of a
-variant's functions is None, a forward pass spends only a single check on that function.
+in any order and the rows of a batch can use different adapters. A variant works with tensors and with the shapes that a
+kind defines; it does not depend on adapter names, routes or files. If one of a variant's functions is None, a forward
+pass spends only a single check on that function.
 """
 
 from __future__ import annotations
