@@ -74,7 +74,7 @@ def test_dora_takes_its_base(
     one, two = (save_adapter(name, seed, use_dora=True) for name, seed in (("one", 1), ("two", 2)))
     words = ("--adapter", one, two, "--output-dir", tmp_path / "sum", "--way", "cat")
     combined(*words, code=1)
-    assert "uses DoRA, whose effect depends on the base's weights" in capsys.readouterr().err
+    assert "uses DoRA, whose effect depends on the base weights" in capsys.readouterr().err
     combined(*words, "--model", tiny_model_directory)
     model = hub.load_model(tiny_model_directory, "float32")
     for name, folder in (("a", one), ("b", two), ("sum", tmp_path / "sum")):

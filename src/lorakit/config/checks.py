@@ -55,7 +55,7 @@ def lora(value: Value) -> PeftType:
 
 
 def names(field: str, value: Value) -> set[str] | str | None:
-    """Return a list of names as a set, or a pattern or None unchanged.
+    """Return a list of names as a set; a pattern or None is returned unchanged.
 
     Raises:
         ConfigError: The value is neither a list nor a pattern, or an entry is empty or not a string.

@@ -482,7 +482,7 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[LoraConfig, list[str]]:
     Raises:
         AdapterFileError: The file is missing, is not valid JSON, is for a method other than LoRA, or contains a value
             that is not allowed.
-        NotYetSupported: The file uses an unsupported feature, so its weights would be misread.
+        NotYetSupported: The file uses an unsupported feature, so the adapter's weights would be misread.
     """
     path = Path(folder)
     if not path.exists():

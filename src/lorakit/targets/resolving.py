@@ -269,7 +269,7 @@ def targeted_parameters(
 
 
 def match_path(match: Match) -> str:
-    """Return the path of a site for matching rank and alpha patterns: that of the module or of the bare parameter."""
+    """Return the path that rank and alpha patterns must match: the path of the module or of the bare parameter."""
     return f"{match.path}.{match.parameter}" if match.parameter else match.path
 
 
@@ -524,7 +524,8 @@ def names(pattern: str, path: str) -> bool:
     """
     if not _PLAIN.fullmatch(pattern):
         raise PatternError(
-            f"{pattern!r} is a regular expression, and patterns from files are not run. Use names or dotted suffixes."
+            f"{pattern!r} is a regular expression, and regular expressions from files are never evaluated. Use names "
+            "or dotted suffixes."
         )
     word = pattern.removesuffix("$").replace("\\.", ".")
     return path == word[1:] if word.startswith("^") else names_path(word, path)

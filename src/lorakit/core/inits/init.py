@@ -52,7 +52,7 @@ class InitContext:
     statistics: Mapping[str, Tensor] | None = None
 
     def matrices(self, requirement: str = "") -> Tensor:
-        """Return the base weight as g matrices, (g, out, n): one, or one per expert; n includes the kernel size.
+        """Return the base weight as g matrices, (g, out, n): one matrix, or one per expert; n includes the kernel size.
 
         Args:
             requirement: As in `check_rank`.
@@ -89,7 +89,7 @@ class InitContext:
 
         Args:
             most: The largest possible rank.
-            requirement: The init's requirement, as the start of the message; by default, at least r directions.
+            requirement: Start of the message, which says what the init requires; by default, at least r directions.
 
         Raises:
             ConfigError: r is larger than `most`.
@@ -193,8 +193,8 @@ class Init:
         digest: Reduces a site's statistics to the few tensors that `fill` needs.
         trains: Which of "A" and "B" are trained.
         family: Regular expression for other values of `init_lora_weights` that also select the init.
-        requantizes: Whether the init may replace a quantized base weight; doing so rounds the weight a second time.
-        takes_any_shape: Whether the init can fill A and B of any shape, which some variants require.
+        requantizes: Whether the init may replace a quantized base weight; the new weight must then be requantized.
+        takes_any_shape: Whether the init can fill A and B of any shape; some variants require this.
     """
 
     name: bool | str

@@ -50,14 +50,14 @@ class CombinationType:
             chosen rank; "linear" adds A and B separately, which is inexact; the other types prune first.
         rank: For types with "svd": rank of the result; None uses the largest of the adapters' ranks at each site.
         density: Fraction of the values that pruning keeps, in (0, 1]; each expert is pruned separately.
-        majority_sign: For types with "ties": whether to elect the sign of the sum ("total") or the sign of most values
-            ("frequency").
+        majority_sign: For types with "ties": whether to elect the sign of the sum ("total") or the sign that most
+            values have ("frequency").
         clamp: For types with "svd": quantile to which the values of A and B are clamped, in (0.5, 1].
         driver: For types with "svd" on CUDA: the `driver` argument of `torch.linalg.svd`.
         seed: For types with "dare": seed of the random pruning; None uses torch's default generator.
 
     Raises:
-        ConfigError: A field has a value that is not allowed, or a field is set that this type does not use.
+        ConfigError: A field has a value that is not allowed, or a field is set although this type does not use it.
     """
 
     name: str = "svd"
@@ -163,7 +163,7 @@ def _pruned(tensor: Tensor, density: float, draws: bool, generator: torch.Genera
 
 
 RowReading = Callable[[str, Sequence[int]], Tensor]
-"""Function from the path of an embedding table and row indices to the base rows, (n, d), without merged adapters."""
+"""Function that takes a table's path and row indices, and returns the base rows, (n, d), without merged adapters."""
 
 
 def check_same_rows(adapters: Sequence[AdapterWeights]) -> None:
@@ -215,13 +215,14 @@ def combined_rows(
     Args:
         adapters: Adapters that `check_same_rows` accepts; some may train no tokens.
         weights: One weight per adapter.
-        reading: Reads rows of the base; used only if the weights of the adapters that train a table do not add up to 1.
+        reading: Reads base rows. A table's base rows are read only if the weights of the adapters that train the table
+            do not add up to 1.
 
     Returns:
         Dict from name on disk to combined rows, (n, d), for each table that several adapters train.
 
     Raises:
-        AdapterError: The base's rows are needed, but `reading` is None.
+        AdapterError: The base rows are needed, but `reading` is None.
     """
     found: dict[str, Tensor] = {}
     for name in sorted({name for adapter in adapters for name in adapter.others if name.endswith(ROWS)}):
@@ -236,7 +237,7 @@ def combined_rows(
             if reading is None:
                 raise AdapterError(
                     f"Trainable tokens at {path} are combined with weights that add up to {1 - rest:g}, so the result "
-                    "depends on the base's rows. Pass the base model too, or weights that add up to 1.",
+                    "depends on the base rows. Pass the base model too, or weights that add up to 1.",
                     where=path,
                 )
             rows = rows + rest * reading(path, _indices(first.config, path)).to(rows)

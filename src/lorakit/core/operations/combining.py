@@ -295,7 +295,10 @@ def _separate(
 
 
 def _with_bias(made: SiteFactors, here: Weighted) -> SiteFactors:
-    """Return a combined factor with the summed biases, or zeros, because `lora_bias` requires a bias at every site."""
+    """Return a combined factor with the sum of the biases at its site.
+
+    If no adapter has a bias there, the result gets a zero bias, because `lora_bias` requires a bias at every site.
+    """
     scaled = [f.bias * (weight * f.scale) for f, weight in here if weight != 0 and f.bias is not None]
     return dataclasses.replace(made, bias=torch.stack(scaled).sum(0) if scaled else made.B.new_zeros(made.B.shape[0]))
 
@@ -323,14 +326,14 @@ def _summed_variant(adapters: Sequence[AdapterWeights], way: CombinationType, ha
     if len(found) > 1:
         (one, other), (label, second, *_) = list(found)[:2], found.values()
         raise AdapterError(
-            f"{label} uses {one.title} and {second} uses {other.title}, which cannot be combined with each other.",
+            f"{label} uses {one.title} and {second} uses {other.title}; these variants cannot be combined.",
             what=second,
             field=other.field,
         )
     for variant, label in found.items():
         if not has_base:
             raise AdapterError(
-                f"{label} uses {variant.title}, whose effect depends on the base's weights. Pass the base model too.",
+                f"{label} uses {variant.title}, whose effect depends on the base weights. Pass the base model too.",
                 what=label,
                 field=variant.field,
             )

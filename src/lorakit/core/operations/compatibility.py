@@ -118,8 +118,8 @@ def _check_bare_parameters(adapters: Sequence[AdapterWeights]) -> None:
         needs += ["has a bias on B (lora_bias)"] if config.lora_bias else []
         if needs:
             raise AdapterError(
-                f"{adapter.label} {needs[0]}, and {bare} adapts bare parameters (target_parameters), which do not "
-                "support this, so they cannot be combined. Keep both active, or merge them into a model.",
+                f"{adapter.label} {needs[0]}, but {bare} adapts bare parameters (target_parameters), which do not "
+                "support this. The two adapters cannot be combined; keep both active, or merge both into a model.",
                 what=adapter.label,
                 field="target_parameters",
             )
@@ -146,7 +146,7 @@ def _check_saved_modules(adapters: Sequence[AdapterWeights]) -> None:
             if f"{path}.".startswith(prefixes):
                 raise AdapterError(
                     f"{adapter.label} adapts {path}, which is part of a module that another adapter saves in full "
-                    "(modules_to_save), so they cannot be combined.",
+                    "(modules_to_save). These adapters cannot be combined.",
                     what=adapter.label,
                     where=path,
                     field="modules_to_save",

@@ -177,10 +177,11 @@ def collect_for(
     keep: Callable[[Any], Tensor | None] | None = None,
     allow: Collection[str] = (),
 ) -> Statistics:
-    """Collect the statistics that a config's init needs; use them with `attach(model, found.config, statistics=found)`.
+    """Collect the statistics that a config's init needs, for a call to `attach` with these statistics and their config.
 
-    Adapters on the model are inactive during collection. For "eva" with rho above 1, the config's ranks are
-    redistributed, and sites that get rank 0 are left out.
+    If `found` is the result, call `attach(model, found.config, statistics=found)`. Adapters on the model are inactive
+    during collection. For "eva" with rho above 1, the config's ranks are redistributed, and sites that get rank 0 are
+    left out.
 
     Args:
         model: The base; it is not changed.
@@ -213,13 +214,13 @@ def collect_for(
 def ranks_by_variance(
     settings: EvaConfig, ranks: Mapping[str, int], ratios: Mapping[str, Sequence[float]]
 ) -> dict[str, int]:
-    """Return EVA's ranks: the largest variance fractions each add one rank to their site, up to the config's total.
+    """Return EVA's ranks: each of the largest variance fractions adds one rank to its site, up to the config's total.
 
     Args:
         settings: The EVA settings; if rho is 1, the ranks stay the same.
         ranks: Dict from path to rank in the config.
-        ratios: Dict from path to the fraction of the variance that each direction explains, largest first, up to the
-            largest possible rank.
+        ratios: Dict from path to the fractions of the variance that the site's directions explain, in descending order,
+            with one fraction for each possible rank.
 
     Returns:
         Dict from path to rank, which may be 0.

@@ -41,8 +41,8 @@ class Allocation:
     Attributes:
         ranks: Dict from path to rank.
         config: The config with these ranks in `rank_pattern` and matching alphas in `alpha_pattern`.
-        parameters: Total number of elements in the factors of all sites with these ranks.
-        budget: Total number of elements in the factors of all sites with the ranks of the original config.
+        parameters: Total number of elements in the factors of all sites at these ranks.
+        budget: Total number of elements in the factors of all sites at the ranks in the original config.
         evidence: Dict from path to the value of the criterion: the sensitivity of the weight, or the fraction of the
             input variance that the site's rank explains. Sites that the criterion does not support keep their rank and
             have no entry.
@@ -70,7 +70,8 @@ def allocate(
     Args:
         model: The base; it is not changed.
         config: Targets and original ranks; only read.
-        batches: Batches to pass to `forward`; all batches are run once for each `MAX_BYTES` of statistics.
+        batches: Batches to pass to `forward`. Sites are divided into groups whose statistics fit in `MAX_BYTES`, and
+            all batches are run once for each group.
         forward: Runs the model on a batch and returns the loss, a scalar; for "inputs", the result is ignored.
         by: "gradients" uses `by_sensitivity` and supports dense sites and embeddings; "inputs" uses
             `by_explained_variance` and supports dense sites. Other sites keep their rank.
@@ -127,11 +128,11 @@ RANKED: Mapping[str, Fits] = {"inputs": lambda kind: kind.is_dense, "gradients":
 
 
 def sensitivity(module: nn.Module, gradient: Tensor) -> float:
-    """Return I = mean |W ∘ G|, the mean first-order change in the loss from zeroing an element.   [docs/math.md (19)]
+    """Return I = mean |W ∘ G|, the mean first-order change in the loss if an element is zeroed.   [docs/math.md (19)]
 
     Args:
         module: A dense layer or an embedding of the base.
-        gradient: Gradient of the loss with respect to its canonical weight, (out, in).
+        gradient: Gradient of the loss with respect to the module's canonical weight, (out, in).
 
     Source:
         He et al. 2025, arXiv:2502.12171 (GoRA), section 3.
@@ -146,7 +147,8 @@ def by_sensitivity(
     """Return clipped ranks proportional to I/√(in + out) that need no more parameters than the given ranks.
 
     This is GoRA's rule with a strict budget: the proportionality factor is the largest one for which the clipped ranks
-    stay within the budget. Only the magnitude I of W ∘ G matters, not the number of its directions.
+    stay within the budget. The rule uses only I, the mean magnitude of W ∘ G, and not the number of directions in
+    W ∘ G.
 
     Args:
         sensitivities: Dict from path to the sensitivity I of the site's weight.
@@ -161,7 +163,7 @@ def by_sensitivity(
         DataError: Every sensitivity is zero.
 
     Source:
-        He et al. 2025, arXiv:2502.12171 (GoRA), section 3: ranks from normalized sensitivities, √(in + out) as cost.
+        He et al. 2025, arXiv:2502.12171 (GoRA), section 3: ranks from normalized sensitivities, with cost √(in + out).
     """
     largest = max(sensitivities.values(), default=0.0)
     if not largest > 0:
@@ -195,8 +197,8 @@ def by_explained_variance(
     costs are 1 and `least` is 0, this is EVA's redistribution. The criterion does not depend on the loss.
 
     Args:
-        ratios: Dict from path to the fraction of the variance that each principal direction explains, largest first, up
-            to the largest possible rank.
+        ratios: Dict from path to the fractions of the variance that the site's principal directions explain, in
+            descending order, with one fraction for each possible rank.
         costs: Dict from path to the cost of one more rank: in + out parameters, or 1.
         budget: Maximum total cost.
         least: Minimum rank of each site; its cost is subtracted from the budget first.
@@ -218,7 +220,7 @@ def by_explained_variance(
 
 
 def with_ranks(config: LoraConfig, matches: Sequence[Match], ranks: Mapping[str, int]) -> LoraConfig:
-    """Return a copy of a config with patterns for the new rank of each site and for the alpha that preserves its scale.
+    """Return a copy of a config whose patterns set each site's new rank, and an alpha that preserves the site's scale.
 
     Args:
         config: The config that targets the sites.

@@ -50,10 +50,11 @@ class TensorSource:
     read_one: Callable[[str, int], Tensor]
 
     def under(self, names: Sequence[str]) -> str | None:
-        """Return the first of a tensor's names that is in this source, or None.
+        """Return the first of a tensor's names that this source contains, or None.
 
         Args:
-            names: Names in the model; files often omit the first part, such as `transformer.`, so both forms are tried.
+            names: Names in the model. Each name is also tried without its first part, such as `transformer.`, because
+                files often omit that part.
         """
         candidates = [*names, *(name.partition(".")[2] for name in names)]
         return next((candidate for candidate in candidates if candidate in self.shapes), None)
@@ -111,7 +112,7 @@ def source_of_folder(folder: str | os.PathLike[str]) -> TensorSource:
 
 
 PLAIN_TARGETS: Mapping[str, Any] = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-"""Config fields that narrow down the targets, with the values that turn them off."""
+"""Dict from config fields that narrow down the targets to the values that turn these fields off."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class BareSite:
 
     Attributes:
         names: Path of the parameter, or the paths of all candidates.
-        order: Position of the parameter in its module's order of definition, which determines the path on disk.
+        order: Position of the parameter in its module's order of definition; this position determines the path on disk.
         experts: Number of matrices in the parameter, each with its own part of A and B.
     """
 
@@ -322,7 +323,10 @@ def weights_of_folder(folder: str | os.PathLike[str], allow: Collection[str] = (
 
 
 def _in_usual_shapes(config: LoraConfig) -> LoraConfig:
-    """Return a copy of a config without variants that differ from LoRA only in how A and B are stored (`_by_site`)."""
+    """Return a copy of a config without variants that differ from LoRA only in how A and B are stored.
+
+    `_by_site` converts the factors of these variants to plain LoRA factors.
+    """
     return without(config, *(variant for variant in variants_of(config) if variant.is_lora_once_multiplied))
 
 
@@ -336,7 +340,7 @@ def outer_modules(factors: Mapping[str, SiteFactors]) -> set[str]:
 
 
 def _sites_in(index: AdapterIndex, name: str) -> dict[str, tuple[float, BareSite | None]]:
-    """Return a dict from the path on disk of each of the adapter's sites to its scale and bare parameter."""
+    """Return the scale and bare parameter of each of the adapter's sites, as a dict keyed by path on disk."""
     on_disk = paths_on_disk(index, name)
     found = {}
     for path, layer in index.layers(name):

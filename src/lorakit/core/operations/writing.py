@@ -128,8 +128,8 @@ def aligned(adapters: Sequence[AdapterWeights]) -> dict[str, list[SiteFactors | 
     for module, inside in bare.items():
         if module in whole:
             raise AdapterError(
-                f"One adapter adapts {module}, and another adapts a parameter of that module (target_parameters), so "
-                "the two exclude each other.",
+                f"One adapter adapts {module}, and another adapts a parameter of that module "
+                "(target_parameters); these targets exclude each other.",
                 where=module,
                 field="target_parameters",
             )
@@ -162,8 +162,8 @@ def described(
         targets: Value of `target_modules`, or None to use full paths.
 
     Returns:
-        A config without rsLoRA in which alpha equals the rank everywhere, so that every program computes a scale of 1;
-        and the factors. If files cannot distinguish some parameters of a module, the factors of those
+        The config and the factors. The config does not use rsLoRA, and alpha equals the rank everywhere, so that every
+        program computes a scale of 1. If files cannot distinguish some parameters of a module, the factors of those
         parameters are padded to a common rank.
     """
     factors = _evened(factors)
@@ -225,7 +225,7 @@ def _check_told_apart(module: str, inside: Iterable[_Parameter]) -> None:
 
 
 def _evened(factors: Mapping[str, SiteFactors]) -> dict[str, SiteFactors]:
-    """Pad factors with zeros to a common rank for parameters that no pattern can tell apart."""
+    """For parameters that no pattern can tell apart, pad the factors with zeros to a common rank."""
     largest: dict[tuple[str, ...], int] = {}
     for factor in factors.values():
         if len(factor.names) > 1:
@@ -270,7 +270,8 @@ def write(
 
     Args:
         adapter: The adapter.
-        folder: The directory; unless `replace` is set, it must be new or empty, and it is removed if an error occurs.
+        folder: The directory. Unless `replace` is set, the directory must be new or empty, and is removed if an error
+            occurs.
         replace: Whether to replace an adapter that the directory already contains, file by file.
         allow: Checks to override: "nonfinite".
 

@@ -27,7 +27,7 @@ Forward = Callable[[nn.Module, Any], Any]
 """A function that runs the model on one batch; to collect gradients, it must return the loss, a scalar."""
 
 TakeRows = Callable[[str, Tensor], Tensor]
-"""A function from the path and the input (…) of a site to the rows to use, (n, in)."""
+"""A function that takes a site's path and input (…), and returns the rows to use, (n, in)."""
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -54,8 +54,8 @@ def collect_inputs(
         forward: Runs the model on one batch; its result is ignored.
         components: None keeps the full second-moment matrix (4·in² bytes per site); a number keeps that many principal
             directions, computed by incremental SVD (4·components·in bytes per site), and discards the rest.
-        keep: Function from a batch to a mask (rows, length) of the positions to use, for example to exclude padding, or
-            to a function that selects rows of a site's input; None uses all positions.
+        keep: Function that takes a batch and returns either a mask (rows, length) of the positions to use, for example
+            to exclude padding, or a function that selects rows of a site's input. None uses all positions.
         even: Whether to divide each input by its largest element, so that all batches have equal weight.
 
     Returns:
@@ -83,9 +83,9 @@ def collect_gradients(
 ) -> dict[str, GradientStatistics]:
     """Collect gradients of the loss with respect to each site's weight, in evaluation mode and averaged over batches.
 
-    The weight does not need `requires_grad` and may be quantized: the gradient is computed from the module's input and
-    the gradient of its output, (out, in) = Gᵀ·X, without using `.grad`. One dense fp32 tensor per site is kept in
-    memory. A weight that two sites share has a separate gradient for each site.
+    Weights do not need `requires_grad` and may be quantized: the gradient Gᵀ·X, (out, in), is computed from the
+    module's input X and the gradient G with respect to the module's output; `.grad` is not used. One dense fp32 tensor
+    per site is kept in memory. A weight that two sites share has a separate gradient for each site.
 
     Args:
         model: Any model; unchanged afterwards.
@@ -176,7 +176,7 @@ class _Inputs:
 
 
 class _Gradients:
-    """Hooks the outputs of modules to compute the gradients of their weights in the backward pass."""
+    """Hooks module outputs, so that the backward pass can compute the gradients of the modules' weights."""
 
     def __init__(self, found: dict[str, GradientStatistics], anchor: Tensor) -> None:
         self.found, self.anchor = found, anchor
@@ -219,9 +219,9 @@ class _Tap(torch.autograd.Function):
 
 
 def evened(rows: Tensor) -> Tensor:
-    """Return rows (n, in) divided by the magnitude of their largest element, in fp32 or wider.
+    """Return rows (n, in) divided by the absolute value of their maximum, in fp32 or wider.
 
-    If that element is zero, the rows are divided by their largest magnitude instead.
+    If the maximum is zero, the rows are divided by the largest absolute value of any element instead.
     """
     rows = at_least_fp32(rows)
     if not rows.numel():

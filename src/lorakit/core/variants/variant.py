@@ -1,9 +1,9 @@
 """`Variant`, the type of the entries in VARIANTS, and the argument and result types of its functions.
 
 Every variant computes an *addition* to the base output and to the base weight, so that several adapters can be applied
-in any order and the rows of a batch can use different adapters. A variant works with tensors and with the
-shapes that a kind defines; it does not depend on adapter names, routes or files. A variant function that is None costs
-a forward pass only one check.
+in any order and the rows of a batch can use different adapters. A variant works with tensors and with the shapes that a
+kind defines; it does not depend on adapter names, routes or files. If one of a variant's functions is None, a forward
+pass spends only a single check on that function.
 """
 
 from __future__ import annotations
@@ -225,12 +225,12 @@ class Variant:
         excludes_others: Why the model cannot have adapters of other variants at the same time, phrased as the end of a
             message; "" if other variants are allowed.
         penalty: Function from a factor to its penalty term in the training loss, a scalar; None if there is no penalty.
-        combine: Function from a site's path, addends and base weight to the sum as one factor of this variant; None if
-            the sum is plain LoRA.
+        combine: Function that takes a site's path, addends and base weight, and returns the sum as one factor of this
+            variant; None if the sum is plain LoRA.
         must_agree: Why adapters with different values of `field` cannot be combined, such as "have different invocation
             tokens"; if the values are equal, the result has the same value. "" if the value does not matter.
-        peft_names: Dict from the name of a per-adapter dict on PEFT's layers to a function that returns the entry for a
-            factor; the entry is False for adapters of other variants.
+        peft_names: Names of the per-adapter dicts on PEFT's layers, each mapped to a function that returns a factor's
+            entry in that dict; for adapters of other variants, the entry is False.
         is_lora: Whether the variant differs from LoRA at most in its scale, so that stacked adapters and fused
             operations support the variant.
         is_held_as_lora: Whether the variant stores only A and B, in the kind's shapes.
