@@ -82,7 +82,7 @@ BY_LORAKIT: tuple[Refusal, ...] = (
     Refusal(
         "before its invocation aLoRA is the base, which the init changed; peft uses the changed base there",
         lambda cell: cell.rules.changes_base and not variant_named(cell.variant).is_mergeable,
-        "changes the base weight, and aLoRA needs it unchanged before the adapter starts",
+        "changes the base weight, and aLoRA needs it unchanged wherever the adapter is inactive",
     ),
     Refusal(
         "BD-LoRA's blocks have other shapes than A and B that are made of the base or the data",
@@ -95,14 +95,14 @@ BY_LORAKIT: tuple[Refusal, ...] = (
         "changes the base weight, and KaSA changes it too",
     ),
     Refusal(
-        "a variant's residual of a quantized weight would be rounded a second time",
+        "a variant's residual of a quantized weight would have to be requantized",
         lambda cell: variant_named(cell.variant).move is not None and cell.base in QUANTIZED,
-        "KaSA changes the base weight, which is quantized",
+        "KaSA changes the base weight, but the weight is quantized",
     ),
     Refusal(
-        "an init's residual of a quantized weight would be rounded a second time",
+        "an init's residual of a quantized weight would have to be requantized",
         lambda cell: cell.rules.changes_base and not cell.rules.requantizes and cell.base in QUANTIZED,
-        "which is quantized|does not support quantized models",
+        "but the weight is quantized|does not support quantized models",
     ),
     Refusal(
         "a computed weight cannot be written; peft changes the tensors of its parametrization",

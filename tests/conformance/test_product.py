@@ -200,7 +200,7 @@ def _reads(cell: Cell, library: Any, folder: Path, expected: dict[str, Tensor], 
         return  # it needs data that is missing, or silently uses its default
     with quiet_peft():
         if needs_data:
-            with pytest.raises(AdapterFileError, match="that this init changed based on data, and the file does not"):
+            with pytest.raises(AdapterFileError, match="that this init changed using data, and the file does not"):
                 library.PeftModel.from_pretrained(model_named(cell.place.model), folder)
             return
         warnings.filterwarnings("ignore", ".*specified but will be ignored when `init_lora_weights` is not")

@@ -120,6 +120,6 @@ def test_what_peft_refuses_on_a_quantized_base_is_refused(
         fields |= {f"{init}_config": (ours.CordaConfig if init == "corda" else ours.LoraGAConfig)()}
     model = base(wide_model_directory, quantization)
     before = logits(model)
-    with pytest.raises(ValueError, match=r"rounded a second time|please run `preprocess_"):
+    with pytest.raises(ValueError, match=r"have to be requantized|please run `preprocess_"):
         ours.get_peft_model(model, ours.LoraConfig(**fields))
     assert torch.equal(logits(model), before)

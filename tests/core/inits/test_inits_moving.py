@@ -286,7 +286,7 @@ def test_a_file_whose_beginning_was_made_from_data_is_refused(init: str, tmp_pat
     for name in ("lorakit.json", INITIAL_FILE):
         (tmp_path / name).unlink()
     with pytest.raises(
-        AdapterFileError, match=r"based on data, and the file does not contain the changed base.*save_adapter"
+        AdapterFileError, match=r"using data, and the file does not contain the changed base.*save_adapter"
     ):
         load_adapter(LINEARS.model(), tmp_path, allow=["recompute_init"])
 

@@ -38,7 +38,7 @@ EVERY = pytest.mark.parametrize("storage", storages())
 FP32 = torch.float32
 STAYS = (True, "gaussian", "orthogonal", "eva", "mica")
 REFUSED = ("pissa", "pissa_niter_4", "corda", "loftq", "lora_ga")
-TWICE = r"up: init_lora_weights='{}' changes the base weight, which is quantized.*rounded a second time.*before it is quantized"
+TWICE = r"up: init_lora_weights='{}' changes the base weight, but the weight is quantized.*requantized.*before the base is quantized"
 
 
 def fields_for(init: Any) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def test_olora_is_written_as_it_is_trained_and_never_as_plain_lora(storage: Stor
     kind = specimen(storage)
     model, given = moved(kind), kind.given()
     with pytest.raises(
-        AdapterError, match="up: olora changed a quantized base, which was rounded a second time, so adap"
+        AdapterError, match="up: olora modified the quantized base weight, which then had to be requantized, so adap"
     ):
         save_adapter(model, tmp_path / "plain", "moved")
     assert not (tmp_path / "plain").exists()
@@ -198,7 +198,7 @@ def test_the_face_writes_it_as_it_is_trained_with_a_word_and_converts_nothing(st
     model.peft_config["default"].init_lora_weights = "olora"
     with pytest.warns(UserWarning, match="applies to a base that init_lora_weights='olora' changed"):
         model.save_pretrained(tmp_path / "trained")
-    with pytest.raises(AdapterError, match="rounded a second time, so adapter 'default' is not plain LoRA"):
+    with pytest.raises(AdapterError, match="had to be requantized, so adapter 'default' is not plain LoRA"):
         model.save_pretrained(tmp_path / "new", path_initial_model_for_weight_conversion=str(tmp_path / "began"))
     loaded = face.PeftModel.from_pretrained(kind.model(), tmp_path / "trained")
     assert same_bits(run(loaded, kind.given()), run(model, kind.given()))

@@ -124,7 +124,7 @@ def test_kinds_other_than_linear_are_refused(specimen: Specimen) -> None:
 @pytest.mark.parametrize("storage", storages())
 def test_a_quantized_base_is_refused(storage: Any) -> None:
     made = quantized(storage)
-    with pytest.raises(ConfigError, match="KaSA changes the base weight, which is quantized") as refused:
+    with pytest.raises(ConfigError, match="KaSA changes the base weight, but the weight is quantized") as refused:
         core.attach(made.model(), made.config(kasa_config={}), "a")
     assert (refused.value.where, refused.value.field) == ("up", "kasa_config")
 

@@ -146,8 +146,9 @@ def _notes_on_residuals(index: AdapterIndex, config: LoraConfig, factors: Sequen
     notes = [Note("residual_base", text)]
     if lost:
         text = (
-            f"The base is quantized, and the residual of {mover} was rounded a second time, with a relative error of "
-            f"up to {lost:.2g}: even a new adapter changes the output, and the adapter is not equivalent to plain LoRA."
+            f"The base is quantized, so the weights that {mover} changed had to be requantized, with a relative error "
+            f"of up to {lost:.2g}. As a result, the adapter changes the output even before training and is not "
+            "equivalent to plain LoRA."
         )
         notes.append(Note("rounded_base", text))
     return notes

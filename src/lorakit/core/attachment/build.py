@@ -172,11 +172,11 @@ def _check_together(init: Init, variant: Variant, target: TargetWeight) -> None:
     if init.changes_base and variant.move is not None:
         needs = "changes it too"
     elif init.changes_base and not variant.is_mergeable:
-        needs = "needs it unchanged before the adapter starts"
+        needs = "needs it unchanged wherever the adapter is inactive"
     elif init.changes_base and not variant.adds_product:
         needs = "does not add back what the init subtracts from it"
     elif init.changes_base and any(tensor.depends_on_rank for tensor in variant.tensors):
-        needs = "has tensors whose shape depends on the rank, but the adapter is saved with twice the rank"
+        needs = "has tensors whose shape depends on the rank, which doubles when the adapter is saved"
     elif variant.shapes is not None and not init.takes_any_shape:
         what, needs = "needs A and B in their standard shapes", "uses other shapes"
     else:

@@ -191,7 +191,7 @@ def _take_extras(left: dict[str, Tensor], config: LoraConfig, index: AdapterInde
     outer = result.outer_paths()
     depths = Counter(f"{target.outer}.{target.child}".removesuffix(".") for target, _ in result.sites.values())
     for path, module, leaves in biased_modules(index.modules, outer, result.saved, config.bias):
-        # the path in PEFT's form, in PEFT's form with another adapter's layer there, and in the plain base
+        # three forms of the path: PEFT's, PEFT's if another adapter has a layer there, and the plain base's
         paths = [inside(path, depths), path + INSIDE * max(1, depths[path]), path]
         for leaf in leaves:
             names = [f"{PREFIX}{way}.{leaf}" for way in paths]
@@ -279,7 +279,7 @@ def _rank(config: LoraConfig, target: TargetWeight, found: int) -> int:
 
 
 def _known_extra(name: str, result: Fit) -> bool:
-    """Return whether a tensor is a base weight that PEFT saves for an adapted embedding or head or a saved module."""
+    """Return whether a tensor is a base weight that PEFT saves for a saved module, adapted embedding or head."""
     if any(f"{path}.{word}." in name for path in result.saved for word in ("original_module", "modules_to_save")):
         return True
     path = name.removeprefix(PREFIX).removesuffix(".base_layer.weight").removesuffix(".token_adapter")
@@ -324,7 +324,7 @@ def out_of_range(
 
 
 def copied_tensors(auxiliary: Extras, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, str]]:
-    """Yield each tensor (…) of the saved modules and the name of the tensor in the file that supplies its values."""
+    """Yield each tensor (…) of the saved modules, with the name of the stored tensor that supplies its values."""
     for path, duplicate in auxiliary.copies.items():
         for leaf, own in duplicate.state_dict(keep_vars=True).items():
             name = f"{PREFIX}{path}.{leaf}"

@@ -170,8 +170,8 @@ def check_can_move(
         variant: The variant that replaces the weight, or None.
 
     Raises:
-        ConfigError: The weight cannot be replaced, or is quantized and would be rounded again; the message says what
-            to do.
+        ConfigError: The weight cannot be replaced, or is quantized and would have to be requantized; the message says
+            what to do.
     """
     layer, module, parameter = index.layer(target), index.holder(target), target.spec.parameter
     weight_format = weight_format_of(module, parameter)
@@ -205,9 +205,9 @@ def check_can_move(
         raise ConfigError(NOT_WRITTEN.format(parameter=target.path, type=type(module).__name__), where=target.path)
     if weight_format.quantized and (variant is not None or (init is not None and not init.requantizes)):
         raise ConfigError(
-            f"{target.path}: {mover} changes the base weight, which is quantized, so the residual would be rounded a "
-            "second time. Attach the adapter to the base before it is quantized, leave the module out, or use another "
-            "init or variant.",
+            f"{target.path}: {mover} changes the base weight, but the weight is quantized and would have to be "
+            "requantized. Attach the adapter before the base is quantized, leave the module out, or use another init "
+            "or variant.",
             what=weight_format.name,
             where=target.path,
             field="init_lora_weights" if variant is None else variant.field,
@@ -323,8 +323,8 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
         )
     if files.sidecar.base is not None and files.sidecar.base.bounds:
         raise AdapterFileError(
-            f"{said} changed while it was quantized, so it was rounded a second time, and the adapter is not plain "
-            "LoRA on the original base. Merge it instead.",
+            f"{said} changed while the base was quantized. The changed weights had to be requantized, so the adapter "
+            "is not plain LoRA on the original base. Merge the adapter instead.",
             what=files.config.init_lora_weights,
             where=files.folder,
         )
@@ -458,7 +458,7 @@ def init_record_of(files: AdapterFiles, trainable: bool, allow: Collection[str])
     """Return the initial state of an adapter that was read from files.
 
     Args:
-        files: The adapter's files; the initial state in `lorakit.json` is used only if it describes these files.
+        files: The adapter's files; `lorakit.json` supplies the initial state only if it describes these files.
         trainable: Whether training will continue; if so, an adapter converted to plain LoRA is converted back.
         allow: "recompute_init" permits rerunning a deterministic init.
 
@@ -477,7 +477,7 @@ def init_record_of(files: AdapterFiles, trainable: bool, allow: Collection[str])
         return InitRecord(folder, config)
     if init.needs or RECOMPUTE not in allow:
         reason = (
-            " based on data, and the file does not contain the changed base"
+            " using data, and the file does not contain the changed base"
             if init.needs
             else ", and loading does not run inits"
         )

@@ -159,8 +159,8 @@ def _check_plain(path: str, layer: LoraLayer, name: str, config: LoraConfig) -> 
         )
     if name in layer.moved_by and layer.base.quantized:
         raise AdapterError(
-            f"{path}: {config.init_lora_weights} changed a quantized base, which was rounded a second time, so adapter "
-            f"{name!r} is not plain LoRA on the original base. Use `save_as_trained`, or merge the adapter.",
+            f"{path}: {config.init_lora_weights} modified the quantized base weight, which then had to be requantized, "
+            f"so adapter {name!r} is not plain LoRA on the original base. Use `save_as_trained`, or merge the adapter.",
             what=name,
             where=path,
         )
@@ -221,7 +221,7 @@ def save_as_trained(
     """Save an adapter as `save_adapter` does, but keep its rank if it has a residual base.
 
     The initial factors are written to a separate file, so that `load_adapter` does not need to rerun the init. Other
-    programs that support the init rerun it on the original base.
+    programs that support this initialization will rerun it on the original base.
 
     Args:
         model: The adapted model; not changed.

@@ -42,7 +42,7 @@ def activate(model: nn.Module, *names: str) -> None:
 
 
 def use(model: nn.Module, *names: str, keep: bool = False) -> Override:
-    """Activate adapters within a context, for the current thread or task.
+    """Return a context manager that activates adapters for the current thread or task.
 
     Args:
         model: An adapted model.
@@ -61,17 +61,17 @@ def use(model: nn.Module, *names: str, keep: bool = False) -> Override:
 
 
 def route(model: nn.Module, rows: Sequence[str | None], *, copies: int = 1, keep: bool = False) -> Override:
-    """Assign an adapter to each batch row within a context.
+    """Return a context manager that assigns an adapter to each batch row.
 
     Args:
         model: An adapted model.
         rows: One adapter name per row of the batch; None runs the row on the base alone.
         copies: Also accept batches that repeat each row this many times in succession: in beam search, for example,
             the decoder receives each prompt several times but the encoder only once.
-        keep: Whether to cache the stacked factors of the rows' adapters for all forward passes in the context, which
-            speeds up generation. Factors are stacked only when gradients are disabled. The cache takes as much memory
-            as the adapters would in the base's dtype. If an adapter changes, its factors are stacked again, but changes
-            made through `.data` cannot be detected.
+        keep: Whether to speed up generation by caching the stacked factors of the rows' adapters for all forward passes
+            in the context. Factors are stacked only when gradients are disabled. The cache takes as much memory as the
+            adapters would in the base's dtype. If an adapter changes, its factors are stacked again, but changes made
+            through `.data` cannot be detected.
 
     Raises:
         RouteError: An adapter is not on the model, `rows` is empty or a string, or `copies` is less than 1.
@@ -87,7 +87,9 @@ def route(model: nn.Module, rows: Sequence[str | None], *, copies: int = 1, keep
 
 
 def disable(model: nn.Module) -> Override:
-    """Within a context, run the base model alone, with its original weights and biases even if adapters are merged.
+    """Return a context manager that runs the base model alone.
+
+    The base runs with its original weights and biases, even if adapters are merged.
 
     Args:
         model: An adapted model.
@@ -99,7 +101,7 @@ def disable(model: nn.Module) -> Override:
 
 
 def checkpoint_contexts(model: nn.Module) -> CheckpointContexts:
-    """Return a `context_fn` for non-reentrant checkpointing that makes recomputation use the route of the forward pass.
+    """Return a `context_fn` for non-reentrant checkpointing, so that recomputation uses the forward pass's route.
 
     Args:
         model: An adapted model.
@@ -226,7 +228,7 @@ def invocation_offsets(
         attention_mask: (rows, length), 0 for padding; invocation tokens in padding are ignored.
 
     Returns:
-        For each row, the number of positions from the first invocation token to the end of the row, or None if the
+        For each row, the number of positions from the start of that occurrence to the end of the row, or None if the
         invocation tokens do not occur.
     """
     ids = input_ids if input_ids.ndim == 2 else input_ids[None]
@@ -240,7 +242,9 @@ def invoked(
     *,
     offsets: Sequence[int | None] | None = None,
 ) -> Override:
-    """Within a context, activate aLoRA adapters where the given prompts invoke them, regardless of the model input.
+    """Return a context manager that activates aLoRA adapters where the given prompts invoke them.
+
+    The start positions come from the prompts, regardless of the model input.
 
     Use this for forward passes that receive embeddings instead of tokens, or only part of a text. Later forward passes
     continue from the same start positions.
@@ -249,9 +253,9 @@ def invoked(
         model: An adapted model.
         input_ids: The prompts, (rows, length).
         attention_mask: (rows, length), 0 for padding.
-        offsets: For each row, the number of positions at the end of the prompt at which every aLoRA adapter is active,
-            or None if the row invokes no adapters. If offsets are given, the prompts are not searched for invocation
-            tokens. Without `input_ids`, offsets are counted from the end of each forward pass's input.
+        offsets: For each row, the number of final prompt positions at which every aLoRA adapter is active, or None if
+            the row invokes no adapters. If offsets are given, the prompts are not searched for invocation tokens.
+            Without `input_ids`, offsets are counted from the end of each forward pass's input.
 
     Raises:
         AdapterError: The model has no adapters.

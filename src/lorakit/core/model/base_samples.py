@@ -6,8 +6,8 @@ one position in each, so that changes to a contiguous block or in a regular patt
 are stored bit for bit in their dtype.
 
 Two samples can belong to the same base if rounding one of them gives the other, or if both can be obtained by rounding
-the same values. Only rounding to dtypes in which models are loaded counts, either directly or via a third dtype. It is
-not enough for a difference to be as small as a rounding error.
+the same values. The only roundings considered are those to dtypes in which models are loaded, either directly or via a
+third dtype. It is not enough for a difference to be as small as a rounding error.
 """
 
 from __future__ import annotations

@@ -57,9 +57,9 @@ def disable_base_repacking(model: nn.Module) -> None:
 
 
 def wrong_dequantization(model: nn.Module) -> tuple[str, float] | None:
-    """Find a weight that its quantization package dequantizes incorrectly, as some kernels do for certain shapes.
+    """Find a weight that its quantization package dequantizes incorrectly.
 
-    One weight per format and shape is checked, at a few thousand positions.
+    Some kernels fail for certain shapes. One weight per format and shape is checked, at a few thousand positions.
 
     Args:
         model: A model with or without adapters.

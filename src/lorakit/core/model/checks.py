@@ -18,7 +18,7 @@ ALLOWANCES = ("partial_targets", "base_mismatch", "key_mismatch", "nonfinite", "
 LARGEST_USUAL_SCALE = 1000.0
 
 WITH_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
-"""Model types in transformers whose mixers pass weights directly to a fused kernel instead of calling the modules."""
+"""Transformers model types whose mixers pass weights directly to a fused kernel instead of calling the modules."""
 
 READ_PAST = frozenset({"conv1d", "out_proj"})
 """Names of the modules that Mamba mixers do not call."""

@@ -4,13 +4,13 @@ A fingerprint takes milliseconds to compute, even for large models, because ever
 persistent buffer is sampled only at fixed positions. The sampled values are stored bit for bit in the tensor's dtype.
 Adapters, merges and trained biases do not change the fingerprint.
 
-A fingerprint misses changes at positions that are not sampled, unless the weight files are known and differ: a change
+A fingerprint misses changes at positions that are not sampled, unless the weight files are known and differ. A change
 to a fraction f of a tensor's values is missed with probability (1 - f)^64. A fingerprint also misses changes within the
 quantization error of a quantized weight; changes to buffers that are not saved, to the model's code and config, or to
 the tokenizer; and deliberate changes by someone who knows the sampled positions.
 
-Adapters that were merged permanently are recorded in the model's config, which is saved and loaded with the weights,
-so that no adapter is applied twice.
+To keep an adapter from being applied twice, permanently merged adapters are recorded in the model's config, which is
+saved and loaded with the weights.
 
 `weight_file_hashes` returns the SHA-256 of each file that a base was loaded from, if the files are known and small
 enough to hash. The hashes are evidence, not part of the identity: values in memory can change after loading, and the

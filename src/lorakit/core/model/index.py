@@ -73,8 +73,8 @@ class AdapterIndex:
     Attributes:
         model: The model.
         state: The state that the adapted modules share, or None if there are no adapted modules.
-        modules: Path -> module, for modules that are not inside an adapted one: base modules and the components that
-            replace them, but not the model itself.
+        modules: Path -> module, for base modules and the components that replace them; the model itself and the modules
+            inside an adapted module are left out.
         everything: Path -> module, in `named_modules` order, including modules inside adapted ones and the model
             itself (""), but excluding modules that only hold factors.
         parents: Id of a module -> all (parent, attribute) pairs that refer to the module; children of an adapted module
@@ -417,7 +417,7 @@ def state_of(model: nn.Module) -> AdapterState:
 
 
 def identity(parameter: Tensor | None) -> int:
-    """Return a key that is the same for all parameters, of any shape, that share memory.
+    """Return the same key for all parameters (of any shape) that share memory.
 
     The key is the memory address or, if there is no address, the object's id.
     """

@@ -68,7 +68,7 @@ class Replication:
         """Restore the original list; the stacked layers must have no adapters."""
         order = _order(self.ranges)
         for number, layer in enumerate(self.original):
-            if number in order:  # layers do not share moved buffers or the training flag
+            if number in order:  # a layer and its copies do not share the training flag or moved buffers
                 for old, new in zip(layer.modules(), self.stacked[order.index(number)].modules(), strict=True):
                     old._buffers.update(new._buffers)
                     old.training = new.training
