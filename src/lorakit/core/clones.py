@@ -1,7 +1,7 @@
 """Shallow clones of modules, and checks for hooks.
 
 A clone shares everything with the original module except for certain tensors or child modules, and is used for a single
-forward pass. The original is not changed, so other threads can run it at the same time.
+forward pass. The original is not changed, so other threads can use the original at the same time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Linear algebra on low-rank products B·A without forming them: singular values, inner products, angles.
 
 Factors are batched over groups: A is (g, r, in) and B is (g, out, r). A group is one expert of a fused parameter or one
-group of a convolution (whose output channels use only that group's part of A); all other sites have a single group.
-Computations use float64. This module does not depend on adapters, scales or files.
+group of a convolution; all other sites have a single group. The output channels of a convolution group use only that
+group's part of A. Computations use float64. This module does not depend on adapters, scales or files.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def rank_for(S: Tensor, energy: float) -> int:
     total = float(held[-1])
     if total == 0:
         return 1
-    slack = 8 * torch.finfo(held.dtype).eps * total  # so that even a fraction of 1 drops mere rounding errors
+    slack = 8 * torch.finfo(held.dtype).eps * total  # so that mere rounding errors are dropped even at a fraction of 1
     return min(int((held < energy * total - slack).sum()) + 1, S.shape[1])
 
 

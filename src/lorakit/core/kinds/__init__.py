@@ -38,7 +38,7 @@ _NAMED = {kind.name: kind for kind in KINDS}
 
 
 def kind_of(module_type: type[nn.Module], own: Mapping[str, Kind] = NONE) -> Kind | None:
-    """Return the kind of a module type, or None if no kind lists the type or one of its ancestors.
+    """Return the kind that lists a module type or one of its ancestors, or None if there is no such kind.
 
     If several ancestors are listed, the nearest one determines the kind.
 
@@ -67,7 +67,7 @@ def kind_named(name: str, own: Mapping[str, Kind] = NONE) -> Kind:
 
 
 def checked(kinds: Iterable[Kind]) -> dict[str, Kind]:
-    """Return user-defined kinds, keyed by name, with the flags cleared that apply only to entries of KINDS.
+    """Return a dict from name to user-defined kind; flags that apply only to entries of KINDS are cleared.
 
     Args:
         kinds: The kinds; the simplest way to make one is `dataclasses.replace` on an entry of KINDS.

@@ -2,8 +2,8 @@
 
 A is a convolution from all input channels to r channels, with the base's stride, padding, padding mode and dilation; B
 is a pointwise convolution with as many groups as the base. Both have PEFT's layout: A (r, in, k…),
-B (out, r / groups, 1…). With more than one group, the delta also covers input channels that the base weight leaves out,
-so the delta has the weight's shape only after the convolution has been expanded to one group.
+B (out, r / groups, 1…). With more than one group, the delta also covers input channels for which the base weight has no
+entries, so the weight can hold the delta only after the convolution has been expanded to one group.
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ class Kind:
         delta: Spec, A and B -> the unscaled delta in the canonical weight's shape; raises MergeError if the
             weight cannot hold the delta.
         layer: Layer class of a user-defined kind; None for the entries of KINDS.
-        is_dense: Whether the module is a dense layer, which `"all-linear"` selects and which multiplies its input by
-            the weight exactly once.
+        is_dense: Whether the module is a dense layer, which multiplies its input by the weight exactly once.
+            `"all-linear"` selects dense layers.
         names_parameter: Whether the site is a bare parameter, selected by its path (`target_parameters`).
         read_by_owner: Whether the parent module reads the module's weight instead of calling the module.
     """

@@ -1,7 +1,7 @@
 """Kinds for dense sites: nn.Linear, transformers' Conv1D, and nn.Embedding.
 
 Each of these modules has a single weight matrix. An embedding's weight is (V, d) in memory and (d, V) in canonical
-orientation: the input is equivalent to one-hot rows, so A (r, V) is applied by looking up columns of A.
+orientation. The input is equivalent to one-hot rows, so A (r, V) is applied by looking up columns of A.
 """
 
 from __future__ import annotations

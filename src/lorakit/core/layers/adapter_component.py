@@ -78,10 +78,10 @@ class MergeOptions:
 
     Attributes:
         keep_base: Keep each original weight on its device (True) or in main memory ("cpu"), or discard it (False).
-        in_place: Whether the adapters stay on the model; if so, each merged weight must also be correct for adapters
-            that use a residual base.
-        dense: If not None, quantized modules and grouped convolutions are replaced with plain modules, and this dtype
-            is used for quantized modules that do not record one.
+        in_place: Whether the adapters stay on the model. If so, a site that has a residual base merges into that base,
+            because unmerged adapters may use it.
+        dense: If not None, quantized modules and grouped convolutions are replaced with plain modules. This dtype is
+            used if a quantized module does not record one.
         apart: Ids of the components that get a separate parameter, because their current one is shared with other
             modules.
     """
@@ -300,7 +300,7 @@ class AdapterModule(nn.Module, AdapterComponent):
 
     @property
     def disable_adapters(self) -> bool:
-        """True if adapters are disabled here: by `enable_adapters`, for the whole model, or by a scoped override."""
+        """True if adapters are disabled in this module (`enable_adapters`), on the model, or by a scoped override."""
         if self.aside or self.state.aside is not None:
             return True
         return not self.state.active().mentions and bool(self.state.chosen.names)
@@ -366,7 +366,7 @@ class AdapterModule(nn.Module, AdapterComponent):
 
 
 class ReplacingModule(AdapterModule):
-    """A module that active adapters replace, either entirely or only in some rows of its weight.
+    """Base class for modules that active adapters replace, and for modules whose weight rows active adapters replace.
 
     Attributes:
         _what: Name of such modules in messages.

@@ -7,8 +7,8 @@ decides which layers change, and in which order.
 `merged_weight` also measures how far the stored weight deviates from the exact sum. The deviation is a rounding error
 for a plain weight, and much larger for a quantized weight.
 
-The weight of a grouped convolution cannot hold an update, because an adapter reads all input channels. Instead, the
-update is merged into a convolution with one group, whose weight is `groups` times as large.
+The weight of a grouped convolution cannot hold an update, because the update covers all input channels for every output
+channel. Instead, the update is merged into a convolution with one group, whose weight is `groups` times as large.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from lorakit.core.variants import variant_named
 from lorakit.errors import MergeError
 
 StagedBias = tuple[Tensor, Tensor | None]
-"""The bias to store in the base, (out,), and the original bias to keep, (out,), or None if the original is stored."""
+"""The bias to store in the base, (out,), and the original bias to keep, (out,).
+
+The second value is None if the bias to store is the original itself.
+"""
 
 Merged = tuple[Replacement, Tensor, Tensor]
 """The weight or the plain module to store; W₀, (out, in); and the exact sum of updates, (out, in)."""
@@ -131,8 +134,8 @@ class BaseWeight(StoredWeight):
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
         """Compute the weight with additional adapters merged, and measure its error; nothing is changed.
 
-        With `keep_base=False`, the weight is discarded after its error is measured and is recomputed on commit, so that
-        no second copy of the model is needed.
+        With `keep_base=False`, the merged weight is discarded after its error has been measured, and is recomputed on
+        commit. This avoids holding a second copy of the model in memory.
 
         Args:
             path: This layer's path, for the report and for messages.
@@ -209,7 +212,7 @@ class BaseWeight(StoredWeight):
         return None if staged is None else staged[0]
 
     def unload(self) -> nn.Module:
-        """Return the base module with its merged adapters; a residual base that none of them uses is removed first."""
+        """Return the base module with its merged adapters; first remove a residual base that no merged adapter uses."""
         if self.moved_by and not set(self.moved_by).intersection(self.merged_adapters):
             self.moved_by = ()
             self.put_stored(self.stored_with(self.merged_adapters))
@@ -226,7 +229,7 @@ class BaseWeight(StoredWeight):
             self.kept = tied.kept if self.merged_adapters else None
 
     def stored_with(self, merged: Sequence[str]) -> Replacement:
-        """Return the weight (or module) to store with these adapters merged; with no adapters, the unmerged weight."""
+        """Return the weight or module to store after merging these adapters; for no adapters, the unmerged weight."""
         if merged:
             return self.with_updates(merged, MergeOptions())[0]
         return self.original(moved=bool(self.moved_by))
@@ -255,7 +258,7 @@ class BaseWeight(StoredWeight):
         new: Sequence[str],
         options: MergeOptions,
     ) -> None:
-        """Store a merged weight, in a separate parameter if the options untie this layer."""
+        """Store a merged weight; if this layer is being untied, store it in a separate parameter."""
         parameter, keeps = self.spec.parameter, options.keep_base is not False
         self.kept = kept
         untied = id(self) in options.apart and not self.base.quantized
@@ -360,9 +363,9 @@ def _convolution(source: Convolution, W: Tensor) -> nn.Module:
 def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOptions) -> Merged:
     """Return W₀ + Σ update in stored form, W₀ (out, in), and the exact sum of updates (out, in).   [docs/math.md (11)]
 
-    If the adapters stay on the model, the weight must also be correct for an unmerged adapter with a residual base. In
-    that case, the sum starts from the residual base and is rounded only once. With `options.dense`, the result is a
-    plain module that replaces a quantized module or a grouped convolution.
+    If the site has a residual base, the sum starts from that base in two cases: if one of the given adapters uses it, or
+    if the adapters stay on the model, because unmerged adapters may use it. The sum is rounded only once. With
+    `options.dense`, the result is a plain module that replaces a quantized module or a grouped convolution.
 
     Args:
         layer: The site's layer.
@@ -387,7 +390,7 @@ def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOpti
 def merged_weight(
     path: str, layer: BaseWeight, new: Sequence[str], options: MergeOptions
 ) -> tuple[Replacement, SiteMerge]:
-    """Return what to store at a site with additional adapters merged, and the effect of the merge.
+    """Return the weight or module to store at a site after merging additional adapters, and the effect of the merge.
 
     Args:
         path: Path of the site.

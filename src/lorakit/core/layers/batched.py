@@ -1,11 +1,11 @@
 """Mixed batches: the factors of several adapters are stacked, so that a few matmuls cover all rows.
 
 Plain LoRA adapters on dense layers are stacked if gradients are not recorded; all others are applied one by one.
-A stack holds adapters whose ranks differ by less than a factor of two; lower ranks are padded with zeros. If the route
-has a cache, a single adapter that all rows use is stacked too: its stack is a copy in the base dtype.
+A stack holds adapters whose ranks differ by less than a factor of two; factors of lower rank are padded with zeros. If
+the route has a cache, a single adapter that all rows use is stacked too: its stack is a copy in the base dtype.
 
-`FactorVersions` checks in each forward pass whether the cached stacks are still valid. Writes through `.data` to the
-same memory cannot be detected.
+`FactorVersions` checks in each forward pass whether the cached stacks are still valid. Writes to existing memory
+through `.data` cannot be detected.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class FactorVersions:
 
 
 def _picker(names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
-    """Return a function that gets the values of these names from a mapping, as a tuple even for one name."""
+    """Return a function that looks up these names in a mapping and returns a tuple, even for a single name."""
     if len(names) > 1:
         return itemgetter(*names)
     (name,) = names
@@ -160,7 +160,7 @@ class Stacks:
 
 
 def add_kept(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor | None:
-    """Add the outputs of a route's adapters, using cached stacks or stacking the one adapter that all rows use.
+    """Add the outputs of a route's adapters from cached stacks, or from a new stack for one adapter that all rows use.
 
     Args:
         layer: The site's `LoraLayer`, which has no merged adapters.

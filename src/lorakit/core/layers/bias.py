@@ -27,7 +27,7 @@ class BiasPatch(AdapterComponent):
 
     If the adapter is not active, a shallow clone of the module repeats the forward pass with the original biases. The
     output is bitwise identical to the base output, and other threads are not affected. The hook runs before all other
-    hooks of the module, so they see the corrected output.
+    hooks of the module, so the other hooks see the corrected output.
 
     Attributes:
         module: The base module, which holds the trained biases as parameters.

@@ -331,7 +331,7 @@ class LoraLayer(BaseWeight):
         return bias
 
     def _base_of_rows(self, route: Route, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """Compute the base output (rows, …, out) when the current base module is not correct for all rows."""
+        """Compute the base output (rows, …, out) when some rows need a base module other than the current one."""
         moved = route.mentions.intersection(self.moved_by)
         if not moved or route.rows is None:
             return self._base_for(bool(moved))(*args, **kwargs)

@@ -180,8 +180,8 @@ def build_extras(modules: Mapping[str, nn.Module], sites: Collection[str], saved
 
     Raises:
         TargetError: A module to save contains sites or saved modules of another adapter.
-        ConfigError: A bias to train has adapters merged into it, belongs to a plain module that replaced the
-            base's module in a merge, or is not a parameter (HQQ).
+        ConfigError: A bias to train has adapters merged into it, belongs to a plain module that replaced the base
+            module in a merge, or is not a parameter (HQQ).
     """
     copies = {path: trainable_copy(path, modules[path]) for path in saved}
     found = list(biased_modules(modules, sites, saved, bias))
@@ -238,7 +238,7 @@ def biased_modules(
             continue
         for inner, module in _base_modules(current):
             held = [leaf for leaf, p in module._parameters.items() if p is not None and "bias" in leaf]
-            # in adapted modules, PEFT trains only parameters named `bias`, so not an attention module's `in_proj_bias`
+            # in adapted modules, PEFT trains only parameters named `bias`, not `in_proj_bias` of attention modules
             leaves = tuple(leaf for leaf in held if bias == "all" or leaf == "bias")
             if isinstance(vars(module).get("bias"), Tensor) and weight_format_of(module).quantized:
                 raise ConfigError(
@@ -261,7 +261,7 @@ def _read_by(modules: Mapping[str, nn.Module], sites: Collection[str]) -> Iterat
 
 
 def _base_modules(current: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the base modules at one path, each with its relative path; a saved module yields all modules inside."""
+    """Yield the base modules at one path, each with its relative path; for a saved module, yield all modules in it."""
     if isinstance(current, ModulesToSave):
         yield from current.original_module.named_modules()
     else:

@@ -35,7 +35,7 @@ class MultiheadAttention(WeightLayer):
     """A `LoraLayer` for the input projection of an nn.MultiheadAttention."""
 
     def _restore_weights(self) -> None:
-        """Do nothing: unlike PEFT's, lorakit's forward pass does not merge weights, so there are none to restore."""
+        """Do nothing: PEFT restores weights that its forward pass merged, but lorakit's forward pass merges none."""
 
 
 class InnerLinear(WeightLayer):

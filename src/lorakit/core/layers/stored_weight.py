@@ -20,7 +20,7 @@ STORED = frozenset({"kept", "moved", "tied_weight"})
 """Attributes that hold stored weights of the base, in any form."""
 
 OF_THE_BASE = frozenset({"weight", "bias"})
-"""Attributes that the layer sets on the base module, because other code ties weights by setting them on the layer."""
+"""Attributes that, if assigned on the layer, are set on the base module, because other code ties weights this way."""
 
 
 Replacement = Stored | nn.Module
@@ -93,7 +93,7 @@ class StoredWeight(AdapterModule):
     @property
     def owner(self) -> nn.Module:
         """The innermost base module; if several of its weights are adapted, the layers are nested around it."""
-        module = self._modules["base_layer"]  # faster than torch's attribute access, which matters here
+        module = self._modules["base_layer"]  # faster than torch's attribute access; this property is read often
         while isinstance(module, StoredWeight):
             module = module._modules["base_layer"]
         return module
@@ -153,8 +153,8 @@ class StoredWeight(AdapterModule):
     def inside(self) -> frozenset[str]:
         """Return the adapters that the base module already accounts for: those merged or using the residual base.
 
-        If an adapter that uses the residual base is merged, the module is not correct for the other
-        adapters that use that base.
+        If an adapter that uses the residual base is merged, the other adapters that use that base cannot use the
+        module, so only the merged adapters are returned.
         """
         merged = frozenset(self.merged_adapters)
         return merged if merged.intersection(self.moved_by) else merged.union(self.moved_by)

@@ -282,7 +282,7 @@ class TrainableTokens(ReplacingModule):
         Args:
             path: Not used.
             adapters: The adapters.
-            options: Whether the base rows are kept, and whether the table is untied from modules that share it.
+            options: Whether the base rows are kept, and whether the table is untied from modules that share its weight.
         """
         here = [name for name in adapters if name in self]
         if not here or self.follows:

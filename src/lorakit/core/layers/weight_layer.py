@@ -5,7 +5,7 @@ nn.MultiheadAttention. Each forward pass computes the dense sum W₀ + s·B·A f
 is not changed.
 
 Fused experts in transformers do not need the dense sum. A decorator marks their class, and a few attributes of each
-instance determine what it computes: the projections, their layout, biases, gate and norm. For a module with these
+instance determine the computation: the projections, their layout, biases, gate and norm. For a module with these
 attributes, `experts_forward` runs the forward pass and applies dropout, A and B to the tokens of each expert. This file
 only reads the attributes; it does not import transformers.
 """
@@ -177,7 +177,7 @@ class WeightLayer(LoraLayer):
         return stored
 
     def beside_tokens(self, route: Route) -> tuple[Tensor | None, list[Factor]]:
-        """Return the weight to use, and the factors that must be applied to the experts' tokens separately.
+        """Return the weight to use, and the factors that must be applied separately to each expert's tokens.
 
         Args:
             route: The adapters that are active on all rows.

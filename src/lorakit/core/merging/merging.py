@@ -68,8 +68,8 @@ def merge(
             the original weights are discarded, the merge cannot be undone.
         untie: Whether to give a separate weight to a site that shares its weight with another module (tied embeddings).
         dense: Whether to replace quantized modules and grouped convolutions (whose weights cannot hold the delta) with
-            plain modules. Otherwise, merged weights are quantized again, which loses most of a small delta. A module
-            that replaces a quantized one gets the dtype that the quantized module used for its matmuls.
+            plain modules. Otherwise, the merged weights of quantized modules are requantized, and most of a small delta
+            is lost. A module that replaces a quantized one gets the dtype in which the quantized one computed matmuls.
 
     Returns:
         The fraction of the delta that each site retains, the error, and the size of the kept original weights.
@@ -145,7 +145,7 @@ def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: 
     """Merge adapters permanently and remove all adapter layers, hooks and copies; original weights are not kept.
 
     Args:
-        model: An adapted model, which becomes a plain one in place.
+        model: An adapted model, converted to a plain model in place.
         names: Adapters to merge; if none are given, those in the default route. All other adapters are dropped.
         untie: As in `merge`.
         dense: As in `merge`; quantized modules without adapters stay quantized.

@@ -82,7 +82,7 @@ def _registered(module: nn.Module, parameter: str) -> WeightFormat[Any, Any]:
 
 
 def disable_repacking(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Keep modules from rewriting their own weights in a forward pass, as some quantized modules do in eval mode.
+    """Keep modules from rewriting their own weights in a forward pass; some quantized modules do so in eval mode.
 
     Args:
         modules: All modules of a model; the values of the weights do not change.

@@ -2,7 +2,7 @@
 
 This is the only module that imports bitsandbytes. A stored 4-bit weight is the parameter itself, which carries its
 `quant_state`. A stored 8-bit weight is the parameter together with the values and scales, because the module moves
-the values and scales between the parameter and its own `state`.
+the values and scales between the parameter and the module's `state`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ROWS = 32
 """Number of rows that bitsandbytes interleaves when it repacks a 4-bit weight for a CPU."""
 
 _REPACKS = "support_avx512bf16_for_cpu"
-"""The flag that lets a `Linear4bit` repack its weight; the layer sets it according to the processor."""
+"""The flag that lets a `Linear4bit` repack its weight; the layer sets the flag according to the processor."""
 
 _HALF_STEP = {"nf4": 0.153, "fp4": 0.18}
 """Bounds on the rounding error: half of the widest gap between adjacent code values in [−1, 1]. The bound for fp4 is
@@ -195,10 +195,10 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
     def disable_repacking(self, module: Linear4bit) -> bool:
         """Keep a 4-bit layer from repacking its weight, and unpack the weight if it was already repacked.
 
-        On processors with AVX512-BF16, `Linear4bit` repacks its weight in the first forward pass in eval mode. This
-        rounds the scales to bf16, blocks gradients from then on, even in training mode, and fails for widths that are
-        not a multiple of the block size. Without repacking, the weight is bitwise identical in every mode and on every
-        processor.
+        On processors with AVX512-BF16, `Linear4bit` repacks its weight in the first forward pass in eval mode.
+        Repacking rounds the scales to bf16 and blocks all later gradients, even in training mode; it fails if the width
+        is not a multiple of the block size. Without repacking, the weight is bitwise identical in every mode and on
+        every processor.
         """
         if not getattr(module, _REPACKS, False):
             return False

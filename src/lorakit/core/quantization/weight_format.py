@@ -87,7 +87,7 @@ class WeightFormat(Generic[M, S]):
 
     @abstractmethod
     def read(self, module: M, stored: S) -> Tensor:
-        """Return the canonical weight in fp32 or wider, (out, in) or in the shape that its kind defines."""
+        """Return the canonical weight in fp32 or wider; its shape is (out, in) unless the kind defines another."""
 
     @abstractmethod
     def write(self, module: M, like: S, canonical: Tensor) -> S:

@@ -2,7 +2,7 @@
 
 While a model has such an adapter, two hooks put the offsets of each forward pass into a context variable and remove
 them afterwards, even if the forward pass fails. The hooks also record in the key-value cache where the adapters started
-in each row. Generation steps, which see only one token each, continue from these positions.
+in each row. Generation steps, which see only one token each, continue from the recorded positions.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class Offsets:
         back: Number of active positions at the end of each row, (adapters, rows) int64; 0 if the adapter is not active.
         length: Number of positions per row in this forward pass, or None if it is unknown.
         seen: Number of positions per row up to the end of this forward pass, including cached ones, or None.
-        whole: Whether each site must see all `length` positions; fewer positions might not be the last ones.
+        whole: Whether each site must see all `length` positions, because a shorter input might not end at the last one.
     """
 
     adapters: tuple[str, ...]

@@ -1,9 +1,10 @@
 """The active adapters: one state object per model, scoped overrides per context, and one function that reads both.
 
 Every layer of a model refers to the model's `AdapterState`. The state's default route applies in every thread and is
-replaced as a whole. `use`, `route` and `disable` override it in a context variable: the override ends with its block,
-even if the block raises, and no other thread or task sees it. A forward pass that autograd recomputes (gradient
-checkpointing) must not use the adapters that are active *now*: it uses the route of its first run, or raises an error.
+replaced as a whole. `use`, `route` and `disable` override the default in a context variable: the override ends with its
+block, even if the block raises an error, and no other thread or task sees the override. A forward pass that autograd
+recomputes (gradient checkpointing) must not use the adapters that are active *now*: it uses the route of its first run,
+or raises an error.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class AdapterState:
         self.replication: Any = None
         self.kinds: dict[str, Kind] = {}
         self._open: dict[int, int] = {}  # thread id -> number of open overrides
-        # Threads already warned about an override in another thread; thread objects, because ids are reused.
+        # Threads that were already warned about an override in another thread. Ids would not work: they are reused.
         self._told: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         self.whole: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
