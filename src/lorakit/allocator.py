@@ -27,8 +27,8 @@ CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 128, "LRU_CACHE_CAPACITY": 1}
 
 The oneDNN cache (developer guide, "Primitive Cache") must have room for all matmuls of a step; otherwise every layer
 recompiles its matmuls. A step with 4 rows of equal length used 57 distinct matmuls; a step with 4 rows of new lengths
-added about 45 more. The second cache, in PyTorch's ideep, stores another copy of each matmul without saving any
-compilation; a capacity of 0 causes a crash.
+added about 45 more. The second cache, in PyTorch's ideep, stores another copy of each compiled matmul without saving
+any compilation; a capacity of 0 causes a crash.
 """
 
 MATMUL_MESSAGE = (

@@ -284,7 +284,7 @@ _EXCHANGED = re.compile(re.escape(TEMPORARY) + r"[0-9a-f]+\+(\d+)-(.+)", re.DOTA
 """Pattern for the names of directories built for an exchange; its groups match the old directory's inode and name."""
 
 _SET_ASIDE = re.compile(re.escape(TEMPORARY) + r"[0-9a-f]+~(.+)", re.DOTALL)
-"""Pattern for the names of directories that were set aside for new ones; its group matches the original name."""
+"""Pattern for the names of directories that were set aside to make room for others; its group matches the old name."""
 
 MOST_ENTRIES = 10_000
 """Maximum number of entries, counted recursively, in a directory that is exchanged as a whole; see `replace_files`."""
@@ -296,7 +296,7 @@ _CANNOT = frozenset(
         *("ENAMETOOLONG", "EEXIST", "ENOTEMPTY"),
     )
 )
-"""Error numbers that show that directories cannot be exchanged; other errors, such as a full disk, abort the write."""
+"""Error numbers indicating that directories cannot be exchanged; other errors, such as a full disk, abort the write."""
 
 
 @contextlib.contextmanager
@@ -426,14 +426,14 @@ def replace_in_order(folder: str | os.PathLike[str], steps: Sequence[Mapping[str
 def sweep(folder: str | os.PathLike[str]) -> list[str]:
     """Remove temporary files and directories that interrupted writers left in a directory.
 
-    A directory that was set aside but not replaced gets its original name back. Before a replaced directory is removed,
-    any entries that are missing from the new directory are moved there.
+    If a directory was set aside but not replaced, its original name is restored. Before a replaced directory is
+    removed, any of its entries that are missing from the new directory are moved to the new directory.
 
     Args:
         folder: The directory; its subdirectories are not searched.
 
     Returns:
-        Names of the temporary files and directories that were found; none of these names is in use anymore.
+        Names of the temporary files and directories that were found; all have been removed or renamed.
     """
     removed = []
     for path in sorted(Path(folder).glob(f"{TEMPORARY}*")):
@@ -501,7 +501,7 @@ def _take_owner_and_mode(source: Path, target: Path) -> None:
 
 
 def _clear(temporary: Path, final: Path, old: int, replaced: Collection[str] | None = None) -> None:
-    """Remove a temporary directory; if it is the old one, first move newly added entries to the new directory."""
+    """Remove a temporary directory; if it has the old content, first move newly added entries to the new directory."""
     with contextlib.suppress(OSError):
         if old and temporary.stat().st_ino == old and final.is_dir():
             _retire(temporary, final, replaced)
@@ -510,13 +510,13 @@ def _clear(temporary: Path, final: Path, old: int, replaced: Collection[str] | N
 
 
 def _retire(old: Path, new: Path, replaced: Collection[str] | None) -> None:
-    """Remove an old directory, but first move its entries to the new directory if they are missing or older there.
+    """Move an old directory's entries to the new one if they are missing or older there, then remove the old one.
 
     Args:
         old: The directory to remove.
         new: The directory that replaced it.
-        replaced: Names of the entries that were replaced on purpose. None if unknown; existing entries of `new` are
-            then kept.
+        replaced: Names of the entries that were replaced on purpose, or None if they are unknown. With None, all
+            existing entries of `new` are kept.
     """
     with os.scandir(old) as entries:
         for entry in list(entries):

@@ -67,7 +67,7 @@ def this_machine() -> Machine:
 
 
 def cpu_name(cpuinfo: str) -> str:
-    """Return the processor's name from the contents of /proc/cpuinfo, or an empty string if it is missing."""
+    """Return the processor's name from the contents of /proc/cpuinfo, or an empty string if none is listed."""
     return _value(cpuinfo, "model name")
 
 
@@ -158,7 +158,7 @@ def cache_directory() -> Path:
             return Path(own).expanduser()
         except RuntimeError:
             raise DiskError(
-                f"LORAKIT_CACHE={own}: unknown home directory; set it to an absolute path.", field="LORAKIT_CACHE"
+                f"LORAKIT_CACHE={own}: unknown home directory; use an absolute path.", field="LORAKIT_CACHE"
             ) from None
     if shared:
         return Path(shared) / "lorakit"
@@ -171,8 +171,8 @@ def cache_directory() -> Path:
 def peak_rss_bytes() -> int:
     """Return this process's peak resident set size so far, in bytes, or 0 if the system does not report it.
 
-    On Linux, this is the kernel's high-water mark for the current program, since `getrusage` also counts memory that
-    the process used before `exec`.
+    On Linux, the value is the kernel's high-water mark (VmHWM), which covers only the current program. The value from
+    `getrusage` would also include memory that the process used before `exec`.
     """
     peak = _bytes_of(_read("/proc/self/status"), "VmHWM")
     if peak is not None:

@@ -81,7 +81,7 @@ def application() -> App:
     """Return a cyclopts application with all commands, without importing their modules.
 
     Returns:
-        An application that returns the command's result and raises its errors when called.
+        An application that, when called, returns the command's result and propagates its errors.
     """
     from cyclopts import App, Parameter
 
@@ -93,7 +93,7 @@ def application() -> App:
         help_format="plaintext",
         help_formatter=_help_formatter(),
         result_action="return_value",
-        error_console=cast("Console", sys.stderr),  # unused, as this module prints errors; avoids importing rich
+        error_console=cast("Console", sys.stderr),  # never used (`main` prints errors); avoids importing rich
         suppress_keyboard_interrupt=False,
         default_parameter=Parameter(consume_multiple=True, negative_iterable=(), negative_none=()),
     )

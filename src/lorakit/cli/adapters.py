@@ -104,7 +104,7 @@ def _vocabulary(files: AdapterFiles) -> int:
 
 @contextlib.contextmanager
 def naming_flags() -> Iterator[None]:
-    """Add the name of the flag that overrides a failed check to any error raised within the context.
+    """Return a context manager that extends the error of a failed check with the flag that overrides the check.
 
     Raises:
         LorakitError: The error raised within the context, with the flag in its message.
@@ -122,7 +122,7 @@ LARGEST_TOKENIZER_BYTES = 256 << 20
 
 
 def copy_tokenizer(adapters: Sequence[AdapterFiles], folder: Path) -> None:
-    """Copy the tokenizer of the original adapters to the adapter made from them, unless their tokenizers differ.
+    """Copy the original adapters' tokenizer to the adapter made from them, if they all have the same tokenizer.
 
     Args:
         adapters: Files of the original adapters.
@@ -178,7 +178,7 @@ def _largest(tokenizers: Sequence[SavedTokenizer]) -> SavedTokenizer | None:
 
 
 def report_training_quantization(adapters: Sequence[AdapterFiles], wanted: Quantization | None) -> None:
-    """Print a note for each adapter that was trained on a differently quantized base and is less accurate on this one.
+    """Print a note for each adapter that is less accurate because its base was quantized differently in training.
 
     Args:
         adapters: The adapters.

@@ -33,8 +33,8 @@ class Flags:
         str,
         Parameter(
             help="Method: cat (exact; ranks add up), svd (best approximation at a given rank), linear (approximate); "
-            "ties, dare_ties, dare_linear and magnitude_prune prune A and B separately, or the whole update with the "
-            "suffix _svd."
+            "ties, dare_ties, dare_linear and magnitude_prune prune A and B separately; with the suffix _svd, they "
+            "prune the whole update."
         ),
     ] = "svd"
     rank: Annotated[
@@ -42,7 +42,7 @@ class Flags:
     ] = None
     density: Annotated[float | None, Parameter(help="Fraction of values that pruning keeps, in (0, 1].")] = None
     majority_sign: Annotated[
-        str, Parameter(help="Sign that ties methods keep: total (that of the sum) or frequency (the most common).")
+        str, Parameter(help="Sign that ties methods keep: total (sign of the sum) or frequency (most common sign).")
     ] = "total"
     clamp: Annotated[
         float | None, Parameter(help="Quantile in (0.5, 1] beyond which svd methods clamp A and B. Default: none.")

@@ -1,9 +1,9 @@
 """Output of the command line: results, errors, warnings, tables and JSON.
 
-Results go to stdout; errors, warnings and notes go to stderr. With `--json`, stdout holds a single JSON document, which
-is `{"error": {"message", "code", "exit_code"}}` after a failure. Details are printed only with `--verbose`. Color is
-used only on a terminal, and never if NO_COLOR is set. Names and values from files pass through `printable`, so that no
-file can control the terminal. This module does not depend on models or commands.
+Results go to stdout; errors, warnings and notes go to stderr. With `--json`, stdout holds a single JSON document; after
+a failure, this document is `{"error": {"message", "code", "exit_code"}}`. Details are printed only with `--verbose`.
+Color is used only on a terminal, and never if NO_COLOR is set. Names and values from files pass through `printable`, so
+that no file can control the terminal. This module does not depend on models or commands.
 """
 
 from __future__ import annotations

@@ -231,7 +231,7 @@ def _about_scripts(found: Findings) -> list[str]:
         return []
     return [
         "glibc returns freed blocks to the OS, which slows training in your own scripts (`lorakit train` and `lorakit "
-        f"eval` prevent it): export {TUNABLES}; for varying sequence lengths, also export {PRODUCTS}"
+        f"eval` prevent this): export {TUNABLES}; for varying sequence lengths, also export {PRODUCTS}"
     ]
 
 

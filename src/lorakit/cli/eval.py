@@ -21,7 +21,7 @@ class Flags:
     data: Annotated[list[str], Parameter(help="Data files: .txt, .md (documents) or .jsonl.")]
     adapter: Annotated[list[str] | None, Parameter(help="Adapter directories to compare with the base.")] = None
     max_length: Annotated[int, Parameter(help="Maximum sequence length in tokens.")] = DEFAULTS["max_length"].value
-    batch_size: Annotated[int, Parameter(help="Sequences per batch at --max-length; more if they are shorter.")] = (
+    batch_size: Annotated[int, Parameter(help="Sequences per batch at --max-length; more if all are shorter.")] = (
         DEFAULTS["per_device_train_batch_size"].value
     )
     dtype: Annotated[str, Parameter(help="Precision of the base: auto, bfloat16 or float32.")] = "auto"

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 MAX_PROMPT_BYTES = 64 << 20
 
 WORTHWHILE_TOKENS = 128
-"""Minimum number of tokens for an automatic merge. For SmolLM2-135M with rank 16 on all linear layers, a merge
-takes about as much time as it saves in generating a hundred tokens. With larger models, the merge pays off only after
-more tokens, because an adapter adds relatively less time."""
+"""Minimum number of tokens for an automatic merge. For SmolLM2-135M with rank 16 on all linear layers, a merge pays for
+itself after about a hundred tokens. Larger models need more tokens, because the adapter's relative overhead is lower.
+"""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Flags:
     chat: Annotated[
         bool | None,
         Parameter(
-            help="Format the prompt as the user's turn with the chat template, instead of continuing it as plain text. "
+            help="Format the prompt as a user turn with the chat template, instead of continuing it as plain text. "
             "Default: chat if the tokenizer has a template.",
             show_default=False,
         ),
@@ -68,9 +68,9 @@ class Flags:
     merged: Annotated[
         bool | None,
         Parameter(
-            help="Merge a single adapter into the base in memory first, which is faster and gives the same results up "
-            "to rounding. Default: merge if that is exact (float32), the base itself does not answer, and at least "
-            f"{WORTHWHILE_TOKENS} tokens may be generated.",
+            help="Merge a single adapter into the base in memory before generating. Generation is then faster, with "
+            "the same results up to rounding. Default: merge if the merge is exact (float32), the base itself does "
+            f"not answer, and at least {WORTHWHILE_TOKENS} tokens may be generated.",
             show_default=False,
         ),
     ] = None

@@ -100,7 +100,7 @@ def groups(summary: AdapterSummary) -> Iterator[dict[str, Any]]:
 
 
 def _module(path: str) -> str:
-    """Return the last component of a site's path; for a parameter, also everything from `.base_layer` on."""
+    """Return the last component of a site's path; for a parameter, also `.base_layer` and everything after it."""
     module, inside, deeper = path.partition(".base_layer")
     return module.rpartition(".")[2] + inside + deeper
 

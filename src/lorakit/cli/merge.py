@@ -39,8 +39,8 @@ class Flags:
     quantization: Annotated[
         str | None,
         Parameter(
-            help="Merge into the base as quantized in training (nf4, ...); the output contains the dequantized weights "
-            "with the adapter merged in. Default: the base as published."
+            help="Merge into the base as it was quantized for training (nf4, ...); the output contains the dequantized "
+            "weights with the adapter merged in. Default: the base as published."
         ),
     ] = None
     double_quantization: Annotated[bool, Parameter(help=DEFAULTS["double_quantization"].help())] = True
@@ -48,7 +48,7 @@ class Flags:
         bool,
         Parameter(
             negative=(),
-            help="Untie an adapted weight that another module shares (tied embeddings), and record that in the config.",
+            help="Untie an adapted weight that another module shares (tied embeddings), and record this in the config.",
         ),
     ] = False
 
@@ -123,7 +123,7 @@ def _reject_quantized_files(model: str, stored: Quantization | None, wanted: Qua
     if stored is not None and wanted is None:
         raise MergeError(
             f"{model}: the files are quantized ({stored.name}), but a merge needs the unquantized base. Pass that base "
-            f"as --model, with --quantization {stored.name} to merge into the weights that the adapter was trained on.",
+            f"as --model, and --quantization {stored.name} to merge into the weights that the adapter was trained on.",
             where=model,
         )
 

@@ -250,7 +250,7 @@ def _merge_into(request: MergeRequest, folder: Path, tokenizer: SavedTokenizer |
     if request.dtype != "auto" and getattr(torch, request.dtype) != model.dtype:
         model.to(torch.float32)  # merge in fp32, then round once, to the requested dtype
     stored = model
-    if request.quantization is not None:  # merge into the quantized base, and copy its values into the plain model
+    if request.quantization is not None:  # merge into the quantized base, then copy the merged weights to `model`
         stored = hub.load_model(request.source, model.dtype, quantization=request.quantization)
     names = load_adapters(stored, request.adapters, request.allow)
     report = core.merge_and_unload(stored, *names, untie=request.untie, dense=True)
@@ -279,8 +279,8 @@ def _reject_tied(model: torch.nn.Module, names: Sequence[str]) -> None:
     if tied:
         path, other = tied[0]
         raise MergeError(
-            f"{path} is adapted and shares its weight with {other}, so a merge would change both. Pass --untie to "
-            "give each module its own weight, which makes the model larger.",
+            f"{path} is adapted and shares its weight with {other}, so a merge would change both modules. Pass --untie "
+            "to give each module its own weight, which makes the model larger.",
             what=other,
             where=path,
             override="untie",

@@ -1,7 +1,7 @@
 """Encode records as token sequences with labels, and count everything that is truncated or left out.
 
 Positions that do not contribute to the causal language modeling loss have the label -100. The first label of a
-sequence is always -100, because there is no earlier token from which to predict the first one.
+sequence is always -100, because there is no earlier token from which to predict the first token.
 """
 
 from __future__ import annotations

@@ -241,7 +241,7 @@ def padded(rows: list[Sequence], pad_id: int, epoch: float) -> Batch:
 def by_length(sequences: Many[Sequence], rows: int, pad_id: int = 0) -> Iterator[Batch]:
     """Yield batches that cover each sequence exactly once, shortest first; batches of short sequences have more rows.
 
-    Including padding, no batch has more positions than `rows` rows of the longest sequence's length. This limit bounds
+    Including padding, no batch contains more than `rows` × (length of the longest sequence) tokens. This limit bounds
     memory use, and short sequences take less time than they would in batches of `rows` rows.
 
     Args:

@@ -39,7 +39,7 @@ _FIELDS = tuple(field for shape in SHAPES for field in shape)
 _ALLOWED = "'text', or 'prompt' and 'completion', or 'messages'"
 
 DEFAULT_HELD_OUT = 0.1
-"""Default fraction of the topics in Python's language reference to hold out."""
+"""Default fraction of the Python language reference topics to hold out."""
 
 
 class _BadRow(Exception):
@@ -122,7 +122,7 @@ def _check_text(path: Path, file: IO[bytes]) -> None:
             raise file_error(
                 path, f"the data file looks binary (null byte at offset {at + zero}); data files must be UTF-8 text."
             )
-        held = len(decoder.getstate()[0])  # bytes already read of a character that is split across pieces
+        held = len(decoder.getstate()[0])  # the first bytes of a character that is split across pieces
         try:
             decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as cause:

@@ -4,7 +4,7 @@ Any transformers tokenizer implements the protocol; this module does not import 
 
 To limit memory use, a long text is tokenized in overlapping parts; the result is the same as if the whole text were
 tokenized at once. If two parts have the same tokens in half of their overlap, the tokens that follow no longer depend
-on the text before the overlap, and the parts are joined within that half, between two words. If the tokens differ, the
+on the text before the overlap. The parts are then joined within that half, between two words. If the tokens differ, the
 first part is extended, if necessary to the whole text.
 """
 

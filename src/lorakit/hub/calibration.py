@@ -24,7 +24,7 @@ COPIED_BYTES = 1 << 26
 """Number of bytes copied per measurement, which is more than typical processor caches hold."""
 
 NEEDED_FACTOR = 1.2
-"""Minimum speedup of bf16 over fp32 matmuls for bf16 to be chosen; a smaller one is not worth the rounding error."""
+"""Minimum speedup of bf16 over fp32 matmuls needed to choose bf16; less is not worth the rounding error."""
 
 THROUGH_FP32 = 0.85
 """Fraction of the fp32 rate reached if bf16 operands are upcast to fp32 (`benchmarks/bench_products.py`)."""

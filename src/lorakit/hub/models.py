@@ -193,7 +193,7 @@ def load_base(
     tokenizer_folder: Path,
     options: Mapping[str, Any],
 ) -> PreTrainedModel:
-    """Load an adapter's base, and enlarge its embeddings if a tokenizer saved with the adapter has more tokens.
+    """Load an adapter's base, and enlarge its embeddings if the tokenizer saved with the adapter needs more rows.
 
     Args:
         name: Directory or Hub id of the base.
@@ -273,7 +273,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         rules = json.loads(backend.to_str())
-        rules.pop("padding", None)  # padding and truncation are left over from the last call
+        rules.pop("padding", None)  # padding and truncation settings are left over from the last call
         rules.pop("truncation", None)
     else:
         rules = {"vocab": tokenizer.get_vocab()}

@@ -114,7 +114,7 @@ def _dense(loaded: PreTrainedModel) -> PreTrainedModel:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.name_or_path = ""
-    vars(config).pop("_model_name_or_path", None)  # the title stored in the file, which no loader accepts as a name
+    vars(config).pop("_model_name_or_path", None)  # the title from the file; no loader accepts it as a name
     with torch.device("meta"):  # no storage and no random initialization: the weights are replaced immediately
         dense = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     dense.load_state_dict(loaded.state_dict(), strict=True, assign=True)

@@ -32,7 +32,7 @@ _NEEDS = {
 
 
 def quantization_metadata(wanted: Quantization) -> dict[str, Any]:
-    """Return JSON values that identify a quantized base: equal files and metadata mean bitwise identical weights.
+    """Return JSON values that identify a quantized base; equal values and equal files mean equal weights.
 
     Args:
         wanted: The quantization.

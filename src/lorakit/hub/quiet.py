@@ -1,4 +1,4 @@
-"""Silence the loggers of transformers, and of the quantization packages that it imports, during loading."""
+"""Silence transformers and the quantization packages that it imports while a model is being loaded."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ SUBLAYERS = {"self_attn": "attention", "attn": "attention", "mlp": "feed-forward
 """Name of a decoder layer's child module -> the sublayer that contains it."""
 
 FLASH_FROM = 2048
-"""Row length, in tokens, from which attention on a CPU also saves its output and one value per head and token."""
+"""Minimum row length, in tokens, at which CPU attention also saves its output and one value per head and token."""
 
 CHUNK_ROWS, CHUNK_BYTES = 256, 48 << 20
 """Maximum size of the logits that exist at once on a CPU, in rows and in bytes."""

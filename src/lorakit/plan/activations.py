@@ -69,9 +69,9 @@ class Activations:
     Attributes:
         family: The family used for the estimate.
         is_known: Whether the architecture belongs to the family; if not, the values are an estimate.
-        blocks: Bytes saved by all blocks.
-        largest_block: Bytes saved by the block that saves the most.
-        outside: Bytes saved before the first and after the last block.
+        blocks: Total size in bytes of the tensors that the blocks save.
+        largest_block: Largest size in bytes of the tensors that a single block saves.
+        outside: Size in bytes of the tensors saved before the first block and after the last one.
         boundary: Size of one block's input in bytes.
         blocks_kept: Number of blocks that save anything: the first adapted block and all later ones.
         transient: Size in bytes of the gradients that exist at once during one block's backward pass.
@@ -92,12 +92,12 @@ class Activations:
 
 
 def _rms_norm(width: int, _: int) -> int:
-    """Return the number of bytes saved per token for the input in fp32 (a copy if the model is in bf16) and rstd."""
+    """Return the number of bytes per token for the saved input in fp32 (a copy if the model is in bf16) and rstd."""
     return _FP32 * width + _FP32
 
 
 def _layer_norm(width: int, itemsize: int) -> int:
-    """Return the number of bytes saved per token for the input, mean and rstd, all in the model's dtype."""
+    """Return the number of bytes per token for the saved input, mean and rstd, all in the model's dtype."""
     return itemsize * (width + 2)
 
 
@@ -116,29 +116,29 @@ def _attention(shape: ModelShape, job: Job) -> int:
 
 
 def _llama_attention(shape: ModelShape, job: Job) -> int:
-    """Return the number of bytes saved by attention and the per-head norms of Qwen3; rotary embeddings save nothing."""
+    """Return the number of bytes that attention and Qwen3's per-head norms save; rotary embeddings save nothing."""
     normed = any(o.path.endswith("q_norm") for o in shape.others)
     per_token = _FP32 * (shape.query_width + shape.kv_width + shape.heads + shape.kv_heads) if normed else 0
     return job.batch_tokens * per_token + _attention(shape, job)
 
 
 def _swiglu(shape: ModelShape, job: Job) -> int:
-    """Return the number of bytes saved for gate, silu(gate) and up."""
+    """Return the number of bytes that SwiGLU saves for the backward pass: gate, silu(gate) and up."""
     return job.batch_tokens * 3 * job.dtype_bytes * shape.inner_width
 
 
 def _dropping_attention(shape: ModelShape, job: Job) -> int:
-    """Return the number of bytes saved by attention and by the dropout that follows it."""
+    """Return the number of bytes that attention and the subsequent dropout save for the backward pass."""
     return _attention(shape, job) + _noise(shape, job)
 
 
 def _tanh_gelu(shape: ModelShape, job: Job) -> int:
-    """Return the number of bytes saved by tanh-GELU (x, x/2, tanh and 1 + tanh) and by the dropout that follows."""
+    """Return the number of bytes that tanh-GELU (x, x/2, tanh and 1 + tanh) and the subsequent dropout save."""
     return 4 * job.batch_tokens * job.dtype_bytes * shape.intermediate + _noise(shape, job)
 
 
 def _gelu(shape: ModelShape, job: Job) -> int:
-    """Return the number of bytes saved by a fused GELU (its input) and by the dropout that follows."""
+    """Return the number of bytes that a fused GELU (its input) and the subsequent dropout save."""
     return job.batch_tokens * job.dtype_bytes * shape.intermediate + _noise(shape, job)
 
 
@@ -222,7 +222,7 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: S
     Args:
         shape: Shape of the base.
         counted: The adapter's parameter counts.
-        dropout: Value of `lora_dropout`. If it is above 0, each site saves its input after dropout, and the mask.
+        dropout: Value of `lora_dropout`. If above 0, each site saves its input after dropout and the dropout mask.
         job: The job, which sets the batch size, row length and dtype.
         base: The quantized base, or None if the base is not quantized.
     """
@@ -256,7 +256,7 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: S
 def _of_sublayers(
     shape: ModelShape, counted: Count, dropout: float, job: Job, fused: frozenset[tuple[str, str]]
 ) -> Iterable[tuple[str, int]]:
-    """Yield (block, bytes) for each sublayer of each block; for a fused sublayer, its sites are included."""
+    """Yield (block, bytes) for each sublayer of each block; a fused sublayer's bytes include those of its sites."""
     family, _ = family_of(shape)
     within: dict[tuple[str | None, str | None], list[SiteCount]] = {}
     for site in counted.sites:
@@ -308,9 +308,9 @@ def _of_sites(
 ) -> Iterable[tuple[str | None, int]]:
     """Yield (block, bytes) for everything that the given sites save.
 
-    The inputs of the A factors come first, followed by each site's activation between A and B and the casts of A and
-    B. If A is frozen by LoRA-FA, only the dropout mask is saved, not the input of A. An expert's A receives only the
-    tokens routed to that expert. For a single matrix in `target_parameters`, each forward pass materializes
+    The inputs of the A factors come first, followed by each site's activation between A and B, and by the casts of A
+    and B. If A is frozen by LoRA-FA, only the dropout mask is saved, not the input of A. An expert's A receives only
+    the tokens routed to that expert. For a single matrix in `target_parameters`, each forward pass materializes
     W₀ + s·B·A and saves both this sum and the input.
     """
     tokens, itemsize = job.batch_tokens, job.dtype_bytes
@@ -383,8 +383,7 @@ def _input_of(path: str) -> tuple[str, str]:
 def _transient(shape: ModelShape, job: Job) -> int:
     """Return the size in bytes of the gradients that exist at the same time in the backward pass of an unfused block.
 
-    These are the gradients of the residual stream and its branch, and of an inner matmul's output and operands.
-
+    The total covers the gradients of the residual stream, of its branch, and of an inner matmul's output and operands.
     Attention dropout adds the gradients of two attention maps.
     """
     gradients = job.dtype_bytes * job.batch_tokens * (2 * shape.hidden + 3 * shape.inner_width)

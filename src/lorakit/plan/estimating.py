@@ -237,8 +237,8 @@ def _notes(
         yield f"{shape.name} supports at most {shape.positions:,} tokens; the job's rows have {job.length_tokens:,}."
     if job.quantization is not None:
         yield (
-            f"{job.quantization}: every matmul dequantizes its weight first, but the times do not include this; the "
-            "estimates of full fine-tuning are for the unquantized base."
+            f"{job.quantization}: every matmul dequantizes its weight first, but the times do not include this cost; "
+            "the estimates of full fine-tuning are for the unquantized base."
         )
     if speed is None:
         yield ("No time estimate; pass the --tokens-per-second of an earlier run, or --calibrate to measure the speed.")

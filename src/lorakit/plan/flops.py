@@ -1,7 +1,7 @@
 """FLOPs and time per token, forward and backward, for LoRA and for full fine-tuning.
 
 One multiply-add counts as two FLOPs. Matmuls and attention are counted; norms, softmax and activations are not, because
-they take time but hardly any FLOPs.
+they take time but require hardly any FLOPs.
 
 In an accelerated step, matmuls run at nearly the measured matmul rate. Norms, activations, rotary embeddings and the
 softmax in attention and in the loss take a fixed time per element read or written, no matter how fast the matmuls are.
@@ -101,7 +101,7 @@ def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
 
 
 def full(shape: ModelShape, job: Job) -> Flops:
-    """Return the FLOPs per token of full fine-tuning: dX and dW cost as much as two forward passes. [docs/math.md (33)]
+    """Return the FLOPs per token of full fine-tuning; dX and dW cost twice the forward pass. [docs/math.md (33)]
 
     Args:
         shape: Shape of the model.
@@ -120,7 +120,7 @@ def _recomputation(shape: ModelShape, forward: float, job: Job) -> float:
 
 
 MATMUL_UTILIZATION = 0.88
-"""Fraction of the calibrated rate that the matmuls of a whole step reach, from the "GEMM baseline" row of
+"""Fraction of the calibrated rate that the matmuls of a whole step reach. The value is from the "GEMM baseline" row of
 `benchmarks/bench_step.py`.
 """
 
@@ -128,7 +128,7 @@ SECONDS_PER_ELEMENT = 0.9e-9
 """Thread-seconds per element read or written outside matmuls, including Python overhead and memory allocation.
 
 The value is from the "lorakit" row of `benchmarks/bench_step.py` (SmolLM2-135M, bf16, 4 × 256 tokens, 2 threads of a
-CPU without matrix units, dropout 0.05), minus the time of the matmuls.
+CPU without matrix units, dropout 0.05), minus the matmul time.
 """
 
 LOGITS = 6

@@ -20,8 +20,8 @@ DTYPE_NAMES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16"
 """Short name of a dtype -> full name."""
 
 OPTIMIZERS = ("adamw", "lorafa")
-"""AdamW for all trainable parameters, or LoRA-FA, which freezes the factor that is not initialized to zero and uses
-AdamW for the rest.
+"""The optimizers: AdamW for all trainable parameters, or LoRA-FA, which freezes the factor that is not initialized to
+zero and trains the other parameters with AdamW.
 """
 
 RECOMPUTED = ("none", "feed-forward", "layers")
@@ -52,8 +52,8 @@ class Job:
         recompute: What the backward pass recomputes, one of `RECOMPUTED`.
         quantization: A name in `plan.quantized.STORAGES`, or None for a base in `dtype`.
         double_quantization: Whether to quantize the scales too, if the storage format supports it.
-        accelerated: Whether to use the fused forward passes of `lorakit.speed.accelerate` and compute the loss without
-            storing all logits, as `lorakit train` does by default, instead of transformers' own forward passes.
+        accelerated: Whether to use the fused forward passes of `lorakit.speed.accelerate` instead of transformers' own,
+            and to compute the loss without storing all logits. `lorakit train` does both by default.
         mean_tokens: Mean number of tokens per row, excluding padding, or None if unknown. Accelerated rows are packed,
             so padding takes no time; in other jobs, padding tokens count like any others.
 

@@ -79,7 +79,7 @@ class Memory:
 
     @property
     def above_weights_bytes(self) -> int:
-        """Return the peak in bytes, excluding all weights: the growth of a process after its weights are loaded."""
+        """Return the peak in bytes, excluding all weights; a process grows by this much after loading the weights."""
         return self.peak_bytes - self.bytes_of("weights") - self.bytes_of("adapter")
 
 
@@ -245,7 +245,7 @@ def _how(shape: ModelShape, kept: Activations, job: Job) -> str:
     own = kept.of_blocks - kept.fused
     if own:
         reason += (
-            f"; {own} of {kept.of_blocks} sublayers run unfused, because a variant of LoRA, a saved module, a "
+            f"; {own} of {kept.of_blocks} sublayers run unfused, because a LoRA variant, a saved module, a "
             "trained bias or a quantized weight has no accelerated version"
         )
     if activations.packs(shape):

@@ -121,8 +121,8 @@ class SiteCount:
         own_numbers: Number of values that the variant trains in addition to A and B; negative if the variant's A and B
             are smaller than those of plain LoRA.
         reads_weight: Whether the variant trains one value per output and reads the weight in each forward pass (DoRA).
-        frozen_factor: The factor that is not trained: "A" with LoRA-FA ("B" for an embedding), "B" if the init fixes it
-            (MiCA), else "".
+        frozen_factor: The factor that is not trained: "A" with LoRA-FA ("B" for an embedding), "B" if the
+            initialization method freezes B (MiCA), else "".
         experts: Number of matrices in the parameter, each with its own factors.
         is_plain: Whether the site's forward pass is plain LoRA, without a variant or bias.
     """
