@@ -363,8 +363,8 @@ def _convolution(source: Convolution, W: Tensor) -> nn.Module:
 def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOptions) -> Merged:
     """Return W₀ + Σ update in stored form, W₀ (out, in), and the exact sum of updates (out, in).   [docs/math.md (11)]
 
-    If the site has a residual base, the sum starts from that base in two cases: if one of the given adapters uses it, or
-    if the adapters stay on the model, because unmerged adapters may use it. The sum is rounded only once. With
+    If the site has a residual base, the sum starts from that base in two cases: if one of the given adapters uses it,
+    or if the adapters stay on the model, because unmerged adapters may use it. The sum is rounded only once. With
     `options.dense`, the result is a plain module that replaces a quantized module or a grouped convolution.
 
     Args:
