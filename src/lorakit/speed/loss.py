@@ -48,7 +48,7 @@ class HiddenStateCapture:
     Attributes:
         owner: The module that runs the forward pass, or None within `Head.passing`.
         given: The captured inputs to the head, (rows, length, d) each.
-        version: Change counter of the last captured input at the time of capture; in-place changes increment it.
+        version: Version counter of the last captured input at the time of capture; in-place changes increment it.
         used: Whether a loss was computed from the captured input.
     """
 

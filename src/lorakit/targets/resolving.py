@@ -153,7 +153,7 @@ def resolve(
 
     Args:
         candidates: Every named module of the model, in order, including containers.
-        config: The config; it is only read.
+        config: The config; it is not modified.
         allow_partial: Whether to return unmatched entries in `missing` instead of raising an error.
         parameters: Every named parameter of the model, in order; if None, `target_parameters` is ignored.
 
@@ -237,7 +237,7 @@ def targeted_parameters(
 
     Args:
         parameters: Every named parameter of the model, in the order of definition.
-        config: The config; it is only read.
+        config: The config; it is not modified.
         saved: Paths of modules saved in full; parameters inside them are skipped.
 
     Raises:

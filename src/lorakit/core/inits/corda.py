@@ -75,7 +75,7 @@ def _corda(context: InitContext) -> InitResult:
     The base becomes W − s·B·A.
 
     Source:
-        Yang et al. 2024, arXiv:2406.05223, eq. (3) to (6): "ipm" takes the largest directions, "kpm" the smallest.
+        Yang et al. 2024, arXiv:2406.05223, eqs. (3) to (6): "ipm" takes the largest directions, "kpm" the smallest.
     """
     found = context.collected()
     context.check_collected(found["U"].shape[1])

@@ -22,7 +22,7 @@ def _pissa(context: InitContext) -> InitResult:
     """With W = U·S·Vᵀ, set A = √(S_r/s)·V_rᵀ and B = U_r·√(S_r/s); the base becomes W − s·B·A.   [docs/math.md (60)]
 
     Source:
-        Meng et al. 2024, arXiv:2404.02948, eq. (2) to (4); "pissa_niter_N" uses the fast SVD of Halko et al. 2011.
+        Meng et al. 2024, arXiv:2404.02948, eqs. (2) to (4); "pissa_niter_N" uses the fast SVD of Halko et al. 2011.
     """
     W = context.matrices()
     name = str(context.config.init_lora_weights).lower()

@@ -188,7 +188,7 @@ def row_reader(model: nn.Module | AdapterIndex) -> RowReading:
     """Return a function that reads rows of a model's embedding tables, with or without adapters.
 
     Args:
-        model: The model, or its index; only read.
+        model: The model, or its index; it is not modified.
     """
     index = AdapterIndex.of(model)
 

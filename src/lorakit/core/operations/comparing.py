@@ -75,7 +75,7 @@ def compare_adapters(model: nn.Module, first: str, second: str) -> Comparison:
     """Compare two adapters of a model.
 
     Args:
-        model: The adapted model; only read.
+        model: The adapted model; it is not modified.
         first: Name of the first adapter.
         second: Name of the second adapter.
 

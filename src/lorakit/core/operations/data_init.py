@@ -60,8 +60,8 @@ class DataSites:
         """Resolve the targets of a config and check that its init supports them.
 
         Args:
-            model: The base; only read.
-            config: Targets, ranks and init; only read.
+            model: The base; it is not modified.
+            config: Targets, ranks and init; it is not modified.
             allow: "partial_targets" allows entries of the config that match nothing.
             only: Function that returns whether to include a match.
 
@@ -132,7 +132,7 @@ class DataSites:
         """Reduce data that was collected elsewhere to statistics for `attach`.
 
         Args:
-            model: The base; only read.
+            model: The base; it is not modified.
             collected: Dict from path to collected data; sites without data are left out.
 
         Raises:
@@ -185,7 +185,7 @@ def collect_for(
 
     Args:
         model: The base; it is not changed.
-        config: Targets, ranks and init of the adapter; only read.
+        config: Targets, ranks and init of the adapter; it is not modified.
         batches: Batches to pass to `forward`; must be a list if the statistics of all sites exceed the memory limit.
         forward: Runs the model on a batch; for "lora_ga" it returns the loss, a scalar.
         keep: Function from a batch to a mask (rows, length) of the positions to use; ignored for "lora_ga".

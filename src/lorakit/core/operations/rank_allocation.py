@@ -69,7 +69,7 @@ def allocate(
 
     Args:
         model: The base; it is not changed.
-        config: Targets and original ranks; only read.
+        config: Targets and original ranks; it is not modified.
         batches: Batches to pass to `forward`. Sites are divided into groups whose statistics fit in `MAX_BYTES`, and
             all batches are run once for each group.
         forward: Runs the model on a batch and returns the loss, a scalar; for "inputs", the result is ignored.

@@ -64,7 +64,7 @@ def source_of_model(model: nn.Module, label: str = "the model") -> TensorSource:
     """Return a source for the parameters and buffers of a base model, without merged adapters.
 
     Args:
-        model: A model with or without adapters; only read.
+        model: A model with or without adapters; it is not modified.
         label: Name used in messages.
     """
     tensors = {name: tensor.detach() for name, tensor, _ in base_tensors(model)}
@@ -265,7 +265,7 @@ def weights_of_model(model: nn.Module, name: str) -> AdapterWeights:
     """Return the weights of an adapter on a model; the adapter stays on the model.
 
     Args:
-        model: The adapted model; only read.
+        model: The adapted model; it is not modified.
         name: The adapter.
 
     Raises:

@@ -298,7 +298,7 @@ def reader_of(model: nn.Module | AdapterIndex) -> Callable[[str], Reading]:
     """Return a function that reads base weights from a model with or without adapters.
 
     Args:
-        model: The model, or its index; only read.
+        model: The model, or its index; it is not modified.
 
     Returns:
         A function from the path of a site or bare parameter to its base weight, (out, in, …), without merged adapters.

@@ -68,7 +68,7 @@ def _output(at: At) -> Tensor:
     shape (…, out).
 
     Source:
-        Liu et al. 2024, arXiv:2402.09353, eq. (5) and (11).
+        Liu et al. 2024, arXiv:2402.09353, eqs. (5) and (11).
     """
     gain = spread(_gain(at.kind, at.spec, at.read(), at.factor), at.spec)
     without_bias = at.y0 if at.bias is None else at.y0 - spread(at.bias.to(at.y0.dtype), at.spec)

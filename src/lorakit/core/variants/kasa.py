@@ -41,7 +41,7 @@ def penalty(factor: Factor) -> Tensor:
         factor: A factor with A (r, in), B (out, r) and the diagonal (r,); its settings include β and γ.
 
     Source:
-        Wang et al. 2024, arXiv:2412.06071, eq. (9) to (11).
+        Wang et al. 2024, arXiv:2412.06071, eqs. (9) to (11).
     """
     A, B, diagonal = (at_least_fp32(tensor) for tensor in (factor.A, factor.B, factor.own[DIAGONAL]))
     eye = torch.eye(len(diagonal), dtype=A.dtype, device=A.device)
