@@ -227,11 +227,11 @@ def write_into_base(
     tokens: int,
     detail: Callable[[str], None],
 ) -> bool:
-    """Merge an adapter into the base permanently if only that adapter answers and `wanted` allows the merge.
+    """Merge an adapter into the base permanently if no other adapter is used and `wanted` allows the merge.
 
     Args:
         model: The base with its adapters; must not be used elsewhere, since a merge turns it into a plain model.
-        names: Names of the adapters that answer; None stands for the base.
+        names: Names of the adapters that generate text; None stands for the base.
         labels: Adapter name -> its directory as given by the user.
         wanted: True to merge, False not to merge, None to merge only if the merge is exact and saves time.
         tokens: Maximum number of new tokens in total.

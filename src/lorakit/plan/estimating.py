@@ -218,7 +218,7 @@ def _token_seconds(shape: ModelShape, counted: Count, costs: Flops, job: Job, sp
 
 
 def _rates(speed: Speed | None, lora: Flops, full: Flops, seconds: float | None) -> tuple[float | None, float | None]:
-    """Return the tokens per second of LoRA and of full fine-tuning, which is never accelerated.
+    """Return the throughput of LoRA and of full fine-tuning, which is never accelerated, in tokens per second.
 
     A speed given in tokens per second is treated as the speed of LoRA; the speed of full fine-tuning is derived from it
     and from the ratio of the FLOPs.

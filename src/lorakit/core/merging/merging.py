@@ -190,7 +190,7 @@ def _unload(index: AdapterIndex, merged: Sequence[str], flags: Flags) -> None:
 
 
 def _trained_before(index: AdapterIndex) -> Flags:
-    """Return layers and tables, each with the names of its base parameters that were trained before attachment."""
+    """Return layers and embedding tables, each with the names of its base parameters that were trainable at first."""
     trained = {id(parameter) for parameter, flag in index.known_state().frozen if flag}
     flags: Flags = []
     for _, layer in index.layers():

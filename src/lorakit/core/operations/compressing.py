@@ -143,7 +143,7 @@ def reduced_weights(
 
 
 def _dense_update(path: str, factor: SiteFactors, reading: Callable[[str], Reading]) -> Tensor | None:
-    """Return the whole update of a factor, (out, n), or None if it is a low-rank product."""
+    """Return the full weight update of a site, (out, n), or None if the update is a low-rank product."""
     variant = factor.variant
     if variant.update is None or variant.is_low_rank:
         return None
