@@ -150,7 +150,7 @@ def test_a_route_has_as_many_rows_as_the_batch(batch_first: bool) -> None:
         assert torch.equal(layer(x, x, x)[0], wanted)
         assert torch.equal(layer(**given)[0], wanted)
     for wrong in (8 - rows, 1):
-        text = rf"rows in the route \({wrong}\) does not match the input of a MultiheadAttention \(.*, rows: {rows}\)"
+        text = rf"rows in the route \({wrong}\) does not match the input of .* MultiheadAttention \(.*, rows: {rows}\)"
         with route(model, ["a"] * wrong), pytest.raises(RouteError, match=text):
             layer(x, x, x)
         with route(model, ["a"] * wrong), pytest.raises(RouteError, match=text):
