@@ -259,7 +259,7 @@ def test_what_cannot_be_combined() -> None:
     attach(mixed, LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True), "biased")
     with pytest.raises(AdapterError, match=r"dora uses DoRA, but bare adapts bare parameters .* do not support"):
         combine(mixed, ["bare", "dora"], [1.0, 1.0], "x", way="cat")
-    with pytest.raises(AdapterError, match=r"biased has a bias on B \(lora_bias\), and bare adapts bare parameters"):
+    with pytest.raises(AdapterError, match=r"biased has a bias on B \(lora_bias\), but bare adapts bare parameters"):
         combine(mixed, ["biased", "bare"], [1.0, 1.0], "x", way="cat")
 
 
