@@ -190,7 +190,7 @@ def _unload(index: AdapterIndex, merged: Sequence[str], flags: Flags) -> None:
 
 
 def _trained_before(index: AdapterIndex) -> Flags:
-    """Return adapted layers, each with the names of the base parameters that were trainable before any adapter."""
+    """Return adapted layers, each with the names of the base parameters that were initially trainable."""
     trained = {id(parameter) for parameter, flag in index.known_state().frozen if flag}
     flags: Flags = []
     for _, layer in index.layers():
@@ -231,7 +231,7 @@ def _check_mergeable(index: AdapterIndex, names: Sequence[str], untie: bool, opt
         MergeError: An adapter is already merged or cannot be merged, or a weight is shared.
     """
     if not names:
-        raise MergeError("No adapter is active, so there is nothing to merge. Name the adapters to merge.")
+        raise MergeError("No adapter is active, so there is nothing to merge. Specify the adapters to merge.")
     for path, module in index.components.items():
         module.check_merge(path, names, options)
     if untie:
