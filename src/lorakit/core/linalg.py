@@ -62,7 +62,7 @@ class Principal:
     """Principal directions of a set of rows.
 
     Attributes:
-        vectors: Orthonormal directions, largest variance first, (k, in); the component of largest magnitude in each
+        vectors: Orthonormal directions by decreasing variance, (k, in); the component of largest magnitude in each
             direction is positive.
         values: Singular values of the centered rows, one per direction, (k,).
         ratios: Fraction of the total variance that each direction explains, (k,).
@@ -241,7 +241,7 @@ def significant(found: Spectrum) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class RankLimit:
-    """The limit to which a product is truncated: a rank, or a fraction of its energy.
+    """The limit to which a product is truncated: a rank, or a fraction of the product's energy.
 
     Attributes:
         rank: The maximum rank.

@@ -38,7 +38,7 @@ class Pair:
         frozen: The site's other factor.
         scale: The scale of B·A.
         trained_is_A: Whether `trained` is A.
-        experts: Number of experts in B (out, r·experts), where the expert index varies fastest; 0 for a single matrix.
+        experts: Number of experts in B (out, r·experts), with the expert index varying fastest; 0 for a single matrix.
     """
 
     trained: nn.Parameter
@@ -231,7 +231,7 @@ class LoraFA(torch.optim.Optimizer):
 
 
 Role = Literal["A", "B", "embedding", "vector", "whole"]
-"""A site's A or B; a factor of an embedding; a magnitude, bias or other vector; or a matrix in a saved module."""
+"""A site's A or B; an embedding's factor; a magnitude, bias or other vector; or any other matrix (saved modules)."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ class Rates:
     """Learning rates of one adapter.
 
     Attributes:
-        learning_rate: Rate for A, and for all tensors to which no other field applies.
+        learning_rate: Rate for A, and for all parameters to which no other field applies.
         b_ratio: LoRA+'s λ: B's rate divided by A's. It also applies to vectors, since they scale the output as B does.
         embedding: Rate for both factors of an embedding; None means `learning_rate`.
         patterns: Pattern -> rate that replaces `learning_rate` and `embedding` at matching sites; `b_ratio` still
@@ -338,6 +338,6 @@ def _rate(part: TrainedPart, rates: Rates) -> float:
 
 
 def _owner(name: str) -> str:
-    """Return the base-model path of the module that holds a tensor; the tensor must not be a factor."""
+    """Return the base-model path of the module that holds a parameter, which must not be a factor."""
     path = name.rpartition(".")[0]
     return path.partition(".modules_to_save.")[0].partition(".token_adapter.")[0].replace(".base_layer", "")

@@ -44,7 +44,7 @@ def kind_of(module_type: type[nn.Module], own: Mapping[str, Kind] = NONE) -> Kin
 
     Args:
         module_type: Class of a module of the base.
-        own: User-defined kinds, keyed by name; they take precedence over entries of KINDS that list the same ancestor.
+        own: User-defined kinds, keyed by name; they take precedence over entries in KINDS that list the same ancestor.
     """
     for ancestor in module_type.__mro__:
         dotted = f"{ancestor.__module__}.{ancestor.__qualname__}"

@@ -70,7 +70,7 @@ class Kind:
         flat_weight: Spec and canonical weight -> the weight as a matrix, (out, n).
         delta: Spec, A and B -> the unscaled delta in the canonical weight's shape; raises MergeError if the
             weight cannot hold the delta.
-        layer: Layer class of a user-defined kind; None for the entries of KINDS.
+        layer: Layer class of a user-defined kind; None for the entries in KINDS.
         is_dense: Whether the module is a dense layer, which multiplies its input by the weight exactly once.
             `"all-linear"` selects dense layers.
         names_parameter: Whether the site is a bare parameter, selected by its path (`target_parameters`).
@@ -107,7 +107,7 @@ class Kind:
 
 
 Fits = Callable[[Kind], bool]
-"""A function that returns whether an entry of INITS or VARIANTS supports a kind."""
+"""A function that returns whether an entry in INITS or VARIANTS supports a kind."""
 
 
 def every_kind(kind: Kind) -> bool:
@@ -116,7 +116,7 @@ def every_kind(kind: Kind) -> bool:
 
 
 def every_kind_of_the_table(kind: Kind) -> bool:
-    """Return True for every entry of KINDS; the weights of all these kinds consist of one or more matrices."""
+    """Return True for every entry in KINDS; the weights of all these kinds consist of one or more matrices."""
     return True
 
 

@@ -106,7 +106,7 @@ def _table_delta(spec: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
     """Return the delta (d, V) of A (r, V) and B (d, r).
 
     Raises:
-        MergeError: The table has a max_norm, which would scale down the sum of a base row and its update.
+        MergeError: The embedding has a max_norm, which would scale down the sum of a base row and its update.
     """
     if spec.bounded:
         raise MergeError(

@@ -73,7 +73,8 @@ def side_by_side(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _attention_specs(module: nn.MultiheadAttention) -> tuple[WeightSpec, ...]:
-    names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # either the first or the rest exist
+    # A module has either the first weight or the other three.
+    names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
     return tuple(parameter_spec(module, name) for name in names if getattr(module, name) is not None)
 
 
@@ -85,7 +86,7 @@ def _attention_axis(module: nn.Module) -> int | None:
 PARAMETER = replace(
     LINEAR,
     name="Parameter",
-    types=(),  # named by target_parameters, never found by module type
+    types=(),  # selected by target_parameters, never by module type
     acts_on="weight",
     drops=False,
     row_axis=_no_axis,

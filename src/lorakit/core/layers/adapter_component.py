@@ -114,8 +114,8 @@ class StagedMerge:
     """A change to one component that is ready to be committed.
 
     Attributes:
-        report: Effect of the merge on the weight; None for an unmerge, and for components other than layers.
-        commit: Applies the change; all checks have already been done during staging.
+        report: The merge's effect on the weight; None for an unmerge, and for components other than layers.
+        commit: Function that applies the change; all checks have already been done during staging.
     """
 
     report: SiteMerge | None
@@ -179,7 +179,7 @@ def base_not_kept(merged: Sequence[str], path: str | None = None) -> MergeError:
 
     Args:
         merged: The adapters that are merged.
-        path: The path at which they are merged, if known.
+        path: Path of the module into which the adapters are merged, if known.
     """
     names = ", ".join(merged)
     return MergeError(
@@ -196,7 +196,7 @@ class AdapterModule(nn.Module, AdapterComponent):
 
     Attributes:
         state: The state shared by all adapted modules of the model.
-        merged_adapters: The adapters that are currently merged here.
+        merged_adapters: The adapters that are currently merged into this module.
         own_route: This module's override of the model's default route, or None.
         aside: A one-element tuple with the override that applied before this module's adapters were disabled; empty
             while the adapters are enabled.
@@ -284,7 +284,7 @@ class AdapterModule(nn.Module, AdapterComponent):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters that are active here, or would be if adapters were enabled."""
+        """The adapters that are active in this module, or would be if adapters were enabled."""
         if self.aside:
             chosen = self.aside[0] or self.state.chosen
         else:
@@ -294,7 +294,7 @@ class AdapterModule(nn.Module, AdapterComponent):
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The adapter that is active here; a list unless exactly one is active."""
+        """The name of the adapter that is active in this module; a list of names unless exactly one is active."""
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
@@ -369,8 +369,8 @@ class ReplacingModule(AdapterModule):
     """Base class for modules that active adapters replace, and for modules whose weight rows active adapters replace.
 
     Attributes:
-        _what: Name of such modules in messages.
-        _field: Config field that selects such modules.
+        _what: Description of this type of module, for error messages.
+        _field: Config field that selects modules of this type.
         forwards: The module's forward history, for forward passes that autograd recomputes.
     """
 
@@ -388,12 +388,12 @@ class ReplacingModule(AdapterModule):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters with parameters here that are active, or would be if adapters were enabled."""
+        """The adapters with parameters in this module that are active, or would be if adapters were enabled."""
         return [name for name in super().active_adapters if name in self]
 
     @property
     def _adapters(self) -> set[str]:
-        """The adapters that have parameters here, as a set; the property's name comes from PEFT."""
+        """The set of adapters that have parameters in this module; the property's name comes from PEFT."""
         return self._get_available_adapters()
 
     @abstractmethod

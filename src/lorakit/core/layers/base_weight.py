@@ -35,7 +35,7 @@ The second value is None if the bias to store is the original itself.
 """
 
 Merged = tuple[Replacement, Tensor, Tensor]
-"""The weight or the plain module to store; W₀, (out, in); and the exact sum of updates, (out, in)."""
+"""The weight or plain module to store; W₀, (out, in); and the exact sum of the updates, (out, in)."""
 
 
 class BaseWeight(StoredWeight):

@@ -143,7 +143,7 @@ class Stacks:
     Attributes:
         stacks: The stacks of all adapters that can be stacked.
         rest: Adapters that cannot be stacked.
-        names: All of the adapters.
+        names: All of the adapters, stacked or not.
         absent: Adapters that some rows use but that have no factors at the site.
         seen: Versions of the adapters' factors, or None if the stacks are not cached.
     """
@@ -203,7 +203,7 @@ def add_stacked(layer: StoredWeight, segments: OfRows, route: Route, x: Tensor, 
     Args:
         layer: The site's `LoraLayer`.
         segments: Pairs of an adapter, which must have factors at the site, and the indices of the adapter's rows, (n,).
-        route: The adapter of each row; if the route has a cache, the stacks are built once.
+        route: The route, which assigns an adapter to each row; if it has a cache, the stacks are built only once.
         x: The input, (rows, …, in).
         y0: The base output, (rows, …, out), which is modified in place if nothing else can refer to it.
 

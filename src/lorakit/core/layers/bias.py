@@ -144,7 +144,7 @@ class BiasPatch(AdapterComponent):
 
     @staticmethod
     def install(adapter: str, originals: dict[str, Tensor], module: nn.Module, state: AdapterState) -> None:
-        """Make a module's biases trainable, and register the hook that gives other routes the original ones."""
+        """Make a module's biases trainable; a hook applies the original biases to rows that do not use the adapter."""
         state.biased = True
         patch = BiasPatch(module, adapter, originals, state)
         module.register_forward_hook(patch, with_kwargs=True, prepend=True)

@@ -61,7 +61,7 @@ class LoraLayer(BaseWeight):
         variant: Adapter -> name of its entry in VARIANTS. Further attributes hold the variants' extra tensors
             (`OwnTensor.held_as`).
         settings: Adapter -> the variant's settings for this layer; adapters without settings have no entry.
-        trains: Adapter -> which of "A" and "B" it trains.
+        trains: Adapter -> which of its factors, "A" and "B", are trainable.
         own_route: This layer's override of the model's default route, or None.
         forwards: The layer's forward history, for forward passes that autograd recomputes.
     """
@@ -297,7 +297,7 @@ class LoraLayer(BaseWeight):
         return axis
 
     def _addition(self, name: str, route: Route, x: Tensor, y0: Tensor, weights: Weights) -> Tensor:
-        """Return one adapter's addition: x (…, in) or indices (…), y0 (…, out) -> (…, out).   [docs/math.md (2)]"""
+        """Return what an adapter adds to y0 (…, out), for x (…, in) or indices (…).   [docs/math.md (2)]"""
         kind, factor, dtype = self.kind, self.factor(name), y0.dtype
         variant = factor.variant
         if kind.drops:

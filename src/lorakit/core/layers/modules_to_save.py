@@ -30,7 +30,7 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 class ModulesToSave(ReplacingModule):
-    """A module with a trained copy for each adapter that lists it in `modules_to_save`.
+    """A module with a trainable copy for each adapter that lists it in `modules_to_save`.
 
     Attributes:
         original_module: The original module, frozen.
@@ -58,15 +58,15 @@ class ModulesToSave(ReplacingModule):
             return getattr(self._of(self.state.active() if self.own_route is None else self.own_route), name)
 
     def available_adapters(self) -> list[str]:
-        """Return the adapters that have a copy here."""
+        """Return the adapters that have a copy of this module."""
         return list(self.modules_to_save)
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
-        """Return the parameters of an adapter's copy, or an empty list if the adapter has no copy here."""
+        """Return the parameters of an adapter's copy, or an empty list if the adapter has no copy."""
         return list(self.modules_to_save[adapter].parameters()) if adapter in self.modules_to_save else []
 
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
-        """Return the state dict of an adapter's copy, or an empty dict if the adapter has no copy here."""
+        """Return the state dict of an adapter's copy, or an empty dict if the adapter has no copy."""
         return dict(self.modules_to_save[adapter].state_dict()) if adapter in self.modules_to_save else {}
 
     def remove(self, adapter: str) -> nn.Module:
@@ -102,12 +102,12 @@ class ModulesToSave(ReplacingModule):
         self.check_mergeable(path, [*self.merged_adapters, *adapters])
 
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
-        """Prepare to replace the original with an adapter's copy; return None if no adapter has a copy here."""
+        """Prepare to replace the original with an adapter's copy; return None if no adapter has a copy."""
         new = [name for name in adapters if name in self.modules_to_save]
         return StagedMerge(None, partial(setattr, self, "merged_adapters", new)) if new else None
 
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
-        """Prepare to restore the original; return None if none of these adapters is merged here."""
+        """Prepare to restore the original; return None if none of these adapters is merged."""
         merged = not set(adapters).isdisjoint(self.merged_adapters)
         return StagedMerge(None, partial(setattr, self, "merged_adapters", [])) if merged else None
 
@@ -156,8 +156,8 @@ class Extras:
         copies: Path -> trainable copy of the module at that path.
         biases: Base modules, each with a dict of its current biases, keyed by name. The dict of an attention module is
             empty if only the output projection has trained biases.
-        rows: Trainable token embeddings: the chosen rows of each table, and their values, (n, d).
-        leaders: Path of a module -> path of the module that it is tied to.
+        rows: Trainable token embeddings: the chosen rows of each embedding or head, and their values, (n, d).
+        leaders: Path of a module -> path of the module to which it is tied.
     """
 
     copies: dict[str, nn.Module]

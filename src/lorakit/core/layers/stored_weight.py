@@ -37,7 +37,7 @@ class StoredWeight(AdapterModule):
         scaling: Adapter -> scale.
         variant: Adapter -> the name of its variant.
         merged_adapters: Adapters that are currently merged into the base weight.
-        kept: The stored base weight before the first write, or None.
+        kept: The stored base weight from before it was first changed, or None if it is not kept.
         moved_by: The adapters that use a residual base: the one whose init (such as PiSSA) created it, or all those
             whose variants create it. Empty if the base is unchanged.
         moved: The stored residual base, or None.

@@ -1,6 +1,6 @@
 """Trainable token embeddings, including those in a head that is tied to an embedding.
 
-A trained row replaces the base row W[i] instead of being added to it. Instead of copying the table, a forward pass
+A trained row replaces the base row W[i] instead of being added to it. Instead of copying the weight, a forward pass
 usually corrects the base output at the positions that use a trained row.
 """
 
@@ -23,17 +23,17 @@ from lorakit.core.routing.state import AdapterState
 from lorakit.errors import MergeError, RouteError
 
 Replacement = tuple[Tensor, Tensor]
-"""Indices of rows, (n,), and their new values, (n, d)."""
+"""The indices of the replaced rows, (n,), and their new values, (n, d)."""
 
 
 @dataclass(frozen=True)
 class ChosenRows:
-    """The rows of one table that an adapter trains.
+    """The token embeddings that an adapter trains in one embedding or head.
 
     Attributes:
-        path: The table's path in the plain base.
+        path: The module's path in the plain base model.
         indices: Indices of the rows.
-        tied: Paths of modules that share the table's weight and therefore its rows.
+        tied: Paths of modules tied to this module; they share its weight and therefore the trainable token embeddings.
     """
 
     path: str
@@ -42,12 +42,12 @@ class ChosenRows:
 
 
 class TokenAdapter(nn.Module):
-    """A table (embedding or head) with each adapter's trainable token embeddings; the attributes have PEFT's names.
+    """An embedding or head with each adapter's trainable token embeddings; the attributes have PEFT's names.
 
     Attributes:
         base_layer: The embedding, or the head.
         trainable_tokens_delta: Adapter -> its rows, (n, d).
-        token_indices: Adapter -> the indices of its rows in the table.
+        token_indices: Adapter -> the indices of its rows in the weight.
         kept: Merged adapter -> the original base rows, (n, d), or None if they were not kept.
     """
 
@@ -64,17 +64,17 @@ class TokenAdapter(nn.Module):
 
     @property
     def merged_adapters(self) -> list[str]:
-        """The adapters whose rows are currently written into the table."""
+        """The adapters whose rows are currently merged into the weight."""
         return list(self.kept)
 
     @property
     def merged(self) -> bool:
-        """True if an adapter's rows are written into the table."""
+        """True if an adapter's rows are merged into the weight."""
         return bool(self.kept)
 
     @property
     def weight_here(self) -> nn.Parameter:
-        """The table's current parameter, (V, d)."""
+        """The module's current weight parameter, (V, d)."""
         return self.base_layer.get_parameter("weight")
 
     @property
@@ -85,7 +85,7 @@ class TokenAdapter(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters that are active here, or would be if adapters were enabled."""
+        """The adapters that are active in this module, or would be if adapters were enabled."""
         return self.within[0].active_adapters if self.within else []
 
     @property
@@ -99,10 +99,10 @@ class TokenAdapter(nn.Module):
         return torch.tensor(self.token_indices[name], device=rows.device), rows
 
     def original(self, strict: bool = True) -> Tensor:
-        """Return the base table, (V, d), without merged rows; the base parameter itself if nothing is merged.
+        """Return the base weight, (V, d), without merged rows; the base parameter itself if nothing is merged.
 
         Args:
-            strict: Whether to raise an error if the base rows were not kept; if False, merged rows stay in the table.
+            strict: Whether to raise an error if the base rows were not kept; if False, merged rows stay in the weight.
 
         Raises:
             MergeError: An adapter is merged, and the base rows were not kept.
@@ -114,7 +114,7 @@ class TokenAdapter(nn.Module):
         return table
 
     def with_rows(self, names: Sequence[str]) -> Tensor:
-        """Return the table, (V, d), with the rows of some adapters inserted; gradients flow to these rows."""
+        """Return the weight, (V, d), with the rows of some adapters inserted; gradients flow to these rows."""
         table = self.original()
         for name in names:
             if name in self.token_indices:
@@ -123,10 +123,10 @@ class TokenAdapter(nn.Module):
         return table
 
     def replacements(self, names: Sequence[str]) -> list[Replacement]:
-        """Return the active adapters' rows that are not in the table yet, in the order of the adapters.
+        """Return the active adapters' rows that are not in the weight yet, in the order of the adapters.
 
         Args:
-            names: The active adapters; those without rows here, or whose rows are already in the table, are skipped.
+            names: The active adapters; adapters that have no rows in this module or are already merged are skipped.
 
         Raises:
             RouteError: Two of the adapters train the same row.
@@ -136,7 +136,7 @@ class TokenAdapter(nn.Module):
         if shared is not None:
             one, other, index = shared
             raise RouteError(
-                f"{one} and {other} are active together, and both train row {index} of this table "
+                f"{one} and {other} are active together, and both train row {index} of this module's weight "
                 "(trainable_token_indices). Activate only one of them, or route each row of the batch to one of them.",
                 what=other,
                 field="trainable_token_indices",
@@ -154,7 +154,7 @@ class TokenAdapter(nn.Module):
         return None
 
     def is_stale(self, names: Sequence[str]) -> bool:
-        """Return whether the table holds rows of a merged adapter that is not among the active `names`."""
+        """Return whether the weight holds rows of a merged adapter that is not among the active `names`."""
         return any(name not in names for name in self.kept)
 
     def given_back(self, name: str) -> Replacement:
@@ -173,11 +173,11 @@ class TrainableTokens(ReplacingModule):
     """An embedding, or a head tied to one, with trainable token embeddings (`trainable_token_indices`).
 
     Attributes:
-        token_adapter: The table and the rows of each adapter.
-        follows: Whether this table's rows belong to the embedding to which the table is tied.
+        token_adapter: The embedding or head, and the rows of each adapter.
+        follows: Whether this module is tied to an embedding that holds the trainable rows of both.
     """
 
-    _what, _field = "a table with trainable tokens", "trainable_token_indices"
+    _what, _field = "a module with trainable tokens", "trainable_token_indices"
     adapter_layer_names: tuple[str, ...] = ("token_adapter.trainable_tokens_delta",)
     other_param_names: tuple[str, ...] = ("token_adapter.token_indices", "token_adapter.trainable_tokens_original")
 
@@ -188,7 +188,7 @@ class TrainableTokens(ReplacingModule):
         self.follows = leader is not None
 
     def leads(self, other: TrainableTokens) -> bool:
-        """Return whether another table uses this table's rows."""
+        """Return whether another module is tied to this one and uses its trainable rows."""
         mine, others = self.token_adapter, other.token_adapter
         return other.follows and others.trainable_tokens_delta is mine.trainable_tokens_delta
 
@@ -221,7 +221,7 @@ class TrainableTokens(ReplacingModule):
 
         Args:
             name: The adapter.
-            indices: Indices of the rows in the table.
+            indices: Indices of the rows in the weight.
             rows: Values of the rows, (n, d).
         """
         self.token_adapter.token_indices[name] = list(indices)
@@ -235,11 +235,11 @@ class TrainableTokens(ReplacingModule):
         return self if self.token_adapter.token_indices else self.original_module
 
     def available_adapters(self) -> list[str]:
-        """Return the adapters that have rows here."""
+        """Return the adapters that have rows in this module."""
         return list(self.token_adapter.token_indices)
 
     def kept_bytes(self) -> int:
-        """Return the size, in bytes, of the base rows that merges kept; tied tables are counted once."""
+        """Return the size, in bytes, of the base rows that merges kept; tied modules are counted once."""
         kept = () if self.follows else self.token_adapter.kept.values()
         return sum(rows.numel() * rows.element_size() for rows in kept if rows is not None)
 
@@ -277,12 +277,12 @@ class TrainableTokens(ReplacingModule):
                 )
 
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
-        """Build a table with the adapters' rows; return None if there are no rows or this table follows another.
+        """Build a weight with the adapters' rows; return None if there are no rows or this module follows another.
 
         Args:
             path: Not used.
             adapters: The adapters.
-            options: Whether the base rows are kept, and whether the table is untied from modules that share its weight.
+            options: Whether to keep the base rows, and whether to untie the weight from modules that share it.
         """
         here = [name for name in adapters if name in self]
         if not here or self.follows:
@@ -298,7 +298,7 @@ class TrainableTokens(ReplacingModule):
         return StagedMerge(None, partial(self._put_merged, weight, kept, own))
 
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
-        """Prepare to restore the base rows; return None if none of these adapters is merged here.
+        """Prepare to restore the base rows; return None if none of these adapters is merged into this module.
 
         Raises:
             MergeError: The base rows were not kept.
@@ -308,20 +308,20 @@ class TrainableTokens(ReplacingModule):
         return StagedMerge(None, partial(self._put_unmerged, old)) if old else None
 
     def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
-        """Return the table, (V, d), with the adapters' rows inserted, even if this table follows another one."""
+        """Return the weight, (V, d), with the adapters' rows inserted, even if this module follows another one."""
         here = any(name in self for name in adapters)
         return {"weight": self.token_adapter.with_rows(adapters).detach()} if here else {}
 
     def unload(self) -> nn.Module:
-        """Return the base module, including merged rows."""
+        """Return the base module; merged rows remain in its weight."""
         return self.original_module
 
     def follow(self, tied: TrainableTokens, apart: bool) -> None:
-        """Update this table's records after a merge or unmerge at the tied table that it follows.
+        """Update this module after a merge or unmerge in the tied module that it follows.
 
         Args:
-            tied: The tied table, whose rows this one uses.
-            apart: Whether this merge gave the tied table a separate parameter, which this table then uses too.
+            tied: The tied module, which holds the trainable rows.
+            apart: Whether the merge gave the tied module a separate parameter, which this module then uses too.
         """
         mine, its = self.token_adapter, tied.token_adapter
         if not mine.kept:
@@ -340,7 +340,7 @@ class TrainableTokens(ReplacingModule):
         table.kept.update(kept)
 
     def _part(self, own: nn.Parameter, keeps: bool) -> None:
-        """Give the table a separate parameter, (V, d); if `keeps`, unmerging restores the shared one."""
+        """Give the module a separate weight parameter, (V, d); if `keeps`, unmerging restores the shared one."""
         table = self.token_adapter
         if keeps and not table.tied_weight:
             table.tied_weight = (table.weight_here,)
@@ -356,19 +356,19 @@ class TrainableTokens(ReplacingModule):
             self._give_back()
 
     def _give_back(self) -> None:
-        """Restore the parameter that the table shared before a merge."""
+        """Restore the weight parameter that the module shared with other modules before a merge."""
         table = self.token_adapter
         for held in table.tied_weight:
             give_back(table.base_layer, "weight", held, table.weight_here.detach())
         table.tied_weight = ()
 
     @property
-    def merged_adapters(self) -> list[str]:  # type: ignore[override]  # tied tables share it
-        """The adapters whose rows are currently written into the table."""
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]  # shared by tied modules
+        """The adapters whose rows are currently merged into the weight."""
         return self.token_adapter.merged_adapters
 
     def run_alike(self, route: Route, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-        """Return the output of the table with the active adapters' rows inserted.   [docs/math.md (91)]
+        """Return the output of the embedding or head with the active adapters' rows inserted.   [docs/math.md (91)]
 
         Args:
             route: The route, which is the same for all rows of the batch.
@@ -380,7 +380,7 @@ class TrainableTokens(ReplacingModule):
             RouteError: Two active adapters train the same row.
         """
         names, adapter, table = route.names, self.token_adapter, self.original_module
-        if adapter.is_stale(names):  # a clone with the original table yields the exact base output
+        if adapter.is_stale(names):  # a clone with the original weight yields the exact base output
             table = clone_with(table, {"weight": adapter.original()})
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         y: Tensor = table(*args, **kwargs)
@@ -395,7 +395,7 @@ class TrainableTokens(ReplacingModule):
 
 
 def looked_up(table: nn.Embedding, x: Tensor, y: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """Return the output of an embedding with some rows of its table replaced.
+    """Return the output of an embedding with some rows of its weight replaced.
 
     Args:
         table: The embedding.
@@ -405,7 +405,7 @@ def looked_up(table: nn.Embedding, x: Tensor, y: Tensor, index: Tensor, rows: Te
         rows: New values of these rows, (n, d).
 
     Returns:
-        The output, (…, d). Cost: a binary search among n indices for each element of x; the table is not copied.
+        The output, (…, d). Cost: a binary search among n indices for each element of `x`; the weight is not copied.
     """
     numbers, order = index.sort()
     position = torch.searchsorted(numbers, x.contiguous()).clamp_max(len(numbers) - 1)

@@ -64,7 +64,7 @@ def experts_forward(
     Args:
         module: The experts module, with the weights to use.
         factors: Name of a parameter -> its factors, with A (experts, r, in) and B (experts, out, r).
-        hidden_states: Input of the experts module, (tokens, d).
+        hidden_states: Input to the experts module, (tokens, d).
         top_k_index: Indices of each token's experts, (tokens, k).
         top_k_weights: Routing weights of these experts, (tokens, k).
 

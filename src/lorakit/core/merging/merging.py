@@ -28,7 +28,7 @@ from lorakit.core.routing.positions import uninstall
 from lorakit.errors import MergeError
 
 Flags = list[tuple[LoraLayer | TrainableTokens, set[str]]]
-"""Layers and tables, each with the names of its base parameters that were trained before adapters were attached."""
+"""Adapted layers, each with the names of the base parameters that were trainable before adapters were attached."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _unload(index: AdapterIndex, merged: Sequence[str], flags: Flags) -> None:
 
 
 def _trained_before(index: AdapterIndex) -> Flags:
-    """Return layers and embedding tables, each with the names of its base parameters that were trainable at first."""
+    """Return adapted layers, each with the names of the base parameters that were initially trainable."""
     trained = {id(parameter) for parameter, flag in index.known_state().frozen if flag}
     flags: Flags = []
     for _, layer in index.layers():
@@ -231,7 +231,7 @@ def _check_mergeable(index: AdapterIndex, names: Sequence[str], untie: bool, opt
         MergeError: An adapter is already merged or cannot be merged, or a weight is shared.
     """
     if not names:
-        raise MergeError("No adapter is active, so there is nothing to merge. Name the adapters to merge.")
+        raise MergeError("No adapter is active, so there is nothing to merge. Specify the adapters to merge.")
     for path, module in index.components.items():
         module.check_merge(path, names, options)
     if untie:
@@ -261,7 +261,7 @@ def tied_sites(model: nn.Module | AdapterIndex, names: Sequence[str]) -> list[tu
 
     Args:
         model: An adapted model, or its index.
-        names: Adapters.
+        names: The adapters.
     """
     index = AdapterIndex.of(model)
     led, sites = leaders_of(index, names), []
@@ -301,7 +301,7 @@ def untied_copies(index: AdapterIndex, names: Collection[str]) -> list[tuple[str
 
     Args:
         index: The model's index.
-        names: Adapters.
+        names: The adapters.
 
     Returns:
         Pairs of a saved module's path and the weight's name in another module.
@@ -321,13 +321,13 @@ def untied_copies(index: AdapterIndex, names: Collection[str]) -> list[tuple[str
 
 
 def _leading_tables(index: AdapterIndex) -> dict[TrainableTokens, list[TrainableTokens]]:
-    """Return a dict from each leading table with trainable tokens to the tables that follow it."""
+    """Return a dict from each module that holds trainable token embeddings to the tied modules that use them."""
     tables = [table for _, table in index.every(TrainableTokens)]
     return {table: [other for other in tables if table.leads(other)] for table in tables if not table.follows}
 
 
 def _shared_table(index: AdapterIndex, table: TrainableTokens, followers: Sequence[TrainableTokens]) -> str | None:
-    """Return the name of a leading table's weight in a module that does not follow the table, or None."""
+    """Return the weight's name in a module that shares it but is not one of the `followers`, or None."""
     held = table.token_adapter.weight_here
     members = [module.token_adapter for module in (table, *followers)]
     tied = {id(member.base_layer) for member in members if member.weight_here is held}
@@ -342,7 +342,7 @@ def _components_apart(index: AdapterIndex, names: Sequence[str], untie: bool) ->
     Args:
         index: The model's index.
         names: The adapters.
-        untie: As in `merge`; a table with trainable tokens whose weight is shared is always separated.
+        untie: As in `merge`; a module with trainable tokens always gets a separate weight if its weight is shared.
     """
     apart = set()
     tables = [table.token_adapter for _, table in index.every(TrainableTokens)]

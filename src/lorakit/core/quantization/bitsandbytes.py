@@ -92,7 +92,7 @@ def eight_bit_linear(linear: nn.Linear) -> nn.Module:
 
 
 def _like(linear: nn.Linear, made: nn.Module) -> nn.Module:
-    """Give a quantized layer the bias and the mode of a dense one."""
+    """Copy the bias and the training mode of a dense layer to the quantized layer made from it."""
     made.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
     return made.train(linear.training)
 
@@ -244,7 +244,7 @@ class EightBitFormat(_Format["Linear8bitLt", EightBit]):
         return EightBit(parameter, values, scales)
 
     def put_stored(self, module: Linear8bitLt, parameter: str, stored: EightBit) -> None:
-        """Put a weight into the parameter and the state of a layer."""
+        """Write a stored weight to a layer's parameter and state."""
         module._parameters["weight"] = stored.parameter
         state = copy.copy(module.state)
         state.CB, state.SCB = stored.values, stored.scales

@@ -78,7 +78,7 @@ class HQQFormat(WeightFormat["HQQLinear", HQQWeight]):
         return HQQWeight(other.W_q, other.meta)
 
     def put_stored(self, module: HQQLinear, parameter: str, stored: HQQWeight) -> None:
-        """Put a packed weight into a layer."""
+        """Write a packed weight to a layer."""
         module._parameters[PARAMETER], module.meta = stored.packed, stored.meta
 
     def dense(self, module: HQQLinear, canonical: Tensor, dtype: torch.dtype) -> nn.Module:

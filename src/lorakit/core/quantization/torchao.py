@@ -87,7 +87,7 @@ class TorchaoFormat(PlainFormat):
         module._parameters[parameter] = stored
 
     def dense(self, module: nn.Module, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
-        """Return an nn.Linear with a weight (out, in) in the dtype of the quantized one."""
+        """Return an nn.Linear with a weight (out, in) in the dtype of the quantized weight."""
         stored: Tensor = self.stored(module, "weight")
         return linear_with(module, canonical, stored.dtype)
 

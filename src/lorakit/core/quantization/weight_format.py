@@ -53,7 +53,7 @@ def exact_values(stored: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_with(module: nn.Module, canonical: Tensor, dtype: torch.dtype) -> nn.Linear:
-    """Return a plain nn.Linear with the given weight (out, in) and dtype, and with the bias and mode of `module`."""
+    """Return a plain nn.Linear with the given weight (out, in) and dtype and `module`'s bias and training mode."""
     made = nn.Linear(1, 1, bias=False, device="meta")
     made.out_features, made.in_features = canonical.shape
     made.weight = nn.Parameter(canonical.to(dtype), requires_grad=False)
@@ -95,7 +95,7 @@ class WeightFormat(Generic[M, S]):
 
     @abstractmethod
     def put_stored(self, module: M, parameter: str, stored: S) -> None:
-        """Put a stored weight into a module; a plain parameter stays the same object."""
+        """Write a stored weight to a module; a plain parameter stays the same object."""
 
     @abstractmethod
     def tensors(self, stored: S) -> tuple[Tensor, ...]:

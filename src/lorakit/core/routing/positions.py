@@ -120,7 +120,7 @@ def prompt_offsets(
         state: The model's state.
         input_ids: The prompts, (rows, length).
         visible: Mask of the tokens that are not padding, (rows, length); None if there is no padding.
-        names: The adapters; None means all that are triggered by invocation tokens.
+        names: The adapters; None means all adapters that are triggered by invocation tokens.
 
     Raises:
         ConfigError: An adapter's config does not specify its invocation tokens.
@@ -152,7 +152,7 @@ class _HookScope(Override):
 
     @staticmethod
     def drop(hooks: InvocationHooks) -> Offsets | None:
-        """Close the scope that these hooks opened in this context and backward pass; return its offsets, or None."""
+        """Close the scope that these hooks opened in this context and backward pass; return its offsets, if any."""
         for block in hooks.state.blocks():
             if isinstance(block, _HookScope) and block.hooks is hooks:
                 block.__exit__()

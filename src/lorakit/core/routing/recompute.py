@@ -53,7 +53,7 @@ class Traces(Generic[What]):
                 output.grad_fn.metadata["lorakit", id(self)] = mark  # type: ignore[index]  # torch's stub calls it a method
 
     def alive(self) -> list[What]:
-        """Return the values whose graphs are alive."""
+        """Return the values whose autograd graphs are still alive."""
         return [mark.what for ref in list(self._alive.values()) if (mark := ref()) is not None]
 
 
@@ -133,7 +133,7 @@ LONGEST_HISTORY = 64
 
 @dataclass
 class _Run:
-    """Consecutive forward passes in one thread with one route; `number` is autograd's sequence number after them."""
+    """Consecutive forward passes with one route in one thread; `number` is autograd's sequence number after them."""
 
     thread: threading.Thread
     route: Route

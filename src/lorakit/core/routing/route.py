@@ -148,7 +148,7 @@ def of_rows(numbers: Tensor, rows: int) -> Tensor:
 
 
 At = tuple[torch.device, int]
-"""A device, and the number of rows in a batch."""
+"""A device and the number of rows in a batch."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,8 @@ class Route:
     """The adapters that a forward pass uses.
 
     Attributes:
-        names: Adapters that are active on every row, in order; an empty tuple means the base alone.
-        rows: One adapter per row of the batch (None: the base alone), or None if all rows use the same adapters.
+        names: Adapters that are active on every row, in order; an empty tuple means the base model alone.
+        rows: One adapter per row of the batch (None for no adapter), or None if all rows use the same adapters.
         copies: How many times a batch may repeat each row in succession, as beam search does. A batch without repeated
             rows is also valid, because encoders run before rows are repeated.
         offsets: Offsets of adapters that are active at only some positions, or None if they are unknown.
@@ -183,7 +183,7 @@ class Route:
         object.__setattr__(self, "mentions", frozenset(some))
 
     def at(self, offsets: Offsets | None) -> Route:
-        """Return this route with the given offsets, if any; a route that already has offsets keeps its own."""
+        """Return this route with the given offsets, if any; a route that already has offsets keeps them."""
         return self if offsets is None or self.offsets is not None else offsets.on(self)
 
     def named(self) -> Route:
@@ -283,4 +283,4 @@ class Route:
 
 
 BASE = Route()
-"""The route of the base alone."""
+"""The route that uses only the base model, without adapters."""

@@ -43,12 +43,12 @@ class Scope:
 
 
 class PeftLayerMethodsLike(Protocol):
-    """Layer attributes that only PEFT has, for programs written for PEFT."""
+    """Provides layer attributes that only PEFT has, for programs written for PEFT."""
 
     names: ClassVar[frozenset[str]]
 
     def answer(self, layer: torch.nn.Module, word: str) -> object:
-        """Return an adapted layer's value for an attribute in `names`."""
+        """Return the value of an attribute in `names` for an adapted layer."""
 
 
 # Global, because a context variable cannot be copied or pickled, so no object in a model may hold it.
@@ -64,7 +64,7 @@ class AdapterState:
     Attributes:
         configs: Adapter name -> its config.
         default: The route that applies without a scoped override.
-        aside: The default that `suspend_default` removed, or None.
+        aside: The default route that `suspend_default` removed, or None.
         frozen: The base's parameters, each with its `requires_grad` from before the first adapter was attached.
         held: Modules of the base that must not repack their weights while adapters are attached.
         replication: How the layers of the base were replicated for the adapters, or None.
@@ -133,16 +133,16 @@ class AdapterState:
             )
 
     def replace_default(self, names: Sequence[str]) -> None:
-        """Make these adapters the default."""
+        """Make a route with these adapters the default."""
         self.default, self._joined, self.aside = Route(tuple(names)), (), None
 
     @property
     def chosen(self) -> Route:
-        """The default, even while it is suspended."""
+        """The default route, even while it is suspended."""
         return self.default if self.aside is None else self.aside
 
     def suspend_default(self) -> None:
-        """Make the base alone the default until `restore_default` is called."""
+        """Use the base model without adapters by default until `restore_default` is called."""
         if self.aside is None:
             self.default, self.aside = BASE, self.default
 
@@ -152,12 +152,12 @@ class AdapterState:
             self.default, self.aside = Route(tuple(n for n in self.aside.names if n in self.configs)), None
 
     def join_default(self, names: Sequence[str]) -> None:
-        """Append merged adapters to the default."""
+        """Append merged adapters to the default route."""
         joined = tuple(name for name in dict.fromkeys(names) if name not in self.default.names)
         self.default, self._joined = Route((*self.default.names, *joined)), (*self._joined, *joined)
 
     def leave_default(self, names: Sequence[str]) -> None:
-        """Remove unmerged adapters from the default if merging had added them."""
+        """Remove unmerged adapters from the default route if merging had added them."""
         left = tuple(name for name in self._joined if name in names)
         self._joined = tuple(name for name in self._joined if name not in names)
         self.default = Route(tuple(name for name in self.default.names if name not in left))
@@ -248,7 +248,7 @@ class Override(contextlib.AbstractContextManager[None]):
     Attributes:
         state: The state of the model.
         route: Route for forward passes in the block; None if only offsets are given.
-        offsets: Offsets for forward passes in the block, or None if they are not given.
+        offsets: Offsets for forward passes in the block; None if only a route is given.
     """
 
     def __init__(self, state: AdapterState, route: Route | None, offsets: Offsets | None = None) -> None:
@@ -277,7 +277,7 @@ def resolve(state: AdapterState, own: Route | None, forwards: Forwards) -> tuple
 
     Args:
         state: The model's state.
-        own: The layer's override of the default, or None.
+        own: The layer's override of the default route, or None.
         forwards: The layer's forward history.
 
     Returns:
