@@ -344,7 +344,7 @@ def _llama_like(
 
 
 def _embeddings(width: int, tables: Mapping[str, int]) -> list[SiteShape]:
-    """Return embedding sites of the given width; `tables` maps each path to the number of embeddings there."""
+    """Return embedding sites of the given width; `tables` maps each path to a number of embeddings."""
     return [SiteShape(path, "Embedding", width, rows, dense=False) for path, rows in tables.items()]
 
 

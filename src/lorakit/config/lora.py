@@ -438,7 +438,7 @@ NOT_BUILT: Mapping[str, Any] = {
 """Dict from each unsupported field to the value that turns the field off."""
 
 ARITHMETIC = ("use_", "init_", "lora_", "target_", "rank_", "alpha_", "scal")
-"""Prefixes of field names; a field with such a name probably changes the computation."""
+"""Name prefixes of unknown fields that probably change the computation."""
 
 
 def check_built(config: LoraConfig) -> None:

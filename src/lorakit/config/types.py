@@ -139,7 +139,7 @@ def check_types(config: Dataclass, leave: Collection[str] = ()) -> None:
     """Check the fields of a dataclass against their annotations.
 
     Args:
-        config: An instance.
+        config: An instance of the dataclass.
         leave: Names of fields to skip.
 
     Raises:

@@ -192,7 +192,7 @@ def _match(config: LoraConfig, module: str, kind: str, entry: str, parameter: st
 
 
 def _matcher(name: str, value: Collection[str] | str) -> Callable[[Candidate], str | None]:
-    """Return a function that maps a candidate to the entry that selects it, or to None."""
+    """Return a function that maps a candidate to the entry that selects the candidate, or to None."""
     if isinstance(value, str):
         if value.lower() == ALL_LINEAR:
             return lambda candidate: ALL_LINEAR if candidate.dense else None

@@ -31,9 +31,9 @@ class InitContext:
         device: Device of A and B.
         dtype: dtype of A and B.
         path: Path of the site, for messages.
-        read: Reads the canonical base weight.
+        read: Function that returns the canonical base weight.
         config: The adapter's config, which contains the settings of the init.
-        generator: Random generator, or None for torch's default one.
+        generator: Random generator, or None for torch's default generator.
         statistics: Dict from names to tensors (…) that `Init.digest` computed for this site; None if there is no data.
     """
 
@@ -138,7 +138,7 @@ class InitContext:
         )
 
     def collected(self) -> Mapping[str, Tensor]:
-        """Return a dict from names to the statistics of this site, tensors (…) on the site's device.
+        """Return this site's statistics as a dict from name to tensor (…) on the site's device.
 
         Raises:
             ConfigError: No statistics were collected for this site.
@@ -184,14 +184,14 @@ class Init:
 
     Attributes:
         name: The value of `init_lora_weights` that selects the init.
-        fill: Creates A and B.
+        fill: Function that creates A and B.
         fits: Function that returns whether the init supports a kind. Only `every_kind` accepts user-defined kinds.
         changes_base: Whether the init replaces the base weight W: with W − s·B·A, unless `fill` returns another weight.
         is_identity: Whether a new adapter leaves the output unchanged, except for rounding (see `is_exact`).
         is_exact: Whether a new adapter leaves the output bitwise identical.
         needs: Data to collect beforehand: "" for none, "inputs" or "gradients".
-        digest: Reduces a site's statistics to the few tensors that `fill` needs.
-        trains: Which of "A" and "B" are trained.
+        digest: Function that reduces a site's statistics to the few tensors that `fill` needs.
+        trains: Which of "A" and "B" are trainable.
         family: Regular expression for other values of `init_lora_weights` that also select the init.
         requantizes: Whether the init may replace a quantized base weight; the new weight must then be requantized.
         takes_any_shape: Whether the init can fill A and B of any shape; some variants require this.

@@ -98,13 +98,13 @@ def residual_factors(context: InitContext, lost: Tensor) -> tuple[Tensor, Tensor
 
     Args:
         context: The site.
-        lost: The error, (g, out, n).
+        lost: The quantization error, (g, out, n).
     """
     return balanced(context, *torch.linalg.svd(lost, full_matrices=False))
 
 
 def _settings(context: InitContext) -> tuple[int, int]:
-    """Return the number of bits and the number of steps.
+    """Return the number of bits and the number of iterations from `loftq_config`.
 
     Raises:
         ConfigError: `loftq_bits` is neither 4 nor 8, or `loftq_iter` is not an integer >= 1.

@@ -118,7 +118,7 @@ def added_up(
         tensors: One tensor per adapter, of any shape; all must have the same shape.
         weights: One weight per adapter.
         way: The combination type.
-        generator: Random generator for pruning, or None for torch's default one.
+        generator: Random generator for pruning, or None for torch's default generator.
 
     Returns:
         One tensor with the shape of the inputs.
@@ -142,7 +142,7 @@ def added_up(
 
 
 def clamped(A: Tensor, B: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """Clamp A (g, r, in) and B (g, out, r) to a quantile of all their values, each counted with both signs."""
+    """Clamp A (g, r, in) and B (g, out, r) to ±q, with q a quantile of their values and the values' negatives."""
     sizes = torch.cat([A.abs().flatten(), B.abs().flatten()]).sort().values
     position = (2 * quantile - 1) * (sizes.numel() - 1)  # quantile q of ±x is quantile 2q − 1 of |x|
     below = int(position)
@@ -163,7 +163,7 @@ def _pruned(tensor: Tensor, density: float, draws: bool, generator: torch.Genera
 
 
 RowReading = Callable[[str, Sequence[int]], Tensor]
-"""Function that takes a table's path and row indices, and returns the base rows, (n, d), without merged adapters."""
+"""Function from an embedding module's path and token ids to the base embeddings, (n, d), without merged adapters."""
 
 
 def check_same_rows(adapters: Sequence[AdapterWeights]) -> None:
@@ -185,7 +185,7 @@ def check_same_rows(adapters: Sequence[AdapterWeights]) -> None:
 
 
 def row_reader(model: nn.Module | AdapterIndex) -> RowReading:
-    """Return a function that reads rows of a model's embedding tables, with or without adapters.
+    """Return a function that reads base embeddings from a model with or without adapters.
 
     Args:
         model: The model, or its index; it is not modified.
@@ -195,7 +195,9 @@ def row_reader(model: nn.Module | AdapterIndex) -> RowReading:
     def at(path: str, indices: Sequence[int]) -> Tensor:
         module = index.modules.get(path)
         if module is None:
-            raise AdapterError(f"An adapter trains rows of {path}, but the model has no such table.", where=path)
+            raise AdapterError(
+                f"An adapter trains token embeddings in {path}, but the model has no such module.", where=path
+            )
         if isinstance(module, TrainableTokens):
             table = module.token_adapter.original()
         elif isinstance(module, LoraLayer):
@@ -215,11 +217,11 @@ def combined_rows(
     Args:
         adapters: Adapters that `check_same_rows` accepts; some may train no tokens.
         weights: One weight per adapter.
-        reading: Reads base rows. A table's base rows are read only if the weights of the adapters that train the table
-            do not add up to 1.
+        reading: Function that reads base embeddings, or None. The base embeddings are needed only if the weights of the
+            adapters that train the same embedding module do not add up to 1.
 
     Returns:
-        Dict from name on disk to combined rows, (n, d), for each table that several adapters train.
+        Dict from name on disk to combined rows, (n, d), for each embedding module that several adapters train.
 
     Raises:
         AdapterError: The base rows are needed, but `reading` is None.
@@ -246,7 +248,7 @@ def combined_rows(
 
 
 def _indices(config: LoraConfig, path: str) -> list[int]:
-    """Return the indices of the tokens that a config trains in the table at a path."""
+    """Return the ids of the tokens whose embeddings a config trains in the module at the given path."""
     indices = config.trainable_token_indices or []
     if isinstance(indices, Mapping):
         indices = next(of_table for name, of_table in indices.items() if names_path(name, path))

@@ -104,7 +104,7 @@ def combine_folders(
         BaseMismatchError: The adapters were trained on different base models or for different tasks.
         AdapterError: The adapters cannot be combined, or one has no sites in common with any other.
         ConfigError: As in `combine`, or a name in `allow` is unknown.
-        DiskError: The directory cannot be written.
+        DiskError: The directory cannot be written to.
     """
     check_allowances(allow)
     way = CombinationType(way) if isinstance(way, str) else way
@@ -189,7 +189,7 @@ def combine_weights(
 
 
 Weighted = Sequence[tuple[SiteFactors, float]]
-"""The factors of one site, each with the weight of its adapter."""
+"""The adapters' factors at one site, each with its adapter's weight."""
 
 
 def _site(
@@ -295,7 +295,7 @@ def _separate(
 
 
 def _with_bias(made: SiteFactors, here: Weighted) -> SiteFactors:
-    """Return a combined factor with the sum of the biases at its site.
+    """Return a combined factor with the weighted sum of the biases at its site.
 
     If no adapter has a bias there, the result gets a zero bias, because `lora_bias` requires a bias at every site.
     """
@@ -313,11 +313,11 @@ def _check_weights(adapters: Sequence[AdapterWeights], weights: Sequence[float])
 
 
 SUMS = ("cat", "svd")
-"""Types that only add up the updates; "svd" also truncates the sum."""
+"""Combination types that only add up the updates; "svd" also truncates the sum."""
 
 
 def _summed_variant(adapters: Sequence[AdapterWeights], way: CombinationType, has_base: bool) -> Variant | None:
-    """Return the variant that defines how the updates are added, or None; reject a type that the variant excludes."""
+    """Return the variant that defines how updates are added, or None; reject types that this variant excludes."""
     found: dict[Variant, str] = {}
     for adapter in adapters:
         for variant in variants_of(adapter.config):

@@ -30,9 +30,9 @@ class SiteComparison:
         cosine: Cosine similarity of the two updates, treated as vectors, in [−1, 1]; 0 if either update is zero.
         output_angles: Principal angles, in degrees, between the updates' output spaces, over all experts, in ascending
             order.
-        input_angles: The same angles for the input spaces.
+        input_angles: Principal angles, in degrees, between the updates' input spaces, in ascending order.
         output_overlap: Mean squared cosine of the output angles, in [0, 1]: 1 if one space contains the other.
-        input_overlap: The same mean for the input angles.
+        input_overlap: Mean squared cosine of the input angles, in [0, 1].
     """
 
     path: str
@@ -52,12 +52,12 @@ class Comparison:
     Attributes:
         names: Names or directories of the two adapters.
         sites: Sites that both adapters adapt.
-        only_first: Sites that only the first adapts.
-        only_second: Sites that only the second adapts.
-        norms: Norm of each adapter over all its sites.
+        only_first: Sites that only the first adapter adapts.
+        only_second: Sites that only the second adapter adapts.
+        norms: Frobenius norm of each adapter's updates over all its sites.
         cosine: Cosine similarity of the two adapters, each treated as one vector over all sites; a missing site counts
             as zero.
-        base: Comparison of their base models: "same", "same at other precision", "unverifiable" or "different".
+        base: How the adapters' base models compare: "same", "same at other precision", "unverifiable" or "different".
         in_part: Titles of the variants for which only the low-rank parts of the updates were compared.
     """
 

@@ -20,7 +20,7 @@ from lorakit.durable import JsonObject
 from lorakit.errors import OVERRIDE, AdapterError, BaseMismatchError, ConfigError, warn_caller
 
 SHOWN = 4
-"""Maximum number of differences that an error names."""
+"""Maximum number of differences that an error message lists."""
 
 
 def check_one_base(adapters: Sequence[AdapterWeights], allow: Collection[str] = ()) -> None:
@@ -59,7 +59,7 @@ def check_one_base(adapters: Sequence[AdapterWeights], allow: Collection[str] = 
 
 
 def _differences(one: AdapterWeights, other: AdapterWeights, base: BaseVerdict) -> list[str]:
-    """Return a message for each known difference between the bases and tasks of two adapters."""
+    """Return one message for each known difference between two adapters' base models or tasks."""
     found, names = [], (_base_name(one), _base_name(other))
     if base.verdict == DIFFERENT:
         found.append(f"{one.label} and {other.label} were trained on different bases: {base.reason}.")
@@ -108,7 +108,7 @@ def check_joinable(adapters: Sequence[AdapterWeights]) -> None:
 
 
 def _check_bare_parameters(adapters: Sequence[AdapterWeights]) -> None:
-    """Reject adapters if one of them needs a feature that another's bare parameters do not support."""
+    """Reject adapters if one uses a feature that is not supported for the bare parameters of another adapter."""
     bare = next((adapter.label for adapter in adapters if adapter.config.target_parameters), None)
     if bare is None:
         return
@@ -169,7 +169,7 @@ def check_no_base_biases(adapter: AdapterWeights) -> None:
 
 
 def joined_config(configs: Sequence[LoraConfig]) -> LoraConfig:
-    """Return the first config, extended with what any of the adapters needs: a variant, a bias on B, or saved modules.
+    """Return a copy of the first config with the variant, the bias on B and the saved modules that any adapter needs.
 
     Args:
         configs: Configs of one or more adapters; ranks, scales and targets are ignored.
@@ -196,7 +196,7 @@ def joined_config(configs: Sequence[LoraConfig]) -> LoraConfig:
 
 
 def shared_facts(adapters: Sequence[AdapterWeights]) -> JsonObject:
-    """Return the metadata that all adapters share and that the result inherits: base name and tokenizer hashes."""
+    """Return the metadata that all adapters share and the result inherits: base model name and tokenizer hashes."""
     first, *rest = (adapter.facts for adapter in adapters)
     names = ("base_name", "tokenizer_sha256", "chat_template_sha256")
     return {name: first[name] for name in names if name in first and all(f.get(name) == first[name] for f in rest)}

@@ -74,7 +74,7 @@ def compress_folder(
     Raises:
         AdapterFileError: The directory is not an adapter, or is damaged.
         ConfigError: As in `compress`, or a name in `allow` is unknown.
-        DiskError: The directory cannot be written.
+        DiskError: The directory cannot be written to.
     """
     check_allowances(allow)
     source = weights_of_folder(folder, allow)
@@ -92,7 +92,7 @@ def plain_weights(
     Args:
         adapter: The adapter.
         to: Maximum rank, or fraction of the energy to keep; also applied to sites that are already plain LoRA.
-        reading: Function from a path to the base weight there; used only if an update is more than a low-rank product.
+        reading: Function from a path to the base weight at that path; used only if an update is not a low-rank product.
 
     Returns:
         The plain adapter, and the energy lost at each site.
@@ -113,8 +113,8 @@ def reduced_weights(
     Args:
         adapter: The adapter.
         to: Maximum rank, or fraction of the energy to keep.
-        reading: Function from a path to the base weight there, used to convert every update to plain LoRA; if None,
-            only A and B are compressed.
+        reading: Function from a path to the base weight at that path, used to convert every update to plain LoRA; if
+            None, only A and B are compressed.
 
     Returns:
         The new adapter, with scale 1, and the energy lost at each site.

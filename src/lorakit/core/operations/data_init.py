@@ -40,8 +40,8 @@ class DataSites:
     Attributes:
         init: The config's init.
         config: The config, with the architecture's default targets if no targets were specified.
-        index: Index of the base.
-        matches: The sites with their ranks.
+        index: Index of the base model.
+        matches: The targeted sites, with their ranks.
     """
 
     init: Init
@@ -60,7 +60,7 @@ class DataSites:
         """Resolve the targets of a config and check that its init supports them.
 
         Args:
-            model: The base; it is not modified.
+            model: The base model; it is not modified.
             config: Targets, ranks and init; it is not modified.
             allow: "partial_targets" allows entries of the config that match nothing.
             only: Function that returns whether to include a match.
@@ -98,7 +98,7 @@ class DataSites:
         """Collect the data that the init needs, one group of sites at a time, with all adapters inactive.
 
         Args:
-            model: The base; it is not changed.
+            model: The base model; it is not changed.
             batches: Batches for `forward`; must be a list, not an iterator, if there are several groups of sites.
             forward: Runs the model on a batch; for "lora_ga" it returns the loss, a scalar.
             keep: As in `collect_inputs`; ignored for "lora_ga".
@@ -132,7 +132,7 @@ class DataSites:
         """Reduce data that was collected elsewhere to statistics for `attach`.
 
         Args:
-            model: The base; it is not modified.
+            model: The base model; it is not modified.
             collected: Dict from path to collected data; sites without data are left out.
 
         Raises:
@@ -151,7 +151,7 @@ class DataSites:
             raise DataError(f"{context.path}: {cause}", **{**cause.fields, "where": context.path}) from None
 
     def _contexts(self) -> dict[str, InitContext]:
-        """Return a dict from the path of each site to the `InitContext` of the site."""
+        """Return a dict from site path to `InitContext`."""
         contexts: dict[str, InitContext] = {}
         for match in self.matches:
             targets = self.index.targets(match.path, kind_named(match.kind))
@@ -177,14 +177,14 @@ def collect_for(
     keep: Callable[[Any], Tensor | None] | None = None,
     allow: Collection[str] = (),
 ) -> Statistics:
-    """Collect the statistics that a config's init needs, for a call to `attach` with these statistics and their config.
+    """Collect the statistics that a config's init needs; pass the result and its config to `attach`.
 
     If `found` is the result, call `attach(model, found.config, statistics=found)`. Adapters on the model are inactive
     during collection. For "eva" with rho above 1, the config's ranks are redistributed, and sites that get rank 0 are
     left out.
 
     Args:
-        model: The base; it is not changed.
+        model: The base model; it is not changed.
         config: Targets, ranks and init of the adapter; it is not modified.
         batches: Batches to pass to `forward`; must be a list if the statistics of all sites exceed the memory limit.
         forward: Runs the model on a batch; for "lora_ga" it returns the loss, a scalar.
@@ -196,7 +196,7 @@ def collect_for(
 
     Raises:
         ConfigError: The init needs no data, or does not support a site.
-        TargetError: A target matches nothing, or the inputs of a targeted site are not rows of values.
+        TargetError: A target matches nothing, or moments are not defined for the inputs of a targeted site.
         DataError: There are no batches, a mask has the wrong shape, or a site received no data.
     """
     found = DataSites.of(model, config, allow)
@@ -238,7 +238,7 @@ def redistributed(config: LoraConfig, matches: Sequence[Match], ranks: Mapping[s
 
     Args:
         config: The original config; its `eva_config` determines whether the scales stay the same.
-        matches: The sites with their ranks.
+        matches: The targeted sites, with their original ranks.
         ranks: Dict from path to new rank.
     """
     left = [match for match in matches if ranks[match.path]]

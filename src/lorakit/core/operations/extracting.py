@@ -33,7 +33,7 @@ from lorakit.errors import ConfigError, ModelError, NotYetSupported
 
 @dataclass(frozen=True)
 class OutsideChange:
-    """A tensor that changed and is not in the adapter.
+    """A tensor that differs between the two models and is not in the adapter.
 
     Attributes:
         name: Name of the tensor in the model.
@@ -137,7 +137,7 @@ def extract_to_folder(
         ModelError: As in `extract`.
         ConfigError: As in `extract`.
         TargetError: As in `extract`.
-        DiskError: The directory cannot be written.
+        DiskError: The directory cannot be written to.
     """
     check_allowances(allow)
     found, report = extract_weights(model, base, tuned, config, cut)
@@ -216,7 +216,7 @@ def _site(
     cut: RankLimit,
     names: Sequence[str],
 ) -> tuple[SiteFactors, SiteOperation]:
-    """Approximate the change in a weight, or in each expert, at low rank.   [docs/math.md (52)]"""
+    """Compute a low-rank approximation of the change in a weight, or in each expert.   [docs/math.md (52)]"""
     spec, kind = target.spec, target.kind
     if spec.groups > 1:
         raise NotYetSupported(
@@ -278,7 +278,7 @@ def _weight(source: TensorSource, names: Sequence[str]) -> Tensor:
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
-    """Return a dict from each tensor name to all names of that tensor, the key first; files store only one of them."""
+    """Return a dict from each tensor name to all names of that tensor, starting with the key; files store only one."""
     ids = {name: id(tensor) for name, tensor, _ in base_tensors(model)}
     names: dict[int, list[str]] = {}
     for name, tensor in ids.items():
@@ -289,7 +289,7 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
 def _outside(
     aliases: Mapping[str, list[str]], base: TensorSource, tuned: TensorSource, taken: Collection[str]
 ) -> tuple[OutsideChange, ...]:
-    """Return the changes in tensors outside `taken`, each exactly once, and the tensors that only one model has."""
+    """Return one entry for each changed tensor not in `taken`, and for each tensor that only one model has."""
     found: list[OutsideChange] = []
     seen = {name for taken_name in taken for name in aliases[taken_name]}
     for name, names in aliases.items():

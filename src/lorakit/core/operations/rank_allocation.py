@@ -36,10 +36,10 @@ MAX_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class Allocation:
-    """Ranks by site.
+    """The result of a rank allocation.
 
     Attributes:
-        ranks: Dict from path to rank.
+        ranks: Dict from site path to rank.
         config: The config with these ranks in `rank_pattern` and matching alphas in `alpha_pattern`.
         parameters: Total number of elements in the factors of all sites at these ranks.
         budget: Total number of elements in the factors of all sites at the ranks in the original config.
@@ -68,7 +68,7 @@ def allocate(
     """Propose new ranks for a config's sites without exceeding the number of parameters that the config requires.
 
     Args:
-        model: The base; it is not changed.
+        model: The base model; it is not changed.
         config: Targets and original ranks; it is not modified.
         batches: Batches to pass to `forward`. Sites are divided into groups whose statistics fit in `MAX_BYTES`, and
             all batches are run once for each group.
@@ -124,14 +124,14 @@ def _is_dense_or_table(kind: Kind) -> bool:
 
 
 RANKED: Mapping[str, Fits] = {"inputs": lambda kind: kind.is_dense, "gradients": _is_dense_or_table}
-"""Dict from each criterion to a function that returns whether the criterion supports a kind."""
+"""Dict from each criterion to a function that returns whether the criterion supports a kind of site."""
 
 
 def sensitivity(module: nn.Module, gradient: Tensor) -> float:
     """Return I = mean |W ∘ G|, the mean first-order change in the loss if an element is zeroed.   [docs/math.md (19)]
 
     Args:
-        module: A dense layer or an embedding of the base.
+        module: A dense layer or an embedding of the base model.
         gradient: Gradient of the loss with respect to the module's canonical weight, (out, in).
 
     Source:
@@ -220,7 +220,7 @@ def by_explained_variance(
 
 
 def with_ranks(config: LoraConfig, matches: Sequence[Match], ranks: Mapping[str, int]) -> LoraConfig:
-    """Return a copy of a config whose patterns set each site's new rank, and an alpha that preserves the site's scale.
+    """Return a copy of a config with patterns that set each site's new rank and an alpha that preserves the scale.
 
     Args:
         config: The config that targets the sites.

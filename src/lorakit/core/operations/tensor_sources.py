@@ -39,7 +39,7 @@ class TensorSource:
 
     Attributes:
         label: Name used in messages.
-        shapes: Dict from name to shape.
+        shapes: Dict from tensor name to shape.
         read: Function from a name to the tensor (…).
         read_one: Function from a name and an index to the slice (…) at that index along the first axis.
     """
@@ -112,7 +112,7 @@ def source_of_folder(folder: str | os.PathLike[str]) -> TensorSource:
 
 
 PLAIN_TARGETS: Mapping[str, Any] = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-"""Dict from config fields that narrow down the targets to the values that turn these fields off."""
+"""Config fields that restrict the targets, each mapped to the value that turns the field off."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class SiteFactors(Factor):
         return f"{self.experts} experts of {one}" if self.experts > 1 else one
 
     def of_variant(self, variant: Variant, own: Mapping[str, Tensor]) -> SiteFactors:
-        """Return the same A and B as a factor of another variant.
+        """Return a factor of another variant with the same A and B.
 
         Args:
             variant: The variant.
@@ -237,7 +237,7 @@ class AdapterWeights:
             warn_caller(message)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return a dict from names on disk to all tensors (…), sorted by name."""
+        """Return all of the adapter's tensors (…), keyed by name on disk and sorted by name."""
         found = dict(self.others)
         for path, factor in self.factors.items():
             stem, (end_A, end_B) = PREFIX + path, factor.endings
@@ -407,7 +407,7 @@ def _by_site(
         factor_scale, bare = site(path, A)
         endings = name_A.removeprefix(PREFIX + path), name_B.removeprefix(PREFIX + path)
         made = SiteFactors(A, B, factor_scale, nn.Identity(), variant, own, bias, setting, endings=endings, bare=bare)
-        if variant.is_lora_once_multiplied:  # its factors differ from LoRA's only in how they are stored
+        if variant.is_lora_once_multiplied:  # these factors differ from LoRA's only in how they are stored
             A, B = made.multiplied()
             made = dataclasses.replace(made.of_variant(PLAIN, NO_TENSORS), A=A, B=B)
         factors[path] = made

@@ -39,7 +39,7 @@ class SiteOperation:
         path: Path of the site.
         r: Rank of the site; for experts in one parameter, the rank of each expert.
         r_before: Rank of the update Δ that the site approximates: the sum of the adapters' ranks, the rank of the
-            original adapter, or the rank of the whole change in the weight.
+            original adapter, or the rank of the full change in the weight.
         norm: Frobenius norm of Δ, which is a weighted sum of updates, a single update, or the change in the weight;
             updates include their scales.
         deviation: Relative distance from Δ: ‖result − Δ‖ / ‖Δ‖; 0 if the norm is 0.
@@ -106,8 +106,8 @@ def aligned(adapters: Sequence[AdapterWeights]) -> dict[str, list[SiteFactors | 
         adapters: Adapters of the same base model.
 
     Returns:
-        Dict from the path of each site to a list with each adapter's factor there, or None. The paths are those that an
-        adapter with all these sites would have on disk.
+        Dict from site path to a list of the adapters' factors, with None for adapters without the site. The paths
+        are those that an adapter with all these sites would have on disk.
 
     Raises:
         AdapterError: The adapters change weights of different shapes at a site; they adapt different parameters of a
@@ -278,7 +278,7 @@ def write(
     Raises:
         UsageError: The directory is not empty, and `replace` is not set.
         AdapterError: The values are not finite.
-        DiskError: The directory cannot be written.
+        DiskError: The directory cannot be written to.
     """
     folder = Path(folder)
     if not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -276,7 +276,7 @@ def patches(module: Convolution, x: Tensor) -> Tensor:
 
 
 def _modules_at(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
-    """Return a dict from each path to the base module there, without the adapters that wrap the module."""
+    """Return a dict from path to base module, without the adapters that wrap the module."""
     index = AdapterIndex.of(model)
     found = {}
     for path in paths:
@@ -290,7 +290,7 @@ def _modules_at(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
 
 
 def _is_convolution(module: nn.Module) -> TypeGuard[Convolution]:
-    """Return whether the module's weight has a kernel, according to its kind."""
+    """Return whether a module is a convolution, so that its weight has kernel dimensions."""
     kind = kind_of(type(module))
     return kind is not None and bool(kind.specs(module)[0].kernel)
 

@@ -46,7 +46,7 @@ class InputStatistics:
         self._squares = 0.0  # Σ of the squares of all elements
 
     def add(self, rows: Tensor) -> None:
-        """Add rows.
+        """Add rows to the moments.
 
         Args:
             rows: (n, in), of any floating dtype.
@@ -147,7 +147,7 @@ class GradientStatistics:
         self.total: Tensor | None = None
 
     def add(self, gradient: Tensor) -> None:
-        """Add a gradient.
+        """Add a gradient to the sum.
 
         Args:
             gradient: Canonical, (out, in) or (out, in / groups, k…), fp32 or wider; it is stored without a copy and may

@@ -25,8 +25,8 @@ def last_invocation(input_ids: Tensor, tokens: Sequence[int], visible: Tensor | 
         visible: (rows, length), true for tokens, false for padding; an occurrence that contains padding does not count.
 
     Returns:
-        (rows,) int64: number of positions from the first token of that occurrence to the end of the row; 0 if the row
-        does not contain the invocation tokens.
+        (rows,) int64: number of positions from the first token of the last occurrence to the end of the row; 0 if the
+        row does not contain the invocation tokens.
     """
     rows, length = input_ids.shape
     size = len(tokens)

@@ -93,7 +93,7 @@ def combined(path: str, addends: Sequence[Addend], reading: Reading) -> Sum:
 
     Args:
         path: Path of the site, for error messages.
-        addends: Factors with their weights.
+        addends: The factors to add up, with their weights.
         reading: The base weight.
 
     Returns:

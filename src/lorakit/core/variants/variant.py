@@ -38,7 +38,7 @@ class Factor:
         B: Up projection, (out, r).
         scale: alpha / r, or alpha / √r for rsLoRA.
         dropout: The dropout applied before A.
-        variant: The entry in VARIANTS.
+        variant: The factor's variant, an entry in VARIANTS.
         own: The variant's extra tensors, shaped as on the layer and keyed by `OwnTensor.held_as`.
         bias: Bias of B (`lora_bias`), (out,), which is scaled like B·A; None if B has no bias.
         setting: The variant's settings at this site.
@@ -81,10 +81,11 @@ class Start:
         A: Initial down projection, (r, in).
         B: Initial up projection, (out, r).
         scale: The factor's scale.
-        read: Reads the canonical base weight that the adapter uses: (out, in), or the shape that the kind defines.
+        read: Function that returns the canonical base weight that the adapter uses: (out, in), or the shape that the
+            kind defines.
         path: Path of the site, for messages.
         setting: The variant's settings at this site.
-        generator: Random generator, or None for torch's default one.
+        generator: Random generator, or None for torch's default generator.
     """
 
     kind: Kind
@@ -113,7 +114,7 @@ class OwnTensor:
         keys: Suffixes of the tensor's name on disk: the first is used for writing, and all are accepted when reading.
         shape: Function from kind, weight spec, rank and setting to the tensor's shape in memory and on disk.
         start: Function from a `Start` to the initial tensor, which is then reshaped to `shape`.
-        trained: Whether the tensor is trained.
+        trained: Whether the tensor is trainable.
         depends_on_rank: Whether the tensor depends on the rank, so that a compressed adapter cannot keep the tensor.
     """
 
@@ -137,11 +138,11 @@ class At:
         factor: The factor.
         kind: The kind of the site.
         spec: The site's weight spec.
-        read: Reads the canonical base weight: (out, in), or the shape that the kind defines.
+        read: Function that returns the canonical base weight: (out, in), or the shape that the kind defines.
         mask: For variants with `positions`, a function from z to a boolean mask of the active positions, broadcastable
             to z; None if the positions are unknown.
-        x: The input of A, (…, in); None in tests that do not need it.
-        siblings: Returns the factors of the site's other adapters, in the order in which they were added.
+        x: The input to A, (…, in); None in tests that do not need it.
+        siblings: Function that returns the factors of the site's other adapters, in the order in which they were added.
     """
 
     y0: Tensor
@@ -189,13 +190,13 @@ class Sum:
 
 
 def added(kind: Kind, spec: WeightSpec, W: Tensor, delta: Tensor, factor: Factor) -> Tensor:
-    """Return the delta (out, in) unchanged, because it is the whole addition to the weight."""
+    """Return the delta (out, in) unchanged, because the delta is the complete change to the weight."""
     return delta
 
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """One way to combine A, B and the base.
+    """A LoRA variant: one way to combine A, B and the base weight.
 
     Attributes:
         name: Name used in layers and tests.
