@@ -264,7 +264,7 @@ def test_bad_settings_are_refused_by_name(tiny_gpt2: Any) -> None:
         generate_batch(tiny_gpt2, [[1]], max_new_tokens=1, adapters=[None, None])
     with pytest.raises(UsageError, match=r"generate continues one prompt, of shape .* got \("):
         generate(tiny_gpt2, torch.tensor([[1], [2]]), max_new_tokens=1)
-    with pytest.raises(ModelError, match="in training mode, so dropout would affect the answers"):
+    with pytest.raises(ModelError, match="in training mode, so dropout would affect the output"):
         generate(tiny_gpt2.train(), [1], max_new_tokens=1)
 
 

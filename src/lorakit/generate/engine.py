@@ -62,15 +62,15 @@ def generate(
         temperature: 0 for greedy decoding; see `Sampling`.
         top_p: See `Sampling`.
         seed: See `Sampling`.
-        eos_ids: Ids of the tokens that end the answer; the ending token is still yielded.
+        eos_ids: Ids of the tokens that end generation; the ending token is still yielded.
 
     Returns:
         An iterator over the new token ids.
 
     Raises:
-        UsageError: The prompt is empty, contains ids outside the vocabulary, or leaves no room for an answer.
+        UsageError: The prompt is empty, contains ids outside the vocabulary, or leaves no room for new tokens.
         ConfigError: A value is out of range.
-        ModelError: The model is in training mode or has no cache.
+        ModelError: The model is in training mode or has no key-value cache.
         NonFiniteError: The model's logits are NaN or infinite.
     """
     if isinstance(input_ids, Tensor):
@@ -119,17 +119,17 @@ def generate_batch(
         An iterator over the new tokens, ordered by step, then by row.
 
     Raises:
-        UsageError: A prompt is empty, contains ids outside the vocabulary, leaves no room for an answer, or cannot use
+        UsageError: A prompt is empty, contains ids outside the vocabulary, leaves no room for new tokens, or cannot use
             `prefix`; or `sampling` or `adapters` does not have one entry per row.
         ConfigError: `max_new_tokens` is below 1.
         RouteError: An adapter was not found.
-        ModelError: The model is in training mode or has no cache.
+        ModelError: The model is in training mode or has no key-value cache.
         NonFiniteError: The model's logits are NaN or infinite.
     """
     if max_new_tokens < 1:
         raise ConfigError.of("max_new_tokens", max_new_tokens, "at least 1")
     if model.training:
-        raise ModelError("The model is in training mode, so dropout would affect the answers; call model.eval() first.")
+        raise ModelError("The model is in training mode, so dropout would affect the output; call model.eval() first.")
     rows = [[int(token) for token in prompt] for prompt in prompts]
     limit = context_tokens(model)
     weight = _embedding_weight(model)
@@ -150,7 +150,7 @@ def generate_batch(
 
 
 def context_tokens(model: nn.Module) -> int | None:
-    """Return the context length (prompt plus answer) in tokens; None if the model's config sets no limit.
+    """Return the context length (prompt plus new tokens), or None if the model's config sets no limit.
 
     Args:
         model: A model with a transformers config.
@@ -253,7 +253,7 @@ class _Forward:
         return self._run(self._ids[:, self._read :], (self._mask.cumsum(-1) - 1).clamp_min(0)[:, self._read :])
 
     def step(self, tokens: list[int]) -> Tensor:
-        """Process one more token per row and return the (rows, vocabulary) logits for the next one."""
+        """Process one more token per row and return the (rows, vocabulary) logits for the token after it."""
         ids = torch.tensor(tokens, device=self._mask.device)[:, None]
         self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
         # finished rows keep running with the others, so their positions must stay within the context
@@ -297,7 +297,7 @@ def _check_prompts(rows: list[list[int]], vocabulary: int | None, limit: int | N
             raise UsageError(message, what=odd[0], field="prompts", where=which)
         if limit is not None and len(ids) >= limit:
             raise UsageError(
-                f"{which} has {len(ids):,} tokens, but the model supports at most {limit:,}, including the answer. "
+                f"{which} has {len(ids):,} tokens, but the model supports at most {limit:,}, including new tokens. "
                 "Shorten the prompt.",
                 field="prompts",
                 where=which,

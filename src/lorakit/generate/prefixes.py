@@ -35,10 +35,10 @@ class Cache(Protocol):
 
 @dataclass(frozen=True)
 class Prefix:
-    """The first tokens of several prompts, already processed by the base.
+    """A common prefix of several prompts, already processed by the base.
 
     Attributes:
-        tokens: The token ids.
+        tokens: Token ids of the prefix.
         cache: The model's key-value cache for one row; it is only copied, never modified.
     """
 
@@ -53,7 +53,7 @@ class Prefix:
 
 
 def read_prefix(model: nn.Module, tokens: Sequence[int], device: torch.device | None = None) -> Prefix:
-    """Process a prefix with the base alone, even if adapters are active, and return it with the resulting cache.
+    """Process a prefix with the base alone, even if adapters are active, and return its tokens and cache.
 
     Args:
         model: A causal language model in eval mode.
@@ -122,5 +122,5 @@ def check_prefix(
 
 
 def _begin(model: nn.Module, prompt: Sequence[int], name: str) -> int:
-    """Return the first position at which an adapter is active in a prompt; the prompt's length if there is none."""
+    """Return the first position at which an adapter is active in a prompt, or the prompt's length if there is none."""
     return len(prompt) - prompt_offset(model, torch.tensor(list(prompt)), name)

@@ -84,10 +84,10 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         Probabilities of shape (vocabulary,), in float32, on the device of `logits`.
 
     Source:
-        top-p: Holtzman et al. 2019, "The Curious Case of Neural Text Degeneration", arXiv:1904.09751, eq. (2), (3).
+        top-p: Holtzman et al. 2019, "The Curious Case of Neural Text Degeneration", arXiv:1904.09751, eqs. (2) and (3).
     """
     z = logits.float()
-    z = (z - z.max()) / sampling.temperature  # the largest is now 0, so exp() cannot overflow at any temperature
+    z = (z - z.max()) / sampling.temperature  # the largest z is now 0, so exp() cannot overflow at any temperature
     if 0 < sampling.top_k < z.numel():
         z = z.masked_fill(z < z.topk(sampling.top_k).values[-1], -torch.inf)
     p = torch.softmax(z, dim=-1)

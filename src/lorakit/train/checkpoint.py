@@ -44,13 +44,13 @@ class TrainState:
         step: Number of optimizer steps taken.
         data: Position in the data, from `Loader.state`.
         evaluated_step: The last evaluated step, or -1.
-        best_step: The step with the lowest evaluation loss, not counting step 0 (the base), or None.
+        best_step: Step with the lowest evaluation loss, excluding step 0 (the base model), or None.
         best_loss: Evaluation loss at `best_step`, or None.
         first_loss: Evaluation loss before the first step, or None.
         last_loss: The latest evaluation loss, or None.
         stale_evaluations: Number of evaluations since the best one.
-        trained_tokens: Number of tokens that contributed to the loss in all steps so far.
-        tokens: Number of tokens in all steps so far.
+        trained_tokens: Total number of tokens that have contributed to the loss so far.
+        tokens: Total number of tokens processed so far, excluding padding.
         seconds: Time spent in optimizer steps, excluding evaluation and saving.
     """
 
@@ -132,8 +132,8 @@ def restore_random_state(tensors: Mapping[str, torch.Tensor], plain: Mapping[str
     """Restore the random number generators from the result of `random_state`; absent devices are skipped.
 
     Args:
-        tensors: The dict of 1-D uint8 tensors.
-        plain: The dict of plain values.
+        tensors: Dict of 1-D uint8 tensors, from `random_state`.
+        plain: Dict of plain values, from `random_state`.
     """
     torch.set_rng_state(tensors["torch"])
     if torch.cuda.is_available():
@@ -226,7 +226,7 @@ class Snapshot:
 
 
 def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], object]) -> Path:
-    """Write `checkpoint-<step>` atomically: a crash leaves it complete or absent, and older checkpoints unchanged.
+    """Write `checkpoint-<step>` atomically: after a crash, it is complete or absent. Older checkpoints do not change.
 
     Args:
         folder: The run directory.

@@ -15,7 +15,7 @@ Stored = Literal["nf4", "fp4", "int8", "int8-torchao", "hqq4", "hqq8"]
 
 @dataclass(frozen=True)
 class Default:
-    """One entry in the table.
+    """A training setting: its meaning, its default, and the reason for the default.
 
     Attributes:
         meaning: What the setting does, as shown in `--help`.

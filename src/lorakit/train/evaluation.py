@@ -62,7 +62,7 @@ def evaluate(
         The evaluation, or None if it was stopped.
 
     Raises:
-        DataError: No token in the batches contributes to the loss.
+        DataError: None of the tokens in the batches contribute to the loss.
         NonFiniteError: The loss is NaN or infinite.
         RunError: Memory ran out; the message describes the batch and suggests what to change.
     """
@@ -127,7 +127,7 @@ def compare(
     say: Callable[[str], None] = lambda _: None,
     detail: Callable[[str], None] = lambda _: None,
 ) -> list[tuple[str, Evaluation]]:
-    """Measure the loss of a base, alone and with each adapter, over the same tokens.
+    """Measure a base model's loss, alone and with each adapter, on the same tokens.
 
     An adapter that was saved with its own tokenizer (for example, because it adds tokens) is an exception: for this
     adapter, the same data is tokenized with the adapter's tokenizer.

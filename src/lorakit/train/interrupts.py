@@ -75,7 +75,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def _handled(numbers: Iterable[int], receive: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Make a function handle the given signals within a block, and restore the previous handlers afterwards."""
+    """Install a handler for the given signals within a block, and restore the previous handlers afterwards."""
     before = {}
     try:
         for number in numbers if threading.current_thread() is threading.main_thread() else ():
@@ -86,7 +86,7 @@ def _handled(numbers: Iterable[int], receive: Callable[[int, FrameType | None], 
         yield
     finally:
         for number, (handler, action) in before.items():
-            # Python cannot represent a handler set from C: it will report SIG_DFL even after the C action is restored
+            # for a handler set from C, Python will report SIG_DFL even after the C action is restored
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
             if action is not None:
                 _sigaction(number, action, None)

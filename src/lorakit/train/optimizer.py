@@ -118,7 +118,7 @@ def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
-    """Return the global 2-norm of all gradients as a scalar tensor; 0 if there are none.
+    """Return the global 2-norm of all gradients as a scalar tensor; 0 if there are no gradients.
 
     Args:
         parameters: Tensors of any shape; those without a gradient are skipped.
@@ -196,11 +196,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """Optimizer state entries with the same shape as the tensor; the remaining entry, "step", counts updates."""
 
 _ALIGNED = 16
-_RUN = {"cpu": 1 << 20, "cuda": 1 << 24}  # maximum elements per run; on a CPU, a run of 4 MB fits in the cache
+_RUN = {"cpu": 1 << 20, "cuda": 1 << 24}  # maximum number of elements per run; a CPU run of 4 MB fits in the cache
 
 
 def is_packable(parameters: Sequence[nn.Parameter]) -> bool:
-    """Return whether tensors can be packed: contiguous, float32, on a single CPU or CUDA device, without shared memory.
+    """Return whether all tensors are contiguous, float32, on one CPU or CUDA device, and disjoint, as packing requires.
 
     Otherwise (for example, with FSDP2's DTensors, other dtypes, several devices, or MPS), torch's AdamW is used.
 
@@ -257,7 +257,7 @@ class FlatAdamW(torch.optim.Optimizer):
 
 
 class _Lane:
-    """One buffer, with a view for each member of a group, in member order."""
+    """A buffer for one parameter group, with one view per member, in member order."""
 
     def __init__(self, shapes: Sequence[torch.Size], starts: Sequence[int], device: torch.device) -> None:
         self.buffer = torch.zeros(starts[-1], dtype=torch.float32, device=device)
@@ -268,7 +268,7 @@ class _Lane:
 
 
 class _Flat:
-    """The members of one parameter group, with their values and state in buffers."""
+    """The members of one parameter group, with their values and state stored in buffers."""
 
     def __init__(self, members: Sequence[nn.Parameter]) -> None:
         self.members = list(members)
@@ -334,7 +334,7 @@ class _Flat:
         )
 
     def _pack(self) -> None:
-        """Copy the members' values into a new buffer, because other code may still use the old one."""
+        """Copy the members' values into a new buffer, because other code may still use the old buffer."""
         self.values = _Lane(self.shapes, self.starts, self.device)
         with torch.no_grad():
             for p, view in zip(self.members, self.values.views, strict=True):

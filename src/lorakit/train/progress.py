@@ -23,7 +23,7 @@ PLAIN_SECONDS = 10.0
 """Minimum time between two plain lines, in seconds; evaluations and the first and last steps are always printed."""
 
 LIVE_BYTES = 1_000_000
-"""Minimum data size, in bytes, for which a tokenization bar is shown."""
+"""Minimum data size, in bytes, for which a tokenization progress bar is shown."""
 
 
 class Progress(contextlib.AbstractContextManager["Progress"]):
@@ -115,7 +115,7 @@ class PlainProgress(Progress):
 
 
 class LiveProgress(Progress):
-    """A progress bar on the last line of a terminal, with loss, tokens per second, memory and time left.
+    """A progress bar on the last line of a terminal that shows the loss, tokens per second, memory use and time left.
 
     Args:
         stream: The terminal; None means stdout.
@@ -139,7 +139,7 @@ class LiveProgress(Progress):
         self._reading: Bar | None = None
 
     def _bar_of(self, *columns: ProgressColumn, transient: bool = False) -> Bar:
-        """Return a bar with the given columns, followed by the time left."""
+        """Return a progress bar with the given columns, followed by the time left."""
         from rich.progress import Progress as Bar
         from rich.progress import TextColumn, TimeRemainingColumn
 
@@ -195,7 +195,7 @@ class LiveProgress(Progress):
 
 
 def progress_for(stream: TextIO, *, verbose: bool = False) -> Progress:
-    """Return a live bar if the stream is a terminal that can show one, else plain lines.
+    """Return a live progress bar if the stream is a terminal that supports one, or else plain-text progress.
 
     Args:
         stream: Stream to write to.

@@ -41,8 +41,8 @@ class RunResult:
         folder: The run directory.
         ending: "finished", "stopped early" or "interrupted".
         adapter: Directory of the adapter; None after an interruption.
-        steps: Optimizer steps taken.
-        total_steps: Optimizer steps in the whole run.
+        steps: Number of optimizer steps taken.
+        total_steps: Total number of optimizer steps in the run.
         adapter_step: The step at which `adapter` was saved; None after an interruption.
         first_loss: Evaluation loss of the base, or None without evaluation data.
         best_loss: Lowest evaluation loss after the first step, or None.
@@ -120,7 +120,7 @@ class RunResult:
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the result as plain JSON values."""
+        """Return the result as a dict of plain JSON values."""
         values = dataclasses.asdict(self)
         values.update(folder=str(self.folder), adapter=str(self.adapter) if self.adapter else None)
         values["notes"] = list(self.notes)
@@ -253,7 +253,7 @@ def _copy(path: Path, target: Path, *, linked: bool) -> None:
 
 
 def _plot_loss(folder: Path, title: str) -> str:
-    """Draw `loss.svg` if matplotlib is installed; return a message with its path or the reason it was not drawn."""
+    """Draw `loss.svg` if matplotlib is installed; return a message that gives its path or says why it was not drawn."""
     path = folder / run_folder.PLOT_FILE
     try:
         loss_plot(read_metrics(folder), path, title)

@@ -83,7 +83,7 @@ def allocate_ranks(
     Args:
         model: The base, on the run's device.
         spec: The run's specification, including the adapter config and the seed.
-        by: Quantity from which the ranks are computed.
+        by: Quantity from which the ranks are computed: "gradients" or "inputs".
         loader: The run's data loader, which is not advanced.
         progress: Receives a message about the ranks.
 
@@ -170,7 +170,7 @@ def row_loss(device: torch.device) -> Callable[[nn.Module, Batch], Tensor]:
 
 
 def _positions_with_loss(batch: Batch) -> Tensor:
-    """Return a (rows, length) mask of the positions that contribute to the loss, as EVA's `use_label_mask` does."""
+    """Return a (rows, length) mask of the positions that contribute to the loss, like EVA's `use_label_mask`."""
     return (batch.labels != -100) & batch.attention_mask.bool()
 
 
@@ -179,7 +179,7 @@ def _allow(spec: RunSpec) -> tuple[str, ...]:
 
 
 def saved_sizes(model: nn.Module) -> list[int]:
-    """Return the size of each tensor in the adapter's file, in bytes.
+    """Return the size in bytes of each tensor in the adapter's weights file.
 
     Args:
         model: The adapted model.
@@ -205,7 +205,7 @@ def save_adapter(run: Run, folder: Path) -> None:
 
 
 def write_tokenizer(tokenizer: SavedTokenizer, folder: Path) -> None:
-    """Write a tokenizer's files.
+    """Write a tokenizer's files to a directory.
 
     Args:
         tokenizer: A transformers tokenizer.

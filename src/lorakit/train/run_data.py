@@ -128,8 +128,8 @@ class RunBatches:
     Attributes:
         loader: Endless iterator over the training batches, in a seeded order.
         held_out: Function that returns the evaluation batches, or None if there is no evaluation data.
-        train_report: Counts for the training data.
-        held_out_report: Counts for the evaluation data, or None.
+        train_report: Row and token counts for the training data.
+        held_out_report: Row and token counts for the evaluation data, or None.
     """
 
     loader: data.Loader
@@ -154,7 +154,7 @@ def check_single_process() -> None:
 
 
 def pick_device(word: str) -> torch.device:
-    """Return the device that a setting selects.
+    """Return the device selected by the `device` setting.
 
     Args:
         word: "auto", "cpu", "cuda", "cuda:N" or "mps".
@@ -163,7 +163,7 @@ def pick_device(word: str) -> torch.device:
         The device; for "auto", an accelerator if one is available.
 
     Raises:
-        UsageError: This machine has no such device.
+        UsageError: The device is not available on this machine.
     """
     if word == "auto":
         if torch.cuda.is_available():
@@ -218,7 +218,7 @@ def make_batches(
         The training loader, the evaluation batches, and the reports on both.
 
     Raises:
-        DataError: No token in the training data, or none in the evaluation data, contributes to the loss.
+        DataError: The training data or the evaluation data has no tokens that contribute to the loss.
     """
     rows, pad = settings.per_device_train_batch_size, data.padding_id(tokenizer)
     train = data.encode(records.train, tokenizer, max_length, _listener(progress, "training data", records.train))

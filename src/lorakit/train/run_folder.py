@@ -98,7 +98,7 @@ def raise_run_exists(folder: Path) -> NoReturn:
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write the record of a run, `run.json`, atomically.
+    """Atomically write the record of a run, `run.json`.
 
     Raises:
         DiskError: The file cannot be written.
@@ -374,7 +374,7 @@ def holds_run(folder: Path) -> bool:
 
 
 def run_files(folder: Path) -> list[Path]:
-    """Return the files and directories that a run writes, ending with the record; some may not exist."""
+    """Return the paths of all files and directories that a run writes, the record last; some may not exist."""
     found = [*checkpoints(folder), *adapters_only(folder), *sorted(folder.glob("damaged-checkpoint-*"))]
     return found + [folder / name for name in (ADAPTER_FOLDER, PLOT_FILE, METRICS_FILE, RUN_FILE)]
 

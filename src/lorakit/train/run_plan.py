@@ -29,7 +29,7 @@ from lorakit.train.run_folder import checkpoints, run_files
 from lorakit.train.run_spec import DiskSpace, RunLimits, RunPlan, RunSpec
 
 WORTH_MEASURING_FLOPS = 2e12
-"""FLOPs above which a run benchmarks the machine; a shorter run benchmarks it only to choose the precision."""
+"""Size of a run, in FLOPs, above which the machine is always benchmarked; otherwise, only to choose the precision."""
 
 _MOMENT_BYTES = 2 * 4
 _FOLDER_BYTES = 64 << 10  # configs, manifests, random number generator states, model card
@@ -137,10 +137,10 @@ def check_space(spec: RunSpec, space: DiskSpace, progress: Progress) -> None:
     Args:
         spec: The run's specification.
         space: Result of `disk_space`.
-        progress: Receives a warning if not all checkpoints fit.
+        progress: Receives a warning if the disk has no room for all checkpoints.
 
     Raises:
-        DiskError: Not even the adapter fits.
+        DiskError: Not even the adapter fits on the disk.
     """
     folder = spec.folder
     free = shutil.disk_usage(folder).free

@@ -31,7 +31,7 @@ from lorakit.train.settings_sources import complete
 from lorakit.train.step import Schedule, StepOptions
 
 ADAPTER = "default"
-"""Name of the trained adapter in the model."""
+"""Name under which the run's adapter is attached to the model."""
 
 _EVALUATIONS = 10
 
@@ -109,7 +109,7 @@ class RunSpec:
 
     @property
     def quantization_values(self) -> dict[str, Any] | None:
-        """The quantization as plain JSON values, or None."""
+        """The base's quantization as a dict of plain JSON values, or None."""
         return None if self.quantization is None else hub.quantization_metadata(self.quantization)
 
 
@@ -145,10 +145,10 @@ class RunLimits:
     """The length of a run and the intervals between evaluations and between checkpoints.
 
     Attributes:
-        total_steps: Optimizer steps in the run.
-        accumulation: Batches per step; the last step of an epoch may have fewer.
-        eval_steps: Steps between evaluations.
-        save_steps: Steps between checkpoints.
+        total_steps: Number of optimizer steps in the run.
+        accumulation: Number of batches per step; the last step of an epoch may have fewer.
+        eval_steps: Number of steps between evaluations.
+        save_steps: Number of steps between checkpoints.
         patience: Number of consecutive evaluations without improvement after which the run stops, or None.
     """
 

@@ -32,7 +32,7 @@ class Schedule:
 
     Attributes:
         peak: Learning rate at the end of the warm-up.
-        total_steps: Optimizer steps in the run.
+        total_steps: Number of optimizer steps in the run.
         warmup_steps: Number of steps over which the rate rises linearly; the first step already has a rate above 0.
         kind: Shape after the warm-up: "cosine" or "linear" decay toward zero at `total_steps`, or "constant".
     """
@@ -64,8 +64,8 @@ def schedule(peak: float, total_steps: int, warmup_ratio: float, kind: Scheduler
     """Build a schedule whose warm-up takes a given fraction of the steps.
 
     Args:
-        peak: The maximum rate.
-        total_steps: Optimizer steps in the run, at least 1.
+        peak: The maximum learning rate.
+        total_steps: Number of optimizer steps in the run, at least 1.
         warmup_ratio: Fraction of the steps used for the warm-up, in [0, 1]; the number of steps is rounded up.
         kind: Shape after the warm-up, as in `Schedule`.
 
@@ -177,7 +177,7 @@ class StepOptions:
     has_budget: bool = False
 
     def computing(self) -> contextlib.AbstractContextManager[object]:
-        """Return the autocast context for calls to the model; a null context if autocast is disabled."""
+        """Return the autocast context for calls to the model, or a null context if autocast is disabled."""
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast)
@@ -243,7 +243,7 @@ def train_step(
             possibly clipped.
         optimizer: An optimizer for these tensors, from `lorakit.train.optimizer`.
         batches: The step's batches, on the CPU.
-        learning_rate: The rate for this step.
+        learning_rate: The learning rate for this step.
         options: Device, clipping, precision and acceleration.
 
     Returns:
@@ -251,7 +251,7 @@ def train_step(
 
     Raises:
         NonFiniteError: The loss or the gradient is NaN or infinite; no trainable tensor was changed.
-        DataError: No token in the batches contributes to the loss.
+        DataError: None of the tokens in the batches contribute to the loss.
         RunError: Memory ran out, the loss does not depend on the adapter, or a trainable tensor was replaced.
     """
     trained = sum(batch.trained_tokens for batch in batches)

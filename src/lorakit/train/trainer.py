@@ -169,7 +169,7 @@ def _base_bytes(model: nn.Module, spec: RunSpec) -> int:
 
 
 def _newest_checkpoint(spec: RunSpec, progress: Progress) -> tuple[Path | None, tuple[Path, ...]]:
-    """Return the newest valid checkpoint (or None), and any damaged checkpoints that are newer than it."""
+    """Return the newest valid checkpoint (or None), and a tuple of all newer checkpoints, which are damaged."""
     damaged: list[Path] = []
     for path, fault in checkpoint.verified(spec.folder) if spec.settings.resume else ():
         if fault is None:
