@@ -139,7 +139,7 @@ def read_bytes(path: str | os.PathLike[str], max_bytes: int) -> bytes:
         max_bytes: Maximum size in bytes.
 
     Returns:
-        The whole content.
+        The contents of the file.
 
     Raises:
         AdapterFileError: The file is missing, not a regular file, too large, or unreadable.
@@ -501,7 +501,7 @@ def _take_owner_and_mode(source: Path, target: Path) -> None:
 
 
 def _clear(temporary: Path, final: Path, old: int, replaced: Collection[str] | None = None) -> None:
-    """Remove a temporary directory; if it has the old content, first move newly added entries to the new directory."""
+    """Remove a temporary directory; if it holds old content, first move newly added entries to the new directory."""
     with contextlib.suppress(OSError):
         if old and temporary.stat().st_ino == old and final.is_dir():
             _retire(temporary, final, replaced)

@@ -286,7 +286,7 @@ def nearest(word: str, candidates: list[str], count: int = 3) -> list[str]:
     """Return the candidates closest in spelling to a word, best match first, to suggest in a message.
 
     Args:
-        word: The user's text.
+        word: The word as entered by the user.
         candidates: The allowed names.
         count: Maximum number of results.
 
@@ -302,7 +302,7 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """Return " Did you mean x?", where x is the candidate closest in spelling, or "" if none is close.
 
     Args:
-        word: The user's text.
+        word: The word as entered by the user.
         candidates: The allowed names.
     """
     close = nearest(word, list(candidates), 1)

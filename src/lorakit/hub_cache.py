@@ -1,4 +1,4 @@
-"""Download adapters from the Hugging Face Hub to the local cache; if network access is disabled, only read the cache.
+"""Download adapters from the Hugging Face Hub to the local cache; if network access is disabled, use only the cache.
 
 This module is separate from `lorakit.hub` so that `lorakit.config` can use it to read a config by Hub id.
 """

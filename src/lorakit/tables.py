@@ -16,7 +16,7 @@ from typing import TextIO
 UNKNOWN = "unknown"
 
 NARROW = 80
-"""Assumed width, in columns, of a terminal that does not report its own; tables fit within this width."""
+"""Assumed width, in columns, of a terminal that does not report its width; tables fit within this width."""
 
 _ROUNDING = 1e-6
 _C_LOCALES = ("C", "POSIX")
@@ -52,7 +52,7 @@ def format_quantity(value: float, unit: str) -> str:
 
     Args:
         value: The quantity.
-        unit: Its unit without a prefix, such as "FLOP/s".
+        unit: Unit of the quantity without a prefix, such as "FLOP/s".
     """
     if not math.isfinite(value):
         return UNKNOWN
@@ -67,7 +67,7 @@ def format_rate(value: float, unit: str) -> str:
 
     Args:
         value: The rate.
-        unit: Its unit, such as "tokens/s".
+        unit: Unit of the rate, such as "tokens/s".
     """
     if not math.isfinite(value):
         return UNKNOWN
@@ -259,7 +259,7 @@ def in_c_locale() -> bool:
 
 
 def _scaled(value: float) -> tuple[float, str]:
-    """Scale a value to below 999.5, or to the largest unit, and return it with the unit's prefix."""
+    """Divide a value by 1000 until it is below 999.5 or no larger unit exists; return the result and its prefix."""
     for prefix in _UNITS[:-1]:
         if abs(value) < 999.5:
             return value, prefix

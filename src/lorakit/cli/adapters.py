@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 WORST_SITES = 5
-"""Number of rows in a table of the worst sites."""
+"""Maximum number of rows in a table of the worst sites."""
 
 
 @dataclass(frozen=True)
@@ -144,12 +144,12 @@ def tokenizer_for(source: ModelSource, adapters: Sequence[AdapterFiles]) -> Save
     """Return the tokenizer to use, preferably the one that the adapters were trained and saved with.
 
     Args:
-        source: The base.
-        adapters: The adapters.
+        source: Source of the base.
+        adapters: Files of the adapters.
 
     Returns:
-        A transformers tokenizer. If one adapter's saved tokenizer has all tokens of the others and the same chat
-            template, this tokenizer is returned; otherwise, the model's tokenizer.
+        The saved tokenizer that has all tokens of the others and the same chat template, if there is one; otherwise,
+            the model's tokenizer.
 
     Raises:
         ModelError: Neither the model nor the adapters have a tokenizer, or the tokenizer cannot be read.
@@ -167,7 +167,7 @@ def tokenizer_for(source: ModelSource, adapters: Sequence[AdapterFiles]) -> Save
 
 
 def _largest(tokenizers: Sequence[SavedTokenizer]) -> SavedTokenizer | None:
-    """Return the tokenizer that has all tokens of the others, with the same ids and chat template, or None."""
+    """Return the tokenizer that has all tokens of the others with the same ids, or None; chat templates must match."""
     tokens = [set(tokenizer.get_vocab().items()) for tokenizer in tokenizers]
     for tokenizer, own in zip(tokenizers, tokens, strict=True):
         if all(own >= other for other in tokens) and all(

@@ -50,7 +50,7 @@ class Answer:
         """Add a token.
 
         Args:
-            new: The token.
+            new: The generated token.
 
         Returns:
             The text that the token adds.
@@ -79,7 +79,7 @@ def show(answers: Sequence[Answer], stream: Iterable[NewToken], *, quiet: bool =
 
     Args:
         answers: One answer per row of the stream.
-        stream: The tokens.
+        stream: The generated tokens.
         quiet: Whether to print nothing.
         verbose: Whether to print the token count and speed of each answer.
     """

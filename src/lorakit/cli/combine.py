@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Flags:
-    """The flags of the command."""
+    """Flags of `lorakit combine`."""
 
     adapter: Annotated[list[str], Parameter(help="Adapter directories (lorakit or PEFT), all for the same base.")]
     output_dir: Annotated[Path, Parameter(help="Adapter directory to create; must be new or empty.")]
@@ -34,7 +34,7 @@ class Flags:
         Parameter(
             help="Method: cat (exact; ranks add up), svd (best approximation at a given rank), linear (approximate); "
             "ties, dare_ties, dare_linear and magnitude_prune prune A and B separately; with the suffix _svd, they "
-            "prune the whole update."
+            "prune the full update."
         ),
     ] = "svd"
     rank: Annotated[

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Flags:
-    """The flags of the command."""
+    """Flags of `lorakit compress`."""
 
     adapter: Annotated[str, Parameter(help="Adapter directory (lorakit or PEFT).")]
     output_dir: Annotated[Path, Parameter(help="Adapter directory to create; must be new or empty.")]

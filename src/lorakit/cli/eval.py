@@ -15,7 +15,7 @@ from lorakit.train.defaults import DEFAULTS
 
 @dataclass(frozen=True)
 class Flags:
-    """The flags of the command."""
+    """Flags of `lorakit eval`."""
 
     model: Annotated[str, Parameter(help="Model directory, Hub id, or smollm2 (the packaged model).")]
     data: Annotated[list[str], Parameter(help="Data files: .txt, .md (documents) or .jsonl.")]

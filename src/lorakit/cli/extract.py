@@ -25,7 +25,7 @@ OUTSIDE_SHOWN = 8
 
 @dataclass(frozen=True)
 class Flags:
-    """The flags of the command."""
+    """Flags of `lorakit extract`."""
 
     base: Annotated[str, Parameter(help="Base of the fine-tuned model: model directory, Hub id, or smollm2.")]
     tuned: Annotated[str, Parameter(help="Fine-tuned model: model directory or Hub id.")]

@@ -34,12 +34,12 @@ itself after about a hundred tokens. Larger models need more tokens, because the
 
 @dataclass(frozen=True)
 class Flags:
-    """The flags of the command."""
+    """Flags of `lorakit generate`."""
 
     model: Annotated[str, Parameter(help="Model directory, Hub id, or smollm2 (the packaged model).")]
     adapter: Annotated[
         list[str] | None,
-        Parameter(help="Adapter directories. With several, the base and adapters answer side by side, in one batch."),
+        Parameter(help="Adapter directories. With several, the outputs of the base and each adapter are compared."),
     ] = None
     base: Annotated[bool, Parameter(negative=(), help="Show the base's answer next to a single adapter's.")] = False
     prompt: Annotated[
@@ -210,7 +210,7 @@ def end_ids(model: nn.Module, tokenizer: Tokenizer) -> set[int]:
 
     Args:
         model: A transformers model.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
     """
     found: set[int] = set()
     for holder in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):

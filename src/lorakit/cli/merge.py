@@ -24,7 +24,7 @@ LARGE_DIFFERENCE = 0.5  # as a fraction of the adapters' effect on the base
 
 @dataclass(frozen=True)
 class Flags:
-    """The flags of the command."""
+    """Flags of `lorakit merge`."""
 
     model: Annotated[str, Parameter(help="Model directory, Hub id, or smollm2 (the packaged model).")]
     adapter: Annotated[list[str], Parameter(help="Adapter directories; the updates of several adapters are summed.")]

@@ -306,7 +306,7 @@ class EmbeddingModel(Protocol):
 
 
 def _untie_config(model: EmbeddingModel) -> bool:
-    """Return whether a merge untied the embeddings; if so, update the config, so that they stay untied when loaded."""
+    """Return whether a merge untied the embeddings; if so, update the config to keep them untied on reload."""
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
     tied = getattr(model.config, "tie_word_embeddings", False)
     if not tied or inner is None or outer is None or inner.weight is outer.weight:

@@ -40,7 +40,7 @@ class Split:
     """Records for training and records for evaluation.
 
     Attributes:
-        train: Training records in input order, with the notes of the input.
+        train: Training records in input order, with any notes about the input.
         held_out: Evaluation records in input order; may be empty.
         note: Message that says how many records were held out, or why none were.
     """
@@ -175,7 +175,7 @@ class Loader(Iterator[Batch]):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Resume at the saved position of another loader, and yield the same batches as that loader from there on.
+        """Resume at the saved position of another loader; the next batches are those that it would have yielded.
 
         Args:
             state: The value that `state` returned for the other loader.

@@ -177,7 +177,7 @@ def _unused_note(path: Path, unused: Counter[str], rows: int) -> str:
 
 
 def _row(source: str, line: str, number: int, unused: Counter[str] | None = None) -> Record:
-    """Parse a line of a file; if `unused` is given, add the line's unused columns to its counts."""
+    """Parse a line of a file and, if `unused` is given, count the line's unused columns in it."""
     try:
         row = parse_json(line)
     except RecursionError:

@@ -96,7 +96,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class Records(list[Record]):
-    """A list of records with notes.
+    """A list of records with notes for the user.
 
     Attributes:
         notes: Messages for the user, for example about unused columns.

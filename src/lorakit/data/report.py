@@ -16,23 +16,23 @@ class DataReport:
     """Counts of rows and tokens, including everything that was left out or truncated.
 
     Attributes:
-        max_length_tokens: Maximum sequence length.
-        documents: Text files, and rows with a `text` field.
-        completions: Rows with a prompt and a completion.
-        conversations: Rows with messages.
+        max_length_tokens: Maximum sequence length in tokens.
+        documents: Number of text files, plus the number of rows with a `text` field.
+        completions: Number of rows with a prompt and a completion.
+        conversations: Number of rows with messages.
         sequences: Number of sequences.
-        tokens: Tokens in all sequences, excluding padding.
-        trained_tokens: Tokens that contribute to the loss.
-        empty_rows: Rows left out because they contain nothing to train on.
-        duplicate_rows: Rows with the same content as an earlier row; they are kept.
-        cut_rows: Rows that are truncated on the right because they are longer than `max_length_tokens`.
-        cut_tokens: Tokens removed by truncation.
-        cut_trained_tokens: Removed tokens that would have contributed to the loss.
-        dropped_rows: Rows left out because none of their tokens contributes to the loss.
-        untrained_turns: Assistant turns excluded from the loss because the chat template omits them, or rewrites them
-            when other turns follow.
-        ended_rows: Rows in which an end marker contributes to the loss: the end-of-text token, or the template's
-            end-of-turn marker.
+        tokens: Number of tokens in all sequences, excluding padding.
+        trained_tokens: Number of tokens that contribute to the loss.
+        empty_rows: Number of rows left out because they contain nothing to train on.
+        duplicate_rows: Number of rows with the same content as an earlier row; they are kept.
+        cut_rows: Number of rows truncated on the right because they are longer than `max_length_tokens`.
+        cut_tokens: Number of tokens removed by truncation.
+        cut_trained_tokens: Number of removed tokens that would have contributed to the loss.
+        dropped_rows: Number of rows left out because none of their tokens contributes to the loss.
+        untrained_turns: Number of assistant turns excluded from the loss because the chat template omits them, or
+            rewrites them when other turns follow.
+        ended_rows: Number of rows in which an end marker contributes to the loss: the end-of-text token, or the
+            template's end-of-turn marker.
         notes: Other messages for the user.
     """
 

@@ -86,7 +86,7 @@ class _Part:
 
 
 class _Source:
-    """Reads a text in portions of any size."""
+    """A reader that returns a text in portions of any size."""
 
     def __init__(self, pieces: Iterable[str]) -> None:
         self._pieces = iter(pieces)
@@ -158,8 +158,8 @@ def _joint(part: _Part, following: _Part, at: int) -> int | None:
 
     Args:
         part: The first part.
-        following: The second part, which starts inside the first.
-        at: Offset in the first part's text at which the second starts.
+        following: The second part, which starts inside the first part.
+        at: Offset in the first part's text at which the second part starts.
     """
     low, high = len(part.text) - SHARED_CHARACTERS * 5 // 8, len(part.text) - SHARED_CHARACTERS // 8
     mine = slice(part.at(low), part.at(high))

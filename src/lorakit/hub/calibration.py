@@ -21,10 +21,10 @@ SHAPE = (1024, 1024, 2048)
 """Rows (tokens in a batch), input width and output width of the measured matmul, as in a small model's MLP."""
 
 COPIED_BYTES = 1 << 26
-"""Number of bytes copied per measurement, which is more than typical processor caches hold."""
+"""Number of bytes copied per measurement, chosen to exceed the size of typical processor caches."""
 
 NEEDED_FACTOR = 1.2
-"""Minimum speedup of bf16 over fp32 matmuls needed to choose bf16; less is not worth the rounding error."""
+"""Minimum speedup of bf16 over fp32 matmuls needed to choose bf16; less does not justify the rounding error."""
 
 THROUGH_FP32 = 0.85
 """Fraction of the fp32 rate reached if bf16 operands are upcast to fp32 (`benchmarks/bench_products.py`)."""
@@ -79,7 +79,7 @@ class Calibration:
         return max(self.bf16_flops_per_second, widened)
 
     def line(self) -> str:
-        """Return the results as a line to print."""
+        """Return the results as one line of text."""
         bf16, fp32 = (format_quantity(r, "FLOP/s") for r in (self.bf16_flops_per_second, self.fp32_flops_per_second))
         where = f"cpu ({format_count(self.threads, 'thread')})" if self.device == "cpu" else self.device
         return (
@@ -90,11 +90,11 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class DtypeChoice:
-    """A dtype and the reason for it.
+    """A dtype and the reason for choosing it.
 
     Attributes:
         dtype: "bfloat16" or "float32".
-        reason: Message to print.
+        reason: Message that explains the choice.
     """
 
     dtype: str

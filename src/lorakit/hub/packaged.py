@@ -145,7 +145,7 @@ def write_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Restore the splitting rule that the GGUF reader omits: SmolLM splits off each digit first.
+    """Restore the pre-tokenization rule that the GGUF reader omits: SmolLM first splits off each digit.
 
     Without the rule, "  1" becomes a space and " 1", whereas in pretraining it became two spaces and a digit.
     """
@@ -177,7 +177,7 @@ MANIFEST = "lorakit-model.json"
 """Name of the file in a converted directory that records its source and its files."""
 
 FORMAT = 1
-"""Version of the manifest and the conversion; models converted with another version are converted again."""
+"""Version of the manifest and the conversion; models converted with a different version are converted again."""
 
 HASHED_BYTES = 1 << 24
 """Maximum size, in bytes, of files that are hashed on every use; larger files (the weights) are compared by size."""

@@ -27,7 +27,7 @@ CHUNK_ROWS, CHUNK_BYTES = 256, 48 << 20
 """Maximum size of the logits that exist at once on a CPU, in rows and in bytes."""
 
 INNER = ("gate_proj", "up_proj", "c_fc")
-"""Names of the feed-forward sites that read the norm's output."""
+"""Names of the feed-forward sites whose input is the norm's output."""
 
 
 def sublayer_of(path: str) -> str | None:
@@ -45,10 +45,10 @@ def fused(shape: ModelShape, counted: Count, quantized: bool) -> frozenset[tuple
     """Return all (block, sublayer) pairs that are fused.
 
     A sublayer is fused if its matmuls are plain: no variants such as DoRA, no bias on B, no `target_parameters`, no
-    saved modules, no trained biases and no quantized weights.
+    saved modules, no trainable biases and no quantized weights.
 
     Args:
-        shape: Shape of the base, from a known family.
+        shape: Shape of the base, which must belong to a known family.
         counted: The adapter's parameter counts.
         quantized: Whether the base is quantized.
     """
@@ -211,5 +211,5 @@ def _inner(shape: ModelShape) -> int:
 
 
 def _reads_norm(site: SiteCount) -> bool:
-    """Return whether a site reads the norm's output, rather than that of attention or the activation function."""
+    """Return whether a site's input comes from the norm, rather than from attention or the activation function."""
     return site.path.rpartition(".")[2] in (*INNER, "q_proj", "k_proj", "v_proj", "c_attn")

@@ -21,7 +21,7 @@ from lorakit.targets.layer_types import EMBEDDING
 _FP32, _INDEX = 4, 8
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
-"""Sites of a block that read the same tensor, which is saved only once."""
+"""Sites of a block that share an input tensor, which is saved only once."""
 
 ATTENTION_OUTPUTS = ("o_proj", "attn.c_proj", "attention.output.dense")
 """Sites whose input is always saved by fused attention."""
@@ -33,7 +33,7 @@ class Family:
 
     Attributes:
         name: Name shown in the plan.
-        architectures: Transformers classes that save these tensors, as verified by the tests.
+        architectures: Names of the transformers classes for which the tests verify these sizes.
         norm: (width, bytes per element) -> bytes per token that each of a block's two norms saves.
         sublayers: Name ("attention" or "feed-forward") -> function (shape, job) -> bytes that the sublayer saves,
             excluding its norm and anything that the adapter adds.
@@ -68,7 +68,7 @@ class Activations:
 
     Attributes:
         family: The family used for the estimate.
-        is_known: Whether the architecture belongs to the family; if not, the values are an estimate.
+        is_known: Whether the architecture belongs to the family; if not, the values are only approximate.
         blocks: Total size in bytes of the tensors that the blocks save.
         largest_block: Largest size in bytes of the tensors that a single block saves.
         outside: Size in bytes of the tensors saved before the first block and after the last one.
@@ -92,12 +92,12 @@ class Activations:
 
 
 def _rms_norm(width: int, _: int) -> int:
-    """Return the number of bytes per token for the saved input in fp32 (a copy if the model is in bf16) and rstd."""
+    """Return the bytes per token that a norm saves: its input in fp32 (a copy if the model is in bf16) and rstd."""
     return _FP32 * width + _FP32
 
 
 def _layer_norm(width: int, itemsize: int) -> int:
-    """Return the number of bytes per token for the saved input, mean and rstd, all in the model's dtype."""
+    """Return the bytes per token that a norm saves: its input, mean and rstd, all in the model's dtype."""
     return itemsize * (width + 2)
 
 
@@ -292,7 +292,7 @@ def of_full(shape: ModelShape, job: Job) -> Activations:
 
 
 def _inner(shape: ModelShape, counted: Count) -> tuple[str, ...]:
-    """Return the blocks that save anything: the first one with trained parameters, and all later ones."""
+    """Return the blocks that save anything: the first one with trainable parameters, and all later ones."""
     paths = [*(site.path for site in counted.sites), *counted.saved, *counted.rows]
     blocks = shape.blocks
     below = any(s.path in paths for s in shape.sites if s.kind == EMBEDDING)
@@ -375,7 +375,7 @@ def _distinct_inputs(
 
 
 def _input_of(path: str) -> tuple[str, str]:
-    """Return a key for the input of a site or bare weight: its parent, and the first name that shares the input."""
+    """Return a key for the input of a site or bare weight: its parent, and the first name with the same input."""
     parent, _, name = path.removesuffix(".weight").rpartition(".")
     return parent, next((group[0] for group in SHARED_INPUTS if name in group), name)
 

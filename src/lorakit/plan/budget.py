@@ -40,7 +40,7 @@ def bytes_of(text: str) -> int:
 
 
 def within(plan: Plan, budget_bytes: int) -> tuple[Plan, str]:
-    """Return the plan with the cheapest recomputation setting that fits within a budget.
+    """Return the plan with the cheapest recomputation setting that fits within a memory budget.
 
     Args:
         plan: The plan of a job; its recomputation setting is replaced.
@@ -77,7 +77,7 @@ def _with(plan: Plan, recompute: str, batch_rows: int | None = None) -> Plan:
 
 
 def _what_would(plan: Plan, budget: int) -> str:
-    """Return advice for the message: a smaller batch that fits or, if none does, other changes."""
+    """Return advice for the error message: a smaller batch that fits or, if none does, other changes."""
     rows, most = plan.job.batch_rows, RECOMPUTED[-1]
     while rows > 1:
         rows //= 2

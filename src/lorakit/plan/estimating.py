@@ -66,7 +66,7 @@ class Method:
     Attributes:
         job: The job.
         trainable: Number of trainable parameters.
-        memory: Memory of a training step.
+        memory: Memory use of a training step.
         flops: FLOPs per token.
         tokens_per_second: Expected training speed, or None if no speed is known.
         saved_bytes: Size on disk of the trained adapter or model, in bytes.
@@ -110,7 +110,7 @@ class Plan:
         speed: The machine's speed, or None.
         counted: Counts of trainable parameters.
         reasons: Messages that explain the counts.
-        lora: Cost of the run.
+        lora: Cost of training the adapter.
         full: Cost of fully fine-tuning the same model with the same job.
         files: Sizes on disk.
         ranks: The rank table, or None if no ranks were given.

@@ -112,7 +112,7 @@ def full(shape: ModelShape, job: Job) -> Flops:
 
 
 def _recomputation(shape: ModelShape, forward: float, job: Job) -> float:
-    """Return the FLOPs that checkpointing recomputes: those of the blocks, not of the head."""
+    """Return the FLOPs that checkpointing recomputes: those of the blocks, but not those of the head."""
     if not job.gradient_checkpointing:
         return 0.0
     heads = sum(2 * s.weight_parameters for s in shape.sites if s.kind != EMBEDDING and not s.dense)
@@ -120,8 +120,8 @@ def _recomputation(shape: ModelShape, forward: float, job: Job) -> float:
 
 
 MATMUL_UTILIZATION = 0.88
-"""Fraction of the calibrated rate that the matmuls of a whole step reach. The value is from the "GEMM baseline" row of
-`benchmarks/bench_step.py`.
+"""Fraction of the calibrated rate that matmuls reach in a full training step. The value is from the "GEMM baseline" row
+of `benchmarks/bench_step.py`.
 """
 
 SECONDS_PER_ELEMENT = 0.9e-9

@@ -14,7 +14,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 """Bytes per element by dtype."""
 
 MASTER_BYTES = 4
-"""Bytes per trained parameter: adapters are stored in fp32, both in memory and on disk."""
+"""Bytes per trainable parameter: adapters are stored in fp32, both in memory and on disk."""
 
 DTYPE_NAMES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 """Short name of a dtype -> full name."""
@@ -26,14 +26,14 @@ zero and trains the other parameters with AdamW.
 
 RECOMPUTED = ("none", "feed-forward", "layers")
 """What the backward pass can recompute, cheapest first: only elementwise results ("none"); also the outputs of the
-first matmuls in each fused feed-forward block ("feed-forward"); everything except the input of each layer ("layers").
+first matmuls in each fused feed-forward block ("feed-forward"); or everything except each layer's input ("layers").
 """
 
 UTILIZATION = 0.4
 """Fraction of the measured matmul speed that a training step of an unmodified transformers model reaches on a CPU.
 
 Measured for one step with the dimensions of SmolLM2-135M: 0.45 on a CPU with slow bf16 matmuls (AVX-512), and 0.27 on
-one with fast matmuls (AMX), where norms, softmax, activations and the allocator take just as long as on the first CPU.
+a CPU with fast matmuls (AMX), where norms, softmax, activations and allocation take just as long as on the first CPU.
 """
 
 
@@ -42,13 +42,13 @@ class Job:
     """A training job.
 
     Attributes:
-        batch_rows: Rows per batch.
-        length_tokens: Tokens per row.
-        accumulation: Batches per optimizer step.
-        steps: Optimizer steps, or None if unknown.
+        batch_rows: Number of rows per batch.
+        length_tokens: Number of tokens per row.
+        accumulation: Number of batches per optimizer step.
+        steps: Number of optimizer steps, or None if unknown.
         dtype: Dtype of the base and of the computation.
-        optimizer: "adamw" or "lorafa"; both keep two fp32 moments per trained parameter, but lorafa trains only one of
-            the two factors.
+        optimizer: "adamw" or "lorafa"; both keep two fp32 moments per trainable parameter, but LoRA-FA trains only one
+            of the two factors.
         recompute: What the backward pass recomputes, one of `RECOMPUTED`.
         quantization: A name in `plan.quantized.STORAGES`, or None for a base in `dtype`.
         double_quantization: Whether to quantize the scales too, if the storage format supports it.
@@ -93,7 +93,7 @@ class Job:
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Return whether only the input of each layer is saved, so that the backward pass recomputes the rest."""
+        """Return whether only each layer's input is saved, so that the backward pass recomputes everything else."""
         return self.recompute == "layers"
 
     @property
@@ -103,7 +103,7 @@ class Job:
 
     @property
     def step_tokens(self) -> int:
-        """Return the number of tokens in an optimizer step, plus any padding that takes time. [docs/math.md (36)]"""
+        """Return the number of tokens in an optimizer step, plus any padding to be processed. [docs/math.md (36)]"""
         each = self.mean_tokens if self.accelerated and self.mean_tokens is not None else self.length_tokens
         return round(self.batch_rows * each) * self.accumulation
 
@@ -120,7 +120,7 @@ class Speed:
     Attributes:
         flops_per_second: Matmul FLOPs per second in the job's dtype; one multiply-add counts as two FLOPs.
         tokens_per_second: Training speed in tokens per second, as printed by a run.
-        source: Where the rate comes from.
+        source: Source of the rate.
         utilisation: Fraction of `flops_per_second` that a step with transformers' own forward passes reaches.
         threads: Number of CPU threads used to measure `flops_per_second`, or None if unknown or not on a CPU.
             `flops.token_seconds` needs it to compute the time of an accelerated step.

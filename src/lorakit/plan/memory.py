@@ -79,7 +79,7 @@ class Memory:
 
     @property
     def above_weights_bytes(self) -> int:
-        """Return the peak in bytes, excluding all weights; a process grows by this much after loading the weights."""
+        """Return the peak in bytes, excluding all weights: the growth of a process after the weights are loaded."""
         return self.peak_bytes - self.bytes_of("weights") - self.bytes_of("adapter")
 
 
@@ -233,7 +233,7 @@ def _notes(shape: ModelShape, kept: Activations, job: Job) -> tuple[str, ...]:
 
 
 def _how(shape: ModelShape, kept: Activations, job: Job) -> str:
-    """Describe which forward passes the estimate assumes, and how those of the run may differ."""
+    """Describe which forward passes the estimate assumes, and how those of the actual run may differ."""
     if not job.accelerated:
         return "Assumes transformers' own forward passes (train --no-accelerate): padding takes memory and time."
     if not kept.of_blocks:

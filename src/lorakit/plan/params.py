@@ -120,7 +120,8 @@ class SiteCount:
         factors: Number of elements in A and B: experts × rank × (in + out).
         own_numbers: Number of values that the variant trains in addition to A and B; negative if the variant's A and B
             are smaller than those of plain LoRA.
-        reads_weight: Whether the variant trains one value per output and reads the weight in each forward pass (DoRA).
+        reads_weight: Whether the variant trains one value per output feature and reads the weight in each forward pass,
+            as DoRA does.
         frozen_factor: The factor that is not trained: "A" with LoRA-FA ("B" for an embedding), "B" if the
             initialization method freezes B (MiCA), else "".
         experts: Number of matrices in the parameter, each with its own factors.
@@ -215,7 +216,7 @@ class Count:
         base: Number of parameters in the base; shared parameters count once.
         sites: The sites, in model order.
         saved: Path -> number of parameters, for each saved module (`modules_to_save`).
-        biases: Number of parameters in trained biases of the base.
+        biases: Number of parameters in trainable biases of the base.
         rows: Path -> number of parameters in trainable token rows (`trainable_token_indices`), for each embedding or
             output head; tied rows count once.
         missing: Target entries that match nothing, if `count` was called with `allow_partial`.
@@ -402,7 +403,7 @@ def _whole(shape: ModelShape, path: str) -> int:
 
 
 def _biases(shape: ModelShape, choice: str, adapted: Collection[str], saved: Collection[str]) -> int:
-    """Return the number of parameters in trained biases of the base, excluding those in saved modules."""
+    """Return the number of parameters in trainable biases of the base, excluding those in saved modules."""
     if choice == "none":
         return 0
     trained = [s for s in shape.sites if (choice == "all" or s.path in adapted) and not _inside(s.path, saved)]
@@ -420,7 +421,7 @@ class RankRow:
         out_features: Rows of the weight.
         in_features: Columns of the weight.
         sites: Number of sites with this shape.
-        each: Number of trainable parameters at one such site, for each rank.
+        each: Number of trainable parameters per site, for each rank.
     """
 
     labels: tuple[str, ...]
