@@ -58,7 +58,7 @@ class DoraCaching(contextlib.AbstractContextManager["DoraCaching"]):
     """PEFT's switch for caching DoRA norms; it has no effect, since lorakit computes norms without a dense update.
 
     Attributes:
-        enabled: Whether the program enabled caching.
+        enabled: Whether the caller enabled caching.
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -193,7 +193,7 @@ class KappaTuneSelector:
         Args:
             top_p: Fraction of the modules to return (at least one module).
             num_modules: Number of modules to return; overrides `top_p`.
-            threshold: Maximum condition number; ignored if another argument is given.
+            threshold: Maximum condition number; ignored if `top_p` or `num_modules` is given.
         """
         return _lowest(self._of_modules, top_p, num_modules, threshold)
 
@@ -205,7 +205,7 @@ class KappaTuneSelector:
         Args:
             top_p: Fraction of the weights to return (at least one weight).
             num_modules: Number of weights to return; overrides `top_p`.
-            threshold: Maximum mean condition number; ignored if another argument is given.
+            threshold: Maximum mean condition number; ignored if `top_p` or `num_modules` is given.
         """
         return _lowest(self._of_parameters, top_p, num_modules, threshold)
 
@@ -231,7 +231,7 @@ def find_kappa_target_modules(
     Args:
         model: The model; it is not modified.
         top_p: Fraction of the modules, and of the parameters, to return.
-        max_dim_size_to_analyze: Weights with a larger dimension are skipped.
+        max_dim_size_to_analyze: Maximum weight dimension; weights with a larger dimension are skipped.
         moe_param_suffixes: Name suffixes of fused expert weights.
         show_progress: Ignored; no progress is shown.
     """

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
 
 CONDENSED_FROM = 20
-"""With at least this many targets, as in PEFT, their paths are condensed to the fewest suffixes that match them."""
+"""Minimum number of targets for condensing their paths to the fewest suffixes that match them, as in PEFT."""
 
 PrepareLayer = Callable[[Any, Any, str], Tensor]
 PrepareLayers = PrepareLayer | Mapping[str, PrepareLayer] | None
@@ -41,7 +41,7 @@ Batch = Tensor | Mapping[str, Any] | Sequence[Any]
 
 
 def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """Run a model on a batch that maps argument names to values."""
+    """Run a model on a batch given as a dict from argument name to value."""
     return model(**inputs)
 
 
@@ -71,7 +71,7 @@ def prepare_layer_inputs_fn_language_modeling(layer_input: LayerInput, model_inp
     """Return a site's input at the selected positions.
 
     Args:
-        layer_input: Input of the site, (rows, length, in), or a tuple whose first element is this input.
+        layer_input: The site's input, (rows, length, in), or a tuple whose first element is this input.
         model_input: Result of `prepare_model_inputs_fn_language_modeling`, (positions, 2).
         layer_name: Name of the site, for use in messages.
 
@@ -193,9 +193,9 @@ def initialize_lora_eva_weights(
         model: A `PeftModel`.
         dataloader: Batches; required if `eva_state_dict` is not given.
         eva_state_dict: Result of `get_eva_state_dict`, a dict from module name to directions, (rank, in).
-        forward_fn: As for `get_eva_state_dict`.
-        prepare_model_inputs_fn: As for `get_eva_state_dict`.
-        prepare_layer_inputs_fn: As for `get_eva_state_dict`.
+        forward_fn: See `get_eva_state_dict`.
+        prepare_model_inputs_fn: See `get_eva_state_dict`.
+        prepare_layer_inputs_fn: See `get_eva_state_dict`.
         adapter_name: Name of the adapter.
         gather_distributed_inputs: Ignored.
         show_progress_bar: Ignored.
@@ -317,17 +317,17 @@ def replace_lora_weights_loftq(
     even by `callback`, every site is restored.
 
     Args:
-        peft_model: The wrapper.
+        peft_model: The `PeftModel`.
         model_path: Directory with the base's safetensors files, or one of these files; None uses the location from
             which the model was loaded, which may be the Hub cache.
         adapter_name: Name of the adapter whose factors are replaced.
-        callback: Function called after each site with the wrapper and the site's path; if the function returns False,
+        callback: Function called after each site with the model and the site's path; if the function returns False,
             the site is restored.
 
     Raises:
         ConfigError: The weights are not found, a weight is missing or has the wrong shape, the scale is 0, or r is
             larger than a dimension of a weight.
-        ConfigTypeError: `peft_model` is not a wrapper.
+        ConfigTypeError: `peft_model` is not a `PeftModel`.
         AdapterError: No site of the adapter is a 4-bit layer, or the adapter is merged.
         ModelError: The directory contains no safetensors files.
 

@@ -122,7 +122,7 @@ def for_attaching(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, cor
         config: The user's config.
 
     Returns:
-        The config to attach, and the statistics or None.
+        The config to attach, and the statistics, if any.
 
     Raises:
         ConfigError: The preprocessing step was not run, or `lora_ga_config` is missing.
@@ -237,7 +237,7 @@ def _corda(config: LoraConfig) -> CordaConfig:
 
 
 def _inputs(covariance: Tensor) -> InputStatistics:
-    """Treat a covariance, (in, in), that is already averaged over calls as the statistics of a single call."""
+    """Return a covariance, (in, in), that is already averaged over calls as the statistics of a single call."""
     found = InputStatistics()
     found.rows = found.calls = 1
     found.gram, found.total = covariance, covariance[0]
@@ -366,7 +366,7 @@ def dense_sites(model: nn.Module, config: LoraConfig, init: str, paths: Collecti
     Args:
         model: The user's model.
         config: Config with targets and ranks.
-        init: Name of the init.
+        init: Name of the initialization method.
         paths: Paths of the modules to keep; None keeps all.
 
     Raises:

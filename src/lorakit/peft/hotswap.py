@@ -179,7 +179,7 @@ def prepare_model_for_compiled_hotswap(
 
     Args:
         model: A model that already has its first adapter.
-        target_rank: Largest rank that will be swapped in; None keeps the ranks.
+        target_rank: Largest rank that will be swapped in; None leaves the ranks unchanged.
         config: Config or configs whose rank is set to `target_rank`.
         check_compiled: What to do if the model is already compiled: "error", "warn" or "ignore".
 
@@ -246,7 +246,7 @@ def _pad(layer: LoraLayer, target_rank: int) -> None:
 
 
 def _fill(target: Tensor, tensor: Tensor, groups: int) -> None:
-    """Copy a tensor of any shape to the start of a larger one or, for a grouped convolution's A, of each group."""
+    """Copy a tensor of any shape into the leading part of a larger one; copy a grouped convolution's A by group."""
     if groups > 1:
         target, tensor = (one.view(groups, one.shape[0] // groups, *one.shape[1:]) for one in (target, tensor))
     target[tuple(slice(size) for size in tensor.shape)].copy_(tensor)

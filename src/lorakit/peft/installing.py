@@ -2,7 +2,7 @@
 
 A finder at the start of `sys.meta_path` returns the modules of `lorakit.peft` for `peft` and all of its submodules, so
 no class exists twice. The finder also provides a distribution named `peft`, because programs read the version of
-`peft`. Installing the finder writes no files and does not change any other package, including an installed `peft`. A
+`peft`. Installing the finder writes no files and does not change any other package, not even an installed `peft`. A
 process started with `spawn` must also call `install_as_peft`.
 """
 
@@ -25,10 +25,10 @@ from lorakit.peft.paths import PACKAGE
 NAME = "peft"
 
 BIND_AT_IMPORT = ("transformers.trainer", "transformers.trainer_utils", "trl", "diffusers", "sentence_transformers")
-"""Modules that look for `peft` once, when they are imported, and keep the result."""
+"""Modules that check for `peft` only once, at import time."""
 
 _CACHED_LOOKUPS = ("is_peft_available", "is_peft_greater_or_equal", "_package_distribution_mapping")
-"""Cached functions of transformers that look for installed packages."""
+"""Functions in transformers that check for installed packages and cache the result."""
 
 
 def install_as_peft() -> None:

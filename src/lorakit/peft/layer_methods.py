@@ -30,7 +30,7 @@ def _use_rslora(layer: LoraLayer) -> dict[str, bool]:
 
 
 def _frozen(layer: LoraLayer) -> dict[str, tuple[str, ...]]:
-    """Return a dict from adapter to the names of the factors that its init (MiCA) froze; empty entries are omitted."""
+    """Return a dict from adapter to the names of the factors frozen by its init (MiCA); empty entries are omitted."""
     parts = list(zip("AB", layer.kind.names, strict=True))
     return {
         name: tuple(held for part, held in parts if part not in trains)

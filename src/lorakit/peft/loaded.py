@@ -46,7 +46,7 @@ def adapter_folder(model_id: str | os.PathLike[str], options: MutableMapping[str
 
 
 LENIENT = tuple(word for word in ALLOWANCES if word != "nonfinite")
-"""Checks whose failure causes a warning, not an error, since PEFT omits them; NaN and infinity remain errors."""
+"""Checks that only warn on failure, since PEFT does not perform them; NaN and infinite values still raise an error."""
 
 
 def load_whole(
@@ -55,7 +55,7 @@ def load_whole(
     """Load a saved adapter into a model as a new adapter.
 
     Args:
-        model: The wrapper.
+        model: The `PeftModel`.
         folder: The adapter's directory.
         name: Name to give the adapter.
         trainable: Whether to make the adapter trainable.
@@ -110,7 +110,7 @@ def load_by_names(
     """Load a saved adapter's tensors by name, into an existing adapter or a new one.
 
     Args:
-        model: The wrapper.
+        model: The `PeftModel`.
         folder: The adapter's directory.
         name: Name of the existing adapter or, if there is none, of the new one.
         trainable: Whether to make the adapter trainable if it is new.
@@ -138,7 +138,7 @@ def warn_of_problems(
     """Warn if an adapter was trained on a different base model or has implausible values.
 
     Args:
-        model: The wrapper.
+        model: The `PeftModel`.
         files: Contents of the adapter's files.
         allow: Checks to override, such as "base_mismatch".
         may_be_zero: Whether to accept an adapter that has no effect, such as one that has not been trained yet.
@@ -170,11 +170,11 @@ def load_peft_weights(
     Args:
         model_id: A directory or a Hub id.
         device: Device for the tensors; None keeps them on the CPU.
-        key_mapping: As for `load_by_names`.
+        key_mapping: See `load_by_names`.
         kwargs: `subfolder` and `revision`; PEFT's other options have no effect.
 
     Returns:
-        A dict from name on disk to tensor, of any shape.
+        A dict from name on disk to tensor (of any shape).
 
     Raises:
         AdapterFileError: Files are missing or damaged.

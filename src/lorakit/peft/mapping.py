@@ -108,7 +108,7 @@ PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[PeftType, type[BaseTuner]] = {PeftType.LO
 """Tuner class of each method that a `PeftMixedModel` supports."""
 
 PEFT_TYPE_TO_PREFIX_MAPPING: dict[PeftType, str] = {PeftType.LORA: LoraModel.prefix}
-"""Prefix of the parameter names of each supported method."""
+"""Parameter-name prefix of each supported method."""
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfigMixin:

@@ -32,7 +32,7 @@ SEQ_CLS_HEADS = ("score", "classifier")
 
 
 class ExcludedModule:
-    """Falsy value that is returned for an explicitly excluded module."""
+    """Falsy result returned for an explicitly excluded module."""
 
     def __bool__(self) -> bool:
         return False
@@ -98,7 +98,7 @@ def maybe_include_all_linear_layers(peft_config: LoraConfig, model: nn.Module) -
     targets = peft_config.target_modules
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
         return peft_config
-    head = None  # the classifier of a classification model; an output head is never a candidate
+    head = None  # the head of a sequence classifier; a language-model head is never a candidate
     if peft_config.task_type == TaskType.SEQ_CLS and hasattr(model, "get_output_embeddings"):
         heads = (getattr(model, name, None) for name in SEQ_CLS_HEADS)
         head = next((head for head in heads if head is not None), None)
@@ -113,7 +113,7 @@ def find_minimal_target_modules(target_modules: Collection[str], other_module_na
 
     Args:
         target_modules: Paths to match.
-        other_module_names: Paths not to match.
+        other_module_names: Paths that must not match.
 
     Raises:
         ConfigError: `target_modules` is empty or contains an empty path, or a path is in both collections.
@@ -145,7 +145,7 @@ NOTHING_MATCHED = {
     "target_parameters": "target_parameters={value} were set but no parameter was matched.",
     "exclude_modules": "You have passed exclude_modules={value} but no modules were excluded.",
 }
-"""PEFT's messages, keyed by config field, for when none of the entries in that field match."""
+"""Dict from config field to the message that PEFT shows if no entry in the field matches."""
 
 ALL_EXCLUDED = (
     "All modules were excluded. This is likely unintended. Check `target_modules`, `exclude_modules` and "
@@ -188,7 +188,7 @@ def with_own_targets(model: nn.Module, config: LoraConfig, table: Mapping[str, s
     Args:
         model: The model.
         config: The adapter's config.
-        table: PEFT's table of default targets, keyed by model type; programs may extend the table.
+        table: PEFT's default targets, keyed by model type; programs may add entries.
     """
     targets = table.get(model_type_of(model))
     if targets is None or config.target_modules is not None or config.target_parameters:
@@ -201,7 +201,7 @@ def messages_of_missing(config: LoraConfig, report: AttachReport) -> list[str]:
 
     Args:
         config: The config.
-        report: Report from attaching the adapter.
+        report: Report created when the adapter was attached.
     """
     entries = [unmatched for unmatched in report.missing if unmatched.field not in PATTERNS]
     messages = [unmatched.text for unmatched in entries]

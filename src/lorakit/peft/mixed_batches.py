@@ -111,24 +111,24 @@ def is_alora_relevant_in_batch(model: PeftModel, adapter_names: Sequence[str] | 
 def get_alora_offsets_for_forward(
     model: PeftModel, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any
 ) -> dict[str, Any]:
-    """Return the options of a forward pass, with `alora_offsets` added if an aLoRA adapter is used.
+    """Return the keyword arguments of a forward pass, with `alora_offsets` added if an aLoRA adapter is used.
 
     Args:
         model: A `PeftModel`.
         input_ids: Token ids, (rows, length), or None.
         inputs_embeds: Embeddings, (rows, length, width), or None.
-        kwargs: Options of the forward pass.
+        kwargs: Keyword arguments of the forward pass.
     """
     return _with_offsets(model, input_ids, kwargs, _ONLY_EMBEDDINGS if inputs_embeds is not None else "")
 
 
 def get_alora_offsets_for_generate(model: PeftModel, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Return the options of `generate`, with `alora_offsets` added if an aLoRA adapter is used.
+    """Return the keyword arguments of `generate`, with `alora_offsets` added if an aLoRA adapter is used.
 
     Args:
         model: A `PeftModel`.
         args: Positional arguments of `generate`, beginning with the prompts, (rows, length) or (length,).
-        kwargs: Options of `generate`.
+        kwargs: Keyword arguments of `generate`.
     """
     return _with_offsets(model, _prompts(args, kwargs), kwargs, _NO_TOKENS)
 
@@ -155,7 +155,7 @@ def options_of_call(
 ) -> Iterator[None]:
     """Return a context manager that assigns adapters to the rows of a call's batch and applies `alora_offsets`.
 
-    The call is a forward pass or a `generate` call. `alora_offsets` is removed from its options. If the option is
+    The call is a forward pass or a `generate` call. `alora_offsets` is removed from `kwargs`. If `alora_offsets` is
     missing, invocations are located in the `input_ids` of a forward pass or in the prompts of a `generate` call,
     whether or not a KV cache is used. If only embeddings are given, aLoRA adapters stay inactive, and a warning is
     issued.
@@ -164,7 +164,7 @@ def options_of_call(
         model: A `PeftModel`.
         names: One adapter name per row, or None.
         args: Positional arguments of the call.
-        kwargs: Options of the call.
+        kwargs: Keyword arguments of the call.
         generates: Whether the call is to `generate`, which may run several rows per prompt.
 
     Yields:
@@ -172,7 +172,7 @@ def options_of_call(
 
     Raises:
         RowCountError: The number of names differs from the batch size. For a forward pass, the batch size is the
-            number of rows in the first tensor, (rows, …), among the arguments and options.
+            number of rows in the first tensor, (rows, …), among the arguments.
         MixedBatchError: A module cannot run a mixed batch.
     """
     user = model.get_base_model()

@@ -96,7 +96,7 @@ class PeftModel(OverModel):
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        """True if adapters are enabled in any layer."""
+        """True if adapters are enabled in at least one layer."""
         return any(not layer.disable_adapters for layer in model_adapters.adapted(self))
 
     @property
@@ -415,7 +415,7 @@ class PeftModel(OverModel):
         """Save the adapters and upload them to the Hub.
 
         Args:
-            repo_id: The repository, "owner/name"; it is created if it does not exist.
+            repo_id: Repository in the form "owner/name"; it is created if it does not exist.
             commit_message: Commit message.
             private: Whether to make a new repository private.
             token: Hub token; None uses the stored one.

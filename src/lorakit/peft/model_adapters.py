@@ -27,7 +27,7 @@ def is_wrapper(model: nn.Module) -> TypeGuard[PeftModel]:
 
 
 def user_model(model: nn.Module) -> nn.Module:
-    """Return the user's model inside a wrapper or a tuner, or the model itself."""
+    """Return the user's model inside a wrapper or a tuner; any other model is returned unchanged."""
     if is_wrapper(model):
         return model.get_base_model()
     return model.get_submodule("model") if hasattr(type(model), "tuner_layer_cls") else model
@@ -45,7 +45,7 @@ def configs_of(model: nn.Module) -> dict[str, LoraConfig]:
 
 
 def as_names(adapter_names: str | Iterable[str]) -> list[str]:
-    """Return adapter names as a list; PEFT accepts one name or several."""
+    """Return adapter names as a list, given a single name or several names."""
     return [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
 
 
@@ -57,7 +57,7 @@ def check_exist(
     Args:
         configs: Configs of all existing adapters, keyed by name.
         adapter_names: Name of an adapter, or several names.
-        problem: PEFT's phrase for a missing adapter.
+        problem: PEFT's wording for a missing adapter, used in the error message.
 
     Raises:
         AdapterError: An adapter does not exist; the error's `what` field contains the adapter's name.

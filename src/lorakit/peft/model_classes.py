@@ -1,4 +1,4 @@
-"""The table of wrapper classes by task, the `AutoPeftModel` classes, and `PeftMixedModel`.
+"""A dict from task to wrapper class, the `AutoPeftModel` classes, and `PeftMixedModel`.
 
 Each task's wrapper declares its own `forward` signature, which programs inspect to determine which dataset columns
 to keep. An `AutoPeftModel` class loads an adapter and the base model named in the adapter's config. A `PeftMixedModel`
@@ -23,7 +23,7 @@ from lorakit.peft.model_adapters import as_names
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: Mapping[str, type[PeftModel]] = {
     kind.task.value: kind for kind in PeftModel.__subclasses__() if kind.task is not None
 }
-"""Wrapper class for each task; the name of this dict is PEFT's."""
+"""Wrapper class for each task; PEFT uses the same name for this dict."""
 
 ALLOWED_LIBRARIES = ("transformers", "diffusers", "lerobot", "megatron-core")
 """Packages from which the base model's class, as named in a saved config, may be imported."""
@@ -58,7 +58,7 @@ class _BaseAutoPeftModel:
             pretrained_model_name_or_path: Directory or Hub id of the adapter.
             adapter_name: Name to give the adapter.
             is_trainable: Whether to make the adapter trainable.
-            config: As for `PeftModel.from_pretrained`.
+            config: See `PeftModel.from_pretrained`.
             revision: Revision of the adapter.
             import_allowlist: Packages from which the base model's class may be imported.
             kwargs: `subfolder` of the adapter, and options for loading the base model.
@@ -72,7 +72,7 @@ class _BaseAutoPeftModel:
             AdapterFileError: The config does not name the base model.
         """
         options = {"revision": revision, **kwargs}
-        folder = adapter_folder(pretrained_model_name_or_path, options)  # pops the adapter's own options
+        folder = adapter_folder(pretrained_model_name_or_path, options)  # removes the adapter's options from `options`
         found = read_config(folder)[0]
         if not found.base_model_name_or_path:
             raise AdapterFileError(

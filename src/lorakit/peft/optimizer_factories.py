@@ -33,7 +33,7 @@ def create_loraplus_optimizer(
     Args:
         model: The model whose trainable parameters are optimized.
         optimizer_cls: Optimizer class, such as `torch.optim.AdamW`.
-        lr: Learning rate of A.
+        lr: Learning rate for A.
         loraplus_lr_ratio: Ratio of B's learning rate to A's.
         kwargs: `loraplus_weight_decay` (default 0.0), `loraplus_lr_embedding` (default 1e-6), and optimizer options.
 
@@ -91,9 +91,9 @@ class LoraFAOptimizer(LoraFA):
         Args:
             params: Parameter groups with `params`, `names` and `scaling_factors`.
             lr: Learning rate for groups that do not set one.
-            betas: As for AdamW.
-            eps: As for AdamW.
-            weight_decay: As for AdamW.
+            betas: See `torch.optim.AdamW`.
+            eps: See `torch.optim.AdamW`.
+            weight_decay: See `torch.optim.AdamW`.
             correct_bias: Whether to correct the moments for their bias toward zero.
             pairs: Pairs of a trainable factor and its frozen counterpart; None pairs factors by name within each group.
 
@@ -143,7 +143,7 @@ def create_lorafa_optimizer(
         r: Rank, used only for the deprecated `scaling_factor` entry of the parameter group.
         lora_alpha: Alpha, likewise used only for `scaling_factor`.
         lr: Learning rate.
-        weight_decay: As for AdamW.
+        weight_decay: See `torch.optim.AdamW`.
         use_rslora: Deprecated; must be None or equal the value in the active adapters' configs.
 
     Returns:
@@ -173,7 +173,7 @@ def create_lorafa_optimizer(
 
 
 class _StateByName(defaultdict[Any, Any]):
-    """Optimizer state keyed by tensor; PEFT's key for a pair, "<site>.lora", also works and returns B's moments."""
+    """Optimizer state keyed by tensor; PEFT's "<site>.lora" key also works and returns B's moments."""
 
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
         super().__init__(dict)
@@ -188,10 +188,10 @@ class _StateByName(defaultdict[Any, Any]):
 
 
 def named_b(named: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
-    """Return the entries whose tensor is a B factor.
+    """Return the pairs whose parameter is a B factor.
 
     Args:
-        named: Pairs of a name and a tensor.
+        named: (name, parameter) pairs.
     """
     return [(name, p) for name, p in named if ".lora_B." in name and p.ndim > 1]
 
@@ -227,7 +227,7 @@ def _check_rslora(given: bool, configured: dict[str, bool]) -> None:
 
 
 def _keep_embeddings_wide(model: nn.Module, optimizer_cls: type[Optimizer]) -> None:
-    """Make bitsandbytes, which provides `optimizer_cls`, keep the moments of embeddings in fp32."""
+    """Configure bitsandbytes, which provides `optimizer_cls`, to keep optimizer moments for embeddings in fp32."""
     package = sys.modules[optimizer_cls.__module__.partition(".")[0]]
     known = package.optim.GlobalOptimManager.get_instance()
     for _, module in walk(model):

@@ -51,7 +51,7 @@ TARGET_TABLES = " ".join(
     f"TRANSFORMERS_MODELS_TO_{method.upper()}_MODULES_MAPPING"
     for method in ("IA3_FEEDFORWARD", *(f"{method}_TARGET" for method in _WITH_TARGET_TABLES.split()))
 )
-"""Names of the tables of default targets for other methods."""
+"""Names of the dicts that specify other methods' default targets."""
 
 PENALTY_METHODS = frozenset({"_get_kasa_loss"})
 """Methods of PEFT's `LoraModel` that return the penalty a variant adds to the training loss."""
@@ -269,7 +269,7 @@ def lazy_names(module: str, names: str) -> tuple[Callable[[str], Any], Callable[
 
     Args:
         module: The module's full name.
-        names: Names separated by spaces; `HOMES` specifies the module that defines each name.
+        names: Space-separated names; `HOMES` specifies the module that defines each name.
 
     Returns:
         The two functions.
@@ -305,7 +305,7 @@ class _PathModule(ModuleType):
         return dir(self) if name == "__all__" else _find(self.__name__, _names(self.__name__), name)
 
     def __dir__(self) -> list[str]:
-        """Return the names that the table lists for this module."""
+        """Return the names that `PATHS` lists for this module."""
         return sorted(_names(self.__name__))
 
 
@@ -342,7 +342,7 @@ def _names(module: str) -> frozenset[str]:
 
 @cache
 def _homes() -> dict[str, tuple[str, str]]:
-    """Map each name to the module that defines it and to its name in that module."""
+    """Return a dict from each exported name to its defining module and its name in that module."""
     entries = [(home, *entry.partition("=")) for home, names in HOMES.items() for entry in names.split()]
     return {name: (home, target or name) for home, name, _, target in entries}
 

@@ -66,9 +66,9 @@ PromptTuningInit = _text_enum("PromptTuningInit", "TEXT SAMPLE_VOCAB RANDOM")
 MultitaskPromptTuningInit = _text_enum(
     "MultitaskPromptTuningInit", "TEXT RANDOM AVERAGE_SOURCE_TASKS EXACT_SOURCE_TASK ONLY_SOURCE_SHARED"
 )
-"""PEFT's initialization methods for a prompt that several tasks share."""
+"""PEFT's initialization methods for a prompt shared by several tasks."""
 PromptEncoderReparameterizationType = _text_enum("PromptEncoderReparameterizationType", "MLP LSTM")
-"""PEFT's types of prompt encoder."""
+"""PEFT's prompt encoder types."""
 
 
 def register_peft_method(*, name: str, **_: type | str | bool | None) -> NoReturn:
@@ -114,7 +114,7 @@ def placeholder(name: str) -> Any:
     Repeated calls return the same object.
 
     Args:
-        name: A name that exists in PEFT; the caller has checked it against the tables of names.
+        name: A name that exists in PEFT; the caller has already checked that `lorakit.peft.paths` lists it.
     """
     if name in globals() and not name.startswith("_"):
         return globals()[name]

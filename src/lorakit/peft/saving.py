@@ -1,7 +1,7 @@
-"""PEFT-style saving, including model cards (`README.md`) and adapters whose init changed the base.
+"""PEFT-style saving, including model cards (`README.md`) and adapters whose init modified the base.
 
-An adapter whose init changed the base is either saved for the changed base or converted to plain LoRA. Text that users
-have added to a card is kept.
+An adapter whose init modified the base is either saved for the modified base or converted to plain LoRA. Text that
+users have added to a card is kept.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ model = model.merge_and_unload()  # optional: merge it into the base permanently
 - **Evaluation**: benchmarks and results.
 - **Limitations**: known problems and risks, in addition to those of the base model.
 """
-"""Text of a new card; it remains valid if the adapter is trained further."""
+"""Body of a new model card; it remains valid if the adapter is trained further."""
 
 
 def write_card(model: PeftModel, output_dir: str | PathLike[str]) -> None:
     """Write an adapter's model card, or add missing header fields to an existing one.
 
     Args:
-        model: The wrapper.
+        model: The `PeftModel`.
         output_dir: The adapter's directory.
     """
     path = Path(output_dir) / "README.md"
@@ -76,7 +76,7 @@ def write_card(model: PeftModel, output_dir: str | PathLike[str]) -> None:
 
 
 def _metadata(model: PeftModel) -> Iterator[tuple[str, list[str]]]:
-    """Iterate over the card's header fields and the lines of each field."""
+    """Iterate over the card's header fields, yielding each field's name and lines."""
     base = model.get_base_model()
     name = getattr(base, "name_or_path", None)
     if name:
@@ -93,13 +93,13 @@ def _metadata(model: PeftModel) -> Iterator[tuple[str, list[str]]]:
 
 
 def _quoted(value: str) -> str:
-    """Return a header value, quoted if YAML would not read it as a plain string."""
+    """Return a header value, quoted unless YAML would read it as a plain string."""
     plain = all(char.isalnum() or char in "-_./" for char in value)
     return value if plain and value else "'" + value.replace("'", "''") + "'"
 
 
 def _parts(text: str) -> tuple[list[str], str]:
-    """Return a card's header lines and its text."""
+    """Return a card's header lines and its body."""
     lines = text.splitlines()
     if not lines or lines[0].strip() != FENCE or FENCE not in (line.strip() for line in lines[1:]):
         return [], text
@@ -120,7 +120,7 @@ def save(
     """Save one adapter as PEFT does.
 
     Args:
-        model: The wrapper.
+        model: The `PeftModel`.
         folder: Directory to write to.
         name: Name of the adapter.
         tensors: Tensors of any shape, keyed by name on disk, to save instead of the model's own tensors.

@@ -191,7 +191,7 @@ def set_peft_model_state_dict(
         peft_model_state_dict: Tensors of any shape, keyed by name on disk, with or without a wrapped model's prefix.
         adapter_name: Name of the adapter.
         ignore_mismatched_sizes: Whether to warn about tensors of a different shape and skip them.
-        low_cpu_mem_usage: Ignored; factors are already on their device.
+        low_cpu_mem_usage: Ignored; factors are already on their final device.
 
     Returns:
         Names in the model that have no tensor in the state dict, and unexpected names; the latter also cause a warning.

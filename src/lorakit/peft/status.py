@@ -1,4 +1,4 @@
-"""PEFT's status functions for a model's layers and for the whole model, and their result types."""
+"""PEFT's functions that report the status of a model and of its layers, and their result types."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class TunerLayerStatus:
         name: Path of the module.
         module_type: Class name of the module, as shown by `repr`.
         enabled: Whether the adapters of the module are enabled.
-        active_adapters: Active adapters.
-        merged_adapters: Merged adapters.
+        active_adapters: Names of the active adapters.
+        merged_adapters: Names of the merged adapters.
         requires_grad: Whether each adapter's parameters in the module are trainable, keyed by adapter.
-        available_adapters: Adapters that have parameters in the module, sorted.
+        available_adapters: Sorted names of the adapters that have parameters in the module.
         devices: Dict from adapter to the device types of its parameters.
         quantization_backend: Quantization backend of the base weight, or None.
     """
@@ -51,20 +51,20 @@ class TunerLayerStatus:
 
 @dataclass
 class TunerModelStatus:
-    """Status of a whole model; a field is "irregular" if it differs between layers.
+    """Status of a model; a field is "irregular" if it differs between layers.
 
     Attributes:
-        base_model_type: Class of the user's model.
-        adapter_model_type: Class of the tuner, or "None" for a model without a wrapper.
-        peft_types: Dict from adapter to method.
+        base_model_type: Class name of the user's model.
+        adapter_model_type: Class name of the tuner, or "None" for a model without a wrapper.
+        peft_types: Dict from adapter to PEFT method.
         trainable_params: Number of trainable parameters.
         total_params: Total number of parameters.
         num_adapter_layers: Number of adapted layers and saved modules.
         enabled: Whether adapters are enabled.
-        active_adapters: Active adapters.
-        merged_adapters: Merged adapters.
+        active_adapters: Names of the active adapters.
+        merged_adapters: Names of the merged adapters.
         requires_grad: Whether each adapter's parameters are trainable, keyed by adapter.
-        available_adapters: Adapters of the model, sorted.
+        available_adapters: Sorted names of the model's adapters.
         devices: Dict from adapter to the device types of its parameters.
         quantization_backend: Quantization backend of the base weights, or None.
     """
@@ -88,7 +88,7 @@ MODULE_TYPES = {"ModulesToSave": "ModulesToSaveWrapper", "TrainableTokens": "Tra
 """PEFT's names for the classes of adapted modules that are not layers, keyed by lorakit's names."""
 
 BACKENDS = {"bnb-4bit": "bnb 4bit", "bnb-8bit": "bnb 8bit"}
-"""PEFT's names for weight formats, keyed by lorakit's names; formats with the same name in both are omitted."""
+"""PEFT's names for weight formats, keyed by lorakit's names; formats with identical names are omitted."""
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
@@ -134,7 +134,7 @@ def _flags_and_devices(modules: Iterable[AdapterModule]) -> tuple[dict[str, bool
     """Return two dicts keyed by adapter: whether its parameters are trainable, and their device types."""
     held: dict[str, list[nn.Parameter]] = defaultdict(list)
     for module in modules:
-        table = module.token_adapter if isinstance(module, TrainableTokens) else None  # a tied module has no rows
+        table = module.token_adapter if isinstance(module, TrainableTokens) else None  # tied modules have no rows
         for adapter in module.available_adapters():
             found = module.parameters_of(adapter) if table is None else [table.trainable_tokens_delta[adapter]]
             for parameter in found:  # empty for a tied layer or a copy without parameters

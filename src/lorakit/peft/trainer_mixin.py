@@ -29,7 +29,7 @@ ARGUMENTS_FILE = "training_args.bin"
 
 
 class Arguments(Protocol):
-    """The parts of the trainer's arguments that the mixin reads."""
+    """The trainer arguments that the mixin reads."""
 
     should_save: bool
     output_dir: str
@@ -115,7 +115,7 @@ class LoraTrainerMixin:
         """Call the parent's `model_init`, wrap the resulting model if necessary, and return the model to train.
 
         Args:
-            trial: Passed on to the parent.
+            trial: Passed to the parent unchanged.
 
         Returns:
             The model that the parent trains.
@@ -162,7 +162,7 @@ class LoraTrainerMixin:
         return base
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Save the adapters, the tokenizer and the training arguments instead of the whole model."""
+        """Save the adapters, the tokenizer and the training arguments instead of the full model."""
         if not self.args.should_save:
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)

@@ -88,7 +88,7 @@ def delete_adapter(
         layer_cls: Ignored; in lorakit, all adapted layers have the same class.
 
     Returns:
-        The adapters that are now active, or None if there are none.
+        Names of the adapters that are now active, or None if there are none.
 
     Raises:
         AdapterError: The adapter is merged.
@@ -151,7 +151,7 @@ class OverModel(nn.Module):
         model_adapters.set_requires_grad(self.model, adapter_names, requires_grad)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether an adapter can be converted to plain LoRA; adapters that depend on token positions cannot.
+        """Return whether an adapter can be converted to plain LoRA; adapters that depend on token positions cannot be.
 
         Args:
             adapter_name: Name of the adapter.
@@ -246,7 +246,7 @@ class BaseTuner(OverModel):
         return self._penalty if name in PENALTY_METHODS else super().__getattr__(name)
 
     def _penalty(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
-        """Return the total penalty of the given adapters (default: the active ones), a scalar; 0.0 if there is none."""
+        """Return the total penalty, a scalar, of the given (default: active) adapters; 0.0 if there is none."""
         with contextlib.ExitStack() as stack:
             if adapter_names is not None:
                 stack.enter_context(core.use(self.model, *model_adapters.as_names(adapter_names)))
@@ -336,7 +336,7 @@ class BaseTuner(OverModel):
         matching.check_parameters(self.model, self.peft_config, config)
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
-        """Return `names_tied_with_embedding` for the user's model; the method name comes from PEFT."""
+        """Return the result of `names_tied_with_embedding` for the user's model; PEFT's tuner has this method."""
         return names_tied_with_embedding(self.model)
 
     def is_partly_disabled(self) -> bool:
@@ -399,7 +399,7 @@ class BaseTuner(OverModel):
         return core.route(self.model, rows, copies=copies or 1, keep=copies > 0)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the base weights; the originals are kept, and `unmerge_adapter` restores them exactly.
+        """Merge adapters into the base weights; `unmerge_adapter` restores the original weights exactly.
 
         Args:
             adapter_names: Adapters to merge; None means the active ones.

@@ -47,11 +47,11 @@ ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 UPCAST_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
 TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, object] = {}
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = dict(DEFAULT_TARGETS)
-"""Default targets of each model type. The name is PEFT's; programs may add entries."""
+"""Default targets for each model type; PEFT uses the same name, and programs may add entries."""
 
 
 class BufferDict(nn.Module, MutableMapping[str, Tensor]):
-    """Dictionary of buffers that move with the parent module; used by PEFT's other methods.
+    """Dictionary of buffers that move with the parent module; used by PEFT methods other than LoRA.
 
     Attributes:
         persistent: Whether the buffers are part of the state dict.
@@ -122,12 +122,12 @@ def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
 
 
 def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | None:
-    """Match a regular expression against a whole path."""
+    """Match a regular expression against an entire path."""
     return re.fullmatch(target_pattern, key)
 
 
 def input_embeddings_name(model: nn.Module, default: str | None = None) -> str | None:
-    """Return the path of a model's input embedding, or the default if the model has no input embedding."""
+    """Return the path of a model's input embedding, or `default` if the model has no input embedding."""
     embedding = _input_embedding(model)
     return default if embedding is None else next((name for name, m in walk(model) if m is embedding), default)
 
@@ -251,7 +251,7 @@ def init_empty_weights(include_buffers: bool | None = None) -> torch.device:
 
 
 def skip_init_on_device(func: Function) -> Function:
-    """Return the function unchanged; lorakit, unlike PEFT, need not exempt it from `init_empty_weights`."""
+    """Return the function unchanged; lorakit, unlike PEFT, does not have to exempt it from `init_empty_weights`."""
     return func
 
 
@@ -380,7 +380,7 @@ def prepare_model_for_kbit_training(
         auto_clear_cache: Whether to release cached GPU memory.
 
     Returns:
-        The given model.
+        The model passed in.
     """
     method = getattr(model, "quantization_method", None)
     method = getattr(method, "value", method)
@@ -416,8 +416,8 @@ def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int, decoder_start
 
     Args:
         input_ids: The labels, (rows, tokens).
-        pad_token_id: Token that replaces masked labels.
-        decoder_start_token_id: The first token.
+        pad_token_id: Id of the token that replaces masked labels.
+        decoder_start_token_id: Id of the start token.
 
     Returns:
         The decoder inputs, (rows, tokens).
@@ -445,7 +445,7 @@ class QuantizationBackend:
     """Base class for the backends of quantization methods.
 
     Attributes:
-        backend_name: Name of the method in a layer's status.
+        backend_name: Name of the quantization method, as shown in a layer's status.
     """
 
     backend_name = ""

@@ -170,17 +170,17 @@ def save_as_lora(
 
     Args:
         path: Directory to write to; an existing adapter in this directory is replaced.
-        model: As for `convert_to_lora`.
-        rank: As for `convert_to_lora`.
-        adapter_name: As for `convert_to_lora`.
+        model: See `convert_to_lora`.
+        rank: See `convert_to_lora`.
+        adapter_name: See `convert_to_lora`.
         progressbar: Ignored; no progress is shown.
         compile_kwargs: Ignored; nothing is compiled.
 
     Raises:
-        TypeError: As for `convert_to_lora`.
-        ConfigError: As for `convert_to_lora`.
-        AdapterError: As for `convert_to_lora`.
-        DiskError: The directory cannot be written.
+        TypeError: See `convert_to_lora`.
+        ConfigError: See `convert_to_lora`.
+        AdapterError: See `convert_to_lora`.
+        DiskError: The directory cannot be written to.
     """
     write(_converted(model, rank, adapter_name), path, replace=True)
 
