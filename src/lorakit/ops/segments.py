@@ -141,8 +141,8 @@ def segmented(
         scales: Scales (K,), or None if A includes the scales.
         index: Adapter of each row, (rows,), with −1 for none; or a `Routed`.
         into: Tensor (rows, …, out) to which the result is added in place, or None.
-        method: Method to use; None chooses any other than "compiled". With "masked", all factors must be finite,
-            because each row is multiplied by the factors of every adapter.
+        method: Method to use; None chooses one automatically, but never "compiled". With "masked", all factors must
+            be finite, because each row is multiplied by the factors of every adapter.
 
     Raises:
         ValueError: Shapes do not match, or an index is out of range; or the method is "compiled", but gradients are

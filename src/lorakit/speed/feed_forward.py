@@ -20,7 +20,7 @@ FUSED = (("gate_up_proj", "down_proj"),)
 
 PLAIN = (("fc1", "fc2"), ("c_fc", "c_proj"), ("dense_h_to_4h", "dense_4h_to_h"), ("wi", "wo"))
 LAST, WITHIN = ("c_fc",), ("wi", "wi_0")
-"""Names of first modules if the block's `dropout` comes last (LAST) or before the last linear module (WITHIN)."""
+"""Names of the first modules of blocks with `dropout` last (LAST) or before the last linear module (WITHIN)."""
 
 ACTIVATION = ("act_fn", "activation_fn", "act")
 ATTRIBUTES = frozenset({"config", "hidden_size", "intermediate_size", "mlp_bias", "layer_idx", "embed_dim"})
