@@ -19,7 +19,7 @@ from lorakit.ops.kernels import kernels_for
 aten = torch.ops.aten
 
 SLOPE = 2 * math.sqrt(2 / math.pi)
-"""The tanh approximation of GELU is x·σ(g(x)); this is the slope of g at 0."""
+"""Slope of g at 0, where x·σ(g(x)) is the tanh approximation of GELU."""
 QUICK = 1.702
 """Coefficient of x inside the sigmoid of "quick GELU", x·σ(1.702·x)."""
 
@@ -115,7 +115,7 @@ def activate(act: Activation, first: Tensor, up: Tensor | None, out: Tensor) -> 
 
 
 def activate_backward(act: Activation, da: Tensor, first: Tensor, up: Tensor | None) -> list[Tensor]:
-    """Return the gradients (N, f) of `activate` for `first` and, if given, `up`. The one for `first` overwrites da."""
+    """Return the gradients (N, f) of `activate` for `first` and, if given, `up`. That of `first` overwrites da."""
     kernels, dup = kernels_for(first, up, da), None if up is None else torch.empty_like(first)
     if kernels is not None and act.name in kernels.activations:
         kernels.gate_backward(act.name, da, first, up, da, dup)

@@ -39,7 +39,7 @@ def _many(x: Tensor) -> int:
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """One adapter: its LoRA factors A (r, in) and B (out, r), scale, and current dropout probability p.
+    """An adapter: its LoRA factors A (r, in) and B (out, r), scale, and current dropout probability p.
 
     Raises:
         ValueError: p is not in [0, 1).

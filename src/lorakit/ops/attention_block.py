@@ -224,7 +224,7 @@ def _out(part: Adapted) -> int:
 
 
 _State = tuple[_Form, torch.Size, list[int], linear.Form, linear.Form]
-"""Form, shape of x, number of saved tensors in each part, and packed forms of the input and output groups."""
+"""The form, the shape of x, the number of saved tensors in each part, and the packed input and output groups."""
 
 
 class _AttentionBlock(torch.autograd.Function):

@@ -90,7 +90,7 @@ def _parts(q: Tensor, k: Tensor, pattern: Pattern) -> Iterator[_Part]:
 
 
 def _grouped(x: Tensor, k: Tensor, part: _Part) -> Tensor:
-    """Return a part of x (B, H, T, D) as a view (b, H, t, D), or (KV, G, t, D) if G heads share each head of k."""
+    """Return a part of x (B, H, T, D) as a view (b, H, t, D), or (KV, G, t, D) if G q heads share each k head."""
     cut = x[part.batch, :, part.tokens]
     return cut.unflatten(0, (k.shape[1], -1)) if isinstance(part.batch, int) else cut
 

@@ -161,7 +161,7 @@ class Piece(NamedTuple):
 
 
 def pieces(batch: int, tokens: int, pattern: Pattern, rows_at_once: int, join: int) -> Iterator[Piece]:
-    """Yield all pieces. Each covers one sequence, or several adjacent sequences with at most `join` tokens in total."""
+    """Yield all pieces. Each covers either one sequence or adjacent sequences with at most `join` tokens in total."""
     start = 0
     gathered: list[int] = []
     for length in (*pattern.lengths(tokens), None):

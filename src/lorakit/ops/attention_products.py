@@ -20,7 +20,7 @@ from lorakit.ops.attention_pattern import Operands, Pattern, Piece, pieces
 from lorakit.ops.dropout import apply_dropout, draw_record, zero_
 from lorakit.ops.kernels import kernels_for
 
-BLOCK = 64  # query rows per block: enough for efficient matmuls, but few enough to skip most of the triangle
+BLOCK = 64  # query rows per block: enough for efficient matmuls, but few enough to skip most masked scores
 SCORES = 2**22  # maximum number of elements in the score buffer, unless even a block of 8 rows exceeds it
 TOGETHER = 2**20  # maximum number of scores that are computed together for several batch rows, to fit in the cache
 # the three limits above for other devices, where each piece costs kernel launches and cache size does not matter

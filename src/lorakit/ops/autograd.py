@@ -15,7 +15,7 @@ class Context(Protocol[State]):
     """Type of the context that PyTorch passes to the forward and backward methods of an autograd function.
 
     Attributes:
-        needs_input_grad: Whether each argument of the forward method needs a gradient.
+        needs_input_grad: For each argument of the forward method, whether it needs a gradient.
         saved_tensors: Tensors that were passed to `save_for_backward`.
         state: Other data that the forward method stores for the backward method.
     """
@@ -62,5 +62,5 @@ def rows(x: Tensor) -> Tensor:
 
 
 def unflat(y: Tensor, like: Tensor) -> Tensor:
-    """Reshape rows y (N, out) to have the leading dimensions of `like` (…, in)."""
+    """Reshape y (N, out) to (…, out), with the leading dimensions of `like` (…, in)."""
     return y.view(*like.shape[:-1], y.shape[-1])

@@ -36,7 +36,7 @@ NARROW = (torch.bfloat16, torch.float16)
 """Dtypes whose matmuls may be slower than fp32 matmuls."""
 
 IN_FP32 = " through fp32"  # prose-check: ok
-"""Suffix of the names of fp32 choices; checkpoints and the cache store these names."""
+"""Suffix that marks choices to run matmuls in fp32. Their names are stored in checkpoints and in the cache."""
 
 BLOCK = 2048
 """Height and width of the blocks in which a weight is upcast. Only one block is upcast at a time, so that the output
@@ -60,8 +60,8 @@ def activate(choices: Mapping[str, int]) -> Iterator[None]:
     The context must contain only complete training steps.
 
     Args:
-        choices: Dict from shape name to value. The value is the slice size in rows for a matmul, and 1 for an fp32
-            choice; for attention, it is 1 for the flash kernel and 0 for matmuls.
+        choices: Dict from shape name to value. For a matmul, the value is the slice size in rows; for a choice to
+            run in fp32, it is 1; for attention, it is 1 for the flash kernel and 0 for matmuls.
     """
     token = _ACTIVE.set(MappingProxyType(dict(choices)))
     try:
@@ -98,7 +98,7 @@ def matmul(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | N
     """Compute `x·right` (N, out), or `plus + x·right`, with the active method and without autograd.
 
     Args:
-        x: Rows (N, in).
+        x: Input (N, in).
         right: Weight (in, out) with any strides. It has the dtype of x, or a narrower dtype if x is fp32.
         out: Output tensor (N, out); None allocates it.
         plus: Tensor to add, (out,) or (N, out); may be `out`.
@@ -123,7 +123,7 @@ def matmul_dtype(rows: int, weights: Sequence[Tensor], dtype: torch.dtype) -> to
         rows: Number of input rows.
         weights: Weights in either orientation. Both orientations are looked up, because the forward pass uses one
             orientation and the backward pass uses the other.
-        dtype: Dtype of the rows.
+        dtype: Dtype of the input.
     """
     chosen = _chosen()
     if not chosen or rows < FEWEST_IN_FP32 or any(W.dtype != dtype or W.device.type != "cpu" for W in weights):
@@ -210,7 +210,7 @@ def attention_method(q: Tensor, v: Tensor, causal: bool, longest: int, default: 
 
 
 def matmul_name(rows: int, right: Tensor) -> str:
-    """Return the shape name of a matmul between `rows` rows and `right` (in, out), or "" if it is not tuned."""
+    """Return the shape name for multiplying `rows` rows by `right` (in, out), or "" if this shape is not tuned."""
     if not SLICES[0] < rows <= ROWS[-1]:
         return ""
     counted = next(count for count in ROWS if rows <= count)
@@ -218,13 +218,13 @@ def matmul_name(rows: int, right: Tensor) -> str:
 
 
 def fp32_name(right: Tensor) -> str:
-    """Return the name of the fp32 choice for matmuls with `right` (in, out) and any number of rows."""
+    """Return the name of the choice to run matmuls with `right` (in, out) in fp32, for any number of rows."""
     inner, outer = (min(size, BLOCK) for size in right.shape)
     return fp32_choice(f"product {inner}x{outer} {_stored(right)}")
 
 
 def fp32_choice(name: str) -> str:
-    """Return the name of the fp32 choice for a shape."""
+    """Return the name of the choice to run matmuls of the given shape in fp32."""
     return name + IN_FP32
 
 

@@ -149,7 +149,7 @@ class _Dropout(torch.autograd.Function):
 
 
 def _seed(device: torch.device | str) -> Tensor:
-    """Draw a seed, uint64 (1,), from torch's default generator for a device; the seed is on that device."""
+    """Draw a seed, uint64 (1,), on a device, using torch's default generator for that device."""
     return torch.empty(1, dtype=torch.int64, device=device).random_(-(2**63), None).view(torch.uint64)
 
 

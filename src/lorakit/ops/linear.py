@@ -45,7 +45,7 @@ class Form(NamedTuple):
 
     dtype: torch.dtype
     inside: torch.dtype
-    sites: tuple[tuple[bool, float | None, float], ...]  # (transposed, scale or None if no adapter, dropout)
+    sites: tuple[tuple[bool, float | None, float], ...]  # (transposed, scale or None without an adapter, dropout)
     trains: tuple[tuple[bool, bool], ...]  # whether A and B require gradients
 
     @property
@@ -174,7 +174,7 @@ class Group:
         return group
 
     def _stacked_grads(self, dh: dict[int, Tensor]) -> Tensor | None:
-        """Concatenate the dh (N, r) of all modules without dropout, in the same order as the stacked A factors."""
+        """Concatenate the gradients dh (N, r) of all modules without dropout, in the order of the stacked A factors."""
         first = next((dh[j] for j in self.plain if j in dh), None)
         if first is None:
             return None

@@ -27,7 +27,7 @@ class Form(NamedTuple):
     """Modules and options of an MLP sublayer.
 
     Attributes:
-        inner: The modules (gate, up); (up,) if there is no gate; or one fused module (2·f, d) that computes both.
+        inner: The modules (gate, up); (up,) if there is no gate; or one fused module (2·f, d) for both projections.
         down: The down projection.
         act: Activation applied to the output of gate, or to the output of up if there is no gate.
         norm: Norm applied to the input, or None.
@@ -148,7 +148,7 @@ def _halves(hidden: list[Tensor], form: Form) -> list[Tensor]:
 
 
 _State = tuple[Form, torch.Size, list[int], linear.Form, linear.Form]
-"""Form, shape of x, number of saved tensors in each part, and packed forms of the inner and outer groups."""
+"""The form, the shape of x, the number of saved tensors in each part, and the packed inner and outer groups."""
 
 
 class _Mlp(torch.autograd.Function):

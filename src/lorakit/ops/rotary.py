@@ -84,7 +84,7 @@ def rotate_back_(grad: Tensor, rotary: Rotary) -> Tensor:
 
 
 def _by_kernel(x: Tensor, cos: Tensor, sin: Tensor, pairs: Pairs, back: bool, out: Tensor) -> bool:
-    """Write the rotated x (B, T, H, D) to `out` if a compiled kernel supports the call; return whether one does."""
+    """Write the rotated x (B, T, H, D) to `out` if a compiled kernel supports the call; return whether it does."""
     kernels = kernels_for(x, cos, sin, strided=True)
     if kernels is None or not all(_has_contiguous_heads(t) for t in (x, out)) or len(cos) not in (1, len(x)):
         return False

@@ -141,8 +141,8 @@ def segmented(
         scales: Scales (K,), or None if A includes the scales.
         index: Adapter of each row, (rows,), with −1 for none; or a `Routed`.
         into: Tensor (rows, …, out) to which the result is added in place, or None.
-        method: Method to use; None chooses one other than "compiled". With "masked", all factors must be finite,
-            because each row is multiplied by the factors of every adapter.
+        method: Method to use; None chooses one automatically, but never "compiled". With "masked", all factors must
+            be finite, because each row is multiplied by the factors of every adapter.
 
     Raises:
         ValueError: Shapes do not match, or an index is out of range; or the method is "compiled", but gradients are
@@ -214,7 +214,7 @@ def are_few(x: Tensor, rows: Routed) -> bool:
 
 
 class _Call(NamedTuple):
-    """Routing of the rows that the matmuls receive."""
+    """Adapters and scales of the rows that the matmuls process."""
 
     rows: Routed
     adapter: Tensor  # adapter of each row, (served,)
@@ -337,7 +337,7 @@ def _of_rows(stack: Tensor, call: _Call) -> Tensor:
 
 
 def _rows_outer(h: Tensor, wide: Tensor, stack: Tensor, call: _Call) -> Tensor:
-    """Sum the products over the rows of each adapter, in fp32 or wider."""
+    """Sum the per-row products for each adapter, in fp32 or wider."""
     grad = torch.zeros(stack.shape, dtype=torch.promote_types(wide.dtype, torch.float32), device=wide.device)
     return grad.index_add_(0, call.adapter, torch.bmm(h.transpose(1, 2), wide).to(grad.dtype))
 
@@ -376,7 +376,7 @@ _METHODS = {
 
 
 _State = tuple[Routed, Method, torch.dtype]
-"""Routing, method and dtype of the rows."""
+"""The routed rows, the method, and the dtype of the rows."""
 
 
 class _Segmented(torch.autograd.Function):

@@ -75,7 +75,7 @@ def keeps_sequences_apart(model: nn.Module, logits: Tensor | None) -> bool:
 
 
 def _named(*names: str) -> Callable[[nn.Module], bool]:
-    """Return a predicate for modules that have no adapter and whose class name contains one of the names."""
+    """Return a predicate for modules that have no adapter and whose class name contains one of the given names."""
     return lambda module: any(name in type(module).__name__.lower() for name in names) and not linear.is_adapted(module)
 
 

@@ -183,7 +183,7 @@ def _sizes(rows: Tensor) -> Tensor:
 
 
 def version_of(x: Tensor) -> int | Tensor:
-    """Return a version to pass to `is_version`: the tensor's change counter or, for an inference tensor, a copy.
+    """Return a version to pass to `is_version`: the tensor's version counter or, for an inference tensor, a copy.
 
     Args:
         x: A tensor of any shape (…).
@@ -204,7 +204,7 @@ def is_version(x: Tensor, version: int | Tensor) -> bool:
 
 
 LENGTHS = (1, 33)
-"""Numbers of tokens per row in the additional probes. These probes run on one module of each kind."""
+"""Numbers of tokens per row in the additional probes. Of modules that differ only in their weights, one is probed."""
 
 KNOWN = frozenset({"torch", "transformers", "peft", "lorakit"})
 """Known packages. The structure checks were written for the classes in these packages ("known classes")."""
@@ -229,8 +229,8 @@ class FusedForward:
         whole: Whether the fused `forward` computes everything inside the module. If so, the module's children are not
             reported.
         residual: Whether the output is the input plus a branch.
-        calls: Function that returns the names of those children of a module that the fused `forward` calls as modules.
-        traced: Function that returns the relative paths of those submodules of a module whose calls `branches` needs.
+        calls: Function that returns the names of the children that the fused `forward` calls as modules.
+        traced: Function that returns the relative paths of the submodules whose recorded calls `branches` needs.
         branches: Function that pairs branches for comparison. It is needed if a residual, or a norm after it, would
             hide errors; otherwise, it is None.
     """
@@ -257,8 +257,8 @@ class Skipped:
 
     Attributes:
         path: The module's path in the model.
-        kind: Class name.
-        why: Short reason.
+        kind: Name of the module's class.
+        why: Short reason why the module was not replaced.
     """
 
     path: str
@@ -362,12 +362,12 @@ def _of_adapters(layer: nn.Module) -> list[nn.Module]:
 
 
 def _stranger(module: nn.Module, fused_forward: FusedForward, foreign: set[type[nn.Module]]) -> str | None:
-    """Return the name of an unknown class that a fused `forward` would bypass, or None.
+    """Return the name of a class that a fused `forward` would bypass but the checks do not cover, or None.
 
     Args:
         module: The candidate.
         fused_forward: Its fused `forward`.
-        foreign: The unknown classes that occur in the model.
+        foreign: Classes in the model that the structure checks do not cover.
     """
     called = fused_forward.calls(module)
     inside = [child for name, child in module.named_children() if name not in called]
@@ -424,12 +424,12 @@ def _one_of_each(wanted: Parts, found: Calls) -> tuple[Parts, dict[str, str]]:
 
 
 def _simple(module: nn.Module) -> list[str]:
-    """Return a module's plain settings as strings, without the index of its layer."""
+    """Return a module's attributes of simple types as strings, except for its layer index."""
     return [f"{k}={v!r}" for k, v in vars(module).items() if isinstance(v, SETTINGS) and k != "layer_idx"]
 
 
 def _at_lengths(model: nn.Module, firsts: Parts) -> dict[str, Verdict]:
-    """Return a dict from path to verdict, for each module whose output differs at one of the additional lengths."""
+    """Return a dict from path to verdict, for modules whose fused output differs at any of the additional lengths."""
     differing = {}
     for tokens in LENGTHS if firsts else ():
         ran = attempt(partial(calls, model, modules_to_record(firsts), 1, tokens, stop=True))
@@ -444,7 +444,7 @@ def _at_lengths(model: nn.Module, firsts: Parts) -> dict[str, Verdict]:
 
 
 def _verdict(path: str, module: nn.Module, fused_forward: FusedForward, found: Calls) -> Verdict:
-    """Compare the results of a module's fused `forward` with the recorded calls."""
+    """Compare the outputs of a module's fused `forward` with those in the recorded calls."""
     call = found.get(path)
     if call is None:
         return Verdict("not called")

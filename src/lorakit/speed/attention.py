@@ -113,7 +113,7 @@ INTERLEAVED = ("query_key_value",)
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense")
 NORMS = ("q_norm", "k_norm")
 DROPOUTS = ("attn_dropout", "resid_dropout")
-"""Dropout modules for the attention weights and for the output. For the weights, only p is read."""
+"""Names of the dropout modules for the attention weights and for the output. Only p is read from the former."""
 
 ATTRIBUTES = frozenset(
     {"config", "layer_idx", "layer_type", "head_dim", "head_size", "rotary_ndims", "num_heads", "num_key_value_heads"}

@@ -20,7 +20,7 @@ from lorakit.speed.patching import children_of, original_class
 from lorakit.targets.layer_types import CONV1D
 
 MISSING = object()
-"""Placeholder for the value of a key that is missing from a table."""
+"""Placeholder for the value of a key that is missing from a dictionary."""
 
 SETTINGS = (bool, int, float, str, type(None))
 """Types of the attributes whose values are compared."""
@@ -36,9 +36,9 @@ INTERFACES = "ALL_ATTENTION_FUNCTIONS"
 
 
 Fact = tuple[Mapping[str, Any], str, object]
-"""A table entry that a fused `forward` relies on: the table, the key, and the value (MISSING if there is no such key).
+"""A dictionary entry that a fused `forward` relies on: the dictionary, the key, and the value (MISSING if absent).
 
-The table is the `__dict__` of a module, class, config or Python file, or the dictionary of a module's children.
+The dictionary is the `__dict__` of a module, class, config or Python file, or contains a module's children by name.
 """
 
 
@@ -47,7 +47,8 @@ class Contract:
     """Facts that a fused `forward` relies on.
 
     Attributes:
-        facts: The facts. Settings are compared by type and value; all other values are compared by identity.
+        facts: Dictionary entries that must not change. Settings are compared by type and value;
+            all other values are compared by identity.
     """
 
     facts: tuple[Fact, ...]

@@ -24,7 +24,8 @@ class Sublayer(NamedTuple):
             layer.
         after: Norm that is applied to the output of `inner`, or "".
         dropout: Dropout module before the residual, or "".
-        share: Attribute that contains the probability of a functional dropout before the residual, or "".
+        share: Attribute that contains the dropout probability if the layer calls a dropout function before the
+            residual, or "".
     """
 
     before: str

@@ -73,7 +73,7 @@ class Layout(NamedTuple):
 
     @property
     def leaves(self) -> tuple[str, ...]:
-        """Return the paths of all modules that are read. Modules that only contain other modules are left out."""
+        """Return the paths of all modules that are used. Modules that only contain other modules are left out."""
         return (*self.inputs, *self.output, self.up, self.act, *self.down, f"{self.attention}.dropout")
 
     def children(self) -> dict[str, set[str]]:

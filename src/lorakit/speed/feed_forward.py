@@ -16,11 +16,11 @@ from lorakit.speed.submodules import Options, activation_of, unknown_activation,
 
 GATED = (("gate_proj", "up_proj", "down_proj"), ("wi_0", "wi_1", "wo"))
 FUSED = (("gate_up_proj", "down_proj"),)
-"""Blocks in which the first module computes gate and up together."""
+"""Names of the linear modules in blocks whose first module computes gate and up together."""
 
 PLAIN = (("fc1", "fc2"), ("c_fc", "c_proj"), ("dense_h_to_4h", "dense_4h_to_h"), ("wi", "wo"))
 LAST, WITHIN = ("c_fc",), ("wi", "wi_0")
-"""First modules of blocks in which the child `dropout` comes last (LAST) or before the last linear module (WITHIN)."""
+"""Names of the first modules of blocks with `dropout` last (LAST) or before the last linear module (WITHIN)."""
 
 ACTIVATION = ("act_fn", "activation_fn", "act")
 ATTRIBUTES = frozenset({"config", "hidden_size", "intermediate_size", "mlp_bias", "layer_idx", "embed_dim"})

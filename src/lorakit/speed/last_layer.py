@@ -34,7 +34,7 @@ class Trained(NamedTuple):
     Attributes:
         layer: The layer for which the rows are intended.
         rows: Sorted flat indices (n,) of the labeled tokens.
-        tokens: Total number of tokens.
+        tokens: Total number of tokens in the batch.
     """
 
     layer: nn.Module
@@ -47,7 +47,7 @@ class LastLayer:
     """The last layer of a model whose head reads only this layer's output.
 
     Attributes:
-        layer: The replacement for the layer.
+        layer: The module that replaces the last layer.
         model: The model.
         path: Path of the layer in the model.
         readers: Modules that contain the layer, or that run between the layer and the head. A hook on any of them would

@@ -170,7 +170,7 @@ def last_layer_for(head: Head, last: LastLayer, call: Call, output: ModelOutput 
 
     Args:
         head: The head of a model with all replacements in place.
-        last: The last layer to check.
+        last: The model's last layer.
         call: The call to the head in a probe of the unaccelerated model.
         output: The output of the unaccelerated model in that probe.
     """

@@ -68,7 +68,7 @@ def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
 
 
 def dropout_p(module: nn.Module | None) -> float | None:
-    """Return the current probability of a dropout module: 0 if there is no module, or None if it is not supported."""
+    """Return a module's current dropout probability: 0 if there is no module, or None if it is not supported."""
     if module is None or (isinstance(module, nn.Identity) and not is_watched(module)):
         return 0.0
     if not isinstance(module, nn.Dropout) or is_watched(module) or module.p >= 1:

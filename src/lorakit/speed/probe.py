@@ -128,7 +128,7 @@ Calls = Mapping[str, Call]
 """Dict from the path of a module to its recorded call."""
 
 Pairs = list[tuple[Tensor | None, Tensor]]
-"""Pairs of outputs (…): one from a fused `forward`, or None if it does not support the call; one from the module."""
+"""Pairs of outputs (…): the fused `forward`'s (None if it does not support the call), and the module's own."""
 
 
 def attempt(run: Callable[[], Result]) -> Result | Exception:
@@ -138,7 +138,7 @@ def attempt(run: Callable[[], Result]) -> Result | Exception:
     KeyboardInterrupt and SystemExit propagate.
 
     Args:
-        run: The probe.
+        run: Function that runs the probe.
     """
     try:
         return run()
@@ -160,7 +160,7 @@ def calls(
         modules: Dict from path to module; the calls to these modules are recorded.
         rows: Number of rows in the batch.
         tokens: Number of tokens per row.
-        stop: Whether to end the forward pass as soon as all of these modules have been called.
+        stop: Whether to end the forward pass as soon as all modules in `modules` have been called.
 
     Returns:
         A dict from path to last call, for each module that was called; and the model's output, or None if the forward

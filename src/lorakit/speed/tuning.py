@@ -54,7 +54,7 @@ def read(folder: Path | None = None) -> dict[str, int]:
 
 
 def save(results: Mapping[str, int], folder: Path | None = None) -> str:
-    """Add results to the file.
+    """Add results to the cache file.
 
     Args:
         results: Dict from shape name to method.

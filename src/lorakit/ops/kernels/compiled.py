@@ -16,7 +16,7 @@ from lorakit.ops.kernels.gateway import Gateway
 from lorakit.ops.kernels.protocol import DropoutMatmuls, PerRowMatmuls
 
 DTYPES = {torch.float32: "", torch.bfloat16: "BF16"}
-"""Dict from each dtype with kernels to the preprocessor macro that is defined when those kernels are compiled."""
+"""Dict from dtype to the preprocessor macro that is defined when the kernels for that dtype are compiled."""
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "quick_gelu": 2, "relu": 3}
 """Dict from the name of an activation in `lorakit.ops.activation` to its enum value in the C source."""
@@ -43,7 +43,7 @@ def lacks_compiler() -> bool:
 
 
 def _built() -> list[Built]:
-    """Build the library for each dtype. Stop after a failure, so that its reason is logged only once."""
+    """Build the library for each dtype. Stop after a failure, so that the reason is logged only once."""
     found: list[Built] = []
     for define in DTYPES.values():
         found.append(built(define))

@@ -20,9 +20,9 @@ class Kernels(Protocol):
 
     Attributes:
         activations: Names of the activations that `gate` supports.
-        caps_logits: Whether `cross_entropy` supports a cap.
+        caps_logits: Whether `cross_entropy` supports a cap on the logits.
         dropping: Low-rank matmuls with fused dropout, or None if fusing does not make them faster.
-        own: Matmuls with per-row LoRA factors, or None if there is no such kernel.
+        own: Matmuls with per-row LoRA factors, or None if there are no such kernels.
     """
 
     activations: frozenset[str]
@@ -112,7 +112,7 @@ class DropoutMatmuls(Protocol):
 
 
 class PerRowMatmuls(Protocol):
-    """Matmuls of rows with per-row low-rank factors. The factors are read in place."""
+    """Matmuls between input rows and per-row low-rank factors. The factors are read in place."""
 
     def add_per_row(self, x: Tensor, A: Tensor, Bt: Tensor, index: Tensor, y: Tensor) -> None:
         """Add (x_i·A_kᵀ)·Bt_k to y_i for each row i, with k = index[i]. [docs/math.md (72)]

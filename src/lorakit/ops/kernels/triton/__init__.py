@@ -12,7 +12,7 @@ from lorakit.ops.kernels.building import SWITCH
 from lorakit.ops.kernels.protocol import Kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes with kernels."""
+"""Dtypes for which there are kernels."""
 
 
 @functools.cache

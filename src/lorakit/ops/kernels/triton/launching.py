@@ -17,12 +17,12 @@ from lorakit.ops.kernels.triton import programs
 OPTIONS = {"enable_fp_fusion": True}
 """Compiler options. `enable_fp_fusion` is set explicitly, because Triton behaves differently if it is unset."""
 TILE = 2048
-"""Number of elements per program if rows are short. A longer row gets its own program."""
+"""Number of elements per program. Short rows share a program; a row with more elements gets its own program."""
 ELEMENTWISE = 1024
 THIN = {"ROWS": 32, "COLUMNS": 128}
 """Tile size for the wide operand of a low-rank matmul."""
 PROGRAMS = 512
-"""Number of programs that suffices to keep a large GPU busy."""
+"""Number of programs sufficient to keep a large GPU busy."""
 HEADS = 8
 """Maximum number of heads that one program rotates."""
 LOGITS = 8192
@@ -105,7 +105,7 @@ class TritonKernels:
             programs.rotate[grid](x, cos, sin, out, *numbers, **flags, **sizes, **rest, **OPTIONS)
 
     def drop(self, x: Tensor, p: float, seed: Tensor, scale: float, out: Tensor) -> None:
-        """Write scale·x (any shape) to `out`, which may be x, with zeros for the elements that the seed (1,) drops."""
+        """Write scale·x (any shape) to `out`, which may be x, with zeros for the elements dropped by the seed (1,)."""
         with _on(x):
             programs.drop[_blocks(x)](
                 x, out, seed, x.numel(), round(p * 2**24), float(scale), BLOCK=ELEMENTWISE, **OPTIONS
@@ -212,5 +212,5 @@ def _blocks(x: Tensor) -> tuple[int]:
 
 
 def _on(x: Tensor) -> AbstractContextManager[object]:
-    """Return a context manager within which the device of x (any shape) is current, so that kernels run on it."""
+    """Return a context manager that makes the device of x (any shape) current, so that kernels run on that device."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -126,7 +126,7 @@ def rms(
     x, w, n, rstd, count, d, eps, offset,
     HAS_W: tl.constexpr, FROM_ZERO: tl.constexpr, RECOMPUTE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Write the norm n (count, d) of x (count, d), and rstd (count, 1). If RECOMPUTE, rstd is only read."""
+    """Write the RMS norm of x (count, d) to n, and 1/RMS to rstd (count, 1). If RECOMPUTE, rstd is not modified."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     inside, at = (row < count) & (column < d), row * d + column
@@ -207,7 +207,7 @@ def rotate(
 
 @triton.jit
 def _narrowed(pointer, mask, like):
-    """Load values from a table and round them to the dtype of the heads."""
+    """Load values from a cos or sin table and round them to the dtype of the heads."""
     return tl.load(pointer, mask=mask, other=0.0).to(like.dtype.element_ty).to(tl.float32)
 
 
