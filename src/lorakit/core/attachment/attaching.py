@@ -49,7 +49,7 @@ class AttachReport:
         matches: The adapted sites, each with its rank, its alpha and the target entry that matched the site.
         trainable_parameters: Number of values that will be trained.
         notes: Notes for the user; `str(note)` gives the message.
-        missing: Target entries that matched no module (with "partial_targets"); `str(entry)` gives the message.
+        missing: Target entries that matched nothing, as "partial_targets" allows; `str(entry)` gives the message.
     """
 
     name: str
@@ -109,7 +109,7 @@ def attach(
 
 
 def _resolved(index: AdapterIndex, config: LoraConfig, allow: Collection[str]) -> tuple[Resolution, dict[str, str]]:
-    """Return the modules that a config names or ties, and a dict from each tied module's path to its embedding's."""
+    """Return the matched modules, including tied modules, and a dict from tied module path to embedding path."""
     found, leaders = with_ties(index, config, matched(index, config, "partial_targets" in allow))
     checks.check_called(index.model, [match.path for match in found.matches])
     checks.check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)

@@ -183,7 +183,7 @@ def place_adapter(
         rows = build.new_rows(index, [chosen for chosen, _ in fitted.rows], given)
         auxiliary = build.new_extras(index, config, factors, fitted.saved, fitted.tied, rows)
         trained = {(id(module), leaf) for module, originals in auxiliary.biases for leaf in originals}
-        fitted.biases = [bias for bias in fitted.biases if (id(bias[0]), bias[1]) in trained]  # skip the biases of dropped sites
+        fitted.biases = [bias for bias in fitted.biases if (id(bias[0]), bias[1]) in trained]  # skip dropped ones
         beyond = out_of_range(tensors, largest, fitted, index, factors, auxiliary)
         said += implausible(files.folder, judge(config, scales, largest), trainable or files.made)
         said += _checked_range(files.folder, beyond, allow)
@@ -265,7 +265,7 @@ def _shown(messages: Sequence[str]) -> str:
 
 
 def _some_of_each(problems: Sequence[Problem]) -> list[str]:
-    """Return the mismatch messages, alternating between kinds, so that missing and unexpected tensors are both shown."""
+    """Return the mismatch messages, alternating between kinds, so that the first few include every kind."""
     kinds: dict[str, list[str]] = {}
     for problem in problems:
         kinds.setdefault(problem.kind, []).append(problem.text)

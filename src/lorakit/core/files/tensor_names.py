@@ -72,7 +72,7 @@ def endings_of(kind: Kind) -> tuple[str, str]:
 
 
 def part_names(kind: Kind, variant: Variant) -> dict[str, str]:
-    """Return a dict from `Key.part` to tensor name relative to the site's path, for all tensors that a site can have."""
+    """Return a dict from `Key.part` to tensor name relative to the site's path, for all tensors of a site."""
     A, B = kind.names
     own = {tensor.held_as: tensor.keys[0].removeprefix(".") for tensor in variant.tensors}
     return {"A": A + kind.on_disk, "B": B + kind.on_disk, "bias": f"{B}.bias", **own}
