@@ -142,7 +142,7 @@ def token_tables(index: AdapterIndex, path: str | None) -> list[str]:
 
 
 def _has_other_tables(index: AdapterIndex, vocabulary: int) -> bool:
-    """Return whether the model has a vocabulary-sized buffer with two or more axes, which cannot be resized."""
+    """Return whether the model has a vocabulary-sized buffer (of two or more axes); such buffers cannot be resized."""
     buffers = (buffer for module in index.everything.values() for buffer in module._buffers.values())
     return any(vocabulary in buffer.shape for buffer in buffers if buffer is not None and buffer.ndim > 1)
 
