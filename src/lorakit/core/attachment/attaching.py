@@ -45,11 +45,11 @@ class AttachReport:
     """Result of `attach`.
 
     Attributes:
-        name: The adapter.
-        matches: The sites, each with its rank, its alpha and the target entry that matched it.
+        name: The adapter's name.
+        matches: The adapted sites, each with its rank, its alpha and the target entry that matched the site.
         trainable_parameters: Number of values that will be trained.
         notes: Notes for the user; `str(note)` gives the message.
-        missing: Target entries that matched nothing (if "partial_targets" is allowed); `str(entry)` gives the message.
+        missing: Target entries that matched nothing, as "partial_targets" allows; `str(entry)` gives the message.
     """
 
     name: str
@@ -75,10 +75,10 @@ def attach(
         model: The base, or a model that already has adapters. It is changed in place.
         config: The adapter's config; it is copied.
         name: The adapter's name.
-        allow: Checks to override: "partial_targets", "odd_scale".
-        seed: Seed for the initialization; None uses torch's default generator.
-        statistics: The result of `collect_for`, for an init that uses data.
-        kinds: Custom kinds of site; they must be passed again when the adapter is loaded.
+        allow: Names of checks to override: "partial_targets", "odd_scale".
+        seed: Random seed for the initialization; if None, torch's default generator is used.
+        statistics: The result of `collect_for`, for initialization methods that use data.
+        kinds: Custom site kinds; they must be passed again when the adapter is loaded.
 
     Returns:
         A report of what was attached.
@@ -109,7 +109,7 @@ def attach(
 
 
 def _resolved(index: AdapterIndex, config: LoraConfig, allow: Collection[str]) -> tuple[Resolution, dict[str, str]]:
-    """Return the sites that a config names, including tied modules, and a map from tied paths to embedding paths."""
+    """Return the matched modules, including tied modules, and a dict from tied module path to embedding path."""
     found, leaders = with_ties(index, config, matched(index, config, "partial_targets" in allow))
     checks.check_called(index.model, [match.path for match in found.matches])
     checks.check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
@@ -117,14 +117,14 @@ def _resolved(index: AdapterIndex, config: LoraConfig, allow: Collection[str]) -
 
 
 def _trained_values(name: str, state: AdapterState, auxiliary: Extras) -> int:
-    """Return the number of values that an attached adapter trains; tied parameters are counted once."""
+    """Return the number of trainable values in an attached adapter, counting tied parameters once."""
     found = [parameter for module in state.members() for parameter in module.parameters_of(name)]
     found += [module.get_parameter(leaf) for module, originals in auxiliary.biases for leaf in originals]
     return sum(p.numel() for p in {id(p): p for p in found}.values() if p.requires_grad)
 
 
 def _notes_on_residuals(index: AdapterIndex, config: LoraConfig, factors: Sequence[build.NewFactor]) -> list[Note]:
-    """Return notes on the memory use and rounding of residual bases; the list is empty if the base is unchanged."""
+    """Return notes on the memory use and rounding error of residual bases; empty if the base is unchanged."""
     kept_bytes, lost, count = 0, 0.0, 0
     for new in factors:
         if new.stored is None:
@@ -164,11 +164,11 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
     Args:
         model: An adapted model, changed in place.
-        name: The adapter, or None for all.
+        name: Name of the adapter to remove, or None to remove all adapters.
 
     Raises:
         AdapterError: The adapter is not on the model.
-        MergeError: The adapter is merged, and the original weights were not kept.
+        MergeError: The adapter is merged, and the original weights were not saved.
     """
     index = AdapterIndex.of(model)
     with trainable_block(index):
@@ -182,7 +182,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
 
 def _take_off(index: AdapterIndex, state: AdapterState, names: Sequence[str]) -> None:
-    for component in reversed(index.components.values()):  # a component inside another one comes first
+    for component in reversed(index.components.values()):  # process nested components before those that contain them
         left = _without(component, names)
         if left is not component:
             index.replace(component, left)
@@ -207,7 +207,7 @@ def _take_off(index: AdapterIndex, state: AdapterState, names: Sequence[str]) ->
 
 
 def _without(component: AdapterModule, names: Sequence[str]) -> nn.Module:
-    """Remove adapters from a component; return the component, or a plain module if it has no adapters left."""
+    """Remove adapters from a component; return the component, or its base module if no adapters are left."""
     left: nn.Module = component
     for name in names:
         if isinstance(component, LoraLayer) and name in component.moved_by:
@@ -217,7 +217,7 @@ def _without(component: AdapterModule, names: Sequence[str]) -> nn.Module:
 
 
 def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
-    """Return a copy of a config, with PEFT's default targets for the architecture if the config names none.
+    """Return a copy of a config; if it names no targets, add PEFT's default targets for the architecture.
 
     Raises:
         ConfigError: The config names no targets, and the architecture has no default.
@@ -238,7 +238,7 @@ def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
 
 
 def model_type_of(model: nn.Module) -> str:
-    """Return the model type from a model's config, which may be an object or a mapping; "None" if there is none.
+    """Return the model type from a model's config (an object or a mapping), or "None" if it has no model type.
 
     Args:
         model: Any model.

@@ -44,14 +44,14 @@ from lorakit.targets import Match
 
 @dataclass(frozen=True)
 class NewFactor:
-    """The factor of one site, built but not yet attached.
+    """The factors of one site, built but not yet attached.
 
     Attributes:
         target: The site.
-        factor: The factor, whose tensors are parameters.
+        factor: The site's A, B and extra tensors, all of them parameters, with the scale and dropout.
         match: Path, rank and alpha of the site.
-        trains: Which of "A" and "B" are trained.
-        stored: The residual base in the storage format of the base module, or None if the base is unchanged.
+        trains: Which of "A" and "B" are trainable.
+        stored: The residual base in the base module's storage format, or None if the base is unchanged.
         initial: A (r, in) and B (out, r) before training if the residual base is W − s·B·A, otherwise None.
     """
 
@@ -70,10 +70,10 @@ class NewAdapter:
     Attributes:
         name: The adapter's name.
         config: The adapter's config, which the model keeps.
-        factors: One factor per site.
-        auxiliary: Saved modules, token embeddings and biases, which are trained along with the factors.
-        bias_values: Trained biases of the base, each with its new values (out,).
-        trainable: Whether the adapter is trainable; parameters that its init freezes stay frozen in either case.
+        factors: The factors, with one entry per site.
+        auxiliary: Saved modules, token embeddings and biases, which are trained together with the factors.
+        bias_values: Base biases that the adapter trains, each with its new values (out,).
+        trainable: Whether the adapter is trainable; parameters that its initialization freezes always stay frozen.
     """
 
     name: str
@@ -93,11 +93,11 @@ def fresh_factors(
         index: The model's index.
         config: The adapter's config.
         matches: The sites, with rank and alpha.
-        seed: Seed, or None for torch's default generator.
-        statistics: Data statistics for the init, or None.
+        seed: Random seed, or None to use torch's default generator.
+        statistics: Data statistics for the initialization, or None.
 
     Raises:
-        ConfigError: The init or the variant is not supported at a site.
+        ConfigError: The initialization method or the variant is not supported at a site.
     """
     generators = _generators(seed)
     factors = []
@@ -125,15 +125,15 @@ def new_factor(
     start: SiteStart,
     trains: frozenset[str],
 ) -> NewFactor:
-    """Build the factor of a site from its initial tensors, without changing the model.
+    """Build a site's factors from their initial tensors, without changing the model.
 
     Args:
         index: The model's index.
         target: The site.
         match: Path, rank and alpha of the site.
-        context: Input for the init, with the adapter's config, the scale and the random generator.
+        context: The initialization context: the adapter's config, the scale, the random generator and so on.
         start: The initial tensors.
-        trains: Which of "A" and "B" are trained.
+        trains: Which of "A" and "B" are trainable.
 
     Raises:
         ConfigError: The variant or dropout is not supported at the site; or the variant must replace a base weight
@@ -190,9 +190,9 @@ def _check_together(init: Init, variant: Variant, target: TargetWeight) -> None:
 
 
 def _moved_by(variant: Variant, index: AdapterIndex, target: TargetWeight, start: Start) -> Stored | None:
-    """Return the base weight that a variant needs, or None for the original one.
+    """Return the modified base weight that a variant requires, or None if the variant uses the original weight.
 
-    Adapters with the same variant and rank share the weight.
+    Adapters with the same variant and rank share the modified weight.
 
     Raises:
         ConfigError: The base weight is quantized, adapters are merged into it, or another adapter has replaced it.
@@ -239,7 +239,7 @@ def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) ->
 
 
 def _generators(seed: int | None) -> Callable[[torch.device], torch.Generator | None]:
-    """Return a function that maps a device to its seeded generator, or to None if there is no seed."""
+    """Return a function that maps a device to a generator with the given seed, or to None if `seed` is None."""
 
     @functools.cache
     def for_device(device: torch.device) -> torch.Generator | None:
@@ -256,7 +256,7 @@ def new_extras(
     tied: Mapping[str, str],
     rows: Sequence[tuple[ChosenRows, nn.Parameter]],
 ) -> Extras:
-    """Build what an adapter trains in addition to its factors: saved modules, token embeddings and biases.
+    """Build the parameters that an adapter trains besides its factors: saved modules, token embeddings and biases.
 
     Args:
         index: The model's index.
@@ -264,10 +264,10 @@ def new_extras(
         factors: The adapter's factors.
         saved: Paths of the adapter's saved modules.
         tied: Path of a tied module -> path of the module whose weight it shares.
-        rows: The adapter's token embeddings.
+        rows: The adapter's token embeddings, as returned by `new_rows`.
 
     Raises:
-        TargetError: A saved module contains sites or saved modules of another adapter.
+        TargetError: A saved module contains sites of another adapter or modules that another adapter saves.
         ConfigError: A bias cannot be trained.
     """
     auxiliary = build_extras(index.modules, {factor.target.outer for factor in factors}, saved, config.bias)
@@ -282,11 +282,11 @@ def new_rows(
 
     Args:
         index: The model's index.
-        chosen: The chosen tokens of each table.
-        given: Path of a table -> the adapter's embeddings (n, d); None for a new adapter, which has no effect at first.
+        chosen: The tokens selected for training in each embedding.
+        given: Path of an embedding -> the adapter's rows (n, d); None for a new adapter, which starts with no effect.
 
     Returns:
-        The chosen tokens of each table with their embeddings, on the table's device and in fp32 or wider.
+        The tokens selected in each embedding, with their rows on the embedding's device in fp32 or wider.
     """
     made = []
     for part in chosen:
@@ -304,14 +304,14 @@ def new_rows(
 
 
 def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
-    """Attach a built adapter; this cannot fail.
+    """Attach an adapter that has already been built; this step cannot fail.
 
     Args:
         index: An up-to-date index of the model.
-        built: The adapter.
+        built: The adapter to attach.
 
     Returns:
-        The model's state.
+        The model's adapter state.
     """
     name = built.name
     state = _new_state(index, name) if index.state is None else index.state
@@ -367,7 +367,7 @@ def _freeze(built: NewAdapter, state: AdapterState) -> None:
 
 
 def _new_state(index: AdapterIndex, name: str) -> AdapterState:
-    """Create the state for a model's first adapter, and freeze the base."""
+    """Create the adapter state for a model's first adapter, and freeze the base."""
     state = AdapterState()
     state.held = disable_repacking(index.everything.values())
     held = (p for module in index.everything.values() for p in module._parameters.values() if p is not None)
@@ -390,7 +390,7 @@ def _table(
 
 
 def note_old_biases(index: AdapterIndex) -> None:
-    """Record, in each adapted layer, the original bias of the base layer and the adapter that trains the bias.
+    """Record in each adapted layer the base layer's original bias and the name of the adapter that trains the bias.
 
     Args:
         index: The model's index.

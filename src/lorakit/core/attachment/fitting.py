@@ -29,7 +29,7 @@ from lorakit.errors import PatternError, TargetError, nearest
 from lorakit.targets import ALL_LINEAR, Resolution, literal_value, resolve, saved_modules
 
 MISSING, UNEXPECTED, SHAPE, UNTIED = "missing", "unexpected", "shape", "untied"
-"""Kinds of problems."""
+"""Kinds of mismatches between an adapter's files and a model."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Problem:
 
     Attributes:
         kind: "missing", "unexpected", "shape" or "untied".
-        name: Name of the tensor, or path of the site.
-        text: The message.
+        name: Name of the mismatched tensor, or path of the mismatched site.
+        text: The message for the user.
     """
 
     kind: str
@@ -52,12 +52,12 @@ class Fit:
     """Assignment of an adapter's tensors to the sites and other parts of a model.
 
     Attributes:
-        sites: Path on disk -> the site, and a dict from `Key.part` to tensor name.
+        sites: Path of a site on disk -> the site and a dict from `Key.part` to tensor name.
         saved: Paths of the saved modules; `copied_tensors` yields the names of their tensors.
-        biases: Trained biases as (module, parameter name, tensor name).
-        rows: The chosen tokens of each table, with the name of the tensor that holds their embeddings.
+        biases: Trained biases as (module, parameter name, tensor name) tuples.
+        rows: The tokens selected in each embedding, with the name of the tensor that holds their rows.
         tied: Path of a tied module -> path of the module whose weight it shares.
-        problems: The mismatches.
+        problems: All mismatches found.
     """
 
     sites: dict[str, tuple[TargetWeight, dict[str, str]]] = field(default_factory=dict)
@@ -68,14 +68,14 @@ class Fit:
     problems: list[Problem] = field(default_factory=list)
 
     def outer_paths(self) -> set[str]:
-        """Return the plain-base paths of the modules that get factors."""
+        """Return the paths, in the plain base, of the modules that receive factors."""
         return {target.outer for target, _ in self.sites.values()}
 
     def take(self, left: dict[str, Tensor], names: Sequence[str], shape: Sequence[int]) -> str | None:
         """Take one of the remaining tensors, and record a mismatch if the tensor is missing or has the wrong shape.
 
         Args:
-            left: Name -> tensor of any shape, for tensors that have not been taken yet.
+            left: Name -> tensor (…), for the tensors that have not been taken yet; a matching tensor is removed.
             names: Possible names of the tensor; the first is reported if the tensor is missing.
             shape: The expected shape.
 
@@ -94,7 +94,7 @@ class Fit:
         self.problems.append(Problem(kind, name, text))
 
     def check_shape(self, name: str, given: Tensor, wanted: Sequence[int]) -> None:
-        """Record a mismatch if a tensor of any shape does not have the expected shape."""
+        """Record a mismatch if a tensor does not have the expected shape."""
         if tuple(given.shape) != tuple(wanted):
             self.add(SHAPE, name, f"{name} has shape {tuple(given.shape)}, expected {tuple(wanted)}")
 
@@ -114,11 +114,11 @@ def fit(
         bare: Path on disk -> site, for the bare parameters that the config names.
 
     Returns:
-        The sites, with every mismatch in `problems`.
+        The assignment of tensors to sites, with all mismatches in `problems`.
 
     Raises:
-        TargetError: The config names a token table that is missing or cannot be trained.
-        ConfigError: Token indices are not valid for their table, or conflict with the ties between tables.
+        TargetError: The config names an embedding that is missing or cannot be trained.
+        ConfigError: Token indices are not valid for their embedding, or conflict with weight tying.
     """
     result = Fit()
     left = dict(tensors)
@@ -146,7 +146,7 @@ def _possible_parts(config: LoraConfig, path: str) -> set[str]:
 
 
 def _expected(config: LoraConfig, index: AdapterIndex) -> tuple[set[str] | None, tuple[str, ...]]:
-    """Return the sites that a config names (None if they depend on a pattern), and the paths of its saved modules."""
+    """Return the paths of a config's sites (None if they depend on a pattern) and of its saved modules."""
     plain = config.with_fields(rank_pattern={}, alpha_pattern={})
     named = config.target_modules
     if named is None and config.target_parameters:
@@ -168,7 +168,7 @@ def _find_sites(
 ) -> None:
     kinds = {candidate.path: candidate.kind for candidate in index.candidates}
     inside_first = sorted(present, key=lambda path: (path.partition(INSIDE)[0], -path.count(INSIDE), path))
-    for path in inside_first:  # layers are put around a module in this order
+    for path in inside_first:  # the order in which a module is wrapped in layers
         outer = path.partition(INSIDE)[0]
         kind = kinds.get(outer)
         targets = index.targets(outer, index.kind(kind)) if kind else []
@@ -182,7 +182,7 @@ def _find_sites(
 
 
 def _take_extras(left: dict[str, Tensor], config: LoraConfig, index: AdapterIndex, result: Fit) -> None:
-    """Take the tensors of saved modules, trained biases and trained token embeddings."""
+    """Assign the tensors of saved modules, trained biases and trained token embeddings to their places in the model."""
     for path in result.saved:
         module = index.modules[path]
         original = module.original_module if isinstance(module, ModulesToSave) else module
@@ -191,7 +191,7 @@ def _take_extras(left: dict[str, Tensor], config: LoraConfig, index: AdapterInde
     outer = result.outer_paths()
     depths = Counter(f"{target.outer}.{target.child}".removesuffix(".") for target, _ in result.sites.values())
     for path, module, leaves in biased_modules(index.modules, outer, result.saved, config.bias):
-        # three forms of the path: PEFT's, PEFT's if another adapter has a layer there, and the plain base's
+        # possible paths: PEFT's, PEFT's if another adapter wraps the module, and the path in the plain base
         paths = [inside(path, depths), path + INSIDE * max(1, depths[path]), path]
         for leaf in leaves:
             names = [f"{PREFIX}{way}.{leaf}" for way in paths]
@@ -229,7 +229,7 @@ def _check_ties(tensors: Mapping[str, Tensor], config: LoraConfig, index: Adapte
 
 
 def _same_values(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors of any shape have the same values, regardless of dtype."""
+    """Return whether two tensors have the same shape and values, regardless of dtype."""
     return one.shape == other.shape and torch.equal(one.to(other.dtype), other)
 
 
@@ -266,7 +266,7 @@ def _check_parts(tensors: Mapping[str, Tensor], config: LoraConfig, path: str, r
 
 
 def _rank(config: LoraConfig, target: TargetWeight, found: int) -> int:
-    """Return the rank that a site must have; if a pattern is not a plain name, accept any rank in the config.
+    """Return the rank that a site must have; if a pattern is a regular expression, accept any rank in the config.
 
     A pattern names a module. In combined adapters, where the weights of one module can have different ranks, a pattern
     can also name the path of a single weight.
@@ -279,7 +279,7 @@ def _rank(config: LoraConfig, target: TargetWeight, found: int) -> int:
 
 
 def _known_extra(name: str, result: Fit) -> bool:
-    """Return whether a tensor is a base weight that PEFT saves for a saved module, adapted embedding or head."""
+    """Return whether a tensor is a base weight that PEFT saves along with a saved module, adapted embedding or head."""
     if any(f"{path}.{word}." in name for path in result.saved for word in ("original_module", "modules_to_save")):
         return True
     path = name.removeprefix(PREFIX).removesuffix(".base_layer.weight").removesuffix(".token_adapter")
@@ -288,7 +288,7 @@ def _known_extra(name: str, result: Fit) -> bool:
 
 
 WIDTHS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Possible compute dtypes of a base; weights stored in other dtypes are used in fp32."""
+"""Possible compute dtypes of a base; weights in other dtypes are converted to fp32 for computation."""
 
 
 def out_of_range(
@@ -299,15 +299,15 @@ def out_of_range(
     factors: Sequence[NewFactor],
     auxiliary: Extras,
 ) -> list[str]:
-    """Return messages about values that would become infinite in the base's dtype.
+    """Return messages about values that would overflow to infinity in the base's dtype.
 
     Args:
         tensors: Name on disk -> tensor (…).
         largest: Name on disk -> largest magnitude in the tensor.
-        fitted: The sites of the tensors.
+        fitted: The assignment of the tensors to sites.
         index: The model's index.
         factors: The factors built from the tensors, in the order of the sites.
-        auxiliary: The saved modules that the tensors fill.
+        auxiliary: The saved modules that take their values from the tensors.
     """
     found = []
     for name, dtype in _uses(tensors, fitted, index, auxiliary):
@@ -324,7 +324,7 @@ def out_of_range(
 
 
 def copied_tensors(auxiliary: Extras, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, str]]:
-    """Yield each tensor (…) of the saved modules, with the name of the stored tensor that supplies its values."""
+    """Yield each tensor (…) in the saved modules, with the name of the tensor on disk that supplies its values."""
     for path, duplicate in auxiliary.copies.items():
         for leaf, own in duplicate.state_dict(keep_vars=True).items():
             name = f"{PREFIX}{path}.{leaf}"
@@ -335,7 +335,7 @@ def copied_tensors(auxiliary: Extras, tensors: Mapping[str, Tensor]) -> Iterator
 def _uses(
     tensors: Mapping[str, Tensor], fitted: Fit, index: AdapterIndex, auxiliary: Extras
 ) -> Iterator[tuple[str, torch.dtype]]:
-    """Yield the name of each tensor and the dtype in which its values are used."""
+    """Yield the name of each tensor and the dtype in which the model uses its values."""
     for target, held in fitted.sites.values():
         yield from ((name, _dtype_at(index, target)) for name in held.values())
     for own, name in copied_tensors(auxiliary, tensors):
@@ -356,7 +356,7 @@ def _computed(weight: Tensor | nn.Module | None) -> torch.dtype:
 
 
 def _product_overflows(new: NewFactor, sizes: Sequence[float], limit: float) -> bool:
-    """Return whether scale·B·A exceeds a limit; the product is computed only if A and B contain large values."""
+    """Return whether any entry of scale·B·A exceeds a limit; B·A is computed only if A and B contain large values."""
     factor, by = new.factor, abs(new.factor.scale)
     most = by * factor.A.shape[0] * math.prod(sizes)
     if factor.A.is_meta or not all(map(math.isfinite, sizes)) or most <= limit:

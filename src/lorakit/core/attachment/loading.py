@@ -43,7 +43,7 @@ from lorakit.errors import (
 from lorakit.targets import Match
 
 SHOWN = 6
-"""Maximum number of mismatches that an error names."""
+"""Maximum number of mismatches listed in an error message."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class LoadReport:
     """Result of `load_adapter`.
 
     Attributes:
-        name: The adapter.
+        name: The adapter's name on the model.
         config: The adapter's config, as read from the file.
-        sites: Number of sites.
+        sites: Number of sites that received factors.
         base: Verdict on the base, as in `BaseVerdict.verdict`: same, same at a different precision, unverifiable, or
             different.
         warnings: Messages for the user.
@@ -80,11 +80,12 @@ def load_adapter(
     Args:
         model: The base, or a model that already has adapters. It is changed in place.
         folder: A directory written by PEFT or lorakit.
-        name: Name for the adapter on this model.
+        name: Name to give the adapter on this model.
         trainable: Whether training will continue; if false, the adapter is frozen. If true, and the adapter was
             converted to plain LoRA when it was saved, its residual base and original rank are restored.
-        allow: Checks to override: "base_mismatch", "key_mismatch", "nonfinite", "odd_scale", "recompute_init".
-        kinds: Custom kinds of site that the adapter uses.
+        allow: Names of checks to override: "base_mismatch", "key_mismatch", "nonfinite", "odd_scale",
+            "recompute_init".
+        kinds: The custom site kinds that the adapter uses.
 
     Returns:
         A report of what was loaded.
@@ -117,7 +118,7 @@ def check_base(model: nn.Module | AdapterIndex, files: AdapterFiles, allow: Coll
     Args:
         model: The base or a model that already has adapters, or its index; not changed.
         files: The adapter's files.
-        allow: Checks to override: "base_mismatch".
+        allow: Names of checks to override: "base_mismatch".
 
     Returns:
         The verdict, and any warnings.
@@ -150,10 +151,10 @@ def place_adapter(
 
     Args:
         model: The base or a model that already has adapters, or its index.
-        files: The adapter's files, with the warnings to report.
-        name: Name for the adapter on this model.
+        files: The adapter's files, including any warnings to report.
+        name: Name to give the adapter on this model.
         trainable: Whether training will continue.
-        allow: Checks to override: "key_mismatch", "nonfinite", "odd_scale", "recompute_init".
+        allow: Names of checks to override: "key_mismatch", "nonfinite", "odd_scale", "recompute_init".
         kinds: As in `load_adapter`.
 
     Returns:
@@ -162,7 +163,7 @@ def place_adapter(
     Raises:
         AdapterFileError: Tensors do not match the model; all mismatches are reported.
         AdapterError: The name is taken or cannot be used.
-        ConfigError: A scale is implausible, or the adapter is incompatible with those on the model.
+        ConfigError: A scale is implausible, or the adapter is incompatible with the adapters on the model.
     """
     index = AdapterIndex.of(model, kinds)
     checks.check_new_name(index.state, name)
@@ -182,14 +183,14 @@ def place_adapter(
         rows = build.new_rows(index, [chosen for chosen, _ in fitted.rows], given)
         auxiliary = build.new_extras(index, config, factors, fitted.saved, fitted.tied, rows)
         trained = {(id(module), leaf) for module, originals in auxiliary.biases for leaf in originals}
-        fitted.biases = [bias for bias in fitted.biases if (id(bias[0]), bias[1]) in trained]  # skip dropped sites
+        fitted.biases = [bias for bias in fitted.biases if (id(bias[0]), bias[1]) in trained]  # skip dropped ones
         beyond = out_of_range(tensors, largest, fitted, index, factors, auxiliary)
         said += implausible(files.folder, judge(config, scales, largest), trainable or files.made)
         said += _checked_range(files.folder, beyond, allow)
         with torch.no_grad():
             for own, key in copied_tensors(auxiliary, tensors):
                 own.copy_(tensors[key])
-        for message in said:  # raises if warnings are errors, so this must precede any change
+        for message in said:  # can raise if warnings are turned into errors, so warn before changing the model
             warn_caller(message)
         new_config = record.config.with_fields(inference_mode=not trainable)
         biases = _new_biases(fitted, tensors)
@@ -198,7 +199,7 @@ def place_adapter(
 
 
 def _check_kinds(files: AdapterFiles, index: AdapterIndex) -> None:
-    """Check that the caller passed all custom kinds of site that an adapter uses."""
+    """Check that the caller passed all custom site kinds that an adapter uses."""
     asked = files.sidecar.facts.get(KINDS_KEY)
     lacking = sorted({str(name) for name in asked if str(name) not in index.kinds} if isinstance(asked, list) else ())
     if lacking:
@@ -222,11 +223,11 @@ def _fitted(files: AdapterFiles, index: AdapterIndex) -> Fit:
 
 
 def _judge(files: AdapterFiles, fitted: Fit, largest: Mapping[str, float], allow: Collection[str]) -> list[str]:
-    """Report all mismatches in one error, or return messages about the mismatches that are allowed."""
+    """Raise one error that lists all mismatches, or return messages about the mismatches if they are allowed."""
     said = []
     if fitted.problems:
         shown = _shown(_some_of_each(fitted.problems))
-        has_shapes = any(problem.kind == SHAPE for problem in fitted.problems)  # `allow` cannot override a wrong shape
+        has_shapes = any(problem.kind == SHAPE for problem in fitted.problems)  # `allow` does not apply to wrong shapes
         fits_in_part = bool(fitted.sites) and not has_shapes
         if not fits_in_part or "key_mismatch" not in allow:
             error = ShapeMismatchError if has_shapes else AdapterFileError
@@ -244,7 +245,7 @@ def _judge(files: AdapterFiles, fitted: Fit, largest: Mapping[str, float], allow
 
 
 def _checked_range(folder: Path, beyond: Sequence[str], allow: Collection[str]) -> list[str]:
-    """Reject values that the base's dtype cannot represent, or return a message if such values are allowed."""
+    """Raise an error for values that overflow in the base's dtype, or return a message if they are allowed."""
     if not beyond:
         return []
     message = f"{folder}: values would become infinite in this base's dtype: {_shown(beyond)}."
@@ -264,7 +265,7 @@ def _shown(messages: Sequence[str]) -> str:
 
 
 def _some_of_each(problems: Sequence[Problem]) -> list[str]:
-    """Return the mismatches, alternating between kinds, so that unexpected tensors appear next to missing ones."""
+    """Return the mismatch messages, alternating between kinds, so that the first few include every kind."""
     kinds: dict[str, list[str]] = {}
     for problem in problems:
         kinds.setdefault(problem.kind, []).append(problem.text)
@@ -294,6 +295,6 @@ def _restored_factors(
 
 
 def _new_biases(fitted: Fit, tensors: Mapping[str, Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
-    """Return each trained bias and its new values (out,) from the file, converted to the bias's device and dtype."""
+    """Return each trained bias with its values (out,) from the file, moved to the bias's device and dtype."""
     biases = [(module.get_parameter(leaf), tensors[name]) for module, leaf, name in fitted.biases]
     return [(old, new.to(device=old.device, dtype=old.dtype, copy=True)) for old, new in biases]

@@ -51,11 +51,11 @@ def residual(kind: Kind, spec: WeightSpec, W: Tensor, factors: tuple[Tensor, Ten
     """Return W − s·B·A in the canonical form of the kind, usually (out, in).   [docs/math.md (60)]
 
     Args:
-        kind: The kind of the site.
+        kind: The site's kind.
         spec: The shape and layout of the site's weight.
-        W: The canonical weight, in fp32 or wider.
+        W: The base weight in canonical form, in fp32 or wider.
         factors: A (r, in) and B (out, r).
-        scale: The scale s.
+        scale: The LoRA scale s.
     """
     A, B = (factor.detach().to(device=W.device, dtype=W.dtype) for factor in factors)
     return W - kind.delta(spec, A, B) * scale
@@ -89,7 +89,7 @@ def apart(spec: WeightSpec, A: Tensor, B: Tensor) -> tuple[tuple[Tensor, Tensor]
         B: (out, 2r).
 
     Returns:
-        A (r, in) and B (out, r), and then A₀ and B₀.
+        The pair A (r, in) and B (out, r), and the pair A₀ and B₀ with the same shapes.
     """
     E = max(spec.experts, 1)
     A, A0 = (part.flatten(0, 1).contiguous() for part in A.unflatten(0, (E, -1)).chunk(2, dim=1))
@@ -98,10 +98,10 @@ def apart(spec: WeightSpec, A: Tensor, B: Tensor) -> tuple[tuple[Tensor, Tensor]
 
 
 def plain_config(config: LoraConfig) -> LoraConfig:
-    """Return the plain LoRA config for an adapter with a residual base: twice the rank at the same scale.
+    """Return the plain LoRA config for an adapter with a residual base, with twice the rank and the same scale.
 
     Args:
-        config: The config with which the adapter was attached; not changed.
+        config: The config used to attach the adapter; not changed.
     """
     more = math.sqrt(2) if config.use_rslora else 2
     return config.with_fields(
@@ -125,15 +125,15 @@ def init_context_for(
     generators: Callable[[torch.device], torch.Generator | None] = lambda _: None,
     statistics: Mapping[str, Tensor] | None = None,
 ) -> InitContext:
-    """Return the input that an init needs at a site.
+    """Return the information that an initialization method needs at a site.
 
     Args:
         index: The model's index.
         config: The adapter's config.
-        match: The match through which the config names the site.
+        match: The match that selected the site, with its rank and alpha.
         target: The site.
-        generators: Function that maps a device to its random generator, or to None for torch's default generator.
-        statistics: Data statistics for this site as name -> tensor (…), or None.
+        generators: Function that maps a device to a random generator, or to None for torch's default generator.
+        statistics: Name -> tensor (…), for the site's data statistics; None if there are none.
     """
     module, parameter = index.holder(target), target.spec.parameter
     variant, setting = variant_at(config, target.path)
@@ -159,14 +159,14 @@ def init_context_for(
 def check_can_move(
     index: AdapterIndex, target: TargetWeight, init: Init | None = None, variant: Variant | None = None
 ) -> None:
-    """Check that a residual can replace a base weight.
+    """Check that a residual weight can replace a base weight.
 
     The weight must not be shared or already changed, and no adapters may be merged into it.
 
     Args:
         index: The model's index.
         target: The site.
-        init: The init that replaces the weight; None for a variant or an adapter from a file.
+        init: The initialization method that replaces the weight; None for a variant or an adapter read from files.
         variant: The variant that replaces the weight, or None.
 
     Raises:
@@ -215,13 +215,13 @@ def check_can_move(
 
 
 def residual_of(index: AdapterIndex, target: TargetWeight, factors: tuple[Tensor, Tensor], scale: float) -> Stored:
-    """Return the stored form of W − s·B·A at a site, where W is the current base weight.
+    """Return W − s·B·A in the storage format of a site's module, where W is the current base weight.
 
     Args:
         index: The model's index.
         target: The site.
         factors: A (r, in) and B (out, r).
-        scale: The scale s.
+        scale: The LoRA scale s.
     """
     return in_stored_form(index, target, residual(target.kind, target.spec, index.weight(target), factors, scale))
 
@@ -259,10 +259,10 @@ def check_plain(model: nn.Module | AdapterIndex, name: str) -> None:
 
     Args:
         model: The adapted model; not changed.
-        name: The adapter.
+        name: The adapter's name.
 
     Raises:
-        AdapterError: The adapter's init or variant changed the base by more than a low-rank product.
+        AdapterError: The adapter's initialization or variant changed the base by more than a low-rank product.
     """
     index = AdapterIndex.of(model)
     config = index.known_state().configs[name]
@@ -277,7 +277,7 @@ def check_plain(model: nn.Module | AdapterIndex, name: str) -> None:
 
 
 def mover_of(config: LoraConfig) -> str:
-    """Return the name of the variant or init through which an adapter changes base weights."""
+    """Return the name of the variant or initialization method with which an adapter changes base weights."""
     variant = moving_variant(config)
     return str(config.init_lora_weights) if variant is None else variant.title
 
@@ -287,14 +287,14 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
 
     Args:
         files: The adapter's files.
-        factors: Path on disk -> A (r, in), B (out, r) and the number of experts in them (0 if there are none).
+        factors: Path on disk -> A (r, in), B (out, r) and the number of experts (0 for a single matrix).
 
     Returns:
-        Path on disk -> A (2r, in) and B (out, 2r), or None if the factors are plain LoRA already.
+        A dict from path on disk to A (2r, in) and B (out, 2r), or None if the factors are already plain LoRA.
 
     Raises:
-        AdapterFileError: A variant changed the base; or an init changed it, and either the files do not say how or the
-            base was quantized.
+        AdapterFileError: A variant changed the base; or the initialization changed the base, and the files do not say
+            how or the base was quantized.
     """
     variant = moving_variant(files.config)
     if variant is not None:
@@ -336,20 +336,20 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
 
 
 RECOMPUTE = "recompute_init"
-"""The entry of `allow` that permits rerunning a deterministic init."""
+"""The entry in `allow` that permits rerunning a deterministic initialization."""
 
 
 @dataclass(frozen=True)
 class SiteStart:
-    """The tensors from which the factor of a site is built; they come from an init or a file.
+    """The tensors from which a site's factors are built, taken from an initialization method or a file.
 
     Attributes:
         A: (r, in).
         B: (out, r).
         bias: Bias of B, (out,), or None.
-        own: `OwnTensor.held_as` -> extra tensor (…) of the variant; other entries are ignored. If None, the extra
-            tensors are initialized.
-        stored: The residual base in the storage format of the base module, or None if the base is unchanged.
+        own: `OwnTensor.held_as` -> extra tensor (…) that the variant uses; other entries are ignored. If None, the
+            extra tensors are initialized.
+        stored: The residual base in the base module's storage format, or None if the base is unchanged.
         initial: A and B before training if the residual base is W − s·B·A, otherwise None.
     """
 
@@ -362,16 +362,16 @@ class SiteStart:
 
 
 def initialized(index: AdapterIndex, target: TargetWeight, init: Init, context: InitContext) -> SiteStart:
-    """Run an init at a site, without changing the model.
+    """Run an initialization method at a site, without changing the model.
 
     Args:
         index: The model's index.
         target: The site.
-        init: The init.
-        context: Input for the init.
+        init: The initialization method.
+        context: The information that the method needs, as returned by `init_context_for`.
 
     Raises:
-        ConfigError: The init is not supported at the site.
+        ConfigError: The initialization method is not supported at the site.
     """
     with torch.no_grad():
         result = init.fill(context)
@@ -387,15 +387,15 @@ def initialized(index: AdapterIndex, target: TargetWeight, init: Init, context: 
 
 @dataclass(frozen=True)
 class InitRecord:
-    """The initial state of an adapter that was read from files.
+    """The state, before training, of an adapter that was read from files.
 
     Attributes:
         folder: The adapter's directory.
-        config: The config to use: the file's, or the one from before the conversion to plain LoRA.
-        sites: Path -> rank and alpha, if they differ from those in the file.
+        config: The config in the file or, if the adapter is converted back from plain LoRA, its original config.
+        sites: Path of a site -> rank and alpha, if they differ from those in the file.
         is_doubled: Whether the factors in the file are plain LoRA with twice the rank and contain the initial factors.
-        first: Path -> A and B before training, from a separate file; or None.
-        init: The init to rerun, or None.
+        first: Path of a site -> A and B before training, read from a separate file; or None.
+        init: The initialization method to rerun, or None.
     """
 
     folder: Path
@@ -413,17 +413,17 @@ class InitRecord:
     def start(
         self, index: AdapterIndex, target: TargetWeight, context: InitContext, tensors: Mapping[str, Tensor]
     ) -> SiteStart:
-        """Return the tensors from which to build a site's factor, given the tensors in the file.
+        """Return the tensors from which to build a site's factors, given the tensors in the file.
 
         Args:
             index: The model's index.
             target: The site.
-            context: Input for the init, with the rank and scale that the site has in training.
+            context: The initialization context, with the site's rank and scale during training.
             tensors: A (r, in) and B (out, r), or (2r, in) and (out, 2r) if saved as plain LoRA; also "bias" (out,) and
                 the variant's extra tensors (…), if there are any.
 
         Raises:
-            ConfigError: A residual cannot replace the base weight (see `check_can_move`).
+            ConfigError: A residual weight cannot replace the base weight (see `check_can_move`).
             AdapterFileError: The site's initial factors are missing.
         """
         A, B = tensors["A"], tensors["B"]
@@ -455,12 +455,12 @@ class InitRecord:
 
 
 def init_record_of(files: AdapterFiles, trainable: bool, allow: Collection[str]) -> InitRecord:
-    """Return the initial state of an adapter that was read from files.
+    """Return the state, before training, of an adapter that was read from files.
 
     Args:
         files: The adapter's files; `lorakit.json` supplies the initial state only if it describes these files.
         trainable: Whether training will continue; if so, an adapter converted to plain LoRA is converted back.
-        allow: "recompute_init" permits rerunning a deterministic init.
+        allow: Names of checks to override; "recompute_init" permits rerunning a deterministic initialization.
 
     Raises:
         AdapterFileError: A file is damaged; or the files do not contain the residual base, and recomputing it is not

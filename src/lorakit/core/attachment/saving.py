@@ -38,15 +38,15 @@ Form = Literal["as_lora", "trained", "raw"]
 
 @dataclass(frozen=True)
 class SavedForm:
-    """An adapter, ready to be written.
+    """An adapter in the form in which it will be saved.
 
     Attributes:
         name: The adapter's name.
         tensors: Name on disk -> tensor (…).
         config: The adapter's config.
-        sites: Path -> rank and alpha.
-        about: The adapter's initial state for `lorakit.json`; empty if the init does not change the base.
-        initial: Content of `INITIAL_FILE`, or None.
+        sites: Path of a site on disk -> rank and alpha.
+        about: The initial state to record in `lorakit.json`; empty if the initialization does not change the base.
+        initial: Content of `INITIAL_FILE`, or None if that file is not needed.
     """
 
     name: str
@@ -60,12 +60,12 @@ class SavedForm:
 def saved_form(
     model: nn.Module | AdapterIndex, name: str, form: Form = "as_lora", tensors: Mapping[str, Tensor] | None = None
 ) -> SavedForm:
-    """Return an adapter's tensors and config, ready to be written.
+    """Return an adapter's tensors and config in the form in which they will be saved.
 
     Args:
         model: The adapted model, or its index; not changed.
         name: The adapter.
-        form: For an adapter with a residual base: "as_lora", "trained", or "raw", which omits the initial state.
+        form: How to save an adapter with a residual base: "as_lora", "trained", or "raw" (without the initial state).
         tensors: Name on disk -> tensor (…), for tensors gathered from several devices; None uses the model's tensors.
 
     Raises:
@@ -109,7 +109,7 @@ def converted_form(
     Args:
         model: The adapted model; not changed.
         name: The adapter.
-        initial: Name on disk -> initial factor (…), saved before training.
+        initial: Name on disk -> initial A or B (…), saved before training.
         tensors: As in `saved_form`.
 
     Raises:
@@ -122,12 +122,12 @@ def converted_form(
 
 
 def _as_lora(found: SavedForm, layers: Sequence[tuple[str, LoraLayer]], initial: Mapping[str, Tensor]) -> SavedForm:
-    """Return an adapter as plain LoRA with twice the rank: its tensors, config, ranks and alphas.
+    """Convert an adapter to plain LoRA with twice the rank.
 
     Args:
         found: The adapter as trained.
-        layers: Path on disk and layer of each site with a residual base.
-        initial: Name on disk -> initial factor (…).
+        layers: (path on disk, layer) for each site with a residual base.
+        initial: Name on disk -> initial A or B (…).
     """
     tensors = dict(found.tensors)
     for path, layer in layers:
@@ -192,7 +192,7 @@ def save_adapter(
         name: The adapter.
         base_model_name_or_path: Name or path of the base; None keeps the config's value.
         facts: Metadata for `lorakit.json`, such as training details and tokenizer hashes, as plain JSON values.
-        allow: Checks to override: "nonfinite".
+        allow: Names of checks to override: "nonfinite".
         tensors: Name on disk -> tensor (…), for tensors gathered from several devices; None writes the model's tensors.
 
     Returns:
@@ -229,7 +229,7 @@ def save_as_trained(
         name: The adapter.
         base_model_name_or_path: Name or path of the base; None keeps the config's value.
         facts: Metadata for `lorakit.json`.
-        allow: Checks to override: "nonfinite".
+        allow: Names of checks to override: "nonfinite".
         tensors: Name on disk -> tensor (…), as in `save_adapter`.
 
     Returns:
@@ -259,10 +259,10 @@ def save_form(
     Args:
         model: The adapted model, or its index; the fingerprint of the model's base is written.
         folder: The directory.
-        found: The adapter, ready to be written.
+        found: The adapter to write, as returned by `saved_form`.
         base_model_name_or_path: Name or path of the base.
         facts: Metadata for `lorakit.json`.
-        allow: Checks to override: "nonfinite".
+        allow: Names of checks to override: "nonfinite".
 
     Raises:
         AdapterError: The adapter has non-finite values.

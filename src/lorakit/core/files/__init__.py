@@ -1,1 +1,1 @@
-"""An adapter on disk: its tensors and their names, its directory with `lorakit.json`, and findings about the files."""
+"""Adapters on disk: tensors and their names, the adapter directory with `lorakit.json`, and inspection of the files."""

@@ -27,13 +27,13 @@ SIDECAR_FILE = "lorakit.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FORMAT_VERSION = 2
 SEALED_SINCE = 2
-"""The first format in which a seal and the SHA-256 of the weights and the config are mandatory."""
+"""The first format version in which a seal and the SHA-256 of the weights and the config are mandatory."""
 
 METADATA_KEY = "lorakit"
 """Key in the header of the weights file; it is missing if another program has rewritten the file."""
 
 KINDS_KEY = "kinds"
-"""Key for the names of the custom kinds of site that the adapter uses."""
+"""Key for the names of the custom site kinds that the adapter uses."""
 
 INITIAL_FILE = "lorakit_initial.safetensors"
 """File with the initial factors of an adapter that has a residual base and was saved as trained."""
@@ -41,7 +41,7 @@ INITIAL_FILE = "lorakit_initial.safetensors"
 MAX_BYTES = 16 << 20
 
 REPLACES = "replaces"
-"""Key that holds the old `lorakit.json` and the SHA-256 of each old file while files are replaced one by one."""
+"""Key for the old `lorakit.json` and the SHA-256 of each old file while files are being replaced one by one."""
 
 BEGAN = "began"
 """Key for the initial state of an adapter with a residual base: config fields, and each site's rank and alpha."""
@@ -56,14 +56,14 @@ class Sidecar:
 
     Attributes:
         present: Whether the file exists.
-        weights_sha256: SHA-256 of the weights and, in format 1, also of the weights that they replaced.
-        config_sha256: SHA-256 of the config.
+        weights_sha256: SHA-256 of the weights file and, in format 1, also of the weights file that it replaced.
+        config_sha256: SHA-256 of the config file.
         base: Fingerprint of the base, or None.
         sites: Path of a site -> {"r", "lora_alpha"}.
-        facts: Everything else: training metadata, names, hashes.
+        facts: All other values: training metadata, names, hashes.
         began: The initial state of an adapter with a residual base; empty for others.
         format_version: Format version of the file; 0 if there is no file.
-        interrupted: Whether a save was interrupted, so that the files are those from before that save.
+        interrupted: Whether a save was interrupted; if so, the files are those from before that save.
     """
 
     present: bool = False
@@ -84,9 +84,9 @@ class AdapterFiles:
     Attributes:
         folder: The directory.
         config: The config.
-        file: The weights.
+        file: The content of the weights file.
         sidecar: The content of `lorakit.json`.
-        config_is_ours: Whether the config is, byte for byte, the one that was written with the weights.
+        config_is_ours: Whether the config file is byte for byte the one written with the weights.
         warnings: Messages for the user.
         made: Whether the adapter was built in memory rather than read from disk; if so, an all-zero update is accepted.
     """
@@ -101,7 +101,7 @@ class AdapterFiles:
 
     @property
     def is_ours(self) -> bool:
-        """True if config and weights are, byte for byte, those that `lorakit.json` describes."""
+        """True if the config and weights files are byte for byte those that `lorakit.json` describes."""
         return self.config_is_ours and self.file.sha256 in self.sidecar.weights_sha256
 
 
@@ -134,7 +134,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
 
 
 def _read_once(folder: Path) -> AdapterFiles:
-    """Read and verify the files while another process may be replacing them."""
+    """Read and verify the files once, although another process may be replacing them."""
     config, unknown = read_config(folder)
     weights = folder / WEIGHTS_FILE
     if not weights.exists() and (folder / "adapter_model.bin").exists():
@@ -259,7 +259,7 @@ def write_files(
         folder: The directory; created if missing. Other files in it are kept.
         config: Content of `adapter_config.json`.
         weights: Content of `adapter_model.safetensors`.
-        about: Other values for `lorakit.json`: base, sites, metadata.
+        about: Additional values for `lorakit.json`: base, sites and metadata.
         initial: Content of `lorakit_initial.safetensors`; None removes the file.
 
     Returns:
@@ -283,10 +283,10 @@ def sidecar_bytes(
     """Return the content of `lorakit.json`.
 
     Args:
-        about: Other values: base, sites, metadata.
+        about: Additional values: base, sites and metadata.
         config: Content of `adapter_config.json`.
         weights: Content of `adapter_model.safetensors`.
-        replaces: The result of `replaced_files` while config and weights are replaced one by one, otherwise None.
+        replaces: The result of `replaced_files` if files are being replaced one by one, otherwise None.
     """
     values: JsonObject = {
         **about,
@@ -299,7 +299,7 @@ def sidecar_bytes(
 
 
 def replaced_files(folder: Path) -> JsonObject:
-    """Return what `lorakit.json` records about replaced files: the SHA-256 of each, and the old `lorakit.json`.
+    """Return a record of the files about to be replaced: the SHA-256 of each, and the old `lorakit.json`.
 
     Args:
         folder: The directory; `files` in the result is empty if the directory does not contain a complete adapter.
@@ -313,7 +313,7 @@ def replaced_files(folder: Path) -> JsonObject:
 
 
 def _identities(folder: Path) -> list[tuple[int, int, int] | None]:
-    """Return inode, modification time and size of each adapter file (None if missing), to detect replaced files."""
+    """Return each adapter file's inode, modification time and size (None if missing), to detect replaced files."""
     found: list[tuple[int, int, int] | None] = [None, None, None]
     for at, name in enumerate((CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE)):
         with contextlib.suppress(OSError):
@@ -323,7 +323,7 @@ def _identities(folder: Path) -> list[tuple[int, int, int] | None]:
 
 
 def _valid_values(folder: Path) -> tuple[JsonObject | None, bool]:
-    """Return the values that describe the current files, and whether the files are from before an interrupted save."""
+    """Return the `lorakit.json` values for the current files, and whether they predate an interrupted save."""
     path = folder / SIDECAR_FILE
     if not path.exists():
         return None, False
@@ -361,7 +361,7 @@ def _mixed(
 
 
 def _first_factors(values: JsonObject) -> dict[str, str]:
-    """Return a dict from name to SHA-256 for the file with the initial factors; empty if no such file is needed."""
+    """Return {name: SHA-256} for the file with the initial factors, or an empty dict if no such file is needed."""
     began = _table(values.get(BEGAN))
     return {str(began["file"]): str(began.get("sha256"))} if began.get("file") else {}
 

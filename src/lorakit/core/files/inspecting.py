@@ -58,9 +58,9 @@ class Finding:
     Attributes:
         kind: "zero_update", "partly_zero", "nonfinite", "large_values", "large_scale",
             "alpha_not_positive", "steep_alpha_pattern" or "unknown_init".
-        where: Sites, or names of tensors for "nonfinite" and "large_values"; empty if the whole adapter is affected.
-        value: The value at the first entry of `where`, the name of an unknown init, or None.
-        text: The message.
+        where: Affected sites, or tensor names for "nonfinite" and "large_values"; empty for the whole adapter.
+        value: The value at the first entry in `where`, the name of an unknown initialization method, or None.
+        text: The message for the user.
     """
 
     kind: str
@@ -77,9 +77,9 @@ class Site:
     """The properties of a site that are known without a model.
 
     Attributes:
-        path: The path on disk.
+        path: The site's path on disk.
         alpha: The site's alpha, or None if unknown.
-        scale: The effective scale, or None if unknown.
+        scale: The site's effective scale, or None if unknown.
     """
 
     path: str
@@ -88,7 +88,7 @@ class Site:
 
 
 def judge(config: LoraConfig, sites: Sequence[Site], largest: Mapping[str, float]) -> tuple[Finding, ...]:
-    """Return findings about the implausible properties of an adapter.
+    """Return a finding for each implausible property of an adapter.
 
     Args:
         config: The adapter's config.
@@ -109,12 +109,12 @@ def judge(config: LoraConfig, sites: Sequence[Site], largest: Mapping[str, float
 
 
 def nonfinite(largest: Mapping[str, float]) -> Finding | None:
-    """Return the finding for NaN and infinite values, or None if all values are finite; `largest` is as in `judge`."""
+    """Return a finding if there are NaN or infinite values, otherwise None; `largest` is as in `judge`."""
     return _of_tensors(NONFINITE, "NaN or infinite values", largest, lambda value: not math.isfinite(value))
 
 
 def not_finite(folder: Path, finding: Finding) -> AdapterFileError:
-    """Return the error for NaN or infinite values that are not allowed."""
+    """Return the error to raise if an adapter contains NaN or infinite values that are not allowed."""
     return AdapterFileError(
         f"{folder}: {finding}",
         advice=f"Use an earlier checkpoint, or {OVERRIDE}.",
@@ -125,7 +125,7 @@ def not_finite(folder: Path, finding: Finding) -> AdapterFileError:
 
 
 def implausible(folder: str | Path, findings: Sequence[Finding], may_be_zero: bool = False) -> tuple[str, ...]:
-    """Return a tuple with one message that names all findings, or an empty tuple if there are none.
+    """Return a tuple with one message that lists all findings, or an empty tuple if there are no findings.
 
     Zero updates at only some sites do not cause a warning: they are normal for experts that no token reached, and for
     adapters extracted from a model that changed only in part. `inspect_adapter` still lists them.
@@ -141,12 +141,12 @@ def implausible(folder: str | Path, findings: Sequence[Finding], may_be_zero: bo
 
 
 def largest_values(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return a dict from name to the `largest_value` of each tensor (…)."""
+    """Return a dict from tensor name to the tensor's largest magnitude (see `largest_value`)."""
     return {name: largest_value(tensor) for name, tensor in tensors.items()}
 
 
 def largest_value(tensor: Tensor) -> float:
-    """Return the largest magnitude in a tensor of any shape: NaN if it contains NaN, 0 if it is empty or integer."""
+    """Return the largest magnitude in a tensor (…): NaN if the tensor contains NaN, 0 if it is empty or integer."""
     if not tensor.numel() or not tensor.is_floating_point():
         return 0.0
     low, high = torch.aminmax(tensor)
@@ -199,7 +199,7 @@ def _init(config: LoraConfig) -> Finding | None:
 
 
 def _finding(kind: str, what: str, found: Sequence[tuple[str, float]]) -> Finding:
-    """Return a finding that names the first few entries in `found`, a list of (site or tensor name, value) pairs."""
+    """Return a finding that names the first few entries in `found`, which holds (site or tensor name, value) pairs."""
     shown = [name if kind in (ZERO, PARTLY_ZERO) else f"{name} ({value:g})" for name, value in found[:NAMED]]
     more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
     advice = f": {ADVICE[kind]}" if kind in ADVICE else ""
@@ -212,9 +212,9 @@ class SiteSummary:
     """One site of an adapter on disk.
 
     Attributes:
-        path: The path on disk.
+        path: The site's path on disk.
         r: Rank; for several experts in one parameter, the rank of each expert.
-        lora_alpha: Alpha, or None if it depends on a pattern that is not a plain name.
+        lora_alpha: Alpha, or None if it depends on a regular expression.
         scale: Effective scale, or None if alpha is None.
         in_features: Number of columns in A.
         out_features: Number of rows in B.
@@ -246,7 +246,7 @@ class AdapterSummary:
         base: Fingerprint of the base, or None.
         facts: Metadata in `lorakit.json`.
         findings: Messages about what looks wrong; empty for a healthy adapter.
-        judged: Findings about values and scales; their messages are in `findings` too.
+        judged: Findings about values, scales and the initialization method; `findings` includes their messages.
     """
 
     folder: str
@@ -299,7 +299,7 @@ def judge_files(files: AdapterFiles, allow: Collection[str] = ()) -> tuple[Findi
 
     Args:
         files: The adapter's files.
-        allow: Checks to override: "nonfinite".
+        allow: Names of checks to override: "nonfinite".
 
     Returns:
         The same findings as in `AdapterSummary.judged`.
@@ -340,7 +340,7 @@ def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tenso
 
 
 def _known_site(files: AdapterFiles, path: str, A: Tensor) -> tuple[int, Site]:
-    """Return a site's rank and other known properties, given the site's A (r, in, …)."""
+    """Return a site's rank, and its other properties that are known without a model, given A (r, in, …)."""
     r, alpha = rank_and_alpha(files, path, int(A.shape[0]))
     return r, Site(path, alpha, None if alpha is None else scale(r, alpha, files.config.use_rslora))
 
@@ -357,7 +357,7 @@ def _site(files: AdapterFiles, path: str, A: Tensor, B: Tensor) -> SiteSummary:
 
 
 def _unreadable(sites: Sequence[SiteSummary], odd_paths: Sequence[str]) -> list[str]:
-    """Return messages about sites that the files do not fully describe."""
+    """Return messages about sites with incomplete information, or about a file without sites."""
     found = []
     unknown = [s.path for s in sites if s.scale is None]
     if unknown:

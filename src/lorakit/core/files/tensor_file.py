@@ -22,10 +22,10 @@ MAX_FILE_BYTES = 64 << 30
 MAX_HEADER_BYTES = 8 << 20
 MAX_TENSORS = 100_000
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Dtypes that factors may have on disk, with sizes in bytes; converting from any other dtype would corrupt values."""
+"""Supported dtypes of factors on disk and their sizes in bytes; converting any other dtype would corrupt values."""
 
 WHOLE_BYTES = {"I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
-"""Additional dtypes for buffers of saved modules, such as a batch norm's batch counter."""
+"""Additional dtypes supported for buffers in saved modules, such as a batch norm's batch counter."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def encode(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 
     Args:
         tensors: Name -> tensor (…) on any device.
-        metadata: Strings for the header.
+        metadata: The strings to store in the header.
 
     Returns:
         The content of the whole file.
@@ -65,7 +65,7 @@ def encode(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 
 def _in_order(data: bytes) -> bytes:
-    """Return the file with its metadata sorted, because the order in which safetensors writes metadata can vary."""
+    """Return the file's bytes with the metadata sorted, because safetensors can write metadata in any order."""
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     if "__metadata__" in header:
@@ -80,7 +80,7 @@ def read_tensors(path: str | os.PathLike[str], max_bytes: int = MAX_FILE_BYTES) 
 
     Args:
         path: The file.
-        max_bytes: Largest size to accept.
+        max_bytes: Maximum accepted file size in bytes.
 
     Returns:
         The file's tensors (…), metadata and SHA-256.
@@ -117,7 +117,7 @@ def _header(path: str | os.PathLike[str], data: bytes) -> tuple[JsonObject, int]
         pickled = data[:2] == b"PK" or (data[0] == 0x80 and data[1] <= 5)  # torch's zip format, or any pickle protocol
         kind = "a pickle, which is never loaded" if pickled else "damaged"
         raise file_error(path, f"not a safetensors file (it claims a header of {size:,} bytes); it may be {kind}.")
-    if data.count(b":", 8, 8 + size) > 4 * MAX_TENSORS + 10_000:  # four per tensor; counting colons is cheap
+    if data.count(b":", 8, 8 + size) > 4 * MAX_TENSORS + 10_000:  # a tensor needs four; counting is fast
         raise file_error(path, f"the header names too many tensors; at most {MAX_TENSORS:,} are allowed.")
     try:
         header = parse_json(data[8 : 8 + size])

@@ -36,8 +36,8 @@ class Key(NamedTuple):
     """A parsed tensor name.
 
     Attributes:
-        path: Path of the site.
-        part: "A", "B", "bias", or the `held_as` of one of a variant's extra tensors.
+        path: Path of the site on disk.
+        part: "A", "B", "bias", or the `held_as` name of one of the variant's extra tensors.
     """
 
     path: str
@@ -45,7 +45,7 @@ class Key(NamedTuple):
 
 
 def parse(name: str) -> Key | None:
-    """Parse the name of a tensor; return None if the tensor does not belong to a factor."""
+    """Parse a tensor name; return None if the tensor does not belong to a site's factors."""
     if not name.startswith(PREFIX):
         return None
     rest = name.removeprefix(PREFIX)
@@ -57,7 +57,7 @@ def parse(name: str) -> Key | None:
 
 
 def by_site(named: Mapping[str, T]) -> dict[str, dict[str, T]]:
-    """Group values by site path and then by part, for all names that belong to a factor."""
+    """Group values by site path and then by part, ignoring names that do not belong to a site's factors."""
     found: dict[str, dict[str, T]] = {}
     for name, value in named.items():
         key = parse(name)
@@ -67,12 +67,12 @@ def by_site(named: Mapping[str, T]) -> dict[str, dict[str, T]]:
 
 
 def endings_of(kind: Kind) -> tuple[str, str]:
-    """Return the name endings of A and B at sites of a given kind."""
+    """Return the endings of the tensor names for A and B at sites of the given kind."""
     return f".{kind.names[0]}{kind.on_disk}", f".{kind.names[1]}{kind.on_disk}"
 
 
 def part_names(kind: Kind, variant: Variant) -> dict[str, str]:
-    """Return a dict from `Key.part` to the tensor's name relative to the site's path, for all tensors of a factor."""
+    """Return a dict from `Key.part` to tensor name relative to the site's path, for all tensors of a site."""
     A, B = kind.names
     own = {tensor.held_as: tensor.keys[0].removeprefix(".") for tensor in variant.tensors}
     return {"A": A + kind.on_disk, "B": B + kind.on_disk, "bias": f"{B}.bias", **own}
@@ -83,7 +83,7 @@ def adapter_tensors(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, 
 
     Args:
         model: The adapted model, or its index.
-        adapter: The adapter.
+        adapter: The adapter's name.
 
     Returns:
         A dict from name to tensor (…), sorted by name. The tensors are the model's, not copies.
@@ -99,7 +99,7 @@ def adapter_tensors(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, 
 
 
 def inside(path: str, depths: Mapping[str, int]) -> str:
-    """Convert a path in the plain base to PEFT's form, with `.base_layer` for each layer around a module in the path.
+    """Convert a path in the plain base to PEFT's form, which adds `.base_layer` for each layer around a module.
 
     Args:
         path: The path in the plain base.

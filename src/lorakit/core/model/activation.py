@@ -28,7 +28,7 @@ def activate(model: nn.Module, *names: str) -> None:
 
     Args:
         model: An adapted model.
-        names: Adapters to activate; if none are given, the base runs alone.
+        names: Names of the adapters to activate; if no names are given, the base runs without adapters.
 
     Raises:
         RouteError: An adapter is not on the model.
@@ -46,11 +46,11 @@ def use(model: nn.Module, *names: str, keep: bool = False) -> Override:
 
     Args:
         model: An adapted model.
-        names: One or more adapters; they all apply to every row.
+        names: Names of one or more adapters; all of them apply to every row.
         keep: As in `route`; with a single adapter, its factors are cached in the base's dtype.
 
     Raises:
-        RouteError: An adapter is not on the model, or no adapter is named.
+        RouteError: An adapter is not on the model, or no names are given.
     """
     state = state_of(model)
     if not names:
@@ -65,7 +65,7 @@ def route(model: nn.Module, rows: Sequence[str | None], *, copies: int = 1, keep
 
     Args:
         model: An adapted model.
-        rows: One adapter name per row of the batch; None runs the row on the base alone.
+        rows: One adapter name per batch row, or None to run the row on the base alone.
         copies: Also accept batches that repeat each row this many times in succession: in beam search, for example,
             the decoder receives each prompt several times but the encoder only once.
         keep: Whether to speed up generation by caching the stacked factors of the rows' adapters for all forward passes
@@ -87,7 +87,7 @@ def route(model: nn.Module, rows: Sequence[str | None], *, copies: int = 1, keep
 
 
 def disable(model: nn.Module) -> Override:
-    """Return a context manager that runs the base model alone.
+    """Return a context manager that runs the base model without adapters.
 
     The base runs with its original weights and biases, even if adapters are merged.
 
@@ -101,7 +101,7 @@ def disable(model: nn.Module) -> Override:
 
 
 def checkpoint_contexts(model: nn.Module) -> CheckpointContexts:
-    """Return a `context_fn` for non-reentrant checkpointing, so that recomputation uses the forward pass's route.
+    """Return a `context_fn` for non-reentrant checkpointing that recomputes with the adapters of the forward pass.
 
     Args:
         model: An adapted model.
@@ -127,7 +127,7 @@ def trainable_parameters(model: nn.Module, name: str | None = None) -> list[tupl
 
     Args:
         model: An adapted model.
-        name: One adapter, or None for all.
+        name: Name of one adapter, or None for all adapters.
 
     Returns:
         (name, parameter) pairs with the names that `model.named_parameters()` gives. Each parameter (…) requires
@@ -148,7 +148,7 @@ def parameters_by_adapter(model: nn.Module, names: Collection[str]) -> dict[str,
 
     Args:
         model: An adapted model.
-        names: The adapters.
+        names: The adapters' names.
 
     Returns:
         A dict from adapter name to the adapter's parameters (…). Each parameter is listed once, in the order in which
@@ -158,12 +158,12 @@ def parameters_by_adapter(model: nn.Module, names: Collection[str]) -> dict[str,
     found: dict[str, list[nn.Parameter]] = {name: [] for name in names}
     for component in (*state.members(), *_bias_patches(model, state)):
         for name in found.keys() & set(component.available_adapters()):
-            found[name] += component.parameters_of(name)  # tied tables share parameters
+            found[name] += component.parameters_of(name)  # tied embeddings share parameters
     return {name: list({id(p): p for p in parameters}.values()) for name, parameters in found.items()}
 
 
 def _bias_patches(model: nn.Module, state: AdapterState) -> list[BiasPatch]:
-    """Return the hooks through which adapters train biases; walk the model only if there are any."""
+    """Return the hooks through which adapters train biases; the model is walked only if any biases are trained."""
     return [patch for patches in AdapterIndex.of(model).patches.values() for patch in patches] if state.biased else []
 
 
@@ -172,8 +172,8 @@ def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | Non
 
     Args:
         model: An adapted model; only `requires_grad` flags change.
-        wanted: Adapter -> whether its parameters require gradients; unknown names are ignored.
-        others: Whether the parameters of all other adapters require gradients; None leaves those parameters unchanged.
+        wanted: Adapter name -> whether the adapter's parameters require gradients; unknown names are ignored.
+        others: Whether all other adapters' parameters require gradients; None leaves those parameters unchanged.
     """
     state = find_state(model)
     if state is None:
@@ -223,9 +223,9 @@ def invocation_offsets(
     """Return where an aLoRA adapter becomes active in each row: at the last occurrence of its invocation tokens.
 
     Args:
-        input_ids: Token ids, (rows, length) or (length,).
+        input_ids: Token ids with shape (rows, length) or (length,).
         tokens: The adapter's invocation tokens.
-        attention_mask: (rows, length), 0 for padding; invocation tokens in padding are ignored.
+        attention_mask: Shape (rows, length), with 0 for padding; invocation tokens in padding are ignored.
 
     Returns:
         For each row, the number of positions from the start of that occurrence to the end of the row, or None if the
@@ -251,8 +251,8 @@ def invoked(
 
     Args:
         model: An adapted model.
-        input_ids: The prompts, (rows, length).
-        attention_mask: (rows, length), 0 for padding.
+        input_ids: The prompts' token ids, with shape (rows, length).
+        attention_mask: Shape (rows, length), with 0 for padding.
         offsets: For each row, the number of final prompt positions at which every aLoRA adapter is active, or None if
             the row invokes no adapters. If offsets are given, the prompts are not searched for invocation tokens.
             Without `input_ids`, offsets are counted from the end of each forward pass's input.
@@ -279,14 +279,14 @@ def invoked(
 
 
 def prompt_offset(model: nn.Module, input_ids: Tensor, adapter: str) -> int:
-    """Return the number of tokens at the end of a prompt for which an adapter is active.
+    """Return the number of tokens, counted from the end of a prompt, for which an adapter is active.
 
     An aLoRA adapter is active from its invocation tokens onward, and any other adapter for the whole prompt.
 
     Args:
         model: A model with or without adapters.
-        input_ids: The prompt, (length,).
-        adapter: The adapter.
+        input_ids: The prompt's token ids, with shape (length,).
+        adapter: The adapter's name.
 
     Raises:
         ConfigError: The adapter's config does not specify the invocation tokens.
@@ -298,7 +298,7 @@ def prompt_offset(model: nn.Module, input_ids: Tensor, adapter: str) -> int:
 
 
 def waits_for_tokens(model: nn.Module) -> bool:
-    """Return whether a model has an aLoRA adapter, which is inactive before its invocation tokens (see `invoked`).
+    """Return whether a model has any aLoRA adapters, which stay inactive until their invocation tokens (see `invoked`).
 
     Args:
         model: A model with or without adapters.

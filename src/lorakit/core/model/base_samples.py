@@ -33,7 +33,7 @@ _SMALLEST, _LARGEST = -14, 65520.0
 
 
 def equal(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors (n,) have equal values, where NaN equals NaN and -0 equals 0."""
+    """Return whether two tensors (n,) are equal, treating NaN as equal to NaN and -0 as equal to 0."""
     return one.shape == other.shape and bool(_same(one, other).all())
 
 
@@ -41,8 +41,8 @@ def agree_after_rounding(one: Tensor, other: Tensor) -> bool:
     """Return whether rounding explains every difference between two tensors.
 
     Args:
-        one: Values in fp64, (n,).
-        other: The values to compare with, in fp64, (n,).
+        one: fp64 values (n,).
+        other: fp64 values (n,) to compare with `one`.
     """
     if one.shape != other.shape:
         return False
@@ -63,7 +63,7 @@ def _rounded(values: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor:
 
 
 def _have_one_source(half: Tensor, brain: Tensor) -> bool:
-    """Return whether there are values that round to `half` in fp16 and to `brain` in bf16."""
+    """Return whether some original values could round to both `half` in fp16 and `brain` in bf16."""
     if not (equal(_rounded(half, (_FP16,)), half) and equal(_rounded(brain, (_BF16,)), brain)):
         return False
     reach = _half_step(half, 10, _SMALLEST) + _half_step(brain, 7, -126)
@@ -72,7 +72,7 @@ def _have_one_source(half: Tensor, brain: Tensor) -> bool:
 
 
 def _half_step(values: Tensor, digits: int, smallest: int) -> Tensor:
-    """Return half the spacing between adjacent numbers at each value, for a dtype with `digits` mantissa bits."""
+    """Return half the gap between adjacent representable numbers at each value, given `digits` mantissa bits."""
     exponent = torch.frexp(values.nan_to_num(0.0, 0.0, 0.0)).exponent.double() - 1
     return torch.exp2(exponent.clamp(min=smallest) - digits - 1)
 
@@ -85,9 +85,9 @@ class BaseTensor:
     """A parameter or buffer of the plain base.
 
     Attributes:
-        shape: Shape in the plain base.
+        shape: The tensor's shape in the plain base.
         dtype: Name of the dtype, or of the weight format if the tensor is quantized.
-        key: Identifier of the tensor, the same for all names of a shared tensor.
+        key: Identifier of the tensor; a shared tensor has the same key under each of its names.
         source: The tensor (…), or the quantized weight.
         is_buffer: Whether the tensor is a buffer.
     """
@@ -99,7 +99,7 @@ class BaseTensor:
     is_buffer: bool = False
 
     def is_readable(self, elsewhere: bool) -> bool:
-        """Return whether the values can be read.
+        """Return whether the tensor's values can be read.
 
         Args:
             elsewhere: Whether another source supplies the values of unquantized tensors on the meta device.
@@ -110,11 +110,11 @@ class BaseTensor:
 
     @property
     def device(self) -> torch.device:
-        """Device on which `bits` expects its positions."""
+        """The device on which `bits` expects the positions."""
         return self.source.device if isinstance(self.source, Tensor) else torch.device("cpu")
 
     def bits(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Read values at positions in the flattened tensor.
+        """Read the values at the given positions in the flattened tensor.
 
         Args:
             positions: Integers (n,), on `device`.
@@ -141,7 +141,7 @@ def plain_tensor(tensor: Tensor, cut: Mapping[int, int], is_buffer: bool = False
 
     Args:
         tensor: A tensor of any shape.
-        cut: Id of a tensor -> number of leading rows to use.
+        cut: Id of a tensor -> number of leading rows to use; all rows are used if the tensor is not listed.
         is_buffer: Whether the tensor is a buffer.
     """
     used = tensor[: cut[id(tensor)]] if id(tensor) in cut else tensor
@@ -178,22 +178,22 @@ LEAST, BUDGET, MOST_TENSORS = 4, 1 << 18, 1 << 16
 `LEAST` for each; if there are more than `MOST_TENSORS`, only an evenly spaced selection of tensors is sampled."""
 
 MOST_SLICES = 512
-"""Every slice (expert) along the first axis of a three-axis tensor is sampled if there are at most this many slices."""
+"""A three-axis tensor with at most this many slices (experts) along its first axis has every slice sampled."""
 
 EXACT, ROUNDED, QUANTIZED, APART = "exact", "rounded", "quantized", "apart"
-"""Degrees of agreement between two samples: bit for bit, up to rounding, within the quantization errors, or none."""
+"""Degrees of agreement between two samples: exact, after rounding, within the quantization errors, or none."""
 
 _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"})
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Sampled values of one tensor.
+    """The sampled values of one tensor.
 
     Attributes:
         dtype: Name of the tensor's dtype, or of its weight format.
-        bits: The values in that dtype (fp32 for a quantized weight), little-endian, ordered by position.
-        bound: Largest quantization error of each value, in bf16; empty if the tensor is not quantized.
+        bits: The values in that dtype (fp32 for a quantized weight), in little-endian format, ordered by position.
+        bound: Maximum quantization error of each value, in bf16; empty if the tensor is not quantized.
     """
 
     dtype: str
@@ -206,11 +206,11 @@ class Sample:
         return getattr(torch, self.dtype) if self.dtype in _FLOATS else torch.float32
 
     def values(self) -> Tensor:
-        """Return the values in fp64, (n,)."""
+        """Return the sampled values (n,) in fp64."""
         return _decoded(self.bits, self.torch_dtype)
 
     def slack(self) -> Tensor:
-        """Return the largest quantization error of each value in fp64: (n,), or a scalar 0 for unquantized values."""
+        """Return each value's maximum quantization error (n,) in fp64, or a scalar 0 if the tensor is not quantized."""
         return _decoded(self.bound, torch.bfloat16) if self.bound else torch.zeros((), dtype=torch.float64)
 
     def is_sound(self) -> bool:
@@ -220,7 +220,7 @@ class Sample:
         return len(self.bits) == width * count and len(self.bound) in (0, 2 * count)
 
     def without(self, indices: Iterable[int]) -> Sample:
-        """Return a copy of the sample with the values at some indices set to zero."""
+        """Return a copy of the sample with the values at the given indices set to zero."""
         bits, bound, width = bytearray(self.bits), bytearray(self.bound), self.torch_dtype.itemsize
         for index in indices:
             bits[width * index : width * (index + 1)] = bytes(width)
@@ -230,8 +230,8 @@ class Sample:
 
 
 def _within_bounds(one: Sample, other: Sample, tolerance: Tensor | float = 0.0) -> Tensor:
-    """Return a mask (n,) of the values that differ by no more than the quantization errors plus a tolerance."""
-    slack = (one.slack() + other.slack()) * (1 + 2**-6)  # the bounds are rounded too
+    """Return a mask (n,) that is true where samples differ by at most their quantization errors plus a tolerance."""
+    slack = (one.slack() + other.slack()) * (1 + 2**-6)  # the bounds were also rounded
     return (one.values() - other.values()).abs() <= slack + tolerance
 
 
@@ -239,8 +239,8 @@ def agreement(one: Sample, other: Sample) -> str:
     """Return how closely two samples at the same positions agree: `EXACT`, `ROUNDED`, `QUANTIZED` or `APART`.
 
     Args:
-        one: A sample.
-        other: The sample to compare with, possibly in another dtype.
+        one: The first sample.
+        other: The second sample, possibly in another dtype.
     """
     if one == other:
         return EXACT
@@ -256,10 +256,10 @@ def agreement(one: Sample, other: Sample) -> str:
 
 
 def positions(tensors: Sequence[tuple[str, tuple[int, ...]]], count: int) -> Tensor:
-    """Return the sampled positions in each flattened tensor: (tensors, count), ascending and including both ends.
+    """Return the positions to sample in each flattened tensor: (tensors, count), ascending, including both ends.
 
     Args:
-        tensors: Name and shape of each tensor; each has at least `count` values.
+        tensors: Name and shape of each tensor; each tensor has at least `count` values.
         count: Number of positions per tensor, at least 1.
     """
     seeds = [f"{name} {'x'.join(map(str, shape))}".encode() for name, shape in tensors]
@@ -278,7 +278,7 @@ def sample_count(shape: tuple[int, ...], tensors: int) -> int:
 
     Args:
         shape: The tensor's shape.
-        tensors: Number of sampled tensors.
+        tensors: Total number of tensors to sample.
     """
     wanted = max(LEAST, min(NUMBERS, BUDGET // max(1, tensors)))
     if len(shape) == 3 and wanted == NUMBERS and 0 < shape[0] <= MOST_SLICES:
@@ -287,10 +287,10 @@ def sample_count(shape: tuple[int, ...], tensors: int) -> int:
 
 
 def take_samples(tensors: Mapping[str, BaseTensor], read: Callable[[str], Tensor] | None) -> dict[str, Sample]:
-    """Sample tensors, with one copy to the CPU per device and dtype width.
+    """Sample tensors, using one copy to the CPU per device and dtype width.
 
     Args:
-        tensors: Name -> readable tensor.
+        tensors: Name -> tensor whose values can be read.
         read: Function that maps a name to a tensor (…), for tensors on the meta device; None if the tensors have
             values.
     """
@@ -316,7 +316,7 @@ def take_samples(tensors: Mapping[str, BaseTensor], read: Callable[[str], Tensor
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """Return the raw bytes of small integer tensors (n,), with one copy to the CPU per device and dtype."""
+    """Return the raw bytes of small integer tensors (n,), using one copy to the CPU per device and dtype."""
     groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, tensor in tensors.items():
         groups.setdefault((tensor.device, tensor.dtype), []).append(name)
@@ -354,10 +354,10 @@ def first_positions(shape: tuple[int, ...]) -> Tensor:
 
 
 def take_first_samples(tensors: Mapping[str, BaseTensor], read: Callable[[str], Tensor] | None) -> dict[str, Sample]:
-    """Sample matrices in the way that format 1 prescribes.
+    """Sample matrices as specified by format 1.
 
     Args:
-        tensors: Name -> readable tensor.
+        tensors: Name -> tensor whose values can be read.
         read: As in `take_samples`.
     """
     large = sorted(name for name, tensor in tensors.items() if len(tensor.shape) >= 2 and not tensor.is_buffer)
@@ -374,8 +374,8 @@ def first_agreement(one: Sample, other: Sample) -> str:
     """Return how closely two samples in format 1 agree; values that differ by at most one bf16 step count as equal.
 
     Args:
-        one: A sample.
-        other: The sample to compare with.
+        one: The first sample.
+        other: The second sample.
 
     Returns:
         `EXACT`, `QUANTIZED` or `APART`.
@@ -389,12 +389,12 @@ def first_agreement(one: Sample, other: Sample) -> str:
 
 
 def as_hex(bits: bytes) -> str:
-    """Return bf16 bit patterns in hexadecimal, four digits each."""
+    """Encode bf16 bit patterns as hexadecimal text, with four digits per value."""
     return _swapped(bits).hex()
 
 
 def from_hex(text: str) -> bytes:
-    """Return the bit patterns that `as_hex` encoded.
+    """Decode the bit patterns in the output of `as_hex`.
 
     Raises:
         ValueError: The text does not consist of four-digit hexadecimal patterns.
@@ -415,7 +415,7 @@ def _as_bf16(values: Tensor) -> bytes:
 
 
 def _order(sample: Sample) -> Tensor:
-    """Return bf16 patterns as integers (n,) that increase with the values; adjacent bf16 numbers differ by 1."""
+    """Map bf16 values to integers (n,) in the same order, with adjacent bf16 numbers mapped to adjacent integers."""
     if not sample.bits:
         return torch.zeros(0, dtype=torch.int64)
     patterns = torch.frombuffer(bytearray(sample.bits), dtype=torch.int16).long()

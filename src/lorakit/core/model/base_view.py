@@ -31,14 +31,14 @@ def dequantize(model: nn.Module) -> int:
     """Replace every quantized module with an equivalent plain module; the model must have no adapters.
 
     Args:
-        model: The model, changed in place; each plain module gets the compute dtype of the quantized module that it
+        model: The model, changed in place; each plain module has the compute dtype of the quantized module that it
             replaces.
 
     Returns:
         The number of modules replaced.
 
     Raises:
-        MergeError: A weight cannot be read.
+        MergeError: A quantized weight cannot be read.
     """
     dtype = float_dtype(model)
     plain = [(weight.packed.rpartition(".")[0], weight.dequantized(dtype)) for weight in quantized_weights(model)]
@@ -65,7 +65,7 @@ def wrong_dequantization(model: nn.Module) -> tuple[str, float] | None:
         model: A model with or without adapters.
 
     Returns:
-        The weight's name and its largest error relative to its largest value, or None if all weights are correct.
+        The weight's name and its largest error divided by its largest value, or None if all weights are correct.
     """
     seen = set()
     for weight in quantized_weights(model):
@@ -86,8 +86,8 @@ def quantized_linear(linear: nn.Linear, wanted: Quantization) -> nn.Module:
     """Return a quantized replacement for a linear layer.
 
     Args:
-        linear: The layer; its dtype becomes the compute dtype, and its weight may be released.
-        wanted: The storage format.
+        linear: The layer; its dtype becomes the compute dtype, and the memory of its weight may be freed.
+        wanted: The requested quantization format.
 
     Returns:
         The frozen replacement, in the same mode (train or eval) as the layer.
@@ -145,11 +145,11 @@ class QuantizedWeight:
     """A quantized weight of the base, as it was before any merge.
 
     Attributes:
-        name: Name in the plain base.
+        name: Name of the weight in the plain base.
         packed: Name under which `base_tensors` yields the packed values.
         module: The module that holds the weight.
-        base: The weight format.
-        stored: The stored weight.
+        base: The weight's storage format.
+        stored: The weight in its storage format.
         layer: The adapted layer around the module, or None.
     """
 
@@ -168,7 +168,7 @@ class QuantizedWeight:
 
     @property
     def plain_bias(self) -> Tensor | None:
-        """The module's bias (out,) before any merge, if it is a tensor but not a parameter; otherwise None."""
+        """The module's bias (out,) before any merge, if the bias is a tensor but not a parameter; otherwise None."""
         bias = getattr(self.module, "bias", None)
         if not isinstance(bias, Tensor) or "bias" in self.module._parameters:
             return None

@@ -13,19 +13,19 @@ from lorakit.core.variants import variants_of
 from lorakit.errors import OVERRIDE, AdapterError, ConfigError, TargetError
 
 ALLOWANCES = ("partial_targets", "base_mismatch", "key_mismatch", "nonfinite", "odd_scale", "recompute_init")
-"""Checks that a caller can override by name."""
+"""Names of the checks that a caller can override."""
 
 LARGEST_USUAL_SCALE = 1000.0
 
 WITH_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
-"""Transformers model types whose mixers pass weights directly to a fused kernel instead of calling the modules."""
+"""Model types in transformers whose Mamba mixers pass weights to a fused kernel instead of calling the modules."""
 
 READ_PAST = frozenset({"conv1d", "out_proj"})
 """Names of the modules that Mamba mixers do not call."""
 
 
 def check_new_name(state: AdapterState | None, name: str) -> None:
-    """Check that a name is not in use and that torch's module containers accept it.
+    """Check that an adapter name is not in use and that torch's module containers accept the name.
 
     Raises:
         AdapterError: The name is taken or not allowed; the message says why.
@@ -48,14 +48,14 @@ def check_new_name(state: AdapterState | None, name: str) -> None:
 
 
 def check_called(model: nn.Module, paths: Iterable[str]) -> None:
-    """Check that the model calls the modules to adapt: if a kernel reads a weight directly, factors have no effect.
+    """Check that the model calls the modules to adapt; if a kernel reads a weight directly, factors have no effect.
 
     Args:
-        model: The model, whose config gives its type.
+        model: The model; its config gives the model type.
         paths: Paths of the modules to adapt.
 
     Raises:
-        TargetError: Fused kernels read the weight of at least one of the modules directly.
+        TargetError: A fused kernel reads the weight of at least one of the modules directly.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     bad = sorted({path for path in paths if path.rpartition(".")[2] in READ_PAST}) if kind in WITH_MAMBA else []
@@ -70,7 +70,7 @@ def check_called(model: nn.Module, paths: Iterable[str]) -> None:
 
 
 def check_allowances(allow: Collection[str]) -> None:
-    """Check that each entry of `allow` is the name of a check.
+    """Check that each entry in `allow` is the name of a check.
 
     Raises:
         ConfigError: An entry is unknown; the message lists the allowed names.
@@ -89,7 +89,7 @@ def check_scales(scales: Sequence[tuple[str, float]], allow: Collection[str]) ->
     """Check that scales are in the usual range, unless "odd_scale" is allowed.
 
     Raises:
-        ConfigError: A scale is not in (0, 1000].
+        ConfigError: A scale is not in the interval (0, 1000].
     """
     odd = [(path, value) for path, value in scales if not 0 < value <= LARGEST_USUAL_SCALE]
     if odd and "odd_scale" not in allow:

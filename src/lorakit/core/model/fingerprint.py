@@ -64,7 +64,7 @@ RUNNING = frozenset({"running_mean", "running_var"})
 """Buffers that change during forward passes in training mode and are not saved with adapters."""
 
 SHOWN = 3
-"""Maximum number of tensors named in a reason."""
+"""Maximum number of tensors named in the reason for a verdict."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Fingerprint:
         names_sha256: SHA-256 of the names and shapes of the parameters, sorted by name.
         vocabulary: Number of rows in the input embedding; 0 if there is none.
         dtype: The most common dtype or weight format among the matrices.
-        samples: Parameter -> sample; empty if the values cannot be read.
-        buffers: Persistent buffer -> sample.
+        samples: Name of a parameter -> sample; empty if the values cannot be read.
+        buffers: Name of a persistent buffer -> sample.
         files: Name of a weight file -> its SHA-256; empty if the files are not known.
         version: Format version of the samples.
     """
@@ -95,7 +95,7 @@ class Fingerprint:
 
     @property
     def bounds(self) -> dict[str, bytes]:
-        """Dict from quantized tensor to the largest quantization error of each sampled value, in bf16."""
+        """Dict from the name of each quantized tensor to the maximum error of each sampled value, as bf16 bytes."""
         return {name: sample.bound for name, sample in self.samples.items() if sample.bound}
 
     def without(self, names: Collection[str]) -> Fingerprint:
@@ -153,10 +153,10 @@ def fingerprint(
 
     Args:
         model: A model with or without adapters, or its index; not changed.
-        read: Function that maps a name to a tensor (…), for a model on the meta device; None to read the model's
-            tensors.
-        cut: Id of a base tensor -> number of leading rows to use.
-        like: Fingerprint that the result will be compared with; the result uses the same format.
+        read: Function that maps a tensor name to a tensor (…), for a model on the meta device; if None, the model's
+            tensors are read.
+        cut: Id of a base tensor -> number of leading rows to use; other tensors are used in full.
+        like: A fingerprint to compare with the result; the result uses the same format version.
         with_files: Whether to hash the weight files that the model was loaded from, if they are known.
 
     Returns:
@@ -193,7 +193,7 @@ def compare(known: Fingerprint | None, present: Fingerprint, whose: str = "the a
     Args:
         known: The fingerprint saved with the adapter, or None.
         present: The model's fingerprint.
-        whose: Possessive for the owner of the known base, for use in the reason.
+        whose: Possessive that identifies the known base in the reason, such as "the adapter's".
 
     Returns:
         The verdict, its reason, and a warning if there is one.
@@ -273,12 +273,12 @@ def _with_files(found: BaseVerdict, known: Fingerprint, present: Fingerprint) ->
 
 
 def sampled_positions(mark: Fingerprint, name: str, shape: tuple[int, ...]) -> list[int]:
-    """Return, in order, the positions that a fingerprint samples in a flattened tensor.
+    """Return the positions, in order, at which a fingerprint samples a flattened tensor.
 
     Args:
         mark: The fingerprint.
-        name: Name of the tensor.
-        shape: Shape of the tensor in the fingerprint's base.
+        name: The tensor's name.
+        shape: The tensor's shape in the base that the fingerprint describes.
     """
     sample = mark.samples.get(name)
     if sample is None or not sample.bits:
@@ -294,7 +294,7 @@ def _dtype(tensors: Mapping[str, BaseTensor], read: Mapping[str, Sample]) -> str
 
 
 def _read(values: JsonObject) -> Fingerprint:
-    """Return the fingerprint that JSON values describe.
+    """Build a fingerprint from its JSON values.
 
     Raises:
         KeyError: A field is missing.
@@ -358,7 +358,7 @@ CONFIG_KEY = "lorakit_merged"
 
 
 def merge_record(model: nn.Module) -> dict[str, str]:
-    """Return the adapters that were permanently merged into a model, as a dict from weights SHA-256 to adapter name.
+    """Return a dict from the SHA-256 of each permanently merged adapter's weights to the adapter's name.
 
     Args:
         model: Any model; the dict is empty if there is no config or the config has no valid record.
@@ -369,7 +369,7 @@ def merge_record(model: nn.Module) -> dict[str, str]:
 
 
 def add_merge_record(model: nn.Module, adapters: Mapping[str, str]) -> None:
-    """Record in a model's config that adapters were merged permanently.
+    """Record permanently merged adapters in a model's config.
 
     Args:
         model: A merged model with a config.
@@ -407,7 +407,7 @@ FILE, FORMAT, MOST_KEPT = "weight_files.json", 1, 512
 """Name of the cache file, its format version, and the maximum number of hashes in it."""
 
 LEAST_KEPT = 1 << 20
-"""Minimum size in bytes of files whose hashes are cached; for smaller files, a lookup takes just as long as hashing."""
+"""Minimum size in bytes of files whose hashes are cached; smaller files can be hashed as fast as looked up."""
 
 MOST_BYTES = 1 << 30
 """Maximum total size in bytes of the files to hash; hashing this much takes about a second. Files with a cached hash do
@@ -433,7 +433,7 @@ def weight_file_hashes(model: nn.Module) -> dict[str, str]:
 
 
 def _files_of(model: nn.Module) -> list[Path]:
-    """Return the weight files from a model's directory, or from the Hub cache if only one cached revision has any."""
+    """Return a model's weight files from its directory, or from the Hub cache if only one cached revision has any."""
     name = getattr(getattr(model, "config", None), "name_or_path", None)
     if not isinstance(name, str) or not name:
         return []
@@ -493,7 +493,7 @@ def _hashes(files: list[Path]) -> dict[str, str]:
 
 
 def _file_status(file: Path) -> dict[str, int]:
-    """Return file properties that change when the file's content changes.
+    """Return a file's size, modification time and inode, which show whether its content has changed.
 
     Raises:
         OSError: The path is not a regular file, or cannot be read.

@@ -29,7 +29,7 @@ from lorakit.errors import AdapterError
 from lorakit.targets import Candidate
 
 INSIDE = ".base_layer"
-"""Suffix that each enclosing layer adds to the path of the layer that it wraps."""
+"""Suffix that each enclosing layer adds to the path of the module that it wraps."""
 
 Children = Sequence[tuple[str, nn.Module]]
 Component = TypeVar("Component", bound=AdapterModule)
@@ -44,14 +44,14 @@ class ModelConfig(Protocol):
 
 @dataclass(frozen=True)
 class TargetWeight:
-    """A weight that an adapter targets, whether or not it already has an adapted layer.
+    """A weight that an adapter targets, whether or not the weight already has an adapted layer.
 
     Attributes:
-        path: Path of the weight's adapted layer; also the path on disk.
+        path: Path of the weight's adapted layer in the model and on disk.
         outer: Path of the targeted module in the plain base.
         kind: The site's kind.
-        spec: The weight's spec: shape, parameter and layout.
-        child: If a child of the module at `outer` holds the weight, the name of that child; otherwise "".
+        spec: The weight's shape, parameter name and layout.
+        child: Name of the child module that holds the weight, or "" if the module at `outer` holds it directly.
     """
 
     path: str
@@ -62,7 +62,7 @@ class TargetWeight:
 
     @property
     def pattern_path(self) -> str:
-        """Path to match against `rank_pattern` and `alpha_pattern`: that of the module, or of a bare parameter."""
+        """The path of the module or bare parameter, to match against `rank_pattern` and `alpha_pattern`."""
         return f"{self.outer}.{self.spec.parameter}" if self.kind.names_parameter else self.outer
 
 
@@ -81,7 +81,7 @@ class AdapterIndex:
             are listed only if they are adapted modules themselves.
         components: Path -> adapted module, in model order.
         patches: Path -> hooks through which adapters train the biases of the module at that path.
-        kinds: Name -> custom kind.
+        kinds: Name of a custom site kind -> kind.
     """
 
     model: nn.Module
@@ -101,7 +101,7 @@ class AdapterIndex:
 
         Args:
             model: Any module, with or without adapters. An index is returned unchanged.
-            kinds: Custom kinds to add to those that the model's adapters already use.
+            kinds: Custom site kinds to add to those that the model's adapters already use.
 
         Raises:
             AdapterError: Parts of the model were adapted separately and do not share a state.
@@ -149,7 +149,7 @@ class AdapterIndex:
         return AdapterIndex.of(self.model, self.kinds.values())
 
     def layers(self, adapter: str | None = None) -> Iterator[tuple[str, LoraLayer]]:
-        """Yield (path, layer) for every adapted layer, or only for those where the given adapter has factors."""
+        """Yield (path, layer) for every adapted layer, or for every layer where the given adapter has factors."""
         for path, layer in self.components.items():
             if isinstance(layer, LoraLayer) and (adapter is None or adapter in layer.r):
                 yield path, layer
@@ -161,13 +161,13 @@ class AdapterIndex:
                 yield path, layer
 
     def with_biases(self) -> Iterator[tuple[str, AdapterComponent]]:
-        """Yield (path, component) for every adapted module in model order, then for every trained bias."""
+        """Yield (path, component) for every adapted module in model order, and then for every trained bias."""
         yield from self.components.items()
         for path, patches in self.patches.items():
             yield from ((path, patch) for patch in patches)
 
     def every(self, kind: type[Component]) -> Iterator[tuple[str, Component]]:
-        """Yield (path, component) for every component of a class, such as `ModulesToSave`."""
+        """Yield (path, component) for every component of the given class, such as `ModulesToSave`."""
         for path, component in self.components.items():
             if isinstance(component, kind):
                 yield path, component
@@ -189,7 +189,7 @@ class AdapterIndex:
 
     @cached_property
     def candidates(self) -> list[Candidate]:
-        """Modules that targets can refer to, in model order."""
+        """All modules that target entries can refer to, in model order."""
         head = embedding_of(self.model, "output")
         known: dict[type[nn.Module], Kind | None] = {}
         found = []
@@ -217,7 +217,7 @@ class AdapterIndex:
 
     @cached_property
     def holders(self) -> dict[int, list[tuple[str, nn.Module]]]:
-        """Dict from the `identity` of each base weight to (name, module) pairs for the modules that hold the weight."""
+        """Dict from each base weight's `identity` to (weight name, module) pairs for all modules that hold it."""
         found: dict[int, list[tuple[str, nn.Module]]] = {}
         for path, module in self.plain_modules():
             prefix = f"{path}." if path else ""
@@ -256,25 +256,25 @@ class AdapterIndex:
         return found
 
     def kind(self, name: str) -> Kind:
-        """Return the kind with this name, registered or custom."""
+        """Return the registered or custom site kind with the given name."""
         return kind_named(name, self.kinds)
 
     def base(self, path: str) -> nn.Module:
-        """Return the base module at a path, even if an adapted layer or trainable token rows have replaced it."""
+        """Return the base module at a path, even if an adapted layer or a `TrainableTokens` has replaced it."""
         standing = self.modules[path]
         if isinstance(standing, TrainableTokens):
             return standing.original_module
         return standing.owner if isinstance(standing, LoraLayer) else standing
 
     def targets(self, path: str, kind: Kind) -> list[TargetWeight]:
-        """Return the weights to adapt if a target names the given module.
+        """Return the weights to adapt when a target entry names a module.
 
         Args:
             path: Path of the module.
-            kind: Kind of the module.
+            kind: The module's kind.
 
         Returns:
-            The weights in the order in which their layers can be put around the module, innermost first.
+            The weights in the order in which the module can be wrapped in their layers, innermost first.
         """
         owner = self.base(path)
         specs = kind.specs(owner)
@@ -290,7 +290,7 @@ class AdapterIndex:
         return inner_base(owner, target.child) if target.child else owner
 
     def weight(self, target: TargetWeight) -> Tensor:
-        """Return a base weight as it was before any merge, in canonical form (out, in) and in fp32 or wider."""
+        """Return a base weight from before any merge, in canonical form (out, in) and in fp32 or wider."""
         standing, module, parameter = self.layer(target), self.holder(target), target.spec.parameter
         if standing is not None:
             return standing.read()
@@ -298,7 +298,7 @@ class AdapterIndex:
         return base.read(module, base.stored(module, parameter))
 
     def layer(self, target: TargetWeight) -> LoraLayer | None:
-        """Return the adapted layer for a target weight, or None if there is none yet."""
+        """Return the adapted layer for a target weight, or None if the weight has no layer yet."""
         if target.child:
             inside = self.base(target.outer)._modules[target.child]
             return inside if isinstance(inside, LoraLayer) else None
@@ -312,7 +312,7 @@ class AdapterIndex:
 
         Args:
             target: The target weight.
-            make: Function that builds the layer around a given module.
+            make: Function that wraps a given module in the new layer.
 
         Returns:
             The new layer.
@@ -339,11 +339,11 @@ class AdapterIndex:
         return layer
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:
-        """Replace a module with another one in all of its parents.
+        """Replace a module with another module in every parent.
 
         Args:
-            old: An adapted module, or a module that is not inside an adapted one.
-            new: The replacement.
+            old: The module to replace: an adapted module, or a module that is not inside an adapted module.
+            new: The replacement module.
         """
         targets = self.parents.get(id(old), [])
         for parent, attribute in targets:
@@ -352,7 +352,7 @@ class AdapterIndex:
 
 
 def _visits(model: nn.Module) -> Iterator[tuple[str, nn.Module, Children, bool, bool]]:
-    """Walk a model; all other traversals use this function.
+    """Walk through a model's modules; all other traversals use this function.
 
     Yields:
         The path, the module, its children (without those that only hold factors), whether this is the first visit to
@@ -386,7 +386,7 @@ def _children_of(module: nn.Module) -> Children:
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module once, with names and order as in `named_modules`, but skip modules that only hold factors."""
+    """Yield every (path, module) pair once, as `named_modules` does, but skip modules that only hold factors."""
     for path, module, _, is_new, _ in _visits(model):
         if is_new:
             yield path, module
@@ -417,7 +417,7 @@ def state_of(model: nn.Module) -> AdapterState:
 
 
 def identity(parameter: Tensor | None) -> int:
-    """Return the same key for all parameters (of any shape) that share memory.
+    """Return a key that is the same for all parameters that share memory.
 
     The key is the memory address or, if there is no address, the object's id.
     """
@@ -434,13 +434,13 @@ def defined_parameters(module: nn.Module) -> list[str]:
 
 
 def inner_base(owner: nn.Module, child: str) -> nn.Module:
-    """Return the original child of a base module, even if an adapted layer has replaced it."""
+    """Return the original child of a base module, even if an adapted layer has replaced the child."""
     inside = owner.get_submodule(child)
     return inside.owner if isinstance(inside, LoraLayer) else inside
 
 
 def _goes_around(layer: LoraLayer, target: TargetWeight) -> bool:
-    """Return whether a layer must enclose a new one: the parameter defined last gets the outermost layer."""
+    """Return whether a layer must enclose a new layer; the parameter defined last has the outermost layer."""
     if not target.kind.names_parameter:
         return False
     names = defined_parameters(layer.owner)
@@ -456,7 +456,7 @@ def _candidate(path: str, base: nn.Module, kind: Kind | None, head: nn.Module | 
 
 
 def _can_be_read(module: nn.Module, kind: Kind) -> bool:
-    """Return whether a module's weights can be read: as floats, in one of `WEIGHT_FORMATS`, or by a custom kind."""
+    """Return whether a module's weights can be read: as floats, via `WEIGHT_FORMATS`, or through a custom kind."""
     weight = module._parameters.get("weight")
     if weight is not None and torch.is_floating_point(weight) and weight.ndim > 1:
         return True

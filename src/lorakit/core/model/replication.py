@@ -22,13 +22,13 @@ WRAPPERS = ("model", "bert", "transformer")
 """Names that different architectures use for the submodule that contains the layers."""
 
 LISTS = (("", "layers"), ("encoder", "layer"), ("", "h"))
-"""Submodule and attribute under which Llama, BERT and Falcon models, in this order, hold their lists of layers."""
+"""Submodule and attribute that hold the list of layers in Llama, BERT and Falcon models, in this order."""
 
 PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type")
 """Config fields with one entry per layer."""
 
 NUMBER = "layer_idx"
-"""Attribute that holds a layer's position; the key-value cache uses this position."""
+"""Attribute with a layer's position, which the key-value cache uses as an index."""
 
 Settings = Mapping[str, int | list[str]]
 """Values of config fields that depend on the number of layers."""
@@ -39,15 +39,15 @@ class Replication:
     """A model's replicated layers.
 
     Attributes:
-        ranges: The replicated layers as ranges of original layers, with exclusive ends.
+        ranges: Ranges of original layers that make up the replicated list, with exclusive ends.
         holder: The module that holds the list of layers.
-        attribute: Name of the list in `holder`.
-        original: The original list.
-        stacked: The list with replicated layers.
+        attribute: Name of the attribute that holds the list of layers.
+        original: The original list of layers.
+        stacked: The list of layers after replication.
         config: The model's config, or None.
         before: Original values of the config fields that depend on the number of layers.
-        after: Values of the same config fields with replicated layers.
-        dtype: dtype of the first layer's first weight when `stacked` was built.
+        after: Values of the same config fields after replication.
+        dtype: The dtype of the first layer's first weight when `stacked` was built.
     """
 
     ranges: tuple[tuple[int, int], ...]
@@ -61,18 +61,18 @@ class Replication:
     dtype: torch.dtype
 
     def put(self) -> None:
-        """Replace the original list with the stacked one."""
+        """Replace the model's original list of layers with the stacked list."""
         self._set(self.stacked, self.after)
 
     def undo(self) -> None:
-        """Restore the original list; the stacked layers must have no adapters."""
+        """Restore the original list of layers; the stacked layers must not have adapters."""
         order = _order(self.ranges)
         for number, layer in enumerate(self.original):
-            if number in order:  # a layer and its copies do not share the training flag or moved buffers
+            if number in order:  # copies do not share the training flag, or buffers that were moved
                 for old, new in zip(layer.modules(), self.stacked[order.index(number)].modules(), strict=True):
                     old._buffers.update(new._buffers)
                     old.training = new.training
-            else:  # the layer was not in the model, so it was not moved or cast with the rest
+            else:  # the layer was not in the model when other layers were moved or cast
                 now = next(self.stacked.parameters())
                 layer.to(device=now.device, dtype=now.dtype if now.dtype != self.dtype else None)
         self._set(self.original, self.before)
@@ -107,7 +107,7 @@ def stacked_for(index: AdapterIndex, config: LoraConfig) -> Iterator[AdapterInde
         The model's index: the given one, or a new one if layers were replicated.
 
     Raises:
-        ConfigError: The ranges do not match the model, or adapters on the model have different ranges.
+        ConfigError: The ranges are not valid for the model, or adapters on the model have different ranges.
     """
     model, state = index.model, index.state
     ranges = tuple((int(start), int(end)) for start, end in config.layer_replication or ())

@@ -28,11 +28,11 @@ class Site:
     """A weight in a model for which at least one adapter has factors.
 
     Attributes:
-        path: Dotted path in the model.
+        path: Dotted path of the layer in the model.
         kind: Name of the site's kind.
-        out_features: Number of rows in the canonical weight.
-        in_features: Number of columns in the canonical weight.
-        layer: The layer at the site.
+        out_features: Number of rows of the weight in canonical form.
+        in_features: Number of columns of the weight in canonical form.
+        layer: The adapted layer at the site.
     """
 
     path: str
@@ -58,7 +58,7 @@ def bare_parameters(index: AdapterIndex) -> list[BareParameter]:
     """Return every parameter of the base that `target_parameters` may name, in definition order.
 
     Args:
-        index: The model's index; parameters of the model itself are included, for error messages.
+        index: The model's index; parameters held directly by the model are included for error messages.
     """
     owners = [("", index.model), *((path, index.base(path)) for path in index.modules)]
     return [
@@ -69,12 +69,12 @@ def bare_parameters(index: AdapterIndex) -> list[BareParameter]:
 
 
 def matched(index: AdapterIndex, config: LoraConfig, allow_partial: bool = False) -> Resolution:
-    """Return the modules and parameters that a config names in a model; see `lorakit.targets.resolve`.
+    """Return the modules and parameters in a model that a config names; see `lorakit.targets.resolve`.
 
     Args:
         index: The model's index.
         config: The config.
-        allow_partial: Whether target entries may match nothing.
+        allow_partial: Whether to accept target entries that match nothing.
 
     Raises:
         TargetError: A target entry matches nothing, or matches a module that cannot be adapted.
@@ -103,7 +103,7 @@ def named_targets(index: AdapterIndex, config: LoraConfig) -> dict[str, TargetWe
 
 
 def targets_of(index: AdapterIndex, matches: Sequence[Match]) -> list[tuple[Match, TargetWeight]]:
-    """Return every weight that an adapter adapts, with its match.
+    """Return every weight that an adapter targets, with the match that selected the weight.
 
     Args:
         index: The model's index.
@@ -113,7 +113,7 @@ def targets_of(index: AdapterIndex, matches: Sequence[Match]) -> list[tuple[Matc
         (match, weight) pairs; within a module, the weight with the innermost layer comes first.
 
     Raises:
-        TargetError: A module and one of its parameters are both targets, whether of one adapter or of two adapters.
+        TargetError: A module and one of its parameters are both targets of this adapter or of different adapters.
     """
     found = []
     by_module: dict[str, list[Match]] = {}
@@ -137,7 +137,7 @@ def targets_of(index: AdapterIndex, matches: Sequence[Match]) -> list[tuple[Matc
 
 
 def dropout_at(config: LoraConfig, target: TargetWeight, holder: nn.Module) -> float:
-    """Return the dropout probability for the input of A at a site.
+    """Return the dropout probability for the input to A at a site.
 
     Args:
         config: The adapter's config.
@@ -161,11 +161,11 @@ def dropout_at(config: LoraConfig, target: TargetWeight, holder: nn.Module) -> f
 
 
 def paths_on_disk(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, str]:
-    """Return a dict from path in the model to path on disk for an adapter's sites; other adapters' layers are ignored.
+    """Return a dict from path in the model to path on disk for an adapter's sites, ignoring other adapters' layers.
 
     Args:
         model: The adapted model, or its index.
-        adapter: The adapter.
+        adapter: The adapter's name.
     """
     found = {}
     around: dict[int, list[LoraLayer]] = {}  # id of a layer -> layers around it
@@ -179,14 +179,14 @@ def paths_on_disk(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, st
 
 
 def check_overlap(index: AdapterIndex, targets: Sequence[TargetWeight]) -> None:
-    """Check that no module is adapted both as a whole and through a parameter, by this adapter or by existing ones.
+    """Check that no module is adapted both as a whole and through a parameter, by this or any other adapter.
 
     Args:
         index: The model's index.
         targets: The target weights of one adapter.
 
     Raises:
-        TargetError: A module is adapted in both ways; the message names it.
+        TargetError: A module is adapted in both ways; the message names the module.
     """
     adapted = {path for path, m in index.modules.items() if isinstance(m, (LoraLayer, ModulesToSave))}
     taken = sorted(adapted | {target.outer for target in targets})

@@ -24,14 +24,14 @@ TIED = "Model has `tie_word_embeddings=True` and a tied layer is part of the ada
 """Start of the note about tied modules that are adapted separately; programs search PEFT's warnings for this text."""
 
 LEFT_ALONE, NOTHING_TIED = "left_alone", "nothing_tied"
-"""Kinds of notes about ties."""
+"""Kinds of notes about weight tying."""
 
 
 class TiedWeight(FactorWeight):
-    """A or B of a head that is tied to an embedding: the embedding's transposed B or A.
+    """The A or B of a head that is tied to an embedding: the transposed B or A of the embedding.
 
     Attributes:
-        weight: (r, in) or (out, r), always computed from the embedding's current factors.
+        weight: A (r, in) or B (out, r), computed from the embedding's current factors on every access.
     """
 
     def __init__(self, leader: LoraLayer, name: str, part: str) -> None:
@@ -43,7 +43,7 @@ class TiedWeight(FactorWeight):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The factor, (r, in) or (out, r); gradients reach the embedding's factor."""
+        """The head's A (r, in) or B (out, r); gradients flow to the embedding's B or A."""
         factor = self.leader[0].factor(self.name)
         return (factor.B if self.part == "A" else factor.A).T
 
@@ -106,10 +106,10 @@ def tied_groups(index: AdapterIndex, paths: Collection[str]) -> dict[str, list[s
 
 
 def tie_copies(copies: Mapping[str, nn.Module], embeddings: Mapping[str, str]) -> None:
-    """Make saved copies of tied modules share one weight.
+    """Make the saved copies of tied modules share one weight.
 
     Args:
-        copies: Path -> an adapter's copy of the module at that path, not yet in the model.
+        copies: Path of a module -> an adapter's copy of the module, not yet in the model.
         embeddings: Path of a tied module -> path of its embedding.
     """
     for path, embedding in embeddings.items():
@@ -122,7 +122,7 @@ def tie_factors(index: AdapterIndex, name: str, embeddings: Mapping[str, str]) -
 
     Args:
         index: The model's index.
-        name: The adapter.
+        name: The adapter's name.
         embeddings: Path of a tied module -> path of its embedding.
     """
     for path, embedding in embeddings.items():
@@ -140,7 +140,7 @@ def tie_factors(index: AdapterIndex, name: str, embeddings: Mapping[str, str]) -
 def _tied_matches(
     index: AdapterIndex, config: LoraConfig, matches: Sequence[Match], leader: str, partners: Sequence[str]
 ) -> list[Match]:
-    """Return the matches, extended so that all modules of a tied group match with the embedding's rank and alpha."""
+    """Extend the matches so that every module in a tied group matches, with the same rank and alpha throughout."""
     own = next((variant for variant in variants_of(config) if variant.tensors), None)
     if own is not None:
         raise ConfigError(

@@ -35,15 +35,15 @@ from lorakit.targets import names_path
 
 
 def grow_vocabulary(model: nn.Module, rows: int) -> None:
-    """Extend the embedding and the head to a given number of rows; each new row is the mean of the existing rows.
+    """Extend the embedding and the head to a given number of rows, setting each new row to the mean existing row.
 
     Args:
         model: A base without adapters; changed in place, unless it already has enough rows.
-        rows: Number of rows after the call.
+        rows: Number of rows that the embedding and the head have after the call.
 
     Raises:
         ModelError: The model does not expose its input embedding, or has vocabulary-sized tensors other than plain
-            embedding tables.
+            embeddings.
     """
     tables = check_growth(model, rows)
     if tables:
@@ -53,11 +53,11 @@ def grow_vocabulary(model: nn.Module, rows: int) -> None:
 
 
 def check_growth(model: nn.Module, rows: int) -> list[nn.Module]:
-    """Return the tables that `grow_vocabulary` would extend to the given number of rows; the model is not changed.
+    """Return the embedding and head modules that `grow_vocabulary` would extend; the model is not changed.
 
     Args:
-        model: A base without adapters; values are not read.
-        rows: Number of rows per table.
+        model: A base without adapters; its weight values are not read.
+        rows: Number of rows that each module would have.
 
     Raises:
         ModelError: As in `grow_vocabulary`.
@@ -79,12 +79,12 @@ def check_growth(model: nn.Module, rows: int) -> list[nn.Module]:
 
 
 def with_trained_rows(config: LoraConfig, model: nn.Module, rows: Sequence[int]) -> LoraConfig:
-    """Return a copy of a config, set to train the given rows of the token embedding and of any untied head.
+    """Copy a config, and set the copy to train the given rows of the token embedding and of any untied head.
 
     Args:
         config: The config.
         model: The base; it is not changed, and its values are not needed.
-        rows: Indices of the rows.
+        rows: Indices of the rows to train.
 
     Raises:
         ModelError: The model does not expose its input embedding.
@@ -104,7 +104,7 @@ def initialize_rows(model: nn.Module, name: str, pieces: Mapping[int, Sequence[i
 
     Args:
         model: An adapted model; the base does not change.
-        name: The adapter.
+        name: The adapter's name.
         pieces: Index of a new token -> indices of the tokens that previously encoded its text. All other rows are left
             unchanged.
     """
@@ -142,23 +142,23 @@ def token_tables(index: AdapterIndex, path: str | None) -> list[str]:
 
 
 def _has_other_tables(index: AdapterIndex, vocabulary: int) -> bool:
-    """Return whether any buffer with two or more axes, which cannot be resized, has a vocabulary-sized axis."""
+    """Return whether the model has a vocabulary-sized buffer (of two or more axes); such buffers cannot be resized."""
     buffers = (buffer for module in index.everything.values() for buffer in module._buffers.values())
     return any(vocabulary in buffer.shape for buffer in buffers if buffer is not None and buffer.ndim > 1)
 
 
 def _append_rows(model: nn.Module, tables: Iterable[nn.Module], rows: int, undo: contextlib.ExitStack) -> None:
-    """Append copies of the mean row to tables, and update the config; `undo` restores the model."""
+    """Append copies of the mean row to embeddings and heads, and update the config; `undo` restores the model."""
 
     def change(owner: nn.Module | ModelConfig, name: str, value: nn.Parameter | int) -> None:
         undo.callback(setattr, owner, name, getattr(owner, name))
         setattr(owner, name, value)
 
-    made: dict[nn.Parameter, nn.Parameter] = {}  # tied tables stay tied
+    made: dict[nn.Parameter, nn.Parameter] = {}  # tied modules stay tied
     for table in tables:
         old = table._parameters.get("weight")
         missing = 0 if old is None else rows - old.shape[0]
-        if old is None or missing <= 0:  # a head can have more padding rows than its embedding
+        if old is None or missing <= 0:  # a head can have more padding rows than the embedding
             continue
         if old not in made:
             new = old.detach().float().mean(0, keepdim=True).to(old.dtype).expand(missing, -1)
@@ -204,7 +204,7 @@ def appended_rows(index: AdapterIndex, config: LoraConfig, known: Fingerprint | 
 
 
 def base_mismatch_advice(known: Fingerprint | None, present: Fingerprint) -> str:
-    """Return advice on loading an adapter that was trained on another base; the text contains `OVERRIDE`."""
+    """Return advice for loading an adapter that was trained on another base; the advice includes `OVERRIDE`."""
     if known is None or known.vocabulary <= present.vocabulary or known.architecture != present.architecture:
         return f"Load the base that the adapter was trained on, or {OVERRIDE}."
     return (
@@ -228,7 +228,7 @@ def without_brought_rows(
         known: The fingerprint of the base that the adapter was trained on, or None.
 
     Returns:
-        The known fingerprint and the model's, both with the replaced values set to zero or left out.
+        The known fingerprint and the model's fingerprint, both with the replaced values set to zero or omitted.
     """
     if known is not None and 0 < known.vocabulary < vocabulary_of(index.model):
         tables = [table_at(index, path) for path in token_tables(index, input_embedding(index))]
@@ -272,7 +272,7 @@ def _blanked(mark: Fingerprint, blank: Mapping[str, Collection[int]]) -> Fingerp
 
 
 def _rows_by_table(config: LoraConfig, path: str | None) -> dict[str, list[int]]:
-    """Return a dict from table name to the indices of the rows that an adapter contains for that table."""
+    """Return a dict from embedding name to the indices of the embedding's rows that an adapter contains."""
     asked = config.trainable_token_indices
     table = asked if isinstance(asked, Mapping) else {path or "": asked or []}
     return {name: [i for i in rows if isinstance(i, int)] for name, rows in table.items()}
@@ -283,7 +283,7 @@ def _saved(config: LoraConfig, index: AdapterIndex) -> list[str]:
 
 
 def _brings_all(index: AdapterIndex, config: LoraConfig, path: str | None, rows: range) -> bool:
-    """Return whether all tables can be resized and an adapter has the given rows of each, directly or through a tie."""
+    """Return whether every embedding and head can be resized and the adapter supplies the given rows for each."""
     if path is None or index.state is not None or _has_other_tables(index, rows.start):
         return False
     named, saved = _rows_by_table(config, path), set(_saved(config, index))
@@ -298,7 +298,7 @@ def _brings_all(index: AdapterIndex, config: LoraConfig, path: str | None, rows:
 
 
 USUAL_NAME = "embed_tokens"
-"""Name of the table that a plain list of indices refers to if the model does not expose its input embedding."""
+"""Name of the embedding that a plain list of indices refers to if the model does not expose its input embedding."""
 
 
 def chosen_rows(
@@ -313,11 +313,11 @@ def chosen_rows(
         saved: Paths of the adapter's saved modules.
 
     Returns:
-        One entry per table; tied tables with the same rows share an entry.
+        One entry per embedding or head; tied modules with the same rows share an entry.
 
     Raises:
-        TargetError: A name matches no table, or a named table is already adapted in another way.
-        ConfigError: Indices are not valid for their table, or conflict with the ties between tables.
+        TargetError: A name matches no module, or a named module is already adapted in another way.
+        ConfigError: Indices are not valid for their module, or conflict with weight tying.
     """
     named = _named(index, config)
     groups = _groups(named, index, config)
@@ -334,7 +334,7 @@ def chosen_rows(
 
 
 def sharers(index: AdapterIndex, path: str) -> list[str]:
-    """Return the paths of the other base modules that share a module's weight parameter."""
+    """Return the paths of all other base modules that share a given module's weight parameter."""
     whole = next((group for group in shared_weights(index) if path in group), [])
     return [other for other in whole if other != path]
 
@@ -420,7 +420,7 @@ def _checked(index: AdapterIndex, path: str, indices: Sequence[int]) -> tuple[in
 
 
 def _groups(named: Mapping[str, tuple[int, ...]], index: AdapterIndex, config: LoraConfig) -> list[ChosenRows]:
-    """Return one entry per table; tied tables share an entry unless the config names them with different rows."""
+    """Return one entry per embedding or head; tied modules share an entry unless their rows differ."""
     groups: list[ChosenRows] = []
     followers: set[str] = set()
     embeddings_first = sorted(named, key=lambda path: not isinstance(table_at(index, path), nn.Embedding))
@@ -464,7 +464,7 @@ def _check_free(path: str, index: AdapterIndex, sites: Collection[str], saved: C
 
 
 def _check_same_ties(group: ChosenRows, index: AdapterIndex) -> None:
-    """Check that the adapters already on the model tie a group's tables in the same way."""
+    """Check that the adapters already on the model tie the modules in a group in the same way."""
     leader = index.modules[group.path]
     wrong = [group.path] if isinstance(leader, TrainableTokens) and leader.follows else []
     for path in group.tied:
