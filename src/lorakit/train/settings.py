@@ -79,7 +79,7 @@ def _rates(value: Given) -> dict[str, float]:
 
 
 def _tokens(value: Given) -> list[str]:
-    """Convert a list of tokens, or a comma-separated string from a flag, to a checked list of tokens."""
+    """Validate a list of tokens, or a comma-separated string from a flag, and return it as a list."""
     if isinstance(value, str):
         value = [token.strip() for token in value.split(",")]
     if not isinstance(value, (list, tuple)) or not all(isinstance(token, str) for token in value):

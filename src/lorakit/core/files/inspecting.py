@@ -146,7 +146,7 @@ def largest_values(tensors: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def largest_value(tensor: Tensor) -> float:
-    """Return the largest magnitude in a tensor (…): NaN if the tensor contains NaN, 0 if it is empty or integer."""
+    """Return the largest magnitude in a tensor of any shape: NaN if it contains NaN, 0 if it is empty or integer."""
     if not tensor.numel() or not tensor.is_floating_point():
         return 0.0
     low, high = torch.aminmax(tensor)

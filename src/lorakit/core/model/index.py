@@ -417,7 +417,7 @@ def state_of(model: nn.Module) -> AdapterState:
 
 
 def identity(parameter: Tensor | None) -> int:
-    """Return a key that is the same for all parameters that share memory.
+    """Return a key that is the same for all parameters that share memory, which can have any shape.
 
     The key is the memory address or, if there is no address, the object's id.
     """

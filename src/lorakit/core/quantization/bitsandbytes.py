@@ -157,7 +157,7 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
         module.quant_state = stored.quant_state
 
     def tensors(self, stored: Params4bit) -> tuple[Tensor, ...]:
-        """Return the packed codes, the scales and the tables that decode them, each of any shape."""
+        """Return the packed codes, the scales and the tables that decode them; they can have any shape."""
         state = stored.quant_state
         if state is None:
             return (stored.data,)

@@ -86,7 +86,7 @@ class HQQFormat(WeightFormat["HQQLinear", HQQWeight]):
         return super().dense(module, canonical, module.compute_dtype)
 
     def tensors(self, stored: HQQWeight) -> tuple[Tensor, ...]:
-        """Return the packed values, the scales and the zero points, each of any shape."""
+        """Return the packed values, the scales and the zero points; they can have any shape."""
         return (stored.packed, *(entry for entry in stored.meta.values() if isinstance(entry, Tensor)))
 
     def values(self, stored: HQQWeight, positions: Tensor) -> tuple[Tensor, Tensor]:

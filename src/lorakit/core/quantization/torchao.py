@@ -92,7 +92,7 @@ class TorchaoFormat(PlainFormat):
         return linear_with(module, canonical, stored.dtype)
 
     def tensors(self, stored: TorchAOBaseTensor) -> tuple[Tensor, ...]:
-        """Return the tensors that make up a stored weight, each of any shape."""
+        """Return the tensors that make up a stored weight; they can have any shape."""
         names, _ = stored.__tensor_flatten__()
         return tuple(getattr(stored, name) for name in names)
 

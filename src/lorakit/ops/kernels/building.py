@@ -166,7 +166,7 @@ def _runs(command: list[str]) -> bool:
 
 
 def _loads(path: Path) -> bool:
-    """Return whether a library can be loaded and exports its functions, which compiler options in CC may hide."""
+    """Return whether a library can be loaded and exports its functions (compiler options in CC may hide them)."""
     try:
         return hasattr(ctypes.CDLL(str(path), mode=os.RTLD_NOW), "rms_forward")
     except OSError:
