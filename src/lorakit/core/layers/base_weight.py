@@ -229,7 +229,7 @@ class BaseWeight(StoredWeight):
             self.kept = tied.kept if self.merged_adapters else None
 
     def stored_with(self, merged: Sequence[str]) -> Replacement:
-        """Return the weight or module to store after merging these adapters, or the unmerged weight if there are none."""
+        """Return the weight or module to store after merging these adapters; without adapters, the unmerged weight."""
         if merged:
             return self.with_updates(merged, MergeOptions())[0]
         return self.original(moved=bool(self.moved_by))
