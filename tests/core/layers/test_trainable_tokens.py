@@ -140,7 +140,7 @@ def test_adapters_apart_together_and_in_one_batch() -> None:
         assert_close(run(model, GIVEN), together, FP32)
     with use(model, "a", "c"), pytest.raises(RouteError, match="a and c are active together, and both train row 3"):
         run(model, GIVEN)
-    text = r"number of rows in the route \(3\) does not match the input of a table"
+    text = r"number of rows in the route \(3\) does not match the input of a module with trainable tokens"
     with route(model, ["a"] * 3), pytest.raises(RouteError, match=text):
         run(model, GIVEN)
 
