@@ -91,7 +91,7 @@ def sublayer_bytes(shape: ModelShape, sites: Sequence[SiteCount], name: str, dro
         elements = shape.query_width + 2 * shape.kv_width
         dropout_p = shape.dropouts.get("attention", 0.0)
         flash = job.length_tokens >= FLASH_FROM and not dropout_p
-        output = any(not _reads_norm(site) and site.frozen_factor != "A" for site in sites)
+        output = any(not _reads_norm(site) and site.needs_input for site in sites)
         kept = itemsize * (elements + (shape.query_width if output or flash else 0))
         kept += _FP32 * shape.heads if flash else 0
         if any(o.path.endswith("q_norm") for o in shape.others):  # q and k are saved before their own norms
@@ -114,7 +114,7 @@ def separate_input(shape: ModelShape, sites: Sequence[SiteCount], job: Job) -> i
         sites: The adapter's sites in the feed-forward sublayer of one block.
         job: The job, which sets the batch size, row length and dtype.
     """
-    needed = job.recompute == "feed-forward" or any(_reads_norm(site) and site.frozen_factor != "A" for site in sites)
+    needed = job.recompute == "feed-forward" or any(_reads_norm(site) and site.needs_input for site in sites)
     return job.dtype_bytes * job.batch_tokens * shape.hidden if needed else 0
 
 

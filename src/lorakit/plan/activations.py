@@ -316,9 +316,9 @@ def _of_sites(
     tokens, itemsize = job.batch_tokens, job.dtype_bytes
     dense = [site for site in sites if site.kind != EMBEDDING]
     seen = {site.path: tokens * (shape.passed(site.experts) if site.experts > 1 else 1) for site in sites}
-    inputs = dense if dropout else _distinct_inputs(shape, [site for site in dense if site.frozen_factor != "A"])
+    inputs = dense if dropout else _distinct_inputs(shape, [site for site in dense if site.needs_input])
     for site in inputs:
-        copies = 0 if isinstance(site, SiteCount) and site.frozen_factor == "A" else 1
+        copies = 0 if isinstance(site, SiteCount) and not site.needs_input else 1
         yield block_of(site.path), (copies + bool(dropout)) * itemsize * seen[site.path] * site.in_features
     for site in sites:
         kept = itemsize * seen[site.path] * site.rank
@@ -346,7 +346,7 @@ def _of_base(
         for site in base.sites:
             yield block_of(site.path), job.dtype_bytes * site.weight_parameters
         return
-    learning = [] if dropout else [s for s in counted.sites if s.kind != EMBEDDING and s.frozen_factor != "A"]
+    learning = [] if dropout else [s for s in counted.sites if s.kind != EMBEDDING and s.needs_input]
     of_factors = _distinct_inputs(shape, learning)
     kept = {_input_of(site.path) for site in of_factors}
     for quantized in _distinct_inputs(shape, base.sites):

@@ -153,6 +153,11 @@ class SiteCount:
         return self.own_numbers if self.reads_weight else 0
 
     @property
+    def needs_input(self) -> bool:
+        """Return whether the backward pass needs the input of A: A is trained."""
+        return self.frozen_factor != "A"
+
+    @property
     def frozen(self) -> int:
         """Return the number of elements in the frozen factor, over all experts."""
         columns = {"": 0, "A": self.in_features, "B": self.out_features}[self.frozen_factor]

@@ -172,7 +172,7 @@ def _unload(index: AdapterIndex, merged: Sequence[str], flags: Flags) -> None:
     plain = {module: module.unload() for module in index.components.values()}
     for module, left in plain.items():
         index.replace(module, left)
-    for patch in (patch for patches in index.patches.values() for patch in patches):
+    for patch in index.bias_patches():
         if patch.adapter not in merged:
             patch.remove(patch.adapter)
         patch.unload()
@@ -450,7 +450,7 @@ class _Merged:
             tensors = component.merged_tensors(names, self._options)
             self._tensors |= {f"{path}.{leaf}": tensor for leaf, tensor in tensors.items()}
         self._biases: dict[tuple[int, str], Tensor] = {}
-        for patch in (patch for patches in index.patches.values() for patch in patches):
+        for patch in index.bias_patches():
             tensors = patch.merged_tensors(names, self._options)
             self._biases |= {(id(patch.module), leaf): tensor for leaf, tensor in tensors.items()}
 

@@ -164,7 +164,7 @@ def parameters_by_adapter(model: nn.Module, names: Collection[str]) -> dict[str,
 
 def _bias_patches(model: nn.Module, state: AdapterState) -> list[BiasPatch]:
     """Return the hooks through which adapters train biases; the model is walked only if any biases are trained."""
-    return [patch for patches in AdapterIndex.of(model).patches.values() for patch in patches] if state.biased else []
+    return list(AdapterIndex.of(model).bias_patches()) if state.biased else []
 
 
 def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | None = None) -> None:

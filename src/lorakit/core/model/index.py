@@ -166,6 +166,11 @@ class AdapterIndex:
         for path, patches in self.patches.items():
             yield from ((path, patch) for patch in patches)
 
+    def bias_patches(self) -> Iterator[BiasPatch]:
+        """Yield the hooks through which adapters train biases."""
+        for patches in self.patches.values():
+            yield from patches
+
     def every(self, kind: type[Component]) -> Iterator[tuple[str, Component]]:
         """Yield (path, component) for every component of the given class, such as `ModulesToSave`."""
         for path, component in self.components.items():

@@ -265,7 +265,7 @@ def patches(module: Convolution, x: Tensor) -> Tensor:
         (N · positions, C · k…), in the order of the weight's elements, in fp32 or wider.
     """
     stored, x = weight_format_of(module), at_least_fp32(x)
-    shape = stored.read(module, module.weight).shape[1:]
+    shape = stored.read(module, module.weight.to("meta")).shape[1:]  # without a copy of the weight
     size = shape.numel()
     identity = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, *shape)
     own = {"weight": stored.write(module, identity, identity)}
