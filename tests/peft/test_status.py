@@ -67,6 +67,10 @@ def test_layers_that_do_not_agree_are_irregular() -> None:
     with pytest.warns(UserWarning, match=text), model.disable_adapter():
         pass
     assert get_model_status(model).enabled is True
+    model.base_model.model[0].enable_adapters(False)
+    with pytest.warns(UserWarning, match=text), pytest.raises(KeyError), model.disable_adapter():
+        raise KeyError
+    assert get_model_status(model).enabled is True
 
 
 def test_a_bare_model_and_one_without_adapters() -> None:

@@ -1,0 +1,17 @@
+"""Helpers of `lorakit.peft.utilities` that no other test file covers."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from lorakit.peft.utilities import TorchaoBackend, resolve_quantization_backend
+
+from ..laws.quantized import specimen, storages
+
+
+@pytest.mark.parametrize("storage", [one for one in storages() if one.values[0].package == "torchao"])
+def test_the_backend_of_torchao(storage: object) -> None:
+    found = [resolve_quantization_backend(module) for module in specimen(storage).model().modules()]
+    assert any(isinstance(backend, TorchaoBackend) for backend in found)
+    assert resolve_quantization_backend(nn.Linear(2, 2)) is None
