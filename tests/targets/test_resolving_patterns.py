@@ -7,7 +7,7 @@ import time
 import pytest
 
 from lorakit.errors import PatternError
-from lorakit.targets.resolving import literal_value, names
+from lorakit.targets.resolving import exact_key, key_fits, literal_value, names
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,28 @@ def test_the_first_that_fits_decides_and_later_ones_are_not_tried() -> None:
     assert literal_value({}, "x.q", 9) == 9
     with pytest.raises(PatternError):
         literal_value({".*": 1}, "x.q", 9)
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ("layers.0.q", "layers.1.q"),
+        ("q", "layers.0.q", "layers.q"),
+        ("layers.1.q", "layers.1xq", "deep.layers.1.q"),
+        ("my-layers.0.q_proj", "other.my-layers.0.q_proj"),
+    ],
+)
+def test_an_exact_key_names_one_path(paths: tuple[str, ...]) -> None:
+    for path in paths:
+        key = exact_key(path, paths)
+        assert [other for other in paths if key_fits(key, other)] == [path]
+        assert [other for other in paths if names(key, other)] == [path]  # also when the key is read from a file
+
+
+def test_an_exact_key_is_the_path_if_that_is_enough() -> None:
+    assert exact_key("layers.0.q-proj", ["layers.0.q-proj", "layers.0.k-proj"]) == "layers.0.q-proj"
+
+
+def test_an_exact_key_escapes_special_characters() -> None:
+    path = "blocks.a+b.q"
+    assert key_fits(exact_key(path, [path]), path)

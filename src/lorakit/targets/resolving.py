@@ -13,7 +13,7 @@ path, a dotted suffix of a path, or `^` followed by a full path.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -476,6 +476,18 @@ def key_fits(key: str, path: str) -> bool:
         ConfigError: The key is not a valid regular expression.
     """
     return compiled(rf"(.*\.)?({key})", "rank_pattern or alpha_pattern", key).fullmatch(path) is not None
+
+
+def exact_key(path: str, paths: Iterable[str]) -> str:
+    """Return a key for `rank_pattern` that matches this path and no other, without special characters if possible.
+
+    Args:
+        path: One of the paths.
+        paths: Paths of all sites.
+    """
+    escaped = re.escape(path).replace("\\-", "-")  # a hyphen needs no escape, and a key read from a file may have none
+    plain = escaped.replace("\\.", ".") == path and all(p == path or not key_fits(path, p) for p in paths)
+    return path if plain else f"^{escaped}"
 
 
 def compiled(pattern: str, where: str, given: str | None = None) -> re.Pattern[str]:

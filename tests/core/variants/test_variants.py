@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lorakit.config import LoraConfig
 from lorakit.core.kinds import WeightSpec, kind_named
-from lorakit.core.variants import At, Factor, Start, variant_for, variant_named
+from lorakit.core.variants import VARIANTS, At, Factor, Start, variant_for, variant_named
 from lorakit.core.variants.dora import row_norms
 from lorakit.errors import ConfigError
 
@@ -97,3 +97,9 @@ def test_a_replaced_factor_leaves_the_first_as_it_is(numbers: tuple[Tensor, ...]
     scale = first.scale
     other = dataclasses.replace(first, scale=scale + 1)
     assert (first.scale, other.scale) == (scale, scale + 1) and other.A is A
+
+
+def test_each_extra_tensor_belongs_to_one_variant() -> None:
+    tensors = [tensor for variant in VARIANTS for tensor in variant.tensors]
+    keys = [key for tensor in tensors for key in tensor.keys]
+    assert len({tensor.held_as for tensor in tensors}) == len(tensors) and len(set(keys)) == len(keys)

@@ -25,7 +25,7 @@ from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import Extras
 from lorakit.core.merging.merging import unmerge
 from lorakit.core.model import checks
-from lorakit.core.model.index import AdapterIndex, check_known, trainable_block
+from lorakit.core.model.index import AdapterIndex, trainable_block
 from lorakit.core.model.replication import stacked_for
 from lorakit.core.model.target_weights import matched
 from lorakit.core.model.ties import with_ties
@@ -35,7 +35,7 @@ from lorakit.core.routing.positions import uninstall
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState
 from lorakit.core.statistics.moments import Statistics
-from lorakit.errors import ConfigError
+from lorakit.errors import AdapterError, ConfigError
 from lorakit.tables import format_bytes
 from lorakit.targets import ALL_LINEAR, Match, Note, Resolution, Unmatched, match_path
 
@@ -174,7 +174,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     with trainable_block(index):
         state = index.known_state()
         names = list(state.configs) if name is None else [name]
-        check_known(state, names)
+        state.check(names, AdapterError)
         merged = set(names).intersection(index.merged_adapters())
         if merged:
             unmerge(index, *sorted(merged))

@@ -26,7 +26,7 @@ from lorakit.core.files.tensor_names import PREFIX, adapter_tensors, endings_of
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model import checks
 from lorakit.core.model.fingerprint import fingerprint
-from lorakit.core.model.index import AdapterIndex, check_known
+from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.target_weights import paths_on_disk
 from lorakit.core.variants import variant_named
 from lorakit.durable import JsonObject, json_bytes, sha256_bytes
@@ -72,7 +72,7 @@ def saved_form(
         AdapterError: The residual base is quantized, so plain LoRA cannot represent the adapter exactly.
     """
     index = AdapterIndex.of(model)
-    check_known(index.known_state(), [name])
+    index.known_state().check([name], AdapterError)
     config = index.known_state().configs[name]
     tensors = adapter_tensors(index, name) if tensors is None else dict(sorted(tensors.items()))
     on_disk = paths_on_disk(index, name)

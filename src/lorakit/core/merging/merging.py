@@ -22,10 +22,10 @@ from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.base_view import QuantizedWeight, base_tensors, float_dtype, quantized_weights
-from lorakit.core.model.index import AdapterIndex, check_known, identity, trainable_block
+from lorakit.core.model.index import AdapterIndex, identity, trainable_block
 from lorakit.core.quantization import allow_repacking
 from lorakit.core.routing.positions import uninstall
-from lorakit.errors import MergeError
+from lorakit.errors import AdapterError, MergeError
 
 Flags = list[tuple[LoraLayer | TrainableTokens, set[str]]]
 """Adapted layers, each with the names of the base parameters that were trainable before adapters were attached."""
@@ -128,7 +128,7 @@ def unmerge(model: nn.Module | AdapterIndex, *names: str) -> None:
     with trainable_block(index):
         state, merged = index.known_state(), index.merged_adapters()
         chosen = names or tuple(merged)
-        check_known(state, chosen)
+        state.check(chosen, AdapterError)
         for name in chosen:
             if name not in merged:
                 text = f"Adapter {name!r} is not merged; merged adapters: {', '.join(merged) or 'none'}."
@@ -214,7 +214,7 @@ def names_to_merge(index: AdapterIndex, names: Sequence[str]) -> tuple[str, ...]
     """
     state = index.known_state()
     chosen = tuple(names or state.default.names)
-    check_known(state, chosen)
+    state.check(chosen, AdapterError)
     return chosen
 
 

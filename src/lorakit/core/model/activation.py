@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.model.index import AdapterIndex, check_known, find_state, state_of
+from lorakit.core.model.index import AdapterIndex, find_state, state_of
 from lorakit.core.routing.positions import prompt_offsets
 from lorakit.core.routing.route import BASE, Offsets, Route
 from lorakit.core.routing.state import AdapterState, CheckpointContexts, Override
 from lorakit.core.variants import last_invocation, variants_of
-from lorakit.errors import RouteError
+from lorakit.errors import AdapterError, RouteError
 
 
 def activate(model: nn.Module, *names: str) -> None:
@@ -138,7 +138,7 @@ def trainable_parameters(model: nn.Module, name: str | None = None) -> list[tupl
     """
     state = state_of(model)
     names = list(state.configs) if name is None else [name]
-    check_known(state, names)
+    state.check(names, AdapterError)
     owned = {id(p) for parameters in parameters_by_adapter(model, names).values() for p in parameters}
     return [(path, p) for path, p in model.named_parameters() if p.requires_grad and id(p) in owned]
 

@@ -484,21 +484,6 @@ def layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     return [(path, module) for path, module in walk(model) if isinstance(module, LoraLayer)]
 
 
-def check_known(state: AdapterState, names: Sequence[str]) -> None:
-    """Check that all of the given adapters are on the model.
-
-    Raises:
-        AdapterError: An adapter is not on the model; the message lists the adapters that are.
-    """
-    for name in names:
-        if name not in state.configs:
-            raise AdapterError(
-                f"Adapter {name!r} not found on this model; available: {', '.join(state.configs)}.",
-                what=name,
-                allowed=state.configs,
-            )
-
-
 def trainable_block(index: AdapterIndex) -> AbstractContextManager[object]:
     """Return a context manager that makes new tensors trainable even inside `torch.inference_mode`.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,7 +22,7 @@ from lorakit.core.model.index import AdapterIndex
 from lorakit.core.quantization import weight_format_of
 from lorakit.core.statistics.collecting import Forward, collect_gradients, collect_inputs
 from lorakit.errors import ConfigError, DataError
-from lorakit.targets import Match, key_fits, resolve
+from lorakit.targets import Match, exact_key, resolve
 
 Criterion = Literal["gradients", "inputs"]
 
@@ -236,19 +235,12 @@ def with_ranks(config: LoraConfig, matches: Sequence[Match], ranks: Mapping[str,
     for match in matches:
         ratio = ranks[match.path] / match.rank
         alpha = match.alpha * (math.sqrt(ratio) if config.use_rslora else ratio)
-        key = _exact(match.path, paths)
+        key = exact_key(match.path, paths)
         if ranks[match.path] != config.r:
             rank_pattern[key] = ranks[match.path]
         if alpha != config.lora_alpha:
             alpha_pattern[key] = alpha
     return dataclasses.replace(config, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
-
-
-def _exact(path: str, paths: Sequence[str]) -> str:
-    """Return a pattern that matches this path and none of the others, without special characters if possible."""
-    if re.escape(path).replace("\\.", ".") == path and [p for p in paths if key_fits(path, p)] == [path]:
-        return path
-    return "^" + re.escape(path)
 
 
 def in_groups(paths: Sequence[str], size_bytes: Callable[[str], int]) -> list[list[str]]:

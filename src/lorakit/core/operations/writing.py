@@ -29,6 +29,7 @@ from lorakit.core.operations.tensor_sources import PLAIN_TARGETS, AdapterWeights
 from lorakit.core.quantization import weight_format_of
 from lorakit.durable import JsonObject, json_bytes, publish_directory
 from lorakit.errors import AdapterError, UsageError
+from lorakit.targets import exact_key
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def described(
     factors = _evened(factors)
     ranks = {name: factor.r for path, factor in factors.items() for name in factor.names or (path,)}
     usual = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {_anchored(name, ranks): r for name, r in ranks.items() if r != usual}
+    pattern = {exact_key(name, ranks): r for name, r in ranks.items() if r != usual}
     made = dataclasses.replace(
         config,
         r=usual,
@@ -236,12 +237,6 @@ def _evened(factors: Mapping[str, SiteFactors]) -> dict[str, SiteFactors]:
         else factor
         for path, factor in factors.items()
     }
-
-
-def _anchored(path: str, paths: Mapping[str, int]) -> str:
-    """Return a pattern that names only this path, even if other paths end with it."""
-    ambiguous = any(other.endswith("." + path) for other in paths)
-    return "^" + path.replace(".", r"\.") if ambiguous else path
 
 
 def put(model: nn.Module, adapter: AdapterWeights, name: str) -> None:

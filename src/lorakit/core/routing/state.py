@@ -127,7 +127,7 @@ class AdapterState:
         unknown = sorted({name for name in names if name is not None and name not in self.configs})
         if unknown:
             raise error(
-                f"The model has no adapter {unknown[0]!r}; available: {', '.join(self.configs) or 'none'}.",
+                f"Adapter {unknown[0]!r} not found on this model; available: {', '.join(self.configs) or 'none'}.",
                 what=unknown[0],
                 allowed=self.configs,
             )
