@@ -54,7 +54,7 @@ IRRELEVANT = {
         r"it must be a lorakit LoraConfig|Cannot combine adapters with different peft types|only LORA is supported|"
         r"not (built|supported) yet|belongs to another (PEFT )?method|'(?!Lora)\w+Config' object has no attribute"
     ),
-    "ask for a pickle": re.compile(r"asks for a pickle"),
+    "ask for a pickle": re.compile(r"does not write pickle files|pickle weights are not loaded"),
 }
 """Category of irrelevant failures -> pattern of their messages."""
 
