@@ -237,7 +237,7 @@ def _corda(config: LoraConfig) -> CordaConfig:
 
 
 def _inputs(covariance: Tensor) -> InputStatistics:
-    """Return a covariance, (in, in), that is already averaged over calls as the statistics of a single call."""
+    """Convert a covariance, (in, in), already averaged over calls, to the statistics of a single call."""
     found = InputStatistics()
     found.rows = found.calls = 1
     found.gram, found.total = covariance, covariance[0]

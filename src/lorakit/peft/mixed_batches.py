@@ -74,7 +74,7 @@ def calculate_alora_offsets(
     input_ids: Tensor | None,
     adapter_names: Sequence[str] | None = None,
 ) -> list[int | None]:
-    """Return, for each row, the number of tokens from the last invocation to the end; None if not invoked.
+    """Return, for each row, the number of tokens from the last invocation to the end, or None if there is none.
 
     Args:
         peft_config: Dict from adapter name to config.

@@ -340,7 +340,7 @@ def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tenso
 
 
 def _known_site(files: AdapterFiles, path: str, A: Tensor) -> tuple[int, Site]:
-    """Return a site's rank, and its other properties that are known without a model, given A (r, in, …)."""
+    """Return a site's rank and the other properties that can be determined from A (r, in, …) without a model."""
     r, alpha = rank_and_alpha(files, path, int(A.shape[0]))
     return r, Site(path, alpha, None if alpha is None else scale(r, alpha, files.config.use_rslora))
 
