@@ -61,7 +61,7 @@ class Sidecar:
         base: Fingerprint of the base, or None.
         sites: Path of a site -> {"r", "lora_alpha"}.
         facts: All other values: training metadata, names, hashes.
-        began: The initial state of an adapter with a residual base; empty for others.
+        began: The initial state of an adapter whose init modified the base; empty for other adapters.
         format_version: Format version of the file; 0 if there is no file.
         interrupted: Whether a save was interrupted; if so, the files are those from before that save.
     """
