@@ -74,7 +74,7 @@ def calculate_alora_offsets(
     input_ids: Tensor | None,
     adapter_names: Sequence[str] | None = None,
 ) -> list[int | None]:
-    """For each row, return the number of tokens from the last invocation to the end, or None without an invocation.
+    """For each row, return the number of tokens from the last invocation to the end, or None if it has no invocation.
 
     Args:
         peft_config: Dict from adapter name to config.

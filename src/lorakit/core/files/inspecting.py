@@ -1,7 +1,7 @@
 """Inspect an adapter's files without a model: config, sites and their norms, and findings.
 
 A finding is a property that is valid but implausible, or a value that is not finite. Loading an adapter reports
-findings as warnings or errors; inspecting an adapter returns the same messages.
+findings as warnings or errors; inspecting an adapter lists the same messages.
 """
 
 from __future__ import annotations
