@@ -246,7 +246,7 @@ def _apply(model: PeftModel, found: Mapping[str, Tensor], name: str) -> None:
 
 
 def _check(here: Mapping[str, LoraLayer], found: Mapping[str, Tensor], name: str) -> None:
-    """Raise an error if directions, (rank, in), are unusable or all have rank 0; warn about other mismatches."""
+    """Raise an error if directions, (rank, in), are unusable or every rank is 0; warn about other mismatches."""
     for path in here.keys() & found.keys():
         A, width = found[path], here[path].spec.in_features
         variant = here[path].factor(name).variant

@@ -237,7 +237,7 @@ def _corda(config: LoraConfig) -> CordaConfig:
 
 
 def _inputs(covariance: Tensor) -> InputStatistics:
-    """Return a covariance, (in, in), that is already averaged over calls as the statistics of a single call."""
+    """Convert a covariance, (in, in), already averaged over calls, to the statistics of a single call."""
     found = InputStatistics()
     found.rows = found.calls = 1
     found.gram, found.total = covariance, covariance[0]
@@ -337,8 +337,8 @@ def _gradients_from(cache: Cache, modules: Mapping[str, nn.Module]) -> None:
 def _only_trained(model: nn.Module, modules: Collection[nn.Module]) -> Iterator[Counter[nn.Module]]:
     """Return a context manager that makes only the given modules' weights trainable.
 
-    The context manager yields the number of backward passes of each module. As in PEFT, gradients are read from
-    `.grad`, which `train_step` may reset between steps.
+    The context manager yields a counter of each module's backward passes. As in PEFT, gradients are read from `.grad`,
+    which `train_step` may reset between steps.
     """
     weights = [module.get_parameter("weight") for module in modules]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -370,7 +370,7 @@ def dense_sites(model: nn.Module, config: LoraConfig, init: str, paths: Collecti
         paths: Paths of the modules to keep; None keeps all.
 
     Raises:
-        ConfigError: The config targets bare parameters.
+        ConfigError: The config uses `target_parameters`.
         TargetError: Nothing in the model matches the targets.
     """
 

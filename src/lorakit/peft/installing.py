@@ -78,7 +78,7 @@ class _Finder(importlib.metadata.DistributionFinder, importlib.abc.MetaPathFinde
         self,
         context: importlib.metadata.DistributionFinder.Context = importlib.metadata.DistributionFinder.Context(),  # noqa: B008
     ) -> Iterable[importlib.metadata.Distribution]:
-        """Return the distribution `peft` if the context names `peft` or does not name any distribution."""
+        """Return the `peft` distribution if the context names `peft` or does not name any distribution."""
         return [_Distribution()] if context.name in (None, NAME) else []
 
 
@@ -101,7 +101,7 @@ class _Loader(importlib.abc.Loader):
 
 
 class _Distribution(importlib.metadata.Distribution):
-    """Metadata of the distribution `peft` for `importlib.metadata`."""
+    """Metadata of the `peft` distribution for `importlib.metadata`."""
 
     def read_text(self, filename: str) -> str | None:
         """Return the text of METADATA or top_level.txt, or None for any other metadata file."""

@@ -251,7 +251,7 @@ def config_for_keys(model: nn.Module, config: LoraConfig, keys: Iterable[str]) -
         keys: Tensor names, such as "layers.0.q_proj.lora_A.weight".
 
     Raises:
-        ConfigError: The config targets bare parameters, which tensor names do not identify.
+        ConfigError: The config uses `target_parameters`, but tensor names do not identify individual parameters.
     """
     if config.target_parameters:
         raise ConfigError(

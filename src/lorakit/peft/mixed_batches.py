@@ -74,7 +74,7 @@ def calculate_alora_offsets(
     input_ids: Tensor | None,
     adapter_names: Sequence[str] | None = None,
 ) -> list[int | None]:
-    """Return, for each row, the number of tokens from the last invocation to the end; None if not invoked.
+    """For each row, return the number of tokens from the last invocation to the end, or None if it has no invocation.
 
     Args:
         peft_config: Dict from adapter name to config.
@@ -181,7 +181,7 @@ def options_of_call(
     batch = next((tensor for tensor in given if isinstance(tensor, Tensor) and tensor.ndim), None)
     if names is not None and set(names) == {BASE_NAME} and batch is not None and len(batch) != len(names):
         text = f"{LENGTH.format(rows=len(names))} The batch has {len(batch)} rows."
-        raise RowCountError(text)  # no layer checks the size of a batch that uses the base alone
+        raise RowCountError(text)  # if all rows use the base alone, no layer checks the batch size
     with _with_peft_messages(names), model.base_model.rows(names, copies), contextlib.ExitStack() as stack:
         offsets, embedded = kwargs.pop("alora_offsets", None), kwargs.get("inputs_embeds")
         if is_alora_relevant_in_batch(model, names):

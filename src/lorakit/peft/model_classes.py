@@ -221,7 +221,7 @@ class PeftMixedModel(PeftModel):
         raise ConfigTypeError(f"get_model_status is not supported for {type(self).__name__}.")
 
     def save_pretrained(self, *_: Value, **__: Value) -> NoReturn:
-        """Raise an error, since PEFT does not support saving this class; save from a `PeftModel` instead.
+        """Raise an error, since PEFT cannot save instances of this class; save from a `PeftModel` instead.
 
         Raises:
             NotYetSupported: Always.

@@ -281,8 +281,8 @@ def lazy_names(module: str, names: str) -> tuple[Callable[[str], Any], Callable[
 def register() -> None:
     """Add a module to `sys.modules` for each path, and set the module as an attribute of its parent.
 
-    The loader is also registered as the finder for `__file__`, an entry in every package's `__path__`. The import
-    system can therefore find the spec of a path, as both `importlib.reload` and, in a new process,
+    The loader is also registered as the finder for `__file__`, which every package's `__path__` contains. This lets
+    the import system find the spec of a path, which `importlib.reload` and, in a new process,
     `importlib.util.find_spec` require.
     """
     loader = _PathLoader()

@@ -38,7 +38,7 @@ class PeftWarning(UserWarning):
 
 
 class PartialTargetsWarning(PeftWarning, RuntimeWarning):
-    """Warning about a config entry that matches nothing; PEFT issues such warnings with either base class."""
+    """Warning about a config entry that matches nothing; it has both base classes that PEFT uses in this case."""
 
 
 def _refusing(name: str) -> Callable[..., NoReturn]:

@@ -246,7 +246,7 @@ class BaseTuner(OverModel):
         return self._penalty if name in PENALTY_METHODS else super().__getattr__(name)
 
     def _penalty(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
-        """Return the total penalty, a scalar, of the given (default: active) adapters; 0.0 if there is none."""
+        """Return the total penalty, a scalar, of the given adapters (by default, the active ones); 0.0 if none."""
         with contextlib.ExitStack() as stack:
             if adapter_names is not None:
                 stack.enter_context(core.use(self.model, *model_adapters.as_names(adapter_names)))
@@ -264,7 +264,7 @@ class BaseTuner(OverModel):
 
     @property
     def targeted_parameter_names(self) -> list[str]:
-        """Paths of the adapted bare parameters."""
+        """Paths of the parameters that are adapted directly, without adapting a whole module."""
         sites = [site for site in core.sites(self.model) if site.kind == "Parameter"]
         return [f"{site.path.partition('.base_layer')[0]}.{site.layer.spec.parameter}" for site in sites]
 

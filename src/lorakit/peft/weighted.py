@@ -1,7 +1,7 @@
 """Functions that combine and convert adapters, with PEFT's names and signatures.
 
 `lorakit.core` combines adapters exactly even if they use rsLoRA, rank or alpha patterns, or DoRA. For such adapters,
-PEFT's results are scaled too strongly, cannot be reloaded, or lack the magnitudes.
+PEFT's results have too large a scale, cannot be reloaded, or lack the magnitudes.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class Sidecar:
         base: Fingerprint of the base, or None.
         sites: Path of a site -> {"r", "lora_alpha"}.
         facts: All other values: training metadata, names, hashes.
-        began: The initial state of an adapter with a residual base; empty for others.
+        began: The initial state of an adapter whose init modified the base; empty for other adapters.
         format_version: Format version of the file; 0 if there is no file.
         interrupted: Whether a save was interrupted; if so, the files are those from before that save.
     """
@@ -184,9 +184,9 @@ def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) ->
 
 
 def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
-    """Return the bare parameters that a site on disk may belong to, sorted; empty if the module itself is a target.
+    """Return the targeted parameters that a site on disk may belong to, sorted; empty if the module itself is a target.
 
-    The files name modules, not their bare parameters. Only the model shows which parameter a tensor belongs to, because
+    The files name modules, not individual parameters. Only the model shows which parameter a tensor belongs to, because
     that depends on the order in which the module defines its parameters.
 
     Args:
@@ -204,8 +204,8 @@ def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
 def rank_and_alpha(files: AdapterFiles, path: str, rows: int) -> tuple[int, float | None]:
     """Return a site's rank and alpha, or `rows` and None if the rank and alpha are unknown.
 
-    In an adapter that PEFT wrote, the rank and alpha of a bare parameter are known if the patterns give the same values
-    for all parameters that the site may belong to.
+    In an adapter that PEFT wrote, the rank and alpha of a directly targeted parameter are known only if the patterns
+    give the same values for all parameters that the site may belong to.
 
     Args:
         files: The adapter's files.

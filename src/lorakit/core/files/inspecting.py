@@ -1,7 +1,7 @@
 """Inspect an adapter's files without a model: config, sites and their norms, and findings.
 
-A finding is a valid but implausible property, or a value that is not finite. Loading an adapter reports findings as
-warnings or errors; inspecting an adapter lists the same messages.
+A finding is a property that is valid but implausible, or a value that is not finite. Loading an adapter reports
+findings as warnings or errors; inspecting an adapter lists the same messages.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Finding:
     Attributes:
         kind: "zero_update", "partly_zero", "nonfinite", "large_values", "large_scale",
             "alpha_not_positive", "steep_alpha_pattern" or "unknown_init".
-        where: Affected sites, or tensor names for "nonfinite" and "large_values"; empty for the whole adapter.
+        where: Affected sites, or tensor names for "nonfinite" and "large_values"; empty if the finding concerns the
+            whole adapter.
         value: The value at the first entry in `where`, the name of an unknown initialization method, or None.
         text: The message for the user.
     """
@@ -340,7 +341,7 @@ def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tenso
 
 
 def _known_site(files: AdapterFiles, path: str, A: Tensor) -> tuple[int, Site]:
-    """Return a site's rank, and its other properties that are known without a model, given A (r, in, …)."""
+    """Given a site's A (r, in, …), return the site's rank and the properties that are known without a model."""
     r, alpha = rank_and_alpha(files, path, int(A.shape[0]))
     return r, Site(path, alpha, None if alpha is None else scale(r, alpha, files.config.use_rslora))
 

@@ -99,11 +99,11 @@ def adapter_tensors(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, 
 
 
 def inside(path: str, depths: Mapping[str, int]) -> str:
-    """Convert a path in the plain base to PEFT's form, which adds `.base_layer` for each layer around a module.
+    """Convert a path in the plain base to PEFT's form, which adds `.base_layer` for each layer that wraps a module.
 
     Args:
         path: The path in the plain base.
-        depths: Path of each adapted module -> number of layers around it.
+        depths: Path of each adapted module -> number of layers that wrap it.
     """
     words, where = path.split("."), ""
     for end, word in enumerate(words, 1):

@@ -65,7 +65,7 @@ class InitContext:
         W = self.read()
         if W.device.type != "meta" and not bool(torch.isfinite(W).all()):
             raise self.error("the base weight contains NaN or infinite values and cannot be decomposed.")
-        W = W.mT if self.spec.in_first else W  # at this point, only experts can be stored as (in, out)
+        W = W.mT if self.spec.in_first else W  # only experts can still be in (in, out) layout here
         W = W if self.spec.experts else self.kind.flat_weight(self.spec, W)[None]
         self.check_rank(min(W.shape[1:]), requirement)
         return W
@@ -79,7 +79,7 @@ class InitContext:
         if self.spec.groups > 1:
             raise self.error(
                 f"init_lora_weights={self.config.init_lora_weights!r} does not support a convolution with "
-                f"{self.spec.groups} groups. Leave the module out, or use True.",
+                f"{self.spec.groups} groups. Exclude the module, or set init_lora_weights=True.",
                 what=str(self.config.init_lora_weights),
                 field="init_lora_weights",
             )

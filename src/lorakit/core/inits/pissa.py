@@ -74,7 +74,7 @@ def _mica(context: InitContext) -> InitResult:
     """With W = U·S·Vᵀ, set B to the last r columns of U and A to zero.   [docs/math.md (68)]
 
     Source:
-        arXiv:2604.01694 (MiCA), as in PEFT: the adapter writes only to the directions in which the base writes least.
+        arXiv:2604.01694 (MiCA), as in PEFT: the adapter updates only the output directions that the base uses least.
     """
     W = context.matrices("MiCA requires `r` <= min(in_features, out_features)")
     U = torch.linalg.svd(W, full_matrices=False).U
