@@ -417,7 +417,7 @@ def replace_in_order(folder: str | os.PathLike[str], steps: Sequence[Mapping[str
                     temporary.unlink(missing_ok=True)
         if begun:
             raise DiskError(
-                f"{folder}: {cause.strerror or cause}; some of its files were replaced, others were not. Save again.",
+                f"{folder}: {cause.strerror or cause}; some of its files were replaced and some were not. Save again.",
                 where=folder,
             ) from cause
         _raise_disk_error(folder, cause)

@@ -55,7 +55,7 @@ class LorakitError(Exception):
         where: Path of a file or directory, dotted path of a module, or name of a tensor.
         field: The invalid config field or setting.
         allowed: Allowed or available values.
-        override: The allowance (an entry of `allow`), setting or flag that overrides the check.
+        override: The allowance (an entry in `allow`), setting or flag that overrides the check.
     """
 
     code: ClassVar[str] = "LORA-E000"

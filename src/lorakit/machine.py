@@ -1,7 +1,7 @@
 """Properties of this machine: processor, usable cores, memory, allocator, and the cache directory.
 
-This module uses only the standard library and lorakit's errors. Outside Linux, most properties are unknown and reported
-as such. This module does not measure speed.
+This module uses only the standard library and lorakit's errors. On systems other than Linux, most properties are
+unknown and reported as such. This module does not measure speed.
 """
 
 from __future__ import annotations
@@ -190,5 +190,5 @@ DEVICE_FORM = "auto, cpu, cuda, cuda:N or mps"
 
 
 def is_device_name(word: str) -> bool:
-    """Return whether a word is a valid value of `--device`, even if this machine lacks the device."""
+    """Return whether a word is a valid value for `--device`, even if this machine lacks the device."""
     return re.fullmatch(r"auto|(cpu|cuda|mps)(:\d+)?", word) is not None

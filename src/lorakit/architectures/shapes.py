@@ -65,8 +65,8 @@ class PlainShape:
         path: Dotted path of the module.
         parameters: Number of elements in the module's parameters, excluding submodules; shared storage counts once.
         biases: Number of these elements that belong to parameters with "bias" in their names.
-        matrices: Name and shape of each of these parameters that has two or three axes, such as fused experts.
-        experts: Number of experts in each three-axis parameter; 0 if there are no such parameters.
+        matrices: Name and shape of each parameter that has two or three axes, such as a tensor of fused experts.
+        experts: Number of experts in each three-axis parameter; 0 if the module has no such parameters.
         in_first: Whether the experts are stored as (experts, in, out).
     """
 
@@ -191,7 +191,7 @@ def block_of(path: str) -> str | None:
 
 
 def short_roles(paths: Iterable[str]) -> dict[str, str]:
-    """Return a short name for each role, for display in tables.
+    """Return a short name for each role (a path without layer numbers; see `role`), for display in tables.
 
     Args:
         paths: Dotted paths of modules.
@@ -457,7 +457,7 @@ def _list_and_order(shape: ModelShape, ranges: Sequence[tuple[int, int]]) -> tup
 
 
 def _layer(path: str, name: str) -> int | None:
-    """Return the index of the layer that contains a module, or None if the module is outside the list."""
+    """Return the index of the layer that contains a module, or None if the module is outside the layer list."""
     block = block_of(path)
     return int(block.rpartition(".")[2]) if block is not None and block.rpartition(".")[0] == name else None
 

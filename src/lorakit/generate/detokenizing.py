@@ -37,7 +37,7 @@ class TextStream:
         self._skip = skip_special_tokens
         self._window = list(after)[-CONTEXT_TOKENS:]
         self._settled = len(self._window)  # number of leading tokens whose text was returned in full
-        self._given = self._text(self._window)  # text in the window that was returned or belongs to the prompt
+        self._given = self._text(self._window)  # prompt text and returned text within the window
 
     def push(self, token: int) -> str:
         """Add a token and return the text that is now final, which may be empty.
@@ -53,7 +53,7 @@ class TextStream:
         piece = text[len(self._given) : certain]
         self._given = text[: max(certain, len(self._given))]
         if certain == len(text) and piece:
-            # the tokens just returned replace the settled ones as context for the next token
+            # the tokens whose text was just returned replace the older ones as context for the next token
             self._window = self._window[self._settled :]
             self._settled = len(self._window)
             self._given = self._text(self._window)

@@ -311,7 +311,7 @@ def _scope(
     state = find_state(model)
     if adapters is None:
         # The currently active adapters stay active even if tokens are requested outside the caller's context.
-        # Per-layer overrides cannot be expressed as a scope, so a model with overrides is left unchanged.
+        # An override of the whole model cannot reproduce per-layer overrides; a model that has any is left unchanged.
         if state is None or any(layer.own_route is not None for _, layer in layers(model)):
             return contextlib.nullcontext()
         return state.override(state.active().keeping())

@@ -114,8 +114,8 @@ def check_prefix(
             if _begin(model, prompt, name) < size:
                 raise UsageError(
                     f"Adapter {name!r} is active within the prefix of {size} tokens in row {row + 1}, but the prefix "
-                    "was processed by the base alone. It can be shared only by rows that use no adapter, or an "
-                    "adapter that starts after the prefix.",
+                    "was processed by the base alone. The prefix can be shared only by rows that have no adapter or "
+                    "whose adapter starts after the prefix.",
                     what=name,
                     field="prefix",
                 )

@@ -269,14 +269,14 @@ def targeted_parameters(
 
 
 def match_path(match: Match) -> str:
-    """Return the path that rank and alpha patterns must match: the path of the module or of the bare parameter."""
+    """Return the path that rank and alpha patterns must match: the path of the module or of the targeted parameter."""
     return f"{match.path}.{match.parameter}" if match.parameter else match.path
 
 
 def _unmatched_parameters(
     parameters: Sequence[BareParameter], config: LoraConfig, found: Sequence[Match]
 ) -> list[Unmatched]:
-    """Return the entries of `target_parameters` that match nothing, with the nearest names as suggestions."""
+    """Return the entries of `target_parameters` that match nothing, with similar names as suggestions."""
     unmatched = []
     for entry in sorted(config.target_parameters or ()):
         if not any(names_path(entry, match_path(match)) for match in found):
@@ -346,7 +346,7 @@ def _unmatched(
 
 
 def unfitting_keys(field: str, keys: Collection[str], paths: Sequence[str]) -> list[Unmatched]:
-    """Return the patterns that match none of the adapted modules, with the nearest names as suggestions.
+    """Return the patterns that match none of the adapted modules, with similar names as suggestions.
 
     Args:
         field: Field that holds the patterns, such as "rank_pattern".
@@ -438,7 +438,7 @@ def _notes_on_names(found: Sequence[tuple[Candidate, str]]) -> list[Note]:
 def _notes_on_ranks(
     found: Sequence[tuple[Candidate, str]], parameters: Sequence[BareParameter], matches: Sequence[Match]
 ) -> list[Note]:
-    """Return notes about ranks that are larger than the smaller dimension of their weight."""
+    """Return notes about ranks that are larger than the smaller dimension of the adapted weight."""
     sides = {c.path: min(c.out_features, c.in_features) for c, _ in found}
     sides |= {parameter.path: min(parameter.shape[-2:], default=0) for parameter in parameters}
     notes = []

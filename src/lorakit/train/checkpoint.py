@@ -213,7 +213,7 @@ class Snapshot:
         optimizer: Optimizer state, from `optimizer.state_tensors`.
         random: Random number generator states stored as 1-D uint8 tensors, from `random_state`.
         random_plain: Random number generator states stored as plain values, from `random_state`.
-        environment: Machine and package versions, from `environment`.
+        environment: The machine and the package versions, from `environment`.
         schedule: Fields of the learning rate schedule.
     """
 
@@ -248,7 +248,7 @@ def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], objec
         "schedule": snapshot.schedule,
     }
     try:
-        with durable.publish_directory(final, replace=True) as temporary:  # a step is saved again once it is evaluated
+        with durable.publish_directory(final, replace=True) as temporary:  # saved again after an evaluation
             write_adapter(temporary)
             durable.write_bytes(temporary / OPTIMIZER, tensors_to_bytes(dict(snapshot.optimizer)))
             durable.write_bytes(temporary / RANDOM, tensors_to_bytes(dict(snapshot.random)))

@@ -135,7 +135,7 @@ def compare(
     Args:
         settings: Model, data and adapters.
         say: Function that receives messages, for example about truncated data or an adapter with its own tokenizer.
-        detail: Function that receives details: the data counts, and the precision with the reason for choosing it.
+        detail: Function that receives details: the row and token counts, and the reason for the chosen precision.
 
     Returns:
         (name, evaluation) pairs: first the base, named "base", then each adapter, named by its directory, in the given
@@ -193,7 +193,7 @@ def _measured(model: nn.Module, batches: Callable[[], Iterable[Batch]], where: t
     try:
         found = evaluate(model, batches(), where, acceleration=acceleration)
     finally:
-        acceleration.undo()  # the next adapter may add rows to the base
+        acceleration.undo()  # the next adapter may add embedding rows to the base
     if found is None:  # for the type checker only: nothing stops this evaluation
         raise RunError("The evaluation was stopped.")
     return found

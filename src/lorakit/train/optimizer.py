@@ -1,4 +1,4 @@
-"""AdamW and LoRA-FA for the trainable tensors: parameter groups, clipping, named state, and AdamW on packed buffers.
+"""AdamW and LoRA-FA for the trainable tensors: parameter groups, clipping, saved state, and AdamW on packed buffers.
 
 `FlatAdamW` packs the tensors of a group into one buffer, and their first and second moments into two others, so that a
 step takes only a few kernel calls. Each tensor starts at a multiple of 64 bytes, as it would in a separate allocation,
@@ -196,11 +196,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """Optimizer state entries with the same shape as the tensor; the remaining entry, "step", counts updates."""
 
 _ALIGNED = 16
-_RUN = {"cpu": 1 << 20, "cuda": 1 << 24}  # maximum number of elements per run; a CPU run of 4 MB fits in the cache
+_RUN = {"cpu": 1 << 20, "cuda": 1 << 24}  # maximum number of elements per kernel call; 4 MB fits in a CPU's cache
 
 
 def is_packable(parameters: Sequence[nn.Parameter]) -> bool:
-    """Return whether all tensors are contiguous, float32, on one CPU or CUDA device, and disjoint, as packing requires.
+    """Return whether the tensors can be packed: contiguous, float32, on a single CPU or CUDA device, and disjoint.
 
     Otherwise (for example, with FSDP2's DTensors, other dtypes, several devices, or MPS), torch's AdamW is used.
 
@@ -257,7 +257,7 @@ class FlatAdamW(torch.optim.Optimizer):
 
 
 class _Lane:
-    """A buffer for one parameter group, with one view per member, in member order."""
+    """A buffer for one parameter group, with one view per tensor, in the order of the tensors."""
 
     def __init__(self, shapes: Sequence[torch.Size], starts: Sequence[int], device: torch.device) -> None:
         self.buffer = torch.zeros(starts[-1], dtype=torch.float32, device=device)
@@ -268,7 +268,7 @@ class _Lane:
 
 
 class _Flat:
-    """The members of one parameter group, with their values and state stored in buffers."""
+    """The tensors of one parameter group (`members`), with their values and state stored in buffers."""
 
     def __init__(self, members: Sequence[nn.Parameter]) -> None:
         self.members = list(members)
@@ -280,7 +280,7 @@ class _Flat:
         self._pack()
 
     def check(self) -> None:
-        """Raise if the dtype, device or shape of a member changed, or if replaced members share memory."""
+        """Raise if a tensor changed in dtype, device or shape, or if tensors were replaced and now share memory."""
         for p, shape in zip(self.members, self.shapes, strict=True):
             if p.dtype != torch.float32 or p.device != self.device or p.shape != shape:
                 raise RunError(
@@ -306,7 +306,7 @@ class _Flat:
                     own[key] = lane.views[i].copy_(own[key])
 
     def step(self, group: Mapping[str, Any], factor: float) -> None:
-        """Apply AdamW, with the group's settings, to each run of adjacent members."""
+        """Apply AdamW, with the group's settings, to each run of adjacent tensors."""
         beta1, beta2 = group["betas"]
         for first, last, count in self._runs():
             gradient = self._gradients(first, last)
@@ -327,14 +327,14 @@ class _Flat:
                 increment_version(p)  # autograd does not see writes through the buffer
 
     def _replaced(self) -> bool:
-        """Return whether the values of any member are no longer stored in the buffer."""
+        """Return whether any tensor's values are no longer stored in the buffer."""
         return any(
             p.data_ptr() != target or not p.is_contiguous()
             for p, target in zip(self.members, self.values.targets, strict=True)
         )
 
     def _pack(self) -> None:
-        """Copy the members' values into a new buffer, because other code may still use the old buffer."""
+        """Copy the tensors' values into a new buffer, because other code may still use the old buffer."""
         self.values = _Lane(self.shapes, self.starts, self.device)
         with torch.no_grad():
             for p, view in zip(self.members, self.values.views, strict=True):
@@ -348,7 +348,7 @@ class _Flat:
         return self.state
 
     def _runs(self) -> Iterator[tuple[int, int, float]]:
-        """Yield (first, last + 1, step count) for each run of adjacent members with gradients and equal step counts."""
+        """Yield (first, last + 1, step count) for each run of adjacent tensors with gradients and equal step counts."""
         counts = self.state["step"].buffer.tolist() if self.state else []
         first, limit = 0, _RUN[self.device.type]
         for i in range(len(counts)):
@@ -362,7 +362,7 @@ class _Flat:
                 first = after
 
     def _gradients(self, first: int, last: int) -> Tensor:
-        """Return the gradients of a run of members as one packed 1-D tensor, which may be a view of a `.grad`."""
+        """Return the gradients of adjacent tensors as one packed 1-D tensor, which may be a view of a `.grad`."""
         pieces = []
         for i in range(first, last):
             gradient: Tensor = self.members[i].grad  # type: ignore[assignment]

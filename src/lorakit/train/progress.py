@@ -85,7 +85,7 @@ class PlainProgress(Progress):
         self._read: float | None = None
 
     def reading(self, what: str, done: int, total: int) -> None:
-        """Print the fraction tokenized so far, at most once every `PLAIN_SECONDS`."""
+        """Print the fraction of the data tokenized so far, at most once every `PLAIN_SECONDS`."""
         now = time.monotonic()
         if self._read is None or done == total:
             self._read = None if done == total else now
@@ -155,7 +155,7 @@ class LiveProgress(Progress):
             self._bar.stop()
 
     def reading(self, what: str, done: int, total: int) -> None:
-        """Show the fraction tokenized so far as a bar, unless the data is smaller than `LIVE_BYTES`."""
+        """Show a bar for the fraction of the data tokenized so far, unless the data is smaller than `LIVE_BYTES`."""
         if self._reading is None and LIVE_BYTES <= total != done:
             from rich.progress import BarColumn, DownloadColumn, TextColumn
 

@@ -37,7 +37,7 @@ ROWS = 32
 def add_adapter(
     model: nn.Module, spec: RunSpec, loader: Loader, checkpoint: Path | None, progress: Progress
 ) -> tuple[str, ...]:
-    """Add rows for new tokens to the base, then attach a new adapter or load the one in a checkpoint.
+    """Add embedding rows for new tokens to the base, then attach a new adapter or load the one in a checkpoint.
 
     Args:
         model: The base, on the run's device; changed in place.

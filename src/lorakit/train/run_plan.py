@@ -108,7 +108,7 @@ def disk_space(spec: RunSpec, limits: RunLimits, step: int, model: nn.Module, na
 
     Args:
         spec: The run's specification.
-        limits: Length and intervals of the run.
+        limits: Length of the run, and its evaluation and checkpoint intervals.
         step: Number of steps already taken.
         model: The adapted model.
         named: (name, tensor) pairs for the trainable tensors (any shape).

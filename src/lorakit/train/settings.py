@@ -268,7 +268,7 @@ def check_names(values: dict[str, Any], where: str = "") -> None:
         where: Prefix for each message, such as the path of the settings file.
 
     Raises:
-        ConfigError: A name is not a setting; the message suggests the nearest setting.
+        ConfigError: A name is not a setting; the message suggests the setting with the most similar name.
     """
     unknown = [name for name in values if name not in TrainSettings.model_fields]
     if unknown:

@@ -40,7 +40,7 @@ def read_settings_file(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{path}: not a settings file: larger than {MAX_FILE_BYTES:,} bytes.", where=path)
+            raise ConfigError(f"{path}: the settings file is larger than {MAX_FILE_BYTES:,} bytes.", where=path)
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())
     except OSError as cause:
         raise ConfigError(f"{path}: the settings file cannot be read ({cause.strerror}).", where=path) from None

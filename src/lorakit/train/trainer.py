@@ -158,7 +158,7 @@ def _report_data(spec: RunSpec, batches: RunBatches, progress: Progress) -> None
 def _base_bytes(model: nn.Module, spec: RunSpec) -> int:
     """Return the size of the base model's weights in memory, in bytes.
 
-    For a quantized base, the size is computed by formula, because quantization scales are not parameters.
+    The size of a quantized base is computed from a formula, because its quantization scales are not parameters.
     """
     quantization = spec.quantization
     if quantization is None:
