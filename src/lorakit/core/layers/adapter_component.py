@@ -167,7 +167,7 @@ class AdapterComponent:
 
     @abstractmethod
     def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
-        """Return this component's base tensors with the adapters merged in, keyed by their names in the plain module."""
+        """Return this component's base tensors with adapters merged in, keyed by their names in the plain module."""
 
     @abstractmethod
     def unload(self) -> nn.Module:
