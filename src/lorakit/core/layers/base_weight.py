@@ -219,7 +219,7 @@ class BaseWeight(StoredWeight):
         return self.owner
 
     def follow(self, tied: BaseWeight) -> None:
-        """Update this layer's records after a tied layer has merged or unmerged adapters in the weight that they share.
+        """Update this layer's records after a tied layer merged adapters into the shared weight, or unmerged them.
 
         Args:
             tied: The tied layer, whose factors this layer uses.

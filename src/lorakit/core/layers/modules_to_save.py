@@ -217,7 +217,7 @@ def _check_untouched(path: str, layer: LoraLayer | None) -> None:
 def biased_modules(
     modules: Mapping[str, nn.Module], sites: Collection[str], saved: Sequence[str], bias: str
 ) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
-    """Yield the base modules whose biases an adapter trains, excluding all modules in saved modules.
+    """Yield the base modules whose biases an adapter trains, excluding saved modules and everything inside them.
 
     Args:
         modules: Path -> module, as in `build_extras`.

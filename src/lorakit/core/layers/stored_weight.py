@@ -87,7 +87,7 @@ class StoredWeight(AdapterModule):
 
     @property
     def kind(self) -> Kind:
-        """This layer's kind: an entry in KINDS, or a user-defined kind."""
+        """The layer's kind: an entry in KINDS, or a user-defined kind."""
         return kind_named(self.kind_name, self.state.kinds)
 
     @property
@@ -151,7 +151,7 @@ class StoredWeight(AdapterModule):
         return bias if isinstance(bias, Tensor) else None
 
     def inside(self) -> frozenset[str]:
-        """Return the adapters that the base module already includes: those merged and those using the residual base.
+        """Return the adapters that the base module already accounts for: those merged or using the residual base.
 
         If an adapter that uses the residual base is merged, the other adapters that use that base cannot use the
         module, so only the merged adapters are returned.
