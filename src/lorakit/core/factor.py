@@ -45,7 +45,7 @@ class FactorWeight(nn.Linear):
 
 
 class OwnWeight(nn.Module):
-    """A module whose `.weight`, of any shape (…), is a variant's extra tensor or the A or B of a convolution."""
+    """A module whose `.weight`, of any shape (…), is a variant's extra tensor or a convolution's A or B factor."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         super().__init__()

@@ -207,7 +207,7 @@ def test_what_a_merge_refuses() -> None:
     model = with_rows(LLAMA, "a")
     table_of(model).token_adapter.trainable_tokens_delta["a"].data[0, 0] = float("nan")
     before = snapshot(model)
-    with pytest.raises(MergeError, match=r"Rows of a at model.embed_tokens are NaN"):
+    with pytest.raises(MergeError, match=r"rows of a at model.embed_tokens contain NaN"):
         merge(model, "a")
     assert snapshot(model) == before
 

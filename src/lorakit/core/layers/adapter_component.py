@@ -3,7 +3,7 @@
 Operations on a whole model (merge, unmerge, detach, save) call the protocol's methods on each component. In a merge or
 unmerge, every component first stages its change; the changes are committed only after all components have staged
 theirs. `AdapterModule` also has PEFT's methods, for programs that switch adapters module by module. This file does not
-depend on factors or weights.
+import the modules that implement factors and weights.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class AdapterComponent:
 
     @abstractmethod
     def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
-        """Return this component's base tensors with adapters merged, keyed by their names in the plain module."""
+        """Return this component's base tensors with adapters merged in, keyed by their names in the plain module."""
 
     @abstractmethod
     def unload(self) -> nn.Module:
@@ -226,7 +226,7 @@ class AdapterModule(nn.Module, AdapterComponent):
             raise MergeError(f"Adapter {twice!r} is already merged. Unmerge it first.", what=twice, where=path)
 
     def kept_bytes(self) -> int:
-        """Return the size, in bytes, of the original tensors that merges kept."""
+        """Return the total size, in bytes, of the original tensors that were kept when adapters were merged."""
         return 0
 
     def check_mergeable(self, path: str, adapters: Sequence[str]) -> None:
@@ -272,11 +272,11 @@ class AdapterModule(nn.Module, AdapterComponent):
             self.aside = (None,)
 
     def set_trained(self, name: str, trained: bool) -> None:
-        """Train or freeze an adapter's parameters here.
+        """Unfreeze or freeze an adapter's parameters here.
 
         Args:
             name: The adapter; ignored if it has no parameters here.
-            trained: Whether to train the parameters.
+            trained: True to unfreeze the parameters, False to freeze them.
         """
         for parameter in self.parameters_of(name):
             if parameter.requires_grad is not trained:
@@ -334,11 +334,11 @@ class AdapterModule(nn.Module, AdapterComponent):
             self.set_trained(name, name in names and not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Train or freeze adapters here, whether they are active or not.
+        """Unfreeze or freeze adapters here, whether they are active or not.
 
         Args:
             adapter_names: One or more adapters.
-            requires_grad: Whether to train the adapters.
+            requires_grad: True to unfreeze the adapters, False to freeze them.
         """
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
             self.set_trained(name, requires_grad)
@@ -366,12 +366,12 @@ class AdapterModule(nn.Module, AdapterComponent):
 
 
 class ReplacingModule(AdapterModule):
-    """Base class for modules that active adapters replace, and for modules whose weight rows active adapters replace.
+    """Base class for adapted modules whose active adapter replaces the whole base module or some rows of its weight.
 
     Attributes:
         _what: Description of this type of module, for error messages.
         _field: Config field that selects modules of this type.
-        forwards: The module's forward history, for forward passes that autograd recomputes.
+        forwards: The module's forward history, used when autograd recomputes a forward pass.
     """
 
     _what: ClassVar[str]  # underscored so as not to hide attributes of the module

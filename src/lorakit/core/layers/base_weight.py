@@ -39,7 +39,7 @@ Merged = tuple[Replacement, Tensor, Tensor]
 
 
 class BaseWeight(StoredWeight):
-    """A wrapper around a base module; it can merge adapters into one of the base weights."""
+    """A wrapper around a base module that can merge adapters into one of the module's weights."""
 
     def check_mergeable(self, path: str, adapters: Sequence[str]) -> None:
         """Reject adapters that can never be merged here, or whose bias cannot be stored; nothing is computed.
@@ -219,7 +219,7 @@ class BaseWeight(StoredWeight):
         return self.owner
 
     def follow(self, tied: BaseWeight) -> None:
-        """Update this layer's records after a merge or unmerge at the tied layer, which has the same weight.
+        """Update this layer's records after a tied layer merged adapters into the shared weight, or unmerged them.
 
         Args:
             tied: The tied layer, whose factors this layer uses.
@@ -229,7 +229,7 @@ class BaseWeight(StoredWeight):
             self.kept = tied.kept if self.merged_adapters else None
 
     def stored_with(self, merged: Sequence[str]) -> Replacement:
-        """Return the weight or module to store after merging these adapters; without adapters, the unmerged weight."""
+        """Return the weight or module to store after merging these adapters; the unmerged weight if there are none."""
         if merged:
             return self.with_updates(merged, MergeOptions())[0]
         return self.original(moved=bool(self.moved_by))
@@ -321,14 +321,14 @@ class BaseWeight(StoredWeight):
 
 
 def in_one_group(layer: StoredWeight, names: Sequence[str]) -> Merged:
-    """Return a convolution with one group that is equivalent to a grouped convolution with adapters merged.
+    """Merge adapters into a grouped convolution, and express the result as a convolution with one group.
 
     Args:
-        layer: The layer of the grouped convolution.
+        layer: The layer that wraps the grouped convolution.
         names: The adapters.
 
     Returns:
-        The module, the base weight, and the exact sum of updates; both tensors are expanded to one group,
+        The new convolution, the base weight, and the exact sum of updates; both tensors are expanded to one group,
         (out, in, k…).
     """
     kind = layer.kind
@@ -350,7 +350,7 @@ def in_one_group(layer: StoredWeight, names: Sequence[str]) -> Merged:
 
 
 def _convolution(source: Convolution, W: Tensor) -> nn.Module:
-    """Return a convolution with one group, the weight W (out, in, k…), and the geometry and bias of `source`."""
+    """Return a convolution that has one group, weight W (out, in, k…), and the geometry and bias of `source`."""
     moves = {name: getattr(source, name) for name in ("stride", "padding", "dilation", "padding_mode")}
     made: Convolution = nn.utils.skip_init(
         type(source), W.shape[1], W.shape[0], source.kernel_size, bias=False, device=W.device, **moves

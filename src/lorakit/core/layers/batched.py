@@ -37,7 +37,7 @@ _ADDRESS = Tensor.__base__.data_ptr  # type: ignore[union-attr]  # the C method 
 
 
 class FactorVersions:
-    """Versions of adapters' factors in a layer; the tensors are kept alive, so that their ids cannot be reused.
+    """The versions of adapters' factors in a layer; the tensors are kept alive so that their ids cannot be reused.
 
     Args:
         layer: The site's `LoraLayer`.

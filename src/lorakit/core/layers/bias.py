@@ -27,7 +27,7 @@ class BiasPatch(AdapterComponent):
 
     If the adapter is not active, a shallow clone of the module repeats the forward pass with the original biases. The
     output is bitwise identical to the base output, and other threads are not affected. The hook runs before all other
-    hooks of the module, so the other hooks see the corrected output.
+    hooks of the module, so those hooks see the corrected output.
 
     Attributes:
         module: The base module, which holds the trained biases as parameters.
@@ -139,7 +139,7 @@ class BiasPatch(AdapterComponent):
 
     @staticmethod
     def on(module: nn.Module) -> list[BiasPatch]:
-        """Return the patches installed on a module."""
+        """Return the `BiasPatch` hooks that are registered on a module."""
         return [hook for hook in module._forward_hooks.values() if isinstance(hook, BiasPatch)]
 
     @staticmethod
@@ -160,7 +160,7 @@ class BiasPatch(AdapterComponent):
 
 
 def out_projection(attention: nn.MultiheadAttention) -> nn.Module:
-    """Return the output projection of an attention module, without the layer around it.
+    """Return the output projection of an attention module; if a `LoraLayer` wraps it, return the base module.
 
     The attention module reads the projection's weight and bias but never calls the projection.
     """

@@ -56,14 +56,14 @@ class LoraLayer(BaseWeight):
         lora_B: Adapter -> module with B, (out, r), as its weight.
         lora_embedding_A: Adapter -> A of an embedding, (r, V).
         lora_embedding_B: Adapter -> B of an embedding, (d, r).
-        lora_dropout: Adapter -> dropout before A.
+        lora_dropout: Adapter -> dropout module applied before A.
         lora_alpha: Adapter -> alpha.
         variant: Adapter -> name of its entry in VARIANTS. Further attributes hold the variants' extra tensors
             (`OwnTensor.held_as`).
         settings: Adapter -> the variant's settings for this layer; adapters without settings have no entry.
         trains: Adapter -> which of its factors, "A" and "B", are trainable.
         own_route: This layer's override of the model's default route, or None.
-        forwards: The layer's forward history, for forward passes that autograd recomputes.
+        forwards: The layer's forward history, used when autograd recomputes a forward pass.
     """
 
     lora_alpha: dict[str, float]
@@ -105,11 +105,11 @@ class LoraLayer(BaseWeight):
         return list(self.r)
 
     def set_trained(self, name: str, trained: bool) -> None:
-        """Train or freeze an adapter's factors; tensors that the adapter's init or variant never trains stay frozen.
+        """Unfreeze or freeze an adapter's tensors; those that its initialization or variant never trains stay frozen.
 
         Args:
             name: The adapter; ignored if it has no factors in this layer.
-            trained: Whether to train the factors.
+            trained: True to unfreeze the tensors, False to freeze them.
         """
         super().set_trained(name, trained)
         if not trained or name not in self.r:
@@ -129,7 +129,7 @@ class LoraLayer(BaseWeight):
             name: The adapter.
             factor: A (r, in), B (out, r) and the variant's extra tensors; they all become parameters.
             r: Rank of the factors.
-            lora_alpha: Alpha of the adapter in this layer.
+            lora_alpha: The adapter's alpha in this layer.
             trains: Which of "A" and "B" are trained.
         """
         kind = self.kind
@@ -338,7 +338,7 @@ class LoraLayer(BaseWeight):
         axis = self._row_axis(route, x)
         index = torch.cat([rows for name, rows in route.segments(x.device, x.shape[axis]) if name in moved])
 
-        def forward(*inputs: Tensor, **named: Tensor) -> Tensor:  # both modules run on the whole batch, for the hooks
+        def forward(*inputs: Tensor, **named: Tensor) -> Tensor:  # both modules run on all rows, as their hooks expect
             before, moved = (bare(self._base_for(one))(*inputs, **named) for one in (False, True))
             return before.index_copy(axis, index, moved.index_select(axis, index))
 
@@ -354,7 +354,7 @@ class LoraLayer(BaseWeight):
             training: Whether the variant may perturb A and B, as in training.
 
         Returns:
-            The addition, in the shape of W, with an autograd graph if gradients are enabled.
+            The addition, of the same shape as W, with an autograd graph if gradients are enabled.
 
         Raises:
             MergeError: The variant cannot be merged, or the weight cannot hold the delta.
@@ -371,7 +371,7 @@ class LoraLayer(BaseWeight):
 
     @property
     def in_features(self) -> int:
-        """The number of columns of the base weight: input features, input channels, or the size of a vocabulary."""
+        """The number of columns of the base weight: input features, input channels, or the vocabulary size."""
         return self.spec.in_features
 
     @property
@@ -528,7 +528,7 @@ class LoraLayer(BaseWeight):
         return mine is its and mine is not None
 
     def _around_module(self, path: str) -> dict[str, LoraLayer]:
-        """Return a dict from path to layer: this layer, the layers it wraps, and the layers of `inner` children."""
+        """Return a dict from path to layer: this layer, the layers it wraps, and those of the `inner` child modules."""
         found: dict[str, LoraLayer] = {}
         layer: nn.Module = self
         while isinstance(layer, LoraLayer):

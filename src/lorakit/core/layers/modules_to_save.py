@@ -217,7 +217,7 @@ def _check_untouched(path: str, layer: LoraLayer | None) -> None:
 def biased_modules(
     modules: Mapping[str, nn.Module], sites: Collection[str], saved: Sequence[str], bias: str
 ) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
-    """Yield the base modules whose biases an adapter trains, except modules inside saved modules.
+    """Yield the base modules whose biases an adapter trains, excluding saved modules and everything inside them.
 
     Args:
         modules: Path -> module, as in `build_extras`.
@@ -226,7 +226,7 @@ def biased_modules(
         bias: The config's `bias`.
 
     Yields:
-        The module's path in the plain base, the module, and the names of its bias parameters.
+        The module's path in the plain base model, the module, and the names of its bias parameters.
 
     Raises:
         ConfigError: A bias is not a parameter of its module.
@@ -270,7 +270,7 @@ def _base_modules(current: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def trainable_copy(path: str, current: nn.Module) -> nn.Module:
-    """Return a trainable copy of a module, without adapters and in the same mode.
+    """Return a trainable copy of a module, without adapters and in the same mode (training or evaluation).
 
     Quantized modules are dequantized in the copy, because they cannot be trained.
 

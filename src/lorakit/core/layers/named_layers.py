@@ -35,7 +35,7 @@ class MultiheadAttention(WeightLayer):
     """A `LoraLayer` for the input projection of an nn.MultiheadAttention."""
 
     def _restore_weights(self) -> None:
-        """Do nothing: PEFT restores weights that its forward pass merged, but lorakit's forward pass merges none."""
+        """Do nothing: PEFT's method undoes merges made during a forward pass, but lorakit makes none."""
 
 
 class InnerLinear(WeightLayer):
@@ -73,7 +73,7 @@ def layer_class(kind: Kind) -> type[LoraLayer]:
     """Return the layer class for a kind: the kind's `layer`, its entry in LAYERS, or else a generic class.
 
     Args:
-        kind: The kind.
+        kind: A built-in or user-defined kind.
 
     Raises:
         ConfigError: The kind's `layer` is not a subclass of `LoraLayer`.

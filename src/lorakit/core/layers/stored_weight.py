@@ -28,16 +28,16 @@ Replacement = Stored | nn.Module
 
 
 class StoredWeight(AdapterModule):
-    """A wrapper around a base module; it can write and restore one of the base weights.
+    """A wrapper around a base module that can write and restore one of the module's weights.
 
     Attributes:
         base_layer: The base module, or another layer around it.
-        spec: The weight's spec.
+        spec: Description of the weight: its shape, layout and parameter name.
         r: Adapter -> rank.
         scaling: Adapter -> scale.
         variant: Adapter -> the name of its variant.
         merged_adapters: Adapters that are currently merged into the base weight.
-        kept: The stored base weight from before it was first changed, or None if it is not kept.
+        kept: The stored base weight from before the first change, or None if that weight was not kept.
         moved_by: The adapters that use a residual base: the one whose init (such as PiSSA) created it, or all those
             whose variants create it. Empty if the base is unchanged.
         moved: The stored residual base, or None.
@@ -87,7 +87,7 @@ class StoredWeight(AdapterModule):
 
     @property
     def kind(self) -> Kind:
-        """The kind: an entry in KINDS, or a user-defined one."""
+        """The layer's kind: an entry in KINDS, or a user-defined kind."""
         return kind_named(self.kind_name, self.state.kinds)
 
     @property

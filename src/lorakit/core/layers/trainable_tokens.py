@@ -1,6 +1,6 @@
 """Trainable token embeddings, including those in a head that is tied to an embedding.
 
-A trained row replaces the base row W[i] instead of being added to it. Instead of copying the weight, a forward pass
+A trained row replaces the base row W[i]; it is not added to that row. To avoid copying the weight, a forward pass
 usually corrects the base output at the positions that use a trained row.
 """
 
@@ -60,7 +60,7 @@ class TokenAdapter(nn.Module):
         self.token_indices: dict[str, list[int]] = {} if leader is None else leader.token_indices
         self.within: tuple[TrainableTokens, ...] = ()  # in a tuple, so that it is not registered as a submodule
         self.kept: dict[str, Tensor | None] = {} if leader is None else leader.kept
-        self.tied_weight: tuple[nn.Parameter, ...] = ()  # shared before a merge untied it; unregistered
+        self.tied_weight: tuple[nn.Parameter, ...] = ()  # the parameter shared before a merge; not registered
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -174,7 +174,7 @@ class TrainableTokens(ReplacingModule):
 
     Attributes:
         token_adapter: The embedding or head, and the rows of each adapter.
-        follows: Whether this module is tied to an embedding that holds the trainable rows of both.
+        follows: Whether this module is tied to an embedding that holds the trainable rows of both modules.
     """
 
     _what, _field = "a module with trainable tokens", "trainable_token_indices"
@@ -239,7 +239,7 @@ class TrainableTokens(ReplacingModule):
         return list(self.token_adapter.token_indices)
 
     def kept_bytes(self) -> int:
-        """Return the size, in bytes, of the base rows that merges kept; tied modules are counted once."""
+        """Return the size, in bytes, of the base rows kept by merges; rows of tied modules are counted once."""
         kept = () if self.follows else self.token_adapter.kept.values()
         return sum(rows.numel() * rows.element_size() for rows in kept if rows is not None)
 
@@ -273,7 +273,9 @@ class TrainableTokens(ReplacingModule):
         for name in new:
             if not bool(torch.isfinite(table.trainable_tokens_delta[name]).all()):
                 raise MergeError(
-                    f"Rows of {name} at {path} are NaN or infinite. Nothing was changed.", what=name, where=path
+                    f"The rows of {name} at {path} contain NaN or infinite values. Nothing was changed.",
+                    what=name,
+                    where=path,
                 )
 
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
@@ -410,7 +412,7 @@ def looked_up(table: nn.Embedding, x: Tensor, y: Tensor, index: Tensor, rows: Te
     numbers, order = index.sort()
     position = torch.searchsorted(numbers, x.contiguous()).clamp_max(len(numbers) - 1)
     hit = numbers[position] == x
-    if table.max_norm is not None:  # torch scales long rows down in place when it looks them up
+    if table.max_norm is not None:  # on lookup, torch scales down rows with large norms in place
         norms = rows.norm(p=table.norm_type, dim=1, keepdim=True)
         rows = torch.where(norms > table.max_norm, rows * (table.max_norm / (norms + 1e-7)), rows)
     padding = table.padding_idx

@@ -37,7 +37,7 @@ def shows_tokens(module: nn.Module, parameter: str = "down_proj") -> bool:
     """Return whether a module's forward computation is known, so that factors can be applied to each expert's tokens.
 
     Args:
-        module: A module of the base.
+        module: A module of the base model.
         parameter: Name of the adapted parameter.
     """
     if parameter not in PROJECTIONS or not all(hasattr(module, mark) for mark in MARKS):
@@ -141,7 +141,7 @@ class WeightLayer(LoraLayer):
         return clone(*args, **kwargs)
 
     def _check_rows(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Reject a route that does not match the batch, if the batch axis is known; unbatched input is one row."""
+        """Reject a route that does not match the batch, if the batch axis is known; unbatched input has one row."""
         x, axis = args[0] if args else next(iter(kwargs.values()), None), self.kind.row_axis(self.owner)
         if isinstance(x, Tensor) and axis is not None:
             self._row_axis(route, x if x.ndim > 2 else x.unsqueeze(axis))

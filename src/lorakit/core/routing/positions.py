@@ -1,8 +1,8 @@
 """Find where adapters triggered by invocation tokens become active (`Variant.positions`), once per forward pass.
 
-While a model has such an adapter, two hooks put the offsets of each forward pass into a context variable and remove
-them afterwards, even if the forward pass fails. The hooks also record in the key-value cache where the adapters started
-in each row. Generation steps, which see only one token each, continue from the recorded positions.
+While a model has such an adapter, two hooks store these positions (`Offsets`) in a context variable before each forward
+pass and remove them afterwards, even if the forward pass fails. The hooks also record in the key-value cache where the
+adapters started in each row. Generation steps, which see only one token each, continue from the recorded positions.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NOT_IN_A_GRAPH = (
 class InvocationHooks:
     """Two hooks on a model: one finds the offsets before a forward pass; the other records start positions afterwards.
 
-    The state of a forward pass is kept in a context variable, not in the hooks, so threads do not interfere.
+    The state of a forward pass is kept in a context variable, not in the hooks, so threads do not affect each other.
     """
 
     def __init__(self, state: AdapterState) -> None:

@@ -61,9 +61,9 @@ class Forwards:
     """The forward history of one layer: forward passes that a backward pass may recompute.
 
     A forward pass whose output has a graph is remembered for as long as the graph is alive. Forward passes with
-    gradients disabled are remembered in order; the order distinguishes the first run of a reentrant checkpoint from an
-    evaluation. If gradients are enabled but the output has no graph, only the route is remembered; at most two such
-    routes are kept. Copies and unpickled objects are empty, because graphs are not copied.
+    gradients disabled are remembered in order; the order distinguishes the first run of a reentrant checkpoint from a
+    run for evaluation. If gradients are enabled but the output has no graph, only the route is remembered; at most two
+    such routes are kept. Copies and unpickled objects are empty, because graphs are not copied.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
 """`Route`: which adapter each row of a batch uses, and at which positions, computed once per forward pass.
 
 Positions are counted from the end of a row, so that they are also valid at a site that sees only the last positions.
-Everything is computed on the device of the tokens, and layers do not read tokens. This file does not depend on the
-active route, configs, layers or factors.
+Everything is computed on the tokens' device, and layers never read the tokens themselves. This file does not depend on
+the active route, configs, layers or factors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Offsets:
         back: Number of active positions at the end of each row, (adapters, rows) int64; 0 if the adapter is not active.
         length: Number of positions per row in this forward pass, or None if it is unknown.
         seen: Number of positions per row up to the end of this forward pass, including cached ones, or None.
-        whole: Whether each site must see all `length` positions, because a shorter input might not end at the last one.
+        whole: Whether each site must see all `length` positions, because a shorter input might not end at the last
+            position.
     """
 
     adapters: tuple[str, ...]
@@ -70,7 +71,7 @@ class Offsets:
             whole: The new value of `whole`.
 
         Raises:
-            RouteError: The number of rows does not match.
+            RouteError: `rows` is not a multiple of the number of rows in these offsets.
         """
         back = of_rows(self.back, rows)
         if self.seen is not None:
@@ -171,7 +172,7 @@ class Route:
     copies: int = 1
     offsets: Offsets | None = field(default=None, compare=False)
     kept: dict[Any, Any] | None = field(default=None, repr=False, compare=False)
-    mentions: frozenset[str] = field(init=False, repr=False, compare=False)  # not cached: dynamo cannot trace the lock
+    mentions: frozenset[str] = field(init=False, repr=False, compare=False)  # dynamo cannot trace a cached_property
     _indices: dict[At, list[tuple[str, Tensor]]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _routed: dict[tuple[tuple[str, ...], At], Routed] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -215,7 +216,10 @@ class Route:
         return Route((name,), offsets=None if self.offsets is None else self.offsets.of_rows(index))
 
     def acting(self, name: str) -> Callable[[Tensor], Tensor] | None:
-        """Return a function that computes the mask for an output z (rows, positions, out), or None without offsets."""
+        """Return a function that computes the mask for an adapter's output z (rows, positions, out).
+
+        The result is None if the adapter has no offsets.
+        """
         offsets = self.offsets
         return None if offsets is None or name not in offsets.adapters else partial(offsets.mask, name)
 

@@ -43,7 +43,7 @@ class Scope:
 
 
 class PeftLayerMethodsLike(Protocol):
-    """Provides layer attributes that only PEFT has, for programs written for PEFT."""
+    """Provides layer attributes that exist only in PEFT, for programs written for PEFT."""
 
     names: ClassVar[frozenset[str]]
 
@@ -65,13 +65,13 @@ class AdapterState:
         configs: Adapter name -> its config.
         default: The route that applies without a scoped override.
         aside: The default route that `suspend_default` removed, or None.
-        frozen: The base's parameters, each with its `requires_grad` from before the first adapter was attached.
+        frozen: The base's parameters, each with the `requires_grad` that it had before the first adapter was attached.
         held: Modules of the base that must not repack their weights while adapters are attached.
         replication: How the layers of the base were replicated for the adapters, or None.
         kinds: User-defined kinds, keyed by name (`lorakit.core.Kind`).
-        whole: Models that have been searched since the last copy and do not contain adapted modules of other states.
+        whole: Models that have been searched since the last copy and in which no adapted module has another state.
         waiting: Adapters that are active at only some positions of a row, so that a forward pass needs offsets.
-        peft_methods: Provides layer attributes that only PEFT has; None until `lorakit.peft` is used on the model.
+        peft_methods: Provides layer attributes that exist only in PEFT; None until `lorakit.peft` is used on the model.
         biased: Whether an adapter trains biases in place; if so, modules must be searched for trained biases.
     """
 
@@ -83,7 +83,7 @@ class AdapterState:
         self.configs: dict[str, LoraConfig] = {}
         self.default: Route = BASE
         self.aside: Route | None = None
-        self._joined: tuple[str, ...] = ()  # adapters that merging added to the default
+        self._joined: tuple[str, ...] = ()  # adapters that merging added to the default route
         self.frozen: list[tuple[torch.nn.Parameter, bool]] = []
         self.invocations: Traces[Offsets] = Traces()  # of forward passes with offsets
         self.held: list[torch.nn.Module] = []
@@ -225,7 +225,7 @@ class AdapterState:
         Args:
             default: The default route of the layer or of the model.
         """
-        if self._open:  # a branch, because dynamo does not guard on a returned `not`
+        if self._open:  # an explicit branch, because dynamo does not guard on a returned `not`
             return False
         return not self.awaits(default)
 

@@ -20,9 +20,10 @@ def last_invocation(input_ids: Tensor, tokens: Sequence[int], visible: Tensor | 
     """Locate the last occurrence of the invocation tokens in each row.   [docs/math.md (90)]
 
     Args:
-        input_ids: (rows, length), integers.
+        input_ids: Token ids, (rows, length), integers.
         tokens: The invocation tokens, in order.
-        visible: (rows, length), true for tokens, false for padding; an occurrence that contains padding does not count.
+        visible: Mask, (rows, length), true for tokens and false for padding; an occurrence that contains padding does
+            not count.
 
     Returns:
         (rows,) int64: number of positions from the first token of the last occurrence to the end of the row; 0 if the

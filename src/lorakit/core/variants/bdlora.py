@@ -1,4 +1,4 @@
-"""BD-LoRA: A or B is block-diagonal, so that each device can multiply its blocks without communicating with others.
+"""BD-LoRA: A or B is block-diagonal, so that each device can multiply by its blocks without inter-device communication.
 
 Only the blocks are stored and saved, stacked along the first axis. Before a multiplication, the blocks are
 placed on the diagonal of a matrix that has the shape of LoRA's A or B; everything else works as in LoRA.

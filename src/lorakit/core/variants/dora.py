@@ -97,8 +97,8 @@ def combined(path: str, addends: Sequence[Addend], reading: Reading) -> Sum:
         reading: The base weight.
 
     Returns:
-        The products g ⊙ B·A, (g, r, in) and (g, out, r), and a function that takes their sum and returns B'·A' and
-        the magnitude γ·‖W + B'·A'‖, (out,).
+        The products g ⊙ B·A, each as A (groups, r, in) and B (groups, out, r), and a function that takes the sum of the
+        products and returns B'·A' and the magnitude γ·‖W + B'·A'‖, (out,).
 
     Raises:
         AdapterError: The DoRA scales of an output cancel out (γ = 0), so that no DoRA adapter can represent the sum.

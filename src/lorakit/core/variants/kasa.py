@@ -25,7 +25,7 @@ def truncated(W: Tensor, r: int) -> Tensor:
 
     Args:
         W: Weight as a matrix, (out, in), fp32 or wider.
-        r: Number of singular values to remove, less than both dimensions.
+        r: Number of singular values to remove; must be less than both dimensions.
 
     Source:
         Wang et al. 2024, arXiv:2412.06071, section 3.
@@ -63,7 +63,7 @@ def _start(start: Start) -> Tensor:
 
 
 def _factors(factor: Factor, training: bool) -> tuple[Tensor, Tensor]:
-    """Return A and B·diag(d), (r, in) and (out, r).   [docs/math.md (95)]."""
+    """Return A and B·diag(d), (r, in) and (out, r).   [docs/math.md (95)]"""
     return factor.A, factor.B * factor.own[DIAGONAL]
 
 

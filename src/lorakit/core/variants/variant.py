@@ -2,8 +2,8 @@
 
 Every variant computes an *addition* to the base output and to the base weight, so that several adapters can be applied
 in any order and the rows of a batch can use different adapters. A variant works with tensors and with the shapes that a
-kind defines; it does not depend on adapter names, routes or files. If one of a variant's functions is None, a forward
-pass spends only a single check on that function.
+kind defines; it does not depend on adapter names, routes or files. If one of a variant's functions is None, its only
+cost in a forward pass is a check for None.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class Addend:
     Attributes:
         factor: The adapter's factor at the site.
         weight: The weight of the update in the sum.
-        product: A and B transformed by the variant's `factors` function, as unscaled matrices (g, r, in), (g, out, r).
+        product: A (groups, r, in) and B (groups, out, r), after the variant's `factors` function and before scaling.
         experts: The number of experts, each with its own part of A and B; 1 for a single matrix.
     """
 
@@ -179,8 +179,8 @@ class Sum:
     """A sum of updates; the caller computes its low-rank part.
 
     Attributes:
-        products: One product per addend, (g, r, in) and (g, out, r). The low-rank part is the sum of the products, each
-            multiplied by its addend's weight and scale.
+        products: One product per addend, with A (groups, r, in) and B (groups, out, r). The low-rank part is the sum of
+            the products, each multiplied by its addend's weight and scale.
         finish: Takes the low-rank part, with scale 1, and returns the product to store and the variant's extra
             tensors, keyed by `OwnTensor.held_as`.
     """
@@ -222,7 +222,8 @@ class Variant:
             a position.
         move: Function from a `Start` to the canonical weight that replaces the base weight while the adapter is
             attached. The replacement depends only on the base and the rank, so adapters of the same rank share it.
-        adds_product: Whether the update of a new factor is s·B·A, so that an init may subtract it from the base weight.
+        adds_product: Whether the update of a new factor is s·B·A, so that an initialization method may subtract it from
+            the base weight.
         excludes_others: Why the model cannot have adapters of other variants at the same time, phrased as the end of a
             message; "" if other variants are allowed.
         penalty: Function from a factor to its penalty term in the training loss, a scalar; None if there is no penalty.
@@ -310,6 +311,6 @@ class Variant:
         return self.shapes(kind, spec, r, setting)
 
     def starts(self, start: Start) -> dict[str, Tensor]:
-        """Return a new factor's extra tensors, each in its `OwnTensor.shape`, keyed by `OwnTensor.held_as`."""
+        """Return a new factor's extra tensors, shaped as `OwnTensor.shape` specifies, keyed by `OwnTensor.held_as`."""
         shaped = ((t, t.shape(start.kind, start.spec, start.rank, start.setting)) for t in self.tensors)
         return {tensor.held_as: tensor.start(start).reshape(shape) for tensor, shape in shaped}
