@@ -200,7 +200,7 @@ def rank_for(S: Tensor, energy: float) -> int:
     total = float(held[-1])
     if total == 0:
         return 1
-    slack = 8 * torch.finfo(held.dtype).eps * total  # so that mere rounding errors are dropped even at a fraction of 1
+    slack = 8 * torch.finfo(held.dtype).eps * total  # drops pure rounding error even if energy is 1
     return min(int((held < energy * total - slack).sum()) + 1, S.shape[1])
 
 

@@ -92,12 +92,12 @@ class Activations:
 
 
 def _rms_norm(width: int, _: int) -> int:
-    """Return the bytes per token that a norm saves: its input in fp32 (a copy if the model is in bf16) and rstd."""
+    """Return the number of bytes per token that a norm saves: fp32 input (a copy if the model is in bf16) and rstd."""
     return _FP32 * width + _FP32
 
 
 def _layer_norm(width: int, itemsize: int) -> int:
-    """Return the bytes per token that a norm saves: its input, mean and rstd, all in the model's dtype."""
+    """Return the number of bytes per token that a norm saves: its input, mean and rstd, all in the model's dtype."""
     return itemsize * (width + 2)
 
 
@@ -375,7 +375,7 @@ def _distinct_inputs(
 
 
 def _input_of(path: str) -> tuple[str, str]:
-    """Return a key for the input of a site or bare weight: its parent, and the first name with the same input."""
+    """Return a key for the input of a site: the parent path, and the first of the module names that share the input."""
     parent, _, name = path.removesuffix(".weight").rpartition(".")
     return parent, next((group[0] for group in SHARED_INPUTS if name in group), name)
 

@@ -78,11 +78,15 @@ def checked(kinds: Iterable[Kind]) -> dict[str, Kind]:
     found: dict[str, Kind] = {}
     for kind in kinds:
         if not isinstance(kind, Kind):
-            raise ConfigError(f"kinds contains {kind!r}; each must be a lorakit.core.Kind.", what=kind, field="kinds")
+            raise ConfigError(
+                f"kinds contains {kind!r}; each entry must be a lorakit.core.Kind.", what=kind, field="kinds"
+            )
         if kind.name in _NAMED or kind.name in found or not kind.types:
             why = "lists no module types" if not kind.types else "has a name that is already taken"
             raise ConfigError(
-                f"kinds: the kind {kind.name!r} {why}. Give it its own name and types.", what=kind.name, field="kinds"
+                f"kinds: the kind {kind.name!r} {why}. Give it a unique name and list its module types.",
+                what=kind.name,
+                field="kinds",
             )
         found[kind.name] = dataclasses.replace(kind, is_dense=False, names_parameter=False, read_by_owner=False)
     return found
