@@ -187,7 +187,7 @@ def padded(product: Product, rank: int) -> Product:
 
 
 def rank_for(S: Tensor, energy: float) -> int:
-    """Return the smallest rank whose singular values contain a given fraction of the energy ΣS².   [docs/math.md (52)]
+    """Return the smallest rank that retains a given fraction of the energy ΣS².   [docs/math.md (52)]
 
     Args:
         S: Singular values, largest first, (g, k); every group keeps the same number of values.

@@ -60,7 +60,7 @@ class Memory:
     Attributes:
         lines: One line per category.
         peak_bytes: Largest total over all categories at any moment of a step, in bytes.
-        peak_moment: Description of when memory use peaks.
+        peak_moment: When memory use peaks, such as "the optimizer steps".
         notes: Assumptions of the estimate.
     """
 
@@ -204,7 +204,7 @@ def _activations(kept: Activations, job: Job) -> Line:
 
 
 def _peak(gradients: int, logits: int, kept: Activations, job: Job) -> tuple[str, dict[str, int]]:
-    """Return the moment of the peak, and the size of each category that varies. [docs/math.md (27)]"""
+    """Return when memory use peaks, and the size of each varying category at that time. [docs/math.md (27)]"""
     earlier = gradients if job.accumulation > 1 else 0  # accumulated by earlier batches of the step
     if job.gradient_checkpointing:
         inputs, block = kept.blocks_kept * kept.boundary, kept.largest_block + kept.transient

@@ -73,7 +73,7 @@ def side_by_side(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _attention_specs(module: nn.MultiheadAttention) -> tuple[WeightSpec, ...]:
-    # A module has either one packed weight, the first name, or three separate weights, the other names.
+    # A module has either a single packed weight (the first name) or three separate ones.
     names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
     return tuple(parameter_spec(module, name) for name in names if getattr(module, name) is not None)
 

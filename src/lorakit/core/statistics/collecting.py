@@ -203,7 +203,7 @@ class _Gradients:
 class _Tap(torch.autograd.Function):
     """The identity on a module's output; the backward pass also gives the gradient to `take`.
 
-    The anchor makes autograd record a graph even if nothing else requires a gradient.
+    The tensor `anchor` makes autograd record a graph even if nothing else requires a gradient.
     """
 
     @staticmethod
