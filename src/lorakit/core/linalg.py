@@ -187,7 +187,7 @@ def padded(product: Product, rank: int) -> Product:
 
 
 def rank_for(S: Tensor, energy: float) -> int:
-    """Return the smallest rank whose singular values contain a given fraction of the energy ΣS².   [docs/math.md (52)]
+    """Return the smallest rank that retains a given fraction of the energy ΣS².   [docs/math.md (52)]
 
     Args:
         S: Singular values, largest first, (g, k); every group keeps the same number of values.
@@ -200,7 +200,7 @@ def rank_for(S: Tensor, energy: float) -> int:
     total = float(held[-1])
     if total == 0:
         return 1
-    slack = 8 * torch.finfo(held.dtype).eps * total  # so that mere rounding errors are dropped even at a fraction of 1
+    slack = 8 * torch.finfo(held.dtype).eps * total  # drops pure rounding error even if energy is 1
     return min(int((held < energy * total - slack).sum()) + 1, S.shape[1])
 
 

@@ -92,12 +92,12 @@ class Activations:
 
 
 def _rms_norm(width: int, _: int) -> int:
-    """Return the bytes per token that a norm saves: its input in fp32 (a copy if the model is in bf16) and rstd."""
+    """Return how many bytes per token a norm saves: its input in fp32 (a copy if the model is in bf16) and rstd."""
     return _FP32 * width + _FP32
 
 
 def _layer_norm(width: int, itemsize: int) -> int:
-    """Return the bytes per token that a norm saves: its input, mean and rstd, all in the model's dtype."""
+    """Return how many bytes per token a norm saves: its input, mean and rstd, all in the model's dtype."""
     return itemsize * (width + 2)
 
 
@@ -242,7 +242,7 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: S
     ):
         if block in by_block:
             by_block[block] += kept
-        elif block is None:  # blocks below the first adapted one save nothing
+        elif block is None:  # blocks before the first adapted one save nothing
             outside += kept
     here = sum(block in by_block for block, _ in fused)
     whole = is_fast and here == 2 * len(inner)
@@ -375,7 +375,7 @@ def _distinct_inputs(
 
 
 def _input_of(path: str) -> tuple[str, str]:
-    """Return a key for the input of a site or bare weight: its parent, and the first name with the same input."""
+    """Return a key for the input of a site or bare weight: the parent path, and the first name with the same input."""
     parent, _, name = path.removesuffix(".weight").rpartition(".")
     return parent, next((group[0] for group in SHARED_INPUTS if name in group), name)
 

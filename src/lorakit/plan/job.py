@@ -93,7 +93,7 @@ class Job:
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Return whether only each layer's input is saved, so that the backward pass recomputes everything else."""
+        """Return whether each layer saves only its input, so that the backward pass recomputes everything else."""
         return self.recompute == "layers"
 
     @property
@@ -120,7 +120,7 @@ class Speed:
     Attributes:
         flops_per_second: Matmul FLOPs per second in the job's dtype; one multiply-add counts as two FLOPs.
         tokens_per_second: Training speed in tokens per second, as printed by a run.
-        source: Source of the rate.
+        source: Where the rate comes from, such as "measured".
         utilisation: Fraction of `flops_per_second` that a step with transformers' own forward passes reaches.
         threads: Number of CPU threads used to measure `flops_per_second`, or None if unknown or not on a CPU.
             `flops.token_seconds` needs it to compute the time of an accelerated step.

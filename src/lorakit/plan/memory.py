@@ -1,4 +1,4 @@
-"""Estimate the memory use of a training step by category, with formulas, and find the moment of its peak.
+"""Estimate the memory use of a training step by category, with formulas, and find when it peaks.
 
 The estimate covers the tensors that the program holds. It is exact to the byte wherever the formula is exact. The
 allocator may hold more memory: glibc, as configured by the command line, keeps freed blocks, including gaps that are
@@ -43,7 +43,7 @@ class Line:
         formula: How the size is computed, with the numbers filled in.
         equation: Number of the formula in docs/math.md.
         size_bytes: Largest size during a step, in bytes.
-        at_peak_bytes: Size at the moment of the peak, in bytes.
+        at_peak_bytes: Size when the total memory use peaks, in bytes.
     """
 
     cause: str
@@ -60,7 +60,7 @@ class Memory:
     Attributes:
         lines: One line per category.
         peak_bytes: Largest total over all categories at any moment of a step, in bytes.
-        peak_moment: Description of the moment of the peak.
+        peak_moment: When memory use peaks, such as "the optimizer steps".
         notes: Assumptions of the estimate.
     """
 
@@ -204,7 +204,7 @@ def _activations(kept: Activations, job: Job) -> Line:
 
 
 def _peak(gradients: int, logits: int, kept: Activations, job: Job) -> tuple[str, dict[str, int]]:
-    """Return the moment of the peak, and the size of each category that varies. [docs/math.md (27)]"""
+    """Return when memory use peaks, and the size of each varying category at that time. [docs/math.md (27)]"""
     earlier = gradients if job.accumulation > 1 else 0  # accumulated by earlier batches of the step
     if job.gradient_checkpointing:
         inputs, block = kept.blocks_kept * kept.boundary, kept.largest_block + kept.transient

@@ -154,7 +154,7 @@ class SiteCount:
 
     @property
     def needs_input(self) -> bool:
-        """Return whether the backward pass needs the input of A: A is trained."""
+        """Return whether the backward pass needs the input of A, that is, whether A is trained."""
         return self.frozen_factor != "A"
 
     @property

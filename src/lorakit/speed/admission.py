@@ -410,8 +410,8 @@ def _is_known(method: Callable[..., Any] | None) -> bool:
 def _one_of_each(wanted: Parts, found: Calls) -> tuple[Parts, dict[str, str]]:
     """Group the candidates that differ only in their weights.
 
-    Returns two values. The first contains the first module of each group whose modules were called. The second is a
-    dict from the path of each candidate to the path of the first module in its group.
+    Returns two values. The first contains the first module of each group, except for groups that were not called.
+    The second is a dict from the path of each candidate to the path of the first module in its group.
     """
     first: dict[Any, str] = {}
     first_of = {}

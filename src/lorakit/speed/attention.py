@@ -1,7 +1,8 @@
 """Fused causal self-attention, with or without rotary position embeddings.
 
 The projections, the attention computation and the output projection run as one function. A mask is read only once for
-all layers of a forward pass. The mask is classified by what it hides beyond the pattern: nothing, padding, or more.
+all layers of a forward pass. The mask is classified by what it hides beyond the causal or sliding-window pattern:
+nothing, padding, or more.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def _under(mask: Tensor, x: Tensor, pattern: Pattern) -> Pattern | None:
 
 
 def _read(mask: Tensor, pattern: Pattern, dtype: torch.dtype) -> Tensor | bool:
-    """Return a bias equivalent to a mask, True if the mask equals the pattern, or False if it is not supported."""
+    """Return a bias equivalent to a mask, True if the mask equals the pattern, or False if the mask is unsupported."""
     hidden = ~mask if mask.dtype == torch.bool else mask <= HIDDEN
     if mask.dtype != torch.bool and not bool((hidden | (mask == 0)).all()):
         return False
@@ -102,7 +103,7 @@ def _read(mask: Tensor, pattern: Pattern, dtype: torch.dtype) -> Tensor | bool:
     if bool((seen & ~allowed).any()) or not bool(seen.any(-1).all()):
         return False
     keys = seen.any(-2, keepdim=True)
-    least = keys if bool(((keys & allowed) == seen).all()) else seen  # padding is the same for every token of a row
+    least = keys if bool(((keys & allowed) == seen).all()) else seen  # padding hides the same keys from all queries
     return torch.zeros(least.shape, dtype=dtype, device=mask.device).masked_fill_(~least, -torch.inf)
 
 

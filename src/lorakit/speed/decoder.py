@@ -116,7 +116,7 @@ def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
     if first is None or second is None or attn is None or is_watched(attn, captures=False):
         return None
     rows = rows_to_compute(module, options.get(KEYWORD), x)
-    is_bare = first.after is None  # if so, the attention function adds the residual
+    is_bare = first.after is None  # the attention function adds the residual if no norm follows it
     attended = attention.attention(attn, x, first.before, options, residual=is_bare, dropout=first.inside, wanted=rows)
     if attended is None:
         return None

@@ -2,8 +2,8 @@
 
 The indices of the labeled rows are passed to the model as a keyword argument, which the model forwards to its layers. A
 checkpointed layer therefore receives the same indices when it is recomputed, and no other call or thread sees the
-indices. The output for unlabeled rows is meaningless, so rows are skipped only if the loss is the only result of a
-forward pass that is used. A probe shows which models support skipping.
+indices. The output for unlabeled rows is meaningless, so rows are skipped only if nothing but the loss is used. A
+probe shows which models support skipping.
 """
 
 from __future__ import annotations

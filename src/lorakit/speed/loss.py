@@ -79,7 +79,7 @@ class Head:
     last: LastLayer | None = None
 
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
-        """Capture and return the hidden states (…, d) in a capturing forward pass; return None in any other.
+        """Capture and return the hidden states (…, d) in a capturing forward pass; return None in any other pass.
 
         This is the fused `forward` of the replaced head.
         """

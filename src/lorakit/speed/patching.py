@@ -50,7 +50,7 @@ def children_of(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def modules_at(module: nn.Module, names: Iterable[str]) -> list[nn.Module]:
-    """Return the children of a module that have the given names. Names without a child are skipped.
+    """Return the children of a module that have the given names. Names that match no child are skipped.
 
     Args:
         module: Any module.

@@ -142,7 +142,7 @@ def attempt(run: Callable[[], Result]) -> Result | Exception:
     """
     try:
         return run()
-    except Exception as failed:  # noqa: BLE001 - the caller reports its type and skips the module
+    except Exception as failed:  # noqa: BLE001 - the caller reports the exception's type and skips the module
         return failed
 
 

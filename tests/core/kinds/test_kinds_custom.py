@@ -144,7 +144,7 @@ def test_a_kind_may_bring_a_layer_class_and_stand_in_for_the_tables_own() -> Non
     [
         (dataclasses.replace(SQUARED, name="Linear"), "the kind 'Linear' has a name that is already taken"),
         (dataclasses.replace(SQUARED, types=()), "the kind 'Squared' lists no module types"),
-        ("Squared", "kinds contains 'Squared'; each must be a lorakit.core.Kind"),
+        ("Squared", "kinds contains 'Squared'; each entry must be a lorakit.core.Kind"),
     ],
     ids=["taken", "without types", "no kind"],
 )

@@ -49,7 +49,7 @@ def kind_of(module_type: type[nn.Module], own: Mapping[str, Kind] = NONE) -> Kin
     for ancestor in module_type.__mro__:
         dotted = f"{ancestor.__module__}.{ancestor.__qualname__}"
         if any(dotted in kind.types for kind in KINDS if kind.read_by_owner):
-            return None  # the module is never called; it becomes a site along with its owner
+            return None  # the module is never called; it becomes a site along with its parent module
         for kind in (*own.values(), *KINDS):
             if ancestor in kind.types or dotted in kind.types:
                 return kind
@@ -67,10 +67,10 @@ def kind_named(name: str, own: Mapping[str, Kind] = NONE) -> Kind:
 
 
 def checked(kinds: Iterable[Kind]) -> dict[str, Kind]:
-    """Return a dict from name to user-defined kind; flags that apply only to entries of KINDS are cleared.
+    """Return a dict from name to user-defined kind; flags that apply only to entries in KINDS are cleared.
 
     Args:
-        kinds: The kinds; the simplest way to make one is `dataclasses.replace` on an entry of KINDS.
+        kinds: The kinds; the simplest way to make one is `dataclasses.replace` on an entry in KINDS.
 
     Raises:
         ConfigError: An element of `kinds` is not a `Kind`, has a name that is already taken, or lists no module types.
@@ -78,18 +78,22 @@ def checked(kinds: Iterable[Kind]) -> dict[str, Kind]:
     found: dict[str, Kind] = {}
     for kind in kinds:
         if not isinstance(kind, Kind):
-            raise ConfigError(f"kinds contains {kind!r}; each must be a lorakit.core.Kind.", what=kind, field="kinds")
+            raise ConfigError(
+                f"kinds contains {kind!r}; each entry must be a lorakit.core.Kind.", what=kind, field="kinds"
+            )
         if kind.name in _NAMED or kind.name in found or not kind.types:
             why = "lists no module types" if not kind.types else "has a name that is already taken"
             raise ConfigError(
-                f"kinds: the kind {kind.name!r} {why}. Give it its own name and types.", what=kind.name, field="kinds"
+                f"kinds: the kind {kind.name!r} {why}. Give it a unique name and list its module types.",
+                what=kind.name,
+                field="kinds",
             )
         found[kind.name] = dataclasses.replace(kind, is_dense=False, names_parameter=False, read_by_owner=False)
     return found
 
 
 def fits(check: Fits, kind: Kind) -> bool:
-    """Return whether an entry of INITS or VARIANTS supports a kind.
+    """Return whether an entry in INITS or VARIANTS supports a kind.
 
     User-defined kinds are supported only if the entry's `fits` is `every_kind`.
 
@@ -101,7 +105,7 @@ def fits(check: Fits, kind: Kind) -> bool:
 
 
 def check_fits(check: Fits, kind: Kind, path: str, *, what: str, field: str, advice: str) -> None:
-    """Reject a kind that an entry of INITS or VARIANTS does not support.
+    """Reject a kind that an entry in INITS or VARIANTS does not support.
 
     Args:
         check: The entry's `fits`.

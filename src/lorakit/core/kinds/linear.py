@@ -64,7 +64,7 @@ def flat_vector(spec: WeightSpec) -> Shape:
 
 
 def _linear_specs(module: nn.Linear) -> tuple[WeightSpec, ...]:
-    return (WeightSpec("weight", module.out_features, module.in_features),)  # a quantized weight can have another shape
+    return (WeightSpec("weight", module.out_features, module.in_features),)  # a quantized weight's shape may differ
 
 
 def _transposed_specs(module: HasWeight) -> tuple[WeightSpec, ...]:

@@ -1,7 +1,7 @@
 """Kinds whose update is added to a weight for one forward pass: bare parameters and nn.MultiheadAttention.
 
-The inputs of such weights are not accessible, so B·A is added to the weight itself. If a parameter holds several
-experts, the experts' factors are stored together in PEFT's layout: A (experts·r, in), grouped by expert, and
+LoRA cannot access the inputs that these weights multiply, so B·A is added to the weight itself. If a parameter holds
+several experts, their factors are stored together in PEFT's layout: A (experts·r, in), grouped by expert, and
 B (out, r·experts), in which the expert index varies fastest.
 """
 
@@ -73,13 +73,13 @@ def side_by_side(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _attention_specs(module: nn.MultiheadAttention) -> tuple[WeightSpec, ...]:
-    # A module has either the first weight or the other three.
+    # A module has either a single packed weight (the first name) or three separate ones.
     names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
     return tuple(parameter_spec(module, name) for name in names if getattr(module, name) is not None)
 
 
 def _attention_axis(module: nn.Module) -> int | None:
-    first = getattr(module, "batch_first", None)  # None for look-alikes without the attribute
+    first = getattr(module, "batch_first", None)  # None for similar modules that lack the attribute
     return None if first is None else 0 if first else 1
 
 

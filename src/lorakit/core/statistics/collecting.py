@@ -1,4 +1,4 @@
-"""Collect moments of site inputs and gradients of site weights over a few batches.
+"""Collect input moments and weight gradients for each site over a few batches.
 
 Data-dependent inits and rank allocation use these statistics. Hooks are registered on the base module of each site,
 whether or not the site has adapters, and are removed afterwards, even after an error. The model's weights,
@@ -62,7 +62,7 @@ def collect_inputs(
         Dict from path to statistics; a site that no batch reached has 0 rows.
 
     Raises:
-        TargetError: A path does not name a module, or the module's inputs have no moments (an embedding, a grouped
+        TargetError: A path does not name a module, or names a module that is not supported (an embedding or a grouped
             convolution).
         DataError: There are no batches, or a mask does not match a site's input.
     """
@@ -201,9 +201,9 @@ class _Gradients:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity on a module's output; in the backward pass, `take` also receives the gradient.
+    """The identity on a module's output; the backward pass also gives the gradient to `take`.
 
-    The anchor makes autograd record a graph even if nothing else requires a gradient.
+    The tensor `anchor` makes autograd record a graph even if nothing else requires a gradient.
     """
 
     @staticmethod
