@@ -277,7 +277,7 @@ def tied_sites(model: nn.Module | AdapterIndex, names: Sequence[str]) -> list[tu
 
 
 def leaders_of(index: AdapterIndex, names: Sequence[str]) -> dict[LoraLayer, LoraLayer]:
-    """Return a dict from layer to the layer that it follows, which has the same weight and the same factors.
+    """Return the layers that follow another layer with the same weight and factors, each mapped to that layer.
 
     Args:
         index: The model's index.
@@ -327,7 +327,7 @@ def _leading_tables(index: AdapterIndex) -> dict[TrainableTokens, list[Trainable
 
 
 def _shared_table(index: AdapterIndex, table: TrainableTokens, followers: Sequence[TrainableTokens]) -> str | None:
-    """Return the weight's name in a module that shares it but is not one of the `followers`, or None."""
+    """Return a table's weight name in a module that shares the weight but is not in `followers`, or None."""
     held = table.token_adapter.weight_here
     members = [module.token_adapter for module in (table, *followers)]
     tied = {id(member.base_layer) for member in members if member.weight_here is held}

@@ -101,7 +101,7 @@ def disable(model: nn.Module) -> Override:
 
 
 def checkpoint_contexts(model: nn.Module) -> CheckpointContexts:
-    """Return a `context_fn` for non-reentrant checkpointing that recomputes with the adapters of the forward pass.
+    """Return a `context_fn` that makes non-reentrant checkpointing recompute with the adapters of the forward pass.
 
     Args:
         model: An adapted model.

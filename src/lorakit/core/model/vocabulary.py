@@ -35,7 +35,7 @@ from lorakit.targets import names_path
 
 
 def grow_vocabulary(model: nn.Module, rows: int) -> None:
-    """Extend the embedding and the head to a given number of rows, setting each new row to the mean existing row.
+    """Extend the embedding and the head to a given number of rows, setting each new row to the mean of the existing rows.
 
     Args:
         model: A base without adapters; changed in place, unless it already has enough rows.
@@ -142,7 +142,7 @@ def token_tables(index: AdapterIndex, path: str | None) -> list[str]:
 
 
 def _has_other_tables(index: AdapterIndex, vocabulary: int) -> bool:
-    """Return whether the model has a vocabulary-sized buffer (of two or more axes); such buffers cannot be resized."""
+    """Return whether the model has a vocabulary-sized buffer with two or more dimensions, which cannot be resized."""
     buffers = (buffer for module in index.everything.values() for buffer in module._buffers.values())
     return any(vocabulary in buffer.shape for buffer in buffers if buffer is not None and buffer.ndim > 1)
 
