@@ -317,7 +317,7 @@ SUMS = ("cat", "svd")
 
 
 def _summed_variant(adapters: Sequence[AdapterWeights], way: CombinationType, has_base: bool) -> Variant | None:
-    """Return the variant that defines how updates are added, or None; reject types that this variant excludes."""
+    """Return the variant that defines how updates are added, or None; check that it supports the combination type."""
     found: dict[Variant, str] = {}
     for adapter in adapters:
         for variant in variants_of(adapter.config):

@@ -198,7 +198,7 @@ class SiteFactors(Factor):
         return dataclasses.replace(self, variant=variant, own=own, setting=NO_SETTING)
 
     def holding(self, product: Product, scale: float = 1.0) -> SiteFactors:
-        """Return a factor for the same site with another product, (g, r, in) and (g, out, r), and another scale.
+        """Return a factor for the same site with the given A (g, r, in), B (g, out, r) and scale.
 
         The rank may change. If the variant does not allow that (`outlasts_a_cut` is False), the result is plain LoRA.
         """
