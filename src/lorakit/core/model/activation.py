@@ -274,7 +274,7 @@ def invoked(
         back = backs.expand(len(waiting), -1)
         return state.override(None, Offsets(waiting, back, length, length))
     if input_ids is None:
-        raise RouteError("`invoked` got neither input_ids nor offsets; pass the prompts as input_ids, (rows, length).")
+        raise RouteError("`invoked` got neither input_ids nor offsets; pass the prompts as input_ids (rows, length).")
     return state.override(None, prompt_offsets(state, input_ids, attention_mask))
 
 

@@ -339,8 +339,8 @@ def _summed_variant(adapters: Sequence[AdapterWeights], way: CombinationType, ha
             )
         if way.name not in SUMS:
             raise AdapterError(
-                f"{label} uses {variant.title}, which can only be combined with {' or '.join(map(repr, SUMS))}, not "
-                f"with {way.name!r}.",
+                f"{label} uses {variant.title}, which supports only the combination types "
+                f"{' and '.join(map(repr, SUMS))}, not {way.name!r}.",
                 what=way.name,
                 field="combination_type",
                 allowed=SUMS,
