@@ -390,7 +390,7 @@ def _table(
 
 
 def note_old_biases(index: AdapterIndex) -> None:
-    """Record in each adapted layer the base layer's original bias and the name of the adapter that trains the bias.
+    """Record, in each adapted layer, the base layer's original bias and the name of the adapter that trains it.
 
     Args:
         index: The model's index.

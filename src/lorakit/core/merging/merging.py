@@ -190,7 +190,7 @@ def _unload(index: AdapterIndex, merged: Sequence[str], flags: Flags) -> None:
 
 
 def _trained_before(index: AdapterIndex) -> Flags:
-    """Return adapted layers, each with the names of the base parameters that were initially trainable."""
+    """Return every adapted layer with the names of its base parameters that were initially trainable."""
     trained = {id(parameter) for parameter, flag in index.known_state().frozen if flag}
     flags: Flags = []
     for _, layer in index.layers():
@@ -219,7 +219,7 @@ def names_to_merge(index: AdapterIndex, names: Sequence[str]) -> tuple[str, ...]
 
 
 def _check_mergeable(index: AdapterIndex, names: Sequence[str], untie: bool, options: MergeOptions) -> None:
-    """Reject an impossible merge without computing anything.
+    """Check that a merge is possible, without computing anything.
 
     Args:
         index: The model's index.

@@ -232,7 +232,7 @@ def _site(
 
 
 def _by_expert(products: Sequence[Product], experts: int) -> Iterator[list[Product]]:
-    """Yield the products of one expert at a time; without experts, yield the products of all groups at once."""
+    """Yield the products of one expert at a time, or of all groups at once if there are no experts."""
     wide = products[0].A.shape[0] // experts
     for first in range(0, wide * experts, wide):
         yield [Product(p.A[first : first + wide], p.B[first : first + wide]) for p in products]

@@ -323,7 +323,7 @@ def weights_of_folder(folder: str | os.PathLike[str], allow: Collection[str] = (
 
 
 def _in_usual_shapes(config: LoraConfig) -> LoraConfig:
-    """Return a copy of a config without variants that differ from LoRA only in how A and B are stored.
+    """Return a copy of a config, leaving out variants that differ from LoRA only in how A and B are stored.
 
     `_by_site` converts the factors of these variants to plain LoRA factors.
     """
