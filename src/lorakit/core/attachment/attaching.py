@@ -49,7 +49,7 @@ class AttachReport:
         matches: The adapted sites, each with its rank, its alpha and the target entry that matched the site.
         trainable_parameters: Number of values that will be trained.
         notes: Notes for the user; `str(note)` gives the message.
-        missing: Target entries that matched nothing, as "partial_targets" allows; `str(entry)` gives the message.
+        missing: Target entries that matched nothing (only with "partial_targets"); `str(entry)` gives the message.
     """
 
     name: str
@@ -69,7 +69,7 @@ def attach(
     statistics: Statistics | None = None,
     kinds: Iterable[Kind] = (),
 ) -> AttachReport:
-    """Add a new adapter to a model. The first one becomes active; later ones need `activate` or `use`.
+    """Add a new adapter to a model. The first adapter becomes active; activate others with `activate` or `use`.
 
     Args:
         model: The base, or a model that already has adapters. It is changed in place.
@@ -86,7 +86,7 @@ def attach(
     Raises:
         ConfigError: The config does not match this model or the statistics, or a name in `allow` is unknown.
         BaseMismatchError: The statistics were collected on a different base.
-        TargetError: A target matches nothing, or matches a module that does not support factors.
+        TargetError: A target matches nothing, or matches a module that cannot be adapted.
         AdapterError: The name is taken or cannot be used.
         NotYetSupported: The config uses a feature that is not implemented.
     """
@@ -124,7 +124,7 @@ def _trained_values(name: str, state: AdapterState, auxiliary: Extras) -> int:
 
 
 def _notes_on_residuals(index: AdapterIndex, config: LoraConfig, factors: Sequence[build.NewFactor]) -> list[Note]:
-    """Return notes on the memory use and rounding error of residual bases; empty if the base is unchanged."""
+    """Return notes on the memory use and rounding error of residual bases, or no notes if the base is unchanged."""
     kept_bytes, lost, count = 0, 0.0, 0
     for new in factors:
         if new.stored is None:

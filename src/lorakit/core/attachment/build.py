@@ -167,7 +167,7 @@ def new_factor(
 
 
 def _check_together(init: Init, variant: Variant, target: TargetWeight) -> None:
-    """Reject an init that cannot be combined with a variant because of the base weight or the shapes of A and B."""
+    """Check that an init and a variant make compatible assumptions about the base weight and the shapes of A and B."""
     what = "changes the base weight"
     if init.changes_base and variant.move is not None:
         needs = "changes it too"
@@ -390,7 +390,7 @@ def _table(
 
 
 def note_old_biases(index: AdapterIndex) -> None:
-    """Record in each adapted layer the base layer's original bias and the name of the adapter that trains the bias.
+    """Record, in each adapted layer, the base layer's original bias and the name of the adapter that trains it.
 
     Args:
         index: The model's index.

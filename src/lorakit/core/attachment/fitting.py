@@ -168,7 +168,7 @@ def _find_sites(
 ) -> None:
     kinds = {candidate.path: candidate.kind for candidate in index.candidates}
     inside_first = sorted(present, key=lambda path: (path.partition(INSIDE)[0], -path.count(INSIDE), path))
-    for path in inside_first:  # the order in which a module is wrapped in layers
+    for path in inside_first:  # layers are wrapped around a module from the inside out
         outer = path.partition(INSIDE)[0]
         kind = kinds.get(outer)
         targets = index.targets(outer, index.kind(kind)) if kind else []
@@ -266,7 +266,7 @@ def _check_parts(tensors: Mapping[str, Tensor], config: LoraConfig, path: str, r
 
 
 def _rank(config: LoraConfig, target: TargetWeight, found: int) -> int:
-    """Return the rank that a site must have; if a pattern is a regular expression, accept any rank in the config.
+    """Return the expected rank of a site; if a pattern is a regular expression, any rank in the config is accepted.
 
     A pattern names a module. In combined adapters, where the weights of one module can have different ranks, a pattern
     can also name the path of a single weight.

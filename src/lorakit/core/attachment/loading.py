@@ -75,7 +75,7 @@ def load_adapter(
     allow: Collection[str] = (),
     kinds: Iterable[Kind] = (),
 ) -> LoadReport:
-    """Load a saved adapter into a model. The first adapter becomes active; later ones need `activate` or `use`.
+    """Load a saved adapter into a model. The first adapter becomes active; activate others with `activate` or `use`.
 
     Args:
         model: The base, or a model that already has adapters. It is changed in place.
@@ -190,7 +190,7 @@ def place_adapter(
         with torch.no_grad():
             for own, key in copied_tensors(auxiliary, tensors):
                 own.copy_(tensors[key])
-        for message in said:  # can raise if warnings are turned into errors, so warn before changing the model
+        for message in said:  # a warning may be turned into an error, so warn before changing the model
             warn_caller(message)
         new_config = record.config.with_fields(inference_mode=not trainable)
         biases = _new_biases(fitted, tensors)

@@ -293,7 +293,7 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
         A dict from path on disk to A (2r, in) and B (out, 2r), or None if the factors are already plain LoRA.
 
     Raises:
-        AdapterFileError: A variant changed the base; or the initialization changed the base, and the files do not say
+        AdapterFileError: A variant changed the base, or the initialization changed it, and either the files do not say
             how or the base was quantized.
     """
     variant = moving_variant(files.config)
@@ -387,7 +387,7 @@ def initialized(index: AdapterIndex, target: TargetWeight, init: Init, context: 
 
 @dataclass(frozen=True)
 class InitRecord:
-    """The state, before training, of an adapter that was read from files.
+    """The initial state of an adapter that was read from files, as it was before training.
 
     Attributes:
         folder: The adapter's directory.
@@ -443,7 +443,7 @@ class InitRecord:
         return dataclasses.replace(given, A=A, B=B, stored=stored, initial=initial)
 
     def first_at(self, path: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a site's A (r, in) and B (out, r) from before training, read from the file of initial factors.
+        """Return a site's initial A (r, in) and B (out, r), read from the file of initial factors.
 
         Raises:
             AdapterFileError: The initial factors are missing, or their shapes differ from those of the trained factors.
@@ -455,7 +455,7 @@ class InitRecord:
 
 
 def init_record_of(files: AdapterFiles, trainable: bool, allow: Collection[str]) -> InitRecord:
-    """Return the state, before training, of an adapter that was read from files.
+    """Return the initial state of an adapter that was read from files, as it was before training.
 
     Args:
         files: The adapter's files; `lorakit.json` supplies the initial state only if it describes these files.

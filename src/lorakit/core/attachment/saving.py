@@ -46,7 +46,7 @@ class SavedForm:
         config: The adapter's config.
         sites: Path of a site on disk -> rank and alpha.
         about: The initial state to record in `lorakit.json`; empty if the initialization does not change the base.
-        initial: Content of `INITIAL_FILE`, or None if that file is not needed.
+        initial: Contents of `INITIAL_FILE`, or None if that file is not needed.
     """
 
     name: str

@@ -190,7 +190,7 @@ def _unload(index: AdapterIndex, merged: Sequence[str], flags: Flags) -> None:
 
 
 def _trained_before(index: AdapterIndex) -> Flags:
-    """Return adapted layers, each with the names of the base parameters that were initially trainable."""
+    """Return every adapted layer with the names of its base parameters that were initially trainable."""
     trained = {id(parameter) for parameter, flag in index.known_state().frozen if flag}
     flags: Flags = []
     for _, layer in index.layers():
@@ -219,7 +219,7 @@ def names_to_merge(index: AdapterIndex, names: Sequence[str]) -> tuple[str, ...]
 
 
 def _check_mergeable(index: AdapterIndex, names: Sequence[str], untie: bool, options: MergeOptions) -> None:
-    """Reject an impossible merge without computing anything.
+    """Check that a merge is possible, without computing anything.
 
     Args:
         index: The model's index.
@@ -277,7 +277,7 @@ def tied_sites(model: nn.Module | AdapterIndex, names: Sequence[str]) -> list[tu
 
 
 def leaders_of(index: AdapterIndex, names: Sequence[str]) -> dict[LoraLayer, LoraLayer]:
-    """Return a dict from layer to the layer that it follows, which has the same weight and the same factors.
+    """Return the layers that follow another layer with the same weight and factors, each mapped to that layer.
 
     Args:
         index: The model's index.
@@ -327,7 +327,7 @@ def _leading_tables(index: AdapterIndex) -> dict[TrainableTokens, list[Trainable
 
 
 def _shared_table(index: AdapterIndex, table: TrainableTokens, followers: Sequence[TrainableTokens]) -> str | None:
-    """Return the weight's name in a module that shares it but is not one of the `followers`, or None."""
+    """Return the name of a table's weight in another module that shares it and is not in `followers`, or None."""
     held = table.token_adapter.weight_here
     members = [module.token_adapter for module in (table, *followers)]
     tied = {id(member.base_layer) for member in members if member.weight_here is held}

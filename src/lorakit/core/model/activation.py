@@ -101,7 +101,7 @@ def disable(model: nn.Module) -> Override:
 
 
 def checkpoint_contexts(model: nn.Module) -> CheckpointContexts:
-    """Return a `context_fn` for non-reentrant checkpointing that recomputes with the adapters of the forward pass.
+    """Return a `context_fn` that makes non-reentrant checkpointing recompute with the adapters of the forward pass.
 
     Args:
         model: An adapted model.
@@ -274,7 +274,7 @@ def invoked(
         back = backs.expand(len(waiting), -1)
         return state.override(None, Offsets(waiting, back, length, length))
     if input_ids is None:
-        raise RouteError("`invoked` got neither input_ids nor offsets; pass the prompts as input_ids, (rows, length).")
+        raise RouteError("`invoked` got neither input_ids nor offsets; pass the prompts as input_ids (rows, length).")
     return state.override(None, prompt_offsets(state, input_ids, attention_mask))
 
 

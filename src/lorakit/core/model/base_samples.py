@@ -256,7 +256,9 @@ def agreement(one: Sample, other: Sample) -> str:
 
 
 def positions(tensors: Sequence[tuple[str, tuple[int, ...]]], count: int) -> Tensor:
-    """Return the positions to sample in each flattened tensor: (tensors, count), ascending, including both ends.
+    """Return the positions (tensors, count) to sample in each flattened tensor, in ascending order.
+
+    The first and last positions of each tensor are included.
 
     Args:
         tensors: Name and shape of each tensor; each tensor has at least `count` values.

@@ -48,7 +48,7 @@ def check_new_name(state: AdapterState | None, name: str) -> None:
 
 
 def check_called(model: nn.Module, paths: Iterable[str]) -> None:
-    """Check that the model calls every module to be adapted; where a kernel reads a weight, factors have no effect.
+    """Check that the model calls every module to be adapted; if a kernel reads the weight directly, LoRA has no effect.
 
     Args:
         model: The model; its config gives the model type.

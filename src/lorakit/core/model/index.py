@@ -279,7 +279,7 @@ class AdapterIndex:
             kind: The module's kind.
 
         Returns:
-            The weights in the order in which the module can be wrapped in their layers, innermost first.
+            The weights; the one whose layer will be innermost comes first.
         """
         owner = self.base(path)
         specs = kind.specs(owner)
@@ -422,7 +422,7 @@ def state_of(model: nn.Module) -> AdapterState:
 
 
 def identity(parameter: Tensor | None) -> int:
-    """Return a key that is the same for all parameters that share memory, which can have any shape.
+    """Return a key that is the same for all parameters (of any shape) that share memory.
 
     The key is the memory address or, if there is no address, the object's id.
     """

@@ -84,7 +84,7 @@ def matched(index: AdapterIndex, config: LoraConfig, allow_partial: bool = False
 
 
 def named_targets(index: AdapterIndex, config: LoraConfig) -> dict[str, TargetWeight]:
-    """Return a dict from path on disk to target weight, for the bare parameters that a config names.
+    """Return the target weights of the bare parameters that a config names, keyed by path on disk.
 
     Rank and alpha patterns are ignored.
 
@@ -161,7 +161,9 @@ def dropout_at(config: LoraConfig, target: TargetWeight, holder: nn.Module) -> f
 
 
 def paths_on_disk(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, str]:
-    """Return a dict from path in the model to path on disk for an adapter's sites, ignoring other adapters' layers.
+    """Return the on-disk path of each of an adapter's sites, keyed by path in the model.
+
+    The paths on disk do not count the layers of other adapters.
 
     Args:
         model: The adapted model, or its index.

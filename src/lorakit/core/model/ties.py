@@ -36,7 +36,7 @@ class TiedWeight(FactorWeight):
 
     def __init__(self, leader: LoraLayer, name: str, part: str) -> None:
         nn.Module.__init__(self)
-        self.leader = (leader,)  # in a tuple, so that it does not become a submodule
+        self.leader = (leader,)  # kept in a tuple so that it is not registered as a submodule
         self.name, self.part = name, part
         self.register_parameter("bias", None)
         self.out_features, self.in_features = self.weight.shape

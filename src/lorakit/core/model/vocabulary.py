@@ -3,7 +3,7 @@
 If an adapter contains the rows of all new tokens (as trainable token rows, or in a saved copy of the whole embedding),
 the base does not need to have those rows. The loader then appends rows to the base for the adapter to fill, and ignores
 the appended rows when it compares the base with the one that the adapter was trained on. This module works with the
-content of an adapter's files but does not read the files.
+contents of an adapter's files but does not read the files.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lorakit.targets import names_path
 
 
 def grow_vocabulary(model: nn.Module, rows: int) -> None:
-    """Extend the embedding and the head to a given number of rows, setting each new row to the mean existing row.
+    """Extend the embedding and the head to a given number of rows; each new row is the mean of the existing rows.
 
     Args:
         model: A base without adapters; changed in place, unless it already has enough rows.
@@ -79,7 +79,7 @@ def check_growth(model: nn.Module, rows: int) -> list[nn.Module]:
 
 
 def with_trained_rows(config: LoraConfig, model: nn.Module, rows: Sequence[int]) -> LoraConfig:
-    """Copy a config, and set the copy to train the given rows of the token embedding and of any untied head.
+    """Copy a config, and configure the copy to train the given rows of the token embedding and of any untied head.
 
     Args:
         config: The config.
@@ -142,7 +142,7 @@ def token_tables(index: AdapterIndex, path: str | None) -> list[str]:
 
 
 def _has_other_tables(index: AdapterIndex, vocabulary: int) -> bool:
-    """Return whether the model has a vocabulary-sized buffer (of two or more axes); such buffers cannot be resized."""
+    """Return whether the model has a vocabulary-sized buffer with two or more dimensions, which cannot be resized."""
     buffers = (buffer for module in index.everything.values() for buffer in module._buffers.values())
     return any(vocabulary in buffer.shape for buffer in buffers if buffer is not None and buffer.ndim > 1)
 

@@ -232,7 +232,7 @@ def _site(
 
 
 def _by_expert(products: Sequence[Product], experts: int) -> Iterator[list[Product]]:
-    """Yield the products of one expert at a time; without experts, yield the products of all groups at once."""
+    """Yield the products of one expert at a time, or of all groups at once if there are no experts."""
     wide = products[0].A.shape[0] // experts
     for first in range(0, wide * experts, wide):
         yield [Product(p.A[first : first + wide], p.B[first : first + wide]) for p in products]
@@ -317,7 +317,7 @@ SUMS = ("cat", "svd")
 
 
 def _summed_variant(adapters: Sequence[AdapterWeights], way: CombinationType, has_base: bool) -> Variant | None:
-    """Return the variant that defines how updates are added, or None; reject types that this variant excludes."""
+    """Return the variant that defines how updates are added, or None; check that it supports the combination type."""
     found: dict[Variant, str] = {}
     for adapter in adapters:
         for variant in variants_of(adapter.config):
@@ -339,8 +339,8 @@ def _summed_variant(adapters: Sequence[AdapterWeights], way: CombinationType, ha
             )
         if way.name not in SUMS:
             raise AdapterError(
-                f"{label} uses {variant.title}, which can only be combined with {' or '.join(map(repr, SUMS))}, not "
-                f"with {way.name!r}.",
+                f"{label} uses {variant.title}, which supports only the combination types "
+                f"{' and '.join(map(repr, SUMS))}, not {way.name!r}.",
                 what=way.name,
                 field="combination_type",
                 allowed=SUMS,

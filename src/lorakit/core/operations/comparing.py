@@ -1,6 +1,6 @@
 """Compare two adapters site by site: the direction, strength, input space and output space of their updates.
 
-Everything is computed from the factors, without dense products and without the base. If a variant's update is
+Everything is computed from the factors, without forming dense products or reading the base. If a variant's update is
 more than a low-rank product, only the low-rank product is compared.
 """
 
@@ -26,7 +26,7 @@ class SiteComparison:
     Attributes:
         path: Path of the site.
         ranks: Numerical rank of each update; for experts, the largest rank over all experts.
-        norms: Frobenius norm of each update, scale included.
+        norms: Frobenius norm of each update, including the scale.
         cosine: Cosine similarity of the two updates, treated as vectors, in [−1, 1]; 0 if either update is zero.
         output_angles: Principal angles, in degrees, between the updates' output spaces, over all experts, in ascending
             order.

@@ -24,7 +24,7 @@ SHOWN = 4
 
 
 def check_one_base(adapters: Sequence[AdapterWeights], allow: Collection[str] = ()) -> None:
-    """Reject adapters with different base models or tasks, or an adapter that shares no sites with the others.
+    """Check that adapters have the same base model and task, and that each shares a site with at least one other.
 
     Args:
         adapters: The adapters.
@@ -108,7 +108,7 @@ def check_joinable(adapters: Sequence[AdapterWeights]) -> None:
 
 
 def _check_bare_parameters(adapters: Sequence[AdapterWeights]) -> None:
-    """Reject adapters if one uses a feature that is not supported for the bare parameters of another adapter."""
+    """Check that no adapter uses a feature that is not supported for the bare parameters of another adapter."""
     bare = next((adapter.label for adapter in adapters if adapter.config.target_parameters), None)
     if bare is None:
         return
@@ -126,7 +126,7 @@ def _check_bare_parameters(adapters: Sequence[AdapterWeights]) -> None:
 
 
 def _check_saved_modules(adapters: Sequence[AdapterWeights]) -> None:
-    """Reject adapters if two of them save the same module, or if one adapts sites inside a saved module."""
+    """Check that no two adapters save the same module, and that none adapts sites inside a saved module."""
     saved = Counter(
         path
         for adapter in adapters

@@ -214,7 +214,7 @@ def collect_for(
 def ranks_by_variance(
     settings: EvaConfig, ranks: Mapping[str, int], ratios: Mapping[str, Sequence[float]]
 ) -> dict[str, int]:
-    """Return EVA's ranks: each of the largest variance fractions adds one rank to its site, up to the config's total.
+    """Return EVA's ranks: each of the largest variance fractions adds 1 to its site's rank, up to the config's total.
 
     Args:
         settings: The EVA settings; if rho is 1, the ranks stay the same.

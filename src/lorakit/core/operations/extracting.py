@@ -278,7 +278,10 @@ def _weight(source: TensorSource, names: Sequence[str]) -> Tensor:
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
-    """Return a dict from each tensor name to all names of that tensor, starting with the key; files store only one."""
+    """Return a dict from each tensor name to all of that tensor's names, with the key first.
+
+    Files store a shared tensor under only one of its names.
+    """
     ids = {name: id(tensor) for name, tensor, _ in base_tensors(model)}
     names: dict[int, list[str]] = {}
     for name, tensor in ids.items():

@@ -100,7 +100,7 @@ def allocate(
             for path, statistics in collect_gradients(model, group, batches, forward).items():
                 evidence[path] = sensitivity(modules[path], statistics.mean()) if statistics.calls else 0.0
         ranks = by_sensitivity(evidence, costs, before, {path: min(sizes[path]) for path in before})
-    else:  # also reached if no site is supported; then there are no ranks to allocate
+    else:  # also reached if no sites are supported and there are no ranks to allocate
         ratios: dict[str, list[float]] = {}
         for group in in_groups(list(before), lambda path: 4 * sizes[path][1] ** 2):
             for path, inputs in collect_inputs(model, group, batches, forward, keep=keep).items():
@@ -192,7 +192,7 @@ def by_explained_variance(
 ) -> dict[str, int]:
     """Allocate ranks to the sites whose input directions explain the most variance, within a budget.
 
-    The fractions of all sites are pooled and sorted; each selected fraction adds one rank to its site. If all
+    The fractions of all sites are pooled and sorted; each selected fraction adds 1 to its site's rank. If all
     costs are 1 and `least` is 0, this is EVA's redistribution. The criterion does not depend on the loss.
 
     Args:

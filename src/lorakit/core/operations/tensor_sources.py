@@ -198,7 +198,7 @@ class SiteFactors(Factor):
         return dataclasses.replace(self, variant=variant, own=own, setting=NO_SETTING)
 
     def holding(self, product: Product, scale: float = 1.0) -> SiteFactors:
-        """Return a factor for the same site with another product, (g, r, in) and (g, out, r), and another scale.
+        """Return a factor for the same site with the given A (g, r, in), B (g, out, r) and scale.
 
         The rank may change. If the variant does not allow that (`outlasts_a_cut` is False), the result is plain LoRA.
         """
@@ -323,7 +323,7 @@ def weights_of_folder(folder: str | os.PathLike[str], allow: Collection[str] = (
 
 
 def _in_usual_shapes(config: LoraConfig) -> LoraConfig:
-    """Return a copy of a config without variants that differ from LoRA only in how A and B are stored.
+    """Return a copy of a config, leaving out variants that differ from LoRA only in how A and B are stored.
 
     `_by_site` converts the factors of these variants to plain LoRA factors.
     """

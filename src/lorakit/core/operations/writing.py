@@ -81,7 +81,7 @@ class OperationReport:
 
     @property
     def energy_lost(self) -> float:
-        """Fraction of the total energy over all sites that is lost."""
+        """Lost fraction of the total energy of all sites."""
         whole = sum(site.norm**2 for site in self.sites)
         return sum(site.norm**2 * site.energy_lost for site in self.sites) / whole if whole else 0.0
 
@@ -130,7 +130,7 @@ def aligned(adapters: Sequence[AdapterWeights]) -> dict[str, list[SiteFactors | 
         if module in whole:
             raise AdapterError(
                 f"One adapter adapts {module}, and another adapts a parameter of that module "
-                "(target_parameters); these targets exclude each other.",
+                "(target_parameters); these targets are mutually exclusive.",
                 where=module,
                 field="target_parameters",
             )
