@@ -104,7 +104,7 @@ def _vocabulary(files: AdapterFiles) -> int:
 
 @contextlib.contextmanager
 def naming_flags() -> Iterator[None]:
-    """Return a context manager that adds, to a failed check's error message, the flag that overrides the check.
+    """Return a context manager that adds the overriding flag to a failed check's error message.
 
     Raises:
         LorakitError: The error raised within the context, with the flag in its message.

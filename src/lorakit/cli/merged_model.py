@@ -144,7 +144,7 @@ def write_merged(request: MergeRequest, say: Callable[[str], None]) -> tuple[Mer
 
 
 def probe_dtype(source: hub.ModelSource) -> str:
-    """Return the dtype of the comparison: "float32" if the fp32 model fits into memory, else "auto" (its own dtype)."""
+    """Return the dtype of the comparison: "float32" if an fp32 model fits in memory, else "auto" (the stored dtype)."""
     free_bytes = this_machine().available_bytes
     return "float32" if free_bytes is None or 4.4 * hub.shape_of(source).parameters < free_bytes else "auto"
 
@@ -235,7 +235,7 @@ def _tokenizer(request: MergeRequest) -> SavedTokenizer | None:
 def _expected_logits(request: MergeRequest, computing: str) -> Expected:
     model = hub.load_model(request.source, computing, quantization=request.quantization)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # already issued when the adapters were loaded for the merge
+        warnings.simplefilter("ignore")  # the merge loads the adapters again and issues the same warnings
         names = load_adapters(model, request.adapters, request.allow)
     if not request.untie:
         _reject_tied(model, names)

@@ -117,12 +117,12 @@ class PeftConfigMixin:
 
     @property
     def is_prompt_learning(self) -> bool:
-        """Return False, because LoRA is not a prompt-learning method; part of PEFT's config interface."""
+        """Return False, because LoRA is not a prompt-learning method; kept for compatibility with PEFT."""
         return False
 
     @property
     def is_adaption_prompt(self) -> bool:
-        """Return False, because LoRA is not an adaption-prompt method; part of PEFT's config interface."""
+        """Return False, because LoRA is not an adaption-prompt method; kept for compatibility with PEFT."""
         return False
 
     def to_dict(self) -> dict[str, Any]:

@@ -113,8 +113,9 @@ def _dense(loaded: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    # the name is the title in the GGUF file, which no loader accepts
     config.name_or_path = ""
-    vars(config).pop("_model_name_or_path", None)  # the title in the GGUF file, which no loader accepts as a name
+    vars(config).pop("_model_name_or_path", None)
     with torch.device("meta"):  # skip storage and random initialization: the weights are replaced immediately
         dense = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     dense.load_state_dict(loaded.state_dict(), strict=True, assign=True)

@@ -109,7 +109,7 @@ def finish_loading(model: nn.Module, wanted: Quantization | None, source: ModelS
     if wrong is not None:
         raise source.error(
             f"the quantization package does not dequantize {wrong[0]} correctly on this device: the error is up to "
-            f"{format_percent(wrong[1], 0)} of the largest value (a known problem of bitsandbytes on CPUs for widths "
+            f"{format_percent(wrong[1], 0)} of the largest value (a known bitsandbytes issue on CPUs for widths "
             "that are multiples of 16 but not of 64). Use another quantization or another device."
         )
 

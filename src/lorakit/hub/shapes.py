@@ -73,7 +73,7 @@ def shape_of(model: str | os.PathLike[str] | ModelSource) -> ModelShape:
 
 
 def shape_of_module(module: PreTrainedModel, name: str, source: str) -> ModelShape:
-    """Return the names and sizes of the modules in a transformers model that is already built, on any device.
+    """Return the names and sizes of the modules in an existing transformers model on any device.
 
     Args:
         module: The model; it must have a `config`.
