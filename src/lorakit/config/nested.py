@@ -260,7 +260,7 @@ class BdLoraConfig(_Typed):
         return "".join(sides)
 
     def numbers_saved(self, path: str, rank: int, out_features: int, in_features: int) -> int:
-        """Return the number of elements of A and B at a site minus the number for plain LoRA; the result is never positive.
+        """Return the number of elements of A and B at a site minus the number in plain LoRA; it is never positive.
 
         Args:
             path: Path of the site.
