@@ -57,7 +57,7 @@ def test_weights_that_are_missing_or_damaged(tiny_model_directory: Path) -> None
     whole = load_file(weights)
     name = "model.layers.1.mlp.up_proj.weight"
     save_file({key: value for key, value in whole.items() if key != name}, weights, {"format": "pt"})
-    with pytest.raises(ModelError, match=rf"weights are missing from the files \(1 in total, such as {name}\)"):
+    with pytest.raises(ModelError, match=rf"weights are missing from the files \(1 in total, for example {name}\)"):
         load_model(tiny_model_directory)
     save_file({**whole, name: torch.zeros(3, 3)}, weights, {"format": "pt"})
     with pytest.raises(ModelError, match=r"tiny-llama: the model cannot be loaded \(RuntimeError: .*size"):

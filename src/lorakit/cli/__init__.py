@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "plan": "Estimate the parameters, memory and time of a run.",
-    "train": "Train an adapter into a run directory.",
+    "train": "Train an adapter and save it in a run directory.",
     "eval": "Measure the loss and perplexity of a model, with and without adapters.",
     "generate": "Generate text with a model and its adapters, side by side.",
     "merge": "Merge adapters into a model directory.",
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokens, as_traceback = _without_traceback_flag(list(sys.argv[1:] if argv is None else argv))
     as_traceback = as_traceback or os.environ.get("LORAKIT_TRACEBACK", "") not in ("", "0")
     as_json = "--json" in tokens
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its int8 layers log a line in every forward pass
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # bitsandbytes' int8 layers log a line per forward pass
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: console.warning(str(message))
         try:

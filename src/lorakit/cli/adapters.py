@@ -76,7 +76,7 @@ def read_adapters(folders: Sequence[str]) -> list[AdapterFiles]:
 
 
 def load_adapters(model: nn.Module, adapters: Sequence[AdapterFiles], allow: Collection[str]) -> list[str]:
-    """Load adapters into a model, largest vocabulary first, because only a base without adapters can be resized.
+    """Load adapters into a model in descending order of vocabulary size; only a base without adapters can be resized.
 
     Args:
         model: The base.
@@ -104,7 +104,7 @@ def _vocabulary(files: AdapterFiles) -> int:
 
 @contextlib.contextmanager
 def naming_flags() -> Iterator[None]:
-    """Return a context manager that extends the error of a failed check with the flag that overrides the check.
+    """Return a context manager that adds the overriding flag to a failed check's error message.
 
     Raises:
         LorakitError: The error raised within the context, with the flag in its message.
@@ -148,8 +148,8 @@ def tokenizer_for(source: ModelSource, adapters: Sequence[AdapterFiles]) -> Save
         adapters: Files of the adapters.
 
     Returns:
-        The saved tokenizer that has all tokens of the others and the same chat template, if there is one; otherwise,
-            the model's tokenizer.
+        The saved tokenizer that contains all tokens of the other saved tokenizers, if there is one and all have the
+            same chat template; otherwise, the model's tokenizer.
 
     Raises:
         ModelError: Neither the model nor the adapters have a tokenizer, or the tokenizer cannot be read.
@@ -178,7 +178,7 @@ def _largest(tokenizers: Sequence[SavedTokenizer]) -> SavedTokenizer | None:
 
 
 def report_training_quantization(adapters: Sequence[AdapterFiles], wanted: Quantization | None) -> None:
-    """Print a note for each adapter that is less accurate because its base was quantized differently in training.
+    """Print a note for each adapter that was trained on a differently quantized base and is less accurate on this one.
 
     Args:
         adapters: The adapters.

@@ -26,8 +26,8 @@ def run(
     """Compare two adapters: the direction, norm and subspaces of their updates.
 
     The cosine is 1 for updates in the same direction, -1 for updates in opposite directions, and near 0 for unrelated
-    updates. The overlap is the mean squared cosine of the principal angles between the output (writes) or input (reads)
-    subspaces: 1 for equal subspaces, and near 0 for unrelated ones.
+    updates. The overlap of the output subspaces ("writes") or input subspaces ("reads") is the mean squared cosine of
+    their principal angles: 1 for equal subspaces, and near 0 for unrelated ones.
     """
     for folder in (first, second):
         check_adapters([folder])

@@ -37,7 +37,7 @@ class Flags:
 
 
 def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag = False) -> None:
-    """Compress an adapter to the best lower-rank approximation at each site.
+    """Compress an adapter by replacing each site's update with its best lower-rank approximation.
 
     Only the adapter's factors are needed; the base is not loaded. The exact fraction of energy lost is printed. Pass
     --rank or --energy.

@@ -38,7 +38,7 @@ def colored(stream: TextIO) -> bool:
 
 
 def say(text: str = "") -> None:
-    """Print result lines on stdout, adapted to its encoding and width."""
+    """Print result lines to stdout, adapted to its encoding and width."""
     print(fit(printable(text), sys.stdout))
 
 
@@ -48,7 +48,7 @@ def inline(text: str) -> str:
 
 
 def note(text: str) -> None:
-    """Print a progress line on stderr."""
+    """Print a progress line to stderr."""
     print(fit(printable(text), sys.stderr), file=sys.stderr)
 
 
@@ -57,17 +57,17 @@ def quiet(text: str) -> None:
 
 
 def warning(text: str) -> None:
-    """Print `warning: ...` on stderr."""
+    """Print `warning: ...` to stderr."""
     _labeled("warning:", _YELLOW, text)
 
 
 def error(text: str) -> None:
-    """Print `error: ...` on stderr."""
+    """Print `error: ...` to stderr."""
     _labeled("error:", _RED, text)
 
 
 def failure(message: str, exit_code: int, *, code: str | None = None, as_json: bool = False) -> int:
-    """Print the reason for a failure on stderr and, with `as_json`, as a JSON document on stdout.
+    """Print an error message to stderr and, with `as_json`, also to stdout as a JSON document.
 
     Args:
         message: The message.
@@ -85,12 +85,12 @@ def failure(message: str, exit_code: int, *, code: str | None = None, as_json: b
 
 
 def traceback(exception: Exception) -> None:
-    """Print an exception's traceback on stderr."""
+    """Print an exception's traceback to stderr."""
     print(printable("".join(traceback_module.format_exception(exception))), file=sys.stderr, end="")
 
 
 def emit_json(document: JsonValue) -> None:
-    """Print one JSON document on stdout; NaN and infinity become null, since JSON supports neither."""
+    """Print one JSON document to stdout; NaN and infinity become null, since JSON supports neither."""
     print(json.dumps(_finite(document), indent=2, ensure_ascii=True, allow_nan=False))
 
 

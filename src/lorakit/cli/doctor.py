@@ -226,7 +226,7 @@ def _about_room(found: Findings) -> list[str]:
 
 
 def _about_scripts(found: Findings) -> list[str]:
-    """Return hints for the user's own scripts; the command line applies these settings automatically."""
+    """Return recommended settings for the user's own scripts; the command line applies them automatically."""
     if found.torch is None or found.machine.allocator != "glibc" or any("cuda" in name for name in found.torch.devices):
         return []
     return [

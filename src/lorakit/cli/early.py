@@ -94,7 +94,7 @@ def check_new_directory(target: Path) -> None:
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Check a setting with a fixed set of values.
+    """Check that a setting has one of its allowed values.
 
     Args:
         name: Name of the setting.

@@ -144,7 +144,7 @@ def write_merged(request: MergeRequest, say: Callable[[str], None]) -> tuple[Mer
 
 
 def probe_dtype(source: hub.ModelSource) -> str:
-    """Return the dtype of the comparison: "float32" if the fp32 model fits into memory, else "auto" (its own dtype)."""
+    """Return the dtype of the comparison: "float32" if an fp32 model fits in memory, else "auto" (the stored dtype)."""
     free_bytes = this_machine().available_bytes
     return "float32" if free_bytes is None or 4.4 * hub.shape_of(source).parameters < free_bytes else "auto"
 
@@ -157,7 +157,7 @@ class Expected:
         base: Logits of the base alone, shape (tokens, vocabulary).
         adapted: Logits of the base with its adapters, shape (tokens, vocabulary).
         dtype: Dtype of the computation.
-        noise: Numerical error caused by the matmuls of a quantized base, in standard deviations of the logits.
+        noise: Numerical error from the matmuls of a quantized base, as a multiple of the logits' standard deviation.
     """
 
     base: Tensor
@@ -235,7 +235,7 @@ def _tokenizer(request: MergeRequest) -> SavedTokenizer | None:
 def _expected_logits(request: MergeRequest, computing: str) -> Expected:
     model = hub.load_model(request.source, computing, quantization=request.quantization)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # loading the adapters for the merge issues the same warnings
+        warnings.simplefilter("ignore")  # the merge loads the adapters again and issues the same warnings
         names = load_adapters(model, request.adapters, request.allow)
     if not request.untie:
         _reject_tied(model, names)
@@ -316,7 +316,7 @@ def _untie_config(model: EmbeddingModel) -> bool:
 
 
 def _probe_ids(model: torch.nn.Module) -> Tensor:
-    """Return the token ids for the comparison, shape (1, tokens); they depend only on vocabulary and context size."""
+    """Return token ids for the comparison, shape (1, tokens), determined by the vocabulary size and context length."""
     length = min(PROBE_TOKENS, context_tokens(model) or PROBE_TOKENS)
     return torch.randint(vocabulary_of(model), (1, length), generator=torch.Generator().manual_seed(0))
 

@@ -138,9 +138,10 @@ def run(
 ) -> None:
     """Estimate the parameters, memory and time of a run; no weights are loaded.
 
-    MODEL is looked up as a path, then as smollm2, then as a name in the catalog (gpt2, meta-llama/Llama-3.2-1B, ...),
-    and finally as a Hub id. --max-steps or --tokens adds a time estimate, based on --tokens-per-second or on a
-    measurement that takes about two seconds. --verbose adds the derivation of the counts, formulas, FLOPs and notes.
+    MODEL is looked up as a path, then as a packaged model (smollm2), then as a name in the catalog (gpt2,
+    meta-llama/Llama-3.2-1B, ...), and finally as a Hub id. --max-steps or --tokens adds a time estimate, based on
+    --tokens-per-second or on a measurement that takes about two seconds. --verbose adds the derivation of the counts,
+    formulas, FLOPs and notes.
     """
     config, columns = adapter.config(), _ranks(ranks)
     check_model(model)
@@ -181,7 +182,7 @@ def run(
 
 
 def _machine(job: JobFlags, dtype: str, steps: int | None) -> tuple[str, Speed | None, list[str]]:
-    """Return the dtype, the speed and notes; measure only if requested or if a time estimate needs the speed."""
+    """Return the dtype, the speed and notes; measure the speed only if requested or needed for a time estimate."""
     if job.tokens_per_second is not None:
         if job.calibrate:
             text = "--calibrate and --tokens-per-second are mutually exclusive; pass one of them."

@@ -42,7 +42,7 @@ def run(
     verbose: console.VerboseFlag = False,
     flags: Annotated[Flags, Parameter(name="*", show_default=False)] = _NONE_GIVEN,  # type: ignore[valid-type]
 ) -> int:
-    """Train an adapter into a run directory.
+    """Train an adapter and save it in a run directory.
 
     Only --model, --data and --output-dir are required. Press Ctrl-C once to finish the step and save a checkpoint for
     --resume.

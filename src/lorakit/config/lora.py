@@ -117,12 +117,12 @@ class PeftConfigMixin:
 
     @property
     def is_prompt_learning(self) -> bool:
-        """Return False; provided for programs that support several PEFT methods."""
+        """Return False, because LoRA is not a prompt-learning method; kept for compatibility with PEFT."""
         return False
 
     @property
     def is_adaption_prompt(self) -> bool:
-        """Return False; like `is_prompt_learning`, provided for programs that support several PEFT methods."""
+        """Return False, because LoRA is not an adaption-prompt method; kept for compatibility with PEFT."""
         return False
 
     def to_dict(self) -> dict[str, Any]:
@@ -408,7 +408,7 @@ class LoraConfig(PeftConfig):
         return str(self.init_lora_weights).lower() == "mica"
 
     def notes_on_own_numbers(self, total: int) -> list[str]:
-        """Return messages, for a plan, that compare the variant's number of parameters with that of plain LoRA.
+        """Return notes, shown in plans, that compare the variant's number of parameters with that of plain LoRA.
 
         Args:
             total: Number of additional parameters, summed over all sites; negative if there are fewer.

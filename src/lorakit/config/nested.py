@@ -184,7 +184,7 @@ class MontecloraConfig(_Typed):
 
     Attributes:
         num_samples: Number of samples per forward pass.
-        use_entropy: Whether to add an entropy term that keeps the samples' weights apart.
+        use_entropy: Whether to add an entropy term that keeps the samples' weights from collapsing onto one sample.
         dirichlet_prior: Concentration of the Dirichlet prior.
         sample_scaler: Scale of the sampling noise.
         kl_loss_weight: Weight of the KL divergence in the loss.
@@ -260,7 +260,7 @@ class BdLoraConfig(_Typed):
         return "".join(sides)
 
     def numbers_saved(self, path: str, rank: int, out_features: int, in_features: int) -> int:
-        """Return how many more elements A and B have at a site than in plain LoRA; the result is zero or negative.
+        """Return the number of elements of A and B at a site minus the number in plain LoRA; it is never positive.
 
         Args:
             path: Path of the site.

@@ -100,7 +100,7 @@ class Batch:
         labels: Token ids at positions that contribute to the loss, -100 elsewhere, shape (rows, length), int64.
         epoch: Progress through the data after this batch, in epochs.
         tokens: Number of tokens, excluding padding.
-        trained_tokens: Number of positions that contribute to the loss, that is, whose label is not -100.
+        trained_tokens: Number of positions that contribute to the loss, that is, positions whose label is not -100.
     """
 
     input_ids: torch.Tensor
@@ -181,8 +181,8 @@ class Loader(Iterator[Batch]):
             state: The value that `state` returned for the other loader.
 
         Raises:
-            DataError: The state is invalid, or is from a loader with other data, another seed, another batch size or
-                another value of `shuffle`.
+            DataError: The state is invalid, or comes from a loader with different data or a different seed, batch size
+                or `shuffle` setting.
         """
         mine = self.state()
         different = [key for key in ("data_sha256", "seed", "batch_rows", "shuffle") if state.get(key) != mine[key]]

@@ -177,7 +177,7 @@ def _unused_note(path: Path, unused: Counter[str], rows: int) -> str:
 
 
 def _row(source: str, line: str, number: int, unused: Counter[str] | None = None) -> Record:
-    """Parse a line of a file and, if `unused` is given, count the line's unused columns in it."""
+    """Parse a line of a file and add its unused columns to the counts in `unused`, if given."""
     try:
         row = parse_json(line)
     except RecursionError:

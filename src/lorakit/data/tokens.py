@@ -3,9 +3,9 @@
 Any transformers tokenizer implements the protocol; this module does not import transformers.
 
 To limit memory use, a long text is tokenized in overlapping parts; the result is the same as if the whole text were
-tokenized at once. If two parts have the same tokens in half of their overlap, the tokens that follow no longer depend
-on the text before the overlap. The parts are then joined within that half, between two words. If the tokens differ, the
-first part is extended, if necessary to the whole text.
+tokenized at once. If two parts have the same tokens in a long middle section of their overlap, the tokens that follow
+no longer depend on the text before the overlap. The parts are then joined within that section, between two words. If
+the tokens differ, the first part is extended, if necessary to the whole text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Load models and tokenizers with transformers, read their shapes, quantize bases, and benchmark the machine.
+"""Load models and tokenizers with transformers, read layer shapes, quantize models, and benchmark the machine.
 
 Large packages are imported only when a function needs them. This package does not depend on `lorakit.train`.
 """

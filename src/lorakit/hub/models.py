@@ -138,11 +138,11 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 def _check_report(source: ModelSource, report: dict[str, Any], task: str) -> None:
-    """Raise an error if weights are missing; transformers initializes them randomly and only warns."""
+    """Raise an error if weights are missing, because transformers initializes them randomly and only warns."""
     missing = sorted(str(name) for name in report.get("missing_keys", ()))
     if missing and task != "classification":
         raise source.error(
-            f"weights are missing from the files ({len(missing)} in total, such as {missing[0]}) and would be "
+            f"weights are missing from the files ({len(missing)} in total, for example {missing[0]}) and would be "
             f"initialized randomly. Check that this is a model for the task '{task}'."
         )
 

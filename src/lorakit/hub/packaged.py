@@ -113,9 +113,10 @@ def _dense(loaded: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    # the name is the title in the GGUF file, which no loader accepts
     config.name_or_path = ""
-    vars(config).pop("_model_name_or_path", None)  # the title from the file; no loader accepts it as a name
-    with torch.device("meta"):  # no storage and no random initialization: the weights are replaced immediately
+    vars(config).pop("_model_name_or_path", None)
+    with torch.device("meta"):  # skip storage and random initialization: the weights are replaced immediately
         dense = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     dense.load_state_dict(loaded.state_dict(), strict=True, assign=True)
     dense.tie_weights()
@@ -332,7 +333,7 @@ def _unwritable(path: Path, cause: OSError) -> DiskError:
 
 
 def _publish(model: Packaged, source: Path, final: Path) -> None:
-    with publish_directory(final, replace=True) as folder:  # any existing directory is damaged or has another format
+    with publish_directory(final, replace=True) as folder:  # `final` is missing, damaged or in a different format
         convert_gguf(model, source, folder)
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         files = {
@@ -370,7 +371,7 @@ def _locked(path: Path) -> Iterator[None]:
     """Hold a lock on a file; the operating system releases the lock when the process ends."""
     try:
         import fcntl
-    except ImportError:  # Windows: renaming still publishes the directory atomically, but the work may be done twice
+    except ImportError:  # on Windows, two processes may do the same work, but renaming is still atomic
         yield
         return
     try:

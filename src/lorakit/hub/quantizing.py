@@ -32,7 +32,7 @@ _NEEDS = {
 
 
 def quantization_metadata(wanted: Quantization) -> dict[str, Any]:
-    """Return JSON values that identify a quantized base; equal values and equal files mean equal weights.
+    """Return JSON values that, together with a base's files, uniquely determine its quantized weights.
 
     Args:
         wanted: The quantization.
@@ -56,7 +56,7 @@ def require_quantizer(wanted: Quantization) -> None:
 
 
 def loading_options(wanted: Quantization, dtype: torch.dtype, device: str | torch.device) -> dict[str, Any]:
-    """Return options for `from_pretrained` that quantize each weight as it is read.
+    """Return options that make `from_pretrained` quantize each weight as it is read.
 
     Args:
         wanted: The quantization.
@@ -109,7 +109,7 @@ def finish_loading(model: nn.Module, wanted: Quantization | None, source: ModelS
     if wrong is not None:
         raise source.error(
             f"the quantization package does not dequantize {wrong[0]} correctly on this device: the error is up to "
-            f"{format_percent(wrong[1], 0)} of the largest value (a known problem of bitsandbytes on CPUs for widths "
+            f"{format_percent(wrong[1], 0)} of the largest value (a known bitsandbytes issue on CPUs for widths "
             "that are multiples of 16 but not of 64). Use another quantization or another device."
         )
 

@@ -1,4 +1,4 @@
-"""Silence transformers and the quantization packages that it imports while a model is being loaded."""
+"""While a model is being loaded, silence transformers and the quantization packages that it imports."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ _DROPOUTS = {
 
 
 def shape_of(model: str | os.PathLike[str] | ModelSource) -> ModelShape:
-    """Return a model's shape, taken from its path, else from the catalog, else from its config on the Hub.
+    """Return the names and sizes of a model's modules, looked up by path, then in the catalog, then on the Hub.
 
     Args:
         model: A directory, a `config.json`, a packaged or catalog name, a Hub id, or the result of `resolve`.
@@ -73,7 +73,7 @@ def shape_of(model: str | os.PathLike[str] | ModelSource) -> ModelShape:
 
 
 def shape_of_module(module: PreTrainedModel, name: str, source: str) -> ModelShape:
-    """Return the shape of an existing transformers model, on any device.
+    """Return the names and sizes of the modules in an existing transformers model on any device.
 
     Args:
         module: The model; it must have a `config`.
@@ -199,7 +199,7 @@ def _site(path: str, part: nn.Module, owners: dict[int, str], head: nn.Module | 
 
 
 def _numbers(config: PreTrainedConfig, fields: Iterable[str]) -> list[int | float]:
-    """Return the values of the given config fields that are numbers, in the order of the fields."""
+    """Return the numeric values among the given config fields, in the order of the fields."""
     values = (getattr(config, field, None) for field in fields)
     return [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
 
