@@ -14,7 +14,7 @@ from lorakit.cli.adapters import WORST_SITES, copy_tokenizer, naming_flags, over
 from lorakit.cli.early import check_adapters, check_new_directory
 from lorakit.durable import publish_directory
 from lorakit.errors import UsageError
-from lorakit.tables import format_percent
+from lorakit.tables import format_count, format_percent
 
 if TYPE_CHECKING:
     from lorakit.core import OperationReport
@@ -100,7 +100,7 @@ def _text(report: OperationReport, flags: Flags, weights: Sequence[float]) -> li
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     total = " + ".join(f"{weight:g} × {folder}" for weight, folder in zip(weights, flags.adapter, strict=True))
     lines = [
-        f"{flags.output_dir}: {len(report.sites)} sites, {rank}, scale 1",
+        f"{flags.output_dir}: {format_count(len(report.sites), 'site')}, {rank}, scale 1",
         f"combined   {total} by {flags.way}",
         f"deviation  at most {format_percent(report.deviation)} from the plain sum",
     ]

@@ -12,6 +12,7 @@ from cyclopts import Parameter
 from lorakit.cli import console
 from lorakit.cli.adapters import by_name
 from lorakit.cli.early import check_adapters
+from lorakit.tables import format_count
 
 if TYPE_CHECKING:
     from lorakit.core import Comparison
@@ -65,7 +66,7 @@ def _text(found: Comparison) -> str:
         lines.append(f"{title:<10} only the low-rank parts are compared")
     for folder, paths in ((first, found.only_first), (second, found.only_second)):
         if paths:
-            lines.append(f"only in    {folder}: {len(paths)} sites, first {paths[0]}")
+            lines.append(f"only in    {folder}: {format_count(len(paths), 'site')}, first {paths[0]}")
     lines = list(map(console.inline, lines))
     header = ["module", "sites", "cosine min", "median", "max", "‖ΔW‖", "‖ΔW‖ second", "writes", "reads"]
     rows = [_row(group) for group in _groups(found)]

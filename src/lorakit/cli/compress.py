@@ -12,7 +12,7 @@ from lorakit.cli import console
 from lorakit.cli.adapters import WORST_SITES, copy_tokenizer, naming_flags, overridden, print_report, read_adapters
 from lorakit.cli.early import check_adapters, check_new_directory
 from lorakit.durable import publish_directory
-from lorakit.tables import format_percent
+from lorakit.tables import format_count, format_percent
 
 if TYPE_CHECKING:
     from lorakit.core import OperationReport
@@ -57,8 +57,8 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
 def _text(report: OperationReport, flags: Flags) -> list[str]:
     before, after = (sum(getattr(site, name) for site in report.sites) for name in ("r_before", "r"))
     lines = [
-        f"{flags.output_dir}: {flags.adapter} at {len(report.sites)} sites, total rank {before:,} before, "
-        f"{after:,} after",
+        f"{flags.output_dir}: {flags.adapter} at {format_count(len(report.sites), 'site')}, total rank "
+        f"{before:,} before, {after:,} after",
         f"lost       {format_percent(report.energy_lost)} of the energy ‖ΔW‖² of the whole adapter",
     ]
     worst = sorted(report.sites, key=lambda site: -site.energy_lost)[:WORST_SITES]

@@ -12,7 +12,7 @@ from lorakit.cli import console
 from lorakit.cli.adapters import WORST_SITES, naming_flags, overridden, print_report
 from lorakit.cli.early import check_model, check_new_directory
 from lorakit.config import LoraConfig
-from lorakit.tables import format_percent
+from lorakit.tables import format_count, format_percent
 
 if TYPE_CHECKING:
     from torch import nn
@@ -108,7 +108,7 @@ def _has_files(source: ModelSource) -> bool:
 def _text(report: ExtractReport) -> list[str]:
     ranks = sorted(site.r for site in report.sites)
     lines = [
-        f"{report.name}: {len(report.sites)} sites, ranks {ranks[0]} to {ranks[-1]}, scale 1",
+        f"{report.name}: {format_count(len(report.sites), 'site')}, ranks {ranks[0]} to {ranks[-1]}, scale 1",
         f"captured   {format_percent(report.captured)} of the energy of all changes",
     ]
     if report.copied:

@@ -25,6 +25,7 @@ from lorakit.core.model.vocabulary import grow_vocabulary, initialize_rows, with
 from lorakit.core.operations.rank_allocation import allocate
 from lorakit.data import Batch, Loader
 from lorakit.errors import DiskError, UsageError
+from lorakit.tables import format_count
 from lorakit.train.progress import Progress
 from lorakit.train.run_data import SavedTokenizer
 from lorakit.train.run_spec import ADAPTER, Run, RunSpec
@@ -94,12 +95,13 @@ def allocate_ranks(
         LorakitError: `lorakit.core.operations.rank_allocation.allocate` failed; the error class and message say why.
     """
     rows = first_rows(spec, loader)
-    progress.busy(f"allocating ranks from {len(rows)} rows")
+    progress.busy(f"allocating ranks from {format_count(len(rows), 'row')}")
     found = allocate(model, spec.forecast.config, rows, row_loss(spec.device), by=by, allow=_allow(spec))
     ranks = sorted(found.ranks.values())
     progress.say(
-        f"Ranks allocated by {by} over {len(rows)} rows: {ranks[0]} to {ranks[-1]}, median {ranks[len(ranks) // 2]}; "
-        f"{found.parameters:,} parameters in A and B (budget {found.budget:,}, from r = {spec.settings.r})."
+        f"Ranks allocated by {by} over {format_count(len(rows), 'row')}: {ranks[0]} to {ranks[-1]}, median "
+        f"{ranks[len(ranks) // 2]}; {found.parameters:,} parameters in A and B (budget {found.budget:,}, "
+        f"from r = {spec.settings.r})."
     )
     return found.config
 
@@ -134,12 +136,12 @@ def init_from_data(
     if not init.needs:
         return config, None
     rows = first_rows(spec, loader)
-    progress.busy(f"collecting statistics from {len(rows)} rows for {init.name}")
+    progress.busy(f"collecting statistics from {format_count(len(rows), 'row')} for {init.name}")
     keep = _positions_with_loss if init.name == "eva" else None
     found = core.collect_for(model, config, rows, row_loss(spec.device), keep=keep, allow=_allow(spec))
     ranks = sorted(set(found.config.rank_pattern.values()) | {found.config.r})
     spread = f", ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else ""
-    progress.say(f"Adapter initialized by {init.name} from {len(rows)} rows{spread}.")
+    progress.say(f"Adapter initialized by {init.name} from {format_count(len(rows), 'row')}{spread}.")
     return found.config, found
 
 
