@@ -36,7 +36,7 @@ NARROW = (torch.bfloat16, torch.float16)
 """Dtypes whose matmuls may be slower than fp32 matmuls."""
 
 IN_FP32 = " through fp32"  # prose-check: ok
-"""Suffix that marks choices to run matmuls in fp32. Their names are stored in checkpoints and in the cache."""
+"""Suffix that marks choices of the fp32 method ("fp32 choices"). Their names are stored in checkpoints and in the cache."""
 
 BLOCK = 2048
 """Height and width of the blocks in which a weight is upcast. Only one block is upcast at a time, so that the output
@@ -60,8 +60,8 @@ def activate(choices: Mapping[str, int]) -> Iterator[None]:
     The context must contain only complete training steps.
 
     Args:
-        choices: Dict from shape name to value. For a matmul, the value is the slice size in rows; for a choice to
-            run in fp32, it is 1; for attention, it is 1 for the flash kernel and 0 for matmuls.
+        choices: Dict from shape name to value. For a matmul, the value is the slice size in rows; for an fp32
+            choice, it is 1; for attention, it is 1 for the flash kernel and 0 for matmuls.
     """
     token = _ACTIVE.set(MappingProxyType(dict(choices)))
     try:
@@ -218,13 +218,13 @@ def matmul_name(rows: int, right: Tensor) -> str:
 
 
 def fp32_name(right: Tensor) -> str:
-    """Return the name of the choice to run matmuls with `right` (in, out) in fp32, for any number of rows."""
+    """Return the name of the fp32 choice for matmuls with `right` (in, out) and any number of rows."""
     inner, outer = (min(size, BLOCK) for size in right.shape)
     return fp32_choice(f"product {inner}x{outer} {_stored(right)}")
 
 
 def fp32_choice(name: str) -> str:
-    """Return the name of the choice to run matmuls of the given shape in fp32."""
+    """Return the name of the fp32 choice for the shape with the given name."""
     return name + IN_FP32
 
 
