@@ -1,6 +1,6 @@
 """Autotuned kernel choices: which method to use for an operation of a given shape.
 
-Choices map the name of a shape to a method that was faster than the default when `lorakit.speed.tuning` measured both
+A choice maps the name of a shape to a method that was faster than the default when `lorakit.speed.tuning` measured both
 on this machine. A shape without an active choice uses the default method. All methods give the same results up to
 rounding.
 
@@ -36,7 +36,9 @@ NARROW = (torch.bfloat16, torch.float16)
 """Dtypes whose matmuls may be slower than fp32 matmuls."""
 
 IN_FP32 = " through fp32"  # prose-check: ok
-"""Suffix that marks choices of the fp32 method ("fp32 choices"). Their names are stored in checkpoints and in the cache."""
+"""Suffix that marks choices of the fp32 method ("fp32 choices"). Their names are stored in checkpoints and in the
+cache.
+"""
 
 BLOCK = 2048
 """Height and width of the blocks in which a weight is upcast. Only one block is upcast at a time, so that the output
@@ -57,7 +59,7 @@ _ACTIVE: ContextVar[Mapping[str, int]] = ContextVar("lorakit_choices", default=M
 def activate(choices: Mapping[str, int]) -> Iterator[None]:
     """Return a context manager that activates choices in the current thread.
 
-    The context must contain only complete training steps.
+    Each training step must run either entirely inside or entirely outside the context.
 
     Args:
         choices: Dict from shape name to value. For a matmul, the value is the slice size in rows; for an fp32

@@ -97,7 +97,7 @@ class TorchaoFormat(PlainFormat):
         return tuple(getattr(stored, name) for name in names)
 
     def values(self, stored: TorchAOBaseTensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return weight elements (n,) and bounds on their errors (n,): one quantization step for int8, otherwise infinity."""
+        """Return weight elements (n,) and error bounds (n,): one quantization step for int8, otherwise infinity."""
         positions = positions.to(stored.device)
         if type(stored).__name__ != _INT8:
             values = _dequantized(stored).reshape(-1)[positions]

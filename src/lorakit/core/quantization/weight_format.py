@@ -53,7 +53,7 @@ def exact_values(stored: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_with(module: nn.Module, canonical: Tensor, dtype: torch.dtype) -> nn.Linear:
-    """Return an nn.Linear with the given weight (out, in) and dtype, and with the bias and training mode of `module`."""
+    """Return an nn.Linear with the given weight (out, in) and dtype, and the bias and training mode of `module`."""
     made = nn.Linear(1, 1, bias=False, device="meta")
     made.out_features, made.in_features = canonical.shape
     made.weight = nn.Parameter(canonical.to(dtype), requires_grad=False)
