@@ -441,8 +441,12 @@ def test_parts_that_do_not_fit() -> None:
         ),
         (x, replace(block, dropout=1.0), "output dropout must be in .*; got 1.0"),
         (x, replace(block, kv_heads=3), r"widths \[24, 8, 8\] do not match head_dim=4 and kv_heads=3"),
-        (x, replace(block, interleaved=True), r"one fused projection, with equal widths; got \[24, 8, 8\]"),
-        (x, replace(block, q_norm=rms(5)), r"q_norm: weight must have shape \(4,\) per head or \(24,\); got \(5,\)"),
+        (x, replace(block, interleaved=True), r"one fused projection and equal widths; got \[24, 8, 8\]"),
+        (
+            x,
+            replace(block, q_norm=rms(5)),
+            r"q_norm: weight must have shape \(4,\) for one head or \(24,\) for all heads; got \(5,\)",
+        ),
         (x, replace(block, k_norm=Norm("layer", torch.ones(KV, HEAD))), r"k_norm: weight .* got \(2, 4\)"),  # Cohere's
         (x, replace(block, output=trained), "a weight of shape"),
         (

@@ -385,7 +385,7 @@ def test_the_compiled_method_adds_to_another_dtype() -> None:
 def test_the_compiled_method_raises_where_it_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
     x, A, B, scales = made(dtype=torch.float32)
     index = torch.tensor(ROUTES["mixed"])
-    message = r'method="compiled" records no gradient'
+    message = r'method="compiled" does not record gradients'
     with pytest.raises(ValueError, match=message):
         segmented(x, A, B, scales, index, method="compiled")
     monkeypatch.setattr(segments, "kernels_for", lambda *_, **__: None)

@@ -115,7 +115,7 @@ def activate(act: Activation, first: Tensor, up: Tensor | None, out: Tensor) -> 
 
 
 def activate_backward(act: Activation, da: Tensor, first: Tensor, up: Tensor | None) -> list[Tensor]:
-    """Return the gradients (N, f) of `activate` for `first` and, if given, `up`. That of `first` overwrites da."""
+    """Return the gradients (N, f) for `first` and, if given, `up`. The gradient for `first` overwrites da."""
     kernels, dup = kernels_for(first, up, da), None if up is None else torch.empty_like(first)
     if kernels is not None and act.name in kernels.activations:
         kernels.gate_backward(act.name, da, first, up, da, dup)

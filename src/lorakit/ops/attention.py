@@ -1,4 +1,4 @@
-"""Attention with grouped heads, packing, windows and soft caps, with and without autograd."""
+"""Grouped-query attention with packing, sliding windows and soft caps, with or without autograd."""
 
 from __future__ import annotations
 

@@ -86,12 +86,13 @@ class SelfAttention:
                 "pass q, k and v, or one fused projection"
             )
         if self.interleaved and (len(widths) != 1 or q != shared):
-            raise ValueError(f"interleaved q, k and v require one fused projection, with equal widths; got {widths}")
+            raise ValueError(f"interleaved q, k and v require one fused projection and equal widths; got {widths}")
         for name, own, width in (("q_norm", self.q_norm, q), ("k_norm", self.k_norm, shared)):
             size = None if own is None or own.weight is None else tuple(own.weight.shape)
             if size not in (None, (self.head_dim,), (width,)):
                 raise ValueError(
-                    f"{name}: weight must have shape ({self.head_dim},) per head or ({width},); got {size}"
+                    f"{name}: weight must have shape ({self.head_dim},) for one head or ({width},) for all heads; "
+                    f"got {size}"
                 )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"attention output dropout must be in [0, 1); got {self.dropout}")
@@ -119,7 +120,7 @@ def attention_block(
         pattern: Attention pattern; None means causal.
         rope: Tables for rotary position embeddings, or None.
         residual: Whether to add x to the output.
-        wanted: Sorted indices (n,), among all B·T tokens, of the tokens that the output projection receives; None
+        wanted: Sorted indices (n,) of the tokens to pass to the output projection, out of all B·T tokens; None
             selects all tokens.
 
     Raises:
@@ -280,7 +281,7 @@ def _back_to_projections(
     given: Tensor,
     heads: Sequence[Tensor],
     stats: tuple[Sequence[Tensor], Sequence[Tensor]],
-    saved: tuple[Tensor | None, ...],  # the attention output and the other results
+    saved: tuple[Tensor | None, ...],  # results of `attention.forward`, starting with the output
     form: _Form,
 ) -> list[Tensor]:
     """Return the gradients (N, width) of the outputs of the input projections.

@@ -81,7 +81,7 @@ def backward(dout: Tensor, operands: Operands, saved: tuple[Tensor, Tensor], int
 
 
 def _parts(q: Tensor, k: Tensor, pattern: Pattern) -> Iterator[_Part]:
-    """Yield parts that each cover one sequence, in all batch rows or, if heads are shared, in a single batch row."""
+    """Yield one part per sequence, covering all batch rows; if heads are shared, one per sequence and batch row."""
     for piece in pieces(q.shape[0], q.shape[2], pattern, rows_at_once=q.shape[0], join=0):
         if q.shape[1] == k.shape[1]:
             yield _Part(piece.batch, piece.tokens)

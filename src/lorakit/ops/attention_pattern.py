@@ -68,7 +68,7 @@ class Pattern:
         return low, high
 
     def bounds(self, lengths: tuple[int, ...], start: int, stop: int, low: int) -> Tensor:
-        """Return the range of positions that each of the rows [start, stop) of packed sequences sees.
+        """Return the range of positions seen by each of the rows [start, stop) in packed sequences.
 
         The result is an int32 tensor (2, rows): the first position that each row sees, and the end of its range, both
         relative to `low`. The tensor is cached and shared: do not write to it.
@@ -88,7 +88,7 @@ class Pattern:
         """Check that q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E) are valid operands under this pattern.
 
         Raises:
-            ValueError: Shapes or dtypes do not match, segments do not fill T, or a value in the pattern is out of
+            ValueError: Shapes or dtypes do not match, segments do not sum to T, or a value in the pattern is out of
                 range.
         """
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"

@@ -35,7 +35,7 @@ class Context(Protocol[State]):
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Return whether autograd is recording and any of the tensors (any shape) requires a gradient."""
+    """Return whether autograd is recording and any of the tensors (of any shape) requires a gradient."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

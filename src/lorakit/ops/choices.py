@@ -1,6 +1,6 @@
 """Autotuned kernel choices: which method to use for an operation of a given shape.
 
-Choices map the name of a shape to a method that was faster than the default when `lorakit.speed.tuning` measured both
+A choice maps the name of a shape to a method that was faster than the default when `lorakit.speed.tuning` measured both
 on this machine. A shape without an active choice uses the default method. All methods give the same results up to
 rounding.
 
@@ -36,7 +36,9 @@ NARROW = (torch.bfloat16, torch.float16)
 """Dtypes whose matmuls may be slower than fp32 matmuls."""
 
 IN_FP32 = " through fp32"  # prose-check: ok
-"""Suffix that marks choices to run matmuls in fp32. Their names are stored in checkpoints and in the cache."""
+"""Suffix that marks choices of the fp32 method ("fp32 choices"). Their names are stored in checkpoints and in the
+cache.
+"""
 
 BLOCK = 2048
 """Height and width of the blocks in which a weight is upcast. Only one block is upcast at a time, so that the output
@@ -57,11 +59,11 @@ _ACTIVE: ContextVar[Mapping[str, int]] = ContextVar("lorakit_choices", default=M
 def activate(choices: Mapping[str, int]) -> Iterator[None]:
     """Return a context manager that activates choices in the current thread.
 
-    The context must contain only complete training steps.
+    Each training step must run either entirely inside or entirely outside the context.
 
     Args:
-        choices: Dict from shape name to value. For a matmul, the value is the slice size in rows; for a choice to
-            run in fp32, it is 1; for attention, it is 1 for the flash kernel and 0 for matmuls.
+        choices: Dict from shape name to value. For a matmul, the value is the slice size in rows; for an fp32
+            choice, it is 1; for attention, it is 1 for the flash kernel and 0 for matmuls.
     """
     token = _ACTIVE.set(MappingProxyType(dict(choices)))
     try:
@@ -218,13 +220,13 @@ def matmul_name(rows: int, right: Tensor) -> str:
 
 
 def fp32_name(right: Tensor) -> str:
-    """Return the name of the choice to run matmuls with `right` (in, out) in fp32, for any number of rows."""
+    """Return the name of the fp32 choice for matmuls with `right` (in, out) and any number of rows."""
     inner, outer = (min(size, BLOCK) for size in right.shape)
     return fp32_choice(f"product {inner}x{outer} {_stored(right)}")
 
 
 def fp32_choice(name: str) -> str:
-    """Return the name of the choice to run matmuls of the given shape in fp32."""
+    """Return the name of the fp32 choice for the shape with the given name."""
     return name + IN_FP32
 
 

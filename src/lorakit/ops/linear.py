@@ -207,7 +207,7 @@ class Group:
     def _grads_a(
         self, x: Tensor, dh: dict[int, Tensor], stacked_dh: Tensor | None, owned: bool, spare: list[Tensor]
     ) -> dict[int, Tensor]:
-        """Return a dict from module index to s·dhᵀ·(D∘x), for each A that requires a gradient."""
+        """Return a dict from module index to the gradient of A, s·dhᵀ·(D∘x), for each A that requires a gradient."""
         grads: dict[int, Tensor] = {}
         if stacked_dh is not None and any(self.trains[j][0] for j in self.plain):
             ranks = [len(self.low[j].A) for j in self.plain]
@@ -226,8 +226,7 @@ class Group:
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield the index of each module in `dropping`, together with the module's input after dropout.
 
-        All of these inputs share one buffer, which remains in `spare`. If `owned` is true, the last input is written
-        over x instead.
+        The inputs share one buffer, which remains in `spare`. If `owned` is true, the last input overwrites x instead.
         """
         for j in dropping:
             if owned and j == dropping[-1]:

@@ -196,7 +196,7 @@ def layer_forward(x: Tensor, w: Tensor | None, bias: Tensor | None, eps: float) 
 
 
 def _rms(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float, eps: float | None) -> Tensor:
-    """Compute the RMS norm of x with the given rstd. If eps is not None, compute rstd first."""
+    """Compute the RMS norm of x from rstd. If eps is not None, first compute rstd from x and write it to `rstd`."""
     n, scratch = torch.empty_like(x), upcast_scratch(x)
     gain = _gain(w, offset, rstd.dtype) if offset else w
     for rows in slabs(x):

@@ -11,8 +11,8 @@ which all give the same results:
 - `sorted` groups the rows by adapter and runs one matmul per adapter. It is meant for many short rows, and for a single
   adapter.
 - `compiled` reads each row's factors in place, with one kernel for both shrink and expand, as BGMV does. It is meant
-  for a few short rows without gradients, and requires a kernel. In a decoding step with many rows and many adapters, it
-  reads the factors only once.
+  for short rows without gradients, with few rows per adapter, and requires a kernel. Because it does not copy the
+  factors, it reads them only once, even in a decoding step with many rows and many adapters.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Routed:
 
     @cached_property
     def in_place(self) -> bool:
-        """Return whether each adapter has exactly one row, in order, ignoring rows without an adapter."""
+        """Return whether each adapter has exactly one row, in adapter order, ignoring rows without an adapter."""
         return [k for k in self.index.tolist() if k >= 0] == list(range(self.adapters))
 
     @cached_property
@@ -154,7 +154,7 @@ def segmented(
     if needs_gradient(x, A, B, into):
         if method == "compiled":
             raise ValueError(
-                'method="compiled" records no gradient; omit the method, or disable gradients with torch.no_grad()'
+                'method="compiled" does not record gradients; omit the method, or disable them with torch.no_grad()'
             )
         return _Segmented.apply(into, x, A, B, scales, (rows, method, x.dtype))
     with without_autocast(x):
@@ -224,8 +224,8 @@ class _Call(NamedTuple):
 class _Products(NamedTuple):
     """The three matmuls of a method.
 
-    Wide rows are (served, T, in or out), and stacks are (K, r, in or out). The shape of low-rank activations depends on
-    the method.
+    Wide rows are (served, T, in or out), where `served` is the number of rows that the method processes; stacks are
+    (K, r, in or out). The shape of low-rank activations depends on the method.
     """
 
     shrink: Callable[[Tensor, Tensor, _Call], Tensor]  # wide rows, stack -> low-rank activation, scaled
@@ -327,12 +327,12 @@ def _rows_expand(h: Tensor, stack: Tensor, call: _Call, wide: Tensor | None) -> 
 
 
 def _scaled(h: Tensor, call: _Call) -> Tensor:
-    """Multiply (rows, T, r) by the scale of each row's adapter."""
+    """Multiply h (rows, T, r) by the scale of each row's adapter."""
     return h if call.scales is None else h.mul_(call.scales[:, None, None])
 
 
 def _of_rows(stack: Tensor, call: _Call) -> Tensor:
-    """Return each row's factor (rows, r, in); this makes a copy unless each adapter has exactly one row, in order."""
+    """Return each row's factor (rows, r, in). This makes a copy unless `Routed.in_place` is true."""
     return stack if call.rows.in_place else stack.index_select(0, call.adapter)
 
 

@@ -50,7 +50,7 @@ def weight_format_of(module: nn.Module, parameter: str = "weight", as_stored: bo
     """Return the storage format of a module's parameter; the parameter's type takes precedence over the module's.
 
     Args:
-        module: A module of the base.
+        module: A module of the base model.
         parameter: Name of the parameter.
         as_stored: Whether to use the stored weight without transposing it, even if the module stores it as (in, out).
     """
@@ -65,7 +65,7 @@ def is_computed(module: nn.Module, parameter: str = "weight") -> bool:
     """Return whether a parameter is computed by torch.nn.utils.parametrize.
 
     Args:
-        module: A module of the base.
+        module: A module of the base model.
         parameter: Name of the parameter.
     """
     return PARAMETRISED in module._modules and parameter not in module._parameters
@@ -82,10 +82,10 @@ def _registered(module: nn.Module, parameter: str) -> WeightFormat[Any, Any]:
 
 
 def disable_repacking(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Keep modules from rewriting their own weights in a forward pass; some quantized modules do so in eval mode.
+    """Keep modules from repacking their weights in a forward pass, as some quantized modules do in eval mode.
 
     Args:
-        modules: All modules of a model; the values of the weights do not change.
+        modules: All modules of a model. The values of their weights do not change.
 
     Returns:
         The modules that would have repacked their weights, to be passed to `allow_repacking`.

@@ -101,7 +101,7 @@ class _Format(WeightFormat[M, S]):
     """Base class of the 4-bit and 8-bit formats, with the conversion to a plain module."""
 
     def dense(self, module: M, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
-        """Return a plain module with a weight (out, in): a Conv1D if it was originally one, else an nn.Linear."""
+        """Return a plain module with a weight (out, in): a Conv1D if `module` replaced one, else an nn.Linear."""
         before: type[nn.Module] = getattr(module, "source_cls", nn.Linear)
         if before.__name__ != CONV1D:
             return linear_with(module, canonical, dtype)
@@ -113,7 +113,7 @@ class _Format(WeightFormat[M, S]):
 
 
 class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
-    """A parameter of 4-bit codes with its `quant_state`."""
+    """A parameter that holds 4-bit codes, with its `quant_state`."""
 
     def stored(self, module: Linear4bit, parameter: str) -> Params4bit:
         """Return the parameter itself."""
@@ -152,7 +152,7 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
         return _parameter(like, packed, made)
 
     def put_stored(self, module: Linear4bit, parameter: str, stored: Params4bit) -> None:
-        """Make a stored weight the parameter of a layer."""
+        """Set the parameter of a layer to a stored weight."""
         module._parameters["weight"] = stored
         module.quant_state = stored.quant_state
 
@@ -165,7 +165,7 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
         return (stored.data, state.absmax, state.code, *inner)
 
     def values(self, stored: Params4bit, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return elements (n,), each a decoded value times its block's scale, and bounds on their errors, (n,).
+        """Return weight elements (n,), each a decoded value times its block's scale, and bounds on their errors (n,).
 
         A byte holds two codes, the earlier one in its upper half.
         """
@@ -180,7 +180,7 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
         if state.nested:
             outer = state.state2
             scales = outer.code[state.absmax[blocks].long()] * outer.absmax[blocks // outer.blocksize] + state.offset
-            gap = outer.code.sort().values.diff().max() / 2  # the error of a scale that is stored in one byte
+            gap = outer.code.sort().values.diff().max() / 2  # the error from storing a scale in one byte
             slack = gap * outer.absmax[blocks // outer.blocksize]
         else:
             scales, slack = state.absmax[blocks].float(), 0.0
@@ -213,11 +213,11 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
 
 
 class EightBitFormat(_Format["Linear8bitLt", EightBit]):
-    """A parameter of int8 values with one scale per row."""
+    """A parameter that holds int8 values, with one scale per row."""
 
     def stored(self, module: Linear8bitLt, parameter: str) -> EightBit:
         """Return the parameter with its values and scales."""
-        if module.weight.CB is not None:  # moves the scales to the state, as the first forward pass does
+        if module.weight.CB is not None:  # move the scales to the module's state, as the first forward pass would
             module.init_8bit_state()
         return EightBit(module.weight, module.weight.data, module.state.SCB)
 
@@ -255,7 +255,7 @@ class EightBitFormat(_Format["Linear8bitLt", EightBit]):
         return (stored.values,) if stored.scales is None else (stored.values, stored.scales)
 
     def values(self, stored: EightBit, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return elements (n,), and one quantization step as the bound on each error, (n,)."""
+        """Return weight elements (n,) and bounds on their errors (n,): one quantization step each."""
         if stored.scales is None:
             return exact_values(stored.values, positions)
         columns = stored.values.shape[1]

@@ -90,10 +90,10 @@ class HQQFormat(WeightFormat["HQQLinear", HQQWeight]):
         return (stored.packed, *(entry for entry in stored.meta.values() if isinstance(entry, Tensor)))
 
     def values(self, stored: HQQWeight, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return elements (n,) as (code − zero) · scale, and one quantization step as the bound on each error, (n,).
+        """Return weight elements (n,), each equal to (code − zero) · scale, and bounds on their errors (n,).
 
         With 4 bits, the upper nibbles hold the codes of the first half of the groups. HQQ does not minimize the
-        largest error, but no error exceeds one step.
+        largest error, but no error exceeds one quantization step, which is returned as the bound.
         """
         meta = stored.meta
         bits, group = meta["nbits"], meta["group_size"]

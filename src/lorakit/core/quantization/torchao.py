@@ -22,14 +22,14 @@ _INT8 = "Int8Tensor"
 
 
 def int8_config() -> Int8WeightOnlyConfig:
-    """Return torchao's config for 8-bit weights with one scale per row and unquantized activations."""
+    """Return torchao's config for int8 weight-only quantization with one scale per row."""
     from torchao.quantization import Int8WeightOnlyConfig
 
     return Int8WeightOnlyConfig()
 
 
 def int8_linear(linear: nn.Linear) -> nn.Module:
-    """Return a dense layer with an int8 weight.
+    """Return a copy of a dense layer with an int8 weight.
 
     Args:
         linear: The dense layer, which keeps its own weight.
@@ -53,7 +53,7 @@ def _quantized(weight: Tensor) -> nn.Parameter:
 
 
 class TorchaoFormat(PlainFormat):
-    """A parameter of one of torchao's tensor subclasses."""
+    """A parameter whose type is one of torchao's tensor subclasses."""
 
     quantized = True
 
@@ -83,7 +83,7 @@ class TorchaoFormat(PlainFormat):
         return _quantized(canonical.to(device=like.device, dtype=like.dtype))
 
     def put_stored(self, module: nn.Module, parameter: str, stored: TorchAOBaseTensor) -> None:
-        """Make a stored weight (out, in) the module's parameter."""
+        """Set the module's parameter to a stored weight (out, in)."""
         module._parameters[parameter] = stored
 
     def dense(self, module: nn.Module, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
@@ -97,7 +97,7 @@ class TorchaoFormat(PlainFormat):
         return tuple(getattr(stored, name) for name in names)
 
     def values(self, stored: TorchAOBaseTensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return elements (n,) and bounds on their errors, (n,): one quantization step for int8, otherwise infinite."""
+        """Return weight elements (n,) and error bounds (n,): one quantization step for int8, otherwise infinity."""
         positions = positions.to(stored.device)
         if type(stored).__name__ != _INT8:
             values = _dequantized(stored).reshape(-1)[positions]

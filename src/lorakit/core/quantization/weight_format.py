@@ -1,8 +1,8 @@
 """`WeightFormat`: conversion between a weight's stored form and its canonical form.
 
-A canonical weight is in fp32 or wider, and its leading axis is the output axis. Only the format handles what a module
-stores (one tensor, or several packed ones): it gets, reads, creates and replaces stored weights. A format does not
-depend on A, B or adapters.
+A canonical weight is in fp32 or wider, and its leading axis is the output axis. Only a format knows how a module stores
+its weight (as one tensor, or as several packed ones): it gets, reads, creates and replaces stored weights. A format
+does not depend on A, B or adapters.
 
 The formats in this file store weights as plain floating-point tensors, transposed or not.
 """
@@ -53,7 +53,7 @@ def exact_values(stored: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_with(module: nn.Module, canonical: Tensor, dtype: torch.dtype) -> nn.Linear:
-    """Return a plain nn.Linear with the given weight (out, in) and dtype and `module`'s bias and training mode."""
+    """Return an nn.Linear with the given weight (out, in) and dtype, and the bias and training mode of `module`."""
     made = nn.Linear(1, 1, bias=False, device="meta")
     made.out_features, made.in_features = canonical.shape
     made.weight = nn.Parameter(canonical.to(dtype), requires_grad=False)
@@ -71,7 +71,7 @@ class WeightFormat(Generic[M, S]):
         name: Name of the format in messages.
         types: Types of the weight, or of the module that holds it, as dotted names.
         transposed: Whether the stored weight is (in, out), both in memory and in weight files.
-        written: Whether a new weight can be stored.
+        written: Whether a new weight can be written to the module.
         quantized: Whether writing a weight loses more precision than rounding it to a floating-point dtype.
     """
 
@@ -87,7 +87,7 @@ class WeightFormat(Generic[M, S]):
 
     @abstractmethod
     def read(self, module: M, stored: S) -> Tensor:
-        """Return the canonical weight in fp32 or wider; its shape is (out, in) unless the kind defines another."""
+        """Return the canonical weight in fp32 or wider, (out, in) unless the layer type defines another shape."""
 
     @abstractmethod
     def write(self, module: M, like: S, canonical: Tensor) -> S:
@@ -99,7 +99,7 @@ class WeightFormat(Generic[M, S]):
 
     @abstractmethod
     def tensors(self, stored: S) -> tuple[Tensor, ...]:
-        """Return the tensors of a stored weight, of any shape, starting with the values."""
+        """Return the tensors that make up a stored weight, starting with the values; they can have any shape."""
 
     @abstractmethod
     def values(self, stored: S, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,7 +126,7 @@ class WeightFormat(Generic[M, S]):
         return linear_with(module, canonical, dtype)
 
     def disable_repacking(self, module: M) -> bool:
-        """Keep a module from rewriting its own weight in a forward pass; return whether it would have done so."""
+        """Keep a module from repacking its weight in a forward pass; return whether it would have repacked it."""
         return False
 
     def allow_repacking(self, module: M) -> None:
@@ -140,7 +140,7 @@ class PlainFormat(WeightFormat[nn.Module, Tensor]):
 
     def stored(self, module: nn.Module, parameter: str) -> Tensor:
         """Return the tensor, of any shape."""
-        tensor: Tensor = getattr(module, parameter)  # FSDP has plain tensors in _parameters during a forward pass
+        tensor: Tensor = getattr(module, parameter)  # FSDP puts plain tensors in _parameters during a forward pass
         return tensor.detach()
 
     def device(self, module: nn.Module, parameter: str) -> torch.device:

@@ -9,7 +9,8 @@ A directory is private if it belongs to the user and has mode 0700, and if each 
 root and is not writable by others. A parent with the sticky bit, such as /tmp, may be world-writable: only the owner of
 an entry can rename or remove it, and the owner of each entry is checked too. After the check, no other user can replace
 any part of the path, so it is safe to use the path by name. The check cannot detect mounts over a path, actions by
-root, or access control lists that the mode bits do not show. (POSIX lists show in the group bits; NFSv4 lists do not.)
+root, or access control lists that are not reflected in the mode bits. (POSIX lists are, in the group bits; NFSv4
+lists are not.)
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ class CompiledKernels:
         rot = tables[-1]
         table_rows = cos.numel() // max(rot, 1)
         if rot % 2 or rot > width or table_rows not in (tokens, batch * tokens):
-            raise ValueError(f"cos {tuple(tables)}: expected (1 or B, T, even rot) for x {tuple(shape)}")
+            raise ValueError(f"cos {tuple(tables)}: expected (1 or B, T, rot) with rot even, for x {tuple(shape)}")
         given = self._pointer("x", x, dtype, shape, _heads_together(x)), x.stride(1)
         angles = self._pointer("cos", cos, dtype, tables), self._pointer("sin", sin, dtype, tables), table_rows
         sizes = (batch * tokens, heads, width, rot, interleaved, back)

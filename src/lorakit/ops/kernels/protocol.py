@@ -1,9 +1,9 @@
 """Interface of the compiled kernels. If no kernels are available, PyTorch operations compute the same results.
 
 All tensors are on the same device and contiguous, except that `rotate` also accepts strided tokens. Rows are (N, d).
-Inputs and outputs have the dtype of the call: fp32, bf16 or, on CUDA, fp16. Row statistics and intermediate results are
-fp32; intermediate results are rounded only where stated. The caller allocates outputs. An output may alias an input
-only where stated.
+In each call, inputs and outputs have the same dtype: fp32, bf16 or, on CUDA, fp16. Row statistics and intermediate
+results are fp32; intermediate results are rounded only where stated. The caller allocates outputs. An output may alias
+an input only where stated.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class TritonKernels:
             programs.rotate[grid](x, cos, sin, out, *numbers, **flags, **sizes, **rest, **OPTIONS)
 
     def drop(self, x: Tensor, p: float, seed: Tensor, scale: float, out: Tensor) -> None:
-        """Write scale·x (any shape) to `out`, which may be x, with zeros for the elements dropped by the seed (1,)."""
+        """Write scale·x (any shape) to `out`, which may be x, with zeros for dropped elements; seed is (1,)."""
         with _on(x):
             programs.drop[_blocks(x)](
                 x, out, seed, x.numel(), round(p * 2**24), float(scale), BLOCK=ELEMENTWISE, **OPTIONS

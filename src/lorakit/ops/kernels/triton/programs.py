@@ -3,7 +3,7 @@
 - Activations and their gradients are computed in one pass and rounded once. [docs/math.md (78), (79)]
 - Cross-entropy takes two passes over a row of logits, and overwrites the row with its gradient. [docs/math.md (75)]
 - RMS norm processes several whole rows per program, with intermediate results in fp32. [docs/math.md (76)]
-- Each rotary program processes heads of one token, and reads them before it overwrites them. [docs/math.md (80)]
+- Each rotary program processes several heads of one token, reading them before overwriting them. [docs/math.md (80)]
 - Each softmax program computes one row of attention scores, or its gradient, in place. [docs/math.md (81), (82)]
 
 Whether dropout drops an element depends only on the seed and the element's position, so only the seed is saved. Random
