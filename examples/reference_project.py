@@ -224,8 +224,8 @@ def memorize_part(sizes: Sizes, quick: bool) -> None:
     print("| perplexity | before | after |\n|---|---|---|")
     for label, was, now in zip(("the trained text", "held-out topics"), before, after, strict=True):
         print(f"| {label} | {was:.2f} | {now:.2f} |")
-    harm = "It rose: memorizing one text harms others." if after[1] > before[1] else "It fell."
-    print("\nThe first row shows memorization. Only the second shows generalization.", harm)
+    trend = "rose: memorizing one text makes the model worse on others" if after[1] > before[1] else "fell"
+    print("\nThe first row shows memorization. Only the second shows generalization.", f"Perplexity there {trend}.")
     print()
     with tempfile.TemporaryDirectory() as folder:
         sizes_on_disk(model, trained.optimizer, Path(folder))

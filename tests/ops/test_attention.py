@@ -84,10 +84,22 @@ def with_way(pattern: Pattern, method: str) -> Pattern:
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize(("heads", "kv"), HEADS)
 def test_products(name: str, heads: int, kv: int, block: int) -> None:
-    given, pattern = operands(heads, kv), with_way(PATTERNS[name], "products")
+    given, pattern = operands(heads, kv), with_way(PATTERNS[name], "matmul")
     out, expected = attention(*given, pattern), reference(*given, pattern)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradients(out, given), gradients(expected, given), rtol=1e-12, atol=1e-12)
+
+
+def test_products_in_fp32_do_not_narrow_float64() -> None:
+    given = operands(4, 2)
+    found, expected = (attention(*given, Pattern(method=method)) for method in ("matmul_fp32", "matmul"))  # type: ignore[arg-type]
+    assert torch.equal(found, expected)
+    assert all(map(torch.equal, gradients(found, given), gradients(expected, given)))
+
+
+def test_an_unknown_method_is_named_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"method is 'products'.*auto, flash, matmul, matmul_fp32"):
+        attention(*operands(2, 1), Pattern(method="products"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", FLASH)

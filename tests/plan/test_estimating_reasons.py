@@ -16,7 +16,7 @@ def _reasons(name: str = "gpt2", **fields: Any) -> str:
 def test_the_c_proj_case_is_said_in_words() -> None:
     told = _reasons(target_modules=["c_attn", "c_proj"], lora_dropout=0.05)
     assert "'c_proj' matches 2 different modules, in the attention and MLP blocks" in told
-    assert "attn.c_proj (768→768, 12 × Conv1D), 12,288 each and mlp.c_proj (3,072→768, 12 × Conv1D), 30,720" in told
+    assert "attn.c_proj (768→768, 12 × Conv1D), 12,288 each; mlp.c_proj (3,072→768, 12 × Conv1D), 30,720" in told
     assert "12 × (24,576 + 12,288 + 30,720) = 811,008" in told
     assert 'Dropout has no parameters, and bias "none" adds none.' in told
 

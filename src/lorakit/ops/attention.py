@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.ops import attention_flash, attention_products, choices
-from lorakit.ops.attention_pattern import Operands, Pattern
+from lorakit.ops.attention_pattern import Method, Operands, Pattern
 from lorakit.ops.autograd import Context, autocast, needs_gradient, without_autocast
 
 # On a CPU, PyTorch's flash kernel is used if the longest sequence has at least this many tokens. On processors without
@@ -43,8 +45,10 @@ def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
     """Return the attention method to use for a pattern, q (B, H, T, D) and v (B, KV, T, E); the result is never "auto".
 
     Raises:
-        ValueError: The pattern requests "flash", but the flash kernels do not support the pattern.
+        ValueError: The method is unknown, or is "flash" and the flash kernels do not support the pattern.
     """
+    if pattern.method not in get_args(Method):
+        raise ValueError(f"method is {pattern.method!r}; it must be one of {', '.join(get_args(Method))}")
     possible = attention_flash.takes(q, v, pattern)
     if pattern.method == "flash" and not possible:
         raise ValueError(
@@ -52,6 +56,8 @@ def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
             "must have the same width as q; on a CPU, they do not support a window either; on CUDA, they do not "
             "support a bias, and they require fp16 or bf16. Use method='auto' or method='matmul'"
         )
+    if pattern.method == "matmul_fp32" and q.dtype == torch.float64:
+        return "matmul"  # fp32 would be narrower
     if pattern.method != "auto":
         return pattern.method
     if q.device.type == "cuda":

@@ -318,7 +318,7 @@ def _entry(entry: str, groups: list[Group]) -> str:
     attention = [g.label for g in groups if "attn" in g.label or "attention" in g.label]
     mlp = [g.label for g in groups if "mlp" in g.label]
     where = ", in the attention and MLP blocks" if attention and mlp else ""
-    return f"{entry!r} matches {len(groups)} different modules{where}: {' and '.join(parts)}."
+    return f"{entry!r} matches {len(groups)} different modules{where}: {'; '.join(parts)}."
 
 
 def _kinds(group: Group) -> str:

@@ -98,7 +98,7 @@ class HQQFormat(WeightFormat["HQQLinear", HQQWeight]):
         meta = stored.meta
         bits, group = meta["nbits"], meta["group_size"]
         if _has_packed_scales(meta) or meta["axis"] != 1 or bits not in (4, 8) or meta["view_as_float"]:
-            empty = torch.zeros(positions.shape)
+            empty = torch.zeros(positions.shape, device=stored.packed.device)
             return empty, torch.full_like(empty, torch.inf)
         packed = stored.packed
         positions = positions.to(packed.device)
