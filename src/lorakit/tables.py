@@ -132,11 +132,7 @@ def format_count(number: int, singular: str, plural: str | None = None) -> str:
 
 
 def columns(
-    header: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    left: Sequence[int] | None = None,
-    width: int | None = None,
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int] | None = None, width: int | None = None
 ) -> str:
     """Format a table with aligned columns and a rule below the header.
 

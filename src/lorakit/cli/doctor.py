@@ -277,10 +277,7 @@ def _kernels() -> tuple[str, Mapping[str, str], tuple[str, ...]]:
 
     from lorakit.ops.kernels import compiled, triton
 
-    lacks = {
-        "compiler": compiled.lacks_compiler(),
-        "triton": torch.cuda.device_count() > 0 and triton.lacks_package(),
-    }
+    lacks = {"compiler": compiled.lacks_compiler(), "triton": torch.cuda.device_count() > 0 and triton.lacks_package()}
     return compiled.describe(), _cuda_kernels(), tuple(name for name, is_missing in lacks.items() if is_missing)
 
 

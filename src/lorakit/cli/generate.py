@@ -57,8 +57,7 @@ class Flags:
     system: Annotated[str | None, Parameter(help="System message before the user's turn.")] = None
     max_new_tokens: Annotated[int, Parameter(help="Maximum length of an answer in tokens.")] = 256
     temperature: Annotated[
-        float,
-        Parameter(help="Sampling temperature; 0 selects the most likely token, so answers are reproducible."),
+        float, Parameter(help="Sampling temperature; 0 selects the most likely token, so answers are reproducible.")
     ] = 0.0
     top_p: Annotated[
         float, Parameter(help="Sample from the smallest set of tokens that reaches this total probability.")

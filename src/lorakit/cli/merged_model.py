@@ -214,10 +214,7 @@ def record(request: MergeRequest, done: Merged, probe: Probe) -> dict[str, Any]:
         "quantization": None if request.quantization is None else hub.quantization_metadata(request.quantization),
         "untied": done.untied,
         "probe": asdict(probe),
-        "survived": {
-            "mean": done.report.retained,
-            "worst": min((site.retained for site in sites), default=1.0),
-        },
+        "survived": {"mean": done.report.retained, "worst": min((site.retained for site in sites), default=1.0)},
         "sites": {site.path: {"survived": site.retained, "changed": site.changed} for site in sites},
     }
 

@@ -128,8 +128,7 @@ def run(
     /,
     *,
     ranks: Annotated[
-        list[str] | None,
-        Parameter(help="Ranks for a table of parameter counts, such as 4,8,16,32. Default: no table."),
+        list[str] | None, Parameter(help="Ranks for a table of parameter counts, such as 4,8,16,32. Default: no table.")
     ] = None,
     json: console.JsonFlag = False,
     verbose: console.VerboseFlag = False,

@@ -193,8 +193,7 @@ def check_together(config: LoraConfig) -> None:
         )
     if config.layers_pattern and config.layers_to_transform is None:
         raise ConfigError(
-            "When `layers_pattern` is specified, `layers_to_transform` must also be specified.",
-            field="layers_pattern",
+            "When `layers_pattern` is specified, `layers_to_transform` must also be specified.", field="layers_pattern"
         )
     if config.use_dora and config.megatron_config:
         raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.", field="use_dora")

@@ -186,12 +186,7 @@ CLASSES: Mapping[str, str] = {
 
 
 def load_base(
-    name: str,
-    *,
-    task: str | None,
-    written_class: tuple[str, str],
-    tokenizer_folder: Path,
-    options: Mapping[str, Any],
+    name: str, *, task: str | None, written_class: tuple[str, str], tokenizer_folder: Path, options: Mapping[str, Any]
 ) -> PreTrainedModel:
     """Load an adapter's base, and enlarge its embeddings if the tokenizer saved with the adapter needs more rows.
 

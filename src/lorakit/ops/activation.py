@@ -80,9 +80,7 @@ ACTIVATIONS: dict[str, Activation] = {
         lambda dy, x, out: aten.gelu_backward.grad_input(dy, x, approximate="tanh", grad_input=out),
     ),
     "quick_gelu": Activation(
-        "quick_gelu",
-        _quick_gelu,
-        lambda dy, x, out: aten.silu_backward.grad_input(dy, x * QUICK, grad_input=out),
+        "quick_gelu", _quick_gelu, lambda dy, x, out: aten.silu_backward.grad_input(dy, x * QUICK, grad_input=out)
     ),
     "relu": Activation(
         "relu",

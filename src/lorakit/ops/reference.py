@@ -134,12 +134,7 @@ def visible(pattern: Pattern, tokens: int, device: torch.device | str = "cpu") -
 
 
 def attention_block(
-    x: Tensor,
-    block: SelfAttention,
-    pattern: Pattern,
-    rope: Rotary | None,
-    residual: bool,
-    wanted: Tensor | None = None,
+    x: Tensor, block: SelfAttention, pattern: Pattern, rope: Rotary | None, residual: bool, wanted: Tensor | None = None
 ) -> Tensor:
     """Compute the attention sublayer without dropout: x (B, T, d) -> (B, T, d), or (n, d) if `wanted` is given."""
     n = x if block.norm is None else norm(x, block.norm)

@@ -57,10 +57,7 @@ LAYERS: tuple[tuple[Sublayer, Sublayer], ...] = (
         Sublayer("input_layernorm", "attention", dropout="post_attention_dropout"),
         Sublayer("post_attention_layernorm", "mlp", dropout="post_mlp_dropout"),
     ),
-    (
-        Sublayer("self_attn_layer_norm", "self_attn", share="dropout"),
-        Sublayer("final_layer_norm", "", share="dropout"),
-    ),
+    (Sublayer("self_attn_layer_norm", "self_attn", share="dropout"), Sublayer("final_layer_norm", "", share="dropout")),
 )
 """Supported structures. The children of a layer must be exactly those named in one of the structures."""
 

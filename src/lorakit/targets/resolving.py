@@ -323,10 +323,7 @@ def _layer_filter(config: LoraConfig) -> Callable[[str], bool]:
 
 
 def _unmatched(
-    candidates: Sequence[Candidate],
-    config: LoraConfig,
-    found: Sequence[tuple[Candidate, str]],
-    bare: Sequence[Match],
+    candidates: Sequence[Candidate], config: LoraConfig, found: Sequence[tuple[Candidate, str]], bare: Sequence[Match]
 ) -> list[Unmatched]:
     targeted = [candidate.path for candidate, _ in found]
     everything = [candidate.path for candidate in candidates]

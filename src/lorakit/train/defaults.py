@@ -105,10 +105,7 @@ DEFAULTS: dict[str, Default] = {
         "lorafa saves memory, because only A's gradient needs the layer input, but learns slightly less",
     ),
     "learning_rate": Default(
-        "Peak learning rate",
-        3e-4,
-        "ten times that of full fine-tuning, as is typical for LoRA with alpha = 2r",
-        "3e-4",
+        "Peak learning rate", 3e-4, "ten times that of full fine-tuning, as is typical for LoRA with alpha = 2r", "3e-4"
     ),
     "loraplus_lr_ratio": Default(
         "Ratio of B's learning rate to A's (LoRA+)", None, "A and B share one rate; LoRA+ uses 4 to 16", "1", float

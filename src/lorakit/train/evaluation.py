@@ -123,9 +123,7 @@ class EvalSettings:
 
 
 def compare(
-    settings: EvalSettings,
-    say: Callable[[str], None] = lambda _: None,
-    detail: Callable[[str], None] = lambda _: None,
+    settings: EvalSettings, say: Callable[[str], None] = lambda _: None, detail: Callable[[str], None] = lambda _: None
 ) -> list[tuple[str, Evaluation]]:
     """Measure a base model's loss, alone and with each adapter, on the same tokens.
 

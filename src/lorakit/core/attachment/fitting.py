@@ -100,10 +100,7 @@ class Fit:
 
 
 def fit(
-    tensors: Mapping[str, Tensor],
-    config: LoraConfig,
-    index: AdapterIndex,
-    bare: Mapping[str, TargetWeight],
+    tensors: Mapping[str, Tensor], config: LoraConfig, index: AdapterIndex, bare: Mapping[str, TargetWeight]
 ) -> Fit:
     """Find the site of every tensor.
 

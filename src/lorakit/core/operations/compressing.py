@@ -23,12 +23,7 @@ from lorakit.errors import NotYetSupported
 
 
 def compress(
-    model: nn.Module,
-    adapter: str,
-    name: str = "compressed",
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
+    model: nn.Module, adapter: str, name: str = "compressed", *, rank: int | None = None, energy: float | None = None
 ) -> OperationReport:
     """Compress an adapter, and add the result to the model as a frozen, inactive adapter.
 
@@ -150,8 +145,7 @@ def _dense_update(path: str, factor: SiteFactors, reading: Callable[[str], Readi
     product = factor.product()
     if product.A.shape[0] > 1:
         raise NotYetSupported(
-            f"{path}: {variant.title} on a grouped convolution cannot be converted to plain LoRA.",
-            where=path,
+            f"{path}: {variant.title} on a grouped convolution cannot be converted to plain LoRA.", where=path
         )
     base = reading(path)
     W = base.W

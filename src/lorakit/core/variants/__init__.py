@@ -13,17 +13,7 @@ from lorakit.core.variants.bdlora import BDLORA
 from lorakit.core.variants.dora import DORA
 from lorakit.core.variants.kasa import KASA
 from lorakit.core.variants.lora import PLAIN
-from lorakit.core.variants.variant import (
-    NO_SETTING,
-    NO_TENSORS,
-    Addend,
-    At,
-    Factor,
-    OwnTensor,
-    Setting,
-    Start,
-    Variant,
-)
+from lorakit.core.variants.variant import NO_SETTING, NO_TENSORS, Addend, At, Factor, OwnTensor, Setting, Start, Variant
 from lorakit.errors import ConfigError
 
 __all__ = [

@@ -88,9 +88,7 @@ def built(define: str) -> Built:
 def _without(why: str) -> Built:
     """Log a warning that the kernels could not be built, and return a `Built` without a library."""
     logging.getLogger(__name__).warning(
-        "CPU kernels are not available, falling back to PyTorch: %s (set %s=off to silence this warning)",
-        why,
-        SWITCH,
+        "CPU kernels are not available, falling back to PyTorch: %s (set %s=off to silence this warning)", why, SWITCH
     )
     return Built(None, why)
 
