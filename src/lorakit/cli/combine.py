@@ -52,7 +52,7 @@ class Flags:
         str | None, Parameter(help="Base model; required only for DoRA, which depends on the base's weights.")
     ] = None
     allow_base_mismatch: Annotated[
-        bool, Parameter(negative=(), help="Combine adapters for different bases or tasks.")
+        bool, Parameter(negative=(), help="Combine adapters for different base models or tasks.")
     ] = False
     allow_key_mismatch: Annotated[bool, Parameter(negative=(), help="Combine adapters with no common sites.")] = False
     allow_nonfinite: Annotated[bool, Parameter(negative=(), help="Keep a result that has NaN or infinite values.")] = (

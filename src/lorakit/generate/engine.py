@@ -330,7 +330,7 @@ def _scope(
 
 
 def _names(model: nn.Module, adapters: Sequence[str | None] | None, rows: int) -> list[tuple[str, ...]]:
-    """Return the names of the adapters that are active in each row."""
+    """Return the names of the adapters that are active for each row."""
     if adapters is None:
         state = find_state(model)
         active = None if state is None else state.active()

@@ -121,7 +121,7 @@ def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = Fals
 
 
 def call_loader(source: ModelSource, load: Callable[..., Loaded]) -> Loaded:
-    """Call a transformers loader without running a model's own code.
+    """Call a transformers loader without running custom code from the model's repository.
 
     Args:
         source: The source of the model.
@@ -141,10 +141,10 @@ def call_loader(source: ModelSource, load: Callable[..., Loaded]) -> Loaded:
 
 
 def _brings_own_code(cause: Exception) -> bool:
-    """Return whether transformers rejected a model because it would have to run the model's own code.
+    """Return whether transformers rejected a model because it would have to run the model's custom code.
 
     This is the only function that parses an error message from transformers. Parsing is necessary, because the error is
-    a plain ValueError without attributes, and because checking the config is not enough: a model with its own code may
+    a plain ValueError without attributes, and because checking the config is not enough: a model with custom code may
     also load without that code.
     """
     return isinstance(cause, ValueError) and "trust_remote_code" in str(cause)

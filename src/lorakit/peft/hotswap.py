@@ -246,7 +246,7 @@ def _pad(layer: LoraLayer, target_rank: int) -> None:
 
 
 def _fill(target: Tensor, tensor: Tensor, groups: int) -> None:
-    """Copy a tensor of any shape into the leading part of a larger one; copy a grouped convolution's A by group."""
+    """Copy a tensor of any shape into the leading part of a larger one, group by group if there are groups."""
     if groups > 1:
         target, tensor = (one.view(groups, one.shape[0] // groups, *one.shape[1:]) for one in (target, tensor))
     target[tuple(slice(size) for size in tensor.shape)].copy_(tensor)

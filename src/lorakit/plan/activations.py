@@ -192,7 +192,7 @@ def family_of(shape: ModelShape) -> tuple[Family, bool]:
 
 
 def packs(shape: ModelShape) -> bool:
-    """Return whether accelerated batches of this model can be packed. [docs/math.md (36)]
+    """Return whether batches can be packed when this model is accelerated. [docs/math.md (36)]
 
     Args:
         shape: Shape of the model.

@@ -55,7 +55,7 @@ class Job:
         accelerated: Whether to use the fused forward passes of `lorakit.speed.accelerate` instead of transformers' own,
             and to compute the loss without storing all logits. `lorakit train` does both by default.
         mean_tokens: Mean number of tokens per row, excluding padding, or None if unknown. Accelerated rows are packed,
-            so padding takes no time; in other jobs, padding tokens count like any others.
+            so there is no padding to process; in other jobs, padding tokens count like any others.
 
     Raises:
         ConfigError: A value is below 1, `mean_tokens` is above `length_tokens`, or dtype, optimizer, recompute or

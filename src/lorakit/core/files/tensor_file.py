@@ -83,7 +83,7 @@ def read_tensors(path: str | os.PathLike[str], max_bytes: int = MAX_FILE_BYTES) 
         max_bytes: Maximum accepted file size in bytes.
 
     Returns:
-        The file's tensors (…), metadata and SHA-256.
+        The file's tensors, metadata and SHA-256.
 
     Raises:
         AdapterFileError: The file is missing or not a regular file, or its content is damaged or implausible; the

@@ -280,7 +280,7 @@ def trainable_copy(path: str, current: nn.Module) -> nn.Module:
 
     Raises:
         TargetError: The module contains sites or saved modules of another adapter.
-        ConfigTypeError: The module is a container, which is never called itself.
+        ConfigTypeError: The module is a container, which is never called directly.
     """
     original = current.original_module if isinstance(current, ModulesToSave) else current
     if isinstance(original, CONTAINERS):

@@ -114,7 +114,7 @@ class TokenAdapter(nn.Module):
         return table
 
     def with_rows(self, names: Sequence[str]) -> Tensor:
-        """Return the weight, (V, d), with the rows of some adapters inserted; gradients flow to these rows."""
+        """Return the weight, (V, d), with the rows of the given adapters substituted; gradients flow to these rows."""
         table = self.original()
         for name in names:
             if name in self.token_indices:

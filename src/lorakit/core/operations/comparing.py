@@ -93,8 +93,8 @@ def compare_folders(first: str | os.PathLike[str], second: str | os.PathLike[str
         second: Directory of the second adapter.
 
     Raises:
-        AdapterFileError: A directory is not an adapter, or is damaged.
-        AdapterError: The adapters change weights of different shapes at a site.
+        AdapterFileError: A directory does not contain an adapter, or a file is damaged.
+        AdapterError: The weights that the adapters change at a site have different shapes.
     """
     return compare_weights(weights_of_folder(first, ["nonfinite"]), weights_of_folder(second, ["nonfinite"]))
 

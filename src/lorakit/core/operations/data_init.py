@@ -234,7 +234,7 @@ def ranks_by_variance(
 
 
 def redistributed(config: LoraConfig, matches: Sequence[Match], ranks: Mapping[str, int]) -> LoraConfig:
-    """Return a copy of a config with new ranks, without the sites that get rank 0.   [docs/math.md (64)]
+    """Return a copy of a config with the new ranks, dropping sites whose rank is 0.   [docs/math.md (64)]
 
     Args:
         config: The original config; its `eva_config` determines whether the scales stay the same.

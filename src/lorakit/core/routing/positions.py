@@ -85,7 +85,7 @@ class InvocationHooks:
         given = ids if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point() else None
         inputs = inputs if given is None else given
         if not isinstance(inputs, Tensor) or inputs.ndim < 2:
-            return None  # fixed offsets apply unchanged; otherwise, a site that needs offsets raises an error
+            return None  # fixed offsets still apply; without any, a site that needs offsets raises an error
         cache = _cache(kwargs)
         rows, length = inputs.shape[:2]
         past = int(cache.get_seq_length()) if cache is not None else 0
