@@ -1,8 +1,8 @@
 """Weights quantized by bitsandbytes, to 4 bits (nf4, fp4) or 8 bits (one scale per row).
 
-This is the only module that imports bitsandbytes. A stored 4-bit weight is the parameter itself, which carries its
-`quant_state`. A stored 8-bit weight is the parameter together with the values and scales, because the module moves
-the values and scales between the parameter and the module's `state`.
+No other file imports bitsandbytes. A stored 4-bit weight is the parameter itself, which carries its `quant_state`. A
+stored 8-bit weight is the parameter together with the values and scales, because a `Linear8bitLt` moves the values and
+scales between its parameter and its `state`.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class EightBit(Packed):
 
     Attributes:
         parameter: The module's `Int8Params`.
-        values: The values, (out, in), int8; floating point before quantization.
-        scales: The largest magnitude in each row, (out,), fp32; None before quantization.
+        values: Weight values (out, in): int8, or floating-point before quantization.
+        scales: Largest magnitude in each row, (out,), in fp32; None before quantization.
     """
 
     parameter: Int8Params
@@ -59,7 +59,7 @@ def four_bit_linear(linear: nn.Linear, quant_type: str, double: bool) -> nn.Modu
         double: Whether to quantize the scales too.
 
     Returns:
-        A `Linear4bit` in the same mode as the dense layer.
+        A `Linear4bit` in the same mode (training or eval) as the dense layer.
     """
     import bitsandbytes as package
 
@@ -80,7 +80,7 @@ def eight_bit_linear(linear: nn.Linear) -> nn.Module:
         linear: The dense layer, which keeps its own weight.
 
     Returns:
-        A `Linear8bitLt` in the same mode as the dense layer.
+        A `Linear8bitLt` in the same mode (training or eval) as the dense layer.
     """
     import bitsandbytes as package
 
@@ -98,7 +98,7 @@ def _like(linear: nn.Linear, made: nn.Module) -> nn.Module:
 
 
 class _Format(WeightFormat[M, S]):
-    """Base class of the 4-bit and 8-bit formats, with the conversion to a plain module."""
+    """Base class of the 4-bit and 8-bit formats; implements the conversion to a plain module."""
 
     def dense(self, module: M, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
         """Return a plain module with a weight (out, in): a Conv1D if `module` replaced one, else an nn.Linear."""
@@ -113,7 +113,7 @@ class _Format(WeightFormat[M, S]):
 
 
 class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
-    """A parameter that holds 4-bit codes, with its `quant_state`."""
+    """Format of a parameter that holds 4-bit codes and carries a `quant_state`."""
 
     def stored(self, module: Linear4bit, parameter: str) -> Params4bit:
         """Return the parameter itself."""
@@ -157,7 +157,7 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
         module.quant_state = stored.quant_state
 
     def tensors(self, stored: Params4bit) -> tuple[Tensor, ...]:
-        """Return the packed codes, the scales and the tables that decode them; they can have any shape."""
+        """Return the packed codes, the scales and the decoding tables, which can have any shape."""
         state = stored.quant_state
         if state is None:
             return (stored.data,)
@@ -165,9 +165,10 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
         return (stored.data, state.absmax, state.code, *inner)
 
     def values(self, stored: Params4bit, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return weight elements (n,), each a decoded value times its block's scale, and bounds on their errors (n,).
+        """Return weight elements (n,) and bounds on their errors (n,).
 
-        A byte holds two codes, the earlier one in its upper half.
+        Each element is a decoded value times its block's scale. Each byte holds two codes, with the earlier code in
+        the upper four bits.
         """
         if stored.quant_state is None:
             return exact_values(stored.data, positions)
@@ -213,7 +214,7 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
 
 
 class EightBitFormat(_Format["Linear8bitLt", EightBit]):
-    """A parameter that holds int8 values, with one scale per row."""
+    """Format of a parameter that holds int8 values with one scale per row."""
 
     def stored(self, module: Linear8bitLt, parameter: str) -> EightBit:
         """Return the parameter with its values and scales."""
@@ -285,9 +286,9 @@ def _plain(weight: Params4bit) -> Params4bit:
 
 
 def _unpacked(weight: Params4bit) -> Params4bit:
-    """Return the plain form of a weight that was repacked for a CPU, with the same values bit for bit.
+    """Return the plain form of a weight that was repacked for a CPU, with bitwise identical values.
 
-    The repacked form interleaves 32 rows and stores the scales as (in/block, out) in bf16. The inverse conversion in
+    The repacked form interleaves rows in groups of 32 and stores the scales as (in/block, out) in bf16. The inverse conversion in
     bitsandbytes quantizes the scales again, which changes their values; this function instead converts the scales to
     fp32, without double quantization.
     """

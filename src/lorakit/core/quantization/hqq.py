@@ -39,11 +39,11 @@ def hqq_linear(linear: nn.Linear, bits: int, group_size: int) -> nn.Module:
 
     Args:
         linear: The dense layer, which this call freezes; the dtype of its weight becomes the compute dtype.
-        bits: 8 or 4.
+        bits: Number of bits per value, 8 or 4.
         group_size: Number of values that share a scale; it must divide the number of elements evenly.
 
     Returns:
-        An `HQQLinear` in the same mode as the dense layer.
+        An `HQQLinear` in the same mode (training or eval) as the dense layer.
     """
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
@@ -55,7 +55,7 @@ def hqq_linear(linear: nn.Linear, bits: int, group_size: int) -> nn.Module:
 
 
 class HQQFormat(WeightFormat["HQQLinear", HQQWeight]):
-    """The packed parameter of an `HQQLinear`, with its scales."""
+    """Format of the packed parameter of an `HQQLinear` and its scales."""
 
     def stored(self, module: HQQLinear, parameter: str) -> HQQWeight:
         """Return the packed weight of a layer."""

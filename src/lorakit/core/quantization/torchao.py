@@ -1,4 +1,4 @@
-"""Weights quantized by torchao, which are tensor subclasses that dequantize themselves.
+"""Weights quantized by torchao, stored in tensor subclasses that dequantize themselves.
 
 This is the only module that imports torchao. lorakit reads every format that torchao can dequantize. It writes only
 int8 with one scale per row, which is also the only torchao format that supports training.
@@ -35,7 +35,7 @@ def int8_linear(linear: nn.Linear) -> nn.Module:
         linear: The dense layer, which keeps its own weight.
 
     Returns:
-        An `nn.Linear` in the same mode as the given layer.
+        An `nn.Linear` in the same mode (training or eval) as the dense layer.
     """
     made = linear_with(linear, linear.weight.detach(), linear.weight.dtype)
     made.weight = _quantized(made.weight.detach())
@@ -53,7 +53,7 @@ def _quantized(weight: Tensor) -> nn.Parameter:
 
 
 class TorchaoFormat(PlainFormat):
-    """A parameter whose type is one of torchao's tensor subclasses."""
+    """Format of a parameter whose type is one of torchao's tensor subclasses."""
 
     quantized = True
 
@@ -77,8 +77,8 @@ class TorchaoFormat(PlainFormat):
         """
         if type(like).__name__ != _INT8 or like.act_quant_kwargs is not None or like.block_size[0] != 1:
             raise MergeError(
-                f"torchao's {type(like).__name__} cannot be written with these settings; only int8 weights with one "
-                "scale per row can be written. Merge with dense=True."
+                f"lorakit cannot write this torchao weight ({type(like).__name__}); it can write only int8 weights with "
+                "one scale per row. Merge with dense=True."
             )
         return _quantized(canonical.to(device=like.device, dtype=like.dtype))
 

@@ -1,8 +1,8 @@
 """`WeightFormat`: conversion between a weight's stored form and its canonical form.
 
 A canonical weight is in fp32 or wider, and its leading axis is the output axis. Only a format knows how a module stores
-its weight (as one tensor, or as several packed ones): it gets, reads, creates and replaces stored weights. A format
-does not depend on A, B or adapters.
+its weight (as one tensor or as several packed tensors), so only formats get, read, create and replace stored weights.
+Formats do not depend on adapters or their factors A and B.
 
 The formats in this file store weights as plain floating-point tensors, transposed or not.
 """
@@ -37,12 +37,12 @@ S = TypeVar("S", bound=Stored)
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:
-    """Return a tensor of any shape (…) in fp32, or unchanged if it is wider."""
+    """Return a tensor (any shape) in fp32, or unchanged if its dtype is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def exact_values(stored: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return elements of a plain weight, (n,), in fp32 or wider, and their errors, (n,), which are zero.
+    """Return elements (n,) of a plain weight, in fp32 or wider, and their errors (n,), which are zero.
 
     Args:
         stored: The weight, of any shape.
@@ -65,11 +65,11 @@ def linear_with(module: nn.Module, canonical: Tensor, dtype: torch.dtype) -> nn.
 
 @dataclass(frozen=True)
 class WeightFormat(Generic[M, S]):
-    """One way to store a weight. M is the type of the module that holds it, S the type of the stored weight.
+    """A way to store a weight. M is the type of the module that holds the weight; S is the type of the stored weight.
 
     Attributes:
         name: Name of the format in messages.
-        types: Types of the weight, or of the module that holds it, as dotted names.
+        types: Dotted names of the weight types or module types that use this format.
         transposed: Whether the stored weight is (in, out), both in memory and in weight files.
         written: Whether a new weight can be written to the module.
         quantized: Whether writing a weight loses more precision than rounding it to a floating-point dtype.
@@ -95,7 +95,7 @@ class WeightFormat(Generic[M, S]):
 
     @abstractmethod
     def put_stored(self, module: M, parameter: str, stored: S) -> None:
-        """Write a stored weight to a module; a plain parameter stays the same object."""
+        """Write a stored weight to a module. A plain parameter remains the same object; only its data is replaced."""
 
     @abstractmethod
     def tensors(self, stored: S) -> tuple[Tensor, ...]:
@@ -103,12 +103,12 @@ class WeightFormat(Generic[M, S]):
 
     @abstractmethod
     def values(self, stored: S, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return some elements of a stored weight and bounds on their quantization errors, both (n,).
+        """Return elements (n,) of a stored weight, and bounds (n,) on their quantization errors.
 
         Args:
             stored: The stored weight; only the requested elements are dequantized.
-            positions: Positions (n,) in the flattened canonical weight; for a plain weight, in the
-                flattened stored weight.
+            positions: Positions (n,) of the elements in the flattened canonical weight, or in the flattened stored
+                weight if the weight is plain.
         """
 
     def device(self, module: M, parameter: str) -> torch.device:
@@ -126,7 +126,7 @@ class WeightFormat(Generic[M, S]):
         return linear_with(module, canonical, dtype)
 
     def disable_repacking(self, module: M) -> bool:
-        """Keep a module from repacking its weight in a forward pass; return whether it would have repacked it."""
+        """Keep a module from repacking its weight in a forward pass; return whether the module would have done so."""
         return False
 
     def allow_repacking(self, module: M) -> None:
@@ -134,7 +134,7 @@ class WeightFormat(Generic[M, S]):
 
 
 class PlainFormat(WeightFormat[nn.Module, Tensor]):
-    """A floating-point tensor: a parameter, or the result of torch.nn.utils.parametrize, which cannot be written."""
+    """Format of a floating-point tensor: a parameter, or the result of a parametrization, which cannot be written."""
 
     quantized = False
 
@@ -149,7 +149,7 @@ class PlainFormat(WeightFormat[nn.Module, Tensor]):
         return tensor.device
 
     def read(self, module: nn.Module, stored: Tensor) -> Tensor:
-        """Return the tensor in fp32 or wider, with the output axis first, (out, …)."""
+        """Return the tensor (out, …) in fp32 or wider, with the output axis first."""
         weight = at_least_fp32(stored.detach())
         return weight.transpose(0, 1) if self.transposed else weight
 
@@ -177,7 +177,7 @@ class PlainFormat(WeightFormat[nn.Module, Tensor]):
         return (stored,)
 
     def values(self, stored: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return elements (n,) of the tensor; their errors are zero."""
+        """Return elements (n,) of the tensor and their errors (n,), which are zero."""
         return exact_values(stored, positions)
 
 
