@@ -288,9 +288,9 @@ def _plain(weight: Params4bit) -> Params4bit:
 def _unpacked(weight: Params4bit) -> Params4bit:
     """Return the plain form of a weight that was repacked for a CPU, with bitwise identical values.
 
-    The repacked form interleaves rows in groups of 32 and stores the scales as (in/block, out) in bf16. The inverse conversion in
-    bitsandbytes quantizes the scales again, which changes their values; this function instead converts the scales to
-    fp32, without double quantization.
+    The repacked form interleaves rows in groups of 32 and stores the scales as (in/block, out) in bf16. The inverse
+    conversion in bitsandbytes quantizes the scales again, which changes their values; this function instead converts
+    the scales to fp32, without double quantization.
     """
     state = weight.quant_state
     rows, columns = state.shape

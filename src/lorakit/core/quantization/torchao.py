@@ -1,4 +1,4 @@
-"""Weights quantized by torchao, stored in tensor subclasses that dequantize themselves.
+"""Weights quantized by torchao, which stores them as tensor subclasses that dequantize themselves.
 
 This is the only module that imports torchao. lorakit reads every format that torchao can dequantize. It writes only
 int8 with one scale per row, which is also the only torchao format that supports training.
@@ -77,8 +77,8 @@ class TorchaoFormat(PlainFormat):
         """
         if type(like).__name__ != _INT8 or like.act_quant_kwargs is not None or like.block_size[0] != 1:
             raise MergeError(
-                f"lorakit cannot write this torchao weight ({type(like).__name__}); it can write only int8 weights with "
-                "one scale per row. Merge with dense=True."
+                f"lorakit cannot write this torchao weight ({type(like).__name__}); it can write only int8 weights "
+                "with one scale per row. Merge with dense=True."
             )
         return _quantized(canonical.to(device=like.device, dtype=like.dtype))
 
