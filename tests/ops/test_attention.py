@@ -391,9 +391,9 @@ def test_shapes_that_are_refused() -> None:
     q, k, v = operands(4, 2)
     cases: list[tuple[Operands, str]] = [
         ((q[0], k, v), r"\(batch, heads, tokens, width\) tensors; got q \(4, 13, 5\)"),
-        ((q[:, :, :5], k, v), "batch, tokens"),
-        ((q[..., :2], k, v), "width of q and k must match"),
-        ((q[:, :3], k, v), "3 heads of q must be a multiple of the 2 heads of k"),
+        ((q[:, :, :5], k, v), "batch sizes and token counts of q, k and v must match"),
+        ((q[..., :2], k, v), "the widths of q and k; got"),
+        ((q[:, :3], k, v), "q has 3 heads, which is not a multiple of the 2 heads of k"),
         ((q, k.float(), v), "must have the same dtype"),
     ]
     for given, said in cases:

@@ -30,8 +30,8 @@ class Activation:
 
     Attributes:
         name: Key in ACTIVATIONS.
-        value: Function of (x, out) that writes f(x) for rows x (N, f) to `out` and returns `out`.
-        gradient: Function of (dy, x, out) that writes dy·f'(x) to `out` and returns `out`; `out` may be dy.
+        value: Function of (x, out) that writes act(x) for rows x (N, f) to `out` and returns `out`.
+        gradient: Function of (dy, x, out) that writes dy·act'(x) to `out` and returns `out`; `out` may be dy.
     """
 
     name: str
@@ -103,7 +103,7 @@ def activation(name: str) -> Activation:
 
 
 def activate(act: Activation, first: Tensor, up: Tensor | None, out: Tensor) -> Tensor:
-    """Write f(first)·up, or f(first) if `up` is None, to `out` and return `out`. All tensors are contiguous (N, f)."""
+    """Write act(first)·up, or act(first) if `up` is None, to `out`; return `out`. All tensors are contiguous (N, f)."""
     kernels = kernels_for(first, up)
     if kernels is None or act.name not in kernels.activations:
         act.value(first, out)
@@ -113,7 +113,10 @@ def activate(act: Activation, first: Tensor, up: Tensor | None, out: Tensor) -> 
 
 
 def activate_backward(act: Activation, da: Tensor, first: Tensor, up: Tensor | None) -> list[Tensor]:
-    """Return the gradients (N, f) for `first` and, if given, `up`. The gradient for `first` overwrites da."""
+    """Return the gradients (N, f) of `first` and, if given, of `up`.
+
+    The gradient of the output of `activate`, da (N, f), is overwritten with the gradient of `first`.
+    """
     kernels, dup = kernels_for(first, up, da), None if up is None else torch.empty_like(first)
     if kernels is not None and act.name in kernels.activations:
         kernels.gate_backward(act.name, da, first, up, da, dup)

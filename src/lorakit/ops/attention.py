@@ -23,11 +23,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -
 
     For the gradients, see [docs/math.md (82)].
 
-    q is (B, H, T, D), k is (B, KV, T, D) and v is (B, KV, T, E), where KV divides H. All three may have any strides.
-    The result is (B, H, T, E), stored as (B, T, H, E). For the backward pass, q, k and v are saved; with flash
+    Shapes: q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E), where KV divides H. These tensors may have any
+    strides. The result is (B, H, T, E), stored as (B, T, H, E). For the backward pass, q, k and v are saved; with flash
     attention, the output and one value per row are saved too. No (T, T) tensor is saved.
 
-    Source: Vaswani et al. 2017, arXiv:1706.03762, eq. (1); for shared heads, Ainslie et al. 2023, arXiv:2305.13245; for
+    Source: Vaswani et al. 2017, arXiv:1706.03762, eq. (1); for grouped queries, Ainslie et al. 2023, arXiv:2305.13245; for
     recomputing the weights in the backward pass, Rabe and Staats 2021, arXiv:2112.05682.
 
     Raises:

@@ -83,7 +83,7 @@ class SelfAttention:
         if widths[1:] not in ([], [shared, shared]) or q <= 0 or q % max(shared, 1):
             raise ValueError(
                 f"projections of widths {widths} do not match head_dim={self.head_dim} and kv_heads={self.kv_heads}: "
-                "pass q, k and v, or one fused projection"
+                "pass three projections (q, k and v) or one fused projection"
             )
         if self.interleaved and (len(widths) != 1 or q != shared):
             raise ValueError(f"interleaved q, k and v require one fused projection and equal widths; got {widths}")
@@ -180,7 +180,7 @@ def _under_autocast(x: Tensor, form: _Form) -> Tensor:
 
 
 def _forward(x: Tensor, form: _Form) -> tuple[Tensor, _Intermediates]:
-    """Return the output rows (N or n, d) and the intermediate results."""
+    """Return the output rows, (N, d), or (n, d) if `wanted` is given, and the intermediate results."""
     block, pattern, rope, residual, _ = form
     flat, (batch, tokens, _) = rows(x), x.shape
     n, stats = (flat, ()) if block.norm is None else block.norm.forward(flat)

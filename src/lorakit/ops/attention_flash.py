@@ -1,8 +1,8 @@
 """Attention with PyTorch's flash kernels, forward and backward.
 
 On a CPU, the kernel is called once per packed sequence. On CUDA, a single call handles a dense batch, or all sequences
-in a packed batch. The CUDA kernel reads heads in the layout that the projections produce, and supports grouped heads
-and windows. Lengths and offsets are Python integers, so no call synchronizes the device.
+in a packed batch. The CUDA kernel reads heads in the layout that the projections produce, and supports grouped-query
+attention and sliding windows. Lengths and offsets are Python integers, so no call synchronizes the device.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def takes(q: Tensor, v: Tensor, pattern: Pattern) -> bool:
     """Return whether the device of q (B, H, T, D) has a flash kernel that supports the pattern; v is (B, KV, T, E).
 
     The pattern must have no softcap and no dropout, and q and v must have the same width. The CPU kernel does not
-    support windows. The CUDA kernel does not support a bias, and supports only fp16, bf16 and certain widths.
+    support sliding windows. The CUDA kernel does not support a bias, and supports only fp16, bf16 and certain widths.
     """
     width = q.shape[3]
     if pattern.softcap is not None or pattern.dropout > 0 or width != v.shape[3]:
@@ -45,8 +45,8 @@ def takes(q: Tensor, v: Tensor, pattern: Pattern) -> bool:
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, T, D), stored as (B, T, H, D), and each row's log-sum-exp (B, H, T) in fp32 or wider.
 
-    q is (B, H, T, D), and k and v are (B, KV, T, D); only the last dimension must be contiguous. Shared heads are
-    expanded through strides rather than copied.
+    Shapes: q (B, H, T, D), k and v (B, KV, T, D). Only the last dimension must be contiguous. Heads of k and v that
+    several heads of q share are expanded through strides rather than copied.
     """
     batch, heads, tokens, width = q.shape
     out = torch.empty(batch, tokens, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
@@ -64,7 +64,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, 
 def backward(dout: Tensor, operands: Operands, saved: tuple[Tensor, Tensor], into: Operands, pattern: Pattern) -> None:
     """Write the gradients of q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, D) to the tensors in `into`.
 
-    dout is (B, H, T, D), and `saved` comes from `forward`.
+    The gradient of the output, dout, is (B, H, T, D); `saved` comes from `forward`.
     """
     q, k, v = operands
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -81,7 +81,10 @@ def backward(dout: Tensor, operands: Operands, saved: tuple[Tensor, Tensor], int
 
 
 def _parts(q: Tensor, k: Tensor, pattern: Pattern) -> Iterator[_Part]:
-    """Yield one part per sequence, covering all batch rows; if heads are shared, one per sequence and batch row."""
+    """Yield one part per sequence, covering all batch rows.
+
+    If several heads of q share a head of k, yield a separate part for each batch row of each sequence instead.
+    """
     for piece in pieces(q.shape[0], q.shape[2], pattern, rows_at_once=q.shape[0], join=0):
         if q.shape[1] == k.shape[1]:
             yield _Part(piece.batch, piece.tokens)
@@ -90,7 +93,7 @@ def _parts(q: Tensor, k: Tensor, pattern: Pattern) -> Iterator[_Part]:
 
 
 def _grouped(x: Tensor, k: Tensor, part: _Part) -> Tensor:
-    """Return a part of x (B, H, T, D) as a view (b, H, t, D), or (KV, G, t, D) if G q heads share each k head."""
+    """Return a part of x (B, H, T, D) as a view (b, H, t, D), or (KV, G, t, D) if G heads of q share each head of k."""
     cut = x[part.batch, :, part.tokens]
     return cut.unflatten(0, (k.shape[1], -1)) if isinstance(part.batch, int) else cut
 
@@ -119,7 +122,7 @@ aten = torch.ops.aten
 def forward_on_cuda(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, T, D), stored as (B, T, H, D), and the log-sum-exp of each row in fp32.
 
-    q is (B, H, T, D), and k and v are (B, KV, T, D). The log-sum-exp is (B, H, T), or (H, B·T) for a packed batch.
+    Shapes: q (B, H, T, D), k and v (B, KV, T, D). The log-sum-exp is (B, H, T), or (H, B·T) for a packed batch.
     """
     call = _call(q, pattern)
     operands = (_by_token(t, call) for t in (q, k, v))
@@ -134,7 +137,7 @@ def backward_on_cuda(
 ) -> None:
     """Write the gradients of q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, D) to the tensors in `into`.
 
-    dout is (B, H, T, D), and `saved` comes from `forward_on_cuda`.
+    The gradient of the output, dout, is (B, H, T, D); `saved` comes from `forward_on_cuda`.
     """
     call = _call(operands[0], pattern)
     dy, q, k, v, out = (_by_token(t, call) for t in (dout, *operands, saved[0]))

@@ -85,7 +85,7 @@ class Pattern:
         return seen
 
     def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Check that q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E) are valid operands under this pattern.
+        """Check that q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E) are valid operands for this pattern.
 
         Raises:
             ValueError: Shapes or dtypes do not match, segments do not sum to T, or a value in the pattern is out of
@@ -96,9 +96,12 @@ class Pattern:
             raise ValueError(f"attention expects (batch, heads, tokens, width) tensors; got {shapes}")
         heads = k.shape[1]
         if q.shape[0::2] != k.shape[0::2] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
-            raise ValueError(f"batch, tokens and the width of q and k must match; got {shapes}")
+            raise ValueError(
+                "the batch sizes and token counts of q, k and v must match, and so must the head counts of k and v and "
+                f"the widths of q and k; got {shapes}"
+            )
         if heads == 0 or q.shape[1] % heads:
-            raise ValueError(f"the {q.shape[1]} heads of q must be a multiple of the {heads} heads of k and v")
+            raise ValueError(f"q has {q.shape[1]} heads, which is not a multiple of the {heads} heads of k and v")
         if not q.dtype == k.dtype == v.dtype:
             raise ValueError(f"q, k and v must have the same dtype; got {q.dtype}, {k.dtype} and {v.dtype}")
         if self.segments is not None and (sum(self.segments) != q.shape[2] or min(self.segments, default=0) < 1):
@@ -161,7 +164,10 @@ class Piece(NamedTuple):
 
 
 def pieces(batch: int, tokens: int, pattern: Pattern, rows_at_once: int, join: int) -> Iterator[Piece]:
-    """Yield all pieces. Each covers either one sequence or adjacent sequences with at most `join` tokens in total."""
+    """Yield all pieces of an attention computation.
+
+    Each piece covers either one sequence or adjacent sequences with at most `join` tokens in total.
+    """
     start = 0
     gathered: list[int] = []
     for length in (*pattern.lengths(tokens), None):

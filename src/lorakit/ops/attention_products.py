@@ -3,8 +3,8 @@
 For the formulas, see [docs/math.md (81), (82)]. Heads of q that share a head of k become additional rows of one matmul,
 so k and v are not repeated. A block computes only the columns that its rows can see: with a causal mask, most of the
 upper triangle is skipped, and with a window, only the band is computed. All blocks share one score buffer. The backward
-pass recomputes the scores, so neither a T × T tensor nor softmax statistics are saved. Dropout is drawn once for the
-concatenated scores of all blocks, and only a seed is saved.
+pass recomputes the scores, so neither a T × T tensor nor softmax statistics are saved. Dropout for all blocks is drawn
+at once, and only a seed is saved.
 """
 
 from __future__ import annotations
@@ -61,8 +61,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, 
 def backward(dout: Tensor, operands: Operands, into: Operands, pattern: Pattern, record: Tensor | None) -> None:
     """Write the gradients of q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E) to the tensors in `into`.
 
-    dout is (B, H, T, E), and `record` comes from `forward`. The tensors in `into` must not share storage with the
-    operands, but may share storage with dout, because each row of dout is read before it is overwritten.
+    The gradient of the output, dout, is (B, H, T, E); `record` comes from `forward`. The tensors in `into` must not
+    share storage with the operands, but may share storage with dout, because each row of dout is read before it is
+    overwritten.
     """
     q, k, v = operands
     scores = _Scores(q, k, pattern)
