@@ -27,8 +27,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -
     strides. The result is (B, H, T, E), stored as (B, T, H, E). For the backward pass, q, k and v are saved; with flash
     attention, the output and one value per row are saved too. No (T, T) tensor is saved.
 
-    Source: Vaswani et al. 2017, arXiv:1706.03762, eq. (1); for grouped queries, Ainslie et al. 2023, arXiv:2305.13245; for
-    recomputing the weights in the backward pass, Rabe and Staats 2021, arXiv:2112.05682.
+    Source: Vaswani et al. 2017, arXiv:1706.03762, eq. (1); for grouped-query attention, Ainslie et al. 2023,
+    arXiv:2305.13245; for recomputing the weights in the backward pass, Rabe and Staats 2021, arXiv:2112.05682.
 
     Raises:
         ValueError: Shapes do not match, a value in the pattern is out of range, or the pattern requests "flash" but the

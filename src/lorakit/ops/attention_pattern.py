@@ -153,7 +153,7 @@ _cached_bounds = functools.lru_cache(maxsize=256)(_bounds)  # all layers of a mo
 
 
 class Piece(NamedTuple):
-    """Part of an attention computation that can run separately: a range of batch rows and a range of tokens.
+    """A range of batch rows and a range of tokens for which attention can be computed separately.
 
     `lengths` contains the lengths of the sequences in the range of tokens.
     """

@@ -5,7 +5,7 @@ on this machine. A shape without an active choice uses the default method. All m
 rounding.
 
 The default can be slow for two reasons. First, some libraries compute certain matmul shapes at half speed if given all
-rows at once, but at full speed if given slices of rows. oneDNN does so with bf16 on processors with matrix units.
+rows at once, but at full speed if given slices of rows. oneDNN does this with bf16 on processors with matrix units.
 Second, processors with bf16 dot products but no matrix units run bf16 matmuls more slowly than fp32 matmuls. On these
 processors, the fp32 method upcasts the operands block by block and rounds the sum only once, as a bf16 matmul does.
 """
@@ -73,7 +73,10 @@ def activate(choices: Mapping[str, int]) -> Iterator[None]:
 
 
 def _chosen() -> Mapping[str, int]:
-    """Return the active choices; during compilation, return an empty dict, because choices would become constants."""
+    """Return the active choices.
+
+    During compilation, return an empty dict, because the compiled code would treat the choices as constants.
+    """
     return {} if torch.compiler.is_compiling() else _ACTIVE.get()
 
 
@@ -119,7 +122,7 @@ def matmul(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | N
 
 
 def matmul_dtype(rows: int, weights: Sequence[Tensor], dtype: torch.dtype) -> torch.dtype:
-    """Return fp32 if all of the given weights use fp32 for matmuls with `rows` rows; otherwise, return `dtype`.
+    """Return fp32 if autotuning chose fp32 for all weights and `rows` is large enough; otherwise, return `dtype`.
 
     Args:
         rows: Number of input rows.
@@ -235,7 +238,7 @@ def _stored(right: Tensor) -> str:
 
 
 def attention_name(heads: tuple[int, int, int], dtype: torch.dtype, causal: bool, longest: int) -> str:
-    """Return the shape name of an attention computation, or "" if its length is not tuned.
+    """Return the shape name of an attention computation, or "" if sequences of this length are not tuned.
 
     `heads` contains the number of q heads, the number of k heads, and the head width.
     """

@@ -1,8 +1,8 @@
 """Fused output head and cross-entropy: the full logits are never stored, and unlabeled rows are skipped.
 
 The labeled rows are processed in chunks. While a chunk's logits exist, the gradient of the hidden states is computed
-from them as well, so the backward pass only has to scale that gradient. In total, the head and the loss take two
-matmuls between the labeled rows and the head weight, and need memory for the logits of only one chunk.
+from them as well, so the backward pass only has to scale that gradient. In total, the head and the loss require
+two matmuls between the labeled rows and the head weight, and memory for the logits of only one chunk.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def linear_cross_entropy(
         h: Hidden states (..., d), already shifted: row i predicts labels[i].
         head: Head that computes the logits (..., V). W receives a gradient only if it requires one.
         labels: Integers (...) below V, or `ignore_index`; on the device of h or on the CPU.
-        total: Divisor of the summed losses. None divides by the number of labeled rows; if no rows are labeled, the
+        total: Divisor for the summed loss. None divides by the number of labeled rows; if no rows are labeled, the
             loss is NaN.
         ignore_index: Label of rows that are excluded from the loss.
         chunk: Maximum number of rows whose logits exist at the same time; None chooses one based on the vocabulary
@@ -106,7 +106,7 @@ def linear_cross_entropy(
 
 
 def chunk_rows(W: Tensor) -> int:
-    """Return the number of rows per chunk for W (V, d): a multiple of 16 within the device's limits."""
+    """Return the number of rows per chunk for W (V, d): a multiple of 16 within the limits for its device."""
     rows, size = CPU_CHUNK if W.device.type == "cpu" else OTHER_CHUNK
     return min(max(size // (len(W) * W.element_size()) // 16 * 16, 16), rows)
 
@@ -155,7 +155,7 @@ class Trained(NamedTuple):
 class _Softmax:
     """Computes losses from rows of logits, and replaces the logits with the gradient of the summed loss.
 
-    A few rows at a time are processed in a buffer that fits in the cache. The rows are upcast, softmax is applied, 1 is
+    Rows are processed a few at a time, in a buffer that fits in the cache. The rows are upcast, softmax is applied, 1 is
     subtracted at each row's label, and the results are rounded.
     """
 
@@ -234,11 +234,11 @@ def _check(h: Tensor, head: Head, labels: Tensor, ignore_index: int, chunk: int 
     if labels.shape != h.shape[:-1] or h.dim() < 2:
         raise ValueError(f"labels must have shape {tuple(h.shape[:-1])}, one per row of h; got {tuple(labels.shape)}")
     if W.dim() != 2 or W.shape[1] != h.shape[-1] or (bias is not None and bias.shape != W.shape[:1]):
-        raise ValueError(f"head must have W (V, {h.shape[-1]}) and bias (V,) for this h; W is {tuple(W.shape)}")
+        raise ValueError(f"head: for this h, W must be (V, {h.shape[-1]}) and bias must be (V,); W is {tuple(W.shape)}")
     if W.dtype != h.dtype or (bias is not None and bias.dtype != h.dtype):
         raise ValueError(f"head: W is {W.dtype}, but h is {h.dtype}; cast h to the dtype of W")
     if bias is not None and bias.requires_grad:
-        raise ValueError("head: bias requires a gradient, which is not computed; freeze it")
+        raise ValueError("head: bias requires a gradient, which is not computed; freeze the bias")
     if head.softcap is not None and not head.softcap > 0:
         raise ValueError(f"head: softcap must be above 0, or None; got {head.softcap}")
     if 0 <= ignore_index < len(W):

@@ -100,7 +100,7 @@ def positions(record: Tensor, count: int, p: float, device: torch.device | str =
 def dropout_add(owned: Tensor, x: Tensor | None, p: float) -> tuple[Tensor, Tensor | None]:
     """Overwrite `owned` with x + dropout(owned); return the result and the dropout record.
 
-    `owned` and x are (N, d) and contiguous; x may be None. The record is None if p = 0.
+    Both `owned` and x are (N, d) and contiguous; x may be None. The record is None if p = 0.
     """
     if p == 0:
         return owned if x is None else owned.add_(x), None

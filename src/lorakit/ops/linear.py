@@ -26,7 +26,7 @@ def linears(x: Tensor, group: Sequence[Adapted]) -> tuple[Tensor, ...]:
     and dropout records.
 
     Raises:
-        ValueError: A frozen weight or bias requires a gradient.
+        ValueError: A base weight or bias requires a gradient.
     """
     if torch.is_grad_enabled():
         check_frozen(group)
@@ -83,7 +83,7 @@ class Group:
 
     @classmethod
     def of(cls, group: Sequence[Adapted], x: Tensor) -> Group:
-        """Create the group for an input x (…, in), using the matmul dtype that autotuning chose for its row count."""
+        """Create the group for an input x (…, in), using the matmul dtype that autotuning chose for x's row count."""
         inside = matmul_dtype(x.numel() // x.shape[-1], [site.W for site in group], x.dtype)
         return cls(group, x.dtype, inside)
 
@@ -110,7 +110,7 @@ class Group:
         return [self._output(x, site, hs.get(j), self.B.get(j)) for j, site in enumerate(sites)]
 
     def _output(self, x: Tensor, site: Adapted, h: Tensor | None, B: Tensor | None) -> Tensor:
-        """Return x·Wᵀ + b, plus s·h·Bᵀ if there is an adapter.
+        """Return x·Wᵀ + b, plus h·Bᵀ if there is an adapter; h includes the scale.
 
         The low-rank matmul runs first, and the large matmul accumulates into its result. The reverse order takes just
         as long.
@@ -139,8 +139,8 @@ class Group:
     ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
         """Return the gradient of x (N, in) if `need_dx` is true, and the gradients of each A and B.
 
-        `dys` contains the gradient (N, out) of each output, or None if an output has no gradient. x may be None if
-        `needs_x` is false. If `owned` is true, the gradient of x may reuse the storage of x.
+        `dys` contains the gradient (N, out) of each output, or None for outputs without a gradient. The input x may be
+        None if `needs_x` is false. If `owned` is true, the gradient of x may reuse the storage of x.
         """
         if self.inside != self.dtype:
             x, owned = None if x is None else x.to(self.inside), True
@@ -207,7 +207,10 @@ class Group:
     def _grads_a(
         self, x: Tensor, dh: dict[int, Tensor], stacked_dh: Tensor | None, owned: bool, spare: list[Tensor]
     ) -> dict[int, Tensor]:
-        """Return a dict from module index to the gradient of A, s·dhᵀ·(D∘x), for each A that requires a gradient."""
+        """Return a dict from module index to the gradient of A, for each A that requires a gradient.
+
+        The gradient is s·dhᵀ·(D∘x), where D is the dropout mask divided by 1 − p.
+        """
         grads: dict[int, Tensor] = {}
         if stacked_dh is not None and any(self.trains[j][0] for j in self.plain):
             ranks = [len(self.low[j].A) for j in self.plain]
@@ -237,7 +240,7 @@ class Group:
             yield j, apply_dropout(x, self._record(j), self.low[j].p, out=spare[0])
 
     def _fused(self, like: Tensor) -> DropoutMatmuls | None:
-        """Return the kernels for low-rank matmuls with dropout on rows such as `like` (N, n), or None."""
+        """Return the kernels that fuse dropout with low-rank matmuls, or None if there are none for `like` (N, n)."""
         wide = [self.A[j] for j in self.dropping]
         kernels = kernels_for(like, *wide) if wide and wide[0].shape[1] % 4 == 0 else None
         seeds = all(self._record(j).dtype == torch.uint64 for j in self.dropping)
@@ -249,7 +252,7 @@ class Group:
         return record
 
     def _grad_b(self, j: int, dy: Tensor | None) -> Tensor | None:
-        """Return dyᵀ·(s·h). Computing it as ((s·h)ᵀ·dy)ᵀ is faster for small r."""
+        """Return the gradient of B, dyᵀ·h, computed as (hᵀ·dy)ᵀ, which is faster for small r."""
         h = self.h[j]
         if h is None or dy is None:
             return None

@@ -27,7 +27,7 @@ class Form(NamedTuple):
     """Modules and options of an MLP sublayer.
 
     Attributes:
-        inner: The modules (gate, up); (up,) if there is no gate; or one fused module (2·f, d) for both projections.
+        inner: (gate, up); (up,) if there is no gate; or a single fused module (2·f, d) that computes gate and up.
         down: The down projection.
         act: Activation applied to the output of gate, or to the output of up if there is no gate.
         norm: Norm applied to the input, or None.
@@ -55,7 +55,7 @@ def gated(
 ) -> Tensor:
     """Compute down(act(gate(n))·up(n)) with n = norm(x), plus x if `residual` is true. [docs/math.md (79)]
 
-    x and the result are (..., d). Gradients flow to x and to the factors A and B.
+    Both x and the result are (..., d). Gradients flow to x and to the factors A and B.
 
     Raises:
         ValueError: The activation has no fused form, or a base weight requires a gradient.
@@ -70,8 +70,8 @@ def plain(
 ) -> Tensor:
     """Compute down(act(up(n))) with n = norm(x), plus x if `residual` is true. [docs/math.md (79)]
 
-    x and the result are (..., d). Gradients flow to x and to the factors A and B. Dropout is applied to the output of
-    down, before x is added.
+    Both x and the result are (..., d). Gradients flow to x and to the factors A and B. Dropout is applied to the output
+    of down, before x is added.
 
     Raises:
         ValueError: The activation has no fused form, a base weight requires a gradient, or `dropout` is not in
@@ -83,7 +83,7 @@ def plain(
 def mlp(x: Tensor, form: Form) -> Tensor:
     """Compute an MLP sublayer of any form. [docs/math.md (79)]
 
-    x and the result are (..., d). Gradients flow to x and to the factors A and B.
+    Both x and the result are (..., d). Gradients flow to x and to the factors A and B.
 
     Raises:
         ValueError: A base weight requires a gradient, a dropout probability is not in [0, 1), or `fused` is set with

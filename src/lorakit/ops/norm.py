@@ -54,7 +54,7 @@ class Norm:
     def backward(self, dn: Tensor, x: Tensor, stats: Sequence[Tensor], add: Tensor | None = None) -> Tensor:
         """Return the gradient of x (N, d), plus `add` (N, d) if given, as a new tensor.
 
-        dn (N, d) is the gradient of the output.
+        The gradient of the normalized x is dn (N, d).
         """
         if self.kind == "layer":
             backward = torch.ops.aten.native_layer_norm_backward
@@ -116,7 +116,7 @@ def norm_recompute(norm: Norm | None, x: Tensor | None, stats: Sequence[Tensor])
 def norm_backward(
     norm: Norm | None, dn: Tensor, x: Tensor | None, stats: Sequence[Tensor], add: Tensor | None
 ) -> Tensor:
-    """Run `Norm.backward` on dn, x and `add` (N, d), or add `add` to dn in place if `norm` is None."""
+    """Run `Norm.backward` on dn, x and `add`, all (N, d); if `norm` is None, add `add` to dn in place instead."""
     if norm is not None:
         assert x is not None  # with a norm, the forward pass saves x
         return norm.backward(dn, x, stats, add)
@@ -165,7 +165,7 @@ def rms_recompute(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float) -> T
 def rms_backward(dn: Tensor, x: Tensor, rstd: Tensor, w: Tensor | None, offset: float, add: Tensor | None) -> Tensor:
     """Return the gradient of x (N, d), plus `add` (N, d) if given, as a new tensor.
 
-    dn (N, d) is the gradient of the normalized x, rstd (N, 1) comes from `rms_forward`, and w (d,) is the weight.
+    The gradient of the normalized x is dn (N, d), rstd (N, 1) comes from `rms_forward`, and w (d,) is the weight.
     """
     kernels, dx = kernels_for(x, w, dn, add), torch.empty_like(x)
     if kernels is not None:
@@ -189,7 +189,7 @@ def rms_backward(dn: Tensor, x: Tensor, rstd: Tensor, w: Tensor | None, offset: 
 
 
 def layer_forward(x: Tensor, w: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the layer norm of x (N, d), and the mean and 1/std of each row, (N, 1) each. [docs/math.md (77)]"""
+    """Return the layer norm of x (N, d), and the mean (N, 1) and 1/std (N, 1) of each row. [docs/math.md (77)]"""
     bias = None if bias is None else bias.to(_dtype_of_parameters(x))
     n, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], _weight(w, x), bias, eps)
     return n, mean, rstd

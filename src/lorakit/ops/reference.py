@@ -1,7 +1,7 @@
 """Reference implementations of the fused operations in plain PyTorch, used to test values and gradients.
 
-Each function follows its formula directly. For example, `linear` computes the same results as
-`lorakit.ops.linear.linears`.
+Each function follows its formula directly and computes the same results as a fused operation. For example, `linear`
+is the reference for `lorakit.ops.linear.linears`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def mlp(x: Tensor, form: Form) -> Tensor:
 
 
 def rotary(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate the first rot elements of each head of x (B, H, T, D) -> (B, H, T, D)."""
+    """Rotate the first rot elements of each head: x (B, H, T, D) -> (B, H, T, D)."""
     cos, sin = (table.view(-1, 1, *table.shape[-2:]).to(x.dtype) for table in (rotary.cos, rotary.sin))
     rot = cos.shape[-1]
     rotating, passing = x[..., :rot], x[..., rot:]

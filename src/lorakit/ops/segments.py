@@ -11,7 +11,7 @@ which all give the same results:
 - `sorted` groups the rows by adapter and runs one matmul per adapter. It is meant for many short rows, and for a single
   adapter.
 - `compiled` reads each row's factors in place, with one kernel for both shrink and expand, as BGMV does. It is meant
-  for short rows without gradients, with few rows per adapter, and requires a kernel. Because it does not copy the
+  for inference with short rows and few rows per adapter, and requires a compiled kernel. Because it does not copy the
   factors, it reads them only once, even in a decoding step with many rows and many adapters.
 """
 
@@ -35,8 +35,8 @@ from lorakit.ops.kernels.protocol import PerRowMatmuls
 class PerRowLora:
     """Compute s_k·B_k·(A_k·x_i) for each row i and its adapter k with a compiled kernel. [docs/math.md (72)]
 
-    A (K, r, in) includes the scales, and Bt (K, r, out) is B transposed. `index` (rows,) contains each row's adapter,
-    or −1 for none. An instance can be used any number of times.
+    The factors A (K, r, in) include the scales, and Bt (K, r, out) is B transposed. `index` (rows,) contains the index
+    of each row's adapter, or −1 for none. An instance can be used any number of times.
     """
 
     def __init__(self, A: Tensor, Bt: Tensor, index: Tensor, products: PerRowMatmuls) -> None:
@@ -62,7 +62,8 @@ LONG_ROW = 4  # minimum number of tokens per row for which per-row matmuls are e
 # Minimum number of rows per adapter for which one matmul per adapter is efficient (LONG_RUN), and for which one matmul
 # per adapter is faster than one per row (FULL_RUN).
 LONG_RUN, FULL_RUN = 32, 8
-FEW_ADAPTERS = 16  # up to this number, one matmul with all adapters is at least as fast as copying each row's factors
+# Up to this number of adapters, one matmul with all of them is at least as fast as copying each row's factors.
+FEW_ADAPTERS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +170,7 @@ def segmented(
 def compiled_method(A: Tensor, B: Tensor, scales: Tensor | None, rows: Routed, x: Tensor) -> PerRowLora | None:
     """Prepare the method "compiled" for rows such as x (rows, …, in); return None if no kernel supports such rows.
 
-    A (K, r, in), B (K, out, r) and scales (K,) are as in `segmented`.
+    The arguments A (K, r, in), B (K, out, r) and scales (K,) are as in `segmented`.
     """
     A = (A if scales is None else A * scales[:, None, None]).to(x.dtype).contiguous()
     Bt = B.to(x.dtype).transpose(1, 2).contiguous()
@@ -224,8 +225,8 @@ class _Call(NamedTuple):
 class _Products(NamedTuple):
     """The three matmuls of a method.
 
-    Wide rows are (served, T, in or out), where `served` is the number of rows that the method processes; stacks are
-    (K, r, in or out). The shape of low-rank activations depends on the method.
+    Wide rows are (served, T, in or out), where `served` is the number of rows that the method processes; stacks of
+    factors are (K, r, in or out). The shape of low-rank activations depends on the method.
     """
 
     shrink: Callable[[Tensor, Tensor, _Call], Tensor]  # wide rows, stack -> low-rank activation, scaled
@@ -238,7 +239,7 @@ class Segments:
 
     An instance can be used repeatedly, but only while gradient recording is disabled.
 
-    A (K, r, in), B (K, out, r) and scales (K,) are as in `segmented`; `dtype` is the dtype of the rows.
+    The arguments A (K, r, in), B (K, out, r) and scales (K,) are as in `segmented`; `dtype` is the dtype of the rows.
     """
 
     def __init__(

@@ -9,8 +9,8 @@ A directory is private if it belongs to the user and has mode 0700, and if each 
 root and is not writable by others. A parent with the sticky bit, such as /tmp, may be world-writable: only the owner of
 an entry can rename or remove it, and the owner of each entry is checked too. After the check, no other user can replace
 any part of the path, so it is safe to use the path by name. The check cannot detect mounts over a path, actions by
-root, or access control lists that are not reflected in the mode bits. (POSIX lists are, in the group bits; NFSv4
-lists are not.)
+root, or access control lists that are not reflected in the mode bits. (The group bits reflect POSIX
+lists, but no mode bits reflect NFSv4 lists.)
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _without(why: str) -> Built:
 
 
 def _compiler() -> list[str]:
-    """Return the compiler command, from CC if that variable is set; return an empty list if no compiler is found."""
+    """Return the compiler command, taken from CC if it is set; return an empty list if no compiler is found."""
     try:
         asked = shlex.split(os.environ.get("CC", ""))
     except ValueError:  # unbalanced quote
@@ -104,7 +104,7 @@ def _compiler() -> list[str]:
 
 
 def _library(compiler: list[str], define: str, folder: Path) -> ctypes.CDLL:
-    """Load the library from the private directory. If it is missing, damaged or writable by others, build it first."""
+    """Load the library from `folder`. If the library is missing, damaged or writable by others, build it first."""
     path = folder / f"rows-{_key(compiler, define)}.so"
     if is_private_file(path):
         with contextlib.suppress(OSError):
@@ -217,7 +217,7 @@ def is_private_file(path: Path) -> bool:
 
 
 def _directory(path: Path) -> os.stat_result:
-    """Create a directory if it is missing, check that it belongs to the user or root, and return its status."""
+    """Create a directory if it is missing, check that it belongs to the user or root, and return its `lstat` result."""
     if not os.path.lexists(path):
         path.mkdir(mode=stat.S_IRWXU, exist_ok=True)
     info = path.lstat()

@@ -38,7 +38,7 @@ def describe() -> str:
 
 
 def lacks_compiler() -> bool:
-    """Return whether there are no kernels because no C compiler was found."""
+    """Return whether kernels are unavailable because no C compiler was found."""
     return _built()[-1].lacks_compiler
 
 
@@ -181,7 +181,7 @@ class CompiledKernels:
     def add_per_row(self, x: Tensor, A: Tensor, Bt: Tensor, index: Tensor, y: Tensor) -> None:
         """Implement `PerRowMatmuls.add_per_row`.
 
-        x is (rows, …, in), A (K, r, in), Bt (K, r, out), index (rows,), and y (rows, …, out).
+        Shapes: x (rows, …, in), A (K, r, in), Bt (K, r, out), index (rows,), y (rows, …, out).
         """
         dtype, shape, (adapters, r, out) = x.dtype, x.shape, Bt.shape
         width, asked = shape[-1], shape[0]
@@ -199,7 +199,7 @@ class CompiledKernels:
 
 
 def _heads_together(x: Tensor) -> tuple[int, ...]:
-    """Return the required strides of x (B, T, H, D): contiguous heads within a token, and evenly spaced tokens."""
+    """Return the strides that x (B, T, H, D) must have: contiguous heads within a token, and evenly spaced tokens."""
     batch, tokens, heads, width = x.shape
     apart = x.stride(1) if batch * tokens == 1 else max(x.stride(1), heads * width)
     return (x.stride(0) if batch == 1 else tokens * apart, apart, width, 1)

@@ -71,7 +71,7 @@ class Gateway:
             dtype: Required dtype.
             shape: Required shape.
             strides: Required strides; None requires a contiguous tensor.
-            within: Smallest and largest allowed value in an integer tensor; None allows any value.
+            within: Smallest and largest values allowed in an integer tensor; None allows any value.
 
         Raises:
             ValueError: The dtype, shape, layout or device is wrong, the tensor has no storage, or an integer is out of

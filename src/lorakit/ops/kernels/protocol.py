@@ -1,9 +1,9 @@
 """Interface of the compiled kernels. If no kernels are available, PyTorch operations compute the same results.
 
-All tensors are on the same device and contiguous, except that `rotate` also accepts strided tokens. Rows are (N, d).
-In each call, inputs and outputs have the same dtype: fp32, bf16 or, on CUDA, fp16. Row statistics and intermediate
-results are fp32; intermediate results are rounded only where stated. The caller allocates outputs. An output may alias
-an input only where stated.
+All tensors are on the same device and contiguous, except that `rotate` also accepts strided tokens. N rows of
+width d form a tensor (N, d). In each call, inputs and outputs have the same dtype: fp32, bf16 or, on CUDA, fp16. Row
+statistics and intermediate results are fp32; intermediate results are rounded only where stated. The caller allocates
+outputs. An output may alias an input only where stated.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Kernels(Protocol):
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
         """Rotate x (B, T, H, D) by position, or rotate it back, and write the result to `out`. [docs/math.md (80)]
 
-        `out` may be x. cos and sin are (B or 1, T, rot). The first rot elements of a head are rotated, and the others
-        are copied. In x and `out`, the heads of each token are contiguous, and tokens are evenly spaced.
+        The output may be x. Both cos and sin are (B or 1, T, rot). The first rot elements of a head are rotated, and
+        the others are copied. In x and `out`, the heads of each token are contiguous, and tokens are evenly spaced.
         """
 
     def drop(self, x: Tensor, p: float, seed: Tensor, scale: float, out: Tensor) -> None:
@@ -98,7 +98,7 @@ class Kernels(Protocol):
 class DropoutMatmuls(Protocol):
     """Low-rank matmuls with a factor `a` (r, n), fused with dropout.
 
-    For a given seed, dropout drops the same elements as `Kernels.drop`. n must be a multiple of 4.
+    For a given seed, dropout drops the same elements as `Kernels.drop`. The width n must be a multiple of 4.
     """
 
     def shrink(self, x: Tensor, a: Tensor, p: float, seed: Tensor) -> Tensor:
@@ -117,6 +117,6 @@ class PerRowMatmuls(Protocol):
     def add_per_row(self, x: Tensor, A: Tensor, Bt: Tensor, index: Tensor, y: Tensor) -> None:
         """Add (x_i·A_kᵀ)·Bt_k to y_i for each row i, with k = index[i]. [docs/math.md (72)]
 
-        x is (rows, …, in), y is (rows, …, out), A is (K, r, in), and Bt is (K, r, out). `index` is int64 (rows,), with
-        −1 for rows without an adapter. The low-rank activation and the sum with y are rounded to the dtype of x.
+        Shapes: x (rows, …, in), y (rows, …, out), A (K, r, in), Bt (K, r, out). `index` is int64 (rows,), with −1 for
+        rows without an adapter. The low-rank activation and the sum with y are rounded to the dtype of x.
         """

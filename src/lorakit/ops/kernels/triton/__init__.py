@@ -27,7 +27,7 @@ def kernels(device: torch.device) -> Kernels | None:
 
 @functools.cache
 def failure_on(device: torch.device) -> str:
-    """Return why a device has no kernels, or "" if it has them. The first call compiles and runs a test kernel."""
+    """Return why a device has no kernels, or "" if it has kernels. The first call compiles and runs a test kernel."""
     if _is_off():
         return f"{SWITCH}=off"
     launching = _launching()

@@ -88,7 +88,7 @@ class TritonKernels:
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
         """Rotate x (B, T, H, D) by position, or rotate it back, and write the result to `out`, which may be x.
 
-        cos and sin are (…, T, rot). In x and `out`, the heads of each token are contiguous, and tokens are evenly
+        Both cos and sin are (…, T, rot). In x and `out`, the heads of each token are contiguous, and tokens are evenly
         spaced.
         """
         batch, tokens, heads, width = x.shape
@@ -194,7 +194,10 @@ def _tiles(x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
 
 
 def _low_rank(x: Tensor, a: Tensor, p: float) -> tuple[int, int, int, int]:
-    """Return the rows, columns, rank and dropout threshold for a matmul of x (N, n) with a low-rank factor (r, n)."""
+    """Return arguments of the kernels for matmuls of x (N, n) with a low-rank factor (r, n).
+
+    These are the number of rows, the number of columns, the rank, and the dropout threshold.
+    """
     return *x.shape, len(a), round(p * 2**24)
 
 

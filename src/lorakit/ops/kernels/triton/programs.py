@@ -70,7 +70,7 @@ def gate(first, up, out, count, ACT: tl.constexpr, HAS_UP: tl.constexpr, BLOCK: 
 
 @triton.jit
 def gate_backward(da, first, up, dfirst, dup, count, ACT: tl.constexpr, HAS_UP: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the gradients of `gate`, given da, to dfirst and, if HAS_UP, to dup. dfirst may be da."""
+    """Write the gradients of `gate`, given da, to dfirst (which may be da) and, if HAS_UP is true, to dup."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     g = tl.load(da + at, mask=inside, other=0.0).to(tl.float32)
@@ -87,7 +87,10 @@ def cross_entropy(
     z, labels, losses, vocabulary, scale, cap,
     CAPPED: tl.constexpr, GRADIENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the losses (rows,) for logits z (rows, V). If GRADIENTS, replace z with its gradient divided by `scale`."""
+    """Write the losses (rows,) for logits z (rows, V).
+
+    If GRADIENTS is true, replace z with its gradient divided by `scale`.
+    """
     row = tl.program_id(0).to(tl.int64)
     z += row * vocabulary
     label = tl.load(labels + row)
@@ -126,7 +129,10 @@ def rms(
     x, w, n, rstd, count, d, eps, offset,
     HAS_W: tl.constexpr, FROM_ZERO: tl.constexpr, RECOMPUTE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Write the RMS norm of x (count, d) to n, and 1/RMS to rstd (count, 1). If RECOMPUTE, rstd is not modified."""
+    """Write the RMS norm of x (count, d) to n, and 1/RMS of each row to rstd (count, 1).
+
+    If RECOMPUTE is true, rstd is read instead of written.
+    """
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     inside, at = (row < count) & (column < d), row * d + column
@@ -151,7 +157,7 @@ def rms_backward(
     dn, x, w, rstd, add, dx, count, d, offset,
     HAS_W: tl.constexpr, HAS_ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient dx (count, d), given dn, x and `add`, all (count, d), and rstd (count, 1). dx may be dn."""
+    """Write the gradient dx (count, d), given dn, x and `add`, all (count, d), and rstd (count, 1); dx may be dn."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     inside, at = (row < count) & (column < d), row * d + column
@@ -173,9 +179,9 @@ def rotate(
     INTERLEAVED: tl.constexpr, BACK: tl.constexpr, PER_ROW: tl.constexpr, IN_PLACE: tl.constexpr,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Rotate x (B, T, H, D), or rotate it back if BACK, and write it to `out`.
+    """Rotate x (B, T, H, D), or rotate it back if BACK is true, and write the result to `out`.
 
-    cos and sin are (B, T, rot) if PER_ROW, otherwise (1, T, rot).
+    Both cos and sin are (B, T, rot) if PER_ROW is true, and (1, T, rot) otherwise.
     """
     target = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
