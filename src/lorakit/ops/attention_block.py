@@ -180,7 +180,7 @@ def _under_autocast(x: Tensor, form: _Form) -> Tensor:
 
 
 def _forward(x: Tensor, form: _Form) -> tuple[Tensor, _Intermediates]:
-    """Return the output rows, (N, d), or (n, d) if `wanted` is given, and the intermediate results."""
+    """Return the output and the intermediate results. The output is (N, d), or (n, d) if `wanted` is given."""
     block, pattern, rope, residual, _ = form
     flat, (batch, tokens, _) = rows(x), x.shape
     n, stats = (flat, ()) if block.norm is None else block.norm.forward(flat)

@@ -46,7 +46,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, 
     """Return the output (B, H, T, D), stored as (B, T, H, D), and each row's log-sum-exp (B, H, T) in fp32 or wider.
 
     Shapes: q (B, H, T, D), k and v (B, KV, T, D). Only the last dimension must be contiguous. Heads of k and v that
-    several heads of q share are expanded through strides rather than copied.
+    are shared by several heads of q are expanded through strides rather than copied.
     """
     batch, heads, tokens, width = q.shape
     out = torch.empty(batch, tokens, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)

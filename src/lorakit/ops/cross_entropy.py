@@ -155,7 +155,7 @@ class Trained(NamedTuple):
 class _Softmax:
     """Computes losses from rows of logits, and replaces the logits with the gradient of the summed loss.
 
-    Rows are processed a few at a time, in a buffer that fits in the cache. The rows are upcast, softmax is applied, 1 is
+    Rows are processed a few at a time, in a buffer that fits in the cache. They are upcast, softmax is applied, 1 is
     subtracted at each row's label, and the results are rounded.
     """
 

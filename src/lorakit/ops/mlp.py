@@ -27,7 +27,7 @@ class Form(NamedTuple):
     """Modules and options of an MLP sublayer.
 
     Attributes:
-        inner: (gate, up); (up,) if there is no gate; or a single fused module (2·f, d) that computes gate and up.
+        inner: The modules: (gate, up); (up,) if there is no gate; or one fused module (2·f, d) for gate and up.
         down: The down projection.
         act: Activation applied to the output of gate, or to the output of up if there is no gate.
         norm: Norm applied to the input, or None.

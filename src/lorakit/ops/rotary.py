@@ -40,7 +40,7 @@ class Rotary:
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotate the pairs of elements of x (B, H, T, D) according to the token positions. [docs/math.md (80)]
 
-    The strides of x are arbitrary. The result is (B, H, T, D), stored as (B, T, H, D), and is differentiable with
+    The input x may have any strides. The result is (B, H, T, D), stored as (B, T, H, D), and is differentiable with
     respect to x.
 
     Source: Su et al. 2021, arXiv:2104.09864, eq. (34).

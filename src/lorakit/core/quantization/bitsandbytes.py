@@ -1,6 +1,6 @@
 """Weights quantized by bitsandbytes, to 4 bits (nf4, fp4) or 8 bits (one scale per row).
 
-No other file imports bitsandbytes. A stored 4-bit weight is the parameter itself, which carries its `quant_state`. A
+Only this file imports bitsandbytes. A stored 4-bit weight is the parameter itself, which carries its `quant_state`. A
 stored 8-bit weight is the parameter together with the values and scales, because a `Linear8bitLt` moves the values and
 scales between its parameter and its `state`.
 """
@@ -41,7 +41,7 @@ class EightBit(Packed):
 
     Attributes:
         parameter: The module's `Int8Params`.
-        values: Weight values (out, in): int8, or floating-point before quantization.
+        values: Weight values (out, in), in int8, or in floating point before quantization.
         scales: Largest magnitude in each row, (out,), in fp32; None before quantization.
     """
 

@@ -65,7 +65,7 @@ class Kernels(Protocol):
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
         """Rotate x (B, T, H, D) by position, or rotate it back, and write the result to `out`. [docs/math.md (80)]
 
-        The output may be x. Both cos and sin are (B or 1, T, rot). The first rot elements of a head are rotated, and
+        `out` may be x. Both cos and sin are (B or 1, T, rot). The first rot elements of a head are rotated, and
         the others are copied. In x and `out`, the heads of each token are contiguous, and tokens are evenly spaced.
         """
 

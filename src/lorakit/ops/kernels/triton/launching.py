@@ -194,9 +194,9 @@ def _tiles(x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
 
 
 def _low_rank(x: Tensor, a: Tensor, p: float) -> tuple[int, int, int, int]:
-    """Return arguments of the kernels for matmuls of x (N, n) with a low-rank factor (r, n).
+    """Return the numeric arguments of a kernel for a matmul of x (N, n) with a low-rank factor (r, n).
 
-    These are the number of rows, the number of columns, the rank, and the dropout threshold.
+    The arguments are the number of rows, the number of columns, the rank, and the dropout threshold.
     """
     return *x.shape, len(a), round(p * 2**24)
 
