@@ -122,7 +122,7 @@ def matmul(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | N
 
 
 def matmul_dtype(rows: int, weights: Sequence[Tensor], dtype: torch.dtype) -> torch.dtype:
-    """Return fp32 if the active choices select it for all weights and `rows` is large enough; otherwise, return `dtype`.
+    """Return fp32 if the active choices select it for all weights and `rows` is large enough; otherwise return `dtype`.
 
     Args:
         rows: Number of input rows.
