@@ -184,7 +184,7 @@ def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) ->
 
 
 def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
-    """Return the targeted parameters that a site on disk may belong to, sorted; empty if the module itself is a target.
+    """Return the targeted parameters that a site on disk may refer to, sorted; empty if the module itself is a target.
 
     The files name modules, not individual parameters. Only the model shows which parameter a tensor belongs to, because
     that depends on the order in which the module defines its parameters.
@@ -205,7 +205,7 @@ def rank_and_alpha(files: AdapterFiles, path: str, rows: int) -> tuple[int, floa
     """Return a site's rank and alpha, or `rows` and None if the rank and alpha are unknown.
 
     In an adapter that PEFT wrote, the rank and alpha of a directly targeted parameter are known only if the patterns
-    give the same values for all parameters that the site may belong to.
+    give the same values for all parameters that the site may refer to.
 
     Args:
         files: The adapter's files.
@@ -416,7 +416,7 @@ def _parsed(path: Path, values: JsonObject, interrupted: bool) -> Sidecar:
 
 
 def _doubt(sidecar: Sidecar, file: TensorFile, path: Path) -> str | None:
-    """Return the reason why weights cannot be verified, or None if they are the ones that lorakit wrote.
+    """Return the reason why the weights cannot be verified, or None if lorakit wrote them and they are unchanged.
 
     Raises:
         AdapterFileError: lorakit wrote the weights, but they were changed later or do not belong to this

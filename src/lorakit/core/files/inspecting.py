@@ -147,7 +147,7 @@ def largest_values(tensors: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def largest_value(tensor: Tensor) -> float:
-    """Return the largest magnitude in a tensor of any shape: NaN if any value is NaN, 0 for an empty or integer tensor."""
+    """Return the largest magnitude in a tensor of any shape: NaN if it contains NaN, 0 for empty or integer tensors."""
     if not tensor.numel() or not tensor.is_floating_point():
         return 0.0
     low, high = torch.aminmax(tensor)

@@ -89,8 +89,7 @@ class InitContext:
 
         Args:
             most: The largest possible rank.
-            requirement: Beginning of the error message, stating what the init requires; by default, it says that the init
-                needs at least r directions.
+            requirement: Beginning of the error message, which states what the init requires; "" selects a default text.
 
         Raises:
             ConfigError: r is larger than `most`.
@@ -188,7 +187,7 @@ class Init:
         fill: Function that creates A and B.
         fits: Function that returns whether the init supports a kind. Only `every_kind` accepts user-defined kinds.
         changes_base: Whether the init replaces the base weight W. The new weight is W − s·B·A, unless `fill` returns
-            one.
+            another weight.
         is_identity: Whether a new adapter leaves the output unchanged, except for rounding (see `is_exact`).
         is_exact: Whether a new adapter leaves the output bitwise identical.
         needs: Data to collect beforehand: "" for none, "inputs" or "gradients".

@@ -22,7 +22,7 @@ OFFSET = 0.9677083
 
 
 def normal_float(device: torch.device | None = None) -> Tensor:
-    """Return the 16 NF4 levels: quantiles of a normal distribution, with 0, scaled to [−1, 1].   [docs/math.md (66)]
+    """Return the 16 NF4 levels: normal quantiles scaled to [−1, 1], including 0.   [docs/math.md (66)]
 
     Args:
         device: Device of the result.

@@ -51,7 +51,7 @@ SIZE = 0.1
 def _orthogonal(context: InitContext) -> InitResult:
     """Set A = Q₁ᵀ·X/10 and B = Y·Q₂/10, where X and Y are random matrices.   [docs/math.md (63)]
 
-    Q₁ and Q₂ contain the odd-numbered and the even-numbered rows of a random orthogonal matrix.
+    The odd rows of a random orthogonal matrix form Q₁, and the even rows form Q₂.
 
     Both factors receive gradients from the first step onward.
 
