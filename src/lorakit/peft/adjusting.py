@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """Return a context manager that multiplies the scales of all adapters and restores the scales on exit.
+    """Return a context manager that multiplies all adapters' scales on entry and restores them on exit.
 
     Args:
         model: A model with adapters.
@@ -55,7 +55,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
 
 class DoraCaching(contextlib.AbstractContextManager["DoraCaching"]):
-    """PEFT's switch for caching DoRA norms; it has no effect, since lorakit computes norms without a dense update.
+    """PEFT's switch for caching DoRA norms; it has no effect, since lorakit computes norms without forming B·A.
 
     Attributes:
         enabled: Whether the caller enabled caching.
@@ -226,11 +226,11 @@ def find_kappa_target_modules(
     moe_param_suffixes: Sequence[str] | None = None,
     show_progress: bool = True,
 ) -> dict[str, list[str] | None]:
-    """Return the modules and fused parameters with the lowest condition numbers, keyed by config field.
+    """Return a dict from config field to the names of the modules or parameters with the lowest condition numbers.
 
     Args:
         model: The model; it is not modified.
-        top_p: Fraction of the modules, and of the parameters, to return.
+        top_p: Fraction of the modules to return, and of the fused expert weights.
         max_dim_size_to_analyze: Maximum weight dimension; weights with a larger dimension are skipped.
         moe_param_suffixes: Name suffixes of fused expert weights.
         show_progress: Ignored; no progress is shown.

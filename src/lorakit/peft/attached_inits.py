@@ -145,7 +145,8 @@ def get_eva_state_dict(
         A dict from module name to directions, (rank, in). The rank of a module may be 0.
 
     Raises:
-        ConfigError: The config is missing, a dictionary contains unknown module names, or a rank is too large.
+        ConfigError: The config is missing, `prepare_layer_inputs_fn` contains an unknown module name, or a rank is too
+            large.
         DataError: `dataloader` is empty, or no data reached a module.
     """
     if isinstance(dataloader, Sized) and not len(dataloader):

@@ -1,4 +1,4 @@
-"""PEFT's data-driven inits, which collect statistics and then attach the adapter (in reverse order for EVA).
+"""PEFT's data-driven inits, which collect statistics and then attach the adapter (for EVA, in the reverse order).
 
 As in PEFT, `preprocess_corda` and `preprocess_loraga` store their results in attributes of the base modules, and
 `get_peft_model` removes those attributes. `lorakit.core` computes the statistics. Caches are safetensors files, which
@@ -122,7 +122,7 @@ def for_attaching(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, cor
         config: The user's config.
 
     Returns:
-        The config to attach, and the statistics, if any.
+        The config and the statistics (or None) to pass to `core.attach`.
 
     Raises:
         ConfigError: The preprocessing step was not run, or `lora_ga_config` is missing.

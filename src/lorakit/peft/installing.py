@@ -32,7 +32,7 @@ _CACHED_LOOKUPS = ("is_peft_available", "is_peft_greater_or_equal", "_package_di
 
 
 def install_as_peft() -> None:
-    """Make `import peft` import `lorakit.peft` everywhere in this process until it exits.
+    """Make `import peft` import `lorakit.peft` everywhere in this process, until the process exits.
 
     Call this function before importing transformers' trainer, trl, diffusers or sentence-transformers. A second call
     does nothing.
@@ -64,7 +64,7 @@ class _Finder(importlib.metadata.DistributionFinder, importlib.abc.MetaPathFinde
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return a spec whose loader returns the corresponding module of `lorakit.peft`, or None if none exists."""
+        """Return a spec that loads the corresponding module of `lorakit.peft`, or None if there is no such module."""
         if fullname.partition(".")[0] != NAME:
             return None
         own = importlib.util.find_spec(PACKAGE + fullname.removeprefix(NAME))

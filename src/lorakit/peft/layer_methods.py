@@ -1,4 +1,4 @@
-"""Layer attributes and methods that exist only in PEFT, implemented for lorakit's adapted layers."""
+"""Layer attributes and methods from PEFT's API that lorakit's layers do not define themselves."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class PeftLayerMethods:
 
         Args:
             layer: An adapted layer.
-            word: Name of the attribute or method; one of `names`.
+            word: Name of the attribute or method, one of those in `names`.
         """
         assert isinstance(layer, LoraLayer)  # only adapted layers call this
         if word in VALUES:

@@ -153,7 +153,7 @@ def warn_of_problems(
 
 
 def renamed(key: str, key_mapping: Mapping[str, str]) -> str:
-    """Return a tensor's name after applying the first matching expression; the name's prefix is not changed."""
+    """Return a tensor's new name according to the first pattern that matches; the name's prefix is not changed."""
     bare = key.removeprefix(WRAPPED)
     for pattern, replacement in key_mapping.items():
         changed, count = re.subn(pattern, replacement, bare)

@@ -74,7 +74,7 @@ def calculate_alora_offsets(
     input_ids: Tensor | None,
     adapter_names: Sequence[str] | None = None,
 ) -> list[int | None]:
-    """For each row, return the number of tokens from the last invocation to the end, or None if it has no invocation.
+    """Return, for each row, the number of tokens from its last invocation sequence to the end; None if it has none.
 
     Args:
         peft_config: Dict from adapter name to config.
@@ -156,7 +156,7 @@ def options_of_call(
     """Return a context manager that assigns adapters to the rows of a call's batch and applies `alora_offsets`.
 
     The call is a forward pass or a `generate` call. `alora_offsets` is removed from `kwargs`. If `alora_offsets` is
-    missing, invocations are located in the `input_ids` of a forward pass or in the prompts of a `generate` call,
+    missing, invocation tokens are located in the `input_ids` of a forward pass or in the prompts of `generate`,
     whether or not a KV cache is used. If only embeddings are given, aLoRA adapters stay inactive, and a warning is
     issued.
 
@@ -165,7 +165,7 @@ def options_of_call(
         names: One adapter name per row, or None.
         args: Positional arguments of the call.
         kwargs: Keyword arguments of the call.
-        generates: Whether the call is to `generate`, which may run several rows per prompt.
+        generates: Whether the call is a `generate` call, which may run several rows per prompt.
 
     Yields:
         Nothing.

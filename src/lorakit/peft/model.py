@@ -448,7 +448,7 @@ _WANTED_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict", "
 
 
 def _forward_of(columns: str) -> Callable[..., Any]:
-    """Create a `forward` method whose parameters are token ids, a mask, the given columns and PEFT's options.
+    """Create a `forward` method whose parameters are token ids, a mask, the given dataset columns and PEFT's options.
 
     Arguments that are None are not passed to the model, since some models do not accept all of them.
     """

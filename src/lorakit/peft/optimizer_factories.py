@@ -68,7 +68,7 @@ def create_loraplus_optimizer(
 
 
 class LoraFAOptimizer(LoraFA):
-    """AdamW with a corrected gradient for B; accepts PEFT's groups with `params`, `names` and `scaling_factors`.
+    """AdamW with a corrected gradient for B; accepts PEFT's parameter groups (`params`, `names`, `scaling_factors`).
 
     Unlike PEFT's optimizer, this class pairs A and B by adapter and site, so that several adapters, magnitudes and
     biases are updated correctly. Updates are computed in fp32. The state is keyed by tensor, so it can be saved and

@@ -281,9 +281,9 @@ def lazy_names(module: str, names: str) -> tuple[Callable[[str], Any], Callable[
 def register() -> None:
     """Add a module to `sys.modules` for each path, and set the module as an attribute of its parent.
 
-    The loader is also registered as the finder for `__file__`, which every package's `__path__` contains. This lets
-    the import system find the spec of a path, which `importlib.reload` and, in a new process,
-    `importlib.util.find_spec` require.
+    The loader is also registered as the finder for `__file__`, an entry in every package's `__path__`. This lets the
+    import system find each module's spec, as `importlib.reload` and (in a new process) `importlib.util.find_spec`
+    require.
     """
     loader = _PathLoader()
     sys.path_importer_cache[__file__] = loader
@@ -313,7 +313,7 @@ class _PathLoader(Loader):
     """Finder and loader for the modules in `PATHS`."""
 
     def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Return the spec of a path, or None for any other name."""
+        """Return the module spec for a name in `PATHS`, or None for any other name."""
         above, _, path = fullname.partition(f"{PACKAGE}.")
         if above or path not in PATHS:
             return None

@@ -38,7 +38,7 @@ class PeftWarning(UserWarning):
 
 
 class PartialTargetsWarning(PeftWarning, RuntimeWarning):
-    """Warning about a config entry that matches nothing; it has both base classes that PEFT uses in this case."""
+    """Warning about a config entry that matches nothing; a subclass of both warning types that PEFT uses for this."""
 
 
 def _refusing(name: str) -> Callable[..., NoReturn]:

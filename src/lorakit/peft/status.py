@@ -131,13 +131,13 @@ def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
 
 
 def _flags_and_devices(modules: Iterable[AdapterModule]) -> tuple[dict[str, bool | Irregular], dict[str, list[str]]]:
-    """Return two dicts keyed by adapter: whether its parameters are trainable, and their device types."""
+    """Return two dicts with an entry for each adapter: whether its parameters are trainable, and their device types."""
     held: dict[str, list[nn.Parameter]] = defaultdict(list)
     for module in modules:
         table = module.token_adapter if isinstance(module, TrainableTokens) else None  # tied modules have no rows
         for adapter in module.available_adapters():
             found = module.parameters_of(adapter) if table is None else [table.trainable_tokens_delta[adapter]]
-            for parameter in found:  # empty for a tied layer or a copy without parameters
+            for parameter in found:  # empty for a tied layer or a module copy without parameters
                 held[adapter].append(parameter)
     flags = {adapter: _common(parameter.requires_grad for parameter in found) for adapter, found in held.items()}
     return flags, {adapter: sorted({one.device.type for one in found}) for adapter, found in held.items()}

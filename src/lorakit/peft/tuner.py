@@ -151,7 +151,7 @@ class OverModel(nn.Module):
         model_adapters.set_requires_grad(self.model, adapter_names, requires_grad)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether an adapter can be converted to plain LoRA; adapters that depend on token positions cannot be.
+        """Return whether an adapter can be converted to plain LoRA; adapters that depend on token positions cannot.
 
         Args:
             adapter_name: Name of the adapter.
@@ -246,7 +246,10 @@ class BaseTuner(OverModel):
         return self._penalty if name in PENALTY_METHODS else super().__getattr__(name)
 
     def _penalty(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
-        """Return the total penalty, a scalar, of the given adapters (by default, the active ones); 0.0 if none."""
+        """Return the total penalty, a scalar, that the given adapters (by default, the active ones) add to the loss.
+
+        The result is 0.0 if none of these adapters has a penalty.
+        """
         with contextlib.ExitStack() as stack:
             if adapter_names is not None:
                 stack.enter_context(core.use(self.model, *model_adapters.as_names(adapter_names)))
@@ -264,7 +267,7 @@ class BaseTuner(OverModel):
 
     @property
     def targeted_parameter_names(self) -> list[str]:
-        """Paths of the parameters that are adapted directly, without adapting a whole module."""
+        """Paths of the parameters that are targeted directly rather than through their module."""
         sites = [site for site in core.sites(self.model) if site.kind == "Parameter"]
         return [f"{site.path.partition('.base_layer')[0]}.{site.layer.spec.parameter}" for site in sites]
 
@@ -374,7 +377,7 @@ class BaseTuner(OverModel):
             yield
 
     def rows(self, adapter_names: Sequence[str] | None, copies: int = 0) -> contextlib.AbstractContextManager[None]:
-        """Return a context manager that assigns an adapter to each batch row; it does nothing without `adapter_names`.
+        """Return a context manager that assigns an adapter to each row; it does nothing if `adapter_names` is None.
 
         Args:
             adapter_names: One adapter name per row of the batch; "__base__" selects the base model alone.

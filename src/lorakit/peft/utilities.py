@@ -345,7 +345,7 @@ def checkpoints(model: nn.Module) -> bool:
 
 
 def take_gradients_at_the_input(model: nn.Module) -> None:
-    """Make the input embedding's output require gradients, as reentrant gradient checkpointing requires.
+    """Make the input embedding's output require gradients, as reentrant gradient checkpointing needs.
 
     Args:
         model: A model; quantized models are skipped, since `prepare_model_for_kbit_training` handles them.

@@ -102,8 +102,8 @@ def reduce_intruder_dimension(
         peft_model: A `PeftModel`.
         old_adapter_name: Name of the original adapter, which is kept.
         new_adapter_name: Name of the new adapter.
-        top_k: Number of strongest directions to compare.
-        threshold_epsilon: Maximum cosine similarity between an intruder dimension and any direction of the base weight.
+        top_k: Number of top singular vectors of W + ΔW to compare with those of the base weight W.
+        threshold_epsilon: Maximum cosine similarity of an intruder dimension to any singular vector of the base weight.
         mitigation_lambda: Fraction of each intruder dimension to keep.
         logging_sink: Function called with each log line, including one line per site; None disables logging.
 

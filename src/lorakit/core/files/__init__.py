@@ -1,1 +1,1 @@
-"""Adapters on disk: tensors and their names, the adapter directory with `lorakit.json`, and inspection of the files."""
+"""Adapters on disk: tensor files, tensor names, the adapter's directory with `lorakit.json`, and file inspection."""

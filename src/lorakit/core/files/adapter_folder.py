@@ -1,6 +1,6 @@
 """Read, verify and write an adapter's directory: PEFT's files, and `lorakit.json`, which lorakit adds.
 
-`lorakit.json` contains the base's fingerprint, the SHA-256 of the weights and of the config, the rank and alpha of each
+`lorakit.json` contains the base's fingerprint, SHA-256 hashes of the weights and the config, the rank and alpha of each
 site, training metadata, and a seal, which is a checksum of everything else. An adapter that lacks this file, or that
 another program has rewritten, still loads but cannot be verified. While files are being replaced one by one,
 `lorakit.json` also describes the old files, so that a mixture of old and new files is rejected.
@@ -52,15 +52,15 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Sidecar:
-    """Content of `lorakit.json`; every field is empty if there is no such file.
+    """Content of `lorakit.json`; the fields keep their defaults if there is no such file.
 
     Attributes:
         present: Whether the file exists.
         weights_sha256: SHA-256 of the weights file and, in format 1, also of the weights file that it replaced.
         config_sha256: SHA-256 of the config file.
         base: Fingerprint of the base, or None.
-        sites: Path of a site -> {"r", "lora_alpha"}.
-        facts: All other values: training metadata, names, hashes.
+        sites: Dict from site path to the site's rank and alpha, with the keys "r" and "lora_alpha".
+        facts: All other values, such as training metadata.
         began: The initial state of an adapter whose init modified the base; empty for other adapters.
         format_version: Format version of the file; 0 if there is no file.
         interrupted: Whether a save was interrupted; if so, the files are those from before that save.
@@ -134,7 +134,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
 
 
 def _read_once(folder: Path) -> AdapterFiles:
-    """Read and verify the files once, although another process may be replacing them."""
+    """Read and verify the files once; another process may be replacing them at the same time."""
     config, unknown = read_config(folder)
     weights = folder / WEIGHTS_FILE
     if not weights.exists() and (folder / "adapter_model.bin").exists():
@@ -171,7 +171,7 @@ def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) ->
         pattern_path: The path to match against patterns, if different from `path`.
 
     Raises:
-        AdapterFileError: Alpha depends on a regular expression, which is not run.
+        AdapterFileError: Alpha depends on a regular expression; regular expressions are not evaluated.
     """
     if files.config_is_ours and path in files.sidecar.sites:
         return float(files.sidecar.sites[path]["lora_alpha"])
@@ -184,7 +184,7 @@ def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) ->
 
 
 def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
-    """Return the targeted parameters that a site on disk may belong to, sorted; empty if the module itself is a target.
+    """Return the targeted parameters that a site on disk may refer to, sorted; empty if the module itself is a target.
 
     The files name modules, not individual parameters. Only the model shows which parameter a tensor belongs to, because
     that depends on the order in which the module defines its parameters.
@@ -205,7 +205,7 @@ def rank_and_alpha(files: AdapterFiles, path: str, rows: int) -> tuple[int, floa
     """Return a site's rank and alpha, or `rows` and None if the rank and alpha are unknown.
 
     In an adapter that PEFT wrote, the rank and alpha of a directly targeted parameter are known only if the patterns
-    give the same values for all parameters that the site may belong to.
+    give the same values for all parameters that the site may refer to.
 
     Args:
         files: The adapter's files.
@@ -251,8 +251,8 @@ def write_files(
 ) -> SavedAdapter:
     """Write an adapter's files; a crash leaves the old adapter, the new one, or a directory that cannot be loaded.
 
-    The directory is exchanged for a complete new one, so that old and new files never mix. On systems that cannot
-    exchange directories, files are replaced in such an order that `lorakit.json` always says which of them belong
+    The directory is exchanged for a complete new one, so that old and new files never mix. If the directory cannot be
+    exchanged, the files are replaced one by one, in an order such that `lorakit.json` always shows which files belong
     together.
 
     Args:
@@ -266,7 +266,7 @@ def write_files(
         A description of the files written.
 
     Raises:
-        DiskError: The disk is full or fails.
+        DiskError: The disk is full, or writing fails.
     """
     files = {CONFIG_FILE: config, WEIGHTS_FILE: weights, **({} if initial is None else {INITIAL_FILE: initial})}
     last = {SIDECAR_FILE: sidecar_bytes(about, config, weights), **({INITIAL_FILE: None} if initial is None else {})}
@@ -323,7 +323,7 @@ def _identities(folder: Path) -> list[tuple[int, int, int] | None]:
 
 
 def _valid_values(folder: Path) -> tuple[JsonObject | None, bool]:
-    """Return the `lorakit.json` values for the current files, and whether they predate an interrupted save."""
+    """Return the `lorakit.json` values for the current files, and whether those files predate an interrupted save."""
     path = folder / SIDECAR_FILE
     if not path.exists():
         return None, False
@@ -370,7 +370,7 @@ def _checked(path: Path, value: JsonValue) -> JsonObject:
     """Check that a value is a JSON object in a known format, with a valid seal if the format has one.
 
     Raises:
-        AdapterFileError: The value fails a check, or its format is newer than this version reads.
+        AdapterFileError: The value fails a check, or its format is newer than this version of lorakit can read.
     """
     values = _table(value)
     version = values.get("format_version")
@@ -416,7 +416,7 @@ def _parsed(path: Path, values: JsonObject, interrupted: bool) -> Sidecar:
 
 
 def _doubt(sidecar: Sidecar, file: TensorFile, path: Path) -> str | None:
-    """Return the reason why weights cannot be verified, or None if they are the ones that lorakit wrote.
+    """Return the reason why the weights cannot be verified, or None if lorakit wrote them and they are unchanged.
 
     Raises:
         AdapterFileError: lorakit wrote the weights, but they were changed later or do not belong to this

@@ -1,4 +1,4 @@
-"""Inspect an adapter's files without a model: config, sites and their norms, and findings.
+"""Inspect an adapter's files without a model, and report the config, the sites with their norms, and any findings.
 
 A finding is a property that is valid but implausible, or a value that is not finite. Loading an adapter reports
 findings as warnings or errors; inspecting an adapter lists the same messages.
@@ -129,7 +129,7 @@ def implausible(folder: str | Path, findings: Sequence[Finding], may_be_zero: bo
     """Return a tuple with one message that lists all findings, or an empty tuple if there are no findings.
 
     Zero updates at only some sites do not cause a warning: they are normal for experts that no token reached, and for
-    adapters extracted from a model that changed only in part. `inspect_adapter` still lists them.
+    adapters extracted from a model in which only some weights changed. `inspect_adapter` still lists them.
 
     Args:
         folder: The adapter's directory.
@@ -147,7 +147,7 @@ def largest_values(tensors: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def largest_value(tensor: Tensor) -> float:
-    """Return the largest magnitude in a tensor of any shape: NaN if it contains NaN, 0 if it is empty or integer."""
+    """Return the largest magnitude in a tensor of any shape: NaN if it contains NaN, 0 for empty or integer tensors."""
     if not tensor.numel() or not tensor.is_floating_point():
         return 0.0
     low, high = torch.aminmax(tensor)
@@ -300,10 +300,10 @@ def judge_files(files: AdapterFiles, allow: Collection[str] = ()) -> tuple[Findi
 
     Args:
         files: The adapter's files.
-        allow: Names of checks to override: "nonfinite".
+        allow: Checks to override; only "nonfinite" is recognized.
 
     Returns:
-        The same findings as in `AdapterSummary.judged`.
+        The findings that `AdapterSummary.judged` would contain.
 
     Raises:
         AdapterFileError: The adapter contains NaN or infinite values, and "nonfinite" is not allowed.
@@ -358,7 +358,7 @@ def _site(files: AdapterFiles, path: str, A: Tensor, B: Tensor) -> SiteSummary:
 
 
 def _unreadable(sites: Sequence[SiteSummary], odd_paths: Sequence[str]) -> list[str]:
-    """Return messages about sites with incomplete information, or about a file without sites."""
+    """Return messages about sites with an unknown scale or mismatched factors, or about a file without sites."""
     found = []
     unknown = [s.path for s in sites if s.scale is None]
     if unknown:

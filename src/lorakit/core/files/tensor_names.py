@@ -45,7 +45,7 @@ class Key(NamedTuple):
 
 
 def parse(name: str) -> Key | None:
-    """Parse a tensor name; return None if the tensor does not belong to a site's factors."""
+    """Parse a tensor name; return None if the tensor does not belong to a site."""
     if not name.startswith(PREFIX):
         return None
     rest = name.removeprefix(PREFIX)
@@ -57,7 +57,7 @@ def parse(name: str) -> Key | None:
 
 
 def by_site(named: Mapping[str, T]) -> dict[str, dict[str, T]]:
-    """Group values by site path and then by part, ignoring names that do not belong to a site's factors."""
+    """Group values by site path and then by part, ignoring tensors that do not belong to a site."""
     found: dict[str, dict[str, T]] = {}
     for name, value in named.items():
         key = parse(name)
@@ -72,7 +72,7 @@ def endings_of(kind: Kind) -> tuple[str, str]:
 
 
 def part_names(kind: Kind, variant: Variant) -> dict[str, str]:
-    """Return a dict from `Key.part` to tensor name relative to the site's path, for all tensors of a site."""
+    """Return a dict from each `Key.part` of a site to the tensor's name relative to the site's path."""
     A, B = kind.names
     own = {tensor.held_as: tensor.keys[0].removeprefix(".") for tensor in variant.tensors}
     return {"A": A + kind.on_disk, "B": B + kind.on_disk, "bias": f"{B}.bias", **own}

@@ -71,7 +71,7 @@ def init_for(name: bool | str, kind: Kind, path: str) -> Init:
     """Return the entry for a value of `init_lora_weights` at a site.
 
     Args:
-        name: The value.
+        name: The value of `init_lora_weights`.
         kind: The kind of the site.
         path: Path of the site, for error messages.
 

@@ -1,6 +1,6 @@
 """CorDA: initialize A and B from the decomposition of W·C, where C is the covariance of the inputs.
 
-The adapter starts from the largest or the smallest singular directions of W·C.
+The adapter starts from the singular vectors of W·C with the largest or the smallest singular values.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ METHODS = ("ipm", "kpm")
 def _digest(context: InitContext, statistics: InputMoments) -> dict[str, Tensor]:
     """Return the r directions that the config's method selects: U (out, r), S (r,) and Vh = Vᵀ·C⁻¹ (r, n).
 
-    C (n, n) is Σ x·xᵀ over the inputs of one call, averaged over all calls.
+    The covariance C (n, n) is Σ x·xᵀ over the inputs of one call, averaged over all calls.
 
     Raises:
         ConfigError: `corda_method` is unknown.
@@ -75,7 +75,7 @@ def _corda(context: InitContext) -> InitResult:
     The base becomes W − s·B·A.
 
     Source:
-        Yang et al. 2024, arXiv:2406.05223, eqs. (3) to (6): "ipm" takes the largest directions, "kpm" the smallest.
+        Yang et al. 2024, arXiv:2406.05223, eqs. (3) to (6): "ipm" uses the largest singular values, "kpm" the smallest.
     """
     found = context.collected()
     context.check_collected(found["U"].shape[1])

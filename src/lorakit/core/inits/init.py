@@ -55,7 +55,7 @@ class InitContext:
         """Return the base weight as g matrices, (g, out, n): one matrix, or one per expert; n includes the kernel size.
 
         Args:
-            requirement: As in `check_rank`.
+            requirement: See `check_rank`.
 
         Raises:
             ConfigError: The weight belongs to a grouped convolution, contains NaN or infinite values, or has fewer
@@ -65,7 +65,7 @@ class InitContext:
         W = self.read()
         if W.device.type != "meta" and not bool(torch.isfinite(W).all()):
             raise self.error("the base weight contains NaN or infinite values and cannot be decomposed.")
-        W = W.mT if self.spec.in_first else W  # only experts can still be in (in, out) layout here
+        W = W.mT if self.spec.in_first else W  # only expert weights can still have the layout (in, out)
         W = W if self.spec.experts else self.kind.flat_weight(self.spec, W)[None]
         self.check_rank(min(W.shape[1:]), requirement)
         return W
@@ -89,7 +89,7 @@ class InitContext:
 
         Args:
             most: The largest possible rank.
-            requirement: Start of the message, which says what the init requires; by default, at least r directions.
+            requirement: Beginning of the error message, which states what the init requires; "" selects a default text.
 
         Raises:
             ConfigError: r is larger than `most`.
@@ -121,7 +121,7 @@ class InitContext:
             )
 
     def in_layout(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Convert factors computed for matrices to the layout and dtype of the site's factors.
+        """Convert the factors of the g matrices (see `matrices`) to the site's layout and dtype.
 
         Args:
             A: (g, r, n).
@@ -186,7 +186,8 @@ class Init:
         name: The value of `init_lora_weights` that selects the init.
         fill: Function that creates A and B.
         fits: Function that returns whether the init supports a kind. Only `every_kind` accepts user-defined kinds.
-        changes_base: Whether the init replaces the base weight W: with W − s·B·A, unless `fill` returns another weight.
+        changes_base: Whether the init replaces the base weight W. The new weight is W − s·B·A, unless `fill` returns
+            another weight.
         is_identity: Whether a new adapter leaves the output unchanged, except for rounding (see `is_exact`).
         is_exact: Whether a new adapter leaves the output bitwise identical.
         needs: Data to collect beforehand: "" for none, "inputs" or "gradients".

@@ -22,7 +22,7 @@ OFFSET = 0.9677083
 
 
 def normal_float(device: torch.device | None = None) -> Tensor:
-    """Return the 16 NF4 levels: quantiles of a normal distribution, including zero, in [−1, 1].   [docs/math.md (66)]
+    """Return the 16 NF4 levels: normal quantiles scaled to [−1, 1], including 0.   [docs/math.md (66)]
 
     Args:
         device: Device of the result.
@@ -76,7 +76,7 @@ ROUNDED: Mapping[int, Callable[[Tensor], Tensor]] = {4: on_normal_float, 8: on_i
 
 
 def _loftq(context: InitContext) -> InitResult:
-    """Repeat Q ← q(W − s·B·A), then s·B·A ← the r largest singular directions of W − Q.   [docs/math.md (66)]
+    """Repeat Q ← q(W − s·B·A), then s·B·A ← the best rank-r approximation of W − Q.   [docs/math.md (66)]
 
     The base becomes Q, stored as a dense weight; a quantizer with the same grid can store Q without further loss.
 

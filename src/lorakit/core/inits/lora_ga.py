@@ -28,7 +28,7 @@ def settings_of(context: InitContext) -> LoraGAConfig:
     """Return the config's LoRA-GA settings, or PEFT's defaults if it has none.
 
     Raises:
-        ConfigError: A value is not allowed.
+        ConfigError: A setting has an invalid value.
     """
     settings = context.config.lora_ga_config or LoraGAConfig()
     for field, value, known in (("direction", settings.direction, DIRECTIONS), ("scale", settings.scale, SCALES)):
@@ -38,11 +38,11 @@ def settings_of(context: InitContext) -> LoraGAConfig:
 
 
 def _digest(context: InitContext, statistics: GradientMoments) -> dict[str, Tensor]:
-    """Return U (out, 2r), S (2r,) and Vh (2r, n): the 2r largest singular directions of the mean gradient.
+    """Return U (out, 2r), S (2r,) and Vh (2r, n): the top 2r singular vectors and values of the mean gradient.
 
     Raises:
-        ConfigError: The gradient has fewer than 2r directions, a setting is not allowed, or the site is a grouped
-            convolution.
+        ConfigError: The gradient has fewer than 2r singular values, a setting has an invalid value, or the site is a
+            grouped convolution.
     """
     settings_of(context)
     context.check_ungrouped()
@@ -63,7 +63,7 @@ def _lora_ga(context: InitContext) -> InitResult:
     """
     settings, found = settings_of(context), context.collected()
     U, S, Vh = found["U"], found["S"], found["Vh"]
-    context.check_collected(len(S) / 2)  # also raises an error if the number of directions is odd
+    context.check_collected(len(S) / 2)  # an odd number of directions also raises an error
     to_A, to_B = _chosen(context, settings.direction)
     A, B, strength = Vh[to_A], U[:, to_B] * S[to_B], float(S[to_B][0])
     if settings.scale == "stable":

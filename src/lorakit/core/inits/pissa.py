@@ -1,10 +1,10 @@
 """Inits that use a decomposition of W: PiSSA, OLoRA, and MiCA.
 
-PiSSA: the adapter starts as the largest singular directions of W, and the base becomes the residual.
+PiSSA: the adapter starts as the best rank-r approximation of W, and the base becomes the residual.
 
-OLoRA: the adapter starts as part of the QR decomposition of W, and the base becomes the residual.
+OLoRA: the adapter starts from the QR decomposition of W, and the base becomes the residual.
 
-MiCA: B is frozen at the smallest left singular directions of W, and only A is trained.
+MiCA: B is frozen at the left singular vectors of W with the smallest singular values, and only A is trained.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _pissa(context: InitContext) -> InitResult:
 
 
 def sketched(context: InitContext, W: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the leading singular directions with a random sketch and power iterations.
+    """Compute the leading singular vectors and values with a random sketch and power iterations.
 
     Args:
         context: The site, which supplies the rank and the random generator.
@@ -71,7 +71,7 @@ OLORA = Init("olora", _olora, changes_base=True, is_exact=False, requantizes=Tru
 
 
 def _mica(context: InitContext) -> InitResult:
-    """With W = U·S·Vᵀ, set B to the last r columns of U and A to zero.   [docs/math.md (68)]
+    """With W = U·S·Vᵀ, set A to zero and B to the last r columns of U.   [docs/math.md (68)]
 
     Source:
         arXiv:2604.01694 (MiCA), as in PEFT: the adapter updates only the output directions that the base uses least.

@@ -14,7 +14,7 @@ from lorakit.core.kinds.kind import every_kind
 
 
 def _kaiming(context: InitContext) -> InitResult:
-    """Fill one factor with values uniform in ±1/√fan_in (for an embedding, standard normal), and set the other to zero.
+    """Fill one factor with uniform values in ±1/√fan_in (standard normal for an embedding); set the other to zero.
 
     [docs/math.md (5), (6)]
 
@@ -49,7 +49,9 @@ SIZE = 0.1
 
 
 def _orthogonal(context: InitContext) -> InitResult:
-    """Set A = Q₁ᵀ·X/10 and B = Y·Q₂/10; Q₁ and Q₂ are the odd and even rows of an orthogonal Q.   [docs/math.md (63)]
+    """Set A = Q₁ᵀ·X/10 and B = Y·Q₂/10, where X and Y are random matrices.   [docs/math.md (63)]
+
+    The odd rows of a random orthogonal matrix form Q₁, and the even rows form Q₂.
 
     Both factors receive gradients from the first step onward.
 
