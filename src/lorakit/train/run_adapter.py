@@ -172,7 +172,7 @@ def row_loss(device: torch.device) -> Callable[[nn.Module, Batch], Tensor]:
 
 
 def _positions_with_loss(batch: Batch) -> Tensor:
-    """Return a (rows, length) mask of the positions that contribute to the loss, like EVA's `use_label_mask`."""
+    """Return a (rows, length) mask of the positions that contribute to the loss (`use_label_mask` in PEFT's EVA)."""
     return (batch.labels != -100) & batch.attention_mask.bool()
 
 
