@@ -257,7 +257,7 @@ class FlatAdamW(torch.optim.Optimizer):
 
 
 class _Lane:
-    """A buffer for one parameter group, with one view per tensor, in the order of the tensors."""
+    """A buffer for one parameter group, and one view of it per tensor, in the order of the tensors."""
 
     def __init__(self, shapes: Sequence[torch.Size], starts: Sequence[int], device: torch.device) -> None:
         self.buffer = torch.zeros(starts[-1], dtype=torch.float32, device=device)

@@ -115,7 +115,7 @@ class PlainProgress(Progress):
 
 
 class LiveProgress(Progress):
-    """A progress bar that shows loss, tokens per second, memory use and time left on the last line of a terminal.
+    """A progress bar on the last line of a terminal, showing the loss, tokens per second, memory use and time left.
 
     Args:
         stream: The terminal; None means stdout.

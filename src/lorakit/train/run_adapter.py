@@ -109,7 +109,7 @@ def allocate_ranks(
 def init_from_data(
     model: nn.Module, config: LoraConfig, spec: RunSpec, loader: Loader, progress: Progress
 ) -> tuple[LoraConfig, core.Statistics | None]:
-    """Return the config to attach and, if the initialization needs them, statistics of the first training rows.
+    """Return the adapter's config and, if the initialization needs them, statistics of the first training rows.
 
     Args:
         model: The base, on the run's device.
