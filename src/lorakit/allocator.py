@@ -38,7 +38,7 @@ MATMUL_MESSAGE = (
 """Message that `set_up` returns if `limit_compiled_matmuls` took effect."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-LARGEST = 2**31 - 1  # mallopt takes an int: blocks below 2 GiB stay on the heap, and the heap is not trimmed
+LARGEST = 2**31 - 1  # the largest value for mallopt; smaller blocks stay on the heap, which is not trimmed
 
 
 def keep_large_blocks() -> bool:
@@ -76,7 +76,7 @@ def limit_compiled_matmuls() -> bool:
 
 
 def set_up() -> list[str]:
-    """Apply both settings for a command that trains or evaluates.
+    """Apply both memory settings, for a command that trains or evaluates.
 
     Returns:
         A message for each setting that took effect.

@@ -96,7 +96,7 @@ def json_bytes(value: JsonValue) -> bytes:
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a dictionary with a seal (the SHA-256 digest of its entries), so that changes can be detected.
+    """Return a copy of a dictionary, adding a seal (the SHA-256 digest of its entries) that reveals later changes.
 
     Args:
         values: JSON values by key; an existing seal is replaced.
@@ -305,7 +305,7 @@ def publish_directory(final: str | os.PathLike[str], *, replace: bool = False) -
 
     Args:
         final: The final name; a symbolic link to a directory is followed.
-        replace: Whether to replace and remove an existing directory; if false, an existing directory must be empty.
+        replace: Whether to replace an existing directory, which is then removed; if false, it must be empty.
 
     Yields:
         A new directory to write to, next to `final` and on the same disk.
@@ -480,7 +480,7 @@ def _build(new: Path, old: Path, contents: Mapping[str, bytes | None]) -> None:
 
 
 def _carry(old: Path, new: Path, left_out: Collection[str] = ()) -> None:
-    """Copy a directory's entries to another one: hard-link files and symbolic links, and recreate subdirectories."""
+    """Copy a directory's contents to another directory: hard-link files and symlinks, and recreate subdirectories."""
     with os.scandir(old) as entries:
         for entry in entries:
             source, target = old / entry.name, new / entry.name
@@ -501,7 +501,7 @@ def _take_owner_and_mode(source: Path, target: Path) -> None:
 
 
 def _clear(temporary: Path, final: Path, old: int, replaced: Collection[str] | None = None) -> None:
-    """Remove a temporary directory; if it holds old content, first move newly added entries to the new directory."""
+    """Remove a temporary directory; if it holds the old content, first save any entries that other processes added."""
     with contextlib.suppress(OSError):
         if old and temporary.stat().st_ino == old and final.is_dir():
             _retire(temporary, final, replaced)
@@ -510,7 +510,7 @@ def _clear(temporary: Path, final: Path, old: int, replaced: Collection[str] | N
 
 
 def _retire(old: Path, new: Path, replaced: Collection[str] | None) -> None:
-    """Move an old directory's entries to the new one if they are missing or older there, then remove the old one.
+    """Remove an old directory. Entries that the new directory lacks, or has in older versions, are moved there first.
 
     Args:
         old: The directory to remove.
@@ -535,7 +535,10 @@ def _retire(old: Path, new: Path, replaced: Collection[str] | None) -> None:
 
 
 def _put_in_place_of(new: Path, old: Path) -> None:
-    """Exchange two directories or, if that is not supported, set the old one aside under a name that `sweep` finds."""
+    """Exchange two directories; if that is not supported, rename both.
+
+    The old directory is first renamed so that `sweep` recognizes it; the new directory then takes its name.
+    """
     try:
         _exchange(new, old)
     except OSError as cause:

@@ -83,7 +83,7 @@ class LorakitError(Exception):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Return the fields as keyword arguments for a wrapping error: `kind(f"{path}: {e}", **e.fields)`."""
+        """Return this error's fields as keyword arguments for a new error: `kind(f"{path}: {e}", **e.fields)`."""
         return {name: getattr(self, name) for name in ("what", "where", "field", "allowed", "override")}
 
     def text(self, how: str | None = None) -> str:
@@ -164,7 +164,7 @@ class RowCountError(RouteError):
 class MixedRowsError(RouteError):
     """A module cannot process rows with different adapters in one batch.
 
-    `what` is the type of the module or its output; `field` is the responsible config field, "modules_to_save" or
+    `what` is the type of the module or of its output; `field` is the responsible config field, "modules_to_save" or
     "bias", or None for a layer with LoRA factors.
     """
 
@@ -172,7 +172,10 @@ class MixedRowsError(RouteError):
 
 
 class MergeError(LorakitError, RuntimeError, ValueError):
-    """A merge or unmerge is not possible. Subclasses both built-in exceptions that code written for PEFT may catch."""
+    """A merge or unmerge is not possible.
+
+    Code written for PEFT may catch either RuntimeError or ValueError, so this class is a subclass of both.
+    """
 
     code = "LORA-E050"
 
@@ -247,7 +250,7 @@ def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
     """Issue a warning that is attributed to the nearest caller outside lorakit.
 
     Args:
-        message: The message.
+        message: Text of the warning.
         category: Class of the warning.
     """
     import sys

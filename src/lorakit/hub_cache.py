@@ -34,7 +34,7 @@ def adapter_from_hub(repository: str, *, revision: str | None = None, subfolder:
         subfolder: The adapter's folder in the repository.
 
     Returns:
-        The repository's folder in the Hub's cache, which contains the adapter's files.
+        The repository's folder in the local cache; if `subfolder` is given, the adapter's files are in that subfolder.
 
     Raises:
         ModelError: The repository was not found or cannot be reached.
@@ -47,7 +47,7 @@ def adapter_from_hub(repository: str, *, revision: str | None = None, subfolder:
         folder = huggingface_hub.snapshot_download(
             repository, revision=revision, allow_patterns=patterns, local_files_only=variable is not None
         )
-    except Exception as cause:  # the Hub client's exceptions depend on its transport
+    except Exception as cause:  # the Hub client's exception types depend on its HTTP library
         where = f"in the Hub's cache (network access is off: {variable} is set)" if variable else "on the Hub"
         raise ModelError(
             f"{repository!r} is not a directory and was not found {where} ({type(cause).__name__}). Check the name, "

@@ -190,5 +190,5 @@ DEVICE_FORM = "auto, cpu, cuda, cuda:N or mps"
 
 
 def is_device_name(word: str) -> bool:
-    """Return whether a word is a valid value for `--device`, even if this machine lacks the device."""
+    """Return whether a string is a valid value for `--device`, even if this machine lacks the device."""
     return re.fullmatch(r"auto|(cpu|cuda|mps)(:\d+)?", word) is not None

@@ -51,7 +51,7 @@ def format_quantity(value: float, unit: str) -> str:
     """Format a quantity with three significant digits and a decimal prefix, such as "409 GFLOP/s".
 
     Args:
-        value: The quantity.
+        value: The quantity, in `unit`.
         unit: Unit of the quantity without a prefix, such as "FLOP/s".
     """
     if not math.isfinite(value):
@@ -66,7 +66,7 @@ def format_rate(value: float, unit: str) -> str:
     """Format a rate, such as "3,100 tokens/s" or "4.2 tokens/s"; rates below 10 have one decimal place.
 
     Args:
-        value: The rate.
+        value: The rate, in `unit`.
         unit: Unit of the rate, such as "tokens/s".
     """
     if not math.isfinite(value):
@@ -177,7 +177,7 @@ def wrap(text: str, width: int, *, hanging: str | None = None) -> str:
 
 
 def display_width(text: str) -> int:
-    """Return the number of screen columns that text occupies: 2 per wide East Asian character, 0 per combining one.
+    """Return the width of text in screen columns: 2 per wide East Asian character, 0 per combining character.
 
     Args:
         text: One line.

@@ -126,4 +126,4 @@ def test_damaged_numbers_are_found_by_the_merge(
     assert "NaNs detected in the merged weights." in refusal(capsys, 1, *words, "--merged")
     assert main(["generate", "--prompt", "hello", *map(str, words)]) == 1  # up to 256 tokens, so a merge is tried
     said = capsys.readouterr().err
-    assert "Logits of row 0 are NaN or infinite at new token 1" in said and "merged into" not in said
+    assert "The logits for row 0 are NaN or infinite at new token 1" in said and "merged into" not in said

@@ -281,5 +281,5 @@ def test_a_model_without_a_cache_is_refused() -> None:
 def test_logits_that_are_no_numbers_stop_it(tiny_gpt2: Any) -> None:
     with torch.no_grad():
         tiny_gpt2.transformer.ln_f.bias[0] = torch.nan
-    with pytest.raises(NonFiniteError, match="Logits of row 0 are NaN or infinite at new token 1"):
+    with pytest.raises(NonFiniteError, match="The logits for row 0 are NaN or infinite at new token 1"):
         list(generate(tiny_gpt2, [1], max_new_tokens=3))

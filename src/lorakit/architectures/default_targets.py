@@ -1,4 +1,4 @@
-"""Default target modules for each `model_type` of a base model, as in PEFT."""
+"""Default target modules for each `model_type`, as in PEFT."""
 
 from __future__ import annotations
 

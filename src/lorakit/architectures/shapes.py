@@ -25,8 +25,8 @@ class SiteShape:
     Attributes:
         path: Dotted path of the module, as in `named_modules()`.
         kind: "Linear", "Conv1D" or "Embedding".
-        out_features: Number of rows of the weight in nn.Linear's orientation; for an Embedding, the width of an
-            embedding.
+        out_features: Number of rows of the weight in nn.Linear's orientation; for an Embedding, the embedding
+            dimension.
         in_features: Number of columns of the weight in that orientation; for an Embedding, the number of embeddings.
         dense: Whether "all-linear" selects the module (a Linear or Conv1D that is not the output head).
         bias: Whether the module has a bias of `out_features` elements.
@@ -165,7 +165,7 @@ class ModelShape:
 
 
 def role(path: str) -> str:
-    """Return the path of a site without layer numbers, such as "transformer.h.*.attn.c_attn".
+    """Return the path of a site with "*" in place of layer numbers, such as "transformer.h.*.attn.c_attn".
 
     Args:
         path: Dotted path of a module.
@@ -191,7 +191,7 @@ def block_of(path: str) -> str | None:
 
 
 def short_roles(paths: Iterable[str]) -> dict[str, str]:
-    """Return a short name for each role (a path without layer numbers; see `role`), for display in tables.
+    """Return a short name for each role (see `role`), for display in tables.
 
     Args:
         paths: Dotted paths of modules.
@@ -356,7 +356,7 @@ def _in_blocks(
     kind: str = "Linear",
     biased: Collection[str] = (),
 ) -> list[SiteShape]:
-    """Return the linear modules of all blocks; `inside` maps a path within a block to (out, in) features."""
+    """Return the linear modules of all blocks; `inside` maps paths within a block to (out, in) sizes."""
     return [
         SiteShape(f"{blocks}.{layer}.{name}", kind, *features, bias=name in biased)
         for layer in range(sizes.layers)

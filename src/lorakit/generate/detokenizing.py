@@ -1,8 +1,8 @@
 """Streaming detokenization: the concatenated pieces equal the text that decoding all tokens at once would give.
 
-A token cannot always be decoded alone: it may be only part of a character, and the start of its text may depend on the
-previous token (a leading space, "##ing"). So each token is decoded together with the tokens before it, and incomplete
-characters are held back. This module does not depend on a model.
+A token cannot always be decoded alone: it may be only part of a character, and the previous token may determine whether
+its text starts with a space. So each token is decoded together with the tokens before it, and incomplete characters are
+held back. This module does not depend on a model.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Protocol
 
 REPLACEMENT = "\ufffd"  # character that decoders output for invalid or incomplete bytes
 PENDING_CHARACTERS = 3  # an incomplete UTF-8 character has up to 3 bytes, each decoded to one replacement character
-PENDING_TOKENS = 4  # a character can span this many tokens, one per byte
-CONTEXT_TOKENS = 8  # prompt tokens that are decoded together with the first new token
+PENDING_TOKENS = 4  # maximum number of tokens that a character can span, one per byte
+CONTEXT_TOKENS = 8  # number of prompt tokens that are decoded together with the first new token
 
 
 class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that detokenization uses."""
+    """The part of the transformers tokenizer interface that detokenization uses."""
 
     def decode(self, token_ids: list[int], **options: bool) -> str:
         """Return the text that the token ids encode."""
@@ -37,7 +37,7 @@ class TextStream:
         self._skip = skip_special_tokens
         self._window = list(after)[-CONTEXT_TOKENS:]
         self._settled = len(self._window)  # number of leading tokens whose text was returned in full
-        self._given = self._text(self._window)  # prompt text and returned text within the window
+        self._given = self._text(self._window)  # window text that is from the prompt or was already returned
 
     def push(self, token: int) -> str:
         """Add a token and return the text that is now final, which may be empty.
@@ -48,7 +48,7 @@ class TextStream:
         self._window.append(token)
         text = self._text(self._window)
         if not text.startswith(self._given) and len(self._window) - self._settled <= PENDING_TOKENS:
-            return ""  # an incomplete character can change how bytes already returned are decoded
+            return ""  # an incomplete character can change how earlier bytes are decoded
         certain = _certain(text)
         piece = text[len(self._given) : certain]
         self._given = text[: max(certain, len(self._given))]

@@ -170,7 +170,7 @@ def _steps(forward: _Forward, rows: _Rows) -> Iterator[NewToken]:
 
 
 class _Rows:
-    """State of the rows: which ones are open (still generating), each row's sampler, and when each row must end."""
+    """State of the rows: which rows are open (still generating), how each row is sampled, and when it must end."""
 
     def __init__(
         self,
@@ -191,9 +191,9 @@ class _Rows:
         for row in self.open:
             if not finite[row]:
                 raise NonFiniteError(
-                    f"Logits of row {row} are NaN or infinite at new token {self._made + 1}: the weights of the base "
-                    "or the adapter are damaged or too large for this dtype. Try float32, and check the adapter with "
-                    "`lorakit inspect`.",
+                    f"The logits for row {row} are NaN or infinite at new token {self._made + 1}: the weights of the "
+                    "base or the adapter are damaged or too large for this dtype. Try float32, and check the adapter "
+                    "with `lorakit inspect`.",
                     where=f"row {row}",
                 )
             if not self._samplers[row].is_greedy:
@@ -311,7 +311,7 @@ def _scope(
     state = find_state(model)
     if adapters is None:
         # The currently active adapters stay active even if tokens are requested outside the caller's context.
-        # An override of the whole model cannot reproduce per-layer overrides; a model that has any is left unchanged.
+        # A model-wide override cannot reproduce per-layer overrides, so a model with per-layer overrides is left as is.
         if state is None or any(layer.own_route is not None for _, layer in layers(model)):
             return contextlib.nullcontext()
         return state.override(state.active().keeping())

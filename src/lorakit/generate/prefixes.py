@@ -27,7 +27,7 @@ WORTHWHILE_TOKENS = 16
 
 
 class Cache(Protocol):
-    """The part of a transformers key-value cache that generation uses."""
+    """The part of the transformers key-value cache interface that generation uses."""
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the cache `repeats` times."""
@@ -81,7 +81,7 @@ def shared_tokens(model: nn.Module, prompts: Sequence[Sequence[int]], adapters: 
     Args:
         model: A model with or without adapters.
         prompts: Token ids of each row.
-        adapters: Names of the adapters active in each row; empty for a row that uses only the base.
+        adapters: Names of the active adapters for each row; empty for a row that uses only the base.
 
     Returns:
         Number of tokens; 0 if the model has no aLoRA adapter, no row uses an adapter, or sharing would save nothing.

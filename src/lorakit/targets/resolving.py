@@ -77,8 +77,8 @@ class Match:
     Attributes:
         path: Dotted path of the module.
         kind: The kind of site.
-        rank: Rank at this site, after `rank_pattern`.
-        alpha: Alpha at this site, after `alpha_pattern`.
+        rank: Rank at this site, after applying `rank_pattern`.
+        alpha: Alpha at this site, after applying `alpha_pattern`.
         entry: The config entry that matches the module or parameter.
         parameter: Name of the targeted parameter within the module, or "" if the kind determines the parameter.
     """
@@ -97,7 +97,7 @@ class Unmatched:
 
     Attributes:
         field: The config field that contains the entry, such as "target_modules".
-        entry: The entry.
+        entry: The entry, as given in the config.
         text: Message about the entry, which suggests similar names.
     """
 
@@ -115,7 +115,7 @@ class Note:
 
     Attributes:
         kind: Subject of the remark: "several_modules", "large_rank", or a subject that another package defines.
-        text: The message.
+        text: Text of the remark.
     """
 
     kind: str
@@ -259,7 +259,7 @@ def targeted_parameters(
             )
         if len(parameter.shape) not in {2, 3}:
             raise TargetError(
-                f"parameter {path!r} has shape {parameter.shape}; LoRA on a parameter needs two or three axes.",
+                f"parameter {path!r} has shape {parameter.shape}; LoRA requires a parameter with two or three axes.",
                 what=entry,
                 where=path,
                 field="target_parameters",
@@ -327,7 +327,7 @@ def _unmatched(
 ) -> list[Unmatched]:
     targeted = [candidate.path for candidate, _ in found]
     everything = [candidate.path for candidate in candidates]
-    used = {entry for _, entry in found}  # avoids comparing most entries of a long list with every path
+    used = {entry for _, entry in found}  # most entries of a long list then need not be compared with every path
     unmatched = []
     for field, paths in (("target_modules", targeted), ("exclude_modules", everything)):
         entries = getattr(config, field)
@@ -482,7 +482,7 @@ def exact_key(path: str, paths: Iterable[str]) -> str:
         path: One of the paths.
         paths: Paths of all sites.
     """
-    escaped = re.escape(path).replace("\\-", "-")  # a hyphen needs no escape, and a key read from a file may have none
+    escaped = re.escape(path).replace("\\-", "-")  # in a file, a plain-name key must not escape its hyphens
     plain = escaped.replace("\\.", ".") == path and all(p == path or not key_fits(path, p) for p in paths)
     return path if plain else f"^{escaped}"
 

@@ -213,7 +213,7 @@ class Snapshot:
         optimizer: Optimizer state, from `optimizer.state_tensors`.
         random: Random number generator states stored as 1-D uint8 tensors, from `random_state`.
         random_plain: Random number generator states stored as plain values, from `random_state`.
-        environment: The machine and the package versions, from `environment`.
+        environment: Hardware, package versions and other factors that affect results, from `environment`.
         schedule: Fields of the learning rate schedule.
     """
 

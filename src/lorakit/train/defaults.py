@@ -143,7 +143,7 @@ DEFAULTS: dict[str, Default] = {
         "Batches per optimizer step", 1, "with little data, many small steps learn faster than a few large ones"
     ),
     "max_length": Default(
-        "Maximum sequence length in tokens; documents are split, chats and completions truncated",
+        "Maximum sequence length in tokens (documents are split; chats and completions are truncated)",
         512,
         "about a page of text; memory use and attention cost grow with the length",
     ),

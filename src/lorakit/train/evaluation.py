@@ -38,7 +38,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss), capped to stay finite, because JSON has no infinity.   [docs/math.md (15)]"""
+        """The perplexity exp(loss), capped to stay finite, because JSON has no infinity.   [docs/math.md (15)]"""
         return math.exp(min(self.loss, 700.0))
 
 
@@ -136,8 +136,8 @@ def compare(
         detail: Function that receives details: the row and token counts, and the reason for the chosen precision.
 
     Returns:
-        (name, evaluation) pairs: first the base, named "base", then each adapter, named by its directory, in the given
-        order.
+        (name, evaluation) pairs: first the base, named "base", then each adapter, named after its directory, in the
+        given order.
 
     Raises:
         ConfigError: The batch size is below 1, or the maximum length is below 2.

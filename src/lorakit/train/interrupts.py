@@ -47,8 +47,8 @@ def recording() -> Iterator[Interrupts]:
     """Return a context manager that records the first signal and raises `KeyboardInterrupt` on the second.
 
     Python delivers signals only to the main thread; in other threads, nothing is recorded. On exit, the previous
-    handlers are restored, including those set from C. If the system has no `sigaction`, handlers set from C are left
-    in place.
+    handlers are restored, including those set from C. If the system has no `sigaction`, handlers set from C are not
+    replaced.
 
     Yields:
         The record of the signals.

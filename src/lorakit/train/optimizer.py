@@ -3,8 +3,8 @@
 `FlatAdamW` packs the tensors of a group into one buffer, and their first and second moments into two others, so that a
 step takes only a few kernel calls. Each tensor starts at a multiple of 64 bytes, as it would in a separate allocation,
 so kernels see the same alignment. Gradients are not packed in advance: autograd allocates them, and the step
-concatenates them for one run of adjacent tensors at a time. As a result, no gradient buffer exists during the forward
-pass, tensors without a gradient can be detected, and only the gradients being concatenated are in memory twice.
+concatenates the gradients of adjacent tensors, one run at a time. As a result, no gradient buffer exists during the
+forward pass, tensors without a gradient can be detected, and only the gradients being concatenated are in memory twice.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _EPSILON = 1e-6  # the value that torch's `clip_grads_with_norm_` uses
 
 
 def build_optimizer(model: nn.Module, adapter: str, settings: TrainSettings) -> tuple[Named, torch.optim.Optimizer]:
-    """Build the optimizer for a run; for LoRA-FA, first freeze one factor of each adapted module.
+    """Build the optimizer for a run; for LoRA-FA, first freeze the factors that are not initialized to zero.
 
     Args:
         model: The adapted model.
@@ -257,7 +257,7 @@ class FlatAdamW(torch.optim.Optimizer):
 
 
 class _Lane:
-    """A buffer for one parameter group, with one view per tensor, in the order of the tensors."""
+    """A buffer for one parameter group, and one view of it per tensor, in the order of the tensors."""
 
     def __init__(self, shapes: Sequence[torch.Size], starts: Sequence[int], device: torch.device) -> None:
         self.buffer = torch.zeros(starts[-1], dtype=torch.float32, device=device)

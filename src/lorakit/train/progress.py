@@ -85,7 +85,7 @@ class PlainProgress(Progress):
         self._read: float | None = None
 
     def reading(self, what: str, done: int, total: int) -> None:
-        """Print the fraction of the data tokenized so far, at most once every `PLAIN_SECONDS`."""
+        """Print the fraction of the data tokenized so far, at most once every `PLAIN_SECONDS` seconds."""
         now = time.monotonic()
         if self._read is None or done == total:
             self._read = None if done == total else now
@@ -100,7 +100,7 @@ class PlainProgress(Progress):
         self._first, self._total, self._started = step, total_steps, time.monotonic()
 
     def train_row(self, row: Mapping[str, Any]) -> None:
-        """Print the metrics of the first and last steps, and of other steps at most once every `PLAIN_SECONDS`."""
+        """Print the metrics of the first and last steps, and others at most once every `PLAIN_SECONDS` seconds."""
         now = time.monotonic()
         if row["step"] not in (self._first + 1, self._total) and now - self._shown < PLAIN_SECONDS:
             return
@@ -115,7 +115,7 @@ class PlainProgress(Progress):
 
 
 class LiveProgress(Progress):
-    """A progress bar on the last line of a terminal that shows the loss, tokens per second, memory use and time left.
+    """A progress bar on the last line of a terminal, showing the loss, tokens per second, memory use and time left.
 
     Args:
         stream: The terminal; None means stdout.

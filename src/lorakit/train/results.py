@@ -253,7 +253,7 @@ def _copy(path: Path, target: Path, *, linked: bool) -> None:
 
 
 def _plot_loss(folder: Path, title: str) -> str:
-    """Draw `loss.svg` if matplotlib is installed; return a message that gives its path or says why it was not drawn."""
+    """Draw `loss.svg` if matplotlib is installed; return a message with the file's path or the reason it is missing."""
     path = folder / run_folder.PLOT_FILE
     try:
         loss_plot(read_metrics(folder), path, title)

@@ -109,7 +109,7 @@ def allocate_ranks(
 def init_from_data(
     model: nn.Module, config: LoraConfig, spec: RunSpec, loader: Loader, progress: Progress
 ) -> tuple[LoraConfig, core.Statistics | None]:
-    """Return the config to attach and, if the initialization needs them, statistics of the first training rows.
+    """Return the adapter's config and, if the initialization needs them, statistics of the first training rows.
 
     Args:
         model: The base, on the run's device.
@@ -172,7 +172,7 @@ def row_loss(device: torch.device) -> Callable[[nn.Module, Batch], Tensor]:
 
 
 def _positions_with_loss(batch: Batch) -> Tensor:
-    """Return a (rows, length) mask of the positions that contribute to the loss, like EVA's `use_label_mask`."""
+    """Return a (rows, length) mask of the positions that contribute to the loss (`use_label_mask` in PEFT's EVA)."""
     return (batch.labels != -100) & batch.attention_mask.bool()
 
 

@@ -209,7 +209,7 @@ def make_batches(
 
     Args:
         settings: The run's settings; only the batch size and the seed are used.
-        records: The records.
+        records: Training and evaluation records, from `read_data`.
         tokenizer: The model's tokenizer.
         max_length: Maximum sequence length in tokens.
         progress: Receives reports on the progress of tokenization.

@@ -224,8 +224,8 @@ def lock(folder: Path) -> int:
     process = _owner(folder)
     who = "another process" if process is None else f"process {process}"
     raise RunError(
-        f"{folder}: a run is active: {who} is training in this directory; wait until it ends, or use another "
-        "--output-dir.",
+        f"{folder}: a run is active: {who} is training in this directory; wait until the run ends, or use "
+        "another --output-dir.",
         what=who,
         where=folder,
         field="output_dir",

@@ -29,7 +29,7 @@ from lorakit.train.run_folder import checkpoints, run_files
 from lorakit.train.run_spec import DiskSpace, RunLimits, RunPlan, RunSpec
 
 WORTH_MEASURING_FLOPS = 2e12
-"""Size of a run, in FLOPs, above which the machine is always benchmarked; otherwise, only to choose the precision."""
+"""Runs of more FLOPs than this always benchmark the machine; smaller runs do so only to choose the precision."""
 
 _MOMENT_BYTES = 2 * 4
 _FOLDER_BYTES = 64 << 10  # configs, manifests, random number generator states, model card
@@ -123,11 +123,11 @@ def disk_space(spec: RunSpec, limits: RunLimits, step: int, model: nn.Module, na
     steps, evaluated = max(0, limits.total_steps - step), bool(spec.data.held_out)
     saves = -(-steps // min(limits.save_steps, limits.eval_steps if evaluated else limits.save_steps)) + 1
     present = len(checkpoints(spec.folder)) if settings.resume else 0
-    limit = max(settings.save_total_limit, 2 if evaluated else 1)  # the best and the newest are never removed
+    limit = max(settings.save_total_limit, 2 if evaluated else 1)  # the best and newest checkpoints are always kept
     added = max(0, min(limit, saves + present) - present)
     checkpoint = adapter + moments + _FOLDER_BYTES + (tokenizer if spec.forecast.new_tokens else 0)
     published, log = adapter + tokenizer + _FOLDER_BYTES, _FOLDER_BYTES + 2 * _ROW_BYTES * steps
-    replacing = checkpoint if saves + present > limit else 0  # written before the oldest checkpoint is removed
+    replacing = checkpoint if saves + present > limit else 0  # each checkpoint is written before the oldest is removed
     return DiskSpace(checkpoint, published + log, added * checkpoint + max(replacing, published) + log)
 
 

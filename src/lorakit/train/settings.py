@@ -285,7 +285,7 @@ def _unknown(name: str) -> str:
 
 
 def _error(cause: ValidationError) -> ConfigError:
-    """Return an error that describes every invalid setting; the error's fields describe the first of them.
+    """Return an error that describes every invalid setting; the error's fields describe the first one.
 
     For a setting that accepts several types, only the first mismatch is described.
     """

@@ -268,7 +268,7 @@ def _unchanged_on_failure(folder: Path) -> Iterator[None]:
         yield
     except BaseException as cause:
         if not existed:
-            with contextlib.suppress(OSError):  # the directory does not exist or is not empty
+            with contextlib.suppress(OSError):  # the directory may be missing or not empty
                 folder.rmdir()
         if isinstance(cause, KeyboardInterrupt):
             raise KeyboardInterrupt(f"interrupted before the first step; {folder} is unchanged") from None

@@ -417,7 +417,7 @@ REFUSED: dict[str, tuple[Callable[[Net], LoraConfig], str]] = {
     ),
     "one of two": (lambda _: config(target_parameters=[*BOTH, "other"]), "entry 'other' matches no parameter"),
     "no pattern": (lambda _: config(target_parameters=[".*down_proj"]), "No `target_modules` passed but also no"),
-    "a vector": (lambda _: config(target_parameters=["head.bias"]), "needs two or three axes"),
+    "a vector": (lambda _: config(target_parameters=["head.bias"]), "requires a parameter with two or three axes"),
     "module and parameter": (
         lambda _: config(target_modules=["head"], target_parameters=["head.weight"]),
         "Trying to wrap an `nn.Parameter` of layer 'head' of type Linear, which is not a valid target",
