@@ -528,7 +528,7 @@ class LoraLayer(BaseWeight):
         return mine is its and mine is not None
 
     def _around_module(self, path: str) -> dict[str, LoraLayer]:
-        """Return a dict from path to layer: this layer, the layers it wraps, and those on `inner` child modules."""
+        """Return a dict from path to layer: this layer, the layers it wraps, and those around `inner` child modules."""
         found: dict[str, LoraLayer] = {}
         layer: nn.Module = self
         while isinstance(layer, LoraLayer):

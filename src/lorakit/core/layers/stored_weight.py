@@ -216,7 +216,7 @@ class StoredWeight(AdapterModule):
 
 
 def _as_now(base: WeightFormat[Any, Any], source: nn.Module, parameter: str, stored: Stored | None) -> Stored:
-    """Return a stored weight on the base's device and in its dtype; if `stored` is None, the current weight."""
+    """Return a stored weight on the base's device and in its dtype; if `stored` is None, use the current one."""
     if stored is not None and (base.quantized or not isinstance(stored, Tensor)):
         return stored
     now = base.stored(source, parameter)

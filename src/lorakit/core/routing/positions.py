@@ -1,8 +1,8 @@
 """Find where adapters triggered by invocation tokens become active (`Variant.positions`), once per forward pass.
 
 While a model has such an adapter, two hooks store these positions (`Offsets`) in a context variable before each forward
-pass and remove them afterwards, even if the forward pass fails. The hooks also store each adapter's start position in
-every row with the key-value cache, so that generation steps, which see only one token each, can continue from there.
+pass and remove them afterwards, even if the forward pass fails. The hooks also attach each adapter's start positions
+to the key-value cache, so that generation steps, which see only one token each, know where each adapter started.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ class Addend:
     Attributes:
         factor: The adapter's factor at the site.
         weight: The weight of the update in the sum.
-        product: A (groups, r, in) and B (groups, out, r), as returned by the variant's `factors` function; not scaled.
+        product: Unscaled A (groups, r, in) and B (groups, out, r), as returned by the variant's `factors` function.
         experts: The number of experts, each with its own part of A and B; 1 for a single matrix.
     """
 
