@@ -74,7 +74,7 @@ def with_forward(module: nn.Module, forward: Callable[..., Tensor]) -> nn.Module
 
 
 def _keep_hooks(clone: nn.Module, module: nn.Module, *, parts: bool) -> None:
-    """Copy forward hooks to a clone: only those in the module's computation (`parts=True`), or all others (False)."""
+    """Copy forward hooks to a clone: if `parts`, those in the module's computation; otherwise, all others."""
     kept = {key for key, hook in module._forward_hooks.items() if getattr(hook, "part_of_module", False) is parts}
     for table in ("_forward_hooks", "_forward_hooks_with_kwargs"):
         clone.__dict__[table] = OrderedDict((key, hook) for key, hook in getattr(module, table).items() if key in kept)
@@ -102,7 +102,7 @@ def is_watched(module: nn.Module, *, captures: bool = True) -> bool:
 
     Args:
         module: Any module.
-        captures: Whether to count output-collecting hooks; pass False if the call is known not to collect outputs.
+        captures: Whether to count output-collecting hooks; pass False if the forward pass does not collect outputs.
     """
     after = module._forward_hooks.values()
     return bool(

@@ -39,7 +39,7 @@ class FactorWeight(nn.Linear):
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         nn.Module.__init__(self)
         out_features, in_features = weight.shape
-        # hundreds of these are created at once, and setting attributes on a module is slow
+        # hundreds of such modules are created at once, and setting attributes on a module is slow
         self.__dict__.update(out_features=out_features, in_features=in_features)
         self._parameters.update(weight=weight, bias=bias)
 

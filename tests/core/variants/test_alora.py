@@ -308,7 +308,7 @@ def test_what_it_cannot_be_combined_with() -> None:
     words = {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}
     with pytest.raises(ConfigError, match=r"embed: aLoRA .alora_invocation_tokens. does not support Embedding"):
         attach(EMBEDDING.model(), EMBEDDING.config(**words))
-    with pytest.raises(ConfigError, match=r"use_dora and alora_invocation_tokens at .*exclude each other"):
+    with pytest.raises(ConfigError, match=r"use_dora and alora_invocation_tokens at .*mutually exclusive"):
         attach(LLAMA.model(), LLAMA.config(use_dora=True, **words))
     with pytest.warns(UserWarning, match="only supported for CAUSAL_LM"):
         LoraConfig(alora_invocation_tokens=[1])

@@ -100,7 +100,7 @@ def test_sites_in_neither_list_are_lora_where_that_is_allowed(tmp_path: Path) ->
             "lora_bias at square: a block-diagonal B cannot have a bias",
             "square",
         ),
-        ({"use_bdlora": BLOCKS, "use_dora": True}, "exclude each other", "up"),
+        ({"use_bdlora": BLOCKS, "use_dora": True}, "mutually exclusive", "up"),
         ({"use_bdlora": BLOCKS, "init_lora_weights": "orthogonal"}, "needs A and B in their standard shapes", "up"),
     ],
     ids=str,

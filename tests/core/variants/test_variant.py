@@ -456,5 +456,5 @@ def test_what_it_does_not_fit_is_refused(put: Callable[[Variant], None]) -> None
     put(TOY)
     with pytest.raises(ConfigError, match=f"e: Toy .{FIELD}. does not support Embedding, only Linear, Conv1D"):
         variants.variant_for(LoraConfig(**{FIELD: True}), kind_named("Embedding"), "e")
-    with pytest.raises(ConfigError, match=f"use_dora and {FIELD} at p: these variants exclude each other"):
+    with pytest.raises(ConfigError, match=f"use_dora and {FIELD} at p: these variants are mutually exclusive"):
         variants.variant_at(LoraConfig(use_dora=True, **{FIELD: True}), "p")

@@ -80,10 +80,9 @@ class MergeOptions:
         keep_base: Keep each original weight on its device (True) or in main memory ("cpu"), or discard it (False).
         in_place: Whether the adapters stay on the model. If so, a site that has a residual base merges into that base,
             because unmerged adapters may use it.
-        dense: If not None, quantized modules and grouped convolutions are replaced with plain modules. This dtype is
-            used if a quantized module does not record one.
-        apart: Ids of the components that get a separate parameter, because their current one is shared with other
-            modules.
+        dense: If set, quantized modules and grouped convolutions are replaced with plain modules. The value is the
+            dtype for quantized modules that do not record one.
+        apart: Ids of the components that get a separate parameter, because they now share one with other modules.
     """
 
     keep_base: KeepBase = True
@@ -111,11 +110,11 @@ class SiteMerge:
 
 @dataclass(frozen=True)
 class StagedMerge:
-    """A change to one component that is ready to be committed.
+    """A staged change to one component, ready to be committed.
 
     Attributes:
         report: The merge's effect on the weight; None for an unmerge, and for components other than layers.
-        commit: Function that applies the change; all checks have already been done during staging.
+        commit: Function that applies the change; it checks nothing, because all checks are done during staging.
     """
 
     report: SiteMerge | None
@@ -374,7 +373,7 @@ class ReplacingModule(AdapterModule):
         forwards: The module's forward history, used when autograd recomputes a forward pass.
     """
 
-    _what: ClassVar[str]  # underscored so as not to hide attributes of the module
+    _what: ClassVar[str]  # leading underscores, so as not to hide attributes of the module
     _field: ClassVar[str]
     forwards: Forwards
 
@@ -388,7 +387,7 @@ class ReplacingModule(AdapterModule):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters with parameters in this module that are active, or would be if adapters were enabled."""
+        """The adapters that have parameters here and are active, or would be active if adapters were enabled."""
         return [name for name in super().active_adapters if name in self]
 
     @property
@@ -464,7 +463,7 @@ class ReplacingModule(AdapterModule):
 
 
 def _rows_of(value: Value, index: Tensor, rows: int) -> Value | Tensor:
-    """Return the rows of a tensor (rows, …) at the given indices (n,); return other values unchanged."""
+    """Return the rows of a tensor (rows, …) at the given indices (n,); return any other value unchanged."""
     if isinstance(value, Tensor) and value.ndim and value.shape[0] == rows:
         return value.index_select(0, index)
     return value

@@ -350,7 +350,7 @@ def in_one_group(layer: StoredWeight, names: Sequence[str]) -> Merged:
 
 
 def _convolution(source: Convolution, W: Tensor) -> nn.Module:
-    """Return a convolution that has one group, weight W (out, in, k…), and the geometry and bias of `source`."""
+    """Return a one-group convolution with weight W (out, in, k…) and the geometry and bias of `source`."""
     moves = {name: getattr(source, name) for name in ("stride", "padding", "dilation", "padding_mode")}
     made: Convolution = nn.utils.skip_init(
         type(source), W.shape[1], W.shape[0], source.kernel_size, bias=False, device=W.device, **moves
@@ -361,11 +361,11 @@ def _convolution(source: Convolution, W: Tensor) -> nn.Module:
 
 
 def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOptions) -> Merged:
-    """Return W₀ + Σ update in stored form, W₀ (out, in), and the exact sum of updates (out, in).   [docs/math.md (11)]
+    """Return the stored form of W₀ + Σ update, and both W₀ and the exact Σ update as (out, in).   [docs/math.md (11)]
 
     If the site has a residual base, the sum starts from that base in two cases: if one of the given adapters uses it,
     or if the adapters stay on the model, because unmerged adapters may use it. The sum is rounded only once. With
-    `options.dense`, the result is a plain module that replaces a quantized module or a grouped convolution.
+    `options.dense`, the stored form is a plain module that replaces a quantized module or a grouped convolution.
 
     Args:
         layer: The site's layer.

@@ -104,13 +104,13 @@ WORTH_A_STACK = 4
 
 @dataclass(eq=False)
 class Stack:
-    """The stacked factors of some adapters at one site.
+    """The stacked factors of a group of adapters at one site.
 
     Attributes:
         names: The adapters, in the stack's order.
         A: The adapters' A factors, each multiplied by the adapter's scale, (K, r, in).
         B: The adapters' B factors, (K, out, r), as a transposed view of a (K, r, out) tensor.
-        ready: Input shape -> the prepared matmuls. Each stack belongs to one route, so the route is not in the key.
+        ready: Input shape -> the prepared matmuls. Each stack belongs to one route, so the key omits the route.
     """
 
     names: tuple[str, ...]
@@ -138,12 +138,12 @@ class Stack:
 
 @dataclass(eq=False)
 class Stacks:
-    """The stacks of some adapters at one site.
+    """The stacks for a set of adapters at one site.
 
     Attributes:
         stacks: The stacks of all adapters that can be stacked.
         rest: Adapters that cannot be stacked.
-        names: All of the adapters, stacked or not.
+        names: All adapters in the set, stacked or not.
         absent: Adapters that some rows use but that have no factors at the site.
         seen: Versions of the adapters' factors, or None if the stacks are not cached.
     """
@@ -160,7 +160,7 @@ class Stacks:
 
 
 def add_kept(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor | None:
-    """Add the outputs of a route's adapters from cached stacks, or from a new stack for one adapter that all rows use.
+    """Add the outputs of a route's adapters from cached stacks; a single adapter for all rows is stacked if needed.
 
     Args:
         layer: The site's `LoraLayer`, which has no merged adapters.
@@ -202,7 +202,7 @@ def add_stacked(layer: StoredWeight, segments: OfRows, route: Route, x: Tensor, 
 
     Args:
         layer: The site's `LoraLayer`.
-        segments: Pairs of an adapter, which must have factors at the site, and the indices of the adapter's rows, (n,).
+        segments: Each adapter, paired with the indices of its rows, (n,); all adapters must have factors at the site.
         route: The route, which assigns an adapter to each row; if it has a cache, the stacks are built only once.
         x: The input, (rows, …, in).
         y0: The base output, (rows, …, out), which is modified in place if nothing else can refer to it.

@@ -1,8 +1,8 @@
 """`LoraLayer`: a base module with the factors of any number of adapters.
 
-This file implements the arithmetic of LoRA for every kind and variant: y = y₀ + Σ addition. The state determines which
-adapters are active, the kind applies A and B, the variant computes the addition, and the weight format reads W. A
-forward pass never writes to the base; only `BaseWeight` does, when adapters are merged.
+This file implements the arithmetic of LoRA for every layer kind and LoRA variant: y = y₀ + Σ addition. The state
+determines which adapters are active, the kind applies A and B, the variant computes the addition, and the weight format
+reads W. A forward pass never writes to the base; only `BaseWeight` does, when adapters are merged.
 
 A forward pass reads the weight only once, even if several adapters need it, because reading a quantized weight
 dequantizes all of it. Nothing is cached across forward passes: writes to a weight through `.data` cannot be detected,
@@ -119,7 +119,7 @@ class LoraLayer(BaseWeight):
                 self._own(name, own.held_as).requires_grad_(False)
         if len(self.trains[name]) < 2:
             for part in {"A", "B"} - self.trains[name]:
-                if (tensor := getattr(self.factor(name), part)).is_leaf:  # otherwise another layer owns and freezes it
+                if (tensor := getattr(self.factor(name), part)).is_leaf:  # another layer owns and freezes a non-leaf
                     tensor.requires_grad_(False)
 
     def put(self, name: str, factor: Factor, r: int, lora_alpha: float, trains: frozenset[str]) -> None:
@@ -274,7 +274,7 @@ class LoraLayer(BaseWeight):
         return y
 
     def _mixed(self, route: Route, skip: frozenset[str], x: Tensor, y0: Tensor) -> Tensor:
-        """Apply each row's adapter to that row; x is (rows, …), y0 is (rows, …, out).   [docs/math.md (13)]"""
+        """Apply each row's adapter to that row; x is (rows, …) and y0 is (rows, …, out).   [docs/math.md (13)]"""
         axis, weights = self._row_axis(route, x), Weights()
         here = [s for s in route.segments(x.device, x.shape[axis]) if s[0] in self.r and s[0] not in skip]
         y, left = add_stacked(self, here, route, x, y0)
@@ -305,7 +305,7 @@ class LoraLayer(BaseWeight):
         A, B = (factor.A, factor.B) if variant.factors is None else variant.factors(factor, self.training)
         module = self.source if self.replaced else self.base_layer
         h = kind.down(module, x, A.to(dtype)) if variant.down is None else variant.down(kind, module, x, factor)
-        z = kind.up(module, h * factor.scale, B.to(dtype))  # h (…, r) is the smallest tensor to scale
+        z = kind.up(module, h * factor.scale, B.to(dtype))  # scale h (…, r), the smallest of the tensors
         if factor.bias is not None:
             z = z + spread(factor.bias.to(dtype) * factor.scale, self.spec)
         if variant.output is None:
@@ -474,7 +474,7 @@ class LoraLayer(BaseWeight):
             one.commit()
         for layer, leader in led.items():
             layer.follow(leader)
-        if set(here) - set(active):  # only this layer's route includes the newly merged adapters
+        if set(here) - set(active):  # activate newly merged adapters in this layer only
             self.own_route = Route((*active, *(name for name in here if name not in active)))
 
     def _to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
@@ -528,7 +528,7 @@ class LoraLayer(BaseWeight):
         return mine is its and mine is not None
 
     def _around_module(self, path: str) -> dict[str, LoraLayer]:
-        """Return a dict from path to layer: this layer, the layers it wraps, and those of the `inner` child modules."""
+        """Return a dict from path to layer: this layer, the layers it wraps, and those around `inner` child modules."""
         found: dict[str, LoraLayer] = {}
         layer: nn.Module = self
         while isinstance(layer, LoraLayer):

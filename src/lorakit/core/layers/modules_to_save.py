@@ -285,8 +285,8 @@ def trainable_copy(path: str, current: nn.Module) -> nn.Module:
     original = current.original_module if isinstance(current, ModulesToSave) else current
     if isinstance(original, CONTAINERS):
         raise ConfigTypeError(
-            f"modules_to_save cannot be applied to modules of type {type(original).__name__}: {path} is never called "
-            "itself, so a copy of it would have no effect. Specify the modules inside it instead.",
+            f"modules_to_save cannot be applied to modules of type {type(original).__name__}: {path} itself is never "
+            "called, so a copy of it would have no effect. Specify the modules inside it instead.",
             what=type(original).__name__,
             where=path,
             field="modules_to_save",
@@ -311,7 +311,7 @@ def trainable_copy(path: str, current: nn.Module) -> nn.Module:
 
 
 def _plain(module: nn.Module) -> nn.Module:
-    """Dequantize a module and its submodules; a module that is not quantized itself is changed in place."""
+    """Dequantize a module and its submodules; if the module itself is not quantized, it is changed in place."""
     row = weight_format_of(module)
     if row.quantized:
         return row.dense(module, row.read(module, row.stored(module, "weight")), torch.float32)

@@ -38,8 +38,8 @@ class StoredWeight(AdapterModule):
         variant: Adapter -> the name of its variant.
         merged_adapters: Adapters that are currently merged into the base weight.
         kept: The stored base weight from before the first change, or None if that weight was not kept.
-        moved_by: The adapters that use a residual base: the one whose init (such as PiSSA) created it, or all those
-            whose variants create it. Empty if the base is unchanged.
+        moved_by: The adapters that use a residual base: either the one whose init (such as PiSSA) created it, or all
+            adapters whose variants require it. Empty if the base is unchanged.
         moved: The stored residual base, or None.
         initial: The initial A and B of the adapter whose init created the residual base, in main memory; or None.
         replaced: A tuple with the base module if a merge replaced that module with a plain one, otherwise empty. The
@@ -151,7 +151,7 @@ class StoredWeight(AdapterModule):
         return bias if isinstance(bias, Tensor) else None
 
     def inside(self) -> frozenset[str]:
-        """Return the adapters that the base module already accounts for: those merged or using the residual base.
+        """Return the adapters already accounted for in the base: those merged and those that use the residual base.
 
         If an adapter that uses the residual base is merged, the other adapters that use that base cannot use the
         module, so only the merged adapters are returned.
@@ -216,7 +216,7 @@ class StoredWeight(AdapterModule):
 
 
 def _as_now(base: WeightFormat[Any, Any], source: nn.Module, parameter: str, stored: Stored | None) -> Stored:
-    """Return a stored weight on the base's device and in its dtype; None stands for the current weight."""
+    """Return a stored weight on the base's device and in its dtype; if `stored` is None, use the current one."""
     if stored is not None and (base.quantized or not isinstance(stored, Tensor)):
         return stored
     now = base.stored(source, parameter)

@@ -279,7 +279,7 @@ class TrainableTokens(ReplacingModule):
                 )
 
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
-        """Build a weight with the adapters' rows; return None if there are no rows or this module follows another.
+        """Build a weight with the adapters' rows; return None if there are none or a tied module holds them.
 
         Args:
             path: Not used.
@@ -310,7 +310,7 @@ class TrainableTokens(ReplacingModule):
         return StagedMerge(None, partial(self._put_unmerged, old)) if old else None
 
     def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
-        """Return the weight, (V, d), with the adapters' rows inserted, even if this module follows another one."""
+        """Return the weight, (V, d), with the adapters' rows substituted, even if a tied module holds them."""
         here = any(name in self for name in adapters)
         return {"weight": self.token_adapter.with_rows(adapters).detach()} if here else {}
 
@@ -319,10 +319,10 @@ class TrainableTokens(ReplacingModule):
         return self.original_module
 
     def follow(self, tied: TrainableTokens, apart: bool) -> None:
-        """Update this module after a merge or unmerge in the tied module that it follows.
+        """Update this module after a merge or unmerge in the tied module that holds its trainable rows.
 
         Args:
-            tied: The tied module, which holds the trainable rows.
+            tied: The tied module.
             apart: Whether the merge gave the tied module a separate parameter, which this module then uses too.
         """
         mine, its = self.token_adapter, tied.token_adapter
@@ -342,7 +342,7 @@ class TrainableTokens(ReplacingModule):
         table.kept.update(kept)
 
     def _part(self, own: nn.Parameter, keeps: bool) -> None:
-        """Give the module a separate weight parameter, (V, d); if `keeps`, unmerging restores the shared one."""
+        """Give the module a separate weight parameter, (V, d); if `keeps`, unmerging restores the shared weight."""
         table = self.token_adapter
         if keeps and not table.tied_weight:
             table.tied_weight = (table.weight_here,)
@@ -370,7 +370,7 @@ class TrainableTokens(ReplacingModule):
         return self.token_adapter.merged_adapters
 
     def run_alike(self, route: Route, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-        """Return the output of the embedding or head with the active adapters' rows inserted.   [docs/math.md (91)]
+        """Return the output of the embedding or head with the active adapters' rows substituted.   [docs/math.md (91)]
 
         Args:
             route: The route, which is the same for all rows of the batch.
@@ -412,7 +412,7 @@ def looked_up(table: nn.Embedding, x: Tensor, y: Tensor, index: Tensor, rows: Te
     numbers, order = index.sort()
     position = torch.searchsorted(numbers, x.contiguous()).clamp_max(len(numbers) - 1)
     hit = numbers[position] == x
-    if table.max_norm is not None:  # on lookup, torch scales down rows with large norms in place
+    if table.max_norm is not None:  # a lookup in torch scales down rows with large norms, in place
         norms = rows.norm(p=table.norm_type, dim=1, keepdim=True)
         rows = torch.where(norms > table.max_norm, rows * (table.max_norm / (norms + 1e-7)), rows)
     padding = table.padding_idx

@@ -5,7 +5,7 @@ nn.MultiheadAttention. Each forward pass computes the dense sum W₀ + s·B·A f
 is not changed.
 
 Fused experts in transformers do not need the dense sum. A decorator marks their class, and a few attributes of each
-instance determine the computation: the projections, their layout, biases, gate and norm. For a module with these
+instance describe the computation: the projections, their layout, biases, gate and norm. For a module with these
 attributes, `experts_forward` runs the forward pass and applies dropout, A and B to the tokens of each expert. This file
 only reads the attributes; it does not import transformers.
 """
@@ -95,7 +95,7 @@ def _project(module: nn.Module, name: str, expert: int, x: Tensor, factors: Sequ
     y = y0
     for factor in factors:
         z = factor.dropout(x.to(y0.dtype))
-        h = F.linear(z, factor.A[expert].to(y0.dtype)) * factor.scale  # (tokens, r) is the smallest tensor to scale
+        h = F.linear(z, factor.A[expert].to(y0.dtype)) * factor.scale  # scale the smallest tensor
         y = y + F.linear(h, factor.B[expert].to(y0.dtype))
     return y
 

@@ -1,8 +1,8 @@
 """Find where adapters triggered by invocation tokens become active (`Variant.positions`), once per forward pass.
 
 While a model has such an adapter, two hooks store these positions (`Offsets`) in a context variable before each forward
-pass and remove them afterwards, even if the forward pass fails. The hooks also record in the key-value cache where the
-adapters started in each row. Generation steps, which see only one token each, continue from the recorded positions.
+pass and remove them afterwards, even if the forward pass fails. The hooks also attach each adapter's start positions
+to the key-value cache, so that generation steps, which see only one token each, know where each adapter started.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class InvocationHooks:
             torch._dynamo.disable(self._close)(kwargs, output)
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _HookScope.drop(self)  # normally closed by the second hook, but an interrupt may have left it open
+        _HookScope.drop(self)  # an interrupt may have kept the second hook from closing the scope
         offsets = self._offsets(module, args, kwargs)
         if offsets is not None:
             _HookScope(self, offsets).__enter__()
@@ -85,7 +85,7 @@ class InvocationHooks:
         given = ids if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point() else None
         inputs = inputs if given is None else given
         if not isinstance(inputs, Tensor) or inputs.ndim < 2:
-            return None  # fixed offsets still apply; without any, a site that needs offsets raises an error
+            return None  # offsets set by `invoked` still apply; without them, any site that needs them fails
         cache = _cache(kwargs)
         rows, length = inputs.shape[:2]
         past = int(cache.get_seq_length()) if cache is not None else 0
@@ -114,7 +114,7 @@ class InvocationHooks:
 def prompt_offsets(
     state: AdapterState, input_ids: Tensor, visible: Tensor | None = None, names: Iterable[str] | None = None
 ) -> Offsets:
-    """Find the number of active positions at the end of each prompt, for adapters triggered by invocation tokens.
+    """Return the number of active positions at the end of each prompt, for adapters triggered by invocation tokens.
 
     Args:
         state: The model's state.

@@ -101,7 +101,7 @@ class Forwards:
         """Return the route of the forward pass that autograd is recomputing.
 
         Raises:
-            RouteError: The recorded candidates have different routes, or there are no candidates.
+            RouteError: No recorded forward pass qualifies, or several with different routes do.
         """
         node = None if _is_non_reentrant() else _reentrant_node()
         if torch.is_grad_enabled() and node is None:

@@ -67,8 +67,8 @@ class Offsets:
         Args:
             length: Number of positions per row in that forward pass.
             seen: Number of positions per row up to the end of that forward pass, including cached ones.
-            rows: Number of rows in that forward pass, which may repeat each row in succession (beams).
-            whole: The new value of `whole`.
+            rows: Number of rows in that forward pass, which may contain consecutive copies of each row (beams).
+            whole: Whether each site must see all `length` positions.
 
         Raises:
             RouteError: `rows` is not a multiple of the number of rows in these offsets.
@@ -102,7 +102,7 @@ class Offsets:
             A mask of shape (rows, positions, 1), (rows · positions, 1) or (rows, 1).
 
         Raises:
-            RouteError: z has another shape, so its positions are unknown.
+            RouteError: The positions cannot be determined from the shape of z.
         """
         rows = self.back.shape[1]
         flat = z.ndim == 2 and self.length is not None and z.shape[0] == rows * self.length
@@ -129,7 +129,7 @@ class Offsets:
 
 
 def of_rows(numbers: Tensor, rows: int) -> Tensor:
-    """Expand per-row values to a batch that repeats each row in succession, (…, rows).
+    """Expand per-row values to shape (…, rows), to match a batch with consecutive copies of each row.
 
     Args:
         numbers: One value per row, (…, n).
@@ -159,8 +159,8 @@ class Route:
     Attributes:
         names: Adapters that are active on every row, in order; an empty tuple means the base model alone.
         rows: One adapter per row of the batch (None for no adapter), or None if all rows use the same adapters.
-        copies: How many times a batch may repeat each row in succession, as beam search does. A batch without repeated
-            rows is also valid, because encoders run before rows are repeated.
+        copies: Number of consecutive copies of each row that a batch may contain, as in beam search. A batch without
+            copies is also valid, because encoders run before rows are repeated.
         offsets: Offsets of adapters that are active at only some positions, or None if they are unknown.
         kept: A cache, keyed by layer, for values that layers reuse in later forward passes with this route. The cache
             lives as long as the route. None if layers must not cache anything.
@@ -200,7 +200,7 @@ class Route:
         return self.like(self.offsets, {}) if self.mentions and self.kept is None else self
 
     def like(self, offsets: Offsets | None, kept: dict[Any, Any] | None) -> Route:
-        """Return this route with other offsets and another cache, sharing values that depend only on the rows."""
+        """Return a copy with other offsets and another cache; values that depend only on the rows are shared."""
         route = Route(self.names, self.rows, self.copies, offsets, kept)
         object.__setattr__(route, "_indices", self._indices)
         object.__setattr__(route, "_routed", self._routed)

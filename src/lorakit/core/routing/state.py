@@ -1,10 +1,10 @@
 """The active adapters: one state object per model, scoped overrides per context, and one function that reads both.
 
 Every layer of a model refers to the model's `AdapterState`. The state's default route applies in every thread and is
-replaced as a whole. `use`, `route` and `disable` override the default in a context variable: the override ends with its
-block, even if the block raises an error, and no other thread or task sees the override. A forward pass that autograd
-recomputes (gradient checkpointing) must not use the adapters that are active *now*: it uses the route of its first run,
-or raises an error.
+replaced, never modified. `use`, `route` and `disable` override the default in a context variable: the override ends
+with its block, even if the block raises an error, and no other thread or task sees the override. A forward pass that
+autograd recomputes (gradient checkpointing) must not use the adapters that are active *now*: it uses the route of its
+first run, or raises an error.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class PeftLayerMethodsLike(Protocol):
         """Return the value of an attribute in `names` for an adapted layer."""
 
 
-# Global, because a context variable cannot be copied or pickled, so no object in a model may hold it.
+# Global: a context variable cannot be copied or pickled, so no object in a model may hold it.
 _SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("lorakit_scopes", default=())
 
 
@@ -69,7 +69,7 @@ class AdapterState:
         held: Modules of the base that must not repack their weights while adapters are attached.
         replication: How the layers of the base were replicated for the adapters, or None.
         kinds: User-defined kinds, keyed by name (`lorakit.core.Kind`).
-        whole: Models that have been searched since the last copy and in which no adapted module has another state.
+        whole: Models found, since this state was last copied, to have no adapted modules with a different state.
         waiting: Adapters that are active at only some positions of a row, so that a forward pass needs offsets.
         peft_methods: Provides layer attributes that exist only in PEFT; None until `lorakit.peft` is used on the model.
         biased: Whether an adapter trains biases in place; if so, modules must be searched for trained biases.

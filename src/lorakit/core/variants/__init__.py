@@ -104,7 +104,7 @@ def variant_at(config: LoraConfig, path: str) -> tuple[Variant, Setting]:
     if len(chosen) > 1:
         fields = " and ".join(variant.field for variant, _ in chosen)
         raise ConfigError(
-            f"{fields} at {path}: these variants exclude each other; choose one.",
+            f"{fields} at {path}: these variants are mutually exclusive; choose one.",
             what=[variant.field for variant, _ in chosen],
             where=path,
             field=chosen[0][0].field,

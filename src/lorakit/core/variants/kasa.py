@@ -63,7 +63,7 @@ def _start(start: Start) -> Tensor:
 
 
 def _factors(factor: Factor, training: bool) -> tuple[Tensor, Tensor]:
-    """Return A and B·diag(d), (r, in) and (out, r).   [docs/math.md (95)]"""
+    """Return A (r, in) and B·diag(d) (out, r).   [docs/math.md (95)]"""
     return factor.A, factor.B * factor.own[DIAGONAL]
 
 

@@ -29,7 +29,7 @@ NO_SETTING: Setting = MappingProxyType({})
 NO_TENSORS: Mapping[str, Tensor] = MappingProxyType({})
 
 
-@dataclass(eq=False)  # not frozen: each forward pass creates one, and frozen dataclasses are slower to create
+@dataclass(eq=False)  # not frozen: each forward pass creates an instance, and frozen dataclasses are slower to create
 class Factor:
     """The tensors and settings of one adapter at one site.
 
@@ -39,7 +39,7 @@ class Factor:
         scale: alpha / r, or alpha / √r for rsLoRA.
         dropout: The dropout applied before A.
         variant: The factor's variant, an entry in VARIANTS.
-        own: The variant's extra tensors, shaped as on the layer and keyed by `OwnTensor.held_as`.
+        own: The variant's extra tensors, in the shapes used by the layer, keyed by `OwnTensor.held_as`.
         bias: Bias of B (`lora_bias`), (out,), which is scaled like B·A; None if B has no bias.
         setting: The variant's settings at this site.
     """
@@ -164,7 +164,7 @@ class Addend:
     Attributes:
         factor: The adapter's factor at the site.
         weight: The weight of the update in the sum.
-        product: A (groups, r, in) and B (groups, out, r), after the variant's `factors` function and before scaling.
+        product: Unscaled A (groups, r, in) and B (groups, out, r), as returned by the variant's `factors` function.
         experts: The number of experts, each with its own part of A and B; 1 for a single matrix.
     """
 
