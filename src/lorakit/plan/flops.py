@@ -101,7 +101,7 @@ def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
 
 
 def full(shape: ModelShape, job: Job) -> Flops:
-    """Return the FLOPs per token of full fine-tuning; dX and dW cost twice the forward pass. [docs/math.md (33)]
+    """Return the FLOPs per token of full fine-tuning; computing dX and dW doubles the forward cost. [docs/math.md (33)]
 
     Args:
         shape: Shape of the model.
