@@ -384,8 +384,7 @@ def _transient(shape: ModelShape, job: Job) -> int:
     """Return the size in bytes of the gradients that exist at the same time in the backward pass of an unfused block.
 
     The total covers the gradients of the residual stream, of the residual branch, and of the output and operands of a
-    matmul in the branch.
-    Attention dropout adds the gradients of two attention maps.
+    matmul in the branch. Attention dropout adds the gradients of two attention maps.
     """
     gradients = job.dtype_bytes * job.batch_tokens * (2 * shape.hidden + 3 * shape.inner_width)
     if shape.dropouts.get("attention"):

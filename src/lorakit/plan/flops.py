@@ -101,8 +101,9 @@ def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
 
 
 def full(shape: ModelShape, job: Job) -> Flops:
-    """Return the FLOPs per token of full fine-tuning; computing dX and dW doubles the forward cost. [docs/math.md (33)]
+    """Return the FLOPs per token of full fine-tuning. [docs/math.md (33)]
 
+    Computing dX and dW takes twice as many FLOPs as the forward pass.
     Args:
         shape: Shape of the model.
         job: The job, which sets the row length and checkpointing.

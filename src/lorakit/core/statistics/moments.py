@@ -213,7 +213,7 @@ class Statistics:
             verdict, reason, _ = compare(self.base, fingerprint(model, like=self.base), "their")
             if verdict == DIFFERENT:
                 raise BaseMismatchError(
-                    f"The statistics were collected on another base: {reason}. Collect them again on this one.",
+                    f"The statistics were collected on a different base model: {reason}. Collect them again on this one.",
                     what=reason,
                 )
 
