@@ -161,7 +161,7 @@ def spectrum(product: Product) -> Spectrum:
 
 
 def truncated(found: Spectrum, rank: int) -> Product:
-    """Return the best low-rank approximation, with B = U·S and A = Vᵀ, in order of S.   [docs/math.md (52)]
+    """Return the best low-rank approximation: B = U·S, A = Vᵀ, with the largest values first.   [docs/math.md (52)]
 
     Args:
         found: The decomposition.

@@ -104,6 +104,7 @@ def full(shape: ModelShape, job: Job) -> Flops:
     """Return the FLOPs per token of full fine-tuning. [docs/math.md (33)]
 
     Computing dX and dW takes twice as many FLOPs as the forward pass.
+
     Args:
         shape: Shape of the model.
         job: The job, which sets the row length and checkpointing.

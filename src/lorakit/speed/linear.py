@@ -83,7 +83,7 @@ def frozen_linear(module: nn.Module) -> Adapted | None:
 
 
 def _with_adapter(base: Adapted, pair: tuple[Tensor, Tensor], scale: float, dropout: nn.Module) -> Adapted | None:
-    """Add the factors A (r, in) and B (out, r) to a frozen linear module; return None if `dropout` is not supported."""
+    """Add A (r, in) and B (out, r) to the operands of a linear module; return None if `dropout` is not supported."""
     p = share_dropped(dropout)
     return None if p is None else Adapted(base.W, base.bias, LowRank(*pair, scale, p), base.transposed)
 

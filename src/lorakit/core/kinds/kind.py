@@ -57,7 +57,8 @@ class Kind:
         names: Layer attributes that hold A and B; also the names of A and B on disk.
         on_disk: Suffix of these names on disk.
         drops: Whether dropout can be applied to the input; it cannot if the input holds indices.
-        specs: Module -> specs of the weights to adapt; if the layers are nested, the first spec is the outermost one's.
+        specs: Module -> specs of the weights to adapt. If there are several, their layers are nested, and the first
+            spec belongs to the outermost layer.
         inner: Names of child modules that become sites along with the module, because the module reads their weights.
         row_axis: Module -> the input axis that holds the batch rows, or None if unknown. Different rows can use
             different adapters only if the kind acts on the input.

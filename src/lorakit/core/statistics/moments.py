@@ -213,7 +213,7 @@ class Statistics:
             verdict, reason, _ = compare(self.base, fingerprint(model, like=self.base), "their")
             if verdict == DIFFERENT:
                 raise BaseMismatchError(
-                    f"The statistics were collected on a different base model: {reason}. Collect them again on this one.",
+                    f"The statistics were collected on a different base: {reason}. Collect them again on this base.",
                     what=reason,
                 )
 
