@@ -1,4 +1,4 @@
-"""Linear algebra on low-rank products B·A without forming them: singular values, inner products, angles.
+"""Linear algebra on low-rank products B·A without forming them: singular values, inner products and angles.
 
 Factors are batched over groups: A is (g, r, in) and B is (g, out, r). A group is one expert of a fused parameter or one
 group of a convolution; all other sites have a single group. The output channels of a convolution group use only that
@@ -123,8 +123,8 @@ def factors_of(product: Product, A_like: Tensor, B_like: Tensor, experts: int = 
 
     Args:
         product: The factors, of any rank.
-        A_like: An A for the same site, of any rank, (r, in, …).
-        B_like: A B for the same site, of any rank, (out, r / g, …).
+        A_like: Tensor with the layout and dtype of the site's A, (r, in, …); its rank may differ.
+        B_like: Tensor with the layout and dtype of the site's B, (out, r / g, …); its rank may differ.
         experts: As in `product_of`.
     """
     A, B = side_by_side(product.A, product.B) if experts > 1 else (product.A, product.B)
@@ -161,7 +161,7 @@ def spectrum(product: Product) -> Spectrum:
 
 
 def truncated(found: Spectrum, rank: int) -> Product:
-    """Return the closest product of lower rank: B = U·S, A = Vᵀ, largest values first.   [docs/math.md (52)]
+    """Return the best low-rank approximation: B = U·S, A = Vᵀ, with the largest values first.   [docs/math.md (52)]
 
     Args:
         found: The decomposition.
@@ -292,7 +292,7 @@ def cut(found: Spectrum, to: RankLimit, shared: int = 1) -> tuple[Product, float
 
 
 def sketched_spectrum(W: Tensor, probe: Tensor, iterations: int) -> Spectrum:
-    """Compute the leading part of a singular value decomposition with a random sketch and power iterations.
+    """Compute a truncated singular value decomposition with a random sketch and power iterations.
 
     Args:
         W: The matrices, (g, out, in).
@@ -310,7 +310,7 @@ def sketched_spectrum(W: Tensor, probe: Tensor, iterations: int) -> Spectrum:
 
 
 def dense_spectrum(delta: Tensor, rank: int | None = None) -> tuple[Spectrum, float]:
-    """Return the singular value decomposition of a dense update, or its leading part if a small rank is enough.
+    """Return the singular value decomposition of a dense update, truncated if a small rank is enough.
 
     If `rank` is far below the size of the matrix, `sketched_spectrum` with four power iterations replaces the full
     decomposition; the returned total energy shows how much the sketch leaves out.

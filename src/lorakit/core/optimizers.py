@@ -31,7 +31,7 @@ RIDGE = 1e-8
 
 @dataclass(frozen=True)
 class Pair:
-    """The trained and the frozen factor of one site.
+    """The trained factor and the frozen factor of one site.
 
     Attributes:
         trained: B (out, r), or A (r, in) if B is frozen; a convolution's factor also has kernel axes.
@@ -310,7 +310,7 @@ def rates_by_name(parts: Sequence[TrainedPart], rates: Rates) -> dict[str, float
 
     Args:
         parts: The trainable parameters.
-        rates: The rates.
+        rates: The adapter's learning rates, by type of parameter and by pattern.
 
     Returns:
         A dict from parameter name to learning rate.
@@ -338,6 +338,6 @@ def _rate(part: TrainedPart, rates: Rates) -> float:
 
 
 def _owner(name: str) -> str:
-    """Return the base-model path of the module that holds a parameter, which must not be a factor."""
+    """Return the base-model path of the module that holds a parameter; the parameter must not be a factor."""
     path = name.rpartition(".")[0]
     return path.partition(".modules_to_save.")[0].partition(".token_adapter.")[0].replace(".base_layer", "")

@@ -375,7 +375,7 @@ def _distinct_inputs(
 
 
 def _input_of(path: str) -> tuple[str, str]:
-    """Return a key for the input of a site or bare weight: the parent path, and the first name with the same input."""
+    """Return a key that is equal for all sites and bare weights that receive the same input tensor."""
     parent, _, name = path.removesuffix(".weight").rpartition(".")
     return parent, next((group[0] for group in SHARED_INPUTS if name in group), name)
 
@@ -383,8 +383,8 @@ def _input_of(path: str) -> tuple[str, str]:
 def _transient(shape: ModelShape, job: Job) -> int:
     """Return the size in bytes of the gradients that exist at the same time in the backward pass of an unfused block.
 
-    The total covers the gradients of the residual stream, of its branch, and of an inner matmul's output and operands.
-    Attention dropout adds the gradients of two attention maps.
+    The total covers the gradients of the residual stream, of the residual branch, and of the output and operands of a
+    matmul in the branch. Attention dropout adds the gradients of two attention maps.
     """
     gradients = job.dtype_bytes * job.batch_tokens * (2 * shape.hidden + 3 * shape.inner_width)
     if shape.dropouts.get("attention"):

@@ -1,4 +1,4 @@
-"""Memory budgets: parse sizes, and find the cheapest recomputation setting that fits.
+"""Memory budgets: parse sizes, and find the cheapest recomputation setting that fits within a budget.
 
 Settings are tried from the cheapest to the most expensive; the batch size, the row length and everything else that
 affects the result stay fixed. This module does not depend on the machine.

@@ -1,4 +1,4 @@
-"""Plan a run from a model's shape, a config, a job and, optionally, a speed.
+"""Plan a run from a model's shape, a config, a job and, optionally, the speed of the machine.
 
 `estimate` combines file sizes with parameter counts, memory, FLOPs and time, which other modules compute. This module
 does not print plans, build shapes or measure speed.

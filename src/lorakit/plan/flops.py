@@ -101,7 +101,9 @@ def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
 
 
 def full(shape: ModelShape, job: Job) -> Flops:
-    """Return the FLOPs per token of full fine-tuning; dX and dW cost twice the forward pass. [docs/math.md (33)]
+    """Return the FLOPs per token of full fine-tuning. [docs/math.md (33)]
+
+    Computing dX and dW takes twice as many FLOPs as the forward pass.
 
     Args:
         shape: Shape of the model.

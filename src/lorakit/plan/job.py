@@ -122,7 +122,7 @@ class Speed:
         tokens_per_second: Training speed in tokens per second, as printed by a run.
         source: Where the rate comes from, such as "measured".
         utilisation: Fraction of `flops_per_second` that a step with transformers' own forward passes reaches.
-        threads: Number of CPU threads used to measure `flops_per_second`, or None if unknown or not on a CPU.
+        threads: Number of CPU threads used to measure `flops_per_second`; None if unknown, or if a GPU was measured.
             `flops.token_seconds` needs it to compute the time of an accelerated step.
 
     Raises:

@@ -79,7 +79,7 @@ class Memory:
 
     @property
     def above_weights_bytes(self) -> int:
-        """Return the peak in bytes, excluding all weights: the growth of a process after the weights are loaded."""
+        """Return the peak in bytes, excluding all weights: how much a process grows after the weights are loaded."""
         return self.peak_bytes - self.bytes_of("weights") - self.bytes_of("adapter")
 
 

@@ -1,4 +1,4 @@
-"""Count trainable parameters exactly: by site, shape, kind and rank.
+"""Count trainable parameters exactly, by site, shape, kind and rank.
 
 `lorakit.targets` selects the sites that a config names, just as when an adapter is attached; this module only counts
 parameters. Trainable token rows (`trainable_token_indices`) of embeddings and output heads are included; the rows of
@@ -111,7 +111,7 @@ class SiteCount:
 
     Attributes:
         path: Dotted path of the site.
-        kind: "Linear", "Conv1D", "Embedding", or "Parameter" for a match of `target_parameters`.
+        kind: "Linear", "Conv1D", "Embedding", or "Parameter" for a parameter named in `target_parameters`.
         out_features: Number of rows of the (out, in) weight, or of each expert's weight.
         in_features: Number of columns of the (out, in) weight, or of each expert's weight.
         rank: Rank at this site.
@@ -180,8 +180,8 @@ class Group:
     Attributes:
         label: Shortest unambiguous suffix of the path, such as "attn.c_attn".
         kind: Kind of the sites.
-        out_features: Rows of the weights.
-        in_features: Columns of the weights.
+        out_features: Number of rows of each weight.
+        in_features: Number of columns of each weight.
         rank: Rank at the sites.
         scale: Scale of B·A at the sites.
         entry: The target entry that matched the sites.
@@ -299,8 +299,8 @@ def factor_parameters(rank: int, in_features: int, out_features: int) -> int:
 
     Args:
         rank: Rank of the factors.
-        in_features: Columns of the weight.
-        out_features: Rows of the weight.
+        in_features: Number of columns of the weight.
+        out_features: Number of rows of the weight.
 
     Source:
         Hu et al. 2021, arXiv:2106.09685, section 4.2.
@@ -423,8 +423,8 @@ class RankRow:
     Attributes:
         labels: Names of the modules with this shape.
         kind: Kind of the modules.
-        out_features: Rows of the weight.
-        in_features: Columns of the weight.
+        out_features: Number of rows of the weight.
+        in_features: Number of columns of the weight.
         sites: Number of sites with this shape.
         each: Number of trainable parameters per site, for each rank.
     """

@@ -1,4 +1,4 @@
-"""Accelerate a model: give supported modules a fused `forward` with the same results. The change can be undone.
+"""Accelerate a model reversibly: give supported modules a fused `forward` that produces the same results.
 
 A module is supported if its structure is known and a probe confirms that the results agree. All other modules keep
 their own `forward`; if such a module resembles a supported one, the report lists it with the reason. Batches can be
@@ -183,8 +183,8 @@ def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool
     if any(is_replacement(module) for module in modules.values()):
         raise ModelError(f"{kind} is already accelerated; call undo() on the earlier result first", what=kind)
     is_adapted = any(linear.is_adapted(module) for module in modules.values())
-    # A model without adapters is frozen for the probes, as it will be once it has adapters. Each call checks again that
-    # the weights are frozen.
+    # A model without adapters is frozen for the probes, as it will be once it has adapters. Whenever a fused forward
+    # runs later, it checks that the weights are frozen.
     with contextlib.nullcontext() if is_adapted else frozen(model), contextlib.ExitStack() as back:
         with eval_mode(model):
             probed = _probed(model, modules)

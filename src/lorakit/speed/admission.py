@@ -39,11 +39,12 @@ NOISE = 2.0
 
 
 class Verdict(NamedTuple):
-    """Result of comparing a fused `forward` with a module.
+    """Result of comparing a fused `forward` with a module's own `forward`.
 
     Attributes:
         why: Short reason why the module keeps its own `forward`, or "" if it may run the fused `forward`.
-        differs: Whether a probe contradicts the fused `forward`. If so, no fused `forward` may bypass the module.
+        differs: Whether a probe raised an exception or found a difference. If so, no fused `forward` may bypass the
+            module.
     """
 
     why: str = ""
@@ -147,7 +148,7 @@ def _parts(output: Output) -> tuple[Tensor | None, ...]:
 def _difference(ours: Tensor, theirs: Tensor, carried: Tensor | None, noise: Tensor | None = None) -> Verdict:
     """Compare two tensors (…, d) row by row.
 
-    The error of a row is relative to the size of that row after the part that both tensors contain is subtracted.
+    Each row's error is relative to the size of that row after `carried` has been subtracted.
 
     Args:
         ours: Output of the fused `forward`.
@@ -410,8 +411,8 @@ def _is_known(method: Callable[..., Any] | None) -> bool:
 def _one_of_each(wanted: Parts, found: Calls) -> tuple[Parts, dict[str, str]]:
     """Group the candidates that differ only in their weights.
 
-    Returns two values. The first contains the first module of each group, except for groups that were not called.
-    The second is a dict from the path of each candidate to the path of the first module in its group.
+    Returns a dict with one representative per group, omitting groups that were not called, and a dict from the path of
+    each candidate to the path of its group's representative. The first module of each group represents it.
     """
     first: dict[Any, str] = {}
     first_of = {}
@@ -429,7 +430,7 @@ def _simple(module: nn.Module) -> list[str]:
 
 
 def _at_lengths(model: nn.Module, firsts: Parts) -> dict[str, Verdict]:
-    """Return a dict from path to verdict, for modules whose fused output differs at any of the additional lengths."""
+    """Return a dict from path to verdict, for modules whose fused output differs at another sequence length."""
     differing = {}
     for tokens in LENGTHS if firsts else ():
         ran = attempt(partial(calls, model, modules_to_record(firsts), 1, tokens, stop=True))

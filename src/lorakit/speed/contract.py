@@ -1,4 +1,6 @@
-"""Contracts: what a fused `forward` assumes about the modules that it bypasses. Every call checks the contract.
+"""Contracts: what a fused `forward` assumes about the modules that it bypasses.
+
+A fused `forward` checks its contract on every call.
 
 A fused `forward` is valid only while two conditions hold. First, the modules that it bypasses are the ones that were
 probed. Second, nothing has changed in the settings of these modules, in their `forward` methods, or in the functions
@@ -66,7 +68,7 @@ def contract_for(module: nn.Module, fused: Collection[int] | None) -> Contract:
     """Collect the facts that a module's fused `forward` currently relies on.
 
     Args:
-        module: A replacement; it and the replacements of its children must be installed.
+        module: The module's replacement; it and the replacements of its children must already be installed.
         fused: The `id`s of the fused modules, or None if the fused `forward` bypasses everything inside the module.
     """
     facts: list[Fact] = [*_of_module(module)]
@@ -81,7 +83,7 @@ def contract_for(module: nn.Module, fused: Collection[int] | None) -> Contract:
 def is_operand(module: nn.Module) -> bool:
     """Return whether a module is linear, with or without adapters.
 
-    Fused `forward` methods look up such modules at each call.
+    Fused `forward` methods look up linear modules on each call.
 
     Args:
         module: Any module.
@@ -156,7 +158,7 @@ def names_read(kind: type[nn.Module]) -> set[str]:
 def _of_module(module: nn.Module) -> Iterator[Fact]:
     kind, own = original_class(module), vars(module)
     yield from _of_class(kind)
-    if _is_around_base(module):  # the settings of such layers change when adapters are attached or removed
+    if _is_around_base(module):  # attaching or removing adapters changes the layer's settings
         yield from _of_class(_base_class(module))
         return
     for name, value in own.items():

@@ -113,13 +113,13 @@ def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
     if first is None or second is None or attn is None or is_watched(attn, captures=False):
         return None
     rows = rows_to_compute(module, options.get(KEYWORD), x)
-    is_bare = first.after is None  # the attention function adds the residual if no norm follows it
+    is_bare = first.after is None  # without a norm after attention, `attention` adds the residual
     attended = attention.attention(attn, x, first.before, options, residual=is_bare, dropout=first.inside, wanted=rows)
     if attended is None:
         return None
     if not is_bare:
         attended = _with_residual(select_rows(x, rows), attended, first)
-    parallel = getattr(module, PARALLEL, False)  # if true, both sublayers have the same input
+    parallel = getattr(module, PARALLEL, False)  # both sublayers read the same input
     given = select_rows(x, rows) if parallel else attended
     made = _fed(module, sublayers[1], second, given, residual=second.after is None and not parallel)
     if made is None:

@@ -52,7 +52,7 @@ class Layout(NamedTuple):
     """Paths of the modules in an encoder layer. The path of a dropout module is "" if the layer has no such module.
 
     Attributes:
-        attention: Module that has the attention settings; its child `dropout` is applied to the attention weights.
+        attention: Module that holds the attention settings; its child `dropout` is applied to the attention weights.
         inputs: Projections to q, k and v.
         output: Output projection, the dropout after it, and the norm after the residual.
         up, act: First linear module and activation of the feed-forward block.
@@ -73,7 +73,7 @@ class Layout(NamedTuple):
 
     @property
     def leaves(self) -> tuple[str, ...]:
-        """Return the paths of all modules that are used. Modules that only contain other modules are left out."""
+        """Return the paths of the modules that the layer uses, excluding those that only contain other modules."""
         return (*self.inputs, *self.output, self.up, self.act, *self.down, f"{self.attention}.dropout")
 
     def children(self) -> dict[str, set[str]]:
@@ -208,7 +208,7 @@ def _dropouts(module: nn.Module, found: Layout) -> tuple[float, float, float] | 
 
 
 def _norms(module: nn.Module, found: Layout, x: Tensor) -> list[Norm]:
-    """Return those of the two norms that are known and have the dtype of x (B, T, d)."""
+    """Return the layer's two norms, omitting any that is unknown or whose dtype differs from that of x (B, T, d)."""
     norms = (norm_of(_at(module, path)) for path in (found.output[2], found.down[2]))
     return [norm for norm in norms if norm is not None and norm.weight is not None and norm.weight.dtype == x.dtype]
 

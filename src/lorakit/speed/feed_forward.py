@@ -47,7 +47,7 @@ def feed_forward(
     """Compute a feed-forward block, including the norm before it and the residual after it.
 
     Args:
-        module: A module that `fits` accepts, or a module whose children include the children of such a block.
+        module: A block that `fits` accepts, or a layer that holds the modules of a block as its own children.
         x: Hidden states (…, d) that `is_supported` accepts.
         norm: Norm before the block, or None.
         residual: Whether to add x to the output.

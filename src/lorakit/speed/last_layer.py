@@ -81,7 +81,7 @@ class LastLayer:
     def _is_compiled(self) -> bool:
         """Return whether the layer, or a module that contains it, is compiled.
 
-        If so, rows are not skipped, because each number of rows would need its own graph.
+        If so, rows are not skipped, because each distinct number of rows would need its own compiled graph.
         """
         module = self.model
         for name in self.path.split("."):
@@ -119,7 +119,7 @@ def scatter_rows(y: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
 
 
 def some(ids: Tensor, ignored: int) -> Tensor:
-    """Return labels (rows, tokens) for a probe with the given ids; every third token, in flat order, is labeled."""
+    """Return labels (rows, tokens) for a probe with the given ids; every third token of the batch is labeled."""
     targets = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
     return ids.masked_fill(targets % 3 != 1, ignored)
 

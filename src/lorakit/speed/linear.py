@@ -2,7 +2,7 @@
 
 A linear module may have an adapter from lorakit or peft. A module has operands only if it is frozen, unquantized,
 unmerged and without hooks, and if it applies at most one adapter, which must be plain LoRA and the same for all rows.
-Otherwise, it has no operands and is called normally. All state is read at every call: which adapters are active,
+Otherwise, it has no operands and is called normally. All state is read on every call: which adapters are active,
 disabled or merged, and their scales.
 
 peft's layers are recognized by their `forward` method and attributes; peft is not imported.
@@ -83,7 +83,7 @@ def frozen_linear(module: nn.Module) -> Adapted | None:
 
 
 def _with_adapter(base: Adapted, pair: tuple[Tensor, Tensor], scale: float, dropout: nn.Module) -> Adapted | None:
-    """Add the factors A (r, in) and B (out, r) to a frozen linear module; return None if `dropout` is not supported."""
+    """Add A (r, in) and B (out, r) to the operands of a linear module; return None if `dropout` is not supported."""
     p = share_dropped(dropout)
     return None if p is None else Adapted(base.W, base.bias, LowRank(*pair, scale, p), base.transposed)
 
@@ -188,7 +188,7 @@ def forwards_of(module: nn.Module) -> Forwards:
 
 
 def _is_here(one: Adapted, x: Tensor) -> bool:
-    """Return whether all operands are unsharded, are on the device of x (…, in), and have a dtype that can be used."""
+    """Return whether all operands are unsharded, are on the device of x (…, in), and have a supported dtype."""
     is_cast = torch.is_autocast_enabled(x.device.type)
     if not is_cast and any(base is not None and base.dtype != x.dtype for base in (one.W, one.bias)):
         return False

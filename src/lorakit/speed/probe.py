@@ -153,7 +153,7 @@ class _Enough(Exception):
 def calls(
     model: nn.Module, modules: Mapping[str, nn.Module], rows: int = ROWS, tokens: int = TOKENS, *, stop: bool = False
 ) -> tuple[dict[str, Call], ModelOutput | None]:
-    """Run a model once on random tokens and record calls to some of its modules. Must be called inside `eval_mode`.
+    """Run a model once on random tokens and record calls to the given modules. Must be called inside `eval_mode`.
 
     Args:
         model: A transformers model.
@@ -163,8 +163,8 @@ def calls(
         stop: Whether to end the forward pass as soon as all modules in `modules` have been called.
 
     Returns:
-        A dict from path to last call, for each module that was called; and the model's output, or None if the forward
-        pass ended early.
+        A dict from the path of each module that was called to the module's last call; and the model's output, or None
+        if the forward pass ended early.
 
     Raises:
         Exception: Any exception that the model raises, for example because it does not run on token ids alone.

@@ -155,7 +155,7 @@ class TuningResult:
 
     Attributes:
         choices: Dict from shape name to a method that is faster than the default; empty if there is no such method.
-        measured: Number of shapes that were measured in this call. For all others, cached results were used.
+        measured: Number of shapes that were measured in this call instead of being read from the cache.
         seconds: Duration of the measurements in seconds.
         save_error: Reason why the results could not be saved, or "".
         skipped: Number of shapes that were not measured because the machine was busy or time ran out.

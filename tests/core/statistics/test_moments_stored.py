@@ -139,11 +139,11 @@ def test_another_base_other_sites_and_another_config_are_refused_and_nothing_cha
         assert snapshot(model) == before
 
     other = LINEARS.model(seed=99)
-    refused(BaseMismatchError, "collected on another base: values in .* differ.*Collect them again", other)
+    refused(BaseMismatchError, "collected on a different base: values in .* differ.*Collect them again", other)
     narrow = nn.Sequential(OrderedDict(up=nn.Linear(12, 20), square=nn.Linear(20, 20)))
-    refused(BaseMismatchError, "another base: names or shapes of the base's parameters differ", narrow)
+    refused(BaseMismatchError, "different base: names or shapes of the base's parameters differ", narrow)
     word = nn.Sequential(nn.Linear(2, 2)).append(nn.Embedding(3, 2))
-    refused(BaseMismatchError, "collected on another base", word)
+    refused(BaseMismatchError, "collected on a different base", word)
     more = found.config.with_fields(target_modules=["up", "square", "out"])
     refused(ConfigError, "out: .*nothing was collected for this site", LINEARS.model(), more)
     usual = found.config.with_fields(init_lora_weights=True, eva_config=None, corda_config=None, lora_ga_config=None)

@@ -1,4 +1,4 @@
-"""The registry KINDS: how A and B are applied to each type of module, and the shape of their product."""
+"""The KINDS registry, which defines how A and B are applied to each type of module and what shape B·A has."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def kind_of(module_type: type[nn.Module], own: Mapping[str, Kind] = NONE) -> Kin
 
 
 def kind_named(name: str, own: Mapping[str, Kind] = NONE) -> Kind:
-    """Return the kind with this name, whether user-defined or from KINDS; an unknown name is a bug in lorakit.
+    """Return the kind with this name, whether user-defined or from KINDS; an unknown name indicates a bug in lorakit.
 
     Args:
         name: Name of the kind.

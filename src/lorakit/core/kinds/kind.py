@@ -57,7 +57,8 @@ class Kind:
         names: Layer attributes that hold A and B; also the names of A and B on disk.
         on_disk: Suffix of these names on disk.
         drops: Whether dropout can be applied to the input; it cannot if the input holds indices.
-        specs: Module -> specs of the weights to adapt; the first belongs to the outermost layer.
+        specs: Module -> specs of the weights to adapt. If there are several, their layers are nested, and the first
+            spec belongs to the outermost layer.
         inner: Names of child modules that become sites along with the module, because the module reads their weights.
         row_axis: Module -> the input axis that holds the batch rows, or None if unknown. Different rows can use
             different adapters only if the kind acts on the input.
@@ -66,7 +67,8 @@ class Kind:
         vector: Spec -> shape of a vector with one value per output, such as (out,), in memory and on disk.
         down: Applies A to the input.
         up: Applies B to the result of `down`.
-        flat: Spec, A and B -> A and B as matrices, (r, n) and (out, r); B·A is the delta if there is only one matrix.
+        flat: Spec, A and B -> A and B as matrices, (r, n) and (out, r); if the weight is a single matrix, B·A is the
+            delta.
         flat_weight: Spec and canonical weight -> the weight as a matrix, (out, n).
         delta: Spec, A and B -> the unscaled delta in the canonical weight's shape; raises MergeError if the
             weight cannot hold the delta.

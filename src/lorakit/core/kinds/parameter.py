@@ -73,13 +73,13 @@ def side_by_side(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _attention_specs(module: nn.MultiheadAttention) -> tuple[WeightSpec, ...]:
-    # A module has either a single packed weight (the first name) or three separate ones.
+    # A module has either one packed weight (the first name below) or three separate weights.
     names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
     return tuple(parameter_spec(module, name) for name in names if getattr(module, name) is not None)
 
 
 def _attention_axis(module: nn.Module) -> int | None:
-    first = getattr(module, "batch_first", None)  # None for similar modules that lack the attribute
+    first = getattr(module, "batch_first", None)  # None for attention modules that lack the attribute
     return None if first is None else 0 if first else 1
 
 

@@ -201,7 +201,7 @@ class _Gradients:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity on a module's output; the backward pass also gives the gradient to `take`.
+    """The identity function on a module's output; in the backward pass, `take` also receives the gradient.
 
     The tensor `anchor` makes autograd record a graph even if nothing else requires a gradient.
     """
@@ -262,7 +262,7 @@ def patches(module: Convolution, x: Tensor) -> Tensor:
         x: (N, C, …).
 
     Returns:
-        (N · positions, C · k…), in the order of the weight's elements, in fp32 or wider.
+        (N · positions, C · k…), in fp32 or wider; the columns are in the order of the weight's elements.
     """
     stored, x = weight_format_of(module), at_least_fp32(x)
     shape = stored.read(module, module.weight.to("meta")).shape[1:]  # without a copy of the weight
@@ -290,7 +290,7 @@ def _modules_at(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
 
 
 def _is_convolution(module: nn.Module) -> TypeGuard[Convolution]:
-    """Return whether a module is a convolution, so that its weight has kernel dimensions."""
+    """Return whether a module is a convolution, whose weight has kernel dimensions."""
     kind = kind_of(type(module))
     return kind is not None and bool(kind.specs(module)[0].kernel)
 

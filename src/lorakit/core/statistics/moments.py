@@ -196,8 +196,8 @@ class Statistics:
             model: The model to which the adapter is attached, or the model's index; not changed.
 
         Raises:
-            ConfigError: The statistics are for another init.
-            BaseMismatchError: The statistics were collected on another base.
+            ConfigError: The statistics are for a different init.
+            BaseMismatchError: The statistics were collected on a different base model.
         """
         asked = _init_settings(config)
         for field, held in _init_settings(self.config).items():
@@ -213,7 +213,7 @@ class Statistics:
             verdict, reason, _ = compare(self.base, fingerprint(model, like=self.base), "their")
             if verdict == DIFFERENT:
                 raise BaseMismatchError(
-                    f"The statistics were collected on another base: {reason}. Collect them again on this one.",
+                    f"The statistics were collected on a different base: {reason}. Collect them again on this base.",
                     what=reason,
                 )
 
@@ -245,7 +245,7 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
         path: The file.
 
     Raises:
-        AdapterFileError: The file is missing or damaged, has another format version, or is not a statistics file.
+        AdapterFileError: The file is missing or damaged, has an unknown format version, or is not a statistics file.
     """
     file = read_tensors(path)
     written = file.metadata.get(KEY)
