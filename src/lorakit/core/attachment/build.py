@@ -1,7 +1,7 @@
 """Build an adapter (factors, saved modules, token embeddings and biases) outside a model, and then attach it.
 
-`attach` and `load_adapter` share this builder: `attach` takes the factors of each site from an init, and `load_adapter`
-takes them from a file. Only `commit` changes a model, and `commit` cannot fail.
+`attach` and `load_adapter` share this builder: `attach` takes the factors of each site from an initialization method,
+and `load_adapter` takes them from a file. Only `commit` changes a model, and `commit` cannot fail.
 """
 
 from __future__ import annotations
