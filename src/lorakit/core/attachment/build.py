@@ -213,8 +213,8 @@ def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) ->
     """Check that a site supports the settings of a config.
 
     Raises:
-        ConfigError: `lora_bias` is set, but B has no separate output at the site; or the update is added to the site's
-            weight, which is quantized, so that each forward pass would round the sum and block the gradient.
+        ConfigError: `lora_bias` is set, but B has no separate output at the site; or the site's weight is
+            quantized and the update is added to it, so each forward pass would round the sum and block the gradient.
     """
     if config.lora_bias and not target.kind.takes_bias:
         raise ConfigError(

@@ -293,8 +293,8 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
         A dict from path on disk to A (2r, in) and B (out, 2r), or None if the factors are already plain LoRA.
 
     Raises:
-        AdapterFileError: A variant changed the base, or the initialization changed it, and either the files do not say
-            how or the base was quantized.
+        AdapterFileError: A variant changed the base; or the initialization did, and either the files do not say how
+            or the base was quantized.
     """
     variant = moving_variant(files.config)
     if variant is not None:

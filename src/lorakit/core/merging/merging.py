@@ -277,7 +277,7 @@ def tied_sites(model: nn.Module | AdapterIndex, names: Sequence[str]) -> list[tu
 
 
 def leaders_of(index: AdapterIndex, names: Sequence[str]) -> dict[LoraLayer, LoraLayer]:
-    """Map each layer that shares its weight and factors with an earlier layer to the earlier layer.
+    """Map each layer that shares its weight and factors with an earlier layer to that earlier layer.
 
     Args:
         index: The model's index.

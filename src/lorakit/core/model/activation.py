@@ -101,7 +101,7 @@ def disable(model: nn.Module) -> Override:
 
 
 def checkpoint_contexts(model: nn.Module) -> CheckpointContexts:
-    """Return a `context_fn` with which non-reentrant checkpointing recomputes with the adapters of the forward pass.
+    """Return a `context_fn` for non-reentrant checkpointing that recomputes with the forward pass's adapters.
 
     Args:
         model: An adapted model.

@@ -108,7 +108,7 @@ def check_joinable(adapters: Sequence[AdapterWeights]) -> None:
 
 
 def _check_bare_parameters(adapters: Sequence[AdapterWeights]) -> None:
-    """Check that no adapter uses a feature that is not supported for bare parameters if another adapts some."""
+    """Check that no adapter uses features that bare parameters do not support if another adapter adapts any."""
     bare = next((adapter.label for adapter in adapters if adapter.config.target_parameters), None)
     if bare is None:
         return
