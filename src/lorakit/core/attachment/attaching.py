@@ -124,7 +124,7 @@ def _trained_values(name: str, state: AdapterState, auxiliary: Extras) -> int:
 
 
 def _notes_on_residuals(index: AdapterIndex, config: LoraConfig, factors: Sequence[build.NewFactor]) -> list[Note]:
-    """Return notes on the memory use and rounding error of residual bases, or no notes if the base is unchanged."""
+    """Return notes on the memory use and rounding error of residual bases, or [] if the base is unchanged."""
     kept_bytes, lost, count = 0, 0.0, 0
     for new in factors:
         if new.stored is None:

@@ -1,7 +1,7 @@
 """Build an adapter (factors, saved modules, token embeddings and biases) outside a model, and then attach it.
 
-`attach` and `load_adapter` share this builder: `attach` takes the factors of each site from an init, and `load_adapter`
-takes them from a file. Only `commit` changes a model, and `commit` cannot fail.
+`attach` and `load_adapter` share this builder: `attach` takes the factors of each site from an initialization method,
+and `load_adapter` takes them from a file. Only `commit` changes a model, and `commit` cannot fail.
 """
 
 from __future__ import annotations
@@ -213,8 +213,8 @@ def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) ->
     """Check that a site supports the settings of a config.
 
     Raises:
-        ConfigError: `lora_bias` is set, but B has no separate output at the site; or the update is added to the site's
-            weight, which is quantized, so that each forward pass would round the sum and block the gradient.
+        ConfigError: `lora_bias` is set, but B has no separate output at the site; or the site's weight is
+            quantized and the update is added to it, so each forward pass would round the sum and block the gradient.
     """
     if config.lora_bias and not target.kind.takes_bias:
         raise ConfigError(

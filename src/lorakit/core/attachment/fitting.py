@@ -76,7 +76,7 @@ class Fit:
 
         Args:
             left: Name -> tensor (…), for the tensors that have not been taken yet; a matching tensor is removed.
-            names: Possible names of the tensor; the first is reported if the tensor is missing.
+            names: Possible names of the tensor; if it is missing, the message gives the first name.
             shape: The expected shape.
 
         Returns:
@@ -94,7 +94,7 @@ class Fit:
         self.problems.append(Problem(kind, name, text))
 
     def check_shape(self, name: str, given: Tensor, wanted: Sequence[int]) -> None:
-        """Record a mismatch if a tensor of any shape does not have the expected shape."""
+        """Record a mismatch if a tensor (…) does not have the expected shape."""
         if tuple(given.shape) != tuple(wanted):
             self.add(SHAPE, name, f"{name} has shape {tuple(given.shape)}, expected {tuple(wanted)}")
 
@@ -188,7 +188,7 @@ def _take_extras(left: dict[str, Tensor], config: LoraConfig, index: AdapterInde
     outer = result.outer_paths()
     depths = Counter(f"{target.outer}.{target.child}".removesuffix(".") for target, _ in result.sites.values())
     for path, module, leaves in biased_modules(index.modules, outer, result.saved, config.bias):
-        # possible paths: PEFT's, PEFT's if another adapter wraps the module, and the path in the plain base
+        # the path in PEFT's files, that path if another adapter wraps the module, and the path in the plain base
         paths = [inside(path, depths), path + INSIDE * max(1, depths[path]), path]
         for leaf in leaves:
             names = [f"{PREFIX}{way}.{leaf}" for way in paths]
@@ -263,10 +263,10 @@ def _check_parts(tensors: Mapping[str, Tensor], config: LoraConfig, path: str, r
 
 
 def _rank(config: LoraConfig, target: TargetWeight, found: int) -> int:
-    """Return the expected rank of a site; if a pattern is a regular expression, any rank in the config is accepted.
+    """Return the expected rank of a site.
 
-    A pattern names a module. In combined adapters, where the weights of one module can have different ranks, a pattern
-    can also name the path of a single weight.
+    If any key of `rank_pattern` is a regular expression, every rank in the config is accepted. Keys are paths of
+    modules or, in combined adapters (where the weights of one module can have different ranks), of single weights.
     """
     try:
         of_module = literal_value(config.rank_pattern, target.pattern_path, config.r)
@@ -276,7 +276,7 @@ def _rank(config: LoraConfig, target: TargetWeight, found: int) -> int:
 
 
 def _known_extra(name: str, result: Fit) -> bool:
-    """Return whether a tensor is a base weight that PEFT saves along with a saved module, adapted embedding or head."""
+    """Return whether a tensor is a base weight (of a saved module, adapted module or head) that PEFT also saves."""
     if any(f"{path}.{word}." in name for path in result.saved for word in ("original_module", "modules_to_save")):
         return True
     path = name.removeprefix(PREFIX).removesuffix(".base_layer.weight").removesuffix(".token_adapter")

@@ -2,7 +2,7 @@
 
 Such an adapter is trained on W − s·B₀·A₀, where B₀ and A₀ are its initial factors. On the original W, the adapter is
 exactly equivalent to plain LoRA with twice the rank. Only one adapter per site can have a residual base; the layer
-keeps the original weight for `disable`, other adapters, `detach` and merges. Loading restores the residual without
+keeps the original weight for `disable`, other adapters, `detach` and merges. Loading restores the residual base without
 running an init, unless the caller allows "recompute_init" for a file that another program wrote without the initial
 factors.
 """
@@ -48,7 +48,7 @@ INIT_FIELDS = (
 
 
 def residual(kind: Kind, spec: WeightSpec, W: Tensor, factors: tuple[Tensor, Tensor], scale: float) -> Tensor:
-    """Return W − s·B·A in the canonical form of the kind, usually (out, in).   [docs/math.md (60)]
+    """Return W − s·B·A in the site kind's canonical form, usually (out, in).   [docs/math.md (60)]
 
     Args:
         kind: The site's kind.
@@ -161,7 +161,7 @@ def check_can_move(
 ) -> None:
     """Check that a residual weight can replace a base weight.
 
-    The weight must not be shared or already changed, and no adapters may be merged into it.
+    The base weight must not be shared or already changed, and no adapters may be merged into it.
 
     Args:
         index: The model's index.
@@ -240,7 +240,7 @@ def give_base_back(layer: LoraLayer, adapter: str) -> None:
 
     Args:
         layer: A layer with a residual base.
-        adapter: The adapter that no longer needs the residual base; the base is kept while other adapters need it.
+        adapter: The adapter that no longer needs the residual base, which is kept while other adapters need it.
     """
     layer.moved_by = tuple(name for name in layer.moved_by if name != adapter)
     if layer.moved_by:
@@ -293,8 +293,8 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
         A dict from path on disk to A (2r, in) and B (out, 2r), or None if the factors are already plain LoRA.
 
     Raises:
-        AdapterFileError: A variant changed the base, or the initialization changed it, and either the files do not say
-            how or the base was quantized.
+        AdapterFileError: A variant changed the base; or the initialization did, and either the files do not say how
+            or the base was quantized.
     """
     variant = moving_variant(files.config)
     if variant is not None:

@@ -277,11 +277,11 @@ def tied_sites(model: nn.Module | AdapterIndex, names: Sequence[str]) -> list[tu
 
 
 def leaders_of(index: AdapterIndex, names: Sequence[str]) -> dict[LoraLayer, LoraLayer]:
-    """Return the layers that follow another layer with the same weight and factors, each mapped to that layer.
+    """Map each layer that shares its weight and factors with an earlier layer to that earlier layer.
 
     Args:
         index: The model's index.
-        names: The adapters. A layer follows another one only if each adapter has factors in both layers or in neither.
+        names: The adapters. Two layers match only if each of these adapters has factors in both layers or in neither.
     """
     owners: dict[int, LoraLayer] = {}  # id of a factor -> the first layer that has it
     found = {}
@@ -327,7 +327,7 @@ def _leading_tables(index: AdapterIndex) -> dict[TrainableTokens, list[Trainable
 
 
 def _shared_table(index: AdapterIndex, table: TrainableTokens, followers: Sequence[TrainableTokens]) -> str | None:
-    """Return the name of a table's weight in another module that shares it and is not in `followers`, or None."""
+    """Return the name of an embedding's weight in a module outside `followers` that shares it, or None."""
     held = table.token_adapter.weight_here
     members = [module.token_adapter for module in (table, *followers)]
     tied = {id(member.base_layer) for member in members if member.weight_here is held}
@@ -335,7 +335,7 @@ def _shared_table(index: AdapterIndex, table: TrainableTokens, followers: Sequen
 
 
 def _components_apart(index: AdapterIndex, names: Sequence[str], untie: bool) -> frozenset[int]:
-    """Return the ids of the components that get a separate parameter when some adapters are merged.
+    """Return the ids of the components that get a separate parameter when the given adapters are merged.
 
     These components share a parameter with another module, or will share one again when a merge with `untie` is undone.
 
@@ -441,7 +441,7 @@ class _Merged:
     def __init__(self, index: AdapterIndex, names: Sequence[str]) -> None:
         self._names, self._options = names, MergeOptions(in_place=False)
         led = leaders_of(index, names)
-        self._sites = {  # module id and parameter name -> the layer that computes the weight; tied layers share one
+        self._sites = {  # (module id, parameter name) -> layer that computes the weight; tied weights share a layer
             (id(layer.source), layer.spec.parameter): led.get(layer, layer) for _, layer in index.layers_of(names)
         }
         self._layers = {(id(layer.source), "bias"): layer for _, layer in index.layers_of(names)}
@@ -465,7 +465,7 @@ class _Merged:
         return self._tensors[name] if name in self._tensors else self._biases.get(target, tensor.detach())
 
     def dequantized(self, weight: QuantizedWeight, options: MergeOptions) -> Iterator[tuple[str, Tensor]]:
-        """Yield the names and values of a quantized weight (dequantized, with adapters merged) and of its bias."""
+        """Yield the names and values of a quantized module's weight and bias, dequantized and with adapters merged."""
         of_bias, bias = weight.name.removesuffix("weight") + "bias", weight.plain_bias
         merged = {} if weight.layer is None else weight.layer.merged_tensors(self._names, options)
         if weight.name in self._tensors:  # an adapter's copy replaces the whole module

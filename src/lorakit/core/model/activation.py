@@ -101,7 +101,7 @@ def disable(model: nn.Module) -> Override:
 
 
 def checkpoint_contexts(model: nn.Module) -> CheckpointContexts:
-    """Return a `context_fn` that makes non-reentrant checkpointing recompute with the adapters of the forward pass.
+    """Return a `context_fn` for non-reentrant checkpointing that recomputes with the forward pass's adapters.
 
     Args:
         model: An adapted model.
@@ -298,7 +298,7 @@ def prompt_offset(model: nn.Module, input_ids: Tensor, adapter: str) -> int:
 
 
 def waits_for_tokens(model: nn.Module) -> bool:
-    """Return whether a model has any aLoRA adapters, which stay inactive until their invocation tokens (see `invoked`).
+    """Return whether a model has any aLoRA adapters, which are inactive before their invocation tokens (see `invoked`).
 
     Args:
         model: A model with or without adapters.

@@ -2,8 +2,8 @@
 
 Tensors have the same names, shapes and values as in the plain base (without adapters, merges or trained biases). The
 sampled positions depend only on a tensor's name and shape: the tensor is divided into equal ranges, and a hash chooses
-one position in each, so that changes to a contiguous block or in a regular pattern cannot avoid every sample. Values
-are stored bit for bit in their dtype.
+one position in each range. Changes to a large contiguous block or in a regular pattern are therefore unlikely to be
+missed. Values are stored bit for bit in their dtype.
 
 Two samples can belong to the same base if rounding one of them gives the other, or if both can be obtained by rounding
 the same values. The only roundings considered are those to dtypes in which models are loaded, either directly or via a
@@ -346,7 +346,7 @@ Fingerprints in format 1 can still be compared, but with a weaker guarantee: cha
 
 
 def first_positions(shape: tuple[int, ...]) -> Tensor:
-    """Return the positions (n,) that format 1 samples in a flattened tensor.
+    """Return the positions (n,) at which format 1 samples a flattened tensor.
 
     Args:
         shape: The tensor's shape.

@@ -48,7 +48,7 @@ def dequantize(model: nn.Module) -> int:
 
 
 def disable_base_repacking(model: nn.Module) -> None:
-    """Prevent modules from rewriting their weights during a forward pass, as the modules of some quantizers do.
+    """Keep quantized modules from rewriting their weights during forward passes, which some quantizers do by default.
 
     Args:
         model: A model without adapters; weight values do not change.

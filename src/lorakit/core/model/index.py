@@ -295,7 +295,7 @@ class AdapterIndex:
         return inner_base(owner, target.child) if target.child else owner
 
     def weight(self, target: TargetWeight) -> Tensor:
-        """Return a base weight from before any merge, in canonical form (out, in) and in fp32 or wider."""
+        """Return a base weight as it was before any merge, in canonical form (out, in) and in fp32 or wider."""
         standing, module, parameter = self.layer(target), self.holder(target), target.spec.parameter
         if standing is not None:
             return standing.read()

@@ -68,7 +68,7 @@ class Replication:
         """Restore the original list of layers; the stacked layers must not have adapters."""
         order = _order(self.ranges)
         for number, layer in enumerate(self.original):
-            if number in order:  # copies do not share the training flag, or buffers that were moved
+            if number in order:  # a copy has its own training flag, and its own buffers if they were moved
                 for old, new in zip(layer.modules(), self.stacked[order.index(number)].modules(), strict=True):
                     old._buffers.update(new._buffers)
                     old.training = new.training

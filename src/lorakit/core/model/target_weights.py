@@ -196,8 +196,8 @@ def check_overlap(index: AdapterIndex, targets: Sequence[TargetWeight]) -> None:
         inside = next((path for path in taken if path.startswith(f"{outer}.")), None)
         if inside is not None:
             raise TargetError(
-                f"target_parameters names a parameter of {outer}, but its submodule {inside} is adapted too; a layer "
-                "around one would hide the other. Remove one of the two targets.",
+                f"target_parameters names a parameter of {outer}, but the submodule {inside} is adapted too; a layer "
+                "around the parent module would hide the submodule. Remove one of the two targets.",
                 what=inside,
                 where=outer,
                 field="target_parameters",

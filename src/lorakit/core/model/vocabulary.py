@@ -464,7 +464,7 @@ def _check_free(path: str, index: AdapterIndex, sites: Collection[str], saved: C
 
 
 def _check_same_ties(group: ChosenRows, index: AdapterIndex) -> None:
-    """Check that the adapters already on the model tie the modules in a group in the same way."""
+    """Check that the adapters already on the model tie the same modules as a new group does."""
     leader = index.modules[group.path]
     wrong = [group.path] if isinstance(leader, TrainableTokens) and leader.follows else []
     for path in group.tied:

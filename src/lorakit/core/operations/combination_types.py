@@ -142,7 +142,7 @@ def added_up(
 
 
 def clamped(A: Tensor, B: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """Clamp A (g, r, in) and B (g, out, r) to ±q, where q is a quantile of their values and the negated values."""
+    """Clamp A (g, r, in) and B (g, out, r) to [−q, q], where q is a quantile of all their values and negated values."""
     sizes = torch.cat([A.abs().flatten(), B.abs().flatten()]).sort().values
     position = (2 * quantile - 1) * (sizes.numel() - 1)  # quantile q of ±x is quantile 2q − 1 of |x|
     below = int(position)

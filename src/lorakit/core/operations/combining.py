@@ -100,7 +100,7 @@ def combine_folders(
         A report on the new adapter, with each site's deviation from the exact weighted sum.
 
     Raises:
-        AdapterFileError: A directory is not an adapter, or is damaged.
+        AdapterFileError: A directory does not contain an adapter, or a file is damaged.
         BaseMismatchError: The adapters were trained on different base models or for different tasks.
         AdapterError: The adapters cannot be combined, or one has no sites in common with any other.
         ConfigError: As in `combine`, or a name in `allow` is unknown.

@@ -108,7 +108,7 @@ def check_joinable(adapters: Sequence[AdapterWeights]) -> None:
 
 
 def _check_bare_parameters(adapters: Sequence[AdapterWeights]) -> None:
-    """Check that no adapter uses a feature that is not supported for the bare parameters of another adapter."""
+    """Check that no adapter uses features that bare parameters do not support if another adapter adapts any."""
     bare = next((adapter.label for adapter in adapters if adapter.config.target_parameters), None)
     if bare is None:
         return
@@ -169,7 +169,7 @@ def check_no_base_biases(adapter: AdapterWeights) -> None:
 
 
 def joined_config(configs: Sequence[LoraConfig]) -> LoraConfig:
-    """Return a copy of the first config with the variant, the bias on B and the saved modules that any adapter needs.
+    """Return a copy of the first config with the variants, the bias of B and the saved modules that the adapters need.
 
     Args:
         configs: Configs of one or more adapters; ranks, scales and targets are ignored.

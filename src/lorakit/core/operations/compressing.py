@@ -67,7 +67,7 @@ def compress_folder(
         A report with the energy lost at each site.
 
     Raises:
-        AdapterFileError: The directory is not an adapter, or is damaged.
+        AdapterFileError: The directory does not contain an adapter, or a file is damaged.
         ConfigError: As in `compress`, or a name in `allow` is unknown.
         DiskError: The directory cannot be written to.
     """
@@ -156,14 +156,14 @@ def _dense_update(path: str, factor: SiteFactors, reading: Callable[[str], Readi
 
 
 def _cut_factor(factor: SiteFactors, to: RankLimit) -> tuple[Product, float, float]:
-    """Return the truncated product, the norm of the update, and the fraction of its energy that is lost."""
+    """Return the truncated form of a factor, the norm of its update, and the lost energy fraction."""
     found = spectrum(factor.scaled_product())
     smaller, lost = cut(found, to, factor.shared)
     return smaller, float(found.S.norm()), lost
 
 
 def _cut_dense(delta: Tensor, to: RankLimit) -> tuple[Product, float, float]:
-    """Return the low-rank product, the norm of the update (out, n), and the fraction of its energy that is lost."""
+    """Return the truncated form of an update (out, n), the norm of the update, and the lost energy fraction."""
     found, whole = dense_spectrum(delta, to.rank)
     product = truncated(found, to.of(found.S))
     kept = float(found.S[:, : product.A.shape[1]].double().square().sum())

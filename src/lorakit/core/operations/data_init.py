@@ -35,7 +35,7 @@ from lorakit.targets import Match, match_path
 
 @dataclass(frozen=True)
 class DataSites:
-    """The sites that a config with a data-dependent init targets.
+    """The sites targeted by a config whose init depends on data.
 
     Attributes:
         init: The config's init.

@@ -118,7 +118,7 @@ def _of_matrix(
 ) -> tuple[Product, SiteIntruders]:
     """Return ΔW + (keep − 1)·Σ u·σ·vᵀ over the intruders, truncated to the adapter's rank.   [docs/math.md (58)]
 
-    The comparison uses output directions, regardless of how the base stores the weight.
+    Left singular vectors (output directions) are compared, regardless of how the base stores the weight.
     """
     top, threshold, keep = how
     delta = Product(product.A, product.B * scale)

@@ -151,7 +151,7 @@ def by_sensitivity(
 
     Args:
         sensitivities: Dict from path to the sensitivity I of the site's weight.
-        costs: Dict from path to in + out, the number of parameters per rank.
+        costs: Dict from path to in + out, the number of parameters per unit of rank.
         ranks: Dict from path to rank in the config; new ranks are between `LEAST` and `MOST` times these ranks.
         limits: Dict from path to the smaller dimension of the weight, an upper bound on the rank.
 
@@ -198,7 +198,7 @@ def by_explained_variance(
     Args:
         ratios: Dict from path to the fractions of the variance that the site's principal directions explain, in
             descending order, with one fraction for each possible rank.
-        costs: Dict from path to the cost of one more rank: in + out parameters, or 1.
+        costs: Dict from path to the cost of increasing the rank by 1: in + out parameters, or 1.
         budget: Maximum total cost.
         least: Minimum rank of each site; its cost is subtracted from the budget first.
 

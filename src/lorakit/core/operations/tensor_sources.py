@@ -121,7 +121,7 @@ class BareSite:
 
     Attributes:
         names: Path of the parameter, or the paths of all candidates.
-        order: Position of the parameter in its module's order of definition; this position determines the path on disk.
+        order: Position of the parameter among those that its module defines; this position determines the path on disk.
         experts: Number of matrices in the parameter, each with its own part of A and B.
     """
 
@@ -131,7 +131,7 @@ class BareSite:
 
     @classmethod
     def of(cls, module: nn.Module, path: str, spec: WeightSpec) -> BareSite:
-        """Return the site of a known parameter.
+        """Return the `BareSite` for a known parameter.
 
         Args:
             module: The base module that defines the parameter.

@@ -186,7 +186,7 @@ def described(
 
 
 def common_targets(adapters: Sequence[AdapterWeights]) -> set[str] | str | None:
-    """Return targets that cover exactly the modules of all adapters together, or None if only full paths can do so.
+    """Return targets that match exactly the modules that the adapters adapt, or None if only full paths can do so.
 
     Args:
         adapters: Adapters of the same base model.
@@ -226,7 +226,7 @@ def _check_told_apart(module: str, inside: Iterable[_Parameter]) -> None:
 
 
 def _evened(factors: Mapping[str, SiteFactors]) -> dict[str, SiteFactors]:
-    """For parameters that no pattern can tell apart, pad the factors with zeros to a common rank."""
+    """Pad factors with zeros to a common rank where patterns cannot tell their parameters apart."""
     largest: dict[tuple[str, ...], int] = {}
     for factor in factors.values():
         if len(factor.names) > 1:
