@@ -95,7 +95,7 @@ def run(
     _check(flags)
     quantization = stored_as(flags.quantization, flags.double_quantization)
     prompts = read_prompts(flags.prompt or (), flags.prompt_file or ())
-    allocator.limit_compiled_matmuls()  # each prompt length has its own matmul shapes
+    allocator.limit_compiled_matmuls()  # every prompt length adds new matmul shapes
 
     from lorakit import core, hub
     from lorakit.generate import Sampling, generate_batch
@@ -252,7 +252,7 @@ def write_into_base(
     if reason is None:
         try:
             core.merge_and_unload(model, name)
-        except MergeError as refusal:  # such as NaN in the result, which only the merge itself detects
+        except MergeError as refusal:  # for example, only the merge itself detects NaN in the result
             reason = str(refusal)
     if reason is None:
         dtype = str(model.dtype).removeprefix("torch.")
