@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def application() -> App:
-    """Return a cyclopts application with all commands, without importing their modules.
+    """Return a cyclopts application with all commands; each command's module is imported when the command runs.
 
     Returns:
         An application that, when called, returns the command's result and propagates its errors.

@@ -104,7 +104,7 @@ def _vocabulary(files: AdapterFiles) -> int:
 
 @contextlib.contextmanager
 def naming_flags() -> Iterator[None]:
-    """Return a context manager that adds the overriding flag to a failed check's error message.
+    """Return a context manager that adds to a failed check's error message the flag that overrides the check.
 
     Raises:
         LorakitError: The error raised within the context, with the flag in its message.
@@ -178,7 +178,7 @@ def _largest(tokenizers: Sequence[SavedTokenizer]) -> SavedTokenizer | None:
 
 
 def report_training_quantization(adapters: Sequence[AdapterFiles], wanted: Quantization | None) -> None:
-    """Print a note for each adapter trained on a quantized base, if this base is not quantized or by another method.
+    """Print a note for each adapter trained on a quantized base, unless this command quantizes the base the same way.
 
     Args:
         adapters: The adapters.
@@ -197,7 +197,7 @@ def report_training_quantization(adapters: Sequence[AdapterFiles], wanted: Quant
 
 
 def by_name(items: Iterable[Item], name: Callable[[Item], str]) -> dict[str, list[Item]]:
-    """Group items by name, and return a dict from names to items, with names and items in order of first occurrence.
+    """Group items by name, and return a dict from names to items; names and items keep their order.
 
     Args:
         items: The items, such as the sites of an adapter.

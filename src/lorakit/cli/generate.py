@@ -205,7 +205,7 @@ def encode_prompts(prompts: list[str], tokenizer: Tokenizer, chat: bool | None, 
 
 
 def end_ids(model: nn.Module, tokenizer: Tokenizer) -> set[int]:
-    """Return the ids of tokens that end an answer, from the generation config, the model's config and the tokenizer.
+    """Return the ids of the tokens that end an answer, according to the model, its generation config and the tokenizer.
 
     Args:
         model: A transformers model.
@@ -252,7 +252,7 @@ def write_into_base(
     if reason is None:
         try:
             core.merge_and_unload(model, name)
-        except MergeError as refusal:  # for example, only the merge itself detects NaN in the result
+        except MergeError as refusal:  # some problems, such as NaN in the result, appear only during the merge
             reason = str(refusal)
     if reason is None:
         dtype = str(model.dtype).removeprefix("torch.")

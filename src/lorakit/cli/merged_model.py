@@ -79,7 +79,7 @@ class Probe:
         tolerance: Largest allowed difference.
         dtype: Dtype of the computation.
         effect: Largest change that the adapters make to any logit of the base, for comparison.
-        same_top: Fraction of positions at which both predict the same most likely token.
+        same_top: Fraction of positions at which both models predict the same token.
     """
 
     max_difference: float

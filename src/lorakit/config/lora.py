@@ -126,7 +126,7 @@ class PeftConfigMixin:
         return False
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a dict, with nested configs as dicts and without process-local settings."""
+        """Return the fields as a dict, converting nested configs to dicts and omitting process-local settings."""
         values = dataclasses.asdict(self)
         values.pop("runtime_config", None)
         return values
