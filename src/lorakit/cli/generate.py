@@ -205,7 +205,7 @@ def encode_prompts(prompts: list[str], tokenizer: Tokenizer, chat: bool | None, 
 
 
 def end_ids(model: nn.Module, tokenizer: Tokenizer) -> set[int]:
-    """Return the ids of the tokens that end an answer, according to the model, its generation config and the tokenizer.
+    """Return the ids of the end-of-text tokens in the model's config, its generation config and the tokenizer.
 
     Args:
         model: A transformers model.
