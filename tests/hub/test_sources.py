@@ -126,7 +126,7 @@ def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     ("kind", "said"),
     [
         ("RepositoryNotFoundError", "and the Hub has no model"),
-        ("GatedRepoError", "restricted; request it on the model's page"),
+        ("GatedRepoError", "restricted; request access on the model's page"),
     ],
 )
 def test_a_name_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch, kind: str, said: str) -> None:

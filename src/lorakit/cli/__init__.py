@@ -31,7 +31,7 @@ COMMANDS = {
     "train": "Train an adapter and save it in a run directory.",
     "eval": "Measure the loss and perplexity of a model, with and without adapters.",
     "generate": "Generate text with a model and its adapters, side by side.",
-    "merge": "Merge adapters into a model directory.",
+    "merge": "Merge adapters into the base model and save the result.",
     "combine": "Combine adapters with one of PEFT's eleven methods.",
     "compress": "Reduce the rank of an adapter and report what is lost.",
     "extract": "Extract an adapter from a fully fine-tuned model and its base.",
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def application() -> App:
-    """Return a cyclopts application with all commands, without importing their modules.
+    """Return a cyclopts application with all commands; each command's module is imported when the command runs.
 
     Returns:
         An application that, when called, returns the command's result and propagates its errors.

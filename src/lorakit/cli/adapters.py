@@ -59,7 +59,7 @@ def overridden(flags: Mapping[str, Any]) -> list[str]:
 
 
 def read_adapters(folders: Sequence[str]) -> list[AdapterFiles]:
-    """Read adapters before a base is loaded, so that errors in their files are reported immediately.
+    """Read adapters before the base model is loaded, so that errors in their files are reported immediately.
 
     Args:
         folders: Adapter directories as given by the user.
@@ -76,7 +76,7 @@ def read_adapters(folders: Sequence[str]) -> list[AdapterFiles]:
 
 
 def load_adapters(model: nn.Module, adapters: Sequence[AdapterFiles], allow: Collection[str]) -> list[str]:
-    """Load adapters into a model in descending order of vocabulary size; only a base without adapters can be resized.
+    """Load adapters into a model, largest vocabulary first, because only a base without adapters can be resized.
 
     Args:
         model: The base.
@@ -104,7 +104,7 @@ def _vocabulary(files: AdapterFiles) -> int:
 
 @contextlib.contextmanager
 def naming_flags() -> Iterator[None]:
-    """Return a context manager that adds the overriding flag to a failed check's error message.
+    """Return a context manager that adds to a failed check's error message the flag that overrides the check.
 
     Raises:
         LorakitError: The error raised within the context, with the flag in its message.
@@ -144,7 +144,7 @@ def tokenizer_for(source: ModelSource, adapters: Sequence[AdapterFiles]) -> Save
     """Return the tokenizer to use, preferably the one that the adapters were trained and saved with.
 
     Args:
-        source: Source of the base.
+        source: The source of the base model.
         adapters: Files of the adapters.
 
     Returns:
@@ -167,7 +167,7 @@ def tokenizer_for(source: ModelSource, adapters: Sequence[AdapterFiles]) -> Save
 
 
 def _largest(tokenizers: Sequence[SavedTokenizer]) -> SavedTokenizer | None:
-    """Return the tokenizer that has all tokens of the others with the same ids, or None; chat templates must match."""
+    """Return the tokenizer with all tokens and ids of the others, or None if there is none or chat templates differ."""
     tokens = [set(tokenizer.get_vocab().items()) for tokenizer in tokenizers]
     for tokenizer, own in zip(tokenizers, tokens, strict=True):
         if all(own >= other for other in tokens) and all(
@@ -178,7 +178,7 @@ def _largest(tokenizers: Sequence[SavedTokenizer]) -> SavedTokenizer | None:
 
 
 def report_training_quantization(adapters: Sequence[AdapterFiles], wanted: Quantization | None) -> None:
-    """Print a note for each adapter that was trained on a differently quantized base and is less accurate on this one.
+    """Print a note for each adapter trained on a quantized base, unless this command quantizes the base the same way.
 
     Args:
         adapters: The adapters.
@@ -197,7 +197,7 @@ def report_training_quantization(adapters: Sequence[AdapterFiles], wanted: Quant
 
 
 def by_name(items: Iterable[Item], name: Callable[[Item], str]) -> dict[str, list[Item]]:
-    """Group items by name, and return a dict from name to items, both in order of occurrence.
+    """Group items by name, and return a dict from names to items; names and items keep their order.
 
     Args:
         items: The items, such as the sites of an adapter.

@@ -33,7 +33,7 @@ _RED, _YELLOW, _PLAIN = "\033[31m", "\033[33m", "\033[0m"
 
 
 def colored(stream: TextIO) -> bool:
-    """Return whether a stream supports color: a terminal, with NO_COLOR unset and TERM other than "dumb"."""
+    """Return whether to color a stream: only if it is a terminal, NO_COLOR is unset, and TERM is not "dumb"."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 

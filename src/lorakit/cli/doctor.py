@@ -71,7 +71,7 @@ class Findings:
     """Everything that `examine` finds.
 
     Attributes:
-        machine: The machine.
+        machine: Properties of the machine.
         packages: Package -> version, or None if the package is not installed.
         torch: Properties of torch, or None if torch is not installed.
         offline: Whether the Hub client is set to offline mode.

@@ -75,7 +75,7 @@ def check_adapters(folders: Sequence[str]) -> None:
                 f"{given}: adapter directory not found; it must contain adapter_config.json.{_similar(folder)}",
                 where=given,
             )
-        raise AdapterFileError(f"{given}: no adapter_config.json, so this is not an adapter.", where=given)
+        raise AdapterFileError(f"{given}: no adapter_config.json, so this is not an adapter directory.", where=given)
 
 
 def check_new_directory(target: Path) -> None:

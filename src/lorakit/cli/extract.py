@@ -96,7 +96,7 @@ def _read(base: ModelSource, tuned: ModelSource) -> tuple[nn.Module, TensorSourc
         files = core.source_of_folder(base.path_or_id), core.source_of_folder(tuned.path_or_id)
         fused = [name for name, parameter in skeleton.named_parameters() if parameter.ndim > 2]
         if all(source.under([name]) is not None for source in files for name in fused):
-            return skeleton, *files  # otherwise, the files store experts separately, and loading fuses them
+            return skeleton, *files  # if the files store experts separately, load the models to fuse them
     models = hub.load_model(base), hub.load_model(tuned)
     return models[0], core.source_of_model(models[0], base.given), core.source_of_model(models[1], tuned.given)
 

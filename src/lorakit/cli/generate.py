@@ -95,7 +95,7 @@ def run(
     _check(flags)
     quantization = stored_as(flags.quantization, flags.double_quantization)
     prompts = read_prompts(flags.prompt or (), flags.prompt_file or ())
-    allocator.limit_compiled_matmuls()  # each prompt length has its own matmul shapes
+    allocator.limit_compiled_matmuls()  # every prompt length adds new matmul shapes
 
     from lorakit import core, hub
     from lorakit.generate import Sampling, generate_batch
@@ -205,7 +205,7 @@ def encode_prompts(prompts: list[str], tokenizer: Tokenizer, chat: bool | None, 
 
 
 def end_ids(model: nn.Module, tokenizer: Tokenizer) -> set[int]:
-    """Return the ids of tokens that end an answer, from the generation config, the model's config and the tokenizer.
+    """Return the ids of the end-of-text tokens in the model's config, its generation config and the tokenizer.
 
     Args:
         model: A transformers model.
@@ -252,7 +252,7 @@ def write_into_base(
     if reason is None:
         try:
             core.merge_and_unload(model, name)
-        except MergeError as refusal:  # such as NaN in the result, which only the merge itself detects
+        except MergeError as refusal:  # some problems, such as NaN in the result, appear only during the merge
             reason = str(refusal)
     if reason is None:
         dtype = str(model.dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""`lorakit inspect`: show an adapter's health, config, sites and norms; its base is not loaded."""
+"""`lorakit inspect`: show an adapter's health, config, sites and norms; the base is not loaded."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def groups(summary: AdapterSummary) -> Iterator[dict[str, Any]]:
 
 
 def _module(path: str) -> str:
-    """Return the last component of a site's path; for a parameter, also `.base_layer` and everything after it."""
+    """Return the last component of a site's path, with everything from `.base_layer` on if the path contains it."""
     module, inside, deeper = path.partition(".base_layer")
     return module.rpartition(".")[2] + inside + deeper
 

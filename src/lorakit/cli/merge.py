@@ -1,4 +1,4 @@
-"""`lorakit merge`: merge adapters into a model directory."""
+"""`lorakit merge`: merge adapters into the base model, and write a model directory."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def run(
     json: console.JsonFlag = False,
     verbose: console.VerboseFlag = False,
 ) -> None:
-    """Merge adapters into a model directory that any program can load.
+    """Merge adapters into the base model, and write a model directory that any program can load.
 
-    The result is reloaded and compared with the unmerged base and adapters, and is kept only if their outputs agree.
+    The result is reloaded and compared with the unmerged base and adapters, and is kept only if the outputs agree.
     The output directory records the merged adapters, so that lorakit does not apply them twice. --verbose adds the
     steps and the sites with the largest rounding loss.
     """

@@ -50,7 +50,7 @@ class MergeRequest:
     """Specification of a merge.
 
     Attributes:
-        source: The base.
+        source: The source of the base model.
         adapters: The adapters' files, in order.
         folders: Adapter directories as given by the user.
         target: The directory to create.
@@ -75,11 +75,11 @@ class Probe:
     """Comparison of the merged model with the unmerged base and adapters on a few tokens.
 
     Attributes:
-        max_difference: Largest difference in a logit.
+        max_difference: Largest difference in any logit.
         tolerance: Largest allowed difference.
         dtype: Dtype of the computation.
-        effect: Largest change that the adapters make to a logit of the base, for comparison.
-        same_top: Fraction of positions with the same most likely token.
+        effect: Largest change that the adapters make to any logit of the base, for comparison.
+        same_top: Fraction of positions at which both models predict the same token.
     """
 
     max_difference: float

@@ -139,8 +139,8 @@ def run(
 
     MODEL is looked up as a path, then as a packaged model (smollm2), then as a name in the catalog (gpt2,
     meta-llama/Llama-3.2-1B, ...), and finally as a Hub id. --max-steps or --tokens adds a time estimate, based on
-    --tokens-per-second or on a measurement that takes about two seconds. --verbose adds the derivation of the counts,
-    formulas, FLOPs and notes.
+    --tokens-per-second or on a measurement that takes about two seconds. --verbose adds formulas, FLOPs,
+    notes and the derivation of the counts.
     """
     config, columns = adapter.config(), _ranks(ranks)
     check_model(model)

@@ -126,13 +126,13 @@ class PeftConfigMixin:
         return False
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a dict, with nested configs as dicts and without process-local settings."""
+        """Return the fields as a dict, converting nested configs to dicts and omitting process-local settings."""
         values = dataclasses.asdict(self)
         values.pop("runtime_config", None)
         return values
 
     def as_json(self) -> dict[str, Any]:
-        """Return the contents of `adapter_config.json`: JSON values (sets become sorted lists) and unknown keys."""
+        """Return the config as saved in `adapter_config.json`, including unknown keys; sets become sorted lists."""
         values = dict(self.unknown)
         for name, value in self.to_dict().items():
             if name in NOT_IN_PEFT and not value:
@@ -491,7 +491,9 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[LoraConfig, list[str]]:
         )
     path = path / CONFIG_FILE if path.is_dir() else path
     if not path.exists():
-        raise AdapterFileError(f"{path.parent}: no {CONFIG_FILE}, so this is not an adapter.", where=path.parent)
+        raise AdapterFileError(
+            f"{path.parent}: no {CONFIG_FILE}, so this is not an adapter directory.", where=path.parent
+        )
     values = _values(path)
     method = values.get("peft_type", PeftType.LORA.value)
     if method != PeftType.LORA.value:

@@ -154,7 +154,7 @@ def check_types(config: Dataclass, leave: Collection[str] = ()) -> None:
 
 @cache
 def _hints(kind: type) -> dict[str, Any]:
-    """Return a dict from field names to annotations, without fields added by classes outside lorakit."""
+    """Return a dict from field names to annotations, omitting fields that classes outside lorakit add."""
     ours = next(part for part in kind.__mro__ if part.__module__.partition(".")[0] == "lorakit")
     return typing.get_type_hints(ours)
 

@@ -25,7 +25,7 @@ class TokenizedRow:
     """A tokenized conversation or completion.
 
     Attributes:
-        ids: Token ids of the row.
+        ids: Token ids.
         trained: Whether each token contributes to the loss; True in assistant turns and in completions.
         ended: Whether an end marker contributes to the loss: the template's end-of-turn marker, or the end-of-text
             token.
@@ -163,7 +163,7 @@ def _whole(tokenizer: Tokenizer, text: str, borders: list[int]) -> _Tokens | Non
 
 
 def _piecewise(tokenizer: Tokenizer, text: str, borders: list[int]) -> _Tokens:
-    """Tokenize assistant turns and the text between them separately, because generation tokenizes only the prompt."""
+    """Tokenize assistant turns and the text between them separately, since generation tokenizes a prompt alone."""
     parts = [text[start:end] for start, end in itertools.pairwise([0, *borders, len(text)])]
     return [(token, number) for number, part in enumerate(parts) if part for token in token_ids(tokenizer, part)]
 

@@ -145,12 +145,12 @@ def content_key(record: Record, salt: str = "") -> bytes:
 
 
 def keys_of(joined: bytes | bytearray) -> np.ndarray[Any, Any]:
-    """Split concatenated keys into an array of shape (keys,) whose elements sort in the same order as the digests."""
+    """Split concatenated keys into an array of shape (keys,) whose elements sort in the same order as the keys."""
     return np.frombuffer(joined, dtype=f"S{KEY_BYTES}")
 
 
 def is_empty(record: Record) -> bool:
-    """Return whether a record has nothing to train on: no text, no completion, or no assistant turn with content."""
+    """Return whether a record has nothing to train on: no text, no completion, or no assistant turns with content."""
     if isinstance(record, Document):
         return not any(piece.strip() for piece in record.pieces())
     if isinstance(record, Completion):

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 
 class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that data preparation uses.
+    """The methods and attributes of a transformers tokenizer that data preparation uses.
 
     Attributes:
         eos_token_id: Id of the end-of-text token, or None.
@@ -142,7 +142,7 @@ def token_parts(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[list[in
 
 
 def _joined(tokenizer: Tokenizer, part: _Part, more: str) -> tuple[_Part, int, int] | None:
-    """Return the next part and the offset of the join in each part's text, or None if the parts cannot be joined."""
+    """Return the next part and the offset of the join in both parts' texts, or None if they cannot be joined."""
     size = len(part.text)
     border = _BORDER.search(part.text, size - SHARED_CHARACTERS, size - SHARED_CHARACTERS * 3 // 4)
     if border is None:

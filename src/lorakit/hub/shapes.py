@@ -154,7 +154,7 @@ def _model_class(config: PreTrainedConfig) -> Callable[[PreTrainedConfig], PreTr
 
 
 def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[str]]:
-    """Return the possible sites, the other modules with parameters, and the paths of modules that only contain others.
+    """Return the possible sites, the other modules with parameters, and the paths of pure container modules.
 
     The number and layout of fused experts are read from attributes that transformers sets.
     """

@@ -181,7 +181,7 @@ def _what_else(path: Path) -> str:
         try:
             base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
         except (OSError, ValueError, AttributeError):
-            base = None  # the base's name only improves the message
+            base = None  # the message is complete without the base's name
         shown = f" Its base is {base!r}." if isinstance(base, str) else ""
         return f" It is an adapter: pass it as --adapter, and its base as --model.{shown}"
     below = sorted(entry.name for entry in path.iterdir() if (entry / "config.json").is_file())
@@ -232,7 +232,8 @@ def _ask_hub(source: ModelSource, path: Path) -> None:
         info = huggingface_hub.model_info(source.given, timeout=HUB_TIMEOUT_SECONDS)
     except huggingface_hub.errors.GatedRepoError:
         raise source.error(
-            "access to this Hub model is restricted; request it on the model's page, then log in with `hf auth login`."
+            "access to this Hub model is restricted; request access on the model's page, then log in with "
+            "`hf auth login`."
         ) from None
     except huggingface_hub.errors.RepositoryNotFoundError:
         near = _neighbors(source.given, path)

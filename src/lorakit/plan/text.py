@@ -29,7 +29,7 @@ def render(plan: Plan, *, verbose: bool = False, notes: tuple[str, ...] = ()) ->
 
     Args:
         plan: The plan.
-        verbose: Whether to add the derivation of the counts, formulas, FLOPs and notes.
+        verbose: Whether to add formulas, FLOPs, notes and the derivation of the counts.
         notes: Additional lines for the summary, such as the setting chosen for a memory budget.
 
     Returns:
