@@ -47,7 +47,7 @@ def test_unknown_adapters_are_refused() -> None:
             call(["typo"])
     with pytest.raises(AdapterError, match=r"Adapter typo not found\. Available: a, b\."):
         model.set_adapter("typo")
-    with pytest.raises(RouteError, match=r"no adapter 'typo'; available: a, b\."):
+    with pytest.raises(RouteError, match=r"Adapter 'typo' not found on this model; available: a, b\."):
         model.base_model.set_adapter("typo")
 
 

@@ -269,7 +269,7 @@ def test_bad_settings_are_refused_by_name(tiny_gpt2: Any) -> None:
 
 
 def test_an_unknown_adapter_is_refused(adapted: Any) -> None:
-    with pytest.raises(RouteError, match="no adapter 'three'; available: one, two"):
+    with pytest.raises(RouteError, match="Adapter 'three' not found on this model; available: one, two"):
         generate_batch(adapted, PROMPTS[:2], max_new_tokens=1, adapters=["one", "three"])
 
 

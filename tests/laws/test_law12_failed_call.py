@@ -134,10 +134,10 @@ def test_attach_without_targets() -> None:
 
 CALLS: dict[str, tuple[Call, type[LorakitError], str]] = {
     "detach": (lambda m: detach(m, "nope"), AdapterError, "'nope' not found.*a, b"),
-    "activate": (lambda m: activate(m, "a", "nope"), RouteError, "no adapter 'nope'.*a, b"),
-    "use": (lambda m: use(m, "nope"), RouteError, "no adapter 'nope'.*a, b"),
+    "activate": (lambda m: activate(m, "a", "nope"), RouteError, "Adapter 'nope' not found on this model.*a, b"),
+    "use": (lambda m: use(m, "nope"), RouteError, "Adapter 'nope' not found on this model.*a, b"),
     "use-none": (lambda m: use(m), RouteError, "at least one adapter"),
-    "route": (lambda m: route(m, ["a", "nope"]), RouteError, "no adapter 'nope'"),
+    "route": (lambda m: route(m, ["a", "nope"]), RouteError, "Adapter 'nope' not found"),
     "route-none": (lambda m: route(m, []), RouteError, "row"),
     "route-string": (lambda m: route(m, "ab"), RouteError, "list"),
     "merge": (lambda m: merge(m, "a", "nope"), AdapterError, "'nope' not found"),

@@ -135,7 +135,7 @@ def test_switching() -> None:
         assert model[1].active_adapters == ["b"]
     with disable(model):
         assert model[1].active_adapters == ["a"] and model[1].disable_adapters
-    with pytest.raises(RouteError, match="no adapter 'c'"):
+    with pytest.raises(RouteError, match="Adapter 'c' not found"):
         layer.set_adapter("c")
 
 

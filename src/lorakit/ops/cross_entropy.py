@@ -234,7 +234,8 @@ def _check(h: Tensor, head: Head, labels: Tensor, ignore_index: int, chunk: int 
     if labels.shape != h.shape[:-1] or h.dim() < 2:
         raise ValueError(f"labels must have shape {tuple(h.shape[:-1])}, one per row of h; got {tuple(labels.shape)}")
     if W.dim() != 2 or W.shape[1] != h.shape[-1] or (bias is not None and bias.shape != W.shape[:1]):
-        raise ValueError(f"head: for this h, W must be (V, {h.shape[-1]}) and bias must be (V,); W is {tuple(W.shape)}")
+        shapes = f"W {tuple(W.shape)}, bias {None if bias is None else tuple(bias.shape)}"
+        raise ValueError(f"head: for this h, W must be (V, {h.shape[-1]}) and bias must be (V,) or None; got {shapes}")
     if W.dtype != h.dtype or (bias is not None and bias.dtype != h.dtype):
         raise ValueError(f"head: W is {W.dtype}, but h is {h.dtype}; cast h to the dtype of W")
     if bias is not None and bias.requires_grad:

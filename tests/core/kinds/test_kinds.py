@@ -141,7 +141,9 @@ def test_experts_share_a_and_b_as_peft_lays_them(in_first: bool) -> None:
 
 
 def test_a_parameter_of_one_axis_is_refused() -> None:
-    with pytest.raises(TargetError, match=r"'weight' has shape \(4,\); LoRA on a parameter needs two or three axes"):
+    with pytest.raises(
+        TargetError, match=r"'weight' has shape \(4,\); LoRA requires a parameter with two or three axes"
+    ):
         parameter_spec(nn.LayerNorm(4), "weight")
 
 

@@ -36,7 +36,7 @@ def parameter_spec(module: nn.Module, name: str) -> WeightSpec:
         return WeightSpec(name, *shape, as_stored=True)
     if len(shape) != 3:
         raise TargetError(
-            f"The parameter {name!r} has shape {shape}; LoRA on a parameter needs two or three axes.", what=name
+            f"The parameter {name!r} has shape {shape}; LoRA requires a parameter with two or three axes.", what=name
         )
     in_first = bool(getattr(module, "is_transposed", False))  # how transformers marks experts stored as (in, out)
     experts, first, second = shape
