@@ -1,4 +1,4 @@
-"""Grouped-query attention with packing, sliding windows and soft caps, with or without autograd."""
+"""Grouped-query attention with packing, sliding windows and soft caps, usable with or without autograd."""
 
 from __future__ import annotations
 

@@ -286,7 +286,7 @@ def _back_to_projections(
 ) -> list[Tensor]:
     """Return the gradients (N, width) of the outputs of the input projections.
 
-    `given` (N, H·D) is the gradient of the attention output.
+    The argument `given` (N, H·D) is the gradient of the attention output.
     """
     block, pattern, rope, *_ = form
     shape = (*heads[0].shape[:2], -1, block.head_dim)
@@ -314,7 +314,7 @@ def _back_to_projections(
 def _as_attended(part: Tensor, stats: Sequence[Tensor], own: Norm | None, form: _Form) -> Tensor:
     """Return q, k or v (B, T, heads, D) as passed to the attention computation.
 
-    If q or k has its own norm, its values before the norm were saved, so the norm and the rotation are recomputed.
+    If q or k has its own norm, only its values before the norm were saved; the norm and rotation are recomputed.
     """
     if own is None:
         return part

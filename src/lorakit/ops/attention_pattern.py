@@ -30,8 +30,8 @@ class Pattern:
         segments: Lengths of the sequences packed along T, the same in each batch row; a token sees only its own
             sequence. None means one sequence per row.
         dropout: Probability that an attention weight is zeroed; the others are divided by 1 − dropout.
-        bias: Frozen tensor (B, H, T, T) that is added to the capped scores; any of the first three sizes may be 1, and
-            −∞ masks padding. The caller must ensure that each token sees at least one token.
+        bias: Frozen tensor (B, H, T, T) that is added to the capped scores; any of the first three dimensions may be 1,
+            and −∞ masks padding. The caller must ensure that each token sees at least one token.
         method: "flash" uses PyTorch's flash kernel, "matmul" uses batched matmuls over blocks of query rows, and
             "matmul_fp32" uses the same matmuls with operands upcast to fp32. "auto" chooses one of these methods: on
             CUDA, "flash" if possible; on a CPU, a method based on autotuning results or sequence length.

@@ -22,7 +22,7 @@ from lorakit.ops.kernels import kernels_for
 
 BLOCK = 64  # query rows per block: enough for efficient matmuls, but few enough to skip most masked scores
 SCORES = 2**22  # maximum number of elements in the score buffer, unless even a block of 8 rows exceeds it
-TOGETHER = 2**20  # maximum number of scores that are computed together for several batch rows, to fit in the cache
+TOGETHER = 2**20  # maximum number of scores computed together for several batch rows, so that they fit in the cache
 # the three limits above for other devices, where each piece costs kernel launches and cache size does not matter
 ON_DEVICES = (512, 2**28, 2**28)
 
@@ -219,7 +219,7 @@ def _cut(x: Tensor, piece: Piece) -> Tensor:
 
 
 def _rows(x: Tensor, block: _Block, keys: Tensor) -> Tensor:
-    """Return the rows of a block of x (b, H, T, D) as (b·KV, G·n, D): heads that share a key head form one matrix."""
+    """Return a block's rows of x (b, H, T, D) as (b·KV, G·n, D): heads that share a key head form one matrix."""
     return x[:, :, block.start : block.stop].reshape(len(keys), -1, x.shape[3])
 
 

@@ -68,7 +68,7 @@ def linear_cross_entropy(
     Args:
         h: Hidden states (..., d), already shifted: row i predicts labels[i].
         head: Head that computes the logits (..., V). W receives a gradient only if it requires one.
-        labels: Integers (...) below V, or `ignore_index`; on the device of h or on the CPU.
+        labels: Integers (...), each below V or equal to `ignore_index`, on the device of h or on the CPU.
         total: Divisor for the summed loss. None divides by the number of labeled rows; if no rows are labeled, the
             loss is NaN.
         ignore_index: Label of rows that are excluded from the loss.
@@ -190,7 +190,7 @@ class _Softmax:
         at_label = p.gather(1, labels)
         torch.log(at_label, out=losses).neg_()
         vanishing = at_label < SMALLEST[p.dtype]
-        if z.device.type != "cpu" or vanishing.any():  # on other devices, the check itself would synchronize
+        if z.device.type != "cpu" or vanishing.any():  # on an accelerator, checking would force a synchronization
             losses.copy_(torch.where(vanishing, logits.logsumexp(1, keepdim=True) - logits.gather(1, labels), losses))
         if not self.gradients:
             return

@@ -22,8 +22,8 @@ FEW = 1e-3
 def draw_positions(count: int, p: float, device: torch.device | str) -> Tensor:
     """Draw the positions to drop among `count` elements, each independently with probability p.
 
-    Returns the sorted positions, int64 (dropped,). The seed comes from torch's default generator. The probability is
-    accurate to 2⁻²⁴.
+    Returns the sorted positions as an int64 tensor (dropped,). The seed comes from torch's default generator. The
+    probability is accurate to 2⁻²⁴.
 
     Raises:
         ValueError: p is not in [0, 1].
@@ -34,7 +34,7 @@ def draw_positions(count: int, p: float, device: torch.device | str) -> Tensor:
 def draw(like: Tensor, p: float) -> Tensor:
     """Draw a dropout record for a tensor with the size and device of `like` (any shape).
 
-    The record is saved for the backward pass. On a CPU and on devices with kernels, the record is a seed, uint64 (1,).
+    The record is saved for the backward pass. On a CPU and on devices with kernels, the record is a uint64 seed (1,).
     On other devices, it is a boolean mask (elements,) that is true for dropped elements. During compilation, the record
     is such a mask on all devices, because compilers do not support data-dependent sizes.
     """
@@ -76,7 +76,7 @@ def apply_dropout(x: Tensor, record: Tensor, p: float, scale: float = 1.0, out: 
 
 
 def positions(record: Tensor, count: int, p: float, device: torch.device | str = "cpu") -> Tensor:
-    """Return the sorted positions, int64 (dropped,), that a record drops among `count` elements. [docs/math.md (70)]
+    """Return the sorted positions (dropped,), in int64, that a record drops among `count` elements. [docs/math.md (70)]
 
     The gaps between dropped positions are geometrically distributed, so about p·count draws suffice instead of `count`.
     Given the same seed, the kernels and PyTorch draw different positions.
@@ -149,7 +149,7 @@ class _Dropout(torch.autograd.Function):
 
 
 def _seed(device: torch.device | str) -> Tensor:
-    """Draw a seed, uint64 (1,), on a device, using torch's default generator for that device."""
+    """Draw a uint64 seed (1,) on a device, using torch's default generator for that device."""
     return torch.empty(1, dtype=torch.int64, device=device).random_(-(2**63), None).view(torch.uint64)
 
 

@@ -45,7 +45,7 @@ class Form(NamedTuple):
 
     dtype: torch.dtype
     inside: torch.dtype
-    sites: tuple[tuple[bool, float | None, float], ...]  # (transposed, scale or None without an adapter, dropout)
+    sites: tuple[tuple[bool, float | None, float], ...]  # (transposed, scale if there is an adapter, dropout)
     trains: tuple[tuple[bool, bool], ...]  # whether A and B require gradients
 
     @property

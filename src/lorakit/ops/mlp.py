@@ -1,6 +1,6 @@
 """Fused MLP sublayer as one autograd function: norm, gate and up projections, activation, down projection, residual.
 
-The following are saved for the backward pass: x and its norm statistics, the outputs of gate and up (unless they are
+The following are saved for the backward pass: x and its norm statistics, the gate and up outputs (unless they are
 recomputed), one (tokens, r) activation per adapter, and dropout records. The normalized input and the activation are
 recomputed in buffers that are then reused for gradients.
 """
@@ -27,15 +27,15 @@ class Form(NamedTuple):
     """Modules and options of an MLP sublayer.
 
     Attributes:
-        inner: The modules: (gate, up); (up,) if there is no gate; or one fused module (2·f, d) for gate and up.
+        inner: The projections before the activation: gate and up, or only up, or one fused module (2·f, d) for both.
         down: The down projection.
-        act: Activation applied to the output of gate, or to the output of up if there is no gate.
+        act: Activation applied to the gate output, or to the up output if there is no gate.
         norm: Norm applied to the input, or None.
         residual: Whether x is added to the output.
-        dropout: Dropout probability for the output of down, before the residual is added.
-        within: Dropout probability for the input of down.
+        dropout: Dropout probability for the output of the down projection, before the residual is added.
+        within: Dropout probability for the input of the down projection.
         fused: Whether a single module computes gate and up.
-        keep: Whether the outputs of gate and up are saved for the backward pass. If not, they are recomputed.
+        keep: Whether the gate and up outputs are saved for the backward pass. If not, they are recomputed.
             [docs/math.md (85)]
     """
 
@@ -71,7 +71,7 @@ def plain(
     """Compute down(act(up(n))) with n = norm(x), plus x if `residual` is true. [docs/math.md (79)]
 
     Both x and the result are (..., d). Gradients flow to x and to the factors A and B. Dropout is applied to the output
-    of down, before x is added.
+    of the down projection, before x is added.
 
     Raises:
         ValueError: The activation has no fused form, a base weight requires a gradient, or `dropout` is not in
@@ -122,9 +122,9 @@ class _Intermediates(NamedTuple):
     """Intermediate results of a forward pass that its backward pass may need."""
 
     stats: Sequence[Tensor]  # row statistics of the norm
-    hidden: list[Tensor]  # outputs of gate and up, (N, f)
+    hidden: list[Tensor]  # gate and up outputs, (N, f)
     record: Tensor | None  # dropout record for the output
-    within: Tensor | None  # dropout record for the input of down
+    within: Tensor | None  # dropout record for the input of the down projection
     groups: tuple[Group, Group]
 
 
@@ -143,7 +143,7 @@ def _forward(x: Tensor, form: Form) -> tuple[Tensor, _Intermediates]:
 
 
 def _halves(hidden: list[Tensor], form: Form) -> list[Tensor]:
-    """Return the outputs (N, f) of gate and up, splitting the output of a fused module."""
+    """Return the gate and up outputs (N, f), splitting the output of a fused module."""
     return [half.contiguous() for half in hidden[0].chunk(2, 1)] if form.fused else hidden
 
 
@@ -157,9 +157,9 @@ class _Mlp(torch.autograd.Function):
         y, made = _forward(x, form)
         inner, outer = made.groups
         (inner_form, inside), (outer_form, outside) = inner.pack(), outer.pack()
-        # if neither x nor any factor of gate or up needs a gradient, no gradient flows through the activation
+        # if neither x nor any LoRA factor of gate or up needs a gradient, no gradient flows through the activation
         deep = ctx.needs_input_grad[0] or inner_form.is_trained
-        hidden = deep or outer.needs_x  # whether the outputs of gate and up are needed
+        hidden = deep or outer.needs_x  # whether the gate and up outputs are needed
         recompute = hidden and not form.keep
         wants_x = recompute or inner.needs_x or (form.norm is not None and ctx.needs_input_grad[0])
         parts = [
@@ -203,9 +203,10 @@ class _Mlp(torch.autograd.Function):
 def _back_through_the_activation(
     dy: Tensor, saved: tuple[Sequence[Tensor], Tensor | None], outer: Group, form: Form, deep: bool
 ) -> tuple[list[Tensor], tuple[Tensor | None, Tensor | None]]:
-    """Return the gradients of the inner modules' outputs, if needed, and those of the A and B factors of down.
+    """Return the gradients of the inner modules' outputs, if needed, and of the down projection's factors A and B.
 
-    `saved` contains the outputs (N, f) of gate and up, and the record of the dropout applied before down.
+    The argument `saved` contains the gate and up outputs (N, f), and the record for the dropout before the down
+    projection.
     """
     hidden, within = saved
     first, up = (hidden[0] if hidden else None), (hidden[1] if len(hidden) == 2 else None)

@@ -99,7 +99,7 @@ def _has_contiguous_heads(x: Tensor) -> bool:
     apart = x.stride(1)
     if x.stride()[2:] != (width, 1) or (batch > 1 and x.stride(0) != tokens * apart):
         return False
-    return apart >= heads * width or batch * tokens == 1  # otherwise, x is an expanded view whose tokens share memory
+    return apart >= heads * width or batch * tokens == 1  # false if x is an expanded view whose tokens share memory
 
 
 def check(x: Tensor, rotary: Rotary) -> None:

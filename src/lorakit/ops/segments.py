@@ -93,7 +93,7 @@ class Routed:
 
     @cached_property
     def in_place(self) -> bool:
-        """Return whether each adapter has exactly one row, in adapter order, ignoring rows without an adapter."""
+        """Return whether the rows that have an adapter are in adapter order, with exactly one row per adapter."""
         return [k for k in self.index.tolist() if k >= 0] == list(range(self.adapters))
 
     @cached_property
@@ -155,7 +155,7 @@ def segmented(
     if needs_gradient(x, A, B, into):
         if method == "compiled":
             raise ValueError(
-                'method="compiled" does not record gradients; omit the method, or disable them with torch.no_grad()'
+                'method="compiled" does not record gradients; omit `method`, or disable gradients with torch.no_grad()'
             )
         return _Segmented.apply(into, x, A, B, scales, (rows, method, x.dtype))
     with without_autocast(x):
@@ -163,12 +163,12 @@ def segmented(
             return Segments(A, B, scales, rows, method, x.dtype).forward(x, into)[0]
         own = compiled_method(A, B, scales, rows, x)
     if own is None:
-        raise ValueError(f'method="compiled" has no kernel for {x.dtype} on {x.device.type}; omit the method')
+        raise ValueError(f'method="compiled" has no kernel for {x.dtype} on {x.device.type}; omit `method`')
     return own.forward(x, into)[0]
 
 
 def compiled_method(A: Tensor, B: Tensor, scales: Tensor | None, rows: Routed, x: Tensor) -> PerRowLora | None:
-    """Prepare the method "compiled" for rows such as x (rows, …, in); return None if no kernel supports such rows.
+    """Prepare the method "compiled" for rows like those of x (rows, …, in); return None if no kernel supports them.
 
     The arguments A (K, r, in), B (K, out, r) and scales (K,) are as in `segmented`.
     """
@@ -297,11 +297,11 @@ class Segments:
         if into is None:
             return wide.view(shape)
         into.add_(wide.view(shape))
-        return into  # rather than the result of `add_`, so that torch.compile sees that the input itself is returned
+        return into  # not the result of `add_`, so that torch.compile sees that the input itself is returned
 
 
 def _masked_shrink(wide: Tensor, stack: Tensor, call: _Call) -> Tensor:
-    """Shrink (rows, T, in) to (rows·T, K·r), and zero all columns except the r columns of each row's adapter."""
+    """Shrink `wide` (rows, T, in) to (rows·T, K·r), and zero all columns except the r columns of each row's adapter."""
     h = torch.mm(wide.flatten(0, 1), stack.flatten(0, 1).t())
     own = call.rows.own if call.scales is None else call.rows.own * call.scales[:, None]
     h.view(*wide.shape[:2], *stack.shape[:2]).mul_(own[:, None, :, None])
@@ -318,7 +318,7 @@ def _masked_outer(h: Tensor, wide: Tensor, stack: Tensor, call: _Call) -> Tensor
 
 
 def _rows_shrink(wide: Tensor, stack: Tensor, call: _Call) -> Tensor:
-    """Shrink (rows, T, in) to (rows, T, r)."""
+    """Shrink `wide` (rows, T, in) to (rows, T, r)."""
     return _scaled(torch.bmm(wide, _of_rows(stack, call).transpose(1, 2)), call)
 
 
@@ -344,7 +344,7 @@ def _rows_outer(h: Tensor, wide: Tensor, stack: Tensor, call: _Call) -> Tensor:
 
 
 def _sorted_shrink(wide: Tensor, stack: Tensor, call: _Call) -> Tensor:
-    """Shrink (rows, T, in) to (rows, T, r)."""
+    """Shrink `wide` (rows, T, in) to (rows, T, r)."""
     h = wide.new_empty(*wide.shape[:2], stack.shape[1])
     for k, start, end in call.rows.runs:
         torch.mm(wide[start:end].flatten(0, 1), stack[k].t(), out=h[start:end].flatten(0, 1))

@@ -1,4 +1,4 @@
-"""The registry WEIGHT_FORMATS: how base weights are read and written in each storage format."""
+"""The WEIGHT_FORMATS registry, which defines how base weights are read and written in each storage format."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def weight_format_of(module: nn.Module, parameter: str = "weight", as_stored: bo
 
 
 def is_computed(module: nn.Module, parameter: str = "weight") -> bool:
-    """Return whether a parameter is computed by torch.nn.utils.parametrize.
+    """Return whether a parameter is computed by a parametrization (torch.nn.utils.parametrize).
 
     Args:
         module: A module of the base model.

@@ -157,7 +157,7 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
         module.quant_state = stored.quant_state
 
     def tensors(self, stored: Params4bit) -> tuple[Tensor, ...]:
-        """Return the packed codes, the scales and the decoding tables, which can have any shape."""
+        """Return the packed codes, the scales and the decoding tables, as tensors of any shape."""
         state = stored.quant_state
         if state is None:
             return (stored.data,)

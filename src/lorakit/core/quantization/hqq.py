@@ -55,7 +55,7 @@ def hqq_linear(linear: nn.Linear, bits: int, group_size: int) -> nn.Module:
 
 
 class HQQFormat(WeightFormat["HQQLinear", HQQWeight]):
-    """Format of the packed parameter of an `HQQLinear` and its scales."""
+    """Format of an `HQQLinear` weight, which consists of packed values, scales and zero points."""
 
     def stored(self, module: HQQLinear, parameter: str) -> HQQWeight:
         """Return the packed weight of a layer."""
@@ -86,7 +86,7 @@ class HQQFormat(WeightFormat["HQQLinear", HQQWeight]):
         return super().dense(module, canonical, module.compute_dtype)
 
     def tensors(self, stored: HQQWeight) -> tuple[Tensor, ...]:
-        """Return the packed values, the scales and the zero points; they can have any shape."""
+        """Return the packed values, the scales and the zero points, as tensors of any shape."""
         return (stored.packed, *(entry for entry in stored.meta.values() if isinstance(entry, Tensor)))
 
     def values(self, stored: HQQWeight, positions: Tensor) -> tuple[Tensor, Tensor]:

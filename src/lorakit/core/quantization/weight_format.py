@@ -87,11 +87,11 @@ class WeightFormat(Generic[M, S]):
 
     @abstractmethod
     def read(self, module: M, stored: S) -> Tensor:
-        """Return the canonical weight in fp32 or wider, (out, in) unless the layer type defines another shape."""
+        """Return the canonical weight in fp32 or wider; it is (out, in) unless the layer type defines another shape."""
 
     @abstractmethod
     def write(self, module: M, like: S, canonical: Tensor) -> S:
-        """Return a canonical weight (out, in) in stored form, with the settings of the stored weight `like`."""
+        """Convert a canonical weight (out, in) to stored form, with the settings of the stored weight `like`."""
 
     @abstractmethod
     def put_stored(self, module: M, parameter: str, stored: S) -> None:
@@ -134,7 +134,7 @@ class WeightFormat(Generic[M, S]):
 
 
 class PlainFormat(WeightFormat[nn.Module, Tensor]):
-    """Format of a floating-point tensor: a parameter, or the result of a parametrization, which cannot be written."""
+    """Format of a floating-point tensor, either a parameter or the read-only result of a parametrization."""
 
     quantized = False
 

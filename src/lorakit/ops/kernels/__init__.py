@@ -33,5 +33,5 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def is_traced() -> bool:
-    """Return whether tensors may be symbolic, as in `torch.jit.trace`, export, or a `torch.func` transform."""
+    """Return whether tensors may be symbolic, as they are during tracing, export or a `torch.func` transform."""
     return torch._C._get_tracing_state() is not None or torch._C._functorch.maybe_current_level() is not None

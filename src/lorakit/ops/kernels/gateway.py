@@ -23,7 +23,7 @@ FEW = 1 << 14
 """Number of elements up to which using more than one thread costs more time than it saves."""
 
 _P, _N = c_void_p, c_int64
-SIGNATURES: dict[str, tuple[type, ...]] = {  # as in rows.c, without the last parameter, the thread count
+SIGNATURES: dict[str, tuple[type, ...]] = {  # parameters as in rows.c, except the last one, the thread count
     "rms_forward": (_P, _P, c_float, c_float, _N, _N, _P, _P),
     "rms_recompute": (_P, _P, c_float, _P, _N, _N, _P),
     "rms_backward": (_P, _P, _P, c_float, _P, _P, _N, _N, _P),

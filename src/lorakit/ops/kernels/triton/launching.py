@@ -79,7 +79,10 @@ class TritonKernels:
     def gate_backward(
         self, act: str, da: Tensor, first: Tensor, up: Tensor | None, dfirst: Tensor, dup: Tensor | None
     ) -> None:
-        """Write the gradients of `gate` to dfirst and dup, given da. All tensors are (N, f), and dfirst may be da."""
+        """Write the gradients of `gate` to dfirst and, if `up` is given, to dup; da is the gradient of the output.
+
+        All tensors are (N, f), and dfirst may be da.
+        """
         flags = {"ACT": act, "HAS_UP": up is not None}
         pointers = (da, first, first if up is None else up, dfirst, dfirst if dup is None else dup)
         with _on(first):

@@ -70,7 +70,10 @@ def gate(first, up, out, count, ACT: tl.constexpr, HAS_UP: tl.constexpr, BLOCK: 
 
 @triton.jit
 def gate_backward(da, first, up, dfirst, dup, count, ACT: tl.constexpr, HAS_UP: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the gradients of `gate`, given da, to dfirst (which may be da) and, if HAS_UP is true, to dup."""
+    """Write the gradients of `gate` to dfirst and, if HAS_UP is true, to dup; da is the gradient of the output.
+
+    The output dfirst may be da.
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     g = tl.load(da + at, mask=inside, other=0.0).to(tl.float32)
@@ -157,7 +160,10 @@ def rms_backward(
     dn, x, w, rstd, add, dx, count, d, offset,
     HAS_W: tl.constexpr, HAS_ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient dx (count, d), given dn, x and `add`, all (count, d), and rstd (count, 1); dx may be dn."""
+    """Write the gradient of x, plus `add` if HAS_ADD is true, to dx; dn is the gradient of the normalized x.
+
+    All of these tensors are (count, d), and dx may be dn. The tensor rstd is (count, 1).
+    """
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     inside, at = (row < count) & (column < d), row * d + column
@@ -260,7 +266,7 @@ def kept(seed, counter, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def drop(x, out, seed, count, threshold, scale, BLOCK: tl.constexpr):
-    """Write scale·x to `out` for `count` elements; an element whose 24 random bits are below the threshold is 0."""
+    """Write scale·x to `out` for `count` elements, or 0 for elements whose 24 random bits are below the threshold."""
     begin = tl.program_id(0).to(tl.int64) * BLOCK
     stays = kept(tl.load(seed), (begin // 4 + tl.arange(0, BLOCK // 4))[None, :], threshold, 1, BLOCK)
     at = (begin + tl.arange(0, BLOCK))[None, :]
@@ -316,7 +322,7 @@ def outer(
 ):  # fmt: skip
     """Write partial sums of dhᵀ·dropout(x) to `parts` (splits, rank, columns).
 
-    dh is (rows, rank), and x is (rows, columns).
+    The operands are dh (rows, rank) and x (rows, columns).
     """
     begin, part = tl.program_id(0) * COLUMNS, tl.program_id(1).to(tl.int64)
     column, thin, key = (begin + tl.arange(0, COLUMNS))[None, :], tl.arange(0, RANK)[:, None], tl.load(seed)
