@@ -30,7 +30,7 @@ WHOLE_BYTES = {"I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 
 @dataclass(frozen=True)
 class TensorFile:
-    """The content of a safetensors file.
+    """The contents of a safetensors file.
 
     Attributes:
         tensors: Name -> tensor (…) on the CPU.
@@ -58,7 +58,7 @@ def encode(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
         metadata: The strings to store in the header.
 
     Returns:
-        The content of the whole file.
+        The contents of the whole file, as bytes.
     """
     own = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
     return _in_order(safetensors.torch.save(own, metadata))

@@ -65,7 +65,7 @@ class InitContext:
         W = self.read()
         if W.device.type != "meta" and not bool(torch.isfinite(W).all()):
             raise self.error("the base weight contains NaN or infinite values and cannot be decomposed.")
-        W = W.mT if self.spec.in_first else W  # only expert weights can still have the layout (in, out)
+        W = W.mT if self.spec.in_first else W  # at this point, only expert weights can have the layout (in, out)
         W = W if self.spec.experts else self.kind.flat_weight(self.spec, W)[None]
         self.check_rank(min(W.shape[1:]), requirement)
         return W
