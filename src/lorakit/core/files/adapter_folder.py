@@ -52,7 +52,7 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Sidecar:
-    """Content of `lorakit.json`; the fields keep their defaults if there is no such file.
+    """Contents of `lorakit.json`; the fields keep their defaults if there is no such file.
 
     Attributes:
         present: Whether the file exists.
@@ -168,7 +168,7 @@ def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) ->
     Args:
         files: The adapter's files.
         path: The site's path on disk.
-        pattern_path: The path to match against patterns, if different from `path`.
+        pattern_path: The path to match against `alpha_pattern`, if different from `path`.
 
     Raises:
         AdapterFileError: Alpha depends on a regular expression; regular expressions are not evaluated.
@@ -204,8 +204,8 @@ def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
 def rank_and_alpha(files: AdapterFiles, path: str, rows: int) -> tuple[int, float | None]:
     """Return a site's rank and alpha, or `rows` and None if the rank and alpha are unknown.
 
-    In an adapter that PEFT wrote, the rank and alpha of a directly targeted parameter are known only if the patterns
-    give the same values for all parameters that the site may refer to.
+    In an adapter that PEFT wrote, the rank and alpha of a directly targeted parameter are known only if
+    `rank_pattern` and `alpha_pattern` give the same values for all parameters that the site may refer to.
 
     Args:
         files: The adapter's files.

@@ -89,7 +89,7 @@ class InitContext:
 
         Args:
             most: The largest possible rank.
-            requirement: Beginning of the error message, which states what the init requires; "" selects a default text.
+            requirement: First part of the error message, stating what the init requires; "" selects a default text.
 
         Raises:
             ConfigError: r is larger than `most`.
