@@ -151,7 +151,7 @@ class OverModel(nn.Module):
         model_adapters.set_requires_grad(self.model, adapter_names, requires_grad)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether an adapter can be converted to plain LoRA; adapters that depend on token positions cannot.
+        """Return whether an adapter can be converted to plain LoRA; adapters that depend on token positions cannot be.
 
         Args:
             adapter_name: Name of the adapter.
@@ -425,7 +425,10 @@ class BaseTuner(OverModel):
             core.merge(self.model, *fresh, untie=untie)
 
     def _warn_of_training(self, names: Sequence[str]) -> None:
-        """Warn that merged adapters are not trained, since merged layers use only the base weight; PEFT does not warn."""
+        """Warn that merged adapters are not trained, because merged layers use only the base weight.
+
+        PEFT issues no warning.
+        """
         if not (self.training and torch.is_grad_enabled()):
             return
         owned = parameters_by_adapter(self.model, names)

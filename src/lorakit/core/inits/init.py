@@ -115,7 +115,7 @@ class InitContext:
         if rank != self.r:
             raise self.error(
                 f"the statistics were collected for rank {rank:g}, but r is {self.r}. Collect the statistics "
-                "with the config that you attach.",
+                "with the config that you pass to attach.",
                 what=self.r,
                 field="r",
             )
