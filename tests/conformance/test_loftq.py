@@ -221,7 +221,7 @@ def test_what_is_refused_changes_nothing(wide_model_directory: Path, tmp_path: P
     model.get_base_model().config._name_or_path = ""
     refused(ConfigError, "must pass the model_path argument that points to the safetensors file")
     merge(model.get_base_model(), "default")
-    refused(AdapterError, "is merged at .*unmerge it before replacing its factors", wide_model_directory)
+    refused(AdapterError, "is merged at .*unmerge it before replacing its LoRA weights", wide_model_directory)
     odd = adapted(ours, wide_model_directory, r=70)
     with pytest.raises(ConfigError, match="r is 70, but the maximum at this site is 64"):
         ours.replace_lora_weights_loftq(odd, wide_model_directory)

@@ -1,6 +1,6 @@
 """PEFT-compatible API built on the core: to run code written for `peft`, change only its imports.
 
-The methods contain no arithmetic; they delegate to `lorakit.core`. Mismatches that PEFT silently ignores cause
+Its methods contain no arithmetic; they delegate to `lorakit.core`. Mismatches that PEFT silently ignores cause
 warnings in this package but errors in the core and on the command line. Each name is imported from its defining module
 on first use. Module paths such as `lorakit.peft.tuners.lora` are listed in `paths.py`.
 """

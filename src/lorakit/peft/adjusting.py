@@ -230,7 +230,7 @@ def find_kappa_target_modules(
 
     Args:
         model: The model; it is not modified.
-        top_p: Fraction of the modules to return, and of the fused expert weights.
+        top_p: Fraction of the modules, and of the fused expert weights, to return.
         max_dim_size_to_analyze: Maximum weight dimension; weights with a larger dimension are skipped.
         moe_param_suffixes: Name suffixes of fused expert weights.
         show_progress: Ignored; no progress is shown.

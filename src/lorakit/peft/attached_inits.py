@@ -363,7 +363,7 @@ def _sites(model: nn.Module, name: str) -> dict[str, LoraLayer]:
         raise AdapterError(text, what=name)
     for path, layer in found.items():
         if name in layer.merged_adapters:
-            text = f"Adapter {name!r} is merged at {path}; unmerge it before replacing its factors."
+            text = f"Adapter {name!r} is merged at {path}; unmerge it before replacing its LoRA weights."
             raise AdapterError(text, what=name, where=path)
     return found
 

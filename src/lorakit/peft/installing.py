@@ -1,8 +1,8 @@
 """`install_as_peft`: a function that makes `import peft` import `lorakit.peft` in this process.
 
 A finder at the start of `sys.meta_path` returns the modules of `lorakit.peft` for `peft` and all of its submodules, so
-no class exists twice. The finder also provides a distribution named `peft`, because programs read the version of
-`peft`. Installing the finder writes no files and does not change any other package, not even an installed `peft`. A
+no class exists twice. The finder also provides a distribution named `peft`, because some programs check the version
+of `peft`. Installing the finder writes no files and does not change any other package, not even an installed `peft`. A
 process started with `spawn` must also call `install_as_peft`.
 """
 

@@ -381,7 +381,7 @@ def check_adapters_to_merge(module: AdapterModule, adapter_names: list[str] | No
 
 
 def filter_state_dict(state_dict: Mapping[str, Tensor], prefixes: Collection[str]) -> dict[str, Tensor]:
-    """Return the entries whose names equal one of the prefixes or begin with one that is followed by a dot."""
+    """Return the entries whose names equal a prefix or begin with a prefix followed by a dot."""
     under = tuple(f"{prefix}." for prefix in prefixes)
     return {key: value for key, value in state_dict.items() if key in prefixes or key.startswith(under)}
 

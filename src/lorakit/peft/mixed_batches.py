@@ -74,7 +74,9 @@ def calculate_alora_offsets(
     input_ids: Tensor | None,
     adapter_names: Sequence[str] | None = None,
 ) -> list[int | None]:
-    """Return, for each row, the number of tokens from its last invocation sequence to the end; None if it has none.
+    """Return each row's aLoRA offset, or None for a row without an invocation sequence.
+
+    The offset is the number of tokens from the start of the row's last invocation sequence to the end of the row.
 
     Args:
         peft_config: Dict from adapter name to config.

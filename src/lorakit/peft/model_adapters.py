@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def is_wrapper(model: nn.Module) -> TypeGuard[PeftModel]:
-    """Return whether a model is a `PeftModel`, that is, contains a tuner around the user's model."""
+    """Return whether a model is a `PeftModel`, that is, whether it contains a tuner around the user's model."""
     inner = model._modules.get("base_model")
     return inner is not None and hasattr(inner, "tuner_layer_cls")
 

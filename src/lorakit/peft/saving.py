@@ -161,7 +161,7 @@ def save(
         return save_form(user, folder, converted_form(user, name, initial, tensors))
     if not moved:
         return core.save_adapter(user, folder, name, tensors=tensors)
-    if config.init_lora_weights is True:  # this is how PEFT saves the initial adapter
+    if config.init_lora_weights is True:  # the value with which PEFT saves the initial adapter
         return save_form(user, folder, saved_form(user, name, "raw", tensors))
     warn_caller(
         f"Adapter {name!r} applies to a base that init_lora_weights={config.init_lora_weights!r} changed. As in PEFT, "

@@ -151,7 +151,7 @@ class OverModel(nn.Module):
         model_adapters.set_requires_grad(self.model, adapter_names, requires_grad)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether an adapter can be converted to plain LoRA; adapters that depend on token positions cannot.
+        """Return whether an adapter can be converted to plain LoRA; adapters that depend on token positions cannot be.
 
         Args:
             adapter_name: Name of the adapter.
@@ -339,7 +339,7 @@ class BaseTuner(OverModel):
         matching.check_parameters(self.model, self.peft_config, config)
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
-        """Return the result of `names_tied_with_embedding` for the user's model; PEFT's tuner has this method."""
+        """Return the result of `names_tied_with_embedding` for the user's model, as in PEFT's tuner."""
         return names_tied_with_embedding(self.model)
 
     def is_partly_disabled(self) -> bool:
@@ -397,7 +397,7 @@ class BaseTuner(OverModel):
             raise ConfigError(text, what=unknown[0], field="adapter_names", allowed=self.peft_config)
         state = find_state(self.model)
         if state is not None and state.chosen.names and not state.active().mentions:
-            return contextlib.nullcontext()  # adapters are disabled, which takes precedence in PEFT
+            return contextlib.nullcontext()  # as in PEFT, disabled adapters override `adapter_names`
         rows = [None if name == BASE_NAME else name for name in adapter_names]
         return core.route(self.model, rows, copies=copies or 1, keep=copies > 0)
 
@@ -425,7 +425,10 @@ class BaseTuner(OverModel):
             core.merge(self.model, *fresh, untie=untie)
 
     def _warn_of_training(self, names: Sequence[str]) -> None:
-        """Warn that merged adapters are not trained, since merged layers run only the base; PEFT issues no warning."""
+        """Warn that merged adapters are not trained, because merged layers use only the base weight.
+
+        PEFT issues no warning.
+        """
         if not (self.training and torch.is_grad_enabled()):
             return
         owned = parameters_by_adapter(self.model, names)

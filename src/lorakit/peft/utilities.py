@@ -291,8 +291,8 @@ def build_peft_weight_mapping(
         elif _concerns(conversion, peft_config):
             raise NotYetSupported(
                 f"The adapter targets {', '.join(sorted(_joined_names(conversion)))}, which this version of "
-                "transformers fuses into one tensor; fusing factors is not supported yet. Use the transformers version "
-                "with which the adapter was trained."
+                "transformers fuses into one tensor; fusing LoRA weights is not supported yet. Use the transformers "
+                "version with which the adapter was trained."
             )
     return found
 

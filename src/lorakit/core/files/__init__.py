@@ -1,1 +1,1 @@
-"""Adapters on disk: tensor files, tensor names, the adapter's directory with `lorakit.json`, and file inspection."""
+"""Adapters on disk: tensor files, tensor names, adapter directories (including `lorakit.json`), and file inspection."""

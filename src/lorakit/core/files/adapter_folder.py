@@ -52,7 +52,7 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Sidecar:
-    """Content of `lorakit.json`; the fields keep their defaults if there is no such file.
+    """Contents of `lorakit.json`; the fields keep their defaults if there is no such file.
 
     Attributes:
         present: Whether the file exists.
@@ -79,13 +79,13 @@ class Sidecar:
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """The content of an adapter's directory.
+    """The contents of an adapter's directory.
 
     Attributes:
         folder: The directory.
         config: The config.
-        file: The content of the weights file.
-        sidecar: The content of `lorakit.json`.
+        file: The contents of the weights file.
+        sidecar: The contents of `lorakit.json`.
         config_is_ours: Whether the config file is byte for byte the one written with the weights.
         warnings: Messages for the user.
         made: Whether the adapter was built in memory rather than read from disk; if so, an all-zero update is accepted.
@@ -134,7 +134,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
 
 
 def _read_once(folder: Path) -> AdapterFiles:
-    """Read and verify the files once; another process may be replacing them at the same time."""
+    """Try once to read and verify the files, which another process may be replacing at the same time."""
     config, unknown = read_config(folder)
     weights = folder / WEIGHTS_FILE
     if not weights.exists() and (folder / "adapter_model.bin").exists():
@@ -168,7 +168,7 @@ def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) ->
     Args:
         files: The adapter's files.
         path: The site's path on disk.
-        pattern_path: The path to match against patterns, if different from `path`.
+        pattern_path: The path to match against `alpha_pattern`, if different from `path`.
 
     Raises:
         AdapterFileError: Alpha depends on a regular expression; regular expressions are not evaluated.
@@ -204,8 +204,8 @@ def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
 def rank_and_alpha(files: AdapterFiles, path: str, rows: int) -> tuple[int, float | None]:
     """Return a site's rank and alpha, or `rows` and None if the rank and alpha are unknown.
 
-    In an adapter that PEFT wrote, the rank and alpha of a directly targeted parameter are known only if the patterns
-    give the same values for all parameters that the site may refer to.
+    In an adapter that PEFT wrote, the rank and alpha of a directly targeted parameter are known only if
+    `rank_pattern` and `alpha_pattern` give the same values for all parameters that the site may refer to.
 
     Args:
         files: The adapter's files.
@@ -251,8 +251,8 @@ def write_files(
 ) -> SavedAdapter:
     """Write an adapter's files; a crash leaves the old adapter, the new one, or a directory that cannot be loaded.
 
-    The directory is exchanged for a complete new one, so that old and new files never mix. If the directory cannot be
-    exchanged, the files are replaced one by one, in an order such that `lorakit.json` always shows which files belong
+    The directory is swapped with a complete new one, so that old and new files never mix. If the directory cannot be
+    swapped, the files are replaced one by one, in an order such that `lorakit.json` always shows which files belong
     together.
 
     Args:

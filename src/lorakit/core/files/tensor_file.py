@@ -30,7 +30,7 @@ WHOLE_BYTES = {"I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 
 @dataclass(frozen=True)
 class TensorFile:
-    """The content of a safetensors file.
+    """The contents of a safetensors file.
 
     Attributes:
         tensors: Name -> tensor (…) on the CPU.
@@ -58,7 +58,7 @@ def encode(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
         metadata: The strings to store in the header.
 
     Returns:
-        The content of the whole file.
+        The contents of the whole file, as bytes.
     """
     own = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
     return _in_order(safetensors.torch.save(own, metadata))
@@ -117,7 +117,7 @@ def _header(path: str | os.PathLike[str], data: bytes) -> tuple[JsonObject, int]
         pickled = data[:2] == b"PK" or (data[0] == 0x80 and data[1] <= 5)  # torch's zip format, or any pickle protocol
         kind = "a pickle, which is never loaded" if pickled else "damaged"
         raise file_error(path, f"not a safetensors file (it claims a header of {size:,} bytes); it may be {kind}.")
-    if data.count(b":", 8, 8 + size) > 4 * MAX_TENSORS + 10_000:  # a tensor needs four; counting is fast
+    if data.count(b":", 8, 8 + size) > 4 * MAX_TENSORS + 10_000:  # a tensor needs four colons; counting is fast
         raise file_error(path, f"the header names too many tensors; at most {MAX_TENSORS:,} are allowed.")
     try:
         header = parse_json(data[8 : 8 + size])

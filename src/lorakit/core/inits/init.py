@@ -65,7 +65,7 @@ class InitContext:
         W = self.read()
         if W.device.type != "meta" and not bool(torch.isfinite(W).all()):
             raise self.error("the base weight contains NaN or infinite values and cannot be decomposed.")
-        W = W.mT if self.spec.in_first else W  # only expert weights can still have the layout (in, out)
+        W = W.mT if self.spec.in_first else W  # at this point, only expert weights can have the layout (in, out)
         W = W if self.spec.experts else self.kind.flat_weight(self.spec, W)[None]
         self.check_rank(min(W.shape[1:]), requirement)
         return W
@@ -89,7 +89,7 @@ class InitContext:
 
         Args:
             most: The largest possible rank.
-            requirement: Beginning of the error message, which states what the init requires; "" selects a default text.
+            requirement: First part of the error message, stating what the init requires; "" selects a default text.
 
         Raises:
             ConfigError: r is larger than `most`.
@@ -115,7 +115,7 @@ class InitContext:
         if rank != self.r:
             raise self.error(
                 f"the statistics were collected for rank {rank:g}, but r is {self.r}. Collect the statistics "
-                "with the config that you attach.",
+                "with the config that you pass to attach.",
                 what=self.r,
                 field="r",
             )

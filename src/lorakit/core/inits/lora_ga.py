@@ -63,7 +63,7 @@ def _lora_ga(context: InitContext) -> InitResult:
     """
     settings, found = settings_of(context), context.collected()
     U, S, Vh = found["U"], found["S"], found["Vh"]
-    context.check_collected(len(S) / 2)  # an odd number of directions also raises an error
+    context.check_collected(len(S) / 2)  # with an odd number of directions, len(S) / 2 matches no rank
     to_A, to_B = _chosen(context, settings.direction)
     A, B, strength = Vh[to_A], U[:, to_B] * S[to_B], float(S[to_B][0])
     if settings.scale == "stable":

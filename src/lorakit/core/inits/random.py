@@ -14,11 +14,11 @@ from lorakit.core.kinds.kind import every_kind
 
 
 def _kaiming(context: InitContext) -> InitResult:
-    """Fill one factor with uniform values in ±1/√fan_in (standard normal for an embedding); set the other to zero.
+    """Fill one factor with uniform values within ±1/√fan_in (standard normal for an embedding); set the other to zero.
 
     [docs/math.md (5), (6)]
 
-    Source: He et al. 2015 with a = √5, the default of nn.Linear; Hu et al. 2021, section 4.1.
+    Source: He et al. 2015 with a = √5, as in nn.Linear; Hu et al. 2021, section 4.1.
     """
     if context.kind.zero_side == "A":
         return InitResult(zeros(context, context.A_shape), normal(context, context.B_shape, 1.0))
