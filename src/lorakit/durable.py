@@ -96,7 +96,7 @@ def json_bytes(value: JsonValue) -> bytes:
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a dictionary, adding a seal (the SHA-256 digest of its entries) that reveals later changes.
+    """Return a copy of a dictionary with a seal: the SHA-256 digest of its entries, which reveals later changes.
 
     Args:
         values: JSON values by key; an existing seal is replaced.
@@ -305,7 +305,7 @@ def publish_directory(final: str | os.PathLike[str], *, replace: bool = False) -
 
     Args:
         final: The final name; a symbolic link to a directory is followed.
-        replace: Whether to replace an existing directory, which is then removed; if false, it must be empty.
+        replace: Whether to replace and remove an existing directory; if false, an existing directory must be empty.
 
     Yields:
         A new directory to write to, next to `final` and on the same disk.
@@ -537,7 +537,8 @@ def _retire(old: Path, new: Path, replaced: Collection[str] | None) -> None:
 def _put_in_place_of(new: Path, old: Path) -> None:
     """Exchange two directories; if that is not supported, rename both.
 
-    The old directory is first renamed so that `sweep` recognizes it; the new directory then takes its name.
+    When renaming, the old directory first gets a name that `sweep` recognizes; the new directory then takes the
+    original name.
     """
     try:
         _exchange(new, old)

@@ -67,7 +67,7 @@ class TextStream:
         return piece
 
     def _text(self, ids: list[int]) -> str:
-        # with clean-up, a later token would change text that was already returned ("word ." becomes "word.")
+        # with spaces cleaned up, a later token could change text already returned ("word ." becomes "word.")
         options = {"skip_special_tokens": self._skip, "clean_up_tokenization_spaces": False}
         return self._tokenizer.decode(ids, **options) if ids else ""
 
