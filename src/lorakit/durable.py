@@ -305,7 +305,7 @@ def publish_directory(final: str | os.PathLike[str], *, replace: bool = False) -
 
     Args:
         final: The final name; a symbolic link to a directory is followed.
-        replace: Whether to replace and remove an existing directory; if false, an existing directory must be empty.
+        replace: Whether to replace an existing directory and its contents; if false, an existing directory must be empty.
 
     Yields:
         A new directory to write to, next to `final` and on the same disk.
