@@ -38,7 +38,7 @@ MATMUL_MESSAGE = (
 """Message that `set_up` returns if `limit_compiled_matmuls` took effect."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-LARGEST = 2**31 - 1  # the largest value for mallopt; smaller blocks stay on the heap, which is not trimmed
+LARGEST = 2**31 - 1  # the largest value that mallopt accepts; smaller blocks stay on the heap, which is not trimmed
 
 
 def keep_large_blocks() -> bool:

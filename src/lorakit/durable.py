@@ -96,7 +96,7 @@ def json_bytes(value: JsonValue) -> bytes:
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a dictionary, adding a seal (the SHA-256 digest of its entries) that reveals later changes.
+    """Return a copy of a dictionary with a seal: the SHA-256 digest of its entries, which reveals later changes.
 
     Args:
         values: JSON values by key; an existing seal is replaced.
@@ -305,7 +305,8 @@ def publish_directory(final: str | os.PathLike[str], *, replace: bool = False) -
 
     Args:
         final: The final name; a symbolic link to a directory is followed.
-        replace: Whether to replace an existing directory, which is then removed; if false, it must be empty.
+        replace: Whether to replace an existing directory and its contents; if false, an existing directory must be
+            empty.
 
     Yields:
         A new directory to write to, next to `final` and on the same disk.
@@ -501,7 +502,7 @@ def _take_owner_and_mode(source: Path, target: Path) -> None:
 
 
 def _clear(temporary: Path, final: Path, old: int, replaced: Collection[str] | None = None) -> None:
-    """Remove a temporary directory; if it holds the old content, first save any entries that other processes added."""
+    """Remove a temporary directory; if it is the old directory, first save any entries that other processes added."""
     with contextlib.suppress(OSError):
         if old and temporary.stat().st_ino == old and final.is_dir():
             _retire(temporary, final, replaced)
@@ -510,7 +511,7 @@ def _clear(temporary: Path, final: Path, old: int, replaced: Collection[str] | N
 
 
 def _retire(old: Path, new: Path, replaced: Collection[str] | None) -> None:
-    """Remove an old directory. Entries that the new directory lacks, or has in older versions, are moved there first.
+    """Remove an old directory, first moving entries that are missing or out of date in the new directory.
 
     Args:
         old: The directory to remove.
@@ -537,7 +538,8 @@ def _retire(old: Path, new: Path, replaced: Collection[str] | None) -> None:
 def _put_in_place_of(new: Path, old: Path) -> None:
     """Exchange two directories; if that is not supported, rename both.
 
-    The old directory is first renamed so that `sweep` recognizes it; the new directory then takes its name.
+    If both are renamed, the old directory first gets a name that `sweep` recognizes; the new directory then takes the
+    old directory's original name.
     """
     try:
         _exchange(new, old)

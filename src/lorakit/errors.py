@@ -164,7 +164,7 @@ class RowCountError(RouteError):
 class MixedRowsError(RouteError):
     """A module cannot process rows with different adapters in one batch.
 
-    `what` is the type of the module or of its output; `field` is the responsible config field, "modules_to_save" or
+    `what` is the type of the module or of its output; `field` is the config field involved, "modules_to_save" or
     "bias", or None for a layer with LoRA factors.
     """
 
@@ -263,7 +263,7 @@ def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
 
 
 _SHOWN = {
-    **{code: chr(0x2400 + code) for code in range(0x20)},  # symbols for control characters, including escape
+    **{code: chr(0x2400 + code) for code in range(0x20)},  # symbols for control characters, including ESC
     0x7F: "\u2421",
     **{code: f"\\x{code:02x}" for code in range(0x80, 0xA0)},
     # characters that separate lines or paragraphs, or change the text direction
@@ -273,7 +273,7 @@ _SHOWN_IN_TEXT = {code: shown for code, shown in _SHOWN.items() if chr(code) not
 
 
 def printable(text: str, one_line: bool = False) -> str:
-    """Return the text with terminal control characters made visible: for example, escape becomes "\u241b".
+    """Return the text with control characters made visible; for example, the escape character becomes "\u241b".
 
     Names and values from files can contain any character. All output of the command line passes through this function.
 

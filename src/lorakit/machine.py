@@ -81,7 +81,8 @@ def usable_cores(cpu_max: str = "") -> int:
     """Return the number of cores that this process may use.
 
     Args:
-        cpu_max: Contents of the control group's `cpu.max`, "<quota> <period>"; "max" or an empty string means no quota.
+        cpu_max: Contents of the control group's `cpu.max` file, in the form "<quota> <period>"; a quota of "max" or an
+            empty string means no limit.
 
     Returns:
         The number of cores, at least 1.

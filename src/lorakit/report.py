@@ -51,7 +51,7 @@ def read_metrics(folder: str | Path) -> Metrics:
         folder: The run directory.
 
     Returns:
-        The metrics; they have no rows if the file is missing.
+        The metrics; `rows` is empty if the file is missing.
 
     Raises:
         RunError: The file cannot be read, or a complete line is not a metrics row; the message gives the line number.

@@ -255,7 +255,7 @@ def in_c_locale() -> bool:
 
 
 def _scaled(value: float) -> tuple[float, str]:
-    """Divide a value by 1000 until it is below 999.5 or no larger unit exists; return the result and its prefix."""
+    """Divide a value by 1000 until it is below 999.5 or no unit is larger; return the result and its unit prefix."""
     for prefix in _UNITS[:-1]:
         if abs(value) < 999.5:
             return value, prefix

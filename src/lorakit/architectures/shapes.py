@@ -434,7 +434,7 @@ def replicated(shape: ModelShape, ranges: Sequence[tuple[int, int]] | None) -> M
 
 
 def _list_and_order(shape: ModelShape, ranges: Sequence[tuple[int, int]]) -> tuple[str, list[int]]:
-    """Return the path of the layer list, and the original index of each resulting layer."""
+    """Return the path of the layer list and, for each layer after replication, the index of its original layer."""
     lists: dict[str, set[int]] = {}
     for block in shape.blocks:
         path, _, number = block.rpartition(".")

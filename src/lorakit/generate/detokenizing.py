@@ -37,7 +37,7 @@ class TextStream:
         self._skip = skip_special_tokens
         self._window = list(after)[-CONTEXT_TOKENS:]
         self._settled = len(self._window)  # number of leading tokens whose text was returned in full
-        self._given = self._text(self._window)  # window text that is from the prompt or was already returned
+        self._given = self._text(self._window)  # text in the window that comes from the prompt or was already returned
 
     def push(self, token: int) -> str:
         """Add a token and return the text that is now final, which may be empty.
@@ -67,7 +67,7 @@ class TextStream:
         return piece
 
     def _text(self, ids: list[int]) -> str:
-        # with clean-up, a later token would change text that was already returned ("word ." becomes "word.")
+        # with spaces cleaned up, a later token could change text already returned ("word ." becomes "word.")
         options = {"skip_special_tokens": self._skip, "clean_up_tokenization_spaces": False}
         return self._tokenizer.decode(ids, **options) if ids else ""
 

@@ -327,7 +327,7 @@ def _unmatched(
 ) -> list[Unmatched]:
     targeted = [candidate.path for candidate, _ in found]
     everything = [candidate.path for candidate in candidates]
-    used = {entry for _, entry in found}  # most entries of a long list then need not be compared with every path
+    used = {entry for _, entry in found}  # matched entries need not be compared with every path
     unmatched = []
     for field, paths in (("target_modules", targeted), ("exclude_modules", everything)):
         entries = getattr(config, field)
@@ -482,7 +482,7 @@ def exact_key(path: str, paths: Iterable[str]) -> str:
         path: One of the paths.
         paths: Paths of all sites.
     """
-    escaped = re.escape(path).replace("\\-", "-")  # in a file, a plain-name key must not escape its hyphens
+    escaped = re.escape(path).replace("\\-", "-")  # names in files must not contain escaped hyphens
     plain = escaped.replace("\\.", ".") == path and all(p == path or not key_fits(path, p) for p in paths)
     return path if plain else f"^{escaped}"
 

@@ -29,7 +29,7 @@ class Evaluation:
     """Result of an evaluation.
 
     Attributes:
-        loss: Cross entropy in nats, averaged over the tokens that contribute to it.
+        loss: Mean cross entropy, in nats, over the tokens that contribute to the loss.
         tokens: Number of tokens that contribute to the loss.
     """
 

@@ -3,7 +3,7 @@
 `FlatAdamW` packs the tensors of a group into one buffer, and their first and second moments into two others, so that a
 step takes only a few kernel calls. Each tensor starts at a multiple of 64 bytes, as it would in a separate allocation,
 so kernels see the same alignment. Gradients are not packed in advance: autograd allocates them, and the step
-concatenates the gradients of adjacent tensors, one run at a time. As a result, no gradient buffer exists during the
+concatenates them, one run of adjacent tensors at a time. As a result, no gradient buffer exists during the
 forward pass, tensors without a gradient can be detected, and only the gradients being concatenated are in memory twice.
 """
 

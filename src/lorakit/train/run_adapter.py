@@ -157,7 +157,7 @@ def first_rows(spec: RunSpec, loader: Loader) -> list[Batch]:
 
 
 def row_loss(device: torch.device) -> Callable[[nn.Module, Batch], Tensor]:
-    """Return a function that computes a model's mean loss (a scalar) over the tokens in a batch that contribute to it.
+    """Return a function that computes a model's mean loss on a batch (a scalar), ignoring positions labeled -100.
 
     Args:
         device: The model's device.
@@ -223,7 +223,7 @@ def write_tokenizer(tokenizer: SavedTokenizer, folder: Path) -> None:
 
 
 def adapter_metadata(run: Run) -> dict[str, Any]:
-    """Return the run's entries for `lorakit.json`, as plain JSON values: base, tokenizer and training.
+    """Return the run's entries for `lorakit.json` (base, tokenizer and training) as plain JSON values.
 
     Args:
         run: The run, at the step to save.

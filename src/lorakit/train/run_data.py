@@ -67,7 +67,7 @@ def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: data.T
         tokenizer: The model's tokenizer; new tokens are added to it in place.
 
     Returns:
-        The forecast.
+        The properties of the run that are known before the data is tokenized.
 
     Raises:
         ModelError: The model's config cannot be read, or the model or the tokenizer does not support new tokens.
@@ -215,7 +215,8 @@ def make_batches(
         progress: Receives reports on the progress of tokenization.
 
     Returns:
-        The training loader, the evaluation batches, and the reports on both.
+        The training loader, a function that returns the evaluation batches (or None without evaluation data), and
+        the row and token counts of the training and evaluation data.
 
     Raises:
         DataError: The training data or the evaluation data has no tokens that contribute to the loss.

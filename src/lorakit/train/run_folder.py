@@ -154,7 +154,7 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
             row: Fields of a training step or an evaluation; all numbers must be finite.
 
         Raises:
-            DiskError: The file cannot be written for a reason other than a full disk.
+            DiskError: Writing failed for a reason other than a full disk.
             ValueError: A value is NaN or infinite.
         """
         self.waiting.append(json.dumps(row, allow_nan=False).encode() + b"\n")

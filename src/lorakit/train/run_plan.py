@@ -137,7 +137,7 @@ def check_space(spec: RunSpec, space: DiskSpace, progress: Progress) -> None:
     Args:
         spec: The run's specification.
         space: Result of `disk_space`.
-        progress: Receives a warning if the disk has no room for all checkpoints.
+        progress: Receives a warning if the disk does not have room for all checkpoints.
 
     Raises:
         DiskError: Not even the adapter fits on the disk.

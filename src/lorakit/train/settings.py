@@ -73,7 +73,7 @@ def _rates(value: Given) -> dict[str, float]:
         try:
             re.compile(pattern)
         except re.error as cause:
-            raise ValueError(f"{pattern!r} is not a regular expression ({cause})") from None
+            raise ValueError(f"{pattern!r} is not a valid regular expression ({cause})") from None
         table[pattern] = float(rate)
     return table
 
