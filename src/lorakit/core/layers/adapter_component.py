@@ -299,7 +299,7 @@ class AdapterModule(nn.Module, AdapterComponent):
 
     @property
     def disable_adapters(self) -> bool:
-        """True if adapters are disabled by `enable_adapters`, by a model-wide setting, or by a scoped override."""
+        """True if adapters are disabled by `enable_adapters(False)`, a model-wide setting, or a scoped override."""
         if self.aside or self.state.aside is not None:
             return True
         return not self.state.active().mentions and bool(self.state.chosen.names)

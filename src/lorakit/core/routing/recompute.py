@@ -133,7 +133,7 @@ LONGEST_HISTORY = 64
 
 @dataclass
 class _Run:
-    """Consecutive passes with the same route and thread; `number` is autograd's sequence number after the last one."""
+    """Consecutive forward passes with one route in one thread; `number` is autograd's sequence number after them."""
 
     thread: threading.Thread
     route: Route

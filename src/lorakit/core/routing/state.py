@@ -91,7 +91,7 @@ class AdapterState:
         self.replication: Any = None
         self.kinds: dict[str, Kind] = {}
         self._open: dict[int, int] = {}  # thread id -> number of open overrides
-        # Threads that were already warned about an override in another thread. Not ids, because ids are reused.
+        # Threads (not their ids, which are reused) that were already warned about an override in another thread.
         self._told: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         self.whole: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
