@@ -74,7 +74,7 @@ def with_forward(module: nn.Module, forward: Callable[..., Tensor]) -> nn.Module
 
 
 def _keep_hooks(clone: nn.Module, module: nn.Module, *, parts: bool) -> None:
-    """Copy forward hooks to a clone: if `parts`, those in the module's computation; otherwise, all others."""
+    """Copy to a clone the forward hooks that are part of the module's computation (`parts`), or all other ones."""
     kept = {key for key, hook in module._forward_hooks.items() if getattr(hook, "part_of_module", False) is parts}
     for table in ("_forward_hooks", "_forward_hooks_with_kwargs"):
         clone.__dict__[table] = OrderedDict((key, hook) for key, hook in getattr(module, table).items() if key in kept)

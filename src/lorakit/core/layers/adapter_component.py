@@ -47,8 +47,8 @@ def trainable_tensors(function: Callable[Concatenate[Model, P], R]) -> Callable[
 def trainable(model: nn.Module, first: nn.Parameter | None) -> AbstractContextManager[object]:
     """Return a context in which new tensors are trainable, even within `torch.inference_mode`.
 
-    If the base was created outside of inference mode, the context turns inference mode off. A base that was created in
-    inference mode can only be used in inference mode.
+    If the model was created outside of inference mode, the context turns inference mode off. A model that was created
+    in inference mode can only be used in inference mode.
 
     Args:
         model: The model, or a layer.
@@ -78,11 +78,11 @@ class MergeOptions:
 
     Attributes:
         keep_base: Keep each original weight on its device (True) or in main memory ("cpu"), or discard it (False).
-        in_place: Whether the adapters stay on the model. If so, a site that has a residual base merges into that base,
-            because unmerged adapters may use it.
+        in_place: Whether the adapters stay on the model. If so, and if a site has a residual base, adapters are merged
+            into that base, because unmerged adapters may use it.
         dense: If set, quantized modules and grouped convolutions are replaced with plain modules. The value is the
-            dtype for quantized modules that do not record one.
-        apart: Ids of the components that get a separate parameter, because they now share one with other modules.
+            dtype of the new weight if a quantized module does not record its original dtype.
+        apart: Ids of the components that must get a separate parameter because they share one with other modules.
     """
 
     keep_base: KeepBase = True
@@ -299,7 +299,7 @@ class AdapterModule(nn.Module, AdapterComponent):
 
     @property
     def disable_adapters(self) -> bool:
-        """True if adapters are disabled in this module (`enable_adapters`), on the model, or by a scoped override."""
+        """True if adapters are disabled by `enable_adapters(False)`, a model-wide setting, or a scoped override."""
         if self.aside or self.state.aside is not None:
             return True
         return not self.state.active().mentions and bool(self.state.chosen.names)
@@ -343,7 +343,9 @@ class AdapterModule(nn.Module, AdapterComponent):
             self.set_trained(name, requires_grad)
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: Sequence[str] | None = None) -> None:
-        """Remove an adapter's parameters here; if it was the only active adapter, activate the first remaining one.
+        """Remove an adapter's parameters here.
+
+        If it was the only active adapter, the remaining adapter that comes first alphabetically becomes active.
 
         Args:
             adapter_name: The adapter; ignored if it has no parameters here.
@@ -360,7 +362,7 @@ class AdapterModule(nn.Module, AdapterComponent):
         self.set_adapter(rest or left[:1])
 
     def _get_available_adapters(self) -> set[str]:
-        """Return `available_adapters()` as a set; this is PEFT's name for the method."""
+        """Return `available_adapters()` as a set, for compatibility with PEFT."""
         return set(self.available_adapters())
 
 
@@ -392,7 +394,7 @@ class ReplacingModule(AdapterModule):
 
     @property
     def _adapters(self) -> set[str]:
-        """The set of adapters that have parameters in this module; the property's name comes from PEFT."""
+        """The set of adapters that have parameters in this module; present for compatibility with PEFT."""
         return self._get_available_adapters()
 
     @abstractmethod
@@ -412,8 +414,8 @@ class ReplacingModule(AdapterModule):
         """Return the module's output for the active adapters; in a mixed batch, each adapter processes its own rows.
 
         Args:
-            args: Passed to the base module; in a mixed batch, the first axis of every tensor holds the rows.
-            kwargs: Passed to the base module; the rows are on the first axis, as in `args`.
+            args: Passed to the base module; in a mixed batch, the first axis of every tensor must be the batch axis.
+            kwargs: Passed to the base module; the same requirement applies.
 
         Raises:
             RouteError: The route cannot be determined or does not match the batch, or active adapters cannot be

@@ -229,7 +229,7 @@ class BaseWeight(StoredWeight):
             self.kept = tied.kept if self.merged_adapters else None
 
     def stored_with(self, merged: Sequence[str]) -> Replacement:
-        """Return the weight or module to store after merging these adapters; the unmerged weight if there are none."""
+        """Return the weight or module to store after merging adapters; the unmerged weight if `merged` is empty."""
         if merged:
             return self.with_updates(merged, MergeOptions())[0]
         return self.original(moved=bool(self.moved_by))
@@ -361,7 +361,7 @@ def _convolution(source: Convolution, W: Tensor) -> nn.Module:
 
 
 def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOptions) -> Merged:
-    """Return the stored form of W₀ + Σ update, and both W₀ and the exact Σ update as (out, in).   [docs/math.md (11)]
+    """Return W₀ + Σ update in stored form, plus W₀ and the exact Σ update, each (out, in).   [docs/math.md (11)]
 
     If the site has a residual base, the sum starts from that base in two cases: if one of the given adapters uses it,
     or if the adapters stay on the model, because unmerged adapters may use it. The sum is rounded only once. With

@@ -2,7 +2,7 @@
 
 Plain LoRA adapters on dense layers are stacked if gradients are not recorded; all others are applied one by one.
 A stack holds adapters whose ranks differ by less than a factor of two; factors of lower rank are padded with zeros. If
-the route has a cache, a single adapter that all rows use is stacked too: its stack is a copy in the base dtype.
+the route has a cache and all rows use the same adapter, a copy of its factors in the base dtype is cached as a stack.
 
 `FactorVersions` checks in each forward pass whether the cached stacks are still valid. Writes to existing memory
 through `.data` cannot be detected.
@@ -89,7 +89,7 @@ class FactorVersions:
 
 
 def _picker(names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
-    """Return a function that looks up these names in a mapping and returns a tuple, even for a single name."""
+    """Return a function that looks up the given names in a mapping and returns a tuple, even for a single name."""
     if len(names) > 1:
         return itemgetter(*names)
     (name,) = names
@@ -108,7 +108,7 @@ class Stack:
 
     Attributes:
         names: The adapters, in the stack's order.
-        A: The adapters' A factors, each multiplied by the adapter's scale, (K, r, in).
+        A: The adapters' A factors, (K, r, in), each multiplied by the adapter's scale.
         B: The adapters' B factors, (K, out, r), as a transposed view of a (K, r, out) tensor.
         ready: Input shape -> the prepared matmuls. Each stack belongs to one route, so the key omits the route.
     """
@@ -160,7 +160,9 @@ class Stacks:
 
 
 def add_kept(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor | None:
-    """Add the outputs of a route's adapters from cached stacks; a single adapter for all rows is stacked if needed.
+    """Add a route's adapters to the base output, using cached stacks.
+
+    If all rows use the same adapter and it has no valid stack yet, a stack is created.
 
     Args:
         layer: The site's `LoraLayer`, which has no merged adapters.
@@ -244,7 +246,7 @@ def _own(layer: StoredWeight, y0: Tensor) -> Tensor:
 
 
 def _stacks(layer: StoredWeight, names: tuple[str, ...], route: Route, dtype: torch.dtype) -> Stacks:
-    """Return the stacks of these adapters, from the cache if the cached stacks are still valid."""
+    """Return the stacks of the given adapters, from the cache if the cached stacks are still valid."""
     kept = route.kept
     if kept is None:
         return _made(layer, names, dtype)

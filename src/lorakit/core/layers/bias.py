@@ -1,6 +1,6 @@
 """Trained biases (`bias="all"` or `"lora_only"`): base biases that an adapter trains in place.
 
-In routes without that adapter, a hook on the module applies the original biases instead.
+If a route does not include that adapter, a hook on the module applies the original biases instead.
 """
 
 from __future__ import annotations
@@ -100,15 +100,15 @@ class BiasPatch(AdapterComponent):
         return [self.adapter]
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
-        """Return the biases if this adapter trains them, else an empty list."""
+        """Return the biases if the given adapter trains them, else an empty list."""
         return [self.module.get_parameter(name) for name in self.originals] if adapter == self.adapter else []
 
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
-        """Return the biases, keyed by name, if this adapter trains them, else an empty dict."""
+        """Return the biases, keyed by name, if the given adapter trains them, else an empty dict."""
         return dict(zip(self.originals, self.parameters_of(adapter), strict=False))
 
     def remove(self, adapter: str) -> nn.Module:
-        """Restore the original biases bit for bit if this adapter trains them; return the module."""
+        """Restore the original biases bit for bit if the given adapter trains them; return the module."""
         if adapter == self.adapter:
             self.unload()
             for name, old in self.originals.items():
@@ -127,7 +127,7 @@ class BiasPatch(AdapterComponent):
         return None
 
     def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
-        """Return the biases, keyed by name, if one of these adapters trains them, else an empty dict."""
+        """Return the biases, keyed by name, if one of the given adapters trains them, else an empty dict."""
         return {name: held.detach() for adapter in adapters for name, held in self.saved_tensors(adapter).items()}
 
     def unload(self) -> nn.Module:

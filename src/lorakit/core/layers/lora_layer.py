@@ -305,7 +305,7 @@ class LoraLayer(BaseWeight):
         A, B = (factor.A, factor.B) if variant.factors is None else variant.factors(factor, self.training)
         module = self.source if self.replaced else self.base_layer
         h = kind.down(module, x, A.to(dtype)) if variant.down is None else variant.down(kind, module, x, factor)
-        z = kind.up(module, h * factor.scale, B.to(dtype))  # scale h (…, r), the smallest of the tensors
+        z = kind.up(module, h * factor.scale, B.to(dtype))  # scale h (…, r), because it is the smallest tensor
         if factor.bias is not None:
             z = z + spread(factor.bias.to(dtype) * factor.scale, self.spec)
         if variant.output is None:
@@ -324,14 +324,14 @@ class LoraLayer(BaseWeight):
         return variant.output(At(y0, bias, z, factor, kind, self.spec, read, mask, x, siblings))
 
     def _bias_under(self, names: tuple[str, ...]) -> Tensor | None:
-        """Return the bias, (out,), that the base output includes while these adapters are active, or None."""
+        """Return the bias, (out,), that the base output includes while the given adapters are active, or None."""
         bias = self.original_bias()
         if bias is not None and self.old_bias is not None and self.old_bias[0] not in names:
             return self.old_bias[1].to(bias.device, bias.dtype)
         return bias
 
     def _base_of_rows(self, route: Route, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """Compute the base output (rows, …, out) when some rows need a base module other than the current one."""
+        """Compute the base output (rows, …, out) when the current base module is not the right one for every row."""
         moved = route.mentions.intersection(self.moved_by)
         if not moved or route.rows is None:
             return self._base_for(bool(moved))(*args, **kwargs)
@@ -528,7 +528,7 @@ class LoraLayer(BaseWeight):
         return mine is its and mine is not None
 
     def _around_module(self, path: str) -> dict[str, LoraLayer]:
-        """Return a dict from path to layer: this layer, the layers it wraps, and those around `inner` child modules."""
+        """Return this layer, the layers it wraps, and those that wrap `inner` child modules, keyed by path."""
         found: dict[str, LoraLayer] = {}
         layer: nn.Module = self
         while isinstance(layer, LoraLayer):

@@ -107,7 +107,7 @@ class ModulesToSave(ReplacingModule):
         return StagedMerge(None, partial(setattr, self, "merged_adapters", new)) if new else None
 
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
-        """Prepare to restore the original; return None if none of these adapters is merged."""
+        """Prepare to restore the original; return None if none of the given adapters is merged."""
         merged = not set(adapters).isdisjoint(self.merged_adapters)
         return StagedMerge(None, partial(setattr, self, "merged_adapters", [])) if merged else None
 

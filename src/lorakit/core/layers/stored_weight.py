@@ -120,7 +120,7 @@ class StoredWeight(AdapterModule):
         return self.kept is not None or bool(self.replaced)
 
     def read(self, adapter: str | None = None) -> Tensor:
-        """Return the canonical base weight (out, in) without merged adapters, in fp32 or wider.
+        """Return the base weight without merged adapters, in canonical shape (out, in) and in fp32 or wider.
 
         Args:
             adapter: The adapter whose base weight to read: the residual base if the adapter uses one, else the original
@@ -151,10 +151,10 @@ class StoredWeight(AdapterModule):
         return bias if isinstance(bias, Tensor) else None
 
     def inside(self) -> frozenset[str]:
-        """Return the adapters already accounted for in the base: those merged and those that use the residual base.
+        """Return the adapters that the stored weight reflects: those merged and those that use the residual base.
 
-        If an adapter that uses the residual base is merged, the other adapters that use that base cannot use the
-        module, so only the merged adapters are returned.
+        If an adapter that uses the residual base is merged, the module no longer holds the unmerged residual base that
+        other adapters need, so only the merged adapters are returned.
         """
         merged = frozenset(self.merged_adapters)
         return merged if merged.intersection(self.moved_by) else merged.union(self.moved_by)
@@ -187,7 +187,7 @@ class StoredWeight(AdapterModule):
         self.base.put_stored(self.owner, self.spec.parameter, stored)
 
     def check_kept(self) -> None:
-        """Check that the base without merged adapters can be computed.
+        """Check that the original base weight, without merged adapters, is available.
 
         Raises:
             MergeError: Adapters are merged, but the original weight was not kept.

@@ -90,7 +90,7 @@ class TokenAdapter(nn.Module):
 
     @property
     def active_adapter(self) -> list[str]:
-        """PEFT's other name for `active_adapters`."""
+        """Alias of `active_adapters`, for compatibility with PEFT."""
         return self.active_adapters
 
     def rows(self, name: str) -> Replacement:
@@ -300,7 +300,7 @@ class TrainableTokens(ReplacingModule):
         return StagedMerge(None, partial(self._put_merged, weight, kept, own))
 
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
-        """Prepare to restore the base rows; return None if none of these adapters is merged into this module.
+        """Prepare to restore the base rows; return None if none of the given adapters is merged here.
 
         Raises:
             MergeError: The base rows were not kept.

@@ -152,7 +152,7 @@ class _HookScope(Override):
 
     @staticmethod
     def drop(hooks: InvocationHooks) -> Offsets | None:
-        """Close the scope that these hooks opened in this context and backward pass; return its offsets, if any."""
+        """Close the hooks' scope in the current context and backward pass, if any, and return its offsets."""
         for block in hooks.state.blocks():
             if isinstance(block, _HookScope) and block.hooks is hooks:
                 block.__exit__()

@@ -61,9 +61,9 @@ class Forwards:
     """The forward history of one layer: forward passes that a backward pass may recompute.
 
     A forward pass whose output has a graph is remembered for as long as the graph is alive. Forward passes with
-    gradients disabled are remembered in order; the order distinguishes the first run of a reentrant checkpoint from a
-    run for evaluation. If gradients are enabled but the output has no graph, only the route is remembered; at most two
-    such routes are kept. Copies and unpickled objects are empty, because graphs are not copied.
+    gradients disabled are remembered in order; the order distinguishes the first run of a reentrant checkpoint from an
+    evaluation run. If gradients are enabled but the output has no graph, the route is remembered indefinitely; at most
+    two such routes are kept. Copies and unpickled objects are empty, because graphs are not copied.
     """
 
     def __init__(self) -> None:
@@ -182,7 +182,7 @@ class _Runs:
 
 
 def _reentrant_node() -> int | None:
-    """Return the sequence number of the reentrant checkpoint whose backward pass runs this forward pass, or None."""
+    """Return the sequence number of the reentrant checkpoint that is recomputing this forward pass, or None."""
     node: Node | None = getattr(torch._C, "_current_autograd_node", lambda: None)()
     if node is None or getattr(type(node), "_forward_cls", None) is not CheckpointFunction:
         return None
@@ -192,7 +192,8 @@ def _reentrant_node() -> int | None:
 def _is_non_reentrant() -> bool:
     """Return whether non-reentrant checkpointing is recomputing this forward pass.
 
-    In that case, the topmost saved-tensors hook belongs to the checkpoint. PyTorch has no public API for this check.
+    During a recomputation, the topmost saved-tensors hook belongs to the checkpoint. PyTorch has no public API for this
+    check.
     If PyTorch renames the hook, this function returns False, and more recomputations are rejected.
     """
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)(True)

@@ -79,7 +79,7 @@ class Offsets:
         return Offsets(self.adapters, back, length, seen, whole)
 
     def of_rows(self, index: Tensor) -> Offsets:
-        """Return the offsets of some rows, cached by the identity of the index tensor.
+        """Return the offsets of the given rows, cached by the identity of the index tensor.
 
         Args:
             index: Indices of the rows, (n,).
@@ -121,7 +121,7 @@ class Offsets:
         return self._masks[key]
 
     def on(self, route: Route) -> Route:
-        """Return a route with these offsets, cached per route and forward pass."""
+        """Return a copy of a route with these offsets, cached per route and forward pass."""
         known = self._routes.get(id(route))
         if known is None:  # keep the route, so that its id is not reused
             known = self._routes[id(route)] = (route, route.like(self, route.kept))
@@ -218,13 +218,13 @@ class Route:
     def acting(self, name: str) -> Callable[[Tensor], Tensor] | None:
         """Return a function that computes the mask for an adapter's output z (rows, positions, out).
 
-        The result is None if the adapter has no offsets.
+        If the adapter has no offsets, return None instead of a function.
         """
         offsets = self.offsets
         return None if offsets is None or name not in offsets.adapters else partial(offsets.mask, name)
 
     def common_to_all(self, names: frozenset[str]) -> bool:
-        """Return whether every row uses each of these adapters."""
+        """Return whether every row uses all of the given adapters."""
         if not names:
             return True
         if self.rows is None:
@@ -261,7 +261,7 @@ class Route:
         return self._indices[device, size]
 
     def routed(self, names: tuple[str, ...], device: torch.device, size: int) -> Routed:
-        """Return which of these adapters each row uses, cached per device and size.
+        """Return which of the given adapters each row uses, cached per device and size.
 
         Args:
             names: The adapters, in the order in which their factors are stacked.

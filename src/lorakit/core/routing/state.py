@@ -69,9 +69,10 @@ class AdapterState:
         held: Modules of the base that must not repack their weights while adapters are attached.
         replication: How the layers of the base were replicated for the adapters, or None.
         kinds: User-defined kinds, keyed by name (`lorakit.core.Kind`).
-        whole: Models found, since this state was last copied, to have no adapted modules with a different state.
+        whole: Models in which every adapted module is known to use this state; cleared when the state is copied.
         waiting: Adapters that are active at only some positions of a row, so that a forward pass needs offsets.
-        peft_methods: Provides layer attributes that exist only in PEFT; None until `lorakit.peft` is used on the model.
+        peft_methods: Object that provides layer attributes found only in PEFT; None until `lorakit.peft` is used on the
+            model.
         biased: Whether an adapter trains biases in place; if so, modules must be searched for trained biases.
     """
 
@@ -90,7 +91,7 @@ class AdapterState:
         self.replication: Any = None
         self.kinds: dict[str, Kind] = {}
         self._open: dict[int, int] = {}  # thread id -> number of open overrides
-        # Threads that were already warned about an override in another thread. Ids would not work: they are reused.
+        # Threads (not their ids, which are reused) that were already warned about an override in another thread.
         self._told: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         self.whole: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
@@ -133,7 +134,7 @@ class AdapterState:
             )
 
     def replace_default(self, names: Sequence[str]) -> None:
-        """Make a route with these adapters the default."""
+        """Make a route with the given adapters the default."""
         self.default, self._joined, self.aside = Route(tuple(names)), (), None
 
     @property
@@ -172,7 +173,7 @@ class AdapterState:
         return Override(self, route, offsets)
 
     def active(self) -> Route:
-        """Return the active route of this model in this context (for recomputed forward passes, see `resolve`)."""
+        """Return the model's active route in the current context (for recomputed forward passes, see `resolve`)."""
         route, offsets = self._scoped(None)
         return (self.default if route is None else route).at(offsets)
 
@@ -180,7 +181,7 @@ class AdapterState:
         """Return the route and offsets that the innermost overrides set.
 
         Args:
-            backward: Id of a backward pass, to consider only overrides opened in it; None considers all overrides.
+            backward: Id of the backward pass whose overrides are considered; None considers all overrides.
         """
         offsets = None
         for scope in reversed(_SCOPES.get()):
@@ -192,12 +193,12 @@ class AdapterState:
         return None, offsets
 
     def blocks(self) -> list[Override]:
-        """Return the overrides of this model that were opened in this context and backward pass, innermost first."""
+        """Return the model's overrides opened in the current context and backward pass, innermost first."""
         backward = torch._C._current_graph_task_id()
         return [s.block for s in reversed(_SCOPES.get()) if s.block.state is self and s.backward == backward]
 
     def offsets(self) -> Offsets | None:
-        """Return the offsets that overrides set in this context and backward pass, or None."""
+        """Return the offsets set by overrides in the current context and backward pass, or None."""
         route, offsets = self._scoped(torch._C._current_graph_task_id())
         return offsets if offsets is not None or route is None else route.offsets
 
@@ -212,15 +213,15 @@ class AdapterState:
         return tuple(sorted(self.waiting & acting))
 
     def awaits(self, route: Route) -> bool:
-        """Return whether a route has an adapter that is active at only some positions."""
+        """Return whether a route uses an adapter that is active at only some positions."""
         return not self.waiting.isdisjoint(route.mentions)
 
     def fits_a_graph(self, default: Route) -> bool:
         """Return whether a compiled graph, which cannot read context variables, can use a default route.
 
-        Dynamo guards on the values that this method reads. While an override is open in any thread, or if the default
-        has an adapter triggered by invocation tokens, dynamo tries to retrace the layer, fails, and runs the layer
-        uncompiled, with the override's route and offsets.
+        Dynamo guards on the values that this method reads. If an override is open in any thread, or if the default
+        route uses an adapter triggered by invocation tokens, dynamo fails to retrace the layer and runs it uncompiled,
+        with the active route and offsets.
 
         Args:
             default: The default route of the layer or of the model.
@@ -319,7 +320,7 @@ def _first_offsets(state: AdapterState, route: Route) -> Offsets:
 
 
 class CheckpointContexts:
-    """A `context_fn` for non-reentrant checkpointing that recomputes a forward pass with its original route."""
+    """A `context_fn` that makes non-reentrant checkpointing recompute a forward pass with its original route."""
 
     def __init__(self, state: AdapterState) -> None:
         self.state = state

@@ -49,7 +49,7 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
 
 def _norms(kind: Kind, spec: WeightSpec, W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """Return the norm of each row of the canonical weight plus its update, (out,)."""
+    """Return the row norms, (out,), of a canonical weight plus its low-rank update."""
     return row_norms(kind.flat_weight(spec, W), *kind.flat(spec, A, B), scale)
 
 

@@ -21,7 +21,7 @@ DIAGONAL = "lora_diag"
 
 
 def truncated(W: Tensor, r: int) -> Tensor:
-    """Return W without its r smallest singular values, (out, in).   [docs/math.md (94)]
+    """Return W (out, in) without its r smallest singular values.   [docs/math.md (94)]
 
     Args:
         W: Weight as a matrix, (out, in), fp32 or wider.
