@@ -231,7 +231,7 @@ def test_a_file_lists_them_as_they_are(tmp_path: Path) -> None:
         (
             "<a>",
             ("--target-modules", "q_proj", "embed_tokens"),
-            "trainable_token_indices cannot be applied to model.embed_tokens, which has LoRA factors",
+            "trainable_token_indices cannot be applied to model.embed_tokens, which has LoRA weights",
         ),
     ],
 )

@@ -119,7 +119,9 @@ def product_of(A: Tensor, B: Tensor, experts: int = 1) -> Product:
 
 
 def factors_of(product: Product, A_like: Tensor, B_like: Tensor, experts: int = 1) -> tuple[Tensor, Tensor]:
-    """Convert a product back to a site's A (r, in, …) and B (out, r / g, …), in fp32 or wider; inverts `product_of`.
+    """Convert a product back to a site's A (r, in, …) and B (out, r / g, …), in fp32 or wider.
+
+    This is the inverse of `product_of`.
 
     Args:
         product: The factors, of any rank.
@@ -161,10 +163,12 @@ def spectrum(product: Product) -> Spectrum:
 
 
 def truncated(found: Spectrum, rank: int) -> Product:
-    """Return the best low-rank approximation: B = U·S, A = Vᵀ, with the largest values first.   [docs/math.md (52)]
+    """Return a product's best approximation of a given rank.   [docs/math.md (52)]
+
+    The factors are B = U·S and A = Vᵀ, with the largest singular values first.
 
     Args:
-        found: The decomposition.
+        found: The product's singular value decomposition.
         rank: Maximum rank of each group.
 
     Source:

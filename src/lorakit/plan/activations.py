@@ -375,7 +375,7 @@ def _distinct_inputs(
 
 
 def _input_of(path: str) -> tuple[str, str]:
-    """Return a key that is equal for all sites and bare weights that receive the same input tensor."""
+    """Return a key shared by all sites and bare parameters that receive the same input tensor."""
     parent, _, name = path.removesuffix(".weight").rpartition(".")
     return parent, next((group[0] for group in SHARED_INPUTS if name in group), name)
 

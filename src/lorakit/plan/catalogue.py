@@ -22,7 +22,7 @@ class Entry:
         family: Function in `lorakit.architectures.shapes` that builds the shape.
         parameters: Exact number of parameters; tied weights count once.
         sizes: Sizes in the model's config.json.
-        paper: Publication that gives the sizes, cited along with the config.json of the first Hub id.
+        paper: Publication that gives the sizes, cited along with the config.json of the first Hub id in `names`.
         dtype: Dtype of the published weights.
     """
 

@@ -173,7 +173,7 @@ def estimate(
         job: The job; by default, batches of 4 rows of 256 tokens.
         speed: Speed of the machine; without it, the plan contains no times.
         ranks: Ranks for the columns of the rank table; without ranks, the plan has no rank table.
-        allow_partial: Whether targets that match nothing become notes instead of an error.
+        allow_partial: Whether targets that match nothing are reported in the notes instead of raising an error.
 
     Returns:
         The plan.
@@ -218,10 +218,10 @@ def _token_seconds(shape: ModelShape, counted: Count, costs: Flops, job: Job, sp
 
 
 def _rates(speed: Speed | None, lora: Flops, full: Flops, seconds: float | None) -> tuple[float | None, float | None]:
-    """Return the throughput of LoRA and of full fine-tuning, which is never accelerated, in tokens per second.
+    """Return the throughput of LoRA and of full fine-tuning in tokens per second.
 
-    A speed given in tokens per second is treated as the speed of LoRA; the speed of full fine-tuning is derived from it
-    and from the ratio of the FLOPs.
+    Full fine-tuning is never accelerated. If the machine's speed is given in tokens per second, it is taken as the
+    speed of LoRA, and the ratio of the FLOPs gives the speed of full fine-tuning.
     """
     if speed is None:
         return None, None

@@ -1,8 +1,8 @@
 """Estimate the memory use of a training step by category, with formulas, and find when it peaks.
 
 The estimate covers the tensors that the program holds. It is exact to the byte wherever the formula is exact. The
-allocator may hold more memory: glibc, as configured by the command line, keeps freed blocks, including gaps that are
-too small for later blocks (`ALLOCATOR_NOTE`). This module does not handle time or files.
+allocator may hold more memory: glibc, as configured by lorakit's command-line interface, keeps freed blocks, including
+gaps that are too small for later blocks (`ALLOCATOR_NOTE`). This module does not handle time or files.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Memory:
     Attributes:
         lines: One line per category.
         peak_bytes: Largest total over all categories at any moment of a step, in bytes.
-        peak_moment: When memory use peaks, such as "the optimizer steps".
+        peak_moment: Clause that says when memory use peaks, such as "the optimizer steps".
         notes: Assumptions of the estimate.
     """
 
@@ -99,8 +99,8 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memo
         job: The job, which sets the batch size, row length, dtype, accumulation, checkpointing and acceleration.
     """
     itemsize, factors = job.dtype_bytes, counted.factors + counted.own_numbers + counted.row_parameters
-    trained = factors - counted.frozen  # frozen factors have neither gradients nor moments
-    plain = counted.copied + counted.biases  # saved modules and biases have the base's dtype
+    trained = factors - counted.frozen  # Frozen factors have neither gradients nor moments.
+    plain = counted.copied + counted.biases  # Saved modules and biases have the base's dtype.
     added = f" + {itemsize} × {plain:,}" if plain else ""
     base = stored(shape, job.quantization, itemsize, job.double_quantization) if job.quantization else None
     kept = activations.of_lora(shape, counted, dropout, job, base)

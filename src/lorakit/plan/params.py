@@ -40,7 +40,7 @@ def trained_rows(shape: ModelShape, config: LoraConfig, adapted: Collection[str]
         weight = site.tied_to or site.path
         if site.path in adapted or weight in adapted:
             raise TargetError(
-                f"trainable_token_indices cannot be applied to {site.path}, which has LoRA factors; remove it "
+                f"trainable_token_indices cannot be applied to {site.path}, which has LoRA weights; remove it "
                 "from target_modules.",
                 where=site.path,
                 field="trainable_token_indices",
@@ -314,7 +314,7 @@ def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False,
     Args:
         shape: Shape of the model.
         config: The adapter's config.
-        allow_partial: Whether entries that match nothing become notes instead of an error.
+        allow_partial: Whether entries that match nothing are reported in the notes instead of raising an error.
         optimizer: Value of `Job.optimizer`; "lorafa" freezes one factor of each site.
 
     Returns:

@@ -205,7 +205,7 @@ def is_version(x: Tensor, version: int | Tensor) -> bool:
 
 
 LENGTHS = (1, 33)
-"""Numbers of tokens per row in the additional probes. Of modules that differ only in their weights, one is probed."""
+"""Numbers of tokens per row in the additional probes. Of the modules that differ only in weights, one is probed."""
 
 KNOWN = frozenset({"torch", "transformers", "peft", "lorakit"})
 """Known packages. The structure checks were written for the classes in these packages ("known classes")."""
@@ -411,8 +411,8 @@ def _is_known(method: Callable[..., Any] | None) -> bool:
 def _one_of_each(wanted: Parts, found: Calls) -> tuple[Parts, dict[str, str]]:
     """Group the candidates that differ only in their weights.
 
-    Returns a dict with one representative per group, omitting groups that were not called, and a dict from the path of
-    each candidate to the path of its group's representative. The first module of each group represents it.
+    Returns a dict with one representative per group, omitting groups whose modules were not called, and a dict from the
+    path of each candidate to the path of its group's representative. The first module of each group represents it.
     """
     first: dict[Any, str] = {}
     first_of = {}

@@ -55,14 +55,14 @@ def under(mask: Tensor | None, x: Tensor, pattern: Pattern) -> Pattern | None:
     """Combine an attention pattern with a mask.
 
     Args:
-        mask: Mask (rows or 1, heads or 1, T, T), with True or 0 where a token is seen; or None.
+        mask: Mask (rows or 1, heads or 1, T, T), with True or 0 where a token is visible; or None.
         x: Hidden states (rows, T, d).
         pattern: The pattern without the mask; it may have a bias.
 
     Returns:
-        The pattern, with a bias if the mask hides more than the pattern does. None if the mask shows more than the
-        pattern does, leaves a token with nothing to attend to, or has an unsupported form. Also None if the result
-        needs a bias but the device has no kernel that supports one.
+        The pattern, with a bias if the mask hides tokens that the pattern does not hide. None if the mask does not hide
+        everything that the pattern hides, leaves a token with nothing to attend to, or has an unsupported form, or if
+        the result needs a bias but the device has no kernel that supports one.
     """
     made = pattern if mask is None else _under(mask, x, pattern)
     return None if made is None or (made.bias is not None and x.device.type != "cpu") else made
@@ -269,8 +269,8 @@ def _pattern(shape: Shape, x: Tensor, dropped: float, options: Options) -> Patte
     segments = lengths_of(options.get("cu_seq_lens_q"))
     mask = None if segments else options.get("attention_mask")  # with segments, a mask is redundant
     if mask is None and segments is None and shape.softcap is not None:
-        return None  # without a mask, eager attention lets each token see all tokens
-    # without a mask, either the rows are shorter than the window, or the model does not use a window
+        return None  # Without a mask, eager attention lets each token see all tokens.
+    # With neither segments nor a mask, the rows are shorter than the window, or the model does not use a window.
     window = None if segments is None and mask is None else shape.window
     return under(mask, x, Pattern(True, shape.scale, window, shape.softcap, segments, dropped))
 

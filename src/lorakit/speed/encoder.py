@@ -1,8 +1,8 @@
 """Fused encoder layers, and fused T5 sublayers.
 
 A layer of BERT or a model derived from BERT has its norms after the residuals: norm(x + attention(x)), then
-norm(x + mlp(x)), as in Devlin et al. 2018, arXiv:1810.04805. Two autograd functions and two norms compute the layer.
-Padding is masked by adding a bias to the attention scores.
+norm(x + mlp(x)), as in Devlin et al. 2018, arXiv:1810.04805. The layer is computed by two autograd functions and two
+norms. Padding is masked by adding a bias to the attention scores.
 
 A T5 sublayer is x + dropout(inner(norm(x))), where `inner` is a feed-forward block or self-attention. A frozen relative
 position bias is added to the attention scores. The first layer computes this bias for all layers (Raffel et al. 2019,

@@ -1,7 +1,7 @@
 """Fused norms and dropout modules, and their current operands, which other fused `forward` methods use.
 
 A fused norm saves only its input and one or two values per row, instead of several fp32 copies. On a CPU, a fused
-dropout module draws the dropped positions instead of one random number per element.
+dropout module samples the positions to drop instead of drawing one random number per element.
 """
 
 from __future__ import annotations

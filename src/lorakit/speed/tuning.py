@@ -74,7 +74,11 @@ def save(results: Mapping[str, int], folder: Path | None = None) -> str:
 
 
 def machine() -> str:
-    """Return a key for everything that affects speed: processor, instruction sets, threads, torch, lorakit, kernels."""
+    """Return a key that identifies what affects speed on this machine.
+
+    It covers the processor, its instruction sets, the number of threads, the versions of torch and lorakit, and whether
+    compiled kernels are available.
+    """
     here, limit = this_machine(), os.environ.get("ONEDNN_MAX_CPU_ISA", "")
     instructions = " ".join((*here.features, *([f"at most {limit}"] if limit else [])))
     kernels = "compiled kernels" if compiled.kernels() is not None else "no kernels"
@@ -188,7 +192,7 @@ def choose(
     """Find the fastest methods for a model's shapes, from saved results or by measuring for up to about three seconds.
 
     Global random generators are not affected. The result is empty for models that are not in CPU memory, for weights
-    without data, and during compilation. On a busy machine, nothing is measured.
+    without data (fake tensors), and during compilation. On a busy machine, nothing is measured.
 
     Args:
         model: A model, with or without adapters; it is not called.

@@ -67,7 +67,7 @@ def kind_named(name: str, own: Mapping[str, Kind] = NONE) -> Kind:
 
 
 def checked(kinds: Iterable[Kind]) -> dict[str, Kind]:
-    """Return a dict from name to user-defined kind; flags that apply only to entries in KINDS are cleared.
+    """Return the user-defined kinds keyed by name, with flags that apply only to entries in KINDS cleared.
 
     Args:
         kinds: The kinds; the simplest way to make one is `dataclasses.replace` on an entry in KINDS.

@@ -73,7 +73,7 @@ def _in_one_group(W: Tensor, spec: WeightSpec) -> Tensor:
 
 
 def _delta(spec: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
-    """Return the delta (out, in, k…) of A (r, in, k…) and B (out, r, 1…).
+    """Return the delta B·A (out, in, k…), computed from A (r, in, k…) and B (out, r, 1…).
 
     Raises:
         MergeError: The convolution has more than one group.

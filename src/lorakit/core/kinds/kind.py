@@ -123,7 +123,7 @@ def every_kind_of_the_table(kind: Kind) -> bool:
 
 
 def only_linear(kind: Kind) -> bool:
-    """Return whether the kind is nn.Linear, quantized or not; transformers' Conv1D does not count."""
+    """Return whether the kind covers nn.Linear, quantized or not; the kind for transformers' Conv1D does not."""
     return nn.Linear in kind.types
 
 

@@ -1,7 +1,7 @@
 """Kinds for dense sites: nn.Linear, transformers' Conv1D, and nn.Embedding.
 
 Each of these modules has a single weight matrix. An embedding's weight is (V, d) in memory and (d, V) in canonical
-orientation. The input is equivalent to one-hot rows, so A (r, V) is applied by looking up columns of A.
+orientation. Input indices are equivalent to one-hot rows, so A (r, V) is applied by looking up its columns.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def matrix(_: WeightSpec, W: Tensor) -> Tensor:
 
 
 def product(_: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
-    """Return the delta (out, in) of A (r, in) and B (out, r)."""
+    """Return the delta B·A (out, in), computed from A (r, in) and B (out, r)."""
     return dense_delta(A, B)
 
 
@@ -103,7 +103,7 @@ def _table_specs(module: nn.Embedding) -> tuple[WeightSpec, ...]:
 
 
 def _table_delta(spec: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
-    """Return the delta (d, V) of A (r, V) and B (d, r).
+    """Return the delta B·A (d, V), computed from A (r, V) and B (d, r).
 
     Raises:
         MergeError: The embedding has a max_norm, which would scale down the sum of a base row and its update.
@@ -123,12 +123,12 @@ def _embedding_down(module: nn.Embedding, indices: Tensor, A: Tensor) -> Tensor:
         A.T,  # (V, r)
         padding_idx=module.padding_idx,
         scale_grad_by_freq=module.scale_grad_by_freq,
-    )  # not `sparse`: torch cannot transpose a sparse gradient (PEFT's backward pass fails), and A is small
+    )  # not `sparse`: A is small, and torch cannot transpose a sparse gradient (so PEFT's backward pass fails)
 
 
 def _embedding_up(module: nn.Module, h: Tensor, B: Tensor) -> Tensor:
-    z = F.linear(h, B)  # (..., r) -> (..., d)
-    embed_scale = getattr(module, "embed_scale", None)  # some embeddings scale their output
+    z = F.linear(h, B)  # (..., r) -> (..., d).
+    embed_scale = getattr(module, "embed_scale", None)  # Some embeddings scale their output.
     return z if embed_scale is None else z * torch.as_tensor(embed_scale, dtype=z.dtype, device=z.device)
 
 

@@ -53,7 +53,7 @@ def _rank(spec: WeightSpec, shape: Shape) -> int:
 
 
 def _delta(spec: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
-    """Return the delta of A (experts·r, in) and B (out, r·experts) in the parameter's shape.   [docs/math.md (92)]"""
+    """Return B·A, from A (experts·r, in) and B (out, r·experts), in the parameter's shape.   [docs/math.md (92)]"""
     if not spec.experts:
         return dense_delta(A, B)
     A, B = per_expert(spec, A, B)

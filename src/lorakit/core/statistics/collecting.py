@@ -201,7 +201,7 @@ class _Gradients:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity function on a module's output; in the backward pass, `take` also receives the gradient.
+    """The identity function on a module's output; in the backward pass, it also passes the gradient to `take`.
 
     The tensor `anchor` makes autograd record a graph even if nothing else requires a gradient.
     """

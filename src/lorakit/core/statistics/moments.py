@@ -42,8 +42,8 @@ class InputStatistics:
         self.rows = self.calls = 0
         self.total: Tensor | None = None
         self.gram: Tensor | None = None
-        self._sketch: Tensor | None = None  # (≤ components, in): singular values times directions, centered
-        self._squares = 0.0  # Σ of the squares of all elements
+        self._sketch: Tensor | None = None  # (≤ components, in): singular values times directions, centered.
+        self._squares = 0.0  # The sum of the squares of all elements.
 
     def add(self, rows: Tensor) -> None:
         """Add rows to the moments.
@@ -150,8 +150,8 @@ class GradientStatistics:
         """Add a gradient to the sum.
 
         Args:
-            gradient: Canonical, (out, in) or (out, in / groups, k…), fp32 or wider; it is stored without a copy and may
-                be modified.
+            gradient: Canonical, (out, in) or (out, in / groups, k…), fp32 or wider; it is not copied, and may be
+                modified later.
         """
         self.calls += 1
         self.total = gradient if self.total is None else self.total.add_(gradient)
@@ -177,7 +177,7 @@ class Statistics:
 
     Attributes:
         config: The config to attach; for "eva", the config's ranks come from the data.
-        sites: Dict from path to a dict from name to tensor (…), with the tensors that the init needs.
+        sites: The tensors for each site: a dict from path to a dict from name to tensor, of any shape.
         others_usual: Whether sites without tensors are initialized as with `init_lora_weights=True`; otherwise, such
             sites cause an error.
         base: Fingerprint of the base, or None if it is unknown.
@@ -193,7 +193,7 @@ class Statistics:
 
         Args:
             config: The config to attach.
-            model: The model to which the adapter is attached, or the model's index; not changed.
+            model: The model to which the adapter is attached, or its `AdapterIndex`; not changed.
 
         Raises:
             ConfigError: The statistics are for a different init.
