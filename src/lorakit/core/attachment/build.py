@@ -213,14 +213,14 @@ def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) ->
     """Check that a site supports the settings of a config.
 
     Raises:
-        ConfigError: `lora_bias` is set, but the output of B is not computed separately at the site; or the site's
+        ConfigError: `lora_bias` is set, but the site does not apply A and B to a floating-point input; or the site's
             weight is quantized and the update is added to it, so each forward pass would round the sum and block the
             gradient.
     """
     if config.lora_bias and not target.kind.takes_bias:
         raise ConfigError(
-            f"{target.path}: lora_bias=True is not supported for {target.kind.name}, because the output of B is not "
-            "computed separately. Leave the module out of the targets, or set lora_bias=False.",
+            f"{target.path}: lora_bias=True is not supported for {target.kind.name}, because it does not apply A "
+            "and B to a floating-point input. Leave the module out of the targets, or set lora_bias=False.",
             what=target.kind.name,
             where=target.path,
             field="lora_bias",
